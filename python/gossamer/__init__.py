@@ -1,0 +1,20 @@
+"""Sparse compute for PyTorch at the speed of dense."""
+
+from gossamer._activation import Activation
+from gossamer._backend import backend
+from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer.ops.expert_mlp import expert_mlp
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.grouped_matmul import grouped_matmul
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Dispatch",
+    "backend",
+    "dispatch",
+    "expert_mlp",
+    "gather_reduce",
+    "grouped_matmul",
+]

@@ -1,0 +1,102 @@
+"""The activation functions of expert layers: one table that the operators and every kernel family read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# name -> (code that kernels switch on, gated)
+ACTIVATIONS: dict[str, tuple[int, bool]] = {
+    "silu": (0, False),
+    "gelu": (1, False),
+    "gelu_tanh": (2, False),
+    "relu": (3, False),
+    "relu2": (4, False),
+    "swiglu": (0, True),
+    "geglu": (1, True),
+    "geglu_tanh": (2, True),
+    "reglu": (3, True),
+    "clamped_swiglu": (5, True),
+}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation by name, with the two constants that only ``clamped_swiglu`` reads.
+
+    With gate ``g`` and up ``u`` (an ungated activation has ``g`` alone):
+
+    ====================  ==========================================================================
+    ``silu``              ``g·σ(g)``
+    ``gelu``              ``g·Φ(g)`` with the exact error function
+    ``gelu_tanh``         its tanh approximation
+    ``relu``, ``relu2``   ``max(g, 0)``, ``max(g, 0)²``
+    ``swiglu``            ``silu(g)·u``
+    ``geglu``             ``gelu(g)·u``; ``geglu_tanh`` and ``reglu`` likewise
+    ``clamped_swiglu``    ``g' ·σ(alpha·g')·(u' + 1)``, ``g' = min(g, limit)``, ``u' = clip(u, ±limit)`` (gpt-oss)
+    ====================  ==========================================================================
+    """
+
+    name: str
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.name!r}")
+        if not self.limit > 0:
+            raise ValueError(f"activation limit must be positive, got {self.limit}")
+
+    @property
+    def code(self) -> int:
+        """The number that kernels switch on; a gated activation shares its ungated twin's."""
+        return ACTIVATIONS[self.name][0]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the pre-activation has a gate half and an up half."""
+        return ACTIVATIONS[self.name][1]
+
+    @property
+    def halves(self) -> int:
+        """Pre-activation columns per activation column: 2 when gated, else 1."""
+        return 2 if self.gated else 1
+
+
+def as_activation(activation: str | Activation) -> Activation:
+    """Turn a name into an :class:`Activation`; raises ValueError for an unknown name, TypeError for another type."""
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str):
+        return Activation(activation)
+    raise TypeError(f"activation must be a str or gossamer.Activation, got {type(activation).__name__}")
+
+
+def split_gate_up(preact: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the gate and up halves of ``preact (..., 2I)``: even and odd columns, or first and second half."""
+    if interleaved:
+        return preact[..., 0::2], preact[..., 1::2]
+    gate, up = preact.chunk(2, dim=-1)
+    return gate, up
+
+
+def activate(preact: torch.Tensor, activation: Activation, interleaved: bool = False) -> torch.Tensor:
+    """``act(preact)`` in plain torch: ``(..., 2I)`` to ``(..., I)`` when gated, else ``(..., I)`` to ``(..., I)``."""
+    gate, up = split_gate_up(preact, interleaved) if activation.gated else (preact, None)
+    if activation.name == "clamped_swiglu":
+        gate = gate.clamp(max=activation.limit)
+        up = up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    if activation.code == 0:
+        out = F.silu(gate)
+    elif activation.code == 1:
+        out = F.gelu(gate)
+    elif activation.code == 2:
+        out = F.gelu(gate, approximate="tanh")
+    elif activation.code == 3:
+        out = F.relu(gate)
+    else:
+        out = F.relu(gate).square()
+    return out if up is None else out * up

@@ -1,0 +1,112 @@
+"""Which kernels serve a call: chosen by device, or forced with :func:`backend` in tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "native", "triton", "cuda")
+
+# Kernel modules by backend. "reference" has none: public functions run their plain-torch reference for it.
+_FAMILIES = {"native": "gossamer.cpu_kernels", "triton": "gossamer.triton_kernels", "cuda": "gossamer.cuda_kernels"}
+
+# A plain global, not a ContextVar: torch.compile guards on it, and it is read in the public function, never in a kernel
+# or in the backward pass, so the autograd threads need not see it.
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one kernel family inside a ``with`` block, for the whole process.
+
+    Args:
+        name: ``"reference"`` (plain torch), ``"native"`` (C++ on the CPU), ``"triton"``, or ``"cuda"``.
+
+    Raises:
+        ValueError: for another name; and from a primitive called inside the block, when that family cannot serve the
+            tensors it is given (the message says why).
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@functools.cache
+def native_unavailable() -> str | None:
+    """Why the compiled extension ``gossamer._C`` cannot be used, or None when it can."""
+    if importlib.util.find_spec("gossamer._C") is None:
+        return "gossamer was installed without its compiled extension (no C++ compiler at build time)"
+    try:
+        importlib.import_module("gossamer._C")
+    except ImportError as error:
+        return f"gossamer._C does not load: {error}"
+    return None
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why Triton cannot be used, or None when it can."""
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+@functools.cache
+def cuda_kernels_unavailable() -> str | None:
+    """Why the compiled CUDA kernels cannot be used, or None when they can."""
+    if reason := native_unavailable():
+        return reason
+    if not importlib.import_module("gossamer._C").with_cuda:
+        return "gossamer was built without CUDA sources (no nvcc at build time)"
+    return None
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why the backend ``name`` cannot serve tensors on ``device_type``, or None when it can."""
+    if name == "reference":
+        return None
+    if name == "native":
+        return native_unavailable() if device_type == "cpu" else f"native kernels run on the CPU, not on {device_type}"
+    if name == "triton":
+        if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return triton_unavailable()
+        return f"Triton kernels run on cuda (on the CPU only in its interpreter, TRITON_INTERPRET=1), not on {device_type}"
+    return cuda_kernels_unavailable() if device_type == "cuda" else f"CUDA kernels run on cuda, not on {device_type}"
+
+
+@functools.cache
+def _default(device_type: str) -> str:
+    preferred = {"cpu": "native", "cuda": "triton"}.get(device_type, "reference")
+    return "reference" if unavailable(preferred, device_type) else preferred
+
+
+def resolve(primitive: str, tensor: torch.Tensor) -> str:
+    """The backend that serves ``primitive`` for tensors like ``tensor``: the forced one, or the device's default.
+
+    Raises:
+        ValueError: the forced backend cannot serve this device.
+    """
+    device_type = tensor.device.type
+    if device_type == "meta":
+        return "native"
+    if _forced is None:
+        return _default(device_type)
+    if reason := unavailable(_forced, device_type):
+        raise ValueError(f'gossamer.backend("{_forced}") cannot serve {primitive} on {tensor.device}: {reason}')
+    return _forced
+
+
+@functools.cache
+def kernels(backend_name: str, primitive: str) -> ModuleType:
+    """The kernel module of ``primitive`` in a family, imported on first use."""
+    return importlib.import_module(f"{_FAMILIES[backend_name]}.{primitive}")

@@ -1,0 +1,58 @@
+"""Argument checks shared by the primitives: each raises before any launch, naming argument, rule and values."""
+
+from __future__ import annotations
+
+import torch
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """``value`` must be a torch.Tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], symbols: str) -> None:
+    """``tensor.shape`` must equal ``expected``, where None stands for any size; ``symbols`` is the shape as documented."""
+    check_tensor(name, tensor)
+    ok = tensor.dim() == len(expected)
+    ok = ok and all(e is None or tensor.shape[i] == e for i, e in enumerate(expected))
+    if not ok:
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape {symbols} = ({wanted}), got {tuple(tensor.shape)}")
+
+
+def check_same_device(**tensors: torch.Tensor | None) -> None:
+    """All tensors given must lie on the first one's device."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def check_same_dtype(**tensors: torch.Tensor | None) -> None:
+    """All tensors given must have the first one's dtype."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+
+
+def check_float(name: str, tensor: torch.Tensor, backend: str) -> None:
+    """``tensor`` must be float32, float16 or bfloat16; float64 too, except where Triton or CUDA kernels serve it."""
+    check_tensor(name, tensor)
+    if tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and backend in ("reference", "native")):
+        return
+    extra = ", or float64 on the CPU" if backend in ("triton", "cuda") else " or float64"
+    raise TypeError(f"{name} must be float32, float16, bfloat16{extra}, got {tensor.dtype} on {tensor.device}")
+
+
+def check_index(name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` must hold int32 or int64."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")

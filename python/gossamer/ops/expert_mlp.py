@@ -1,0 +1,312 @@
+"""The whole expert feed-forward layer as one operator: gather, GEMM with GLU, GEMM, weighted sum back to tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer import _backend
+from gossamer._activation import Activation, activate, as_activation
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops._registration import register
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.grouped_matmul import stored_transposed
+
+_ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
+_FORM = "str activation, float alpha, float limit, bool interleaved"
+
+
+def expert_mlp_reference(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    dispatch: Dispatch,
+    weights: torch.Tensor,
+    *,
+    activation: str | Activation = "swiglu",
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """:func:`expert_mlp` as a loop over experts in plain torch, differentiable, in any floating dtype."""
+    activation = as_activation(activation)
+    slots = dispatch.slots.long()
+    offsets = dispatch.offsets.tolist()
+    flat_weights = weights.reshape(-1)
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(x.shape, dtype=accumulate, device=x.device)
+    for e in range(dispatch.num_experts):
+        mine = slots[offsets[e] : offsets[e + 1]]
+        token = mine // dispatch.top_k
+        hidden = x.index_select(0, token) @ gate_up[e].T
+        if gate_up_bias is not None:
+            hidden = hidden + gate_up_bias[e]
+        out = activate(hidden, activation, interleaved) @ down[e].T
+        if down_bias is not None:
+            out = out + down_bias[e]
+        y = y.index_add(0, token, out.to(accumulate) * flat_weights[mine].to(accumulate).unsqueeze(1))
+    return y.to(x.dtype)
+
+
+def _forward(
+    x,
+    gate_up,
+    down,
+    gate_up_bias,
+    down_bias,
+    slots,
+    rows,
+    offsets,
+    weights,
+    activation,
+    alpha,
+    limit,
+    interleaved,
+    save_preact,
+    backend,
+):
+    return _backend.kernels(backend, "expert_mlp").expert_mlp(
+        x,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        slots,
+        rows,
+        offsets,
+        weights,
+        Activation(activation, alpha, limit),
+        interleaved,
+        save_preact,
+    )
+
+
+def _forward_fake(
+    x,
+    gate_up,
+    down,
+    gate_up_bias,
+    down_bias,
+    slots,
+    rows,
+    offsets,
+    weights,
+    activation,
+    alpha,
+    limit,
+    interleaved,
+    save_preact,
+    backend,
+):
+    preact = x.new_empty((slots.shape[0], gate_up.shape[1]) if save_preact else (0,))
+    return x.new_empty(x.shape), preact
+
+
+# preact (R, 2I) is sorted by expert, its columns in the order of gate_up's rows; empty unless save_preact.
+_expert_mlp = register(
+    "expert_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+    f"{_ROUTING}, {_FORM}, bool save_preact, str backend) -> (Tensor y, Tensor preact)",
+    _forward,
+    _forward_fake,
+)
+
+
+def _call_backward(dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest, overwrite):
+    name, alpha, limit, interleaved, needs, backend = rest
+    return _backend.kernels(backend, "expert_mlp").expert_mlp_backward(
+        dy,
+        x,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        slots,
+        rows,
+        offsets,
+        weights,
+        preact,
+        Activation(name, alpha, limit),
+        interleaved,
+        needs,
+        overwrite,
+    )
+
+
+def _backward_kernel(*args):
+    return _call_backward(*args, overwrite=False)
+
+
+def _backward_overwriting_kernel(*args):
+    return _call_backward(*args, overwrite=True)
+
+
+def _backward_fake(dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest):
+    needs = rest[4]
+    like = (x, gate_up, down, weights, gate_up_bias, down_bias)
+    grads = []
+    for need, t in zip(needs, like, strict=True):
+        if not need:
+            grads.append(x.new_empty(0))
+        elif t.dim() == 3 and stored_transposed(t):
+            grads.append(t.new_empty(t.shape[0], t.shape[2], t.shape[1]).transpose(1, 2))
+        else:
+            grads.append(t.new_empty(t.shape))
+    return tuple(grads)
+
+
+def _backward_schema(name: str, preact: str) -> str:
+    return (
+        f"{name}(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+        f"{_ROUTING}, {preact} preact, {_FORM}, bool[6] needs, str backend) -> "
+        "(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dweights, Tensor dgate_up_bias, Tensor ddown_bias)"
+    )
+
+
+# needs, and the results, are in the order x, gate_up, down, weights, gate_up_bias, down_bias; what is not needed is empty.
+_expert_mlp_backward = register(
+    _backward_schema("expert_mlp_backward", "Tensor"), _backward_kernel, _backward_fake
+)
+# The same with d(preact) written over preact, which is as large as all other activations together.
+_expert_mlp_backward_ = register(
+    _backward_schema("expert_mlp_backward_", "Tensor(a!)"), _backward_overwriting_kernel, _backward_fake
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, *form, save_preact, ctx.backend = inputs
+    ctx.form = form
+    _, preact = output
+    if not save_preact:
+        raise RuntimeError("gossamer::expert_mlp needs save_preact=True where a gradient is wanted")
+    ctx.mark_non_differentiable(preact)
+    ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact)
+
+
+def _may_overwrite_saved() -> bool:
+    """Whether this backward pass frees its graph, so that a saved tensor will not be read again."""
+    if torch.compiler.is_compiling():
+        return False
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is not None and not keeps_graph()
+
+
+def _backward(ctx, dy, _dpreact):
+    n = ctx.needs_input_grad
+    needs = [n[0], n[1], n[2], n[8], n[3], n[4]]
+    op = _expert_mlp_backward_ if _may_overwrite_saved() else _expert_mlp_backward
+    grads = op(dy, *ctx.saved_tensors, *ctx.form, needs, ctx.backend)
+    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = (
+        g if need else None for g, need in zip(grads, needs, strict=True)
+    )
+    return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, None, None, None, dweights, *[None] * 6
+
+
+torch.library.register_autograd("gossamer::expert_mlp", _backward, setup_context=_setup_context)
+
+
+def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Under ``torch.autocast`` the float tensors in its dtype, as ``nn.Linear`` would take them; otherwise as they are."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def expert_mlp(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    dispatch: Dispatch,
+    weights: torch.Tensor,
+    *,
+    activation: str | Activation = "swiglu",
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """The feed-forward layer of every token's experts: ``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
+
+    W1, b1, W2 and b2 are those of expert ``expert_ids[t,k]``. The backward pass keeps ``x``, the pre-activation
+    ``(R, 2I)`` and the routing, and recomputes the rest, after SonicMoE (Guo et al., 2025); the routing-weight gradient
+    is ``⟨dy·W2, act⟩``, so the expert outputs are not kept. Dropped slots add nothing and get zero gradient.
+
+    Args:
+        x: ``(T, H)``.
+        gate_up: ``(E, 2I, H)``, or ``(E, I, H)`` for an ungated activation. Transposed storage ``(E, H, 2I)`` is given
+            as ``gate_up.transpose(1, 2)`` and is not copied; so too for ``down``.
+        down: ``(E, H, I)``.
+        dispatch: from :func:`gossamer.dispatch`, with the same T and E.
+        weights: ``(T, K)`` routing weights; the dtype of ``x``, or float32.
+        activation: a name of :class:`gossamer.Activation`, or one with its constants.
+        gate_up_bias: ``(E, 2I)`` or ``(E, I)``, or None.
+        down_bias: ``(E, H)`` or None.
+        interleaved: whether gate and up alternate along 2I (gate even, up odd) instead of lying one after the other.
+
+    Returns:
+        ``(T, H)`` in the dtype of ``x``. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` all but
+        the routing weights are taken in its dtype.
+
+    Raises:
+        TypeError: a dtype is not supported, or dtypes differ.
+        ValueError: the activation is unknown, or shapes or devices do not fit each other or the dispatch.
+    """
+    activation = as_activation(activation)
+    backend = _backend.resolve("expert_mlp", x)
+    e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
+    check_shape("x", x, (t, None), "(T, H)")
+    h = x.shape[1]
+    check_shape("down", down, (e, h, None), "(E, H, I)")
+    wide = activation.halves * down.shape[2]
+    check_shape("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
+    check_tensor("weights", weights)
+    check_shape("weights", weights, (t, k), "(T, K)")
+    if gate_up_bias is not None:
+        check_shape("gate_up_bias", gate_up_bias, (e, wide), f"(E, {'2I' if activation.gated else 'I'})")
+    if down_bias is not None:
+        check_shape("down_bias", down_bias, (e, h), "(E, H)")
+    x, gate_up, down, gate_up_bias, down_bias = _autocast(x, gate_up, down, gate_up_bias, down_bias)
+    check_float("x", x, backend)
+    check_same_dtype(x=x, gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    if weights.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"weights must have the dtype of x, {x.dtype}, or torch.float32, got {weights.dtype}")
+    check_same_device(
+        x=x,
+        gate_up=gate_up,
+        down=down,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        weights=weights,
+        dispatch=dispatch.slots,
+    )
+    if backend == "reference":
+        return expert_mlp_reference(
+            x,
+            gate_up,
+            down,
+            dispatch,
+            weights,
+            activation=activation,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            interleaved=interleaved,
+        )
+    differentiable = (x, gate_up, down, gate_up_bias, down_bias, weights)
+    save_preact = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
+    y, _ = _expert_mlp(
+        x,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        dispatch.slots,
+        dispatch.rows,
+        dispatch.offsets,
+        weights,
+        activation.name,
+        activation.alpha,
+        activation.limit,
+        interleaved,
+        save_preact,
+        backend,
+    )
+    return y

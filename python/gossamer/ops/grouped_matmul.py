@@ -1,0 +1,161 @@
+"""Matrix products over ragged groups of rows, gathered and scattered inside the kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer import _backend
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape
+from gossamer.ops._registration import register
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.gather_reduce import sum_slots
+
+
+def grouped_matmul_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dispatch: Dispatch,
+    *,
+    bias: torch.Tensor | None = None,
+    x_grouped: bool = False,
+    y_grouped: bool = False,
+) -> torch.Tensor:
+    """:func:`grouped_matmul` as a loop over experts in plain torch, differentiable, in any floating dtype."""
+    slots = dispatch.slots.long()
+    offsets = dispatch.offsets.tolist()
+    xs = x if x_grouped else x.index_select(0, slots // dispatch.top_k)
+    parts = []
+    for e in range(dispatch.num_experts):
+        part = xs[offsets[e] : offsets[e + 1]] @ weight[e].T
+        parts.append(part if bias is None else part + bias[e])
+    parts.append(xs.new_zeros(dispatch.num_rows - offsets[-1], weight.shape[1]))
+    y = torch.cat(parts)
+    if y_grouped:
+        return y
+    return y.index_select(0, dispatch.rows.long()).view(dispatch.num_tokens, dispatch.top_k, -1)
+
+
+def _forward(x, weight, bias, slots, rows, offsets, x_div, y_grouped, backend):
+    return _backend.kernels(backend, "grouped_matmul").grouped_matmul(
+        x, weight, bias, slots, rows, offsets, x_div, y_grouped
+    )
+
+
+def _forward_fake(x, weight, bias, slots, rows, offsets, x_div, y_grouped, backend):
+    return x.new_empty(slots.shape[0], weight.shape[1])
+
+
+# Row r of the product reads row r of x when x_div is 0, else row slots[r] // x_div: K for token order, 1 for slot order.
+_grouped_matmul = register(
+    "grouped_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor rows, Tensor offsets, int x_div, "
+    "bool y_grouped, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+
+
+def _dweight(x, dy, slots, offsets, x_div, dy_div, transposed, with_bias, backend):
+    return _backend.kernels(backend, "grouped_matmul").grouped_matmul_dweight(
+        x, dy, slots, offsets, x_div, dy_div, transposed, with_bias
+    )
+
+
+def _dweight_fake(x, dy, slots, offsets, x_div, dy_div, transposed, with_bias, backend):
+    e, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
+    dweight = x.new_empty(e, c, n).transpose(1, 2) if transposed else x.new_empty(e, n, c)
+    return dweight, x.new_empty((e, n) if with_bias else (0,))
+
+
+# dweight[e] = sum over rows r of e of dy[g(r)]ᵀ x[g'(r)] (E, N, C), stored (E, C, N) when transposed; dbias[e] = sum of dy[g(r)].
+_grouped_matmul_dweight = register(
+    "grouped_matmul_dweight(Tensor x, Tensor dy, Tensor slots, Tensor offsets, int x_div, int dy_div, bool transposed, "
+    "bool with_bias, str backend) -> (Tensor dweight, Tensor dbias)",
+    _dweight,
+    _dweight_fake,
+)
+
+
+def stored_transposed(weight: torch.Tensor) -> bool:
+    """Whether ``weight (E, N, C)`` is a view of ``(E, C, N)`` storage, so that a gradient laid out alike needs no copy."""
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, slots, rows, offsets, ctx.x_div, ctx.y_grouped, ctx.backend = inputs
+    ctx.with_bias = bias is not None
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, slots, rows, offsets)
+    ctx.x_shape, ctx.transposed = x.shape, stored_transposed(weight)
+
+
+def _backward(ctx, dy):
+    x, weight, slots, rows, offsets = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dy_div = 0 if ctx.y_grouped else 1
+    dx = dweight = dbias = None
+    if needs_x:
+        # dX is the same product with the weight transposed; rows that one x row fed are summed after it.
+        dx = _grouped_matmul(
+            dy, weight.transpose(1, 2), None, slots, rows, offsets, dy_div, ctx.x_div != 1, ctx.backend
+        )
+        if ctx.x_div > 1:
+            dx = sum_slots(dx, rows, offsets, ctx.x_div, None, ctx.backend)
+    if needs_weight:
+        dweight, dbias = _grouped_matmul_dweight(
+            x, dy, slots, offsets, ctx.x_div, dy_div, ctx.transposed, needs_bias, ctx.backend
+        )
+    elif needs_bias:
+        # A product with one column of ones: the bias gradient alone is rarely wanted, so it gets no kernel of its own.
+        ones = dy.new_ones(slots.shape[0], 1)
+        dbias, _ = _grouped_matmul_dweight(ones, dy, slots, offsets, 0, dy_div, False, False, ctx.backend)
+        dbias = dbias.squeeze(-1)
+    return dx, dweight, dbias if needs_bias else None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("gossamer::grouped_matmul", _backward, setup_context=_setup_context)
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dispatch: Dispatch,
+    *,
+    bias: torch.Tensor | None = None,
+    x_grouped: bool = False,
+    y_grouped: bool = False,
+) -> torch.Tensor:
+    """Multiply each assignment's row by its expert's weight: ``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``.
+
+    Args:
+        x: ``(T, C)`` in token order, or ``(R, C)`` in expert-sorted order when ``x_grouped``.
+        weight: ``(E, N, C)`` as in ``nn.Linear``; transposed storage ``(E, C, N)`` is given as
+            ``weight.transpose(1, 2)`` and is not copied. Same dtype as ``x``.
+        dispatch: from :func:`gossamer.dispatch`, with the same T and E.
+        bias: ``(E, N)`` or None, same dtype as ``x``.
+        x_grouped: whether ``x`` is already sorted by expert.
+        y_grouped: whether the result stays sorted by expert.
+
+    Returns:
+        ``(T, K, N)`` in slot order, or ``(R, N)`` sorted when ``y_grouped``; rows of dropped slots are zero, and give
+        zero gradient. Accumulated in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype is not supported, or dtypes differ.
+        ValueError: shapes or devices do not fit each other or the dispatch.
+    """
+    backend = _backend.resolve("grouped_matmul", x)
+    check_float("x", x, backend)
+    e = dispatch.num_experts
+    check_shape("weight", weight, (e, None, None), "(E, N, C)")
+    n, c = weight.shape[1:]
+    x_rows, symbols = (dispatch.num_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
+    check_shape("x", x, (x_rows, c), symbols)
+    if bias is not None:
+        check_shape("bias", bias, (e, n), "(E, N)")
+    check_same_dtype(x=x, weight=weight, bias=bias)
+    check_same_device(x=x, weight=weight, bias=bias, dispatch=dispatch.slots)
+    if backend == "reference":
+        return grouped_matmul_reference(x, weight, dispatch, bias=bias, x_grouped=x_grouped, y_grouped=y_grouped)
+    x_div = 0 if x_grouped else dispatch.top_k
+    y = _grouped_matmul(x, weight, bias, dispatch.slots, dispatch.rows, dispatch.offsets, x_div, y_grouped, backend)
+    return y if y_grouped else y.view(dispatch.num_tokens, dispatch.top_k, n)

@@ -1,0 +1,143 @@
+"""Build script: the pybind11 extension ``gossamer._C`` from ``csrc/``, optional everywhere.
+
+The extension knows nothing of torch, so one build serves every torch version. With no C++ compiler the package installs
+without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` forbids or requires them and
+``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. No GPU is queried.
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
+
+
+def find_nvcc():
+    """Path of nvcc, or None: CUDA_HOME, CUDA_PATH, the search path, then the usual folder."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (path := Path(home, "bin", "nvcc")).is_file():
+            return str(path)
+    return shutil.which("nvcc") or next(iter(glob.glob("/usr/local/cuda/bin/nvcc")), None)
+
+
+def cuda_requested():
+    """Decide from GOSSAMER_CUDA and the presence of nvcc whether CUDA sources are built; returns nvcc's path or None."""
+    wish = os.environ.get("GOSSAMER_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"GOSSAMER_CUDA must be 0, 1 or auto, got {wish!r}")
+    if wish == "0":
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None and wish == "1":
+        raise SystemExit("GOSSAMER_CUDA=1, but nvcc was not found; set CUDA_HOME or put nvcc on PATH")
+    return nvcc
+
+
+def cuda_gencodes(nvcc):
+    """``-gencode`` flags for the wanted architectures that this nvcc knows, and PTX of the newest plain one."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    wanted = os.environ.get("GOSSAMER_CUDA_ARCHS")
+    archs = [a for a in re.split(r"[;, ]+", wanted) if a] if wanted else list(DEFAULT_CUDA_ARCHS)
+    bad = [a for a in archs if not re.fullmatch(r"\d+[af]?", a)]
+    if bad:
+        raise SystemExit(f"GOSSAMER_CUDA_ARCHS: {bad} are no architectures; write them as in '80;90a;100a'")
+    usable = [a for a in archs if a.rstrip("af") in known]
+    if not usable:
+        raise SystemExit(f"nvcc knows none of the architectures {archs}; it knows {sorted(known, key=int)}")
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in usable]
+    newest = max((a.rstrip("af") for a in usable), key=int)
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def cudart_static_dir(nvcc):
+    """Folder of libcudart_static.a, or None."""
+    root = Path(nvcc).resolve().parent.parent
+    for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "targets/aarch64-linux/lib"):
+        if (root / sub / "libcudart_static.a").is_file():
+            return root / sub
+    return None
+
+
+class BuildExt(build_ext):
+    """build_ext that compiles ``.cu`` files with nvcc and goes on without the extension where nothing can compile it."""
+
+    def build_extension(self, ext):
+        cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
+        ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
+        if cuda_sources:
+            ext.extra_objects = [*ext.extra_objects, *self.compile_cuda(cuda_sources)]
+        super().build_extension(ext)
+
+    def compile_cuda(self, sources):
+        nvcc = cuda_requested()
+        gencodes = cuda_gencodes(nvcc)
+        objects = []
+        for source in sources:
+            target = Path(self.build_temp, source).with_suffix(".cu.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++20", "-Icsrc"]
+            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *gencodes]
+            print(" ".join(command), file=sys.stderr)
+            subprocess.run(command, check=True)
+            objects.append(str(target))
+        return objects
+
+
+def extension():
+    """The description of ``gossamer._C``."""
+    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    libraries, library_dirs, macros, link_args = [], [], [], ["-fopenmp"]
+    nvcc = cuda_requested()
+    cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))
+    if nvcc and cuda_sources:
+        cudart = cudart_static_dir(nvcc)
+        if cudart is None:
+            message = f"libcudart_static.a was not found beside {nvcc}"
+            if os.environ.get("GOSSAMER_CUDA") == "1":
+                raise SystemExit(message)
+            print(f"{message}; building without CUDA", file=sys.stderr)
+        else:
+            sources += cuda_sources
+            library_dirs.append(str(cudart))
+            libraries += ["cudart_static", "dl", "rt", "pthread"]
+            macros.append(("GOSSAMER_WITH_CUDA", "1"))
+    ext = Pybind11Extension(
+        "gossamer._C",
+        sources,
+        include_dirs=["csrc"],
+        depends=sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)),
+        cxx_std=20,
+        define_macros=macros,
+        libraries=libraries,
+        library_dirs=library_dirs,
+        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
+        extra_link_args=link_args,
+    )
+    ext.optional = os.environ.get("GOSSAMER_CUDA") != "1"
+    return ext
+
+
+setup(
+    packages=[
+        "gossamer",
+        "gossamer.ops",
+        "gossamer.nn",
+        "gossamer.integrations",
+        "gossamer.cpu_kernels",
+        "gossamer.triton_kernels",
+        "gossamer.bench",
+    ],
+    package_dir={"": "python", "gossamer.triton_kernels": "triton_kernels", "gossamer.bench": "bench"},
+    package_data={"gossamer": ["py.typed"]},
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExt},
+)
