@@ -1,0 +1,171 @@
+"""Compile the Triton kernels ahead of time, with no GPU, and show what each needs of the machine.
+
+``python tests/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers and
+spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
+any. With no ``--arch`` it does sm_80, sm_90 and sm_100, with no module all of them.
+
+Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
+
+    def aot_cases(arch: int) -> list[tuple[kernel, dict, dict, dict]]
+
+with ``arch`` 80, 90 or 100, and one ``(kernel, signature, constexprs, options)`` for each variant worth compiling:
+
+* ``signature`` gives each runtime argument its type, ``"*bf16"``, ``"i32"``, ``"fp32"``; with ``":16"`` appended it is
+  taken for divisible by 16, as Triton takes aligned pointers and round sizes at launch;
+* ``constexprs`` gives each ``tl.constexpr`` parameter its value, and None to a pointer that is not passed;
+* ``options`` is ``{"num_warps": ..., "num_stages": ...}``.
+
+Kernels are the ``@triton.jit`` functions whose names end in ``_kernel``; each must have a case.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # read at import: interpreted kernels cannot be compiled
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import gossamer.triton_kernels
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+NOT_KERNELS = ("__init__", "common")
+
+
+def modules() -> list[str]:
+    """Names of the kernel modules."""
+    folder = Path(gossamer.triton_kernels.__file__).parent
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in NOT_KERNELS)
+
+
+@functools.cache
+def _cases(module_name: str, arch: int) -> list[tuple]:
+    return importlib.import_module(f"gossamer.triton_kernels.{module_name}").aot_cases(arch)
+
+
+def uncovered(module_name: str, arch: int) -> list[str]:
+    """Kernels of a module for which ``aot_cases`` has no case."""
+    module = importlib.import_module(f"gossamer.triton_kernels.{module_name}")
+    kernels = {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
+    return sorted(kernels - {case[0].__name__ for case in _cases(module_name, arch)})
+
+
+def _label(signature: dict, constexprs: dict) -> str:
+    dtype = next((t.split(":")[0][1:] for t in signature.values() if re.match(r"\*(fp|bf)", t)), "")
+    return " ".join([dtype, *(f"{k}={v}" for k, v in constexprs.items() if v is not None)]).strip()
+
+
+def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
+    types, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constexprs:
+            types[name] = "constexpr"
+            continue
+        if name not in signature:
+            raise ValueError(f"{kernel.__name__}: aot_cases gives argument {name!r} neither a type nor a value")
+        types[name], _, divisor = signature[name].partition(":")
+        if divisor:
+            attrs[(i,)] = [["tt.divisibility", int(divisor)]]
+    unknown = (signature.keys() | constexprs.keys()) - set(kernel.arg_names)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}, which aot_cases names")
+    return ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attrs)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory a thread, which is where registers spill to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _matrix_instruction(ptx: str) -> str:
+    found = (name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx)
+    return next(found, "")
+
+
+def compile_case(module_name: str, arch: int, number: int) -> dict:
+    """Compile one case; returns its row of the table, with ``error`` set when it breaks a limit or does not compile."""
+    kernel, signature, constexprs, options = _cases(module_name, arch)[number]
+    row = {"module": module_name, "kernel": kernel.__name__, "arch": arch, "case": _label(signature, constexprs)}
+    try:
+        source = _source(kernel, signature, constexprs)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    except Exception:  # any failure of the compiler is a result to show
+        return row | {"error": traceback.format_exc()}
+    registers, spills = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    problems = []
+    if spills:
+        problems.append(f"spills {spills} bytes a thread")
+    if shared > SHARED_LIMIT[arch]:
+        problems.append(f"shared memory {shared} over the limit {SHARED_LIMIT[arch]}")
+    numbers = {
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "mma": _matrix_instruction(compiled.asm["ptx"]),
+    }
+    return row | numbers | {"error": "; ".join(problems)}
+
+
+def compile_all(archs: list[int], names: list[str], jobs: int) -> list[dict]:
+    """Compile every case of the modules for every architecture in ``jobs`` processes."""
+    tasks = [(n, a, i) for n in names for a in archs for i in range(len(_cases(n, a)))]
+    rows = []
+    for name in names:
+        for arch in archs:
+            for kernel in uncovered(name, arch):
+                rows.append(
+                    {"module": name, "kernel": kernel, "arch": arch, "case": "", "error": "no case in aot_cases"}
+                )
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        rows += pool.map(compile_case, *zip(*tasks, strict=True)) if tasks else []
+    return rows
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("modules", nargs="*", help="modules of triton_kernels/ (default: all)")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    args = parser.parse_args()
+    rows = compile_all(args.arch or sorted(SHARED_LIMIT), args.modules or modules(), args.jobs)
+    if args.json:
+        json.dump(rows, sys.stdout)
+        return 0
+    print(f"{'kernel':32} {'arch':>4} {'regs':>4} {'spill':>5} {'shared':>7}  {'mma':15} case")
+    for row in rows:
+        if "registers" in row:
+            sizes = f"{row['registers']:4} {row['spills']:5} {row['shared']:7}  {row['mma']:15}"
+        else:
+            sizes = f"{'-':>4} {'-':>5} {'-':>7}  {'':15}"
+        print(f"{row['kernel']:32} {row['arch']:4} {sizes} {row['case']}")
+        if row["error"]:
+            print(f"  ERROR: {row['error']}")
+    return 1 if any(row["error"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
