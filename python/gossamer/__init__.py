@@ -2,6 +2,7 @@
 
 from gossamer._activation import Activation
 from gossamer._backend import backend
+from gossamer.integrations import replace, restore
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
@@ -17,4 +18,6 @@ __all__ = [
     "expert_mlp",
     "gather_reduce",
     "grouped_matmul",
+    "replace",
+    "restore",
 ]

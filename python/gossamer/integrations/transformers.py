@@ -1,0 +1,293 @@
+"""Hugging Face transformers 5: gossamer as an experts implementation.
+
+Importing this module registers :func:`experts_forward` under the name ``"gossamer"``, after which
+``from_pretrained(..., experts_implementation="gossamer")`` and ``model.set_experts_implementation("gossamer")`` work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        "gossamer's transformers integration needs transformers 5: pip install 'gossamer[transformers]'"
+    ) from error
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError as error:
+    raise ImportError(
+        f"gossamer's transformers integration needs transformers 5 or later, got {transformers.__version__}: "
+        "pip install 'gossamer[transformers]'"
+    ) from error
+
+from gossamer import _backend
+from gossamer.integrations._gates import fused_activation
+from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES
+from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer.ops.expert_mlp import expert_mlp
+from gossamer.ops.gather_reduce import gather_reduce_reference, sum_slots
+from gossamer.ops.grouped_matmul import grouped_matmul
+
+NAME = "gossamer"
+
+
+def _dispatch(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
+    ids = top_k_index if top_k_index.dtype in INDEX_DTYPES else top_k_index.long()
+    top_k = ids.shape[1]
+    if top_k <= num_experts:
+        return dispatch(ids, num_experts)
+    # Expert parallelism can leave a rank fewer experts than K. Ids from num_experts on are foreign whatever they are,
+    # so they may be sorted as experts whose rows lie past the last offset kept.
+    wide = dispatch(ids, top_k)
+    return dataclasses.replace(wide, offsets=wide.offsets[: num_experts + 1], num_experts=num_experts)
+
+
+def _combine(rows: torch.Tensor, routing: Dispatch, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of the expert-sorted ``rows (R, H)`` back to tokens ``(T, H)``."""
+    backend = _backend.resolve("gather_reduce", rows)
+    if backend == "reference":
+        index = routing.rows.view(routing.num_tokens, routing.top_k)
+        return gather_reduce_reference(rows, index, weights=weights, limit=routing.offsets[-1:])
+    return sum_slots(rows, routing.rows, routing.offsets, routing.top_k, weights, backend)
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype products run in: autocast's where it is on, as for ``nn.Linear``, else that of the weights."""
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def experts_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Forward of an experts module: ``y[t] = Σ_k top_k_weights[t,k]·expert_{top_k_index[t,k]}(hidden_states[t])``.
+
+    Where the module's activation is one that gossamer fuses, the layer is :func:`gossamer.expert_mlp`. Otherwise its
+    own ``_apply_gate`` or ``act_fn``, and its norm after each expert, run between two :func:`gossamer.grouped_matmul`.
+
+    Args:
+        self: an instance of a class decorated with transformers' ``use_experts_implementation``.
+        hidden_states: ``(T, H)``; taken in the dtype of the weights, or of autocast, as transformers' own grouped
+            implementation does.
+        top_k_index: ``(T, K)`` expert ids; those of ``num_experts`` and more are dropped.
+        top_k_weights: ``(T, K)`` routing weights of any floating dtype.
+
+    Returns:
+        ``(T, H)`` in the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: the weights are in a dtype without kernels.
+        ValueError: shapes do not fit, or (on the CPU) an id is negative.
+    """
+    has_gate, has_bias = getattr(self, "has_gate", True), self.has_bias
+    up = self.gate_up_proj if has_gate else self.up_proj
+    up_bias = (self.gate_up_proj_bias if has_gate else self.up_proj_bias) if has_bias else None
+    down, down_bias = self.down_proj, self.down_proj_bias if has_bias else None
+    if self.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    dtype = _compute_dtype(up)
+    x = hidden_states.to(dtype)
+    up, down, up_bias, down_bias = (t if t is None else t.to(dtype) for t in (up, down, up_bias, down_bias))
+    weights = top_k_weights if top_k_weights.dtype in (dtype, torch.float32) else top_k_weights.float()
+    routing = _dispatch(top_k_index, up.shape[0])
+    activation, interleaved, _ = fused_activation(self)
+    if activation is not None:
+        y = expert_mlp(
+            x,
+            up,
+            down,
+            routing,
+            weights,
+            activation=activation,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
+            interleaved=interleaved,
+        )
+        return y.to(hidden_states.dtype)
+    rows = grouped_matmul(x, up, routing, bias=up_bias, y_grouped=True)
+    rows = self._apply_gate(rows) if has_gate else self.act_fn(rows)
+    rows = grouped_matmul(rows.to(dtype), down, routing, bias=down_bias, x_grouped=True, y_grouped=True)
+    if getattr(self, "has_post_expert_norm", False):
+        rows = self.post_expert_norm(rows)
+    return _combine(rows, routing, weights).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+@dataclass(frozen=True)
+class SwitchedModule:
+    """One experts module that gossamer computes now.
+
+    Attributes:
+        name: its path in the model.
+        class_name: of the module.
+        fused: whether the whole layer is one operator.
+        detail: the fused activation, or why the general way is taken.
+    """
+
+    name: str
+    class_name: str
+    fused: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """One experts module left alone, and why."""
+
+    name: str
+    class_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What :func:`gossamer.replace` did."""
+
+    switched: tuple[SwitchedModule, ...]
+    skipped: tuple[SkippedModule, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"gossamer computes {len(self.switched)} of {len(self.switched) + len(self.skipped)} experts modules"]
+        lines += [
+            f"  {m.name or '(the model itself)'}: {m.class_name}, {'fused' if m.fused else 'general'}: {m.detail}"
+            for m in self.switched
+        ]
+        lines += [f"  {m.name or '(the model itself)'}: {m.class_name}, left alone: {m.reason}" for m in self.skipped]
+        return "\n".join(lines)
+
+
+_previous: weakref.WeakKeyDictionary[nn.Module, list[tuple[object, str | None]]] = weakref.WeakKeyDictionary()
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether the class went through ``use_experts_implementation``, which leaves these attributes on its instances."""
+    return all(name in module.__dict__ for name in ("config", "has_bias", "is_transposed"))
+
+
+def _expert_weights(experts: nn.Module) -> list[tuple[str, torch.Tensor | None]]:
+    up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    names = [up, "down_proj", *((up + "_bias", "down_proj_bias") if experts.has_bias else ())]
+    return [(name, getattr(experts, name, None)) for name in names]
+
+
+def _obstacle(experts: nn.Module) -> str | None:
+    """Why gossamer cannot compute this module, or None when it can."""
+    if getattr(experts.config, "_experts_implementation", None) == "deepgemm_megamoe":
+        return "deepgemm_megamoe rewrites the weights at load time, so it cannot be left afterwards"
+    forward = type(experts).forward
+    freevars = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    if "experts_interface" in freevars:
+        interface = freevars["experts_interface"].cell_contents
+        if NAME not in interface:
+            return f"it is quantised: {type(interface).__name__} takes no float implementation"
+    for name, weight in _expert_weights(experts):
+        if not isinstance(weight, torch.Tensor):
+            return f"it has no tensor {name}"
+        device_type = weight.device.type
+        allowed = (*FLOAT_DTYPES, torch.float64) if device_type in ("cpu", "meta") else FLOAT_DTYPES
+        if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+            return f"it is quantised: {name} is {weight.dtype}"
+        if is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor":
+            return f"it is quantised: {name} is a {type(weight).__name__}"
+        if device_type not in ("cpu", "cuda", "meta"):
+            return f"{name} is on {weight.device}; there are kernels for cpu and cuda"
+        if weight.dtype not in allowed:
+            return f"{name} is {weight.dtype} on {weight.device}; there are kernels for {', '.join(map(str, allowed))}"
+    return None
+
+
+def _set_implementation(config: object, value: str | None) -> None:
+    # The property itself would also write every sub-config, whose modules may be none of ours.
+    name = "_experts_implementation_internal"
+    setattr(config, name if hasattr(config, name) else "_experts_implementation", value)
+
+
+def _configs(model: nn.Module) -> list[object]:
+    """Every distinct config held by a module of ``model`` that names an experts implementation."""
+    found: dict[int, object] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if hasattr(config, "_experts_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _no_experts(model: nn.Module) -> str:
+    foreign = sorted(
+        {type(m).__name__ for m in model.modules() if "Experts" in type(m).__name__ or "MoE" in type(m).__name__}
+    )
+    hint = f"; {', '.join(foreign)} do not use that interface" if foreign else ""
+    return (
+        f"model must hold experts modules that use transformers' use_experts_implementation, got none in "
+        f"{type(model).__name__}{hint}"
+    )
+
+
+def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
+    """:func:`gossamer.replace`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    experts = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+    if not experts and strict:
+        raise ValueError(_no_experts(model))
+    skipped = [
+        SkippedModule(name, type(module).__name__, reason) for name, module in experts if (reason := _obstacle(module))
+    ]
+    if skipped and strict:
+        raise ValueError(
+            "model has experts modules that gossamer cannot compute: "
+            + "; ".join(f"{m.name} ({m.class_name}): {m.reason}" for m in skipped)
+        )
+    blocked_names = {m.name for m in skipped}
+    blocked = {id(module.config): name for name, module in experts if name in blocked_names}
+    switched, targets = [], {}
+    for name, module in experts:
+        if name in blocked_names:
+            continue
+        if id(module.config) in blocked:
+            reason = f"it shares its config with {blocked[id(module.config)]}, which cannot be switched"
+            skipped.append(SkippedModule(name, type(module).__name__, reason))
+            continue
+        targets[id(module.config)] = module.config
+        activation, interleaved, reason = fused_activation(module)
+        detail = reason
+        if activation is not None:
+            constants = f"(alpha={activation.alpha:g}, limit={activation.limit:g})"
+            detail = activation.name + (constants if activation.name == "clamped_swiglu" else "")
+            detail += ", interleaved" if interleaved else ""
+        switched.append(SwitchedModule(name, type(module).__name__, activation is not None, detail))
+    before = [(config, config._experts_implementation) for config in _configs(model)]
+    if isinstance(model, transformers.PreTrainedModel) and switched and not skipped:
+        model.set_experts_implementation(NAME)
+    for config in targets.values():
+        _set_implementation(config, NAME)
+    if switched:
+        _previous.setdefault(model, before)
+    return Replacement(tuple(switched), tuple(skipped))
+
+
+def restore(model: nn.Module) -> None:
+    """:func:`gossamer.restore`."""
+    before = _previous.pop(model, None) if isinstance(model, nn.Module) else None
+    if before is None:
+        raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")
+    for config, implementation in before:
+        _set_implementation(config, implementation)
