@@ -1,0 +1,279 @@
+"""What the kernels share: the list of row tiles of ragged groups, operand loads, and activations."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TMA_ARCH = 90
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch shape: block sizes, warps, pipeline stages, and whether programs loop over tiles.
+
+    ``block_n`` counts output columns of one accumulator; ``group_m`` row tiles share their weight tiles in L2.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    persistent: bool = False
+
+    def options(self) -> dict[str, int]:
+        """The launch options that are no kernel arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def constants(self) -> dict[str, int | bool]:
+        """The compile-time arguments that every tiled kernel takes."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "FLATTEN": self.persistent,
+        }
+
+
+@functools.cache
+def _cuda_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(tensor: torch.Tensor) -> int:
+    """Compute capability of the tensor's device as ``10·major + minor``; 80 for the interpreter on the CPU."""
+    return _cuda_arch(tensor.device.index) if tensor.is_cuda else 80
+
+
+@functools.cache
+def _cuda_sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def grid_size(num_tiles: int, tile: Tile, tensor: torch.Tensor) -> int:
+    """Programs to launch for at most ``num_tiles`` tiles: one each, or one for each multiprocessor when persistent."""
+    if not tile.persistent:
+        return num_tiles
+    return min(num_tiles, _cuda_sm_count(tensor.device.index) if tensor.is_cuda else 4)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: TF32 only where torch's own matmuls may use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def unit_columns(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself when its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def can_describe(x: torch.Tensor, arch: int) -> bool:
+    """Whether a TMA descriptor may cover ``x``: the hardware has it, and base, strides and sizes fit its rules."""
+    size = x.element_size()
+    return (
+        arch >= TMA_ARCH
+        and x.numel() > 0
+        and size < 8
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s > 0 and s * size % 16 == 0 and s * size < 2**40 for s in x.stride()[:-1])
+        and all(n < 2**31 for n in x.shape)
+    )
+
+
+def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of ``x`` for blocks of the given shape."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def max_row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """An upper bound of the row tiles of E groups and the dropped tail, whatever the routing."""
+    return min(num_rows, num_rows // block_m + num_experts + 1)
+
+
+# The table of row tiles: int32, [0] the number of live tiles, [1] live and dropped ones, then `capacity` entries each of
+# expert, first row, and end row of its group. Dropped tiles come last, with expert E.
+TABLE_HEAD = 2
+
+
+@triton.jit(do_not_specialize=["num_rows", "capacity"])
+def _row_tiles_kernel(
+    offsets_ptr, table_ptr, num_rows, num_experts, capacity, BLOCK_M: tl.constexpr, TILES: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    expert = tl.zeros((TILES,), tl.int32)
+    first_tile = tl.zeros((TILES,), tl.int32)
+    total = 0
+    live = 0
+    for e0 in range(0, num_experts + 1, BLOCK_E):
+        e = e0 + tl.arange(0, BLOCK_E)
+        start = tl.load(offsets_ptr + e, e <= num_experts, other=0)
+        # The dropped tail is group E: from offsets[E] to the last row.
+        end = tl.load(offsets_ptr + e + 1, e < num_experts, other=0)
+        end = tl.where(e == num_experts, num_rows, end)
+        tiles = tl.where(e <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+        after = total + tl.cumsum(tiles, 0)
+        passed = (after[None, :] <= tile[:, None]) & (e <= num_experts)[None, :]
+        expert += tl.sum(passed.to(tl.int32), 1)
+        first_tile = tl.maximum(first_tile, tl.max(tl.where(passed, after[None, :], 0), 1))
+        live += tl.sum(tl.where(e < num_experts, tiles, 0), 0)
+        total += tl.sum(tiles, 0)
+    if tl.program_id(0) == 0:
+        tl.store(table_ptr, live)
+        tl.store(table_ptr + 1, total)
+    inside = (tile < total) & (tile < capacity)
+    row = tl.load(offsets_ptr + expert, inside, other=0) + (tile - first_tile) * BLOCK_M
+    end = tl.load(offsets_ptr + expert + 1, inside & (expert < num_experts), other=0)
+    end = tl.where(expert == num_experts, num_rows, end)
+    tl.store(table_ptr + 2 + tile, expert, inside)
+    tl.store(table_ptr + 2 + capacity + tile, row, inside)
+    tl.store(table_ptr + 2 + 2 * capacity + tile, end, inside)
+
+
+def row_tiles(offsets: torch.Tensor, num_rows: int, block_m: int) -> tuple[torch.Tensor, int]:
+    """The table of row tiles for groups at ``offsets (E+1,)``, built on the device, and its capacity."""
+    num_experts = offsets.shape[0] - 1
+    capacity = max_row_tiles(num_rows, num_experts, block_m)
+    table = torch.empty(TABLE_HEAD + 3 * capacity, dtype=torch.int32, device=offsets.device)
+    tiles = 64
+    _row_tiles_kernel[(triton.cdiv(capacity, tiles),)](
+        offsets, table, num_rows, num_experts, capacity, BLOCK_M=block_m, TILES=tiles, BLOCK_E=64, num_warps=4
+    )
+    return table, capacity
+
+
+@triton.jit
+def tile_coordinates(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile of the ``tile``-th one: GROUP_M row tiles by all column tiles at a time, for L2."""
+    in_group = GROUP_M * num_n
+    first_m = tile // in_group * GROUP_M
+    size_m = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + tile % in_group % size_m, tile % in_group // size_m
+
+
+@triton.jit
+def row_tile(table_ptr, capacity, m):
+    """Expert, first row and end row of row tile ``m``."""
+    entry = table_ptr + 2 + m
+    return tl.load(entry), tl.load(entry + capacity), tl.load(entry + 2 * capacity)
+
+
+@triton.jit
+def load_rows(x, x_rows, row, k0, C, X_TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``[BLOCK_M, BLOCK_K]`` of the left operand: by descriptor from ``row`` on, else through row pointers ``x_rows``."""
+    if X_TMA:
+        return x.load([row, k0])
+    else:
+        k = k0 + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            return tl.load(x_rows + k[None, :])
+        else:
+            return tl.load(x_rows + k[None, :], mask=k[None, :] < C, other=0.0)
+
+
+@triton.jit
+def load_weight(
+    w,
+    expert,
+    n0,
+    k0,
+    N,
+    C,
+    stride_e,
+    stride_n,
+    stride_k,
+    W_TMA: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``[BLOCK_K, BLOCK_N]`` of one expert's weight, whichever of its two dimensions is contiguous in memory."""
+    if W_TMA:
+        if W_TRANSPOSED:
+            return tl.reshape(w.load([expert, k0, n0]), (BLOCK_K, BLOCK_N))
+        else:
+            return tl.trans(tl.reshape(w.load([expert, n0, k0]), (BLOCK_N, BLOCK_K)))
+    else:
+        k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+        n = (n0 + tl.arange(0, BLOCK_N))[None, :]
+        ptrs = w + expert.to(tl.int64) * stride_e + n.to(tl.int64) * stride_n + k.to(tl.int64) * stride_k
+        if EVEN_K:
+            return tl.load(ptrs, mask=n < N, other=0.0)
+        else:
+            return tl.load(ptrs, mask=(n < N) & (k < C), other=0.0)
+
+
+@triton.jit
+def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of ``x [ROWS, COLUMNS]``, a renaming of registers.
+
+    Epilogues work on one part of an accumulator after the other, so that what they compute does not spill.
+    """
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent by one exponential, exact at both ends."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - t) / (1.0 + t)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def activation(g, alpha, limit, ACT: tl.constexpr):
+    """Value and derivative of the activation ``ACT`` (a code of gossamer.Activation) at the gate ``g``, in float32."""
+    if ACT == 0:
+        s = tl.sigmoid(g)
+        return g * s, s * (1.0 + g * (1.0 - s))
+    elif ACT == 1:
+        cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    elif ACT == 2:
+        t = tanh(0.7978845608028654 * (g + 0.044715 * g * g * g))
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * g * g)
+        return 0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * slope
+    elif ACT == 3:
+        return tl.maximum(g, 0.0), tl.where(g > 0, 1.0, 0.0)
+    elif ACT == 4:
+        r = tl.maximum(g, 0.0)
+        return r * r, 2.0 * r
+    else:
+        c = tl.minimum(g, limit)
+        s = tl.sigmoid(alpha * c)
+        return c * s, tl.where(g <= limit, s * (1.0 + alpha * c * (1.0 - s)), 0.0)
+
+
+@triton.jit
+def up_factor(u, limit, ACT: tl.constexpr):
+    """What the activated gate is multiplied with, and its derivative: the up half, or gpt-oss's clamped up plus one."""
+    if ACT == 5:
+        return tl.minimum(tl.maximum(u, -limit), limit) + 1.0, tl.where((u <= limit) & (u >= -limit), 1.0, 0.0)
+    else:
+        return u, tl.full(u.shape, 1.0, tl.float32)
+
+
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def aot_signature(dtype: torch.dtype, data: str, indices: str, sizes: str, floats: str = "") -> dict[str, str]:
+    """Types of kernel arguments for ahead-of-time compilation, named in words: data and int32 pointers, ints, floats."""
+    signature = {name: f"*{TRITON_NAMES[dtype]}:16" for name in data.split()}
+    signature |= {name: "*i32:16" for name in indices.split()}
+    signature |= {name: "i32:16" for name in sizes.split()}
+    return signature | {name: "fp32" for name in floats.split()}
+
+
+def aot_descriptor(dtype: torch.dtype, block: list[int]) -> str:
+    """Type of a TMA descriptor argument for ahead-of-time compilation."""
+    return f"tensordesc<{TRITON_NAMES[dtype]}{block}>".replace(" ", "")

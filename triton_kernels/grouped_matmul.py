@@ -1,0 +1,375 @@
+"""Grouped matrix products: rows of ragged groups against their group's weight, and the weight gradient over ragged K.
+
+Floor of one product: 2·R·N·C floating-point operations; R·C + E·N·C + R·N elements moved.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gossamer.triton_kernels.common import (
+    aot_descriptor,
+    aot_signature,
+    Tile,
+    arch_of,
+    can_describe,
+    describe,
+    dot_precision,
+    grid_size,
+    load_rows,
+    load_weight,
+    row_tile,
+    row_tiles,
+    tile_coordinates,
+    unit_columns,
+)
+from gossamer.triton_kernels.gather_reduce import gather_reduce
+
+
+def choose_block_m(mean_rows: float) -> int:
+    """Rows of a tile from the mean rows of an expert: small ones waste less of a half-empty tile."""
+    return 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64 if mean_rows <= 96 else 128
+
+
+def choose_tile(arch: int, dtype: torch.dtype, mean_rows: float, n: int) -> Tile:
+    """The tile of a grouped product with ``n`` output columns, by architecture, dtype and mean rows of an expert."""
+    block_m = choose_block_m(mean_rows)
+    if dtype == torch.float32:
+        return Tile(min(block_m, 64), 64, 16, 4, 3)
+    if block_m < 128:
+        return Tile(block_m, 128, 64, 4, 4 if arch >= 90 else 3)
+    if arch >= 90 and n > 128:
+        return Tile(128, 256, 64, 8, 3)
+    return Tile(128, 128, 64, 8, 3)
+
+
+def choose_dweight_tile(arch: int, dtype: torch.dtype) -> Tile:
+    """The tile of a weight gradient: block_m along N, block_n along C, block_k along the rows."""
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 3)
+    if arch >= 90:
+        # The row indices of a gathered operand take a stage of their own.
+        return Tile(128, 256, 64, 8, 4)
+    return Tile(128, 128, 64, 8, 3)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _grouped_matmul_kernel(
+    x,
+    w,
+    bias_ptr,
+    y_ptr,
+    slots_ptr,
+    table_ptr,
+    capacity,
+    N,
+    C,
+    stride_x,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_y,
+    X_DIV: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ZERO_DROPPED: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    num_live = tl.load(table_ptr)
+    num_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_live * num_n, tl.num_programs(0), flatten=FLATTEN):
+        m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
+        expert, row, row_end = row_tile(table_ptr, capacity, m)
+        r = row + tl.arange(0, BLOCK_M)
+        # Rows past the group are read from its first row and never stored.
+        inside = tl.where(r < row_end, r, row)
+        if X_DIV > 0:
+            x_index = tl.load(slots_ptr + inside) // X_DIV
+        else:
+            x_index = inside
+        x_rows = x if X_TMA else x + x_index.to(tl.int64)[:, None] * stride_x
+        n0 = n_tile * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.cdiv(C, BLOCK_K)):
+            a = load_rows(x, x_rows, row, k * BLOCK_K, C, X_TMA, EVEN_K, BLOCK_K)
+            b = load_weight(
+                w,
+                expert,
+                n0,
+                k * BLOCK_K,
+                N,
+                C,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                W_TMA,
+                W_TRANSPOSED,
+                EVEN_K,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        n = n0 + tl.arange(0, BLOCK_N)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)[None, :]
+        if SCATTER:
+            y_index = tl.load(slots_ptr + inside)
+        else:
+            y_index = r
+        y_rows = y_ptr + y_index.to(tl.int64)[:, None] * stride_y
+        tl.store(y_rows + n[None, :], acc.to(y_ptr.dtype.element_ty), (r < row_end)[:, None] & (n < N)[None, :])
+
+    if ZERO_DROPPED:
+        num_all = tl.load(table_ptr + 1)
+        for tile in range(num_live * num_n + tl.program_id(0), num_all * num_n, tl.num_programs(0)):
+            _, row, row_end = row_tile(table_ptr, capacity, tile // num_n)
+            r = row + tl.arange(0, BLOCK_M)
+            if SCATTER:
+                y_index = tl.load(slots_ptr + r, r < row_end, other=0)
+            else:
+                y_index = r
+            n = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            y_rows = y_ptr + y_index.to(tl.int64)[:, None] * stride_y
+            zero = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+            tl.store(y_rows + n[None, :], zero, (r < row_end)[:, None] & (n < N)[None, :])
+
+
+def weight_operand(weight: torch.Tensor, arch: int, block_n: int, block_k: int) -> tuple[object, dict[str, bool]]:
+    """``weight (E, N, C)`` as a kernel takes it, by descriptor where possible, and the flags that say how."""
+    transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+    stored = weight.transpose(1, 2) if transposed else weight
+    if can_describe(stored, arch):
+        block = [1, block_k, block_n] if transposed else [1, block_n, block_k]
+        return describe(stored, block), {"W_TMA": True, "W_TRANSPOSED": transposed}
+    return weight, {"W_TMA": False, "W_TRANSPOSED": transposed}
+
+
+def rows_times_weight(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    x_div: int,
+    scatter: bool,
+    zero_dropped: bool,
+    tile: Tile | None = None,
+    table: tuple[torch.Tensor, int] | None = None,
+) -> torch.Tensor:
+    """Launch the grouped product; ``table`` may be passed when the caller has one for the same ``block_m``."""
+    num_rows, (num_experts, n, c) = slots.shape[0], weight.shape
+    y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x = unit_columns(x)
+    arch = arch_of(x)
+    tile = tile or choose_tile(arch, x.dtype, num_rows / num_experts, n)
+    table_tensor, capacity = table or row_tiles(offsets, num_rows, tile.block_m)
+    w, w_flags = weight_operand(weight, arch, tile.block_n, tile.block_k)
+    x_tma = x_div == 0 and can_describe(x, arch)
+    grid = grid_size(capacity * triton.cdiv(n, tile.block_n), tile, x)
+    _grouped_matmul_kernel[(grid,)](
+        describe(x, [tile.block_m, tile.block_k]) if x_tma else x,
+        w,
+        None if bias is None else bias.contiguous(),
+        y,
+        slots,
+        table_tensor,
+        capacity,
+        n,
+        c,
+        x.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        weight.stride(2),
+        y.stride(0),
+        X_DIV=x_div,
+        SCATTER=scatter,
+        ZERO_DROPPED=zero_dropped,
+        X_TMA=x_tma,
+        EVEN_K=c % tile.block_k == 0,
+        PRECISION=dot_precision(x.dtype),
+        **w_flags,
+        **tile.constants(),
+        **tile.options(),
+    )
+    return y
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    x_div: int,
+    y_grouped: bool,
+) -> torch.Tensor:
+    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, ``(R, N)`` sorted, or in slot order unless ``y_grouped``.
+
+    Row ``r`` reads row ``r`` of ``x`` when ``x_div`` is 0, else row ``slots[r] // x_div``. Dropped rows become zero.
+    """
+    return rows_times_weight(x, weight, bias, slots, offsets, x_div, not y_grouped, True)
+
+
+@triton.jit
+def _gathered(slots_ptr, r, inside, DIV: tl.constexpr):
+    """Rows of an operand for sorted rows ``r``: ``r`` itself when DIV is 0."""
+    if DIV > 0:
+        return tl.load(slots_ptr + r, inside, other=0) // DIV
+    else:
+        return r
+
+
+@triton.jit
+def _dweight_kernel(
+    x_ptr,
+    dy_ptr,
+    dw_ptr,
+    slots_ptr,
+    offsets_ptr,
+    N,
+    C,
+    num_n,
+    num_c,
+    stride_x,
+    stride_dy,
+    X_DIV: tl.constexpr,
+    DY_DIV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    tiles = num_n * num_c
+    expert = tl.program_id(0) // tiles
+    n_tile, c_tile = tile_coordinates(tl.program_id(0) % tiles, num_n, num_c, GROUP_M)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    n = n_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = c_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r0 in range(start, end, BLOCK_K):
+        r = r0 + tl.arange(0, BLOCK_K)
+        inside = r < end
+        dy_rows = _gathered(slots_ptr, r, inside, DY_DIV).to(tl.int64)
+        x_rows = _gathered(slots_ptr, r, inside, X_DIV).to(tl.int64)
+        dy = tl.load(dy_ptr + dy_rows[:, None] * stride_dy + n[None, :], inside[:, None] & (n < N)[None, :], other=0.0)
+        x = tl.load(x_ptr + x_rows[:, None] * stride_x + c[None, :], inside[:, None] & (c < C)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+    out = dw_ptr + expert.to(tl.int64) * N * C + n.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(out, acc.to(dw_ptr.dtype.element_ty), (n < N)[:, None] & (c < C)[None, :])
+
+
+def _outer_sums(x, dy, slots, offsets, x_div, dy_div, tile=None):
+    """``(E, N, C)`` of the sums over each group of ``dy[r]ᵀ x[r]``."""
+    x, dy = unit_columns(x), unit_columns(dy)
+    num_experts, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
+    dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
+    if dweight.numel() == 0:
+        return dweight
+    tile = tile or choose_dweight_tile(arch_of(x), x.dtype)
+    num_n, num_c = triton.cdiv(n, tile.block_m), triton.cdiv(c, tile.block_n)
+    _dweight_kernel[(num_experts * num_n * num_c,)](
+        x,
+        dy,
+        dweight,
+        slots,
+        offsets,
+        n,
+        c,
+        num_n,
+        num_c,
+        x.stride(0),
+        dy.stride(0),
+        X_DIV=x_div,
+        DY_DIV=dy_div,
+        PRECISION=dot_precision(x.dtype),
+        **tile.constants(),
+        **tile.options(),
+    )
+    return dweight
+
+
+def grouped_matmul_dweight(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    x_div: int,
+    dy_div: int,
+    transposed: bool,
+    with_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` ``(E, N, C)``, stored ``(E, C, N)`` when ``transposed``, and ``dbias (E, N)``.
+
+    Both operands read their rows as in :func:`grouped_matmul`, by ``x_div`` and ``dy_div``. Empty groups give zeros.
+    """
+    if transposed:
+        dweight = _outer_sums(dy, x, slots, offsets, dy_div, x_div).transpose(1, 2)
+    else:
+        dweight = _outer_sums(x, dy, slots, offsets, x_div, dy_div)
+    dbias = group_sums(dy, slots, offsets, dy_div) if with_bias else x.new_empty(0)
+    return dweight, dbias
+
+
+def group_sums(
+    dy: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, dy_div: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``(E, N)`` sums of each group's rows of ``dy``, weighted by ``weights (R,)`` in sorted order where given."""
+    index = slots // dy_div if dy_div else torch.arange(slots.shape[0], device=slots.device)
+    return gather_reduce(dy, index, offsets, weights, None, -1)
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
+    cases = []
+    for dtype, mean_rows in ((torch.bfloat16, 1024), (torch.bfloat16, 8), (torch.float32, 1024)):
+        tile = choose_tile(arch, dtype, mean_rows, 4096)
+        tma = arch >= 90
+        for gathered, transposed in ((True, False), (False, False), (False, True)):
+            signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C stride_x stride_we stride_y")
+            signature["capacity"] = "i32"
+            constexprs = {
+                "bias_ptr": None,
+                "X_DIV": 8 if gathered else 0,
+                "SCATTER": False,
+                "ZERO_DROPPED": gathered,
+                "X_TMA": tma and not gathered,
+                "W_TMA": tma,
+                "W_TRANSPOSED": transposed,
+                "EVEN_K": True,
+                "PRECISION": "ieee",
+                **tile.constants(),
+            }
+            wide, unit = ("stride_wk", "stride_wn") if transposed else ("stride_wn", "stride_wk")
+            signature[wide] = "i32:16"
+            constexprs[unit] = 1
+            if tma:
+                block = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
+                signature["w"] = aot_descriptor(dtype, [1, *block])
+                if not gathered:
+                    signature["x"] = aot_descriptor(dtype, [tile.block_m, tile.block_k])
+            cases.append((_grouped_matmul_kernel, signature, constexprs, tile.options()))
+    for dtype in (torch.bfloat16, torch.float32):
+        tile = choose_dweight_tile(arch, dtype)
+        for x_div, dy_div in ((8, 0), (0, 8)):
+            signature = aot_signature(
+                dtype, "x_ptr dy_ptr dw_ptr", "slots_ptr offsets_ptr", "N C num_n num_c stride_x stride_dy"
+            )
+            constexprs = {"X_DIV": x_div, "DY_DIV": dy_div, "PRECISION": "ieee", **tile.constants()}
+            cases.append((_dweight_kernel, signature, constexprs, tile.options()))
+    return cases
