@@ -1,0 +1,300 @@
+"""Routers as modules: a linear map from hidden states to logits, and a rule that picks experts from them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gossamer.nn.routing import (
+    Routing,
+    check_positive,
+    check_selection,
+    given_experts,
+    sigmoid_topk,
+    softmax_topk,
+    topk_softmax,
+)
+from gossamer.ops._checks import check_index, check_tensor
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    # Meta tensors have no autocast of their own, and asking for one raises.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x·Wᵀ`` in a wider dtype that keeps x and W for the backward pass in their own: the wide copies are not kept."""
+
+    @staticmethod
+    def forward(x, weight, dtype):
+        return x.to(dtype) @ weight.to(dtype).T
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, ctx.dtype = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        x, weight = ctx.saved_tensors
+        with _no_autocast(dlogits.device):
+            dx = (dlogits @ weight.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+            dweight = (dlogits.T @ x.to(ctx.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dweight, None
+
+
+class Router(nn.Module):
+    """A linear map from hidden states to logits, and a rule that picks experts from them: the base of all routers.
+
+    A subclass defines ``route(logits) -> Routing``.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: K.
+        bias: whether the logits have a bias, as in gpt-oss.
+        upcast: whether the product is taken in float32, whatever the dtypes of the hidden states and the weight and
+            under autocast too (the wide copies are not kept for the backward pass). Otherwise it is taken in the hidden
+            states' dtype, as in Mixtral and Qwen3-MoE, and its result upcast.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        weight: ``(E, H)``, at first uniform in ±1/√H as in ``nn.Linear``.
+        bias: ``(E,)`` or None.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is below 1, or K > E.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        bias: bool = False,
+        upcast: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(hidden_size=hidden_size)
+        check_selection(num_experts, top_k)
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.upcast = upcast
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew."""
+        bound = self.hidden_size**-0.5
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """``(T, E)`` in float32 (float64 for float64) from hidden states ``x (..., H)``."""
+        check_tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must have shape (..., H) with H = {self.hidden_size}, got {tuple(x.shape)}")
+        x = x.reshape(-1, self.hidden_size)
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        if not self.upcast:
+            return F.linear(x, self.weight, self.bias).to(wide)
+        with _no_autocast(x.device):
+            if x.dtype == self.weight.dtype == wide:
+                return F.linear(x, self.weight, self.bias)
+            logits = _WideLinear.apply(x, self.weight, wide)
+            return logits if self.bias is None else logits + self.bias.to(wide)
+
+    def route(self, logits: torch.Tensor) -> Routing:
+        """The routing for ``logits (T, E)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define route(logits)")
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """The routing of hidden states ``x (..., H)``; T is the product of the leading sizes."""
+        return self.route(self.logits(x))
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        options = "" if self.bias is None else ", bias=True"
+        options += "" if self.upcast else ", upcast=False"
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}{options}"
+
+
+class SoftmaxRouter(Router):
+    """:func:`softmax_topk` over a linear map: OLMoE; with ``renormalize`` Mixtral, Qwen3-MoE; with groups DeepSeek-V2.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: K.
+        renormalize: as in :func:`softmax_topk`, like ``n_group``, ``topk_group`` and ``scale``.
+        n_group: groups that the experts form.
+        topk_group: groups that a token may use.
+        scale: factor on the weights.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`Router`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalize: bool = False,
+        n_group: int = 1,
+        topk_group: int = 1,
+        scale: float = 1.0,
+        **options: object,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        check_selection(num_experts, top_k, n_group, topk_group)
+        self.selection = {
+            "renormalize": renormalize,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "scale": scale,
+        }
+
+    def route(self, logits: torch.Tensor) -> Routing:
+        """:func:`softmax_topk` of ``logits (T, E)``."""
+        return softmax_topk(logits, self.top_k, **self.selection)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.selection.items())])
+
+
+class TopKSoftmaxRouter(Router):
+    """:func:`topk_softmax` over a linear map: gpt-oss (with ``bias=True``), Mixtral, JetMoE.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: K.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`Router`.
+    """
+
+    def route(self, logits: torch.Tensor) -> Routing:
+        """:func:`topk_softmax` of ``logits (T, E)``."""
+        return topk_softmax(logits, self.top_k)
+
+
+class SigmoidRouter(Router):
+    """:func:`sigmoid_topk` over a linear map, with its correction bias: DeepSeek-V3.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: K.
+        n_group: as in :func:`sigmoid_topk`, like ``topk_group``, ``renormalize`` and ``scale``.
+        topk_group: groups that a token may use.
+        renormalize: whether weights are divided by their sum.
+        scale: factor on the weights.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`Router`.
+
+    Attributes:
+        e_score_correction_bias: ``(E,)`` float32 buffer, zero at first and saved with the state. It stays float32 when
+            the module is cast, because :func:`gossamer.nn.update_expert_bias` moves it in steps that bfloat16 loses.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        n_group: int = 1,
+        topk_group: int = 1,
+        renormalize: bool = True,
+        scale: float = 1.0,
+        **options: object,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        check_selection(num_experts, top_k, n_group, topk_group)
+        self.selection = {
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "renormalize": renormalize,
+            "scale": scale,
+        }
+        bias = torch.zeros(num_experts, device=self.weight.device, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the correction bias to zero."""
+        super().reset_parameters()
+        if "e_score_correction_bias" in self._buffers:
+            self.e_score_correction_bias.zero_()
+
+    def _apply(self, fn, recurse=True):
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if moved.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
+
+    def route(self, logits: torch.Tensor) -> Routing:
+        """:func:`sigmoid_topk` of ``logits (T, E)``."""
+        return sigmoid_topk(logits, self.top_k, correction_bias=self.e_score_correction_bias, **self.selection)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.selection.items())])
+
+
+class HashRouter(nn.Module):
+    """Experts by token id, from a fixed table (hash layers, Roller et al., 2021); every slot weighs 1/K.
+
+    Args:
+        table: ``(V,)`` or ``(V, K)`` int32 or int64, the experts of each of V token ids; saved with the state.
+        num_experts: E.
+
+    Raises:
+        TypeError: ``table`` does not hold int32 or int64.
+        ValueError: ``table`` has another rank, or ids outside ``0 ... E-1``, or K > E.
+    """
+
+    def __init__(self, table: torch.Tensor, num_experts: int) -> None:
+        super().__init__()
+        check_index("table", table)
+        if table.dim() not in (1, 2):
+            raise ValueError(f"table must have shape (V,) or (V, K), got {tuple(table.shape)}")
+        table = table.detach().clone().reshape(table.shape[0], -1)
+        check_selection(num_experts, table.shape[1])
+        if (
+            table.device.type != "meta"
+            and table.numel()
+            and not (0 <= int(table.min()) <= int(table.max()) < num_experts)
+        ):
+            raise ValueError(
+                f"table must hold ids from 0 to num_experts - 1 = {num_experts - 1}, "
+                f"got {int(table.min())} to {int(table.max())}"
+            )
+        self.num_experts = num_experts
+        self.top_k = table.shape[1]
+        self.register_buffer("table", table)
+
+    def forward(self, token_ids: torch.Tensor) -> Routing:
+        """The routing of ``token_ids (...)``, each in ``0 ... V-1``; T is their number."""
+        check_index("token_ids", token_ids)
+        return given_experts(F.embedding(token_ids.reshape(-1), self.table), self.num_experts)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"vocabulary={self.table.shape[0]}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "softmax_topk": SoftmaxRouter,
+    "topk_softmax": TopKSoftmaxRouter,
+    "sigmoid_topk": SigmoidRouter,
+}

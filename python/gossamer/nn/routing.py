@@ -1,0 +1,329 @@
+"""Routing: which experts serve a token and with which weights, as functions of logits or of given ids."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.ops._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer.ops._registration import register
+from gossamer.ops.dispatch import Dispatch, dispatch
+
+# Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
+_EPSILON = 1e-20
+
+
+def check_positive(**sizes: int) -> None:
+    """Every size given must be an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1) -> None:
+    """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups."""
+    check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    if top_k > num_experts:
+        raise ValueError(f"top_k must be at most num_experts, got top_k={top_k}, num_experts={num_experts}")
+    if num_experts % n_group:
+        raise ValueError(f"n_group must divide num_experts, got n_group={n_group}, num_experts={num_experts}")
+    if topk_group > n_group:
+        raise ValueError(f"topk_group must be at most n_group, got topk_group={topk_group}, n_group={n_group}")
+    reachable = num_experts // n_group * topk_group
+    if top_k > reachable:
+        raise ValueError(
+            f"top_k must be at most num_experts / n_group * topk_group = {reachable}, the experts of the chosen "
+            f"groups, got top_k={top_k}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The experts of T tokens: what a router returns and expert layers and balance losses take.
+
+    Attributes:
+        expert_ids: ``(T, K)`` int64 or int32. An id ``>= num_experts`` means "no expert".
+        weights: ``(T, K)`` routing weights, float32 (float64 for float64 logits).
+        num_experts: E.
+        logits: ``(T, E)`` float32 (or float64) as the router computed them, or None where there was no router.
+        score: what turns logits into scores: ``"softmax"`` or ``"sigmoid"``.
+        dispatch: the assignments sorted by expert, or None while nobody has sorted them; see :meth:`dispatched`.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    num_experts: int
+    logits: torch.Tensor | None = None
+    score: str = "softmax"
+    dispatch: Dispatch | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.expert_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.expert_ids.shape[1]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """``(E,)`` int32: slots given to each expert. Slots with no expert are not counted; no gradient."""
+        return self.dispatched().dispatch.counts
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """``(T, E)`` scores that add up to one over a token's experts, differentiable: what balance losses average.
+
+        ``softmax(logits)``, or ``σ(logits)`` divided by its sum. Masked experts have 0, as has all of a token whose
+        experts are all masked.
+
+        Raises:
+            ValueError: this routing has no logits.
+        """
+        if self.logits is None:
+            raise ValueError("routing must have logits for probabilities, got a routing by given ids")
+        if self.score == "softmax":
+            return _masked_softmax(self.logits)
+        scores = _clean(self.logits).sigmoid()
+        return scores / (scores.sum(dim=-1, keepdim=True) + _EPSILON)
+
+    def dispatched(self) -> Routing:
+        """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
+        if self.dispatch is not None:
+            return self
+        sorted_ids = dispatch(self.expert_ids, self.num_experts)
+        return Routing(self.expert_ids, self.weights, self.num_experts, self.logits, self.score, sorted_ids)
+
+
+def _clean(logits: torch.Tensor) -> torch.Tensor:
+    """NaN and −inf to the lowest finite number, +inf to the highest, all with zero gradient."""
+    limits = torch.finfo(logits.dtype)
+    return torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
+
+
+def _masked_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension in which NaN and −inf get 0, even where nothing else is left."""
+    clean = _clean(logits)
+    return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
+
+
+def _raise_not_a_logit(logits: torch.Tensor) -> None:
+    bad = logits.isnan() | logits.isposinf()
+    token, expert = (int(i) for i in bad.nonzero()[0])
+    raise ValueError(
+        f"logits must hold neither NaN nor +inf (-inf masks an expert), got {float(logits[token, expert])} at token "
+        f"{token}, expert {expert}, and {int(bad.sum())} such values among {tuple(logits.shape)}"
+    )
+
+
+def _select_kernel(logits, choice, top_k):
+    # The check reads values, so it can only stand inside the operator, where a compiled call has them too.
+    if logits.device.type == "cpu" and logits.numel():
+        if not float(logits.max()) < math.inf:
+            _raise_not_a_logit(logits)
+        if choice is not logits and bool(choice.isnan().any()):
+            raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
+    # NaN compares unpredictably inside a top-k; as the lowest value it cannot displace or repeat another expert.
+    return torch.nan_to_num(choice, nan=-math.inf, posinf=math.inf, neginf=-math.inf).topk(top_k, dim=1).indices
+
+
+def _select_fake(logits, choice, top_k):
+    return choice.new_empty((choice.shape[0], top_k), dtype=torch.int64)
+
+
+_select = register(
+    "select_experts(Tensor logits, Tensor choice, int top_k) -> Tensor expert_ids", _select_kernel, _select_fake
+)
+
+
+def _select_experts(logits: torch.Tensor, choice: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``(T, K)`` int64, the K highest of each row of ``choice``, distinct, NaN lowest; checks ``logits`` on the CPU."""
+    with torch.no_grad():
+        return _select(logits, choice, top_k)
+
+
+def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
+    """``(T, E)`` bool, true outside the ``topk_group`` groups whose ``best`` highest choices have the largest sum.
+
+    A masked expert (−inf) adds nothing to its group's sum, and a wholly masked group ranks last.
+    """
+    num_tokens, num_experts = choice.shape
+    size = num_experts // n_group
+    top = choice.view(num_tokens, n_group, size).topk(min(best, size), dim=-1).values
+    rest = top[..., 1:]
+    group_scores = top[..., 0] + rest.masked_fill(rest == -math.inf, 0.0).sum(dim=-1)
+    chosen = group_scores.topk(topk_group, dim=-1).indices
+    outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen, False)
+    return outside.unsqueeze(-1).expand(num_tokens, n_group, size).reshape(num_tokens, num_experts)
+
+
+def _as_logits(logits: torch.Tensor) -> torch.Tensor:
+    """``(..., E)`` of any floating dtype as ``(T, E)`` of at least float32."""
+    check_tensor("logits", logits)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape (..., E) with E >= 1, got {tuple(logits.shape)}")
+    return logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def softmax_topk(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool = False,
+    n_group: int = 1,
+    topk_group: int = 1,
+    scale: float = 1.0,
+) -> Routing:
+    """The K experts of highest softmax probability: ``w = scale · softmax(logits)[ids]``, as in OLMoE.
+
+    With ``renormalize`` a token's weights are divided by their sum (Mixtral, Qwen3-MoE), which is the softmax over the
+    chosen logits and is computed as such: experts not chosen get exactly zero gradient. At K = 1 the renormalised
+    weight is constant, so that a task loss cannot train the router.
+
+    With ``n_group > 1`` only the ``topk_group`` groups of E / n_group neighbouring experts with the most probable
+    single expert take part (DeepSeek-V2).
+
+    A logit of −inf masks its expert. Where a token has fewer than K unmasked experts, its other slots hold distinct
+    masked experts with weight 0. NaN and +inf are errors on the CPU. On CUDA, where nothing is read back, NaN is taken
+    as −inf and +inf as the largest finite number, so that ids stay distinct and in range and other tokens are not
+    touched; ``Routing.logits`` keeps such values as they came.
+
+    Args:
+        logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
+        top_k: K, at most E.
+        renormalize: whether a token's weights add up to ``scale``.
+        n_group: groups that the experts form; divides E.
+        topk_group: groups that a token may use.
+        scale: factor on the weights.
+
+    Returns:
+        A :class:`Routing` with a token's experts in descending order of probability.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or a size is no int.
+        ValueError: K, ``n_group`` or ``topk_group`` do not fit E; on the CPU, a logit is NaN or +inf.
+    """
+    logits = _as_logits(logits)
+    check_selection(logits.shape[1], top_k, n_group, topk_group)
+    if n_group == 1:
+        ids = _select_experts(logits, logits, top_k)
+        picked, outside = logits.gather(1, ids), None
+    else:
+        choice = logits.detach()
+        outside = _outside_groups(_clean(choice), n_group, topk_group, best=1)
+        ids = _select_experts(logits, choice.masked_fill(outside, -math.inf), top_k)
+        outside = outside.gather(1, ids)
+        picked = logits.gather(1, ids).masked_fill(outside, -math.inf)
+    if renormalize:
+        weights = _masked_softmax(picked)
+    else:
+        weights = _masked_softmax(logits).gather(1, ids)
+        if outside is not None:
+            weights = weights.masked_fill(outside, 0.0)
+    return Routing(ids, weights if scale == 1.0 else weights * scale, logits.shape[1], logits)
+
+
+def topk_softmax(logits: torch.Tensor, top_k: int) -> Routing:
+    """The K highest logits, and their softmax as weights: ``w = softmax(logits[ids])``, as in gpt-oss and Mixtral.
+
+    The same as :func:`softmax_topk` with ``renormalize=True``, whose arguments, errors and rules for −inf and NaN hold.
+
+    Args:
+        logits: ``(..., E)``, floating.
+        top_k: K, at most E.
+    """
+    return softmax_topk(logits, top_k, renormalize=True)
+
+
+def sigmoid_topk(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    correction_bias: torch.Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Selection by biased sigmoid scores inside the best groups, weights from the unbiased ones, as in DeepSeek-V3.
+
+    ``s = σ(logits)`` and ``r = s + correction_bias``. A group of E / n_group neighbouring experts scores the sum of its
+    two highest ``r``; inside the ``topk_group`` best groups the K highest ``r`` are chosen, and
+    ``w = scale · s[ids] / (Σ s[ids] + 1e-20)``. The bias takes no gradient; :func:`update_expert_bias` moves it.
+
+    Masked experts, NaN and +inf as in :func:`softmax_topk`. A masked expert adds nothing to its group's score, a wholly
+    masked group ranks last, and ``correction_bias = -inf`` masks an expert for every token.
+
+    Args:
+        logits: ``(..., E)``, floating, taken in float32 (float64 stays).
+        top_k: K, at most ``E / n_group · topk_group``.
+        correction_bias: ``(E,)`` floating, or None.
+        n_group: groups that the experts form; divides E.
+        topk_group: groups that a token may use.
+        renormalize: whether weights are divided by their sum.
+        scale: factor on the weights (``routed_scaling_factor``).
+
+    Returns:
+        A :class:`Routing` with a token's experts in descending order of ``r``.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or a size is no int.
+        ValueError: sizes do not fit E; ``correction_bias`` has another shape or device; on the CPU, a logit is NaN or
+            +inf, or the bias NaN.
+    """
+    logits = _as_logits(logits)
+    num_experts = logits.shape[1]
+    check_selection(num_experts, top_k, n_group, topk_group)
+    clean = _clean(logits)
+    scores = clean.sigmoid()
+    with torch.no_grad():
+        choice = scores
+        if correction_bias is not None:
+            check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
+            check_same_device(logits=logits, correction_bias=correction_bias)
+            choice = scores + correction_bias
+        choice = choice.masked_fill(clean == torch.finfo(clean.dtype).min, -math.inf)
+        if n_group > 1:
+            choice = choice.masked_fill(_outside_groups(choice, n_group, topk_group, best=2), -math.inf)
+        ids = _select_experts(logits, choice, top_k)
+        # Not "== -inf": a NaN from the bias must not pass either.
+        unavailable = ~(choice.gather(1, ids) > -math.inf)
+    weights = scores.gather(1, ids).masked_fill(unavailable, 0.0)
+    if renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + _EPSILON)
+    return Routing(ids, weights if scale == 1.0 else weights * scale, num_experts, logits, "sigmoid")
+
+
+def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Tensor | None = None) -> Routing:
+    """A routing decided elsewhere: by a table, a hash, a teacher, or another layer.
+
+    Args:
+        expert_ids: ``(T, K)`` int32 or int64; ids ``>= num_experts`` mean "no expert", ids may repeat within a token.
+        num_experts: E.
+        weights: ``(T, K)`` floating, or None for 1/K each.
+
+    Returns:
+        A :class:`Routing` without logits, so without probabilities and balance losses.
+
+    Raises:
+        TypeError: ``expert_ids`` does not hold int32 or int64, or ``weights`` is not floating.
+        ValueError: shapes or devices differ, or K > E. A negative id is an error on the CPU once it is dispatched.
+    """
+    check_index("expert_ids", expert_ids)
+    check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
+    check_selection(num_experts, expert_ids.shape[1])
+    if weights is None:
+        weights = torch.full(expert_ids.shape, 1.0 / expert_ids.shape[1], device=expert_ids.device)
+    check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must be floating point, got {weights.dtype}")
+    check_same_device(expert_ids=expert_ids, weights=weights)
+    return Routing(expert_ids, weights, num_experts)
