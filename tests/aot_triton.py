@@ -36,6 +36,7 @@ import tempfile
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import gossamer.triton_kernels
 import triton
@@ -44,25 +45,34 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-NOT_KERNELS = ("__init__", "common")
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"gossamer.triton_kernels.{name}")
+
+
+def _kernels(name: str) -> set[str]:
+    module = _module(name)
+    jitted = {k: v for k, v in vars(module).items() if isinstance(v, JITFunction) and k.endswith("_kernel")}
+    return {k for k, v in jitted.items() if v.__module__ == module.__name__}
 
 
 def modules() -> list[str]:
-    """Names of the kernel modules."""
+    """Names of the modules that define kernels."""
     folder = Path(gossamer.triton_kernels.__file__).parent
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in NOT_KERNELS)
+    names = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    return [name for name in names if _kernels(name)]
 
 
 @functools.cache
 def _cases(module_name: str, arch: int) -> list[tuple]:
-    return importlib.import_module(f"gossamer.triton_kernels.{module_name}").aot_cases(arch)
+    describe = getattr(_module(module_name), "aot_cases", None)
+    return describe(arch) if describe else []
 
 
 def uncovered(module_name: str, arch: int) -> list[str]:
     """Kernels of a module for which ``aot_cases`` has no case."""
-    module = importlib.import_module(f"gossamer.triton_kernels.{module_name}")
-    kernels = {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
-    return sorted(kernels - {case[0].__name__ for case in _cases(module_name, arch)})
+    return sorted(_kernels(module_name) - {case[0].__name__ for case in _cases(module_name, arch)})
 
 
 def _label(signature: dict, constexprs: dict) -> str:
