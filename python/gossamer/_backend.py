@@ -43,9 +43,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-@functools.cache
-def native_unavailable() -> str | None:
-    """Why the compiled extension ``gossamer._C`` cannot be used, or None when it can."""
+def _why_no_native() -> str | None:
     if importlib.util.find_spec("gossamer._C") is None:
         return "gossamer was installed without its compiled extension (no C++ compiler at build time)"
     try:
@@ -55,20 +53,33 @@ def native_unavailable() -> str | None:
     return None
 
 
-@functools.cache
-def triton_unavailable() -> str | None:
-    """Why Triton cannot be used, or None when it can."""
-    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
-
-
-@functools.cache
-def cuda_kernels_unavailable() -> str | None:
-    """Why the compiled CUDA kernels cannot be used, or None when they can."""
-    if reason := native_unavailable():
-        return reason
+def _why_no_cuda_kernels() -> str | None:
+    if _NO_NATIVE:
+        return _NO_NATIVE
     if not importlib.import_module("gossamer._C").with_cuda:
         return "gossamer was built without CUDA sources (no nvcc at build time)"
     return None
+
+
+# Found out once, at import: torch.compile cannot trace the machinery of imports, but reads constants.
+_NO_NATIVE = _why_no_native()
+_NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+_NO_CUDA_KERNELS = _why_no_cuda_kernels()
+
+
+def native_unavailable() -> str | None:
+    """Why the compiled extension ``gossamer._C`` cannot be used, or None when it can."""
+    return _NO_NATIVE
+
+
+def triton_unavailable() -> str | None:
+    """Why Triton cannot be used, or None when it can."""
+    return _NO_TRITON
+
+
+def cuda_kernels_unavailable() -> str | None:
+    """Why the compiled CUDA kernels cannot be used, or None when they can."""
+    return _NO_CUDA_KERNELS
 
 
 def unavailable(name: str, device_type: str) -> str | None:
@@ -84,7 +95,6 @@ def unavailable(name: str, device_type: str) -> str | None:
     return cuda_kernels_unavailable() if device_type == "cuda" else f"CUDA kernels run on cuda, not on {device_type}"
 
 
-@functools.cache
 def _default(device_type: str) -> str:
     preferred = {"cpu": "native", "cuda": "triton"}.get(device_type, "reference")
     return "reference" if unavailable(preferred, device_type) else preferred
