@@ -1,5 +1,6 @@
 """Sparse compute for PyTorch at the speed of dense."""
 
+from gossamer import nn
 from gossamer._activation import Activation
 from gossamer._backend import backend
 from gossamer.integrations import replace, restore
@@ -18,6 +19,7 @@ __all__ = [
     "expert_mlp",
     "gather_reduce",
     "grouped_matmul",
+    "nn",
     "replace",
     "restore",
 ]
