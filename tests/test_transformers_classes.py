@@ -1,0 +1,126 @@
+"""Every experts class of the installed transformers: gossamer's forward against the class's own eager one."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from gossamer.testing import assert_close, random_expert_ids
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
+
+E, K, T, H, I = 6, 3, 17, 24, 16
+
+# What runs as one fused operator; a class that should and does not would silently lose its speed.
+GENERAL = {
+    "DeepseekV4Experts": "clamps gate and up and then takes plain SwiGLU",
+    "Glm5NextTextExperts": "clamps gate and up and then takes plain SwiGLU",
+    "HYV4Experts": "clamps gate and up and then takes plain SwiGLU",
+    "Inkling2Experts": "softcaps gate and up",
+    "MuseSparkExperts": "norm after each expert",
+}
+
+# Their eager forward computes in float32 whatever its dtype, so transformers' batched implementation is the truth.
+EAGER_IS_FLOAT32 = {"OpenAIPrivacyFilterExperts"}
+
+
+def find_classes():
+    """``(module, class)`` names of every decorated class, read from the sources so that collection imports nothing."""
+    models = Path(importlib.util.find_spec("transformers").origin).parent / "models"
+    pattern = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\n(?:@.*\n)*class (\w+)", re.MULTILINE)
+    found = []
+    for path in sorted(models.glob("*/modeling_*.py")):
+        for name in pattern.findall(path.read_text(encoding="utf-8")):
+            found.append((f"transformers.models.{path.parent.name}.{path.stem}", name))
+    return found
+
+
+CLASSES = find_classes()
+
+
+def shrink(config):
+    """The config with every size that an experts class reads made small, wherever the model family calls it so."""
+    sizes = {
+        "hidden_size": H,
+        "moe_hidden_size": H,
+        "moe_latent_size": None,
+        "intermediate_size": I,
+        "moe_intermediate_size": I,
+        "num_experts": E,
+        "num_local_experts": E,
+        "n_routed_experts": E,
+        "moe_num_experts": E,
+        "swiglu_limit": 1.0,
+    }
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            current = getattr(config, name)
+            setattr(config, name, [size] * len(current) if isinstance(current, (list, tuple)) else size)
+    return config
+
+
+def build(module_name, class_name):
+    """A small instance with random weights, from the first config class of its model that it accepts."""
+    module = importlib.import_module(module_name)
+    cls = getattr(module, class_name)
+    configs = [c for n, c in vars(module).items() if n.endswith("Config") and isinstance(c, type)]
+    own = {"intermediate_size": I} if "intermediate_size" in inspect.signature(cls.__init__).parameters else {}
+    refused = []
+    for config_class in configs:
+        try:
+            experts = cls(shrink(config_class()), **own)
+        except (AttributeError, TypeError) as error:
+            refused.append(f"{config_class.__name__}: {error}")
+            continue
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        return experts
+    raise AssertionError(f"{class_name} accepts none of its model's configs: {refused}")
+
+
+def results(function, experts, dtype, ids):
+    """Output and gradients of one call on fixed inputs."""
+    experts.to(dtype).zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(1)
+    width = experts.down_proj.shape[1 if not experts.is_transposed else 2]
+    x, weights, dy = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((T, width), (T, K), (T, width))
+    )
+    x, weights = (t.to(ids.device, dtype).requires_grad_() for t in (x, weights.abs()))
+    y = function(experts, x, ids, weights)
+    y.backward(dy.to(y))
+    grads = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, "weights": weights.grad} | grads
+
+
+@pytest.mark.parametrize(("module_name", "class_name"), CLASSES, ids=[name for _, name in CLASSES])
+def test_forward_and_gradients_equal_eager(module_name, class_name, device):
+    from transformers.integrations.moe import batched_mm_experts_forward
+
+    from gossamer.integrations.transformers import experts_forward, replace
+
+    experts = build(module_name, class_name).to(device)
+    eager = type(experts).forward.__wrapped__
+    ids = random_expert_ids(T, E, K, skew="zipf", device=device)
+    exact = batched_mm_experts_forward if class_name in EAGER_IS_FLOAT32 else eager
+    truth = results(exact, experts, torch.float64, ids)
+    baseline = results(eager, experts, torch.float32, ids)
+    actual = results(experts_forward, experts, torch.float32, ids)
+    for name, value in actual.items():
+        assert_close(value, truth[name], baseline[name], name)
+    assert replace(experts).switched[0].fused == (class_name not in GENERAL)
+
+
+def test_the_walk_finds_the_classes():
+    names = {name for _, name in CLASSES}
+    assert {"MixtralExperts", "Qwen3MoeExperts", "DeepseekV3Experts", "GptOssExperts"} <= names
