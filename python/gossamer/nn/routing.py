@@ -217,8 +217,8 @@ def softmax_topk(
         ids = _select_experts(logits, logits, top_k)
         picked, outside = logits.gather(1, ids), None
     else:
-        choice = logits.detach()
-        outside = _outside_groups(_clean(choice), n_group, topk_group, best=1)
+        choice = _clean(logits.detach())
+        outside = _outside_groups(choice, n_group, topk_group, best=1)
         ids = _select_experts(logits, choice.masked_fill(outside, -math.inf), top_k)
         outside = outside.gather(1, ids)
         picked = logits.gather(1, ids).masked_fill(outside, -math.inf)
