@@ -32,7 +32,7 @@ def grouped_matmul_reference(
     y = torch.cat(parts)
     if y_grouped:
         return y
-    return y.index_select(0, dispatch.rows.long()).view(dispatch.num_tokens, dispatch.top_k, -1)
+    return y.index_select(0, dispatch.rows.long()).view(dispatch.num_tokens, dispatch.top_k, y.shape[1])
 
 
 def _forward(x, weight, bias, slots, rows, offsets, x_div, y_grouped, backend):

@@ -1,0 +1,29 @@
+// The kernels for x86-64 with AVX2, FMA and F16C.
+#include "cpu/isa_begin.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Only now, so that inline functions of the standard headers stay runnable everywhere.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define GOSSAMER_VECTOR_BYTES 32
+#define GOSSAMER_F16C 1
+
+namespace gossamer::avx2 {
+namespace {
+#include "cpu/isa_kernels.h"
+}  // namespace
+
+const Kernels kKernels = {"avx2", GOSSAMER_KERNEL_TABLE};
+
+}  // namespace gossamer::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

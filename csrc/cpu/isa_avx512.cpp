@@ -1,0 +1,29 @@
+// The kernels for x86-64 with AVX-512 F, BW, DQ and VL.
+#include "cpu/isa_begin.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Only now, so that inline functions of the standard headers stay runnable everywhere.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#define GOSSAMER_VECTOR_BYTES 64
+#define GOSSAMER_F16C 1
+
+namespace gossamer::avx512 {
+namespace {
+#include "cpu/isa_kernels.h"
+}  // namespace
+
+const Kernels kKernels = {"avx512", GOSSAMER_KERNEL_TABLE};
+
+}  // namespace gossamer::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,14 @@
+// The kernels for any processor: the baseline of x86-64, NEON on aarch64.
+#include "cpu/isa_begin.h"
+
+#define GOSSAMER_VECTOR_BYTES 16
+#define GOSSAMER_F16C 0
+
+namespace gossamer::generic {
+namespace {
+#include "cpu/isa_kernels.h"
+}  // namespace
+
+const Kernels kKernels = {"generic", GOSSAMER_KERNEL_TABLE};
+
+}  // namespace gossamer::generic

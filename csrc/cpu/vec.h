@@ -1,0 +1,153 @@
+// Vectors of one instruction set. Included once per isa_*.cpp, inside its namespace and under its target pragma, so it has
+// no include guard; built on the compilers' vector extension, so the same source serves every architecture.
+
+template <class S>
+struct VecTraits {
+  using Bits = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
+  typedef S Vec __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+  typedef Bits BitsVec __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+};
+
+// Lanes and types: Vec<S> holds kLanes<S> values of float or double, Mask<S> what comparing two gives.
+template <class S>
+using Vec = typename VecTraits<S>::Vec;
+template <class S>
+using Mask = typename VecTraits<S>::BitsVec;
+template <class S>
+constexpr int kLanes = GOSSAMER_VECTOR_BYTES / sizeof(S);
+
+typedef uint32_t UInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
+
+#define GOSSAMER_INLINE static inline __attribute__((always_inline))
+
+template <class S>
+GOSSAMER_INLINE Vec<S> splat(S value) {
+  return value - Vec<S>{};
+}
+
+template <class V, class S>
+GOSSAMER_INLINE V load_bytes(const S* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+GOSSAMER_INLINE Vec<float> load(const float* from) { return load_bytes<Vec<float>>(from); }
+GOSSAMER_INLINE Vec<double> load(const double* from) { return load_bytes<Vec<double>>(from); }
+GOSSAMER_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof v); }
+GOSSAMER_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof v); }
+
+GOSSAMER_INLINE Vec<float> load(const BFloat16* from) {
+  return (Vec<float>)(__builtin_convertvector(load_bytes<Halves>(from), UInts) << 16);
+}
+
+GOSSAMER_INLINE void store(BFloat16* to, Vec<float> v) {
+  const UInts bits = (UInts)v;
+  const UInts rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Halves out = __builtin_convertvector(v == v ? rounded : 0x7fc0u - UInts{}, Halves);
+  std::memcpy(to, &out, sizeof out);
+}
+
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+GOSSAMER_INLINE Vec<float> load(const Float16* from) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+GOSSAMER_INLINE void store(Float16* to, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif GOSSAMER_F16C
+GOSSAMER_INLINE Vec<float> load(const Float16* from) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+GOSSAMER_INLINE void store(Float16* to, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+GOSSAMER_INLINE Vec<float> load(const Float16* from) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_scalar(from[i]);
+  return v;
+}
+GOSSAMER_INLINE void store(Float16* to, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) from_scalar(v[i], to[i]);
+}
+#endif
+
+// The first n lanes, the others zero.
+template <class T>
+GOSSAMER_INLINE Vec<Accumulator<T>> load_some(const T* from, int n) {
+  T buffer[kLanes<Accumulator<T>>] = {};
+  std::memcpy(buffer, from, n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+GOSSAMER_INLINE void store_some(T* to, Vec<Accumulator<T>> v, int n) {
+  T buffer[kLanes<Accumulator<T>>];
+  store(buffer, v);
+  std::memcpy(to, buffer, n * sizeof(T));
+}
+
+// The sum of all lanes, in a fixed order: halves are added until one lane is left.
+template <class S>
+GOSSAMER_INLINE S sum_lanes(Vec<S> v) {
+  S lanes[kLanes<S>];
+  store(lanes, v);
+  for (int half = kLanes<S> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+GOSSAMER_INLINE Vec<double> vexp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// exp with an error of about one ulp; beyond the range of normal numbers it gives their largest or smallest power.
+GOSSAMER_INLINE Vec<float> vexp(Vec<float> x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  // Adding 1.5·2^23 rounds to an integer, which then lies in the low bits.
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
+  const Vec<float> n = shifted - 12582912.0f;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> q = splat(0.00139336884f);
+  q = q * r + 0.00836320547f;
+  q = q * r + 0.0416664646f;
+  q = q * r + 0.166665768f;
+  q = q * r + 0.5f;
+  const Vec<float> mantissa = r * r * q + r + 1.0f;
+  const Vec<float> power = (Vec<float>)(((UInts)shifted << 23) + 0x3f800000u);
+  return mantissa * power;
+}
+
+GOSSAMER_INLINE Vec<double> verf(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::erf(x[i]);
+  return x;
+}
+
+// erf with an absolute error of about 1e-7: an odd polynomial up to 1, then 1 − exp(polynomial).
+GOSSAMER_INLINE Vec<float> verf(Vec<float> x) {
+  const Vec<float> s = x * x;
+  Vec<float> small = splat(7.88249712e-05f);
+  for (const float c : {-0.000801885499f, 0.00518931194f, -0.0268543288f, 0.112835975f, -0.376126269f, 1.12837917f}) {
+    small = small * s + c;
+  }
+  Vec<float> t = x < 0.0f ? -x : x;
+  t = t > 4.0f ? splat(4.0f) : t;
+  Vec<float> large = splat(1.39520608e-05f);
+  for (const float c : {-0.000329196857f, 0.00352458532f, -0.0229789534f, 0.104162702f, 0.637938417f, 1.12677134f,
+                        0.000502260482f}) {
+    large = large * t + c;
+  }
+  large = 1.0f - vexp(-large);
+  large = x < 0.0f ? -large : large;
+  return s < 1.0f ? small * x : large;
+}
+
+template <class V>
+GOSSAMER_INLINE V vsigmoid(V x) {
+  return 1.0f / (1.0f + vexp(-x));
+}
