@@ -1,0 +1,60 @@
+"""Sorting assignments by expert."""
+
+from __future__ import annotations
+
+import torch
+
+import gossamer
+from gossamer.bench.case import DENSE, OURS, Case, ExactGate, Family, Request, Variant
+from gossamer.ops.dispatch import dispatch_reference
+from gossamer.testing import random_expert_ids
+
+SHAPES = {
+    "olmoe": (16384, 64, 8),
+    "qwen3-30b-a3b": (16384, 128, 8),
+    "cpu-small": (1024, 32, 4),
+    "cpu-fine": (4096, 64, 8),
+    "cpu-decode": (16, 64, 8),
+}
+SYMBOLS = ("T", "E", "K")
+DEFAULTS = {"cpu": ("cpu-small", "cpu-fine", "cpu-decode", "olmoe"), "cuda": ("olmoe", "qwen3-30b-a3b", "cpu-decode")}
+QUICK = {"cpu": "cpu-fine", "cuda": "olmoe"}
+
+
+def build(request: Request) -> Case:
+    """:func:`gossamer.dispatch` beside a stable sort in plain torch."""
+    t, e, k = (request.sizes[s] for s in SYMBOLS)
+    ids = random_expert_ids(t, e, k, skew=request.skew).to(request.device)
+
+    def ours() -> tuple[torch.Tensor, ...]:
+        found = gossamer.dispatch(ids, e)
+        return found.slots, found.rows, found.offsets
+
+    expected = dispatch_reference(ids, e)
+    moved = ids.nbytes + sum(tensor.nbytes for tensor in expected)
+    return Case(
+        "dispatch",
+        request.shape,
+        request.sizes,
+        request.dtype,
+        request.device,
+        request.direction,
+        (
+            Variant("gossamer", OURS, ours),
+            Variant("torch stable sort", DENSE, lambda: dispatch_reference(ids, e)),
+        ),
+        {},
+        0.0,
+        moved,
+        {"truth": lambda: ExactGate({f"y{i}": tensor for i, tensor in enumerate(expected)})},
+        "every output, exactly",
+        f"{request.skew} routing",
+    )
+
+
+FAMILY = Family("dispatch", SHAPES, SYMBOLS, DEFAULTS, QUICK, build, ("int",), ("forward",))
+
+
+def bench_dispatch(measured):
+    """Entry point of pytest-benchmark."""
+    measured()

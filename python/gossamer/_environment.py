@@ -1,0 +1,92 @@
+"""What this process runs on: versions, devices, threads. ``gossamer info`` prints it, benchmarks store it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from gossamer import _backend
+
+PRIMITIVES = ("dispatch", "grouped_matmul", "expert_mlp", "gather_reduce")
+PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")
+ISA_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def environment() -> dict:
+    """Versions, devices, threads and the date, as plain values."""
+    cpu = _cpuinfo()
+    flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": found.name,
+                "capability": f"{found.major}.{found.minor}",
+                "memory_bytes": found.total_memory,
+                "multiprocessors": found.multi_processor_count,
+            }
+        )
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "system": platform.platform(),
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+    }
+
+
+def served_by() -> dict[str, dict[str, dict]]:
+    """Device type -> primitive -> which backend serves it here, and why each other one does not.
+
+    A device that this machine lacks is not listed.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {device: {name: _serving(name, device) for name in PRIMITIVES} for device in devices}
+
+
+def _serving(primitive: str, device: str) -> dict:
+    reasons = {name: _backend.unavailable(name, device) for name in _backend.BACKENDS}
+    return {
+        "serves": _backend.resolve(primitive, torch.empty(0, device=device)),
+        "unavailable": {name: reason for name, reason in reasons.items() if reason},
+    }
