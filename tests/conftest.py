@@ -1,0 +1,95 @@
+"""Fixtures of all tests: the device, the kernel families to prove on it, poisoned memory, fixed seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton reads this once, when it is first imported; without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py; pytest leaves sys.path alone
+
+from gossamer import _backend  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _backends(primitive: str) -> list[str]:
+    if DEVICE == "cpu":
+        names = ["native", "triton"]
+    else:
+        found = importlib.util.find_spec("gossamer.cuda_kernels")
+        names = ["triton"]
+        if found and importlib.util.find_spec(f"gossamer.cuda_kernels.{primitive}"):
+            names.append("cuda")
+    return [name for name in names if _backend.unavailable(name, DEVICE) is None]
+
+
+def _dtypes(backend: str) -> list[torch.dtype]:
+    # The interpreter computes products of bfloat16 blocks wrongly.
+    if backend == "triton" and DEVICE == "cpu":
+        return [torch.float32, torch.float16]
+    return [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _id(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give ``kernel_backend`` the kernel families of this device, and ``dtype`` beside it the dtypes they compute.
+
+    ``any_backend`` has ``"reference"``, plain torch, too.
+    """
+    backends = _backends(Path(metafunc.module.__file__).stem.removeprefix("test_"))
+    if "any_backend" in metafunc.fixturenames:
+        metafunc.parametrize("any_backend", ["reference", *backends])
+    elif "kernel_backend" in metafunc.fixturenames and "dtype" in metafunc.fixturenames:
+        cases = [(backend, dtype) for backend in backends for dtype in _dtypes(backend)]
+        metafunc.parametrize(("kernel_backend", "dtype"), cases, ids=_id)
+    elif "kernel_backend" in metafunc.fixturenames:
+        metafunc.parametrize("kernel_backend", backends)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The device under test: ``"cuda"`` where there is one, else ``"cpu"``."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    torch.manual_seed(0)
+
+
+def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return tensor
+    with torch.no_grad():
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max // 2)
+
+
+def _poisoning(create):
+    def created(*args, **kwargs):
+        out = create(*args, **kwargs)
+        return out if "out" in kwargs else _poisoned(out)
+
+    return created
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch) -> None:
+    """New uninitialised tensors hold NaN, or large numbers, so that an element nobody wrote shows in a result."""
+    for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))

@@ -1,0 +1,107 @@
+"""What the tests of the primitives share: running a function with its gradients, and comparing with float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gossamer
+from gossamer.testing import assert_close, random_expert_ids
+
+
+def make_dispatch(num_tokens, num_experts, top_k, device, *, ids=None, **routing) -> gossamer.Dispatch:
+    """A dispatch of random ids, sorted by the device's default backend, or of the given ids."""
+    if ids is None:
+        ids = random_expert_ids(num_tokens, num_experts, top_k, **routing)
+    return gossamer.dispatch(ids.to(device), num_experts)
+
+
+def run(
+    function: Callable, inputs: dict[str, torch.Tensor], needs: Iterable[str] = (), dout: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Call ``function(**inputs)``; returns its ``out`` and the gradients of the inputs in ``needs`` by name.
+
+    Inputs keep their strides. ``dout`` is cast to the result's dtype.
+    """
+    leaves = {k: v.detach() for k, v in inputs.items()}
+    for name in needs:
+        leaves[name].requires_grad_()
+    out = function(**leaves)
+    results = {"out": out.detach()}
+    if needs:
+        out.backward(dout.to(out.dtype))
+        results |= {name: leaves[name].grad for name in needs}
+        for name, leaf in leaves.items():
+            assert name in needs or leaf.grad is None, f"{name} got a gradient it does not need"
+    return results
+
+
+def check(
+    function: Callable, reference: Callable, inputs: dict[str, torch.Tensor], needs: Iterable[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Hold the result and gradients of ``function`` against those of ``reference`` in float64; returns the former.
+
+    The baseline is ``reference`` on the same inputs in their own dtypes.
+    """
+    needs = list(inputs) if needs is None else list(needs)
+    wide = {k: v.double() for k, v in inputs.items()}
+    shape = reference(**wide).shape
+    dout = torch.randn(shape, device=next(iter(inputs.values())).device).to(next(iter(inputs.values())).dtype)
+    truth = run(reference, wide, needs, dout.double())
+    baseline = run(reference, inputs, needs, dout)
+    actual = run(function, inputs, needs, dout)
+    for name, value in actual.items():
+        assert_close(value, truth[name], baseline[name], name)
+    return actual
+
+
+def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """All results equal bit by bit."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs"
+
+
+class OperatorLog(TorchDispatchMode):
+    """Records the calls of gossamer's operators as ``(name, arguments by name, results)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Call the operator, and note it if it is one of ours."""
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "gossamer":
+            names = [argument.name for argument in func._schema.arguments]
+            results = out if isinstance(out, (tuple, list)) else (out,)
+            self.calls.append((func._opname, dict(zip(names, args, strict=False)) | (kwargs or {}), results))
+        return out
+
+    def named(self, name: str) -> list:
+        """The calls of one operator."""
+        return [call for call in self.calls if call[0] == name]
+
+
+def saved_tensors(function: Callable, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that the graph of ``function()`` keeps for its backward pass, without the parameters themselves."""
+    known = {p.data_ptr() for p in parameters}
+    saved = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in known:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    del result
+    return saved
+
+
+def huge_storage(num_elements: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A flat tensor of which only touched pages take memory (on the CPU); uninitialised and not poisoned."""
+    storage = torch.UntypedStorage(num_elements * dtype.itemsize, device=device)
+    return torch.tensor([], dtype=dtype, device=device).set_(storage, 0, (num_elements,))
