@@ -214,6 +214,14 @@ def load_weight(
 
 
 @triton.jit
+def prefetch_l2(ptrs):
+    """Ask for the 128-byte lines at ``ptrs`` to be brought into L2; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half of ``x [ROWS, COLUMNS]``, a renaming of registers.
 

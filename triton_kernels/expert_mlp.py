@@ -23,6 +23,7 @@ from gossamer.triton_kernels.common import (
     grid_size,
     load_rows,
     load_weight,
+    prefetch_l2,
     row_tile,
     row_tiles,
     tile_coordinates,
@@ -60,52 +61,90 @@ def choose_down_backward_tile(arch: int, dtype: torch.dtype, mean_rows: float) -
 
 
 @triton.jit
+def _load_gate_up(
+    w,
+    expert,
+    n0,
+    k0,
+    I,
+    C,
+    stride_e,
+    stride_n,
+    stride_k,
+    W_TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``[BLOCK_K, 2·BLOCK_N]`` of a concatenated weight: columns ``n0:`` of the gate half, then of the up half.
+
+    One operand of double width reads the row tile from shared memory once where two products would read it twice.
+    """
+    if W_TMA:
+        return tl.trans(tl.reshape(w.load([expert, 0, n0, k0]), (2 * BLOCK_N, BLOCK_K)))
+    else:
+        k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+        j = tl.arange(0, 2 * BLOCK_N)
+        n = n0 + j % BLOCK_N
+        row = tl.max_contiguous(tl.where(j < BLOCK_N, n, n + I), 8).to(tl.int64)[None, :]
+        ptrs = w + expert.to(tl.int64) * stride_e + row * stride_n + k.to(tl.int64) * stride_k
+        if EVEN_K:
+            return tl.load(ptrs, mask=(n < I)[None, :], other=0.0)
+        else:
+            return tl.load(ptrs, mask=(n < I)[None, :] & (k < C), other=0.0)
+
+
+@triton.jit
 def _finish_up(
-    acc,
-    acc_up,
+    gate,
+    up,
     bias,
     preact_rows,
     act_rows,
     inside,
-    w0,
+    n0,
     I,
     alpha,
     limit,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Add the bias to WIDE accumulator columns from weight row ``w0`` on, store them, activate them and store that."""
-    PAIRED: tl.constexpr = GATED and INTERLEAVED
-    wide = w0 + tl.arange(0, WIDE)
-    wide_inside = inside[:, None] & (wide < (2 * I if PAIRED else I))[None, :]
-    if bias is not None:
-        acc += tl.load(bias + wide, wide < (2 * I if PAIRED else I), other=0.0).to(tl.float32)[None, :]
-        if GATED and not INTERLEAVED:
-            acc_up += tl.load(bias + I + wide, wide < I, other=0.0).to(tl.float32)[None, :]
-    if preact_rows is not None:
-        tl.store(preact_rows + wide[None, :], acc.to(act_rows.dtype.element_ty), wide_inside)
-        if GATED and not INTERLEAVED:
-            tl.store(preact_rows + I + wide[None, :], acc_up.to(act_rows.dtype.element_ty), wide_inside)
-    if PAIRED:
-        gate, up = tl.split(tl.reshape(acc, (acc.shape[0], WIDE // 2, 2)))
-        n = w0 // 2 + tl.arange(0, WIDE // 2)
+    """Add the bias to PART activation columns from ``n0`` on, store the pre-activation, activate and store that.
+
+    Interleaved columns come as they are, ``[BLOCK_M, 2·PART]``, in ``gate``.
+    """
+    n = n0 + tl.arange(0, PART)
+    mask = inside[:, None] & (n < I)[None, :]
+    if INTERLEAVED:
+        pair = 2 * n0 + tl.arange(0, 2 * PART)
+        if bias is not None:
+            gate += tl.load(bias + pair, pair < 2 * I, other=0.0).to(tl.float32)[None, :]
+        if preact_rows is not None:
+            pair_mask = inside[:, None] & (pair < 2 * I)[None, :]
+            tl.store(preact_rows + pair[None, :], gate.to(act_rows.dtype.element_ty), pair_mask)
+        gate, up = tl.split(tl.reshape(gate, (gate.shape[0], PART, 2)))
     else:
-        gate, up = acc, acc_up
-        n = wide
+        if bias is not None:
+            gate += tl.load(bias + n, n < I, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(bias + I + n, n < I, other=0.0).to(tl.float32)[None, :]
+        if preact_rows is not None:
+            tl.store(preact_rows + n[None, :], gate.to(act_rows.dtype.element_ty), mask)
+            if GATED:
+                tl.store(preact_rows + I + n[None, :], up.to(act_rows.dtype.element_ty), mask)
     out, _ = activation(gate, alpha, limit, ACT)
     if GATED:
         factor, _ = up_factor(up, limit, ACT)
         out *= factor
-    tl.store(act_rows + n[None, :], out.to(act_rows.dtype.element_ty), inside[:, None] & (n < I)[None, :])
+    tl.store(act_rows + n[None, :], out.to(act_rows.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _up_kernel(
-    x_ptr,
-    w_gate,
-    w_up,
+    x,
+    w,
     bias_ptr,
     preact_ptr,
     act_ptr,
@@ -124,6 +163,7 @@ def _up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     X_DIV: tl.constexpr,
+    X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -136,44 +176,43 @@ def _up_kernel(
 ):
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(I, BLOCK_N)
-    WIDE: tl.constexpr = 2 * BLOCK_N if GATED and INTERLEAVED else BLOCK_N
+    WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     for tile in tl.range(tl.program_id(0), num_live * num_n, tl.num_programs(0), flatten=FLATTEN):
         m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
         expert, row, row_end = row_tile(table_ptr, capacity, m)
         r = row + tl.arange(0, BLOCK_M)
-        x_index = tl.load(slots_ptr + tl.where(r < row_end, r, row)) // X_DIV
-        x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
-        w0 = n_tile * WIDE
-        w_columns = 2 * I if GATED and INTERLEAVED else I
+        if X_TMA:
+            x_rows = x
+        else:
+            x_index = tl.load(slots_ptr + tl.where(r < row_end, r, row)) // X_DIV
+            x_rows = x + x_index.to(tl.int64)[:, None] * stride_x
+        n0 = n_tile * BLOCK_N
         acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
-        acc_up = tl.zeros((BLOCK_M, WIDE), tl.float32)
         for k in range(0, tl.cdiv(C, BLOCK_K)):
-            a = load_rows(x_ptr, x_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
-            b = load_weight(
-                w_gate,
-                expert,
-                w0,
-                k * BLOCK_K,
-                w_columns,
-                C,
-                stride_we,
-                stride_wn,
-                stride_wk,
-                W_TMA,
-                W_TRANSPOSED,
-                EVEN_K,
-                WIDE,
-                BLOCK_K,
-            )
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            # Gate and up lie I columns apart: two products share the row tile, and the GLU needs no shuffle.
+            a = load_rows(x, x_rows, row, k * BLOCK_K, C, X_TMA, EVEN_K, BLOCK_K)
             if GATED and not INTERLEAVED:
-                b_up = load_weight(
-                    w_up,
+                b = _load_gate_up(
+                    w,
                     expert,
-                    w0,
+                    n0,
                     k * BLOCK_K,
-                    w_columns,
+                    I,
+                    C,
+                    stride_we,
+                    stride_wn,
+                    stride_wk,
+                    W_TMA,
+                    EVEN_K,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
+            else:
+                b = load_weight(
+                    w,
+                    expert,
+                    n_tile * WIDE,
+                    k * BLOCK_K,
+                    2 * I if GATED else I,
                     C,
                     stride_we,
                     stride_wn,
@@ -184,22 +223,50 @@ def _up_kernel(
                     WIDE,
                     BLOCK_K,
                 )
-                acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
         width = 2 * I if GATED else I
         preact_rows = preact_ptr if preact_ptr is None else preact_ptr + r.to(tl.int64)[:, None] * width
         act_rows = act_ptr + r.to(tl.int64)[:, None] * I
         bias = bias_ptr if bias_ptr is None else bias_ptr + expert.to(tl.int64) * width
-        inside = r < row_end
+        PART: tl.constexpr = BLOCK_N // 2
         left, right = column_halves(acc, BLOCK_M, WIDE)
-        left_up, right_up = column_halves(acc_up, BLOCK_M, WIDE)
-        PART: tl.constexpr = WIDE // 2
-        _finish_up(
-            left, left_up, bias, preact_rows, act_rows, inside, w0, I, alpha, limit, ACT, GATED, INTERLEAVED, PART
-        )
-        _finish_up(
-            right, right_up, bias, preact_rows, act_rows, inside, w0 + PART, I, alpha, limit, ACT, GATED, INTERLEAVED, PART
-        )
+        if GATED and not INTERLEAVED:
+            first, second = column_halves(left, BLOCK_M, BLOCK_N)
+            first_up, second_up = column_halves(right, BLOCK_M, BLOCK_N)
+        else:
+            first, second = left, right
+            first_up, second_up = left, right
+        for part in tl.static_range(2):
+            _finish_up(
+                first if part == 0 else second,
+                first_up if part == 0 else second_up,
+                bias,
+                preact_rows,
+                act_rows,
+                r < row_end,
+                n0 + part * PART,
+                I,
+                alpha,
+                limit,
+                ACT,
+                GATED,
+                INTERLEAVED,
+                PART,
+            )
+
+
+def gate_up_operand(
+    gate_up: torch.Tensor, arch: int, block_n: int, block_k: int, gated: bool, interleaved: bool
+) -> tuple[object, dict[str, bool]]:
+    """``gate_up`` as the up-projection takes it: for a concatenated pair, one descriptor over both halves."""
+    if not gated or interleaved:
+        return weight_operand(gate_up, arch, 2 * block_n if gated else block_n, block_k)
+    transposed = gate_up.stride(1) == 1 and gate_up.stride(2) != 1
+    if can_describe(gate_up, arch):
+        halves = gate_up.unflatten(1, (2, -1))
+        return describe(halves, [1, 2, block_n, block_k]), {"W_TMA": True, "W_TRANSPOSED": False}
+    return gate_up, {"W_TMA": False, "W_TRANSPOSED": transposed}
 
 
 def _up(x, gate_up, gate_up_bias, slots, table, activation, interleaved, save_preact, x_div, tile):
@@ -208,15 +275,13 @@ def _up(x, gate_up, gate_up_bias, slots, table, activation, interleaved, save_pr
     act = torch.empty(num_rows, i, dtype=x.dtype, device=x.device)
     preact = torch.empty(num_rows, wide, dtype=x.dtype, device=x.device) if save_preact else None
     table_tensor, capacity = table
-    two_products = activation.gated and not interleaved
-    block = tile.block_n * (2 if activation.gated and interleaved else 1)
-    w_gate, w_flags = weight_operand(gate_up[:, :i] if two_products else gate_up, arch_of(x), block, tile.block_k)
-    w_up = weight_operand(gate_up[:, i:], arch_of(x), block, tile.block_k)[0] if two_products else w_gate
+    arch = arch_of(x)
+    w, w_flags = gate_up_operand(gate_up, arch, tile.block_n, tile.block_k, activation.gated, interleaved)
+    x_tma = x_div == 0 and can_describe(x, arch)
     grid = grid_size(capacity * triton.cdiv(i, tile.block_n), tile, x)
     _up_kernel[(grid,)](
-        x,
-        w_gate,
-        w_up,
+        describe(x, [tile.block_m, tile.block_k]) if x_tma else x,
+        w,
         None if gate_up_bias is None else gate_up_bias.contiguous(),
         preact,
         act,
@@ -235,6 +300,7 @@ def _up(x, gate_up, gate_up_bias, slots, table, activation, interleaved, save_pr
         GATED=activation.gated,
         INTERLEAVED=interleaved,
         X_DIV=x_div,
+        X_TMA=x_tma,
         EVEN_K=c % tile.block_k == 0,
         PRECISION=dot_precision(x.dtype),
         **w_flags,
@@ -333,7 +399,7 @@ def _finish_down_backward(
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"])
 def _down_backward_kernel(
-    dy_ptr,
+    dy,
     w,
     preact_ptr,
     dpreact_ptr,
@@ -356,6 +422,8 @@ def _down_backward_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     DY_DIV: tl.constexpr,
+    DY_TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
     W_TMA: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -373,11 +441,23 @@ def _down_backward_kernel(
         expert, row, row_end = row_tile(table_ptr, capacity, m)
         r = row + tl.arange(0, BLOCK_M)
         slot = tl.load(slots_ptr + tl.where(r < row_end, r, row))
-        dy_rows = dy_ptr + (slot // DY_DIV).to(tl.int64)[:, None] * stride_dy
+        if DY_TMA:
+            dy_rows = dy
+        else:
+            dy_rows = dy + (slot // DY_DIV).to(tl.int64)[:, None] * stride_dy
         n0 = n_tile * BLOCK_N
+        width = 2 * I if GATED else I
+        if PREFETCH:
+            # The epilogue reads as many bytes as the loop streams; asked for now, they wait in L2 by then.
+            line = n0 + 64 * tl.arange(0, BLOCK_N // 64)
+            wanted = (r < row_end)[:, None] & (line < I)[None, :]
+            first = preact_ptr + r.to(tl.int64)[:, None] * width + line[None, :] + (n0 if INTERLEAVED else 0)
+            prefetch_l2(tl.where(wanted, first, preact_ptr))
+            if GATED:
+                prefetch_l2(tl.where(wanted, first + (BLOCK_N if INTERLEAVED else I), preact_ptr))
         dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, tl.cdiv(C, BLOCK_K)):
-            a = load_rows(dy_ptr, dy_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
+            a = load_rows(dy, dy_rows, row, k * BLOCK_K, C, DY_TMA, EVEN_K, BLOCK_K)
             b = load_weight(
                 w,
                 expert,
@@ -399,7 +479,6 @@ def _down_backward_kernel(
         row_weight = tl.load(weights_ptr + slot).to(tl.float32)
         inside = r < row_end
         r64 = r.to(tl.int64)
-        width = 2 * I if GATED else I
         preact_rows = preact_ptr + r64[:, None] * width
         dpreact_rows = dpreact_ptr if dpreact_ptr is None else dpreact_ptr + r64[:, None] * width
         act_rows = act_ptr if act_ptr is None else act_ptr + r64[:, None] * I
@@ -452,8 +531,9 @@ def _weight_gradient_kernel(
     row = tl.load(rows_ptr + slot, slot < num_rows, other=0)
     live = (slot < num_rows) & (row < tl.load(offsets_ptr + num_experts))
     total = tl.zeros((SLOTS,), tl.float32)
-    for p in range(num_partials):
-        total += tl.load(partial_ptr + p.to(tl.int64) * num_rows + row, live, other=0.0)
+    for _ in range(num_partials):
+        total += tl.load(partial_ptr + row, live, other=0.0)
+        partial_ptr += num_rows
     if bias_ptr is not None:
         expert = tl.zeros((SLOTS,), tl.int32)
         for e0 in range(0, num_experts, BLOCK_E):
@@ -470,7 +550,7 @@ def _weight_gradient_kernel(
     tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), slot < num_rows)
 
 
-def _down_backward(dy, down, slots, weights, preact, table, activation, interleaved, wants, overwrite, tile):
+def _down_backward(dy, down, slots, weights, preact, table, activation, interleaved, wants, overwrite, tile, dy_div, prefetch=True):
     """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no."""
     num_rows, i, h, device = slots.shape[0], down.shape[2], down.shape[1], dy.device
     want_dpreact, want_act, want_partial = wants
@@ -480,8 +560,9 @@ def _down_backward(dy, down, slots, weights, preact, table, activation, interlea
     partial = torch.empty(num_n, num_rows, dtype=torch.float32, device=device) if want_partial else None
     table_tensor, capacity = table
     w, w_flags = weight_operand(down.transpose(1, 2), arch_of(dy), tile.block_n, tile.block_k)
+    dy_tma = dy_div == 0 and can_describe(dy, arch_of(dy))
     _down_backward_kernel[(grid_size(capacity * num_n, tile, dy),)](
-        dy,
+        describe(dy, [tile.block_m, tile.block_k]) if dy_tma else dy,
         w,
         preact,
         dpreact,
@@ -503,7 +584,9 @@ def _down_backward(dy, down, slots, weights, preact, table, activation, interlea
         ACT=activation.code,
         GATED=activation.gated,
         INTERLEAVED=interleaved,
-        DY_DIV=weights.shape[1],
+        DY_DIV=dy_div,
+        DY_TMA=dy_tma,
+        PREFETCH=prefetch and dy.is_cuda and dy.element_size() == 2 and tile.block_n >= 64,
         EVEN_K=h % tile.block_k == 0,
         PRECISION=dot_precision(dy.dtype),
         **w_flags,
@@ -570,7 +653,7 @@ def expert_mlp_backward(
         tile = choose_down_backward_tile(arch_of(x), x.dtype, num_rows / (offsets.shape[0] - 1))
         table = row_tiles(offsets, num_rows, tile.block_m)
         dpreact, act, partial = _down_backward(
-            dy, down, slots, weights, preact, table, activation, interleaved, wants, overwrite, tile
+            dy, down, slots, weights, preact, table, activation, interleaved, wants, overwrite, tile, top_k
         )
     else:
         dpreact, act = preact, preact[:, : down.shape[2]]
@@ -622,22 +705,24 @@ def aot_cases(arch: int) -> list[tuple]:
         tile = choose_up_tile(arch, dtype, mean_rows, act.halves)
         signature = aot_signature(
             dtype,
-            "x_ptr w_gate w_up preact_ptr act_ptr",
+            "x w preact_ptr act_ptr",
             "slots_ptr table_ptr",
             "I C stride_x stride_we stride_wn",
             "alpha limit",
         )
         signature["capacity"] = "i32"
         if tma:
-            block = tile.block_n * (2 if interleaved else 1)
-            signature["w_gate"] = signature["w_up"] = aot_descriptor(dtype, [1, block, tile.block_k])
-        constexprs = {"bias_ptr": None, "stride_wk": 1, "X_DIV": 8, "W_TRANSPOSED": False, **form, **tile.constants()}
+            stacked = act.gated and not interleaved
+            rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
+            signature["w"] = aot_descriptor(dtype, [1, *rows, tile.block_k])
+        constexprs = {"bias_ptr": None, "stride_wk": 1, "X_DIV": 8, "X_TMA": False, "W_TRANSPOSED": False}
+        constexprs |= {**form, **tile.constants()}
         cases.append((_up_kernel, signature, constexprs, tile.options()))
 
         tile = choose_down_backward_tile(arch, dtype, mean_rows)
         signature = aot_signature(
             dtype,
-            "dy_ptr w preact_ptr dpreact_ptr act_ptr weights_ptr",
+            "dy w preact_ptr dpreact_ptr act_ptr weights_ptr",
             "slots_ptr table_ptr",
             "I C stride_dy stride_we stride_wk",
             "alpha limit",
@@ -645,7 +730,8 @@ def aot_cases(arch: int) -> list[tuple]:
         signature |= {"capacity": "i32", "num_rows": "i32", "partial_ptr": "*fp32:16"}
         if tma:
             signature["w"] = aot_descriptor(dtype, [1, tile.block_k, tile.block_n])
-        constexprs = {"stride_wn": 1, "DY_DIV": 8, "W_TRANSPOSED": True, **form, **tile.constants()}
+        constexprs = {"stride_wn": 1, "DY_DIV": 8, "DY_TMA": False, "PREFETCH": dtype != torch.float32}
+        constexprs |= {"W_TRANSPOSED": True, **form, **tile.constants()}
         cases.append((_down_backward_kernel, signature, constexprs, tile.options()))
 
     signature = aot_signature(

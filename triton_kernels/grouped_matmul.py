@@ -51,7 +51,7 @@ def choose_dweight_tile(arch: int, dtype: torch.dtype) -> Tile:
         return Tile(64, 64, 32, 4, 3)
     if arch >= 90:
         # The row indices of a gathered operand take a stage of their own.
-        return Tile(128, 256, 64, 8, 4)
+        return Tile(128, 256, 64, 8, 5)
     return Tile(128, 128, 64, 8, 3)
 
 
@@ -234,8 +234,8 @@ def _gathered(slots_ptr, r, inside, DIV: tl.constexpr):
 
 @triton.jit
 def _dweight_kernel(
-    x_ptr,
-    dy_ptr,
+    x,
+    dy,
     dw_ptr,
     slots_ptr,
     offsets_ptr,
@@ -245,8 +245,11 @@ def _dweight_kernel(
     num_c,
     stride_x,
     stride_dy,
+    stride_n,
+    stride_c,
     X_DIV: tl.constexpr,
     DY_DIV: tl.constexpr,
+    X_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -259,32 +262,45 @@ def _dweight_kernel(
     n_tile, c_tile = tile_coordinates(tl.program_id(0) % tiles, num_n, num_c, GROUP_M)
     start = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
+    c0 = c_tile * BLOCK_N
     n = n_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = c_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = c0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r0 in range(start, end, BLOCK_K):
         r = r0 + tl.arange(0, BLOCK_K)
         inside = r < end
-        dy_rows = _gathered(slots_ptr, r, inside, DY_DIV).to(tl.int64)
-        x_rows = _gathered(slots_ptr, r, inside, X_DIV).to(tl.int64)
-        dy = tl.load(dy_ptr + dy_rows[:, None] * stride_dy + n[None, :], inside[:, None] & (n < N)[None, :], other=0.0)
-        x = tl.load(x_ptr + x_rows[:, None] * stride_x + c[None, :], inside[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
-    out = dw_ptr + expert.to(tl.int64) * N * C + n.to(tl.int64)[:, None] * C + c[None, :]
+        dy_rows = dy + _gathered(slots_ptr, r, inside, DY_DIV).to(tl.int64)[:, None] * stride_dy
+        dy_block = tl.load(dy_rows + n[None, :], inside[:, None] & (n < N)[None, :], other=0.0)
+        if X_TMA:
+            x_block = x.load([r0, c0])
+        else:
+            x_rows = x + _gathered(slots_ptr, r, inside, X_DIV).to(tl.int64)[:, None] * stride_x
+            x_block = tl.load(x_rows + c[None, :], inside[:, None] & (c < C)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dy_block), x_block, acc, input_precision=PRECISION)
+    out = dw_ptr + expert.to(tl.int64) * N * C + n.to(tl.int64)[:, None] * stride_n + c.to(tl.int64)[None, :] * stride_c
     tl.store(out, acc.to(dw_ptr.dtype.element_ty), (n < N)[:, None] & (c < C)[None, :])
 
 
-def _outer_sums(x, dy, slots, offsets, x_div, dy_div, tile=None):
-    """``(E, N, C)`` of the sums over each group of ``dy[r]ᵀ x[r]``."""
+def _outer_sums(x, dy, slots, offsets, x_div, dy_div, transposed, tile=None, tma=True):
+    """``(E, N, C)`` of the sums over each group of ``dy[r]ᵀ x[r]``, a view of ``(E, C, N)`` when ``transposed``."""
     x, dy = unit_columns(x), unit_columns(dy)
     num_experts, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
-    dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
+    if transposed:
+        dweight = torch.empty(num_experts, c, n, dtype=x.dtype, device=x.device).transpose(1, 2)
+    else:
+        dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
     if dweight.numel() == 0:
         return dweight
-    tile = tile or choose_dweight_tile(arch_of(x), x.dtype)
+    out = dweight
+    # The gathered operand takes the narrow side of the tile, the contiguous one the wide side, which TMA fills.
+    if dy_div == 0 and x_div > 0:
+        x, dy, x_div, dy_div, n, c, out = dy, x, dy_div, x_div, c, n, dweight.transpose(1, 2)
+    arch = arch_of(x)
+    tile = tile or choose_dweight_tile(arch, x.dtype)
     num_n, num_c = triton.cdiv(n, tile.block_m), triton.cdiv(c, tile.block_n)
+    x_tma = tma and x_div == 0 and dy_div > 0 and can_describe(x, arch)
     _dweight_kernel[(num_experts * num_n * num_c,)](
-        x,
+        describe(x, [tile.block_k, tile.block_n]) if x_tma else x,
         dy,
         dweight,
         slots,
@@ -295,8 +311,11 @@ def _outer_sums(x, dy, slots, offsets, x_div, dy_div, tile=None):
         num_c,
         x.stride(0),
         dy.stride(0),
+        out.stride(1),
+        out.stride(2),
         X_DIV=x_div,
         DY_DIV=dy_div,
+        X_TMA=x_tma,
         PRECISION=dot_precision(x.dtype),
         **tile.constants(),
         **tile.options(),
@@ -318,10 +337,7 @@ def grouped_matmul_dweight(
 
     Both operands read their rows as in :func:`grouped_matmul`, by ``x_div`` and ``dy_div``. Empty groups give zeros.
     """
-    if transposed:
-        dweight = _outer_sums(dy, x, slots, offsets, dy_div, x_div).transpose(1, 2)
-    else:
-        dweight = _outer_sums(x, dy, slots, offsets, x_div, dy_div)
+    dweight = _outer_sums(x, dy, slots, offsets, x_div, dy_div, transposed)
     dbias = group_sums(dy, slots, offsets, dy_div) if with_bias else x.new_empty(0)
     return dweight, dbias
 
@@ -366,10 +382,13 @@ def aot_cases(arch: int) -> list[tuple]:
             cases.append((_grouped_matmul_kernel, signature, constexprs, tile.options()))
     for dtype in (torch.bfloat16, torch.float32):
         tile = choose_dweight_tile(arch, dtype)
-        for x_div, dy_div in ((8, 0), (0, 8)):
+        for tma, unit in ((arch >= 90, "stride_c"), (arch >= 90, "stride_n"), (False, "stride_c")):
             signature = aot_signature(
-                dtype, "x_ptr dy_ptr dw_ptr", "slots_ptr offsets_ptr", "N C num_n num_c stride_x stride_dy"
+                dtype, "x dy dw_ptr", "slots_ptr offsets_ptr", "N C num_n num_c stride_x stride_dy stride_n stride_c"
             )
-            constexprs = {"X_DIV": x_div, "DY_DIV": dy_div, "PRECISION": "ieee", **tile.constants()}
+            if tma:
+                signature["x"] = aot_descriptor(dtype, [tile.block_k, tile.block_n])
+            del signature[unit]
+            constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": tma, "PRECISION": "ieee", **tile.constants()}
             cases.append((_dweight_kernel, signature, constexprs, tile.options()))
     return cases
