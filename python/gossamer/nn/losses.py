@@ -89,8 +89,7 @@ def load_balance_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tenso
         counts = counts + _counts(kept, layer)
         totals = totals + probabilities.sum(dim=0)
         rows = rows + _rows(kept, layer)
-    # Divided one after the other: rows² passes what float32 counts exactly.
-    return layers[0].num_experts * (counts / rows * (totals / rows)).sum()
+    return layers[0].num_experts * (counts.to(totals.dtype) / rows * (totals / rows)).sum()
 
 
 def router_z_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,7 +166,8 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     sums = probabilities.view(batch_size, num_tokens // batch_size, num_experts).sum(dim=1)
     sequences = (lengths > 0).sum().clamp(min=1)
     lengths = lengths.clamp(min=1)
-    return num_experts / top_k * (counts / lengths * (sums / lengths)).sum() / sequences
+    fractions = (counts * num_experts).to(sums.dtype) / (lengths * top_k)
+    return (fractions * (sums / lengths)).sum() / sequences
 
 
 def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) -> torch.Tensor:
