@@ -16,7 +16,7 @@ def _bags(index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
     positions = torch.arange(index.numel(), device=index.device)
     if offsets is None:
         return positions // max(index.shape[1], 1)
-    bag = torch.searchsorted(offsets, positions, right=True) - 1
+    bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
     return torch.where(bag < 0, offsets.numel() - 1, bag)
 
 
