@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py; pytest leaves sys.path alone
 
-from gossamer import _backend  # noqa: E402
+from gossamer import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

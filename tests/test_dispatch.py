@@ -1,5 +1,7 @@
 """gossamer.dispatch: the sort itself, its edges, its errors, and how it composes with compile, graphs and streams."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import OperatorLog
@@ -34,7 +36,7 @@ def check(ids, num_experts, backend, device):
         value = getattr(d, name)
         assert value.dtype == torch.int32 and value.is_contiguous() and value.device.type == device
         assert value.tolist() == expected, name
-    assert d.counts.tolist() == [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert d.counts.tolist() == [b - a for a, b in itertools.pairwise(offsets)]
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
