@@ -1,0 +1,119 @@
+"""The training example, run as its users run it."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "train_moe_lm.py"
+TINY = {
+    "--layers": 2,
+    "--hidden-size": 32,
+    "--heads": 2,
+    "--intermediate-size": 24,
+    "--num-experts": 6,
+    "--batch": 4,
+    "--sequence": 48,
+    "--steps": 30,
+    "--eval-every": 15,
+    "--eval-windows": 6,
+    "--lr": 0.01,
+}
+
+
+def run(*arguments, settings=TINY):
+    """The finished process of the example."""
+    flat = [str(part) for pair in settings.items() for part in pair]
+    command = [sys.executable, str(SCRIPT), *flat, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def png_size(path):
+    """Width and height of a PNG file."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_both_ways_learn_the_same(tmp_path, device):
+    done = run("--out", tmp_path / "out", "--experts", "both", "--device", device)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    eager, ours = metrics["runs"]
+    assert (eager["experts"], ours["experts"]) == ("eager", "gossamer")
+    for one in (eager, ours):
+        curve = one["train_bits_per_byte"]
+        assert one["valid_bits_per_byte"][0] == pytest.approx(8.0, abs=1e-5)
+        assert sum(curve[-5:]) / 5 < 6.0
+        assert one["valid_bits_per_byte"][-1] < one["valid_bits_per_byte"][1] < 8.0
+        assert one["median_step_ms"] > 0
+    # Same seed, weights and data: only float32 rounding differs, which 30 steps of Adam carry to about 1e-4.
+    assert ours["train_bits_per_byte"] == pytest.approx(eager["train_bits_per_byte"], rel=2e-3)
+    assert ours["train_bits_per_byte"][:3] == pytest.approx(eager["train_bits_per_byte"][:3], rel=1e-5)
+
+    counts = torch.tensor(metrics["routing"]["counts_step_layer_expert"])
+    assert counts.shape == (30, 2, 6)
+    assert (counts.sum(2) == 4 * 48 * metrics["routing"]["top_k"]).all()
+    weights = safetensors_torch.load_file(out / "model.safetensors")
+    assert weights["blocks.1.moe.experts.gate_up_proj"].shape == (6, 48, 32)
+    assert all(w.isfinite().all() for w in weights.values())
+    assert min(png_size(out / "loss.png")) > 500
+    assert min(png_size(out / "expert_load.png")) > 500
+
+
+def test_bias_balancing_on_own_files(tmp_path):
+    for number in range(25):
+        (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
+    settings = TINY | {"--steps": 40, "--bias-rate": 0.02}
+    done = run("--out", tmp_path / "out", "--data", tmp_path, "--balance", "bias", "--seed", 3, settings=settings)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["corpus"]["train_bytes"] + metrics["corpus"]["valid_bytes"] == sum(
+        p.stat().st_size + 1 for p in tmp_path.glob("*.py")
+    )
+    weights = safetensors_torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["blocks.0.moe.router.e_score_correction_bias"].abs().max() > 0.02
+    assert metrics["runs"][0]["train_bits_per_byte"][-1] < 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "7"], "--top-k must be at most --num-experts, got 7 of 6"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--lr", "nan"], "--lr must be at least 0 and finite, got nan"),
+        (["--hidden-size", "30"], "--hidden-size must be a multiple of twice --heads, got 30 and 2"),
+        (["--data", "no/such/folder"], "--data must be a folder, got no/such/folder"),
+        (["--experts", "dense"], "invalid choice: 'dense'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, tmp_path):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import train_moe_lm
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    given = [str(part) for pair in TINY.items() for part in pair]
+    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr(sys.stderr, "write", lines.append)
+        train_moe_lm.main(["--out", str(tmp_path / "out"), *given, *arguments])
+    assert stop.value.code == 2
+    assert message in "".join(lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_data_is_named(tmp_path):
+    (tmp_path / "one.py").write_text("x = 1\n")
+    done = run("--out", tmp_path / "out", "--data", tmp_path)
+    assert done.returncode == 2
+    assert "holds 7 training and 1 validation bytes" in " ".join(done.stdout.split())
