@@ -1,0 +1,257 @@
+"""The benchmark harness: what may be timed, how time and memory are taken, and that its truths are true."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from gossamer.bench import experts, harness, peers, timing
+from gossamer.bench.case import DENSE, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
+from gossamer.bench.ceilings import Ceilings
+from gossamer.ops.dispatch import dispatch
+from gossamer.ops.expert_mlp import expert_mlp_reference
+
+SMALL = {"T": 24, "H": 16, "I": 8, "E": 6, "K": 2}
+
+
+def small_request(device, direction="both", dtype="fp32", skew="uniform") -> Request:
+    return Request("small", SMALL, dtype, torch.device(device), direction, skew)
+
+
+def run_variants(*variants: Variant, direction: str = "forward") -> harness.Results:
+    truth = torch.arange(4.0).double()
+    gates = {"truth": lambda: FloatGate({"y": truth}, {"y": truth.float()})}
+
+    def build(request: Request) -> Case:
+        return Case("fake", "s", {"N": 4}, "fp32", request.device, direction, variants, {}, 8.0, 8.0, gates, "all")
+
+    family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
+    wanted = [Request("s", {"N": 4}, "fp32", torch.device("cpu"), direction, "uniform")]
+    return harness.run(family, wanted, budget=0.05)
+
+
+@pytest.fixture(autouse=True)
+def _cheap_ceilings(monkeypatch):
+    monkeypatch.setattr(harness, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10))
+
+
+def test_wrong_variant_gets_an_error_and_no_speed():
+    right = Variant("right", DENSE, lambda: torch.arange(4.0))
+    wrong = Variant("wrong", OURS, lambda: torch.arange(4.0) * 1.001)
+    results = run_variants(wrong, right)
+    bad, good = results.cases[0].rows
+    assert (bad.status, bad.seconds, bad.peak_bytes) == ("wrong", [], None)
+    assert bad.error == pytest.approx(1e-3, rel=1e-3)
+    assert "y: relative RMS error 1.0" in bad.message
+    assert good.status == "ok" and len(good.seconds) >= timing.MIN_ROUNDS
+    assert not results.correct
+
+
+def test_raising_reference_is_reported_and_the_rest_goes_on():
+    def broken():
+        raise RuntimeError("strides must be 16-byte aligned\nand more")
+
+    results = run_variants(Variant("ours", OURS, lambda: torch.arange(4.0)), Variant("theirs", REFERENCE, broken))
+    ours, theirs = results.cases[0].rows
+    assert theirs.status == "failed" and theirs.message == "RuntimeError: strides must be 16-byte aligned"
+    assert ours.seconds and results.correct
+    assert not run_variants(Variant("ours", OURS, broken)).correct
+
+
+def test_wrong_gradient_alone_is_caught(device):
+    request = small_request(device)
+    problem = experts.make_problem(request)
+    gate = experts.make_gate(problem, experts.make_sample(problem), request)
+    names = {"dx": "x", "dgate_up": "gate_up", "ddown": "down", "dweights": "weights"}
+    leaves = {gradient: problem.leaf(name) for gradient, name in names.items()}
+
+    def forward():
+        routing = dispatch(problem.ids, problem.num_experts)
+        return expert_mlp_reference(leaves["dx"], leaves["dgate_up"], leaves["ddown"], routing, leaves["dweights"])
+
+    variant = Variant("loop", OURS, forward, leaves, problem.dy)
+    outputs = variant.outputs("both")
+    assert gate(outputs).failures == ()
+    for name in leaves:
+        bad = outputs[name].clone()
+        bad.view(-1)[-1] += 0.01 * outputs[name].abs().max()
+        assert [f.split(":")[0] for f in gate(outputs | {name: bad}).failures] == [name]
+
+
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "one"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_router_of_a_problem_routes_to_its_ids(device, dtype, skew):
+    problem = experts.make_problem(Request("s", SMALL | {"T": 300}, dtype, torch.device(device), "forward", skew))
+    values, ids = (problem.x @ problem.router.T).topk(problem.top_k, dim=1)
+    assert torch.equal(ids, problem.ids)
+    assert torch.equal(torch.softmax(values.float(), 1).to(problem.x.dtype), problem.weights)
+    assert 0.7 < problem.x.float().square().mean().sqrt() < 1.3
+
+
+def test_more_experts_than_columns_has_no_router(device):
+    sizes = SMALL | {"H": 4}
+    problem = experts.make_problem(Request("s", sizes, "fp32", torch.device(device), "forward", "uniform"))
+    assert problem.router is None
+    assert problem.weights.sum(1).tolist() == pytest.approx([1.0] * SMALL["T"])
+
+
+def test_sampled_truth_is_autograd_of_the_reference(device):
+    problem = experts.make_problem(small_request(device, skew="one"))
+    inputs = [getattr(problem, n).double().requires_grad_() for n in ("x", "gate_up", "down", "weights")]
+    y = expert_mlp_reference(*inputs[:3], dispatch(problem.ids, SMALL["E"]), inputs[3])
+    dx, dgate_up, ddown, dweights = torch.autograd.grad(y, inputs, problem.dy.double())
+    chosen = experts.Sample(torch.tensor([0, 7, 23], device=device), torch.tensor([0, 5], device=device), "")
+    whole = experts.make_sample(problem)
+    assert whole.words == "every output, whole"
+    for sample in (chosen, whole):
+        found = experts.sampled_outputs(problem, sample, "both", torch.float64, torch.float64, problem.weights.double())
+        t, e = sample.tokens, sample.experts
+        whole_outputs = {"y": y, "dx": dx, "dweights": dweights, "dgate_up": dgate_up, "ddown": ddown}
+        expected = {"y": y[t], "dx": dx[t], "dweights": dweights[t], "dgate_up": dgate_up[e], "ddown": ddown[e]}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+            assert torch.equal(sample.picks[name](whole_outputs[name]), value)
+
+
+def test_costs_count_products_and_single_passes(device):
+    problem = experts.make_problem(Request("s", SMALL, "fp32", torch.device(device), "forward", "uniform"))
+    rows, token, expert = 24 * 2, 24 * 16 * 4, 3 * 16 * 8 * 4
+    routing = 24 * 2 * 4 + 24 * 2 * 8
+    assert experts.costs(problem, "forward") == (rows * 6 * 16 * 8, 2 * token + 6 * expert + routing)
+    flops, moved = experts.costs(problem, "both")
+    assert (flops, moved) == (3 * rows * 6 * 16 * 8, 4 * token + 12 * expert + routing + 24 * 2 * 4)
+
+
+def test_floor_is_the_slower_of_products_and_copy(device):
+    ceilings = Ceilings({"fp32": 1e12}, 1e11)
+    case = dict(family="f", shape="s", sizes={}, dtype="fp32", device=torch.device(device), direction="forward")
+    rest = dict(variants=(), skipped={}, gates={}, checked="")
+    assert ceilings.floor_seconds(Case(**case, **rest, flops=2e12, bytes=1e11)) == 2.0
+    assert ceilings.floor_seconds(Case(**case, **rest, flops=1e10, bytes=3e11)) == 3.0
+
+
+@pytest.mark.parametrize("name", harness.FAMILIES)
+def test_every_family_runs_and_is_right(device, name):
+    family = harness.family(name)
+    sizes = {"N": 50, "D": 8, "B": 12, "J": 3} if "N" in family.symbols else SMALL
+    shape = ",".join(str(sizes[s]) for s in family.symbols)
+    wanted = harness.requests(family, harness.resolve_device(device), shape=shape, skew="zipf")
+    results = harness.run(family, wanted, budget=0.05)
+    assert len(results.cases) == len(wanted) == (1 if name == "dispatch" else 4)
+    assert results.correct
+    for result in results.cases:
+        assert result.row(OURS) and result.row(DENSE)
+        # Where a reference has no kernel for the dtype it may fail, which is no fault of the case.
+        assert {row.status for row in result.rows if row.role != REFERENCE} == {"ok"}
+    stored = json.loads(json.dumps(results.as_json()))
+    assert stored["environment"]["versions"]["torch"]
+    first = stored["cases"][0]["variants"][0]
+    assert first["p20"] <= first["median"] <= first["p80"] and len(first["seconds"]) >= timing.MIN_ROUNDS
+
+
+def test_large_problems_are_checked_on_a_sample(monkeypatch, device):
+    monkeypatch.setattr(experts, "WHOLE", 0)
+    monkeypatch.setattr(experts, "SAMPLE_TOKENS", 5)
+    monkeypatch.setattr("gossamer.bench.grouped_matmul.WHOLE", 0)
+    for name, words in (
+        ("moe", "y, dx and dweights of 5 of 24 tokens"),
+        ("grouped_matmul", "gradient of 2 of 6 experts"),
+    ):
+        family = harness.family(name)
+        case = family.build(small_request(device))
+        assert words in case.checked
+        gates = {}
+        for variant in case.variants:
+            verdict = harness.judge(case, variant, gates)
+            assert verdict is None or verdict.failures == ()
+
+
+def test_shapes_by_name_and_by_size():
+    moe = harness.family("moe")
+    assert moe.sizes("mixtral") == {"T": 8192, "H": 4096, "I": 14336, "E": 8, "K": 2}
+    assert moe.sizes("16,64,32,8,2") == {"T": 16, "H": 64, "I": 32, "E": 8, "K": 2}
+    for bad in ("mixtrel", "16,64,32,8", "16,64,32,8,0", "16,64,32,8,x"):
+        with pytest.raises(ValueError, match=f"--shape must be one of olmoe.*got '{bad}'"):
+            moe.sizes(bad)
+
+
+def test_requests_of_a_quick_and_a_full_run():
+    moe, cpu = harness.family("moe"), torch.device("cpu")
+    quick = harness.requests(moe, cpu, quick=True)
+    assert [(r.shape, r.dtype, r.direction) for r in quick] == [
+        ("cpu-small", dtype, way) for dtype in ("fp32", "bf16") for way in ("forward", "both")
+    ]
+    assert {r.shape for r in harness.requests(moe, cpu)} == {"cpu-small", "cpu-fine", "cpu-decode"}
+    only = harness.requests(moe, cpu, shape="cpu-fine", dtype="fp16", direction="forward")
+    assert [(r.shape, r.dtype, r.direction) for r in only] == [("cpu-fine", "fp16", "forward")]
+    for option, value in (("dtype", "fp8"), ("direction", "backward"), ("skew", "few")):
+        with pytest.raises(ValueError, match=f"--{option} must be one of .*got '{value}'"):
+            harness.requests(moe, cpu, **{option: value})
+
+
+def test_missing_packages_are_skipped_by_name(monkeypatch):
+    for module in ("transformers.models.qwen3_moe.modeling_qwen3_moe", "sonicmoe", "scattermoe.parallel_experts"):
+        monkeypatch.setitem(sys.modules, module, None)
+    case = harness.family("moe").build(small_request("cpu"))
+    assert [v.name for v in case.variants][:2] == ["gossamer", "equal-FLOP dense"]
+    for name, package in [
+        ("transformers eager", "transformers"),
+        ("SonicMoE", "sonic-moe"),
+        ("ScatterMoE", "scattermoe"),
+    ]:
+        assert case.skipped[name] == f"{package} is not installed"
+
+
+def test_quantiles_interpolate():
+    assert [timing.quantile([4.0, 1.0, 3.0, 2.0], q) for q in (0.0, 0.2, 0.5, 1.0)] == pytest.approx([1, 1.6, 2.5, 4])
+    assert timing.quantile([7.0], 0.8) == 7.0
+
+
+def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch):
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 20)
+    order = []
+
+    def call(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+
+    calls = {"slow": lambda: call("slow", 0.03), "quick": lambda: call("quick", 0.0)}
+    samples = timing.interleave(calls, torch.device("cpu"), budget=0.04)
+    assert order[:4] == ["slow", "quick", "quick", "slow"]
+    assert len(samples["slow"]) == timing.MIN_ROUNDS and len(samples["quick"]) == 20
+    assert min(samples["slow"]) >= 0.03
+
+
+def test_peak_memory_is_the_peak_of_the_call(device):
+    device = torch.device(device)
+    n = 8 * 2**20
+
+    def call():
+        temporary = [torch.ones(n, device=device) for _ in range(3)]
+        kept = temporary[0] + 1
+        del temporary
+        return kept + torch.ones(1, device=device)
+
+    call()
+    assert timing.peak_memory(call, device) == pytest.approx(4 * 4 * n, rel=0.05)
+
+
+def test_device_names():
+    assert harness.resolve_device("cpu") == torch.device("cpu")
+    assert harness.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match=r"--device must be auto, cpu or cuda, got 'gpu'"):
+        harness.resolve_device("gpu")
+    with pytest.raises(ValueError, match=r"the benchmark must be one of moe, .*got 'attention'"):
+        harness.family("attention")
+
+
+def test_interleaved_weights_are_put_back_in_halves(device):
+    problem = experts.make_problem(small_request(device))
+    mixed = peers._interleaved(problem)
+    assert torch.equal(mixed[:, 0], problem.gate_up[:, 0]) and torch.equal(mixed[:, 1], problem.gate_up[:, SMALL["I"]])
+    assert torch.equal(peers._separated({"dgate_up": mixed})["dgate_up"], problem.gate_up)
