@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -29,7 +29,7 @@ def find_nvcc():
 
 
 def cuda_requested():
-    """Decide from GOSSAMER_CUDA and the presence of nvcc whether CUDA sources are built; returns nvcc's path or None."""
+    """Decide from GOSSAMER_CUDA and nvcc's presence whether CUDA sources are built: the path of nvcc, or None."""
     wish = os.environ.get("GOSSAMER_CUDA", "auto")
     if wish not in ("0", "1", "auto"):
         raise SystemExit(f"GOSSAMER_CUDA must be 0, 1 or auto, got {wish!r}")
@@ -68,7 +68,7 @@ def cudart_static_dir(nvcc):
 
 
 class BuildExt(build_ext):
-    """build_ext that compiles ``.cu`` files with nvcc and goes on without the extension where nothing can compile it."""
+    """build_ext that compiles ``.cu`` files with nvcc, and goes on without the extension where nothing compiles it."""
 
     def build_extension(self, ext):
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
@@ -126,6 +126,7 @@ def extension():
     return ext
 
 
+ParallelCompile("GOSSAMER_BUILD_JOBS").install()
 setup(
     packages=[
         "gossamer",

@@ -1,0 +1,220 @@
+"""What is shipped: sdist and wheel, an install without a compiler, imports, and the build script's decisions."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+
+import gossamer
+
+ROOT = Path(__file__).resolve().parent.parent
+IGNORED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+
+
+def run(*command: str, cwd: Path = ROOT, ok: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "GOSSAMER_CUDA")}
+    done = subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True)
+    assert done.returncode == 0 or not ok, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-c", code, **options)
+
+
+def pip(*arguments: str, **options) -> subprocess.CompletedProcess:
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "-v")
+    return run(sys.executable, "-m", "pip", *arguments, *offline, **options)
+
+
+def installed_python(target: Path, code: str) -> str:
+    """What ``code`` prints with the gossamer in ``target``, and no other: an editable one would lend its modules."""
+    alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+    return python(alone + code, cwd=target.parent, PYTHONPATH=str(target)).stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The sdist of this tree, unpacked; made from a copy, so that the checkout stays clean."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "tree", ignore=IGNORED)
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    done = python(code, cwd=folder / "tree")
+    assert "Deprecat" not in done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture
+def source(sdist, tmp_path) -> Path:
+    """A copy that a test may build in."""
+    return shutil.copytree(sdist, tmp_path / "source")
+
+
+def test_sdist_holds_all_sources(sdist):
+    folders = ("csrc", "bench", "triton_kernels", "python", "tests")
+    kinds = (".py", ".h", ".cpp", ".cu", ".cuh", ".typed")
+    wanted = [p.relative_to(ROOT) for f in folders for p in (ROOT / f).rglob("*.*") if p.suffix in kinds]
+    wanted += [Path(name) for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")]
+    assert [str(p) for p in wanted if not (sdist / p).is_file()] == []
+
+
+def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("there is no C++ compiler")
+    pip("wheel", "-w", str(tmp_path), str(source), cwd=tmp_path, GOSSAMER_CUDA="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "installed")
+    assert any(re.fullmatch(r"gossamer/_C\..*so", name) for name in names)
+    expected = ("bench/moe.py", "triton_kernels/common.py", "cpu_kernels/dispatch.py", "nn/moe.py", "py.typed")
+    assert [name for name in expected if f"gossamer/{name}" not in names] == []
+    assert {name.split("/")[0] for name in names} == {"gossamer", f"gossamer-{gossamer.__version__}.dist-info"}
+    code = """
+import gossamer
+from gossamer import _backend
+print(gossamer.__file__, _backend.unavailable("native", "cpu"))
+"""
+    where, reason = installed_python(tmp_path / "installed", code).split(" ", 1)
+    assert where.startswith(str(tmp_path)) and reason == "None\n"
+
+
+def test_install_without_a_compiler_works_and_says_so(source, tmp_path):
+    target = tmp_path / "installed"
+    compilers = {"CC": "/nonexistent", "CXX": "/nonexistent"}
+    done = pip("install", "--target", str(target), str(source), cwd=tmp_path, **compilers)
+    assert "Deprecat" not in done.stdout + done.stderr
+    assert not list(target.glob("gossamer/_C*"))
+    info = installed_python(target, "from gossamer.cli import app; app(['info'])")
+    assert "native on cpu: no, gossamer was installed without its compiled extension" in info
+    assert "expert_mlp on cpu: reference" in info
+    code = """
+import gossamer, torch
+routing = gossamer.dispatch(torch.tensor([[1], [0]]), 2)
+y = gossamer.grouped_matmul(torch.eye(2), torch.arange(8.0).view(2, 2, 2), routing)
+print(gossamer.__file__, y.flatten().tolist())
+"""
+    where, values = installed_python(target, code).split(" ", 1)
+    assert where.startswith(str(target)) and values == "[4.0, 6.0, 1.0, 3.0]\n"
+
+
+def test_import_is_quick_and_pulls_in_no_optional_package():
+    code = """
+import sys, time, torch
+before, start = set(sys.modules), time.process_time()
+import gossamer
+print(time.process_time() - start)
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "transformers", "rich", "typer"}))
+"""
+    seconds, pulled_in = python(code).stdout.splitlines()
+    assert float(seconds) < 2
+    assert pulled_in == "[]"
+
+
+def test_kernels_cannot_be_taken_for_another_package():
+    done = python("import triton_kernels", ok=False)
+    assert done.returncode == 1
+    assert "ImportError: these are Gossamer's kernels, imported as gossamer.triton_kernels" in done.stderr
+    python("import gossamer.triton_kernels, gossamer.bench.harness", cwd=ROOT.parent)
+
+
+def test_native_code_includes_nothing_of_torch():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    include = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)', re.M)
+    includes = [(path.name, header) for path in sources for header in include.findall(path.read_text())]
+    assert ("bindings.cpp", "pybind11/pybind11.h") in includes
+    assert [found for found in includes if re.match(r"(torch|ATen|c10|caffe2)\b", found[1])] == []
+
+
+def test_one_version_everywhere():
+    (declared,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert gossamer.__version__ == declared
+
+
+def test_one_ruff_everywhere():
+    (declared,) = re.findall(r'"(ruff[<>=][^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"pip install '{declared}'" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.fixture
+def build_script(monkeypatch):
+    """Runs setup.py with nothing built and no nvcc found; gives its functions and the arguments of its setup()."""
+    arguments = {}
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
+    monkeypatch.chdir(ROOT)
+    for name in ("CUDA_HOME", "CUDA_PATH", "GOSSAMER_CUDA", "GOSSAMER_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    whole_glob = glob.glob
+
+    def without_toolkits(pattern, **options):
+        return [] if pattern.startswith("/usr/local/cuda") else whole_glob(pattern, **options)
+
+    monkeypatch.setattr(glob, "glob", without_toolkits)
+
+    def load(**environment: str) -> tuple[dict, dict]:
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        arguments.clear()
+        return runpy.run_path(str(ROOT / "setup.py")), arguments
+
+    return load
+
+
+@pytest.fixture
+def toolkit(tmp_path) -> str:
+    """A CUDA home whose nvcc knows three architectures."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    return str(tmp_path)
+
+
+def test_build_takes_cuda_when_nvcc_is_there(build_script, toolkit):
+    functions, _ = build_script()
+    assert functions["cuda_requested"]() is None
+    functions, _ = build_script(CUDA_HOME=toolkit)
+    assert functions["cuda_requested"]() == f"{toolkit}/bin/nvcc"
+    functions, arguments = build_script(CUDA_HOME=toolkit, GOSSAMER_CUDA="0")
+    assert functions["cuda_requested"]() is None
+    assert arguments["ext_modules"][0].optional
+
+
+def test_build_that_requires_cuda_fails_without_nvcc(build_script):
+    with pytest.raises(SystemExit, match="GOSSAMER_CUDA=1, but nvcc was not found"):
+        build_script(GOSSAMER_CUDA="1")
+    with pytest.raises(SystemExit, match="GOSSAMER_CUDA must be 0, 1 or auto, got 'yes'"):
+        build_script(GOSSAMER_CUDA="yes")
+
+
+def test_architectures_are_those_wanted_that_nvcc_knows(build_script, toolkit, monkeypatch):
+    functions, _ = build_script(GOSSAMER_CUDA="0")
+    gencodes, nvcc = functions["cuda_gencodes"], f"{toolkit}/bin/nvcc"
+    assert gencodes(nvcc) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("GOSSAMER_CUDA_ARCHS", "86")
+    assert gencodes(nvcc)[-1] == "-gencode=arch=compute_86,code=compute_86"
+    monkeypatch.setenv("GOSSAMER_CUDA_ARCHS", "120")
+    with pytest.raises(SystemExit, match=r"nvcc knows none of the architectures \['120'\]"):
+        gencodes(nvcc)
+    monkeypatch.setenv("GOSSAMER_CUDA_ARCHS", "hopper")
+    with pytest.raises(SystemExit, match=r"\['hopper'\] are no architectures"):
+        gencodes(nvcc)
