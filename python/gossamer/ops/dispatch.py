@@ -45,6 +45,12 @@ class Dispatch:
         return self.offsets.diff()
 
 
+def check_dispatch(dispatch: object) -> None:
+    """``dispatch`` must be a :class:`Dispatch`."""
+    if not isinstance(dispatch, Dispatch):
+        raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+
+
 def dispatch_reference(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``slots, rows, offsets`` of :func:`dispatch` by a stable sort in plain torch."""
     flat = expert_ids.reshape(-1).long()

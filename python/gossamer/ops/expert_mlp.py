@@ -6,9 +6,10 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate, as_activation
+from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._registration import register
-from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.grouped_matmul import stored_transposed
 
 _ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
@@ -203,15 +204,6 @@ def _backward(ctx, dy, _dpreact):
 torch.library.register_autograd("gossamer::expert_mlp", _backward, setup_context=_setup_context)
 
 
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Under ``torch.autocast`` the float tensors in its dtype, as ``nn.Linear`` would take them; otherwise as they are."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
 def expert_mlp(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -247,10 +239,12 @@ def expert_mlp(
         the routing weights are taken in its dtype.
 
     Raises:
-        TypeError: a dtype is not supported, or dtypes differ.
+        TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
         ValueError: the activation is unknown, or shapes or devices do not fit each other or the dispatch.
     """
     activation = as_activation(activation)
+    check_tensor("x", x)
+    check_dispatch(dispatch)
     backend = _backend.resolve("expert_mlp", x)
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")
@@ -264,7 +258,7 @@ def expert_mlp(
         check_shape("gate_up_bias", gate_up_bias, (e, wide), f"(E, {'2I' if activation.gated else 'I'})")
     if down_bias is not None:
         check_shape("down_bias", down_bias, (e, h), "(E, H)")
-    x, gate_up, down, gate_up_bias, down_bias = _autocast(x, gate_up, down, gate_up_bias, down_bias)
+    x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
     check_float("x", x, backend)
     check_same_dtype(x=x, gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if weights.dtype not in (x.dtype, torch.float32):

@@ -176,10 +176,11 @@ def gather_reduce(
         Differentiable in ``table`` (dense gradient, duplicates summed in position order) and ``weights``.
 
     Raises:
-        TypeError: a dtype is not supported.
+        TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: ranks, sizes, devices or the mode do not fit.
         IndexError: on the CPU, an id outside ``[0, N)``; on CUDA such an id contributes nothing.
     """
+    check_tensor("table", table)
     backend = _backend.resolve("gather_reduce", table)
     check_float("table", table, backend)
     check_shape("table", table, (None, None), "(N, D)")

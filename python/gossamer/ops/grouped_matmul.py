@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape
+from gossamer.ops._autocast import autocast
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._registration import register
-from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.gather_reduce import sum_slots
 
 
@@ -137,14 +138,15 @@ def grouped_matmul(
 
     Returns:
         ``(T, K, N)`` in slot order, or ``(R, N)`` sorted when ``y_grouped``; rows of dropped slots are zero, and give
-        zero gradient. Accumulated in float32 (float64 for float64).
+        zero gradient. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` in its dtype.
 
     Raises:
-        TypeError: a dtype is not supported, or dtypes differ.
+        TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit each other or the dispatch.
     """
+    check_tensor("x", x)
+    check_dispatch(dispatch)
     backend = _backend.resolve("grouped_matmul", x)
-    check_float("x", x, backend)
     e = dispatch.num_experts
     check_shape("weight", weight, (e, None, None), "(E, N, C)")
     n, c = weight.shape[1:]
@@ -152,6 +154,8 @@ def grouped_matmul(
     check_shape("x", x, (x_rows, c), symbols)
     if bias is not None:
         check_shape("bias", bias, (e, n), "(E, N)")
+    x, weight, bias = autocast(x, weight, bias)
+    check_float("x", x, backend)
     check_same_dtype(x=x, weight=weight, bias=bias)
     check_same_device(x=x, weight=weight, bias=bias, dispatch=dispatch.slots)
     if backend == "reference":

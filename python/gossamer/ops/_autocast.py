@@ -1,0 +1,15 @@
+"""What ``torch.autocast`` does to the arguments of a product."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Under ``torch.autocast`` the float tensors in its dtype, as ``nn.Linear`` takes them; otherwise as they are."""
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    casts = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in casts else t for t in tensors]
