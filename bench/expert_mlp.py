@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 import gossamer
@@ -15,7 +13,7 @@ from gossamer.bench.experts import (
     SYMBOLS,
     costs,
     dense_variant,
-    make_gate,
+    make_gates,
     make_problem,
     make_sample,
 )
@@ -44,7 +42,7 @@ def build(request: Request) -> Case:
         {},
         flops,
         moved,
-        {"truth": partial(make_gate, problem, sample, request)},
+        make_gates(problem, sample, request),
         sample.words,
         f"{request.skew} routing",
     )

@@ -177,32 +177,28 @@ def sampled_outputs(
     return found
 
 
-def make_gate(
-    problem: Problem,
-    sample: Sample,
-    request: Request,
-    *,
-    accumulate: torch.dtype | None = None,
-    weights: torch.Tensor | None = None,
-) -> FloatGate:
-    """The gate against float64, with a baseline that sums a token's experts in ``accumulate``.
+def make_gates(problem: Problem, sample: Sample, request: Request) -> dict[str, Callable[[], FloatGate]]:
+    """Three gates against float64, each made when first asked for.
 
-    Args:
-        problem: the inputs.
-        sample: what to check.
-        request: the case.
-        accumulate: float32 if None.
-        weights: routing weights other than the problem's; outputs that depend on their gradient are not judged then.
+    ``"truth"`` has for its baseline the plain computation with a token's experts summed in float32. ``"plain"`` sums
+    them in the layer's own dtype, as eager code does: it is for references and peers. ``"own router"`` is for a layer
+    that computes its routing weights itself, in float32; the gradients that flow on into its router are not judged.
     """
     dtype = DTYPES[request.dtype]
     outputs = functools.partial(sampled_outputs, problem, sample, request.direction)
-    given = problem.weights if weights is None else weights
-    truth = outputs(torch.float64, torch.float64, given.double())
-    baseline = outputs(dtype, accumulate or torch.float32, given)
-    if weights is not None:
-        for name in ("dx", "dweights"):
-            truth.pop(name, None)
-    return FloatGate(truth, baseline, sample.picks)
+    truth = functools.cache(lambda: outputs(torch.float64, torch.float64, problem.weights.double()))
+
+    def own_router() -> FloatGate:
+        weights = torch.softmax(problem.x.float().gather(1, problem.ids), dim=1)
+        judged = outputs(torch.float64, torch.float64, weights.double())
+        judged = {name: value for name, value in judged.items() if name not in ("dx", "dweights")}
+        return FloatGate(judged, outputs(dtype, dtype, weights), sample.picks)
+
+    return {
+        "truth": lambda: FloatGate(truth(), outputs(dtype, torch.float32, problem.weights), sample.picks),
+        "plain": lambda: FloatGate(truth(), outputs(dtype, dtype, problem.weights), sample.picks),
+        "own router": own_router,
+    }
 
 
 def dense_variant(request: Request) -> Variant:

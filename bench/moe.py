@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 import gossamer
-from gossamer.bench.case import DTYPES, OURS, Case, Family, Request, Variant
+from gossamer.bench.case import OURS, Case, Family, Request, Variant
 from gossamer.bench.experts import (
     DEFAULTS,
     QUICK,
@@ -16,7 +14,7 @@ from gossamer.bench.experts import (
     Problem,
     costs,
     dense_variant,
-    make_gate,
+    make_gates,
     make_problem,
     make_sample,
 )
@@ -46,16 +44,6 @@ def build(request: Request) -> Case:
             variants.append(adapter(name, problem))
         except Unavailable as reason:
             skipped[name] = str(reason)
-    gates = {
-        "truth": partial(make_gate, problem, sample, request),
-        # References and peers may sum a token's experts in the layer's own dtype, as the plain computation does.
-        "plain": partial(make_gate, problem, sample, request, accumulate=DTYPES[request.dtype]),
-    }
-    if problem.router is not None:
-        exact = torch.softmax(problem.x.float().gather(1, problem.ids), dim=1)
-        gates["own router"] = partial(
-            make_gate, problem, sample, request, accumulate=DTYPES[request.dtype], weights=exact
-        )
     flops, moved = costs(problem, request.direction)
     return Case(
         "moe",
@@ -68,7 +56,7 @@ def build(request: Request) -> Case:
         skipped,
         flops,
         moved,
-        gates,
+        make_gates(problem, sample, request),
         sample.words,
         f"{request.skew} routing",
     )

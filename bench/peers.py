@@ -18,7 +18,8 @@ class Unavailable(Exception):
 def _module(name: str, package: str) -> object:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:
+        # Someone else's package may raise anything while it is imported, and the rest of the run does not need it.
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == name.split(".")[0]
         raise Unavailable(
             f"{package} is not installed" if missing else f"{package} does not import: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_raising_reference_is_reported_and_the_rest_goes_on():
 def test_wrong_gradient_alone_is_caught(device):
     request = small_request(device)
     problem = experts.make_problem(request)
-    gate = experts.make_gate(problem, experts.make_sample(problem), request)
+    gate = experts.make_gates(problem, experts.make_sample(problem), request)["truth"]()
     names = {"dx": "x", "dgate_up": "gate_up", "ddown": "down", "dweights": "weights"}
     leaves = {gradient: problem.leaf(name) for gradient, name in names.items()}
 
@@ -255,3 +256,89 @@ def test_interleaved_weights_are_put_back_in_halves(device):
     mixed = peers._interleaved(problem)
     assert torch.equal(mixed[:, 0], problem.gate_up[:, 0]) and torch.equal(mixed[:, 1], problem.gate_up[:, SMALL["I"]])
     assert torch.equal(peers._separated({"dgate_up": mixed})["dgate_up"], problem.gate_up)
+
+
+def test_peers_are_called_in_their_own_layouts(monkeypatch):
+    """Stand-ins that compute, by plain torch, what each peer documents for the arguments that it is given."""
+
+    def experts_of(x, weights, ids, gate, up, down):
+        rows = torch.nn.functional.silu(torch.einsum("th,tkih->tki", x, gate[ids])) * torch.einsum(
+            "th,tkih->tki", x, up[ids]
+        )
+        return torch.einsum("tki,tkhi,tk->th", rows, down[ids], weights)
+
+    def sonic(x, scores, tokens, ids, w1, b1, w2, b2, num_experts, stream, activation, inference):
+        assert (b1, b2, activation, num_experts) == (None, None, "swiglu", SMALL["E"])
+        k = scores.numel() // x.shape[0]
+        assert torch.equal(tokens, torch.arange(x.shape[0]).int().repeat_interleave(k))
+        w1, w2 = w1.permute(2, 0, 1), w2.permute(2, 0, 1)
+        shape = (x.shape[0], k)
+        return experts_of(x, scores.view(shape), ids.view(shape).long(), w1[:, 0::2], w1[:, 1::2], w2), None
+
+    def sonic_routed(x, router, w1, b1, w2, b2, k, stream, activation, inference):
+        logits, ids = (x @ router.T).topk(k, dim=1)
+        w1, w2 = w1.permute(2, 0, 1), w2.permute(2, 0, 1)
+        return experts_of(x, logits.softmax(1), ids, w1[:, 0::2], w1[:, 1::2], w2), None, None
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, gate_up, down, ids, weights):
+            assert ids.dtype == torch.int32
+            with torch.enable_grad():
+                ctx.inputs = [t.detach().requires_grad_() for t in (x, gate_up, down, weights)]
+                x, gate_up, down, weights = ctx.inputs
+                ctx.y = experts_of(x, weights, ids.long(), *gate_up.chunk(2, 1), down)
+            return ctx.y.detach()
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx, dgate_up, ddown, dweights = torch.autograd.grad(ctx.y, ctx.inputs, dy)
+            return dx, dgate_up, ddown, None, dweights
+
+    def sort(ids, num_experts):
+        experts_sorted, order = torch.sort(ids.flatten())
+        return experts_sorted, order, ids.flatten().bincount(minlength=num_experts).cumsum(0)
+
+    def parallel_linear(x, weight, k, expert, order, offsets, gates=None, grouped_in=False, grouped_out=False):
+        rows = torch.einsum("rc,rcn->rn", x if grouped_in else x[order // k], weight[expert])
+        if grouped_out:
+            return rows
+        slots = torch.zeros_like(rows).index_copy(0, order, rows)
+        return torch.einsum("tkn,tk->tn", slots.view(*gates.shape, -1), gates)
+
+    class Dropless:
+        def __init__(self, arguments):
+            assert (arguments.mlp_type, arguments.mlp_impl, arguments.bias) == ("glu", "grouped", False)
+            self.arguments, self.mlp = arguments, SimpleNamespace()
+
+        def forward_once(self, x, weights, ids):
+            sizes = (self.arguments.moe_num_experts, self.arguments.ffn_hidden_size, self.arguments.hidden_size)
+            gate, up, down = (w.view(sizes) for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2))
+            return experts_of(x, weights, ids, gate, up, down.transpose(1, 2)), None
+
+    swiglu = SimpleNamespace(ActivationType=SimpleNamespace(SWIGLU="swiglu"))
+    stand_ins = {
+        "sonicmoe": SimpleNamespace(moe_general_routing_inputs=sonic, moe_TC_softmax_topk_layer=sonic_routed),
+        "sonicmoe.enums": swiglu,
+        "liger_kernel.ops.fused_moe": SimpleNamespace(LigerFusedMoEFunction=Fused),
+        "scattermoe.parallel_experts": SimpleNamespace(flatten_sort_count=sort, parallel_linear=parallel_linear),
+        "megablocks.layers.dmoe": SimpleNamespace(ParallelDroplessMLP=Dropless),
+        "megablocks.layers.arguments": SimpleNamespace(Arguments=SimpleNamespace),
+    }
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: stand_ins[name])
+    monkeypatch.setattr(peers, "_need_cuda", lambda *arguments: None)
+    monkeypatch.setattr(peers, "_need_half", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    request = small_request("cpu")
+    problem = experts.make_problem(request)
+    gates = experts.make_gates(problem, experts.make_sample(problem), request)
+    called = []
+    for name, adapter in peers.ADAPTERS.items():
+        if name.startswith("transformers"):
+            continue
+        variant = adapter(name, problem)
+        assert gates[variant.gate]()(variant.outputs("both")).failures == (), name
+        assert gates[variant.gate]()(variant.outputs("both")).failures == (), name
+        assert variant.outputs("forward")["y"].shape == problem.x.shape
+        called.append(name)
+    assert called == ["SonicMoE", "SonicMoE with its router", "ScatterMoE", "Liger", "MegaBlocks"]
