@@ -123,4 +123,4 @@ def test_forward_and_gradients_equal_eager(module_name, class_name, device):
 
 def test_the_walk_finds_the_classes():
     names = {name for _, name in CLASSES}
-    assert {"MixtralExperts", "Qwen3MoeExperts", "DeepseekV3Experts", "GptOssExperts"} <= names
+    assert {"MixtralExperts", "Qwen3MoeExperts", "OlmoeExperts", "GptOssExperts"} <= names
