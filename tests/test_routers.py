@@ -83,6 +83,19 @@ def test_compiles_without_a_graph_break(device, cls, options):
             compiled(torch.full_like(x, float("nan")))
 
 
+def test_selection_operator(device):
+    """What torch asks of an operator: its fake kernel agrees with the real one, and it writes to no input."""
+    logits = torch.randn(10, 8, generator=torch.Generator().manual_seed(9)).to(device)
+    torch.library.opcheck(torch.ops.gossamer.select_experts.default, (logits, logits + 1, 3))
+
+
+@pytest.mark.parametrize(("cls", "options"), ROUTER_CLASSES)
+def test_meta_tensors(cls, options):
+    routed = cls(16, 8, 3, device="meta", dtype=torch.bfloat16, **options)(torch.empty(2, 5, 16, device="meta"))
+    assert routed.expert_ids.shape == routed.weights.shape == (10, 3)
+    assert (routed.logits.shape, routed.logits.dtype, routed.logits.device.type) == ((10, 8), torch.float32, "meta")
+
+
 def test_correction_bias_keeps_float32(device):
     """Steps of 1e-3 vanish in bfloat16, so casting the router leaves its bias alone; moving it does not."""
     router = SigmoidRouter(16, 8, 3)
