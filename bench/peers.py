@@ -239,7 +239,7 @@ ADAPTERS: dict[str, Callable[[str, Problem], Variant]] = {
     "transformers eager": transformers_eager,
     "transformers grouped_mm": transformers_grouped,
     "SonicMoE": sonicmoe,
-    "SonicMoE with its router": sonicmoe_with_router,
+    "SonicMoE + its router": sonicmoe_with_router,
     "ScatterMoE": scattermoe,
     "Liger": liger,
     "MegaBlocks": megablocks,

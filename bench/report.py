@@ -7,6 +7,7 @@ from types import TracebackType
 
 import rich.box
 import rich.console
+import rich.markup
 import rich.status
 import rich.table
 
@@ -23,13 +24,17 @@ def make_console() -> rich.console.Console:
 
 
 class Progress:
-    """A status line on standard error: live on a terminal, else one line for each case."""
+    """A status line: live on a terminal, under what ``console`` prints; else one line a case on standard error."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        # Two consoles on one terminal would write over each other.
+        shown = console if console.is_terminal else rich.console.Console(stderr=True)
+        self._width = shown.width - 4
+        self._status = rich.status.Status("", console=shown) if shown.is_terminal else None
+        self._last = ""
 
     def __enter__(self) -> Progress:
         """Start the line."""
-        console = rich.console.Console(stderr=True)
-        self._last = ""
-        self._status = rich.status.Status("", console=console) if console.is_terminal else None
         if self._status:
             self._status.start()
         return self
@@ -37,7 +42,7 @@ class Progress:
     def __call__(self, message: str) -> None:
         """Say what is going on."""
         if self._status:
-            self._status.update(message)
+            self._status.update(rich.markup.escape(message[: self._width]))
         elif message.startswith(("measuring", "preparing")) and message != self._last:
             print(message, file=sys.stderr, flush=True)
             self._last = message
@@ -60,10 +65,8 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "not measured"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else _digits(count / 2**20)
 
 
 def _rate(result: CaseResult, row: Row) -> str:
@@ -75,12 +78,12 @@ def _rate(result: CaseResult, row: Row) -> str:
 def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceilings) -> None:
     """Print one case: the table, what was skipped, what was checked, and the sentence."""
     case, dense = result.case, result.row(DENSE)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("variant")
-    ratio = "× dense" if dense is None or "dense" in dense.name else "× baseline"
+    ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
-    for column in ("ms (p20–p80)", rate, "of ceiling", ratio, "peak memory", "error"):
-        table.add_column(column, justify="right")
+    for column in ("ms (p20–p80)", rate, "ceiling", ratio, "peak MiB", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         if not row.seconds:
@@ -88,8 +91,8 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
             continue
         times = f"{row.median / dense.median:.2f}" if dense else ""
         share = f"{100 * result.floor / row.median:.0f}%"
-        table.add_row(row.name, _milliseconds(row), _rate(result, row), share, times, _bytes(row.peak_bytes), error)
-    console.print(case.title, style="bold", markup=False, soft_wrap=True)
+        table.add_row(row.name, _milliseconds(row), _rate(result, row), share, times, _mebibytes(row.peak_bytes), error)
+    console.print(case.title, style="bold", markup=False, soft_wrap=not console.is_terminal)
     console.print(table)
     for row in result.rows:
         if row.message:
@@ -98,15 +101,15 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
             )
     for reason in dict.fromkeys(case.skipped.values()):
         names = ", ".join(name for name, why in case.skipped.items() if why == reason)
-        console.print(f"  skipped {names}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"  skipped {names}: {reason}", markup=False, soft_wrap=not console.is_terminal)
     gemm = ceilings.gemm.get(case.dtype)
     product = f"{gemm / 1e12:.3g} TFLOP/s for a large {case.dtype} product, " if gemm else ""
     console.print(
         f"  ceilings in this run: {product}{ceilings.copy / 1e9:.0f} GB/s for a copy", markup=False, soft_wrap=True
     )
-    console.print(f"  checked against float64: {case.checked}", markup=False, soft_wrap=True)
+    console.print(f"  checked against float64: {case.checked}", markup=False, soft_wrap=not console.is_terminal)
     if sentence := compare(result):
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
     console.print()
 
 
@@ -145,7 +148,7 @@ def print_summary(console: rich.console.Console, results: Results) -> None:
             for row in result.rows
             if row.status == "wrong" or (row.status == "failed" and row.role == OURS)
         ]
-        console.print(f"Wrong or failed: {'; '.join(bad)}.", markup=False, soft_wrap=True)
+        console.print(f"Wrong or failed: {'; '.join(bad)}.", markup=False, soft_wrap=not console.is_terminal)
         return
     speedups: dict[str, list[float]] = {}
     dense_name, dense_ratios = "", []
@@ -161,4 +164,4 @@ def print_summary(console: rich.console.Console, results: Results) -> None:
     parts += [f"runs at {_span(ratios, '{:.2f}x')} the speed of {name}" for name, ratios in speedups.items()]
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
     if parts:
-        console.print(f"Over {cases}, gossamer {', '.join(parts)}.", markup=False, soft_wrap=True)
+        console.print(f"Over {cases}, gossamer {', '.join(parts)}.", markup=False, soft_wrap=not console.is_terminal)

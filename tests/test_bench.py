@@ -341,4 +341,4 @@ def test_peers_are_called_in_their_own_layouts(monkeypatch):
         assert gates[variant.gate]()(variant.outputs("both")).failures == (), name
         assert variant.outputs("forward")["y"].shape == problem.x.shape
         called.append(name)
-    assert called == ["SonicMoE", "SonicMoE with its router", "ScatterMoE", "Liger", "MegaBlocks"]
+    assert called == ["SonicMoE", "SonicMoE + its router", "ScatterMoE", "Liger", "MegaBlocks"]

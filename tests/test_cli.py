@@ -33,7 +33,7 @@ def test_bench_prints_a_table_and_a_sentence(invoke, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"moe {SHAPE} (T=24 H=16 I=8 E=6 K=2) fp32 forward on " in result.output
     assert f"moe {SHAPE} (T=24 H=16 I=8 E=6 K=2) fp32 forward+backward on " in result.output
-    for word in ("gossamer ", "equal-FLOP dense", "TFLOP/s", "of ceiling", "peak memory", "checked against float64"):
+    for word in ("gossamer ", "equal-FLOP dense", "TFLOP/s", "ceiling", "peak MiB", "checked against float64"):
         assert word in result.output
     last = result.output.strip().splitlines()[-1]
     assert last.startswith("Over 2 cases, gossamer takes ") and "the time of equal-FLOP dense" in last

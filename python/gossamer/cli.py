@@ -72,7 +72,7 @@ def bench(
         print(f"gossamer bench: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     console = report.make_console()
-    with report.Progress() as progress:
+    with report.Progress(console) as progress:
         results = harness.run(
             chosen,
             wanted,
