@@ -23,6 +23,11 @@ def make_console() -> rich.console.Console:
     return console if console.is_terminal else rich.console.Console(highlight=False, width=120)
 
 
+def _say(console: rich.console.Console, text: str, style: str | None = None) -> None:
+    """Print words: wrapped on a terminal, else a line each however long."""
+    console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
+
+
 class Progress:
     """A status line: live on a terminal, under what ``console`` prints; else one line a case on standard error."""
 
@@ -92,24 +97,20 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
         times = f"{row.median / dense.median:.2f}" if dense else ""
         share = f"{100 * result.floor / row.median:.0f}%"
         table.add_row(row.name, _milliseconds(row), _rate(result, row), share, times, _mebibytes(row.peak_bytes), error)
-    console.print(case.title, style="bold", markup=False, soft_wrap=not console.is_terminal)
+    _say(console, case.title, style="bold")
     console.print(table)
     for row in result.rows:
         if row.message:
-            console.print(
-                f"  {row.name}: {'' if row.seconds else row.status + ': '}{row.message}", markup=False, soft_wrap=True
-            )
+            _say(console, f"  {row.name}: {'' if row.seconds else row.status + ': '}{row.message}")
     for reason in dict.fromkeys(case.skipped.values()):
         names = ", ".join(name for name, why in case.skipped.items() if why == reason)
-        console.print(f"  skipped {names}: {reason}", markup=False, soft_wrap=not console.is_terminal)
+        _say(console, f"  skipped {names}: {reason}")
     gemm = ceilings.gemm.get(case.dtype)
     product = f"{gemm / 1e12:.3g} TFLOP/s for a large {case.dtype} product, " if gemm else ""
-    console.print(
-        f"  ceilings in this run: {product}{ceilings.copy / 1e9:.0f} GB/s for a copy", markup=False, soft_wrap=True
-    )
-    console.print(f"  checked against float64: {case.checked}", markup=False, soft_wrap=not console.is_terminal)
+    _say(console, f"  ceilings in this run: {product}{ceilings.copy / 1e9:.0f} GB/s for a copy")
+    _say(console, f"  checked against float64: {case.checked}")
     if sentence := compare(result):
-        console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
+        _say(console, sentence)
     console.print()
 
 
@@ -148,7 +149,7 @@ def print_summary(console: rich.console.Console, results: Results) -> None:
             for row in result.rows
             if row.status == "wrong" or (row.status == "failed" and row.role == OURS)
         ]
-        console.print(f"Wrong or failed: {'; '.join(bad)}.", markup=False, soft_wrap=not console.is_terminal)
+        _say(console, f"Wrong or failed: {'; '.join(bad)}.")
         return
     speedups: dict[str, list[float]] = {}
     dense_name, dense_ratios = "", []
@@ -161,7 +162,9 @@ def print_summary(console: rich.console.Console, results: Results) -> None:
             if row.role == REFERENCE and row.seconds:
                 speedups.setdefault(row.name, []).append(row.median / ours.median)
     parts = [f"takes {_span(dense_ratios, '{:.2f}x')} the time of {dense_name}"] if dense_ratios else []
-    parts += [f"runs at {_span(ratios, '{:.2f}x')} the speed of {name}" for name, ratios in speedups.items()]
+    speeds = [f"{_span(ratios, '{:.2f}x')} the speed of {name}" for name, ratios in speedups.items()]
+    if speeds:
+        parts.append(f"runs at {' and '.join(speeds)}")
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
     if parts:
-        console.print(f"Over {cases}, gossamer {', '.join(parts)}.", markup=False, soft_wrap=not console.is_terminal)
+        _say(console, f"Over {cases}, gossamer {' and '.join(parts)}.")
