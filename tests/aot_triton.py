@@ -40,6 +40,7 @@ from types import ModuleType
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -98,15 +99,22 @@ def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
     return ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attrs)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory a thread, which is where registers spill to."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+def _resources(compiled, arch: int) -> tuple[int, int]:
+    """Registers a thread, and bytes a thread that they spill to local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        if int(usage["STACK"]) + int(usage["LOCAL"]) == 0:
+            return int(usage["REG"]), 0
+        # Some releases reserve a stack that nothing spills to; the assembler's report tells the two apart.
+        ptx.write_text(compiled.asm["ptx"])
+        target = re.search(r"^\.target (sm_\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", ptx, "-o", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return int(usage["REG"]), sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
 
 
 def _matrix_instruction(ptx: str) -> str:
@@ -123,7 +131,7 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
     except Exception:  # any failure of the compiler is a result to show
         return row | {"error": traceback.format_exc()}
-    registers, spills = _resources(compiled.asm["cubin"])
+    registers, spills = _resources(compiled, arch)
     shared = compiled.metadata.shared
     problems = []
     if spills:

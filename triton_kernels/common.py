@@ -43,6 +43,11 @@ class Tile:
         }
 
 
+def choose_block_m(mean_rows: float) -> int:
+    """Rows of a tile from the mean rows of an expert: small ones waste less of a half-empty tile."""
+    return 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64 if mean_rows <= 96 else 128
+
+
 @functools.cache
 def _cuda_arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
@@ -95,19 +100,36 @@ def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
+def weight_operand(weight: torch.Tensor, arch: int, block_n: int, block_k: int) -> tuple[object, dict[str, bool]]:
+    """``weight (E, N, C)`` as a kernel takes it, by descriptor where possible, and the flags that say how."""
+    transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+    stored = weight.transpose(1, 2) if transposed else weight
+    if can_describe(stored, arch):
+        block = [1, block_k, block_n] if transposed else [1, block_n, block_k]
+        return describe(stored, block), {"W_TMA": True, "W_TRANSPOSED": transposed}
+    return weight, {"W_TMA": False, "W_TRANSPOSED": transposed}
+
+
 def max_row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     """An upper bound of the row tiles of E groups and the dropped tail, whatever the routing."""
     return min(num_rows, num_rows // block_m + num_experts + 1)
 
 
-# The table of row tiles: int32, [0] the number of live tiles, [1] live and dropped ones, then `capacity` entries each of
-# expert, first row, and end row of its group. Dropped tiles come last, with expert E.
+# The table of row tiles: int32, [0] the number of live tiles, [1] live and dropped ones, then `capacity` entries each
+# of expert, first row, and end row of its group. Dropped tiles come last, with expert E.
 TABLE_HEAD = 2
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _row_tiles_kernel(
-    offsets_ptr, table_ptr, num_rows, num_experts, capacity, BLOCK_M: tl.constexpr, TILES: tl.constexpr, BLOCK_E: tl.constexpr
+    offsets_ptr,
+    table_ptr,
+    num_rows,
+    num_experts,
+    capacity,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     expert = tl.zeros((TILES,), tl.int32)
@@ -169,7 +191,7 @@ def row_tile(table_ptr, capacity, m):
 
 @triton.jit
 def load_rows(x, x_rows, row, k0, C, X_TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``[BLOCK_M, BLOCK_K]`` of the left operand: by descriptor from ``row`` on, else through row pointers ``x_rows``."""
+    """``[BLOCK_M, BLOCK_K]`` of the left operand: by descriptor from ``row`` on, else by row pointers ``x_rows``."""
     if X_TMA:
         return x.load([row, k0])
     else:
@@ -214,20 +236,25 @@ def load_weight(
 
 
 @triton.jit
-def prefetch_l2(ptrs):
-    """Ask for the 128-byte lines at ``ptrs`` to be brought into L2; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half of ``x [ROWS, COLUMNS]``, a renaming of registers.
 
     Epilogues work on one part of an accumulator after the other, so that what they compute does not spill.
     """
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def column_eighths(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The eight parts of ``x [ROWS, COLUMNS]``, from left to right."""
+    left, right = column_halves(x, ROWS, COLUMNS)
+    a, b = column_halves(left, ROWS, COLUMNS // 2)
+    c, d = column_halves(right, ROWS, COLUMNS // 2)
+    a0, a1 = column_halves(a, ROWS, COLUMNS // 4)
+    b0, b1 = column_halves(b, ROWS, COLUMNS // 4)
+    c0, c1 = column_halves(c, ROWS, COLUMNS // 4)
+    d0, d1 = column_halves(d, ROWS, COLUMNS // 4)
+    return a0, a1, b0, b1, c0, c1, d0, d1
 
 
 @triton.jit
@@ -239,10 +266,20 @@ def tanh(x):
 
 
 @triton.jit
-def activation(g, alpha, limit, ACT: tl.constexpr):
+def sigmoid(x, FAST: tl.constexpr):
+    """Logistic function. FAST is good to 2⁻²¹, which no 16-bit result shows, at half the instructions of a division."""
+    if FAST:
+        r = tl.rsqrt(1.0 + tl.exp(-x))
+        return r * r
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def activation(g, alpha, limit, ACT: tl.constexpr, FAST: tl.constexpr):
     """Value and derivative of the activation ``ACT`` (a code of gossamer.Activation) at the gate ``g``, in float32."""
     if ACT == 0:
-        s = tl.sigmoid(g)
+        s = sigmoid(g, FAST)
         return g * s, s * (1.0 + g * (1.0 - s))
     elif ACT == 1:
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
@@ -258,7 +295,7 @@ def activation(g, alpha, limit, ACT: tl.constexpr):
         return r * r, 2.0 * r
     else:
         c = tl.minimum(g, limit)
-        s = tl.sigmoid(alpha * c)
+        s = sigmoid(alpha * c, FAST)
         return c * s, tl.where(g <= limit, s * (1.0 + alpha * c * (1.0 - s)), 0.0)
 
 
@@ -275,7 +312,7 @@ TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 
 
 def aot_signature(dtype: torch.dtype, data: str, indices: str, sizes: str, floats: str = "") -> dict[str, str]:
-    """Types of kernel arguments for ahead-of-time compilation, named in words: data and int32 pointers, ints, floats."""
+    """Types of kernel arguments for ahead-of-time compilation: data and int32 pointers, ints and floats, by name."""
     signature = {name: f"*{TRITON_NAMES[dtype]}:16" for name in data.split()}
     signature |= {name: "*i32:16" for name in indices.split()}
     signature |= {name: "i32:16" for name in sizes.split()}

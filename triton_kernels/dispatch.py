@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from gossamer.triton_kernels.launch import device_guard
 
 # Slots of one tile. Ranks within a tile cost TILE comparisons a slot, counts cost E+1 words a tile.

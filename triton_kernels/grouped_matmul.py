@@ -1,4 +1,4 @@
-"""Grouped matrix products: rows of ragged groups against their group's weight, and the weight gradient over ragged K.
+"""Grouped matrix products: rows of ragged groups against their group's weight.
 
 Floor of one product: 2·R·N·C floating-point operations; R·C + E·N·C + R·N elements moved.
 """
@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.common import (
+    Tile,
     aot_descriptor,
     aot_signature,
-    Tile,
     arch_of,
     can_describe,
+    choose_block_m,
     describe,
     dot_precision,
     grid_size,
@@ -24,13 +25,11 @@ from gossamer.triton_kernels.common import (
     row_tiles,
     tile_coordinates,
     unit_columns,
+    weight_operand,
 )
-from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.grouped_matmul_dweight import grouped_matmul_dweight
 
-
-def choose_block_m(mean_rows: float) -> int:
-    """Rows of a tile from the mean rows of an expert: small ones waste less of a half-empty tile."""
-    return 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64 if mean_rows <= 96 else 128
+__all__ = ["grouped_matmul", "grouped_matmul_dweight"]
 
 
 def choose_tile(arch: int, dtype: torch.dtype, mean_rows: float, n: int) -> Tile:
@@ -41,17 +40,7 @@ def choose_tile(arch: int, dtype: torch.dtype, mean_rows: float, n: int) -> Tile
     if block_m < 128:
         return Tile(block_m, 128, 64, 4, 4 if arch >= 90 else 3)
     if arch >= 90 and n > 128:
-        return Tile(128, 256, 64, 8, 3)
-    return Tile(128, 128, 64, 8, 3)
-
-
-def choose_dweight_tile(arch: int, dtype: torch.dtype) -> Tile:
-    """The tile of a weight gradient: block_m along N, block_n along C, block_k along the rows."""
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
-    if arch >= 90:
-        # The row indices of a gathered operand take a stage of their own.
-        return Tile(128, 256, 64, 8, 5)
+        return Tile(128, 256, 64, 8, 4, persistent=arch < 100)
     return Tile(128, 128, 64, 8, 3)
 
 
@@ -144,16 +133,6 @@ def _grouped_matmul_kernel(
             tl.store(y_rows + n[None, :], zero, (r < row_end)[:, None] & (n < N)[None, :])
 
 
-def weight_operand(weight: torch.Tensor, arch: int, block_n: int, block_k: int) -> tuple[object, dict[str, bool]]:
-    """``weight (E, N, C)`` as a kernel takes it, by descriptor where possible, and the flags that say how."""
-    transposed = weight.stride(1) == 1 and weight.stride(2) != 1
-    stored = weight.transpose(1, 2) if transposed else weight
-    if can_describe(stored, arch):
-        block = [1, block_k, block_n] if transposed else [1, block_n, block_k]
-        return describe(stored, block), {"W_TMA": True, "W_TRANSPOSED": transposed}
-    return weight, {"W_TMA": False, "W_TRANSPOSED": transposed}
-
-
 def rows_times_weight(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -223,133 +202,6 @@ def grouped_matmul(
     return rows_times_weight(x, weight, bias, slots, offsets, x_div, not y_grouped, True)
 
 
-@triton.jit
-def _gathered(slots_ptr, r, inside, DIV: tl.constexpr):
-    """Rows of an operand for sorted rows ``r``: ``r`` itself when DIV is 0."""
-    if DIV > 0:
-        return tl.load(slots_ptr + r, inside, other=0) // DIV
-    else:
-        return r
-
-
-@triton.jit
-def _dweight_kernel(
-    x,
-    dy,
-    dw_ptr,
-    slots_ptr,
-    offsets_ptr,
-    N,
-    C,
-    num_n,
-    num_c,
-    stride_x,
-    stride_dy,
-    stride_n,
-    stride_c,
-    X_DIV: tl.constexpr,
-    DY_DIV: tl.constexpr,
-    X_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):
-    tiles = num_n * num_c
-    expert = tl.program_id(0) // tiles
-    n_tile, c_tile = tile_coordinates(tl.program_id(0) % tiles, num_n, num_c, GROUP_M)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    c0 = c_tile * BLOCK_N
-    n = n_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = c0 + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r0 in range(start, end, BLOCK_K):
-        r = r0 + tl.arange(0, BLOCK_K)
-        inside = r < end
-        dy_rows = dy + _gathered(slots_ptr, r, inside, DY_DIV).to(tl.int64)[:, None] * stride_dy
-        dy_block = tl.load(dy_rows + n[None, :], inside[:, None] & (n < N)[None, :], other=0.0)
-        if X_TMA:
-            x_block = x.load([r0, c0])
-        else:
-            x_rows = x + _gathered(slots_ptr, r, inside, X_DIV).to(tl.int64)[:, None] * stride_x
-            x_block = tl.load(x_rows + c[None, :], inside[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dy_block), x_block, acc, input_precision=PRECISION)
-    out = dw_ptr + expert.to(tl.int64) * N * C + n.to(tl.int64)[:, None] * stride_n + c.to(tl.int64)[None, :] * stride_c
-    tl.store(out, acc.to(dw_ptr.dtype.element_ty), (n < N)[:, None] & (c < C)[None, :])
-
-
-def _outer_sums(x, dy, slots, offsets, x_div, dy_div, transposed, tile=None, tma=True):
-    """``(E, N, C)`` of the sums over each group of ``dy[r]ᵀ x[r]``, a view of ``(E, C, N)`` when ``transposed``."""
-    x, dy = unit_columns(x), unit_columns(dy)
-    num_experts, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
-    if transposed:
-        dweight = torch.empty(num_experts, c, n, dtype=x.dtype, device=x.device).transpose(1, 2)
-    else:
-        dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
-    if dweight.numel() == 0:
-        return dweight
-    out = dweight
-    # The gathered operand takes the narrow side of the tile, the contiguous one the wide side, which TMA fills.
-    if dy_div == 0 and x_div > 0:
-        x, dy, x_div, dy_div, n, c, out = dy, x, dy_div, x_div, c, n, dweight.transpose(1, 2)
-    arch = arch_of(x)
-    tile = tile or choose_dweight_tile(arch, x.dtype)
-    num_n, num_c = triton.cdiv(n, tile.block_m), triton.cdiv(c, tile.block_n)
-    x_tma = tma and x_div == 0 and dy_div > 0 and can_describe(x, arch)
-    _dweight_kernel[(num_experts * num_n * num_c,)](
-        describe(x, [tile.block_k, tile.block_n]) if x_tma else x,
-        dy,
-        dweight,
-        slots,
-        offsets,
-        n,
-        c,
-        num_n,
-        num_c,
-        x.stride(0),
-        dy.stride(0),
-        out.stride(1),
-        out.stride(2),
-        X_DIV=x_div,
-        DY_DIV=dy_div,
-        X_TMA=x_tma,
-        PRECISION=dot_precision(x.dtype),
-        **tile.constants(),
-        **tile.options(),
-    )
-    return dweight
-
-
-def grouped_matmul_dweight(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    x_div: int,
-    dy_div: int,
-    transposed: bool,
-    with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` ``(E, N, C)``, stored ``(E, C, N)`` when ``transposed``, and ``dbias (E, N)``.
-
-    Both operands read their rows as in :func:`grouped_matmul`, by ``x_div`` and ``dy_div``. Empty groups give zeros.
-    """
-    dweight = _outer_sums(x, dy, slots, offsets, x_div, dy_div, transposed)
-    dbias = group_sums(dy, slots, offsets, dy_div) if with_bias else x.new_empty(0)
-    return dweight, dbias
-
-
-def group_sums(
-    dy: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, dy_div: int, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``(E, N)`` sums of each group's rows of ``dy``, weighted by ``weights (R,)`` in sorted order where given."""
-    index = slots // dy_div if dy_div else torch.arange(slots.shape[0], device=slots.device)
-    return gather_reduce(dy, index, offsets, weights, None, -1)
-
-
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
@@ -380,15 +232,4 @@ def aot_cases(arch: int) -> list[tuple]:
                 if not gathered:
                     signature["x"] = aot_descriptor(dtype, [tile.block_m, tile.block_k])
             cases.append((_grouped_matmul_kernel, signature, constexprs, tile.options()))
-    for dtype in (torch.bfloat16, torch.float32):
-        tile = choose_dweight_tile(arch, dtype)
-        for tma, unit in ((arch >= 90, "stride_c"), (arch >= 90, "stride_n"), (False, "stride_c")):
-            signature = aot_signature(
-                dtype, "x dy dw_ptr", "slots_ptr offsets_ptr", "N C num_n num_c stride_x stride_dy stride_n stride_c"
-            )
-            if tma:
-                signature["x"] = aot_descriptor(dtype, [tile.block_k, tile.block_n])
-            del signature[unit]
-            constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": tma, "PRECISION": "ieee", **tile.constants()}
-            cases.append((_dweight_kernel, signature, constexprs, tile.options()))
     return cases
