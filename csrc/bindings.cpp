@@ -6,8 +6,15 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
+#include "cpu/grouped_matmul.h"
 #include "cpu/isa.h"
+#ifdef GOSSAMER_WITH_CUDA
+#include <stdexcept>
+
+#include "cuda/dispatch.cuh"
+#endif
 
 namespace py = pybind11;
 
@@ -28,6 +35,11 @@ using gossamer::IndexArray;
 using PyMatrix = std::tuple<uintptr_t, int64_t, int64_t, int>;
 // (pointer, stride, dtype code)
 using PyVector = std::tuple<uintptr_t, int64_t, int>;
+
+// (slots, offsets, number of rows, number of experts)
+using PyGroups = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
+// (pointer, expert stride, row stride, column stride)
+using PyWeights = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
 FloatMatrix matrix(const PyMatrix& m) {
   const auto& [pointer, row_stride, col_stride, dtype] = m;
@@ -112,6 +124,139 @@ void register_gather_reduce(py::module_& m) {
       "out[p] = <dout[bag of p], table[index[p]]>, zero where the id is skipped.");
 }
 
+gossamer::Groups groups(const PyGroups& g) {
+  const auto& [slots, offsets, num_rows, num_experts] = g;
+  return {reinterpret_cast<const int32_t*>(slots), reinterpret_cast<const int32_t*>(offsets), num_rows, num_experts};
+}
+
+gossamer::ExpertWeights expert_weights(const PyWeights& w) {
+  const auto& [pointer, expert_stride, row_stride, col_stride] = w;
+  return {reinterpret_cast<void*>(pointer), expert_stride, row_stride, col_stride};
+}
+
+void register_grouped_matmul(py::module_& m) {
+  m.def(
+      "grouped_matmul",
+      [](const PyGroups& g, int64_t n, int64_t c, const PyMatrix& x, int64_t x_div, const PyWeights& weight,
+         const PyMatrix& bias, uintptr_t y, bool y_grouped, int num_threads) {
+        const gossamer::GroupedMatmulArgs args{matrix(x).dtype,        groups(g),    n, c, {matrix(x), x_div},
+                                               expert_weights(weight), matrix(bias), reinterpret_cast<void*>(y), y_grouped};
+        py::gil_scoped_release release;
+        gossamer::grouped_matmul(args, num_threads);
+      },
+      "y[r] = x[g(r)] · weight[e(r)]^T + bias[e(r)], zero for dropped rows.");
+  m.def(
+      "grouped_matmul_dweight",
+      [](const PyGroups& g, int64_t n, int64_t c, const PyMatrix& x, int64_t x_div, const PyMatrix& dy, int64_t dy_div,
+         uintptr_t dweight, bool transposed, uintptr_t dbias, int num_threads) {
+        const gossamer::GroupedDweightArgs args{matrix(x).dtype,
+                                                groups(g),
+                                                n,
+                                                c,
+                                                {matrix(x), x_div},
+                                                {matrix(dy), dy_div},
+                                                reinterpret_cast<void*>(dweight),
+                                                transposed,
+                                                reinterpret_cast<void*>(dbias)};
+        py::gil_scoped_release release;
+        gossamer::grouped_matmul_dweight(args, num_threads);
+      },
+      "dweight[e] = sum over the rows of e of dy[g(r)]^T x[g'(r)], and dbias[e] = sum of dy[g(r)].");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes) { gossamer::advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      "Ask for huge pages under a fresh allocation.");
+}
+
+// (code, gated, interleaved, alpha, limit)
+using PyActivation = std::tuple<int, bool, bool, double, double>;
+
+gossamer::ExpertMlpArgs expert_mlp_args(const PyGroups& g, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes,
+                                        const PyActivation& activation, const PyMatrix& x, const PyWeights& gate_up,
+                                        const PyWeights& down, const PyMatrix& gate_up_bias, const PyMatrix& down_bias,
+                                        const PyMatrix& weights, uintptr_t preact) {
+  const auto& [tokens, hidden, inner, top_k] = sizes;
+  const auto& [code, gated, interleaved, alpha, limit] = activation;
+  return {matrix(x).dtype,
+          groups(g),
+          tokens,
+          hidden,
+          inner,
+          top_k,
+          {code, gated, interleaved, alpha, limit},
+          matrix(x),
+          expert_weights(gate_up),
+          expert_weights(down),
+          matrix(gate_up_bias),
+          matrix(down_bias),
+          matrix(weights),
+          reinterpret_cast<void*>(preact)};
+}
+
+// The arguments that forward and backward share, for the signatures below.
+#define GOSSAMER_EXPERT_MLP_PARAMETERS                                                                             \
+  const PyGroups &g, const std::tuple<int64_t, int64_t, int64_t, int64_t>&sizes, const PyActivation &activation,   \
+      const PyMatrix &x, const PyWeights &gate_up, const PyWeights &down, const PyMatrix &gate_up_bias,            \
+      const PyMatrix &down_bias, const PyMatrix &weights, uintptr_t preact
+#define GOSSAMER_EXPERT_MLP_ARGUMENTS \
+  g, sizes, activation, x, gate_up, down, gate_up_bias, down_bias, weights, preact
+
+void register_expert_mlp(py::module_& m) {
+  m.def(
+      "expert_mlp",
+      [](GOSSAMER_EXPERT_MLP_PARAMETERS, uintptr_t y, int num_threads) {
+        const gossamer::ExpertMlpForwardArgs args{expert_mlp_args(GOSSAMER_EXPERT_MLP_ARGUMENTS),
+                                                  reinterpret_cast<void*>(y)};
+        py::gil_scoped_release release;
+        gossamer::expert_mlp(args, num_threads);
+      },
+      "y[t] = sum over the token's experts of weight · (act(x[t]·W1^T + b1)·W2^T + b2).");
+  m.def(
+      "expert_mlp_backward",
+      [](GOSSAMER_EXPERT_MLP_PARAMETERS, const PyMatrix& dy, uintptr_t dx, const std::pair<uintptr_t, bool>& dgate_up,
+         const std::pair<uintptr_t, bool>& ddown, const PyMatrix& dweights, uintptr_t dgate_up_bias,
+         uintptr_t ddown_bias, int num_threads) {
+        const gossamer::ExpertMlpBackwardArgs args{expert_mlp_args(GOSSAMER_EXPERT_MLP_ARGUMENTS),
+                                                   matrix(dy),
+                                                   reinterpret_cast<void*>(dx),
+                                                   {reinterpret_cast<void*>(dgate_up.first), dgate_up.second},
+                                                   {reinterpret_cast<void*>(ddown.first), ddown.second},
+                                                   matrix(dweights),
+                                                   reinterpret_cast<void*>(dgate_up_bias),
+                                                   reinterpret_cast<void*>(ddown_bias)};
+        py::gil_scoped_release release;
+        gossamer::expert_mlp_backward(args, num_threads);
+      },
+      "The gradients of expert_mlp whose pointers are not null.");
+}
+
+#ifdef GOSSAMER_WITH_CUDA
+void register_cuda_dispatch(py::module_& m) {
+  m.def("cuda_dispatch_scratch_size", &gossamer::cuda::dispatch_scratch_size,
+        "Elements of int32 scratch that cuda_dispatch needs.");
+  m.def(
+      "cuda_dispatch",
+      [](uintptr_t expert_ids, bool int64_ids, int64_t num_rows, int64_t top_k, int64_t token_stride,
+         int64_t slot_stride, int64_t num_experts, uintptr_t slots, uintptr_t rows, uintptr_t offsets,
+         uintptr_t scratch, int device, uintptr_t stream) {
+        const gossamer::cuda::DispatchArgs args{reinterpret_cast<const void*>(expert_ids),
+                                                int64_ids,
+                                                num_rows,
+                                                top_k,
+                                                token_stride,
+                                                slot_stride,
+                                                num_experts,
+                                                reinterpret_cast<int32_t*>(slots),
+                                                reinterpret_cast<int32_t*>(rows),
+                                                reinterpret_cast<int32_t*>(offsets),
+                                                reinterpret_cast<int32_t*>(scratch)};
+        const char* error = gossamer::cuda::dispatch(args, device, reinterpret_cast<void*>(stream));
+        if (error != nullptr) throw std::runtime_error(std::string("gossamer dispatch: CUDA error: ") + error);
+      },
+      "Counting sort by expert on a stream of the device.");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -120,4 +265,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("isa") = gossamer::kernels().name;
   register_dispatch(m);
   register_gather_reduce(m);
+  register_grouped_matmul(m);
+  register_expert_mlp(m);
+#ifdef GOSSAMER_WITH_CUDA
+  register_cuda_dispatch(m);
+#endif
 }

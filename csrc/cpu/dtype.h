@@ -1,6 +1,7 @@
 // Element types as they cross the binding, and their scalar conversions.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -70,6 +71,20 @@ inline void from_scalar(float value, Float16& out) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   out.bits = static_cast<uint16_t>(sign | half);
+}
+
+// Bytes of one value of a dtype.
+inline size_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+    default:
+      return 4;
+  }
 }
 
 template <class T>

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
+#include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
+#include "cpu/grouped_matmul.h"
 
 namespace gossamer {
 
@@ -12,6 +14,10 @@ struct Kernels {
   const char* name;
   void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
+  void (*grouped_matmul)(const GroupedMatmulArgs& args, void* shared, Team team);
+  void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, Team team);
+  void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, Team team);
+  void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, Team team);
 };
 
 namespace generic {

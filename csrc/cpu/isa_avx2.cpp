@@ -13,6 +13,7 @@
 
 #define GOSSAMER_VECTOR_BYTES 32
 #define GOSSAMER_F16C 1
+#define GOSSAMER_TILE_ROWS 6
 
 namespace gossamer::avx2 {
 namespace {

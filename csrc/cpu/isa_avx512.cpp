@@ -13,6 +13,7 @@
 
 #define GOSSAMER_VECTOR_BYTES 64
 #define GOSSAMER_F16C 1
+#define GOSSAMER_TILE_ROWS 12
 
 namespace gossamer::avx512 {
 namespace {

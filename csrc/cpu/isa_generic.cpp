@@ -3,6 +3,7 @@
 
 #define GOSSAMER_VECTOR_BYTES 16
 #define GOSSAMER_F16C 0
+#define GOSSAMER_TILE_ROWS 4
 
 namespace gossamer::generic {
 namespace {

@@ -1,5 +1,11 @@
 // The vector kernels, included by each isa_*.cpp inside its namespace.
 #include "cpu/vec.h"
 #include "cpu/gather_reduce_kernel.h"
+#include "cpu/panel.h"
+#include "cpu/gemm.h"
+#include "cpu/grouped_matmul_kernel.h"
+#include "cpu/activation_kernel.h"
+#include "cpu/expert_mlp_kernel.h"
 
-#define GOSSAMER_KERNEL_TABLE gather_reduce, gather_dot
+#define GOSSAMER_KERNEL_TABLE \
+  gather_reduce, gather_dot, grouped_matmul, grouped_matmul_dweight, expert_mlp, expert_mlp_backward

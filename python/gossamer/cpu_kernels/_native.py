@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gossamer import _C
+
 # Codes of csrc/cpu/dtype.h.
 DTYPES = {
     torch.float32: 0,
@@ -32,3 +34,26 @@ def vector(tensor: torch.Tensor | None) -> tuple[int, int, int]:
 def unit_rows(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself when its last dimension is contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def groups(slots: torch.Tensor, offsets: torch.Tensor) -> tuple[int, int, int, int]:
+    """``(slots, offsets, R, E)`` of a dispatch, whose tensors are contiguous int32."""
+    return slots.data_ptr(), offsets.data_ptr(), slots.shape[0], offsets.shape[0] - 1
+
+
+def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
+    """``(pointer, expert stride, row stride, column stride)`` of ``weight (E, N, C)``."""
+    return weight.data_ptr(), *weight.stride()
+
+
+def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``torch.empty`` on huge pages where the system gives them: first touching 4 KB pages can cost as much as a product."""
+    tensor = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def empty_gradient(shape: tuple[int, int, int], dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """An uninitialised gradient ``(E, N, C)``, a view of ``(E, C, N)`` storage when ``transposed``."""
+    e, n, c = shape
+    return empty_huge((e, c, n), dtype).transpose(1, 2) if transposed else empty_huge((e, n, c), dtype)

@@ -1,86 +1,158 @@
-"""Launchers of the expert feed-forward layer."""
+"""Launchers of the native expert feed-forward layer."""
 
 from __future__ import annotations
 
 import torch
 
-from gossamer._activation import Activation, activate
+from gossamer import _C
+from gossamer._activation import Activation
+from gossamer._layout import stored_transposed
+from gossamer.cpu_kernels._native import empty_gradient, empty_huge, groups, matrix, unit_rows, weights3
 
 
-def _layer(x, gate_up, down, gate_up_bias, down_bias, weights, activation, interleaved):
-    preact = x @ gate_up.T
-    if gate_up_bias is not None:
-        preact = preact + gate_up_bias
-    out = activate(preact, activation, interleaved) @ down.T
-    if down_bias is not None:
-        out = out + down_bias
-    return preact, out.to(weights.dtype) * weights.unsqueeze(1)
+def _arguments(
+    x, gate_up, down, gate_up_bias, down_bias, slots, offsets, weights, preact, activation, interleaved
+) -> tuple:
+    """The arguments that forward and backward share."""
+    return (
+        groups(slots, offsets),
+        (x.shape[0], x.shape[1], down.shape[2], weights.shape[1]),
+        (activation.code, activation.gated, interleaved, activation.alpha, activation.limit),
+        matrix(x),
+        weights3(gate_up),
+        weights3(down),
+        matrix(gate_up_bias),
+        matrix(down_bias),
+        matrix(weights),
+        0 if preact is None else preact.data_ptr(),
+    )
 
 
 def expert_mlp(
-    x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, activation, interleaved, save_preact
-):
-    """``y (T, H)`` and the pre-activation ``(R, 2I)`` in expert order, empty unless ``save_preact``."""
-    bounds, top_k = offsets.tolist(), weights.shape[1]
-    y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    preact = torch.zeros((slots.shape[0], gate_up.shape[1]) if save_preact else (0,), dtype=x.dtype)
-    flat = weights.reshape(-1)
-    for e in range(gate_up.shape[0]):
-        mine = slots[bounds[e] : bounds[e + 1]]
-        hidden, out = _layer(
-            x[mine // top_k],
-            gate_up[e],
-            down[e],
-            None if gate_up_bias is None else gate_up_bias[e],
-            None if down_bias is None else down_bias[e],
-            flat[mine].to(y.dtype),
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+    activation: Activation,
+    interleaved: bool,
+    save_preact: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
+
+    Args:
+        x: ``(T, H)``.
+        gate_up: ``(E, 2I, H)``, or ``(E, I, H)`` when not gated; of any strides, as ``down``.
+        down: ``(E, H, I)``.
+        gate_up_bias: ``(E, 2I)`` or ``(E, I)``, or None.
+        down_bias: ``(E, H)`` or None.
+        slots: ``(R,)`` int32, as ``rows`` and ``offsets`` from a dispatch.
+        rows: ``(R,)`` int32.
+        offsets: ``(E+1,)`` int32.
+        weights: ``(T, K)`` float.
+        activation: which, with its constants.
+        interleaved: whether gate and up alternate along 2I.
+        save_preact: whether the backward pass will want the pre-activation.
+
+    Returns:
+        ``y (T, H)``, and the pre-activation ``(R, 2I)`` in expert order, its dropped rows unwritten; ``(0,)`` unless
+        ``save_preact``.
+    """
+    x = unit_rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    preact = empty_huge((slots.shape[0], gate_up.shape[1]) if save_preact else (0,), x.dtype)
+    _C.expert_mlp(
+        *_arguments(
+            x,
+            gate_up,
+            down,
+            gate_up_bias,
+            down_bias,
+            slots,
+            offsets,
+            weights,
+            preact if save_preact else None,
             activation,
             interleaved,
-        )
-        if save_preact:
-            preact[bounds[e] : bounds[e + 1]] = hidden
-        y.index_add_(0, mine // top_k, out)
-    return y.to(x.dtype), preact
+        ),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, preact
 
 
 def expert_mlp_backward(
-    dy,
-    x,
-    gate_up,
-    down,
-    gate_up_bias,
-    down_bias,
-    slots,
-    rows,
-    offsets,
-    weights,
-    preact,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+    preact: torch.Tensor,
     activation: Activation,
     interleaved: bool,
     needs: list[bool],
     overwrite: bool,
-):
-    """Gradients of x, gate_up, down, weights, gate_up_bias, down_bias; empty where not needed."""
-    inputs = [x, gate_up, down, weights, gate_up_bias, down_bias]
-    leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-    bounds, top_k = offsets.tolist(), weights.shape[1]
-    with torch.enable_grad():
-        x, gate_up, down, weights, gate_up_bias, down_bias = leaves
-        y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-        for e in range(gate_up.shape[0]):
-            mine = slots[bounds[e] : bounds[e + 1]]
-            _, out = _layer(
-                x[mine // top_k],
-                gate_up[e],
-                down[e],
-                None if gate_up_bias is None else gate_up_bias[e],
-                None if down_bias is None else down_bias[e],
-                weights.reshape(-1)[mine].to(y.dtype),
-                activation,
-                interleaved,
-            )
-            y = y.index_add(0, mine // top_k, out)
-        wanted = [t for t, n in zip(leaves, needs, strict=True) if n]
-        found = torch.autograd.grad(y, wanted, dy.to(y.dtype), materialize_grads=True)
-    found = iter(found)
-    return tuple(next(found) if n else inputs[0].new_empty(0) for n in needs)
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of :func:`expert_mlp` from ``dy (T, H)`` and the pre-activation that it saved.
+
+    Args:
+        dy: ``(T, H)``.
+        x: as in the forward pass, and so on up to ``weights``.
+        gate_up: see above.
+        down: see above.
+        gate_up_bias: see above.
+        down_bias: see above.
+        slots: see above.
+        rows: see above.
+        offsets: see above.
+        weights: see above.
+        preact: ``(R, 2I)``.
+        activation: as in the forward pass.
+        interleaved: as in the forward pass.
+        needs: which of x, gate_up, down, weights, gate_up_bias and down_bias want a gradient.
+        overwrite: leave to write over ``preact``, which this kernel does not use.
+
+    Returns:
+        The six gradients in that order, shaped and typed like what they belong to, laid out like the weights; ``(0,)``
+        where not needed.
+    """
+    x, dy, preact = unit_rows(x), unit_rows(dy), preact.contiguous()
+    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
+    none = (0,)
+    dx = torch.empty(x.shape if need_x else none, dtype=x.dtype)
+    dgate_up = ddown = torch.empty(none, dtype=x.dtype)
+    if need_gate_up:
+        dgate_up = empty_gradient(tuple(gate_up.shape), x.dtype, stored_transposed(gate_up))
+    if need_down:
+        ddown = empty_gradient(tuple(down.shape), x.dtype, stored_transposed(down))
+    # Zeros, because dropped slots get no gradient.
+    dweights = torch.zeros(weights.shape if need_weights else none, dtype=weights.dtype if need_weights else x.dtype)
+    dgate_up_bias = torch.empty(gate_up_bias.shape if need_gate_up_bias else none, dtype=x.dtype)
+    ddown_bias = torch.empty(down_bias.shape if need_down_bias else none, dtype=x.dtype)
+    if x.numel():
+        _C.expert_mlp_backward(
+            *_arguments(
+                x, gate_up, down, gate_up_bias, down_bias, slots, offsets, weights, preact, activation, interleaved
+            ),
+            matrix(dy),
+            dx.data_ptr() if need_x else 0,
+            (dgate_up.data_ptr() if need_gate_up else 0, stored_transposed(gate_up)),
+            (ddown.data_ptr() if need_down else 0, stored_transposed(down)),
+            matrix(dweights if need_weights else None),
+            dgate_up_bias.data_ptr() if need_gate_up_bias else 0,
+            ddown_bias.data_ptr() if need_down_bias else 0,
+            torch.get_num_threads(),
+        )
+    else:
+        for gradient in (dgate_up, ddown, dgate_up_bias, ddown_bias):
+            gradient.zero_()
+    return dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias

@@ -1,14 +1,11 @@
-"""Launchers of the grouped products: one matmul per expert over gathered rows."""
+"""Launchers of the native grouped products."""
 
 from __future__ import annotations
 
 import torch
 
-
-def _gathered(source, slots, divisor, begin, end):
-    if divisor == 0:
-        return source[begin:end]
-    return source.index_select(0, slots[begin:end] if divisor == 1 else slots[begin:end] // divisor)
+from gossamer import _C
+from gossamer.cpu_kernels._native import empty_gradient, groups, matrix, unit_rows, weights3
 
 
 def grouped_matmul(
@@ -21,16 +18,37 @@ def grouped_matmul(
     x_div: int,
     y_grouped: bool,
 ) -> torch.Tensor:
-    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, zero for dropped rows; ``g(r)`` is ``r`` or ``slots[r] // x_div``."""
-    bounds = offsets.tolist()
-    y = torch.empty(slots.shape[0], weight.shape[1], dtype=x.dtype)
-    for e in range(weight.shape[0]):
-        begin, end = bounds[e], bounds[e + 1]
-        if begin < end:
-            part = _gathered(x, slots, x_div, begin, end) @ weight[e].T
-            y[begin:end] = part if bias is None else part + bias[e]
-    y[bounds[-1] :] = 0
-    return y if y_grouped else y.index_select(0, rows)
+    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, with ``g(r)`` being ``r``, or ``slots[r] // x_div`` if ``x_div > 0``.
+
+    Args:
+        x: ``(·, C)`` float.
+        weight: ``(E, N, C)`` of any strides, the dtype of ``x``.
+        bias: ``(E, N)`` or None.
+        slots: ``(R,)`` int32, as ``rows`` and ``offsets (E+1,)`` from a dispatch.
+        rows: ``(R,)`` int32.
+        offsets: ``(E+1,)`` int32.
+        x_div: 0, or the slots that share a row of ``x``.
+        y_grouped: rows of the result in expert order, else in slot order.
+
+    Returns:
+        ``(R, N)``, zero in dropped rows.
+    """
+    x = unit_rows(x)
+    _, n, c = weight.shape
+    y = torch.empty(slots.shape[0], n, dtype=x.dtype)
+    _C.grouped_matmul(
+        groups(slots, offsets),
+        n,
+        c,
+        matrix(x),
+        x_div,
+        weights3(weight),
+        matrix(bias),
+        y.data_ptr(),
+        y_grouped,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def grouped_matmul_dweight(
@@ -43,16 +61,36 @@ def grouped_matmul_dweight(
     transposed: bool,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` over the rows of each expert, and ``dbias[e] = Σ dy[g(r)]``."""
-    bounds = offsets.tolist()
-    e, n, c = len(bounds) - 1, dy.shape[1], x.shape[1]
-    dweight = x.new_zeros(e, c, n).transpose(1, 2) if transposed else x.new_zeros(e, n, c)
-    dbias = x.new_zeros((e, n) if with_bias else (0,))
-    for i in range(e):
-        begin, end = bounds[i], bounds[i + 1]
-        if begin < end:
-            dys = _gathered(dy, slots, dy_div, begin, end)
-            dweight[i] = dys.T @ _gathered(x, slots, x_div, begin, end)
-            if with_bias:
-                dbias[i] = dys.sum(0)
+    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` and ``dbias[e] = Σ dy[g(r)]`` over the rows of each expert.
+
+    Args:
+        x: ``(·, C)`` float; row ``r`` reads row ``r``, or ``slots[r] // x_div`` if ``x_div > 0``.
+        dy: ``(·, N)``, read alike by ``dy_div``.
+        slots: ``(R,)`` int32, as ``offsets (E+1,)`` from a dispatch.
+        offsets: ``(E+1,)`` int32.
+        x_div: see ``x``.
+        dy_div: see ``dy``.
+        transposed: whether the gradient's storage is ``(E, C, N)``.
+        with_bias: whether ``dbias`` is wanted.
+
+    Returns:
+        ``dweight (E, N, C)``, zero for experts without rows, and ``dbias (E, N)``, or ``(0,)`` when not wanted.
+    """
+    x, dy = unit_rows(x), unit_rows(dy)
+    e, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
+    dweight = empty_gradient((e, n, c), x.dtype, transposed)
+    dbias = torch.empty((e, n) if with_bias else (0,), dtype=x.dtype)
+    _C.grouped_matmul_dweight(
+        groups(slots, offsets),
+        n,
+        c,
+        matrix(x),
+        x_div,
+        matrix(dy),
+        dy_div,
+        dweight.data_ptr(),
+        transposed,
+        dbias.data_ptr() if with_bias else 0,
+        torch.get_num_threads(),
+    )
     return dweight, dbias

@@ -6,11 +6,11 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate, as_activation
+from gossamer._layout import stored_transposed
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch
-from gossamer.ops.grouped_matmul import stored_transposed
 
 _ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
 _FORM = "str activation, float alpha, float limit, bool interleaved"
@@ -182,9 +182,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact)
 
 
-def _may_overwrite_saved() -> bool:
-    """Whether this backward pass frees its graph, so that a saved tensor will not be read again."""
-    if torch.compiler.is_compiling():
+def _may_overwrite(saved: torch.Tensor) -> bool:
+    """Whether this backward pass frees its graph, so that ``saved`` will not be read again; never under a tracer."""
+    if torch.compiler.is_compiling() or type(saved) is not torch.Tensor:
         return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps_graph is not None and not keeps_graph()
@@ -193,8 +193,9 @@ def _may_overwrite_saved() -> bool:
 def _backward(ctx, dy, _dpreact):
     n = ctx.needs_input_grad
     needs = [n[0], n[1], n[2], n[8], n[3], n[4]]
-    op = _expert_mlp_backward_ if _may_overwrite_saved() else _expert_mlp_backward
-    grads = op(dy, *ctx.saved_tensors, *ctx.form, needs, ctx.backend)
+    saved = ctx.saved_tensors
+    op = _expert_mlp_backward_ if _may_overwrite(saved[-1]) else _expert_mlp_backward
+    grads = op(dy, *saved, *ctx.form, needs, ctx.backend)
     dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = (
         g if need else None for g, need in zip(grads, needs, strict=True)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
+from gossamer._layout import stored_transposed
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._registration import register
@@ -74,11 +75,6 @@ _grouped_matmul_dweight = register(
     _dweight,
     _dweight_fake,
 )
-
-
-def stored_transposed(weight: torch.Tensor) -> bool:
-    """Whether ``weight (E, N, C)`` is a view of ``(E, C, N)`` storage, so that a gradient laid out alike needs no copy."""
-    return weight.stride(1) == 1 and weight.stride(2) != 1
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,0 +1,80 @@
+// Activations of vectors and their derivatives. Included by isa_kernels.h; the formulas are those of _activation.py.
+
+template <class S>
+struct GateUp {
+  Vec<S> gate, up;
+};
+
+template <class S>
+struct ActivationValue {
+  Vec<S> value, dgate, dup;  // act(g, u) and its derivatives
+};
+
+// s(g) in .value and s'(g) in .dgate of an ungated activation.
+template <int Code, class S>
+GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
+  constexpr S one = 1;
+  if constexpr (Code == 0) {
+    const Vec<S> sigma = vsigmoid(g);
+    return {g * sigma, sigma * (one + g * (one - sigma)), Vec<S>{}};
+  } else if constexpr (Code == 1) {
+    constexpr S half = 0.5, inv_sqrt2 = 0.70710678118654752440, inv_sqrt_2pi = 0.39894228040143267794;
+    const Vec<S> phi = half + half * verf(g * inv_sqrt2);
+    return {g * phi, phi + g * inv_sqrt_2pi * vexp(g * g * -half), Vec<S>{}};
+  } else if constexpr (Code == 2) {
+    // ½(1 + tanh z) is σ(2z), which loses nothing for small or very negative z.
+    constexpr S linear = 1.59576912160573071176, cubic = 0.07135481627260025;
+    const Vec<S> square = g * g;
+    const Vec<S> sigma = vsigmoid(g * (linear + cubic * square));
+    return {g * sigma, sigma + g * sigma * (one - sigma) * (linear + 3 * cubic * square), Vec<S>{}};
+  } else {
+    // Comparisons are written so that NaN stays NaN.
+    const Vec<S> positive = g < S{0} ? Vec<S>{} : g;
+    if constexpr (Code == 3) return {positive, g > S{0} ? splat(one) : Vec<S>{}, Vec<S>{}};
+    if constexpr (Code == 4) return {positive * positive, 2 * positive, Vec<S>{}};
+  }
+}
+
+template <int Code, bool Gated, class S>
+GOSSAMER_INLINE ActivationValue<S> activate(GateUp<S> in, S alpha, S limit) {
+  if constexpr (Code == 5) {
+    constexpr S one = 1;
+    const Vec<S> g = in.gate > limit ? splat(limit) : in.gate;
+    Vec<S> u = in.up > limit ? splat(limit) : in.up;
+    u = u < -limit ? splat(-limit) : u;
+    const Vec<S> sigma = vsigmoid(alpha * g);
+    const Vec<S> dgate = (sigma + alpha * g * sigma * (one - sigma)) * (u + one);
+    const Vec<S> dup = g * sigma;
+    return {dup * (u + one), in.gate > limit ? Vec<S>{} : dgate, (in.up > limit) | (in.up < -limit) ? Vec<S>{} : dup};
+  } else {
+    const ActivationValue<S> s = gate_function<Code, S>(in.gate);
+    if constexpr (!Gated) return s;
+    return {s.value * in.up, s.dgate * in.up, s.value};
+  }
+}
+
+// Calls f with an activation as a function of a GateUp.
+template <class S, class F>
+GOSSAMER_INLINE void visit_activation(const ActivationForm& form, F&& f) {
+  const S alpha = static_cast<S>(form.alpha), limit = static_cast<S>(form.limit);
+  const auto call = [&](auto code, auto gated) {
+    f([=](GateUp<S> in) { return activate<code, gated, S>(in, alpha, limit); });
+  };
+  const auto pick = [&](auto code) {
+    form.gated ? call(code, std::true_type{}) : call(code, std::false_type{});
+  };
+  switch (form.code) {
+    case 0:
+      return pick(std::integral_constant<int, 0>{});
+    case 1:
+      return pick(std::integral_constant<int, 1>{});
+    case 2:
+      return pick(std::integral_constant<int, 2>{});
+    case 3:
+      return pick(std::integral_constant<int, 3>{});
+    case 4:
+      return pick(std::integral_constant<int, 4>{});
+    default:
+      return call(std::integral_constant<int, 5>{}, std::true_type{});
+  }
+}

@@ -1,0 +1,29 @@
+#include "cpu/expert_mlp.h"
+
+#include "cpu/isa.h"
+
+namespace gossamer {
+namespace {
+
+// Runs a kernel's team with its shared memory.
+template <class Args, class Kernel>
+void run(const Args& args, int num_threads, Kernel kernel) {
+  visit_float(args.dtype, [&](auto tag) {
+    using S = Accumulator<typename decltype(tag)::type>;
+    Arena plan;
+    ExpertMlpBuffers<S>(plan, args);
+    const Scratch scratch = allocate_scratch(plan.used());
+    const double work = static_cast<double>(args.groups.num_rows) * args.hidden * args.inner;
+    parallel_team(useful_threads(work, num_threads), [&](Team team) { kernel(args, scratch.get(), team); });
+  });
+}
+
+}  // namespace
+
+void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads) { run(args, num_threads, kernels().expert_mlp); }
+
+void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads) {
+  run(args, num_threads, kernels().expert_mlp_backward);
+}
+
+}  // namespace gossamer

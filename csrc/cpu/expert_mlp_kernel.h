@@ -1,0 +1,370 @@
+// expert_mlp and its gradients of one instruction set; see isa_kernels.h.
+
+// A chunk's rows: token and routing weight of each, zero past the end.
+template <class T>
+struct ChunkRows {
+  using S = Accumulator<T>;
+  static constexpr int64_t kRoom = ThreadBuffers<S>::kMaxChunk + kLanes<S>;
+  int64_t token[kRoom];
+  const T* row[kRoom];
+  alignas(64) S weight[kRoom];
+
+  void read(const ExpertMlpArgs& a, const Chunk& chunk) {
+    for (int64_t i = 0; i < chunk.size(); ++i) {
+      const int64_t slot = a.groups.slots[chunk.begin + i];
+      token[i] = slot / a.top_k;
+      weight[i] = static_cast<S>(
+          weight_at(a.weights, token[i] * a.weights.row_stride + slot % a.top_k * a.weights.col_stride));
+    }
+    for (int64_t i = chunk.size(); i < chunk.size() + kLanes<S>; ++i) weight[i] = 0;
+  }
+
+  const T* const* rows_of(const FloatMatrix& m, const Chunk& chunk) {
+    for (int64_t i = 0; i < chunk.size(); ++i) row[i] = static_cast<const T*>(m.base) + token[i] * m.row_stride;
+    return row;
+  }
+};
+
+// What a thread needs for itself.
+template <class T>
+struct ExpertMlpThread {
+  ThreadBuffers<Accumulator<T>> buffers;
+  ChunkRows<T> rows;
+};
+
+// Rows of the pre-activation, as gate_up orders them: gate i, and up i when gated.
+GOSSAMER_INLINE int64_t gate_row(const ExpertMlpArgs& a, int64_t i) {
+  return a.activation.gated && a.activation.interleaved ? 2 * i : i;
+}
+GOSSAMER_INLINE int64_t up_row(const ExpertMlpArgs& a, int64_t i) {
+  return a.activation.interleaved ? 2 * i + 1 : a.inner + i;
+}
+
+template <class S>
+GOSSAMER_INLINE void zero_share(S* data, int64_t count, Team team) {
+  const auto mine = team.share(count);
+  std::memset(static_cast<void*>(data + mine.begin), 0, (mine.end - mine.begin) * sizeof(S));
+}
+
+// Adds the transpose of c (columns x tokens), each token's row times its factor, to rows of sum at `column`.
+template <class T, class Sum, class S>
+void add_to_tokens(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t tokens, bool weighted,
+                   Sum* sum, int64_t stride, int64_t column) {
+  for_transposed(c, c_stride, columns, tokens, [&](int64_t i, int64_t at, Vec<S> v, int valid) {
+    Sum* to = sum + rows.token[i] * stride + column + at;
+    const Vec<S> old = load_valid(to, valid);
+    store_valid(to, weighted ? old + v * rows.weight[i] : old + v, valid);
+  });
+}
+
+// Rounds the accumulated rows to the result's type; nothing to do where they are one and the same.
+template <class T, class S>
+void round_share(const S* sum, T* out, int64_t count, Team team) {
+  if (static_cast<const void*>(sum) == static_cast<const void*>(out)) return;
+  const auto mine = team.share(count, 1024);
+  for (int64_t i = mine.begin; i < mine.end; i += kLanes<S>) {
+    const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, mine.end - i));
+    store_valid(out + i, load_valid(sum + i, valid), valid);
+  }
+}
+
+// The pre-activation of activation columns first .. first+count: gate rows in c, up rows at *up; returns their row step.
+template <class T, class S>
+int64_t preactivation(const ExpertMlpArgs& a, int64_t expert, const Panel<S>& x, int64_t first, int64_t count, S* c,
+                      S** up, int64_t c_stride, S* pack) {
+  const int64_t wide = a.inner * a.activation.halves(), tokens = x.width;
+  const Weight<T> w = expert_weight<T>(a.gate_up, expert, wide, a.hidden);
+  const auto part = [&](int64_t n, int64_t rows, S* to) {
+    group_product(w, n, rows, x, to, c_stride, pack);
+    add_bias(a.gate_up_bias, expert, n, rows, to, c_stride, tokens);
+  };
+  *up = nullptr;
+  if (!a.activation.gated) {
+    part(first, count, c);
+    return 1;
+  }
+  if (a.activation.interleaved) {
+    part(2 * first, 2 * count, c);
+    *up = c + c_stride;
+    return 2;
+  }
+  *up = c + kGroup * c_stride;
+  part(first, count, c);
+  part(a.inner + first, count, *up);
+  return 1;
+}
+
+// Saves what preactivation() computed.
+template <class T, class S>
+void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t first, int64_t count, const S* c, const S* up,
+                        int64_t c_stride) {
+  const int64_t wide = a.inner * a.activation.halves();
+  T* preact = static_cast<T*>(a.preact) + chunk.begin * wide;
+  const auto part = [&](const S* from, int64_t rows, int64_t n) {
+    for_transposed(from, c_stride, rows, chunk.size(), [&](int64_t token, int64_t column, Vec<S> v, int valid) {
+      store_valid(preact + token * wide + n + column, v, valid);
+    });
+  };
+  if (a.activation.gated && a.activation.interleaved) {
+    part(c, 2 * count, 2 * first);
+  } else {
+    part(c, count, first);
+    if (a.activation.gated) part(up, count, a.inner + first);
+  }
+}
+
+template <class T>
+void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, Team team) {
+  using S = Accumulator<T>;
+  Arena arena(shared);
+  const ExpertMlpBuffers<S> buffers(arena, a);
+  const auto own = std::make_unique<ExpertMlpThread<T>>();
+  S* pack = own->buffers.pack;
+  S* c = own->buffers.c;
+  const int64_t c_stride = buffers.chunk;
+  const auto inner = team.share(a.inner, kGroup), hidden = team.share(a.hidden, kGroup),
+             packed = team.share(a.hidden, kPanelWidth<S>);
+  S* sum = buffers.sum;
+  if constexpr (std::is_same_v<T, S>) sum = static_cast<T*>(a.y);
+  zero_share(sum, a.tokens * a.hidden, team);
+
+  for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+    const int64_t m = chunk.size();
+    const Panel<S> x{buffers.x_c, a.hidden, m}, act{buffers.act_c, a.inner, m};
+    own->rows.read(a, chunk);
+    pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
+    team.barrier();
+    for (int64_t i = inner.begin; i < inner.end; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, inner.end - i);
+      S* up;
+      const int64_t step = preactivation<T>(a, chunk.expert, x, i, count, c, &up, c_stride, pack) * c_stride;
+      if (a.preact) save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
+      visit_activation<S>(a.activation, [&](auto activation) {
+        for (int64_t row = 0; row < count; ++row) {
+          for (int64_t t = 0; t < m; t += kLanes<S>) {
+            const Vec<S> gate = load(c + row * step + t);
+            store(act.at(i + row, t), activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value);
+          }
+        }
+      });
+    }
+    team.barrier();
+    const Weight<T> w = expert_weight<T>(a.down, chunk.expert, a.hidden, a.inner);
+    for (int64_t h = hidden.begin; h < hidden.end; h += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, hidden.end - h);
+      group_product(w, h, count, act, c, c_stride, pack);
+      add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
+      add_to_tokens<T>(c, c_stride, count, own->rows, m, true, sum, a.hidden, h);
+    }
+  });
+  team.barrier();
+  round_share(sum, static_cast<T*>(a.y), a.tokens * a.hidden, team);
+}
+
+// Activation columns first .. first+count of a chunk: d(pre-activation) over the pre-activation's panel, the weighted
+// activation, and the part of the routing-weight gradient; dact holds dy · W2.
+template <class T, class S>
+void activation_gradient(const ExpertMlpBackwardArgs& a, const Panel<S>& preact, const Panel<S>& act, int64_t first,
+                         int64_t count, const S* dact, int64_t c_stride, const S* weight, S* dweight_part) {
+  visit_activation<S>(a.activation, [&](auto activation) {
+    for (int64_t t = 0; t < preact.width; t += kLanes<S>) {
+      const Vec<S> w = load(weight + t);
+      // Several short chains of additions: see segment_length().
+      Vec<S> dot[4] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        S* gate = preact.at(gate_row(a, first + i), t);
+        S* up = a.activation.gated ? preact.at(up_row(a, first + i), t) : gate;
+        const ActivationValue<S> value = activation(GateUp<S>{load(gate), load(up)});
+        store(act.at(first + i, t), value.value * w);
+        if (!dact) continue;
+        const Vec<S> d = load(dact + i * c_stride + t);
+        dot[i % 4] += d * value.value;
+        if (a.activation.gated) store(up, d * w * value.dup);
+        store(gate, d * w * value.dgate);
+      }
+      if (dweight_part) store(dweight_part + t, (dot[0] + dot[1]) + (dot[2] + dot[3]));
+    }
+  });
+}
+
+// out[t] = Σ_i factors(expert, i) · panel[i][t].
+template <class S>
+void weighted_rows(const Panel<S>& panel, const FloatMatrix& factors, int64_t expert, S* out) {
+  const int segment = segment_length(panel.depth);
+  for (int64_t t = 0; t < panel.width; t += kLanes<S>) {
+    Vec<S> sum = {}, part = {};
+    for (int64_t i = 0; i < panel.depth; ++i) {
+      part += load(panel.at(i, t)) * static_cast<S>(factors.at(expert, i));
+      if (i % segment == segment - 1) {
+        sum += part;
+        part = Vec<S>{};
+      }
+    }
+    store(out + t, sum + part);
+  }
+}
+
+template <class T>
+class ExpertMlpBackward {
+  using S = Accumulator<T>;
+
+ public:
+  ExpertMlpBackward(const ExpertMlpBackwardArgs& args, void* shared, Team t)
+      : a(args), team(t), arena(shared), buffers(arena, args), own(std::make_unique<ExpertMlpThread<T>>()) {
+    inner = team.share(a.inner, kGroup);
+    hidden = team.share(a.hidden, kGroup);
+    wide = team.share(a.wide(), kGroup);
+    dx_sum = buffers.sum;
+    if constexpr (std::is_same_v<T, S>) dx_sum = static_cast<T*>(a.dx);
+    bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
+  }
+
+  void run() {
+    if (a.dx) zero_share(dx_sum, a.tokens * a.hidden, team);
+    zero_empty_experts();
+    team.barrier();
+    for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+      own->rows.read(a, chunk);
+      const int64_t m = chunk.size();
+      x_c = {buffers.x_c, a.hidden, m};
+      x_r = {buffers.x_r, m, a.hidden};
+      dy_c = {buffers.dy_c, a.hidden, m};
+      dy_r = {buffers.dy_r, m, a.hidden};
+      preact_c = {buffers.preact_c, a.wide(), m};
+      preact_r = {buffers.preact_r, m, a.wide()};
+      act_c = {buffers.act_c, a.inner, m};
+      act_r = {buffers.act_r, m, a.inner};
+      gather(chunk);
+      team.barrier();
+      through_activation(chunk);
+      team.barrier();
+      if (buffers.preact_r) {
+        const auto mine = team.share(a.wide(), kPanelWidth<S>);
+        transpose_panel(preact_r, preact_c, mine.begin, mine.end);
+        team.barrier();
+      }
+      gradients(chunk);
+      team.barrier();
+    });
+    if (a.dx) round_share(dx_sum, static_cast<T*>(a.dx), a.tokens * a.hidden, team);
+  }
+
+ private:
+  void zero_empty_experts() {
+    const auto weight = [&](const WeightGradient& g, int64_t rows, int64_t cols) {
+      if (g) zero_empty<T>(a.groups, g.base, g.transposed ? cols : rows, g.transposed ? rows : cols, team);
+    };
+    weight(a.dgate_up, a.wide(), a.hidden);
+    weight(a.ddown, a.hidden, a.inner);
+    if (team.thread != 0) return;
+    if (a.dgate_up_bias) zero_empty<T>(a.groups, a.dgate_up_bias, 1, a.wide(), Team{0, 1});
+    if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.hidden, Team{0, 1});
+  }
+
+  // Packs the chunk's rows, each thread a range of columns.
+  void gather(const Chunk& chunk) {
+    const auto h = team.share(a.hidden, kPanelWidth<S>), p = team.share(a.wide(), kPanelWidth<S>);
+    const T* const* rows = own->rows.rows_of(a.dy, chunk);
+    if (a.needs_dact() || a.ddown_bias || (a.ddown && !a.ddown.transposed)) pack_as_columns(dy_c, rows, h.begin, h.end);
+    if (buffers.dy_r) pack_as_rows(dy_r, rows, h.begin, h.end);
+    rows = own->rows.rows_of(a.x, chunk);
+    if (buffers.x_c) pack_as_columns(x_c, rows, h.begin, h.end);
+    if (buffers.x_r) pack_as_rows(x_r, rows, h.begin, h.end);
+    if (!a.needs_dact() && !a.ddown) return;
+    for (int64_t i = 0; i < chunk.size(); ++i) {
+      own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
+    }
+    pack_as_columns(preact_c, own->rows.row, p.begin, p.end);
+  }
+
+  // dy · W2, then back through the activation.
+  void through_activation(const Chunk& chunk) {
+    if (!a.needs_dact() && !a.ddown) return;
+    const int64_t c_stride = buffers.chunk;
+    const Weight<T> down = expert_weight_t<T>(a.down, chunk.expert, a.hidden, a.inner);
+    for (int64_t i = inner.begin; i < inner.end; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, inner.end - i);
+      S* dact = a.needs_dact() ? own->buffers.c : nullptr;
+      if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
+      S* part = a.dweights ? buffers.dweight_parts + i / kGroup * c_stride : nullptr;
+      activation_gradient<T>(a, preact_c, act_c, i, count, dact, c_stride, own->rows.weight, part);
+      if (buffers.act_r) transpose_panel(act_r, act_c, i, i + count);
+    }
+    if (a.dweights && a.down_bias && team.thread == team.size - 1) {
+      weighted_rows(dy_c, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * c_stride);
+    }
+  }
+
+  // All sums over the chunk's rows, and dx.
+  void gradients(const Chunk& chunk) {
+    const int64_t m = chunk.size(), c_stride = buffers.chunk, h = a.hidden, n = a.wide();
+    if (a.dx) {
+      const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
+      for (int64_t i = hidden.begin; i < hidden.end; i += kGroup) {
+        const int64_t count = std::min<int64_t>(kGroup, hidden.end - i);
+        group_product(gate_up, i, count, preact_c, own->buffers.c, c_stride, own->buffers.pack);
+        add_to_tokens<T>(own->buffers.c, c_stride, count, own->rows, m, false, dx_sum, h, i);
+      }
+    }
+    if (a.dgate_up) {
+      if (a.dgate_up.transposed) {
+        outer_product(x_c, hidden.begin, hidden.end, preact_r, sink(a.dgate_up, buffers.dgate_up_partial, chunk, h, n));
+      } else {
+        outer_product(preact_c, wide.begin, wide.end, x_r, sink(a.dgate_up, buffers.dgate_up_partial, chunk, n, h));
+      }
+    }
+    if (a.ddown) {
+      if (a.ddown.transposed) {
+        outer_product(act_c, inner.begin, inner.end, dy_r, sink(a.ddown, buffers.ddown_partial, chunk, a.inner, h));
+      } else {
+        outer_product(dy_c, hidden.begin, hidden.end, act_r, sink(a.ddown, buffers.ddown_partial, chunk, h, a.inner));
+      }
+    }
+    if (a.dgate_up_bias) {
+      sum_tokens(preact_c, static_cast<const S*>(nullptr), wide.begin, wide.end, chunk, bias_sums.get(),
+                 static_cast<T*>(a.dgate_up_bias) + chunk.expert * n);
+    }
+    if (a.ddown_bias) {
+      sum_tokens(dy_c, own->rows.weight, hidden.begin, hidden.end, chunk, bias_sums.get() + n,
+                 static_cast<T*>(a.ddown_bias) + chunk.expert * h);
+    }
+    if (a.dweights) sum_dweights(chunk);
+  }
+
+  GradientSink<T> sink(const WeightGradient& g, S* partial, const Chunk& chunk, int64_t rows, int64_t cols) const {
+    const bool whole = chunk.first && chunk.last;
+    return {static_cast<T*>(g.base) + chunk.expert * rows * cols, whole ? nullptr : partial, cols, chunk.first, chunk.last};
+  }
+
+  void sum_dweights(const Chunk& chunk) {
+    const int64_t parts = (a.inner + kGroup - 1) / kGroup + (a.down_bias ? 1 : 0);
+    const auto mine = team.share(chunk.size());
+    visit_float(a.dweights.dtype, [&](auto tag) {
+      auto* out = static_cast<typename decltype(tag)::type*>(a.dweights.base);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        S sum = 0;
+        for (int64_t p = 0; p < parts; ++p) sum += buffers.dweight_parts[p * buffers.chunk + i];
+        from_scalar(sum, out[a.groups.slots[chunk.begin + i]]);
+      }
+    });
+  }
+
+  const ExpertMlpBackwardArgs& a;
+  Team team;
+  Arena arena;
+  ExpertMlpBuffers<S> buffers;
+  std::unique_ptr<ExpertMlpThread<T>> own;
+  std::unique_ptr<S[]> bias_sums;
+  S* dx_sum;
+  // This thread's activation columns, hidden columns and pre-activation columns.
+  Team::Range inner, hidden, wide;
+  Panel<S> x_c, x_r, dy_c, dy_r, preact_c, preact_r, act_c, act_r;
+};
+
+void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, Team team) {
+  visit_float(args.dtype, [&](auto tag) { expert_mlp_forward_typed<typename decltype(tag)::type>(args, shared, team); });
+}
+
+void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, Team team) {
+  visit_float(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, team).run(); });
+}

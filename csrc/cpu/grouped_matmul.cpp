@@ -1,0 +1,29 @@
+#include "cpu/grouped_matmul.h"
+
+#include "cpu/isa.h"
+
+namespace gossamer {
+namespace {
+
+// Runs a kernel's team with its shared memory.
+template <class Args, class Kernel>
+void run(const Args& args, int num_threads, Kernel kernel) {
+  visit_float(args.dtype, [&](auto tag) {
+    using S = Accumulator<typename decltype(tag)::type>;
+    Arena plan;
+    GroupedBuffers<S>(plan, args);
+    const Scratch scratch = allocate_scratch(plan.used());
+    const double work = static_cast<double>(args.groups.num_rows) * args.n * args.c;
+    parallel_team(useful_threads(work, num_threads), [&](Team team) { kernel(args, scratch.get(), team); });
+  });
+}
+
+}  // namespace
+
+void grouped_matmul(const GroupedMatmulArgs& args, int num_threads) { run(args, num_threads, kernels().grouped_matmul); }
+
+void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads) {
+  run(args, num_threads, kernels().grouped_matmul_dweight);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,88 @@
+// Matrix products over ragged groups of rows, and what all expert kernels share: rows by expert, weights by expert.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+
+namespace gossamer {
+
+// Rows of expert e are offsets[e] .. offsets[e+1]; row r is slot slots[r].
+struct Groups {
+  const int32_t* slots;
+  const int32_t* offsets;
+  int64_t num_rows, num_experts;
+};
+
+// (E, N, C) of any strides.
+struct ExpertWeights {
+  void* base;
+  int64_t expert_stride, row_stride, col_stride;
+};
+
+// Row r of a product reads row r of the matrix when divisor is 0, else row slots[r] / divisor. Column stride 1.
+struct GatheredRows {
+  FloatMatrix matrix;
+  int64_t divisor;
+};
+
+struct GroupedMatmulArgs {
+  DType dtype;
+  Groups groups;
+  int64_t n, c;
+  GatheredRows x;
+  ExpertWeights weight;
+  FloatMatrix bias;  // (E, N), or absent
+  void* y;           // (R, N) contiguous
+  bool y_grouped;    // rows in expert order, else in slot order
+};
+
+struct GroupedDweightArgs {
+  DType dtype;
+  Groups groups;
+  int64_t n, c;
+  GatheredRows x, dy;
+  void* dweight;    // (E, N, C) contiguous, or (E, C, N) when transposed
+  bool transposed;
+  void* dbias;  // (E, N) contiguous, or null
+};
+
+void grouped_matmul(const GroupedMatmulArgs& args, int num_threads);
+void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads);
+
+// An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache.
+inline int64_t chunk_rows(int64_t width, size_t element_size) {
+  constexpr int64_t kPanelBytes = 768 << 10;
+  return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size)), 64, 512) / 32 * 32;
+}
+
+// Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.
+inline int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 256; }
+
+// How many threads a call with this many multiplications is worth.
+inline int useful_threads(double multiplications, int num_threads) {
+  constexpr double kPerThread = 65536;
+  return static_cast<int>(std::clamp<double>(multiplications / kPerThread, 1, num_threads));
+}
+
+// The shared memory of a call.
+template <class S>
+struct GroupedBuffers {
+  S *x, *dy, *partial;
+  int64_t chunk;
+
+  GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a) : dy(nullptr), partial(nullptr) {
+    chunk = chunk_rows(a.c, sizeof(S));
+    x = arena.take<S>(panel_size(a.c, chunk));
+  }
+  GroupedBuffers(Arena& arena, const GroupedDweightArgs& a) {
+    chunk = chunk_rows(std::max(a.n, a.c), sizeof(S));
+    x = arena.take<S>(panel_size(a.c, chunk) + panel_size(chunk, a.c));
+    dy = arena.take<S>(panel_size(a.n, chunk) + panel_size(chunk, a.n));
+    partial = arena.take<S>(sizeof(S) > element_size(a.dtype) ? a.n * a.c : 0);
+  }
+};
+
+}  // namespace gossamer

@@ -1,0 +1,171 @@
+// grouped_matmul and its weight gradient of one instruction set; see isa_kernels.h.
+
+// Rows begin .. end of one expert's rows.
+struct Chunk {
+  int64_t expert, begin, end;
+  bool first, last;
+
+  int64_t size() const { return end - begin; }
+};
+
+// Calls f for each chunk of at most `limit` rows of the experts that have rows, experts and rows ascending.
+template <class F>
+GOSSAMER_INLINE void for_chunks(const Groups& groups, int64_t limit, F&& f) {
+  for (int64_t e = 0; e < groups.num_experts; ++e) {
+    const int64_t begin = groups.offsets[e], end = groups.offsets[e + 1];
+    const int64_t pieces = (end - begin + limit - 1) / limit;
+    if (pieces == 0) continue;
+    const int64_t size = ((end - begin + pieces - 1) / pieces + 31) / 32 * 32;
+    for (int64_t r = begin; r < end; r += size) {
+      f(Chunk{e, r, std::min(end, r + size), r == begin, r + size >= end});
+    }
+  }
+}
+
+template <class T>
+const T* gathered_row(const GatheredRows& rows, const Groups& groups, int64_t r) {
+  const int64_t row = rows.divisor == 0 ? r : groups.slots[r] / rows.divisor;
+  return static_cast<const T*>(rows.matrix.base) + row * rows.matrix.row_stride;
+}
+
+template <class T>
+void gather_pointers(const GatheredRows& rows, const Groups& groups, const Chunk& chunk, const T** out) {
+  for (int64_t r = chunk.begin; r < chunk.end; ++r) out[r - chunk.begin] = gathered_row<T>(rows, groups, r);
+}
+
+template <class T>
+Weight<T> expert_weight(const ExpertWeights& w, int64_t expert, int64_t rows, int64_t cols) {
+  return {static_cast<const T*>(w.base) + expert * w.expert_stride, w.row_stride, w.col_stride, rows, cols};
+}
+
+// The same weight transposed.
+template <class T>
+Weight<T> expert_weight_t(const ExpertWeights& w, int64_t expert, int64_t rows, int64_t cols) {
+  return {static_cast<const T*>(w.base) + expert * w.expert_stride, w.col_stride, w.row_stride, cols, rows};
+}
+
+// A thread's own memory: the tile of weights in hand and the products of up to two groups of rows.
+template <class S>
+struct ThreadBuffers {
+  static constexpr int64_t kMaxChunk = 512;
+  alignas(64) S pack[kPackSize<S>];
+  alignas(64) S c[2 * kGroup * kMaxChunk];
+};
+
+template <class S>
+void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count, S* c, int64_t c_stride,
+              int64_t tokens) {
+  if (!bias) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const S value = static_cast<S>(bias.at(expert, n + i));
+    for (int64_t t = 0; t < tokens; ++t) c[i * c_stride + t] += value;
+  }
+}
+
+template <class T>
+void grouped_product(const GroupedMatmulArgs& a, void* shared, Team team) {
+  using S = Accumulator<T>;
+  Arena arena(shared);
+  const GroupedBuffers<S> buffers(arena, a);
+  const auto own = std::make_unique<ThreadBuffers<S>>();
+  const auto rows = std::make_unique<const T*[]>(buffers.chunk);
+  T* y = static_cast<T*>(a.y);
+  const auto mine = team.share(a.n, kGroup);
+  for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+    const int64_t m = chunk.size(), c_stride = buffers.chunk;
+    const Panel<S> panel{buffers.x, a.c, m};
+    gather_pointers<T>(a.x, a.groups, chunk, rows.get());
+    team.barrier();
+    const auto packed = team.share(a.c, kPanelWidth<S>);
+    pack_as_columns(panel, rows.get(), packed.begin, packed.end);
+    team.barrier();
+    const Weight<T> w = expert_weight<T>(a.weight, chunk.expert, a.n, a.c);
+    for (int64_t n = mine.begin; n < mine.end; n += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, mine.end - n);
+      group_product(w, n, count, panel, own->c, c_stride, own->pack);
+      add_bias(a.bias, chunk.expert, n, count, own->c, c_stride, m);
+      for_transposed(own->c, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
+        const int64_t r = chunk.begin + token;
+        store_valid(y + (a.y_grouped ? r : a.groups.slots[r]) * a.n + n + column, v, valid);
+      });
+    }
+  });
+  for (int64_t r = a.groups.offsets[a.groups.num_experts] + team.thread; r < a.groups.num_rows; r += team.size) {
+    std::memset(static_cast<void*>(y + (a.y_grouped ? r : a.groups.slots[r]) * a.n), 0, a.n * sizeof(T));
+  }
+}
+
+// Zeroes this thread's share of the gradients (rows x cols values each) of the experts without rows.
+template <class T>
+void zero_empty(const Groups& groups, void* gradient, int64_t rows, int64_t cols, Team team) {
+  const auto mine = team.share(rows, kGroup);
+  for (int64_t e = 0; e < groups.num_experts; ++e) {
+    if (groups.offsets[e] != groups.offsets[e + 1]) continue;
+    T* to = static_cast<T*>(gradient) + (e * rows + mine.begin) * cols;
+    std::memset(static_cast<void*>(to), 0, (mine.end - mine.begin) * cols * sizeof(T));
+  }
+}
+
+// Sums over the tokens of a panel with tokens as columns, each token times its factor (1 where there are none; factors
+// are zero past the last token), for the rows first .. last: partial[i] carries them from chunk to chunk.
+template <class T, class S>
+void sum_tokens(const Panel<S>& panel, const S* factors, int64_t first, int64_t last, const Chunk& chunk, S* partial,
+                T* gradient) {
+  for (int64_t i = first; i < last; ++i) {
+    Vec<S> sum = {};
+    for (int64_t t = 0; t < panel.width; t += kLanes<S>) {
+      sum += factors ? load(factors + t) * load(panel.at(i, t)) : load(panel.at(i, t));
+    }
+    partial[i] = chunk.first ? sum_lanes<S>(sum) : partial[i] + sum_lanes<S>(sum);
+    if (chunk.last) from_scalar(partial[i], gradient[i]);
+  }
+}
+
+template <class T>
+void grouped_dweight(const GroupedDweightArgs& a, void* shared, Team team) {
+  using S = Accumulator<T>;
+  Arena arena(shared);
+  const GroupedBuffers<S> buffers(arena, a);
+  const auto rows = std::make_unique<const T*[]>(buffers.chunk);
+  const auto bias = std::make_unique<S[]>(a.n);
+  // The gradient's rows come from the panel with tokens as columns, its columns from the one with tokens as rows.
+  const int64_t n = a.transposed ? a.c : a.n, c = a.transposed ? a.n : a.c;
+  const GatheredRows& row_source = a.transposed ? a.x : a.dy;
+  const GatheredRows& column_source = a.transposed ? a.dy : a.x;
+  const auto mine = team.share(n, kGroup), bias_rows = team.share(a.n, kPanelWidth<S>);
+  zero_empty<T>(a.groups, a.dweight, n, c, team);
+  if (a.dbias && team.thread == 0) zero_empty<T>(a.groups, a.dbias, 1, a.n, Team{0, 1});
+  for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+    const int64_t m = chunk.size();
+    const Panel<S> as_columns{a.transposed ? buffers.x : buffers.dy, n, m};
+    const Panel<S> as_rows{a.transposed ? buffers.dy : buffers.x, m, c};
+    team.barrier();
+    gather_pointers<T>(row_source, a.groups, chunk, rows.get());
+    auto packed = team.share(n, kPanelWidth<S>);
+    pack_as_columns(as_columns, rows.get(), packed.begin, packed.end);
+    gather_pointers<T>(column_source, a.groups, chunk, rows.get());
+    packed = team.share(c, kPanelWidth<S>);
+    pack_as_rows(as_rows, rows.get(), packed.begin, packed.end);
+    if (a.dbias && a.transposed) {
+      const Panel<S> dy_columns{buffers.dy + panel_size(m, a.n), a.n, m};
+      pack_as_columns(dy_columns, rows.get(), packed.begin, packed.end);
+    }
+    team.barrier();
+    const bool whole = chunk.first && chunk.last;
+    const GradientSink<T> sink{static_cast<T*>(a.dweight) + chunk.expert * n * c,
+                               std::is_same_v<T, S> || whole ? nullptr : buffers.partial, c, chunk.first, chunk.last};
+    outer_product(as_columns, mine.begin, mine.end, as_rows, sink);
+    if (!a.dbias) return;
+    const Panel<S> dy_columns{a.transposed ? buffers.dy + panel_size(m, a.n) : buffers.dy, a.n, m};
+    sum_tokens(dy_columns, static_cast<const S*>(nullptr), bias_rows.begin, bias_rows.end, chunk, bias.get(),
+               static_cast<T*>(a.dbias) + chunk.expert * a.n);
+  });
+}
+
+void grouped_matmul(const GroupedMatmulArgs& args, void* shared, Team team) {
+  visit_float(args.dtype, [&](auto tag) { grouped_product<typename decltype(tag)::type>(args, shared, team); });
+}
+
+void grouped_matmul_dweight(const GroupedDweightArgs& args, void* shared, Team team) {
+  visit_float(args.dtype, [&](auto tag) { grouped_dweight<typename decltype(tag)::type>(args, shared, team); });
+}
