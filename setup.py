@@ -58,9 +58,17 @@ def cuda_gencodes(nvcc):
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
+def cuda_root(nvcc):
+    """The toolkit's folder as nvcc itself tells it: what is on the search path may be a wrapper script."""
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    top = re.search(r"^#\$ TOP=(.+?)\s*$", told, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
 def cudart_static_dir(nvcc):
     """Folder of libcudart_static.a, or None."""
-    root = Path(nvcc).resolve().parent.parent
+    root = cuda_root(nvcc)
     for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "targets/aarch64-linux/lib"):
         if (root / sub / "libcudart_static.a").is_file():
             return root / sub
@@ -134,6 +142,7 @@ setup(
         "gossamer.nn",
         "gossamer.integrations",
         "gossamer.cpu_kernels",
+        "gossamer.cuda_kernels",
         "gossamer.triton_kernels",
         "gossamer.bench",
     ],

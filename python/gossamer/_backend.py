@@ -17,6 +17,9 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 # Kernel modules by backend. "reference" has none: public functions run their plain-torch reference for it.
 _FAMILIES = {"native": "gossamer.cpu_kernels", "triton": "gossamer.triton_kernels", "cuda": "gossamer.cuda_kernels"}
 
+# Primitives that have CUDA kernels; Triton serves the others on a GPU.
+CUDA_PRIMITIVES = ("dispatch",)
+
 # A plain global, not a ContextVar: torch.compile guards on it, and it is read in the public function, never in a kernel
 # or in the backward pass, so the autograd threads need not see it.
 _forced: str | None = None
@@ -113,6 +116,8 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
         return _default(device_type)
     if reason := unavailable(_forced, device_type):
         raise ValueError(f'gossamer.backend("{_forced}") cannot serve {primitive} on {tensor.device}: {reason}')
+    if _forced == "cuda" and primitive not in CUDA_PRIMITIVES:
+        raise ValueError(f'gossamer.backend("cuda") cannot serve {primitive}: only {CUDA_PRIMITIVES} have CUDA kernels')
     return _forced
 
 
