@@ -179,15 +179,21 @@ def _setup_context(ctx, inputs, output):
     if not save_preact:
         raise RuntimeError("gossamer::expert_mlp needs save_preact=True where a gradient is wanted")
     ctx.mark_non_differentiable(preact)
+    # A detached alias, so that the count of its storage's users tells whether someone else still holds preact.
+    preact = preact.detach()
     ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact)
 
 
 def _may_overwrite(saved: torch.Tensor) -> bool:
-    """Whether this backward pass frees its graph, so that ``saved`` will not be read again; never under a tracer."""
+    """Whether this backward pass frees its graph and nobody else holds ``saved``; never under a tracer."""
     if torch.compiler.is_compiling() or type(saved) is not torch.Tensor:
         return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps_graph is not None and not keeps_graph()
+    count_users = getattr(torch._C, "_storage_Use_Count", None)
+    if keeps_graph is None or count_users is None or keeps_graph():
+        return False
+    # Its own users are the saved tensor and the storage object made here.
+    return count_users(saved.untyped_storage()._cdata) <= 2
 
 
 def _backward(ctx, dy, _dpreact):
