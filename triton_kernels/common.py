@@ -322,3 +322,11 @@ def aot_signature(dtype: torch.dtype, data: str, indices: str, sizes: str, float
 def aot_descriptor(dtype: torch.dtype, block: list[int]) -> str:
     """Type of a TMA descriptor argument for ahead-of-time compilation."""
     return f"tensordesc<{TRITON_NAMES[dtype]}{block}>".replace(" ", "")
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """The launch of the row-tile table, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+    signature = {"offsets_ptr": "*i32:16", "table_ptr": "*i32:16", "num_experts": "i32"}
+    signature |= {"num_rows": "i32", "capacity": "i32"}
+    constexprs = {"BLOCK_M": 128, "TILES": 64, "BLOCK_E": 64}
+    return [(_row_tiles_kernel, signature, constexprs, {"num_warps": 4})]
