@@ -16,7 +16,7 @@ from gossamer.bench import harness
 from gossamer.bench.ceilings import Ceilings
 from gossamer.cli import app
 
-SHAPE = "24,16,8,6,2"
+SHAPE = "192,64,32,6,2"
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def test_bench_prints_a_table_and_a_sentence(invoke, tmp_path):
     stored = tmp_path / "moe.json"
     result = invoke("bench", "moe", "--shape", SHAPE, "--dtype", "fp32", "--json", str(stored))
     assert result.exit_code == 0, result.output
-    assert f"moe {SHAPE} (T=24 H=16 I=8 E=6 K=2) fp32 forward on " in result.output
-    assert f"moe {SHAPE} (T=24 H=16 I=8 E=6 K=2) fp32 forward+backward on " in result.output
+    assert f"moe {SHAPE} (T=192 H=64 I=32 E=6 K=2) fp32 forward on " in result.output
+    assert f"moe {SHAPE} (T=192 H=64 I=32 E=6 K=2) fp32 forward+backward on " in result.output
     for word in ("gossamer ", "equal-FLOP dense", "TFLOP/s", "ceiling", "peak MiB", "checked against float64"):
         assert word in result.output
     last = result.output.strip().splitlines()[-1]
