@@ -364,8 +364,8 @@ def expert_mlp_backward(
     """
     num_rows, top_k = slots.shape[0], weights.shape[1]
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
-    none = x.new_empty(0)
-    dx = dgate_up = ddown = dweights = dgate_up_bias = ddown_bias = none
+    # Each its own tensor: results of an operator may not alias.
+    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = (x.new_empty(0) for _ in range(6))
     x, dy, weights = unit_columns(x), unit_columns(dy), weights.contiguous()
     wants = (need_x or need_gate_up or need_gate_up_bias, need_down, need_weights)
     dpreact = act = partial = None
