@@ -247,8 +247,8 @@ def validate(model: ByteLM, valid: torch.Tensor, settings: Settings) -> float:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to a tenth of the peak."""
-    warm = max(settings.steps // 20, 1)
+    """Linear warm-up over a tenth of the steps, then a cosine to a tenth of the peak."""
+    warm = max(settings.steps // 10, 1)
     if step < warm:
         return settings.lr * (step + 1) / warm
     done = (step - warm) / max(settings.steps - warm, 1)
@@ -268,6 +268,8 @@ def train_one(
         run.eval_steps.append(step)
         run.valid_bits.append(validate(model, valid, settings))
         progress.update(bar, note=f"{run.valid_bits[-1]:.3f} bits/byte")
+        if not progress.console.is_terminal:
+            progress.console.print(f"{experts}, step {step}: {run.valid_bits[-1]:.3f} bits per byte held out")
 
     evaluate(0)
     for step in range(settings.steps):
@@ -413,7 +415,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         "steps": 500, "batch": 16, "sequence": 256, "layers": 4, "hidden-size": 128, "heads": 4,
         "intermediate-size": 128, "num-experts": 16, "top-k": 2, "eval-every": 50, "eval-windows": 64, "seed": 0,
     }  # fmt: skip
-    rates = {"lr": 4e-3, "balance-weight": 0.01, "z-weight": 1e-3, "bias-rate": 1e-3}
+    rates = {"lr": 3e-3, "balance-weight": 0.01, "z-weight": 1e-3, "bias-rate": 1e-3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
     for name, default in rates.items():
