@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gossamer
-from gossamer.testing import assert_close, random_expert_ids
+from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors, random_expert_ids
 
 
 def make_dispatch(num_tokens, num_experts, top_k, device, *, ids=None, **routing) -> gossamer.Dispatch:
@@ -38,22 +38,43 @@ def run(
     return results
 
 
+# Draws of the baseline's error, by how many numbers a result has: one draw of a few sums of rounding errors is luck.
+FEW, DRAWS_OF_FEW, DRAWS_OF_MANY = 4096, 16, 4
+
+
 def check(
     function: Callable, reference: Callable, inputs: dict[str, torch.Tensor], needs: Iterable[str] | None = None
 ) -> dict[str, torch.Tensor]:
     """Hold the result and gradients of ``function`` against those of ``reference`` in float64; returns the former.
 
-    The baseline is ``reference`` on the same inputs in their own dtypes.
+    The rule is that of gossamer.testing.assert_close. The baseline is ``reference`` on the same inputs in their own
+    dtypes, and on inputs and gradients with their columns rolled, which are other draws of the same problem.
     """
     needs = list(inputs) if needs is None else list(needs)
+    first = next(iter(inputs))
     wide = {k: v.double() for k, v in inputs.items()}
     shape = reference(**wide).shape
-    dout = torch.randn(shape, device=next(iter(inputs.values())).device).to(next(iter(inputs.values())).dtype)
+    dout = torch.randn(shape, device=inputs[first].device).to(inputs[first].dtype)
     truth = run(reference, wide, needs, dout.double())
     baseline = run(reference, inputs, needs, dout)
     actual = run(function, inputs, needs, dout)
+    bounds = {name: errors(value, truth[name]) for name, value in baseline.items()}
+    for draw in range(1, DRAWS_OF_FEW if shape.numel() < FEW else DRAWS_OF_MANY):
+        rolled = inputs | {first: inputs[first].roll(draw, -1)}
+        rolled_dout = dout.roll(-draw, -1)
+        rolled_truth = run(reference, {k: v.double() for k, v in rolled.items()}, needs, rolled_dout.double())
+        for name, value in run(reference, rolled, needs, rolled_dout).items():
+            bounds[name] = tuple(map(max, bounds[name], errors(value, rolled_truth[name])))
     for name, value in actual.items():
-        assert_close(value, truth[name], baseline[name], name)
+        assert value.dtype == baseline[name].dtype and value.shape == truth[name].shape, name
+        rms, worst = errors(value, truth[name])
+        base_rms, base_worst = bounds[name]
+        eps = torch.finfo(value.dtype).eps
+        message = (
+            f"{name}: relative RMS error {rms:.3e} against {base_rms:.3e}, maximum {worst:.3e} against {base_worst:.3e}"
+        )
+        assert rms <= RMS_FACTOR * base_rms + RMS_EPS * eps, message
+        assert worst <= MAX_FACTOR * base_worst + MAX_EPS * eps, message
     return actual
 
 

@@ -1,0 +1,513 @@
+"""gossamer.expert_mlp: the expert layer and its gradients against float64, in every layout, activation and routing."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import OperatorLog, assert_same_bits, check, huge_storage, make_dispatch, run, saved_tensors
+
+import gossamer
+from gossamer._activation import ACTIVATIONS, activate
+from gossamer.ops.expert_mlp import expert_mlp_reference
+from gossamer.testing import random_expert_ids
+
+# Odd, so that no block divides them.
+T, E, K, H, I = 13, 5, 3, 97, 47
+# Where the kernels' edges are not the point.
+SMALL = {"t": 7, "e": 2, "k": 2, "h": 33, "i": 19}
+NAMES = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
+
+
+def functions(dispatch, *, backend, **form):
+    """The function under test and its reference, closed over the dispatch and the form."""
+
+    def function(x, gate_up, down, weights, **biases):
+        with gossamer.backend(backend):
+            return gossamer.expert_mlp(x, gate_up, down, dispatch, weights, **biases, **form)
+
+    def reference(x, gate_up, down, weights, **biases):
+        return expert_mlp_reference(x, gate_up, down, dispatch, weights, **biases, **form)
+
+    return function, reference
+
+
+def small_dispatch(device, **routing):
+    return make_dispatch(SMALL["t"], SMALL["e"], SMALL["k"], device, **routing)
+
+
+def make_inputs(device, dtype=torch.float32, *, t=T, e=E, k=K, h=H, i=I, halves=2, bias=True):
+    """Inputs by name: x and pre-activations of unit size, routing weights that sum to about one."""
+    inputs = {
+        "x": torch.randn(t, h, device=device),
+        "gate_up": torch.randn(e, halves * i, h, device=device) / h**0.5,
+        "down": torch.randn(e, h, i, device=device) / i**0.5,
+        "weights": torch.rand(t, k, device=device) * 2 / k,
+        "gate_up_bias": torch.randn(e, halves * i, device=device),
+        "down_bias": torch.randn(e, h, device=device),
+    }
+    return {name: v.to(dtype) for name, v in inputs.items() if bias or not name.endswith("bias")}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_reference_is_the_formula(device, activation, interleaved):
+    """The reference itself, against every token through every expert and a dense sum over experts."""
+    activation = gossamer.Activation(activation, alpha=1.3, limit=0.8)
+    ids = random_expert_ids(T, E, K, dropped=0.2)
+    inputs = {k: v.double() for k, v in make_inputs(device, halves=activation.halves).items()}
+    x, gate_up, down, weights, gate_up_bias, down_bias = inputs.values()
+    hidden = torch.einsum("th,ewh->tew", x, gate_up) + gate_up_bias
+    every = torch.einsum("tei,ehi->teh", activate(hidden, activation, interleaved), down) + down_bias
+    one_hot = torch.nn.functional.one_hot(ids, E + 1)[..., :E].to(every)
+    expected = torch.einsum("teh,tke,tk->th", every, one_hot, weights)
+    d = make_dispatch(T, E, K, device, ids=ids)
+    _, reference = functions(d, backend="reference", activation=activation, interleaved=interleaved)
+    torch.testing.assert_close(reference(**inputs), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_float64(kernel_backend, dtype, device, bias):
+    """SwiGLU with dropped slots, with and without biases: the result and all gradients."""
+    d = make_dispatch(T, E, K, device, dropped=0.2)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, dtype, bias=bias))
+
+
+@pytest.mark.parametrize(
+    ("activation", "interleaved"),
+    [
+        (name, interleaved)
+        for name, (_, gated) in sorted(ACTIVATIONS.items())
+        for interleaved in (False, True)[: 1 + gated]
+    ],
+)
+def test_activations(kernel_backend, device, activation, interleaved):
+    """Every activation, gate and up concatenated and interleaved; constants that clamp many values."""
+    activation = gossamer.Activation(activation, alpha=1.3, limit=0.8)
+    d = small_dispatch(device)
+    pair = functions(d, backend=kernel_backend, activation=activation, interleaved=interleaved)
+    check(*pair, make_inputs(device, **SMALL, halves=activation.halves))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "clamped_swiglu", "relu2"])
+def test_activations_in_16_bits(kernel_backend, device, activation):
+    """Each kind of activation in float16, interleaved where it is gated."""
+    gated = gossamer.Activation(activation).gated
+    d = make_dispatch(T, E, K, device)
+    pair = functions(d, backend=kernel_backend, activation=activation, interleaved=gated)
+    check(*pair, make_inputs(device, torch.float16, halves=2 if gated else 1))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "clamped_swiglu"])
+def test_large_preactivations(kernel_backend, device, activation):
+    """Saturated activations keep finite and exact values and gradients."""
+    inputs = make_inputs(device, **SMALL)
+    inputs["gate_up"] = inputs["gate_up"] * 12
+    check(*functions(small_dispatch(device), backend=kernel_backend, activation=activation), inputs)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"skew": "zipf"},
+        {"skew": "one"},
+        {"skew": "few"},
+        # Few rows: the interpreter sums a long bias gradient one row after another, which a GPU does not.
+        {"ids": torch.full((5, K), 4)},
+        {"ids": torch.tensor([[1, 1, 0]]).expand(T, K)},
+        {"ids": torch.full((T, K), E)},
+    ],
+    ids=["zipf", "one", "few", "all_on_one", "duplicates", "all_dropped"],
+)
+def test_routings(kernel_backend, device, routing):
+    """Skewed groups, empty experts, everything on the last expert, one expert twice in a token, no live row."""
+    d = make_dispatch(T, E, K, device, **routing)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, t=d.num_tokens))
+
+
+@pytest.mark.parametrize(
+    ("t", "e", "k", "h", "i"), [(1, 5, 3, 97, 47), (0, 5, 3, 97, 47), (13, 1, 1, 16, 32), (1, 1, 1, 1, 1)]
+)
+def test_sizes(kernel_backend, device, t, e, k, h, i):
+    """One token, no token, one expert, one element."""
+    d = make_dispatch(t, e, k, device)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, t=t, e=e, k=k, h=h, i=i))
+
+
+@pytest.mark.parametrize(("h", "i"), [(64, 128), (200, 40)])
+def test_blocks(kernel_backend, dtype, device, h, i):
+    """Sizes that blocks divide and more than one block of them, with groups longer than a tile."""
+    d = make_dispatch(90, 2, 2, device, dropped=0.3)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, dtype, t=90, e=2, k=2, h=h, i=i, bias=False))
+
+
+def transposed(weight):
+    return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "interleaved"),
+    [
+        ("transposed", False),
+        ("transposed", True),
+        ("sliced", False),
+        ("sliced", True),
+        ("mixed", False),
+        ("shared", False),
+    ],
+)
+def test_layouts(kernel_backend, device, layout, interleaved):
+    """Weights are read where they lie: stored transposed as gpt-oss does, sliced out of larger ones, shared."""
+    inputs = make_inputs(device)
+    if layout == "transposed":
+        change = {name: transposed(inputs[name]) for name in ("gate_up", "down")}
+    elif layout == "mixed":
+        change = {"down": transposed(inputs["down"])}
+    elif layout == "sliced":
+        change = {
+            "gate_up": torch.randn(E, 4 * I, H + 3, device=device)[:, ::2, 1:-2] / H**0.5,
+            "down": torch.randn(H, E, 2 * I, device=device).transpose(0, 1)[..., ::2] / I**0.5,
+            "gate_up_bias": torch.randn(E, 4 * I, device=device)[:, ::2],
+            "down_bias": torch.randn(H, E, device=device).t(),
+        }
+    else:
+        change = {name: inputs[name][:1].expand_as(inputs[name]) for name in ("gate_up", "down", "down_bias")}
+    d = make_dispatch(T, E, K, device)
+    check(*functions(d, backend=kernel_backend, interleaved=interleaved), inputs | change)
+
+
+def test_gradients_of_transposed_weights_are_not_copied(kernel_backend, device):
+    """Weight gradients come in the layout of the weights' storage."""
+    inputs = make_inputs(device, **SMALL)
+    inputs |= {name: transposed(inputs[name]) for name in ("gate_up", "down")}
+    function, _ = functions(small_dispatch(device), backend=kernel_backend)
+    with OperatorLog() as log:
+        run(function, inputs, inputs, torch.randn(SMALL["t"], SMALL["h"], device=device))
+    results = next(c for c in log.calls if c[0].startswith("expert_mlp_backward"))[2]
+    assert results[1].stride() == inputs["gate_up"].stride() and results[2].stride() == inputs["down"].stride()
+
+
+def test_strided_activations(kernel_backend, device):
+    """Transposed, sliced and broadcast x and routing weights, and a broadcast output gradient."""
+    t, k, h = SMALL["t"], SMALL["k"], SMALL["h"]
+    inputs = make_inputs(device, **SMALL)
+    d = small_dispatch(device, dropped=0.1)
+    function, reference = functions(d, backend=kernel_backend)
+    weights = torch.rand(k, 2 * t, device=device).t()[::2]
+    for x in (
+        torch.randn(h, t, device=device).t(),
+        torch.randn(t, 2 * h + 1, device=device)[:, 1::2],
+        torch.randn(1, h, device=device).expand(t, h),
+    ):
+        check(function, reference, inputs | {"x": x, "weights": weights})
+    for dout in (torch.randn(1, h, device=device).expand(t, h), torch.randn(h, t, device=device).t()):
+        torch.testing.assert_close(run(function, inputs, inputs, dout), run(reference, inputs, inputs, dout))
+
+
+def test_float32_weights_of_16_bit_tokens(kernel_backend, dtype, device):
+    """Routing weights may stay in float32, and so does their gradient."""
+    inputs = make_inputs(device, dtype) | {"weights": torch.rand(T, K, device=device)}
+    results = check(*functions(make_dispatch(T, E, K, device), backend=kernel_backend), inputs)
+    assert results["weights"].dtype == torch.float32 and results["out"].dtype == dtype
+
+
+def test_dropped_slots_are_neither_read_nor_counted(kernel_backend, dtype, device):
+    """NaN in all that only dropped slots or idle experts touch leaves every result finite, theirs zero."""
+    ids = random_expert_ids(T, 3, K, dropped=0.3)
+    ids[ids == 3] = E
+    ids[4] = E
+    dead = (ids == E).to(device)
+    inputs = make_inputs(device, dtype)
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        inputs[name][3:] = float("nan")
+    inputs["x"][4] = float("nan")
+    inputs["weights"][dead] = float("nan")
+    dout = torch.randn(T, H, device=device)
+    dout[4] = float("nan")
+    function, _ = functions(make_dispatch(T, E, K, device, ids=ids), backend=kernel_backend)
+    results = run(function, inputs, inputs, dout)
+    for name, value in results.items():
+        assert torch.isfinite(value).all(), name
+        if name not in ("out", "x", "weights"):
+            assert not value[3:].any(), name
+    assert not results["out"][4].any() and not results["x"][4].any() and not results["weights"][dead].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_gradient_alone(kernel_backend, device, bias):
+    """With all others frozen one gradient is computed, with the same bits, and no memory made for others."""
+    d = small_dispatch(device)
+    inputs = make_inputs(device, **SMALL, bias=bias)
+    function, _ = functions(d, backend=kernel_backend)
+    dout = torch.randn(SMALL["t"], SMALL["h"], device=device)
+    every = run(function, inputs, inputs, dout)
+    for needed in inputs:
+        with OperatorLog() as log:
+            one = run(function, inputs, [needed], dout)
+        assert torch.equal(one[needed], every[needed]), needed
+        (_, arguments, results) = next(c for c in log.calls if c[0].startswith("expert_mlp_backward"))
+        assert arguments["needs"] == [name == needed for name in NAMES]
+        assert [bool(r.numel()) for r in results] == [name == needed for name in NAMES]
+
+
+def test_same_bits_twice(kernel_backend, dtype, device):
+    """Two runs agree bit by bit."""
+    inputs = make_inputs(device, dtype)
+    function, _ = functions(make_dispatch(T, E, K, device, skew="zipf"), backend=kernel_backend)
+    dout = torch.randn(T, H, device=device)
+    assert_same_bits(run(function, inputs, inputs, dout), run(function, inputs, inputs, dout))
+
+
+def test_batch_position(kernel_backend, dtype, device):
+    """Permuting the tokens permutes the rows of the result and of the token gradients, bits kept."""
+    t = 40
+    ids = random_expert_ids(t, E, K, skew="zipf", dropped=0.1)
+    inputs = make_inputs(device, dtype, t=t)
+    dout = torch.randn(t, H, device=device)
+    function, _ = functions(make_dispatch(t, E, K, device, ids=ids), backend=kernel_backend)
+    first = run(function, inputs, ["x", "weights"], dout)
+    order = torch.randperm(t)
+    function, _ = functions(make_dispatch(t, E, K, device, ids=ids[order]), backend=kernel_backend)
+    moved = run(function, inputs | {n: inputs[n][order] for n in ("x", "weights")}, ["x", "weights"], dout[order])
+    assert_same_bits(moved, {name: value[order] for name, value in first.items()})
+
+
+def test_backward_twice(kernel_backend, device):
+    """A kept graph gives the same gradients again, though a graph that is freed may be overwritten."""
+    leaves = {name: v.requires_grad_() for name, v in make_inputs(device, **SMALL).items()}
+    function, _ = functions(small_dispatch(device), backend=kernel_backend)
+    out = function(**leaves)
+    dout = torch.randn_like(out)
+    gradients = [torch.autograd.grad(out, leaves.values(), dout, retain_graph=True) for _ in range(2)]
+    gradients.append(torch.autograd.grad(out, leaves.values(), dout))
+    for later in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], later, strict=True))
+
+
+def test_saves_only_x_and_preactivation(kernel_backend, dtype, device):
+    """The graph keeps x, the (R, 2I) pre-activation and the small routing: no (R, H) and no (R, I) tensor."""
+    inputs = {name: v.requires_grad_() for name, v in make_inputs(device, dtype).items()}
+    function, _ = functions(make_dispatch(T, E, K, device), backend=kernel_backend)
+    parameters = [v for name, v in inputs.items() if name not in ("x", "weights")]
+    saved = saved_tensors(lambda: function(**inputs), parameters)
+    shapes = sorted(tuple(t.shape) for t in saved if t.dtype.is_floating_point)
+    assert shapes == sorted([(T, H), (T, K), (T * K, 2 * I)])
+    routing = 4 * (2 * T * K + E + 1)
+    assert sum(t.nbytes for t in saved) <= dtype.itemsize * (T * H + T * K + T * K * 2 * I) + routing
+
+
+def test_saves_nothing_without_gradients(kernel_backend, device):
+    """Under no_grad, and with everything frozen, no pre-activation is made and nothing kept."""
+    inputs = {name: v.requires_grad_() for name, v in make_inputs(device, **SMALL).items()}
+    function, _ = functions(small_dispatch(device), backend=kernel_backend)
+    frozen = {name: v.detach() for name, v in inputs.items()}
+    for call in (
+        torch.no_grad()(lambda: function(**inputs)),
+        torch.inference_mode()(lambda: function(**inputs)),
+        lambda: function(**frozen),
+    ):
+        assert not saved_tensors(call, [])
+        with OperatorLog() as log:
+            call()
+        (_, arguments, (_, preact)) = log.named("expert_mlp")[0]
+        assert arguments["save_preact"] is False and preact.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("activation", "interleaved"), [("swiglu", False), ("swiglu", True), ("clamped_swiglu", True), ("gelu_tanh", False)]
+)
+def test_gradcheck(device, activation, interleaved):
+    """Finite differences in float64, on the CPU's kernels."""
+    if device != "cpu":
+        pytest.skip("float64 is for the CPU")
+    inputs = make_inputs(device, torch.float64, t=4, e=3, k=2, h=6, i=5, halves=gossamer.Activation(activation).halves)
+    d = make_dispatch(4, 3, 2, device, dropped=0.2)
+    function, _ = functions(d, backend="native", activation=activation, interleaved=interleaved)
+    leaves = [v.requires_grad_() for v in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *v: function(**dict(zip(NAMES, v, strict=True))), leaves)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles(kernel_backend, device, backend):
+    """Routing, dispatch and layer traced whole, forward and backward, with a dynamic token count."""
+    torch._dynamo.reset()
+    e, k, h, i = 3, 2, 24, 17
+
+    def f(ids, x, **rest):
+        return gossamer.expert_mlp(x.sin(), dispatch=gossamer.dispatch(ids, e), **rest).cos()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    with gossamer.backend(kernel_backend):
+        for count, t in enumerate((9, 14, 5) if backend == "aot_eager" else (9,)):
+            ids = random_expert_ids(t, e, k, dropped=0.1).to(device)
+            inputs = make_inputs(device, t=t, e=e, k=k, h=h, i=i)
+            dout = torch.randn(t, h, device=device)
+            with torch._dynamo.config.patch(error_on_recompile=count > 0):
+                actual = run(lambda ids=ids, **v: compiled(ids, **v), inputs, inputs, dout)
+            torch.testing.assert_close(actual, run(lambda ids=ids, **v: f(ids, **v), inputs, inputs, dout))
+
+
+def test_compiles_without_gradients(kernel_backend, device):
+    """The inference graph, traced whole under no_grad."""
+    torch._dynamo.reset()
+    inputs = make_inputs(device, **SMALL)
+    ids = random_expert_ids(SMALL["t"], SMALL["e"], SMALL["k"]).to(device)
+
+    @torch.no_grad()
+    def f(**inputs):
+        return gossamer.expert_mlp(dispatch=gossamer.dispatch(ids, SMALL["e"]), **inputs)
+
+    with gossamer.backend(kernel_backend):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**inputs), f(**inputs))
+
+
+@pytest.mark.parametrize(("activation", "bias", "layout"), [("swiglu", True, "plain"), ("relu", False, "transposed")])
+def test_operators_are_well_formed(kernel_backend, device, activation, bias, layout):
+    """Schemas, mutation, fake kernels, autograd registration and traceability of the three operators."""
+    halves = gossamer.Activation(activation).halves
+    t, e, k, h, i = 3, 2, 2, 7, 5
+    inputs = make_inputs(device, t=t, e=e, k=k, h=h, i=i, halves=halves, bias=bias)
+    if layout == "transposed":
+        inputs |= {name: transposed(inputs[name]) for name in ("gate_up", "down")}
+    d = make_dispatch(t, e, k, device)
+    form = (activation, 1.702, 7.0, False)
+    routing = (d.slots, d.rows, d.offsets)
+
+    def operands(needs_grad):
+        v = {name: inputs[name].detach().requires_grad_(needs_grad) if name in inputs else None for name in NAMES}
+        return (v["x"], v["gate_up"], v["down"], v["gate_up_bias"], v["down_bias"], *routing, v["weights"])
+
+    for save in (False, True):
+        args = (*operands(save), *form, save, kernel_backend)
+        torch.library.opcheck(torch.ops.gossamer.expert_mlp.default, args)
+    dy = torch.randn(t, h, device=device)
+    for needs in ([True] * 4 + [bias] * 2, [False, True, False, True, False, bias]):
+        for operator in ("expert_mlp_backward", "expert_mlp_backward_"):
+            preact = torch.randn(t * k, halves * i, device=device)
+            args = (dy, *operands(False), preact, *form, needs, kernel_backend)
+            torch.library.opcheck(getattr(torch.ops.gossamer, operator).default, args)
+
+
+def test_autocast(kernel_backend, device):
+    """Under autocast all but the routing weights are taken in its dtype; gradients come in the inputs' dtypes."""
+    inputs = make_inputs(device, **SMALL)
+    function, _ = functions(small_dispatch(device), backend=kernel_backend)
+    dout = torch.randn(SMALL["t"], SMALL["h"], device=device)
+    with torch.autocast(device, dtype=torch.float16):
+        actual = run(function, inputs, inputs, dout)
+    cast = {name: v if name == "weights" else v.half() for name, v in inputs.items()}
+    expected = run(function, cast, inputs, dout)
+    assert actual["out"].dtype == torch.float16
+    assert_same_bits(actual, {name: v if name == "out" else v.float() for name, v in expected.items()})
+
+
+def test_addresses_beyond_32_bits(kernel_backend, device):
+    """Weights whose experts lie more than 2³¹ elements apart."""
+    if kernel_backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter copies its arguments whole")
+    stride = 2**30 + 64
+    inputs = make_inputs(device, torch.float16, e=3, k=2, h=16, i=8)
+    flat = huge_storage(2 * stride + 2**10, torch.float16, device)
+    far = dict(inputs)
+    for start, name in ((0, "gate_up"), (512, "down")):
+        shape = inputs[name].shape
+        far[name] = flat[start:].as_strided(shape, (stride, shape[2], 1), flat[start:].storage_offset())
+        far[name].copy_(inputs[name])
+    function, _ = functions(make_dispatch(T, 3, 2, device), backend=kernel_backend)
+    dout = torch.randn(T, 16, device=device)
+    needs = ["x", "weights"]
+    assert_same_bits(run(function, far, needs, dout), run(function, inputs, needs, dout))
+
+
+def arguments(**change):
+    inputs = make_inputs("cpu")
+    return inputs | {"dispatch": make_dispatch(T, E, K, "cpu")} | change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(T, H, 1)}, ValueError, r"x must have shape \(T, H\)"),
+        ({"x": torch.randn(T + 1, H)}, ValueError, r"x must have shape \(T, H\) = \(13, any\), got \(14, 97\)"),
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(T, H, dtype=torch.int64)}, TypeError, "x must be float32, float16, bfloat16"),
+        ({"gate_up": torch.randn(E, I, H)}, ValueError, r"gate_up must have shape \(E, 2I, H\) = \(5, 94, 97\)"),
+        (
+            {"gate_up": torch.randn(E, 2 * I, H), "activation": "relu"},
+            ValueError,
+            r"gate_up must have shape \(E, I, H\)",
+        ),
+        ({"gate_up": torch.randn(E, 2 * I, H).half()}, TypeError, "gate_up must have the dtype of x"),
+        ({"gate_up": torch.randn(E, 2 * I, H, device="meta")}, ValueError, "gate_up must be on the device of x"),
+        ({"down": torch.randn(E, I, H)}, ValueError, r"down must have shape \(E, H, I\)"),
+        ({"down": torch.randn(E + 1, H, I)}, ValueError, r"down must have shape \(E, H, I\)"),
+        ({"weights": torch.rand(T, K + 1)}, ValueError, r"weights must have shape \(T, K\) = \(13, 3\), got \(13, 4\)"),
+        ({"weights": torch.rand(T * K)}, ValueError, "weights must have shape"),
+        ({"weights": torch.rand(T, K).double()}, TypeError, "weights must have the dtype of x, torch.float32, or"),
+        ({"weights": [1.0]}, TypeError, "weights must be a torch.Tensor, got list"),
+        ({"gate_up_bias": torch.randn(E, I)}, ValueError, r"gate_up_bias must have shape \(E, 2I\)"),
+        ({"down_bias": torch.randn(H)}, ValueError, r"down_bias must have shape \(E, H\)"),
+        ({"down_bias": torch.randn(E, H).half()}, TypeError, "down_bias must have the dtype of x"),
+        ({"activation": "swish"}, ValueError, "activation must be one of .* got 'swish'"),
+        ({"activation": torch.nn.SiLU()}, TypeError, "activation must be a str or gossamer.Activation, got SiLU"),
+        ({"dispatch": torch.zeros(T, K)}, TypeError, "dispatch must be a gossamer.Dispatch, got Tensor"),
+    ],
+)
+def test_errors(change, error, message):
+    """Each documented error names the argument, the rule and the value."""
+    with pytest.raises(error, match=message):
+        gossamer.expert_mlp(**arguments(**change))
+
+
+def test_activation_limit_must_be_positive():
+    """The clamped SwiGLU's limit is checked when it is made."""
+    with pytest.raises(ValueError, match="activation limit must be positive, got 0"):
+        gossamer.Activation("clamped_swiglu", limit=0)
+
+
+def test_meta_tensors():
+    """Shapes without data, on the meta device."""
+    inputs = {name: v.to("meta") for name, v in make_inputs("cpu", torch.bfloat16).items()}
+    d = gossamer.dispatch(torch.empty(T, K, dtype=torch.int64, device="meta"), E)
+    out = gossamer.expert_mlp(dispatch=d, **inputs)
+    assert out.is_meta and out.shape == (T, H) and out.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_synchronisation_and_graph_capture(kernel_backend, device, bias):
+    """Clean under sync debugging, forward and backward, and right when replayed on another routing."""
+    ids = random_expert_ids(T, E, K).to(device)
+    leaves = {name: v.requires_grad_() for name, v in make_inputs(device, torch.bfloat16, bias=bias).items()}
+    dout = torch.randn(T, H, device=device, dtype=torch.bfloat16)
+
+    def step():
+        y = gossamer.expert_mlp(dispatch=gossamer.dispatch(ids, E), **leaves)
+        return y, *torch.autograd.grad(y, leaves.values(), dout)
+
+    with gossamer.backend(kernel_backend):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        ids.copy_(random_expert_ids(T, E, K, seed=5, dropped=0.3).to(device))
+        graph.replay()
+        for value, expected in zip(captured, step(), strict=True):
+            assert torch.equal(value, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("h", "i", "t"), [(256, 192, 700), (2880, 360, 64), (130, 66, 300)])
+def test_gpu_tiles(kernel_backend, dtype, device, h, i, t):
+    """Sizes that reach the large tiles and the descriptors of a GPU, and sizes that no descriptor may cover."""
+    for interleaved, stored in itertools.product([False, True], [False, True]):
+        inputs = make_inputs(device, dtype, t=t, e=4, k=2, h=h, i=i)
+        if stored:
+            inputs |= {name: transposed(inputs[name]) for name in ("gate_up", "down")}
+        d = make_dispatch(t, 4, 2, device, skew="zipf", dropped=0.1)
+        check(*functions(d, backend=kernel_backend, interleaved=interleaved), inputs)
