@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: the tests on CUDA, then the layer against its baselines and any
+# installed peer on the four large shapes. Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device is visible to torch")'
+out=${1:-bench/results}
+mkdir -p "$out"
+device=$(python3 -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
+
+pip install --no-build-isolation --no-deps .
+pytest -q tests/test_dispatch.py tests/test_gather_reduce.py tests/test_grouped_matmul.py tests/test_expert_mlp.py \
+  tests/test_backend.py tests/test_routing.py tests/test_moe.py tests/test_moe_blocks.py
+for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
+  gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
+done
