@@ -61,18 +61,21 @@ void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads);
 template <class S>
 struct ExpertMlpBuffers {
   int64_t chunk;
+  WorkQueue inner, hidden, gate_up, down;
   S *x_c = nullptr, *act_c = nullptr, *sum = nullptr;
   S *x_r = nullptr, *dy_c = nullptr, *dy_r = nullptr, *preact_c = nullptr, *preact_r = nullptr, *act_r = nullptr;
   S *dweight_parts = nullptr, *dgate_up_partial = nullptr, *ddown_partial = nullptr;
 
-  ExpertMlpBuffers(Arena& arena, const ExpertMlpForwardArgs& a) {
+  ExpertMlpBuffers(Arena& arena, const ExpertMlpForwardArgs& a, int num_threads) {
+    take_queues(arena, num_threads);
     chunk = chunk_rows(a.hidden, sizeof(S));
     x_c = arena.take<S>(panel_size(a.hidden, chunk));
     act_c = arena.take<S>(panel_size(a.inner, chunk));
     if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * a.hidden);
   }
 
-  ExpertMlpBuffers(Arena& arena, const ExpertMlpBackwardArgs& a) {
+  ExpertMlpBuffers(Arena& arena, const ExpertMlpBackwardArgs& a, int num_threads) {
+    take_queues(arena, num_threads);
     const int64_t h = a.hidden, i = a.inner, wide = a.wide();
     const bool narrow = sizeof(S) > element_size(a.dtype);
     chunk = chunk_rows(std::max(h, wide), sizeof(S));
@@ -98,6 +101,11 @@ struct ExpertMlpBuffers {
       }
       if (narrow) ddown_partial = arena.take<S>(h * i);
     }
+  }
+
+ private:
+  void take_queues(Arena& arena, int num_threads) {
+    for (WorkQueue* queue : {&inner, &hidden, &gate_up, &down}) *queue = take_queue(arena, num_threads);
   }
 };
 

@@ -114,19 +114,19 @@ void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t firs
 }
 
 template <class T>
-void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, Team team) {
+void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
   Arena arena(shared);
-  const ExpertMlpBuffers<S> buffers(arena, a);
+  ExpertMlpBuffers<S> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ExpertMlpThread<T>>();
   S* pack = own->buffers.pack;
   S* c = own->buffers.c;
-  const int64_t c_stride = buffers.chunk;
-  const auto inner = team.share(a.inner, kGroup), hidden = team.share(a.hidden, kGroup),
-             packed = team.share(a.hidden, kPanelWidth<S>);
+  const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
+  const auto packed = team.share(a.hidden, kPanelWidth<S>);
   S* sum = buffers.sum;
   if constexpr (std::is_same_v<T, S>) sum = static_cast<T*>(a.y);
   zero_share(sum, a.tokens * a.hidden, team);
+  buffers.inner.restart(team);
 
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
@@ -134,8 +134,9 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, Team 
     own->rows.read(a, chunk);
     pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
     team.barrier();
-    for (int64_t i = inner.begin; i < inner.end; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, inner.end - i);
+    buffers.hidden.restart(team);
+    buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
+      const int64_t count = end - i;
       S* up;
       const int64_t step = preactivation<T>(a, chunk.expert, x, i, count, c, &up, c_stride, pack) * c_stride;
       if (a.preact) save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
@@ -147,15 +148,16 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, Team 
           }
         }
       });
-    }
+    });
     team.barrier();
+    buffers.inner.restart(team);
     const Weight<T> w = expert_weight<T>(a.down, chunk.expert, a.hidden, a.inner);
-    for (int64_t h = hidden.begin; h < hidden.end; h += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, hidden.end - h);
+    buffers.hidden.each(team, a.hidden, kGroup, [&](int64_t h, int64_t end) {
+      const int64_t count = end - h;
       group_product(w, h, count, act, c, c_stride, pack);
       add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
       add_to_tokens<T>(c, c_stride, count, own->rows, m, true, sum, a.hidden, h);
-    }
+    });
   });
   team.barrier();
   round_share(sum, static_cast<T*>(a.y), a.tokens * a.hidden, team);
@@ -209,11 +211,8 @@ class ExpertMlpBackward {
   using S = Accumulator<T>;
 
  public:
-  ExpertMlpBackward(const ExpertMlpBackwardArgs& args, void* shared, Team t)
-      : a(args), team(t), arena(shared), buffers(arena, args), own(std::make_unique<ExpertMlpThread<T>>()) {
-    inner = team.share(a.inner, kGroup);
-    hidden = team.share(a.hidden, kGroup);
-    wide = team.share(a.wide(), kGroup);
+  ExpertMlpBackward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team t)
+      : a(args), team(t), arena(shared), buffers(arena, args, num_threads), own(std::make_unique<ExpertMlpThread<T>>()) {
     dx_sum = buffers.sum;
     if constexpr (std::is_same_v<T, S>) dx_sum = static_cast<T*>(a.dx);
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
@@ -222,6 +221,7 @@ class ExpertMlpBackward {
   void run() {
     if (a.dx) zero_share(dx_sum, a.tokens * a.hidden, team);
     zero_empty_experts();
+    buffers.inner.restart(team);
     team.barrier();
     for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
       own->rows.read(a, chunk);
@@ -279,61 +279,68 @@ class ExpertMlpBackward {
 
   // dy · W2, then back through the activation.
   void through_activation(const Chunk& chunk) {
+    for (WorkQueue* queue : {&buffers.hidden, &buffers.gate_up, &buffers.down}) queue->restart(team);
     if (!a.needs_dact() && !a.ddown) return;
-    const int64_t c_stride = buffers.chunk;
+    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
     const Weight<T> down = expert_weight_t<T>(a.down, chunk.expert, a.hidden, a.inner);
-    for (int64_t i = inner.begin; i < inner.end; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, inner.end - i);
+    buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
+      const int64_t count = end - i;
       S* dact = a.needs_dact() ? own->buffers.c : nullptr;
       if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
-      S* part = a.dweights ? buffers.dweight_parts + i / kGroup * c_stride : nullptr;
+      S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
       activation_gradient<T>(a, preact_c, act_c, i, count, dact, c_stride, own->rows.weight, part);
       if (buffers.act_r) transpose_panel(act_r, act_c, i, i + count);
-    }
+    });
     if (a.dweights && a.down_bias && team.thread == team.size - 1) {
-      weighted_rows(dy_c, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * c_stride);
+      weighted_rows(dy_c, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
     }
   }
 
   // All sums over the chunk's rows, and dx.
   void gradients(const Chunk& chunk) {
-    const int64_t m = chunk.size(), c_stride = buffers.chunk, h = a.hidden, n = a.wide();
+    const int64_t m = chunk.size(), c_stride = own->buffers.c_stride(buffers.chunk), h = a.hidden, n = a.wide();
+    buffers.inner.restart(team);
     if (a.dx) {
       const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
-      for (int64_t i = hidden.begin; i < hidden.end; i += kGroup) {
-        const int64_t count = std::min<int64_t>(kGroup, hidden.end - i);
-        group_product(gate_up, i, count, preact_c, own->buffers.c, c_stride, own->buffers.pack);
-        add_to_tokens<T>(own->buffers.c, c_stride, count, own->rows, m, false, dx_sum, h, i);
-      }
+      buffers.hidden.each(team, h, kGroup, [&](int64_t i, int64_t end) {
+        group_product(gate_up, i, end - i, preact_c, own->buffers.c, c_stride, own->buffers.pack);
+        add_to_tokens<T>(own->buffers.c, c_stride, end - i, own->rows, m, false, dx_sum, h, i);
+      });
     }
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
-        outer_product(x_c, hidden.begin, hidden.end, preact_r, sink(a.dgate_up, buffers.dgate_up_partial, chunk, h, n));
+        weight_gradient(buffers.gate_up, x_c, preact_r, a.dgate_up, buffers.dgate_up_partial, chunk);
       } else {
-        outer_product(preact_c, wide.begin, wide.end, x_r, sink(a.dgate_up, buffers.dgate_up_partial, chunk, n, h));
+        weight_gradient(buffers.gate_up, preact_c, x_r, a.dgate_up, buffers.dgate_up_partial, chunk);
       }
     }
     if (a.ddown) {
       if (a.ddown.transposed) {
-        outer_product(act_c, inner.begin, inner.end, dy_r, sink(a.ddown, buffers.ddown_partial, chunk, a.inner, h));
+        weight_gradient(buffers.down, act_c, dy_r, a.ddown, buffers.ddown_partial, chunk);
       } else {
-        outer_product(dy_c, hidden.begin, hidden.end, act_r, sink(a.ddown, buffers.ddown_partial, chunk, h, a.inner));
+        weight_gradient(buffers.down, dy_c, act_r, a.ddown, buffers.ddown_partial, chunk);
       }
     }
     if (a.dgate_up_bias) {
-      sum_tokens(preact_c, static_cast<const S*>(nullptr), wide.begin, wide.end, chunk, bias_sums.get(),
+      const auto mine = team.share(n, kGroup);
+      sum_tokens(preact_c, static_cast<const S*>(nullptr), mine.begin, mine.end, chunk, bias_sums.get(),
                  static_cast<T*>(a.dgate_up_bias) + chunk.expert * n);
     }
     if (a.ddown_bias) {
-      sum_tokens(dy_c, own->rows.weight, hidden.begin, hidden.end, chunk, bias_sums.get() + n,
+      const auto mine = team.share(h, kGroup);
+      sum_tokens(dy_c, own->rows.weight, mine.begin, mine.end, chunk, bias_sums.get() + n,
                  static_cast<T*>(a.ddown_bias) + chunk.expert * h);
     }
     if (a.dweights) sum_dweights(chunk);
   }
 
-  GradientSink<T> sink(const WeightGradient& g, S* partial, const Chunk& chunk, int64_t rows, int64_t cols) const {
+  void weight_gradient(WorkQueue& queue, const Panel<S>& columns, const Panel<S>& rows, const WeightGradient& gradient,
+                       S* partial, const Chunk& chunk) {
     const bool whole = chunk.first && chunk.last;
-    return {static_cast<T*>(g.base) + chunk.expert * rows * cols, whole ? nullptr : partial, cols, chunk.first, chunk.last};
+    T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
+    const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, chunk.first, chunk.last};
+    queue.each(team, columns.depth, kGroup,
+               [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); });
   }
 
   void sum_dweights(const Chunk& chunk) {
@@ -356,15 +363,13 @@ class ExpertMlpBackward {
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
   S* dx_sum;
-  // This thread's activation columns, hidden columns and pre-activation columns.
-  Team::Range inner, hidden, wide;
   Panel<S> x_c, x_r, dy_c, dy_r, preact_c, preact_r, act_c, act_r;
 };
 
-void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, Team team) {
-  visit_float(args.dtype, [&](auto tag) { expert_mlp_forward_typed<typename decltype(tag)::type>(args, shared, team); });
+void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { expert_mlp_forward_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
-void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, Team team) {
-  visit_float(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, team).run(); });
+void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
 }

@@ -38,27 +38,12 @@ struct Weight {
   int64_t num_rows, depth;
 };
 
-// Copies w(n .. n+Rows, k .. k+depth) to the accumulator's type; missing rows are zero. Returns whether it lies as
-// [Rows][kDepth] (else as [depth][Rows]); either keeps the weight's own order of memory.
+// Copies w(n .. n+Rows, k .. k+depth) to the accumulator's type as [Rows][kDepth]; missing rows are zero.
 template <int Rows, class T, class S>
-bool pack_weight(const Weight<T>& w, int64_t n, int64_t k, int depth, S* out) {
+void pack_tile(const Weight<T>& w, int64_t n, int64_t k, int depth, S* out) {
   constexpr int lanes = kLanes<S>;
   const int rows = static_cast<int>(std::min<int64_t>(Rows, w.num_rows - n));
   const T* from = w.base + n * w.row_stride + k * w.col_stride;
-  if (w.row_stride == 1 && w.col_stride != 1) {
-    // Whole vectors may run past the tile: what they leave there is overwritten by the next k.
-    const bool whole = w.num_rows - n >= lanes && Rows <= lanes;
-    for (int i = 0; i < depth; ++i) {
-      const T* row = from + i * w.col_stride;
-      S* to = out + i * Rows;
-      if (whole) {
-        store(to, load(row));
-      } else {
-        for (int j = 0; j < Rows; ++j) to[j] = j < rows ? static_cast<S>(to_scalar(row[j])) : S{0};
-      }
-    }
-    return false;
-  }
   for (int i = 0; i < Rows; ++i) {
     S* to = out + i * kDepth;
     const T* row = from + i * w.row_stride;
@@ -72,18 +57,42 @@ bool pack_weight(const Weight<T>& w, int64_t n, int64_t k, int depth, S* out) {
       for (int j = 0; j < depth; ++j) to[j] = to_scalar(row[j * w.col_stride]);
     }
   }
-  return true;
+}
+
+// Copies w(n .. n+count, k .. k+depth), its rows contiguous in n, as [depth][kGroup]; missing values are zero.
+template <class T, class S>
+void pack_group(const Weight<T>& w, int64_t n, int count, int64_t k, int depth, S* out) {
+  constexpr int lanes = kLanes<S>;
+  const T* from = w.base + n + k * w.col_stride;
+  for (int i = 0; i < depth; ++i) {
+    const T* row = from + i * w.col_stride;
+    S* to = out + i * kGroup;
+    if (count == kGroup) {
+      for (int j = 0; j < kGroup; j += lanes) store(to + j, load(row + j));
+    } else {
+      for (int j = 0; j < kGroup; ++j) to[j] = j < count ? static_cast<S>(to_scalar(row[j])) : S{0};
+    }
+  }
+}
+
+// Fetches runs first .. last, `stride` apart and `length` values long, of a weight into the second-level cache. Weights are read once, from far away: the next block comes while this one is worked on.
+template <class T>
+GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first, int64_t last, int64_t length) {
+  for (int64_t i = first; i < last; ++i) {
+    const char* line = reinterpret_cast<const char*>(base + i * stride);
+    for (int64_t j = 0; j < length * static_cast<int64_t>(sizeof(T)); j += 64) __builtin_prefetch(line + j, 0, 2);
+  }
 }
 
 template <class S>
-constexpr int kPackSize = kDepth * 16 + kLanes<S>;
+constexpr int kPackSize = kDepth * kGroup;
 
 // c (+)= the product of a packed tile and one block of the panel.
 template <int Rows, int Vecs, bool ByRow, class S>
 GOSSAMER_INLINE void block_product(const S* a, const S* b, int depth, int segment, bool first, S* c, int64_t c_stride) {
   for (int k = 0; k < depth; k += segment) {
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<S, Rows, Vecs, ByRow ? kDepth : 1, ByRow ? 1 : Rows>(sum, a + (ByRow ? k : k * Rows), b + k * Vecs * kLanes<S>,
+    accumulate<S, Rows, Vecs, ByRow ? kDepth : 1, ByRow ? 1 : kGroup>(sum, a + (ByRow ? k : k * kGroup), b + k * Vecs * kLanes<S>,
                                                                     std::min(segment, depth - k));
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
@@ -97,23 +106,20 @@ GOSSAMER_INLINE void block_product(const S* a, const S* b, int depth, int segmen
   }
 }
 
-template <int Rows, class T, class S>
-void tile_product(const Weight<T>& w, int64_t n, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
-  const int segment = segment_length(w.depth);
-  for (int64_t k = 0; k < w.depth; k += kDepth) {
-    const int depth = static_cast<int>(std::min<int64_t>(kDepth, w.depth - k));
-    const bool by_row = pack_weight<Rows>(w, n, k, depth, pack);
-    for (int64_t block = 0; block < panel.num_blocks(); ++block) {
-      const int width = panel.block_width(block);
-      const S* b = panel.block(block) + k * width;
-      S* to = c + block * kPanelWidth<S>;
-      if (width == kPanelWidth<S>) {
-        by_row ? block_product<Rows, 2, true>(pack, b, depth, segment, k == 0, to, c_stride)
-               : block_product<Rows, 2, false>(pack, b, depth, segment, k == 0, to, c_stride);
-      } else {
-        by_row ? block_product<Rows, 1, true>(pack, b, depth, segment, k == 0, to, c_stride)
-               : block_product<Rows, 1, false>(pack, b, depth, segment, k == 0, to, c_stride);
-      }
+// c (+)= the product of a packed tile and the panel's rows k .. k+depth; `between` runs before each block of tokens.
+template <int Rows, bool ByRow, class S, class F>
+GOSSAMER_INLINE void panel_product(const S* a, const Panel<S>& panel, int64_t k, int depth, S* c, int64_t c_stride,
+                                   F&& between) {
+  const int segment = segment_length(panel.depth);
+  for (int64_t block = 0; block < panel.num_blocks(); ++block) {
+    between(block);
+    const int width = panel.block_width(block);
+    const S* b = panel.block(block) + k * width;
+    S* to = c + block * kPanelWidth<S>;
+    if (width == kPanelWidth<S>) {
+      block_product<Rows, 2, ByRow>(a, b, depth, segment, k == 0, to, c_stride);
+    } else {
+      block_product<Rows, 1, ByRow>(a, b, depth, segment, k == 0, to, c_stride);
     }
   }
 }
@@ -135,11 +141,47 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
-// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
+// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count <= 2·kGroup; c must have room for count rounded up to a
+// multiple of 4. Either order of the weight's memory is kept, so packing it is a plain copy.
 template <class T, class S>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
-  for_tiles(count, [&](auto rows, int64_t i) {
-    tile_product<rows>(w, n + i, panel, c + i * c_stride, c_stride, pack);
+  const auto rows_left = [&](int64_t row, int64_t most) { return std::clamp<int64_t>(w.num_rows - row, 0, most); };
+  const auto depth_left = [&](int64_t k) { return std::min<int64_t>(kDepth, w.depth - k); };
+  const int64_t blocks = panel.num_blocks();
+  if (w.row_stride == 1 && w.col_stride != 1) {
+    for (int64_t group = 0; group < count; group += kGroup) {
+      const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - group));
+      for (int64_t k = 0; k < w.depth; k += kDepth) {
+        const int depth = static_cast<int>(depth_left(k));
+        const bool more = k + kDepth < w.depth;
+        const int64_t next_n = more ? n + group : n + group + kGroup, next_k = more ? k + kDepth : 0;
+        const int64_t next_rows = rows_left(next_n, kGroup), next_depth = next_rows > 0 ? depth_left(next_k) : 0;
+        const T* next = w.base + next_n + next_k * w.col_stride;
+        pack_group(w, n + group, rows, k, depth, pack);
+        for_tiles(rows, [&](auto tile, int64_t i) {
+          panel_product<tile, false>(pack + i, panel, k, depth, c + (group + i) * c_stride, c_stride, [&](int64_t block) {
+            // Rows i .. i+tile of the group fetch in proportion to the time they take.
+            const int64_t done = i * blocks + block * tile, all = kGroup * blocks;
+            prefetch_runs(next, w.col_stride, next_depth * done / all, next_depth * (done + tile) / all, next_rows);
+          });
+        });
+      }
+    }
+    return;
+  }
+  for_tiles(count, [&](auto tile, int64_t i) {
+    for (int64_t k = 0; k < w.depth; k += kDepth) {
+      const int depth = static_cast<int>(depth_left(k));
+      const bool more = k + kDepth < w.depth;
+      const int64_t next_n = more ? n + i : n + i + tile, next_k = more ? k + kDepth : 0;
+      const T* next = w.base + next_n * w.row_stride + next_k;
+      pack_tile<tile>(w, n + i, k, depth, pack);
+      panel_product<tile, true>(pack, panel, k, depth, c + i * c_stride, c_stride, [&](int64_t block) {
+        if (w.col_stride != 1) return;
+        const int64_t rows = rows_left(next_n, tile);
+        prefetch_runs(next, w.row_stride, rows * block / blocks, rows * (block + 1) / blocks, depth_left(next_k));
+      });
+    }
   });
 }
 

@@ -10,11 +10,12 @@ template <class Args, class Kernel>
 void run(const Args& args, int num_threads, Kernel kernel) {
   visit_float(args.dtype, [&](auto tag) {
     using S = Accumulator<typename decltype(tag)::type>;
-    Arena plan;
-    GroupedBuffers<S>(plan, args);
-    const Scratch scratch = allocate_scratch(plan.used());
     const double work = static_cast<double>(args.groups.num_rows) * args.n * args.c;
-    parallel_team(useful_threads(work, num_threads), [&](Team team) { kernel(args, scratch.get(), team); });
+    const int threads = useful_threads(work, num_threads);
+    Arena plan;
+    GroupedBuffers<S>(plan, args, threads);
+    const Scratch scratch = allocate_scratch(plan.used());
+    parallel_team(threads, [&](Team team) { kernel(args, scratch.get(), threads, team); });
   });
 }
 

@@ -67,17 +67,24 @@ inline int useful_threads(double multiplications, int num_threads) {
   return static_cast<int>(std::clamp<double>(multiplications / kPerThread, 1, num_threads));
 }
 
+inline WorkQueue take_queue(Arena& arena, int num_threads) {
+  return WorkQueue(arena.take<std::atomic<int64_t>>(num_threads * WorkQueue::kStride));
+}
+
 // The shared memory of a call.
 template <class S>
 struct GroupedBuffers {
+  WorkQueue queue;
   S *x, *dy, *partial;
   int64_t chunk;
 
-  GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a) : dy(nullptr), partial(nullptr) {
+  GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a, int num_threads) : dy(nullptr), partial(nullptr) {
+    queue = take_queue(arena, num_threads);
     chunk = chunk_rows(a.c, sizeof(S));
     x = arena.take<S>(panel_size(a.c, chunk));
   }
-  GroupedBuffers(Arena& arena, const GroupedDweightArgs& a) {
+  GroupedBuffers(Arena& arena, const GroupedDweightArgs& a, int num_threads) {
+    queue = take_queue(arena, num_threads);
     chunk = chunk_rows(std::max(a.n, a.c), sizeof(S));
     x = arena.take<S>(panel_size(a.c, chunk) + panel_size(chunk, a.c));
     dy = arena.take<S>(panel_size(a.n, chunk) + panel_size(chunk, a.n));

@@ -49,7 +49,10 @@ template <class S>
 struct ThreadBuffers {
   static constexpr int64_t kMaxChunk = 512;
   alignas(64) S pack[kPackSize<S>];
-  alignas(64) S c[2 * kGroup * kMaxChunk];
+  alignas(64) S c[2 * kGroup * (kMaxChunk + kLanes<S>)];
+
+  // Rows of c lie an odd number of vectors apart, so that a tile's rows do not share a cache set.
+  static int64_t c_stride(int64_t chunk) { return chunk + kLanes<S>; }
 };
 
 template <class S>
@@ -63,32 +66,32 @@ void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count,
 }
 
 template <class T>
-void grouped_product(const GroupedMatmulArgs& a, void* shared, Team team) {
+void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
   Arena arena(shared);
-  const GroupedBuffers<S> buffers(arena, a);
+  GroupedBuffers<S> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ThreadBuffers<S>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   T* y = static_cast<T*>(a.y);
-  const auto mine = team.share(a.n, kGroup);
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
-    const int64_t m = chunk.size(), c_stride = buffers.chunk;
+    const int64_t m = chunk.size(), c_stride = own->c_stride(buffers.chunk);
     const Panel<S> panel{buffers.x, a.c, m};
     gather_pointers<T>(a.x, a.groups, chunk, rows.get());
     team.barrier();
+    buffers.queue.restart(team);
     const auto packed = team.share(a.c, kPanelWidth<S>);
     pack_as_columns(panel, rows.get(), packed.begin, packed.end);
     team.barrier();
     const Weight<T> w = expert_weight<T>(a.weight, chunk.expert, a.n, a.c);
-    for (int64_t n = mine.begin; n < mine.end; n += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, mine.end - n);
+    buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
+      const int64_t count = last - n;
       group_product(w, n, count, panel, own->c, c_stride, own->pack);
       add_bias(a.bias, chunk.expert, n, count, own->c, c_stride, m);
       for_transposed(own->c, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
         const int64_t r = chunk.begin + token;
         store_valid(y + (a.y_grouped ? r : a.groups.slots[r]) * a.n + n + column, v, valid);
       });
-    }
+    });
   });
   for (int64_t r = a.groups.offsets[a.groups.num_experts] + team.thread; r < a.groups.num_rows; r += team.size) {
     std::memset(static_cast<void*>(y + (a.y_grouped ? r : a.groups.slots[r]) * a.n), 0, a.n * sizeof(T));
@@ -122,17 +125,17 @@ void sum_tokens(const Panel<S>& panel, const S* factors, int64_t first, int64_t 
 }
 
 template <class T>
-void grouped_dweight(const GroupedDweightArgs& a, void* shared, Team team) {
+void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
   Arena arena(shared);
-  const GroupedBuffers<S> buffers(arena, a);
+  GroupedBuffers<S> buffers(arena, a, num_threads);
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   const auto bias = std::make_unique<S[]>(a.n);
   // The gradient's rows come from the panel with tokens as columns, its columns from the one with tokens as rows.
   const int64_t n = a.transposed ? a.c : a.n, c = a.transposed ? a.n : a.c;
   const GatheredRows& row_source = a.transposed ? a.x : a.dy;
   const GatheredRows& column_source = a.transposed ? a.dy : a.x;
-  const auto mine = team.share(n, kGroup), bias_rows = team.share(a.n, kPanelWidth<S>);
+  const auto bias_rows = team.share(a.n, kPanelWidth<S>);
   zero_empty<T>(a.groups, a.dweight, n, c, team);
   if (a.dbias && team.thread == 0) zero_empty<T>(a.groups, a.dbias, 1, a.n, Team{0, 1});
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
@@ -140,6 +143,7 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, Team team) {
     const Panel<S> as_columns{a.transposed ? buffers.x : buffers.dy, n, m};
     const Panel<S> as_rows{a.transposed ? buffers.dy : buffers.x, m, c};
     team.barrier();
+    buffers.queue.restart(team);
     gather_pointers<T>(row_source, a.groups, chunk, rows.get());
     auto packed = team.share(n, kPanelWidth<S>);
     pack_as_columns(as_columns, rows.get(), packed.begin, packed.end);
@@ -154,7 +158,9 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, Team team) {
     const bool whole = chunk.first && chunk.last;
     const GradientSink<T> sink{static_cast<T*>(a.dweight) + chunk.expert * n * c,
                                std::is_same_v<T, S> || whole ? nullptr : buffers.partial, c, chunk.first, chunk.last};
-    outer_product(as_columns, mine.begin, mine.end, as_rows, sink);
+    buffers.queue.each(team, n, kGroup, [&](int64_t begin, int64_t end) {
+      outer_product(as_columns, begin, end, as_rows, sink);
+    });
     if (!a.dbias) return;
     const Panel<S> dy_columns{a.transposed ? buffers.dy + panel_size(m, a.n) : buffers.dy, a.n, m};
     sum_tokens(dy_columns, static_cast<const S*>(nullptr), bias_rows.begin, bias_rows.end, chunk, bias.get(),
@@ -162,10 +168,10 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, Team team) {
   });
 }
 
-void grouped_matmul(const GroupedMatmulArgs& args, void* shared, Team team) {
-  visit_float(args.dtype, [&](auto tag) { grouped_product<typename decltype(tag)::type>(args, shared, team); });
+void grouped_matmul(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { grouped_product<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
-void grouped_matmul_dweight(const GroupedDweightArgs& args, void* shared, Team team) {
-  visit_float(args.dtype, [&](auto tag) { grouped_dweight<typename decltype(tag)::type>(args, shared, team); });
+void grouped_matmul_dweight(const GroupedDweightArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { grouped_dweight<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }

@@ -9,15 +9,16 @@
 
 namespace gossamer {
 
-// One instruction set's build of the vector kernels. Each is called by every thread of a team with its number.
+// One instruction set's build of the vector kernels. Those that take a Team are called by each of its threads, with the
+// shared memory that the call was laid out in for at most num_threads.
 struct Kernels {
   const char* name;
   void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
-  void (*grouped_matmul)(const GroupedMatmulArgs& args, void* shared, Team team);
-  void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, Team team);
-  void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, Team team);
-  void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, Team team);
+  void (*grouped_matmul)(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team);
+  void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, int num_threads, Team team);
+  void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team);
+  void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team);
 };
 
 namespace generic {

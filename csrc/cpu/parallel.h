@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace gossamer {
@@ -23,6 +24,36 @@ struct Team {
     const int64_t units = (count + unit - 1) / unit;
     return {std::min(count, units * thread / size * unit), std::min(count, units * (thread + 1) / size * unit)};
   }
+};
+
+// Shares work out in units: a thread takes those of its own contiguous range, where its caches are warm, then what slower
+// threads have left. Results never depend on who computed them. Lies in shared memory, one counter a thread.
+class WorkQueue {
+ public:
+  static constexpr int64_t kStride = 64 / sizeof(std::atomic<int64_t>);
+
+  WorkQueue() = default;
+  explicit WorkQueue(std::atomic<int64_t>* taken) : taken_(taken) {}
+
+  // To be called by every thread, with a barrier before the first each() and between an each() and the next restart().
+  void restart(Team team) { taken_[team.thread * kStride].store(0, std::memory_order_relaxed); }
+
+  // Calls f(begin, end) for units of `count` items until none is left.
+  template <class F>
+  void each(Team team, int64_t count, int64_t unit, F&& f) {
+    for (int i = 0; i < team.size; ++i) {
+      const int owner = (team.thread + i) % team.size;
+      const auto [begin, end] = Team{owner, team.size}.share(count, unit);
+      while (true) {
+        const int64_t at = begin + unit * taken_[owner * kStride].fetch_add(1, std::memory_order_relaxed);
+        if (at >= end) break;
+        f(at, std::min(end, at + unit));
+      }
+    }
+  }
+
+ private:
+  std::atomic<int64_t>* taken_ = nullptr;
 };
 
 // Runs f(team) in every thread.
