@@ -29,8 +29,8 @@ DEFAULTS = {
 QUICK = {"cpu": "cpu-small", "cuda": "olmoe"}
 
 # Above this many multiply-adds the truth is computed for a sample only.
-WHOLE = 2**34
-SAMPLE_TOKENS, SAMPLE_EXPERTS = 64, 2
+WHOLE = 2**30
+SAMPLE_TOKENS = 128
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gossamer.bench.ceilings import Ceilings, measure
 from gossamer.bench.timing import PEAK_MEMORY_METHOD, interleave, peak_memory, quantile
 
 FAMILIES = ("moe", "expert_mlp", "grouped_matmul", "gather_reduce", "dispatch")
-BUDGET = {"quick": 4.0, "full": 15.0}
+BUDGET = {"quick": 2.5, "full": 15.0}
 
 
 @dataclass(frozen=True)
