@@ -1,6 +1,7 @@
 """The transformers integration in whole models, against transformers' own eager experts."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from eager_draws import compare
 
 pytest.importorskip("transformers", minversion="5")
 
@@ -18,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 import gossamer
 import gossamer.integrations.transformers
-from gossamer.testing import assert_close
 
 SHARED = dict(
     hidden_size=32,
@@ -107,9 +108,9 @@ def make_model(name, device, dtype=torch.float32, implementation="eager"):
     return model.to(dtype).to(device).train()
 
 
-def make_ids(device, batch=2, length=11):
+def make_ids(device, batch=2, length=11, draw=1):
     """Token ids without the special ones."""
-    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(draw)).to(device)
 
 
 def loss_and_gradients(model, ids):
@@ -117,52 +118,49 @@ def loss_and_gradients(model, ids):
     model.zero_grad(set_to_none=True)
     out = model(ids, labels=ids, use_cache=False)
     out.loss.backward()
-    return {"logits": out.logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach()} | gradients
 
 
-def compare(actual, truth, baseline):
-    """assert_close over two dicts of tensors with the same keys."""
-    assert actual.keys() == truth.keys() == baseline.keys()
-    for name, value in actual.items():
-        assert_close(value, truth[name], baseline[name], name)
+def compare_models(ours, plain, wide, device):
+    """Logits and all gradients of models, each parameter's in units of its own size; ``wide`` is the float64 truth.
 
-
-def compare_pooled(actual, truth, baseline):
-    """Like compare, but all gradients at once, each in units of its own size.
-
-    A bias of four values is too small a sample of rounding noise where every sum is taken in another order.
+    Gradients are compared together: that of a key bias, say, is what is left when larger numbers cancel, and a few
+    numbers of that kind are too small a sample of rounding noise.
     """
-    dtype = actual["logits"].dtype
-    assert_close(actual.pop("logits"), truth.pop("logits"), baseline.pop("logits"), "logits")
-    assert actual.keys() == truth.keys() == baseline.keys()
 
-    def pool(gradients):
-        return torch.cat([(g.double() / truth[n].square().mean().sqrt()).flatten() for n, g in gradients.items()])
+    @functools.cache
+    def exact(draw):
+        return loss_and_gradients(wide, make_ids(device, draw=draw))
 
-    assert_close(pool(actual).to(dtype), pool(truth), pool(baseline).to(dtype), "gradients")
+    def results(model):
+        def call(draw):
+            gradients = loss_and_gradients(model, make_ids(device, draw=draw))
+            assert gradients.keys() == exact(draw).keys()
+            logits = gradients.pop("logits")
+            scaled = [g.double() / exact(draw)[n].square().mean().sqrt() for n, g in gradients.items()]
+            return {"logits": logits, "gradients": torch.cat([g.flatten() for g in scaled]).to(logits.dtype)}
+
+        return call
+
+    compare(results(ours), results(plain), results(wide))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_equals_eager(name, device):
-    ids = make_ids(device)
-    truth = loss_and_gradients(make_model(name, device, torch.float64), ids)
-    model = make_model(name, device)
-    baseline = loss_and_gradients(model, ids)
-    report = gossamer.replace(model)
+    wide, plain, ours = (make_model(name, device, dtype) for dtype in (torch.float64, torch.float32, torch.float32))
+    report = gossamer.replace(ours)
+    assert report.switched
     assert all(m.fused for m in report.switched)
-    compare(loss_and_gradients(model, ids), truth, baseline)
-    assert any("experts" in n for n in truth)
+    compare_models(ours, plain, wide, device)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_model_equals_eager_in_bfloat16(name, device):
-    ids = make_ids(device)
-    model = make_model(name, device, torch.bfloat16)
+    plain, ours = (make_model(name, device, torch.bfloat16) for _ in range(2))
+    gossamer.replace(ours)
     # The truth has the rounded weights, so that only the arithmetic differs.
-    truth = loss_and_gradients(copy.deepcopy(model).double(), ids)
-    baseline = loss_and_gradients(model, ids)
-    gossamer.replace(model)
-    compare_pooled(loss_and_gradients(model, ids), truth, baseline)
+    compare_models(ours, plain, copy.deepcopy(plain).double(), device)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -192,17 +190,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, device):
 )
 def test_compile_without_graph_breaks(name, backend, device):
     model = make_model(name, device, implementation="gossamer")
-    ids = make_ids(device)
-    truth = loss_and_gradients(make_model(name, device, torch.float64), ids)
-    baseline = loss_and_gradients(model, ids)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    out = compiled(ids, labels=ids, use_cache=False)
-    model.zero_grad(set_to_none=True)
-    out.loss.backward()
-    actual = {"logits": out.logits.detach()}
-    actual |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    compare_pooled(actual, truth, baseline)
+    compare_models(compiled, make_model(name, device), make_model(name, device, torch.float64), device)
 
 
 def test_save_and_load(tmp_path, device):

@@ -1,5 +1,6 @@
 """Every experts class of the installed transformers: gossamer's forward against the class's own eager one."""
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -11,8 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from eager_draws import compare
 
-from gossamer.testing import assert_close, random_expert_ids
+from gossamer.testing import random_expert_ids
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
@@ -88,10 +90,11 @@ def build(module_name, class_name):
     raise AssertionError(f"{class_name} accepts none of its model's configs: {refused}")
 
 
-def results(function, experts, dtype, ids):
-    """Output and gradients of one call on fixed inputs."""
+def results(function, experts, dtype, draw, device):
+    """Output and gradients of one call on inputs that depend on ``draw`` alone."""
     experts.to(dtype).zero_grad(set_to_none=True)
-    generator = torch.Generator().manual_seed(1)
+    ids = random_expert_ids(T, E, K, skew="zipf", seed=draw, device=device)
+    generator = torch.Generator().manual_seed(draw)
     width = experts.down_proj.shape[1 if not experts.is_transposed else 2]
     x, weights, dy = (
         torch.randn(s, generator=generator, dtype=torch.float64) for s in ((T, width), (T, K), (T, width))
@@ -111,13 +114,13 @@ def test_forward_and_gradients_equal_eager(module_name, class_name, device):
 
     experts = build(module_name, class_name).to(device)
     eager = type(experts).forward.__wrapped__
-    ids = random_expert_ids(T, E, K, skew="zipf", device=device)
     exact = batched_mm_experts_forward if class_name in EAGER_IS_FLOAT32 else eager
-    truth = results(exact, experts, torch.float64, ids)
-    baseline = results(eager, experts, torch.float32, ids)
-    actual = results(experts_forward, experts, torch.float32, ids)
-    for name, value in actual.items():
-        assert_close(value, truth[name], baseline[name], name)
+    wide = copy.deepcopy(experts)
+    compare(
+        lambda draw: results(experts_forward, experts, torch.float32, draw, device),
+        lambda draw: results(eager, experts, torch.float32, draw, device),
+        lambda draw: results(exact, wide, torch.float64, draw, device),
+    )
     assert replace(experts).switched[0].fused == (class_name not in GENERAL)
 
 

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from eager_draws import compare
 from torch import nn
 
 pytest.importorskip("transformers", minversion="5")
@@ -18,13 +19,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import gossamer
 from gossamer.integrations.transformers import experts_forward
 from gossamer.testing import assert_close, random_expert_ids
-
-
-def compare(actual, truth, baseline):
-    """assert_close over two dicts of tensors with the same keys."""
-    assert actual.keys() == truth.keys() == baseline.keys()
-    for name, value in actual.items():
-        assert_close(value, truth[name], baseline[name], name)
 
 
 def make_experts(cls, device, dtype=torch.float64, num_experts=5, **overrides):
@@ -51,11 +45,11 @@ def make_experts(cls, device, dtype=torch.float64, num_experts=5, **overrides):
     return module.to(device, dtype)
 
 
-def layer_inputs(device, dtype, num_experts=5, top_k=2, num_tokens=19, **routing):
+def layer_inputs(device, dtype, num_experts=5, top_k=2, num_tokens=19, draw=0, **routing):
     """Hidden states, ids (popular and empty experts) and weights, differentiable where they can be."""
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(draw)
     x = torch.randn(num_tokens, 16, generator=generator, dtype=torch.float64)
-    ids = random_expert_ids(num_tokens, num_experts, top_k, skew="zipf", device=device, **routing)
+    ids = random_expert_ids(num_tokens, num_experts, top_k, skew="zipf", seed=draw, device=device, **routing)
     weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64)
     return x.to(device, dtype).requires_grad_(), ids, weights.to(device, dtype).requires_grad_()
 
@@ -81,12 +75,20 @@ def eager_with_sentinels(module, x, ids, weights):
     return eager_forward(module, x, ids.masked_fill(foreign, 0), weights.masked_fill(foreign, 0.0))
 
 
-def check_layer(module, device, **inputs):
-    """Our forward against eager in float32, with float64 eager as truth."""
-    truth = layer_results(eager_with_sentinels, module.double(), *layer_inputs(device, torch.float64, **inputs))
-    args = layer_inputs(device, torch.float32, **inputs)
-    single = module.float()
-    compare(layer_results(experts_forward, single, *args), truth, layer_results(eager_with_sentinels, single, *args))
+def check_layer(module, device, local=None, **inputs):
+    """Our forward against eager in float32, with float64 eager as truth; ids from ``local`` on are foreign."""
+    single, wide = copy.deepcopy(module).float(), copy.deepcopy(module).double()
+
+    def results(function, model):
+        def call(draw):
+            x, ids, weights = layer_inputs(device, next(model.parameters()).dtype, draw=draw, **inputs)
+            return layer_results(function, model, x, ids if local is None else ids.clamp(max=local), weights)
+
+        return call
+
+    compare(
+        results(experts_forward, single), results(eager_with_sentinels, single), results(eager_with_sentinels, wide)
+    )
 
 
 @pytest.mark.parametrize("top_k", [2, 5])
@@ -98,12 +100,7 @@ def test_expert_parallel_sentinels_are_dropped(top_k, device):
 @pytest.mark.parametrize("hidden_act", ["silu", "tanh"])
 def test_fewer_local_experts_than_slots(hidden_act, device):
     module = make_experts(MixtralExperts, device, num_experts=2, hidden_act=hidden_act)
-    x, ids, weights = layer_inputs(device, torch.float64, num_experts=6, top_k=4)
-    ids = torch.where(ids < 2, ids, 2)
-    truth = layer_results(eager_with_sentinels, module, x, ids, weights)
-    single = module.float()
-    args = (single, x.float(), ids, weights.float())
-    compare(layer_results(experts_forward, *args), truth, layer_results(eager_with_sentinels, *args))
+    check_layer(module, device, local=2, num_experts=6, top_k=4)
 
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "swish", "tanh", "quick_gelu"])
