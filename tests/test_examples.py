@@ -56,9 +56,9 @@ def test_both_ways_learn_the_same(tmp_path, device):
         assert sum(curve[-5:]) / 5 < 6.0
         assert one["valid_bits_per_byte"][-1] < one["valid_bits_per_byte"][1] < 8.0
         assert one["median_step_ms"] > 0
-    # Same seed, weights and data: only float32 rounding differs, which 30 steps of Adam carry to about 1e-4.
-    assert ours["train_bits_per_byte"] == pytest.approx(eager["train_bits_per_byte"], rel=2e-3)
-    assert ours["train_bits_per_byte"][:3] == pytest.approx(eager["train_bits_per_byte"][:3], rel=1e-5)
+    # Same seed, weights and data, so only float32 rounding differs: some 2e-7 by the last of these steps.
+    assert ours["train_bits_per_byte"] == pytest.approx(eager["train_bits_per_byte"], rel=1e-4)
+    assert ours["train_bits_per_byte"][:3] == pytest.approx(eager["train_bits_per_byte"][:3], rel=1e-6)
 
     counts = torch.tensor(metrics["routing"]["counts_step_layer_expert"])
     assert counts.shape == (30, 2, 6)
