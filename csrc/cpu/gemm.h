@@ -4,7 +4,7 @@
 // and columns are: a token's result does not depend on its place in a batch, nor on the number of threads.
 
 // Terms of a product that are packed at a time, a multiple of every segment length.
-constexpr int kDepth = 256;
+constexpr int kDepth = 128;
 
 // One long chain of additions in float loses several times what the dot products of BLAS lose, which keep a sum per
 // lane; segments of about the square root of the depth do not.
@@ -38,16 +38,15 @@ struct Weight {
   int64_t num_rows, depth;
 };
 
-// Copies w(n .. n+Rows, k .. k+depth) to the accumulator's type as [Rows][kDepth]; missing rows are zero.
-template <int Rows, class T, class S>
-void pack_tile(const Weight<T>& w, int64_t n, int64_t k, int depth, S* out) {
+// Copies w(n .. n+count, k .. k+depth) to the accumulator's type as [kGroup][kDepth]; missing rows are zero.
+template <class T, class S>
+void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int depth, S* out) {
   constexpr int lanes = kLanes<S>;
-  const int rows = static_cast<int>(std::min<int64_t>(Rows, w.num_rows - n));
   const T* from = w.base + n * w.row_stride + k * w.col_stride;
-  for (int i = 0; i < Rows; ++i) {
+  for (int i = 0; i < (count + 3) / 4 * 4; ++i) {
     S* to = out + i * kDepth;
     const T* row = from + i * w.row_stride;
-    if (i >= rows) {
+    if (i >= count) {
       for (int j = 0; j < depth; ++j) to[j] = S{0};
     } else if (w.col_stride == 1) {
       int j = 0;
@@ -59,9 +58,9 @@ void pack_tile(const Weight<T>& w, int64_t n, int64_t k, int depth, S* out) {
   }
 }
 
-// Copies w(n .. n+count, k .. k+depth), its rows contiguous in n, as [depth][kGroup]; missing values are zero.
+// The same of a weight that is contiguous in n, as [depth][kGroup].
 template <class T, class S>
-void pack_group(const Weight<T>& w, int64_t n, int count, int64_t k, int depth, S* out) {
+void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int depth, S* out) {
   constexpr int lanes = kLanes<S>;
   const T* from = w.base + n + k * w.col_stride;
   for (int i = 0; i < depth; ++i) {
@@ -87,13 +86,14 @@ GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first,
 template <class S>
 constexpr int kPackSize = kDepth * kGroup;
 
-// c (+)= the product of a packed tile and one block of the panel.
-template <int Rows, int Vecs, bool ByRow, class S>
-GOSSAMER_INLINE void block_product(const S* a, const S* b, int depth, int segment, bool first, S* c, int64_t c_stride) {
+// c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep]. Its sums
+// must live in registers, so each form is a function of its own.
+template <int Rows, int Vecs, int ARow, int AStep, class S>
+__attribute__((noinline)) void block_product(const S* a, const S* b, int depth, int segment, bool first, S* c,
+                                             int64_t c_stride) {
   for (int k = 0; k < depth; k += segment) {
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<S, Rows, Vecs, ByRow ? kDepth : 1, ByRow ? 1 : kGroup>(sum, a + (ByRow ? k : k * kGroup), b + k * Vecs * kLanes<S>,
-                                                                    std::min(segment, depth - k));
+    accumulate<S, Rows, Vecs, ARow, AStep>(sum, a + k * AStep, b + k * Vecs * kLanes<S>, std::min(segment, depth - k));
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -106,24 +106,6 @@ GOSSAMER_INLINE void block_product(const S* a, const S* b, int depth, int segmen
   }
 }
 
-// c (+)= the product of a packed tile and the panel's rows k .. k+depth; `between` runs before each block of tokens.
-template <int Rows, bool ByRow, class S, class F>
-GOSSAMER_INLINE void panel_product(const S* a, const Panel<S>& panel, int64_t k, int depth, S* c, int64_t c_stride,
-                                   F&& between) {
-  const int segment = segment_length(panel.depth);
-  for (int64_t block = 0; block < panel.num_blocks(); ++block) {
-    between(block);
-    const int width = panel.block_width(block);
-    const S* b = panel.block(block) + k * width;
-    S* to = c + block * kPanelWidth<S>;
-    if (width == kPanelWidth<S>) {
-      block_product<Rows, 2, ByRow>(a, b, depth, segment, k == 0, to, c_stride);
-    } else {
-      block_product<Rows, 1, ByRow>(a, b, depth, segment, k == 0, to, c_stride);
-    }
-  }
-}
-
 // Calls f with the height of each next tile and its place until `count` rows are covered, rounded up to a multiple of 4.
 template <class F>
 GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
@@ -132,57 +114,55 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
     f(std::integral_constant<int, GOSSAMER_TILE_ROWS>{}, done);
     done += GOSSAMER_TILE_ROWS;
   }
-  if constexpr (GOSSAMER_TILE_ROWS > 8) {
-    if (count - done >= 8) {
-      f(std::integral_constant<int, 8>{}, done);
-      done += 8;
-    }
-  }
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
-// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count <= 2·kGroup; c must have room for count rounded up to a
-// multiple of 4. Either order of the weight's memory is kept, so packing it is a plain copy.
-template <class T, class S>
-void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
-  const auto rows_left = [&](int64_t row, int64_t most) { return std::clamp<int64_t>(w.num_rows - row, 0, most); };
-  const auto depth_left = [&](int64_t k) { return std::min<int64_t>(kDepth, w.depth - k); };
+// c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
+// panel, kDepth deep, are worked on together in the first-level cache.
+template <bool ByRow, class T, class S>
+void group_product_ordered(const Weight<T>& w, int64_t n, int count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
+  const int segment = segment_length(w.depth);
   const int64_t blocks = panel.num_blocks();
-  if (w.row_stride == 1 && w.col_stride != 1) {
-    for (int64_t group = 0; group < count; group += kGroup) {
-      const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - group));
-      for (int64_t k = 0; k < w.depth; k += kDepth) {
-        const int depth = static_cast<int>(depth_left(k));
-        const bool more = k + kDepth < w.depth;
-        const int64_t next_n = more ? n + group : n + group + kGroup, next_k = more ? k + kDepth : 0;
-        const int64_t next_rows = rows_left(next_n, kGroup), next_depth = next_rows > 0 ? depth_left(next_k) : 0;
-        const T* next = w.base + next_n + next_k * w.col_stride;
-        pack_group(w, n + group, rows, k, depth, pack);
-        for_tiles(rows, [&](auto tile, int64_t i) {
-          panel_product<tile, false>(pack + i, panel, k, depth, c + (group + i) * c_stride, c_stride, [&](int64_t block) {
-            // Rows i .. i+tile of the group fetch in proportion to the time they take.
-            const int64_t done = i * blocks + block * tile, all = kGroup * blocks;
-            prefetch_runs(next, w.col_stride, next_depth * done / all, next_depth * (done + tile) / all, next_rows);
-          });
-        });
-      }
+  for (int64_t k = 0; k < w.depth; k += kDepth) {
+    const int depth = static_cast<int>(std::min<int64_t>(kDepth, w.depth - k));
+    const bool more = k + kDepth < w.depth;
+    const int64_t next_n = more ? n : n + kGroup, next_k = more ? k + kDepth : 0;
+    const int64_t next_rows = std::clamp<int64_t>(w.num_rows - next_n, 0, kGroup);
+    const int64_t next_depth = std::min<int64_t>(kDepth, w.depth - next_k);
+    const int64_t runs = ByRow ? next_rows : next_depth, run_length = ByRow ? next_depth : next_rows;
+    const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
+    if constexpr (ByRow) {
+      pack_rows(w, n, count, k, depth, pack);
+    } else {
+      pack_columns(w, n, count, k, depth, pack);
     }
-    return;
-  }
-  for_tiles(count, [&](auto tile, int64_t i) {
-    for (int64_t k = 0; k < w.depth; k += kDepth) {
-      const int depth = static_cast<int>(depth_left(k));
-      const bool more = k + kDepth < w.depth;
-      const int64_t next_n = more ? n + i : n + i + tile, next_k = more ? k + kDepth : 0;
-      const T* next = w.base + next_n * w.row_stride + next_k;
-      pack_tile<tile>(w, n + i, k, depth, pack);
-      panel_product<tile, true>(pack, panel, k, depth, c + i * c_stride, c_stride, [&](int64_t block) {
-        if (w.col_stride != 1) return;
-        const int64_t rows = rows_left(next_n, tile);
-        prefetch_runs(next, w.row_stride, rows * block / blocks, rows * (block + 1) / blocks, depth_left(next_k));
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (!ByRow || w.col_stride == 1) {
+        prefetch_runs(next, ByRow ? w.row_stride : w.col_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
+      }
+      with_vectors(panel.block_vectors(block), [&](auto vectors) {
+        const S* b = panel.block(block) + k * vectors * kLanes<S>;
+        for_tiles(count, [&](auto tile, int64_t i) {
+          block_product<tile, vectors, ByRow ? kDepth : 1, ByRow ? 1 : kGroup>(
+              pack + i * (ByRow ? kDepth : 1), b, depth, segment, k == 0, c + i * c_stride + block * kPanelWidth<S>, c_stride);
+        });
       });
     }
-  });
+  }
+}
+
+// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
+// Either order of the weight's memory is kept, so packing it is a plain copy.
+template <class T, class S>
+void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
+  for (int64_t i = 0; i < count; i += kGroup) {
+    const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - i));
+    if (w.row_stride == 1 && w.col_stride != 1) {
+      group_product_ordered<false>(w, n + i, rows, panel, c + i * c_stride, c_stride, pack);
+    } else {
+      group_product_ordered<true>(w, n + i, rows, panel, c + i * c_stride, c_stride, pack);
+    }
+  }
 }
 
 // Where a weight gradient goes: straight to `out`, or, when the expert's rows come in several chunks, first into
@@ -198,26 +178,23 @@ struct GradientSink {
 template <int Rows, int Vecs, class T, class S>
 GOSSAMER_INLINE void outer_block(const Panel<S>& a, int64_t i, int rows, const S* b, const GradientSink<T>& sink,
                                  int64_t column, int64_t columns) {
-  Vec<S> sum[Rows][Vecs] = {};
+  constexpr int c_stride = Vecs * kLanes<S>;
+  alignas(64) S c[Rows * c_stride];
   for (int64_t block = 0; block < a.num_blocks(); ++block) {
     const int64_t token = block * kPanelWidth<S>;
-    const int64_t depth = std::min<int64_t>(kPanelWidth<S>, a.width - token);
-    const S* from = b + token * Vecs * kLanes<S>;
-    if (a.block_width(block) == kPanelWidth<S>) {
-      accumulate<S, Rows, Vecs, kPanelWidth<S>, 1>(sum, a.block(block) + i * kPanelWidth<S>, from, depth);
-    } else {
-      accumulate<S, Rows, Vecs, kLanes<S>, 1>(sum, a.block(block) + i * kLanes<S>, from, depth);
-    }
+    const int depth = static_cast<int>(std::min<int64_t>(kPanelWidth<S>, a.width - token));
+    with_vectors(a.block_vectors(block), [&](auto vectors) {
+      constexpr int stride = vectors * kLanes<S>;
+      block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, b + token * c_stride, depth, kPanelWidth<S>, block == 0,
+                                           c, c_stride);
+    });
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-    if (r >= rows) break;
-#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < Vecs; ++v) {
       const int64_t place = (i + r) * sink.stride + column + v * kLanes<S>;
       const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - v * kLanes<S>));
       if (valid <= 0) break;
-      Vec<S> value = sum[r][v];
+      Vec<S> value = load(c + r * c_stride + v * kLanes<S>);
       if (!sink.first) value += sink.partial ? load_valid(sink.partial + place, valid) : load_valid(sink.out + place, valid);
       if (sink.partial && !sink.last) {
         store_valid(sink.partial + place, value, valid);
@@ -228,18 +205,17 @@ GOSSAMER_INLINE void outer_block(const Panel<S>& a, int64_t i, int rows, const S
   }
 }
 
-// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns.
+// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns. A tile of
+// rows sweeps all columns before the next, because its results go out to distant rows of memory, one stream a row.
 template <class T, class S>
 void outer_product(const Panel<S>& a, int64_t first, int64_t last, const Panel<S>& b, const GradientSink<T>& sink) {
   for_tiles(last - first, [&](auto tile, int64_t i) {
     const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
     for (int64_t block = 0; block < b.num_blocks(); ++block) {
       const int64_t column = block * kPanelWidth<S>;
-      if (b.block_width(block) == kPanelWidth<S>) {
-        outer_block<tile, 2>(a, first + i, rows, b.block(block), sink, column, b.width);
-      } else {
-        outer_block<tile, 1>(a, first + i, rows, b.block(block), sink, column, b.width);
-      }
+      with_vectors(b.block_vectors(block), [&](auto vectors) {
+        outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
+      });
     }
   });
 }

@@ -13,7 +13,8 @@
 
 #define GOSSAMER_VECTOR_BYTES 64
 #define GOSSAMER_F16C 1
-#define GOSSAMER_TILE_ROWS 12
+#define GOSSAMER_TILE_ROWS 8
+#define GOSSAMER_TILE_VECTORS 3
 
 namespace gossamer::avx512 {
 namespace {

@@ -4,6 +4,7 @@
 #define GOSSAMER_VECTOR_BYTES 16
 #define GOSSAMER_F16C 0
 #define GOSSAMER_TILE_ROWS 4
+#define GOSSAMER_TILE_VECTORS 2
 
 namespace gossamer::generic {
 namespace {

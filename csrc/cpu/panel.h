@@ -1,12 +1,12 @@
 // Packed matrices: how rows reach the products. Included by isa_kernels.h.
 //
 // A panel holds a matrix of `depth` rows and `width` columns as blocks of columns, each block row after row. A block is
-// kPanelWidth columns wide; a last one that needs no more than one vector is one vector wide. Products run along depth
+// kPanelWidth columns wide, the last one as many vectors as it needs. Products run along depth
 // and hold columns in vector lanes. The same rows of tokens make a panel in two ways: with the tokens as columns (depth
 // is the feature dimension) for products with weights, and with the tokens as rows for weight gradients.
 
 template <class S>
-constexpr int kPanelWidth = 2 * kLanes<S>;
+constexpr int kPanelWidth = GOSSAMER_TILE_VECTORS * kLanes<S>;
 
 template <class S>
 struct Panel {
@@ -14,16 +14,27 @@ struct Panel {
   int64_t depth, width;
 
   int64_t num_blocks() const { return (width + kPanelWidth<S> - 1) / kPanelWidth<S>; }
-  int block_width(int64_t block) const {
-    return width - block * kPanelWidth<S> > kLanes<S> ? kPanelWidth<S> : kLanes<S>;
+  int block_vectors(int64_t block) const {
+    const int64_t left = (width - block * kPanelWidth<S> + kLanes<S> - 1) / kLanes<S>;
+    return static_cast<int>(std::min<int64_t>(left, GOSSAMER_TILE_VECTORS));
   }
   S* block(int64_t b) const { return data + b * kPanelWidth<S> * depth; }
   // One vector of columns, `column` a multiple of kLanes.
   S* at(int64_t row, int64_t column) const {
     const int64_t b = column / kPanelWidth<S>;
-    return block(b) + row * block_width(b) + column % kPanelWidth<S>;
+    return block(b) + row * block_vectors(b) * kLanes<S> + column % kPanelWidth<S>;
   }
 };
+
+// Calls f with the number of vectors of a block as a constant.
+template <class F>
+GOSSAMER_INLINE void with_vectors(int vectors, F&& f) {
+  if constexpr (GOSSAMER_TILE_VECTORS > 2) {
+    if (vectors == 3) return f(std::integral_constant<int, 3>{});
+  }
+  if (vectors == 2) return f(std::integral_constant<int, 2>{});
+  f(std::integral_constant<int, 1>{});
+}
 
 template <class V, size_t... I>
 GOSSAMER_INLINE V interleave_low(V a, V b, std::index_sequence<I...>) {
@@ -67,7 +78,7 @@ void pack_as_columns(const Panel<S>& panel, const T* const* rows, int64_t first,
   }
 }
 
-// Columns [first, last) of the source rows stay columns; `first` is a multiple of kPanelWidth.
+// Columns [first, last) of the source rows stay columns; `first` is a multiple of kLanes.
 template <class T, class S>
 void pack_as_rows(const Panel<S>& panel, const T* const* rows, int64_t first, int64_t last) {
   constexpr int n = kLanes<S>;
@@ -79,7 +90,7 @@ void pack_as_rows(const Panel<S>& panel, const T* const* rows, int64_t first, in
   }
 }
 
-// Columns [first, last) of `to` from the same rows of `from`; `first` is a multiple of kPanelWidth.
+// Columns [first, last) of `to` from the same rows of `from`; `first` is a multiple of kLanes.
 template <class S>
 void transpose_panel(const Panel<S>& to, const Panel<S>& from, int64_t first, int64_t last) {
   constexpr int n = kLanes<S>;

@@ -9,12 +9,26 @@
 
 namespace gossamer {
 
+// Where a team's threads wait for each other. Spins for a moment only, then sleeps: where other processes compete for the
+// cores, a spinning thread would keep the one it waits for from running, and OpenMP's own barriers spin for milliseconds.
+class Barrier {
+ public:
+  void wait(int team_size);
+
+ private:
+  std::atomic<int32_t> arrived_{0};
+  std::atomic<uint32_t> phase_{0};
+};
+
 // A thread's place in its team. Kernels take one instead of using OpenMP themselves, because they are compiled for an
 // instruction set that the outlined parallel region may not inherit.
 struct Team {
   int thread, size;
+  Barrier* meeting = nullptr;
 
-  void barrier() const;
+  void barrier() const {
+    if (size > 1) meeting->wait(size);
+  }
 
   struct Range {
     int64_t begin, end;
@@ -63,8 +77,9 @@ void parallel_team(int num_threads, F&& f) {
     f(Team{0, 1});
     return;
   }
+  Barrier meeting;
 #pragma omp parallel num_threads(num_threads)
-  f(Team{omp_get_thread_num(), omp_get_num_threads()});
+  f(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
 }
 
 // Runs f(begin, end) over [0, count) cut into one contiguous range a thread, with at least `grain` items each.
