@@ -262,7 +262,15 @@ void register_cuda_dispatch(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of gossamer: raw pointers, sizes and strides in elements, dtype codes.";
   m.attr("with_cuda") = kWithCuda;
-  m.attr("isa") = gossamer::kernels().name;
+  m.def("isa", [] { return gossamer::kernels().name; }, "The instruction set whose kernels are in use.");
+  m.def(
+      "choose_isa",
+      [](const std::string& name) {
+        if (!gossamer::choose_kernels(name.empty() ? nullptr : name.c_str())) {
+          throw py::value_error("isa must be one that this processor runs, of avx512, avx2 and generic, got " + name);
+        }
+      },
+      "Use the kernels of another instruction set, for tests; the empty string stands for the best one.");
   register_dispatch(m);
   register_gather_reduce(m);
   register_grouped_matmul(m);

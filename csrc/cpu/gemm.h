@@ -13,9 +13,10 @@ inline int segment_length(int64_t depth) { return depth < 256 ? 16 : 32; }
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
 
-// sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·ARow + k·AStep].
-template <class S, int Rows, int Vecs, int ARow, int AStep>
-GOSSAMER_INLINE void accumulate(Vec<S> (&sum)[Rows][Vecs], const S* a, const S* b, int64_t depth) {
+// sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step].
+template <class S, int Rows, int Vecs>
+GOSSAMER_INLINE void accumulate(Vec<S> (&sum)[Rows][Vecs], const S* a, int64_t a_row, int64_t a_step, const S* b,
+                                int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
     Vec<S> column[Vecs];
 #pragma GCC unroll 4
@@ -23,9 +24,9 @@ GOSSAMER_INLINE void accumulate(Vec<S> (&sum)[Rows][Vecs], const S* a, const S* 
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) sum[i][v] += a[i * ARow] * column[v];
+      for (int v = 0; v < Vecs; ++v) sum[i][v] += a[i * a_row] * column[v];
     }
-    a += AStep;
+    a += a_step;
     b += Vecs * kLanes<S>;
   }
 }
@@ -86,14 +87,14 @@ GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first,
 template <class S>
 constexpr int kPackSize = kDepth * kGroup;
 
-// c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep]. Its sums
-// must live in registers, so each form is a function of its own.
+// c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
+// a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
 template <int Rows, int Vecs, int ARow, int AStep, class S>
-__attribute__((noinline)) void block_product(const S* a, const S* b, int depth, int segment, bool first, S* c,
-                                             int64_t c_stride) {
+__attribute__((noinline)) void block_product(const S* a, [[maybe_unused]] int64_t a_row, const S* b, int depth, int segment,
+                                             bool first, S* c, int64_t c_stride) {
   for (int k = 0; k < depth; k += segment) {
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<S, Rows, Vecs, ARow, AStep>(sum, a + k * AStep, b + k * Vecs * kLanes<S>, std::min(segment, depth - k));
+    accumulate<S>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<S>, std::min(segment, depth - k));
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -107,6 +108,7 @@ __attribute__((noinline)) void block_product(const S* a, const S* b, int depth, 
 }
 
 // Calls f with the height of each next tile and its place until `count` rows are covered, rounded up to a multiple of 4.
+static_assert(GOSSAMER_TILE_ROWS % 4 == 0 && kGroup % GOSSAMER_TILE_ROWS == 0);
 template <class F>
 GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   int64_t done = 0;
@@ -117,10 +119,15 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
-// c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
+// How a group of a weight's rows is read: in place, or copied to the accumulator's type in its own order of memory.
+enum class Read { kInPlace, kRows, kColumns };
+
+// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
 // panel, kDepth deep, are worked on together in the first-level cache.
-template <bool ByRow, class T, class S>
-void group_product_ordered(const Weight<T>& w, int64_t n, int count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
+template <Read read, class T, class S>
+void group_product_of(const Weight<T>& w, int64_t n, int count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
+  constexpr bool columns = read == Read::kColumns;
+  constexpr int a_row = read == Read::kInPlace ? 0 : columns ? 1 : kDepth;
   const int segment = segment_length(w.depth);
   const int64_t blocks = panel.num_blocks();
   for (int64_t k = 0; k < w.depth; k += kDepth) {
@@ -129,22 +136,26 @@ void group_product_ordered(const Weight<T>& w, int64_t n, int count, const Panel
     const int64_t next_n = more ? n : n + kGroup, next_k = more ? k + kDepth : 0;
     const int64_t next_rows = std::clamp<int64_t>(w.num_rows - next_n, 0, kGroup);
     const int64_t next_depth = std::min<int64_t>(kDepth, w.depth - next_k);
-    const int64_t runs = ByRow ? next_rows : next_depth, run_length = ByRow ? next_depth : next_rows;
+    const int64_t runs = columns ? next_depth : next_rows, run_length = columns ? next_rows : next_depth;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
-    if constexpr (ByRow) {
-      pack_rows(w, n, count, k, depth, pack);
-    } else {
+    const S* a = pack;
+    if constexpr (read == Read::kInPlace) {
+      a = w.base + n * w.row_stride + k;
+    } else if constexpr (columns) {
       pack_columns(w, n, count, k, depth, pack);
+    } else {
+      pack_rows(w, n, count, k, depth, pack);
     }
     for (int64_t block = 0; block < blocks; ++block) {
-      if (!ByRow || w.col_stride == 1) {
-        prefetch_runs(next, ByRow ? w.row_stride : w.col_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
+      if (columns || w.col_stride == 1) {
+        prefetch_runs(next, columns ? w.col_stride : w.row_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
       }
       with_vectors(panel.block_vectors(block), [&](auto vectors) {
         const S* b = panel.block(block) + k * vectors * kLanes<S>;
         for_tiles(count, [&](auto tile, int64_t i) {
-          block_product<tile, vectors, ByRow ? kDepth : 1, ByRow ? 1 : kGroup>(
-              pack + i * (ByRow ? kDepth : 1), b, depth, segment, k == 0, c + i * c_stride + block * kPanelWidth<S>, c_stride);
+          block_product<tile, vectors, a_row, columns ? kGroup : 1>(a + i * (a_row > 0 ? a_row : w.row_stride), w.row_stride, b,
+                                                                    depth, segment, k == 0,
+                                                                    c + i * c_stride + block * kPanelWidth<S>, c_stride);
         });
       });
     }
@@ -152,16 +163,22 @@ void group_product_ordered(const Weight<T>& w, int64_t n, int count, const Panel
 }
 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
-// Either order of the weight's memory is kept, so packing it is a plain copy.
 template <class T, class S>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
   for (int64_t i = 0; i < count; i += kGroup) {
     const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - i));
+    S* to = c + i * c_stride;
     if (w.row_stride == 1 && w.col_stride != 1) {
-      group_product_ordered<false>(w, n + i, rows, panel, c + i * c_stride, c_stride, pack);
-    } else {
-      group_product_ordered<true>(w, n + i, rows, panel, c + i * c_stride, c_stride, pack);
+      group_product_of<Read::kColumns>(w, n + i, rows, panel, to, c_stride, pack);
+      continue;
     }
+    if constexpr (std::is_same_v<T, S>) {
+      if (w.col_stride == 1 && rows % 4 == 0) {
+        group_product_of<Read::kInPlace>(w, n + i, rows, panel, to, c_stride, pack);
+        continue;
+      }
+    }
+    group_product_of<Read::kRows>(w, n + i, rows, panel, to, c_stride, pack);
   }
 }
 
@@ -185,8 +202,8 @@ GOSSAMER_INLINE void outer_block(const Panel<S>& a, int64_t i, int rows, const S
     const int depth = static_cast<int>(std::min<int64_t>(kPanelWidth<S>, a.width - token));
     with_vectors(a.block_vectors(block), [&](auto vectors) {
       constexpr int stride = vectors * kLanes<S>;
-      block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, b + token * c_stride, depth, kPanelWidth<S>, block == 0,
-                                           c, c_stride);
+      block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, 0, b + token * c_stride, depth, kPanelWidth<S>,
+                                           block == 0, c, c_stride);
     });
   }
   for (int r = 0; r < rows; ++r) {

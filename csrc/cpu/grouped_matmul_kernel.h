@@ -115,11 +115,14 @@ template <class T, class S>
 void sum_tokens(const Panel<S>& panel, const S* factors, int64_t first, int64_t last, const Chunk& chunk, S* partial,
                 T* gradient) {
   for (int64_t i = first; i < last; ++i) {
-    Vec<S> sum = {};
+    // Several short chains of additions: see segment_length().
+    Vec<S> sums[4] = {};
     for (int64_t t = 0; t < panel.width; t += kLanes<S>) {
-      sum += factors ? load(factors + t) * load(panel.at(i, t)) : load(panel.at(i, t));
+      const Vec<S> value = load(panel.at(i, t));
+      sums[t / kLanes<S> % 4] += factors ? load(factors + t) * value : value;
     }
-    partial[i] = chunk.first ? sum_lanes<S>(sum) : partial[i] + sum_lanes<S>(sum);
+    const S sum = sum_lanes<S>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    partial[i] = chunk.first ? sum : partial[i] + sum;
     if (chunk.last) from_scalar(partial[i], gradient[i]);
   }
 }

@@ -1,20 +1,53 @@
 #include "cpu/isa.h"
 
+#include <atomic>
+#include <cstring>
+
 namespace gossamer {
+namespace {
+
+struct Build {
+  const Kernels* kernels;
+  bool (*runs_here)();
+};
+
+// Best first.
+const Build kBuilds[] = {
+#if defined(__x86_64__)
+    {&avx512::kKernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {&generic::kKernels, [] { return true; }},
+};
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& best = []() -> const Kernels& {
+  const Kernels* current = chosen.load(std::memory_order_acquire);
+  if (current == nullptr) {
+    choose_kernels(nullptr);
+    current = chosen.load(std::memory_order_acquire);
+  }
+  return *current;
+}
+
+bool choose_kernels(const char* name) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return avx512::kKernels;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels;
+  __builtin_cpu_init();
 #endif
-    return generic::kKernels;
-  }();
-  return best;
+  for (const Build& build : kBuilds) {
+    if (build.runs_here() && (name == nullptr || std::strcmp(name, build.kernels->name) == 0)) {
+      chosen.store(build.kernels, std::memory_order_release);
+      return true;
+    }
+  }
+  return false;
 }
 
 }  // namespace gossamer

@@ -33,7 +33,10 @@ extern const Kernels kKernels;
 }
 #endif
 
-// The best build that this processor runs.
+// The build in use: the best one that this processor runs, unless another was chosen.
 const Kernels& kernels();
+
+// Chooses a build by name, or the best one for null; false when this processor does not run it.
+bool choose_kernels(const char* name);
 
 }  // namespace gossamer

@@ -13,8 +13,8 @@
 
 #define GOSSAMER_VECTOR_BYTES 32
 #define GOSSAMER_F16C 1
-#define GOSSAMER_TILE_ROWS 6
-#define GOSSAMER_TILE_VECTORS 2
+#define GOSSAMER_TILE_ROWS 4
+#define GOSSAMER_TILE_VECTORS 3
 
 namespace gossamer::avx2 {
 namespace {
