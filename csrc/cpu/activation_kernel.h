@@ -45,7 +45,7 @@ GOSSAMER_INLINE ActivationValue<S> activate(GateUp<S> in, S alpha, S limit) {
     const Vec<S> sigma = vsigmoid(alpha * g);
     const Vec<S> dgate = (sigma + alpha * g * sigma * (one - sigma)) * (u + one);
     const Vec<S> dup = g * sigma;
-    return {dup * (u + one), in.gate > limit ? Vec<S>{} : dgate, (in.up > limit) | (in.up < -limit) ? Vec<S>{} : dup};
+    return {dup * (u + one), in.gate > limit ? Vec<S>{} : dgate, ((in.up > limit) | (in.up < -limit)) ? Vec<S>{} : dup};
   } else {
     const ActivationValue<S> s = gate_function<Code, S>(in.gate);
     if constexpr (!Gated) return s;

@@ -87,12 +87,23 @@ GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first,
 template <class S>
 constexpr int kPackSize = kDepth * kGroup;
 
+// What a block product fetches into cache as it goes: `rows` runs of memory, `stride` bytes apart, `step` bytes for each k.
+struct Ahead {
+  const char* base;
+  int64_t stride;
+  int rows, step;
+};
+
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
 // a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
 template <int Rows, int Vecs, int ARow, int AStep, class S>
 __attribute__((noinline)) void block_product(const S* a, [[maybe_unused]] int64_t a_row, const S* b, int depth, int segment,
-                                             bool first, S* c, int64_t c_stride) {
+                                             bool first, S* c, int64_t c_stride, const Ahead& ahead = {}) {
   for (int k = 0; k < depth; k += segment) {
+    for (int i = 0; i < ahead.rows; ++i) {
+      const char* line = ahead.base + i * ahead.stride + k * ahead.step;
+      for (int j = 0; j < segment * ahead.step; j += 64) __builtin_prefetch(line + j, 0, 2);
+    }
     Vec<S> sum[Rows][Vecs] = {};
     accumulate<S>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<S>, std::min(segment, depth - k));
     const bool fresh = first && k == 0;
@@ -123,9 +134,10 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
 enum class Read { kInPlace, kRows, kColumns };
 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
-// panel, kDepth deep, are worked on together in the first-level cache.
+// panel, kDepth deep, are worked on together in the first-level cache; the next `unit` rows are fetched meanwhile.
 template <Read read, class T, class S>
-void group_product_of(const Weight<T>& w, int64_t n, int count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
+void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<S>& panel, S* c, int64_t c_stride,
+                      S* pack) {
   constexpr bool columns = read == Read::kColumns;
   constexpr int a_row = read == Read::kInPlace ? 0 : columns ? 1 : kDepth;
   const int segment = segment_length(w.depth);
@@ -133,8 +145,8 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, const Panel<S>& 
   for (int64_t k = 0; k < w.depth; k += kDepth) {
     const int depth = static_cast<int>(std::min<int64_t>(kDepth, w.depth - k));
     const bool more = k + kDepth < w.depth;
-    const int64_t next_n = more ? n : n + kGroup, next_k = more ? k + kDepth : 0;
-    const int64_t next_rows = std::clamp<int64_t>(w.num_rows - next_n, 0, kGroup);
+    const int64_t next_n = more ? n : n + count, next_k = more ? k + kDepth : 0;
+    const int64_t next_rows = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
     const int64_t next_depth = std::min<int64_t>(kDepth, w.depth - next_k);
     const int64_t runs = columns ? next_depth : next_rows, run_length = columns ? next_rows : next_depth;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
@@ -147,15 +159,19 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, const Panel<S>& 
       pack_rows(w, n, count, k, depth, pack);
     }
     for (int64_t block = 0; block < blocks; ++block) {
-      if (columns || w.col_stride == 1) {
+      const bool along_rows = blocks == 1 && !columns && w.col_stride == 1;
+      if (!along_rows && (columns || w.col_stride == 1)) {
         prefetch_runs(next, columns ? w.col_stride : w.row_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
       }
       with_vectors(panel.block_vectors(block), [&](auto vectors) {
         const S* b = panel.block(block) + k * vectors * kLanes<S>;
+        const Ahead ahead{reinterpret_cast<const char*>(next), w.row_stride * static_cast<int64_t>(sizeof(T)),
+                          along_rows ? static_cast<int>(next_rows) : 0, static_cast<int>(sizeof(T))};
         for_tiles(count, [&](auto tile, int64_t i) {
           block_product<tile, vectors, a_row, columns ? kGroup : 1>(a + i * (a_row > 0 ? a_row : w.row_stride), w.row_stride, b,
                                                                     depth, segment, k == 0,
-                                                                    c + i * c_stride + block * kPanelWidth<S>, c_stride);
+                                                                    c + i * c_stride + block * kPanelWidth<S>, c_stride,
+                                                                    i == 0 ? ahead : Ahead{});
         });
       });
     }
@@ -165,20 +181,23 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, const Panel<S>& 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
 template <class T, class S>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
-  for (int64_t i = 0; i < count; i += kGroup) {
-    const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - i));
+  const bool columns = w.row_stride == 1 && w.col_stride != 1;
+  // With few tokens the weights' way from memory is all that counts, and few long streams come faster than many short ones.
+  const int unit = panel.num_blocks() == 1 && !columns ? GOSSAMER_TILE_ROWS : kGroup;
+  for (int64_t i = 0; i < count; i += unit) {
+    const int rows = static_cast<int>(std::min<int64_t>(unit, count - i));
     S* to = c + i * c_stride;
-    if (w.row_stride == 1 && w.col_stride != 1) {
-      group_product_of<Read::kColumns>(w, n + i, rows, panel, to, c_stride, pack);
+    if (columns) {
+      group_product_of<Read::kColumns>(w, n + i, rows, unit, panel, to, c_stride, pack);
       continue;
     }
     if constexpr (std::is_same_v<T, S>) {
       if (w.col_stride == 1 && rows % 4 == 0) {
-        group_product_of<Read::kInPlace>(w, n + i, rows, panel, to, c_stride, pack);
+        group_product_of<Read::kInPlace>(w, n + i, rows, unit, panel, to, c_stride, pack);
         continue;
       }
     }
-    group_product_of<Read::kRows>(w, n + i, rows, panel, to, c_stride, pack);
+    group_product_of<Read::kRows>(w, n + i, rows, unit, panel, to, c_stride, pack);
   }
 }
 

@@ -6,5 +6,5 @@ import torch
 
 
 def stored_transposed(weight: torch.Tensor) -> bool:
-    """Whether ``weight (E, N, C)`` is a view of ``(E, C, N)`` storage, so that a gradient laid out alike needs no copy."""
+    """Whether ``weight (E, N, C)`` is a view of ``(E, C, N)`` storage, as its gradient then is too."""
     return weight.stride(1) == 1 and weight.stride(2) != 1

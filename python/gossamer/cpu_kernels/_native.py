@@ -47,7 +47,7 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``torch.empty`` on huge pages where the system gives them: first touching 4 KB pages can cost as much as a product."""
+    """``torch.empty`` on huge pages where the system gives them: first touching small ones is slow."""
     tensor = torch.empty(shape, dtype=dtype)
     _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

@@ -14,9 +14,7 @@ def _bags(index, offsets, limit, padding_idx):
     num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
     bag_size = index.shape[1] if offsets is None else 0
     ids_below = -1 if limit is None else max(int(limit), 0)
-    return flat, _C.Bags(
-        vector(flat), vector(offsets), bag_size, flat.shape[0], num_bags, ids_below, padding_idx
-    )
+    return flat, _C.Bags(vector(flat), vector(offsets), bag_size, flat.shape[0], num_bags, ids_below, padding_idx)
 
 
 def gather_reduce(
@@ -45,13 +43,11 @@ def gather_reduce(
         ValueError: ``offsets`` do not ascend within ``[0, L]``.
     """
     table = unit_rows(table)
-    flat, bags = _bags(index, offsets, limit, padding_idx)
+    _flat, bags = _bags(index, offsets, limit, padding_idx)
     weights = None if weights is None else weights.reshape(-1).contiguous()
     num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
     out = torch.empty(num_bags, table.shape[1], dtype=table.dtype)
-    _C.gather_reduce(
-        matrix(table), *table.shape, bags, vector(weights), out.data_ptr(), torch.get_num_threads()
-    )
+    _C.gather_reduce(matrix(table), *table.shape, bags, vector(weights), out.data_ptr(), torch.get_num_threads())
     return out
 
 

@@ -18,7 +18,7 @@ def grouped_matmul(
     x_div: int,
     y_grouped: bool,
 ) -> torch.Tensor:
-    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, with ``g(r)`` being ``r``, or ``slots[r] // x_div`` if ``x_div > 0``.
+    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``; ``g(r)`` is ``r``, or ``slots[r] // x_div`` if ``x_div > 0``.
 
     Args:
         x: ``(·, C)`` float.
