@@ -94,7 +94,7 @@ def unavailable(name: str, device_type: str) -> str | None:
     if name == "triton":
         if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             return triton_unavailable()
-        return f"Triton kernels run on cuda (on the CPU only in its interpreter, TRITON_INTERPRET=1), not on {device_type}"
+        return f"Triton kernels run on cuda (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     return cuda_kernels_unavailable() if device_type == "cuda" else f"CUDA kernels run on cuda, not on {device_type}"
 
 

@@ -17,7 +17,7 @@ def errors(value: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
         truth: same shape, float64 for a meaningful answer.
 
     Returns:
-        ``(rms, max)``; infinity when ``value`` is not finite where ``truth`` is; absolute errors when ``truth`` is zero.
+        ``(rms, max)``; infinity when they differ by NaN or infinity; absolute errors when ``truth`` is zero.
     """
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     if value.shape != truth.shape:

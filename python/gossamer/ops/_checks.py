@@ -15,7 +15,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], symbols: str) -> None:
-    """``tensor.shape`` must equal ``expected``, where None stands for any size; ``symbols`` is the shape as documented."""
+    """``tensor.shape`` must equal ``expected``, where None is any size; ``symbols`` is the documented shape."""
     check_tensor(name, tensor)
     ok = tensor.dim() == len(expected)
     ok = ok and all(e is None or tensor.shape[i] == e for i, e in enumerate(expected))

@@ -120,7 +120,9 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> Dispatch:
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if not 1 <= top_k <= num_experts:
-        raise ValueError(f"expert_ids must have 1 <= K <= num_experts columns, got K={top_k}, num_experts={num_experts}")
+        raise ValueError(
+            f"expert_ids must have 1 <= K <= num_experts columns, got K={top_k}, num_experts={num_experts}"
+        )
     if num_tokens * top_k > MAX_ROWS:
         raise ValueError(f"expert_ids must have at most {MAX_ROWS} slots, got T*K = {num_tokens * top_k}")
     backend = _backend.resolve("dispatch", expert_ids)

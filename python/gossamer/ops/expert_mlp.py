@@ -111,7 +111,9 @@ _expert_mlp = register(
 )
 
 
-def _call_backward(dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest, overwrite):
+def _call_backward(
+    dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest, overwrite
+):
     name, alpha, limit, interleaved, needs, backend = rest
     return _backend.kernels(backend, "expert_mlp").expert_mlp_backward(
         dy,
@@ -162,10 +164,8 @@ def _backward_schema(name: str, preact: str) -> str:
     )
 
 
-# needs, and the results, are in the order x, gate_up, down, weights, gate_up_bias, down_bias; what is not needed is empty.
-_expert_mlp_backward = register(
-    _backward_schema("expert_mlp_backward", "Tensor"), _backward_kernel, _backward_fake
-)
+# needs, and the results, are in the order x, gate_up, down, weights, gate_up_bias, down_bias; others are empty.
+_expert_mlp_backward = register(_backward_schema("expert_mlp_backward", "Tensor"), _backward_kernel, _backward_fake)
 # The same with d(preact) written over preact, which is as large as all other activations together.
 _expert_mlp_backward_ = register(
     _backward_schema("expert_mlp_backward_", "Tensor(a!)"), _backward_overwriting_kernel, _backward_fake

@@ -1,4 +1,4 @@
-"""Weighted sums of table rows over lists of indices: the combine of an expert layer, the forward of an embedding bag."""
+"""Weighted sums of table rows over lists of ids: the combine of an expert layer, the forward of an embedding bag."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ _gather_reduce = register(
 
 
 def _dot(dout, table, index, offsets, limit, padding_idx, dtype, backend):
-    return _backend.kernels(backend, "gather_reduce").gather_dot(
-        dout, table, index, offsets, limit, padding_idx, dtype
-    )
+    return _backend.kernels(backend, "gather_reduce").gather_dot(dout, table, index, offsets, limit, padding_idx, dtype)
 
 
 def _dot_fake(dout, table, index, offsets, limit, padding_idx, dtype, backend):
@@ -165,7 +163,8 @@ def gather_reduce(
         table: ``(N, D)`` float.
         index: ``(B, J)`` int32 or int64, J ids a bag; or ``(L,)`` with ``offsets``.
         offsets: ``(B+1,)`` int32 or int64, ascending: bag ``b`` holds ``index[offsets[b]:offsets[b+1]]``. With
-            ``include_last_offset=False`` it is ``(B,)``, as in ``torch.nn.functional.embedding_bag``. None for ``(B, J)``.
+            ``include_last_offset=False`` it is ``(B,)``, as in ``torch.nn.functional.embedding_bag``. None for
+            ``(B, J)``.
         weights: like ``index``, float, or None for ones; any floating dtype.
         mode: ``"sum"``.
         padding_idx: an id that contributes nothing and gets no gradient; negative counts from the end.

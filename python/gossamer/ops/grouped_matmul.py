@@ -47,7 +47,7 @@ def _forward_fake(x, weight, bias, slots, rows, offsets, x_div, y_grouped, backe
     return x.new_empty(slots.shape[0], weight.shape[1])
 
 
-# Row r of the product reads row r of x when x_div is 0, else row slots[r] // x_div: K for token order, 1 for slot order.
+# Row r of the product reads row r of x when x_div is 0, else row slots[r] // x_div: K in token order, 1 in slot order.
 _grouped_matmul = register(
     "grouped_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor rows, Tensor offsets, int x_div, "
     "bool y_grouped, str backend) -> Tensor",
@@ -68,7 +68,8 @@ def _dweight_fake(x, dy, slots, offsets, x_div, dy_div, transposed, with_bias, b
     return dweight, x.new_empty((e, n) if with_bias else (0,))
 
 
-# dweight[e] = sum over rows r of e of dy[g(r)]ᵀ x[g'(r)] (E, N, C), stored (E, C, N) when transposed; dbias[e] = sum of dy[g(r)].
+# dweight[e] = sum over rows r of e of dy[g(r)]ᵀ x[g'(r)] (E, N, C), stored (E, C, N) when transposed;
+# dbias[e] = sum of dy[g(r)].
 _grouped_matmul_dweight = register(
     "grouped_matmul_dweight(Tensor x, Tensor dy, Tensor slots, Tensor offsets, int x_div, int dy_div, bool transposed, "
     "bool with_bias, str backend) -> (Tensor dweight, Tensor dbias)",
