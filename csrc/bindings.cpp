@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <new>
 #include <string>
 #include <tuple>
 
@@ -10,6 +11,9 @@
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/page_pool.h"
+#include "dlpack.h"
 #ifdef GOSSAMER_WITH_CUDA
 #include <stdexcept>
 
@@ -162,10 +166,42 @@ void register_grouped_matmul(py::module_& m) {
         gossamer::grouped_matmul_dweight(args, num_threads);
       },
       "dweight[e] = sum over the rows of e of dy[g(r)]^T x[g'(r)], and dbias[e] = sum of dy[g(r)].");
+}
+
+// A block of the page pool as a DLPack capsule of bytes, which goes back to the pool with its last owner.
+py::capsule take_pages(int64_t bytes) {
+  struct Owner {
+    gossamer::DLManagedTensor managed;
+    int64_t shape, stride;
+  };
+  void* data = gossamer::PagePool::instance().take(static_cast<size_t>(bytes));
+  if (!data) throw std::bad_alloc();
+  auto* owner = new Owner{};
+  owner->shape = bytes;
+  owner->stride = 1;
+  owner->managed.tensor = {data, {1, 0}, 1, {1, 8, 1}, &owner->shape, &owner->stride, 0};
+  owner->managed.context = owner;
+  owner->managed.deleter = [](gossamer::DLManagedTensor* self) {
+    gossamer::PagePool::instance().give_back(self->tensor.data);
+    delete static_cast<Owner*>(self->context);
+  };
+  // Whoever imports the tensor renames the capsule and owns it from then on.
+  return py::capsule(&owner->managed, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* managed = static_cast<gossamer::DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
+}
+
+void register_memory(py::module_& m) {
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { gossamer::advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
       "Ask for huge pages under a fresh allocation.");
+  m.def("take_pages", &take_pages, "A reusable block of at least so many bytes, as a DLPack capsule.");
+  m.def(
+      "trim_pages", [] { return gossamer::PagePool::instance().trim(); },
+      "Return the blocks that are kept for reuse to the system; says how many bytes they were.");
 }
 
 // (code, gated, interleaved, alpha, limit)
@@ -271,6 +307,7 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "Use the kernels of another instruction set, for tests; the empty string stands for the best one.");
+  register_memory(m);
   register_dispatch(m);
   register_gather_reduce(m);
   register_grouped_matmul(m);

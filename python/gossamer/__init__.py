@@ -3,6 +3,7 @@
 from gossamer import nn
 from gossamer._activation import Activation
 from gossamer._backend import backend
+from gossamer._memory import empty_cache
 from gossamer.integrations import replace, restore
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
@@ -16,6 +17,7 @@ __all__ = [
     "Dispatch",
     "backend",
     "dispatch",
+    "empty_cache",
     "expert_mlp",
     "gather_reduce",
     "grouped_matmul",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gossamer import _C
@@ -46,10 +48,23 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
+# From this size on the C library returns freed memory to the system at once, and the next step clears its pages again.
+REUSED_BYTES = 32 << 20
+
+
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``torch.empty`` on huge pages where the system gives them: first touching small ones is slow."""
-    tensor = torch.empty(shape, dtype=dtype)
-    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    """``torch.empty`` on huge pages where the system gives them, large ones from blocks that were freed before.
+
+    First touching fresh pages is slow: they are cleared one by one. See :func:`gossamer.empty_cache`.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < REUSED_BYTES:
+        tensor = torch.empty(shape, dtype=dtype)
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+    tensor = torch.from_dlpack(_C.take_pages(count * dtype.itemsize)).view(dtype).view(shape)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.fill_(math.nan)
     return tensor
 
 

@@ -1,0 +1,84 @@
+#include "cpu/page_pool.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "cpu/memory.h"
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+namespace gossamer {
+
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t most_to_keep() {
+#if defined(__linux__)
+  const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+  if (pages > 0 && size > 0) return static_cast<size_t>(pages) / 8 * static_cast<size_t>(size);
+#endif
+  return size_t{1} << 30;
+}
+
+}  // namespace
+
+PagePool& PagePool::instance() {
+  // Never destroyed: tensors may outlive every static object.
+  static PagePool& pool = *new PagePool;
+  return pool;
+}
+
+void* PagePool::take(size_t bytes) {
+  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  const std::lock_guard lock(mutex_);
+  void* data = nullptr;
+  // The youngest block of the very size: layers of a model ask for the same few sizes again and again.
+  const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Block& b) { return b.bytes == bytes; });
+  if (found != kept_.rend()) {
+    data = found->data;
+    kept_bytes_ -= bytes;
+    kept_.erase(std::next(found).base());
+  } else {
+    data = std::aligned_alloc(kHugePage, bytes);
+    if (!data && trim_locked(0)) data = std::aligned_alloc(kHugePage, bytes);
+    if (!data) return nullptr;
+    advise_huge_pages(data, bytes);
+  }
+  in_use_.emplace(data, bytes);
+  used_bytes_ += bytes;
+  most_used_ = std::max(most_used_, used_bytes_);
+  return data;
+}
+
+void PagePool::give_back(void* block) {
+  const std::lock_guard lock(mutex_);
+  const auto found = in_use_.find(block);
+  kept_.push_back({block, found->second});
+  used_bytes_ -= found->second;
+  kept_bytes_ += found->second;
+  in_use_.erase(found);
+  trim_locked(std::min(most_used_ - used_bytes_, most_to_keep()));
+}
+
+size_t PagePool::trim(size_t keep) {
+  const std::lock_guard lock(mutex_);
+  most_used_ = used_bytes_;
+  return trim_locked(keep);
+}
+
+size_t PagePool::trim_locked(size_t keep) {
+  size_t freed = 0;
+  while (kept_bytes_ > keep) {
+    std::free(kept_.front().data);
+    freed += kept_.front().bytes;
+    kept_bytes_ -= kept_.front().bytes;
+    kept_.pop_front();
+  }
+  return freed;
+}
+
+}  // namespace gossamer
