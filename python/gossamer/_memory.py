@@ -10,7 +10,8 @@ def empty_cache() -> int:
 
     Weight gradients and pre-activations of 32 MiB and more are allocated from blocks that earlier ones left, because
     the system clears fresh pages one by one in every training step. What is kept is at most what was in use at one
-    time, and at most an eighth of the machine's memory. Memory on CUDA devices is torch's own: ``torch.cuda.empty_cache``.
+    time, and at most an eighth of the machine's memory. Memory on CUDA devices is torch's own, see
+    ``torch.cuda.empty_cache``.
 
     Returns:
         The bytes that were returned.
