@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from eager_draws import compare
 from torch.utils.checkpoint import checkpoint
 
 from gossamer.nn import Experts, HashRouter, MoE, SharedExpert, SoftmaxRouter, given_experts, load_balance_loss
@@ -95,25 +96,31 @@ def test_against_a_dense_loop(device, router, options, dtype):
     moe = MoE(H, I, E, K, router=router, device=device, dtype=dtype, **options)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    x = randn(3, T // 3, H, device=device, dtype=dtype).requires_grad_()
-    dy = randn(T, H, seed=1, device=device, dtype=dtype)
-    y, routing = moe(x, return_routing=True)
-    ids, parameters = routing.expert_ids, dict(moe.named_parameters())
+    parameters = dict(moe.named_parameters())
     form = {name: options[name] for name in FORM if name in options}
 
-    def plain(cast):
+    def inputs(draw):
+        x = randn(3, T // 3, H, seed=2 * draw, device=device, dtype=dtype)
+        return x.requires_grad_(), randn(T, H, seed=2 * draw + 1, device=device, dtype=dtype)
+
+    def named(y, grads):
+        return {"y": y.reshape(T, H), "x": grads[0].reshape(T, H), **dict(zip(parameters, grads[1:], strict=True))}
+
+    def ours(draw):
+        x, dy = inputs(draw)
+        y = moe(x)
+        assert y.shape == x.shape
+        return named(y, gradients(y, dy.view(x.shape), x, parameters))
+
+    def plain(draw, cast):
+        x, dy = inputs(draw)
+        ids = moe(x, return_routing=True)[1].expert_ids
         leaf = x.detach().to(cast).reshape(T, H).requires_grad_()
         p = {name: v.detach().to(cast).requires_grad_() for name, v in parameters.items()}
         out = plain_moe(leaf, p, ids, router, **form)
-        return out, gradients(out, dy, leaf, p)
+        return named(out, gradients(out, dy, leaf, p))
 
-    grads = gradients(y, dy.view(x.shape), x, parameters)
-    truth, truth_grads = plain(torch.float64)
-    baseline, baseline_grads = plain(dtype)
-    assert y.shape == x.shape and y.dtype == dtype
-    assert_close(y.reshape(T, H), truth, baseline, "y")
-    for name, mine, exact, base in zip(["x", *parameters], grads, truth_grads, baseline_grads, strict=True):
-        assert_close(mine.reshape(exact.shape), exact, base, f"d{name}")
+    compare(ours, lambda draw: plain(draw, dtype), lambda draw: plain(draw, torch.float64))
 
 
 def test_ungated_experts_and_dropped_slots(device):
