@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+import gossamer
+
 MIN_ROUNDS, MAX_ROUNDS = 3, 500
 
 
@@ -105,7 +107,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         del result
         return peak
     try:
-        # Freed memory that the C library keeps would be used again unseen, so it goes back to the system first.
+        # Freed memory that is kept would be used again unseen, so it goes back to the system first.
+        gossamer.empty_cache()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _process_bytes("VmRSS")
