@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gossamer._layout import stored_transposed
+
 TMA_ARCH = 90
 
 
@@ -102,7 +104,7 @@ def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 def weight_operand(weight: torch.Tensor, arch: int, block_n: int, block_k: int) -> tuple[object, dict[str, bool]]:
     """``weight (E, N, C)`` as a kernel takes it, by descriptor where possible, and the flags that say how."""
-    transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+    transposed = stored_transposed(weight)
     stored = weight.transpose(1, 2) if transposed else weight
     if can_describe(stored, arch):
         block = [1, block_k, block_n] if transposed else [1, block_n, block_k]

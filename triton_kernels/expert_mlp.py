@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gossamer._activation import Activation
+from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     Tile,
     activation,
@@ -250,7 +251,7 @@ def gate_up_operand(
     """``gate_up`` as the up-projection takes it: for a concatenated pair, one descriptor over both halves."""
     if not gated or interleaved:
         return weight_operand(gate_up, arch, 2 * block_n if gated else block_n, block_k)
-    transposed = gate_up.stride(1) == 1 and gate_up.stride(2) != 1
+    transposed = stored_transposed(gate_up)
     if can_describe(gate_up, arch):
         halves = gate_up.unflatten(1, (2, -1))
         return describe(halves, [1, 2, block_n, block_k]), {"W_TMA": True, "W_TRANSPOSED": False}

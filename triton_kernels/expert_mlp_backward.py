@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from gossamer._activation import Activation
+from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     Tile,
     activation,
@@ -403,7 +404,7 @@ def expert_mlp_backward(
 
 def _dweight_like(weight, x, dy, slots, offsets, x_div, dy_div):
     """The weight gradient in the memory order of ``weight``."""
-    transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+    transposed = stored_transposed(weight)
     return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True)[0]
 
 
