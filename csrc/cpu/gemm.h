@@ -8,7 +8,7 @@ constexpr int kDepth = 128;
 
 // One long chain of additions in float loses several times what the dot products of BLAS lose, which keep a sum per
 // lane; segments of about the square root of the depth do not.
-inline int segment_length(int64_t depth) { return depth < 256 ? 16 : 32; }
+inline int segment_length(int64_t depth) { return depth < 256 ? 16 : 64; }
 
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
