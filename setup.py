@@ -6,6 +6,7 @@ without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` f
 """
 
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
+# What else decides how the sources are compiled.
+ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
 
 
 def find_nvcc():
@@ -75,10 +78,24 @@ def cudart_static_dir(nvcc):
     return None
 
 
+def out_of_date(target, source):
+    """Whether an object is older than its source or than a header that the compiler noted when it made the object."""
+    notes = Path(target).with_suffix(".d")
+    if not Path(target).is_file() or not notes.is_file():
+        return True
+    made = os.stat(target).st_mtime
+    # The notes are a make rule: "object: source header \\\n header".
+    inputs = notes.read_text().replace("\\\n", " ").split(": ", 1)[-1].split()
+    return any(not os.path.isfile(name) or os.stat(name).st_mtime >= made for name in (source, *inputs))
+
+
 class BuildExt(build_ext):
     """build_ext that compiles ``.cu`` files with nvcc, and goes on without the extension where nothing compiles it."""
 
     def build_extension(self, ext):
+        # Objects are reused, so each way of compiling has a folder of its own.
+        flags = repr((ext.define_macros, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
+        self.build_temp = os.path.join(self.build_temp, hashlib.sha256(flags.encode()).hexdigest()[:12])
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
         if cuda_sources:
@@ -94,15 +111,17 @@ class BuildExt(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++20", "-Icsrc"]
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *gencodes]
-            print(" ".join(command), file=sys.stderr)
-            subprocess.run(command, check=True)
+            command += ["-MD", "-MF", str(target.with_suffix(".d"))]
+            if out_of_date(target, source):
+                print(" ".join(command), file=sys.stderr)
+                subprocess.run(command, check=True)
             objects.append(str(target))
         return objects
 
 
 def extension():
     """The description of ``gossamer._C``."""
-    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/bindings/*.cpp") + glob.glob("csrc/cpu/*.cpp"))]
     libraries, library_dirs, macros, link_args = [], [], [], ["-fopenmp"]
     nvcc = cuda_requested()
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))
@@ -127,14 +146,14 @@ def extension():
         define_macros=macros,
         libraries=libraries,
         library_dirs=library_dirs,
-        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-MMD"],
         extra_link_args=link_args,
     )
     ext.optional = os.environ.get("GOSSAMER_CUDA") != "1"
     return ext
 
 
-ParallelCompile("GOSSAMER_BUILD_JOBS").install()
+ParallelCompile("GOSSAMER_BUILD_JOBS", needs_recompile=out_of_date).install()
 setup(
     packages=[
         "gossamer",

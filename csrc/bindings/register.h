@@ -1,0 +1,14 @@
+// One function per primitive, each in the file of its stem, that adds the primitive's kernels to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace gossamer::bindings {
+
+void register_memory(pybind11::module_& m);
+void register_dispatch(pybind11::module_& m);
+void register_gather_reduce(pybind11::module_& m);
+void register_grouped_matmul(pybind11::module_& m);
+void register_expert_mlp(pybind11::module_& m);
+
+}  // namespace gossamer::bindings
