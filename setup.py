@@ -157,6 +157,7 @@ ParallelCompile("GOSSAMER_BUILD_JOBS", needs_recompile=out_of_date).install()
 setup(
     packages=[
         "gossamer",
+        "gossamer.commands",
         "gossamer.ops",
         "gossamer.nn",
         "gossamer.integrations",

@@ -1,0 +1,4 @@
+"""The command line's commands, one a module: the command ``gossamer X`` is the function ``X`` of the module ``X``.
+
+``gossamer --help`` imports every module here, so each imports what it needs when it runs.
+"""

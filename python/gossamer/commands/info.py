@@ -1,0 +1,36 @@
+"""``gossamer info``: describes this installation."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, devices and which backend serves each primitive, to paste into a bug report."""
+    from gossamer._environment import environment, served_by
+
+    found = environment() | {"primitives": served_by()}
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found["versions"].items():
+        print(f"{key}: {value or 'not installed'}")
+    print(f"system: {found['system']}")
+    print(f"cpu: {found['cpu']}, {found['cores']} cores, {found['threads']} threads")
+    print(f"instructions: {' '.join(found['isa']) or 'unknown'}")
+    for gpu in found["gpus"]:
+        print(f"gpu: {gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.1f} GiB")
+    print(f"cuda: torch built for {found['cuda'] or 'none'}, {len(found['gpus'])} devices")
+    for device, primitives in found["primitives"].items():
+        for primitive, backends in primitives.items():
+            print(f"{primitive} on {device}: {backends['serves']}")
+    for line in dict.fromkeys(
+        f"{name} on {device}: no, {reason}"
+        for device, primitives in found["primitives"].items()
+        for backends in primitives.values()
+        for name, reason in backends["unavailable"].items()
+    ):
+        print(line)
