@@ -9,18 +9,27 @@ from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.grouped_matmul import grouped_matmul
+from gossamer.ops.low_rank import low_rank_linear
+from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
+from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
     "Dispatch",
+    "Float8Weight",
+    "Int8Weight",
+    "NF4Weight",
+    "adapter_dispatch",
     "backend",
     "dispatch",
     "empty_cache",
     "expert_mlp",
     "gather_reduce",
     "grouped_matmul",
+    "low_rank_linear",
+    "multi_low_rank",
     "nn",
     "replace",
     "restore",

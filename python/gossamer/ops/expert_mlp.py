@@ -11,6 +11,7 @@ from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch
+from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, expert_mlp_lora
 
 _ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
 _FORM = "str activation, float alpha, float limit, bool interleaved"
@@ -27,6 +28,9 @@ def expert_mlp_reference(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     interleaved: bool = False,
+    gate_up_lora: LowRankFactors | None = None,
+    down_lora: LowRankFactors | None = None,
+    lora_scale: float = 1.0,
 ) -> torch.Tensor:
     """:func:`expert_mlp` as a loop over experts in plain torch, differentiable, in any floating dtype."""
     activation = as_activation(activation)
@@ -38,10 +42,16 @@ def expert_mlp_reference(
     for e in range(dispatch.num_experts):
         mine = slots[offsets[e] : offsets[e + 1]]
         token = mine // dispatch.top_k
-        hidden = x.index_select(0, token) @ gate_up[e].T
+        rows = x.index_select(0, token)
+        hidden = rows @ gate_up[e].T
+        if gate_up_lora is not None:
+            hidden = hidden + lora_scale * (rows @ gate_up_lora[0][e].T.to(x.dtype) @ gate_up_lora[1][e].T.to(x.dtype))
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias[e]
-        out = activate(hidden, activation, interleaved) @ down[e].T
+        act = activate(hidden, activation, interleaved)
+        out = act @ down[e].T
+        if down_lora is not None:
+            out = out + lora_scale * (act @ down_lora[0][e].T.to(x.dtype) @ down_lora[1][e].T.to(x.dtype))
         if down_bias is not None:
             out = out + down_bias[e]
         y = y.index_add(0, token, out.to(accumulate) * flat_weights[mine].to(accumulate).unsqueeze(1))
@@ -222,12 +232,18 @@ def expert_mlp(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     interleaved: bool = False,
+    gate_up_lora: LowRankFactors | None = None,
+    down_lora: LowRankFactors | None = None,
+    lora_scale: float = 1.0,
 ) -> torch.Tensor:
     """The feed-forward layer of every token's experts: ``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
 
     W1, b1, W2 and b2 are those of expert ``expert_ids[t,k]``. The backward pass keeps ``x``, the pre-activation
     ``(R, 2I)`` and the routing, and recomputes the rest, after SonicMoE (Guo et al., 2025); the routing-weight gradient
     is ``⟨dy·W2, act⟩``, so the expert outputs are not kept. Dropped slots add nothing and get zero gradient.
+
+    With low-rank factors (LoRA, Hu et al., 2021) the product ``v·W1ᵀ`` becomes ``v·W1ᵀ + lora_scale·(v·A1ᵀ)·B1ᵀ`` with
+    the factors of the same expert, and ``v·W2ᵀ`` likewise; no expert's ``B·A`` is ever formed.
 
     Args:
         x: ``(T, H)``.
@@ -240,6 +256,10 @@ def expert_mlp(
         gate_up_bias: ``(E, 2I)`` or ``(E, I)``, or None.
         down_bias: ``(E, H)`` or None.
         interleaved: whether gate and up alternate along 2I (gate even, up odd) instead of lying one after the other.
+        gate_up_lora: ``(A1, B1)``, ``A1 (E, r, H)`` and ``B1 (E, 2I, r)`` or ``(E, I, r)``, or None; the dtype of
+            ``x``, or float32, which is rounded to it for the products while its gradient is not.
+        down_lora: ``(A2, B2)``, ``A2 (E, r, I)`` and ``B2 (E, H, r)``, or None; its rank may differ.
+        lora_scale: the factor of both low-rank updates.
 
     Returns:
         ``(T, H)`` in the dtype of ``x``. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` all but
@@ -247,7 +267,8 @@ def expert_mlp(
 
     Raises:
         TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
-        ValueError: the activation is unknown, or shapes or devices do not fit each other or the dispatch.
+        ValueError: the activation is unknown, shapes or devices do not fit each other or the dispatch, or a rank is 0
+            or beyond its matrix.
     """
     activation = as_activation(activation)
     check_tensor("x", x)
@@ -266,6 +287,8 @@ def expert_mlp(
     if down_bias is not None:
         check_shape("down_bias", down_bias, (e, h), "(E, H)")
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
+    gate_up_lora = check_factors("gate_up_lora", gate_up_lora, x, gate_up)
+    down_lora = check_factors("down_lora", down_lora, x, down)
     check_float("x", x, backend)
     check_same_dtype(x=x, gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if weights.dtype not in (x.dtype, torch.float32):
@@ -290,6 +313,24 @@ def expert_mlp(
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             interleaved=interleaved,
+            gate_up_lora=gate_up_lora,
+            down_lora=down_lora,
+            lora_scale=lora_scale,
+        )
+    if gate_up_lora is not None or down_lora is not None:
+        return expert_mlp_lora(
+            x,
+            gate_up,
+            down,
+            dispatch,
+            weights,
+            activation,
+            gate_up_bias,
+            down_bias,
+            interleaved,
+            gate_up_lora,
+            down_lora,
+            lora_scale,
         )
     differentiable = (x, gate_up, down, gate_up_bias, down_bias, weights)
     save_preact = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)

@@ -1,0 +1,142 @@
+"""A linear layer with a low-rank update: the update inside the layer's own product, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gossamer import _backend
+from gossamer.ops._autocast import autocast
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops._philox import drop
+from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
+
+
+def low_rank_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`low_rank_linear` in plain torch, differentiable, in any floating dtype; ``seed`` as an int64 tensor."""
+    dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    s = F.linear(drop(rows, dropout, seed), a.to(x.dtype))
+    update = F.linear(s, b.to(x.dtype)).view(*x.shape[:-1], b.shape[0])
+    return F.linear(x, dense, bias) + scale * update
+
+
+def check_dropout(dropout: float, seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """The seed of dropout as ``(1,)`` int64 on ``device``, drawn there when None; None without dropout."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int, or one int64 on {device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+            )
+        return seed.reshape(1) if dropout else None
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise TypeError(f"seed must be an int, a tensor or None, got {type(seed).__name__}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit 64 bits, got {seed}")
+    if not dropout:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def check_rank(rank: int, n: int, c: int) -> None:
+    """A rank must lie between 1 and the smaller side of the matrix."""
+    if not 1 <= rank <= min(n, c):
+        raise ValueError(f"the rank of a and b must be in [1, min(N, C)] with N={n}, C={c}, got {rank}")
+
+
+def check_factor_dtype(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``a`` and ``b`` share one dtype, that of ``x`` or float32."""
+    check_same_dtype(a=a, b=b)
+    if a.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"a and b must have the dtype of x, {x.dtype}, or torch.float32, got {a.dtype}")
+
+
+def low_rank_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer with a low-rank update: ``y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ``.
+
+    This is LoRA (Hu et al., 2021); with a quantised ``weight``, QLoRA (Dettmers et al., 2023). The update is summed
+    into the layer's own product, and so is its part of the gradient of ``x``. The backward pass keeps ``x`` and
+    ``drop(x)·Aᵀ`` ``(M, r)``; gradients that nobody wants are not computed.
+
+    ``drop`` zeroes an element with probability ``dropout`` and divides the others by ``1 − dropout``. The mask is a
+    function of the seed and the element's row and column by Philox4x32-10 (Salmon et al., 2011), the same on every
+    device, computed again in the backward pass. Rows are those of ``x`` flattened to ``(M, C)``.
+
+    Args:
+        x: ``(..., C)`` float.
+        weight: ``(N, C)``, the dtype of ``x``; or a frozen :class:`gossamer.NF4Weight`, :class:`gossamer.Int8Weight` or
+            :class:`gossamer.Float8Weight` of that shape.
+        a: ``(r, C)``, ``1 <= r <= min(N, C)``; the dtype of ``x``, or float32, which is rounded to it for the products
+            while its gradient is not.
+        b: ``(N, r)``, the dtype of ``a``.
+        scale: the factor of the update.
+        bias: ``(N,)`` or None, the dtype of ``x``.
+        dropout: in [0, 1); pass 0 outside training.
+        seed: of the mask, an int or ``(1,)`` int64 on the device of ``x``, which a CUDA graph reads at each replay.
+            None draws one from torch's generator of that device. Not used without dropout.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``, accumulated in float32 (float64 for float64). Differentiable in ``x``,
+        ``weight`` (unless quantised), ``a``, ``b`` and ``bias``. Under ``torch.autocast`` in its dtype.
+
+    Raises:
+        TypeError: an argument is no tensor, a dtype is not supported or dtypes differ, or the kind of ``weight`` or
+            ``seed`` is unknown.
+        ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1).
+    """
+    check_tensor("x", x)
+    quantized = isinstance(weight, (NF4Weight, Int8Weight, Float8Weight))
+    if not quantized and not isinstance(weight, torch.Tensor):
+        raise TypeError(
+            "weight must be a torch.Tensor, NF4Weight, Int8Weight or Float8Weight, got " + type(weight).__name__
+        )
+    if x.dim() < 1:
+        raise ValueError(f"x must have shape (..., C), got {tuple(x.shape)}")
+    c = x.shape[-1]
+    if quantized:
+        if len(weight.shape) != 2 or weight.shape[1] != c:
+            raise ValueError(f"weight must have shape (N, C) = (any, {c}), got {tuple(weight.shape)}")
+    else:
+        check_shape("weight", weight, (None, c), "(N, C)")
+    n = weight.shape[0]
+    check_shape("a", a, (None, c), "(r, C)")
+    rank = a.shape[0]
+    check_shape("b", b, (n, rank), "(N, r)")
+    check_rank(rank, n, c)
+    if bias is not None:
+        check_shape("bias", bias, (n,), "(N,)")
+    dense = None if quantized else weight
+    x, dense, a, b, bias = autocast(x, dense, a, b, bias)
+    backend = _backend.resolve("low_rank", x)
+    check_float("x", x, backend)
+    check_same_dtype(x=x, weight=dense, bias=bias)
+    check_factor_dtype(x, a, b)
+    check_same_device(x=x, weight=weight.data if quantized else dense, a=a, b=b, bias=bias)
+    seed = check_dropout(dropout, seed, x.device)
+    return low_rank_linear_reference(
+        x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
+    )
