@@ -103,7 +103,7 @@ def multi_low_rank(
     out: torch.Tensor | None = None,
     ranks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The low-rank update of each row by its own adapter: ``y[m] = out[m] + scale[i]·(x[m]·a[i]ᵀ)·b[i]ᵀ``, ``i = id[m]``.
+    """Low-rank updates of rows, each by its own adapter: ``y[m] = out[m] + scale[i]·x[m]·a[i]ᵀ·b[i]ᵀ``, ``i = id[m]``.
 
     After Punica (Chen et al., 2023) and S-LoRA (Sheng et al., 2023); differentiable, so several adapters train in one
     step. Rows are sorted by adapter on the device, nothing is read on the host, and no shape depends on the ids, so the
@@ -124,14 +124,14 @@ def multi_low_rank(
         ranks: ``(A,)`` int32 or int64 in ``[0, r]``, on the device of ``x``, or None where all adapters have rank r.
 
     Returns:
-        ``(..., N)`` in the dtype of ``x``, accumulated in float32 (float64 for float64); ``out`` itself where given. Rows
-        without an adapter are those of ``out``, bit for bit. Differentiable in ``x``, ``a``, ``b`` and ``out``.
+        ``(..., N)`` in the dtype of ``x``, accumulated in float32 (float64 for float64); ``out`` itself where given.
+        Rows without an adapter are those of ``out``, bit for bit. Differentiable in ``x``, ``a``, ``b`` and ``out``.
 
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix.
-        IndexError: on the CPU, an id outside ``[−1, A)`` or a rank outside ``[0, r]``; on CUDA such a row has no adapter,
-            and such a rank is r.
+        IndexError: on the CPU, an id outside ``[−1, A)`` or a rank outside ``[0, r]``; on CUDA such a row has no
+            adapter, and such a rank is r.
     """
     check_tensor("x", x)
     if x.dim() < 1:

@@ -10,7 +10,7 @@ import torch
 from gossamer.ops._checks import check_float, check_shape, check_tensor
 
 FP8 = torch.float8_e4m3fn
-# The 16 values of NF4 (Dettmers et al., 2023): quantiles of a normal distribution, scaled to [−1, 1], with an exact zero.
+# The 16 values of NF4 (Dettmers et al., 2023): quantiles of a normal distribution, scaled to [−1, 1], with a zero.
 NF4_CODE = (
     -1.0,
     -0.6961928009986877,
@@ -29,6 +29,7 @@ NF4_CODE = (
     0.7229568362236023,
     1.0,
 )
+ZERO_INDEX = 7
 
 
 @functools.cache
@@ -58,7 +59,7 @@ class NF4Weight:
     """A weight ``(N, C)`` in NF4, laid out as bitsandbytes' ``Params4bit`` and ``QuantState`` are.
 
     With ``w`` flattened row by row, ``w[i] = code[q[i]]·scale[i // block_size]``. The scale of block ``k`` is
-    ``absmax[k]``, or with double quantisation ``nested_code[absmax[k]]·nested_absmax[k // nested_block_size] + offset``.
+    ``absmax[k]``; with double quantisation ``nested_code[absmax[k]]·nested_absmax[k // nested_block_size] + offset``.
 
     Attributes:
         packed: ``(⌈N·C/2⌉,)`` uint8, or of bitsandbytes' shape ``(⌈N·C/2⌉, 1)``; even elements in the high four bits.
@@ -100,8 +101,8 @@ class NF4Weight:
             check_tensor(f"NF4Weight.{name}", tensor)
             if tensor.dtype != dtype or tensor.numel() != count:
                 raise ValueError(
-                    f"NF4Weight.{name} must hold {count} values of {dtype} for shape {tuple(self.shape)} and block size "
-                    f"{self.block_size}, got {tuple(tensor.shape)} of {tensor.dtype}"
+                    f"NF4Weight.{name} must hold {count} values of {dtype} for shape {tuple(self.shape)} and block "
+                    f"size {self.block_size}, got {tuple(tensor.shape)} of {tensor.dtype}"
                 )
             if tensor.device != self.packed.device:
                 raise ValueError(f"NF4Weight.{name} must be on {self.packed.device}, got {tensor.device}")
@@ -134,7 +135,7 @@ class NF4Weight:
         code = _nf4_code().to(weight.device)
         index = _nearest(_scaled(blocks, absmax), code).to(torch.uint8).reshape(-1)[: weight.numel()]
         if weight.numel() % 2:
-            index = torch.cat([index, index.new_zeros(1)])
+            index = torch.cat([index, index.new_full((1,), ZERO_INDEX)])
         packed = index[0::2] << 4 | index[1::2]
         shape = tuple(weight.shape)
         if not double:
@@ -198,7 +199,8 @@ class Int8Weight:
         _check_weight(weight)
         wide = weight.detach().float()
         absmax = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-        return cls((_scaled(wide, absmax) * 127.0).round().to(torch.int8), absmax)
+        factor = torch.where(absmax > 0, 127.0 / absmax, 0.0)
+        return cls((wide * factor.unsqueeze(1)).round().to(torch.int8), absmax)
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ class Float8Weight:
             )
         if self.values.dtype != FP8 or self.scale.dtype != torch.float32:
             raise TypeError(
-                f"Float8Weight must hold {FP8} values and a float32 scale, got {self.values.dtype} and {self.scale.dtype}"
+                f"Float8Weight must hold {FP8} values and a float32 scale, got {self.values.dtype} and "
+                f"{self.scale.dtype}"
             )
 
     @property
