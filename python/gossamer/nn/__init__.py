@@ -1,6 +1,10 @@
 """Layers over the primitives."""
 
+from gossamer.nn._lora import lora_plus_groups
+from gossamer.nn.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
+from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
+from gossamer.nn.low_rank_experts import LoRAExperts, expert_factors, flat_expert_factors
 from gossamer.nn.moe import Experts, MoE, SharedExpert
 from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
 from gossamer.nn.routing import Routing, given_experts, sigmoid_topk, softmax_topk, topk_softmax
@@ -8,6 +12,10 @@ from gossamer.nn.routing import Routing, given_experts, sigmoid_topk, softmax_to
 __all__ = [
     "Experts",
     "HashRouter",
+    "LoRAEmbedding",
+    "LoRAExperts",
+    "LoRALinear",
+    "LowRankLinear",
     "MoE",
     "Router",
     "Routing",
@@ -15,8 +23,12 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "TopKSoftmaxRouter",
+    "expert_factors",
+    "flat_expert_factors",
+    "frobenius_decay_",
     "given_experts",
     "load_balance_loss",
+    "lora_plus_groups",
     "router_z_loss",
     "sequence_balance_loss",
     "sigmoid_topk",

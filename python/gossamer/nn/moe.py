@@ -136,8 +136,13 @@ class Experts(nn.Module):
             gate_up_bias=getattr(self, f"{self._up_name}_bias"),
             down_bias=self.down_proj_bias,
             interleaved=self.interleaved,
+            **self._updates(),
         )
         return y.view(x.shape)
+
+    def _updates(self) -> dict[str, object]:
+        """The low-rank arguments of :func:`gossamer.expert_mlp`, for layers that have them."""
+        return {}
 
     def extra_repr(self) -> str:
         """Sizes and options."""

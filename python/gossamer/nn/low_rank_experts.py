@@ -1,0 +1,221 @@
+"""Low-rank updates of expert layers, stored as PEFT stores them: the adapters of all experts in two flat matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer._activation import Activation
+from gossamer.nn._lora import check_init, check_rank, draw_factors_, lora_scale, spectral_split_, wide_dtype
+from gossamer.nn.moe import Experts
+
+
+def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of each expert, ``a (E, r, C)`` and ``b (E, N, r)``, from PEFT's flat layout; differentiable views.
+
+    Row ``e·r + j`` of ``flat_a (E·r, C)`` is row j of expert e; column ``j·E + e`` of ``flat_b (N, r·E)`` is column j
+    of expert e.
+
+    Raises:
+        ValueError: the sizes do not fit each other or ``num_experts``.
+    """
+    total = flat_a.shape[0]
+    if flat_a.dim() != 2 or flat_b.dim() != 2 or flat_b.shape[1] != total or total % num_experts or not total:
+        raise ValueError(
+            f"flat_a and flat_b must have shapes (E*r, C) and (N, r*E) with E={num_experts}, got "
+            f"{tuple(flat_a.shape)} and {tuple(flat_b.shape)}"
+        )
+    rank = total // num_experts
+    return flat_a.view(num_experts, rank, -1), flat_b.view(-1, rank, num_experts).permute(2, 0, 1)
+
+
+def flat_expert_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of :func:`expert_factors`: PEFT's ``flat_a (E·r, C)`` and ``flat_b (N, r·E)``."""
+    num_experts, rank, columns = a.shape
+    return a.reshape(num_experts * rank, columns), b.permute(1, 2, 0).reshape(b.shape[1], rank * num_experts)
+
+
+class LoRAExperts(Experts):
+    """:class:`Experts` with a low-rank update of each expert's matrices, never formed: ``(x·A_eᵀ)·B_eᵀ``.
+
+    The update of gate_up comes before the activation, that of down after it. The factors are named and laid out as in
+    PEFT's adapters of ``target_parameters``, so those tensors load as they are; see :func:`expert_factors`. The
+    experts' own matrices and biases are frozen unless asked to train. There is no dropout and no DoRA, as there.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        rank: r of each expert, at least 1 and at most the smaller side of every matrix with an update.
+        alpha: α; ``rank`` when None.
+        rank_stabilized: whether the scale is α/√r instead of α/r.
+        init: ``"kaiming"`` or ``"gaussian"``: A is random and B zero; ``"spectral"``: both are the principal part of
+            each expert's matrix, which keeps the rest.
+        targets: which matrices are updated, of ``"gate_up_proj"`` (``"up_proj"`` with an ungated activation) and
+            ``"down_proj"``.
+        **options: ``activation``, ``bias``, ``interleaved``, ``transposed``, ``device``, ``dtype`` of :class:`Experts`.
+
+    Attributes:
+        gate_up_proj_lora_A: ``(E·r, H)``; of the other target ``down_proj_lora_A (E·r, I)``.
+        gate_up_proj_lora_B: ``(2I, r·E)``; of the other target ``down_proj_lora_B (H, r·E)``.
+
+    Raises:
+        TypeError: a size or the rank is no int.
+        ValueError: as :class:`Experts` does, a rank outside its range, an unknown init or target, or no target.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        rank_stabilized: bool = False,
+        init: str = "kaiming",
+        targets: tuple[str, ...] | None = None,
+        activation: str | Activation = "swiglu",
+        **options: object,
+    ) -> None:
+        super().__init__(num_experts, hidden_size, intermediate_size, activation=activation, **options)
+        self._setup(rank, alpha, rank_stabilized, init, targets)
+
+    @classmethod
+    def from_experts(cls, experts: Experts, rank: int, **options: object) -> LoRAExperts:
+        """A layer over the parameters of ``experts``, shared with it (a target's matrix not with ``init="spectral"``).
+
+        Args:
+            experts: :class:`Experts`; its parameters are frozen.
+            rank: r of each expert.
+            **options: ``alpha``, ``rank_stabilized``, ``init``, ``targets`` of the class.
+
+        Raises:
+            TypeError: ``experts`` is no plain :class:`Experts`, or an option is unknown.
+            ValueError: as the class does.
+        """
+        if type(experts) is not Experts:
+            raise TypeError(f"experts must be a gossamer.nn.Experts, got {type(experts).__name__}")
+        defaults = {"alpha": None, "rank_stabilized": False, "init": "kaiming", "targets": None}
+        if unknown := options.keys() - defaults.keys():
+            raise TypeError(f"options must be among {sorted(defaults)}, got {sorted(unknown)}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        plain = (
+            "activation",
+            "num_experts",
+            "hidden_size",
+            "intermediate_size",
+            "interleaved",
+            "transposed",
+            "_up_name",
+        )
+        for name in plain:
+            setattr(layer, name, getattr(experts, name))
+        for name, parameter in experts._parameters.items():
+            layer.register_parameter(name, parameter)
+        layer._setup(rank, **(defaults | options))
+        return layer
+
+    def _setup(
+        self, rank: int, alpha: float | None, rank_stabilized: bool, init: str, targets: tuple[str, ...] | None
+    ) -> None:
+        known = (self._up_name, "down_proj")
+        targets = known if targets is None else tuple(targets)
+        if not targets or set(targets) - set(known) or len(set(targets)) != len(targets):
+            raise ValueError(f"targets must be one or both of {known}, got {targets}")
+        check_init(init)
+        self.rank, self.alpha, self.rank_stabilized = rank, float(rank if alpha is None else alpha), rank_stabilized
+        self.init, self.targets = init, targets
+        self._unmerged: dict[str, torch.Tensor] | None = None
+        for name in targets:
+            weight = self._matrix(name)
+            check_rank(rank, *weight.shape[1:])
+            if init == "spectral":
+                setattr(self, name, nn.Parameter(getattr(self, name).detach().clone()))
+            total = self.num_experts * rank
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(weight.new_empty(total, weight.shape[2])))
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(weight.new_empty(weight.shape[1], total)))
+        for name, parameter in self.named_parameters():
+            if "_lora_" not in name:
+                parameter.requires_grad_(False)
+        self.reset_lora_parameters()
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        """The stacked matrices ``(E, N, C)`` of a target."""
+        weight = getattr(self, name)
+        return weight.transpose(1, 2) if self.transposed else weight
+
+    def lora_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors ``a (E, r, C)`` and ``b (E, N, r)`` of the target ``name``, as views of its flat parameters."""
+        return expert_factors(getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B"), self.num_experts)
+
+    @property
+    def scale(self) -> float:
+        """α/r, or α/√r when rank-stabilised."""
+        return lora_scale(self.alpha, self.rank, self.rank_stabilized)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the matrices hold the update."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Start the updates anew; with ``init="spectral"`` each matrix gives up its principal part each time."""
+        for name in self.targets:
+            a, b = self.lora_factors(name)
+            if self.init == "spectral":
+                spectral_split_(self._matrix(name), a, b, self.scale)
+            else:
+                draw_factors_(a, b, self.init)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the updates into the matrices, summed in float32 and rounded once; the old ones are kept beside them.
+
+        Raises:
+            ValueError: the layer is merged already.
+        """
+        if self._unmerged is not None:
+            raise ValueError("merge needs an unmerged layer, got one that is merged already")
+        before = {name: getattr(self, name).detach().clone() for name in self.targets}
+        for name in self.targets:
+            weight, (a, b) = self._matrix(name), self.lora_factors(name)
+            wide = wide_dtype(weight.dtype)
+            for e in range(self.num_experts):
+                weight[e] = torch.addmm(weight[e].to(wide), b[e].to(wide), a[e].to(wide), alpha=self.scale)
+        self._unmerged = before
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the matrices from before :meth:`merge` back.
+
+        Raises:
+            ValueError: the layer is not merged.
+        """
+        if self._unmerged is None:
+            raise ValueError("unmerge needs a merged layer, got one that is not merged")
+        for name, weight in self._unmerged.items():
+            getattr(self, name).copy_(weight)
+        self._unmerged = None
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in (self._unmerged or {}).items():
+            destination[prefix + name] = weight
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        if self._unmerged is not None:
+            raise ValueError("load_state_dict needs an unmerged layer, got a merged one: call unmerge() first")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _updates(self) -> dict[str, object]:
+        if self.merged:
+            return {}
+        keys = {self._up_name: "gate_up_lora", "down_proj": "down_lora"}
+        return {keys[name]: self.lora_factors(name) for name in self.targets} | {"lora_scale": self.scale}
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return super().extra_repr() + f", rank={self.rank}, alpha={self.alpha:g}, targets={self.targets}"
