@@ -328,10 +328,10 @@ def test_operators_are_well_formed(kernel_backend, device, form):
     table = torch.randn(9, 33, device=device, requires_grad=True)
     weights = torch.randn(index.shape, device=device, requires_grad=True)
     limit = torch.tensor([8], device=device, dtype=torch.int32)
-    args = (table, index, offsets, weights, limit, 2, kernel_backend)
+    args = (table, index, offsets, weights, limit, 2, kernel_backend, False, False, False, table.dtype)
     torch.library.opcheck(torch.ops.gossamer.gather_reduce.default, args)
     dout = torch.randn(3, 33, device=device)
-    args = (dout, table.detach(), index, offsets, limit, 2, torch.float16, kernel_backend)
+    args = (dout, table.detach(), index, offsets, limit, 2, torch.float16, kernel_backend, False, False)
     torch.library.opcheck(torch.ops.gossamer.gather_dot.default, args)
 
 
@@ -359,9 +359,9 @@ def test_ids_outside_the_table(any_backend, device):
         ({"table": torch.ones(9, 4, dtype=torch.int64)}, TypeError, "table must be float32, float16, bfloat16"),
         ({"index": torch.zeros(3, 2)}, TypeError, "index must be int32 or int64, got torch.float32"),
         (
-            {"index": torch.zeros(3, dtype=torch.int64)},
+            {"index": torch.zeros(3, 1, 1, dtype=torch.int64)},
             ValueError,
-            r"index must have shape \(B, J\) when offsets is None",
+            r"index must have shape \(B, J\) or \(L,\) when offsets is None, got \(3, 1, 1\)",
         ),
         (
             {"offsets": torch.zeros(3, dtype=torch.int64)},

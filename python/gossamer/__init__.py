@@ -1,6 +1,6 @@
 """Sparse compute for PyTorch at the speed of dense."""
 
-from gossamer import nn
+from gossamer import nn, optim
 from gossamer._activation import Activation
 from gossamer._backend import backend
 from gossamer._memory import empty_cache
@@ -8,10 +8,13 @@ from gossamer.integrations import replace, restore
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.gather_reduce_step import gather_reduce_step, gather_reduce_tables_step
+from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.ops.grouped_matmul import grouped_matmul
 from gossamer.ops.low_rank import low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
+from gossamer.ops.sparse_update import sparse_update_, sparse_update_tables_
 
 __version__ = "0.1.0"
 
@@ -22,15 +25,22 @@ __all__ = [
     "Int8Weight",
     "NF4Weight",
     "adapter_dispatch",
+    "TableLayout",
     "backend",
     "dispatch",
     "empty_cache",
     "expert_mlp",
     "gather_reduce",
+    "gather_reduce_step",
+    "gather_reduce_tables",
+    "gather_reduce_tables_step",
     "grouped_matmul",
     "low_rank_linear",
     "multi_low_rank",
     "nn",
+    "optim",
     "replace",
     "restore",
+    "sparse_update_",
+    "sparse_update_tables_",
 ]

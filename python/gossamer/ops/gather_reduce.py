@@ -1,29 +1,26 @@
-"""Weighted sums of table rows over lists of ids: the combine of an expert layer, the forward of an embedding bag."""
+"""Sums, means and maxima of table rows over lists of ids: the combine of an expert layer, an embedding bag."""
 
 from __future__ import annotations
 
 import torch
 
 from gossamer import _backend
-from gossamer.ops._checks import check_float, check_index, check_same_device, check_shape, check_tensor
+from gossamer.ops._bags import (
+    accumulation_dtype,
+    apply_bounds,
+    bag_begins,
+    bags_of,
+    check_bags,
+    check_bounds,
+    check_ids,
+    check_offsets,
+    check_weights_values,
+    live_ids,
+    num_bags_of,
+    raises,
+)
+from gossamer.ops._checks import check_float, check_tensor
 from gossamer.ops._registration import register
-
-MODES = ("sum",)
-
-
-def _bags(index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-    """The bag of each flat position of ``index``; for CSR, B for positions outside every bag."""
-    positions = torch.arange(index.numel(), device=index.device)
-    if offsets is None:
-        return positions // max(index.shape[1], 1)
-    bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
-    return torch.where(bag < 0, offsets.numel() - 1, bag)
-
-
-def _live(flat: torch.Tensor, num_rows: int, limit: torch.Tensor | None, padding_idx: int) -> torch.Tensor:
-    """Which flat ids contribute: inside the table, below ``limit``, and not the padding row."""
-    live = (flat >= 0) & (flat < num_rows) & (flat != padding_idx)
-    return live if limit is None else live & (flat < limit)
 
 
 def gather_reduce_reference(
@@ -32,88 +29,230 @@ def gather_reduce_reference(
     offsets: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     *,
+    mode: str = "sum",
     limit: torch.Tensor | None = None,
     padding_idx: int = -1,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """:func:`gather_reduce` in plain torch, differentiable, accumulated in float32 (float64 for float64).
 
-    ``offsets`` must have its last element here, ``padding_idx`` −1 stands for none, and ids from ``limit`` on, a
-    one-element tensor, contribute nothing.
+    ``index`` is ``(B, J)`` or has ``offsets``, which must have their last element here; ``padding_idx`` −1 stands for
+    none, and ids outside the table or from ``limit`` on, a one-element tensor, contribute nothing.
     """
     flat = index.reshape(-1).long()
-    num_bags = index.shape[0] if offsets is None else offsets.numel() - 1
-    live = _live(flat, table.shape[0], limit, padding_idx)
-    bag = _bags(index, offsets)
-    live = live & (bag < num_bags)
+    num_bags = num_bags_of(index, offsets)
+    bag = bags_of(index, offsets)
+    live = live_ids(flat, table.shape[0], limit, padding_idx) & (bag < num_bags)
     kept = live.nonzero().squeeze(1)
-    accumulate = torch.float64 if table.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(table.dtype)
     values = table.index_select(0, flat[kept]).to(accumulate)
+    out_dtype = out_dtype or table.dtype
+    if mode == "max":
+        return _max_by_bag(values, bag[kept], num_bags).to(out_dtype)
     if weights is not None:
         values = values * weights.reshape(-1)[kept].to(accumulate).unsqueeze(1)
     out = torch.zeros(num_bags, table.shape[1], dtype=accumulate, device=table.device)
-    return out.index_add(0, bag[kept], values).to(table.dtype)
+    out = out.index_add(0, bag[kept], values)
+    if mode == "mean":
+        out = out / _counts(bag[kept], num_bags, accumulate).unsqueeze(1)
+    return out.to(out_dtype)
 
 
-def check_bounds(index: torch.Tensor, num_rows: int) -> None:
-    """Every id must lie in ``[0, num_rows)``; reads values, so it is for the CPU."""
-    bad = ((index < 0) | (index >= num_rows)).reshape(-1).nonzero()
-    if bad.numel():
-        position = int(bad[0])
-        value = int(index.reshape(-1)[position])
-        raise IndexError(f"index must be in [0, N) with N={num_rows}, got {value} at flat position {position}")
+def _counts(bag: torch.Tensor, num_bags: int, dtype: torch.dtype) -> torch.Tensor:
+    """Live ids of each bag, at least 1, so that empty bags divide zeros."""
+    counts = torch.zeros(num_bags, dtype=dtype, device=bag.device)
+    return counts.index_add(0, bag, counts.new_ones(bag.shape)).clamp(min=1)
 
 
-def _forward(table, index, offsets, weights, limit, padding_idx, backend):
-    return _backend.kernels(backend, "gather_reduce").gather_reduce(table, index, offsets, weights, limit, padding_idx)
+def _max_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
+    """Columnwise maxima of the values of each bag: those of the first position that has them, zeros for empty bags."""
+    position = _argmax_by_bag(values.detach(), bag, num_bags)
+    found = values.gather(0, position.clamp(min=0)) if values.shape[0] else values.new_zeros(position.shape)
+    return torch.where(position >= 0, found, 0)
 
 
-def _forward_fake(table, index, offsets, weights, limit, padding_idx, backend):
-    num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
-    return table.new_empty(num_bags, table.shape[1])
+def _argmax_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
+    """For each bag and column the first of its rows in ``values`` with the largest value, NaN above all, or −1."""
+    at = bag.unsqueeze(1).expand_as(values)
+    nan = values.isnan()
+    largest = values.new_full((num_bags, values.shape[1]), -torch.inf).scatter_reduce(0, at, values, "amax")
+    best = torch.where(largest.gather(0, at).isnan(), nan, values == largest.gather(0, at))
+    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
+    none = values.shape[0]
+    first = torch.full((num_bags, values.shape[1]), none, device=values.device)
+    first = first.scatter_reduce(0, at, torch.where(best, rows, none), "amin")
+    return torch.where(first < none, first, -1)
 
 
-# out[b] = sum over the live ids of bag b of weights · table[id]. Ids outside the table or from limit on are skipped.
+def gather_dot_reference(dout, table, index, offsets, limit, padding_idx, mean, dtype):
+    """The gradient of weights: ``⟨dout[bag of p], table[index[p]]⟩``, over the bag's live ids for a mean."""
+    wide = accumulation_dtype(table.dtype)
+    flat = index.reshape(-1).long()
+    num_bags = num_bags_of(index, offsets)
+    bag = bags_of(index, offsets)
+    kept = (live_ids(flat, table.shape[0], limit, padding_idx) & (bag < num_bags)).nonzero().squeeze(1)
+    bag = bag[kept]
+    dot = (dout[bag].to(wide) * table[flat[kept]].to(wide)).sum(1)
+    if mean:
+        dot = dot / _counts(bag, num_bags, wide)[bag]
+    return (
+        torch.zeros(flat.shape, dtype=dtype, device=table.device).index_copy(0, kept, dot.to(dtype)).view(index.shape)
+    )
+
+
+def gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype):
+    """Columnwise maxima, and each one's position within its bag, int32, −1 in empty bags."""
+    out = gather_reduce_reference(table, index, offsets, mode="max", padding_idx=padding_idx, out_dtype=out_dtype)
+    if not need_argmax:
+        return out, torch.empty(0, out.shape[1], dtype=torch.int32, device=table.device)
+    flat = index.reshape(-1).long()
+    num_bags = num_bags_of(index, offsets)
+    bag = bags_of(index, offsets)
+    kept = (live_ids(flat, table.shape[0], None, padding_idx) & (bag < num_bags)).nonzero().squeeze(1)
+    first = _argmax_by_bag(table[flat[kept]], bag[kept], num_bags)
+    if kept.numel() == 0:
+        return out, first.int()
+    position = kept[first.clamp(min=0)] - bag_begins(index, offsets).unsqueeze(1)
+    return out, torch.where(first >= 0, position, -1).int()
+
+
+def _forward(
+    table,
+    index,
+    offsets,
+    weights,
+    limit,
+    padding_idx,
+    backend,
+    mean=False,
+    drop=False,
+    sparse_grad=False,
+    out_dtype=None,
+):
+    out_dtype = out_dtype or table.dtype
+    if backend == "reference" or mean or drop or out_dtype != table.dtype:
+        mode = "mean" if mean else "sum"
+        lists = (index, offsets, weights)
+        if raises(index, backend):
+            check_values(*lists, table.shape[0], padding_idx, "drop" if drop else "raise")
+        return gather_reduce_reference(
+            table, *lists, mode=mode, limit=limit, padding_idx=padding_idx, out_dtype=out_dtype
+        )
+    launcher = _backend.kernels(backend, "gather_reduce").gather_reduce
+    return launcher(table, index, offsets, weights, limit, padding_idx)
+
+
+def _forward_fake(
+    table,
+    index,
+    offsets,
+    weights,
+    limit,
+    padding_idx,
+    backend,
+    mean=False,
+    drop=False,
+    sparse_grad=False,
+    out_dtype=None,
+):
+    return table.new_empty(num_bags_of(index, offsets), table.shape[1], dtype=out_dtype or table.dtype)
+
+
+# out[b] = sum or mean over the live ids of bag b of weights · table[id]. Ids from limit on are skipped; ids outside the
+# table raise on the CPU unless `drop`, and are skipped elsewhere.
 _gather_reduce = register(
     "gather_reduce(Tensor table, Tensor index, Tensor? offsets, Tensor? weights, Tensor? limit, int padding_idx, "
-    "str backend) -> Tensor",
+    "str backend, bool mean=False, bool drop=False, bool sparse_grad=False, ScalarType? out_dtype=None) -> Tensor",
     _forward,
     _forward_fake,
 )
 
 
-def _dot(dout, table, index, offsets, limit, padding_idx, dtype, backend):
+def _dot(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
+    if backend == "reference" or mean or drop or dout.dtype != table.dtype:
+        return gather_dot_reference(dout, table, index, offsets, limit, padding_idx, mean, dtype)
     return _backend.kernels(backend, "gather_reduce").gather_dot(dout, table, index, offsets, limit, padding_idx, dtype)
 
 
-def _dot_fake(dout, table, index, offsets, limit, padding_idx, dtype, backend):
+def _dot_fake(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
     return dout.new_empty(index.shape, dtype=dtype)
 
 
-# The gradient of weights: out[p] = <dout[bag of p], table[index[p]]>, zero where the id is skipped.
+# The gradient of weights: out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where
+# the id is skipped.
 _gather_dot = register(
     "gather_dot(Tensor dout, Tensor table, Tensor index, Tensor? offsets, Tensor? limit, int padding_idx, "
-    "ScalarType dtype, str backend) -> Tensor",
+    "ScalarType dtype, str backend, bool mean=False, bool drop=False) -> Tensor",
     _dot,
     _dot_fake,
 )
 
 
-def _transpose(index, offsets, weights, limit, padding_idx, num_rows):
-    """The lists of :func:`gather_reduce` turned around: for each table row the bags that read it, in position order."""
+def _max(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
+    if raises(index, backend):
+        check_values(index, offsets, None, table.shape[0], padding_idx, "drop" if drop else "raise")
+    return gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype)
+
+
+def _max_fake(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
+    out = table.new_empty(num_bags_of(index, offsets), table.shape[1], dtype=out_dtype)
+    return out, out.new_empty(out.shape if need_argmax else (0, out.shape[1]), dtype=torch.int32)
+
+
+# Columnwise maxima over the live ids of each bag, and where each was found first: its position within the bag, -1 in
+# empty bags. NaN counts as the largest.
+_gather_max = register(
+    "gather_max(Tensor table, Tensor index, Tensor? offsets, int padding_idx, bool drop, bool need_argmax, "
+    "ScalarType out_dtype, str backend) -> (Tensor, Tensor)",
+    _max,
+    _max_fake,
+)
+
+
+def transpose_bags(index, offsets, weights, limit, padding_idx, mean, num_rows, dtype):
+    """The lists of :func:`gather_reduce` sorted by id, stably.
+
+    Returns:
+        The sorted ids with ``num_rows`` for those that contribute nothing, last; the bag of each; and its factor in
+        ``dtype``: its weight, for a mean over its bag's live ids; None for ones.
+    """
     flat = index.reshape(-1).long()
-    num_bags = index.shape[0] if offsets is None else offsets.numel() - 1
-    bag = _bags(index, offsets)
-    live = _live(flat, num_rows, limit, padding_idx) & (bag < num_bags)
+    num_bags = num_bags_of(index, offsets)
+    bag = bags_of(index, offsets)
+    live = live_ids(flat, num_rows, limit, padding_idx) & (bag < num_bags)
     ids, order = torch.sort(torch.where(live, flat, num_rows), stable=True)
-    row_offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
-    turned = None if weights is None else weights.reshape(-1)[order]
-    return bag[order], row_offsets, turned
+    factor = None if weights is None else weights.reshape(-1)[order]
+    bags = bag[order]
+    if mean:
+        slot = torch.where(live, bag, num_bags)
+        counts = _counts(slot, num_bags + 1, dtype)
+        factor = 1 / counts[bags] if factor is None else factor.to(dtype) / counts[bags]
+    return ids, bags, factor
+
+
+def _table_gradient(ctx, dout, index, offsets, weights, limit):
+    dtype = accumulation_dtype(ctx.table_dtype)
+    ids, bags, factor = transpose_bags(index, offsets, weights, limit, ctx.padding_idx, ctx.mean, ctx.num_rows, dtype)
+    if not ctx.sparse_grad:
+        row_offsets = torch.searchsorted(ids, torch.arange(ctx.num_rows + 1, device=ids.device))
+        return _sum_rows(dout, bags, row_offsets, factor, ctx)
+    rows, counts = torch.unique_consecutive(ids[ids < ctx.num_rows], return_counts=True)
+    row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = _sum_rows(dout, bags, row_offsets, factor, ctx)
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0), values, (ctx.num_rows, values.shape[1]), is_coalesced=True, check_invariants=False
+    )
+
+
+def _sum_rows(dout, bags, row_offsets, factor, ctx):
+    out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
+    return _gather_reduce(dout, bags, row_offsets, factor, None, -1, ctx.backend, out_dtype=out_dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    table, index, offsets, weights, limit, ctx.padding_idx, ctx.backend = inputs
+    table, index, offsets, weights, limit, ctx.padding_idx, ctx.backend, ctx.mean, ctx.drop, ctx.sparse_grad, _ = inputs
     needs_weights = weights is not None and ctx.needs_input_grad[3]
-    ctx.num_rows = table.shape[0]
+    ctx.num_rows, ctx.table_dtype = table.shape[0], table.dtype
     ctx.weights_dtype = None if weights is None else weights.dtype
     ctx.save_for_backward(table if needs_weights else None, index, offsets, weights, limit)
 
@@ -122,14 +261,48 @@ def _backward(ctx, dout):
     table, index, offsets, weights, limit = ctx.saved_tensors
     dtable = dweights = None
     if ctx.needs_input_grad[0]:
-        bags, row_offsets, turned = _transpose(index, offsets, weights, limit, ctx.padding_idx, ctx.num_rows)
-        dtable = _gather_reduce(dout, bags, row_offsets, turned, None, -1, ctx.backend)
+        dtable = _table_gradient(ctx, dout, index, offsets, weights, limit)
     if weights is not None and ctx.needs_input_grad[3]:
-        dweights = _gather_dot(dout, table, index, offsets, limit, ctx.padding_idx, ctx.weights_dtype, ctx.backend)
-    return dtable, None, None, dweights, None, None, None
+        dweights = _gather_dot(
+            dout, table, index, offsets, limit, ctx.padding_idx, ctx.weights_dtype, ctx.backend, ctx.mean, ctx.drop
+        )
+    return dtable, None, None, dweights, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("gossamer::gather_reduce", _backward, setup_context=_setup_context)
+
+
+def _max_setup_context(ctx, inputs, output):
+    table, index, offsets = inputs[:3]
+    ctx.num_rows, ctx.table_dtype = table.shape[0], table.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(index, offsets, output[1])
+
+
+def _max_backward(ctx, dout, _):
+    index, offsets, argmax = ctx.saved_tensors
+    if argmax.shape[0] != dout.shape[0]:
+        raise RuntimeError("gather_max was called without need_argmax, but its gradient is wanted")
+    wide = dout.to(accumulation_dtype(ctx.table_dtype))
+    dim = wide.shape[1]
+    found = argmax >= 0
+    rows = max_rows(argmax, index, offsets)
+    # Empty bags add their zeros to a row of their own, which is cut off.
+    at = torch.where(found, rows, ctx.num_rows) * dim + torch.arange(dim, device=wide.device)
+    dtable = wide.new_zeros((ctx.num_rows + 1) * dim)
+    dtable = dtable.index_put((at.reshape(-1),), wide.reshape(-1), accumulate=True)
+    return dtable.view(ctx.num_rows + 1, dim)[: ctx.num_rows].to(ctx.table_dtype), *(None,) * 7
+
+
+torch.library.register_autograd("gossamer::gather_max", _max_backward, setup_context=_max_setup_context)
+
+
+def max_rows(argmax: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """The table row behind each maximum of ``argmax (B, D)``, as gather_max gives it; anything where it is −1."""
+    flat = index.reshape(-1).long()
+    if flat.numel() == 0:
+        return torch.zeros_like(argmax, dtype=torch.int64)
+    return flat[(bag_begins(index, offsets).unsqueeze(1) + argmax.clamp(min=0)).clamp(max=flat.numel() - 1)]
 
 
 def sum_slots(
@@ -144,7 +317,28 @@ def sum_slots(
 
     ``rows`` and ``offsets`` are a :class:`Dispatch`'s; dropped rows are never read.
     """
-    return _gather_reduce(table, rows.view(-1, top_k), None, weights, offsets[-1:], -1, backend)
+    index = rows.view(-1, top_k)
+    return _gather_reduce(table, index, None, weights, offsets[-1:], -1, backend)
+
+
+def check_values(
+    index: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    num_rows: int,
+    padding_idx: int,
+    bounds: str,
+) -> None:
+    """What the native kernels check of the values in the lists, for the reference on the CPU."""
+    if offsets is not None:
+        check_offsets(index, offsets)
+    if bounds == "raise":
+        check_ids(index, num_rows)
+    if weights is not None:
+        live = live_ids(index.reshape(-1), num_rows, None, padding_idx) & (
+            bags_of(index, offsets) < num_bags_of(index, offsets)
+        )
+        check_weights_values(weights, live)
 
 
 def gather_reduce(
@@ -156,57 +350,87 @@ def gather_reduce(
     mode: str = "sum",
     padding_idx: int | None = None,
     include_last_offset: bool = True,
+    bounds: str = "raise",
+    bounds_count: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    sparse_grad: bool = False,
 ) -> torch.Tensor:
     """Reduce rows of a table over lists of ids: ``y[b] = Σ_j weights[b,j] · table[index[b,j]]``.
 
+    A mean divides that sum by the number of ids in the bag that contribute, weighted or not; its gradients are exactly
+    those of this formula. A maximum is taken column by column, NaN counting as the largest, and its gradient goes to
+    the first id of the bag that has it.
+
     Args:
         table: ``(N, D)`` float.
-        index: ``(B, J)`` int32 or int64, J ids a bag; or ``(L,)`` with ``offsets``.
+        index: ``(B, J)`` int32 or int64, J ids a bag; ``(L,)`` with ``offsets``; or ``(L,)`` without, each id a bag of
+            its own.
         offsets: ``(B+1,)`` int32 or int64, ascending: bag ``b`` holds ``index[offsets[b]:offsets[b+1]]``. With
             ``include_last_offset=False`` it is ``(B,)``, as in ``torch.nn.functional.embedding_bag``. None for
             ``(B, J)``.
-        weights: like ``index``, float, or None for ones; any floating dtype.
-        mode: ``"sum"``.
-        padding_idx: an id that contributes nothing and gets no gradient; negative counts from the end.
+        weights: like ``index``, float, or None for ones; any floating dtype. Not with ``mode="max"``.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        padding_idx: an id that contributes nothing, is not counted by a mean, and gets no gradient; negative counts
+            from the end.
         include_last_offset: whether ``offsets`` ends with L.
+        bounds: what becomes of ids outside ``[0, N)``. ``"raise"``: an error on the CPU; on CUDA, where raising would
+            stall the stream, they contribute nothing. ``"clamp"``: they are read as 0 or N−1, and trained as such.
+            ``"drop"``: they contribute nothing, like ``padding_idx``. With the last two, offsets are brought into
+            ``[0, L]`` and made to ascend.
+        bounds_count: a one-element int64 tensor on the table's device, to which the number of ids out of bounds and of
+            offsets repaired is added wherever nothing is raised.
+        out_dtype: of the result; the table's by default. Sums are rounded to it once.
+        sparse_grad: give the table's gradient as a coalesced sparse COO tensor. Its size depends on the ids, so the
+            backward pass waits for the device, and cannot be compiled or captured. Not with ``mode="max"``.
 
     Returns:
-        ``(B, D)`` in the table's dtype, accumulated in float32 (float64 for float64); empty bags are zero.
-        Differentiable in ``table`` (dense gradient, duplicates summed in position order) and ``weights``.
+        ``(B, D)``, accumulated in float32 (float64 for float64); empty bags are zero. Differentiable in ``table``
+        (duplicates summed in position order) and ``weights``.
 
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
-        ValueError: ranks, sizes, devices or the mode do not fit.
-        IndexError: on the CPU, an id outside ``[0, N)``; on CUDA such an id contributes nothing.
+        ValueError: ranks, sizes, devices, modes or offsets do not fit; on the CPU, a weight that counts is NaN.
+        IndexError: on the CPU, an id outside ``[0, N)`` with ``bounds="raise"``.
     """
     check_tensor("table", table)
     backend = _backend.resolve("gather_reduce", table)
-    check_float("table", table, backend)
-    check_shape("table", table, (None, None), "(N, D)")
-    check_index("index", index)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    if offsets is None:
-        check_shape("index", index, (None, None), "(B, J) when offsets is None")
-    else:
-        check_shape("index", index, (None,), "(L,) when offsets is given")
-        check_index("offsets", offsets)
-        check_shape("offsets", offsets, (None,), "(B+1,)")
-        if not include_last_offset:
-            offsets = torch.cat([offsets, offsets.new_full((1,), index.shape[0])])
-        if offsets.shape[0] < 1:
-            raise ValueError("offsets must have shape (B+1,) with at least one element, got (0,)")
-    if weights is not None:
-        check_tensor("weights", weights)
-        check_float("weights", weights, backend)
-        check_shape("weights", weights, tuple(index.shape), "that of index")
-    check_same_device(table=table, index=index, offsets=offsets, weights=weights)
+    index, offsets, weights, padding = check_bags(
+        table,
+        index,
+        offsets,
+        weights,
+        backend,
+        mode=mode,
+        padding_idx=padding_idx,
+        include_last_offset=include_last_offset,
+    )
+    check_bounds(bounds, bounds_count, index.device)
+    out_dtype = checked_out_dtype(out_dtype, table, backend)
+    if sparse_grad and mode == "max":
+        raise ValueError("sparse_grad cannot be given with mode='max'")
     n = table.shape[0]
-    if padding_idx is not None and not -n <= padding_idx < n:
-        raise ValueError(f"padding_idx must be in [-N, N) with N={n}, got {padding_idx}")
-    padding = -1 if padding_idx is None else padding_idx % n
+    index, offsets = apply_bounds(index, offsets, n, bounds, bounds_count, backend)
     if backend == "reference":
-        if table.device.type == "cpu":
-            check_bounds(index, n)
-        return gather_reduce_reference(table, index, offsets, weights, padding_idx=padding)
-    return _gather_reduce(table, index, offsets, weights, None, padding, backend)
+        if raises(index, backend):
+            check_values(index, offsets, weights, n, padding, bounds)
+        if not sparse_grad:
+            return gather_reduce_reference(
+                table, index, offsets, weights, mode=mode, padding_idx=padding, out_dtype=out_dtype
+            )
+    drop = bounds != "raise"
+    if mode == "max":
+        need_argmax = table.requires_grad and torch.is_grad_enabled()
+        return _gather_max(table, index, offsets, padding, drop, need_argmax, out_dtype, backend)[0]
+    return _gather_reduce(
+        table, index, offsets, weights, None, padding, backend, mode == "mean", drop, sparse_grad, out_dtype
+    )
+
+
+def checked_out_dtype(out_dtype: torch.dtype | None, table: torch.Tensor, backend: str) -> torch.dtype:
+    """``out_dtype``, or the table's for None; it must be one that the table's backend writes."""
+    if out_dtype is None:
+        return table.dtype
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype must be a torch.dtype, got {type(out_dtype).__name__}")
+    check_float("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"), backend)
+    return out_dtype
