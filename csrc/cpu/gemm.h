@@ -24,7 +24,7 @@ GOSSAMER_INLINE void accumulate(Vec<S> (&sum)[Rows][Vecs], const S* a, int64_t a
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) sum[i][v] += a[i * a_row] * column[v];
+      for (int v = 0; v < Vecs; ++v) sum[i][v] = fma(splat(a[i * a_row]), column[v], sum[i][v]);
     }
     a += a_step;
     b += Vecs * kLanes<S>;
@@ -178,10 +178,86 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
   }
 }
 
+// Up to so many tokens weights, not tokens, go into the vector lanes, most of which would be empty.
+constexpr int kFewTokens = GOSSAMER_VECTOR_BYTES / sizeof(double);
+
+// Adds the terms first .. last of the kLanes weight rows at `from` to sum[token]: block_product's sums, with rows in the
+// lanes. `rows` of these rows exist and `next_rows` of those after them, which are fetched meanwhile.
+template <int Tokens, bool Columns, class T, class S>
+GOSSAMER_INLINE void accumulate_few(Vec<S> (&sum)[Tokens], const Weight<T>& w, const T* from, int rows, int next_rows,
+                                    int64_t first, int64_t last, const Panel<S>& panel) {
+  constexpr int n = kLanes<S>;
+  const S* x = panel.data + first * n;
+  const auto add = [&](Vec<S> weights) {
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t) sum[t] = fma(splat(x[t]), weights, sum[t]);
+    x += n;
+  };
+  if constexpr (Columns) {
+    for (int64_t k = first; k < last; ++k) {
+      const T* run = from + k * w.col_stride;
+      __builtin_prefetch(run + n, 0, 2);
+      add(rows == n ? load(run) : load_some(run, rows));
+    }
+  } else {
+    for (int64_t k = first; k < last; k += n) {
+      const int terms = static_cast<int>(std::min<int64_t>(n, last - k));
+      const T* row = from + k;
+      for (int i = 0; i < next_rows; ++i) __builtin_prefetch(row + (n + i) * w.row_stride, 0, 2);
+      Vec<S> v[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        v[i] = i >= rows ? Vec<S>{} : terms == n ? load(row + i * w.row_stride) : load_some(row + i * w.row_stride, terms);
+      }
+      transpose<S>(v);
+      if (terms == n) {
+#pragma GCC unroll 16
+        for (int j = 0; j < n; ++j) add(v[j]);
+      } else {
+        for (int j = 0; j < terms; ++j) add(v[j]);
+      }
+    }
+  }
+}
+
+// group_product for a panel of Tokens tokens, of a weight that is contiguous along its depth or, in columns, its rows.
+template <int Tokens, bool Columns, class T, class S>
+__attribute__((noinline)) void few_tokens_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c,
+                                                  int64_t c_stride) {
+  constexpr int lanes = kLanes<S>;
+  const int segment = segment_length(w.depth);
+  for (int64_t i = 0; i < count; i += lanes) {
+    const int rows = static_cast<int>(std::min<int64_t>(lanes, count - i));
+    const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + lanes), 0, lanes));
+    Vec<S> total[Tokens] = {};
+    for (int64_t k = 0; k < w.depth; k += segment) {
+      Vec<S> sum[Tokens] = {};
+      accumulate_few<Tokens, Columns>(sum, w, w.base + (n + i) * w.row_stride, rows, next_rows, k,
+                                      std::min<int64_t>(w.depth, k + segment), panel);
+      for (int t = 0; t < Tokens; ++t) total[t] = k == 0 ? sum[t] : total[t] + sum[t];
+    }
+    Vec<S> v[lanes] = {};
+    for (int t = 0; t < Tokens; ++t) v[t] = total[t];
+    transpose<S>(v);
+    for (int r = 0; r < rows; ++r) store(c + (i + r) * c_stride, v[r]);
+  }
+}
+
+// Calls few_tokens_product for the panel's number of tokens, or a little more: the lanes past the end are zero.
+template <bool Columns, int Tokens = 1, class T, class S>
+void few_tokens(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride) {
+  if constexpr (Tokens < kFewTokens) {
+    if (panel.width > Tokens) return few_tokens<Columns, Tokens * 2>(w, n, count, panel, c, c_stride);
+  }
+  few_tokens_product<Tokens, Columns>(w, n, count, panel, c, c_stride);
+}
+
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
 template <class T, class S>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
   const bool columns = w.row_stride == 1 && w.col_stride != 1;
+  if (panel.width <= kFewTokens && columns) return few_tokens<true>(w, n, count, panel, c, c_stride);
+  if (panel.width <= kFewTokens && w.col_stride == 1) return few_tokens<false>(w, n, count, panel, c, c_stride);
   // With few tokens the weights' way from memory is all that counts, and few long streams come faster than many short ones.
   const int unit = panel.num_blocks() == 1 && !columns ? GOSSAMER_TILE_ROWS : kGroup;
   for (int64_t i = 0; i < count; i += unit) {

@@ -74,6 +74,30 @@ GOSSAMER_INLINE void store(Float16* to, Vec<float> v) {
 }
 #endif
 
+// a·b + c rounded once, where the instruction set can: left to the compiler, some loops would round twice and others not,
+// and sums that are promised to have the same bits would not have them.
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+GOSSAMER_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps(a, b, c); }
+GOSSAMER_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm512_fmadd_pd(a, b, c); }
+#elif GOSSAMER_F16C
+GOSSAMER_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm256_fmadd_ps(a, b, c); }
+GOSSAMER_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm256_fmadd_pd(a, b, c); }
+#elif defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+GOSSAMER_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  for (int i = 0; i < kLanes<float>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+GOSSAMER_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  for (int i = 0; i < kLanes<double>; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+}
+#else
+template <class V>
+GOSSAMER_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
 // The first n lanes, the others zero.
 template <class T>
 GOSSAMER_INLINE Vec<Accumulator<T>> load_some(const T* from, int n) {
