@@ -4,7 +4,7 @@ from gossamer import nn, optim
 from gossamer._activation import Activation
 from gossamer._backend import backend
 from gossamer._memory import empty_cache
-from gossamer.integrations import replace, restore
+from gossamer.integrations import replace, restore, serve_adapters
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
@@ -41,6 +41,7 @@ __all__ = [
     "optim",
     "replace",
     "restore",
+    "serve_adapters",
     "sparse_update_",
     "sparse_update_tables_",
 ]

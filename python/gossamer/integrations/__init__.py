@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
+from gossamer.integrations.serving import serve_adapters
+
 if TYPE_CHECKING:
-    from gossamer.integrations.transformers import Replacement
+    from gossamer.integrations._report import Replacement
+
+__all__ = ["replace", "restore", "serve_adapters"]
+
+
+def _holds_adapters(model: object) -> bool:
+    """Whether PEFT's layers are inside: only then, and only where PEFT is imported already, is it looked at."""
+    if "peft" not in sys.modules or not isinstance(model, torch.nn.Module):
+        return False
+    from gossamer.integrations import peft
+
+    return peft.holds_adapters(model)
 
 
 def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
-    """Switch every expert layer of a loaded Hugging Face transformers 5 model to gossamer.
+    """Switch the expert layers of a Hugging Face transformers 5 model, and a PEFT model's LoRA layers, to gossamer.
 
-    Weights, their names and the ``state_dict`` stay as they are: only the function that computes the layer changes, as
-    with ``model.set_experts_implementation("gossamer")``, which also works once
-    ``gossamer.integrations.transformers`` has been imported. :func:`restore` undoes it.
+    Weights, their names and the ``state_dict`` stay as they are: only the function that computes a layer changes.
+    Expert layers change as with ``model.set_experts_implementation("gossamer")``, which also works once
+    ``gossamer.integrations.transformers`` has been imported; LoRA layers as :mod:`gossamer.integrations.peft` says.
+    :func:`restore` undoes both.
 
     Args:
-        model: a ``PreTrainedModel``, or any module with such models or their experts modules inside.
-        strict: whether an experts module that cannot be switched is an error (nothing is changed then); otherwise it is
-            left alone and named in the report.
+        model: a ``PreTrainedModel``, a ``PeftModel``, or any module with such models or their modules inside.
+        strict: whether a module that cannot be switched is an error (nothing is changed then); otherwise it is left
+            alone and named in the report.
 
     Returns:
         What was switched and how each layer will be computed; ``print`` it.
@@ -28,12 +43,24 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
     Raises:
         ImportError: transformers is not installed or older than 5.
         TypeError: ``model`` is no ``torch.nn.Module``.
-        ValueError: under ``strict``, an experts module that cannot be switched (quantised, or on a device or in a dtype
-            without kernels), or no experts module at all.
+        ValueError: an adapter with an option that gossamer does not compute; under ``strict``, a module that cannot be
+            switched (quantised experts, a LoRA layer over a convolution, a device or dtype without kernels), or
+            nothing to switch at all.
     """
     from gossamer.integrations import transformers
 
-    return transformers.replace(model, strict=strict)
+    if not _holds_adapters(model):
+        return transformers.replace(model, strict=strict)
+    from gossamer.integrations import peft
+
+    adapters = peft.replace(model, strict=strict)
+    if not transformers.holds_experts(model):
+        return adapters
+    try:
+        return adapters + transformers.replace(model, strict=strict)
+    except ValueError:
+        peft.restore(model)
+        raise
 
 
 def restore(model: torch.nn.Module) -> None:
@@ -45,4 +72,10 @@ def restore(model: torch.nn.Module) -> None:
     """
     from gossamer.integrations import transformers
 
-    transformers.restore(model)
+    undone = False
+    if "gossamer.integrations.peft" in sys.modules and isinstance(model, torch.nn.Module):
+        from gossamer.integrations import peft
+
+        undone = peft.restore(model)
+    if not undone or transformers.is_switched(model):
+        transformers.restore(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -33,7 +33,9 @@ except ImportError as error:
     ) from error
 
 from gossamer import _backend
+from gossamer.integrations._expert_updates import ExpertUpdate
 from gossamer.integrations._gates import fused_activation
+from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
 from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
@@ -76,6 +78,8 @@ def experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    *,
+    updates: Mapping[str, ExpertUpdate | None] | None = None,
 ) -> torch.Tensor:
     """Forward of an experts module: ``y[t] = Σ_k top_k_weights[t,k]·expert_{top_k_index[t,k]}(hidden_states[t])``.
 
@@ -88,6 +92,7 @@ def experts_forward(
             implementation does.
         top_k_index: ``(T, K)`` expert ids; those of ``num_experts`` and more are dropped.
         top_k_weights: ``(T, K)`` routing weights of any floating dtype.
+        updates: low-rank updates by the name of the parameter they update.
 
     Returns:
         ``(T, H)`` in the dtype of ``hidden_states``.
@@ -107,8 +112,11 @@ def experts_forward(
     up, down, up_bias, down_bias = (t if t is None else t.to(dtype) for t in (up, down, up_bias, down_bias))
     weights = top_k_weights if top_k_weights.dtype in (dtype, torch.float32) else top_k_weights.float()
     routing = _dispatch(top_k_index, up.shape[0])
+    updates = updates or {}
+    up_update = updates.get("gate_up_proj" if has_gate else "up_proj")
+    down_update = updates.get("down_proj")
     activation, interleaved, _ = fused_activation(self)
-    if activation is not None:
+    if activation is not None and all(u is None or u.fusible for u in (up_update, down_update)):
         y = expert_mlp(
             x,
             up,
@@ -119,11 +127,18 @@ def experts_forward(
             gate_up_bias=up_bias,
             down_bias=down_bias,
             interleaved=interleaved,
+            gate_up_lora=up_update and up_update.factors(dtype),
+            down_lora=down_update and down_update.factors(dtype),
         )
         return y.to(hidden_states.dtype)
     rows = grouped_matmul(x, up, routing, bias=up_bias, y_grouped=True)
+    if up_update is not None:
+        rows = rows + up_update.rows(x, routing, grouped=False)
     rows = self._apply_gate(rows) if has_gate else self.act_fn(rows)
-    rows = grouped_matmul(rows.to(dtype), down, routing, bias=down_bias, x_grouped=True, y_grouped=True)
+    act = rows.to(dtype)
+    rows = grouped_matmul(act, down, routing, bias=down_bias, x_grouped=True, y_grouped=True)
+    if down_update is not None:
+        rows = rows + down_update.rows(act, routing, grouped=True)
     if getattr(self, "has_post_expert_norm", False):
         rows = self.post_expert_norm(rows)
     return _combine(rows, routing, weights).to(hidden_states.dtype)
@@ -149,49 +164,6 @@ def _accept_name() -> None:
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 _accept_name()
-
-
-@dataclass(frozen=True)
-class SwitchedModule:
-    """One experts module that gossamer computes now.
-
-    Attributes:
-        name: its path in the model.
-        class_name: of the module.
-        fused: whether the whole layer is one operator.
-        detail: the fused activation, or why the general way is taken.
-    """
-
-    name: str
-    class_name: str
-    fused: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class SkippedModule:
-    """One experts module left alone, and why."""
-
-    name: str
-    class_name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What :func:`gossamer.replace` did."""
-
-    switched: tuple[SwitchedModule, ...]
-    skipped: tuple[SkippedModule, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"gossamer computes {len(self.switched)} of {len(self.switched) + len(self.skipped)} experts modules"]
-        lines += [
-            f"  {m.name or '(the model itself)'}: {m.class_name}, {'fused' if m.fused else 'general'}: {m.detail}"
-            for m in self.switched
-        ]
-        lines += [f"  {m.name or '(the model itself)'}: {m.class_name}, left alone: {m.reason}" for m in self.skipped]
-        return "\n".join(lines)
 
 
 _previous: weakref.WeakKeyDictionary[nn.Module, list[tuple[object, str | None]]] = weakref.WeakKeyDictionary()
@@ -248,6 +220,16 @@ def _configs(model: nn.Module) -> list[object]:
         if hasattr(config, "_experts_implementation"):
             found[id(config)] = config
     return list(found.values())
+
+
+def holds_experts(model: nn.Module) -> bool:
+    """Whether there is an experts module inside."""
+    return any(_is_experts(module) for module in model.modules())
+
+
+def is_switched(model: nn.Module) -> bool:
+    """Whether :func:`replace` switched experts modules of ``model``."""
+    return model in _previous
 
 
 def _no_experts(model: nn.Module) -> str:

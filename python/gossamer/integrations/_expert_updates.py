@@ -1,0 +1,56 @@
+"""Low-rank updates of the matrices of an experts module, of one adapter or of one for each token."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.grouped_matmul import grouped_matmul
+
+
+@dataclass(frozen=True)
+class ExpertUpdate:
+    """``(x·a_gᵀ)·b_gᵀ`` for the group g of a slot: its expert, or its token's adapter and its expert.
+
+    Attributes:
+        a: ``(G, r, C)``.
+        b: ``(G, N, r)``, with the scale in it.
+        dispatch: the slots by group, or None where the groups are the experts.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    dispatch: Dispatch | None = None
+
+    @property
+    def fusible(self) -> bool:
+        """Whether :func:`gossamer.expert_mlp` takes the update: one adapter, of a rank within its matrix."""
+        return self.dispatch is None and self.a.shape[1] <= min(self.a.shape[2], self.b.shape[1])
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pair that :func:`gossamer.expert_mlp` takes beside an ``x`` of ``dtype``."""
+        keep = self.a.dtype == self.b.dtype and self.a.dtype in (dtype, torch.float32)
+        return (self.a, self.b) if keep else (self.a.to(dtype), self.b.to(dtype))
+
+    def rows(self, x: torch.Tensor, routing: Dispatch, *, grouped: bool) -> torch.Tensor:
+        """The update ``(R, N)`` of each slot, in the expert-sorted order of ``routing``.
+
+        Args:
+            x: ``(T, C)``; ``(R, C)`` in that order when ``grouped``.
+            routing: the layer's dispatch.
+            grouped: see ``x``.
+        """
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        if self.dispatch is None:
+            p = grouped_matmul(x, a, routing, x_grouped=grouped, y_grouped=True)
+            return grouped_matmul(p, b, routing, x_grouped=True, y_grouped=True)
+        slots = dataclasses.replace(self.dispatch, num_tokens=routing.num_rows, top_k=1)
+        if grouped:
+            p = grouped_matmul(x.index_select(0, routing.rows.long()), a, slots, y_grouped=True)
+        else:
+            p = grouped_matmul(x, a, self.dispatch, y_grouped=True)
+        update = grouped_matmul(p, b, slots, x_grouped=True).flatten(0, 1)
+        return update.index_select(0, routing.slots.long())

@@ -1,0 +1,390 @@
+"""PEFT's LoRA layers with their forward pass on gossamer's operators; parameters, names and methods stay PEFT's."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import layer as peft_layer
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from gossamer.integrations._expert_updates import ExpertUpdate
+from gossamer.nn._lora import row_norms
+from gossamer.nn.low_rank_experts import expert_factors
+from gossamer.ops._checks import FLOAT_DTYPES
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.low_rank import low_rank_linear
+from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
+from gossamer.ops.quantized_weight import NF4Weight
+
+BASE = "__base__"  # PEFT's name for "no adapter"
+MAX_RANK = 512
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _plain(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or (
+        not is_traceable_wrapper_subclass(tensor)
+        and tensor.device.type in ("cpu", "cuda", "meta")
+        and (tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and tensor.device.type != "cuda"))
+    )
+
+
+def nf4_weight(base: nn.Module) -> NF4Weight | None:
+    """The weight of bitsandbytes' ``Linear4bit`` as it lies in memory, or None where its layout is another."""
+    weight = base.weight
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+    if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
+        return None
+    nested = state.state2 if state.nested else None
+    return NF4Weight(
+        weight.data,
+        state.absmax,
+        tuple(state.shape),
+        state.code,
+        state.blocksize,
+        nested and nested.absmax,
+        nested and nested.code,
+        nested and state.offset.reshape(1),
+        nested.blocksize if nested else 256,
+    )
+
+
+def base_obstacle(base: nn.Module) -> str | None:
+    """Why the product of this base layer cannot take the update in, or None when it can."""
+    name = type(base).__name__
+    if hooked(base):
+        return f"its {name} has hooks"
+    if name == "Linear4bit":
+        if nf4_weight(base) is None:
+            return "its 4-bit weight is not NF4 in bitsandbytes' own order"
+    elif type(base) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
+        return f"its base layer is a {name}"
+    elif not _plain(base.weight):
+        return f"its weight is a {type(base.weight).__name__} of {base.weight.dtype} on {base.weight.device}"
+    return None if _plain(base.bias) else f"its bias is {base.bias.dtype} on {base.bias.device}"
+
+
+@functools.lru_cache(maxsize=64)
+def _requests(
+    names: tuple[str, ...], known: tuple[str, ...], repeats: int, device: torch.device, inference: bool
+) -> tuple[torch.Tensor, Dispatch]:
+    """The adapter of each row, ``repeats`` rows a request, and the rows sorted by it.
+
+    ``inference`` says whether the tensors are made in inference mode, which autograd does not take.
+    """
+    index = {name: position for position, name in enumerate(known)}
+    ids = torch.tensor([index.get(name, -1) for name in names]).repeat_interleave(repeats).to(device)
+    return ids, adapter_dispatch(ids, len(known))
+
+
+def _stack(parts: list[torch.Tensor], rank: int, dim: int) -> torch.Tensor:
+    """Factors side by side, each as wide as the largest rank."""
+    padding = [0, 0] * (-dim - 1)
+    return torch.stack([F.pad(part, (*padding, 0, rank - part.shape[dim])) for part in parts])
+
+
+def _refuse_alora(kwargs: dict[str, object]) -> None:
+    if kwargs.pop("alora_offsets", None) is not None:
+        raise ValueError("alora_offsets must be None: gossamer does not compute alora_invocation_tokens (aLoRA)")
+
+
+class _Tuner:
+    """What the layers share: which adapters a call uses, and batches that mix them."""
+
+    # Set by gossamer.integrations.peft.mixed_adapters: the adapter of each request, in training too.
+    _gossamer_names: list[str] | None = None
+
+    def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
+        """PEFT's, refusing what gossamer does not compute before anything is added."""
+        from gossamer.integrations.peft import check_config
+
+        if (config := kwargs.get("config")) is not None:
+            check_config(adapter_name, config)
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def _names(self, x: torch.Tensor, kwargs: dict[str, object]) -> list[str] | None:
+        """The adapter of each request of a mixed batch, or None; takes PEFT's own arguments out of ``kwargs``."""
+        _refuse_alora(kwargs)
+        self._check_forward_args(x, adapter_names=kwargs.get("adapter_names"))
+        names = kwargs.pop("adapter_names", None)
+        if names is None and self._gossamer_names is not None and not self.disable_adapters:
+            names = self._gossamer_names
+            self._check_forward_args(x, adapter_names=names)
+        return names
+
+    def _mixed_bank(
+        self, names: list[str], factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The adapters that a batch meets, their stacked factors, scales and ranks; None when it meets none here."""
+        known = tuple(sorted({name for name in names if name in factors}))
+        if not known:
+            return None
+        parts = [factors[name] for name in known]
+        # The stacked copy is kept while the adapters stand still, as they do in inference.
+        tensors = [t for pair in parts for t in pair]
+        keep = not torch.is_grad_enabled() and not any(t.is_inference() for t in tensors)
+        key = (known, tuple((t.data_ptr(), t._version) for t in tensors)) if keep else None
+        bank, kept = None, self.__dict__.get("_gossamer_bank")
+        if key is not None and kept is not None and kept[0] == key:
+            bank = kept[1]
+        else:
+            rank = max(a.shape[-2] for a, _ in parts)
+            bank = (_stack([a for a, _ in parts], rank, -2), _stack([b for _, b in parts], rank, -1))
+            self.__dict__["_gossamer_bank"] = None if key is None else (key, bank)
+        device, wide = bank[0].device, torch.float64 if bank[0].dtype == torch.float64 else torch.float32
+        scale = torch.tensor([self.scaling[name] for name in known], dtype=wide, device=device)
+        ranks = torch.tensor([a.shape[-2] for a, _ in parts], device=device)
+        return known, *bank, scale, ranks
+
+
+def _factors(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors in a dtype that the operators take beside ``x``: its own or float32."""
+    if a.dtype == b.dtype and a.dtype in (x.dtype, torch.float32) and x.dtype != torch.float64:
+        return a, b
+    return a.to(x.dtype), b.to(x.dtype)
+
+
+class LinearMixin(_Tuner):
+    """Forward of a LoRA layer over a linear base: one :func:`gossamer.low_rank_linear`, or a mixed batch."""
+
+    def gossamer_obstacle(self) -> str | None:
+        """Why the update cannot join the base layer's product, or None when it can."""
+        return base_obstacle(self.base_layer)
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """PEFT's forward."""
+        names = self._names(x, kwargs)
+        if self.disable_adapters or (names is None and self.merged):
+            return super().forward(x, *args, **kwargs)
+        if names is not None:
+            return self._mixed(x, names, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or not self._fits(x, active):
+            return super().forward(x, *args, **kwargs)
+        return self._fused(x, active)
+
+    def _dropout(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _fits(self, x: torch.Tensor, active: list[str]) -> bool:
+        if not active or base_obstacle(self.base_layer) is not None or not _plain(x):
+            return False
+        if any(hooked(self.lora_A[name]) or hooked(self.lora_B[name]) for name in active):
+            return False
+        if any(type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity) for name in active):
+            return False
+        if len(active) > 1 and any(name in self.lora_variant or self._dropout(name) for name in active):
+            return False
+        rank = sum(self.r[name] for name in active)
+        return rank <= min(MAX_RANK, self.in_features, self.out_features)
+
+    def _bias(self, active: list[str], dtype: torch.dtype) -> torch.Tensor | None:
+        bias = self.base_layer.bias
+        total = None if bias is None else bias.to(dtype)
+        for name in active:
+            extra = self.lora_B[name].bias
+            if extra is not None:
+                extra = (extra * self.scaling[name]).to(dtype)
+                total = extra if total is None else total + extra
+        return total
+
+    def _fused(self, x: torch.Tensor, active: list[str]) -> torch.Tensor:
+        base, given = self.base_layer, x.dtype
+        weight = nf4_weight(base) if type(base).__name__ == "Linear4bit" else base.weight
+        if isinstance(weight, NF4Weight):
+            x = x if base.compute_dtype is None else x.to(base.compute_dtype)
+        elif type(base) is Conv1D:
+            weight = weight.T
+        scale = self.scaling[active[0]]
+        a, b = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
+        if len(active) > 1:
+            a = torch.cat([self.lora_A[name].weight for name in active])
+            b = torch.cat(
+                [b] + [self.lora_B[n].weight * (self.scaling[n] / scale if scale else 0.0) for n in active[1:]], 1
+            )
+        a, b = _factors(x, a, b)
+        if active[0] in self.lora_variant:
+            return self._dora(x, weight, a, b, active[0]).to(given)
+        bias, dropout = self._bias(active, x.dtype), self._dropout(active[0])
+        y = low_rank_linear(x, weight, a, b, scale=scale, bias=bias, dropout=dropout)
+        return y.to(given) if isinstance(weight, NF4Weight) else y
+
+    def _dora(
+        self, x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Tensor, b: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        scale, bias, dropout = self.scaling[name], self.base_layer.bias, self._dropout(name)
+        dense = weight.dequantize(x.dtype) if isinstance(weight, NF4Weight) else weight
+        gain = self.lora_magnitude_vector[name].weight / row_norms(dense, a, b, scale)
+        dropped = F.dropout(x, dropout) if dropout else x
+        y = low_rank_linear(dropped, weight, a, b, scale=scale)
+        y = y * gain.to(y.dtype)
+        if dropout:
+            # PEFT scales what the dropped x makes of W, and leaves the rest of x·Wᵀ as it is.
+            y = y + F.linear(x - dropped, dense)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _mixed(self, x: torch.Tensor, names: list[str], *args: object, **kwargs: object) -> torch.Tensor:
+        factors = {n: (self.lora_A[n].weight, self.lora_B[n].weight) for n in self.lora_A if n in names}
+        limit = min(MAX_RANK, self.in_features, self.out_features)
+        if any(a.shape[0] > limit for a, _ in factors.values()):
+            return self._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        found = self._mixed_bank(names, factors)
+        if found is None:
+            return y
+        known, a, b, scale, ranks = found
+        rates = {self._dropout(name) for name in known}
+        if len(rates) > 1:
+            raise ValueError(f"lora_dropout must be one value for the adapters of a mixed batch, got {sorted(rates)}")
+        if hooked(self.base_layer) or (y._is_view() and torch.is_grad_enabled()):
+            # Somebody else may hold the result, or autograd lets nobody write to it.
+            y = y.clone()
+        repeats = y.shape[:-1].numel() // max(len(names), 1)
+        ids, routing = _requests(tuple(names), known, repeats, x.device, torch.is_inference_mode_enabled())
+        rows = F.dropout(x.to(y.dtype), rates.pop())
+        y = multi_low_rank(rows, *_factors(rows, a, b), routing, scale=scale, out=y, ranks=ranks)
+        if any(self.lora_B[name].bias is not None for name in known):
+            none = y.new_zeros(y.shape[-1])
+            extra = [none if (bias := self.lora_B[n].bias) is None else bias * self.scaling[n] for n in known]
+            y = y + torch.stack([*extra, none]).to(y.dtype)[ids].view(y.shape)
+        return y
+
+
+class EmbeddingMixin(_Tuner):
+    """Forward of a LoRA layer over an embedding table."""
+
+    def gossamer_obstacle(self) -> str | None:
+        """Why the layer is left to PEFT, or None."""
+        return "its table is split over devices" if self.tp_layer is not None else None
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """PEFT's forward."""
+        names = self._names(x, kwargs)
+        if self.disable_adapters or (names is None and self.merged):
+            return super().forward(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if names is not None:
+            return self._mixed(x, y, names)
+        dtype = y.dtype
+        for name in self.active_adapters:
+            if name in self.lora_embedding_A:
+                y = self._updated(x, y, name)
+        return y.to(dtype)
+
+    def _scaled(self, update: torch.Tensor, scale: float) -> torch.Tensor:
+        """``update`` times the scale, and times that of base layers which scale their output themselves."""
+        update, embed_scale = update * scale, self._get_embed_scale()
+        return update if embed_scale is None else update * embed_scale.to(update.dtype)
+
+    def _updated(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
+        a, b, scale = self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name]
+        update = self._scaled(self._embed(x, a.T) @ b.T, scale)
+        if name not in self.lora_variant:
+            return y + update
+        norms = row_norms(self.get_base_layer().weight.T, a, b, scale)
+        return (y + update) * (self.lora_magnitude_vector[name].weight / norms).to(y.dtype)
+
+    def _mixed(self, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> torch.Tensor:
+        a, b = self.lora_embedding_A, self.lora_embedding_B
+        found = self._mixed_bank(names, {n: (a[n], b[n]) for n in a if n in names})
+        if found is None:
+            return y
+        known, _, b, scale, ranks = found
+        rank = b.shape[2]
+        repeats = y.shape[:-1].numel() // max(len(names), 1)
+        ids, routing = _requests(tuple(names), known, repeats, x.device, torch.is_inference_mode_enabled())
+        # Every adapter's rows of A side by side would be a table of all tables: each request reads its own alone.
+        rows = y.new_zeros(*y.shape[:-1], rank)
+        for name in known:
+            mine = torch.tensor([position for position, other in enumerate(names) if other == name], device=x.device)
+            part = self._embed(x[mine], a[name].T).to(rows.dtype)
+            rows = rows.index_copy(0, mine, F.pad(part, (0, rank - part.shape[-1])))
+        if rank > b.shape[1]:
+            update = (rows.unsqueeze(-2) @ b.to(rows.dtype)[ids].view(*y.shape[:-1], *b.shape[1:]).mT).squeeze(-2)
+            factor = torch.cat([scale, scale.new_zeros(1)])[ids].to(update.dtype).view(*y.shape[:-1], 1)
+            return y + self._scaled(update * factor, 1.0)
+        identity = torch.eye(rank, dtype=rows.dtype, device=rows.device).expand(len(known), rank, rank)
+        update = multi_low_rank(rows, identity, b.to(rows.dtype), routing, scale=scale, ranks=ranks)
+        return y + self._scaled(update, 1.0)
+
+
+class ExpertsMixin(_Tuner):
+    """Forward of PEFT's wrapper of a parameter: low-rank updates of an experts module, or of one matrix."""
+
+    def _chain(self) -> list[_Tuner]:
+        """The wrapper and those inside it, one for each parameter of the module."""
+        chain, module = [], self
+        while isinstance(module, peft_layer.ParamWrapper):
+            chain.append(module)
+            module = module.base_layer
+        return chain
+
+    def gossamer_obstacle(self) -> str | None:
+        """Why the wrapped module is left to PEFT's sum ``W + ΔW``, or None; kept, as a tracer cannot find it out."""
+        self.__dict__["_gossamer_reason"] = reason = self._find_obstacle()
+        return reason
+
+    def _find_obstacle(self) -> str | None:
+        from gossamer.integrations.transformers import _is_experts, _obstacle
+
+        base = self.get_base_layer()
+        if type(base) is nn.Linear and self.parameter_name == "weight":
+            return base_obstacle(base)
+        if not _is_experts(base):
+            return f"its module {type(base).__name__} is no experts module of transformers"
+        targets = {"gate_up_proj", "up_proj", "down_proj"}
+        if self.parameter_name not in targets or self.num_experts == 1:
+            return f"its parameter {self.parameter_name} is none of {sorted(targets)}"
+        return f"its {type(base).__name__} has hooks" if hooked(base) else _obstacle(base)
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """PEFT's forward."""
+        names, chain = self._names(x, kwargs), self._chain()
+        if names is not None:
+            raise ValueError(
+                "adapter_names must be None beside target_parameters: PEFT's ParamWrapper mixes no adapters in a batch"
+            )
+        base = self.get_base_layer()
+        usable = not any(w.disable_adapters or w.merged or w.__dict__.get("_gossamer_reason", "new") for w in chain)
+        if not usable or any(hooked(module) for module in (*chain[1:], base)):
+            return super().forward(x, *args, **kwargs)
+        if type(base) is nn.Linear:
+            return self._linear(x, base) if not (args or kwargs) else super().forward(x, *args, **kwargs)
+        from gossamer.integrations.transformers import experts_forward
+
+        updates = {wrapper.parameter_name: wrapper._update() for wrapper in chain}
+        return experts_forward(base, x, *args, **kwargs, updates=updates)
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _linear(self, x: torch.Tensor, base: nn.Linear) -> torch.Tensor:
+        active = self._active()
+        if not active or sum(self.r[name] for name in active) > min(MAX_RANK, *base.weight.shape):
+            return super().forward(x)
+        a = torch.cat([self.lora_A[name].weight for name in active])
+        b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in active], dim=1)
+        return low_rank_linear(x, base.weight, *_factors(x, a, b), scale=1.0, bias=base.bias)
+
+    def _update(self) -> ExpertUpdate | None:
+        """The active adapters' updates as one, their ranks side by side."""
+        active = self._active()
+        if not active:
+            return None
+        pairs = [
+            expert_factors(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts) for name in active
+        ]
+        a = torch.cat([a for a, _ in pairs], dim=1)
+        b = torch.cat([b * self.scaling[name] for (_, b), name in zip(pairs, active, strict=True)], dim=2)
+        return ExpertUpdate(a, b)

@@ -1,0 +1,231 @@
+"""PEFT: the LoRA layers of a ``PeftModel`` computed by gossamer, with PEFT's own modules, names, saving and loading.
+
+:func:`gossamer.replace` exchanges the class of each tuner layer for a subclass with another ``forward``, in place. What
+the layer holds stays PEFT's: adapters are added, switched, disabled, merged, saved and loaded by PEFT.
+
+Options of ``LoraConfig`` that are computed: ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora``, ``use_dora``,
+``lora_bias``, ``fan_in_fan_out``, ``rank_pattern``, ``alpha_pattern``, ``target_parameters``; and all that only say
+where adapters go or how they start: :data:`SUPPORTED`. Every other one is refused by name when it is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+try:
+    import peft
+except ModuleNotFoundError as error:
+    if error.name not in ("peft", "accelerate"):
+        raise
+    raise ImportError("gossamer's PEFT integration needs peft: pip install 'gossamer[peft]'") from error
+
+if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21):
+    raise ImportError(
+        f"gossamer's PEFT integration needs peft 0.21 or later, got {peft.__version__}: pip install 'gossamer[peft]'"
+    )
+
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin
+from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
+
+# What LoraConfig may set. The last two lines change no layer's forward pass: they choose layers or initial values.
+SUPPORTED = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+    *("rank_pattern", "alpha_pattern", "target_parameters", "bias", "modules_to_save", "trainable_token_indices"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "ensure_weight_tying", "layer_replication"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+)
+_VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
+
+
+class Linear(LinearMixin, peft_layer.Linear):
+    """PEFT's ``lora.Linear``, computed by gossamer."""
+
+
+class Embedding(EmbeddingMixin, peft_layer.Embedding):
+    """PEFT's ``lora.Embedding``, computed by gossamer."""
+
+
+class ParamWrapper(ExpertsMixin, peft_layer.ParamWrapper):
+    """PEFT's ``lora.ParamWrapper``, computed by gossamer."""
+
+
+_CLASSES: dict[type, type] = {
+    peft_layer.Linear: Linear,
+    peft_layer.Embedding: Embedding,
+    peft_layer.ParamWrapper: ParamWrapper,
+}
+
+
+def _quantized_classes() -> None:
+    """Add the layers over bitsandbytes' bases, whose module PEFT imports only where bitsandbytes is installed."""
+    bnb = sys.modules.get("peft.tuners.lora.bnb")
+    for name in ("Linear4bit", "Linear8bitLt"):
+        theirs = getattr(bnb, name, None)
+        if theirs is not None and theirs not in _CLASSES:
+            ours = type(name, (LinearMixin, theirs), {"__module__": __name__, "__doc__": f"PEFT's ``lora.{name}``."})
+            _CLASSES[theirs] = globals()[name] = ours
+
+
+def check_config(adapter_name: str, config: object) -> None:
+    """An adapter's config must set no option that gossamer does not compute.
+
+    Raises:
+        ValueError: naming the adapter and each such option.
+    """
+    if type(config) is not LoraConfig:
+        kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)
+        raise ValueError(f"adapter {adapter_name!r} must be of a LoraConfig, got {kind}")
+    refused = []
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(config, field.name)
+        if field.name not in SUPPORTED and value != default and bool(value):
+            refused.append(f"{field.name}={value!r}")
+    if config.init_lora_weights == "mica":
+        refused.append("init_lora_weights='mica'")
+    if config.lora_bias and config.use_dora:
+        refused.append("lora_bias=True with use_dora=True")
+    if getattr(config, "_custom_modules", None):
+        refused.append("custom modules")
+    if refused:
+        raise ValueError(
+            f"adapter {adapter_name!r} sets options that gossamer does not compute: {', '.join(refused)}; computed are "
+            "r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, fan_in_fan_out, rank_pattern, alpha_pattern "
+            "and target_parameters"
+        )
+
+
+def holds_adapters(model: nn.Module) -> bool:
+    """Whether ``model`` has layers of any of PEFT's tuners inside."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _check_configs(model: nn.Module) -> None:
+    for module in model.modules():
+        for adapter_name, config in (module.__dict__.get("peft_config") or {}).items():
+            check_config(adapter_name, config)
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why gossamer cannot compute this layer at all, or None."""
+    if type(layer) not in _CLASSES:
+        known = ", ".join(sorted(f"lora.{cls.__name__}" for cls in _CLASSES))
+        return f"there is no forward for it; there is one for {known}"
+    for adapter_name, variant in layer.lora_variant.items():
+        if type(variant) not in _VARIANTS:
+            return f"its adapter {adapter_name!r} is a {type(variant).__name__}"
+    return None
+
+
+def _detail(layer: nn.Module) -> tuple[bool, str]:
+    reason = layer.gossamer_obstacle()
+    if reason is not None:
+        return False, f"PEFT's own sum for one adapter at a time, since {reason}"
+    what = {LinearMixin: "low_rank_linear", EmbeddingMixin: "rows of A and B", ExpertsMixin: "expert_mlp"}
+    if isinstance(layer, ExpertsMixin) and type(layer.get_base_layer()) is nn.Linear:
+        return True, "low_rank_linear"
+    return True, next(text for cls, text in what.items() if isinstance(layer, cls))
+
+
+_previous: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, type]]] = weakref.WeakKeyDictionary()
+
+
+def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
+    """Exchange the forward of every LoRA layer in ``model``; :func:`gossamer.replace` calls it for PEFT models.
+
+    Called again, it takes in the layers that were added since.
+
+    Args:
+        model: a ``PeftModel``, or any module with PEFT's tuner layers inside.
+        strict: whether a layer that gossamer cannot compute is an error; otherwise it is left to PEFT and named.
+
+    Raises:
+        ValueError: an adapter's config sets an option that is not computed; under ``strict``, a layer that cannot be.
+    """
+    _quantized_classes()
+    _check_configs(model)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    fresh = [(n, m) for n, m in layers if not isinstance(m, (LinearMixin, EmbeddingMixin, ExpertsMixin))]
+    skipped = [SkippedModule(n, type(m).__name__, reason) for n, m in fresh if (reason := _obstacle(m)) is not None]
+    if skipped and strict:
+        raise ValueError(
+            "model has tuner layers that gossamer cannot compute: "
+            + "; ".join(f"{m.name} (lora.{m.class_name}): {m.reason}" for m in skipped)
+        )
+    left = {m.name for m in skipped}
+    before = _previous.setdefault(model, [])
+    for name, layer in fresh:
+        if name not in left:
+            before.append((layer, type(layer)))
+            layer.__class__ = _CLASSES[type(layer)]
+    switched = tuple(
+        SwitchedModule(name, type(layer).__name__, *_detail(layer)) for name, layer in layers if name not in left
+    )
+    return Replacement(switched, tuple(skipped), "LoRA layers")
+
+
+def restore(model: nn.Module) -> bool:
+    """Give every layer its class back; returns whether there was anything to undo."""
+    before = _previous.pop(model, None)
+    for layer, cls in before or ():
+        layer.__class__ = cls
+        for name in ("_gossamer_names", "_gossamer_bank"):
+            layer.__dict__.pop(name, None)
+    return before is not None
+
+
+@contextlib.contextmanager
+def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
+    """Let each row of a batch meet its own adapter inside the ``with`` block, in training too.
+
+    PEFT's ``adapter_names`` does that for inference alone. Here gradients reach every adapter of the batch, so several
+    train in one step: make them trainable with ``peft_model.base_model.set_adapter([...])``. With gradient
+    checkpointing the backward pass computes layers again, so it belongs inside the block.
+
+    Args:
+        model: a model that :func:`gossamer.replace` switched.
+        adapter_names: the adapter of each row of the batch; None, or PEFT's ``"__base__"``, means none.
+
+    Raises:
+        TypeError: ``adapter_names`` is a str or holds something else than str and None.
+        ValueError: the model was not switched, an adapter is missing, or one uses DoRA or ``target_parameters``, which
+            a mixed batch cannot.
+    """
+    if isinstance(adapter_names, str) or not all(name is None or isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names must be a sequence of str or None, got {adapter_names!r}")
+    names = [BASE if name is None else name for name in adapter_names]
+    layers = [m for m in model.modules() if isinstance(m, (LinearMixin, EmbeddingMixin, ExpertsMixin))]
+    if not layers:
+        raise ValueError("model must be one that gossamer.replace switched, got one without LoRA layers of gossamer")
+    used = set(names) - {BASE}
+    there = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    if missing := sorted(used - there):
+        raise ValueError(f"adapter_names must be among {sorted(there)}, got {missing}")
+    for layer in layers:
+        for name in used:
+            if layer.use_dora.get(name):
+                raise ValueError(f"adapter {name!r} has use_dora=True, which a mixed batch cannot have")
+            if isinstance(layer, ExpertsMixin) and name in layer.lora_A:
+                raise ValueError(f"adapter {name!r} has target_parameters, which a mixed batch cannot have")
+    try:
+        for layer in layers:
+            layer._gossamer_names = names
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_gossamer_names", None)
