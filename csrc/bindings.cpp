@@ -28,4 +28,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_gather_reduce(m);
   gossamer::bindings::register_grouped_matmul(m);
   gossamer::bindings::register_expert_mlp(m);
+  gossamer::bindings::register_hash_table(m);
 }

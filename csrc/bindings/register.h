@@ -10,5 +10,6 @@ void register_dispatch(pybind11::module_& m);
 void register_gather_reduce(pybind11::module_& m);
 void register_grouped_matmul(pybind11::module_& m);
 void register_expert_mlp(pybind11::module_& m);
+void register_hash_table(pybind11::module_& m);
 
 }  // namespace gossamer::bindings

@@ -11,6 +11,7 @@ from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import gather_reduce_step, gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.ops.grouped_matmul import grouped_matmul
+from gossamer.ops.hash_table import HashTable, HashTableFull
 from gossamer.ops.low_rank import low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
@@ -22,6 +23,8 @@ __all__ = [
     "Activation",
     "Dispatch",
     "Float8Weight",
+    "HashTable",
+    "HashTableFull",
     "Int8Weight",
     "NF4Weight",
     "TableLayout",

@@ -18,7 +18,10 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 _FAMILIES = {"native": "gossamer.cpu_kernels", "triton": "gossamer.triton_kernels", "cuda": "gossamer.cuda_kernels"}
 
 # Primitives that have CUDA kernels; Triton serves the others on a GPU.
-CUDA_PRIMITIVES = ("dispatch",)
+CUDA_PRIMITIVES = ("dispatch", "hash_table")
+
+# Primitives that have no Triton kernels.
+NO_TRITON_PRIMITIVES = ("hash_table",)
 
 # A plain global, not a ContextVar: torch.compile guards on it, and it is read in the public function, never in a kernel
 # or in the backward pass, so the autograd threads need not see it.
@@ -98,8 +101,9 @@ def unavailable(name: str, device_type: str) -> str | None:
     return cuda_kernels_unavailable() if device_type == "cuda" else f"CUDA kernels run on cuda, not on {device_type}"
 
 
-def _default(device_type: str) -> str:
-    preferred = {"cpu": "native", "cuda": "triton"}.get(device_type, "reference")
+def _default(primitive: str, device_type: str) -> str:
+    on_cuda = "cuda" if primitive in NO_TRITON_PRIMITIVES else "triton"
+    preferred = {"cpu": "native", "cuda": on_cuda}.get(device_type, "reference")
     return "reference" if unavailable(preferred, device_type) else preferred
 
 
@@ -113,11 +117,13 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     if device_type == "meta":
         return "native"
     if _forced is None:
-        return _default(device_type)
+        return _default(primitive, device_type)
     if reason := unavailable(_forced, device_type):
         raise ValueError(f'gossamer.backend("{_forced}") cannot serve {primitive} on {tensor.device}: {reason}')
     if _forced == "cuda" and primitive not in CUDA_PRIMITIVES:
         raise ValueError(f'gossamer.backend("cuda") cannot serve {primitive}: only {CUDA_PRIMITIVES} have CUDA kernels')
+    if _forced == "triton" and primitive in NO_TRITON_PRIMITIVES:
+        raise ValueError(f'gossamer.backend("triton") cannot serve {primitive}: it has no Triton kernels')
     return _forced
 
 

@@ -12,7 +12,7 @@ import torch
 
 from gossamer import _backend
 
-PRIMITIVES = ("dispatch", "grouped_matmul", "expert_mlp", "gather_reduce")
+PRIMITIVES = ("dispatch", "grouped_matmul", "expert_mlp", "gather_reduce", "hash_table")
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")
 ISA_FLAGS = (
     "avx2",

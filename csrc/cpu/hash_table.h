@@ -1,0 +1,33 @@
+// The hash table on the host: batches of keys to slots, and rows of its value storage copied by slot.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+#include "hash_table_core.h"
+
+namespace gossamer {
+
+// slots[i] of key i, or -1.
+void hash_table_find(const hash_table::Table& table, IndexArray keys, int64_t count, int64_t* slots, int num_threads);
+
+struct HashInsertArgs {
+  hash_table::Table table;
+  hash_table::Batch batch;
+  hash_table::Results results;
+  IndexArray keys;
+  int64_t count;
+  int64_t room;  // new keys that may come where nothing is evicted
+};
+
+// Finds or inserts each key: first those that are there, then the others in the order of the batch. Returns how many
+// distinct keys are new when these are more than `room`, with nothing inserted, else -1.
+int64_t hash_table_insert(const HashInsertArgs& args, int num_threads);
+
+// out[i] = table[slots[i]], zeros for -1; rows are bytes.
+void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int num_threads);
+
+// table[slots[i]] = rows[i], -1 skipped; of equal slots the last position stays.
+void scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, int64_t count, const char* rows, int num_threads);
+
+}  // namespace gossamer

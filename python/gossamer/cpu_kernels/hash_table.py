@@ -1,0 +1,81 @@
+"""Launchers of the native hash table; the arrays and the meaning of results are those of the reference in ``ops``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gossamer import _C
+from gossamer.cpu_kernels._native import empty_huge, vector
+
+
+def empty(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Value storage of a new table, on huge pages where the system gives them."""
+    tensor = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def _view(storage: Any) -> _C.HashTableView:
+    arrays = (storage.digests, storage.keys, storage.scores, storage.buckets, storage.fill, storage.quota)
+    pointers = (0 if a is None else a.data_ptr() for a in arrays)
+    return _C.HashTableView(*pointers, storage.fill.shape[0], storage.partition_buckets)
+
+
+def find(storage: Any, keys: torch.Tensor) -> torch.Tensor:
+    """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
+    slots = torch.empty(keys.shape[0], dtype=torch.int64)
+    _C.hash_table_find(_view(storage), vector(keys), keys.shape[0], slots.data_ptr(), torch.get_num_threads())
+    return slots
+
+
+def insert(
+    storage: Any,
+    keys: torch.Tensor,
+    policy: int,
+    stamp: int,
+    serial: int,
+    scores: torch.Tensor | None,
+    room: int,
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Find or insert each key; arguments and results as the reference's."""
+    n = keys.shape[0]
+    scores = None if scores is None else scores.contiguous()
+    slots, status = torch.empty(n, dtype=torch.int64), torch.zeros(n, dtype=torch.uint8)
+    victims = [torch.zeros(n, dtype=torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
+    new_keys = _C.hash_table_insert(
+        _view(storage),
+        vector(keys),
+        n,
+        policy,
+        stamp,
+        serial,
+        0 if scores is None else scores.data_ptr(),
+        room,
+        slots.data_ptr(),
+        status.data_ptr(),
+        *(0 if v is None else v.data_ptr() for v in victims),
+        torch.get_num_threads(),
+    )
+    return new_keys, slots, status, *victims
+
+
+def gather_rows(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """``values[slots]``, zeros for −1."""
+    slots = slots.contiguous()
+    out = empty_huge((slots.shape[0], values.shape[1]), values.dtype)
+    row_bytes = values.shape[1] * values.element_size()
+    _C.gather_rows(
+        values.data_ptr(), row_bytes, slots.data_ptr(), slots.shape[0], out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    """``values[slots] = rows`` in place, −1 skipped; of equal slots the last position stays."""
+    slots, rows = slots.contiguous(), rows.contiguous()
+    row_bytes = values.shape[1] * values.element_size()
+    _C.scatter_rows(
+        values.data_ptr(), row_bytes, slots.data_ptr(), slots.shape[0], rows.data_ptr(), torch.get_num_threads()
+    )

@@ -1,0 +1,499 @@
+"""A table from any 64-bit key to a row of its own: batches of finds, inserts and evictions, reproducible."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from gossamer import _backend
+from gossamer.ops import _hash_table_reference as reference
+from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES, check_shape, check_tensor
+from gossamer.ops._hash_table_reference import INSERTED, POLICIES, REPLACED, Storage
+from gossamer.ops.gather_reduce import gather_reduce
+
+EVICT = ("lru", "lfu", "epoch_lru", "epoch_lfu", "score", None)
+_COUNTING = ("lfu", "epoch_lfu")
+_MAX_EPOCH = 2**31 - 1
+_LAST_SERIAL = 2**31 - 1
+
+
+class HashTableFull(ValueError):
+    """Keys were refused because a table without eviction has no room for them; the table is as it was."""
+
+
+class Inserted(NamedTuple):
+    """What :meth:`HashTable.insert_rows` did with each key of a batch of n.
+
+    Attributes:
+        rows: ``(n,)`` int64, rows of :attr:`HashTable.values`; −1 for a refused key.
+        inserted: ``(n,)`` bool, whether this position made the row; once for each new key.
+        evicted: ``(n,)`` bool, whether it evicted another key to do so.
+        victim_keys: ``(n,)``, the key that it evicted, where it did.
+        victim_scores: ``(n,)`` int64, that key's score.
+    """
+
+    rows: torch.Tensor
+    inserted: torch.Tensor
+    evicted: torch.Tensor
+    victim_keys: torch.Tensor
+    victim_scores: torch.Tensor
+
+
+def _joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+class HashTable:
+    """A hash table in which every key owns a row of ``dim`` values, and no two keys ever share one.
+
+    All calls take batches of keys, ``(n,)`` in ``key_dtype``; every value of that dtype is a legal key, and a batch may
+    hold one key many times. A batch is handled as if its keys came one after another: first those that are in the
+    table, then the others in their order, so the result depends neither on threads nor on their timing. What it has
+    touched a batch does not evict. Calls that take or give values go through a batch in pieces of ``capacity // 4``
+    keys, so that later keys evict earlier ones; :meth:`rows` takes it whole, and refuses what does not fit beside the
+    batch's own.
+
+    Keys lie in buckets of 16 slots with a one-byte digest each, in two buckets per key, in partitions of about a
+    thousand slots. When a key's partition has its share of ``capacity``, the lowest score in the key's two buckets is
+    evicted (the first of equals). A table of up to about 1800 keys is one partition, so it evicts nothing before it is
+    full; in larger ones partitions fill unevenly, and the first evictions come at some 90 % load.
+
+    Scores by ``evict``:
+
+    - ``"lru"``: the number of the last call that touched the key.
+    - ``"lfu"``: how often it was touched, or the sum of the ``scores`` given.
+    - ``"epoch_lru"``, ``"epoch_lfu"``: the same below :attr:`epoch` · 2³², counts starting anew in each epoch.
+    - ``"score"``: what the caller gave last; a new key below every candidate's score is refused.
+    - ``None``: nothing is evicted; a batch that does not fit raises :class:`HashTableFull` and changes nothing.
+
+    ``find``, ``contains``, ``rows`` without ``insert``, and ``export`` do not touch. Calls may come from several
+    threads: each holds the table's lock. Not traced by ``torch.compile``.
+
+    Args:
+        dim: D, values of a row.
+        capacity: most keys held at a time, at least 1. Without eviction too; :meth:`reserve` raises it.
+        key_dtype: ``torch.int64`` or ``torch.int32``.
+        value_dtype: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
+        device: where the table lies.
+        evict: the policy above.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: ``dim`` or ``capacity`` is below 1, or ``evict`` is none of the policies.
+
+    The two-choice buckets with digests beside scores are those of HierarchicalKV (arXiv 2603.17168).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        capacity: int,
+        *,
+        key_dtype: torch.dtype = torch.int64,
+        value_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        evict: str | None = None,
+    ) -> None:
+        if key_dtype not in INDEX_DTYPES:
+            raise TypeError(f"key_dtype must be torch.int64 or torch.int32, got {key_dtype}")
+        if value_dtype not in FLOAT_DTYPES:
+            raise TypeError(f"value_dtype must be float32, float16 or bfloat16, got {value_dtype}")
+        for name, value in (("dim", dim), ("capacity", capacity)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if evict not in EVICT:
+            raise ValueError(f"evict must be one of {EVICT}, got {evict!r}")
+        self.dim, self.capacity, self.evict = dim, capacity, evict
+        self.key_dtype, self.value_dtype, self.device = key_dtype, value_dtype, torch.device(device)
+        self._lock = threading.RLock()
+        self._clock = self._serial = self._epoch = 0
+        self._storage = self._allocate(capacity)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return (
+            f"HashTable(dim={self.dim}, capacity={self.capacity}, len={len(self)}, key_dtype={self.key_dtype}, "
+            f"value_dtype={self.value_dtype}, device={self.device}, evict={self.evict!r})"
+        )
+
+    def __len__(self) -> int:
+        return int(self._storage.fill.sum())
+
+    def _kernels(self) -> ModuleType:
+        name = _backend.resolve("hash_table", self._storage.digests)
+        return reference if name == "reference" else _backend.kernels(name, "hash_table")
+
+    def _allocate(self, capacity: int) -> Storage:
+        native = self.device.type == "cpu" and _backend.native_unavailable() is None
+        empty = _backend.kernels("native", "hash_table").empty if native else torch.empty
+        values = (self.dim, self.value_dtype)
+        return Storage.allocate(capacity, self.evict is not None, values, self.device, empty)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The value storage, ``(slots, D)``; rows of keys are where :meth:`rows` says, the others are undefined."""
+        return self._storage.values
+
+    @property
+    def load_factor(self) -> float:
+        """Keys held, as a part of ``capacity``."""
+        return len(self) / self.capacity
+
+    @property
+    def epoch(self) -> int:
+        """The upper half of the scores that the epoch policies set, from 0 to 2³¹ − 1."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_EPOCH:
+            raise ValueError(f"epoch must be an int in [0, 2**31), got {value!r}")
+        self._epoch = value
+
+    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device.type != self.device.type:
+            raise ValueError(f"{name} must be on the table's device, {self.device}, got {tensor.device}")
+
+    def _check_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        check_tensor("keys", keys)
+        check_shape("keys", keys, (None,), "(n,)")
+        if keys.dtype != self.key_dtype:
+            raise TypeError(f"keys must have the table's key_dtype, {self.key_dtype}, got {keys.dtype}")
+        self._check_place("keys", keys)
+        return keys
+
+    def _check_values(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        check_tensor("values", values)
+        check_shape("values", values, (count, self.dim), "(n, D)")
+        if values.dtype != self.value_dtype:
+            raise TypeError(f"values must have the table's value_dtype, {self.value_dtype}, got {values.dtype}")
+        self._check_place("values", values)
+        return values.detach()
+
+    def _check_scores(self, scores: torch.Tensor | None, count: int) -> torch.Tensor | None:
+        if scores is None:
+            if self.evict == "score":
+                raise ValueError("scores must be given: evict='score' has no others")
+            return None
+        if self.evict not in ("score", *_COUNTING):
+            raise ValueError(f"scores must be None with evict={self.evict!r}, which sets its own")
+        return self._checked_scores(scores, count, 0 if self.evict in _COUNTING else None)
+
+    def _checked_scores(self, scores: torch.Tensor, count: int, least: int | None) -> torch.Tensor:
+        check_tensor("scores", scores)
+        check_shape("scores", scores, (count,), "(n,)")
+        if scores.dtype != torch.int64:
+            raise TypeError(f"scores must be int64, got {scores.dtype}")
+        self._check_place("scores", scores)
+        # On CUDA the test would stall the stream.
+        if least is not None and scores.device.type == "cpu" and count and int(scores.min()) < least:
+            raise ValueError(f"scores must be at least {least} with evict={self.evict!r}, got {int(scores.min())}")
+        return scores
+
+    def _pieces(self, *tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
+        """The tensors in pieces of a size that the table takes without evicting what the same piece brought."""
+        count = tensors[0].shape[0]
+        size = max(self.capacity // 4, 1) if self.evict is not None else max(count, 1)
+        for begin in range(0, max(count, 1), size):
+            yield [None if t is None else t[begin : begin + size] for t in tensors]
+
+    def _insert(self, keys: torch.Tensor, scores: torch.Tensor | None, policy: str | None) -> Inserted:
+        stamp = self._epoch << 32 if policy in ("epoch_lru", "epoch_lfu") else 0
+        if policy in ("lru", "epoch_lru"):
+            stamp |= self._clock + 1 if policy == "lru" else (self._clock + 1) & 0xFFFFFFFF
+        if self._serial == _LAST_SERIAL:
+            self._storage.buckets[:, 1:].zero_()
+            self._serial = 0
+        # Only a table without eviction needs to know, and on CUDA knowing stalls the stream.
+        room = self.capacity - len(self) if policy is None else 0
+        arguments = (POLICIES[policy], stamp, self._serial + 1, scores, room)
+        new_keys, rows, status, victim_keys, victim_scores = self._kernels().insert(self._storage, keys, *arguments)
+        if new_keys >= 0:
+            raise HashTableFull(
+                f"the table is full: {new_keys} new keys for {room} free rows of capacity={self.capacity}, with "
+                "evict=None; reserve() makes room, erase() frees some"
+            )
+        self._clock, self._serial = self._clock + 1, self._serial + 1
+        inserted = status >= INSERTED
+        evicted = status == REPLACED
+        if victim_keys is None:
+            victim_keys = victim_scores = rows.new_zeros(rows.shape)
+        return Inserted(rows, inserted, evicted, victim_keys.to(self.key_dtype), victim_scores)
+
+    def _set_new(self, done: Inserted, values: torch.Tensor | None) -> None:
+        rows = torch.where(done.inserted, done.rows, -1)
+        if values is None:
+            values = self.values.new_zeros(1, self.dim).expand(rows.shape[0], -1)
+        self._kernels().scatter_rows(self.values, rows, values)
+
+    def rows(self, keys: torch.Tensor, insert: bool = False, scores: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of :attr:`values` that belong to the keys, for ``gather_reduce`` and ``sparse_update_`` to work on.
+
+        Args:
+            keys: ``(n,)``.
+            insert: whether absent keys get a row of zeros; otherwise, or when refused, theirs is −1.
+            scores: as in :meth:`insert_or_assign`; only with ``insert``.
+
+        Returns:
+            ``(n,)`` int64. Rows stay where they are until their key leaves, or :meth:`reserve` moves all.
+
+        Raises:
+            HashTableFull: with ``evict=None``, the new keys do not fit.
+            TypeError, ValueError: keys or scores are not what the table takes.
+        """
+        if insert:
+            return self.insert_rows(keys, scores).rows
+        if scores is not None:
+            raise ValueError("scores must be None without insert, which sets none")
+        with self._lock:
+            return self._kernels().find(self._storage, self._check_keys(keys))
+
+    def insert_rows(self, keys: torch.Tensor, scores: torch.Tensor | None = None) -> Inserted:
+        """:meth:`rows` with ``insert``, and what it did for it: new rows hold zeros, victims' values are gone."""
+        keys = self._check_keys(keys)
+        scores = self._check_scores(scores, keys.shape[0])
+        with self._lock:
+            done = self._insert(keys, scores, self.evict)
+            self._set_new(done, None)
+            return done
+
+    def contains(self, keys: torch.Tensor) -> torch.Tensor:
+        """``(n,)`` bool: which keys are in the table."""
+        return self.rows(keys) >= 0
+
+    def find(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(values (n, D), found (n,) bool)``; values of absent keys are zeros."""
+        with self._lock:
+            rows = self.rows(keys)
+            return self._kernels().gather_rows(self.values, rows), rows >= 0
+
+    def find_or_insert(
+        self, keys: torch.Tensor, values: torch.Tensor | None = None, scores: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values of the keys, after inserting those that were absent.
+
+        Args:
+            keys: ``(n,)``.
+            values: ``(n, D)`` for absent keys, of which the first occurrence counts; None for zeros.
+            scores: as in :meth:`insert_or_assign`.
+
+        Returns:
+            ``(values (n, D), inserted (n,) bool)``; ``inserted`` is true at the position that made the row, and values
+            of refused keys are zeros.
+
+        Raises:
+            HashTableFull: with ``evict=None``, the new keys do not fit.
+            TypeError, ValueError: keys, values or scores are not what the table takes.
+        """
+        keys = self._check_keys(keys)
+        values = None if values is None else self._check_values(values, keys.shape[0])
+        scores = self._check_scores(scores, keys.shape[0])
+        with self._lock:
+            parts = [self._find_or_insert(*piece) for piece in self._pieces(keys, values, scores)]
+        return _joined(parts)
+
+    def _find_or_insert(self, keys, values, scores) -> tuple[torch.Tensor, torch.Tensor]:
+        done = self._insert(keys, scores, self.evict)
+        self._set_new(done, values)
+        return self._kernels().gather_rows(self.values, done.rows), done.inserted
+
+    def insert_or_assign(
+        self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Set the values of the keys; of one key's several, the last stays.
+
+        Args:
+            keys: ``(n,)``.
+            values: ``(n, D)``.
+            scores: ``(n,)`` int64: required with ``evict="score"``; increments of at least 0, by default 1, with
+                ``"lfu"`` and ``"epoch_lfu"``; else None.
+
+        Returns:
+            ``(n,)`` bool: which were stored; the others were refused.
+
+        Raises:
+            HashTableFull: with ``evict=None``, the new keys do not fit.
+            TypeError, ValueError: keys, values or scores are not what the table takes.
+        """
+        keys = self._check_keys(keys)
+        values = self._check_values(values, keys.shape[0])
+        scores = self._check_scores(scores, keys.shape[0])
+        with self._lock:
+            return _joined([self._assign(*piece, self.evict) for piece in self._pieces(keys, values, scores)])[0]
+
+    def _assign(self, keys, values, scores, policy) -> tuple[torch.Tensor]:
+        rows = self._insert(keys, scores, policy).rows
+        self._kernels().scatter_rows(self.values, rows, values)
+        return (rows >= 0,)
+
+    def accum_or_assign(
+        self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add to the values of the keys that are there, and insert the others with theirs.
+
+        One key's several are summed in their order, in float32, and rounded once. Arguments, result and errors as in
+        :meth:`insert_or_assign`.
+        """
+        keys = self._check_keys(keys)
+        values = self._check_values(values, keys.shape[0])
+        scores = self._check_scores(scores, keys.shape[0])
+        with self._lock:
+            return _joined([self._accumulate(*piece) for piece in self._pieces(keys, values, scores)])[0]
+
+    def _accumulate(self, keys, values, scores) -> tuple[torch.Tensor]:
+        done = self._insert(keys, scores, self.evict)
+        rows, order = torch.sort(done.rows, stable=True)
+        touched, counts = torch.unique_consecutive(rows, return_counts=True)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        sums = gather_reduce(values.float(), order, offsets)
+        kept = touched >= 0
+        touched, sums = touched[kept], sums[kept]
+        old = self.values[touched].float()
+        old[torch.isin(touched, done.rows[done.inserted])] = 0
+        self.values[touched] = (old + sums).to(self.value_dtype)
+        return (done.rows >= 0,)
+
+    def insert_and_evict(
+        self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`insert_or_assign`, returning what is no longer, or not, in the table.
+
+        Returns:
+            ``(keys (m,), values (m, D), scores (m,) int64)`` of the keys evicted and of those refused, in the order of
+            the positions that did it. So before and after, table and results together hold the same keys.
+        """
+        keys = self._check_keys(keys)
+        values = self._check_values(values, keys.shape[0])
+        given = self._check_scores(scores, keys.shape[0])
+        with self._lock:
+            return _joined([self._insert_and_evict(*piece) for piece in self._pieces(keys, values, given)])
+
+    def _insert_and_evict(self, keys, values, scores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        done = self._insert(keys, scores, self.evict)
+        refused = done.rows < 0
+        left = (done.evicted | refused).nonzero().squeeze(1)
+        refused = refused[left]
+        own = torch.zeros_like(done.rows) if scores is None else scores
+        old_values = self._kernels().gather_rows(self.values, done.rows[left])
+        self._kernels().scatter_rows(self.values, done.rows, values)
+        return (
+            torch.where(refused, keys[left], done.victim_keys[left]),
+            torch.where(refused[:, None], values[left], old_values),
+            torch.where(refused, own[left], done.victim_scores[left]),
+        )
+
+    def erase(self, keys: torch.Tensor) -> torch.Tensor:
+        """Remove keys; ``(n,)`` bool says which were there."""
+        with self._lock:
+            rows = self.rows(keys)
+            slots = rows[rows >= 0].unique()
+            self._storage.digests[slots] = 0
+            homes = slots // (reference.BUCKET_SLOTS * self._storage.partition_buckets)
+            self._storage.fill.index_add_(0, homes, torch.full_like(homes, -1, dtype=torch.int32))
+            return rows >= 0
+
+    def clear(self) -> None:
+        """Remove all keys."""
+        with self._lock:
+            self._storage.clear()
+            self._clock = self._serial = 0
+
+    def live_rows(self) -> torch.Tensor:
+        """The rows in use, ascending: ``(len,)`` int64."""
+        with self._lock:
+            return self._storage.digests.nonzero().squeeze(1)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least ``capacity`` keys. Every key keeps its values and score, and gets another row."""
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"capacity must be an int of at least 1, got {capacity!r}")
+        with self._lock:
+            if capacity <= self.capacity:
+                return
+            keys, values, scores = self.export()
+            old = self.__dict__.copy()
+            try:
+                while True:
+                    self.capacity, self._storage, self._serial = capacity, self._allocate(capacity), 0
+                    rows = self._insert(keys, None, None).rows
+                    if self.evict is None or not (self._storage.fill > self._storage.quota).any():
+                        break
+                    # A partition has more than its share: the next size spreads the keys in another way.
+                    capacity += capacity // 16 + 1
+            except BaseException:
+                self.__dict__.update(old)
+                raise
+            self._clock = old["_clock"]
+            if self._storage.scores is not None:
+                self._storage.scores[rows] = scores
+            self._kernels().scatter_rows(self.values, rows, values)
+
+    def export(
+        self, predicate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies of what the table holds, ordered by row.
+
+        Args:
+            predicate: called with ``keys (m,)`` and ``scores (m,)`` of all, returns ``(m,)`` bool, which to export.
+
+        Returns:
+            ``(keys (m,), values (m, D), scores (m,) int64)``; scores are zeros with ``evict=None``.
+
+        Raises:
+            ValueError: the predicate's result is no such tensor.
+        """
+        with self._lock:
+            rows = self.live_rows()
+            keys = self._storage.keys[rows].to(self.key_dtype)
+            scores = rows.new_zeros(rows.shape) if self._storage.scores is None else self._storage.scores[rows]
+            if predicate is not None:
+                mask = predicate(keys, scores)
+                if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != keys.shape:
+                    got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
+                    raise ValueError(f"predicate must return a bool tensor {tuple(keys.shape)}, got {got}")
+                rows, keys, scores = rows[mask], keys[mask], scores[mask]
+            return keys, self._kernels().gather_rows(self.values, rows), scores
+
+    def import_(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
+        """Take in what :meth:`export` gave, with its scores; keys that are there are overwritten.
+
+        Where not all fit, those with the highest scores of their buckets stay.
+
+        Args:
+            keys: ``(n,)``, of which equal ones count as the last.
+            values: ``(n, D)``.
+            scores: ``(n,)`` int64, or None for zeros.
+
+        Returns:
+            ``(n,)`` bool: which were stored.
+
+        Raises:
+            HashTableFull: with ``evict=None``, the new keys do not fit.
+            TypeError, ValueError: an argument is not what the table takes.
+        """
+        keys = self._check_keys(keys)
+        values = self._check_values(values, keys.shape[0])
+        scores = keys.new_zeros(keys.shape, dtype=torch.int64) if scores is None else scores
+        scores = self._checked_scores(scores, keys.shape[0], None)
+        with self._lock:
+            policy = None if self.evict is None else "score"
+            pieces = self._pieces(keys, values, None if policy is None else scores)
+            stored = _joined([self._assign(*piece, policy) for piece in pieces])[0]
+            if scores.numel() and self.evict in ("lru", "epoch_lru", "epoch_lfu"):
+                latest = int(scores.max())
+                # What is touched from now on is newer than what came in.
+                self._clock = max(self._clock, latest if self.evict == "lru" else latest & 0xFFFFFFFF)
+                self._epoch = max(self._epoch, 0 if self.evict == "lru" else min(latest >> 32, _MAX_EPOCH))
+            return stored
