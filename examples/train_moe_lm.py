@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from shared import VALIDATION_EVERY, load_corpus, smooth
 from torch import nn
 
 import gossamer
@@ -47,7 +48,6 @@ except ImportError as error:
     sys.exit(f"this example needs {error.name}: pip install 'gossamer[bench]' safetensors")
 
 VOCABULARY = 256
-VALIDATION_EVERY = 20  # each 20th file of the corpus is held out
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLORS = {"eager": "#c2571a", "gossamer": "#1f6f8b"}
 
@@ -195,18 +195,6 @@ def build_model(settings: Settings, experts: str) -> ByteLM:
     return model.to(settings.device)
 
 
-def load_corpus(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation bytes: all ``*.py`` below ``root`` by path, installed packages left out."""
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
-    paths = [p for p in paths if not skipped & set(p.split("/"))]
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for number, path in enumerate(paths):
-        parts[number % VALIDATION_EVERY == VALIDATION_EVERY - 1].append((root / path).read_bytes() + b"\n")
-    train, valid = (torch.frombuffer(bytearray(b"".join(p) or b"\0"), dtype=torch.uint8) for p in parts)
-    return train, valid
-
-
 def unigram_bits(train: torch.Tensor, valid: torch.Tensor) -> float:
     """Bits per byte of ``valid`` under the byte frequencies of ``train``."""
     frequency = torch.bincount(train.int(), minlength=VOCABULARY).double() + 1
@@ -300,15 +288,6 @@ def train_one(
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
             evaluate(step + 1)
     return run, model
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    average, weight, out = 0.0, 0.0, []
-    for value in values:
-        average, weight = 0.9 * average + 0.1 * value, 0.9 * weight + 0.1
-        out.append(average / weight)
-    return out
 
 
 def plot_loss(runs: list[Run], unigram: float, path: Path) -> None:

@@ -1,0 +1,38 @@
+"""What the examples share: their text, and the smoothing of their curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+VALIDATION_EVERY = 20  # each 20th file of the corpus is held out
+
+
+def python_files(root: Path) -> list[Path]:
+    """All ``*.py`` below ``root`` by path, installed packages left out."""
+    skipped = {"site-packages", "dist-packages", "__pycache__"}
+    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+    return [root / p for p in paths if not skipped & set(p.split("/"))]
+
+
+def as_bytes(parts: list[bytes]) -> torch.Tensor:
+    """The parts one behind the other, as uint8; a single zero when there are none."""
+    return torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
+
+
+def load_corpus(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation bytes of all Python files below ``root``."""
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for number, path in enumerate(python_files(root)):
+        parts[number % VALIDATION_EVERY == VALIDATION_EVERY - 1].append(path.read_bytes() + b"\n")
+    return as_bytes(parts[0]), as_bytes(parts[1])
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    average, weight, out = 0.0, 0.0, []
+    for value in values:
+        average, weight = 0.9 * average + 0.1 * value, 0.9 * weight + 0.1
+        out.append(average / weight)
+    return out
