@@ -30,23 +30,19 @@ import importlib
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import gossamer.triton_kernels
+from gossamer.triton_kernels import ahead_of_time
+from gossamer.triton_kernels.tiles import shared_limit
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ARCHS = (80, 90, 100)
 
 
 def _module(name: str) -> ModuleType:
@@ -82,67 +78,24 @@ def _label(signature: dict, constexprs: dict) -> str:
     return " ".join([dtype, *(f"{k}={v}" for k, v in constexprs.items() if v is not None)]).strip()
 
 
-def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
-    types, attrs = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constexprs:
-            types[name] = "constexpr"
-            continue
-        if name not in signature:
-            raise ValueError(f"{kernel.__name__}: aot_cases gives argument {name!r} neither a type nor a value")
-        types[name], _, divisor = signature[name].partition(":")
-        if divisor:
-            attrs[(i,)] = [["tt.divisibility", int(divisor)]]
-    unknown = (signature.keys() | constexprs.keys()) - set(kernel.arg_names)
-    if unknown:
-        raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}, which aot_cases names")
-    return ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attrs)
-
-
-def _resources(compiled, arch: int) -> tuple[int, int]:
-    """Registers a thread, and bytes a thread that they spill to local memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-        if int(usage["STACK"]) + int(usage["LOCAL"]) == 0:
-            return int(usage["REG"]), 0
-        # Some releases reserve a stack that nothing spills to; the assembler's report tells the two apart.
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"^\.target (sm_\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", ptx, "-o", cubin]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        return int(usage["REG"]), sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-
-
-def _matrix_instruction(ptx: str) -> str:
-    found = (name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx)
-    return next(found, "")
-
-
 def compile_case(module_name: str, arch: int, number: int) -> dict:
     """Compile one case; returns its row of the table, with ``error`` set when it breaks a limit or does not compile."""
     kernel, signature, constexprs, options = _cases(module_name, arch)[number]
     row = {"module": module_name, "kernel": kernel.__name__, "arch": arch, "case": _label(signature, constexprs)}
     try:
-        source = _source(kernel, signature, constexprs)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+        compiled = ahead_of_time.compile_case((kernel, signature, constexprs, options), arch)
     except Exception:  # any failure of the compiler is a result to show
         return row | {"error": traceback.format_exc()}
-    registers, spills = _resources(compiled, arch)
-    shared = compiled.metadata.shared
     problems = []
-    if spills:
-        problems.append(f"spills {spills} bytes a thread")
-    if shared > SHARED_LIMIT[arch]:
-        problems.append(f"shared memory {shared} over the limit {SHARED_LIMIT[arch]}")
+    if compiled.spills:
+        problems.append(f"spills {compiled.spills} bytes a thread")
+    if compiled.shared > shared_limit(arch):
+        problems.append(f"shared memory {compiled.shared} over the limit {shared_limit(arch)}")
     numbers = {
-        "registers": registers,
-        "spills": spills,
-        "shared": shared,
-        "mma": _matrix_instruction(compiled.asm["ptx"]),
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "shared": compiled.shared,
+        "mma": compiled.matrix_instruction,
     }
     return row | numbers | {"error": "; ".join(problems)}
 
@@ -166,11 +119,11 @@ def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("modules", nargs="*", help="modules of triton_kernels/ (default: all)")
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
-    rows = compile_all(args.arch or sorted(SHARED_LIMIT), args.modules or modules(), args.jobs)
+    rows = compile_all(args.arch or list(ARCHS), args.modules or modules(), args.jobs)
     if args.json:
         json.dump(rows, sys.stdout)
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,43 +10,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer._layout import stored_transposed
+from gossamer.triton_kernels.tile_tables import device_table
+from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 TMA_ARCH = 90
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One launch shape: block sizes, warps, pipeline stages, and whether programs loop over tiles.
-
-    ``block_n`` counts output columns of one accumulator; ``group_m`` row tiles share their weight tiles in L2.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-    persistent: bool = False
-
-    def options(self) -> dict[str, int]:
-        """The launch options that are no kernel arguments."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    def constants(self) -> dict[str, int | bool]:
-        """The compile-time arguments that every tiled kernel takes."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-            "FLATTEN": self.persistent,
-        }
-
-
-def choose_block_m(mean_rows: float) -> int:
-    """Rows of a tile from the mean rows of an expert: small ones waste less of a half-empty tile."""
-    return 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64 if mean_rows <= 96 else 128
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @functools.cache
@@ -76,6 +43,15 @@ def grid_size(num_tiles: int, tile: Tile, tensor: torch.Tensor) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: TF32 only where torch's own matmuls may use it."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def choose_tile(
+    kernel: str, form: str, x: torch.Tensor, arch: int, num_rows: int, num_experts: int, n: int, c: int
+) -> Tile:
+    """The tile of a launch over ``x``, by what is known of its device; arguments as the attributes of ``Problem``."""
+    precision = TRITON_NAMES[x.dtype] if dot_precision(x.dtype) == "ieee" else "tf32"
+    problem = Problem(kernel, form, precision, num_rows / num_experts, num_experts, n, c)
+    return choose(problem, arch, device_table(x.device.index) if x.is_cuda else None)
 
 
 def unit_columns(x: torch.Tensor) -> torch.Tensor:
@@ -310,7 +286,9 @@ def up_factor(u, limit, ACT: tl.constexpr):
         return u, tl.full(u.shape, 1.0, tl.float32)
 
 
-TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+def aot_dtype(precision: str) -> torch.dtype:
+    """The dtype of operands multiplied in a precision of :class:`gossamer.triton_kernels.tiles.Problem`."""
+    return {"tf32": torch.float32, **{name: dtype for dtype, name in TRITON_NAMES.items()}}[precision]
 
 
 def aot_signature(dtype: torch.dtype, data: str, indices: str, sizes: str, floats: str = "") -> dict[str, str]:

@@ -13,13 +13,14 @@ import triton.language as tl
 from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
-    Tile,
+    TMA_ARCH,
     activation,
     aot_descriptor,
+    aot_dtype,
     aot_signature,
     arch_of,
     can_describe,
-    choose_block_m,
+    choose_tile,
     column_halves,
     describe,
     dot_precision,
@@ -33,23 +34,12 @@ from gossamer.triton_kernels.common import (
     up_factor,
     weight_operand,
 )
-from gossamer.triton_kernels.expert_mlp_backward import AOT_FORMS, aot_form, expert_mlp_backward
+from gossamer.triton_kernels.expert_mlp_backward import AOT_FORMS, activation_form, aot_form, expert_mlp_backward
 from gossamer.triton_kernels.gather_reduce import gather_reduce
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
+from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
-
-
-def choose_up_tile(arch: int, dtype: torch.dtype, mean_rows: float, halves: int) -> Tile:
-    """The tile of the up-projection; block_n counts activation columns, each of ``halves`` accumulator columns."""
-    block_m = choose_block_m(mean_rows)
-    if dtype == torch.float32:
-        return Tile(min(block_m, 64), 64 // halves, 16, 4, 3)
-    if block_m < 128:
-        return Tile(block_m, 128 // halves, 64, 4, 4 if arch >= 90 else 3)
-    if arch >= 90:
-        return Tile(128, 256 // halves, 64, 8, 4, persistent=arch < 100)
-    return Tile(128, 128 // halves, 64, 8, 3)
 
 
 @triton.jit
@@ -258,13 +248,28 @@ def gate_up_operand(
     return gate_up, {"W_TMA": False, "W_TRANSPOSED": transposed}
 
 
-def _up(x, gate_up, gate_up_bias, slots, table, activation, interleaved, save_preact, x_div, tile):
+def up_projection(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    activation: Activation,
+    interleaved: bool,
+    save_preact: bool,
+    x_div: int,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activation ``(R, I)`` of rows ``x[slots[r] // x_div]``, and the pre-activation ``(R, 2I)`` or None."""
     num_rows, wide, c = slots.shape[0], gate_up.shape[1], x.shape[1]
     i = wide // activation.halves
     act = torch.empty(num_rows, i, dtype=x.dtype, device=x.device)
     preact = torch.empty(num_rows, wide, dtype=x.dtype, device=x.device) if save_preact else None
-    table_tensor, capacity = table
-    arch = arch_of(x)
+    arch, num_experts = arch_of(x), gate_up.shape[0]
+    if tile is None:
+        form = activation_form(activation, interleaved)
+        tile = choose_tile("expert_mlp_up", form, x, arch, num_rows, num_experts, i, c)
+    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m)
     w, w_flags = gate_up_operand(gate_up, arch, tile.block_n, tile.block_k, activation.gated, interleaved)
     grid = grid_size(capacity * triton.cdiv(i, tile.block_n), tile, x)
     _up_kernel[(grid,)](
@@ -318,34 +323,34 @@ def expert_mlp(
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format), preact
     x = unit_columns(x)
-    tile = choose_up_tile(arch_of(x), x.dtype, num_rows / (offsets.shape[0] - 1), activation.halves)
-    table = row_tiles(offsets, num_rows, tile.block_m)
-    act, preact = _up(x, gate_up, gate_up_bias, slots, table, activation, interleaved, save_preact, top_k, tile)
+    act, preact = up_projection(x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save_preact, top_k)
     # Packed rows and a sum per token rather than a scatter: no atomics, and the order of the sum is fixed.
     out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False)
     y = gather_reduce(out, rows.view(-1, top_k), None, weights, offsets[-1:], -1)
     return y, x.new_empty(0) if preact is None else preact
 
 
+def aot_case(arch: int, problem: Problem, tile: Tile, act: Activation | None = None) -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+    act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
+    dtype, interleaved = aot_dtype(problem.precision), problem.form == "interleaved"
+    signature = aot_signature(
+        dtype, "x_ptr w preact_ptr act_ptr", "slots_ptr table_ptr", "I C stride_x stride_we stride_wn", "alpha limit"
+    )
+    signature["capacity"] = "i32"
+    if arch >= TMA_ARCH:
+        stacked = act.gated and not interleaved
+        rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
+        signature["w"] = aot_descriptor(dtype, [1, *rows, tile.block_k])
+    constexprs = {"bias_ptr": None, "stride_wk": 1, "X_DIV": 8, "W_TRANSPOSED": False}
+    constexprs |= {**aot_form(arch, act, interleaved), **tile.constants()}
+    return _up_kernel, signature, constexprs, tile.options()
+
+
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
-    for dtype, mean_rows, name, interleaved in AOT_FORMS:
-        act = Activation(name)
-        tile = choose_up_tile(arch, dtype, mean_rows, act.halves)
-        signature = aot_signature(
-            dtype,
-            "x_ptr w preact_ptr act_ptr",
-            "slots_ptr table_ptr",
-            "I C stride_x stride_we stride_wn",
-            "alpha limit",
-        )
-        signature["capacity"] = "i32"
-        if arch >= 90:
-            stacked = act.gated and not interleaved
-            rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
-            signature["w"] = aot_descriptor(dtype, [1, *rows, tile.block_k])
-        constexprs = {"bias_ptr": None, "stride_wk": 1, "X_DIV": 8, "W_TRANSPOSED": False}
-        constexprs |= {**aot_form(arch, act, interleaved), **tile.constants()}
-        cases.append((_up_kernel, signature, constexprs, tile.options()))
+    for precision, mean_rows, name, form in AOT_FORMS:
+        problem = Problem("expert_mlp_up", form, precision, mean_rows, 64, 2048, 2048)
+        cases.append(aot_case(arch, problem, choose(problem, arch), Activation(name)))
     return cases

@@ -12,12 +12,13 @@ import triton.language as tl
 from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
-    Tile,
+    TMA_ARCH,
     activation,
     aot_descriptor,
+    aot_dtype,
     aot_signature,
     arch_of,
-    choose_block_m,
+    choose_tile,
     column_eighths,
     dot_precision,
     grid_size,
@@ -33,17 +34,7 @@ from gossamer.triton_kernels.common import (
 from gossamer.triton_kernels.gather_reduce import gather_reduce
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.grouped_matmul_dweight import group_sums, grouped_matmul_dweight
-
-
-def choose_down_backward_tile(arch: int, dtype: torch.dtype, mean_rows: float, interleaved: bool) -> Tile:
-    """The tile of the fused backward of the down-projection and the activation."""
-    block_m = choose_block_m(mean_rows)
-    if dtype == torch.float32:
-        return Tile(min(block_m, 32), 64, 16, 4, 3)
-    if block_m < 128:
-        return Tile(block_m, 128, 64, 4, 3)
-    # Taking interleaved pairs apart costs registers, which a wide tile would spill.
-    return Tile(128, 256 if 90 <= arch < 100 and not interleaved else 128, 64, 8, 3)
+from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 
 @triton.jit
@@ -274,16 +265,37 @@ def _weight_gradient_kernel(
     tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), slot < num_rows)
 
 
-def _down_backward(dy, down, slots, weights, preact, table, activation, interleaved, wants, overwrite, tile):
+def activation_form(activation: Activation, interleaved: bool) -> str:
+    """The form of a launch with an activation, as :class:`gossamer.triton_kernels.tiles.Problem` names it."""
+    return "ungated" if not activation.gated else "interleaved" if interleaved else "gated"
+
+
+def down_backward(
+    dy: torch.Tensor,
+    down: torch.Tensor,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+    preact: torch.Tensor,
+    activation: Activation,
+    interleaved: bool,
+    wants: tuple[bool, bool, bool],
+    overwrite: bool,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no."""
-    num_rows, i, h, device = slots.shape[0], down.shape[2], down.shape[1], dy.device
+    num_rows, (num_experts, h, i), device = slots.shape[0], down.shape, dy.device
+    arch = arch_of(dy)
+    if tile is None:
+        form = activation_form(activation, interleaved)
+        tile = choose_tile("expert_mlp_down_backward", form, dy, arch, num_rows, num_experts, i, h)
     want_dpreact, want_act, want_partial = wants
     num_n = triton.cdiv(i, tile.block_n)
     dpreact = (preact if overwrite else torch.empty_like(preact)) if want_dpreact else None
     act = torch.empty(num_rows, i, dtype=dy.dtype, device=device) if want_act else None
     partial = torch.empty(num_n, num_rows, dtype=torch.float32, device=device) if want_partial else None
-    table_tensor, capacity = table
-    w, w_flags = weight_operand(down.transpose(1, 2), arch_of(dy), tile.block_n, tile.block_k)
+    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m)
+    w, w_flags = weight_operand(down.transpose(1, 2), arch, tile.block_n, tile.block_k)
     _down_backward_kernel[(grid_size(capacity * num_n, tile, dy),)](
         dy,
         w,
@@ -371,10 +383,8 @@ def expert_mlp_backward(
     wants = (need_x or need_gate_up or need_gate_up_bias, need_down, need_weights)
     dpreact = act = partial = None
     if num_rows and any(wants):
-        tile = choose_down_backward_tile(arch_of(x), x.dtype, num_rows / (offsets.shape[0] - 1), interleaved)
-        table = row_tiles(offsets, num_rows, tile.block_m)
-        dpreact, act, partial = _down_backward(
-            dy, down, slots, weights, preact, table, activation, interleaved, wants, overwrite, tile
+        dpreact, act, partial = down_backward(
+            dy, down, slots, offsets, weights, preact, activation, interleaved, wants, overwrite
         )
     else:
         dpreact, act = preact, preact[:, : down.shape[2]]
@@ -409,39 +419,45 @@ def _dweight_like(weight, x, dy, slots, offsets, x_div, dy_div):
 
 
 AOT_FORMS = (
-    (torch.bfloat16, 1024, "swiglu", False),
-    (torch.bfloat16, 1024, "clamped_swiglu", True),
-    (torch.bfloat16, 1024, "gelu", False),
-    (torch.bfloat16, 8, "swiglu", False),
-    (torch.float32, 1024, "swiglu", False),
+    ("bf16", 1024, "swiglu", "gated"),
+    ("bf16", 1024, "clamped_swiglu", "interleaved"),
+    ("bf16", 1024, "gelu", "ungated"),
+    ("bf16", 8, "swiglu", "gated"),
+    ("fp32", 1024, "swiglu", "gated"),
 )
 
 
 def aot_form(arch: int, act: Activation, interleaved: bool) -> dict[str, object]:
     """The compile-time arguments that the forward and the backward kernel share, for ahead-of-time compilation."""
-    form = {"ACT": act.code, "GATED": act.gated, "INTERLEAVED": interleaved, "W_TMA": arch >= 90, "EVEN_K": True}
+    form = {"ACT": act.code, "GATED": act.gated, "INTERLEAVED": interleaved, "W_TMA": arch >= TMA_ARCH, "EVEN_K": True}
     return form | {"PRECISION": "ieee"}
+
+
+def aot_case(arch: int, problem: Problem, tile: Tile, act: Activation | None = None) -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+    act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
+    dtype = aot_dtype(problem.precision)
+    signature = aot_signature(
+        dtype,
+        "dy w preact_ptr dpreact_ptr act_ptr weights_ptr",
+        "slots_ptr table_ptr",
+        "I C stride_dy stride_we stride_wk",
+        "alpha limit",
+    )
+    signature |= {"capacity": "i32", "num_rows": "i32", "partial_ptr": "*fp32:16"}
+    if arch >= TMA_ARCH:
+        signature["w"] = aot_descriptor(dtype, [1, tile.block_k, tile.block_n])
+    constexprs = {"stride_wn": 1, "DY_DIV": 8, "W_TRANSPOSED": True}
+    constexprs |= {**aot_form(arch, act, problem.form == "interleaved"), **tile.constants()}
+    return _down_backward_kernel, signature, constexprs, tile.options()
 
 
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
-    for dtype, mean_rows, name, interleaved in AOT_FORMS:
-        act = Activation(name)
-        tile = choose_down_backward_tile(arch, dtype, mean_rows, interleaved)
-        signature = aot_signature(
-            dtype,
-            "dy w preact_ptr dpreact_ptr act_ptr weights_ptr",
-            "slots_ptr table_ptr",
-            "I C stride_dy stride_we stride_wk",
-            "alpha limit",
-        )
-        signature |= {"capacity": "i32", "num_rows": "i32", "partial_ptr": "*fp32:16"}
-        if arch >= 90:
-            signature["w"] = aot_descriptor(dtype, [1, tile.block_k, tile.block_n])
-        constexprs = {"stride_wn": 1, "DY_DIV": 8, "W_TRANSPOSED": True}
-        constexprs |= {**aot_form(arch, act, interleaved), **tile.constants()}
-        cases.append((_down_backward_kernel, signature, constexprs, tile.options()))
+    for precision, mean_rows, name, form in AOT_FORMS:
+        problem = Problem("expert_mlp_down_backward", form, precision, mean_rows, 64, 2048, 2048)
+        cases.append(aot_case(arch, problem, choose(problem, arch), Activation(name)))
 
     signature = aot_signature(
         torch.bfloat16, "dy_ptr bias_ptr dweights_ptr", "rows_ptr offsets_ptr", "num_partials num_experts H stride_dy"

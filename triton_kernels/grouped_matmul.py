@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.common import (
-    Tile,
+    TMA_ARCH,
     aot_descriptor,
+    aot_dtype,
     aot_signature,
     arch_of,
     can_describe,
-    choose_block_m,
+    choose_tile,
     describe,
     dot_precision,
     grid_size,
@@ -28,20 +29,9 @@ from gossamer.triton_kernels.common import (
     weight_operand,
 )
 from gossamer.triton_kernels.grouped_matmul_dweight import grouped_matmul_dweight
+from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 __all__ = ["grouped_matmul", "grouped_matmul_dweight"]
-
-
-def choose_tile(arch: int, dtype: torch.dtype, mean_rows: float, n: int) -> Tile:
-    """The tile of a grouped product with ``n`` output columns, by architecture, dtype and mean rows of an expert."""
-    block_m = choose_block_m(mean_rows)
-    if dtype == torch.float32:
-        return Tile(min(block_m, 64), 64, 16, 4, 3)
-    if block_m < 128:
-        return Tile(block_m, 128, 64, 4, 4 if arch >= 90 else 3)
-    if arch >= 90 and n > 128:
-        return Tile(128, 256, 64, 8, 4, persistent=arch < 100)
-    return Tile(128, 128, 64, 8, 3)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -152,7 +142,9 @@ def rows_times_weight(
         return y
     x = unit_columns(x)
     arch = arch_of(x)
-    tile = tile or choose_tile(arch, x.dtype, num_rows / num_experts, n)
+    if tile is None:
+        form = "gathered" if x_div else "sorted"
+        tile = choose_tile("grouped_matmul", form, x, arch, num_rows, num_experts, n, c)
     table_tensor, capacity = table or row_tiles(offsets, num_rows, tile.block_m)
     w, w_flags = weight_operand(weight, arch, tile.block_n, tile.block_k)
     x_tma = x_div == 0 and can_describe(x, arch)
@@ -202,34 +194,39 @@ def grouped_matmul(
     return rows_times_weight(x, weight, bias, slots, offsets, x_div, not y_grouped, True)
 
 
+def aot_case(arch: int, problem: Problem, tile: Tile, transposed: bool = False) -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+    dtype, gathered, tma = aot_dtype(problem.precision), problem.form == "gathered", arch >= TMA_ARCH
+    signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C stride_x stride_we stride_y")
+    signature["capacity"] = "i32"
+    constexprs = {
+        "bias_ptr": None,
+        "X_DIV": 8 if gathered else 0,
+        "SCATTER": False,
+        "ZERO_DROPPED": gathered,
+        "X_TMA": tma and not gathered,
+        "W_TMA": tma,
+        "W_TRANSPOSED": transposed,
+        "EVEN_K": True,
+        "PRECISION": "ieee",
+        **tile.constants(),
+    }
+    wide, unit = ("stride_wk", "stride_wn") if transposed else ("stride_wn", "stride_wk")
+    signature[wide] = "i32:16"
+    constexprs[unit] = 1
+    if tma:
+        block = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
+        signature["w"] = aot_descriptor(dtype, [1, *block])
+        if not gathered:
+            signature["x"] = aot_descriptor(dtype, [tile.block_m, tile.block_k])
+    return _grouped_matmul_kernel, signature, constexprs, tile.options()
+
+
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
-    for dtype, mean_rows in ((torch.bfloat16, 1024), (torch.bfloat16, 8), (torch.float32, 1024)):
-        tile = choose_tile(arch, dtype, mean_rows, 4096)
-        tma = arch >= 90
-        for gathered, transposed in ((True, False), (False, False), (False, True)):
-            signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C stride_x stride_we stride_y")
-            signature["capacity"] = "i32"
-            constexprs = {
-                "bias_ptr": None,
-                "X_DIV": 8 if gathered else 0,
-                "SCATTER": False,
-                "ZERO_DROPPED": gathered,
-                "X_TMA": tma and not gathered,
-                "W_TMA": tma,
-                "W_TRANSPOSED": transposed,
-                "EVEN_K": True,
-                "PRECISION": "ieee",
-                **tile.constants(),
-            }
-            wide, unit = ("stride_wk", "stride_wn") if transposed else ("stride_wn", "stride_wk")
-            signature[wide] = "i32:16"
-            constexprs[unit] = 1
-            if tma:
-                block = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
-                signature["w"] = aot_descriptor(dtype, [1, *block])
-                if not gathered:
-                    signature["x"] = aot_descriptor(dtype, [tile.block_m, tile.block_k])
-            cases.append((_grouped_matmul_kernel, signature, constexprs, tile.options()))
+    for precision, mean_rows in (("bf16", 1024), ("bf16", 8), ("fp32", 1024)):
+        for form, transposed in (("gathered", False), ("sorted", False), ("sorted", True)):
+            problem = Problem("grouped_matmul", form, precision, mean_rows, 64, 4096, 4096)
+            cases.append(aot_case(arch, problem, choose(problem, arch), transposed))
     return cases

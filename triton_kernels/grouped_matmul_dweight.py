@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.common import (
-    Tile,
+    TMA_ARCH,
     aot_descriptor,
+    aot_dtype,
     aot_signature,
     arch_of,
     can_describe,
+    choose_tile,
     describe,
     dot_precision,
     grid_size,
@@ -23,6 +25,7 @@ from gossamer.triton_kernels.common import (
     tile_coordinates,
     unit_columns,
 )
+from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 # Where the other operand is at least this wide, a gathered one is copied to contiguous rows first, this many columns at
 # a time: the product then runs a quarter faster on an H100, which by this width pays for the copy.
@@ -30,17 +33,12 @@ PADDED_FROM = 1536
 PADDED_COLUMNS = 1024
 
 
-def choose_dweight_tile(arch: int, dtype: torch.dtype, padded: bool) -> Tile:
-    """The tile of a weight gradient: block_m along the gathered operand's columns, block_k along the rows.
-
-    ``padded`` says that the gathered operand was copied to padded rows.
-    """
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
-    if arch >= 90:
-        # Gathering in the loop, the row indices run ahead of the rows and take half of the stages.
-        return Tile(128, 256, 64, 8, 3 if padded else 6)
-    return Tile(128, 128, 64, 8, 3)
+def operand_form(x: torch.Tensor, dy: torch.Tensor, x_div: int, dy_div: int, finite: bool) -> tuple[bool, str]:
+    """Whether ``x`` is read by descriptor, and the form of the launch: ``"padded"`` where ``dy`` is copied first."""
+    arch = arch_of(x)
+    x_tma = finite and x_div == 0 and dy_div > 0 and can_describe(x, arch)
+    padded = x_tma and x.shape[1] >= PADDED_FROM and x.element_size() == 2 and can_describe(dy, arch)
+    return x_tma, "padded" if padded else "gathered"
 
 
 @triton.jit
@@ -180,17 +178,27 @@ def _dweight_kernel(
         tl.store(out, acc.to(dw_ptr.dtype.element_ty), (n < N)[:, None] & (c < C)[None, :])
 
 
-def _outer_sums(x, dy, slots, offsets, x_div, dy_div, finite, out):
+def outer_sums(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    x_div: int,
+    dy_div: int,
+    finite: bool,
+    out: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
     """Write the sums over each group of ``dy[r]ᵀ x[r]`` to ``out (E, N, C)``; see :func:`grouped_matmul_dweight`."""
     # The gathered operand takes the narrow side of the tile, the contiguous one the wide side, which TMA fills.
     if dy_div == 0 and x_div > 0:
         x, dy, x_div, dy_div, out = dy, x, dy_div, x_div, out.transpose(1, 2)
     arch = arch_of(x)
-    n, c = out.shape[1:]
-    x_tma = finite and x_div == 0 and dy_div > 0 and can_describe(x, arch)
-    padded = x_tma and c >= PADDED_FROM and x.element_size() == 2 and can_describe(dy, arch)
-    tile = choose_dweight_tile(arch, x.dtype, padded)
-    if not padded:
+    num_experts, n, c = out.shape
+    x_tma, form = operand_form(x, dy, x_div, dy_div, finite)
+    if tile is None:
+        tile = choose_tile("grouped_matmul_dweight", form, x, arch, slots.shape[0], num_experts, n, c)
+    if form == "gathered":
         _launch_dweight(x, dy, out, slots, offsets, None, x_div, dy_div, x_tma, tile)
         return
     for n0 in range(0, n, PADDED_COLUMNS):
@@ -254,7 +262,7 @@ def grouped_matmul_dweight(
     else:
         dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
     if dweight.numel():
-        _outer_sums(x, dy, slots, offsets, x_div, dy_div, finite, dweight)
+        outer_sums(x, dy, slots, offsets, x_div, dy_div, finite, dweight)
     dbias = group_sums(dy, slots, offsets, dy_div) if with_bias else x.new_empty(0)
     return dweight, dbias
 
@@ -314,30 +322,36 @@ def group_sums(
     return out
 
 
+def aot_case(arch: int, problem: Problem, tile: Tile, unit: str = "stride_n") -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+    dtype, padded = aot_dtype(problem.precision), problem.form == "padded"
+    signature = aot_signature(
+        dtype,
+        "x dy dw_ptr",
+        "slots_ptr offsets_ptr",
+        "num_experts N C num_n num_c stride_x stride_dy stride_e stride_n stride_c",
+    )
+    constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": arch >= TMA_ARCH, "DY_PADDED": padded}
+    constexprs |= {"first_block_ptr": None, "PRECISION": "ieee", **tile.constants()}
+    if arch >= TMA_ARCH:
+        signature["x"] = aot_descriptor(dtype, [tile.block_k, tile.block_n])
+    if padded:
+        signature["dy"] = aot_descriptor(dtype, [tile.block_k, tile.block_m])
+        signature["first_block_ptr"] = "*i32:16"
+        del constexprs["first_block_ptr"]
+    del signature[unit]
+    return _dweight_kernel, signature, constexprs, tile.options()
+
+
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for padded, unit in ((False, "stride_c"), (False, "stride_n"), (True, "stride_n")):
-            if padded and (arch < 90 or dtype == torch.float32):
+    for precision in ("bf16", "fp32"):
+        for form, unit in (("gathered", "stride_c"), ("gathered", "stride_n"), ("padded", "stride_n")):
+            if form == "padded" and (arch < TMA_ARCH or precision == "fp32"):
                 continue
-            tile = choose_dweight_tile(arch, dtype, padded)
-            signature = aot_signature(
-                dtype,
-                "x dy dw_ptr",
-                "slots_ptr offsets_ptr",
-                "num_experts N C num_n num_c stride_x stride_dy stride_e stride_n stride_c",
-            )
-            constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": arch >= 90, "DY_PADDED": padded}
-            constexprs |= {"first_block_ptr": None, "PRECISION": "ieee", **tile.constants()}
-            if arch >= 90:
-                signature["x"] = aot_descriptor(dtype, [tile.block_k, tile.block_n])
-            if padded:
-                signature["dy"] = aot_descriptor(dtype, [tile.block_k, tile.block_m])
-                signature["first_block_ptr"] = "*i32:16"
-                del constexprs["first_block_ptr"]
-            del signature[unit]
-            cases.append((_dweight_kernel, signature, constexprs, tile.options()))
+            problem = Problem("grouped_matmul_dweight", form, precision, 1024, 64, 2048, 2048)
+            cases.append(aot_case(arch, problem, choose(problem, arch), unit))
     signature = aot_signature(
         torch.bfloat16, "x_ptr padded_ptr", "first_block_ptr slots_ptr offsets_ptr table_ptr", "W stride_x"
     )

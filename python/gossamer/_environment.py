@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -47,6 +49,19 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
+def commit() -> str | None:
+    """The commit of the checkout that this code is in, with ``+changes`` where files differ from it; None elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not (root / "csrc").is_dir():
+        return None
+    try:
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changed.stdout else "")
+
+
 def environment() -> dict:
     """Versions, devices, threads and the date, as plain values."""
     cpu = _cpuinfo()
@@ -64,12 +79,14 @@ def environment() -> dict:
         )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "system": platform.platform(),
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "native_isa": None if _backend.native_unavailable() else importlib.import_module("gossamer._C").isa(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
     }
@@ -90,3 +107,16 @@ def _serving(primitive: str, device: str) -> dict:
         "serves": _backend.resolve(primitive, torch.empty(0, device=device)),
         "unavailable": {name: reason for name, reason in reasons.items() if reason},
     }
+
+
+def tile_tables() -> dict:
+    """Where the user's tables of tiles are, and which tables serve each GPU: entries, or why one is ignored."""
+    from gossamer.triton_kernels import tile_tables
+
+    tables = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = tile_tables.cuda_device(index)
+        for source in tile_tables.sources(device):
+            found = {"path": str(source.path), "entries": len(source.entries), "ignored": source.fault}
+            tables.append({"device": device.name, **found})
+    return {"folder": str(tile_tables.cache_folder()), "tables": tables}

@@ -1,0 +1,80 @@
+"""Compiling a kernel for an architecture with no GPU there, and what the result needs of the machine.
+
+A case is ``(kernel, signature, constexprs, options)``: types of the runtime arguments, with ``":16"`` after one that
+is divisible by 16; values of the compile-time arguments, None for a pointer that is not passed; and warps and stages.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: of a thread.
+        spills: bytes that a thread spills to local memory.
+        shared: bytes of shared memory of a program.
+        matrix_instruction: the one that its products use; empty where it has none.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    matrix_instruction: str
+
+
+def compile_case(case: tuple, arch: int) -> Compiled:
+    """Compile one case; raises what the compiler raises, and ValueError where the case does not fit the kernel."""
+    kernel, signature, constexprs, options = case
+    source = _source(kernel, signature, constexprs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    ptx = compiled.asm["ptx"]
+    instruction = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "")
+    return Compiled(*_registers(compiled, arch), compiled.metadata.shared, instruction)
+
+
+def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
+    types, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constexprs:
+            types[name] = "constexpr"
+            continue
+        if name not in signature:
+            raise ValueError(f"{kernel.__name__}: aot_cases gives argument {name!r} neither a type nor a value")
+        types[name], _, divisor = signature[name].partition(":")
+        if divisor:
+            attrs[(i,)] = [["tt.divisibility", int(divisor)]]
+    unknown = (signature.keys() | constexprs.keys()) - set(kernel.arg_names)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}, which aot_cases names")
+    return ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attrs)
+
+
+def _registers(compiled, arch: int) -> tuple[int, int]:
+    """Registers a thread, and bytes a thread that they spill to local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        if int(usage["STACK"]) + int(usage["LOCAL"]) == 0:
+            return int(usage["REG"]), 0
+        # Some releases reserve a stack that nothing spills to; the assembler's report tells the two apart.
+        ptx.write_text(compiled.asm["ptx"])
+        target = re.search(r"^\.target (sm_\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", ptx, "-o", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return int(usage["REG"]), sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
