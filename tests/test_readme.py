@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from gossamer.bench import readme
 from gossamer.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,3 +60,47 @@ def test_ci_runs_the_two_commands_of_the_readme():
 def test_no_text_waits_to_be_filled_in():
     for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         assert not re.search(r"TODO|TBD|FIXME|XXX|coming soon", (ROOT / document).read_text())
+
+
+@pytest.mark.parametrize("document", readme.DOCUMENTS)
+def test_measured_tables_are_those_of_the_results(document):
+    """What ``python -m gossamer.bench.readme`` would write is what is there."""
+    text = (ROOT / document).read_text()
+    assert readme.MARKED.search(text)
+    assert readme.rendered(text, ROOT) == text
+
+
+def test_a_table_out_of_date_is_found_and_rewritten(tmp_path, capsys):
+    results = {"cases": [{"family": "moe", "shape": "s", "dtype": "bf16", "direction": "both", "variants": []}]}
+    results["cases"][0]["variants"] = [
+        {"name": "gossamer", "status": "ok", "median": 0.0123456},
+        {"name": "broken", "status": "wrong"},
+        {"name": "dense", "status": "ok", "median": 0.00123456},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    stale = "before\n<!-- measured: r.json layer -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "D.md").write_text(stale)
+    arguments = ["D.md", "--root", str(tmp_path)]
+    assert readme.main([*arguments, "--check"]) == 1 and (tmp_path / "D.md").read_text() == stale
+    assert readme.main(arguments) == 0 and readme.main([*arguments, "--check"]) == 0
+    table = "| ms | gossamer | dense |\n|---|---|---|\n| bfloat16 forward+backward | 12 | 1.23 |\n"
+    assert (tmp_path / "D.md").read_text() == stale.replace("old\n", table)
+    capsys.readouterr()
+    for wrong in (
+        stale.replace("r.json", "none.json"),
+        stale.replace("layer", "cake"),
+        stale.replace("<!-- end", "<!--"),
+    ):
+        (tmp_path / "D.md").write_text(wrong)
+        assert readme.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_say_where_they_come_from(path):
+    """Commit, device and versions of every stored run."""
+    stored = json.loads(path.read_text())
+    found = stored.get("environment", stored)
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found["commit"]), "no commit"
+    assert found.get("cpu") or found["device"]
+    assert {"torch", "triton"} <= (found.get("versions") or found).keys()
