@@ -5,9 +5,9 @@ A table stands between two comments, and what is there is replaced::
     <!-- measured: bench/results/FILE.json KIND -->
     <!-- end -->
 
-``python -m gossamer.bench.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check`` says which are
-out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of ``gossamer bench --json``; or
-``kernels``, TFLOP/s of single kernels in the file of kernel variants.
+``python -m gossamer.bench.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check`` says which
+are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of ``gossamer bench
+--json``; or ``kernels``, TFLOP/s of single kernels in the file of kernel variants.
 """
 
 from __future__ import annotations

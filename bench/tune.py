@@ -18,6 +18,7 @@ from gossamer.bench.case import FloatGate, Request
 from gossamer.bench.timing import quantile
 from gossamer.bench.tune_targets import AOT_CASES, COUNT, Target, targets
 from gossamer.triton_kernels import ahead_of_time, tile_tables
+from gossamer.triton_kernels.common import AOT_LAYOUTS
 from gossamer.triton_kernels.tile_tables import Device, Entry
 from gossamer.triton_kernels.tiles import ITEM_BYTES, Problem, Tile, choose, fault, row_bucket
 
@@ -108,14 +109,22 @@ def _distance(tile: Tile, other: Tile) -> float:
     return sum(steps) + sum(step > 0 for step in steps)
 
 
-def spills(problem: Problem, tile: Tile, device: Device) -> str | None:
-    """Why the compiled tile is no good, or None; interpreted kernels are not compiled."""
+def unfit(problem: Problem, tile: Tile, device: Device) -> str | None:
+    """Why a tile may not be written down, or None: what it compiles to, however weights are stored.
+
+    Interpreted kernels are not compiled.
+    """
     if triton.knobs.runtime.interpret:
         return None
-    found = ahead_of_time.compile_case(AOT_CASES[problem.kernel](device.arch, problem, tile), device.arch)
-    if found.spills:
-        return "spills registers"
-    return "passes the shared memory limit" if found.shared > device.shared else None
+    for layout in AOT_LAYOUTS:
+        if layout == "pointers" and problem.form == "padded":
+            continue
+        found = ahead_of_time.compile_case(AOT_CASES[problem.kernel](device.arch, problem, tile, layout), device.arch)
+        if found.shared > device.shared:
+            return "passes the shared memory limit"
+        if found.spills and layout == "usual":
+            return "spills registers"
+    return None
 
 
 class Search:
@@ -159,14 +168,7 @@ class Search:
         offered = [tile for tile in offered if tile != outcome.default]
         outcome.offered = len(offered)
         screened = sorted(self._screen(offered, gate), key=lambda pair: pair[0])
-        finalists = []
-        for ratio, tile in screened:
-            if ratio >= 1 - MARGIN / 2 or len(finalists) == FINALISTS:
-                break
-            if reason := spills(problem, tile, self._device):
-                outcome.rejected[reason] += 1
-            else:
-                finalists.append(tile)
+        finalists = [tile for ratio, tile in screened[:FINALISTS] if ratio < 1 - MARGIN / 2]
         if finalists:
             self._final(finalists)
         return outcome
@@ -217,12 +219,17 @@ class Search:
         medians = {tile: quantile(taken, 0.5) for tile, taken in samples.items()}
         default = self.outcome.default
         self.outcome.default_seconds = medians[default]
-        best = min(finalists, key=medians.get)
-        half = len(samples[best]) // 2
-        halves = (slice(None, half), slice(half, None))
-        if all(quantile(samples[best][s], 0.5) <= (1 - MARGIN) * quantile(samples[default][s], 0.5) for s in halves):
+        for best in sorted(finalists, key=medians.get):
+            half = len(samples[best]) // 2
+            halves = [(samples[best][s], samples[default][s]) for s in (slice(None, half), slice(half, None))]
+            if any(quantile(ours, 0.5) > (1 - MARGIN) * quantile(theirs, 0.5) for ours, theirs in halves):
+                return
+            if reason := unfit(self._target.problem, best, self._device):
+                self.outcome.rejected[reason] += 1
+                continue
             problem = dataclasses.replace(self._target.problem, mean_rows=row_bucket(self._target.problem.mean_rows))
             self.outcome.entry = Entry(problem, best, 1e3 * medians[best], 1e3 * medians[default])
+            return
 
 
 @dataclass(frozen=True)

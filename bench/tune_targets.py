@@ -19,7 +19,7 @@ from gossamer.triton_kernels.tiles import Problem, Tile
 SAMPLE_EXPERTS = 4
 SWIGLU = gossamer.Activation("swiglu")
 
-AOT_CASES: dict[str, Callable[[int, Problem, Tile], tuple]] = {
+AOT_CASES: dict[str, Callable[[int, Problem, Tile, str], tuple]] = {
     "grouped_matmul": grouped_matmul.aot_case,
     "expert_mlp_up": expert_mlp.aot_case,
     "expert_mlp_down_backward": expert_mlp_backward.aot_case,

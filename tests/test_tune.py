@@ -208,9 +208,9 @@ device = tile_tables.Device("NVIDIA H100 80GB HBM3", 90, 227 * 1024)
 for source in tile_tables.shipped(device):
     for entry in source.entries:
         if entry.tile != choose(entry.problem, 90):
-            print(json.dumps([str(entry), tune.spills(entry.problem, entry.tile, device)]))
+            print(json.dumps([str(entry), tune.unfit(entry.problem, entry.tile, device)]))
 tight = Problem("expert_mlp_down_backward", "interleaved", "bf16", 1024, 8, 512, 512)
-print(json.dumps(["tight", tune.spills(tight, Tile(128, 256, 64, 8, 3), device)]))
+print(json.dumps(["tight", tune.unfit(tight, Tile(128, 256, 64, 8, 3), device)]))
 """
 
 

@@ -286,6 +286,10 @@ def up_factor(u, limit, ACT: tl.constexpr):
         return u, tl.full(u.shape, 1.0, tl.float32)
 
 
+# How a weight may be stored and read: as torch.nn.Linear does, transposed, and without descriptors.
+AOT_LAYOUTS = ("usual", "transposed", "pointers")
+
+
 def aot_dtype(precision: str) -> torch.dtype:
     """The dtype of operands multiplied in a precision of :class:`gossamer.triton_kernels.tiles.Problem`."""
     return {"tf32": torch.float32, **{name: dtype for dtype, name in TRITON_NAMES.items()}}[precision]

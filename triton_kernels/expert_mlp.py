@@ -330,20 +330,27 @@ def expert_mlp(
     return y, x.new_empty(0) if preact is None else preact
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, act: Activation | None = None) -> tuple:
-    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", act: Activation | None = None) -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
+
+    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
+    """
     act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
     dtype, interleaved = aot_dtype(problem.precision), problem.form == "interleaved"
     signature = aot_signature(
-        dtype, "x_ptr w preact_ptr act_ptr", "slots_ptr table_ptr", "I C stride_x stride_we stride_wn", "alpha limit"
+        dtype, "x_ptr w preact_ptr act_ptr", "slots_ptr table_ptr", "I C stride_x stride_we", "alpha limit"
     )
+    transposed, stacked = layout == "transposed", act.gated and not interleaved
+    wide, unit = ("stride_wk", "stride_wn") if transposed else ("stride_wn", "stride_wk")
+    # One descriptor covers both halves of a stacked weight, unless it is stored transposed.
+    tma = arch >= TMA_ARCH and layout != "pointers" and not (stacked and transposed)
+    signature[wide] = "i32:16"
     signature["capacity"] = "i32"
-    if arch >= TMA_ARCH:
-        stacked = act.gated and not interleaved
+    if tma:
         rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
-        signature["w"] = aot_descriptor(dtype, [1, *rows, tile.block_k])
-    constexprs = {"bias_ptr": None, "stride_wk": 1, "X_DIV": 8, "W_TRANSPOSED": False}
-    constexprs |= {**aot_form(arch, act, interleaved), **tile.constants()}
+        signature["w"] = aot_descriptor(dtype, [1, tile.block_k, *rows] if transposed else [1, *rows, tile.block_k])
+    constexprs = {"bias_ptr": None, unit: 1, "X_DIV": 8, "W_TRANSPOSED": transposed}
+    constexprs |= {**aot_form(tma, act, interleaved), **tile.constants()}
     return _up_kernel, signature, constexprs, tile.options()
 
 
@@ -352,5 +359,5 @@ def aot_cases(arch: int) -> list[tuple]:
     cases = []
     for precision, mean_rows, name, form in AOT_FORMS:
         problem = Problem("expert_mlp_up", form, precision, mean_rows, 64, 2048, 2048)
-        cases.append(aot_case(arch, problem, choose(problem, arch), Activation(name)))
+        cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name)))
     return cases

@@ -427,28 +427,36 @@ AOT_FORMS = (
 )
 
 
-def aot_form(arch: int, act: Activation, interleaved: bool) -> dict[str, object]:
+def aot_form(tma: bool, act: Activation, interleaved: bool) -> dict[str, object]:
     """The compile-time arguments that the forward and the backward kernel share, for ahead-of-time compilation."""
-    form = {"ACT": act.code, "GATED": act.gated, "INTERLEAVED": interleaved, "W_TMA": arch >= TMA_ARCH, "EVEN_K": True}
+    form = {"ACT": act.code, "GATED": act.gated, "INTERLEAVED": interleaved, "W_TMA": tma, "EVEN_K": True}
     return form | {"PRECISION": "ieee"}
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, act: Activation | None = None) -> tuple:
-    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", act: Activation | None = None) -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
+
+    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
+    """
     act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
     dtype = aot_dtype(problem.precision)
     signature = aot_signature(
         dtype,
         "dy w preact_ptr dpreact_ptr act_ptr weights_ptr",
         "slots_ptr table_ptr",
-        "I C stride_dy stride_we stride_wk",
+        "I C stride_dy stride_we",
         "alpha limit",
     )
+    # The kernel reads the transpose of the weight.
+    usual, tma = layout != "transposed", arch >= TMA_ARCH and layout != "pointers"
+    wide, unit = ("stride_wk", "stride_wn") if usual else ("stride_wn", "stride_wk")
+    signature[wide] = "i32:16"
     signature |= {"capacity": "i32", "num_rows": "i32", "partial_ptr": "*fp32:16"}
-    if arch >= TMA_ARCH:
-        signature["w"] = aot_descriptor(dtype, [1, tile.block_k, tile.block_n])
-    constexprs = {"stride_wn": 1, "DY_DIV": 8, "W_TRANSPOSED": True}
-    constexprs |= {**aot_form(arch, act, problem.form == "interleaved"), **tile.constants()}
+    if tma:
+        block = [tile.block_k, tile.block_n] if usual else [tile.block_n, tile.block_k]
+        signature["w"] = aot_descriptor(dtype, [1, *block])
+    constexprs = {unit: 1, "DY_DIV": 8, "W_TRANSPOSED": usual}
+    constexprs |= {**aot_form(tma, act, problem.form == "interleaved"), **tile.constants()}
     return _down_backward_kernel, signature, constexprs, tile.options()
 
 
@@ -457,7 +465,7 @@ def aot_cases(arch: int) -> list[tuple]:
     cases = []
     for precision, mean_rows, name, form in AOT_FORMS:
         problem = Problem("expert_mlp_down_backward", form, precision, mean_rows, 64, 2048, 2048)
-        cases.append(aot_case(arch, problem, choose(problem, arch), Activation(name)))
+        cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name)))
 
     signature = aot_signature(
         torch.bfloat16, "dy_ptr bias_ptr dweights_ptr", "rows_ptr offsets_ptr", "num_partials num_experts H stride_dy"

@@ -194,9 +194,13 @@ def grouped_matmul(
     return rows_times_weight(x, weight, bias, slots, offsets, x_div, not y_grouped, True)
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, transposed: bool = False) -> tuple:
-    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
-    dtype, gathered, tma = aot_dtype(problem.precision), problem.form == "gathered", arch >= TMA_ARCH
+def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
+
+    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
+    """
+    dtype, gathered, transposed = aot_dtype(problem.precision), problem.form == "gathered", layout == "transposed"
+    tma = arch >= TMA_ARCH and layout != "pointers"
     signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C stride_x stride_we stride_y")
     signature["capacity"] = "i32"
     constexprs = {
@@ -226,7 +230,7 @@ def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
     for precision, mean_rows in (("bf16", 1024), ("bf16", 8), ("fp32", 1024)):
-        for form, transposed in (("gathered", False), ("sorted", False), ("sorted", True)):
+        for form, layout in (("gathered", "usual"), ("sorted", "usual"), ("sorted", "transposed")):
             problem = Problem("grouped_matmul", form, precision, mean_rows, 64, 4096, 4096)
-            cases.append(aot_case(arch, problem, choose(problem, arch), transposed))
+            cases.append(aot_case(arch, problem, choose(problem, arch), layout))
     return cases

@@ -322,18 +322,22 @@ def group_sums(
     return out
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, unit: str = "stride_n") -> tuple:
-    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> tuple:
+    """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
+
+    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
+    """
     dtype, padded = aot_dtype(problem.precision), problem.form == "padded"
+    tma, unit = arch >= TMA_ARCH and layout != "pointers", "stride_c" if layout == "transposed" else "stride_n"
     signature = aot_signature(
         dtype,
         "x dy dw_ptr",
         "slots_ptr offsets_ptr",
         "num_experts N C num_n num_c stride_x stride_dy stride_e stride_n stride_c",
     )
-    constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": arch >= TMA_ARCH, "DY_PADDED": padded}
+    constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": tma, "DY_PADDED": padded}
     constexprs |= {"first_block_ptr": None, "PRECISION": "ieee", **tile.constants()}
-    if arch >= TMA_ARCH:
+    if tma:
         signature["x"] = aot_descriptor(dtype, [tile.block_k, tile.block_n])
     if padded:
         signature["dy"] = aot_descriptor(dtype, [tile.block_k, tile.block_m])
@@ -347,11 +351,11 @@ def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
     for precision in ("bf16", "fp32"):
-        for form, unit in (("gathered", "stride_c"), ("gathered", "stride_n"), ("padded", "stride_n")):
+        for form, layout in (("gathered", "transposed"), ("gathered", "usual"), ("padded", "usual")):
             if form == "padded" and (arch < TMA_ARCH or precision == "fp32"):
                 continue
             problem = Problem("grouped_matmul_dweight", form, precision, 1024, 64, 2048, 2048)
-            cases.append(aot_case(arch, problem, choose(problem, arch), unit))
+            cases.append(aot_case(arch, problem, choose(problem, arch), layout))
     signature = aot_signature(
         torch.bfloat16, "x_ptr padded_ptr", "first_block_ptr slots_ptr offsets_ptr table_ptr", "W stride_x"
     )
