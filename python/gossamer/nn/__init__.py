@@ -1,6 +1,8 @@
 """Layers over the primitives."""
 
 from gossamer.nn._lora import lora_plus_groups
+from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer.nn.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
 from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
@@ -10,13 +12,16 @@ from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter
 from gossamer.nn.routing import Routing, given_experts, sigmoid_topk, softmax_topk, topk_softmax
 
 __all__ = [
+    "DynamicEmbedding",
     "Experts",
+    "FrequencyAdmission",
     "HashRouter",
     "LoRAEmbedding",
     "LoRAExperts",
     "LoRALinear",
     "LowRankLinear",
     "MoE",
+    "ProbabilisticAdmission",
     "Router",
     "Routing",
     "SharedExpert",

@@ -111,16 +111,16 @@ class HashTable:
             raise ValueError(f"evict must be one of {EVICT}, got {evict!r}")
         self.dim, self.capacity, self.evict = dim, capacity, evict
         self.key_dtype, self.value_dtype, self.device = key_dtype, value_dtype, torch.device(device)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._clock = self._serial = self._epoch = 0
         self._storage = self._allocate(capacity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def __repr__(self) -> str:
         return (
@@ -257,14 +257,14 @@ class HashTable:
             return self.insert_rows(keys, scores).rows
         if scores is not None:
             raise ValueError("scores must be None without insert, which sets none")
-        with self._lock:
+        with self.lock:
             return self._kernels().find(self._storage, self._check_keys(keys))
 
     def insert_rows(self, keys: torch.Tensor, scores: torch.Tensor | None = None) -> Inserted:
         """:meth:`rows` with ``insert``, and what it did for it: new rows hold zeros, victims' values are gone."""
         keys = self._check_keys(keys)
         scores = self._check_scores(scores, keys.shape[0])
-        with self._lock:
+        with self.lock:
             done = self._insert(keys, scores, self.evict)
             self._set_new(done, None)
             return done
@@ -275,7 +275,7 @@ class HashTable:
 
     def find(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(values (n, D), found (n,) bool)``; values of absent keys are zeros."""
-        with self._lock:
+        with self.lock:
             rows = self.rows(keys)
             return self._kernels().gather_rows(self.values, rows), rows >= 0
 
@@ -300,7 +300,7 @@ class HashTable:
         keys = self._check_keys(keys)
         values = None if values is None else self._check_values(values, keys.shape[0])
         scores = self._check_scores(scores, keys.shape[0])
-        with self._lock:
+        with self.lock:
             parts = [self._find_or_insert(*piece) for piece in self._pieces(keys, values, scores)]
         return _joined(parts)
 
@@ -330,7 +330,7 @@ class HashTable:
         keys = self._check_keys(keys)
         values = self._check_values(values, keys.shape[0])
         scores = self._check_scores(scores, keys.shape[0])
-        with self._lock:
+        with self.lock:
             return _joined([self._assign(*piece, self.evict) for piece in self._pieces(keys, values, scores)])[0]
 
     def _assign(self, keys, values, scores, policy) -> tuple[torch.Tensor]:
@@ -349,7 +349,7 @@ class HashTable:
         keys = self._check_keys(keys)
         values = self._check_values(values, keys.shape[0])
         scores = self._check_scores(scores, keys.shape[0])
-        with self._lock:
+        with self.lock:
             return _joined([self._accumulate(*piece) for piece in self._pieces(keys, values, scores)])[0]
 
     def _accumulate(self, keys, values, scores) -> tuple[torch.Tensor]:
@@ -377,7 +377,7 @@ class HashTable:
         keys = self._check_keys(keys)
         values = self._check_values(values, keys.shape[0])
         given = self._check_scores(scores, keys.shape[0])
-        with self._lock:
+        with self.lock:
             return _joined([self._insert_and_evict(*piece) for piece in self._pieces(keys, values, given)])
 
     def _insert_and_evict(self, keys, values, scores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -396,7 +396,7 @@ class HashTable:
 
     def erase(self, keys: torch.Tensor) -> torch.Tensor:
         """Remove keys; ``(n,)`` bool says which were there."""
-        with self._lock:
+        with self.lock:
             rows = self.rows(keys)
             slots = rows[rows >= 0].unique()
             self._storage.digests[slots] = 0
@@ -406,20 +406,20 @@ class HashTable:
 
     def clear(self) -> None:
         """Remove all keys."""
-        with self._lock:
+        with self.lock:
             self._storage.clear()
             self._clock = self._serial = 0
 
     def live_rows(self) -> torch.Tensor:
         """The rows in use, ascending: ``(len,)`` int64."""
-        with self._lock:
+        with self.lock:
             return self._storage.digests.nonzero().squeeze(1)
 
     def reserve(self, capacity: int) -> None:
         """Make room for at least ``capacity`` keys. Every key keeps its values and score, and gets another row."""
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity must be an int of at least 1, got {capacity!r}")
-        with self._lock:
+        with self.lock:
             if capacity <= self.capacity:
                 return
             keys, values, scores = self.export()
@@ -454,7 +454,7 @@ class HashTable:
         Raises:
             ValueError: the predicate's result is no such tensor.
         """
-        with self._lock:
+        with self.lock:
             rows = self.live_rows()
             keys = self._storage.keys[rows].to(self.key_dtype)
             scores = rows.new_zeros(rows.shape) if self._storage.scores is None else self._storage.scores[rows]
@@ -487,7 +487,7 @@ class HashTable:
         values = self._check_values(values, keys.shape[0])
         scores = keys.new_zeros(keys.shape, dtype=torch.int64) if scores is None else scores
         scores = self._checked_scores(scores, keys.shape[0], None)
-        with self._lock:
+        with self.lock:
             policy = None if self.evict is None else "score"
             pieces = self._pieces(keys, values, None if policy is None else scores)
             stored = _joined([self._assign(*piece, policy) for piece in pieces])[0]

@@ -1,0 +1,85 @@
+"""Files of dynamic embeddings: safetensors that appear whole or not at all, and are checked before they are trusted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+
+def _need_safetensors() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError("files of a DynamicEmbedding need the package safetensors: pip install 'gossamer[embedding]'")
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> None:
+    """Write a file in the place of what is there, which stays readable until the new one is complete on the disk."""
+    _need_safetensors()
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    whole = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        sums = {name: _checksum(tensor) for name, tensor in plain.items()}
+        save_file(plain, whole, {"gossamer": json.dumps(dict(header) | {"crc32": sums})})
+        _sync(whole, os.O_RDWR)
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+    _sync(path.parent, os.O_RDONLY)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and header of a file that :func:`write` made of this ``kind``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is truncated, corrupt, or of another kind.
+    """
+    _need_safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("gossamer", "null"))
+            if not isinstance(header, dict) or header.get("kind") != kind:
+                got = header.get("kind") if isinstance(header, dict) else None
+                raise ValueError(f"{path} is no {kind} of a gossamer.nn.DynamicEmbedding (its kind is {got!r})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+    sums = header.get("crc32")
+    wrong = [
+        name for name, tensor in tensors.items() if not isinstance(sums, dict) or sums.get(name) != _checksum(tensor)
+    ]
+    if wrong:
+        raise ValueError(f"{path} is corrupt: the checksum of {wrong[0]!r} does not match")
+    return tensors, header
+
+
+def check_header(header: Mapping[str, object], wanted: Mapping[str, object], what: str) -> None:
+    """Each wanted entry must be in the header and equal."""
+    for name, value in wanted.items():
+        if header.get(name) != value:
+            raise ValueError(f"{what} is of {name}={header.get(name)!r}, but this layer has {name}={value!r}")

@@ -1,0 +1,485 @@
+"""Embeddings of ids that come and go: a row for each id, made at first sight, trained, expired, evicted and shipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from gossamer.nn import _embedding_files as files
+from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer.ops import _hash_table_state as table_state
+from gossamer.ops._rounding import random_bits
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.hash_table import HashTable, HashTableFull
+from gossamer.ops.sparse_update import sparse_update_
+from gossamer.optim import Optimizer
+
+POOLING = ("sum", "mean", "max", None)
+_CHECKPOINT, _DELTA, _FORMAT = "checkpoint", "delta", 1
+
+
+@dataclass
+class Counters:
+    """What has happened to ids since the layer was made.
+
+    Attributes:
+        inserted: rows made.
+        evicted: rows that a full table gave to another id.
+        expired: rows dropped for their age.
+        rejected: ids, with repeats, that looked for a row in training and were not admitted.
+        refused: ids, with repeats, that were admitted but found the table full of their own batch.
+    """
+
+    inserted: int = 0
+    evicted: int = 0
+    expired: int = 0
+    rejected: int = 0
+    refused: int = 0
+
+
+class DynamicEmbedding(nn.Module):
+    """An embedding table without a vocabulary: any integer is an id, and no two ids share a row.
+
+    In training (``layer.train()`` and gradients enabled) an id without a row gets one when ``admission`` lets it; its
+    values depend on the id and ``seed`` alone, so neither on when nor in which order ids came. The backward pass takes
+    the optimizer's step on the touched rows. In evaluation nothing changes. Ids without a row contribute zeros, and
+    do not count in a mean.
+
+    The table lives outside the parameters: ``state_dict`` carries it as extra state. :meth:`save` and :meth:`load` are
+    checkpoints after which training goes on with the same bits; :meth:`export_delta` and :meth:`apply_delta` ship what
+    changed since the last export. Calls may come from several threads, one at a time goes through. ``to()`` leaves the
+    table where ``device`` put it, and ``torch.compile`` does not trace the layer.
+
+    Admission, expiry and shipping are those of Monolith (Liu et al., 2022, arXiv 2209.07663).
+
+    Args:
+        dim: D.
+        capacity: most rows, see :class:`gossamer.HashTable`.
+        pooling: ``"sum"``, ``"mean"`` or ``"max"`` over bags of ids, or None for a row each.
+        optimizer: one of :mod:`gossamer.optim`; its state lies beside the rows. None: rows stay as they were made.
+        admission: a :class:`FrequencyAdmission` or :class:`ProbabilisticAdmission`; None admits every id.
+        expire_after: :meth:`expire` drops rows not used in training for this long, in the unit of
+            :meth:`advance_clock`; None for never.
+        evict: what a full table does, see :class:`gossamer.HashTable`; not ``"score"``.
+        initializer: a bound a for uniform values in (−a, a), by default D^(−1/2); or a function of ``keys (n,)`` and D
+            that returns ``(n, D)`` float32 and depends on nothing else.
+        dtype: float32, float16 or bfloat16.
+        key_dtype: int64 or int32.
+        device: where the table lies.
+        seed: of values and of probabilistic admission, in ``[0, 2⁶³)``.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        capacity: int,
+        *,
+        pooling: str | None = "sum",
+        optimizer: Optimizer | None = None,
+        admission: FrequencyAdmission | ProbabilisticAdmission | None = None,
+        expire_after: int | None = None,
+        evict: str | None = "lru",
+        initializer: float | Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        key_dtype: torch.dtype = torch.int64,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLING:
+            raise ValueError(f"pooling must be one of {POOLING}, got {pooling!r}")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a gossamer.optim.Optimizer or None, got {type(optimizer).__name__}")
+        if admission is not None and not isinstance(admission, (FrequencyAdmission, ProbabilisticAdmission)):
+            raise TypeError(
+                f"admission must be FrequencyAdmission, ProbabilisticAdmission or None, got {type(admission).__name__}"
+            )
+        if expire_after is not None and not expire_after > 0:
+            raise ValueError(f"expire_after must be above 0 or None, got {expire_after}")
+        if evict == "score":
+            raise ValueError("evict='score' needs scores that this layer does not have; use 'lru' or 'lfu'")
+        if not callable(initializer) and initializer is not None and not initializer >= 0:
+            raise ValueError(f"initializer must be at least 0 or a function, got {initializer}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        self.table = HashTable(dim, capacity, key_dtype=key_dtype, value_dtype=dtype, device=device, evict=evict)
+        self.dim, self.pooling, self.optimizer, self.seed = dim, pooling, optimizer, seed
+        self.expire_after, self.admission = expire_after, admission
+        self.initializer = dim**-0.5 if initializer is None else initializer
+        slots, self.device = self.table.values.shape[0], self.table.device
+        self.optimizer_state = {} if optimizer is None else optimizer.state(slots, dim, self.device)
+        self._filter = None if admission is None else admission.build(self.device, key_dtype, seed)
+        # One element more than slots: ids without a row write there.
+        self._last_used = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self._changed = torch.zeros(slots + 1, dtype=torch.bool, device=self.device)
+        self._handle = torch.zeros(0, device=self.device, requires_grad=True)
+        self.counters = Counters()
+        self.clock = self.steps = self.sequence = 0
+        self._moves = 0
+        self._removed: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def extra_repr(self) -> str:
+        """The line that describes the layer."""
+        optimizer = None if self.optimizer is None else type(self.optimizer).__name__
+        return f"{self.dim}, {self.table.capacity}, pooling={self.pooling!r}, optimizer={optimizer}, len={len(self)}"
+
+    def forward(
+        self, ids: torch.Tensor, offsets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Look ids up, and in training make rows for those that are admitted.
+
+        Args:
+            ids: ``(B, J)``, or ``(L,)`` with ``offsets``, in ``key_dtype``; of any shape without pooling.
+            offsets: ``(B+1,)`` or None, as in :func:`gossamer.gather_reduce`.
+            weights: like ``ids``, float, or None.
+
+        Returns:
+            ``(B, D)``; ``(*ids.shape, D)`` without pooling.
+
+        Raises:
+            HashTableFull: with ``evict=None``, the new ids do not fit; table and filter are unchanged.
+            TypeError, ValueError: an argument is not as above.
+        """
+        shape = None
+        if self.pooling is None:
+            if offsets is not None or weights is not None:
+                raise ValueError("offsets and weights must be None without pooling")
+            shape, ids = ids.shape, ids.reshape(-1, 1)
+        training = self.training and torch.is_grad_enabled()
+        with self.table.lock:
+            with torch.no_grad():
+                keys = ids.reshape(-1)
+                rows = (self._train_rows(keys) if training else self.table.rows(keys)).view(ids.shape)
+            if training:
+                handle = self._handle if self.optimizer is not None else self._handle.detach()
+                out = _Lookup.apply(handle, weights, self, ids, rows, offsets)
+            else:
+                out = self._reduce(rows, offsets, weights)
+        return out if shape is None else out.view(*shape, self.dim)
+
+    def _reduce(self, rows, offsets, weights) -> torch.Tensor:
+        mode = self.pooling or "sum"
+        return gather_reduce(self.table.values, rows, offsets, weights, mode=mode, bounds="drop")
+
+    def _train_rows(self, keys: torch.Tensor) -> torch.Tensor:
+        absent = self.table.rows(keys) < 0 if self._filter is not None else torch.zeros_like(keys, dtype=torch.bool)
+        if not absent.any():
+            done = self.table.insert_rows(keys)
+            rows = done.rows
+        else:
+            fresh, inverse, counts = torch.unique(keys[absent], return_inverse=True, return_counts=True)
+            admitted = self._filter.judge(fresh, counts, self.steps)
+            served = torch.ones_like(absent)
+            served[absent] = admitted[inverse]
+            keys = keys[served]
+            done = self.table.insert_rows(keys)
+            # Only now: where the table is full, the filter too is as it was.
+            self._filter.note(fresh, counts, admitted)
+            rows = torch.full(served.shape, -1, device=self.device)
+            rows[served] = done.rows
+            self.counters.rejected += int((~served).sum())
+        inserted = int(done.inserted.sum())
+        if inserted:
+            self._start_rows(done.rows[done.inserted], keys[done.inserted])
+            evicted = done.victim_keys[done.evicted]
+            self._removed += [evicted] if evicted.numel() else []
+            self._moves += int(evicted.numel() > 0)
+            self.counters.inserted += inserted
+            self.counters.evicted += evicted.numel()
+        self.counters.refused += int((done.rows < 0).sum())
+        self._last_used[rows] = self.clock
+        self.steps += 1
+        return rows
+
+    def _start_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
+        self.table.values[rows] = self._initial(keys).to(self.table.value_dtype)
+        for name, state in self.optimizer_state.items():
+            if name != "step":
+                state[rows] = self.optimizer.initial_value()
+        self._changed[rows] = True
+
+    def _initial(self, keys: torch.Tensor) -> torch.Tensor:
+        if callable(self.initializer):
+            values = self.initializer(keys, self.dim)
+            if tuple(values.shape) != (keys.shape[0], self.dim):
+                raise ValueError(
+                    f"initializer must return ({keys.shape[0]}, {self.dim}) values, got {tuple(values.shape)}"
+                )
+            return values
+        bits = random_bits(self.seed, torch.zeros(1, dtype=torch.int64, device=keys.device), keys.long(), self.dim)
+        return (((bits >> 8).double() + 0.5) * 2.0**-23 - 1).mul_(self.initializer).float()
+
+    def advance_clock(self, now: int) -> None:
+        """Set the clock that ages rows to ``now``, the newest time seen in the data; it never goes back."""
+        self.clock = max(self.clock, int(now))
+
+    def expire(self) -> int:
+        """Drop rows that training has not used for ``expire_after`` or longer; returns how many."""
+        if self.expire_after is None:
+            return 0
+        with self.table.lock:
+            rows = self.table.live_rows()
+            old = rows[self._last_used[rows] <= self.clock - self.expire_after]
+            self.erase(self.table._storage.keys[old].to(self.table.key_dtype))
+            self.counters.expired += old.numel()
+            return old.numel()
+
+    def erase(self, ids: torch.Tensor) -> torch.Tensor:
+        """Drop the rows of ``ids (n,)``; ``(n,)`` bool says which had one."""
+        with self.table.lock:
+            found = self.table.erase(ids)
+            if found.any():
+                self._removed.append(ids[found].unique())
+                self._moves += 1
+            return found
+
+    def _header(self) -> dict[str, object]:
+        kinds = {} if self.optimizer is None else self.optimizer.state_kinds()
+        return {
+            "format": _FORMAT,
+            "dim": self.dim,
+            "dtype": str(self.table.value_dtype),
+            "key_dtype": str(self.table.key_dtype),
+            "optimizer": None if self.optimizer is None else type(self.optimizer).__name__,
+            "optimizer_state": kinds,
+            "seed": self.seed,
+        }
+
+    def _checkpoint_header(self) -> dict[str, object]:
+        admission = None if self.admission is None else repr(self.admission)
+        return self._header() | {
+            "capacity": self.table.capacity,
+            "evict": self.table.evict,
+            "admission": admission,
+        }
+
+    def _removed_keys(self) -> torch.Tensor:
+        none = torch.empty(0, dtype=self.table.key_dtype, device=self.device)
+        keys = torch.cat([none, *self._removed]).unique()
+        return keys[~self.table.contains(keys)]
+
+    def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        with self.table.lock:
+            tensors = {f"table.{k}": v for k, v in table_state.snapshot(self.table).items()}
+            rows = tensors["table.rows"]
+            for name, state in self.optimizer_state.items():
+                tensors[f"optimizer.{name}"] = state.clone() if name == "step" else state[rows]
+            tensors |= {"last_used": self._last_used[rows], "changed": self._changed[rows]}
+            tensors["removed"] = self._removed_keys()
+            if self._filter is not None:
+                tensors |= {f"filter.{k}": v for k, v in self._filter.state().items()}
+            numbers = {"clock": self.clock, "steps": self.steps, "sequence": self.sequence}
+            return tensors, self._checkpoint_header() | numbers | {"counters": asdict(self.counters)}
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> None:
+        files.check_header(header, self._checkpoint_header(), what)
+        parts: dict[str, dict[str, torch.Tensor]] = {"table": {}, "filter": {}}
+        for name, tensor in tensors.items():
+            head, _, tail = name.partition(".")
+            if head in parts:
+                parts[head][tail] = tensor
+        table_state.check(self.table, parts["table"], what)
+        count = parts["table"]["rows"].numel()
+        removed = tensors["removed"].numel() if "removed" in tensors else 0
+        wanted = {
+            "last_used": (torch.int64, (count,)),
+            "changed": (torch.bool, (count,)),
+            "removed": (self.table.key_dtype, (removed,)),
+        } | self._state_shapes(count)
+        table_state.check_tensors(tensors, wanted, what)
+        numbers = [header.get(name) for name in ("clock", "steps", "sequence")]
+        counters = header.get("counters")
+        if any(type(n) is not int or n < 0 for n in numbers) or set(counters or ()) != set(asdict(self.counters)):
+            raise ValueError(f"{what}: clock, steps, sequence or counters are missing or wrong")
+        if self._filter is not None:
+            self._filter.check(parts["filter"], what)
+        with self.table.lock:
+            table_state.restore(self.table, parts["table"])
+            rows = parts["table"]["rows"].to(self.device)
+            for name, state in self.optimizer_state.items():
+                state[... if name == "step" else rows] = tensors[f"optimizer.{name}"].to(self.device)
+            self._last_used.zero_()[rows] = tensors["last_used"].to(self.device)
+            self._changed.zero_()[rows] = tensors["changed"].to(self.device)
+            self._removed = [tensors["removed"].to(self.device)]
+            self.clock, self.steps, self.sequence = numbers
+            self.counters = Counters(**counters)
+            self._moves += 1
+            if self._filter is not None:
+                self._filter.load(parts["filter"])
+
+    def _state_shapes(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {
+            f"optimizer.{name}": (state.dtype, (1,) if name == "step" else (count, *state.shape[1:]))
+            for name, state in self.optimizer_state.items()
+        }
+
+    def get_extra_state(self) -> dict[str, object]:
+        """All of the layer, for ``state_dict``."""
+        tensors, header = self._snapshot()
+        return {"tensors": tensors, "header": header}
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        """Take over what :meth:`get_extra_state` gave, if it fits."""
+        self._restore(state["tensors"], state["header"], "the state_dict")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a checkpoint: rows, optimizer state, ages, filters, what the next delta holds, counters.
+
+        The file appears whole, in place of what was there; when writing fails, that is still there.
+        """
+        tensors, header = self._snapshot()
+        files.write(path, tensors, header | {"kind": _CHECKPOINT})
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Take over a checkpoint. Training goes on as if it had never stopped, with the same bits.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, corrupt, no checkpoint, or one of a layer with another dim, dtype, capacity,
+                optimizer, eviction, admission or seed; the message says which, and the layer is unchanged.
+        """
+        tensors, header = files.read(path, _CHECKPOINT)
+        self._restore(tensors, header, f"checkpoint {path}")
+
+    def export_delta(self, path: str | os.PathLike, *, full: bool = False, with_state: bool = False) -> int:
+        """Write the rows that changed, and the ids that left, since the last export; returns how many rows.
+
+        Deltas are numbered: :attr:`sequence` is that of the last one. When writing fails, what was there stays, and the
+        next export holds this one's rows too.
+
+        Args:
+            path: the file.
+            full: write all rows; such a delta can be applied at any time, and replaces what was there.
+            with_state: write optimizer state and ages too, for another trainer to go on from.
+        """
+        with self.table.lock:
+            rows = self.table.live_rows()
+            rows = rows if full else rows[self._changed[rows]]
+            keys = self.table._storage.keys[rows].to(self.table.key_dtype)
+            order = torch.argsort(keys)
+            rows = rows[order]
+            tensors = {"keys": keys[order], "values": self.table.values[rows], "removed": self._removed_keys()}
+            if with_state:
+                for name, state in self.optimizer_state.items():
+                    tensors[f"optimizer.{name}"] = state.clone() if name == "step" else state[rows]
+                tensors["last_used"] = self._last_used[rows]
+            numbers = {"sequence": self.sequence + 1, "full": full, "with_state": with_state, "clock": self.clock}
+            files.write(path, tensors, self._header() | numbers | {"kind": _DELTA})
+            self._changed.zero_()
+            self._removed = []
+            self.sequence += 1
+            return rows.numel()
+
+    def apply_delta(self, path: str | os.PathLike) -> int:
+        """Take over a delta that another layer exported; returns how many rows it set.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, corrupt, no delta, of another dim, dtype or optimizer, or not the one after
+                :attr:`sequence`; the layer is unchanged.
+            HashTableFull: with ``evict=None``, its rows do not fit; the layer is unchanged.
+        """
+        tensors, header = files.read(path, _DELTA)
+        what = f"delta {path}"
+        with_state = header.get("with_state") is True and self.optimizer is not None
+        sequence = header.get("sequence")
+        own = self._header()
+        if not with_state:
+            own = {k: v for k, v in own.items() if k not in ("optimizer", "optimizer_state", "seed")}
+        files.check_header(header, own, what)
+        if type(sequence) is not int or type(header.get("clock")) is not int:
+            raise ValueError(f"{what} has no sequence or clock")
+        if type(header.get("full")) is not bool:
+            raise ValueError(f"{what} does not say whether it is full")
+        if not header["full"] and sequence != self.sequence + 1:
+            raise ValueError(f"{what} is number {sequence}, but number {self.sequence + 1} comes next")
+        sizes = {name: tensors[name].numel() if name in tensors else 0 for name in ("keys", "removed")}
+        key_dtype, count = self.table.key_dtype, sizes["keys"]
+        wanted = {name: (key_dtype, (size,)) for name, size in sizes.items()}
+        wanted["values"] = (self.table.value_dtype, (count, self.dim))
+        if with_state:
+            wanted |= self._state_shapes(count) | {"last_used": (torch.int64, (count,))}
+        table_state.check_tensors(tensors, wanted, what)
+        found = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        keys = found["keys"]
+        if keys.unique().numel() != count or torch.isin(keys, found["removed"]).any():
+            raise ValueError(f"{what}: keys must be distinct, and none of them removed")
+        with self.table.lock:
+            gone = found["removed"]
+            if header["full"]:
+                live = self.table._storage.keys[self.table.live_rows()].to(key_dtype)
+                gone = live[~torch.isin(live, keys)]
+            self._check_room(keys, gone, what)
+            self.erase(gone)
+            done = self.table.insert_rows(keys)
+            at, rows = done.rows >= 0, done.rows[done.rows >= 0]
+            self._moves += 1
+            self._start_rows(done.rows[done.inserted], keys[done.inserted])
+            self.table.values[rows] = found["values"][at]
+            self.clock, self.sequence = max(self.clock, header["clock"]), sequence
+            self._last_used[rows] = found["last_used"][at] if with_state else self.clock
+            if with_state:
+                for name, state in self.optimizer_state.items():
+                    state[... if name == "step" else rows] = found[f"optimizer.{name}"][... if name == "step" else at]
+            # What came as a delta is not this layer's to ship.
+            self._changed.zero_()
+            self._removed = []
+            return rows.numel()
+
+    def _check_room(self, keys: torch.Tensor, removed: torch.Tensor, what: str) -> None:
+        if self.table.evict is not None:
+            return
+        new = int((~self.table.contains(keys)).sum())
+        room = self.table.capacity - len(self.table) + int(self.table.contains(removed.unique()).sum())
+        if new > room:
+            raise HashTableFull(f"{what} holds {new} new rows for {room} free ones of {self.table.capacity}")
+
+
+class _Lookup(torch.autograd.Function):
+    """The lookup, whose backward pass takes the step on the rows that still belong to the ids."""
+
+    @staticmethod
+    def forward(ctx, handle, weights, layer, ids, rows, offsets):
+        ctx.layer, ctx.moves = layer, layer._moves
+        ctx.save_for_backward(weights, ids, rows, offsets)
+        return layer._reduce(rows, offsets, None if weights is None else weights.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        weights, ids, rows, offsets = ctx.saved_tensors
+        layer = ctx.layer
+        with layer.table.lock:
+            if layer._moves != ctx.moves:
+                # Another id may have these rows by now.
+                now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
+                rows = torch.where(now == rows, rows, -1)
+            dweights = None
+            if weights is not None and ctx.needs_input_grad[1]:
+                leaf = weights.detach().requires_grad_()
+                with torch.enable_grad():
+                    (dweights,) = torch.autograd.grad(layer._reduce(rows, offsets, leaf), leaf, dout)
+            if ctx.needs_input_grad[0]:
+                sparse_update_(
+                    layer.table.values,
+                    rows,
+                    dout,
+                    offsets,
+                    weights,
+                    optimizer=layer.optimizer,
+                    state=layer.optimizer_state,
+                    mode=layer.pooling or "sum",
+                    bounds="drop",
+                )
+                layer._changed[rows.reshape(-1)] = True
+        return torch.zeros_like(layer._handle), dweights, None, None, None, None
