@@ -230,19 +230,21 @@ def test_flat_expert_layout_by_hand():
         expert_factors(flat_a, flat_b[:, :3], 2)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu", "relu"])
-def test_experts_against_their_merged_weights(transposed, activation, device):
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("activation", "transposed"), [("swiglu", False), ("swiglu", True), ("relu", True)])
+def test_experts_against_their_merged_weights(activation, transposed, dora, device):
     form = {"activation": activation, "transposed": transposed, "bias": True}
-    layer = LoRAExperts(5, 16, 12, 3, alpha=6, device=device, dtype=torch.float64, **form)
+    layer = LoRAExperts(5, 16, 12, 3, alpha=6, dora=dora, device=device, dtype=torch.float64, **form)
     up = "gate_up_proj" if activation == "swiglu" else "up_proj"
-    trained = {f"{name}_lora_{x}" for name in (up, "down_proj") for x in "AB"}
+    kinds = ("A", "B", "magnitude") if dora else ("A", "B")
+    trained = {f"{name}_lora_{x}" for name in (up, "down_proj") for x in kinds}
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == trained
     with torch.no_grad():
         for name in trained:
             getattr(layer, name).normal_().div_(4)
-    # Expert 4 meets no token: its factors get zero.
+    # Expert 4 meets no token: its factors get zero. Some slots meet no expert.
     ids = random_expert_ids(13, 4, 2).to(device)
+    ids[3, 1] = ids[8, 0] = 5
     x, weights = torch.randn(13, 16, device=device), torch.rand(13, 2, device=device)
     flat = dict(layer.named_parameters())
 
@@ -251,8 +253,12 @@ def test_experts_against_their_merged_weights(transposed, activation, device):
         dense = {n: p.to(x.dtype) for n, p in flat.items() if "_lora_" not in n}
         for name in (up, "down_proj"):
             a, b = expert_factors(factors[f"{name}_lora_A"], factors[f"{name}_lora_B"], 5)
-            delta = 2 * (b @ a)
-            dense[name] = dense[name] + (delta.mT if transposed else delta)
+            weight = (dense[name].mT if transposed else dense[name]) + 2 * (b @ a)
+            if dora:
+                norms = torch.linalg.vector_norm(weight.detach(), dim=2)
+                # The norm is a constant, so the factors' gradient goes through the scaled sum alone.
+                weight = weight * (factors[f"{name}_lora_magnitude"] / norms).unsqueeze(2)
+            dense[name] = weight.mT if transposed else weight
         plain = Experts(5, 16, 12, device=device, dtype=x.dtype, **form)
         return functional_call(plain, dense, (x, ids, weights.to(x.dtype)))
 

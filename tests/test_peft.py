@@ -73,8 +73,10 @@ def test_report_and_restore(device):
     assert text.startswith("gossamer computes 8 of 8 LoRA layers and experts modules\n")
     assert "layers.0.self_attn.q_proj: Linear, fused: low_rank_linear" in text
     assert "layers.1.mlp.experts: ParamWrapper, fused: expert_mlp" in text
+    twin = copy.deepcopy(model)
     gossamer.restore(model)
     assert [type(m) for m in model.modules()] == classes
+    assert integration.restore(twin) and [type(m) for m in twin.modules()] == classes
     assert all(torch.equal(value, before[key]) for key, value in run(model, ids).items())
     with pytest.raises(ValueError, match=r"model must be one that gossamer\.replace switched"):
         gossamer.restore(model)
@@ -183,6 +185,36 @@ def test_mixed_batches_are_pefts(options, device):
         model(ids, adapter_names=["default"] * 4 + ["nobody"])
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         model(ids, adapter_names=["default"] * 4)
+
+
+def test_experts_mix_adapters_too(device):
+    # PEFT refuses mixed batches on target_parameters, so each row is held against its own adapter alone.
+    model = wrapped("qwen3_moe", device, target_modules=["q_proj"], target_parameters=EXPERTS)
+    model.add_adapter("wide", peft.LoraConfig(r=7, lora_alpha=3, target_modules=["q_proj"], target_parameters=EXPERTS))
+    drawn(model).eval()
+    ids, names = tokens(device, rows=4), ["wide", "default", "__base__", "wide"]
+    wanted, grads = [], {}
+    for row, name in enumerate(names):
+        model.set_adapter("default" if name == "__base__" else name)
+        with model.disable_adapter() if name == "__base__" else torch.enable_grad():
+            logits = model(ids[row : row + 1]).logits
+        wanted.append(logits.detach()[0])
+        if name != "__base__":
+            model.zero_grad()
+            logits.square().sum().backward()
+            for key, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    grads[key] = grads.get(key, 0) + parameter.grad
+    gossamer.replace(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, adapter_names=names).logits, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    model.base_model.set_adapter(["default", "wide"])
+    model.zero_grad()
+    with integration.mixed_adapters(model, [None if name == "__base__" else name for name in names]):
+        model(ids).logits.square().sum().backward()
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == grads.keys()
+    torch.testing.assert_close(found, grads, rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_generation_with_beams(device):
@@ -351,6 +383,22 @@ def test_4bit_base(use_dora, device):
         for row in range(9 if mixed is not None else 0):
             with model.disable_adapter() if row % 2 else torch.no_grad():
                 torch.testing.assert_close(model(x[row : row + 1])[0], mixed[row], rtol=1e-4, atol=1e-4)
+
+
+def test_8bit_base_keeps_its_own_product(device):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to(device))
+    model.is_loaded_in_8bit = True
+    model = drawn(peft.get_peft_model(model, peft.LoraConfig(r=5, target_modules=["0"]))).eval()
+    x = torch.randn(4, 64, device=device, dtype=torch.float16)
+    with torch.no_grad():
+        theirs = model(x), model(x, adapter_names=["default", "__base__"] * 2)
+        report = gossamer.replace(model)
+        assert report.switched[0].class_name == "Linear8bitLt" and not report.switched[0].fused
+        ours = model(x), model(x, adapter_names=["default", "__base__"] * 2)
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1], rtol=2e-3, atol=2e-3)
 
 
 def bnb_class(peft):

@@ -7,8 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.grouped_matmul import grouped_matmul
+
+
+def adapter_slots(
+    adapter_ids: torch.Tensor, top_k_index: torch.Tensor, num_adapters: int, num_experts: int
+) -> Dispatch:
+    """The slots ``(T, K)`` sorted by adapter and expert, group ``adapter·E + expert``.
+
+    Tokens without an adapter, −1 in ``adapter_ids (T,)``, and ids from E on are dropped.
+    """
+    groups, adapter = num_adapters * num_experts, adapter_ids.unsqueeze(1)
+    slots = adapter * num_experts + top_k_index
+    return dispatch(torch.where((adapter < 0) | (top_k_index >= num_experts), groups, slots), groups)
 
 
 @dataclass(frozen=True)

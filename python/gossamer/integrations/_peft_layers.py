@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from gossamer.integrations._expert_updates import ExpertUpdate
+from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.nn._lora import row_norms
 from gossamer.nn.low_rank_experts import expert_factors
 from gossamer.ops._checks import FLOAT_DTYPES
@@ -348,21 +348,47 @@ class ExpertsMixin(_Tuner):
             return f"its parameter {self.parameter_name} is none of {sorted(targets)}"
         return f"its {type(base).__name__} has hooks" if hooked(base) else _obstacle(base)
 
+    def _check_forward_args(self, x: torch.Tensor, *args: object, **kwargs: object) -> None:
+        """PEFT's ParamWrapper mixes no adapters in a batch; here the rows of a request lie one behind the other."""
+        names = kwargs.get("adapter_names")
+        if names is not None and self.merged:
+            raise ValueError("adapter_names must be None while adapters are merged: call unmerge_adapter() first")
+        if names is not None and (not names or x.shape[0] % len(names)):
+            raise ValueError(f"adapter_names must name one adapter a request, got {len(names)} for {x.shape[0]} rows")
+
+    def _mixed_update(self, names: list[str], top_k_index: torch.Tensor) -> ExpertUpdate | None:
+        """The updates of a mixed batch, one group for each adapter and expert."""
+        known = tuple(sorted({name for name in names if name in self.lora_A}))
+        if not known:
+            return None
+        parts = [expert_factors(self.lora_A[n].weight, self.lora_B[n].weight, self.num_experts) for n in known]
+        rank = max(a.shape[1] for a, _ in parts)
+        a = _stack([a for a, _ in parts], rank, -2).flatten(0, 1)
+        b = _stack([b * self.scaling[n] for (_, b), n in zip(parts, known, strict=True)], rank, -1).flatten(0, 1)
+        repeats = top_k_index.shape[0] // len(names)
+        ids, _ = _requests(tuple(names), known, repeats, top_k_index.device, torch.is_inference_mode_enabled())
+        return ExpertUpdate(a, b, adapter_slots(ids, top_k_index, len(known), self.num_experts))
+
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """PEFT's forward."""
-        names, chain = self._names(x, kwargs), self._chain()
-        if names is not None:
-            raise ValueError(
-                "adapter_names must be None beside target_parameters: PEFT's ParamWrapper mixes no adapters in a batch"
-            )
-        base = self.get_base_layer()
+        from gossamer.integrations.transformers import experts_forward
+
+        names, chain, base = self._names(x, kwargs), self._chain(), self.get_base_layer()
         usable = not any(w.disable_adapters or w.merged or w.__dict__.get("_gossamer_reason", "new") for w in chain)
-        if not usable or any(hooked(module) for module in (*chain[1:], base)):
+        usable = usable and not any(hooked(module) for module in chain[1:] if names is None) and not hooked(base)
+        if names is not None and not self.disable_adapters:
+            if not usable or type(base) is nn.Linear:
+                raise ValueError(
+                    f"adapter_names cannot mix adapters of {self.parameter_name}: its {type(base).__name__} is no "
+                    "experts module that gossamer computes"
+                )
+            slots = args[0] if args else kwargs["top_k_index"]
+            updates = {wrapper.parameter_name: wrapper._mixed_update(names, slots) for wrapper in chain}
+            return experts_forward(base, x, *args, **kwargs, updates=updates)
+        if not usable:
             return super().forward(x, *args, **kwargs)
         if type(base) is nn.Linear:
             return self._linear(x, base) if not (args or kwargs) else super().forward(x, *args, **kwargs)
-        from gossamer.integrations.transformers import experts_forward
-
         updates = {wrapper.parameter_name: wrapper._update() for wrapper in chain}
         return experts_forward(base, x, *args, **kwargs, updates=updates)
 

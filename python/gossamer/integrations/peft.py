@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import weakref
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -142,9 +141,6 @@ def _detail(layer: nn.Module) -> tuple[bool, str]:
     return True, next(text for cls, text in what.items() if isinstance(layer, cls))
 
 
-_previous: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, type]]] = weakref.WeakKeyDictionary()
-
-
 def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
     """Exchange the forward of every LoRA layer in ``model``; :func:`gossamer.replace` calls it for PEFT models.
 
@@ -168,10 +164,8 @@ def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
             + "; ".join(f"{m.name} (lora.{m.class_name}): {m.reason}" for m in skipped)
         )
     left = {m.name for m in skipped}
-    before = _previous.setdefault(model, [])
     for name, layer in fresh:
         if name not in left:
-            before.append((layer, type(layer)))
             layer.__class__ = _CLASSES[type(layer)]
     switched = tuple(
         SwitchedModule(name, type(layer).__name__, *_detail(layer)) for name, layer in layers if name not in left
@@ -181,12 +175,13 @@ def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
 
 def restore(model: nn.Module) -> bool:
     """Give every layer its class back; returns whether there was anything to undo."""
-    before = _previous.pop(model, None)
-    for layer, cls in before or ():
-        layer.__class__ = cls
-        for name in ("_gossamer_names", "_gossamer_bank"):
+    theirs = {ours: cls for cls, ours in _CLASSES.items()}
+    layers = [module for module in model.modules() if type(module) in theirs]
+    for layer in layers:
+        layer.__class__ = theirs[type(layer)]
+        for name in ("_gossamer_names", "_gossamer_bank", "_gossamer_reason"):
             layer.__dict__.pop(name, None)
-    return before is not None
+    return bool(layers)
 
 
 @contextlib.contextmanager
@@ -203,8 +198,8 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
 
     Raises:
         TypeError: ``adapter_names`` is a str or holds something else than str and None.
-        ValueError: the model was not switched, an adapter is missing, or one uses DoRA or ``target_parameters``, which
-            a mixed batch cannot.
+        ValueError: the model was not switched, an adapter is missing, or one uses DoRA, which a mixed batch cannot; in
+            the block's forward passes, one updates a parameter by ``target_parameters`` that is none of experts.
     """
     if isinstance(adapter_names, str) or not all(name is None or isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names must be a sequence of str or None, got {adapter_names!r}")
@@ -220,8 +215,6 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
         for name in used:
             if layer.use_dora.get(name):
                 raise ValueError(f"adapter {name!r} has use_dora=True, which a mixed batch cannot have")
-            if isinstance(layer, ExpertsMixin) and name in layer.lora_A:
-                raise ValueError(f"adapter {name!r} has target_parameters, which a mixed batch cannot have")
     try:
         for layer in layers:
             layer._gossamer_names = names

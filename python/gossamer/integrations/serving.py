@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.integrations._adapter_files import Factors, read_adapter
-from gossamer.integrations._expert_updates import ExpertUpdate
+from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.nn.low_rank_experts import expert_factors
-from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 
 
@@ -148,12 +148,18 @@ class _ExpertsBank(nn.Module):
         if self._requests.ids is None:
             return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
         ids, _ = self._requests.rows(hidden_states.shape[0], hidden_states.device)
-        groups = self._requests.num_adapters * self.num_experts
-        group = ids[:, None] * self.num_experts + top_k_index
-        group = torch.where((ids[:, None] < 0) | (top_k_index >= self.num_experts), groups, group)
-        slots = dispatch(group, groups)
+        slots = adapter_slots(ids, top_k_index, self._requests.num_adapters, self.num_experts)
         updates = {n: ExpertUpdate(getattr(self, f"{n}_a"), getattr(self, f"{n}_b"), slots) for n in self.names}
         return experts_forward(module, hidden_states, top_k_index, top_k_weights, updates=updates)
+
+
+def _check_experts(path: str, module: nn.Module) -> None:
+    """The module must be one of transformers' experts modules, in a form that gossamer computes."""
+    from gossamer.integrations.transformers import _is_experts, _obstacle
+
+    reason = _obstacle(module) if _is_experts(module) else "it is no experts module of transformers"
+    if reason is not None:
+        raise ValueError(f"adapters update parameters of {path}, a {type(module).__name__}: {reason}")
 
 
 class ServedModel(nn.Module):
@@ -170,17 +176,22 @@ class ServedModel(nn.Module):
         self._requests, self._handles, self._experts = _Requests(), [], []
         modules = dict(model.named_modules())
         self.banks = nn.ModuleList()
-        for path in sorted({path for factors in adapters.values() for path, _ in factors}):
+        updated: dict[str, set[str]] = {}
+        for path, parameter in sorted({key for factors in adapters.values() for key in factors}, key=str):
+            updated.setdefault(path, set()).update([] if parameter is None else [parameter])
+        for path, parameters in updated.items():
+            if parameters:
+                _check_experts(path, modules[path])
+        for path, parameters in updated.items():
             module = modules[path]
-            names = {parameter for factors in adapters.values() for p, parameter in factors if p == path}
-            if names == {None}:
-                bank = _Bank(self._requests, [f.get((path, None)) for f in adapters.values()], module)
-                self._handles.append(module.register_forward_hook(bank.hook, with_kwargs=True))
-            else:
-                given = {n: [f.get((path, n)) for f in adapters.values()] for n in sorted(names)}
+            if parameters:
+                given = {n: [f.get((path, n)) for f in adapters.values()] for n in sorted(parameters)}
                 bank = _ExpertsBank(self._requests, given, module)
                 module.forward = partial(bank.forward_of, module)
                 self._experts.append(module)
+            else:
+                bank = _Bank(self._requests, [f.get((path, None)) for f in adapters.values()], module)
+                self._handles.append(module.register_forward_hook(bank.hook, with_kwargs=True))
             self.banks.append(bank)
 
     def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> None:

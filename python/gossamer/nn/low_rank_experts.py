@@ -5,9 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._activation import Activation
-from gossamer.nn._lora import check_init, check_rank, draw_factors_, lora_scale, spectral_split_, wide_dtype
+from gossamer._activation import Activation, activate
+from gossamer.nn._lora import (
+    add_low_rank_,
+    check_init,
+    check_rank,
+    draw_factors_,
+    lora_scale,
+    row_norms,
+    spectral_split_,
+)
 from gossamer.nn.moe import Experts
+from gossamer.nn.routing import Routing
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.grouped_matmul import grouped_matmul
 
 
 def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +52,10 @@ class LoRAExperts(Experts):
 
     The update of gate_up comes before the activation, that of down after it. The factors are named and laid out as in
     PEFT's adapters of ``target_parameters``, so those tensors load as they are; see :func:`expert_factors`. The
-    experts' own matrices and biases are frozen unless asked to train. There is no dropout and no DoRA, as there.
+    experts' own matrices and biases are frozen unless asked to train. There is no dropout, as there.
+
+    With ``dora`` every row of an expert's updated matrix is given a length of its own (DoRA, Liu et al., 2024), which
+    PEFT has not on experts: the products are then separate ones, and their rows are scaled between them.
 
     Args:
         num_experts: E.
@@ -49,6 +64,7 @@ class LoRAExperts(Experts):
         rank: r of each expert, at least 1 and at most the smaller side of every matrix with an update.
         alpha: α; ``rank`` when None.
         rank_stabilized: whether the scale is α/√r instead of α/r.
+        dora: whether there are magnitudes.
         init: ``"kaiming"`` or ``"gaussian"``: A is random and B zero; ``"spectral"``: both are the principal part of
             each expert's matrix, which keeps the rest.
         targets: which matrices are updated, of ``"gate_up_proj"`` (``"up_proj"`` with an ungated activation) and
@@ -58,6 +74,7 @@ class LoRAExperts(Experts):
     Attributes:
         gate_up_proj_lora_A: ``(E·r, H)``; of the other target ``down_proj_lora_A (E·r, I)``.
         gate_up_proj_lora_B: ``(2I, r·E)``; of the other target ``down_proj_lora_B (H, r·E)``.
+        gate_up_proj_lora_magnitude: ``(E, 2I)`` with ``dora``, else None; ``down_proj_lora_magnitude`` is ``(E, H)``.
 
     Raises:
         TypeError: a size or the rank is no int.
@@ -73,13 +90,14 @@ class LoRAExperts(Experts):
         *,
         alpha: float | None = None,
         rank_stabilized: bool = False,
+        dora: bool = False,
         init: str = "kaiming",
         targets: tuple[str, ...] | None = None,
         activation: str | Activation = "swiglu",
         **options: object,
     ) -> None:
         super().__init__(num_experts, hidden_size, intermediate_size, activation=activation, **options)
-        self._setup(rank, alpha, rank_stabilized, init, targets)
+        self._setup(rank, alpha, rank_stabilized, dora, init, targets)
 
     @classmethod
     def from_experts(cls, experts: Experts, rank: int, **options: object) -> LoRAExperts:
@@ -88,7 +106,7 @@ class LoRAExperts(Experts):
         Args:
             experts: :class:`Experts`; its parameters are frozen.
             rank: r of each expert.
-            **options: ``alpha``, ``rank_stabilized``, ``init``, ``targets`` of the class.
+            **options: ``alpha``, ``rank_stabilized``, ``dora``, ``init``, ``targets`` of the class.
 
         Raises:
             TypeError: ``experts`` is no plain :class:`Experts`, or an option is unknown.
@@ -96,7 +114,7 @@ class LoRAExperts(Experts):
         """
         if type(experts) is not Experts:
             raise TypeError(f"experts must be a gossamer.nn.Experts, got {type(experts).__name__}")
-        defaults = {"alpha": None, "rank_stabilized": False, "init": "kaiming", "targets": None}
+        defaults = {"alpha": None, "rank_stabilized": False, "dora": False, "init": "kaiming", "targets": None}
         if unknown := options.keys() - defaults.keys():
             raise TypeError(f"options must be among {sorted(defaults)}, got {sorted(unknown)}")
         layer = cls.__new__(cls)
@@ -118,7 +136,13 @@ class LoRAExperts(Experts):
         return layer
 
     def _setup(
-        self, rank: int, alpha: float | None, rank_stabilized: bool, init: str, targets: tuple[str, ...] | None
+        self,
+        rank: int,
+        alpha: float | None,
+        rank_stabilized: bool,
+        dora: bool,
+        init: str,
+        targets: tuple[str, ...] | None,
     ) -> None:
         known = (self._up_name, "down_proj")
         targets = known if targets is None else tuple(targets)
@@ -136,6 +160,8 @@ class LoRAExperts(Experts):
             total = self.num_experts * rank
             self.register_parameter(f"{name}_lora_A", nn.Parameter(weight.new_empty(total, weight.shape[2])))
             self.register_parameter(f"{name}_lora_B", nn.Parameter(weight.new_empty(weight.shape[1], total)))
+            magnitude = nn.Parameter(weight.new_empty(weight.shape[:2])) if dora else None
+            self.register_parameter(f"{name}_lora_magnitude", magnitude)
         for name, parameter in self.named_parameters():
             if "_lora_" not in name:
                 parameter.requires_grad_(False)
@@ -169,6 +195,18 @@ class LoRAExperts(Experts):
                 spectral_split_(self._matrix(name), a, b, self.scale)
             else:
                 draw_factors_(a, b, self.init)
+            if (magnitude := getattr(self, f"{name}_lora_magnitude")) is not None:
+                magnitude.copy_(self._norms(name))
+
+    def _norms(self, name: str) -> torch.Tensor:
+        """``‖W_e + scale·B_e·A_e‖`` by rows, ``(E, N)``."""
+        weight, (a, b) = self._matrix(name), self.lora_factors(name)
+        return torch.stack([row_norms(weight[e], a[e], b[e], self.scale) for e in range(self.num_experts)])
+
+    def _gain(self, name: str) -> torch.Tensor | None:
+        """``magnitude / norm (E, N)``, whose gradient is the magnitude's alone; None without DoRA."""
+        magnitude = getattr(self, f"{name}_lora_magnitude", None)
+        return None if magnitude is None else magnitude / self._norms(name)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -181,10 +219,9 @@ class LoRAExperts(Experts):
             raise ValueError("merge needs an unmerged layer, got one that is merged already")
         before = {name: getattr(self, name).detach().clone() for name in self.targets}
         for name in self.targets:
-            weight, (a, b) = self._matrix(name), self.lora_factors(name)
-            wide = wide_dtype(weight.dtype)
+            weight, (a, b), gain = self._matrix(name), self.lora_factors(name), self._gain(name)
             for e in range(self.num_experts):
-                weight[e] = torch.addmm(weight[e].to(wide), b[e].to(wide), a[e].to(wide), alpha=self.scale)
+                add_low_rank_(weight[e], a[e], b[e], self.scale, None if gain is None else gain[e])
         self._unmerged = before
 
     @torch.no_grad()
@@ -210,11 +247,39 @@ class LoRAExperts(Experts):
             raise ValueError("load_state_dict needs an unmerged layer, got a merged one: call unmerge() first")
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _updates(self) -> dict[str, object]:
+    def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
         if self.merged:
-            return {}
+            return super()._compute(tokens, routing)
+        if any(getattr(self, f"{name}_lora_magnitude") is not None for name in self.targets):
+            return self._compute_scaled(tokens, routing)
         keys = {self._up_name: "gate_up_lora", "down_proj": "down_lora"}
-        return {keys[name]: self.lora_factors(name) for name in self.targets} | {"lora_scale": self.scale}
+        updates = {keys[name]: self.lora_factors(name) for name in self.targets}
+        return super()._compute(tokens, routing, lora_scale=self.scale, **updates)
+
+    def _compute_scaled(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The layer as products on its dispatch, with the rows of DoRA's targets scaled after each."""
+        plan = routing.dispatch
+        last = torch.arange(plan.num_rows, device=tokens.device)
+        expert = torch.searchsorted(plan.offsets[1:].long(), last, right=True).clamp(max=self.num_experts - 1)
+        rows = self._scaled_product(self._up_name, tokens, plan, expert, grouped=False)
+        rows = activate(rows, self.activation, self.interleaved)
+        rows = self._scaled_product("down_proj", rows, plan, expert, grouped=True)
+        # Rows of dropped slots hold a bias here, which nobody may add.
+        live = (plan.rows < plan.offsets[-1]).view(routing.weights.shape)
+        weights = torch.where(live, routing.weights, 0)
+        return gather_reduce(rows, plan.rows.view(-1, plan.top_k), weights=weights)
+
+    def _scaled_product(
+        self, name: str, x: torch.Tensor, plan: Dispatch, expert: torch.Tensor, *, grouped: bool
+    ) -> torch.Tensor:
+        rows = grouped_matmul(x, self._matrix(name), plan, x_grouped=grouped, y_grouped=True)
+        if name in self.targets:
+            a, b = self.lora_factors(name)
+            p = grouped_matmul(x, a, plan, x_grouped=grouped, y_grouped=True)
+            rows = rows + self.scale * grouped_matmul(p, b, plan, x_grouped=True, y_grouped=True)
+            rows = rows * self._gain(name).to(rows.dtype)[expert]
+        bias = getattr(self, f"{name}_bias")
+        return rows if bias is None else rows + bias.to(rows.dtype)[expert]
 
     def extra_repr(self) -> str:
         """Sizes and options."""

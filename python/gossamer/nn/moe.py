@@ -123,26 +123,25 @@ class Experts(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         if routing.num_tokens != tokens.shape[0]:
             raise ValueError(f"routing must be of the {tokens.shape[0]} tokens of x, got {routing.num_tokens}")
+        return self._compute(tokens, routing.dispatched()).view(x.shape)
+
+    def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
+        """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank ones of expert_mlp."""
         gate_up, down = getattr(self, self._up_name), self.down_proj
         if self.transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        y = expert_mlp(
+        return expert_mlp(
             tokens,
             gate_up,
             down,
-            routing.dispatched().dispatch,
+            routing.dispatch,
             routing.weights,
             activation=self.activation,
             gate_up_bias=getattr(self, f"{self._up_name}_bias"),
             down_bias=self.down_proj_bias,
             interleaved=self.interleaved,
-            **self._updates(),
+            **updates,
         )
-        return y.view(x.shape)
-
-    def _updates(self) -> dict[str, object]:
-        """The low-rank arguments of :func:`gossamer.expert_mlp`, for layers that have them."""
-        return {}
 
     def extra_repr(self) -> str:
         """Sizes and options."""
