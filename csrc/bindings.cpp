@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "Use the kernels of another instruction set, for tests; the empty string stands for the best one.");
   gossamer::bindings::register_memory(m);
+  gossamer::bindings::register_recorder(m);
   gossamer::bindings::register_dispatch(m);
   gossamer::bindings::register_gather_reduce(m);
   gossamer::bindings::register_grouped_matmul(m);

@@ -6,6 +6,7 @@
 namespace gossamer::bindings {
 
 void register_memory(pybind11::module_& m);
+void register_recorder(pybind11::module_& m);
 void register_dispatch(pybind11::module_& m);
 void register_gather_reduce(pybind11::module_& m);
 void register_grouped_matmul(pybind11::module_& m);

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/grouped_matmul.h"
+#include "cpu/recorder.h"
 
 namespace gossamer {
 

@@ -125,21 +125,29 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   const auto packed = team.share(a.hidden, kPanelWidth<S>);
   S* sum = buffers.sum;
   if constexpr (std::is_same_v<T, S>) sum = static_cast<T*>(a.y);
+  StageClock clock(TimedKernel::kExpertMlp, team.size);
   zero_share(sum, a.tokens * a.hidden, team);
   buffers.inner.restart(team);
+  clock.lap(Stage::kZero);
 
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
     const Panel<S> x{buffers.x_c, a.hidden, m}, act{buffers.act_c, a.inner, m};
     own->rows.read(a, chunk);
     pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
+    clock.lap(Stage::kPack);
     team.barrier();
     buffers.hidden.restart(team);
+    clock.lap(Stage::kWait);
     buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
       const int64_t count = end - i;
       S* up;
       const int64_t step = preactivation<T>(a, chunk.expert, x, i, count, c, &up, c_stride, pack) * c_stride;
-      if (a.preact) save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
+      clock.lap(Stage::kGateUp);
+      if (a.preact) {
+        save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
+        clock.lap(Stage::kSave);
+      }
       visit_activation<S>(a.activation, [&](auto activation) {
         for (int64_t row = 0; row < count; ++row) {
           for (int64_t t = 0; t < m; t += kLanes<S>) {
@@ -148,19 +156,25 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
           }
         }
       });
+      clock.lap(Stage::kActivation);
     });
     team.barrier();
     buffers.inner.restart(team);
+    clock.lap(Stage::kWait);
     const Weight<T> w = expert_weight<T>(a.down, chunk.expert, a.hidden, a.inner);
     buffers.hidden.each(team, a.hidden, kGroup, [&](int64_t h, int64_t end) {
       const int64_t count = end - h;
       group_product(w, h, count, act, c, c_stride, pack);
       add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
+      clock.lap(Stage::kDown);
       add_to_tokens<T>(c, c_stride, count, own->rows, m, true, sum, a.hidden, h);
+      clock.lap(Stage::kCombine);
     });
   });
   team.barrier();
+  clock.lap(Stage::kWait);
   round_share(sum, static_cast<T*>(a.y), a.tokens * a.hidden, team);
+  clock.lap(Stage::kRound);
 }
 
 // Activation columns first .. first+count of a chunk: d(pre-activation) over the pre-activation's panel, the weighted
@@ -222,7 +236,8 @@ class ExpertMlpBackward {
     if (a.dx) zero_share(dx_sum, a.tokens * a.hidden, team);
     zero_empty_experts();
     buffers.inner.restart(team);
-    team.barrier();
+    clock.lap(Stage::kZero);
+    meet();
     for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
       own->rows.read(a, chunk);
       const int64_t m = chunk.size();
@@ -235,21 +250,29 @@ class ExpertMlpBackward {
       act_c = {buffers.act_c, a.inner, m};
       act_r = {buffers.act_r, m, a.inner};
       gather(chunk);
-      team.barrier();
+      clock.lap(Stage::kPack);
+      meet();
       through_activation(chunk);
-      team.barrier();
+      meet();
       if (buffers.preact_r) {
         const auto mine = team.share(a.wide(), kPanelWidth<S>);
         transpose_panel(preact_r, preact_c, mine.begin, mine.end);
-        team.barrier();
+        clock.lap(Stage::kTranspose);
+        meet();
       }
       gradients(chunk);
-      team.barrier();
+      meet();
     });
     if (a.dx) round_share(dx_sum, static_cast<T*>(a.dx), a.tokens * a.hidden, team);
+    clock.lap(Stage::kRound);
   }
 
  private:
+  void meet() {
+    team.barrier();
+    clock.lap(Stage::kWait);
+  }
+
   void zero_empty_experts() {
     const auto weight = [&](const WeightGradient& g, int64_t rows, int64_t cols) {
       if (g) zero_empty<T>(a.groups, g.base, g.transposed ? cols : rows, g.transposed ? rows : cols, team);
@@ -287,9 +310,13 @@ class ExpertMlpBackward {
       const int64_t count = end - i;
       S* dact = a.needs_dact() ? own->buffers.c : nullptr;
       if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
+      if (dact) clock.lap(Stage::kDact);
       S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
       activation_gradient<T>(a, preact_c, act_c, i, count, dact, c_stride, own->rows.weight, part);
-      if (buffers.act_r) transpose_panel(act_r, act_c, i, i + count);
+      clock.lap(Stage::kActivation);
+      if (!buffers.act_r) return;
+      transpose_panel(act_r, act_c, i, i + count);
+      clock.lap(Stage::kTranspose);
     });
     if (a.dweights && a.down_bias && team.thread == team.size - 1) {
       weighted_rows(dy_c, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
@@ -304,7 +331,9 @@ class ExpertMlpBackward {
       const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
       buffers.hidden.each(team, h, kGroup, [&](int64_t i, int64_t end) {
         group_product(gate_up, i, end - i, preact_c, own->buffers.c, c_stride, own->buffers.pack);
+        clock.lap(Stage::kDx);
         add_to_tokens<T>(own->buffers.c, c_stride, end - i, own->rows, m, false, dx_sum, h, i);
+        clock.lap(Stage::kCombine);
       });
     }
     if (a.dgate_up) {
@@ -313,6 +342,7 @@ class ExpertMlpBackward {
       } else {
         weight_gradient(buffers.gate_up, preact_c, x_r, a.dgate_up, buffers.dgate_up_partial, chunk);
       }
+      clock.lap(Stage::kDgateUp);
     }
     if (a.ddown) {
       if (a.ddown.transposed) {
@@ -320,6 +350,7 @@ class ExpertMlpBackward {
       } else {
         weight_gradient(buffers.down, dy_c, act_r, a.ddown, buffers.ddown_partial, chunk);
       }
+      clock.lap(Stage::kDdown);
     }
     if (a.dgate_up_bias) {
       const auto mine = team.share(n, kGroup);
@@ -332,6 +363,7 @@ class ExpertMlpBackward {
                  static_cast<T*>(a.ddown_bias) + chunk.expert * h);
     }
     if (a.dweights) sum_dweights(chunk);
+    if (a.dgate_up_bias || a.ddown_bias || a.dweights) clock.lap(Stage::kSums);
   }
 
   void weight_gradient(WorkQueue& queue, const Panel<S>& columns, const Panel<S>& rows, const WeightGradient& gradient,
@@ -358,6 +390,7 @@ class ExpertMlpBackward {
 
   const ExpertMlpBackwardArgs& a;
   Team team;
+  StageClock clock{TimedKernel::kExpertMlpBackward, team.size};
   Arena arena;
   ExpertMlpBuffers<S> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;

@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "cpu/recorder.h"
+
 namespace gossamer {
 
 // Hands out aligned pieces of one allocation. A layout is run once with no memory, to learn the size, then again.
@@ -29,12 +31,19 @@ class Arena {
 };
 
 struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete(p, std::align_val_t{Arena::kAlign}); }
+  size_t bytes = 0;
+
+  void operator()(char* p) const {
+    note_memory(-static_cast<int64_t>(bytes));
+    ::operator delete(p, std::align_val_t{Arena::kAlign});
+  }
 };
 using Scratch = std::unique_ptr<char, AlignedDelete>;
 
 inline Scratch allocate_scratch(size_t bytes) {
-  return Scratch(static_cast<char*>(::operator new(bytes + Arena::kAlign, std::align_val_t{Arena::kAlign})));
+  auto* data = static_cast<char*>(::operator new(bytes + Arena::kAlign, std::align_val_t{Arena::kAlign}));
+  note_memory(static_cast<int64_t>(bytes));
+  return Scratch(data, AlignedDelete{bytes});
 }
 
 // Asks for huge pages under a large fresh allocation, so that first touching it takes one fault for 2 MB, not for 4 KB.

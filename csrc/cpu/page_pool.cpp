@@ -5,6 +5,7 @@
 #include <new>
 
 #include "cpu/memory.h"
+#include "cpu/recorder.h"
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -51,6 +52,7 @@ void* PagePool::take(size_t bytes) {
   in_use_.emplace(data, bytes);
   used_bytes_ += bytes;
   most_used_ = std::max(most_used_, used_bytes_);
+  note_memory(static_cast<int64_t>(bytes));
   return data;
 }
 
@@ -58,6 +60,7 @@ void PagePool::give_back(void* block) {
   const std::lock_guard lock(mutex_);
   const auto found = in_use_.find(block);
   kept_.push_back({block, found->second});
+  note_memory(-static_cast<int64_t>(found->second));
   used_bytes_ -= found->second;
   kept_bytes_ += found->second;
   in_use_.erase(found);

@@ -1,0 +1,91 @@
+// Where the time and memory of native kernels go, for a profiler. Off until started, and then for the whole process.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace gossamer {
+
+enum class TimedKernel { kExpertMlp, kExpertMlpBackward, kCount };
+
+enum class Stage {
+  kZero,
+  kPack,
+  kGateUp,
+  kSave,
+  kActivation,
+  kDown,
+  kCombine,
+  kDact,
+  kTranspose,
+  kDx,
+  kDgateUp,
+  kDdown,
+  kSums,
+  kRound,
+  kWait,
+  kCount
+};
+
+// What was recorded of one stage of a kernel: nanoseconds, the mean over the threads of each call's team, and how many
+// pieces of work they were.
+struct StageTime {
+  const char *kernel, *stage;
+  int64_t nanoseconds, pieces;
+};
+
+// Bytes that were taken (positive) or given back (negative), and when by the steady clock.
+struct MemoryEvent {
+  int64_t nanoseconds, bytes;
+};
+
+extern std::atomic<bool> recording;
+
+// Forgets what was recorded, and records from now on.
+void start_recording();
+
+// Ends it; stages that took no time are left out.
+std::pair<std::vector<StageTime>, std::vector<MemoryEvent>> stop_recording();
+
+// Memory that torch's own allocators do not hand out.
+void record_memory(int64_t bytes);
+inline void note_memory(int64_t bytes) {
+  if (recording.load(std::memory_order_relaxed)) record_memory(bytes);
+}
+
+// One thread's stopwatch over one call: each lap's time, since the last one, goes to a stage. To be made at the start of
+// the call; what it found counts when it is destroyed.
+class StageClock {
+ public:
+  StageClock(TimedKernel kernel, int team_size) : on_(recording.load(std::memory_order_relaxed)) {
+    if (on_) begin(kernel, team_size);
+  }
+  StageClock(const StageClock&) = delete;
+  StageClock& operator=(const StageClock&) = delete;
+  ~StageClock() {
+    if (on_) finish();
+  }
+
+  void lap(Stage stage) {
+    if (on_) add(stage);
+  }
+
+ private:
+  static constexpr size_t kStages = static_cast<size_t>(Stage::kCount);
+
+  void begin(TimedKernel kernel, int team_size);
+  void add(Stage stage);
+  void finish();
+
+  const bool on_;
+  TimedKernel kernel_;
+  int team_size_;
+  int64_t last_;
+  std::array<int64_t, kStages> nanoseconds_, pieces_;
+};
+
+}  // namespace gossamer
