@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 import gossamer
 from gossamer.bench.case import DENSE, OURS, Case, ExactGate, Family, Request, Variant
+from gossamer.bench.cost import Cost, nbytes
 from gossamer.ops.dispatch import dispatch_reference
 from gossamer.testing import random_expert_ids
 
@@ -52,6 +55,12 @@ def build(request: Request) -> Case:
     )
 
 
+def cost(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of a sort: no floating point, the ids read and the order written."""
+    return Cost(0.0, nbytes(call["expert_ids"], *result))
+
+
+COSTS = {"gossamer::dispatch": cost}
 FAMILY = Family("dispatch", SHAPES, SYMBOLS, DEFAULTS, QUICK, build, ("int",), ("forward",))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
 import gossamer
 from gossamer.bench.case import DENSE, DTYPES, OURS, Case, Family, FloatGate, Request, Variant
+from gossamer.bench.cost import Cost, nbytes
 
 SHAPES = {
     "embedding-bag": (1_000_000, 128, 65536, 20),
@@ -95,6 +98,29 @@ def build(request: Request) -> Case:
     )
 
 
+def _touched(call: Mapping[str, object]) -> tuple[int, float]:
+    """Positions that may count, and the bytes of the table's distinct rows among them."""
+    table, index, limit = call["table"], call["index"], call["limit"]
+    ids = index.reshape(-1)
+    live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit)))]
+    return live.numel(), float(live.unique().numel() * table.shape[1] * table.element_size())
+
+
+def cost(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of one reduction: each distinct row is read once."""
+    positions, rows = _touched(call)
+    flops = (1.0 if call["weights"] is None else 2.0) * positions * call["table"].shape[1]
+    return Cost(flops, rows + nbytes(call["index"], call["offsets"], call["weights"], result))
+
+
+def cost_dot(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of the weights' gradient."""
+    positions, rows = _touched(call)
+    flops = 2.0 * positions * call["table"].shape[1]
+    return Cost(flops, rows + nbytes(call["dout"], call["index"], call["offsets"], result))
+
+
+COSTS = {"gossamer::gather_reduce": cost, "gossamer::gather_dot": cost_dot}
 FAMILY = Family("gather_reduce", SHAPES, SYMBOLS, DEFAULTS, QUICK, build)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
 import gossamer
 from gossamer.bench.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
+from gossamer.bench.cost import Cost, nbytes
 from gossamer.bench.experts import DEFAULTS, QUICK, SHAPES, SYMBOLS, WHOLE, Problem, make_problem
 
 SAMPLE_EXPERTS = 2
@@ -123,6 +126,25 @@ def build(request: Request) -> Case:
     )
 
 
+def cost(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of one product: its rows, the weights of the experts that have rows, and the result."""
+    x, weight, offsets = call["x"], call["weight"], call["offsets"]
+    rows, (_, n, c) = int(offsets[-1]), weight.shape
+    experts = int((offsets.diff() > 0).sum())
+    moved = nbytes(x, call["bias"], call["slots"], offsets, result) + experts * n * c * weight.element_size()
+    flops = 2.0 * rows * n * c
+    return Cost(flops, moved, {"_grouped_matmul_kernel": Cost(flops, moved)})
+
+
+def cost_dweight(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of a weight gradient."""
+    x, dy, offsets = call["x"], call["dy"], call["offsets"]
+    flops = 2.0 * int(offsets[-1]) * x.shape[1] * dy.shape[1]
+    moved = nbytes(x, dy, call["slots"], offsets, *result)
+    return Cost(flops, moved, {"_dweight_kernel": Cost(flops, moved)})
+
+
+COSTS = {"gossamer::grouped_matmul": cost, "gossamer::grouped_matmul_dweight": cost_dweight}
 FAMILY = Family("grouped_matmul", SHAPES, SYMBOLS, DEFAULTS, QUICK, build)
 
 

@@ -20,6 +20,8 @@ from gossamer.bench.experts import (
 )
 from gossamer.bench.peers import ADAPTERS, Unavailable
 
+# What nsight.py looks for kernels in.
+PRIMITIVES = ("dispatch", "expert_mlp")
 LEAVES = {"dx": "x", "dgate_up": "gate_up", "ddown": "down", "dweights": "weights"}
 
 

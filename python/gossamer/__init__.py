@@ -3,6 +3,7 @@
 from gossamer import nn, optim
 from gossamer._activation import Activation
 from gossamer._backend import backend
+from gossamer._measure import profile
 from gossamer._memory import empty_cache
 from gossamer.integrations import replace, restore, serve_adapters
 from gossamer.ops.dispatch import Dispatch, dispatch
@@ -42,6 +43,7 @@ __all__ = [
     "multi_low_rank",
     "nn",
     "optim",
+    "profile",
     "replace",
     "restore",
     "serve_adapters",

@@ -189,6 +189,8 @@ def _setup_context(ctx, inputs, output):
     if not save_preact:
         raise RuntimeError("gossamer::expert_mlp needs save_preact=True where a gradient is wanted")
     ctx.mark_non_differentiable(preact)
+    # Else the backward pass would be handed (R, 2I) zeros as the gradient of preact.
+    ctx.set_materialize_grads(False)
     # A detached alias, so that the count of its storage's users tells whether someone else still holds preact.
     preact = preact.detach()
     ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact)
@@ -207,6 +209,8 @@ def _may_overwrite(saved: torch.Tensor) -> bool:
 
 
 def _backward(ctx, dy, _dpreact):
+    if dy is None:
+        return (None,) * 15
     n = ctx.needs_input_grad
     needs = [n[0], n[1], n[2], n[8], n[3], n[4]]
     saved = ctx.saved_tensors

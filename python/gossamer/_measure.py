@@ -1,0 +1,75 @@
+"""``gossamer.profile`` and ``gossamer.check``: the benchmark harness for a user's own layers, imported when called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gossamer.bench.check import CheckReport
+    from gossamer.bench.profile import ProfileResult
+
+
+def _bench(module: str) -> ModuleType:
+    try:
+        importlib.import_module("rich")
+    except ImportError as error:
+        raise ImportError(f"gossamer.{module} needs {error.name}: pip install 'gossamer[bench]'") from None
+    return importlib.import_module(f"gossamer.bench.{module}")
+
+
+def profile(
+    module: Callable,
+    *inputs: object,
+    reference: Callable | None = None,
+    kwargs: Mapping[str, object] | None = None,
+    backward: bool = True,
+    memory: bool = True,
+    trace: str | os.PathLike | None = None,
+    plot: str | os.PathLike | None = None,
+    budget: float = 1.5,
+) -> ProfileResult:
+    """Where the time and memory of a layer go: its operators and their kernels, beside a reference's.
+
+    Runs ``module(*inputs, **kwargs)``, and the backward pass from random output gradients, under torch.profiler. Each
+    operator is given with its time, share, calls, least bytes, FLOPs, and how near that is to what the machine reached
+    in the same run. Gossamer's own operators are broken into their stages (on the CPU) or kernels (on CUDA). Parameters
+    and their ``.grad`` are left as they are; what a forward pass changes otherwise, such as running statistics, changes.
+
+    >>> print(gossamer.profile(layer, x, reference=eager_layer, trace="layer.json"))
+
+    Args:
+        module: an ``nn.Module``, or any callable.
+        inputs: its positional arguments; gradients are taken for those that require one, and for all parameters.
+        reference: another module or callable to hold beside it, on the same arguments.
+        kwargs: keyword arguments.
+        backward: whether to run the backward pass too.
+        memory: whether to draw up the memory of a training step: forward, backward, and a step of AdamW on copies of
+            the parameters. Only with ``backward``.
+        trace: file for all profiled calls, ``.json`` or ``.json.gz``, to open in Perfetto or ``chrome://tracing``.
+        plot: file for a picture of the memory, ``.png`` or ``.svg``.
+        budget: seconds of profiled calls for each of the two, 20 calls at most.
+
+    Returns:
+        A :class:`gossamer.bench.profile.ProfileResult`: ``print`` it, read its ``rows``, or take ``to_json()``.
+
+    Raises:
+        ImportError: the extra ``bench`` is not installed.
+        TypeError: ``module`` or ``reference`` cannot be called.
+        ValueError: a file cannot be written, the budget is not positive, or ``backward`` with nothing that requires a
+            gradient.
+    """
+    return _bench("profile").profile(
+        module,
+        *inputs,
+        reference=reference,
+        kwargs=kwargs,
+        backward=backward,
+        memory=memory,
+        trace=trace,
+        plot=plot,
+        budget=budget,
+    )
