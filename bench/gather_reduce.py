@@ -102,7 +102,7 @@ def _touched(call: Mapping[str, object]) -> tuple[int, float]:
     """Positions that may count, and the bytes of the table's distinct rows among them."""
     table, index, limit = call["table"], call["index"], call["limit"]
     ids = index.reshape(-1)
-    live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit)))]
+    live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["padding_idx"])]
     return live.numel(), float(live.unique().numel() * table.shape[1] * table.element_size())
 
 

@@ -205,6 +205,11 @@ def _stages(device: torch.device, into: dict[str, dict[str, tuple[float, int]]])
             mine[stage] = (before[0] + seconds, before[1] + pieces)
 
 
+def medians(calls: Mapping[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns; all warmed up."""
+    return {name: quantile(samples, 0.5) for name, samples in interleave(calls, device, budget).items()}
+
+
 def run(
     title: str,
     subjects: Sequence[Subject],
@@ -239,7 +244,7 @@ def run(
     progress("measuring the ceilings: a matrix product and a copy")
     ceilings = measure(device, _dtype_names(costs))
     progress("timing without the profiler")
-    samples = interleave({s.name: s.run for s in subjects}, device, TIMING_BUDGET)
+    seconds = medians({s.name: s.run for s in subjects}, device, TIMING_BUDGET)
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     stages: dict[tuple[str, str], dict] = {}
@@ -268,7 +273,7 @@ def run(
     return ProfileResult(
         title,
         str(device),
-        tuple(SubjectTime(s.name, quantile(samples[s.name], 0.5), times[s.name], calls[s.name]) for s in subjects),
+        tuple(SubjectTime(s.name, seconds[s.name], times[s.name], calls[s.name]) for s in subjects),
         tuple(rows),
         tuple(timelines),
         ceilings,

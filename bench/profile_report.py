@@ -175,8 +175,9 @@ def _mib(value: float) -> str:
 
 
 def _notes(result: ProfileResult) -> Iterable[str]:
-    gemm = ", ".join(f"{rate / 1e12:.3g} TFLOP/s for a large {dtype} product" for dtype, rate in result.ceilings.gemm.items())
-    yield f"ceilings in this run: {gemm + ', ' if gemm else ''}{result.ceilings.bandwidth / 1e9:.0f} GB/s of memory"
+    gemm = ", ".join(f"{rate / 1e12:.3g} in {dtype}" for dtype, rate in result.ceilings.gemm.items())
+    memory = f"memory {_digits(result.ceilings.bandwidth / 1e9)} GB/s"
+    yield f"ceilings in this run: {f'TFLOP/s of a large product {gemm}; ' if gemm else ''}{memory}"
     calls = ", ".join(f"{s.calls} of {s.name}" for s in result.subjects)
     yield f"means of {calls} call{'s' if any(s.calls > 1 for s in result.subjects) else ''}; ? is unknown"
 

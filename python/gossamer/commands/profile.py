@@ -62,7 +62,7 @@ def profile(
     except ValueError as error:
         print(f"gossamer profile: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    console.print(result)
+    console.print(result, width=min(console.width, 100))
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n")
     if plot is not None:
