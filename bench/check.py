@@ -1,4 +1,4 @@
-"""A layer and its replacement side by side: errors against float64, gradients, determinism, and speed if all is right."""
+"""A layer and its replacement side by side: errors against float64, gradients, determinism, and then speed."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class _Call:
     def leaves(self) -> tuple[_Call, dict[str, torch.Tensor]]:
         """The same call on leaves of its own, and those whose gradients are taken."""
         fresh = self.mapped(lambda t: t.detach().clone().requires_grad_(self.backward))
-        given = floats(fresh.inputs) | {key: value for key, value in floats(dict(fresh.kwargs)).items()}
+        given = floats(fresh.inputs) | floats(fresh.kwargs)
         return fresh, given if self.backward else {}
 
 
@@ -195,7 +195,9 @@ def _row(
         # No gradient and a gradient of zeros say the same.
         there = value if base is None else base
         if not kind.endswith("gradient") or bool(there.any()):
-            return CheckRow(name, kind, None, None, None, None, f"only the {'replacement' if base is None else 'original'} has it")
+            return CheckRow(
+                name, kind, None, None, None, None, f"only the {'replacement' if base is None else 'original'} has it"
+            )
         return None
     if value.shape != base.shape or value.dtype != base.dtype:
         message = f"{value.dtype} {tuple(value.shape)}, expected {base.dtype} {tuple(base.shape)}"
@@ -204,7 +206,9 @@ def _row(
         wrong = int((value != base).sum())
         return CheckRow(name, kind, None, None, None, None, f"{wrong} of {base.numel()} values differ" if wrong else "")
     if bound is None:
-        return CheckRow(name, kind, None, None, None, None, "the float64 run of the original does not give it in this shape")
+        return CheckRow(
+            name, kind, None, None, None, None, "the float64 run of the original does not give it in this shape"
+        )
     rms, worst = errors(value, truth)
     eps = torch.finfo(value.dtype).eps
     message = ""

@@ -33,7 +33,9 @@ def triton_kernels(primitives: tuple[str, ...]) -> tuple[str, ...]:
     for primitive in primitives:
         _modules(f"{_PACKAGE}.{primitive}", seen)
     # A kernel is a @triton.jit function whose name ends so; one that is imported has its own module too.
-    return tuple(sorted({k for m in seen.values() for k, v in vars(m).items() if k.endswith("_kernel") and hasattr(v, "fn")}))
+    return tuple(
+        sorted({k for m in seen.values() for k, v in vars(m).items() if k.endswith("_kernel") and hasattr(v, "fn")})
+    )
 
 
 def primitives(chosen: Family) -> tuple[str, ...]:

@@ -372,11 +372,12 @@ def profile(
     if reference is not None:
         names.append(_name(reference) if _name(reference) != names[0] else f"{_name(reference)} (reference)")
     subjects = [
-        module_subject(name, m, inputs, kwargs, backward)
-        for name, m in zip(names, (module, reference), strict=False)
+        module_subject(name, m, inputs, kwargs, backward) for name, m in zip(names, (module, reference), strict=False)
     ]
     device = _device(module, inputs, kwargs)
-    shapes = ", ".join(f"{tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in floats((inputs, kwargs)).values())
+    shapes = ", ".join(
+        f"{tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in floats((inputs, kwargs)).values()
+    )
     way = "forward+backward" if backward else "forward"
     title = f"{' and '.join(names)} {way} on {device}" + (f", inputs {shapes}" if shapes else "")
     result = run(title, subjects, device, trace=trace, memory=memory, budget=budget)

@@ -88,7 +88,9 @@ class _Spans:
 
     def __init__(self, events: Iterable[Event]) -> None:
         found = ((e, Phase.parse(e.name)) for e in events if str(e.device_type).endswith("CPU"))
-        spans = sorted(((e.time_range.start, e.time_range.end, where) for e, where in found if where), key=lambda s: s[0])
+        spans = sorted(
+            ((e.time_range.start, e.time_range.end, where) for e, where in found if where), key=lambda s: s[0]
+        )
         self.spans = spans
         self._starts = [start for start, _, _ in spans]
 
@@ -191,7 +193,9 @@ def kernel_rows(
                 native = stages.get((subject, phase), {}).get(name.removeprefix("gossamer::").rstrip("_"), {})
                 rows += make.parts(name, operator, native, cost, dtype)
             covered = sum(operator.seconds for operator in found.values()) / calls[subject]
-            rows.append(make.row(OUTSIDE[device.type], None, max(0.0, span - covered) * calls[subject], 0, Cost(), None))
+            rows.append(
+                make.row(OUTSIDE[device.type], None, max(0.0, span - covered) * calls[subject], 0, Cost(), None)
+            )
     return rows, times
 
 

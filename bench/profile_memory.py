@@ -118,7 +118,11 @@ def timeline(subject: Subject, device: torch.device) -> MemoryTimeline:
             synchronise(device)
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.enable_grad(), _own_memory(device) as own, torch_profile(activities=activities, profile_memory=True) as prof:
+    with (
+        torch.enable_grad(),
+        _own_memory(device) as own,
+        torch_profile(activities=activities, profile_memory=True) as prof,
+    ):
         _step(subject, copies, optimizer, phase)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "memory.json")

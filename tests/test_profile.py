@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import make_dispatch
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from gossamer.bench.cost import Cost, CostRecorder, declared
 from gossamer.bench.harness import FAMILIES, family
 from gossamer.bench.profile_events import REST, Phase, fraction, kernel_rows
 from gossamer.cli import app
-from helpers import make_dispatch
 
 SHAPE = "192,64,32,6,2"
 CEILINGS = Ceilings({"fp32": 1e12, "bf16": 1e12, "fp16": 1e12}, 1e10)
@@ -84,7 +84,9 @@ def test_costs_of_the_expert_layer_count_live_rows_and_touched_experts(device):
     weights = torch.rand(t, k, device=device)
     routing = make_dispatch(t, e, k, device, ids=ids)
     y = []
-    forward = recorded(lambda: y.append(gossamer.expert_mlp(x, gate_up, down, routing, weights)))["gossamer::expert_mlp"]
+    forward = recorded(lambda: y.append(gossamer.expert_mlp(x, gate_up, down, routing, weights)))[
+        "gossamer::expert_mlp"
+    ]
     assert forward.cost.flops == 6 * rows * h * i
     routed = 4 * (t * k + 2 * t * k + e + 1)
     assert forward.cost.bytes == 4 * (2 * t * h + touched * 3 * i * h + rows * 2 * i) + routed

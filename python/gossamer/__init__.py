@@ -3,7 +3,7 @@
 from gossamer import nn, optim
 from gossamer._activation import Activation
 from gossamer._backend import backend
-from gossamer._measure import profile
+from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
 from gossamer.integrations import replace, restore, serve_adapters
 from gossamer.ops.dispatch import Dispatch, dispatch
@@ -31,6 +31,7 @@ __all__ = [
     "TableLayout",
     "adapter_dispatch",
     "backend",
+    "check",
     "dispatch",
     "empty_cache",
     "expert_mlp",

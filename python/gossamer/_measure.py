@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from gossamer.bench.check import CheckReport
     from gossamer.bench.profile import ProfileResult
@@ -37,7 +39,7 @@ def profile(
     Runs ``module(*inputs, **kwargs)``, and the backward pass from random output gradients, under torch.profiler. Each
     operator is given with its time, share, calls, least bytes, FLOPs, and how near that is to what the machine reached
     in the same run. Gossamer's own operators are broken into their stages (on the CPU) or kernels (on CUDA). Parameters
-    and their ``.grad`` are left as they are; what a forward pass changes otherwise, such as running statistics, changes.
+    and their ``.grad`` are left alone; what a forward pass changes otherwise, such as running statistics, changes.
 
     >>> print(gossamer.profile(layer, x, reference=eager_layer, trace="layer.json"))
 
@@ -73,3 +75,44 @@ def profile(
         plot=plot,
         budget=budget,
     )
+
+
+def check(
+    module: torch.nn.Module,
+    replacement: torch.nn.Module | Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+    *inputs: object,
+    kwargs: Mapping[str, object] | None = None,
+    backward: bool = True,
+    speed: bool = True,
+    seed: int = 0,
+) -> CheckReport:
+    """A layer and its replacement side by side: are results and gradients right, and is it faster.
+
+    Both run on the same inputs, and backwards from the same random output gradients. Truth is a copy of ``module`` in
+    float64. The replacement is right where each result, and each gradient of an input or parameter, is as near to the
+    truth as the original in its own dtype is, by the rule of :func:`gossamer.testing.assert_close`; where one draw does
+    not settle it, the largest of the original's errors over several inputs and output gradients counts. Integer results
+    must be equal. Parameters are matched by name. A replacement that is wrong is not timed.
+
+    >>> report = gossamer.check(model, None, token_ids)
+    >>> assert report.ok, report
+
+    Args:
+        module: the original. It is left as it is, but for what a forward pass changes, such as running statistics.
+        replacement: another module, with its weights; a function that makes one of a copy of ``module``; or None for
+            what :func:`gossamer.replace` makes of a copy.
+        inputs: positional arguments of both. Gradients are taken for all floating-point tensors among them.
+        kwargs: keyword arguments of both.
+        backward: whether to compare gradients too.
+        speed: whether to time both when all is right.
+        seed: of the output gradients, and set before each run, so that dropout can be the same.
+
+    Returns:
+        A :class:`gossamer.bench.check.CheckReport`: ``print`` it, test ``ok``, read ``rows``, or take ``to_json()``.
+
+    Raises:
+        ImportError: the extra ``bench`` is not installed.
+        TypeError: ``module`` or ``replacement`` is no module.
+        ValueError: without ``replacement``, :func:`gossamer.replace` finds nothing in ``module`` that it can switch.
+    """
+    return _bench("check").check(module, replacement, *inputs, kwargs=kwargs, backward=backward, speed=speed, seed=seed)

@@ -13,11 +13,15 @@ import typer
 def profile(
     layer: Annotated[str, typer.Argument(help="A family of gossamer bench, such as moe or grouped_matmul.")] = "moe",
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default fp32 on the CPU, else bf16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default fp32 on the CPU, else bf16.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     direction: Annotated[str, typer.Option(help="both, or forward.")] = "both",
     skew: Annotated[str, typer.Option(help="How ids are spread: uniform, zipf or one.")] = "uniform",
-    against: Annotated[str | None, typer.Option(help="The variant to hold it against, as gossamer bench names it.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The variant to hold it against, as gossamer bench names it.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto: .json or .json.gz.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the training step's memory: .png or .svg.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
@@ -45,9 +49,7 @@ def profile(
         ):
             if path is not None:
                 profiling.check_writable(option, path, suffixes)
-        request = profiling.single_request(
-            chosen, where, shape=shape, dtype=dtype, direction=direction, skew=skew
-        )
+        request = profiling.single_request(chosen, where, shape=shape, dtype=dtype, direction=direction, skew=skew)
         if plot is not None and request.direction == "forward":
             raise ValueError("--plot needs a training step, and this is a forward pass alone")
         console = report.make_console()
