@@ -385,6 +385,15 @@ def test_4bit_base(use_dora, device):
                 torch.testing.assert_close(model(x[row : row + 1])[0], mixed[row], rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_without_a_peft_model(device):
+    # transformers puts PEFT's layers into its own model.
+    torch.manual_seed(1)
+    model = llama(1).to(device)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    report, actual = check_switched(model, gossamer.replace, tokens(device))
+    assert len(report.switched) == 2 and any("lora_B" in key for key in actual)
+
+
 def test_8bit_base_keeps_its_own_product(device):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)

@@ -130,21 +130,11 @@ class _Tuner:
         if not known:
             return None
         parts = [factors[name] for name in known]
-        # The stacked copy is kept while the adapters stand still, as they do in inference.
-        tensors = [t for pair in parts for t in pair]
-        keep = not torch.is_grad_enabled() and not any(t.is_inference() for t in tensors)
-        key = (known, tuple((t.data_ptr(), t._version) for t in tensors)) if keep else None
-        bank, kept = None, self.__dict__.get("_gossamer_bank")
-        if key is not None and kept is not None and kept[0] == key:
-            bank = kept[1]
-        else:
-            rank = max(a.shape[-2] for a, _ in parts)
-            bank = (_stack([a for a, _ in parts], rank, -2), _stack([b for _, b in parts], rank, -1))
-            self.__dict__["_gossamer_bank"] = None if key is None else (key, bank)
-        device, wide = bank[0].device, torch.float64 if bank[0].dtype == torch.float64 else torch.float32
-        scale = torch.tensor([self.scaling[name] for name in known], dtype=wide, device=device)
-        ranks = torch.tensor([a.shape[-2] for a, _ in parts], device=device)
-        return known, *bank, scale, ranks
+        rank = max(a.shape[-2] for a, _ in parts)
+        a, b = _stack([a for a, _ in parts], rank, -2), _stack([b for _, b in parts], rank, -1)
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        scale = torch.tensor([self.scaling[name] for name in known], dtype=wide, device=a.device)
+        return known, a, b, scale, torch.tensor([a.shape[-2] for a, _ in parts], device=a.device)
 
 
 def _factors(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -179,7 +179,7 @@ def restore(model: nn.Module) -> bool:
     layers = [module for module in model.modules() if type(module) in theirs]
     for layer in layers:
         layer.__class__ = theirs[type(layer)]
-        for name in ("_gossamer_names", "_gossamer_bank", "_gossamer_reason"):
+        for name in ("_gossamer_names", "_gossamer_reason"):
             layer.__dict__.pop(name, None)
     return bool(layers)
 
