@@ -27,11 +27,6 @@ class Ceilings:
     gemm: dict[str, float]
     copy: float
 
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second."""
-        return self.copy
-
     def floor_seconds(self, case: Case) -> float:
         """The least time the case could take: its FLOPs at the product's rate, or its bytes at the copy's."""
         compute = case.flops / self.gemm[case.dtype] if case.flops else 0.0

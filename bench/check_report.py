@@ -11,7 +11,8 @@ import rich.table
 import rich.text
 
 from gossamer.bench.check import PARAMETER_GRADIENT, CheckReport, CheckRow
-from gossamer.bench.profile_report import WIDTH, _digits
+from gossamer.bench.profile_report import WIDTH
+from gossamer.bench.text import digits
 
 # A model has hundreds of parameters: those that are right are shown up to here, the largest errors first.
 MOST_PARAMETERS = 16
@@ -79,7 +80,7 @@ def render(report: CheckReport) -> Iterator[object]:
         speeds = _table("ms (median)", "original", "replacement", "speed")
         for speed in report.speed:
             ratio = f"{speed.original / speed.replacement:.2f}x"
-            speeds.add_row(speed.direction, _digits(1e3 * speed.original), _digits(1e3 * speed.replacement), ratio)
+            speeds.add_row(speed.direction, digits(1e3 * speed.original), digits(1e3 * speed.replacement), ratio)
         yield speeds
     wrong = sum(not row.ok for row in report.rows)
     yield ""

@@ -135,6 +135,11 @@ def _operators(
     return found
 
 
+def bandwidth(ceilings: Ceilings) -> float:
+    """Bytes per second: the largest that was measured."""
+    return max(ceilings.copy, getattr(ceilings, "read", None) or 0.0)
+
+
 def fraction(
     cost: Cost, seconds: float, dtype: torch.dtype | None, ceilings: Ceilings
 ) -> tuple[float | None, str | None]:
@@ -145,7 +150,7 @@ def fraction(
         if cost.flops and name in ceilings.gemm:
             rates.append((cost.flops / seconds / ceilings.gemm[name], "compute"))
         if cost.bytes:
-            rates.append((cost.bytes / seconds / ceilings.bandwidth, "memory"))
+            rates.append((cost.bytes / seconds / bandwidth(ceilings), "memory"))
     return max(rates, default=(None, None))
 
 

@@ -12,9 +12,9 @@ import rich.table
 import rich.text
 
 from gossamer.bench.profile import ProfileResult
-from gossamer.bench.profile_events import KernelRow
+from gossamer.bench.profile_events import KernelRow, bandwidth
 from gossamer.bench.profile_memory import MemoryTimeline
-from gossamer.bench.report import _digits
+from gossamer.bench.text import digits
 
 WIDTH = 100
 # Operators below this share of the subject's call are added up in one row.
@@ -32,14 +32,14 @@ def _table(*columns: str) -> rich.table.Table:
 
 
 def _ms(seconds: float) -> str:
-    return _digits(1e3 * seconds)
+    return digits(1e3 * seconds)
 
 
 def _scaled(value: float | None, unit: float) -> str:
     """Unknown is shown as unknown; nothing as nothing."""
     if value is None:
         return "?"
-    return "" if value == 0 else _digits(value / unit) if value / unit >= 0.01 else "<0.01"
+    return "" if value == 0 else digits(value / unit) if value / unit >= 0.01 else "<0.01"
 
 
 def _ceiling(row: KernelRow) -> str:
@@ -171,12 +171,12 @@ def _memory(result: ProfileResult) -> Iterator[object]:
 
 
 def _mib(value: float) -> str:
-    return f"-{_digits(-value / 2**20)}" if value < 0 else _digits(value / 2**20) if value else "0"
+    return f"-{digits(-value / 2**20)}" if value < 0 else digits(value / 2**20) if value else "0"
 
 
 def _notes(result: ProfileResult) -> Iterable[str]:
     gemm = ", ".join(f"{rate / 1e12:.3g} in {dtype}" for dtype, rate in result.ceilings.gemm.items())
-    memory = f"memory {_digits(result.ceilings.bandwidth / 1e9)} GB/s"
+    memory = f"memory {digits(bandwidth(result.ceilings) / 1e9)} GB/s"
     yield f"ceilings in this run: {f'TFLOP/s of a large product {gemm}; ' if gemm else ''}{memory}"
     calls = ", ".join(f"{s.calls} of {s.name}" for s in result.subjects)
     yield f"means of {calls} call{'s' if any(s.calls > 1 for s in result.subjects) else ''}; ? is unknown"
