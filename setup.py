@@ -167,7 +167,11 @@ setup(
         "gossamer.bench",
     ],
     package_dir={"": "python", "gossamer.triton_kernels": "triton_kernels", "gossamer.bench": "bench"},
-    package_data={"gossamer": ["py.typed"], "gossamer.triton_kernels": ["measured_tiles/*.json"]},
+    package_data={
+        "gossamer": ["py.typed"],
+        "gossamer.bench": ["*.json"],
+        "gossamer.triton_kernels": ["measured_tiles/*.json"],
+    },
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExt},
 )

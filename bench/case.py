@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from gossamer.testing import assert_close, errors
 
+if TYPE_CHECKING:
+    from gossamer.bench.peers import Peer
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "both")
 SKEWS = ("uniform", "zipf", "one")
+# A call with next to no work: what is left of its time is the host's.
+HOST_SIZE = 16
 
 OURS, DENSE, REFERENCE, PEER = "ours", "dense", "reference", "peer"
 
@@ -56,6 +61,13 @@ class Variant:
         y = self.forward()
         grads = torch.autograd.grad(y, list(self.leaves.values()), self.dy)
         return {"y": y.detach(), **dict(zip(self.leaves, grads, strict=True))}
+
+    def bare(self, direction: str) -> Callable[[], object]:
+        """What is timed: the work of :meth:`call` without its bookkeeping; forward alone wants ``torch.no_grad``."""
+        if direction == "forward":
+            return self.forward
+        leaves = list(self.leaves.values())
+        return lambda: torch.autograd.grad(self.forward(), leaves, self.dy)
 
     def outputs(self, direction: str) -> Outputs:
         """The outputs of :meth:`call` in the layout of the truth."""
@@ -171,7 +183,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Request:
-    """What a family builds a case from."""
+    """What a family builds a case from.
+
+    Attributes:
+        shape: name of the shape.
+        sizes: symbol -> size.
+        dtype: a key of :data:`DTYPES`, or ``"int"``.
+        device: where it runs.
+        direction: a member of :data:`DIRECTIONS`.
+        skew: how ids are spread, one of the family's ``skews``.
+        peers: names of the family's peers to measure beside ours and dense; None for all that are there.
+    """
 
     shape: str
     sizes: Mapping[str, int]
@@ -179,6 +201,11 @@ class Request:
     device: torch.device
     direction: str
     skew: str
+    peers: tuple[str, ...] | None = None
+
+
+def _no_rule(sizes: Mapping[str, int]) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -194,6 +221,12 @@ class Family:
         build: makes a case.
         dtypes: those that it can be asked for; one that does not compute in floating point has ``("int",)``.
         directions: those that it can be asked for.
+        skews: how ids can be spread.
+        dimensions: name of what a sweep can vary -> its symbol; each symbol can be named as well.
+        work: symbols that are brought down to :data:`HOST_SIZE` when host latency is measured: those whose size is work
+            for the kernels, and not a number of things that the host walks through. All, if empty.
+        peers: references and other people's systems, which ``build`` adds by :func:`gossamer.bench.peers.gather`.
+        rule: says what is wrong with sizes that do not go together, or None.
     """
 
     name: str
@@ -204,12 +237,17 @@ class Family:
     build: Callable[[Request], Case]
     dtypes: tuple[str, ...] = tuple(DTYPES)
     directions: tuple[str, ...] = DIRECTIONS
+    skews: tuple[str, ...] = SKEWS
+    dimensions: Mapping[str, str] = field(default_factory=dict)
+    work: tuple[str, ...] = ()
+    peers: tuple[Peer, ...] = ()
+    rule: Callable[[Mapping[str, int]], str | None] = _no_rule
 
     def sizes(self, shape: str) -> dict[str, int]:
         """The sizes of a shape given by name or as ``"16,64,32,8,2"``.
 
         Raises:
-            ValueError: no such name, or not as many positive numbers as there are symbols.
+            ValueError: no such name, not as many positive numbers as there are symbols, or sizes against the rule.
         """
         if shape in self.shapes:
             return dict(zip(self.symbols, self.shapes[shape], strict=True))
@@ -219,4 +257,12 @@ class Family:
                 f"--shape must be one of {', '.join(self.shapes)}, or {','.join(self.symbols)} as positive integers, "
                 f"got {shape!r}"
             )
-        return dict(zip(self.symbols, map(int, numbers), strict=True))
+        sizes = dict(zip(self.symbols, map(int, numbers), strict=True))
+        if wrong := self.rule(sizes):
+            raise ValueError(f"--shape {shape}: {wrong}")
+        return sizes
+
+    def host_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes at which host latency is measured on the CPU."""
+        small = self.work or self.symbols
+        return {symbol: min(size, HOST_SIZE) if symbol in small else size for symbol, size in sizes.items()}

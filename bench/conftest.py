@@ -1,27 +1,23 @@
-"""``pytest bench/ --benchmark-only``: each family's variants on a small shape, through pytest-benchmark."""
+"""``pytest bench/ --benchmark-only``: each family's variants on a small shape, through pytest-benchmark.
+
+Its samples come from :mod:`gossamer.bench.timing`, so on CUDA they are device time over a flushed L2 cache; storage,
+comparison, limits and histograms are pytest-benchmark's own.
+"""
 
 from __future__ import annotations
 
-import time
-
 import pytest
-import torch
 
 from gossamer.bench.case import DENSE, OURS, Request
-from gossamer.bench.harness import judge, resolve_device
+from gossamer.bench.harness import grad_mode, judge, resolve_device
+from gossamer.bench.timing import SETTLE_LIMIT, MeasuredTime, clock, settle
 
 SMALL = {
     ("T", "H", "I", "E", "K"): (256, 256, 128, 8, 2),
     ("T", "E", "K"): (1024, 32, 4),
     ("N", "D", "B", "J"): (10_000, 64, 512, 20),
 }
-
-
-def synchronised_clock() -> float:
-    """Wall-clock seconds, after the work queued on the GPU, if there is one, is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+TIMER = MeasuredTime()
 
 
 def pytest_generate_tests(metafunc):
@@ -35,10 +31,10 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Time with the GPU's queue drained."""
+    """Count the time that the samples add up to."""
     for item in items:
         if "measured" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=synchronised_clock))
+            item.add_marker(pytest.mark.benchmark(timer=TIMER))
 
 
 @pytest.fixture
@@ -47,7 +43,7 @@ def measured(request, benchmark):
     family, dtype, direction, role = request.param
     sizes = SMALL[family.symbols]
     shape = ",".join(map(str, sizes))
-    wanted = Request(shape, family.sizes(shape), dtype, resolve_device("auto"), direction, "uniform")
+    wanted = Request(shape, family.sizes(shape), dtype, resolve_device("auto"), direction, "uniform", ())
     case = family.build(wanted)
     variant = next(v for v in case.variants if v.role == role)
 
@@ -55,8 +51,17 @@ def measured(request, benchmark):
         verdict = judge(case, variant, {})
         if verdict is not None and verdict.failures:
             pytest.fail("; ".join(verdict.failures))
-        benchmark.group = case.title
-        benchmark.extra_info.update(flops=case.flops, bytes=case.bytes, device=str(case.device))
-        benchmark(variant.call, direction)
+        with grad_mode(direction):
+            timed = clock(case.device).prepare(variant.bare(direction))
+            settle(timed.sample, SETTLE_LIMIT[case.device.type])
+            benchmark.group = case.title
+            benchmark.extra_info.update(
+                flops=case.flops,
+                bytes=case.bytes,
+                device=str(case.device),
+                timed_by=timed.method,
+                host_seconds=timed.host,
+            )
+            benchmark(TIMER.through(timed.sample))
 
     return measure

@@ -9,8 +9,9 @@ import torch
 import gossamer
 from gossamer.bench.case import DENSE, OURS, Case, ExactGate, Family, Request, Variant
 from gossamer.bench.cost import Cost, nbytes
+from gossamer.bench.experts import rule
+from gossamer.bench.skew import EXPERT_SKEWS, expert_ids
 from gossamer.ops.dispatch import dispatch_reference
-from gossamer.testing import random_expert_ids
 
 SHAPES = {
     "olmoe": (16384, 64, 8),
@@ -27,7 +28,7 @@ QUICK = {"cpu": "cpu-fine", "cuda": "olmoe"}
 def build(request: Request) -> Case:
     """:func:`gossamer.dispatch` beside a stable sort in plain torch."""
     t, e, k = (request.sizes[s] for s in SYMBOLS)
-    ids = random_expert_ids(t, e, k, skew=request.skew).to(request.device)
+    ids = expert_ids(t, e, k, request.skew).to(request.device)
 
     def ours() -> tuple[torch.Tensor, ...]:
         found = gossamer.dispatch(ids, e)
@@ -61,7 +62,19 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
 
 COSTS = {"gossamer::dispatch": cost}
-FAMILY = Family("dispatch", SHAPES, SYMBOLS, DEFAULTS, QUICK, build, ("int",), ("forward",))
+FAMILY = Family(
+    "dispatch",
+    SHAPES,
+    SYMBOLS,
+    DEFAULTS,
+    QUICK,
+    build,
+    ("int",),
+    ("forward",),
+    EXPERT_SKEWS,
+    {"tokens": "T", "experts": "E", "top-k": "K"},
+    rule=rule,
+)
 
 
 def bench_dispatch(measured):

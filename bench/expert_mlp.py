@@ -11,15 +11,19 @@ from gossamer.bench.case import OURS, Case, Family, Request, Variant
 from gossamer.bench.cost import Cost, nbytes
 from gossamer.bench.experts import (
     DEFAULTS,
+    DIMENSIONS,
     QUICK,
     SHAPES,
     SYMBOLS,
+    WORK,
     costs,
     dense_variant,
     make_gates,
     make_problem,
     make_sample,
+    rule,
 )
+from gossamer.bench.skew import EXPERT_SKEWS
 
 
 def build(request: Request) -> Case:
@@ -147,7 +151,18 @@ COSTS = {
     "gossamer::expert_mlp_backward": cost_backward,
     "gossamer::expert_mlp_backward_": cost_backward,
 }
-FAMILY = Family("expert_mlp", SHAPES, SYMBOLS, DEFAULTS, QUICK, build)
+FAMILY = Family(
+    "expert_mlp",
+    SHAPES,
+    SYMBOLS,
+    DEFAULTS,
+    QUICK,
+    build,
+    skews=EXPERT_SKEWS,
+    dimensions=DIMENSIONS,
+    work=WORK,
+    rule=rule,
+)
 
 
 def bench_expert_mlp(measured):

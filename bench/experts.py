@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from gossamer.bench.case import DENSE, DTYPES, FloatGate, Request, Variant
-from gossamer.testing import random_expert_ids
+from gossamer.bench.skew import expert_ids
 
 SHAPES = {
     "olmoe": (16384, 2048, 1024, 64, 8),
@@ -22,6 +22,9 @@ SHAPES = {
     "cpu-decode": (16, 1024, 512, 64, 8),
 }
 SYMBOLS = ("T", "H", "I", "E", "K")
+DIMENSIONS = {"tokens": "T", "hidden": "H", "intermediate": "I", "experts": "E", "top-k": "K"}
+# Eager code walks through the experts on the host, so their number is left as it is.
+WORK = ("T", "H", "I")
 DEFAULTS = {
     "cpu": ("cpu-small", "cpu-fine", "cpu-decode"),
     "cuda": ("olmoe", "qwen3-30b-a3b", "mixtral", "fine-grained"),
@@ -31,6 +34,13 @@ QUICK = {"cpu": "cpu-small", "cuda": "olmoe"}
 # Above this many multiply-adds the truth is computed for a sample only.
 WHOLE = 2**30
 SAMPLE_TOKENS = 128
+
+
+def rule(sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with a shape of experts, or None."""
+    if sizes["K"] > sizes["E"]:
+        return f"K must be at most E, got K={sizes['K']} and E={sizes['E']}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def make_problem(request: Request, seed: int = 0) -> Problem:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
     x = normal(t, h)
-    ids = random_expert_ids(t, e, k, skew=request.skew, seed=seed).to(device)
+    ids = expert_ids(t, e, k, request.skew, seed).to(device)
     router, logits = None, torch.randn(t, k, generator=generator, device=device)
     grid = torch.linspace(3**0.5, -(3**0.5), e, device=device).to(dtype)
     if e <= h and grid.unique().numel() == e:

@@ -121,7 +121,8 @@ def cost_dot(call: Mapping[str, object], result: object) -> Cost:
 
 
 COSTS = {"gossamer::gather_reduce": cost, "gossamer::gather_dot": cost_dot}
-FAMILY = Family("gather_reduce", SHAPES, SYMBOLS, DEFAULTS, QUICK, build)
+DIMENSIONS = {"rows": "N", "columns": "D", "bags": "B", "ids": "J"}
+FAMILY = Family("gather_reduce", SHAPES, SYMBOLS, DEFAULTS, QUICK, build, dimensions=DIMENSIONS)
 
 
 def bench_gather_reduce(measured):

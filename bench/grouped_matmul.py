@@ -10,7 +10,20 @@ import torch.nn.functional as F
 import gossamer
 from gossamer.bench.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
 from gossamer.bench.cost import Cost, nbytes
-from gossamer.bench.experts import DEFAULTS, QUICK, SHAPES, SYMBOLS, WHOLE, Problem, make_problem
+from gossamer.bench.experts import (
+    DEFAULTS,
+    DIMENSIONS,
+    QUICK,
+    SHAPES,
+    SYMBOLS,
+    WHOLE,
+    WORK,
+    Problem,
+    make_problem,
+    rule,
+)
+from gossamer.bench.peers import Peer, attribute, gather
+from gossamer.bench.skew import EXPERT_SKEWS
 
 SAMPLE_EXPERTS = 2
 
@@ -65,6 +78,21 @@ def _dx(
     return dx.to(dtype)
 
 
+def torch_grouped(name: str, role: str, problem: Problem, dispatch: gossamer.Dispatch, dy: torch.Tensor) -> Variant:
+    """Torch's grouped product on rows gathered before it."""
+    product = attribute(F, "grouped_mm", "torch")
+    x, weight = problem.leaf("x"), problem.leaf("gate_up")
+    token = dispatch.slots.long() // dispatch.top_k
+
+    def forward() -> torch.Tensor:
+        return product(x[token], weight.transpose(1, 2), offs=dispatch.offsets[1:])
+
+    return Variant(name, role, forward, {"dx": x, "dweight": weight}, dy)
+
+
+PEERS = (Peer("torch grouped_mm", None, "torch", torch_grouped, REFERENCE),)
+
+
 def build(request: Request) -> Case:
     """:func:`gossamer.grouped_matmul` beside one dense product of as many FLOPs and torch's grouped product."""
     problem = make_problem(request)
@@ -89,21 +117,7 @@ def build(request: Request) -> Case:
     dense = Variant(
         "equal-FLOP dense", DENSE, lambda: F.linear(rows, shared), {"dx": rows, "dweight": shared}, dy, gate=None
     )
-    variants, skipped = [ours, dense], {}
-    if hasattr(F, "grouped_mm"):
-        xr, wr = problem.leaf("x"), problem.leaf("gate_up")
-        variants.append(
-            Variant(
-                "torch grouped_mm",
-                REFERENCE,
-                lambda: F.grouped_mm(xr[token], wr.transpose(1, 2), offs=dispatch.offsets[1:]),
-                {"dx": xr, "dweight": wr},
-                dy,
-            )
-        )
-    else:
-        skipped["torch grouped_mm"] = f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
-
+    peers, skipped = gather(PEERS, request, problem, dispatch, dy)
     flops, item = 2.0 * t * k * h * n, problem.x.element_size()
     weights = int(problem.ids.unique().numel()) * n * h * item
     moved = float(problem.x.nbytes + weights + t * k * n * item)
@@ -116,7 +130,7 @@ def build(request: Request) -> Case:
         request.dtype,
         request.device,
         request.direction,
-        tuple(variants),
+        (ours, dense, *peers),
         skipped,
         flops,
         moved,
@@ -145,7 +159,19 @@ def cost_dweight(call: Mapping[str, object], result: object) -> Cost:
 
 
 COSTS = {"gossamer::grouped_matmul": cost, "gossamer::grouped_matmul_dweight": cost_dweight}
-FAMILY = Family("grouped_matmul", SHAPES, SYMBOLS, DEFAULTS, QUICK, build)
+FAMILY = Family(
+    "grouped_matmul",
+    SHAPES,
+    SYMBOLS,
+    DEFAULTS,
+    QUICK,
+    build,
+    skews=EXPERT_SKEWS,
+    dimensions=DIMENSIONS,
+    work=WORK,
+    peers=PEERS,
+    rule=rule,
+)
 
 
 def bench_grouped_matmul(measured):

@@ -1,17 +1,29 @@
-"""Runs benchmark cases: the gate first, then peak memory, then time, every variant in turns in one process."""
+"""Runs benchmark cases: the gate first, then peak memory and host latency, then time, every variant in turns."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
 from gossamer._environment import environment
-from gossamer.bench.case import DENSE, DIRECTIONS, DTYPES, OURS, SKEWS, Case, Family, Request, Variant, Verdict
+from gossamer.bench import peers as peers_
+from gossamer.bench.case import DENSE, DIRECTIONS, DTYPES, OURS, Case, Family, Request, Variant, Verdict
 from gossamer.bench.ceilings import Ceilings, measure
-from gossamer.bench.timing import PEAK_MEMORY_METHOD, interleave, peak_memory, quantile
+from gossamer.bench.timing import (
+    HOST_SAMPLES,
+    PEAK_MEMORY_METHOD,
+    SETTLE_LIMIT,
+    clock,
+    interleave,
+    peak_memory,
+    quantile,
+    settle,
+)
 
 FAMILIES = ("moe", "expert_mlp", "grouped_matmul", "gather_reduce", "dispatch")
 BUDGET = {"quick": 2.5, "full": 15.0}
@@ -29,6 +41,9 @@ class Row:
         message: why it is wrong or failed, or a remark.
         seconds: every sample; empty unless ok.
         peak_bytes: memory at the peak of a call; None where it was not measured.
+        host_seconds: on CUDA, what the host needs to issue a call; on the CPU, what a call costs with next to no work.
+            None where it was not measured.
+        timed_by: how the samples were taken; see :class:`gossamer.bench.timing.Timed`.
     """
 
     name: str
@@ -38,6 +53,8 @@ class Row:
     message: str
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    host_seconds: float | None = None
+    timed_by: str = ""
 
     @property
     def median(self) -> float:
@@ -47,15 +64,22 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case and its rows."""
+    """A case, what it was built from, its rows, and the least time that the ceilings allow."""
 
     case: Case
     rows: list[Row]
     floor: float
+    request: Request
 
     def row(self, role: str) -> Row | None:
         """The first timed row of a role, or None."""
         return next((r for r in self.rows if r.role == role and r.seconds), None)
+
+    @property
+    def speed_of_dense(self) -> float | None:
+        """Our speed over the dense baseline's, its median time over ours; None where either has no time."""
+        ours, dense = self.row(OURS), self.row(DENSE)
+        return dense.median / ours.median if ours and dense else None
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,7 @@ class Results:
     environment: dict
     ceilings: Ceilings
     cases: list[CaseResult]
+    sweep: Mapping[str, object] | None = None
 
     @property
     def correct(self) -> bool:
@@ -77,7 +102,8 @@ class Results:
         return {
             "schema": 1,
             "environment": self.environment,
-            "ceilings": asdict(self.ceilings),
+            "ceilings": asdict(self.ceilings) | {"bandwidth": self.ceilings.bandwidth},
+            "sweep": dict(self.sweep) if self.sweep else None,
             "cases": [_case_json(result) for result in self.cases],
         }
 
@@ -116,15 +142,17 @@ def requests(
     dtype: str | None = None,
     direction: str = "both",
     skew: str = "uniform",
+    peers: str = "all",
     quick: bool = False,
 ) -> list[Request]:
     """The cases that a command asks for: each shape in each dtype, forward, and forward with backward unless forbidden.
 
     Raises:
-        ValueError: an unknown shape, dtype, direction or skew.
+        ValueError: an unknown shape, dtype, direction, skew or peer, or a peer asked for by name that cannot run.
     """
     _check("--direction", direction, DIRECTIONS)
-    _check("--skew", skew, SKEWS)
+    _check("--skew", skew, chosen.skews)
+    names = peers_.choose(chosen.peers, peers)
     if shape is not None:
         shapes = (shape,)
     else:
@@ -135,9 +163,14 @@ def requests(
     else:
         dtypes = tuple(d for d in ("fp32", "bf16", "int") if d in chosen.dtypes)
     directions = ("forward",) if direction == "forward" else chosen.directions
-    return [
-        Request(name, chosen.sizes(name), d, device, way, skew) for name in shapes for d in dtypes for way in directions
+    wanted = [
+        Request(name, chosen.sizes(name), d, device, way, skew, names)
+        for name in shapes
+        for d in dtypes
+        for way in directions
     ]
+    peers_.require(chosen.peers, wanted)
+    return wanted
 
 
 def _check(option: str, value: str, allowed: Iterable[str]) -> None:
@@ -150,8 +183,10 @@ def run(
     wanted: list[Request],
     *,
     budget: float = BUDGET["full"],
+    stage: Callable[[str], None] = lambda message: None,
     progress: Callable[[str], None] = lambda message: None,
     finished: Callable[[CaseResult, Ceilings], None] = lambda result, ceilings: None,
+    sweep: Mapping[str, object] | None = None,
 ) -> Results:
     """Run cases of one family.
 
@@ -159,23 +194,32 @@ def run(
         chosen: the family.
         wanted: the cases, all on one device; see :func:`requests`.
         budget: seconds of timing for a case, shared by its variants.
+        stage: told in words which case begins.
         progress: told in words what is going on.
         finished: given each case's result as it comes.
+        sweep: what the cases sweep over, to be kept with the results; see :mod:`gossamer.bench.sweep`.
     """
     device = wanted[0].device
-    progress("measuring the ceilings: a matrix product and a copy")
+    stage("measuring the ceilings: a matrix product and a copy")
     ceilings = measure(device, [request.dtype for request in wanted])
-    results = []
+    results: list[CaseResult] = []
+    start = time.perf_counter()
     for request in wanted:
-        progress(f"preparing {chosen.name} {request.shape} {request.dtype}")
+        stage(_stage(chosen, request, len(results), len(wanted), time.perf_counter() - start))
         case = chosen.build(request)
-        result = CaseResult(case, _run_case(case, budget, progress), ceilings.floor_seconds(case))
+        rows = _run_case(case, chosen, request, budget, progress)
+        result = CaseResult(case, rows, ceilings.floor_seconds(case), request)
         results.append(result)
         finished(result, ceilings)
         del case
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return Results(environment(), ceilings, results)
+    return Results(environment(), ceilings, results, sweep)
+
+
+def _stage(chosen: Family, request: Request, done: int, total: int, elapsed: float) -> str:
+    left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
+    return f"[{done + 1}/{total}] {chosen.name} {request.shape} {request.dtype} {request.direction}{left}"
 
 
 def judge(case: Case, variant: Variant, gates: dict) -> Verdict | None:
@@ -188,18 +232,57 @@ def judge(case: Case, variant: Variant, gates: dict) -> Verdict | None:
     return gates[variant.gate](variant.outputs(case.direction))
 
 
-def _run_case(case: Case, budget: float, progress: Callable[[str], None]) -> list[Row]:
+def grad_mode(direction: str) -> AbstractContextManager:
+    """The mode that :meth:`gossamer.bench.case.Variant.bare` wants to be called in."""
+    return torch.no_grad() if direction == "forward" else nullcontext()
+
+
+def _run_case(
+    case: Case, chosen: Family, request: Request, budget: float, progress: Callable[[str], None]
+) -> list[Row]:
     gates: dict = {}
     rows: dict[str, Row] = {}
     for variant in case.variants:
         progress(f"{case.title}: checking {variant.name}")
         rows[variant.name] = _first_calls(case, variant, gates)
     gates.clear()
-    calls = {v.name: (lambda v=v: v.call(case.direction)) for v in case.variants if rows[v.name].status == "ok"}
-    samples = interleave(calls, case.device, budget, lambda message: progress(f"{case.title}: {message}"))
+    timer, limit = clock(case.device), SETTLE_LIMIT[case.device.type]
+    right = [v for v in case.variants if rows[v.name].status == "ok"]
+    with grad_mode(case.direction):
+        progress(f"{case.title}: warming up")
+        timed = {v.name: timer.prepare(v.bare(case.direction)) for v in right}
+        for found in timed.values():
+            settle(found.sample, limit)
+        samplers = {name: found.sample for name, found in timed.items()}
+        samples = interleave(samplers, budget, lambda message: progress(f"{case.title}: {message}"))
+    progress(f"{case.title}: host latency")
+    host = {name: found.host for name, found in timed.items()}
+    if case.device.type == "cpu":
+        host = _host_latency(chosen, request)
     for name, seconds in samples.items():
-        rows[name].seconds.extend(seconds)
+        rows[name] = replace(rows[name], seconds=seconds, host_seconds=host.get(name), timed_by=timed[name].method)
     return list(rows.values())
+
+
+def _host_latency(chosen: Family, request: Request) -> dict[str, float]:
+    """Seconds of each variant's call at sizes with next to no work, on the CPU."""
+    sizes = chosen.host_sizes(request.sizes)
+    if chosen.rule(sizes):
+        return {}
+    case = chosen.build(replace(request, sizes=sizes))
+    timer, found = clock(case.device), {}
+    with grad_mode(case.direction):
+        for variant in case.variants:
+            try:
+                call = variant.bare(case.direction)
+                call()
+                sample = timer.prepare(call).sample
+            except Exception:
+                # Another system may not take sizes as small as these; its row then shows no host latency.
+                continue
+            settle(sample, SETTLE_LIMIT[case.device.type])
+            found[variant.name] = quantile([sample() for _ in range(HOST_SAMPLES)], 0.5)
+    return found
 
 
 def _first_calls(case: Case, variant: Variant, gates: dict) -> Row:
@@ -219,12 +302,14 @@ def _case_json(result: CaseResult) -> dict:
     case = result.case
     return {
         "family": case.family,
+        "title": case.title,
         "shape": case.shape,
         "sizes": dict(case.sizes),
         "dtype": case.dtype,
         "device": str(case.device),
         "direction": case.direction,
         "routing": case.routing,
+        "skew": result.request.skew,
         "flops": case.flops,
         "bytes": case.bytes,
         "floor_seconds": result.floor,

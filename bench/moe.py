@@ -6,19 +6,24 @@ import torch
 
 import gossamer
 from gossamer.bench.case import OURS, Case, Family, Request, Variant
+from gossamer.bench.expert_peers import PEERS
 from gossamer.bench.experts import (
     DEFAULTS,
+    DIMENSIONS,
     QUICK,
     SHAPES,
     SYMBOLS,
+    WORK,
     Problem,
     costs,
     dense_variant,
     make_gates,
     make_problem,
     make_sample,
+    rule,
 )
-from gossamer.bench.peers import ADAPTERS, Unavailable
+from gossamer.bench.peers import gather
+from gossamer.bench.skew import EXPERT_SKEWS
 
 # What nsight.py looks for kernels in.
 PRIMITIVES = ("dispatch", "expert_mlp")
@@ -40,12 +45,7 @@ def build(request: Request) -> Case:
     """The layer with every reference and peer that is installed."""
     problem = make_problem(request)
     sample = make_sample(problem)
-    variants, skipped = [gossamer_variant(problem), dense_variant(request)], {}
-    for name, adapter in ADAPTERS.items():
-        try:
-            variants.append(adapter(name, problem))
-        except Unavailable as reason:
-            skipped[name] = str(reason)
+    peers, skipped = gather(PEERS, request, problem)
     flops, moved = costs(problem, request.direction)
     return Case(
         "moe",
@@ -54,7 +54,7 @@ def build(request: Request) -> Case:
         request.dtype,
         request.device,
         request.direction,
-        tuple(variants),
+        (gossamer_variant(problem), dense_variant(request), *peers),
         skipped,
         flops,
         moved,
@@ -64,7 +64,19 @@ def build(request: Request) -> Case:
     )
 
 
-FAMILY = Family("moe", SHAPES, SYMBOLS, DEFAULTS, QUICK, build)
+FAMILY = Family(
+    "moe",
+    SHAPES,
+    SYMBOLS,
+    DEFAULTS,
+    QUICK,
+    build,
+    skews=EXPERT_SKEWS,
+    dimensions=DIMENSIONS,
+    work=WORK,
+    peers=PEERS,
+    rule=rule,
+)
 
 
 def bench_moe(measured):

@@ -1,21 +1,74 @@
-"""Other people's expert layers behind one call shape; each is there when its package is."""
+"""References and other people's systems: found by import, skipped by name where they are absent."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
-from gossamer.bench.case import PEER, REFERENCE, Outputs, Variant
-from gossamer.bench.experts import Problem
+from gossamer.bench.case import DTYPES, PEER, Request, Variant
 
 
 class Unavailable(Exception):
     """Why a variant cannot run here."""
 
 
-def _module(name: str, package: str) -> object:
+@dataclass(frozen=True)
+class Peer:
+    """A reference or another system, which a family lists in its ``peers``.
+
+    Attributes:
+        name: how tables call it; ``--peers`` takes it in lower case with hyphens, or its first words.
+        module: what is imported to find it; None for what is always there.
+        package: the distribution to install.
+        adapt: makes the variant from whatever the family's ``build`` hands to :func:`gather`, under the name and role
+            given; raises :class:`Unavailable` where the installed version or the shape does not do.
+        role: ``"peer"`` or ``"reference"``.
+        cuda_only: whether it runs on CUDA only.
+        half_only: whether it computes in 16 bits only.
+    """
+
+    name: str
+    module: str | None
+    package: str
+    adapt: Callable[..., Variant]
+    role: str = PEER
+    cuda_only: bool = False
+    half_only: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as ``--peers`` takes it."""
+        return slug(self.name)
+
+    def unavailable(self, device: torch.device, dtype: str) -> str | None:
+        """Why it cannot run in ``dtype`` on ``device``, or None."""
+        if self.module is not None:
+            try:
+                import_module(self.module, self.package)
+            except Unavailable as reason:
+                return str(reason)
+        if self.cuda_only and device.type != "cuda":
+            return f"{self.package} runs on CUDA only"
+        if self.half_only and DTYPES.get(dtype) not in (torch.float16, torch.bfloat16):
+            return f"{self.package} computes in 16 bits only"
+        return None
+
+
+def slug(name: str) -> str:
+    """``"SonicMoE + its router"`` as ``"sonicmoe-its-router"``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def import_module(name: str, package: str) -> object:
+    """Import a module of someone else's distribution.
+
+    Raises:
+        Unavailable: it is not installed, or does not import.
+    """
     try:
         return importlib.import_module(name)
     except Exception as error:
@@ -26,221 +79,70 @@ def _module(name: str, package: str) -> object:
         ) from error
 
 
-def _attribute(module: object, name: str, package: str) -> object:
+def attribute(module: object, name: str, package: str) -> object:
+    """An attribute of an imported module.
+
+    Raises:
+        Unavailable: this version has none.
+    """
     if not hasattr(module, name):
         raise Unavailable(f"the installed {package} has no {name}")
     return getattr(module, name)
 
 
-def _need_cuda(problem: Problem, package: str) -> None:
-    if problem.x.device.type != "cuda":
-        raise Unavailable(f"{package} runs on CUDA only")
+def gather(peers: Iterable[Peer], request: Request, *arguments: object) -> tuple[list[Variant], dict[str, str]]:
+    """The variants of the peers that a request wants and that are there, and why each other one is not.
+
+    Args:
+        peers: the family's.
+        request: what the case is built from.
+        arguments: handed to each peer's ``adapt`` after its name and role.
+    """
+    variants, skipped = [], {}
+    for peer in peers:
+        if request.peers is not None and peer.name not in request.peers:
+            continue
+        try:
+            if reason := peer.unavailable(request.device, request.dtype):
+                raise Unavailable(reason)
+            variants.append(peer.adapt(peer.name, peer.role, *arguments))
+        except Unavailable as reason:
+            skipped[peer.name] = str(reason)
+    return variants, skipped
 
 
-def _need_half(problem: Problem, package: str) -> None:
-    if problem.x.dtype not in (torch.float16, torch.bfloat16):
-        raise Unavailable(f"{package} computes in 16 bits only")
+def choose(peers: tuple[Peer, ...], wanted: str) -> tuple[str, ...] | None:
+    """The names of the peers that ``--peers`` asks for; None for all that are there.
+
+    Args:
+        peers: the family's.
+        wanted: ``"all"``, ``"none"``, or slugs between commas; ``"transformers"`` is each peer whose slug begins so.
+
+    Raises:
+        ValueError: a name that the family does not know.
+    """
+    if wanted == "all":
+        return None
+    if wanted == "none":
+        return ()
+    names: list[str] = []
+    for word in map(slug, wanted.split(",")):
+        found = [p.name for p in peers if word and f"{p.slug}-".startswith(f"{word}-")]
+        if not found:
+            known = ", ".join(["all", "none", *(p.slug for p in peers)])
+            raise ValueError(f"--peers must be one of {known}, or several between commas, got {word!r}")
+        names += found
+    return tuple(dict.fromkeys(names))
 
 
-def _leaves(problem: Problem) -> dict[str, torch.Tensor]:
-    pairs = (("dx", "x"), ("dgate_up", "gate_up"), ("ddown", "down"), ("dweights", "weights"))
-    return {gradient: problem.leaf(name) for gradient, name in pairs}
+def require(peers: tuple[Peer, ...], requests: Iterable[Request]) -> None:
+    """Make sure that a peer asked for by name can run in at least one of the cases.
 
-
-def _transformers(name: str, problem: Problem, implementation: str) -> Variant:
-    modeling = _module("transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers")
-    experts_type = _attribute(modeling, "Qwen3MoeExperts", "transformers")
-    e, h, i = problem.down.shape
-    config = _attribute(modeling, "Qwen3MoeConfig", "transformers")(
-        hidden_size=h,
-        moe_intermediate_size=i,
-        num_experts=e,
-        num_experts_per_tok=problem.top_k,
-        hidden_act="silu",
-    )
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        experts = experts_type(config)
-    leaves = _leaves(problem)
-    experts.gate_up_proj = torch.nn.Parameter(leaves["dgate_up"])
-    experts.down_proj = torch.nn.Parameter(leaves["ddown"])
-    leaves |= {"dgate_up": experts.gate_up_proj, "ddown": experts.down_proj}
-
-    def forward() -> torch.Tensor:
-        return experts(leaves["dx"], problem.ids, leaves["dweights"])
-
-    return Variant(name, REFERENCE, forward, leaves, problem.dy, gate="plain")
-
-
-def transformers_eager(name: str, problem: Problem) -> Variant:
-    """The loop over experts of transformers."""
-    return _transformers(name, problem, "eager")
-
-
-def transformers_grouped(name: str, problem: Problem) -> Variant:
-    """The sorted form of transformers over torch's grouped product."""
-    return _transformers(name, problem, "grouped_mm")
-
-
-def sonicmoe(name: str, problem: Problem) -> Variant:
-    """SonicMoE's experts with the routing given (Guo et al., 2025)."""
-    package = _module("sonicmoe", "sonic-moe")
-    _need_cuda(problem, "SonicMoE")
-    _need_half(problem, "SonicMoE")
-    layer = _attribute(package, "moe_general_routing_inputs", "sonic-moe")
-    activation = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
-    (t, _), k = problem.x.shape, problem.top_k
-    tokens = torch.arange(t, device=problem.x.device, dtype=torch.int32).repeat_interleave(k)
-    ids = problem.ids.reshape(-1).int()
-    leaves = _leaves(problem) | {"dgate_up": _interleaved(problem)}
-
-    def forward() -> torch.Tensor:
-        y, _ = layer(
-            leaves["dx"],
-            leaves["dweights"].reshape(-1),
-            tokens,
-            ids,
-            leaves["dgate_up"].permute(1, 2, 0),
-            None,
-            leaves["ddown"].permute(1, 2, 0),
-            None,
-            problem.num_experts,
-            torch.cuda.current_stream().cuda_stream,
-            activation,
-            not torch.is_grad_enabled(),
-        )
-        return y
-
-    return Variant(name, PEER, forward, leaves, problem.dy, _separated, "plain")
-
-
-def sonicmoe_with_router(name: str, problem: Problem) -> Variant:
-    """SonicMoE's layer as it is published, with its own router in front (Guo et al., 2025)."""
-    package = _module("sonicmoe", "sonic-moe")
-    _need_cuda(problem, "SonicMoE")
-    _need_half(problem, "SonicMoE")
-    if problem.router is None:
-        raise Unavailable("this shape's routing cannot be had from a linear router")
-    layer = _attribute(package, "moe_TC_softmax_topk_layer", "sonic-moe")
-    activation = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
-    router = problem.leaf("router")
-    leaves = {
-        "dx": problem.leaf("x"),
-        "dgate_up": _interleaved(problem),
-        "ddown": problem.leaf("down"),
-        "drouter": router,
-    }
-
-    def forward() -> torch.Tensor:
-        y, *_ = layer(
-            leaves["dx"],
-            router,
-            leaves["dgate_up"].permute(1, 2, 0),
-            None,
-            leaves["ddown"].permute(1, 2, 0),
-            None,
-            problem.top_k,
-            torch.cuda.current_stream().cuda_stream,
-            activation,
-            not torch.is_grad_enabled(),
-        )
-        return y
-
-    note = "its time includes its router; dx is not checked, since the router's gradient is part of it"
-    return Variant(name, PEER, forward, leaves, problem.dy, _separated, "own router", note)
-
-
-def _interleaved(problem: Problem) -> torch.Tensor:
-    gate, up = problem.gate_up.chunk(2, dim=1)
-    return torch.stack([gate, up], dim=2).flatten(1, 2).requires_grad_()
-
-
-def _separated(outputs: Outputs) -> Outputs:
-    if "dgate_up" not in outputs:
-        return outputs
-    mixed = outputs["dgate_up"]
-    return outputs | {"dgate_up": torch.cat([mixed[:, 0::2], mixed[:, 1::2]], dim=1)}
-
-
-def scattermoe(name: str, problem: Problem) -> Variant:
-    """ScatterMoE's parallel experts (Tan et al., 2024)."""
-    package = _module("scattermoe.parallel_experts", "scattermoe")
-    _need_cuda(problem, "ScatterMoE")
-    sort = _attribute(package, "flatten_sort_count", "scattermoe")
-    product = _attribute(package, "parallel_linear", "scattermoe")
-    leaves = _leaves(problem)
-
-    def forward() -> torch.Tensor:
-        order = sort(problem.ids, num_experts=problem.num_experts)
-        up_weight, down_weight = leaves["dgate_up"].permute(0, 2, 1), leaves["ddown"].permute(0, 2, 1)
-        gate, up = product(leaves["dx"], up_weight, problem.top_k, *order, grouped_out=True).chunk(2, dim=-1)
-        hidden = torch.nn.functional.silu(gate) * up
-        return product(hidden, down_weight, 1, *order, gates=leaves["dweights"], grouped_in=True)
-
-    return Variant(name, PEER, forward, leaves, problem.dy, gate="plain")
-
-
-def liger(name: str, problem: Problem) -> Variant:
-    """Liger's fused mixture of experts."""
-    package = _module("liger_kernel.ops.fused_moe", "liger-kernel")
-    _need_cuda(problem, "Liger")
-    function = _attribute(package, "LigerFusedMoEFunction", "liger-kernel")
-    leaves, ids = _leaves(problem), problem.ids.int()
-
-    def forward() -> torch.Tensor:
-        return function.apply(leaves["dx"], leaves["dgate_up"], leaves["ddown"], ids, leaves["dweights"])
-
-    return Variant(name, PEER, forward, leaves, problem.dy, gate="plain")
-
-
-def megablocks(name: str, problem: Problem) -> Variant:
-    """MegaBlocks' dropless experts over its grouped product (Gale et al., 2022)."""
-    package = _module("megablocks.layers.dmoe", "megablocks")
-    _need_cuda(problem, "MegaBlocks")
-    _need_half(problem, "MegaBlocks")
-    arguments = importlib.import_module("megablocks.layers.arguments").Arguments(
-        hidden_size=problem.x.shape[1],
-        ffn_hidden_size=problem.down.shape[2],
-        bias=False,
-        return_bias=False,
-        activation_fn=torch.nn.functional.silu,
-        moe_num_experts=problem.num_experts,
-        moe_top_k=problem.top_k,
-        moe_loss_weight=0.0,
-        mlp_type="glu",
-        mlp_impl="grouped",
-        fp16=problem.x.dtype == torch.float16,
-        bf16=problem.x.dtype == torch.bfloat16,
-        device=problem.x.device,
-    )
-    experts = _attribute(package, "ParallelDroplessMLP", "megablocks")(arguments)
-    gate, up = problem.gate_up.chunk(2, dim=1)
-    e, h, i = problem.down.shape
-    experts.mlp.w1 = torch.nn.Parameter(gate.reshape(e * i, h))
-    experts.mlp.v1 = torch.nn.Parameter(up.reshape(e * i, h))
-    experts.mlp.w2 = torch.nn.Parameter(problem.down.transpose(1, 2).reshape(e * i, h))
-    x, weights = problem.leaf("x"), problem.leaf("weights")
-    leaves = {"dx": x, "dgate": experts.mlp.w1, "dup": experts.mlp.v1, "ddown": experts.mlp.w2, "dweights": weights}
-
-    def forward() -> torch.Tensor:
-        y, _ = experts.forward_once(x, weights, problem.ids)
-        return y.view_as(x)
-
-    def layout(outputs: Outputs) -> Outputs:
-        if "ddown" not in outputs:
-            return outputs
-        dgate, dup, ddown = (outputs[key].view(e, i, h) for key in ("dgate", "dup", "ddown"))
-        return outputs | {"dgate_up": torch.cat([dgate, dup], dim=1), "ddown": ddown.transpose(1, 2)}
-
-    return Variant(name, PEER, forward, leaves, problem.dy, layout, "plain")
-
-
-ADAPTERS: dict[str, Callable[[str, Problem], Variant]] = {
-    "transformers eager": transformers_eager,
-    "transformers grouped_mm": transformers_grouped,
-    "SonicMoE": sonicmoe,
-    "SonicMoE + its router": sonicmoe_with_router,
-    "ScatterMoE": scattermoe,
-    "Liger": liger,
-    "MegaBlocks": megablocks,
-}
+    Raises:
+        ValueError: one cannot.
+    """
+    requests = list(requests)
+    for peer in peers:
+        reasons = [peer.unavailable(r.device, r.dtype) for r in requests if r.peers and peer.name in r.peers]
+        if reasons and all(reasons):
+            raise ValueError(f"--peers {peer.slug}: {reasons[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 
 import rich.box
@@ -10,10 +11,14 @@ import rich.console
 import rich.markup
 import rich.status
 import rich.table
+import torch
 
 from gossamer.bench.case import DENSE, OURS, REFERENCE
 from gossamer.bench.ceilings import Ceilings
+from gossamer.bench.compare import Change
 from gossamer.bench.harness import CaseResult, Results, Row
+from gossamer.bench.sweep import position
+from gossamer.bench.text import digits
 from gossamer.bench.timing import quantile
 
 
@@ -23,7 +28,7 @@ def make_console() -> rich.console.Console:
     return console if console.is_terminal else rich.console.Console(highlight=False, width=120)
 
 
-def _say(console: rich.console.Console, text: str, style: str | None = None) -> None:
+def say(console: rich.console.Console, text: str, style: str | None = None) -> None:
     """Print words: wrapped on a terminal, else a line each however long."""
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
@@ -35,8 +40,8 @@ class Progress:
         # Two consoles on one terminal would write over each other.
         shown = console if console.is_terminal else rich.console.Console(stderr=True)
         self._width = shown.width - 4
+        self._stage = ""
         self._status = rich.status.Status("", console=shown) if shown.is_terminal else None
-        self._last = ""
 
     def __enter__(self) -> Progress:
         """Start the line."""
@@ -44,13 +49,18 @@ class Progress:
             self._status.start()
         return self
 
-    def __call__(self, message: str) -> None:
-        """Say what is going on."""
-        if self._status:
-            self._status.update(rich.markup.escape(message[: self._width]))
-        elif message.startswith(("measuring", "preparing")) and message != self._last:
+    def stage(self, message: str) -> None:
+        """Say which case begins."""
+        self._stage = message
+        self(message)
+        if not self._status:
             print(message, file=sys.stderr, flush=True)
-            self._last = message
+
+    def __call__(self, message: str) -> None:
+        """Say what is going on within a case."""
+        if self._status:
+            number = self._stage.split(" ")[0] if self._stage.startswith("[") and message != self._stage else ""
+            self._status.update(rich.markup.escape(f"{number} {message}".strip()[: self._width]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -61,57 +71,68 @@ class Progress:
 
 
 def _milliseconds(row: Row) -> str:
-    low, middle, high = (_digits(1e3 * quantile(row.seconds, q)) for q in (0.2, 0.5, 0.8))
+    low, middle, high = (digits(1e3 * quantile(row.seconds, q)) for q in (0.2, 0.5, 0.8))
     return f"{middle} ({low}–{high})"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, and no exponent."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
-
-
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else _digits(count / 2**20)
 
 
 def _rate(result: CaseResult, row: Row) -> str:
     if not result.case.flops:
-        return _digits(result.case.bytes / row.median / 1e9)
-    return _digits(result.case.flops / row.median / 1e12)
+        return digits(result.case.bytes / row.median / 1e9)
+    return digits(result.case.flops / row.median / 1e12)
 
 
 def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceilings) -> None:
     """Print one case: the table, what was skipped, what was checked, and the sentence."""
     case, dense = result.case, result.row(DENSE)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("variant")
     ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
-    for column in ("ms (p20–p80)", rate, "ceiling", ratio, "peak MiB", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table("variant", "ms (p20–p80)", rate, "attainable", ratio, "host ms", "peak MiB", "error")
     for row in result.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         if not row.seconds:
-            table.add_row(row.name, row.status, "", "", "", "", error)
+            table.add_row(row.name, row.status, "", "", "", "", "", error)
             continue
         times = f"{row.median / dense.median:.2f}" if dense else ""
         share = f"{100 * result.floor / row.median:.0f}%"
-        table.add_row(row.name, _milliseconds(row), _rate(result, row), share, times, _mebibytes(row.peak_bytes), error)
-    _say(console, case.title, style="bold")
+        host = "" if row.host_seconds is None else digits(1e3 * row.host_seconds)
+        peak = "" if row.peak_bytes is None else digits(row.peak_bytes / 2**20)
+        table.add_row(row.name, _milliseconds(row), _rate(result, row), share, times, host, peak, error)
+    say(console, case.title, style="bold")
     console.print(table)
     for row in result.rows:
         if row.message:
-            _say(console, f"  {row.name}: {'' if row.seconds else row.status + ': '}{row.message}")
+            say(console, f"  {row.name}: {'' if row.seconds else row.status + ': '}{row.message}")
     for reason in dict.fromkeys(case.skipped.values()):
         names = ", ".join(name for name, why in case.skipped.items() if why == reason)
-        _say(console, f"  skipped {names}: {reason}")
-    gemm = ceilings.gemm.get(case.dtype)
-    product = f"{gemm / 1e12:.3g} TFLOP/s for a large {case.dtype} product, " if gemm else ""
-    _say(console, f"  ceilings in this run: {product}{ceilings.copy / 1e9:.0f} GB/s for a copy")
-    _say(console, f"  checked against float64: {case.checked}")
+        say(console, f"  skipped {names}: {reason}")
+    say(console, f"  {_ceilings(result, ceilings)}")
+    say(console, f"  {_method(result)}")
+    say(console, f"  checked against float64: {case.checked}")
     if sentence := compare(result):
-        _say(console, sentence)
+        say(console, sentence)
     console.print()
+
+
+def _ceilings(result: CaseResult, ceilings: Ceilings) -> str:
+    """What this run measured the machine to do, and what that leaves the case."""
+    case, gemm = result.case, ceilings.gemm.get(result.case.dtype)
+    parts = [f"{gemm / 1e12:.3g} TFLOP/s for a large {case.dtype} product"] if gemm else []
+    parts.append(f"{ceilings.copy / 1e9:.3g} GB/s for a copy")
+    if ceilings.read:
+        parts.append(f"{ceilings.read / 1e9:.3g} GB/s for a read")
+    rate = f"{case.flops / result.floor / 1e12:.3g} TFLOP/s" if case.flops else f"{ceilings.bandwidth / 1e9:.3g} GB/s"
+    return f"ceilings in this run: {', '.join(parts)}; attainable here: {rate}, {digits(1e3 * result.floor)} ms"
+
+
+def _method(result: CaseResult) -> str:
+    """How the samples were taken."""
+    by: dict[str, list[str]] = {}
+    for row in result.rows:
+        if row.seconds:
+            by.setdefault(row.timed_by, []).append(row.name)
+    if result.case.device.type == "cpu":
+        return f"timed by the wall clock on {torch.get_num_threads()} threads"
+    return "timed by " + "; ".join(f"{method}: {', '.join(names)}" for method, names in by.items())
 
 
 def _times(ratio: float) -> str:
@@ -140,8 +161,48 @@ def _span(ratios: list[float], form: str) -> str:
     return f"{form.format(low)}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {form.format(high)}"
 
 
-def print_summary(console: rich.console.Console, results: Results) -> None:
-    """Print the last sentence: ours against each baseline over all cases, or what is wrong."""
+def _table(*columns: str) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
+    return table
+
+
+def print_sweep(console: rich.console.Console, record: dict) -> None:
+    """Print median milliseconds against what the sweep varies, a table for each dtype and direction."""
+    sweep, cases = record["sweep"], record["cases"]
+    for dtype, direction in dict.fromkeys((case["dtype"], case["direction"]) for case in cases):
+        mine = [case for case in cases if (case["dtype"], case["direction"]) == (dtype, direction)]
+        names = list(dict.fromkeys(variant["name"] for case in mine for variant in case["variants"]))
+        table = _table(sweep["dimension"], *names)
+        for case in mine:
+            medians = {v["name"]: digits(1e3 * v["median"]) for v in case["variants"] if v["seconds"]}
+            table.add_row(str(position(sweep, case)), *(medians.get(name, "") for name in names))
+        say(console, f"{mine[0]['family']} {dtype} {direction}: median ms against {sweep['dimension']}", style="bold")
+        console.print(table)
+        console.print()
+
+
+def print_changes(
+    console: rich.console.Console, changes: list[Change], differences: Iterable[str], earlier: str
+) -> None:
+    """Print what has changed since an earlier run, and what was not measured alike."""
+    for line in differences:
+        say(console, f"warning: not measured alike: {line}", style="yellow")
+    if not changes:
+        say(console, f"{earlier} has no row in common with this run.")
+        return
+    table = _table("case", "variant", "ms then", "ms now", "change", "")
+    for c in changes:
+        then, now = digits(1e3 * c.then[1]), digits(1e3 * c.now[1])
+        table.add_row(c.case, c.variant, then, now, f"{100 * (c.ratio - 1):+.1f}%", c.verdict)
+    say(console, f"against {earlier}", style="bold")
+    console.print(table)
+    console.print()
+
+
+def summary(results: Results) -> str:
+    """The last sentence: ours against each baseline over all cases, or what is wrong."""
     if not results.correct:
         bad = [
             f"{row.name} ({result.case.title})"
@@ -149,8 +210,7 @@ def print_summary(console: rich.console.Console, results: Results) -> None:
             for row in result.rows
             if row.status == "wrong" or (row.status == "failed" and row.role == OURS)
         ]
-        _say(console, f"Wrong or failed: {'; '.join(bad)}.")
-        return
+        return f"Wrong or failed: {'; '.join(bad)}."
     speedups: dict[str, list[float]] = {}
     dense_name, dense_ratios = "", []
     for result in results.cases:
@@ -166,5 +226,4 @@ def print_summary(console: rich.console.Console, results: Results) -> None:
     if speeds:
         parts.append(f"runs at {' and '.join(speeds)}")
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
-    if parts:
-        _say(console, f"Over {cases}, gossamer {' and '.join(parts)}.")
+    return f"Over {cases}, gossamer {' and '.join(parts)}." if parts else ""

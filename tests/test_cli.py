@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from gossamer import _backend
-from gossamer.bench import harness
+from gossamer.bench import harness, timing
 from gossamer.bench.ceilings import Ceilings
 from gossamer.cli import app
 
@@ -22,8 +22,9 @@ SHAPE = "192,64,32,6,2"
 @pytest.fixture
 def invoke(monkeypatch):
     """Run the command in this process, with no time spent on ceilings."""
-    monkeypatch.setattr(harness, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10))
+    monkeypatch.setattr(harness, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10, 2e10))
     monkeypatch.setitem(harness.BUDGET, "full", 0.05)
+    monkeypatch.setitem(timing.SETTLE_LIMIT, "cpu", 0.0)
     return lambda *arguments: CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
@@ -33,7 +34,9 @@ def test_bench_prints_a_table_and_a_sentence(invoke, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"moe {SHAPE} (T=192 H=64 I=32 E=6 K=2) fp32 forward on " in result.output
     assert f"moe {SHAPE} (T=192 H=64 I=32 E=6 K=2) fp32 forward+backward on " in result.output
-    for word in ("gossamer ", "equal-FLOP dense", "TFLOP/s", "ceiling", "peak MiB", "checked against float64"):
+    for word in ("gossamer ", "equal-FLOP dense", "TFLOP/s", "attainable", "host ms", "peak MiB"):
+        assert word in result.output
+    for word in ("ceilings in this run", "attainable here", "checked against float64", " threads"):
         assert word in result.output
     last = result.output.strip().splitlines()[-1]
     assert last.startswith("Over 2 cases, gossamer takes ") and "the time of equal-FLOP dense" in last
@@ -68,15 +71,104 @@ def test_a_wrong_result_prints_no_speed_and_fails(invoke, monkeypatch):
         (["attention"], "the benchmark must be one of moe, expert_mlp"),
         (["--shape", "1,2"], "--shape must be one of olmoe"),
         (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, got 'fp8'"),
-        (["--skew", "few"], "--skew must be one of uniform, zipf, one, got 'few'"),
+        (["--skew", "few"], "--skew must be one of uniform, zipf, one, trained, got 'few'"),
+        (["gather_reduce", "--skew", "trained"], "--skew must be one of uniform, zipf, one, got 'trained'"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        (["--shape", "8,8,8,2,3"], "--shape 8,8,8,2,3: K must be at most E, got K=3 and E=2"),
+        (["--peers", "nobody"], "--peers must be one of all, none, transformers-eager"),
+        (["--peers", "megablocks", "--device", "cpu"], "--peers megablocks: megablocks "),
+        (
+            ["--sweep", "rank"],
+            "--sweep must name one of tokens, hidden, intermediate, experts, top-k, skew, got 'rank'",
+        ),
+        (["--sweep", "top-k=64", "--device", "cpu"], "--sweep top-k=64: K must be at most E, got K=64 and E=32"),
+        (["--sweep", "tokens=1,x"], "--sweep tokens takes positive integers between commas, got '1,x'"),
+        (["--sweep", "skew=few"], "--sweep skew must be among uniform, zipf, one, trained, got 'few'"),
+        (["--sweep", "skew", "--skew", "one"], "--sweep skew and --skew one exclude each other"),
+        (["--fail-below", "0"], "--fail-below must be above 0, got 0"),
+        (["--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: No such file or directory"),
+        (["--csv", "/"], "--csv /: Is a directory"),
+        (["--html", "/dev/null/x.html"], "--html /dev/null/x.html: Not a directory"),
+        (["--plot", "/dev/null"], "--plot /dev/null: File exists"),
+        (["--compare", "/no/such.json"], "--compare /no/such.json: No such file or directory"),
+        (["--compare", __file__], f"--compare {__file__} is not JSON"),
     ],
 )
-def test_bad_options_are_explained_in_one_line(invoke, arguments, message):
+def test_bad_options_are_explained_in_one_line_before_anything_is_measured(invoke, monkeypatch, arguments, message):
+    monkeypatch.setattr(harness, "run", lambda *args, **kwargs: pytest.fail("measured"))
     result = invoke("bench", *arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"gossamer bench: {message}")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_asked_for_and_not_there_is_one_line(invoke):
+    result = invoke("bench", "--device", "cuda")
+    assert (result.exit_code, result.stderr) == (2, "gossamer bench: --device cuda: torch finds no CUDA device here\n")
+
+
+def test_missing_matplotlib_is_one_line_before_anything_is_measured(invoke, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for option in ("--plot", "--html"):
+        result = invoke("bench", option, str(tmp_path / "x"))
+        expected = f"gossamer bench: {option} needs matplotlib; pip install 'gossamer[bench]'\n"
+        assert (result.exit_code, result.stderr) == (2, expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_there_before_are_kept_until_there_is_something_to_write(invoke, monkeypatch, tmp_path):
+    kept, new = tmp_path / "kept.json", tmp_path / "new.csv"
+    kept.write_text("kept")
+    result = invoke("bench", "--json", str(kept), "--csv", str(new), "--html", str(tmp_path / "no" / "x.html"))
+    assert result.exit_code == 2 and "No such file" in result.stderr
+    assert kept.read_text() == "kept" and not new.exists()
+
+
+def test_sweep_compare_and_every_kind_of_file(invoke, tmp_path):
+    import csv
+
+    base = ["bench", "dispatch", "--shape", "64,8,2", "--device", "cpu"]
+    earlier = tmp_path / "earlier.json"
+    first = invoke(*base, "--sweep", "tokens=64,128", "--json", str(earlier))
+    assert first.exit_code == 0, first.output
+    record = json.loads(earlier.read_text())
+    assert record["sweep"] == {"dimension": "tokens", "symbol": "T", "values": [64, 128]}
+    # As if measured elsewhere, and a thousand times as fast.
+    record["environment"]["cpu"] = "Another Processor"
+    for case in record["cases"]:
+        for variant in case["variants"]:
+            variant |= {key: variant[key] / 1000 for key in ("p20", "median", "p80")}
+    earlier.write_text(json.dumps(record))
+    files = {name: tmp_path / f"now.{name}" for name in ("json", "csv", "html")}
+    options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    now = invoke(
+        *base, "--sweep", "T=128,256", *options, "--plot", str(tmp_path / "plots" / "here"), "--compare", str(earlier)
+    )
+    assert now.exit_code == 0, now.output
+    assert "dispatch int forward: median ms against T" in now.output
+    assert "warning: not measured alike: cpu: Another Processor then, " in now.output
+    lines = [line for line in now.output.splitlines() if line.startswith("dispatch 64,8,2 T=128")]
+    assert len([line for line in lines if line.endswith("slower")]) == 2
+    with files["csv"].open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["T"], row["name"]) for row in rows] == [
+        (size, name) for size in ("128", "256") for name in ("gossamer", "torch stable sort")
+    ]
+    stored = json.loads(files["json"].read_text())["cases"][1]["variants"][0]
+    assert float(rows[2]["median"]) == stored["median"] and float(rows[2]["host_seconds"]) == stored["host_seconds"]
+    page = files["html"].read_text()
+    assert "Another Processor" in page and "slower" in page
+    assert {path.name for path in (tmp_path / "plots" / "here").iterdir()} == {"scaling.png", "scaling.svg"}
+
+
+def test_fail_below_has_an_exit_status_of_its_own(invoke):
+    base = ["bench", "dispatch", "--shape", "64,8,2", "--device", "cpu", "--fail-below"]
+    assert invoke(*base, "1e-9").exit_code == 0
+    slow = invoke(*base, "1e9")
+    assert slow.exit_code == 3
+    assert "below --fail-below 1e+09: dispatch 64,8,2 (T=64 E=8 K=2) int forward on cpu" in slow.output
+    assert slow.output.strip().endswith("x the speed of dense")
 
 
 def test_info_names_versions_and_backends(invoke, monkeypatch):

@@ -66,6 +66,7 @@ def random_expert_ids(
     top_k: int,
     *,
     skew: str = "uniform",
+    popularity: torch.Tensor | None = None,
     dropped: float = 0.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -78,22 +79,25 @@ def random_expert_ids(
         top_k: K.
         skew: ``"uniform"``; ``"zipf"``, popularity ``1/(e+1)``; ``"one"``, expert E−1 is every token's first choice;
             ``"few"``, only the first K experts are used.
+        popularity: ``(E,)`` relative popularity of each expert, in place of ``skew``.
         dropped: fraction of slots given the id E, "no expert".
         seed: of the generator.
         device: where the result lies.
     """
     generator = torch.Generator().manual_seed(seed)
-    popularity = {
+    known = {
         "uniform": torch.ones(num_experts),
         "zipf": 1.0 / torch.arange(1, num_experts + 1),
         "one": torch.ones(num_experts).index_fill(0, torch.tensor(num_experts - 1), 1e6),
         "few": torch.cat([torch.ones(top_k), torch.zeros(num_experts - top_k)]),
     }
-    if skew not in popularity:
-        raise ValueError(f"skew must be one of {sorted(popularity)}, got {skew!r}")
+    if skew not in known:
+        raise ValueError(f"skew must be one of {sorted(known)}, got {skew!r}")
+    if popularity is None:
+        popularity = known[skew]
     # Gumbel top-k: sampling without replacement in one vectorised step.
     noise = -torch.empty(num_tokens, num_experts).exponential_(generator=generator).log()
-    scores = popularity[skew].log() + noise
+    scores = popularity.log() + noise
     ids = scores.topk(top_k, dim=1).indices
     if dropped:
         ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < dropped, num_experts)

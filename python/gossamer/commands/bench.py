@@ -2,45 +2,134 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gossamer.bench.harness import Results
+
+WRONG, REFUSED, SLOW = 1, 2, 3
+
 
 def bench(
-    family: Annotated[str, typer.Argument(help="moe, expert_mlp, grouped_matmul, gather_reduce or dispatch.")] = "moe",
+    family: Annotated[
+        str, typer.Argument(help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...")
+    ] = "moe",
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, about a minute on two cores.")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 and bf16 if not given.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     direction: Annotated[str, typer.Option(help="both, or forward.")] = "both",
-    skew: Annotated[str, typer.Option(help="How ids are spread: uniform, zipf or one.")] = "uniform",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
+    skew: Annotated[
+        str, typer.Option(help="How ids are spread: uniform, zipf, one; for experts also trained.")
+    ] = "uniform",
+    peers: Annotated[str, typer.Option(help="all that are installed, none, or names between commas.")] = "all",
+    sweep: Annotated[
+        str | None, typer.Option(metavar="DIM[=V1,V2,...]", help="Vary one size, such as tokens, or skew.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every sample to this file.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write a line a variant to this file.")
+    ] = None,
+    plot_folder: Annotated[
+        Path | None, typer.Option("--plot", metavar="DIR", help="Write figures into this folder.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained report to this file.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show the change since a run stored by --json.")
+    ] = None,
+    fail_below: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="Exit with 3 where we run below RATIO x the dense speed.")
+    ] = None,
 ) -> None:
-    """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64."""
-    from gossamer.bench import harness, report
+    """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
+
+    Exit status: 0; 1 where a variant is wrong or ours failed; 2 where it cannot be done as asked, found before anything
+    is measured; 3 where a case's dense median time over ours is below --fail-below.
+    """
+    from gossamer.bench import compare as compare_
+    from gossamer.bench import files, harness, report
+    from gossamer.bench import sweep as sweep_
 
     try:
+        if fail_below is not None and not fail_below > 0:
+            raise ValueError(f"--fail-below must be above 0, got {fail_below:g}")
+        if (plot_folder or html_file) is not None:
+            _need_matplotlib("--plot" if plot_folder else "--html")
         chosen = harness.family(family)
         where = harness.resolve_device(device)
-        wanted = harness.requests(chosen, where, shape=shape, dtype=dtype, direction=direction, skew=skew, quick=quick)
+        options = dict(dtype=dtype, direction=direction, skew=skew, peers=peers)
+        quick_shape = chosen.quick[where.type] if sweep and shape is None else shape
+        wanted = harness.requests(chosen, where, shape=quick_shape, quick=quick, **options)
+        varied = sweep_.parse(chosen, sweep, wanted[0]) if sweep is not None else None
+        earlier = compare_.load(compare) if compare is not None else None
+        for option, path in (("--json", json_file), ("--csv", csv_file), ("--html", html_file)):
+            if path is not None:
+                files.check_file(option, path)
+        if plot_folder is not None:
+            files.check_folder("--plot", plot_folder)
     except ValueError as error:
         print(f"gossamer bench: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise typer.Exit(REFUSED) from None
     console = report.make_console()
     with report.Progress(console) as progress:
         results = harness.run(
             chosen,
-            wanted,
+            sweep_.expand(varied, wanted) if varied else wanted,
             budget=harness.BUDGET["quick" if quick else "full"],
+            stage=progress.stage,
             progress=progress,
             finished=lambda result, ceilings: report.print_case(console, result, ceilings),
+            sweep=varied and vars(varied),
         )
-    report.print_summary(console, results)
+    record = results.as_json()
+    if varied:
+        report.print_sweep(console, record)
+    changes, differences = None, []
+    if earlier is not None:
+        changes, differences = compare_.changes(earlier, record), compare_.differences(earlier, record)
+        report.print_changes(console, changes, differences, str(compare))
+    sentence = report.summary(results)
     if json_file is not None:
-        json_file.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+        files.write_json(record, json_file)
+    if csv_file is not None:
+        files.write_csv(record, csv_file)
+    if plot_folder is not None:
+        from gossamer.bench import plot
+
+        plot.save(record, plot_folder)
+    if html_file is not None:
+        from gossamer.bench import page
+
+        text = page.render(record, sentence, changes=changes, differences=differences, earlier=str(compare))
+        html_file.write_text(text, encoding="utf-8")
+    report.say(console, sentence)
+    _exit(console, results, fail_below)
+
+
+def _need_matplotlib(option: str) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{option} needs matplotlib; pip install 'gossamer[bench]'") from None
+
+
+def _exit(console: Console, results: Results, fail_below: float | None) -> None:
+    from gossamer.bench import compare, report
+
     if not results.correct:
-        raise typer.Exit(1)
+        raise typer.Exit(WRONG)
+    slow = compare.too_slow(results, fail_below) if fail_below is not None else []
+    for line in slow:
+        report.say(console, f"below --fail-below {fail_below:g}: {line}")
+    if slow:
+        raise typer.Exit(SLOW)

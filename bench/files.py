@@ -1,0 +1,63 @@
+"""Results as files: whether a place can be written, JSON, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+CASE_COLUMNS = ("family", "shape", "dtype", "device", "direction", "routing", "flops", "bytes", "floor_seconds")
+VARIANT_COLUMNS = (
+    "name", "role", "status", "error", "median", "p20", "p80", "host_seconds", "timed_by", "flops_per_second",
+    "bytes_per_second", "fraction_of_ceiling", "ratio_to_dense", "peak_bytes", "message",
+)  # fmt: skip
+
+
+def check_file(option: str, path: Path) -> None:
+    """Make sure that a file can be written, and leave what is there as it is.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        new = not path.exists()
+        with path.open("a"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror or error}") from None
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Make a folder if it is missing, and make sure that files can be written into it.
+
+    Raises:
+        ValueError: it cannot be made, or is not a folder, or is not writable.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror or error}") from None
+    check_file(option, path / ".gossamer")
+
+
+def write_json(record: dict, path: Path) -> None:
+    """Write every sample of a run."""
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(record: dict, path: Path) -> None:
+    """Write a line for each variant of each case, sizes in columns of their own."""
+    symbols = list(dict.fromkeys(symbol for case in record["cases"] for symbol in case["sizes"]))
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([*CASE_COLUMNS, *symbols, *VARIANT_COLUMNS, "samples", "threads"])
+        for case in record["cases"]:
+            for variant in case["variants"]:
+                writer.writerow(
+                    [case[column] for column in CASE_COLUMNS]
+                    + [case["sizes"].get(symbol) for symbol in symbols]
+                    + [variant.get(column) for column in VARIANT_COLUMNS]
+                    + [len(variant["seconds"]), record["environment"]["threads"]]
+                )

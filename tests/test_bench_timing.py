@@ -1,0 +1,162 @@
+"""How a call is timed: the clocks, the choice of a graph's replay, settling, turns, and pytest-benchmark's timer."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gossamer.bench import timing
+from gossamer.bench.case import Case, Variant
+from gossamer.bench.ceilings import Ceilings
+
+
+class Machine:
+    """A host and a device with a queue between them, in seconds of their own."""
+
+    def __init__(self, monkeypatch, readable=True):
+        self.host, self.device, self.capturing, self.readable = 0.0, 0.0, None, readable
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host))
+        machine = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                machine.device = self.at = max(machine.device, machine.host)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        class Graph:
+            def replay(self):
+                machine.launch(2e-6, sum(self.work))
+
+        @contextlib.contextmanager
+        def graph(graph, stream):
+            machine.capturing = graph.work = []
+            yield
+            machine.capturing = None
+
+        names = dict(
+            Event=Event,
+            CUDAGraph=Graph,
+            graph=graph,
+            Stream=lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            current_stream=lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            stream=lambda stream: contextlib.nullcontext(),
+            synchronize=lambda device: self.wait(),
+        )
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        self.clock = object.__new__(timing.CudaClock)
+        self.clock._device = None
+        self.clock._flush = SimpleNamespace(zero_=lambda: self.launch(2e-6, 40e-6))
+
+    def launch(self, host, device):
+        self.host += host
+        if self.capturing is not None:
+            self.capturing.append(device)
+        else:
+            self.device = max(self.device, self.host) + device
+
+    def wait(self):
+        if self.capturing is not None:
+            self.capturing = None
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.host = max(self.host, self.device)
+
+    def call(self, kernels, device, reads_the_host=False):
+        for _ in range(kernels):
+            self.launch(10e-6, device)
+            if reads_the_host:
+                self.wait()
+
+
+def test_short_kernels_are_timed_by_replay_and_not_through_the_host(monkeypatch):
+    machine = Machine(monkeypatch)
+    timed = machine.clock.prepare(lambda: machine.call(10, 1e-6))
+    assert timed.method == "graph replay"
+    assert timed.sample() == pytest.approx(10e-6)
+    assert timed.host == pytest.approx(100e-6)
+
+
+def test_long_kernels_are_timed_by_events_with_the_flush_outside(monkeypatch):
+    machine = Machine(monkeypatch)
+    timed = machine.clock.prepare(lambda: machine.call(3, 1e-3))
+    assert timed.method == "events"
+    assert timed.sample() == pytest.approx(3e-3)
+    assert timed.host == pytest.approx(30e-6)
+
+
+def test_what_cannot_be_captured_says_that_the_host_is_in_its_time(monkeypatch):
+    machine = Machine(monkeypatch)
+    timed = machine.clock.prepare(lambda: machine.call(10, 1e-6, reads_the_host=True))
+    assert timed.method == "events, host included"
+    assert timed.sample() > 50e-6
+
+
+def test_cpu_clock_takes_off_its_own_cost_and_repeats_short_calls():
+    calls = itertools.count()
+    timer = timing.CpuClock()
+    timed = timer.prepare(lambda: next(calls))
+    before = next(calls)
+    assert 0 < timed.sample() < 20e-6
+    assert next(calls) - before > 10
+    assert timed.method == "wall clock" and timed.host is None
+    slept = timer.prepare(lambda: time.sleep(0.005))
+    assert 0.005 <= slept.sample() < 0.1
+
+
+def test_settling_waits_for_the_medians_to_agree_and_no_longer_than_told():
+    drifting = itertools.chain([2.0 - 0.1 * i for i in range(10)], itertools.repeat(1.0))
+    taken = []
+    assert timing.settle(lambda: taken.append(next(drifting)) or taken[-1], limit=60)
+    assert len(taken) == 18  # the earlier window, samples 9 to 13, holds two that drift and three that do not
+    growing = itertools.count(1)
+    assert not timing.settle(lambda: time.sleep(0.001) or 1.1 ** next(growing), limit=0.05)
+
+
+def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch):
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 20)
+    order = []
+
+    def sample(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+        return seconds
+
+    samplers = {"slow": lambda: sample("slow", 0.03), "quick": lambda: sample("quick", 0.0)}
+    samples = timing.interleave(samplers, budget=0.04)
+    assert order[:4] == ["slow", "quick", "quick", "slow"]
+    assert samples == {"slow": [0.03] * timing.MIN_ROUNDS, "quick": [0.0] * 20}
+
+
+def test_timer_of_pytest_benchmark_counts_samples_alone():
+    timer = timing.MeasuredTime()
+    call = timer.through(lambda: time.sleep(0.002) or 0.5)
+    start = timer()
+    call()
+    assert timer() - start == pytest.approx(0.5, abs=1e-8)
+    assert timer() > timer.__call__() - 1 and timer() < timer()
+
+
+def test_what_is_timed_holds_the_work_and_none_of_the_bookkeeping():
+    x = torch.randn(4, requires_grad=True)
+    variant = Variant("square", "ours", lambda: x.square(), {"dx": x}, torch.ones(4))
+    assert variant.bare("forward") is variant.forward
+    (grad,) = variant.bare("both")()
+    assert torch.equal(grad, 2 * x)
+
+
+def test_floor_is_the_slower_of_products_and_the_better_bandwidth(device):
+    case = dict(family="f", shape="s", sizes={}, dtype="fp32", device=torch.device(device), direction="forward")
+    rest = dict(variants=(), skipped={}, gates={}, checked="")
+    for ceilings in (Ceilings({"fp32": 1e12}, 1e11), Ceilings({"fp32": 1e12}, 0.5e11, 1e11)):
+        assert ceilings.floor_seconds(Case(**case, **rest, flops=2e12, bytes=1e11)) == 2.0
+        assert ceilings.floor_seconds(Case(**case, **rest, flops=1e10, bytes=3e11)) == 3.0
