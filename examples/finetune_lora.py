@@ -165,6 +165,8 @@ def train(
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - begin))
         progress.update(bar, advance=1, note=note)
+    if not progress.console.is_terminal:
+        progress.console.print(f"{name}: {steps} steps, {note}")
     return times
 
 

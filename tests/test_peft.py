@@ -100,8 +100,9 @@ def test_bfloat16_base(use_dora, adapters, device):
     check_switched(model, gossamer.replace, tokens(device, rows=4), run, autocast_run if wide else run)
 
 
-def test_autocast(device):
-    model = wrapped("llama", device, target_modules="all-linear")
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_autocast(use_dora, device):
+    model = wrapped("llama", device, target_modules=["q_proj", "o_proj", "up_proj"], use_dora=use_dora)
     check_switched(model, gossamer.replace, tokens(device), autocast_run)
 
 
@@ -109,6 +110,14 @@ def test_several_active_adapters_share_one_product(device):
     model = wrapped("llama", device)
     model.add_adapter("second", peft.LoraConfig(r=6, lora_alpha=3, target_modules=["q_proj", "o_proj"]))
     drawn(model).base_model.set_adapter(["default", "second"])
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.set_scale("default", 0.0)  # PEFT lets anyone turn an adapter down
+    _, off = check_switched(copy.deepcopy(model), gossamer.replace, tokens(device))
+    assert not off["base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"].any()
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.set_scale("default", 1.0)
     _, actual = check_switched(model, gossamer.replace, tokens(device))
     assert any("second" in key for key in actual) and any("default" in key for key in actual)
 

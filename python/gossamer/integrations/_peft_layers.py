@@ -196,18 +196,18 @@ class LinearMixin(_Tuner):
             x = x if base.compute_dtype is None else x.to(base.compute_dtype)
         elif type(base) is Conv1D:
             weight = weight.T
-        scale = self.scaling[active[0]]
-        a, b = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
-        if len(active) > 1:
-            a = torch.cat([self.lora_A[name].weight for name in active])
-            b = torch.cat(
-                [b] + [self.lora_B[n].weight * (self.scaling[n] / scale if scale else 0.0) for n in active[1:]], 1
-            )
+        if len(active) == 1:
+            a, b, scale = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight, self.scaling[active[0]]
+        else:
+            a, scale = torch.cat([self.lora_A[name].weight for name in active]), 1.0
+            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in active], dim=1)
         a, b = _factors(x, a, b)
         if active[0] in self.lora_variant:
-            return self._dora(x, weight, a, b, active[0]).to(given)
-        bias, dropout = self._bias(active, x.dtype), self._dropout(active[0])
-        y = low_rank_linear(x, weight, a, b, scale=scale, bias=bias, dropout=dropout)
+            y = self._dora(x, weight, a, b, active[0])
+        else:
+            bias, dropout = self._bias(active, x.dtype), self._dropout(active[0])
+            y = low_rank_linear(x, weight, a, b, scale=scale, bias=bias, dropout=dropout)
+        # bitsandbytes gives back the dtype it was given, under autocast too.
         return y.to(given) if isinstance(weight, NF4Weight) else y
 
     def _dora(
