@@ -42,7 +42,7 @@ def run(
 DRAWS = 16
 
 
-def _violations(actual, truth, bounds):
+def violations(actual, truth, bounds):
     """What breaks the rule of gossamer.testing.assert_close, given the baseline's errors by name."""
     found = []
     for name, value in actual.items():
@@ -78,14 +78,14 @@ def check(
         assert value.dtype == baseline[name].dtype and value.shape == truth[name].shape, name
     bounds = {name: errors(value, truth[name]) for name, value in baseline.items()}
     for draw in range(1, DRAWS):
-        if not _violations(actual, truth, bounds):
+        if not violations(actual, truth, bounds):
             break
         rolled = inputs | {first: inputs[first].roll(draw, -1)}
         rolled_dout = dout.roll(-draw, -1)
         rolled_truth = run(reference, {k: v.double() for k, v in rolled.items()}, needs, rolled_dout.double())
         for name, value in run(reference, rolled, needs, rolled_dout).items():
             bounds[name] = tuple(map(max, bounds[name], errors(value, rolled_truth[name])))
-    assert not (found := _violations(actual, truth, bounds)), "\n".join(found)
+    assert not (found := violations(actual, truth, bounds)), "\n".join(found)
     return actual
 
 

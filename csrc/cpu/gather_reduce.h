@@ -1,4 +1,4 @@
-// Weighted sums of table rows over lists of indices, and the gradient of the weights.
+// Sums, means and maxima of table rows over lists of indices, and the gradient of the weights.
 #pragma once
 
 #include <cstdint>
@@ -7,43 +7,87 @@
 
 namespace gossamer {
 
+// What a feature reads in a flat storage of many tables; in the order of TableLayout.spec.
+struct Feature {
+  int64_t element, row, rows, dim, column, mean;
+};
+
 // Bag b holds the positions offsets[b] .. offsets[b+1], or b·bag_size .. (b+1)·bag_size where there are no offsets.
-// An id from `limit` on, or equal to padding_idx, contributes nothing, and its table row is not read.
+// An id outside the table, from `limit` on, or equal to padding_idx, contributes nothing, and its table row is not read.
+// With features, bag f·B + b is one of feature f, of whose table its ids are.
 struct Bags {
   IndexArray index;
   IndexArray offsets;
   int64_t bag_size;
   int64_t num_positions, num_bags;
   int64_t limit, padding_idx;
+  const Feature* features = nullptr;
+  int64_t num_features = 0;
 
   int64_t begin(int64_t bag) const { return offsets ? offsets[bag] : bag * bag_size; }
   int64_t end(int64_t bag) const { return offsets ? offsets[bag + 1] : (bag + 1) * bag_size; }
+  int64_t bags_per_feature() const { return num_bags / num_features; }
 };
 
 struct GatherArgs {
-  FloatMatrix table;  // (N, D), column stride 1
+  FloatMatrix table;  // (N, D), column stride 1; flat with features
   int64_t num_rows, dim;
   Bags bags;
   FloatMatrix weights;  // one row of num_positions, or absent
-  void* out;            // (B, D) contiguous, the table's dtype
+  FloatMatrix out;      // (B, D) of the table's dtype or what it is accumulated in
+  bool mean;
+};
+
+struct GatherMaxArgs {
+  FloatMatrix table;
+  int64_t num_rows, dim;
+  Bags bags;
+  FloatMatrix out;  // as above
+  int32_t* argmax;  // (B, D) contiguous, or null
 };
 
 struct GatherDotArgs {
-  FloatMatrix dout;   // (B, D), column stride 1, the table's dtype
-  FloatMatrix table;  // (N, D), column stride 1
+  FloatMatrix dout;   // (B, D), column stride 1, of the table's dtype or what it is accumulated in
+  FloatMatrix table;  // (N, D), column stride 1; flat with features
   int64_t num_rows, dim;
   Bags bags;
   FloatMatrix out;  // one row of num_positions, zeroed by the caller where offsets may leave positions out
+  bool mean;
 };
 
 // What is wrong with the lists; kind is kNothing when they are sound.
 struct BagsError {
-  enum Kind { kNothing = 0, kIndex = 1, kOffset = 2 } kind;
-  int64_t position, value;
+  enum Kind { kNothing = 0, kIndex = 1, kOffset = 2, kWeight = 3 } kind;
+  int64_t position, value, num_rows;
 };
 
-BagsError check_bags(const Bags& bags, int64_t num_rows, int num_threads);
+// Checks offsets; ids, unless they may be dropped; and, where given, that no weight of an id that counts is NaN.
+BagsError check_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMatrix& weights, int num_threads);
 void gather_reduce(const GatherArgs& args, int num_threads);
+void gather_max(const GatherMaxArgs& args, int num_threads);
 void gather_dot(const GatherDotArgs& args, int num_threads);
+
+// Elements a thread should have to do before it is worth starting.
+constexpr int64_t kElementsPerThread = 16384;
+
+// Cost of the bags before `bag` in positions; an empty bag costs about one, as its row of the output is still written.
+inline int64_t bag_cost(const Bags& bags, int64_t bag) {
+  if (bags.num_bags == 0) return 0;
+  return (bag < bags.num_bags ? bags.begin(bag) : bags.end(bag - 1)) - bags.begin(0) + bag;
+}
+
+// The first bag before which lie at least `cost` positions.
+inline int64_t bag_at(const Bags& bags, int64_t cost) {
+  int64_t low = 0, high = bags.num_bags;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (bag_cost(bags, middle) < cost) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
 
 }  // namespace gossamer

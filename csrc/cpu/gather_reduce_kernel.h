@@ -1,4 +1,4 @@
-// gather_reduce and gather_dot of one instruction set; see isa_kernels.h.
+// gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
 
 // Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them.
 constexpr int64_t kGatherAhead = 8;
@@ -6,29 +6,40 @@ constexpr int64_t kGatherAhead = 8;
 template <class Index>
 struct LiveIds {
   const Index* ids;
-  int64_t limit, padding_idx, end;
+  uint64_t limit;
+  int64_t padding_idx, end;
 
-  explicit LiveIds(const Bags& bags)
+  LiveIds(const Bags& bags, int64_t num_rows)
       : ids(static_cast<const Index*>(bags.index.base)),
-        limit(bags.limit),
+        limit(static_cast<uint64_t>(std::min(bags.limit, num_rows))),
         padding_idx(bags.padding_idx),
         end(bags.num_positions) {}
 
   // The id at a position, or -1 where it contributes nothing.
   int64_t operator[](int64_t position) const {
     const int64_t id = ids[position];
-    return id < limit && id != padding_idx ? id : -1;
+    return static_cast<uint64_t>(id) < limit && id != padding_idx ? id : -1;
+  }
+
+  int64_t count(int64_t begin, int64_t stop) const {
+    int64_t live = 0;
+    for (int64_t p = begin; p < stop; ++p) live += (*this)[p] >= 0;
+    return live;
   }
 };
+
+GOSSAMER_INLINE void prefetch_lines(const void* from, int64_t bytes) {
+  const char* at = static_cast<const char*>(from);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+}
 
 template <class T, class Index>
 GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position,
                                   int64_t bytes) {
   if (position >= live.end) return;
   const int64_t id = live.ids[position];
-  if (id < 0 || id >= live.limit) return;
-  const char* row = reinterpret_cast<const char*>(table + id * stride);
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line);
+  if (static_cast<uint64_t>(id) >= live.limit) return;
+  prefetch_lines(table + id * stride, bytes);
 }
 
 GOSSAMER_INLINE double weight_at(const FloatMatrix& weights, int64_t position) {
@@ -44,83 +55,160 @@ GOSSAMER_INLINE double weight_at(const FloatMatrix& weights, int64_t position) {
   }
 }
 
+// The table that bags read and the columns they write: one for all, or each feature's.
+template <class T>
+struct BagTable {
+  const T* rows;
+  int64_t stride, num_rows, dim, column, row_of_output;
+  bool mean;
+};
+
+template <class T>
+GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags,
+                                      bool mean, int64_t bag) {
+  const T* base = static_cast<const T*>(table.base);
+  if (!bags.features) return {base, table.row_stride, num_rows, dim, 0, bag, mean};
+  const int64_t each = bags.bags_per_feature();
+  const Feature& f = bags.features[bag / each];
+  return {base + f.element, f.dim, f.rows, f.dim, f.column, bag % each, f.mean != 0};
+}
+
 // Sums kVectors vectors of columns (or, when some > 0, one vector of `some` columns) of one bag's rows.
-template <int kVectors, class T, class Index>
-GOSSAMER_INLINE void reduce_columns(const GatherArgs& a, const LiveIds<Index>& live, int64_t begin, int64_t end,
-                                    int64_t column, int some, T* out, int64_t prefetch_bytes) {
+template <int kVectors, class T, class Index, class O>
+GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& weights, const LiveIds<Index>& live,
+                                    int64_t begin, int64_t end, int64_t column, int some, Accumulator<T> scale, O* out,
+                                    int64_t prefetch_bytes) {
   using S = Accumulator<T>;
-  const T* table = static_cast<const T*>(a.table.base) + column;
+  const T* table = from.rows + column;
   Vec<S> sum[kVectors] = {};
   for (int64_t p = begin; p < end; ++p) {
-    if (prefetch_bytes > 0) prefetch_row(table, a.table.row_stride, live, p + kGatherAhead, prefetch_bytes);
+    if (prefetch_bytes > 0) prefetch_row(table, from.stride, live, p + kGatherAhead, prefetch_bytes);
     const int64_t id = live[p];
     if (id < 0) continue;
-    const T* row = table + id * a.table.row_stride;
-    const S weight = a.weights ? static_cast<S>(weight_at(a.weights, p)) : S{1};
-    if (some > 0) {
-      sum[0] += load_some(row, some) * weight;
+    const T* row = table + id * from.stride;
+    if (weights) {
+      const S weight = static_cast<S>(weight_at(weights, p));
+      if (some > 0) {
+        sum[0] += load_some(row, some) * weight;
+      } else {
+        for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kLanes<S>) * weight;
+      }
+    } else if (some > 0) {
+      sum[0] += load_some(row, some);
     } else {
-      for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kLanes<S>) * weight;
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kLanes<S>);
     }
   }
   if (some > 0) {
-    store_some(out + column, sum[0], some);
+    store_some(out + column, sum[0] * scale, some);
   } else {
-    for (int v = 0; v < kVectors; ++v) store(out + column + v * kLanes<S>, sum[v]);
+    for (int v = 0; v < kVectors; ++v) store(out + column + v * kLanes<S>, sum[v] * scale);
   }
 }
 
-template <class T, class Index>
+template <class T, class Index, class O>
 void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
-  constexpr int kWide = 8;
-  const LiveIds<Index> live(a.bags);
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
-    const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag);
-    T* out = static_cast<T*>(a.out) + bag * a.dim;
+    const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, a.mean, bag);
+    const LiveIds<Index> live(a.bags, from.num_rows);
+    const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
+    O* out = static_cast<O*>(a.out.base) + from.row_of_output * a.out.row_stride + from.column;
+    S scale = 1;
+    if (from.mean) scale = S{1} / static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
     int64_t column = 0;
     // The first pass over a bag fetches whole rows ahead, later passes find them in cache.
-    int64_t prefetch_bytes = a.dim * static_cast<int64_t>(sizeof(T));
-    for (; column + kWide * kLanes<S> <= a.dim; column += kWide * kLanes<S>) {
-      reduce_columns<kWide>(a, live, begin, end, column, 0, out, prefetch_bytes);
+    int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
+    const auto pass = [&](auto vectors) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::value;
+      reduce_columns<kVectors>(from, a.weights, live, begin, end, column, 0, scale, out, prefetch_bytes);
       prefetch_bytes = 0;
-    }
-    for (; column + kLanes<S> <= a.dim; column += kLanes<S>) {
-      reduce_columns<1>(a, live, begin, end, column, 0, out, prefetch_bytes);
-      prefetch_bytes = 0;
-    }
-    if (column < a.dim) {
-      reduce_columns<1>(a, live, begin, end, column, static_cast<int>(a.dim - column), out, prefetch_bytes);
+      column += kVectors * kLanes<S>;
+    };
+    while (column + 8 * kLanes<S> <= dim) pass(std::integral_constant<int, 8>{});
+    if (column + 4 * kLanes<S> <= dim) pass(std::integral_constant<int, 4>{});
+    if (column + 2 * kLanes<S> <= dim) pass(std::integral_constant<int, 2>{});
+    if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
+    if (column < dim) {
+      const int some = static_cast<int>(dim - column);
+      reduce_columns<1>(from, a.weights, live, begin, end, column, some, scale, out, prefetch_bytes);
     }
   }
 }
 
-template <class T, class Index>
+template <class S>
+GOSSAMER_INLINE Mask<S> splat_bits(int64_t value) {
+  return Mask<S>{} + static_cast<typename VecTraits<S>::Bits>(value);
+}
+
+template <class T, class Index, class O>
+void max_bags(const GatherMaxArgs& a, int64_t first_bag, int64_t last_bag) {
+  using S = Accumulator<T>;
+  const LiveIds<Index> live(a.bags, a.num_rows);
+  const T* table = static_cast<const T*>(a.table.base);
+  for (int64_t bag = first_bag; bag < last_bag; ++bag) {
+    const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag);
+    O* out = static_cast<O*>(a.out.base) + bag * a.out.row_stride;
+    int64_t first = begin;
+    while (first < end && live[first] < 0) ++first;
+    for (int64_t column = 0; column < a.dim; column += kLanes<S>) {
+      const int some = static_cast<int>(std::min<int64_t>(a.dim - column, kLanes<S>));
+      const auto read = [&](int64_t id) __attribute__((always_inline)) {
+        const T* row = table + id * a.table.row_stride + column;
+        return some == kLanes<S> ? load(row) : load_some(row, some);
+      };
+      Vec<S> best = {};
+      Mask<S> at = Mask<S>{} - 1;
+      if (first < end) {
+        best = read(live[first]);
+        at = splat_bits<S>(first - begin);
+      }
+      for (int64_t p = first + 1; p < end; ++p) {
+        if (column == 0) prefetch_row(table, a.table.row_stride, live, p + kGatherAhead, a.dim * sizeof(T));
+        const int64_t id = live[p];
+        if (id < 0) continue;
+        const Vec<S> value = read(id);
+        const Mask<S> better = (value > best) | ((value != value) & (best == best));
+        best = better ? value : best;
+        at = better ? splat_bits<S>(p - begin) : at;
+      }
+      store_some(out + column, best, some);
+      if (a.argmax) {
+        for (int i = 0; i < some; ++i) a.argmax[bag * a.dim + column + i] = static_cast<int32_t>(at[i]);
+      }
+    }
+  }
+}
+
+template <class T, class Index, class G>
 void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
-  const LiveIds<Index> live(a.bags);
-  const T* table = static_cast<const T*>(a.table.base);
   visit_float(a.out.dtype, [&](auto tag) {
     auto* out = static_cast<typename decltype(tag)::type*>(a.out.base);
     for (int64_t bag = first_bag; bag < last_bag; ++bag) {
-      const T* dout = static_cast<const T*>(a.dout.base) + bag * a.dout.row_stride;
-      for (int64_t p = a.bags.begin(bag); p < a.bags.end(bag); ++p) {
-        prefetch_row(table, a.table.row_stride, live, p + kGatherAhead, a.dim * static_cast<int64_t>(sizeof(T)));
+      const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, a.mean, bag);
+      const LiveIds<Index> live(a.bags, from.num_rows);
+      const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
+      const G* dout = static_cast<const G*>(a.dout.base) + from.row_of_output * a.dout.row_stride + from.column;
+      S scale = 1;
+      if (from.mean) scale = S{1} / static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
+      for (int64_t p = begin; p < end; ++p) {
+        prefetch_row(from.rows, from.stride, live, p + kGatherAhead, dim * static_cast<int64_t>(sizeof(T)));
         const int64_t id = live[p];
         S dot = 0;
         if (id >= 0) {
-          const T* row = table + id * a.table.row_stride;
+          const T* row = from.rows + id * from.stride;
           Vec<S> sum[2] = {};
           int64_t column = 0;
-          for (; column + 2 * kLanes<S> <= a.dim; column += 2 * kLanes<S>) {
+          for (; column + 2 * kLanes<S> <= dim; column += 2 * kLanes<S>) {
             sum[0] += load(row + column) * load(dout + column);
             sum[1] += load(row + column + kLanes<S>) * load(dout + column + kLanes<S>);
           }
-          for (; column < a.dim; column += kLanes<S>) {
-            const int some = static_cast<int>(a.dim - column < kLanes<S> ? a.dim - column : kLanes<S>);
+          for (; column < dim; column += kLanes<S>) {
+            const int some = static_cast<int>(dim - column < kLanes<S> ? dim - column : kLanes<S>);
             sum[0] += load_some(row + column, some) * load_some(dout + column, some);
           }
-          dot = sum_lanes<S>(sum[0] + sum[1]);
+          dot = sum_lanes<S>(sum[0] + sum[1]) * scale;
         }
         from_scalar(dot, out[p]);
       }
@@ -128,24 +216,42 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
   });
 }
 
-void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
-  visit_float(args.table.dtype, [&](auto tag) {
+// Calls f with tags of a table's type, the index's, and the type of the other array, T or what T is accumulated in.
+template <class F>
+GOSSAMER_INLINE void visit_gather(DType table, DType other, bool wide, F&& f) {
+  visit_float(table, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.bags.index.wide) {
-      reduce_bags<T, int64_t>(args, first_bag, last_bag);
+    const auto with_index = [&](auto index) {
+      if constexpr (!std::is_same_v<T, Accumulator<T>>) {
+        if (other != table) return f(tag, index, TypeTag<Accumulator<T>>{});
+      }
+      f(tag, index, tag);
+    };
+    if (wide) {
+      with_index(TypeTag<int64_t>{});
     } else {
-      reduce_bags<T, int32_t>(args, first_bag, last_bag);
+      with_index(TypeTag<int32_t>{});
     }
   });
 }
 
+void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
+  visit_gather(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
+    reduce_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(out)::type>(
+        args, first_bag, last_bag);
+  });
+}
+
+void gather_max(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag) {
+  visit_gather(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
+    max_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(out)::type>(
+        args, first_bag, last_bag);
+  });
+}
+
 void gather_dot(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag) {
-  visit_float(args.table.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (args.bags.index.wide) {
-      dot_bags<T, int64_t>(args, first_bag, last_bag);
-    } else {
-      dot_bags<T, int32_t>(args, first_bag, last_bag);
-    }
+  visit_gather(args.table.dtype, args.dout.dtype, args.bags.index.wide, [&](auto table, auto index, auto dout) {
+    dot_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(dout)::type>(
+        args, first_bag, last_bag);
   });
 }

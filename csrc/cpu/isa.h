@@ -6,6 +6,7 @@
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
+#include "cpu/sparse_update.h"
 
 namespace gossamer {
 
@@ -14,7 +15,10 @@ namespace gossamer {
 struct Kernels {
   const char* name;
   void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
+  void (*gather_max)(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
+  void (*sum_pieces)(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece);
+  void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
   void (*grouped_matmul)(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team);
   void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team);

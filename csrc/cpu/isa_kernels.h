@@ -1,6 +1,8 @@
 // The vector kernels, included by each isa_*.cpp inside its namespace.
 #include "cpu/vec.h"
 #include "cpu/gather_reduce_kernel.h"
+#include "cpu/step_kernel.h"
+#include "cpu/sparse_update_kernel.h"
 #include "cpu/panel.h"
 #include "cpu/gemm.h"
 #include "cpu/grouped_matmul_kernel.h"
@@ -8,4 +10,5 @@
 #include "cpu/expert_mlp_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
-  gather_reduce, gather_dot, grouped_matmul, grouped_matmul_dweight, expert_mlp, expert_mlp_backward
+  gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, expert_mlp, \
+      expert_mlp_backward

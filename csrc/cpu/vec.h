@@ -124,6 +124,20 @@ GOSSAMER_INLINE S sum_lanes(Vec<S> v) {
   return lanes[0];
 }
 
+#if defined(__x86_64__) && GOSSAMER_VECTOR_BYTES == 64
+GOSSAMER_INLINE Vec<float> vsqrt(Vec<float> x) { return (Vec<float>)_mm512_sqrt_ps((__m512)x); }
+GOSSAMER_INLINE Vec<double> vsqrt(Vec<double> x) { return (Vec<double>)_mm512_sqrt_pd((__m512d)x); }
+#elif defined(__x86_64__) && GOSSAMER_VECTOR_BYTES == 32
+GOSSAMER_INLINE Vec<float> vsqrt(Vec<float> x) { return (Vec<float>)_mm256_sqrt_ps((__m256)x); }
+GOSSAMER_INLINE Vec<double> vsqrt(Vec<double> x) { return (Vec<double>)_mm256_sqrt_pd((__m256d)x); }
+#else
+template <class V>
+GOSSAMER_INLINE V vsqrt(V x) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+#endif
+
 GOSSAMER_INLINE Vec<double> vexp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;

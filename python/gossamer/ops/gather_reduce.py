@@ -129,17 +129,18 @@ def _forward(
     sparse_grad=False,
     out_dtype=None,
 ):
-    out_dtype = out_dtype or table.dtype
-    if backend == "reference" or mean or drop or out_dtype != table.dtype:
+    if backend == "reference" or (backend == "triton" and (mean or drop or out_dtype is not None)):
         mode = "mean" if mean else "sum"
         lists = (index, offsets, weights)
         if raises(index, backend):
-            check_values(*lists, table.shape[0], padding_idx, "drop" if drop else "raise")
+            check_values(*lists, table.shape[0], padding_idx, drop)
         return gather_reduce_reference(
             table, *lists, mode=mode, limit=limit, padding_idx=padding_idx, out_dtype=out_dtype
         )
     launcher = _backend.kernels(backend, "gather_reduce").gather_reduce
-    return launcher(table, index, offsets, weights, limit, padding_idx)
+    if backend == "triton":
+        return launcher(table, index, offsets, weights, limit, padding_idx)
+    return launcher(table, index, offsets, weights, limit, padding_idx, mean, drop, out_dtype)
 
 
 def _forward_fake(
@@ -169,9 +170,12 @@ _gather_reduce = register(
 
 
 def _dot(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
-    if backend == "reference" or mean or drop or dout.dtype != table.dtype:
+    if backend == "reference" or (backend == "triton" and (mean or drop or dout.dtype != table.dtype)):
         return gather_dot_reference(dout, table, index, offsets, limit, padding_idx, mean, dtype)
-    return _backend.kernels(backend, "gather_reduce").gather_dot(dout, table, index, offsets, limit, padding_idx, dtype)
+    launcher = _backend.kernels(backend, "gather_reduce").gather_dot
+    if backend == "triton":
+        return launcher(dout, table, index, offsets, limit, padding_idx, dtype)
+    return launcher(dout, table, index, offsets, limit, padding_idx, dtype, mean, drop)
 
 
 def _dot_fake(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
@@ -189,9 +193,12 @@ _gather_dot = register(
 
 
 def _max(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
-    if raises(index, backend):
-        check_values(index, offsets, None, table.shape[0], padding_idx, "drop" if drop else "raise")
-    return gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype)
+    if backend in ("reference", "triton"):
+        if raises(index, backend):
+            check_values(index, offsets, None, table.shape[0], padding_idx, drop)
+        return gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype)
+    launcher = _backend.kernels(backend, "gather_reduce").gather_max
+    return launcher(table, index, offsets, padding_idx, drop, need_argmax, out_dtype)
 
 
 def _max_fake(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
@@ -327,12 +334,12 @@ def check_values(
     weights: torch.Tensor | None,
     num_rows: int,
     padding_idx: int,
-    bounds: str,
+    drop: bool,
 ) -> None:
     """What the native kernels check of the values in the lists, for the reference on the CPU."""
     if offsets is not None:
         check_offsets(index, offsets)
-    if bounds == "raise":
+    if not drop:
         check_ids(index, num_rows)
     if weights is not None:
         live = live_ids(index.reshape(-1), num_rows, None, padding_idx) & (
@@ -410,14 +417,14 @@ def gather_reduce(
         raise ValueError("sparse_grad cannot be given with mode='max'")
     n = table.shape[0]
     index, offsets = apply_bounds(index, offsets, n, bounds, bounds_count, backend)
+    drop = bounds != "raise"
     if backend == "reference":
         if raises(index, backend):
-            check_values(index, offsets, weights, n, padding, bounds)
+            check_values(index, offsets, weights, n, padding, drop)
         if not sparse_grad:
             return gather_reduce_reference(
                 table, index, offsets, weights, mode=mode, padding_idx=padding, out_dtype=out_dtype
             )
-    drop = bounds != "raise"
     if mode == "max":
         need_argmax = table.requires_grad and torch.is_grad_enabled()
         return _gather_max(table, index, offsets, padding, drop, need_argmax, out_dtype, backend)[0]

@@ -166,9 +166,12 @@ def gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype):
 
 
 def _forward(storage, index, offsets, weights, layout, spec, drop, out_dtype, backend):
-    if raises(index, backend):
-        check_values(spec, index, offsets, weights, drop)
-    return gather_reduce_tables_reference(storage, index, offsets, weights, spec, out_dtype)
+    if backend in ("reference", "triton"):
+        if raises(index, backend):
+            check_values(spec, index, offsets, weights, drop)
+        return gather_reduce_tables_reference(storage, index, offsets, weights, spec, out_dtype)
+    launcher = _backend.kernels(backend, "gather_reduce_tables").gather_reduce_tables
+    return launcher(storage, index, offsets, weights, layout, spec, drop, out_dtype)
 
 
 def _forward_fake(storage, index, offsets, weights, layout, spec, drop, out_dtype, backend):
@@ -186,7 +189,10 @@ _gather_reduce_tables = register(
 
 
 def _dot(dout, storage, index, offsets, layout, spec, drop, dtype, backend):
-    return gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype)
+    if backend in ("reference", "triton"):
+        return gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype)
+    launcher = _backend.kernels(backend, "gather_reduce_tables").gather_dot_tables
+    return launcher(dout, storage, index, offsets, layout, spec, drop, dtype)
 
 
 def _dot_fake(dout, storage, index, offsets, layout, spec, drop, dtype, backend):

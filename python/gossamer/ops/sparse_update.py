@@ -205,16 +205,22 @@ def _update(
     table, index, dout, offsets, weights, argmax, layout, lr, step, state1, state2, spec, padding_idx, mean, drop,
     algorithm, hyper, seed, backend,
 ):  # fmt: skip
-    spec = spec or None
-    if raises(index, backend):
-        if spec is None:
-            check_values(index, offsets, weights, table.shape[0], padding_idx, "drop" if drop else "raise")
-        else:
-            check_tables_values(spec, index, offsets, weights, drop)
-    sparse_update_reference_(
-        table, index, dout, offsets, weights, argmax, lr, step, state1, state2, spec, padding_idx, mean, algorithm,
-        hyper, seed,
-    )  # fmt: skip
+    if backend in ("reference", "triton"):
+        spec = spec or None
+        if raises(index, backend):
+            if spec is None:
+                check_values(index, offsets, weights, table.shape[0], padding_idx, drop)
+            else:
+                check_tables_values(spec, index, offsets, weights, drop)
+        sparse_update_reference_(
+            table, index, dout, offsets, weights, argmax, lr, step, state1, state2, spec, padding_idx, mean, algorithm,
+            hyper, seed,
+        )  # fmt: skip
+    else:
+        _backend.kernels(backend, "sparse_update").sparse_update_(
+            table, index, dout, offsets, weights, argmax, layout, lr, step, state1, state2, spec, padding_idx, mean,
+            drop, algorithm, hyper, seed,
+        )  # fmt: skip
     # Whoever saved the table for a gradient is told that it changed.
     torch.autograd.graph.increment_version([t for t in (table, step, state1, state2) if t is not None])
 

@@ -1,0 +1,245 @@
+// Sums of the gradients of sorted rows, and the steps on them, of one instruction set; see isa_kernels.h.
+
+// Rows of the output's gradient, and of the table, are prefetched this many entries ahead.
+constexpr int64_t kDoutAhead = 8;
+constexpr int64_t kRowAhead = 12;
+
+// What one entry adds to its row: a row of dout times a factor.
+template <class G>
+struct Addend {
+  const G* dout;
+  Accumulator<G> factor;
+  const int32_t* argmax;  // columns that count are those that hold `local`
+  int32_t local;
+};
+
+template <class G, class Word>
+GOSSAMER_INLINE const G* dout_row(const UpdateArgs& a, int64_t bag) {
+  const G* dout = static_cast<const G*>(a.dout.base);
+  if (!a.bags.features) return dout + bag * a.dout.row_stride;
+  const int64_t each = a.bags.bags_per_feature();
+  return dout + bag % each * a.dout.row_stride + a.bags.features[bag / each].column;
+}
+
+template <class S, class G, class Word>
+GOSSAMER_INLINE Addend<G> addend(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
+  const int64_t source = static_cast<const Entry<Word>*>(ids.entries)[entry].source;
+  const int64_t bag = ids.bag_of ? ids.bag_of[source] : source;
+  double factor = a.weights ? weight_at(a.weights, source) : 1.0;
+  if (ids.bag_scale) factor *= ids.bag_scale[bag];
+  Addend<G> found{dout_row<G, Word>(a, bag), static_cast<S>(factor), nullptr, 0};
+  if (a.argmax) {
+    found.argmax = a.argmax + bag * a.dim;
+    found.local = static_cast<int32_t>(source - a.bags.begin(bag));
+  }
+  return found;
+}
+
+template <class G, class Word>
+GOSSAMER_INLINE void prefetch_addend(const UpdateArgs& a, const SortedIds& ids, int64_t entry, int64_t bytes) {
+  if (entry >= ids.count) return;
+  const int64_t source = static_cast<const Entry<Word>*>(ids.entries)[entry].source;
+  prefetch_lines(dout_row<G, Word>(a, ids.bag_of ? ids.bag_of[source] : source), bytes);
+}
+
+// The addend's columns that won their maximum, others zero.
+template <class S, class G>
+GOSSAMER_INLINE Vec<S> winners(const Addend<G>& from, int64_t column, int n) {
+  S values[kLanes<S>] = {};
+  store_some(values, load_n(from.dout + column, n), n);
+  for (int i = 0; i < n; ++i) {
+    if (from.argmax[column + i] != from.local) values[i] = 0;
+  }
+  return load(values);
+}
+
+// Sums kVectors vectors (or, when some > 0, one of `some` lanes) of the addends of entries [begin, end).
+template <int kVectors, class S, class G, class Word>
+GOSSAMER_INLINE void sum_columns(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, int64_t column,
+                                 int some, int64_t bytes, S* grad) {
+  Vec<S> sum[kVectors] = {};
+  for (int64_t i = begin; i < end; ++i) {
+    if (bytes > 0) prefetch_addend<G, Word>(a, ids, i + kDoutAhead, bytes);
+    const Addend<G> from = addend<S, G, Word>(a, ids, i);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t c = column + v * kLanes<S>;
+      if (from.argmax) {
+        sum[v] += winners<S>(from, c, some > 0 ? some : kLanes<S>);
+      } else if (some > 0) {
+        sum[v] += load_some(from.dout + c, some) * static_cast<S>(from.factor);
+      } else {
+        sum[v] += load(from.dout + c) * static_cast<S>(from.factor);
+      }
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store_n(grad + column + v * kLanes<S>, sum[v], some > 0 ? some : kLanes<S>);
+}
+
+template <class S, class G, class Word>
+GOSSAMER_INLINE void sum_entries(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, int64_t dim,
+                                 S* grad) {
+  int64_t column = 0, bytes = dim * static_cast<int64_t>(sizeof(G));
+  const auto pass = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    sum_columns<kVectors, S, G, Word>(a, ids, begin, end, column, 0, bytes, grad);
+    bytes = 0;
+    column += kVectors * kLanes<S>;
+  };
+  while (column + 8 * kLanes<S> <= dim) pass(std::integral_constant<int, 8>{});
+  if (column + 4 * kLanes<S> <= dim) pass(std::integral_constant<int, 4>{});
+  if (column + 2 * kLanes<S> <= dim) pass(std::integral_constant<int, 2>{});
+  if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
+  if (column < dim) {
+    sum_columns<1, S, G, Word>(a, ids, begin, end, column, static_cast<int>(dim - column), bytes, grad);
+  }
+}
+
+// Where a row and its states lie.
+struct RowPlace {
+  int64_t row, local, element, dim;
+
+  // Its offset in a (N, D) array with that stride, or, in a flat one, among its table's rows.
+  int64_t in(const UpdateArgs& a, const FloatMatrix& array) const {
+    return a.bags.features ? element + local * dim : row * array.row_stride;
+  }
+};
+
+template <class Word>
+GOSSAMER_INLINE RowPlace place_of(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
+  const Entry<Word>& at = static_cast<const Entry<Word>*>(ids.entries)[entry];
+  const int64_t row = at.row;
+  if (!a.bags.features) return {row, row, 0, a.dim};
+  const int64_t bag = ids.bag_of ? ids.bag_of[at.source] : static_cast<int64_t>(at.source);
+  const Feature& f = a.bags.features[bag / a.bags.bags_per_feature()];
+  return {row, row - f.row, f.element, f.dim};
+}
+
+GOSSAMER_INLINE bool row_state(Algorithm algorithm, int which) {
+  return which == 1 ? algorithm == Algorithm::kRowwiseAdagrad : algorithm == Algorithm::kPartialRowwiseAdam;
+}
+
+template <class S>
+GOSSAMER_INLINE S* state_at(const UpdateArgs& a, const FloatMatrix& state, int which, const RowPlace& place) {
+  if (!state) return nullptr;
+  S* base = static_cast<S*>(state.base);
+  return base + (row_state(a.rule.algorithm, which) ? place.row * state.row_stride : place.in(a, state));
+}
+
+template <class T, class Word>
+GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
+  using S = Accumulator<T>;
+  if (entry >= ids.count) return;
+  const RowPlace place = place_of<Word>(a, ids, entry);
+  prefetch_lines(static_cast<T*>(a.table.base) + place.in(a, a.table), place.dim * sizeof(T));
+  for (int which = 1; which <= 2; ++which) {
+    const FloatMatrix& state = which == 1 ? a.state1 : a.state2;
+    if (state) {
+      prefetch_lines(state_at<S>(a, state, which, place), row_state(a.rule.algorithm, which) ? 1 : place.dim * sizeof(S));
+    }
+  }
+}
+
+// Adds up the partial sums of a long run, in order.
+template <class S>
+GOSSAMER_INLINE void sum_partials(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t dim, S* grad) {
+  const LongRun* run = ids.long_runs;
+  for (int64_t low = 0, high = ids.num_long_runs; low < high;) {
+    const int64_t middle = (low + high) / 2;
+    run = ids.long_runs + middle;
+    if (run->begin == begin) break;
+    if (run->begin < begin) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  const S* partial = static_cast<const S*>(ids.partials) + run->first_piece * a.dim;
+  const int64_t pieces = (run->end - run->begin + kPiece - 1) / kPiece;
+  over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
+    Vec<S> sum = {};
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += load_n(partial + piece * a.dim + c, n);
+    store_n(grad + c, sum, n);
+  });
+}
+
+// Entry for the rows whose runs begin in [begin, end).
+template <class T, class G, class Word>
+void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
+  using S = Accumulator<T>;
+  const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
+  S* grad = static_cast<S*>(scratch);
+  int64_t i = begin;
+  if (begin > 0) {
+    while (i < end && entries[i].row == entries[i - 1].row) ++i;
+  }
+  for (int64_t ahead = i; ahead < std::min(end, i + kRowAhead); ++ahead) prefetch_place<T, Word>(a, ids, ahead);
+  while (i < end) {
+    const Word row = entries[i].row;
+    int64_t stop = i + 1;
+    while (stop < ids.count && entries[stop].row == row) ++stop;
+    const RowPlace place = place_of<Word>(a, ids, i);
+    // Every entry once, up to those of a run of ordinary length.
+    for (int64_t ahead = i; ahead < std::min(stop, i + kPiece); ++ahead) {
+      const int64_t next = ahead + kRowAhead;
+      if (next < ids.count && entries[next].row != entries[next - 1].row) prefetch_place<T, Word>(a, ids, next);
+    }
+    if (stop - i > kPiece) {
+      sum_partials(a, ids, i, place.dim, grad);
+    } else {
+      sum_entries<S, G, Word>(a, ids, i, stop, place.dim, grad);
+    }
+    T* w = static_cast<T*>(a.table.base) + place.in(a, a.table);
+    step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, 1, place), state_at<S>(a, a.state2, 2, place), grad,
+                place.dim);
+    i = stop;
+  }
+}
+
+template <class T, class G, class Word>
+void sum_range(const UpdateArgs& a, const SortedIds& ids, int64_t first_piece, int64_t last_piece) {
+  using S = Accumulator<T>;
+  for (int64_t piece = first_piece; piece < last_piece; ++piece) {
+    int64_t low = 0, high = ids.num_long_runs;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (ids.long_runs[middle].first_piece <= piece ? low : high) = middle;
+    }
+    const LongRun& run = ids.long_runs[low];
+    const int64_t begin = run.begin + (piece - run.first_piece) * kPiece;
+    const RowPlace place = place_of<Word>(a, ids, begin);
+    sum_entries<S, G, Word>(a, ids, begin, std::min(run.end, begin + kPiece), place.dim,
+                            static_cast<S*>(ids.partials) + piece * a.dim);
+  }
+}
+
+template <class F>
+GOSSAMER_INLINE void visit_update(const UpdateArgs& args, bool wide, F&& f) {
+  visit_float(args.table.dtype, [&](auto table) {
+    using T = typename decltype(table)::type;
+    const auto with_words = [&](auto dout) {
+      if (wide) {
+        f(table, dout, TypeTag<uint64_t>{});
+      } else {
+        f(table, dout, TypeTag<uint32_t>{});
+      }
+    };
+    if constexpr (!std::is_same_v<T, Accumulator<T>>) {
+      if (args.dout.dtype != args.table.dtype) return with_words(TypeTag<Accumulator<T>>{});
+    }
+    with_words(table);
+  });
+}
+
+void sum_pieces(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece) {
+  visit_update(args, ids.wide, [&](auto table, auto dout, auto word) {
+    sum_range<typename decltype(table)::type, typename decltype(dout)::type, typename decltype(word)::type>(
+        args, ids, first_piece, last_piece);
+  });
+}
+
+void update_rows(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
+  visit_update(args, ids.wide, [&](auto table, auto dout, auto word) {
+    update_range<typename decltype(table)::type, typename decltype(dout)::type, typename decltype(word)::type>(
+        args, ids, begin, end, scratch);
+  });
+}
