@@ -498,10 +498,12 @@ def test_output_dtype(kernel_backend, dtype, device, mode, out_dtype):
     exact, _ = pooled(index, backend=kernel_backend, mode=mode, out_dtype=torch.float32)
     dout = torch.randn(7, 33, device=device)
     results = run(function, inputs, inputs, dout)
-    assert torch.equal(results["out"], exact(**inputs).to(out_dtype))
+    assert results["out"].dtype == out_dtype
+    torch.testing.assert_close(results["out"], exact(**inputs).to(out_dtype))
     wide = run(exact, inputs, inputs, dout.to(out_dtype).float())
     for name in inputs:
-        assert torch.equal(results[name], wide[name]) and results[name].dtype == inputs[name].dtype
+        assert results[name].dtype == inputs[name].dtype
+        torch.testing.assert_close(results[name], wide[name])
 
 
 def test_single_ids(any_backend, device):

@@ -1,7 +1,7 @@
 // gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
 
 // Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them.
-constexpr int64_t kGatherAhead = 8;
+constexpr int64_t kGatherAhead = 16;
 
 template <class Index>
 struct LiveIds {
@@ -76,7 +76,7 @@ GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows
 // Sums kVectors vectors of columns (or, when some > 0, one vector of `some` columns) of one bag's rows.
 template <int kVectors, class T, class Index, class O>
 GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& weights, const LiveIds<Index>& live,
-                                    int64_t begin, int64_t end, int64_t column, int some, Accumulator<T> scale, O* out,
+                                    int64_t begin, int64_t end, int64_t column, int some, Accumulator<T> divisor, O* out,
                                     int64_t prefetch_bytes) {
   using S = Accumulator<T>;
   const T* table = from.rows + column;
@@ -100,9 +100,9 @@ GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& 
     }
   }
   if (some > 0) {
-    store_some(out + column, sum[0] * scale, some);
+    store_some(out + column, sum[0] / divisor, some);
   } else {
-    for (int v = 0; v < kVectors; ++v) store(out + column + v * kLanes<S>, sum[v] * scale);
+    for (int v = 0; v < kVectors; ++v) store(out + column + v * kLanes<S>, sum[v] / divisor);
   }
 }
 
@@ -114,14 +114,14 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     const LiveIds<Index> live(a.bags, from.num_rows);
     const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
     O* out = static_cast<O*>(a.out.base) + from.row_of_output * a.out.row_stride + from.column;
-    S scale = 1;
-    if (from.mean) scale = S{1} / static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
+    S divisor = 1;
+    if (from.mean) divisor = static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
     int64_t column = 0;
     // The first pass over a bag fetches whole rows ahead, later passes find them in cache.
     int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
     const auto pass = [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
-      reduce_columns<kVectors>(from, a.weights, live, begin, end, column, 0, scale, out, prefetch_bytes);
+      reduce_columns<kVectors>(from, a.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes);
       prefetch_bytes = 0;
       column += kVectors * kLanes<S>;
     };
@@ -131,7 +131,7 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
     if (column < dim) {
       const int some = static_cast<int>(dim - column);
-      reduce_columns<1>(from, a.weights, live, begin, end, column, some, scale, out, prefetch_bytes);
+      reduce_columns<1>(from, a.weights, live, begin, end, column, some, divisor, out, prefetch_bytes);
     }
   }
 }
@@ -190,8 +190,8 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
       const LiveIds<Index> live(a.bags, from.num_rows);
       const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
       const G* dout = static_cast<const G*>(a.dout.base) + from.row_of_output * a.dout.row_stride + from.column;
-      S scale = 1;
-      if (from.mean) scale = S{1} / static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
+      S divisor = 1;
+      if (from.mean) divisor = static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
       for (int64_t p = begin; p < end; ++p) {
         prefetch_row(from.rows, from.stride, live, p + kGatherAhead, dim * static_cast<int64_t>(sizeof(T)));
         const int64_t id = live[p];
@@ -208,7 +208,7 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
             const int some = static_cast<int>(dim - column < kLanes<S> ? dim - column : kLanes<S>);
             sum[0] += load_some(row + column, some) * load_some(dout + column, some);
           }
-          dot = sum_lanes<S>(sum[0] + sum[1]) * scale;
+          dot = sum_lanes<S>(sum[0] + sum[1]) / divisor;
         }
         from_scalar(dot, out[p]);
       }

@@ -2,7 +2,7 @@
 
 // Rows of the output's gradient, and of the table, are prefetched this many entries ahead.
 constexpr int64_t kDoutAhead = 8;
-constexpr int64_t kRowAhead = 12;
+constexpr int64_t kRowAhead = 24;
 
 // What one entry adds to its row: a row of dout times a factor.
 template <class G>

@@ -14,7 +14,7 @@ import torch
 
 from gossamer import _backend
 
-PRIMITIVES = ("dispatch", "grouped_matmul", "expert_mlp", "gather_reduce", "hash_table")
+PRIMITIVES = ("dispatch", "grouped_matmul", "expert_mlp", "gather_reduce", "sparse_update", "hash_table")
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")
 ISA_FLAGS = (
     "avx2",

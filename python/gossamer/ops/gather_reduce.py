@@ -129,7 +129,7 @@ def _forward(
     sparse_grad=False,
     out_dtype=None,
 ):
-    if backend == "reference" or (backend == "triton" and (mean or drop or out_dtype is not None)):
+    if backend == "reference" or (backend == "triton" and (mean or drop or out_dtype not in (None, table.dtype))):
         mode = "mean" if mean else "sum"
         lists = (index, offsets, weights)
         if raises(index, backend):

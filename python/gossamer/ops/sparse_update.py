@@ -179,7 +179,8 @@ def sparse_update_reference_(
     for _, bags, row in features(table, offsets, spec):
         part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
         lists = _contributions(index, part, bags, weights, None, -1, bool(row[POOLING]), row[ROWS])
-        found.setdefault(row[ROW], [row]).append(lists)
+        # A table without rows begins where the next one does.
+        found.setdefault(tuple(row[:COLUMN]), [row]).append(lists)
     for row, *lists in found.values():
         first, rows, dim = row[ROW], row[ROWS], row[DIM]
         parts = [
