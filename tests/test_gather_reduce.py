@@ -440,7 +440,7 @@ def pooled(index, offsets=None, *, backend, **settings):
 
 
 @pytest.mark.parametrize("mode", ["mean", "max"])
-@pytest.mark.parametrize("dim", [3, 33, 64])
+@pytest.mark.parametrize("dim", [1, 33, 64])
 def test_modes(kernel_backend, dtype, device, mode, dim):
     """Means, weighted or not, and maxima: padding counts for nothing, empty bags and bags of padding alone are zero."""
     index, offsets = ragged([3, 0, 2, 9, 8], 11, device, torch.int32)
