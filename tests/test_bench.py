@@ -139,7 +139,7 @@ def test_every_family_runs_and_is_right(device, name):
     shape = ",".join(str(sizes[s]) for s in family.symbols)
     wanted = harness.requests(family, harness.resolve_device(device), shape=shape, skew="zipf")
     results = harness.run(family, wanted, budget=0.05)
-    assert len(results.cases) == len(wanted) == (1 if name == "dispatch" else 4)
+    assert len(results.cases) == len(wanted) == {"dispatch": 1, "sparse_update": 2}.get(name, 4)
     assert results.correct
     for result in results.cases:
         assert result.row(OURS) and result.row(DENSE)
