@@ -89,6 +89,25 @@ def check(
     return actual
 
 
+def check_draws(actual: dict[str, torch.Tensor], draw: Callable[[int], tuple[dict, dict]]) -> None:
+    """Hold results against float64 by the rule of gossamer.testing.assert_close.
+
+    ``draw(0)`` gives truth and baseline, results by name; ``draw(i)`` those of other draws of the problem, made where one
+    does not settle the size of the baseline's error.
+    """
+    truth, baseline = draw(0)
+    bounds = {name: errors(value, truth[name]) for name, value in baseline.items()}
+    for name, value in actual.items():
+        assert value.dtype == baseline[name].dtype and value.shape == truth[name].shape, name
+    for i in range(1, DRAWS):
+        if not violations(actual, truth, bounds):
+            break
+        other_truth, other = draw(i)
+        for name, value in other.items():
+            bounds[name] = tuple(map(max, bounds[name], errors(value, other_truth[name])))
+    assert not (found := violations(actual, truth, bounds)), "\n".join(found)
+
+
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     """All results equal bit by bit."""
     assert first.keys() == second.keys()

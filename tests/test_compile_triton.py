@@ -26,7 +26,9 @@ def test_kernels_compile_within_limits(rows):
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("module", ["dispatch", "gather_reduce", "grouped_matmul", "expert_mlp"])
+@pytest.mark.parametrize(
+    "module", ["dispatch", "gather_reduce", "gather_max", "sparse_update", "grouped_matmul", "expert_mlp"]
+)
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_primitive_is_compiled(rows, module, arch):
     """Each primitive has compiled cases for each architecture, so that an empty table does not pass."""

@@ -24,18 +24,30 @@ def _holds_adapters(model: object) -> bool:
     return peft.holds_adapters(model)
 
 
-def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
+def _holds_experts(model: torch.nn.Module) -> bool:
+    """Whether experts modules of transformers are inside, which only is looked at where transformers is imported."""
+    if "transformers" not in sys.modules:
+        return False
+    from gossamer.integrations import transformers
+
+    return transformers.holds_experts(model)
+
+
+def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = True) -> Replacement:
     """Switch the expert layers of a Hugging Face transformers 5 model, and a PEFT model's LoRA layers, to gossamer.
 
     Weights, their names and the ``state_dict`` stay as they are: only the function that computes a layer changes.
     Expert layers change as with ``model.set_experts_implementation("gossamer")``, which also works once
-    ``gossamer.integrations.transformers`` has been imported; LoRA layers as :mod:`gossamer.integrations.peft` says.
-    :func:`restore` undoes both.
+    ``gossamer.integrations.transformers`` has been imported; LoRA layers as :mod:`gossamer.integrations.peft` says;
+    embedding layers as :mod:`gossamer.integrations.embeddings` says. :func:`restore` undoes all.
 
     Args:
         model: a ``PreTrainedModel``, a ``PeftModel``, or any module with such models or their modules inside.
+        embeddings: whether to switch every ``torch.nn.Embedding`` and ``torch.nn.EmbeddingBag`` too. There need then be
+            no other layer to switch.
         strict: whether a module that cannot be switched is an error (nothing is changed then); otherwise it is left
-            alone and named in the report.
+            alone and named in the report. An embedding layer of a derived class, whose ``forward`` may be its own, is
+            always left alone and named.
 
     Returns:
         What was switched and how each layer will be computed; ``print`` it.
@@ -47,6 +59,22 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
             switched (quantised experts, a LoRA layer over a convolution, a device or dtype without kernels), or
             nothing to switch at all.
     """
+    if not embeddings:
+        return _replace_layers(model, strict=strict)
+    from gossamer.integrations import embeddings as tables
+
+    switched = tables.replace(model, strict=strict)
+    if not _holds_adapters(model) and not _holds_experts(model):
+        return switched
+    try:
+        return switched + _replace_layers(model, strict=strict)
+    except ValueError:
+        tables.restore(model)
+        raise
+
+
+def _replace_layers(model: torch.nn.Module, *, strict: bool) -> Replacement:
+    """Switch expert layers and LoRA layers."""
     from gossamer.integrations import transformers
 
     if not _holds_adapters(model):
@@ -70,12 +98,18 @@ def restore(model: torch.nn.Module) -> None:
         ImportError: transformers is not installed or older than 5.
         ValueError: ``model`` was not switched by :func:`replace`, or is restored already.
     """
+    undone = False
+    if isinstance(model, torch.nn.Module):
+        from gossamer.integrations import embeddings
+
+        undone = embeddings.restore(model)
+        if "gossamer.integrations.peft" in sys.modules:
+            from gossamer.integrations import peft
+
+            undone = peft.restore(model) or undone
+    if undone and "gossamer.integrations.transformers" not in sys.modules:
+        return
     from gossamer.integrations import transformers
 
-    undone = False
-    if "gossamer.integrations.peft" in sys.modules and isinstance(model, torch.nn.Module):
-        from gossamer.integrations import peft
-
-        undone = peft.restore(model)
     if not undone or transformers.is_switched(model):
         transformers.restore(model)

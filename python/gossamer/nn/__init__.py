@@ -3,6 +3,7 @@
 from gossamer.nn._lora import lora_plus_groups
 from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.dynamic_embedding import DynamicEmbedding
+from gossamer.nn.embedding import Embedding, EmbeddingBag
 from gossamer.nn.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
 from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
@@ -10,9 +11,12 @@ from gossamer.nn.low_rank_experts import LoRAExperts, expert_factors, flat_exper
 from gossamer.nn.moe import Experts, MoE, SharedExpert
 from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
 from gossamer.nn.routing import Routing, given_experts, sigmoid_topk, softmax_topk, topk_softmax
+from gossamer.nn.table_batched import TableBatchedEmbeddingBags
 
 __all__ = [
     "DynamicEmbedding",
+    "Embedding",
+    "EmbeddingBag",
     "Experts",
     "FrequencyAdmission",
     "HashRouter",
@@ -27,6 +31,7 @@ __all__ = [
     "SharedExpert",
     "SigmoidRouter",
     "SoftmaxRouter",
+    "TableBatchedEmbeddingBags",
     "TopKSoftmaxRouter",
     "expert_factors",
     "flat_expert_factors",

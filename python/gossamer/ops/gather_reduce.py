@@ -129,7 +129,7 @@ def _forward(
     sparse_grad=False,
     out_dtype=None,
 ):
-    if backend == "reference" or (backend == "triton" and (mean or drop or out_dtype not in (None, table.dtype))):
+    if backend == "reference":
         mode = "mean" if mean else "sum"
         lists = (index, offsets, weights)
         if raises(index, backend):
@@ -138,8 +138,6 @@ def _forward(
             table, *lists, mode=mode, limit=limit, padding_idx=padding_idx, out_dtype=out_dtype
         )
     launcher = _backend.kernels(backend, "gather_reduce").gather_reduce
-    if backend == "triton":
-        return launcher(table, index, offsets, weights, limit, padding_idx)
     return launcher(table, index, offsets, weights, limit, padding_idx, mean, drop, out_dtype)
 
 
@@ -170,11 +168,9 @@ _gather_reduce = register(
 
 
 def _dot(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
-    if backend == "reference" or (backend == "triton" and (mean or drop or dout.dtype != table.dtype)):
+    if backend == "reference":
         return gather_dot_reference(dout, table, index, offsets, limit, padding_idx, mean, dtype)
     launcher = _backend.kernels(backend, "gather_reduce").gather_dot
-    if backend == "triton":
-        return launcher(dout, table, index, offsets, limit, padding_idx, dtype)
     return launcher(dout, table, index, offsets, limit, padding_idx, dtype, mean, drop)
 
 
@@ -193,11 +189,11 @@ _gather_dot = register(
 
 
 def _max(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
-    if backend in ("reference", "triton"):
+    if backend == "reference":
         if raises(index, backend):
             check_values(index, offsets, None, table.shape[0], padding_idx, drop)
         return gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype)
-    launcher = _backend.kernels(backend, "gather_reduce").gather_max
+    launcher = _backend.kernels(backend, "gather_max" if backend == "triton" else "gather_reduce").gather_max
     return launcher(table, index, offsets, padding_idx, drop, need_argmax, out_dtype)
 
 

@@ -166,7 +166,7 @@ def gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype):
 
 
 def _forward(storage, index, offsets, weights, layout, spec, drop, out_dtype, backend):
-    if backend in ("reference", "triton"):
+    if backend == "reference":
         if raises(index, backend):
             check_values(spec, index, offsets, weights, drop)
         return gather_reduce_tables_reference(storage, index, offsets, weights, spec, out_dtype)
@@ -189,7 +189,7 @@ _gather_reduce_tables = register(
 
 
 def _dot(dout, storage, index, offsets, layout, spec, drop, dtype, backend):
-    if backend in ("reference", "triton"):
+    if backend == "reference":
         return gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype)
     launcher = _backend.kernels(backend, "gather_reduce_tables").gather_dot_tables
     return launcher(dout, storage, index, offsets, layout, spec, drop, dtype)

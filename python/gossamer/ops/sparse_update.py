@@ -177,6 +177,8 @@ def sparse_update_reference_(
         return
     found: dict[int, list] = {}
     for _, bags, row in features(table, offsets, spec):
+        if not row[ROWS]:
+            continue
         part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
         lists = _contributions(index, part, bags, weights, None, -1, bool(row[POOLING]), row[ROWS])
         # A table without rows begins where the next one does.
@@ -206,7 +208,7 @@ def _update(
     table, index, dout, offsets, weights, argmax, layout, lr, step, state1, state2, spec, padding_idx, mean, drop,
     algorithm, hyper, seed, backend,
 ):  # fmt: skip
-    if backend in ("reference", "triton"):
+    if backend == "reference":
         spec = spec or None
         if raises(index, backend):
             if spec is None:

@@ -1,0 +1,85 @@
+"""What tables share that are trained in their backward pass: an optimizer's state in buffers, and its checkpoints."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer.ops._bags import accumulation_dtype
+from gossamer.optim import Optimizer
+
+_PREFIX = "optimizer_"
+
+
+class FusedStep(torch.nn.Module):
+    """A module with one table whose optimizer, where it has one, steps in the backward pass.
+
+    The table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
+    ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
+    ``optimizer_step``, ``optimizer_sum`` and so on, which the ``state_dict`` holds beside the table.
+
+    Attributes:
+        optimizer: one of :mod:`gossamer.optim`, or None. May be set to one with the same state, to change a number.
+    """
+
+    optimizer: Optimizer | None = None
+
+    def _table_name(self) -> str:
+        return "weight"
+
+    def _attach(self, optimizer: Optimizer | None, state: dict[str, torch.Tensor]) -> None:
+        """Take charge of the optimizer and its fresh state."""
+        self.optimizer = optimizer
+        if optimizer is None:
+            return
+        table = getattr(self, self._table_name()).requires_grad_(False)
+        code = torch.tensor([optimizer.algorithm], device=table.device)
+        for name, tensor in (state | {"algorithm": code}).items():
+            self.register_buffer(_PREFIX + name, tensor)
+        self._new_handle()
+
+    def _new_handle(self) -> None:
+        # Not a parameter: it is what makes results differentiable, and nothing to train.
+        device = getattr(self, self._table_name()).device
+        self._handle = torch.zeros(0, device=device, requires_grad=True)
+
+    def _step(self) -> dict:
+        """The arguments of a lookup that step its table."""
+        names = ("step", *self.optimizer.state_kinds())
+        state = {name: getattr(self, _PREFIX + name) for name in names}
+        return {"handle": self._handle, "optimizer": self.optimizer, "state": state}
+
+    def _apply(self, fn, recurse=True):
+        """As for any module, but a cast of the table leaves its state in the dtype that steps are computed in."""
+        states = {k: b for k, b in self._buffers.items() if k.startswith(_PREFIX)} if self.optimizer else {}
+        super()._apply(fn, recurse)
+        if self.optimizer is not None:
+            wide = accumulation_dtype(getattr(self, self._table_name()).dtype)
+            for name, before in states.items():
+                after = self._buffers[name]
+                if after.is_floating_point() and after.dtype != wide:
+                    self._buffers[name] = before.to(after.device, wide)
+            self._new_handle()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        problems = self._foreign(state_dict, prefix)
+        if problems:
+            # Nothing is loaded, rather than a part of it.
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _foreign(self, state_dict, prefix) -> list[str]:
+        """Why what ``state_dict`` holds is not this module's: another optimizer's state, or other sizes."""
+        found = []
+        key = prefix + _PREFIX + "algorithm"
+        if self.optimizer is not None and key in state_dict and not state_dict[key].is_meta:
+            code = int(state_dict[key])
+            if code != self.optimizer.algorithm:
+                name = type(self.optimizer).__name__
+                found.append(f"{key} says that the state is another optimizer's than {name}'s (code {code})")
+        for name, own in (self._parameters | self._buffers).items():
+            given = state_dict.get(prefix + name)
+            if own is not None and given is not None and given.shape != own.shape:
+                found.append(f"{prefix + name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}")
+        return found

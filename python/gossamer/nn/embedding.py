@@ -1,0 +1,288 @@
+"""Embedding tables as ``torch.nn`` has them, optionally trained by a step fused into their backward pass."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer.nn._fused_step import FusedStep
+from gossamer.ops._bags import accumulation_dtype
+from gossamer.ops.embedding import embedding, graft, inverse_frequency, renorm_, scale_gradient_by_frequency
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.gather_reduce_step import gather_reduce_step
+from gossamer.optim import Optimizer
+
+
+def _check_fused(optimizer: Optimizer | None, sparse: bool) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be one of gossamer.optim, got {type(optimizer).__name__}")
+    if sparse:
+        raise ValueError("sparse=True gives a gradient, which a table with an optimizer does not have")
+
+
+class Embedding(FusedStep, torch.nn.Embedding):
+    """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
+
+    With ``optimizer``, ``loss.backward()`` takes the step on the rows that were looked up; no gradient of the table's
+    size is ever made. ``weight`` then requires no gradient and other optimizers leave it alone. Looking the table up
+    twice before a backward pass takes two steps, one after the other.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        padding_idx: a row that starts at zero and gets no gradient.
+        max_norm: rows of larger norm are scaled down to it, in place, when they are looked up.
+        norm_type: p of that norm.
+        scale_grad_by_freq: divide a row's gradient by how often the batch lists the row.
+        sparse: give a sparse gradient.
+        _weight: ``(N, D)``, the table to start from.
+        _freeze: whether ``weight`` requires no gradient.
+        device: of the table.
+        dtype: of the table.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
+
+    Raises:
+        TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        ValueError: ``optimizer`` with ``sparse`` or ``_freeze``.
+        AssertionError: ``padding_idx`` or ``_weight`` does not fit, as in torch.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: torch.Tensor | None = None,
+        _freeze: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        _check_fused(optimizer, sparse)
+        if optimizer is not None and _freeze:
+            raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            _freeze,
+            device,
+            dtype,
+        )
+        self._attach(optimizer, _state(optimizer, self.weight))
+
+    @classmethod
+    def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
+        """As in torch; with ``optimizer`` the table is trained, and ``freeze`` must not be given.
+
+        Raises:
+            ValueError: both ``freeze`` and ``optimizer`` are given.
+            AssertionError: ``embeddings`` is not 2-dimensional.
+        """
+        if optimizer is None:
+            return super().from_pretrained(embeddings, freeze is None or freeze, *args, **kwargs)
+        if freeze:
+            raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
+        made = super().from_pretrained(embeddings, False, *args, **kwargs)
+        _check_fused(optimizer, made.sparse)
+        made._attach(optimizer, _state(optimizer, made.weight))
+        return made
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows of the table.
+
+        Args:
+            input: int32 or int64 of any shape.
+
+        Returns:
+            ``(*input.shape, D)``.
+
+        Raises:
+            TypeError: ``input`` is not int32 or int64.
+            IndexError: on the CPU, an id outside ``[0, N)``.
+        """
+        if self.max_norm is not None:
+            renorm_(self.weight, input, self.max_norm, self.norm_type)
+        plain = {"padding_idx": self.padding_idx, "scale_grad_by_freq": self.scale_grad_by_freq}
+        if self.optimizer is None:
+            return embedding(self.weight, input, sparse_grad=self.sparse, **plain)
+        flat = input.reshape(-1)
+        weights = None
+        if self.scale_grad_by_freq:
+            weights = inverse_frequency(flat, self.num_embeddings, accumulation_dtype(self.weight.dtype))
+        rows = gather_reduce_step(self.weight, flat, None, weights, padding_idx=self.padding_idx, **self._step())
+        rows = rows.view(*input.shape, self.embedding_dim)
+        if self.scale_grad_by_freq:
+            return graft(embedding(self.weight, input), rows)
+        if self.padding_idx is None:
+            return rows
+        # A bag would skip the padding row; here it is read as any other.
+        return torch.where((input == self.padding_idx).unsqueeze(-1), self.weight[self.padding_idx], rows)
+
+    def extra_repr(self) -> str:
+        """As in torch, with the optimizer."""
+        return super().extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
+
+
+class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
+    """``torch.nn.EmbeddingBag`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
+
+    ``scale_grad_by_freq`` divides a row's gradient by how often the batch lists the row, as torch documents it. With
+    ``optimizer`` the step is taken in the backward pass; see :class:`Embedding`.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        max_norm: rows of larger norm are scaled down to it, in place, when they are looked up.
+        norm_type: p of that norm.
+        scale_grad_by_freq: see above; not with ``mode="max"``.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        sparse: give a sparse gradient; not with ``mode="max"``.
+        _weight: ``(N, D)``, the table to start from.
+        include_last_offset: whether ``offsets`` ends with the number of ids.
+        padding_idx: a row that starts at zero, adds nothing, is not counted by a mean, and gets no gradient.
+        device: of the table.
+        dtype: of the table.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
+
+    Raises:
+        TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        ValueError: ``optimizer`` with ``sparse``.
+        AssertionError: ``padding_idx`` or ``_weight`` does not fit, as in torch.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: torch.Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device=None,
+        dtype=None,
+        *,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        _check_fused(optimizer, sparse)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            _weight,
+            include_last_offset,
+            padding_idx,
+            device,
+            dtype,
+        )
+        self._attach(optimizer, _state(optimizer, self.weight))
+
+    @classmethod
+    def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
+        """As in torch; with ``optimizer`` the table is trained, and ``freeze`` must not be given.
+
+        Raises:
+            ValueError: both ``freeze`` and ``optimizer`` are given.
+            AssertionError: ``embeddings`` is not 2-dimensional.
+        """
+        if optimizer is None:
+            return super().from_pretrained(embeddings, freeze is None or freeze, *args, **kwargs)
+        if freeze:
+            raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
+        made = super().from_pretrained(embeddings, False, *args, **kwargs)
+        _check_fused(optimizer, made.sparse)
+        made._attach(optimizer, _state(optimizer, made.weight))
+        return made
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sums, means or maxima of the bags' rows.
+
+        Args:
+            input: ``(B, J)`` int32 or int64, ``(L,)`` with ``offsets``, or a nested tensor of B bags.
+            offsets: ``(B,)``, or ``(B+1,)`` with ``include_last_offset``; None for ``(B, J)`` and nested tensors.
+            per_sample_weights: like ``input``, for ``mode="sum"``.
+
+        Returns:
+            ``(B, D)``; empty bags are zero.
+
+        Raises:
+            TypeError: a dtype is not supported.
+            ValueError: the arguments do not fit each other or the mode.
+            NotImplementedError: ``per_sample_weights`` with another mode than ``"sum"``.
+            IndexError: on the CPU, an id outside ``[0, N)``.
+        """
+        index, offsets, weights, last = self._lists(input, offsets, per_sample_weights)
+        if self.max_norm is not None:
+            renorm_(self.weight, index, self.max_norm, self.norm_type)
+        lists = (index, offsets)
+        how = {"mode": self.mode, "padding_idx": self.padding_idx, "include_last_offset": last}
+        if self.optimizer is None:
+            table = scale_gradient_by_frequency(self.weight, index) if self.scale_grad_by_freq else self.weight
+            return gather_reduce(table, *lists, weights, sparse_grad=self.sparse, **how)
+        if not self.scale_grad_by_freq:
+            return gather_reduce_step(self.weight, *lists, weights, **how, **self._step())
+        scaled = inverse_frequency(index, self.num_embeddings, accumulation_dtype(self.weight.dtype))
+        if weights is not None:
+            scaled = scaled * weights.detach()
+        stepping = gather_reduce_step(self.weight, *lists, scaled, **how, **self._step())
+        return graft(gather_reduce(self.weight, *lists, weights, **how), stepping)
+
+    def _lists(self, input, offsets, weights):
+        """Index, offsets, weights, and whether the last offset is there; torch's checks of how they go together."""
+        if weights is not None and weights.size() != input.size():
+            raise ValueError(
+                f"per_sample_weights must have the shape of input, {tuple(input.size())}, got {tuple(weights.size())}"
+            )
+        if self.mode not in ("sum", "mean", "max"):
+            raise ValueError(f"mode has to be one of sum, mean or max, got {self.mode!r}")
+        if self.mode == "max" and self.scale_grad_by_freq:
+            raise ValueError("max mode does not support scaling the gradient by the frequency")
+        if self.mode == "max" and self.sparse:
+            raise ValueError("max mode does not support sparse weights")
+        if weights is not None and self.mode != "sum":
+            raise NotImplementedError(f"per_sample_weights is only supported for mode='sum', got mode={self.mode!r}")
+        if input.dim() == 2 and offsets is not None:
+            raise ValueError("if input is 2D, then offsets has to be None, as its rows are the bags")
+        if input.is_nested:
+            if weights is not None and not weights.is_nested:
+                raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
+            return input.values(), input.offsets(), None if weights is None else weights.values(), True
+        if input.dim() == 1 and (offsets is None or offsets.dim() != 1):
+            raise ValueError("offsets has to be a 1D Tensor" + (" but got None" if offsets is None else ""))
+        if input.dim() not in (1, 2):
+            raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
+        return input, offsets, weights, self.include_last_offset
+
+    def extra_repr(self) -> str:
+        """As in torch, with the optimizer."""
+        return super().extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
+
+
+def _state(optimizer: Optimizer | None, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    if optimizer is None:
+        return {}
+    return optimizer.state(*weight.shape, weight.device, accumulation_dtype(weight.dtype))

@@ -1,0 +1,176 @@
+"""Many embedding tables of a recommender model behind one lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gossamer.nn._fused_step import FusedStep
+from gossamer.ops._bags import accumulation_dtype
+from gossamer.ops.gather_reduce_step import gather_reduce_tables_step
+from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
+from gossamer.optim import Optimizer
+
+
+class TableBatchedEmbeddingBags(FusedStep):
+    """T embedding tables of mixed dims in one storage, looked up by F features in one launch.
+
+    Each of B examples has one bag of ids for each feature; ``y[b] = [pool_f(table_{m(f)}[ids of (f, b)])]_f``, side by
+    side. With ``optimizer`` the backward pass takes its step on the rows that were looked up, a row that several
+    features read getting one; :class:`Embedding` says what becomes of the parameter then.
+
+    Args:
+        specs: ``(rows, dim)`` of each table.
+        feature_table_map: the table of each feature; by default feature t reads table t.
+        pooling: ``"sum"`` or ``"mean"``, one for all tables or one a table.
+        optimizer: one of :mod:`gossamer.optim` for all tables, or None for a dense gradient.
+        weights_dtype: of the tables: float32, float16 or bfloat16 (float64 on the CPU).
+        output_dtype: of the result; that of the tables by default.
+        feature_names: names of the features, which the keys of a KeyedJaggedTensor must then be.
+        bounds: what becomes of ids outside their table; see :func:`gossamer.gather_reduce`.
+        device: of the tables.
+
+    Attributes:
+        weights: the parameter, ``(E,)``: the tables where ``layout`` says. Rows start uniform in ``±1/√rows``.
+        layout: the :class:`gossamer.TableLayout`.
+        bounds_count: with ``bounds`` other than ``"raise"``, a buffer that counts ids and offsets out of bounds.
+
+    Raises:
+        TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        ValueError: sizes, map, poolings, names or bounds do not fit.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[tuple[int, int]],
+        feature_table_map: Sequence[int] | None = None,
+        *,
+        pooling: str | Sequence[str] = "sum",
+        optimizer: Optimizer | None = None,
+        weights_dtype: torch.dtype = torch.float32,
+        output_dtype: torch.dtype | None = None,
+        feature_names: Sequence[str] | None = None,
+        bounds: str = "raise",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be one of gossamer.optim, got {type(optimizer).__name__}")
+        if bounds not in ("raise", "clamp", "drop"):
+            raise ValueError(f"bounds must be 'raise', 'clamp' or 'drop', got {bounds!r}")
+        self.layout = TableLayout(specs, feature_table_map, pooling)
+        names = None if feature_names is None else list(feature_names)
+        if names is not None and len(names) != self.layout.num_features:
+            raise ValueError(f"feature_names must name {self.layout.num_features} features, got {names}")
+        self.feature_names = names
+        self.output_dtype = output_dtype
+        self.bounds = bounds
+        self.weights = torch.nn.Parameter(torch.empty(self.layout.num_elements, dtype=weights_dtype, device=device))
+        self.register_buffer("table_specs", torch.tensor(self.layout.specs, device=self.weights.device))
+        counter = None
+        if bounds != "raise":
+            counter = torch.zeros(1, dtype=torch.int64, device=self.weights.device)
+        self.register_buffer("bounds_count", counter, persistent=False)
+        self.reset_parameters()
+        state = {}
+        if optimizer is not None:
+            state = self.layout.state(optimizer, self.weights.device, accumulation_dtype(weights_dtype))
+        self._attach(optimizer, state)
+
+    def _table_name(self) -> str:
+        return "weights"
+
+    def reset_parameters(self) -> None:
+        """Draw every table anew, uniform in ``±1/√rows``; what lies between tables is zero."""
+        with torch.no_grad():
+            self.weights.zero_()
+            for table in self.split_embedding_weights():
+                bound = max(table.shape[0], 1) ** -0.5
+                table.uniform_(-bound, bound)
+
+    def split_embedding_weights(self) -> list[torch.Tensor]:
+        """The tables, ``(rows, dim)`` each: views of the storage, outside autograd."""
+        return self.layout.views(self.weights.detach())
+
+    def split_optimizer_states(self) -> list[dict[str, torch.Tensor]]:
+        """For each table its part of each state tensor by name: views, ``(rows, dim)`` or ``(rows,)``.
+
+        The step count, which all tables share, is the buffer ``optimizer_step``.
+        """
+        tables: list[dict[str, torch.Tensor]] = [{} for _ in self.layout.specs]
+        for name in self.optimizer.state_kinds() if self.optimizer else ():
+            for table, part in zip(tables, self.layout.views(getattr(self, f"optimizer_{name}")), strict=True):
+                table[name] = part
+        return tables
+
+    def forward(
+        self,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Pool the bags of every feature.
+
+        Args:
+            indices: ``(L,)`` int32 or int64, ids within their tables, feature-major: all bags of feature 0, then of
+                feature 1; or a TorchRec KeyedJaggedTensor, which brings the other arguments along.
+            offsets: ``(F·B+1,)`` int32 or int64, ascending.
+            per_sample_weights: ``(L,)`` float, or None for ones.
+
+        Returns:
+            ``(B, ΣD_f)``.
+
+        Raises:
+            TypeError: a dtype is not supported, or ``offsets`` is missing.
+            ValueError: sizes do not fit, or the keys of a KeyedJaggedTensor are not the features.
+            IndexError: on the CPU, an id outside its table with ``bounds="raise"``.
+        """
+        if not isinstance(indices, torch.Tensor):
+            if offsets is not None or per_sample_weights is not None:
+                raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
+            indices, offsets, per_sample_weights = self._keyed(indices)
+        if offsets is None:
+            raise TypeError("offsets must be a torch.Tensor, got NoneType")
+        lists = (indices, offsets, per_sample_weights)
+        how = {"bounds": self.bounds, "bounds_count": self.bounds_count, "out_dtype": self.output_dtype}
+        if self.optimizer is None:
+            return gather_reduce_tables(self.weights, self.layout, *lists, **how)
+        return gather_reduce_tables_step(self.weights, self.layout, *lists, **how, **self._step())
+
+    def _keyed(self, features):
+        """Ids, offsets and weights of a KeyedJaggedTensor, known by its methods."""
+        for method in ("keys", "values", "offsets", "weights_or_none", "stride"):
+            if not callable(getattr(features, method, None)):
+                raise TypeError(
+                    f"indices must be a torch.Tensor or a KeyedJaggedTensor, got {type(features).__name__} "
+                    f"without {method}()"
+                )
+        keys = list(features.keys())
+        if self.feature_names is not None and keys != self.feature_names:
+            raise ValueError(f"indices must have the keys {self.feature_names} in this order, got {keys}")
+        expected = self.layout.num_features
+        if len(keys) != expected:
+            raise ValueError(f"indices must have {expected} keys, one a feature, got {keys}")
+        offsets = features.offsets()
+        if offsets.shape[0] != expected * features.stride() + 1:
+            raise ValueError(
+                f"indices must have one batch size for all keys, got stride {features.stride()} and "
+                f"{offsets.shape[0]} offsets for {expected} keys"
+            )
+        return features.values(), offsets, features.weights_or_none()
+
+    def _foreign(self, state_dict, prefix) -> list[str]:
+        found = super()._foreign(state_dict, prefix)
+        given = state_dict.get(prefix + "table_specs")
+        if given is not None and not given.is_meta and not found:
+            specs = tuple(map(tuple, given.tolist()))
+            if specs != self.layout.specs:
+                found.append(f"{prefix}table_specs must be {list(self.layout.specs)}, got {list(specs)}")
+        return found
+
+    def extra_repr(self) -> str:
+        """Tables, features and optimizer."""
+        parts = [f"specs={list(self.layout.specs)}", f"feature_table_map={list(self.layout.feature_table_map)}"]
+        parts += [f"pooling={list(self.layout.pooling)}", f"weights_dtype={self.weights.dtype}"]
+        return ", ".join(parts + ([f"optimizer={self.optimizer}"] if self.optimizer else []))

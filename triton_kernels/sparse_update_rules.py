@@ -1,0 +1,163 @@
+"""Optimizer steps on rows held in registers, and stochastic rounding, as device functions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Codes of gossamer.optim.
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, FTRL = (tl.constexpr(i) for i in range(7))
+
+# Bits of a step's FLAGS.
+DECOUPLED, NESTEROV, CLIP_VALUE, CLIP_NORM = (tl.constexpr(1 << i) for i in range(4))
+
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+_GOLDEN32 = tl.constexpr(0x9E3779B9)
+_MIX64_A, _MIX64_B = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
+_MIX32_A, _MIX32_B = tl.constexpr(0x21F0AAAD), tl.constexpr(0x735A2D97)
+
+
+@triton.jit
+def _mix64(z):
+    z = (z ^ (z >> 30)) * _MIX64_A
+    z = (z ^ (z >> 27)) * _MIX64_B
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _mix32(x):
+    x = (x ^ (x >> 16)) * _MIX32_A
+    x = (x ^ (x >> 15)) * _MIX32_B
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def random_bits(seed, step, rows, columns):
+    """Uniform 32-bit numbers of ``rows [R]`` and ``columns [C]``, by the generator that gossamer.ops documents."""
+    golden = tl.full((1,), _GOLDEN, tl.uint64)
+    key = _mix64(tl.full((1,), seed, tl.int64).to(tl.uint64, bitcast=True))
+    key = _mix64(key + step.to(tl.uint64) * golden)
+    key = _mix64(key + rows.to(tl.uint64) * golden)[:, None]
+    low = (key & 0xFFFFFFFF).to(tl.uint32)
+    high = (key >> 32).to(tl.uint32)
+    return _mix32((low + columns.to(tl.uint32)[None, :] * tl.full((1, 1), _GOLDEN32, tl.uint32)) ^ high)
+
+
+@triton.jit
+def round_stochastically(x, bits, DTYPE: tl.constexpr):
+    """Float32 ``x`` as bfloat16 or float16: up or down with the probability that is right on average."""
+    pattern = x.to(tl.uint32, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        rounded = ((pattern + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        rounded = ((pattern + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # Below the smallest normal number the grid is fixed.
+        units = tl.abs(x) * 16777216.0
+        whole = tl.floor(units)
+        up = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 < units - whole
+        small = (whole + up.to(tl.float32)) * 5.9604644775390625e-08
+        small = (small.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, small, rounded)
+    finite = (pattern & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, x).to(DTYPE)
+
+
+@triton.jit
+def _divide(a, b):
+    return tl.div_rn(a, b)
+
+
+@triton.jit
+def _norm(x):
+    return tl.sqrt_rn(tl.sum(x * x, 1))[:, None]
+
+
+@triton.jit
+def _correction(log_beta, step):
+    """``1 − βᵗ``, whose float32 evaluation would lose most digits while it is small."""
+    return 1.0 - tl.exp(step.to(tl.float64) * log_beta)
+
+
+@triton.jit
+def take_step(
+    w,
+    grad,
+    live,
+    mask,
+    dim,
+    state1_ptrs,
+    state2_ptrs,
+    step,
+    lr,
+    numbers,
+    ALGORITHM: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """The new rows ``[R, C]`` after one step on rows ``w`` with summed gradients ``grad``; the new states are stored.
+
+    ``mask [R, C]`` says which elements there are; ``w`` and ``grad`` are zero elsewhere. ``live [R]`` says which rows
+    there are, ``dim [R, 1]`` is their dim in float32. State pointers have the shape of rows, or ``[R]`` for one value a
+    row.
+    """
+    _, weight_decay, beta1, beta2, log_beta1, log_beta2, eps, l1, l2, clip_value, clip_norm = numbers
+    # By comparisons, which leave NaN alone: a gradient gone wrong must not become a clipped one.
+    if CLIP_VALUE & FLAGS:
+        grad = tl.where(grad > clip_value, clip_value, tl.where(grad < -clip_value, -clip_value, grad))
+    if CLIP_NORM & FLAGS:
+        norm = _norm(grad)
+        long = norm > clip_norm
+        grad *= tl.where(long, _divide(clip_norm + tl.zeros_like(norm), tl.where(long, norm, 1.0)), 1.0)
+    if ALGORITHM != LAMB and ALGORITHM != FTRL:
+        if DECOUPLED & FLAGS:
+            w *= 1.0 - lr * weight_decay
+        else:
+            grad += weight_decay * w
+    if ALGORITHM == SGD:
+        if state1_ptrs is not None:
+            momentum = beta1 * tl.load(state1_ptrs, mask, other=0.0) + grad
+            tl.store(state1_ptrs, momentum, mask)
+            if NESTEROV & FLAGS:
+                grad += beta1 * momentum
+            else:
+                grad = momentum
+        return w - lr * grad
+    elif ALGORITHM == ADAGRAD:
+        total = tl.load(state1_ptrs, mask, other=0.0) + grad * grad
+        tl.store(state1_ptrs, total, mask)
+        return w - _divide(lr * grad, tl.sqrt_rn(total) + eps)
+    elif ALGORITHM == ROWWISE_ADAGRAD:
+        total = tl.load(state1_ptrs, live, other=0.0)[:, None] + _divide(tl.sum(grad * grad, 1)[:, None], dim)
+        tl.store(state1_ptrs, tl.sum(total, 1), live)
+        denominator = tl.sqrt_rn(total) + eps
+        return w - _divide(lr * grad, tl.broadcast_to(denominator, grad.shape))
+    elif ALGORITHM == FTRL:
+        before = tl.load(state1_ptrs, mask, other=0.0)
+        after = before + grad * grad
+        root = tl.sqrt_rn(after)
+        rate = lr + tl.zeros_like(grad)
+        z = tl.load(state2_ptrs, mask, other=0.0) + grad - _divide(root - tl.sqrt_rn(before), rate) * w
+        tl.store(state1_ptrs, after, mask)
+        tl.store(state2_ptrs, z, mask)
+        shrunk = tl.where(z > 0, l1 - z, -l1 - z)
+        return tl.where(tl.abs(z) <= l1, 0.0, _divide(shrunk, _divide(beta1 + root, rate) + l2))
+    else:
+        m = beta1 * tl.load(state1_ptrs, mask, other=0.0) + (1.0 - beta1) * grad
+        tl.store(state1_ptrs, m, mask)
+        if ALGORITHM == PARTIAL_ROWWISE_ADAM:
+            square = _divide(tl.sum(grad * grad, 1)[:, None], dim)
+            v = beta2 * tl.load(state2_ptrs, live, other=0.0)[:, None] + (1.0 - beta2) * square
+            tl.store(state2_ptrs, tl.sum(v, 1), live)
+        else:
+            v = beta2 * tl.load(state2_ptrs, mask, other=0.0) + (1.0 - beta2) * grad * grad
+            tl.store(state2_ptrs, v, mask)
+        root = tl.sqrt(_correction(log_beta2, step)).to(tl.float32)
+        denominator = _divide(tl.sqrt_rn(v), root + tl.zeros_like(v)) + eps
+        correction = _correction(log_beta1, step).to(tl.float32) + tl.zeros_like(m)
+        q = _divide(_divide(m, correction), tl.broadcast_to(denominator, m.shape))
+        if ALGORITHM == LAMB:
+            # Where there is no element, 0/0 with an ε of zero.
+            q = tl.where(mask, q + weight_decay * w, 0.0)
+            norm_w, norm_q = _norm(w), _norm(q)
+            known = (norm_w > 0) & (norm_q > 0)
+            q *= tl.where(known, _divide(norm_w, tl.where(known, norm_q, 1.0)), 1.0)
+        return w - lr * q
