@@ -92,8 +92,8 @@ def check(
 def check_draws(actual: dict[str, torch.Tensor], draw: Callable[[int], tuple[dict, dict]]) -> None:
     """Hold results against float64 by the rule of gossamer.testing.assert_close.
 
-    ``draw(0)`` gives truth and baseline, results by name; ``draw(i)`` those of other draws of the problem, made where one
-    does not settle the size of the baseline's error.
+    ``draw(0)`` gives truth and baseline, results by name; ``draw(i)`` those of other draws of the problem, made where
+    one does not settle the size of the baseline's error.
     """
     truth, baseline = draw(0)
     bounds = {name: errors(value, truth[name]) for name, value in baseline.items()}

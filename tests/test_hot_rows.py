@@ -51,10 +51,10 @@ def take(backend, table, lists, dout, optimizer, steps=2, **options):
 
 
 def draws(table, lists, dout, optimizer, **options):
-    """Truth and baseline of the problem with its columns and gradients rolled."""
+    """Truth and baseline of the problem with rows and gradients rolled."""
 
     def draw(i):
-        plain, gradient = table.roll(i, 1), dout.roll(-i, 1)
+        plain, gradient = table.roll(i, 0), dout.roll(-i, 0)
         wide = [x.double() if x.is_floating_point() else x for x in lists]
         truth = take("reference", plain.double(), wide, gradient.double(), optimizer, **options)
         return truth, take("reference", plain, lists, gradient, optimizer, **options)

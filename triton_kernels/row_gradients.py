@@ -233,7 +233,8 @@ def sum_pieces_kernel(
             if layout_ptr is not None:
                 dims = (tl.load(about(at, on, lists) + DIM, on, other=0) // VEC * VEC)[:, None]
             total += gradients(at, on, column, dims, lists, VEC)
-        tl.store(partial_ptr + slot * stride_pn + column, tl.sum(total, 0), column < stride_pn)
+        size = stride_pn // VEC * VEC
+        tl.store(partial_ptr + slot * size + column, tl.sum(total, 0), column < size)
 
 
 def piece_tile(dim: int) -> tuple[int, int]:

@@ -209,12 +209,13 @@ def _step_kernel(
             id = tl.load(ids_ptr + begin)
             end = bisect(ids_ptr, id, begin, begin * 0 + num_positions, True)
             pieces = (end - begin + PIECE - 1) // PIECE
+            size = stride_pn // VEC * VEC
             total = tl.zeros((LANES, BLOCK_D), tl.float32)
             for first in range(0, pieces, LANES):
                 piece = first + tl.arange(0, LANES)
                 slot = 2 * (window + piece) + (piece == 0)
-                mask = (piece < pieces)[:, None] & (column < stride_pn)[None, :]
-                total += tl.load(partial_ptr + slot[:, None] * stride_pn + column[None, :], mask, other=0.0)
+                mask = (piece < pieces)[:, None] & (column < size)[None, :]
+                total += tl.load(partial_ptr + slot[:, None] * size + column[None, :], mask, other=0.0)
             one = tl.zeros((1,), tl.int64)
             grad = tl.sum(total, 0)[None, :]
             _step_rows(
