@@ -135,7 +135,10 @@ def take_step(
         after = before + grad * grad
         root = tl.sqrt_rn(after)
         rate = lr + tl.zeros_like(grad)
-        z = tl.load(state2_ptrs, mask, other=0.0) + grad - _divide(root - tl.sqrt_rn(before), rate) * w
+        # √n' − √n without its cancellation.
+        both = root + tl.sqrt_rn(before)
+        grown = _divide(grad * grad, tl.where(both > 0, both, 1.0))
+        z = tl.load(state2_ptrs, mask, other=0.0) + grad - _divide(grown, rate) * w
         tl.store(state1_ptrs, after, mask)
         tl.store(state2_ptrs, z, mask)
         shrunk = tl.where(z > 0, l1 - z, -l1 - z)
