@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: the tests on CUDA, then the layer against its baselines and any
-# installed peer on the four large shapes. Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
+# Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes and
+# the embedding layers over uniform and skewed ids, against their baselines and any installed peer.
+# Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,4 +17,12 @@ pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_
   tests/test_table_batched.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
+done
+for skew in uniform 1.05 1.15; do
+  for shape in bag-64 bag-128 lookup tables; do
+    for dtype in fp32 fp16; do
+      gossamer bench embedding --shape "$shape" --skew "$skew" --dtype "$dtype" --device cuda \
+        --json "$out/embedding-$shape-$skew-$dtype-$device.json"
+    done
+  done
 done

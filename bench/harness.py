@@ -25,7 +25,7 @@ from gossamer.bench.timing import (
     settle,
 )
 
-FAMILIES = ("moe", "expert_mlp", "grouped_matmul", "gather_reduce", "sparse_update", "dispatch")
+FAMILIES = ("moe", "expert_mlp", "grouped_matmul", "gather_reduce", "sparse_update", "embedding", "dispatch")
 BUDGET = {"quick": 2.5, "full": 15.0}
 
 
