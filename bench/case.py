@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,15 +59,18 @@ class Variant:
             with torch.no_grad():
                 return _named(self.forward())
         y = self.forward()
-        grads = torch.autograd.grad(y, list(self.leaves.values()), self.dy)
+        grads = self.backward(y)
         return {"y": y.detach(), **dict(zip(self.leaves, grads, strict=True))}
+
+    def backward(self, y: torch.Tensor) -> Sequence[torch.Tensor]:
+        """From the result of :attr:`forward`, the gradients in the order of ``leaves``."""
+        return torch.autograd.grad(y, list(self.leaves.values()), self.dy)
 
     def bare(self, direction: str) -> Callable[[], object]:
         """What is timed: the work of :meth:`call` without its bookkeeping; forward alone wants ``torch.no_grad``."""
         if direction == "forward":
             return self.forward
-        leaves = list(self.leaves.values())
-        return lambda: torch.autograd.grad(self.forward(), leaves, self.dy)
+        return lambda: self.backward(self.forward())
 
     def outputs(self, direction: str) -> Outputs:
         """The outputs of :meth:`call` in the layout of the truth."""

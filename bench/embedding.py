@@ -94,13 +94,7 @@ def gossamer_layer(problem: Problem, optimizer: Optimizer | None) -> tuple[torch
 
 def _ours(name: str, problem: Problem, optimizer: Optimizer | None, gate: str) -> Training:
     layer, args, views = gossamer_layer(problem, optimizer)
-
-    def train() -> torch.Tensor:
-        y = layer(*args)
-        y.backward(problem.dy)
-        return y
-
-    return training(name, OURS, problem, lambda: layer(*args), train, views, gate)
+    return training(name, OURS, problem, lambda: layer(*args), views, gate)
 
 
 def _dense(problem: Problem) -> Training:
@@ -121,16 +115,14 @@ def _dense(problem: Problem) -> Training:
         ys = [layer(ids) for layer, ids in zip(layers, inputs, strict=True)]
         return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
 
-    def train() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        y = forward()
+    def step(y: torch.Tensor) -> None:
         y.backward(problem.dy)
         optimizer.step()
-        return y
+        optimizer.zero_grad(set_to_none=True)
 
     name = "torch.nn" if not problem.both else "torch.nn sparse + SGD"
     # It coalesces duplicates in the table's dtype, which on skewed ids the gate would call wrong.
-    return training(name, DENSE, problem, forward, train, [layer.weight for layer in layers], None)
+    return training(name, DENSE, problem, forward, [layer.weight for layer in layers], None, step)
 
 
 def build(request: Request) -> Case:

@@ -41,13 +41,7 @@ def fbgemm(name: str, role: str, problem: Problem) -> Variant:
     for view, table in zip(views, problem.tables, strict=True):
         view.copy_(table)
     ids, offsets = problem.ids.reshape(-1), problem.offsets
-
-    def train() -> torch.Tensor:
-        y = layer(ids, offsets)
-        y.backward(problem.dy)
-        return y
-
-    return training(name, role, problem, lambda: layer(ids, offsets), train, views)
+    return training(name, role, problem, lambda: layer(ids, offsets), views)
 
 
 def torchrec(name: str, role: str, problem: Problem) -> Variant:
@@ -89,12 +83,7 @@ def torchrec(name: str, role: str, problem: Problem) -> Variant:
     def forward() -> torch.Tensor:
         return layer(features).values()
 
-    def train() -> torch.Tensor:
-        y = forward()
-        y.backward(problem.dy)
-        return y
-
-    return training(name, role, problem, forward, train, views)
+    return training(name, role, problem, forward, views)
 
 
 PEERS = (

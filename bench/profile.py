@@ -42,8 +42,8 @@ class Subject:
     Attributes:
         name: how tables call it.
         forward: computes the result.
-        backward: from the result, computes the gradients and returns them in the order of ``leaves``; None for a
-            forward pass alone.
+        backward: from the result, computes the gradients and returns them in the order of ``leaves``; a fused optimizer
+            takes its step there. None for a forward pass alone.
         parameters: what a training step updates, by name; its gradients are those of the same names in ``leaves``.
         leaves: names of the gradients.
     """
@@ -76,7 +76,7 @@ def variant_subject(variant: Variant, direction: str) -> Subject:
     return Subject(
         variant.name,
         variant.forward,
-        lambda y: torch.autograd.grad(y, list(leaves.values()), variant.dy),
+        variant.backward,
         {name: leaf for name, leaf in leaves.items() if name not in ACTIVATIONS},
         tuple(leaves),
     )

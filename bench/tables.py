@@ -46,20 +46,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Training(Variant):
-    """A variant whose "both" is a training step; ``rows`` reads the sampled rows of its tables afterwards."""
+    """A variant whose backward pass ends in a step; ``rows`` reads the sampled rows of its tables afterwards."""
 
-    train: Callable[[], torch.Tensor] | None = None
+    step: Callable[[torch.Tensor], object] | None = None
     rows: Callable[[], torch.Tensor] | None = None
 
-    def call(self, direction: str) -> Outputs:
-        """Run forward, or the training step."""
-        if direction == "forward":
-            return super().call(direction)
-        return {"y": self.train().detach()}
-
-    def bare(self, direction: str) -> Callable[[], object]:
-        """What is timed."""
-        return self.forward if direction == "forward" else self.train
+    def backward(self, y: torch.Tensor) -> tuple[()]:
+        """From the result of :attr:`forward`, the tables' step, which leaves no gradient."""
+        self.step(y)
+        return ()
 
     def outputs(self, direction: str) -> Outputs:
         """The result, and after a step the sampled rows."""
@@ -72,14 +67,17 @@ def training(
     role: str,
     problem: Problem,
     forward: Callable[[], torch.Tensor],
-    train: Callable[[], torch.Tensor],
     tables: list[torch.Tensor],
     gate: str | None = "truth",
+    step: Callable[[torch.Tensor], object] | None = None,
 ) -> Training:
-    """A variant with its tables, whose sampled rows are read when the gate asks."""
+    """A variant with its tables, whose sampled rows are read when the gate asks.
+
+    Without ``step`` the tables are updated in the backward pass itself.
+    """
     sampled = problem.sampled() if problem.both else []
 
     def rows() -> torch.Tensor:
         return torch.cat([table.detach()[r] for table, r in zip(tables, sampled, strict=True)])
 
-    return Training(name, role, forward, gate=gate, train=train, rows=rows)
+    return Training(name, role, forward, gate=gate, step=step or (lambda y: y.backward(problem.dy)), rows=rows)
