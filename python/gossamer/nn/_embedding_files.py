@@ -6,7 +6,8 @@ import importlib.util
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,22 +18,39 @@ def _need_safetensors() -> None:
         raise ImportError("files of a DynamicEmbedding need the package safetensors: pip install 'gossamer[embedding]'")
 
 
-def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> None:
-    """Write a file in the place of what is there, which stays readable until the new one is complete on the disk."""
+def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> dict:
+    """Write a file in the place of what is there, which stays readable until the new one is complete on the disk.
+
+    Returns:
+        The header as :func:`read` will give it, with the tensors' checksums.
+    """
     _need_safetensors()
     from safetensors.torch import save_file
 
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    full = dict(header) | {"crc32": {name: _checksum(tensor) for name, tensor in plain.items()}}
+    with replacing(path) as part:
+        save_file(plain, part, {"gossamer": json.dumps(full)})
+    return full
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to; then that file takes the place of ``path``, once it is on the disk."""
     path = Path(path)
-    whole = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        sums = {name: _checksum(tensor) for name, tensor in plain.items()}
-        save_file(plain, whole, {"gossamer": json.dumps(dict(header) | {"crc32": sums})})
-        _sync(whole, os.O_RDWR)
-        os.replace(whole, path)
+        yield part
+        _sync(part, os.O_RDWR)
+        os.replace(part, path)
     finally:
-        whole.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     _sync(path.parent, os.O_RDONLY)
+
+
+def part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors named ``name.…``, without that."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _checksum(tensor: torch.Tensor) -> int:

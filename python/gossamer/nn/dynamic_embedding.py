@@ -281,15 +281,11 @@ class DynamicEmbedding(nn.Module):
             numbers = {"clock": self.clock, "steps": self.steps, "sequence": self.sequence}
             return tensors, self._checkpoint_header() | numbers | {"counters": asdict(self.counters)}
 
-    def _restore(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> None:
+    def _check_snapshot(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> None:
         files.check_header(header, self._checkpoint_header(), what)
-        parts: dict[str, dict[str, torch.Tensor]] = {"table": {}, "filter": {}}
-        for name, tensor in tensors.items():
-            head, _, tail = name.partition(".")
-            if head in parts:
-                parts[head][tail] = tensor
-        table_state.check(self.table, parts["table"], what)
-        count = parts["table"]["rows"].numel()
+        rows = files.part(tensors, "table")
+        table_state.check(self.table, rows, what)
+        count = rows["rows"].numel()
         removed = tensors["removed"].numel() if "removed" in tensors else 0
         wanted = {
             "last_used": (torch.int64, (count,)),
@@ -302,20 +298,22 @@ class DynamicEmbedding(nn.Module):
         if any(type(n) is not int or n < 0 for n in numbers) or set(counters or ()) != set(asdict(self.counters)):
             raise ValueError(f"{what}: clock, steps, sequence or counters are missing or wrong")
         if self._filter is not None:
-            self._filter.check(parts["filter"], what)
+            self._filter.check(files.part(tensors, "filter"), what)
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> None:
         with self.table.lock:
-            table_state.restore(self.table, parts["table"])
-            rows = parts["table"]["rows"].to(self.device)
+            table_state.restore(self.table, files.part(tensors, "table"))
+            rows = tensors["table.rows"].to(self.device)
             for name, state in self.optimizer_state.items():
                 state[... if name == "step" else rows] = tensors[f"optimizer.{name}"].to(self.device)
             self._last_used.zero_()[rows] = tensors["last_used"].to(self.device)
             self._changed.zero_()[rows] = tensors["changed"].to(self.device)
             self._removed = [tensors["removed"].to(self.device)]
-            self.clock, self.steps, self.sequence = numbers
-            self.counters = Counters(**counters)
+            self.clock, self.steps, self.sequence = (header[name] for name in ("clock", "steps", "sequence"))
+            self.counters = Counters(**header["counters"])
             self._moves += 1
             if self._filter is not None:
-                self._filter.load(parts["filter"])
+                self._filter.load(files.part(tensors, "filter"))
 
     def _state_shapes(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {
@@ -330,7 +328,8 @@ class DynamicEmbedding(nn.Module):
 
     def set_extra_state(self, state: dict[str, object]) -> None:
         """Take over what :meth:`get_extra_state` gave, if it fits."""
-        self._restore(state["tensors"], state["header"], "the state_dict")
+        self._check_snapshot(state["tensors"], state["header"], "the state_dict")
+        self._restore(state["tensors"], state["header"])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a checkpoint: rows, optimizer state, ages, filters, what the next delta holds, counters.
@@ -349,7 +348,8 @@ class DynamicEmbedding(nn.Module):
                 optimizer, eviction, admission or seed; the message says which, and the layer is unchanged.
         """
         tensors, header = files.read(path, _CHECKPOINT)
-        self._restore(tensors, header, f"checkpoint {path}")
+        self._check_snapshot(tensors, header, f"checkpoint {path}")
+        self._restore(tensors, header)
 
     def export_delta(self, path: str | os.PathLike, *, full: bool = False, with_state: bool = False) -> int:
         """Write the rows that changed, and the ids that left, since the last export; returns how many rows.
@@ -363,22 +363,29 @@ class DynamicEmbedding(nn.Module):
             with_state: write optimizer state and ages too, for another trainer to go on from.
         """
         with self.table.lock:
+            tensors, header = self._delta(full, with_state)
+            files.write(path, tensors, header)
+            self._shipped(header["sequence"])
+            return tensors["keys"].numel()
+
+    def _delta(self, full: bool, with_state: bool) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        with self.table.lock:
             rows = self.table.live_rows()
             rows = rows if full else rows[self._changed[rows]]
-            keys = self.table._storage.keys[rows].to(self.table.key_dtype)
-            order = torch.argsort(keys)
+            keys, order = self.table._storage.keys[rows].to(self.table.key_dtype).sort()
             rows = rows[order]
-            tensors = {"keys": keys[order], "values": self.table.values[rows], "removed": self._removed_keys()}
+            tensors = {"keys": keys, "values": self.table.values[rows], "removed": self._removed_keys()}
             if with_state:
                 for name, state in self.optimizer_state.items():
                     tensors[f"optimizer.{name}"] = state.clone() if name == "step" else state[rows]
                 tensors["last_used"] = self._last_used[rows]
             numbers = {"sequence": self.sequence + 1, "full": full, "with_state": with_state, "clock": self.clock}
-            files.write(path, tensors, self._header() | numbers | {"kind": _DELTA})
-            self._changed.zero_()
-            self._removed = []
-            self.sequence += 1
-            return rows.numel()
+            return tensors, self._header() | numbers | {"kind": _DELTA}
+
+    def _shipped(self, sequence: int) -> None:
+        self._changed.zero_()
+        self._removed = []
+        self.sequence = sequence
 
     def apply_delta(self, path: str | os.PathLike) -> int:
         """Take over a delta that another layer exported; returns how many rows it set.
@@ -390,50 +397,58 @@ class DynamicEmbedding(nn.Module):
             HashTableFull: with ``evict=None``, its rows do not fit; the layer is unchanged.
         """
         tensors, header = files.read(path, _DELTA)
-        what = f"delta {path}"
-        with_state = header.get("with_state") is True and self.optimizer is not None
-        sequence = header.get("sequence")
-        own = self._header()
-        if not with_state:
+        with self.table.lock:
+            self._check_delta(tensors, header, f"delta {path}")
+            return self._take_delta(tensors, header)
+
+    def _check_delta(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> None:
+        sequence, own = header.get("sequence"), self._header()
+        if not self._brings_state(header):
             own = {k: v for k, v in own.items() if k not in ("optimizer", "optimizer_state", "seed")}
         files.check_header(header, own, what)
-        if type(sequence) is not int or type(header.get("clock")) is not int:
-            raise ValueError(f"{what} has no sequence or clock")
-        if type(header.get("full")) is not bool:
-            raise ValueError(f"{what} does not say whether it is full")
+        for name, kind in (("sequence", int), ("clock", int), ("full", bool)):
+            if type(header.get(name)) is not kind:
+                raise ValueError(f"{what} has no {name}")
         if not header["full"] and sequence != self.sequence + 1:
             raise ValueError(f"{what} is number {sequence}, but number {self.sequence + 1} comes next")
         sizes = {name: tensors[name].numel() if name in tensors else 0 for name in ("keys", "removed")}
         key_dtype, count = self.table.key_dtype, sizes["keys"]
         wanted = {name: (key_dtype, (size,)) for name, size in sizes.items()}
         wanted["values"] = (self.table.value_dtype, (count, self.dim))
-        if with_state:
+        if self._brings_state(header):
             wanted |= self._state_shapes(count) | {"last_used": (torch.int64, (count,))}
         table_state.check_tensors(tensors, wanted, what)
-        found = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        keys = found["keys"]
-        if keys.unique().numel() != count or torch.isin(keys, found["removed"]).any():
+        keys, removed = tensors["keys"].to(self.device), tensors["removed"].to(self.device)
+        if keys.unique().numel() != count or torch.isin(keys, removed).any():
             raise ValueError(f"{what}: keys must be distinct, and none of them removed")
+        self._check_room(keys, self._leaving(keys, removed, header["full"]), what)
+
+    def _brings_state(self, header: Mapping[str, object]) -> bool:
+        return header.get("with_state") is True and self.optimizer is not None
+
+    def _leaving(self, keys: torch.Tensor, removed: torch.Tensor, full: bool) -> torch.Tensor:
+        if not full:
+            return removed
+        live = self.table._storage.keys[self.table.live_rows()].to(self.table.key_dtype)
+        return live[~torch.isin(live, keys)]
+
+    def _take_delta(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> int:
         with self.table.lock:
-            gone = found["removed"]
-            if header["full"]:
-                live = self.table._storage.keys[self.table.live_rows()].to(key_dtype)
-                gone = live[~torch.isin(live, keys)]
-            self._check_room(keys, gone, what)
-            self.erase(gone)
+            found = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            keys, with_state = found["keys"], self._brings_state(header)
+            self.erase(self._leaving(keys, found["removed"], header["full"]))
             done = self.table.insert_rows(keys)
             at, rows = done.rows >= 0, done.rows[done.rows >= 0]
             self._moves += 1
             self._start_rows(done.rows[done.inserted], keys[done.inserted])
             self.table.values[rows] = found["values"][at]
-            self.clock, self.sequence = max(self.clock, header["clock"]), sequence
+            self.clock = max(self.clock, header["clock"])
             self._last_used[rows] = found["last_used"][at] if with_state else self.clock
             if with_state:
                 for name, state in self.optimizer_state.items():
                     state[... if name == "step" else rows] = found[f"optimizer.{name}"][... if name == "step" else at]
             # What came as a delta is not this layer's to ship.
-            self._changed.zero_()
-            self._removed = []
+            self._shipped(header["sequence"])
             return rows.numel()
 
     def _check_room(self, keys: torch.Tensor, removed: torch.Tensor, what: str) -> None:
