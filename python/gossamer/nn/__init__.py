@@ -4,6 +4,7 @@ from gossamer.nn._lora import lora_plus_groups
 from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embedding import Embedding, EmbeddingBag
+from gossamer.nn.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
 from gossamer.nn.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
 from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
@@ -14,9 +15,11 @@ from gossamer.nn.routing import Routing, given_experts, sigmoid_topk, softmax_to
 from gossamer.nn.table_batched import TableBatchedEmbeddingBags
 
 __all__ = [
+    "DeltaGap",
     "DynamicEmbedding",
     "Embedding",
     "EmbeddingBag",
+    "EmbeddingFolder",
     "Experts",
     "FrequencyAdmission",
     "HashRouter",
@@ -39,6 +42,7 @@ __all__ = [
     "given_experts",
     "load_balance_loss",
     "lora_plus_groups",
+    "read_manifest",
     "router_z_loss",
     "sequence_balance_loss",
     "sigmoid_topk",

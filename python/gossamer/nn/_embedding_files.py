@@ -28,9 +28,10 @@ def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: 
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full = dict(header) | {"crc32": {name: _checksum(tensor) for name, tensor in plain.items()}}
+    sums = {name: _checksum(tensor) for name, tensor in plain.items()}
+    full = json.loads(json.dumps(dict(header) | {"crc32": sums}))
     with replacing(path) as part:
-        save_file(plain, part, {"gossamer": json.dumps(full)})
+        save_file(plain, part, {"gossamer": json.dumps(full | {"header_crc32": _header_checksum(full)})})
     return full
 
 
@@ -48,9 +49,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     _sync(path.parent, os.O_RDONLY)
 
 
-def part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """The tensors named ``name.…``, without that."""
-    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _header_checksum(header: Mapping[str, object]) -> int:
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode())
 
 
 def _checksum(tensor: torch.Tensor) -> int:
@@ -87,6 +92,8 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+    if header.pop("header_crc32", None) != _header_checksum(header):
+        raise ValueError(f"{path} is corrupt: the checksum of its header does not match")
     sums = header.get("crc32")
     wrong = [
         name for name, tensor in tensors.items() if not isinstance(sums, dict) or sums.get(name) != _checksum(tensor)

@@ -283,7 +283,7 @@ class DynamicEmbedding(nn.Module):
 
     def _check_snapshot(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> None:
         files.check_header(header, self._checkpoint_header(), what)
-        rows = files.part(tensors, "table")
+        rows = files.part(tensors, "table.")
         table_state.check(self.table, rows, what)
         count = rows["rows"].numel()
         removed = tensors["removed"].numel() if "removed" in tensors else 0
@@ -298,11 +298,11 @@ class DynamicEmbedding(nn.Module):
         if any(type(n) is not int or n < 0 for n in numbers) or set(counters or ()) != set(asdict(self.counters)):
             raise ValueError(f"{what}: clock, steps, sequence or counters are missing or wrong")
         if self._filter is not None:
-            self._filter.check(files.part(tensors, "filter"), what)
+            self._filter.check(files.part(tensors, "filter."), what)
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> None:
         with self.table.lock:
-            table_state.restore(self.table, files.part(tensors, "table"))
+            table_state.restore(self.table, files.part(tensors, "table."))
             rows = tensors["table.rows"].to(self.device)
             for name, state in self.optimizer_state.items():
                 state[... if name == "step" else rows] = tensors[f"optimizer.{name}"].to(self.device)
@@ -313,7 +313,7 @@ class DynamicEmbedding(nn.Module):
             self.counters = Counters(**header["counters"])
             self._moves += 1
             if self._filter is not None:
-                self._filter.load(files.part(tensors, "filter"))
+                self._filter.load(files.part(tensors, "filter."))
 
     def _state_shapes(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {

@@ -1,0 +1,264 @@
+"""Several dynamic embeddings, and what is trained beside them, in one folder: saved, shipped and followed as one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gossamer.nn import _embedding_files as files
+from gossamer.nn.dynamic_embedding import DynamicEmbedding
+
+_CHECKPOINT, _DELTA, _FORMAT, _MANIFEST = "joint checkpoint", "joint delta", 1, "manifest.json"
+
+
+class DeltaGap(ValueError):
+    """The next delta is gone, or follows another one than was applied here: only a checkpoint leads on."""
+
+
+class Manifest(NamedTuple):
+    """What a folder's ``manifest.json`` says of its newest checkpoint.
+
+    Attributes:
+        sequence: number of the delta that the checkpoint stands at.
+        info: what was given to :meth:`EmbeddingFolder.save`.
+        checkpoints: ``(file name, sequence)`` of those kept, newest first.
+        number: how many were saved before.
+    """
+
+    sequence: int
+    info: dict
+    checkpoints: list[tuple[str, int]]
+    number: int
+
+
+class Contents(NamedTuple):
+    """What came with the layers' rows.
+
+    Attributes:
+        tensors: by name, on the CPU.
+        info: the dict that was given.
+        rows: how many rows were set, in all layers.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    info: dict
+    rows: int
+
+
+class EmbeddingFolder:
+    """A folder that one trainer writes, to resume from, and any number of servers follow.
+
+    A checkpoint or delta is one file for all layers and for the tensors beside them (dense weights, their optimizer's
+    state), so these always belong together. It appears whole; ``manifest.json``, replaced last, names the newest
+    checkpoint; so a process killed at any moment leaves a folder to resume from. Deltas are numbered, and each names
+    its predecessor by a digest of that one's contents: a trainer that resumes and repeats the same steps writes the
+    same deltas again, which its servers have and need not notice; one that goes another way is told from it.
+
+    Args:
+        path: the folder, made by the first :meth:`save`.
+        layers: by name, which must not hold ``/``. Their deltas are this folder's to export.
+        keep: checkpoints to keep, with the deltas after the oldest, for servers that are behind.
+
+    Attributes:
+        sequence: number of the delta exported or applied last.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these.
+    """
+
+    def __init__(self, path: str | os.PathLike, layers: Mapping[str, DynamicEmbedding], *, keep: int = 2) -> None:
+        for name, layer in layers.items():
+            if not isinstance(layer, DynamicEmbedding):
+                raise TypeError(f"layers[{name!r}] must be a DynamicEmbedding, got {type(layer).__name__}")
+            if "/" in name:
+                raise ValueError(f"names of layers must not hold '/', got {name!r}")
+        if len({id(layer) for layer in layers.values()}) != len(layers):
+            raise ValueError("layers must be distinct")
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.path, self.layers, self.keep = Path(path), dict(layers), keep
+        self.sequence, self._lineage = 0, None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                stack.enter_context(layer.table.lock)
+            yield
+
+    def _delta_path(self, sequence: int) -> Path:
+        return self.path / f"delta-{sequence:08d}.safetensors"
+
+    def _pack(
+        self, parts: Mapping[str, tuple[dict, dict]], tensors: Mapping[str, torch.Tensor] | None, info: dict | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        packed = {f"beside/{name}": tensor for name, tensor in (tensors or {}).items()}
+        for layer, (rows, _) in parts.items():
+            packed |= {f"layers/{layer}/{name}": tensor for name, tensor in rows.items()}
+        headers = {layer: header for layer, (_, header) in parts.items()}
+        own = {"format": _FORMAT, "sequence": self.sequence, "lineage": self._lineage}
+        return packed, own | {"layers": headers, "info": info or {}}
+
+    def _unpack(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> dict:
+        files.check_header(header, {"format": _FORMAT}, what)
+        layers = header.get("layers")
+        if not isinstance(layers, dict) or layers.keys() != self.layers.keys():
+            raise ValueError(f"{what} is of the layers {sorted(layers or ())}, but these are {sorted(self.layers)}")
+        return {name: (files.part(tensors, f"layers/{name}/"), layers[name]) for name in layers}
+
+    def save(self, tensors: Mapping[str, torch.Tensor] | None = None, info: dict | None = None) -> Path:
+        """Write a checkpoint, then the manifest that names it; then remove what nobody needs any more.
+
+        That is: older checkpoints than the ``keep`` newest, deltas before the oldest of these, deltas with higher
+        numbers than :attr:`sequence` (of a run that got further before it was stopped), and files left unfinished.
+
+        Args:
+            tensors: what to save beside the layers.
+            info: what else; anything that JSON holds. The manifest has it too.
+
+        Returns:
+            The checkpoint's path.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        before = read_manifest(self.path)
+        number = 0 if before is None else before.number + 1
+        path = self.path / f"checkpoint-{number:08d}.safetensors"
+        with self._locked():
+            parts = {name: layer._snapshot() for name, layer in self.layers.items()}
+        packed, header = self._pack(parts, tensors, info)
+        header = files.write(path, packed, header | {"kind": _CHECKPOINT})
+        kept = [(path.name, self.sequence), *(before.checkpoints if before else [])][: self.keep]
+        content = {"format": _FORMAT, "number": number, "checkpoints": kept, "info": info or {}}
+        with files.replacing(self.path / _MANIFEST) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self._lineage = self._lineage or _digest(header)
+        names = {name for name, _ in kept}
+        stale = [p for p in self.path.glob("checkpoint-*.safetensors") if p.name not in names]
+        stale += [p for n, p in self._deltas() if not kept[-1][1] < n <= self.sequence]
+        for unneeded in stale + list(self.path.glob(".*.part")):
+            unneeded.unlink(missing_ok=True)
+        return path
+
+    def load(self) -> Contents | None:
+        """Take over the newest checkpoint; training goes on from it with the same bits. None where there is none.
+
+        Raises:
+            ValueError: the manifest or the checkpoint is corrupt, or of other layers; nothing was changed.
+        """
+        while True:
+            manifest = read_manifest(self.path)
+            if manifest is None:
+                return None
+            path = self.path / manifest.checkpoints[0][0]
+            try:
+                tensors, header = files.read(path, _CHECKPOINT)
+                break
+            except FileNotFoundError:
+                # A trainer may have replaced it in between; then the manifest is another one, too.
+                if read_manifest(self.path) == manifest:
+                    raise
+        what = f"checkpoint {path}"
+        parts = self._unpack(tensors, header, what)
+        with self._locked():
+            for name, part in parts.items():
+                self.layers[name]._check_snapshot(*part, f"{what}, layer {name!r}")
+            for name, part in parts.items():
+                self.layers[name]._restore(*part)
+            self.sequence, self._lineage = header["sequence"], header["lineage"] or _digest(header)
+        rows = sum(len(layer) for layer in self.layers.values())
+        return Contents(files.part(tensors, "beside/"), header["info"], rows)
+
+    def export_delta(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        info: dict | None = None,
+        *,
+        with_state: bool = False,
+    ) -> int:
+        """Write what changed in all layers since the last export; returns how many rows.
+
+        When writing fails nothing has happened, and the next export holds these rows too.
+
+        Args:
+            tensors: what to ship beside them, whole.
+            info: what else; anything that JSON holds.
+            with_state: write optimizer state and ages too.
+
+        Raises:
+            ValueError: there is no checkpoint that the delta could follow.
+        """
+        if self._lineage is None:
+            raise ValueError("deltas follow a checkpoint: save() or load() one first")
+        with self._locked():
+            parts = {name: layer._delta(False, with_state) for name, layer in self.layers.items()}
+            packed, header = self._pack(parts, tensors, info)
+            number = self.sequence + 1
+            header = files.write(self._delta_path(number), packed, header | {"kind": _DELTA, "sequence": number})
+            for name, (_, part) in parts.items():
+                self.layers[name]._shipped(part["sequence"])
+            self.sequence, self._lineage = number, _digest(header)
+        return sum(rows["keys"].numel() for rows, _ in parts.values())
+
+    def apply_next(self) -> Contents | None:
+        """Take over the delta after :attr:`sequence` in all layers; None where there is none yet.
+
+        Raises:
+            DeltaGap: it was removed, or follows another one; :meth:`load`, then go on.
+            ValueError: it is truncated, corrupt or of other layers; no layer was changed. A later checkpoint leads past
+                it.
+            HashTableFull: a layer with ``evict=None`` has no room for its rows; no layer was changed.
+        """
+        path = self._delta_path(self.sequence + 1)
+        try:
+            tensors, header = files.read(path, _DELTA)
+        except FileNotFoundError:
+            manifest = read_manifest(self.path)
+            if manifest is not None and manifest.sequence > self.sequence:
+                raise DeltaGap(
+                    f"delta {path} is gone, and the newest checkpoint stands at number {manifest.sequence}"
+                ) from None
+            return None
+        what = f"delta {path}"
+        parts = self._unpack(tensors, header, what)
+        if header["lineage"] != self._lineage:
+            raise DeltaGap(f"{what} follows another number {self.sequence} than the one that was applied here")
+        with self._locked():
+            for name, part in parts.items():
+                self.layers[name]._check_delta(*part, f"{what}, layer {name!r}")
+            rows = sum(self.layers[name]._take_delta(*part) for name, part in parts.items())
+            self.sequence, self._lineage = header["sequence"], _digest(header)
+        return Contents(files.part(tensors, "beside/"), header["info"], rows)
+
+    def _deltas(self) -> list[tuple[int, Path]]:
+        paths = self.path.glob("delta-*.safetensors")
+        return [(int(p.stem.removeprefix("delta-")), p) for p in paths if p.stem.removeprefix("delta-").isdigit()]
+
+
+def _digest(header: Mapping[str, object]) -> str:
+    """Of all that a file holds: its header has the checksums of its tensors."""
+    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(path: str | os.PathLike) -> Manifest | None:
+    """The manifest of an :class:`EmbeddingFolder`; None where there is none.
+
+    Raises:
+        ValueError: it is no such manifest.
+    """
+    path = Path(path) / _MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files.check_header(content, {"format": _FORMAT}, str(path))
+        kept = [(str(name), int(sequence)) for name, sequence in content["checkpoints"]]
+        return Manifest(kept[0][1], content["info"], kept, content["number"])
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of a gossamer.nn.EmbeddingFolder: {error!r}") from error
