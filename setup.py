@@ -161,6 +161,8 @@ setup(
         "gossamer.ops",
         "gossamer.nn",
         "gossamer.integrations",
+        "gossamer.integrations.scattermoe",
+        "gossamer.integrations.scattermoe.kernels",
         "gossamer.cpu_kernels",
         "gossamer.cuda_kernels",
         "gossamer.triton_kernels",

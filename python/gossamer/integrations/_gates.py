@@ -6,25 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import activations
 
 from gossamer._activation import Activation, activate
+from gossamer.integrations._activations import activation_name, hooked
 
 # Only functions equal to the fused ones in exact arithmetic: gelu_fast and quick_gelu round their constants.
 _ACT_CLASSES: dict[type, str] = {
-    nn.SiLU: "silu",
     activations.SiLUActivation: "silu",
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
     activations.AccurateGELUActivation: "gelu_tanh",
-    nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu2",
 }
-_ACT_FUNCTIONS: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 
@@ -137,21 +134,12 @@ def gate_of(cls: type) -> Gate:
     return gate
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _act_name(act_fn: object) -> str | None:
     """Name of the ungated activation that ``act_fn`` is, or None."""
-    if not isinstance(act_fn, nn.Module):
-        return _ACT_FUNCTIONS.get(act_fn)
+    name = activation_name(act_fn)
     # A hook must see the activation, which a fused kernel never writes.
-    if _hooked(act_fn):
-        return None
-    if type(act_fn) is nn.GELU:
-        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    if name is not None or not isinstance(act_fn, nn.Module) or hooked(act_fn):
+        return name
     return _ACT_CLASSES.get(type(act_fn))
 
 

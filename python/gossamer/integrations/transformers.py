@@ -32,14 +32,13 @@ except ImportError as error:
         "pip install 'gossamer[transformers]'"
     ) from error
 
-from gossamer import _backend
 from gossamer.integrations._expert_updates import ExpertUpdate
 from gossamer.integrations._gates import fused_activation
 from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
 from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
-from gossamer.ops.gather_reduce import gather_reduce_reference, sum_slots
+from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
 
 NAME = "gossamer"
@@ -54,15 +53,6 @@ def _dispatch(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
     # so they may be sorted as experts whose rows lie past the last offset kept.
     wide = dispatch(ids, top_k)
     return dataclasses.replace(wide, offsets=wide.offsets[: num_experts + 1], num_experts=num_experts)
-
-
-def _combine(rows: torch.Tensor, routing: Dispatch, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of the expert-sorted ``rows (R, H)`` back to tokens ``(T, H)``."""
-    backend = _backend.resolve("gather_reduce", rows)
-    if backend == "reference":
-        index = routing.rows.view(routing.num_tokens, routing.top_k)
-        return gather_reduce_reference(rows, index, weights=weights, limit=routing.offsets[-1:])
-    return sum_slots(rows, routing.rows, routing.offsets, routing.top_k, weights, backend)
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -141,7 +131,7 @@ def experts_forward(
         rows = rows + down_update.rows(act, routing, grouped=True)
     if getattr(self, "has_post_expert_norm", False):
         rows = self.post_expert_norm(rows)
-    return _combine(rows, routing, weights).to(hidden_states.dtype)
+    return combine_slots(rows, routing, weights).to(hidden_states.dtype)
 
 
 def _accept_name() -> None:

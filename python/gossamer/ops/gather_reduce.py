@@ -21,6 +21,7 @@ from gossamer.ops._bags import (
 )
 from gossamer.ops._checks import check_float, check_tensor
 from gossamer.ops._registration import register
+from gossamer.ops.dispatch import Dispatch
 
 
 def gather_reduce_reference(
@@ -322,6 +323,19 @@ def sum_slots(
     """
     index = rows.view(-1, top_k)
     return _gather_reduce(table, index, None, weights, offsets[-1:], -1, backend)
+
+
+def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
+    """Sum the expert-sorted ``table (R, D)`` into rows of slots: ``y[t] = Σ_k weights[t,k]·table[row of slot (t,k)]``.
+
+    ``weights (T', K')`` may cut the R slots of ``dispatch`` otherwise than its T and K do. Dropped slots add nothing.
+    """
+    backend = _backend.resolve("gather_reduce", table)
+    top_k = weights.shape[1]
+    if backend == "reference":
+        index = dispatch.rows.view(-1, top_k)
+        return gather_reduce_reference(table, index, weights=weights, limit=dispatch.offsets[-1:])
+    return sum_slots(table, dispatch.rows, dispatch.offsets, top_k, weights, backend)
 
 
 def check_values(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from gossamer import _backend
@@ -108,6 +110,41 @@ def _backward(ctx, dy):
         dbias, _ = _grouped_matmul_dweight(ones, dy, slots, offsets, 0, dy_div, False, False, ctx.backend)
         dbias = dbias.squeeze(-1)
     return dx, dweight, dbias if needs_bias else None, None, None, None, None, None, None
+
+
+def grouped_matmul_dweight(
+    x: torch.Tensor, dy: torch.Tensor, dispatch: Dispatch, *, with_bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight gradients of :func:`grouped_matmul` alone: ``dweight[e] = Σ_r dy[r]ᵀ·x[r]``, ``dbias[e] = Σ_r dy[r]``.
+
+    Args:
+        x: ``(R, C)``, sorted by expert.
+        dy: ``(R, N)``, sorted by expert; the dtype of ``x``.
+        dispatch: from :func:`gossamer.dispatch`.
+        with_bias: whether ``dbias`` is wanted.
+
+    Returns:
+        ``dweight (E, N, C)`` and ``dbias (E, N)`` or None; no gradient. Zero for experts without rows.
+
+    Raises:
+        TypeError: an argument is no tensor or no dispatch, or dtypes do not fit.
+        ValueError: shapes or devices do not fit.
+    """
+    check_dispatch(dispatch)
+    check_shape("x", x, (dispatch.num_rows, None), "(R, C)")
+    check_shape("dy", dy, (dispatch.num_rows, None), "(R, N)")
+    backend = _backend.resolve("grouped_matmul", x)
+    check_float("x", x, backend)
+    check_same_dtype(x=x, dy=dy)
+    check_same_device(x=x, dy=dy, dispatch=dispatch.slots)
+    x, dy = x.detach(), dy.detach()
+    if backend == "reference":
+        ends = dispatch.offsets.tolist()
+        spans = [slice(*span) for span in itertools.pairwise(ends)]
+        dbias = torch.stack([dy[span].sum(0) for span in spans]) if with_bias else None
+        return torch.stack([dy[span].T @ x[span] for span in spans]), dbias
+    dweight, dbias = _grouped_matmul_dweight(x, dy, dispatch.slots, dispatch.offsets, 0, 0, False, with_bias, backend)
+    return dweight, dbias if with_bias else None
 
 
 torch.library.register_autograd("gossamer::grouped_matmul", _backward, setup_context=_setup_context)

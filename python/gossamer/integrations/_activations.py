@@ -1,0 +1,40 @@
+"""Recognising torch's activation functions among those that expert layers fuse."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_MODULES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+_FUNCTIONS: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches this module's calls, which a fused kernel would leave out."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def activation_name(function: object) -> str | None:
+    """Name of the ungated :class:`gossamer.Activation` that ``function`` is, or None where it is none of them.
+
+    Args:
+        function: a function of torch, a ``functools.partial`` of ``F.gelu`` with its approximation, or a module.
+    """
+    if isinstance(function, functools.partial):
+        if function.func is F.gelu and not function.args and set(function.keywords) == {"approximate"}:
+            return _GELUS.get(function.keywords["approximate"])
+        return None
+    if not isinstance(function, nn.Module):
+        return _FUNCTIONS.get(function)
+    if hooked(function):
+        return None
+    if type(function) is nn.GELU:
+        return _GELUS[function.approximate]
+    return _MODULES.get(type(function))
