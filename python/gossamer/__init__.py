@@ -6,6 +6,8 @@ from gossamer._backend import backend
 from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
 from gossamer.integrations import replace, restore, serve_adapters
+from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
+from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "BlockSparseTensor",
+    "BlockTopology",
     "Dispatch",
     "Float8Weight",
     "HashTable",
@@ -32,7 +36,9 @@ __all__ = [
     "adapter_dispatch",
     "backend",
     "check",
+    "dds",
     "dispatch",
+    "dsd",
     "empty_cache",
     "expert_mlp",
     "gather_reduce",
@@ -47,6 +53,7 @@ __all__ = [
     "profile",
     "replace",
     "restore",
+    "sdd",
     "serve_adapters",
     "sparse_update_",
     "sparse_update_tables_",

@@ -1,0 +1,138 @@
+"""The operators behind :mod:`gossamer.ops.block_sparse`, whose backward passes are again these two."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer import _backend
+from gossamer._layout import stored_by_columns
+from gossamer.ops._registration import register
+from gossamer.ops.block_topology import BlockTopology
+
+NO_ACTIVATION = -1
+
+# A stored topology as operators take it: the list row by row, which is the order of the values, then column by column.
+_TOPOLOGY = (
+    "row_offsets",
+    "column_indices",
+    "row_indices",
+    "column_offsets",
+    "row_indices_t",
+    "order_t",
+    "row_schedule",
+    "column_schedule",
+)
+_SCHEMA = ", ".join(f"Tensor {name}" for name in _TOPOLOGY)
+
+
+def topology_tensors(topology: BlockTopology) -> tuple[torch.Tensor, ...]:
+    """The tensors of a topology whose ``order`` is None, as the operators take them."""
+    return tuple(getattr(topology, name) for name in _TOPOLOGY)
+
+
+def _sdd_kernel(a, b, bias, *rest):
+    *topology, bm, bn, bias_rows, activation, backend = rest
+    launcher = _backend.kernels(backend, "block_sparse").sdd
+    return launcher(a, b, bias, topology, (bm, bn), bias_rows, activation)
+
+
+def _sdd_fake(a, b, bias, *rest):
+    column_indices, bm, bn = rest[1], *rest[len(_TOPOLOGY) : len(_TOPOLOGY) + 2]
+    return a.new_empty(column_indices.shape[0], bm, bn)
+
+
+# values[i] = act(a·b + bias) at the i-th block, bias along rows or columns; zero from the last block on.
+sdd_operator = register(
+    f"block_sparse_sdd(Tensor a, Tensor b, Tensor? bias, {_SCHEMA}, int bm, int bn, bool bias_rows, int activation, "
+    "str backend) -> Tensor",
+    _sdd_kernel,
+    _sdd_fake,
+)
+
+
+def _dsd_kernel(values, b, bias, *rest):
+    *topology, transposed, by_columns, activation, backend = rest
+    launcher = _backend.kernels(backend, "block_sparse").dsd
+    return launcher(values, b, bias, topology, transposed, by_columns, activation)
+
+
+def _dsd_fake(values, b, bias, *rest):
+    row_offsets, column_offsets = rest[0], rest[3]
+    transposed, by_columns = rest[len(_TOPOLOGY) : len(_TOPOLOGY) + 2]
+    blocks = (column_offsets if transposed else row_offsets).shape[0] - 1
+    rows, n = blocks * values.shape[2 if transposed else 1], b.shape[1]
+    return b.new_empty(n, rows).t() if by_columns else b.new_empty(rows, n)
+
+
+# y = act(s·b + bias), s or its transpose. By columns, y is stored column after column and bias runs along its rows.
+dsd_operator = register(
+    f"block_sparse_dsd(Tensor values, Tensor b, Tensor? bias, {_SCHEMA}, bool transposed, bool by_columns, "
+    "int activation, str backend) -> Tensor",
+    _dsd_kernel,
+    _dsd_fake,
+)
+
+
+def _no_gradient_through(activation: int) -> None:
+    if activation != NO_ACTIVATION:
+        raise RuntimeError("a product that applied its activation inside the kernel has no gradient")
+
+
+def _sdd_setup_context(ctx, inputs, output):
+    a, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
+    _, _, ctx.bias_rows, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
+    needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    if needs_a or needs_b or needs_bias:
+        _no_gradient_through(activation)
+    ctx.a_by_columns, ctx.b_by_columns, ctx.num_inputs = stored_by_columns(a), stored_by_columns(b), len(inputs)
+    ctx.sizes = a.shape[0], b.shape[1]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, *topology)
+
+
+def _sdd_backward(ctx, dvalues):
+    a, b, *topology = ctx.saved_tensors
+    needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    da = db = dbias = None
+
+    def times(dense, transposed, by_columns):
+        return dsd_operator(dvalues, dense, None, *topology, transposed, by_columns, NO_ACTIVATION, ctx.backend)
+
+    if needs_a:
+        da = times(b.t(), False, ctx.a_by_columns)
+    if needs_b:
+        db = times(a, True, not ctx.b_by_columns).t()
+    if needs_bias:
+        ones = dvalues.new_ones(ctx.sizes[1] if ctx.bias_rows else ctx.sizes[0], 1)
+        dbias = times(ones, not ctx.bias_rows, False).squeeze(1)
+    return da, db, dbias, *(None,) * (ctx.num_inputs - 3)
+
+
+torch.library.register_autograd("gossamer::block_sparse_sdd", _sdd_backward, setup_context=_sdd_setup_context)
+
+
+def _dsd_setup_context(ctx, inputs, output):
+    values, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
+    ctx.transposed, ctx.by_columns, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
+    needs_values, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    if needs_values or needs_b or needs_bias:
+        _no_gradient_through(activation)
+    ctx.block, ctx.b_by_columns, ctx.num_inputs = values.shape[1:], stored_by_columns(b), len(inputs)
+    ctx.save_for_backward(values if needs_b else None, b if needs_values else None, *topology)
+
+
+def _dsd_backward(ctx, dy):
+    values, b, *topology = ctx.saved_tensors
+    needs_values, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    dvalues = db = dbias = None
+    if needs_values:
+        # The gradient of sᵀ is the transpose of that of s, so it too comes in the order of the stored blocks.
+        operands = (b, dy.t()) if ctx.transposed else (dy, b.t())
+        dvalues = sdd_operator(*operands, None, *topology, *ctx.block, False, NO_ACTIVATION, ctx.backend)
+    if needs_b:
+        db = dsd_operator(values, dy, None, *topology, not ctx.transposed, ctx.b_by_columns, NO_ACTIVATION, ctx.backend)
+    if needs_bias:
+        dbias = dy.sum(1 if ctx.by_columns else 0)
+    return dvalues, db, dbias, *(None,) * (ctx.num_inputs - 3)
+
+
+torch.library.register_autograd("gossamer::block_sparse_dsd", _dsd_backward, setup_context=_dsd_setup_context)

@@ -1,0 +1,348 @@
+"""Products with block-sparse matrices: sampled at blocks (SDD), and with one sparse operand (DSD, DDS)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gossamer import _backend
+from gossamer._activation import Activation, activate, as_activation
+from gossamer.ops._autocast import autocast
+from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops.block_topology import BlockTopology, check_topology, check_whole_blocks
+
+
+@dataclass(frozen=True)
+class BlockSparseTensor:
+    """A matrix of which only some blocks are there.
+
+    Gradients reach it through ``values``, which may be a parameter. All its methods give new tensors or views.
+
+    Attributes:
+        values: ``(nnz, bm, bn)`` float, in the order that the topology says; zero from its last block on.
+        topology: where the blocks are.
+    """
+
+    values: torch.Tensor
+    topology: BlockTopology
+
+    def __post_init__(self) -> None:
+        check_topology(self.topology)
+        check_shape("values", self.values, (self.topology.nnz_blocks, *self.topology.block), "(nnz, bm, bn)")
+        check_same_device(values=self.values, topology=self.topology.row_offsets)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, cols)`` in elements."""
+        return self.topology.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where values and topology lie."""
+        return self.values.device
+
+    def t(self) -> BlockSparseTensor:
+        """The transposed matrix, a view: nothing is moved."""
+        return BlockSparseTensor(self.values.transpose(1, 2), self.topology.transposed())
+
+    def detach(self) -> BlockSparseTensor:
+        """The same values without their history."""
+        return BlockSparseTensor(self.values.detach(), self.topology)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockSparseTensor:
+        """The matrix on another device or in another dtype."""
+        device = self.device if device is None else torch.device(device)
+        return BlockSparseTensor(self.values.to(device, dtype or self.dtype), self.topology.to(device))
+
+    def to_dense(self) -> torch.Tensor:
+        """``(rows, cols)``, zero where there is no block; differentiable."""
+        (rows, cols), (bm, bn) = self.topology.grid, self.topology.block
+        # Entries that are no blocks go to a block of their own, which is cut off.
+        blocks = self.values.new_zeros(rows * cols + 1, bm, bn)
+        blocks = blocks.index_copy(0, self.topology.flat_places(), _in_list_order(self))
+        return blocks[: rows * cols].view(rows, cols, bm, bn).transpose(1, 2).reshape(self.shape)
+
+    @staticmethod
+    def from_dense(dense: torch.Tensor, topology: BlockTopology) -> BlockSparseTensor:
+        """The blocks of ``dense (rows, cols)`` that the topology has; differentiable.
+
+        Raises:
+            TypeError: no tensor, or no topology.
+            ValueError: another shape or device than the topology's.
+        """
+        check_topology(topology)
+        check_shape("dense", dense, topology.shape, "(rows, cols)")
+        check_same_device(dense=dense, topology=topology.row_offsets)
+        if topology.order is not None:
+            return BlockSparseTensor.from_dense(dense.t(), topology.transposed()).t()
+        (rows, cols), (bm, bn) = topology.grid, topology.block
+        blocks = dense.reshape(rows, bm, cols, bn).transpose(1, 2).reshape(rows * cols, bm, bn)
+        blocks = torch.cat([blocks, blocks.new_zeros(1, bm, bn)])
+        return BlockSparseTensor(blocks.index_select(0, topology.flat_places()), topology)
+
+    def to_sparse_bsr(self) -> torch.Tensor:
+        """The matrix in torch's BSR layout. Blocks are counted for it, for which the host waits for the device."""
+        topology = self.topology
+        count = int(topology.row_offsets[-1])
+        return torch.sparse_bsr_tensor(
+            topology.row_offsets,
+            topology.column_indices[:count],
+            _in_list_order(self)[:count],
+            topology.shape,
+            check_invariants=False,
+        )
+
+    @staticmethod
+    def from_sparse_bsr(tensor: torch.Tensor) -> BlockSparseTensor:
+        """A matrix in torch's BSR layout, its blocks copied only where a row has them out of order.
+
+        Raises:
+            TypeError: ``tensor`` is not in that layout.
+            ValueError: it is not 2-D, or its blocks are of other sizes than 16, 32, 64 and 128.
+        """
+        check_tensor("tensor", tensor)
+        if tensor.layout != torch.sparse_bsr:
+            raise TypeError(f"tensor must have the layout torch.sparse_bsr, got {tensor.layout}")
+        if tensor.dim() != 2:
+            raise ValueError(f"tensor must have two dimensions, got {tuple(tensor.shape)}")
+        values, offsets, cols = tensor.values(), tensor.crow_indices(), tensor.col_indices()
+        rows = torch.repeat_interleave(torch.arange(offsets.shape[0] - 1, device=offsets.device), offsets.diff())
+        topology = BlockTopology.from_indices(rows, cols, tuple(tensor.shape), tuple(values.shape[1:]), sort=True)
+        places = rows * topology.grid[1] + cols
+        if (places.diff() < 0).any():
+            values = values.index_select(0, places.argsort())
+        return BlockSparseTensor(values, topology)
+
+
+def _in_list_order(s: BlockSparseTensor) -> torch.Tensor:
+    order = s.topology.order
+    return s.values if order is None else s.values.index_select(0, order)
+
+
+def sdd_reference(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    topology: BlockTopology,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: Activation | None = None,
+) -> BlockSparseTensor:
+    """:func:`sdd` by a dense product in plain torch, differentiable, in any floating dtype."""
+    return BlockSparseTensor.from_dense(_finish(a @ b, bias, activation), topology)
+
+
+def dsd_reference(
+    s: BlockSparseTensor,
+    b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: Activation | None = None,
+) -> torch.Tensor:
+    """:func:`dsd` by a dense product in plain torch, differentiable, in any floating dtype."""
+    return _finish(s.to_dense() @ b, bias, activation)
+
+
+def dds_reference(
+    a: torch.Tensor,
+    s: BlockSparseTensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: Activation | None = None,
+) -> torch.Tensor:
+    """:func:`dds` by a dense product in plain torch, differentiable, in any floating dtype."""
+    return _finish(a @ s.to_dense(), bias, activation)
+
+
+def _finish(y: torch.Tensor, bias: torch.Tensor | None, activation: Activation | None) -> torch.Tensor:
+    y = y if bias is None else y + bias
+    return y if activation is None else activate(y, activation)
+
+
+def _operands(backend: str, **named: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors, in autocast's dtype under it; checked to be of one supported dtype and on one device."""
+    named = dict(zip(named, autocast(*named.values()), strict=True))
+    check_float(*next(iter(named.items())), backend)
+    check_same_dtype(**named)
+    check_same_device(**named)
+    return list(named.values())
+
+
+def _check_epilogue(
+    bias: torch.Tensor | None, columns: int, symbols: str, activation: str | Activation | None
+) -> Activation | None:
+    if bias is not None:
+        check_shape("bias", bias, (columns,), symbols)
+    if activation is None:
+        return None
+    activation = as_activation(activation)
+    if activation.gated:
+        raise ValueError(f"activation must not be gated, got {activation.name!r}")
+    return activation
+
+
+def _with_activation(
+    product: Callable[[int], torch.Tensor], activation: Activation | None, operands: tuple
+) -> torch.Tensor:
+    """The product with its activation: in the kernel, or after it where the pre-activation is wanted by a gradient."""
+    if activation is None:
+        return product(NO_ACTIVATION)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        return activate(product(NO_ACTIVATION), activation)
+    return product(activation.code)
+
+
+def _stored(topology: BlockTopology) -> BlockTopology:
+    """The topology whose list of blocks is in the order of the values."""
+    return topology if topology.order is None else topology.transposed()
+
+
+def sdd(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    topology: BlockTopology,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> BlockSparseTensor:
+    """Dense by dense, computed only at the blocks of a topology: ``S = act(a·b + bias)`` there.
+
+    Args:
+        a: ``(rows, K)`` float, of any strides: a transposed operand is given as ``a.t()``. ``rows`` and ``cols`` are
+            the topology's, K is any size.
+        b: ``(K, cols)``, dtype and device of ``a``.
+        topology: which blocks.
+        bias: ``(cols,)``, added to the blocks, or None.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"``, applied to the blocks; None for
+            none. Inside the kernel unless a gradient is wanted, which needs what goes into it.
+
+    Returns:
+        The blocks, in the layout of the topology's values. Accumulated in float32 (float64 for float64). Differentiable
+        in ``a``, ``b`` and ``bias``. Under ``torch.autocast`` in its dtype.
+
+    Raises:
+        TypeError: an argument is no tensor or no topology, a dtype is not supported, or dtypes differ.
+        ValueError: shapes or devices do not fit; for one short of whole blocks the message says what to pad to; or the
+            activation is gated or unknown.
+    """
+    check_topology(topology)
+    check_shape("a", a, (None, None), "(rows, K)")
+    check_shape("b", b, (None, None), "(K, cols)")
+    check_whole_blocks("rows of a", a.shape[0], topology.shape[0], topology.block[0])
+    check_whole_blocks("columns of b", b.shape[1], topology.shape[1], topology.block[1])
+    check_shape("b", b, (a.shape[1], None), "(K, cols)")
+    activation = _check_epilogue(bias, b.shape[1], "(cols,)", activation)
+    backend = _backend.resolve("block_sparse", a)
+    a, b, bias = _operands(backend, a=a, b=b, bias=bias)
+    check_same_device(a=a, topology=topology.row_offsets)
+    if backend == "reference":
+        return sdd_reference(a, b, topology, bias=bias, activation=activation)
+    transposed = topology.order is not None
+    # A transposed view's values are those of the transposed product, in which the bias runs along rows.
+    operands = (b.t(), a.t()) if transposed else (a, b)
+    stored = _stored(topology)
+
+    def product(code: int) -> torch.Tensor:
+        return sdd_operator(*operands, bias, *topology_tensors(stored), *stored.block, transposed, code, backend)
+
+    values = _with_activation(product, activation, (a, b, bias))
+    return BlockSparseTensor(values.transpose(1, 2) if transposed else values, topology)
+
+
+def dsd(
+    s: BlockSparseTensor,
+    b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> torch.Tensor:
+    """Block-sparse by dense: ``y = act(s·b + bias)``.
+
+    Args:
+        s: ``(rows, cols)``; ``s.t()`` for a transposed one.
+        b: ``(cols, N)``, any strides and any N; dtype and device of ``s``.
+        bias: ``(N,)`` or None.
+        activation: as for :func:`sdd`.
+
+    Returns:
+        ``(rows, N)``; rows without blocks are ``act(bias)``. Accumulated in float32 (float64 for float64).
+        Differentiable in ``s.values``, ``b`` and ``bias``. Under ``torch.autocast`` in its dtype.
+
+    Raises:
+        TypeError: an argument is no tensor or no :class:`BlockSparseTensor`, or dtypes are unsupported or differ.
+        ValueError: as for :func:`sdd`.
+    """
+    _check_sparse("s", s)
+    check_shape("b", b, (None, None), "(cols, N)")
+    check_whole_blocks("rows of b", b.shape[0], s.shape[1], s.topology.block[1])
+    activation = _check_epilogue(bias, b.shape[1], "(N,)", activation)
+    backend = _backend.resolve("block_sparse", b)
+    values, b, bias = _operands(backend, s=s.values, b=b, bias=bias)
+    s = BlockSparseTensor(values, s.topology)
+    if backend == "reference":
+        return dsd_reference(s, b, bias=bias, activation=activation)
+    return _sparse_product(s, b, bias, activation, False, backend)
+
+
+def dds(
+    a: torch.Tensor,
+    s: BlockSparseTensor,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> torch.Tensor:
+    """Dense by block-sparse: ``y = act(a·s + bias)``. A linear layer is ``dds(x, weight.t())``.
+
+    Args:
+        a: ``(M, rows)``, any strides and any M; dtype and device of ``s``.
+        s: ``(rows, cols)``; ``s.t()`` for a transposed one.
+        bias: ``(cols,)`` or None.
+        activation: as for :func:`sdd`.
+
+    Returns:
+        ``(M, cols)``; columns without blocks are ``act(bias)``. Accumulated in float32 (float64 for float64).
+        Differentiable in ``a``, ``s.values`` and ``bias``. Under ``torch.autocast`` in its dtype.
+
+    Raises:
+        TypeError: an argument is no tensor or no :class:`BlockSparseTensor`, or dtypes are unsupported or differ.
+        ValueError: as for :func:`sdd`.
+    """
+    _check_sparse("s", s)
+    check_shape("a", a, (None, None), "(M, rows)")
+    check_whole_blocks("columns of a", a.shape[1], s.shape[0], s.topology.block[0])
+    activation = _check_epilogue(bias, s.shape[1], "(cols,)", activation)
+    backend = _backend.resolve("block_sparse", a)
+    a, values, bias = _operands(backend, a=a, s=s.values, bias=bias)
+    s = BlockSparseTensor(values, s.topology)
+    if backend == "reference":
+        return dds_reference(a, s, bias=bias, activation=activation)
+    return _sparse_product(s.t(), a.t(), bias, activation, True, backend).t()
+
+
+def _check_sparse(name: str, value: object) -> None:
+    if not isinstance(value, BlockSparseTensor):
+        raise TypeError(f"{name} must be a gossamer.BlockSparseTensor, got {type(value).__name__}")
+
+
+def _sparse_product(
+    s: BlockSparseTensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Activation | None,
+    by_columns: bool,
+    backend: str,
+) -> torch.Tensor:
+    stored, transposed = _stored(s.topology), s.topology.order is not None
+    values = s.values.transpose(1, 2) if transposed else s.values
+
+    def product(code: int) -> torch.Tensor:
+        return dsd_operator(values, b, bias, *topology_tensors(stored), transposed, by_columns, code, backend)
+
+    return _with_activation(product, activation, (values, b, bias))

@@ -1,0 +1,413 @@
+"""Which blocks of a block-sparse matrix are there, in both orders, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from gossamer.ops._checks import check_index, check_same_device, check_shape
+from gossamer.ops.dispatch import Dispatch, check_dispatch
+
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_BLOCKS = 2**31 - 1
+
+
+def check_block(block: object) -> tuple[int, int]:
+    """``block`` must be two sizes out of :data:`BLOCK_SIZES`, or one for both; returns ``(bm, bn)``."""
+    pair = (block, block) if isinstance(block, int) else block
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(size not in BLOCK_SIZES for size in pair):
+        raise ValueError(f"block must be (bm, bn), each one of {BLOCK_SIZES}, got {block!r}")
+    return tuple(pair)
+
+
+def _check_blocked(shape: object, block: tuple[int, int]) -> tuple[int, int]:
+    """``shape`` must be in whole blocks; returns the number of block rows and block columns."""
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 2 or any(size < 0 for size in shape):
+        raise ValueError(f"shape must be (rows, cols), two sizes that are not negative, got {shape!r}")
+    for name, size, step in zip(("rows", "cols"), shape, block, strict=True):
+        if size % step:
+            raise ValueError(
+                f"shape must be in whole blocks: {name} {size} is no multiple of {step}; pad it to "
+                f"{(size + step - 1) // step * step}"
+            )
+    return shape[0] // block[0], shape[1] // block[1]
+
+
+def _offsets(counts: torch.Tensor) -> torch.Tensor:
+    """``(n+1,)`` int32 of ``counts (n,)``: where each of the lists begins and the last one ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+def _longest_first(offsets: torch.Tensor) -> torch.Tensor:
+    """The lists behind ``offsets`` from the longest to the shortest, equal ones in order, int32."""
+    return torch.argsort(offsets.diff(), descending=True, stable=True).int()
+
+
+@dataclass(frozen=True)
+class BlockTopology:
+    """The places of the blocks of a matrix: device tensors, which no product reads on the host, and ints.
+
+    Blocks are listed row by row, and in a row by column. A :class:`BlockSparseTensor`'s ``values`` hold them in that
+    order; those of a transposed view hold them in the order of the matrix that it is a view of. ``nnz`` may be an upper
+    bound: entries of both lists from ``row_offsets[-1]`` on are no blocks. Their row and column are ``rows/bm`` and
+    ``cols/bn``, nobody computes them, and their values are zero.
+
+    Made by :meth:`from_mask`, :meth:`from_indices`, :meth:`from_dispatch` and :meth:`random`.
+
+    Attributes:
+        shape: ``(rows, cols)`` in elements.
+        block: ``(bm, bn)``, each 16, 32, 64 or 128.
+        row_offsets: ``(rows/bm + 1,)`` int32; the blocks of block row ``r`` are ``row_offsets[r]:row_offsets[r+1]``.
+        column_indices: ``(nnz,)`` int32, the block column of each block.
+        row_indices: ``(nnz,)`` int32, the block row of each block.
+        order: ``(nnz,)`` int32, where in ``values`` each block lies; None when that is the order of this list.
+        column_offsets: ``(cols/bn + 1,)`` int32, the same for the list that goes column by column, each by row.
+        row_indices_t: ``(nnz,)`` int32, the block row of each block of that list.
+        column_indices_t: ``(nnz,)`` int32, the block column of each.
+        order_t: like ``order`` for that list.
+        row_schedule: ``(rows/bm,)`` int32, block rows from the one with most blocks to the one with fewest.
+        column_schedule: ``(cols/bn,)`` int32, block columns likewise.
+        padded_offsets: ``(E+1,)`` int32, made by :meth:`from_dispatch`: rows of expert ``e`` begin at element row
+            ``padded_offsets[e]``. None for other topologies.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    row_offsets: torch.Tensor
+    column_indices: torch.Tensor
+    row_indices: torch.Tensor
+    order: torch.Tensor | None
+    column_offsets: torch.Tensor
+    row_indices_t: torch.Tensor
+    column_indices_t: torch.Tensor
+    order_t: torch.Tensor | None
+    row_schedule: torch.Tensor
+    column_schedule: torch.Tensor
+    padded_offsets: torch.Tensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns."""
+        return self.shape[0] // self.block[0], self.shape[1] // self.block[1]
+
+    @property
+    def nnz_blocks(self) -> int:
+        """Blocks that ``values`` has room for, an upper bound of those that are there."""
+        return self.column_indices.shape[0]
+
+    @property
+    def density(self) -> float:
+        """``nnz_blocks`` over the number of places for blocks; 0 for an empty matrix."""
+        places = self.grid[0] * self.grid[1]
+        return self.nnz_blocks / places if places else 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.row_offsets.device
+
+    def transposed(self) -> BlockTopology:
+        """The topology of the transposed matrix over the same values: the two lists change places, nothing is moved."""
+        return BlockTopology(
+            (self.shape[1], self.shape[0]),
+            (self.block[1], self.block[0]),
+            self.column_offsets,
+            self.row_indices_t,
+            self.column_indices_t,
+            self.order_t,
+            self.row_offsets,
+            self.column_indices,
+            self.row_indices,
+            self.order,
+            self.column_schedule,
+            self.row_schedule,
+        )
+
+    def to(self, device: torch.device | str) -> BlockTopology:
+        """The topology on another device; itself where it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+    def to_mask(self) -> torch.Tensor:
+        """``(rows/bm, cols/bn)`` bool: where there are blocks."""
+        rows, cols = self.grid
+        # Entries past the last block are put into a place of their own, which is cut off.
+        flat = self.flat_places()
+        mask = torch.zeros(rows * cols + 1, dtype=torch.bool, device=self.device)
+        return mask.index_fill(0, flat, True)[: rows * cols].view(rows, cols)
+
+    def flat_places(self) -> torch.Tensor:
+        """``(nnz,)`` int64 in this list's order: ``row · cols/bn + column``; ``rows/bm · cols/bn`` for no block."""
+        rows, cols = self.grid
+        flat = self.row_indices.long() * cols + self.column_indices.long()
+        return flat.clamp(max=rows * cols)
+
+    @staticmethod
+    def from_mask(mask: torch.Tensor, block: int | tuple[int, int], *, nnz: int | None = None) -> BlockTopology:
+        """The topology with a block wherever ``mask`` is True.
+
+        Args:
+            mask: ``(rows/bm, cols/bn)`` bool, on the device where the topology is wanted.
+            block: ``(bm, bn)``, or one size for both.
+            nnz: how many blocks to make room for. None counts them, for which the host waits for the device; with a
+                number nothing is read on the host, as for masks that are edited while a model trains.
+
+        Raises:
+            TypeError: ``mask`` is no bool tensor.
+            ValueError: wrong rank or block; ``nnz`` negative, or, on the CPU, less than the number of blocks. On CUDA,
+                where finding that would stop the stream, the last blocks of too many are left out.
+        """
+        check_shape("mask", mask, (None, None), "(rows/bm, cols/bn)")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        block = check_block(block)
+        if nnz is None:
+            nnz = int(mask.sum())
+        elif nnz < 0:
+            raise ValueError(f"nnz must not be negative, got {nnz}")
+        elif mask.device.type == "cpu" and (found := int(mask.sum())) > nnz:
+            raise ValueError(f"nnz must be at least the number of blocks in mask, {found}, got {nnz}")
+        if nnz > MAX_BLOCKS:
+            raise ValueError(f"a topology holds at most {MAX_BLOCKS} blocks, got {nnz}")
+        return _from_mask(mask, block, nnz)
+
+    @staticmethod
+    def from_indices(
+        rows: torch.Tensor,
+        cols: torch.Tensor,
+        shape: tuple[int, int],
+        block: int | tuple[int, int],
+        *,
+        sort: bool = False,
+    ) -> BlockTopology:
+        """The topology with a block at each ``(rows[i], cols[i])``, which are read on the host.
+
+        Args:
+            rows: ``(nnz,)`` int32 or int64, block rows; the blocks come in row-major order.
+            cols: ``(nnz,)`` like ``rows``, block columns.
+            shape: ``(rows, cols)`` in elements.
+            block: ``(bm, bn)``, or one size for both.
+            sort: whether to take the blocks in any order; otherwise one out of order is an error. A tensor's values
+                then follow the topology's order, not that of the arguments.
+
+        Raises:
+            TypeError: indices are no int32 or int64 tensors.
+            ValueError: shapes, devices, or the first block that is out of range, out of order or there twice.
+        """
+        check_index("rows", rows)
+        check_index("cols", cols)
+        check_shape("rows", rows, (None,), "(nnz,)")
+        check_shape("cols", cols, (rows.shape[0],), "(nnz,)")
+        check_same_device(rows=rows, cols=cols)
+        block = check_block(block)
+        grid = _check_blocked(shape, block)
+        for name, index, size in (("rows", rows, grid[0]), ("cols", cols, grid[1])):
+            outside = (index < 0) | (index >= size)
+            if outside.any():
+                at = int(outside.nonzero()[0])
+                raise ValueError(f"{name} must be block indices in [0, {size}), got {int(index[at])} at entry {at}")
+        flat = rows.long() * grid[1] + cols.long()
+        flat, source = flat.sort(stable=True) if sort else (flat, None)
+        step = flat.diff()
+        if (step <= 0).any():
+            at = int((step <= 0).nonzero()[0]) + 1
+            entry = at if source is None else int(source[at])
+            place = f"({int(rows[entry])}, {int(cols[entry])}) at entry {entry}"
+            if step[at - 1] == 0:
+                raise ValueError(f"blocks must not be given twice, got {place} again")
+            raise ValueError(f"blocks must be in row-major order unless sort=True, got {place} after a later block")
+        mask = torch.zeros(grid[0] * grid[1], dtype=torch.bool, device=rows.device).index_fill(0, flat, True)
+        return _from_mask(mask.view(grid), block, rows.shape[0])
+
+    @staticmethod
+    def from_dispatch(dispatch: Dispatch, ffn_size: int, block: int | tuple[int, int]) -> BlockTopology:
+        """The topology of an expert layer's hidden activation: each row has the I columns of its expert, of E·I.
+
+        The rows of each expert are padded to whole blocks: expert ``e`` has its rows from ``padded_offsets[e]`` on.
+        Made on the device with nothing read on the host: ``rows`` is the most that any routing of so many slots needs.
+        MegaBlocks, Gale et al., arXiv:2211.15841.
+
+        Args:
+            dispatch: from :func:`gossamer.dispatch`. Dropped slots get no row.
+            ffn_size: I, a multiple of bn.
+            block: ``(bm, bn)``, or one size for both.
+
+        Raises:
+            TypeError: ``dispatch`` is none.
+            ValueError: wrong block, or ``ffn_size`` is no positive multiple of bn.
+        """
+        check_dispatch(dispatch)
+        bm, bn = check_block(block)
+        if ffn_size <= 0 or ffn_size % bn:
+            raise ValueError(
+                f"ffn_size must be a positive multiple of the block's {bn} columns, got {ffn_size}; pad it to "
+                f"{max(1, (ffn_size + bn - 1) // bn) * bn}"
+            )
+        experts, wide, device = dispatch.num_experts, ffn_size // bn, dispatch.offsets.device
+        # Every expert with rows fills its last block with at least one of them.
+        rows = min(dispatch.num_rows, (dispatch.num_rows + experts * (bm - 1)) // bm)
+        if max(rows * bm, rows * wide) > MAX_BLOCKS:
+            raise ValueError(
+                f"padded rows and blocks must be at most {MAX_BLOCKS}, got {rows * bm} and {rows * wide} for "
+                f"{dispatch.num_rows} slots, {experts} experts and blocks of {bm} x {bn}"
+            )
+        blocks = (dispatch.counts.long() + bm - 1) // bm
+        starts = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
+        live = starts[-1]
+        row = torch.arange(rows, device=device)
+        expert = torch.searchsorted(starts[1:], row, right=True)
+        columns = torch.where(row < live, expert, experts).unsqueeze(1) * wide + torch.arange(wide, device=device)
+        columns = columns.clamp(max=experts * wide).reshape(-1)
+        row_indices = torch.where(row < live, row, rows).unsqueeze(1).expand(rows, wide).reshape(-1)
+        row_offsets = torch.arange(rows + 1, device=device).minimum(live) * wide
+        # Column by column: I/bn columns an expert, each with one block a block row of the expert.
+        column_starts = starts * wide
+        entry = torch.arange(rows * wide, device=device)
+        owner = torch.searchsorted(column_starts[1:], entry, right=True)
+        inside, known = entry < column_starts[-1], owner.clamp(max=experts - 1)
+        local, height = entry - column_starts[known], blocks[known].clamp(min=1)
+        column, row_t = local // height, starts[known] + local % height
+        offsets_t = (column_starts[:-1].unsqueeze(1) + blocks.unsqueeze(1) * torch.arange(wide, device=device)).view(-1)
+        offsets_t = torch.cat([offsets_t, column_starts[-1:]]).int()
+        row_offsets = row_offsets.int()
+        return BlockTopology(
+            (rows * bm, experts * ffn_size),
+            (bm, bn),
+            row_offsets,
+            columns.int(),
+            row_indices.int(),
+            None,
+            offsets_t,
+            torch.where(inside, row_t, rows).int(),
+            torch.where(inside, known * wide + column, experts * wide).int(),
+            torch.where(inside, row_t * wide + column, entry).int(),
+            _longest_first(row_offsets),
+            _longest_first(offsets_t),
+            (starts * bm).int(),
+        )
+
+    def padded_slots(self, dispatch: Dispatch) -> torch.Tensor:
+        """``(rows,)`` int32: the slot ``t·K + k`` that lies in each padded row, R for padding. For gathering tokens.
+
+        ``dispatch`` is the one that the topology was made from.
+        """
+        offsets = self._padded(dispatch)
+        row = torch.arange(self.shape[0], device=self.device)
+        expert = torch.searchsorted(offsets[1:], row, right=True).clamp(max=dispatch.num_experts - 1)
+        sorted_row = row - offsets[expert] + dispatch.offsets[expert]
+        taken = (row < offsets[-1]) & (sorted_row < dispatch.offsets[expert + 1])
+        # One slot more than there are, for padding, so that indexing is always possible.
+        slots = torch.cat([dispatch.slots, dispatch.slots.new_full((1,), dispatch.num_rows)])
+        return slots[torch.where(taken, sorted_row, dispatch.num_rows)]
+
+    def padded_rows(self, dispatch: Dispatch) -> torch.Tensor:
+        """``(R,)`` int32: the padded row of each slot ``t·K + k``, ``rows`` for a dropped one. For gathering results.
+
+        ``dispatch`` is the one that the topology was made from.
+        """
+        offsets = self._padded(dispatch)
+        sorted_row = dispatch.rows.long()
+        expert = torch.searchsorted(dispatch.offsets[1:], dispatch.rows, right=True)
+        known = expert.clamp(max=dispatch.num_experts - 1)
+        row = offsets[known] + sorted_row - dispatch.offsets[known]
+        return torch.where(expert < dispatch.num_experts, row, self.shape[0]).int()
+
+    def _padded(self, dispatch: Dispatch) -> torch.Tensor:
+        check_dispatch(dispatch)
+        if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
+            raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
+        return self.padded_offsets
+
+    @staticmethod
+    def random(
+        shape: tuple[int, int],
+        block: int | tuple[int, int],
+        density: float,
+        *,
+        generator: torch.Generator | None = None,
+        balanced: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> BlockTopology:
+        """``round(density · places)`` blocks at random.
+
+        Args:
+            shape: ``(rows, cols)`` in elements.
+            block: ``(bm, bn)``, or one size for both.
+            density: share of the places that get a block, from 0 to 1.
+            generator: a CPU generator to draw from.
+            balanced: whether all block rows have equally many blocks, or one more; otherwise any choice is as likely.
+            device: where the topology is wanted. Draws are made on the CPU, so they are the same on every device.
+
+        Raises:
+            ValueError: a density outside [0, 1], a wrong block, or a shape that is not in whole blocks.
+        """
+        block = check_block(block)
+        rows, cols = _check_blocked(shape, block)
+        if not 0 <= density <= 1:
+            raise ValueError(f"density must be from 0 to 1, got {density}")
+        places = rows * cols
+        nnz = round(density * places)
+        scores = torch.rand(rows, cols, generator=generator, device="cpu")
+        if balanced and places:
+            extra = torch.randperm(rows, generator=generator, device="cpu") < nnz % rows
+            ranks = scores.argsort(1).argsort(1)
+            mask = ranks < (nnz // rows + extra).unsqueeze(1)
+        else:
+            chosen = scores.view(-1).argsort()[:nnz]
+            mask = torch.zeros(places, dtype=torch.bool).index_fill(0, chosen, True).view(rows, cols)
+        return _from_mask(mask.to(device), block, nnz)
+
+
+def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTopology:
+    """The topology of a mask that has at most ``nnz`` blocks, with no host read; those past ``nnz`` are left out."""
+    (rows, cols), device = mask.shape, mask.device
+    position = (mask.reshape(-1).cumsum(0) - 1).view(rows, cols)
+    mask = mask & (position < nnz)
+
+    def places(mask: torch.Tensor) -> torch.Tensor:
+        flat = mask.reshape(-1)
+        # What is no block is written to one place past the end, which is cut off.
+        at = torch.where(flat, flat.cumsum(0) - 1, nnz)
+        empty = torch.full((nnz + 1,), flat.numel(), dtype=torch.int64, device=device)
+        return empty.scatter(0, at, torch.arange(flat.numel(), device=device))[:nnz]
+
+    flat, flat_t = places(mask), places(mask.t())
+    live = flat < rows * cols
+    row_offsets, column_offsets = _offsets(mask.sum(1)), _offsets(mask.sum(0))
+    own = torch.arange(nnz, device=device)
+    if rows * cols == 0:
+        row_t = column_t = order_t = own
+    else:
+        row_t, column_t = flat_t % rows, flat_t // rows
+        order_t = torch.where(live, position[row_t.clamp(max=rows - 1), column_t.clamp(max=cols - 1)], own)
+    return BlockTopology(
+        (rows * block[0], cols * block[1]),
+        block,
+        row_offsets,
+        torch.where(live, flat % max(cols, 1), cols).int(),
+        torch.where(live, flat // max(cols, 1), rows).int(),
+        None,
+        column_offsets,
+        torch.where(live, row_t, rows).int(),
+        torch.where(live, column_t, cols).int(),
+        order_t.int(),
+        _longest_first(row_offsets),
+        _longest_first(column_offsets),
+    )
+
+
+def check_topology(topology: object) -> None:
+    """``topology`` must be a :class:`BlockTopology`."""
+    if not isinstance(topology, BlockTopology):
+        raise TypeError(f"topology must be a gossamer.BlockTopology, got {type(topology).__name__}")
+
+
+def check_whole_blocks(name: str, size: int, wanted: int, block: int) -> None:
+    """A blocked dimension of a dense operand must have the size that the topology says."""
+    if size == wanted:
+        return
+    hint = f": pad it with zeros to {wanted}" if wanted - block < size < wanted else ""
+    raise ValueError(f"{name} must be {wanted}, as the topology says, got {size}{hint}")
