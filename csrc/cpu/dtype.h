@@ -23,6 +23,25 @@ struct Float16 {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Two terms of a product that follow each other, where one instruction multiplies and adds both.
+struct BFloat16Pair {
+  BFloat16 terms[2];
+};
+
+// What products of a type are packed as: its accumulator's type, or pairs.
+template <class T, bool Pairs>
+using PackedAs = std::conditional_t<Pairs && std::is_same_v<T, BFloat16>, BFloat16Pair, Accumulator<T>>;
+
+// What packed values are summed in, and how many terms of a sum one of them is.
+template <class P>
+using SumOf = std::conditional_t<std::is_same_v<P, BFloat16Pair>, float, P>;
+template <class P>
+constexpr int kTerms = std::is_same_v<P, BFloat16Pair> ? 2 : 1;
+template <class P>
+constexpr int64_t packed_depth(int64_t terms) {
+  return (terms + kTerms<P> - 1) / kTerms<P>;
+}
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

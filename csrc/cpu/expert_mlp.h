@@ -57,21 +57,25 @@ struct ExpertMlpBackwardArgs : ExpertMlpArgs {
 void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads);
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads);
 
-// The shared memory of a call. Panels are named by what they hold and by what lies in their lanes: `_c` has tokens as
-// columns, `_r` tokens as rows.
-template <class S>
+// The shared memory of a call, for products of P. Panels are named by what they hold and by where the tokens are: `_c` has
+// tokens as columns, for products with weights; `_t` tokens as terms and `_r` tokens as rows, for the two sides of a sum
+// over tokens. The others hold sums, with tokens as columns; where P is what sums are, they are `_c` and `_t` too.
+template <class P>
 struct ExpertMlpBuffers {
+  using S = SumOf<P>;
+  static constexpr bool kSame = std::is_same_v<P, S>;
   int64_t chunk;
   WorkQueue inner, hidden, gate_up, down;
-  S *x_c = nullptr, *act_c = nullptr, *sum = nullptr;
-  S *x_r = nullptr, *dy_c = nullptr, *dy_r = nullptr, *preact_c = nullptr, *preact_r = nullptr, *act_r = nullptr;
+  P *x_c = nullptr, *x_t = nullptr, *x_r = nullptr, *dy_c = nullptr, *dy_t = nullptr, *dy_r = nullptr;
+  P *preact_c = nullptr, *preact_t = nullptr, *preact_r = nullptr, *act_c = nullptr, *act_t = nullptr, *act_r = nullptr;
+  S *preact = nullptr, *act = nullptr, *dy = nullptr, *sum = nullptr;
   S *dweight_parts = nullptr, *dgate_up_partial = nullptr, *ddown_partial = nullptr;
 
   ExpertMlpBuffers(Arena& arena, const ExpertMlpForwardArgs& a, int num_threads) {
     take_queues(arena, num_threads);
-    chunk = chunk_rows(a.hidden, sizeof(S));
-    x_c = arena.take<S>(panel_size(a.hidden, chunk));
-    act_c = arena.take<S>(panel_size(a.inner, chunk));
+    chunk = chunk_rows(a.hidden, sizeof(P) / kTerms<P>);
+    x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
+    act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));
     if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * a.hidden);
   }
 
@@ -80,26 +84,34 @@ struct ExpertMlpBuffers {
     const int64_t h = a.hidden, i = a.inner, wide = a.wide();
     const bool narrow = sizeof(S) > element_size(a.dtype);
     chunk = chunk_rows(std::max(h, wide), sizeof(S));
-    preact_c = arena.take<S>(panel_size(wide, chunk));
-    act_c = arena.take<S>(panel_size(i, chunk));
-    dy_c = arena.take<S>(panel_size(h, chunk));
+    const int64_t terms = packed_depth<P>(chunk);
+    const auto rows = [&](int64_t width) { return arena.take<P>(panel_size(terms, width)); };
+    preact = arena.take<S>(panel_size(wide, chunk));
+    act = arena.take<S>(panel_size(i, chunk));
+    if constexpr (kSame) {
+      dy = dy_c = dy_t = arena.take<S>(panel_size(h, chunk));
+      preact_c = preact_t = preact;
+      act_t = act;
+    } else {
+      if (a.needs_dact()) dy_c = arena.take<P>(panel_size(packed_depth<P>(h), chunk));
+      if (a.ddown_bias || (a.dweights && a.down_bias)) dy = arena.take<S>(panel_size(h, chunk));
+      if (a.dx) preact_c = arena.take<P>(panel_size(packed_depth<P>(wide), chunk));
+      if (a.dgate_up && !a.dgate_up.transposed) preact_t = arena.take<P>(panel_size(wide, terms));
+      if (a.ddown) (a.ddown.transposed ? act_t : dy_t) = arena.take<P>(panel_size(a.ddown.transposed ? i : h, terms));
+    }
     if (a.dweights) dweight_parts = arena.take<S>((i / 32 + 2) * chunk);
     if (a.dx && narrow) sum = arena.take<S>(a.tokens * h);
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
-        x_c = arena.take<S>(panel_size(h, chunk));
-        preact_r = arena.take<S>(panel_size(chunk, wide));
+        x_t = arena.take<P>(panel_size(h, terms));
+        preact_r = rows(wide);
       } else {
-        x_r = arena.take<S>(panel_size(chunk, h));
+        x_r = rows(h);
       }
       if (narrow) dgate_up_partial = arena.take<S>(wide * h);
     }
     if (a.ddown) {
-      if (a.ddown.transposed) {
-        dy_r = arena.take<S>(panel_size(chunk, h));
-      } else {
-        act_r = arena.take<S>(panel_size(chunk, i));
-      }
+      (a.ddown.transposed ? dy_r : act_r) = rows(a.ddown.transposed ? h : i);
       if (narrow) ddown_partial = arena.take<S>(h * i);
     }
   }

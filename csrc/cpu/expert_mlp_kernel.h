@@ -28,7 +28,7 @@ struct ChunkRows {
 // What a thread needs for itself.
 template <class T>
 struct ExpertMlpThread {
-  ThreadBuffers<Accumulator<T>> buffers;
+  ThreadBuffers<Operand<T>> buffers;
   ChunkRows<T> rows;
 };
 
@@ -69,9 +69,9 @@ void round_share(const S* sum, T* out, int64_t count, Team team) {
 }
 
 // The pre-activation of activation columns first .. first+count: gate rows in c, up rows at *up; returns their row step.
-template <class T, class S>
-int64_t preactivation(const ExpertMlpArgs& a, int64_t expert, const Panel<S>& x, int64_t first, int64_t count, S* c,
-                      S** up, int64_t c_stride, S* pack) {
+template <class T, class P, class S>
+int64_t preactivation(const ExpertMlpArgs& a, int64_t expert, const Panel<P>& x, int64_t first, int64_t count, S* c,
+                      S** up, int64_t c_stride, P* pack) {
   const int64_t wide = a.inner * a.activation.halves(), tokens = x.width;
   const Weight<T> w = expert_weight<T>(a.gate_up, expert, wide, a.hidden);
   const auto part = [&](int64_t n, int64_t rows, S* to) {
@@ -116,13 +116,14 @@ void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t firs
 template <class T>
 void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
+  using P = Operand<T>;
   Arena arena(shared);
-  ExpertMlpBuffers<S> buffers(arena, a, num_threads);
+  ExpertMlpBuffers<P> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ExpertMlpThread<T>>();
-  S* pack = own->buffers.pack;
+  P* pack = own->buffers.pack;
   S* c = own->buffers.c;
   const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
-  const auto packed = team.share(a.hidden, kPanelWidth<S>);
+  const auto packed = team.share(a.hidden, kPanelWidth<P>);
   S* sum = buffers.sum;
   if constexpr (std::is_same_v<T, S>) sum = static_cast<T*>(a.y);
   StageClock clock(TimedKernel::kExpertMlp, team.size);
@@ -132,7 +133,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
 
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
-    const Panel<S> x{buffers.x_c, a.hidden, m}, act{buffers.act_c, a.inner, m};
+    const Panel<P> x{buffers.x_c, packed_depth<P>(a.hidden), m}, act{buffers.act_c, packed_depth<P>(a.inner), m};
     own->rows.read(a, chunk);
     pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
     clock.lap(Stage::kPack);
@@ -149,10 +150,14 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
         clock.lap(Stage::kSave);
       }
       visit_activation<S>(a.activation, [&](auto activation) {
-        for (int64_t row = 0; row < count; ++row) {
+        const auto value = [&](int64_t row, int64_t t) {
+          const Vec<S> gate = load(c + row * step + t);
+          return activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value;
+        };
+        for (int64_t row = 0; row < count; row += kTerms<P>) {
           for (int64_t t = 0; t < m; t += kLanes<S>) {
-            const Vec<S> gate = load(c + row * step + t);
-            store(act.at(i + row, t), activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value);
+            const Vec<S> next = kTerms<P> > 1 && row + 1 < count ? value(row + 1, t) : Vec<S>{};
+            store(act.at((i + row) / kTerms<P>, t), pack_lanes<P>(value(row, t), next));
           }
         }
       });
@@ -223,6 +228,8 @@ void weighted_rows(const Panel<S>& panel, const FloatMatrix& factors, int64_t ex
 template <class T>
 class ExpertMlpBackward {
   using S = Accumulator<T>;
+  using P = Operand<T>;
+  static constexpr bool kSame = std::is_same_v<P, S>;
 
  public:
   ExpertMlpBackward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team t)
@@ -241,22 +248,32 @@ class ExpertMlpBackward {
     for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
       own->rows.read(a, chunk);
       const int64_t m = chunk.size();
-      x_c = {buffers.x_c, a.hidden, m};
-      x_r = {buffers.x_r, m, a.hidden};
-      dy_c = {buffers.dy_c, a.hidden, m};
-      dy_r = {buffers.dy_r, m, a.hidden};
-      preact_c = {buffers.preact_c, a.wide(), m};
-      preact_r = {buffers.preact_r, m, a.wide()};
-      act_c = {buffers.act_c, a.inner, m};
-      act_r = {buffers.act_r, m, a.inner};
+      const int64_t terms = packed_depth<P>(m);
+      x_t = {buffers.x_t, a.hidden, terms};
+      x_r = {buffers.x_r, terms, a.hidden};
+      dy = {buffers.dy, a.hidden, m};
+      dy_c = {buffers.dy_c, packed_depth<P>(a.hidden), m};
+      dy_t = {buffers.dy_t, a.hidden, terms};
+      dy_r = {buffers.dy_r, terms, a.hidden};
+      preact = {buffers.preact, a.wide(), m};
+      preact_c = {buffers.preact_c, packed_depth<P>(a.wide()), m};
+      preact_t = {buffers.preact_t, a.wide(), terms};
+      preact_r = {buffers.preact_r, terms, a.wide()};
+      act = {buffers.act, a.inner, m};
+      act_t = {buffers.act_t, a.inner, terms};
+      act_r = {buffers.act_r, terms, a.inner};
       gather(chunk);
       clock.lap(Stage::kPack);
       meet();
       through_activation(chunk);
       meet();
-      if (buffers.preact_r) {
+      if (!kSame || buffers.preact_r) {
         const auto mine = team.share(a.wide(), kPanelWidth<S>);
-        transpose_panel(preact_r, preact_c, mine.begin, mine.end);
+        if (buffers.preact_r) transpose_panel(preact_r, preact, mine.begin, mine.end);
+        if constexpr (!kSame) {
+          if (buffers.preact_c) pack_along_rows(preact_c, preact, mine.begin, mine.end);
+          if (buffers.preact_t) pack_along_tokens(preact_t, preact, mine.begin, mine.end);
+        }
         clock.lap(Stage::kTranspose);
         meet();
       }
@@ -288,16 +305,23 @@ class ExpertMlpBackward {
   void gather(const Chunk& chunk) {
     const auto h = team.share(a.hidden, kPanelWidth<S>), p = team.share(a.wide(), kPanelWidth<S>);
     const T* const* rows = own->rows.rows_of(a.dy, chunk);
-    if (a.needs_dact() || a.ddown_bias || (a.ddown && !a.ddown.transposed)) pack_as_columns(dy_c, rows, h.begin, h.end);
-    if (buffers.dy_r) pack_as_rows(dy_r, rows, h.begin, h.end);
+    const int64_t m = chunk.size();
+    if constexpr (kSame) {
+      if (a.needs_dact() || a.ddown_bias || (a.ddown && !a.ddown.transposed)) pack_as_columns(dy_c, rows, h.begin, h.end);
+    } else {
+      if (buffers.dy_c) pack_as_columns(dy_c, rows, h.begin, h.end);
+      if (buffers.dy_t) pack_as_terms(dy_t, rows, m, h.begin, h.end);
+      if (buffers.dy) pack_as_columns(dy, rows, h.begin, h.end);
+    }
+    if (buffers.dy_r) pack_as_rows(dy_r, rows, m, h.begin, h.end);
     rows = own->rows.rows_of(a.x, chunk);
-    if (buffers.x_c) pack_as_columns(x_c, rows, h.begin, h.end);
-    if (buffers.x_r) pack_as_rows(x_r, rows, h.begin, h.end);
+    if (buffers.x_t) pack_as_terms(x_t, rows, m, h.begin, h.end);
+    if (buffers.x_r) pack_as_rows(x_r, rows, m, h.begin, h.end);
     if (!a.needs_dact() && !a.ddown) return;
     for (int64_t i = 0; i < chunk.size(); ++i) {
       own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
     }
-    pack_as_columns(preact_c, own->rows.row, p.begin, p.end);
+    pack_as_columns(preact, own->rows.row, p.begin, p.end);
   }
 
   // dy · W2, then back through the activation.
@@ -312,14 +336,16 @@ class ExpertMlpBackward {
       if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
       if (dact) clock.lap(Stage::kDact);
       S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
-      activation_gradient<T>(a, preact_c, act_c, i, count, dact, c_stride, own->rows.weight, part);
+      activation_gradient<T>(a, preact, act, i, count, dact, c_stride, own->rows.weight, part);
       clock.lap(Stage::kActivation);
-      if (!buffers.act_r) return;
-      transpose_panel(act_r, act_c, i, i + count);
+      if (buffers.act_r) transpose_panel(act_r, act, i, i + count);
+      if constexpr (!kSame) {
+        if (buffers.act_t) pack_along_tokens(act_t, act, i, i + count);
+      }
       clock.lap(Stage::kTranspose);
     });
     if (a.dweights && a.down_bias && team.thread == team.size - 1) {
-      weighted_rows(dy_c, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
+      weighted_rows(dy, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
     }
   }
 
@@ -338,35 +364,35 @@ class ExpertMlpBackward {
     }
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
-        weight_gradient(buffers.gate_up, x_c, preact_r, a.dgate_up, buffers.dgate_up_partial, chunk);
+        weight_gradient(buffers.gate_up, x_t, preact_r, a.dgate_up, buffers.dgate_up_partial, chunk);
       } else {
-        weight_gradient(buffers.gate_up, preact_c, x_r, a.dgate_up, buffers.dgate_up_partial, chunk);
+        weight_gradient(buffers.gate_up, preact_t, x_r, a.dgate_up, buffers.dgate_up_partial, chunk);
       }
       clock.lap(Stage::kDgateUp);
     }
     if (a.ddown) {
       if (a.ddown.transposed) {
-        weight_gradient(buffers.down, act_c, dy_r, a.ddown, buffers.ddown_partial, chunk);
+        weight_gradient(buffers.down, act_t, dy_r, a.ddown, buffers.ddown_partial, chunk);
       } else {
-        weight_gradient(buffers.down, dy_c, act_r, a.ddown, buffers.ddown_partial, chunk);
+        weight_gradient(buffers.down, dy_t, act_r, a.ddown, buffers.ddown_partial, chunk);
       }
       clock.lap(Stage::kDdown);
     }
     if (a.dgate_up_bias) {
       const auto mine = team.share(n, kGroup);
-      sum_tokens(preact_c, static_cast<const S*>(nullptr), mine.begin, mine.end, chunk, bias_sums.get(),
+      sum_tokens(preact, static_cast<const S*>(nullptr), mine.begin, mine.end, chunk, bias_sums.get(),
                  static_cast<T*>(a.dgate_up_bias) + chunk.expert * n);
     }
     if (a.ddown_bias) {
       const auto mine = team.share(h, kGroup);
-      sum_tokens(dy_c, own->rows.weight, mine.begin, mine.end, chunk, bias_sums.get() + n,
+      sum_tokens(dy, own->rows.weight, mine.begin, mine.end, chunk, bias_sums.get() + n,
                  static_cast<T*>(a.ddown_bias) + chunk.expert * h);
     }
     if (a.dweights) sum_dweights(chunk);
     if (a.dgate_up_bias || a.ddown_bias || a.dweights) clock.lap(Stage::kSums);
   }
 
-  void weight_gradient(WorkQueue& queue, const Panel<S>& columns, const Panel<S>& rows, const WeightGradient& gradient,
+  void weight_gradient(WorkQueue& queue, const Panel<P>& columns, const Panel<P>& rows, const WeightGradient& gradient,
                        S* partial, const Chunk& chunk) {
     const bool whole = chunk.first && chunk.last;
     T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
@@ -392,11 +418,12 @@ class ExpertMlpBackward {
   Team team;
   StageClock clock{TimedKernel::kExpertMlpBackward, team.size};
   Arena arena;
-  ExpertMlpBuffers<S> buffers;
+  ExpertMlpBuffers<P> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
   S* dx_sum;
-  Panel<S> x_c, x_r, dy_c, dy_r, preact_c, preact_r, act_c, act_r;
+  Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
+  Panel<S> dy, preact, act;
 };
 
 void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team) {

@@ -3,31 +3,37 @@
 // Every output value is a sum along depth in order, with a fresh sum every segment_length() terms, whatever the other rows
 // and columns are: a token's result does not depend on its place in a batch, nor on the number of threads.
 
-// Terms of a product that are packed at a time, a multiple of every segment length.
+// Packed values of a product that are worked on at a time, a multiple of every segment.
 constexpr int kDepth = 128;
 
 // One long chain of additions in float loses several times what the dot products of BLAS lose, which keep a sum per
 // lane; segments of about the square root of the depth do not.
 inline int segment_length(int64_t depth) { return depth < 256 ? 16 : 64; }
 
+// The same in packed values.
+template <class P>
+int segment_of(int64_t depth) {
+  return segment_length(depth) / kTerms<P>;
+}
+
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
 
 // sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step].
-template <class S, int Rows, int Vecs>
-GOSSAMER_INLINE void accumulate(Vec<S> (&sum)[Rows][Vecs], const S* a, int64_t a_row, int64_t a_step, const S* b,
+template <class P, int Rows, int Vecs>
+GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, int64_t a_row, int64_t a_step, const P* b,
                                 int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<S> column[Vecs];
+    Vec<P> column[Vecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) column[v] = load(b + v * kLanes<S>);
+    for (int v = 0; v < Vecs; ++v) column[v] = load(b + v * kLanes<P>);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) sum[i][v] = fma(splat(a[i * a_row]), column[v], sum[i][v]);
     }
     a += a_step;
-    b += Vecs * kLanes<S>;
+    b += Vecs * kLanes<P>;
   }
 }
 
@@ -39,38 +45,50 @@ struct Weight {
   int64_t num_rows, depth;
 };
 
-// Copies w(n .. n+count, k .. k+depth) to the accumulator's type as [kGroup][kDepth]; missing rows are zero.
-template <class T, class S>
-void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int depth, S* out) {
-  constexpr int lanes = kLanes<S>;
+// One packed value: `terms` terms from `from` on, `stride` apart, and zero for those past the last.
+template <class P, class T>
+GOSSAMER_INLINE P packed_value(const T* from, [[maybe_unused]] int64_t stride, [[maybe_unused]] int64_t terms) {
+  if constexpr (std::is_same_v<P, BFloat16Pair>) {
+    return {{from[0], terms > 1 ? from[stride] : BFloat16{0}}};
+  } else {
+    return static_cast<P>(to_scalar(*from));
+  }
+}
+
+// Copies w(n .. n+count, k .. k+terms) packed as [kGroup][kDepth]; missing rows are zero.
+template <class T, class P>
+void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
+  constexpr int lanes = kLanes<P>;
+  const int depth = static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>);
   const T* from = w.base + n * w.row_stride + k * w.col_stride;
   for (int i = 0; i < (count + 3) / 4 * 4; ++i) {
-    S* to = out + i * kDepth;
+    P* to = out + i * kDepth;
     const T* row = from + i * w.row_stride;
     if (i >= count) {
-      for (int j = 0; j < depth; ++j) to[j] = S{0};
+      for (int j = 0; j < depth; ++j) to[j] = P{};
     } else if (w.col_stride == 1) {
-      int j = 0;
-      for (; j + lanes <= depth; j += lanes) store(to + j, load(row + j));
-      for (; j < depth; ++j) to[j] = to_scalar(row[j]);
+      static_assert(kDepth % lanes == 0);
+      for (int j = 0; j < depth; j += lanes) store(to + j, load_terms<P>(row + j * kTerms<P>, terms - j * kTerms<P>));
     } else {
-      for (int j = 0; j < depth; ++j) to[j] = to_scalar(row[j * w.col_stride]);
+      for (int j = 0; j < depth; ++j) {
+        const int64_t term = j * kTerms<P>;
+        to[j] = packed_value<P>(row + term * w.col_stride, w.col_stride, terms - term);
+      }
     }
   }
 }
 
-// The same of a weight that is contiguous in n, as [depth][kGroup].
-template <class T, class S>
-void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int depth, S* out) {
-  constexpr int lanes = kLanes<S>;
-  const T* from = w.base + n + k * w.col_stride;
-  for (int i = 0; i < depth; ++i) {
-    const T* row = from + i * w.col_stride;
-    S* to = out + i * kGroup;
-    if (count == kGroup) {
-      for (int j = 0; j < kGroup; j += lanes) store(to + j, load(row + j));
-    } else {
-      for (int j = 0; j < kGroup; ++j) to[j] = j < count ? static_cast<S>(to_scalar(row[j])) : S{0};
+// The same of a weight that is contiguous in n, as [kDepth][kGroup].
+template <class T, class P>
+void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
+  constexpr int lanes = kLanes<P>;
+  for (int64_t i = 0; i < terms; i += kTerms<P>) {
+    const T* row = w.base + n + (k + i) * w.col_stride;
+    const T* next = i + 1 < terms ? row + w.col_stride : nullptr;
+    P* to = out + i / kTerms<P> * kGroup;
+    for (int j = 0; j < kGroup; j += lanes) {
+      const int valid = std::clamp(count - j, 0, lanes);
+      store(to + j, valid == 0 ? Vec<P>{} : load_lanes<P>(row + j, next ? next + j : nullptr, valid));
     }
   }
 }
@@ -84,7 +102,7 @@ GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first,
   }
 }
 
-template <class S>
+template <class P>
 constexpr int kPackSize = kDepth * kGroup;
 
 // What a block product fetches into cache as it goes: `rows` runs of memory, `stride` bytes apart, `step` bytes for each k.
@@ -96,16 +114,17 @@ struct Ahead {
 
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
 // a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
-template <int Rows, int Vecs, int ARow, int AStep, class S>
-__attribute__((noinline)) void block_product(const S* a, [[maybe_unused]] int64_t a_row, const S* b, int depth, int segment,
-                                             bool first, S* c, int64_t c_stride, const Ahead& ahead = {}) {
+template <int Rows, int Vecs, int ARow, int AStep, class P>
+__attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_t a_row, const P* b, int depth, int segment,
+                                             bool first, SumOf<P>* c, int64_t c_stride, const Ahead& ahead = {}) {
+  using S = SumOf<P>;
   for (int k = 0; k < depth; k += segment) {
     for (int i = 0; i < ahead.rows; ++i) {
       const char* line = ahead.base + i * ahead.stride + k * ahead.step;
       for (int j = 0; j < segment * ahead.step; j += 64) __builtin_prefetch(line + j, 0, 2);
     }
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<S>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<S>, std::min(segment, depth - k));
+    accumulate<P>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -130,33 +149,35 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
-// How a group of a weight's rows is read: in place, or copied to the accumulator's type in its own order of memory.
+// How a group of a weight's rows is read: in place, or packed in its own order of memory.
 enum class Read { kInPlace, kRows, kColumns };
 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
 // panel, kDepth deep, are worked on together in the first-level cache; the next `unit` rows are fetched meanwhile.
-template <Read read, class T, class S>
-void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<S>& panel, S* c, int64_t c_stride,
-                      S* pack) {
+template <Read read, class T, class P>
+void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c,
+                      int64_t c_stride, P* pack) {
   constexpr bool columns = read == Read::kColumns;
   constexpr int a_row = read == Read::kInPlace ? 0 : columns ? 1 : kDepth;
-  const int segment = segment_length(w.depth);
-  const int64_t blocks = panel.num_blocks();
-  for (int64_t k = 0; k < w.depth; k += kDepth) {
-    const int depth = static_cast<int>(std::min<int64_t>(kDepth, w.depth - k));
-    const bool more = k + kDepth < w.depth;
-    const int64_t next_n = more ? n : n + count, next_k = more ? k + kDepth : 0;
+  constexpr int64_t step = kDepth * kTerms<P>;
+  const int segment = segment_of<P>(w.depth);
+  const int64_t blocks = panel.num_blocks(), row_stride = w.row_stride / kTerms<P>;
+  for (int64_t k = 0; k < w.depth; k += step) {
+    const int64_t terms = std::min(step, w.depth - k);
+    const int depth = static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>);
+    const bool more = k + step < w.depth;
+    const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
     const int64_t next_rows = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
-    const int64_t next_depth = std::min<int64_t>(kDepth, w.depth - next_k);
-    const int64_t runs = columns ? next_depth : next_rows, run_length = columns ? next_rows : next_depth;
+    const int64_t next_terms = std::min(step, w.depth - next_k);
+    const int64_t runs = columns ? next_terms : next_rows, run_length = columns ? next_rows : next_terms;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
-    const S* a = pack;
+    const P* a = pack;
     if constexpr (read == Read::kInPlace) {
-      a = w.base + n * w.row_stride + k;
+      a = reinterpret_cast<const P*>(w.base + n * w.row_stride + k);
     } else if constexpr (columns) {
-      pack_columns(w, n, count, k, depth, pack);
+      pack_columns(w, n, count, k, terms, pack);
     } else {
-      pack_rows(w, n, count, k, depth, pack);
+      pack_rows(w, n, count, k, terms, pack);
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const bool along_rows = blocks == 1 && !columns && w.col_stride == 1;
@@ -164,13 +185,13 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
         prefetch_runs(next, columns ? w.col_stride : w.row_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
       }
       with_vectors(panel.block_vectors(block), [&](auto vectors) {
-        const S* b = panel.block(block) + k * vectors * kLanes<S>;
+        const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         const Ahead ahead{reinterpret_cast<const char*>(next), w.row_stride * static_cast<int64_t>(sizeof(T)),
-                          along_rows ? static_cast<int>(next_rows) : 0, static_cast<int>(sizeof(T))};
+                          along_rows ? static_cast<int>(next_rows) : 0, static_cast<int>(sizeof(T)) * kTerms<P>};
         for_tiles(count, [&](auto tile, int64_t i) {
-          block_product<tile, vectors, a_row, columns ? kGroup : 1>(a + i * (a_row > 0 ? a_row : w.row_stride), w.row_stride, b,
+          block_product<tile, vectors, a_row, columns ? kGroup : 1>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
                                                                     depth, segment, k == 0,
-                                                                    c + i * c_stride + block * kPanelWidth<S>, c_stride,
+                                                                    c + i * c_stride + block * kPanelWidth<P>, c_stride,
                                                                     i == 0 ? ahead : Ahead{});
         });
       });
@@ -183,47 +204,47 @@ constexpr int kFewTokens = GOSSAMER_VECTOR_BYTES / sizeof(double);
 
 // Adds the terms first .. last of the kLanes weight rows at `from` to sum[token]: block_product's sums, with rows in the
 // lanes. `rows` of these rows exist and `next_rows` of those after them, which are fetched meanwhile.
-template <int Tokens, bool Columns, class T, class S>
-GOSSAMER_INLINE void accumulate_few(Vec<S> (&sum)[Tokens], const Weight<T>& w, const T* from, int rows, int next_rows,
-                                    int64_t first, int64_t last, const Panel<S>& panel) {
-  constexpr int n = kLanes<S>;
-  const S* x = panel.data + first * n;
-  const auto add = [&](Vec<S> weights) {
+template <int Tokens, bool Columns, class T, class P>
+GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T>& w, const T* from, int rows, int next_rows,
+                                    int64_t first, int64_t last, const Panel<P>& panel) {
+  constexpr int n = kLanes<P>, terms = kTerms<P>;
+  const P* x = panel.data + first / terms * n;
+  const auto add = [&](Vec<P> weights) {
 #pragma GCC unroll 16
     for (int t = 0; t < Tokens; ++t) sum[t] = fma(splat(x[t]), weights, sum[t]);
     x += n;
   };
   if constexpr (Columns) {
-    for (int64_t k = first; k < last; ++k) {
+    for (int64_t k = first; k < last; k += terms) {
       const T* run = from + k * w.col_stride;
+      const T* next = k + 1 < last ? run + w.col_stride : nullptr;
       __builtin_prefetch(run + n, 0, 2);
-      add(rows == n ? load(run) : load_some(run, rows));
+      if constexpr (terms > 1) __builtin_prefetch(run + w.col_stride + n, 0, 2);
+      add(load_lanes<P>(run, next, rows));
     }
   } else {
-    for (int64_t k = first; k < last; k += n) {
-      const int terms = static_cast<int>(std::min<int64_t>(n, last - k));
+    for (int64_t k = first; k < last; k += n * terms) {
       const T* row = from + k;
       for (int i = 0; i < next_rows; ++i) __builtin_prefetch(row + (n + i) * w.row_stride, 0, 2);
-      Vec<S> v[n];
+      Vec<P> v[n];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        v[i] = i >= rows ? Vec<S>{} : terms == n ? load(row + i * w.row_stride) : load_some(row + i * w.row_stride, terms);
-      }
-      transpose<S>(v);
-      if (terms == n) {
+      for (int i = 0; i < n; ++i) v[i] = i >= rows ? Vec<P>{} : load_terms<P>(row + i * w.row_stride, last - k);
+      transpose<P>(v);
+      if (last - k >= n * terms) {
 #pragma GCC unroll 16
         for (int j = 0; j < n; ++j) add(v[j]);
       } else {
-        for (int j = 0; j < terms; ++j) add(v[j]);
+        for (int j = 0; j * terms < last - k; ++j) add(v[j]);
       }
     }
   }
 }
 
 // group_product for a panel of Tokens tokens, of a weight that is contiguous along its depth or, in columns, its rows.
-template <int Tokens, bool Columns, class T, class S>
-__attribute__((noinline)) void few_tokens_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c,
-                                                  int64_t c_stride) {
+template <int Tokens, bool Columns, class T, class P>
+__attribute__((noinline)) void few_tokens_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel,
+                                                  SumOf<P>* c, int64_t c_stride) {
+  using S = SumOf<P>;
   constexpr int lanes = kLanes<S>;
   const int segment = segment_length(w.depth);
   for (int64_t i = 0; i < count; i += lanes) {
@@ -244,8 +265,8 @@ __attribute__((noinline)) void few_tokens_product(const Weight<T>& w, int64_t n,
 }
 
 // Calls few_tokens_product for the panel's number of tokens, or a little more: the lanes past the end are zero.
-template <bool Columns, int Tokens = 1, class T, class S>
-void few_tokens(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride) {
+template <bool Columns, int Tokens = 1, class T, class P>
+void few_tokens(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride) {
   if constexpr (Tokens < kFewTokens) {
     if (panel.width > Tokens) return few_tokens<Columns, Tokens * 2>(w, n, count, panel, c, c_stride);
   }
@@ -253,8 +274,8 @@ void few_tokens(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& pa
 }
 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
-template <class T, class S>
-void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>& panel, S* c, int64_t c_stride, S* pack) {
+template <class T, class P>
+void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack) {
   const bool columns = w.row_stride == 1 && w.col_stride != 1;
   if (panel.width <= kFewTokens && columns) return few_tokens<true>(w, n, count, panel, c, c_stride);
   if (panel.width <= kFewTokens && w.col_stride == 1) return few_tokens<false>(w, n, count, panel, c, c_stride);
@@ -262,13 +283,13 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<S>&
   const int unit = panel.num_blocks() == 1 && !columns ? GOSSAMER_TILE_ROWS : kGroup;
   for (int64_t i = 0; i < count; i += unit) {
     const int rows = static_cast<int>(std::min<int64_t>(unit, count - i));
-    S* to = c + i * c_stride;
+    SumOf<P>* to = c + i * c_stride;
     if (columns) {
       group_product_of<Read::kColumns>(w, n + i, rows, unit, panel, to, c_stride, pack);
       continue;
     }
-    if constexpr (std::is_same_v<T, S>) {
-      if (w.col_stride == 1 && rows % 4 == 0) {
+    if constexpr (sizeof(T) * kTerms<P> == sizeof(P)) {
+      if (w.col_stride == 1 && rows % 4 == 0 && w.depth % kTerms<P> == 0 && w.row_stride % kTerms<P> == 0) {
         group_product_of<Read::kInPlace>(w, n + i, rows, unit, panel, to, c_stride, pack);
         continue;
       }
@@ -287,18 +308,19 @@ struct GradientSink {
   bool first, last;
 };
 
-template <int Rows, int Vecs, class T, class S>
-GOSSAMER_INLINE void outer_block(const Panel<S>& a, int64_t i, int rows, const S* b, const GradientSink<T>& sink,
+template <int Rows, int Vecs, class T, class P>
+GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P* b, const GradientSink<T>& sink,
                                  int64_t column, int64_t columns) {
-  constexpr int c_stride = Vecs * kLanes<S>;
+  using S = SumOf<P>;
+  constexpr int c_stride = Vecs * kLanes<P>;
   alignas(64) S c[Rows * c_stride];
   for (int64_t block = 0; block < a.num_blocks(); ++block) {
-    const int64_t token = block * kPanelWidth<S>;
-    const int depth = static_cast<int>(std::min<int64_t>(kPanelWidth<S>, a.width - token));
+    const int64_t token = block * kPanelWidth<P>;
+    const int depth = static_cast<int>(std::min<int64_t>(kPanelWidth<P>, a.width - token));
     with_vectors(a.block_vectors(block), [&](auto vectors) {
-      constexpr int stride = vectors * kLanes<S>;
-      block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, 0, b + token * c_stride, depth, kPanelWidth<S>,
-                                           block == 0, c, c_stride);
+      constexpr int stride = vectors * kLanes<P>;
+      block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, 0, b + token * c_stride, depth,
+                                           kPanelWidth<P> / kTerms<P>, block == 0, c, c_stride);
     });
   }
   for (int r = 0; r < rows; ++r) {
@@ -319,12 +341,12 @@ GOSSAMER_INLINE void outer_block(const Panel<S>& a, int64_t i, int rows, const S
 
 // out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns. A tile of
 // rows sweeps all columns before the next, because its results go out to distant rows of memory, one stream a row.
-template <class T, class S>
-void outer_product(const Panel<S>& a, int64_t first, int64_t last, const Panel<S>& b, const GradientSink<T>& sink) {
+template <class T, class P>
+void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P>& b, const GradientSink<T>& sink) {
   for_tiles(last - first, [&](auto tile, int64_t i) {
     const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
     for (int64_t block = 0; block < b.num_blocks(); ++block) {
-      const int64_t column = block * kPanelWidth<S>;
+      const int64_t column = block * kPanelWidth<P>;
       with_vectors(b.block_vectors(block), [&](auto vectors) {
         outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
       });

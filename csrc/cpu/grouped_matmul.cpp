@@ -8,12 +8,11 @@ namespace {
 // Runs a kernel's team with its shared memory.
 template <class Args, class Kernel>
 void run(const Args& args, int num_threads, Kernel kernel) {
-  visit_float(args.dtype, [&](auto tag) {
-    using S = Accumulator<typename decltype(tag)::type>;
+  visit_packed(args.dtype, kernels().pairs, [&](auto tag) {
     const double work = static_cast<double>(args.groups.num_rows) * args.n * args.c;
     const int threads = useful_threads(work, num_threads);
     Arena plan;
-    GroupedBuffers<S>(plan, args, threads);
+    GroupedBuffers<typename decltype(tag)::type>(plan, args, threads);
     const Scratch scratch = allocate_scratch(plan.used());
     parallel_team(threads, [&](Team team) { kernel(args, scratch.get(), threads, team); });
   });

@@ -71,23 +71,36 @@ inline WorkQueue take_queue(Arena& arena, int num_threads) {
   return WorkQueue(arena.take<std::atomic<int64_t>>(num_threads * WorkQueue::kStride));
 }
 
-// The shared memory of a call.
-template <class S>
+// Calls f with a tag of the C++ type that a dtype's products are packed as by the kernels in use.
+template <class F>
+void visit_packed(DType dtype, bool pairs, F&& f) {
+  visit_float(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (pairs) return f(TypeTag<PackedAs<T, true>>{});
+    f(TypeTag<PackedAs<T, false>>{});
+  });
+}
+
+// The shared memory of a call, for products of P.
+template <class P>
 struct GroupedBuffers {
+  using S = SumOf<P>;
   WorkQueue queue;
-  S *x, *dy, *partial;
+  P *x, *dy = nullptr;
+  S *dy_sums = nullptr, *partial = nullptr;
   int64_t chunk;
 
-  GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a, int num_threads) : dy(nullptr), partial(nullptr) {
+  GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
-    chunk = chunk_rows(a.c, sizeof(S));
-    x = arena.take<S>(panel_size(a.c, chunk));
+    chunk = chunk_rows(a.c, sizeof(P) / kTerms<P>);
+    x = arena.take<P>(panel_size(packed_depth<P>(a.c), chunk));
   }
   GroupedBuffers(Arena& arena, const GroupedDweightArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
-    chunk = chunk_rows(std::max(a.n, a.c), sizeof(S));
-    x = arena.take<S>(panel_size(a.c, chunk) + panel_size(chunk, a.c));
-    dy = arena.take<S>(panel_size(a.n, chunk) + panel_size(chunk, a.n));
+    chunk = chunk_rows(std::max(a.n, a.c), sizeof(P) / kTerms<P>);
+    x = arena.take<P>(std::max(panel_size(a.c, packed_depth<P>(chunk)), panel_size(packed_depth<P>(chunk), a.c)));
+    dy = arena.take<P>(std::max(panel_size(a.n, packed_depth<P>(chunk)), panel_size(packed_depth<P>(chunk), a.n)));
+    if (a.dbias) dy_sums = arena.take<S>(panel_size(a.n, chunk));
     partial = arena.take<S>(sizeof(S) > element_size(a.dtype) ? a.n * a.c : 0);
   }
 };

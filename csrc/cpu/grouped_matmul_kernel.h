@@ -45,10 +45,11 @@ Weight<T> expert_weight_t(const ExpertWeights& w, int64_t expert, int64_t rows, 
 }
 
 // A thread's own memory: the tile of weights in hand and the products of up to two groups of rows.
-template <class S>
+template <class P>
 struct ThreadBuffers {
+  using S = SumOf<P>;
   static constexpr int64_t kMaxChunk = 512;
-  alignas(64) S pack[kPackSize<S>];
+  alignas(64) P pack[kPackSize<P>];
   alignas(64) S c[2 * kGroup * (kMaxChunk + kLanes<S>)];
 
   // Rows of c lie an odd number of vectors apart, so that a tile's rows do not share a cache set.
@@ -68,18 +69,19 @@ void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count,
 template <class T>
 void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
+  using P = Operand<T>;
   Arena arena(shared);
-  GroupedBuffers<S> buffers(arena, a, num_threads);
-  const auto own = std::make_unique<ThreadBuffers<S>>();
+  GroupedBuffers<P> buffers(arena, a, num_threads);
+  const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   T* y = static_cast<T*>(a.y);
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size(), c_stride = own->c_stride(buffers.chunk);
-    const Panel<S> panel{buffers.x, a.c, m};
+    const Panel<P> panel{buffers.x, packed_depth<P>(a.c), m};
     gather_pointers<T>(a.x, a.groups, chunk, rows.get());
     team.barrier();
     buffers.queue.restart(team);
-    const auto packed = team.share(a.c, kPanelWidth<S>);
+    const auto packed = team.share(a.c, kPanelWidth<P>);
     pack_as_columns(panel, rows.get(), packed.begin, packed.end);
     team.barrier();
     const Weight<T> w = expert_weight<T>(a.weight, chunk.expert, a.n, a.c);
@@ -130,33 +132,34 @@ void sum_tokens(const Panel<S>& panel, const S* factors, int64_t first, int64_t 
 template <class T>
 void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
+  using P = Operand<T>;
   Arena arena(shared);
-  GroupedBuffers<S> buffers(arena, a, num_threads);
+  GroupedBuffers<P> buffers(arena, a, num_threads);
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   const auto bias = std::make_unique<S[]>(a.n);
   // The gradient's rows come from the panel with tokens as columns, its columns from the one with tokens as rows.
   const int64_t n = a.transposed ? a.c : a.n, c = a.transposed ? a.n : a.c;
   const GatheredRows& row_source = a.transposed ? a.x : a.dy;
   const GatheredRows& column_source = a.transposed ? a.dy : a.x;
-  const auto bias_rows = team.share(a.n, kPanelWidth<S>);
+  const auto bias_rows = team.share(a.n, kPanelWidth<P>);
+  const bool sums_apart = a.dbias && (a.transposed || !std::is_same_v<P, S>);
   zero_empty<T>(a.groups, a.dweight, n, c, team);
   if (a.dbias && team.thread == 0) zero_empty<T>(a.groups, a.dbias, 1, a.n, Team{0, 1});
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
-    const Panel<S> as_columns{a.transposed ? buffers.x : buffers.dy, n, m};
-    const Panel<S> as_rows{a.transposed ? buffers.dy : buffers.x, m, c};
+    const Panel<P> as_columns{a.transposed ? buffers.x : buffers.dy, n, packed_depth<P>(m)};
+    const Panel<P> as_rows{a.transposed ? buffers.dy : buffers.x, packed_depth<P>(m), c};
+    const Panel<S> dy_columns = sums_apart ? Panel<S>{buffers.dy_sums, a.n, m} : sums_of(as_columns);
     team.barrier();
     buffers.queue.restart(team);
     gather_pointers<T>(row_source, a.groups, chunk, rows.get());
-    auto packed = team.share(n, kPanelWidth<S>);
-    pack_as_columns(as_columns, rows.get(), packed.begin, packed.end);
+    auto packed = team.share(n, kPanelWidth<P>);
+    pack_as_terms(as_columns, rows.get(), m, packed.begin, packed.end);
+    if (sums_apart && !a.transposed) pack_as_columns(dy_columns, rows.get(), packed.begin, packed.end);
     gather_pointers<T>(column_source, a.groups, chunk, rows.get());
-    packed = team.share(c, kPanelWidth<S>);
-    pack_as_rows(as_rows, rows.get(), packed.begin, packed.end);
-    if (a.dbias && a.transposed) {
-      const Panel<S> dy_columns{buffers.dy + panel_size(m, a.n), a.n, m};
-      pack_as_columns(dy_columns, rows.get(), packed.begin, packed.end);
-    }
+    packed = team.share(c, kPanelWidth<P>);
+    pack_as_rows(as_rows, rows.get(), m, packed.begin, packed.end);
+    if (sums_apart && a.transposed) pack_as_columns(dy_columns, rows.get(), packed.begin, packed.end);
     team.barrier();
     const bool whole = chunk.first && chunk.last;
     const GradientSink<T> sink{static_cast<T*>(a.dweight) + chunk.expert * n * c,
@@ -165,7 +168,6 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
       outer_product(as_columns, begin, end, as_rows, sink);
     });
     if (!a.dbias) return;
-    const Panel<S> dy_columns{a.transposed ? buffers.dy + panel_size(m, a.n) : buffers.dy, a.n, m};
     sum_tokens(dy_columns, static_cast<const S*>(nullptr), bias_rows.begin, bias_rows.end, chunk, bias.get(),
                static_cast<T*>(a.dbias) + chunk.expert * a.n);
   });

@@ -11,14 +11,18 @@ struct Build {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Best first.
 const Build kBuilds[] = {
 #if defined(__x86_64__)
-    {&avx512::kKernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+    {&avx512_bf16::kKernels, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512::kKernels, runs_avx512},
     {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&generic::kKernels, [] { return true; }},

@@ -14,6 +14,7 @@ namespace gossamer {
 // shared memory that the call was laid out in for at most num_threads.
 struct Kernels {
   const char* name;
+  bool pairs;  // products of bfloat16 take pairs
   void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_max)(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
@@ -33,6 +34,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
 #endif

@@ -10,5 +10,5 @@
 #include "cpu/expert_mlp_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
-  gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, expert_mlp, \
+  GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, expert_mlp, \
       expert_mlp_backward

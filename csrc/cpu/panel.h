@@ -4,6 +4,9 @@
 // kPanelWidth columns wide, the last one as many vectors as it needs. Products run along depth
 // and hold columns in vector lanes. The same rows of tokens make a panel in two ways: with the tokens as columns (depth
 // is the feature dimension) for products with weights, and with the tokens as rows for weight gradients.
+//
+// What a panel holds is what its products multiply: values of the accumulator's type, or pairs of bfloat16 that follow each
+// other along the sum, where an instruction multiplies those. Depth then counts pairs, the last of which a zero may fill.
 
 template <class S>
 constexpr int kPanelWidth = GOSSAMER_TILE_VECTORS * kLanes<S>;
@@ -25,6 +28,16 @@ struct Panel {
     return block(b) + row * block_vectors(b) * kLanes<S> + column % kPanelWidth<S>;
   }
 };
+
+// A panel's values as what they are summed in; no panel where those are of another kind.
+template <class P>
+Panel<SumOf<P>> sums_of(const Panel<P>& panel) {
+  if constexpr (std::is_same_v<P, SumOf<P>>) {
+    return panel;
+  } else {
+    return {nullptr, 0, 0};
+  }
+}
 
 // Calls f with the number of vectors of a block as a constant.
 template <class F>
@@ -60,40 +73,60 @@ GOSSAMER_INLINE void transpose(Vec<S> (&v)[kLanes<S>]) {
   }
 }
 
-// Columns [first, last) of the source rows become panel rows: tokens in lanes. `first` is a multiple of kLanes.
-template <class T, class S>
-void pack_as_columns(const Panel<S>& panel, const T* const* rows, int64_t first, int64_t last) {
-  constexpr int n = kLanes<S>;
+// Columns [first, last) of the source rows become panel rows: tokens in lanes, terms along the columns. `first` is a
+// multiple of kLanes, and of a pair.
+template <class T, class P>
+void pack_as_columns(const Panel<P>& panel, const T* const* rows, int64_t first, int64_t last) {
+  constexpr int n = kLanes<P>, terms = kTerms<P>;
   for (int64_t token = 0; token < panel.width; token += n) {
     const int tokens = static_cast<int>(std::min<int64_t>(n, panel.width - token));
-    for (int64_t k = first; k < last; k += n) {
-      const int columns = static_cast<int>(std::min<int64_t>(n, last - k));
-      Vec<S> v[n];
-      for (int i = 0; i < n; ++i) {
-        v[i] = i >= tokens ? Vec<S>{} : columns == n ? load(rows[token + i] + k) : load_some(rows[token + i] + k, columns);
-      }
-      transpose<S>(v);
-      for (int i = 0; i < columns; ++i) store(panel.at(k + i, token), v[i]);
+    for (int64_t k = first; k < last; k += n * terms) {
+      Vec<P> v[n];
+      for (int i = 0; i < n; ++i) v[i] = i >= tokens ? Vec<P>{} : load_terms<P>(rows[token + i] + k, last - k);
+      transpose<P>(v);
+      const int count = static_cast<int>(std::min<int64_t>(n, (last - k + terms - 1) / terms));
+      for (int i = 0; i < count; ++i) store(panel.at(k / terms + i, token), v[i]);
     }
   }
 }
 
-// Columns [first, last) of the source rows stay columns; `first` is a multiple of kLanes.
-template <class T, class S>
-void pack_as_rows(const Panel<S>& panel, const T* const* rows, int64_t first, int64_t last) {
-  constexpr int n = kLanes<S>;
-  for (int64_t token = 0; token < panel.depth; ++token) {
+// Columns [first, last) of `tokens` source rows stay columns, terms along the rows; `first` is a multiple of kLanes.
+template <class T, class P>
+void pack_as_rows(const Panel<P>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
+  constexpr int n = kLanes<P>;
+  for (int64_t token = 0; token < tokens; token += kTerms<P>) {
+    const T* row = rows[token];
+    const T* next = token + 1 < tokens ? rows[token + 1] : nullptr;
     for (int64_t c = first; c < last; c += n) {
       const int columns = static_cast<int>(std::min<int64_t>(n, last - c));
-      store(panel.at(token, c), columns == n ? load(rows[token] + c) : load_some(rows[token] + c, columns));
+      store(panel.at(token / kTerms<P>, c), load_lanes<P>(row + c, next ? next + c : nullptr, columns));
     }
   }
 }
 
-// Columns [first, last) of `to` from the same rows of `from`; `first` is a multiple of kLanes.
-template <class S>
-void transpose_panel(const Panel<S>& to, const Panel<S>& from, int64_t first, int64_t last) {
-  constexpr int n = kLanes<S>;
+// The same with each column a panel row, terms along it: the left side of a sum over tokens.
+template <class T, class P>
+void pack_as_terms(const Panel<P>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
+  constexpr int n = kLanes<P>, terms = kTerms<P>;
+  for (int64_t token = 0; token < tokens; token += n * terms) {
+    for (int64_t c = first; c < last; c += n) {
+      const int columns = static_cast<int>(std::min<int64_t>(n, last - c));
+      Vec<P> v[n];
+      for (int i = 0; i < n; ++i) {
+        const int64_t t = token + i * terms;
+        v[i] = t >= tokens ? Vec<P>{} : load_lanes<P>(rows[t] + c, t + 1 < tokens ? rows[t + 1] + c : nullptr, columns);
+      }
+      transpose<P>(v);
+      for (int i = 0; i < columns; ++i) store(panel.at(c + i, token / terms), v[i]);
+    }
+  }
+}
+
+// Columns [first, last) of `to`, with terms along its rows, from the same rows of `from`, which has tokens as columns;
+// `first` is a multiple of kLanes.
+template <class S, class P>
+void transpose_panel(const Panel<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
+  constexpr int n = kLanes<S>, terms = kTerms<P>;
   for (int64_t token = 0; token < from.width; token += n) {
     const int tokens = static_cast<int>(std::min<int64_t>(n, from.width - token));
     for (int64_t c = first; c < last; c += n) {
@@ -101,7 +134,36 @@ void transpose_panel(const Panel<S>& to, const Panel<S>& from, int64_t first, in
       Vec<S> v[n];
       for (int i = 0; i < n; ++i) v[i] = i < columns ? load(from.at(c + i, token)) : Vec<S>{};
       transpose<S>(v);
-      for (int i = 0; i < tokens; ++i) store(to.at(token + i, c), v[i]);
+      // Lanes past the last token are zero, and n is even: the second term of the last pair exists.
+      for (int i = 0; i < tokens; i += terms) store(to.at((token + i) / terms, c), pack_lanes<P>(v[i], v[i + terms - 1]));
+    }
+  }
+}
+
+// Rows [first, last) of a panel of sums with tokens as columns, packed for products with terms along its rows: rows
+// first / kTerms and on of `to`. `first` is a multiple of a pair.
+template <class S, class P>
+void pack_along_rows(const Panel<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; k += kTerms<P>) {
+    for (int64_t token = 0; token < from.width; token += kLanes<S>) {
+      const Vec<S> next = k + 1 < last ? load(from.at(k + 1, token)) : Vec<S>{};
+      store(to.at(k / kTerms<P>, token), pack_lanes<P>(load(from.at(k, token)), next));
+    }
+  }
+}
+
+// The same rows packed with terms along the tokens: the left side of a sum over tokens.
+template <class S, class P>
+void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
+  constexpr int n = kLanes<S>, terms = kTerms<P>;
+  for (int64_t k = first; k < last; ++k) {
+    for (int64_t token = 0; token < from.width; token += n) {
+      const Vec<S> v = load(from.at(k, token));
+      if constexpr (terms == 1) {
+        store(to.at(k, token), v);
+      } else {
+        store(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
+      }
     }
   }
 }

@@ -17,6 +17,13 @@ template <class S>
 constexpr int kLanes = GOSSAMER_VECTOR_BYTES / sizeof(S);
 
 typedef uint32_t UInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+template <>
+struct VecTraits<BFloat16Pair> {
+  using Vec = UInts;
+};
+template <class T>
+using Operand = PackedAs<T, GOSSAMER_BF16_DOT>;
+
 typedef uint16_t Halves __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
 
 #define GOSSAMER_INLINE static inline __attribute__((always_inline))
@@ -24,6 +31,11 @@ typedef uint16_t Halves __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
 template <class S>
 GOSSAMER_INLINE Vec<S> splat(S value) {
   return value - Vec<S>{};
+}
+GOSSAMER_INLINE UInts splat(BFloat16Pair value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits - UInts{};
 }
 
 template <class V, class S>
@@ -37,15 +49,22 @@ GOSSAMER_INLINE Vec<float> load(const float* from) { return load_bytes<Vec<float
 GOSSAMER_INLINE Vec<double> load(const double* from) { return load_bytes<Vec<double>>(from); }
 GOSSAMER_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof v); }
 GOSSAMER_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof v); }
+GOSSAMER_INLINE UInts load(const BFloat16Pair* from) { return load_bytes<UInts>(from); }
+GOSSAMER_INLINE void store(BFloat16Pair* to, UInts v) { std::memcpy(to, &v, sizeof v); }
 
 GOSSAMER_INLINE Vec<float> load(const BFloat16* from) {
   return (Vec<float>)(__builtin_convertvector(load_bytes<Halves>(from), UInts) << 16);
 }
 
-GOSSAMER_INLINE void store(BFloat16* to, Vec<float> v) {
+// Each lane's bfloat16, in the low half.
+GOSSAMER_INLINE UInts bfloat16_bits(Vec<float> v) {
   const UInts bits = (UInts)v;
   const UInts rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Halves out = __builtin_convertvector(v == v ? rounded : 0x7fc0u - UInts{}, Halves);
+  return v == v ? rounded : 0x7fc0u - UInts{};
+}
+
+GOSSAMER_INLINE void store(BFloat16* to, Vec<float> v) {
+  const Halves out = __builtin_convertvector(bfloat16_bits(v), Halves);
   std::memcpy(to, &out, sizeof out);
 }
 
@@ -98,6 +117,13 @@ GOSSAMER_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
+#if GOSSAMER_BF16_DOT
+// Both terms' products and sums in the processor's order, which is one for all lanes; it takes subnormals for zero.
+GOSSAMER_INLINE Vec<float> fma(UInts a, UInts b, Vec<float> c) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // The first n lanes, the others zero.
 template <class T>
 GOSSAMER_INLINE Vec<Accumulator<T>> load_some(const T* from, int n) {
@@ -111,6 +137,43 @@ GOSSAMER_INLINE void store_some(T* to, Vec<Accumulator<T>> v, int n) {
   T buffer[kLanes<Accumulator<T>>];
   store(buffer, v);
   std::memcpy(to, buffer, n * sizeof(T));
+}
+
+// The next kLanes packed values of a run of memory that has `terms` terms left; those past its end are zero.
+template <class P, class T>
+GOSSAMER_INLINE Vec<P> load_terms(const T* from, int64_t terms) {
+  constexpr int n = kLanes<P>;
+  if constexpr (std::is_same_v<P, BFloat16Pair>) {
+    if (terms >= 2 * n) return load_bytes<UInts>(from);
+    BFloat16Pair buffer[n] = {};
+    if (terms > 0) std::memcpy(static_cast<void*>(buffer), from, terms * sizeof(T));
+    return load(buffer);
+  } else {
+    return terms >= n ? load(from) : terms > 0 ? load_some(from, static_cast<int>(terms)) : Vec<P>{};
+  }
+}
+
+// One packed value a lane, its terms from the same place of the runs `first` and `second`, which is null past the last
+// term; `lanes` of them exist.
+template <class P, class T>
+GOSSAMER_INLINE Vec<P> load_lanes(const T* first, [[maybe_unused]] const T* second, int lanes) {
+  constexpr int n = kLanes<P>;
+  if constexpr (std::is_same_v<P, BFloat16Pair>) {
+    const auto bits = [&](const T* from) { return (UInts)(lanes == n ? load(from) : load_some(from, lanes)); };
+    return second ? (bits(first) >> 16) | bits(second) : bits(first) >> 16;
+  } else {
+    return lanes == n ? load(first) : load_some(first, lanes);
+  }
+}
+
+// One packed value a lane of sums that follow each other; `second` is not used where a packed value has one term.
+template <class P>
+GOSSAMER_INLINE Vec<P> pack_lanes(Vec<SumOf<P>> first, [[maybe_unused]] Vec<SumOf<P>> second) {
+  if constexpr (std::is_same_v<P, BFloat16Pair>) {
+    return bfloat16_bits(first) | bfloat16_bits(second) << 16;
+  } else {
+    return first;
+  }
 }
 
 // The sum of all lanes, in a fixed order: halves are added until one lane is left.
