@@ -11,7 +11,7 @@ from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.low_rank_experts import LoRAExperts, expert_factors, flat_expert_factors
 from gossamer.nn.moe import Experts, MoE, SharedExpert
 from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
-from gossamer.nn.routing import Routing, given_experts, sigmoid_topk, softmax_topk, topk_softmax
+from gossamer.nn.routing import Routing, given_experts, limit_capacity, sigmoid_topk, softmax_topk, topk_softmax
 from gossamer.nn.table_batched import TableBatchedEmbeddingBags
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "flat_expert_factors",
     "frobenius_decay_",
     "given_experts",
+    "limit_capacity",
     "load_balance_loss",
     "lora_plus_groups",
     "read_manifest",

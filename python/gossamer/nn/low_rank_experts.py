@@ -69,7 +69,8 @@ class LoRAExperts(Experts):
             each expert's matrix, which keeps the rest.
         targets: which matrices are updated, of ``"gate_up_proj"`` (``"up_proj"`` with an ungated activation) and
             ``"down_proj"``.
-        **options: ``activation``, ``bias``, ``interleaved``, ``transposed``, ``device``, ``dtype`` of :class:`Experts`.
+        **options: ``activation``, ``bias``, ``interleaved``, ``transposed``, ``capacity_factor``, ``device``,
+            ``dtype`` of :class:`Experts`.
 
     Attributes:
         gate_up_proj_lora_A: ``(E·r, H)``; of the other target ``down_proj_lora_A (E·r, I)``.
@@ -126,6 +127,7 @@ class LoRAExperts(Experts):
             "intermediate_size",
             "interleaved",
             "transposed",
+            "capacity_factor",
             "_up_name",
         )
         for name in plain:

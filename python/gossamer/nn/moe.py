@@ -7,7 +7,14 @@ from torch import nn
 
 from gossamer._activation import Activation, activate, as_activation
 from gossamer.nn.routers import ROUTERS
-from gossamer.nn.routing import Routing, check_positive, check_selection, given_experts
+from gossamer.nn.routing import (
+    Routing,
+    check_capacity_factor,
+    check_positive,
+    check_selection,
+    given_experts,
+    limit_capacity,
+)
 from gossamer.ops._checks import check_tensor
 from gossamer.ops.expert_mlp import expert_mlp
 
@@ -31,6 +38,7 @@ class Experts(nn.Module):
         bias: whether both products have biases.
         interleaved: whether gate and up alternate along 2I, as in gpt-oss.
         transposed: whether matrices are stored as ``(E, in, out)``, as in gpt-oss, instead of ``(E, out, in)``.
+        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -42,8 +50,9 @@ class Experts(nn.Module):
         down_proj_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is no int, or ``activation`` neither str nor Activation.
-        ValueError: a size is below 1, the activation is unknown, or ``interleaved`` with an ungated one.
+        TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        ValueError: a size is below 1, the activation is unknown, ``interleaved`` with an ungated one, or a
+            ``capacity_factor`` that is not positive.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class Experts(nn.Module):
         bias: bool = False,
         interleaved: bool = False,
         transposed: bool = False,
+        capacity_factor: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,9 +74,11 @@ class Experts(nn.Module):
         self.activation = as_activation(activation)
         if interleaved and not self.activation.gated:
             raise ValueError(f"interleaved needs a gated activation, got {self.activation.name!r}")
+        check_capacity_factor(capacity_factor)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.capacity_factor = capacity_factor
         self.interleaved = interleaved
         self.transposed = transposed
         self._up_name = "gate_up_proj" if self.activation.gated else "up_proj"
@@ -123,6 +135,8 @@ class Experts(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         if routing.num_tokens != tokens.shape[0]:
             raise ValueError(f"routing must be of the {tokens.shape[0]} tokens of x, got {routing.num_tokens}")
+        if self.capacity_factor is not None:
+            routing = limit_capacity(routing, self.capacity_factor)
         return self._compute(tokens, routing.dispatched()).view(x.shape)
 
     def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
@@ -149,11 +163,12 @@ class Experts(nn.Module):
             "bias": self.down_proj_bias is not None,
             "interleaved": self.interleaved,
             "transposed": self.transposed,
+            "capacity_factor": self.capacity_factor,
         }
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation.name!r}"
-            + "".join(f", {name}=True" for name, value in options.items() if value)
+            + "".join(f", {name}={value}" for name, value in options.items() if value)
         )
 
 
@@ -219,6 +234,8 @@ class MoE(nn.Module):
         transposed: whether the routed experts' matrices are stored as ``(E, in, out)``.
         shared_intermediate_size: I of the shared expert, or None for no shared expert.
         shared_gate: whether the shared expert's output is multiplied by ``σ(x·w_g)``, as in Qwen2-MoE.
+        capacity_factor: of the routed experts; see :func:`limit_capacity`. The routing that a call returns is the
+            router's, before anything is dropped.
         device: of the parameters.
         dtype: of the parameters.
         **router_options: of a router given by name, such as ``renormalize``, ``n_group``, ``scale`` or ``upcast``; see
@@ -251,6 +268,7 @@ class MoE(nn.Module):
         transposed: bool = False,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        capacity_factor: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **router_options: object,
@@ -272,6 +290,7 @@ class MoE(nn.Module):
             bias=bias,
             interleaved=interleaved,
             transposed=transposed,
+            capacity_factor=capacity_factor,
             **form,
         )
         self.shared_expert = None

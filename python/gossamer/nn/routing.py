@@ -327,3 +327,49 @@ def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Ten
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
     check_same_device(expert_ids=expert_ids, weights=weights)
     return Routing(expert_ids, weights, num_experts)
+
+
+def expert_capacity(num_tokens: int, top_k: int, num_experts: int, capacity_factor: float) -> int:
+    """``C = int(capacity_factor · K·T/E)``, the slots that one expert serves; 0 stands for no limit."""
+    return int(capacity_factor * (top_k * num_tokens / num_experts))
+
+
+def check_capacity_factor(capacity_factor: float | None) -> None:
+    """A capacity factor must be a positive, finite number, or None."""
+    if capacity_factor is None:
+        return
+    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, (int, float)):
+        raise TypeError(f"capacity_factor must be a number or None, got {type(capacity_factor).__name__}")
+    if not 0 < capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be positive and finite, got {capacity_factor}")
+
+
+def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+    """Drop the slots that pass their expert's capacity ``C = int(capacity_factor · K·T/E)``, as GShard and Switch do.
+
+    An expert serves its first C slots in token order (within a token, in slot order); the rest become "no expert". The
+    other slots' weights stay as they are, and a token whose slots are all dropped gets zeros. Where C is 0, as with
+    fewer tokens than experts, nothing is dropped. Nothing is read on the host. What a token gets depends on the tokens
+    before it in the batch.
+
+    Args:
+        routing: a router's.
+        capacity_factor: positive; 1 gives each expert room for its equal share.
+
+    Returns:
+        A :class:`Routing` with E for the ids of dropped slots, sorted by expert.
+
+    Raises:
+        TypeError: ``capacity_factor`` is no number.
+        ValueError: it is not positive and finite.
+    """
+    check_capacity_factor(capacity_factor)
+    e = routing.num_experts
+    capacity = expert_capacity(routing.num_tokens, routing.top_k, e, capacity_factor)
+    routing = routing.dispatched()
+    if capacity == 0:
+        return routing
+    first = routing.dispatch.offsets[routing.expert_ids.clamp(max=e)]
+    ranks = routing.dispatch.rows.view(routing.num_tokens, routing.top_k) - first
+    ids = routing.expert_ids.masked_fill(ranks >= capacity, e)
+    return Routing(ids, routing.weights, e, routing.logits, routing.score, dispatch(ids, e))

@@ -1,0 +1,98 @@
+"""Capacity factors: which slots are dropped, against a loop over tokens, and the layers that drop them."""
+
+import pytest
+import torch
+
+from gossamer.nn import Experts, MoE, Routing, limit_capacity, load_balance_loss
+from gossamer.testing import random_expert_ids
+
+T, E, K, H, I = 37, 5, 2, 12, 10
+
+
+def randn(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def loop(ids, factor):
+    """Token by token, slot by slot: what still fits."""
+    capacity = int(factor * (ids.shape[1] * ids.shape[0] / E))
+    served, kept = [0] * E, ids.clone()
+    for t, k in torch.cartesian_prod(torch.arange(ids.shape[0]), torch.arange(ids.shape[1])).tolist():
+        e = int(ids[t, k])
+        if e >= E:
+            kept[t, k] = E
+        elif capacity and served[e] == capacity:
+            kept[t, k] = E
+        else:
+            served[e] += 1
+    return kept, served
+
+
+@pytest.mark.parametrize(("skew", "dropped"), [("uniform", 0.0), ("zipf", 0.2), ("one", 0.0), ("few", 0.0)])
+@pytest.mark.parametrize("factor", [0.5, 1, 1.25, 100.0])
+def test_slots_that_fit(device, skew, dropped, factor):
+    ids = random_expert_ids(T, E, K, skew=skew, dropped=dropped, seed=1)
+    weights = torch.rand(T, K)
+    limited = limit_capacity(Routing(ids.to(device), weights.to(device), E), factor)
+    kept, served = loop(ids, factor)
+    assert torch.equal(limited.expert_ids.cpu().clamp(max=E), kept) and limited.counts.tolist() == served
+    assert torch.equal(limited.weights.cpu(), weights)
+    assert torch.equal(limited.dispatch.offsets.cpu(), torch.tensor([0, *served]).cumsum(0).int())
+
+
+def test_by_hand():
+    """Seven tokens, three experts, equal shares of two: the first expert, with five tokens, loses its last three."""
+    ids = torch.tensor([[0], [0], [2], [0], [0], [2], [0]])
+    limited = limit_capacity(Routing(ids, torch.ones(7, 1), 3), 1)
+    assert limited.expert_ids.flatten().tolist() == [0, 0, 2, 3, 3, 2, 3] and limited.counts.tolist() == [2, 0, 2]
+
+
+def test_fewer_tokens_than_experts_lose_none(device):
+    """int(1.0 · 1·2/5) is 0, which is no limit rather than no room."""
+    ids = torch.zeros(2, 1, dtype=torch.long, device=device)
+    assert limit_capacity(Routing(ids, torch.ones(2, 1, device=device), E), 1.0).counts.tolist() == [2, 0, 0, 0, 0]
+    assert limit_capacity(Routing(ids[:0], torch.ones(0, 1, device=device), E), 1.0).counts.tolist() == [0] * E
+
+
+def test_experts_and_layer(device):
+    """The layer is the layer without limit on what fits; the routing it returns, and its loss, are the router's own."""
+    moe = MoE(H, I, E, K, capacity_factor=0.75, device=device)
+    free = MoE(H, I, E, K, device=device)
+    free.load_state_dict(moe.state_dict())
+    x = randn(T, H, device=device).requires_grad_()
+    y, routing = moe(x, return_routing=True)
+    kept, _ = loop(routing.expert_ids.cpu(), 0.75)
+    assert (kept == E).any() and not (routing.expert_ids == E).any()
+    expected = free.experts(x, kept.to(device), routing.weights.detach())
+    assert torch.equal(y, expected)
+    dropped = (kept == E).all(1).to(device)
+    assert dropped.any() and not y[dropped].any()
+    assert torch.equal(load_balance_loss(routing), load_balance_loss(free(x, return_routing=True)[1]))
+    mine = torch.autograd.grad(y.square().sum(), moe.experts.parameters(), retain_graph=True)
+    plain = torch.autograd.grad(expected.square().sum(), free.experts.parameters())
+    assert all(torch.equal(*pair) for pair in zip(mine, plain, strict=True))
+    (dweights,) = torch.autograd.grad(y.square().sum(), routing.weights)
+    assert dweights[kept.to(device) < E].any() and not dweights[kept.to(device) == E].any()
+    assert "capacity_factor=0.75" in repr(moe.experts)
+    ids = torch.zeros(T, 1, dtype=torch.long, device=device)
+    weights = torch.rand(T, 1).to(device)
+    y = moe.experts(x, ids, weights)
+    room = int(0.75 * (T / E))
+    assert y[:room].any(1).all() and not y[room:].any()
+
+
+def test_traces_without_a_graph_break(device):
+    moe = MoE(H, I, E, K, capacity_factor=1.0, device=device)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for tokens in (T, 22, 1):
+        x = randn(tokens, H, device=device)
+        assert torch.equal(compiled(x), moe(x))
+
+
+def test_bad_factors():
+    with pytest.raises(ValueError, match="capacity_factor must be positive and finite, got 0"):
+        Experts(E, H, I, capacity_factor=0)
+    with pytest.raises(ValueError, match="capacity_factor must be positive and finite, got inf"):
+        MoE(H, I, E, K, capacity_factor=float("inf"))
+    with pytest.raises(TypeError, match="capacity_factor must be a number or None, got str"):
+        limit_capacity(Routing(torch.zeros(1, 1), torch.zeros(1, 1), E), "1")
