@@ -161,6 +161,8 @@ setup(
         "gossamer.ops",
         "gossamer.nn",
         "gossamer.integrations",
+        "gossamer.integrations.megablocks",
+        "gossamer.integrations.megablocks.layers",
         "gossamer.integrations.scattermoe",
         "gossamer.integrations.scattermoe.kernels",
         "gossamer.cpu_kernels",

@@ -85,6 +85,11 @@ def split_gate_up(preact: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor
 def activate(preact: torch.Tensor, activation: Activation, interleaved: bool = False) -> torch.Tensor:
     """``act(preact)`` in plain torch: ``(..., 2I)`` to ``(..., I)`` when gated, else ``(..., I)`` to ``(..., I)``."""
     gate, up = split_gate_up(preact, interleaved) if activation.gated else (preact, None)
+    return activate_halves(gate, up, activation)
+
+
+def activate_halves(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    """The activation of a gate and an up half of equal shapes in plain torch; an ungated one has no ``up``."""
     if activation.name == "clamped_swiglu":
         gate = gate.clamp(max=activation.limit)
         up = up.clamp(-activation.limit, activation.limit)

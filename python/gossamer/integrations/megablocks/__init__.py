@@ -1,0 +1,40 @@
+"""A home for code written against MegaBlocks (Gale et al., 2023): its layers, options and operators over gossamer's.
+
+``from gossamer.integrations.megablocks.layers.dmoe import dMoE`` takes the place of
+``from megablocks.layers.dmoe import dMoE``, and so on. Parameters keep their names and layouts, so checkpoints load.
+
+A layer in training notes what its balance loss needs: one note a layer, replaced by its next call and gone with the
+layer, so nothing grows where a step forgets to clear. Within a step::
+
+    output, bias = layer(x)
+    loss = task_loss(output) + batched_load_balancing_loss(args)
+    loss.backward()
+    clear_load_balancing_loss()
+"""
+
+from gossamer.integrations.megablocks import layers, ops
+from gossamer.integrations.megablocks.layers.arguments import Arguments, from_megatron
+from gossamer.integrations.megablocks.layers.dmoe import dMoE
+from gossamer.integrations.megablocks.layers.moe import (
+    MoE,
+    batched_load_balancing_loss,
+    clear_load_balancing_loss,
+    get_load_balancing_loss,
+    save_load_balancing_loss,
+)
+from gossamer.integrations.megablocks.layers.router import batched_router_zloss, clear_router_zloss
+
+__all__ = [
+    "Arguments",
+    "MoE",
+    "batched_load_balancing_loss",
+    "batched_router_zloss",
+    "clear_load_balancing_loss",
+    "clear_router_zloss",
+    "dMoE",
+    "from_megatron",
+    "get_load_balancing_loss",
+    "layers",
+    "ops",
+    "save_load_balancing_loss",
+]

@@ -1,0 +1,129 @@
+"""MegaBlocks' experts without a gate, and its shared expert: parameters in its names and layouts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer.integrations._activations import activation_name
+from gossamer.integrations.megablocks.layers.arguments import Arguments
+from gossamer.nn._block_sparse_experts import PaddedExperts, best_block
+from gossamer.ops.block_sparse import dsd, sdd
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.expert_mlp import expert_mlp
+from gossamer.ops.gather_reduce import combine_slots
+from gossamer.ops.grouped_matmul import grouped_matmul
+
+
+def _parameter(args: Arguments, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device=args.device, dtype=args.dtype))
+
+
+class MLP(nn.Module):
+    """Experts with one matrix each way, as :class:`~gossamer.integrations.megablocks.layers.moe.MoE` stores them.
+
+    Args:
+        args: options.
+
+    Attributes:
+        w1: ``(E, d, f)``.
+        w2: ``(E, f, d)``.
+    """
+
+    def __init__(self, args: Arguments) -> None:
+        super().__init__()
+        self.args = args
+        e, d, f = args.moe_num_experts, args.hidden_size, args.ffn_hidden_size
+        self.w1, self.w2 = _parameter(args, e, d, f), _parameter(args, e, f, d)
+        args.init_method(self.w1)
+        args.output_layer_init_method(self.w2)
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(E, f, d)`` and ``(E, d, f)``: both as :func:`gossamer.expert_mlp` takes them, without a copy."""
+        return self.w1.transpose(1, 2), self.w2.transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
+        """``y[t] = Σ_k weights[t,k]·act(x[t]·w1)·w2`` for ``x (T, d)`` and ``weights (T, k)``."""
+        up, down = self.matrices()
+        name = activation_name(self.args.activation_fn)
+        if name is not None:
+            return expert_mlp(x, up, down, dispatch, weights, activation=name)
+        hidden = self.args.activation_fn(grouped_matmul(x, up, dispatch, y_grouped=True))
+        rows = grouped_matmul(hidden, down, dispatch, x_grouped=True, y_grouped=True)
+        return combine_slots(rows, dispatch, weights)
+
+
+class GroupedMLP(MLP):
+    """Experts with one matrix each way, as dMoE stores them, by grouped products.
+
+    Attributes:
+        w1: ``(E·f, d)``.
+        w2: ``(E·f, d)``.
+    """
+
+    def __init__(self, args: Arguments) -> None:
+        nn.Module.__init__(self)
+        self.args = args
+        rows = args.moe_num_experts * args.ffn_hidden_size
+        self.w1, self.w2 = _parameter(args, rows, args.hidden_size), _parameter(args, rows, args.hidden_size)
+        args.init_method(self.w1)
+        args.output_layer_init_method(self.w2)
+
+    def stacked(self, weight: torch.Tensor) -> torch.Tensor:
+        """``(E·f, d)`` as ``(E, f, d)``."""
+        return weight.view(self.args.moe_num_experts, self.args.ffn_hidden_size, self.args.hidden_size)
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As for :class:`MLP`."""
+        return self.stacked(self.w1), self.stacked(self.w2).transpose(1, 2)
+
+
+class SparseMLP(GroupedMLP):
+    """The same by block-sparse products: the hidden activation is one matrix ``(padded rows, E·f)``, mostly absent."""
+
+    def __init__(self, args: Arguments) -> None:
+        best_block("ffn_hidden_size", args.ffn_hidden_size)
+        super().__init__(args)
+
+    def hidden(self, padded: PaddedExperts, x: torch.Tensor) -> torch.Tensor:
+        """Values of the activation for the padded rows ``x``."""
+        name = activation_name(self.args.activation_fn)
+        values = sdd(x, self.w1.t(), padded.topology, activation=name).values
+        return values if name is not None else self.args.activation_fn(values)
+
+    def forward(self, x: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
+        """As for :class:`MLP`."""
+        padded = PaddedExperts.of(dispatch, self.args.ffn_hidden_size)
+        hidden = padded.matrix(self.hidden(padded, padded.spread(x)))
+        return padded.collect(dsd(hidden, self.w2), weights)
+
+
+class SharedMLP(nn.Module):
+    """The dense network that every token meets.
+
+    Args:
+        args: options.
+
+    Attributes:
+        up_proj: of the class ``args.fc_cls``, from d to ``args.shared_expert_hidden_size``.
+        down_proj: back.
+    """
+
+    def __init__(self, args: Arguments) -> None:
+        super().__init__()
+        self.args = args
+        self.fc_kwargs = {"bias": args.bias, "device": args.device} | args.fc_kwargs
+        self.up_proj = args.fc_cls(args.hidden_size, args.shared_expert_hidden_size, **self.fc_kwargs)
+        self.act = args.activation_fn
+        self.down_proj = args.fc_cls(args.shared_expert_hidden_size, args.hidden_size, **self.fc_kwargs)
+
+    def add_experts_sharedexpert(self, shared_expert_out: torch.Tensor, expert_out: torch.Tensor) -> torch.Tensor:
+        """Their sum; or, with ``shared_expert_weighted_sum``, the mean over k + 1 experts."""
+        if not self.args.shared_expert_weighted_sum:
+            return shared_expert_out + expert_out
+        experts = self.args.moe_top_k + 1
+        return shared_expert_out / experts + expert_out * (self.args.moe_top_k / experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``down_proj(act(up_proj(x)))``."""
+        return self.down_proj(self.act(self.up_proj(x)))

@@ -1,0 +1,121 @@
+"""Expert layers as block-sparse products: rows sorted by expert and padded to whole blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gossamer._activation import Activation, activate_halves, split_gate_up
+from gossamer.ops._autocast import autocast
+from gossamer.ops.block_sparse import BlockSparseTensor, dsd, sdd
+from gossamer.ops.block_topology import BLOCK_SIZES, BlockTopology
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.gather_reduce import gather_reduce
+
+
+def best_block(name: str, size: int) -> int:
+    """The largest block that divides ``size``.
+
+    Raises:
+        ValueError: none does.
+    """
+    for block in reversed(BLOCK_SIZES):
+        if size % block == 0:
+            return block
+    raise ValueError(f"{name} must be a multiple of {BLOCK_SIZES[0]} for block-sparse products, got {size}")
+
+
+def _row_block(num_rows: int, num_experts: int) -> int:
+    """Rows of a block: half of an expert's mean rows or less, so that padding stays below that of the mean."""
+    mean = num_rows / num_experts
+    return max([block for block in BLOCK_SIZES if 2 * block <= mean], default=BLOCK_SIZES[0])
+
+
+@dataclass(frozen=True)
+class PaddedExperts:
+    """The topology of an expert layer's hidden activation, and the way of rows in and out.
+
+    Attributes:
+        dispatch: the assignments.
+        topology: ``(padded rows, E·ffn)``.
+    """
+
+    dispatch: Dispatch
+    topology: BlockTopology
+
+    @staticmethod
+    def of(dispatch: Dispatch, ffn_size: int, block: tuple[int, int] | None = None) -> PaddedExperts:
+        """For hidden activations of ``ffn_size`` columns an expert, in blocks that suit the sizes."""
+        if block is None:
+            block = (_row_block(dispatch.num_rows, dispatch.num_experts), best_block("ffn_size", ffn_size))
+        return PaddedExperts(dispatch, BlockTopology.from_dispatch(dispatch, ffn_size, block))
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens ``(T, H)`` as padded rows, those of padding zero."""
+        slots = self.topology.padded_slots(self.dispatch)
+        tokens = torch.div(slots, self.dispatch.top_k, rounding_mode="floor")
+        return gather_reduce(x, tokens, bounds="drop")
+
+    def experts(self) -> torch.Tensor:
+        """The expert of each padded row, E past the last one."""
+        ends = self.topology.padded_offsets[1:]
+        return torch.searchsorted(ends, torch.arange(self.topology.shape[0], device=ends.device), right=True)
+
+    def matrix(self, values: torch.Tensor) -> BlockSparseTensor:
+        """The hidden activation with these values."""
+        return BlockSparseTensor(values, self.topology)
+
+    def collect(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Padded rows summed back to tokens, each slot weighted: ``(T, ·)``."""
+        index = self.topology.padded_rows(self.dispatch).view(weights.shape)
+        return gather_reduce(rows, index, weights=weights, bounds="drop")
+
+
+def _activate_blocks(values: torch.Tensor, activation: Activation, interleaved: bool, wide: int) -> torch.Tensor:
+    """Blocks ``(nnz, bm, bn)`` of pre-activations, ``wide`` blocks a block row, as blocks of activations."""
+    if not activation.gated:
+        return activate_halves(values, None, activation)
+    nnz, bm, bn = values.shape
+    rows = values.view(nnz // wide, wide, bm, bn)
+    if interleaved:
+        # Two neighbouring blocks of alternating columns have the gate, and the up, of one block.
+        halves = (t.unflatten(1, (wide // 2, 2)).transpose(2, 3) for t in split_gate_up(rows, True))
+        gate, up = (t.reshape(nnz // 2, bm, bn) for t in halves)
+    else:
+        gate, up = (t.reshape(nnz // 2, bm, bn) for t in rows.chunk(2, dim=1))
+    return activate_halves(gate, up, activation)
+
+
+def block_sparse_mlp(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    dispatch: Dispatch,
+    weights: torch.Tensor,
+    *,
+    activation: Activation,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    interleaved: bool = False,
+    block: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """What :func:`gossamer.expert_mlp` computes, by block-sparse products; arguments as there.
+
+    The pre-activation of all experts is one block-sparse matrix ``(padded rows, E·2I)``, after MegaBlocks (Gale et al.,
+    2023): SDD, the activation on its blocks, DSD. Matrices that are not stored as ``(E·2I, H)`` and ``(E·I, H)`` are
+    copied into that form.
+    """
+    x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
+    inner = down.shape[2]
+    padded = PaddedExperts.of(dispatch, inner, block)
+    bm, bn = padded.topology.block
+    wide = gate_up.shape[1]
+    topology = padded.topology if wide == inner else BlockTopology.from_dispatch(dispatch, wide, (bm, bn))
+    bias = None if gate_up_bias is None else gate_up_bias.flatten()
+    preact = sdd(padded.spread(x), gate_up.flatten(0, 1).t(), topology, bias=bias).values
+    hidden = padded.matrix(_activate_blocks(preact, activation, interleaved, wide // bn))
+    rows = dsd(hidden, down.transpose(1, 2).flatten(0, 1))
+    if down_bias is not None:
+        rows = rows + gather_reduce(down_bias, padded.experts(), bounds="drop")
+    return padded.collect(rows, weights)

@@ -1,0 +1,538 @@
+"""Code written against MegaBlocks: its operators by hand and against loops, its layers against a loop in float64."""
+
+import copy
+import functools
+import gc
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eager_draws import compare
+from helpers import OperatorLog, check
+from torch import nn
+
+from gossamer.integrations import megablocks
+from gossamer.integrations.megablocks import (
+    Arguments,
+    MoE,
+    batched_load_balancing_loss,
+    batched_router_zloss,
+    clear_load_balancing_loss,
+    clear_router_zloss,
+    dMoE,
+    get_load_balancing_loss,
+    ops,
+    save_load_balancing_loss,
+)
+from gossamer.testing import random_expert_ids
+
+# f is one block of 32 and half of another; 30 tokens of 5 experts are less than a block of rows each.
+H, FFN, E, K = 24, 48, 5, 2
+T = 30
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    yield
+    clear_load_balancing_loss()
+    clear_router_zloss()
+
+
+def randn(*shape, seed=0, device="cpu", dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def arguments(device, **options):
+    defaults = {
+        "hidden_size": H,
+        "ffn_hidden_size": FFN,
+        "moe_num_experts": E,
+        "moe_top_k": K,
+        "fp16": False,
+        "device": device,
+        "init_method": functools.partial(nn.init.normal_, std=H**-0.5),
+        "output_layer_init_method": functools.partial(nn.init.normal_, std=FFN**-0.5),
+    }
+    return Arguments(**(defaults | options))
+
+
+class TestOps:
+    def test_topology_by_hand(self, device):
+        """Three experts with 5, 0 and 2 rows, blocks of 4 rows, two block columns an expert."""
+        counts = torch.tensor([5, 0, 2], dtype=torch.int32, device=device)
+        padded = ops.round_up(counts, 4)
+        assert padded.tolist() == [8, 0, 4]
+        padded_bins = ops.inclusive_cumsum(padded, 0)
+        assert padded_bins.tolist() == [8, 8, 12] and padded_bins.dtype == torch.int32
+        assert ops.exclusive_cumsum(padded, 0).tolist() == [0, 8, 8]
+        columns = ops.topology(padded_bins, 4, 3, 2)
+        assert columns.tolist() == [0, 1, 0, 1, 4, 5]
+        _, order = ops.sort(columns, 3)
+        assert order.tolist() == [0, 2, 1, 3, 4, 5]
+        rows = torch.tensor([0, 0, 1, 1, 2, 2], device=device)
+        assert rows[order.long()].tolist() == [0, 1, 0, 1, 2, 2]
+        assert ops.inclusive_cumsum(ops.histogram(columns, 6), 0).tolist() == [2, 4, 4, 4, 5, 6]
+
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+    @pytest.mark.parametrize("end_bit", [None, 3, 14])
+    def test_sort(self, device, dtype, end_bit):
+        x = torch.randint(8, (100,), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        values, order = ops.sort(x, end_bit)
+        expected, at = torch.sort(x, stable=True)
+        assert torch.equal(values, expected) and torch.equal(order.long(), at) and order.dtype == dtype
+        # Higher bits are not looked at, but are kept.
+        values, order = ops.sort(torch.tensor([8, 1, 16], device=device, dtype=dtype), 3)
+        assert values.tolist() == [8, 16, 1] and order.tolist() == [0, 2, 1]
+
+    def test_counts_and_copies(self, device):
+        x = torch.tensor([[2, 0, 2, 9], [1, 1, -1, 1]], device=device)
+        assert ops.histogram(x, 3).tolist() == [[1, 0, 2], [0, 3, 0]]
+        assert ops.histogram(x[0], 3).tolist() == [1, 0, 2] and ops.histogram(x, 3).dtype == torch.int32
+        assert ops.inclusive_cumsum(x, 1).tolist() == [[2, 2, 4, 13], [1, 2, 1, 2]]
+        bins = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)
+        ids = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)
+        assert ops.replicate(ids, bins, 6).tolist() == [[7, 7, 9, 9, 9, 0]]
+        values = randn(2, 3, device=device).requires_grad_()
+        out = ops.replicate(values, bins, 6)
+        assert torch.equal(out, values[:, [0, 0, 2, 2, 2, 2]] * torch.tensor([1.0] * 5 + [0.0], device=device))
+        out.backward(torch.arange(12.0, device=device).view(2, 6))
+        assert values.grad.tolist() == [[1.0, 0.0, 9.0], [13.0, 0.0, 27.0]]
+        assert ops.repeat(x, (2, 1)).shape == (4, 4) and ops.repeat(x, (1, 1)) is x
+        assert ops.sum(x).tolist() == [3, 1, 1, 10] and ops.sum(x[:1]).tolist() == x[0].tolist()
+
+    def routed(self, device, skew="zipf"):
+        ids = random_expert_ids(T, E, K, skew=skew, device=device).int().flatten()
+        bin_ids, indices = ops.sort(ids, 3)
+        counts = ops.histogram(ids, E)
+        bins = ops.inclusive_cumsum(counts, 0)
+        return ids, indices, bin_ids, bins, ops.inclusive_cumsum(ops.round_up(counts, 8), 0)
+
+    @pytest.mark.parametrize("skew", ["zipf", "few"])
+    def test_padded_rows(self, device, skew):
+        """Gathering pads each expert with zeros to multiples of 8, scattering undoes it; both with gradients."""
+        ids, indices, bin_ids, bins, padded_bins = self.routed(device, skew)
+        starts = [0, *padded_bins.tolist()]
+
+        def gathered(x):
+            out, ranks = [x.new_zeros(H)] * starts[-1], [0] * E
+            for slot, e in enumerate(ids.tolist()):
+                out[starts[e] + ranks[e]] = x[slot // K]
+                ranks[e] += 1
+            return torch.stack(out)
+
+        def scattered(x, weights):
+            out, ranks = [], [0] * E
+            for slot, e in enumerate(ids.tolist()):
+                out.append(x[starts[e] + ranks[e]] * weights[slot])
+                ranks[e] += 1
+            return torch.stack(out).view(T, K, H).sum(1)
+
+        x = {"x": randn(T, H, device=device)}
+        check(lambda x: ops.padded_gather(x, indices, bin_ids, bins, padded_bins, K), gathered, x)
+        given = {"x": randn(starts[-1], H, device=device), "weights": randn(T * K, seed=1, device=device)}
+        check(
+            lambda x, weights: ops.padded_scatter(x, indices, bin_ids, weights, bins, padded_bins, K), scattered, given
+        )
+        check(
+            lambda x: ops.padded_scatter(x, indices, bin_ids, None, bins, padded_bins, K),
+            lambda x: scattered(x, [1.0] * T * K),
+            {"x": given["x"]},
+        )
+        room = ops.padded_gather(x["x"], indices, bin_ids, bins, padded_bins, K, output_rows=200)
+        assert torch.equal(room[: starts[-1]], gathered(x["x"])) and not room[starts[-1] :].any()
+
+    def test_rows_without_padding(self, device):
+        _, indices, bin_ids, bins, _ = self.routed(device)
+        slots = indices.long()
+        check(
+            lambda x: ops.gather(x, indices, bin_ids, bins, K),
+            lambda x: x[slots // K],
+            {"x": randn(T, H, device=device)},
+        )
+        check(
+            lambda x, weights: ops.scatter(x, indices, bin_ids, weights, bins, K),
+            lambda x, weights: (x[slots.argsort()] * weights.unsqueeze(1)).view(T, K, H).sum(1),
+            {"x": randn(T * K, H, device=device), "weights": randn(T * K, seed=1, device=device)},
+        )
+
+    @pytest.mark.parametrize("size", [4, 40])
+    def test_bins(self, device, size):
+        """An expert's first rows are in its bin, the rest is lost both ways."""
+        ids, indices, _, bins, _ = self.routed(device)
+        places = []
+        for slot, e in enumerate(ids.tolist()):
+            rank = int((ids[:slot] == e).sum())
+            places.append((e, rank) if rank < size else None)
+
+        def gathered(x):
+            rows = {place: x[slot // K] for slot, place in enumerate(places) if place}
+            zero = x.new_zeros(H)
+            return torch.stack([torch.stack([rows.get((e, i), zero) for i in range(size)]) for e in range(E)])
+
+        def scattered(x, weights):
+            rows = [x[p] * weights[slot] if p else x.new_zeros(H) for slot, p in enumerate(places)]
+            return torch.stack(rows).view(T, K, H).sum(1)
+
+        assert (None in places) == (size == 4)
+        check(lambda x: ops.binned_gather(x, indices, bins, size, K), gathered, {"x": randn(T, H, device=device)})
+        given = {"x": randn(E, size, H, device=device), "weights": randn(T * K, seed=1, device=device)}
+        check(lambda x, weights: ops.binned_scatter(x, indices, weights, bins, K), scattered, given)
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda r: ops.sort(torch.zeros(3)), TypeError, "x must be int16, int32 or int64, got torch.float32"),
+            (
+                lambda r: ops.sort(torch.zeros(40000, dtype=torch.int16)),
+                ValueError,
+                "x must have at most 32767 elements",
+            ),
+            (lambda r: ops.histogram(r[0], 0), ValueError, "max_val at least 1"),
+            (lambda r: ops.round_up(r[0].long(), 4), TypeError, "x must be int32"),
+            (
+                lambda r: ops.gather(torch.zeros(3, H), *r[1:4], K),
+                ValueError,
+                r"x must have shape \(T, D\) = \(30, any\)",
+            ),
+            (lambda r: ops.gather(torch.zeros(T, H), *r[1:4], 7), ValueError, "top_k must be an int that divides"),
+            (
+                lambda r: ops.scatter(torch.zeros(T * K, H), *r[1:3], torch.zeros(3), r[3], K),
+                ValueError,
+                r"weights must have shape \(R,\) = \(60\)",
+            ),
+        ],
+    )
+    def test_bad_arguments(self, call, error, message):
+        with pytest.raises(error, match=message):
+            call(self.routed("cpu"))
+
+
+def expert_loop(x, p, ids, weights, act, *, gated=False, capacity=None):
+    """Slots served in turn, then every expert on every token; w1, v1, w2 are ``(E, f, d)``."""
+    served, kept = [0] * E, []
+    for e in ids.flatten().tolist():
+        served[e] += 1
+        kept.append(not capacity or served[e] <= capacity)
+    kept = torch.tensor(kept, device=ids.device).view(ids.shape)
+    y = torch.zeros_like(x)
+    for e in range(E):
+        hidden = act(x @ p["w1"][e].T)
+        if gated:
+            hidden = hidden * (x @ p["v1"][e].T)
+        y = y + ((kept & (ids == e)) * weights).sum(1, keepdim=True) * (hidden @ p["w2"][e])
+    return y
+
+
+GELU = functools.partial(F.gelu, approximate="tanh")
+
+
+def layer_loop(x, p, args, ids, act=GELU, capacity=None):
+    """The whole layer on ``(T, d)`` for the experts chosen, with router, p-norm and bias."""
+    scores = torch.softmax(x @ p["router.layer.weight"].T, 1)
+    weights = scores.topk(K, dim=1).values if args.uniform_expert_assignment else scores.gather(1, ids)
+    if power := args.moe_normalize_expert_weights:
+        weights = weights / (weights.abs() ** power).sum(1, keepdim=True) ** (1 / power)
+    experts = {name.split(".")[-1]: w for name, w in p.items() if name.startswith("experts.mlp")}
+    if experts["w1"].dim() == 3:
+        experts["w1"] = experts["w1"].transpose(1, 2)
+    experts = {name: w.reshape(E, FFN, H) for name, w in experts.items()}
+    y = expert_loop(x, experts, ids, weights, act, gated="v1" in experts, capacity=capacity)
+    return y if "experts.bias" not in p else y + p["experts.bias"]
+
+
+def checked(layer, args, device, act=GELU, capacity=None):
+    """Hold a layer with all its gradients against the loop."""
+    parameters = dict(layer.named_parameters())
+
+    def inputs(draw):
+        x = randn(T, H, seed=2 * draw, device=device).requires_grad_()
+        return x, randn(T, H, seed=2 * draw + 1, device=device)
+
+    def named(y, x, leaves, dy):
+        return dict(zip(["y", "x", *leaves], [y, *torch.autograd.grad(y, [x, *leaves.values()], dy)], strict=True))
+
+    def ours(draw):
+        x, dy = inputs(draw)
+        out = layer(x.view(5, 6, H))
+        y = (out[0] + out[1] if isinstance(out, tuple) else out).view(T, H)
+        return named(y, x, parameters, dy)
+
+    def plain(draw, cast):
+        x, dy = (t.detach().to(cast) for t in inputs(draw))
+        leaves = {name: p.detach().to(cast).requires_grad_() for name, p in parameters.items()}
+        y = layer_loop(x.requires_grad_(), leaves, args, layer.router(inputs(draw)[0])[2], act, capacity)
+        return named(y, x, leaves, dy)
+
+    compare(ours, lambda draw: plain(draw, torch.float32), lambda draw: plain(draw, torch.float64))
+
+
+DROPLESS = [
+    pytest.param({"mlp_impl": impl, "mlp_type": kind}, id=f"{impl} {kind}")
+    for impl in ("grouped", "sparse")
+    for kind in ("mlp", "glu")
+]
+
+
+@pytest.mark.parametrize("options", DROPLESS)
+def test_dmoe(device, options):
+    args = arguments(device, **options, moe_normalize_expert_weights=2)
+    checked(dMoE(args), args, device)
+
+
+@pytest.mark.parametrize("impl", ["grouped", "sparse"])
+def test_dmoe_with_an_activation_of_ones_own(device, impl):
+    def act(x):
+        return torch.tanh(x) + 0.5
+
+    args = arguments(device, mlp_impl=impl, activation_fn=act, bias=False)
+    layer = dMoE(args)
+    assert layer.experts.bias is None
+    checked(layer, args, device, act)
+
+
+def test_recognised_activations_are_fused(device):
+    args = arguments(device, mlp_impl="grouped", activation_fn=F.silu, return_bias=False)
+    layer = dMoE(args)
+    checked(layer, args, device, F.silu)
+    with OperatorLog() as log:
+        layer(randn(T, H, device=device))
+    assert log.named("expert_mlp") and not log.named("grouped_matmul")
+
+
+@pytest.mark.parametrize(("factor", "capacity"), [(1, 12), (0.5, 6), (0, None), (0.05, None)])
+def test_capacity(device, factor, capacity):
+    """int(factor·2·30/5) slots an expert; 0, whether asked for or rounded to, is no limit."""
+    args = arguments(device, moe_capacity_factor=factor)
+    layer = MoE(args)
+    assert layer.experts.expert_capacity(T) == (capacity or 0)
+    checked(layer, args, device, capacity=capacity)
+
+
+@pytest.mark.parametrize("impl", ["grouped", "sparse"])
+def test_both_layers_agree(device, impl):
+    """Weights of one in the layout of the other; without a limit they are the same layer."""
+    args = arguments(device, moe_capacity_factor=0, mlp_impl=impl)
+    dropless, limited = dMoE(args), MoE(args)
+    state = dropless.state_dict()
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    assert shapes == {
+        "router.layer.weight": (E, H),
+        "experts.bias": (H,),
+        "experts.mlp.w1": (E * FFN, H),
+        "experts.mlp.w2": (E * FFN, H),
+    }
+    state["experts.mlp.w1"] = state["experts.mlp.w1"].view(E, FFN, H).transpose(1, 2)
+    state["experts.mlp.w2"] = state["experts.mlp.w2"].view(E, FFN, H)
+    limited.load_state_dict(state)
+    x = randn(5, 6, H, device=device)
+    torch.testing.assert_close(dropless(x)[0], limited(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_two_implementations_share_checkpoints(device):
+    grouped, sparse = (dMoE(arguments(device, mlp_impl=impl, mlp_type="glu")) for impl in ("grouped", "sparse"))
+    sparse.load_state_dict(grouped.state_dict())
+    x = randn(T, H, device=device)
+    torch.testing.assert_close(grouped(x)[0], sparse(x)[0], rtol=1e-5, atol=1e-6)
+    assert "v1" in dict(grouped.experts.mlp.named_parameters())
+
+
+def test_dtypes_of_options():
+    assert {p.dtype for p in dMoE(arguments("cpu", fp16=True)).parameters()} == {torch.float16}
+    assert {p.dtype for p in MoE(arguments("cpu", bf16=True)).parameters()} == {torch.bfloat16}
+    y, bias = dMoE(arguments("cpu", bf16=True, mlp_impl="sparse"))(randn(T, H, dtype=torch.bfloat16))
+    assert y.dtype == bias.dtype == torch.bfloat16
+
+
+def test_uniform_assignment_and_jitter(device):
+    args = arguments(device, uniform_expert_assignment=True, mlp_impl="grouped")
+    layer = dMoE(args)
+    turns = (torch.arange(T * K, device=device) % E).view(T, K)
+    assert torch.equal(layer.router(randn(T, H, device=device))[2], turns)
+    checked(layer, args, device)
+    args = arguments(device, moe_jitter_eps=0.5, moe_loss_weight=0)
+    layer, x = dMoE(args), randn(T, H, device=device)
+    factors = layer.router.jitter(torch.empty(1000, device=device))
+    assert 0.5 <= float(factors.min()) < 0.52 and 1.48 < float(factors.max()) <= 1.5
+    first, second = layer.router(x)[0], layer.router(x)[0]
+    assert not torch.equal(first, second)
+    layer.eval()
+    assert torch.equal(layer.router(x)[0], layer.router(x)[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shared_expert(device, weighted):
+    args = arguments(device, mlp_type="glu", shared_expert=True, shared_expert_hidden_size=8)
+    args.shared_expert_weighted_sum = weighted
+    layer = dMoE(args)
+    x = randn(T, H, device=device)
+    y, bias = layer(x)
+    routed = layer.experts(x, *layer.router(x))[0]
+    shared = layer.shared_expert
+    gate = F.gelu(shared.gate_proj(x), approximate="tanh")
+    dense = shared.down_proj(gate * shared.up_proj(x))
+    expected = dense / 3 + routed * 2 / 3 if weighted else dense + routed
+    torch.testing.assert_close(y, expected)
+    assert bias is layer.experts.bias and shared.up_proj.weight.shape == (8, H)
+
+
+class TestLosses:
+    def test_balance_loss(self, device):
+        """Two layers against the formula, by a loop over experts; its gradient reaches the routers alone."""
+        args = arguments(device, num_layers=2, mlp_impl="grouped", return_bias=False)
+        model = nn.Sequential(dMoE(args), dMoE(args))
+        x = randn(T, H, device=device)
+        first = model[0](x)
+        model[1](first)
+        loss = batched_load_balancing_loss(args)
+        expected = 0.0
+        for layer, given in ((model[0], x), (model[1], first)):
+            scores, _, ids = layer.router(given)
+            for e in range(E):
+                expected = expected + int((ids == e).sum()) * scores[:, e].mean()
+        torch.testing.assert_close(loss, 0.1 * E / (2 * T * K) * expected)
+        loss.backward()
+        assert model[0].router.layer.weight.grad.any() and model[1].experts.mlp.w1.grad is None
+
+    def test_balance_has_the_value_of_its_weight(self, device):
+        args = arguments(device, uniform_expert_assignment=True, moe_lbl_in_fp32=True, bf16=True)
+        layer = MoE(args)
+        nn.init.zeros_(layer.router.layer.weight)
+        layer(randn(T, H, device=device, dtype=torch.bfloat16))
+        loss = batched_load_balancing_loss(args)
+        assert loss.dtype == torch.float32 and abs(float(loss.detach()) - 0.1) < 1e-4
+        assert batched_load_balancing_loss(arguments(device, moe_loss_weight=0)) == 0.0
+
+    def test_notes_are_of_the_last_step(self, device):
+        """A second call replaces the first; clearing, evaluation, no weight and the layer's end leave nothing."""
+        args = arguments(device)
+        layer = MoE(args)
+        layer(randn(T, H, device=device))
+        layer(randn(7, H, seed=1, device=device))
+        ((counts, scores),) = get_load_balancing_loss()
+        assert scores.shape == (7, E) and int(counts.sum()) == 7 * K
+        save_load_balancing_loss((counts, scores))
+        assert len(get_load_balancing_loss()) == 2 and len(get_load_balancing_loss(layer)) == 1
+        clear_load_balancing_loss()
+        assert get_load_balancing_loss() == []
+        with pytest.raises(ValueError, match=r"needs the notes of 1 layers .* got 0: layers note theirs in training"):
+            batched_load_balancing_loss(args)
+        layer.eval()(randn(T, H, device=device))
+        assert get_load_balancing_loss() == []
+        layer.train()(randn(T, H, device=device))
+        assert len(get_load_balancing_loss()) == 1
+        del layer, counts, scores
+        gc.collect()
+        assert get_load_balancing_loss() == []
+
+    def test_notes_of_one_model_among_several(self, device):
+        args = arguments(device)
+        layer = dMoE(args)
+        other = copy.deepcopy(layer)
+        layer(randn(T, H, device=device))
+        other(randn(9, H, device=device))
+        assert [len(scores) for _, scores in get_load_balancing_loss()] == [T, 9]
+        assert [len(scores) for _, scores in get_load_balancing_loss(other)] == [9]
+        batched_load_balancing_loss(args, layer).backward()
+        clear_load_balancing_loss(layer)
+        assert get_load_balancing_loss(layer) == [] and len(get_load_balancing_loss(copy.deepcopy(other))) == 0
+        assert len(get_load_balancing_loss()) == 1
+
+    def test_counts_are_those_before_dropping(self, device):
+        args = arguments(device, moe_capacity_factor=0.5)
+        MoE(args)(randn(T, H, device=device))
+        layer = MoE(args)
+        layer(randn(T, H, device=device))
+        assert int(get_load_balancing_loss(layer)[0][0].sum()) == T * K
+
+    def test_router_z_loss(self, device):
+        args = arguments(device, moe_zloss_weight=1e-3, moe_zloss_in_fp32=True)
+        layer, x = dMoE(args), randn(T, H, device=device)
+        layer(x)
+        logits = x @ layer.router.layer.weight.T
+        loss = batched_router_zloss(args)
+        torch.testing.assert_close(loss, 1e-3 * torch.logsumexp(logits, 1).square().mean().view(1))
+        clear_router_zloss()
+        with pytest.raises(ValueError, match="needs routers that were called"):
+            batched_router_zloss(args)
+        with pytest.raises(ValueError, match="moe_zloss_weight must not be 0"):
+            batched_router_zloss(arguments(device))
+
+
+def test_traces_without_a_graph_break(device):
+    """A compiled layer notes what its loss needs, and gives eager's bits."""
+    args = arguments(device, mlp_impl="sparse", mlp_type="glu", return_bias=False)
+    layer = dMoE(args)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (T, 11):
+        x = randn(tokens, H, device=device).requires_grad_()
+        results = []
+        for function in (layer, compiled):
+            y = function(x)
+            loss = y.square().sum() + batched_load_balancing_loss(args)
+            results.append([y, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+        for name, one, other in zip(["y", "x", *dict(layer.named_parameters())], *results, strict=True):
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("impl", ["grouped", "sparse"])
+def test_no_tokens(device, impl):
+    args = arguments(device, mlp_impl=impl)
+    layer = dMoE(args)
+    x = torch.zeros(0, H, device=device, requires_grad=True)
+    y, _ = layer(x)
+    (y.sum() + batched_load_balancing_loss(args)).backward()
+    assert y.shape == (0, H) and not layer.experts.mlp.w1.grad.any()
+
+
+def test_autocast(device):
+    layer = dMoE(arguments(device, mlp_impl="sparse"))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, _ = layer(randn(T, H, device=device))
+        wide = layer.experts(
+            randn(T, H, device=device).bfloat16(), *layer.router(randn(T, H, device=device).bfloat16())
+        )
+    assert y.dtype == torch.bfloat16 and torch.equal(y, wide[0])
+
+
+def test_imports_and_megatron():
+    """MegaBlocks' module paths, and its options out of Megatron's."""
+    from gossamer.integrations.megablocks.layers import arguments as module
+    from gossamer.integrations.megablocks.layers import dmoe, moe, router
+
+    assert dmoe.dMoE is dMoE and moe.MoE is MoE and module.Arguments is Arguments and megablocks.ops is ops
+    assert moe.batched_load_balancing_loss is batched_load_balancing_loss and router.LearnedRouter
+    args = megablocks.from_megatron(types.SimpleNamespace(hidden_size=64, bf16=True, fp16=False, tensor_size=3))
+    assert args.hidden_size == 64 and args.bf16 and args.dtype == torch.bfloat16
+    defaults = Arguments()
+    assert (defaults.ffn_hidden_size, defaults.moe_loss_weight, defaults.mlp_impl) == (4096, 0.1, "sparse")
+    assert defaults.shared_expert_hidden_size == 4096 and defaults.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"moe_expert_model_parallelism": True}, ValueError, "moe_expert_model_parallelism must be False"),
+        ({"expert_parallel_group": object()}, ValueError, "expert_parallel_group must be None"),
+        ({"mlp_type": "moe"}, ValueError, "mlp_type must be one of .* got 'moe'"),
+        ({"mlp_impl": "dense"}, ValueError, "mlp_impl must be one of .* got 'dense'"),
+        ({"activation_fn": None}, TypeError, "activation_fn must be callable"),
+        ({"moe_top_k": 6}, ValueError, "moe_top_k must be at most moe_num_experts"),
+        ({"moe_capacity_factor": -1}, ValueError, "moe_capacity_factor must be positive"),
+        ({"quantize_inputs_num_bits": 8}, TypeError, "quantize_inputs_num_bits"),
+        ({"ffn_hidden_size": 40}, ValueError, "ffn_hidden_size must be a multiple of 16 for block-sparse products"),
+        ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ],
+)
+def test_options_that_are_not_served(options, error, message):
+    with pytest.raises(error, match=message):
+        dMoE(arguments("cpu", **options))
+
+
+def test_options_changed_after_their_check():
+    args = arguments("cpu")
+    args.moe_expert_model_parallelism = True
+    with pytest.raises(ValueError, match="moe_expert_model_parallelism must be False"):
+        MoE(args)
+    with pytest.raises(ValueError, match="mlp_type must be 'mlp' for MoE"):
+        MoE(arguments("cpu", mlp_type="glu"))
