@@ -5,7 +5,7 @@ from gossamer._activation import Activation
 from gossamer._backend import backend
 from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
-from gossamer.integrations import replace, restore, serve_adapters
+from gossamer.integrations import replace, restore, serve_adapters, sparsify
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.dispatch import Dispatch, dispatch
@@ -57,4 +57,5 @@ __all__ = [
     "serve_adapters",
     "sparse_update_",
     "sparse_update_tables_",
+    "sparsify",
 ]

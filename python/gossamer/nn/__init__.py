@@ -2,6 +2,7 @@
 
 from gossamer.nn._lora import lora_plus_groups
 from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer.nn.block_sparse import BlockSparseLinear, erk_densities
 from gossamer.nn.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
@@ -10,11 +11,13 @@ from gossamer.nn.losses import load_balance_loss, router_z_loss, sequence_balanc
 from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.low_rank_experts import LoRAExperts, expert_factors, flat_expert_factors
 from gossamer.nn.moe import Experts, MoE, SharedExpert
+from gossamer.nn.prune_and_regrow import PruneAndRegrow
 from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
 from gossamer.nn.routing import Routing, given_experts, limit_capacity, sigmoid_topk, softmax_topk, topk_softmax
 from gossamer.nn.table_batched import TableBatchedEmbeddingBags
 
 __all__ = [
+    "BlockSparseLinear",
     "DeltaGap",
     "DynamicEmbedding",
     "Embedding",
@@ -29,6 +32,7 @@ __all__ = [
     "LowRankLinear",
     "MoE",
     "ProbabilisticAdmission",
+    "PruneAndRegrow",
     "Router",
     "Routing",
     "SharedExpert",
@@ -36,6 +40,7 @@ __all__ = [
     "SoftmaxRouter",
     "TableBatchedEmbeddingBags",
     "TopKSoftmaxRouter",
+    "erk_densities",
     "expert_factors",
     "flat_expert_factors",
     "frobenius_decay_",

@@ -1,0 +1,208 @@
+"""Training with a moving choice of blocks at a constant budget: SET, RigL and the rule of DSL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from gossamer.nn.block_sparse import BlockSparseLinear, highest, move_blocks_
+from gossamer.nn.routing import check_positive
+
+# rule -> (fraction at the start, at the end; whether new blocks follow the gradient; whether the weights' own step of
+# that iteration is left out)
+RULES: dict[str, tuple[float, float, bool, bool]] = {
+    "set": (0.3, 0.0, False, True),
+    "rigl": (0.3, 0.0, True, True),
+    "dsl": (0.5, 0.005, True, False),
+}
+
+
+def moved_mask(mask: torch.Tensor, norms: torch.Tensor, growth: torch.Tensor, count: int) -> torch.Tensor:
+    """Drop the ``count`` blocks of smallest norm, then grow as many of highest growth score.
+
+    Every block that is not kept can be grown, one just dropped too. Of equal scores the first is dropped, or grown.
+
+    Args:
+        mask: bool, where the blocks are.
+        norms: float of the same shape; read where ``mask`` is True.
+        growth: float of the same shape, not negative.
+        count: at most the number of blocks.
+
+    Returns:
+        A mask with as many blocks.
+    """
+    # Below every norm, so that dropping the lowest cannot choose what is no block.
+    dropped = highest((-norms).masked_fill(~mask, -math.inf), count)
+    kept = mask & ~dropped
+    return kept | highest(growth.masked_fill(kept, -1.0), count)
+
+
+class PruneAndRegrow:
+    """Moves the blocks of :class:`BlockSparseLinear` layers while they train; each layer keeps its number of blocks.
+
+    Every ``every`` steps before ``until``, each layer drops ``k`` of its ``n`` blocks, those of smallest Frobenius
+    norm, and grows k others, which start at zero. With ``f(t) = f_end + (f_0 − f_end)/2·(1 + cos(π·t/until))``:
+
+    ===========  ==========================================================================================
+    ``"set"``    k = ⌊n·f(t)⌋, grown at random (SET, Mocanu et al., 2018); f from 0.3 to 0
+    ``"rigl"``   k = ⌊n·f(t)⌋, grown where ``‖G_b‖`` of the dense gradient is largest (RigL, Evci et al., 2020);
+                 f from 0.3 to 0
+    ``"dsl"``    k = ⌈n·f(t)⌉, grown by ``‖G_b‖``, after the optimizer's step (DSL, Wang et al.); f from 0.5 to 0.005
+    ===========  ==========================================================================================
+
+    In ``"set"`` and ``"rigl"`` the move takes the place of the optimizer's step of that iteration. A block dropped and
+    grown at once keeps its values. State of the optimizer stored by block moves along: blocks kept keep their moments,
+    new ones start at zero. No dense weight, moment or lasting dense gradient is held: norms of ``G_b`` come of bands of
+    ``dyᵀ·x``, in steps that move blocks only, for which inputs and output gradients are kept until the step's end.
+    Frozen layers, and those that no backward pass reached in such a step, stay as they are.
+
+    >>> moves = gossamer.nn.PruneAndRegrow(model, optimizer, rule="rigl", every=100, until=25_000)
+    >>> for batch in batches:
+    ...     optimizer.zero_grad()
+    ...     loss(model, batch).backward()
+    ...     moves.step()  # in place of optimizer.step()
+
+    Args:
+        model: a module with such layers inside, or an iterable of layers.
+        optimizer: steps their parameters.
+        rule: ``"set"``, ``"rigl"`` or ``"dsl"``.
+        every: steps from one move to the next.
+        until: the step from on which nothing moves.
+        fraction: f_0, in [0, 1]; the rule's by default.
+        final_fraction: f_end, in [0, 1]; the rule's by default.
+        anneal: ``"cosine"``, or ``"constant"`` for f_0 throughout.
+        seed: of the choices of ``"set"``, which are the same on every device.
+
+    Raises:
+        TypeError: ``model`` is something else, or a number no int.
+        ValueError: there is no such layer, a number is out of range, a name is unknown, or a rule that follows the
+            gradient while several processes train: each would see its own batch's and move elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[BlockSparseLinear],
+        optimizer: torch.optim.Optimizer,
+        *,
+        rule: str = "rigl",
+        every: int = 100,
+        until: int,
+        fraction: float | None = None,
+        final_fraction: float | None = None,
+        anneal: str = "cosine",
+        seed: int = 0,
+    ) -> None:
+        check_positive(every=every, until=until)
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
+        if anneal not in ("cosine", "constant"):
+            raise ValueError(f"anneal must be 'cosine' or 'constant', got {anneal!r}")
+        first, last, self._by_gradient, self._instead = RULES[rule]
+        self.fraction = first if fraction is None else fraction
+        self.final_fraction = last if final_fraction is None else final_fraction
+        for name in ("fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        modules = model.modules() if isinstance(model, nn.Module) else model
+        self.layers = [layer for layer in modules if isinstance(layer, BlockSparseLinear)]
+        if not self.layers:
+            raise ValueError(f"model must hold BlockSparseLinear layers, got none in {type(model).__name__}")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._by_gradient and distributed and torch.distributed.get_world_size() > 1:
+            raise ValueError(f"rule {rule!r} needs one process, got {torch.distributed.get_world_size()}: take 'set'")
+        self.optimizer, self.rule, self.every, self.until, self.anneal = optimizer, rule, every, until, anneal
+        self._generator = torch.Generator().manual_seed(seed)
+        self._steps = 0
+        self._observe()
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self._steps
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step moves blocks."""
+        t = self._steps + 1
+        return t % self.every == 0 and t < self.until
+
+    def fraction_at(self, t: int) -> float:
+        """f(t), the share of a layer's blocks that a move at step t changes."""
+        if self.anneal == "constant":
+            return self.fraction
+        along = (1 + math.cos(math.pi * min(t / self.until, 1.0))) / 2
+        return self.final_fraction + (self.fraction - self.final_fraction) * along
+
+    def step(self) -> bool:
+        """The optimizer's step, or a move, or both, as the rule says; returns whether blocks moved."""
+        due = self.due
+        if not (due and self._instead):
+            self.optimizer.step()
+        if due:
+            self.move()
+        self._steps += 1
+        self._observe()
+        return due
+
+    def _observe(self) -> None:
+        if self._by_gradient:
+            for layer in self.layers:
+                layer.observe_gradient(self.due)
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move the blocks of every layer now, by the share of the coming step; :meth:`step` does it when it is due.
+
+        Raises:
+            ValueError: the rule follows the gradient and the step is not one that observed it, or the optimizer keeps
+                state of these layers that is not stored by block.
+        """
+        share = self.fraction_at(self._steps + 1)
+        for layer in self.layers:
+            if not layer.values.requires_grad:
+                continue
+            growth = layer.gradient_norms() if self._by_gradient else self._random(layer)
+            if growth is None:
+                continue
+            blocks = layer.values.shape[0]
+            # A product such as 10 · 0.3 must not round across the integer that it stands for.
+            exact = round(blocks * share, 9)
+            count = min(math.ceil(exact) if self.rule == "dsl" else math.floor(exact), blocks)
+            states = self._stored_by_block(layer)
+            source = layer.change_topology(moved_mask(layer.block_mask, self._norms(layer), growth, count))
+            for state in states:
+                move_blocks_(state, source)
+
+    def _stored_by_block(self, layer: BlockSparseLinear) -> list[torch.Tensor]:
+        state = self.optimizer.state.get(layer.values, {})
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        for name, value in tensors.items():
+            if value.shape != layer.values.shape and value.numel() != 1:
+                raise ValueError(
+                    f"the optimizer's {name} of a block-sparse weight must be stored by block, of shape "
+                    f"{tuple(layer.values.shape)}, to move along, got {tuple(value.shape)}"
+                )
+        return [value for value in tensors.values() if value.shape == layer.values.shape]
+
+    @staticmethod
+    def _norms(layer: BlockSparseLinear) -> torch.Tensor:
+        places = layer.topology.flat_places()
+        norms = torch.zeros(layer.block_mask.numel(), device=layer.values.device)
+        values = layer.values.flatten(1).float()
+        return norms.scatter(0, places, torch.linalg.vector_norm(values, dim=1)).view_as(layer.block_mask)
+
+    def _random(self, layer: BlockSparseLinear) -> torch.Tensor:
+        return torch.rand(layer.block_mask.shape, generator=self._generator).to(layer.values.device)
+
+    def state_dict(self) -> dict[str, object]:
+        """Steps taken, and the state of the random choices. Where the blocks are is in the model's state."""
+        return {"steps": self._steps, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._steps = state["steps"]
+        self._generator.set_state(state["generator"])
+        self._observe()
