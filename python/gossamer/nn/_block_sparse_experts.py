@@ -57,10 +57,14 @@ class PaddedExperts:
         tokens = torch.div(slots, self.dispatch.top_k, rounding_mode="floor")
         return gather_reduce(x, tokens, bounds="drop")
 
-    def experts(self) -> torch.Tensor:
-        """The expert of each padded row, E past the last one."""
-        ends = self.topology.padded_offsets[1:]
-        return torch.searchsorted(ends, torch.arange(self.topology.shape[0], device=ends.device), right=True)
+    def add_bias(self, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Padded rows ``(rows, H)`` plus the bias ``(E, H)`` of their experts."""
+        height = self.topology.block[0]
+        # One expert a block row: so its rows are summed before blocks are, and fewer numbers are sorted.
+        blocks = torch.arange(self.topology.grid[0], device=rows.device) * height
+        experts = torch.searchsorted(self.topology.padded_offsets[1:], blocks, right=True)
+        biases = gather_reduce(bias, experts, bounds="drop")
+        return (rows.view(-1, height, rows.shape[1]) + biases.unsqueeze(1)).view(rows.shape)
 
     def matrix(self, values: torch.Tensor) -> BlockSparseTensor:
         """The hidden activation with these values."""
@@ -117,5 +121,5 @@ def block_sparse_mlp(
     hidden = padded.matrix(_activate_blocks(preact, activation, interleaved, wide // bn))
     rows = dsd(hidden, down.transpose(1, 2).flatten(0, 1))
     if down_bias is not None:
-        rows = rows + gather_reduce(down_bias, padded.experts(), bounds="drop")
+        rows = padded.add_bias(rows, down_bias)
     return padded.collect(rows, weights)

@@ -128,6 +128,7 @@ class LoRAExperts(Experts):
             "interleaved",
             "transposed",
             "capacity_factor",
+            "form",
             "_up_name",
         )
         for name in plain:
@@ -146,6 +147,8 @@ class LoRAExperts(Experts):
         init: str,
         targets: tuple[str, ...] | None,
     ) -> None:
+        if self.form != "grouped":
+            raise ValueError(f"form must be 'grouped' for experts with low-rank updates, got {self.form!r}")
         known = (self._up_name, "down_proj")
         targets = known if targets is None else tuple(targets)
         if not targets or set(targets) - set(known) or len(set(targets)) != len(targets):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, activate, as_activation
+from gossamer.nn._block_sparse_experts import best_block, block_sparse_mlp
 from gossamer.nn.routers import ROUTERS
 from gossamer.nn.routing import (
     Routing,
@@ -17,6 +18,8 @@ from gossamer.nn.routing import (
 )
 from gossamer.ops._checks import check_tensor
 from gossamer.ops.expert_mlp import expert_mlp
+
+FORMS = ("grouped", "block_sparse")
 
 
 def _check_hidden(x: torch.Tensor, hidden_size: int) -> None:
@@ -39,6 +42,8 @@ class Experts(nn.Module):
         interleaved: whether gate and up alternate along 2I, as in gpt-oss.
         transposed: whether matrices are stored as ``(E, in, out)``, as in gpt-oss, instead of ``(E, out, in)``.
         capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        form: ``"grouped"`` computes :func:`gossamer.expert_mlp`; ``"block_sparse"`` the same by SDD, activation and
+            DSD over a :class:`gossamer.BlockTopology`, for which I must be a multiple of 16.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -51,8 +56,8 @@ class Experts(nn.Module):
 
     Raises:
         TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
-        ValueError: a size is below 1, the activation is unknown, ``interleaved`` with an ungated one, or a
-            ``capacity_factor`` that is not positive.
+        ValueError: a size is below 1, the activation or form is unknown, ``interleaved`` with an ungated activation, a
+            ``capacity_factor`` that is not positive, or an I that is not in whole blocks.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Experts(nn.Module):
         interleaved: bool = False,
         transposed: bool = False,
         capacity_factor: float | None = None,
+        form: str = "grouped",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,6 +81,11 @@ class Experts(nn.Module):
         if interleaved and not self.activation.gated:
             raise ValueError(f"interleaved needs a gated activation, got {self.activation.name!r}")
         check_capacity_factor(capacity_factor)
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+        if form == "block_sparse":
+            best_block("intermediate_size", intermediate_size)
+        self.form = form
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -144,7 +155,8 @@ class Experts(nn.Module):
         gate_up, down = getattr(self, self._up_name), self.down_proj
         if self.transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        return expert_mlp(
+        compute = expert_mlp if self.form == "grouped" else block_sparse_mlp
+        return compute(
             tokens,
             gate_up,
             down,
@@ -164,6 +176,7 @@ class Experts(nn.Module):
             "interleaved": self.interleaved,
             "transposed": self.transposed,
             "capacity_factor": self.capacity_factor,
+            "form": None if self.form == "grouped" else repr(self.form),
         }
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
@@ -236,6 +249,7 @@ class MoE(nn.Module):
         shared_gate: whether the shared expert's output is multiplied by ``σ(x·w_g)``, as in Qwen2-MoE.
         capacity_factor: of the routed experts; see :func:`limit_capacity`. The routing that a call returns is the
             router's, before anything is dropped.
+        form: ``"grouped"`` or ``"block_sparse"``: how :class:`Experts` computes the routed experts.
         device: of the parameters.
         dtype: of the parameters.
         **router_options: of a router given by name, such as ``renormalize``, ``n_group``, ``scale`` or ``upcast``; see
@@ -269,6 +283,7 @@ class MoE(nn.Module):
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
         capacity_factor: float | None = None,
+        form: str = "grouped",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **router_options: object,
@@ -277,11 +292,11 @@ class MoE(nn.Module):
         check_selection(num_experts, top_k)
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("shared_gate needs a shared expert, got shared_intermediate_size=None")
-        form = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype}
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
-        self.router = self._router(router, router_options, form)
+        self.router = self._router(router, router_options, factory)
         self.experts = Experts(
             num_experts,
             hidden_size,
@@ -291,22 +306,23 @@ class MoE(nn.Module):
             interleaved=interleaved,
             transposed=transposed,
             capacity_factor=capacity_factor,
-            **form,
+            form=form,
+            **factory,
         )
         self.shared_expert = None
         if shared_intermediate_size is not None:
             self.shared_expert = SharedExpert(
-                hidden_size, shared_intermediate_size, activation=activation, bias=bias, **form
+                hidden_size, shared_intermediate_size, activation=activation, bias=bias, **factory
             )
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **form) if shared_gate else None
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **factory) if shared_gate else None
 
-    def _router(self, router: object, options: dict[str, object], form: dict[str, object]) -> nn.Module | None:
+    def _router(self, router: object, options: dict[str, object], factory: dict[str, object]) -> nn.Module | None:
         if isinstance(router, str):
             if router not in ROUTERS:
                 raise ValueError(f"router must be one of {sorted(ROUTERS)}, a module or None, got {router!r}")
             if "router_bias" in options:
                 options["bias"] = options.pop("router_bias")
-            return ROUTERS[router](self.hidden_size, self.num_experts, self.top_k, **options, **form)
+            return ROUTERS[router](self.hidden_size, self.num_experts, self.top_k, **options, **factory)
         if router is not None and not isinstance(router, nn.Module):
             raise TypeError(f"router must be a str, an nn.Module or None, got {type(router).__name__}")
         if options:
