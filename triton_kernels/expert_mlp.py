@@ -37,6 +37,7 @@ from gossamer.triton_kernels.common import (
 from gossamer.triton_kernels.expert_mlp_backward import AOT_FORMS, activation_form, aot_form, expert_mlp_backward
 from gossamer.triton_kernels.gather_reduce import gather_reduce
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
+from gossamer.triton_kernels.split_matmul import decode_plans, split_expert_mlp
 from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
@@ -323,6 +324,11 @@ def expert_mlp(
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format), preact
     x = unit_columns(x)
+    if not save_preact and (plans := decode_plans(x, gate_up, down, num_rows)):
+        stacks = (gate_up, None, None), (down, None, None)
+        routing = slots, rows, offsets, weights
+        y = split_expert_mlp(x, *stacks, gate_up_bias, down_bias, *routing, activation, interleaved, plans)
+        return y, x.new_empty(0)
     act, preact = up_projection(x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save_preact, top_k)
     # Packed rows and a sum per token rather than a scatter: no atomics, and the order of the sum is fixed.
     out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False)

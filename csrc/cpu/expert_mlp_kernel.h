@@ -69,11 +69,10 @@ void round_share(const S* sum, T* out, int64_t count, Team team) {
 }
 
 // The pre-activation of activation columns first .. first+count: gate rows in c, up rows at *up; returns their row step.
-template <class T, class P, class S>
-int64_t preactivation(const ExpertMlpArgs& a, int64_t expert, const Panel<P>& x, int64_t first, int64_t count, S* c,
-                      S** up, int64_t c_stride, P* pack) {
-  const int64_t wide = a.inner * a.activation.halves(), tokens = x.width;
-  const Weight<T> w = expert_weight<T>(a.gate_up, expert, wide, a.hidden);
+template <class W, class P, class S>
+int64_t preactivation(const ExpertMlpArgs& a, const W& w, int64_t expert, const Panel<P>& x, int64_t first, int64_t count,
+                      S* c, S** up, int64_t c_stride, P* pack) {
+  const int64_t tokens = x.width;
   const auto part = [&](int64_t n, int64_t rows, S* to) {
     group_product(w, n, rows, x, to, c_stride, pack);
     add_bias(a.gate_up_bias, expert, n, rows, to, c_stride, tokens);
@@ -113,8 +112,10 @@ void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t firs
   }
 }
 
-template <class T>
-void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team) {
+// The layer with the weights that gate_up_of(expert) and down_of(expert) give.
+template <class T, class GateUpOf, class DownOf>
+void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team,
+                              GateUpOf&& gate_up_of, DownOf&& down_of) {
   using S = Accumulator<T>;
   using P = Operand<T>;
   Arena arena(shared);
@@ -140,10 +141,11 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     team.barrier();
     buffers.hidden.restart(team);
     clock.lap(Stage::kWait);
+    const auto gate_up = gate_up_of(chunk.expert);
     buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
       const int64_t count = end - i;
       S* up;
-      const int64_t step = preactivation<T>(a, chunk.expert, x, i, count, c, &up, c_stride, pack) * c_stride;
+      const int64_t step = preactivation(a, gate_up, chunk.expert, x, i, count, c, &up, c_stride, pack) * c_stride;
       clock.lap(Stage::kGateUp);
       if (a.preact) {
         save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
@@ -166,7 +168,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     team.barrier();
     buffers.inner.restart(team);
     clock.lap(Stage::kWait);
-    const Weight<T> w = expert_weight<T>(a.down, chunk.expert, a.hidden, a.inner);
+    const auto w = down_of(chunk.expert);
     buffers.hidden.each(team, a.hidden, kGroup, [&](int64_t h, int64_t end) {
       const int64_t count = end - h;
       group_product(w, h, count, act, c, c_stride, pack);
@@ -427,7 +429,14 @@ class ExpertMlpBackward {
 };
 
 void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { expert_mlp_forward_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_float(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const int64_t wide = args.inner * args.activation.halves();
+    expert_mlp_forward_typed<T>(
+        args, shared, num_threads, team,
+        [&](int64_t expert) { return expert_weight<T>(args.gate_up, expert, wide, args.hidden); },
+        [&](int64_t expert) { return expert_weight<T>(args.down, expert, args.hidden, args.inner); });
+  });
 }
 
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {

@@ -240,21 +240,18 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
   }
 }
 
-// group_product for a panel of Tokens tokens, of a weight that is contiguous along its depth or, in columns, its rows.
-template <int Tokens, bool Columns, class T, class P>
-__attribute__((noinline)) void few_tokens_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel,
-                                                  SumOf<P>* c, int64_t c_stride) {
-  using S = SumOf<P>;
+// group_product for a panel of Tokens tokens: add(sum, i, rows, k, last) adds the terms k .. last of the weight rows
+// i .. i+rows, which lie in the lanes of sum[token].
+template <int Tokens, class S, class Add>
+GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, S* c, int64_t c_stride, Add&& add) {
   constexpr int lanes = kLanes<S>;
-  const int segment = segment_length(w.depth);
+  const int segment = segment_length(depth);
   for (int64_t i = 0; i < count; i += lanes) {
     const int rows = static_cast<int>(std::min<int64_t>(lanes, count - i));
-    const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + lanes), 0, lanes));
     Vec<S> total[Tokens] = {};
-    for (int64_t k = 0; k < w.depth; k += segment) {
+    for (int64_t k = 0; k < depth; k += segment) {
       Vec<S> sum[Tokens] = {};
-      accumulate_few<Tokens, Columns>(sum, w, w.base + (n + i) * w.row_stride, rows, next_rows, k,
-                                      std::min<int64_t>(w.depth, k + segment), panel);
+      add(sum, i, rows, k, std::min<int64_t>(depth, k + segment));
       for (int t = 0; t < Tokens; ++t) total[t] = k == 0 ? sum[t] : total[t] + sum[t];
     }
     Vec<S> v[lanes] = {};
@@ -264,21 +261,36 @@ __attribute__((noinline)) void few_tokens_product(const Weight<T>& w, int64_t n,
   }
 }
 
-// Calls few_tokens_product for the panel's number of tokens, or a little more: the lanes past the end are zero.
-template <bool Columns, int Tokens = 1, class T, class P>
-void few_tokens(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride) {
+// The same of a weight that is contiguous along its depth or, in columns, its rows.
+template <int Tokens, bool Columns, class T, class P>
+__attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel,
+                                             SumOf<P>* c, int64_t c_stride) {
+  few_tokens_product<Tokens>(count, w.depth, c, c_stride, [&](auto& sum, int64_t i, int rows, int64_t k, int64_t last) {
+    constexpr int lanes = kLanes<SumOf<P>>;
+    const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + lanes), 0, lanes));
+    accumulate_few<Tokens, Columns>(sum, w, w.base + (n + i) * w.row_stride, rows, next_rows, k, last, panel);
+  });
+}
+
+// Calls f with the number of tokens, or a little more, as a constant: the lanes past a panel's end are zero.
+template <int Tokens = 1, class F>
+GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
   if constexpr (Tokens < kFewTokens) {
-    if (panel.width > Tokens) return few_tokens<Columns, Tokens * 2>(w, n, count, panel, c, c_stride);
+    if (tokens > Tokens) return with_few_tokens<Tokens * 2>(tokens, f);
   }
-  few_tokens_product<Tokens, Columns>(w, n, count, panel, c, c_stride);
+  f(std::integral_constant<int, Tokens>{});
 }
 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
 template <class T, class P>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack) {
   const bool columns = w.row_stride == 1 && w.col_stride != 1;
-  if (panel.width <= kFewTokens && columns) return few_tokens<true>(w, n, count, panel, c, c_stride);
-  if (panel.width <= kFewTokens && w.col_stride == 1) return few_tokens<false>(w, n, count, panel, c, c_stride);
+  if (panel.width <= kFewTokens && (columns || w.col_stride == 1)) {
+    return with_few_tokens(panel.width, [&](auto tokens) {
+      if (columns) return few_tokens_of<tokens, true>(w, n, count, panel, c, c_stride);
+      few_tokens_of<tokens, false>(w, n, count, panel, c, c_stride);
+    });
+  }
   // With few tokens the weights' way from memory is all that counts, and few long streams come faster than many short ones.
   const int unit = panel.num_blocks() == 1 && !columns ? GOSSAMER_TILE_ROWS : kGroup;
   for (int64_t i = 0; i < count; i += unit) {

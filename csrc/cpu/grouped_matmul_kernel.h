@@ -66,8 +66,9 @@ void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count,
   }
 }
 
-template <class T>
-void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, Team team) {
+// The product with the weights that weight_of(expert) gives.
+template <class T, class WeightOf>
+void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, Team team, WeightOf&& weight_of) {
   using S = Accumulator<T>;
   using P = Operand<T>;
   Arena arena(shared);
@@ -84,7 +85,7 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
     const auto packed = team.share(a.c, kPanelWidth<P>);
     pack_as_columns(panel, rows.get(), packed.begin, packed.end);
     team.barrier();
-    const Weight<T> w = expert_weight<T>(a.weight, chunk.expert, a.n, a.c);
+    const auto w = weight_of(chunk.expert);
     buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
       group_product(w, n, count, panel, own->c, c_stride, own->pack);
@@ -174,7 +175,11 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
 }
 
 void grouped_matmul(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { grouped_product<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_float(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    grouped_product<T>(args, shared, num_threads, team,
+                       [&](int64_t expert) { return expert_weight<T>(args.weight, expert, args.n, args.c); });
+  });
 }
 
 void grouped_matmul_dweight(const GroupedDweightArgs& args, void* shared, int num_threads, Team team) {

@@ -6,6 +6,7 @@
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
+#include "cpu/quantized_experts.h"
 #include "cpu/sparse_update.h"
 
 namespace gossamer {
@@ -24,6 +25,8 @@ struct Kernels {
   void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team);
+  void (*quantized_grouped_matmul)(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team);
+  void (*quantized_expert_mlp)(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team);
 };
 
 namespace generic {

@@ -5,10 +5,12 @@
 #include "cpu/sparse_update_kernel.h"
 #include "cpu/panel.h"
 #include "cpu/gemm.h"
+#include "cpu/quantized_kernel.h"
 #include "cpu/grouped_matmul_kernel.h"
 #include "cpu/activation_kernel.h"
 #include "cpu/expert_mlp_kernel.h"
+#include "cpu/quantized_experts_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
   GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, expert_mlp, \
-      expert_mlp_backward
+      expert_mlp_backward, quantized_grouped_matmul, quantized_expert_mlp

@@ -17,6 +17,7 @@ from gossamer.ops.grouped_matmul import grouped_matmul
 from gossamer.ops.hash_table import HashTable, HashTableFull
 from gossamer.ops.low_rank import low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
 from gossamer.ops.sparse_update import sparse_update_, sparse_update_tables_
 
@@ -32,6 +33,7 @@ __all__ = [
     "HashTableFull",
     "Int8Weight",
     "NF4Weight",
+    "QuantizedExpertWeight",
     "TableLayout",
     "adapter_dispatch",
     "backend",

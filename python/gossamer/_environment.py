@@ -14,7 +14,15 @@ import torch
 
 from gossamer import _backend
 
-PRIMITIVES = ("dispatch", "grouped_matmul", "expert_mlp", "gather_reduce", "sparse_update", "hash_table")
+PRIMITIVES = (
+    "dispatch",
+    "grouped_matmul",
+    "expert_mlp",
+    "quantized_experts",
+    "gather_reduce",
+    "sparse_update",
+    "hash_table",
+)
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")
 ISA_FLAGS = (
     "avx2",

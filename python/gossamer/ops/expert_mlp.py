@@ -12,6 +12,8 @@ from gossamer.ops._checks import check_float, check_same_device, check_same_dtyp
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, expert_mlp_lora
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
+from gossamer.ops.quantized_experts import quantized_expert_mlp
 
 _ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
 _FORM = "str activation, float alpha, float limit, bool interleaved"
@@ -19,8 +21,8 @@ _FORM = "str activation, float alpha, float limit, bool interleaved"
 
 def expert_mlp_reference(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | QuantizedExpertWeight,
+    down: torch.Tensor | QuantizedExpertWeight,
     dispatch: Dispatch,
     weights: torch.Tensor,
     *,
@@ -34,6 +36,7 @@ def expert_mlp_reference(
 ) -> torch.Tensor:
     """:func:`expert_mlp` as a loop over experts in plain torch, differentiable, in any floating dtype."""
     activation = as_activation(activation)
+    gate_up, down = (w.dequantize(x.dtype) if isinstance(w, QuantizedExpertWeight) else w for w in (gate_up, down))
     slots = dispatch.slots.long()
     offsets = dispatch.offsets.tolist()
     flat_weights = weights.reshape(-1)
@@ -227,8 +230,8 @@ torch.library.register_autograd("gossamer::expert_mlp", _backward, setup_context
 
 def expert_mlp(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | QuantizedExpertWeight,
+    down: torch.Tensor | QuantizedExpertWeight,
     dispatch: Dispatch,
     weights: torch.Tensor,
     *,
@@ -253,7 +256,9 @@ def expert_mlp(
         x: ``(T, H)``.
         gate_up: ``(E, 2I, H)``, or ``(E, I, H)`` for an ungated activation. Transposed storage ``(E, H, 2I)`` is given
             as ``gate_up.transpose(1, 2)`` and is not copied; so too for ``down``.
-        down: ``(E, H, I)``.
+        down: ``(E, H, I)``. Either may be a frozen :class:`gossamer.QuantizedExpertWeight` of that shape, dequantised
+            inside the kernels. Where a gradient of another argument is wanted beside one, the layer is a composition
+            of :func:`gossamer.grouped_matmul` that keeps the pre-activation and the activation.
         dispatch: from :func:`gossamer.dispatch`, with the same T and E.
         weights: ``(T, K)`` routing weights; the dtype of ``x``, or float32.
         activation: a name of :class:`gossamer.Activation`, or one with its constants.
@@ -271,8 +276,8 @@ def expert_mlp(
 
     Raises:
         TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
-        ValueError: the activation is unknown, shapes or devices do not fit each other or the dispatch, or a rank is 0
-            or beyond its matrix.
+        ValueError: the activation is unknown, shapes or devices do not fit each other or the dispatch, a rank is 0
+            or beyond its matrix, or a part of a quantised weight requires a gradient.
     """
     activation = as_activation(activation)
     check_tensor("x", x)
@@ -281,26 +286,29 @@ def expert_mlp(
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")
     h = x.shape[1]
-    check_shape("down", down, (e, h, None), "(E, H, I)")
+    check_weight("down", down, (e, h, None), "(E, H, I)")
     wide = activation.halves * down.shape[2]
-    check_shape("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
+    check_weight("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
     check_tensor("weights", weights)
     check_shape("weights", weights, (t, k), "(T, K)")
     if gate_up_bias is not None:
         check_shape("gate_up_bias", gate_up_bias, (e, wide), f"(E, {'2I' if activation.gated else 'I'})")
     if down_bias is not None:
         check_shape("down_bias", down_bias, (e, h), "(E, H)")
-    x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
+    quantized = [isinstance(weight, QuantizedExpertWeight) for weight in (gate_up, down)]
+    dense = [None if few_bits else w for few_bits, w in zip(quantized, (gate_up, down), strict=True)]
+    x, *dense, gate_up_bias, down_bias = autocast(x, *dense, gate_up_bias, down_bias)
+    gate_up, down = (w if few_bits else d for few_bits, w, d in zip(quantized, (gate_up, down), dense, strict=True))
     gate_up_lora = check_factors("gate_up_lora", gate_up_lora, x, gate_up)
     down_lora = check_factors("down_lora", down_lora, x, down)
     check_float("x", x, backend)
-    check_same_dtype(x=x, gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    check_same_dtype(x=x, gate_up=dense[0], down=dense[1], gate_up_bias=gate_up_bias, down_bias=down_bias)
     if weights.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"weights must have the dtype of x, {x.dtype}, or torch.float32, got {weights.dtype}")
     check_same_device(
         x=x,
-        gate_up=gate_up,
-        down=down,
+        gate_up=stored_tensor(gate_up),
+        down=stored_tensor(down),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         weights=weights,
@@ -321,7 +329,14 @@ def expert_mlp(
             down_lora=down_lora,
             lora_scale=lora_scale,
         )
-    if gate_up_lora is not None or down_lora is not None:
+    differentiable = (x, *dense, gate_up_bias, down_bias, weights)
+    save_preact = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
+    plain = gate_up_lora is None and down_lora is None
+    if plain and all(quantized) and not save_preact:
+        return quantized_expert_mlp(
+            x, gate_up, down, dispatch, weights, activation, gate_up_bias, down_bias, interleaved, backend
+        )
+    if any(quantized) or not plain:
         return expert_mlp_lora(
             x,
             gate_up,
@@ -336,8 +351,6 @@ def expert_mlp(
             down_lora,
             lora_scale,
         )
-    differentiable = (x, gate_up, down, gate_up_bias, down_bias, weights)
-    save_preact = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
     y, _ = _expert_mlp(
         x,
         gate_up,

@@ -13,11 +13,13 @@ from gossamer.ops._checks import check_float, check_same_device, check_same_dtyp
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.gather_reduce import sum_slots
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
+from gossamer.ops.quantized_experts import quantized_grouped_matmul
 
 
 def grouped_matmul_reference(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedExpertWeight,
     dispatch: Dispatch,
     *,
     bias: torch.Tensor | None = None,
@@ -25,6 +27,8 @@ def grouped_matmul_reference(
     y_grouped: bool = False,
 ) -> torch.Tensor:
     """:func:`grouped_matmul` as a loop over experts in plain torch, differentiable, in any floating dtype."""
+    if isinstance(weight, QuantizedExpertWeight):
+        weight = weight.dequantize(x.dtype)
     slots = dispatch.slots.long()
     offsets = dispatch.offsets.tolist()
     xs = x if x_grouped else x.index_select(0, slots // dispatch.top_k)
@@ -152,7 +156,7 @@ torch.library.register_autograd("gossamer::grouped_matmul", _backward, setup_con
 
 def grouped_matmul(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedExpertWeight,
     dispatch: Dispatch,
     *,
     bias: torch.Tensor | None = None,
@@ -164,7 +168,8 @@ def grouped_matmul(
     Args:
         x: ``(T, C)`` in token order, or ``(R, C)`` in expert-sorted order when ``x_grouped``.
         weight: ``(E, N, C)`` as in ``nn.Linear``; transposed storage ``(E, C, N)`` is given as
-            ``weight.transpose(1, 2)`` and is not copied. Same dtype as ``x``.
+            ``weight.transpose(1, 2)`` and is not copied. Same dtype as ``x``. Or a frozen
+            :class:`gossamer.QuantizedExpertWeight` of that shape, dequantised inside the kernel.
         dispatch: from :func:`gossamer.dispatch`, with the same T and E.
         bias: ``(E, N)`` or None, same dtype as ``x``.
         x_grouped: whether ``x`` is already sorted by expert.
@@ -172,28 +177,34 @@ def grouped_matmul(
 
     Returns:
         ``(T, K, N)`` in slot order, or ``(R, N)`` sorted when ``y_grouped``; rows of dropped slots are zero, and give
-        zero gradient. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` in its dtype.
+        zero gradient. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` in its dtype. With a
+        quantised weight it is differentiable in ``x`` and ``bias``.
 
     Raises:
         TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
-        ValueError: shapes or devices do not fit each other or the dispatch.
+        ValueError: shapes or devices do not fit each other or the dispatch; a part of a quantised weight requires a
+            gradient.
     """
     check_tensor("x", x)
     check_dispatch(dispatch)
     backend = _backend.resolve("grouped_matmul", x)
     e = dispatch.num_experts
-    check_shape("weight", weight, (e, None, None), "(E, N, C)")
+    check_weight("weight", weight, (e, None, None), "(E, N, C)")
     n, c = weight.shape[1:]
     x_rows, symbols = (dispatch.num_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
     check_shape("x", x, (x_rows, c), symbols)
     if bias is not None:
         check_shape("bias", bias, (e, n), "(E, N)")
-    x, weight, bias = autocast(x, weight, bias)
+    quantized = isinstance(weight, QuantizedExpertWeight)
+    x, dense, bias = autocast(x, None if quantized else weight, bias)
     check_float("x", x, backend)
-    check_same_dtype(x=x, weight=weight, bias=bias)
-    check_same_device(x=x, weight=weight, bias=bias, dispatch=dispatch.slots)
+    check_same_dtype(x=x, weight=dense, bias=bias)
+    check_same_device(x=x, weight=stored_tensor(weight), bias=bias, dispatch=dispatch.slots)
     if backend == "reference":
+        weight = weight if quantized else dense
         return grouped_matmul_reference(x, weight, dispatch, bias=bias, x_grouped=x_grouped, y_grouped=y_grouped)
+    if quantized:
+        return quantized_grouped_matmul(x, weight, dispatch, bias, x_grouped, y_grouped, backend)
     x_div = 0 if x_grouped else dispatch.top_k
-    y = _grouped_matmul(x, weight, bias, dispatch.slots, dispatch.rows, dispatch.offsets, x_div, y_grouped, backend)
+    y = _grouped_matmul(x, dense, bias, dispatch.slots, dispatch.rows, dispatch.offsets, x_div, y_grouped, backend)
     return y if y_grouped else y.view(dispatch.num_tokens, dispatch.top_k, n)

@@ -1,0 +1,18 @@
+// The expert products with quantised weights of one instruction set; see isa_kernels.h.
+
+void quantized_grouped_matmul(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) {
+    grouped_product<typename decltype(tag)::type>(args, shared, num_threads, team, [&](int64_t expert) {
+      return QuantizedMatrix{&args.weights, expert, args.transposed};
+    });
+  });
+}
+
+void quantized_expert_mlp(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) {
+    expert_mlp_forward_typed<typename decltype(tag)::type>(
+        args, shared, num_threads, team,
+        [&](int64_t expert) { return QuantizedMatrix{&args.gate_up_weights, expert, false}; },
+        [&](int64_t expert) { return QuantizedMatrix{&args.down_weights, expert, false}; });
+  });
+}

@@ -1,0 +1,354 @@
+"""Frozen stacks of expert weights in 8 or 4 bits: formats, quantisers, and what checkpoints hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.ops._checks import check_float, check_shape, check_tensor
+
+FP8 = torch.float8_e4m3fn
+# Rows and columns that share a scale in "fp8_block", as in DeepSeek-V3.
+BLOCK = 128
+MX_GROUP = 32
+INT4_GROUPS = (32, 64, 128)
+INT4_ZERO = 8
+# The 16 values of e2m1 by code: sign, two bits of exponent, one of mantissa.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E8M0_BIAS = 127
+E8M0_NAN = 255
+
+# Format -> (dtype of the data, values in one byte).
+FORMATS: dict[str, tuple[torch.dtype, int]] = {
+    "fp8": (FP8, 1),
+    "fp8_block": (FP8, 1),
+    "int8": (torch.int8, 1),
+    "int4": (torch.uint8, 2),
+    "mxfp4": (torch.uint8, 2),
+}
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class QuantizedExpertWeight:
+    """A frozen stack of expert weights ``w (E, N, C)`` in few bits, with scales along C.
+
+    =============  ==========================  ============================  ====================================
+    format         data                        scale                         ``w[e, n, c]``
+    =============  ==========================  ============================  ====================================
+    ``fp8``        ``(E, N, C)`` e4m3          ``(E, N)``                    ``data·scale[n]``
+    ``fp8_block``  ``(E, N, C)`` e4m3          ``(E, ⌈N/128⌉, ⌈C/128⌉)``     ``data·scale[n // 128, c // 128]``
+    ``int8``       ``(E, N, C)`` int8          ``(E, N)``                    ``data·scale[n]``
+    ``int4``       ``(E, N, C/2)`` uint8       ``(E, N, C/g)``               ``(code − 8)·scale[n, c // g]``
+    ``mxfp4``      ``(E, N, C/2)`` uint8       ``(E, N, C/32)`` uint8        ``e2m1(code)·2^(scale[n, c // 32] − 127)``
+    =============  ==========================  ============================  ====================================
+
+    e4m3 is ``torch.float8_e4m3fn``; groups of ``int4`` have g = 32, 64 or 128 columns.
+    Of two values in a byte the one of even ``c`` has the low four bits. Scales are float32, bfloat16 or float16, those
+    of ``mxfp4`` e8m0: ``0`` is ``2⁻¹²⁷`` and ``255`` NaN, which makes its whole group NaN. e4m3's ``0x7F`` and ``0xFF``
+    are NaN; it has no infinity. ``mxfp4`` is the OCP microscaling format (2023), ``fp8_block`` DeepSeek-V3's (2024).
+
+    Products take the weight as :meth:`dequantize` gives it, in the dtype of their other operand or more exactly.
+
+    Attributes:
+        data: the codes, contiguous.
+        scale: the scales, contiguous, on the device of ``data``.
+        format: a key of the table.
+
+    Raises:
+        TypeError: ``data`` or ``scale`` is no tensor of a dtype of its format.
+        ValueError: the format is unknown; shapes do not fit it; a tensor is not contiguous; devices differ.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    format: str
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {sorted(FORMATS)}, got {self.format!r}")
+        dtype, per_byte = FORMATS[self.format]
+        check_shape("data", self.data, (None, None, None), "(E, N, C)" if per_byte == 1 else "(E, N, C/2)")
+        check_tensor("scale", self.scale)
+        if self.data.dtype != dtype:
+            raise TypeError(f"data must be {dtype} for {self.format}, got {self.data.dtype}")
+        allowed = (torch.uint8,) if self.format == "mxfp4" else _SCALE_DTYPES
+        if self.scale.dtype not in allowed:
+            raise TypeError(f"scale must be {', '.join(map(str, allowed))} for {self.format}, got {self.scale.dtype}")
+        e, n, c = self.shape
+        if self.format in ("fp8", "int8"):
+            check_shape("scale", self.scale, (e, n), "(E, N)")
+        elif self.format == "fp8_block":
+            check_shape("scale", self.scale, (e, _cdiv(n, BLOCK), _cdiv(c, BLOCK)), "(E, ⌈N/128⌉, ⌈C/128⌉)")
+        else:
+            self._check_groups(c)
+            check_shape("scale", self.scale, (e, n, c // self.group_size), "(E, N, C/g)")
+        for name, tensor in (("data", self.data), ("scale", self.scale)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+        if self.scale.device != self.data.device:
+            raise ValueError(f"scale must be on the device of data, {self.data.device}, got {self.scale.device}")
+
+    def _check_groups(self, c: int) -> None:
+        groups = self.scale.shape[-1] if self.scale.dim() else 0
+        sizes = INT4_GROUPS if self.format == "int4" else (MX_GROUP,)
+        if groups == 0 and c == 0:
+            return
+        if groups == 0 or c % groups or c // groups not in sizes:
+            raise ValueError(
+                f"scale must have C / g columns with g of {', '.join(map(str, sizes))} for {self.format}, got "
+                f"{groups} columns for C={c}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(E, N, C)``."""
+        e, n, stored = self.data.shape
+        return e, n, stored * FORMATS[self.format][1]
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; C where a row has one scale."""
+        return group_size(self.data, self.scale, self.format)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The stack ``(E, N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
+        return dequantize(self.data, self.scale, self.format).to(dtype)
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP) -> QuantizedExpertWeight:
+        """Quantise ``weight (E, N, C)``, each group's largest magnitude reaching the format's largest value.
+
+        ``fp8`` and ``fp8_block`` divide by ``absmax / 448``, ``int8`` by ``absmax / 127``, ``int4`` by ``absmax / 7``
+        rounded to bfloat16; ``mxfp4`` takes the least power of two that ``absmax`` does not pass 6 times. Values go to
+        the nearest code, ties to even. One expert is worked on at a time.
+
+        Args:
+            weight: float; of any strides.
+            format: of the table.
+            group_size: of ``int4``: 32, 64 or 128, and C must be a multiple; of ``mxfp4`` 32.
+
+        Raises:
+            TypeError: ``weight`` is no float tensor.
+            ValueError: the format is unknown, ``weight`` has another rank or no element, or groups do not fit C.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
+        check_shape("weight", weight, (None, None, None), "(E, N, C)")
+        check_float("weight", weight, "reference")
+        if weight.numel() == 0:
+            raise ValueError(f"weight must have at least one element, got {tuple(weight.shape)}")
+        c = weight.shape[2]
+        if format in ("int4", "mxfp4"):
+            sizes = INT4_GROUPS if format == "int4" else (MX_GROUP,)
+            if group_size not in sizes:
+                raise ValueError(f"group_size must be one of {sizes} for {format}, got {group_size}")
+            if c % group_size:
+                raise ValueError(f"C must be a multiple of group_size for {format}, got C={c}, group_size={group_size}")
+        data = scale = None
+        for i, expert in enumerate(weight.detach()):
+            one_data, one_scale = _QUANTIZERS[format](expert.float(), group_size)
+            if data is None:
+                data = one_data.new_empty(weight.shape[0], *one_data.shape)
+                scale = one_scale.new_empty(weight.shape[0], *one_scale.shape)
+            data[i], scale[i] = one_data, one_scale
+        return cls(data, scale, format)
+
+    @classmethod
+    def from_mxfp4(cls, blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedExpertWeight:
+        """From gpt-oss's tensors: ``NAME_blocks (E, N, C/32, 16)`` and ``NAME_scales (E, N, C/32)`` uint8 (or e8m0)."""
+        check_shape("blocks", blocks, (None, None, None, MX_GROUP // 2), "(E, N, C/32, 16)")
+        if scales.dtype == torch.float8_e8m0fnu:
+            scales = scales.view(torch.uint8)
+        return cls(blocks.flatten(2).contiguous(), scales.contiguous(), "mxfp4")
+
+    @classmethod
+    def from_fp8(cls, weight: torch.Tensor, scale: torch.Tensor) -> QuantizedExpertWeight:
+        """From float8_e4m3fn ``weight (E, N, C)`` and its ``weight_scale_inv`` or ``weight_scale``.
+
+        Args:
+            weight: the stacked values.
+            scale: ``(E, ⌈N/128⌉, ⌈C/128⌉)`` for blocks; ``(E, N)`` or ``(E, N, 1)`` a row; ``(E,)``, ``(E, 1)`` or
+                ``(E, 1, 1)`` a matrix. Where two readings fit, blocks go before rows.
+        """
+        check_shape("weight", weight, (None, None, None), "(E, N, C)")
+        check_tensor("scale", scale)
+        e, n, c = weight.shape
+        if scale.dtype == torch.float8_e8m0fnu:
+            scale = scale.float()
+        if tuple(scale.shape) == (e, _cdiv(n, BLOCK), _cdiv(c, BLOCK)):
+            return cls(weight.contiguous(), scale.contiguous(), "fp8_block")
+        if scale.numel() in (e, e * n) and scale.shape[0] == e:
+            rows = scale.reshape(e, -1).expand(e, n)
+            return cls(weight.contiguous(), rows.contiguous(), "fp8")
+        raise ValueError(
+            f"scale must have shape (E, ⌈N/128⌉, ⌈C/128⌉) = ({e}, {_cdiv(n, BLOCK)}, {_cdiv(c, BLOCK)}), (E, N) or "
+            f"(E,), got {tuple(scale.shape)}"
+        )
+
+    @classmethod
+    def from_int4(cls, packed: torch.Tensor, scale: torch.Tensor) -> QuantizedExpertWeight:
+        """From compressed-tensors' symmetric 4 bits: ``weight_packed (E, N, C/8)`` int32, ``weight_scale (E, N, C/g)``.
+
+        Value ``c`` lies in bits ``4·(c mod 8)`` and following of word ``c // 8``, with 8 added, so that the words'
+        bytes are this class's.
+        """
+        check_shape("packed", packed, (None, None, None), "(E, N, C/8)")
+        if packed.dtype != torch.int32:
+            raise TypeError(f"packed must be torch.int32, got {packed.dtype}")
+        return cls(packed.contiguous().view(torch.uint8), scale.contiguous(), "int4")
+
+
+def concatenate(parts: Sequence[QuantizedExpertWeight]) -> QuantizedExpertWeight:
+    """One stack from several of one format, below each other along N, such as gate and up.
+
+    Raises:
+        ValueError: formats differ, or a part but the last ends inside a block of ``fp8_block``.
+    """
+    first = parts[0]
+    if any(part.format != first.format for part in parts):
+        raise ValueError(f"parts must have one format, got {[part.format for part in parts]}")
+    if first.format == "fp8_block" and any(part.shape[1] % BLOCK for part in parts[:-1]):
+        raise ValueError(
+            f"N must be a multiple of {BLOCK} to concatenate fp8_block, got {[part.shape[1] for part in parts]}"
+        )
+    data = torch.cat([part.data.view(torch.uint8) for part in parts], dim=1).view(first.data.dtype)
+    return QuantizedExpertWeight(data, torch.cat([part.scale for part in parts], dim=1), first.format)
+
+
+def check_weight(
+    name: str, weight: torch.Tensor | QuantizedExpertWeight, expected: tuple[int | None, ...], symbols: str
+) -> None:
+    """``weight`` must be a tensor or quantised stack of that shape; a quantised one must not ask for a gradient."""
+    if not isinstance(weight, QuantizedExpertWeight):
+        check_shape(name, weight, expected, symbols)
+        return
+    if any(wanted is not None and size != wanted for size, wanted in zip(weight.shape, expected, strict=True)):
+        words = ", ".join("any" if wanted is None else str(wanted) for wanted in expected)
+        raise ValueError(f"{name} must have shape {symbols} = ({words}), got {weight.shape}")
+    if torch.is_grad_enabled():
+        for part, tensor in (("data", weight.data), ("scale", weight.scale)):
+            if tensor.requires_grad:
+                raise ValueError(f"{name} is quantised and frozen, but {name}.{part} requires a gradient")
+
+
+def stored_tensor(weight: torch.Tensor | QuantizedExpertWeight) -> torch.Tensor:
+    """The tensor that says where a weight lies."""
+    return weight.data if isinstance(weight, QuantizedExpertWeight) else weight
+
+
+def group_size(data: torch.Tensor, scale: torch.Tensor, weight_format: str) -> int:
+    """Columns that share a scale; C where a row has one scale."""
+    if weight_format == "fp8_block":
+        return BLOCK
+    if weight_format == "mxfp4":
+        return MX_GROUP
+    if weight_format == "int4":
+        return data.shape[2] * 2 // scale.shape[2] if scale.numel() else INT4_GROUPS[0]
+    return data.shape[2]
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Codes ``(..., C)`` int32 from bytes ``(..., C/2)``."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()
+
+
+def _e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two in float32: the byte is the exponent's; 2⁻¹²⁷ is below the normal numbers, and 255 NaN."""
+    power = (scale.int() << 23).view(torch.float32)
+    return torch.where(scale == 0, 2.0**-E8M0_BIAS, torch.where(scale == E8M0_NAN, torch.nan, power))
+
+
+def dequantize(data: torch.Tensor, scale: torch.Tensor, weight_format: str) -> torch.Tensor:
+    """A stack ``(E, N, C)`` in float32 from the parts of :class:`QuantizedExpertWeight`."""
+    if weight_format in ("fp8", "int8"):
+        return data.float() * scale.float().unsqueeze(2)
+    if weight_format == "fp8_block":
+        _, n, c = data.shape
+        rows = scale.float().repeat_interleave(BLOCK, dim=1)[:, :n]
+        return data.float() * rows.repeat_interleave(BLOCK, dim=2)[..., :c]
+    codes = _unpack(data)
+    if weight_format == "int4":
+        values, factor = (codes - INT4_ZERO).float(), scale.float()
+    else:
+        values, factor = torch.tensor(E2M1, device=data.device)[codes], _e8m0(scale)
+    if not values.numel():
+        return values
+    return values * factor.repeat_interleave(group_size(data, scale, weight_format), dim=2)
+
+
+def _divided(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return values / torch.where(scale > 0, scale, torch.ones((), device=scale.device))
+
+
+def _quantize_fp8(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = torch.finfo(FP8).max
+    scale = weight.abs().amax(dim=1) / largest
+    return _divided(weight, scale.unsqueeze(1)).clamp(-largest, largest).to(FP8), scale
+
+
+def _quantize_fp8_block(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    largest, (n, c) = torch.finfo(FP8).max, weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -c % BLOCK, 0, -n % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scale = blocks.abs().amax(dim=(1, 3)) / largest
+    values = _divided(blocks, scale[:, None, :, None]).clamp(-largest, largest)
+    return values.view(padded.shape)[:n, :c].to(FP8), scale
+
+
+def _quantize_int8(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = weight.abs().amax(dim=1) / 127
+    return _divided(weight, scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    codes = codes.to(torch.uint8)
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = weight.unflatten(1, (-1, group_size))
+    scale = (groups.abs().amax(dim=2) / 7).bfloat16()
+    codes = _divided(groups, scale.float().unsqueeze(2)).round().clamp(-INT4_ZERO, INT4_ZERO - 1) + INT4_ZERO
+    return _packed(codes.flatten(1)), scale
+
+
+def _quantize_mxfp4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = weight.unflatten(1, (-1, group_size))
+    mantissa, exponent = torch.frexp(groups.abs().amax(dim=2))
+    # absmax = 2·mantissa·2^(exponent − 1); 6 is 1.5·2², so a mantissa of up to 0.75 fits the exponent below the next.
+    power = (exponent - 3 + (mantissa > 0.75).int()).clamp(-E8M0_BIAS, E8M0_BIAS)
+    scaled = torch.ldexp(groups, -power.unsqueeze(2))
+    magnitude = scaled.abs()
+    code = torch.zeros_like(magnitude, dtype=torch.int32)
+    for i in range(7):
+        middle = (E2M1[i] + E2M1[i + 1]) / 2
+        # Halfway goes to the code with an even last bit.
+        code += ((magnitude > middle) if i % 2 == 0 else (magnitude >= middle)).int()
+    code += 8 * torch.signbit(scaled).int()
+    return _packed(code.flatten(1)), (power + E8M0_BIAS).to(torch.uint8)
+
+
+_QUANTIZERS = {
+    "fp8": _quantize_fp8,
+    "fp8_block": _quantize_fp8_block,
+    "int8": _quantize_int8,
+    "int4": _quantize_int4,
+    "mxfp4": _quantize_mxfp4,
+}

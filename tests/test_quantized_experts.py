@@ -1,0 +1,517 @@
+"""Quantised expert weights: formats bit by bit, and products with them against float64 in every form."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import OperatorLog, assert_same_bits, check, make_dispatch, run
+
+import gossamer
+from gossamer import QuantizedExpertWeight
+from gossamer.ops.expert_mlp import expert_mlp_reference
+from gossamer.ops.grouped_matmul import grouped_matmul_reference
+from gossamer.ops.quantized_expert_weight import FORMATS, concatenate
+from gossamer.testing import random_expert_ids
+from gossamer.triton_kernels import split_matmul
+from gossamer.triton_kernels.split_tiles import MOST_SPLITS, choose_split, decodes
+from gossamer.triton_kernels.tiles import shared_limit
+
+# No tile divides N, and C has a part of a 128-block; groups need C to be a multiple of 32.
+T, E, K, C, N = 13, 4, 2, 160, 47
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def stack(weight_format, device, e=E, n=N, c=C, **options):
+    weight = torch.randn(e, n, c, generator=torch.Generator().manual_seed(1)) / c**0.5
+    # Rows and groups of different size, so that a scale taken from the wrong place shows.
+    weight *= torch.rand(e, n, 1, generator=torch.Generator().manual_seed(2)) + 0.2
+    weight *= torch.linspace(0.5, 2, c)
+    return QuantizedExpertWeight.quantize(weight.to(device), weight_format, **options)
+
+
+def product(backend, weight, dispatch, **form):
+    """The product under test and its reference with the dequantised weight, of x and bias."""
+    wide = weight.dequantize(torch.float64)
+
+    def function(x, bias=None):
+        with gossamer.backend(backend):
+            return gossamer.grouped_matmul(x, weight, dispatch, bias=bias, **form)
+
+    def reference(x, bias=None):
+        return grouped_matmul_reference(x, wide.to(x.dtype), dispatch, bias=bias, **form)
+
+    return function, reference
+
+
+def test_every_code_of_e2m1_and_the_order_of_nibbles(device):
+    """Sixteen values by hand: the low four bits hold the even column."""
+    codes = torch.arange(32, dtype=torch.uint8, device=device) % 16
+    packed = (codes[0::2] | codes[1::2] << 4).view(1, 1, 16)
+    scale = torch.full((1, 1, 1), 127, dtype=torch.uint8, device=device)
+    values = QuantizedExpertWeight(packed, scale, "mxfp4").dequantize().flatten().tolist()
+    assert values == ([*E2M1, *(-v for v in E2M1)]) * 2
+    zeros = torch.tensor(values)[[0, 8]]
+    assert torch.signbit(zeros).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("byte", "power"), [(0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (130, 8.0), (254, 2.0**127), (255, float("nan"))]
+)
+def test_e8m0_ends(byte, power, device):
+    """Scale 0 is 2⁻¹²⁷, which float32 holds below its normal numbers; 255 makes the whole group NaN."""
+    packed = torch.full((1, 1, 16), 0x21, dtype=torch.uint8, device=device)  # 0.5, 1.0, and so on
+    weight = QuantizedExpertWeight(packed, torch.full((1, 1, 1), byte, dtype=torch.uint8, device=device), "mxfp4")
+    expected = torch.tensor([0.5 * power, power] * 16, dtype=torch.float64)
+    torch.testing.assert_close(weight.dequantize().double().cpu().flatten(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_int4_and_int8_by_hand(device):
+    """Code 8 is zero, −8 the least value; a byte of int8 is its value."""
+    packed = torch.tensor([0x80, 0xF1] * 8, dtype=torch.uint8, device=device).view(1, 1, 16)
+    weight = QuantizedExpertWeight(packed, torch.full((1, 1, 1), 0.5, device=device), "int4")
+    assert weight.dequantize().flatten().tolist() == [-4.0, 0.0, -3.5, 3.5] * 8
+    values = torch.tensor([-128, -1, 0, 127], dtype=torch.int8, device=device).view(1, 2, 2)
+    weight = QuantizedExpertWeight(values, torch.tensor([[0.5, 2.0]], device=device), "int8")
+    assert weight.dequantize().flatten().tolist() == [-64.0, -0.5, 0.0, 254.0]
+
+
+def test_blocks_of_128(device):
+    """The scale of DeepSeek-V3's blocks: row and column halves of 128, the last blocks cut short."""
+    values = torch.ones(1, 130, 200, device=device).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]], device=device)
+    dense = QuantizedExpertWeight.from_fp8(values, scale).dequantize()[0]
+    expected = torch.ones(130, 200, device=device)
+    expected[:128, 128:], expected[128:, :128], expected[128:, 128:] = 2.0, 3.0, 4.0
+    assert torch.equal(dense, expected)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_kernels_read_every_code_right(kernel_backend, weight_format, device):
+    """A product with unit rows gives the weight back exactly: all 256 codes, NaN where the format has it."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    dtype, per_byte = FORMATS[weight_format]
+    data = codes.repeat(2).view(1, 2, 256)
+    c = 256 * per_byte
+    if weight_format in ("fp8", "int8"):
+        scale = torch.tensor([[0.5, 3.0]])
+    elif weight_format == "fp8_block":
+        scale = torch.tensor([[[0.5, 3.0]]])
+    elif weight_format == "int4":
+        scale = torch.linspace(0.1, 2, 2 * c // 32).view(1, 2, -1).bfloat16()
+    else:
+        scale = (torch.arange(2 * c // 32) * 4 + 96).to(torch.uint8).view(1, 2, -1)
+        scale[0, 0, :3] = torch.tensor([0, 255, 1])
+    weight = QuantizedExpertWeight(data.view(dtype).to(device), scale.to(device), weight_format)
+    dense = weight.dequantize()
+    bad = dense.isnan().any(1)[0]
+    eye = torch.eye(c, device=device)[~bad]
+    function, _ = product(kernel_backend, weight, make_dispatch(eye.shape[0], 1, 1, device), x_grouped=True)
+    if bad.any():
+        # A NaN reaches every sum over it, whatever the other factor.
+        assert function(torch.ones(eye.shape[0], c, device=device)).isnan()[:, 0, dense.isnan().any(2)[0]].all()
+        keep = torch.where(dense.isnan(), 0, 1).bool()
+        data = torch.where(keep.view(1, 2, -1, per_byte).all(-1), data.to(device), 0)
+        scale = torch.where(scale == 255, 127, scale) if weight_format == "mxfp4" else scale
+        weight = QuantizedExpertWeight(data.view(dtype), scale.to(device), weight_format)
+        function, _ = product(kernel_backend, weight, make_dispatch(eye.shape[0], 1, 1, device), x_grouped=True)
+    assert torch.equal(function(eye)[:, 0].T, weight.dequantize()[0][:, ~bad])
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_quantising_is_nearest_and_idempotent(weight_format, device):
+    """Every element goes to a code within half a step, and quantising what a stack holds changes nothing."""
+    weight = torch.randn(3, 130, 256, device=device)
+    weight[0, 0] = 0.0
+    quantized = QuantizedExpertWeight.quantize(weight, weight_format)
+    dense = quantized.dequantize()
+    assert not dense[0, 0].any()
+    error = (dense - weight).abs()
+    if weight_format in ("fp8", "fp8_block"):
+        group = weight.unflatten(2, (-1, 128)).abs().amax(3) if weight_format == "fp8_block" else weight.abs().amax(2)
+        largest = float(group.max())
+        # Three bits of mantissa; a step of 2⁻⁹ below the normal numbers.
+        assert (error <= weight.abs() * 2**-4 + largest / 448 * 2**-10).all()
+    elif weight_format == "mxfp4":
+        groups = weight.unflatten(2, (-1, 32))
+        power = torch.exp2((groups.abs().amax(3) / 6).log2().ceil()).repeat_interleave(32, 2)
+        step = torch.where(weight.abs() > 4 * power, 2.0, torch.where(weight.abs() > 2 * power, 1.0, 0.5)) * power
+        assert (error <= step / 2).all()
+    else:
+        steps = {"int8": 127, "int4": 7}[weight_format]
+        width = 256 if weight_format == "int8" else 32
+        scale = weight.unflatten(2, (-1, width)).abs().amax(3).repeat_interleave(width, 2) / steps
+        assert (error <= scale * (0.5 if weight_format == "int8" else 0.5 + 7 * 2**-8)).all()
+    again = QuantizedExpertWeight.quantize(dense, weight_format)
+    torch.testing.assert_close(again.dequantize(), dense, rtol=2**-8 if weight_format == "int4" else 2e-7, atol=0)
+
+
+def test_mxfp4_rounds_ties_to_even(device):
+    """Halfway between two codes the one with an even last bit is taken; the scale is the least that reaches."""
+    row = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -5.0] + [0.0] * 22, device=device)
+    quantized = QuantizedExpertWeight.quantize(row.view(1, 1, 32), "mxfp4")
+    assert quantized.scale.flatten().tolist() == [127]
+    assert quantized.dequantize().flatten().tolist()[:10] == [6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -0.0, -4.0]
+    just_above = QuantizedExpertWeight.quantize(row.view(1, 1, 32) * 1.01, "mxfp4")
+    assert just_above.scale.flatten().tolist() == [128]
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_products(kernel_backend, dtype, weight_format, device):
+    """Against float64 with a bias and dropped slots; gradients of x and bias."""
+    d = make_dispatch(T, E, K, device, dropped=0.2)
+    inputs = {"x": torch.randn(T, C, device=device).to(dtype), "bias": torch.randn(E, N, device=device).to(dtype)}
+    check(*product(kernel_backend, stack(weight_format, device), d), inputs)
+
+
+@pytest.mark.parametrize(("x_grouped", "y_grouped"), list(itertools.product([False, True], repeat=2)))
+def test_forms(kernel_backend, device, x_grouped, y_grouped):
+    """Token or sorted order on either side, with groups longer than a tile."""
+    t = 70
+    d = make_dispatch(t, E, K, device, dropped=0.2, skew="zipf")
+    x = torch.randn(t * K if x_grouped else t, C, device=device)
+    form = {"x_grouped": x_grouped, "y_grouped": y_grouped}
+    check(*product(kernel_backend, stack("mxfp4", device), d, **form), {"x": x})
+
+
+@pytest.mark.parametrize(("group", "c"), [(32, 32), (64, 192), (128, 256)])
+def test_groups_of_int4(kernel_backend, device, group, c):
+    """All three sizes of groups, with scales in each dtype that they may have."""
+    d = make_dispatch(T, E, K, device)
+    weight = stack("int4", device, c=c, group_size=group)
+    assert weight.group_size == group
+    for scale_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        other = QuantizedExpertWeight(weight.data, weight.scale.to(scale_dtype), "int4")
+        check(*product(kernel_backend, other, d), {"x": torch.randn(T, c, device=device)})
+
+
+def mlp(backend, gate_up, down, dispatch, **form):
+    wide = [w.dequantize(torch.float64) for w in (gate_up, down)]
+
+    def function(x, weights, **biases):
+        with gossamer.backend(backend):
+            return gossamer.expert_mlp(x, gate_up, down, dispatch, weights, **biases, **form)
+
+    def reference(x, weights, **biases):
+        dense = [w.to(x.dtype) for w in wide]
+        return expert_mlp_reference(x, *dense, dispatch, weights, **biases, **form)
+
+    return function, reference
+
+
+@pytest.mark.parametrize("t", [1, T, 90])
+@pytest.mark.parametrize(
+    ("formats", "form"),
+    [
+        (("mxfp4", "mxfp4"), {"activation": "clamped_swiglu", "interleaved": True}),
+        (("fp8_block", "int4"), {}),
+        (("int8", "fp8"), {"activation": "relu2"}),
+    ],
+    ids=["gpt-oss", "mixed", "ungated"],
+)
+def test_layer(kernel_backend, dtype, t, formats, form, device):
+    """The whole layer against float64 with biases and dropped slots, and by the composition that has gradients."""
+    h, i = 96, 64
+    wide = i if form.get("activation") == "relu2" else 2 * i
+    gate_up, down = stack(formats[0], device, n=wide, c=h), stack(formats[1], device, n=h, c=i)
+    d = make_dispatch(t, E, K, device, dropped=0.2)
+    inputs = {
+        "x": torch.randn(t, h, device=device),
+        "weights": torch.rand(t, K, device=device),
+        "gate_up_bias": torch.randn(E, wide, device=device),
+        "down_bias": torch.randn(E, h, device=device),
+    }
+    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    function, reference = mlp(kernel_backend, gate_up, down, d, **form)
+    check(function, reference, inputs, needs=())
+    if t == T:
+        check(function, reference, inputs)
+
+
+def test_one_quantised_weight_and_lora(kernel_backend, device):
+    """A dense weight beside a quantised one, and low-rank factors over frozen codes, with their gradients."""
+    h, i, r = 64, 32, 4
+    gate_up, down = stack("fp8", device, n=2 * i, c=h), torch.randn(E, h, i, device=device) / i**0.5
+    d = make_dispatch(T, E, K, device)
+    inputs = {"x": torch.randn(T, h, device=device), "weights": torch.rand(T, K, device=device), "down": down}
+    inputs |= {"a": torch.randn(E, r, h, device=device) / 8, "b": torch.randn(E, 2 * i, r, device=device)}
+    dense = gate_up.dequantize(torch.float64)
+
+    def function(x, weights, down, a, b):
+        with gossamer.backend(kernel_backend):
+            return gossamer.expert_mlp(x, gate_up, down, d, weights, gate_up_lora=(a, b), lora_scale=0.5)
+
+    def reference(x, weights, down, a, b):
+        return expert_mlp_reference(x, dense.to(x.dtype), down, d, weights, gate_up_lora=(a, b), lora_scale=0.5)
+
+    check(function, reference, inputs)
+
+
+def test_same_bits(kernel_backend, dtype, device):
+    """Two runs agree bit by bit, and a token's row does not depend on its place in the batch."""
+    weight = stack("mxfp4", device, n=96, c=64), stack("fp8_block", device, n=64, c=48)
+    ids, x = random_expert_ids(20, E, K, skew="zipf"), torch.randn(20, 64, device=device).to(dtype)
+    w, order = torch.rand(20, K, device=device), torch.randperm(20)
+    with torch.no_grad():
+        function, _ = mlp(kernel_backend, *weight, make_dispatch(20, E, K, device, ids=ids))
+        first = function(x, w)
+        assert torch.equal(first, function(x, w))
+        function, _ = mlp(kernel_backend, *weight, make_dispatch(20, E, K, device, ids=ids[order]))
+        assert torch.equal(function(x[order], w[order]), first[order])
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_the_cut_is_a_pure_choice_that_fits(bits, arch):
+    """Few tokens are cut until two programs meet each multiprocessor; many are not; tiles fit the shared memory."""
+    known = {t: choose_split("bf16", bits, t * 8, 64, 2048, 2048, arch, 132) for t in (1, 4, 64, 256, 16384)}
+    assert known[1] == choose_split("bf16", bits, 8, 64, 2048, 2048, arch, 132)
+    assert known[1].splits > 1 and known[16384].splits == 1
+    for t, plan in known.items():
+        programs = min(t * 8, 64) * -(-2048 // plan.tile.block_n)
+        assert 1 <= plan.splits <= MOST_SPLITS
+        assert plan.splits == 1 or programs * plan.splits <= 2 * 132 + programs
+        shared = plan.tile.num_stages * (plan.tile.block_m + plan.tile.block_n) * plan.tile.block_k * 2
+        assert shared <= shared_limit(arch)
+    assert [known[t].tile.block_m for t in (1, 64, 256, 16384)] == [16, 16, 32, 128]
+    assert choose_split("bf16", bits, 8, 64, 2048, 64, arch, 132).splits == 1
+    assert decodes(256 * 8, 64) and not decodes(16384 * 8, 64) and decodes(1, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_decoding_dense_weights_in_parts(dtype, device, monkeypatch, t):
+    """Few tokens on plain weights take the cut products, and give what the whole ones give, to rounding."""
+    h, i = 512, 96
+    monkeypatch.setattr(split_matmul, "_multiprocessors", lambda x: 400)
+    inputs = {"x": torch.randn(t, h, device=device), "weights": torch.rand(t, K, device=device)}
+    inputs |= {"gate_up": torch.randn(E, 2 * i, h, device=device) / h**0.5}
+    inputs |= {"down": (torch.randn(E, i, h, device=device) / i**0.5).transpose(1, 2)}
+    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    d = make_dispatch(t, E, K, device, dropped=0.2)
+    plans = split_matmul.decode_plans(inputs["x"], inputs["gate_up"], inputs["down"], t * K)
+    assert plans is not None and plans[0].splits > 1
+
+    def function(x, weights, gate_up, down):
+        with gossamer.backend("triton"), torch.no_grad():
+            return gossamer.expert_mlp(x, gate_up, down, d, weights)
+
+    def reference(x, weights, gate_up, down):
+        return expert_mlp_reference(x, gate_up, down, d, weights)
+
+    check(function, reference, inputs, needs=())
+    assert_same_bits({"y": function(**inputs)}, {"y": function(**inputs)})
+
+
+def test_operators_are_well_formed(kernel_backend, device):
+    """Schemas, fake kernels, autograd registration and traceability of both operators."""
+    d = make_dispatch(3, 2, 2, device, dropped=0.1)
+    w, down = stack("mxfp4", device, e=2, n=64, c=32), stack("int8", device, e=2, n=32, c=32)
+    x = torch.randn(3, 32, device=device).requires_grad_()
+    routing = (d.slots, d.rows, d.offsets)
+    args = (x, w.data, w.scale, w.format, None, *routing, 2, True, False, kernel_backend)
+    torch.library.opcheck(torch.ops.gossamer.quantized_grouped_matmul.default, args)
+    weights = torch.rand(3, 2, device=device)
+    args = (x.detach(), w.data, w.scale, w.format, down.data, down.scale, down.format, None, None, *routing, weights)
+    args += ("swiglu", 1.702, 7.0, False, kernel_backend)
+    torch.library.opcheck(torch.ops.gossamer.quantized_expert_mlp.default, args)
+
+
+def test_compiles(kernel_backend, device):
+    """Traced whole with a dynamic token count, the stacks as they are given."""
+    torch._dynamo.reset()
+    gate_up, down = stack("mxfp4", device, n=64, c=64), stack("fp8", device, n=64, c=32)
+
+    def f(x, weights, ids):
+        return gossamer.expert_mlp(x, gate_up, down, gossamer.dispatch(ids, E), weights).relu()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    with gossamer.backend(kernel_backend), torch.no_grad():
+        for i, t in enumerate((13, 29, 6)):
+            arguments = torch.randn(t, 64, device=device), torch.rand(t, K, device=device)
+            ids = random_expert_ids(t, E, K).to(device)
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                actual = compiled(*arguments, ids)
+            assert torch.equal(actual, f(*arguments, ids))
+
+
+def test_autocast_and_no_gradient_of_codes(kernel_backend, device):
+    """Autocast casts x alone; a scale that asks for a gradient is refused by name."""
+    d, weight = make_dispatch(T, E, K, device), stack("int8", device)
+    function, _ = product(kernel_backend, weight, d)
+    x = torch.randn(T, C, device=device)
+    with torch.autocast(device, dtype=torch.float16), OperatorLog() as log:
+        y = function(x)
+    assert y.dtype == torch.float16 and torch.equal(y, function(x.half()))
+    assert log.named("quantized_grouped_matmul")[0][1]["data"].data_ptr() == weight.data.data_ptr()
+    asking = QuantizedExpertWeight(weight.data, weight.scale.clone().requires_grad_(), "int8")
+    with pytest.raises(ValueError, match=r"weight is quantised and frozen, but weight\.scale requires a gradient"):
+        gossamer.grouped_matmul(x, asking, d)
+    with torch.no_grad():
+        gossamer.grouped_matmul(x, asking, d)
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_no_token_and_one(kernel_backend, device, t):
+    d = make_dispatch(t, E, K, device)
+    function, reference = product(kernel_backend, stack("int4", device), d)
+    check(function, reference, {"x": torch.randn(t, C, device=device)})
+    function, _ = mlp(kernel_backend, stack("mxfp4", device, n=64, c=64), stack("fp8", device, n=64, c=32), d)
+    with torch.no_grad():
+        assert function(torch.randn(t, 64, device=device), torch.rand(t, K, device=device)).shape == (t, 64)
+
+
+def test_float64_on_the_cpu():
+    """The native kernels decode into float64 sums."""
+    d, weight = make_dispatch(T, E, K, "cpu"), stack("fp8_block", "cpu")
+    x = torch.randn(T, C, dtype=torch.float64)
+    function, reference = product("native", weight, d)
+    torch.testing.assert_close(function(x), reference(x))
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_instruction_sets_decode_alike(isa, weight_format):
+    """Each build of the native kernels decodes to the same values: unit rows give the weight back exactly."""
+    native = pytest.importorskip("gossamer._C")
+    weight = stack(weight_format, "cpu")
+    d = make_dispatch(C, E, 1, "cpu", ids=(torch.arange(C) % E).unsqueeze(1))
+    before = native.isa()
+    try:
+        native.choose_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor does not run {isa}")
+    try:
+        for few in (C, 4):
+            d = make_dispatch(few, E, 1, "cpu", ids=(torch.arange(few) % E).unsqueeze(1))
+            with gossamer.backend("native"):
+                y = gossamer.grouped_matmul(torch.eye(C)[:few], weight, d)[:, 0]
+            dense = weight.dequantize()
+            assert torch.equal(y, torch.stack([dense[i % E, :, i] for i in range(few)]))
+    finally:
+        native.choose_isa(before)
+
+
+def test_checkpoint_layouts_are_read_as_transformers_reads_them():
+    """gpt-oss's blocks and scales, and DeepSeek's weight and weight_scale_inv, against transformers' own code."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    blocks = torch.randint(256, (2, 6, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (2, 6, 4), dtype=torch.uint8)
+    ours = QuantizedExpertWeight.from_mxfp4(blocks, scales)
+    theirs = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert torch.equal(ours.dequantize().transpose(1, 2), theirs)
+    weight = torch.randn(256, 384).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3)
+    dequantize = fp8.Fp8Dequantize(None)
+    ours = QuantizedExpertWeight.from_fp8(weight[None], scale[None])
+    assert ours.format == "fp8_block"
+    assert torch.equal(ours.dequantize()[0], dequantize._dequantize_one(weight, scale, torch.float32))
+
+
+def test_other_scales_of_fp8_and_packed_int32():
+    """A scale a row, a scale a matrix, and compressed-tensors' eight values in a word."""
+    values = torch.randn(2, 3, 40).to(torch.float8_e4m3fn)
+    row, whole = torch.rand(2, 3, 1), torch.rand(2)
+    assert torch.equal(QuantizedExpertWeight.from_fp8(values, row).dequantize(), values.float() * row)
+    by_matrix = QuantizedExpertWeight.from_fp8(values, whole)
+    assert torch.equal(by_matrix.dequantize(), values.float() * whole.view(2, 1, 1))
+    with pytest.raises(ValueError, match="scale must have shape"):
+        QuantizedExpertWeight.from_fp8(values, torch.rand(2, 5))
+    codes = torch.randint(-8, 8, (2, 3, 64))
+    words = ((codes + 8).view(2, 3, 8, 8) << (4 * torch.arange(8))).sum(3).to(torch.int32)
+    scale = torch.rand(2, 3, 2)
+    int4 = QuantizedExpertWeight.from_int4(words, scale)
+    assert torch.equal(int4.dequantize(), codes.float() * scale.repeat_interleave(32, 2))
+
+
+def test_gate_and_up_below_each_other():
+    """Stacks concatenated along N are the concatenated weights; a cut through a block is refused."""
+    for weight_format in FORMATS:
+        parts = [stack(weight_format, "cpu", n=128), stack(weight_format, "cpu", n=40)]
+        whole = concatenate(parts)
+        assert torch.equal(whole.dequantize(), torch.cat([p.dequantize() for p in parts], dim=1))
+    with pytest.raises(ValueError, match="N must be a multiple of 128 to concatenate fp8_block"):
+        concatenate([stack("fp8_block", "cpu", n=40)] * 2)
+
+
+def test_it_is_smaller(device):
+    """Bytes a weight: codes and scales as the formats promise."""
+    weight = torch.randn(2, 128, 256, device=device)
+    sizes = {f: QuantizedExpertWeight.quantize(weight, f).nbytes / weight.numel() for f in FORMATS}
+    assert sizes["mxfp4"] == 0.5 + 1 / 32 and sizes["int4"] == 0.5 + 2 / 32
+    assert sizes["int8"] == sizes["fp8"] == 1 + 4 / 256 and sizes["fp8_block"] == 1 + 4 / 128**2
+
+
+U8 = torch.zeros(E, N, C // 2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((U8, torch.zeros(E, N, 5), "int3"), ValueError, "format must be one of .* got 'int3'"),
+        ((U8, torch.zeros(E, N, 5), "mxfp4"), TypeError, "scale must be torch.uint8 for mxfp4"),
+        ((U8, torch.zeros(E, N, 5, dtype=torch.int32), "int4"), TypeError, "scale must be torch.float32"),
+        ((U8, torch.zeros(E, N, 2), "int4"), ValueError, "g of 32, 64, 128 for int4, got 2 columns for C=160"),
+        ((U8.view(torch.int8), torch.zeros(E, N, 5), "int4"), TypeError, "data must be torch.uint8 for int4"),
+        ((U8.view(torch.int8), torch.zeros(E), "int8"), ValueError, r"scale must have shape \(E, N\)"),
+        ((U8[:, :, ::2], torch.zeros(E, N, 1), "int4"), ValueError, "scale must have|must be contiguous"),
+        ((U8[0], torch.zeros(E, N, 5), "int4"), ValueError, r"data must have shape \(E, N, C/2\)"),
+        (([1], torch.zeros(E, N, 5), "int4"), TypeError, "data must be a torch.Tensor, got list"),
+        ((U8, torch.zeros(E, N, 5, device="meta"), "int4"), ValueError, "scale must be on the device of data"),
+    ],
+)
+def test_errors_of_a_stack(arguments, error, message):
+    """Each documented error names the argument, the rule and the value."""
+    with pytest.raises(error, match=message):
+        QuantizedExpertWeight(*arguments)
+
+
+def test_errors_of_quantising_and_products():
+    weight = torch.randn(E, N, C)
+    for options, message in (
+        (("mxfp8",), "format must be one of"),
+        (("int4", 48), "group_size must be one of"),
+        (("int4", 128), "C must be a multiple of group_size for int4, got C=160, group_size=128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QuantizedExpertWeight.quantize(weight, options[0], **({"group_size": options[1]} if options[1:] else {}))
+    d, x = make_dispatch(T, E, K, "cpu"), torch.randn(T, C)
+    with pytest.raises(ValueError, match=r"weight must have shape \(E, N, C\) = \(4, any, any\), got \(5, 47, 160\)"):
+        gossamer.grouped_matmul(x, stack("int8", "cpu", e=5), d)
+    with pytest.raises(ValueError, match=r"x must have shape \(T, C\) = \(13, 160\)"):
+        gossamer.grouped_matmul(x[:, :32], stack("int8", "cpu"), d)
+    with pytest.raises(ValueError, match=r"gate_up must have shape \(E, 2I, H\) = \(4, 64, 160\)"):
+        gossamer.expert_mlp(x, stack("int8", "cpu"), stack("int8", "cpu", n=160, c=32), d, torch.rand(T, K))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_synchronisation_and_graph_capture(kernel_backend, device):
+    """Clean under sync debugging, and right when replayed on another routing."""
+    gate_up, down = stack("mxfp4", device, n=256, c=128), stack("fp8_block", device, n=128, c=128)
+    ids = random_expert_ids(T, E, K).to(device)
+    x, weights = torch.randn(T, 128, device=device).bfloat16(), torch.rand(T, K, device=device)
+
+    def step():
+        return gossamer.expert_mlp(x, gate_up, down, gossamer.dispatch(ids, E), weights)
+
+    with gossamer.backend(kernel_backend), torch.no_grad():
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        ids.copy_(random_expert_ids(T, E, K, seed=5, dropped=0.3).to(device))
+        graph.replay()
+        assert torch.equal(captured, step())
+
+
+def test_gradient_of_x_with_a_kept_graph(kernel_backend, device):
+    """Backward twice gives the same bits, of a stack in blocks, whose rows are summed over."""
+    function, _ = product(kernel_backend, stack("fp8_block", device, n=160), make_dispatch(T, E, K, device))
+    x = torch.randn(T, C, device=device)
+    dout = torch.randn(T, K, 160, device=device)
+    assert_same_bits(run(function, {"x": x}, ["x"], dout), run(function, {"x": x}, ["x"], dout))

@@ -1,0 +1,128 @@
+"""Loading tiles of quantised expert weights: codes to values in registers, scales applied."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gossamer.ops.quantized_expert_weight import FORMATS, group_size
+
+# What a kernel's FORMAT says; DENSE is a weight in the dtype of the other operand.
+DENSE, FP8, INT8, INT4, MXFP4 = 0, 1, 2, 3, 4
+FORMAT_CODES = {"fp8": FP8, "fp8_block": FP8, "int8": INT8, "int4": INT4, "mxfp4": MXFP4}
+# Architectures that convert e4m3 by an instruction of their own.
+FP8_ARCH = 89
+
+
+@triton.jit
+def _fp8_values(code, NATIVE: tl.constexpr):
+    """e4m3 to float32; without the instruction by moving the bits and scaling, exact for subnormals too."""
+    if NATIVE:
+        return code.to(tl.float16).to(tl.float32)
+    else:
+        bits = code.to(tl.uint32)
+        magnitude = bits & 0x7F
+        # 2^120 is the difference of the two exponent biases.
+        value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        value = tl.where(magnitude == 0x7F, float("nan"), value)
+        return tl.where(bits >= 0x80, -value, value)
+
+
+@triton.jit
+def _e2m1_values(code):
+    """e2m1 to float32, by the same scaling with 2^126."""
+    bits = code.to(tl.uint32)
+    return ((bits >> 3 << 31) | ((bits & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def _e8m0_values(scale):
+    """e8m0 to float32: 0 is 2⁻¹²⁷, below the normal numbers, and 255 NaN."""
+    bits = scale.to(tl.uint32)
+    power = tl.where(bits == 0, 0x00400000, bits << 23)
+    return tl.where(bits == 255, 0x7FC00000, power).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantized_tile(
+    w,
+    scale,
+    expert,
+    n0,
+    c0,
+    N,
+    C,
+    scale_rows,
+    scale_columns,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_SHIFT: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``[ROWS, COLUMNS]`` float32 of expert ``expert`` of a contiguous stack ``(E, N, C)`` from row n0 and column c0.
+
+    The scale of (n, c) is that of row ``n >> ROW_SHIFT`` and group ``c // GROUP``. GROUP 0 says that a row has one,
+    which is only applied where ROW_SCALE says so. Zero outside the matrix.
+    """
+    n = n0 + tl.arange(0, ROWS)
+    inside = n < N
+    row = expert.to(tl.int64) * N + tl.where(inside, n, 0)
+    if FORMAT == 1 or FORMAT == 2:
+        c = c0 + tl.arange(0, COLUMNS)
+        code = tl.load(w + row[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        if FORMAT == 1:
+            value = _fp8_values(code, NATIVE_FP8)
+        else:
+            value = code.to(tl.float32)
+    else:
+        c = c0 // 2 + tl.arange(0, COLUMNS // 2)
+        code = tl.load(w + row[:, None] * (C // 2) + c[None, :], mask=inside[:, None] & (c < C // 2)[None, :], other=0)
+        # The even column of a pair is in the low bits; join and reshape lay pairs side by side.
+        code = tl.reshape(tl.join(code & 15, code >> 4), (ROWS, COLUMNS))
+        if FORMAT == 3:
+            value = code.to(tl.float32) - 8.0
+        else:
+            value = _e2m1_values(code)
+    scale_row = scale + (expert.to(tl.int64) * scale_rows + (tl.where(inside, n, 0) >> ROW_SHIFT)) * scale_columns
+    if GROUP == 0:
+        if ROW_SCALE:
+            value *= tl.load(scale_row, inside, other=0.0).to(tl.float32)[:, None]
+    elif GROUP >= COLUMNS:
+        # Tiles start at multiples of their width, so they lie inside one group.
+        factor = tl.load(scale_row + c0 // GROUP, inside, other=0)
+        factor = _e8m0_values(factor) if FORMAT == 4 else factor.to(tl.float32)
+        value *= factor[:, None]
+    else:
+        group = c0 // GROUP + tl.arange(0, COLUMNS // GROUP)
+        known = inside[:, None] & (group < scale_columns)[None, :]
+        factor = tl.load(scale_row[:, None] + group[None, :], known, other=0)
+        factor = _e8m0_values(factor) if FORMAT == 4 else factor.to(tl.float32)
+        value = tl.reshape(value, (ROWS, COLUMNS // GROUP, GROUP)) * factor[:, :, None]
+        value = tl.reshape(value, (ROWS, COLUMNS))
+    return value
+
+
+def stack_arguments(
+    data: torch.Tensor, scale: torch.Tensor, weight_format: str, arch: int
+) -> tuple[torch.Tensor, dict[str, object]]:
+    """The data of a quantised stack as kernels take it, and the compile-time arguments that describe it."""
+    by_row = weight_format in ("fp8", "int8")
+    group = 0 if by_row else group_size(data, scale, weight_format)
+    native = arch >= FP8_ARCH
+    if FORMAT_CODES[weight_format] == FP8 and not native:
+        data = data.view(torch.uint8)
+    return data, {
+        "FORMAT": FORMAT_CODES[weight_format],
+        "GROUP": group,
+        "ROW_SHIFT": group.bit_length() - 1 if weight_format == "fp8_block" else 0,
+        "NATIVE_FP8": native,
+    }
+
+
+def stack_columns(data: torch.Tensor, weight_format: str) -> int:
+    """C of a quantised stack."""
+    return data.shape[2] * FORMATS[weight_format][1]

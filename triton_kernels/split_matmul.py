@@ -1,0 +1,485 @@
+"""Grouped products with the summed dimension in parts, and with weights of few bits.
+
+One kernel multiplies: a program has a row tile, a column tile and a part of the summed dimension. With several parts
+each writes its sums in float32, and what comes next adds them in order, so that bits do not depend on timing.
+
+Floor with few rows: the weights of the touched experts read once, at the memory's speed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gossamer._activation import Activation
+from gossamer._layout import stored_transposed
+from gossamer.triton_kernels.common import (
+    TRITON_NAMES,
+    _cuda_sm_count,
+    activation,
+    aot_signature,
+    arch_of,
+    dot_precision,
+    load_rows,
+    load_weight,
+    row_tile,
+    row_tiles,
+    tile_coordinates,
+    unit_columns,
+    up_factor,
+)
+from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.quantized_tile import (
+    DENSE,
+    FORMAT_CODES,
+    FP8,
+    FP8_ARCH,
+    quantized_tile,
+    stack_arguments,
+    stack_columns,
+)
+from gossamer.triton_kernels.split_tiles import SplitTile, choose_split, decodes
+
+# Multiprocessors that the interpreter stands in for.
+INTERPRETED_SMS = 4
+
+# A weight as the launchers here take it: (data, scale, format), or (weight, None, None) in the dtype of x.
+Stack = tuple[torch.Tensor, torch.Tensor | None, str | None]
+
+
+@triton.jit(do_not_specialize=["capacity", "part_stride"])
+def _split_matmul_kernel(
+    x,
+    w,
+    scale,
+    bias_ptr,
+    y_ptr,
+    slots_ptr,
+    table_ptr,
+    capacity,
+    N,
+    C,
+    scale_rows,
+    scale_columns,
+    stride_x,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    part_stride,
+    X_DIV: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ZERO_DROPPED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_SHIFT: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_live = tl.load(table_ptr)
+    num_n = tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(1)
+    steps = tl.cdiv(C, BLOCK_K)
+    first = steps * part // tl.num_programs(1)
+    last = steps * (part + 1) // tl.num_programs(1)
+    y_part = y_ptr + part.to(tl.int64) * part_stride
+    for tile in range(tl.program_id(0), num_live * num_n, tl.num_programs(0)):
+        m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
+        expert, row, row_end = row_tile(table_ptr, capacity, m)
+        r = row + tl.arange(0, BLOCK_M)
+        # Rows past the group are read from its first row and never stored.
+        inside = tl.where(r < row_end, r, row)
+        if X_DIV > 0:
+            x_index = tl.load(slots_ptr + inside) // X_DIV
+        else:
+            x_index = inside
+        x_rows = x + x_index.to(tl.int64)[:, None] * stride_x
+        n0 = n_tile * BLOCK_N
+        n = n0 + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(first, last):
+            a = load_rows(x, x_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
+            if FORMAT == 0:
+                b = load_weight(
+                    w,
+                    expert,
+                    n0,
+                    k * BLOCK_K,
+                    N,
+                    C,
+                    stride_we,
+                    stride_wn,
+                    stride_wk,
+                    False,
+                    W_TRANSPOSED,
+                    EVEN_K,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
+            elif TRANSPOSED:
+                b = quantized_tile(
+                    w,
+                    scale,
+                    expert,
+                    k * BLOCK_K,
+                    n0,
+                    C,
+                    N,
+                    scale_rows,
+                    scale_columns,
+                    FORMAT,
+                    GROUP,
+                    ROW_SHIFT,
+                    True,
+                    NATIVE_FP8,
+                    BLOCK_K,
+                    BLOCK_N,
+                ).to(a.dtype)
+            else:
+                b = quantized_tile(
+                    w,
+                    scale,
+                    expert,
+                    n0,
+                    k * BLOCK_K,
+                    N,
+                    C,
+                    scale_rows,
+                    scale_columns,
+                    FORMAT,
+                    GROUP,
+                    ROW_SHIFT,
+                    False,
+                    NATIVE_FP8,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
+                b = tl.trans(b.to(a.dtype))
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if FORMAT > 0 and GROUP == 0 and not TRANSPOSED:
+            # A scale for the whole row of a weight is a factor of the finished sum.
+            factor = tl.load(scale + expert.to(tl.int64) * scale_rows + n, n < N, other=0.0)
+            acc *= factor.to(tl.float32)[None, :]
+        if bias_ptr is not None:
+            if part == 0:
+                acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)[None, :]
+        if SCATTER:
+            y_index = tl.load(slots_ptr + inside)
+        else:
+            y_index = r
+        y_rows = y_part + y_index.to(tl.int64)[:, None] * N
+        tl.store(y_rows + n[None, :], acc.to(y_ptr.dtype.element_ty), (r < row_end)[:, None] & (n < N)[None, :])
+
+    if ZERO_DROPPED:
+        num_all = tl.load(table_ptr + 1)
+        for tile in range(num_live * num_n + tl.program_id(0), num_all * num_n, tl.num_programs(0)):
+            _, row, row_end = row_tile(table_ptr, capacity, tile // num_n)
+            r = row + tl.arange(0, BLOCK_M)
+            if SCATTER:
+                y_index = tl.load(slots_ptr + r, r < row_end, other=0)
+            else:
+                y_index = r
+            n = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            y_rows = y_part + y_index.to(tl.int64)[:, None] * N
+            zero = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+            tl.store(y_rows + n[None, :], zero, (r < row_end)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["parts", "part_stride", "alpha", "limit"])
+def _finish_kernel(
+    part_ptr,
+    out_ptr,
+    offsets_ptr,
+    parts,
+    part_stride,
+    num_experts,
+    I,
+    alpha,
+    limit,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the parts of one row and, unless ACT is −1, activates it: ``(parts, R, 2I)`` to ``(R, I)``."""
+    r = tl.program_id(0)
+    if ACT >= 0:
+        # The rows of no expert have no pre-activation, and nobody reads their activation.
+        if r >= tl.load(offsets_ptr + num_experts):
+            return
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    width = 2 * I if GATED else I
+    if GATED:
+        step = 2 if INTERLEAVED else 1
+        second = 1 if INTERLEAVED else I
+    else:
+        step = 1
+        second = 0
+    at = part_ptr + r.to(tl.int64) * width + i * step
+    gate = tl.zeros((BLOCK,), tl.float32)
+    up = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        gate += tl.load(at, i < I, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(at + second, i < I, other=0.0).to(tl.float32)
+        at += part_stride
+    if ACT >= 0:
+        gate, _ = activation(gate, alpha, limit, ACT, out_ptr.dtype.element_ty != tl.float32)
+        if GATED:
+            factor, _ = up_factor(up, limit, ACT)
+            gate *= factor
+    tl.store(out_ptr + r.to(tl.int64) * I + i, gate.to(out_ptr.dtype.element_ty), i < I)
+
+
+@triton.jit(do_not_specialize=["parts", "part_stride"])
+def _combine_kernel(
+    part_ptr,
+    rows_ptr,
+    weights_ptr,
+    offsets_ptr,
+    y_ptr,
+    parts,
+    part_stride,
+    num_experts,
+    H,
+    stride_weights_t,
+    stride_weights_k,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``y[t] = Σ_k weights[t, k] · Σ_s part[s, rows[t, k]]`` over slots with an expert."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = tl.load(offsets_ptr + num_experts)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(TOP_K):
+        r = tl.load(rows_ptr + t * TOP_K + k)
+        if r < live:
+            weight = tl.load(weights_ptr + t * stride_weights_t + k * stride_weights_k).to(tl.float32)
+            at = part_ptr + r.to(tl.int64) * H + h
+            value = tl.zeros((BLOCK,), tl.float32)
+            for _ in range(parts):
+                value += tl.load(at, h < H, other=0.0).to(tl.float32)
+                at += part_stride
+            total += weight * value
+    tl.store(y_ptr + t * H + h, total.to(y_ptr.dtype.element_ty), h < H)
+
+
+def _multiprocessors(x: torch.Tensor) -> int:
+    return _cuda_sm_count(x.device.index) if x.is_cuda else INTERPRETED_SMS
+
+
+def _plan(x: torch.Tensor, stack: Stack, num_rows: int, n: int, c: int) -> SplitTile:
+    data, _, weight_format = stack
+    bits = 16 if weight_format is None else 8 * data.shape[2] // max(1, stack_columns(data, weight_format))
+    precision = TRITON_NAMES[x.dtype] if dot_precision(x.dtype) == "ieee" else "tf32"
+    return choose_split(precision, bits, num_rows, data.shape[0], n, c, arch_of(x), _multiprocessors(x))
+
+
+def decode_plans(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, num_rows: int
+) -> tuple[SplitTile, SplitTile] | None:
+    """How to cut both products of a layer of few rows, or None where whole products fill the device."""
+    experts, wide, h = gate_up.shape
+    if not decodes(num_rows, experts):
+        return None
+    up = _plan(x, (gate_up, None, None), num_rows, wide, h)
+    out = _plan(x, (down, None, None), num_rows, h, down.shape[2])
+    return (up, out) if max(up.splits, out.splits) > 1 else None
+
+
+def split_matmul(
+    x: torch.Tensor,
+    stack: Stack,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    x_div: int,
+    *,
+    scatter: bool = False,
+    zero_dropped: bool = False,
+    transposed: bool = False,
+    plan: SplitTile | None = None,
+) -> torch.Tensor:
+    """``x[g(r)] · wᵀ + bias`` in parts: ``(splits, R, N)`` in float32, or in the dtype of ``x`` where there is one.
+
+    ``transposed`` sums over the rows of the (quantised) weight instead; ``scatter`` and ``zero_dropped`` as in
+    :func:`gossamer.triton_kernels.grouped_matmul.rows_times_weight`.
+    """
+    data, scale, weight_format = stack
+    num_rows, arch = slots.shape[0], arch_of(x)
+    quantized = weight_format is not None
+    n, c = data.shape[1], stack_columns(data, weight_format) if quantized else data.shape[2]
+    if transposed:
+        n, c = c, n
+    plan = plan or _plan(x, stack, num_rows, n, c)
+    tile, splits = plan.tile, plan.splits
+    y = torch.empty(splits, num_rows, n, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    if y.numel() == 0:
+        return y
+    x = unit_columns(x)
+    table, capacity = row_tiles(offsets, num_rows, tile.block_m)
+    if quantized:
+        w, flags = stack_arguments(data, scale, weight_format, arch)
+        scale_sizes = (scale.shape[1], 1 if scale.dim() == 2 else scale.shape[2])
+        strides, w_transposed = (0, 0, 0), False
+    else:
+        w, flags = data, {"FORMAT": DENSE, "GROUP": 0, "ROW_SHIFT": 0, "NATIVE_FP8": False}
+        scale_sizes, strides, w_transposed = (0, 0), data.stride(), stored_transposed(data)
+    _split_matmul_kernel[(capacity * triton.cdiv(n, tile.block_n), splits)](
+        x,
+        w,
+        scale,
+        None if bias is None else bias.contiguous(),
+        y,
+        slots,
+        table,
+        capacity,
+        n,
+        c,
+        *scale_sizes,
+        x.stride(0),
+        *strides,
+        num_rows * n,
+        X_DIV=x_div,
+        SCATTER=scatter,
+        ZERO_DROPPED=zero_dropped,
+        TRANSPOSED=transposed,
+        W_TRANSPOSED=w_transposed,
+        EVEN_K=c % tile.block_k == 0,
+        PRECISION=dot_precision(x.dtype),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        **flags,
+        **tile.options(),
+    )
+    return y
+
+
+def finish(
+    parts: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype, form: Activation | None, interleaved: bool = False
+) -> torch.Tensor:
+    """The sum of ``parts (S, R, ·)``, activated: ``(R, I)``; or, without an activation, the sum itself."""
+    splits, num_rows, wide = parts.shape
+    i = wide // (form.halves if form else 1)
+    out = torch.empty(num_rows, i, dtype=dtype, device=parts.device)
+    if out.numel() == 0:
+        return out
+    block = 512
+    _finish_kernel[(num_rows, triton.cdiv(i, block))](
+        parts,
+        out,
+        offsets,
+        splits,
+        num_rows * wide,
+        offsets.shape[0] - 1,
+        i,
+        form.alpha if form else 0.0,
+        form.limit if form else 0.0,
+        ACT=form.code if form else -1,
+        GATED=form is not None and form.gated,
+        INTERLEAVED=interleaved,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
+
+
+def split_expert_mlp(
+    x: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+    form: Activation,
+    interleaved: bool,
+    plans: tuple[SplitTile | None, SplitTile | None] = (None, None),
+) -> torch.Tensor:
+    """The layer by products in parts; see gossamer.expert_mlp. Nothing is saved."""
+    top_k = weights.shape[1]
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    preact = split_matmul(x, gate_up, gate_up_bias, slots, offsets, top_k, plan=plans[0])
+    act = finish(preact, offsets, x.dtype, form, interleaved)
+    out = split_matmul(act, down, down_bias, slots, offsets, 0, plan=plans[1])
+    if out.shape[0] == 1:
+        return gather_reduce(out[0], rows.view(-1, top_k), None, weights, offsets[-1:], -1)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = 512
+    _combine_kernel[(x.shape[0], triton.cdiv(x.shape[1], block))](
+        out,
+        rows,
+        weights,
+        offsets,
+        y,
+        out.shape[0],
+        out.shape[1] * out.shape[2],
+        offsets.shape[0] - 1,
+        x.shape[1],
+        *weights.stride(),
+        TOP_K=top_k,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return y
+
+
+def aot_case(arch: int, dtype: torch.dtype, plan: SplitTile, weight_format: str | None, transposed: bool) -> tuple:
+    """One product, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
+    tile = plan.tile
+    sizes = "N C scale_rows scale_columns stride_x stride_we stride_wn"
+    signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", sizes)
+    signature |= {"capacity": "i32", "part_stride": "i32", "scale": "*fp32:16", "stride_wk": "i32"}
+    if plan.splits > 1:
+        signature["y_ptr"] = "*fp32:16"
+    constexprs = {"bias_ptr": None, "X_DIV": 8, "SCATTER": False, "ZERO_DROPPED": False, "TRANSPOSED": transposed}
+    constexprs |= {"W_TRANSPOSED": False, "EVEN_K": True, "PRECISION": "ieee"}
+    constexprs |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m}
+    code = FORMAT_CODES[weight_format] if weight_format else DENSE
+    native = arch >= FP8_ARCH
+    group = {"fp8_block": 128, "int4": 32, "mxfp4": 32}.get(weight_format, 0)
+    constexprs |= {"FORMAT": code, "GROUP": group, "ROW_SHIFT": 7 if weight_format == "fp8_block" else 0}
+    constexprs |= {"NATIVE_FP8": native}
+    if weight_format is None:
+        signature.pop("scale")
+        constexprs |= {"scale": None, "stride_wk": 1}
+    elif code == FP8:
+        signature["w"] = "*fp8e4nv:16" if native else "*u8:16"
+    else:
+        signature["w"] = "*i8:16" if weight_format == "int8" else "*u8:16"
+        signature["scale"] = {"int8": "*fp32:16", "int4": "*bf16:16", "mxfp4": "*u8:16"}[weight_format]
+    return _split_matmul_kernel, signature, constexprs, tile.options()
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
+    cases = []
+    for weight_format, bits in ((None, 16), ("fp8_block", 8), ("mxfp4", 4)):
+        plan = choose_split("bf16", bits, 64, 64, 4096, 4096, arch, 132)
+        cases.append(aot_case(arch, torch.bfloat16, plan, weight_format, False))
+    for weight_format, bits, transposed in (("int4", 4, False), ("fp8", 8, True)):
+        plan = choose_split("bf16", bits, 65536, 64, 4096, 4096, arch, 132)
+        cases.append(aot_case(arch, torch.bfloat16, plan, weight_format, transposed))
+    signature = aot_signature(torch.bfloat16, "out_ptr", "offsets_ptr", "num_experts I", "alpha limit")
+    signature |= {"part_ptr": "*fp32:16", "parts": "i32", "part_stride": "i32"}
+    constexprs = {"ACT": 0, "GATED": True, "INTERLEAVED": False, "BLOCK": 512}
+    cases.append((_finish_kernel, signature, constexprs, {"num_warps": 4}))
+    signature = aot_signature(
+        torch.bfloat16, "y_ptr", "rows_ptr offsets_ptr", "num_experts H stride_weights_t stride_weights_k"
+    )
+    signature |= {"part_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "parts": "i32", "part_stride": "i32"}
+    cases.append((_combine_kernel, signature, {"TOP_K": 8, "BLOCK": 512}, {"num_warps": 4}))
+    return cases

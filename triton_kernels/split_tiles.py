@@ -1,0 +1,63 @@
+"""How a product of few rows, or one with quantised weights, is cut: a pure function of the problem and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gossamer.triton_kernels.tiles import ITEM_BYTES, Tile, choose_block_m, shared_limit
+
+MOST_SPLITS = 16
+# Steps of a part at least: below, filling the pipeline costs more than the other multiprocessors bring.
+LEAST_STEPS = 4
+# Rows over experts up to which weights' way from memory is what counts.
+DECODE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class SplitTile:
+    """A tile, and into how many parts the summed dimension is cut; their sums are added in order."""
+
+    tile: Tile
+    splits: int
+
+
+def choose_split(
+    precision: str, bits: int, num_rows: int, experts: int, n: int, c: int, arch: int, multiprocessors: int
+) -> SplitTile:
+    """The cut of a product of ``num_rows`` rows with ``experts`` weights ``(n, c)``.
+
+    Programs for all output tiles of the experts that can have rows should be two a multiprocessor; where they are
+    fewer, the summed dimension is cut.
+
+    Args:
+        precision: of the products, a key of :data:`gossamer.triton_kernels.tiles.ITEM_BYTES`.
+        bits: of a stored weight; 4 and 8 for quantised ones.
+        num_rows: R, live and dropped.
+        experts: E.
+        n: output columns.
+        c: summed columns.
+        arch: compute capability, ``10·major + minor``.
+        multiprocessors: of the device.
+    """
+    block_m = choose_block_m(num_rows / experts)
+    tile = _tile(precision, bits, block_m, arch)
+    touched = max(1, min(num_rows, experts))
+    programs = touched * max(1, -(-num_rows // (touched * block_m))) * -(-n // tile.block_n)
+    steps = -(-c // tile.block_k)
+    wanted = -(-2 * multiprocessors // programs)
+    return SplitTile(tile, max(1, min(wanted, steps // LEAST_STEPS, MOST_SPLITS)))
+
+
+def decodes(num_rows: int, experts: int) -> bool:
+    """Whether so few rows meet an expert that reading weights is the work, and a product may be cut."""
+    return num_rows <= DECODE_ROWS * min(experts, max(1, num_rows))
+
+
+def _tile(precision: str, bits: int, block_m: int, arch: int) -> Tile:
+    if ITEM_BYTES[precision] == 4:
+        return Tile(min(block_m, 64), 64, 32, 4, 2)
+    if block_m < 128:
+        # 4-bit rows of 64 columns are one sector of memory.
+        return Tile(block_m, 64, 64 if bits == 16 else 128, 4, 4 if shared_limit(arch) > 128 * 1024 else 3)
+    # Decoding takes registers beside the accumulators, and without wgmma the operands do too.
+    return Tile(128, 128 if arch in (90, 100) else 64, 64, 8, 3)
