@@ -35,7 +35,7 @@ enum Status : uint8_t { kRefused = 0, kHit = 1, kInserted = 2, kReplaced = 3 };
 struct Bucket {
   uint32_t reach;   // longest chain of a key whose second bucket this is
   uint32_t serial;  // batch that `pinned` belongs to
-  uint32_t pinned;  // slots that this batch has touched, and so does not evict
+  uint32_t pinned;  // slots that this batch has touched, and so does not evict; where scores do not tell
 };
 
 struct Table {
@@ -158,7 +158,12 @@ GOSSAMER_HD int64_t find(const Table& t, int64_t key, const Place& place, bool s
   return last < reach ? kLeaves : kAbsent;
 }
 
+// Whether a batch's stamp tells by itself what the batch has touched: no other batch sets that score.
+GOSSAMER_HD bool stamps(Evict policy) { return policy == Evict::kLru || policy == Evict::kEpochLru; }
+
+// Keeps the batch from evicting a slot whose score does not say that it was touched.
 GOSSAMER_HD void pin(const Table& t, const Batch& batch, int64_t slot) {
+  if (stamps(batch.policy)) return;
   Bucket& bucket = t.buckets[slot / kSlots];
   if (bucket.serial != batch.serial) {
     bucket.serial = batch.serial;
@@ -197,13 +202,15 @@ GOSSAMER_HD void touch(const Table& t, const Batch& batch, int64_t slot, int64_t
 GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t bucket, int64_t* slot, int64_t* score) {
   const Bucket& b = t.buckets[bucket];
   uint32_t mask = kAllSlots & ~match(t.digests + bucket * kSlots, 0);
-  if (b.serial == batch.serial) mask &= ~b.pinned;
+  const bool by_stamp = stamps(batch.policy);
+  if (!by_stamp && b.serial == batch.serial) mask &= ~b.pinned;
   const int64_t* scores = t.scores + bucket * kSlots;
   bool any = *slot >= 0;
   // Selections, not branches: which score is lowest is hard to foresee.
   for (int i = 0; i < kSlots; ++i) {
     const int64_t candidate = scores[i];
-    const bool better = (mask >> i & 1u) & (!any | (candidate < *score));
+    const bool free = (mask >> i & 1u) & !(by_stamp & (candidate == batch.stamp));
+    const bool better = free & (!any | (candidate < *score));
     *score = better ? candidate : *score;
     *slot = better ? bucket * kSlots + i : *slot;
     any |= better;

@@ -85,6 +85,27 @@ void register_hash_table(py::module_& m) {
       },
       "out[i] = table[slots[i]], zeros for -1.");
   m.def(
+      "start_rows",
+      [](uintptr_t table, int64_t row_bytes, uintptr_t slots, uintptr_t status, int64_t count, uintptr_t rows,
+         int num_threads) {
+        py::gil_scoped_release release;
+        start_rows(pointer<char>(table), row_bytes, pointer<const int64_t>(slots), pointer<const uint8_t>(status), count,
+                   pointer<const char>(rows), num_threads);
+      },
+      "table[slots[i]] = rows[i], or zeros for no rows, where position i made its row.");
+  m.def(
+      "mark_slots",
+      [](uintptr_t array, int64_t item_bytes, uintptr_t slots, int64_t count, int64_t value, int num_threads) {
+        py::gil_scoped_release release;
+        if (item_bytes == 8) {
+          mark_slots(pointer<int64_t>(array), pointer<const int64_t>(slots), count, value, num_threads);
+        } else {
+          mark_slots(pointer<uint8_t>(array), pointer<const int64_t>(slots), count, static_cast<uint8_t>(value),
+                     num_threads);
+        }
+      },
+      "array[slots[i]] = value, -1 skipped, for items of 8 bytes or 1.");
+  m.def(
       "scatter_rows",
       [](uintptr_t table, int64_t row_bytes, uintptr_t slots, int64_t count, uintptr_t rows, int num_threads) {
         py::gil_scoped_release release;

@@ -27,6 +27,14 @@ int64_t hash_table_insert(const HashInsertArgs& args, int num_threads);
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.
 void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int num_threads);
 
+// table[slots[i]] = rows[i], or zeros for null rows, where position i made its row.
+void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
+                const char* rows, int num_threads);
+
+// array[slots[i]] = value, -1 skipped.
+void mark_slots(int64_t* array, const int64_t* slots, int64_t count, int64_t value, int num_threads);
+void mark_slots(uint8_t* array, const int64_t* slots, int64_t count, uint8_t value, int num_threads);
+
 // table[slots[i]] = rows[i], -1 skipped; of equal slots the last position stays.
 void scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, int64_t count, const char* rows, int num_threads);
 

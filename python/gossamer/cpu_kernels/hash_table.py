@@ -10,8 +10,8 @@ from gossamer import _C
 from gossamer.cpu_kernels._native import empty_huge, vector
 
 
-def empty(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Value storage of a new table, on huge pages where the system gives them."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An array of a new table, on huge pages where the system gives them."""
     tensor = torch.empty(shape, dtype=dtype)
     _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
@@ -42,7 +42,7 @@ def insert(
     """Find or insert each key; arguments and results as the reference's."""
     n = keys.shape[0]
     scores = None if scores is None else scores.contiguous()
-    slots, status = torch.empty(n, dtype=torch.int64), torch.zeros(n, dtype=torch.uint8)
+    slots, status = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.uint8)
     victims = [torch.zeros(n, dtype=torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
     new_keys = _C.hash_table_insert(
         _view(storage),
@@ -70,6 +70,20 @@ def gather_rows(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         values.data_ptr(), row_bytes, slots.data_ptr(), slots.shape[0], out.data_ptr(), torch.get_num_threads()
     )
     return out
+
+
+def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """``values[slots] = rows`` in place where a position made its row, zeros for None."""
+    rows = None if rows is None else rows.contiguous()
+    row_bytes = values.shape[1] * values.element_size()
+    pointers = (slots.data_ptr(), status.data_ptr(), slots.shape[0], 0 if rows is None else rows.data_ptr())
+    _C.start_rows(values.data_ptr(), row_bytes, *pointers, torch.get_num_threads())
+
+
+def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
+    """``array[slots] = value`` in place, −1 skipped; ``array (S,)`` int64 or bool, ``slots (n,)``."""
+    pointers = (slots.data_ptr(), slots.shape[0])
+    _C.mark_slots(array.data_ptr(), array.element_size(), *pointers, int(value), torch.get_num_threads())
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

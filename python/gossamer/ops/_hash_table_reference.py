@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Storage:
     def allocate(
         cls, capacity: int, scored: bool, values: tuple[int, torch.dtype], device: torch.device, empty=torch.empty
     ) -> Storage:
-        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` makes the value storage."""
+        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` makes its arrays on the CPU."""
         dim, dtype = values
         wanted = -(-(capacity + capacity // 12) // BUCKET_SLOTS)
         partitions = max(1, wanted // _LEAST_BUCKETS)
@@ -61,8 +62,11 @@ class Storage:
         # Exact: capacity · partitions stays below 2^53 for any table that fits in memory.
         ends = torch.div(shares * capacity, partitions, rounding_mode="floor").long()
 
+        def array(*shape, dtype):
+            return empty(shape, dtype=dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
         def zeros(*shape, dtype):
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return array(*shape, dtype=dtype).zero_()
 
         return cls(
             zeros(slots, dtype=torch.uint8),
@@ -71,9 +75,7 @@ class Storage:
             zeros(buckets, 3, dtype=torch.int32),
             zeros(partitions, dtype=torch.int32),
             (ends[1:] - ends[:-1]).to(device, torch.int32),
-            empty((slots, dim), dtype=dtype)
-            if device.type == "cpu"
-            else empty((slots, dim), dtype=dtype, device=device),
+            array(slots, dim, dtype=dtype),
         )
 
     def clear(self) -> None:
@@ -102,6 +104,19 @@ def digests_and_buckets(keys: torch.Tensor, partitions: int, size: int) -> tuple
     begin = (spread >> thirty_two) * np.uint64(size)
     digest = 1 + ((low & np.uint64(0xFFFF)) * np.uint64(255) >> np.uint64(16))
     return digest.astype(np.uint8), (begin + first).astype(np.int64), (begin + second).astype(np.int64)
+
+
+class _Batch(NamedTuple):
+    """How a batch sets scores and evicts."""
+
+    policy: int
+    stamp: int
+    serial: int
+
+    @property
+    def stamps(self) -> bool:
+        """Whether the stamp tells by itself what the batch has touched: no other batch sets that score."""
+        return self.policy in (POLICIES["lru"], POLICIES["epoch_lru"])
 
 
 class _Prober:
@@ -145,21 +160,22 @@ class _Prober:
                 return
             yield bucket
 
-    def victim(self, buckets: list[int], serial: int) -> int:
+    def victim(self, buckets: list[int], batch: _Batch) -> int:
         """The live slot of the buckets with the lowest score that the batch has not touched, or −1; first of equals."""
         best = -1
         for bucket in buckets:
-            pinned = int(self.a["buckets"][bucket, _PINNED]) if self.a["buckets"][bucket, _SERIAL] == serial else 0
+            own = self.a["buckets"][bucket, _SERIAL] == batch.serial
+            pinned = int(self.a["buckets"][bucket, _PINNED]) if own else 0
             for slot in range(bucket * BUCKET_SLOTS, (bucket + 1) * BUCKET_SLOTS):
-                free = self.a["digests"][slot] == 0 or pinned >> (slot % BUCKET_SLOTS) & 1
-                if not free and (best < 0 or self.a["scores"][slot] < self.a["scores"][best]):
+                touched = self.a["scores"][slot] == batch.stamp if batch.stamps else pinned >> (slot % BUCKET_SLOTS) & 1
+                if self.a["digests"][slot] and not touched and (best < 0 or self.a["scores"][slot] < self.a["scores"][best]):
                     best = slot
         return best
 
-    def claim(self, i: int, policy: int, serial: int, score: int, stay: bool) -> tuple[int, bool]:
+    def claim(self, i: int, batch: _Batch, score: int, stay: bool) -> tuple[int, bool]:
         """``(slot, evicts)`` for a new key; −1 refused, −2 no room in the partition that it must ``stay`` in."""
         first, second = int(self.first[i]), int(self.second[i])
-        evicts = policy != POLICIES[None]
+        evicts = batch.policy != POLICIES[None]
         full = evicts and bool(self.a["fill"][first // self.size] >= self.a["quota"][first // self.size])
         if not full:
             free1, free2 = self.slots_with(first, 0), self.slots_with(second, 0)
@@ -168,15 +184,15 @@ class _Prober:
             if free2:
                 return free2[0], False
         else:
-            victim = self.victim([first] if first == second else [first, second], serial)
+            victim = self.victim([first] if first == second else [first, second], batch)
             if victim >= 0:
-                refused = policy == POLICIES["score"] and score < self.a["scores"][victim]
+                refused = batch.policy == POLICIES["score"] and score < self.a["scores"][victim]
                 return (-1, False) if refused else (victim, True)
         for j, bucket in self.chain(i):
             if (evicts or stay) and j >= self.size:
                 break
-            slot = self.victim([bucket], serial) if full else next(iter(self.slots_with(bucket, 0)), -1)
-            if full and slot >= 0 and policy == POLICIES["score"] and score < self.a["scores"][slot]:
+            slot = self.victim([bucket], batch) if full else next(iter(self.slots_with(bucket, 0)), -1)
+            if full and slot >= 0 and batch.policy == POLICIES["score"] and score < self.a["scores"][slot]:
                 slot = -1
             if slot >= 0:
                 buckets = self.a["buckets"]
@@ -184,11 +200,13 @@ class _Prober:
                 return slot, full
         return (-2 if stay and not evicts else -1), False
 
-    def pin(self, slot: int, serial: int) -> None:
-        """Keep this batch from evicting a slot."""
+    def pin(self, slot: int, batch: _Batch) -> None:
+        """Keep the batch from evicting a slot whose score does not say that it was touched."""
+        if batch.stamps:
+            return
         bucket = self.a["buckets"][slot // BUCKET_SLOTS]
-        if bucket[_SERIAL] != serial:
-            bucket[_SERIAL], bucket[_PINNED] = serial, 0
+        if bucket[_SERIAL] != batch.serial:
+            bucket[_SERIAL], bucket[_PINNED] = batch.serial, 0
         bucket[_PINNED] |= 1 << (slot % BUCKET_SLOTS)
 
 
@@ -231,7 +249,7 @@ def insert(
         ``(n,)`` int64 slots, −1 where refused; ``(n,)`` uint8 status; and by position what was evicted, key and score,
         or None for both where nothing is.
     """
-    prober, n = _Prober(storage, keys), keys.shape[0]
+    prober, n, batch = _Prober(storage, keys), keys.shape[0], _Batch(policy, stamp, serial)
     slots, status = [-1] * n, [REFUSED] * n
     given = [None] * n if scores is None else scores.tolist()
     scored = policy != POLICIES[None]
@@ -240,7 +258,7 @@ def insert(
     def touch(i: int, slot: int) -> None:
         slots[i], status[i] = slot, HIT
         if scored:
-            prober.pin(slot, serial)
+            prober.pin(slot, batch)
             prober.a["scores"][slot] = _score(policy, stamp, given[i], int(prober.a["scores"][slot]))
 
     def insert_missing(i: int, stay: bool) -> bool:
@@ -251,7 +269,7 @@ def insert(
             touch(i, slot)
             return True
         score = _score(policy, stamp, given[i], None) if scored else 0
-        slot, evicts = prober.claim(i, policy, serial, score, stay)
+        slot, evicts = prober.claim(i, batch, score, stay)
         if slot == -2:
             return False
         if slot < 0:
@@ -264,7 +282,7 @@ def insert(
         prober.a["digests"][slot], prober.a["keys"][slot] = prober.digest[i], prober.keys[i]
         if scored:
             prober.a["scores"][slot] = score
-            prober.pin(slot, serial)
+            prober.pin(slot, batch)
         return True
 
     def result(new_keys: int):
@@ -281,8 +299,7 @@ def insert(
     if not scored and new_keys > room:
         return result(new_keys)
     # Within partitions first: the native kernels do these in parallel, and what crosses partitions after them.
-    crossing = {i for i in missing if prober.find(i, True) == -2}
-    leaving = [i for i in missing if i in crossing or not insert_missing(i, True)]
+    leaving = [i for i in missing if not insert_missing(i, True)]
     for i in leaving:
         insert_missing(i, False)
     return result(-1)
@@ -299,3 +316,14 @@ def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) 
     last = {slot: i for i, slot in enumerate(slots.tolist()) if slot >= 0}
     if last:
         values[torch.tensor(list(last))] = rows[torch.tensor(list(last.values()))]
+
+
+def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """``values[slots] = rows`` in place where a position made its row, zeros for None."""
+    made = status >= INSERTED
+    values[slots[made]] = 0 if rows is None else rows[made]
+
+
+def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
+    """``array[slots] = value`` in place, −1 skipped; ``array (S,)`` int64 or bool, ``slots (n,)``."""
+    array[slots[slots >= 0]] = value

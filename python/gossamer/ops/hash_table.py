@@ -43,6 +43,23 @@ class Inserted(NamedTuple):
     victim_scores: torch.Tensor
 
 
+class _Done(NamedTuple):
+    """What the kernels say of a batch: rows and status by position, and what was evicted or None."""
+
+    rows: torch.Tensor
+    status: torch.Tensor
+    victim_keys: torch.Tensor | None
+    victim_scores: torch.Tensor | None
+
+    @property
+    def inserted(self) -> torch.Tensor:
+        return self.status >= INSERTED
+
+    @property
+    def evicted(self) -> torch.Tensor:
+        return self.status == REPLACED
+
+
 def _joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     if len(parts) == 1:
         return parts[0]
@@ -68,7 +85,8 @@ class HashTable:
 
     - ``"lru"``: the number of the last call that touched the key.
     - ``"lfu"``: how often it was touched, or the sum of the ``scores`` given.
-    - ``"epoch_lru"``, ``"epoch_lfu"``: the same below :attr:`epoch` · 2³², counts starting anew in each epoch.
+    - ``"epoch_lru"``, ``"epoch_lfu"``: the same in the lower 32 bits, below :attr:`epoch` · 2³²: what an older
+      epoch touched last goes first. Counts carry over into the next epoch and saturate at 2³² − 1.
     - ``"score"``: what the caller gave last; a new key below every candidate's score is refused.
     - ``None``: nothing is evicted; a batch that does not fit raises :class:`HashTableFull` and changes nothing.
 
@@ -209,7 +227,7 @@ class HashTable:
         for begin in range(0, max(count, 1), size):
             yield [None if t is None else t[begin : begin + size] for t in tensors]
 
-    def _insert(self, keys: torch.Tensor, scores: torch.Tensor | None, policy: str | None) -> Inserted:
+    def _insert(self, keys: torch.Tensor, scores: torch.Tensor | None, policy: str | None) -> _Done:
         stamp = self._epoch << 32 if policy in ("epoch_lru", "epoch_lfu") else 0
         if policy in ("lru", "epoch_lru"):
             stamp |= self._clock + 1 if policy == "lru" else (self._clock + 1) & 0xFFFFFFFF
@@ -226,17 +244,7 @@ class HashTable:
                 "evict=None; reserve() makes room, erase() frees some"
             )
         self._clock, self._serial = self._clock + 1, self._serial + 1
-        inserted = status >= INSERTED
-        evicted = status == REPLACED
-        if victim_keys is None:
-            victim_keys = victim_scores = rows.new_zeros(rows.shape)
-        return Inserted(rows, inserted, evicted, victim_keys.to(self.key_dtype), victim_scores)
-
-    def _set_new(self, done: Inserted, values: torch.Tensor | None) -> None:
-        rows = torch.where(done.inserted, done.rows, -1)
-        if values is None:
-            values = self.values.new_zeros(1, self.dim).expand(rows.shape[0], -1)
-        self._kernels().scatter_rows(self.values, rows, values)
+        return _Done(rows, status, victim_keys, victim_scores)
 
     def rows(self, keys: torch.Tensor, insert: bool = False, scores: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of :attr:`values` that belong to the keys, for ``gather_reduce`` and ``sparse_update_`` to work on.
@@ -266,8 +274,11 @@ class HashTable:
         scores = self._check_scores(scores, keys.shape[0])
         with self.lock:
             done = self._insert(keys, scores, self.evict)
-            self._set_new(done, None)
-            return done
+            self._kernels().start_rows(self.values, done.rows, done.status, None)
+            keys_gone, scores_gone = done.victim_keys, done.victim_scores
+            if keys_gone is None:
+                keys_gone = scores_gone = done.rows.new_zeros(done.rows.shape)
+            return Inserted(done.rows, done.inserted, done.evicted, keys_gone.to(self.key_dtype), scores_gone)
 
     def contains(self, keys: torch.Tensor) -> torch.Tensor:
         """``(n,)`` bool: which keys are in the table."""
@@ -306,7 +317,7 @@ class HashTable:
 
     def _find_or_insert(self, keys, values, scores) -> tuple[torch.Tensor, torch.Tensor]:
         done = self._insert(keys, scores, self.evict)
-        self._set_new(done, values)
+        self._kernels().start_rows(self.values, done.rows, done.status, values)
         return self._kernels().gather_rows(self.values, done.rows), done.inserted
 
     def insert_or_assign(
@@ -385,13 +396,14 @@ class HashTable:
         refused = done.rows < 0
         left = (done.evicted | refused).nonzero().squeeze(1)
         refused = refused[left]
+        victim_keys = keys if done.victim_keys is None else done.victim_keys.to(self.key_dtype)
         own = torch.zeros_like(done.rows) if scores is None else scores
         old_values = self._kernels().gather_rows(self.values, done.rows[left])
         self._kernels().scatter_rows(self.values, done.rows, values)
         return (
-            torch.where(refused, keys[left], done.victim_keys[left]),
+            torch.where(refused, keys[left], victim_keys[left]),
             torch.where(refused[:, None], values[left], old_values),
-            torch.where(refused, own[left], done.victim_scores[left]),
+            torch.where(refused, own[left], own[left] if done.victim_scores is None else done.victim_scores[left]),
         )
 
     def erase(self, keys: torch.Tensor) -> torch.Tensor:
