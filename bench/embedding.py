@@ -35,17 +35,25 @@ SKEWS = {"uniform": 0.0, "zipf": 1.0, "1.05": 1.05, "1.15": 1.15}
 EPS = 1e-8
 
 
-def draw_ids(request: Request, generator: torch.Generator) -> torch.Tensor:
-    """``(T, B, J)`` ids by a power law, each rank at a row of its own; repeated within bags as they come."""
-    n, _, bags, length, tables = (request.sizes[s] for s in SYMBOLS)
-    u = torch.rand(tables, bags, length, generator=generator, device=request.device, dtype=torch.float64)
-    gamma = 1 - SKEWS[request.skew]
+def draw_ranks(
+    n: int, exponent: float, shape: tuple[int, ...], generator: torch.Generator, device: torch.device
+) -> torch.Tensor:
+    """Ranks in ``[0, n)`` by a power law of that exponent, 0 the most popular."""
+    u = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    gamma = 1 - exponent
     if gamma == 0:
         rank = torch.exp(u * math.log(n + 1)) - 1
     else:
         rank = (u * ((n + 1) ** gamma - 1) + 1) ** (1 / gamma) - 1
+    return rank.long().clamp_(0, n - 1)
+
+
+def draw_ids(request: Request, generator: torch.Generator) -> torch.Tensor:
+    """``(T, B, J)`` ids by a power law, each rank at a row of its own; repeated within bags as they come."""
+    n, bags, length = (request.sizes[s] for s in ("N", "B", "J"))
+    shape = (request.sizes.get("T", 1), bags, length)
     # A prime step through the rows: popular ones are no neighbours.
-    return (rank.long().clamp_(0, n - 1) * 2_147_483_647) % n
+    return (draw_ranks(n, SKEWS[request.skew], shape, generator, request.device) * 2_147_483_647) % n
 
 
 def step_outputs(problem: Problem, dtype: torch.dtype, optimizer: Optimizer | None) -> Outputs:
@@ -97,7 +105,7 @@ def _ours(name: str, problem: Problem, optimizer: Optimizer | None, gate: str) -
     return training(name, OURS, problem, lambda: layer(*args), views, gate)
 
 
-def _dense(problem: Problem) -> Training:
+def dense_layer(problem: Problem, role: str) -> Training:
     """torch.nn's layers with sparse gradients, and torch.optim.SGD."""
     length = problem.ids.shape[2]
     layers, inputs = [], []
@@ -122,7 +130,7 @@ def _dense(problem: Problem) -> Training:
 
     name = "torch.nn" if not problem.both else "torch.nn sparse + SGD"
     # It coalesces duplicates in the table's dtype, which on skewed ids the gate would call wrong.
-    return training(name, DENSE, problem, forward, [layer.weight for layer in layers], None, step)
+    return training(name, role, problem, forward, [layer.weight for layer in layers], None, step)
 
 
 def build(request: Request) -> Case:
@@ -155,7 +163,7 @@ def build(request: Request) -> Case:
         request.dtype,
         device,
         request.direction,
-        (*ours, _dense(problem), *others),
+        (*ours, dense_layer(problem, DENSE), *others),
         skipped,
         2.0 * ids.numel() * d * (2 if both else 1),
         moved,

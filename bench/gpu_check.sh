@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes and
-# the embedding layers over uniform and skewed ids, against their baselines and any installed peer.
+# the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, against their baselines and
+# any installed peer.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,7 @@ pip install --no-build-isolation --no-deps .
 pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_mlp.py \
   tests/test_backend.py tests/test_routing.py tests/test_moe.py tests/test_moe_blocks.py \
   tests/test_gather_reduce*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
-  tests/test_table_batched.py
+  tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done
@@ -24,5 +25,12 @@ for skew in uniform 1.05 1.15; do
       gossamer bench embedding --shape "$shape" --skew "$skew" --dtype "$dtype" --device cuda \
         --json "$out/embedding-$shape-$skew-$dtype-$device.json"
     done
+  done
+done
+for skew in uniform 1.05 1.15; do
+  gossamer bench hash_table --skew "$skew" --dtype fp32 --device cuda --json "$out/hash_table-$skew-$device.json"
+  for dtype in fp32 fp16; do
+    gossamer bench dynamic_embedding --skew "$skew" --dtype "$dtype" --device cuda \
+      --json "$out/dynamic_embedding-$skew-$dtype-$device.json"
   done
 done

@@ -25,7 +25,17 @@ from gossamer.bench.timing import (
     settle,
 )
 
-FAMILIES = ("moe", "expert_mlp", "grouped_matmul", "gather_reduce", "sparse_update", "embedding", "dispatch")
+FAMILIES = (
+    "moe",
+    "expert_mlp",
+    "grouped_matmul",
+    "gather_reduce",
+    "sparse_update",
+    "embedding",
+    "hash_table",
+    "dynamic_embedding",
+    "dispatch",
+)
 BUDGET = {"quick": 2.5, "full": 15.0}
 
 

@@ -217,28 +217,44 @@ GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t bucket,
   }
 }
 
+// Who inserts. On a GPU a whole warp does, whose lanes share the work of finding a victim and read the rest alike; see
+// cuda/hash_table.cu.
+struct OneThread {
+  GOSSAMER_HD bool leads() const { return true; }
+  // Between what all lanes read and what the leader writes.
+  GOSSAMER_HD void settle() const {}
+  // The victim among the slots of two buckets, which may be one.
+  GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t first, int64_t second, int64_t* slot,
+                               int64_t* score) const {
+    hash_table::find_victim(t, batch, first, slot, score);
+    if (second != first) hash_table::find_victim(t, batch, second, slot, score);
+  }
+};
+
 struct Claim {
   int64_t slot;  // kAbsent: refused; kLeaves: no room in the partition
   bool evicts;
+  int64_t reach;  // how far along its chain that is
 };
 
 // The slot that a new key takes. With `stay` it looks no further than the partition.
-GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, int64_t score, bool stay) {
+template <class Lanes>
+GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, int64_t score, bool stay,
+                        const Lanes& lanes) {
   const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
   const bool evicts = batch.policy != Evict::kNone;
   const bool full = evicts && t.fill[place.partition] >= t.quota[place.partition];
   if (!full) {
     const uint32_t free1 = match(t.digests + first * kSlots, 0), free2 = match(t.digests + second * kSlots, 0);
     const int room1 = count_bits(free1), room2 = count_bits(free2);
-    if (room1 >= kRoomy || (room1 > 0 && room1 >= room2)) return {first * kSlots + lowest_bit(free1), false};
-    if (room2 > 0) return {second * kSlots + lowest_bit(free2), false};
+    if (room1 >= kRoomy || (room1 > 0 && room1 >= room2)) return {first * kSlots + lowest_bit(free1), false, 0};
+    if (room2 > 0) return {second * kSlots + lowest_bit(free2), false, 0};
   } else {
     int64_t victim = kAbsent, lowest = 0;
-    find_victim(t, batch, first, &victim, &lowest);
-    if (second != first) find_victim(t, batch, second, &victim, &lowest);
+    lanes.find_victim(t, batch, first, second, &victim, &lowest);
     if (victim >= 0) {
-      if (batch.policy == Evict::kScore && score < lowest) return {kAbsent, false};
-      return {victim, true};
+      if (batch.policy == Evict::kScore && score < lowest) return {kAbsent, false, 0};
+      return {victim, true, 0};
     }
   }
   const int64_t end = evicts || stay ? t.partition_buckets : t.num_buckets();
@@ -246,18 +262,14 @@ GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, 
     const int64_t bucket = chain_bucket(t, place, j);
     int64_t slot = kAbsent, lowest = 0;
     if (full) {
-      find_victim(t, batch, bucket, &slot, &lowest);
+      lanes.find_victim(t, batch, bucket, bucket, &slot, &lowest);
       if (slot >= 0 && batch.policy == Evict::kScore && score < lowest) slot = kAbsent;
     } else if (const uint32_t free = match(t.digests + bucket * kSlots, 0)) {
       slot = bucket * kSlots + lowest_bit(free);
     }
-    if (slot >= 0) {
-      Bucket& from = t.buckets[second];
-      if (from.reach < j) from.reach = static_cast<uint32_t>(j);
-      return {slot, full};
-    }
+    if (slot >= 0) return {slot, full, j};
   }
-  return {stay && !evicts ? kLeaves : kAbsent, false};
+  return {stay && !evicts ? kLeaves : kAbsent, false, 0};
 }
 
 // What a batch reports, by position.
@@ -270,23 +282,31 @@ struct Results {
 
 // Serves a key that was absent when the batch began: inserts it, unless an earlier position has. False where the work
 // would leave the partition.
+template <class Lanes = OneThread>
 GOSSAMER_HD bool insert_missing(const Table& t, const Batch& batch, const Results& out, int64_t position, int64_t key,
-                                const Place& place, bool stay) {
+                                const Place& place, bool stay, const Lanes& lanes = {}) {
   int64_t slot = find(t, key, place, stay);
   if (slot == kLeaves) return false;
   if (slot >= 0) {
-    touch(t, batch, slot, given_score(batch, position));
-    out.slots[position] = slot;
-    out.status[position] = kHit;
+    lanes.settle();
+    if (lanes.leads()) {
+      touch(t, batch, slot, given_score(batch, position));
+      out.slots[position] = slot;
+      out.status[position] = kHit;
+    }
     return true;
   }
   const int64_t score = next_score(batch, given_score(batch, position), true, 0);
-  const Claim claimed = claim(t, batch, place, score, stay);
+  const Claim claimed = claim(t, batch, place, score, stay, lanes);
   if (claimed.slot == kLeaves) return false;
   slot = claimed.slot;
+  lanes.settle();
+  if (!lanes.leads()) return true;
   out.slots[position] = slot;
   out.status[position] = slot < 0 ? kRefused : claimed.evicts ? kReplaced : kInserted;
   if (slot < 0) return true;
+  Bucket& second = t.buckets[second_bucket(t, place)];
+  if (second.reach < claimed.reach) second.reach = static_cast<uint32_t>(claimed.reach);
   if (claimed.evicts) {
     out.victim_keys[position] = t.keys[slot];
     out.victim_scores[position] = t.scores[slot];

@@ -135,11 +135,11 @@ def test_costs_count_products_and_single_passes(device):
 @pytest.mark.parametrize("name", harness.FAMILIES)
 def test_every_family_runs_and_is_right(device, name):
     family = harness.family(name)
-    sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3} if "N" in family.symbols else LARGER
+    sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3, "L": 100} if "N" in family.symbols else LARGER
     shape = ",".join(str(sizes[s]) for s in family.symbols)
     wanted = harness.requests(family, harness.resolve_device(device), shape=shape, skew="zipf")
     results = harness.run(family, wanted, budget=0.05)
-    assert len(results.cases) == len(wanted) == {"dispatch": 1, "sparse_update": 2}.get(name, 4)
+    assert len(results.cases) == len(wanted) == {"dispatch": 1, "sparse_update": 2, "hash_table": 2}.get(name, 4)
     assert results.correct
     for result in results.cases:
         assert result.row(OURS) and result.row(DENSE)

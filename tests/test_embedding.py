@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -397,3 +399,13 @@ def test_replace_errors():
     with pytest.raises(ValueError, match="complex64"):
         gossamer.replace(torch.nn.Embedding(3, 2, dtype=torch.complex64), embeddings=True)
     assert not gossamer.replace(torch.nn.Linear(2, 2), embeddings=True, strict=False).switched
+
+
+def test_the_guides_blocks_run():
+    """Each block of docs/embedding.md by itself, after the first."""
+    pytest.importorskip("safetensors")
+    guide = Path(__file__).resolve().parent.parent / "docs" / "embedding.md"
+    first, *blocks = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.M | re.S)
+    assert len(blocks) >= 8
+    for block in blocks:
+        exec(compile(first + block, str(guide), "exec"), {})

@@ -395,6 +395,17 @@ def test_rows_serve_gather_reduce(served, device):
     torch.testing.assert_close(sums, table.find(bags.reshape(-1))[0].view(3, 2, 8).sum(1))
 
 
+def test_marks_beside_the_values(served, device):
+    """Arrays of the caller's are set where rows are, and nowhere for −1."""
+    table = gossamer.HashTable(2, 100, device=device)
+    rows = table.rows(torch.arange(40, device=device), insert=True)
+    for dtype, value in ((torch.int64, 2**40), (torch.bool, True)):
+        marks = torch.zeros(table.values.shape[0], dtype=dtype, device=device)
+        table.mark_rows(marks, torch.cat([rows[::3], rows.new_full((5,), -1)]), value)
+        assert set(marks.nonzero().squeeze(1).tolist()) == set(rows[::3].tolist())
+        assert (marks[rows[::3]] == value).all()
+
+
 def test_two_python_threads():
     """Calls from several threads take turns."""
     table = gossamer.HashTable(4, 80_000)

@@ -190,13 +190,35 @@ def test_hot_rows(kernel_backend, device, length):
         assert_same_bits(first, steps(kernel_backend, table, batches, optimizer))
 
 
-def test_threads_do_not_matter(device):
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16, torch.float16])
+def test_short_rows(device, low):
+    """Rows of a few whole vectors, whose gradients native kernels keep in registers, with runs short and long."""
+    if device != "cpu":
+        pytest.skip("native kernels run on the CPU")
+    native = pytest.importorskip("gossamer._C")
+    best = native.isa()
+    index = torch.cat([torch.full((300,), 2), torch.randint(40, (200,))])[torch.randperm(500)].view(100, 5)
+    try:
+        for isa in ("avx2", "avx512"):
+            if best != isa and not best.startswith("avx512"):
+                continue
+            native.choose_isa(isa)
+            for dim in (8, 16, 32, 64, 128):
+                table, dout = torch.randn(40, dim).to(low), torch.randn(100, dim).to(low)
+                for optimizer in (optim.SGD(0.01), optim.RowwiseAdagrad(0.1, weight_decay=0.1, decoupled=True)):
+                    check_steps("native", table, [(index, dout, None, None)], optimizer)
+    finally:
+        native.choose_isa("")
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_threads_do_not_matter(device, weighted):
     """One thread and several give the same bits, rounding included."""
     if device != "cpu":
         pytest.skip("threads are the CPU's")
     index = torch.where(torch.rand(6000) < 0.4, 5, torch.randint(300, (6000,))).view(1500, 4)
     table = torch.randn(300, 64).bfloat16()
-    batches = [(index, torch.randn(1500, 64).bfloat16(), None, torch.rand(1500, 4))]
+    batches = [(index, torch.randn(1500, 64).bfloat16(), None, torch.rand(1500, 4) if weighted else None)]
     optimizer = optim.RowwiseAdagrad(0.1, stochastic_rounding=True)
     threads = torch.get_num_threads()
     try:

@@ -64,18 +64,25 @@ void register_hash_table(py::module_& m) {
   m.def(
       "hash_table_insert",
       [](const Table& table, const PyVector& keys, int64_t count, int policy, int64_t stamp, uint32_t serial,
-         uintptr_t scores, int64_t room, uintptr_t slots, uintptr_t status, uintptr_t victim_keys,
-         uintptr_t victim_scores, int num_threads) {
+         uintptr_t scores, int64_t room, uintptr_t marks, int64_t mark, uintptr_t slots, uintptr_t status,
+         uintptr_t victim_keys, uintptr_t victim_scores, int num_threads) {
         const HashInsertArgs args{table,
                                   batch(policy, stamp, serial, scores),
                                   results(slots, status, victim_keys, victim_scores),
                                   index_array(keys),
                                   count,
-                                  room};
-        py::gil_scoped_release release;
-        return hash_table_insert(args, num_threads);
+                                  room,
+                                  pointer<int64_t>(marks),
+                                  mark};
+        HashInsertCounts counts;
+        {
+          py::gil_scoped_release release;
+          counts = hash_table_insert(args, num_threads);
+        }
+        return std::make_tuple(counts.too_many, counts.inserted, counts.evicted, counts.refused);
       },
-      "Find or insert each key; returns -1, or how many new keys there are when that is more than there is room for.");
+      "Find or insert each key; returns -1, or how many new keys there are when that is more than there is room for, and "
+      "how many positions inserted, evicted and were refused.");
   m.def(
       "gather_rows",
       [](uintptr_t table, int64_t row_bytes, uintptr_t slots, int64_t count, uintptr_t out, int num_threads) {
@@ -129,6 +136,15 @@ void register_hash_table(py::module_& m) {
       },
       "The slot of each key, -1 where it is absent.");
   m.def(
+      "cuda_hash_table_stamp",
+      [](const Table& table, const PyVector& keys, int64_t count, int policy, int64_t stamp, uintptr_t slots,
+         uintptr_t status, uintptr_t partitions, int device, uintptr_t stream) {
+        raise_cuda(cuda::hash_table_stamp(table, hash_keys(keys, count), batch(policy, stamp, 0, 0),
+                                          results(slots, status, 0, 0), pointer<int32_t>(partitions), device,
+                                          pointer<void>(stream)));
+      },
+      "Serve the keys of a batch that are in the table, where no order matters; the partition of each other key.");
+  m.def(
       "cuda_hash_table_insert",
       [](const Table& table, const PyVector& keys, int64_t count, uintptr_t order, uintptr_t begins, int policy,
          int64_t stamp, uint32_t serial, uintptr_t scores, uintptr_t slots, uintptr_t status, uintptr_t victim_keys,
@@ -151,6 +167,23 @@ void register_hash_table(py::module_& m) {
                                      pointer<char>(out), device, pointer<void>(stream)));
       },
       "out[i] = table[slots[i]], zeros for -1.");
+  m.def(
+      "cuda_start_rows",
+      [](uintptr_t table, int64_t row_bytes, uintptr_t slots, uintptr_t status, int64_t count, uintptr_t rows, int device,
+         uintptr_t stream) {
+        raise_cuda(cuda::start_rows(pointer<char>(table), row_bytes, pointer<const int64_t>(slots),
+                                    pointer<const uint8_t>(status), count, pointer<const char>(rows), device,
+                                    pointer<void>(stream)));
+      },
+      "table[slots[i]] = rows[i], or zeros for no rows, where position i made its row.");
+  m.def(
+      "cuda_mark_slots",
+      [](uintptr_t array, int64_t item_bytes, uintptr_t slots, int64_t count, int64_t value, int device,
+         uintptr_t stream) {
+        raise_cuda(cuda::mark_slots(pointer<void>(array), item_bytes, pointer<const int64_t>(slots), count, value, device,
+                                    pointer<void>(stream)));
+      },
+      "array[slots[i]] = value, -1 skipped, for items of 8 bytes or 1.");
   m.def(
       "cuda_scatter_rows",
       [](uintptr_t table, int64_t row_bytes, uintptr_t slots, uintptr_t order, int64_t count, uintptr_t rows, int device,

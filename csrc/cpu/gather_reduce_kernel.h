@@ -1,7 +1,10 @@
 // gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
 
-// Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them.
-constexpr int64_t kGatherAhead = 16;
+// Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Long
+// rows fewer, for all of them should stay in the first-level cache.
+GOSSAMER_INLINE int64_t gather_ahead(int64_t row_bytes) {
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(row_bytes, 1), 4, 32);
+}
 
 template <class Index>
 struct LiveIds {
@@ -74,19 +77,20 @@ GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows
 }
 
 // Sums kVectors vectors of columns (or, when some > 0, one vector of `some` columns) of one bag's rows.
-template <int kVectors, class T, class Index, class O>
+template <int kVectors, bool kWeighted, class T, class Index, class O>
 GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& weights, const LiveIds<Index>& live,
                                     int64_t begin, int64_t end, int64_t column, int some, Accumulator<T> divisor, O* out,
                                     int64_t prefetch_bytes) {
   using S = Accumulator<T>;
   const T* table = from.rows + column;
   Vec<S> sum[kVectors] = {};
+  const int64_t ahead = gather_ahead(prefetch_bytes);
   for (int64_t p = begin; p < end; ++p) {
-    if (prefetch_bytes > 0) prefetch_row(table, from.stride, live, p + kGatherAhead, prefetch_bytes);
+    if (prefetch_bytes > 0) prefetch_row(table, from.stride, live, p + ahead, prefetch_bytes);
     const int64_t id = live[p];
     if (id < 0) continue;
     const T* row = table + id * from.stride;
-    if (weights) {
+    if constexpr (kWeighted) {
       const S weight = static_cast<S>(weight_at(weights, p));
       if (some > 0) {
         sum[0] += load_some(row, some) * weight;
@@ -106,7 +110,7 @@ GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& 
   }
 }
 
-template <class T, class Index, class O>
+template <bool kWeighted, class T, class Index, class O>
 void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
@@ -121,7 +125,7 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
     const auto pass = [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
-      reduce_columns<kVectors>(from, a.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes);
+      reduce_columns<kVectors, kWeighted>(from, a.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes);
       prefetch_bytes = 0;
       column += kVectors * kLanes<S>;
     };
@@ -131,7 +135,7 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
     if (column < dim) {
       const int some = static_cast<int>(dim - column);
-      reduce_columns<1>(from, a.weights, live, begin, end, column, some, divisor, out, prefetch_bytes);
+      reduce_columns<1, kWeighted>(from, a.weights, live, begin, end, column, some, divisor, out, prefetch_bytes);
     }
   }
 }
@@ -164,7 +168,7 @@ void max_bags(const GatherMaxArgs& a, int64_t first_bag, int64_t last_bag) {
         at = splat_bits<S>(first - begin);
       }
       for (int64_t p = first + 1; p < end; ++p) {
-        if (column == 0) prefetch_row(table, a.table.row_stride, live, p + kGatherAhead, a.dim * sizeof(T));
+        if (column == 0) prefetch_row(table, a.table.row_stride, live, p + gather_ahead(a.dim * sizeof(T)), a.dim * sizeof(T));
         const int64_t id = live[p];
         if (id < 0) continue;
         const Vec<S> value = read(id);
@@ -192,8 +196,9 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
       const G* dout = static_cast<const G*>(a.dout.base) + from.row_of_output * a.dout.row_stride + from.column;
       S divisor = 1;
       if (from.mean) divisor = static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
+      const int64_t bytes = dim * static_cast<int64_t>(sizeof(T)), ahead = gather_ahead(bytes);
       for (int64_t p = begin; p < end; ++p) {
-        prefetch_row(from.rows, from.stride, live, p + kGatherAhead, dim * static_cast<int64_t>(sizeof(T)));
+        prefetch_row(from.rows, from.stride, live, p + ahead, bytes);
         const int64_t id = live[p];
         S dot = 0;
         if (id >= 0) {
@@ -237,8 +242,14 @@ GOSSAMER_INLINE void visit_gather(DType table, DType other, bool wide, F&& f) {
 
 void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
   visit_gather(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
-    reduce_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(out)::type>(
-        args, first_bag, last_bag);
+    using Table = typename decltype(table)::type;
+    using Index = typename decltype(index)::type;
+    using Out = typename decltype(out)::type;
+    if (args.weights) {
+      reduce_bags<true, Table, Index, Out>(args, first_bag, last_bag);
+    } else {
+      reduce_bags<false, Table, Index, Out>(args, first_bag, last_bag);
+    }
   });
 }
 

@@ -180,6 +180,12 @@ void each_owned(Team team, const int64_t* slots, int64_t count, int64_t stripe, 
   }
 }
 
+// Other threads may write the same value there.
+template <class T>
+void set_shared(T* at, T value) {
+  __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+
 // Serves the keys that are in the table; returns the positions of the others, in order.
 std::vector<int64_t> serve_present(const HashInsertArgs& a, int threads) {
   std::vector<std::vector<int64_t>> missing(threads);
@@ -190,12 +196,10 @@ std::vector<int64_t> serve_present(const HashInsertArgs& a, int threads) {
     search(a.table, a.keys, begin, end, [&](int64_t i, int64_t slot) {
       a.results.slots[i] = slot;
       a.results.status[i] = slot >= 0 ? kHit : kRefused;
-      if (slot < 0) {
-        mine.push_back(i);
-      } else if (stamps(policy)) {
-        // Another thread may write the same stamp there.
-        __atomic_store_n(&a.table.scores[slot], a.batch.stamp, __ATOMIC_RELAXED);
-      }
+      if (a.results.victim_keys) a.results.victim_keys[i] = a.results.victim_scores[i] = 0;
+      if (slot < 0) return mine.push_back(i);
+      if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
+      if (a.marks) set_shared(&a.marks[slot], a.mark);
     });
     if (policy == Evict::kNone || stamps(policy)) return;
     team.barrier();
@@ -226,13 +230,17 @@ void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t
   });
 }
 
-int64_t hash_table_insert(const HashInsertArgs& a, int num_threads) {
+HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
   const std::vector<int64_t> missing = serve_present(a, threads_for(a.count, num_threads));
   const auto absent = static_cast<int64_t>(missing.size());
-  if (absent == 0) return -1;
+  HashInsertCounts counts;
+  if (absent == 0) return counts;
   if (a.batch.policy == Evict::kNone && absent > a.room) {
     const int64_t distinct = count_distinct(a, missing);
-    if (distinct > a.room) return distinct;
+    if (distinct > a.room) {
+      counts.too_many = distinct;
+      return counts;
+    }
   }
   const int threads = threads_for(absent, num_threads);
   Groups groups(a, missing, threads);
@@ -244,7 +252,14 @@ int64_t hash_table_insert(const HashInsertArgs& a, int num_threads) {
     const int64_t key = a.keys[position];
     hash_table::insert_missing(a.table, a.batch, a.results, position, key, place_of(a.table, key), false);
   }
-  return -1;
+  for (const int64_t position : missing) {
+    const uint8_t status = a.results.status[position];
+    counts.inserted += status >= kInserted;
+    counts.evicted += status == kReplaced;
+    counts.refused += status == kRefused;
+    if (a.marks && status != kRefused) a.marks[a.results.slots[position]] = a.mark;
+  }
+  return counts;
 }
 
 void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int num_threads) {
@@ -267,6 +282,9 @@ void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint
   // A batch makes a row once.
   parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end && status[i + kAhead] >= kInserted) {
+        prefetch_bytes(table + slots[i + kAhead] * row_bytes, std::min<int64_t>(row_bytes, 512));
+      }
       if (status[i] < kInserted) continue;
       if (rows) {
         std::memcpy(table + slots[i] * row_bytes, rows + i * row_bytes, row_bytes);
@@ -284,8 +302,7 @@ void mark(T* array, const int64_t* slots, int64_t count, T value, int num_thread
   parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end && slots[i + kAhead] >= 0) __builtin_prefetch(array + slots[i + kAhead], 1);
-      // Another thread may write the same value there.
-      if (slots[i] >= 0) __atomic_store_n(array + slots[i], value, __ATOMIC_RELAXED);
+      if (slots[i] >= 0) set_shared(array + slots[i], value);
     }
   });
 }

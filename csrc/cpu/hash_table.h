@@ -18,11 +18,19 @@ struct HashInsertArgs {
   IndexArray keys;
   int64_t count;
   int64_t room;  // new keys that may come where nothing is evicted
+  int64_t* marks;  // (slots,) or null: set to `mark` where the batch's rows are
+  int64_t mark;
 };
 
-// Finds or inserts each key: first those that are there, then the others in the order of the batch. Returns how many
-// distinct keys are new when these are more than `room`, with nothing inserted, else -1.
-int64_t hash_table_insert(const HashInsertArgs& args, int num_threads);
+struct HashInsertCounts {
+  // Distinct keys that are new when these are more than there is room for, with nothing inserted; else -1.
+  int64_t too_many = -1;
+  // Positions.
+  int64_t inserted = 0, evicted = 0, refused = 0;
+};
+
+// Finds or inserts each key: first those that are there, then the others in the order of the batch.
+HashInsertCounts hash_table_insert(const HashInsertArgs& args, int num_threads);
 
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.
 void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int num_threads);

@@ -9,34 +9,54 @@
 
 namespace gossamer {
 
-// Few enough digits that the lines being written to stay in the first-level cache.
-constexpr int kMaxDigitBits = 8;
+// Few enough digits that the lines being written to stay in the second-level cache: passes cost more than its latency.
+constexpr int kMaxDigitBits = 11;
+// Pieces of a thread's share that it walks side by side. With one, a digit that comes often makes each step wait for the
+// store of the one before.
+constexpr int kStreams = 4;
 
 // Least significant digits first. Called by every thread of a team, after a barrier; there is one behind the last pass.
-// Returns whichever of the two buffers holds the result. `histograms` has team.size · 2^kMaxDigitBits elements.
-template <class E>
-E* radix_sort(E* from, E* to, int64_t count, int key_bits, int64_t* histograms, Team team) {
-  const int passes = (key_bits + kMaxDigitBits - 1) / kMaxDigitBits;
-  const auto [begin, end] = team.share(count);
+// Returns whichever of the two buffers holds the result. `histograms` has team.size · kStreams · 2^kMaxDigitBits elements.
+template <class E, class Word>
+E* radix_sort(E* from, E* to, int64_t count, int key_bits, Word* histograms, Team team) {
+  // Every thread adds up the counts of all: of many threads only short ones.
+  const int most = team.size <= 8 ? kMaxDigitBits : 8;
+  const int passes = (key_bits + most - 1) / most;
   constexpr int64_t kStride = int64_t{1} << kMaxDigitBits;
-  int64_t offsets[kStride];
+  Team::Range parts[kStreams];
+  int64_t common = count;
+  for (int s = 0; s < kStreams; ++s) {
+    parts[s] = Team{team.thread * kStreams + s, team.size * kStreams}.share(count);
+    common = std::min(common, parts[s].end - parts[s].begin);
+  }
+  // Calls f(stream, entry) for the thread's entries, in order within a stream.
+  const auto each = [&](const E* entries, auto&& f) {
+    for (int64_t i = 0; i < common; ++i) {
+      for (int s = 0; s < kStreams; ++s) f(s, entries[parts[s].begin + i]);
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      for (int64_t i = parts[s].begin + common; i < parts[s].end; ++i) f(s, entries[i]);
+    }
+  };
+  Word* mine = histograms + team.thread * kStreams * kStride;
+  Word offsets[kStreams * kStride];
   for (int pass = 0, shift = 0; pass < passes; ++pass) {
     const int bits = (key_bits - shift + passes - pass - 1) / (passes - pass);
     const int64_t digits = int64_t{1} << bits;
-    const auto mask = static_cast<decltype(from->row)>(digits - 1);
-    int64_t* mine = histograms + team.thread * kStride;
-    std::fill(mine, mine + digits, 0);
-    for (int64_t i = begin; i < end; ++i) ++mine[(from[i].row >> shift) & mask];
+    const auto mask = static_cast<Word>(digits - 1);
+    for (int s = 0; s < kStreams; ++s) std::fill(mine + s * kStride, mine + s * kStride + digits, Word{0});
+    each(from, [&](int s, const E& entry) { ++mine[s * kStride + ((entry.row >> shift) & mask)]; });
     team.barrier();
-    // Equal digits keep their order: those of lower threads come first.
-    int64_t before = 0;
+    // Equal digits keep their order: those of earlier pieces come first.
+    Word before = 0;
     for (int64_t digit = 0; digit < digits; ++digit) {
-      for (int thread = 0; thread < team.size; ++thread) {
-        if (thread == team.thread) offsets[digit] = before;
-        before += histograms[thread * kStride + digit];
+      for (int piece = 0; piece < team.size * kStreams; ++piece) {
+        const int s = piece - team.thread * kStreams;
+        if (s >= 0 && s < kStreams) offsets[s * kStride + digit] = before;
+        before += histograms[piece * kStride + digit];
       }
     }
-    for (int64_t i = begin; i < end; ++i) to[offsets[(from[i].row >> shift) & mask]++] = from[i];
+    each(from, [&](int s, const E& entry) { to[offsets[s * kStride + ((entry.row >> shift) & mask)]++] = entry; });
     team.barrier();
     std::swap(from, to);
     shift += bits;

@@ -73,7 +73,7 @@ class Update {
     const int64_t positions = bags.num_bags ? bags.end(bags.num_bags - 1) - bags.begin(0) : 0;
     workspace_.reserve(entries_, positions);
     workspace_.reserve(other_, positions);
-    workspace_.reserve(histograms_, static_cast<int64_t>(num_threads) << kMaxDigitBits);
+    workspace_.reserve(histograms_, static_cast<int64_t>(num_threads) * kStreams << kMaxDigitBits);
     workspace_.reserve(partials_, (positions / kPiece + positions / (kPiece + 1) + 1) * args.dim);
     by_position_ = args.weights || args.argmax;
     if (by_position_) workspace_.reserve(bag_of_, bags.num_positions);
@@ -175,7 +175,8 @@ class Update {
   std::unique_ptr<std::atomic<int64_t>[]> taken_;
   Workspace workspace_;
   Entry<Word>*entries_ = nullptr, *other_ = nullptr;
-  int64_t *histograms_ = nullptr, *bag_of_ = nullptr;
+  Word* histograms_ = nullptr;
+  int64_t* bag_of_ = nullptr;
   double *bag_scale_ = nullptr, *partials_ = nullptr, *scratch_ = nullptr;
   std::vector<LongRun> long_runs_;
   int64_t pieces_ = 0;

@@ -1,7 +1,7 @@
 // Sums of the gradients of sorted rows, and the steps on them, of one instruction set; see isa_kernels.h.
 
 // Rows of the output's gradient, and of the table, are prefetched this many entries ahead.
-constexpr int64_t kDoutAhead = 8;
+constexpr int64_t kDoutAhead = 4;
 constexpr int64_t kRowAhead = 24;
 
 // What one entry adds to its row: a row of dout times a factor.
@@ -162,12 +162,10 @@ GOSSAMER_INLINE void sum_partials(const UpdateArgs& a, const SortedIds& ids, int
   });
 }
 
-// Entry for the rows whose runs begin in [begin, end).
-template <class T, class G, class Word>
-void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
-  using S = Accumulator<T>;
+// Calls f(i, stop) for the runs [i, stop) of equal rows that begin in [begin, end), fetching the rows of those to come.
+template <class T, class Word, class F>
+GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, F&& f) {
   const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
-  S* grad = static_cast<S*>(scratch);
   int64_t i = begin;
   if (begin > 0) {
     while (i < end && entries[i].row == entries[i - 1].row) ++i;
@@ -177,12 +175,92 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
     const Word row = entries[i].row;
     int64_t stop = i + 1;
     while (stop < ids.count && entries[stop].row == row) ++stop;
-    const RowPlace place = place_of<Word>(a, ids, i);
     // Every entry once, up to those of a run of ordinary length.
     for (int64_t ahead = i; ahead < std::min(stop, i + kPiece); ++ahead) {
       const int64_t next = ahead + kRowAhead;
       if (next < ids.count && entries[next].row != entries[next - 1].row) prefetch_place<T, Word>(a, ids, next);
     }
+    f(i, stop);
+    i = stop;
+  }
+}
+
+// The steps whose rule is one pass over the row, on rows of exactly kVectors vectors with plain addends: the gradient
+// stays in registers.
+template <int kVectors, class T, class G, class Word>
+void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end) {
+  using S = Accumulator<T>;
+  const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
+  const auto* dout = static_cast<const G*>(a.dout.base);
+  const int64_t stride = a.dout.row_stride;
+  const bool adagrad = a.rule.algorithm == Algorithm::kRowwiseAdagrad;
+  const S lr = static_cast<S>(a.rule.lr), eps = static_cast<S>(a.rule.eps);
+  const S keep = a.rule.decoupled ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
+  each_run<T, Word>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
+    Vec<S> grad[kVectors] = {};
+    if (stop - i > kPiece) {
+      S sums[kVectors * kLanes<S>];
+      sum_partials(a, ids, i, kVectors * kLanes<S>, sums);
+      for (int v = 0; v < kVectors; ++v) grad[v] = load(sums + v * kLanes<S>);
+    } else {
+      for (int64_t e = i; e < stop; ++e) {
+        if (e + kDoutAhead < ids.count) {
+          prefetch_lines(dout + entries[e + kDoutAhead].source * stride, kVectors * kLanes<S> * sizeof(G));
+        }
+        const G* from = dout + entries[e].source * stride;
+        for (int v = 0; v < kVectors; ++v) grad[v] += load(from + v * kLanes<S>);
+      }
+    }
+    const int64_t row = entries[i].row;
+    T* w = static_cast<T*>(a.table.base) + row * a.table.row_stride;
+    const RowWriter<T> write(a.rule, w, static_cast<uint64_t>(row));
+    S step = lr;
+    if (adagrad) {
+      Vec<S> squares = {};
+      for (int v = 0; v < kVectors; ++v) squares += grad[v] * grad[v];
+      S* sum = static_cast<S*>(a.state1.base) + row * a.state1.row_stride;
+      *sum += sum_lanes<S>(squares) / static_cast<S>(kVectors * kLanes<S>);
+      step = lr / (std::sqrt(*sum) + eps);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t column = v * kLanes<S>;
+      write(column, keep * load(w + column) - step * grad[v], kLanes<S>);
+    }
+  });
+}
+
+// Calls update_short_rows where it serves; false where it does not.
+template <class T, class G, class Word>
+bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end) {
+  using S = Accumulator<T>;
+  const StepRule& rule = a.rule;
+  constexpr double kMost = std::numeric_limits<double>::max();
+  const bool plain = !a.weights && !a.argmax && !a.bags.features && !ids.bag_scale;
+  const bool one_pass = (rule.algorithm == Algorithm::kSgd && !a.state1) || rule.algorithm == Algorithm::kRowwiseAdagrad;
+  const bool clipped = rule.clip_value <= kMost || rule.clip_norm <= kMost;
+  if (!plain || !one_pass || clipped || (rule.weight_decay != 0 && !rule.decoupled)) return false;
+  switch (a.dim % kLanes<S> == 0 ? a.dim / kLanes<S> : 0) {
+    case 1:
+      return update_short_rows<1, T, G, Word>(a, ids, begin, end), true;
+    case 2:
+      return update_short_rows<2, T, G, Word>(a, ids, begin, end), true;
+    case 4:
+      return update_short_rows<4, T, G, Word>(a, ids, begin, end), true;
+    case 8:
+      return update_short_rows<8, T, G, Word>(a, ids, begin, end), true;
+    default:
+      return false;
+  }
+}
+
+// Entry for the rows whose runs begin in [begin, end).
+template <class T, class G, class Word>
+void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
+  using S = Accumulator<T>;
+  if (update_as_short_rows<T, G, Word>(a, ids, begin, end)) return;
+  S* grad = static_cast<S*>(scratch);
+  each_run<T, Word>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
+    const RowPlace place = place_of<Word>(a, ids, i);
     if (stop - i > kPiece) {
       sum_partials(a, ids, i, place.dim, grad);
     } else {
@@ -191,8 +269,7 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
     T* w = static_cast<T*>(a.table.base) + place.in(a, a.table);
     step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, 1, place), state_at<S>(a, a.state2, 2, place), grad,
                 place.dim);
-    i = stop;
-  }
+  });
 }
 
 template <class T, class G, class Word>

@@ -1,5 +1,6 @@
-// One warp a partition does in order what its keys ask for, so no two threads ever write to one bucket at a time, and the
-// result does not depend on which warp runs first. Searches and copies go by key or by row.
+// One warp a partition does in order what its keys ask for, so no two warps ever write to one bucket at a time, and the
+// result does not depend on which runs first. What does not depend on an order goes by key, by slot or by row: searches,
+// copies, and the touches of the recency policies, which all write the same stamp.
 #include "cuda/hash_table.cuh"
 
 #include <cuda_runtime.h>
@@ -20,16 +21,30 @@ __device__ int64_t load_key(const HashKeys& keys, int64_t i) {
                    : static_cast<const int32_t*>(keys.base)[i * keys.stride];
 }
 
-__global__ void __launch_bounds__(kThreads) partition_kernel(Table t, HashKeys keys, int32_t* partitions) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < keys.count) partitions[i] = static_cast<int32_t>(place_of(t, load_key(keys, i)).partition);
-}
-
 __global__ void __launch_bounds__(kThreads) find_kernel(Table t, HashKeys keys, int64_t* slots) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= keys.count) return;
   const int64_t key = load_key(keys, i);
   slots[i] = find(t, key, place_of(t, key));
+}
+
+__global__ void __launch_bounds__(kThreads) partition_kernel(Table t, HashKeys keys, int32_t* partitions) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < keys.count) partitions[i] = static_cast<int32_t>(place_of(t, load_key(keys, i)).partition);
+}
+
+// Serves the keys that are there, where no order matters; they need no partition's warp.
+__global__ void __launch_bounds__(kThreads)
+    stamp_kernel(Table t, HashKeys keys, Batch batch, Results results, int32_t* partitions) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= keys.count) return;
+  const int64_t key = load_key(keys, i);
+  const Place place = place_of(t, key);
+  const int64_t slot = find(t, key, place);
+  results.slots[i] = slot;
+  results.status[i] = slot >= 0 ? kHit : kRefused;
+  partitions[i] = static_cast<int32_t>(slot >= 0 ? t.num_partitions : place.partition);
+  if (slot >= 0 && stamps(batch.policy)) t.scores[slot] = batch.stamp;
 }
 
 // Touches the slots of a warp's lanes, -1 for none: equal slots once, with the last score or the sum of the increments,
@@ -56,7 +71,7 @@ __device__ void touch_all(const Table& t, const Batch& batch, int64_t slot, int6
   }
 }
 
-__global__ void __launch_bounds__(kThreads) present_kernel(Table t, HashBatch b) {
+__global__ void __launch_bounds__(kThreads, 4) present_kernel(Table t, HashBatch b) {
   const int64_t partition = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (partition >= t.num_partitions) return;
   const int lane = threadIdx.x % kWarp;
@@ -76,7 +91,42 @@ __global__ void __launch_bounds__(kThreads) present_kernel(Table t, HashBatch b)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) missing_kernel(Table t, HashBatch b) {
+// A warp that inserts one key: each lane looks at one slot of the key's two buckets.
+struct Warp {
+  int lane;
+
+  __device__ bool leads() const { return lane == 0; }
+  __device__ void settle() const { __syncwarp(); }
+
+  __device__ void find_victim(const Table& t, const Batch& batch, int64_t first, int64_t second, int64_t* slot,
+                              int64_t* score) const {
+    const bool in_first = lane < kSlots;
+    const int64_t bucket = in_first ? first : second, mine = bucket * kSlots + lane % kSlots;
+    const int64_t own = t.scores[mine];
+    const Bucket b = t.buckets[bucket];
+    const bool touched = stamps(batch.policy) ? own == batch.stamp
+                                              : b.serial == batch.serial && (b.pinned >> (lane % kSlots) & 1u);
+    bool any = (in_first || second != first) && t.digests[mine] != 0 && !touched;
+    int best = lane;
+    int64_t lowest = own;
+    // The first of equals wins: it has the lower lane.
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+      const bool other_any = __shfl_xor_sync(kAll, any, apart);
+      const int other = __shfl_xor_sync(kAll, best, apart);
+      const int64_t other_score = __shfl_xor_sync(kAll, lowest, apart);
+      if (other_any && (!any || other_score < lowest || (other_score == lowest && other < best))) {
+        any = true;
+        best = other;
+        lowest = other_score;
+      }
+    }
+    if (!any) return;
+    *slot = (best < kSlots ? first : second) * kSlots + best % kSlots;
+    *score = lowest;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 4) missing_kernel(Table t, HashBatch b) {
   const int64_t partition = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (partition >= t.num_partitions) return;
   const int lane = threadIdx.x % kWarp;
@@ -85,10 +135,13 @@ __global__ void __launch_bounds__(kThreads) missing_kernel(Table t, HashBatch b)
     const int64_t position = from + lane < end ? b.order[from + lane] : -1;
     const bool missing = position >= 0 && b.results.status[position] != kHit;
     const int64_t key = missing ? load_key(b.keys, position) : 0;
-    const Place place = place_of(t, key);
     for (unsigned rest = __ballot_sync(kAll, missing); rest; rest &= rest - 1) {
-      if (lane == lowest_bit(rest) && !insert_missing(t, b.batch, b.results, position, key, place, true)) {
-        b.results.status[position] = kPending;
+      const int source = lowest_bit(rest);
+      const int64_t its_key = __shfl_sync(kAll, key, source), its_position = __shfl_sync(kAll, position, source);
+      const bool served =
+          insert_missing(t, b.batch, b.results, its_position, its_key, place_of(t, its_key), true, Warp{lane});
+      if (!served && lane == 0) {
+        b.results.status[its_position] = kPending;
         atomicAdd(b.leaving, 1);
       }
       __syncwarp();
@@ -113,23 +166,42 @@ __global__ void __launch_bounds__(kWarp) finish_kernel(Table t, HashBatch b) {
   }
 }
 
-template <class Word>
+// Index is as narrow as the number of words allows: a division by their number in a row comes with each.
+template <class Word, class Index>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const Word* table, int64_t row_words, const int64_t* slots, int64_t count, Word* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count * row_words) return;
-  const int64_t row = i / row_words, slot = slots[row];
-  out[i] = slot >= 0 ? table[slot * row_words + i % row_words] : Word{};
+    gather_kernel(const Word* table, Index row_words, const int64_t* slots, Index words, Word* out) {
+  const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= words) return;
+  const Index row = i / row_words;
+  const int64_t slot = slots[row];
+  out[i] = slot >= 0 ? table[slot * row_words + (i - row * row_words)] : Word{};
 }
 
-template <class Word>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(Word* table, int64_t row_words, const int64_t* slots,
-                                                           const int64_t* order, int64_t count, const Word* rows) {
+template <class Word, class Index>
+__global__ void __launch_bounds__(kThreads) start_kernel(Word* table, Index row_words, const int64_t* slots,
+                                                         const uint8_t* status, Index words, const Word* rows) {
+  const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= words) return;
+  const Index row = i / row_words;
+  if (status[row] < kInserted) return;
+  table[slots[row] * row_words + (i - row * row_words)] = rows ? rows[i] : Word{};
+}
+
+template <class Word, class Index>
+__global__ void __launch_bounds__(kThreads) scatter_kernel(Word* table, Index row_words, const int64_t* slots,
+                                                           const int64_t* order, Index words, const Word* rows) {
+  const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= words) return;
+  const Index row = i / row_words, column = i - row * row_words;
+  const int64_t slot = slots[row];
+  if (slot < 0 || ((row + 1) * row_words < words && slots[row + 1] == slot)) return;
+  table[slot * row_words + column] = rows[order[row] * row_words + column];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) mark_kernel(T* array, const int64_t* slots, int64_t count, T value) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count * row_words) return;
-  const int64_t row = i / row_words, slot = slots[row];
-  if (slot < 0 || (row + 1 < count && slots[row + 1] == slot)) return;
-  table[slot * row_words + i % row_words] = rows[order[row] * row_words + i % row_words];
+  if (i < count && slots[i] >= 0) array[slots[i]] = value;
 }
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
@@ -143,15 +215,24 @@ const char* on_device(int device, Launch&& launch) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Calls f with a value of the widest word that divides a row, whose storage is aligned to 16 bytes.
+// Calls f with the widest word that divides a row, whose storage is aligned to 16 bytes, the words of a row, and those of
+// `count` rows.
 template <class F>
-void with_word(int64_t row_bytes, F&& f) {
+void with_words(int64_t row_bytes, int64_t count, F&& f) {
+  const auto with_index = [&](auto word) {
+    const int64_t row_words = row_bytes / static_cast<int64_t>(sizeof(word)), words = count * row_words;
+    if (words <= INT32_MAX) {
+      f(word, static_cast<uint32_t>(row_words), static_cast<uint32_t>(words));
+    } else {
+      f(word, row_words, words);
+    }
+  };
   if (row_bytes % 16 == 0) {
-    f(uint4{});
+    with_index(uint4{});
   } else if (row_bytes % 4 == 0) {
-    f(uint32_t{});
+    with_index(uint32_t{});
   } else {
-    f(uint16_t{});
+    with_index(uint16_t{});
   }
 }
 
@@ -167,6 +248,14 @@ const char* hash_table_partitions(const Table& table, const HashKeys& keys, int3
 const char* hash_table_find(const Table& table, const HashKeys& keys, int64_t* slots, int device, void* stream) {
   return on_device(device, [&] {
     find_kernel<<<blocks_for(keys.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, keys, slots);
+  });
+}
+
+const char* hash_table_stamp(const Table& table, const HashKeys& keys, const Batch& batch, const Results& results,
+                             int32_t* partitions, int device, void* stream) {
+  return on_device(device, [&] {
+    stamp_kernel<<<blocks_for(keys.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, keys, batch, results,
+                                                                                             partitions);
   });
 }
 
@@ -188,11 +277,21 @@ const char* hash_table_missing(const Table& table, const HashBatch& batch, int d
 const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int device,
                         void* stream) {
   return on_device(device, [&] {
-    with_word(row_bytes, [&](auto word) {
+    with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
       using Word = decltype(word);
-      const int64_t words = row_bytes / static_cast<int64_t>(sizeof(Word));
-      gather_kernel<<<blocks_for(count * words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          reinterpret_cast<const Word*>(table), words, slots, count, reinterpret_cast<Word*>(out));
+      gather_kernel<<<blocks_for(words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          reinterpret_cast<const Word*>(table), row_words, slots, words, reinterpret_cast<Word*>(out));
+    });
+  });
+}
+
+const char* start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
+                       const char* rows, int device, void* stream) {
+  return on_device(device, [&] {
+    with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
+      using Word = decltype(word);
+      start_kernel<<<blocks_for(words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          reinterpret_cast<Word*>(table), row_words, slots, status, words, reinterpret_cast<const Word*>(rows));
     });
   });
 }
@@ -200,12 +299,24 @@ const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slo
 const char* scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, const int64_t* order, int64_t count,
                          const char* rows, int device, void* stream) {
   return on_device(device, [&] {
-    with_word(row_bytes, [&](auto word) {
+    with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
       using Word = decltype(word);
-      const int64_t words = row_bytes / static_cast<int64_t>(sizeof(Word));
-      scatter_kernel<<<blocks_for(count * words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          reinterpret_cast<Word*>(table), words, slots, order, count, reinterpret_cast<const Word*>(rows));
+      scatter_kernel<<<blocks_for(words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          reinterpret_cast<Word*>(table), row_words, slots, order, words, reinterpret_cast<const Word*>(rows));
     });
+  });
+}
+
+const char* mark_slots(void* array, int64_t item_bytes, const int64_t* slots, int64_t count, int64_t value, int device,
+                       void* stream) {
+  return on_device(device, [&] {
+    const auto s = static_cast<cudaStream_t>(stream);
+    if (item_bytes == 8) {
+      mark_kernel<<<blocks_for(count), kThreads, 0, s>>>(static_cast<int64_t*>(array), slots, count, value);
+    } else {
+      mark_kernel<<<blocks_for(count), kThreads, 0, s>>>(static_cast<uint8_t*>(array), slots, count,
+                                                         static_cast<uint8_t>(value));
+    }
   });
 }
 

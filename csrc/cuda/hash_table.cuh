@@ -30,6 +30,10 @@ const char* hash_table_partitions(const hash_table::Table& table, const HashKeys
 // slots[i] of key i, or -1.
 const char* hash_table_find(const hash_table::Table& table, const HashKeys& keys, int64_t* slots, int device,
                             void* stream);
+// Where no order of touches matters, under the recency policies and without eviction: serves the keys that are in the
+// table; partitions[i] is the others' partition, and the number of partitions for these. The others have status kRefused.
+const char* hash_table_stamp(const hash_table::Table& table, const HashKeys& keys, const hash_table::Batch& batch,
+                             const hash_table::Results& results, int32_t* partitions, int device, void* stream);
 // Serves the keys that are in the table; the others have status kRefused then.
 const char* hash_table_present(const hash_table::Table& table, const HashBatch& batch, int device, void* stream);
 // Serves those others: a partition each warp, and what leaves its partition after them.
@@ -37,6 +41,12 @@ const char* hash_table_missing(const hash_table::Table& table, const HashBatch& 
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.
 const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int device,
                         void* stream);
+// table[slots[i]] = rows[i], or zeros for null rows, where position i made its row.
+const char* start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
+                       const char* rows, int device, void* stream);
+// array[slots[i]] = value for items of 8 bytes or 1; -1 skipped.
+const char* mark_slots(void* array, int64_t item_bytes, const int64_t* slots, int64_t count, int64_t value, int device,
+                       void* stream);
 // table[slots[i]] = rows[order[i]] for the last i of each run of equal ascending slots; -1 skipped.
 const char* scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, const int64_t* order, int64_t count,
                          const char* rows, int device, void* stream);

@@ -13,8 +13,18 @@ from gossamer.cpu_kernels._native import empty_huge, vector
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An array of a new table, on huge pages where the system gives them."""
     tensor = torch.empty(shape, dtype=dtype)
-    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    advise_huge_pages(tensor)
     return tensor
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for huge pages under memory that nobody has touched yet."""
+    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+    """An uninitialised result in the dtype of ``values``."""
+    return empty_huge(shape, values.dtype)
 
 
 def _view(storage: Any) -> _C.HashTableView:
@@ -38,13 +48,15 @@ def insert(
     serial: int,
     scores: torch.Tensor | None,
     room: int,
-) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    marks: torch.Tensor | None = None,
+    mark: int = 0,
+) -> tuple[int, tuple[int, int, int], torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Find or insert each key; arguments and results as the reference's."""
     n = keys.shape[0]
     scores = None if scores is None else scores.contiguous()
     slots, status = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.uint8)
-    victims = [torch.zeros(n, dtype=torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
-    new_keys = _C.hash_table_insert(
+    victims = [torch.empty(n, dtype=torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
+    new_keys, *counts = _C.hash_table_insert(
         _view(storage),
         vector(keys),
         n,
@@ -53,23 +65,23 @@ def insert(
         serial,
         0 if scores is None else scores.data_ptr(),
         room,
+        0 if marks is None else marks.data_ptr(),
+        mark,
         slots.data_ptr(),
         status.data_ptr(),
         *(0 if v is None else v.data_ptr() for v in victims),
         torch.get_num_threads(),
     )
-    return new_keys, slots, status, *victims
+    return new_keys, tuple(counts), slots, status, *victims
 
 
-def gather_rows(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """``values[slots]``, zeros for −1."""
+def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = values[slots]``, zeros for −1; ``out`` is contiguous."""
     slots = slots.contiguous()
-    out = empty_huge((slots.shape[0], values.shape[1]), values.dtype)
     row_bytes = values.shape[1] * values.element_size()
     _C.gather_rows(
         values.data_ptr(), row_bytes, slots.data_ptr(), slots.shape[0], out.data_ptr(), torch.get_num_threads()
     )
-    return out
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:

@@ -9,6 +9,15 @@ import torch
 from gossamer import _C
 from gossamer.cpu_kernels._native import vector
 
+# Codes of csrc/hash_table_core.h.
+_NO_EVICTION, _LRU, _EPOCH_LRU = 0, 1, 3
+_REFUSED = 0
+
+
+def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+    """An uninitialised result in the dtype of ``values``."""
+    return values.new_empty(shape)
+
 
 def _view(storage: Any) -> _C.HashTableView:
     arrays = (storage.digests, storage.keys, storage.scores, storage.buckets, storage.fill, storage.quota)
@@ -38,8 +47,10 @@ def insert(
     serial: int,
     scores: torch.Tensor | None,
     room: int,
-) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Find or insert each key; arguments and results as the reference's."""
+    marks: torch.Tensor | None = None,
+    mark: int = 0,
+) -> tuple[int, None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Find or insert each key; arguments and results as the reference's, but for the counts: nobody waits for them."""
     n, device = keys.shape[0], storage.digests.device
     scores = None if scores is None else scores.contiguous()
     slots = torch.empty(n, dtype=torch.int64, device=device)
@@ -47,36 +58,62 @@ def insert(
     scored = storage.scores is not None
     victims = [torch.zeros_like(slots) for _ in range(2)] if scored else [None, None]
     if n == 0:
-        return -1, slots, status, *victims
+        return -1, None, slots, status, *victims
     with torch.cuda.device(device):
         view, where = _view(storage), _where(device)
         partitions = torch.empty(n, dtype=torch.int32, device=device)
-        _C.cuda_hash_table_partitions(view, vector(keys), n, partitions.data_ptr(), *where)
+        unordered = policy in (_NO_EVICTION, _LRU, _EPOCH_LRU)
+        if unordered:
+            pointers = (slots.data_ptr(), status.data_ptr(), partitions.data_ptr())
+            _C.cuda_hash_table_stamp(view, vector(keys), n, policy, stamp, *pointers, *where)
+        else:
+            _C.cuda_hash_table_partitions(view, vector(keys), n, partitions.data_ptr(), *where)
+        if policy == _NO_EVICTION and n > room:
+            new_keys = keys[status == _REFUSED].unique().numel()
+            if new_keys > room:
+                return new_keys, None, slots, status, *victims
         partitions, order = torch.sort(partitions, stable=True)
         edges = torch.arange(storage.fill.shape[0] + 1, dtype=torch.int32, device=device)
         begins = torch.searchsorted(partitions, edges)
         leaving = torch.zeros(1, dtype=torch.int32, device=device)
         pointers = (t.data_ptr() if t is not None else 0 for t in (scores, slots, status, *victims, leaving))
         batch = (order.data_ptr(), begins.data_ptr(), policy, stamp, serial, *pointers)
-        _C.cuda_hash_table_insert(view, vector(keys), n, *batch, False, *where)
-        if not scored and n > room:
-            new_keys = keys[status == 0].unique().numel()
-            if new_keys > room:
-                return new_keys, slots, status, *victims
+        if not unordered:
+            _C.cuda_hash_table_insert(view, vector(keys), n, *batch, False, *where)
         _C.cuda_hash_table_insert(view, vector(keys), n, *batch, True, *where)
-    return -1, slots, status, *victims
+    if marks is not None:
+        mark_slots(marks, slots, mark)
+    return -1, None, slots, status, *victims
 
 
-def gather_rows(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """``values[slots]``, zeros for −1."""
+def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = values[slots]``, zeros for −1; ``out`` is contiguous."""
     slots = slots.contiguous()
-    out = torch.empty(slots.shape[0], values.shape[1], dtype=values.dtype, device=values.device)
     if slots.numel():
         row_bytes = values.shape[1] * values.element_size()
         with torch.cuda.device(values.device):
             pointers = (slots.data_ptr(), slots.shape[0], out.data_ptr())
             _C.cuda_gather_rows(values.data_ptr(), row_bytes, *pointers, *_where(values.device))
-    return out
+
+
+def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """``values[slots] = rows`` in place where a position made its row, zeros for None."""
+    if slots.numel() == 0:
+        return
+    rows = None if rows is None else rows.contiguous()
+    row_bytes = values.shape[1] * values.element_size()
+    with torch.cuda.device(values.device):
+        pointers = (slots.data_ptr(), status.data_ptr(), slots.shape[0], 0 if rows is None else rows.data_ptr())
+        _C.cuda_start_rows(values.data_ptr(), row_bytes, *pointers, *_where(values.device))
+
+
+def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
+    """``array[slots] = value`` in place, −1 skipped; ``array (S,)`` int64 or bool, ``slots (n,)``."""
+    if slots.numel():
+        with torch.cuda.device(array.device):
+            pointers = (slots.data_ptr(), slots.shape[0])
+            where = _where(array.device)
+            _C.cuda_mark_slots(array.data_ptr(), array.element_size(), *pointers, int(value), *where)
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.ops import _hash_table_state as table_state
 from gossamer.ops._rounding import random_bits
 from gossamer.ops.gather_reduce import gather_reduce
-from gossamer.ops.hash_table import HashTable, HashTableFull
+from gossamer.ops.hash_table import HashTable, HashTableFull, Inserted
 from gossamer.ops.sparse_update import sparse_update_
 from gossamer.optim import Optimizer
 
@@ -116,9 +116,8 @@ class DynamicEmbedding(nn.Module):
         slots, self.device = self.table.values.shape[0], self.table.device
         self.optimizer_state = {} if optimizer is None else optimizer.state(slots, dim, self.device)
         self._filter = None if admission is None else admission.build(self.device, key_dtype, seed)
-        # One element more than slots: ids without a row write there.
-        self._last_used = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        self._changed = torch.zeros(slots + 1, dtype=torch.bool, device=self.device)
+        self._last_used = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self._changed = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self._handle = torch.zeros(0, device=self.device, requires_grad=True)
         self.counters = Counters()
         self.clock = self.steps = self.sequence = 0
@@ -172,34 +171,44 @@ class DynamicEmbedding(nn.Module):
         return gather_reduce(self.table.values, rows, offsets, weights, mode=mode, bounds="drop")
 
     def _train_rows(self, keys: torch.Tensor) -> torch.Tensor:
-        absent = self.table.rows(keys) < 0 if self._filter is not None else torch.zeros_like(keys, dtype=torch.bool)
-        if not absent.any():
-            done = self.table.insert_rows(keys)
+        if self._filter is None:
+            done = self._insert(keys)
             rows = done.rows
         else:
-            fresh, inverse, counts = torch.unique(keys[absent], return_inverse=True, return_counts=True)
-            admitted = self._filter.judge(fresh, counts, self.steps)
-            served = torch.ones_like(absent)
-            served[absent] = admitted[inverse]
-            keys = keys[served]
-            done = self.table.insert_rows(keys)
-            # Only now: where the table is full, the filter too is as it was.
-            self._filter.note(fresh, counts, admitted)
-            rows = torch.full(served.shape, -1, device=self.device)
-            rows[served] = done.rows
-            self.counters.rejected += int((~served).sum())
-        inserted = int(done.inserted.sum())
+            keys, done, rows = self._admit(keys)
+        inserted, evicted, refused = done.counts
         if inserted:
             self._start_rows(done.rows[done.inserted], keys[done.inserted])
-            evicted = done.victim_keys[done.evicted]
-            self._removed += [evicted] if evicted.numel() else []
-            self._moves += int(evicted.numel() > 0)
-            self.counters.inserted += inserted
-            self.counters.evicted += evicted.numel()
-        self.counters.refused += int((done.rows < 0).sum())
-        self._last_used[rows] = self.clock
+        if evicted:
+            self._removed.append(done.victim_keys[done.evicted].to(self.table.key_dtype))
+            self._moves += 1
+        self.counters.inserted += inserted
+        self.counters.evicted += evicted
+        self.counters.refused += refused
         self.steps += 1
         return rows
+
+    def _insert(self, keys: torch.Tensor) -> Inserted:
+        return self.table.insert_rows(keys, marks=self._last_used, mark=self.clock)
+
+    def _admit(self, keys: torch.Tensor) -> tuple[torch.Tensor, Inserted, torch.Tensor]:
+        """The keys that the filter lets have a row, what inserting them did, and the rows of all, −1 for the others."""
+        absent = self.table.rows(keys) < 0
+        if not absent.any():
+            done = self._insert(keys)
+            return keys, done, done.rows
+        fresh, inverse, counts = torch.unique(keys[absent], return_inverse=True, return_counts=True)
+        admitted = self._filter.judge(fresh, counts, self.steps)
+        served = torch.ones_like(absent)
+        served[absent] = admitted[inverse]
+        keys = keys[served]
+        done = self._insert(keys)
+        # Only now: where the table is full, the filter too is as it was.
+        self._filter.note(fresh, counts, admitted)
+        rows = torch.full(served.shape, -1, device=self.device)
+        rows[served] = done.rows
+        self.counters.rejected += int((~served).sum())
+        return keys, done, rows
 
     def _start_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
         self.table.values[rows] = self._initial(keys).to(self.table.value_dtype)
@@ -496,5 +505,5 @@ class _Lookup(torch.autograd.Function):
                     mode=layer.pooling or "sum",
                     bounds="drop",
                 )
-                layer._changed[rows.reshape(-1)] = True
+                layer.table.mark_rows(layer._changed, rows.reshape(-1), True)
         return torch.zeros_like(layer._handle), dweights, None, None, None, None

@@ -6,7 +6,14 @@ import torch
 
 from gossamer.nn._fused_step import FusedStep
 from gossamer.ops._bags import accumulation_dtype
-from gossamer.ops.embedding import embedding, graft, inverse_frequency, renorm_, scale_gradient_by_frequency
+from gossamer.ops.embedding import (
+    advise_huge_pages,
+    embedding,
+    graft,
+    inverse_frequency,
+    renorm_,
+    scale_gradient_by_frequency,
+)
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import gather_reduce_step
 from gossamer.optim import Optimizer
@@ -98,6 +105,11 @@ class Embedding(FusedStep, torch.nn.Embedding):
         _check_fused(optimizer, made.sparse)
         made._attach(optimizer, _state(optimizer, made.weight))
         return made
+
+    def reset_parameters(self) -> None:
+        """As in torch."""
+        advise_huge_pages(self.weight)
+        super().reset_parameters()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of the table.
@@ -212,6 +224,11 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
         _check_fused(optimizer, made.sparse)
         made._attach(optimizer, _state(optimizer, made.weight))
         return made
+
+    def reset_parameters(self) -> None:
+        """As in torch."""
+        advise_huge_pages(self.weight)
+        super().reset_parameters()
 
     def forward(
         self,

@@ -168,7 +168,11 @@ class _Prober:
             pinned = int(self.a["buckets"][bucket, _PINNED]) if own else 0
             for slot in range(bucket * BUCKET_SLOTS, (bucket + 1) * BUCKET_SLOTS):
                 touched = self.a["scores"][slot] == batch.stamp if batch.stamps else pinned >> (slot % BUCKET_SLOTS) & 1
-                if self.a["digests"][slot] and not touched and (best < 0 or self.a["scores"][slot] < self.a["scores"][best]):
+                if (
+                    self.a["digests"][slot]
+                    and not touched
+                    and (best < 0 or self.a["scores"][slot] < self.a["scores"][best])
+                ):
                     best = slot
         return best
 
@@ -210,6 +214,11 @@ class _Prober:
         bucket[_PINNED] |= 1 << (slot % BUCKET_SLOTS)
 
 
+def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+    """An uninitialised result in the dtype of ``values``."""
+    return values.new_empty(shape)
+
+
 def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     prober = _Prober(storage, keys)
@@ -232,7 +241,9 @@ def insert(
     serial: int,
     scores: torch.Tensor | None,
     room: int,
-) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    marks: torch.Tensor | None = None,
+    mark: int = 0,
+) -> tuple[int, tuple[int, int, int] | None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Find or insert each key: first those that are there, then the others in the order of the batch.
 
     Args:
@@ -243,9 +254,12 @@ def insert(
         serial: a number that the buckets have not seen, in int32.
         scores: ``(n,)`` int64 or None: increments of the frequency policies, scores of ``"score"``.
         room: how many new keys may come where nothing is evicted.
+        marks: ``(slots,)`` int64 or None: set to ``mark`` where the batch's rows are.
+        mark: what to set.
 
     Returns:
         How many distinct new keys there are where that is more than ``room``, and then nothing is inserted, else −1;
+        how many positions inserted, evicted and were refused, or None where that is not known yet;
         ``(n,)`` int64 slots, −1 where refused; ``(n,)`` uint8 status; and by position what was evicted, key and score,
         or None for both where nothing is.
     """
@@ -288,7 +302,10 @@ def insert(
     def result(new_keys: int):
         wide = [torch.tensor(x, dtype=torch.int64) for x in (slots, victim_keys, victim_scores)]
         victims = wide[1:] if scored else [None, None]
-        return new_keys, wide[0], torch.tensor(status, dtype=torch.uint8), *victims
+        counts = (status.count(INSERTED) + status.count(REPLACED), status.count(REPLACED), status.count(REFUSED))
+        if marks is not None and new_keys < 0:
+            mark_slots(marks, wide[0], mark)
+        return new_keys, counts, wide[0], torch.tensor(status, dtype=torch.uint8), *victims
 
     found = [(i, prober.find(i)) for i in range(n)]
     for i, slot in found:
@@ -305,10 +322,9 @@ def insert(
     return result(-1)
 
 
-def gather_rows(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """``values[slots]``, zeros for −1."""
-    rows = values[slots.clamp(min=0)]
-    return rows.masked_fill_((slots < 0)[:, None], 0)
+def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = values[slots]``, zeros for −1; ``out`` is contiguous."""
+    out.copy_(values[slots.clamp(min=0)].masked_fill_((slots < 0)[:, None], 0))
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

@@ -103,6 +103,15 @@ def embedding(
     return _embedding(table, index, padding, scale_grad_by_freq, sparse_grad, backend)
 
 
+def advise_huge_pages(table: torch.Tensor) -> None:
+    """Ask the system for huge pages under a table whose memory nobody has touched yet; scattered rows then cost less.
+
+    Nothing happens off the CPU, or where there are no native kernels.
+    """
+    if table.device.type == "cpu" and type(table.data) is torch.Tensor and _backend.native_unavailable() is None:
+        _backend.kernels("native", "hash_table").advise_huge_pages(table)
+
+
 def renorm_(table: torch.Tensor, index: torch.Tensor, max_norm: float, norm_type: float) -> None:
     """Scale rows of ``table`` listed in ``index`` whose p-norm exceeds ``max_norm`` down to it, in place.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,39 +26,40 @@ class HashTableFull(ValueError):
     """Keys were refused because a table without eviction has no room for them; the table is as it was."""
 
 
-class Inserted(NamedTuple):
+@dataclass(frozen=True)
+class Inserted:
     """What :meth:`HashTable.insert_rows` did with each key of a batch of n.
 
     Attributes:
         rows: ``(n,)`` int64, rows of :attr:`HashTable.values`; −1 for a refused key.
-        inserted: ``(n,)`` bool, whether this position made the row; once for each new key.
-        evicted: ``(n,)`` bool, whether it evicted another key to do so.
-        victim_keys: ``(n,)``, the key that it evicted, where it did.
-        victim_scores: ``(n,)`` int64, that key's score.
+        status: ``(n,)`` uint8, what the kernels say of each position.
+        victim_keys: ``(n,)`` int64, the key that the position evicted, where it did; None where nothing is evicted.
+        victim_scores: ``(n,)`` int64, that key's score; or None.
+        known: the counts, where they are known.
     """
-
-    rows: torch.Tensor
-    inserted: torch.Tensor
-    evicted: torch.Tensor
-    victim_keys: torch.Tensor
-    victim_scores: torch.Tensor
-
-
-class _Done(NamedTuple):
-    """What the kernels say of a batch: rows and status by position, and what was evicted or None."""
 
     rows: torch.Tensor
     status: torch.Tensor
     victim_keys: torch.Tensor | None
     victim_scores: torch.Tensor | None
+    known: tuple[int, int, int] | None = None
 
     @property
     def inserted(self) -> torch.Tensor:
+        """``(n,)`` bool, whether this position made the row; once for each new key."""
         return self.status >= INSERTED
 
     @property
     def evicted(self) -> torch.Tensor:
+        """``(n,)`` bool, whether it evicted another key to do so."""
         return self.status == REPLACED
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many positions inserted, evicted, and were refused; on CUDA this waits for the device."""
+        if self.known is not None:
+            return self.known
+        return int(self.inserted.sum()), int(self.evicted.sum()), int((self.rows < 0).sum())
 
 
 def _joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -227,7 +229,7 @@ class HashTable:
         for begin in range(0, max(count, 1), size):
             yield [None if t is None else t[begin : begin + size] for t in tensors]
 
-    def _insert(self, keys: torch.Tensor, scores: torch.Tensor | None, policy: str | None) -> _Done:
+    def _insert(self, keys, scores, policy: str | None, marks=None, mark=0) -> Inserted:
         stamp = self._epoch << 32 if policy in ("epoch_lru", "epoch_lfu") else 0
         if policy in ("lru", "epoch_lru"):
             stamp |= self._clock + 1 if policy == "lru" else (self._clock + 1) & 0xFFFFFFFF
@@ -237,14 +239,14 @@ class HashTable:
         # Only a table without eviction needs to know, and on CUDA knowing stalls the stream.
         room = self.capacity - len(self) if policy is None else 0
         arguments = (POLICIES[policy], stamp, self._serial + 1, scores, room)
-        new_keys, rows, status, victim_keys, victim_scores = self._kernels().insert(self._storage, keys, *arguments)
+        new_keys, counts, *found = self._kernels().insert(self._storage, keys, *arguments, marks, mark)
         if new_keys >= 0:
             raise HashTableFull(
                 f"the table is full: {new_keys} new keys for {room} free rows of capacity={self.capacity}, with "
                 "evict=None; reserve() makes room, erase() frees some"
             )
         self._clock, self._serial = self._clock + 1, self._serial + 1
-        return _Done(rows, status, victim_keys, victim_scores)
+        return Inserted(*found, counts)
 
     def rows(self, keys: torch.Tensor, insert: bool = False, scores: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of :attr:`values` that belong to the keys, for ``gather_reduce`` and ``sparse_update_`` to work on.
@@ -268,17 +270,35 @@ class HashTable:
         with self.lock:
             return self._kernels().find(self._storage, self._check_keys(keys))
 
-    def insert_rows(self, keys: torch.Tensor, scores: torch.Tensor | None = None) -> Inserted:
-        """:meth:`rows` with ``insert``, and what it did for it: new rows hold zeros, victims' values are gone."""
+    def insert_rows(
+        self,
+        keys: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        *,
+        marks: torch.Tensor | None = None,
+        mark: int = 0,
+    ) -> Inserted:
+        """:meth:`rows` with ``insert``, and what it did for it: new rows hold zeros, victims' values are gone.
+
+        ``marks (slots,)``, contiguous int64 beside :attr:`values`, is set to ``mark`` where the batch's rows are.
+        """
         keys = self._check_keys(keys)
         scores = self._check_scores(scores, keys.shape[0])
         with self.lock:
-            done = self._insert(keys, scores, self.evict)
-            self._kernels().start_rows(self.values, done.rows, done.status, None)
-            keys_gone, scores_gone = done.victim_keys, done.victim_scores
-            if keys_gone is None:
-                keys_gone = scores_gone = done.rows.new_zeros(done.rows.shape)
-            return Inserted(done.rows, done.inserted, done.evicted, keys_gone.to(self.key_dtype), scores_gone)
+            done = self._insert(keys, scores, self.evict, marks, mark)
+            if done.known is None or done.known[0]:
+                self._kernels().start_rows(self.values, done.rows, done.status, None)
+            return done
+
+    def mark_rows(self, array: torch.Tensor, rows: torch.Tensor, value: int) -> None:
+        """``array[rows] = value``, in place, for an array beside :attr:`values`.
+
+        Args:
+            array: ``(slots,)`` int64 or bool, contiguous.
+            rows: ``(n,)`` int64 that :meth:`rows` or :meth:`insert_rows` gave; −1 is skipped.
+            value: the value.
+        """
+        self._kernels().mark_slots(array, rows.contiguous(), value)
 
     def contains(self, keys: torch.Tensor) -> torch.Tensor:
         """``(n,)`` bool: which keys are in the table."""
@@ -288,7 +308,13 @@ class HashTable:
         """``(values (n, D), found (n,) bool)``; values of absent keys are zeros."""
         with self.lock:
             rows = self.rows(keys)
-            return self._kernels().gather_rows(self.values, rows), rows >= 0
+            return self._gathered(rows), rows >= 0
+
+    def _gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        kernels = self._kernels()
+        out = kernels.result((rows.shape[0], self.dim), self.values)
+        kernels.gather_rows(self.values, rows, out)
+        return out
 
     def find_or_insert(
         self, keys: torch.Tensor, values: torch.Tensor | None = None, scores: torch.Tensor | None = None
@@ -312,13 +338,18 @@ class HashTable:
         values = None if values is None else self._check_values(values, keys.shape[0])
         scores = self._check_scores(scores, keys.shape[0])
         with self.lock:
-            parts = [self._find_or_insert(*piece) for piece in self._pieces(keys, values, scores)]
-        return _joined(parts)
-
-    def _find_or_insert(self, keys, values, scores) -> tuple[torch.Tensor, torch.Tensor]:
-        done = self._insert(keys, scores, self.evict)
-        self._kernels().start_rows(self.values, done.rows, done.status, values)
-        return self._kernels().gather_rows(self.values, done.rows), done.inserted
+            kernels, begin = self._kernels(), 0
+            found = kernels.result((keys.shape[0], self.dim), self.values)
+            inserted = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
+            for piece_keys, piece_values, piece_scores in self._pieces(keys, values, scores):
+                done = self._insert(piece_keys, piece_scores, self.evict)
+                if done.known is None or done.known[0]:
+                    kernels.start_rows(self.values, done.rows, done.status, piece_values)
+                end = begin + done.rows.shape[0]
+                kernels.gather_rows(self.values, done.rows, found[begin:end])
+                torch.ge(done.status, INSERTED, out=inserted[begin:end])
+                begin = end
+            return found, inserted
 
     def insert_or_assign(
         self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
@@ -398,7 +429,7 @@ class HashTable:
         refused = refused[left]
         victim_keys = keys if done.victim_keys is None else done.victim_keys.to(self.key_dtype)
         own = torch.zeros_like(done.rows) if scores is None else scores
-        old_values = self._kernels().gather_rows(self.values, done.rows[left])
+        old_values = self._gathered(done.rows[left])
         self._kernels().scatter_rows(self.values, done.rows, values)
         return (
             torch.where(refused, keys[left], victim_keys[left]),
@@ -476,7 +507,7 @@ class HashTable:
                     got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
                     raise ValueError(f"predicate must return a bool tensor {tuple(keys.shape)}, got {got}")
                 rows, keys, scores = rows[mask], keys[mask], scores[mask]
-            return keys, self._kernels().gather_rows(self.values, rows), scores
+            return keys, self._gathered(rows), scores
 
     def import_(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
         """Take in what :meth:`export` gave, with its scores; keys that are there are overwritten.
