@@ -395,6 +395,22 @@ def test_rows_serve_gather_reduce(served, device):
     torch.testing.assert_close(sums, table.find(bags.reshape(-1))[0].view(3, 2, 8).sum(1))
 
 
+@pytest.mark.skipif(not NATIVE, reason="there are no native kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_first_values(dtype):
+    """Native and reference give a key the same values, inside the bound and with the spread of a uniform draw."""
+    tables = []
+    for backend in ("native", "reference"):
+        with gossamer.backend(backend):
+            tables.append(gossamer.HashTable(37, 400, value_dtype=dtype, key_dtype=torch.int32))
+            keys = random_keys(300, 300, "cpu", dtype=torch.int32).unique()
+            rows = tables[-1].rows(keys, insert=True)
+            tables[-1].start_uniform(rows, keys, 2**63 - 1, 0.3)
+    first, second = (table.find(keys)[0] for table in tables)
+    assert torch.equal(first, second) and first.abs().max() <= 0.3
+    assert abs(first.double().std() * 3**0.5 / 0.3 - 1) < 0.02
+
+
 def test_marks_beside_the_values(served, device):
     """Arrays of the caller's are set where rows are, and nowhere for −1."""
     table = gossamer.HashTable(2, 100, device=device)

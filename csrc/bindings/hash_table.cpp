@@ -101,6 +101,16 @@ void register_hash_table(py::module_& m) {
       },
       "table[slots[i]] = rows[i], or zeros for no rows, where position i made its row.");
   m.def(
+      "uniform_rows",
+      [](uintptr_t table, int dtype, int64_t dim, uintptr_t slots, const PyVector& keys, int64_t count, uint64_t seed,
+         double bound, int num_threads) {
+        const IndexArray array = index_array(keys);
+        py::gil_scoped_release release;
+        uniform_rows(pointer<void>(table), static_cast<DType>(dtype), dim, pointer<const int64_t>(slots), array, count,
+                     seed, bound, num_threads);
+      },
+      "table[slots[i]] = values in (-bound, bound) that follow from key, column and seed.");
+  m.def(
       "mark_slots",
       [](uintptr_t array, int64_t item_bytes, uintptr_t slots, int64_t count, int64_t value, int num_threads) {
         py::gil_scoped_release release;

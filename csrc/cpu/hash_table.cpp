@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/sparse_update.h"
 
 namespace gossamer {
 namespace {
@@ -117,9 +118,7 @@ class Groups {
     for (int64_t from = begins_[group]; from < begins_[group + 1]; from += kBlock) {
       const int64_t size = std::min(kBlock, begins_[group + 1] - from);
       for (int64_t i = 0; i < size; ++i) fetch(a.table, places[i] = place_of(a.table, keys_[from + i]));
-      if (a.table.scores) {
-        for (int64_t i = 0; i < size; ++i) fetch_scores(a.table, places[i]);
-      }
+      for (int64_t i = 0; i < size; ++i) fetch_slots(a.table, places[i]);
       for (int64_t i = 0; i < size; ++i) {
         if (!hash_table::insert_missing(a.table, a.batch, a.results, positions_[from + i], keys_[from + i], places[i],
                                         true)) {
@@ -148,11 +147,21 @@ class Groups {
     }
   }
 
-  // What finding a victim reads: all scores of both buckets.
-  static void fetch_scores(const Table& t, const Place& place) {
-    if (t.fill[place.partition] < t.quota[place.partition]) return;
-    for (const int64_t bucket : {first_bucket(t, place), second_bucket(t, place)}) {
-      prefetch_bytes(reinterpret_cast<const char*>(t.scores + bucket * kSlots), kSlots * 8);
+  // What a claim reads or writes next: in a full partition all scores of both buckets, else the slot it will take.
+  static void fetch_slots(const Table& t, const Place& place) {
+    const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
+    if (t.scores && t.fill[place.partition] >= t.quota[place.partition]) {
+      for (const int64_t bucket : {first, second}) {
+        prefetch_bytes(reinterpret_cast<const char*>(t.scores + bucket * kSlots), kSlots * 8);
+      }
+      return;
+    }
+    for (const int64_t bucket : {first, second}) {
+      if (const uint32_t free = match(t.digests + bucket * kSlots, 0)) {
+        prefetch(t.keys + bucket * kSlots + lowest_bit(free));
+        if (t.scores) prefetch(t.scores + bucket * kSlots + lowest_bit(free));
+        return;
+      }
     }
   }
 
@@ -308,6 +317,28 @@ void mark(T* array, const int64_t* slots, int64_t count, T value, int num_thread
 }
 
 }  // namespace
+
+void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count,
+                  uint64_t seed, double bound, int num_threads) {
+  const uint64_t common = mix64(mix64(seed));
+  visit_float(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const uint64_t key = mix64(common + static_cast<uint64_t>(keys[i]) * kGolden);
+        const auto low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+        T* row = static_cast<T*>(table) + slots[i] * dim;
+        for (int64_t c = 0; c < dim; ++c) {
+          uint32_t x = (low + static_cast<uint32_t>(c) * 0x9E3779B9u) ^ high;
+          x = (x ^ (x >> 16)) * 0x21F0AAADu;
+          x = (x ^ (x >> 15)) * 0x735A2D97u;
+          x ^= x >> 15;
+          from_scalar(static_cast<float>((((x >> 8) + 0.5) * 0x1p-23 - 1) * bound), row[c]);
+        }
+      }
+    });
+  });
+}
 
 void mark_slots(int64_t* array, const int64_t* slots, int64_t count, int64_t value, int num_threads) {
   mark(array, slots, count, value, num_threads);

@@ -39,6 +39,11 @@ void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int
 void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
                 const char* rows, int num_threads);
 
+// table[slots[i]] = a row of `dim` values in (-bound, bound) that follow from keys[i], the column and the seed alone, as
+// ops/_rounding.py has it for step 0.
+void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count,
+                  uint64_t seed, double bound, int num_threads);
+
 // array[slots[i]] = value, -1 skipped.
 void mark_slots(int64_t* array, const int64_t* slots, int64_t count, int64_t value, int num_threads);
 void mark_slots(uint8_t* array, const int64_t* slots, int64_t count, uint8_t value, int num_threads);

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import empty_huge, vector
+from gossamer.cpu_kernels._native import DTYPES, empty_huge, vector
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -90,6 +90,13 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
     row_bytes = values.shape[1] * values.element_size()
     pointers = (slots.data_ptr(), status.data_ptr(), slots.shape[0], 0 if rows is None else rows.data_ptr())
     _C.start_rows(values.data_ptr(), row_bytes, *pointers, torch.get_num_threads())
+
+
+def uniform_rows(values: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
+    """``values[slots]`` become uniform in ``(−bound, bound)``, as functions of key, column and seed."""
+    table = (values.data_ptr(), DTYPES[values.dtype], values.shape[1])
+    lists = (slots.data_ptr(), vector(keys), slots.shape[0])
+    _C.uniform_rows(*table, *lists, seed, bound, torch.get_num_threads())
 
 
 def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 from gossamer.nn import _embedding_files as files
 from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.ops import _hash_table_state as table_state
-from gossamer.ops._rounding import random_bits
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.hash_table import HashTable, HashTableFull, Inserted
 from gossamer.ops.sparse_update import sparse_update_
@@ -211,22 +210,19 @@ class DynamicEmbedding(nn.Module):
         return keys, done, rows
 
     def _start_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
-        self.table.values[rows] = self._initial(keys).to(self.table.value_dtype)
-        for name, state in self.optimizer_state.items():
-            if name != "step":
-                state[rows] = self.optimizer.initial_value()
-        self._changed[rows] = True
-
-    def _initial(self, keys: torch.Tensor) -> torch.Tensor:
         if callable(self.initializer):
             values = self.initializer(keys, self.dim)
             if tuple(values.shape) != (keys.shape[0], self.dim):
                 raise ValueError(
                     f"initializer must return ({keys.shape[0]}, {self.dim}) values, got {tuple(values.shape)}"
                 )
-            return values
-        bits = random_bits(self.seed, torch.zeros(1, dtype=torch.int64, device=keys.device), keys.long(), self.dim)
-        return (((bits >> 8).double() + 0.5) * 2.0**-23 - 1).mul_(self.initializer).float()
+            self.table.values[rows] = values.to(self.table.value_dtype)
+        else:
+            self.table.start_uniform(rows, keys, self.seed, self.initializer)
+        for name, state in self.optimizer_state.items():
+            if name != "step":
+                state[rows] = self.optimizer.initial_value()
+        self._changed[rows] = True
 
     def advance_clock(self, now: int) -> None:
         """Set the clock that ages rows to ``now``, the newest time seen in the data; it never goes back."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gossamer.ops._rounding import random_bits
+
 BUCKET_SLOTS = 16
 # The shared probing code has these: csrc/hash_table_core.h.
 POLICIES = {None: 0, "lru": 1, "lfu": 2, "epoch_lru": 3, "epoch_lfu": 4, "score": 5}
@@ -338,6 +340,13 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
     """``values[slots] = rows`` in place where a position made its row, zeros for None."""
     made = status >= INSERTED
     values[slots[made]] = 0 if rows is None else rows[made]
+
+
+def uniform_rows(values: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
+    """``values[slots]`` become uniform in ``(−bound, bound)``, as functions of key, column and seed; on any device."""
+    first = torch.zeros(1, dtype=torch.int64, device=keys.device)
+    bits = random_bits(seed, first, keys.long(), values.shape[1])
+    values[slots] = (((bits >> 8).double() + 0.5) * 2.0**-23 - 1).mul_(bound).float().to(values.dtype)
 
 
 def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:

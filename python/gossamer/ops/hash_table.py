@@ -290,6 +290,18 @@ class HashTable:
                 self._kernels().start_rows(self.values, done.rows, done.status, None)
             return done
 
+    def start_uniform(self, rows: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
+        """Set rows to values that are uniform in ``(−bound, bound)`` and follow from key, column and seed alone.
+
+        Args:
+            rows: ``(n,)`` int64, distinct rows of :attr:`values`.
+            keys: ``(n,)``, whose they are.
+            seed: in ``[0, 2⁶³)``.
+            bound: at least 0.
+        """
+        kernels = self._kernels() if self.device.type == "cpu" else reference
+        kernels.uniform_rows(self.values, rows.contiguous(), self._check_keys(keys), seed, float(bound))
+
     def mark_rows(self, array: torch.Tensor, rows: torch.Tensor, value: int) -> None:
         """``array[rows] = value``, in place, for an array beside :attr:`values`.
 
