@@ -2,7 +2,8 @@
 
 The extension knows nothing of torch, so one build serves every torch version. With no C++ compiler the package installs
 without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` forbids or requires them and
-``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. No GPU is queried.
+``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. Those in ``csrc/cuda/hopper/`` use instructions of
+sm_90a and are compiled for it alone; where it is not among them, stubs stand in. No GPU is queried.
 """
 
 import glob
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -19,6 +21,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
+HOPPER_ARCH = "90a"
+HOPPER_GENCODE = f"-gencode=arch=compute_{HOPPER_ARCH},code=sm_{HOPPER_ARCH}"
+HOPPER_SOURCES = "csrc/cuda/hopper/*.cu"
 # What else decides how the sources are compiled.
 ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
 
@@ -89,6 +94,13 @@ def out_of_date(target, source):
     return any(not os.path.isfile(name) or os.stat(name).st_mtime >= made for name in (source, *inputs))
 
 
+def nvcc_command(nvcc, source, target, gencodes):
+    """How one CUDA source becomes an object, and notes beside it of the headers it includes."""
+    command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++20", "-Icsrc"]
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *gencodes]
+    return [*command, "-MD", "-MF", str(target.with_suffix(".d"))]
+
+
 class BuildExt(build_ext):
     """build_ext that compiles ``.cu`` files with nvcc, and goes on without the extension where nothing compiles it."""
 
@@ -105,18 +117,19 @@ class BuildExt(build_ext):
     def compile_cuda(self, sources):
         nvcc = cuda_requested()
         gencodes = cuda_gencodes(nvcc)
-        objects = []
-        for source in sources:
+        hopper = set(glob.glob(HOPPER_SOURCES))
+
+        def compile_one(source):
             target = Path(self.build_temp, source).with_suffix(".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++20", "-Icsrc"]
-            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *gencodes]
-            command += ["-MD", "-MF", str(target.with_suffix(".d"))]
+            command = nvcc_command(nvcc, source, target, [HOPPER_GENCODE] if source in hopper else gencodes)
             if out_of_date(target, source):
                 print(" ".join(command), file=sys.stderr)
                 subprocess.run(command, check=True)
-            objects.append(str(target))
-        return objects
+            return str(target)
+
+        with ThreadPoolExecutor(int(os.environ.get("GOSSAMER_BUILD_JOBS", 0)) or os.cpu_count()) as pool:
+            return list(pool.map(compile_one, sources))
 
 
 def extension():
@@ -137,6 +150,8 @@ def extension():
             library_dirs.append(str(cudart))
             libraries += ["cudart_static", "dl", "rt", "pthread"]
             macros.append(("GOSSAMER_WITH_CUDA", "1"))
+            hopper = HOPPER_GENCODE in cuda_gencodes(nvcc)
+            sources += sorted(glob.glob(HOPPER_SOURCES)) if hopper else ["csrc/cuda/without_hopper.cpp"]
     ext = Pybind11Extension(
         "gossamer._C",
         sources,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 import gossamer
-from gossamer.bench.case import OURS, Case, Family, Request, Variant
+from gossamer import _backend
+from gossamer.bench.case import OURS, PEER, Case, Family, Request, Variant
 from gossamer.bench.expert_peers import PEERS
 from gossamer.bench.experts import (
     DEFAULTS,
@@ -30,21 +33,33 @@ PRIMITIVES = ("dispatch", "expert_mlp")
 LEAVES = {"dx": "x", "dgate_up": "gate_up", "ddown": "down", "dweights": "weights"}
 
 
-def gossamer_variant(problem: Problem) -> Variant:
-    """Gossamer's layer: :func:`gossamer.dispatch` and :func:`gossamer.expert_mlp`."""
-    x, gate_up, down, weights = (problem.leaf(name) for name in LEAVES.values())
+def gossamer_variant(problem: Problem, name: str = "gossamer", role: str = OURS, backend: str | None = None) -> Variant:
+    """The layer by :func:`gossamer.dispatch` and :func:`gossamer.expert_mlp`, with their default kernels or others."""
+    x, gate_up, down, weights = (problem.leaf(leaf) for leaf in LEAVES.values())
 
     def forward() -> torch.Tensor:
-        dispatch = gossamer.dispatch(problem.ids, problem.num_experts)
-        return gossamer.expert_mlp(x, gate_up, down, dispatch, weights)
+        with gossamer.backend(backend) if backend else contextlib.nullcontext():
+            dispatch = gossamer.dispatch(problem.ids, problem.num_experts)
+            return gossamer.expert_mlp(x, gate_up, down, dispatch, weights)
 
-    return Variant("gossamer", OURS, forward, dict(zip(LEAVES, (x, gate_up, down, weights), strict=True)), problem.dy)
+    return Variant(name, role, forward, dict(zip(LEAVES, (x, gate_up, down, weights), strict=True)), problem.dy)
+
+
+def cuda_variant(problem: Problem) -> tuple[list[Variant], dict[str, str]]:
+    """The layer by the CUDA kernels beside Triton's on a GPU that has both, or why not."""
+    name = "gossamer, CUDA kernels"
+    if not problem.x.is_cuda:
+        return [], {}
+    if reason := _backend.cuda_kernels_unavailable() or _backend.hopper_refuses(problem.x):
+        return [], {name: reason}
+    return [gossamer_variant(problem, name, PEER, "cuda")], {}
 
 
 def build(request: Request) -> Case:
     """The layer with every reference and peer that is installed."""
     problem = make_problem(request)
     sample = make_sample(problem)
+    by_cuda, refused = cuda_variant(problem)
     peers, skipped = gather(PEERS, request, problem)
     flops, moved = costs(problem, request.direction)
     return Case(
@@ -54,8 +69,8 @@ def build(request: Request) -> Case:
         request.dtype,
         request.device,
         request.direction,
-        (gossamer_variant(problem), dense_variant(request), *peers),
-        skipped,
+        (gossamer_variant(problem), *by_cuda, dense_variant(request), *peers),
+        refused | skipped,
         flops,
         moved,
         make_gates(problem, sample, request),

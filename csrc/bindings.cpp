@@ -32,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_expert_mlp(m);
   gossamer::bindings::register_quantized_experts(m);
   gossamer::bindings::register_hash_table(m);
+  gossamer::bindings::register_hopper(m);
 }

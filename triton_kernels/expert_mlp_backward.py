@@ -5,6 +5,9 @@ Floor, R = T·K: 12·R·H·I floating-point operations gated, 8·R·H·I ungated
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -354,6 +357,22 @@ def _routing_weight_gradient(partial, dy, down_bias, rows, offsets, weights):
     return dweights
 
 
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of a backward pass, by whichever kernels: functions of the arguments of those here."""
+
+    down_backward: Callable
+    rows_times_weight: Callable
+    dweight: Callable
+
+
+def _dweight(x, dy, slots, offsets, x_div, dy_div, transposed):
+    return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True)[0]
+
+
+_PRODUCTS = Products(down_backward, rows_times_weight, _dweight)
+
+
 def expert_mlp_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -370,6 +389,7 @@ def expert_mlp_backward(
     interleaved: bool,
     needs: list[bool],
     overwrite: bool,
+    products: Products = _PRODUCTS,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, gate_up, down, weights, gate_up_bias, down_bias, empty where ``needs`` says no.
 
@@ -383,7 +403,7 @@ def expert_mlp_backward(
     wants = (need_x or need_gate_up or need_gate_up_bias, need_down, need_weights)
     dpreact = act = partial = None
     if num_rows and any(wants):
-        dpreact, act, partial = down_backward(
+        dpreact, act, partial = products.down_backward(
             dy, down, slots, offsets, weights, preact, activation, interleaved, wants, overwrite
         )
     else:
@@ -396,26 +416,20 @@ def expert_mlp_backward(
         )
         partial = None
     if need_down:
-        ddown = _dweight_like(down, act, dy, slots, offsets, 0, top_k)
+        ddown = products.dweight(act, dy, slots, offsets, 0, top_k, stored_transposed(down))
     # The weighted activation is freed before the larger gradient is allocated.
     del act
     if need_down_bias:
         ddown_bias = group_sums(dy, slots, offsets, top_k, weights)
     if need_x:
-        dx_rows = rows_times_weight(dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False)
+        dx_rows = products.rows_times_weight(dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False)
         dx = gather_reduce(dx_rows, rows.view(-1, top_k), None, None, offsets[-1:], -1)
         del dx_rows
     if need_gate_up:
-        dgate_up = _dweight_like(gate_up, x, dpreact, slots, offsets, top_k, 0)
+        dgate_up = products.dweight(x, dpreact, slots, offsets, top_k, 0, stored_transposed(gate_up))
     if need_gate_up_bias:
         dgate_up_bias = group_sums(dpreact, slots, offsets, 0)
     return dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias
-
-
-def _dweight_like(weight, x, dy, slots, offsets, x_div, dy_div):
-    """The weight gradient in the memory order of ``weight``."""
-    transposed = stored_transposed(weight)
-    return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True)[0]
 
 
 AOT_FORMS = (

@@ -17,8 +17,10 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 # Kernel modules by backend. "reference" has none: public functions run their plain-torch reference for it.
 _FAMILIES = {"native": "gossamer.cpu_kernels", "triton": "gossamer.triton_kernels", "cuda": "gossamer.cuda_kernels"}
 
+# Primitives that have CUDA kernels for Hopper GPUs and 16-bit dtypes alone.
+HOPPER_PRIMITIVES = ("grouped_matmul", "expert_mlp")
 # Primitives that have CUDA kernels; Triton serves the others on a GPU.
-CUDA_PRIMITIVES = ("dispatch", "hash_table")
+CUDA_PRIMITIVES = ("dispatch", "hash_table", *HOPPER_PRIMITIVES)
 
 # Primitives that have no Triton kernels.
 NO_TRITON_PRIMITIVES = ("hash_table",)
@@ -91,6 +93,30 @@ def cuda_kernels_unavailable() -> str | None:
     return _NO_CUDA_KERNELS
 
 
+def hopper_refuses(x: torch.Tensor) -> str | None:
+    """Why the CUDA kernels of ``HOPPER_PRIMITIVES`` cannot serve operands like ``x``, or None when they can."""
+    if not x.is_cuda:
+        return f"its kernels run on cuda, not on {x.device.type}"
+    if not importlib.import_module("gossamer._C").with_hopper:
+        return "gossamer was built without sm_90a among the CUDA architectures"
+    if (capability := torch.cuda.get_device_capability(x.device)) != (9, 0):
+        return f"its kernels are for compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels multiply float16 and bfloat16, got {x.dtype}"
+    return None
+
+
+def check_served(primitive: str, backend_name: str, x: torch.Tensor) -> None:
+    """``x`` must be what the CUDA kernels of a primitive of ``HOPPER_PRIMITIVES`` take, where those are to serve it.
+
+    A tracer does not ask; the kernels do when they run.
+    """
+    if backend_name != "cuda" or torch.compiler.is_compiling():
+        return
+    if reason := hopper_refuses(x):
+        raise ValueError(f'gossamer.backend("cuda") cannot serve {primitive} on {x.device}: {reason}')
+
+
 def unavailable(name: str, device_type: str) -> str | None:
     """Why the backend ``name`` cannot serve tensors on ``device_type``, or None when it can."""
     if name == "reference":
@@ -134,5 +160,7 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
 
 @functools.cache
 def kernels(backend_name: str, primitive: str) -> ModuleType:
-    """The kernel module of ``primitive`` in a family, imported on first use."""
+    """The kernel module of ``primitive`` in a family, imported on first use; Triton's where CUDA kernels lack one."""
+    if backend_name == "cuda" and primitive not in CUDA_PRIMITIVES:
+        backend_name = "triton"
     return importlib.import_module(f"{_FAMILIES[backend_name]}.{primitive}")

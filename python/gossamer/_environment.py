@@ -111,6 +111,8 @@ def served_by() -> dict[str, dict[str, dict]]:
 
 def _serving(primitive: str, device: str) -> dict:
     reasons = {name: _backend.unavailable(name, device) for name in _backend.BACKENDS}
+    if device == "cuda" and primitive in _backend.HOPPER_PRIMITIVES and not reasons["cuda"]:
+        reasons["cuda"] = _backend.hopper_refuses(torch.empty(0, dtype=torch.bfloat16, device=device))
     return {
         "serves": _backend.resolve(primitive, torch.empty(0, device=device)),
         "unavailable": {name: reason for name, reason in reasons.items() if reason},

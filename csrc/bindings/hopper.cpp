@@ -1,0 +1,186 @@
+// The products on Hopper GPUs, and, for tests on the host, the logic that their kernels share with it.
+#include "bindings/arguments.h"
+#include "bindings/register.h"
+#include "cuda/hopper/activation.h"
+#include "cuda/hopper/pipeline.h"
+#include "cuda/hopper/schedule.h"
+#ifdef GOSSAMER_WITH_CUDA
+#include <stdexcept>
+#include <string>
+
+#include "cuda/expert_mlp.cuh"
+#include "cuda/grouped_matmul.cuh"
+#endif
+
+namespace gossamer::bindings {
+
+namespace {
+
+using PyTile = std::tuple<int, int, int, int, int>;
+
+// The tiles of block `block` of `blocks`, as its warps find them.
+template <class Schedule>
+std::vector<PyTile> tiles(Schedule schedule, int64_t block, int64_t blocks) {
+  std::vector<PyTile> found;
+  hopper::Tile tile;
+  for (int64_t index = block; schedule.seek(index, tile); index += blocks) {
+    found.emplace_back(tile.expert, tile.row, tile.row_end, tile.row_tile, tile.column_tile);
+  }
+  return found;
+}
+
+int last(const std::vector<int32_t>& offsets) { return static_cast<int>(offsets.size()) - 1; }
+
+std::pair<int, int> ring_position(int stages, int64_t steps) {
+  using hopper::advanced;
+  const hopper::RingPosition start{0, 0};
+  switch (stages) {
+    case 4: {
+      const auto at = advanced<4>(start, steps);
+      return {at.stage, at.parity};
+    }
+    case 6: {
+      const auto at = advanced<6>(start, steps);
+      return {at.stage, at.parity};
+    }
+    default:
+      throw py::value_error("stages must be 4 or 6, got " + std::to_string(stages));
+  }
+}
+
+void register_logic(py::module_ m) {
+  m.attr("PANEL") = hopper::kPanel;
+  m.attr("PANEL_BYTES") = hopper::kPanelBytes;
+  m.attr("SHARED_LIMIT") = hopper::kSharedLimit;
+  m.def("shared_bytes", &hopper::shared_bytes, "Shared memory of a block, by tile rows, tile columns and stages.");
+  m.def("panel_offset", &hopper::panel_offset, "Byte of a 16-byte chunk of a row in a panel.");
+  m.def("operand_descriptor", &hopper::operand_descriptor, "Descriptor of an operand's panels.");
+  m.def("descriptor_step", &hopper::descriptor_step, "What 16 of K add to a descriptor.");
+  m.def("staging_offset", &hopper::staging_offset, "Byte of 16 bytes of a row of staged accumulators.");
+  m.def("staging_row", &hopper::staging_row, "Row that a lane reads of staged accumulators.");
+  m.def("ring_position", &ring_position, "Stage and parity after some uses of a ring.");
+  m.def(
+      "row_tiles",
+      [](const std::vector<int32_t>& offsets, int block_rows, int num_columns, int64_t block, int64_t blocks) {
+        return tiles(hopper::RowSchedule(offsets.data(), last(offsets), block_rows, num_columns), block, blocks);
+      },
+      "Tiles (expert, row, row end, row tile, column tile) of one block over ragged groups.");
+  m.def(
+      "weight_tiles",
+      [](const std::vector<int32_t>& offsets, int num_rows, int num_columns, int64_t block, int64_t blocks) {
+        return tiles(hopper::WeightSchedule(offsets.data(), last(offsets), num_rows, num_columns), block, blocks);
+      },
+      "Tiles of one block over one matrix per expert.");
+  m.def(
+      "glu_gradient",
+      [](int code, bool gated, float alpha, float limit, float dact, float gate, float up) {
+        const hopper::ActivationForm form{code, gated, false, alpha, limit};
+        std::tuple<float, float, float, float> out;
+        hopper::with_code(code, [&](auto code) {
+          const auto g = hopper::glu_gradient<code.value>(dact, gate, up, form);
+          out = {hopper::glu<code.value>(gate, up, form), g.act, g.dgate, g.dup};
+        });
+        return out;
+      },
+      "The activation forward and backward, and the gradients of gate and up.");
+}
+
+#ifdef GOSSAMER_WITH_CUDA
+// (slots, offsets, number of rows, number of experts) is PyGroups.
+// (pointer, rows, width, stride, divisor)
+using PyRows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+// (pointer, experts, outer, inner, expert stride, outer stride, transposed)
+using PyStoredWeight = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+// (code, gated, interleaved, alpha, limit)
+using PyActivation = std::tuple<int, bool, bool, float, float>;
+// (device, stream)
+using PyWhere = std::tuple<int, uintptr_t>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cuda::RoutingView routing(const PyGroups& g) {
+  const auto& [slots, offsets, num_rows, num_experts] = g;
+  return {pointer<const int32_t>(slots), pointer<const int32_t>(offsets), num_rows, num_experts};
+}
+
+cuda::RowsView rows(const PyRows& r) {
+  const auto& [data, num_rows, width, stride, div] = r;
+  return {pointer<const void>(data), num_rows, width, stride, div};
+}
+
+cuda::WeightView weight(const PyStoredWeight& w) {
+  const auto& [data, experts, outer, inner, expert_stride, outer_stride, transposed] = w;
+  return {pointer<const void>(data), experts, outer, inner, expert_stride, outer_stride, transposed};
+}
+
+cuda::ActivationView activation(const PyActivation& a) {
+  const auto& [code, gated, interleaved, alpha, limit] = a;
+  return {code, gated, interleaved, alpha, limit};
+}
+
+cuda::Where where(const PyWhere& w) { return {std::get<0>(w), pointer<void>(std::get<1>(w))}; }
+
+void raise(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("gossamer on Hopper: ") + error);
+}
+
+void register_products(py::module_& m) {
+  m.def(
+      "hopper_grouped_matmul",
+      [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w,
+         uintptr_t bias, uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
+        raise(cuda::grouped_matmul({bfloat16, routing(g), n, c, rows(x), weight(w), pointer<const void>(bias),
+                                    pointer<void>(y), scatter, zero_dropped},
+                                   where(at)));
+      },
+      "Rows of ragged groups times their expert's weight.");
+  m.def(
+      "hopper_grouped_matmul_dweight",
+      [](bool bfloat16, const PyGroups& g, const PyRows& a, const PyRows& b, uintptr_t out, int64_t expert_stride,
+         int64_t outer_stride, const PyWhere& at) {
+        raise(cuda::grouped_matmul_dweight(
+            {bfloat16, routing(g), rows(a), rows(b), pointer<void>(out), expert_stride, outer_stride}, where(at)));
+      },
+      "Outer products summed over the rows of each expert.");
+  m.def(
+      "hopper_expert_up",
+      [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
+         uintptr_t bias, const PyActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
+        raise(cuda::expert_up({bfloat16, routing(g), inner, c, rows(x), weight(gate_up), pointer<const void>(bias),
+                               activation(form), pointer<void>(act), pointer<void>(preact)},
+                              where(at)));
+      },
+      "The up-projection with its activation.");
+  m.def("hopper_expert_down_backward_columns", &cuda::expert_down_backward_columns,
+        "Rows of partial sums of the routing-weight gradient.");
+  m.def(
+      "hopper_expert_down_backward",
+      [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
+         const PyActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
+         uintptr_t weights, bool weights_float32, const PyWhere& at) {
+        raise(cuda::expert_down_backward(
+            {bfloat16, routing(g), inner, c, rows(dy), weight(down), activation(form), pointer<const void>(preact),
+             pointer<void>(dpreact), pointer<void>(act), pointer<float>(partial), pointer<const void>(weights),
+             weights_float32},
+            where(at)));
+      },
+      "The gradient through the down-projection and the activation.");
+}
+#endif
+
+}  // namespace
+
+void register_hopper(py::module_& m) {
+  register_logic(m.def_submodule("hopper_logic", "What the kernels for Hopper compute on the host too, for tests."));
+#ifdef GOSSAMER_WITH_CUDA
+  m.attr("with_hopper") = cuda::with_hopper();
+  register_products(m);
+#else
+  m.attr("with_hopper") = false;
+#endif
+}
+
+}  // namespace gossamer::bindings

@@ -1,0 +1,80 @@
+#include "cuda/expert_mlp.cuh"
+
+#include "cuda/hopper/glu_finish.cuh"
+#include "cuda/hopper/launch.cuh"
+
+namespace gossamer::cuda {
+namespace {
+
+using namespace hopper;
+
+template <typename T>
+using Up = RowProduct<Shape<T, 128, 256, 4, false, true>, GluFinish<T>>;
+// The epilogue reads and writes more than the product does: it has to run beside the next product.
+template <typename T>
+using DownBackward = RowProduct<Shape<T, 128, 128, 6, true, true>, GluBackwardFinish<T>>;
+
+constexpr int kUpColumns = 256;
+constexpr int kBackwardColumns = 128;
+
+PreactLayout layout_of(const ActivationView& activation, int64_t inner) {
+  return {static_cast<int32_t>(inner),
+          {activation.code, activation.gated, activation.interleaved, activation.alpha, activation.limit},
+          false};
+}
+
+const char* product_of(RowProductParams& product, bool bfloat16, const RoutingView& routing, const RowsView& x,
+                       const WeightView& weight, int64_t c, int64_t num_columns) {
+  product.experts = experts_of(routing);
+  product.x = rows_of(x);
+  product.num_columns = static_cast<int32_t>(num_columns);
+  product.steps = static_cast<int32_t>(divide_up(c, kPanel));
+  product.w_transposed = weight.transposed;
+  return encode_weight(&product.w_map, bfloat16, weight);
+}
+
+}  // namespace
+
+const char* expert_up(const ExpertUpArgs& args, const Where& where) {
+  const bool halves = args.activation.gated && !args.activation.interleaved;
+  const int64_t num_columns = divide_up(args.inner, args.activation.gated ? kUpColumns / 2 : kUpColumns);
+  GluParams params{};
+  if (const char* error = product_of(params.product, args.bfloat16, args.routing, args.x, args.gate_up, args.c,
+                                     num_columns)) {
+    return error;
+  }
+  params.product.second_half = halves ? static_cast<int32_t>(args.inner) : 0;
+  params.layout = layout_of(args.activation, args.inner);
+  params.layout.aligned = vectors_fit(args.act, args.inner) && vectors_fit(args.preact, args.inner);
+  params.act = args.act;
+  params.preact = args.preact;
+  params.bias = args.bias;
+  params.bias_aligned = vectors_fit(args.bias, args.inner);
+  const int64_t tiles = most_row_tiles(args.routing, 128) * num_columns;
+  return args.bfloat16 ? launch<Up<__nv_bfloat16>>(params, tiles, where) : launch<Up<__half>>(params, tiles, where);
+}
+
+int64_t expert_down_backward_columns(int64_t inner) { return divide_up(inner, kBackwardColumns); }
+
+const char* expert_down_backward(const ExpertDownBackwardArgs& args, const Where& where) {
+  const int64_t num_columns = expert_down_backward_columns(args.inner);
+  GluBackwardParams params{};
+  if (const char* error =
+          product_of(params.product, args.bfloat16, args.routing, args.dy, args.down, args.c, num_columns)) {
+    return error;
+  }
+  params.layout = layout_of(args.activation, args.inner);
+  params.layout.aligned = vectors_fit(args.preact, args.inner) && vectors_fit(args.dpreact, args.inner) &&
+                          vectors_fit(args.act, args.inner);
+  params.preact = args.preact;
+  params.dpreact = args.dpreact;
+  params.act = args.act;
+  params.partial = args.partial;
+  params.weights = args.weights;
+  params.weights_float32 = args.weights_float32;
+  const int64_t tiles = most_row_tiles(args.routing, 128) * num_columns;
+  return args.bfloat16 ? launch<DownBackward<__nv_bfloat16>>(params, tiles, where)
+                       : launch<DownBackward<__half>>(params, tiles, where);
+}
+
+}  // namespace gossamer::cuda

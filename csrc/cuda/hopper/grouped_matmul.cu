@@ -1,0 +1,59 @@
+#include "cuda/grouped_matmul.cuh"
+
+#include "cuda/hopper/launch.cuh"
+#include "cuda/hopper/plain_finish.cuh"
+
+namespace gossamer::cuda {
+namespace {
+
+using namespace hopper;
+
+template <typename T>
+using Gathered = RowProduct<Shape<T, 128, 256, 4, false, true>, PlainFinish<T>>;
+template <typename T>
+using Wide = RowProduct<Shape<T, 128, 256, 4, false, false>, PlainFinish<T>>;
+// Where the product of a tile is short, or 192 columns waste fewer, one tile's stores run beside the next's product.
+template <typename T>
+using Alternating = RowProduct<Shape<T, 128, 192, 4, true, false>, PlainFinish<T>>;
+
+constexpr int64_t kShort = 1024;
+
+template <class Problem>
+const char* run(PlainParams params, const GroupedMatmulArgs& args, const Where& where) {
+  using S = typename Problem::S;
+  params.product.num_columns = static_cast<int32_t>(divide_up(args.n, S::kBlockN));
+  return launch<Problem>(params, most_row_tiles(args.routing, S::kBlockM) * params.product.num_columns, where);
+}
+
+template <typename T>
+const char* choose(const PlainParams& params, const GroupedMatmulArgs& args, const Where& where) {
+  if (args.x.div != 0) return run<Gathered<T>>(params, args, where);
+  const int64_t wide = divide_up(args.n, 256) * 256, narrow = divide_up(args.n, 192) * 192;
+  const bool alternate = args.c <= kShort ? narrow <= wide + wide / 8 : narrow < wide;
+  return alternate ? run<Alternating<T>>(params, args, where) : run<Wide<T>>(params, args, where);
+}
+
+}  // namespace
+
+bool with_hopper() { return true; }
+
+const char* grouped_matmul(const GroupedMatmulArgs& args, const Where& where) {
+  PlainParams params{};
+  if (const char* error = encode_rows(&params.product.x_map, args.bfloat16, args.x)) return error;
+  if (const char* error = encode_weight(&params.product.w_map, args.bfloat16, args.weight)) return error;
+  params.product.experts = experts_of(args.routing);
+  params.product.x = rows_of(args.x);
+  params.product.steps = static_cast<int32_t>(divide_up(args.c, kPanel));
+  params.product.w_transposed = args.weight.transposed;
+  params.y = args.y;
+  params.bias = args.bias;
+  params.stride_y = args.n;
+  params.n = static_cast<int32_t>(args.n);
+  params.scatter = args.scatter;
+  params.zero_dropped = args.zero_dropped;
+  params.aligned = vectors_fit(args.y, args.n);
+  params.bias_aligned = vectors_fit(args.bias, args.n);
+  return args.bfloat16 ? choose<__nv_bfloat16>(params, args, where) : choose<__half>(params, args, where);
+}
+
+}  // namespace gossamer::cuda

@@ -1,0 +1,100 @@
+// The host's side: tensor maps for the copy engine, and launches.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/grouped_matmul.cuh"
+#include "cuda/hopper/operands.cuh"
+
+namespace gossamer::hopper {
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's own function, found when first wanted: nothing here links to the driver, which may not be there.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    const bool usable = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<EncodeTiled>(usable ? found : nullptr);
+  }();
+  return function;
+}
+
+// A map for boxes of 64 rows by 64 columns, swizzled as panels are, of `rank` 2 or 3: sizes innermost first, strides in
+// elements. What lies outside the sizes is read as zeros.
+inline const char* encode(CUtensorMap* map, bool bfloat16, const void* data, int rank, const int64_t (&sizes)[3],
+                          const int64_t (&strides)[2]) {
+  const EncodeTiled function = encode_tiled();
+  if (function == nullptr) return "the driver has no cuTensorMapEncodeTiled (it is older than CUDA 12)";
+  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(sizes[0]), static_cast<cuuint64_t>(sizes[1]),
+                              static_cast<cuuint64_t>(sizes[2])};
+  const cuuint64_t bytes[2] = {static_cast<cuuint64_t>(strides[0]) * 2, static_cast<cuuint64_t>(strides[1]) * 2};
+  const cuuint32_t box[3] = {kPanel, kPanel, 1}, ones[3] = {1, 1, 1};
+  const CUresult result =
+      function(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
+               const_cast<void*>(data), dims, bytes, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor";
+}
+
+inline Rows rows_of(const cuda::RowsView& view) {
+  return {view.data, view.stride, static_cast<int32_t>(view.width), static_cast<uint32_t>(view.div)};
+}
+
+// A map is wanted of rows in sorted order only.
+inline const char* encode_rows(CUtensorMap* map, bool bfloat16, const cuda::RowsView& view) {
+  if (view.div != 0) return nullptr;
+  return encode(map, bfloat16, view.data, 2, {view.width, view.num_rows, 1}, {view.stride, 0});
+}
+
+inline const char* encode_weight(CUtensorMap* map, bool bfloat16, const cuda::WeightView& view) {
+  return encode(map, bfloat16, view.data, 3, {view.inner, view.outer, view.num_experts},
+                {view.outer_stride, view.expert_stride});
+}
+
+inline Experts experts_of(const cuda::RoutingView& view) {
+  return {view.slots, view.offsets, static_cast<int32_t>(view.num_rows), static_cast<int32_t>(view.num_experts)};
+}
+
+inline bool vectors_fit(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 && stride % 8 == 0;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// At most so many row tiles, whatever the routing.
+inline int64_t most_row_tiles(const cuda::RoutingView& view, int block_rows) {
+  return std::min(view.num_rows, view.num_rows / block_rows + view.num_experts);
+}
+
+// One block a multiprocessor, or fewer for few tiles; null, or what CUDA says went wrong.
+template <class Problem>
+const char* launch(const typename Problem::Params& params, int64_t most_tiles, const cuda::Where& where) {
+  using S = typename Problem::S;
+  // The static runtime of this library has a current device of its own.
+  if (const cudaError_t error = cudaSetDevice(where.device); error != cudaSuccess) return cudaGetErrorString(error);
+  int multiprocessors = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, where.device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  error = cudaFuncSetAttribute(kernel<Problem>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(most_tiles, 1, multiprocessors));
+  kernel<Problem><<<blocks, kThreads, S::kSharedBytes, static_cast<cudaStream_t>(where.stream)>>>(params);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace gossamer::hopper

@@ -1,0 +1,31 @@
+"""The CUDA kernels for Hopper compile with no GPU, without spills or warnings, to the instructions they are made of."""
+
+import pytest
+
+from gossamer import _backend
+
+if reason := _backend.native_unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+import cuda_resources
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of the script's table."""
+    if reason := cuda_resources.unavailable():
+        pytest.skip(reason)
+    return cuda_resources.report()
+
+
+def test_kernels_compile_within_limits(rows):
+    """No kernel spills, warns, passes a limit or misses its instructions."""
+    failures = [f"{r['kernel']} {r['dtype']} {r['tile']}: {r['error']}" for r in rows if r["error"]]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("kernel", ["PlainFinish", "GluFinish", "GluBackwardFinish", "WeightGradient"])
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_every_product_is_compiled(rows, kernel, dtype):
+    """Each product has a kernel in each dtype, so that an empty table does not pass."""
+    assert any(r["kernel"] == kernel and r["dtype"] == dtype for r in rows)
