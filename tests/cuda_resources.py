@@ -81,7 +81,7 @@ def compile_source(script: dict, source: str) -> tuple[str, Path]:
 
 
 def count_instructions(cubin: Path) -> dict[str, dict[str, int]]:
-    """By kernel, how many wgmma, local-memory and register-reallocation instructions there are; empty with no tool."""
+    """By kernel, the number of wgmma and local-memory instructions and of faults in their use; empty with no tool."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return {}
@@ -93,7 +93,22 @@ def count_instructions(cubin: Path) -> dict[str, dict[str, int]]:
         name = part.split(None, 1)[0]
         wanted = {"hgmma": r"\bHGMMA\.", "local": r"\b(?:LDL|STL)\b", "setmaxreg": r"\bUSETMAXREG\b"}
         counts[name] = {key: len(re.findall(pattern, part)) for key, pattern in wanted.items()}
+        counts[name]["touched"] = touched_in_flight(part)
     return counts
+
+
+def touched_in_flight(code: str) -> int:
+    """Instructions that name an accumulator of a wgmma before the wait for all of them, in the order of the code."""
+    found, in_flight = 0, set()
+    for line in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", code, re.MULTILINE):
+        if product := re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+),", line):
+            first = int(product[2])
+            in_flight |= set(range(first, first + int(product[1]) // 2))
+        elif re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", line):
+            in_flight = set()
+        elif in_flight & set(map(int, re.findall(r"\bR(\d+)\b", line))):
+            found += 1
+    return found
 
 
 def report() -> list[dict]:
@@ -141,6 +156,8 @@ def _rows(source: str, log: str, cubin: Path) -> list[dict]:
             faults.append(f"shared memory {row['shared']} is over the limit {_C.hopper_logic.SHARED_LIMIT}")
         if counts and (not row["hgmma"] or row["local"] or row["setmaxreg"] != 2):
             faults.append("no wgmma, use of local memory, or registers not given and taken")
+        if counts and row["touched"]:
+            faults.append(f"{row['touched']} instructions touch accumulators that are being computed")
         rows.append(row | {"error": "; ".join(faults)})
     return rows
 

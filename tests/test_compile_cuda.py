@@ -29,3 +29,17 @@ def test_kernels_compile_within_limits(rows):
 def test_every_product_is_compiled(rows, kernel, dtype):
     """Each product has a kernel in each dtype, so that an empty table does not pass."""
     assert any(r["kernel"] == kernel and r["dtype"] == dtype for r in rows)
+
+
+def test_use_of_unfinished_accumulators_is_found():
+    """An instruction that names an accumulator before the wait for all products counts, others do not."""
+    lines = (
+        "HGMMA.64x128x16.F32 R24, gdesc[UR8], R24, gsb0 ",
+        "IADD3 R4, R23, R88, RZ ",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1 ",
+        "MOV R90, R87 ",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0 ",
+        "STS.64 [R2], R24 ",
+    )
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line};   /* 0x00 */" for i, line in enumerate(lines))
+    assert cuda_resources.touched_in_flight(code) == 1

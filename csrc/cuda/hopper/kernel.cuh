@@ -109,6 +109,8 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kBlocks][S::kBlockN / 2
   }
   if (S::kPingPong && frees) barrier_arrive(shared.turn(1 - consumer.group));
   mma_wait<0>();
+#pragma unroll
+  for (int block = 0; block < S::kBlocks; ++block) mma_results(acc[block]);
   if (num_steps > 0 && frees) barrier_arrive(shared.empty(previous));
 }
 

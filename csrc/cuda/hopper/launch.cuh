@@ -92,8 +92,10 @@ const char* launch(const typename Problem::Params& params, int64_t most_tiles, c
   error = cudaFuncSetAttribute(kernel<Problem>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(most_tiles, 1, multiprocessors));
-  kernel<Problem><<<blocks, kThreads, S::kSharedBytes, static_cast<cudaStream_t>(where.stream)>>>(params);
-  error = cudaGetLastError();
+  typename Problem::Params copy = params;
+  void* arguments[] = {&copy};
+  error = cudaLaunchKernel(kernel<Problem>, dim3(blocks), dim3(kThreads), arguments, S::kSharedBytes,
+                           static_cast<cudaStream_t>(where.stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

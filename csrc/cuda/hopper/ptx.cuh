@@ -94,5 +94,11 @@ template <int kPending>
 __device__ __forceinline__ void mma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Accumulators are there only after the wait, which the compiler does not know: it may not take them from earlier on.
+template <int kCount>
+__device__ __forceinline__ void mma_results(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 }  // namespace gossamer::hopper

@@ -1,0 +1,65 @@
+"""The kernels for Hopper on the host: their sources compiled by the C++ compiler against a model of the hardware.
+
+``tests/hopper_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's threads,
+mbarriers, the copy engine, chunk copies and wgmma. Everything else is what runs on a GPU: schedule, producers,
+pipeline, products, epilogues, launches and bindings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+import gossamer.cuda_kernels._hopper
+import gossamer.cuda_kernels.expert_mlp
+import gossamer.cuda_kernels.grouped_matmul
+from gossamer import _backend
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = "tests/hopper_on_host/module.cpp"
+FOLDER = ROOT / "build" / "hopper_on_host"
+
+
+def build() -> ModuleType:
+    """Compile the model where a source has changed, and import it; skips the test where there is no compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or not (ROOT / "setup.py").is_file():
+        pytest.skip("there is no C++ compiler, or no checkout")
+    import pybind11
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    target = FOLDER / f"hopper_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = ["tests/hopper_on_host", "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = "-O1 -w -std=c++20 -pthread -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
+    command = [compiler, *flags, *(f"-I{folder}" for folder in includes)]
+    command += ["-MF", str(target.with_suffix(".d")), SOURCE, "-o", str(target)]
+    with contextlib.chdir(ROOT), mock.patch("setuptools.setup"):
+        if runpy.run_path("setup.py")["out_of_date"](target, SOURCE):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+    spec = importlib.util.spec_from_file_location("hopper_on_host", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def install(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``gossamer.backend("cuda")`` serve the CPU by the model."""
+    really = _backend.unavailable
+    monkeypatch.setattr(_backend, "unavailable", lambda name, device: None if name == "cuda" else really(name, device))
+    monkeypatch.setattr(_backend, "hopper_refuses", lambda x: None)
+    for launchers in (gossamer.cuda_kernels.grouped_matmul, gossamer.cuda_kernels.expert_mlp):
+        monkeypatch.setattr(launchers, "_C", module)
+    monkeypatch.setattr(gossamer.cuda_kernels._hopper.Operands, "where", lambda self: (0, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
