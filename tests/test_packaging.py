@@ -203,6 +203,22 @@ def test_build_that_requires_cuda_fails_without_nvcc(build_script):
         build_script(GOSSAMER_CUDA="yes")
 
 
+def test_kernels_for_hopper_need_its_architecture(build_script, toolkit):
+    folder = Path(toolkit, "lib64")
+    folder.mkdir()
+    (folder / "libcudart_static.a").touch()
+
+    def sources(**environment):
+        _, arguments = build_script(CUDA_HOME=toolkit, **environment)
+        return {name for name in arguments["ext_modules"][0].sources if "hopper" in name and "bindings" not in name}
+
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda" / "hopper").glob("*.cu")}
+    assert len(kernels) == 3
+    assert sources() == kernels
+    assert sources(GOSSAMER_CUDA_ARCHS="80;90") == {"csrc/cuda/without_hopper.cpp"}
+    assert sources(GOSSAMER_CUDA="0") == set()
+
+
 def test_architectures_are_those_wanted_that_nvcc_knows(build_script, toolkit, monkeypatch):
     functions, _ = build_script(GOSSAMER_CUDA="0")
     gencodes, nvcc = functions["cuda_gencodes"], f"{toolkit}/bin/nvcc"
