@@ -268,6 +268,15 @@ def test_compiles_whole():
             torch.testing.assert_close(actual, run(lambda ids=ids, **v: f(**v, ids=ids), inputs, inputs, dout))
 
 
+def test_quantised_weights_are_refused():
+    """The CUDA kernels do not decode, and say so rather than leave it to others."""
+    d = make_dispatch(10, 3, 2, DEVICE)
+    inputs = product_inputs(10, 3, 64, 64, HALF, bias=False)
+    weight = gossamer.QuantizedExpertWeight.quantize(inputs["weight"], "int8")
+    with gossamer.backend("cuda"), pytest.raises(ValueError, match="its kernels take no quantised weights"):
+        gossamer.grouped_matmul(inputs["x"], weight, d)
+
+
 def test_refusals_say_why(monkeypatch):
     """A dtype, a GPU or a build that the kernels are not for is refused in the public function, by name."""
     d = make_dispatch(10, 3, 2, DEVICE)

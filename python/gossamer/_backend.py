@@ -106,14 +106,16 @@ def hopper_refuses(x: torch.Tensor) -> str | None:
     return None
 
 
-def check_served(primitive: str, backend_name: str, x: torch.Tensor) -> None:
+def check_served(primitive: str, backend_name: str, x: torch.Tensor, quantized: bool = False) -> None:
     """``x`` must be what the CUDA kernels of a primitive of ``HOPPER_PRIMITIVES`` take, where those are to serve it.
+
+    They do not take quantised weights.
 
     A tracer does not ask; the kernels do when they run.
     """
     if backend_name != "cuda" or torch.compiler.is_compiling():
         return
-    if reason := hopper_refuses(x):
+    if reason := hopper_refuses(x) or ("its kernels take no quantised weights" if quantized else None):
         raise ValueError(f'gossamer.backend("cuda") cannot serve {primitive} on {x.device}: {reason}')
 
 

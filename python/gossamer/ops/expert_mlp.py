@@ -302,7 +302,7 @@ def expert_mlp(
     gate_up_lora = check_factors("gate_up_lora", gate_up_lora, x, gate_up)
     down_lora = check_factors("down_lora", down_lora, x, down)
     check_float("x", x, backend)
-    _backend.check_served("expert_mlp", backend, x)
+    _backend.check_served("expert_mlp", backend, x, any(quantized))
     check_same_dtype(x=x, gate_up=dense[0], down=dense[1], gate_up_bias=gate_up_bias, down_bias=down_bias)
     if weights.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"weights must have the dtype of x, {x.dtype}, or torch.float32, got {weights.dtype}")

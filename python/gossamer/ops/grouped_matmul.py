@@ -198,7 +198,7 @@ def grouped_matmul(
     quantized = isinstance(weight, QuantizedExpertWeight)
     x, dense, bias = autocast(x, None if quantized else weight, bias)
     check_float("x", x, backend)
-    _backend.check_served("grouped_matmul", backend, x)
+    _backend.check_served("grouped_matmul", backend, x, quantized)
     check_same_dtype(x=x, weight=dense, bias=bias)
     check_same_device(x=x, weight=stored_tensor(weight), bias=bias, dispatch=dispatch.slots)
     if backend == "reference":
