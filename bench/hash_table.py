@@ -18,7 +18,7 @@ from gossamer.bench.embedding import SKEWS, draw_ranks
 
 # Capacity, columns, keys a call, percent of the capacity that is filled.
 SHAPES = {
-    "quarter": (134_217_728, 8, 1_048_576, 50),
+    "half": (134_217_728, 8, 1_048_576, 50),
     "three-quarters": (134_217_728, 8, 1_048_576, 75),
     "full": (134_217_728, 8, 1_048_576, 100),
     "cpu-half": (4_194_304, 16, 262_144, 50),
@@ -29,7 +29,7 @@ SHAPES = {
 SYMBOLS = ("N", "D", "B", "L")
 DEFAULTS = {
     "cpu": ("cpu-half", "cpu-three-quarters", "cpu-full", "cpu-large"),
-    "cuda": ("quarter", "three-quarters", "full"),
+    "cuda": ("half", "three-quarters", "full"),
 }
 QUICK = {"cpu": "cpu-three-quarters", "cuda": "three-quarters"}
 BUCKET_BYTES = 16

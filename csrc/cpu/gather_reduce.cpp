@@ -52,6 +52,9 @@ int64_t first_nan(const Bags& bags, const FloatMatrix& weights, int64_t begin, i
   });
 }
 
+// Ids that one thread looks through before a second is worth waking: it does so at the speed of memory.
+constexpr int64_t kIdsPerThread = int64_t{1} << 18;
+
 }  // namespace
 
 BagsError check_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMatrix& weights, int num_threads) {
@@ -70,7 +73,8 @@ BagsError check_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatM
   for (int64_t f = 0; f < pieces; ++f) {
     const int64_t rows = bags.features ? bags.features[f].rows : num_rows;
     const int64_t first = bags.begin(f * bags_each), last = bags_each ? bags.end((f + 1) * bags_each - 1) : first;
-    parallel_ranges(last - first, kElementsPerThread, num_threads, [&](int64_t begin, int64_t end) {
+    const int64_t grain = weights ? kElementsPerThread : kIdsPerThread;
+    parallel_ranges(last - first, grain, num_threads, [&](int64_t begin, int64_t end) {
       const auto note = [&](BagsError::Kind kind, int64_t position) {
 #pragma omp critical(gossamer_check_bags)
         if (position < found.position) found = {kind, position, bags.index[position], rows};

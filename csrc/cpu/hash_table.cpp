@@ -38,38 +38,39 @@ struct Flight {
     prefetch(t.digests + first_bucket(t, place) * kSlots);
   }
 
-  void look_first(const Table& t) {
+  void look_first(const Table& t, const int64_t* beside) {
     const int64_t bucket = first_bucket(t, place);
     first = match(t.digests + bucket * kSlots, place.digest);
-    if (first) return fetch_slot(t, bucket, first);
+    if (first) return fetch_slot(t, beside, bucket, first);
     prefetch(t.digests + second_bucket(t, place) * kSlots);
     prefetch(&t.buckets[second_bucket(t, place)]);
   }
 
-  void look_second(const Table& t) const {
+  void look_second(const Table& t, const int64_t* beside) const {
     if (first) return;
     const int64_t bucket = second_bucket(t, place);
-    if (const uint32_t mask = match(t.digests + bucket * kSlots, place.digest)) fetch_slot(t, bucket, mask);
+    if (const uint32_t mask = match(t.digests + bucket * kSlots, place.digest)) fetch_slot(t, beside, bucket, mask);
   }
 
  private:
-  static void fetch_slot(const Table& t, int64_t bucket, uint32_t mask) {
+  static void fetch_slot(const Table& t, const int64_t* beside, int64_t bucket, uint32_t mask) {
     const int64_t slot = bucket * kSlots + lowest_bit(mask);
     prefetch(t.keys + slot);
     if (t.scores) prefetch(t.scores + slot);
+    if (beside) prefetch(beside + slot);
   }
 };
 
-// Calls serve(i, slot) for keys [begin, end), in order.
+// Calls serve(i, slot) for keys [begin, end), in order. What lies at the slot in `beside`, if anything, is fetched too.
 template <class Serve>
-void search(const Table& t, IndexArray keys, int64_t begin, int64_t end, Serve&& serve) {
+void search(const Table& t, const int64_t* beside, IndexArray keys, int64_t begin, int64_t end, Serve&& serve) {
   constexpr int64_t kApart = 16, kRing = 64;
   std::array<Flight, kRing> ring;
   for (int64_t i = begin; i < end + 3 * kApart; ++i) {
     const int64_t first = i - kApart, second = first - kApart, last = second - kApart;
     if (i < end) ring[i % kRing].start(t, keys[i]);
-    if (first >= begin && first < end) ring[first % kRing].look_first(t);
-    if (second >= begin && second < end) ring[second % kRing].look_second(t);
+    if (first >= begin && first < end) ring[first % kRing].look_first(t, beside);
+    if (second >= begin && second < end) ring[second % kRing].look_second(t, beside);
     if (last >= begin) serve(last, find(t, ring[last % kRing].key, ring[last % kRing].place));
   }
 }
@@ -202,10 +203,9 @@ std::vector<int64_t> serve_present(const HashInsertArgs& a, int threads) {
   parallel_team(threads, [&](Team team) {
     auto& mine = missing[team.thread];
     const auto [begin, end] = team.share(a.count);
-    search(a.table, a.keys, begin, end, [&](int64_t i, int64_t slot) {
+    search(a.table, a.marks, a.keys, begin, end, [&](int64_t i, int64_t slot) {
       a.results.slots[i] = slot;
       a.results.status[i] = slot >= 0 ? kHit : kRefused;
-      if (a.results.victim_keys) a.results.victim_keys[i] = a.results.victim_scores[i] = 0;
       if (slot < 0) return mine.push_back(i);
       if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
       if (a.marks) set_shared(&a.marks[slot], a.mark);
@@ -235,7 +235,7 @@ int threads_for(int64_t count, int num_threads) {
 
 void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t* slots, int num_threads) {
   parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
-    search(table, keys, begin, end, [&](int64_t i, int64_t slot) { slots[i] = slot; });
+    search(table, nullptr, keys, begin, end, [&](int64_t i, int64_t slot) { slots[i] = slot; });
   });
 }
 
@@ -267,6 +267,10 @@ HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
     counts.evicted += status == kReplaced;
     counts.refused += status == kRefused;
     if (a.marks && status != kRefused) a.marks[a.results.slots[position]] = a.mark;
+  }
+  // Where nobody looks at the victims, nobody has touched their memory.
+  for (int64_t i = 0; counts.evicted > 0 && i < a.count; ++i) {
+    if (a.results.status[i] != kReplaced) a.results.victim_keys[i] = a.results.victim_scores[i] = 0;
   }
   return counts;
 }

@@ -29,7 +29,8 @@ struct HashInsertCounts {
   int64_t inserted = 0, evicted = 0, refused = 0;
 };
 
-// Finds or inserts each key: first those that are there, then the others in the order of the batch.
+// Finds or inserts each key: first those that are there, then the others in the order of the batch. Victims are written
+// where any key was evicted, zeros at the positions that evicted none.
 HashInsertCounts hash_table_insert(const HashInsertArgs& args, int num_threads);
 
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.

@@ -72,6 +72,8 @@ def insert(
         *(0 if v is None else v.data_ptr() for v in victims),
         torch.get_num_threads(),
     )
+    if counts[1] == 0:
+        victims = [None, None]
     return new_keys, tuple(counts), slots, status, *victims
 
 

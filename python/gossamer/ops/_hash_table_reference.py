@@ -263,7 +263,7 @@ def insert(
         How many distinct new keys there are where that is more than ``room``, and then nothing is inserted, else −1;
         how many positions inserted, evicted and were refused, or None where that is not known yet;
         ``(n,)`` int64 slots, −1 where refused; ``(n,)`` uint8 status; and by position what was evicted, key and score,
-        or None for both where nothing is.
+        or None for both where nothing was.
     """
     prober, n, batch = _Prober(storage, keys), keys.shape[0], _Batch(policy, stamp, serial)
     slots, status = [-1] * n, [REFUSED] * n

@@ -33,7 +33,7 @@ class Inserted:
     Attributes:
         rows: ``(n,)`` int64, rows of :attr:`HashTable.values`; −1 for a refused key.
         status: ``(n,)`` uint8, what the kernels say of each position.
-        victim_keys: ``(n,)`` int64, the key that the position evicted, where it did; None where nothing is evicted.
+        victim_keys: ``(n,)`` int64, the key that the position evicted, where it did; None where none can have.
         victim_scores: ``(n,)`` int64, that key's score; or None.
         known: the counts, where they are known.
     """
