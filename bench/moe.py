@@ -8,7 +8,8 @@ import torch
 
 import gossamer
 from gossamer import _backend
-from gossamer.bench.case import OURS, PEER, Case, Family, Request, Variant
+from gossamer._activation import Activation
+from gossamer.bench.case import OURS, PEER, REFERENCE, Case, Family, Request, Variant
 from gossamer.bench.expert_peers import PEERS
 from gossamer.bench.experts import (
     DEFAULTS,
@@ -25,8 +26,10 @@ from gossamer.bench.experts import (
     make_sample,
     rule,
 )
-from gossamer.bench.peers import gather
+from gossamer.bench.peers import Peer, Unavailable, gather
 from gossamer.bench.skew import EXPERT_SKEWS
+from gossamer.nn._block_sparse_experts import block_sparse_mlp
+from gossamer.ops.block_topology import BLOCK_SIZES
 
 # What nsight.py looks for kernels in.
 PRIMITIVES = ("dispatch", "expert_mlp")
@@ -55,12 +58,33 @@ def cuda_variant(problem: Problem) -> tuple[list[Variant], dict[str, str]]:
     return [gossamer_variant(problem, name, PEER, "cuda")], {}
 
 
+def block_sparse(name: str, role: str, problem: Problem) -> Variant:
+    """The same layer in block-sparse form, as :class:`gossamer.nn.Experts` computes it."""
+    i = problem.down.shape[2]
+    if i % BLOCK_SIZES[0]:
+        raise Unavailable(f"block-sparse form needs I in blocks of {BLOCK_SIZES[0]}, got {i}")
+    if _backend.resolve("block_sparse", problem.x) == "reference":
+        raise Unavailable("plain torch computes block-sparse products as dense ones")
+    x, gate_up, down, weights = (problem.leaf(name) for name in LEAVES.values())
+
+    def forward() -> torch.Tensor:
+        dispatch = gossamer.dispatch(problem.ids, problem.num_experts)
+        return block_sparse_mlp(x, gate_up, down, dispatch, weights, activation=Activation("swiglu"))
+
+    leaves = dict(zip(LEAVES, (x, gate_up, down, weights), strict=True))
+    return Variant(name, role, forward, leaves, problem.dy, gate="plain")
+
+
+# Behind the same switch as other people's systems, so that runs may leave it out.
+ALL_PEERS = (*PEERS, Peer("gossamer block-sparse", None, "gossamer", block_sparse, role=REFERENCE))
+
+
 def build(request: Request) -> Case:
     """The layer with every reference and peer that is installed."""
     problem = make_problem(request)
     sample = make_sample(problem)
     by_cuda, refused = cuda_variant(problem)
-    peers, skipped = gather(PEERS, request, problem)
+    peers, skipped = gather(ALL_PEERS, request, problem)
     flops, moved = costs(problem, request.direction)
     return Case(
         "moe",
@@ -89,7 +113,7 @@ FAMILY = Family(
     skews=EXPERT_SKEWS,
     dimensions=DIMENSIONS,
     work=WORK,
-    peers=PEERS,
+    peers=ALL_PEERS,
     rule=rule,
 )
 
