@@ -156,11 +156,12 @@ def test_gradients_are_watched_in_due_steps_only(device):
     model = network(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     moves = PruneAndRegrow(model, optimizer, every=3, until=100)
-    watched = []
+    watched, called = [], []
     for step in range(6):
         model(randn(4, 64, seed=step, device=device)).sum().backward()
         watched.append([bool(layer._observed) for layer in moves.layers])
-        moves.step()
+        moves.step(lambda step=step: called.append(step))
+    assert called == [0, 1, 3, 4]
     assert watched == [[False] * 2, [False] * 2, [True] * 2] * 2
     assert all(layer._observed is None for layer in moves.layers)
     with pytest.raises(ValueError, match="gradient_norms needs observe_gradient"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -136,11 +136,21 @@ class PruneAndRegrow:
         along = (1 + math.cos(math.pi * min(t / self.until, 1.0))) / 2
         return self.final_fraction + (self.fraction - self.final_fraction) * along
 
-    def step(self) -> bool:
-        """The optimizer's step, or a move, or both, as the rule says; returns whether blocks moved."""
+    def step(self, optimizer_step: Callable[[], object] | None = None) -> bool:
+        """The optimizer's step, or a move, or both, as the rule says.
+
+        Args:
+            optimizer_step: takes the place of ``optimizer.step``, such as ``lambda: scaler.step(optimizer)``.
+
+        Returns:
+            Whether blocks moved.
+
+        Raises:
+            ValueError: as :meth:`move` does.
+        """
         due = self.due
         if not (due and self._instead):
-            self.optimizer.step()
+            (optimizer_step or self.optimizer.step)()
         if due:
             self.move()
         self._steps += 1
