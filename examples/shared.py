@@ -29,10 +29,10 @@ def load_corpus(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return as_bytes(parts[0]), as_bytes(parts[1])
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average without the bias of its start; ``keep`` is the weight of what came before."""
     average, weight, out = 0.0, 0.0, []
     for value in values:
-        average, weight = 0.9 * average + 0.1 * value, 0.9 * weight + 0.1
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(average / weight)
     return out

@@ -1,0 +1,236 @@
+"""The click model of online_ctr.py: a DLRM over tables of ids, its training step, and all of its state as tensors."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from click_stream import DENSE, FEATURES, ClickStream, Events
+from torch import nn
+
+from gossamer.nn import DynamicEmbedding, EmbeddingBag, FrequencyAdmission
+from gossamer.optim import RowwiseAdagrad
+
+TABLES = ("dynamic", "unfiltered", "hashing")
+SHARES = {"user": 0.35, "item": 0.25, "tags": 0.1, "history": 0.3}  # of all rows
+ROW_BYTES = 8 + 8 + 1 + 8 + 1  # beside a dynamic row's values: key, score, digest, last use, changed or not
+COUNT_BYTES = 4 + 8 + 8 + 1  # of a filter's count: itself, key, score, digest
+MEASURES = ("auc", "ceiling", "logloss", "clicks", "rows", "inserted", "evicted", "expired", "rejected")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes a run, but for its length.
+
+    Attributes:
+        tables: ``"dynamic"``; ``"unfiltered"``, the same without admission and expiry; or ``"hashing"``, fixed tables
+            of as many bytes, with ids modulo their size.
+        batch: events of a step.
+        dim: D of all tables.
+        capacity: rows of the dynamic tables, together.
+        threshold: times an id must be seen to get a row.
+        expire_after: steps without use after which a row goes.
+        size: of the stream's populations.
+        pace: of their coming and going.
+        lr: of Adam, for the dense weights.
+        embedding_lr: of row-wise Adagrad, for the tables.
+        seed: of everything.
+        device: where model and tables lie.
+    """
+
+    tables: str
+    batch: int
+    dim: int
+    capacity: int
+    threshold: int
+    expire_after: int
+    size: float
+    pace: float
+    lr: float
+    embedding_lr: float
+    seed: int
+    device: str
+
+    def stream(self) -> ClickStream:
+        """The events of this run."""
+        return ClickStream(self.seed, self.batch, self.size, self.pace)
+
+
+def auc(scores: torch.Tensor, clicks: torch.Tensor) -> float:
+    """Area under the ROC curve: how often a clicked event scores above one that is not; ties count one half."""
+    levels, place, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    clicked = torch.zeros_like(levels).index_add_(0, place, clicks.double())
+    others = counts - clicked
+    pairs = clicked.sum() * others.sum()
+    below = others.cumsum(0) - others
+    return float((clicked * (below + others / 2)).sum() / pairs) if pairs > 0 else 0.5
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for wide, narrow in itertools.pairwise(sizes):
+        layers += [nn.Linear(wide, narrow), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class HashedBag(EmbeddingBag):
+    """The hashing trick: a fixed table, and ids that share the row of their remainder."""
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Means over bags of ids, ``(B, D)``."""
+        return super().forward(ids % self.num_embeddings, offsets)
+
+
+def make_table(feature: str, number: int, settings: Settings) -> nn.Module:
+    """The table of a feature; whatever its kind, with about as many bytes."""
+    capacity, forgets = max(int(settings.capacity * SHARES[feature]), 1), settings.tables != "unfiltered"
+    optimizer = RowwiseAdagrad(lr=settings.embedding_lr, initial_accumulator=1e-2)
+    dynamic = DynamicEmbedding(
+        settings.dim,
+        capacity,
+        pooling="mean",
+        optimizer=optimizer,
+        admission=FrequencyAdmission(settings.threshold, capacity=capacity) if forgets else None,
+        expire_after=settings.expire_after if forgets else None,
+        initializer=0.05,
+        device=settings.device,
+        seed=settings.seed + number,
+    )
+    if settings.tables != "hashing":
+        return dynamic
+    rows = table_bytes(dynamic) // (4 * settings.dim + 4)
+    weight = torch.rand(rows, settings.dim).mul_(0.1).sub_(0.05)
+    return HashedBag(rows, settings.dim, mode="mean", include_last_offset=True, _weight=weight, optimizer=optimizer).to(
+        settings.device
+    )
+
+
+def table_bytes(table: nn.Module) -> int:
+    """Memory of a table with its optimizer's state, and of a dynamic one's keys and filter."""
+    if isinstance(table, EmbeddingBag):
+        return sum(tensor.nbytes for tensor in (table.weight, *table.buffers()))
+    values, counts = table.table.values, 0 if table.admission is None else table.admission.capacity
+    state = sum(tensor.nbytes for tensor in table.optimizer_state.values())
+    return values.nbytes + state + values.shape[0] * ROW_BYTES + counts * COUNT_BYTES
+
+
+class DLRM(nn.Module):
+    """Dense features through an MLP, ids through tables, all pairs of the two through dot products, then an MLP.
+
+    Naumov et al., 2019, arXiv 1906.00091.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        torch.manual_seed(settings.seed)
+        width = len(FEATURES) + 1
+        self.bottom = mlp(len(DENSE), 64, settings.dim)
+        self.top = mlp(settings.dim + width * (width - 1) // 2, 64, 32, 1)
+        self.to(settings.device)
+        self.tables = nn.ModuleDict({name: make_table(name, i, settings) for i, name in enumerate(FEATURES)})
+        first, second = torch.tril_indices(width, width, -1, device=settings.device)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+
+    def forward(self, events: Events) -> torch.Tensor:
+        """Logits of a click, ``(B,)``."""
+        x = self.bottom(events.dense.to(self.first.device))
+        bags = [self.tables[name](*(part.to(x.device) for part in events.ids[name])) for name in FEATURES]
+        vectors = torch.stack([x, *bags], 1)
+        products = torch.bmm(vectors, vectors.mT)[:, self.first, self.second]
+        return self.top(torch.cat([x, products], 1)).squeeze(1)
+
+
+class Trainer:
+    """A model, its optimizers, and what it measured in the steps so far: all that has to survive."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.stream = settings, settings.stream()
+        self.model = DLRM(settings)
+        parts = ((name, getattr(self.model, name)) for name in ("bottom", "top"))
+        self.dense = {k: p for name, part in parts for k, p in part.named_parameters(prefix=name)}
+        self.optimizer = torch.optim.Adam(list(self.dense.values()), lr=settings.lr)
+        self.step, self.seconds = 0, 0.0
+        self.measured: list[list[float]] = []
+
+    @property
+    def dynamic(self) -> dict[str, DynamicEmbedding]:
+        """The dynamic tables by name; none with hashing."""
+        return {name: table for name, table in self.model.tables.items() if isinstance(table, DynamicEmbedding)}
+
+    def train_step(self) -> None:
+        """Predict the next events, then learn from them; predictions are measured before they are learned from."""
+        events = self.stream.events(self.step)
+        for table in self.dynamic.values():
+            table.advance_clock(self.step)
+        logits, clicks = self.model(events), events.clicks.to(self.settings.device)
+        loss = F.binary_cross_entropy_with_logits(logits, clicks)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.step % 10 == 9:
+            for table in self.dynamic.values():
+                table.expire()
+        counters = [table.counters for table in self.dynamic.values()]
+        counted = [sum(getattr(c, name) for c in counters) for name in MEASURES[5:]]
+        rows = sum(len(table) for table in self.dynamic.values())
+        areas = [auc(logits.detach().cpu(), events.clicks), auc(events.truth, events.clicks)]
+        self.measured.append([*areas, loss.item(), events.clicks.mean().item(), rows, *counted])
+        self.step += 1
+
+    def recent(self, steps: int) -> dict[str, float]:
+        """The mean of each measure over the last steps; the last value of those that count."""
+        last = torch.tensor(self.measured[-steps:], dtype=torch.float64)
+        return dict(zip(MEASURES, [*last[:, :4].mean(0).tolist(), *last[-1, 4:].tolist()], strict=True))
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of all tables."""
+        return sum(table_bytes(table) for table in self.model.tables.values())
+
+    @torch.no_grad()
+    def score(self, events: Events) -> torch.Tensor:
+        """Logits that change nothing, as a server gives them."""
+        self.model.eval()
+        logits = self.model(events)
+        self.model.train()
+        return logits
+
+    def serving_tensors(self) -> dict[str, torch.Tensor]:
+        """What a server needs beside the dynamic tables."""
+        return {f"model.{name}": parameter for name, parameter in self.dense.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All state beside the dynamic tables."""
+        found = self.serving_tensors()
+        for name, table in self.model.tables.items():
+            if isinstance(table, EmbeddingBag):
+                found |= {f"tables.{name}.{key}": tensor for key, tensor in table.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items()}
+        found["measured"] = torch.tensor(self.measured, dtype=torch.float64).view(-1, len(MEASURES))
+        return found
+
+    @torch.no_grad()
+    def take(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Take over :meth:`tensors`, or what :meth:`serving_tensors` gave, of a step."""
+        for name, parameter in self.dense.items():
+            parameter.copy_(tensors[f"model.{name}"])
+        for name, table in self.model.tables.items():
+            prefix = f"tables.{name}."
+            if isinstance(table, EmbeddingBag):
+                table.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = tensor.clone()
+        if states:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        if "measured" in tensors:
+            self.measured = tensors["measured"].tolist()
+        self.step = step
