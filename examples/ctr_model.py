@@ -15,8 +15,9 @@ from gossamer.optim import RowwiseAdagrad
 
 TABLES = ("dynamic", "unfiltered", "hashing")
 SHARES = {"user": 0.35, "item": 0.25, "tags": 0.1, "history": 0.3}  # of all rows
-ROW_BYTES = 8 + 8 + 1 + 8 + 1  # beside a dynamic row's values: key, score, digest, last use, changed or not
-COUNT_BYTES = 4 + 8 + 8 + 1  # of a filter's count: itself, key, score, digest
+KEY_BYTES = 8 + 8 + 1 + 12 / 16  # of a hash table's slot: key, score, digest, share in a bucket
+ROW_BYTES = KEY_BYTES + 8 + 1  # beside a dynamic row's values and optimizer state: last use, changed or not
+SLOTS = 13 / 12  # for each key that a hash table may hold
 MEASURES = ("auc", "ceiling", "logloss", "clicks", "rows", "inserted", "evicted", "expired", "rejected")
 
 
@@ -114,7 +115,7 @@ def table_bytes(table: nn.Module) -> int:
         return sum(tensor.nbytes for tensor in (table.weight, *table.buffers()))
     values, counts = table.table.values, 0 if table.admission is None else table.admission.capacity
     state = sum(tensor.nbytes for tensor in table.optimizer_state.values())
-    return values.nbytes + state + values.shape[0] * ROW_BYTES + counts * COUNT_BYTES
+    return int(values.nbytes + state + values.shape[0] * ROW_BYTES + counts * SLOTS * (4 + KEY_BYTES))
 
 
 class DLRM(nn.Module):

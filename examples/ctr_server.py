@@ -52,18 +52,37 @@ class Server:
         """Whether this is what the trainer ended with."""
         return self.info["step"] >= self.info["steps"]
 
+    def _refuse(self, error: ValueError) -> bool:
+        """Say what is wrong, once; whether it was said before."""
+        known, self._complaint = str(error) == self._complaint, str(error)
+        if not known:
+            self.refused += 1
+            self.say(f"refused, still serving step {self.info['step']}: {error}")
+        return known
+
+    def _checkpoint_ahead(self) -> bool:
+        try:
+            manifest = read_manifest(self.folder.path)
+        except ValueError:
+            return False
+        return manifest is not None and manifest.sequence > self.folder.sequence
+
+    def _reload(self) -> bool:
+        try:
+            self._load()
+            return True
+        except ValueError as error:
+            self._refuse(error)
+            return False
+
     def apply_next(self) -> bool:
         """Apply the next delta, if it has come and is whole; what cannot be applied leaves everything as it was."""
         try:
             contents = self.folder.apply_next()
         except ValueError as error:
-            if str(error) != self._complaint:
-                self._complaint, self.refused = str(error), self.refused + 1
-                self.say(f"refused, still serving step {self.info['step']}: {error}")
-            if isinstance(error, DeltaGap) or read_manifest(self.folder.path).sequence > self.folder.sequence:
-                self._load()
-                return True
-            return False
+            # A gap may mean that the trainer went another way from its checkpoint, but that leads on once or never.
+            known = self._refuse(error)
+            return (self._checkpoint_ahead() or (isinstance(error, DeltaGap) and not known)) and self._reload()
         if contents is None:
             return False
         self.info = contents.info

@@ -46,7 +46,7 @@ except ImportError as error:
 
 SIZES = {
     "steps": (2500, 300), "batch": (2048, 1024), "dim": (16, 16), "capacity": (36_000, 9_000), "threshold": (3, 3),
-    "expire-after": (100, 60), "delta-every": (25, 10), "checkpoint-every": (250, 50), "threads": (1, 1),
+    "expire-after": (50, 30), "delta-every": (25, 10), "checkpoint-every": (250, 50), "threads": (1, 1),
     "seed": (0, 0),
 }  # fmt: skip
 RATES = {"size": (1.0, 0.25), "pace": (1.0, 2.0), "lr": (5e-3, 5e-3), "embedding-lr": (0.4, 0.4)}
