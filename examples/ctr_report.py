@@ -53,7 +53,6 @@ def plot_auc(runs: list[Trainer], served: dict | None, path: Path) -> None:
         values, name = smooth(column(run, "auc"), 0.98), run.settings.tables
         curve.plot(range(1, len(values) + 1), values, color=COLORS[name], label=f"{NAMES[name]}: {values[-1]:.3f}")
     curve.set(xlabel="step", ylabel="AUC, running mean", title="Clicks predicted before they are learned from")
-    curve.set_ylim(0.5, None)
     curve.legend(frameon=False, loc="lower right", fontsize=8)
     if stale:
         events, areas = [int(n) / 1000 for n in stale], list(stale.values())
@@ -79,7 +78,7 @@ def plot_tables(runs: list[Trainer], path: Path) -> None:
         for name, color in zip(events, ("#1f6f8b", "#c2571a", "#7a9a3a", "0.45"), strict=True):
             total = torch.tensor([0.0, *column(run, name)], dtype=torch.float64)
             if total[-1] > 0:
-                axis.plot(range(1, len(total)), smooth(total.diff().tolist(), 0.95), color=color, label=name)
+                axis.plot(range(1, len(total)), smooth(total.diff().tolist(), 0.98), color=color, label=name)
         axis.set(xlabel="step", ylabel="ids a step", title=f"Coming and going: {run.settings.tables}", yscale="log")
         axis.legend(frameon=False, fontsize=8)
     finish(axes[0], path, figure)

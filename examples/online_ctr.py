@@ -53,28 +53,34 @@ RATES = {"size": (1.0, 0.25), "pace": (1.0, 2.0), "lr": (5e-3, 5e-3), "embedding
 SERVED = "serving.json"
 
 
-class OtherRun(ValueError):
-    """The folder holds a run with other settings."""
+class CannotResume(ValueError):
+    """The folder holds a run with other settings, or no checkpoint that can be read."""
 
 
 def resume(trainer: Trainer, folder: EmbeddingFolder) -> bool:
     """Go on from the folder's checkpoint, if there is one."""
-    manifest = read_manifest(folder.path)
-    if manifest is None:
-        return False
-    mine, theirs = asdict(trainer.settings), manifest.info["settings"]
-    different = [name for name in mine if mine[name] != theirs.get(name)]
-    if different:
-        name = different[0]
-        option = "--" + name.replace("_", "-")
-        raise OtherRun(
-            f"{folder.path} holds a run with {option} {theirs.get(name)}, not {mine[name]}: go on with the same, or "
-            "give another --out"
-        )
-    contents = folder.load()
+    try:
+        manifest = read_manifest(folder.path)
+        if manifest is None:
+            return False
+        mine, theirs = asdict(trainer.settings), manifest.info.get("settings", {})
+        for name in mine:
+            if mine[name] != theirs.get(name):
+                raise CannotResume(
+                    f"{folder.path} holds a run with --{name.replace('_', '-')} {theirs.get(name)}, not {mine[name]}: "
+                    "go on with the same, or give another --out"
+                )
+        contents = folder.load()
+    except ValueError as error:
+        raise CannotResume(str(error)) from error
     trainer.take(contents.tensors, contents.info["step"])
     trainer.seconds = contents.info["seconds"]
     return True
+
+
+def short(count: float) -> str:
+    """A count in at most five characters."""
+    return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
 class Display:
@@ -97,9 +103,9 @@ class Display:
             text = f"AUC {last['auc']:.4f}  loss {last['logloss']:.4f}"
             if trainer.dynamic:
                 text += f"  {last['rows']:.0f} rows"
-                text += "".join(f"  {last[n] / 1000:.0f}k {n}" for n in ("expired", "rejected"))
-            text += f"  {speed / 1000:.0f}k events/s"
-            self.line.plain = f"{'':>10} {text}"
+                text += "".join(f"  {short(last[name])} {name}" for name in ("expired", "rejected"))
+            text += f"  {short(speed)} events/s"
+            self.line.plain = text
             self.progress.update(bar, completed=step)
             if not self.console.is_terminal and step % max(steps // 10, 1) == 0:
                 self.console.print(f"{trainer.settings.tables}, step {step}: {text}", soft_wrap=True)
@@ -152,6 +158,8 @@ def server_beside(folder: Path, patience: float, console: Console):
         console.print("waiting for the server to apply the last delta")
         if process.wait(timeout=patience + 60):
             console.print(f"the server failed; see {folder.parent / 'server.log'}", style="red")
+    except subprocess.TimeoutExpired:
+        console.print(f"the server did not finish; see {folder.parent / 'server.log'}", style="red")
     finally:
         process.kill()
         process.wait()
@@ -246,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with server_beside(path, given.patience, console) if serving else nullcontext():
                 train(trainer, folder, given, display)
-        except OtherRun as error:
+        except CannotResume as error:
             console.print(str(error), style="red", soft_wrap=True)
             return 2
         if not runs and (path / SERVED).is_file():

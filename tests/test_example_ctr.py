@@ -141,31 +141,49 @@ def test_the_memory_of_a_table_is_counted(example, device):
 def wait_for(condition, process):
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None and time.monotonic() < deadline, process.args
         time.sleep(0.002)
 
 
-def test_a_killed_run_ends_with_the_same_bits(example, tmp_path):
-    """SIGKILL in the first save and at two moments later: tables, dense weights, optimizer and files are the same."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert example.online_ctr.main(arguments(whole)) == 0
-    command = [sys.executable, str(EXAMPLES / "online_ctr.py"), *arguments(broken)]
+def kill_and_resume(example, out, command):
+    """Kill the run three times, then let it end."""
     moments, chance = (None, 6, 13), random.Random(0)
     for number in moments:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             if number is None:
-                wait_for((broken / "dynamic").exists, process)
+                wait_for((out / "dynamic").exists, process)
             else:
-                wait_for((broken / "dynamic" / f"delta-{number:08d}.safetensors").exists, process)
+                wait_for((out / "dynamic" / f"delta-{number:08d}.safetensors").exists, process)
                 time.sleep(chance.uniform(0, 0.05))
             assert process.poll() is None
         finally:
             process.kill()
             process.communicate()
         assert process.returncode == -signal.SIGKILL
-    assert read_manifest(broken / "dynamic").info["step"] < 90
-    assert example.online_ctr.main(arguments(broken)) == 0
+    assert read_manifest(out / "dynamic").info["step"] < 90
+    assert example.online_ctr.main(arguments(out)) == 0
+
+
+def test_a_killed_run_ends_with_the_same_bits(example, tmp_path):
+    """SIGKILL in the first save and at two moments later: tables, dense weights, optimizer and files are the same.
+
+    A server follows all along, and does not notice.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert example.online_ctr.main(arguments(whole)) == 0
+    command = [sys.executable, str(EXAMPLES / "online_ctr.py"), *arguments(broken)]
+    serve = [sys.executable, command[1], "--serve", str(broken / "dynamic"), "--patience", "40"]
+    server = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        kill_and_resume(example, broken, command)
+        output, _ = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    served = json.loads((broken / "dynamic" / "serving.json").read_text())
+    assert server.returncode == 0 and served["step"] == 90, output
+    assert served["deltas_applied"] > 0 == served["deltas_refused"], output
     manifests = [read_manifest(folder / "dynamic") for folder in (whole, broken)]
     assert manifests[0].sequence == manifests[1].sequence == 18 and manifests[1].info["step"] == 90
     (one, first), (two, second) = (
@@ -233,8 +251,8 @@ def test_the_server_scores_as_the_trainer_and_refuses_what_is_broken(example, tm
     assert_equal_scores()
 
 
-def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path, capsys):
-    assert example.online_ctr.main(arguments(tmp_path, "--compare", "--with-server", steps=40)) == 0
+def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path, capsys, device):
+    assert example.online_ctr.main(arguments(tmp_path, "--compare", "--with-server", "--device", device, steps=40)) == 0
     out = capsys.readouterr().out
     assert max(map(len, out[out.index("The last") :].splitlines())) <= 80 or str(tmp_path) in out.splitlines()[-1]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -245,7 +263,7 @@ def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path
     served = metrics["served"]
     assert served["step"] == 40 and served["deltas_refused"] == 0
     # The last it served is what the trainer ended with, and what it measured is that model's AUC.
-    made, folder = trainer(example, tmp_path / "dynamic", "cpu")
+    made, folder = trainer(example, tmp_path / "dynamic", device)
     made.take(folder.load().tensors, 40)
     events = made.stream.events(40, example.click_stream.HELD_OUT)
     score = example.ctr_model.auc(made.score(events), events.clicks)
@@ -256,9 +274,9 @@ def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path
         assert head[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", head[16:24])) > 500
     # Finished runs are shown again, not trained again; and other settings do not go on with them.
     before = (tmp_path / "dynamic" / "manifest.json").read_bytes()
-    assert example.online_ctr.main(arguments(tmp_path, steps=40)) == 0
+    assert example.online_ctr.main(arguments(tmp_path, "--device", device, steps=40)) == 0
     assert (tmp_path / "dynamic" / "manifest.json").read_bytes() == before
-    assert example.online_ctr.main(arguments(tmp_path, steps=40, threshold=5)) == 2
+    assert example.online_ctr.main(arguments(tmp_path, "--device", device, steps=40, threshold=5)) == 2
     assert "holds a run with --threshold 2, not 5" in " ".join(capsys.readouterr().out.split())
 
 
