@@ -115,17 +115,18 @@ def test_learning_ids_pays_and_collisions_cost(example, device):
     """Better than the click rate, worse than the hidden numbers; as many bytes of fixed tables do less well."""
     results = {}
     for tables in ("dynamic", "hashing"):
-        made, _ = trainer(example, "unused", device, tables=tables)
+        # Ids that live 5 to 60 steps: fixed tables fill up with dead ones.
+        made, _ = trainer(example, "unused", device, tables=tables, size=0.03, pace=24, capacity=900, expire_after=12)
         for _ in range(240):
             made.train_step()
         results[tables] = made.recent(60) | {"bytes": made.table_bytes}
     ours, theirs = results["dynamic"], results["hashing"]
     assert ours["bytes"] == pytest.approx(theirs["bytes"], rel=1e-3)
     rate = torch.tensor(ours["clicks"])
-    assert 0.68 < ours["auc"] < ours["ceiling"] - 0.05
-    assert ours["logloss"] < float(torch.special.entr(rate) + torch.special.entr(1 - rate)) - 0.03
-    assert ours["auc"] > theirs["auc"] + 0.005 and ours["logloss"] < theirs["logloss"]
-    assert min(ours["inserted"], ours["expired"], ours["rejected"]) > 0 and ours["rows"] <= 1200
+    assert 0.64 < ours["auc"] < ours["ceiling"] - 0.05
+    assert ours["logloss"] < float(torch.special.entr(rate) + torch.special.entr(1 - rate)) - 0.02
+    assert ours["auc"] > theirs["auc"] + 0.015 and ours["logloss"] < theirs["logloss"]
+    assert min(ours["inserted"], ours["expired"], ours["rejected"]) > 0 and ours["rows"] <= 900
 
 
 def test_the_memory_of_a_table_is_counted(example, device):
