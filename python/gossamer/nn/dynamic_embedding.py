@@ -211,11 +211,9 @@ class DynamicEmbedding(nn.Module):
 
     def _start_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
         if callable(self.initializer):
-            values = self.initializer(keys, self.dim)
-            if tuple(values.shape) != (keys.shape[0], self.dim):
-                raise ValueError(
-                    f"initializer must return ({keys.shape[0]}, {self.dim}) values, got {tuple(values.shape)}"
-                )
+            values, shape = self.initializer(keys, self.dim), (keys.shape[0], self.dim)
+            if tuple(values.shape) != shape:
+                raise ValueError(f"initializer must return {shape} values, got {tuple(values.shape)}")
             self.table.values[rows] = values.to(self.table.value_dtype)
         else:
             self.table.start_uniform(rows, keys, self.seed, self.initializer)
@@ -262,11 +260,8 @@ class DynamicEmbedding(nn.Module):
 
     def _checkpoint_header(self) -> dict[str, object]:
         admission = None if self.admission is None else repr(self.admission)
-        return self._header() | {
-            "capacity": self.table.capacity,
-            "evict": self.table.evict,
-            "admission": admission,
-        }
+        own = {"capacity": self.table.capacity, "evict": self.table.evict, "admission": admission}
+        return self._header() | own
 
     def _removed_keys(self) -> torch.Tensor:
         none = torch.empty(0, dtype=self.table.key_dtype, device=self.device)
