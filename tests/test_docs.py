@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = sorted(DOCS.glob("*.md"))
 # Others have blocks that build on one another, and are run by the tests of what they are about.
-ALONE = ("block-sparse", "migrating", "online-training")
+ALONE = ("block-sparse", "block-sparse-layers", "migrating", "online-training")
 BLOCKS = [
     pytest.param(source, id=f"{path.stem} {number}")
     for path in DOCUMENTS
