@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gossamer import _backend
 from gossamer.nn import BlockSparseLinear, PruneAndRegrow
 from gossamer.nn.prune_and_regrow import moved_mask
 
@@ -166,6 +169,39 @@ def test_gradients_are_watched_in_due_steps_only(device):
     assert all(layer._observed is None for layer in moves.layers)
     with pytest.raises(ValueError, match="gradient_norms needs observe_gradient"):
         moves.move()
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor that an operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_nothing_dense_is_held(device):
+    """Training at 1/32 makes no tensor as large as the dense weight, in a move too; its optimizer holds 1/32."""
+    layer = BlockSparseLinear(512, 1024, density=1 / 32, block=16, device=device)
+    if _backend.resolve("block_sparse", layer.values) == "reference":
+        pytest.skip("plain torch computes block-sparse products by dense ones")
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    moves = PruneAndRegrow(layer, optimizer, every=2, until=100)
+    x = randn(16, 512, device=device)
+    for due in (False, True):
+        with Sizes() as sizes:
+            layer(x).square().sum().backward()
+            assert moves.step() == due
+        # A band of the gradient in a move; otherwise nothing but the blocks and the activations.
+        assert sizes.largest <= (256 * 512 if due else 16 * 1024)
+    held = [v for v in optimizer.state[layer.values].values() if v.numel() > 1]
+    assert [v.numel() for v in held] == [layer.values.numel()] * 2 and layer.values.numel() == 512 * 1024 // 32
 
 
 def test_frozen_and_unused_layers_stay(device):
