@@ -111,7 +111,9 @@ GOSSAMER_HD uint32_t match(const uint8_t* digests, uint8_t digest) {
   return mask;
 #elif defined(__SSE2__)
   const __m128i all = _mm_load_si128(reinterpret_cast<const __m128i*>(digests));
-  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(all, _mm_set1_epi8(static_cast<char>(digest)))));
+  // Spread in a general register: compilers send a byte through memory, and wait there.
+  const __m128i wanted = _mm_set1_epi32(static_cast<int>(digest * 0x01010101u));
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(all, wanted)));
 #else
   uint32_t mask = 0;
   for (int i = 0; i < kSlots; ++i) mask |= static_cast<uint32_t>(digests[i] == digest) << i;

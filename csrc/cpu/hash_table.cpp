@@ -148,12 +148,14 @@ class Groups {
     }
   }
 
-  // What a claim reads or writes next: in a full partition all scores of both buckets, else the slot it will take.
+  // What a claim reads or writes next: in a full partition all scores and keys of both buckets, for the victim may be any
+  // of them, else the slot it will take.
   static void fetch_slots(const Table& t, const Place& place) {
     const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
     if (t.scores && t.fill[place.partition] >= t.quota[place.partition]) {
       for (const int64_t bucket : {first, second}) {
         prefetch_bytes(reinterpret_cast<const char*>(t.scores + bucket * kSlots), kSlots * 8);
+        prefetch_bytes(reinterpret_cast<const char*>(t.keys + bucket * kSlots), kSlots * 8);
       }
       return;
     }
