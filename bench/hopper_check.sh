@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The CUDA kernels for Hopper on a GPU, in one command of under ten minutes: build, tests, memory and race checks on
-# small shapes, then the layer at four large shapes, Triton and CUDA kernels taking turns beside an equal-FLOP dense layer
-# and SonicMoE where it is installed.
+# The CUDA kernels for Hopper on a GPU, in one command: build, tests, the layer at four large shapes with Triton's and the
+# CUDA kernels taking turns beside an equal-FLOP dense layer, memory and race checks on small shapes, and, where it is
+# installed, the layer beside SonicMoE. Ten minutes at most after the build, but for the last.
 # Usage: bench/hopper_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,23 +28,32 @@ step() {
   timeout -k 5 "$@" || failed+=("$name")
 }
 
-step resources 120 python3 tests/cuda_resources.py
-step "tests of the kernels" 150 python3 -m pytest -q --timeout 60 tests/test_hopper_logic.py tests/test_hopper_kernels.py
-step "tests of the primitives" 100 python3 -m pytest -q --timeout 60 -k cuda tests/test_grouped_matmul.py tests/test_expert_mlp.py
-peers=$(python3 -c 'import importlib.util as u; print("SonicMoE" if u.find_spec("sonicmoe") else "none")')
-for shape in olmoe fine-grained qwen3-30b-a3b mixtral; do
-  step "layer, $shape" 100 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --peers "$peers" \
+# Not python3 -m pytest, which would put this folder's triton_kernels in the way of another distribution's.
+pytest=(python3 "$(command -v pytest)" -q)
+shapes=(olmoe fine-grained qwen3-30b-a3b mixtral)
+
+step resources 60 python3 tests/cuda_resources.py
+step "tests of the kernels" 120 "${pytest[@]}" tests/test_hopper_logic.py tests/test_hopper_kernels.py
+step "tests of the primitives" 90 "${pytest[@]}" -k cuda tests/test_grouped_matmul.py tests/test_expert_mlp.py
+for shape in "${shapes[@]}"; do
+  step "layer, $shape" 75 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --peers none \
     --json "$out/moe-hopper-$shape-$device.json"
 done
 if command -v compute-sanitizer > /dev/null; then
-  # Without torch's cache every tensor ends where its allocation does.
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
-    step "$tool" 80 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python3 -m pytest -q --timeout 70 tests/test_hopper_kernels.py -k "small_products or small_layers"
+    # Without torch's cache every tensor ends where its allocation does.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "${pytest[@]}" tests/test_hopper_kernels.py -k "small_products or small_layers"
   done
 else
   failed+=("memory and race checks: compute-sanitizer is not there")
+fi
+# Last, since its search for tiles may take longer than all of the above.
+if python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("sonicmoe") is None)'; then
+  for shape in "${shapes[@]}"; do
+    step "layer beside SonicMoE, $shape" 120 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda \
+      --peers SonicMoE --json "$out/moe-hopper-sonicmoe-$shape-$device.json"
+  done
 fi
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"
