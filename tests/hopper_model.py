@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import runpy
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import pytest
 import torch
+from cuda_resources import build_script
 
 import gossamer.cuda_kernels._hopper
 import gossamer.cuda_kernels.expert_mlp
@@ -27,7 +26,7 @@ import gossamer.cuda_kernels.grouped_matmul
 from gossamer import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = "tests/hopper_on_host/module.cpp"
+SOURCE = ROOT / "tests" / "hopper_on_host" / "module.cpp"
 FOLDER = ROOT / "build" / "hopper_on_host"
 
 
@@ -40,14 +39,18 @@ def build() -> ModuleType:
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     target = FOLDER / f"hopper_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = ["tests/hopper_on_host", "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    includes = [
+        ROOT / "tests" / "hopper_on_host",
+        ROOT / "csrc",
+        pybind11.get_include(),
+        sysconfig.get_paths()["include"],
+    ]
     flags = "-O1 -w -std=c++20 -pthread -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
     command = [compiler, *flags, *(f"-I{folder}" for folder in includes)]
-    command += ["-MF", str(target.with_suffix(".d")), SOURCE, "-o", str(target)]
-    with contextlib.chdir(ROOT), mock.patch("setuptools.setup"):
-        if runpy.run_path("setup.py")["out_of_date"](target, SOURCE):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+    command += ["-MF", str(target.with_suffix(".d")), str(SOURCE), "-o", str(target)]
+    if build_script()["out_of_date"](target, SOURCE):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
     spec = importlib.util.spec_from_file_location("hopper_on_host", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,26 +1,21 @@
 // Stands in for CUDA's header of that name.
 #pragma once
 
+#include "cpu/dtype.h"
 #include "cuda_runtime.h"
 
 struct __nv_bfloat16 {
-  uint16_t bits;
+  gossamer::BFloat16 value;
 };
 struct __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
 
-inline float __bfloat162float(__nv_bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
-}
+inline float __bfloat162float(__nv_bfloat16 x) { return gossamer::to_scalar(x.value); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (std::isnan(x)) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  __nv_bfloat16 out;
+  gossamer::from_scalar(x, out.value);
+  return out;
 }
 inline float2 __bfloat1622float2(__nv_bfloat162 x) { return {__bfloat162float(x.x), __bfloat162float(x.y)}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
