@@ -5,7 +5,7 @@ from gossamer._activation import Activation
 from gossamer._backend import backend
 from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
-from gossamer.integrations import replace, restore, serve_adapters, sparsify
+from gossamer.integrations import load_quantized_experts, quantize_experts, replace, restore, serve_adapters, sparsify
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.dispatch import Dispatch, dispatch
@@ -48,11 +48,13 @@ __all__ = [
     "gather_reduce_tables",
     "gather_reduce_tables_step",
     "grouped_matmul",
+    "load_quantized_experts",
     "low_rank_linear",
     "multi_low_rank",
     "nn",
     "optim",
     "profile",
+    "quantize_experts",
     "replace",
     "restore",
     "sdd",

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gossamer.integrations.quantized import load_quantized_experts, quantize_experts
 from gossamer.integrations.serving import serve_adapters
 from gossamer.integrations.sparsify import sparsify
 
 if TYPE_CHECKING:
     from gossamer.integrations._report import Replacement
 
-__all__ = ["replace", "restore", "serve_adapters", "sparsify"]
+__all__ = ["load_quantized_experts", "quantize_experts", "replace", "restore", "serve_adapters", "sparsify"]
 
 
 def _holds_adapters(model: object) -> bool:

@@ -59,3 +59,57 @@ class Replacement:
         return Replacement(
             self.switched + other.switched, self.skipped + other.skipped, f"{self.kind} and {other.kind}"
         )
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """One module whose expert weights are quantised now.
+
+    Attributes:
+        name: its path in the model.
+        class_name: of the module.
+        format: of its weights.
+        before: bytes of the weights before.
+        after: bytes of codes and scales.
+    """
+
+    name: str
+    class_name: str
+    format: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What :func:`gossamer.quantize_experts` or :func:`gossamer.load_quantized_experts` did.
+
+    Attributes:
+        modules: those with quantised weights now.
+        skipped: those left alone.
+        used: names of the tensors that were loaded.
+    """
+
+    modules: tuple[QuantizedModule, ...]
+    skipped: tuple[SkippedModule, ...] = ()
+    used: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> int:
+        """Bytes of all weights before."""
+        return sum(m.before for m in self.modules)
+
+    @property
+    def after(self) -> int:
+        """Bytes of all codes and scales."""
+        return sum(m.after for m in self.modules)
+
+    def __str__(self) -> str:
+        total = len(self.modules) + len(self.skipped)
+        lines = [f"{len(self.modules)} of {total} experts modules are quantised: {self.before} to {self.after} bytes"]
+        lines += [
+            f"  {m.name or '(the model itself)'}: {m.class_name}, {m.format}: {m.before} to {m.after} bytes"
+            for m in self.modules
+        ]
+        lines += [f"  {m.name or '(the model itself)'}: {m.class_name}, left alone: {m.reason}" for m in self.skipped]
+        return "\n".join(lines)

@@ -35,6 +35,7 @@ except ImportError as error:
 from gossamer.integrations._expert_updates import ExpertUpdate
 from gossamer.integrations._gates import fused_activation
 from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
+from gossamer.nn.quantized_stack import QuantizedExpertStack, expert_weight
 from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
@@ -95,11 +96,13 @@ def experts_forward(
     up = self.gate_up_proj if has_gate else self.up_proj
     up_bias = (self.gate_up_proj_bias if has_gate else self.up_proj_bias) if has_bias else None
     down, down_bias = self.down_proj, self.down_proj_bias if has_bias else None
-    if self.is_transposed:
-        up, down = up.transpose(1, 2), down.transpose(1, 2)
-    dtype = _compute_dtype(up)
+    up, down = expert_weight(up, self.is_transposed), expert_weight(down, self.is_transposed)
+    # Quantised weights are taken in the dtype of what they multiply.
+    dtype = _compute_dtype(next((w for w in (up, down) if isinstance(w, torch.Tensor)), hidden_states))
     x = hidden_states.to(dtype)
-    up, down, up_bias, down_bias = (t if t is None else t.to(dtype) for t in (up, down, up_bias, down_bias))
+    up, down, up_bias, down_bias = (
+        t.to(dtype) if isinstance(t, torch.Tensor) else t for t in (up, down, up_bias, down_bias)
+    )
     weights = top_k_weights if top_k_weights.dtype in (dtype, torch.float32) else top_k_weights.float()
     routing = _dispatch(top_k_index, up.shape[0])
     updates = updates or {}
@@ -181,6 +184,8 @@ def _obstacle(experts: nn.Module) -> str | None:
         if NAME not in interface:
             return f"it is quantised: {type(interface).__name__} takes no float implementation"
     for name, weight in _expert_weights(experts):
+        if isinstance(weight, QuantizedExpertStack):
+            continue
         if not isinstance(weight, torch.Tensor):
             return f"it has no tensor {name}"
         device_type = weight.device.type
@@ -278,6 +283,8 @@ def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
 
 def restore(model: nn.Module) -> None:
     """:func:`gossamer.restore`."""
+    if isinstance(model, nn.Module) and any(isinstance(m, QuantizedExpertStack) for m in model.modules()):
+        raise ValueError("model must hold its experts' own weights to be restored, they are quantised")
     before = _previous.pop(model, None) if isinstance(model, nn.Module) else None
     if before is None:
         raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")

@@ -12,6 +12,7 @@ from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.low_rank_experts import LoRAExperts, expert_factors, flat_expert_factors
 from gossamer.nn.moe import Experts, MoE, SharedExpert
 from gossamer.nn.prune_and_regrow import PruneAndRegrow
+from gossamer.nn.quantized_stack import QuantizedExpertStack
 from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
 from gossamer.nn.routing import Routing, given_experts, limit_capacity, sigmoid_topk, softmax_topk, topk_softmax
 from gossamer.nn.table_batched import TableBatchedEmbeddingBags
@@ -33,6 +34,7 @@ __all__ = [
     "MoE",
     "ProbabilisticAdmission",
     "PruneAndRegrow",
+    "QuantizedExpertStack",
     "Router",
     "Routing",
     "SharedExpert",

@@ -7,6 +7,7 @@ from torch import nn
 
 from gossamer._activation import Activation, activate, as_activation
 from gossamer.nn._block_sparse_experts import best_block, block_sparse_mlp
+from gossamer.nn.quantized_stack import expert_weight
 from gossamer.nn.routers import ROUTERS
 from gossamer.nn.routing import (
     Routing,
@@ -152,9 +153,8 @@ class Experts(nn.Module):
 
     def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
         """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank ones of expert_mlp."""
-        gate_up, down = getattr(self, self._up_name), self.down_proj
-        if self.transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        gate_up = expert_weight(getattr(self, self._up_name), self.transposed)
+        down = expert_weight(self.down_proj, self.transposed)
         compute = expert_mlp if self.form == "grouped" else block_sparse_mlp
         return compute(
             tokens,

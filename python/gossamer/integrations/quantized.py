@@ -1,0 +1,257 @@
+"""Quantising the experts of a model in place, and loading experts that checkpoints hold quantised."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from gossamer.integrations._report import Quantization, QuantizedModule, SkippedModule
+from gossamer.nn.moe import Experts
+from gossamer.nn.quantized_stack import QuantizedExpertStack
+from gossamer.ops._checks import FLOAT_DTYPES
+from gossamer.ops.quantized_expert_weight import FORMATS, MX_GROUP, QuantizedExpertWeight, concatenate
+
+# What checkpoints call an expert's gate, up and down matrices.
+_EXPERT_NAMES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",), ("w3",)),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+
+def _foreign(model: nn.Module) -> bool:
+    """Whether experts modules of transformers are inside."""
+    if "transformers" not in sys.modules:
+        return False
+    from gossamer.integrations import transformers
+
+    return transformers.holds_experts(model)
+
+
+def _experts(model: nn.Module) -> list[tuple[str, nn.Module, tuple[str, str], bool]]:
+    """Name, module, names of its two weights, and whether they are stored transposed, of every experts module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    foreign = None
+    if _foreign(model):
+        from gossamer.integrations.transformers import _is_experts as foreign
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            found.append((name, module, (module._up_name, "down_proj"), module.transposed))
+        elif foreign and foreign(module):
+            up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+            found.append((name, module, (up, "down_proj"), module.is_transposed))
+    if not found:
+        raise ValueError(
+            "model must hold gossamer.nn.Experts or experts modules that use transformers' use_experts_implementation, "
+            f"got none in {type(model).__name__}"
+        )
+    return found
+
+
+def _switch(model: nn.Module) -> None:
+    if _foreign(model):
+        from gossamer.integrations import transformers
+
+        transformers.replace(model)
+
+
+def _nbytes(held: torch.Tensor | nn.Module) -> int:
+    return held.nbytes if isinstance(held, torch.Tensor) else held.weight().nbytes
+
+
+def _hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
+    """Put ``weight`` in the place of the module's parameter or stack ``name``."""
+    if name in module._parameters:
+        del module._parameters[name]
+    module.add_module(name, QuantizedExpertStack(weight))
+
+
+def _obstacle(module: nn.Module, names: tuple[str, str], weight_format: str, group_size: int, transposed: bool) -> str:
+    """Why the module's weights cannot be quantised so; empty when they can."""
+    if type(module).__name__ == "LoRAExperts" and getattr(module, "dora", False):
+        return "row lengths of DoRA need the weight itself"
+    if getattr(module, "form", "grouped") == "block_sparse":
+        return "products in block-sparse form need floats"
+    for name in names:
+        held = getattr(module, name)
+        if isinstance(held, QuantizedExpertStack):
+            return f"{name} is quantised already, as {held.format}"
+        if not isinstance(held, torch.Tensor) or held.dtype not in (*FLOAT_DTYPES, torch.float64):
+            return f"{name} is no float tensor"
+        c = held.shape[1] if transposed else held.shape[2]
+        width = {"int4": group_size, "mxfp4": MX_GROUP}.get(weight_format, 1)
+        if c % width:
+            return f"{name} has {c} input columns, no multiple of {width}"
+    return ""
+
+
+def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROUP, strict: bool = True) -> Quantization:
+    """Replace the expert weights of a model by quantised ones, in place, one matrix after the other.
+
+    Works on :class:`gossamer.nn.Experts` (so :class:`gossamer.nn.MoE` and :class:`gossamer.nn.LoRAExperts`) and on the
+    experts modules of transformers models that use its experts interface, which :func:`gossamer.replace` then computes.
+    A parameter such as ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and
+    ``gate_up_proj.scale``; its floats are freed. Routers, biases and everything else stay. Quantised experts are
+    frozen; gradients of the activations, biases and low-rank factors go through them. It cannot be undone.
+
+    Args:
+        model: any module with experts inside.
+        format: ``"fp8"``, ``"fp8_block"``, ``"int8"``, ``"int4"`` or ``"mxfp4"``; see
+            :class:`gossamer.QuantizedExpertWeight`.
+        group_size: of ``int4``: 32, 64 or 128.
+        strict: whether a module that cannot be quantised is an error, and nothing is changed; otherwise it is left
+            alone and named in the report.
+
+    Returns:
+        What was quantised, with bytes before and after; ``print`` it.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the format or group size is unknown, no experts are inside, or, under ``strict``, a module's weights
+            do not fit the format or are quantised already.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
+    chosen, skipped = [], []
+    for name, module, names, transposed in _experts(model):
+        if reason := _obstacle(module, names, format, group_size, transposed):
+            skipped.append(SkippedModule(name, type(module).__name__, reason))
+        else:
+            chosen.append((name, module, names, transposed))
+    if skipped and strict:
+        raise ValueError(
+            "model has experts that cannot be quantised: "
+            + "; ".join(f"{m.name} ({m.class_name}): {m.reason}" for m in skipped)
+        )
+    # Before the first matrix is gone, so that what gossamer cannot compute stays whole.
+    _switch(model)
+    done = []
+    for name, module, names, transposed in chosen:
+        before = after = 0
+        for weight_name in names:
+            weight = getattr(module, weight_name).detach()
+            before += weight.nbytes
+            wide = weight.transpose(1, 2) if transposed else weight
+            quantized = QuantizedExpertWeight.quantize(wide, format, group_size=group_size)
+            _hold(module, weight_name, quantized)
+            after += quantized.nbytes
+            del weight, wide
+        done.append(QuantizedModule(name, type(module).__name__, format, before, after))
+    return Quantization(tuple(done), tuple(skipped))
+
+
+def _infer_format(data: torch.Tensor, scale: torch.Tensor) -> str:
+    if data.dtype == torch.float8_e4m3fn:
+        return "fp8" if scale.dim() == 2 else "fp8_block"
+    if data.dtype == torch.int8:
+        return "int8"
+    return "mxfp4" if scale.dtype == torch.uint8 else "int4"
+
+
+def _per_expert(
+    tensors: Mapping[str, torch.Tensor], prefix: str, name: str, num_experts: int, used: list[str]
+) -> QuantizedExpertWeight | None:
+    """A stack from one quantised matrix an expert, gate and up apart; None where there are none."""
+    for parts in _EXPERT_NAMES[name]:
+        packed = f"{prefix}0.{parts[0]}.weight_packed" in tensors
+        weight = "weight_packed" if packed else "weight"
+        first = f"{prefix}0.{parts[0]}."
+        scale = next((s for s in ("weight_scale_inv", "weight_scale") if first + s in tensors), None)
+        if scale is None or first + weight not in tensors:
+            continue
+
+        def stacked(part: str, which: str) -> torch.Tensor:
+            keys = [f"{prefix}{e}.{part}.{which}" for e in range(num_experts)]
+            if missing := [key for key in keys if key not in tensors]:
+                raise ValueError(f"tensors must hold every expert of {prefix}{part}, {missing[0]} is missing")
+            used.extend(keys)
+            # Through bytes, because torch does not stack every 8-bit type.
+            values = [tensors[key] for key in keys]
+            if values[0].dtype.itemsize == 1:
+                return torch.stack([v.contiguous().view(torch.uint8) for v in values]).view(values[0].dtype)
+            return torch.stack(values)
+
+        read = QuantizedExpertWeight.from_int4 if packed else QuantizedExpertWeight.from_fp8
+        return concatenate([read(stacked(part, weight), stacked(part, scale)) for part in parts])
+    return None
+
+
+def _read(
+    tensors: Mapping[str, torch.Tensor], prefix: str, name: str, num_experts: int, used: list[str]
+) -> QuantizedExpertWeight | None:
+    """The stack that ``tensors`` hold for the weight ``name`` of the module at ``prefix``, or None."""
+    key = prefix + name
+    if f"{key}.data" in tensors:
+        data, scale = tensors[f"{key}.data"], tensors[f"{key}.scale"]
+        used += [f"{key}.data", f"{key}.scale"]
+        return QuantizedExpertWeight(data, scale, _infer_format(data, scale))
+    if f"{key}_blocks" in tensors:
+        used += [f"{key}_blocks", f"{key}_scales"]
+        return QuantizedExpertWeight.from_mxfp4(tensors[f"{key}_blocks"], tensors[f"{key}_scales"])
+    if f"{key}_scale_inv" in tensors:
+        used += [key, f"{key}_scale_inv"]
+        return QuantizedExpertWeight.from_fp8(tensors[key], tensors[f"{key}_scale_inv"])
+    return _per_expert(tensors, prefix, name, num_experts, used)
+
+
+def load_quantized_experts(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
+) -> Quantization:
+    """Give a model's experts the quantised weights that a checkpoint holds, without making floats of them.
+
+    The model's own expert weights may be on the meta device: they are dropped. For an experts module called ``P``, and
+    each of its weights ``W`` (``gate_up_proj`` or ``up_proj``, and ``down_proj``), these names are known:
+
+    * ``P.W.data`` and ``P.W.scale``: the state of a model that :func:`gossamer.quantize_experts` made;
+    * ``P.W_blocks`` and ``P.W_scales``: gpt-oss's mxfp4;
+    * ``P.W`` and ``P.W_scale_inv``: fp8 as transformers holds it;
+    * ``P.e.gate_proj.weight`` with ``.weight_scale_inv`` or ``.weight_scale``, and so on for each expert e: fp8 as in
+      DeepSeek-V3, in blocks, rows or matrices; ``w1``, ``w3``, ``w2`` are gate, up and down too;
+    * ``P.e.gate_proj.weight_packed`` with ``.weight_scale``: symmetric int4 of compressed-tensors.
+
+    Args:
+        model: any module with experts inside, as in :func:`gossamer.quantize_experts`.
+        tensors: names as in the model's ``state_dict``; a mapping that reads from files will do.
+        device: where the stacks go; None for where they are.
+
+    Returns:
+        What was loaded; ``used`` names the tensors, and the others are for ``load_state_dict(..., strict=False)``.
+
+    Raises:
+        TypeError: ``model`` is no module, or a tensor has another dtype than its format.
+        ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
+    """
+    loaded, used = [], []
+    for name, module, names, transposed in _experts(model):
+        prefix = f"{name}." if name else ""
+        weights = {}
+        for weight_name in names:
+            held = getattr(module, weight_name)
+            if isinstance(held, QuantizedExpertStack):
+                shape = held.weight().shape
+            else:
+                shape = tuple(held.transpose(1, 2).shape if transposed else held.shape)
+            weight = _read(tensors, prefix, weight_name, shape[0], used)
+            if weight is None:
+                raise ValueError(f"tensors must hold a quantised {prefix}{weight_name} under one of the known names")
+            if weight.shape != shape:
+                raise ValueError(f"{prefix}{weight_name} must have shape (E, N, C) = {shape}, got {weight.shape}")
+            if device is not None:
+                weight = QuantizedExpertWeight(weight.data.to(device), weight.scale.to(device), weight.format)
+            weights[weight_name] = weight
+        loaded.append((name, module, weights))
+    _switch(model)
+    done = []
+    for name, module, weights in loaded:
+        before = sum(_nbytes(getattr(module, weight_name)) for weight_name in weights)
+        for weight_name, weight in weights.items():
+            _hold(module, weight_name, weight)
+        formats = " and ".join(dict.fromkeys(w.format for w in weights.values()))
+        after = sum(w.nbytes for w in weights.values())
+        done.append(QuantizedModule(name, type(module).__name__, formats, before, after))
+    return Quantization(tuple(done), (), tuple(used))

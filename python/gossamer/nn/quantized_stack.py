@@ -1,0 +1,51 @@
+"""Quantised expert weights as part of a module: buffers that keep their dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer.ops.quantized_expert_weight import FORMATS, QuantizedExpertWeight
+
+
+class QuantizedExpertStack(nn.Module):
+    """Holds a :class:`gossamer.QuantizedExpertWeight` in the place of an expert layer's parameter.
+
+    Codes and scales are buffers, saved with the state; they move with the module and keep their dtypes when it is cast.
+
+    Args:
+        weight: what to hold.
+
+    Attributes:
+        data: the codes.
+        scale: the scales.
+        format: how they are read.
+    """
+
+    def __init__(self, weight: QuantizedExpertWeight) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.register_buffer("data", weight.data)
+        self.register_buffer("scale", weight.scale)
+
+    def weight(self) -> QuantizedExpertWeight:
+        """The weight ``(E, N, C)``, over the buffers themselves."""
+        return QuantizedExpertWeight(self.data, self.scale, self.format)
+
+    def _apply(self, fn, recurse=True):
+        for name, buffer in self._buffers.items():
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Format and sizes."""
+        e, n, stored = self.data.shape
+        return f"{self.format}, num_experts={e}, out={n}, in={stored * FORMATS[self.format][1]}"
+
+
+def expert_weight(held: torch.Tensor | QuantizedExpertStack, transposed: bool) -> torch.Tensor | QuantizedExpertWeight:
+    """What an expert layer holds, as products take it: ``(E, N, C)``, a view where it is stored as ``(E, C, N)``."""
+    if isinstance(held, QuantizedExpertStack):
+        return held.weight()
+    return held.transpose(1, 2) if transposed else held
