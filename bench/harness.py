@@ -29,6 +29,7 @@ FAMILIES = (
     "moe",
     "expert_mlp",
     "grouped_matmul",
+    "quantized_experts",
     "gather_reduce",
     "sparse_update",
     "embedding",
