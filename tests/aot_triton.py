@@ -2,13 +2,15 @@
 
 ``python tests/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers and
 spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
-any. With no ``--arch`` it does sm_80, sm_90 and sm_100, with no module all of them.
+any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
+shared memory, the first case of each kernel; with no module all of them.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 
     def aot_cases(arch: int) -> list[tuple[kernel, dict, dict, dict]]
 
-with ``arch`` 80, 90 or 100, and one ``(kernel, signature, constexprs, options)`` for each variant worth compiling:
+with ``arch`` of ARCHS or SMALL_ARCHS, and one ``(kernel, signature, constexprs, options)`` for each variant worth
+compiling:
 
 * ``signature`` gives each runtime argument its type, ``"*bf16"``, ``"i32"``, ``"fp32"``; with ``":16"`` appended it is
   taken for divisible by 16, as Triton takes aligned pointers and round sizes at launch;
@@ -43,6 +45,8 @@ from gossamer.triton_kernels import ahead_of_time
 from gossamer.triton_kernels.tiles import shared_limit
 
 ARCHS = (80, 90, 100)
+# Cards with the least shared memory, of which each kernel's first case is compiled.
+SMALL_ARCHS = (89, 120)
 
 
 def _module(name: str) -> ModuleType:
@@ -71,6 +75,14 @@ def _cases(module_name: str, arch: int) -> list[tuple]:
 def uncovered(module_name: str, arch: int) -> list[str]:
     """Kernels of a module for which ``aot_cases`` has no case."""
     return sorted(_kernels(module_name) - {case[0].__name__ for case in _cases(module_name, arch)})
+
+
+def _chosen(module_name: str, arch: int) -> list[int]:
+    """Numbers of the cases to compile: all, or the first of each kernel."""
+    kernels = [case[0].__name__ for case in _cases(module_name, arch)]
+    if arch in ARCHS:
+        return list(range(len(kernels)))
+    return [i for i, kernel in enumerate(kernels) if kernel not in kernels[:i]]
 
 
 def _label(signature: dict, constexprs: dict) -> str:
@@ -102,7 +114,7 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
 
 def compile_all(archs: list[int], names: list[str], jobs: int) -> list[dict]:
     """Compile every case of the modules for every architecture in ``jobs`` processes."""
-    tasks = [(n, a, i) for n in names for a in archs for i in range(len(_cases(n, a)))]
+    tasks = [(n, a, i) for n in names for a in archs for i in _chosen(n, a)]
     rows = []
     for name in names:
         for arch in archs:
@@ -119,11 +131,11 @@ def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("modules", nargs="*", help="modules of triton_kernels/ (default: all)")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS + SMALL_ARCHS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
-    rows = compile_all(args.arch or list(ARCHS), args.modules or modules(), args.jobs)
+    rows = compile_all(args.arch or [*ARCHS, *SMALL_ARCHS], args.modules or modules(), args.jobs)
     if args.json:
         json.dump(rows, sys.stdout)
         return 0
