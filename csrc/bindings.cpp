@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_gather_reduce(m);
   gossamer::bindings::register_sparse_update(m);
   gossamer::bindings::register_grouped_matmul(m);
+  gossamer::bindings::register_multi_low_rank(m);
   gossamer::bindings::register_expert_mlp(m);
   gossamer::bindings::register_quantized_experts(m);
   gossamer::bindings::register_hash_table(m);

@@ -11,6 +11,7 @@ void register_dispatch(pybind11::module_& m);
 void register_gather_reduce(pybind11::module_& m);
 void register_sparse_update(pybind11::module_& m);
 void register_grouped_matmul(pybind11::module_& m);
+void register_multi_low_rank(pybind11::module_& m);
 void register_expert_mlp(pybind11::module_& m);
 void register_quantized_experts(pybind11::module_& m);
 void register_hash_table(pybind11::module_& m);

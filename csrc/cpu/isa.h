@@ -6,6 +6,7 @@
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
+#include "cpu/multi_low_rank.h"
 #include "cpu/quantized_experts.h"
 #include "cpu/sparse_update.h"
 
@@ -23,6 +24,8 @@ struct Kernels {
   void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
   void (*grouped_matmul)(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team);
   void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, int num_threads, Team team);
+  void (*multi_low_rank)(const MultiLowRankForwardArgs& args, void* shared, int num_threads, Team team);
+  void (*multi_low_rank_backward)(const MultiLowRankBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_grouped_matmul)(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team);

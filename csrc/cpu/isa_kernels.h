@@ -7,10 +7,11 @@
 #include "cpu/gemm.h"
 #include "cpu/quantized_kernel.h"
 #include "cpu/grouped_matmul_kernel.h"
+#include "cpu/multi_low_rank_kernel.h"
 #include "cpu/activation_kernel.h"
 #include "cpu/expert_mlp_kernel.h"
 #include "cpu/quantized_experts_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
-  GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, expert_mlp, \
-      expert_mlp_backward, quantized_grouped_matmul, quantized_expert_mlp
+  GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, \
+      multi_low_rank, multi_low_rank_backward, expert_mlp, expert_mlp_backward, quantized_grouped_matmul, quantized_expert_mlp

@@ -33,27 +33,29 @@ def multi_low_rank_reference(
 ) -> torch.Tensor:
     """:func:`multi_low_rank` as a loop over adapters in plain torch, differentiable; ``out`` is not written to."""
     rows, ids = x.reshape(-1, x.shape[-1]), adapter_ids.reshape(-1)
-    y = rows.new_zeros(rows.shape[0], b.shape[1])
-    if out is not None:
-        y = y + out.reshape(y.shape)
-    for e in range(a.shape[0]):
+    y = rows.new_zeros(rows.shape[0], b.shape[1]) if out is None else out.reshape(-1, b.shape[1])
+    for e, (ae, be) in enumerate(zip(a.unbind(), b.unbind(), strict=True)):
         mine = (ids == e).nonzero().squeeze(1)
         rank = a.shape[1] if ranks is None else int(ranks[e])
-        factor = scale[e].to(x.dtype) if isinstance(scale, torch.Tensor) and scale.dim() else scale
-        update = rows[mine] @ a[e, :rank].T.to(x.dtype) @ b[e, :, :rank].T.to(x.dtype)
+        factor = scale[e].to(x.dtype) if isinstance(scale, torch.Tensor) else scale
+        update = rows[mine] @ ae[:rank].T.to(x.dtype) @ be[:, :rank].T.to(x.dtype)
         y = y.index_add(0, mine, factor * update)
-    return y.view(*x.shape[:-1], b.shape[1])
+    return y.reshape(*x.shape[:-1], b.shape[1])
 
 
 def _expert_ids(adapter_ids, num_adapters):
-    bad = (adapter_ids < -1) | (adapter_ids >= num_adapters)
-    if adapter_ids.device.type == "cpu" and bool(bad.any()):
-        position = int(bad.reshape(-1).nonzero()[0])
-        raise IndexError(
-            f"adapter_ids must be in [-1, A) with A={num_adapters}, got {int(adapter_ids.reshape(-1)[position])} at "
-            f"flat position {position}"
-        )
-    return torch.where(bad | (adapter_ids < 0), num_adapters, adapter_ids).view(-1, 1)
+    if adapter_ids.device.type != "cpu":
+        bad = (adapter_ids < 0) | (adapter_ids >= num_adapters)
+        return torch.where(bad, num_adapters, adapter_ids).view(-1, 1)
+    if adapter_ids.numel():
+        least, most = torch.aminmax(adapter_ids)
+        if least < -1 or most >= num_adapters:
+            position = int(((adapter_ids < -1) | (adapter_ids >= num_adapters)).nonzero()[0])
+            raise IndexError(
+                f"adapter_ids must be in [-1, A) with A={num_adapters}, got {int(adapter_ids[position])} at flat "
+                f"position {position}"
+            )
+    return torch.where(adapter_ids < 0, num_adapters, adapter_ids).view(-1, 1)
 
 
 def _expert_ids_fake(adapter_ids, num_adapters):
@@ -91,6 +93,145 @@ def row_adapters(routing: Dispatch) -> torch.Tensor:
     """``(M,)`` int64: the adapter of each row of a dispatch of adapters, −1 for none."""
     sorted_ids = torch.searchsorted(routing.offsets[1:].long(), routing.rows.long(), right=True)
     return torch.where(sorted_ids >= routing.num_experts, -1, sorted_ids)
+
+
+def _check_ranks(ranks: torch.Tensor | None, rank: int) -> None:
+    """On the CPU a rank outside ``[0, r]`` is an error. Reads values, so it stands inside the operators."""
+    if ranks is None or ranks.device.type != "cpu" or not bool(((ranks < 0) | (ranks > rank)).any()):
+        return
+    adapter = int(((ranks < 0) | (ranks > rank)).nonzero()[0])
+    raise IndexError(f"ranks must be in [0, r] with r={rank}, got {int(ranks[adapter])} for adapter {adapter}")
+
+
+_FACTORS = "Tensor a, Tensor b, Tensor slots, Tensor offsets, Tensor? scales, float scale, Tensor? ranks"
+
+
+def _saved_shape(x, a, slots, save):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((slots.shape[0], a.shape[1]) if save else (0,), dtype=dtype)
+
+
+def _forward(x, a, b, slots, offsets, scales, scale, ranks, save, backend):
+    _check_ranks(ranks, a.shape[1])
+    y = x.new_empty(x.shape[0], b.shape[1])
+    kernel = _backend.kernels(backend, "multi_low_rank").multi_low_rank
+    return y, kernel(x, a, b, slots, offsets, scales, scale, ranks, y, False, save)
+
+
+def _forward_fake(x, a, b, slots, offsets, scales, scale, ranks, save, backend):
+    return x.new_empty(x.shape[0], b.shape[1]), _saved_shape(x, a, slots, save)
+
+
+# s (M, r) is x·aᵀ by adapter, in float32 or float64, without the scale; empty unless save.
+_multi_low_rank = register(
+    f"multi_low_rank(Tensor x, {_FACTORS}, bool save, str backend) -> (Tensor y, Tensor s)", _forward, _forward_fake
+)
+
+
+def _add(out, x, a, b, slots, offsets, scales, scale, ranks, save, backend):
+    _check_ranks(ranks, a.shape[1])
+    kernel = _backend.kernels(backend, "multi_low_rank").multi_low_rank
+    return kernel(x, a, b, slots, offsets, scales, scale, ranks, out.view(-1, b.shape[1]), True, save)
+
+
+def _add_fake(out, x, a, b, slots, offsets, scales, scale, ranks, save, backend):
+    return _saved_shape(x, a, slots, save)
+
+
+# The same added in place to out (..., N), which is contiguous.
+_multi_low_rank_ = register(
+    f"multi_low_rank_(Tensor(a!) out, Tensor x, {_FACTORS}, bool save, str backend) -> Tensor s", _add, _add_fake
+)
+
+
+def _gradients(dy, x, a, b, s, slots, offsets, scales, scale, ranks, needs, backend):
+    kernel = _backend.kernels(backend, "multi_low_rank").multi_low_rank_backward
+    return kernel(dy, x, a, b, s, slots, offsets, scales, scale, ranks, needs)
+
+
+def _gradients_fake(dy, x, a, b, s, slots, offsets, scales, scale, ranks, needs, backend):
+    return tuple(
+        t.new_empty(t.shape if need else (0,), dtype=t.dtype) for need, t in zip(needs, (x, a, b), strict=True)
+    )
+
+
+_multi_low_rank_backward = register(
+    "multi_low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor slots, Tensor offsets, "
+    "Tensor? scales, float scale, Tensor? ranks, bool[3] needs, str backend) -> (Tensor dx, Tensor da, Tensor db)",
+    _gradients,
+    _gradients_fake,
+)
+
+
+def _save(ctx, x, a, b, slots, offsets, scales, scale, ranks, save, backend, s, needs):
+    if not save:
+        raise RuntimeError("gossamer::multi_low_rank needs save=True where a gradient is wanted")
+    ctx.scale, ctx.backend, ctx.needs = scale, backend, list(needs)
+    ctx.save_for_backward(x, a, b, s, slots, offsets, scales, ranks)
+
+
+def _factor_gradients(ctx, dy):
+    if not any(ctx.needs):
+        return None, None, None
+    x, a, b, s, slots, offsets, scales, ranks = ctx.saved_tensors
+    rows = dy.reshape(-1, b.shape[1])
+    grads = _multi_low_rank_backward(rows, x, a, b, s, slots, offsets, scales, ctx.scale, ranks, ctx.needs, ctx.backend)
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+    _save(ctx, *inputs, s.detach(), ctx.needs_input_grad[:3])
+
+
+def _backward(ctx, dy, _ds):
+    if dy is None:
+        return (None,) * 10
+    return *_factor_gradients(ctx, dy), *[None] * 7
+
+
+torch.library.register_autograd("gossamer::multi_low_rank", _backward, setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    """Autograd of the in-place operator, which ``register_autograd`` does not serve."""
+
+    @staticmethod
+    def forward(ctx, saved, out, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            s = _multi_low_rank_(out, *inputs)
+        ctx.mark_dirty(out)
+        ctx.set_materialize_grads(False)
+        if any(ctx.needs_input_grad[2:5]):
+            _save(ctx, *inputs, s, ctx.needs_input_grad[2:5])
+        else:
+            ctx.needs = []
+        # Not a result: autograd lets a function that writes to a view have no other.
+        saved.append(s)
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 12
+        return None, dy if ctx.needs_input_grad[1] else None, *_factor_gradients(ctx, dy), *[None] * 7
+
+
+def _add_autograd(out, *inputs):
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            s = _multi_low_rank_(out, *inputs)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+        return s
+    saved = []
+    _InPlace.apply(saved, out, *inputs)
+    return saved[0]
+
+
+torch.library.impl("gossamer::multi_low_rank_", "Autograd", _add_autograd)
 
 
 def multi_low_rank(
@@ -180,6 +321,20 @@ def multi_low_rank(
         out=out,
         ranks=ranks,
     )
-    ids = row_adapters(routing).view(x.shape[:-1])
-    y = multi_low_rank_reference(x, a, b, ids, scale=scale, ranks=ranks)
-    return y if out is None else out.add_(y)
+    if backend == "reference":
+        _check_ranks(ranks, rank)
+        ids = row_adapters(routing).view(x.shape[:-1])
+        y = multi_low_rank_reference(x, a, b, ids, scale=scale, out=out, ranks=ranks)
+        return y if out is None else out.copy_(y)
+    save = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
+    scales, number = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, float(scale))
+    inputs = x.reshape(-1, c), a, b, routing.slots, routing.offsets, scales, number, ranks, save, backend
+    if out is None:
+        return _multi_low_rank(*inputs)[0].view(*x.shape[:-1], n)
+    if out.is_contiguous():
+        _multi_low_rank_(out, *inputs)
+        return out
+    # Where rows do not lie end to end, the update goes through a copy, which keeps the bits of those without adapter.
+    rows = out.contiguous()
+    _multi_low_rank_(rows, *inputs)
+    return out.copy_(rows)
