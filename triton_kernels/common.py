@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -214,6 +215,40 @@ def load_weight(
 
 
 @triton.jit
+def add_low_rank(
+    acc,
+    s_ptr,
+    b_ptr,
+    expert,
+    r,
+    inside,
+    n,
+    live,
+    rank,
+    scale,
+    stride_be,
+    stride_bn,
+    stride_bj,
+    PRECISION: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``acc + scale·s[r]·b[expert, n]ᵀ``: what a product's accumulator starts from when its weight has an update.
+
+    ``s (R, rank)`` is float32; rows outside ``inside`` and columns outside ``live`` get nothing.
+    """
+    b_rows = b_ptr + expert.to(tl.int64) * stride_be + n.to(tl.int64)[None, :] * stride_bn
+    s_rows = s_ptr + r.to(tl.int64)[:, None] * rank
+    for block in tl.static_range(RANK_BLOCKS):
+        j = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        s = tl.load(s_rows + j[None, :], inside[:, None] & (j < rank)[None, :], other=0.0) * scale
+        mask = (j < rank)[:, None] & live[None, :]
+        b = tl.load(b_rows + j.to(tl.int64)[:, None] * stride_bj, mask, other=0.0)
+        acc = tl.dot(s.to(b.dtype), b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half of ``x [ROWS, COLUMNS]``, a renaming of registers.
 
@@ -284,6 +319,50 @@ def up_factor(u, limit, ACT: tl.constexpr):
         return tl.minimum(tl.maximum(u, -limit), limit) + 1.0, tl.where((u <= limit) & (u >= -limit), 1.0, 0.0)
     else:
         return u, tl.full(u.shape, 1.0, tl.float32)
+
+
+def rank_block(rank: int) -> int:
+    """Columns of a tile along the rank of an update: tensor cores want 16 or more."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
+
+
+class LowRankTerm(NamedTuple):
+    """An update of a product: ``scale·s·b[e]ᵀ`` with ``s (R, r)`` float32 by expert and ``b (E, N, r)``."""
+
+    s: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+def low_rank_arguments(term: LowRankTerm | None) -> dict[str, object]:
+    """The arguments of a kernel that takes a product's update, all None where there is none."""
+    if term is None:
+        return dict.fromkeys(LOW_RANK_ARGUMENTS)
+    rank = term.b.shape[2]
+    block = rank_block(rank)
+    values = (term.s, term.b, rank, term.scale, *term.b.stride(), triton.cdiv(rank, block), block)
+    return dict(zip(LOW_RANK_ARGUMENTS, values, strict=True))
+
+
+LOW_RANK_ARGUMENTS = (
+    "low_s_ptr",
+    "low_b_ptr",
+    "low_rank",
+    "low_scale",
+    "stride_low_e",
+    "stride_low_n",
+    "stride_low_j",
+    "RANK_BLOCKS",
+    "BLOCK_R",
+)
+
+
+def aot_low_rank(dtype: torch.dtype, rank: int | None) -> tuple[dict[str, str], dict[str, object]]:
+    """Signature and compile-time arguments of a product's update, for ahead-of-time compilation; None for no update."""
+    if rank is None:
+        return {}, dict.fromkeys(LOW_RANK_ARGUMENTS)
+    signature = aot_signature(dtype, "low_b_ptr", "", "low_rank stride_low_e stride_low_n", "low_scale")
+    return signature | {"low_s_ptr": "*fp32:16"}, {"stride_low_j": 1, "RANK_BLOCKS": 1, "BLOCK_R": rank_block(rank)}
 
 
 # How a weight may be stored and read: as torch.nn.Linear does, transposed, and without descriptors.

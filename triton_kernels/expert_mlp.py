@@ -14,9 +14,12 @@ from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
+    LowRankTerm,
     activation,
+    add_low_rank,
     aot_descriptor,
     aot_dtype,
+    aot_low_rank,
     aot_signature,
     arch_of,
     can_describe,
@@ -27,6 +30,7 @@ from gossamer.triton_kernels.common import (
     grid_size,
     load_rows,
     load_weight,
+    low_rank_arguments,
     row_tile,
     row_tiles,
     tile_coordinates,
@@ -143,6 +147,13 @@ def _up_kernel(
     stride_wk,
     alpha,
     limit,
+    low_s_ptr,
+    low_b_ptr,
+    low_rank,
+    low_scale,
+    stride_low_e,
+    stride_low_n,
+    stride_low_j,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -156,6 +167,8 @@ def _up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(I, BLOCK_N)
@@ -168,6 +181,33 @@ def _up_kernel(
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
         n0 = n_tile * BLOCK_N
         acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
+        if low_s_ptr is not None:
+            j = tl.arange(0, WIDE)
+            if GATED and not INTERLEAVED:
+                column = n0 + j % BLOCK_N
+                low_row = tl.where(j < BLOCK_N, column, column + I)
+                live = column < I
+            else:
+                low_row = n_tile * WIDE + j
+                live = low_row < (2 * I if GATED else I)
+            acc = add_low_rank(
+                acc,
+                low_s_ptr,
+                low_b_ptr,
+                expert,
+                r,
+                r < row_end,
+                low_row,
+                live,
+                low_rank,
+                low_scale,
+                stride_low_e,
+                stride_low_n,
+                stride_low_j,
+                PRECISION,
+                RANK_BLOCKS,
+                BLOCK_R,
+            )
         for k in range(0, tl.cdiv(C, BLOCK_K)):
             a = load_rows(x_ptr, x_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
             if GATED and not INTERLEAVED:
@@ -260,8 +300,12 @@ def up_projection(
     save_preact: bool,
     x_div: int,
     tile: Tile | None = None,
+    low: LowRankTerm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activation ``(R, I)`` of rows ``x[slots[r] // x_div]``, and the pre-activation ``(R, 2I)`` or None."""
+    """The activation ``(R, I)`` of rows ``x[slots[r] // x_div]``, and the pre-activation ``(R, 2I)`` or None.
+
+    ``low`` is an update of the weight, which the accumulator starts from.
+    """
     num_rows, wide, c = slots.shape[0], gate_up.shape[1], x.shape[1]
     i = wide // activation.halves
     act = torch.empty(num_rows, i, dtype=x.dtype, device=x.device)
@@ -290,6 +334,7 @@ def up_projection(
         gate_up.stride(2),
         activation.alpha,
         activation.limit,
+        **low_rank_arguments(low),
         ACT=activation.code,
         GATED=activation.gated,
         INTERLEAVED=interleaved,
@@ -336,10 +381,17 @@ def expert_mlp(
     return y, x.new_empty(0) if preact is None else preact
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", act: Activation | None = None) -> tuple:
+def aot_case(
+    arch: int,
+    problem: Problem,
+    tile: Tile,
+    layout: str = "usual",
+    act: Activation | None = None,
+    rank: int | None = None,
+) -> tuple:
     """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
 
-    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
+    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``; ``rank`` is that of its update, if any.
     """
     act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
     dtype, interleaved = aot_dtype(problem.precision), problem.form == "interleaved"
@@ -355,7 +407,9 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", act
     if tma:
         rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
         signature["w"] = aot_descriptor(dtype, [1, tile.block_k, *rows] if transposed else [1, *rows, tile.block_k])
-    constexprs = {"bias_ptr": None, unit: 1, "X_DIV": 8, "W_TRANSPOSED": transposed}
+    low_signature, low_constexprs = aot_low_rank(dtype, rank)
+    signature |= low_signature
+    constexprs = low_constexprs | {"bias_ptr": None, unit: 1, "X_DIV": 8, "W_TRANSPOSED": transposed}
     constexprs |= {**aot_form(tma, act, interleaved), **tile.constants()}
     return _up_kernel, signature, constexprs, tile.options()
 
@@ -365,5 +419,6 @@ def aot_cases(arch: int) -> list[tuple]:
     cases = []
     for precision, mean_rows, name, form in AOT_FORMS:
         problem = Problem("expert_mlp_up", form, precision, mean_rows, 64, 2048, 2048)
-        cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name)))
+        for rank in (None, 16):
+            cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name), rank=rank))
     return cases

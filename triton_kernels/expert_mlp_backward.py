@@ -16,9 +16,12 @@ from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
+    LowRankTerm,
     activation,
+    add_low_rank,
     aot_descriptor,
     aot_dtype,
+    aot_low_rank,
     aot_signature,
     arch_of,
     choose_tile,
@@ -27,6 +30,7 @@ from gossamer.triton_kernels.common import (
     grid_size,
     load_rows,
     load_weight,
+    low_rank_arguments,
     row_tile,
     row_tiles,
     tile_coordinates,
@@ -37,6 +41,7 @@ from gossamer.triton_kernels.common import (
 from gossamer.triton_kernels.gather_reduce import gather_reduce
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.grouped_matmul_dweight import group_sums, grouped_matmul_dweight
+from gossamer.triton_kernels.routing_weight_gradient import routing_weight_gradient
 from gossamer.triton_kernels.tiles import Problem, Tile, choose
 
 
@@ -132,6 +137,13 @@ def _down_backward_kernel(
     stride_wk,
     alpha,
     limit,
+    low_s_ptr,
+    low_b_ptr,
+    low_rank,
+    low_scale,
+    stride_low_e,
+    stride_low_n,
+    stride_low_j,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -145,6 +157,8 @@ def _down_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(I, BLOCK_N)
@@ -161,6 +175,26 @@ def _down_backward_kernel(
         row_weight = tl.load(weights_ptr + slot).to(tl.float32)
         preact_rows = preact_ptr + r64[:, None] * width
         dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        n = n0 + tl.arange(0, BLOCK_N)
+        if low_s_ptr is not None:
+            dact = add_low_rank(
+                dact,
+                low_s_ptr,
+                low_b_ptr,
+                expert,
+                r,
+                inside,
+                n,
+                n < I,
+                low_rank,
+                low_scale,
+                stride_low_e,
+                stride_low_n,
+                stride_low_j,
+                PRECISION,
+                RANK_BLOCKS,
+                BLOCK_R,
+            )
         for k in range(0, tl.cdiv(C, BLOCK_K)):
             a = load_rows(dy, dy_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
             b = load_weight(
@@ -227,47 +261,6 @@ def _down_backward_kernel(
                 tl.store(dpreact_rows + I + n[None, :], zero, mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _weight_gradient_kernel(
-    partial_ptr,
-    dy_ptr,
-    bias_ptr,
-    dweights_ptr,
-    rows_ptr,
-    offsets_ptr,
-    num_rows,
-    num_partials,
-    num_experts,
-    H,
-    stride_dy,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    row = tl.load(rows_ptr + slot, slot < num_rows, other=0)
-    live = (slot < num_rows) & (row < tl.load(offsets_ptr + num_experts))
-    total = tl.zeros((SLOTS,), tl.float32)
-    for _ in range(num_partials):
-        total += tl.load(partial_ptr + row, live, other=0.0)
-        partial_ptr += num_rows
-    if bias_ptr is not None:
-        expert = tl.zeros((SLOTS,), tl.int32)
-        for e0 in range(0, num_experts, BLOCK_E):
-            e = e0 + tl.arange(0, BLOCK_E)
-            end = tl.load(offsets_ptr + e + 1, e < num_experts, other=2147483647)
-            expert += tl.sum((end[None, :] <= row[:, None]).to(tl.int32), 1)
-        dy_row = dy_ptr + (slot // TOP_K).to(tl.int64)[:, None] * stride_dy
-        bias_row = bias_ptr + expert.to(tl.int64)[:, None] * H
-        for h0 in range(0, H, BLOCK_H):
-            h = h0 + tl.arange(0, BLOCK_H)
-            inside = live[:, None] & (h < H)[None, :]
-            dy = tl.load(dy_row + h[None, :], inside, other=0.0).to(tl.float32)
-            total += tl.sum(dy * tl.load(bias_row + h[None, :], inside, other=0.0).to(tl.float32), 1)
-    tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), slot < num_rows)
-
-
 def activation_form(activation: Activation, interleaved: bool) -> str:
     """The form of a launch with an activation, as :class:`gossamer.triton_kernels.tiles.Problem` names it."""
     return "ungated" if not activation.gated else "interleaved" if interleaved else "gated"
@@ -285,8 +278,12 @@ def down_backward(
     wants: tuple[bool, bool, bool],
     overwrite: bool,
     tile: Tile | None = None,
+    low: LowRankTerm | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no."""
+    """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no.
+
+    ``low`` is what flows back through an update of the weight.
+    """
     num_rows, (num_experts, h, i), device = slots.shape[0], down.shape, dy.device
     arch = arch_of(dy)
     if tile is None:
@@ -319,6 +316,7 @@ def down_backward(
         down.stride(1),
         activation.alpha,
         activation.limit,
+        **low_rank_arguments(low),
         ACT=activation.code,
         GATED=activation.gated,
         INTERLEAVED=interleaved,
@@ -332,31 +330,6 @@ def down_backward(
     return dpreact, act, partial
 
 
-def _routing_weight_gradient(partial, dy, down_bias, rows, offsets, weights):
-    num_rows, (num_tokens, top_k) = rows.shape[0], weights.shape
-    dweights = torch.empty(num_tokens, top_k, dtype=weights.dtype, device=weights.device)
-    slots_per_program = 64
-    _weight_gradient_kernel[(triton.cdiv(num_rows, slots_per_program),)](
-        partial,
-        dy,
-        None if down_bias is None else down_bias.contiguous(),
-        dweights,
-        rows,
-        offsets,
-        num_rows,
-        partial.shape[0],
-        offsets.shape[0] - 1,
-        dy.shape[1],
-        dy.stride(0),
-        TOP_K=top_k,
-        SLOTS=slots_per_program,
-        BLOCK_E=64,
-        BLOCK_H=64,
-        num_warps=4,
-    )
-    return dweights
-
-
 @dataclass(frozen=True)
 class Products:
     """The matrix products of a backward pass, by whichever kernels: functions of the arguments of those here."""
@@ -366,11 +339,12 @@ class Products:
     dweight: Callable
 
 
-def _dweight(x, dy, slots, offsets, x_div, dy_div, transposed):
+def dweight(x, dy, slots, offsets, x_div, dy_div, transposed):
+    """The weight gradient alone, of operands whose dropped rows are finite; see :func:`grouped_matmul_dweight`."""
     return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True)[0]
 
 
-_PRODUCTS = Products(down_backward, rows_times_weight, _dweight)
+_PRODUCTS = Products(down_backward, rows_times_weight, dweight)
 
 
 def expert_mlp_backward(
@@ -410,7 +384,7 @@ def expert_mlp_backward(
         dpreact, act = preact, preact[:, : down.shape[2]]
     if need_weights:
         dweights = (
-            _routing_weight_gradient(partial, dy, down_bias, rows, offsets, weights)
+            routing_weight_gradient(partial, dy, down_bias, rows, offsets, weights)
             if num_rows
             else torch.empty_like(weights)
         )
@@ -447,10 +421,17 @@ def aot_form(tma: bool, act: Activation, interleaved: bool) -> dict[str, object]
     return form | {"PRECISION": "ieee"}
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", act: Activation | None = None) -> tuple:
+def aot_case(
+    arch: int,
+    problem: Problem,
+    tile: Tile,
+    layout: str = "usual",
+    act: Activation | None = None,
+    rank: int | None = None,
+) -> tuple:
     """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
 
-    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
+    ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``; ``rank`` is that of its update, if any.
     """
     act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
     dtype = aot_dtype(problem.precision)
@@ -469,7 +450,9 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", act
     if tma:
         block = [tile.block_k, tile.block_n] if usual else [tile.block_n, tile.block_k]
         signature["w"] = aot_descriptor(dtype, [1, *block])
-    constexprs = {unit: 1, "DY_DIV": 8, "W_TRANSPOSED": usual}
+    low_signature, low_constexprs = aot_low_rank(dtype, rank)
+    signature |= low_signature
+    constexprs = low_constexprs | {unit: 1, "DY_DIV": 8, "W_TRANSPOSED": usual}
     constexprs |= {**aot_form(tma, act, problem.form == "interleaved"), **tile.constants()}
     return _down_backward_kernel, signature, constexprs, tile.options()
 
@@ -479,12 +462,6 @@ def aot_cases(arch: int) -> list[tuple]:
     cases = []
     for precision, mean_rows, name, form in AOT_FORMS:
         problem = Problem("expert_mlp_down_backward", form, precision, mean_rows, 64, 2048, 2048)
-        cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name)))
-
-    signature = aot_signature(
-        torch.bfloat16, "dy_ptr bias_ptr dweights_ptr", "rows_ptr offsets_ptr", "num_partials num_experts H stride_dy"
-    )
-    signature |= {"partial_ptr": "*fp32:16", "num_rows": "i32"}
-    constexprs = {"TOP_K": 8, "SLOTS": 64, "BLOCK_E": 64, "BLOCK_H": 64}
-    cases.append((_weight_gradient_kernel, signature, constexprs, {"num_warps": 4}))
+        for rank in (None, 16):
+            cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name), rank=rank))
     return cases

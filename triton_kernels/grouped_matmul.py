@@ -11,8 +11,11 @@ import triton.language as tl
 
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
+    LowRankTerm,
+    add_low_rank,
     aot_descriptor,
     aot_dtype,
+    aot_low_rank,
     aot_signature,
     arch_of,
     can_describe,
@@ -22,6 +25,7 @@ from gossamer.triton_kernels.common import (
     grid_size,
     load_rows,
     load_weight,
+    low_rank_arguments,
     row_tile,
     row_tiles,
     tile_coordinates,
@@ -50,6 +54,13 @@ def _grouped_matmul_kernel(
     stride_wn,
     stride_wk,
     stride_y,
+    low_s_ptr,
+    low_b_ptr,
+    low_rank,
+    low_scale,
+    stride_low_e,
+    stride_low_n,
+    stride_low_j,
     X_DIV: tl.constexpr,
     SCATTER: tl.constexpr,
     ZERO_DROPPED: tl.constexpr,
@@ -63,6 +74,8 @@ def _grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -78,7 +91,27 @@ def _grouped_matmul_kernel(
             x_index = inside
         x_rows = x if X_TMA else x + x_index.to(tl.int64)[:, None] * stride_x
         n0 = n_tile * BLOCK_N
+        n = n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if low_s_ptr is not None:
+            acc = add_low_rank(
+                acc,
+                low_s_ptr,
+                low_b_ptr,
+                expert,
+                r,
+                r < row_end,
+                n,
+                n < N,
+                low_rank,
+                low_scale,
+                stride_low_e,
+                stride_low_n,
+                stride_low_j,
+                PRECISION,
+                RANK_BLOCKS,
+                BLOCK_R,
+            )
         for k in range(0, tl.cdiv(C, BLOCK_K)):
             a = load_rows(x, x_rows, row, k * BLOCK_K, C, X_TMA, EVEN_K, BLOCK_K)
             b = load_weight(
@@ -98,7 +131,6 @@ def _grouped_matmul_kernel(
                 BLOCK_K,
             )
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        n = n0 + tl.arange(0, BLOCK_N)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)[None, :]
         if SCATTER:
@@ -134,8 +166,12 @@ def rows_times_weight(
     zero_dropped: bool,
     tile: Tile | None = None,
     table: tuple[torch.Tensor, int] | None = None,
+    low: LowRankTerm | None = None,
 ) -> torch.Tensor:
-    """Launch the grouped product; ``table`` may be passed when the caller has one for the same ``block_m``."""
+    """Launch the grouped product; ``table`` may be passed when the caller has one for the same ``block_m``.
+
+    ``low`` is an update of the weight, which the accumulator starts from.
+    """
     num_rows, (num_experts, n, c) = slots.shape[0], weight.shape
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -164,6 +200,7 @@ def rows_times_weight(
         weight.stride(1),
         weight.stride(2),
         y.stride(0),
+        **low_rank_arguments(low),
         X_DIV=x_div,
         SCATTER=scatter,
         ZERO_DROPPED=zero_dropped,
@@ -194,7 +231,7 @@ def grouped_matmul(
     return rows_times_weight(x, weight, bias, slots, offsets, x_div, not y_grouped, True)
 
 
-def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> tuple:
+def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", rank: int | None = None) -> tuple:
     """One launch, for ahead-of-time compilation: (kernel, signature, constexprs, options).
 
     ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
@@ -203,7 +240,9 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> 
     tma = arch >= TMA_ARCH and layout != "pointers"
     signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C stride_x stride_we stride_y")
     signature["capacity"] = "i32"
-    constexprs = {
+    low_signature, low_constexprs = aot_low_rank(dtype, rank)
+    signature |= low_signature
+    constexprs = low_constexprs | {
         "bias_ptr": None,
         "X_DIV": 8 if gathered else 0,
         "SCATTER": False,
@@ -233,4 +272,7 @@ def aot_cases(arch: int) -> list[tuple]:
         for form, layout in (("gathered", "usual"), ("sorted", "usual"), ("sorted", "transposed")):
             problem = Problem("grouped_matmul", form, precision, mean_rows, 64, 4096, 4096)
             cases.append(aot_case(arch, problem, choose(problem, arch), layout))
+        # The down product with an update.
+        problem = Problem("grouped_matmul", "sorted", precision, mean_rows, 64, 4096, 4096)
+        cases.append(aot_case(arch, problem, choose(problem, arch), rank=16))
     return cases

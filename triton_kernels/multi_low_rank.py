@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.common import aot_signature, dot_precision, row_tile, row_tiles, unit_columns
+from gossamer.triton_kernels.common import aot_signature, dot_precision, rank_block, row_tile, row_tiles, unit_columns
 from gossamer.triton_kernels.tiles import choose_block_m
 
 # Programs that fill a large GPU twice. Tiles are split along their sums until there are as many.
@@ -18,12 +18,8 @@ MANY_PROGRAMS = 256
 MOST_SPLITS = 16
 
 
-def rank_block(rank: int) -> int:
-    """Columns of a tile along the rank: tensor cores want 16 or more."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
-
-
-def _block_m(x: torch.Tensor, num_rows: int, groups: int) -> int:
+def shrink_block_m(x: torch.Tensor, num_rows: int, groups: int) -> int:
+    """Rows of a tile of a shrink and its expand."""
     return min(choose_block_m(num_rows / groups), 32 if x.element_size() == 4 else 64)
 
 
@@ -402,7 +398,7 @@ def multi_low_rank(
     total = torch.empty((num_rows, rank) if save else (0,), dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return total
-    block_m = _block_m(x, num_rows, a.shape[0])
+    block_m = shrink_block_m(x, num_rows, a.shape[0])
     table = row_tiles(offsets, num_rows, block_m)
     parts = shrink(x, a, slots, table, block_m, 1, ranks=ranks)
     _expand(parts, total if save else None, b, y, slots, table, block_m, scales, scale, ranks, add)
@@ -430,7 +426,7 @@ def multi_low_rank_backward(
     da = torch.empty(a.shape if need_a else (0,), dtype=a.dtype, device=x.device)
     db = torch.empty(b.shape if need_b else (0,), dtype=b.dtype, device=x.device)
     if num_rows and (need_x or need_a):
-        block_m = _block_m(x, num_rows, num_adapters)
+        block_m = shrink_block_m(x, num_rows, num_adapters)
         table = row_tiles(offsets, num_rows, block_m)
         # The transposes of the factors: (A, r, N) shrinks dy, (A, C, r) expands to dx.
         b_t, a_t = b.to(x.dtype).transpose(1, 2), a.to(x.dtype).transpose(1, 2)

@@ -17,6 +17,16 @@ struct ActivationForm {
   int halves() const { return gated ? 2 : 1; }
 };
 
+// A low-rank update of the experts' weights (E, N, C): scale · b·a; absent where the rank is 0.
+struct ExpertUpdate {
+  ExpertWeights a, b;  // (E, r, C), (E, N, r)
+  int64_t rank;
+  double scale;
+  void* s;  // (R, r) contiguous, x·aᵀ by expert, in the accumulator's type; null in a forward that need not save it
+
+  explicit operator bool() const { return rank > 0; }
+};
+
 struct ExpertMlpArgs {
   DType dtype;
   Groups groups;
@@ -28,6 +38,9 @@ struct ExpertMlpArgs {
   FloatMatrix gate_up_bias, down_bias;  // (E, 2I), (E, H), or absent
   FloatMatrix weights;     // (T, K)
   void* preact;            // (R, 2I) contiguous, or null in a forward that need not save it
+  ExpertUpdate gate_up_update, down_update;
+
+  bool updated() const { return gate_up_update || down_update; }
 };
 
 struct ExpertMlpForwardArgs : ExpertMlpArgs {
@@ -42,20 +55,59 @@ struct WeightGradient {
   explicit operator bool() const { return base != nullptr; }
 };
 
+// Gradients of an update's factors, contiguous, or null.
+struct UpdateGradient {
+  void *da, *db;
+
+  explicit operator bool() const { return da || db; }
+};
+
 struct ExpertMlpBackwardArgs : ExpertMlpArgs {
   FloatMatrix dy;  // (T, H), column stride 1
   void* dx;        // (T, H) contiguous, or null; so too the other results
   WeightGradient dgate_up, ddown;
   FloatMatrix dweights;            // (T, K) contiguous, zeroed by the caller
   void *dgate_up_bias, *ddown_bias;
+  UpdateGradient dgate_up_update, ddown_update;
+  DType factor_dtype;  // of their factors' gradients: `dtype` or float32
 
   int64_t wide() const { return inner * activation.halves(); }
-  bool needs_dpreact() const { return dx || dgate_up || dgate_up_bias; }
+  bool needs_dpreact() const { return dx || dgate_up || dgate_up_bias || dgate_up_update; }
   bool needs_dact() const { return needs_dpreact() || dweights; }
+  bool needs_act() const { return ddown || ddown_update.da; }
 };
 
 void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads);
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads);
+
+// Memory of an update's low-rank rows, or of what flows back to them: sums with tokens as columns, and as they are packed for
+// products with factors and for sums over tokens, which is the same where P is what sums are. Then saved rows with tokens
+// as rows, and partial gradients of the factors.
+template <class P>
+struct LowRankMemory {
+  using S = SumOf<P>;
+  S* sums = nullptr;
+  P *c = nullptr, *t = nullptr, *r = nullptr;
+  S *a_partial = nullptr, *b_partial = nullptr;
+
+  void take(Arena& arena, int64_t rank, int64_t chunk, bool over_tokens) {
+    if (rank == 0) return;
+    sums = arena.take<S>(panel_size(rank, chunk));
+    if constexpr (std::is_same_v<P, S>) {
+      c = t = sums;
+    } else {
+      c = arena.take<P>(panel_size(packed_depth<P>(rank), chunk));
+      if (over_tokens) t = arena.take<P>(panel_size(rank, packed_depth<P>(chunk)));
+    }
+  }
+  void take_gradients(Arena& arena, const UpdateGradient& g, int64_t rank, int64_t n, int64_t columns, int64_t chunk,
+                      bool narrow) {
+    take(arena, rank, chunk, g.da != nullptr);
+    if (g.db) r = arena.take<P>(panel_size(packed_depth<P>(chunk), rank));
+    if (g.da && narrow) a_partial = arena.take<S>(rank * columns);
+    if (g.db && narrow) b_partial = arena.take<S>(n * rank);
+  }
+};
 
 // The shared memory of a call, for products of P. Panels are named by what they hold and by where the tokens are: `_c` has
 // tokens as columns, for products with weights; `_t` tokens as terms and `_r` tokens as rows, for the two sides of a sum
@@ -65,11 +117,12 @@ struct ExpertMlpBuffers {
   using S = SumOf<P>;
   static constexpr bool kSame = std::is_same_v<P, S>;
   int64_t chunk;
-  WorkQueue inner, hidden, gate_up, down;
+  WorkQueue inner, hidden, gate_up, down, up_low, down_low, up_a, up_b, down_a, down_b;
   P *x_c = nullptr, *x_t = nullptr, *x_r = nullptr, *dy_c = nullptr, *dy_t = nullptr, *dy_r = nullptr;
   P *preact_c = nullptr, *preact_t = nullptr, *preact_r = nullptr, *act_c = nullptr, *act_t = nullptr, *act_r = nullptr;
   S *preact = nullptr, *act = nullptr, *dy = nullptr, *sum = nullptr;
   S *dweight_parts = nullptr, *dgate_up_partial = nullptr, *ddown_partial = nullptr;
+  LowRankMemory<P> up_update, down_update;
 
   ExpertMlpBuffers(Arena& arena, const ExpertMlpForwardArgs& a, int num_threads) {
     take_queues(arena, num_threads);
@@ -77,6 +130,8 @@ struct ExpertMlpBuffers {
     x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
     act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));
     if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * a.hidden);
+    up_update.take(arena, a.gate_up_update.rank, chunk, false);
+    down_update.take(arena, a.down_update.rank, chunk, false);
   }
 
   ExpertMlpBuffers(Arena& arena, const ExpertMlpBackwardArgs& a, int num_threads) {
@@ -93,11 +148,13 @@ struct ExpertMlpBuffers {
       preact_c = preact_t = preact;
       act_t = act;
     } else {
-      if (a.needs_dact()) dy_c = arena.take<P>(panel_size(packed_depth<P>(h), chunk));
+      if (a.needs_dact() || a.ddown_update.da) dy_c = arena.take<P>(panel_size(packed_depth<P>(h), chunk));
       if (a.ddown_bias || (a.dweights && a.down_bias)) dy = arena.take<S>(panel_size(h, chunk));
-      if (a.dx) preact_c = arena.take<P>(panel_size(packed_depth<P>(wide), chunk));
-      if (a.dgate_up && !a.dgate_up.transposed) preact_t = arena.take<P>(panel_size(wide, terms));
-      if (a.ddown) (a.ddown.transposed ? act_t : dy_t) = arena.take<P>(panel_size(a.ddown.transposed ? i : h, terms));
+      if (a.dx || a.dgate_up_update.da) preact_c = arena.take<P>(panel_size(packed_depth<P>(wide), chunk));
+      const bool left_preact = a.dgate_up && !a.dgate_up.transposed, left_dy = a.ddown && !a.ddown.transposed;
+      if (left_preact || a.dgate_up_update.db) preact_t = arena.take<P>(panel_size(wide, terms));
+      if (left_dy || a.ddown_update.db) dy_t = arena.take<P>(panel_size(h, terms));
+      if (a.ddown && a.ddown.transposed) act_t = arena.take<P>(panel_size(i, terms));
     }
     if (a.dweights) dweight_parts = arena.take<S>((i / 32 + 2) * chunk);
     if (a.dx && narrow) sum = arena.take<S>(a.tokens * h);
@@ -105,20 +162,25 @@ struct ExpertMlpBuffers {
       if (a.dgate_up.transposed) {
         x_t = arena.take<P>(panel_size(h, terms));
         preact_r = rows(wide);
-      } else {
-        x_r = rows(h);
       }
       if (narrow) dgate_up_partial = arena.take<S>(wide * h);
     }
     if (a.ddown) {
-      (a.ddown.transposed ? dy_r : act_r) = rows(a.ddown.transposed ? h : i);
+      if (a.ddown.transposed) dy_r = rows(h);
       if (narrow) ddown_partial = arena.take<S>(h * i);
     }
+    if ((a.dgate_up && !a.dgate_up.transposed) || a.dgate_up_update.da) x_r = rows(h);
+    if ((a.ddown && !a.ddown.transposed) || a.ddown_update.da) act_r = rows(i);
+    const bool narrow_factors = sizeof(S) > element_size(a.factor_dtype);
+    up_update.take_gradients(arena, a.dgate_up_update, a.gate_up_update.rank, wide, h, chunk, narrow_factors);
+    down_update.take_gradients(arena, a.ddown_update, a.down_update.rank, h, i, chunk, narrow_factors);
   }
 
  private:
   void take_queues(Arena& arena, int num_threads) {
-    for (WorkQueue* queue : {&inner, &hidden, &gate_up, &down}) *queue = take_queue(arena, num_threads);
+    for (WorkQueue* queue : {&inner, &hidden, &gate_up, &down, &up_low, &down_low, &up_a, &up_b, &down_a, &down_b}) {
+      *queue = take_queue(arena, num_threads);
+    }
   }
 };
 

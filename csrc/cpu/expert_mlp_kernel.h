@@ -69,12 +69,14 @@ void round_share(const S* sum, T* out, int64_t count, Team team) {
 }
 
 // The pre-activation of activation columns first .. first+count: gate rows in c, up rows at *up; returns their row step.
-template <class W, class P, class S>
-int64_t preactivation(const ExpertMlpArgs& a, const W& w, int64_t expert, const Panel<P>& x, int64_t first, int64_t count,
-                      S* c, S** up, int64_t c_stride, P* pack) {
+// `low` holds x·aᵀ of an update, scaled, and low_w is its b.
+template <class W, class T, class P, class S>
+int64_t preactivation(const ExpertMlpArgs& a, const W& w, int64_t expert, const Panel<P>& x, const Weight<T>& low_w,
+                      const Panel<P>& low, int64_t first, int64_t count, S* c, S** up, int64_t c_stride, P* pack) {
   const int64_t tokens = x.width;
   const auto part = [&](int64_t n, int64_t rows, S* to) {
     group_product(w, n, rows, x, to, c_stride, pack);
+    if (a.gate_up_update) group_product(low_w, n, rows, low, to, c_stride, pack, true);
     add_bias(a.gate_up_bias, expert, n, rows, to, c_stride, tokens);
   };
   *up = nullptr;
@@ -127,25 +129,43 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   const auto packed = team.share(a.hidden, kPanelWidth<P>);
   S* sum = buffers.sum;
   if constexpr (std::is_same_v<T, S>) sum = static_cast<T*>(a.y);
-  StageClock clock(TimedKernel::kExpertMlp, team.size);
+  StageClock clock(a.updated() ? TimedKernel::kExpertMlpLora : TimedKernel::kExpertMlp, team.size);
   zero_share(sum, a.tokens * a.hidden, team);
   buffers.inner.restart(team);
+  buffers.up_low.restart(team);
   clock.lap(Stage::kZero);
+  // The low-rank rows of a product, which all threads need before they go on to it.
+  const auto low_rows = [&](const ExpertUpdate& update, const Chunk& chunk, int64_t depth, const Panel<P>& rows,
+                            const LowRankPanels<P>& low, WorkQueue& queue) {
+    if (!update) return;
+    S* save = update.s ? static_cast<S*>(update.s) + chunk.begin * update.rank : nullptr;
+    const Weight<T> w = expert_weight<T>(update.a, chunk.expert, update.rank, depth);
+    low_rank_rows(w, rows, update.scale, low, save, queue, team, c, c_stride, pack);
+    clock.lap(Stage::kLowRank);
+    team.barrier();
+    clock.lap(Stage::kWait);
+  };
 
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
     const Panel<P> x{buffers.x_c, packed_depth<P>(a.hidden), m}, act{buffers.act_c, packed_depth<P>(a.inner), m};
+    const auto up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
+    const auto down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
     own->rows.read(a, chunk);
     pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
     clock.lap(Stage::kPack);
     team.barrier();
     buffers.hidden.restart(team);
+    buffers.down_low.restart(team);
     clock.lap(Stage::kWait);
+    low_rows(a.gate_up_update, chunk, a.hidden, x, up_low, buffers.up_low);
     const auto gate_up = gate_up_of(chunk.expert);
+    const int64_t wide = a.inner * a.activation.halves();
+    const Weight<T> low_gate_up = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
     buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
       const int64_t count = end - i;
       S* up;
-      const int64_t step = preactivation(a, gate_up, chunk.expert, x, i, count, c, &up, c_stride, pack) * c_stride;
+      const int64_t step = preactivation(a, gate_up, chunk.expert, x, low_gate_up, up_low.c, i, count, c, &up, c_stride, pack) * c_stride;
       clock.lap(Stage::kGateUp);
       if (a.preact) {
         save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
@@ -167,11 +187,15 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     });
     team.barrier();
     buffers.inner.restart(team);
+    buffers.up_low.restart(team);
     clock.lap(Stage::kWait);
+    low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
     const auto w = down_of(chunk.expert);
+    const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.hidden, a.down_update.rank);
     buffers.hidden.each(team, a.hidden, kGroup, [&](int64_t h, int64_t end) {
       const int64_t count = end - h;
       group_product(w, h, count, act, c, c_stride, pack);
+      if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
       add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
       clock.lap(Stage::kDown);
       add_to_tokens<T>(c, c_stride, count, own->rows, m, true, sum, a.hidden, h);
@@ -235,7 +259,12 @@ class ExpertMlpBackward {
 
  public:
   ExpertMlpBackward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team t)
-      : a(args), team(t), arena(shared), buffers(arena, args, num_threads), own(std::make_unique<ExpertMlpThread<T>>()) {
+      : a(args),
+        team(t),
+        clock(args.updated() ? TimedKernel::kExpertMlpLoraBackward : TimedKernel::kExpertMlpBackward, t.size),
+        arena(shared),
+        buffers(arena, args, num_threads),
+        own(std::make_unique<ExpertMlpThread<T>>()) {
     dx_sum = buffers.sum;
     if constexpr (std::is_same_v<T, S>) dx_sum = static_cast<T*>(a.dx);
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
@@ -245,6 +274,7 @@ class ExpertMlpBackward {
     if (a.dx) zero_share(dx_sum, a.tokens * a.hidden, team);
     zero_empty_experts();
     buffers.inner.restart(team);
+    buffers.down_low.restart(team);
     clock.lap(Stage::kZero);
     meet();
     for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
@@ -264,9 +294,16 @@ class ExpertMlpBackward {
       act = {buffers.act, a.inner, m};
       act_t = {buffers.act_t, a.inner, terms};
       act_r = {buffers.act_r, terms, a.inner};
+      up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
+      up_low_r = {buffers.up_update.r, terms, a.gate_up_update.rank};
+      down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
+      down_low_r = {buffers.down_update.r, terms, a.down_update.rank};
       gather(chunk);
       clock.lap(Stage::kPack);
       meet();
+      if (a.down_update && (a.needs_dact() || a.ddown_update.da)) {
+        low_gradient(a.down_update, chunk, a.hidden, dy_c, down_low, buffers.down_low);
+      }
       through_activation(chunk);
       meet();
       if (!kSame || buffers.preact_r) {
@@ -278,6 +315,9 @@ class ExpertMlpBackward {
         }
         clock.lap(Stage::kTranspose);
         meet();
+      }
+      if (a.gate_up_update && (a.dx || a.dgate_up_update.da)) {
+        low_gradient(a.gate_up_update, chunk, a.wide(), preact_c, up_low, buffers.up_low);
       }
       gradients(chunk);
       meet();
@@ -298,6 +338,15 @@ class ExpertMlpBackward {
     };
     weight(a.dgate_up, a.wide(), a.hidden);
     weight(a.ddown, a.hidden, a.inner);
+    const auto factors = [&](const UpdateGradient& g, int64_t rank, int64_t n, int64_t c) {
+      visit_float(a.factor_dtype, [&](auto tag) {
+        using G = typename decltype(tag)::type;
+        if (g.da) zero_empty<G>(a.groups, g.da, rank, c, team);
+        if (g.db) zero_empty<G>(a.groups, g.db, n, rank, team);
+      });
+    };
+    factors(a.dgate_up_update, a.gate_up_update.rank, a.wide(), a.hidden);
+    factors(a.ddown_update, a.down_update.rank, a.hidden, a.inner);
     if (team.thread != 0) return;
     if (a.dgate_up_bias) zero_empty<T>(a.groups, a.dgate_up_bias, 1, a.wide(), Team{0, 1});
     if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.hidden, Team{0, 1});
@@ -309,7 +358,8 @@ class ExpertMlpBackward {
     const T* const* rows = own->rows.rows_of(a.dy, chunk);
     const int64_t m = chunk.size();
     if constexpr (kSame) {
-      if (a.needs_dact() || a.ddown_bias || (a.ddown && !a.ddown.transposed)) pack_as_columns(dy_c, rows, h.begin, h.end);
+      const bool left_dy = a.ddown && !a.ddown.transposed;
+      if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, h.begin, h.end);
     } else {
       if (buffers.dy_c) pack_as_columns(dy_c, rows, h.begin, h.end);
       if (buffers.dy_t) pack_as_terms(dy_t, rows, m, h.begin, h.end);
@@ -319,23 +369,45 @@ class ExpertMlpBackward {
     rows = own->rows.rows_of(a.x, chunk);
     if (buffers.x_t) pack_as_terms(x_t, rows, m, h.begin, h.end);
     if (buffers.x_r) pack_as_rows(x_r, rows, m, h.begin, h.end);
-    if (!a.needs_dact() && !a.ddown) return;
+    const auto saved = [&](const ExpertUpdate& update, const Panel<P>& panel, const S* factors) {
+      const S* s = static_cast<const S*>(update.s) + chunk.begin * update.rank;
+      if (panel.data) pack_low_rank_rows(panel, s, factors, update.scale, m, team);
+    };
+    saved(a.gate_up_update, up_low_r, nullptr);
+    saved(a.down_update, down_low_r, own->rows.weight);
+    if (!a.needs_dact() && !a.needs_act()) return;
     for (int64_t i = 0; i < chunk.size(); ++i) {
       own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
     }
     pack_as_columns(preact, own->rows.row, p.begin, p.end);
   }
 
+  // What flows back through a product's update: scale · columns · b.
+  void low_gradient(const ExpertUpdate& update, const Chunk& chunk, int64_t n, const Panel<P>& columns,
+                    const LowRankPanels<P>& low, WorkQueue& queue) {
+    const Weight<T> w = expert_weight_t<T>(update.b, chunk.expert, n, update.rank);
+    S* save = nullptr;
+    low_rank_rows(w, columns, update.scale, low, save, queue, team, own->buffers.c, own->buffers.c_stride(buffers.chunk),
+                  own->buffers.pack);
+    clock.lap(Stage::kLowRank);
+    meet();
+  }
+
   // dy · W2, then back through the activation.
   void through_activation(const Chunk& chunk) {
-    for (WorkQueue* queue : {&buffers.hidden, &buffers.gate_up, &buffers.down}) queue->restart(team);
-    if (!a.needs_dact() && !a.ddown) return;
+    for (WorkQueue* queue : {&buffers.hidden, &buffers.gate_up, &buffers.down, &buffers.up_low, &buffers.up_a, &buffers.up_b,
+                             &buffers.down_a, &buffers.down_b}) {
+      queue->restart(team);
+    }
+    if (!a.needs_dact() && !a.needs_act()) return;
     const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
     const Weight<T> down = expert_weight_t<T>(a.down, chunk.expert, a.hidden, a.inner);
+    const Weight<T> low_w = expert_weight_t<T>(a.down_update.a, chunk.expert, a.down_update.rank, a.inner);
     buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
       const int64_t count = end - i;
       S* dact = a.needs_dact() ? own->buffers.c : nullptr;
       if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
+      if (dact && a.down_update) group_product(low_w, i, count, down_low.c, dact, c_stride, own->buffers.pack, true);
       if (dact) clock.lap(Stage::kDact);
       S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
       activation_gradient<T>(a, preact, act, i, count, dact, c_stride, own->rows.weight, part);
@@ -355,10 +427,13 @@ class ExpertMlpBackward {
   void gradients(const Chunk& chunk) {
     const int64_t m = chunk.size(), c_stride = own->buffers.c_stride(buffers.chunk), h = a.hidden, n = a.wide();
     buffers.inner.restart(team);
+    buffers.down_low.restart(team);
     if (a.dx) {
+      const Weight<T> low_w = expert_weight_t<T>(a.gate_up_update.a, chunk.expert, a.gate_up_update.rank, h);
       const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
       buffers.hidden.each(team, h, kGroup, [&](int64_t i, int64_t end) {
         group_product(gate_up, i, end - i, preact_c, own->buffers.c, c_stride, own->buffers.pack);
+        if (a.gate_up_update) group_product(low_w, i, end - i, up_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
         clock.lap(Stage::kDx);
         add_to_tokens<T>(own->buffers.c, c_stride, end - i, own->rows, m, false, dx_sum, h, i);
         clock.lap(Stage::kCombine);
@@ -380,6 +455,9 @@ class ExpertMlpBackward {
       }
       clock.lap(Stage::kDdown);
     }
+    factor_gradients(a.dgate_up_update, chunk, up_low.t, x_r, preact_t, up_low_r, buffers.up_a, buffers.up_b, buffers.up_update);
+    factor_gradients(a.ddown_update, chunk, down_low.t, act_r, dy_t, down_low_r, buffers.down_a, buffers.down_b,
+                     buffers.down_update);
     if (a.dgate_up_bias) {
       const auto mine = team.share(n, kGroup);
       sum_tokens(preact, static_cast<const S*>(nullptr), mine.begin, mine.end, chunk, bias_sums.get(),
@@ -403,6 +481,15 @@ class ExpertMlpBackward {
                [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); });
   }
 
+  // da = lowᵀ · rows and db = columnsᵀ · saved.
+  void factor_gradients(const UpdateGradient& g, const Chunk& chunk, const Panel<P>& low, const Panel<P>& rows,
+                        const Panel<P>& columns, const Panel<P>& saved, WorkQueue& a_queue, WorkQueue& b_queue,
+                        const LowRankMemory<P>& memory) {
+    if (g.da) factor_gradient(a_queue, team, kRankUnit, low, rows, g.da, a.factor_dtype, memory.a_partial, chunk);
+    if (g.db) factor_gradient(b_queue, team, kGroup, columns, saved, g.db, a.factor_dtype, memory.b_partial, chunk);
+    if (g) clock.lap(Stage::kLowRank);
+  }
+
   void sum_dweights(const Chunk& chunk) {
     const int64_t parts = (a.inner + kGroup - 1) / kGroup + (a.down_bias ? 1 : 0);
     const auto mine = team.share(chunk.size());
@@ -418,7 +505,7 @@ class ExpertMlpBackward {
 
   const ExpertMlpBackwardArgs& a;
   Team team;
-  StageClock clock{TimedKernel::kExpertMlpBackward, team.size};
+  StageClock clock;
   Arena arena;
   ExpertMlpBuffers<P> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;
@@ -426,6 +513,8 @@ class ExpertMlpBackward {
   S* dx_sum;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
   Panel<S> dy, preact, act;
+  LowRankPanels<P> up_low, down_low;
+  Panel<P> up_low_r, down_low_r;
 };
 
 void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team) {

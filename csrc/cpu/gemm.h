@@ -152,11 +152,11 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
 // How a group of a weight's rows is read: in place, or packed in its own order of memory.
 enum class Read { kInPlace, kRows, kColumns };
 
-// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
+// c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
 // panel, kDepth deep, are worked on together in the first-level cache; the next `unit` rows are fetched meanwhile.
 template <Read read, class T, class P>
 void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c,
-                      int64_t c_stride, P* pack) {
+                      int64_t c_stride, P* pack, bool add) {
   constexpr bool columns = read == Read::kColumns;
   constexpr int a_row = read == Read::kInPlace ? 0 : columns ? 1 : kDepth;
   constexpr int64_t step = kDepth * kTerms<P>;
@@ -190,7 +190,7 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
                           along_rows ? static_cast<int>(next_rows) : 0, static_cast<int>(sizeof(T)) * kTerms<P>};
         for_tiles(count, [&](auto tile, int64_t i) {
           block_product<tile, vectors, a_row, columns ? kGroup : 1>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
-                                                                    depth, segment, k == 0,
+                                                                    depth, segment, !add && k == 0,
                                                                     c + i * c_stride + block * kPanelWidth<P>, c_stride,
                                                                     i == 0 ? ahead : Ahead{});
         });
@@ -240,10 +240,11 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
   }
 }
 
-// group_product for a panel of Tokens tokens: add(sum, i, rows, k, last) adds the terms k .. last of the weight rows
+// group_product for a panel of Tokens tokens: accumulate(sum, i, rows, k, last) adds the terms k .. last of the weight rows
 // i .. i+rows, which lie in the lanes of sum[token].
-template <int Tokens, class S, class Add>
-GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, S* c, int64_t c_stride, Add&& add) {
+template <int Tokens, class S, class Accumulate>
+GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, S* c, int64_t c_stride, Accumulate&& accumulate,
+                                        bool add = false) {
   constexpr int lanes = kLanes<S>;
   const int segment = segment_length(depth);
   for (int64_t i = 0; i < count; i += lanes) {
@@ -251,25 +252,29 @@ GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, S* c, int6
     Vec<S> total[Tokens] = {};
     for (int64_t k = 0; k < depth; k += segment) {
       Vec<S> sum[Tokens] = {};
-      add(sum, i, rows, k, std::min<int64_t>(depth, k + segment));
+      accumulate(sum, i, rows, k, std::min<int64_t>(depth, k + segment));
       for (int t = 0; t < Tokens; ++t) total[t] = k == 0 ? sum[t] : total[t] + sum[t];
     }
     Vec<S> v[lanes] = {};
     for (int t = 0; t < Tokens; ++t) v[t] = total[t];
     transpose<S>(v);
-    for (int r = 0; r < rows; ++r) store(c + (i + r) * c_stride, v[r]);
+    for (int r = 0; r < rows; ++r) {
+      S* to = c + (i + r) * c_stride;
+      store(to, add ? load(to) + v[r] : v[r]);
+    }
   }
 }
 
 // The same of a weight that is contiguous along its depth or, in columns, its rows.
 template <int Tokens, bool Columns, class T, class P>
 __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel,
-                                             SumOf<P>* c, int64_t c_stride) {
-  few_tokens_product<Tokens>(count, w.depth, c, c_stride, [&](auto& sum, int64_t i, int rows, int64_t k, int64_t last) {
+                                             SumOf<P>* c, int64_t c_stride, bool add) {
+  const auto accumulate = [&](auto& sum, int64_t i, int rows, int64_t k, int64_t last) {
     constexpr int lanes = kLanes<SumOf<P>>;
     const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + lanes), 0, lanes));
     accumulate_few<Tokens, Columns>(sum, w, w.base + (n + i) * w.row_stride, rows, next_rows, k, last, panel);
-  });
+  };
+  few_tokens_product<Tokens>(count, w.depth, c, c_stride, accumulate, add);
 }
 
 // Calls f with the number of tokens, or a little more, as a constant: the lanes past a panel's end are zero.
@@ -281,14 +286,16 @@ GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
   f(std::integral_constant<int, Tokens>{});
 }
 
-// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count; c must have room for count rounded up to a multiple of 4.
+// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count, added to what c holds where `add` is set; c must have room for
+// count rounded up to a multiple of 4.
 template <class T, class P>
-void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack) {
+void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
+                   bool add = false) {
   const bool columns = w.row_stride == 1 && w.col_stride != 1;
   if (panel.width <= kFewTokens && (columns || w.col_stride == 1)) {
     return with_few_tokens(panel.width, [&](auto tokens) {
-      if (columns) return few_tokens_of<tokens, true>(w, n, count, panel, c, c_stride);
-      few_tokens_of<tokens, false>(w, n, count, panel, c, c_stride);
+      if (columns) return few_tokens_of<tokens, true>(w, n, count, panel, c, c_stride, add);
+      few_tokens_of<tokens, false>(w, n, count, panel, c, c_stride, add);
     });
   }
   // With few tokens the weights' way from memory is all that counts, and few long streams come faster than many short ones.
@@ -297,16 +304,16 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>&
     const int rows = static_cast<int>(std::min<int64_t>(unit, count - i));
     SumOf<P>* to = c + i * c_stride;
     if (columns) {
-      group_product_of<Read::kColumns>(w, n + i, rows, unit, panel, to, c_stride, pack);
+      group_product_of<Read::kColumns>(w, n + i, rows, unit, panel, to, c_stride, pack, add);
       continue;
     }
     if constexpr (sizeof(T) * kTerms<P> == sizeof(P)) {
       if (w.col_stride == 1 && rows % 4 == 0 && w.depth % kTerms<P> == 0 && w.row_stride % kTerms<P> == 0) {
-        group_product_of<Read::kInPlace>(w, n + i, rows, unit, panel, to, c_stride, pack);
+        group_product_of<Read::kInPlace>(w, n + i, rows, unit, panel, to, c_stride, pack, add);
         continue;
       }
     }
-    group_product_of<Read::kRows>(w, n + i, rows, unit, panel, to, c_stride, pack);
+    group_product_of<Read::kRows>(w, n + i, rows, unit, panel, to, c_stride, pack, add);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "cpu/grouped_matmul_kernel.h"
 #include "cpu/multi_low_rank_kernel.h"
 #include "cpu/activation_kernel.h"
+#include "cpu/expert_update_kernel.h"
 #include "cpu/expert_mlp_kernel.h"
 #include "cpu/quantized_experts_kernel.h"
 

@@ -10,7 +10,7 @@
 
 namespace gossamer {
 
-enum class TimedKernel { kExpertMlp, kExpertMlpBackward, kCount };
+enum class TimedKernel { kExpertMlp, kExpertMlpBackward, kExpertMlpLora, kExpertMlpLoraBackward, kCount };
 
 enum class Stage {
   kZero,
@@ -26,6 +26,7 @@ enum class Stage {
   kDgateUp,
   kDdown,
   kSums,
+  kLowRank,
   kRound,
   kWait,
   kCount

@@ -7,7 +7,12 @@ import torch
 from gossamer import _C
 from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
-from gossamer.cpu_kernels._native import empty_gradient, empty_huge, groups, matrix, unit_rows, weights3
+from gossamer.cpu_kernels._native import DTYPES, empty_gradient, empty_huge, groups, matrix, unit_rows, weights3
+
+# No low-rank updates: for each product a and b as weights, the rank and x·aᵀ; then the scale.
+NO_WEIGHT = (0, 0, 0, 0)
+NO_UPDATE = (NO_WEIGHT, NO_WEIGHT, 0, 0)
+NO_UPDATES = (NO_UPDATE, NO_UPDATE, 0.0)
 
 
 def _arguments(
@@ -41,6 +46,7 @@ def expert_mlp(
     activation: Activation,
     interleaved: bool,
     save_preact: bool,
+    updates: tuple = NO_UPDATES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
 
@@ -57,6 +63,7 @@ def expert_mlp(
         activation: which, with its constants.
         interleaved: whether gate and up alternate along 2I.
         save_preact: whether the backward pass will want the pre-activation.
+        updates: low-rank updates as :mod:`gossamer.cpu_kernels.expert_mlp_lora` hands them over.
 
     Returns:
         ``y (T, H)``, and the pre-activation ``(R, 2I)`` in expert order, its dropped rows unwritten; ``(0,)`` unless
@@ -79,6 +86,7 @@ def expert_mlp(
             activation,
             interleaved,
         ),
+        updates,
         y.data_ptr(),
         torch.get_num_threads(),
     )
@@ -101,6 +109,9 @@ def expert_mlp_backward(
     interleaved: bool,
     needs: list[bool],
     overwrite: bool,
+    updates: tuple = NO_UPDATES,
+    dfactors: tuple[int, int, int, int] = NO_WEIGHT,
+    factor_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of :func:`expert_mlp` from ``dy (T, H)`` and the pre-activation that it saved.
 
@@ -120,6 +131,9 @@ def expert_mlp_backward(
         interleaved: as in the forward pass.
         needs: which of x, gate_up, down, weights, gate_up_bias and down_bias want a gradient.
         overwrite: leave to write over ``preact``, which this kernel does not use.
+        updates: as in the forward pass.
+        dfactors: where the gradients of the updates' factors go, 0 where not needed.
+        factor_dtype: of those gradients; that of ``x`` if None.
 
     Returns:
         The six gradients in that order, shaped and typed like what they belong to, laid out like the weights; ``(0,)``
@@ -129,7 +143,8 @@ def expert_mlp_backward(
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
     none = (0,)
     dx = torch.empty(x.shape if need_x else none, dtype=x.dtype)
-    dgate_up = ddown = torch.empty(none, dtype=x.dtype)
+    # Each its own tensor: results of an operator may not alias.
+    dgate_up, ddown = torch.empty(none, dtype=x.dtype), torch.empty(none, dtype=x.dtype)
     if need_gate_up:
         dgate_up = empty_gradient(tuple(gate_up.shape), x.dtype, stored_transposed(gate_up))
     if need_down:
@@ -143,6 +158,7 @@ def expert_mlp_backward(
             *_arguments(
                 x, gate_up, down, gate_up_bias, down_bias, slots, offsets, weights, preact, activation, interleaved
             ),
+            updates,
             matrix(dy),
             dx.data_ptr() if need_x else 0,
             (dgate_up.data_ptr() if need_gate_up else 0, stored_transposed(gate_up)),
@@ -150,6 +166,8 @@ def expert_mlp_backward(
             matrix(dweights if need_weights else None),
             dgate_up_bias.data_ptr() if need_gate_up_bias else 0,
             ddown_bias.data_ptr() if need_down_bias else 0,
+            dfactors,
+            DTYPES[factor_dtype or x.dtype],
             torch.get_num_threads(),
         )
     else:

@@ -6,12 +6,13 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate, as_activation
-from gossamer._layout import stored_transposed
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops._composed_experts import composed_expert_mlp
+from gossamer.ops._overwrite import may_overwrite
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch
-from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, expert_mlp_lora
+from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, empty_gradients, expert_mlp_lora
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
 from gossamer.ops.quantized_experts import quantized_expert_mlp
 
@@ -156,17 +157,7 @@ def _backward_overwriting_kernel(*args):
 
 
 def _backward_fake(dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest):
-    needs = rest[4]
-    like = (x, gate_up, down, weights, gate_up_bias, down_bias)
-    grads = []
-    for need, t in zip(needs, like, strict=True):
-        if not need:
-            grads.append(x.new_empty(0))
-        elif t.dim() == 3 and stored_transposed(t):
-            grads.append(t.new_empty(t.shape[0], t.shape[2], t.shape[1]).transpose(1, 2))
-        else:
-            grads.append(t.new_empty(t.shape))
-    return tuple(grads)
+    return empty_gradients(x, (x, gate_up, down, weights, gate_up_bias, down_bias), rest[4])
 
 
 def _backward_schema(name: str, preact: str) -> str:
@@ -199,25 +190,13 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact)
 
 
-def _may_overwrite(saved: torch.Tensor) -> bool:
-    """Whether this backward pass frees its graph and nobody else holds ``saved``; never under a tracer."""
-    if torch.compiler.is_compiling() or type(saved) is not torch.Tensor:
-        return False
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    count_users = getattr(torch._C, "_storage_Use_Count", None)
-    if keeps_graph is None or count_users is None or keeps_graph():
-        return False
-    # Its own users are the saved tensor and the storage object made here.
-    return count_users(saved.untyped_storage()._cdata) <= 2
-
-
 def _backward(ctx, dy, _dpreact):
     if dy is None:
         return (None,) * 15
     n = ctx.needs_input_grad
     needs = [n[0], n[1], n[2], n[8], n[3], n[4]]
     saved = ctx.saved_tensors
-    op = _expert_mlp_backward_ if _may_overwrite(saved[-1]) else _expert_mlp_backward
+    op = _expert_mlp_backward_ if may_overwrite(saved[-1]) else _expert_mlp_backward
     grads = op(dy, *saved, *ctx.form, needs, ctx.backend)
     dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = (
         g if need else None for g, need in zip(grads, needs, strict=True)
@@ -337,8 +316,8 @@ def expert_mlp(
         return quantized_expert_mlp(
             x, gate_up, down, dispatch, weights, activation, gate_up_bias, down_bias, interleaved, backend
         )
-    if any(quantized) or not plain:
-        return expert_mlp_lora(
+    if any(quantized):
+        return composed_expert_mlp(
             x,
             gate_up,
             down,
@@ -351,6 +330,22 @@ def expert_mlp(
             gate_up_lora,
             down_lora,
             lora_scale,
+        )
+    if not plain:
+        return expert_mlp_lora(
+            x,
+            gate_up,
+            down,
+            gate_up_bias,
+            down_bias,
+            gate_up_lora,
+            down_lora,
+            dispatch,
+            weights,
+            activation,
+            interleaved,
+            lora_scale,
+            backend,
         )
     y, _ = _expert_mlp(
         x,

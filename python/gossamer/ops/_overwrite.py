@@ -1,0 +1,17 @@
+"""Whether a backward pass may write over a tensor that its forward pass saved."""
+
+from __future__ import annotations
+
+import torch
+
+
+def may_overwrite(saved: torch.Tensor) -> bool:
+    """Whether this backward pass frees its graph and nobody else holds ``saved``; never under a tracer."""
+    if torch.compiler.is_compiling() or type(saved) is not torch.Tensor:
+        return False
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    count_users = getattr(torch._C, "_storage_Use_Count", None)
+    if keeps_graph is None or count_users is None or keeps_graph():
+        return False
+    # Its own users are the saved tensor and the storage object made here.
+    return count_users(saved.untyped_storage()._cdata) <= 2

@@ -1,0 +1,371 @@
+"""gossamer.expert_mlp with low-rank factors: results, gradients, and what the updates cost in memory."""
+
+import pytest
+import torch
+from helpers import OperatorLog, assert_same_bits, check, make_dispatch, run, saved_tensors
+
+import gossamer
+from gossamer._activation import ACTIVATIONS
+from gossamer.ops.expert_mlp import expert_mlp_reference
+from gossamer.testing import random_expert_ids
+
+# Odd, so that no block divides them.
+T, E, K, H, I = 13, 5, 3, 97, 47
+# Ranks of the two products.
+RANKS = 5, 3
+FACTORS = ("a1", "b1", "a2", "b2")
+SCALE = 0.5
+
+
+def functions(dispatch, *, backend, **form):
+    """The function under test and its reference, closed over the dispatch and the form, of all float inputs."""
+
+    def pairs(a1=None, b1=None, a2=None, b2=None):
+        return {
+            "gate_up_lora": None if a1 is None else (a1, b1),
+            "down_lora": None if a2 is None else (a2, b2),
+            "lora_scale": SCALE,
+        }
+
+    def split(inputs):
+        return {k: v for k, v in inputs.items() if k not in FACTORS}, pairs(
+            **{k: v for k, v in inputs.items() if k in FACTORS}
+        )
+
+    def function(**inputs):
+        plain, lora = split(inputs)
+        with gossamer.backend(backend):
+            return gossamer.expert_mlp(dispatch=dispatch, **plain, **lora, **form)
+
+    def reference(**inputs):
+        plain, lora = split(inputs)
+        return expert_mlp_reference(dispatch=dispatch, **plain, **lora, **form)
+
+    return function, reference
+
+
+def make_inputs(
+    device, dtype=torch.float32, *, t=T, e=E, k=K, h=H, i=I, ranks=RANKS, halves=2, bias=True, which=FACTORS
+):
+    """Inputs by name, each product of unit size and, times the scale, each update of half that."""
+    wide, (r1, r2) = halves * i, ranks
+    inputs = {
+        "x": torch.randn(t, h, device=device),
+        "gate_up": torch.randn(e, wide, h, device=device) / h**0.5,
+        "down": torch.randn(e, h, i, device=device) / i**0.5,
+        "weights": torch.rand(t, k, device=device) * 2 / k,
+        "gate_up_bias": torch.randn(e, wide, device=device),
+        "down_bias": torch.randn(e, h, device=device),
+        "a1": torch.randn(e, r1, h, device=device) / h**0.5,
+        "b1": torch.randn(e, wide, r1, device=device) / r1**0.5,
+        "a2": torch.randn(e, r2, i, device=device) / i**0.5,
+        "b2": torch.randn(e, h, r2, device=device) / r2**0.5,
+    }
+    kept = (n for n in inputs if (bias or not n.endswith("bias")) and (n not in FACTORS or n in which))
+    return {n: inputs[n].to(dtype) for n in kept}
+
+
+def test_reference_is_the_merged_layer(device):
+    """The reference itself against the plain layer with W + scale·B·A for its weights, in float64."""
+    d = make_dispatch(T, E, K, device, dropped=0.2)
+    inputs = {k: v.double() for k, v in make_inputs(device).items()}
+    merged = {k: v for k, v in inputs.items() if k not in FACTORS}
+    merged["gate_up"] = merged["gate_up"] + SCALE * inputs["b1"] @ inputs["a1"]
+    merged["down"] = merged["down"] + SCALE * inputs["b2"] @ inputs["a2"]
+    _, reference = functions(d, backend="reference")
+    torch.testing.assert_close(reference(**inputs), expert_mlp_reference(dispatch=d, **merged))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_float64(kernel_backend, dtype, device, bias):
+    """Both updates with dropped slots, with and without biases: the result and all ten gradients."""
+    d = make_dispatch(T, E, K, device, dropped=0.2)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, dtype, bias=bias))
+
+
+def test_double(device):
+    """float64 on the CPU keeps float64."""
+    if device == "cuda":
+        pytest.skip("float64 is computed on the CPU alone")
+    function, reference = functions(make_dispatch(T, E, K, device), backend="native")
+    inputs = {k: v.double() for k, v in make_inputs(device).items()}
+    dout = torch.randn(T, H, dtype=torch.float64)
+    actual, expected = run(function, inputs, inputs, dout), run(reference, inputs, inputs, dout)
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("which", [("a1", "b1"), ("a2", "b2")], ids=["gate_up", "down"])
+def test_one_update_alone(kernel_backend, device, which):
+    """Either product may have an update without the other."""
+    d = make_dispatch(T, E, K, device, dropped=0.1)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, which=which))
+
+
+@pytest.mark.parametrize(
+    ("activation", "interleaved"),
+    [("swiglu", True), ("clamped_swiglu", True), ("clamped_swiglu", False), ("gelu", False), ("relu2", False)],
+)
+def test_activations(kernel_backend, device, activation, interleaved):
+    """Updates meet gate and up rows in every order of the pre-activation, and layers without a gate."""
+    form = gossamer.Activation(activation, alpha=1.3, limit=0.8)
+    d = make_dispatch(T, E, K, device)
+    pair = functions(d, backend=kernel_backend, activation=form, interleaved=interleaved)
+    check(*pair, make_inputs(device, halves=2 if ACTIVATIONS[activation][1] else 1))
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [{"skew": "few"}, {"ids": torch.full((5, K), 4)}, {"ids": torch.full((T, K), E)}],
+    ids=["few", "one", "none"],
+)
+def test_routings(kernel_backend, device, routing):
+    """Experts without rows, everything on one, no live row: factors of idle experts get zero gradients."""
+    d = make_dispatch(T, E, K, device, **routing)
+    actual = check(*functions(d, backend=kernel_backend), make_inputs(device, t=d.num_tokens))
+    idle = d.counts == 0
+    assert all(not actual[name][idle].any() for name in FACTORS)
+
+
+@pytest.mark.parametrize(
+    ("t", "e", "k", "h", "i", "ranks"),
+    [
+        (1, 5, 3, 97, 47, RANKS),
+        (0, 5, 3, 97, 47, RANKS),
+        (1, 1, 1, 1, 1, (1, 1)),
+        (90, 2, 2, 64, 128, (16, 16)),
+        (9, 2, 1, 80, 90, (70, 33)),
+    ],
+)
+def test_sizes(kernel_backend, device, t, e, k, h, i, ranks):
+    """One token, no token, one element; more rows than a tile or a chunk; ranks of several blocks."""
+    inputs = make_inputs(device, t=t, e=e, k=k, h=h, i=i, ranks=ranks)
+    check(*functions(make_dispatch(t, e, k, device, dropped=0.1), backend=kernel_backend), inputs)
+
+
+def test_chunks(kernel_backend, dtype, device):
+    """Experts whose rows come in several chunks, so that factors' gradients are summed over them."""
+    inputs = make_inputs(device, dtype, t=700, e=1, k=1, h=40, i=24, bias=False)
+    check(*functions(make_dispatch(700, 1, 1, device), backend=kernel_backend), inputs)
+
+
+def test_layouts(kernel_backend, device):
+    """Weights and factors are read where they lie, transposed or sliced; the output gradient may be broadcast."""
+    inputs = make_inputs(device)
+    for name in ("gate_up", "down", "a1", "b1"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["a2"] = torch.randn(E, 2 * RANKS[1], 2 * I, device=device)[:, ::2, ::2] / I**0.5
+    inputs["b2"] = inputs["b2"][:1].expand(E, H, RANKS[1])
+    function, reference = functions(make_dispatch(T, E, K, device, dropped=0.1), backend=kernel_backend)
+    check(function, reference, inputs)
+    dout = torch.randn(1, H, device=device).expand(T, H)
+    actual, expected = run(function, inputs, inputs, dout), run(reference, inputs, inputs, dout)
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "needed", [[*FACTORS], ["a1"], ["b1"], ["a2"], ["b2"], ["x", "b2"], ["weights"], ["gate_up", "down"]], ids="-".join
+)
+def test_frozen_subsets(kernel_backend, device, needed):
+    """Only wanted gradients are computed, frozen weights' never, and they have the same bits as beside all others."""
+    function, _ = functions(make_dispatch(T, E, K, device, dropped=0.1), backend=kernel_backend)
+    inputs, dout = make_inputs(device), torch.randn(T, H, device=device)
+    every = run(function, inputs, inputs, dout)
+    with OperatorLog() as log:
+        some = run(function, inputs, needed, dout)
+    for name in needed:
+        assert torch.equal(some[name], every[name]), name
+    (_, call, results) = log.calls[-1]
+    order = ["x", "gate_up", "down", "weights", "gate_up_bias", "down_bias", *FACTORS]
+    assert list(call["needs"]) == [name in needed for name in order]
+    assert [r.numel() > 0 for r in results] == [name in needed for name in order]
+
+
+def test_mixed_dtypes(kernel_backend, device):
+    """float32 factors beside float16 weights, one pair alone too: rounded for the products, their gradients not."""
+    inputs = make_inputs(device, torch.float16)
+    full = make_inputs(device)
+    function, _ = functions(make_dispatch(T, E, K, device), backend=kernel_backend)
+    dout = torch.randn(T, H, device=device).half()
+    for wide in (FACTORS, ("a2", "b2")):
+        mixed = inputs | {name: full[name] for name in wide}
+        actual = run(function, mixed, mixed, dout)
+        half = {name: value.half() for name, value in mixed.items()}
+        expected = run(function, half, half, dout)
+        for name, value in actual.items():
+            assert value.dtype == (torch.float32 if name in wide else torch.float16)
+            assert torch.equal(value.half(), expected[name]), name
+        assert not torch.equal(actual["a2"], expected["a2"].float())
+
+
+def test_zero_updates_keep_the_layers_bits(kernel_backend, dtype, device):
+    """With B = 0 the result is that of the layer without updates, bit for bit."""
+    d = make_dispatch(T, E, K, device, dropped=0.1)
+    inputs = make_inputs(device, dtype)
+    inputs["b1"].zero_()
+    inputs["b2"].zero_()
+    plain = {k: v for k, v in inputs.items() if k not in FACTORS}
+    function, _ = functions(d, backend=kernel_backend)
+    assert torch.equal(function(**inputs), function(**plain))
+
+
+def test_same_bits(kernel_backend, dtype, device):
+    """Two runs agree bit by bit, and permuting the tokens permutes the result's and x gradient's rows, bits kept."""
+    ids = random_expert_ids(40, E, K, skew="zipf", dropped=0.1)
+    inputs = make_inputs(device, dtype, t=40)
+    dout = torch.randn(40, H, device=device).to(dtype)
+    function, _ = functions(make_dispatch(40, E, K, device, ids=ids), backend=kernel_backend)
+    first = run(function, inputs, inputs, dout)
+    assert_same_bits(first, run(function, inputs, inputs, dout))
+    order = torch.randperm(40)
+    function, _ = functions(make_dispatch(40, E, K, device, ids=ids[order]), backend=kernel_backend)
+    moved = run(function, inputs | {k: inputs[k][order] for k in ("x", "weights")}, ["x"], dout[order])
+    # A token's experts are summed in the order of its slots or of the experts, which no permutation changes.
+    assert torch.equal(moved["out"], first["out"][order]) and torch.equal(moved["x"], first["x"][order])
+
+
+def test_what_is_kept(kernel_backend, device):
+    """Beyond the plain layer's x and pre-activation, the backward pass keeps two tensors of (R, r)."""
+    inputs = {k: v.requires_grad_() for k, v in make_inputs(device).items()}
+    d = make_dispatch(T, E, K, device)
+    function, _ = functions(d, backend=kernel_backend)
+    plain = {k: v for k, v in inputs.items() if k not in FACTORS}
+    parameters = list(inputs.values())
+
+    def shapes(given):
+        saved = saved_tensors(lambda: function(**given), parameters)
+        return sorted(tuple(t.shape) for t in saved if t.is_floating_point())
+
+    assert shapes(plain) == [(T * K, 2 * I)]
+    assert shapes(inputs) == sorted([(T * K, 2 * I), (T * K, RANKS[0]), (T * K, RANKS[1])])
+
+
+def test_second_backward_is_right(kernel_backend, device):
+    """A graph kept for a second backward pass gives the same gradients again."""
+    inputs = {k: v.requires_grad_() for k, v in make_inputs(device).items()}
+    function, _ = functions(make_dispatch(T, E, K, device), backend=kernel_backend)
+    y = function(**inputs)
+    dout = torch.randn_like(y)
+    first = torch.autograd.grad(y, list(inputs.values()), dout, retain_graph=True)
+    second = torch.autograd.grad(y, list(inputs.values()), dout)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_operators_are_sound(kernel_backend, device):
+    """Schemas, fake kernels and autograd registrations hold, whole and with one update beside frozen weights."""
+    d = make_dispatch(T, E, K, device)
+    form = ("swiglu", 1.0, 1.0, False, SCALE)
+    routing = (d.slots, d.rows, d.offsets)
+    for which, bias, grad in ((FACTORS, True, True), (("a2", "b2"), False, False)):
+        inputs = make_inputs(device, bias=bias, which=which)
+        names = ("x", "gate_up", "down", "gate_up_bias", "down_bias", *FACTORS)
+        given = [inputs[n].requires_grad_(grad) if n in inputs else None for n in names]
+        weights = inputs["weights"].requires_grad_(grad)
+        args = (*given, *routing, weights, *form, True, kernel_backend)
+        torch.library.opcheck(torch.ops.gossamer.expert_mlp_lora.default, args)
+        present = [n in inputs for n in ("x", "gate_up", "down", "weights", *names[3:])]
+        needs = present if grad else [False, False, False, False, False, False, *present[6:]]
+        plain = [None if t is None else t.detach() for t in given]
+        low = [
+            torch.randn((T * K, r) if f in inputs else (0,), device=device)
+            for r, f in zip(RANKS, ("a1", "a2"), strict=True)
+        ]
+        preact = torch.randn(T * K, 2 * I, device=device)
+        dy = torch.randn(T, H, device=device)
+        operator = torch.ops.gossamer.expert_mlp_lora_backward if grad else torch.ops.gossamer.expert_mlp_lora_backward_
+        args = (dy, *plain, *routing, weights.detach(), *low, preact, *form, needs, kernel_backend)
+        torch.library.opcheck(operator.default, args)
+
+
+def test_compiles_whole(device):
+    """Router to result compiles in one graph, forward and backward, with equal bits."""
+    inputs = make_inputs(device)
+    leaves = {k: v.requires_grad_(k in FACTORS) for k, v in inputs.items()}
+
+    def step(ids, leaves):
+        function, _ = functions(gossamer.dispatch(ids, E), backend="native" if device == "cpu" else "triton")
+        return function(**leaves)
+
+    def layer(ids, leaves):
+        lora = {"gate_up_lora": (leaves["a1"], leaves["b1"]), "down_lora": (leaves["a2"], leaves["b2"])}
+        plain = {k: v for k, v in leaves.items() if k not in FACTORS}
+        return gossamer.expert_mlp(dispatch=gossamer.dispatch(ids, E), **plain, **lora, lora_scale=SCALE)
+
+    ids, dout = random_expert_ids(T, E, K).to(device), torch.randn(T, H, device=device)
+    results = []
+    for f in (step, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = f(ids, leaves)
+        results.append((y, *torch.autograd.grad(y, [leaves[k] for k in FACTORS], dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate_up_lora": torch.ones(3)}, TypeError, r"gate_up_lora must be a pair \(a, b\) of tensors, got Tensor"),
+        (
+            {"down_lora": (torch.ones(E, 2, H), torch.ones(E, H, 2))},
+            ValueError,
+            r"down_lora\[0\] must have shape \(E, r, C\) = \(5, any, 47\)",
+        ),
+        (
+            {"gate_up_lora": (torch.ones(E, 2, H), torch.ones(E, 2 * I, 3))},
+            ValueError,
+            r"gate_up_lora\[1\] must have shape \(E, N, r\) = \(5, 94, 2\)",
+        ),
+        (
+            {"down_lora": (torch.ones(E, 0, I), torch.ones(E, H, 0))},
+            ValueError,
+            r"in \[1, min\(N, C\)\] with N=97, C=47",
+        ),
+        ({"down_lora": (torch.ones(E, 48, I), torch.ones(E, H, 48))}, ValueError, "got 48"),
+        (
+            {"down_lora": (torch.ones(E, 2, I).half(), torch.ones(E, H, 2).half())},
+            TypeError,
+            "a and b must have the dtype",
+        ),
+    ],
+)
+def test_errors(change, error, message):
+    """Each documented error names the argument, the rule and the value."""
+    plain = make_inputs("cpu", which=())
+    with pytest.raises(error, match=message):
+        gossamer.expert_mlp(dispatch=make_dispatch(T, E, K, "cpu"), **plain, **change)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("h", "i", "t", "r"), [(256, 192, 700, 16), (2880, 360, 64, 8), (130, 66, 300, 70)])
+def test_gpu_tiles(kernel_backend, dtype, device, h, i, t, r):
+    """Sizes that reach the large tiles, the descriptors and the split sums of a GPU."""
+    for interleaved in (False, True):
+        inputs = make_inputs(device, dtype, t=t, e=4, k=2, h=h, i=i, ranks=(r, r if r < i else 16))
+        d = make_dispatch(t, 4, 2, device, skew="zipf", dropped=0.1)
+        check(*functions(d, backend=kernel_backend, interleaved=interleaved), inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graph_capture(kernel_backend, device):
+    """Right when captured and replayed on another routing."""
+    ids = random_expert_ids(T, E, K).to(device)
+    leaves = {name: v.requires_grad_() for name, v in make_inputs(device, torch.bfloat16).items()}
+    dout = torch.randn(T, H, device=device, dtype=torch.bfloat16)
+
+    def step():
+        function, _ = functions(gossamer.dispatch(ids, E), backend=kernel_backend)
+        y = function(**leaves)
+        return y, *torch.autograd.grad(y, leaves.values(), dout)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    ids.copy_(random_expert_ids(T, E, K, seed=5, dropped=0.3).to(device))
+    graph.replay()
+    for value, expected in zip(captured, step(), strict=True):
+        assert torch.equal(value, expected)
