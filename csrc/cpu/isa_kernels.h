@@ -11,6 +11,9 @@
 #include "cpu/activation_kernel.h"
 #include "cpu/expert_update_kernel.h"
 #include "cpu/expert_mlp_kernel.h"
+#include "cpu/expert_update_kernel.h"
+#include "cpu/expert_mlp_kernel.h"
+#include "cpu/expert_mlp_backward_kernel.h"
 #include "cpu/quantized_experts_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \

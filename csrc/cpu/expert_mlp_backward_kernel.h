@@ -1,0 +1,314 @@
+// The gradients of expert_mlp of one instruction set; see isa_kernels.h.
+
+// Activation columns first .. first+count of a chunk: d(pre-activation) over the pre-activation's panel, the weighted
+// activation, and the part of the routing-weight gradient; dact holds dy · W2.
+template <class T, class S>
+void activation_gradient(const ExpertMlpBackwardArgs& a, const Panel<S>& preact, const Panel<S>& act, int64_t first,
+                         int64_t count, const S* dact, int64_t c_stride, const S* weight, S* dweight_part) {
+  visit_activation<S>(a.activation, [&](auto activation) {
+    for (int64_t t = 0; t < preact.width; t += kLanes<S>) {
+      const Vec<S> w = load(weight + t);
+      // Several short chains of additions: see segment_length().
+      Vec<S> dot[4] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        S* gate = preact.at(gate_row(a, first + i), t);
+        S* up = a.activation.gated ? preact.at(up_row(a, first + i), t) : gate;
+        const ActivationValue<S> value = activation(GateUp<S>{load(gate), load(up)});
+        store(act.at(first + i, t), value.value * w);
+        if (!dact) continue;
+        const Vec<S> d = load(dact + i * c_stride + t);
+        dot[i % 4] += d * value.value;
+        if (a.activation.gated) store(up, d * w * value.dup);
+        store(gate, d * w * value.dgate);
+      }
+      if (dweight_part) store(dweight_part + t, (dot[0] + dot[1]) + (dot[2] + dot[3]));
+    }
+  });
+}
+
+// out[t] = Σ_i factors(expert, i) · panel[i][t].
+template <class S>
+void weighted_rows(const Panel<S>& panel, const FloatMatrix& factors, int64_t expert, S* out) {
+  const int segment = segment_length(panel.depth);
+  for (int64_t t = 0; t < panel.width; t += kLanes<S>) {
+    Vec<S> sum = {}, part = {};
+    for (int64_t i = 0; i < panel.depth; ++i) {
+      part += load(panel.at(i, t)) * static_cast<S>(factors.at(expert, i));
+      if (i % segment == segment - 1) {
+        sum += part;
+        part = Vec<S>{};
+      }
+    }
+    store(out + t, sum + part);
+  }
+}
+
+template <class T>
+class ExpertMlpBackward {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  static constexpr bool kSame = std::is_same_v<P, S>;
+
+ public:
+  ExpertMlpBackward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team t)
+      : a(args),
+        team(t),
+        clock(args.updated() ? TimedKernel::kExpertMlpLoraBackward : TimedKernel::kExpertMlpBackward, t.size),
+        arena(shared),
+        buffers(arena, args, num_threads),
+        own(std::make_unique<ExpertMlpThread<T>>()) {
+    dx_sum = buffers.sum;
+    if constexpr (std::is_same_v<T, S>) dx_sum = static_cast<T*>(a.dx);
+    bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
+  }
+
+  void run() {
+    if (a.dx) zero_share(dx_sum, a.tokens * a.hidden, team);
+    zero_empty_experts();
+    buffers.inner.restart(team);
+    buffers.down_low.restart(team);
+    clock.lap(Stage::kZero);
+    meet();
+    for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+      own->rows.read(a, chunk);
+      const int64_t m = chunk.size();
+      const int64_t terms = packed_depth<P>(m);
+      x_t = {buffers.x_t, a.hidden, terms};
+      x_r = {buffers.x_r, terms, a.hidden};
+      dy = {buffers.dy, a.hidden, m};
+      dy_c = {buffers.dy_c, packed_depth<P>(a.hidden), m};
+      dy_t = {buffers.dy_t, a.hidden, terms};
+      dy_r = {buffers.dy_r, terms, a.hidden};
+      preact = {buffers.preact, a.wide(), m};
+      preact_c = {buffers.preact_c, packed_depth<P>(a.wide()), m};
+      preact_t = {buffers.preact_t, a.wide(), terms};
+      preact_r = {buffers.preact_r, terms, a.wide()};
+      act = {buffers.act, a.inner, m};
+      act_t = {buffers.act_t, a.inner, terms};
+      act_r = {buffers.act_r, terms, a.inner};
+      up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
+      up_low_r = {buffers.up_update.r, terms, a.gate_up_update.rank};
+      down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
+      down_low_r = {buffers.down_update.r, terms, a.down_update.rank};
+      gather(chunk);
+      clock.lap(Stage::kPack);
+      meet();
+      if (a.down_update && (a.needs_dact() || a.ddown_update.da)) {
+        low_gradient(a.down_update, chunk, a.hidden, dy_c, down_low, buffers.down_low);
+      }
+      through_activation(chunk);
+      meet();
+      if (!kSame || buffers.preact_r) {
+        const auto mine = team.share(a.wide(), kPanelWidth<S>);
+        if (buffers.preact_r) transpose_panel(preact_r, preact, mine.begin, mine.end);
+        if constexpr (!kSame) {
+          if (buffers.preact_c) pack_along_rows(preact_c, preact, mine.begin, mine.end);
+          if (buffers.preact_t) pack_along_tokens(preact_t, preact, mine.begin, mine.end);
+        }
+        clock.lap(Stage::kTranspose);
+        meet();
+      }
+      if (a.gate_up_update && (a.dx || a.dgate_up_update.da)) {
+        low_gradient(a.gate_up_update, chunk, a.wide(), preact_c, up_low, buffers.up_low);
+      }
+      gradients(chunk);
+      meet();
+    });
+    if (a.dx) round_share(dx_sum, static_cast<T*>(a.dx), a.tokens * a.hidden, team);
+    clock.lap(Stage::kRound);
+  }
+
+ private:
+  void meet() {
+    team.barrier();
+    clock.lap(Stage::kWait);
+  }
+
+  void zero_empty_experts() {
+    const auto weight = [&](const WeightGradient& g, int64_t rows, int64_t cols) {
+      if (g) zero_empty<T>(a.groups, g.base, g.transposed ? cols : rows, g.transposed ? rows : cols, team);
+    };
+    weight(a.dgate_up, a.wide(), a.hidden);
+    weight(a.ddown, a.hidden, a.inner);
+    const auto factors = [&](const UpdateGradient& g, int64_t rank, int64_t n, int64_t c) {
+      visit_float(a.factor_dtype, [&](auto tag) {
+        using G = typename decltype(tag)::type;
+        if (g.da) zero_empty<G>(a.groups, g.da, rank, c, team);
+        if (g.db) zero_empty<G>(a.groups, g.db, n, rank, team);
+      });
+    };
+    factors(a.dgate_up_update, a.gate_up_update.rank, a.wide(), a.hidden);
+    factors(a.ddown_update, a.down_update.rank, a.hidden, a.inner);
+    if (team.thread != 0) return;
+    if (a.dgate_up_bias) zero_empty<T>(a.groups, a.dgate_up_bias, 1, a.wide(), Team{0, 1});
+    if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.hidden, Team{0, 1});
+  }
+
+  // Packs the chunk's rows, each thread a range of columns.
+  void gather(const Chunk& chunk) {
+    const auto h = team.share(a.hidden, kPanelWidth<S>), p = team.share(a.wide(), kPanelWidth<S>);
+    const T* const* rows = own->rows.rows_of(a.dy, chunk);
+    const int64_t m = chunk.size();
+    if constexpr (kSame) {
+      const bool left_dy = a.ddown && !a.ddown.transposed;
+      if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, h.begin, h.end);
+    } else {
+      if (buffers.dy_c) pack_as_columns(dy_c, rows, h.begin, h.end);
+      if (buffers.dy_t) pack_as_terms(dy_t, rows, m, h.begin, h.end);
+      if (buffers.dy) pack_as_columns(dy, rows, h.begin, h.end);
+    }
+    if (buffers.dy_r) pack_as_rows(dy_r, rows, m, h.begin, h.end);
+    rows = own->rows.rows_of(a.x, chunk);
+    if (buffers.x_t) pack_as_terms(x_t, rows, m, h.begin, h.end);
+    if (buffers.x_r) pack_as_rows(x_r, rows, m, h.begin, h.end);
+    const auto saved = [&](const ExpertUpdate& update, const Panel<P>& panel, const S* factors) {
+      const S* s = static_cast<const S*>(update.s) + chunk.begin * update.rank;
+      if (panel.data) pack_low_rank_rows(panel, s, factors, update.scale, m, team);
+    };
+    saved(a.gate_up_update, up_low_r, nullptr);
+    saved(a.down_update, down_low_r, own->rows.weight);
+    if (!a.needs_dact() && !a.needs_act()) return;
+    for (int64_t i = 0; i < chunk.size(); ++i) {
+      own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
+    }
+    pack_as_columns(preact, own->rows.row, p.begin, p.end);
+  }
+
+  // What flows back through a product's update: scale · columns · b.
+  void low_gradient(const ExpertUpdate& update, const Chunk& chunk, int64_t n, const Panel<P>& columns,
+                    const LowRankPanels<P>& low, WorkQueue& queue) {
+    const Weight<T> w = expert_weight_t<T>(update.b, chunk.expert, n, update.rank);
+    S* save = nullptr;
+    low_rank_rows(w, columns, update.scale, low, save, queue, team, own->buffers.c, own->buffers.c_stride(buffers.chunk),
+                  own->buffers.pack);
+    clock.lap(Stage::kLowRank);
+    meet();
+  }
+
+  // dy · W2, then back through the activation.
+  void through_activation(const Chunk& chunk) {
+    for (WorkQueue* queue : {&buffers.hidden, &buffers.gate_up, &buffers.down, &buffers.up_low, &buffers.up_a, &buffers.up_b,
+                             &buffers.down_a, &buffers.down_b}) {
+      queue->restart(team);
+    }
+    if (!a.needs_dact() && !a.needs_act()) return;
+    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
+    const Weight<T> down = expert_weight_t<T>(a.down, chunk.expert, a.hidden, a.inner);
+    const Weight<T> low_w = expert_weight_t<T>(a.down_update.a, chunk.expert, a.down_update.rank, a.inner);
+    buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
+      const int64_t count = end - i;
+      S* dact = a.needs_dact() ? own->buffers.c : nullptr;
+      if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
+      if (dact && a.down_update) group_product(low_w, i, count, down_low.c, dact, c_stride, own->buffers.pack, true);
+      if (dact) clock.lap(Stage::kDact);
+      S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
+      activation_gradient<T>(a, preact, act, i, count, dact, c_stride, own->rows.weight, part);
+      clock.lap(Stage::kActivation);
+      if (buffers.act_r) transpose_panel(act_r, act, i, i + count);
+      if constexpr (!kSame) {
+        if (buffers.act_t) pack_along_tokens(act_t, act, i, i + count);
+      }
+      clock.lap(Stage::kTranspose);
+    });
+    if (a.dweights && a.down_bias && team.thread == team.size - 1) {
+      weighted_rows(dy, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
+    }
+  }
+
+  // All sums over the chunk's rows, and dx.
+  void gradients(const Chunk& chunk) {
+    const int64_t m = chunk.size(), c_stride = own->buffers.c_stride(buffers.chunk), h = a.hidden, n = a.wide();
+    buffers.inner.restart(team);
+    buffers.down_low.restart(team);
+    if (a.dx) {
+      const Weight<T> low_w = expert_weight_t<T>(a.gate_up_update.a, chunk.expert, a.gate_up_update.rank, h);
+      const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
+      buffers.hidden.each(team, h, kGroup, [&](int64_t i, int64_t end) {
+        group_product(gate_up, i, end - i, preact_c, own->buffers.c, c_stride, own->buffers.pack);
+        if (a.gate_up_update) group_product(low_w, i, end - i, up_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
+        clock.lap(Stage::kDx);
+        add_to_tokens<T>(own->buffers.c, c_stride, end - i, own->rows, m, false, dx_sum, h, i);
+        clock.lap(Stage::kCombine);
+      });
+    }
+    if (a.dgate_up) {
+      if (a.dgate_up.transposed) {
+        weight_gradient(buffers.gate_up, x_t, preact_r, a.dgate_up, buffers.dgate_up_partial, chunk);
+      } else {
+        weight_gradient(buffers.gate_up, preact_t, x_r, a.dgate_up, buffers.dgate_up_partial, chunk);
+      }
+      clock.lap(Stage::kDgateUp);
+    }
+    if (a.ddown) {
+      if (a.ddown.transposed) {
+        weight_gradient(buffers.down, act_t, dy_r, a.ddown, buffers.ddown_partial, chunk);
+      } else {
+        weight_gradient(buffers.down, dy_t, act_r, a.ddown, buffers.ddown_partial, chunk);
+      }
+      clock.lap(Stage::kDdown);
+    }
+    factor_gradients(a.dgate_up_update, chunk, up_low.t, x_r, preact_t, up_low_r, buffers.up_a, buffers.up_b, buffers.up_update);
+    factor_gradients(a.ddown_update, chunk, down_low.t, act_r, dy_t, down_low_r, buffers.down_a, buffers.down_b,
+                     buffers.down_update);
+    if (a.dgate_up_bias) {
+      const auto mine = team.share(n, kGroup);
+      sum_tokens(preact, static_cast<const S*>(nullptr), mine.begin, mine.end, chunk, bias_sums.get(),
+                 static_cast<T*>(a.dgate_up_bias) + chunk.expert * n);
+    }
+    if (a.ddown_bias) {
+      const auto mine = team.share(h, kGroup);
+      sum_tokens(dy, own->rows.weight, mine.begin, mine.end, chunk, bias_sums.get() + n,
+                 static_cast<T*>(a.ddown_bias) + chunk.expert * h);
+    }
+    if (a.dweights) sum_dweights(chunk);
+    if (a.dgate_up_bias || a.ddown_bias || a.dweights) clock.lap(Stage::kSums);
+  }
+
+  void weight_gradient(WorkQueue& queue, const Panel<P>& columns, const Panel<P>& rows, const WeightGradient& gradient,
+                       S* partial, const Chunk& chunk) {
+    const bool whole = chunk.first && chunk.last;
+    T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
+    const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, chunk.first, chunk.last};
+    queue.each(team, columns.depth, kGroup,
+               [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); });
+  }
+
+  // da = lowᵀ · rows and db = columnsᵀ · saved.
+  void factor_gradients(const UpdateGradient& g, const Chunk& chunk, const Panel<P>& low, const Panel<P>& rows,
+                        const Panel<P>& columns, const Panel<P>& saved, WorkQueue& a_queue, WorkQueue& b_queue,
+                        const LowRankMemory<P>& memory) {
+    if (g.da) factor_gradient(a_queue, team, kRankUnit, low, rows, g.da, a.factor_dtype, memory.a_partial, chunk);
+    if (g.db) factor_gradient(b_queue, team, kGroup, columns, saved, g.db, a.factor_dtype, memory.b_partial, chunk);
+    if (g) clock.lap(Stage::kLowRank);
+  }
+
+  void sum_dweights(const Chunk& chunk) {
+    const int64_t parts = (a.inner + kGroup - 1) / kGroup + (a.down_bias ? 1 : 0);
+    const auto mine = team.share(chunk.size());
+    visit_float(a.dweights.dtype, [&](auto tag) {
+      auto* out = static_cast<typename decltype(tag)::type*>(a.dweights.base);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        S sum = 0;
+        for (int64_t p = 0; p < parts; ++p) sum += buffers.dweight_parts[p * buffers.chunk + i];
+        from_scalar(sum, out[a.groups.slots[chunk.begin + i]]);
+      }
+    });
+  }
+
+  const ExpertMlpBackwardArgs& a;
+  Team team;
+  StageClock clock;
+  Arena arena;
+  ExpertMlpBuffers<P> buffers;
+  std::unique_ptr<ExpertMlpThread<T>> own;
+  std::unique_ptr<S[]> bias_sums;
+  S* dx_sum;
+  Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
+  Panel<S> dy, preact, act;
+  LowRankPanels<P> up_low, down_low;
+  Panel<P> up_low_r, down_low_r;
+};
+
+void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
+}
