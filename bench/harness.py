@@ -36,6 +36,8 @@ FAMILIES = (
     "hash_table",
     "dynamic_embedding",
     "dispatch",
+    "multi_low_rank",
+    "expert_mlp_lora",
 )
 BUDGET = {"quick": 2.5, "full": 15.0}
 

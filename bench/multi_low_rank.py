@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,12 +84,12 @@ def make_problem(request: Request) -> Problem:
     )
 
 
-def _outputs(problem: Problem, both: bool, dtype: torch.dtype) -> Outputs:
-    """By plain torch in ``dtype``."""
-    names = ("x", "weight", "a", "b", "dy")
-    x, weight, a, b, dy = (getattr(problem, name).detach().to(dtype) for name in names)
+def _outputs(problem: Problem, both: bool, dtype: torch.dtype, plain: Callable[..., torch.Tensor]) -> Outputs:
+    """By ``plain`` torch in ``dtype``."""
+    names = ("x", "a", "b", "weight", "dy")
+    x, a, b, weight, dy = (getattr(problem, name).detach().to(dtype) for name in names)
     leaves = [t.requires_grad_(both) for t in (x, a, b)]
-    y = multi_low_rank_reference(x, a, b, problem.ids, scale=SCALE, out=F.linear(x, weight))
+    y = plain(problem, x, a, b, weight)
     if not both:
         return {"y": y}
     return {"y": y.detach(), **dict(zip(("dx", "da", "db"), torch.autograd.grad(y, leaves, dy), strict=True))}
@@ -97,12 +98,7 @@ def _outputs(problem: Problem, both: bool, dtype: torch.dtype) -> Outputs:
 def loop(name: str, role: str, problem: Problem) -> Variant:
     """Plain torch, one adapter after the other on its rows."""
     leaves = problem.leaves()
-
-    def forward() -> torch.Tensor:
-        x, a, b = leaves.values()
-        return multi_low_rank_reference(x, a, b, problem.ids, scale=SCALE, out=F.linear(x, problem.weight))
-
-    return Variant(name, role, forward, leaves, problem.dy)
+    return Variant(name, role, lambda: _looped(problem, *leaves.values(), problem.weight), leaves, problem.dy)
 
 
 def gathered(name: str, role: str, problem: Problem) -> Variant:
@@ -111,13 +107,20 @@ def gathered(name: str, role: str, problem: Problem) -> Variant:
     if copied > MOST_COPIED:
         raise Unavailable(f"it would copy {copied / 2**30:.1f} GiB of factors")
     leaves = problem.leaves()
+    return Variant(
+        name, role, lambda: _gathered(problem, *leaves.values(), problem.weight), leaves, problem.dy, gate="gathered"
+    )
 
-    def forward() -> torch.Tensor:
-        x, a, b = leaves.values()
-        s = torch.bmm(a[problem.ids], x.unsqueeze(2))
-        return F.linear(x, problem.weight) + SCALE * torch.bmm(b[problem.ids], s).squeeze(2)
 
-    return Variant(name, role, forward, leaves, problem.dy)
+def _gathered(
+    problem: Problem, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    s = torch.bmm(a[problem.ids], x.unsqueeze(2))
+    return F.linear(x, weight) + SCALE * torch.bmm(b[problem.ids], s).squeeze(2)
+
+
+def _looped(problem: Problem, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return multi_low_rank_reference(x, a, b, problem.ids, scale=SCALE, out=F.linear(x, weight))
 
 
 def one_adapter(name: str, role: str, problem: Problem) -> Variant:
@@ -143,9 +146,9 @@ def peft(name: str, role: str, problem: Problem) -> Variant:
     base.weight = torch.nn.Parameter(problem.weight, requires_grad=False)
     rank, adapters = problem.a.shape[1], problem.a.shape[0]
     wrapped = layer(base, "0", config=config(r=rank, lora_alpha=SCALE * rank), r=rank, lora_alpha=SCALE * rank)
+    for i in range(1, adapters):
+        wrapped.update_layer(str(i), r=rank, lora_alpha=SCALE * rank, config=config(r=rank))
     for i in range(adapters):
-        if i:
-            wrapped.update_layer(str(i), r=rank, lora_alpha=SCALE * rank, config=config(r=rank))
         wrapped.lora_A[str(i)].weight = torch.nn.Parameter(problem.a[i].clone())
         wrapped.lora_B[str(i)].weight = torch.nn.Parameter(problem.b[i].clone())
     names, x = [str(i) for i in problem.ids.tolist()], problem.x.detach().requires_grad_()
@@ -190,6 +193,7 @@ def build(request: Request) -> Case:
         Variant("linear alone", DENSE, lambda: F.linear(x0, problem.weight), {"dx": x0}, problem.dy, gate=None),
     ]
     peers, skipped = gather(PEERS, request, problem)
+    truth = functools.cache(lambda: _outputs(problem, both, torch.float64, _looped))
     dtype, used = DTYPES[request.dtype], int(problem.ids.unique().numel())
     factors = used * r * (n + c) * problem.x.element_size()
     product, update = 2.0 * m * n * c, 2.0 * m * r * (n + c)
@@ -209,7 +213,9 @@ def build(request: Request) -> Case:
         product + update,
         moved,
         {
-            "truth": lambda: FloatGate(_outputs(problem, both, torch.float64), _outputs(problem, both, dtype)),
+            "truth": lambda: FloatGate(truth(), _outputs(problem, both, dtype, _looped)),
+            # Another order of sums, which the rule's baseline must share.
+            "gathered": lambda: FloatGate(truth(), _outputs(problem, both, dtype, _gathered)),
         },
         "every output, whole",
         f"{request.skew} adapters",

@@ -28,7 +28,16 @@ def test_kernels_compile_within_limits(rows):
 
 @pytest.mark.parametrize(
     "module",
-    ["dispatch", "gather_reduce", "gather_max", "sparse_update", "grouped_matmul", "expert_mlp", "split_matmul"],
+    [
+        "dispatch",
+        "gather_reduce",
+        "gather_max",
+        "sparse_update",
+        "grouped_matmul",
+        "expert_mlp",
+        "split_matmul",
+        "multi_low_rank",
+    ],
 )
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_every_primitive_is_compiled(rows, module, arch):

@@ -11,8 +11,6 @@
 #include "cpu/activation_kernel.h"
 #include "cpu/expert_update_kernel.h"
 #include "cpu/expert_mlp_kernel.h"
-#include "cpu/expert_update_kernel.h"
-#include "cpu/expert_mlp_kernel.h"
 #include "cpu/expert_mlp_backward_kernel.h"
 #include "cpu/quantized_experts_kernel.h"
 

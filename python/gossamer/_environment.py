@@ -22,6 +22,7 @@ PRIMITIVES = (
     "gather_reduce",
     "sparse_update",
     "hash_table",
+    "multi_low_rank",
 )
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")
 ISA_FLAGS = (
