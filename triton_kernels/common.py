@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.tile_tables import device_table
-from gossamer.triton_kernels.tiles import Problem, Tile, choose
+from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
 
 TMA_ARCH = 90
 TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -47,12 +47,24 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def choose_tile(
-    kernel: str, form: str, x: torch.Tensor, arch: int, num_rows: int, num_experts: int, n: int, c: int
+    kernel: str,
+    form: str,
+    x: torch.Tensor,
+    arch: int,
+    num_rows: int,
+    num_experts: int,
+    n: int,
+    c: int,
+    updated: bool = False,
 ) -> Tile:
-    """The tile of a launch over ``x``, by what is known of its device; arguments as the attributes of ``Problem``."""
+    """The tile of a launch over ``x``, by what is known of its device; arguments as the attributes of ``Problem``.
+
+    ``updated`` says that the weight has an update.
+    """
     precision = TRITON_NAMES[x.dtype] if dot_precision(x.dtype) == "ieee" else "tf32"
     problem = Problem(kernel, form, precision, num_rows / num_experts, num_experts, n, c)
-    return choose(problem, arch, device_table(x.device.index) if x.is_cuda else None)
+    tile = choose(problem, arch, device_table(x.device.index) if x.is_cuda else None)
+    return with_update(problem, tile) if updated else tile
 
 
 def unit_columns(x: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ from gossamer.triton_kernels.expert_mlp_backward import AOT_FORMS, activation_fo
 from gossamer.triton_kernels.gather_reduce import gather_reduce
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.split_matmul import decode_plans, split_expert_mlp
-from gossamer.triton_kernels.tiles import Problem, Tile, choose
+from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
 
@@ -313,7 +313,7 @@ def up_projection(
     arch, num_experts = arch_of(x), gate_up.shape[0]
     if tile is None:
         form = activation_form(activation, interleaved)
-        tile = choose_tile("expert_mlp_up", form, x, arch, num_rows, num_experts, i, c)
+        tile = choose_tile("expert_mlp_up", form, x, arch, num_rows, num_experts, i, c, low is not None)
     table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m)
     w, w_flags = gate_up_operand(gate_up, arch, tile.block_n, tile.block_k, activation.gated, interleaved)
     grid = grid_size(capacity * triton.cdiv(i, tile.block_n), tile, x)
@@ -419,6 +419,7 @@ def aot_cases(arch: int) -> list[tuple]:
     cases = []
     for precision, mean_rows, name, form in AOT_FORMS:
         problem = Problem("expert_mlp_up", form, precision, mean_rows, 64, 2048, 2048)
-        for rank in (None, 16):
-            cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name), rank=rank))
+        tile = choose(problem, arch)
+        cases.append(aot_case(arch, problem, tile, act=Activation(name)))
+        cases.append(aot_case(arch, problem, with_update(problem, tile), act=Activation(name), rank=16))
     return cases

@@ -6,7 +6,7 @@ With no table, or no entry for the problem, a heuristic from the problem's shape
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Output columns of the up-projection per column that it stores: gate and up, but for an ungated activation.
 ACTIVATION_FORMS = ("gated", "interleaved", "ungated")
@@ -175,6 +175,12 @@ def choose(problem: Problem, arch: int, table: Mapping[tuple, Tile] | None = Non
         # Newer than sm_90 is not larger: consumer cards have the shared memory of sm_89.
         return _HEURISTICS[problem.kernel](problem, 80)
     return tile
+
+
+def with_update(problem: Problem, tile: Tile) -> Tile:
+    """The tile where accumulators start from an update of the weight: with a wide one the ungated epilogue spills."""
+    wide = tile.block_m * tile.block_n // (32 * tile.num_warps) >= MOST_ACCUMULATORS
+    return replace(tile, block_n=tile.block_n // 2) if problem.form == "ungated" and wide else tile
 
 
 def shared_limit(arch: int) -> int:
