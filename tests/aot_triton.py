@@ -47,6 +47,8 @@ from gossamer.triton_kernels.tiles import shared_limit
 ARCHS = (80, 90, 100)
 # Cards with the least shared memory, of which each kernel's first case is compiled.
 SMALL_ARCHS = (89, 120)
+# Columns of tensor memory of an sm_100 multiprocessor.
+TENSOR_MEMORY = 512
 
 
 def _module(name: str) -> ModuleType:
@@ -103,6 +105,9 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
         problems.append(f"spills {compiled.spills} bytes a thread")
     if compiled.shared > shared_limit(arch):
         problems.append(f"shared memory {compiled.shared} over the limit {shared_limit(arch)}")
+    if compiled.tensor_memory > TENSOR_MEMORY:
+        # What the compiler then gives is empty, and seems to fit.
+        problems.append(f"{compiled.tensor_memory} columns of tensor memory, more than {TENSOR_MEMORY}")
     numbers = {
         "registers": compiled.registers,
         "spills": compiled.spills,

@@ -26,12 +26,14 @@ class Compiled:
         registers: of a thread.
         spills: bytes that a thread spills to local memory.
         shared: bytes of shared memory of a program.
+        tensor_memory: columns of tensor memory of a program, on sm_100.
         matrix_instruction: the one that its products use; empty where it has none.
     """
 
     registers: int
     spills: int
     shared: int
+    tensor_memory: int
     matrix_instruction: str
 
 
@@ -42,7 +44,8 @@ def compile_case(case: tuple, arch: int) -> Compiled:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
     ptx = compiled.asm["ptx"]
     instruction = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "")
-    return Compiled(*_registers(compiled, arch), compiled.metadata.shared, instruction)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Compiled(*_registers(compiled, arch), compiled.metadata.shared, columns, instruction)
 
 
 def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:

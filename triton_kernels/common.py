@@ -64,7 +64,7 @@ def choose_tile(
     precision = TRITON_NAMES[x.dtype] if dot_precision(x.dtype) == "ieee" else "tf32"
     problem = Problem(kernel, form, precision, num_rows / num_experts, num_experts, n, c)
     tile = choose(problem, arch, device_table(x.device.index) if x.is_cuda else None)
-    return with_update(problem, tile) if updated else tile
+    return with_update(problem, tile, arch) if updated else tile
 
 
 def unit_columns(x: torch.Tensor) -> torch.Tensor:

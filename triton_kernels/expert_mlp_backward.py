@@ -42,7 +42,7 @@ from gossamer.triton_kernels.gather_reduce import gather_reduce
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.grouped_matmul_dweight import group_sums, grouped_matmul_dweight
 from gossamer.triton_kernels.routing_weight_gradient import routing_weight_gradient
-from gossamer.triton_kernels.tiles import Problem, Tile, choose
+from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
 
 
 @triton.jit
@@ -288,7 +288,7 @@ def down_backward(
     arch = arch_of(dy)
     if tile is None:
         form = activation_form(activation, interleaved)
-        tile = choose_tile("expert_mlp_down_backward", form, dy, arch, num_rows, num_experts, i, h)
+        tile = choose_tile("expert_mlp_down_backward", form, dy, arch, num_rows, num_experts, i, h, low is not None)
     want_dpreact, want_act, want_partial = wants
     num_n = triton.cdiv(i, tile.block_n)
     dpreact = (preact if overwrite else torch.empty_like(preact)) if want_dpreact else None
@@ -462,6 +462,7 @@ def aot_cases(arch: int) -> list[tuple]:
     cases = []
     for precision, mean_rows, name, form in AOT_FORMS:
         problem = Problem("expert_mlp_down_backward", form, precision, mean_rows, 64, 2048, 2048)
-        for rank in (None, 16):
-            cases.append(aot_case(arch, problem, choose(problem, arch), act=Activation(name), rank=rank))
+        tile = choose(problem, arch)
+        cases.append(aot_case(arch, problem, tile, act=Activation(name)))
+        cases.append(aot_case(arch, problem, with_update(problem, tile, arch), act=Activation(name), rank=16))
     return cases

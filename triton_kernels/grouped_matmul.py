@@ -33,7 +33,7 @@ from gossamer.triton_kernels.common import (
     weight_operand,
 )
 from gossamer.triton_kernels.grouped_matmul_dweight import grouped_matmul_dweight
-from gossamer.triton_kernels.tiles import Problem, Tile, choose
+from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
 
 __all__ = ["grouped_matmul", "grouped_matmul_dweight"]
 
@@ -180,7 +180,7 @@ def rows_times_weight(
     arch = arch_of(x)
     if tile is None:
         form = "gathered" if x_div else "sorted"
-        tile = choose_tile("grouped_matmul", form, x, arch, num_rows, num_experts, n, c)
+        tile = choose_tile("grouped_matmul", form, x, arch, num_rows, num_experts, n, c, low is not None)
     table_tensor, capacity = table or row_tiles(offsets, num_rows, tile.block_m)
     w, w_flags = weight_operand(weight, arch, tile.block_n, tile.block_k)
     x_tma = x_div == 0 and can_describe(x, arch)
@@ -274,5 +274,5 @@ def aot_cases(arch: int) -> list[tuple]:
             cases.append(aot_case(arch, problem, choose(problem, arch), layout))
         # The down product with an update.
         problem = Problem("grouped_matmul", "sorted", precision, mean_rows, 64, 4096, 4096)
-        cases.append(aot_case(arch, problem, choose(problem, arch), rank=16))
+        cases.append(aot_case(arch, problem, with_update(problem, choose(problem, arch), arch), rank=16))
     return cases

@@ -177,10 +177,14 @@ def choose(problem: Problem, arch: int, table: Mapping[tuple, Tile] | None = Non
     return tile
 
 
-def with_update(problem: Problem, tile: Tile) -> Tile:
-    """The tile where accumulators start from an update of the weight: with a wide one the ungated epilogue spills."""
-    wide = tile.block_m * tile.block_n // (32 * tile.num_warps) >= MOST_ACCUMULATORS
-    return replace(tile, block_n=tile.block_n // 2) if problem.form == "ungated" and wide else tile
+def with_update(problem: Problem, tile: Tile, arch: int) -> Tile:
+    """The tile where accumulators start from an update of the weight, which is a product of its own.
+
+    On sm_100 its sums take as much tensor memory as the accumulators; elsewhere a wide ungated epilogue spills.
+    """
+    columns = tile.block_n * problem.halves
+    wide = tile.block_m * columns // (32 * tile.num_warps) >= MOST_ACCUMULATORS
+    return replace(tile, block_n=tile.block_n // 2) if wide and (arch >= 100 or problem.form == "ungated") else tile
 
 
 def shared_limit(arch: int) -> int:
