@@ -346,13 +346,18 @@ class LowRankTerm(NamedTuple):
     scale: float
 
 
+def _rank_blocks(rank: int) -> tuple[int, int]:
+    """How many steps a product's update takes, and their width: wider ones leave too little shared memory."""
+    block = min(32, rank_block(rank))
+    return triton.cdiv(rank, block), block
+
+
 def low_rank_arguments(term: LowRankTerm | None) -> dict[str, object]:
     """The arguments of a kernel that takes a product's update, all None where there is none."""
     if term is None:
         return dict.fromkeys(LOW_RANK_ARGUMENTS)
     rank = term.b.shape[2]
-    block = rank_block(rank)
-    values = (term.s, term.b, rank, term.scale, *term.b.stride(), triton.cdiv(rank, block), block)
+    values = (term.s, term.b, rank, term.scale, *term.b.stride(), *_rank_blocks(rank))
     return dict(zip(LOW_RANK_ARGUMENTS, values, strict=True))
 
 
@@ -374,7 +379,8 @@ def aot_low_rank(dtype: torch.dtype, rank: int | None) -> tuple[dict[str, str], 
     if rank is None:
         return {}, dict.fromkeys(LOW_RANK_ARGUMENTS)
     signature = aot_signature(dtype, "low_b_ptr", "", "low_rank stride_low_e stride_low_n", "low_scale")
-    return signature | {"low_s_ptr": "*fp32:16"}, {"stride_low_j": 1, "RANK_BLOCKS": 1, "BLOCK_R": rank_block(rank)}
+    blocks, block = _rank_blocks(rank)
+    return signature | {"low_s_ptr": "*fp32:16"}, {"stride_low_j": 1, "RANK_BLOCKS": blocks, "BLOCK_R": block}
 
 
 # How a weight may be stored and read: as torch.nn.Linear does, transposed, and without descriptors.

@@ -421,5 +421,5 @@ def aot_cases(arch: int) -> list[tuple]:
         problem = Problem("expert_mlp_up", form, precision, mean_rows, 64, 2048, 2048)
         tile = choose(problem, arch)
         cases.append(aot_case(arch, problem, tile, act=Activation(name)))
-        cases.append(aot_case(arch, problem, with_update(problem, tile, arch), act=Activation(name), rank=16))
+        cases.append(aot_case(arch, problem, with_update(problem, tile, arch), act=Activation(name), rank=64))
     return cases

@@ -274,5 +274,5 @@ def aot_cases(arch: int) -> list[tuple]:
             cases.append(aot_case(arch, problem, choose(problem, arch), layout))
         # The down product with an update.
         problem = Problem("grouped_matmul", "sorted", precision, mean_rows, 64, 4096, 4096)
-        cases.append(aot_case(arch, problem, with_update(problem, choose(problem, arch), arch), rank=16))
+        cases.append(aot_case(arch, problem, with_update(problem, choose(problem, arch), arch), rank=64))
     return cases
