@@ -238,7 +238,7 @@ def test_product_in_the_hidden_dtype_as_transformers_takes_it(device):
 @pytest.fixture
 def unchecked(monkeypatch):
     """What happens where values are not read: CUDA, or the CPU with its check off."""
-    monkeypatch.setattr(routing, "_raise_not_a_logit", lambda logits: None)
+    monkeypatch.setattr(routing, "raise_not_a_logit", lambda logits: None)
 
 
 BIG = torch.finfo(torch.float32).max

@@ -10,9 +10,7 @@ import torch
 from gossamer.ops._checks import check_index, check_same_device, check_shape, check_tensor
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
-
-# Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
-_EPSILON = 1e-20
+from gossamer.ops.topk_routing import EPSILON, fused_topk, raise_not_a_logit
 
 
 def check_positive(**sizes: int) -> None:
@@ -91,7 +89,7 @@ class Routing:
         if self.score == "softmax":
             return _masked_softmax(self.logits)
         scores = _clean(self.logits).sigmoid()
-        return scores / (scores.sum(dim=-1, keepdim=True) + _EPSILON)
+        return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
 
     def dispatched(self) -> Routing:
         """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
@@ -113,20 +111,11 @@ def _masked_softmax(logits: torch.Tensor) -> torch.Tensor:
     return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
 
 
-def _raise_not_a_logit(logits: torch.Tensor) -> None:
-    bad = logits.isnan() | logits.isposinf()
-    token, expert = (int(i) for i in bad.nonzero()[0])
-    raise ValueError(
-        f"logits must hold neither NaN nor +inf (-inf masks an expert), got {float(logits[token, expert])} at token "
-        f"{token}, expert {expert}, and {int(bad.sum())} such values among {tuple(logits.shape)}"
-    )
-
-
 def _select_kernel(logits, choice, top_k):
     # The check reads values, so it can only stand inside the operator, where a compiled call has them too.
     if logits.device.type == "cpu" and logits.numel():
         if not float(logits.max()) < math.inf:
-            _raise_not_a_logit(logits)
+            raise_not_a_logit(logits)
         if choice is not logits and bool(choice.isnan().any()):
             raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
     # NaN compares unpredictably inside a top-k; as the lowest value it cannot displace or repeat another expert.
@@ -213,6 +202,9 @@ def softmax_topk(
     """
     logits = _as_logits(logits)
     check_selection(logits.shape[1], top_k, n_group, topk_group)
+    options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
+    if (fused := fused_topk(logits, None, top_k, sigmoid=False, **options)) is not None:
+        return Routing(*fused, logits.shape[1], logits)
     if n_group == 1:
         ids = _select_experts(logits, logits, top_k)
         picked, outside = logits.gather(1, ids), None
@@ -282,13 +274,17 @@ def sigmoid_topk(
     logits = _as_logits(logits)
     num_experts = logits.shape[1]
     check_selection(num_experts, top_k, n_group, topk_group)
+    if correction_bias is not None:
+        check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
+        check_same_device(logits=logits, correction_bias=correction_bias)
+    options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
+    if (fused := fused_topk(logits, correction_bias, top_k, sigmoid=True, **options)) is not None:
+        return Routing(*fused, num_experts, logits, "sigmoid")
     clean = _clean(logits)
     scores = clean.sigmoid()
     with torch.no_grad():
         choice = scores
         if correction_bias is not None:
-            check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
-            check_same_device(logits=logits, correction_bias=correction_bias)
             choice = scores + correction_bias
         choice = choice.masked_fill(clean == torch.finfo(clean.dtype).min, -math.inf)
         if n_group > 1:
@@ -298,7 +294,7 @@ def sigmoid_topk(
         unavailable = ~(choice.gather(1, ids) > -math.inf)
     weights = scores.gather(1, ids).masked_fill(unavailable, 0.0)
     if renormalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + _EPSILON)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
     return Routing(ids, weights if scale == 1.0 else weights * scale, num_experts, logits, "sigmoid")
 
 

@@ -1,0 +1,119 @@
+"""Experts and routing weights from logits as one operator, where one kernel does it all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gossamer import _backend
+from gossamer.ops._registration import register
+
+# Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
+EPSILON = 1e-20
+MOST_EXPERTS = 1024
+
+
+def raise_not_a_logit(logits: torch.Tensor) -> None:
+    """Say where ``logits (T, E)`` hold NaN or +inf."""
+    bad = logits.isnan() | logits.isposinf()
+    token, expert = (int(i) for i in bad.nonzero()[0])
+    raise ValueError(
+        f"logits must hold neither NaN nor +inf (-inf masks an expert), got {float(logits[token, expert])} at token "
+        f"{token}, expert {expert}, and {int(bad.sum())} such values among {tuple(logits.shape)}"
+    )
+
+
+def _kernel(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend):
+    # The checks read values, so they can only stand inside the operator, and on the CPU.
+    if logits.device.type == "cpu" and logits.numel():
+        if not float(logits.max()) < math.inf:
+            raise_not_a_logit(logits)
+        if bias is not None and bool(bias.isnan().any()):
+            raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
+    module = _backend.kernels(backend, "topk_routing")
+    ids, weights = module.topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale)
+    return weights, ids
+
+
+def _fake(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend):
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+_topk_routing = register(
+    "topk_routing(Tensor logits, Tensor? bias, int top_k, bool sigmoid, bool renormalize, int n_group, int topk_group, "
+    "float scale, str backend) -> (Tensor weights, Tensor expert_ids)",
+    _kernel,
+    _fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, _, _, ctx.sigmoid, ctx.renormalize, *_, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, *output)
+
+
+def _backward(ctx, dweights, _dids):
+    if dweights is None or not ctx.needs_input_grad[0]:
+        return (None,) * 9
+    logits, weights, ids = ctx.saved_tensors
+    # Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
+    live = weights > 0
+    dweights = torch.where(live, dweights, 0.0)
+    if ctx.sigmoid:
+        scores = torch.where(live, logits.gather(1, ids).sigmoid(), 0.0)
+        dscores = ctx.scale * dweights
+        if ctx.renormalize:
+            total = scores.sum(1, keepdim=True) + EPSILON
+            dscores = (dscores - (dscores * scores).sum(1, keepdim=True) / total) / total
+        dpicked = dscores * scores * (1 - scores)
+    else:
+        mean = (dweights * weights).sum(1, keepdim=True)
+        if ctx.renormalize:
+            dpicked = weights * (dweights - mean / ctx.scale)
+        else:
+            dpicked = weights * dweights
+    dlogits = torch.zeros_like(logits).scatter_add_(1, ids, torch.where(live, dpicked, 0.0))
+    finite = logits.isfinite()
+    if not ctx.sigmoid and not ctx.renormalize:
+        limits = torch.finfo(logits.dtype)
+        clean = torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
+        dlogits = dlogits - clean.softmax(1) * mean
+    return torch.where(finite, dlogits, 0.0), *[None] * 8
+
+
+torch.library.register_autograd("gossamer::topk_routing", _backward, setup_context=_setup_context)
+
+
+def _power_of_two(value: int) -> bool:
+    return value & (value - 1) == 0
+
+
+def fused_topk(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    *,
+    sigmoid: bool,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``expert_ids (T, K)`` int64 and ``weights (T, K)`` float32 by one kernel, or None where none serves the call.
+
+    The rules are those of gossamer.nn.softmax_topk and sigmoid_topk, whose checked arguments these are. There is a
+    Triton kernel for float32 logits of up to 1024 experts; in groups, for powers of two.
+    """
+    # The routers go with dispatch: another backend forced for that has no kernel here.
+    backend = _backend.resolve("dispatch", logits)
+    experts = logits.shape[1]
+    fits = experts <= MOST_EXPERTS and (n_group == 1 or (_power_of_two(experts) and _power_of_two(n_group)))
+    if backend != "triton" or logits.dtype != torch.float32 or not fits or not scale > 0:
+        return None
+    if bias is not None:
+        bias = bias.detach()
+    weights, ids = _topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend)
+    return ids, weights

@@ -1,0 +1,94 @@
+"""The fused router: ids and weights of one kernel against plain torch, with gradients, masks and broken logits."""
+
+import pytest
+import torch
+from helpers import OperatorLog, check
+
+import gossamer
+from gossamer import _backend
+from gossamer.nn import sigmoid_topk, softmax_topk
+
+pytestmark = pytest.mark.skipif(_backend.triton_unavailable() is not None, reason="needs Triton")
+INF, NAN = float("inf"), float("nan")
+# E and K, with no power of two, one expert a token, all experts, and groups.
+SIZES = [(12, 4, 1, 1), (5, 1, 1, 1), (8, 8, 1, 1), (64, 8, 8, 4), (16, 3, 4, 2), (8, 2, 8, 3)]
+
+
+def route(sigmoid, logits, top_k, bias, **options):
+    if sigmoid:
+        return sigmoid_topk(logits, top_k, correction_bias=bias, **options)
+    return softmax_topk(logits, top_k, **options)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize(("experts", "top_k", "n_group", "topk_group"), SIZES)
+def test_against_plain_torch(device, experts, top_k, n_group, topk_group, sigmoid, renormalize):
+    """The ids of plain torch in its order, weights and gradients as near to float64 as plain float32's."""
+    logits = torch.randn(19, experts, device=device) * 2
+    logits[3, : experts - 1] = -INF
+    logits[4] = -INF
+    bias = torch.randn(experts, device=device) / 2 if sigmoid else None
+    options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": 1.5}
+    with gossamer.backend("triton"), OperatorLog() as log:
+        ours = route(sigmoid, logits, top_k, bias, **options)
+    assert [call[0] for call in log.calls] == ["topk_routing"]
+    with gossamer.backend("reference"):
+        plain = route(sigmoid, logits, top_k, bias, **options)
+    used = plain.weights > 0
+    assert torch.equal(ours.expert_ids[used], plain.expert_ids[used]) and not ours.weights[~used].any()
+    assert (ours.expert_ids.sort(1).values.diff(dim=1) > 0).all()
+    assert ours.expert_ids.min() >= 0 and ours.expert_ids.max() < experts
+
+    def weights(backend):
+        def function(logits):
+            with gossamer.backend(backend):
+                return route(sigmoid, logits, top_k, None if bias is None else bias.to(logits.dtype), **options).weights
+
+        return function
+
+    finite = torch.cat([logits[:3], logits[5:]])
+    check(weights("triton"), weights("reference"), {"logits": finite})
+    masked = logits.clone().requires_grad_()
+    weights("triton")(masked).sum().backward()
+    assert masked.grad.isfinite().all() and not masked.grad[4].any() and not masked.grad[3, : experts - 1].any()
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_broken_logits_never_give_bad_ids(device, sigmoid):
+    """NaN and +inf leave ids distinct and in range and other tokens untouched; on the CPU they are errors."""
+    from gossamer.triton_kernels.topk_routing import topk_routing
+
+    logits = torch.randn(7, 16, device=device)
+    clean = topk_routing(logits, None, 4, sigmoid, True, 4, 2, 1.0)
+    logits[1], logits[2, 3], logits[3, :9], logits[4, 1] = NAN, NAN, NAN, INF
+    ids, weights = topk_routing(logits, None, 4, sigmoid, True, 4, 2, 1.0)
+    assert (ids.sort(1).values.diff(dim=1) > 0).all() and 0 <= ids.min() and ids.max() < 16
+    assert weights.isfinite().all() and not weights[1].any()
+    rest = [0, 5, 6]
+    assert torch.equal(ids[rest], clean[0][rest]) and torch.equal(weights[rest], clean[1][rest])
+    if device == "cpu":
+        with gossamer.backend("triton"), pytest.raises(ValueError, match="logits must hold neither NaN nor"):
+            route(sigmoid, logits, 4, None)
+
+
+def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(device):
+    with gossamer.backend("triton"):
+        routed = softmax_topk(torch.zeros(2, 6, device=device), 3)
+        assert routed.expert_ids.tolist() == [[0, 1, 2]] * 2
+        assert softmax_topk(torch.zeros(0, 6, device=device), 3).weights.shape == (0, 3)
+
+
+def test_operator_is_well_formed(device):
+    logits, bias = torch.randn(3, 8, device=device).requires_grad_(), torch.randn(8, device=device)
+    args = (logits, bias, 2, True, True, 4, 2, 2.5, "triton")
+    torch.library.opcheck(torch.ops.gossamer.topk_routing.default, args)
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
+def test_the_layer_is_three_operators_of_gossamer(device, router):
+    """A layer's forward is the router's product, one routing operator, one dispatch and one layer, and no more."""
+    moe = gossamer.nn.MoE(32, 16, 8, 2, router=router).to(device)
+    with gossamer.backend("triton"), torch.no_grad(), OperatorLog() as log:
+        moe(torch.randn(5, 32, device=device))
+    assert [call[0] for call in log.calls] == ["topk_routing", "dispatch", "expert_mlp"]

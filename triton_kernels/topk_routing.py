@@ -1,0 +1,159 @@
+"""Experts and routing weights of each token from its logits, in one kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gossamer.triton_kernels.common import aot_signature
+
+LARGEST = torch.finfo(torch.float32).max
+EPSILON = 1e-20
+# Logits that a program holds.
+BLOCK = 2048
+
+
+@triton.jit(do_not_specialize=["num_tokens", "scale"])
+def _topk_routing_kernel(
+    logits_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    num_tokens,
+    scale,
+    E: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    BEST: tl.constexpr,
+    LOWEST: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    inside = (t < num_tokens)[:, None] & (e < E)[None, :]
+    x = tl.load(logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], inside, other=float("-inf"))
+    x = tl.where(x == x, x, LOWEST)
+    x = tl.minimum(tl.maximum(x, LOWEST), -LOWEST)
+    masked = x == LOWEST
+    if SIGMOID:
+        score = tl.where(masked, 0.0, tl.sigmoid(x))
+        choice = score
+        if bias_ptr is not None:
+            choice += tl.load(bias_ptr + e, e < E, other=0.0).to(tl.float32)[None, :]
+        choice = tl.where(masked | (choice != choice), LOWEST, tl.maximum(choice, LOWEST))
+    else:
+        top = tl.max(x, 1)
+        score = tl.where(masked, 0.0, tl.exp(x - top[:, None]))
+        choice = x
+    if N_GROUP > 1:
+        SIZE: tl.constexpr = E // N_GROUP
+        members = tl.reshape(choice, (BLOCK_T, N_GROUP, SIZE))
+        place = tl.arange(0, SIZE)[None, None, :]
+        group = tl.max(members, 2)
+        if BEST > 1 and SIZE > 1:
+            first = tl.argmax(members, 2, tie_break_left=True)
+            second = tl.max(tl.where(place == first[:, :, None], LOWEST, members), 2)
+            group += tl.where(second == LOWEST, 0.0, second)
+        g = tl.arange(0, N_GROUP)[None, :]
+        chosen = tl.zeros((BLOCK_T, N_GROUP), tl.int32)
+        for _ in tl.static_range(TOPK_GROUP):
+            best = tl.argmax(tl.where(chosen == 0, group, float("-inf")), 1, tie_break_left=True)
+            chosen = tl.where(g == best[:, None], 1, chosen)
+        member = tl.broadcast_to(chosen[:, :, None], (BLOCK_T, N_GROUP, SIZE))
+        choice = tl.where(tl.reshape(member, (BLOCK_T, BLOCK_E)) == 1, choice, LOWEST)
+    # Padding, and what is chosen already, lies below every expert, masked ones too: ids are distinct and exist.
+    choice = tl.where((e < E)[None, :], choice, float("-inf"))
+    column = tl.arange(0, K_PAD)[None, :]
+    ids = tl.zeros((BLOCK_T, K_PAD), tl.int32)
+    weights = tl.zeros((BLOCK_T, K_PAD), tl.float32)
+    highest = tl.full((BLOCK_T,), LOWEST, tl.float32)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(choice, 1, tie_break_left=True)
+        here = e[None, :] == best[:, None]
+        usable = tl.sum(tl.where(here & (choice > LOWEST), 1, 0), 1) > 0
+        if RENORMALIZE and not SIGMOID:
+            # The softmax over the chosen logits, taken from their largest, the first of them.
+            value = tl.sum(tl.where(here, x, 0.0), 1)
+            if k == 0:
+                highest = value
+            weight = tl.where(usable, tl.exp(value - highest), 0.0)
+        else:
+            weight = tl.where(usable, tl.sum(tl.where(here, score, 0.0), 1), 0.0)
+        ids = tl.where(column == k, best[:, None], ids)
+        weights = tl.where(column == k, weight[:, None], weights)
+        choice = tl.where(here, float("-inf"), choice)
+    if RENORMALIZE:
+        total = tl.sum(weights, 1)
+        weights /= ((total + EPS) if SIGMOID else tl.where(total > 0, total, 1.0))[:, None]
+    elif not SIGMOID:
+        total = tl.sum(score, 1)
+        weights /= tl.where(total > 0, total, 1.0)[:, None]
+    at = t.to(tl.int64)[:, None] * TOP_K + column
+    known = (t < num_tokens)[:, None] & (column < TOP_K)
+    tl.store(ids_ptr + at, ids.to(tl.int64), known)
+    tl.store(weights_ptr + at, weights * scale, known)
+
+
+def topk_routing(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    sigmoid: bool,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see gossamer.nn.routing."""
+    num_tokens, num_experts = logits.shape
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
+    if num_tokens == 0:
+        return ids, weights
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(1, min(16, BLOCK // block_e))
+    _topk_routing_kernel[(triton.cdiv(num_tokens, block_t),)](
+        logits.contiguous(),
+        None if bias is None else bias.contiguous(),
+        ids,
+        weights,
+        num_tokens,
+        scale,
+        E=num_experts,
+        SIGMOID=sigmoid,
+        RENORMALIZE=renormalize,
+        TOP_K=top_k,
+        K_PAD=triton.next_power_of_2(top_k),
+        N_GROUP=n_group,
+        TOPK_GROUP=topk_group,
+        BEST=2 if sigmoid else 1,
+        LOWEST=-LARGEST,
+        EPS=EPSILON,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        num_warps=4,
+    )
+    return ids, weights
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
+    cases = []
+    for sigmoid, experts, top_k, groups, chosen in ((False, 64, 8, 1, 1), (True, 256, 8, 8, 4)):
+        signature = aot_signature(torch.float32, "logits_ptr bias_ptr weights_ptr", "", "", "scale")
+        signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
+        constexprs = {"E": experts, "SIGMOID": sigmoid, "RENORMALIZE": True, "TOP_K": top_k, "K_PAD": top_k}
+        constexprs |= {"N_GROUP": groups, "TOPK_GROUP": chosen, "BEST": 2 if sigmoid else 1, "LOWEST": -LARGEST}
+        constexprs |= {"EPS": EPSILON, "BLOCK_T": min(16, BLOCK // experts), "BLOCK_E": experts}
+        if not sigmoid:
+            signature.pop("bias_ptr")
+            constexprs["bias_ptr"] = None
+        cases.append((_topk_routing_kernel, signature, constexprs, {"num_warps": 4}))
+    return cases
