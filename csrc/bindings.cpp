@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_quantized_experts(m);
   gossamer::bindings::register_hash_table(m);
   gossamer::bindings::register_hopper(m);
+  gossamer::bindings::register_block_sparse(m);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/block_sparse.h"
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
@@ -30,6 +31,8 @@ struct Kernels {
   void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_grouped_matmul)(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_expert_mlp)(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team);
+  void (*block_product)(const BlockProductArgs& args, void* shared, int num_threads, Team team);
+  void (*sampled_product)(const SampledProductArgs& args, void* shared, int num_threads, Team team);
 };
 
 namespace generic {

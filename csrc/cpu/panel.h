@@ -1,7 +1,7 @@
 // Packed matrices: how rows reach the products. Included by isa_kernels.h.
 //
 // A panel holds a matrix of `depth` rows and `width` columns as blocks of columns, each block row after row. A block is
-// kPanelWidth columns wide, the last one as many vectors as it needs. Products run along depth
+// Vectors vectors wide, kPanelWidth columns unless said otherwise, the last one as many as it needs. Products run along depth
 // and hold columns in vector lanes. The same rows of tokens make a panel in two ways: with the tokens as columns (depth
 // is the feature dimension) for products with weights, and with the tokens as rows for weight gradients.
 //
@@ -11,21 +11,22 @@
 template <class S>
 constexpr int kPanelWidth = GOSSAMER_TILE_VECTORS * kLanes<S>;
 
-template <class S>
+template <class S, int Vectors = GOSSAMER_TILE_VECTORS>
 struct Panel {
+  static constexpr int kWidth = Vectors * kLanes<S>;
   S* data;
   int64_t depth, width;
 
-  int64_t num_blocks() const { return (width + kPanelWidth<S> - 1) / kPanelWidth<S>; }
+  int64_t num_blocks() const { return (width + kWidth - 1) / kWidth; }
   int block_vectors(int64_t block) const {
-    const int64_t left = (width - block * kPanelWidth<S> + kLanes<S> - 1) / kLanes<S>;
-    return static_cast<int>(std::min<int64_t>(left, GOSSAMER_TILE_VECTORS));
+    const int64_t left = (width - block * kWidth + kLanes<S> - 1) / kLanes<S>;
+    return static_cast<int>(std::min<int64_t>(left, Vectors));
   }
-  S* block(int64_t b) const { return data + b * kPanelWidth<S> * depth; }
+  S* block(int64_t b) const { return data + b * kWidth * depth; }
   // One vector of columns, `column` a multiple of kLanes.
   S* at(int64_t row, int64_t column) const {
-    const int64_t b = column / kPanelWidth<S>;
-    return block(b) + row * block_vectors(b) * kLanes<S> + column % kPanelWidth<S>;
+    const int64_t b = column / kWidth;
+    return block(b) + row * block_vectors(b) * kLanes<S> + column % kWidth;
   }
 };
 
@@ -75,8 +76,8 @@ GOSSAMER_INLINE void transpose(Vec<S> (&v)[kLanes<S>]) {
 
 // Columns [first, last) of the source rows become panel rows: tokens in lanes, terms along the columns. `first` is a
 // multiple of kLanes, and of a pair.
-template <class T, class P>
-void pack_as_columns(const Panel<P>& panel, const T* const* rows, int64_t first, int64_t last) {
+template <class T, class P, int Vectors>
+void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64_t first, int64_t last) {
   constexpr int n = kLanes<P>, terms = kTerms<P>;
   for (int64_t token = 0; token < panel.width; token += n) {
     const int tokens = static_cast<int>(std::min<int64_t>(n, panel.width - token));
@@ -91,8 +92,8 @@ void pack_as_columns(const Panel<P>& panel, const T* const* rows, int64_t first,
 }
 
 // Columns [first, last) of `tokens` source rows stay columns, terms along the rows; `first` is a multiple of kLanes.
-template <class T, class P>
-void pack_as_rows(const Panel<P>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
+template <class T, class P, int Vectors>
+void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
   constexpr int n = kLanes<P>;
   for (int64_t token = 0; token < tokens; token += kTerms<P>) {
     const T* row = rows[token];

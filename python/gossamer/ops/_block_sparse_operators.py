@@ -6,8 +6,10 @@ import torch
 
 from gossamer import _backend
 from gossamer._layout import stored_by_columns
+from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops._registration import register
 from gossamer.ops.block_topology import BlockTopology
+from gossamer.ops.gather_reduce import sum_rows
 
 NO_ACTIVATION = -1
 
@@ -85,8 +87,18 @@ def _sdd_setup_context(ctx, inputs, output):
     if needs_a or needs_b or needs_bias:
         _no_gradient_through(activation)
     ctx.a_by_columns, ctx.b_by_columns, ctx.num_inputs = stored_by_columns(a), stored_by_columns(b), len(inputs)
-    ctx.sizes = a.shape[0], b.shape[1]
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, *topology)
+
+
+def _sum_blocks(values: torch.Tensor, topology: list[torch.Tensor], along_rows: bool, backend: str) -> torch.Tensor:
+    """Sums over the columns of a block-sparse matrix, or over its rows: those of each block, then of each list."""
+    row_offsets, column_indices, _, column_offsets, _, order_t = topology[:6]
+    sums = values.sum(2 if along_rows else 1, dtype=accumulation_dtype(values.dtype))
+    if along_rows:
+        offsets, order = row_offsets, torch.arange(column_indices.shape[0], dtype=torch.int32, device=values.device)
+    else:
+        offsets, order = column_offsets, order_t
+    return sum_rows(sums, order, offsets, values.dtype, backend).view(-1)
 
 
 def _sdd_backward(ctx, dvalues):
@@ -102,8 +114,7 @@ def _sdd_backward(ctx, dvalues):
     if needs_b:
         db = times(a, True, not ctx.b_by_columns).t()
     if needs_bias:
-        ones = dvalues.new_ones(ctx.sizes[1] if ctx.bias_rows else ctx.sizes[0], 1)
-        dbias = times(ones, not ctx.bias_rows, False).squeeze(1)
+        dbias = _sum_blocks(dvalues, topology, ctx.bias_rows, ctx.backend)
     return da, db, dbias, *(None,) * (ctx.num_inputs - 3)
 
 

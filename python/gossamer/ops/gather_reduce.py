@@ -338,6 +338,13 @@ def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor
     return sum_slots(table, dispatch.rows, dispatch.offsets, top_k, weights, backend)
 
 
+def sum_rows(
+    table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype, backend: str
+) -> torch.Tensor:
+    """Sums of the rows ``index`` of ``table (N, D)`` over the lists behind ``offsets``, as :func:`gather_reduce`'s."""
+    return _gather_reduce(table, index, offsets, None, None, -1, backend, out_dtype=out_dtype)
+
+
 def check_values(
     index: torch.Tensor,
     offsets: torch.Tensor | None,

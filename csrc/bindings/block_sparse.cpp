@@ -1,0 +1,55 @@
+#include "bindings/arguments.h"
+#include "bindings/register.h"
+#include "cpu/block_sparse.h"
+
+namespace gossamer::bindings {
+
+namespace {
+
+// (offsets, indices, order or 0, number of lists)
+using PyLists = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>;
+// (values, bm, bn, row stride, column stride)
+using PyBlocks = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+// (bias, whether it runs along rows, activation code or -1)
+using PyEpilogue = std::tuple<PyVector, bool, int>;
+
+BlockLists lists(const PyLists& l) {
+  const auto& [offsets, indices, order, count] = l;
+  return {reinterpret_cast<const int32_t*>(offsets), reinterpret_cast<const int32_t*>(indices),
+          reinterpret_cast<const int32_t*>(order), count};
+}
+
+Epilogue epilogue(const PyEpilogue& e) {
+  const auto& [bias, by_rows, activation] = e;
+  return {row_matrix(bias), by_rows, activation};
+}
+
+}  // namespace
+
+void register_block_sparse(py::module_& m) {
+  m.def(
+      "block_product",
+      [](const PyLists& l, const PyBlocks& blocks, const PyMatrix& b, int64_t depth, int64_t n, const PyEpilogue& e,
+         uintptr_t y, bool y_by_columns, int num_threads) {
+        const auto& [values, bm, bn, row_stride, col_stride] = blocks;
+        const BlockProductArgs args{matrix(b).dtype, lists(l), reinterpret_cast<const void*>(values),
+                                    bm, bn, row_stride, col_stride, matrix(b), depth, n, epilogue(e),
+                                    reinterpret_cast<void*>(y), y_by_columns};
+        py::gil_scoped_release release;
+        block_product(args, num_threads);
+      },
+      "y = act(s · b + bias), s block-sparse.");
+  m.def(
+      "sampled_product",
+      [](const PyLists& l, uintptr_t rows_of, int64_t nnz, int64_t bm, int64_t bn, const PyMatrix& a, const PyMatrix& b,
+         int64_t depth, int64_t cols, const PyEpilogue& e, uintptr_t values, int num_threads) {
+        const SampledProductArgs args{matrix(a).dtype, lists(l), reinterpret_cast<const int32_t*>(rows_of),
+                                      nnz, bm, bn, matrix(a), matrix(b), depth, cols, epilogue(e),
+                                      reinterpret_cast<void*>(values)};
+        py::gil_scoped_release release;
+        sampled_product(args, num_threads);
+      },
+      "act(a · b + bias) at the blocks of a topology, zero from the last one on.");
+}
+
+}  // namespace gossamer::bindings

@@ -1,0 +1,105 @@
+// Products with block-sparse matrices.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/expert_mlp.h"
+
+namespace gossamer {
+
+// The blocks of a matrix list by list, a list being a block row: those of list r are offsets[r] .. offsets[r+1], at block
+// columns indices[j], and block j lies at values[order[j]], or at values[j] where there is no order.
+struct BlockLists {
+  const int32_t *offsets, *indices, *order;
+  int64_t count;
+
+  int64_t place(int64_t j) const { return order ? order[j] : j; }
+};
+
+// What becomes of a product before it is stored.
+struct Epilogue {
+  FloatMatrix bias;  // one row with column stride 1, or absent
+  bool bias_by_rows;
+  int activation;  // a code of ActivationForm, or -1 for none
+};
+
+// y = act(s · b + bias) with s (lists.count · bm, depth) and b (depth, n).
+struct BlockProductArgs {
+  DType dtype;
+  BlockLists lists;
+  const void* values;
+  int64_t bm, bn;                  // of s as it is read: where it is a transposed view, the stored block's exchanged
+  int64_t row_stride, col_stride;  // within a block; one of them is 1
+  FloatMatrix b;                   // one of its strides is 1
+  int64_t depth, n;
+  Epilogue epilogue;
+  void* y;          // contiguous (rows, n), or (n, rows) when y_by_columns
+  bool y_by_columns;
+
+  int64_t rows() const { return lists.count * bm; }
+};
+
+// values[j] = act(a · b + bias) at block j of the lists, which have no order; zero from the last one on.
+struct SampledProductArgs {
+  DType dtype;
+  BlockLists lists;
+  const int32_t* rows_of;  // block row of each block
+  int64_t nnz, bm, bn;
+  FloatMatrix a, b;        // (rows, depth) and (depth, cols), each with a stride of 1
+  int64_t depth, cols;
+  Epilogue epilogue;
+  void* values;  // (nnz, bm, bn) contiguous
+
+  int64_t rows() const { return lists.count * bm; }
+};
+
+void block_product(const BlockProductArgs& args, int num_threads);
+void sampled_product(const SampledProductArgs& args, int num_threads);
+
+// How much of an operand is packed at a time: enough for every thread to work on, little enough for a last-level cache.
+constexpr int64_t kPackedBytes = 16 << 20;
+
+// Rows of a block row that are worked on together.
+inline int64_t group_rows(int64_t bm) { return std::min<int64_t>(bm, 32); }
+
+// The shared memory of a call, for products of P.
+template <class P>
+struct BlockProductBuffers {
+  WorkQueue queue;
+  P* panel;
+  int64_t chunk;
+
+  BlockProductBuffers(Arena& arena, const BlockProductArgs& a, int num_threads) {
+    // A multiple of every instruction set's panel width.
+    constexpr int64_t kUnit = 96;
+    const int64_t most = kPackedBytes / std::max<int64_t>(1, packed_depth<P>(a.depth) * static_cast<int64_t>(sizeof(P)));
+    chunk = std::clamp<int64_t>(most, kUnit, (a.n + kUnit - 1) / kUnit * kUnit + kUnit) / kUnit * kUnit;
+    queue = take_queue(arena, num_threads);
+    panel = arena.take<P>(panel_size(packed_depth<P>(a.depth), chunk));
+  }
+};
+
+template <class P>
+struct SampledProductBuffers {
+  using S = SumOf<P>;
+  WorkQueue queue;
+  P *a, *b;
+  S* partial;
+  int64_t chunk;
+
+  SampledProductBuffers(Arena& arena, const SampledProductArgs& args, int num_threads) {
+    constexpr int64_t kUnit = 128;
+    const int64_t width = (args.rows() + args.cols) * static_cast<int64_t>(sizeof(P)) / kTerms<P>;
+    const int64_t most = std::max(kPackedBytes / std::max<int64_t>(1, width) / kUnit, int64_t{1}) * kUnit;
+    const int64_t pieces = std::max<int64_t>(1, (args.depth + most - 1) / most);
+    chunk = ((args.depth + pieces - 1) / pieces + kUnit - 1) / kUnit * kUnit;
+    queue = take_queue(arena, num_threads);
+    a = arena.take<P>(panel_size(packed_depth<P>(chunk), args.rows()));
+    b = arena.take<P>(panel_size(packed_depth<P>(chunk), args.cols));
+    // Partial sums need a place of their own where the result's type cannot hold them.
+    const bool apart = pieces > 1 && sizeof(S) > element_size(args.dtype);
+    partial = arena.take<S>(apart ? args.nnz * args.bm * args.bn : 0);
+  }
+};
+
+}  // namespace gossamer

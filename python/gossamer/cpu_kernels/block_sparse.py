@@ -1,0 +1,108 @@
+"""Launchers of the native products with block-sparse matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gossamer import _C
+from gossamer.cpu_kernels._native import empty_huge, matrix, vector
+
+
+def _lists(
+    offsets: torch.Tensor, indices: torch.Tensor, order: torch.Tensor | None = None
+) -> tuple[int, int, int, int]:
+    """``(offsets, indices, order, number of lists)``; contiguous int32."""
+    return offsets.data_ptr(), indices.data_ptr(), 0 if order is None else order.data_ptr(), offsets.shape[0] - 1
+
+
+def _unit_stride(operand: torch.Tensor) -> torch.Tensor:
+    """``operand`` itself when its rows or columns are contiguous, else a copy."""
+    return operand if 1 in operand.stride() else operand.contiguous()
+
+
+def sdd(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    topology: Sequence[torch.Tensor],
+    block: tuple[int, int],
+    bias_rows: bool,
+    activation: int,
+) -> torch.Tensor:
+    """``act(a·b + bias)`` at the blocks of a topology.
+
+    Args:
+        a: ``(rows, K)`` float.
+        b: ``(K, cols)``.
+        bias: ``(cols,)``, ``(rows,)`` when ``bias_rows``, or None.
+        topology: as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it.
+        block: ``(bm, bn)``.
+        bias_rows: whether the bias runs along rows.
+        activation: code of a :class:`gossamer.Activation`, −1 for none.
+
+    Returns:
+        ``(nnz, bm, bn)``, zero from the last block on.
+    """
+    row_offsets, column_indices, row_indices = topology[:3]
+    a, b = _unit_stride(a), _unit_stride(b)
+    values = empty_huge((column_indices.shape[0], *block), a.dtype)
+    _C.sampled_product(
+        _lists(row_offsets, column_indices),
+        row_indices.data_ptr(),
+        column_indices.shape[0],
+        *block,
+        matrix(a),
+        matrix(b),
+        a.shape[1],
+        b.shape[1],
+        (vector(None if bias is None else bias.contiguous()), bias_rows, activation),
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
+def dsd(
+    values: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    topology: Sequence[torch.Tensor],
+    transposed: bool,
+    by_columns: bool,
+    activation: int,
+) -> torch.Tensor:
+    """``act(s·b + bias)`` for the block-sparse ``s`` or its transpose.
+
+    Args:
+        values: ``(nnz, bm, bn)`` float.
+        b: ``(depth, N)``.
+        bias: ``(N,)``, ``(rows,)`` when ``by_columns``, or None.
+        topology: as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it.
+        transposed: whether the left operand is the transpose of ``s``.
+        by_columns: whether the result is stored column after column.
+        activation: code of a :class:`gossamer.Activation`, −1 for none.
+
+    Returns:
+        ``(rows, N)``.
+    """
+    row_offsets, column_indices, _, column_offsets, row_indices_t, order_t = topology[:6]
+    values, b = values.contiguous(), _unit_stride(b)
+    _, bm, bn = values.shape
+    lists = _lists(column_offsets, row_indices_t, order_t) if transposed else _lists(row_offsets, column_indices)
+    blocks = (values.data_ptr(), bn, bm, 1, bn) if transposed else (values.data_ptr(), bm, bn, bn, 1)
+    rows, (depth, n) = lists[-1] * blocks[1], b.shape
+    y = torch.empty((n, rows) if by_columns else (rows, n), dtype=b.dtype)
+    _C.block_product(
+        lists,
+        blocks,
+        matrix(b),
+        depth,
+        n,
+        (vector(None if bias is None else bias.contiguous()), by_columns, activation),
+        y.data_ptr(),
+        by_columns,
+        torch.get_num_threads(),
+    )
+    return y.t() if by_columns else y
