@@ -92,7 +92,7 @@ struct SampledProductBuffers {
     const int64_t width = (args.rows() + args.cols) * static_cast<int64_t>(sizeof(P)) / kTerms<P>;
     const int64_t most = std::max(kPackedBytes / std::max<int64_t>(1, width) / kUnit, int64_t{1}) * kUnit;
     const int64_t pieces = std::max<int64_t>(1, (args.depth + most - 1) / most);
-    chunk = ((args.depth + pieces - 1) / pieces + kUnit - 1) / kUnit * kUnit;
+    chunk = std::max((args.depth + pieces - 1) / pieces + kUnit - 1, kUnit) / kUnit * kUnit;
     queue = take_queue(arena, num_threads);
     a = arena.take<P>(panel_size(packed_depth<P>(chunk), args.rows()));
     b = arena.take<P>(panel_size(packed_depth<P>(chunk), args.cols));

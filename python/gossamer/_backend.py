@@ -25,9 +25,6 @@ CUDA_PRIMITIVES = ("dispatch", "hash_table", *HOPPER_PRIMITIVES)
 # Primitives that have no Triton kernels.
 NO_TRITON_PRIMITIVES = ("hash_table",)
 
-# Primitives that plain torch serves unless a family is asked for.
-PLAIN_PRIMITIVES = ("block_sparse",)
-
 # A plain global, not a ContextVar: torch.compile guards on it, and it is read in the public function, never in a kernel
 # or in the backward pass, so the autograd threads need not see it.
 _forced: str | None = None
@@ -133,8 +130,6 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def _default(primitive: str, device_type: str) -> str:
-    if primitive in PLAIN_PRIMITIVES:
-        return "reference"
     on_cuda = "cuda" if primitive in NO_TRITON_PRIMITIVES else "triton"
     preferred = {"cpu": "native", "cuda": on_cuda}.get(device_type, "reference")
     return "reference" if unavailable(preferred, device_type) else preferred
@@ -148,7 +143,7 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     """
     device_type = tensor.device.type
     if device_type == "meta":
-        return "reference" if primitive in PLAIN_PRIMITIVES else "native"
+        return "native"
     if _forced is None:
         return _default(primitive, device_type)
     if reason := unavailable(_forced, device_type):

@@ -22,6 +22,10 @@ def _unit_stride(operand: torch.Tensor) -> torch.Tensor:
     return operand if 1 in operand.stride() else operand.contiguous()
 
 
+def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
 def sdd(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -46,7 +50,7 @@ def sdd(
         ``(nnz, bm, bn)``, zero from the last block on.
     """
     row_offsets, column_indices, row_indices = topology[:3]
-    a, b = _unit_stride(a), _unit_stride(b)
+    a, b, bias = _unit_stride(a), _unit_stride(b), _contiguous(bias)
     values = empty_huge((column_indices.shape[0], *block), a.dtype)
     _C.sampled_product(
         _lists(row_offsets, column_indices),
@@ -57,7 +61,7 @@ def sdd(
         matrix(b),
         a.shape[1],
         b.shape[1],
-        (vector(None if bias is None else bias.contiguous()), bias_rows, activation),
+        (vector(bias), bias_rows, activation),
         values.data_ptr(),
         torch.get_num_threads(),
     )
@@ -88,7 +92,7 @@ def dsd(
         ``(rows, N)``.
     """
     row_offsets, column_indices, _, column_offsets, row_indices_t, order_t = topology[:6]
-    values, b = values.contiguous(), _unit_stride(b)
+    values, b, bias = values.contiguous(), _unit_stride(b), _contiguous(bias)
     _, bm, bn = values.shape
     lists = _lists(column_offsets, row_indices_t, order_t) if transposed else _lists(row_offsets, column_indices)
     blocks = (values.data_ptr(), bn, bm, 1, bn) if transposed else (values.data_ptr(), bm, bn, bn, 1)
@@ -100,7 +104,7 @@ def dsd(
         matrix(b),
         depth,
         n,
-        (vector(None if bias is None else bias.contiguous()), by_columns, activation),
+        (vector(bias), by_columns, activation),
         y.data_ptr(),
         by_columns,
         torch.get_num_threads(),

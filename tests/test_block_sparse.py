@@ -1,0 +1,604 @@
+"""gossamer.sdd, dsd and dds: products and gradients against float64 over topologies, layouts, blocks and epilogues."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from helpers import OperatorLog, assert_same_bits, check, huge_storage, run, saved_tensors
+
+import gossamer
+from gossamer import BlockSparseTensor, BlockTopology
+from gossamer._activation import ACTIVATIONS
+
+# One column more than a tile of 16, and an odd number.
+N = 17
+PRODUCTS = ("sdd", "dsd", "dds")
+UNGATED = sorted(name for name, (_, gated) in ACTIVATIONS.items() if not gated)
+
+
+def topology_of(device, block=(32, 16), grid=(3, 5), density=0.5, spare=1, seed=0, **options):
+    """A random topology with room for ``spare`` blocks more than it has."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = grid[0] * block[0], grid[1] * block[1]
+    mask = BlockTopology.random(shape, block, density, generator=generator, **options).to_mask()
+    return BlockTopology.from_mask(mask.to(device), block, nnz=int(mask.sum()) + spare)
+
+
+def randn(*shape, device, dtype=torch.float32, by_columns=False):
+    x = torch.randn(*(shape[::-1] if by_columns else shape), device=device).to(dtype)
+    return x.t() if by_columns else x
+
+
+def live_values(topology, dtype=torch.float32):
+    """Values of the stored matrix, which are zero from its last block on."""
+    stored = topology if topology.order is None else topology.transposed()
+    values = randn(stored.nnz_blocks, *stored.block, device=topology.device, dtype=dtype)
+    return values.index_fill(0, torch.arange(int(stored.row_offsets[-1]), len(values), device=values.device), 0)
+
+
+def functions(product, topology, *, backend, activation=None):
+    """The product and its reference as functions of plain tensors; ``s`` and the result of sdd are stored values."""
+    transposed = topology.order is not None
+
+    def sparse(s):
+        return BlockSparseTensor(s.transpose(1, 2) if transposed else s, topology)
+
+    def function(bias=None, **operands):
+        options = {"bias": bias, "activation": activation}
+        if product == "sdd":
+            values = gossamer.sdd(operands["a"], operands["b"], topology, **options).values
+            return values.transpose(1, 2) if transposed else values
+        if product == "dsd":
+            return gossamer.dsd(sparse(operands["s"]), operands["b"], **options)
+        return gossamer.dds(operands["a"], sparse(operands["s"]), **options)
+
+    def under(name):
+        def call(**operands):
+            with gossamer.backend(name):
+                return function(**operands)
+
+        return call
+
+    return under(backend), under("reference")
+
+
+def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(False, False), bias=True):
+    """Operands by name; ``by_columns`` of the two dense operands, or of the one there is and nothing."""
+    (rows, cols), device = topology.shape, topology.device
+    make = {"device": device, "dtype": dtype}
+    if product == "sdd":
+        inputs = {"a": randn(rows, n, by_columns=by_columns[0], **make) / max(n, 1) ** 0.5}
+        inputs["b"] = randn(n, cols, by_columns=by_columns[1], **make)
+    elif product == "dsd":
+        inputs = {"s": live_values(topology, dtype) / 8, "b": randn(cols, n, by_columns=by_columns[0], **make)}
+    else:
+        inputs = {"a": randn(n, rows, by_columns=by_columns[0], **make), "s": live_values(topology, dtype) / 8}
+    if bias:
+        inputs["bias"] = randn(n if product == "dsd" else cols, **make)
+    return inputs
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
+def test_products(kernel_backend, dtype, device, product, transposed):
+    """Each product and all its gradients, with a bias, of a matrix and of a view of its transpose."""
+    t = topology_of(device)
+    t = t.transposed() if transposed else t
+    check(*functions(product, t, backend=kernel_backend), make_inputs(product, t, dtype=dtype))
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 32), (128, 16), (16, 128)])
+def test_blocks(kernel_backend, device, block):
+    """Square and oblong blocks of every size, smaller and larger than a step and a tile; more columns than a tile."""
+    t = topology_of(device, block, grid=(2, 3), density=0.7)
+    n = 70 if kernel_backend == "native" else 17
+    for product in PRODUCTS:
+        check(*functions(product, t, backend=kernel_backend), make_inputs(product, t, n=n))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_layouts(kernel_backend, device, product):
+    """Dense operands by rows and by columns: the same values, and gradients in the operands' own layouts."""
+    t = topology_of(device)
+    function, reference = functions(product, t, backend=kernel_backend)
+    for by_columns in itertools.product([False, True], repeat=2 if product == "sdd" else 1):
+        inputs = make_inputs(product, t, by_columns=(*by_columns, False))
+        results = check(function, reference, inputs)
+        for name in set(inputs) & {"a", "b"}:
+            assert results[name].stride() == inputs[name].stride(), name
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_strided_operands(kernel_backend, device, product):
+    """Sliced and broadcast operands and output gradients, and values that are no contiguous tensor."""
+    t = topology_of(device)
+    function, reference = functions(product, t, backend=kernel_backend)
+    inputs = make_inputs(product, t)
+    for name in inputs:
+        wide = torch.stack([inputs[name]] * 2, -1)[..., 0]
+        assert not wide.is_contiguous()
+        check(function, reference, inputs | {name: wide})
+    shape = reference(**inputs).shape
+    dout = torch.randn(shape[-1], device=device).expand(shape)
+    if product == "sdd":
+        dout = dout.index_fill(0, torch.tensor([shape[0] - 1], device=device), 0)
+    torch.testing.assert_close(
+        run(function, inputs, inputs, dout), run(reference, inputs, inputs, dout), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1, 48, 100])
+def test_sizes(kernel_backend, device, n):
+    """No column, one, whole panels, and several tiles with a rest, of the dimension that is not blocked."""
+    t = topology_of(device, (16, 32), grid=(3, 2))
+    for product in PRODUCTS:
+        check(*functions(product, t, backend=kernel_backend), make_inputs(product, t, n=n))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(3, 4, dtype=torch.bool),
+        torch.ones(3, 4, dtype=torch.bool),
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.eye(4, 12).bool().roll(7, 1),
+        torch.zeros(0, 3, dtype=torch.bool),
+        torch.zeros(3, 0, dtype=torch.bool),
+        torch.cat([torch.zeros(2, 19), torch.ones(1, 19), torch.eye(2, 19)]).bool(),
+        torch.cat([torch.ones(9, 1), torch.eye(9, 3)], 1).bool(),
+    ],
+    ids=["none", "all", "one", "diagonal", "no_rows", "no_columns", "one_long_row", "one_long_column"],
+)
+def test_topologies(kernel_backend, device, mask):
+    """Empty rows and columns, one block, none, and rows of very different length."""
+    t = BlockTopology.from_mask(mask.to(device), 16, nnz=int(mask.sum()) + 3)
+    for product in PRODUCTS:
+        check(*functions(product, t, backend=kernel_backend), make_inputs(product, t))
+
+
+@pytest.mark.parametrize("activation", UNGATED)
+def test_epilogues(kernel_backend, dtype, device, activation):
+    """Bias and activation inside the kernels; with a gradient wanted, outside, and right."""
+    t = topology_of(device, (16, 32), grid=(2, 2))
+    for product, view in (("sdd", t), ("sdd", t.transposed()), ("dsd", t), ("dds", t)):
+        inputs = make_inputs(product, view, dtype=dtype)
+        function, reference = functions(product, view, backend=kernel_backend, activation=activation)
+        with OperatorLog() as log:
+            check(function, reference, inputs, needs=[])
+        fused = [call[1]["activation"] for call in log.calls]
+        assert fused and set(fused) == {ACTIVATIONS[activation][0]}
+        check(function, reference, inputs)
+
+
+def test_full_topology_is_the_dense_product(kernel_backend, device):
+    """With every block there the products are those of the dense matrices, transposed or not."""
+    t = BlockTopology.random((64, 48), 16, 1.0, device=device)
+    dense = torch.randn(64, 48, device=device)
+    s = BlockSparseTensor.from_dense(dense, t)
+    x = torch.randn(N, 64, device=device)
+    with gossamer.backend(kernel_backend):
+        for actual, expected in (
+            (gossamer.dds(x, s), x @ dense),
+            (gossamer.dds(x[:, :48], s.t()), x[:, :48] @ dense.t()),
+            (gossamer.dsd(s.t(), x.t()), dense.t() @ x.t()),
+            (gossamer.sdd(x.t(), x[:, :48], t).to_dense(), x.t() @ x[:, :48]),
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_expert_layer(kernel_backend, device):
+    """MegaBlocks' layer: hidden blocks sampled, an activation, and back, over padded groups; against a plain loop."""
+    tokens, hidden, size, experts, top_k = 50, 24, 32, 4, 2
+    ids = gossamer.testing.random_expert_ids(tokens, experts - 1, top_k, dropped=0.2, seed=3)
+    ids = ids.masked_fill(ids == experts - 1, experts).to(device)
+    dispatch = gossamer.dispatch(ids, experts)
+    t = BlockTopology.from_dispatch(dispatch, size, 16)
+    slots = t.padded_slots(dispatch).long()
+    rows = t.padded_rows(dispatch).long()
+    assert (ids == experts).any() and t.padded_offsets[-1] < t.shape[0]
+
+    def layer(x, up, down):
+        padded = torch.cat([x, x.new_zeros(1, hidden)])[(slots // top_k).clamp(max=tokens)]
+        h = gossamer.sdd(padded, up, t)
+        y = gossamer.dsd(BlockSparseTensor(h.values.relu(), t), down)
+        return torch.cat([y, y.new_zeros(1, hidden)])[rows].view(tokens, top_k, hidden)
+
+    def loop(x, up, down):
+        y = x.new_zeros(tokens, top_k, hidden)
+        for e in range(experts):
+            part = slice(e * size, (e + 1) * size)
+            every = (x @ up[:, part]).relu() @ down[part]
+            y = torch.where((ids == e).unsqueeze(2), every.unsqueeze(1), y)
+        return y
+
+    def function(**inputs):
+        with gossamer.backend(kernel_backend):
+            return layer(**inputs)
+
+    inputs = {
+        "x": torch.randn(tokens, hidden, device=device),
+        "up": torch.randn(hidden, experts * size, device=device) / hidden**0.5,
+        "down": torch.randn(experts * size, hidden, device=device) / size**0.5,
+    }
+    check(function, loop, inputs)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_unused_room_is_not_read(kernel_backend, device, product):
+    """NaN in what lies past the last block reaches nothing, and results and gradients are zero there."""
+    t = topology_of(device, spare=3)
+    function, _ = functions(product, t, backend=kernel_backend)
+    inputs = make_inputs(product, t)
+    if product != "sdd":
+        inputs["s"][-3:] = float("nan")
+    shape = run(function, inputs)["out"].shape
+    dout = torch.randn(shape, device=device)
+    if product == "sdd":
+        dout[-3:] = 0
+    results = run(function, inputs, inputs, dout)
+    assert all(torch.isfinite(value).all() for value in results.values())
+    sparse = results["out"] if product == "sdd" else results["s"]
+    assert not sparse[-3:].any() and sparse[:-3].any()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_gradients_alone(kernel_backend, device, product):
+    """Each gradient by itself has the same bits as among all, and only its own product is computed."""
+    t = topology_of(device)
+    function, _ = functions(product, t, backend=kernel_backend)
+    inputs = make_inputs(product, t)
+    dout = torch.randn(run(function, inputs)["out"].shape, device=device)
+    every = run(function, inputs, inputs, dout)
+    dense, sampled = "block_sparse_dsd", "block_sparse_sdd"
+    expected = {"a": [dense], "b": [dense], "s": [sampled], "bias": ["gather_reduce"] if product == "sdd" else []}
+    for name in inputs:
+        with OperatorLog() as log:
+            one = run(function, inputs, [name], dout)
+        assert torch.equal(one[name], every[name])
+        assert [call[0] for call in log.calls][1:] == expected[name], name
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_same_bits(kernel_backend, dtype, device, product):
+    """Two runs agree bit by bit, with more threads than one and with one."""
+    t = topology_of(device, grid=(6, 5))
+    function, _ = functions(product, t, backend=kernel_backend)
+    inputs = make_inputs(product, t, n=60, dtype=dtype)
+    dout = torch.randn(run(function, inputs)["out"].shape, device=device)
+    first = run(function, inputs, inputs, dout)
+    assert_same_bits(first, run(function, inputs, inputs, dout))
+    if kernel_backend == "native":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert_same_bits(first, run(function, inputs, inputs, dout))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_rows_do_not_depend_on_their_neighbours(kernel_backend, device):
+    """A row of a linear layer's result has the same bits in another place of another batch."""
+    t = topology_of(device, (16, 32))
+    function, _ = functions("dds", t, backend=kernel_backend)
+    inputs = make_inputs("dds", t, n=60)
+    order = torch.randperm(60, device=device)
+    whole = run(function, inputs)["out"]
+    moved = run(function, inputs | {"a": inputs["a"][order]})["out"]
+    assert torch.equal(moved, whole[order])
+    part = run(function, inputs | {"a": inputs["a"][37:38]})["out"]
+    if kernel_backend == "native":
+        assert torch.equal(part, whole[37:38])
+    else:
+        torch.testing.assert_close(part, whole[37:38])
+
+
+def test_long_sums(device):
+    """More terms than are packed at a time, in 16 bits too, where partial sums lie apart; the native kernels' own."""
+    if device != "cpu":
+        pytest.skip("for the CPU")
+    t = topology_of(device, (16, 32), grid=(2, 2), density=0.75)
+    for dtype in (torch.float32, torch.bfloat16):
+        a = randn(32, 70_000, device=device, dtype=dtype) / 256
+        b = randn(70_000, 64, device=device, dtype=dtype, by_columns=True)
+        check(*functions("sdd", t, backend="native", activation="relu2"), {"a": a, "b": b}, needs=[])
+    tall = topology_of(device, (16, 16), grid=(1, 4096), density=0.2)
+    wide = make_inputs("dsd", tall, n=200)
+    check(*functions("dsd", tall, backend="native"), wide, needs=[])
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+def test_instruction_sets(device, isa):
+    """The native kernels of each instruction set that this processor has."""
+    if device != "cpu":
+        pytest.skip("for the CPU")
+    from gossamer import _C
+
+    try:
+        _C.choose_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor does not run {isa}")
+    try:
+        for block in ((16, 16), (32, 64)):
+            t = topology_of(device, block)
+            for product, dtype in itertools.product(PRODUCTS, (torch.float32, torch.bfloat16, torch.float16)):
+                check(*functions(product, t, backend="native"), make_inputs(product, t, n=50, dtype=dtype))
+    finally:
+        _C.choose_isa("")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU makes its own choices, and other tests hold them")
+@pytest.mark.parametrize("block", [(64, 128), (128, 64), (32, 32)])
+def test_by_descriptors(monkeypatch, device, block):
+    """What a Hopper GPU runs and the interpreter would not choose: TMA descriptors, wide tiles."""
+    module = importlib.import_module("gossamer.triton_kernels.block_sparse")
+    monkeypatch.setattr(module, "arch_of", lambda tensor: 90)
+    t = topology_of(device, block, grid=(2, 2), density=0.75)
+    for product, by_columns in itertools.product(PRODUCTS, [(False, False), (True, True)]):
+        inputs = make_inputs(product, t, n=40, dtype=torch.float16, by_columns=by_columns)
+        check(*functions(product, t, backend="triton"), inputs)
+
+
+def test_gradcheck(device):
+    """Finite differences in float64, first and second order, on the CPU's kernels."""
+    if device != "cpu":
+        pytest.skip("float64 is for the CPU")
+    t = topology_of(device, (16, 16), grid=(1, 2), density=1.0, spare=0)
+    for product, view in itertools.product(PRODUCTS, (t, t.transposed())):
+        inputs = make_inputs(product, view, n=2, dtype=torch.float64)
+        function, _ = functions(product, view, backend="native", activation="gelu")
+        names = list(inputs)
+
+        def call(*values, function=function, names=names):
+            return function(**dict(zip(names, values, strict=True)))
+
+        leaves = [value.detach().requires_grad_() for value in inputs.values()]
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+def test_saves_operands_and_topology_only(kernel_backend, device):
+    """The graph keeps the operands that gradients need, and nothing when none is wanted."""
+    t = topology_of(device)
+    function, _ = functions("dds", t, backend=kernel_backend)
+    inputs = {k: v.requires_grad_() for k, v in make_inputs("dds", t).items()}
+    saved = saved_tensors(lambda: function(**inputs), [inputs["s"]])
+    assert [tensor.shape for tensor in saved if tensor.dtype.is_floating_point] == [inputs["a"].t().shape]
+    with torch.no_grad():
+        assert not saved_tensors(lambda: function(**inputs), [])
+    frozen = inputs | {"s": inputs["s"].detach()}
+    saved = saved_tensors(lambda: function(**frozen), [frozen["s"]])
+    assert not [tensor for tensor in saved if tensor.dtype.is_floating_point]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles(kernel_backend, device, backend):
+    """Dispatch, topology and all three products traced whole, forward and backward, with another number of tokens."""
+    torch._dynamo.reset()
+    experts, size, hidden = 3, 32, 16
+
+    def f(x, up, down, w, ids, topology):
+        t = BlockTopology.from_dispatch(gossamer.dispatch(ids, experts), size, 16)
+        padded = torch.cat([x, x.new_zeros(1, hidden)])[t.padded_slots(gossamer.dispatch(ids, experts)).long()]
+        h = gossamer.sdd(padded, up, t)
+        y = gossamer.dsd(BlockSparseTensor(h.values.relu(), h.topology), down)
+        return gossamer.dds(y, BlockSparseTensor(w, topology).t(), activation="silu")
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    topology = topology_of(device, (16, 16), grid=(2, 1), density=1.0)
+    with gossamer.backend(kernel_backend):
+        for tokens in (29, 40) if backend == "aot_eager" else (29,):
+            ids = torch.randint(experts, (tokens, 1), device=device)
+            inputs = {
+                "x": torch.randn(tokens, hidden, device=device),
+                "up": torch.randn(hidden, experts * size, device=device) / 4,
+                "down": torch.randn(experts * size, hidden, device=device) / 6,
+                "w": live_values(topology),
+            }
+            fixed = {"ids": ids, "topology": topology}
+            dout = torch.randn(run(lambda f=f, fixed=fixed, **v: f(**v, **fixed), inputs)["out"].shape, device=device)
+            actual, expected = (
+                run(lambda g=g, fixed=fixed, **v: g(**v, **fixed), inputs, inputs, dout) for g in (compiled, f)
+            )
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operators_are_well_formed(kernel_backend, device, transposed):
+    """Schemas, fake kernels, autograd registration and traceability of both operators."""
+    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
+
+    t = topology_of(device, (16, 32), grid=(2, 2))
+    tensors = topology_tensors(t)
+    rows, cols = t.shape
+    a, b = randn(rows, 5, device=device).requires_grad_(), randn(5, cols, device=device).requires_grad_()
+    bias = randn(rows if transposed else cols, device=device).requires_grad_()
+    rest = (*t.block, transposed, NO_ACTIVATION, kernel_backend)
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, bias, *tensors, *rest))
+    values = live_values(t).requires_grad_()
+    depth, long = (rows, cols) if transposed else (cols, rows)
+    b = randn(depth, 5, device=device).requires_grad_()
+    for by_columns in (False, True):
+        bias = randn(long if by_columns else 5, device=device).requires_grad_()
+        rest = (transposed, by_columns, NO_ACTIVATION, kernel_backend)
+        torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, bias, *tensors, *rest))
+
+
+def test_no_gradient_through_a_fused_activation(device):
+    """The operator that applied an activation says that it has no gradient, rather than give a wrong one."""
+    from gossamer.ops._block_sparse_operators import topology_tensors
+
+    t = topology_of(device)
+    b = torch.randn(t.shape[1], N, device=device, requires_grad=True)
+    backend = "native" if device == "cpu" else "triton"
+    with pytest.raises(RuntimeError, match="applied its activation inside the kernel has no gradient"):
+        torch.ops.gossamer.block_sparse_dsd(live_values(t), b, None, *topology_tensors(t), False, False, 3, backend)
+
+
+def test_addresses_beyond_32_bits(kernel_backend, device):
+    """Dense operands whose rows lie more than 2³¹ elements apart."""
+    if kernel_backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter copies its arguments whole")
+    t = topology_of(device, (16, 16), grid=(2, 2), density=0.75)
+    stride = 2**27 + 64
+    inputs = make_inputs("dds", t, n=18, dtype=torch.float16)
+    far = huge_storage(17 * stride + 32, torch.float16, device).as_strided((18, 32), (stride, 1))
+    far.copy_(inputs["a"])
+    function, _ = functions("dds", t, backend=kernel_backend)
+    dout = torch.randn(18, 32, device=device)
+    moved = run(function, inputs | {"a": far}, ["s"], dout)
+    assert_same_bits(moved, run(function, inputs, ["s"], dout))
+
+
+def test_autocast(kernel_backend, device):
+    """Under autocast the products are those of the cast operands, and gradients come in the inputs' dtypes."""
+    t = topology_of(device)
+    for product in PRODUCTS:
+        inputs = make_inputs(product, t)
+        function, _ = functions(product, t, backend=kernel_backend)
+        dout = torch.randn(run(function, inputs)["out"].shape, device=device)
+        with torch.autocast(device, dtype=torch.float16):
+            actual = run(function, inputs, inputs, dout)
+        expected = run(function, {k: v.half() for k, v in inputs.items()}, inputs, dout)
+        assert actual["out"].dtype == torch.float16
+        assert_same_bits(actual, {k: v if k == "out" else v.float() for k, v in expected.items()})
+
+
+def test_default_backend_and_meta_tensors(device):
+    """The device's kernels serve by default, and shapes come without data."""
+    t = topology_of(device)
+    s = BlockSparseTensor(live_values(t), t)
+    with OperatorLog() as log:
+        gossamer.dsd(s, torch.randn(t.shape[1], N, device=device))
+    assert log.named("block_sparse_dsd")[0][1]["backend"] == ("native" if device == "cpu" else "triton")
+    meta = s.to("meta")
+    assert gossamer.dsd(meta, torch.empty(t.shape[1], 3, device="meta")).shape == (t.shape[0], 3)
+    y = gossamer.dds(torch.empty(3, t.shape[1], device="meta"), meta.t())
+    assert y.shape == (3, t.shape[0]) and y.is_contiguous()
+    sampled = gossamer.sdd(
+        torch.empty(t.shape[0], 3, device="meta"), torch.empty(3, t.shape[1], device="meta"), meta.topology
+    )
+    assert sampled.values.shape == s.values.shape
+
+
+def test_float64_is_for_the_cpu(device):
+    """Triton's kernels name the dtypes they take."""
+    t = topology_of(device)
+    with gossamer.backend("triton"), pytest.raises(TypeError, match="or float64 on the CPU"):
+        gossamer.sdd(
+            torch.randn(t.shape[0], 3, dtype=torch.float64, device=device),
+            torch.randn(3, t.shape[1], dtype=torch.float64, device=device),
+            t,
+        )
+
+
+S = BlockSparseTensor(torch.randn(4, 32, 16), BlockTopology.random((64, 48), (32, 16), 2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: gossamer.dsd(S, torch.randn(40, 3)),
+            ValueError,
+            "rows of b must be 48, .* got 40: pad it with zeros to 48",
+        ),
+        (
+            lambda: gossamer.dsd(S, torch.randn(64, 3)),
+            ValueError,
+            r"rows of b must be 48, as the topology says, got 64$",
+        ),
+        (
+            lambda: gossamer.dsd(S.t(), torch.randn(50, 3)),
+            ValueError,
+            "rows of b must be 64, .*pad it with zeros to 64",
+        ),
+        (lambda: gossamer.dds(torch.randn(3, 63), S), ValueError, "columns of a must be 64, .* got 63: pad it"),
+        (lambda: gossamer.dsd(S, torch.randn(48)), ValueError, r"b must have shape \(cols, N\)"),
+        (lambda: gossamer.dds(torch.randn(2, 3, 64), S), ValueError, r"a must have shape \(M, rows\)"),
+        (
+            lambda: gossamer.dsd(torch.randn(64, 48), torch.randn(48, 3)),
+            TypeError,
+            "s must be a gossamer.BlockSparseTensor",
+        ),
+        (lambda: gossamer.dsd(S, torch.randn(48, 3).half()), TypeError, "b must have the dtype of s, torch.float32"),
+        (lambda: gossamer.dds(torch.ones(3, 64, dtype=torch.int64), S), TypeError, "a must be float32"),
+        (lambda: gossamer.dds(torch.randn(3, 64, device="meta"), S), ValueError, "s must be on the device of a, meta"),
+        (
+            lambda: gossamer.dds(torch.randn(3, 64), S, bias=torch.randn(64)),
+            ValueError,
+            r"bias must have shape \(cols,\)",
+        ),
+        (lambda: gossamer.dsd(S, torch.randn(48, 3), bias=torch.randn(48)), ValueError, r"bias must have shape \(N,\)"),
+        (
+            lambda: gossamer.dsd(S, torch.randn(48, 3), activation="swiglu"),
+            ValueError,
+            "must not be gated, got 'swiglu'",
+        ),
+        (lambda: gossamer.dsd(S, torch.randn(48, 3), activation="tanh"), ValueError, "activation must be one of"),
+        (
+            lambda: gossamer.sdd(torch.randn(60, 3), torch.randn(3, 48), S.topology),
+            ValueError,
+            "rows of a must be 64, .* got 60: pad it with zeros to 64",
+        ),
+        (
+            lambda: gossamer.sdd(torch.randn(64, 3), torch.randn(3, 40), S.topology),
+            ValueError,
+            "columns of b must be 48, .* got 40: pad it with zeros to 48",
+        ),
+        (
+            lambda: gossamer.sdd(torch.randn(64, 3), torch.randn(4, 48), S.topology),
+            ValueError,
+            r"b must have shape \(K, cols\) = \(3, any\), got \(4, 48\)",
+        ),
+        (lambda: gossamer.sdd(torch.randn(64, 3), torch.randn(3, 48), S), TypeError, "topology must be a"),
+        (
+            lambda: gossamer.sdd(torch.randn(64, 3), torch.randn(3, 48), S.topology.to("meta")),
+            ValueError,
+            "topology must be on the device of a, cpu, got meta",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    """Each documented error names the argument, the rule and the value, and what to pad to."""
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_synchronisation_and_graph_capture(kernel_backend, device):
+    """Clean under sync debugging, forward and backward, and right when replayed on another routing and mask."""
+    experts, size, hidden = 4, 64, 64
+    ids = gossamer.testing.random_expert_ids(50, experts, 2).to(device)
+    mask = torch.rand(4, 4, device=device) < 0.5
+    leaves = [
+        torch.randn(50, hidden, device=device, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(hidden, experts * size, device=device, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(16, 16, 16, device=device, dtype=torch.bfloat16, requires_grad=True),
+    ]
+
+    def step():
+        x, up, w = leaves
+        dispatch = gossamer.dispatch(ids, experts)
+        t = BlockTopology.from_dispatch(dispatch, size, 16)
+        padded = torch.cat([x, x.new_zeros(1, hidden)])[(t.padded_slots(dispatch) // 2).long()]
+        h = gossamer.sdd(padded, up, t)
+        y = gossamer.dsd(h, up.t())
+        y = gossamer.dds(y, BlockSparseTensor(w, BlockTopology.from_mask(mask, 16, nnz=16)).t())
+        return y, *torch.autograd.grad(y.square().mean(), leaves)
+
+    with gossamer.backend(kernel_backend):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        ids.copy_(gossamer.testing.random_expert_ids(50, experts, 2, seed=5, dropped=0.3).to(device))
+        mask.logical_not_()
+        graph.replay()
+        for value, expected in zip(captured, step(), strict=True):
+            assert torch.equal(value, expected)
