@@ -35,6 +35,7 @@ FAMILIES = (
     "embedding",
     "hash_table",
     "dynamic_embedding",
+    "block_sparse",
     "dispatch",
     "multi_low_rank",
     "expert_mlp_lora",

@@ -23,6 +23,7 @@ from gossamer.triton_kernels.common import (
     aot_signature,
     arch_of,
     can_describe,
+    column_halves,
     describe,
     dot_precision,
     tile_coordinates,
@@ -43,13 +44,14 @@ def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
         # Without matrix instructions a tile lives on registers.
         return Tile(min(wide, 64, 4096 // bm), bm, 16, 4, 3)
     wide = min(wide, 256 if arch >= 90 else 128)
-    return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 4 if arch >= 90 else 3)
+    # A block's index is loaded in the loop: indices run ahead of what they point to and take half of the stages.
+    return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 8 if arch >= 90 else 6)
 
 
 def sdd_tile(bm: int, bn: int, itemsize: int, arch: int) -> Tile:
-    """Tile of ``sdd``: ``block_m`` columns, which are those of several blocks of a row, by one block's ``bm`` rows."""
+    """Tile of ``sdd``: ``block_m`` columns, of a part of a block or of several of a row, by one block's ``bm`` rows."""
     if itemsize == 4:
-        return Tile(max(bn, min(64, 4096 // bm)), bm, 16, 8 if bm * bn > 64 * 64 else 4, 2)
+        return Tile(min(64, 4096 // bm), bm, 16, 4, 3)
     wide = 256 if arch >= 90 else 128
     return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 4 if arch >= 90 else 3)
 
@@ -78,16 +80,59 @@ def load_operand(
 
 
 @triton.jit
-def finish(acc, bias_ptr, row, column, columns_inside, BIAS_ROWS: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
-    """The accumulator ``[columns, rows]`` with its bias, which runs along one of them, and through its activation."""
+def _store_part(
+    acc,
+    bias_ptr,
+    out,
+    row,
+    m0,
+    stride_m,
+    column,
+    inside,
+    BIAS_ROWS: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``acc [columns, ROWS]`` with its bias, through its activation, to ``out + m·stride_m`` for rows ``m0`` and on."""
+    m = m0 + tl.arange(0, ROWS)
     if bias_ptr is not None:
         if BIAS_ROWS:
-            acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + row + m).to(tl.float32)[None, :]
         else:
-            acc += tl.load(bias_ptr + column, columns_inside, other=0.0).to(tl.float32)[:, None]
+            acc += tl.load(bias_ptr + column, inside, other=0.0).to(tl.float32)[:, None]
+    FAST: tl.constexpr = out.dtype.element_ty != tl.float32
     if ACT >= 0:
         acc, _ = activation(acc, 0.0, 0.0, ACT, FAST)
-    return acc
+    tl.store(out[:, None] + m.to(tl.int64)[None, :] * stride_m, acc.to(out.dtype.element_ty), inside[:, None])
+
+
+@triton.jit
+def store_tile(
+    acc,
+    bias_ptr,
+    out,
+    row,
+    stride_m,
+    column,
+    inside,
+    BIAS_ROWS: tl.constexpr,
+    ACT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Stores an accumulator ``[COLUMNS, ROWS]``: those columns that are ``inside``, ``row`` and the rows after it."""
+    if ACT >= 0 and COLUMNS * ROWS >= 256 * 128:
+        # One part after the other, so that what they compute does not spill.
+        left, right = column_halves(acc, COLUMNS, ROWS)
+        a, b = column_halves(left, COLUMNS, ROWS // 2)
+        c, d = column_halves(right, COLUMNS, ROWS // 2)
+        PART: tl.constexpr = ROWS // 4
+        _store_part(a, bias_ptr, out, row, 0, stride_m, column, inside, BIAS_ROWS, ACT, PART)
+        _store_part(b, bias_ptr, out, row, PART, stride_m, column, inside, BIAS_ROWS, ACT, PART)
+        _store_part(c, bias_ptr, out, row, 2 * PART, stride_m, column, inside, BIAS_ROWS, ACT, PART)
+        _store_part(d, bias_ptr, out, row, 3 * PART, stride_m, column, inside, BIAS_ROWS, ACT, PART)
+    else:
+        _store_part(acc, bias_ptr, out, row, 0, stride_m, column, inside, BIAS_ROWS, ACT, ROWS)
 
 
 @triton.jit(do_not_specialize=["N", "num_rows"])
@@ -174,10 +219,8 @@ def _dsd_kernel(
             else:
                 w = tl.load(block + (kk % BN)[:, None] + m[None, :] * BN, inside[:, None], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    FAST: tl.constexpr = y_ptr.dtype.element_ty != tl.float32
-    acc = finish(acc, bias_ptr, row * BM + m, n, n < N, BIAS_ROWS, ACT, FAST)
-    y = y_ptr + (row * BM + m).to(tl.int64)[None, :] * stride_yr + n.to(tl.int64)[:, None] * stride_yn
-    tl.store(y, acc.to(y_ptr.dtype.element_ty), (n < N)[:, None])
+    y = y_ptr + (row * BM).to(tl.int64) * stride_yr + n.to(tl.int64) * stride_yn
+    store_tile(acc, bias_ptr, y, row * BM, stride_yr, n, n < N, BIAS_ROWS, ACT, BLOCK_N, BM)
 
 
 @triton.jit(do_not_specialize=["K", "nnz", "num_rows"])
@@ -204,6 +247,7 @@ def _sdd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SEARCH_ROWS: tl.constexpr,
 ):
@@ -217,7 +261,7 @@ def _sdd_kernel(
         start = tl.load(offsets_ptr + r, r < num_rows, other=0)
         row += tl.sum(((start // BLOCKS + r <= piece) & (r < num_rows)).to(tl.int32), 0)
     pieces = live // BLOCKS + num_rows
-    g = tl.arange(0, BLOCKS * BN)
+    g = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     m = tl.arange(0, BM)
     if piece < pieces:
         window = (piece - row) * BLOCKS
@@ -226,24 +270,23 @@ def _sdd_kernel(
         last = tl.minimum(window + BLOCKS, tl.load(offsets_ptr + row + 1))
         if first < last:
             inside = (j >= first) & (j < last)
+            RUN: tl.constexpr = min(BN, WIDE)
             column = tl.load(indices_ptr + j, inside, other=0) * BN + g % BN
-            column = tl.max_contiguous(tl.multiple_of(column, BN), BN)
+            column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
             rows = row * BM + m
             MASK: tl.constexpr = "none" if EVEN_K else "terms"
-            acc = tl.zeros((BLOCKS * BN, BM), tl.float32)
+            acc = tl.zeros((WIDE, BM), tl.float32)
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 x = load_operand(b_ptr, column, 0, k, k0, K, stride_bn, stride_bk, False, False, MASK)
                 w = load_operand(a, rows, row * BM, k, k0, K, stride_am, stride_ak, A_TMA, A_BY_ROWS, MASK)
                 acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-            FAST: tl.constexpr = values_ptr.dtype.element_ty != tl.float32
-            acc = finish(acc, bias_ptr, rows, column, inside, BIAS_ROWS, ACT, FAST)
-            out = values_ptr + j.to(tl.int64)[:, None] * (BM * BN) + (g % BN)[:, None] + m[None, :] * BN
-            tl.store(out, acc.to(values_ptr.dtype.element_ty), inside[:, None])
+            out = values_ptr + j.to(tl.int64) * (BM * BN) + g % BN
+            store_tile(acc, bias_ptr, out, row * BM, BN, column, inside, BIAS_ROWS, ACT, WIDE, BM)
     else:
         j = (live // BLOCKS + piece - pieces) * BLOCKS + g // BN
         out = values_ptr + j.to(tl.int64)[:, None] * (BM * BN) + (g % BN)[:, None] + m[None, :] * BN
-        zero = tl.zeros((BLOCKS * BN, BM), values_ptr.dtype.element_ty)
+        zero = tl.zeros((WIDE, BM), values_ptr.dtype.element_ty)
         tl.store(out, zero, ((j >= live) & (j < nnz))[:, None])
 
 
@@ -354,7 +397,7 @@ def sdd(
     blocks = max(1, tile.block_m // bn)
     operand, a_tma, a_by_rows = _described(a, (bm, tile.block_k), arch)
     with device_guard(a.device):
-        _sdd_kernel[(nnz // blocks + num_rows + 1,)](
+        _sdd_kernel[(nnz // blocks + num_rows + 1, max(1, bn // tile.block_m))](
             operand,
             b,
             None if bias is None else bias.contiguous(),
@@ -377,8 +420,9 @@ def sdd(
             BM=bm,
             BN=bn,
             BLOCKS=blocks,
+            WIDE=tile.block_m,
             BLOCK_K=tile.block_k,
-            SEARCH_ROWS=min(SEARCH, triton.next_power_of_2(num_rows)),
+            SEARCH_ROWS=min(SEARCH, triton.next_power_of_2(max(num_rows, 1))),
             **tile.options(),
         )
     return values
@@ -449,6 +493,7 @@ def _sdd_case(arch: int, dtype: torch.dtype, block: tuple[int, int], act: int = 
         "BM": bm,
         "BN": bn,
         "BLOCKS": max(1, tile.block_m // bn),
+        "WIDE": tile.block_m,
         "BLOCK_K": tile.block_k,
         "SEARCH_ROWS": 64,
     }
