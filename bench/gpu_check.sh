@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes and
-# the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, against their baselines and
-# any installed peer.
+# the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, and block-sparse linear layers
+# at four sparsities, against their baselines and any installed peer.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,6 +17,8 @@ pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_
   tests/test_gather_reduce*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
   tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py \
   tests/test_quantized_experts.py tests/test_multi_low_rank.py tests/test_expert_mlp_lora.py
+  tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py tests/test_block_topology.py \
+  tests/test_block_sparse.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done
@@ -40,4 +42,8 @@ for skew in uniform 1.05 1.15; do
     gossamer bench dynamic_embedding --skew "$skew" --dtype "$dtype" --device cuda \
       --json "$out/dynamic_embedding-$skew-$dtype-$device.json"
   done
+done
+for shape in 4096-128-75 4096-64-75 8192-128-90; do
+  gossamer bench block_sparse --shape "$shape" --sweep sparsity=50,75,90,97 --dtype bf16 --device cuda \
+    --json "$out/block-sparse-$shape-$device.json"
 done

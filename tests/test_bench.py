@@ -141,6 +141,8 @@ def test_every_family_runs_and_is_right(device, name):
     family = harness.family(name)
     sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3, "L": 100} if "N" in family.symbols else LARGER
     sizes |= {"M": 40, "C": 48, "r": 4, "A": 3}
+    if "BLOCK" in family.symbols:
+        sizes = {"M": 40, "N": 96, "K": 64, "BLOCK": 16, "SPARSE": 60}
     shape = ",".join(str(sizes[s]) for s in family.symbols)
     wanted = harness.requests(family, harness.resolve_device(device), shape=shape, skew="zipf")
     results = harness.run(family, wanted, budget=0.05)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import OperatorLog, assert_same_bits, check, huge_storage, run, saved_tensors
+from helpers import OperatorLog, assert_same_bits, check, check_draws, huge_storage, run, saved_tensors
 
 import gossamer
 from gossamer import BlockSparseTensor, BlockTopology
@@ -68,8 +68,9 @@ def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(Fals
     (rows, cols), device = topology.shape, topology.device
     make = {"device": device, "dtype": dtype}
     if product == "sdd":
-        inputs = {"a": randn(rows, n, by_columns=by_columns[0], **make) / max(n, 1) ** 0.5}
-        inputs["b"] = randn(n, cols, by_columns=by_columns[1], **make)
+        # b first: its columns are what other draws of the problem roll, and with n = 1 a has but one.
+        inputs = {"b": randn(n, cols, by_columns=by_columns[1], **make)}
+        inputs["a"] = randn(rows, n, by_columns=by_columns[0], **make) / max(n, 1) ** 0.5
     elif product == "dsd":
         inputs = {"s": live_values(topology, dtype) / 8, "b": randn(cols, n, by_columns=by_columns[0], **make)}
     else:
@@ -120,12 +121,14 @@ def test_strided_operands(kernel_backend, device, product):
         assert not wide.is_contiguous()
         check(function, reference, inputs | {name: wide})
     shape = reference(**inputs).shape
-    dout = torch.randn(shape[-1], device=device).expand(shape)
-    if product == "sdd":
-        dout = dout.index_fill(0, torch.tensor([shape[0] - 1], device=device), 0)
-    torch.testing.assert_close(
-        run(function, inputs, inputs, dout), run(reference, inputs, inputs, dout), rtol=1e-4, atol=1e-4
-    )
+    row = torch.randn(shape[-1], device=device)
+
+    def draw(i):
+        dout = row.roll(i).expand(shape)
+        wide = {k: v.double() for k, v in inputs.items()}
+        return run(reference, wide, wide, dout.double()), run(reference, inputs, inputs, dout)
+
+    check_draws(run(function, inputs, inputs, row.expand(shape)), draw)
 
 
 @pytest.mark.parametrize("n", [0, 1, 48, 100])
@@ -178,13 +181,13 @@ def test_full_topology_is_the_dense_product(kernel_backend, device):
     s = BlockSparseTensor.from_dense(dense, t)
     x = torch.randn(N, 64, device=device)
     with gossamer.backend(kernel_backend):
-        for actual, expected in (
-            (gossamer.dds(x, s), x @ dense),
-            (gossamer.dds(x[:, :48], s.t()), x[:, :48] @ dense.t()),
-            (gossamer.dsd(s.t(), x.t()), dense.t() @ x.t()),
-            (gossamer.sdd(x.t(), x[:, :48], t).to_dense(), x.t() @ x[:, :48]),
+        for actual, left, right in (
+            (gossamer.dds(x, s), x, dense),
+            (gossamer.dds(x[:, :48], s.t()), x[:, :48], dense.t()),
+            (gossamer.dsd(s.t(), x.t()), dense.t(), x.t()),
+            (gossamer.sdd(x.t(), x[:, :48], t).to_dense(), x.t(), x[:, :48]),
         ):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            gossamer.testing.assert_close(actual, left.double() @ right.double(), left @ right)
 
 
 def test_expert_layer(kernel_backend, device):
@@ -371,8 +374,7 @@ def test_saves_operands_and_topology_only(kernel_backend, device):
     assert not [tensor for tensor in saved if tensor.dtype.is_floating_point]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles(kernel_backend, device, backend):
+def test_compiles(kernel_backend, device):
     """Dispatch, topology and all three products traced whole, forward and backward, with another number of tokens."""
     torch._dynamo.reset()
     experts, size, hidden = 3, 32, 16
@@ -384,10 +386,12 @@ def test_compiles(kernel_backend, device, backend):
         y = gossamer.dsd(BlockSparseTensor(h.values.relu(), h.topology), down)
         return gossamer.dds(y, BlockSparseTensor(w, topology).t(), activation="silu")
 
+    # What the compiler makes of the code around interpreted kernels is the same, and takes half a minute.
+    backend = "aot_eager" if kernel_backend == "triton" and device == "cpu" else "inductor"
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
     topology = topology_of(device, (16, 16), grid=(2, 1), density=1.0)
     with gossamer.backend(kernel_backend):
-        for tokens in (29, 40) if backend == "aot_eager" else (29,):
+        for tokens in (29, 40):
             ids = torch.randint(experts, (tokens, 1), device=device)
             inputs = {
                 "x": torch.randn(tokens, hidden, device=device),
