@@ -16,9 +16,8 @@ pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_
   tests/test_backend.py tests/test_routing.py tests/test_moe.py tests/test_moe_blocks.py \
   tests/test_gather_reduce*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
   tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py \
-  tests/test_quantized_experts.py tests/test_multi_low_rank.py tests/test_expert_mlp_lora.py
-  tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py tests/test_block_topology.py \
-  tests/test_block_sparse.py
+  tests/test_quantized_experts.py tests/test_multi_low_rank.py tests/test_expert_mlp_lora.py \
+  tests/test_block_topology.py tests/test_block_sparse.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done
