@@ -29,10 +29,15 @@ from gossamer.triton_kernels.common import (
     tile_coordinates,
 )
 from gossamer.triton_kernels.launch import device_guard
-from gossamer.triton_kernels.tiles import Tile
+from gossamer.triton_kernels.tiles import LEAST_SHARED_BYTES, Tile, shared_limit
 
 # Offsets of block rows that a program of sdd looks at together when it looks for its own.
 SEARCH = 1024
+
+
+def _takes_large_tiles(arch: int) -> bool:
+    """Whether an architecture has the matrix instructions and the shared memory for 256 columns at a time."""
+    return arch >= 90 and shared_limit(arch) > LEAST_SHARED_BYTES
 
 
 def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
@@ -43,17 +48,19 @@ def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
     if itemsize == 4:
         # Without matrix instructions a tile lives on registers.
         return Tile(min(wide, 64, 4096 // bm), bm, 16, 4, 3)
-    wide = min(wide, 256 if arch >= 90 else 128)
+    large = _takes_large_tiles(arch)
+    wide = min(wide, 256 if large else 128)
     # A block's index is loaded in the loop: indices run ahead of what they point to and take half of the stages.
-    return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 8 if arch >= 90 else 6)
+    return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 8 if large else 6)
 
 
 def sdd_tile(bm: int, bn: int, itemsize: int, arch: int) -> Tile:
     """Tile of ``sdd``: ``block_m`` columns, of a part of a block or of several of a row, by one block's ``bm`` rows."""
     if itemsize == 4:
         return Tile(min(64, 4096 // bm), bm, 16, 4, 3)
-    wide = 256 if arch >= 90 else 128
-    return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 4 if arch >= 90 else 3)
+    large = _takes_large_tiles(arch)
+    wide = 256 if large else 128
+    return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 4 if large else 3)
 
 
 @triton.jit
