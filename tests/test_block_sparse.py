@@ -134,7 +134,8 @@ def test_strided_operands(kernel_backend, device, product):
 @pytest.mark.parametrize("n", [0, 1, 48, 100])
 def test_sizes(kernel_backend, device, n):
     """No column, one, whole panels, and several tiles with a rest, of the dimension that is not blocked."""
-    t = topology_of(device, (16, 32), grid=(3, 2))
+    # Many block rows: of few sums the largest error is luck.
+    t = topology_of(device, (16, 32), grid=(7, 3))
     for product in PRODUCTS:
         check(*functions(product, t, backend=kernel_backend), make_inputs(product, t, n=n))
 

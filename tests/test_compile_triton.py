@@ -30,6 +30,7 @@ def test_kernels_compile_within_limits(rows):
     "module",
     [
         "dispatch",
+        "block_sparse",
         "gather_reduce",
         "gather_max",
         "sparse_update",
