@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -107,7 +108,10 @@ def masked_dense(name: str, role: str, problem: Problem) -> Variant:
 def torch_bsr(name: str, role: str, problem: Problem) -> Variant:
     """Torch's linear layer with a weight in its BSR layout."""
     x = problem.x.detach().requires_grad_()
-    weight = problem.weight.to_sparse_bsr().requires_grad_()
+    with warnings.catch_warnings():
+        # Torch says of every tensor in that layout that it is in beta state; here it is only a reference.
+        warnings.filterwarnings("ignore", "Sparse BSR tensor support")
+        weight = problem.weight.to_sparse_bsr().requires_grad_()
 
     def layout(outputs: Outputs) -> Outputs:
         return outputs | ({"dvalues": outputs["dvalues"].values()} if "dvalues" in outputs else {})
