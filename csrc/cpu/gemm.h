@@ -13,8 +13,11 @@ inline int segment_length(int64_t depth) { return depth < 256 ? 16 : 64; }
 // The same in packed values.
 template <class P>
 int segment_of(int64_t depth) {
-  return segment_length(depth) / kTerms<P>;
+  // Pairs of bfloat16 bring errors of their own, far above those of a long chain of additions in float.
+  return kTerms<P> > 1 ? kDepth : segment_length(depth);
 }
+template <class P>
+constexpr int kLongestSegment = kTerms<P> > 1 ? kDepth : 64;
 
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
@@ -242,11 +245,12 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
 
 // group_product for a panel of Tokens tokens: accumulate(sum, i, rows, k, last) adds the terms k .. last of the weight rows
 // i .. i+rows, which lie in the lanes of sum[token].
-template <int Tokens, class S, class Accumulate>
-GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, S* c, int64_t c_stride, Accumulate&& accumulate,
-                                        bool add = false) {
+template <int Tokens, class P, class Accumulate>
+GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* c, int64_t c_stride,
+                                        Accumulate&& accumulate, bool add = false) {
+  using S = SumOf<P>;
   constexpr int lanes = kLanes<S>;
-  const int segment = segment_length(depth);
+  const int segment = segment_of<P>(depth) * kTerms<P>;
   for (int64_t i = 0; i < count; i += lanes) {
     const int rows = static_cast<int>(std::min<int64_t>(lanes, count - i));
     Vec<S> total[Tokens] = {};
@@ -274,7 +278,7 @@ __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int6
     const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + lanes), 0, lanes));
     accumulate_few<Tokens, Columns>(sum, w, w.base + (n + i) * w.row_stride, rows, next_rows, k, last, panel);
   };
-  few_tokens_product<Tokens>(count, w.depth, c, c_stride, accumulate, add);
+  few_tokens_product<Tokens, P>(count, w.depth, c, c_stride, accumulate, add);
 }
 
 // Calls f with the number of tokens, or a little more, as a constant: the lanes past a panel's end are zero.
@@ -339,7 +343,7 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
     with_vectors(a.block_vectors(block), [&](auto vectors) {
       constexpr int stride = vectors * kLanes<P>;
       block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, 0, b + token * c_stride, depth,
-                                           kPanelWidth<P> / kTerms<P>, block == 0, c, c_stride);
+                                           kPanelWidth<P>, block == 0, c, c_stride);
     });
   }
   for (int r = 0; r < rows; ++r) {
