@@ -13,6 +13,7 @@ from gossamer.bench.harness import grad_mode, judge, resolve_device
 from gossamer.bench.timing import SETTLE_LIMIT, MeasuredTime, clock, settle
 
 SMALL = {
+    ("M", "N", "C", "r"): (256, 256, 256, 16),
     ("T", "H", "I", "E", "K"): (256, 256, 128, 8, 2),
     ("T", "E", "K"): (1024, 32, 4),
     ("N", "D", "B", "J"): (10_000, 64, 512, 20),

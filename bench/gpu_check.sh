@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes and
-# the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, and block-sparse linear layers
-# at four sparsities, against their baselines and any installed peer.
+# Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes,
+# low-rank updates on five, the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, and
+# block-sparse linear layers at four sparsities, against their baselines and any installed peer.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,8 +16,8 @@ pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_
   tests/test_backend.py tests/test_routing.py tests/test_moe.py tests/test_moe_blocks.py \
   tests/test_gather_reduce*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
   tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py \
-  tests/test_quantized_experts.py tests/test_multi_low_rank.py tests/test_expert_mlp_lora.py \
-  tests/test_block_topology.py tests/test_block_sparse.py
+  tests/test_quantized_experts.py tests/test_multi_low_rank.py tests/test_expert_mlp_lora.py tests/test_low_rank*.py \
+  tests/test_quantized_weight.py tests/test_peft.py tests/test_block_topology.py tests/test_block_sparse.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done
@@ -26,6 +26,9 @@ for shape in olmoe qwen3-30b-a3b mixtral; do
 done
 for family in multi_low_rank expert_mlp_lora; do
   gossamer bench "$family" --dtype bf16 --device cuda --json "$out/$family-$device.json"
+done
+for shape in square square-rank-64 wide square-2048 square-64; do
+  gossamer bench low_rank --shape "$shape" --dtype bf16 --device cuda --json "$out/low-rank-$shape-$device.json"
 done
 for skew in uniform 1.05 1.15; do
   for shape in bag-64 bag-128 lookup tables; do

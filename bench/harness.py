@@ -35,6 +35,7 @@ FAMILIES = (
     "embedding",
     "hash_table",
     "dynamic_embedding",
+    "low_rank",
     "block_sparse",
     "dispatch",
     "multi_low_rank",

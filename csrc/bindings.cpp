@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "Use the kernels of another instruction set, for tests; the empty string stands for the best one.");
+  m.def("multiplies_bfloat16", &gossamer::multiplies_bfloat16, "Whether this processor has products of bfloat16.");
   gossamer::bindings::register_memory(m);
   gossamer::bindings::register_recorder(m);
   gossamer::bindings::register_dispatch(m);
@@ -34,5 +35,7 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_quantized_experts(m);
   gossamer::bindings::register_hash_table(m);
   gossamer::bindings::register_hopper(m);
+  gossamer::bindings::register_low_rank(m);
+  gossamer::bindings::register_quantized_weight(m);
   gossamer::bindings::register_block_sparse(m);
 }

@@ -39,6 +39,7 @@ def test_kernels_compile_within_limits(rows):
         "split_matmul",
         "multi_low_rank",
         "topk_routing",
+        "low_rank",
     ],
 )
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])

@@ -34,11 +34,16 @@ def _cuda_sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's device; 4 for the interpreter on the CPU."""
+    return _cuda_sm_count(tensor.device.index) if tensor.is_cuda else 4
+
+
 def grid_size(num_tiles: int, tile: Tile, tensor: torch.Tensor) -> int:
     """Programs to launch for at most ``num_tiles`` tiles: one each, or one for each multiprocessor when persistent."""
     if not tile.persistent:
         return num_tiles
-    return min(num_tiles, _cuda_sm_count(tensor.device.index) if tensor.is_cuda else 4)
+    return min(num_tiles, multiprocessors(tensor))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

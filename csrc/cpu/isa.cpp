@@ -54,4 +54,13 @@ bool choose_kernels(const char* name) {
   return false;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace gossamer

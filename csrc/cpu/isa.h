@@ -7,6 +7,7 @@
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
+#include "cpu/low_rank.h"
 #include "cpu/multi_low_rank.h"
 #include "cpu/quantized_experts.h"
 #include "cpu/sparse_update.h"
@@ -31,6 +32,8 @@ struct Kernels {
   void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_grouped_matmul)(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_expert_mlp)(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team);
+  void (*rank_product)(const RankProductArgs& args, void* shared, int num_threads, Team team);
+  void (*low_rank_matmul)(const LowRankArgs& args, void* shared, int num_threads, Team team);
   void (*block_product)(const BlockProductArgs& args, void* shared, int num_threads, Team team);
   void (*sampled_product)(const SampledProductArgs& args, void* shared, int num_threads, Team team);
 };
@@ -55,5 +58,8 @@ const Kernels& kernels();
 
 // Chooses a build by name, or the best one for null; false when this processor does not run it.
 bool choose_kernels(const char* name);
+
+// Whether this processor has instructions that multiply bfloat16, which torch's own products use.
+bool multiplies_bfloat16();
 
 }  // namespace gossamer

@@ -23,6 +23,7 @@ PRIMITIVES = (
     "sparse_update",
     "hash_table",
     "multi_low_rank",
+    "low_rank",
     "block_sparse",
 )
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")

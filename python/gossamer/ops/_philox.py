@@ -39,7 +39,7 @@ def keep_mask(seed: torch.Tensor, rows: int, columns: int, dropout: float) -> to
         high1, low1 = _multiply(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
-    words = torch.stack([c0, c1, c2, c3], dim=2).view(rows, -1)[:, :columns]
+    words = torch.stack([c0, c1, c2, c3], dim=2).flatten(1)[:, :columns]
     return words >= threshold(dropout)
 
 

@@ -9,6 +9,7 @@ from gossamer import _backend
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._philox import drop
+from gossamer.ops._registration import register
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
 
 
@@ -63,6 +64,168 @@ def check_factor_dtype(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Non
     check_same_dtype(a=a, b=b)
     if a.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"a and b must have the dtype of x, {x.dtype}, or torch.float32, got {a.dtype}")
+
+
+# What decodes a quantised weight: the attributes of NF4Weight, or the scales of the others as absmax.
+_STATE = (
+    "Tensor? code, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, str weight_format, "
+    "int block_size, int nested_block_size"
+)
+_NO_STATE = (None, None, None, None, None, "float", 0, 0)
+_FACTORS = "Tensor a, Tensor b, Tensor? bias, Tensor? seed, float scale, float dropout, str backend"
+
+
+def _weight_parts(weight: QuantizedWeight) -> tuple:
+    """The data of a quantised weight, and ``_STATE``."""
+    state = weight.state if weight.format == "nf4" else [None, *weight.state]
+    state += [None] * (5 - len(state))
+    return weight.data, *state, weight.format, *(weight.block_sizes or (0, 0))
+
+
+def _quantized(
+    x,
+    data,
+    code,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    weight_format,
+    block_size,
+    nested_block_size,
+    a,
+    b,
+    bias,
+    seed,
+    scale,
+    dropout,
+    backend,
+):
+    state, block_sizes = (code, absmax, nested_absmax, nested_code, offset), (block_size, nested_block_size)
+    return _backend.kernels(backend, "low_rank").low_rank_linear(
+        x, data, state, weight_format, block_sizes, a, b, bias, seed, scale, dropout
+    )
+
+
+def _float(x, weight, *factors):
+    return _quantized(x, weight, *_NO_STATE, *factors)
+
+
+def _fake(x, *rest):
+    a, b = rest[-7:-5]
+    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+# y (M, N), and s = drop(x)·aᵀ (M, r) for the gradient of b. A float weight has an operator of its own, because torch's
+# autograd of operators takes a time that grows with the square of the number of arguments.
+_low_rank_linear = register(
+    f"low_rank_linear(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor y, Tensor s)", _float, _fake
+)
+_low_rank_linear_quantized = register(
+    f"low_rank_linear_quantized(Tensor x, Tensor data, {_STATE}, {_FACTORS}) -> (Tensor y, Tensor s)",
+    _quantized,
+    _fake,
+)
+
+
+def _gradients(
+    dy,
+    x,
+    weight,
+    code,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    weight_format,
+    block_size,
+    nested_block_size,
+    c,
+    rank,
+    a,
+    b,
+    s,
+    seed,
+    scale,
+    dropout,
+    factor_dtype,
+    wanted,
+    backend,
+):
+    state, block_sizes = (code, absmax, nested_absmax, nested_code, offset), (block_size, nested_block_size)
+    found = _backend.kernels(backend, "low_rank").low_rank_linear_backward(
+        dy, x, weight, state, weight_format, block_sizes, a, b, s, seed, scale, dropout, factor_dtype, wanted
+    )
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _gradients_fake(dy, x, weight, *rest):
+    c, rank = rest[8:10]
+    factor_dtype, wanted = rest[-3:-1]
+    m, n = dy.shape
+    shapes = ((m, c), (n, c), (rank, c), (n, rank), (n,))
+    dtypes = (dy.dtype, dy.dtype, factor_dtype, factor_dtype, dy.dtype)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if want else dy.new_empty(0)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    )
+
+
+# The gradients of x, weight, a, b and bias, each empty unless wanted. What only unwanted ones need is None.
+_low_rank_linear_backward = register(
+    f"low_rank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_STATE}, SymInt c, SymInt rank, Tensor? a, "
+    "Tensor? b, Tensor? s, Tensor? seed, float scale, float dropout, ScalarType factor_dtype, bool[] wanted, "
+    "str backend) -> (Tensor dx, Tensor dweight, Tensor da, Tensor db, Tensor dbias)",
+    _gradients,
+    _gradients_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, *state = inputs[:-7]
+    a, b, bias, seed, ctx.scale, ctx.dropout, ctx.backend = inputs[-7:]
+    *state, ctx.weight_format, ctx.block_size, ctx.nested_block_size = state or _NO_STATE
+    factors = len(inputs) - 7
+    want_x, want_weight = ctx.needs_input_grad[:2]
+    want_a, want_b, want_bias = ctx.needs_input_grad[factors : factors + 3]
+    ctx.wanted = [want_x, want_weight, want_a, want_b, bias is not None and want_bias]
+    ctx.save_for_backward(
+        x if want_weight or want_a else None,
+        weight if want_x else None,
+        *(state if want_x else _NO_STATE[:5]),
+        a if want_x else None,
+        b if want_x or want_a else None,
+        output[1] if want_b else None,
+        seed if want_x or want_a else None,
+    )
+    ctx.c, ctx.rank, ctx.factor_dtype, ctx.num_inputs = x.shape[1], a.shape[0], a.dtype, len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    saved = ctx.saved_tensors
+    weight, factors = saved[:7], saved[7:]
+    gradients = _low_rank_linear_backward(
+        dy,
+        *weight,
+        ctx.weight_format,
+        ctx.block_size,
+        ctx.nested_block_size,
+        ctx.c,
+        ctx.rank,
+        *factors,
+        ctx.scale,
+        ctx.dropout,
+        ctx.factor_dtype,
+        ctx.wanted,
+        ctx.backend,
+    )
+    dx, dweight, da, db, dbias = (g if want else None for g, want in zip(gradients, ctx.wanted, strict=True))
+    return dx, dweight, *[None] * (ctx.num_inputs - 9), da, db, dbias, None, None, None, None
+
+
+for _name in ("low_rank_linear", "low_rank_linear_quantized"):
+    torch.library.register_autograd(f"gossamer::{_name}", _backward, setup_context=_setup_context)
 
 
 def low_rank_linear(
@@ -137,6 +300,13 @@ def low_rank_linear(
     check_factor_dtype(x, a, b)
     check_same_device(x=x, weight=weight.data if quantized else dense, a=a, b=b, bias=bias)
     seed = check_dropout(dropout, seed, x.device)
-    return low_rank_linear_reference(
-        x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
-    )
+    if backend == "reference":
+        return low_rank_linear_reference(
+            x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
+        )
+    rows, factors = x.reshape(-1, c), (a, b, bias, seed, scale, dropout, backend)
+    if quantized:
+        y, _ = _low_rank_linear_quantized(rows, *_weight_parts(weight), *factors)
+    else:
+        y, _ = _low_rank_linear(rows, dense, *factors)
+    return y.view(*x.shape[:-1], n)

@@ -1,0 +1,156 @@
+// The products of low_rank of one instruction set; see isa_kernels.h.
+
+// Rows first .. last of a skinny matrix of `depth` rows, `first` a multiple of kLanes, become rows of a panel.
+template <class T, class P>
+void pack_small(const FloatMatrix& small, int64_t depth, const Panel<P>& panel, int64_t first, int64_t last) {
+  const T* base = static_cast<const T*>(small.base);
+  if (small.col_stride != 1) {
+    const auto columns = std::make_unique<const T*[]>(panel.width);
+    for (int64_t j = 0; j < panel.width; ++j) columns[j] = base + j * small.col_stride;
+    return pack_as_columns(panel, columns.get(), first, last);
+  }
+  for (int64_t k = first; k < last; k += kTerms<P>) {
+    const T* row = base + k * small.row_stride;
+    const T* next = k + 1 < depth ? row + small.row_stride : nullptr;
+    for (int64_t j = 0; j < panel.width; j += kLanes<P>) {
+      const int valid = static_cast<int>(std::min<int64_t>(kLanes<P>, panel.width - j));
+      store(panel.at(k / kTerms<P>, j), load_lanes<P>(row + j, next ? next + j : nullptr, valid));
+    }
+  }
+}
+
+// A copy of rows first .. first + count of `big` without what dropout drops.
+template <class T>
+Weight<T> drop_rows(const RankProductArgs& a, int64_t first, int64_t count, T* out, bool* kept) {
+  const T* big = static_cast<const T*>(a.big.base) + first * a.big.row_stride;
+  if (a.transposed) {
+    const int64_t before = first % 4;
+    for (int64_t k = 0; k < a.depth; ++k) {
+      keep_columns(a.dropout, k, first - before, before + count, kept);
+      for (int64_t i = 0; i < kGroup; ++i) {
+        out[k * kGroup + i] = i < count && kept[before + i] ? big[i * a.big.row_stride + k * a.big.col_stride] : T{};
+      }
+    }
+    return {out, 1, kGroup, count, a.depth};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    keep_columns(a.dropout, first + i, 0, a.depth, kept);
+    for (int64_t k = 0; k < a.depth; ++k) {
+      out[i * a.depth + k] = kept[k] ? big[i * a.big.row_stride + k * a.big.col_stride] : T{};
+    }
+  }
+  return {out, a.depth, 1, count, a.depth};
+}
+
+// out(i, j) = factor · c[i][j] for `count` rows from `first` on.
+template <class O, class S>
+void store_product(const FloatMatrix& out, int64_t first, int64_t count, int64_t rank, const S* c, int64_t c_stride, S factor) {
+  O* to = static_cast<O*>(out.base) + first * out.row_stride;
+  if (out.col_stride != 1) {
+    return for_transposed(c, c_stride, count, rank, [&](int64_t j, int64_t i, Vec<S> v, int valid) {
+      store_valid(to + j * out.col_stride + i, v * factor, valid);
+    });
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < rank; j += kLanes<S>) {
+      const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, rank - j));
+      store_valid(to + i * out.row_stride + j, load(c + i * c_stride + j) * factor, valid);
+    }
+  }
+}
+
+template <class T>
+void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  Arena arena(shared);
+  LowRankBuffers<P> buffers(arena, a, num_threads);
+  const int64_t c_stride = (a.rank + kGroup - 1) / kGroup * kGroup + kLanes<S>;
+  const auto c = std::make_unique<S[]>(kGroup * c_stride);
+  const auto pack = std::make_unique<P[]>(kPackSize<P>);
+  const auto dropped = std::make_unique<T[]>(a.dropout.on ? kGroup * a.depth : 0);
+  const auto kept = std::make_unique<bool[]>(a.dropout.on ? a.depth + 64 : 0);
+  const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), a.rank};
+  buffers.queue.restart(team);
+  const auto packed = team.share(a.depth, kLanes<P>);
+  pack_small<T>(a.small, a.depth, panel, packed.begin, packed.end);
+  team.barrier();
+  const Weight<T> big{static_cast<const T*>(a.big.base), a.big.row_stride, a.big.col_stride, a.rows, a.depth};
+  buffers.queue.each(team, a.rows, rank_unit(a.rows, num_threads), [&](int64_t first, int64_t last) {
+    const int64_t count = last - first;
+    if (a.dropout.on) {
+      group_product(drop_rows<T>(a, first, count, dropped.get(), kept.get()), 0, count, panel, c.get(), c_stride, pack.get());
+    } else {
+      group_product(big, first, count, panel, c.get(), c_stride, pack.get());
+    }
+    const S factor = static_cast<S>(a.factor);
+    if (a.out.dtype == a.dtype) return store_product<T>(a.out, first, count, a.rank, c.get(), c_stride, factor);
+    if constexpr (std::is_same_v<S, float>) store_product<float>(a.out, first, count, a.rank, c.get(), c_stride, factor);
+  });
+}
+
+template <class T>
+void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  Arena arena(shared);
+  LowRankBuffers<P> buffers(arena, a, num_threads);
+  const auto own = std::make_unique<ThreadBuffers<P>>();
+  const auto rows = std::make_unique<const T*[]>(buffers.chunk);
+  const auto kept = std::make_unique<bool[]>(a.dropout.on ? buffers.chunk * kGroup + 64 : 0);
+  const Weight<T> weight{static_cast<const T*>(a.weight.base), a.weight.row_stride, a.weight.col_stride, a.columns, a.depth};
+  const Weight<T> right{static_cast<const T*>(a.right.base), a.right.col_stride, a.right.row_stride, a.columns, a.rank};
+  const int64_t c_stride = own->c_stride(buffers.chunk);
+  const S factor = static_cast<S>(a.factor);
+  const auto pack = [&](const FloatMatrix& from, const Panel<P>& panel, int64_t terms, int64_t first) {
+    for (int64_t i = 0; i < panel.width; ++i) rows[i] = static_cast<const T*>(from.base) + (first + i) * from.row_stride;
+    const auto mine = team.share(terms, kPanelWidth<P>);
+    pack_as_columns(panel, rows.get(), mine.begin, mine.end);
+  };
+  for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
+    const int64_t m = std::min(buffers.chunk, a.rows - first);
+    const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m}, left{buffers.left, packed_depth<P>(a.rank), m};
+    team.barrier();
+    buffers.queue.restart(team);
+    if (a.x) pack(a.x, panel, a.depth, first);
+    pack(a.left, left, a.rank, first);
+    team.barrier();
+    buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
+      const int64_t count = last - n;
+      S *base = own->c, *update = own->c + kGroup * c_stride;
+      group_product(right, n, count, left, update, c_stride, own->pack);
+      if (a.x) {
+        group_product(weight, n, count, panel, base, c_stride, own->pack);
+        add_bias(a.bias, 0, n, count, base, c_stride, m);
+      }
+      if (a.dropout.on) {
+        for (int64_t i = 0; i < m; ++i) keep_columns(a.dropout, first + i, n, count, kept.get() + i * kGroup);
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t token = 0; token < m; ++token) {
+            if (!kept[token * kGroup + i]) update[i * c_stride + token] = S{0};
+          }
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        S* to = update + i * c_stride;
+        const S* from = base + i * c_stride;
+        for (int64_t token = 0; token < m; token += kLanes<S>) {
+          const Vec<S> v = load(to + token) * factor;
+          store(to + token, a.x ? v + load(from + token) : v);
+        }
+      }
+      for_transposed(update, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
+        T* to = static_cast<T*>(a.y.base) + (first + token) * a.y.row_stride + n + column;
+        store_valid(to, a.x ? v : v + load_valid(to, valid), valid);
+      });
+    });
+  }
+}
+
+void rank_product(const RankProductArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { rank_product_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
+}
+
+void low_rank_matmul(const LowRankArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
+}
