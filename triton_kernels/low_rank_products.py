@@ -179,7 +179,7 @@ def row_tile(rows: int, rank: int, dtype: torch.dtype) -> tuple[dict[str, int], 
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": rank_block(rank, 32)}, {"num_warps": 4, "num_stages": 3}
     block_m = 16 if rows <= 16 else 64
-    return {"BLOCK_M": block_m, "BLOCK_K": 128, "BLOCK_R": rank_block(rank)}, {"num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": block_m, "BLOCK_K": 128, "BLOCK_R": rank_block(rank)}, {"num_warps": 4, "num_stages": 3}
 
 
 def column_tile(rank: int, dtype: torch.dtype, shared: bool) -> tuple[dict[str, int], dict[str, int]]:
@@ -187,7 +187,7 @@ def column_tile(rank: int, dtype: torch.dtype, shared: bool) -> tuple[dict[str, 
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": rank_block(rank, 32)}, {"num_warps": 4, "num_stages": 2}
     block_n = 256 if shared else 128
-    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank_block(rank)}, {"num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank_block(rank)}, {"num_warps": 8, "num_stages": 2 if shared else 3}
 
 
 def signed_bound(dropout: float) -> int:
