@@ -186,8 +186,8 @@ def column_tile(rank: int, dtype: torch.dtype, shared: bool) -> tuple[dict[str, 
     """Blocks and launch options of the products of columns; ``shared`` with products of rows."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": rank_block(rank, 32)}, {"num_warps": 4, "num_stages": 2}
-    block_n = 256 if shared else 128
-    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank_block(rank)}, {"num_warps": 8, "num_stages": 2 if shared else 3}
+    block_n, stages = (256, 2) if shared else (128, 3)
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_R": rank_block(rank)}, {"num_warps": 8, "num_stages": stages}
 
 
 def signed_bound(dropout: float) -> int:
