@@ -313,16 +313,16 @@ def test_opcheck(kernel_backend, device, quantized):
     factors = (a, b, bias, torch.tensor([3], device=device), 0.5, 0.2, kernel_backend)
     if quantized:
         parts = _weight_parts(on_device(gossamer.NF4Weight.quantize(weight.cpu()), device))
-        operator, arguments = torch.ops.gossamer.low_rank_linear_quantized, (x, *parts, *factors)
+        operator, arguments = torch.ops.gossamer.low_rank_linear_quantized.default, (x, *parts, *factors)
     else:
         parts = (weight, *[None] * 5, "float", 0, 0)
-        operator, arguments = torch.ops.gossamer.low_rank_linear, (x, weight, *factors)
+        operator, arguments = torch.ops.gossamer.low_rank_linear.default, (x, weight, *factors)
     torch.library.opcheck(operator, arguments)
     dy, s = torch.randn(m, n, device=device), torch.randn(m, r, device=device)
     wanted = [True, not quantized, True, True, False]
     backward = (dy, x, *parts, c, r, a, b, s, factors[3], 0.5, 0.2, a.dtype, wanted, kernel_backend)
     torch.library.opcheck(
-        torch.ops.gossamer.low_rank_linear_backward, backward, test_utils=("test_schema", "test_faketensor")
+        torch.ops.gossamer.low_rank_linear_backward.default, backward, test_utils=("test_schema", "test_faketensor")
     )
     x.requires_grad_(), a.requires_grad_()
     torch.library.opcheck(operator, arguments)

@@ -180,11 +180,14 @@ def choose(problem: Problem, arch: int, table: Mapping[tuple, Tile] | None = Non
 def with_update(problem: Problem, tile: Tile, arch: int) -> Tile:
     """The tile where accumulators start from an update of the weight, which is a product of its own.
 
-    On sm_100 its sums take as much tensor memory as the accumulators; elsewhere a wide ungated epilogue spills.
+    On sm_100 its sums take as much tensor memory as the accumulators; elsewhere a wide ungated epilogue spills. So does
+    a product in float32 of gate and up, whose operands all lie in registers.
     """
     columns = tile.block_n * problem.halves
     wide = tile.block_m * columns // (32 * tile.num_warps) >= MOST_ACCUMULATORS
-    return replace(tile, block_n=tile.block_n // 2) if wide and (arch >= 100 or problem.form == "ungated") else tile
+    spills = wide and (arch >= 100 or problem.form == "ungated")
+    spills |= problem.halves == 2 and ITEM_BYTES[problem.precision] == 4 and arch >= 90
+    return replace(tile, block_n=tile.block_n // 2) if spills else tile
 
 
 def shared_limit(arch: int) -> int:
