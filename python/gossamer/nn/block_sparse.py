@@ -69,6 +69,12 @@ def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     )
 
 
+def _observe(observed: list[tuple[torch.Tensor, torch.Tensor]], inputs: torch.Tensor, y: torch.Tensor) -> None:
+    """Append ``(x, dy)`` to ``observed`` when the backward pass reaches ``y``."""
+    inputs = inputs.detach()
+    y.register_hook(lambda dy: observed.append((inputs, dy.detach())))
+
+
 class BlockSparseLinear(nn.Module):
     """``y = x·Wᵀ + b`` with a weight of which only some blocks are there, in place of ``nn.Linear``.
 
@@ -132,7 +138,7 @@ class BlockSparseLinear(nn.Module):
         self.values = nn.Parameter(blocks)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         # Pairs of input and output gradient while someone wants to know the gradient where no block is; else None.
-        self._observed: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.observe_gradient(False)
         self.reset_parameters()
 
     def _set_topology(self, topology: BlockTopology, device: torch.device) -> None:
@@ -204,17 +210,14 @@ class BlockSparseLinear(nn.Module):
         bias = None if self.bias is None else F.pad(self.bias, (0, rows - self.out_features))
         y = dds(inputs, self.weight.t(), bias=bias)
         if self._observed is not None and y.requires_grad:
-            self._observe(inputs, y)
+            self._observe(self._observed, inputs, y)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
-
-    @torch.compiler.disable
-    def _observe(self, inputs: torch.Tensor, y: torch.Tensor) -> None:
-        inputs, observed = inputs.detach(), self._observed
-        y.register_hook(lambda dy: observed.append((inputs, dy.detach())))
 
     def observe_gradient(self, on: bool = True) -> None:
         """Keep what :meth:`gradient_norms` needs from now on, or stop and forget it."""
-        self._observed = [] if on else None
+        self._observed: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if on else None
+        # Only now: decorating loads the compiler, which an import must not.
+        self._observe = torch.compiler.disable(_observe) if on else None
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor | None:
