@@ -20,7 +20,8 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("source", BLOCKS)
-def test_python_blocks_run(source):
+def test_python_blocks_run(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block may write a file beside it
     exec(compile(source, "docs", "exec"), {})
 
 
