@@ -1,6 +1,6 @@
 // Matrix products on panels. Included by isa_kernels.h.
 //
-// Every output value is a sum along depth in order, with a fresh sum every segment_length() terms, whatever the other rows
+// Every output value is a sum along depth in order, with a fresh sum every segment_of() values, whatever the other rows
 // and columns are: a token's result does not depend on its place in a batch, nor on the number of threads.
 
 // Packed values of a product that are worked on at a time, a multiple of every segment.
