@@ -22,21 +22,29 @@ constexpr int kLongestSegment = kTerms<P> > 1 ? kDepth : 64;
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
 
-// sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step].
-template <class P, int Rows, int Vecs>
+// sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step]. With Half, the upper half of the last v, which
+// nobody needs, stays as it is.
+template <class P, bool Half = false, int Rows, int Vecs>
 GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, int64_t a_row, int64_t a_step, const P* b,
                                 int64_t depth) {
+  constexpr int whole = Half ? Vecs - 1 : Vecs;
+  [[maybe_unused]] HalfVec<SumOf<P>> tail[Rows] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<P> column[Vecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) column[v] = load(b + v * kLanes<P>);
+    for (int v = 0; v < whole; ++v) column[v] = load(b + v * kLanes<P>);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) sum[i][v] = fma(splat(a[i * a_row]), column[v], sum[i][v]);
+      for (int v = 0; v < whole; ++v) sum[i][v] = fma(splat(a[i * a_row]), column[v], sum[i][v]);
+      if constexpr (Half) tail[i] = fma(splat_half(a[i * a_row]), load_bytes<HalfVec<P>>(b + whole * kLanes<P>), tail[i]);
     }
     a += a_step;
     b += Vecs * kLanes<P>;
+  }
+  if constexpr (Half) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) sum[i][whole] += widened(tail[i]);
   }
 }
 
@@ -117,7 +125,7 @@ struct Ahead {
 
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
 // a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
-template <int Rows, int Vecs, int ARow, int AStep, class P>
+template <int Rows, int Vecs, int ARow, int AStep, bool Half = false, class P>
 __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_t a_row, const P* b, int depth, int segment,
                                              bool first, SumOf<P>* c, int64_t c_stride, const Ahead& ahead = {}) {
   using S = SumOf<P>;
@@ -127,7 +135,7 @@ __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_
       for (int j = 0; j < segment * ahead.step; j += 64) __builtin_prefetch(line + j, 0, 2);
     }
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<P>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
+    accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -187,12 +195,12 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
       if (!along_rows && (columns || w.col_stride == 1)) {
         prefetch_runs(next, columns ? w.col_stride : w.row_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
       }
-      with_vectors(panel.block_vectors(block), [&](auto vectors) {
+      with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         const Ahead ahead{reinterpret_cast<const char*>(next), w.row_stride * static_cast<int64_t>(sizeof(T)),
                           along_rows ? static_cast<int>(next_rows) : 0, static_cast<int>(sizeof(T)) * kTerms<P>};
         for_tiles(count, [&](auto tile, int64_t i) {
-          block_product<tile, vectors, a_row, columns ? kGroup : 1>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
+          block_product<tile, vectors, a_row, columns ? kGroup : 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
                                                                     depth, segment, !add && k == 0,
                                                                     c + i * c_stride + block * kPanelWidth<P>, c_stride,
                                                                     i == 0 ? ahead : Ahead{});

@@ -50,6 +50,18 @@ GOSSAMER_INLINE void with_vectors(int vectors, F&& f) {
   f(std::integral_constant<int, 1>{});
 }
 
+// Calls f with the number of vectors of a panel's block as a constant, and whether half of the last of them is enough.
+template <class P, class F>
+GOSSAMER_INLINE void with_block(const Panel<P>& panel, int64_t block, F&& f) {
+  with_vectors(panel.block_vectors(block), [&](auto vectors) {
+    if constexpr (kHalvesPay<P>) {
+      const int64_t last = panel.width - block * kPanelWidth<P> - (vectors - 1) * kLanes<P>;
+      if (last <= kLanes<P> / 2) return f(vectors, std::true_type{});
+    }
+    f(vectors, std::false_type{});
+  });
+}
+
 template <class V, size_t... I>
 GOSSAMER_INLINE V interleave_low(V a, V b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * sizeof...(I))...);

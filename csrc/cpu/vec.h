@@ -5,6 +5,7 @@ template <class S>
 struct VecTraits {
   using Bits = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
   typedef S Vec __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+  typedef S HalfVec __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
   typedef Bits BitsVec __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 };
 
@@ -17,10 +18,19 @@ template <class S>
 constexpr int kLanes = GOSSAMER_VECTOR_BYTES / sizeof(S);
 
 typedef uint32_t UInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+typedef uint32_t HalfUInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
 template <>
 struct VecTraits<BFloat16Pair> {
   using Vec = UInts;
+  using HalfVec = HalfUInts;
 };
+
+// The lower half of a vector. Where the processor works on two halves in the time of one vector, the last tokens of a panel
+// take but half of the work if they fit into it.
+template <class S>
+using HalfVec = typename VecTraits<S>::HalfVec;
+template <class P>
+constexpr bool kHalvesPay = GOSSAMER_VECTOR_BYTES == 64 && GOSSAMER_F16C && sizeof(P) == sizeof(float);
 template <class T>
 using Operand = PackedAs<T, GOSSAMER_BF16_DOT>;
 
@@ -43,6 +53,22 @@ GOSSAMER_INLINE V load_bytes(const S* from) {
   V v;
   std::memcpy(&v, from, sizeof v);
   return v;
+}
+
+template <class P>
+GOSSAMER_INLINE HalfVec<P> splat_half(P value) {
+  SumOf<P> bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (HalfVec<P>)(bits - HalfVec<SumOf<P>>{});
+}
+
+// The half and zeros.
+template <class V>
+GOSSAMER_INLINE auto widened(V half) {
+  constexpr int n = sizeof(half) / sizeof(half[0]);
+  return [&]<size_t... I>(std::index_sequence<I...>) {
+    return __builtin_shufflevector(half, V{}, I...);
+  }(std::make_index_sequence<2 * n>{});
 }
 
 GOSSAMER_INLINE Vec<float> load(const float* from) { return load_bytes<Vec<float>>(from); }
@@ -117,10 +143,19 @@ GOSSAMER_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+GOSSAMER_INLINE HalfVec<float> fma(HalfVec<float> a, HalfVec<float> b, HalfVec<float> c) {
+  return (HalfVec<float>)_mm256_fmadd_ps(a, b, c);
+}
+#endif
+
 #if GOSSAMER_BF16_DOT
 // Both terms' products and sums in the processor's order, which is one for all lanes; it takes subnormals for zero.
 GOSSAMER_INLINE Vec<float> fma(UInts a, UInts b, Vec<float> c) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+GOSSAMER_INLINE HalfVec<float> fma(HalfUInts a, HalfUInts b, HalfVec<float> c) {
+  return (HalfVec<float>)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b);
 }
 #endif
 
