@@ -32,6 +32,12 @@ def _backends(primitive: str) -> list[str]:
     return [name for name in names if _backend.unavailable(name, DEVICE) is None]
 
 
+if DEVICE == "cpu" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.multiply_row_by_row()
+
+
 def _dtypes(backend: str) -> list[torch.dtype]:
     # The interpreter computes products of bfloat16 blocks wrongly.
     if backend == "triton" and DEVICE == "cpu":
