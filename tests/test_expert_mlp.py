@@ -102,6 +102,9 @@ def test_large_preactivations(kernel_backend, device, activation):
     """Saturated activations keep finite and exact values and gradients."""
     inputs = make_inputs(device, **SMALL)
     inputs["gate_up"] = inputs["gate_up"] * 12
+    # Few bits make the pre-activations exact: a steep activation would turn their rounding errors into a lottery.
+    for name in ("x", "gate_up", "gate_up_bias"):
+        inputs[name] = (inputs[name] * 8).round() / 8
     check(*functions(small_dispatch(device), backend=kernel_backend, activation=activation), inputs)
 
 
