@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,8 @@ FAMILIES = (
     "expert_mlp_lora",
 )
 BUDGET = {"quick": 2.5, "full": 15.0}
+# Seconds for a call of torch's in a case whose dtype nobody named.
+PATIENCE = {"quick": 1.5, "full": 10.0}
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,13 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Results:
-    """All cases of a run, with what they were measured on."""
+    """All cases of a run, with what they were measured on, and in words which cases it left out."""
 
     environment: dict
     ceilings: Ceilings
     cases: list[CaseResult]
     sweep: Mapping[str, object] | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def correct(self) -> bool:
@@ -120,6 +124,7 @@ class Results:
             "ceilings": asdict(self.ceilings) | {"bandwidth": self.ceilings.bandwidth},
             "sweep": dict(self.sweep) if self.sweep else None,
             "cases": [_case_json(result) for result in self.cases],
+            "left_out": list(self.left_out),
         }
 
 
@@ -198,6 +203,7 @@ def run(
     wanted: list[Request],
     *,
     budget: float = BUDGET["full"],
+    patience: float = math.inf,
     stage: Callable[[str], None] = lambda message: None,
     progress: Callable[[str], None] = lambda message: None,
     finished: Callable[[CaseResult, Ceilings], None] = lambda result, ceilings: None,
@@ -209,6 +215,7 @@ def run(
         chosen: the family.
         wanted: the cases, all on one device; see :func:`requests`.
         budget: seconds of timing for a case, shared by its variants.
+        patience: a case is left out if its FLOPs take torch longer than this many seconds.
         stage: told in words which case begins.
         progress: told in words what is going on.
         finished: given each case's result as it comes.
@@ -218,10 +225,14 @@ def run(
     stage("measuring the ceilings: a matrix product and a copy")
     ceilings = measure(device, [request.dtype for request in wanted])
     results: list[CaseResult] = []
+    left_out: list[str] = []
     start = time.perf_counter()
     for request in wanted:
         stage(_stage(chosen, request, len(results), len(wanted), time.perf_counter() - start))
         case = chosen.build(request)
+        if (seconds := ceilings.torch_seconds(case)) > patience:
+            left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
+            continue
         rows = _run_case(case, chosen, request, budget, progress)
         result = CaseResult(case, rows, ceilings.floor_seconds(case), request)
         results.append(result)
@@ -229,7 +240,7 @@ def run(
         del case
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return Results(environment(), ceilings, results, sweep)
+    return Results(environment(), ceilings, results, sweep, tuple(left_out))
 
 
 def _stage(chosen: Family, request: Request, done: int, total: int, elapsed: float) -> str:

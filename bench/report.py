@@ -226,4 +226,7 @@ def summary(results: Results) -> str:
     if speeds:
         parts.append(f"runs at {' and '.join(speeds)}")
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
-    return f"Over {cases}, gossamer {' and '.join(parts)}." if parts else ""
+    sentences = [f"Over {cases}, gossamer {' and '.join(parts)}."] if parts else []
+    if results.left_out:
+        sentences.append(f"Left out: {'; '.join(results.left_out)}; --dtype measures it all the same.")
+    return " ".join(sentences)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gossamer.bench import expert_peers, experts, harness, peers, timing
+from gossamer.bench import ceilings, expert_peers, experts, harness, peers, report, timing
 from gossamer.bench.case import DENSE, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
 from gossamer.bench.ceilings import Ceilings
 from gossamer.bench.skew import EXPERT_SKEWS
@@ -26,7 +26,7 @@ def small_request(device, direction="both", dtype="fp32", skew="uniform", sizes=
     return Request("small", sizes, dtype, torch.device(device), direction, skew)
 
 
-def run_variants(*variants: Variant, direction: str = "forward") -> harness.Results:
+def run_variants(*variants: Variant, direction: str = "forward", **options) -> harness.Results:
     truth = torch.arange(4.0).double()
     gates = {"truth": lambda: FloatGate({"y": truth}, {"y": truth.float()})}
 
@@ -35,7 +35,7 @@ def run_variants(*variants: Variant, direction: str = "forward") -> harness.Resu
 
     family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
     wanted = [Request("s", {"N": 4}, "fp32", torch.device("cpu"), direction, "uniform")]
-    return harness.run(family, wanted, budget=0.05)
+    return harness.run(family, wanted, budget=0.05, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,34 @@ def test_raising_reference_is_reported_and_the_rest_goes_on():
     assert theirs.status == "failed" and theirs.message == "RuntimeError: strides must be 16-byte aligned"
     assert ours.seconds and results.correct
     assert not run_variants(Variant("ours", OURS, broken)).correct
+
+
+@pytest.mark.parametrize(("direction", "left_out"), [("forward", False), ("both", True)])
+def test_case_that_torch_is_slow_in_is_left_out_and_named(monkeypatch, direction, left_out):
+    # 8 FLOPs: two seconds where the weight lies the slower way, as it does in a backward pass.
+    found = Ceilings({"fp32": 8.0}, 1e10, slow_gemm={"fp32": 4.0})
+    monkeypatch.setattr(harness, "measure", lambda device, dtypes: found)
+    y = torch.arange(4.0)
+    results = run_variants(Variant("ours", OURS, lambda: y, {}, y), direction=direction, patience=1.5)
+    assert len(results.cases) == 1 - left_out
+    assert results.as_json()["left_out"] == list(results.left_out)
+    if left_out:
+        assert "takes about 2 s here" in results.left_out[0]
+        assert f"Left out: {results.left_out[0]}" in report.summary(results)
+    else:
+        assert results.left_out == () and "Left out" not in report.summary(results)
+
+
+@pytest.mark.parametrize(("long", "largest"), [(0.0, 8), (60.0, 32)])
+def test_ceiling_of_a_slow_product_is_that_of_a_small_one(monkeypatch, long, largest):
+    monkeypatch.setattr(ceilings, "LONG", long)
+    monkeypatch.setitem(ceilings.GEMM_SIZES, "cpu", (8, 16, 32))
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 12)
+    sizes, mm = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: sizes.add(a.shape[0]) or mm(a, b, out=out))
+    found = ceilings.measure(torch.device("cpu"), ["fp32", "bf16"])
+    assert max(sizes) == largest
+    assert all(0 < found.slow_gemm[name] <= found.gemm[name] for name in ("fp32", "bf16"))
 
 
 def test_wrong_gradient_alone_is_caught(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,10 @@ def bench(
     ] = "moe",
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, about a minute on two cores.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 and bf16 if not given.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16 or fp16; fp32 and bf16 if not given, as far as torch is not slow in them."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     direction: Annotated[str, typer.Option(help="both, or forward.")] = "both",
     skew: Annotated[
@@ -81,11 +85,13 @@ def bench(
         print(f"gossamer bench: {error}", file=sys.stderr)
         raise typer.Exit(REFUSED) from None
     console = report.make_console()
+    effort = "quick" if quick else "full"
     with report.Progress(console) as progress:
         results = harness.run(
             chosen,
             sweep_.expand(varied, wanted) if varied else wanted,
-            budget=harness.BUDGET["quick" if quick else "full"],
+            budget=harness.BUDGET[effort],
+            patience=harness.PATIENCE[effort] if dtype is None else math.inf,
             stage=progress.stage,
             progress=progress,
             finished=lambda result, ceilings: report.print_case(console, result, ceilings),
