@@ -47,10 +47,16 @@ void register_gather_reduce(py::module_& m) {
       [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyVector& weights,
          const PyMatrix& out, bool mean, bool drop, bool check_weights, int num_threads) {
         const FloatMatrix factors = row_matrix(weights);
-        raise_bad_bags(bags, num_rows, drop, check_weights ? factors : FloatMatrix{}, num_threads);
-        const GatherArgs args{matrix(table), num_rows, dim, bags, factors, matrix(out), mean};
-        py::gil_scoped_release release;
-        gather_reduce(args, num_threads);
+        // Where it reads every id and no more, the sum itself finds those outside: looking through them takes 3% of it.
+        const bool by_sum = !drop && !factors && dim > 0 && bags.limit >= num_rows;
+        raise_bad_bags(bags, num_rows, drop || by_sum, check_weights ? factors : FloatMatrix{}, num_threads);
+        bool outside = false;
+        const GatherArgs args{matrix(table), num_rows, dim, bags, factors, matrix(out), mean, by_sum ? &outside : nullptr};
+        {
+          py::gil_scoped_release release;
+          gather_reduce(args, num_threads);
+        }
+        if (outside) raise_bad_bags(bags, num_rows, false, {}, num_threads);
       },
       "out[b] = sum or mean over the live ids of bag b of weight · table[id].");
   m.def(

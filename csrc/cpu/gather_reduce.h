@@ -36,6 +36,7 @@ struct GatherArgs {
   FloatMatrix weights;  // one row of num_positions, or absent
   FloatMatrix out;      // (B, D) of the table's dtype or what it is accumulated in
   bool mean;
+  bool* outside;  // set where an id of a bag is none of the table's; or null
 };
 
 struct GatherMaxArgs {

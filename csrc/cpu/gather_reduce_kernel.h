@@ -1,9 +1,9 @@
 // gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
 
 // Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Long
-// rows fewer, for all of them should stay in the first-level cache.
+// rows fewer: more lines than a core can wait for at once gain nothing.
 GOSSAMER_INLINE int64_t gather_ahead(int64_t row_bytes) {
-  return std::clamp<int64_t>(8192 / std::max<int64_t>(row_bytes, 1), 4, 32);
+  return std::clamp<int64_t>(4096 / std::max<int64_t>(row_bytes, 1), 4, 32);
 }
 
 template <class Index>
@@ -24,6 +24,8 @@ struct LiveIds {
     return static_cast<uint64_t>(id) < limit && id != padding_idx ? id : -1;
   }
 
+  bool outside(int64_t position) const { return static_cast<uint64_t>(int64_t{ids[position]}) >= limit; }
+
   int64_t count(int64_t begin, int64_t stop) const {
     int64_t live = 0;
     for (int64_t p = begin; p < stop; ++p) live += (*this)[p] >= 0;
@@ -31,18 +33,23 @@ struct LiveIds {
   }
 };
 
+// Prefetches `bytes`, which are at least kAtLeast: a loop over the lines of a short row costs as much as its sum.
+template <int kAtLeast = 1>
 GOSSAMER_INLINE void prefetch_lines(const void* from, int64_t bytes) {
   const char* at = static_cast<const char*>(from);
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+  constexpr int known = (kAtLeast + 63) / 64 * 64;
+#pragma GCC unroll 16
+  for (int line = 0; line < known; line += 64) __builtin_prefetch(at + line);
+  for (int64_t line = known; line < bytes; line += 64) __builtin_prefetch(at + line);
 }
 
-template <class T, class Index>
+template <int kAtLeast = 1, class T, class Index>
 GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position,
                                   int64_t bytes) {
   if (position >= live.end) return;
   const int64_t id = live.ids[position];
   if (static_cast<uint64_t>(id) >= live.limit) return;
-  prefetch_lines(table + id * stride, bytes);
+  prefetch_lines<kAtLeast>(table + id * stride, bytes);
 }
 
 GOSSAMER_INLINE double weight_at(const FloatMatrix& weights, int64_t position) {
@@ -80,15 +87,20 @@ GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows
 template <int kVectors, bool kWeighted, class T, class Index, class O>
 GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& weights, const LiveIds<Index>& live,
                                     int64_t begin, int64_t end, int64_t column, int some, Accumulator<T> divisor, O* out,
-                                    int64_t prefetch_bytes) {
+                                    int64_t prefetch_bytes, bool* outside) {
   using S = Accumulator<T>;
   const T* table = from.rows + column;
+  // A pass of `some` columns of one vector has at least one of them.
+  constexpr int kBytes = kVectors == 1 ? 1 : kVectors * kLanes<S> * static_cast<int>(sizeof(T));
   Vec<S> sum[kVectors] = {};
   const int64_t ahead = gather_ahead(prefetch_bytes);
   for (int64_t p = begin; p < end; ++p) {
-    if (prefetch_bytes > 0) prefetch_row(table, from.stride, live, p + ahead, prefetch_bytes);
+    if (prefetch_bytes > 0) prefetch_row<kBytes>(table, from.stride, live, p + ahead, prefetch_bytes);
     const int64_t id = live[p];
-    if (id < 0) continue;
+    if (id < 0) {
+      if (outside && live.outside(p)) __atomic_store_n(outside, true, __ATOMIC_RELAXED);
+      continue;
+    }
     const T* row = table + id * from.stride;
     if constexpr (kWeighted) {
       const S weight = static_cast<S>(weight_at(weights, p));
@@ -125,7 +137,7 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
     const auto pass = [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
-      reduce_columns<kVectors, kWeighted>(from, a.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes);
+      reduce_columns<kVectors, kWeighted>(from, a.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes, a.outside);
       prefetch_bytes = 0;
       column += kVectors * kLanes<S>;
     };
@@ -135,7 +147,8 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
     if (column < dim) {
       const int some = static_cast<int>(dim - column);
-      reduce_columns<1, kWeighted>(from, a.weights, live, begin, end, column, some, divisor, out, prefetch_bytes);
+      reduce_columns<1, kWeighted>(from, a.weights, live, begin, end, column, some, divisor, out, prefetch_bytes,
+                                   a.outside);
     }
   }
 }

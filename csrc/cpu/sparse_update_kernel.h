@@ -125,12 +125,12 @@ GOSSAMER_INLINE S* state_at(const UpdateArgs& a, const FloatMatrix& state, int w
   return base + (row_state(a.rule.algorithm, which) ? place.row * state.row_stride : place.in(a, state));
 }
 
-template <class T, class Word>
+template <class T, class Word, int kRowBytes>
 GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
   using S = Accumulator<T>;
   if (entry >= ids.count) return;
   const RowPlace place = place_of<Word>(a, ids, entry);
-  prefetch_lines(static_cast<T*>(a.table.base) + place.in(a, a.table), place.dim * sizeof(T));
+  prefetch_lines<kRowBytes>(static_cast<T*>(a.table.base) + place.in(a, a.table), place.dim * sizeof(T));
   for (int which = 1; which <= 2; ++which) {
     const FloatMatrix& state = which == 1 ? a.state1 : a.state2;
     if (state) {
@@ -162,15 +162,16 @@ GOSSAMER_INLINE void sum_partials(const UpdateArgs& a, const SortedIds& ids, int
   });
 }
 
-// Calls f(i, stop) for the runs [i, stop) of equal rows that begin in [begin, end), fetching the rows of those to come.
-template <class T, class Word, class F>
+// Calls f(i, stop) for the runs [i, stop) of equal rows that begin in [begin, end), fetching the rows of those to come,
+// which have at least kRowBytes.
+template <class T, class Word, int kRowBytes = 1, class F>
 GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, F&& f) {
   const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
   int64_t i = begin;
   if (begin > 0) {
     while (i < end && entries[i].row == entries[i - 1].row) ++i;
   }
-  for (int64_t ahead = i; ahead < std::min(end, i + kRowAhead); ++ahead) prefetch_place<T, Word>(a, ids, ahead);
+  for (int64_t ahead = i; ahead < std::min(end, i + kRowAhead); ++ahead) prefetch_place<T, Word, kRowBytes>(a, ids, ahead);
   while (i < end) {
     const Word row = entries[i].row;
     int64_t stop = i + 1;
@@ -178,7 +179,7 @@ GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t
     // Every entry once, up to those of a run of ordinary length.
     for (int64_t ahead = i; ahead < std::min(stop, i + kPiece); ++ahead) {
       const int64_t next = ahead + kRowAhead;
-      if (next < ids.count && entries[next].row != entries[next - 1].row) prefetch_place<T, Word>(a, ids, next);
+      if (next < ids.count && entries[next].row != entries[next - 1].row) prefetch_place<T, Word, kRowBytes>(a, ids, next);
     }
     f(i, stop);
     i = stop;
@@ -196,7 +197,8 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
   const bool adagrad = a.rule.algorithm == Algorithm::kRowwiseAdagrad;
   const S lr = static_cast<S>(a.rule.lr), eps = static_cast<S>(a.rule.eps);
   const S keep = a.rule.decoupled ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
-  each_run<T, Word>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
+  constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G), kRowBytes = kVectors * kLanes<S> * sizeof(T);
+  each_run<T, Word, kRowBytes>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
     Vec<S> grad[kVectors] = {};
     if (stop - i > kPiece) {
       S sums[kVectors * kLanes<S>];
@@ -205,7 +207,7 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
     } else {
       for (int64_t e = i; e < stop; ++e) {
         if (e + kDoutAhead < ids.count) {
-          prefetch_lines(dout + entries[e + kDoutAhead].source * stride, kVectors * kLanes<S> * sizeof(G));
+          prefetch_lines<kDoutBytes>(dout + entries[e + kDoutAhead].source * stride, kDoutBytes);
         }
         const G* from = dout + entries[e].source * stride;
         for (int v = 0; v < kVectors; ++v) grad[v] += load(from + v * kLanes<S>);
