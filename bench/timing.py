@@ -15,7 +15,8 @@ import gossamer
 
 Call = Callable[[], object]
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 500
+# A median of three samples is taken only of calls so long, in seconds, that seven would try the user's patience.
+MIN_ROUNDS, ROUNDS, LONG_CALL, MAX_ROUNDS = 3, 7, 0.6, 500
 HOST_SAMPLES = 9
 # A sample on the CPU is at least this long: a shorter call is repeated in it.
 CPU_SAMPLE = 1e-4
@@ -162,7 +163,8 @@ def interleave(
     Args:
         samplers: name -> takes one sample of a call that is warmed up. Each has a turn a round; the order turns from
             round to round.
-        budget: seconds for all together; a call that has used its share sits out once it has ``MIN_ROUNDS`` samples.
+        budget: seconds for all together; a call that has used its share sits out once it has ``ROUNDS`` samples, or
+            ``MIN_ROUNDS`` if one takes over ``LONG_CALL`` seconds.
         progress: told what is going on.
 
     Returns:
@@ -172,7 +174,8 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in names}
     spent = dict.fromkeys(names, 0.0)
     for round_ in range(MAX_ROUNDS):
-        active = [n for n in names if len(samples[n]) < MIN_ROUNDS or spent[n] < budget / len(names)]
+        least = {n: MIN_ROUNDS if spent[n] > LONG_CALL * len(samples[n]) else ROUNDS for n in names}
+        active = [n for n in names if len(samples[n]) < least[n] or spent[n] < budget / len(names)]
         if not active:
             break
         progress(f"timing, round {round_ + 1}")

@@ -122,8 +122,10 @@ def test_settling_waits_for_the_medians_to_agree_and_no_longer_than_told():
     assert not timing.settle(lambda: time.sleep(0.001) or 1.1 ** next(growing), limit=0.05)
 
 
-def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch):
+@pytest.mark.parametrize(("long_call", "rounds"), [(0.02, timing.MIN_ROUNDS), (60.0, timing.ROUNDS)])
+def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, long_call, rounds):
     monkeypatch.setattr(timing, "MAX_ROUNDS", 20)
+    monkeypatch.setattr(timing, "LONG_CALL", long_call)
     order = []
 
     def sample(name, seconds):
@@ -134,7 +136,7 @@ def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch):
     samplers = {"slow": lambda: sample("slow", 0.03), "quick": lambda: sample("quick", 0.0)}
     samples = timing.interleave(samplers, budget=0.04)
     assert order[:4] == ["slow", "quick", "quick", "slow"]
-    assert samples == {"slow": [0.03] * timing.MIN_ROUNDS, "quick": [0.0] * 20}
+    assert samples == {"slow": [0.03] * rounds, "quick": [0.0] * 20}
 
 
 def test_timer_of_pytest_benchmark_counts_samples_alone():
