@@ -227,11 +227,12 @@ def run(
     results: list[CaseResult] = []
     left_out: list[str] = []
     start = time.perf_counter()
-    for request in wanted:
-        stage(_stage(chosen, request, len(results), len(wanted), time.perf_counter() - start))
+    for done, request in enumerate(wanted):
+        stage(_stage(chosen, request, done, len(wanted), time.perf_counter() - start))
         case = chosen.build(request)
         if (seconds := ceilings.torch_seconds(case)) > patience:
             left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
+            del case  # or its tensors would still be there while the next one's are made
             continue
         rows = _run_case(case, chosen, request, budget, progress)
         result = CaseResult(case, rows, ceilings.floor_seconds(case), request)

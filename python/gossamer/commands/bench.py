@@ -22,7 +22,7 @@ def bench(
         str, typer.Argument(help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...")
     ] = "moe",
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One shape, about a minute on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape, one to two minutes on two cores.")] = False,
     dtype: Annotated[
         str | None,
         typer.Option(help="fp32, bf16 or fp16; fp32 and bf16 if not given, as far as torch is not slow in them."),

@@ -20,8 +20,8 @@ _ALONG_ROWS, _ALONG_COLUMNS, _GRADIENT = 256, 96, 1
 def _by_torch(dtype: torch.dtype, rows: int, avx2_rows: int) -> bool:
     """Whether the layer's own product is torch's.
 
-    Where the processor multiplies bfloat16, torch's is twice as fast as ours, which converts to float32. Between AVX2's
-    sixteen registers ours has no tile as good as that of MKL, which needs many rows to make up for its packing.
+    Where the processor multiplies bfloat16, torch's is twice as fast as ours, which converts to float32. On AVX2
+    torch's float32 product measured faster from ``avx2_rows`` rows on.
     """
     isa = _C.isa()
     if isa == "avx2" and dtype == torch.float32:
