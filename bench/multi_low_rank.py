@@ -178,15 +178,14 @@ PEERS = (
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.multi_low_rank` over a linear layer, beside that layer without any update."""
+    """:func:`gossamer.multi_low_rank_linear` beside the layer without any update."""
     problem, both = make_problem(request), request.direction == "both"
     m, n, c, r, _ = (request.sizes[s] for s in SYMBOLS)
     leaves, x0 = problem.leaves(), problem.x.detach().requires_grad_()
 
     def ours() -> torch.Tensor:
         x, a, b = leaves.values()
-        y = F.linear(x, problem.weight)
-        return gossamer.multi_low_rank(x, a, b, problem.ids, scale=SCALE, out=y)
+        return gossamer.multi_low_rank_linear(x, problem.weight, a, b, problem.ids, scale=SCALE)
 
     variants = [
         Variant("gossamer", OURS, ours, leaves, problem.dy),

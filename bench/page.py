@@ -37,7 +37,7 @@ table.facts tr:last-child th { border-bottom: 0; }
 CAPTIONS = {
     "roofline": "What each variant reached, under the roofline of this run: a large product in the dtype, and the "
     "faster of a copy and a read. A mark above the line beat torch's own product.",
-    "against-dense": "Speed over the dense baseline's, from medians.",
+    "against-dense": "Speed over the dense baseline's, by the median ratio of the rounds.",
     "scaling": "Cost against size: medians, with the range from the 20th to the 80th percentile.",
 }
 

@@ -148,19 +148,19 @@ def against_dense(record: dict) -> Figure | None:
         dense = next((v for v in _timed(case) if v["role"] == DENSE), None)
         others = [v for v in _timed(case) if v["role"] != DENSE]
         if dense and others:
-            groups.append((f"{case['shape']}\n{case['dtype']} {WORDS[case['direction']]}", dense["median"], others))
+            groups.append((f"{case['shape']}\n{case['dtype']} {WORDS[case['direction']]}", others))
     if not groups:
         return None
     palette = colors(record)
     with _style():
-        bars = sum(len(others) for _, _, others in groups)
+        bars = sum(len(others) for _, others in groups)
         figure = Figure(figsize=(8.4, 1.2 + 0.26 * bars + 0.24 * len(groups)), layout="constrained")
         axis = figure.subplots()
         y, ticks = 0.0, []
-        for label, dense, others in groups:
+        for label, others in groups:
             top = y
             for variant in others:
-                speed = dense / variant["median"]
+                speed = 1 / variant["ratio_to_dense"]
                 axis.barh(y, speed, height=0.85, color=palette[variant["name"]], label=variant["name"])
                 axis.annotate(f"{speed:.2f}", (speed, y), xytext=(4, 0), textcoords="offset points", va="center")
                 y += 1

@@ -92,7 +92,7 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
         if not row.seconds:
             table.add_row(row.name, row.status, "", "", "", "", "", error)
             continue
-        times = f"{row.median / dense.median:.2f}" if dense else ""
+        times = f"{row.times(dense):.2f}" if dense else ""
         share = f"{100 * result.floor / row.median:.0f}%"
         host = "" if row.host_seconds is None else digits(1e3 * row.host_seconds)
         peak = "" if row.peak_bytes is None else digits(row.peak_bytes / 2**20)
@@ -147,9 +147,9 @@ def compare(result: CaseResult) -> str:
     ours, dense = result.row(OURS), result.row(DENSE)
     if ours is None:
         return ""
-    parts = [f"{_times(ours.median / r.median)} {r.name}" for r in result.rows if r.role == REFERENCE and r.seconds]
+    parts = [f"{_times(ours.times(r))} {r.name}" for r in result.rows if r.role == REFERENCE and r.seconds]
     if dense:
-        parts.append(f"takes {ours.median / dense.median:.2f}x the time of {dense.name}")
+        parts.append(f"takes {ours.times(dense):.2f}x the time of {dense.name}")
     if not parts:
         return ""
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -217,10 +217,10 @@ def summary(results: Results) -> str:
         ours, dense = result.row(OURS), result.row(DENSE)
         if dense:
             dense_name = dense.name
-            dense_ratios.append(ours.median / dense.median)
+            dense_ratios.append(ours.times(dense))
         for row in result.rows:
             if row.role == REFERENCE and row.seconds:
-                speedups.setdefault(row.name, []).append(row.median / ours.median)
+                speedups.setdefault(row.name, []).append(row.times(ours))
     parts = [f"takes {_span(dense_ratios, '{:.2f}x')} the time of {dense_name}"] if dense_ratios else []
     speeds = [f"{_span(ratios, '{:.2f}x')} the speed of {name}" for name, ratios in speedups.items()]
     if speeds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ Call = Callable[[], object]
 
 # A median of three samples is taken only of calls so long, in seconds, that seven would try the user's patience.
 MIN_ROUNDS, ROUNDS, LONG_CALL, MAX_ROUNDS = 3, 7, 0.6, 500
+# The share of the time that goes to the calls whose ratio counts.
+COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9
 # A sample on the CPU is at least this long: a shorter call is repeated in it.
 CPU_SAMPLE = 1e-4
@@ -34,11 +36,13 @@ class Timed:
             slower than the device and the call cannot be captured.
         sample: takes one sample, in seconds.
         host: seconds that the host needs to issue the call; None on the CPU, where the call is the host's work.
+        first: seconds of a call while it was made ready.
     """
 
     method: str
     sample: Callable[[], float]
     host: float | None = None
+    first: float = 0.0
 
 
 class CpuClock:
@@ -57,8 +61,9 @@ class CpuClock:
 
     def prepare(self, call: Call) -> Timed:
         """Choose how often the call is repeated in a sample."""
-        repeats = max(1, math.ceil(CPU_SAMPLE / max(self._seconds(call, 1), 1e-7)))
-        return Timed("wall clock", lambda: self._seconds(call, repeats))
+        first = self._seconds(call, 1)
+        repeats = max(1, math.ceil(CPU_SAMPLE / max(first, 1e-7)))
+        return Timed("wall clock", lambda: self._seconds(call, repeats), first=first)
 
 
 def _nothing() -> None:
@@ -157,6 +162,7 @@ def interleave(
     samplers: Mapping[str, Callable[[], float]],
     budget: float,
     progress: Callable[[str], None] = lambda message: None,
+    compared: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Time several calls in turns, so that a change in the machine's speed meets all of them alike.
 
@@ -164,18 +170,28 @@ def interleave(
         samplers: name -> takes one sample of a call that is warmed up. Each has a turn a round; the order turns from
             round to round.
         budget: seconds for all together; a call that has used its share sits out once it has ``ROUNDS`` samples, or
-            ``MIN_ROUNDS`` if one takes over ``LONG_CALL`` seconds.
+            ``MIN_ROUNDS`` if one takes over ``LONG_CALL`` seconds. Three quarters are for those compared.
         progress: told what is going on.
+        compared: the calls whose ratio counts. They share their time and sit out together, so that every sample of
+            one has its partner in the same round.
 
     Returns:
-        Name -> seconds of each sample.
+        Name -> seconds of each sample; the i-th of every call is from the same round.
     """
     names = list(samplers)
+    pair = [n for n in names if n in compared]
+    others = [n for n in names if n not in compared]
+    share = 1.0 if not others else 0.0 if not pair else COMPARED_SHARE
+    groups = [(pair, share * budget)] + [([n], (1 - share) * budget / len(others)) for n in others]
     samples: dict[str, list[float]] = {name: [] for name in names}
     spent = dict.fromkeys(names, 0.0)
+
+    def wants_more(group: list[str], seconds: float) -> bool:
+        long = any(spent[n] > LONG_CALL * len(samples[n]) for n in group)
+        return len(samples[group[0]]) < (MIN_ROUNDS if long else ROUNDS) or sum(spent[n] for n in group) < seconds
+
     for round_ in range(MAX_ROUNDS):
-        least = {n: MIN_ROUNDS if spent[n] > LONG_CALL * len(samples[n]) else ROUNDS for n in names}
-        active = [n for n in names if len(samples[n]) < least[n] or spent[n] < budget / len(names)]
+        active = [n for group, seconds in groups if group and wants_more(group, seconds) for n in group]
         if not active:
             break
         progress(f"timing, round {round_ + 1}")
@@ -185,6 +201,14 @@ def interleave(
             samples[name].append(samplers[name]())
             spent[name] += time.perf_counter() - start
     return samples
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median, over the rounds that both took part in, of our seconds over theirs.
+
+    A drift of the machine from one round to the next is in both samples of a round, and so not in their ratio.
+    """
+    return quantile([a / b for a, b in zip(ours, theirs, strict=False)], 0.5)
 
 
 class MeasuredTime:

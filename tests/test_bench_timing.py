@@ -139,6 +139,28 @@ def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, long_call, rounds):
     assert samples == {"slow": [0.03] * rounds, "quick": [0.0] * 20}
 
 
+def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(monkeypatch):
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 1000)
+
+    def taking(seconds):
+        return lambda: time.sleep(seconds) or seconds
+
+    samplers = {"ours": taking(0.002), "peer": taking(0.002), "dense": taking(0.006)}
+    samples = timing.interleave(samplers, budget=0.4, compared=("ours", "dense"))
+    assert len(samples["ours"]) == len(samples["dense"]) and timing.ROUNDS < len(samples["ours"]) <= 38
+    assert timing.ROUNDS < len(samples["peer"]) <= 50
+    only = timing.interleave({"ours": taking(0.002)}, budget=0.1, compared=("ours", "dense"))
+    assert timing.ROUNDS < len(only["ours"]) <= 50
+
+
+def test_a_ratio_is_taken_within_the_rounds():
+    slow_machine = [1.0, 1.0, 3.0, 3.0, 3.0]
+    ours = [0.5 * s for s in slow_machine]
+    assert timing.ratio(ours, slow_machine) == 0.5
+    assert timing.ratio(ours, slow_machine[:2]) == 0.5
+    assert timing.ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
+
+
 def test_timer_of_pytest_benchmark_counts_samples_alone():
     timer = timing.MeasuredTime()
     call = timer.through(lambda: time.sleep(0.002) or 0.5)

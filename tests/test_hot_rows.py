@@ -1,5 +1,6 @@
 """gossamer.sparse_update_ on rows that much of a batch lists: sums cut into pieces, whatever else is in the batch."""
 
+import importlib
 import importlib.util
 
 import pytest
@@ -26,9 +27,11 @@ OPTIMIZERS = [
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Shorter pieces than Triton's own, for the interpreter's sake."""
-    for module in ("row_gradients", "sparse_update"):
-        if importlib.util.find_spec("triton"):
-            monkeypatch.setattr(f"gossamer.triton_kernels.{module}.PIECE", PIECE)
+    if importlib.util.find_spec("triton"):
+        # Both imported before either is changed: one takes its own from the other.
+        names = [f"gossamer.triton_kernels.{name}" for name in ("row_gradients", "sparse_update")]
+        for module in [importlib.import_module(name) for name in names]:
+            monkeypatch.setattr(module, "PIECE", PIECE)
 
 
 def hot_ids(device) -> torch.Tensor:

@@ -242,7 +242,7 @@ def test_experts_against_their_merged_weights(activation, transposed, dora, devi
     trained = {f"{name}_lora_{x}" for name in (up, "down_proj") for x in kinds}
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == trained
     with torch.no_grad():
-        for name in trained:
+        for name in sorted(trained):
             getattr(layer, name).normal_().div_(4)
     # Expert 4 meets no token: its factors get zero. Some slots meet no expert.
     ids = random_expert_ids(61, 4, 2).to(device)

@@ -101,6 +101,52 @@ def test_one_adapter_is_a_low_rank_layer(kernel_backend, dtype, device):
     check(function, reference, inputs)
 
 
+@pytest.mark.parametrize(("shape", "bias"), [((M,), False), ((1, M), True), ((17, 16), True)])
+def test_linear_layer(kernel_backend, dtype, device, shape, bias):
+    """The layer's own product included, few rows and many, with the gradients of a trained weight and bias."""
+    m = int(torch.Size(shape).numel())
+    inputs = make_inputs(device, dtype, m=m, out=False)
+    inputs["x"] = inputs["x"].view(*shape, C)
+    inputs["weight"] = (torch.randn(N, C, device=device) / C**0.5).to(dtype)
+    if bias:
+        inputs["bias"] = torch.randn(N, device=device).to(dtype)
+    ids = make_ids(m, device=device).view(shape)
+
+    def function(x, weight, a, b, bias=None):
+        with gossamer.backend(kernel_backend):
+            return gossamer.multi_low_rank_linear(x, weight, a, b, ids, scale=1.5, bias=bias)
+
+    def reference(x, weight, a, b, bias=None):
+        return multi_low_rank_reference(x, a, b, ids, scale=1.5, out=F.linear(x, weight, bias))
+
+    check(function, reference, inputs)
+    inputs["weight"] = inputs["weight"].T.contiguous().T
+    check(function, reference, inputs, ["x", "a", "b"])
+
+
+def test_linear_layer_names_what_does_not_fit(device):
+    """Weights and biases of another size or dtype; under autocast its dtype is the layer's."""
+    inputs, ids = make_inputs(device, out=False), make_ids(device=device)
+    weight, bias = torch.randn(N, C, device=device), torch.zeros(N, device=device)
+
+    def call(weight=weight, bias=bias):
+        return gossamer.multi_low_rank_linear(inputs["x"], weight, inputs["a"], inputs["b"], ids, scale=1.0, bias=bias)
+
+    with pytest.raises(ValueError, match=r"weight must have shape \(N, C\)"):
+        call(weight[:, 1:])
+    with pytest.raises(ValueError, match=r"bias must have shape \(N,\)"):
+        call(bias=bias[1:])
+    with pytest.raises(ValueError, match=r"out must have shape \(..., N\)"):
+        call(weight[1:], bias[1:])
+    for change in ({"weight": weight.bfloat16()}, {"bias": bias.double()}):
+        with pytest.raises(TypeError, match="dtype"):
+            call(**change)
+    with torch.autocast(device, torch.bfloat16):
+        y = call()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), call(), rtol=0.05, atol=0.3)
+
+
 @pytest.mark.parametrize("ranks", [[3, 1, 0, 2, 3], [0, 0, 0, 0, 0]])
 def test_mixed_ranks(kernel_backend, device, ranks):
     """What lies beyond an adapter's rank is not read, NaN or not, and gets zero gradient; rank 0 changes nothing."""

@@ -339,27 +339,46 @@ struct GradientSink {
   bool first, last;
 };
 
+// Blocks of tokens that a weight gradient sums in registers before it adds to memory, about a segment long.
+template <class P>
+constexpr int64_t kOuterBlocks = std::max(1, kLongestSegment<P> / kPanelWidth<P>);
+
+// c (+)= Σ_token a[i][token] · b[token] over the blocks first .. last of a. Its sums must live in registers, so each form is
+// a function of its own.
+template <int Rows, int Vecs, class P>
+__attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b, SumOf<P>* c) {
+  using S = SumOf<P>;
+  Vec<S> sum[Rows][Vecs] = {};
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t token = block * kPanelWidth<P>, stride = a.block_vectors(block) * kLanes<P>;
+    accumulate<P>(sum, a.block(block) + i * stride, stride, 1, b + token * Vecs * kLanes<P>,
+                  std::min<int64_t>(kPanelWidth<P>, a.width - token));
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) {
+      S* to = c + (r * Vecs + v) * kLanes<S>;
+      store(to, first == 0 ? sum[r][v] : load(to) + sum[r][v]);
+    }
+  }
+}
+
 template <int Rows, int Vecs, class T, class P>
 GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P* b, const GradientSink<T>& sink,
                                  int64_t column, int64_t columns) {
   using S = SumOf<P>;
-  constexpr int c_stride = Vecs * kLanes<P>;
-  alignas(64) S c[Rows * c_stride];
-  for (int64_t block = 0; block < a.num_blocks(); ++block) {
-    const int64_t token = block * kPanelWidth<P>;
-    const int depth = static_cast<int>(std::min<int64_t>(kPanelWidth<P>, a.width - token));
-    with_vectors(a.block_vectors(block), [&](auto vectors) {
-      constexpr int stride = vectors * kLanes<P>;
-      block_product<Rows, Vecs, stride, 1>(a.block(block) + i * stride, 0, b + token * c_stride, depth,
-                                           kPanelWidth<P>, block == 0, c, c_stride);
-    });
+  alignas(64) S c[Rows * Vecs * kLanes<S>];
+  const int64_t blocks = a.num_blocks();
+  for (int64_t block = 0; block < blocks; block += kOuterBlocks<P>) {
+    outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, c);
   }
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < Vecs; ++v) {
       const int64_t place = (i + r) * sink.stride + column + v * kLanes<S>;
       const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - v * kLanes<S>));
       if (valid <= 0) break;
-      Vec<S> value = load(c + r * c_stride + v * kLanes<S>);
+      Vec<S> value = load(c + (r * Vecs + v) * kLanes<S>);
       if (!sink.first) value += sink.partial ? load_valid(sink.partial + place, valid) : load_valid(sink.out + place, valid);
       if (sink.partial && !sink.last) {
         store_valid(sink.partial + place, value, valid);

@@ -32,14 +32,14 @@ struct RankProductArgs {
 };
 
 // y[i][j] = Σ_k x(i, k) · weight(j, k) + bias[j] + factor · drop(Σ_k left(i, k) · right(k, j)). Without x the last term is
-// added to what y holds.
+// added to what y holds; without left it is not there.
 struct LowRankArgs {
   DType dtype;
   int64_t rows, columns, depth, rank;
   FloatMatrix x;       // (rows, depth) with column stride 1, or absent
   FloatMatrix weight;  // (columns, depth)
   FloatMatrix bias;    // (1, columns), or absent
-  FloatMatrix left;    // (rows, rank) with column stride 1
+  FloatMatrix left;    // (rows, rank) with column stride 1, or absent with rank 0
   FloatMatrix right;   // (rank, columns)
   FloatMatrix y;       // (rows, columns) with column stride 1
   double factor;

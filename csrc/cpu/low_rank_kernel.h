@@ -113,12 +113,12 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
     team.barrier();
     buffers.queue.restart(team);
     if (a.x) pack(a.x, panel, a.depth, first);
-    pack(a.left, left, a.rank, first);
+    if (a.left) pack(a.left, left, a.rank, first);
     team.barrier();
     buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
-      S *base = own->c, *update = own->c + kGroup * c_stride;
-      group_product(right, n, count, left, update, c_stride, own->pack);
+      S *base = own->c, *update = a.left ? own->c + kGroup * c_stride : base;
+      if (a.left) group_product(right, n, count, left, update, c_stride, own->pack);
       if (a.x) {
         group_product(weight, n, count, panel, base, c_stride, own->pack);
         add_bias(a.bias, 0, n, count, base, c_stride, m);
@@ -131,7 +131,7 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
           }
         }
       }
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < (a.left ? count : 0); ++i) {
         S* to = update + i * c_stride;
         const S* from = base + i * c_stride;
         for (int64_t token = 0; token < m; token += kLanes<S>) {

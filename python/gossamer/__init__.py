@@ -16,7 +16,7 @@ from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.ops.grouped_matmul import grouped_matmul
 from gossamer.ops.hash_table import HashTable, HashTableFull
 from gossamer.ops.low_rank import low_rank_linear
-from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
+from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank, multi_low_rank_linear
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
 from gossamer.ops.sparse_update import sparse_update_, sparse_update_tables_
@@ -51,6 +51,7 @@ __all__ = [
     "load_quantized_experts",
     "low_rank_linear",
     "multi_low_rank",
+    "multi_low_rank_linear",
     "nn",
     "optim",
     "profile",

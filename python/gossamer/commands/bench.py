@@ -58,7 +58,7 @@ def bench(
     """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
 
     Exit status: 0; 1 where a variant is wrong or ours failed; 2 where it cannot be done as asked, found before anything
-    is measured; 3 where a case's dense median time over ours is below --fail-below.
+    is measured; 3 where a case's speed over dense's is below --fail-below.
     """
     from gossamer.bench import compare as compare_
     from gossamer.bench import files, harness, report

@@ -79,15 +79,17 @@ def _matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    factor: float,
-    mask: Mask,
+    left: torch.Tensor | None = None,
+    right: torch.Tensor | None = None,
+    factor: float = 1.0,
+    mask: Mask = None,
 ) -> torch.Tensor:
-    """``x · weightᵀ + bias + factor · drop(left · right)``."""
+    """``x · weightᵀ + bias + factor · drop(left · right)``, the last term where it is given."""
     by_torch = _by_torch(x.dtype, x.shape[0], _ALONG_ROWS if weight.stride(-1) == 1 else _ALONG_COLUMNS)
     if by_torch:
         y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+        if left is None:
+            return y
         if mask is None:
             return y.addmm_(left, right.contiguous(), alpha=factor)
     else:
@@ -95,7 +97,7 @@ def _matmul(
     _C.low_rank_matmul(
         x.shape[0],
         *weight.shape,
-        left.shape[1],
+        0 if left is None else left.shape[1],
         matrix(None if by_torch else x),
         matrix(weight),
         vector(bias),
@@ -107,6 +109,17 @@ def _matmul(
         torch.get_num_threads(),
     )
     return y
+
+
+def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x·Wᵀ + bias``, by whichever of torch's product and ours is the faster.
+
+    Args:
+        x: ``(M, C)`` float.
+        weight: ``(N, C)`` of any strides, the dtype of ``x``.
+        bias: ``(N,)`` or None.
+    """
+    return _matmul(unit_rows(x), weight, bias)
 
 
 def low_rank_linear(

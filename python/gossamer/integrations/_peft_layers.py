@@ -8,35 +8,19 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
+from gossamer.integrations._linear import LINEAR, hooked, plain
 from gossamer.nn._lora import row_norms
 from gossamer.nn.low_rank_experts import expert_factors
-from gossamer.ops._checks import FLOAT_DTYPES
 from gossamer.ops.dispatch import Dispatch
-from gossamer.ops.low_rank import low_rank_linear
+from gossamer.ops.low_rank import base_linear, low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 from gossamer.ops.quantized_weight import NF4Weight
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 MAX_RANK = 512
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _plain(tensor: torch.Tensor | None) -> bool:
-    return tensor is None or (
-        not is_traceable_wrapper_subclass(tensor)
-        and tensor.device.type in ("cpu", "cuda", "meta")
-        and (tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and tensor.device.type != "cuda"))
-    )
 
 
 def nf4_weight(base: nn.Module) -> NF4Weight | None:
@@ -67,11 +51,11 @@ def base_obstacle(base: nn.Module) -> str | None:
     if name == "Linear4bit":
         if nf4_weight(base) is None:
             return "its 4-bit weight is not NF4 in bitsandbytes' own order"
-    elif type(base) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
+    elif type(base) not in (*LINEAR, Conv1D):
         return f"its base layer is a {name}"
-    elif not _plain(base.weight):
+    elif not plain(base.weight):
         return f"its weight is a {type(base.weight).__name__} of {base.weight.dtype} on {base.weight.device}"
-    return None if _plain(base.bias) else f"its bias is {base.bias.dtype} on {base.bias.device}"
+    return None if plain(base.bias) else f"its bias is {base.bias.dtype} on {base.bias.device}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,7 +152,7 @@ class LinearMixin(_Tuner):
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _fits(self, x: torch.Tensor, active: list[str]) -> bool:
-        if not active or base_obstacle(self.base_layer) is not None or not _plain(x):
+        if not active or base_obstacle(self.base_layer) is not None or not plain(x):
             return False
         if any(hooked(self.lora_A[name]) or hooked(self.lora_B[name]) for name in active):
             return False
@@ -229,7 +213,12 @@ class LinearMixin(_Tuner):
         limit = min(MAX_RANK, self.in_features, self.out_features)
         if any(a.shape[0] > limit for a, _ in factors.values()):
             return self._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        own = not (args or kwargs) and base_obstacle(base) is None and type(base) in (*LINEAR, Conv1D) and plain(x)
+        if own:
+            y = base_linear(x, base.weight.T if type(base) is Conv1D else base.weight, base.bias)
+        else:
+            y = base(x, *args, **kwargs)
         found = self._mixed_bank(names, factors)
         if found is None:
             return y
@@ -237,7 +226,7 @@ class LinearMixin(_Tuner):
         rates = {self._dropout(name) for name in known}
         if len(rates) > 1:
             raise ValueError(f"lora_dropout must be one value for the adapters of a mixed batch, got {sorted(rates)}")
-        if hooked(self.base_layer) or (y._is_view() and torch.is_grad_enabled()):
+        if not own and (hooked(base) or (y._is_view() and torch.is_grad_enabled())):
             # Somebody else may hold the result, or autograd lets nobody write to it.
             y = y.clone()
         repeats = y.shape[:-1].numel() // max(len(names), 1)

@@ -12,8 +12,10 @@ from torch import nn
 
 from gossamer.integrations._adapter_files import Factors, read_adapter
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
+from gossamer.integrations._linear import plain_linear
 from gossamer.nn.low_rank_experts import expert_factors
 from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 
 
@@ -106,7 +108,18 @@ class _Bank(nn.Module):
         """The module's output with the updates added, as a forward hook returns it."""
         if self._requests.ids is None:
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
+        # Another hook may hold the output, and autograd may not let anyone write to it.
+        y = y.clone() if torch.is_grad_enabled() or len(module._forward_hooks) > 1 else y
+        return self._updated(args[0] if args else next(iter(kwargs.values())), y)
+
+    def forward_of(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """The forward of a plain linear layer."""
+        if self._requests.ids is None:
+            return type(module).forward(module, x)
+        return self._updated(x, base_linear(x, module.weight, module.bias))
+
+    def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """``y``, written to, with the updates added."""
         ids, routing = self._requests.rows(y.shape[:-1].numel(), y.device)
         if self.table:
             row = x.reshape(-1) + ids.clamp(min=0) * self.a.shape[1]
@@ -116,8 +129,6 @@ class _Bank(nn.Module):
         else:
             x, a = x.to(y.dtype), self.a
         a, b = a.to(y.dtype), self.b.to(y.dtype)
-        # Another hook may hold the output, and autograd may not let anyone write to it.
-        y = y.clone() if torch.is_grad_enabled() or len(module._forward_hooks) > 1 else y
         y = multi_low_rank(x.to(y.dtype), a, b, routing, scale=self.scale, out=y, ranks=self.ranks)
         return y if self.bias is None else y + self.bias.to(y.dtype)[ids].view(y.shape)
 
@@ -173,7 +184,7 @@ class ServedModel(nn.Module):
     def __init__(self, model: nn.Module, adapters: Mapping[str, Mapping[tuple[str, str | None], Factors]]) -> None:
         super().__init__()
         self.model, self.adapter_names = model, tuple(adapters)
-        self._requests, self._handles, self._experts = _Requests(), [], []
+        self._requests, self._handles, self._replaced = _Requests(), [], []
         modules = dict(model.named_modules())
         self.banks = nn.ModuleList()
         updated: dict[str, set[str]] = {}
@@ -187,10 +198,12 @@ class ServedModel(nn.Module):
             if parameters:
                 given = {n: [f.get((path, n)) for f in adapters.values()] for n in sorted(parameters)}
                 bank = _ExpertsBank(self._requests, given, module)
-                module.forward = partial(bank.forward_of, module)
-                self._experts.append(module)
             else:
                 bank = _Bank(self._requests, [f.get((path, None)) for f in adapters.values()], module)
+            if parameters or plain_linear(module):
+                module.forward = partial(bank.forward_of, module)
+                self._replaced.append(module)
+            else:
                 self._handles.append(module.register_forward_hook(bank.hook, with_kwargs=True))
             self.banks.append(bank)
 
@@ -199,7 +212,7 @@ class ServedModel(nn.Module):
             raise TypeError(f"adapters must be a sequence of str or None, got {adapters!r}")
         if unknown := sorted({name for name in adapters if name is not None} - set(self.adapter_names)):
             raise ValueError(f"adapters must be among {list(self.adapter_names)} or None, got {unknown}")
-        if not self._handles and not self._experts:
+        if not self._handles and not self._replaced:
             raise ValueError("the model no longer serves adapters: close() was called")
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim())
         first = next(tensors, None)
@@ -248,9 +261,9 @@ class ServedModel(nn.Module):
         """Take the adapters off the model again; it is then as it was."""
         for handle in self._handles:
             handle.remove()
-        for module in self._experts:
+        for module in self._replaced:
             module.__dict__.pop("forward", None)
-        self._handles, self._experts = [], []
+        self._handles, self._replaced = [], []
 
 
 def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> ServedModel:

@@ -228,6 +228,56 @@ for _name in ("low_rank_linear", "low_rank_linear_quantized"):
     torch.library.register_autograd(f"gossamer::{_name}", _backward, setup_context=_setup_context)
 
 
+def _base(x, weight, bias, backend):
+    return _backend.kernels(backend, "low_rank").base_linear(x, weight, bias)
+
+
+def _base_fake(x, weight, bias, backend):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_base_linear = register("base_linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _base, _base_fake)
+
+
+def _base_setup_context(ctx, inputs, output):
+    x, weight, _, ctx.backend = inputs
+    want_x, want_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
+
+
+def _base_backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+    dx = _base_linear(dy, weight.T, None, ctx.backend) if want_x else None
+    dweight = _base_linear(dy.T, x.T, None, ctx.backend) if want_weight else None
+    return dx, dweight, dy.sum(0) if want_bias else None, None
+
+
+torch.library.register_autograd("gossamer::base_linear", _base_backward, setup_context=_base_setup_context)
+
+
+def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x·Wᵀ + bias`` as :func:`low_rank_linear` computes it: where rows are few, faster than torch on the CPU.
+
+    Args:
+        x: ``(..., C)`` float.
+        weight: ``(N, C)``, the dtype of ``x``.
+        bias: ``(N,)`` or None, the dtype of ``x``.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``; differentiable. Under ``torch.autocast`` in its dtype.
+
+    Raises:
+        TypeError: dtypes differ.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    check_same_dtype(x=x, weight=weight, bias=bias)
+    backend = _backend.resolve("low_rank", x)
+    if backend != "native":
+        return F.linear(x, weight, bias)
+    return _base_linear(x.reshape(-1, x.shape[-1]), weight, bias, backend).view(*x.shape[:-1], weight.shape[0])
+
+
 def low_rank_linear(
     x: torch.Tensor,
     weight: torch.Tensor | QuantizedWeight,

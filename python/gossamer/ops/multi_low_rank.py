@@ -18,7 +18,7 @@ from gossamer.ops._checks import (
 )
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
-from gossamer.ops.low_rank import check_factor_dtype, check_rank
+from gossamer.ops.low_rank import base_linear, check_factor_dtype, check_rank
 
 
 def multi_low_rank_reference(
@@ -338,3 +338,50 @@ def multi_low_rank(
     rows = out.contiguous()
     _multi_low_rank_(rows, *inputs)
     return out.copy_(rows)
+
+
+def multi_low_rank_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    adapter_ids: torch.Tensor | Dispatch,
+    *,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | None = None,
+    ranks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer with a low-rank update of each row's own: ``y[m] = x[m]·Wᵀ + bias + scale[i]·x[m]·a[i]ᵀ·b[i]ᵀ``.
+
+    :func:`multi_low_rank` over the layer's own product, which on the CPU is taken by the faster of torch's kernels and
+    ours.
+
+    Args:
+        x: ``(..., C)`` float.
+        weight: ``(N, C)``, the dtype of ``x``.
+        a: ``(A, r, C)``, as for :func:`multi_low_rank`.
+        b: ``(A, N, r)``, the dtype of ``a``.
+        adapter_ids: the adapter of each row, as for :func:`multi_low_rank`; −1 means none.
+        scale: the factor of the update: one number, or ``(A,)`` float32, an adapter's each. Not differentiable.
+        bias: ``(N,)`` or None, the dtype of ``x``.
+        ranks: ``(A,)`` int32 or int64 in ``[0, r]``, or None where all adapters have rank r.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``a``, ``b`` and ``bias``. Under
+        ``torch.autocast`` in its dtype.
+
+    Raises:
+        TypeError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
+        ValueError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
+        IndexError: as :func:`multi_low_rank`.
+    """
+    check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x must have shape (..., C), got {tuple(x.shape)}")
+    check_shape("weight", weight, (None, x.shape[-1]), "(N, C)")
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "(N,)")
+    x, weight, a, b, bias = autocast(x, weight, a, b, bias)
+    check_same_device(x=x, weight=weight, bias=bias)
+    y = base_linear(x, weight, bias)
+    return multi_low_rank(x, a, b, adapter_ids, scale=scale, out=y, ranks=ranks)

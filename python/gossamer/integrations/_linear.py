@@ -1,0 +1,32 @@
+"""Linear layers of models as the products take them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from gossamer.ops._checks import FLOAT_DTYPES
+
+LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def plain(tensor: torch.Tensor | None) -> bool:
+    """Whether the tensor is absent or one that the kernels read: no wrapper, and a float on their devices."""
+    return tensor is None or (
+        not is_traceable_wrapper_subclass(tensor)
+        and tensor.device.type in ("cpu", "cuda", "meta")
+        and (tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and tensor.device.type != "cuda"))
+    )
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is the product of its weight, and nothing else."""
+    return type(module) in LINEAR and not hooked(module) and plain(module.weight) and plain(module.bias)
