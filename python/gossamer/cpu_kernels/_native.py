@@ -48,8 +48,9 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-# From this size on the C library returns freed memory to the system at once, and the next step clears its pages again.
-REUSED_BYTES = 32 << 20
+# Blocks of this size, a huge page, and more are kept when they are freed: the C library may return them to the system,
+# all of 32 MiB and also two of 2 MiB that are freed together, and the next step clears their pages again.
+REUSED_BYTES = 2 << 20
 
 
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

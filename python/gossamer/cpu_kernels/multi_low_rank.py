@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import DTYPES, groups, matrix, unit_rows, vector, weights3
+from gossamer.cpu_kernels._native import DTYPES, empty_huge, groups, matrix, unit_rows, vector, weights3
 
 
 def _factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -106,8 +106,8 @@ def multi_low_rank_backward(
     x, dy = unit_rows(x), unit_rows(dy)
     need_x, need_a, need_b = needs
     dx = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
-    da = torch.empty(a.shape if need_a else (0,), dtype=a.dtype)
-    db = torch.empty(b.shape if need_b else (0,), dtype=b.dtype)
+    da = empty_huge(a.shape if need_a else (0,), a.dtype)
+    db = empty_huge(b.shape if need_b else (0,), b.dtype)
     ds = torch.empty(s.shape if need_x or need_a else (0,), dtype=s.dtype)
     factor_dtype = DTYPES[a.dtype]
     a, b = _factor(a, x.dtype), _factor(b, x.dtype)

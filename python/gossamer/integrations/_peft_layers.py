@@ -215,10 +215,23 @@ class LinearMixin(_Tuner):
             return self._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
         base = self.base_layer
         own = not (args or kwargs) and base_obstacle(base) is None and type(base) in (*LINEAR, Conv1D) and plain(x)
+        shape = x.shape[:-1]
         if own:
+            x = x.reshape(-1, x.shape[-1])
             y = base_linear(x, base.weight.T if type(base) is Conv1D else base.weight, base.bias)
         else:
             y = base(x, *args, **kwargs)
+        return self._add_mixed(x, y, names, factors, not own).view(*shape, y.shape[-1])
+
+    def _add_mixed(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        names: list[str],
+        factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        foreign: bool,
+    ) -> torch.Tensor:
+        """The base layer's ``y`` with each request's update; ``foreign`` where the layer itself was called for it."""
         found = self._mixed_bank(names, factors)
         if found is None:
             return y
@@ -226,7 +239,7 @@ class LinearMixin(_Tuner):
         rates = {self._dropout(name) for name in known}
         if len(rates) > 1:
             raise ValueError(f"lora_dropout must be one value for the adapters of a mixed batch, got {sorted(rates)}")
-        if not own and (hooked(base) or (y._is_view() and torch.is_grad_enabled())):
+        if foreign and (hooked(self.base_layer) or (y._is_view() and torch.is_grad_enabled())):
             # Somebody else may hold the result, or autograd lets nobody write to it.
             y = y.clone()
         repeats = y.shape[:-1].numel() // max(len(names), 1)

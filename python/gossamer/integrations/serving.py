@@ -116,7 +116,9 @@ class _Bank(nn.Module):
         """The forward of a plain linear layer."""
         if self._requests.ids is None:
             return type(module).forward(module, x)
-        return self._updated(x, base_linear(x, module.weight, module.bias))
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._updated(rows, base_linear(rows, module.weight, module.bias))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y``, written to, with the updates added."""

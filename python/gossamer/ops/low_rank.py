@@ -260,12 +260,13 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """``x·Wᵀ + bias`` as :func:`low_rank_linear` computes it: where rows are few, faster than torch on the CPU.
 
     Args:
-        x: ``(..., C)`` float.
+        x: ``(M, C)`` float.
         weight: ``(N, C)``, the dtype of ``x``.
         bias: ``(N,)`` or None, the dtype of ``x``.
 
     Returns:
-        ``(..., N)`` in the dtype of ``x``; differentiable. Under ``torch.autocast`` in its dtype.
+        ``(M, N)`` in the dtype of ``x``, under ``torch.autocast`` in its dtype; differentiable. It is no view, because
+        autograd copies what is added in place to a view.
 
     Raises:
         TypeError: dtypes differ.
@@ -275,7 +276,7 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     backend = _backend.resolve("low_rank", x)
     if backend != "native":
         return F.linear(x, weight, bias)
-    return _base_linear(x.reshape(-1, x.shape[-1]), weight, bias, backend).view(*x.shape[:-1], weight.shape[0])
+    return _base_linear(x, weight, bias, backend)
 
 
 def low_rank_linear(

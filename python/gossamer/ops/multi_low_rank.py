@@ -383,5 +383,11 @@ def multi_low_rank_linear(
         check_shape("bias", bias, (weight.shape[0],), "(N,)")
     x, weight, a, b, bias = autocast(x, weight, a, b, bias)
     check_same_device(x=x, weight=weight, bias=bias)
-    y = base_linear(x, weight, bias)
-    return multi_low_rank(x, a, b, adapter_ids, scale=scale, out=y, ranks=ranks)
+    if not isinstance(adapter_ids, Dispatch):
+        check_index("adapter_ids", adapter_ids)
+        check_shape("adapter_ids", adapter_ids, tuple(x.shape[:-1]), "that of x but its last dimension")
+        adapter_ids = adapter_ids.reshape(-1)
+    rows = x.reshape(-1, x.shape[-1])
+    y = base_linear(rows, weight, bias)
+    y = multi_low_rank(rows, a, b, adapter_ids, scale=scale, out=y, ranks=ranks)
+    return y.view(*x.shape[:-1], weight.shape[0])
