@@ -89,15 +89,15 @@ void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t term
   }
 }
 
-// The same of a weight that is contiguous in n, as [kDepth][kGroup].
-template <class T, class P>
+// The same of a weight that is contiguous in n, as [kDepth][Unit].
+template <int Unit = kGroup, class T, class P>
 void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
   constexpr int lanes = kLanes<P>;
   for (int64_t i = 0; i < terms; i += kTerms<P>) {
     const T* row = w.base + n + (k + i) * w.col_stride;
     const T* next = i + 1 < terms ? row + w.col_stride : nullptr;
-    P* to = out + i / kTerms<P> * kGroup;
-    for (int j = 0; j < kGroup; j += lanes) {
+    P* to = out + i / kTerms<P> * Unit;
+    for (int j = 0; j < Unit; j += lanes) {
       const int valid = std::clamp(count - j, 0, lanes);
       store(to + j, valid == 0 ? Vec<P>{} : load_lanes<P>(row + j, next ? next + j : nullptr, valid));
     }

@@ -49,9 +49,12 @@ struct LowRankArgs {
 void rank_product(const RankProductArgs& args, int num_threads);
 void low_rank_matmul(const LowRankArgs& args, int num_threads);
 
-// Rows that are worked on together: a whole group, or fewer where that leaves threads without work.
-inline int64_t rank_unit(int64_t rows, int num_threads) {
-  return std::clamp<int64_t>(rows / (num_threads * 4) / 8 * 8, 8, 32);
+// Rows that are contiguous in a skinny product's sum, of which so many are worked on together.
+constexpr int kWide = 128;
+
+// Rows that are worked on together: `most`, or fewer where that leaves threads without work.
+inline int64_t rank_unit(int64_t rows, int num_threads, int64_t most) {
+  return std::clamp<int64_t>(rows / (num_threads * 4) / 8 * 8, 8, most);
 }
 
 // The shared memory of a call, for products of P.

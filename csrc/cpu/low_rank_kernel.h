@@ -59,6 +59,29 @@ void store_product(const FloatMatrix& out, int64_t first, int64_t count, int64_t
   }
 }
 
+// group_product of rows that are contiguous in n, for a panel of a rank's few columns. What counts is how the rows come from
+// memory, at the stride of a whole matrix, often a power of two: few at a time, or they would evict each other from sets of
+// the cache, and a long piece of each.
+template <class T, class P>
+void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack) {
+  constexpr int depth = kPackSize<P> / kWide;
+  constexpr int64_t step = depth * kTerms<P>;
+  for (int64_t k = 0; k < w.depth; k += step) {
+    const int64_t terms = std::min(step, w.depth - k);
+    pack_columns<kWide>(w, n, count, k, terms, pack);
+    prefetch_runs(w.base + n + (k + step) * w.col_stride, w.col_stride, 0, std::clamp<int64_t>(w.depth - k - step, 0, step), count);
+    for (int64_t block = 0; block < panel.num_blocks(); ++block) {
+      with_block(panel, block, [&](auto vectors, auto half) {
+        const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
+        for_tiles(count, [&](auto tile, int64_t i) {
+          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>), depth,
+                                                      k == 0, c + i * c_stride + block * kPanelWidth<P>, c_stride);
+        });
+      });
+    }
+  }
+}
+
 template <class T>
 void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
@@ -66,7 +89,8 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   Arena arena(shared);
   LowRankBuffers<P> buffers(arena, a, num_threads);
   const int64_t c_stride = (a.rank + kGroup - 1) / kGroup * kGroup + kLanes<S>;
-  const auto c = std::make_unique<S[]>(kGroup * c_stride);
+  const bool wide = a.big.row_stride == 1 && a.big.col_stride != 1 && !a.dropout.on;
+  const auto c = std::make_unique<S[]>((wide ? kWide : kGroup) * c_stride);
   const auto pack = std::make_unique<P[]>(kPackSize<P>);
   const auto dropped = std::make_unique<T[]>(a.dropout.on ? kGroup * a.depth : 0);
   const auto kept = std::make_unique<bool[]>(a.dropout.on ? a.depth + 64 : 0);
@@ -76,9 +100,11 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   pack_small<T>(a.small, a.depth, panel, packed.begin, packed.end);
   team.barrier();
   const Weight<T> big{static_cast<const T*>(a.big.base), a.big.row_stride, a.big.col_stride, a.rows, a.depth};
-  buffers.queue.each(team, a.rows, rank_unit(a.rows, num_threads), [&](int64_t first, int64_t last) {
+  buffers.queue.each(team, a.rows, rank_unit(a.rows, num_threads, wide ? kWide : kGroup), [&](int64_t first, int64_t last) {
     const int64_t count = last - first;
-    if (a.dropout.on) {
+    if (wide) {
+      wide_product(big, first, static_cast<int>(count), panel, c.get(), c_stride, pack.get());
+    } else if (a.dropout.on) {
       group_product(drop_rows<T>(a, first, count, dropped.get(), kept.get()), 0, count, panel, c.get(), c_stride, pack.get());
     } else {
       group_product(big, first, count, panel, c.get(), c_stride, pack.get());
