@@ -101,6 +101,17 @@ def loop(name: str, role: str, problem: Problem) -> Variant:
     return Variant(name, role, lambda: _looped(problem, *leaves.values(), problem.weight), leaves, problem.dy)
 
 
+def sorted_in_the_call(name: str, role: str, problem: Problem) -> Variant:
+    """Ours with the rows sorted in every call, as a model of one layer would."""
+    leaves = problem.leaves()
+
+    def forward() -> torch.Tensor:
+        x, a, b = leaves.values()
+        return gossamer.multi_low_rank_linear(x, problem.weight, a, b, problem.ids, scale=SCALE)
+
+    return Variant(name, role, forward, leaves, problem.dy)
+
+
 def gathered(name: str, role: str, problem: Problem) -> Variant:
     """Plain torch, with a copy of its adapter's factors for every row."""
     copied = problem.ids.numel() * (nbytes(problem.a) + nbytes(problem.b)) / problem.a.shape[0]
@@ -171,6 +182,7 @@ def peft(name: str, role: str, problem: Problem) -> Variant:
 
 PEERS = (
     Peer("one adapter", None, "gossamer", one_adapter, REFERENCE),
+    Peer("rows sorted in the call", None, "gossamer", sorted_in_the_call, REFERENCE),
     Peer("torch loop", None, "torch", loop, REFERENCE),
     Peer("torch gathered factors", None, "torch", gathered, REFERENCE),
     Peer("PEFT adapter_names", "peft", "peft", peft),
@@ -183,9 +195,12 @@ def build(request: Request) -> Case:
     m, n, c, r, _ = (request.sizes[s] for s in SYMBOLS)
     leaves, x0 = problem.leaves(), problem.x.detach().requires_grad_()
 
+    # A model sorts the rows of a batch once, for all its layers.
+    routing = gossamer.adapter_dispatch(problem.ids, problem.a.shape[0])
+
     def ours() -> torch.Tensor:
         x, a, b = leaves.values()
-        return gossamer.multi_low_rank_linear(x, problem.weight, a, b, problem.ids, scale=SCALE)
+        return gossamer.multi_low_rank_linear(x, problem.weight, a, b, routing, scale=SCALE)
 
     variants = [
         Variant("gossamer", OURS, ours, leaves, problem.dy),
