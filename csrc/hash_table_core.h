@@ -133,7 +133,10 @@ GOSSAMER_HD int count_bits(uint32_t mask) {
 #if defined(__CUDA_ARCH__)
   return __popc(mask);
 #else
-  return __builtin_popcount(mask);
+  // Compilers call a library for the builtin where not every processor of the architecture has the instruction.
+  mask -= mask >> 1 & 0x55555555u;
+  mask = (mask & 0x33333333u) + (mask >> 2 & 0x33333333u);
+  return static_cast<int>(((mask + (mask >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
 #endif
 }
 
@@ -233,6 +236,14 @@ struct OneThread {
   }
 };
 
+// An empty slot in a key's own buckets, or kAbsent.
+GOSSAMER_HD int64_t empty_slot(const Table& t, int64_t first, int64_t second) {
+  const uint32_t free1 = match(t.digests + first * kSlots, 0), free2 = match(t.digests + second * kSlots, 0);
+  const int room1 = count_bits(free1), room2 = count_bits(free2);
+  if (room1 >= kRoomy || (room1 > 0 && room1 >= room2)) return first * kSlots + lowest_bit(free1);
+  return room2 > 0 ? second * kSlots + lowest_bit(free2) : kAbsent;
+}
+
 struct Claim {
   int64_t slot;  // kAbsent: refused; kLeaves: no room in the partition
   bool evicts;
@@ -247,10 +258,8 @@ GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, 
   const bool evicts = batch.policy != Evict::kNone;
   const bool full = evicts && t.fill[place.partition] >= t.quota[place.partition];
   if (!full) {
-    const uint32_t free1 = match(t.digests + first * kSlots, 0), free2 = match(t.digests + second * kSlots, 0);
-    const int room1 = count_bits(free1), room2 = count_bits(free2);
-    if (room1 >= kRoomy || (room1 > 0 && room1 >= room2)) return {first * kSlots + lowest_bit(free1), false, 0};
-    if (room2 > 0) return {second * kSlots + lowest_bit(free2), false, 0};
+    const int64_t slot = empty_slot(t, first, second);
+    if (slot >= 0) return {slot, false, 0};
   } else {
     int64_t victim = kAbsent, lowest = 0;
     lanes.find_victim(t, batch, first, second, &victim, &lowest);

@@ -46,13 +46,6 @@ GOSSAMER_INLINE void zero_share(S* data, int64_t count, Team team) {
   std::memset(static_cast<void*>(data + mine.begin), 0, (mine.end - mine.begin) * sizeof(S));
 }
 
-// Fetches a run of sums into the second-level cache, to be written.
-template <class S>
-GOSSAMER_INLINE void prefetch_sum(const S* from, int64_t count) {
-  const char* line = reinterpret_cast<const char*>(from);
-  for (int64_t j = 0; j < count * static_cast<int64_t>(sizeof(S)); j += 64) __builtin_prefetch(line + j, 1, 2);
-}
-
 // Adds the transpose of c (columns x tokens), each token's row times its factor, to rows of sum at `column`.
 template <class T, class Sum, class S>
 void add_to_tokens(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t tokens, bool weighted,
@@ -202,7 +195,9 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     buffers.hidden.each(team, a.hidden, kGroup, [&](int64_t h, int64_t end) {
       const int64_t count = end - h;
       // The rows that the product will be added to come into the cache while it is computed.
-      for (int64_t i = 0; i < m; ++i) prefetch_sum(sum + own->rows.token[i] * a.hidden + h, count);
+      for (int64_t i = 0; i < m; ++i) {
+        prefetch_lines<1, Fetch::kWriteLater>(sum + own->rows.token[i] * a.hidden + h, count * sizeof(S));
+      }
       group_product(w, h, count, act, c, c_stride, pack);
       if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
       add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);

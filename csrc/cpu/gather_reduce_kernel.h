@@ -33,16 +33,6 @@ struct LiveIds {
   }
 };
 
-// Prefetches `bytes`, which are at least kAtLeast: a loop over the lines of a short row costs as much as its sum.
-template <int kAtLeast = 1>
-GOSSAMER_INLINE void prefetch_lines(const void* from, int64_t bytes) {
-  const char* at = static_cast<const char*>(from);
-  constexpr int known = (kAtLeast + 63) / 64 * 64;
-#pragma GCC unroll 16
-  for (int line = 0; line < known; line += 64) __builtin_prefetch(at + line);
-  for (int64_t line = known; line < bytes; line += 64) __builtin_prefetch(at + line);
-}
-
 template <int kAtLeast = 1, class T, class Index>
 GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position,
                                   int64_t bytes) {

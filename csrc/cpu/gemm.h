@@ -104,13 +104,12 @@ void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t t
   }
 }
 
-// Fetches runs first .. last, `stride` apart and `length` values long, of a weight into the second-level cache. Weights are read once, from far away: the next block comes while this one is worked on.
+// Fetches runs first .. last, `stride` apart and `length` values long, of a weight. Weights are read once, from far away: the
+// next block comes while this one is worked on.
 template <class T>
 GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first, int64_t last, int64_t length) {
-  for (int64_t i = first; i < last; ++i) {
-    const char* line = reinterpret_cast<const char*>(base + i * stride);
-    for (int64_t j = 0; j < length * static_cast<int64_t>(sizeof(T)); j += 64) __builtin_prefetch(line + j, 0, 2);
-  }
+  const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = first; i < last; ++i) prefetch_lines<0, Fetch::kReadLater>(base + i * stride, bytes);
 }
 
 template <class P>
@@ -131,8 +130,7 @@ __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_
   using S = SumOf<P>;
   for (int k = 0; k < depth; k += segment) {
     for (int i = 0; i < ahead.rows; ++i) {
-      const char* line = ahead.base + i * ahead.stride + k * ahead.step;
-      for (int j = 0; j < segment * ahead.step; j += 64) __builtin_prefetch(line + j, 0, 2);
+      prefetch_lines<0, Fetch::kReadLater>(ahead.base + i * ahead.stride + k * ahead.step, segment * ahead.step);
     }
     Vec<S> sum[Rows][Vecs] = {};
     accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/page_pool.h"
 #include "cpu/parallel.h"
 #include "cpu/sparse_update.h"
 
@@ -75,17 +76,24 @@ void search(const Table& t, const int64_t* beside, IndexArray keys, int64_t begi
   }
 }
 
+// Positions of a batch, in order.
+struct Positions {
+  PooledArray<int64_t> at;
+  int64_t size = 0;
+};
+
 // Positions sorted by group of partitions, in order within a group, with their keys.
 class Groups {
  public:
-  Groups(const HashInsertArgs& a, const std::vector<int64_t>& positions, int threads)
-      : keys_(positions.size()), positions_(positions.size()) {
+  Groups(const HashInsertArgs& a, const Positions& missing, int threads) : keys_(missing.size), positions_(missing.size) {
     while (((a.table.num_partitions - 1) >> shift_) >= kMaxGroups) ++shift_;
     const int64_t groups = threads > 1 ? ((a.table.num_partitions - 1) >> shift_) + 1 : 1;
-    const auto count = static_cast<int64_t>(positions.size());
+    const int64_t count = missing.size;
+    const PooledArray<int64_t>& positions = missing.at;
     begins_.assign(groups + 1, 0);
     begins_[groups] = count;
     leaving_.resize(groups);
+    counts_.resize(groups);
     if (groups == 1) {
       for (int64_t i = 0; i < count; ++i) put(i, a, positions[i]);
       return;
@@ -116,17 +124,51 @@ class Groups {
 
   void insert_missing(const HashInsertArgs& a, int64_t group) {
     std::array<Place, kBlock> places;
+    HashInsertCounts counts;
+    const bool pins = a.batch.policy != Evict::kNone && !stamps(a.batch.policy);
     for (int64_t from = begins_[group]; from < begins_[group + 1]; from += kBlock) {
       const int64_t size = std::min(kBlock, begins_[group + 1] - from);
-      for (int64_t i = 0; i < size; ++i) fetch(a.table, places[i] = place_of(a.table, keys_[from + i]));
+      for (int64_t i = 0; i < size; ++i) {
+        fetch(a.table, places[i] = place_of(a.table, keys_[from + i]), pins);
+        prefetch(a.results.slots + positions_[from + i]);
+        prefetch(a.results.status + positions_[from + i]);
+      }
       for (int64_t i = 0; i < size; ++i) fetch_slots(a.table, places[i]);
       for (int64_t i = 0; i < size; ++i) {
-        if (!hash_table::insert_missing(a.table, a.batch, a.results, positions_[from + i], keys_[from + i], places[i],
-                                        true)) {
-          leaving_[group].push_back(positions_[from + i]);
+        const int64_t position = positions_[from + i];
+        if (hash_table::insert_missing(a.table, a.batch, a.results, position, keys_[from + i], places[i], true)) {
+          note(a, position, counts);
+        } else {
+          leaving_[group].push_back(position);
         }
       }
     }
+    counts_[group] = counts;
+  }
+
+  // What became of all positions; those that left their partitions are served here, in order.
+  HashInsertCounts finish(const HashInsertArgs& a) {
+    HashInsertCounts sum;
+    for (const HashInsertCounts& some : counts_) {
+      sum.inserted += some.inserted;
+      sum.evicted += some.evicted;
+      sum.refused += some.refused;
+    }
+    for (const int64_t position : leaving()) {
+      const int64_t key = a.keys[position];
+      hash_table::insert_missing(a.table, a.batch, a.results, position, key, place_of(a.table, key), false);
+      note(a, position, sum);
+    }
+    return sum;
+  }
+
+ private:
+  static void note(const HashInsertArgs& a, int64_t position, HashInsertCounts& counts) {
+    const uint8_t status = a.results.status[position];
+    counts.inserted += status >= kInserted;
+    counts.evicted += status == kReplaced;
+    counts.refused += status == kRefused;
+    if (a.marks && status != kRefused) a.marks[a.results.slots[position]] = a.mark;
   }
 
   // The positions that could not be served within their partition, in order.
@@ -137,15 +179,15 @@ class Groups {
     return all;
   }
 
- private:
   // Keys in flight at a time: enough for the misses of one to hide those of the others.
   static constexpr int64_t kBlock = 32;
 
-  static void fetch(const Table& t, const Place& place) {
-    for (const int64_t bucket : {first_bucket(t, place), second_bucket(t, place)}) {
-      prefetch(t.digests + bucket * kSlots);
-      prefetch(&t.buckets[bucket]);
-    }
+  static void fetch(const Table& t, const Place& place, bool pins) {
+    const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
+    prefetch(t.digests + first * kSlots);
+    prefetch(t.digests + second * kSlots);
+    prefetch(&t.buckets[second]);
+    if (pins) prefetch(&t.buckets[first]);
   }
 
   // What a claim reads or writes next: in a full partition all scores and keys of both buckets, for the victim may be any
@@ -159,12 +201,9 @@ class Groups {
       }
       return;
     }
-    for (const int64_t bucket : {first, second}) {
-      if (const uint32_t free = match(t.digests + bucket * kSlots, 0)) {
-        prefetch(t.keys + bucket * kSlots + lowest_bit(free));
-        if (t.scores) prefetch(t.scores + bucket * kSlots + lowest_bit(free));
-        return;
-      }
+    if (const int64_t slot = empty_slot(t, first, second); slot >= 0) {
+      prefetch(t.keys + slot);
+      if (t.scores) prefetch(t.scores + slot);
     }
   }
 
@@ -178,8 +217,10 @@ class Groups {
     return static_cast<int64_t>(((h >> 32) * static_cast<uint64_t>(t.num_partitions)) >> 32) >> shift_;
   }
 
-  std::vector<int64_t> keys_, positions_, begins_;
+  PooledArray<int64_t> keys_, positions_;
+  std::vector<int64_t> begins_;
   std::vector<std::vector<int64_t>> leaving_;
+  std::vector<HashInsertCounts> counts_;
   int shift_ = 0;
 };
 
@@ -198,33 +239,40 @@ void set_shared(T* at, T value) {
   __atomic_store_n(at, value, __ATOMIC_RELAXED);
 }
 
-// Serves the keys that are in the table; returns the positions of the others, in order.
-std::vector<int64_t> serve_present(const HashInsertArgs& a, int threads) {
-  std::vector<std::vector<int64_t>> missing(threads);
+// Serves the keys that are in the table; returns the positions of the others.
+Positions serve_present(const HashInsertArgs& a, int threads) {
+  Positions missing{PooledArray<int64_t>(a.count)};
+  std::vector<Team::Range> found(threads);
   const Evict policy = a.batch.policy;
   parallel_team(threads, [&](Team team) {
-    auto& mine = missing[team.thread];
     const auto [begin, end] = team.share(a.count);
+    int64_t next = begin;
     search(a.table, a.marks, a.keys, begin, end, [&](int64_t i, int64_t slot) {
       a.results.slots[i] = slot;
       a.results.status[i] = slot >= 0 ? kHit : kRefused;
-      if (slot < 0) return mine.push_back(i);
+      if (slot < 0) {
+        missing.at[next++] = i;
+        return;
+      }
       if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
       if (a.marks) set_shared(&a.marks[slot], a.mark);
     });
+    found[team.thread] = {begin, next};
     if (policy == Evict::kNone || stamps(policy)) return;
     team.barrier();
     each_owned(team, a.results.slots, a.count, 4 * kSlots,
                [&](int64_t i) { touch(a.table, a.batch, a.results.slots[i], given_score(a.batch, i)); });
   });
-  for (int i = 1; i < threads; ++i) missing[0].insert(missing[0].end(), missing[i].begin(), missing[i].end());
-  return std::move(missing[0]);
+  for (const auto [begin, end] : found) {
+    std::memmove(missing.at.data() + missing.size, missing.at.data() + begin, (end - begin) * sizeof(int64_t));
+    missing.size += end - begin;
+  }
+  return missing;
 }
 
-int64_t count_distinct(const HashInsertArgs& a, const std::vector<int64_t>& positions) {
-  std::vector<int64_t> keys;
-  keys.reserve(positions.size());
-  for (const int64_t position : positions) keys.push_back(a.keys[position]);
+int64_t count_distinct(const HashInsertArgs& a, const Positions& positions) {
+  std::vector<int64_t> keys(positions.size);
+  for (int64_t i = 0; i < positions.size; ++i) keys[i] = a.keys[positions.at[i]];
   std::sort(keys.begin(), keys.end());
   return std::unique(keys.begin(), keys.end()) - keys.begin();
 }
@@ -242,8 +290,8 @@ void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t
 }
 
 HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
-  const std::vector<int64_t> missing = serve_present(a, threads_for(a.count, num_threads));
-  const auto absent = static_cast<int64_t>(missing.size());
+  const Positions missing = serve_present(a, threads_for(a.count, num_threads));
+  const int64_t absent = missing.size;
   HashInsertCounts counts;
   if (absent == 0) return counts;
   if (a.batch.policy == Evict::kNone && absent > a.room) {
@@ -259,17 +307,7 @@ HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
   parallel_team(threads, [&](Team) {
     for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups.size();) groups.insert_missing(a, g);
   });
-  for (const int64_t position : groups.leaving()) {
-    const int64_t key = a.keys[position];
-    hash_table::insert_missing(a.table, a.batch, a.results, position, key, place_of(a.table, key), false);
-  }
-  for (const int64_t position : missing) {
-    const uint8_t status = a.results.status[position];
-    counts.inserted += status >= kInserted;
-    counts.evicted += status == kReplaced;
-    counts.refused += status == kRefused;
-    if (a.marks && status != kRefused) a.marks[a.results.slots[position]] = a.mark;
-  }
+  counts = groups.finish(a);
   // Where nobody looks at the victims, nobody has touched their memory.
   for (int64_t i = 0; counts.evicted > 0 && i < a.count; ++i) {
     if (a.results.status[i] != kReplaced) a.results.victim_keys[i] = a.results.victim_scores[i] = 0;

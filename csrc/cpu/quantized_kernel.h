@@ -135,7 +135,7 @@ GOSSAMER_INLINE void prefetch_tile(const QuantizedMatrix& w, int64_t n, int64_t 
   const int64_t first = c * per_row / std::max<int64_t>(1, w.weights->columns);
   const int64_t last = (c + width) * per_row / std::max<int64_t>(1, w.weights->columns);
   for (int64_t i = n; i < std::min(n + count, w.weights->rows); ++i) {
-    for (int64_t at = first; at < last; at += 64) __builtin_prefetch(w.row(i) + at, 0, 2);
+    prefetch_lines<0, Fetch::kReadLater>(w.row(i) + first, last - first);
   }
 }
 
@@ -179,14 +179,14 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
         prefetch_tile(w, n + i, rows, k + room, std::min<int64_t>(room, w.depth() - k - terms));
       }
       for (int64_t block = 0; block < panel.num_blocks(); ++block) {
-        with_vectors(panel.block_vectors(block), [&](auto vectors) {
+        with_block(panel, block, [&](auto vectors, auto half) {
           const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
           for_tiles(rows, [&](auto height, int64_t j) {
             SumOf<P>* to = c + (i + j) * c_stride + block * kPanelWidth<P>;
             if (w.transposed) {
-              block_product<height, vectors, 1, kGroup>(pack + j, 0, b, depth, segment, k == 0, to, c_stride);
+              block_product<height, vectors, 1, kGroup, half>(pack + j, 0, b, depth, segment, k == 0, to, c_stride);
             } else {
-              block_product<height, vectors, kDepth, 1>(pack + j * kDepth, 0, b, depth, segment, k == 0, to, c_stride);
+              block_product<height, vectors, kDepth, 1, half>(pack + j * kDepth, 0, b, depth, segment, k == 0, to, c_stride);
             }
           });
         });

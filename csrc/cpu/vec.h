@@ -287,3 +287,17 @@ template <class V>
 GOSSAMER_INLINE V vsigmoid(V x) {
   return 1.0f / (1.0f + vexp(-x));
 }
+
+// What lines are fetched for: to be read at once, or read or written after other work, until when the second-level cache
+// keeps them.
+enum class Fetch { kRead, kReadLater, kWriteLater };
+
+// Prefetches `bytes`, which are at least kAtLeast: a loop over the lines of a short row costs as much as its sum.
+template <int kAtLeast = 1, Fetch kFetch = Fetch::kRead>
+GOSSAMER_INLINE void prefetch_lines(const void* from, int64_t bytes) {
+  constexpr int known = (kAtLeast + 63) / 64 * 64, write = kFetch == Fetch::kWriteLater, level = kFetch == Fetch::kRead ? 3 : 2;
+  const char* at = static_cast<const char*>(from);
+#pragma GCC unroll 16
+  for (int line = 0; line < known; line += 64) __builtin_prefetch(at + line, write, level);
+  for (int64_t line = known; line < bytes; line += 64) __builtin_prefetch(at + line, write, level);
+}

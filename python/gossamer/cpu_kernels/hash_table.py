@@ -35,7 +35,7 @@ def _view(storage: Any) -> _C.HashTableView:
 
 def find(storage: Any, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
-    slots = torch.empty(keys.shape[0], dtype=torch.int64)
+    slots = empty_huge((keys.shape[0],), torch.int64)
     _C.hash_table_find(_view(storage), vector(keys), keys.shape[0], slots.data_ptr(), torch.get_num_threads())
     return slots
 
@@ -54,8 +54,8 @@ def insert(
     """Find or insert each key; arguments and results as the reference's."""
     n = keys.shape[0]
     scores = None if scores is None else scores.contiguous()
-    slots, status = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.uint8)
-    victims = [torch.empty(n, dtype=torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
+    slots, status = empty_huge((n,), torch.int64), torch.empty(n, dtype=torch.uint8)
+    victims = [empty_huge((n,), torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
     new_keys, *counts = _C.hash_table_insert(
         _view(storage),
         vector(keys),
