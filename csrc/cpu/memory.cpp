@@ -1,10 +1,32 @@
 #include "cpu/memory.h"
 
+#include <new>
+
+#include "cpu/page_pool.h"
+#include "cpu/recorder.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace gossamer {
+
+void ScratchDelete::operator()(char* p) const {
+  if (bytes >= PagePool::kLeast) return PagePool::instance().give_back(p);
+  note_memory(-static_cast<int64_t>(bytes));
+  ::operator delete(p, std::align_val_t{Arena::kAlign});
+}
+
+Scratch allocate_scratch(size_t bytes) {
+  if (bytes >= PagePool::kLeast) {
+    auto* data = static_cast<char*>(PagePool::instance().take(bytes + Arena::kAlign));
+    if (!data) throw std::bad_alloc();
+    return Scratch(data, ScratchDelete{bytes});
+  }
+  auto* data = static_cast<char*>(::operator new(bytes + Arena::kAlign, std::align_val_t{Arena::kAlign}));
+  note_memory(static_cast<int64_t>(bytes));
+  return Scratch(data, ScratchDelete{bytes});
+}
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -4,9 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <new>
-
-#include "cpu/recorder.h"
 
 namespace gossamer {
 
@@ -30,21 +27,15 @@ class Arena {
   size_t used_ = 0;
 };
 
-struct AlignedDelete {
+struct ScratchDelete {
   size_t bytes = 0;
 
-  void operator()(char* p) const {
-    note_memory(-static_cast<int64_t>(bytes));
-    ::operator delete(p, std::align_val_t{Arena::kAlign});
-  }
+  void operator()(char* p) const;
 };
-using Scratch = std::unique_ptr<char, AlignedDelete>;
+using Scratch = std::unique_ptr<char, ScratchDelete>;
 
-inline Scratch allocate_scratch(size_t bytes) {
-  auto* data = static_cast<char*>(::operator new(bytes + Arena::kAlign, std::align_val_t{Arena::kAlign}));
-  note_memory(static_cast<int64_t>(bytes));
-  return Scratch(data, AlignedDelete{bytes});
-}
+// Uninitialised memory of a call. Large pieces come from the pool of pages: fresh ones would be cleared in every call.
+Scratch allocate_scratch(size_t bytes);
 
 // Asks for huge pages under a large fresh allocation, so that first touching it takes one fault for 2 MB, not for 4 KB.
 void advise_huge_pages(void* data, size_t bytes);

@@ -19,6 +19,9 @@ class PagePool {
  public:
   static PagePool& instance();
 
+  // Smaller blocks are not worth a huge page.
+  static constexpr size_t kLeast = size_t{1} << 20;
+
   // At least `bytes` bytes on huge pages where the system has them, uninitialised; null when there is no memory.
   void* take(size_t bytes);
   void give_back(void* block);
@@ -44,7 +47,7 @@ class PagePool {
 template <class T>
 class PooledArray {
  public:
-  explicit PooledArray(int64_t count = 0) : pooled_(count * sizeof(T) >= kLeast) {
+  explicit PooledArray(int64_t count = 0) : pooled_(count * sizeof(T) >= PagePool::kLeast) {
     if (count == 0) return;
     data_ = static_cast<T*>(pooled_ ? PagePool::instance().take(count * sizeof(T)) : std::malloc(count * sizeof(T)));
     if (!data_) throw std::bad_alloc();
@@ -65,8 +68,6 @@ class PooledArray {
   T* data() { return data_; }
 
  private:
-  static constexpr size_t kLeast = size_t{1} << 20;
-
   bool pooled_;
   T* data_ = nullptr;
 };

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/radix_sort.h"
 
@@ -39,8 +40,7 @@ struct Lists {
   }
 };
 
-// Uninitialised arrays cut from one block: of several, the C library would return some to the system after each call and
-// clear their pages anew in the next.
+// Uninitialised arrays cut from one block.
 class Workspace {
  public:
   template <class T>
@@ -50,13 +50,13 @@ class Workspace {
   }
 
   void allocate() {
-    block_.reset(new std::byte[bytes_]);
+    block_ = allocate_scratch(bytes_);
     for (auto& set : wanted_) set();
   }
 
  private:
   std::vector<std::function<void()>> wanted_;
-  std::unique_ptr<std::byte[]> block_;
+  Scratch block_;
   size_t bytes_ = 0;
 };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import matrix, unit_rows, vector
+from gossamer.cpu_kernels._native import empty_huge, matrix, unit_rows, vector
 
 
 def bags(
@@ -76,7 +76,7 @@ def gather_reduce(
     weights = None if weights is None else weights.reshape(-1).contiguous()
     num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
     out_dtype = out_dtype or table.dtype
-    out = torch.empty(num_bags, table.shape[1], dtype=kernel_dtype(table, out_dtype))
+    out = empty_huge((num_bags, table.shape[1]), kernel_dtype(table, out_dtype))
     checked = limit is None
     settings = (mean, drop, checked, torch.get_num_threads())
     _C.gather_reduce(matrix(table), *table.shape, lists, vector(weights), matrix(out), *settings)
@@ -99,7 +99,7 @@ def gather_max(
     table = unit_rows(table)
     _flat, lists = bags(index, offsets, None, padding_idx)
     num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
-    out = torch.empty(num_bags, table.shape[1], dtype=kernel_dtype(table, out_dtype))
+    out = empty_huge((num_bags, table.shape[1]), kernel_dtype(table, out_dtype))
     argmax = torch.empty(num_bags if need_argmax else 0, table.shape[1], dtype=torch.int32)
     pointer = argmax.data_ptr() if need_argmax else 0
     _C.gather_max(matrix(table), *table.shape, lists, matrix(out), pointer, drop, torch.get_num_threads())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import matrix, vector
+from gossamer.cpu_kernels._native import empty_huge, matrix, vector
 from gossamer.cpu_kernels.gather_reduce import as_kernel_dtype, bags, kernel_dtype
 
 
@@ -45,7 +45,7 @@ def gather_reduce_tables(
     _flat, lists = bags(index, offsets, layout=layout)
     weights = None if weights is None else weights.contiguous()
     num_bags = (offsets.shape[0] - 1) // layout.shape[0]
-    out = torch.empty(num_bags, sum(spec[3::6]), dtype=kernel_dtype(storage, out_dtype))
+    out = empty_huge((num_bags, sum(spec[3::6])), kernel_dtype(storage, out_dtype))
     settings = (False, drop, True, torch.get_num_threads())
     _C.gather_reduce(flat_matrix(storage), 0, max(spec[3::6]), lists, vector(weights), matrix(out), *settings)
     return out.to(out_dtype)
