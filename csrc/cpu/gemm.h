@@ -7,8 +7,9 @@
 constexpr int kDepth = 128;
 
 // One long chain of additions in float loses several times what the dot products of BLAS lose, which keep a sum per
-// lane; segments of about the square root of the depth do not.
-inline int segment_length(int64_t depth) { return depth < 256 ? 16 : 64; }
+// lane; short segments do not, but each costs a pass over the sums. Long ones are for depths whose products in BLAS, with
+// chains of hundreds, lose more.
+inline int segment_length(int64_t depth) { return depth < 256 ? 16 : depth < 512 ? 64 : 128; }
 
 // The same in packed values.
 template <class P>
@@ -17,7 +18,7 @@ int segment_of(int64_t depth) {
   return kTerms<P> > 1 ? kDepth : segment_length(depth);
 }
 template <class P>
-constexpr int kLongestSegment = kTerms<P> > 1 ? kDepth : 64;
+constexpr int kLongestSegment = kDepth;
 
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
