@@ -43,7 +43,7 @@ FAMILIES = (
     "multi_low_rank",
     "expert_mlp_lora",
 )
-BUDGET = {"quick": 13.0, "full": 30.0}
+BUDGET = {"quick": 11.0, "full": 30.0}
 # Seconds for a call of torch's in a case whose dtype nobody named.
 PATIENCE = {"quick": 1.5, "full": 10.0}
 
