@@ -3,7 +3,8 @@
 ``python tests/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers and
 spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
 any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
-shared memory, the first case of each kernel; with no module all of them.
+shared memory, the first case of each kernel; with no module all of them. ``--brief`` leaves out, but for sm_90, cases
+that differ from one before them in neither tile nor dtype, such as another activation or layout.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 
@@ -79,12 +80,24 @@ def uncovered(module_name: str, arch: int) -> list[str]:
     return sorted(_kernels(module_name) - {case[0].__name__ for case in _cases(module_name, arch)})
 
 
-def _chosen(module_name: str, arch: int) -> list[int]:
-    """Numbers of the cases to compile: all, or the first of each kernel."""
-    kernels = [case[0].__name__ for case in _cases(module_name, arch)]
-    if arch in ARCHS:
-        return list(range(len(kernels)))
-    return [i for i, kernel in enumerate(kernels) if kernel not in kernels[:i]]
+def _kind(case: tuple) -> tuple:
+    """What makes a case stand for others: its kernel, dtypes, tile and way of loading."""
+    kernel, signature, constexprs, options = case
+    dtypes = sorted({t.split(":")[0] for t in signature.values() if t.startswith("*")})
+    tile = [(k, v) for k, v in constexprs.items() if k.startswith("BLOCK") or k.endswith("TMA")]
+    return kernel.__name__, *dtypes, *tile, *options.items()
+
+
+def _chosen(module_name: str, arch: int, brief: bool = False) -> list[int]:
+    """Numbers of the cases to compile: all, the first of each kind, or the first of each kernel."""
+    cases = _cases(module_name, arch)
+    if arch in SMALL_ARCHS:
+        kinds = [case[0].__name__ for case in cases]
+    elif brief and arch != 90:
+        kinds = [_kind(case) for case in cases]
+    else:
+        kinds = list(range(len(cases)))
+    return [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
 
 
 def _label(signature: dict, constexprs: dict) -> str:
@@ -117,9 +130,9 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
     return row | numbers | {"error": "; ".join(problems)}
 
 
-def compile_all(archs: list[int], names: list[str], jobs: int) -> list[dict]:
+def compile_all(archs: list[int], names: list[str], jobs: int, brief: bool) -> list[dict]:
     """Compile every case of the modules for every architecture in ``jobs`` processes."""
-    tasks = [(n, a, i) for n in names for a in archs for i in _chosen(n, a)]
+    tasks = [(n, a, i) for n in names for a in archs for i in _chosen(n, a, brief)]
     rows = []
     for name in names:
         for arch in archs:
@@ -138,9 +151,10 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="modules of triton_kernels/ (default: all)")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS + SMALL_ARCHS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--brief", action="store_true", help="leave out cases that are like others, but for sm_90")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
-    rows = compile_all(args.arch or [*ARCHS, *SMALL_ARCHS], args.modules or modules(), args.jobs)
+    rows = compile_all(args.arch or [*ARCHS, *SMALL_ARCHS], args.modules or modules(), args.jobs, args.brief)
     if args.json:
         json.dump(rows, sys.stdout)
         return 0

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("aot_triton.py")
 def rows():
     """Rows of the script's table, from a process of its own: this one may run kernels in the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT, "--json"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SCRIPT, "--json", "--brief"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -360,11 +360,24 @@ def test_operators_are_sound(kernel_backend, device):
     torch.library.opcheck(torch.ops.gossamer.adapter_expert_ids.default, (make_ids(device=device), A))
 
 
-def test_compiles_whole(device):
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layers_product_is_sound(device, bias):
+    """Schema, fake kernel and autograd registration of the product that the layer's update is added to."""
+    if device == "cuda":
+        pytest.skip("it is torch's on CUDA")
+    x, weight = torch.randn(M, C, requires_grad=True), torch.randn(N, C, requires_grad=True)
+    args = (x, weight, torch.randn(N, requires_grad=True) if bias else None, "native")
+    torch.library.opcheck(torch.ops.gossamer.base_linear.default, args)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiles_whole(device, whole):
     """A layer with its update compiles in one graph, forward and backward, for any number of rows, with equal bits."""
     weight = torch.randn(N, C, device=device)
 
     def function(x, a, b, ids, weight):
+        if whole:
+            return gossamer.multi_low_rank_linear(x, weight, a, b, ids, scale=1.5)
         return gossamer.multi_low_rank(x, a, b, ids, scale=1.5, out=F.linear(x, weight))
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
