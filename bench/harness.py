@@ -21,6 +21,7 @@ from gossamer.bench.timing import (
     SETTLE_LIMIT,
     clock,
     interleave,
+    keep_freed_memory,
     peak_memory,
     quantile,
     ratio,
@@ -227,6 +228,8 @@ def run(
         sweep: what the cases sweep over, to be kept with the results; see :mod:`gossamer.bench.sweep`.
     """
     device = wanted[0].device
+    if device.type == "cpu":
+        keep_freed_memory()
     stage("measuring the ceilings: a matrix product and a copy")
     ceilings = measure(device, [request.dtype for request in wanted])
     results: list[CaseResult] = []

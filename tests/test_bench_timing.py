@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -159,6 +161,26 @@ def test_a_ratio_is_taken_within_the_rounds():
     assert timing.ratio(ours, slow_machine) == 0.5
     assert timing.ratio(ours, slow_machine[:2]) == 0.5
     assert timing.ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
+
+
+def test_freed_memory_is_kept_once_the_c_library_was_told():
+    """48 MiB that were used and freed are used again without a page being cleared, in a process of its own."""
+    code = """
+import resource, torch
+from gossamer.bench.timing import keep_freed_memory
+kept = keep_freed_memory()
+use = lambda: torch.empty(12 << 20).zero_()
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    use()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    if kept == "False":
+        pytest.skip("the C library has no mallopt")
+    assert int(faults) < 100
 
 
 def test_timer_of_pytest_benchmark_counts_samples_alone():
