@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("aot_triton.py")
+# Minutes of compiling on two cores, which another worker's tests share.
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ template <class T, class P>
 void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack) {
   constexpr int depth = kPackSize<P> / kWide;
   constexpr int64_t step = depth * kTerms<P>;
+  const int segment = std::min(depth, segment_of<P>(w.depth));
   for (int64_t k = 0; k < w.depth; k += step) {
     const int64_t terms = std::min(step, w.depth - k);
     pack_columns<kWide>(w, n, count, k, terms, pack);
@@ -74,7 +75,7 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles(count, [&](auto tile, int64_t i) {
-          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>), depth,
+          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>), segment,
                                                       k == 0, c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
       });
