@@ -112,13 +112,13 @@ class _Bank(nn.Module):
         y = y.clone() if torch.is_grad_enabled() or len(module._forward_hooks) > 1 else y
         return self._updated(args[0] if args else next(iter(kwargs.values())), y)
 
-    def forward_of(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """The forward of a plain linear layer."""
+    def forward_of(self, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        """The forward of a plain linear layer, whose argument callers may name."""
         if self._requests.ids is None:
-            return type(module).forward(module, x)
-        rows = x.reshape(-1, x.shape[-1])
+            return type(module).forward(module, input)
+        rows = input.reshape(-1, input.shape[-1])
         y = self._updated(rows, base_linear(rows, module.weight, module.bias))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*input.shape[:-1], y.shape[-1])
 
     def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y``, written to, with the updates added."""

@@ -95,6 +95,13 @@ def row_adapters(routing: Dispatch) -> torch.Tensor:
     return torch.where(sorted_ids >= routing.num_experts, -1, sorted_ids)
 
 
+def _check_ids(adapter_ids: torch.Tensor, x: torch.Tensor) -> None:
+    """An id for each row of ``x (..., C)``."""
+    check_index("adapter_ids", adapter_ids)
+    check_shape("adapter_ids", adapter_ids, tuple(x.shape[:-1]), "that of x but its last dimension")
+    check_same_device(x=x, adapter_ids=adapter_ids)
+
+
 def _check_ranks(ranks: torch.Tensor | None, rank: int) -> None:
     """On the CPU a rank outside ``[0, r]`` is an error. Reads values, so it stands inside the operators."""
     if ranks is None or ranks.device.type != "cpu" or not bool(((ranks < 0) | (ranks > rank)).any()):
@@ -302,9 +309,7 @@ def multi_low_rank(
                 f"{routing.num_tokens} rows, {routing.top_k} slots each, {routing.num_experts} adapters"
             )
     else:
-        check_index("adapter_ids", adapter_ids)
-        check_shape("adapter_ids", adapter_ids, tuple(x.shape[:-1]), "that of x but its last dimension")
-        check_same_device(x=x, adapter_ids=adapter_ids)
+        _check_ids(adapter_ids, x)
         routing = adapter_dispatch(adapter_ids, num_adapters)
     if isinstance(scale, torch.Tensor):
         check_shape("scale", scale, (num_adapters,), "(A,)")
@@ -384,8 +389,7 @@ def multi_low_rank_linear(
     x, weight, a, b, bias = autocast(x, weight, a, b, bias)
     check_same_device(x=x, weight=weight, bias=bias)
     if not isinstance(adapter_ids, Dispatch):
-        check_index("adapter_ids", adapter_ids)
-        check_shape("adapter_ids", adapter_ids, tuple(x.shape[:-1]), "that of x but its last dimension")
+        _check_ids(adapter_ids, x)
         adapter_ids = adapter_ids.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
     y = base_linear(rows, weight, bias)
