@@ -17,8 +17,6 @@ int segment_of(int64_t depth) {
   // Pairs of bfloat16 bring errors of their own, far above those of a long chain of additions in float.
   return kTerms<P> > 1 ? kDepth : segment_length(depth);
 }
-template <class P>
-constexpr int kLongestSegment = kDepth;
 
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
@@ -338,9 +336,9 @@ struct GradientSink {
   bool first, last;
 };
 
-// Blocks of tokens that a weight gradient sums in registers before it adds to memory, about a segment long.
+// Blocks of tokens that a weight gradient sums in registers before it adds to memory, about the longest segment.
 template <class P>
-constexpr int64_t kOuterBlocks = std::max(1, kLongestSegment<P> / kPanelWidth<P>);
+constexpr int64_t kOuterBlocks = std::max(1, kDepth / kPanelWidth<P>);
 
 // c (+)= Σ_token a[i][token] · b[token] over the blocks first .. last of a. Its sums must live in registers, so each form is
 // a function of its own.

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/page_pool.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/sparse_update.h"
 
@@ -76,9 +76,21 @@ void search(const Table& t, const int64_t* beside, IndexArray keys, int64_t begi
   }
 }
 
+// Keys or positions, uninitialised.
+class Numbers {
+ public:
+  explicit Numbers(int64_t count) : memory_(allocate_scratch(count * sizeof(int64_t))) {}
+
+  int64_t* data() const { return reinterpret_cast<int64_t*>(memory_.get()); }
+  int64_t& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  Scratch memory_;
+};
+
 // Positions of a batch, in order.
 struct Positions {
-  PooledArray<int64_t> at;
+  Numbers at;
   int64_t size = 0;
 };
 
@@ -89,7 +101,7 @@ class Groups {
     while (((a.table.num_partitions - 1) >> shift_) >= kMaxGroups) ++shift_;
     const int64_t groups = threads > 1 ? ((a.table.num_partitions - 1) >> shift_) + 1 : 1;
     const int64_t count = missing.size;
-    const PooledArray<int64_t>& positions = missing.at;
+    const Numbers& positions = missing.at;
     begins_.assign(groups + 1, 0);
     begins_[groups] = count;
     leaving_.resize(groups);
@@ -217,7 +229,7 @@ class Groups {
     return static_cast<int64_t>(((h >> 32) * static_cast<uint64_t>(t.num_partitions)) >> 32) >> shift_;
   }
 
-  PooledArray<int64_t> keys_, positions_;
+  Numbers keys_, positions_;
   std::vector<int64_t> begins_;
   std::vector<std::vector<int64_t>> leaving_;
   std::vector<HashInsertCounts> counts_;
@@ -241,7 +253,7 @@ void set_shared(T* at, T value) {
 
 // Serves the keys that are in the table; returns the positions of the others.
 Positions serve_present(const HashInsertArgs& a, int threads) {
-  Positions missing{PooledArray<int64_t>(a.count)};
+  Positions missing{Numbers(a.count)};
   std::vector<Team::Range> found(threads);
   const Evict policy = a.batch.policy;
   parallel_team(threads, [&](Team team) {

@@ -2,13 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <cstdlib>
 #include <deque>
 #include <mutex>
-#include <new>
 #include <unordered_map>
-#include <utility>
 
 namespace gossamer {
 
@@ -41,35 +37,6 @@ class PagePool {
   std::unordered_map<void*, size_t> in_use_;
   std::deque<Block> kept_;  // oldest first
   size_t used_bytes_ = 0, most_used_ = 0, kept_bytes_ = 0;
-};
-
-// Uninitialised memory of a call, from the pool where it is as large as its blocks.
-template <class T>
-class PooledArray {
- public:
-  explicit PooledArray(int64_t count = 0) : pooled_(count * sizeof(T) >= PagePool::kLeast) {
-    if (count == 0) return;
-    data_ = static_cast<T*>(pooled_ ? PagePool::instance().take(count * sizeof(T)) : std::malloc(count * sizeof(T)));
-    if (!data_) throw std::bad_alloc();
-  }
-  PooledArray(PooledArray&& other) noexcept : pooled_(other.pooled_), data_(std::exchange(other.data_, nullptr)) {}
-  PooledArray& operator=(PooledArray&&) = delete;
-  ~PooledArray() {
-    if (!data_) return;
-    if (pooled_) {
-      PagePool::instance().give_back(data_);
-    } else {
-      std::free(data_);
-    }
-  }
-
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-  T* data() { return data_; }
-
- private:
-  bool pooled_;
-  T* data_ = nullptr;
 };
 
 }  // namespace gossamer

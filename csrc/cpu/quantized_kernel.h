@@ -143,7 +143,7 @@ template <int Tokens, class P>
 __attribute__((noinline)) void few_tokens_of(const QuantizedMatrix& w, int64_t n, int64_t count, const Panel<P>& panel,
                                              SumOf<P>* c, int64_t c_stride) {
   using T = Term<P>;
-  constexpr int lanes = kLanes<P>, room = kLongestSegment<P> * kTerms<P>;
+  constexpr int lanes = kLanes<P>, room = kDepth * kTerms<P>;
   alignas(64) T tile[lanes * room];
   few_tokens_product<Tokens, P>(count, w.depth(), c, c_stride, [&](auto& sum, int64_t i, int rows, int64_t k, int64_t last) {
     const int64_t depth = last - k;
