@@ -13,7 +13,8 @@ from gossamer.bench.timing import SETTLE_LIMIT, clock, settle
 GEMM_SIZES = {"cuda": (8192,), "cpu": (256, 512, 1024, 2048)}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 SAMPLES = {"cuda": 20, "cpu": 7}
-# A product as long as this, in seconds, tells its rate: some processors take a minute for the largest in bfloat16.
+# Two samples of a product as long as this, in seconds, tell its rate: some processors take a minute for the largest in
+# bfloat16.
 LONG = 0.2
 
 
@@ -57,10 +58,10 @@ def measure(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
 
     def fastest(call: Callable[[], object]) -> float:
         call()
-        sample = timer.prepare(call).sample
-        seconds = sample()
-        if seconds > LONG:
-            return seconds
+        timed = timer.prepare(call)
+        sample = timed.sample
+        if timed.first > LONG:
+            return min(timed.first, sample())
         settle(sample, SETTLE_LIMIT[device.type])
         return min(sample() for _ in range(samples))
 

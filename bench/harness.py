@@ -25,6 +25,7 @@ from gossamer.bench.timing import (
     peak_memory,
     quantile,
     ratio,
+    ratio_interval,
     settle,
 )
 
@@ -84,6 +85,10 @@ class Row:
     def times(self, other: Row) -> float:
         """Time over that of another variant, both of them timed: see :func:`gossamer.bench.timing.ratio`."""
         return ratio(self.seconds, other.seconds)
+
+    def times_interval(self, other: Row) -> tuple[float, float]:
+        """What :meth:`times` would be with 90% confidence: see :func:`gossamer.bench.timing.ratio_interval`."""
+        return ratio_interval(self.seconds, other.seconds)
 
 
 @dataclass(frozen=True)
@@ -368,4 +373,5 @@ def _row_json(row: Row, result: CaseResult) -> dict:
         }
         found |= {"fraction_of_ceiling": result.floor / row.median}
         found |= {"ratio_to_dense": row.times(dense) if dense else None}
+        found |= {"ratio_interval": row.times_interval(dense) if dense else None}
     return found

@@ -47,6 +47,12 @@ def _table(head: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
+def _interval(variant: dict) -> str:
+    """The ends of the ratio's interval, where the results have one and it is more than a point."""
+    low, high = variant.get("ratio_interval") or (1.0, 1.0)
+    return "" if low == high else f' <span class="soft">({low:.2f}–{high:.2f})</span>'
+
+
 def _row(case: dict, variant: dict, slowest: float) -> str:
     error = "" if variant["error"] is None else f"{variant['error']:.1e}"
     kind = ' class="ours"' if variant["role"] == OURS else ""
@@ -60,7 +66,7 @@ def _row(case: dict, variant: dict, slowest: float) -> str:
     cells = [
         digits(rate),
         f"{100 * variant['fraction_of_ceiling']:.0f}%",
-        "" if ratio is None else f"{ratio:.2f}",
+        "" if ratio is None else f"{ratio:.2f}{_interval(variant)}",
         "" if host is None else digits(1e3 * host),
         "" if peak is None else digits(peak / 2**20),
         error,
@@ -76,7 +82,7 @@ def _names(case: dict, method: str) -> str:
 
 def _case(case: dict) -> str:
     rate = "TFLOP/s" if case["flops"] else "GB/s"
-    head = ("variant", "ms (p20–p80)", rate, "attainable", "×dense", "host ms", "peak MiB", "error")
+    head = ("variant", "ms (p20–p80)", rate, "attainable", "×dense (90%)", "host ms", "peak MiB", "error")
     slowest = max((v["median"] for v in case["variants"] if v["seconds"]), default=1.0)
     notes = [f"{v['name']}: {v['message']}" for v in case["variants"] if v["message"]]
     for reason in dict.fromkeys(case["skipped"].values()):

@@ -86,13 +86,16 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
     case, dense = result.case, result.row(DENSE)
     ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
-    table = _table("variant", "ms (p20–p80)", rate, "attainable", ratio, "host ms", "peak MiB", "error")
+    table = _table("variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error")
     for row in result.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         if not row.seconds:
             table.add_row(row.name, row.status, "", "", "", "", "", error)
             continue
         times = f"{row.times(dense):.2f}" if dense else ""
+        if dense and row is not dense:
+            low, high = row.times_interval(dense)
+            times += f" ({low:.2f}–{high:.2f})"
         share = f"{100 * result.floor / row.median:.0f}%"
         host = "" if row.host_seconds is None else digits(1e3 * row.host_seconds)
         peak = "" if row.peak_bytes is None else digits(row.peak_bytes / 2**20)

@@ -25,7 +25,7 @@ def variant(name, role, median, flops=1e9):
     timed = {
         "seconds": [median] * 3, "median": median, "p20": 0.9 * median, "p80": 1.2 * median,
         "flops_per_second": flops / median, "bytes_per_second": 1e6 / median, "fraction_of_ceiling": 1e-3 / median,
-        "ratio_to_dense": median / 0.01, "timed_by": "wall clock",
+        "ratio_to_dense": median / 0.01, "ratio_interval": (90 * median, 125 * median), "timed_by": "wall clock",
     }  # fmt: skip
     rest = {"status": "ok", "error": 1e-7, "message": "", "peak_bytes": 2**20, "host_seconds": 2e-5}
     return {"name": name, "role": role} | rest | timed

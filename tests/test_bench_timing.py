@@ -163,6 +163,16 @@ def test_a_ratio_is_taken_within_the_rounds():
     assert timing.ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
 
 
+def test_interval_of_a_ratio_holds_the_true_one_nine_times_of_ten_or_more():
+    assert timing.ratio_interval([3.0, 1.0, 2.0], [1.0, 1.0, 1.0]) == (1.0, 3.0)
+    assert timing.ratio_interval([0.9, 5.0, 1.1, 1.0, 1.2, 0.2, 1.05, 1.3], [1.0] * 8) == (0.9, 1.3)
+    generator = torch.Generator().manual_seed(0)
+    for rounds in (5, 9, 40):
+        ours = torch.randn(2000, rounds, generator=generator).mul(0.2).exp().tolist()
+        held = sum(low <= 1 <= high for low, high in (timing.ratio_interval(r, [1.0] * rounds) for r in ours))
+        assert 0.89 <= held / 2000 <= 0.97
+
+
 def test_freed_memory_is_kept_once_the_c_library_was_told():
     """48 MiB that were used and freed are used again without a page being cleared, in a process of its own."""
     code = """

@@ -41,9 +41,12 @@ def check(
     from gossamer.bench import check_target, harness, report
     from gossamer.bench.case import DIRECTIONS, DTYPES
     from gossamer.bench.profile import check_writable
+    from gossamer.bench.timing import keep_freed_memory
 
     try:
         where = harness.resolve_device(device)
+        if where.type == "cpu":
+            keep_freed_memory()
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if direction not in DIRECTIONS:

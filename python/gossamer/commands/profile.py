@@ -34,6 +34,7 @@ def profile(
     from gossamer.bench import harness, report
     from gossamer.bench import profile as profiling
     from gossamer.bench.nsight import command_line
+    from gossamer.bench.timing import keep_freed_memory
 
     try:
         chosen = harness.family(layer)
@@ -42,6 +43,8 @@ def profile(
             print("run it on a machine with an NVIDIA GPU and Nsight Compute; nothing was run here", file=sys.stderr)
             return
         where = harness.resolve_device(device)
+        if where.type == "cpu":
+            keep_freed_memory()
         for option, path, suffixes in (
             ("--trace", trace, (".json", ".gz")),
             ("--plot", plot, (".png", ".svg")),
