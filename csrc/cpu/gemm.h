@@ -28,6 +28,8 @@ GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, in
                                 int64_t depth) {
   constexpr int whole = Half ? Vecs - 1 : Vecs;
   [[maybe_unused]] HalfVec<SumOf<P>> tail[Rows] = {};
+  // The end of a loop of a hundred rounds is not foreseen.
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     Vec<P> column[Vecs];
 #pragma GCC unroll 4
@@ -114,23 +116,13 @@ GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first,
 template <class P>
 constexpr int kPackSize = kDepth * kGroup;
 
-// What a block product fetches into cache as it goes: `rows` runs of memory, `stride` bytes apart, `step` bytes for each k.
-struct Ahead {
-  const char* base;
-  int64_t stride;
-  int rows, step;
-};
-
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
 // a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
 template <int Rows, int Vecs, int ARow, int AStep, bool Half = false, class P>
 __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_t a_row, const P* b, int depth, int segment,
-                                             bool first, SumOf<P>* c, int64_t c_stride, const Ahead& ahead = {}) {
+                                             bool first, SumOf<P>* c, int64_t c_stride) {
   using S = SumOf<P>;
   for (int k = 0; k < depth; k += segment) {
-    for (int i = 0; i < ahead.rows; ++i) {
-      prefetch_lines<0, Fetch::kReadLater>(ahead.base + i * ahead.stride + k * ahead.step, segment * ahead.step);
-    }
     Vec<S> sum[Rows][Vecs] = {};
     accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
     const bool fresh = first && k == 0;
@@ -145,14 +137,18 @@ __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_
   }
 }
 
+// Rows of a tile of Vecs vectors: at least eight sums, or each would wait for its own last addition.
+template <int Vecs>
+constexpr int kTileRows = Vecs == 1 ? std::max(8, GOSSAMER_TILE_ROWS) : GOSSAMER_TILE_ROWS;
+
 // Calls f with the height of each next tile and its place until `count` rows are covered, rounded up to a multiple of 4.
-static_assert(GOSSAMER_TILE_ROWS % 4 == 0 && kGroup % GOSSAMER_TILE_ROWS == 0);
-template <class F>
+template <int Rows = GOSSAMER_TILE_ROWS, class F>
 GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
+  static_assert(Rows % 4 == 0 && kGroup % Rows == 0);
   int64_t done = 0;
-  while (count - done >= GOSSAMER_TILE_ROWS) {
-    f(std::integral_constant<int, GOSSAMER_TILE_ROWS>{}, done);
-    done += GOSSAMER_TILE_ROWS;
+  while (count - done >= Rows) {
+    f(std::integral_constant<int, Rows>{}, done);
+    done += Rows;
   }
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
@@ -161,7 +157,8 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
 enum class Read { kInPlace, kRows, kColumns };
 
 // c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
-// panel, kDepth deep, are worked on together in the first-level cache; the next `unit` rows are fetched meanwhile.
+// panel, kDepth deep, are worked on together in the first-level cache; the next `unit` rows are fetched meanwhile, some
+// with each tile: many at once would hold up the loads of the product.
 template <Read read, class T, class P>
 void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c,
                       int64_t c_stride, P* pack, bool add) {
@@ -177,7 +174,9 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
     const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
     const int64_t next_rows = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
     const int64_t next_terms = std::min(step, w.depth - next_k);
-    const int64_t runs = columns ? next_terms : next_rows, run_length = columns ? next_rows : next_terms;
+    const int64_t runs = columns ? next_terms : w.col_stride == 1 ? next_rows : 0, run_length = columns ? next_rows : next_terms;
+    const int64_t tiles = blocks * ((count + GOSSAMER_TILE_ROWS - 1) / GOSSAMER_TILE_ROWS), share = (runs + tiles - 1) / tiles;
+    int64_t fetched = 0;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
     const P* a = pack;
     if constexpr (read == Read::kInPlace) {
@@ -188,19 +187,15 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
       pack_rows(w, n, count, k, terms, pack);
     }
     for (int64_t block = 0; block < blocks; ++block) {
-      const bool along_rows = blocks == 1 && !columns && w.col_stride == 1;
-      if (!along_rows && (columns || w.col_stride == 1)) {
-        prefetch_runs(next, columns ? w.col_stride : w.row_stride, runs * block / blocks, runs * (block + 1) / blocks, run_length);
-      }
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
-        const Ahead ahead{reinterpret_cast<const char*>(next), w.row_stride * static_cast<int64_t>(sizeof(T)),
-                          along_rows ? static_cast<int>(next_rows) : 0, static_cast<int>(sizeof(T)) * kTerms<P>};
-        for_tiles(count, [&](auto tile, int64_t i) {
+        for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
+          const int64_t last = std::min(runs, fetched + share * tile / GOSSAMER_TILE_ROWS);
+          prefetch_runs(next, columns ? w.col_stride : w.row_stride, fetched, last, run_length);
+          fetched = last;
           block_product<tile, vectors, a_row, columns ? kGroup : 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
                                                                     depth, segment, !add && k == 0,
-                                                                    c + i * c_stride + block * kPanelWidth<P>, c_stride,
-                                                                    i == 0 ? ahead : Ahead{});
+                                                                    c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
       });
     }
@@ -308,7 +303,8 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>&
     });
   }
   // With few tokens the weights' way from memory is all that counts, and few long streams come faster than many short ones.
-  const int unit = panel.num_blocks() == 1 && !columns ? GOSSAMER_TILE_ROWS : kGroup;
+  const int tile = panel.block_vectors(0) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS;
+  const int unit = panel.num_blocks() == 1 && !columns ? tile : kGroup;
   for (int64_t i = 0; i < count; i += unit) {
     const int rows = static_cast<int>(std::min<int64_t>(unit, count - i));
     SumOf<P>* to = c + i * c_stride;
@@ -338,12 +334,13 @@ struct GradientSink {
 
 // Blocks of tokens that a weight gradient sums in registers before it adds to memory, about the longest segment.
 template <class P>
-constexpr int64_t kOuterBlocks = std::max(1, kDepth / kPanelWidth<P>);
+constexpr int64_t kOuterBlocks = (kDepth + kPanelWidth<P> - 1) / kPanelWidth<P>;
 
 // c (+)= Σ_token a[i][token] · b[token] over the blocks first .. last of a. Its sums must live in registers, so each form is
 // a function of its own.
 template <int Rows, int Vecs, class P>
-__attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b, SumOf<P>* c) {
+__attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b, bool add,
+                                            SumOf<P>* c, int64_t c_stride) {
   using S = SumOf<P>;
   Vec<S> sum[Rows][Vecs] = {};
   for (int64_t block = first; block < last; ++block) {
@@ -355,8 +352,8 @@ __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
-      S* to = c + (r * Vecs + v) * kLanes<S>;
-      store(to, first == 0 ? sum[r][v] : load(to) + sum[r][v]);
+      S* to = c + r * c_stride + v * kLanes<S>;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
@@ -365,17 +362,24 @@ template <int Rows, int Vecs, class T, class P>
 GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P* b, const GradientSink<T>& sink,
                                  int64_t column, int64_t columns) {
   using S = SumOf<P>;
-  alignas(64) S c[Rows * Vecs * kLanes<S>];
-  const int64_t blocks = a.num_blocks();
+  constexpr int width = Vecs * kLanes<S>;
+  alignas(64) S own[Rows * width];
+  // Whole tiles of sums go straight to where they are kept.
+  S* c = sink.last ? nullptr : sink.partial;
+  if constexpr (std::is_same_v<T, S>) c = sink.out;
+  const bool direct = c && rows == Rows && column + width <= columns;
+  c = direct ? c + i * sink.stride + column : own;
+  const int64_t blocks = a.num_blocks(), c_stride = direct ? sink.stride : width;
   for (int64_t block = 0; block < blocks; block += kOuterBlocks<P>) {
-    outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, c);
+    outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, block > 0 || (direct && !sink.first), c, c_stride);
   }
+  if (direct) return;
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < Vecs; ++v) {
       const int64_t place = (i + r) * sink.stride + column + v * kLanes<S>;
       const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - v * kLanes<S>));
       if (valid <= 0) break;
-      Vec<S> value = load(c + (r * Vecs + v) * kLanes<S>);
+      Vec<S> value = load(own + r * width + v * kLanes<S>);
       if (!sink.first) value += sink.partial ? load_valid(sink.partial + place, valid) : load_valid(sink.out + place, valid);
       if (sink.partial && !sink.last) {
         store_valid(sink.partial + place, value, valid);
@@ -386,17 +390,27 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   }
 }
 
-// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns. A tile of
-// rows sweeps all columns before the next, because its results go out to distant rows of memory, one stream a row.
+// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns: a few
+// rows, which the first-level cache holds, with one block of b after the other. The results go out to distant rows of
+// memory, so what the next block writes is fetched meanwhile.
 template <class T, class P>
 void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P>& b, const GradientSink<T>& sink) {
-  for_tiles(last - first, [&](auto tile, int64_t i) {
-    const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
-    for (int64_t block = 0; block < b.num_blocks(); ++block) {
-      const int64_t column = block * kPanelWidth<P>;
-      with_vectors(b.block_vectors(block), [&](auto vectors) {
+  for (int64_t block = 0; block < b.num_blocks(); ++block) {
+    const int64_t column = block * kPanelWidth<P>, next = column + kPanelWidth<P>;
+    const int64_t next_columns = std::min<int64_t>(kPanelWidth<P>, b.width - next);
+    with_vectors(b.block_vectors(block), [&](auto vectors) {
+      for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
+        const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
+        for (int64_t r = first + i; r < first + i + rows; ++r) {
+          const int64_t place = r * sink.stride + next;
+          if (sink.partial) {
+            prefetch_lines<0, Fetch::kWriteLater>(sink.partial + place, next_columns * sizeof(Accumulator<T>));
+          } else {
+            prefetch_lines<0, Fetch::kWriteLater>(sink.out + place, next_columns * sizeof(T));
+          }
+        }
         outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
       });
-    }
-  });
+    });
+  }
 }

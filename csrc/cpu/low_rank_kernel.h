@@ -74,7 +74,7 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
     for (int64_t block = 0; block < panel.num_blocks(); ++block) {
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
-        for_tiles(count, [&](auto tile, int64_t i) {
+        for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
           block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>), segment,
                                                       k == 0, c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });

@@ -181,7 +181,7 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
       for (int64_t block = 0; block < panel.num_blocks(); ++block) {
         with_block(panel, block, [&](auto vectors, auto half) {
           const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
-          for_tiles(rows, [&](auto height, int64_t j) {
+          for_tiles<kTileRows<vectors>>(rows, [&](auto height, int64_t j) {
             SumOf<P>* to = c + (i + j) * c_stride + block * kPanelWidth<P>;
             if (w.transposed) {
               block_product<height, vectors, 1, kGroup, half>(pack + j, 0, b, depth, segment, k == 0, to, c_stride);
