@@ -184,7 +184,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
         }
       });
       clock.lap(Stage::kActivation);
-    });
+    }, 2);
     team.barrier();
     buffers.inner.restart(team);
     buffers.up_low.restart(team);

@@ -52,10 +52,15 @@ struct GroupedDweightArgs {
 void grouped_matmul(const GroupedMatmulArgs& args, int num_threads);
 void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads);
 
-// An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache.
+// Rows of a chunk are a multiple of this, so that blocks of three vectors are full in any instruction set.
+constexpr int64_t kChunkUnit = 48;
+
+// An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache
+// where that leaves enough of them: each chunk reads the expert's weights anew.
 inline int64_t chunk_rows(int64_t width, size_t element_size) {
   constexpr int64_t kPanelBytes = 768 << 10;
-  return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size)), 64, 512) / 32 * 32;
+  const int64_t rows = kPanelBytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size));
+  return std::clamp<int64_t>(rows, 2 * kChunkUnit, 512) / kChunkUnit * kChunkUnit;
 }
 
 // Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.

@@ -38,11 +38,12 @@ struct MultiLowRankBackwardArgs : MultiLowRankArgs {
 void multi_low_rank(const MultiLowRankForwardArgs& args, int num_threads);
 void multi_low_rank_backward(const MultiLowRankBackwardArgs& args, int num_threads);
 
-// A thread works on at most this many rows of one adapter at a time, a multiple of 32: enough to read its factors seldom,
-// few enough that every thread gets some.
+// A thread works on at most this many rows of one adapter at a time: enough to read its factors seldom, few enough that
+// every thread gets some.
+constexpr int64_t kAdapterUnit = 32;
 inline int64_t adapter_chunk(int64_t num_rows, int num_threads) {
   const int64_t share = (num_rows + 4 * num_threads - 1) / (4 * num_threads);
-  return std::clamp<int64_t>((share + 31) / 32 * 32, 32, 128);
+  return std::clamp<int64_t>((share + kAdapterUnit - 1) / kAdapterUnit * kAdapterUnit, kAdapterUnit, 4 * kAdapterUnit);
 }
 
 // Values of a factor that are packed at a time; with the rows in hand they stay in the second-level cache.

@@ -85,10 +85,10 @@ GOSSAMER_INLINE void expand(const S* s, int64_t stride, int64_t count, const Wei
 template <class F>
 void each_adapter_chunk(const Groups& groups, int64_t limit, WorkQueue& queue, Team team, F&& f) {
   int64_t count = 0;
-  for_chunks(groups, limit, [&](const Chunk&) { ++count; });
+  for_chunks(groups, limit, [&](const Chunk&) { ++count; }, kAdapterUnit);
   const auto chunks = std::make_unique<Chunk[]>(count);
   int64_t next = 0;
-  for_chunks(groups, limit, [&](const Chunk& chunk) { chunks[next++] = chunk; });
+  for_chunks(groups, limit, [&](const Chunk& chunk) { chunks[next++] = chunk; }, kAdapterUnit);
   queue.each(team, count, 1, [&](int64_t i, int64_t) { f(chunks[i]); });
 }
 

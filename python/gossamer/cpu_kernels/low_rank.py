@@ -14,7 +14,7 @@ Mask = tuple[int, int] | None
 
 
 # Rows from which torch's product is the faster on AVX2: along a weight's rows, along its columns, and for its gradient.
-_ALONG_ROWS, _ALONG_COLUMNS, _GRADIENT = 256, 96, 1
+_ALONG_ROWS, _ALONG_COLUMNS, _GRADIENT = 2048, 96, 1
 
 
 def _by_torch(dtype: torch.dtype, rows: int, avx2_rows: int) -> bool:
