@@ -1,7 +1,8 @@
 // Many low-rank updates and their gradients of one instruction set; see isa_kernels.h.
 //
 // The products here are skinny: r columns from long rows, or long rows from r columns. Rows are read where they lie, a few
-// at a time; factors are packed with their narrow side along the depth or in the lanes.
+// at a time; factors are packed with their narrow side along the depth or in the lanes, or, for a few rows, which would not
+// repay that, go through registers.
 
 // Packs w(n .. n+panel.width, k .. k+panel.depth): the weight's rows in lanes, its columns along the depth.
 template <class T, class S>
@@ -16,19 +17,116 @@ void pack_factor(const Weight<T>& w, int64_t n, int64_t k, const Panel<S>& panel
   }
 }
 
-// How much of a factor to pack at a time, in whole units: a little when few rows use it, so that it stays in the
-// first-level cache; else as much as fits the second level, so that rows stream by once.
-GOSSAMER_INLINE int64_t factor_span(int64_t rows, int64_t narrow, int64_t unit) {
-  return rows <= GOSSAMER_TILE_ROWS ? unit : std::max<int64_t>(1, kFactorPack / (narrow * unit)) * unit;
+// How much of a factor to pack at a time, in whole units: as much as fits the second-level cache, so that rows stream by
+// once.
+GOSSAMER_INLINE int64_t factor_span(int64_t narrow, int64_t unit) {
+  return std::max<int64_t>(1, kFactorPack / (narrow * unit)) * unit;
+}
+
+constexpr int64_t kDirectRows = 8;
+
+// Calls f with the number of rows, or a little more, as a constant.
+template <int Rows = 1, class F>
+GOSSAMER_INLINE void with_direct_rows(int64_t rows, F&& f) {
+  if constexpr (Rows < kDirectRows) {
+    if (rows > Rows) return with_direct_rows<2 * Rows>(rows, f);
+  }
+  f(std::integral_constant<int, Rows>{});
+}
+
+// sum[i] = Σ_k value(i, k) · w(n .. n+lanes, k) for first <= k < last, in order, as block_product sums; `valid` of these rows of
+// the weight exist.
+template <class S, int Rows, class T, class Value>
+GOSSAMER_INLINE void direct_sum(Vec<S> (&sum)[Rows], const Weight<T>& w, int64_t n, int valid, int64_t first, int64_t last,
+                                Value&& value) {
+  constexpr int lanes = kLanes<S>;
+  const T* from = w.base + n * w.row_stride;
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) sum[i] = Vec<S>{};
+  const auto add = [&](int64_t k, Vec<S> weights) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) sum[i] = fma(splat(value(i, k)), weights, sum[i]);
+  };
+  if (w.col_stride != 1) {
+    for (int64_t k = first; k < last; ++k) add(k, load_lanes<S>(from + k * w.col_stride, static_cast<const T*>(nullptr), valid));
+    return;
+  }
+  for (int64_t k = first; k < last; k += lanes) {
+    Vec<S> v[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = i >= valid ? Vec<S>{} : load_terms<S>(from + i * w.row_stride + k, last - k);
+    transpose<S>(v);
+    if (last - k >= lanes) {
+#pragma GCC unroll 16
+      for (int j = 0; j < lanes; ++j) add(k + j, v[j]);
+    } else {
+      for (int j = 0; j < last - k; ++j) add(k + j, v[j]);
+    }
+  }
+}
+
+// shrink() for a few rows.
+template <int Rows, class T, class S>
+__attribute__((noinline)) void shrink_directly(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64_t stride,
+                                               const MultiLowRankBuffers<T>& own) {
+  constexpr int lanes = kLanes<S>;
+  const int segment = segment_length(w.depth);
+  for (int64_t first = 0; first < w.depth; first += segment) {
+    const int64_t last = std::min<int64_t>(w.depth, first + segment);
+    const S* values[Rows];
+    for (int i = 0; i < Rows; ++i) {
+      const T* from = rows[std::min<int64_t>(i, count - 1)] + first;
+      if constexpr (std::is_same_v<T, S>) {
+        values[i] = from;
+      } else {
+        S* to = own.rows + i * kDepth;
+        for (int64_t k = 0; k < last - first; k += lanes) store(to + k, load_terms<S>(from + k, last - first - k));
+        values[i] = to;
+      }
+    }
+    for (int64_t n = 0; n < w.num_rows; n += lanes) {
+      Vec<S> sum[Rows];
+      direct_sum<S>(sum, w, n, static_cast<int>(std::min<int64_t>(lanes, w.num_rows - n)), first, last,
+                 [&](int i, int64_t k) { return values[i][k - first]; });
+      for (int i = 0; i < Rows && i < count; ++i) {
+        S* to = s + i * stride + n;
+        store(to, first == 0 ? sum[i] : load(to) + sum[i]);
+      }
+    }
+  }
+}
+
+// expand() for a few rows.
+template <int Rows, class T, class S, class F>
+__attribute__((noinline)) void expand_directly(const S* s, int64_t stride, int64_t count, const Weight<T>& w, const F& f) {
+  constexpr int lanes = kLanes<S>;
+  const int segment = segment_length(w.depth);
+  const S* values[Rows];
+  for (int i = 0; i < Rows; ++i) values[i] = s + std::min<int64_t>(i, count - 1) * stride;
+  for (int64_t n = 0; n < w.num_rows; n += lanes) {
+    const int valid = static_cast<int>(std::min<int64_t>(lanes, w.num_rows - n));
+    Vec<S> total[Rows];
+    for (int64_t first = 0; first < w.depth; first += segment) {
+      Vec<S> sum[Rows];
+      direct_sum<S>(sum, w, n, valid, first, std::min<int64_t>(w.depth, first + segment),
+                 [&](int i, int64_t k) { return values[i][k]; });
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) total[i] = first == 0 ? sum[i] : total[i] + sum[i];
+    }
+    for (int i = 0; i < Rows && i < count; ++i) f(i, n, total[i], valid);
+  }
 }
 
 // s[i][j] = Σ_k rows[i][k] · w(j, k) for `count` rows; s has room for a multiple of 4 of them.
 template <class T, class S>
 void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64_t stride,
             const MultiLowRankBuffers<T>& own) {
+  if (count <= kDirectRows) {
+    return with_direct_rows(count, [&](auto few) { shrink_directly<few>(rows, count, w, s, stride, own); });
+  }
   constexpr int lanes = kLanes<S>;
   const int segment = segment_length(w.depth);
-  const int64_t span = factor_span(count, stride, kDepth);
+  const int64_t span = factor_span(stride, kDepth);
   for (int64_t first = 0; first < w.depth; first += span) {
     const Panel<S> factor{own.pack, std::min(span, w.depth - first), w.num_rows};
     pack_factor(w, 0, first, factor, own.runs);
@@ -56,9 +154,12 @@ void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64
 template <class T, class S, class F>
 GOSSAMER_INLINE void expand(const S* s, int64_t stride, int64_t count, const Weight<T>& w,
                             const MultiLowRankBuffers<T>& own, F&& f) {
+  if (count <= kDirectRows) {
+    return with_direct_rows(count, [&](auto few) { expand_directly<few, T, S>(s, stride, count, w, f); });
+  }
   constexpr int lanes = kLanes<S>;
   const int segment = segment_length(w.depth), depth = static_cast<int>(w.depth);
-  const int64_t span = factor_span(count, w.depth, kPanelWidth<S>);
+  const int64_t span = factor_span(w.depth, kPanelWidth<S>);
   for (int64_t first = 0; first < w.num_rows; first += span) {
     const Panel<S> factor{own.pack, w.depth, std::min(span, w.num_rows - first)};
     pack_factor(w, first, 0, factor, own.runs);
