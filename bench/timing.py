@@ -214,8 +214,9 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def ratio_interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     """The ends of a confidence interval of :func:`ratio`, from the order of the rounds' ratios alone.
 
-    Each round is below the true median as likely as above it, so that how many are is binomial. The interval leaves out as
-    many at both ends as keep its confidence at 90% or more; of four rounds and fewer it is the whole range, which has less.
+    Each round is below the true median as likely as above it, so that how many are is binomial. The interval leaves
+    out as many at both ends as keep its confidence at 90% or more; of four rounds and fewer it is the whole range,
+    which has less.
     """
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=False))
     n, outside, ways = len(ratios), 0, 1

@@ -44,3 +44,32 @@ def test_rows_do_not_depend_on_their_company(isa, dtype, depth, layout):
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33):
         alone = product(count)
         assert torch.equal(alone, together[:count]), f"{count} rows"
+
+
+# Ranks of part of a vector and of two segments of a sum; widths that are no whole number of vectors, deep enough for
+# several segments.
+@pytest.mark.parametrize("rank", [5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_updated_rows_do_not_depend_on_their_company(isa, dtype, rank):
+    """However many rows share an adapter, a row and the gradient of its x have the same bits, and they are right."""
+    rows, depth, width = 40, 531, 45
+    x = torch.randn(rows, depth).to(dtype)
+    a, b = (torch.randn(1, rank, depth) / depth**0.5).to(dtype), (torch.randn(1, width, rank) / rank**0.5).to(dtype)
+    dy = torch.randn(rows, width).to(dtype)
+
+    def update(count):
+        leaf = x[:count].clone().requires_grad_()
+        with gossamer.backend("native"):
+            y = gossamer.multi_low_rank(leaf, a, b, torch.zeros(count, dtype=torch.int64), scale=2.0)
+        (dx,) = torch.autograd.grad(y, leaf, dy[:count])
+        return y.detach(), dx
+
+    together = update(rows)
+    if dtype != torch.float64:
+        truth = 2.0 * x.double() @ a[0].double().mT @ b[0].double().mT
+        assert_close(together[0], truth, 2.0 * x @ a[0].mT @ b[0].mT)
+        truth = 2.0 * dy.double() @ b[0].double() @ a[0].double()
+        assert_close(together[1], truth, 2.0 * dy @ b[0] @ a[0])
+    for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33):
+        for alone, all_of_them in zip(update(count), together, strict=True):
+            assert torch.equal(alone, all_of_them[:count]), f"{count} rows"
