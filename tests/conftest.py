@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Workers share the cores: threads that spin while they wait would keep each other from running. Read when torch loads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Triton reads this once, when it is first imported; without a GPU its kernels run in its interpreter.

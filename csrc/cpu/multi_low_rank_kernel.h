@@ -105,7 +105,7 @@ __attribute__((noinline)) void expand_directly(const S* s, int64_t stride, int64
   for (int i = 0; i < Rows; ++i) values[i] = s + std::min<int64_t>(i, count - 1) * stride;
   for (int64_t n = 0; n < w.num_rows; n += lanes) {
     const int valid = static_cast<int>(std::min<int64_t>(lanes, w.num_rows - n));
-    Vec<S> total[Rows];
+    Vec<S> total[Rows] = {};
     for (int64_t first = 0; first < w.depth; first += segment) {
       Vec<S> sum[Rows];
       direct_sum<S>(sum, w, n, valid, first, std::min<int64_t>(w.depth, first + segment),
