@@ -282,10 +282,10 @@ __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int6
 }
 
 // Calls f with the number of tokens, or a little more, as a constant: the lanes past a panel's end are zero.
-template <int Tokens = 1, class F>
+template <int Most = kFewTokens, int Tokens = 1, class F>
 GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
-  if constexpr (Tokens < kFewTokens) {
-    if (tokens > Tokens) return with_few_tokens<Tokens * 2>(tokens, f);
+  if constexpr (Tokens < Most) {
+    if (tokens > Tokens) return with_few_tokens<Most, Tokens * 2>(tokens, f);
   }
   f(std::integral_constant<int, Tokens>{});
 }

@@ -23,16 +23,8 @@ GOSSAMER_INLINE int64_t factor_span(int64_t narrow, int64_t unit) {
   return std::max<int64_t>(1, kFactorPack / (narrow * unit)) * unit;
 }
 
-constexpr int64_t kDirectRows = 8;
-
-// Calls f with the number of rows, or a little more, as a constant.
-template <int Rows = 1, class F>
-GOSSAMER_INLINE void with_direct_rows(int64_t rows, F&& f) {
-  if constexpr (Rows < kDirectRows) {
-    if (rows > Rows) return with_direct_rows<2 * Rows>(rows, f);
-  }
-  f(std::integral_constant<int, Rows>{});
-}
+// Up to so many rows of an adapter do not repay packing its factors.
+constexpr int kDirectRows = 8;
 
 // sum[i] = Σ_k value(i, k) · w(n .. n+lanes, k) for first <= k < last, in order, as block_product sums; `valid` of these rows of
 // the weight exist.
@@ -122,7 +114,7 @@ template <class T, class S>
 void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64_t stride,
             const MultiLowRankBuffers<T>& own) {
   if (count <= kDirectRows) {
-    return with_direct_rows(count, [&](auto few) { shrink_directly<few>(rows, count, w, s, stride, own); });
+    return with_few_tokens<kDirectRows>(count, [&](auto few) { shrink_directly<few>(rows, count, w, s, stride, own); });
   }
   constexpr int lanes = kLanes<S>;
   const int segment = segment_length(w.depth);
@@ -155,7 +147,7 @@ template <class T, class S, class F>
 GOSSAMER_INLINE void expand(const S* s, int64_t stride, int64_t count, const Weight<T>& w,
                             const MultiLowRankBuffers<T>& own, F&& f) {
   if (count <= kDirectRows) {
-    return with_direct_rows(count, [&](auto few) { expand_directly<few, T, S>(s, stride, count, w, f); });
+    return with_few_tokens<kDirectRows>(count, [&](auto few) { expand_directly<few, T, S>(s, stride, count, w, f); });
   }
   constexpr int lanes = kLanes<S>;
   const int segment = segment_length(w.depth), depth = static_cast<int>(w.depth);
