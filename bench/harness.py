@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
@@ -19,13 +19,16 @@ from gossamer.bench.timing import (
     HOST_SAMPLES,
     PEAK_MEMORY_METHOD,
     SETTLE_LIMIT,
+    Samples,
+    Timed,
+    Turns,
     clock,
-    interleave,
     keep_freed_memory,
     peak_memory,
     quantile,
     ratio,
     ratio_interval,
+    resident_bytes,
     settle,
 )
 
@@ -45,9 +48,15 @@ FAMILIES = (
     "multi_low_rank",
     "expert_mlp_lora",
 )
-BUDGET = {"quick": 11.0, "full": 30.0}
+BUDGET = {"quick": 10.0, "full": 30.0}
 # Seconds for a call of torch's in a case whose dtype nobody named.
 PATIENCE = {"quick": 1.5, "full": 10.0}
+# Cases on the CPU take turns as well, so many and while their memory allows it: the time of each is spread over so many
+# visits. A host that moves its guests about, or has other work, changes for seconds at a time what some calls cost and
+# others do not, and a case that was timed at one go would be measured in one such state.
+TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
+# Calls shorter than this, in seconds, find the caches as another case left them, and are called once before a visit.
+BRIEF_CALL = 0.01
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Row:
         error: largest relative RMS error against float64; None where it was not judged.
         message: why it is wrong or failed, or a remark.
         seconds: every sample; empty unless ok.
+        rounds: the round in which each was taken.
         peak_bytes: memory at the peak of a call; None where it was not measured.
         host_seconds: on CUDA, what the host needs to issue a call; on the CPU, what a call costs with next to no work.
             None where it was not measured.
@@ -73,6 +83,7 @@ class Row:
     error: float | None
     message: str
     seconds: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
     peak_bytes: int | None = None
     host_seconds: float | None = None
     timed_by: str = ""
@@ -84,16 +95,20 @@ class Row:
 
     def times(self, other: Row) -> float:
         """Time over that of another variant, both of them timed: see :func:`gossamer.bench.timing.ratio`."""
-        return ratio(self.seconds, other.seconds)
+        return ratio(self._samples, other._samples)
 
     def times_interval(self, other: Row) -> tuple[float, float]:
         """What :meth:`times` would be with 90% confidence: see :func:`gossamer.bench.timing.ratio_interval`."""
-        return ratio_interval(self.seconds, other.seconds)
+        return ratio_interval(self._samples, other._samples)
+
+    @property
+    def _samples(self) -> Samples:
+        return dict(zip(self.rounds, self.seconds, strict=True))
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case, what it was built from, its rows, and the least time that the ceilings allow."""
+    """A case without its tensors, what it was built from, its rows, and the least time that the ceilings allow."""
 
     case: Case
     rows: list[Row]
@@ -239,27 +254,32 @@ def run(
     ceilings = measure(device, [request.dtype for request in wanted])
     results: list[CaseResult] = []
     left_out: list[str] = []
-    start = time.perf_counter()
+    waiting: list[_Checked] = []
+
+    def time_those_waiting() -> None:
+        for result in _time(waiting, ceilings, stage, progress):
+            results.append(result)
+            finished(result, ceilings)
+        waiting.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    before = resident_bytes()
     for done, request in enumerate(wanted):
-        stage(_stage(chosen, request, done, len(wanted), time.perf_counter() - start))
+        stage(f"[{done + 1}/{len(wanted)}] {chosen.name} {request.shape} {request.dtype} {request.direction}")
         case = chosen.build(request)
         if (seconds := ceilings.torch_seconds(case)) > patience:
             left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
-            del case  # or its tensors would still be there while the next one's are made
-            continue
-        rows = _run_case(case, chosen, request, budget, progress)
-        result = CaseResult(case, rows, ceilings.floor_seconds(case), request)
-        results.append(result)
-        finished(result, ceilings)
-        del case
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        else:
+            waiting.append(_Checked(case, chosen, request, budget, progress))
+        del case  # or its tensors would still be there while the next one's are made
+        now = resident_bytes()
+        room = before is not None and now is not None and now - before < TOGETHER_BYTES
+        if waiting and (device.type == "cuda" or len(waiting) == TOGETHER or not room):
+            time_those_waiting()
+            before = resident_bytes()
+    time_those_waiting()
     return Results(environment(), ceilings, results, sweep, tuple(left_out))
-
-
-def _stage(chosen: Family, request: Request, done: int, total: int, elapsed: float) -> str:
-    left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
-    return f"[{done + 1}/{total}] {chosen.name} {request.shape} {request.dtype} {request.direction}{left}"
 
 
 def judge(case: Case, variant: Variant, gates: dict) -> Verdict | None:
@@ -277,33 +297,77 @@ def grad_mode(direction: str) -> AbstractContextManager:
     return torch.no_grad() if direction == "forward" else nullcontext()
 
 
-def _run_case(
-    case: Case, chosen: Family, request: Request, budget: float, progress: Callable[[str], None]
-) -> list[Row]:
-    gates: dict = {}
-    rows: dict[str, Row] = {}
-    for variant in case.variants:
-        progress(f"{case.title}: checking {variant.name}")
-        rows[variant.name] = _first_calls(case, variant, gates)
-    gates.clear()
-    timer, limit = clock(case.device), SETTLE_LIMIT[case.device.type]
-    right = [v for v in case.variants if rows[v.name].status == "ok"]
-    with grad_mode(case.direction):
-        progress(f"{case.title}: warming up")
-        timed = {v.name: timer.prepare(v.bare(case.direction)) for v in right}
-        for found in timed.values():
+class _Checked:
+    """A case whose variants were checked, and are timed in one visit or several.
+
+    They are warmed up in the first: checks of other cases give memory back to the system.
+    """
+
+    def __init__(
+        self, case: Case, chosen: Family, request: Request, budget: float, progress: Callable[[str], None]
+    ) -> None:
+        self.case, self._chosen, self.request = case, chosen, request
+        gates: dict = {}
+        self._rows: dict[str, Row] = {}
+        for variant in case.variants:
+            progress(f"{case.title}: checking {variant.name}")
+            self._rows[variant.name] = _first_calls(case, variant, gates)
+        self._budget = budget
+        self._timed: dict[str, Timed] = {}
+
+    def visit(self, share: float, progress: Callable[[str], None]) -> None:
+        """Take samples until ``share`` of all is done."""
+        with grad_mode(self.case.direction):
+            if not self._timed:
+                self._warm_up(progress)
+            for found in self._timed.values():
+                if found.first < BRIEF_CALL:
+                    found.sample()
+            self._turns.take(share, lambda message: progress(f"{self.case.title}: {message}"))
+
+    def _warm_up(self, progress: Callable[[str], None]) -> None:
+        progress(f"{self.case.title}: warming up")
+        timer, limit = clock(self.case.device), SETTLE_LIMIT[self.case.device.type]
+        right = [v for v in self.case.variants if self._rows[v.name].status == "ok"]
+        self._timed = {v.name: timer.prepare(v.bare(self.case.direction)) for v in right}
+        for found in self._timed.values():
             if found.first < limit:
                 settle(found.sample, limit)
-        samplers = {name: found.sample for name, found in timed.items()}
-        compared = {row.name for row in rows.values() if row.role in (OURS, DENSE)}
-        samples = interleave(samplers, budget, lambda message: progress(f"{case.title}: {message}"), compared)
-    progress(f"{case.title}: host latency")
-    host = {name: found.host for name, found in timed.items()}
-    if case.device.type == "cpu":
-        host = _host_latency(chosen, request)
-    for name, seconds in samples.items():
-        rows[name] = replace(rows[name], seconds=seconds, host_seconds=host.get(name), timed_by=timed[name].method)
-    return list(rows.values())
+        compared = {v.name for v in right if v.role in (OURS, DENSE)}
+        self._turns = Turns({name: found.sample for name, found in self._timed.items()}, self._budget, compared)
+
+    def rows(self, progress: Callable[[str], None]) -> list[Row]:
+        """What was found, with the host's latency."""
+        progress(f"{self.case.title}: host latency")
+        host = {name: found.host for name, found in self._timed.items()}
+        if self.case.device.type == "cpu":
+            host = _host_latency(self._chosen, self.request)
+        for name, samples in self._turns.samples.items():
+            self._rows[name] = replace(
+                self._rows[name],
+                seconds=list(samples.values()),
+                rounds=list(samples),
+                host_seconds=host.get(name),
+                timed_by=self._timed[name].method,
+            )
+        return list(self._rows.values())
+
+
+def _time(
+    cases: list[_Checked], ceilings: Ceilings, stage: Callable[[str], None], progress: Callable[[str], None]
+) -> Iterator[CaseResult]:
+    """Time cases that are there together, each in turn; the result of each."""
+    start, visits = time.perf_counter(), VISITS if len(cases) > 1 else 1
+    for visit in range(visits):
+        for checked in cases:
+            checked.visit((visit + 1) / visits, progress)
+        if visit == 0 and visits > 1:
+            left = (time.perf_counter() - start) * (visits - 1)
+            stage(f"timing {len(cases)} cases in turns, about {left:.0f} s left")
+    for checked in cases:
+        without_tensors = replace(checked.case, variants=(), gates={})
+        rows = checked.rows(progress)
+        yield CaseResult(without_tensors, rows, ceilings.floor_seconds(checked.case), checked.request)
 
 
 def _host_latency(chosen: Family, request: Request) -> dict[str, float]:

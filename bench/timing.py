@@ -15,8 +15,8 @@ import gossamer
 
 Call = Callable[[], object]
 
-# A median of three samples is taken only of calls so long, in seconds, that nine would try the user's patience.
-MIN_ROUNDS, ROUNDS, LONG_CALL, MAX_ROUNDS = 3, 9, 1.6, 500
+# Samples of a call: so many while they take no longer than ROUNDS_SECONDS together, and at least MIN_ROUNDS.
+MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 18, 6.0, 500
 # The share of the time that goes to the calls whose ratio counts.
 COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9
@@ -158,67 +158,77 @@ def settle(sample: Callable[[], float], limit: float) -> bool:
     return False
 
 
-def interleave(
-    samplers: Mapping[str, Callable[[], float]],
-    budget: float,
-    progress: Callable[[str], None] = lambda message: None,
-    compared: Collection[str] = (),
-) -> dict[str, list[float]]:
-    """Time several calls in turns, so that a change in the machine's speed meets all of them alike.
+# Round -> seconds of the sample that a call took in it.
+Samples = dict[int, float]
+
+
+class Turns:
+    """Several calls that are timed in turns, so that a change in the machine's speed meets all of them alike.
+
+    Each has a turn a round; the order turns from round to round. A call that has had its time sits out.
 
     Args:
-        samplers: name -> takes one sample of a call that is warmed up. Each has a turn a round; the order turns from
-            round to round.
-        budget: seconds for all together; a call that has used its share sits out once it has ``ROUNDS`` samples, or
-            ``MIN_ROUNDS`` if one takes over ``LONG_CALL`` seconds. Three quarters are for those compared.
-        progress: told what is going on.
+        samplers: name -> takes one sample of a call that is warmed up.
+        budget: seconds for all together, three quarters of them for those compared.
         compared: the calls whose ratio counts. They share their time and sit out together, so that every sample of
             one has its partner in the same round.
 
-    Returns:
-        Name -> seconds of each sample; the i-th of every call is from the same round.
+    Attributes:
+        samples: name -> what was measured so far.
     """
-    names = list(samplers)
-    pair = [n for n in names if n in compared]
-    others = [n for n in names if n not in compared]
-    share = 1.0 if not others else 0.0 if not pair else COMPARED_SHARE
-    groups = [(pair, share * budget)] + [([n], (1 - share) * budget / len(others)) for n in others]
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    spent = dict.fromkeys(names, 0.0)
 
-    def wants_more(group: list[str], seconds: float) -> bool:
-        long = any(spent[n] > LONG_CALL * len(samples[n]) for n in group)
-        return len(samples[group[0]]) < (MIN_ROUNDS if long else ROUNDS) or sum(spent[n] for n in group) < seconds
+    def __init__(
+        self, samplers: Mapping[str, Callable[[], float]], budget: float, compared: Collection[str] = ()
+    ) -> None:
+        pair = [n for n in samplers if n in compared]
+        others = [n for n in samplers if n not in compared]
+        share = 1.0 if not others else 0.0 if not pair else COMPARED_SHARE
+        groups = [(pair, share * budget)] + [([n], (1 - share) * budget / len(others)) for n in others]
+        self._samplers, self._groups = samplers, [(group, seconds) for group, seconds in groups if group]
+        self.samples: dict[str, Samples] = {name: {} for name in samplers}
+        self._spent = dict.fromkeys(samplers, 0.0)
+        self._round = 0
 
-    for round_ in range(MAX_ROUNDS):
-        active = [n for group, seconds in groups if group and wants_more(group, seconds) for n in group]
-        if not active:
-            break
-        progress(f"timing, round {round_ + 1}")
-        turn = round_ % len(active)
-        for name in active[turn:] + active[:turn]:
-            start = time.perf_counter()
-            samples[name].append(samplers[name]())
-            spent[name] += time.perf_counter() - start
-    return samples
+    def take(self, share: float, progress: Callable[[str], None] = lambda message: None) -> None:
+        """Go on until every call has had ``share``, at most 1, of its time and rounds."""
+        while self._round < share * MAX_ROUNDS:
+            active = [n for group, seconds in self._groups if self._wants_more(group, seconds, share) for n in group]
+            if not active:
+                return
+            progress(f"timing, round {self._round + 1}")
+            turn = self._round % len(active)
+            for name in active[turn:] + active[:turn]:
+                start = time.perf_counter()
+                self.samples[name][self._round] = self._samplers[name]()
+                self._spent[name] += time.perf_counter() - start
+            self._round += 1
+
+    def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
+        rounds, spent = len(self.samples[group[0]]), [self._spent[n] for n in group]
+        few = rounds < share * ROUNDS and max(spent) < share * ROUNDS_SECONDS
+        return few or rounds < share * MIN_ROUNDS or sum(spent) < share * seconds
 
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
+def _ratios(ours: Samples, theirs: Samples) -> list[float]:
+    return [seconds / theirs[round_] for round_, seconds in ours.items() if round_ in theirs]
+
+
+def ratio(ours: Samples, theirs: Samples) -> float:
     """Median, over the rounds that both took part in, of our seconds over theirs.
 
     A drift of the machine from one round to the next is in both samples of a round, and so not in their ratio.
     """
-    return quantile([a / b for a, b in zip(ours, theirs, strict=False)], 0.5)
+    return quantile(_ratios(ours, theirs), 0.5)
 
 
-def ratio_interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+def ratio_interval(ours: Samples, theirs: Samples) -> tuple[float, float]:
     """The ends of a confidence interval of :func:`ratio`, from the order of the rounds' ratios alone.
 
     Each round is below the true median as likely as above it, so that how many are is binomial. The interval leaves
     out as many at both ends as keep its confidence at 90% or more; of four rounds and fewer it is the whole range,
     which has less.
     """
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=False))
+    ratios = sorted(_ratios(ours, theirs))
     n, outside, ways = len(ratios), 0, 1
     while 2 * ways <= 0.1 * 2**n:
         outside += 1
@@ -312,6 +322,14 @@ PEAK_MEMORY_METHOD = {
     "cuda": "torch.cuda.max_memory_allocated over the call, less what was allocated before it",
     "cpu": "high-water mark of resident memory (VmHWM) over the call, less what was resident before it",
 }
+
+
+def resident_bytes() -> int | None:
+    """Physical memory of this process; None where the system does not say."""
+    try:
+        return _process_bytes("VmRSS")
+    except OSError:
+        return None
 
 
 def _process_bytes(key: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -54,6 +55,33 @@ def test_wrong_variant_gets_an_error_and_no_speed():
     assert "y: relative RMS error 1.0" in bad.message
     assert good.status == "ok" and len(good.seconds) >= timing.MIN_ROUNDS
     assert not results.correct
+
+
+def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
+    """Two cases in three visits; with no memory to spare, one after the other. Neither keeps its tensors."""
+    monkeypatch.setattr(harness, "VISITS", 3)
+
+    def order_of_calls():
+        order = []
+
+        def build(request: Request) -> Case:
+            def forward():
+                order.append(request.shape)
+                return torch.arange(4.0)
+
+            both = (Variant("ours", OURS, forward, gate=None), Variant("dense", DENSE, forward, gate=None))
+            return Case("fake", "s", {"N": 4}, "fp32", request.device, "forward", both, {}, 8.0, 8.0, {}, "all")
+
+        family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
+        wanted = [Request(s, {"N": 4}, "fp32", torch.device("cpu"), "forward", "uniform") for s in "ab"]
+        results = harness.run(family, wanted, budget=0.0)
+        assert all(r.case.variants == () and len(r.row(OURS).seconds) == timing.ROUNDS for r in results.cases)
+        return "".join(name for name, before in zip(order, [None, *order], strict=False) if name != before)
+
+    assert order_of_calls() == "ab" + "ab" * 3 + "ab"  # checks, visits, host latency
+    growing = itertools.count(0, harness.TOGETHER_BYTES)
+    monkeypatch.setattr(harness, "resident_bytes", lambda: next(growing))
+    assert order_of_calls() == "ab"
 
 
 def test_raising_reference_is_reported_and_the_rest_goes_on():

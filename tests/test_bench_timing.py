@@ -124,10 +124,14 @@ def test_settling_waits_for_the_medians_to_agree_and_no_longer_than_told():
     assert not timing.settle(lambda: time.sleep(0.001) or 1.1 ** next(growing), limit=0.05)
 
 
-@pytest.mark.parametrize(("long_call", "rounds"), [(0.02, timing.MIN_ROUNDS), (60.0, timing.ROUNDS)])
-def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, long_call, rounds):
+def taking(seconds):
+    return lambda: time.sleep(seconds) or seconds
+
+
+@pytest.mark.parametrize(("patience", "rounds"), [(0.01, timing.MIN_ROUNDS), (60.0, timing.ROUNDS)])
+def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, patience, rounds):
     monkeypatch.setattr(timing, "MAX_ROUNDS", 20)
-    monkeypatch.setattr(timing, "LONG_CALL", long_call)
+    monkeypatch.setattr(timing, "ROUNDS_SECONDS", patience)
     order = []
 
     def sample(name, seconds):
@@ -135,41 +139,57 @@ def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, long_call, rounds):
         time.sleep(seconds)
         return seconds
 
-    samplers = {"slow": lambda: sample("slow", 0.03), "quick": lambda: sample("quick", 0.0)}
-    samples = timing.interleave(samplers, budget=0.04)
+    turns = timing.Turns({"slow": lambda: sample("slow", 0.02), "quick": lambda: sample("quick", 0.0)}, budget=0.04)
+    turns.take(1.0)
     assert order[:4] == ["slow", "quick", "quick", "slow"]
-    assert samples == {"slow": [0.03] * rounds, "quick": [0.0] * 20}
+    assert turns.samples == {"slow": dict.fromkeys(range(rounds), 0.02), "quick": dict.fromkeys(range(20), 0.0)}
 
 
 def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(monkeypatch):
     monkeypatch.setattr(timing, "MAX_ROUNDS", 1000)
-
-    def taking(seconds):
-        return lambda: time.sleep(seconds) or seconds
-
     samplers = {"ours": taking(0.002), "peer": taking(0.002), "dense": taking(0.006)}
-    samples = timing.interleave(samplers, budget=0.4, compared=("ours", "dense"))
-    assert len(samples["ours"]) == len(samples["dense"]) and timing.ROUNDS < len(samples["ours"]) <= 38
+    turns = timing.Turns(samplers, budget=0.4, compared=("ours", "dense"))
+    turns.take(1.0)
+    samples = turns.samples
+    assert samples["ours"].keys() == samples["dense"].keys() and timing.ROUNDS < len(samples["ours"]) <= 38
     assert timing.ROUNDS < len(samples["peer"]) <= 50
-    only = timing.interleave({"ours": taking(0.002)}, budget=0.1, compared=("ours", "dense"))
-    assert timing.ROUNDS < len(only["ours"]) <= 50
+    only = timing.Turns({"ours": taking(0.002)}, budget=0.1, compared=("ours", "dense"))
+    only.take(1.0)
+    assert timing.ROUNDS < len(only.samples["ours"]) <= 50
+
+
+def test_time_is_spread_over_visits():
+    """Each of three visits has a third of the rounds of all, also of those of which there are few."""
+    turns = timing.Turns({"ours": taking(0.001), "dense": taking(0.001), "peer": taking(0.001)}, 0.0, ("ours", "dense"))
+    for visit in range(3):
+        turns.take((visit + 1) / 3)
+        assert {len(samples) for samples in turns.samples.values()} == {timing.ROUNDS // 3 * (visit + 1)}
+    turns.take(1.0)
+    assert list(turns.samples["peer"]) == list(range(timing.ROUNDS))
 
 
 def test_a_ratio_is_taken_within_the_rounds():
-    slow_machine = [1.0, 1.0, 3.0, 3.0, 3.0]
-    ours = [0.5 * s for s in slow_machine]
+    slow_machine = dict(enumerate([1.0, 1.0, 3.0, 3.0, 3.0]))
+    ours = {round_: 0.5 * seconds for round_, seconds in slow_machine.items()}
     assert timing.ratio(ours, slow_machine) == 0.5
-    assert timing.ratio(ours, slow_machine[:2]) == 0.5
-    assert timing.ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
+    assert timing.ratio({3: 1.5, 7: 9.0}, slow_machine) == 0.5
+    assert timing.ratio(by_round([1.0, 2.0, 9.0]), by_round([1.0, 1.0, 1.0])) == 2.0
+
+
+def by_round(seconds):
+    return dict(enumerate(seconds))
 
 
 def test_interval_of_a_ratio_holds_the_true_one_nine_times_of_ten_or_more():
-    assert timing.ratio_interval([3.0, 1.0, 2.0], [1.0, 1.0, 1.0]) == (1.0, 3.0)
-    assert timing.ratio_interval([0.9, 5.0, 1.1, 1.0, 1.2, 0.2, 1.05, 1.3], [1.0] * 8) == (0.9, 1.3)
+    assert timing.ratio_interval(by_round([3.0, 1.0, 2.0]), by_round([1.0] * 3)) == (1.0, 3.0)
+    eight = [0.9, 5.0, 1.1, 1.0, 1.2, 0.2, 1.05, 1.3]
+    assert timing.ratio_interval(by_round(eight), by_round([1.0] * 8)) == (0.9, 1.3)
     generator = torch.Generator().manual_seed(0)
     for rounds in (5, 9, 40):
         ours = torch.randn(2000, rounds, generator=generator).mul(0.2).exp().tolist()
-        held = sum(low <= 1 <= high for low, high in (timing.ratio_interval(r, [1.0] * rounds) for r in ours))
+        ones = by_round([1.0] * rounds)
+        found = [timing.ratio_interval(by_round(seconds), ones) for seconds in ours]
+        held = sum(low <= 1 <= high for low, high in found)
         assert 0.89 <= held / 2000 <= 0.97
 
 
