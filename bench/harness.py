@@ -17,6 +17,7 @@ from gossamer.bench.case import DENSE, DIRECTIONS, DTYPES, OURS, Case, Family, R
 from gossamer.bench.ceilings import Ceilings, measure
 from gossamer.bench.timing import (
     HOST_SAMPLES,
+    MIN_ROUNDS,
     PEAK_MEMORY_METHOD,
     SETTLE_LIMIT,
     Samples,
@@ -48,7 +49,7 @@ FAMILIES = (
     "multi_low_rank",
     "expert_mlp_lora",
 )
-BUDGET = {"quick": 10.0, "full": 30.0}
+BUDGET = {"quick": 8.0, "full": 30.0}
 # Seconds for a call of torch's in a case whose dtype nobody named.
 PATIENCE = {"quick": 1.5, "full": 10.0}
 # Cases on the CPU take turns as well, so many and while their memory allows it: the time of each is spread over so many
@@ -57,6 +58,8 @@ PATIENCE = {"quick": 1.5, "full": 10.0}
 TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
 # Calls shorter than this, in seconds, find the caches as another case left them, and are called once before a visit.
 BRIEF_CALL = 0.01
+# Cores are near each other where a cache line takes at most so many times as long between them as it did at best.
+NEAR = 2.5
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Row:
         message: why it is wrong or failed, or a remark.
         seconds: every sample; empty unless ok.
         rounds: the round in which each was taken.
+        near: whether the cores were near each other then, which a host that moves its guests' cores may change.
         peak_bytes: memory at the peak of a call; None where it was not measured.
         host_seconds: on CUDA, what the host needs to issue a call; on the CPU, what a call costs with next to no work.
             None where it was not measured.
@@ -84,6 +88,7 @@ class Row:
     message: str
     seconds: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
+    near: list[bool] = field(default_factory=list)
     peak_bytes: int | None = None
     host_seconds: float | None = None
     timed_by: str = ""
@@ -94,26 +99,45 @@ class Row:
         return quantile(self.seconds, 0.5)
 
     def times(self, other: Row) -> float:
-        """Time over that of another variant, both of them timed: see :func:`gossamer.bench.timing.ratio`."""
-        return ratio(self._samples, other._samples)
+        """Time over that of another variant, both of them timed: see :func:`gossamer.bench.timing.ratio`.
+
+        Of the rounds in which cores were near each other for both, if there are ``MIN_ROUNDS``, else of all.
+        """
+        return ratio(*self._partners(other))
 
     def times_interval(self, other: Row) -> tuple[float, float]:
         """What :meth:`times` would be with 90% confidence: see :func:`gossamer.bench.timing.ratio_interval`."""
-        return ratio_interval(self._samples, other._samples)
+        return ratio_interval(*self._partners(other))
 
-    @property
-    def _samples(self) -> Samples:
-        return dict(zip(self.rounds, self.seconds, strict=True))
+    def _partners(self, other: Row) -> tuple[Samples, Samples]:
+        ours, theirs = self._samples(near=True), other._samples(near=True)
+        if len(ours.keys() & theirs.keys()) >= MIN_ROUNDS:
+            return ours, theirs
+        return self._samples(), other._samples()
+
+    def _samples(self, near: bool = False) -> Samples:
+        found = zip(self.rounds, self.seconds, self.near, strict=True)
+        return {round_: seconds for round_, seconds, close in found if close or not near}
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case without its tensors, what it was built from, its rows, and the least time that the ceilings allow."""
+    """A case without its tensors, what it was built from, and what was found.
+
+    Attributes:
+        case: without variants and gates.
+        rows: one a variant.
+        floor: the least seconds that the ceilings allow.
+        request: what the case was built from.
+        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest; 0
+            where that was not measured.
+    """
 
     case: Case
     rows: list[Row]
     floor: float
     request: Request
+    core_distance: float = 0.0
 
     def row(self, role: str) -> Row | None:
         """The first timed row of a role, or None."""
@@ -334,7 +358,13 @@ class _Checked:
             if found.first < limit:
                 settle(found.sample, limit)
         compared = {v.name for v in right if v.role in (OURS, DENSE)}
-        self._turns = Turns({name: found.sample for name, found in self._timed.items()}, self._budget, compared)
+        samplers = {name: found.sample for name, found in self._timed.items()}
+        self._turns = Turns(samplers, self._budget, compared, timer.distance)
+
+    @property
+    def core_distance(self) -> float:
+        """The least distance of the cores at a sample."""
+        return min((d for found in self._turns.distances.values() for d in found.values()), default=0.0)
 
     def rows(self, progress: Callable[[str], None]) -> list[Row]:
         """What was found, with the host's latency."""
@@ -342,11 +372,13 @@ class _Checked:
         host = {name: found.host for name, found in self._timed.items()}
         if self.case.device.type == "cpu":
             host = _host_latency(self._chosen, self.request)
+        limit, distances = NEAR * self.core_distance, self._turns.distances
         for name, samples in self._turns.samples.items():
             self._rows[name] = replace(
                 self._rows[name],
                 seconds=list(samples.values()),
                 rounds=list(samples),
+                near=[distance <= limit for distance in distances[name].values()],
                 host_seconds=host.get(name),
                 timed_by=self._timed[name].method,
             )
@@ -367,7 +399,8 @@ def _time(
     for checked in cases:
         without_tensors = replace(checked.case, variants=(), gates={})
         rows = checked.rows(progress)
-        yield CaseResult(without_tensors, rows, ceilings.floor_seconds(checked.case), checked.request)
+        floor = ceilings.floor_seconds(checked.case)
+        yield CaseResult(without_tensors, rows, floor, checked.request, checked.core_distance)
 
 
 def _host_latency(chosen: Family, request: Request) -> dict[str, float]:
@@ -419,6 +452,7 @@ def _case_json(result: CaseResult) -> dict:
         "flops": case.flops,
         "bytes": case.bytes,
         "floor_seconds": result.floor,
+        "core_distance": result.core_distance,
         "checked": case.checked,
         "peak_memory_method": PEAK_MEMORY_METHOD[case.device.type],
         "skipped": dict(case.skipped),

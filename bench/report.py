@@ -127,6 +127,19 @@ def _ceilings(result: CaseResult, ceilings: Ceilings) -> str:
     return f"ceilings in this run: {', '.join(parts)}; attainable here: {rate}, {digits(1e3 * result.floor)} ms"
 
 
+def _cores(result: CaseResult) -> str:
+    if not result.core_distance:
+        return ""
+    words = f" whose cores are {1e9 * result.core_distance:.0f} ns apart"
+    near = [close for row in result.rows for close in row.near]
+    if all(near):
+        return words
+    return (
+        f"{words}; in {100 * (1 - sum(near) / len(near)):.0f}% of the samples the system had them further apart, and a "
+        "ratio is of the rounds in which it had not, if there are three"
+    )
+
+
 def _method(result: CaseResult) -> str:
     """How the samples were taken."""
     by: dict[str, list[str]] = {}
@@ -134,7 +147,7 @@ def _method(result: CaseResult) -> str:
         if row.seconds:
             by.setdefault(row.timed_by, []).append(row.name)
     if result.case.device.type == "cpu":
-        return f"timed by the wall clock on {torch.get_num_threads()} threads"
+        return f"timed by the wall clock on {torch.get_num_threads()} threads{_cores(result)}"
     return "timed by " + "; ".join(f"{method}: {', '.join(names)}" for method, names in by.items())
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 
 import gossamer
+from gossamer import _backend
 
 Call = Callable[[], object]
 
-# Samples of a call: so many while they take no longer than ROUNDS_SECONDS together, and at least MIN_ROUNDS.
-MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 18, 6.0, 500
+# Samples of a call: so many while they take no longer than ROUNDS_SECONDS together, and at least MIN_ROUNDS. Less than
+# ROUNDS are enough once the interval of its ratio, of ENOUGH_ROUNDS or more, is narrower than PRECISE.
+MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 18, 5.0, 500
+ENOUGH_ROUNDS, PRECISE = 5, 1.1
 # The share of the time that goes to the calls whose ratio counts.
 COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9
@@ -59,6 +62,15 @@ class CpuClock:
             call()
         return (time.perf_counter() - start) / repeats - self._empty
 
+    @staticmethod
+    def distance() -> float:
+        """How far apart the cores are that torch's threads run on; 0 where that is not known."""
+        if _backend.native_unavailable():
+            return 0.0
+        from gossamer.cpu_kernels.core_distance import core_distance
+
+        return core_distance()
+
     def prepare(self, call: Call) -> Timed:
         """Choose how often the call is repeated in a sample."""
         first = self._seconds(call, 1)
@@ -86,6 +98,11 @@ class CudaClock:
         self._device = device
         l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
         self._flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def distance() -> float:
+        """0: what the host's threads cost each other is not in the device's time."""
+        return 0.0
 
     def _seconds(self, call: Call) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -172,22 +189,30 @@ class Turns:
         budget: seconds for all together, three quarters of them for those compared.
         compared: the calls whose ratio counts. They share their time and sit out together, so that every sample of
             one has its partner in the same round.
+        distance: how far apart the cores are that run the calls, in any unit.
 
     Attributes:
         samples: name -> what was measured so far.
+        distances: name -> round -> the larger distance of before and after the sample.
     """
 
     def __init__(
-        self, samplers: Mapping[str, Callable[[], float]], budget: float, compared: Collection[str] = ()
+        self,
+        samplers: Mapping[str, Callable[[], float]],
+        budget: float,
+        compared: Collection[str] = (),
+        distance: Callable[[], float] = lambda: 0.0,
     ) -> None:
         pair = [n for n in samplers if n in compared]
         others = [n for n in samplers if n not in compared]
         share = 1.0 if not others else 0.0 if not pair else COMPARED_SHARE
         groups = [(pair, share * budget)] + [([n], (1 - share) * budget / len(others)) for n in others]
+        self._compared = pair
         self._samplers, self._groups = samplers, [(group, seconds) for group, seconds in groups if group]
         self.samples: dict[str, Samples] = {name: {} for name in samplers}
+        self.distances: dict[str, dict[int, float]] = {name: {} for name in samplers}
         self._spent = dict.fromkeys(samplers, 0.0)
-        self._round = 0
+        self._round, self._distance = 0, distance
 
     def take(self, share: float, progress: Callable[[str], None] = lambda message: None) -> None:
         """Go on until every call has had ``share``, at most 1, of its time and rounds."""
@@ -196,17 +221,28 @@ class Turns:
             if not active:
                 return
             progress(f"timing, round {self._round + 1}")
-            turn = self._round % len(active)
+            turn, before = self._round % len(active), self._distance()
             for name in active[turn:] + active[:turn]:
                 start = time.perf_counter()
                 self.samples[name][self._round] = self._samplers[name]()
                 self._spent[name] += time.perf_counter() - start
+                after = self._distance()
+                self.distances[name][self._round] = max(before, after)
+                before = after
             self._round += 1
 
     def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
         rounds, spent = len(self.samples[group[0]]), [self._spent[n] for n in group]
-        few = rounds < share * ROUNDS and max(spent) < share * ROUNDS_SECONDS
+        few = rounds < share * ROUNDS and max(spent) < share * ROUNDS_SECONDS and not self._precise(group[0])
         return few or rounds < share * MIN_ROUNDS or sum(spent) < share * seconds
+
+    def _precise(self, name: str) -> bool:
+        """Whether enough is known of the ratio of a call to those compared; of these themselves it never is."""
+        mine = self.samples[name]
+        if name in self._compared or not self._compared or len(mine) < ENOUGH_ROUNDS:
+            return False
+        bounds = [ratio_interval(mine, self.samples[n]) for n in self._compared]
+        return all(high <= PRECISE * low for low, high in bounds)
 
 
 def _ratios(ours: Samples, theirs: Samples) -> list[float]:

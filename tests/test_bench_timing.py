@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gossamer import _backend
 from gossamer.bench import timing
 from gossamer.bench.case import Case, Variant
 from gossamer.bench.ceilings import Ceilings
@@ -158,14 +159,47 @@ def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(monkeypa
     assert timing.ROUNDS < len(only.samples["ours"]) <= 50
 
 
-def test_time_is_spread_over_visits():
-    """Each of three visits has a third of the rounds of all, also of those of which there are few."""
+def test_time_is_spread_over_visits(monkeypatch):
+    """Each of three visits has a third of the rounds of all."""
+    monkeypatch.setattr(timing, "PRECISE", 0.0)
     turns = timing.Turns({"ours": taking(0.001), "dense": taking(0.001), "peer": taking(0.001)}, 0.0, ("ours", "dense"))
     for visit in range(3):
         turns.take((visit + 1) / 3)
         assert {len(samples) for samples in turns.samples.values()} == {timing.ROUNDS // 3 * (visit + 1)}
     turns.take(1.0)
     assert list(turns.samples["peer"]) == list(range(timing.ROUNDS))
+
+
+def test_a_call_whose_ratio_is_known_well_sits_out():
+    """A steady peer needs five rounds; one whose ratio swings by a fifth has them all."""
+    swinging = itertools.cycle([0.001, 0.0012])
+    samplers = {"ours": lambda: 0.001, "steady": lambda: 0.002, "swinging": lambda: next(swinging)}
+    turns = timing.Turns(samplers, 0.0, ("ours",))
+    turns.take(1.0)
+    assert {name: len(samples) for name, samples in turns.samples.items()} == {
+        "ours": timing.ROUNDS,
+        "steady": timing.ENOUGH_ROUNDS,
+        "swinging": timing.ROUNDS,
+    }
+
+
+def test_distance_of_cores_is_the_larger_around_each_sample():
+    distances = iter([1.0, 4.0, 4.0, 1.0, 1.0, 1.0])
+    turns = timing.Turns({"a": lambda: 0.0, "b": lambda: 0.0}, 0.0, distance=lambda: next(distances, 1.0))
+    turns.take(1.0)
+    assert [turns.distances[name][round_] for round_, name in [(0, "a"), (0, "b"), (1, "b"), (1, "a")]] == [4, 4, 1, 1]
+
+
+def test_distance_of_cores_is_that_of_a_cache_line_between_them():
+    """No processor passes a line on in a nanosecond; one thread passes none."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert timing.CpuClock.distance() == 0
+        torch.set_num_threads(2)
+        assert _backend.native_unavailable() or 1e-9 < timing.CpuClock.distance() < 1e-4
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_ratio_is_taken_within_the_rounds():

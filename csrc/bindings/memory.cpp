@@ -2,6 +2,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/register.h"
+#include "cpu/core_distance.h"
 #include "cpu/memory.h"
 #include "cpu/page_pool.h"
 #include "dlpack.h"
@@ -38,6 +39,9 @@ py::capsule take_pages(int64_t bytes) {
 }  // namespace
 
 void register_memory(py::module_& m) {
+  m.def(
+      "core_distance", &core_distance, py::call_guard<py::gil_scoped_release>(),
+      "Seconds that a cache line takes from a thread to the next and back; the mean over a team's neighbours.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
