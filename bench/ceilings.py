@@ -57,11 +57,9 @@ def measure(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
     timer, samples = clock(device), SAMPLES[device.type]
 
     def fastest(call: Callable[[], object]) -> float:
-        call()
-        timed = timer.prepare(call)
-        sample = timed.sample
-        if timed.first > LONG:
-            return min(timed.first, sample())
+        if (first := timer.prepare(call)).first > LONG:
+            return min(first.first, first.sample())
+        sample = timer.prepare(call).sample
         settle(sample, SETTLE_LIMIT[device.type])
         return min(sample() for _ in range(samples))
 
