@@ -3,8 +3,8 @@
 ``python tests/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers and
 spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
 any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
-shared memory, the first case of each kernel; with no module all of them. ``--brief`` leaves out, but for sm_90, cases
-that differ from one before them in neither tile nor dtype, such as another activation or layout.
+shared memory, the first case of each kernel; with no module all of them. ``--brief`` leaves out cases that differ from
+one before them in neither tile nor dtype, such as another activation or layout.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 
@@ -93,7 +93,7 @@ def _chosen(module_name: str, arch: int, brief: bool = False) -> list[int]:
     cases = _cases(module_name, arch)
     if arch in SMALL_ARCHS:
         kinds = [case[0].__name__ for case in cases]
-    elif brief and arch != 90:
+    elif brief:
         kinds = [_kind(case) for case in cases]
     else:
         kinds = list(range(len(cases)))
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="modules of triton_kernels/ (default: all)")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS + SMALL_ARCHS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--brief", action="store_true", help="leave out cases that are like others, but for sm_90")
+    parser.add_argument("--brief", action="store_true", help="leave out cases that are like others")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     args = parser.parse_args()
     rows = compile_all(args.arch or [*ARCHS, *SMALL_ARCHS], args.modules or modules(), args.jobs, args.brief)
