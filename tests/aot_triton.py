@@ -4,7 +4,7 @@
 spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
 any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
 shared memory, the first case of each kernel; with no module all of them. ``--brief`` leaves out cases that differ from
-one before them in neither tile nor dtype, such as another activation or layout.
+one before them in neither tile nor dtype, such as another activation or layout, and but for sm_90 in dtype alone.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 
@@ -80,10 +80,10 @@ def uncovered(module_name: str, arch: int) -> list[str]:
     return sorted(_kernels(module_name) - {case[0].__name__ for case in _cases(module_name, arch)})
 
 
-def _kind(case: tuple) -> tuple:
-    """What makes a case stand for others: its kernel, dtypes, tile and way of loading."""
+def _kind(case: tuple, arch: int) -> tuple:
+    """What makes a case stand for others: its kernel, tile and way of loading, and for sm_90 its dtypes."""
     kernel, signature, constexprs, options = case
-    dtypes = sorted({t.split(":")[0] for t in signature.values() if t.startswith("*")})
+    dtypes = sorted({t.split(":")[0] for t in signature.values() if t.startswith("*") and arch == 90})
     tile = [(k, v) for k, v in constexprs.items() if k.startswith("BLOCK") or k.endswith("TMA")]
     return kernel.__name__, *dtypes, *tile, *options.items()
 
@@ -94,7 +94,7 @@ def _chosen(module_name: str, arch: int, brief: bool = False) -> list[int]:
     if arch in SMALL_ARCHS:
         kinds = [case[0].__name__ for case in cases]
     elif brief:
-        kinds = [_kind(case) for case in cases]
+        kinds = [_kind(case, arch) for case in cases]
     else:
         kinds = list(range(len(cases)))
     return [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]

@@ -350,16 +350,18 @@ def test_operators_are_sound(kernel_backend, device):
     small = {"m": 6, "num_adapters": 3, "c": 9, "n": 7}
     d = gossamer.adapter_dispatch(make_ids(6, 3, none=0.0, device=device), 3)
     scales, ranks = torch.rand(3, device=device), torch.tensor([3, 0, 2], device=device)
-    for optional, grad in (((None, 1.5, None), True), ((scales, 1.0, ranks), False)):
+    for optional, grad, needs in (
+        ((None, 1.5, None), True, [True, True, True]),
+        ((scales, 1.0, ranks), False, [False, True, False]),
+    ):
         inputs = make_inputs(device, **small)
         leaves = [inputs[k].requires_grad_(grad) for k in "xab"]
         args = (*leaves, d.slots, d.offsets, *optional, True, kernel_backend)
         torch.library.opcheck(torch.ops.gossamer.multi_low_rank.default, args)
         torch.library.opcheck(torch.ops.gossamer.multi_low_rank_.default, (inputs["out"], *args))
         backward = (inputs["out"], *(leaf.detach() for leaf in leaves), torch.randn(6, R, device=device))
-        for needs in ([True, True, True], [False, True, False]):
-            args = (*backward, d.slots, d.offsets, *optional, needs, kernel_backend)
-            torch.library.opcheck(torch.ops.gossamer.multi_low_rank_backward.default, args)
+        args = (*backward, d.slots, d.offsets, *optional, needs, kernel_backend)
+        torch.library.opcheck(torch.ops.gossamer.multi_low_rank_backward.default, args)
     torch.library.opcheck(torch.ops.gossamer.adapter_expert_ids.default, (make_ids(device=device), A))
 
 

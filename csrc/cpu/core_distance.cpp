@@ -10,10 +10,8 @@ namespace gossamer {
 namespace {
 
 constexpr int kBursts = 5, kTrips = 100;
-// Threads that share a core pass the line once in a scheduler's time slice, as those do that were just woken: they are
-// given up, and tried again until the scheduler has spread them.
+// Threads that share a core, as some do that were just woken, pass the line once in a scheduler's time slice: given up.
 constexpr std::chrono::milliseconds kPatience{2};
-constexpr int kTries = 8;
 
 using Clock = std::chrono::steady_clock;
 
@@ -57,11 +55,7 @@ double between(int first, int num_threads) {
 double core_distance(int num_threads) {
   if (num_threads < 2) return 0;
   double sum = 0;
-  for (int first = 0; first + 1 < num_threads; ++first) {
-    double distance = kGivenUp;
-    for (int tries = 0; tries < kTries && distance == kGivenUp; ++tries) distance = between(first, num_threads);
-    sum += distance;
-  }
+  for (int first = 0; first + 1 < num_threads; ++first) sum += between(first, num_threads);
   return sum / (num_threads - 1);
 }
 

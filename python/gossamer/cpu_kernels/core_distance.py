@@ -10,7 +10,7 @@ from gossamer import _C
 def core_distance() -> float:
     """Seconds that a cache line takes from one of torch's threads to the next and back, the mean over neighbours.
 
-    Tens of nanoseconds where they share a cache, hundreds where they do not; 0 with one thread. Takes under a
-    millisecond for each pair, more where the threads were asleep on one core.
+    Tens of nanoseconds where they share a cache, hundreds where they do not, twenty thousand where two threads share a
+    core; 0 with one thread. Takes at most two milliseconds for each pair.
     """
     return _C.core_distance(torch.get_num_threads())
