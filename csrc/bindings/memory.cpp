@@ -41,7 +41,7 @@ py::capsule take_pages(int64_t bytes) {
 void register_memory(py::module_& m) {
   m.def(
       "core_distance", &core_distance, py::call_guard<py::gil_scoped_release>(),
-      "Seconds that a cache line takes from a thread to the next and back; the mean over a team's neighbours.");
+      "Seconds that a cache line takes from a thread to its neighbour and back; the mean over a team's pairs.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },

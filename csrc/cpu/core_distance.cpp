@@ -1,8 +1,11 @@
 #include "cpu/core_distance.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "cpu/parallel.h"
 
@@ -32,31 +35,26 @@ bool pass(std::atomic<uint32_t>& turns, uint32_t from, uint32_t until, Clock::ti
 
 constexpr double kGivenUp = std::chrono::duration<double>(kPatience).count() / kTrips;
 
-// The distance of two threads of a team, `first` and the next.
-double between(int first, int num_threads) {
-  Line line;
-  double least = kGivenUp;
+}  // namespace
+
+double core_distance(int num_threads) {
+  const int pairs = num_threads / 2;
+  if (pairs == 0) return 0;
+  std::vector<Line> lines(pairs);
+  std::vector<double> least(pairs, kGivenUp);
   parallel_team(num_threads, [&](Team team) {
-    const int place = team.thread - first;
-    if (place != 0 && place != 1) return;
+    const int pair = team.thread / 2, place = team.thread % 2;
+    if (pair == pairs) return;
     const auto deadline = Clock::now() + kPatience;
     for (uint32_t burst = 0; burst < kBursts; ++burst) {
       const uint32_t from = 2 * kTrips * burst;
       const auto start = Clock::now();
-      if (!pass(line.turns, from + place, from + 2 * kTrips, deadline)) return;
-      if (place == 0) least = std::min(least, std::chrono::duration<double>(Clock::now() - start).count() / kTrips);
+      if (!pass(lines[pair].turns, from + place, from + 2 * kTrips, deadline)) return;
+      const double trip = std::chrono::duration<double>(Clock::now() - start).count() / kTrips;
+      if (place == 0) least[pair] = std::min(least[pair], trip);
     }
   });
-  return least;
-}
-
-}  // namespace
-
-double core_distance(int num_threads) {
-  if (num_threads < 2) return 0;
-  double sum = 0;
-  for (int first = 0; first + 1 < num_threads; ++first) sum += between(first, num_threads);
-  return sum / (num_threads - 1);
+  return std::accumulate(least.begin(), least.end(), 0.0) / pairs;
 }
 
 }  // namespace gossamer
