@@ -174,7 +174,7 @@ def cost_dsd(call: Mapping[str, object], result: object) -> Cost:
     blocks = int(call["row_offsets"][-1])
     size = values.shape[1] * values.shape[2]
     moved = blocks * (size * values.element_size() + 8) + nbytes(b, call["bias"], result)
-    return _product_cost(2.0 * blocks * size * b.shape[1], moved, "_dsd_kernel")
+    return _product_cost(2.0 * blocks * size * b.shape[-1], moved, "_dsd_kernel")
 
 
 def cost_sdd(call: Mapping[str, object], result: object) -> Cost:

@@ -1,83 +1,15 @@
 """gossamer.sdd, dsd and dds: products and gradients against float64 over topologies, layouts, blocks and epilogues."""
 
-import importlib
 import itertools
 
 import pytest
 import torch
-from helpers import OperatorLog, assert_same_bits, check, check_draws, huge_storage, run, saved_tensors
+from block_sparse_products import PRODUCTS, UNGATED, N, functions, live_values, make_inputs, randn, topology_of
+from helpers import OperatorLog, assert_same_bits, check, huge_storage, run, saved_tensors
 
 import gossamer
 from gossamer import BlockSparseTensor, BlockTopology
 from gossamer._activation import ACTIVATIONS
-
-# One column more than a tile of 16, and an odd number.
-N = 17
-PRODUCTS = ("sdd", "dsd", "dds")
-UNGATED = sorted(name for name, (_, gated) in ACTIVATIONS.items() if not gated)
-
-
-def topology_of(device, block=(32, 16), grid=(3, 5), density=0.5, spare=1, seed=0, **options):
-    """A random topology with room for ``spare`` blocks more than it has."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = grid[0] * block[0], grid[1] * block[1]
-    mask = BlockTopology.random(shape, block, density, generator=generator, **options).to_mask()
-    return BlockTopology.from_mask(mask.to(device), block, nnz=int(mask.sum()) + spare)
-
-
-def randn(*shape, device, dtype=torch.float32, by_columns=False):
-    x = torch.randn(*(shape[::-1] if by_columns else shape), device=device).to(dtype)
-    return x.t() if by_columns else x
-
-
-def live_values(topology, dtype=torch.float32):
-    """Values of the stored matrix, which are zero from its last block on."""
-    stored = topology if topology.order is None else topology.transposed()
-    values = randn(stored.nnz_blocks, *stored.block, device=topology.device, dtype=dtype)
-    return values.index_fill(0, torch.arange(int(stored.row_offsets[-1]), len(values), device=values.device), 0)
-
-
-def functions(product, topology, *, backend, activation=None):
-    """The product and its reference as functions of plain tensors; ``s`` and the result of sdd are stored values."""
-    transposed = topology.order is not None
-
-    def sparse(s):
-        return BlockSparseTensor(s.transpose(1, 2) if transposed else s, topology)
-
-    def function(bias=None, **operands):
-        options = {"bias": bias, "activation": activation}
-        if product == "sdd":
-            values = gossamer.sdd(operands["a"], operands["b"], topology, **options).values
-            return values.transpose(1, 2) if transposed else values
-        if product == "dsd":
-            return gossamer.dsd(sparse(operands["s"]), operands["b"], **options)
-        return gossamer.dds(operands["a"], sparse(operands["s"]), **options)
-
-    def under(name):
-        def call(**operands):
-            with gossamer.backend(name):
-                return function(**operands)
-
-        return call
-
-    return under(backend), under("reference")
-
-
-def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(False, False), bias=True):
-    """Operands by name; ``by_columns`` of the two dense operands, or of the one there is and nothing."""
-    (rows, cols), device = topology.shape, topology.device
-    make = {"device": device, "dtype": dtype}
-    if product == "sdd":
-        # b first: its columns are what other draws of the problem roll, and with n = 1 a has but one.
-        inputs = {"b": randn(n, cols, by_columns=by_columns[1], **make)}
-        inputs["a"] = randn(rows, n, by_columns=by_columns[0], **make) / max(n, 1) ** 0.5
-    elif product == "dsd":
-        inputs = {"s": live_values(topology, dtype) / 8, "b": randn(cols, n, by_columns=by_columns[0], **make)}
-    else:
-        inputs = {"a": randn(n, rows, by_columns=by_columns[0], **make), "s": live_values(topology, dtype) / 8}
-    if bias:
-        inputs["bias"] = randn(n if product == "dsd" else cols, **make)
-    return inputs
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -96,39 +28,6 @@ def test_blocks(kernel_backend, device, block):
     n = 70 if kernel_backend == "native" else 17
     for product in PRODUCTS:
         check(*functions(product, t, backend=kernel_backend), make_inputs(product, t, n=n))
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_layouts(kernel_backend, device, product):
-    """Dense operands by rows and by columns: the same values, and gradients in the operands' own layouts."""
-    t = topology_of(device)
-    function, reference = functions(product, t, backend=kernel_backend)
-    for by_columns in itertools.product([False, True], repeat=2 if product == "sdd" else 1):
-        inputs = make_inputs(product, t, by_columns=(*by_columns, False))
-        results = check(function, reference, inputs)
-        for name in set(inputs) & {"a", "b"}:
-            assert results[name].stride() == inputs[name].stride(), name
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_strided_operands(kernel_backend, device, product):
-    """Sliced and broadcast operands and output gradients, and values that are no contiguous tensor."""
-    t = topology_of(device)
-    function, reference = functions(product, t, backend=kernel_backend)
-    inputs = make_inputs(product, t)
-    for name in inputs:
-        wide = torch.stack([inputs[name]] * 2, -1)[..., 0]
-        assert not wide.is_contiguous()
-        check(function, reference, inputs | {name: wide})
-    shape = reference(**inputs).shape
-    row = torch.randn(shape[-1], device=device)
-
-    def draw(i):
-        dout = row.roll(i).expand(shape)
-        wide = {k: v.double() for k, v in inputs.items()}
-        return run(reference, wide, wide, dout.double()), run(reference, inputs, inputs, dout)
-
-    check_draws(run(function, inputs, inputs, row.expand(shape)), draw)
 
 
 @pytest.mark.parametrize("n", [0, 1, 48, 100])
@@ -331,18 +230,6 @@ def test_instruction_sets(device, isa):
         _C.choose_isa("")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU makes its own choices, and other tests hold them")
-@pytest.mark.parametrize("block", [(64, 128), (128, 64), (32, 32)])
-def test_by_descriptors(monkeypatch, device, block):
-    """What a Hopper GPU runs and the interpreter would not choose: TMA descriptors, wide tiles."""
-    module = importlib.import_module("gossamer.triton_kernels.block_sparse")
-    monkeypatch.setattr(module, "arch_of", lambda tensor: 90)
-    t = topology_of(device, block, grid=(2, 2), density=0.75)
-    for product, by_columns in itertools.product(PRODUCTS, [(False, False), (True, True)]):
-        inputs = make_inputs(product, t, n=40, dtype=torch.float16, by_columns=by_columns)
-        check(*functions(product, t, backend="triton"), inputs)
-
-
 def test_gradcheck(device):
     """Finite differences in float64, first and second order, on the CPU's kernels."""
     if device != "cpu":
@@ -425,7 +312,7 @@ def test_operators_are_well_formed(kernel_backend, device, transposed):
     b = randn(depth, 5, device=device).requires_grad_()
     for by_columns in (False, True):
         bias = randn(long if by_columns else 5, device=device).requires_grad_()
-        rest = (transposed, by_columns, NO_ACTIVATION, kernel_backend)
+        rest = (transposed, by_columns, 0, NO_ACTIVATION, kernel_backend)
         torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, bias, *tensors, *rest))
 
 
@@ -437,7 +324,7 @@ def test_no_gradient_through_a_fused_activation(device):
     b = torch.randn(t.shape[1], N, device=device, requires_grad=True)
     backend = "native" if device == "cpu" else "triton"
     with pytest.raises(RuntimeError, match="applied its activation inside the kernel has no gradient"):
-        torch.ops.gossamer.block_sparse_dsd(live_values(t), b, None, *topology_tensors(t), False, False, 3, backend)
+        torch.ops.gossamer.block_sparse_dsd(live_values(t), b, None, *topology_tensors(t), False, False, 0, 3, backend)
 
 
 def test_addresses_beyond_32_bits(kernel_backend, device):
@@ -520,7 +407,19 @@ S = BlockSparseTensor(torch.randn(4, 32, 16), BlockTopology.random((64, 48), (32
         ),
         (lambda: gossamer.dds(torch.randn(3, 63), S), ValueError, "columns of a must be 64, .* got 63: pad it"),
         (lambda: gossamer.dsd(S, torch.randn(48)), ValueError, r"b must have shape \(cols, N\)"),
-        (lambda: gossamer.dds(torch.randn(2, 3, 64), S), ValueError, r"a must have shape \(M, rows\)"),
+        (lambda: gossamer.dds(torch.randn(1, 2, 3, 64), S), ValueError, r"a must have shape \(M, rows\)"),
+        (lambda: gossamer.dds(torch.randn(2, 3, 64), S), ValueError, "columns of a must be 64, .* got 128"),
+        (
+            lambda: gossamer.dds(torch.randn(4, 3, 16), S),
+            ValueError,
+            "a must come in one or more parts of whole blocks of 32: columns of a are 4 times 16",
+        ),
+        (lambda: gossamer.dsd(S, torch.randn(0, 16, 3)), ValueError, "b must come in one or more parts"),
+        (
+            lambda: gossamer.sdd(torch.randn(64, 3), torch.randn(3, 4, 16), S.topology),
+            ValueError,
+            r"b must have shape \(K, cols\) = \(3, any\), got \(3, 4, 16\)",
+        ),
         (
             lambda: gossamer.dsd(torch.randn(64, 48), torch.randn(48, 3)),
             TypeError,

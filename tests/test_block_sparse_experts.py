@@ -101,16 +101,9 @@ def test_padded_rows(device):
 
 
 def test_row_blocks_keep_padding_small():
-    assert [_row_block(rows, 4) for rows in (0, 4, 127, 128, 256, 512, 1024, 10**6)] == [
-        16,
-        16,
-        16,
-        16,
-        32,
-        64,
-        128,
-        128,
-    ]
+    sizes = (0, 4, 127, 128, 256, 512, 1024, 10**6)
+    assert [_row_block(rows, 4, torch.device("cuda")) for rows in sizes] == [16, 16, 16, 16, 32, 64, 128, 128]
+    assert {_row_block(rows, 4, torch.device("cpu")) for rows in sizes} == {16}
 
 
 def test_traces_without_a_graph_break(device):

@@ -10,6 +10,8 @@ namespace {
 using PyLists = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>;
 // (values, bm, bn, row stride, column stride)
 using PyBlocks = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+// (matrix, size of a part, stride of parts)
+using PyParted = std::tuple<PyMatrix, int64_t, int64_t>;
 // (bias, whether it runs along rows, activation code or -1)
 using PyEpilogue = std::tuple<PyVector, bool, int>;
 
@@ -17,6 +19,11 @@ BlockLists lists(const PyLists& l) {
   const auto& [offsets, indices, order, count] = l;
   return {reinterpret_cast<const int32_t*>(offsets), reinterpret_cast<const int32_t*>(indices),
           reinterpret_cast<const int32_t*>(order), count};
+}
+
+PartedMatrix parted(const PyParted& p) {
+  const auto& [m, size, stride] = p;
+  return {matrix(m), size, stride};
 }
 
 Epilogue epilogue(const PyEpilogue& e) {
@@ -28,23 +35,34 @@ Epilogue epilogue(const PyEpilogue& e) {
 
 void register_block_sparse(py::module_& m) {
   m.def(
+      "choose_rectangles",
+      [](const PyLists& l, int64_t bm, int64_t bn, int64_t across, int64_t size, int64_t part) {
+        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> found;
+        for (const Rectangle& r : choose_rectangles(lists(l), bm, bn, across, size, part)) {
+          found.emplace_back(r.first, r.last, r.column, r.count);
+        }
+        return found;
+      },
+      "(first list, last list, first block column, number of block columns) of the rectangles that products go by.");
+  m.def(
       "block_product",
-      [](const PyLists& l, const PyBlocks& blocks, const PyMatrix& b, int64_t depth, int64_t n, const PyEpilogue& e,
-         uintptr_t y, bool y_by_columns, int num_threads) {
+      [](const PyLists& l, const PyBlocks& blocks, const PyParted& b, int64_t depth, int64_t n, const PyEpilogue& e,
+         uintptr_t y, bool y_by_columns, int64_t y_part, int num_threads) {
         const auto& [values, bm, bn, row_stride, col_stride] = blocks;
-        const BlockProductArgs args{matrix(b).dtype, lists(l), reinterpret_cast<const void*>(values),
-                                    bm, bn, row_stride, col_stride, matrix(b), depth, n, epilogue(e),
-                                    reinterpret_cast<void*>(y), y_by_columns};
+        const PartedMatrix operand = parted(b);
+        const BlockProductArgs args{operand.dtype, lists(l), reinterpret_cast<const void*>(values),
+                                    bm, bn, row_stride, col_stride, operand, depth, n, epilogue(e),
+                                    reinterpret_cast<void*>(y), y_by_columns, y_part};
         py::gil_scoped_release release;
         block_product(args, num_threads);
       },
       "y = act(s · b + bias), s block-sparse.");
   m.def(
       "sampled_product",
-      [](const PyLists& l, uintptr_t rows_of, int64_t nnz, int64_t bm, int64_t bn, const PyMatrix& a, const PyMatrix& b,
+      [](const PyLists& l, uintptr_t rows_of, int64_t nnz, int64_t bm, int64_t bn, const PyMatrix& a, const PyParted& b,
          int64_t depth, int64_t cols, const PyEpilogue& e, uintptr_t values, int num_threads) {
         const SampledProductArgs args{matrix(a).dtype, lists(l), reinterpret_cast<const int32_t*>(rows_of),
-                                      nnz, bm, bn, matrix(a), matrix(b), depth, cols, epilogue(e),
+                                      nnz, bm, bn, matrix(a), parted(b), depth, cols, epilogue(e),
                                       reinterpret_cast<void*>(values)};
         py::gil_scoped_release release;
         sampled_product(args, num_threads);

@@ -5,16 +5,60 @@
 
 namespace gossamer {
 
+std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size,
+                                         int64_t part) {
+  // Threads meet twice a rectangle, which a million multiplications make up for.
+  constexpr double kLeastWork = 1 << 20;
+  // The dense operand is read for every rectangle; elsewhere it is packed once.
+  constexpr double kMostReads = 2;
+  std::vector<Rectangle> found;
+  double work = 0, live = 0, read = 0;
+  for (int64_t list = 0; list < lists.count; ++list) {
+    const int32_t begin = lists.offsets[list], end = lists.offsets[list + 1];
+    for (int32_t j = begin + 1; j < end; ++j) {
+      if (lists.indices[j] != lists.indices[j - 1] + 1) return {};
+    }
+    const int64_t column = begin < end ? lists.indices[begin] : 0, count = end - begin;
+    if (count > 0 && column * bn / part != ((column + count) * bn - 1) / part) return {};
+    work += static_cast<double>(bm) * count * bn * across;
+    if (!found.empty() && found.back().column == column && found.back().count == count) {
+      found.back().last = list + 1;
+      continue;
+    }
+    found.push_back({list, list + 1, column, count});
+    live += count > 0;
+    read += static_cast<double>(count) * bn;
+  }
+  if (live == 0 || work < kLeastWork * live || read > kMostReads * size) return {};
+  return found;
+}
+
+int64_t RectangleProductArgs::max_depth() const {
+  int64_t most = 0;
+  for (int64_t i = 0; i < num_rectangles; ++i) most = std::max(most, rectangles[i].count * bn);
+  return most;
+}
+
 void block_product(const BlockProductArgs& args, int num_threads) {
   // Packing and storing count too: a matrix with few blocks still has rows.
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.n * (blocks * args.bm * args.bn + args.depth + args.rows());
+  const auto found = choose_rectangles(args.lists, args.bm, args.bn, args.n, args.depth, args.b.size);
+  if (!found.empty()) {
+    const RectangleProductArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
+    return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().rectangle_product);
+  }
   run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);
 }
 
 void sampled_product(const SampledProductArgs& args, int num_threads) {
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.depth * (blocks * args.bm * args.bn + args.rows() + args.cols) + args.nnz * args.bm * args.bn;
+  const auto found = choose_rectangles(args.lists, args.bm, args.bn, args.depth, args.cols, args.b.size);
+  if (!found.empty()) {
+    const SampledRectanglesArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
+    return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().sampled_rectangles);
+  }
   run_team<SampledProductBuffers>(args, work, num_threads, kernels().sampled_product);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/expert_mlp.h"
 
@@ -14,6 +15,24 @@ struct BlockLists {
   int64_t count;
 
   int64_t place(int64_t j) const { return order ? order[j] : j; }
+};
+
+// A dense operand whose blocked dimension lies in parts of whole blocks, `stride` apart; one part where it is a plain matrix.
+struct PartedMatrix : FloatMatrix {
+  int64_t size, stride;
+
+  // Where place i of that dimension lies, its places `step` apart in a part.
+  int64_t offset(int64_t i, int64_t step) const { return i / size * stride + i % size * step; }
+
+  // Calls f(begin, end, shift) for the places of each part among first .. last: place i of them lies at i·step + shift.
+  template <class F>
+  void for_parts(int64_t first, int64_t last, int64_t step, F&& f) const {
+    for (int64_t i = first; i < last;) {
+      const int64_t end = std::min(last, (i / size + 1) * size);
+      f(i, end, i / size * (stride - size * step));
+      i = end;
+    }
+  }
 };
 
 // What becomes of a product before it is stored.
@@ -30,11 +49,12 @@ struct BlockProductArgs {
   const void* values;
   int64_t bm, bn;                  // of s as it is read: where it is a transposed view, the stored block's exchanged
   int64_t row_stride, col_stride;  // within a block; one of them is 1
-  FloatMatrix b;                   // one of its strides is 1
+  PartedMatrix b;                  // (depth, n), one of its strides 1
   int64_t depth, n;
   Epilogue epilogue;
-  void* y;          // contiguous (rows, n), or (n, rows) when y_by_columns
+  void* y;          // contiguous (rows, n), or when y_by_columns (parts, n, y_part), y_part rows a part
   bool y_by_columns;
+  int64_t y_part;
 
   int64_t rows() const { return lists.count * bm; }
 };
@@ -45,13 +65,38 @@ struct SampledProductArgs {
   BlockLists lists;
   const int32_t* rows_of;  // block row of each block
   int64_t nnz, bm, bn;
-  FloatMatrix a, b;        // (rows, depth) and (depth, cols), each with a stride of 1
+  FloatMatrix a;           // (rows, depth), one of its strides 1
+  PartedMatrix b;          // (depth, cols), likewise
   int64_t depth, cols;
   Epilogue epilogue;
   void* values;  // (nnz, bm, bn) contiguous
 
   int64_t rows() const { return lists.count * bm; }
 };
+
+// Lists first .. last, all of which have the blocks of columns column .. column+count.
+struct Rectangle {
+  int64_t first, last, column, count;
+};
+
+// The same products of lists that are rectangles.
+struct RectangleProductArgs : BlockProductArgs {
+  const Rectangle* rectangles;
+  int64_t num_rectangles;
+
+  int64_t max_depth() const;
+};
+
+struct SampledRectanglesArgs : SampledProductArgs {
+  const Rectangle* rectangles;
+  int64_t num_rectangles;
+
+  int64_t max_depth() const { return depth; }
+};
+
+// The rectangles that the lists of blocks make, those of empty lists too, where products do better by them; none elsewhere.
+// `across` is the dimension that is not blocked; the blocked one of the dense operand has `size` places, `part` in a part.
+std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size, int64_t part);
 
 void block_product(const BlockProductArgs& args, int num_threads);
 void sampled_product(const SampledProductArgs& args, int num_threads);
@@ -99,6 +144,21 @@ struct SampledProductBuffers {
     // Partial sums need a place of their own where the result's type cannot hold them.
     const bool apart = pieces > 1 && sizeof(S) > element_size(args.dtype);
     partial = arena.take<S>(apart ? args.nnz * args.bm * args.bn : 0);
+  }
+};
+
+// The shared memory of a call over rectangles, for products of P.
+template <class P>
+struct RectangleBuffers {
+  WorkQueue queue;
+  P* panel;
+  int64_t chunk;
+
+  template <class Args>
+  RectangleBuffers(Arena& arena, const Args& a, int num_threads) {
+    queue = take_queue(arena, num_threads);
+    chunk = chunk_rows(a.max_depth(), sizeof(P) / kTerms<P>);
+    panel = arena.take<P>(panel_size(packed_depth<P>(a.max_depth()), chunk));
   }
 };
 

@@ -102,21 +102,24 @@ template <class T, class P>
 void pack_operand(const BlockProductArgs& a, const Panel<P>& panel, int64_t begin, const T** rows, Team team) {
   const T* base = static_cast<const T*>(a.b.base);
   if (a.b.col_stride == 1) {
-    for (int64_t k = 0; k < a.depth; ++k) rows[k] = base + k * a.b.row_stride + begin;
+    for (int64_t k = 0; k < a.depth; ++k) rows[k] = base + a.b.offset(k, a.b.row_stride) + begin;
     const auto mine = team.share(panel.width, kPanelWidth<P>);
     pack_as_rows(panel, rows, a.depth, mine.begin, mine.end);
     return;
   }
-  for (int64_t i = 0; i < panel.width; ++i) rows[i] = base + (begin + i) * a.b.col_stride;
+  const auto pack = [&](const Panel<P>& columns, int64_t from, int64_t first, int64_t last) {
+    a.b.for_parts(first, last, 1, [&](int64_t k, int64_t end, int64_t shift) {
+      for (int64_t i = 0; i < columns.width; ++i) rows[i] = base + (begin + from + i) * a.b.col_stride + shift;
+      pack_as_columns(columns, rows, k, end);
+    });
+  };
   if (panel.num_blocks() < team.size) {
     const auto mine = team.share(a.depth, kLanes<P> * kTerms<P>);
-    pack_as_columns(panel, rows, mine.begin, mine.end);
-    return;
+    return pack(panel, 0, mine.begin, mine.end);
   }
   const auto mine = team.share(panel.width, kPanelWidth<P>);
   if (mine.begin == mine.end) return;
-  const Panel<P> part{panel.data + mine.begin * panel.depth, panel.depth, mine.end - mine.begin};
-  pack_as_columns(part, rows + mine.begin, 0, a.depth);
+  pack({panel.data + mine.begin * panel.depth, panel.depth, mine.end - mine.begin}, mine.begin, 0, a.depth);
 }
 
 template <class T>
@@ -170,8 +173,9 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
       });
       finish<T>(a.epilogue, c, c_stride, row, group, begin + column, columns);
       if (a.y_by_columns) {
+        T* part = y + row / a.y_part * a.n * a.y_part;
         for_transposed(c, c_stride, group, columns, [&](int64_t t, int64_t i, Vec<S> v, int valid) {
-          store_valid(y + (begin + column + t) * a.rows() + row + i, v, valid);
+          store_valid(part + (begin + column + t) * a.y_part + row % a.y_part + i, v, valid);
         });
         return;
       }
@@ -187,7 +191,7 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
 
 // Packs `terms` terms from `begin` on of an operand whose blocked dimension goes into the lanes, this thread's share.
 template <class T, class P, int Vecs>
-void pack_terms(const FloatMatrix& m, bool terms_in_rows, const Panel<P, Vecs>& panel, int64_t begin, int64_t terms,
+void pack_terms(const PartedMatrix& m, bool terms_in_rows, const Panel<P, Vecs>& panel, int64_t begin, int64_t terms,
                 const T** rows, Team team) {
   const T* base = static_cast<const T*>(m.base);
   const int64_t term_stride = terms_in_rows ? m.row_stride : m.col_stride;
@@ -195,11 +199,13 @@ void pack_terms(const FloatMatrix& m, bool terms_in_rows, const Panel<P, Vecs>& 
   const auto mine = team.share(panel.width, Panel<P, Vecs>::kWidth);
   if (mine.begin == mine.end) return;
   if (width_stride == 1) {
-    for (int64_t k = 0; k < terms; ++k) rows[k] = base + (begin + k) * term_stride;
-    pack_as_rows(panel, rows, terms, mine.begin, mine.end);
+    m.for_parts(mine.begin, mine.end, 1, [&](int64_t first, int64_t last, int64_t shift) {
+      for (int64_t k = 0; k < terms; ++k) rows[k] = base + (begin + k) * term_stride + shift;
+      pack_as_rows(panel, rows, terms, first, last);
+    });
     return;
   }
-  for (int64_t i = mine.begin; i < mine.end; ++i) rows[i] = base + i * width_stride + begin * term_stride;
+  for (int64_t i = mine.begin; i < mine.end; ++i) rows[i] = base + m.offset(i, width_stride) + begin * term_stride;
   const Panel<P, Vecs> part{panel.data + mine.begin * panel.depth, panel.depth, mine.end - mine.begin};
   pack_as_columns(part, rows + mine.begin, 0, terms);
 }
@@ -244,6 +250,14 @@ void sampled_tile(const Panel<P, VecsA>& pa, int64_t row, const Panel<P, VecsB>&
   }
 }
 
+// Zeroes this thread's share of the values from the last block on.
+template <class T>
+void zero_tail(const SampledProductArgs& a, Team team) {
+  const int64_t live = a.lists.offsets[a.lists.count], size = a.bm * a.bn;
+  const auto tail = team.share((a.nnz - live) * size);
+  std::memset(static_cast<void*>(static_cast<T*>(a.values) + live * size + tail.begin), 0, (tail.end - tail.begin) * sizeof(T));
+}
+
 template <int VecsA, int VecsB, class T>
 void sampled_product_typed(const SampledProductArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
@@ -258,8 +272,7 @@ void sampled_product_typed(const SampledProductArgs& a, void* shared, int num_th
   T* values = static_cast<T*>(a.values);
   S* partial = nullptr;
   if constexpr (!std::is_same_v<T, S>) partial = buffers.partial;
-  const auto tail = team.share((a.nnz - live) * size);
-  std::memset(static_cast<void*>(values + live * size + tail.begin), 0, (tail.end - tail.begin) * sizeof(T));
+  zero_tail<T>(a, team);
   // About a hundred thousand multiplications of vectors in a unit, so that the queue costs nothing.
   const int64_t unit = std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, size * buffers.chunk / kLanes<S>) / 8);
   for (int64_t begin = 0; begin == 0 || begin < a.depth; begin += buffers.chunk) {
@@ -269,7 +282,7 @@ void sampled_product_typed(const SampledProductArgs& a, void* shared, int num_th
     const Panel<P, VecsB> pb{buffers.b, packed_depth<P>(depth), a.cols};
     team.barrier();
     buffers.queue.restart(team);
-    pack_terms(a.a, false, pa, begin, depth, rows.get(), team);
+    pack_terms(PartedMatrix{a.a, std::max<int64_t>(1, a.rows()), 0}, false, pa, begin, depth, rows.get(), team);
     pack_terms(a.b, true, pb, begin, depth, rows.get(), team);
     team.barrier();
     buffers.queue.each(team, live, unit, [&](int64_t j, int64_t end) {

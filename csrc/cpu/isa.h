@@ -36,6 +36,8 @@ struct Kernels {
   void (*low_rank_matmul)(const LowRankArgs& args, void* shared, int num_threads, Team team);
   void (*block_product)(const BlockProductArgs& args, void* shared, int num_threads, Team team);
   void (*sampled_product)(const SampledProductArgs& args, void* shared, int num_threads, Team team);
+  void (*rectangle_product)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
+  void (*sampled_rectangles)(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team);
 };
 
 namespace generic {

@@ -11,5 +11,17 @@ def stored_transposed(weight: torch.Tensor) -> bool:
 
 
 def stored_by_columns(matrix: torch.Tensor) -> bool:
-    """Whether the columns of a 2-D ``matrix``, not its rows, are contiguous in memory, as its gradient's then are."""
-    return matrix.stride(0) == 1 and matrix.stride(1) != 1
+    """Whether a matrix, or each of a stack, has contiguous columns and not rows, as its gradient then has."""
+    return matrix.stride(-2) == 1 and matrix.stride(-1) != 1
+
+
+def side_by_side(parts: torch.Tensor, dim: int) -> torch.Tensor:
+    """``parts (G, ·, ·)`` one after the other along ``dim``, 0 or 1, as one matrix: a view where strides allow one."""
+    return parts.flatten(0, 1) if dim == 0 else parts.transpose(0, 1).flatten(1, 2)
+
+
+def merged(operand: torch.Tensor, dim: int) -> torch.Tensor:
+    """An operand in parts along ``dim`` as one matrix where that is a view; any other as it is."""
+    if operand.dim() == 2 or operand.stride(0) != operand.shape[dim + 1] * operand.stride(dim + 1):
+        return operand
+    return side_by_side(operand, dim)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer import _C
+from gossamer._layout import merged
 from gossamer.cpu_kernels._native import empty_huge, matrix, vector
 
 
@@ -19,7 +20,14 @@ def _lists(
 
 def _unit_stride(operand: torch.Tensor) -> torch.Tensor:
     """``operand`` itself when its rows or columns are contiguous, else a copy."""
-    return operand if 1 in operand.stride() else operand.contiguous()
+    return operand if 1 in operand.stride()[-2:] else operand.contiguous()
+
+
+def _in_parts(operand: torch.Tensor, dim: int) -> tuple[tuple[int, int, int, int], int, int]:
+    """``((pointer, row stride, column stride, dtype code), size, stride)`` of parts along dimension ``dim``."""
+    if operand.dim() == 2:
+        return matrix(operand), max(1, operand.shape[dim]), 0
+    return matrix(operand[0]), max(1, operand.shape[dim + 1]), operand.stride(0)
 
 
 def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -39,7 +47,7 @@ def sdd(
 
     Args:
         a: ``(rows, K)`` float.
-        b: ``(K, cols)``.
+        b: ``(K, cols)``, or ``(G, K, cols/G)``, whole blocks each.
         bias: ``(cols,)``, ``(rows,)`` when ``bias_rows``, or None.
         topology: as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it.
         block: ``(bm, bn)``.
@@ -49,8 +57,8 @@ def sdd(
     Returns:
         ``(nnz, bm, bn)``, zero from the last block on.
     """
-    row_offsets, column_indices, row_indices = topology[:3]
-    a, b, bias = _unit_stride(a), _unit_stride(b), _contiguous(bias)
+    row_offsets, column_indices, row_indices, column_offsets = topology[:4]
+    a, b, bias = _unit_stride(a), _unit_stride(merged(b, 1)), _contiguous(bias)
     values = empty_huge((column_indices.shape[0], *block), a.dtype)
     _C.sampled_product(
         _lists(row_offsets, column_indices),
@@ -58,9 +66,9 @@ def sdd(
         column_indices.shape[0],
         *block,
         matrix(a),
-        matrix(b),
+        _in_parts(b, 1),
         a.shape[1],
-        b.shape[1],
+        (column_offsets.shape[0] - 1) * block[1],
         (vector(bias), bias_rows, activation),
         values.data_ptr(),
         torch.get_num_threads(),
@@ -75,38 +83,43 @@ def dsd(
     topology: Sequence[torch.Tensor],
     transposed: bool,
     by_columns: bool,
+    parts: int,
     activation: int,
 ) -> torch.Tensor:
     """``act(s·b + bias)`` for the block-sparse ``s`` or its transpose.
 
     Args:
         values: ``(nnz, bm, bn)`` float.
-        b: ``(depth, N)``.
+        b: ``(depth, N)``, or ``(G, depth/G, N)``, whole blocks each.
         bias: ``(N,)``, ``(rows,)`` when ``by_columns``, or None.
         topology: as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it.
         transposed: whether the left operand is the transpose of ``s``.
-        by_columns: whether the result is stored column after column.
+        by_columns: whether the result, or each part of it, is stored column after column.
+        parts: of the result, whole blocks each; 0 for a plain matrix.
         activation: code of a :class:`gossamer.Activation`, −1 for none.
 
     Returns:
-        ``(rows, N)``.
+        ``(rows, N)``, or ``(parts, rows/parts, N)``.
     """
     row_offsets, column_indices, _, column_offsets, row_indices_t, order_t = topology[:6]
-    values, b, bias = values.contiguous(), _unit_stride(b), _contiguous(bias)
+    values, b, bias = values.contiguous(), _unit_stride(merged(b, 0)), _contiguous(bias)
     _, bm, bn = values.shape
     lists = _lists(column_offsets, row_indices_t, order_t) if transposed else _lists(row_offsets, column_indices)
     blocks = (values.data_ptr(), bn, bm, 1, bn) if transposed else (values.data_ptr(), bm, bn, bn, 1)
-    rows, (depth, n) = lists[-1] * blocks[1], b.shape
-    y = torch.empty((n, rows) if by_columns else (rows, n), dtype=b.dtype)
+    inner = (row_offsets if transposed else column_offsets).shape[0] - 1
+    rows, n = lists[-1] * blocks[1], b.shape[-1]
+    lead, height = ((parts,), rows // parts) if parts else ((), rows)
+    y = empty_huge((*lead, n, height) if by_columns else (*lead, height, n), b.dtype)
     _C.block_product(
         lists,
         blocks,
-        matrix(b),
-        depth,
+        _in_parts(b, 0),
+        inner * blocks[2],
         n,
         (vector(bias), by_columns, activation),
         y.data_ptr(),
         by_columns,
+        max(1, height),
         torch.get_num_threads(),
     )
-    return y.t() if by_columns else y
+    return y.mT if by_columns else y

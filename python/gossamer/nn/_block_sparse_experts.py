@@ -26,8 +26,11 @@ def best_block(name: str, size: int) -> int:
     raise ValueError(f"{name} must be a multiple of {BLOCK_SIZES[0]} for block-sparse products, got {size}")
 
 
-def _row_block(num_rows: int, num_experts: int) -> int:
+def _row_block(num_rows: int, num_experts: int, device: torch.device) -> int:
     """Rows of a block: half of an expert's mean rows or less, so that padding stays below that of the mean."""
+    if device.type == "cpu":
+        # Native products compute an expert's blocks together, whatever their height: the least padding is best.
+        return BLOCK_SIZES[0]
     mean = num_rows / num_experts
     return max([block for block in BLOCK_SIZES if 2 * block <= mean], default=BLOCK_SIZES[0])
 
@@ -48,7 +51,8 @@ class PaddedExperts:
     def of(dispatch: Dispatch, ffn_size: int, block: tuple[int, int] | None = None) -> PaddedExperts:
         """For hidden activations of ``ffn_size`` columns an expert, in blocks that suit the sizes."""
         if block is None:
-            block = (_row_block(dispatch.num_rows, dispatch.num_experts), best_block("ffn_size", ffn_size))
+            rows = _row_block(dispatch.num_rows, dispatch.num_experts, dispatch.slots.device)
+            block = (rows, best_block("ffn_size", ffn_size))
         return PaddedExperts(dispatch, BlockTopology.from_dispatch(dispatch, ffn_size, block))
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,11 +88,10 @@ def _activate_blocks(values: torch.Tensor, activation: Activation, interleaved: 
     rows = values.view(nnz // wide, wide, bm, bn)
     if interleaved:
         # Two neighbouring blocks of alternating columns have the gate, and the up, of one block.
-        halves = (t.unflatten(1, (wide // 2, 2)).transpose(2, 3) for t in split_gate_up(rows, True))
-        gate, up = (t.reshape(nnz // 2, bm, bn) for t in halves)
+        gate, up = (t.unflatten(1, (wide // 2, 2)).transpose(2, 3) for t in split_gate_up(rows, True))
     else:
-        gate, up = (t.reshape(nnz // 2, bm, bn) for t in rows.chunk(2, dim=1))
-    return activate_halves(gate, up, activation)
+        gate, up = rows.chunk(2, dim=1)
+    return activate_halves(gate, up, activation).reshape(nnz // 2, bm, bn)
 
 
 def block_sparse_mlp(
@@ -107,8 +110,7 @@ def block_sparse_mlp(
     """What :func:`gossamer.expert_mlp` computes, by block-sparse products; arguments as there.
 
     The pre-activation of all experts is one block-sparse matrix ``(padded rows, E·2I)``, after MegaBlocks (Gale et al.,
-    2023): SDD, the activation on its blocks, DSD. Matrices that are not stored as ``(E·2I, H)`` and ``(E·I, H)`` are
-    copied into that form.
+    2023): SDD, the activation on its blocks, DSD.
     """
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
     inner = down.shape[2]
@@ -117,9 +119,9 @@ def block_sparse_mlp(
     wide = gate_up.shape[1]
     topology = padded.topology if wide == inner else BlockTopology.from_dispatch(dispatch, wide, (bm, bn))
     bias = None if gate_up_bias is None else gate_up_bias.flatten()
-    preact = sdd(padded.spread(x), gate_up.flatten(0, 1).t(), topology, bias=bias).values
+    preact = sdd(padded.spread(x), gate_up.mT, topology, bias=bias).values
     hidden = padded.matrix(_activate_blocks(preact, activation, interleaved, wide // bn))
-    rows = dsd(hidden, down.transpose(1, 2).flatten(0, 1))
+    rows = dsd(hidden, down.mT)
     if down_bias is not None:
         rows = padded.add_bias(rows, down_bias)
     return padded.collect(rows, weights)

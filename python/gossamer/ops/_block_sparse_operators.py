@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
-from gossamer._layout import stored_by_columns
+from gossamer._layout import side_by_side, stored_by_columns
 from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops._registration import register
 from gossamer.ops.block_topology import BlockTopology
@@ -43,7 +43,8 @@ def _sdd_fake(a, b, bias, *rest):
     return a.new_empty(column_indices.shape[0], bm, bn)
 
 
-# values[i] = act(a·b + bias) at the i-th block, bias along rows or columns; zero from the last block on.
+# values[i] = act(a·b + bias) at the i-th block, bias along rows or columns; zero from the last block on. b may come
+# in parts side by side, (G, K, cols/G).
 sdd_operator = register(
     f"block_sparse_sdd(Tensor a, Tensor b, Tensor? bias, {_SCHEMA}, int bm, int bn, bool bias_rows, int activation, "
     "str backend) -> Tensor",
@@ -53,23 +54,25 @@ sdd_operator = register(
 
 
 def _dsd_kernel(values, b, bias, *rest):
-    *topology, transposed, by_columns, activation, backend = rest
+    *topology, transposed, by_columns, parts, activation, backend = rest
     launcher = _backend.kernels(backend, "block_sparse").dsd
-    return launcher(values, b, bias, topology, transposed, by_columns, activation)
+    return launcher(values, b, bias, topology, transposed, by_columns, parts, activation)
 
 
 def _dsd_fake(values, b, bias, *rest):
     row_offsets, column_offsets = rest[0], rest[3]
-    transposed, by_columns = rest[len(_TOPOLOGY) : len(_TOPOLOGY) + 2]
+    transposed, by_columns, parts = rest[len(_TOPOLOGY) : len(_TOPOLOGY) + 3]
     blocks = (column_offsets if transposed else row_offsets).shape[0] - 1
-    rows, n = blocks * values.shape[2 if transposed else 1], b.shape[1]
-    return b.new_empty(n, rows).t() if by_columns else b.new_empty(rows, n)
+    rows, n = blocks * values.shape[2 if transposed else 1], b.shape[-1]
+    lead, height = ((parts,), rows // parts) if parts else ((), rows)
+    return b.new_empty(*lead, n, height).mT if by_columns else b.new_empty(*lead, height, n)
 
 
-# y = act(s·b + bias), s or its transpose. By columns, y is stored column after column and bias runs along its rows.
+# y = act(s·b + bias), s or its transpose. By columns, y is stored column after column and bias runs along its rows. b
+# may come in parts one below the other, (G, ·, N), and where `parts` is not 0 so does y.
 dsd_operator = register(
     f"block_sparse_dsd(Tensor values, Tensor b, Tensor? bias, {_SCHEMA}, bool transposed, bool by_columns, "
-    "int activation, str backend) -> Tensor",
+    "int parts, int activation, str backend) -> Tensor",
     _dsd_kernel,
     _dsd_fake,
 )
@@ -80,6 +83,10 @@ def _no_gradient_through(activation: int) -> None:
         raise RuntimeError("a product that applied its activation inside the kernel has no gradient")
 
 
+def _parts(operand: torch.Tensor) -> int:
+    return operand.shape[0] if operand.dim() == 3 else 0
+
+
 def _sdd_setup_context(ctx, inputs, output):
     a, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
     _, _, ctx.bias_rows, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
@@ -87,6 +94,7 @@ def _sdd_setup_context(ctx, inputs, output):
     if needs_a or needs_b or needs_bias:
         _no_gradient_through(activation)
     ctx.a_by_columns, ctx.b_by_columns, ctx.num_inputs = stored_by_columns(a), stored_by_columns(b), len(inputs)
+    ctx.b_parts = _parts(b)
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, *topology)
 
 
@@ -106,13 +114,13 @@ def _sdd_backward(ctx, dvalues):
     needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
     da = db = dbias = None
 
-    def times(dense, transposed, by_columns):
-        return dsd_operator(dvalues, dense, None, *topology, transposed, by_columns, NO_ACTIVATION, ctx.backend)
+    def times(dense, transposed, by_columns, parts=0):
+        return dsd_operator(dvalues, dense, None, *topology, transposed, by_columns, parts, NO_ACTIVATION, ctx.backend)
 
     if needs_a:
-        da = times(b.t(), False, ctx.a_by_columns)
+        da = times(b.mT, False, ctx.a_by_columns)
     if needs_b:
-        db = times(a, True, not ctx.b_by_columns).t()
+        db = times(a, True, not ctx.b_by_columns, ctx.b_parts).mT
     if needs_bias:
         dbias = _sum_blocks(dvalues, topology, ctx.bias_rows, ctx.backend)
     return da, db, dbias, *(None,) * (ctx.num_inputs - 3)
@@ -123,11 +131,12 @@ torch.library.register_autograd("gossamer::block_sparse_sdd", _sdd_backward, set
 
 def _dsd_setup_context(ctx, inputs, output):
     values, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
-    ctx.transposed, ctx.by_columns, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
+    ctx.transposed, ctx.by_columns, _, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
     needs_values, needs_b, needs_bias = ctx.needs_input_grad[:3]
     if needs_values or needs_b or needs_bias:
         _no_gradient_through(activation)
     ctx.block, ctx.b_by_columns, ctx.num_inputs = values.shape[1:], stored_by_columns(b), len(inputs)
+    ctx.b_parts = _parts(b)
     ctx.save_for_backward(values if needs_b else None, b if needs_values else None, *topology)
 
 
@@ -135,12 +144,18 @@ def _dsd_backward(ctx, dy):
     values, b, *topology = ctx.saved_tensors
     needs_values, needs_b, needs_bias = ctx.needs_input_grad[:3]
     dvalues = db = dbias = None
+    if dy.dim() == 3:
+        dy = side_by_side(dy, 0)
     if needs_values:
         # The gradient of sᵀ is the transpose of that of s, so it too comes in the order of the stored blocks.
-        operands = (b, dy.t()) if ctx.transposed else (dy, b.t())
+        if ctx.transposed:
+            operands = (side_by_side(b, 0) if ctx.b_parts else b, dy.t())
+        else:
+            operands = (dy, b.mT)
         dvalues = sdd_operator(*operands, None, *topology, *ctx.block, False, NO_ACTIVATION, ctx.backend)
     if needs_b:
-        db = dsd_operator(values, dy, None, *topology, not ctx.transposed, ctx.b_by_columns, NO_ACTIVATION, ctx.backend)
+        form = (not ctx.transposed, ctx.b_by_columns, ctx.b_parts)
+        db = dsd_operator(values, dy, None, *topology, *form, NO_ACTIVATION, ctx.backend)
     if needs_bias:
         dbias = dy.sum(1 if ctx.by_columns else 0)
     return dvalues, db, dbias, *(None,) * (ctx.num_inputs - 3)

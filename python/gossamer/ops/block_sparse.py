@@ -9,6 +9,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate, as_activation
+from gossamer._layout import side_by_side
 from gossamer.ops._autocast import autocast
 from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
@@ -136,7 +137,7 @@ def sdd_reference(
     activation: Activation | None = None,
 ) -> BlockSparseTensor:
     """:func:`sdd` by a dense product in plain torch, differentiable, in any floating dtype."""
-    return BlockSparseTensor.from_dense(_finish(a @ b, bias, activation), topology)
+    return BlockSparseTensor.from_dense(_finish(a @ _whole(b, 1), bias, activation), topology)
 
 
 def dsd_reference(
@@ -147,7 +148,7 @@ def dsd_reference(
     activation: Activation | None = None,
 ) -> torch.Tensor:
     """:func:`dsd` by a dense product in plain torch, differentiable, in any floating dtype."""
-    return _finish(s.to_dense() @ b, bias, activation)
+    return _finish(s.to_dense() @ _whole(b, 0), bias, activation)
 
 
 def dds_reference(
@@ -158,7 +159,11 @@ def dds_reference(
     activation: Activation | None = None,
 ) -> torch.Tensor:
     """:func:`dds` by a dense product in plain torch, differentiable, in any floating dtype."""
-    return _finish(a @ s.to_dense(), bias, activation)
+    return _finish(_whole(a, 1) @ s.to_dense(), bias, activation)
+
+
+def _whole(operand: torch.Tensor, dim: int) -> torch.Tensor:
+    return side_by_side(operand, dim) if operand.dim() == 3 else operand
 
 
 def _finish(y: torch.Tensor, bias: torch.Tensor | None, activation: Activation | None) -> torch.Tensor:
@@ -186,6 +191,25 @@ def _check_epilogue(
     if activation.gated:
         raise ValueError(f"activation must not be gated, got {activation.name!r}")
     return activation
+
+
+def _check_operand(
+    name: str, operand: torch.Tensor, dim: int, symbols: str, topology: BlockTopology, topology_dim: int
+) -> None:
+    """A dense operand, blocked along ``dim``: a matrix, or parts of whole blocks ``(G, ·, ·)`` that make one."""
+    size, block = topology.shape[topology_dim], topology.block[topology_dim]
+    what = f"{('rows', 'columns')[dim]} of {name}"
+    if isinstance(operand, torch.Tensor) and operand.dim() == 3:
+        parts, part = operand.shape[0], operand.shape[dim + 1]
+        if parts == 0 or part % block:
+            raise ValueError(
+                f"{name} must come in one or more parts of whole blocks of {block}: {what} are {parts} times {part}"
+            )
+        size_of = parts * part
+    else:
+        check_shape(name, operand, (None, None), symbols)
+        size_of = operand.shape[dim]
+    check_whole_blocks(what, size_of, size, block)
 
 
 def _with_activation(
@@ -217,7 +241,8 @@ def sdd(
     Args:
         a: ``(rows, K)`` float, of any strides: a transposed operand is given as ``a.t()``. ``rows`` and ``cols`` are
             the topology's, K is any size.
-        b: ``(K, cols)``, dtype and device of ``a``.
+        b: ``(K, cols)``, dtype and device of ``a``; or in G parts of whole blocks, ``(G, K, cols/G)`` of any strides,
+            which are taken side by side: the weights of G experts, say.
         topology: which blocks.
         bias: ``(cols,)``, added to the blocks, or None.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"``, applied to the blocks; None for
@@ -234,11 +259,11 @@ def sdd(
     """
     check_topology(topology)
     check_shape("a", a, (None, None), "(rows, K)")
-    check_shape("b", b, (None, None), "(K, cols)")
     check_whole_blocks("rows of a", a.shape[0], topology.shape[0], topology.block[0])
-    check_whole_blocks("columns of b", b.shape[1], topology.shape[1], topology.block[1])
-    check_shape("b", b, (a.shape[1], None), "(K, cols)")
-    activation = _check_epilogue(bias, b.shape[1], "(cols,)", activation)
+    _check_operand("b", b, 1, "(K, cols)", topology, 1)
+    if b.shape[-2] != a.shape[1]:
+        raise ValueError(f"b must have shape (K, cols) = ({a.shape[1]}, any), got {tuple(b.shape)}")
+    activation = _check_epilogue(bias, topology.shape[1], "(cols,)", activation)
     backend = _backend.resolve("block_sparse", a)
     a, b, bias = _operands(backend, a=a, b=b, bias=bias)
     check_same_device(a=a, topology=topology.row_offsets)
@@ -246,7 +271,7 @@ def sdd(
         return sdd_reference(a, b, topology, bias=bias, activation=activation)
     transposed = topology.order is not None
     # A transposed view's values are those of the transposed product, in which the bias runs along rows.
-    operands = (b.t(), a.t()) if transposed else (a, b)
+    operands = (_whole(b, 1).t(), a.t()) if transposed else (a, b)
     stored = _stored(topology)
 
     def product(code: int) -> torch.Tensor:
@@ -267,7 +292,8 @@ def dsd(
 
     Args:
         s: ``(rows, cols)``; ``s.t()`` for a transposed one.
-        b: ``(cols, N)``, any strides and any N; dtype and device of ``s``.
+        b: ``(cols, N)``, any strides and any N; dtype and device of ``s``. Or in G parts of whole blocks,
+            ``(G, cols/G, N)``, one below the other.
         bias: ``(N,)`` or None.
         activation: as for :func:`sdd`.
 
@@ -280,9 +306,8 @@ def dsd(
         ValueError: as for :func:`sdd`.
     """
     _check_sparse("s", s)
-    check_shape("b", b, (None, None), "(cols, N)")
-    check_whole_blocks("rows of b", b.shape[0], s.shape[1], s.topology.block[1])
-    activation = _check_epilogue(bias, b.shape[1], "(N,)", activation)
+    _check_operand("b", b, 0, "(cols, N)", s.topology, 1)
+    activation = _check_epilogue(bias, b.shape[-1], "(N,)", activation)
     backend = _backend.resolve("block_sparse", b)
     values, b, bias = _operands(backend, s=s.values, b=b, bias=bias)
     s = BlockSparseTensor(values, s.topology)
@@ -301,7 +326,8 @@ def dds(
     """Dense by block-sparse: ``y = act(a·s + bias)``. A linear layer is ``dds(x, weight.t())``.
 
     Args:
-        a: ``(M, rows)``, any strides and any M; dtype and device of ``s``.
+        a: ``(M, rows)``, any strides and any M; dtype and device of ``s``. Or in G parts of whole blocks,
+            ``(G, M, rows/G)``, side by side.
         s: ``(rows, cols)``; ``s.t()`` for a transposed one.
         bias: ``(cols,)`` or None.
         activation: as for :func:`sdd`.
@@ -315,15 +341,14 @@ def dds(
         ValueError: as for :func:`sdd`.
     """
     _check_sparse("s", s)
-    check_shape("a", a, (None, None), "(M, rows)")
-    check_whole_blocks("columns of a", a.shape[1], s.shape[0], s.topology.block[0])
+    _check_operand("a", a, 1, "(M, rows)", s.topology, 0)
     activation = _check_epilogue(bias, s.shape[1], "(cols,)", activation)
     backend = _backend.resolve("block_sparse", a)
     a, values, bias = _operands(backend, a=a, s=s.values, bias=bias)
     s = BlockSparseTensor(values, s.topology)
     if backend == "reference":
         return dds_reference(a, s, bias=bias, activation=activation)
-    return _sparse_product(s.t(), a.t(), bias, activation, True, backend).t()
+    return _sparse_product(s.t(), a.mT, bias, activation, True, backend).t()
 
 
 def _check_sparse(name: str, value: object) -> None:
@@ -343,6 +368,6 @@ def _sparse_product(
     values = s.values.transpose(1, 2) if transposed else s.values
 
     def product(code: int) -> torch.Tensor:
-        return dsd_operator(values, b, bias, *topology_tensors(stored), transposed, by_columns, code, backend)
+        return dsd_operator(values, b, bias, *topology_tensors(stored), transposed, by_columns, 0, code, backend)
 
     return _with_activation(product, activation, (values, b, bias))

@@ -1,0 +1,137 @@
+// Products with block-sparse matrices whose blocks make rectangles, of one instruction set; see isa_kernels.h.
+//
+// A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
+// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit.
+
+// Calls f(rectangle, first row, last row) for pieces of at most `limit` rows, a multiple of 16.
+template <class Args, class F>
+GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
+  for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
+    const int64_t begin = r->first * a.bm, end = r->last * a.bm, pieces = (end - begin + limit - 1) / limit;
+    const int64_t size = ((end - begin + pieces - 1) / pieces + kChunkUnit - 1) / kChunkUnit * kChunkUnit;
+    for (int64_t row = begin; row < end; row += size) f(*r, row, std::min(end, row + size));
+  }
+}
+
+// Packs rows begin .. end of a rectangle's blocks with the rows in lanes, each thread some of its block columns.
+template <class T, class P>
+void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin, int64_t end, const Panel<P>& panel,
+                    const T** rows, Team team) {
+  const auto block = [&](int64_t list, int64_t column) {
+    return static_cast<const T*>(a.values) + a.lists.place(a.lists.offsets[list] + column) * a.bm * a.bn;
+  };
+  if (a.col_stride == 1) {
+    const auto mine = team.share(r.count);
+    for (int64_t column = mine.begin; column < mine.end; ++column) {
+      for (int64_t row = begin; row < end; ++row) rows[row - begin] = block(row / a.bm, column) + row % a.bm * a.row_stride - column * a.bn;
+      pack_as_columns(panel, rows, column * a.bn, (column + 1) * a.bn);
+    }
+    return;
+  }
+  const int64_t depth = r.count * a.bn;
+  const auto mine = team.share(end - begin, kPanelWidth<P>);
+  for (int64_t at = begin + mine.begin; at < begin + mine.end;) {
+    const int64_t list = at / a.bm, next = std::min(begin + mine.end, (list + 1) * a.bm);
+    for (int64_t k = 0; k < depth; ++k) rows[k] = block(list, k / a.bn) + k % a.bn * a.col_stride - (list * a.bm - begin);
+    pack_as_rows(panel, rows, depth, at - begin, next - begin);
+    at = next;
+  }
+}
+
+// c = the product of a panel with `count` rows of a weight, which have the columns n and on of the result, its bias and
+// activation applied; the panel's first row is `row`. A bias by rows of the result runs along the lanes of c.
+template <class T, class P, class S>
+void rectangle_tile(const Weight<T>& w, int64_t at, int64_t count, const Panel<P>& panel, const Epilogue& epilogue, int64_t n,
+                    int64_t row, S* c, int64_t c_stride, P* pack) {
+  if (w.depth == 0) {
+    for (int64_t i = 0; i < count; ++i) std::fill_n(c + i * c_stride, (panel.width + kLanes<S> - 1) / kLanes<S> * kLanes<S>, S{0});
+  } else {
+    group_product(w, at, count, panel, c, c_stride, pack);
+  }
+  finish<T>({epilogue.bias, !epilogue.bias_by_rows, epilogue.activation}, c, c_stride, n, count, row, panel.width);
+}
+
+template <class T>
+void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int num_threads, Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  Arena arena(shared);
+  RectangleBuffers<P> buffers(arena, a, num_threads);
+  const auto own = std::make_unique<ThreadBuffers<P>>();
+  const auto rows = std::make_unique<const T*[]>(std::max(a.max_depth(), buffers.chunk));
+  T* y = static_cast<T*>(a.y);
+  for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end) {
+    const int64_t depth = r.count * a.bn, m = end - row, c_stride = own->c_stride(buffers.chunk);
+    const Panel<P> panel{buffers.panel, packed_depth<P>(depth), m};
+    const T* b = static_cast<const T*>(a.b.base) + a.b.offset(r.column * a.bn, a.b.row_stride);
+    const Weight<T> w{b, a.b.col_stride, a.b.row_stride, a.n, depth};
+    team.barrier();
+    buffers.queue.restart(team);
+    pack_rectangle(a, r, row, end, panel, rows.get(), team);
+    team.barrier();
+    buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
+      const int64_t count = last - n;
+      rectangle_tile(w, n, count, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
+      if (a.y_by_columns) {
+        // Parts are of whole blocks, so none ends within a vector.
+        for (int64_t t = 0; t < m; t += kLanes<S>) {
+          T* part = y + (row + t) / a.y_part * a.n * a.y_part + (row + t) % a.y_part;
+          const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, m - t));
+          for (int64_t i = 0; i < count; ++i) store_valid(part + (n + i) * a.y_part, load(own->c + i * c_stride + t), valid);
+        }
+        return;
+      }
+      for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
+        store_valid(y + (row + i) * a.n + n + column, v, valid);
+      });
+    });
+  });
+}
+
+template <class T>
+void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int num_threads, Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  Arena arena(shared);
+  RectangleBuffers<P> buffers(arena, a, num_threads);
+  const auto own = std::make_unique<ThreadBuffers<P>>();
+  const auto rows = std::make_unique<const T*[]>(std::max(a.depth, buffers.chunk));
+  const T* left = static_cast<const T*>(a.a.base);
+  T* values = static_cast<T*>(a.values);
+  zero_tail<T>(a, team);
+  for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end) {
+    const int64_t m = end - row, c_stride = own->c_stride(buffers.chunk), columns = r.count * a.bn, column = r.column * a.bn;
+    const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m};
+    const T* b = static_cast<const T*>(a.b.base) + a.b.offset(column, a.b.col_stride);
+    const Weight<T> w{b, a.b.col_stride, a.b.row_stride, columns, a.depth};
+    team.barrier();
+    buffers.queue.restart(team);
+    if (a.a.col_stride == 1) {
+      for (int64_t i = 0; i < m; ++i) rows[i] = left + (row + i) * a.a.row_stride;
+      const auto mine = team.share(a.depth, kPanelWidth<P>);
+      pack_as_columns(panel, rows.get(), mine.begin, mine.end);
+    } else {
+      for (int64_t k = 0; k < a.depth; ++k) rows[k] = left + row + k * a.a.col_stride;
+      const auto mine = team.share(m, kPanelWidth<P>);
+      pack_as_rows(panel, rows.get(), a.depth, mine.begin, mine.end);
+    }
+    team.barrier();
+    buffers.queue.each(team, columns, kGroup, [&](int64_t n, int64_t last) {
+      const int64_t count = last - n;
+      rectangle_tile(w, n, count, panel, a.epilogue, column + n, row, own->c, c_stride, own->pack);
+      for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t at, Vec<S> v, int valid) {
+        const int64_t in_row = (row + i) % a.bm, in_columns = n + at;
+        const int64_t block = a.lists.offsets[(row + i) / a.bm] + in_columns / a.bn;
+        store_valid(values + (block * a.bm + in_row) * a.bn + in_columns % a.bn, v, valid);
+      });
+    });
+  });
+}
+
+void rectangle_product(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { rectangle_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+}
+
+void sampled_rectangles(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { sampled_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+}

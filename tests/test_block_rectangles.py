@@ -1,0 +1,134 @@
+"""Block-sparse products whose blocks make rectangles, which the native kernels compute as dense matrices."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from block_sparse_products import PRODUCTS, functions, make_inputs, topology_of
+from helpers import assert_same_bits, check, run
+
+from gossamer import BlockTopology
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), reason="needs the native kernels")
+
+# Block rows of each rectangle: fewer and more rows than are packed at a time, one block row, and none.
+HEIGHTS = (5, 1, 0, 40)
+COLUMNS = 8
+# Of the dimension that is not blocked, so that a rectangle is worth the threads' meeting, and so that none is.
+MANY, FEW = 300, 20
+
+
+def rectangles(block=(16, 16), columns=COLUMNS, heights=HEIGHTS):
+    """A topology of rectangles ``columns`` block columns wide, three block rows without blocks, and unused room."""
+    mask = torch.zeros(sum(heights) + 3, columns * len(heights), dtype=torch.bool)
+    row = 0
+    for i, height in enumerate(heights):
+        mask[row : row + height, i * columns : (i + 1) * columns] = True
+        row += height
+    return BlockTopology.from_mask(mask, block, nnz=int(mask.sum()) + 2)
+
+
+def chosen(t, across, part=None):
+    """The rectangles that a product with a topology goes by."""
+    from gossamer import _C
+
+    lists = (t.row_offsets.data_ptr(), t.column_indices.data_ptr(), 0, t.grid[0])
+    return _C.choose_rectangles(lists, *t.block, across, t.shape[1], t.shape[1] if part is None else part)
+
+
+def test_choice():
+    """Rectangles are found with the rows between them, and are taken where they are worth it."""
+    t = rectangles()
+    assert chosen(t, MANY) == [(0, 5, 0, 8), (5, 6, 8, 8), (6, 46, 24, 8), (46, 49, 0, 0)]
+    assert not chosen(t, FEW)
+    # A dense operand in parts, one a rectangle, and parts that a rectangle crosses.
+    assert chosen(t, MANY, part=128) == chosen(t, MANY)
+    assert not chosen(t, MANY, part=64)
+    # Columns that are no neighbours; bands, for each of which the dense operand would be read anew; no blocks.
+    assert not chosen(topology_of("cpu", (16, 16), grid=(8, 30)), 10**6)
+    band = (torch.arange(30)[:, None] - torch.arange(34)).add(2).abs() <= 2
+    assert not chosen(BlockTopology.from_mask(band, 128), 10**6)
+    assert not chosen(BlockTopology.from_mask(torch.zeros(3, 4, dtype=torch.bool), 16), 10**6)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products(product, dtype, transposed):
+    """Each product and its gradients, with a bias, by rows and by columns on both sides; n is no multiple of a vector."""
+    t = rectangles()
+    t = t.transposed() if transposed else t
+    for by_columns in (False, True):
+        inputs = make_inputs(product, t, n=MANY + 1, dtype=dtype, by_columns=(by_columns,) * 2)
+        check(*functions(product, t, backend="native"), inputs)
+
+
+@pytest.mark.parametrize(("block", "columns"), [((64, 32), 3), ((16, 128), 1), ((128, 16), 5)])
+def test_blocks(block, columns):
+    """Blocks that end within a group of columns and within the rows that are packed at a time."""
+    t = rectangles(block, columns, heights=(3, 0, 8))
+    assert chosen(t, MANY) and chosen(t.transposed(), MANY)
+    for product, activation in itertools.product(PRODUCTS, ("relu", None)):
+        function, reference = functions(product, t, backend="native", activation=activation)
+        check(function, reference, make_inputs(product, t, n=MANY), needs=[])
+        if activation is None:
+            check(function, reference, make_inputs(product, t, n=MANY))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_are_those_of_the_other_way(dtype):
+    """Rectangle by rectangle or block by block: the same sums in the same order."""
+    t = rectangles()
+    for product in ("dsd", "dds"):
+        inputs = make_inputs(product, t, n=MANY, dtype=dtype)
+        function, _ = functions(product, t, backend="native", activation="silu")
+        name, dim = ("b", 1) if product == "dsd" else ("a", 0)
+        less = {name: inputs[name].narrow(dim, 0, FEW)}
+        less |= {"bias": inputs["bias"][:FEW]} if product == "dsd" else {}
+        part, whole = run(function, inputs | less)["out"], run(function, inputs)["out"]
+        assert torch.equal(part, whole.narrow(dim, 0, FEW))
+    # One block in a row far from the others, and the list is none of neighbours.
+    mask = t.to_mask()
+    mask[0, -1] = True
+    other = BlockTopology.from_mask(mask, t.block)
+    assert chosen(t, MANY) and not chosen(other, MANY)
+    inputs = make_inputs("sdd", t, n=MANY, dtype=dtype)
+    whole, found = (functions("sdd", s, backend="native")[0](**inputs) for s in (t, other))
+    kept = torch.cat([torch.arange(COLUMNS), torch.arange(COLUMNS, int(t.row_offsets[-1])) + 1])
+    assert torch.equal(found[kept], whole[: len(kept)])
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_same_bits(product):
+    """Two runs, and one with one thread, agree bit by bit."""
+    t = rectangles()
+    function, _ = functions(product, t, backend="native")
+    inputs = make_inputs(product, t, n=MANY)
+    dout = torch.randn(run(function, inputs)["out"].shape)
+    first = run(function, inputs, inputs, dout)
+    assert_same_bits(first, run(function, inputs, inputs, dout))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_same_bits(first, run(function, inputs, inputs, dout))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "generic"])
+def test_instruction_sets(isa):
+    """The kernels of each instruction set that this processor has."""
+    from gossamer import _C
+
+    try:
+        _C.choose_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor does not run {isa}")
+    try:
+        for product, dtype in itertools.product(PRODUCTS, (torch.float32, torch.bfloat16)):
+            t = rectangles((32, 16), 5, heights=(4, 1))
+            inputs = make_inputs(product, t, n=MANY, dtype=dtype)
+            check(*functions(product, t, backend="native"), inputs)
+    finally:
+        _C.choose_isa("")

@@ -1,0 +1,150 @@
+"""The dense operands of sdd, dsd and dds: every layout and stride, parts, and what goes by TMA descriptors."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from block_sparse_products import PRODUCTS, functions, live_values, make_inputs, topology_of
+from helpers import check, check_draws, run
+
+import gossamer
+from gossamer import BlockSparseTensor
+
+
+def in_parts(inputs, product, parts=2):
+    """The operand that may come in parts as views of parts, each stored by rows or by columns as the operand is."""
+    name, dim = {"sdd": ("b", 1), "dsd": ("b", 0), "dds": ("a", 1)}[product]
+    operand = inputs[name]
+    by_columns = operand.stride(0) == 1 and operand.stride(1) != 1
+    pieces = [p.t().contiguous() if by_columns else p.contiguous() for p in operand.chunk(parts, dim)]
+    stack = torch.stack(pieces)
+    return inputs | {name: stack.mT if by_columns else stack}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_layouts(kernel_backend, device, product):
+    """Dense operands by rows and by columns: the same values, and gradients in the operands' own layouts."""
+    t = topology_of(device)
+    function, reference = functions(product, t, backend=kernel_backend)
+    for by_columns in itertools.product([False, True], repeat=2 if product == "sdd" else 1):
+        inputs = make_inputs(product, t, by_columns=(*by_columns, False))
+        results = check(function, reference, inputs)
+        for name in set(inputs) & {"a", "b"}:
+            assert results[name].stride() == inputs[name].stride(), name
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_strided_operands(kernel_backend, device, product):
+    """Sliced and broadcast operands and output gradients, and values that are no contiguous tensor."""
+    t = topology_of(device)
+    function, reference = functions(product, t, backend=kernel_backend)
+    inputs = make_inputs(product, t)
+    for name in inputs:
+        wide = torch.stack([inputs[name]] * 2, -1)[..., 0]
+        assert not wide.is_contiguous()
+        check(function, reference, inputs | {name: wide})
+    shape = reference(**inputs).shape
+    row = torch.randn(shape[-1], device=device)
+
+    def draw(i):
+        dout = row.roll(i).expand(shape)
+        wide = {k: v.double() for k, v in inputs.items()}
+        return run(reference, wide, wide, dout.double()), run(reference, inputs, inputs, dout)
+
+    check_draws(run(function, inputs, inputs, row.expand(shape)), draw)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("block", [(32, 16), (16, 64)])
+def test_parts(kernel_backend, device, product, block):
+    """An operand in parts, by rows and by columns: the bits of the same matrix in one, and gradients of its own strides."""
+    t = topology_of(device, block, grid=(4, 4))
+    function, reference = functions(product, t, backend=kernel_backend)
+    for by_columns in (False, True):
+        whole = make_inputs(product, t, n=40, by_columns=(by_columns, by_columns))
+        parts = in_parts(whole, product)
+        (name,) = (key for key in parts if parts[key].dim() == 3 and key != "s")
+        results = check(function, reference, parts)
+        assert results[name].stride() == parts[name].stride()
+        dout = torch.randn(results["out"].shape, device=device)
+        one, other = (run(function, inputs, inputs, dout) for inputs in (whole, parts))
+        dim = 0 if product == "dsd" else 1
+        other[name] = torch.cat(list(other[name]), dim)
+        for key, value in one.items():
+            assert torch.equal(other[key], value), key
+
+
+def test_parts_of_views_and_transposes(kernel_backend, device):
+    """Parts of a larger tensor, parts that make one matrix as they lie, and a product whose result is a transposed view."""
+    t = topology_of(device, (16, 32), grid=(4, 6))
+    rows, cols = t.shape
+    wide = torch.randn(3, cols // 3 + 8, 9, device=device)
+    inputs = make_inputs("dsd", t, n=9) | {"b": wide[:, 4:-4]}
+    check(*functions("dsd", t, backend=kernel_backend), inputs)
+    check(*functions("dsd", t, backend=kernel_backend), inputs | {"b": wide[:, :-8]})
+    whole = make_inputs("dsd", t, n=9)
+    check(*functions("dsd", t, backend=kernel_backend), whole | {"b": whole["b"].view(3, cols // 3, 9)})
+    view = t.transposed()
+    inputs = make_inputs("sdd", view, n=9)
+    check(*functions("sdd", view, backend=kernel_backend), in_parts(inputs, "sdd"))
+
+
+def test_parts_have_second_derivatives(device):
+    """Finite differences in float64 through gradients that come in parts themselves."""
+    if device != "cpu":
+        pytest.skip("float64 is for the CPU")
+    t = topology_of(device, (16, 16), grid=(2, 2), density=1.0, spare=0)
+    for product in PRODUCTS:
+        inputs = in_parts(make_inputs(product, t, n=2, dtype=torch.float64), product)
+        function, _ = functions(product, t, backend="native")
+        names = list(inputs)
+
+        def call(*values, function=function, names=names):
+            return function(**dict(zip(names, values, strict=True)))
+
+        leaves = [value.detach().requires_grad_() for value in inputs.values()]
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_operators_with_parts_are_well_formed(device, by_columns):
+    """Schemas, fake kernels and autograd registration of both operators with operands, and results, in parts."""
+    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
+
+    t = topology_of(device, (16, 32), grid=(2, 2))
+    tensors, backend = topology_tensors(t), "native" if device == "cpu" else "triton"
+    (rows, cols), values = t.shape, live_values(t).requires_grad_()
+    b = in_parts(make_inputs("dsd", t, n=5, by_columns=(by_columns,) * 2), "dsd")["b"].requires_grad_()
+    rest = (False, by_columns, 2, NO_ACTIVATION, backend)
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, None, *tensors, *rest))
+    inputs = in_parts(make_inputs("sdd", t, n=5, by_columns=(by_columns,) * 2), "sdd")
+    a, b = (inputs[name].requires_grad_() for name in "ab")
+    rest = (*t.block, False, NO_ACTIVATION, backend)
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, None, *tensors, *rest))
+
+
+def test_the_reference_takes_parts(device):
+    t = topology_of(device, grid=(4, 4))
+    for product in PRODUCTS:
+        inputs = make_inputs(product, t)
+        _, reference = functions(product, t, backend="reference")
+        assert torch.equal(reference(**in_parts(inputs, product)), reference(**inputs))
+    s = BlockSparseTensor(live_values(t), t)
+    parts = torch.randn(2, t.shape[1] // 2, 3, device=device)
+    torch.testing.assert_close(gossamer.ops.block_sparse.dsd_reference(s, parts), s.to_dense() @ parts.flatten(0, 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU makes its own choices, and other tests hold them")
+@pytest.mark.parametrize("block", [(64, 128), (128, 64), (32, 32)])
+def test_by_descriptors(monkeypatch, device, block):
+    """What a Hopper GPU runs and the interpreter would not choose: TMA descriptors, wide tiles."""
+    for name in ("block_sparse", "block_sparse_sampled"):
+        module = importlib.import_module(f"gossamer.triton_kernels.{name}")
+        monkeypatch.setattr(module, "arch_of", lambda tensor: 90)
+    t = topology_of(device, block, grid=(2, 2), density=0.75)
+    for product, by_columns in itertools.product(PRODUCTS, [(False, False), (True, True)]):
+        inputs = make_inputs(product, t, n=40, dtype=torch.float16, by_columns=by_columns)
+        check(*functions(product, t, backend="triton"), inputs)
+        check(*functions(product, t, backend="triton"), in_parts(inputs, product))
