@@ -56,7 +56,7 @@ def test_choice():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products(product, dtype, transposed):
-    """Each product and its gradients, with a bias, by rows and by columns on both sides; n is no multiple of a vector."""
+    """Each product and its gradients, with a bias, by rows and by columns; n is no multiple of a vector."""
     t = rectangles()
     t = t.transposed() if transposed else t
     for by_columns in (False, True):

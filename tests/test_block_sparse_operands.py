@@ -58,7 +58,7 @@ def test_strided_operands(kernel_backend, device, product):
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("block", [(32, 16), (16, 64)])
 def test_parts(kernel_backend, device, product, block):
-    """An operand in parts, by rows and by columns: the bits of the same matrix in one, and gradients of its own strides."""
+    """An operand in parts, by rows and by columns: the bits of the matrix in one, and gradients of its own strides."""
     t = topology_of(device, block, grid=(4, 4))
     function, reference = functions(product, t, backend=kernel_backend)
     for by_columns in (False, True):
@@ -76,9 +76,9 @@ def test_parts(kernel_backend, device, product, block):
 
 
 def test_parts_of_views_and_transposes(kernel_backend, device):
-    """Parts of a larger tensor, parts that make one matrix as they lie, and a product whose result is a transposed view."""
+    """Parts of a larger tensor, parts that make one matrix as they lie, and a result that is a transposed view."""
     t = topology_of(device, (16, 32), grid=(4, 6))
-    rows, cols = t.shape
+    cols = t.shape[1]
     wide = torch.randn(3, cols // 3 + 8, 9, device=device)
     inputs = make_inputs("dsd", t, n=9) | {"b": wide[:, 4:-4]}
     check(*functions("dsd", t, backend=kernel_backend), inputs)
@@ -115,7 +115,7 @@ def test_operators_with_parts_are_well_formed(device, by_columns):
 
     t = topology_of(device, (16, 32), grid=(2, 2))
     tensors, backend = topology_tensors(t), "native" if device == "cpu" else "triton"
-    (rows, cols), values = t.shape, live_values(t).requires_grad_()
+    values = live_values(t).requires_grad_()
     b = in_parts(make_inputs("dsd", t, n=5, by_columns=(by_columns,) * 2), "dsd")["b"].requires_grad_()
     rest = (False, by_columns, 2, NO_ACTIVATION, backend)
     torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, None, *tensors, *rest))
