@@ -1,7 +1,7 @@
 // Products with block-sparse matrices whose blocks make rectangles, of one instruction set; see isa_kernels.h.
 //
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
-// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit.
+// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for sums of outer products.
 
 // Calls f(rectangle, first row, last row) for pieces of at most `limit` rows, a multiple of 16.
 template <class Args, class F>
@@ -88,6 +88,67 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   });
 }
 
+// Zeroes this thread's share of rows first .. last of y.
+template <class T>
+void zero_rows(const BlockProductArgs& a, int64_t first, int64_t last, T* y, Team team) {
+  if (!a.y_by_columns) {
+    const auto mine = team.share((last - first) * a.n);
+    std::fill(y + first * a.n + mine.begin, y + first * a.n + mine.end, T{});
+    return;
+  }
+  const auto mine = team.share(a.n);
+  for (int64_t row = first; row < last; row += a.bm) {
+    T* part = y + row / a.y_part * a.n * a.y_part + row % a.y_part;
+    for (int64_t n = mine.begin; n < mine.end; ++n) std::fill_n(part + n * a.y_part, a.bm, T{});
+  }
+}
+
+// y = sᵀ·b as sums of outer products along the rows of s, some rows at a time: y's rows, whichever they are, come from the left
+// panel and its columns from the right one.
+template <class T>
+void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num_threads, Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  Arena arena(shared);
+  OuterRectangleBuffers<P> buffers(arena, a, num_threads);
+  const auto rows = std::make_unique<const T*[]>(buffers.chunk);
+  const T* b = static_cast<const T*>(a.b.base);
+  T* y = static_cast<T*>(a.y);
+  for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
+    const int64_t wide = (r->last - r->first) * a.bm, terms = r->count * a.bn, first_row = r->first * a.bm;
+    if (terms == 0) {
+      zero_rows(a, first_row, first_row + wide, y, team);
+      continue;
+    }
+    T* out = a.y_by_columns ? y + first_row / a.y_part * a.n * a.y_part + first_row % a.y_part : y + first_row * a.n;
+    for (int64_t begin = 0; begin < terms; begin += buffers.chunk) {
+      const int64_t m = std::min(buffers.chunk, terms - begin);
+      const Panel<P> left{buffers.left, a.y_by_columns ? a.n : wide, packed_depth<P>(m)};
+      const Panel<P> right{buffers.right, packed_depth<P>(m), a.y_by_columns ? wide : a.n};
+      team.barrier();
+      buffers.queue.restart(team);
+      const auto lists = team.share(r->last - r->first);
+      for (int64_t list = lists.begin; list < lists.end; ++list) {
+        const int64_t column = list * a.bm;
+        for (int64_t k = 0; k < m; ++k) {
+          const int64_t block = a.lists.place(a.lists.offsets[r->first + list] + (begin + k) / a.bn);
+          rows[k] = static_cast<const T*>(a.values) + (block * a.bn + (begin + k) % a.bn) * a.bm - column;
+        }
+        a.y_by_columns ? pack_as_rows(right, rows.get(), m, column, column + a.bm)
+                       : pack_as_terms(left, rows.get(), m, column, column + a.bm);
+      }
+      for (int64_t k = 0; k < m; ++k) rows[k] = b + a.b.offset(r->column * a.bn + begin + k, a.b.row_stride);
+      const auto mine = team.share(a.n, kPanelWidth<P>);
+      a.y_by_columns ? pack_as_terms(left, rows.get(), m, mine.begin, mine.end) : pack_as_rows(right, rows.get(), m, mine.begin, mine.end);
+      team.barrier();
+      const bool first = begin == 0, last = begin + m == terms;
+      S* partial = std::is_same_v<T, S> || (first && last) ? nullptr : buffers.partial;
+      const GradientSink<T> sink{out, partial, a.y_by_columns ? a.y_part : a.n, first, last};
+      buffers.queue.each(team, left.depth, kGroup, [&](int64_t i, int64_t end) { outer_product(left, i, end, right, sink); });
+    }
+  }
+}
+
 template <class T>
 void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
@@ -130,6 +191,10 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
 
 void rectangle_product(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
   visit_float(args.dtype, [&](auto tag) { rectangle_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+}
+
+void outer_rectangles(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
+  visit_float(args.dtype, [&](auto tag) { outer_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void sampled_rectangles(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team) {

@@ -1,5 +1,7 @@
 #include "cpu/block_sparse.h"
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 #include "cpu/run_team.h"
 
@@ -33,9 +35,30 @@ std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, in
   return found;
 }
 
+namespace {
+
+// Whether a product with a transposed matrix, which is what a weight's gradient is, can be a sum of outer products: no
+// epilogue follows, rows of the dense operand are contiguous, and each rectangle's result is one matrix.
+bool sums_outer_products(const BlockProductArgs& a, const std::vector<Rectangle>& rectangles) {
+  if (a.col_stride == 1 || a.b.col_stride != 1 || a.epilogue.bias || a.epilogue.activation >= 0) return false;
+  return !a.y_by_columns || std::all_of(rectangles.begin(), rectangles.end(), [&](const Rectangle& r) {
+    return r.count == 0 || r.first * a.bm / a.y_part == (r.last * a.bm - 1) / a.y_part;
+  });
+}
+
+}  // namespace
+
 int64_t RectangleProductArgs::max_depth() const {
   int64_t most = 0;
   for (int64_t i = 0; i < num_rectangles; ++i) most = std::max(most, rectangles[i].count * bn);
+  return most;
+}
+
+int64_t RectangleProductArgs::max_rows() const {
+  int64_t most = 0;
+  for (int64_t i = 0; i < num_rectangles; ++i) {
+    if (rectangles[i].count > 0) most = std::max(most, (rectangles[i].last - rectangles[i].first) * bm);
+  }
   return most;
 }
 
@@ -43,9 +66,14 @@ void block_product(const BlockProductArgs& args, int num_threads) {
   // Packing and storing count too: a matrix with few blocks still has rows.
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.n * (blocks * args.bm * args.bn + args.depth + args.rows());
-  const auto found = choose_rectangles(args.lists, args.bm, args.bn, args.n, args.depth, args.b.size);
+  // Sums of outer products are other sums, so what they are chosen by must not depend on n.
+  constexpr int64_t kOuterColumns = 64;
+  auto found = choose_rectangles(args.lists, args.bm, args.bn, kOuterColumns, args.depth, args.b.size);
+  const bool outer = !found.empty() && sums_outer_products(args, found);
+  if (!outer) found = choose_rectangles(args.lists, args.bm, args.bn, args.n, args.depth, args.b.size);
+  const RectangleProductArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
+  if (outer) return run_team<OuterRectangleBuffers>(by_rectangles, work, num_threads, kernels().outer_rectangles);
   if (!found.empty()) {
-    const RectangleProductArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
     return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().rectangle_product);
   }
   run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);

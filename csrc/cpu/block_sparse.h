@@ -85,6 +85,7 @@ struct RectangleProductArgs : BlockProductArgs {
   int64_t num_rectangles;
 
   int64_t max_depth() const;
+  int64_t max_rows() const;
 };
 
 struct SampledRectanglesArgs : SampledProductArgs {
@@ -159,6 +160,25 @@ struct RectangleBuffers {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(a.max_depth(), sizeof(P) / kTerms<P>);
     panel = arena.take<P>(panel_size(packed_depth<P>(a.max_depth()), chunk));
+  }
+};
+
+// The same for sums of outer products, whose results lie in rows of `n` values or of a rectangle's.
+template <class P>
+struct OuterRectangleBuffers {
+  using S = SumOf<P>;
+  WorkQueue queue;
+  P *left, *right;
+  S* partial;
+  int64_t chunk;
+
+  OuterRectangleBuffers(Arena& arena, const RectangleProductArgs& a, int num_threads) {
+    const int64_t rows = a.max_rows(), left_size = a.y_by_columns ? a.n : rows, right_size = a.y_by_columns ? rows : a.n;
+    queue = take_queue(arena, num_threads);
+    chunk = chunk_rows(std::max(rows, a.n), sizeof(P) / kTerms<P>);
+    left = arena.take<P>(panel_size(left_size, packed_depth<P>(chunk)));
+    right = arena.take<P>(panel_size(packed_depth<P>(chunk), right_size));
+    partial = arena.take<S>(sizeof(S) > element_size(a.dtype) && a.max_depth() > chunk ? rows * a.n : 0);
   }
 };
 

@@ -37,6 +37,7 @@ struct Kernels {
   void (*block_product)(const BlockProductArgs& args, void* shared, int num_threads, Team team);
   void (*sampled_product)(const SampledProductArgs& args, void* shared, int num_threads, Team team);
   void (*rectangle_product)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
+  void (*outer_rectangles)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
   void (*sampled_rectangles)(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team);
 };
 

@@ -21,4 +21,5 @@
 #define GOSSAMER_KERNEL_TABLE \
   GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, \
       multi_low_rank, multi_low_rank_backward, expert_mlp, expert_mlp_backward, quantized_grouped_matmul, quantized_expert_mlp, \
-      rank_product, low_rank_matmul, block_product, sampled_product, rectangle_product, sampled_rectangles
+      rank_product, low_rank_matmul, block_product, sampled_product, rectangle_product, outer_rectangles, \
+      sampled_rectangles
