@@ -134,7 +134,8 @@ class BuildExt(build_ext):
 
 def extension():
     """The description of ``gossamer._C``."""
-    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/bindings/*.cpp") + glob.glob("csrc/cpu/*.cpp"))]
+    # bindings.cpp includes the files in csrc/bindings/.
+    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     libraries, library_dirs, macros, link_args = [], [], [], ["-fopenmp"]
     nvcc = cuda_requested()
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))
@@ -156,7 +157,7 @@ def extension():
         "gossamer._C",
         sources,
         include_dirs=["csrc"],
-        depends=sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)),
+        depends=sorted(f for kind in ("h", "cuh", "cpp") for f in glob.glob(f"csrc/**/*.{kind}", recursive=True)),
         cxx_std=20,
         define_macros=macros,
         libraries=libraries,

@@ -5,11 +5,27 @@
 #include "bindings/register.h"
 #include "cpu/isa.h"
 
+// One translation unit: reading pybind11 takes a compiler longer than all that any of these files adds.
+#include "bindings/block_sparse.cpp"
+#include "bindings/dispatch.cpp"
+#include "bindings/expert_mlp.cpp"
+#include "bindings/gather_reduce.cpp"
+#include "bindings/grouped_matmul.cpp"
+#include "bindings/hash_table.cpp"
+#include "bindings/hopper.cpp"
+#include "bindings/low_rank.cpp"
+#include "bindings/memory.cpp"
+#include "bindings/multi_low_rank.cpp"
+#include "bindings/quantized_experts.cpp"
+#include "bindings/quantized_weight.cpp"
+#include "bindings/recorder.cpp"
+#include "bindings/sparse_update.cpp"
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of gossamer: raw pointers, sizes and strides in elements, dtype codes.";
-  #ifdef GOSSAMER_WITH_CUDA
+#ifdef GOSSAMER_WITH_CUDA
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;

@@ -33,6 +33,7 @@ def test_kernels_compile_within_limits(rows):
     [
         "dispatch",
         "block_sparse",
+        "block_sparse_sampled",
         "gather_reduce",
         "gather_max",
         "sparse_update",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from gossamer._layout import merged, side_by_side
-from gossamer.triton_kernels.block_sparse_sampled import sdd, sdd_case
+from gossamer.triton_kernels.block_sparse_sampled import sdd
 from gossamer.triton_kernels.block_sparse_tile import (
     described,
     load_operand,
@@ -147,8 +147,11 @@ def _dsd_kernel(
                 pointers += k.to(tl.int64)[None, :] * stride_bk
             else:
                 part = column * BN // b_part
-                within = tl.max_contiguous(tl.multiple_of(k - part * b_part, BN), BN)
-                pointers += (part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bk)[None, :]
+                within = tl.multiple_of(k - part * b_part, BN)
+                offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bk
+                if B_BY_COLUMNS:
+                    offset = tl.max_contiguous(offset, BN)
+                pointers += offset[None, :]
             mask = inside[None, :] if MASK == "none" else inside[None, :] & (n < N)[:, None]
             x = tl.load(pointers, mask, other=0.0)
             block = values + place.to(tl.int64)[:, None] * (BM * BN)
@@ -307,8 +310,4 @@ def aot_cases(arch: int) -> list[tuple]:
         _dsd_case(arch, half, (32, 32), transposed=False, by_columns=True),
         _dsd_case(arch, half, (128, 128), transposed=False, by_columns=True, parts=True),
         _dsd_case(arch, single, (128, 128), transposed=False, by_columns=True),
-        sdd_case(arch, half, (128, 128), act=1),
-        sdd_case(arch, half, (128, 128), parts=True),
-        sdd_case(arch, half, (32, 32)),
-        sdd_case(arch, single, (128, 128)),
     ]

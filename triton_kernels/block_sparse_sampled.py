@@ -52,6 +52,7 @@ def _sdd_kernel(
     stride_bn,
     A_TMA: tl.constexpr,
     A_BY_ROWS: tl.constexpr,
+    B_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     ACT: tl.constexpr,
@@ -87,15 +88,17 @@ def _sdd_kernel(
             column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
             rows = row * BM + m
             MASK: tl.constexpr = "none" if EVEN_K else "terms"
-            source, column_in = b_ptr, column
+            offset = column.to(tl.int64) * stride_bn
             if b_part is not None:
                 part = column // b_part
-                column_in = tl.max_contiguous(tl.multiple_of(column - part * b_part, RUN), RUN)
-                source = b_ptr + part.to(tl.int64)[:, None] * stride_bp
+                within = tl.multiple_of(column - part * b_part, RUN)
+                offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bn
+                if B_BY_ROWS:
+                    offset = tl.max_contiguous(offset, RUN)
             acc = tl.zeros((WIDE, BM), tl.float32)
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
-                x = load_operand(source, column_in, 0, k, k0, K, stride_bn, stride_bk, False, False, MASK)
+                x = load_operand(b_ptr, offset, 0, k, k0, K, 1, stride_bk, False, False, MASK)
                 w = load_operand(a, rows, row * BM, k, k0, K, stride_am, stride_ak, A_TMA, A_BY_ROWS, MASK)
                 acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
             out = values_ptr + j.to(tl.int64) * (BM * BN) + g % BN
@@ -150,6 +153,7 @@ def sdd(
             *b.stride()[-2:],
             A_TMA=a_tma,
             A_BY_ROWS=a_by_rows,
+            B_BY_ROWS=b.stride(-1) == 1,
             EVEN_K=a.shape[1] % tile.block_k == 0,
             BIAS_ROWS=bias_rows,
             ACT=activation,
@@ -165,7 +169,7 @@ def sdd(
     return values
 
 
-def sdd_case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool = False, act: int = -1) -> tuple:
+def _case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool = False, act: int = -1) -> tuple:
     """One launch of ``sdd``: a weight gradient, both operands contiguous across the sum."""
     bm, bn = block
     tile = sdd_tile(bm, bn, dtype.itemsize, arch)
@@ -179,6 +183,7 @@ def sdd_case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool 
         "stride_bn": 1,
         "A_TMA": tma,
         "A_BY_ROWS": False,
+        "B_BY_ROWS": True,
         "EVEN_K": True,
         "BIAS_ROWS": False,
         "ACT": act,
@@ -198,3 +203,14 @@ def sdd_case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool 
     if tma:
         signature["a"] = aot_descriptor(dtype, [tile.block_k, bm])
     return _sdd_kernel, signature, constexprs, tile.options()
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
+    half, single = torch.bfloat16, torch.float32
+    return [
+        _case(arch, half, (128, 128), act=1),
+        _case(arch, half, (128, 128), parts=True),
+        _case(arch, half, (32, 32)),
+        _case(arch, single, (128, 128)),
+    ]

@@ -24,6 +24,11 @@ using PyGroups = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 // (pointer, expert stride, row stride, column stride)
 using PyWeights = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 inline FloatMatrix matrix(const PyMatrix& m) {
   const auto& [pointer, row_stride, col_stride, dtype] = m;
   return {reinterpret_cast<void*>(pointer), row_stride, col_stride, static_cast<DType>(dtype)};

@@ -12,11 +12,6 @@ namespace gossamer::bindings {
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 hash_table::Batch batch(int policy, int64_t stamp, uint32_t serial, uintptr_t scores) {
   return {static_cast<hash_table::Evict>(policy), stamp, serial, pointer<const int64_t>(scores)};
 }

@@ -92,14 +92,9 @@ using PyRows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
 // (pointer, experts, outer, inner, expert stride, outer stride, transposed)
 using PyStoredWeight = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
 // (code, gated, interleaved, alpha, limit)
-using PyActivation = std::tuple<int, bool, bool, float, float>;
+using PyDeviceActivation = std::tuple<int, bool, bool, float, float>;
 // (device, stream)
 using PyWhere = std::tuple<int, uintptr_t>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 cuda::RoutingView routing(const PyGroups& g) {
   const auto& [slots, offsets, num_rows, num_experts] = g;
@@ -116,7 +111,7 @@ cuda::WeightView weight(const PyStoredWeight& w) {
   return {pointer<const void>(data), experts, outer, inner, expert_stride, outer_stride, transposed};
 }
 
-cuda::ActivationView activation(const PyActivation& a) {
+cuda::ActivationView activation(const PyDeviceActivation& a) {
   const auto& [code, gated, interleaved, alpha, limit] = a;
   return {code, gated, interleaved, alpha, limit};
 }
@@ -148,7 +143,7 @@ void register_products(py::module_& m) {
   m.def(
       "hopper_expert_up",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
-         uintptr_t bias, const PyActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
+         uintptr_t bias, const PyDeviceActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
         raise(cuda::expert_up({bfloat16, routing(g), inner, c, rows(x), weight(gate_up), pointer<const void>(bias),
                                activation(form), pointer<void>(act), pointer<void>(preact)},
                               where(at)));
@@ -159,7 +154,7 @@ void register_products(py::module_& m) {
   m.def(
       "hopper_expert_down_backward",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
-         const PyActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
+         const PyDeviceActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
          uintptr_t weights, bool weights_float32, const PyWhere& at) {
         raise(cuda::expert_down_backward(
             {bfloat16, routing(g), inner, c, rows(dy), weight(down), activation(form), pointer<const void>(preact),

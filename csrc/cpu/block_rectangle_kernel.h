@@ -3,6 +3,9 @@
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
 // it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for sums of outer products.
 
+// Groups of columns at the end of a thread's share that are given out in halves.
+constexpr int64_t kHalvedGroups = 2;
+
 // Calls f(rectangle, first row, last row) for pieces of at most `limit` rows, a multiple of 16.
 template <class Args, class F>
 GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
@@ -71,6 +74,10 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     team.barrier();
     buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
+      // What the results will be written to comes into the cache while they are computed.
+      for (int64_t i = 0; i < m && !a.y_by_columns; ++i) {
+        prefetch_lines<1, Fetch::kWriteLater>(y + (row + i) * a.n + n, count * sizeof(T));
+      }
       rectangle_tile(w, n, count, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
       if (a.y_by_columns) {
         // Parts are of whole blocks, so none ends within a vector.
@@ -84,7 +91,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + (row + i) * a.n + n + column, v, valid);
       });
-    });
+    }, kHalvedGroups);
   });
 }
 
@@ -143,7 +150,7 @@ void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num
       team.barrier();
       const bool first = begin == 0, last = begin + m == terms;
       S* partial = std::is_same_v<T, S> || (first && last) ? nullptr : buffers.partial;
-      const GradientSink<T> sink{out, partial, a.y_by_columns ? a.y_part : a.n, first, last};
+      const GradientSink<T> sink{out, partial, a.y_by_columns ? a.y_part : a.n, right.width, first, last};
       buffers.queue.each(team, left.depth, kGroup, [&](int64_t i, int64_t end) { outer_product(left, i, end, right, sink); });
     }
   }
@@ -179,13 +186,16 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
     team.barrier();
     buffers.queue.each(team, columns, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
+      const auto place = [&](int64_t i, int64_t at) {
+        const int64_t block = a.lists.offsets[(row + i) / a.bm] + at / a.bn;
+        return values + (block * a.bm + (row + i) % a.bm) * a.bn + at % a.bn;
+      };
+      for (int64_t i = 0; i < m; ++i) prefetch_lines<1, Fetch::kWriteLater>(place(i, n), count * sizeof(T));
       rectangle_tile(w, n, count, panel, a.epilogue, column + n, row, own->c, c_stride, own->pack);
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t at, Vec<S> v, int valid) {
-        const int64_t in_row = (row + i) % a.bm, in_columns = n + at;
-        const int64_t block = a.lists.offsets[(row + i) / a.bm] + in_columns / a.bn;
-        store_valid(values + (block * a.bm + in_row) * a.bn + in_columns % a.bn, v, valid);
+        store_valid(place(i, n + at), v, valid);
       });
-    });
+    }, kHalvedGroups);
   });
 }
 

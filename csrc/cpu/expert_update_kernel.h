@@ -65,7 +65,7 @@ void factor_gradient(WorkQueue& queue, Team team, int64_t unit, const Panel<P>& 
     using G = typename decltype(tag)::type;
     if constexpr (std::is_same_v<Accumulator<G>, SumOf<P>>) {
       G* to = static_cast<G*>(out) + chunk.expert * columns.depth * rows.width;
-      const GradientSink<G> sink{to, chunk.first && chunk.last ? nullptr : partial, rows.width, chunk.first, chunk.last};
+      const GradientSink<G> sink{to, chunk.first && chunk.last ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last};
       queue.each(team, columns.depth, unit,
                  [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); });
     }

@@ -323,13 +323,16 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>&
 }
 
 // Where a weight gradient goes: straight to `out`, or, when the expert's rows come in several chunks, first into
-// `partial` (which is null where `out` itself can hold partial sums).
+// `partial`, whose rows are `width` values (and which is null where `out` itself can hold partial sums).
 template <class T>
 struct GradientSink {
   T* out;
   Accumulator<T>* partial;
-  int64_t stride;
+  int64_t stride, width;
   bool first, last;
+
+  T* at(int64_t row, int64_t column) const { return out + row * stride + column; }
+  Accumulator<T>* partial_at(int64_t row, int64_t column) const { return partial + row * width + column; }
 };
 
 // Blocks of tokens that a weight gradient sums in registers before it adds to memory, about the longest segment.
@@ -365,26 +368,33 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   constexpr int width = Vecs * kLanes<S>;
   alignas(64) S own[Rows * width];
   // Whole tiles of sums go straight to where they are kept.
-  S* c = sink.last ? nullptr : sink.partial;
-  if constexpr (std::is_same_v<T, S>) c = sink.out;
+  S* c = sink.last || !sink.partial ? nullptr : sink.partial_at(i, column);
+  int64_t c_stride = sink.width;
+  if constexpr (std::is_same_v<T, S>) {
+    c = sink.at(i, column);
+    c_stride = sink.stride;
+  }
   const bool direct = c && rows == Rows && column + width <= columns;
-  c = direct ? c + i * sink.stride + column : own;
-  const int64_t blocks = a.num_blocks(), c_stride = direct ? sink.stride : width;
+  if (!direct) {
+    c = own;
+    c_stride = width;
+  }
+  const int64_t blocks = a.num_blocks();
   for (int64_t block = 0; block < blocks; block += kOuterBlocks<P>) {
     outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, block > 0 || (direct && !sink.first), c, c_stride);
   }
   if (direct) return;
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < Vecs; ++v) {
-      const int64_t place = (i + r) * sink.stride + column + v * kLanes<S>;
+      const int64_t at = column + v * kLanes<S>;
       const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - v * kLanes<S>));
       if (valid <= 0) break;
       Vec<S> value = load(own + r * width + v * kLanes<S>);
-      if (!sink.first) value += sink.partial ? load_valid(sink.partial + place, valid) : load_valid(sink.out + place, valid);
+      if (!sink.first) value += sink.partial ? load_valid(sink.partial_at(i + r, at), valid) : load_valid(sink.at(i + r, at), valid);
       if (sink.partial && !sink.last) {
-        store_valid(sink.partial + place, value, valid);
+        store_valid(sink.partial_at(i + r, at), value, valid);
       } else {
-        store_valid(sink.out + place, value, valid);
+        store_valid(sink.at(i + r, at), value, valid);
       }
     }
   }
@@ -402,11 +412,10 @@ void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P
       for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
         const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
         for (int64_t r = first + i; r < first + i + rows; ++r) {
-          const int64_t place = r * sink.stride + next;
           if (sink.partial) {
-            prefetch_lines<0, Fetch::kWriteLater>(sink.partial + place, next_columns * sizeof(Accumulator<T>));
+            prefetch_lines<0, Fetch::kWriteLater>(sink.partial_at(r, next), next_columns * sizeof(Accumulator<T>));
           } else {
-            prefetch_lines<0, Fetch::kWriteLater>(sink.out + place, next_columns * sizeof(T));
+            prefetch_lines<0, Fetch::kWriteLater>(sink.at(r, next), next_columns * sizeof(T));
           }
         }
         outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
