@@ -19,7 +19,7 @@ Call = Callable[[], object]
 # Samples of a call: so many while they take no longer than ROUNDS_SECONDS together, and at least MIN_ROUNDS. Less than
 # ROUNDS are enough once the interval of its ratio, of ENOUGH_ROUNDS or more, is narrower than PRECISE.
 MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 15, 7.0, 500
-ENOUGH_ROUNDS, PRECISE = 5, 1.1
+ENOUGH_ROUNDS, PRECISE = 9, 1.1
 # The share of the time that goes to the calls whose ratio counts.
 COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9

@@ -171,7 +171,7 @@ def test_time_is_spread_over_visits(monkeypatch):
 
 
 def test_a_call_whose_ratio_is_known_well_sits_out():
-    """A steady peer needs five rounds; one whose ratio swings by a fifth has them all."""
+    """A steady peer needs nine rounds; one whose ratio swings by a fifth has them all."""
     swinging = itertools.cycle([0.001, 0.0012])
     samplers = {"ours": lambda: 0.001, "steady": lambda: 0.002, "swinging": lambda: next(swinging)}
     turns = timing.Turns(samplers, 0.0, ("ours",))
