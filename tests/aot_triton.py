@@ -4,7 +4,8 @@
 spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
 any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
 shared memory, the first case of each kernel; with no module all of them. ``--brief`` leaves out cases that differ from
-one before them in neither tile nor dtype, such as another activation or layout, and but for sm_90 in dtype alone.
+one before them in neither tile nor dtype, such as another activation or layout, and but for sm_90 in dtype alone; and
+takes for sm_89 what the same case needs on sm_80: as much shared memory, and nearly as many registers.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 
@@ -105,6 +106,24 @@ def _label(signature: dict, constexprs: dict) -> str:
     return " ".join([dtype, *(f"{k}={v}" for k, v in constexprs.items() if v is not None)]).strip()
 
 
+def _as_on_sm80(module_name: str, number: int) -> int | None:
+    """The number of the brief sm_80 case whose program a case of sm_89 shares; None where it has none."""
+    kernel, signature, *rest = _cases(module_name, 89)[number]
+    if any("fp8" in str(kind) for kind in signature.values()):
+        return None
+    same = (kernel, signature, *rest)
+    return next((i for i in _chosen(module_name, 80, True) if tuple(_cases(module_name, 80)[i]) == same), None)
+
+
+def _problems(numbers: dict, arch: int) -> str:
+    problems = []
+    if numbers["spills"]:
+        problems.append(f"spills {numbers['spills']} bytes a thread")
+    if numbers["shared"] > shared_limit(arch):
+        problems.append(f"shared memory {numbers['shared']} over the limit {shared_limit(arch)}")
+    return "; ".join(problems)
+
+
 def compile_case(module_name: str, arch: int, number: int) -> dict:
     """Compile one case; returns its row of the table, with ``error`` set when it breaks a limit or does not compile."""
     kernel, signature, constexprs, options = _cases(module_name, arch)[number]
@@ -113,26 +132,25 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
         compiled = ahead_of_time.compile_case((kernel, signature, constexprs, options), arch)
     except Exception:  # any failure of the compiler is a result to show
         return row | {"error": traceback.format_exc()}
-    problems = []
-    if compiled.spills:
-        problems.append(f"spills {compiled.spills} bytes a thread")
-    if compiled.shared > shared_limit(arch):
-        problems.append(f"shared memory {compiled.shared} over the limit {shared_limit(arch)}")
-    if compiled.tensor_memory > TENSOR_MEMORY:
-        # What the compiler then gives is empty, and seems to fit.
-        problems.append(f"{compiled.tensor_memory} columns of tensor memory, more than {TENSOR_MEMORY}")
     numbers = {
         "registers": compiled.registers,
         "spills": compiled.spills,
         "shared": compiled.shared,
         "mma": compiled.matrix_instruction,
     }
-    return row | numbers | {"error": "; ".join(problems)}
+    problems = _problems(numbers, arch)
+    if compiled.tensor_memory > TENSOR_MEMORY:
+        # What the compiler then gives is empty, and seems to fit.
+        problems = f"{compiled.tensor_memory} columns of tensor memory, more than {TENSOR_MEMORY}; {problems}"
+    return row | numbers | {"error": problems}
 
 
 def compile_all(archs: list[int], names: list[str], jobs: int, brief: bool) -> list[dict]:
     """Compile every case of the modules for every architecture in ``jobs`` processes."""
     tasks = [(n, a, i) for n in names for a in archs for i in _chosen(n, a, brief)]
+    shared = {(n, a, i): (n, 80, _as_on_sm80(n, i)) for n, a, i in tasks if brief and a == 89 and 80 in archs}
+    shared = {task: source for task, source in shared.items() if source[2] is not None}
+    tasks = [task for task in tasks if task not in shared]
     rows = []
     for name in names:
         for arch in archs:
@@ -141,8 +159,11 @@ def compile_all(archs: list[int], names: list[str], jobs: int, brief: bool) -> l
                     {"module": name, "kernel": kernel, "arch": arch, "case": "", "error": "no case in aot_cases"}
                 )
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        rows += pool.map(compile_case, *zip(*tasks, strict=True)) if tasks else []
-    return rows
+        compiled = dict(zip(tasks, pool.map(compile_case, *zip(*tasks, strict=True)) if tasks else (), strict=True))
+    for task, source in shared.items():
+        row = compiled[source] | {"arch": task[1]}
+        compiled[task] = row | ({"error": _problems(row, task[1])} if "registers" in row else {})
+    return rows + list(compiled.values())
 
 
 def main() -> int:

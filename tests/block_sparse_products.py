@@ -73,3 +73,13 @@ def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(Fals
     if bias:
         inputs["bias"] = randn(n if product == "dsd" else cols, **make)
     return inputs
+
+
+def in_parts(inputs, product, parts=2):
+    """The operand that may come in parts as views of parts, each stored by rows or by columns as the operand is."""
+    name, dim = {"sdd": ("b", 1), "dsd": ("b", 0), "dds": ("a", 1)}[product]
+    operand = inputs[name]
+    by_columns = operand.stride(0) == 1 and operand.stride(1) != 1
+    pieces = [p.t().contiguous() if by_columns else p.contiguous() for p in operand.chunk(parts, dim)]
+    stack = torch.stack(pieces)
+    return inputs | {name: stack.mT if by_columns else stack}

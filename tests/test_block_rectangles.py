@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from block_sparse_products import PRODUCTS, functions, make_inputs, topology_of
+from block_sparse_products import PRODUCTS, functions, in_parts, make_inputs, topology_of
 from helpers import assert_same_bits, check, run
 
-from gossamer import BlockTopology
+from gossamer import BlockSparseTensor, BlockTopology
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), reason="needs the native kernels")
 
@@ -62,6 +62,39 @@ def test_products(product, dtype, transposed):
     for by_columns in (False, True):
         inputs = make_inputs(product, t, n=MANY + 1, dtype=dtype, by_columns=(by_columns,) * 2)
         check(*functions(product, t, backend="native"), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_parts(product, dtype):
+    """Parts that are one a rectangle have the bits of one matrix; others end within rectangles; gradients so too."""
+    t = rectangles()
+    t = t.transposed() if product == "dds" else t
+    function, reference = functions(product, t, backend="native")
+    for by_columns in (False, True):
+        whole = make_inputs(product, t, n=MANY, dtype=dtype, by_columns=(by_columns,) * 2, bias=False)
+        parts = in_parts(whole, product, len(HEIGHTS))
+        (name,) = (key for key in parts if parts[key].dim() == 3 and key != "s")
+        dout = torch.randn(function(**whole).shape).to(dtype)
+        one, other = (run(function, inputs, inputs, dout) for inputs in (whole, parts))
+        assert other[name].stride() == parts[name].stride()
+        other[name] = torch.cat(list(other[name]), 0 if product == "dsd" else 1)
+        assert_same_bits(one, other)
+        check(function, reference, in_parts(whole, product, 2 * len(HEIGHTS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_columns_do_not_depend_on_each_other(dtype):
+    """A column of a product with a transposed matrix has the same bits among many and among few, and they are right."""
+    t = rectangles(heights=(40, 5))
+    inputs = make_inputs("dsd", t.transposed(), n=4200, dtype=dtype, bias=False)
+    function, _ = functions("dsd", t.transposed(), backend="native")
+    whole = function(**inputs)
+    for first, last in ((0, 1), (100, 120), (4090, 4200)):
+        assert torch.equal(function(**inputs | {"b": inputs["b"][:, first:last].contiguous()}), whole[:, first:last])
+    expected = BlockSparseTensor(inputs["s"].double(), t).to_dense().t() @ inputs["b"].double()
+    error = (whole - expected).norm() / expected.norm()
+    assert error < 16 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(("block", "columns"), [((64, 32), 3), ((16, 128), 1), ((128, 16), 5)])

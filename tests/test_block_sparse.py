@@ -295,27 +295,6 @@ def test_compiles(kernel_backend, device):
             torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_operators_are_well_formed(kernel_backend, device, transposed):
-    """Schemas, fake kernels, autograd registration and traceability of both operators."""
-    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
-
-    t = topology_of(device, (16, 32), grid=(2, 2))
-    tensors = topology_tensors(t)
-    rows, cols = t.shape
-    a, b = randn(rows, 5, device=device).requires_grad_(), randn(5, cols, device=device).requires_grad_()
-    bias = randn(rows if transposed else cols, device=device).requires_grad_()
-    rest = (*t.block, transposed, NO_ACTIVATION, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, bias, *tensors, *rest))
-    values = live_values(t).requires_grad_()
-    depth, long = (rows, cols) if transposed else (cols, rows)
-    b = randn(depth, 5, device=device).requires_grad_()
-    for by_columns in (False, True):
-        bias = randn(long if by_columns else 5, device=device).requires_grad_()
-        rest = (transposed, by_columns, 0, NO_ACTIVATION, kernel_backend)
-        torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, bias, *tensors, *rest))
-
-
 def test_no_gradient_through_a_fused_activation(device):
     """The operator that applied an activation says that it has no gradient, rather than give a wrong one."""
     from gossamer.ops._block_sparse_operators import topology_tensors

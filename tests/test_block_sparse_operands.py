@@ -5,21 +5,11 @@ import itertools
 
 import pytest
 import torch
-from block_sparse_products import PRODUCTS, functions, live_values, make_inputs, topology_of
+from block_sparse_products import PRODUCTS, functions, in_parts, live_values, make_inputs, randn, topology_of
 from helpers import check, check_draws, run
 
 import gossamer
 from gossamer import BlockSparseTensor
-
-
-def in_parts(inputs, product, parts=2):
-    """The operand that may come in parts as views of parts, each stored by rows or by columns as the operand is."""
-    name, dim = {"sdd": ("b", 1), "dsd": ("b", 0), "dds": ("a", 1)}[product]
-    operand = inputs[name]
-    by_columns = operand.stride(0) == 1 and operand.stride(1) != 1
-    pieces = [p.t().contiguous() if by_columns else p.contiguous() for p in operand.chunk(parts, dim)]
-    stack = torch.stack(pieces)
-    return inputs | {name: stack.mT if by_columns else stack}
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -59,35 +49,43 @@ def test_strided_operands(kernel_backend, device, product):
 @pytest.mark.parametrize("block", [(32, 16), (16, 64)])
 def test_parts(kernel_backend, device, product, block):
     """An operand in parts, by rows and by columns: the bits of the matrix in one, and gradients of its own strides."""
-    t = topology_of(device, block, grid=(4, 4))
-    function, reference = functions(product, t, backend=kernel_backend)
+    t = topology_of(device, block, grid=(2, 4) if product != "dds" else (4, 2), density=0.7)
+    function, _ = functions(product, t, backend=kernel_backend)
     for by_columns in (False, True):
-        whole = make_inputs(product, t, n=40, by_columns=(by_columns, by_columns))
+        whole = make_inputs(product, t, by_columns=(by_columns, by_columns))
         parts = in_parts(whole, product)
         (name,) = (key for key in parts if parts[key].dim() == 3 and key != "s")
-        results = check(function, reference, parts)
-        assert results[name].stride() == parts[name].stride()
-        dout = torch.randn(results["out"].shape, device=device)
+        dout = torch.randn(function(**whole).shape, device=device)
         one, other = (run(function, inputs, inputs, dout) for inputs in (whole, parts))
-        dim = 0 if product == "dsd" else 1
-        other[name] = torch.cat(list(other[name]), dim)
+        assert other[name].stride() == parts[name].stride()
+        other[name] = torch.cat(list(other[name]), 0 if product == "dsd" else 1)
         for key, value in one.items():
             assert torch.equal(other[key], value), key
 
 
-def test_parts_of_views_and_transposes(kernel_backend, device):
-    """Parts of a larger tensor, parts that make one matrix as they lie, and a result that is a transposed view."""
+@pytest.mark.parametrize("product", ["sdd", "dsd"])
+def test_parts_of_views(kernel_backend, device, product):
+    """Parts cut out of a larger tensor, in whose odd strides no vector is aligned, and one part again and again."""
+    t = topology_of(device, (16, 32), grid=(3, 4))
+    half, depth = t.shape[1] // 2, 64
+    function, reference = functions(product, t, backend=kernel_backend)
+    inputs = make_inputs(product, t, n=depth, dtype=torch.float16)
+    for cut in (torch.randn(2, half + 1, depth + 1), torch.randn(1, half, depth + 1).expand(2, -1, -1)):
+        b = cut.to(device, torch.float16)[:, :half, :depth]
+        check(
+            function,
+            reference,
+            inputs | {"b": b.mT if product == "sdd" else b},
+            needs=["a" if product == "sdd" else "s"],
+        )
+
+
+def test_parts_that_are_one_matrix_and_a_transposed_result(kernel_backend, device):
     t = topology_of(device, (16, 32), grid=(4, 6))
-    cols = t.shape[1]
-    wide = torch.randn(3, cols // 3 + 8, 9, device=device)
-    inputs = make_inputs("dsd", t, n=9) | {"b": wide[:, 4:-4]}
-    check(*functions("dsd", t, backend=kernel_backend), inputs)
-    check(*functions("dsd", t, backend=kernel_backend), inputs | {"b": wide[:, :-8]})
     whole = make_inputs("dsd", t, n=9)
-    check(*functions("dsd", t, backend=kernel_backend), whole | {"b": whole["b"].view(3, cols // 3, 9)})
-    view = t.transposed()
-    inputs = make_inputs("sdd", view, n=9)
-    check(*functions("sdd", view, backend=kernel_backend), in_parts(inputs, "sdd"))
+    check(*functions("dsd", t, backend=kernel_backend), whole | {"b": whole["b"].view(3, -1, 9)})
+    inputs = make_inputs("sdd", t.transposed(), n=9)
+    check(*functions("sdd", t.transposed(), backend=kernel_backend), in_parts(inputs, "sdd"))
 
 
 def test_parts_have_second_derivatives(device):
@@ -106,6 +104,27 @@ def test_parts_have_second_derivatives(device):
         leaves = [value.detach().requires_grad_() for value in inputs.values()]
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operators_are_well_formed(kernel_backend, device, transposed):
+    """Schemas, fake kernels, autograd registration and traceability of both operators."""
+    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
+
+    t = topology_of(device, (16, 32), grid=(2, 2))
+    tensors = topology_tensors(t)
+    rows, cols = t.shape
+    a, b = randn(rows, 5, device=device).requires_grad_(), randn(5, cols, device=device).requires_grad_()
+    bias = randn(rows if transposed else cols, device=device).requires_grad_()
+    rest = (*t.block, transposed, NO_ACTIVATION, kernel_backend)
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, bias, *tensors, *rest))
+    values = live_values(t).requires_grad_()
+    depth, long = (rows, cols) if transposed else (cols, rows)
+    b = randn(depth, 5, device=device).requires_grad_()
+    for by_columns in (False, True):
+        bias = randn(long if by_columns else 5, device=device).requires_grad_()
+        rest = (transposed, by_columns, 0, NO_ACTIVATION, kernel_backend)
+        torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, bias, *tensors, *rest))
 
 
 @pytest.mark.parametrize("by_columns", [False, True])

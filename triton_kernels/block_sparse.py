@@ -16,14 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._layout import merged, side_by_side
+from gossamer._layout import merged, side_by_side, unit_stride
 from gossamer.triton_kernels.block_sparse_sampled import sdd
 from gossamer.triton_kernels.block_sparse_tile import (
     described,
     load_operand,
     store_tile,
     takes_large_tiles,
-    unit_stride,
 )
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
@@ -147,7 +146,7 @@ def _dsd_kernel(
                 pointers += k.to(tl.int64)[None, :] * stride_bk
             else:
                 part = column * BN // b_part
-                within = tl.multiple_of(k - part * b_part, BN)
+                within = tl.max_contiguous(tl.multiple_of(k - part * b_part, BN), BN)
                 offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bk
                 if B_BY_COLUMNS:
                     offset = tl.max_contiguous(offset, BN)

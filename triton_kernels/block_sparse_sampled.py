@@ -8,13 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._layout import merged
+from gossamer._layout import merged, unit_stride
 from gossamer.triton_kernels.block_sparse_tile import (
     described,
     load_operand,
     store_tile,
     takes_large_tiles,
-    unit_stride,
 )
 from gossamer.triton_kernels.common import TMA_ARCH, aot_descriptor, aot_signature, arch_of, dot_precision
 from gossamer.triton_kernels.launch import device_guard
@@ -91,7 +90,7 @@ def _sdd_kernel(
             offset = column.to(tl.int64) * stride_bn
             if b_part is not None:
                 part = column // b_part
-                within = tl.multiple_of(column - part * b_part, RUN)
+                within = tl.max_contiguous(tl.multiple_of(column - part * b_part, RUN), RUN)
                 offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bn
                 if B_BY_ROWS:
                     offset = tl.max_contiguous(offset, RUN)

@@ -94,11 +94,6 @@ def store_tile(
         _store_part(acc, bias_ptr, out, row, 0, stride_m, column, inside, BIAS_ROWS, ACT, ROWS)
 
 
-def unit_stride(operand: torch.Tensor) -> torch.Tensor:
-    """``operand`` itself when its rows or columns are contiguous, else a copy."""
-    return operand if 1 in operand.stride()[-2:] else operand.contiguous()
-
-
 def described(operand: torch.Tensor, block: tuple[int, int], arch: int) -> tuple[object, bool, bool]:
     """A 2-D operand as a kernel takes it, by descriptor where that can be; whether it is; and whether by its rows."""
     by_rows = operand.stride(1) == 1

@@ -1,7 +1,8 @@
 // Products with block-sparse matrices whose blocks make rectangles, of one instruction set; see isa_kernels.h.
 //
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
-// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for sums of outer products.
+// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces
+// there and for sums of outer products.
 
 // Groups of columns at the end of a thread's share that are given out in halves.
 constexpr int64_t kHalvedGroups = 2;
@@ -26,7 +27,9 @@ void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin
   if (a.col_stride == 1) {
     const auto mine = team.share(r.count);
     for (int64_t column = mine.begin; column < mine.end; ++column) {
-      for (int64_t row = begin; row < end; ++row) rows[row - begin] = block(row / a.bm, column) + row % a.bm * a.row_stride - column * a.bn;
+      for (int64_t row = begin; row < end; ++row) {
+        rows[row - begin] = block(row / a.bm, column) + row % a.bm * a.row_stride - column * a.bn;
+      }
       pack_as_columns(panel, rows, column * a.bn, (column + 1) * a.bn);
     }
     return;
@@ -110,49 +113,50 @@ void zero_rows(const BlockProductArgs& a, int64_t first, int64_t last, T* y, Tea
   }
 }
 
-// y = sᵀ·b as sums of outer products along the rows of s, some rows at a time: y's rows, whichever they are, come from the left
-// panel and its columns from the right one.
+// y = sᵀ·b as sums of outer products along the rows of s, some rows and some columns at a time: y's rows, whichever they are,
+// come from the left panel and its columns from the right one.
 template <class T>
 void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
   using P = Operand<T>;
   Arena arena(shared);
   OuterRectangleBuffers<P> buffers(arena, a, num_threads);
-  const auto rows = std::make_unique<const T*[]>(buffers.chunk);
+  const auto rows = std::make_unique<const T*[]>(kOuterTerms);
   const T* b = static_cast<const T*>(a.b.base);
   T* y = static_cast<T*>(a.y);
-  for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
-    const int64_t wide = (r->last - r->first) * a.bm, terms = r->count * a.bn, first_row = r->first * a.bm;
-    if (terms == 0) {
-      zero_rows(a, first_row, first_row + wide, y, team);
-      continue;
-    }
-    T* out = a.y_by_columns ? y + first_row / a.y_part * a.n * a.y_part + first_row % a.y_part : y + first_row * a.n;
-    for (int64_t begin = 0; begin < terms; begin += buffers.chunk) {
-      const int64_t m = std::min(buffers.chunk, terms - begin);
-      const Panel<P> left{buffers.left, a.y_by_columns ? a.n : wide, packed_depth<P>(m)};
-      const Panel<P> right{buffers.right, packed_depth<P>(m), a.y_by_columns ? wide : a.n};
+  const auto sum = [&](const Rectangle& r, int64_t n, int64_t width) {
+    const int64_t height = (r.last - r.first) * a.bm, depth = r.count * a.bn, row = r.first * a.bm;
+    T* out = a.y_by_columns ? y + row / a.y_part * a.n * a.y_part + n * a.y_part + row % a.y_part : y + row * a.n + n;
+    for (int64_t begin = 0; begin < depth; begin += kOuterTerms) {
+      const int64_t m = std::min(kOuterTerms, depth - begin);
+      const Panel<P> left{buffers.left, a.y_by_columns ? width : height, packed_depth<P>(m)};
+      const Panel<P> right{buffers.right, packed_depth<P>(m), a.y_by_columns ? height : width};
+      const auto pack = [&](bool as_left, int64_t first, int64_t last) {
+        as_left ? pack_as_terms(left, rows.get(), m, first, last) : pack_as_rows(right, rows.get(), m, first, last);
+      };
       team.barrier();
       buffers.queue.restart(team);
-      const auto lists = team.share(r->last - r->first);
+      const auto lists = team.share(r.last - r.first);
       for (int64_t list = lists.begin; list < lists.end; ++list) {
-        const int64_t column = list * a.bm;
         for (int64_t k = 0; k < m; ++k) {
-          const int64_t block = a.lists.place(a.lists.offsets[r->first + list] + (begin + k) / a.bn);
-          rows[k] = static_cast<const T*>(a.values) + (block * a.bn + (begin + k) % a.bn) * a.bm - column;
+          const int64_t block = a.lists.place(a.lists.offsets[r.first + list] + (begin + k) / a.bn);
+          rows[k] = static_cast<const T*>(a.values) + (block * a.bn + (begin + k) % a.bn) * a.bm - list * a.bm;
         }
-        a.y_by_columns ? pack_as_rows(right, rows.get(), m, column, column + a.bm)
-                       : pack_as_terms(left, rows.get(), m, column, column + a.bm);
+        pack(!a.y_by_columns, list * a.bm, (list + 1) * a.bm);
       }
-      for (int64_t k = 0; k < m; ++k) rows[k] = b + a.b.offset(r->column * a.bn + begin + k, a.b.row_stride);
-      const auto mine = team.share(a.n, kPanelWidth<P>);
-      a.y_by_columns ? pack_as_terms(left, rows.get(), m, mine.begin, mine.end) : pack_as_rows(right, rows.get(), m, mine.begin, mine.end);
+      for (int64_t k = 0; k < m; ++k) rows[k] = b + a.b.offset(r.column * a.bn + begin + k, a.b.row_stride) + n;
+      const auto mine = team.share(width, kPanelWidth<P>);
+      pack(a.y_by_columns, mine.begin, mine.end);
       team.barrier();
-      const bool first = begin == 0, last = begin + m == terms;
+      const bool first = begin == 0, last = begin + m == depth;
       S* partial = std::is_same_v<T, S> || (first && last) ? nullptr : buffers.partial;
       const GradientSink<T> sink{out, partial, a.y_by_columns ? a.y_part : a.n, right.width, first, last};
       buffers.queue.each(team, left.depth, kGroup, [&](int64_t i, int64_t end) { outer_product(left, i, end, right, sink); });
     }
+  };
+  for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
+    if (r->count == 0) zero_rows(a, r->first * a.bm, r->last * a.bm, y, team);
+    for (int64_t n = 0; n < a.n; n += kOuterColumns) sum(*r, n, std::min(kOuterColumns, a.n - n));
   }
 }
 
@@ -168,6 +172,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
   T* values = static_cast<T*>(a.values);
   zero_tail<T>(a, team);
   for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end) {
+    if (r.count == 0) return;
     const int64_t m = end - row, c_stride = own->c_stride(buffers.chunk), columns = r.count * a.bn, column = r.column * a.bn;
     const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m};
     const T* b = static_cast<const T*>(a.b.base) + a.b.offset(column, a.b.col_stride);

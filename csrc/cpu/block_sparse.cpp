@@ -37,10 +37,14 @@ std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, in
 
 namespace {
 
-// Whether a product with a transposed matrix, which is what a weight's gradient is, can be a sum of outer products: no
-// epilogue follows, rows of the dense operand are contiguous, and each rectangle's result is one matrix.
-bool sums_outer_products(const BlockProductArgs& a, const std::vector<Rectangle>& rectangles) {
-  if (a.col_stride == 1 || a.b.col_stride != 1 || a.epilogue.bias || a.epilogue.activation >= 0) return false;
+// Whether a product can be a sum of outer products, as a weight's gradient is: the sparse matrix is transposed, rows of the dense
+// operand are contiguous, and no epilogue follows.
+bool may_sum_outer_products(const BlockProductArgs& a) {
+  return a.col_stride != 1 && a.b.col_stride == 1 && !a.epilogue.bias && a.epilogue.activation < 0;
+}
+
+// Whether each rectangle's part of the result is one matrix.
+bool within_parts(const BlockProductArgs& a, const std::vector<Rectangle>& rectangles) {
   return !a.y_by_columns || std::all_of(rectangles.begin(), rectangles.end(), [&](const Rectangle& r) {
     return r.count == 0 || r.first * a.bm / a.y_part == (r.last * a.bm - 1) / a.y_part;
   });
@@ -66,16 +70,21 @@ void block_product(const BlockProductArgs& args, int num_threads) {
   // Packing and storing count too: a matrix with few blocks still has rows.
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.n * (blocks * args.bm * args.bn + args.depth + args.rows());
-  // Sums of outer products are other sums, so what they are chosen by must not depend on n.
-  constexpr int64_t kOuterColumns = 64;
-  auto found = choose_rectangles(args.lists, args.bm, args.bn, kOuterColumns, args.depth, args.b.size);
-  const bool outer = !found.empty() && sums_outer_products(args, found);
-  if (!outer) found = choose_rectangles(args.lists, args.bm, args.bn, args.n, args.depth, args.b.size);
-  const RectangleProductArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
-  if (outer) return run_team<OuterRectangleBuffers>(by_rectangles, work, num_threads, kernels().outer_rectangles);
-  if (!found.empty()) {
-    return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().rectangle_product);
+  const auto choose = [&](int64_t across) {
+    return choose_rectangles(args.lists, args.bm, args.bn, across, args.depth, args.b.size);
+  };
+  const auto over = [&](const std::vector<Rectangle>& rectangles) {
+    return RectangleProductArgs{args, rectangles.data(), static_cast<int64_t>(rectangles.size())};
+  };
+  if (may_sum_outer_products(args)) {
+    // They are other sums, so whether they are chosen must not depend on n.
+    const auto found = choose(64);
+    if (!found.empty() && within_parts(args, found)) {
+      return run_team<OuterRectangleBuffers>(over(found), work, num_threads, kernels().outer_rectangles);
+    }
   }
+  const auto found = choose(args.n);
+  if (!found.empty()) return run_team<RectangleBuffers>(over(found), work, num_threads, kernels().rectangle_product);
   run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);
 }
 

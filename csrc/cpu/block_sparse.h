@@ -163,22 +163,25 @@ struct RectangleBuffers {
   }
 };
 
-// The same for sums of outer products, whose results lie in rows of `n` values or of a rectangle's.
+// Terms of a sum of outer products that are packed at a time, and columns of the dense operand. Constants: sums must not depend
+// on sizes across them.
+constexpr int64_t kOuterTerms = 288, kOuterColumns = 4096;
+
+// The same for sums of outer products, whose results lie in rows of n values or of a rectangle's.
 template <class P>
 struct OuterRectangleBuffers {
   using S = SumOf<P>;
   WorkQueue queue;
   P *left, *right;
   S* partial;
-  int64_t chunk;
 
   OuterRectangleBuffers(Arena& arena, const RectangleProductArgs& a, int num_threads) {
-    const int64_t rows = a.max_rows(), left_size = a.y_by_columns ? a.n : rows, right_size = a.y_by_columns ? rows : a.n;
+    const int64_t rows = a.max_rows(), columns = std::min(a.n, kOuterColumns);
+    const int64_t terms = packed_depth<P>(std::min(a.max_depth(), kOuterTerms));
     queue = take_queue(arena, num_threads);
-    chunk = chunk_rows(std::max(rows, a.n), sizeof(P) / kTerms<P>);
-    left = arena.take<P>(panel_size(left_size, packed_depth<P>(chunk)));
-    right = arena.take<P>(panel_size(packed_depth<P>(chunk), right_size));
-    partial = arena.take<S>(sizeof(S) > element_size(a.dtype) && a.max_depth() > chunk ? rows * a.n : 0);
+    left = arena.take<P>(panel_size(a.y_by_columns ? columns : rows, terms));
+    right = arena.take<P>(panel_size(terms, a.y_by_columns ? rows : columns));
+    partial = arena.take<S>(sizeof(S) > element_size(a.dtype) && a.max_depth() > kOuterTerms ? rows * columns : 0);
   }
 };
 

@@ -1,7 +1,8 @@
 // Products with block-sparse matrices of one instruction set; see isa_kernels.h.
 //
-// Every value is a sum along depth in the order of its block row's list, with a fresh sum every segment_length() terms: it
-// depends neither on the other rows and columns nor on the threads.
+// Every value is a sum along depth in the order of its block row's list, with a fresh sum every segment_length() terms, and
+// for a sampled product whose operands are packed in pieces one for each piece: it does not depend on the threads, nor, but for
+// those pieces, on the other rows and columns.
 
 // Blocks of one list as a product reads them, in packed values: block j at base + place(j) · size, element (i, k) of it at
 // i·row + k·step.

@@ -375,29 +375,38 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
     c_stride = sink.stride;
   }
   const bool direct = c && rows == Rows && column + width <= columns;
+  // Calls f(sums, row, column, valid lanes) for the vectors of the tile that there are.
+  const auto each = [&](auto&& f) {
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < std::min<int64_t>(width, columns - column); at += kLanes<S>) {
+        const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - at));
+        f(own + r * width + at, i + r, column + at, valid);
+      }
+    }
+  };
   if (!direct) {
     c = own;
     c_stride = width;
+    std::fill_n(own, Rows * width, S{0});
+    // Earlier sums come first here as well, so that a value's bits do not tell where its tile ends.
+    if (!sink.first) {
+      each([&](S* sum, int64_t row, int64_t at, int valid) {
+        store(sum, sink.partial ? load_valid(sink.partial_at(row, at), valid) : load_valid(sink.at(row, at), valid));
+      });
+    }
   }
   const int64_t blocks = a.num_blocks();
   for (int64_t block = 0; block < blocks; block += kOuterBlocks<P>) {
-    outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, block > 0 || (direct && !sink.first), c, c_stride);
+    outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, block > 0 || !sink.first, c, c_stride);
   }
   if (direct) return;
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < Vecs; ++v) {
-      const int64_t at = column + v * kLanes<S>;
-      const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - v * kLanes<S>));
-      if (valid <= 0) break;
-      Vec<S> value = load(own + r * width + v * kLanes<S>);
-      if (!sink.first) value += sink.partial ? load_valid(sink.partial_at(i + r, at), valid) : load_valid(sink.at(i + r, at), valid);
-      if (sink.partial && !sink.last) {
-        store_valid(sink.partial_at(i + r, at), value, valid);
-      } else {
-        store_valid(sink.at(i + r, at), value, valid);
-      }
+  each([&](S* sum, int64_t row, int64_t at, int valid) {
+    if (sink.partial && !sink.last) {
+      store_valid(sink.partial_at(row, at), load(sum), valid);
+    } else {
+      store_valid(sink.at(row, at), load(sum), valid);
     }
-  }
+  });
 }
 
 // out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns: a few

@@ -15,6 +15,11 @@ def stored_by_columns(matrix: torch.Tensor) -> bool:
     return matrix.stride(-2) == 1 and matrix.stride(-1) != 1
 
 
+def unit_stride(operand: torch.Tensor) -> torch.Tensor:
+    """A matrix, or a stack of them, itself when rows or columns are contiguous, else a copy."""
+    return operand if 1 in operand.stride()[-2:] else operand.contiguous()
+
+
 def side_by_side(parts: torch.Tensor, dim: int) -> torch.Tensor:
     """``parts (G, ·, ·)`` one after the other along ``dim``, 0 or 1, as one matrix: a view where strides allow one."""
     return parts.flatten(0, 1) if dim == 0 else parts.transpose(0, 1).flatten(1, 2)

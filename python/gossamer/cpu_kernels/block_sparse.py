@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer import _C
-from gossamer._layout import merged
+from gossamer._layout import merged, unit_stride
 from gossamer.cpu_kernels._native import empty_huge, matrix, vector
 
 
@@ -16,11 +16,6 @@ def _lists(
 ) -> tuple[int, int, int, int]:
     """``(offsets, indices, order, number of lists)``; contiguous int32."""
     return offsets.data_ptr(), indices.data_ptr(), 0 if order is None else order.data_ptr(), offsets.shape[0] - 1
-
-
-def _unit_stride(operand: torch.Tensor) -> torch.Tensor:
-    """``operand`` itself when its rows or columns are contiguous, else a copy."""
-    return operand if 1 in operand.stride()[-2:] else operand.contiguous()
 
 
 def _in_parts(operand: torch.Tensor, dim: int) -> tuple[tuple[int, int, int, int], int, int]:
@@ -58,7 +53,7 @@ def sdd(
         ``(nnz, bm, bn)``, zero from the last block on.
     """
     row_offsets, column_indices, row_indices, column_offsets = topology[:4]
-    a, b, bias = _unit_stride(a), _unit_stride(merged(b, 1)), _contiguous(bias)
+    a, b, bias = unit_stride(a), unit_stride(merged(b, 1)), _contiguous(bias)
     values = empty_huge((column_indices.shape[0], *block), a.dtype)
     _C.sampled_product(
         _lists(row_offsets, column_indices),
@@ -102,7 +97,7 @@ def dsd(
         ``(rows, N)``, or ``(parts, rows/parts, N)``.
     """
     row_offsets, column_indices, _, column_offsets, row_indices_t, order_t = topology[:6]
-    values, b, bias = values.contiguous(), _unit_stride(merged(b, 0)), _contiguous(bias)
+    values, b, bias = values.contiguous(), unit_stride(merged(b, 0)), _contiguous(bias)
     _, bm, bn = values.shape
     lists = _lists(column_offsets, row_indices_t, order_t) if transposed else _lists(row_offsets, column_indices)
     blocks = (values.data_ptr(), bn, bm, 1, bn) if transposed else (values.data_ptr(), bm, bn, bn, 1)

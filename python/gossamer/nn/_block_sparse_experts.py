@@ -27,9 +27,11 @@ def best_block(name: str, size: int) -> int:
 
 
 def _row_block(num_rows: int, num_experts: int, device: torch.device) -> int:
-    """Rows of a block: half of an expert's mean rows or less, so that padding stays below that of the mean."""
+    """Rows of a block: half of an expert's mean rows or less, so that padding stays below that; on the CPU the fewest.
+
+    There an expert's blocks, which make a rectangle, are computed as one matrix, whatever their height.
+    """
     if device.type == "cpu":
-        # Native products compute an expert's blocks together, whatever their height: the least padding is best.
         return BLOCK_SIZES[0]
     mean = num_rows / num_experts
     return max([block for block in BLOCK_SIZES if 2 * block <= mean], default=BLOCK_SIZES[0])

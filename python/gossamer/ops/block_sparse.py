@@ -242,7 +242,7 @@ def sdd(
         a: ``(rows, K)`` float, of any strides: a transposed operand is given as ``a.t()``. ``rows`` and ``cols`` are
             the topology's, K is any size.
         b: ``(K, cols)``, dtype and device of ``a``; or in G parts of whole blocks, ``(G, K, cols/G)`` of any strides,
-            which are taken side by side: the weights of G experts, say.
+            which are taken side by side: the weights of G experts, say. A transposed view's product copies them.
         topology: which blocks.
         bias: ``(cols,)``, added to the blocks, or None.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"``, applied to the blocks; None for
