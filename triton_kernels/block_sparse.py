@@ -145,12 +145,9 @@ def _dsd_kernel(
             if b_part is None:
                 pointers += k.to(tl.int64)[None, :] * stride_bk
             else:
-                part = column * BN // b_part
+                part = tl.max_constancy(column * BN // b_part, BN)
                 within = tl.max_contiguous(tl.multiple_of(k - part * b_part, BN), BN)
-                offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bk
-                if B_BY_COLUMNS:
-                    offset = tl.max_contiguous(offset, BN)
-                pointers += offset[None, :]
+                pointers += (part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bk)[None, :]
             mask = inside[None, :] if MASK == "none" else inside[None, :] & (n < N)[:, None]
             x = tl.load(pointers, mask, other=0.0)
             block = values + place.to(tl.int64)[:, None] * (BM * BN)

@@ -51,7 +51,6 @@ def _sdd_kernel(
     stride_bn,
     A_TMA: tl.constexpr,
     A_BY_ROWS: tl.constexpr,
-    B_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     ACT: tl.constexpr,
@@ -89,11 +88,10 @@ def _sdd_kernel(
             MASK: tl.constexpr = "none" if EVEN_K else "terms"
             offset = column.to(tl.int64) * stride_bn
             if b_part is not None:
-                part = column // b_part
+                # A run of columns is in one part: without the hints its loads would not be vectors.
+                part = tl.max_constancy(column // b_part, RUN)
                 within = tl.max_contiguous(tl.multiple_of(column - part * b_part, RUN), RUN)
                 offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bn
-                if B_BY_ROWS:
-                    offset = tl.max_contiguous(offset, RUN)
             acc = tl.zeros((WIDE, BM), tl.float32)
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
@@ -152,7 +150,6 @@ def sdd(
             *b.stride()[-2:],
             A_TMA=a_tma,
             A_BY_ROWS=a_by_rows,
-            B_BY_ROWS=b.stride(-1) == 1,
             EVEN_K=a.shape[1] % tile.block_k == 0,
             BIAS_ROWS=bias_rows,
             ACT=activation,
@@ -182,7 +179,6 @@ def _case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool = F
         "stride_bn": 1,
         "A_TMA": tma,
         "A_BY_ROWS": False,
-        "B_BY_ROWS": True,
         "EVEN_K": True,
         "BIAS_ROWS": False,
         "ACT": act,
