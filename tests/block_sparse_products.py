@@ -1,6 +1,7 @@
 """Products with block-sparse matrices as functions of plain tensors, and their operands."""
 
 import torch
+from helpers import assert_same_bits, run
 
 import gossamer
 from gossamer import BlockSparseTensor, BlockTopology
@@ -83,3 +84,28 @@ def in_parts(inputs, product, parts=2):
     pieces = [p.t().contiguous() if by_columns else p.contiguous() for p in operand.chunk(parts, dim)]
     stack = torch.stack(pieces)
     return inputs | {name: stack.mT if by_columns else stack}
+
+
+def check_by_differences(function, inputs):
+    """Gradients of all operands, in float64, against finite differences, first and second order."""
+    names = list(inputs)
+
+    def call(*values):
+        return function(**dict(zip(names, values, strict=True)))
+
+    leaves = [value.detach().requires_grad_() for value in inputs.values()]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+def check_same_bits(function, inputs, dout, *, threads):
+    """Two runs with all gradients agree bit by bit; with ``threads`` so does one with one thread."""
+    first = run(function, inputs, inputs, dout)
+    assert_same_bits(first, run(function, inputs, inputs, dout))
+    if threads:
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert_same_bits(first, run(function, inputs, inputs, dout))
+        finally:
+            torch.set_num_threads(count)

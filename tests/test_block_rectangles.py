@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from block_sparse_products import PRODUCTS, functions, in_parts, make_inputs, topology_of
+from block_sparse_products import PRODUCTS, check_same_bits, functions, in_parts, make_inputs, topology_of
 from helpers import assert_same_bits, check, run
 
 from gossamer import BlockSparseTensor, BlockTopology
@@ -139,14 +139,7 @@ def test_same_bits(product):
     function, _ = functions(product, t, backend="native")
     inputs = make_inputs(product, t, n=MANY)
     dout = torch.randn(run(function, inputs)["out"].shape)
-    first = run(function, inputs, inputs, dout)
-    assert_same_bits(first, run(function, inputs, inputs, dout))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert_same_bits(first, run(function, inputs, inputs, dout))
-    finally:
-        torch.set_num_threads(threads)
+    check_same_bits(function, inputs, dout, threads=True)
 
 
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "generic"])

@@ -4,7 +4,18 @@ import itertools
 
 import pytest
 import torch
-from block_sparse_products import PRODUCTS, UNGATED, N, functions, live_values, make_inputs, randn, topology_of
+from block_sparse_products import (
+    PRODUCTS,
+    UNGATED,
+    N,
+    check_by_differences,
+    check_same_bits,
+    functions,
+    live_values,
+    make_inputs,
+    randn,
+    topology_of,
+)
 from helpers import OperatorLog, assert_same_bits, check, huge_storage, run, saved_tensors
 
 import gossamer
@@ -169,15 +180,7 @@ def test_same_bits(kernel_backend, dtype, device, product):
     function, _ = functions(product, t, backend=kernel_backend)
     inputs = make_inputs(product, t, n=60, dtype=dtype)
     dout = torch.randn(run(function, inputs)["out"].shape, device=device)
-    first = run(function, inputs, inputs, dout)
-    assert_same_bits(first, run(function, inputs, inputs, dout))
-    if kernel_backend == "native":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            assert_same_bits(first, run(function, inputs, inputs, dout))
-        finally:
-            torch.set_num_threads(threads)
+    check_same_bits(function, inputs, dout, threads=kernel_backend == "native")
 
 
 def test_rows_do_not_depend_on_their_neighbours(kernel_backend, device):
@@ -238,14 +241,7 @@ def test_gradcheck(device):
     for product, view in itertools.product(PRODUCTS, (t, t.transposed())):
         inputs = make_inputs(product, view, n=2, dtype=torch.float64)
         function, _ = functions(product, view, backend="native", activation="gelu")
-        names = list(inputs)
-
-        def call(*values, function=function, names=names):
-            return function(**dict(zip(names, values, strict=True)))
-
-        leaves = [value.detach().requires_grad_() for value in inputs.values()]
-        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
-        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+        check_by_differences(function, inputs)
 
 
 def test_saves_operands_and_topology_only(kernel_backend, device):

@@ -79,20 +79,20 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       const int64_t count = last - n;
       // What the results will be written to comes into the cache while they are computed.
       for (int64_t i = 0; i < m && !a.y_by_columns; ++i) {
-        prefetch_lines<1, Fetch::kWriteLater>(y + (row + i) * a.n + n, count * sizeof(T));
+        prefetch_lines<1, Fetch::kWriteLater>(y + a.y_offset(row + i, n), count * sizeof(T));
       }
       rectangle_tile(w, n, count, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
       if (a.y_by_columns) {
         // Parts are of whole blocks, so none ends within a vector.
         for (int64_t t = 0; t < m; t += kLanes<S>) {
-          T* part = y + (row + t) / a.y_part * a.n * a.y_part + (row + t) % a.y_part;
+          T* to = y + a.y_offset(row + t, n);
           const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, m - t));
-          for (int64_t i = 0; i < count; ++i) store_valid(part + (n + i) * a.y_part, load(own->c + i * c_stride + t), valid);
+          for (int64_t i = 0; i < count; ++i) store_valid(to + i * a.y_part, load(own->c + i * c_stride + t), valid);
         }
         return;
       }
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
-        store_valid(y + (row + i) * a.n + n + column, v, valid);
+        store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
     }, kHalvedGroups);
   });
@@ -103,13 +103,12 @@ template <class T>
 void zero_rows(const BlockProductArgs& a, int64_t first, int64_t last, T* y, Team team) {
   if (!a.y_by_columns) {
     const auto mine = team.share((last - first) * a.n);
-    std::fill(y + first * a.n + mine.begin, y + first * a.n + mine.end, T{});
+    std::fill_n(y + first * a.n + mine.begin, mine.end - mine.begin, T{});
     return;
   }
   const auto mine = team.share(a.n);
   for (int64_t row = first; row < last; row += a.bm) {
-    T* part = y + row / a.y_part * a.n * a.y_part + row % a.y_part;
-    for (int64_t n = mine.begin; n < mine.end; ++n) std::fill_n(part + n * a.y_part, a.bm, T{});
+    for (int64_t n = mine.begin; n < mine.end; ++n) std::fill_n(y + a.y_offset(row, n), a.bm, T{});
   }
 }
 
@@ -126,7 +125,7 @@ void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num
   T* y = static_cast<T*>(a.y);
   const auto sum = [&](const Rectangle& r, int64_t n, int64_t width) {
     const int64_t height = (r.last - r.first) * a.bm, depth = r.count * a.bn, row = r.first * a.bm;
-    T* out = a.y_by_columns ? y + row / a.y_part * a.n * a.y_part + n * a.y_part + row % a.y_part : y + row * a.n + n;
+    T* out = y + a.y_offset(row, n);
     for (int64_t begin = 0; begin < depth; begin += kOuterTerms) {
       const int64_t m = std::min(kOuterTerms, depth - begin);
       const Panel<P> left{buffers.left, a.y_by_columns ? width : height, packed_depth<P>(m)};

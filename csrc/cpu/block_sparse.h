@@ -57,6 +57,11 @@ struct BlockProductArgs {
   int64_t y_part;
 
   int64_t rows() const { return lists.count * bm; }
+  // Where y(row, column) lies.
+  int64_t y_offset(int64_t row, int64_t column) const {
+    if (!y_by_columns) return row * n + column;
+    return (row / y_part * n + column) * y_part + row % y_part;
+  }
 };
 
 // values[j] = act(a · b + bias) at block j of the lists, which have no order; zero from the last one on.

@@ -174,16 +174,16 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
       });
       finish<T>(a.epilogue, c, c_stride, row, group, begin + column, columns);
       if (a.y_by_columns) {
-        T* part = y + row / a.y_part * a.n * a.y_part;
+        T* to = y + a.y_offset(row, begin + column);
         for_transposed(c, c_stride, group, columns, [&](int64_t t, int64_t i, Vec<S> v, int valid) {
-          store_valid(part + (begin + column + t) * a.y_part + row % a.y_part + i, v, valid);
+          store_valid(to + t * a.y_part + i, v, valid);
         });
         return;
       }
       for (int64_t i = 0; i < group; ++i) {
         for (int64_t t = 0; t < columns; t += kLanes<S>) {
           const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - t));
-          store_valid(y + (row + i) * a.n + begin + column + t, load(c + i * c_stride + t), valid);
+          store_valid(y + a.y_offset(row + i, begin + column + t), load(c + i * c_stride + t), valid);
         }
       }
     });
