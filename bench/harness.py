@@ -17,7 +17,7 @@ from gossamer.bench.case import DENSE, DIRECTIONS, DTYPES, OURS, Case, Family, R
 from gossamer.bench.ceilings import Ceilings, measure
 from gossamer.bench.timing import (
     HOST_SAMPLES,
-    MIN_ROUNDS,
+    NEAR_ROUNDS,
     PEAK_MEMORY_METHOD,
     SETTLE_LIMIT,
     Samples,
@@ -58,8 +58,6 @@ PATIENCE = {"quick": 1.5, "full": 10.0}
 TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
 # Calls shorter than this, in seconds, find the caches as another case left them, and are called once before a visit.
 BRIEF_CALL = 0.01
-# Cores are near each other where a cache line takes at most so many times as long between them as it did at best.
-NEAR = 2.5
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Row:
     def times(self, other: Row) -> float:
         """Time over that of another variant, both of them timed: see :func:`gossamer.bench.timing.ratio`.
 
-        Of the rounds in which cores were near each other for both, if there are ``MIN_ROUNDS``, else of all.
+        Of the rounds in which cores were near each other for both, if there are ``NEAR_ROUNDS``, else of all.
         """
         return ratio(*self._partners(other))
 
@@ -111,7 +109,7 @@ class Row:
 
     def _partners(self, other: Row) -> tuple[Samples, Samples]:
         ours, theirs = self._samples(near=True), other._samples(near=True)
-        if len(ours.keys() & theirs.keys()) >= MIN_ROUNDS:
+        if len(ours.keys() & theirs.keys()) >= NEAR_ROUNDS:
             return ours, theirs
         return self._samples(), other._samples()
 
@@ -364,7 +362,7 @@ class _Checked:
     @property
     def core_distance(self) -> float:
         """The least distance of the cores at a sample."""
-        return min((d for found in self._turns.distances.values() for d in found.values()), default=0.0)
+        return self._turns.least_distance()
 
     def rows(self, progress: Callable[[str], None]) -> list[Row]:
         """What was found, with the host's latency."""
@@ -372,13 +370,12 @@ class _Checked:
         host = {name: found.host for name, found in self._timed.items()}
         if self.case.device.type == "cpu":
             host = _host_latency(self._chosen, self.request)
-        limit, distances = NEAR * self.core_distance, self._turns.distances
         for name, samples in self._turns.samples.items():
             self._rows[name] = replace(
                 self._rows[name],
                 seconds=list(samples.values()),
                 rounds=list(samples),
-                near=[distance <= limit for distance in distances[name].values()],
+                near=self._turns.near(name),
                 host_seconds=host.get(name),
                 timed_by=self._timed[name].method,
             )

@@ -19,7 +19,7 @@ from gossamer.bench.compare import Change
 from gossamer.bench.harness import CaseResult, Results, Row
 from gossamer.bench.sweep import position
 from gossamer.bench.text import digits
-from gossamer.bench.timing import quantile
+from gossamer.bench.timing import NEAR_ROUNDS, quantile
 
 
 def make_console() -> rich.console.Console:
@@ -136,7 +136,7 @@ def _cores(result: CaseResult) -> str:
         return words
     return (
         f"{words}; in {100 * (1 - sum(near) / len(near)):.0f}% of the samples the system had them further apart, and a "
-        "ratio is of the rounds in which it had not, if there are three"
+        f"ratio is of the rounds in which it had not, if there are {NEAR_ROUNDS}"
     )
 
 

@@ -16,10 +16,14 @@ from gossamer import _backend
 
 Call = Callable[[], object]
 
-# Samples of a call: so many while they take no longer than ROUNDS_SECONDS together, and at least MIN_ROUNDS. Less than
-# ROUNDS are enough once the interval of its ratio, of ENOUGH_ROUNDS or more, is narrower than PRECISE.
-MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 15, 7.0, 500
-ENOUGH_ROUNDS, PRECISE = 9, 1.1
+# Samples of a call: at least MIN_ROUNDS, and up to ROUNDS while they take no longer than ROUNDS_SECONDS together and
+# the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of so few is
+# their whole range, so that they are seldom near each other by luck.
+MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 7.0, 500
+ENOUGH_ROUNDS, PRECISE = 7, 1.1
+# Cores are near each other where a cache line takes at most so many times as long between them as it did at best. The
+# rounds in which they are make a ratio if there are NEAR_ROUNDS.
+NEAR, NEAR_ROUNDS = 2.5, 4
 # The share of the time that goes to the calls whose ratio counts.
 COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9
@@ -231,18 +235,54 @@ class Turns:
                 before = after
             self._round += 1
 
-    def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
-        rounds, spent = len(self.samples[group[0]]), [self._spent[n] for n in group]
-        few = rounds < share * ROUNDS and max(spent) < share * ROUNDS_SECONDS and not self._precise(group[0])
-        return few or rounds < share * MIN_ROUNDS or sum(spent) < share * seconds
+    def least_distance(self) -> float:
+        """Of the cores, at any sample so far."""
+        return min((d for found in self.distances.values() for d in found.values()), default=0.0)
 
-    def _precise(self, name: str) -> bool:
-        """Whether enough is known of the ratio of a call to those compared; of these themselves it never is."""
-        mine = self.samples[name]
-        if name in self._compared or not self._compared or len(mine) < ENOUGH_ROUNDS:
+    def near(self, name: str) -> list[bool]:
+        """Of each sample of a call, whether the cores were near each other."""
+        limit = NEAR * self.least_distance()
+        return [distance <= limit for distance in self.distances[name].values()]
+
+    def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
+        if self._is_owed(group, seconds, share):
+            return True
+        if not self._has_room(group, share):
             return False
-        bounds = [ratio_interval(mine, self.samples[n]) for n in self._compared]
-        return all(high <= PRECISE * low for low, high in bounds)
+        if group == self._compared:
+            return any(self._has_room(other, share) and not self._precise(other) for other, _ in self._groups)
+        # A sample says nothing about a ratio in a round in which those compared sit out.
+        partners = [each for each in self._groups if each[0] == self._compared]
+        stay = all(self._has_room(names, share) or self._is_owed(names, budget, share) for names, budget in partners)
+        return stay and not self._precise(group)
+
+    def _is_owed(self, group: list[str], seconds: float, share: float) -> bool:
+        rounds, spent = len(self.samples[group[0]]), sum(self._spent[n] for n in group)
+        return rounds < share * MIN_ROUNDS or spent < share * seconds
+
+    def _has_room(self, group: list[str], share: float) -> bool:
+        rounds, spent = len(self.samples[group[0]]), max(self._spent[n] for n in group)
+        return rounds < share * ROUNDS and spent < share * ROUNDS_SECONDS
+
+    def _precise(self, group: list[str]) -> bool:
+        """Whether enough is known of the ratios to the calls compared; of a call that has no partner, never."""
+        pairs = [(name, partner) for name in group for partner in self._compared if partner != name]
+        return bool(pairs) and all(self._known(name, partner) for name, partner in pairs)
+
+    def _known(self, name: str, partner: str) -> bool:
+        """Whether all rounds agree on a ratio, or those with near cores do."""
+        mine, theirs = self.samples[name], self.samples[partner]
+        together = mine.keys() & theirs.keys()
+        near = [
+            {round_ for round_, is_near in zip(self.samples[n], self.near(n), strict=True) if is_near}
+            for n in (name, partner)
+        ]
+        for rounds in (together, together.intersection(*near)):
+            if len(rounds) >= ENOUGH_ROUNDS:
+                low, high = ratio_interval({r: mine[r] for r in rounds}, theirs)
+                if high <= PRECISE * low:
+                    return True
+        return False
 
 
 def _ratios(ours: Samples, theirs: Samples) -> list[float]:

@@ -131,7 +131,7 @@ def taking(seconds):
 
 @pytest.mark.parametrize(("patience", "rounds"), [(0.01, timing.MIN_ROUNDS), (60.0, timing.ROUNDS)])
 def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, patience, rounds):
-    monkeypatch.setattr(timing, "MAX_ROUNDS", 20)
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 30)
     monkeypatch.setattr(timing, "ROUNDS_SECONDS", patience)
     order = []
 
@@ -143,7 +143,7 @@ def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, patience, rounds):
     turns = timing.Turns({"slow": lambda: sample("slow", 0.02), "quick": lambda: sample("quick", 0.0)}, budget=0.04)
     turns.take(1.0)
     assert order[:4] == ["slow", "quick", "quick", "slow"]
-    assert turns.samples == {"slow": dict.fromkeys(range(rounds), 0.02), "quick": dict.fromkeys(range(20), 0.0)}
+    assert turns.samples == {"slow": dict.fromkeys(range(rounds), 0.02), "quick": dict.fromkeys(range(30), 0.0)}
 
 
 def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(monkeypatch):
@@ -170,17 +170,49 @@ def test_time_is_spread_over_visits(monkeypatch):
     assert list(turns.samples["peer"]) == list(range(timing.ROUNDS))
 
 
-def test_a_call_whose_ratio_is_known_well_sits_out():
-    """A steady peer needs nine rounds; one whose ratio swings by a fifth has them all."""
-    swinging = itertools.cycle([0.001, 0.0012])
-    samplers = {"ours": lambda: 0.001, "steady": lambda: 0.002, "swinging": lambda: next(swinging)}
-    turns = timing.Turns(samplers, 0.0, ("ours",))
+def swing(low, high):
+    values = itertools.cycle([low, high])
+    return lambda: next(values)
+
+
+def rounds_of(turns):
     turns.take(1.0)
-    assert {name: len(samples) for name, samples in turns.samples.items()} == {
-        "ours": timing.ROUNDS,
-        "steady": timing.ENOUGH_ROUNDS,
-        "swinging": timing.ROUNDS,
-    }
+    return {name: len(samples) for name, samples in turns.samples.items()}
+
+
+@pytest.mark.parametrize("dense", [(0.002, 0.002), (0.002, 0.0025)], ids=["steady", "swinging"])
+def test_a_call_whose_ratio_is_known_well_sits_out(dense):
+    """A steady ratio needs seven rounds; one that swings by a fifth has them all, and those compared go along.
+
+    So they do when nothing else is uncertain but their own ratio.
+    """
+    samplers = {"ours": swing(0.001, 0.001), "dense": swing(*dense), "steady": swing(*(2 * d for d in dense))}
+    few = timing.ROUNDS if dense[0] != dense[1] else timing.ENOUGH_ROUNDS
+    assert rounds_of(timing.Turns(samplers, 0.0, ("ours", "dense"))) == dict.fromkeys(samplers, few)
+    found = rounds_of(timing.Turns(samplers | {"swinging": swing(0.001, 0.0012)}, 0.0, ("ours", "dense")))
+    assert found == {"ours": timing.ROUNDS, "dense": timing.ROUNDS, "steady": few, "swinging": timing.ROUNDS}
+
+
+def test_a_call_has_no_more_rounds_without_those_it_is_compared_with(monkeypatch):
+    """They have had their seconds after six rounds, more than the rounds of each call."""
+    monkeypatch.setattr(timing, "ROUNDS_SECONDS", 0.055)
+    samplers = {"ours": taking(0.01), "dense": taking(0.01), "swinging": swing(0.001, 0.0012)}
+    found = rounds_of(timing.Turns(samplers, 0.0, ("ours", "dense")))
+    assert found["ours"] == found["dense"] == found["swinging"] <= 6
+
+
+def test_rounds_with_near_cores_are_enough_where_the_others_disagree():
+    """Every second round has the cores apart, and a peer then takes half as long again."""
+    apart = iter(range(10_000))
+    now = {"far": False}
+
+    def distance():
+        now["far"] = next(apart) // 3 % 2 == 1
+        return 9.0 if now["far"] else 1.0
+
+    samplers = {"ours": lambda: 1e-3, "peer": lambda: 3e-3 if now["far"] else 2e-3}
+    found = rounds_of(timing.Turns(samplers, 0.0, ("ours",), distance))
+    assert 2 * timing.ENOUGH_ROUNDS - 1 <= found["peer"] < timing.ROUNDS
 
 
 def test_distance_of_cores_is_the_larger_around_each_sample():
