@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,14 +34,16 @@ def chosen(t, across, part=None):
     """The rectangles that a product with a topology goes by."""
     from gossamer import _C
 
-    lists = (t.row_offsets.data_ptr(), t.column_indices.data_ptr(), 0, t.grid[0])
+    lives = (0 if live is None else live.data_ptr() for live in (t.live_rows, t.live_columns))
+    lists = (t.row_offsets.data_ptr(), t.column_indices.data_ptr(), 0, t.grid[0], *lives)
     return _C.choose_rectangles(lists, *t.block, across, t.shape[1], t.shape[1] if part is None else part)
 
 
 def test_choice():
     """Rectangles are found with the rows between them, and are taken where they are worth it."""
     t = rectangles()
-    assert chosen(t, MANY) == [(0, 5, 0, 8), (5, 6, 8, 8), (6, 46, 24, 8), (46, 49, 0, 0)]
+    found = [(0, 5, 0, 8, 80, 128), (5, 6, 8, 8, 16, 128), (6, 46, 24, 8, 640, 128), (46, 49, 0, 0, 48, 0)]
+    assert chosen(t, MANY) == found
     assert not chosen(t, FEW)
     # A dense operand in parts, one a rectangle, and parts that a rectangle crosses.
     assert chosen(t, MANY, part=128) == chosen(t, MANY)
@@ -50,6 +53,71 @@ def test_choice():
     band = (torch.arange(30)[:, None] - torch.arange(34)).add(2).abs() <= 2
     assert not chosen(BlockTopology.from_mask(band, 128), 10**6)
     assert not chosen(BlockTopology.from_mask(torch.zeros(3, 4, dtype=torch.bool), 16), 10**6)
+
+
+def padded(t):
+    """The same topology with padding at the end of its rectangles."""
+    live = torch.full((t.grid[0],), t.block[0], dtype=torch.int32)
+    live[torch.tensor(HEIGHTS).cumsum(0)[[0, 1, 3]] - 1] = torch.tensor([3, 16, 1], dtype=torch.int32)
+    return replace(t, live_rows=live)
+
+
+def test_choice_with_padding():
+    """Rows and columns of padding are known at the end of a rectangle; elsewhere rows end it and columns count.
+
+    Rows without blocks are computed, for they may have a bias.
+    """
+    t = padded(rectangles())
+    t.live_rows[sum(HEIGHTS) :] = 0
+    assert [r[4] for r in chosen(t, MANY)] == [67, 16, 625, 48]
+    assert [r[5] for r in chosen(t.transposed(), MANY)] == [67, 16, 0, 625]
+    t.live_rows[2] = 9
+    assert [(r[:2], r[4]) for r in chosen(t, MANY)][:2] == [((0, 3), 41), ((3, 5), 19)]
+    assert [r[5] for r in chosen(t.transposed(), MANY)] == [80, 16, 0, 625]
+
+
+# The operand, and the dimension of it or of the result, along which padding lies.
+PADDED = {
+    ("sdd", False): ("a", 0),
+    ("sdd", True): ("b", 1),
+    ("dsd", False): ("out", 0),
+    ("dsd", True): ("b", 0),
+    ("dds", False): ("a", 1),
+    ("dds", True): ("out", 1),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_padding(product, dtype, transposed):
+    """Padding is never read, whatever is there, and is zero in results, and in the gradients of what it is in."""
+    t = padded(rectangles())
+    rows = (torch.arange(t.block[0]) < t.live_rows[:, None]).flatten()
+    # Room without blocks has the row behind the last.
+    blocks = torch.cat([rows.view(t.grid[0], -1), torch.zeros(1, t.block[0], dtype=torch.bool)])[t.row_indices.long()]
+    name, dim = PADDED[product, transposed]
+
+    def keep(key, value, other):
+        if key == "s" or (key, product) == ("out", "sdd"):
+            return torch.where(blocks.unsqueeze(2), value, other)
+        return torch.where(rows if dim else rows[:, None], value, other) if key == name else value
+
+    def with_padding(function, other):
+        def call(**inputs):
+            out = function(**{key: keep(key, value, other) for key, value in inputs.items()})
+            if other != 0:
+                assert torch.equal(out, keep("out", out, 0.0))
+            return keep("out", out, 0.0)
+
+        return call
+
+    function, reference = functions(product, t.transposed() if transposed else t, backend="native")
+    for by_columns in (False, True):
+        inputs = make_inputs(
+            product, t.transposed() if transposed else t, n=MANY + 1, dtype=dtype, by_columns=(by_columns,) * 2
+        )
+        check(with_padding(function, float("nan")), with_padding(reference, 0.0), inputs)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])

@@ -99,6 +99,12 @@ def test_from_dispatch_by_hand(device):
     }
     for name, value in expected.items():
         assert getattr(t, name).tolist() == value, name
+    assert t.live_rows is None and t.live_columns is None
+    skipping = BlockTopology.from_dispatch(dispatch, 32, 16, skip_padding=True)
+    assert_same_topology(skipping, dataclasses.replace(t, live_rows=skipping.live_rows))
+    assert skipping.live_rows.tolist() == [16, 4, 8, 0] and skipping.live_rows.dtype == torch.int32
+    assert skipping.transposed().live_columns is skipping.live_rows and skipping.transposed().live_rows is None
+    assert skipping.transposed().transposed().live_rows is skipping.live_rows
 
 
 @pytest.mark.parametrize("counts", [[20, 0, 8, 3], [0, 0, 1, 0], [0, 0, 0, 5], [1, 1, 1, 0], [17, 33, 16, 0]])

@@ -180,7 +180,7 @@ def dsd(
     ``topology`` is as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it; ``activation`` −1 is none.
     ``b`` is a matrix or ``(G, depth/G, N)``; the result too comes in ``parts`` parts where that is not 0.
     """
-    row_offsets, column_indices, _, column_offsets, row_indices_t, order_t, row_schedule, column_schedule = topology
+    row_offsets, column_indices, _, column_offsets, row_indices_t, order_t, row_schedule, column_schedule = topology[:8]
     values, b = values.contiguous(), unit_stride(merged(b, 0))
     nnz, bm, bn = values.shape
     offsets, indices, order, schedule = row_offsets, column_indices, None, row_schedule

@@ -6,8 +6,8 @@ namespace gossamer::bindings {
 
 namespace {
 
-// (offsets, indices, order or 0, number of lists)
-using PyLists = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>;
+// (offsets, indices, order or 0, number of lists, live rows or 0, live columns of block columns or 0)
+using PyLists = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t>;
 // (values, bm, bn, row stride, column stride)
 using PyBlocks = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
 // (matrix, size of a part, stride of parts)
@@ -16,9 +16,9 @@ using PyParted = std::tuple<PyMatrix, int64_t, int64_t>;
 using PyEpilogue = std::tuple<PyVector, bool, int>;
 
 BlockLists lists(const PyLists& l) {
-  const auto& [offsets, indices, order, count] = l;
-  return {reinterpret_cast<const int32_t*>(offsets), reinterpret_cast<const int32_t*>(indices),
-          reinterpret_cast<const int32_t*>(order), count};
+  const auto& [offsets, indices, order, count, live, live_across] = l;
+  const auto ints = [](uintptr_t address) { return reinterpret_cast<const int32_t*>(address); };
+  return {ints(offsets), ints(indices), ints(order), count, ints(live), ints(live_across)};
 }
 
 PartedMatrix parted(const PyParted& p) {
@@ -37,13 +37,14 @@ void register_block_sparse(py::module_& m) {
   m.def(
       "choose_rectangles",
       [](const PyLists& l, int64_t bm, int64_t bn, int64_t across, int64_t size, int64_t part) {
-        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> found;
+        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> found;
         for (const Rectangle& r : choose_rectangles(lists(l), bm, bn, across, size, part)) {
-          found.emplace_back(r.first, r.last, r.column, r.count);
+          found.emplace_back(r.first, r.last, r.column, r.count, r.rows, r.depth);
         }
         return found;
       },
-      "(first list, last list, first block column, number of block columns) of the rectangles that products go by.");
+      "(first list, last list, first block column, number of block columns, rows and columns that are no padding) of the "
+      "rectangles that products go by.");
   m.def(
       "block_product",
       [](const PyLists& l, const PyBlocks& blocks, const PyParted& b, int64_t depth, int64_t n, const PyEpilogue& e,

@@ -7,13 +7,15 @@
 // Groups of columns at the end of a thread's share that are given out in halves.
 constexpr int64_t kHalvedGroups = 2;
 
-// Calls f(rectangle, first row, last row) for pieces of at most `limit` rows, a multiple of 16.
+// Calls f(rectangle, first row, last row, end of the padding behind them) for pieces of at most `limit` rows that count.
 template <class Args, class F>
 GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
   for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
-    const int64_t begin = r->first * a.bm, end = r->last * a.bm, pieces = (end - begin + limit - 1) / limit;
+    const int64_t begin = r->first * a.bm, end = begin + r->rows, pieces = (end - begin + limit - 1) / limit;
     const int64_t size = ((end - begin + pieces - 1) / pieces + kChunkUnit - 1) / kChunkUnit * kChunkUnit;
-    for (int64_t row = begin; row < end; row += size) f(*r, row, std::min(end, row + size));
+    for (int64_t row = begin; row < end; row += size) {
+      f(*r, row, std::min(end, row + size), row + size < end ? row + size : r->last * a.bm);
+    }
   }
 }
 
@@ -30,16 +32,15 @@ void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin
       for (int64_t row = begin; row < end; ++row) {
         rows[row - begin] = block(row / a.bm, column) + row % a.bm * a.row_stride - column * a.bn;
       }
-      pack_as_columns(panel, rows, column * a.bn, (column + 1) * a.bn);
+      pack_as_columns(panel, rows, column * a.bn, std::min((column + 1) * a.bn, r.depth));
     }
     return;
   }
-  const int64_t depth = r.count * a.bn;
   const auto mine = team.share(end - begin, kPanelWidth<P>);
   for (int64_t at = begin + mine.begin; at < begin + mine.end;) {
     const int64_t list = at / a.bm, next = std::min(begin + mine.end, (list + 1) * a.bm);
-    for (int64_t k = 0; k < depth; ++k) rows[k] = block(list, k / a.bn) + k % a.bn * a.col_stride - (list * a.bm - begin);
-    pack_as_rows(panel, rows, depth, at - begin, next - begin);
+    for (int64_t k = 0; k < r.depth; ++k) rows[k] = block(list, k / a.bn) + k % a.bn * a.col_stride - (list * a.bm - begin);
+    pack_as_rows(panel, rows, r.depth, at - begin, next - begin);
     at = next;
   }
 }
@@ -66,8 +67,8 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(std::max(a.max_depth(), buffers.chunk));
   T* y = static_cast<T*>(a.y);
-  for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end) {
-    const int64_t depth = r.count * a.bn, m = end - row, c_stride = own->c_stride(buffers.chunk);
+  for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
+    const int64_t depth = r.depth, m = end - row, c_stride = own->c_stride(buffers.chunk);
     const Panel<P> panel{buffers.panel, packed_depth<P>(depth), m};
     const T* b = static_cast<const T*>(a.b.base) + a.b.offset(r.column * a.bn, a.b.row_stride);
     const Weight<T> w{b, a.b.col_stride, a.b.row_stride, a.n, depth};
@@ -89,8 +90,10 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
           const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, m - t));
           for (int64_t i = 0; i < count; ++i) store_valid(to + i * a.y_part, load(own->c + i * c_stride + t), valid);
         }
+        for (int64_t i = 0; i < count && end < padded; ++i) std::fill_n(y + a.y_offset(end, n + i), padded - end, T{});
         return;
       }
+      for (int64_t i = end; i < padded; ++i) std::fill_n(y + a.y_offset(i, n), count, T{});
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
@@ -124,7 +127,7 @@ void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num
   const T* b = static_cast<const T*>(a.b.base);
   T* y = static_cast<T*>(a.y);
   const auto sum = [&](const Rectangle& r, int64_t n, int64_t width) {
-    const int64_t height = (r.last - r.first) * a.bm, depth = r.count * a.bn, row = r.first * a.bm;
+    const int64_t height = (r.last - r.first) * a.bm, depth = r.depth, row = r.first * a.bm;
     T* out = y + a.y_offset(row, n);
     for (int64_t begin = 0; begin < depth; begin += kOuterTerms) {
       const int64_t m = std::min(kOuterTerms, depth - begin);
@@ -170,7 +173,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
   const T* left = static_cast<const T*>(a.a.base);
   T* values = static_cast<T*>(a.values);
   zero_tail<T>(a, team);
-  for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end) {
+  for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
     if (r.count == 0) return;
     const int64_t m = end - row, c_stride = own->c_stride(buffers.chunk), columns = r.count * a.bn, column = r.column * a.bn;
     const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m};
@@ -199,6 +202,11 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t at, Vec<S> v, int valid) {
         store_valid(place(i, n + at), v, valid);
       });
+      for (int64_t i = m; i < padded - row; ++i) {
+        for (int64_t at = 0; at < count; at += kLanes<S>) {
+          store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
+        }
+      }
     }, kHalvedGroups);
   });
 }

@@ -7,6 +7,18 @@
 
 namespace gossamer {
 
+namespace {
+
+// Of `count` block columns from `column` on, those that are no padding, which is known at their end alone.
+int64_t live_columns(const BlockLists& lists, int64_t column, int64_t count, int64_t bn) {
+  if (!lists.live_across || count == 0) return count * bn;
+  const int32_t* live = lists.live_across + column;
+  const bool full = std::all_of(live, live + count - 1, [&](int32_t columns) { return columns == bn; });
+  return full ? (count - 1) * bn + live[count - 1] : count * bn;
+}
+
+}  // namespace
+
 std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size,
                                          int64_t part) {
   // Threads meet twice a rectangle, which a million multiplications make up for.
@@ -23,11 +35,15 @@ std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, in
     const int64_t column = begin < end ? lists.indices[begin] : 0, count = end - begin;
     if (count > 0 && column * bn / part != ((column + count) * bn - 1) / part) return {};
     work += static_cast<double>(bm) * count * bn * across;
-    if (!found.empty() && found.back().column == column && found.back().count == count) {
-      found.back().last = list + 1;
+    const int64_t rows = lists.live && count > 0 ? lists.live[list] : bm;
+    Rectangle* before = found.empty() ? nullptr : &found.back();
+    // Padding is at the end of a rectangle.
+    if (before && before->column == column && before->count == count && before->rows == (list - before->first) * bm) {
+      before->last = list + 1;
+      before->rows += rows;
       continue;
     }
-    found.push_back({list, list + 1, column, count});
+    found.push_back({list, list + 1, column, count, rows, live_columns(lists, column, count, bn)});
     live += count > 0;
     read += static_cast<double>(count) * bn;
   }

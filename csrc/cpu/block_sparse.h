@@ -9,10 +9,13 @@
 namespace gossamer {
 
 // The blocks of a matrix list by list, a list being a block row: those of list r are offsets[r] .. offsets[r+1], at block
-// columns indices[j], and block j lies at values[order[j]], or at values[j] where there is no order.
+// columns indices[j], and block j lies at values[order[j]], or at values[j] where there is no order. Only the first live[r] rows
+// of list r count, and the first live_across[c] columns of block column c, or all where there are no such numbers: the rest is
+// padding, whose products may be left out, zero in their place.
 struct BlockLists {
   const int32_t *offsets, *indices, *order;
   int64_t count;
+  const int32_t *live, *live_across;
 
   int64_t place(int64_t j) const { return order ? order[j] : j; }
 };
@@ -79,9 +82,10 @@ struct SampledProductArgs {
   int64_t rows() const { return lists.count * bm; }
 };
 
-// Lists first .. last, all of which have the blocks of columns column .. column+count.
+// Lists first .. last, all of which have the blocks of columns column .. column+count. `rows` rows and `depth` columns of these,
+// in elements, are no padding.
 struct Rectangle {
-  int64_t first, last, column, count;
+  int64_t first, last, column, count, rows, depth;
 };
 
 // The same products of lists that are rectangles.

@@ -12,10 +12,15 @@ from gossamer.cpu_kernels._native import empty_huge, matrix, vector
 
 
 def _lists(
-    offsets: torch.Tensor, indices: torch.Tensor, order: torch.Tensor | None = None
-) -> tuple[int, int, int, int]:
-    """``(offsets, indices, order, number of lists)``; contiguous int32."""
-    return offsets.data_ptr(), indices.data_ptr(), 0 if order is None else order.data_ptr(), offsets.shape[0] - 1
+    offsets: torch.Tensor,
+    indices: torch.Tensor,
+    order: torch.Tensor | None = None,
+    live: torch.Tensor | None = None,
+    live_across: torch.Tensor | None = None,
+) -> tuple[int, int, int, int, int, int]:
+    """``(offsets, indices, order, number of lists, live rows, live columns)``; contiguous int32."""
+    orders, lives, across = (0 if t is None else t.data_ptr() for t in (order, live, live_across))
+    return offsets.data_ptr(), indices.data_ptr(), orders, offsets.shape[0] - 1, lives, across
 
 
 def _in_parts(operand: torch.Tensor, dim: int) -> tuple[tuple[int, int, int, int], int, int]:
@@ -52,11 +57,11 @@ def sdd(
     Returns:
         ``(nnz, bm, bn)``, zero from the last block on.
     """
-    row_offsets, column_indices, row_indices, column_offsets = topology[:4]
+    row_offsets, column_indices, row_indices, column_offsets, *_, live_rows = topology
     a, b, bias = unit_stride(a), unit_stride(merged(b, 1)), _contiguous(bias)
     values = empty_huge((column_indices.shape[0], *block), a.dtype)
     _C.sampled_product(
-        _lists(row_offsets, column_indices),
+        _lists(row_offsets, column_indices, live=live_rows),
         row_indices.data_ptr(),
         column_indices.shape[0],
         *block,
@@ -96,13 +101,16 @@ def dsd(
     Returns:
         ``(rows, N)``, or ``(parts, rows/parts, N)``.
     """
-    row_offsets, column_indices, _, column_offsets, row_indices_t, order_t = topology[:6]
+    row_offsets, column_indices, _, column_offsets, row_indices_t, order_t, *_, live_rows = topology
     values, b, bias = values.contiguous(), unit_stride(merged(b, 0)), _contiguous(bias)
     _, bm, bn = values.shape
-    lists = _lists(column_offsets, row_indices_t, order_t) if transposed else _lists(row_offsets, column_indices)
+    if transposed:
+        lists = _lists(column_offsets, row_indices_t, order_t, live_across=live_rows)
+    else:
+        lists = _lists(row_offsets, column_indices, live=live_rows)
     blocks = (values.data_ptr(), bn, bm, 1, bn) if transposed else (values.data_ptr(), bm, bn, bn, 1)
     inner = (row_offsets if transposed else column_offsets).shape[0] - 1
-    rows, n = lists[-1] * blocks[1], b.shape[-1]
+    rows, n = lists[3] * blocks[1], b.shape[-1]
     lead, height = ((parts,), rows // parts) if parts else ((), rows)
     y = empty_huge((*lead, n, height) if by_columns else (*lead, height, n), b.dtype)
     _C.block_product(

@@ -55,7 +55,11 @@ class PaddedExperts:
         if block is None:
             rows = _row_block(dispatch.num_rows, dispatch.num_experts, dispatch.slots.device)
             block = (rows, best_block("ffn_size", ffn_size))
-        return PaddedExperts(dispatch, BlockTopology.from_dispatch(dispatch, ffn_size, block))
+        return PaddedExperts(dispatch, BlockTopology.from_dispatch(dispatch, ffn_size, block, skip_padding=True))
+
+    def widened(self, columns: int) -> BlockTopology:
+        """The topology of as many rows with ``columns`` columns an expert."""
+        return BlockTopology.from_dispatch(self.dispatch, columns, self.topology.block, skip_padding=True)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens ``(T, H)`` as padded rows, those of padding zero."""
@@ -117,9 +121,8 @@ def block_sparse_mlp(
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
     inner = down.shape[2]
     padded = PaddedExperts.of(dispatch, inner, block)
-    bm, bn = padded.topology.block
-    wide = gate_up.shape[1]
-    topology = padded.topology if wide == inner else BlockTopology.from_dispatch(dispatch, wide, (bm, bn))
+    wide, bn = gate_up.shape[1], padded.topology.block[1]
+    topology = padded.topology if wide == inner else padded.widened(wide)
     bias = None if gate_up_bias is None else gate_up_bias.flatten()
     preact = sdd(padded.spread(x), gate_up.mT, topology, bias=bias).values
     hidden = padded.matrix(_activate_blocks(preact, activation, interleaved, wide // bn))

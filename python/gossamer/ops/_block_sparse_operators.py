@@ -23,8 +23,9 @@ _TOPOLOGY = (
     "order_t",
     "row_schedule",
     "column_schedule",
+    "live_rows",
 )
-_SCHEMA = ", ".join(f"Tensor {name}" for name in _TOPOLOGY)
+_SCHEMA = ", ".join(f"Tensor{'?' if name == 'live_rows' else ''} {name}" for name in _TOPOLOGY)
 
 
 def topology_tensors(topology: BlockTopology) -> tuple[torch.Tensor, ...]:

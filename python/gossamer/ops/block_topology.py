@@ -68,6 +68,10 @@ class BlockTopology:
         order_t: like ``order`` for that list.
         row_schedule: ``(rows/bm,)`` int32, block rows from the one with most blocks to the one with fewest.
         column_schedule: ``(cols/bn,)`` int32, block columns likewise.
+        live_rows: ``(rows/bm,)`` int32, how many rows of each block row count; the others, at its end, are padding, and
+            products may leave them out: what they then have there is zero, and what they sum has nothing of it. None
+            where all count. See ``skip_padding`` of :meth:`from_dispatch`.
+        live_columns: likewise of block columns, in a transposed view.
         padded_offsets: ``(E+1,)`` int32, made by :meth:`from_dispatch`: rows of expert ``e`` begin at element row
             ``padded_offsets[e]``. None for other topologies.
     """
@@ -84,6 +88,8 @@ class BlockTopology:
     order_t: torch.Tensor | None
     row_schedule: torch.Tensor
     column_schedule: torch.Tensor
+    live_rows: torch.Tensor | None = None
+    live_columns: torch.Tensor | None = None
     padded_offsets: torch.Tensor | None = None
 
     @property
@@ -122,6 +128,8 @@ class BlockTopology:
             self.order,
             self.column_schedule,
             self.row_schedule,
+            self.live_columns,
+            self.live_rows,
         )
 
     def to(self, device: torch.device | str) -> BlockTopology:
@@ -223,7 +231,9 @@ class BlockTopology:
         return _from_mask(mask.view(grid), block, rows.shape[0])
 
     @staticmethod
-    def from_dispatch(dispatch: Dispatch, ffn_size: int, block: int | tuple[int, int]) -> BlockTopology:
+    def from_dispatch(
+        dispatch: Dispatch, ffn_size: int, block: int | tuple[int, int], *, skip_padding: bool = False
+    ) -> BlockTopology:
         """The topology of an expert layer's hidden activation: each row has the I columns of its expert, of E·I.
 
         The rows of each expert are padded to whole blocks: expert ``e`` has its rows from ``padded_offsets[e]`` on.
@@ -234,6 +244,7 @@ class BlockTopology:
             dispatch: from :func:`gossamer.dispatch`. Dropped slots get no row.
             ffn_size: I, a multiple of bn.
             block: ``(bm, bn)``, or one size for both.
+            skip_padding: whether products may leave out the rows of padding, where nothing will be read.
 
         Raises:
             TypeError: ``dispatch`` is none.
@@ -259,6 +270,10 @@ class BlockTopology:
         live = starts[-1]
         row = torch.arange(rows, device=device)
         expert = torch.searchsorted(starts[1:], row, right=True)
+        live_rows = None
+        if skip_padding:
+            owned = expert.clamp(max=experts - 1)
+            live_rows = (dispatch.counts.long()[owned] - (row - starts[owned]) * bm).clamp(0, bm).int()
         columns = torch.where(row < live, expert, experts).unsqueeze(1) * wide + torch.arange(wide, device=device)
         columns = columns.clamp(max=experts * wide).reshape(-1)
         row_indices = torch.where(row < live, row, rows).unsqueeze(1).expand(rows, wide).reshape(-1)
@@ -286,6 +301,8 @@ class BlockTopology:
             torch.where(inside, row_t * wide + column, entry).int(),
             _longest_first(row_offsets),
             _longest_first(offsets_t),
+            live_rows,
+            None,
             (starts * bm).int(),
         )
 
