@@ -24,6 +24,7 @@ PRIMITIVES = (
     "hash_table",
     "multi_low_rank",
     "low_rank",
+    "expert_topology",
     "block_sparse",
 )
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")

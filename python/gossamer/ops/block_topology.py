@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from gossamer.ops._checks import check_index, check_same_device, check_shape
+from gossamer.ops._expert_topology import expert_places, expert_topology, longest_first, offsets_of
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -32,16 +33,6 @@ def _check_blocked(shape: object, block: tuple[int, int]) -> tuple[int, int]:
                 f"{(size + step - 1) // step * step}"
             )
     return shape[0] // block[0], shape[1] // block[1]
-
-
-def _offsets(counts: torch.Tensor) -> torch.Tensor:
-    """``(n+1,)`` int32 of ``counts (n,)``: where each of the lists begins and the last one ends."""
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-
-
-def _longest_first(offsets: torch.Tensor) -> torch.Tensor:
-    """The lists behind ``offsets`` from the longest to the shortest, equal ones in order, int32."""
-    return torch.argsort(offsets.diff(), descending=True, stable=True).int()
 
 
 @dataclass(frozen=True)
@@ -257,7 +248,7 @@ class BlockTopology:
                 f"ffn_size must be a positive multiple of the block's {bn} columns, got {ffn_size}; pad it to "
                 f"{max(1, (ffn_size + bn - 1) // bn) * bn}"
             )
-        experts, wide, device = dispatch.num_experts, ffn_size // bn, dispatch.offsets.device
+        experts, wide = dispatch.num_experts, ffn_size // bn
         # Every expert with rows fills its last block with at least one of them.
         rows = min(dispatch.num_rows, (dispatch.num_rows + experts * (bm - 1)) // bm)
         if max(rows * bm, rows * wide) > MAX_BLOCKS:
@@ -265,78 +256,30 @@ class BlockTopology:
                 f"padded rows and blocks must be at most {MAX_BLOCKS}, got {rows * bm} and {rows * wide} for "
                 f"{dispatch.num_rows} slots, {experts} experts and blocks of {bm} x {bn}"
             )
-        blocks = (dispatch.counts.long() + bm - 1) // bm
-        starts = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
-        live = starts[-1]
-        row = torch.arange(rows, device=device)
-        expert = torch.searchsorted(starts[1:], row, right=True)
-        live_rows = None
-        if skip_padding:
-            owned = expert.clamp(max=experts - 1)
-            live_rows = (dispatch.counts.long()[owned] - (row - starts[owned]) * bm).clamp(0, bm).int()
-        columns = torch.where(row < live, expert, experts).unsqueeze(1) * wide + torch.arange(wide, device=device)
-        columns = columns.clamp(max=experts * wide).reshape(-1)
-        row_indices = torch.where(row < live, row, rows).unsqueeze(1).expand(rows, wide).reshape(-1)
-        row_offsets = torch.arange(rows + 1, device=device).minimum(live) * wide
-        # Column by column: I/bn columns an expert, each with one block a block row of the expert.
-        column_starts = starts * wide
-        entry = torch.arange(rows * wide, device=device)
-        owner = torch.searchsorted(column_starts[1:], entry, right=True)
-        inside, known = entry < column_starts[-1], owner.clamp(max=experts - 1)
-        local, height = entry - column_starts[known], blocks[known].clamp(min=1)
-        column, row_t = local // height, starts[known] + local % height
-        offsets_t = (column_starts[:-1].unsqueeze(1) + blocks.unsqueeze(1) * torch.arange(wide, device=device)).view(-1)
-        offsets_t = torch.cat([offsets_t, column_starts[-1:]]).int()
-        row_offsets = row_offsets.int()
-        return BlockTopology(
-            (rows * bm, experts * ffn_size),
-            (bm, bn),
-            row_offsets,
-            columns.int(),
-            row_indices.int(),
-            None,
-            offsets_t,
-            torch.where(inside, row_t, rows).int(),
-            torch.where(inside, known * wide + column, experts * wide).int(),
-            torch.where(inside, row_t * wide + column, entry).int(),
-            _longest_first(row_offsets),
-            _longest_first(offsets_t),
-            live_rows,
-            None,
-            (starts * bm).int(),
-        )
+        lists = expert_topology(dispatch.offsets, rows, wide, bm)
+        if not skip_padding:
+            lists["live_rows"] = None
+        return BlockTopology((rows * bm, experts * ffn_size), (bm, bn), order=None, **lists)
 
     def padded_slots(self, dispatch: Dispatch) -> torch.Tensor:
         """``(rows,)`` int32: the slot ``t·K + k`` that lies in each padded row, R for padding. For gathering tokens.
 
         ``dispatch`` is the one that the topology was made from.
         """
-        offsets = self._padded(dispatch)
-        row = torch.arange(self.shape[0], device=self.device)
-        expert = torch.searchsorted(offsets[1:], row, right=True).clamp(max=dispatch.num_experts - 1)
-        sorted_row = row - offsets[expert] + dispatch.offsets[expert]
-        taken = (row < offsets[-1]) & (sorted_row < dispatch.offsets[expert + 1])
-        # One slot more than there are, for padding, so that indexing is always possible.
-        slots = torch.cat([dispatch.slots, dispatch.slots.new_full((1,), dispatch.num_rows)])
-        return slots[torch.where(taken, sorted_row, dispatch.num_rows)]
+        return self._places(dispatch)[0]
 
     def padded_rows(self, dispatch: Dispatch) -> torch.Tensor:
         """``(R,)`` int32: the padded row of each slot ``t·K + k``, ``rows`` for a dropped one. For gathering results.
 
         ``dispatch`` is the one that the topology was made from.
         """
-        offsets = self._padded(dispatch)
-        sorted_row = dispatch.rows.long()
-        expert = torch.searchsorted(dispatch.offsets[1:], dispatch.rows, right=True)
-        known = expert.clamp(max=dispatch.num_experts - 1)
-        row = offsets[known] + sorted_row - dispatch.offsets[known]
-        return torch.where(expert < dispatch.num_experts, row, self.shape[0]).int()
+        return self._places(dispatch)[1]
 
-    def _padded(self, dispatch: Dispatch) -> torch.Tensor:
+    def _places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
         check_dispatch(dispatch)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
             raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
-        return self.padded_offsets
+        return expert_places(dispatch.offsets, self.padded_offsets, dispatch.slots, self.shape[0])
 
     @staticmethod
     def random(
@@ -393,7 +336,7 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
 
     flat, flat_t = places(mask), places(mask.t())
     live = flat < rows * cols
-    row_offsets, column_offsets = _offsets(mask.sum(1)), _offsets(mask.sum(0))
+    row_offsets, column_offsets = offsets_of(mask.sum(1)), offsets_of(mask.sum(0))
     own = torch.arange(nnz, device=device)
     if rows * cols == 0:
         row_t = column_t = order_t = own
@@ -411,8 +354,8 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
         torch.where(live, row_t, rows).int(),
         torch.where(live, column_t, cols).int(),
         order_t.int(),
-        _longest_first(row_offsets),
-        _longest_first(column_offsets),
+        longest_first(row_offsets),
+        longest_first(column_offsets),
     )
 
 

@@ -1,0 +1,164 @@
+"""The lists of blocks of an expert layer's hidden activation, and the way of rows in and out of it, on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer import _backend
+from gossamer.ops._registration import register
+
+# What the operator gives, in this order: fields of a BlockTopology.
+FIELDS = (
+    "row_offsets",
+    "column_indices",
+    "row_indices",
+    "column_offsets",
+    "row_indices_t",
+    "column_indices_t",
+    "order_t",
+    "row_schedule",
+    "column_schedule",
+    "live_rows",
+    "padded_offsets",
+)
+
+
+def _sizes(experts: int, rows: int, wide: int) -> list[int]:
+    columns, blocks = experts * wide, rows * wide
+    return [rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1]
+
+
+def offsets_of(counts: torch.Tensor) -> torch.Tensor:
+    """``(n+1,)`` int32 of ``counts (n,)``: where each of the lists begins and the last one ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+def longest_first(offsets: torch.Tensor) -> torch.Tensor:
+    """The lists behind ``offsets`` from the longest to the shortest, equal ones in order, int32."""
+    return torch.argsort(offsets.diff(), descending=True, stable=True).int()
+
+
+def expert_topology_reference(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> list[torch.Tensor]:
+    """:func:`expert_topology` in plain torch."""
+    experts, device = offsets.shape[0] - 1, offsets.device
+    counts = offsets.diff().long()
+    blocks = (counts + bm - 1) // bm
+    starts = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
+    live = starts[-1]
+    row = torch.arange(rows, device=device)
+    expert = torch.searchsorted(starts[1:], row, right=True)
+    columns = torch.where(row < live, expert, experts).unsqueeze(1) * wide + torch.arange(wide, device=device)
+    columns = columns.clamp(max=experts * wide).reshape(-1)
+    row_indices = torch.where(row < live, row, rows).unsqueeze(1).expand(rows, wide).reshape(-1)
+    row_offsets = (torch.arange(rows + 1, device=device).minimum(live) * wide).int()
+    owned = expert.clamp(max=experts - 1)
+    live_rows = (counts[owned] - (row - starts[owned]) * bm).clamp(0, bm)
+    # Column by column: `wide` columns an expert, each with one block a block row of the expert.
+    column_starts = starts * wide
+    entry = torch.arange(rows * wide, device=device)
+    owner = torch.searchsorted(column_starts[1:], entry, right=True)
+    inside, known = entry < column_starts[-1], owner.clamp(max=experts - 1)
+    local, height = entry - column_starts[known], blocks[known].clamp(min=1)
+    column, row_t = local // height, starts[known] + local % height
+    offsets_t = (column_starts[:-1].unsqueeze(1) + blocks.unsqueeze(1) * torch.arange(wide, device=device)).view(-1)
+    offsets_t = torch.cat([offsets_t, column_starts[-1:]]).int()
+    found = [
+        row_offsets,
+        columns,
+        row_indices,
+        offsets_t,
+        torch.where(inside, row_t, rows),
+        torch.where(inside, known * wide + column, experts * wide),
+        torch.where(inside, row_t * wide + column, entry),
+        longest_first(row_offsets),
+        longest_first(offsets_t),
+        live_rows,
+        starts * bm,
+    ]
+    return [t.int() for t in found]
+
+
+def expert_places_reference(
+    offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`expert_places` in plain torch."""
+    num_slots, last = slots.shape[0], offsets.shape[0] - 2
+    row = torch.arange(padded_rows, device=slots.device)
+    expert = torch.searchsorted(padded_offsets[1:], row, right=True).clamp(max=last)
+    sorted_row = row - padded_offsets[expert] + offsets[expert]
+    taken = (row < padded_offsets[-1]) & (sorted_row < offsets[expert + 1])
+    # One slot more than there are, for padding, so that indexing is always possible.
+    padded_slots = torch.cat([slots, slots.new_full((1,), num_slots)])
+    slots_of_rows = padded_slots[torch.where(taken, sorted_row, num_slots)]
+    rows_of_slots = slots.new_full((num_slots + 1,), padded_rows)
+    rows_of_slots[slots_of_rows.long()] = row.int()
+    rows_of_slots = rows_of_slots[:num_slots]
+    return slots_of_rows, rows_of_slots.contiguous()
+
+
+def _topology_kernel(offsets, rows, wide, bm, backend):
+    if backend == "reference":
+        return tuple(expert_topology_reference(offsets, rows, wide, bm))
+    sizes = _sizes(offsets.shape[0] - 1, rows, wide)
+    return tuple(_backend.kernels(backend, "expert_topology").expert_topology(offsets, sizes, rows, wide, bm))
+
+
+def _topology_fake(offsets, rows, wide, bm, backend):
+    return tuple(offsets.new_empty(size) for size in _sizes(offsets.shape[0] - 1, rows, wide))
+
+
+_topology = register(
+    "expert_topology(Tensor offsets, SymInt rows, SymInt wide, int bm, str backend) -> "
+    f"({', '.join(f'Tensor {name}' for name in FIELDS)})",
+    _topology_kernel,
+    _topology_fake,
+)
+
+
+def _places_kernel(offsets, padded_offsets, slots, padded_rows, backend):
+    if backend == "reference":
+        return expert_places_reference(offsets, padded_offsets, slots, padded_rows)
+    return _backend.kernels(backend, "expert_topology").expert_places(offsets, padded_offsets, slots, padded_rows)
+
+
+def _places_fake(offsets, padded_offsets, slots, padded_rows, backend):
+    return slots.new_empty(padded_rows), torch.empty_like(slots)
+
+
+_places = register(
+    "expert_places(Tensor offsets, Tensor padded_offsets, Tensor slots, SymInt padded_rows, str backend) -> "
+    "(Tensor slots_of_rows, Tensor rows_of_slots)",
+    _places_kernel,
+    _places_fake,
+)
+
+
+def expert_topology(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> dict[str, torch.Tensor]:
+    """The tensors of the topology of an expert layer's hidden activation, by the name of their field.
+
+    Args:
+        offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
+        rows: block rows, no fewer than the rows of all experts fill.
+        wide: block columns of an expert.
+        bm: rows of a block.
+    """
+    backend = _backend.resolve("expert_topology", offsets)
+    return dict(zip(FIELDS, _topology(offsets, rows, wide, bm, backend), strict=True))
+
+
+def expert_places(
+    offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which slot lies in each padded row, and where each slot lies.
+
+    Args:
+        offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
+        padded_offsets: ``(E+1,)`` int32, of a topology made from it.
+        slots: ``(R,)`` int32, of the dispatch.
+        padded_rows: rows of the topology.
+
+    Returns:
+        ``(padded_rows,)`` int32, R for padding; and ``(R,)`` int32, ``padded_rows`` for a dropped slot.
+    """
+    backend = _backend.resolve("expert_topology", slots)
+    return _places(offsets, padded_offsets, slots, padded_rows, backend)
