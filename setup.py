@@ -4,6 +4,9 @@ The extension knows nothing of torch, so one build serves every torch version. W
 without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` forbids or requires them and
 ``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. Those in ``csrc/cuda/hopper/`` use instructions of
 sm_90a and are compiled for it alone; where it is not among them, stubs stand in. No GPU is queried.
+
+The CPU's kernels are compiled once for every instruction set, and chosen from at run time. ``GOSSAMER_ISAS`` (such as
+``avx2;avx512``) names those to compile besides the generic ones, which are always there.
 """
 
 import glob
@@ -26,6 +29,8 @@ HOPPER_GENCODE = f"-gencode=arch=compute_{HOPPER_ARCH},code=sm_{HOPPER_ARCH}"
 HOPPER_SOURCES = "csrc/cuda/hopper/*.cu"
 # What else decides how the sources are compiled.
 ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
+# Of x86-64, each in csrc/cpu/isa_NAME.cpp.
+ISAS = ("avx2", "avx512", "avx512_bf16")
 
 
 def find_nvcc():
@@ -132,11 +137,25 @@ class BuildExt(build_ext):
             return list(pool.map(compile_one, sources))
 
 
+def without_isas():
+    """The instruction sets that GOSSAMER_ISAS leaves out."""
+    wish = os.environ.get("GOSSAMER_ISAS") or "all"
+    wanted = set(re.split(r"[;, ]+", wish)) - {"", "generic"}
+    if unknown := wanted - {"all", *ISAS}:
+        raise SystemExit(
+            f"GOSSAMER_ISAS must be all, or some of {', '.join((*ISAS, 'generic'))}, got {sorted(unknown)}"
+        )
+    return [] if "all" in wanted else [isa for isa in ISAS if isa not in wanted]
+
+
 def extension():
     """The description of ``gossamer._C``."""
+    left_out = without_isas()
     # bindings.cpp includes the files in csrc/bindings/.
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    libraries, library_dirs, macros, link_args = [], [], [], ["-fopenmp"]
+    sources = [source for source in sources if source not in {f"csrc/cpu/isa_{isa}.cpp" for isa in left_out}]
+    macros = [(f"GOSSAMER_WITHOUT_{isa.upper()}", "1") for isa in left_out]
+    libraries, library_dirs, link_args = [], [], ["-fopenmp"]
     nvcc = cuda_requested()
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))
     if nvcc and cuda_sources:

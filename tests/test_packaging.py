@@ -76,11 +76,15 @@ def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    # What is tested is that the sources are there and fit together: unoptimised they compile in a fifth of the time.
+    # What is tested is that the sources are there and fit together: unoptimised they compile in a fifth of the time,
+    # and those of one instruction set are those of all.
+    sources = {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert sources == {p.relative_to(source) for p in (source / "csrc").rglob("*") if p.is_file()}
     quick = tmp_path / "c++"
     quick.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
     quick.chmod(0o755)
-    pip("wheel", "-w", str(tmp_path), str(source), cwd=tmp_path, GOSSAMER_CUDA="0", CXX=str(quick))
+    options = {"GOSSAMER_CUDA": "0", "GOSSAMER_ISAS": "generic", "CXX": str(quick)}
+    pip("wheel", "-w", str(tmp_path), str(source), cwd=tmp_path, **options)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -93,10 +97,10 @@ def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
     code = """
 import gossamer
 from gossamer import _backend
-print(gossamer.__file__, _backend.unavailable("native", "cpu"))
+print(gossamer.__file__, _backend.unavailable("native", "cpu"), gossamer._C.isa())
 """
     where, reason = installed_python(tmp_path / "installed", code).split(" ", 1)
-    assert where.startswith(str(tmp_path)) and reason == "None\n"
+    assert where.startswith(str(tmp_path)) and reason == "None generic\n"
 
 
 def test_install_without_a_compiler_works_and_says_so(source, tmp_path):
@@ -163,7 +167,7 @@ def build_script(monkeypatch):
     arguments = {}
     monkeypatch.setattr(setuptools, "setup", arguments.update)
     monkeypatch.chdir(ROOT)
-    for name in ("CUDA_HOME", "CUDA_PATH", "GOSSAMER_CUDA", "GOSSAMER_CUDA_ARCHS"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "GOSSAMER_CUDA", "GOSSAMER_CUDA_ARCHS", "GOSSAMER_ISAS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
     whole_glob = glob.glob
@@ -207,6 +211,25 @@ def test_build_that_requires_cuda_fails_without_nvcc(build_script):
         build_script(GOSSAMER_CUDA="1")
     with pytest.raises(SystemExit, match="GOSSAMER_CUDA must be 0, 1 or auto, got 'yes'"):
         build_script(GOSSAMER_CUDA="yes")
+
+
+def test_instruction_sets_are_those_wanted(build_script):
+    """All of them unless told otherwise; the generic one always, and the program knows which are missing."""
+
+    def built(**environment):
+        (extension,) = build_script(**environment)[1]["ext_modules"]
+        isas = {name[len("csrc/cpu/isa_") : -len(".cpp")] for name in extension.sources if "/isa_" in name}
+        return isas, [name for name, _ in extension.define_macros]
+
+    every = {p.stem.removeprefix("isa_") for p in (ROOT / "csrc" / "cpu").glob("isa_*.cpp")}
+    assert built() == built(GOSSAMER_ISAS="all") == (every, [])
+    found = built(GOSSAMER_ISAS="avx2; avx512")
+    assert found == ({"generic", "avx2", "avx512"}, ["GOSSAMER_WITHOUT_AVX512_BF16"])
+    isas, macros = built(GOSSAMER_ISAS="generic")
+    assert isas == {"generic"} and len(macros) == 3
+    assert all(f"#ifndef {macro}\n" in (ROOT / "csrc" / "cpu" / "isa.cpp").read_text() for macro in macros)
+    with pytest.raises(SystemExit, match=r"GOSSAMER_ISAS must be all, or some of avx2, .*, got \['sse'\]"):
+        build_script(GOSSAMER_ISAS="avx2;sse")
 
 
 def test_kernels_for_hopper_need_its_architecture(build_script, toolkit):

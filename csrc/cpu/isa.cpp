@@ -12,18 +12,24 @@ struct Build {
 };
 
 #if defined(__x86_64__)
-bool runs_avx512() {
+[[maybe_unused]] bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
 #endif
 
-// Best first.
+// Best first. GOSSAMER_WITHOUT_... says which an install leaves out.
 const Build kBuilds[] = {
 #if defined(__x86_64__)
+#ifndef GOSSAMER_WITHOUT_AVX512_BF16
     {&avx512_bf16::kKernels, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+#ifndef GOSSAMER_WITHOUT_AVX512
     {&avx512::kKernels, runs_avx512},
+#endif
+#ifndef GOSSAMER_WITHOUT_AVX2
     {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
 #endif
     {&generic::kKernels, [] { return true; }},
 };
