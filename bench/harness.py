@@ -45,6 +45,7 @@ FAMILIES = (
     "dynamic_embedding",
     "low_rank",
     "block_sparse",
+    "expert_topology",
     "dispatch",
     "multi_low_rank",
     "expert_mlp_lora",

@@ -207,7 +207,7 @@ def test_costs_count_products_and_single_passes(device):
 
 
 # Cases of a family that has not two dtypes in two directions.
-COUNTS = {"dispatch": 1, "sparse_update": 2, "hash_table": 2, "quantized_experts": 2}
+COUNTS = {"dispatch": 1, "expert_topology": 1, "sparse_update": 2, "hash_table": 2, "quantized_experts": 2}
 
 
 @pytest.mark.parametrize("name", harness.FAMILIES)
