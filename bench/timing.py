@@ -247,6 +247,8 @@ class Turns:
     def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
         if self._is_owed(group, seconds, share):
             return True
+        if group == self._compared and any(self._lacks_rounds(other, share) for other, _ in self._groups):
+            return True
         if not self._has_room(group, share):
             return False
         if group == self._compared:
@@ -257,8 +259,12 @@ class Turns:
         return stay and not self._precise(group)
 
     def _is_owed(self, group: list[str], seconds: float, share: float) -> bool:
-        rounds, spent = len(self.samples[group[0]]), sum(self._spent[n] for n in group)
-        return rounds < share * MIN_ROUNDS or spent < share * seconds
+        return self._lacks_rounds(group, share) or sum(self._spent[n] for n in group) < share * seconds
+
+    def _lacks_rounds(self, group: list[str], share: float) -> bool:
+        """Whether there are too few samples, of one that is compared with others too few beside theirs."""
+        rounds = set(self.samples[group[0]])
+        return len(rounds.intersection(*(self.samples[name] for name in self._compared))) < share * MIN_ROUNDS
 
     def _has_room(self, group: list[str], share: float) -> bool:
         rounds, spent = len(self.samples[group[0]]), max(self._spent[n] for n in group)

@@ -134,6 +134,13 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
         assert torch.equal(value, second[name]), f"{name} differs"
 
 
+def ragged(lengths, num_rows, device, index_dtype=torch.int64):
+    """Random ids and offsets of bags of the given lengths."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, index_dtype)
+    index = torch.randint(num_rows, (int(offsets[-1]),)).to(device, index_dtype)
+    return index, offsets
+
+
 class OperatorLog(TorchDispatchMode):
     """Records the calls of gossamer's operators as ``(name, arguments by name, results)``."""
 

@@ -201,6 +201,25 @@ def test_a_call_has_no_more_rounds_without_those_it_is_compared_with(monkeypatch
     assert found["ours"] == found["dense"] == found["swinging"] <= 6
 
 
+def test_a_slow_call_has_partners_in_all_its_rounds(monkeypatch):
+    """One of 5 s is owed three rounds, spread over nine visits; those compared, known well after seven, go along."""
+    now = {"s": 0.0}
+
+    def takes(seconds):
+        def sample():
+            now["s"] += seconds
+            return seconds
+
+        return sample
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["s"])
+    turns = timing.Turns({"ours": takes(0.2), "dense": takes(0.3), "slow": takes(5.0)}, 1.5, ("ours", "dense"))
+    for visit in range(9):
+        turns.take((visit + 1) / 9)
+    assert len(turns.samples["slow"]) == timing.MIN_ROUNDS
+    assert turns.samples["slow"].keys() <= turns.samples["ours"].keys() == turns.samples["dense"].keys()
+
+
 def test_rounds_with_near_cores_are_enough_where_the_others_disagree():
     """Every second round has the cores apart, and a peer then takes half as long again."""
     apart = iter(range(10_000))

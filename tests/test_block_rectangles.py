@@ -71,6 +71,8 @@ def test_choice_with_padding():
     t.live_rows[sum(HEIGHTS) :] = 0
     assert [r[4] for r in chosen(t, MANY)] == [67, 16, 625, 48]
     assert [r[5] for r in chosen(t.transposed(), MANY)] == [67, 16, 0, 625]
+    t.live_rows[[0, 5]] = torch.tensor([0, -7], dtype=torch.int32)
+    assert [r[4] for r in chosen(t, MANY)] == [67, 16, 625, 48]
     t.live_rows[2] = 9
     assert [(r[:2], r[4]) for r in chosen(t, MANY)][:2] == [((0, 3), 41), ((3, 5), 19)]
     assert [r[5] for r in chosen(t.transposed(), MANY)] == [80, 16, 0, 625]

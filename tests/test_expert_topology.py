@@ -1,5 +1,7 @@
 """The lists of blocks of an expert layer, from its dispatch: against plain torch, and what a dispatch may look like."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import OperatorLog
@@ -76,10 +78,33 @@ def test_another_dispatch_is_refused_or_harmless(kernel_backend, device):
     t = BlockTopology.from_dispatch(small, 16, 16)
     with gossamer.backend(kernel_backend):
         if kernel_backend == "native":
-            with pytest.raises(ValueError, match="must be the one that BlockTopology"):
+            with pytest.raises(ValueError, match=r"made from dispatch: expert 0 has \d+ rows and room for \d+, of 400"):
                 t.padded_slots(large)
         else:
             assert t.padded_slots(large).shape == (t.shape[0],)
+
+
+def test_dispatches_made_by_hand(device):
+    """Offsets that no sort gives, slots that are none, other dtypes and devices: an error, and no memory is touched."""
+    dispatch = make(20, 3, 1, device)
+    t = BlockTopology.from_dispatch(dispatch, 16, 16)
+
+    def changed(**fields):
+        return dataclasses.replace(dispatch, **fields)
+
+    offsets = torch.tensor([0, 5, 3, 20], dtype=torch.int32, device=device)
+    if device == "cpu":
+        for wrong in (offsets, torch.tensor([0, 5, 9, 4000], dtype=torch.int32)):
+            with pytest.raises(ValueError, match=r"ascend from 0 and need at most 4 block rows of 16, got \["):
+                BlockTopology.from_dispatch(changed(offsets=wrong), 16, 16)
+            with pytest.raises(ValueError, match="made from dispatch: expert"):
+                t.padded_rows(changed(offsets=wrong))
+        with pytest.raises(ValueError, match=r"slots must be slots in \[0, 20\)"):
+            t.padded_rows(changed(slots=dispatch.slots + 1))
+    with pytest.raises(TypeError, match=r"offsets must be int32, got torch\.int64"):
+        BlockTopology.from_dispatch(changed(offsets=dispatch.offsets.long()), 16, 16)
+    with pytest.raises(ValueError, match=f"topology must be on the device of dispatch, {device}.*, got meta"):
+        t.to("meta").padded_slots(dispatch)
 
 
 def test_one_operator_each(device):

@@ -146,9 +146,10 @@ def _places_kernel(
     kept = expert < experts
     known = tl.minimum(expert, experts - 1)
     row = tl.load(padded_offsets_ptr + known) + sorted_row - tl.load(offsets_ptr + known)
+    # Another dispatch than the topology's may have more rows than there is room for, and one made by hand anything.
+    here = here & (slot >= 0) & (slot < num_slots)
+    fits = (row >= 0) & (row < tl.minimum(tl.load(padded_offsets_ptr + known + 1), padded_rows))
     tl.store(rows_of_slots_ptr + slot, tl.where(kept, row, padded_rows), here)
-    # Another dispatch than the topology's may have more rows than there is room for.
-    fits = row < tl.load(padded_offsets_ptr + known + 1)
     tl.store(slots_of_rows_ptr + row, slot, here & kept & fits)
 
 

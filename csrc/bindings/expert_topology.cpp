@@ -14,9 +14,9 @@ void register_expert_topology(py::module_& m) {
                                       ints(to[1]),   ints(to[2]), ints(to[3]), ints(to[4]), ints(to[5]), ints(to[6]),
                                       ints(to[7]),   ints(to[8]), ints(to[9]), ints(to[10])};
         py::gil_scoped_release release;
-        expert_topology(args, num_threads);
+        return expert_topology(args, num_threads);
       },
-      "The lists of blocks of an expert layer's hidden activation.");
+      "The lists of blocks of an expert layer's hidden activation; False where offsets are none, or need more block rows.");
   m.def(
       "expert_places",
       [ints](uintptr_t offsets, uintptr_t padded_offsets, uintptr_t slots, int64_t experts, int64_t num_slots,
@@ -26,7 +26,8 @@ void register_expert_topology(py::module_& m) {
         py::gil_scoped_release release;
         return expert_places(args, num_threads);
       },
-      "Which slot lies in each padded row, and in which padded row each slot lies; False where rows do not fit.");
+      "Which slot lies in each padded row, and in which padded row each slot lies; -1, or the expert whose rows do not fit, or "
+      "-2 for slots that are none.");
 }
 
 }  // namespace gossamer::bindings

@@ -2,7 +2,7 @@
 //
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
 // it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces
-// there and for sums of outer products.
+// there, for sums of outer products, and for sums that leave out padding.
 
 // Groups of columns at the end of a thread's share that are given out in halves.
 constexpr int64_t kHalvedGroups = 2;

@@ -9,12 +9,15 @@ namespace gossamer {
 
 namespace {
 
+// How many of a block's rows or columns to compute; a block of padding alone is computed too.
+int64_t live_of(int32_t live, int64_t size) { return live > 0 && live < size ? live : size; }
+
 // Of `count` block columns from `column` on, those that are no padding, which is known at their end alone.
 int64_t live_columns(const BlockLists& lists, int64_t column, int64_t count, int64_t bn) {
   if (!lists.live_across || count == 0) return count * bn;
   const int32_t* live = lists.live_across + column;
-  const bool full = std::all_of(live, live + count - 1, [&](int32_t columns) { return columns == bn; });
-  return full ? (count - 1) * bn + live[count - 1] : count * bn;
+  const bool full = std::all_of(live, live + count - 1, [&](int32_t columns) { return live_of(columns, bn) == bn; });
+  return full ? (count - 1) * bn + live_of(live[count - 1], bn) : count * bn;
 }
 
 }  // namespace
@@ -35,7 +38,7 @@ std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, in
     const int64_t column = begin < end ? lists.indices[begin] : 0, count = end - begin;
     if (count > 0 && column * bn / part != ((column + count) * bn - 1) / part) return {};
     work += static_cast<double>(bm) * count * bn * across;
-    const int64_t rows = lists.live && count > 0 ? lists.live[list] : bm;
+    const int64_t rows = lists.live && count > 0 ? live_of(lists.live[list], bm) : bm;
     Rectangle* before = found.empty() ? nullptr : &found.back();
     // Padding is at the end of a rectangle.
     if (before && before->column == column && before->count == count && before->rows == (list - before->first) * bm) {

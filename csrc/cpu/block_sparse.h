@@ -11,7 +11,7 @@ namespace gossamer {
 // The blocks of a matrix list by list, a list being a block row: those of list r are offsets[r] .. offsets[r+1], at block
 // columns indices[j], and block j lies at values[order[j]], or at values[j] where there is no order. Only the first live[r] rows
 // of list r count, and the first live_across[c] columns of block column c, or all where there are no such numbers: the rest is
-// padding, whose products may be left out, zero in their place.
+// padding, whose products may be left out, zero in their place. Numbers that make no sense stand for all.
 struct BlockLists {
   const int32_t *offsets, *indices, *order;
   int64_t count;

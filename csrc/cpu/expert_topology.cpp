@@ -14,15 +14,16 @@ constexpr int64_t kNumbersPerThread = int64_t{1} << 16;
 
 }  // namespace
 
-void expert_topology(const ExpertTopologyArgs& a, int num_threads) {
+bool expert_topology(const ExpertTopologyArgs& a, int num_threads) {
   const int64_t wide = a.wide, columns = a.experts * wide;
   std::vector<int64_t> start(a.experts + 1, 0);
   for (int64_t e = 0; e < a.experts; ++e) {
-    start[e + 1] = start[e] + (a.offsets[e + 1] - a.offsets[e] + a.bm - 1) / a.bm;
-    a.padded_offsets[e + 1] = static_cast<int32_t>(start[e + 1] * a.bm);
+    if (a.offsets[e] < 0 || a.offsets[e + 1] < a.offsets[e]) return false;
+    start[e + 1] = start[e] + (int64_t{a.offsets[e + 1]} - a.offsets[e] + a.bm - 1) / a.bm;
   }
-  a.padded_offsets[0] = 0;
   const int64_t live = start[a.experts];
+  if (live > a.rows) return false;
+  for (int64_t e = 0; e <= a.experts; ++e) a.padded_offsets[e] = static_cast<int32_t>(start[e] * a.bm);
 
   std::vector<int64_t> longest(a.experts);
   std::iota(longest.begin(), longest.end(), 0);
@@ -66,12 +67,17 @@ void expert_topology(const ExpertTopologyArgs& a, int num_threads) {
     }
   });
   a.column_offsets[columns] = static_cast<int32_t>(live * wide);
+  return true;
 }
 
-bool expert_places(const ExpertPlacesArgs& a, int num_threads) {
+int64_t expert_places(const ExpertPlacesArgs& a, int num_threads) {
   for (int64_t e = 0; e < a.experts; ++e) {
-    if (a.offsets[e + 1] - a.offsets[e] > a.padded_offsets[e + 1] - a.padded_offsets[e]) return false;
+    const int64_t begin = a.offsets[e], end = a.offsets[e + 1], row = a.padded_offsets[e], next = a.padded_offsets[e + 1];
+    const bool both_exist = 0 <= begin && begin <= end && end <= a.num_slots && 0 <= row && next <= a.padded_rows;
+    if (!both_exist || end - begin > next - row) return e;
   }
+  const auto outside = [&](int32_t slot) { return slot < 0 || slot >= a.num_slots; };
+  if (std::any_of(a.slots, a.slots + a.num_slots, outside)) return -2;
   parallel_ranges(a.experts, std::max<int64_t>(1, kNumbersPerThread * a.experts / std::max<int64_t>(1, a.padded_rows)), num_threads,
                   [&](int64_t first, int64_t last) {
     for (int64_t e = first; e < last; ++e) {
@@ -86,7 +92,7 @@ bool expert_places(const ExpertPlacesArgs& a, int num_threads) {
   });
   std::fill(a.slots_of_rows + a.padded_offsets[a.experts], a.slots_of_rows + a.padded_rows, static_cast<int32_t>(a.num_slots));
   for (int64_t i = a.offsets[a.experts]; i < a.num_slots; ++i) a.rows_of_slots[a.slots[i]] = static_cast<int32_t>(a.padded_rows);
-  return true;
+  return -1;
 }
 
 }  // namespace gossamer

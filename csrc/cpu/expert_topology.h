@@ -21,7 +21,8 @@ struct ExpertTopologyArgs {
   int32_t* padded_offsets;  // (E+1,), where the rows of each expert begin
 };
 
-void expert_topology(const ExpertTopologyArgs& args, int num_threads);
+// False, with nothing written, where offsets decrease or the experts' rows need more than `rows` block rows.
+bool expert_topology(const ExpertTopologyArgs& args, int num_threads);
 
 struct ExpertPlacesArgs {
   const int32_t *offsets, *padded_offsets;  // (E+1,)
@@ -31,7 +32,8 @@ struct ExpertPlacesArgs {
   int32_t* rows_of_slots;  // (num_slots,), padded_rows for a dropped one
 };
 
-// False, with nothing written, where the rows of an expert do not fit in those that padded_offsets gives it.
-bool expert_places(const ExpertPlacesArgs& args, int num_threads);
+// -1, or the first expert whose rows do not fit in those that padded_offsets gives it, or are no rows of the dispatch; nothing is
+// written then. -2 for slots that are none.
+int64_t expert_places(const ExpertPlacesArgs& args, int num_threads);
 
 }  // namespace gossamer

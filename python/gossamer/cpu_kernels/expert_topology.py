@@ -8,11 +8,18 @@ from gossamer import _C
 
 
 def expert_topology(offsets: torch.Tensor, sizes: list[int], rows: int, wide: int, bm: int) -> list[torch.Tensor]:
-    """What :func:`gossamer.ops._expert_topology.expert_topology` gives; ``sizes`` are those of its results."""
+    """What :func:`gossamer.ops._expert_topology.expert_topology` gives; ``sizes`` are those of its results.
+
+    Raises:
+        ValueError: ``offsets`` decrease, or need more than ``rows`` block rows.
+    """
     found = [torch.empty(size, dtype=torch.int32) for size in sizes]
     pointers = [t.data_ptr() for t in found]
     experts = offsets.shape[0] - 1
-    _C.expert_topology(offsets.data_ptr(), experts, rows, wide, bm, pointers, torch.get_num_threads())
+    if not _C.expert_topology(offsets.data_ptr(), experts, rows, wide, bm, pointers, torch.get_num_threads()):
+        raise ValueError(
+            f"dispatch.offsets must ascend from 0 and need at most {rows} block rows of {bm}, got {offsets.tolist()}"
+        )
     return found
 
 
@@ -22,11 +29,11 @@ def expert_places(
     """What :func:`gossamer.ops._expert_topology.expert_places` gives; contiguous int32 in and out.
 
     Raises:
-        ValueError: an expert has more rows than ``padded_offsets`` gives it.
+        ValueError: an expert has more rows than ``padded_offsets`` gives it, or ``slots`` are none.
     """
     slots_of_rows = torch.empty(padded_rows, dtype=torch.int32)
     rows_of_slots = torch.empty_like(slots)
-    fits = _C.expert_places(
+    misfit = _C.expert_places(
         offsets.data_ptr(),
         padded_offsets.data_ptr(),
         slots.data_ptr(),
@@ -37,6 +44,12 @@ def expert_places(
         rows_of_slots.data_ptr(),
         torch.get_num_threads(),
     )
-    if not fits:
-        raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
+    if misfit >= 0:
+        rows, room = (int(t[misfit + 1] - t[misfit]) for t in (offsets, padded_offsets))
+        raise ValueError(
+            "the topology must be the one that BlockTopology.from_dispatch made from dispatch: expert "
+            f"{misfit} has {rows} rows and room for {room}, of {slots.shape[0]} slots and {padded_rows} padded rows"
+        )
+    if misfit == -2:
+        raise ValueError(f"dispatch.slots must be slots in [0, {slots.shape[0]})")
     return slots_of_rows, rows_of_slots

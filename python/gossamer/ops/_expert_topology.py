@@ -96,7 +96,14 @@ def expert_places_reference(
     return slots_of_rows, rows_of_slots.contiguous()
 
 
+def _check_int32(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+
+
 def _topology_kernel(offsets, rows, wide, bm, backend):
+    offsets = offsets.contiguous()
     if backend == "reference":
         return tuple(expert_topology_reference(offsets, rows, wide, bm))
     sizes = _sizes(offsets.shape[0] - 1, rows, wide)
@@ -116,6 +123,7 @@ _topology = register(
 
 
 def _places_kernel(offsets, padded_offsets, slots, padded_rows, backend):
+    offsets, padded_offsets, slots = offsets.contiguous(), padded_offsets.contiguous(), slots.contiguous()
     if backend == "reference":
         return expert_places_reference(offsets, padded_offsets, slots, padded_rows)
     return _backend.kernels(backend, "expert_topology").expert_places(offsets, padded_offsets, slots, padded_rows)
@@ -141,7 +149,12 @@ def expert_topology(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> dic
         rows: block rows, no fewer than the rows of all experts fill.
         wide: block columns of an expert.
         bm: rows of a block.
+
+    Raises:
+        TypeError: ``offsets`` is not int32.
+        ValueError: on the CPU, ``offsets`` decrease or need more than ``rows`` block rows.
     """
+    _check_int32(offsets=offsets)
     backend = _backend.resolve("expert_topology", offsets)
     return dict(zip(FIELDS, _topology(offsets, rows, wide, bm, backend), strict=True))
 
@@ -159,6 +172,12 @@ def expert_places(
 
     Returns:
         ``(padded_rows,)`` int32, R for padding; and ``(R,)`` int32, ``padded_rows`` for a dropped slot.
+
+    Raises:
+        TypeError: a tensor is not int32.
+        ValueError: on the CPU, an expert has more rows than ``padded_offsets`` gives it. On CUDA, where finding that
+            would stop the stream, its other rows have no place.
     """
+    _check_int32(offsets=offsets, padded_offsets=padded_offsets, slots=slots)
     backend = _backend.resolve("expert_topology", slots)
     return _places(offsets, padded_offsets, slots, padded_rows, backend)

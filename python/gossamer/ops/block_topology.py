@@ -59,9 +59,10 @@ class BlockTopology:
         order_t: like ``order`` for that list.
         row_schedule: ``(rows/bm,)`` int32, block rows from the one with most blocks to the one with fewest.
         column_schedule: ``(cols/bn,)`` int32, block columns likewise.
-        live_rows: ``(rows/bm,)`` int32, how many rows of each block row count; the others, at its end, are padding, and
-            products may leave them out: what they then have there is zero, and what they sum has nothing of it. None
-            where all count. See ``skip_padding`` of :meth:`from_dispatch`.
+        live_rows: ``(rows/bm,)`` int32, how many rows of each block row count, one at least of a row with blocks; the
+            others, at its end, are padding, which products may leave out. What they give there is zero or what the
+            formula says, and must get no gradient but zero; what they sum over rows may have it or not, so that it must
+            be finite, and zero in one factor. None where all count. See ``skip_padding`` of :meth:`from_dispatch`.
         live_columns: likewise of block columns, in a transposed view.
         padded_offsets: ``(E+1,)`` int32, made by :meth:`from_dispatch`: rows of expert ``e`` begin at element row
             ``padded_offsets[e]``. None for other topologies.
@@ -235,7 +236,8 @@ class BlockTopology:
             dispatch: from :func:`gossamer.dispatch`. Dropped slots get no row.
             ffn_size: I, a multiple of bn.
             block: ``(bm, bn)``, or one size for both.
-            skip_padding: whether products may leave out the rows of padding, where nothing will be read.
+            skip_padding: whether products may leave out the rows of padding: nothing will be read there, nor will a
+                gradient but zero come from there. See ``live_rows``.
 
         Raises:
             TypeError: ``dispatch`` is none.
@@ -279,6 +281,7 @@ class BlockTopology:
         check_dispatch(dispatch)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
             raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
+        check_same_device(dispatch=dispatch.slots, topology=self.padded_offsets)
         return expert_places(dispatch.offsets, self.padded_offsets, dispatch.slots, self.shape[0])
 
     @staticmethod
