@@ -19,8 +19,10 @@ Call = Callable[[], object]
 # Samples of a call: at least MIN_ROUNDS, and up to ROUNDS while they take no longer than ROUNDS_SECONDS together and
 # the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of so few is
 # their whole range, so that they are seldom near each other by luck.
-MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 6.0, 500
+MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 5.0, 500
 ENOUGH_ROUNDS, PRECISE = 7, 1.1
+# Samples in a round of a call that takes less than a third of those it is compared with.
+SHORT_SAMPLES = 3
 # Cores are near each other where a cache line takes at most so many times as long between them as it did at best. The
 # rounds in which they are make a ratio if there are NEAR_ROUNDS.
 NEAR, NEAR_ROUNDS = 2.5, 4
@@ -228,12 +230,21 @@ class Turns:
             turn, before = self._round % len(active), self._distance()
             for name in active[turn:] + active[:turn]:
                 start = time.perf_counter()
-                self.samples[name][self._round] = self._samplers[name]()
+                found = [self._samplers[name]() for _ in range(self._repeats(name))]
+                self.samples[name][self._round] = quantile(found, 0.5)
                 self._spent[name] += time.perf_counter() - start
                 after = self._distance()
                 self.distances[name][self._round] = max(before, after)
                 before = after
             self._round += 1
+
+    def _repeats(self, name: str) -> int:
+        """Samples of a call in this round: several, and their median counts, where they are short beside its partners.
+
+        What disturbs a tenth of a second is in a ratio to a whole one as much as what disturbs that.
+        """
+        before = [next(reversed(self.samples[n].values()), math.inf) for n in (name, *self._compared)]
+        return SHORT_SAMPLES if SHORT_SAMPLES * before[0] < max(before[1:], default=0.0) < math.inf else 1
 
     def least_distance(self) -> float:
         """Of the cores, at any sample so far."""

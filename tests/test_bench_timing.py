@@ -201,6 +201,16 @@ def test_a_call_has_no_more_rounds_without_those_it_is_compared_with(monkeypatch
     assert found["ours"] == found["dense"] == found["swinging"] <= 6
 
 
+def test_of_a_short_call_the_median_of_three_samples_counts():
+    """From the second round on, beside a call three times as long."""
+    ours = itertools.chain([1.05], itertools.cycle([0.9, 5.0, 1.1]))
+    samplers = {"ours": lambda: next(ours), "dense": lambda: 3.5, "peer": lambda: 2.0}
+    turns = timing.Turns(samplers, 0.0, ("ours", "dense"))
+    turns.take(1.0)
+    assert list(turns.samples["ours"].values()) == [1.05] + [1.1] * (timing.ENOUGH_ROUNDS - 1)
+    assert next(ours) == 0.9
+
+
 def test_a_slow_call_has_partners_in_all_its_rounds(monkeypatch):
     """One of 5 s is owed three rounds, spread over nine visits; those compared, known well after seven, go along."""
     now = {"s": 0.0}
