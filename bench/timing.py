@@ -25,7 +25,7 @@ ENOUGH_ROUNDS, PRECISE = 7, 1.1
 SHORT_SAMPLES = 3
 # Cores are near each other where a cache line takes at most so many times as long between them as it did at best. The
 # rounds in which they are make a ratio if there are NEAR_ROUNDS.
-NEAR, NEAR_ROUNDS = 2.5, 4
+NEAR, NEAR_ROUNDS = 2.5, 5
 # The share of the time that goes to the calls whose ratio counts.
 COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9
