@@ -19,7 +19,7 @@ Call = Callable[[], object]
 # Samples of a call: at least MIN_ROUNDS, and up to ROUNDS while they take no longer than ROUNDS_SECONDS together and
 # the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of so few is
 # their whole range, so that they are seldom near each other by luck.
-MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 5.0, 500
+MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 6.0, 500
 ENOUGH_ROUNDS, PRECISE = 7, 1.1
 # Samples in a round of a call that takes less than a third of those it is compared with.
 SHORT_SAMPLES = 3
