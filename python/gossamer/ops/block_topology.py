@@ -59,13 +59,13 @@ class BlockTopology:
         order_t: like ``order`` for that list.
         row_schedule: ``(rows/bm,)`` int32, block rows from the one with most blocks to the one with fewest.
         column_schedule: ``(cols/bn,)`` int32, block columns likewise.
+        padded_offsets: ``(E+1,)`` int32, made by :meth:`from_dispatch`: rows of expert ``e`` begin at element row
+            ``padded_offsets[e]``. None for other topologies.
         live_rows: ``(rows/bm,)`` int32, how many rows of each block row count, one at least of a row with blocks; the
             others, at its end, are padding, which products may leave out. What they give there is zero or what the
             formula says, and must get no gradient but zero; what they sum over rows may have it or not, so that it must
             be finite, and zero in one factor. None where all count. See ``skip_padding`` of :meth:`from_dispatch`.
         live_columns: likewise of block columns, in a transposed view.
-        padded_offsets: ``(E+1,)`` int32, made by :meth:`from_dispatch`: rows of expert ``e`` begin at element row
-            ``padded_offsets[e]``. None for other topologies.
     """
 
     shape: tuple[int, int]
@@ -80,9 +80,9 @@ class BlockTopology:
     order_t: torch.Tensor | None
     row_schedule: torch.Tensor
     column_schedule: torch.Tensor
+    padded_offsets: torch.Tensor | None = None
     live_rows: torch.Tensor | None = None
     live_columns: torch.Tensor | None = None
-    padded_offsets: torch.Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -120,8 +120,8 @@ class BlockTopology:
             self.order,
             self.column_schedule,
             self.row_schedule,
-            self.live_columns,
-            self.live_rows,
+            live_rows=self.live_columns,
+            live_columns=self.live_rows,
         )
 
     def to(self, device: torch.device | str) -> BlockTopology:
@@ -240,8 +240,9 @@ class BlockTopology:
                 gradient but zero come from there. See ``live_rows``.
 
         Raises:
-            TypeError: ``dispatch`` is none.
-            ValueError: wrong block, or ``ffn_size`` is no positive multiple of bn.
+            TypeError: ``dispatch`` is none, or its offsets are not int32.
+            ValueError: wrong block, or ``ffn_size`` is no positive multiple of bn; on the CPU, offsets that decrease or
+                end beyond the slots.
         """
         check_dispatch(dispatch)
         bm, bn = check_block(block)
@@ -266,14 +267,14 @@ class BlockTopology:
     def padded_slots(self, dispatch: Dispatch) -> torch.Tensor:
         """``(rows,)`` int32: the slot ``t·K + k`` that lies in each padded row, R for padding. For gathering tokens.
 
-        ``dispatch`` is the one that the topology was made from.
+        ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
         """
         return self._places(dispatch)[0]
 
     def padded_rows(self, dispatch: Dispatch) -> torch.Tensor:
         """``(R,)`` int32: the padded row of each slot ``t·K + k``, ``rows`` for a dropped one. For gathering results.
 
-        ``dispatch`` is the one that the topology was made from.
+        ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
         """
         return self._places(dispatch)[1]
 
