@@ -76,13 +76,13 @@ def test_places_by_hand(any_backend, device):
     assert rows == [16, 0, 17, 32, 18]
 
 
-def test_another_dispatch_is_refused_or_harmless(kernel_backend, device):
+def test_another_dispatch_is_refused_or_harmless(any_backend, device):
     """More rows than the topology has: an error on the CPU; on CUDA, which would have to wait, they are left out."""
     small, large = make(20, 3, 1, device), make(400, 3, 1, device)
     t = BlockTopology.from_dispatch(small, 16, 16)
-    with gossamer.backend(kernel_backend):
-        if kernel_backend == "native":
-            with pytest.raises(ValueError, match=r"made from dispatch: expert 0 has \d+ rows and room for \d+, of 400"):
+    with gossamer.backend(any_backend):
+        if device == "cpu" and any_backend != "triton":
+            with pytest.raises(ValueError, match=r"made from dispatch: expert 0 has \d+ rows and room for \d+"):
                 t.padded_slots(large)
         else:
             assert t.padded_slots(large).shape == (t.shape[0],)

@@ -24,6 +24,14 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...
         raise ValueError(f"{name} must have shape {symbols} = ({wanted}), got {tuple(tensor.shape)}")
 
 
+def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
+    """The last size of ``tensor``, which must have one; ``symbols`` is the documented shape."""
+    check_tensor(name, tensor)
+    if tensor.dim() < 1:
+        raise ValueError(f"{name} must have shape {symbols}, got {tuple(tensor.shape)}")
+    return tensor.shape[-1]
+
+
 def check_same_device(**tensors: torch.Tensor | None) -> None:
     """All tensors given must lie on the first one's device."""
     given = {name: t for name, t in tensors.items() if t is not None}

@@ -82,6 +82,13 @@ def expert_places_reference(
     offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`expert_places` in plain torch."""
+    if slots.device.type == "cpu" and (lacking := offsets.diff() > padded_offsets.diff()).any():
+        expert = int(lacking.nonzero()[0])
+        rows, room = (int(t[expert + 1] - t[expert]) for t in (offsets, padded_offsets))
+        raise ValueError(
+            "the topology must be the one that BlockTopology.from_dispatch made from dispatch: expert "
+            f"{expert} has {rows} rows and room for {room}"
+        )
     num_slots, last = slots.shape[0], offsets.shape[0] - 2
     row = torch.arange(padded_rows, device=slots.device)
     expert = torch.searchsorted(padded_offsets[1:], row, right=True).clamp(max=last)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from gossamer import _backend
 from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, last_size
 from gossamer.ops._philox import drop
 from gossamer.ops._registration import register
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
@@ -322,15 +322,12 @@ def low_rank_linear(
             ``seed`` is unknown.
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1).
     """
-    check_tensor("x", x)
+    c = last_size("x", x, "(..., C)")
     quantized = isinstance(weight, (NF4Weight, Int8Weight, Float8Weight))
     if not quantized and not isinstance(weight, torch.Tensor):
         raise TypeError(
             "weight must be a torch.Tensor, NF4Weight, Int8Weight or Float8Weight, got " + type(weight).__name__
         )
-    if x.dim() < 1:
-        raise ValueError(f"x must have shape (..., C), got {tuple(x.shape)}")
-    c = x.shape[-1]
     if quantized:
         if len(weight.shape) != 2 or weight.shape[1] != c:
             raise ValueError(f"weight must have shape (N, C) = (any, {c}), got {tuple(weight.shape)}")

@@ -14,7 +14,7 @@ from gossamer.ops._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
-    check_tensor,
+    last_size,
 )
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
@@ -281,10 +281,7 @@ def multi_low_rank(
         IndexError: on the CPU, an id outside ``[−1, A)`` or a rank outside ``[0, r]``; on CUDA such a row has no
             adapter, and such a rank is r.
     """
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError(f"x must have shape (..., C), got {tuple(x.shape)}")
-    c = x.shape[-1]
+    c = last_size("x", x, "(..., C)")
     check_shape("a", a, (None, None, c), "(A, r, C)")
     num_adapters, rank = a.shape[:2]
     check_shape("b", b, (num_adapters, None, rank), "(A, N, r)")
@@ -380,10 +377,7 @@ def multi_low_rank_linear(
         ValueError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
         IndexError: as :func:`multi_low_rank`.
     """
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError(f"x must have shape (..., C), got {tuple(x.shape)}")
-    check_shape("weight", weight, (None, x.shape[-1]), "(N, C)")
+    check_shape("weight", weight, (None, last_size("x", x, "(..., C)")), "(N, C)")
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(N,)")
     x, weight, a, b, bias = autocast(x, weight, a, b, bias)
