@@ -211,6 +211,36 @@ def _no_rule(sizes: Mapping[str, int]) -> None:
     return None
 
 
+def exact_case(
+    family: str,
+    request: Request,
+    ours: Callable[[], tuple[torch.Tensor, ...]],
+    plain: Callable[[], tuple[torch.Tensor, ...]],
+    plain_name: str,
+    read: float,
+) -> Case:
+    """A case without floating point: integers that must be those of the same in plain torch, its baseline.
+
+    ``read`` is the bytes of the inputs.
+    """
+    expected = _named(plain())
+    return Case(
+        family,
+        request.shape,
+        request.sizes,
+        request.dtype,
+        request.device,
+        request.direction,
+        (Variant("gossamer", OURS, ours), Variant(plain_name, DENSE, plain)),
+        {},
+        0.0,
+        read + sum(tensor.nbytes for tensor in expected.values()),
+        {"truth": lambda: ExactGate(expected)},
+        "every output, exactly",
+        f"{request.skew} routing",
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """The cases of one primitive or layer.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 import gossamer
-from gossamer.bench.case import DENSE, OURS, Case, ExactGate, Family, Request, Variant
+from gossamer.bench.case import Case, Family, Request, exact_case
 from gossamer.bench.cost import Cost, nbytes
 from gossamer.bench.experts import rule
 from gossamer.bench.skew import EXPERT_SKEWS, expert_ids
@@ -34,26 +34,10 @@ def build(request: Request) -> Case:
         found = gossamer.dispatch(ids, e)
         return found.slots, found.rows, found.offsets
 
-    expected = dispatch_reference(ids, e)
-    moved = ids.nbytes + sum(tensor.nbytes for tensor in expected)
-    return Case(
-        "dispatch",
-        request.shape,
-        request.sizes,
-        request.dtype,
-        request.device,
-        request.direction,
-        (
-            Variant("gossamer", OURS, ours),
-            Variant("torch stable sort", DENSE, lambda: dispatch_reference(ids, e)),
-        ),
-        {},
-        0.0,
-        moved,
-        {"truth": lambda: ExactGate({f"y{i}": tensor for i, tensor in enumerate(expected)})},
-        "every output, exactly",
-        f"{request.skew} routing",
-    )
+    def plain() -> tuple[torch.Tensor, ...]:
+        return dispatch_reference(ids, e)
+
+    return exact_case("dispatch", request, ours, plain, "torch stable sort", nbytes(ids))
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:

@@ -8,7 +8,7 @@ import torch
 
 import gossamer
 from gossamer import BlockTopology
-from gossamer.bench.case import DENSE, OURS, Case, ExactGate, Family, Request, Variant
+from gossamer.bench.case import Case, Family, Request, exact_case
 from gossamer.bench.cost import Cost, nbytes
 from gossamer.bench.experts import rule as experts_rule
 from gossamer.bench.skew import EXPERT_SKEWS, expert_ids
@@ -41,30 +41,14 @@ def build(request: Request) -> Case:
 
     def topology() -> tuple[torch.Tensor, ...]:
         found = BlockTopology.from_dispatch(dispatch, i, BLOCK, skip_padding=True)
-        places = found.padded_slots(dispatch), found.padded_rows(dispatch)
-        return *(getattr(found, name) for name in FIELDS), *places
+        return *(getattr(found, name) for name in FIELDS), *found.padded_places(dispatch)
 
     def reference() -> tuple[torch.Tensor, ...]:
         with gossamer.backend("reference"):
             return topology()
 
-    expected = reference()
-    moved = nbytes(dispatch.offsets, dispatch.slots, *expected)
-    return Case(
-        "expert_topology",
-        request.shape,
-        request.sizes,
-        request.dtype,
-        request.device,
-        request.direction,
-        (Variant("gossamer", OURS, topology), Variant("torch's operators", DENSE, reference)),
-        {},
-        0.0,
-        moved,
-        {"truth": lambda: ExactGate({f"y{n}": tensor for n, tensor in enumerate(expected)})},
-        "every output, exactly",
-        f"{request.skew} routing",
-    )
+    read = nbytes(dispatch.offsets, dispatch.slots)
+    return exact_case("expert_topology", request, topology, reference, "torch's operators", read)
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:

@@ -114,11 +114,10 @@ def test_padding(product, dtype, transposed):
 
         return call
 
-    function, reference = functions(product, t.transposed() if transposed else t, backend="native")
+    t = t.transposed() if transposed else t
+    function, reference = functions(product, t, backend="native")
     for by_columns in (False, True):
-        inputs = make_inputs(
-            product, t.transposed() if transposed else t, n=MANY + 1, dtype=dtype, by_columns=(by_columns,) * 2
-        )
+        inputs = make_inputs(product, t, n=MANY + 1, dtype=dtype, by_columns=(by_columns,) * 2)
         check(with_padding(function, float("nan")), with_padding(reference, 0.0), inputs)
 
 

@@ -17,8 +17,8 @@ using PyEpilogue = std::tuple<PyVector, bool, int>;
 
 BlockLists lists(const PyLists& l) {
   const auto& [offsets, indices, order, count, live, live_across] = l;
-  const auto ints = [](uintptr_t address) { return reinterpret_cast<const int32_t*>(address); };
-  return {ints(offsets), ints(indices), ints(order), count, ints(live), ints(live_across)};
+  return {pointer<const int32_t>(offsets), pointer<const int32_t>(indices), pointer<const int32_t>(order), count,
+          pointer<const int32_t>(live), pointer<const int32_t>(live_across)};
 }
 
 PartedMatrix parted(const PyParted& p) {

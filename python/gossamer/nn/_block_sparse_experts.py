@@ -44,10 +44,14 @@ class PaddedExperts:
     Attributes:
         dispatch: the assignments.
         topology: ``(padded rows, E·ffn)``.
+        slots: the slot that lies in each padded row, as of :meth:`BlockTopology.padded_slots`.
+        rows: the padded row of each slot, as of :meth:`BlockTopology.padded_rows`.
     """
 
     dispatch: Dispatch
     topology: BlockTopology
+    slots: torch.Tensor
+    rows: torch.Tensor
 
     @staticmethod
     def of(dispatch: Dispatch, ffn_size: int, block: tuple[int, int] | None = None) -> PaddedExperts:
@@ -55,7 +59,8 @@ class PaddedExperts:
         if block is None:
             rows = _row_block(dispatch.num_rows, dispatch.num_experts, dispatch.slots.device)
             block = (rows, best_block("ffn_size", ffn_size))
-        return PaddedExperts(dispatch, BlockTopology.from_dispatch(dispatch, ffn_size, block, skip_padding=True))
+        topology = BlockTopology.from_dispatch(dispatch, ffn_size, block, skip_padding=True)
+        return PaddedExperts(dispatch, topology, *topology.padded_places(dispatch))
 
     def widened(self, columns: int) -> BlockTopology:
         """The topology of as many rows with ``columns`` columns an expert."""
@@ -63,8 +68,7 @@ class PaddedExperts:
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens ``(T, H)`` as padded rows, those of padding zero."""
-        slots = self.topology.padded_slots(self.dispatch)
-        tokens = torch.div(slots, self.dispatch.top_k, rounding_mode="floor")
+        tokens = torch.div(self.slots, self.dispatch.top_k, rounding_mode="floor")
         return gather_reduce(x, tokens, bounds="drop")
 
     def add_bias(self, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -82,8 +86,7 @@ class PaddedExperts:
 
     def collect(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Padded rows summed back to tokens, each slot weighted: ``(T, ·)``."""
-        index = self.topology.padded_rows(self.dispatch).view(weights.shape)
-        return gather_reduce(rows, index, weights=weights, bounds="drop")
+        return gather_reduce(rows, self.rows.view(weights.shape), weights=weights, bounds="drop")
 
 
 def _activate_blocks(values: torch.Tensor, activation: Activation, interleaved: bool, wide: int) -> torch.Tensor:

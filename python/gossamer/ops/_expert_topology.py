@@ -43,7 +43,7 @@ def expert_topology_reference(offsets: torch.Tensor, rows: int, wide: int, bm: i
     experts, device = offsets.shape[0] - 1, offsets.device
     counts = offsets.diff().long()
     blocks = (counts + bm - 1) // bm
-    starts = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
+    starts = offsets_of(blocks).long()
     live = starts[-1]
     row = torch.arange(rows, device=device)
     expert = torch.searchsorted(starts[1:], row, right=True)
@@ -99,8 +99,7 @@ def expert_places_reference(
     slots_of_rows = padded_slots[torch.where(taken, sorted_row, num_slots)]
     rows_of_slots = slots.new_full((num_slots + 1,), padded_rows)
     rows_of_slots[slots_of_rows.long()] = row.int()
-    rows_of_slots = rows_of_slots[:num_slots]
-    return slots_of_rows, rows_of_slots.contiguous()
+    return slots_of_rows, rows_of_slots[:num_slots]
 
 
 def _check_int32(**tensors: torch.Tensor) -> None:

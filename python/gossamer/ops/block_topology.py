@@ -269,16 +269,17 @@ class BlockTopology:
 
         ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
         """
-        return self._places(dispatch)[0]
+        return self.padded_places(dispatch)[0]
 
     def padded_rows(self, dispatch: Dispatch) -> torch.Tensor:
         """``(R,)`` int32: the padded row of each slot ``t·K + k``, ``rows`` for a dropped one. For gathering results.
 
         ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
         """
-        return self._places(dispatch)[1]
+        return self.padded_places(dispatch)[1]
 
-    def _places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded_places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both :meth:`padded_slots` and :meth:`padded_rows`, which are found together."""
         check_dispatch(dispatch)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
             raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
