@@ -13,7 +13,7 @@ import torch
 
 from gossamer._environment import environment
 from gossamer.bench import peers as peers_
-from gossamer.bench.case import DENSE, DIRECTIONS, DTYPES, OURS, Case, Family, Request, Variant, Verdict
+from gossamer.bench.case import DENSE, DIRECTIONS, OURS, Case, Family, Request, Variant, Verdict
 from gossamer.bench.ceilings import Ceilings, measure
 from gossamer.bench.timing import (
     HOST_SAMPLES,
@@ -47,6 +47,8 @@ FAMILIES = (
     "block_sparse",
     "expert_topology",
     "dispatch",
+    "topk_routing",
+    "activate",
     "multi_low_rank",
     "expert_mlp_lora",
 )
@@ -227,7 +229,7 @@ def requests(
     else:
         shapes = (chosen.quick[device.type],) if quick else chosen.defaults[device.type]
     if dtype is not None and chosen.dtypes != ("int",):
-        _check("--dtype", dtype, DTYPES)
+        _check("--dtype", dtype, chosen.dtypes)
         dtypes = (dtype,)
     else:
         dtypes = tuple(d for d in ("fp32", "bf16", "int") if d in chosen.dtypes)

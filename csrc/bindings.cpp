@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 
 // One translation unit: reading pybind11 takes a compiler longer than all that any of these files adds.
+#include "bindings/activate.cpp"
 #include "bindings/block_sparse.cpp"
 #include "bindings/dispatch.cpp"
 #include "bindings/expert_mlp.cpp"
@@ -21,6 +22,7 @@
 #include "bindings/quantized_weight.cpp"
 #include "bindings/recorder.cpp"
 #include "bindings/sparse_update.cpp"
+#include "bindings/topk_routing.cpp"
 
 namespace py = pybind11;
 
@@ -56,4 +58,6 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_quantized_weight(m);
   gossamer::bindings::register_expert_topology(m);
   gossamer::bindings::register_block_sparse(m);
+  gossamer::bindings::register_activate(m);
+  gossamer::bindings::register_topk_routing(m);
 }

@@ -208,14 +208,15 @@ def test_costs_count_products_and_single_passes(device):
 
 
 # Cases of a family that has not two dtypes in two directions.
-COUNTS = {"dispatch": 1, "expert_topology": 1, "sparse_update": 2, "hash_table": 2, "quantized_experts": 2}
+COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
+COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing"), 2)
 
 
 @pytest.mark.parametrize("name", harness.FAMILIES)
 def test_every_family_runs_and_is_right(device, name):
     family = harness.family(name)
     sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3, "L": 100} if "N" in family.symbols else LARGER
-    sizes |= {"M": 40, "C": 48, "r": 4, "A": 3}
+    sizes |= {"M": 40, "C": 48, "r": 4, "A": 3, "R": 40}
     if "BLOCK" in family.symbols:
         sizes = {"M": 40, "N": 96, "K": 64, "BLOCK": 16, "SPARSE": 60}
     shape = ",".join(str(sizes[s]) for s in family.symbols)
@@ -260,7 +261,7 @@ def test_shapes_by_name_and_by_size():
     for bad in ("mixtrel", "16,64,32,8", "16,64,32,8,0", "16,64,32,8,x"):
         with pytest.raises(ValueError, match=f"--shape must be one of olmoe.*got '{bad}'"):
             moe.sizes(bad)
-    for name in ("moe", "expert_mlp", "grouped_matmul", "dispatch"):
+    for name in ("moe", "expert_mlp", "grouped_matmul", "dispatch", "topk_routing"):
         family = harness.family(name)
         shape = ",".join("9" if symbol == "K" else "8" for symbol in family.symbols)
         with pytest.raises(ValueError, match=f"--shape {shape}: K must be at most E, got K=9 and E=8"):

@@ -13,6 +13,7 @@ from gossamer.nn import (
     softmax_topk,
     topk_softmax,
 )
+from gossamer.ops import topk_routing
 from gossamer.testing import assert_close
 
 INF, NAN = float("inf"), float("nan")
@@ -225,20 +226,24 @@ def test_transformers_routers(device, name, config, ours, options):
 
 
 def test_product_in_the_hidden_dtype_as_transformers_takes_it(device):
-    """With ``upcast=False`` bfloat16 logits are theirs bit for bit, and so are the choices."""
+    """With ``upcast=False`` bfloat16 logits are theirs bit for bit, and so are the choices but for equal logits."""
     theirs = hf_router(HF[0][0], **LOCAL).to(device, torch.bfloat16)
     router = SoftmaxRouter(24, 12, 3, renormalize=True, upcast=False).to(device, torch.bfloat16)
     router.load_state_dict(theirs.state_dict())
     x = torch.randn(53, 24, generator=torch.Generator().manual_seed(4)).to(device, torch.bfloat16)
     routed = router(x)
-    assert torch.equal(routed.logits, theirs(x)[0].float())
-    assert torch.equal(routed.expert_ids, theirs(x)[2])
+    logits, _, ids = theirs(x)
+    assert torch.equal(routed.logits, logits.float())
+    chosen, chosen_there = (routed.logits.gather(1, i) for i in (routed.expert_ids, ids))
+    assert torch.equal(chosen, chosen_there)
+    assert torch.equal(routed.expert_ids.sort(1).values, ids.sort(1).values)
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
     """What happens where values are not read: CUDA, or the CPU with its check off."""
-    monkeypatch.setattr(routing, "raise_not_a_logit", lambda logits: None)
+    for module in (routing, topk_routing):
+        monkeypatch.setattr(module, "raise_not_a_logit", lambda logits: None)
 
 
 BIG = torch.finfo(torch.float32).max

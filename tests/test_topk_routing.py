@@ -7,8 +7,8 @@ from helpers import OperatorLog, check
 import gossamer
 from gossamer import _backend
 from gossamer.nn import sigmoid_topk, softmax_topk
+from gossamer.ops.topk_routing import MOST_CHOSEN
 
-pytestmark = pytest.mark.skipif(_backend.triton_unavailable() is not None, reason="needs Triton")
 INF, NAN = float("inf"), float("nan")
 # E and K, with no power of two, one expert a token, all experts, and groups.
 SIZES = [(12, 4, 1, 1), (5, 1, 1, 1), (8, 8, 1, 1), (64, 8, 8, 4), (16, 3, 4, 2), (8, 2, 8, 3)]
@@ -23,14 +23,14 @@ def route(sigmoid, logits, top_k, bias, **options):
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize(("experts", "top_k", "n_group", "topk_group"), SIZES)
-def test_against_plain_torch(device, experts, top_k, n_group, topk_group, sigmoid, renormalize):
+def test_against_plain_torch(kernel_backend, device, experts, top_k, n_group, topk_group, sigmoid, renormalize):
     """The ids of plain torch in its order, weights and gradients as near to float64 as plain float32's."""
     logits = torch.randn(19, experts, device=device) * 2
     logits[3, : experts - 1] = -INF
     logits[4] = -INF
     bias = torch.randn(experts, device=device) / 2 if sigmoid else None
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": 1.5}
-    with gossamer.backend("triton"), OperatorLog() as log:
+    with gossamer.backend(kernel_backend), OperatorLog() as log:
         ours = route(sigmoid, logits, top_k, bias, **options)
     assert [call[0] for call in log.calls] == ["topk_routing"]
     with gossamer.backend("reference"):
@@ -48,17 +48,16 @@ def test_against_plain_torch(device, experts, top_k, n_group, topk_group, sigmoi
         return function
 
     finite = torch.cat([logits[:3], logits[5:]])
-    check(weights("triton"), weights("reference"), {"logits": finite})
+    check(weights(kernel_backend), weights("reference"), {"logits": finite})
     masked = logits.clone().requires_grad_()
-    weights("triton")(masked).sum().backward()
+    weights(kernel_backend)(masked).sum().backward()
     assert masked.grad.isfinite().all() and not masked.grad[4].any() and not masked.grad[3, : experts - 1].any()
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_broken_logits_never_give_bad_ids(device, sigmoid):
+def test_broken_logits_never_give_bad_ids(kernel_backend, device, sigmoid):
     """NaN and +inf leave ids distinct and in range and other tokens untouched; on the CPU they are errors."""
-    from gossamer.triton_kernels.topk_routing import topk_routing
-
+    topk_routing = _backend.kernels(kernel_backend, "topk_routing").topk_routing
     logits = torch.randn(7, 16, device=device)
     clean = topk_routing(logits, None, 4, sigmoid, True, 4, 2, 1.0)
     logits[1], logits[2, 3], logits[3, :9], logits[4, 1] = NAN, NAN, NAN, INF
@@ -68,27 +67,53 @@ def test_broken_logits_never_give_bad_ids(device, sigmoid):
     rest = [0, 5, 6]
     assert torch.equal(ids[rest], clean[0][rest]) and torch.equal(weights[rest], clean[1][rest])
     if device == "cpu":
-        with gossamer.backend("triton"), pytest.raises(ValueError, match="logits must hold neither NaN nor"):
+        with gossamer.backend(kernel_backend), pytest.raises(ValueError, match="logits must hold neither NaN nor"):
             route(sigmoid, logits, 4, None)
 
 
-def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(device):
-    with gossamer.backend("triton"):
+def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(kernel_backend, device):
+    with gossamer.backend(kernel_backend):
         routed = softmax_topk(torch.zeros(2, 6, device=device), 3)
         assert routed.expert_ids.tolist() == [[0, 1, 2]] * 2
         assert softmax_topk(torch.zeros(0, 6, device=device), 3).weights.shape == (0, 3)
 
 
-def test_operator_is_well_formed(device):
+def test_operator_is_well_formed(kernel_backend, device):
     logits, bias = torch.randn(3, 8, device=device).requires_grad_(), torch.randn(8, device=device)
-    args = (logits, bias, 2, True, True, 4, 2, 2.5, "triton")
+    args = (logits, bias, 2, True, True, 4, 2, 2.5, kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.topk_routing.default, args)
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
-def test_the_layer_is_three_operators_of_gossamer(device, router):
+def test_the_layer_is_three_operators_of_gossamer(kernel_backend, device, router):
     """A layer's forward is the router's product, one routing operator, one dispatch and one layer, and no more."""
     moe = gossamer.nn.MoE(32, 16, 8, 2, router=router).to(device)
-    with gossamer.backend("triton"), torch.no_grad(), OperatorLog() as log:
+    with gossamer.backend(kernel_backend), torch.no_grad(), OperatorLog() as log:
         moe(torch.randn(5, 32, device=device))
     assert [call[0] for call in log.calls] == ["topk_routing", "dispatch", "expert_mlp"]
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_many_tokens_and_strided_logits(kernel_backend, device, sigmoid):
+    """Several threads' or programs' shares, rows with a stride, ascending and descending ones, and the same bits."""
+    whole = torch.randn(700, 3, 37, device=device)
+    whole[0], whole[1] = torch.arange(37.0, device=device) / 9, -torch.arange(37.0, device=device) / 9
+    logits = whole[:, 1]
+    with gossamer.backend(kernel_backend):
+        ours, again = (route(sigmoid, x, 5, None, renormalize=False) for x in (logits, logits.contiguous()))
+    with gossamer.backend("reference"):
+        plain = route(sigmoid, logits, 5, None, renormalize=False)
+    assert torch.equal(ours.expert_ids, plain.expert_ids)
+    torch.testing.assert_close(ours.weights, plain.weights)
+    assert torch.equal(ours.expert_ids, again.expert_ids) and torch.equal(ours.weights, again.weights)
+
+
+def test_more_experts_a_token_than_the_native_kernel_finds(any_backend, device):
+    """As many as it finds, and one more, which plain torch serves."""
+    logits = torch.randn(3, MOST_CHOSEN + 6, device=device)
+    for top_k in (MOST_CHOSEN, MOST_CHOSEN + 1):
+        with gossamer.backend(any_backend):
+            routing = softmax_topk(logits, top_k, renormalize=True)
+        values, ids = logits.topk(top_k, dim=1)
+        assert torch.equal(routing.expert_ids, ids)
+        torch.testing.assert_close(routing.weights, values.softmax(1))

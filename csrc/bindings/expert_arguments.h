@@ -9,19 +9,23 @@ namespace gossamer::bindings {
 // (code, gated, interleaved, alpha, limit)
 using PyActivation = std::tuple<int, bool, bool, double, double>;
 
+inline ActivationForm activation_form(const PyActivation& a) {
+  const auto& [code, gated, interleaved, alpha, limit] = a;
+  return {code, gated, interleaved, alpha, limit};
+}
+
 inline ExpertMlpArgs expert_mlp_args(const PyGroups& g, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes,
                                         const PyActivation& activation, const PyMatrix& x, const PyWeights& gate_up,
                                         const PyWeights& down, const PyMatrix& gate_up_bias, const PyMatrix& down_bias,
                                         const PyMatrix& weights, uintptr_t preact) {
   const auto& [tokens, hidden, inner, top_k] = sizes;
-  const auto& [code, gated, interleaved, alpha, limit] = activation;
   return {matrix(x).dtype,
           groups(g),
           tokens,
           hidden,
           inner,
           top_k,
-          {code, gated, interleaved, alpha, limit},
+          activation_form(activation),
           matrix(x),
           expert_weights(gate_up),
           expert_weights(down),

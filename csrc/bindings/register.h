@@ -20,5 +20,7 @@ void register_low_rank(pybind11::module_& m);
 void register_quantized_weight(pybind11::module_& m);
 void register_expert_topology(pybind11::module_& m);
 void register_block_sparse(pybind11::module_& m);
+void register_activate(pybind11::module_& m);
+void register_topk_routing(pybind11::module_& m);
 
 }  // namespace gossamer::bindings

@@ -10,13 +10,27 @@ struct ActivationValue {
   Vec<S> value, dgate, dup;  // act(g, u) and its derivatives
 };
 
+// σ(z), and 1 − σ(z) without the cancellation of that difference. Both are zero where they would be no normal number: vexp stops
+// there, and what it gives would show in a product with a large gate.
+template <class S>
+struct Logistic {
+  Vec<S> value, rest;
+};
+
+template <class S>
+GOSSAMER_INLINE Logistic<S> logistic(Vec<S> z) {
+  constexpr S most = sizeof(S) == 4 ? 87 : 708;
+  const Vec<S> e = vexp(-z), sigma = S{1} / (S{1} + e);
+  return {z < -most ? Vec<S>{} : sigma, z > most ? Vec<S>{} : e * sigma};
+}
+
 // s(g) in .value and s'(g) in .dgate of an ungated activation.
 template <int Code, class S>
 GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
   constexpr S one = 1;
   if constexpr (Code == 0) {
-    const Vec<S> sigma = vsigmoid(g);
-    return {g * sigma, sigma * (one + g * (one - sigma)), Vec<S>{}};
+    const auto [sigma, rest] = logistic<S>(g);
+    return {g * sigma, sigma * (one + g * rest), Vec<S>{}};
   } else if constexpr (Code == 1) {
     constexpr S half = 0.5, inv_sqrt2 = 0.70710678118654752440, inv_sqrt_2pi = 0.39894228040143267794;
     const Vec<S> phi = half + half * verf(g * inv_sqrt2);
@@ -25,8 +39,8 @@ GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
     // ½(1 + tanh z) is σ(2z), which loses nothing for small or very negative z.
     constexpr S linear = 1.59576912160573071176, cubic = 0.07135481627260025;
     const Vec<S> square = g * g;
-    const Vec<S> sigma = vsigmoid(g * (linear + cubic * square));
-    return {g * sigma, sigma + g * sigma * (one - sigma) * (linear + 3 * cubic * square), Vec<S>{}};
+    const auto [sigma, rest] = logistic<S>(g * (linear + cubic * square));
+    return {g * sigma, sigma + g * sigma * rest * (linear + 3 * cubic * square), Vec<S>{}};
   } else {
     // Comparisons are written so that NaN stays NaN.
     const Vec<S> positive = g < S{0} ? Vec<S>{} : g;
@@ -42,8 +56,8 @@ GOSSAMER_INLINE ActivationValue<S> activate(GateUp<S> in, S alpha, S limit) {
     const Vec<S> g = in.gate > limit ? splat(limit) : in.gate;
     Vec<S> u = in.up > limit ? splat(limit) : in.up;
     u = u < -limit ? splat(-limit) : u;
-    const Vec<S> sigma = vsigmoid(alpha * g);
-    const Vec<S> dgate = (sigma + alpha * g * sigma * (one - sigma)) * (u + one);
+    const auto [sigma, rest] = logistic<S>(alpha * g);
+    const Vec<S> dgate = (sigma + alpha * g * sigma * rest) * (u + one);
     const Vec<S> dup = g * sigma;
     return {dup * (u + one), in.gate > limit ? Vec<S>{} : dgate, ((in.up > limit) | (in.up < -limit)) ? Vec<S>{} : dup};
   } else {

@@ -3,19 +3,11 @@
 
 #include <cstdint>
 
+#include "cpu/activate.h"
 #include "cpu/grouped_matmul.h"
 #include "cpu/recorder.h"
 
 namespace gossamer {
-
-// As python/gossamer/_activation.py numbers them.
-struct ActivationForm {
-  int code;
-  bool gated, interleaved;
-  double alpha, limit;
-
-  int halves() const { return gated ? 2 : 1; }
-};
 
 // A low-rank update of the experts' weights (E, N, C): scale · b·a; absent where the rank is 0.
 struct ExpertUpdate {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/activate.h"
 #include "cpu/block_sparse.h"
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
@@ -11,6 +12,7 @@
 #include "cpu/multi_low_rank.h"
 #include "cpu/quantized_experts.h"
 #include "cpu/sparse_update.h"
+#include "cpu/topk_routing.h"
 
 namespace gossamer {
 
@@ -39,6 +41,9 @@ struct Kernels {
   void (*rectangle_product)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
   void (*outer_rectangles)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
   void (*sampled_rectangles)(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team);
+  void (*activate)(const ActivateArgs& args, int64_t begin, int64_t end);
+  void (*activate_backward)(const ActivateArgs& args, int64_t begin, int64_t end);
+  void (*topk_routing)(const TopkRoutingArgs& args, int64_t begin, int64_t end);
 };
 
 namespace generic {

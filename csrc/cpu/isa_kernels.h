@@ -9,11 +9,13 @@
 #include "cpu/grouped_matmul_kernel.h"
 #include "cpu/multi_low_rank_kernel.h"
 #include "cpu/activation_kernel.h"
+#include "cpu/activate_kernel.h"
 #include "cpu/expert_update_kernel.h"
 #include "cpu/expert_mlp_kernel.h"
 #include "cpu/expert_mlp_backward_kernel.h"
 #include "cpu/quantized_experts_kernel.h"
 #include "cpu/philox_kernel.h"
+#include "cpu/topk_routing_kernel.h"
 #include "cpu/low_rank_kernel.h"
 #include "cpu/block_sparse_kernel.h"
 #include "cpu/block_rectangle_kernel.h"
@@ -22,4 +24,4 @@
   GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, \
       multi_low_rank, multi_low_rank_backward, expert_mlp, expert_mlp_backward, quantized_grouped_matmul, quantized_expert_mlp, \
       rank_product, low_rank_matmul, block_product, sampled_product, rectangle_product, outer_rectangles, \
-      sampled_rectangles
+      sampled_rectangles, activate_rows, activate_backward_rows, topk_routing

@@ -236,12 +236,13 @@ GOSSAMER_INLINE V vsqrt(V x) {
 }
 #endif
 
+// Beyond the range of normal numbers exponentials give about the largest or the smallest of them, never infinity or zero.
 GOSSAMER_INLINE Vec<double> vexp(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i] > 708.0 ? 708.0 : x[i] < -708.0 ? -708.0 : x[i]);
   return x;
 }
 
-// exp with an error of about one ulp; beyond the range of normal numbers it gives their largest or smallest power.
+// With an error of about one ulp.
 GOSSAMER_INLINE Vec<float> vexp(Vec<float> x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
@@ -281,11 +282,6 @@ GOSSAMER_INLINE Vec<float> verf(Vec<float> x) {
   large = 1.0f - vexp(-large);
   large = x < 0.0f ? -large : large;
   return s < 1.0f ? small * x : large;
-}
-
-template <class V>
-GOSSAMER_INLINE V vsigmoid(V x) {
-  return 1.0f / (1.0f + vexp(-x));
 }
 
 // What lines are fetched for: to be read at once, or read or written after other work, until when the second-level cache

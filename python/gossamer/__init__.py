@@ -6,6 +6,7 @@ from gossamer._backend import backend
 from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
 from gossamer.integrations import load_quantized_experts, quantize_experts, replace, restore, serve_adapters, sparsify
+from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.dispatch import Dispatch, dispatch
@@ -35,6 +36,7 @@ __all__ = [
     "NF4Weight",
     "QuantizedExpertWeight",
     "TableLayout",
+    "activate",
     "adapter_dispatch",
     "backend",
     "check",

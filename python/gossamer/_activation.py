@@ -74,7 +74,7 @@ def as_activation(activation: str | Activation) -> Activation:
     raise TypeError(f"activation must be a str or gossamer.Activation, got {type(activation).__name__}")
 
 
-def split_gate_up(preact: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _split_gate_up(preact: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the gate and up halves of ``preact (..., 2I)``: even and odd columns, or first and second half."""
     if interleaved:
         return preact[..., 0::2], preact[..., 1::2]
@@ -82,14 +82,9 @@ def split_gate_up(preact: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor
     return gate, up
 
 
-def activate(preact: torch.Tensor, activation: Activation, interleaved: bool = False) -> torch.Tensor:
-    """``act(preact)`` in plain torch: ``(..., 2I)`` to ``(..., I)`` when gated, else ``(..., I)`` to ``(..., I)``."""
-    gate, up = split_gate_up(preact, interleaved) if activation.gated else (preact, None)
-    return activate_halves(gate, up, activation)
-
-
-def activate_halves(gate: torch.Tensor, up: torch.Tensor | None, activation: Activation) -> torch.Tensor:
-    """The activation of a gate and an up half of equal shapes in plain torch; an ungated one has no ``up``."""
+def activate_reference(preact: torch.Tensor, activation: Activation, interleaved: bool = False) -> torch.Tensor:
+    """:func:`gossamer.activate` in plain torch, differentiable, in any floating dtype."""
+    gate, up = _split_gate_up(preact, interleaved) if activation.gated else (preact, None)
     if activation.name == "clamped_swiglu":
         gate = gate.clamp(max=activation.limit)
         up = up.clamp(-activation.limit, activation.limit)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import activations
 
-from gossamer._activation import Activation, activate
+from gossamer._activation import Activation, activate_reference
 from gossamer.integrations._activations import activation_name, hooked
 
 # Only functions equal to the fused ones in exact arithmetic: gelu_fast and quick_gelu round their constants.
@@ -74,7 +74,7 @@ def _same(function: Callable, stand: _Stand, activation: Activation, interleaved
     out = function(stand, preact)
     if not isinstance(out, torch.Tensor) or out.shape != gate.shape:
         return False
-    wanted = activate(preact.double(), activation, interleaved)
+    wanted = activate_reference(preact.double(), activation, interleaved)
     # 1 + tanh and the like cancel while the gate is small and negative; from -8 on they are zero.
     up_limit = activation.limit if activation.name == "clamped_swiglu" else None
     scale = gate.abs().clamp(max=8.0) * (up.abs().clamp(max=up_limit) + 1 if up_limit else up.abs() + 1)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer._activation import Activation, activate_halves, split_gate_up
+from gossamer._activation import Activation
 from gossamer.ops._autocast import autocast
+from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dsd, sdd
 from gossamer.ops.block_topology import BLOCK_SIZES, BlockTopology
 from gossamer.ops.dispatch import Dispatch
@@ -92,15 +93,14 @@ class PaddedExperts:
 def _activate_blocks(values: torch.Tensor, activation: Activation, interleaved: bool, wide: int) -> torch.Tensor:
     """Blocks ``(nnz, bm, bn)`` of pre-activations, ``wide`` blocks a block row, as blocks of activations."""
     if not activation.gated:
-        return activate_halves(values, None, activation)
+        return activate(values, activation)
     nnz, bm, bn = values.shape
-    rows = values.view(nnz // wide, wide, bm, bn)
     if interleaved:
-        # Two neighbouring blocks of alternating columns have the gate, and the up, of one block.
-        gate, up = (t.unflatten(1, (wide // 2, 2)).transpose(2, 3) for t in split_gate_up(rows, True))
-    else:
-        gate, up = rows.chunk(2, dim=1)
-    return activate_halves(gate, up, activation).reshape(nnz // 2, bm, bn)
+        # Two neighbouring blocks have the left and the right half of one block's gate and up.
+        halves = activate(values, activation, interleaved=True)
+        return halves.view(nnz // 2, 2, bm, bn // 2).transpose(1, 2).reshape(nnz // 2, bm, bn)
+    # The gates of a block row lie before its ups, as those of one long row do.
+    return activate(values.view(nnz // wide, wide * bm * bn), activation).view(nnz // 2, bm, bn)
 
 
 def block_sparse_mlp(

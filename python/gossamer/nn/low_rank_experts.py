@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._activation import Activation, activate
+from gossamer._activation import Activation
 from gossamer.nn._lora import (
     add_low_rank_,
     check_init,
@@ -17,6 +17,7 @@ from gossamer.nn._lora import (
 )
 from gossamer.nn.moe import Experts
 from gossamer.nn.routing import Routing
+from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.grouped_matmul import grouped_matmul
@@ -267,7 +268,7 @@ class LoRAExperts(Experts):
         last = torch.arange(plan.num_rows, device=tokens.device)
         expert = torch.searchsorted(plan.offsets[1:].long(), last, right=True).clamp(max=self.num_experts - 1)
         rows = self._scaled_product(self._up_name, tokens, plan, expert, grouped=False)
-        rows = activate(rows, self.activation, self.interleaved)
+        rows = activate(rows, self.activation, interleaved=self.interleaved)
         rows = self._scaled_product("down_proj", rows, plan, expert, grouped=True)
         # Rows of dropped slots hold a bias here, which nobody may add.
         live = (plan.rows < plan.offsets[-1]).view(routing.weights.shape)

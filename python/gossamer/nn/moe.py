@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._activation import Activation, activate, as_activation
+from gossamer._activation import Activation, as_activation
 from gossamer.nn._block_sparse_experts import best_block, block_sparse_mlp
 from gossamer.nn.quantized_stack import expert_weight
 from gossamer.nn.routers import ROUTERS
@@ -18,6 +18,7 @@ from gossamer.nn.routing import (
     limit_capacity,
 )
 from gossamer.ops._checks import check_tensor
+from gossamer.ops.activate import activate
 from gossamer.ops.expert_mlp import expert_mlp
 
 FORMS = ("grouped", "block_sparse")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._activation import Activation, activate
+from gossamer._activation import Activation
+from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.expert_mlp_lora import LowRankFactors
 from gossamer.ops.gather_reduce import gather_reduce
@@ -45,7 +46,7 @@ def composed_expert_mlp(
 ) -> torch.Tensor:
     """:func:`gossamer.expert_mlp` with frozen quantised weights, as grouped products on the layer's dispatch."""
     hidden = _product(x, gate_up, gate_up_bias, gate_up_lora, scale, dispatch, False)
-    act = activate(hidden, activation, interleaved)
+    act = activate(hidden, activation, interleaved=interleaved)
     out = _product(act, down, down_bias, down_lora, scale, dispatch, True)
     live = dispatch.rows < dispatch.offsets[-1]
     slot_weights = torch.where(live.view(weights.shape), weights, 0)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from gossamer import _backend
-from gossamer._activation import Activation, activate, as_activation
+from gossamer._activation import Activation, activate_reference, as_activation
 from gossamer._layout import side_by_side
 from gossamer.ops._autocast import autocast
 from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops.activate import activate
 from gossamer.ops.block_topology import BlockTopology, check_topology, check_whole_blocks
 
 
@@ -168,7 +169,7 @@ def _whole(operand: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _finish(y: torch.Tensor, bias: torch.Tensor | None, activation: Activation | None) -> torch.Tensor:
     y = y if bias is None else y + bias
-    return y if activation is None else activate(y, activation)
+    return y if activation is None else activate_reference(y, activation)
 
 
 def _operands(backend: str, **named: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
-from gossamer._activation import Activation, activate, as_activation
+from gossamer._activation import Activation, activate_reference, as_activation
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._composed_experts import composed_expert_mlp
@@ -52,7 +52,7 @@ def expert_mlp_reference(
             hidden = hidden + lora_scale * (rows @ gate_up_lora[0][e].T.to(x.dtype) @ gate_up_lora[1][e].T.to(x.dtype))
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias[e]
-        act = activate(hidden, activation, interleaved)
+        act = activate_reference(hidden, activation, interleaved)
         out = act @ down[e].T
         if down_lora is not None:
             out = out + lora_scale * (act @ down_lora[0][e].T.to(x.dtype) @ down_lora[1][e].T.to(x.dtype))

@@ -11,7 +11,8 @@ from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
-MOST_EXPERTS = 1024
+# Of Triton's kernel: logits that one program holds; and of the native one, which finds a token's experts by insertion.
+MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
 def raise_not_a_logit(logits: torch.Tensor) -> None:
@@ -91,6 +92,18 @@ def _power_of_two(value: int) -> bool:
     return value & (value - 1) == 0
 
 
+def _fits_triton(experts: int, top_k: int, n_group: int, topk_group: int) -> bool:
+    return experts <= MOST_EXPERTS and (n_group == 1 or (_power_of_two(experts) and _power_of_two(n_group)))
+
+
+def _fits_native(experts: int, top_k: int, n_group: int, topk_group: int) -> bool:
+    return max(top_k, topk_group) <= MOST_CHOSEN
+
+
+# Backends with a kernel -> whether it serves these sizes.
+_FITS = {"triton": _fits_triton, "native": _fits_native}
+
+
 def fused_topk(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -104,14 +117,15 @@ def fused_topk(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``expert_ids (T, K)`` int64 and ``weights (T, K)`` float32 by one kernel, or None where none serves the call.
 
-    The rules are those of gossamer.nn.softmax_topk and sigmoid_topk, whose checked arguments these are. There is a
-    Triton kernel for float32 logits of up to 1024 experts; in groups, for powers of two.
+    The rules are those of gossamer.nn.softmax_topk and sigmoid_topk, whose checked arguments these are. There are
+    kernels for float32 logits: Triton's for up to 1024 experts, in groups for powers of two; native ones for up to 64
+    experts a token.
     """
     # The routers go with dispatch: another backend forced for that has no kernel here.
     backend = _backend.resolve("dispatch", logits)
-    experts = logits.shape[1]
-    fits = experts <= MOST_EXPERTS and (n_group == 1 or (_power_of_two(experts) and _power_of_two(n_group)))
-    if backend != "triton" or logits.dtype != torch.float32 or not fits or not scale > 0:
+    if backend not in _FITS or logits.dtype != torch.float32 or not scale > 0:
+        return None
+    if not _FITS[backend](logits.shape[1], top_k, n_group, topk_group):
         return None
     if bias is not None:
         bias = bias.detach()

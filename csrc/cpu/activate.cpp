@@ -1,0 +1,20 @@
+#include "cpu/activate.h"
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace gossamer {
+namespace {
+
+// Values that a thread computes before a second is worth waking.
+constexpr int64_t kValuesPerThread = int64_t{1} << 14;
+
+}  // namespace
+
+void activate(const ActivateArgs& args, int num_threads) {
+  const auto kernel = args.dact ? kernels().activate_backward : kernels().activate;
+  parallel_ranges(args.rows * args.inner, kValuesPerThread, num_threads,
+                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace gossamer

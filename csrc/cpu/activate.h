@@ -1,0 +1,29 @@
+// The activation of expert layers on rows, and its gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+
+namespace gossamer {
+
+// As python/gossamer/_activation.py numbers them.
+struct ActivationForm {
+  int code;
+  bool gated, interleaved;
+  double alpha, limit;
+
+  int halves() const { return gated ? 2 : 1; }
+};
+
+struct ActivateArgs {
+  ActivationForm form;
+  int64_t rows, inner;
+  FloatMatrix preact;  // (R, 2I), or (R, I) when not gated; column stride 1
+  FloatMatrix dact;    // (R, I), column stride 1; absent in a forward
+  void* out;           // act(preact) (R, I), or what flows back to preact; contiguous
+};
+
+void activate(const ActivateArgs& args, int num_threads);
+
+}  // namespace gossamer
