@@ -17,79 +17,98 @@ GOSSAMER_INLINE Vec<S> interleaved(Vec<S> gate, Vec<S> up) {
   }(std::make_index_sequence<n>{});
 }
 
+// Where the gate and the up of a value lie in a row.
+enum class Layout { kGateAlone, kHalves, kInTurn };
+
+// A row of pre-activations, or of what flows back to them, of `inner` values.
+template <Layout kLayout, class T>
+struct GateUpRow {
+  using S = Accumulator<std::remove_const_t<T>>;
+  static constexpr int n = kLanes<S>;
+  T* base;
+  int64_t inner;
+
+  // `valid` values from the i-th.
+  GateUp<S> load_from(int64_t i, int valid) const {
+    if constexpr (kLayout == Layout::kGateAlone) {
+      return {load_valid(base + i, valid), Vec<S>{}};
+    } else if constexpr (kLayout == Layout::kHalves) {
+      return {load_valid(base + i, valid), load_valid(base + inner + i, valid)};
+    } else {
+      const int more = 2 * valid - n;
+      return deinterleaved<S>(load_valid(base + 2 * i, std::min(2 * valid, n)),
+                              more > 0 ? load_valid(base + 2 * i + n, more) : Vec<S>{});
+    }
+  }
+
+  void store_to(int64_t i, Vec<S> gate, Vec<S> up, int valid) const {
+    if constexpr (kLayout == Layout::kInTurn) {
+      store_valid(base + 2 * i, interleaved<false, S>(gate, up), std::min(2 * valid, n));
+      if (2 * valid > n) store_valid(base + 2 * i + n, interleaved<true, S>(gate, up), 2 * valid - n);
+    } else {
+      store_valid(base + i, gate, valid);
+      if constexpr (kLayout == Layout::kHalves) store_valid(base + inner + i, up, valid);
+    }
+  }
+};
+
 // Calls f(row, column, valid lanes) for vectors of the values begin .. end of (R, I), row by row.
 template <class S, class F>
 GOSSAMER_INLINE void for_vectors(int64_t begin, int64_t end, int64_t inner, F&& f) {
+  constexpr int n = kLanes<S>;
   for (int64_t at = begin; at < end;) {
     const int64_t row = at / inner, first = at % inner, last = std::min(inner, first + end - at);
-    for (int64_t i = first; i < last; i += kLanes<S>) f(row, i, static_cast<int>(std::min<int64_t>(kLanes<S>, last - i)));
+    int64_t i = first;
+    for (; i + n <= last; i += n) f(row, i, n);
+    if (i < last) f(row, i, static_cast<int>(last - i));
     at += last - first;
   }
 }
 
-// Lanes of the second of two vectors that have `pairs` pairs of values.
-template <class S>
-GOSSAMER_INLINE int second_valid(int pairs) {
-  return std::max(0, 2 * pairs - kLanes<S>);
-}
-
-template <class T>
-GOSSAMER_INLINE GateUp<Accumulator<T>> load_gate_up(const ActivateArgs& a, const T* preact, int64_t i, int valid) {
-  using S = Accumulator<T>;
-  if (!a.form.gated) {
-    const Vec<S> gate = load_valid(preact + i, valid);
-    return {gate, gate};
-  }
-  if (!a.form.interleaved) return {load_valid(preact + i, valid), load_valid(preact + a.inner + i, valid)};
-  const T* pairs = preact + 2 * i;
-  const int more = second_valid<S>(valid);
-  return deinterleaved<S>(load_valid(pairs, std::min(2 * valid, kLanes<S>)), more ? load_valid(pairs + kLanes<S>, more) : Vec<S>{});
-}
-
-template <class T>
-GOSSAMER_INLINE void store_gate_up(const ActivateArgs& a, T* to, int64_t i, Vec<Accumulator<T>> gate, Vec<Accumulator<T>> up,
-                                   int valid) {
-  using S = Accumulator<T>;
-  if (!a.form.gated || !a.form.interleaved) {
-    store_valid(to + i, gate, valid);
-    if (a.form.gated) store_valid(to + a.inner + i, up, valid);
-    return;
-  }
-  store_valid(to + 2 * i, interleaved<false, S>(gate, up), std::min(2 * valid, kLanes<S>));
-  if (const int more = second_valid<S>(valid)) store_valid(to + 2 * i + kLanes<S>, interleaved<true, S>(gate, up), more);
-}
-
-// Calls f(tag of the type, activation as a function of a GateUp).
+// Calls f(tag of the type, layout as a constant, activation as a function of a GateUp).
 template <class F>
 void visit_activate(const ActivateArgs& a, F&& f) {
+  const auto call = [&](auto tag, auto layout, auto activation) { f(tag, layout, activation); };
   visit_float(a.preact.dtype, [&](auto tag) {
     using S = Accumulator<typename decltype(tag)::type>;
-    visit_activation<S>(a.form, [&](auto activation) { f(tag, activation); });
+    visit_activation<S>(a.form, [&](auto activation) {
+      if constexpr (!decltype(activation)::kGated) {
+        call(tag, std::integral_constant<Layout, Layout::kGateAlone>{}, activation);
+      } else if (a.form.interleaved) {
+        call(tag, std::integral_constant<Layout, Layout::kInTurn>{}, activation);
+      } else {
+        call(tag, std::integral_constant<Layout, Layout::kHalves>{}, activation);
+      }
+    });
   });
 }
 
 void activate_rows(const ActivateArgs& a, int64_t begin, int64_t end) {
-  visit_activate(a, [&](auto tag, auto activation) {
+  visit_activate(a, [&](auto tag, auto layout, auto activation) {
     using T = typename decltype(tag)::type;
     const auto* preact = static_cast<const T*>(a.preact.base);
     auto* out = static_cast<T*>(a.out);
-    for_vectors<Accumulator<T>>(begin, end, a.inner, [&](int64_t row, int64_t i, int valid) {
-      const auto in = load_gate_up(a, preact + row * a.preact.row_stride, i, valid);
-      store_valid(out + row * a.inner + i, activation(in).value, valid);
+    const int64_t inner = a.inner, stride = a.preact.row_stride;
+    for_vectors<Accumulator<T>>(begin, end, inner, [&](int64_t row, int64_t i, int valid) {
+      const GateUpRow<layout, const T> from{preact + row * stride, inner};
+      store_valid(out + row * inner + i, activation(from.load_from(i, valid)).value, valid);
     });
   });
 }
 
 void activate_backward_rows(const ActivateArgs& a, int64_t begin, int64_t end) {
-  visit_activate(a, [&](auto tag, auto activation) {
+  visit_activate(a, [&](auto tag, auto layout, auto activation) {
     using T = typename decltype(tag)::type;
     const auto* preact = static_cast<const T*>(a.preact.base);
     const auto* dact = static_cast<const T*>(a.dact.base);
     auto* out = static_cast<T*>(a.out);
-    for_vectors<Accumulator<T>>(begin, end, a.inner, [&](int64_t row, int64_t i, int valid) {
-      const auto s = activation(load_gate_up(a, preact + row * a.preact.row_stride, i, valid));
-      const auto d = load_valid(dact + row * a.dact.row_stride + i, valid);
-      store_gate_up(a, out + row * a.inner * a.form.halves(), i, d * s.dgate, d * s.dup, valid);
+    const int64_t inner = a.inner, stride = a.preact.row_stride, dact_stride = a.dact.row_stride, wide = inner * a.form.halves();
+    for_vectors<Accumulator<T>>(begin, end, inner, [&](int64_t row, int64_t i, int valid) {
+      const GateUpRow<layout, const T> from{preact + row * stride, inner};
+      const GateUpRow<layout, T> to{out + row * wide, inner};
+      const auto s = activation(from.load_from(i, valid));
+      const auto d = load_valid(dact + row * dact_stride + i, valid);
+      to.store_to(i, d * s.dgate, d * s.dup, valid);
     });
   });
 }

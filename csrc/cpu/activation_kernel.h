@@ -67,12 +67,20 @@ GOSSAMER_INLINE ActivationValue<S> activate(GateUp<S> in, S alpha, S limit) {
   }
 }
 
-// Calls f with an activation as a function of a GateUp.
+// An activation as a function of a GateUp.
+template <int Code, bool Gated, class S>
+struct ActivationOf {
+  static constexpr bool kGated = Gated;
+  S alpha, limit;
+
+  ActivationValue<S> operator()(GateUp<S> in) const { return activate<Code, Gated, S>(in, alpha, limit); }
+};
+
+// Calls f with an ActivationOf.
 template <class S, class F>
 GOSSAMER_INLINE void visit_activation(const ActivationForm& form, F&& f) {
-  const S alpha = static_cast<S>(form.alpha), limit = static_cast<S>(form.limit);
   const auto call = [&](auto code, auto gated) {
-    f([=](GateUp<S> in) { return activate<code, gated, S>(in, alpha, limit); });
+    f(ActivationOf<code, gated, S>{static_cast<S>(form.alpha), static_cast<S>(form.limit)});
   };
   const auto pick = [&](auto code) {
     form.gated ? call(code, std::true_type{}) : call(code, std::false_type{});

@@ -9,11 +9,29 @@ constexpr float kScoreEpsilon = 1e-20f;
 // e^v for v up to 0, and nothing where that is no normal number.
 GOSSAMER_INLINE Vec<float> share(Vec<float> v) { return v < -87.0f ? Vec<float>{} : vexp(v); }
 
-GOSSAMER_INLINE bool any_lane(Mask<float> mask) {
-  uint64_t words[sizeof mask / 8], any = 0;
-  std::memcpy(words, &mask, sizeof mask);
-  for (const uint64_t word : words) any |= word;
-  return any != 0;
+// The place of the highest of whole vectors of values, the first of equal ones.
+inline int64_t highest_place(const float* values, int64_t count) {
+  constexpr int n = kLanes<float>;
+  Vec<float> best = load(values);
+  Mask<float> begin{};
+  for (int64_t i = n; i < count; i += n) {
+    const Vec<float> v = load(values + i);
+    const Mask<float> above = v > best;
+    best = above ? v : best;
+    begin = above ? static_cast<int32_t>(i) - Mask<float>{} : begin;
+  }
+  float value[n];
+  int32_t at[n];
+  store(value, best);
+  std::memcpy(at, &begin, sizeof begin);
+  float highest = value[0];
+  int64_t place = at[0];
+  for (int lane = 1; lane < n; ++lane) {
+    const bool better = value[lane] > highest || (value[lane] == highest && at[lane] + lane < place);
+    highest = better ? value[lane] : highest;
+    place = better ? at[lane] + lane : place;
+  }
+  return place;
 }
 
 // The highest of the values shown so far, in descending order; the first one shown of equal ones.
@@ -36,14 +54,6 @@ struct Highest {
     }
     value[at] = v;
     index[at] = i;
-  }
-
-  // Shows values[0 .. count), which may be read up to a whole vector; those past count must be kNoExpert.
-  void show_all(const float* values, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<float>) {
-      if (!any_lane(load(values + i) > value[size - 1])) continue;
-      for (int64_t lane = 0; lane < kLanes<float>; ++lane) show(values[i + lane], i + lane);
-    }
   }
 };
 
@@ -117,21 +127,23 @@ inline void route_token(const TopkRoutingArgs& a, int64_t t, const TokenScores& 
   constexpr int n = kLanes<float>;
   float total = fill_scores(a, a.logits + t * a.row_stride, token);
   if (a.n_group > 1) mask_groups(a, token.choice);
-  Highest chosen(a.top_k);
-  chosen.show_all(token.choice, a.experts);
   alignas(64) float weights[kMostChosen + n];
+  bool masked[kMostChosen];
   const bool over_chosen = a.renormalize && !a.sigmoid;
   const float* from = over_chosen ? token.x : token.score;
   for (int64_t k = 0; k < a.top_k; ++k) {
-    a.ids[t * a.top_k + k] = chosen.index[k];
-    weights[k] = from[chosen.index[k]];
+    const int64_t e = highest_place(token.choice, a.experts);
+    masked[k] = !(token.choice[e] > kMasked);
+    token.choice[e] = kNoExpert;
+    a.ids[t * a.top_k + k] = e;
+    weights[k] = from[e];
   }
   if (over_chosen) {
     const float highest = weights[0];
     for (int64_t k = 0; k < a.top_k; k += n) store(weights + k, share(load(weights + k) - highest));
   }
   for (int64_t k = 0; k < a.top_k; ++k) {
-    if (!(chosen.value[k] > kMasked)) weights[k] = 0;
+    if (masked[k]) weights[k] = 0;
   }
   if (a.renormalize) {
     total = 0;

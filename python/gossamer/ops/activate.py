@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gossamer import _backend
@@ -90,7 +92,8 @@ def activate(
         raise ValueError(f"preact must have shape {wanted} for {activation.name!r}, got {tuple(preact.shape)}")
     if backend == "reference":
         return activate_reference(preact, activation, interleaved)
-    wide = preact.shape[-1]
     form = (activation.name, activation.alpha, activation.limit, interleaved, backend)
-    rows = _activate(preact.reshape(preact.shape[:-1].numel(), wide), *form)
-    return rows.view(*preact.shape[:-1], wide // activation.halves)
+    if preact.dim() == 2:
+        return _activate(preact, *form)
+    *leading, wide = preact.shape
+    return _activate(preact.reshape(math.prod(leading), wide), *form).view(*leading, wide // activation.halves)
