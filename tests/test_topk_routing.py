@@ -82,6 +82,10 @@ def test_operator_is_well_formed(kernel_backend, device):
     logits, bias = torch.randn(3, 8, device=device).requires_grad_(), torch.randn(8, device=device)
     args = (logits, bias, 2, True, True, 4, 2, 2.5, kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.topk_routing.default, args)
+    weights, ids = torch.ops.gossamer.topk_routing.default(*args)
+    saved = (logits.detach(), weights.detach(), ids)
+    backward = (torch.randn(3, 2, device=device), *saved, True, True, 2.5, kernel_backend)
+    torch.library.opcheck(torch.ops.gossamer.topk_routing_backward.default, backward)
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
@@ -117,3 +121,37 @@ def test_more_experts_a_token_than_the_native_kernel_finds(any_backend, device):
         values, ids = logits.topk(top_k, dim=1)
         assert torch.equal(routing.expert_ids, ids)
         torch.testing.assert_close(routing.weights, values.softmax(1))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_gradients_where_slots_are_dead(kernel_backend, device, sigmoid, renormalize):
+    """Masked, infinite and underflowing logits, an expanded gradient, a gradient of NaN for a slot without an expert."""
+    logits = torch.randn(6, 9, device=device) * 2
+    logits[0, 2:], logits[1], logits[2, 4], logits[3, 1:] = -INF, -INF, -INF, -300.0
+    weights = {}
+    for backend in (kernel_backend, "reference"):
+        leaf = logits.clone().requires_grad_()
+        with gossamer.backend(backend):
+            weights[backend] = route(sigmoid, leaf, 4, None, renormalize=renormalize, scale=2.5)
+        out = weights[backend].weights
+        for dweights in (torch.ones((), device=device).expand(6, 4), torch.where(out > 0, out.detach() + 1, NAN)):
+            (grad,) = torch.autograd.grad(out, leaf, dweights, retain_graph=True)
+            weights.setdefault(f"{backend} grads", []).append(grad)
+    ours, plain = weights[f"{kernel_backend} grads"], weights["reference grads"]
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert all(g.isfinite().all() and not g[~logits.isfinite()].any() for g in ours)
+
+
+def test_second_derivative(kernel_backend, device):
+    """What plain torch gives, of weights renormalised or not."""
+    logits = torch.randn(4, 7, device=device)
+    for renormalize in (False, True):
+        found = []
+        for backend in (kernel_backend, "reference"):
+            leaf = logits.clone().requires_grad_()
+            with gossamer.backend(backend):
+                weights = softmax_topk(leaf, 3, renormalize=renormalize).weights
+            (first,) = torch.autograd.grad(weights.square().sum(), leaf, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+        torch.testing.assert_close(*found)

@@ -1,4 +1,4 @@
-"""Experts and routing weights of each token from its logits, in one kernel."""
+"""Experts and routing weights of each token from its logits, and the gradient of the logits, in one kernel each."""
 
 from __future__ import annotations
 
@@ -101,6 +101,71 @@ def _topk_routing_kernel(
     tl.store(weights_ptr + at, weights * scale, known)
 
 
+@triton.jit(do_not_specialize=["num_tokens", "scale"])
+def _topk_routing_backward_kernel(
+    dweights_ptr,
+    logits_ptr,
+    weights_ptr,
+    ids_ptr,
+    dlogits_ptr,
+    num_tokens,
+    scale,
+    E: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    LOWEST: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    column = tl.arange(0, K_PAD)[None, :]
+    inside = (t < num_tokens)[:, None] & (e < E)[None, :]
+    known = (t < num_tokens)[:, None] & (column < TOP_K)
+    row = t.to(tl.int64)[:, None]
+    ids = tl.load(ids_ptr + row * TOP_K + column, known, other=0)
+    weights = tl.load(weights_ptr + row * TOP_K + column, known, other=0.0)
+    dweights = tl.load(dweights_ptr + row * TOP_K + column, known, other=0.0)
+    # Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
+    live = weights > 0
+    dweights = tl.where(live, dweights, 0.0)
+    x = tl.load(logits_ptr + row * E + e[None, :], inside, other=float("-inf"))
+    finite = (x == x) & (tl.abs(x) <= -LOWEST)
+    if SIGMOID:
+        picked = tl.load(logits_ptr + row * E + ids, known, other=0.0)
+        scores = tl.where(live, tl.sigmoid(picked), 0.0)
+        dscores = scale * dweights
+        if RENORMALIZE:
+            total = (tl.sum(scores, 1) + EPS)[:, None]
+            dscores = (dscores - tl.sum(dscores * scores, 1)[:, None] / total) / total
+        dpicked = dscores * scores * tl.where(live, tl.sigmoid(-picked), 0.0)
+    else:
+        mean = tl.sum(dweights * weights, 1)[:, None]
+        dpicked = weights * (dweights - mean / scale) if RENORMALIZE else weights * dweights
+    dlogits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    if not SIGMOID and not RENORMALIZE:
+        clean = tl.where(x == x, x, LOWEST)
+        clean = tl.minimum(tl.maximum(clean, LOWEST), -LOWEST)
+        score = tl.where(clean == LOWEST, 0.0, tl.exp(clean - tl.max(clean, 1)[:, None]))
+        total = tl.sum(score, 1)
+        dlogits -= score * (mean / tl.where(total > 0, total, 1.0)[:, None])
+    for k in tl.static_range(TOP_K):
+        here = column == k
+        expert = tl.sum(tl.where(here, ids, 0), 1)
+        value = tl.sum(tl.where(here, dpicked, 0.0), 1)
+        dlogits += tl.where(e[None, :] == expert[:, None], value[:, None], 0.0)
+    tl.store(dlogits_ptr + row * E + e[None, :], tl.where(finite, dlogits, 0.0), inside)
+
+
+def _blocks(num_experts: int) -> tuple[int, int]:
+    """Tokens and experts of a program."""
+    block_e = triton.next_power_of_2(num_experts)
+    return max(1, min(16, BLOCK // block_e)), block_e
+
+
 def topk_routing(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -117,8 +182,7 @@ def topk_routing(
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens == 0:
         return ids, weights
-    block_e = triton.next_power_of_2(num_experts)
-    block_t = max(1, min(16, BLOCK // block_e))
+    block_t, block_e = _blocks(num_experts)
     _topk_routing_kernel[(triton.cdiv(num_tokens, block_t),)](
         logits.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -143,17 +207,60 @@ def topk_routing(
     return ids, weights
 
 
+def topk_routing_backward(
+    dweights: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    sigmoid: bool,
+    renormalize: bool,
+    scale: float,
+) -> torch.Tensor:
+    """``dlogits (T, E)`` from ``dweights (T, K)`` and what :func:`topk_routing` took and gave."""
+    num_tokens, num_experts = logits.shape
+    dlogits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=logits.device)
+    if num_tokens == 0:
+        return dlogits
+    block_t, block_e = _blocks(num_experts)
+    top_k = ids.shape[1]
+    _topk_routing_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+        dweights.contiguous(),
+        logits.contiguous(),
+        weights,
+        ids,
+        dlogits,
+        num_tokens,
+        scale,
+        E=num_experts,
+        SIGMOID=sigmoid,
+        RENORMALIZE=renormalize,
+        TOP_K=top_k,
+        K_PAD=triton.next_power_of_2(top_k),
+        LOWEST=-LARGEST,
+        EPS=EPSILON,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        num_warps=4,
+    )
+    return dlogits
+
+
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
     for sigmoid, experts, top_k, groups, chosen in ((False, 64, 8, 1, 1), (True, 256, 8, 8, 4)):
         signature = aot_signature(torch.float32, "logits_ptr bias_ptr weights_ptr", "", "", "scale")
         signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
-        constexprs = {"E": experts, "SIGMOID": sigmoid, "RENORMALIZE": True, "TOP_K": top_k, "K_PAD": top_k}
-        constexprs |= {"N_GROUP": groups, "TOPK_GROUP": chosen, "BEST": 2 if sigmoid else 1, "LOWEST": -LARGEST}
-        constexprs |= {"EPS": EPSILON, "BLOCK_T": min(16, BLOCK // experts), "BLOCK_E": experts}
+        shared = {"E": experts, "SIGMOID": sigmoid, "RENORMALIZE": True, "TOP_K": top_k, "K_PAD": top_k}
+        shared |= {"LOWEST": -LARGEST, "EPS": EPSILON} | dict(zip(("BLOCK_T", "BLOCK_E"), _blocks(experts), strict=True))
+        constexprs = shared | {"N_GROUP": groups, "TOPK_GROUP": chosen, "BEST": 2 if sigmoid else 1}
         if not sigmoid:
             signature.pop("bias_ptr")
             constexprs["bias_ptr"] = None
         cases.append((_topk_routing_kernel, signature, constexprs, {"num_warps": 4}))
+        # Backward of weights that are shares of all experts, which holds the most.
+        signature = aot_signature(torch.float32, "dweights_ptr logits_ptr weights_ptr dlogits_ptr", "", "", "scale")
+        signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
+        backward = shared | {"RENORMALIZE": sigmoid}
+        cases.append((_topk_routing_backward_kernel, signature, backward, {"num_warps": 4}))
     return cases

@@ -1,23 +1,41 @@
+#include <string>
+
 #include "bindings/arguments.h"
 #include "bindings/register.h"
 #include "cpu/topk_routing.h"
 
 namespace gossamer::bindings {
 
+// (logits, row stride, T, E, K, whether scores are sigmoids, whether weights are divided by their sum, scale)
+using PyRouter = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, bool, bool, float>;
+
+inline RouterArgs router_args(const PyRouter& router) {
+  const auto& [logits, row_stride, tokens, experts, top_k, sigmoid, renormalize, scale] = router;
+  if (top_k > kMostChosen) throw py::value_error("top_k must be at most " + std::to_string(kMostChosen));
+  return {pointer<const float>(logits), row_stride, tokens, experts, top_k, sigmoid, renormalize, scale};
+}
+
 void register_topk_routing(py::module_& m) {
   m.def(
       "topk_routing",
-      [](uintptr_t logits, int64_t row_stride, const std::array<int64_t, 5>& sizes, bool sigmoid, bool renormalize, float scale,
-         uintptr_t bias, uintptr_t ids, uintptr_t weights, int num_threads) {
-        const auto& [tokens, experts, top_k, n_group, topk_group] = sizes;
-        if (std::max(top_k, topk_group) > kMostChosen) throw py::value_error("top_k and topk_group must be at most 64");
-        const TopkRoutingArgs args{pointer<const float>(logits), row_stride, tokens, experts, top_k, n_group, topk_group, sigmoid,
-                                   renormalize, scale, pointer<const float>(bias), pointer<int64_t>(ids), pointer<float>(weights)};
+      [](const PyRouter& router, int64_t n_group, int64_t topk_group, uintptr_t bias, uintptr_t ids, uintptr_t weights,
+         int num_threads) {
+        if (topk_group > kMostChosen) throw py::value_error("topk_group must be at most " + std::to_string(kMostChosen));
+        const TopkRoutingArgs args{router_args(router), n_group, topk_group, pointer<const float>(bias), pointer<int64_t>(ids),
+                                   pointer<float>(weights)};
         py::gil_scoped_release release;
         topk_routing(args, num_threads);
       },
-      "The experts of each token and their weights, from float32 logits; sizes are T, E, K, and the groups and how many of them "
-      "a token may use.");
+      "The experts of each token and their weights, from float32 logits.");
+  m.def(
+      "topk_routing_backward",
+      [](const PyRouter& router, uintptr_t ids, uintptr_t weights, uintptr_t dweights, uintptr_t dlogits, int num_threads) {
+        const TopkRoutingBackwardArgs args{router_args(router), pointer<const int64_t>(ids), pointer<const float>(weights),
+                                           pointer<const float>(dweights), pointer<float>(dlogits)};
+        py::gil_scoped_release release;
+        topk_routing_backward(args, num_threads);
+      },
+      "What flows back to the logits.");
 }
 
 }  // namespace gossamer::bindings

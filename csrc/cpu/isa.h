@@ -44,6 +44,7 @@ struct Kernels {
   void (*activate)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*activate_backward)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*topk_routing)(const TopkRoutingArgs& args, int64_t begin, int64_t end);
+  void (*topk_routing_backward)(const TopkRoutingBackwardArgs& args, int64_t begin, int64_t end);
 };
 
 namespace generic {

@@ -84,15 +84,33 @@ inline void mask_groups(const TopkRoutingArgs& a, float* choice) {
   }
 }
 
+// A token's logits as they count: NaN and what lies below all numbers as a masked expert's, infinity as the largest number.
+GOSSAMER_INLINE Vec<float> cleaned(const float* logits, int valid) {
+  Vec<float> x = load_valid(logits, valid);
+  x = x > kMasked ? x : splat(kMasked);
+  return x > -kMasked ? splat(-kMasked) : x;
+}
+
+// Whole vectors of x as e^(x − highest), of which the sum is returned; nothing of masked experts. `top` has the highest in a lane.
+inline float exponentials(const float* x, int64_t experts, Vec<float> top, float* to) {
+  float highest = top[0];
+  for (int lane = 1; lane < kLanes<float>; ++lane) highest = std::max(highest, top[lane]);
+  Vec<float> total{};
+  for (int64_t e = 0; e < experts; e += kLanes<float>) {
+    const Vec<float> v = load(x + e), score = v == kMasked ? Vec<float>{} : share(v - highest);
+    store(to + e, score);
+    total += score;
+  }
+  return sum_lanes<float>(total);
+}
+
 // Fills the token's scores: σ(x) and what its bias makes of it, or e^(x − highest), whose sum is returned, and x.
 inline float fill_scores(const TopkRoutingArgs& a, const float* logits, const TokenScores& token) {
   constexpr int n = kLanes<float>;
   Vec<float> top = splat(kMasked);
   for (int64_t e = 0; e < a.experts; e += n) {
     const int valid = static_cast<int>(std::min<int64_t>(n, a.experts - e));
-    Vec<float> x = load_valid(logits + e, valid);
-    x = x > kMasked ? x : splat(kMasked);
-    x = x > -kMasked ? splat(-kMasked) : x;
+    Vec<float> x = cleaned(logits + e, valid);
     const Mask<float> masked = x == kMasked;
     Vec<float> choice = x;
     if (a.sigmoid) {
@@ -111,16 +129,7 @@ inline float fill_scores(const TopkRoutingArgs& a, const float* logits, const To
     store(token.choice + e, choice);
     top = x > top ? x : top;
   }
-  if (a.sigmoid || a.renormalize) return 0;
-  float highest = top[0];
-  for (int lane = 1; lane < n; ++lane) highest = std::max(highest, top[lane]);
-  Vec<float> total{};
-  for (int64_t e = 0; e < a.experts; e += n) {
-    const Vec<float> x = load(token.x + e), score = x == kMasked ? Vec<float>{} : share(x - highest);
-    store(token.score + e, score);
-    total += score;
-  }
-  return sum_lanes<float>(total);
+  return a.sigmoid || a.renormalize ? 0 : exponentials(token.x, a.experts, top, token.score);
 }
 
 inline void route_token(const TopkRoutingArgs& a, int64_t t, const TokenScores& token) {
@@ -162,4 +171,75 @@ void topk_routing(const TopkRoutingArgs& a, int64_t begin, int64_t end) {
   const auto scores = std::make_unique<float[]>(3 * room);
   const TokenScores token{scores.get(), scores.get() + room, scores.get() + 2 * room};
   for (int64_t t = begin; t < end; ++t) route_token(a, t, token);
+}
+
+// Finds what flows back to the chosen experts' logits. Where weights are shares of all experts, what is returned flows back to every
+// logit, times its expert's share.
+inline float chosen_gradients(const TopkRoutingBackwardArgs& a, int64_t t, float* dpicked) {
+  const int64_t* ids = a.ids + t * a.top_k;
+  const float *weights = a.weights + t * a.top_k, *dweights = a.dweights + t * a.top_k, *logits = a.logits + t * a.row_stride;
+  float sum = 0, total = kScoreEpsilon;
+  for (int64_t k = 0; k < a.top_k; ++k) {
+    // Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
+    const bool live = weights[k] > 0;
+    dpicked[k] = live ? dweights[k] : 0;
+    if (!a.sigmoid) sum += dpicked[k] * weights[k];
+  }
+  if (!a.sigmoid) {
+    const float mean = a.renormalize ? sum / a.scale : 0;
+    for (int64_t k = 0; k < a.top_k; ++k) dpicked[k] = weights[k] > 0 ? weights[k] * (dpicked[k] - mean) : 0;
+    return a.renormalize ? 0 : -sum;
+  }
+  constexpr int n = kLanes<float>;
+  alignas(64) float score[kMostChosen + n], rest[kMostChosen + n];
+  for (int64_t k = 0; k < a.top_k; ++k) score[k] = logits[ids[k]];
+  for (int64_t k = 0; k < a.top_k; k += n) {
+    const auto sigma = logistic<float>(load(score + k));
+    store(score + k, sigma.value);
+    store(rest + k, sigma.rest);
+  }
+  for (int64_t k = 0; k < a.top_k; ++k) {
+    if (!(weights[k] > 0)) score[k] = rest[k] = 0;
+    dpicked[k] *= a.scale;
+    sum += dpicked[k] * score[k];
+    total += score[k];
+  }
+  for (int64_t k = 0; k < a.top_k; ++k) {
+    const float dscore = a.renormalize ? (dpicked[k] - sum / total) / total : dpicked[k];
+    dpicked[k] = dscore * score[k] * rest[k];
+  }
+  return 0;
+}
+
+void topk_routing_backward(const TopkRoutingBackwardArgs& a, int64_t begin, int64_t end) {
+  constexpr int n = kLanes<float>;
+  const int64_t room = (a.experts + n - 1) / n * n;
+  const bool over_all = !a.sigmoid && !a.renormalize;
+  const auto scores = std::make_unique<float[]>(over_all ? 2 * room : 0);
+  float *x = scores.get(), *share_of = x + room;
+  float dpicked[kMostChosen];
+  for (int64_t t = begin; t < end; ++t) {
+    const float* logits = a.logits + t * a.row_stride;
+    float* to = a.dlogits + t * a.experts;
+    const float to_all = chosen_gradients(a, t, dpicked);
+    if (over_all) {
+      Vec<float> top = splat(kMasked);
+      for (int64_t e = 0; e < a.experts; e += n) {
+        const int valid = static_cast<int>(std::min<int64_t>(n, a.experts - e));
+        Vec<float> v = cleaned(logits + e, valid);
+        for (int lane = valid; lane < n; ++lane) v[lane] = kMasked;
+        store(x + e, v);
+        top = v > top ? v : top;
+      }
+      const float total = exponentials(x, a.experts, top, share_of), factor = total > 0 ? to_all / total : 0;
+      // A constant stands for a logit that is not finite, and takes no gradient.
+      for (int64_t e = 0; e < a.experts; ++e) to[e] = std::isfinite(logits[e]) ? share_of[e] * factor : 0;
+    } else {
+      std::fill_n(to, a.experts, 0.0f);
+    }
+    for (int64_t k = 0; k < a.top_k; ++k) {
+      const int64_t e = a.ids[t * a.top_k + k];
+      if (std::isfinite(logits[e])) to[e] += dpicked[k];
+    }
+  }
 }

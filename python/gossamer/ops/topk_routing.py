@@ -50,8 +50,25 @@ _topk_routing = register(
 )
 
 
+def _backward_kernel(dweights, logits, weights, ids, sigmoid, renormalize, scale, backend):
+    module = _backend.kernels(backend, "topk_routing")
+    return module.topk_routing_backward(dweights, logits, weights, ids, sigmoid, renormalize, scale)
+
+
+def _backward_fake(dweights, logits, weights, ids, sigmoid, renormalize, scale, backend):
+    return logits.new_empty(logits.shape)
+
+
+_topk_routing_backward = register(
+    "topk_routing_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor ids, bool sigmoid, bool renormalize, "
+    "float scale, str backend) -> Tensor",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
 def _setup_context(ctx, inputs, output):
-    logits, _, _, ctx.sigmoid, ctx.renormalize, *_, ctx.scale, _ = inputs
+    logits, _, _, ctx.sigmoid, ctx.renormalize, *_, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, *output)
 
@@ -59,33 +76,51 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dweights, _dids):
     if dweights is None or not ctx.needs_input_grad[0]:
         return (None,) * 9
-    logits, weights, ids = ctx.saved_tensors
+    arguments = dweights, *ctx.saved_tensors, ctx.sigmoid, ctx.renormalize, ctx.scale
+    if torch.is_grad_enabled():
+        # A gradient of this gradient is wanted, which plain torch knows.
+        dlogits = topk_routing_backward_reference(*arguments)
+    else:
+        dlogits = _topk_routing_backward(*arguments, ctx.backend)
+    return dlogits, *[None] * 8
+
+
+torch.library.register_autograd("gossamer::topk_routing", _backward, setup_context=_setup_context)
+
+
+def topk_routing_backward_reference(
+    dweights: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    sigmoid: bool,
+    renormalize: bool,
+    scale: float,
+) -> torch.Tensor:
+    """What flows back to ``logits (T, E)`` from ``dweights (T, K)`` in plain torch, differentiable."""
     # Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
     live = weights > 0
     dweights = torch.where(live, dweights, 0.0)
-    if ctx.sigmoid:
+    if sigmoid:
         scores = torch.where(live, logits.gather(1, ids).sigmoid(), 0.0)
-        dscores = ctx.scale * dweights
-        if ctx.renormalize:
+        dscores = scale * dweights
+        if renormalize:
             total = scores.sum(1, keepdim=True) + EPSILON
             dscores = (dscores - (dscores * scores).sum(1, keepdim=True) / total) / total
         dpicked = dscores * scores * (1 - scores)
     else:
         mean = (dweights * weights).sum(1, keepdim=True)
-        if ctx.renormalize:
-            dpicked = weights * (dweights - mean / ctx.scale)
+        if renormalize:
+            dpicked = weights * (dweights - mean / scale)
         else:
             dpicked = weights * dweights
     dlogits = torch.zeros_like(logits).scatter_add_(1, ids, torch.where(live, dpicked, 0.0))
     finite = logits.isfinite()
-    if not ctx.sigmoid and not ctx.renormalize:
+    if not sigmoid and not renormalize:
         limits = torch.finfo(logits.dtype)
         clean = torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
         dlogits = dlogits - clean.softmax(1) * mean
-    return torch.where(finite, dlogits, 0.0), *[None] * 8
-
-
-torch.library.register_autograd("gossamer::topk_routing", _backward, setup_context=_setup_context)
+    return torch.where(finite, dlogits, 0.0)
 
 
 def _power_of_two(value: int) -> bool:
