@@ -203,6 +203,8 @@ setup(
         "gossamer.triton_kernels",
         "gossamer.bench",
     ],
+    # What package_data names is installed; what the manifest names beyond that is for the source archive alone.
+    include_package_data=False,
     package_dir={"": "python", "gossamer.triton_kernels": "triton_kernels", "gossamer.bench": "bench"},
     package_data={
         "gossamer": ["py.typed"],

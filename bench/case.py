@@ -42,6 +42,7 @@ class Variant:
         layout: brings outputs from this variant's layout into the truth's.
         gate: the key of the case's gate that judges it; None for one that computes another problem of equal size.
         note: a remark for the table.
+        package: whose it is: the distribution of a peer, else gossamer, which answers for baselines too.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Variant:
     layout: Callable[[Outputs], Outputs] = _same
     gate: str | None = "truth"
     note: str = ""
+    package: str = "gossamer"
 
     def call(self, direction: str) -> Outputs:
         """Run forward, without recording a graph, or forward and backward; the outputs by name, as they come."""

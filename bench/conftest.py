@@ -22,6 +22,7 @@ SMALL = {
     ("M", "N", "K", "BLOCK", "SPARSE"): (256, 256, 256, 32, 75),
     ("N", "D", "B", "J", "T"): (10_000, 64, 512, 20, 1),
     ("N", "D", "B", "L"): (10_000, 16, 4096, 75),
+    ("R", "I"): (1024, 128),
 }
 TIMER = MeasuredTime()
 
@@ -50,8 +51,7 @@ def measured(request, benchmark):
     sizes = SMALL[family.symbols]
     shape = ",".join(map(str, sizes))
     wanted = Request(shape, family.sizes(shape), dtype, resolve_device("auto"), direction, "uniform", ())
-    if wanted.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(wanted.device)
     case = family.build(wanted)
     variant = next(v for v in case.variants if v.role == role)
 

@@ -80,6 +80,7 @@ class Row:
         host_seconds: on CUDA, what the host needs to issue a call; on the CPU, what a call costs with next to no work.
             None where it was not measured.
         timed_by: how the samples were taken; see :class:`gossamer.bench.timing.Timed`.
+        package: of the variant.
     """
 
     name: str
@@ -93,6 +94,13 @@ class Row:
     peak_bytes: int | None = None
     host_seconds: float | None = None
     timed_by: str = ""
+    package: str = "gossamer"
+
+    @property
+    def faulty(self) -> bool:
+        """Whether the run is to fail by it: wrong and no one else's, or ours and broken."""
+        wrong = self.status == "wrong" and self.package == "gossamer"
+        return wrong or (self.status == "failed" and self.role == OURS)
 
     @property
     def median(self) -> float:
@@ -163,9 +171,8 @@ class Results:
 
     @property
     def correct(self) -> bool:
-        """Whether no variant was wrong and none of ours failed."""
-        rows = [row for result in self.cases for row in result.rows]
-        return not any(row.status == "wrong" or (row.status == "failed" and row.role == OURS) for row in rows)
+        """Whether nothing of gossamer or its baselines was wrong, and none of ours failed."""
+        return not any(row.faulty for result in self.cases for row in result.rows)
 
     def as_json(self) -> dict:
         """Everything as plain values."""
@@ -273,8 +280,7 @@ def run(
         sweep: what the cases sweep over, to be kept with the results; see :mod:`gossamer.bench.sweep`.
     """
     device = wanted[0].device
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     stage("measuring the ceilings: a matrix product and a copy")
     ceilings = measure(device, [request.dtype for request in wanted])
     results: list[CaseResult] = []
@@ -428,7 +434,8 @@ def _first_calls(case: Case, variant: Variant, gates: dict) -> Row:
     try:
         verdict = judge(case, variant, gates)
         if verdict is not None and verdict.failures:
-            return Row(variant.name, variant.role, "wrong", verdict.error, "; ".join(verdict.failures))
+            found = verdict.error, "; ".join(verdict.failures)
+            return Row(variant.name, variant.role, "wrong", *found, package=variant.package)
         peak = peak_memory(lambda: variant.call(case.direction), case.device)
     except Exception as error:
         # A benchmark of several systems goes on when one breaks: the row says how, and ours sets the exit status.

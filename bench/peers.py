@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,7 +105,7 @@ def gather(peers: Iterable[Peer], request: Request, *arguments: object) -> tuple
         try:
             if reason := peer.unavailable(request.device, request.dtype):
                 raise Unavailable(reason)
-            variants.append(peer.adapt(peer.name, peer.role, *arguments))
+            variants.append(replace(peer.adapt(peer.name, peer.role, *arguments), package=peer.package))
         except Unavailable as reason:
             skipped[peer.name] = str(reason)
     return variants, skipped

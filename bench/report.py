@@ -220,12 +220,7 @@ def print_changes(
 def summary(results: Results) -> str:
     """The last sentence: ours against each baseline over all cases, or what is wrong."""
     if not results.correct:
-        bad = [
-            f"{row.name} ({result.case.title})"
-            for result in results.cases
-            for row in result.rows
-            if row.status == "wrong" or (row.status == "failed" and row.role == OURS)
-        ]
+        bad = [f"{row.name} ({result.case.title})" for result in results.cases for row in result.rows if row.faulty]
         return f"Wrong or failed: {'; '.join(bad)}."
     speedups: dict[str, list[float]] = {}
     dense_name, dense_ratios = "", []

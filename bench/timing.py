@@ -368,13 +368,15 @@ def quantile(samples: list[float], q: float) -> float:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed, in this process; says whether it will.
+def keep_freed_memory(device: torch.device) -> bool:
+    """Have the C library keep what is freed, in this process, for work on the CPU; says whether it will.
 
     Left to itself it returns large results to the system after each call, and the next call clears their pages again,
     or it does not, depending on what the process freed before. That was a quarter of the time of a dense layer, in one
     run and not in the next.
     """
+    if device.type != "cpu":
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

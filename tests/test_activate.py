@@ -28,7 +28,7 @@ def draw(rows, inner, activation, device, dtype=torch.float32):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_against_float64(kernel_backend, dtype, device, activation, interleaved):
-    """Values and gradients, in rows that are shorter than a vector, end within one, and fill several threads' shares."""
+    """Values and gradients, in rows shorter than a vector, ending within one, and filling several threads' shares."""
     for rows, inner in ((3, 5), (7, 47), (130, 33)):
         inputs = {"preact": draw(rows, inner, activation, device, dtype)}
         check(function(kernel_backend, activation, interleaved), reference(activation, interleaved), inputs)
@@ -55,7 +55,9 @@ def test_large_gates(kernel_backend, device, activation):
     if activation == "geglu_tanh":
         preact = preact[1:-1]
     for need in ((), ("preact",)):
-        ours = run(function(kernel_backend, activation, False), {"preact": preact}, need, torch.ones_like(preact[:, :1]))
+        ours = run(
+            function(kernel_backend, activation, False), {"preact": preact}, need, torch.ones_like(preact[:, :1])
+        )
         truth = run(reference(activation, False), {"preact": preact.double()}, need, torch.ones_like(preact[:, :1]))
         for name, value in ours.items():
             torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=1e-30)
@@ -140,7 +142,7 @@ def test_offsets_past_32_bits(device):
 def test_bad_input(device):
     with pytest.raises(TypeError, match=r"preact must be a torch.Tensor, got list"):
         gossamer.activate([1.0])
-    with pytest.raises(TypeError, match="preact must be float32, float16, bfloat16.* got torch.int64"):
+    with pytest.raises(TypeError, match=r"preact must be float32, float16, bfloat16.* got torch.int64"):
         gossamer.activate(torch.ones(2, 4, dtype=torch.int64, device=device))
     with pytest.raises(ValueError, match="activation must be one of"):
         gossamer.activate(torch.ones(2, 4, device=device), "swish")

@@ -57,6 +57,22 @@ def test_wrong_variant_gets_an_error_and_no_speed():
     assert not results.correct
 
 
+def test_a_wrong_peer_is_shown_and_does_not_fail_the_run(device):
+    """What gossamer or its baseline gets wrong fails it; what another package gets wrong is in the table alone."""
+    right, ours = (Variant(role, role, lambda: torch.arange(4.0)) for role in (DENSE, OURS))
+
+    def adapt(name, role):
+        return Variant(name, role, lambda: torch.arange(4.0) * 1.001)
+
+    for package, correct in (("torch", True), ("gossamer", False)):
+        peer = peers.Peer("another", None, package, adapt)
+        variants, _ = peers.gather([peer], small_request(device))
+        results = run_variants(ours, right, *variants)
+        assert [row.status for row in results.cases[0].rows] == ["ok", "ok", "wrong"]
+        assert results.correct is correct
+        assert ("another" in report.summary(results)) is not correct
+
+
 def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
     """Two cases in three visits; with no memory to spare, one after the other. Neither keeps its tensors."""
     monkeypatch.setattr(harness, "VISITS", 3)

@@ -293,7 +293,7 @@ def test_freed_memory_is_kept_once_the_c_library_was_told():
     code = """
 import resource, torch
 from gossamer.bench.timing import keep_freed_memory
-kept = keep_freed_memory()
+kept = keep_freed_memory(torch.device("cpu"))
 use = lambda: torch.empty(12 << 20).zero_()
 use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -126,7 +126,7 @@ def test_more_experts_a_token_than_the_native_kernel_finds(any_backend, device):
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_gradients_where_slots_are_dead(kernel_backend, device, sigmoid, renormalize):
-    """Masked, infinite and underflowing logits, an expanded gradient, a gradient of NaN for a slot without an expert."""
+    """Masked, infinite and underflowing logits, an expanded gradient, NaN as gradient of a slot without expert."""
     logits = torch.randn(6, 9, device=device) * 2
     logits[0, 2:], logits[1], logits[2, 4], logits[3, 1:] = -INF, -INF, -INF, -300.0
     weights = {}

@@ -252,7 +252,9 @@ def aot_cases(arch: int) -> list[tuple]:
         signature = aot_signature(torch.float32, "logits_ptr bias_ptr weights_ptr", "", "", "scale")
         signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
         shared = {"E": experts, "SIGMOID": sigmoid, "RENORMALIZE": True, "TOP_K": top_k, "K_PAD": top_k}
-        shared |= {"LOWEST": -LARGEST, "EPS": EPSILON} | dict(zip(("BLOCK_T", "BLOCK_E"), _blocks(experts), strict=True))
+        shared |= {"LOWEST": -LARGEST, "EPS": EPSILON} | dict(
+            zip(("BLOCK_T", "BLOCK_E"), _blocks(experts), strict=True)
+        )
         constexprs = shared | {"N_GROUP": groups, "TOPK_GROUP": chosen, "BEST": 2 if sigmoid else 1}
         if not sigmoid:
             signature.pop("bias_ptr")

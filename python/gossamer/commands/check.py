@@ -45,8 +45,7 @@ def check(
 
     try:
         where = harness.resolve_device(device)
-        if where.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(where)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if direction not in DIRECTIONS:

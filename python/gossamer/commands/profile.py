@@ -43,8 +43,7 @@ def profile(
             print("run it on a machine with an NVIDIA GPU and Nsight Compute; nothing was run here", file=sys.stderr)
             return
         where = harness.resolve_device(device)
-        if where.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(where)
         for option, path, suffixes in (
             ("--trace", trace, (".json", ".gz")),
             ("--plot", plot, (".png", ".svg")),
