@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes,
-# low-rank updates on five, the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, and
+# Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes, its
+# router and its activation, low-rank updates on five, the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, and
 # block-sparse linear layers at four sparsities, against their baselines and any installed peer.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
@@ -12,19 +12,19 @@ mkdir -p "$out"
 device=$(python3 -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
 
 pip install --no-build-isolation --no-deps .
-pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_mlp.py \
-  tests/test_backend.py tests/test_routing.py tests/test_moe.py tests/test_moe_blocks.py \
-  tests/test_gather_reduce*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
+pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_*.py tests/test_activate.py \
+  tests/test_backend.py tests/test_routing.py tests/test_topk_routing.py tests/test_routers.py tests/test_moe*.py \
+  tests/test_gather_*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
   tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py \
-  tests/test_quantized_experts.py tests/test_multi_low_rank.py tests/test_expert_mlp_lora.py tests/test_low_rank*.py \
-  tests/test_quantized_weight.py tests/test_peft.py tests/test_block_topology.py tests/test_block_sparse.py
+  tests/test_quantize*.py tests/test_multi_low_rank.py tests/test_low_rank*.py tests/test_peft.py tests/test_block_*.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done
 for shape in olmoe qwen3-30b-a3b mixtral; do
   gossamer bench quantized_experts --shape "$shape" --dtype bf16 --device cuda --json "$out/quantized-$shape-$device.json"
 done
-for family in multi_low_rank expert_mlp_lora; do
+gossamer bench topk_routing --device cuda --json "$out/topk_routing-$device.json"
+for family in multi_low_rank expert_mlp_lora activate; do
   gossamer bench "$family" --dtype bf16 --device cuda --json "$out/$family-$device.json"
 done
 for shape in square square-rank-64 wide square-2048 square-64; do
