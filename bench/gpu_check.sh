@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes, its
-# router and its activation, low-rank updates on five, the embedding layers, static and dynamic, and the hash table over uniform and skewed ids, and
-# block-sparse linear layers at four sparsities, against their baselines and any installed peer.
+# router and its activation, low-rank updates on five, the embedding layers, static and dynamic, and the hash table over
+# uniform and skewed ids, and block-sparse linear layers at four sparsities, against their baselines and any installed peer.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -58,8 +58,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give ``kernel_backend`` the kernel families of this device, and ``dtype`` beside it the dtypes they compute.
 
     ``any_backend`` has ``"reference"``, plain torch, too.
+    The primitive is that of the file's name, or the module's ``PRIMITIVE``.
     """
-    backends = _backends(Path(metafunc.module.__file__).stem.removeprefix("test_"))
+    stem = Path(metafunc.module.__file__).stem.removeprefix("test_")
+    backends = _backends(getattr(metafunc.module, "PRIMITIVE", stem))
     if "any_backend" in metafunc.fixturenames:
         metafunc.parametrize("any_backend", ["reference", *backends])
     elif "kernel_backend" in metafunc.fixturenames and "dtype" in metafunc.fixturenames:

@@ -19,6 +19,11 @@ def make_dispatch(num_tokens, num_experts, top_k, device, *, ids=None, **routing
     return gossamer.dispatch(ids.to(device), num_experts)
 
 
+def randn(*shape, seed=0, device="cpu", dtype=torch.float32):
+    """Normal numbers that are the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
 def run(
     function: Callable, inputs: dict[str, torch.Tensor], needs: Iterable[str] = (), dout: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from eager_draws import compare
-from helpers import OperatorLog
+from helpers import OperatorLog, randn
 
 import gossamer
 from gossamer.nn import Experts, LoRAExperts, MoE
@@ -13,10 +13,6 @@ from gossamer.testing import random_expert_ids
 
 # I is one block of 32 and half of another, so blocks have 16 columns; T·K/E is no multiple of a block's rows.
 H, I, E, K, T = 40, 48, 5, 2, 53
-
-
-def randn(*shape, seed=0, device="cpu", dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 FORMS = [

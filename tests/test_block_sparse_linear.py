@@ -5,16 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check, check_draws, run
+from helpers import check, check_draws, randn, run
 from torch import nn
 
 import gossamer
 from gossamer.nn import BlockSparseLinear, erk_densities
 from gossamer.nn.block_sparse import block_scores, highest
-
-
-def randn(*shape, seed=0, device="cpu", dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def dense(values, mask, out_features, in_features):

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from helpers import randn
 
 from gossamer.nn import Experts, MoE, Routing, limit_capacity, load_balance_loss
 from gossamer.testing import random_expert_ids
 
 T, E, K, H, I = 37, 5, 2, 12, 10
-
-
-def randn(*shape, seed=0, device="cpu"):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def loop(ids, factor):

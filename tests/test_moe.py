@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eager_draws import compare
+from helpers import randn
 from torch.utils.checkpoint import checkpoint
 
 from gossamer.nn import Experts, HashRouter, MoE, SharedExpert, SoftmaxRouter, given_experts, load_balance_loss
@@ -13,10 +14,6 @@ from gossamer.testing import assert_close, random_expert_ids
 
 # H and I are multiples of nothing; T is no multiple of E or of a tile; K = 3 of 7 leaves experts with few tokens.
 H, I, E, K, T = 40, 24, 7, 3, 45
-
-
-def randn(*shape, seed=0, device="cpu", dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def dense_loop(x, p, ids, weights, *, activation="swiglu", interleaved=False, transposed=False):

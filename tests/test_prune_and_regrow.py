@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randn
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,10 +14,6 @@ from torch.utils._pytree import tree_leaves
 from gossamer import _backend
 from gossamer.nn import BlockSparseLinear, PruneAndRegrow
 from gossamer.nn.prune_and_regrow import moved_mask
-
-
-def randn(*shape, seed=0, device="cpu"):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def network(device, seed=0):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OperatorLog, check, run
+from helpers import OperatorLog, check, randn, run
 from torch import nn
 
 import gossamer
@@ -16,10 +16,6 @@ from gossamer.testing import random_expert_ids
 
 # C and N are multiples of nothing; 2 of 5 experts leave one with few rows under the skew.
 T, C, N, E, K = 23, 12, 20, 5, 2
-
-
-def randn(*shape, seed=0, device="cpu", dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def order_of(ids):
