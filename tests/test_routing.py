@@ -8,7 +8,6 @@ from gossamer.nn import (
     SoftmaxRouter,
     TopKSoftmaxRouter,
     given_experts,
-    routing,
     sigmoid_topk,
     softmax_topk,
     topk_softmax,
@@ -242,8 +241,7 @@ def test_product_in_the_hidden_dtype_as_transformers_takes_it(device):
 @pytest.fixture
 def unchecked(monkeypatch):
     """What happens where values are not read: CUDA, or the CPU with its check off."""
-    for module in (routing, topk_routing):
-        monkeypatch.setattr(module, "raise_not_a_logit", lambda logits: None)
+    monkeypatch.setattr(topk_routing, "_raise_not_a_logit", lambda logits: None)
 
 
 BIG = torch.finfo(torch.float32).max

@@ -10,7 +10,7 @@ import torch
 from gossamer.ops._checks import check_index, check_same_device, check_shape, check_tensor
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
-from gossamer.ops.topk_routing import EPSILON, fused_topk, raise_not_a_logit
+from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk
 
 
 def check_positive(**sizes: int) -> None:
@@ -112,12 +112,7 @@ def _masked_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _select_kernel(logits, choice, top_k):
-    # The check reads values, so it can only stand inside the operator, where a compiled call has them too.
-    if logits.device.type == "cpu" and logits.numel():
-        if not float(logits.max()) < math.inf:
-            raise_not_a_logit(logits)
-        if choice is not logits and bool(choice.isnan().any()):
-            raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
+    check_logits(logits, None if choice is logits else choice)
     # NaN compares unpredictably inside a top-k; as the lowest value it cannot displace or repeat another expert.
     return torch.nan_to_num(choice, nan=-math.inf, posinf=math.inf, neginf=-math.inf).topk(top_k, dim=1).indices
 

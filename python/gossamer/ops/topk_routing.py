@@ -15,7 +15,7 @@ EPSILON = 1e-20
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
-def raise_not_a_logit(logits: torch.Tensor) -> None:
+def _raise_not_a_logit(logits: torch.Tensor) -> None:
     """Say where ``logits (T, E)`` hold NaN or +inf."""
     bad = logits.isnan() | logits.isposinf()
     token, expert = (int(i) for i in bad.nonzero()[0])
@@ -25,13 +25,21 @@ def raise_not_a_logit(logits: torch.Tensor) -> None:
     )
 
 
+def check_logits(logits: torch.Tensor, biased: torch.Tensor | None) -> None:
+    """On the CPU ``logits`` must hold neither NaN nor +inf, and a bias, or what it was added to, no NaN.
+
+    It reads values, so it can only stand inside an operator, where a compiled call has them too.
+    """
+    if logits.device.type != "cpu" or logits.numel() == 0:
+        return
+    if not float(logits.max()) < math.inf:
+        _raise_not_a_logit(logits)
+    if biased is not None and bool(biased.isnan().any()):
+        raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
+
+
 def _kernel(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend):
-    # The checks read values, so they can only stand inside the operator, and on the CPU.
-    if logits.device.type == "cpu" and logits.numel():
-        if not float(logits.max()) < math.inf:
-            raise_not_a_logit(logits)
-        if bias is not None and bool(bias.isnan().any()):
-            raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
+    check_logits(logits, bias)
     module = _backend.kernels(backend, "topk_routing")
     ids, weights = module.topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale)
     return weights, ids
