@@ -302,6 +302,48 @@ def test_instruction_sets_decode_alike(isa, weight_format):
         native.choose_isa(before)
 
 
+def random_codes(weight_format, n, c):
+    """A stack of one expert with codes of all kinds but NaN, and scales of different size."""
+    weight = stack(weight_format, "cpu", 1, n, c)
+    bits = torch.randint(256, weight.data.shape).to(torch.uint8)
+    if weight_format.startswith("fp8"):
+        bits[bits & 127 == 127] = 0
+    return QuantizedExpertWeight(bits.view(weight.data.dtype), weight.scale, weight_format)
+
+
+# Depths whose sums have segments of 128 and of 64 columns; the last segments are short. Rows end within a vector.
+@pytest.mark.parametrize("c", [736, 320])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_few_tokens_have_the_bits_of_many(isa, weight_format, c):
+    """Few tokens' products decode with rows in the lanes: bit by bit what those tokens get among many, and dense."""
+    native = pytest.importorskip("gossamer._C")
+    before, n, many = native.isa(), 37, 40
+    try:
+        native.choose_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor does not run {isa}, or it was not compiled")
+    try:
+        weight = random_codes(weight_format, n, c)
+        x = torch.randn(many, c)
+        of_all = []
+        for value in (weight, weight.dequantize()):
+            with gossamer.backend("native"):
+                all_tokens = gossamer.grouped_matmul(x, value, make_dispatch(many, 1, 1, "cpu"))
+                for few in (1, 2, 3, 4, 8):
+                    y = gossamer.grouped_matmul(x[:few], value, make_dispatch(few, 1, 1, "cpu"))
+                    assert torch.equal(y, all_tokens[:few])
+            of_all.append(all_tokens)
+        assert torch.equal(*of_all)
+        if weight_format.startswith("fp8"):
+            weight.data.view(torch.uint8)[0, 3, 5] = 255
+            with gossamer.backend("native"):
+                y = gossamer.grouped_matmul(x[:2], weight, make_dispatch(2, 1, 1, "cpu"))
+            assert y.isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
+    finally:
+        native.choose_isa(before)
+
+
 def test_errors_of_quantising_and_products():
     weight = torch.randn(E, N, C)
     for options, message in (
