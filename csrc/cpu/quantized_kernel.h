@@ -83,14 +83,35 @@ GOSSAMER_INLINE Vec<float> e2m1_magnitude(UInts code) {
 #endif
 }
 
-// The e4m3 number in the lowest eight bits, whatever the others are.
-GOSSAMER_INLINE Vec<float> e4m3_value(UInts code) {
-  const UInts magnitude = code & 0x7fu;
-  const UInts normal = (magnitude << 20) + (120u << 23);
-  const Vec<float> small = __builtin_convertvector((SignedInts)magnitude, Vec<float>) * 0x1p-9f;
-  UInts bits = magnitude < 8u ? (UInts)small : normal;
-  bits = magnitude == 0x7fu ? UInts{} + 0x7fc00000u : bits;
-  return (Vec<float>)(bits | ((code & 0x80u) << 24));
+constexpr uint32_t kSignBit = 0x80000000u;
+
+// The e4m3 number in the highest eight bits, whatever the others are; kNormal says that none is NaN, zero or subnormal.
+template <bool kNormal = false>
+GOSSAMER_INLINE Vec<float> e4m3_value(UInts high) {
+  const UInts magnitude = (high >> 4) & (0x7fu << 20);
+  UInts bits = magnitude + (120u << 23);
+  if constexpr (!kNormal) {
+    const Vec<float> small = __builtin_convertvector((SignedInts)magnitude, Vec<float>) * 0x1p-29f;
+    bits = magnitude < (8u << 20) ? (UInts)small : bits;
+    bits = magnitude == (0x7fu << 20) ? UInts{} + 0x7fc00000u : bits;
+  }
+  return (Vec<float>)(bits | (high & kSignBit));
+}
+
+// Whether all bytes are normal e4m3 numbers, as nearly all weights are.
+GOSSAMER_INLINE bool all_normal_e4m3(UInts words) {
+  // Sums reach a byte's highest bit where its exponent is not zero, and where it is NaN.
+  const UInts normal = (words & 0x78787878u) + 0x78787878u, nan = (words & 0x7f7f7f7fu) + 0x01010101u;
+  const UInts others = (~normal | nan) & 0x80808080u;
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)others, (__m512i)others) == 0;
+#elif GOSSAMER_F16C
+  return _mm256_testz_si256((__m256i)others, (__m256i)others);
+#else
+  uint32_t any = 0;
+  for (int i = 0; i < kCodes; ++i) any |= others[i];
+  return any == 0;
+#endif
 }
 
 constexpr int kWordBits = 32;
@@ -101,7 +122,7 @@ constexpr int kCodeBits = Format == WeightFormat::kFp8 || Format == WeightFormat
 template <WeightFormat Format>
 GOSSAMER_INLINE Vec<float> decode(const uint8_t* from) {
   if constexpr (Format == WeightFormat::kFp8) {
-    return e4m3_value(unsigned_bytes(from));
+    return e4m3_value(unsigned_bytes(from) << 24);
   } else if constexpr (Format == WeightFormat::kInt8) {
     return __builtin_convertvector(signed_bytes(from), Vec<float>);
   } else if constexpr (Format == WeightFormat::kInt4) {
@@ -113,18 +134,18 @@ GOSSAMER_INLINE Vec<float> decode(const uint8_t* from) {
 }
 
 // The values of the codes at one place of the words in the lanes.
-template <WeightFormat Format, int Place>
+template <WeightFormat Format, int Place, bool kNormal>
 GOSSAMER_INLINE Vec<float> decode_place(UInts words) {
   constexpr int bits = kCodeBits<Format>;
   // The code in the highest bits: what is shifted back from there has its sign.
   const UInts high = words << (kWordBits - bits - bits * Place);
   if constexpr (Format == WeightFormat::kFp8) {
-    return e4m3_value(words >> (bits * Place));
+    return e4m3_value<kNormal>(high);
   } else if constexpr (Format == WeightFormat::kMxfp4) {
-    return (Vec<float>)((UInts)e2m1_magnitude(words >> (bits * Place)) | (high & (1u << (kWordBits - 1))));
+    return (Vec<float>)((UInts)e2m1_magnitude(words >> (bits * Place)) | (high & kSignBit));
   } else {
     // A number from 0 to 15 that stands for one from -8 to 7 is its two's complement with the highest bit flipped.
-    const UInts signed_code = Format == WeightFormat::kInt4 ? high ^ (1u << (kWordBits - 1)) : high;
+    const UInts signed_code = Format == WeightFormat::kInt4 ? high ^ kSignBit : high;
     return __builtin_convertvector((SignedInts)signed_code >> (kWordBits - bits), Vec<float>);
   }
 }
@@ -263,14 +284,20 @@ GOSSAMER_INLINE void accumulate_codes(Vec<float> (&sum)[Tokens], const Quantized
       }
       for (int i = column / in_word; i < (column + together) / in_word; ++i) {
         const UInts word = (UInts)words[i];
-        [&]<int... Place>(std::integer_sequence<int, Place...>) {
-          const auto add = [&](Vec<float> weights) {
+        const auto add = [&](Vec<float> weights) {
 #pragma GCC unroll 8
-            for (int t = 0; t < Tokens; ++t) sum[t] = fma(splat(x[t]), weights, sum[t]);
-            x += lanes;
-          };
-          (add(decode_place<Format, Place>(word) * scale), ...);
-        }(std::make_integer_sequence<int, in_word>{});
+          for (int t = 0; t < Tokens; ++t) sum[t] = fma(splat(x[t]), weights, sum[t]);
+          x += lanes;
+        };
+        const auto add_places = [&]<int... Place>(auto normal, std::integer_sequence<int, Place...>) {
+          (add(decode_place<Format, Place, normal>(word) * scale), ...);
+        };
+        constexpr auto places = std::make_integer_sequence<int, in_word>{};
+        if (Format == WeightFormat::kFp8 && all_normal_e4m3(word)) {
+          add_places(std::true_type{}, places);
+        } else {
+          add_places(std::false_type{}, places);
+        }
       }
     }
   }
