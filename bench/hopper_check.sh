@@ -34,7 +34,7 @@ shapes=(olmoe fine-grained qwen3-30b-a3b mixtral)
 
 step resources 60 python3 tests/cuda_resources.py
 step "tests of the kernels" 120 "${pytest[@]}" tests/test_hopper_logic.py tests/test_hopper_kernels.py
-step "tests of the primitives" 90 "${pytest[@]}" -k cuda tests/test_grouped_matmul.py tests/test_expert_mlp*.py
+step "tests of the primitives" 90 "${pytest[@]}" -k cuda tests/test_grouped_matmul.py tests/test_expert_mlp.py tests/test_expert_mlp_layouts.py
 for shape in "${shapes[@]}"; do
   step "layer, $shape" 75 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --peers none \
     --json "$out/moe-hopper-$shape-$device.json"

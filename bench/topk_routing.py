@@ -43,7 +43,9 @@ def build(request: Request) -> Case:
     tokens, experts, top_k = (request.sizes[s] for s in SYMBOLS)
     device, both = request.device, request.direction == "both"
     generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(tokens, experts, generator=generator, device=device)
+    # A normal distribution's quantiles in random order: equal logits might be chosen in either order.
+    order = torch.rand(tokens, experts, generator=generator, device=device).argsort(dim=1)
+    logits = torch.special.ndtri((order + 0.5) / experts)
     dy = torch.randn(tokens, top_k, generator=generator, device=device)
 
     def by_expert(outputs: Outputs) -> Outputs:
@@ -88,7 +90,13 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
     return Cost(0.0, nbytes(call["logits"], call["bias"], *result))
 
 
-COSTS = {"gossamer::topk_routing": cost}
+def cost_backward(call: Mapping[str, object], result: object) -> Cost:
+    """Bytes of what comes in and of the logits' gradient; the logits themselves are read for shares of all experts."""
+    shares = not call["sigmoid"] and not call["renormalize"]
+    return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], call["logits"] if shares else None, result))
+
+
+COSTS = {"gossamer::topk_routing": cost, "gossamer::topk_routing_backward": cost_backward}
 DIMENSIONS = {"tokens": "T", "experts": "E", "top_k": "K"}
 FAMILY = Family(
     "topk_routing",

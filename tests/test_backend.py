@@ -110,3 +110,37 @@ def test_import_changes_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LAYERS = {
+    "softmax_topk": lambda: lambda x: gossamer.nn.softmax_topk(x, 3, renormalize=True).weights,
+    "SharedExpert": lambda: gossamer.nn.SharedExpert(9, 8).double(),
+    "MoE": lambda: gossamer.nn.MoE(9, 8, 4, 2).double(),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_function_transforms_are_served_by_plain_torch(name):
+    """Tangents by torch.func and by dual numbers are differences of values; torch.func.grad is backward."""
+    layer = LAYERS[name]()
+    x, v = torch.randn(5, 9).double(), torch.randn(5, 9).double()
+    with torch.no_grad():
+        expected = (layer(x + 1e-6 * v) - layer(x - 1e-6 * v)) / 2e-6
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (v,))[1], expected, rtol=1e-5, atol=1e-7)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-7)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().sum())(x), leaf.grad)
+
+
+def test_forced_kernels_are_refused_under_function_transforms():
+    """They would give zeros for tangents."""
+    x = torch.randn(2, 4)
+    with (
+        gossamer.backend("native"),
+        pytest.raises(ValueError, match="cannot serve .* under torch.func or forward-mode"),
+    ):
+        torch.func.jvp(gossamer.activate, (x,), (x,))

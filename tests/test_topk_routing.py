@@ -100,7 +100,8 @@ def test_the_layer_is_three_operators_of_gossamer(kernel_backend, device, router
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_many_tokens_and_strided_logits(kernel_backend, device, sigmoid):
     """Several threads' or programs' shares, rows with a stride, ascending and descending ones, and the same bits."""
-    whole = torch.randn(700, 3, 37, device=device)
+    # More than two threads' least work in the native kernel, which is 16384 logits.
+    whole = torch.randn(1000, 3, 37, device=device)
     whole[0], whole[1] = torch.arange(37.0, device=device) / 9, -torch.arange(37.0, device=device) / 9
     logits = whole[:, 1]
     with gossamer.backend(kernel_backend):
@@ -155,3 +156,10 @@ def test_second_derivative(kernel_backend, device):
             (first,) = torch.autograd.grad(weights.square().sum(), leaf, create_graph=True)
             found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
         torch.testing.assert_close(*found)
+
+
+def test_a_bias_in_float64_counts_in_float64(any_backend, device):
+    """The least difference decides, which float32 would not hold."""
+    logits, bias = torch.tensor([[1.0, 1.0, 0.0]], device=device), torch.tensor([0, 1e-10, 0], device=device).double()
+    with gossamer.backend(any_backend):
+        assert sigmoid_topk(logits, 1, correction_bias=bias).expert_ids.tolist() == [[1]]

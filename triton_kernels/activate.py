@@ -1,6 +1,7 @@
 """The activation of expert layers on rows, and its gradient.
 
-A program computes BLOCK values: as much of a row as there is, up to all of them, of one row or several.
+A program computes BLOCK values: as much of a row as there is, up to all of them, of one row or several. Columns are counted in 64
+bits, for a row may be all there is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _gate_up(
     inside = (row < num_rows)[:, None]
     if GATED and INTERLEAVED:
         wide = (2 * column0 + tl.arange(0, 2 * COLUMNS))[None, :]
-        pairs = tl.load(rows + wide, inside & (wide < 2 * inner), other=0.0).to(tl.float32)
+        pairs = tl.load(rows + wide, inside & (wide - inner < inner), other=0.0).to(tl.float32)
         gate, up = tl.split(tl.reshape(pairs, (ROWS, COLUMNS, 2)))
     else:
         column = (column0 + tl.arange(0, COLUMNS))[None, :]
@@ -63,8 +64,9 @@ def _activate_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column0 = tl.program_id(1) * COLUMNS
+    across = tl.cdiv(inner, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    column0 = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
     gate, up = _gate_up(preact_ptr, row, column0, num_rows, inner, stride, GATED, INTERLEAVED, ROWS, COLUMNS)
     out, _ = activation_of(gate, alpha, limit, ACT, FAST)
     if GATED:
@@ -93,8 +95,9 @@ def _activate_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column0 = tl.program_id(1) * COLUMNS
+    across = tl.cdiv(inner, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    column0 = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
     column = (column0 + tl.arange(0, COLUMNS))[None, :]
     inside = (row < num_rows)[:, None] & (column < inner)
     gate, up = _gate_up(preact_ptr, row, column0, num_rows, inner, stride, GATED, INTERLEAVED, ROWS, COLUMNS)
@@ -108,7 +111,8 @@ def _activate_backward_kernel(
         if INTERLEAVED:
             wide = (2 * column0 + tl.arange(0, 2 * COLUMNS))[None, :]
             pairs = tl.reshape(tl.join(dgate, dup), (ROWS, 2 * COLUMNS))
-            tl.store(to + wide, pairs.to(out_ptr.dtype.element_ty), (row < num_rows)[:, None] & (wide < 2 * inner))
+            inside = (row < num_rows)[:, None] & (wide - inner < inner)
+            tl.store(to + wide, pairs.to(out_ptr.dtype.element_ty), inside)
         else:
             tl.store(to + column, dgate.to(out_ptr.dtype.element_ty), inside)
             tl.store(to + inner + column, dup.to(out_ptr.dtype.element_ty), inside)
@@ -130,7 +134,7 @@ def _launch(
     if out.numel() == 0:
         return out
     rows, columns = _tile(inner)
-    kernel[(triton.cdiv(num_rows, rows), triton.cdiv(inner, columns))](
+    kernel[(triton.cdiv(num_rows, rows) * triton.cdiv(inner, columns),)](
         *operands,
         out,
         num_rows,

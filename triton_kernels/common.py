@@ -314,12 +314,13 @@ def activation(g, alpha, limit, ACT: tl.constexpr, FAST: tl.constexpr):
         s = tl.where(z < 0, e * half, half)
         return g * s, s + g * e * half * half * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     elif ACT == 3:
-        return tl.maximum(g, 0.0), tl.where(g > 0, 1.0, 0.0)
+        # Comparisons, and no minima or maxima, which would make numbers of NaN.
+        return tl.where(g < 0, 0.0, g), tl.where(g > 0, 1.0, 0.0)
     elif ACT == 4:
-        r = tl.maximum(g, 0.0)
+        r = tl.where(g < 0, 0.0, g)
         return r * r, 2.0 * r
     else:
-        c = tl.minimum(g, limit)
+        c = tl.where(g > limit, limit, g)
         s = sigmoid(alpha * c, FAST)
         return c * s, tl.where(g <= limit, s * (1.0 + alpha * c * (1.0 - s)), 0.0)
 
@@ -328,7 +329,8 @@ def activation(g, alpha, limit, ACT: tl.constexpr, FAST: tl.constexpr):
 def up_factor(u, limit, ACT: tl.constexpr):
     """What the activated gate is multiplied with, and its derivative: the up half, or gpt-oss's clamped up plus one."""
     if ACT == 5:
-        return tl.minimum(tl.maximum(u, -limit), limit) + 1.0, tl.where((u <= limit) & (u >= -limit), 1.0, 0.0)
+        inside = (u <= limit) & (u >= -limit)
+        return tl.where(u > limit, limit, tl.where(u < -limit, -limit, u)) + 1.0, tl.where(inside, 1.0, 0.0)
     else:
         return u, tl.full(u.shape, 1.0, tl.float32)
 

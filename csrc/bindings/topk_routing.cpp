@@ -9,9 +9,14 @@ namespace gossamer::bindings {
 // (logits, row stride, T, E, K, whether scores are sigmoids, whether weights are divided by their sum, scale)
 using PyRouter = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, bool, bool, float>;
 
+inline void check_chosen(const std::string& name, int64_t value) {
+  if (value <= kMostChosen) return;
+  throw py::value_error(name + " must be at most " + std::to_string(kMostChosen) + ", got " + std::to_string(value));
+}
+
 inline RouterArgs router_args(const PyRouter& router) {
   const auto& [logits, row_stride, tokens, experts, top_k, sigmoid, renormalize, scale] = router;
-  if (top_k > kMostChosen) throw py::value_error("top_k must be at most " + std::to_string(kMostChosen));
+  check_chosen("top_k", top_k);
   return {pointer<const float>(logits), row_stride, tokens, experts, top_k, sigmoid, renormalize, scale};
 }
 
@@ -20,7 +25,7 @@ void register_topk_routing(py::module_& m) {
       "topk_routing",
       [](const PyRouter& router, int64_t n_group, int64_t topk_group, uintptr_t bias, uintptr_t ids, uintptr_t weights,
          int num_threads) {
-        if (topk_group > kMostChosen) throw py::value_error("topk_group must be at most " + std::to_string(kMostChosen));
+        check_chosen("topk_group", topk_group);
         const TopkRoutingArgs args{router_args(router), n_group, topk_group, pointer<const float>(bias), pointer<int64_t>(ids),
                                    pointer<float>(weights)};
         py::gil_scoped_release release;

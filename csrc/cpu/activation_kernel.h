@@ -10,6 +10,16 @@ struct ActivationValue {
   Vec<S> value, dgate, dup;  // act(g, u) and its derivatives
 };
 
+// Where float and double powers of e end being normal numbers.
+template <class S>
+constexpr S kMostExponent = sizeof(S) == 4 ? 87 : 708;
+
+// e^z for z up to 0; zero where that is no normal number.
+template <class S>
+GOSSAMER_INLINE Vec<S> falling_exp(Vec<S> z) {
+  return z < -kMostExponent<S> ? Vec<S>{} : vexp(z);
+}
+
 // σ(z), and 1 − σ(z) without the cancellation of that difference. Both are zero where they would be no normal number: vexp stops
 // there, and what it gives would show in a product with a large gate.
 template <class S>
@@ -19,7 +29,7 @@ struct Logistic {
 
 template <class S>
 GOSSAMER_INLINE Logistic<S> logistic(Vec<S> z) {
-  constexpr S most = sizeof(S) == 4 ? 87 : 708;
+  constexpr S most = kMostExponent<S>;
   const Vec<S> e = vexp(-z), sigma = S{1} / (S{1} + e);
   return {z < -most ? Vec<S>{} : sigma, z > most ? Vec<S>{} : e * sigma};
 }
@@ -34,7 +44,7 @@ GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
   } else if constexpr (Code == 1) {
     constexpr S half = 0.5, inv_sqrt2 = 0.70710678118654752440, inv_sqrt_2pi = 0.39894228040143267794;
     const Vec<S> phi = half + half * verf(g * inv_sqrt2);
-    return {g * phi, phi + g * inv_sqrt_2pi * vexp(g * g * -half), Vec<S>{}};
+    return {g * phi, phi + g * inv_sqrt_2pi * falling_exp<S>(g * g * -half), Vec<S>{}};
   } else if constexpr (Code == 2) {
     // ½(1 + tanh z) is σ(2z), which loses nothing for small or very negative z.
     constexpr S linear = 1.59576912160573071176, cubic = 0.07135481627260025;

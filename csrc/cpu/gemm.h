@@ -226,7 +226,24 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
       add(load_lanes<P>(run, next, rows));
     }
   } else {
-    for (int64_t k = first; k < last; k += n * terms) {
+    int64_t k = first;
+    if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<P, float>) {
+      // Words of two terms are transposed, which are half as many as their values.
+      for (; rows == n && k + 2 * n <= last; k += 2 * n) {
+        const T* row = from + k;
+        for (int i = 0; i < next_rows; ++i) __builtin_prefetch(row + (n + i) * w.row_stride, 0, 2);
+        Vec<float> v[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) v[i] = load_bytes<Vec<float>>(row + i * w.row_stride);
+        transpose<float>(v);
+#pragma GCC unroll 16
+        for (int j = 0; j < n; ++j) {
+          add((Vec<float>)((UInts)v[j] << 16));
+          add((Vec<float>)((UInts)v[j] & 0xffff0000u));
+        }
+      }
+    }
+    for (; k < last; k += n * terms) {
       const T* row = from + k;
       for (int i = 0; i < next_rows; ++i) __builtin_prefetch(row + (n + i) * w.row_stride, 0, 2);
       Vec<P> v[n];

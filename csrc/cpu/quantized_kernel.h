@@ -292,11 +292,11 @@ GOSSAMER_INLINE void accumulate_codes(Vec<float> (&sum)[Tokens], const Quantized
         const auto add_places = [&]<int... Place>(auto normal, std::integer_sequence<int, Place...>) {
           (add(decode_place<Format, Place, normal>(word) * scale), ...);
         };
-        constexpr auto places = std::make_integer_sequence<int, in_word>{};
+        constexpr auto all = std::make_integer_sequence<int, in_word>{};
         if (Format == WeightFormat::kFp8 && all_normal_e4m3(word)) {
-          add_places(std::true_type{}, places);
+          add_places(std::true_type{}, all);
         } else {
-          add_places(std::false_type{}, places);
+          add_places(std::false_type{}, all);
         }
       }
     }

@@ -5,7 +5,7 @@
 
 namespace gossamer {
 
-// The most experts of a token, and groups that it may use, as ops/topk_routing.py says: they are found by insertion.
+// The most experts of a token, and groups that it may use, as ops/topk_routing.py says: each takes a look at all.
 constexpr int64_t kMostChosen = 64;
 
 // The rules of gossamer.nn.softmax_topk and sigmoid_topk.

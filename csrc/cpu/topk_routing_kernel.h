@@ -6,9 +6,6 @@ constexpr float kNoExpert = -std::numeric_limits<float>::infinity();
 // Keeps the normalisation of sigmoid scores finite where all of them underflow, as ops/topk_routing.py says.
 constexpr float kScoreEpsilon = 1e-20f;
 
-// e^v for v up to 0, and nothing where that is no normal number.
-GOSSAMER_INLINE Vec<float> share(Vec<float> v) { return v < -87.0f ? Vec<float>{} : vexp(v); }
-
 // The place of the highest of whole vectors of values, the first of equal ones.
 inline int64_t highest_place(const float* values, int64_t count) {
   constexpr int n = kLanes<float>;
@@ -97,7 +94,7 @@ inline float exponentials(const float* x, int64_t experts, Vec<float> top, float
   for (int lane = 1; lane < kLanes<float>; ++lane) highest = std::max(highest, top[lane]);
   Vec<float> total{};
   for (int64_t e = 0; e < experts; e += kLanes<float>) {
-    const Vec<float> v = load(x + e), score = v == kMasked ? Vec<float>{} : share(v - highest);
+    const Vec<float> v = load(x + e), score = v == kMasked ? Vec<float>{} : falling_exp<float>(v - highest);
     store(to + e, score);
     total += score;
   }
@@ -149,7 +146,7 @@ inline void route_token(const TopkRoutingArgs& a, int64_t t, const TokenScores& 
   }
   if (over_chosen) {
     const float highest = weights[0];
-    for (int64_t k = 0; k < a.top_k; k += n) store(weights + k, share(load(weights + k) - highest));
+    for (int64_t k = 0; k < a.top_k; k += n) store(weights + k, falling_exp<float>(load(weights + k) - highest));
   }
   for (int64_t k = 0; k < a.top_k; ++k) {
     if (masked[k]) weights[k] = 0;

@@ -135,15 +135,31 @@ def _default(primitive: str, device_type: str) -> str:
     return "reference" if unavailable(preferred, device_type) else preferred
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks at what is computed, for which kernels have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def resolve(primitive: str, tensor: torch.Tensor) -> str:
     """The backend that serves ``primitive`` for tensors like ``tensor``: the forced one, or the device's default.
 
+    Plain torch serves under torch.func and forward-mode differentiation, where kernels would give no tangents.
+
     Raises:
-        ValueError: the forced backend cannot serve this device.
+        ValueError: the forced backend cannot serve this device, or kernels are forced under those.
     """
     device_type = tensor.device.type
     if device_type == "meta":
         return "native"
+    if _transformed():
+        if _forced in (None, "reference"):
+            return "reference"
+        raise ValueError(
+            f'gossamer.backend("{_forced}") cannot serve {primitive} under torch.func or forward-mode differentiation: '
+            "only plain torch has rules for them"
+        )
     if _forced is None:
         return _default(primitive, device_type)
     if reason := unavailable(_forced, device_type):

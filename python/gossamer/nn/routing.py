@@ -175,6 +175,9 @@ def softmax_topk(
     With ``n_group > 1`` only the ``topk_group`` groups of E / n_group neighbouring experts with the most probable
     single expert take part (DeepSeek-V2).
 
+    Of experts with equal scores the kernels take the lower one first. Plain torch, which serves float64 logits and
+    what the kernels do not, promises no order.
+
     A logit of −inf masks its expert. Where a token has fewer than K unmasked experts, its other slots hold distinct
     masked experts with weight 0. NaN and +inf are errors on the CPU. On CUDA, where nothing is read back, NaN is taken
     as −inf and +inf as the largest finite number, so that ids stay distinct and in range and other tokens are not

@@ -85,7 +85,8 @@ def activate(
     """
     activation = as_activation(activation)
     check_tensor("preact", preact)
-    backend = _backend.resolve("activate", preact)
+    # The activation goes with the expert layer, whose CUDA kernels have Triton's beside them here.
+    backend = _backend.resolve("expert_mlp", preact)
     check_float("preact", preact, backend)
     if preact.dim() == 0 or preact.shape[-1] % activation.halves:
         wanted = "(..., 2I)" if activation.gated else "(..., I)"

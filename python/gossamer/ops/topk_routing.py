@@ -11,7 +11,7 @@ from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
-# Of Triton's kernel: logits that one program holds; and of the native one, which finds a token's experts by insertion.
+# Of Triton's kernel: logits that one program holds; and of the native one, which looks at all of a token's for each expert.
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
@@ -171,6 +171,8 @@ def fused_topk(
     if not _FITS[backend](logits.shape[1], top_k, n_group, topk_group):
         return None
     if bias is not None:
+        if bias.dtype == torch.float64:
+            return None
         bias = bias.detach()
     weights, ids = _topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend)
     return ids, weights
