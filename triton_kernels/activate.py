@@ -1,7 +1,7 @@
 """The activation of expert layers on rows, and its gradient.
 
-A program computes BLOCK values: as much of a row as there is, up to all of them, of one row or several. Columns are counted in 64
-bits, for a row may be all there is.
+A program computes BLOCK values: as much of a row as there is, up to all of them, of one row or several. Columns are
+counted in 64 bits, for a row may be all there is.
 """
 
 from __future__ import annotations

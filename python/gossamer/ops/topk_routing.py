@@ -11,7 +11,7 @@ from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
-# Of Triton's kernel: logits that one program holds; and of the native one, which looks at all of a token's for each expert.
+# Logits that a program of Triton's kernel holds, and experts of a token, for each of which the native one looks at all.
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
