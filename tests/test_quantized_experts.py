@@ -188,8 +188,9 @@ def test_the_cut_is_a_pure_choice_that_fits(bits, arch):
     assert decodes(256 * 8, 64) and not decodes(16384 * 8, 64) and decodes(1, 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("t", [1, 3, 24])
+@pytest.mark.parametrize(
+    ("t", "dtype"), [(1, torch.float32), (1, torch.float16), (3, torch.float32), (24, torch.float16)]
+)
 def test_decoding_dense_weights_in_parts(dtype, device, monkeypatch, t):
     """Few tokens on plain weights take the cut products, and give what the whole ones give, to rounding."""
     h, i = 512, 48

@@ -100,8 +100,8 @@ def test_the_layer_is_three_operators_of_gossamer(kernel_backend, device, router
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_many_tokens_and_strided_logits(kernel_backend, device, sigmoid):
     """Several threads' or programs' shares, rows with a stride, ascending and descending ones, and the same bits."""
-    # More than two threads' least work in the native kernel, which is 16384 logits.
-    whole = torch.randn(1000, 3, 37, device=device)
+    # Natively more than two threads' least work, which is 16384 logits.
+    whole = torch.randn(1000 if kernel_backend == "native" else 100, 3, 37, device=device)
     whole[0], whole[1] = torch.arange(37.0, device=device) / 9, -torch.arange(37.0, device=device) / 9
     logits = whole[:, 1]
     with gossamer.backend(kernel_backend):
