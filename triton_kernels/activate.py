@@ -19,6 +19,14 @@ BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
+def _place(inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's rows, and the first of its columns."""
+    across = tl.cdiv(inner, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    return row, (tl.program_id(0) % across).to(tl.int64) * COLUMNS
+
+
+@triton.jit
 def _gate_up(
     preact_ptr,
     row,
@@ -64,9 +72,7 @@ def _activate_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    across = tl.cdiv(inner, COLUMNS)
-    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
-    column0 = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
+    row, column0 = _place(inner, ROWS, COLUMNS)
     gate, up = _gate_up(preact_ptr, row, column0, num_rows, inner, stride, GATED, INTERLEAVED, ROWS, COLUMNS)
     out, _ = activation_of(gate, alpha, limit, ACT, FAST)
     if GATED:
@@ -95,9 +101,7 @@ def _activate_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    across = tl.cdiv(inner, COLUMNS)
-    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
-    column0 = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
+    row, column0 = _place(inner, ROWS, COLUMNS)
     column = (column0 + tl.arange(0, COLUMNS))[None, :]
     inside = (row < num_rows)[:, None] & (column < inner)
     gate, up = _gate_up(preact_ptr, row, column0, num_rows, inner, stride, GATED, INTERLEAVED, ROWS, COLUMNS)

@@ -14,6 +14,12 @@ EPSILON = 1e-20
 BLOCK = 2048
 
 
+@triton.jit
+def _cleaned(x, LOWEST: tl.constexpr):
+    """Logits as they count: NaN as the lowest number, which masks an expert, and infinities as the outermost ones."""
+    return tl.minimum(tl.maximum(tl.where(x == x, x, LOWEST), LOWEST), -LOWEST)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "scale"])
 def _topk_routing_kernel(
     logits_ptr,
@@ -39,8 +45,7 @@ def _topk_routing_kernel(
     e = tl.arange(0, BLOCK_E)
     inside = (t < num_tokens)[:, None] & (e < E)[None, :]
     x = tl.load(logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], inside, other=float("-inf"))
-    x = tl.where(x == x, x, LOWEST)
-    x = tl.minimum(tl.maximum(x, LOWEST), -LOWEST)
+    x = _cleaned(x, LOWEST)
     masked = x == LOWEST
     if SIGMOID:
         score = tl.where(masked, 0.0, tl.sigmoid(x))
@@ -147,8 +152,7 @@ def _topk_routing_backward_kernel(
         dpicked = weights * (dweights - mean / scale) if RENORMALIZE else weights * dweights
     dlogits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if not SIGMOID and not RENORMALIZE:
-        clean = tl.where(x == x, x, LOWEST)
-        clean = tl.minimum(tl.maximum(clean, LOWEST), -LOWEST)
+        clean = _cleaned(x, LOWEST)
         score = tl.where(clean == LOWEST, 0.0, tl.exp(clean - tl.max(clean, 1)[:, None]))
         total = tl.sum(score, 1)
         dlogits -= score * (mean / tl.where(total > 0, total, 1.0)[:, None])
