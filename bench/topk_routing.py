@@ -9,6 +9,7 @@ import torch
 import gossamer
 from gossamer.bench.case import DENSE, OURS, Case, Family, FloatGate, Outputs, Request, Variant
 from gossamer.bench.cost import Cost, nbytes
+from gossamer.bench.experts import rule
 
 SHAPES = {
     "olmoe": (16384, 64, 8),
@@ -20,12 +21,6 @@ SHAPES = {
 SYMBOLS = ("T", "E", "K")
 DEFAULTS = {"cpu": ("cpu-router", "cpu-small"), "cuda": ("olmoe", "qwen3-30b-a3b", "deepseek-v3")}
 QUICK = {"cpu": "cpu-router", "cuda": "qwen3-30b-a3b"}
-
-
-def _rule(sizes: Mapping[str, int]) -> str | None:
-    if sizes["K"] > sizes["E"]:
-        return f"K must be at most E, got K={sizes['K']} and E={sizes['E']}"
-    return None
 
 
 def _plain(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +103,7 @@ FAMILY = Family(
     dtypes=("fp32",),
     skews=("uniform",),
     dimensions=DIMENSIONS,
-    rule=_rule,
+    rule=rule,
 )
 
 
