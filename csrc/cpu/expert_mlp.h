@@ -72,6 +72,10 @@ struct ExpertMlpBackwardArgs : ExpertMlpArgs {
 void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads);
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads);
 
+// The distance of rows of sums in a call's own memory: whole cache lines, and an odd number of them, for the same columns of
+// many tokens are worked on together, which rows a power of two apart would put into the same few sets of the caches.
+inline int64_t sum_stride(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
+
 // Memory of an update's low-rank rows, or of what flows back to them: sums with tokens as columns, and as they are packed for
 // products with factors and for sums over tokens, which is the same where P is what sums are. Then saved rows with tokens
 // as rows, and partial gradients of the factors.
@@ -121,7 +125,7 @@ struct ExpertMlpBuffers {
     chunk = chunk_rows(a.hidden, sizeof(P) / kTerms<P>);
     x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
     act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));
-    if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * a.hidden);
+    if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * sum_stride(a.hidden));
     up_update.take(arena, a.gate_up_update.rank, chunk, false);
     down_update.take(arena, a.down_update.rank, chunk, false);
   }
@@ -149,7 +153,7 @@ struct ExpertMlpBuffers {
       if (a.ddown && a.ddown.transposed) act_t = arena.take<P>(panel_size(i, terms));
     }
     if (a.dweights) dweight_parts = arena.take<S>((i / 32 + 2) * chunk);
-    if (a.dx && narrow) sum = arena.take<S>(a.tokens * h);
+    if (a.dx && narrow) sum = arena.take<S>(a.tokens * sum_stride(h));
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
         x_t = arena.take<P>(panel_size(h, terms));

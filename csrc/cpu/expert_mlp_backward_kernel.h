@@ -56,14 +56,13 @@ class ExpertMlpBackward {
         clock(args.updated() ? TimedKernel::kExpertMlpLoraBackward : TimedKernel::kExpertMlpBackward, t.size),
         arena(shared),
         buffers(arena, args, num_threads),
-        own(std::make_unique<ExpertMlpThread<T>>()) {
-    dx_sum = buffers.sum;
-    if constexpr (std::is_same_v<T, S>) dx_sum = static_cast<T*>(a.dx);
+        own(std::make_unique<ExpertMlpThread<T>>()),
+        dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
   }
 
   void run() {
-    if (a.dx) zero_share(dx_sum, a.tokens * a.hidden, team);
+    if (a.dx) dx.zero(team);
     zero_empty_experts();
     buffers.inner.restart(team);
     buffers.down_low.restart(team);
@@ -114,7 +113,7 @@ class ExpertMlpBackward {
       gradients(chunk);
       meet();
     });
-    if (a.dx) round_share(dx_sum, static_cast<T*>(a.dx), a.tokens * a.hidden, team);
+    if (a.dx) dx.round(team);
     clock.lap(Stage::kRound);
   }
 
@@ -224,10 +223,13 @@ class ExpertMlpBackward {
       const Weight<T> low_w = expert_weight_t<T>(a.gate_up_update.a, chunk.expert, a.gate_up_update.rank, h);
       const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
       buffers.hidden.each(team, h, kGroup, [&](int64_t i, int64_t end) {
+        for (int64_t t = 0; t < m; ++t) {
+          prefetch_lines<1, Fetch::kWriteLater>(dx.at(own->rows.token[t], i), (end - i) * sizeof(S));
+        }
         group_product(gate_up, i, end - i, preact_c, own->buffers.c, c_stride, own->buffers.pack);
         if (a.gate_up_update) group_product(low_w, i, end - i, up_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
         clock.lap(Stage::kDx);
-        add_to_tokens<T>(own->buffers.c, c_stride, end - i, own->rows, m, false, dx_sum, h, i);
+        dx.add(own->buffers.c, c_stride, end - i, own->rows, m, false, i);
         clock.lap(Stage::kCombine);
       });
     }
@@ -302,7 +304,7 @@ class ExpertMlpBackward {
   ExpertMlpBuffers<P> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
-  S* dx_sum;
+  TokenSums<T> dx;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
   Panel<S> dy, preact, act;
   LowRankPanels<P> up_low, down_low;

@@ -40,33 +40,52 @@ GOSSAMER_INLINE int64_t up_row(const ExpertMlpArgs& a, int64_t i) {
   return a.activation.interleaved ? 2 * i + 1 : a.inner + i;
 }
 
-template <class S>
-GOSSAMER_INLINE void zero_share(S* data, int64_t count, Team team) {
-  const auto mine = team.share(count);
-  std::memset(static_cast<void*>(data + mine.begin), 0, (mine.end - mine.begin) * sizeof(S));
-}
+// The sums of tokens' rows, `width` values each: the result itself where it holds what is summed, else rows of their own.
+template <class T>
+struct TokenSums {
+  using S = Accumulator<T>;
+  S* base;
+  T* result;
+  int64_t tokens, width, stride;
 
-// Adds the transpose of c (columns x tokens), each token's row times its factor, to rows of sum at `column`.
-template <class T, class Sum, class S>
-void add_to_tokens(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t tokens, bool weighted,
-                   Sum* sum, int64_t stride, int64_t column) {
-  for_transposed(c, c_stride, columns, tokens, [&](int64_t i, int64_t at, Vec<S> v, int valid) {
-    Sum* to = sum + rows.token[i] * stride + column + at;
-    const Vec<S> old = load_valid(to, valid);
-    store_valid(to, weighted ? old + v * rows.weight[i] : old + v, valid);
-  });
-}
-
-// Rounds the accumulated rows to the result's type; nothing to do where they are one and the same.
-template <class T, class S>
-void round_share(const S* sum, T* out, int64_t count, Team team) {
-  if (static_cast<const void*>(sum) == static_cast<const void*>(out)) return;
-  const auto mine = team.share(count, 1024);
-  for (int64_t i = mine.begin; i < mine.end; i += kLanes<S>) {
-    const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, mine.end - i));
-    store_valid(out + i, load_valid(sum + i, valid), valid);
+  TokenSums(S* own, void* out, int64_t tokens, int64_t width)
+      : base(own), result(static_cast<T*>(out)), tokens(tokens), width(width), stride(sum_stride(width)) {
+    if constexpr (std::is_same_v<T, S>) {
+      base = result;
+      stride = width;
+    }
   }
-}
+
+  S* at(int64_t token, int64_t column) const { return base + token * stride + column; }
+
+  void zero(Team team) const {
+    const auto mine = team.share(tokens * stride);
+    std::memset(static_cast<void*>(base + mine.begin), 0, (mine.end - mine.begin) * sizeof(S));
+  }
+
+  // Adds the transpose of c (columns x tokens of the chunk), each token's row times its factor, at `column`.
+  void add(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t chunk, bool weighted,
+           int64_t column) const {
+    for_transposed(c, c_stride, columns, chunk, [&](int64_t i, int64_t offset, Vec<S> v, int valid) {
+      S* to = at(rows.token[i], column + offset);
+      const Vec<S> old = load_valid(to, valid);
+      store_valid(to, weighted ? old + v * rows.weight[i] : old + v, valid);
+    });
+  }
+
+  // Rounds to the result's type.
+  void round(Team team) const {
+    if constexpr (!std::is_same_v<T, S>) {
+      const auto mine = team.share(tokens);
+      for (int64_t token = mine.begin; token < mine.end; ++token) {
+        for (int64_t i = 0; i < width; i += kLanes<S>) {
+          const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, width - i));
+          store_valid(result + token * width + i, load(at(token, i)), valid);
+        }
+      }
+    }
+  }
+};
 
 // The pre-activation of activation columns first .. first+count: gate rows in c, up rows at *up; returns their row step.
 // `low` holds x·aᵀ of an update, scaled, and low_w is its b.
@@ -127,10 +146,9 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   S* c = own->buffers.c;
   const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
   const auto packed = team.share(a.hidden, kPanelWidth<P>);
-  S* sum = buffers.sum;
-  if constexpr (std::is_same_v<T, S>) sum = static_cast<T*>(a.y);
+  const TokenSums<T> sums(buffers.sum, a.y, a.tokens, a.hidden);
   StageClock clock(a.updated() ? TimedKernel::kExpertMlpLora : TimedKernel::kExpertMlp, team.size);
-  zero_share(sum, a.tokens * a.hidden, team);
+  sums.zero(team);
   buffers.inner.restart(team);
   buffers.up_low.restart(team);
   clock.lap(Stage::kZero);
@@ -196,19 +214,19 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
       const int64_t count = end - h;
       // The rows that the product will be added to come into the cache while it is computed.
       for (int64_t i = 0; i < m; ++i) {
-        prefetch_lines<1, Fetch::kWriteLater>(sum + own->rows.token[i] * a.hidden + h, count * sizeof(S));
+        prefetch_lines<1, Fetch::kWriteLater>(sums.at(own->rows.token[i], h), count * sizeof(S));
       }
       group_product(w, h, count, act, c, c_stride, pack);
       if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
       add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
       clock.lap(Stage::kDown);
-      add_to_tokens<T>(c, c_stride, count, own->rows, m, true, sum, a.hidden, h);
+      sums.add(c, c_stride, count, own->rows, m, true, h);
       clock.lap(Stage::kCombine);
     });
   });
   team.barrier();
   clock.lap(Stage::kWait);
-  round_share(sum, static_cast<T*>(a.y), a.tokens * a.hidden, team);
+  sums.round(team);
   clock.lap(Stage::kRound);
 }
 

@@ -98,6 +98,14 @@ void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t t
     const T* row = w.base + n + (k + i) * w.col_stride;
     const T* next = i + 1 < terms ? row + w.col_stride : nullptr;
     P* to = out + i / kTerms<P> * Unit;
+    if (count == Unit && Unit % (2 * lanes) == 0) {
+      for (int j = 0; j < Unit; j += 2 * lanes) {
+        const auto [low, high] = load_two_lanes<P>(row + j, next ? next + j : nullptr);
+        store(to + j, low);
+        store(to + j + lanes, high);
+      }
+      continue;
+    }
     for (int j = 0; j < Unit; j += lanes) {
       const int valid = std::clamp(count - j, 0, lanes);
       store(to + j, valid == 0 ? Vec<P>{} : load_lanes<P>(row + j, next ? next + j : nullptr, valid));
@@ -356,11 +364,11 @@ struct GradientSink {
 template <class P>
 constexpr int64_t kOuterBlocks = (kDepth + kPanelWidth<P> - 1) / kPanelWidth<P>;
 
-// c (+)= Σ_token a[i][token] · b[token] over the blocks first .. last of a. Its sums must live in registers, so each form is
-// a function of its own.
-template <int Rows, int Vecs, class P>
-__attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b, bool add,
-                                            SumOf<P>* c, int64_t c_stride) {
+// to = before + Σ_token a[i][token] · b[token] over the blocks first .. last of a, rounded to what `to` holds; `before` may be
+// null. Its sums must live in registers, so each form is a function of its own.
+template <int Rows, int Vecs, class P, class O>
+__attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b,
+                                            const SumOf<P>* before, int64_t before_stride, O* to, int64_t to_stride) {
   using S = SumOf<P>;
   Vec<S> sum[Rows][Vecs] = {};
   for (int64_t block = first; block < last; ++block) {
@@ -372,26 +380,19 @@ __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
-      S* to = c + r * c_stride + v * kLanes<S>;
-      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+      const int64_t at = v * kLanes<S>;
+      store_for_products(to + r * to_stride + at, before ? load(before + r * before_stride + at) + sum[r][v] : sum[r][v]);
     }
   }
 }
 
+// The tile of `rows` rows, of Rows that are computed, and the block of columns at `column`.
 template <int Rows, int Vecs, class T, class P>
 GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P* b, const GradientSink<T>& sink,
                                  int64_t column, int64_t columns) {
   using S = SumOf<P>;
   constexpr int width = Vecs * kLanes<S>;
   alignas(64) S own[Rows * width];
-  // Whole tiles of sums go straight to where they are kept.
-  S* c = sink.last || !sink.partial ? nullptr : sink.partial_at(i, column);
-  int64_t c_stride = sink.width;
-  if constexpr (std::is_same_v<T, S>) {
-    c = sink.at(i, column);
-    c_stride = sink.stride;
-  }
-  const bool direct = c && rows == Rows && column + width <= columns;
   // Calls f(sums, row, column, valid lanes) for the vectors of the tile that there are.
   const auto each = [&](auto&& f) {
     for (int r = 0; r < rows; ++r) {
@@ -401,9 +402,20 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
       }
     }
   };
-  if (!direct) {
-    c = own;
-    c_stride = width;
+  // Whole tiles of sums come straight from where they are kept, and go there.
+  const bool whole = rows == Rows && column + width <= columns;
+  S* kept = own;
+  int64_t kept_stride = width;
+  if constexpr (std::is_same_v<T, S>) {
+    if (whole) {
+      kept = sink.at(i, column);
+      kept_stride = sink.stride;
+    }
+  } else if (whole && sink.partial) {
+    kept = sink.partial_at(i, column);
+    kept_stride = sink.width;
+  }
+  if (!whole) {
     std::fill_n(own, Rows * width, S{0});
     // Earlier sums come first here as well, so that a value's bits do not tell where its tile ends.
     if (!sink.first) {
@@ -414,9 +426,15 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   }
   const int64_t blocks = a.num_blocks();
   for (int64_t block = 0; block < blocks; block += kOuterBlocks<P>) {
-    outer_blocks<Rows, Vecs>(a, i, block, std::min(blocks, block + kOuterBlocks<P>), b, block > 0 || !sink.first, c, c_stride);
+    const int64_t last = std::min(blocks, block + kOuterBlocks<P>);
+    const S* before = block > 0 || !sink.first ? kept : nullptr;
+    if (whole && sink.last && last == blocks) {
+      outer_blocks<Rows, Vecs>(a, i, block, last, b, before, kept_stride, sink.at(i, column), sink.stride);
+    } else {
+      outer_blocks<Rows, Vecs>(a, i, block, last, b, before, kept_stride, kept, kept_stride);
+    }
   }
-  if (direct) return;
+  if (whole) return;
   each([&](S* sum, int64_t row, int64_t at, int valid) {
     if (sink.partial && !sink.last) {
       store_valid(sink.partial_at(row, at), load(sum), valid);

@@ -110,7 +110,13 @@ void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t 
   for (int64_t token = 0; token < tokens; token += kTerms<P>) {
     const T* row = rows[token];
     const T* next = token + 1 < tokens ? rows[token + 1] : nullptr;
-    for (int64_t c = first; c < last; c += n) {
+    int64_t c = first;
+    for (; c + 2 * n <= last; c += 2 * n) {
+      const auto [low, high] = load_two_lanes<P>(row + c, next ? next + c : nullptr);
+      store(panel.at(token / kTerms<P>, c), low);
+      store(panel.at(token / kTerms<P>, c + n), high);
+    }
+    for (; c < last; c += n) {
       const int columns = static_cast<int>(std::min<int64_t>(n, last - c));
       store(panel.at(token / kTerms<P>, c), load_lanes<P>(row + c, next ? next + c : nullptr, columns));
     }
@@ -175,7 +181,7 @@ void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, 
       if constexpr (terms == 1) {
         store(to.at(k, token), v);
       } else {
-        store(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
+        store_for_products(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
       }
     }
   }

@@ -35,6 +35,7 @@ template <class T>
 using Operand = PackedAs<T, GOSSAMER_BF16_DOT>;
 
 typedef uint16_t Halves __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
+typedef uint16_t Terms __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 
 #define GOSSAMER_INLINE static inline __attribute__((always_inline))
 
@@ -201,14 +202,50 @@ GOSSAMER_INLINE Vec<P> load_lanes(const T* first, [[maybe_unused]] const T* seco
   }
 }
 
+// The same of two vectors of lanes that follow each other, all of which exist.
+template <class P, class T>
+GOSSAMER_INLINE std::pair<Vec<P>, Vec<P>> load_two_lanes(const T* first, [[maybe_unused]] const T* second) {
+  constexpr int n = kLanes<P>;
+  if constexpr (std::is_same_v<P, BFloat16Pair>) {
+    const Terms a = load_bytes<Terms>(first), b = second ? load_bytes<Terms>(second) : Terms{};
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+      return std::pair{(UInts)__builtin_shufflevector(a, b, (I / 2 + I % 2 * 2 * n)...),
+                       (UInts)__builtin_shufflevector(a, b, (n + I / 2 + I % 2 * 2 * n)...)};
+    }(std::make_integer_sequence<int, 2 * n>{});
+  } else {
+    return {load(first), load(first + n)};
+  }
+}
+
 // One packed value a lane of sums that follow each other; `second` is not used where a packed value has one term.
 template <class P>
 GOSSAMER_INLINE Vec<P> pack_lanes(Vec<SumOf<P>> first, [[maybe_unused]] Vec<SumOf<P>> second) {
-  if constexpr (std::is_same_v<P, BFloat16Pair>) {
-    return bfloat16_bits(first) | bfloat16_bits(second) << 16;
-  } else {
+  if constexpr (!std::is_same_v<P, BFloat16Pair>) {
     return first;
+  } else {
+#if GOSSAMER_BF16_DOT
+    const Terms both = (Terms)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+      return (UInts)__builtin_shufflevector(both, both, (I / 2 + I % 2 * kLanes<P>)...);
+    }(std::make_integer_sequence<int, 2 * kLanes<P>>{});
+#else
+    return bfloat16_bits(first) | bfloat16_bits(second) << 16;
+#endif
   }
+}
+
+// Stores sums of products, or what only products read. Where one instruction multiplies pairs, another rounds, and takes
+// subnormals for zero as the first does.
+template <class T, class V>
+GOSSAMER_INLINE void store_for_products(T* to, V v) {
+#if GOSSAMER_BF16_DOT
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(to, &out, sizeof out);
+    return;
+  }
+#endif
+  store(to, v);
 }
 
 // The sum of all lanes, in a fixed order: halves are added until one lane is left.
