@@ -98,11 +98,15 @@ class ExpertMlpBackward {
       through_activation(chunk);
       meet();
       if (!kSame || buffers.preact_r) {
-        const auto mine = team.share(a.wide(), kPanelWidth<S>);
-        if (buffers.preact_r) transpose_panel(preact_r, preact, mine.begin, mine.end);
-        if constexpr (!kSame) {
-          if (buffers.preact_c) pack_along_rows(preact_c, preact, mine.begin, mine.end);
-          if (buffers.preact_t) pack_along_tokens(preact_t, preact, mine.begin, mine.end);
+        for_own_preact([&](int64_t begin, int64_t end) {
+          if constexpr (!kSame) {
+            if (buffers.preact_c) pack_along_rows(preact_c, preact, begin, end);
+            if (buffers.preact_t) pack_along_tokens(preact_t, preact, begin, end);
+          }
+        });
+        if (buffers.preact_r) {
+          const auto mine = team.share(a.wide(), kPanelWidth<S>);
+          transpose_panel(preact_r, preact, mine.begin, mine.end);
         }
         clock.lap(Stage::kTranspose);
         meet();
@@ -143,9 +147,27 @@ class ExpertMlpBackward {
     if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.hidden, Team{0, 1});
   }
 
+  // Calls f for the ranges of pre-activation rows, of whole pairs, that belong to this thread: those whose activation it
+  // computes, as far as pairs allow, so that they stay in its caches.
+  template <class F>
+  void for_own_preact(F&& f) const {
+    const auto mine = team.share(a.inner, kGroup);
+    if (!a.activation.gated) {
+      f(mine.begin, mine.end);
+    } else if (a.activation.interleaved) {
+      f(2 * mine.begin, 2 * mine.end);
+    } else if (a.inner % 2 == 0) {
+      f(mine.begin, mine.end);
+      f(a.inner + mine.begin, a.inner + mine.end);
+    } else {
+      const auto part = team.share(a.wide(), kGroup);
+      f(part.begin, part.end);
+    }
+  }
+
   // Packs the chunk's rows, each thread a range of columns.
   void gather(const Chunk& chunk) {
-    const auto h = team.share(a.hidden, kPanelWidth<S>), p = team.share(a.wide(), kPanelWidth<S>);
+    const auto h = team.share(a.hidden, kPanelWidth<S>);
     const T* const* rows = own->rows.rows_of(a.dy, chunk);
     const int64_t m = chunk.size();
     if constexpr (kSame) {
@@ -170,7 +192,7 @@ class ExpertMlpBackward {
     for (int64_t i = 0; i < chunk.size(); ++i) {
       own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
     }
-    pack_as_columns(preact, own->rows.row, p.begin, p.end);
+    for_own_preact([&](int64_t begin, int64_t end) { pack_as_columns(preact, own->rows.row, begin, end); });
   }
 
   // What flows back through a product's update: scale · columns · b.

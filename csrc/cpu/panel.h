@@ -87,7 +87,7 @@ GOSSAMER_INLINE void transpose(Vec<S> (&v)[kLanes<S>]) {
 }
 
 // Columns [first, last) of the source rows become panel rows: tokens in lanes, terms along the columns. `first` is a
-// multiple of kLanes, and of a pair.
+// multiple of a pair.
 template <class T, class P, int Vectors>
 void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64_t first, int64_t last) {
   constexpr int n = kLanes<P>, terms = kTerms<P>;
