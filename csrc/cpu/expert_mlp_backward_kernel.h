@@ -293,8 +293,7 @@ class ExpertMlpBackward {
     const bool whole = chunk.first && chunk.last;
     T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
     const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last};
-    queue.each(team, columns.depth, kGroup,
-               [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); });
+    queue.each(team, columns.depth, kGroup, [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); }, 1);
   }
 
   // da = lowᵀ · rows and db = columnsᵀ · saved.

@@ -222,7 +222,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
       clock.lap(Stage::kDown);
       sums.add(c, c_stride, count, own->rows, m, true, h);
       clock.lap(Stage::kCombine);
-    });
+    }, 1);
   });
   team.barrier();
   clock.lap(Stage::kWait);

@@ -52,16 +52,16 @@ class WorkQueue {
   // To be called by every thread, with a barrier before the first each() and between an each() and the next restart().
   void restart(Team team) { taken_[team.thread * kStride].store(0, std::memory_order_relaxed); }
 
-  // Calls f(begin, end) for units of `count` items until none is left. The last `halved` units of a range are given out in
-  // halves: where a unit takes long, threads wait less for each other at the end.
+  // Calls f(begin, end) for units of `count` items until none is left. The last `quartered` units of a range are given out in
+  // quarters: where a unit takes long, threads wait less for each other at the end.
   template <class F>
-  void each(Team team, int64_t count, int64_t unit, F&& f, int64_t halved = 0) {
+  void each(Team team, int64_t count, int64_t unit, F&& f, int64_t quartered = 0) {
     for (int i = 0; i < team.size; ++i) {
       const int owner = (team.thread + i) % team.size;
       const auto [begin, end] = Team{owner, team.size}.share(count, unit);
-      const int64_t whole = std::max<int64_t>(0, (end - begin + unit - 1) / unit - halved);
+      const int64_t whole = std::max<int64_t>(0, (end - begin + unit - 1) / unit - quartered);
       while (true) {
-        const int64_t turn = taken_[owner * kStride].fetch_add(1, std::memory_order_relaxed), size = turn < whole ? unit : unit / 2;
+        const int64_t turn = taken_[owner * kStride].fetch_add(1, std::memory_order_relaxed), size = turn < whole ? unit : unit / 4;
         const int64_t at = begin + std::min(turn, whole) * unit + std::max<int64_t>(0, turn - whole) * size;
         if (at >= end) break;
         f(at, std::min(end, at + size));
