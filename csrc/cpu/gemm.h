@@ -186,6 +186,10 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
     const int64_t tiles = blocks * ((count + GOSSAMER_TILE_ROWS - 1) / GOSSAMER_TILE_ROWS), share = (runs + tiles - 1) / tiles;
     int64_t fetched = 0;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
+    // The pages of new rows are looked up together, which takes the time of one where each line by line would wait for its own.
+    if (!more && !columns) {
+      for (int64_t i = 0; i < runs; ++i) prefetch_lines<1, Fetch::kReadLater>(next + i * w.row_stride, 0);
+    }
     const P* a = pack;
     if constexpr (read == Read::kInPlace) {
       a = reinterpret_cast<const P*>(w.base + n * w.row_stride + k);
