@@ -29,14 +29,16 @@ void register_low_rank(py::module_& m) {
   m.def(
       "low_rank_matmul",
       [](int64_t rows, int64_t columns, int64_t depth, int64_t rank, const PyMatrix& x, const PyMatrix& weight,
-         const PyVector& bias, const PyMatrix& left, const PyMatrix& right, const PyMatrix& y, double factor,
-         const PyDropout& drop, int num_threads) {
-        const LowRankArgs args{matrix(y).dtype,  rows,         columns,       depth,     rank,   matrix(x),    matrix(weight),
-                               row_matrix(bias), matrix(left), matrix(right), matrix(y), factor, dropout(drop)};
+         const PyVector& bias, const PyMatrix& a, const PyMatrix& left, const PyMatrix& right, const PyMatrix& y, double factor,
+         double left_factor, const PyDropout& drop, int num_threads) {
+        const LowRankArgs args{matrix(y).dtype,  rows,      columns,      depth,         rank,      matrix(x), matrix(weight),
+                               row_matrix(bias), matrix(a), matrix(left), matrix(right), matrix(y), factor,    left_factor,
+                               dropout(drop)};
         py::gil_scoped_release release;
         low_rank_matmul(args, num_threads);
       },
-      "y = x · weight^T + bias + factor · drop(left · right); without x the last term is added to y.");
+      "y = x · weight^T + bias + factor · drop(left · right); without x the last term is added to y. With a, left becomes "
+      "left_factor · x · a^T.");
 }
 
 }  // namespace gossamer::bindings

@@ -4,15 +4,14 @@
 // it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces
 // there, for sums of outer products, and for sums that leave out padding.
 
-// Groups of columns at the end of a thread's share that are given out in halves.
-constexpr int64_t kHalvedGroups = 2;
+// Groups of columns at the end of a thread's share that are given out in quarters.
+constexpr int64_t kQuarteredGroups = 2;
 
 // Calls f(rectangle, first row, last row, end of the padding behind them) for pieces of at most `limit` rows that count.
 template <class Args, class F>
 GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
   for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
-    const int64_t begin = r->first * a.bm, end = begin + r->rows, pieces = (end - begin + limit - 1) / limit;
-    const int64_t size = ((end - begin + pieces - 1) / pieces + kChunkUnit - 1) / kChunkUnit * kChunkUnit;
+    const int64_t begin = r->first * a.bm, end = begin + r->rows, size = even_chunk(r->rows, limit);
     for (int64_t row = begin; row < end; row += size) {
       f(*r, row, std::min(end, row + size), row + size < end ? row + size : r->last * a.bm);
     }
@@ -97,7 +96,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
-    }, kHalvedGroups);
+    }, kQuarteredGroups);
   });
 }
 
@@ -207,7 +206,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
           store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
         }
       }
-    }, kHalvedGroups);
+    }, kQuarteredGroups);
   });
 }
 

@@ -52,15 +52,21 @@ struct GroupedDweightArgs {
 void grouped_matmul(const GroupedMatmulArgs& args, int num_threads);
 void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads);
 
-// Rows of a chunk are a multiple of this, so that blocks of three vectors are full in any instruction set.
+// Rows of the largest chunks are a multiple of this, so that blocks of three vectors are full in any instruction set.
 constexpr int64_t kChunkUnit = 48;
 
 // An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache
 // where that leaves enough of them: each chunk reads the expert's weights anew.
-inline int64_t chunk_rows(int64_t width, size_t element_size) {
-  constexpr int64_t kPanelBytes = 768 << 10;
-  const int64_t rows = kPanelBytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size));
+inline int64_t chunk_rows(int64_t width, size_t element_size, int64_t panel_bytes = 768 << 10) {
+  const int64_t rows = panel_bytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size));
   return std::clamp<int64_t>(rows, 2 * kChunkUnit, 512) / kChunkUnit * kChunkUnit;
+}
+
+// Rows of the chunks that `rows` are cut into: alike, for a small one at the end would read the weights for little, and whole
+// vectors.
+inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = 16) {
+  const int64_t pieces = std::max<int64_t>(1, (rows + limit - 1) / limit);
+  return ((rows + pieces - 1) / pieces + unit - 1) / unit * unit;
 }
 
 // Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.

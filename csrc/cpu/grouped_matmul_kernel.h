@@ -11,12 +11,11 @@ struct Chunk {
 // Calls f for each chunk of at most `limit` rows, a multiple of `unit`, of the experts that have rows, experts and rows
 // ascending.
 template <class F>
-GOSSAMER_INLINE void for_chunks(const Groups& groups, int64_t limit, F&& f, int64_t unit = kChunkUnit) {
+GOSSAMER_INLINE void for_chunks(const Groups& groups, int64_t limit, F&& f, int64_t unit = 16) {
   for (int64_t e = 0; e < groups.num_experts; ++e) {
     const int64_t begin = groups.offsets[e], end = groups.offsets[e + 1];
-    const int64_t pieces = (end - begin + limit - 1) / limit;
-    if (pieces == 0) continue;
-    const int64_t size = ((end - begin + pieces - 1) / pieces + unit - 1) / unit * unit;
+    if (begin == end) continue;
+    const int64_t size = even_chunk(end - begin, limit, unit);
     for (int64_t r = begin; r < end; r += size) {
       f(Chunk{e, r, std::min(end, r + size), r == begin, r + size >= end});
     }

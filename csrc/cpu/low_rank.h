@@ -32,18 +32,24 @@ struct RankProductArgs {
 };
 
 // y[i][j] = Σ_k x(i, k) · weight(j, k) + bias[j] + factor · drop(Σ_k left(i, k) · right(k, j)). Without x the last term is
-// added to what y holds; without left it is not there.
+// added to what y holds; without left it is not there. With a, left is a result: left(i, j) = left_factor · Σ_k x(i, k) · a(j, k).
 struct LowRankArgs {
   DType dtype;
   int64_t rows, columns, depth, rank;
   FloatMatrix x;       // (rows, depth) with column stride 1, or absent
   FloatMatrix weight;  // (columns, depth)
   FloatMatrix bias;    // (1, columns), or absent
+  FloatMatrix a;       // (rank, depth), one of its strides 1, or absent; not without x
   FloatMatrix left;    // (rows, rank) with column stride 1, or absent with rank 0
   FloatMatrix right;   // (rank, columns)
   FloatMatrix y;       // (rows, columns) with column stride 1
-  double factor;
+  double factor, left_factor;
   Dropout dropout;
+
+  // What makes `left` of a.
+  RankProductArgs left_product() const {
+    return {dtype, rows, depth, rank, x, {a.base, a.col_stride, a.row_stride, dtype}, left, left_factor, {}, false};
+  }
 };
 
 void rank_product(const RankProductArgs& args, int num_threads);
@@ -57,23 +63,62 @@ inline int64_t rank_unit(int64_t rows, int num_threads, int64_t most) {
   return std::clamp<int64_t>(rows / (num_threads * 4) / 8 * 8, 8, most);
 }
 
-// The shared memory of a call, for products of P.
+// How threads share a product: the weight's rows, for which they pack rows of x together; or, where rows are many, rows of x
+// or, of a weight that is contiguous along its rows, those, with memory of their own, in caches of their own, and no waiting.
+enum class LowRankForm { kShared, kByRows, kByColumns };
+
+inline LowRankForm low_rank_form(const LowRankArgs& a, int num_threads) {
+  constexpr int64_t kLeastRows = 96, kLeastColumns = 96;
+  if (!a.x) return LowRankForm::kShared;
+  const bool across = a.weight.row_stride == 1 && a.weight.col_stride != 1;
+  if (across) return a.rows >= kLeastRows && a.columns >= kLeastColumns * num_threads ? LowRankForm::kByColumns : LowRankForm::kShared;
+  return num_threads > 1 && a.rows >= kLeastRows * num_threads ? LowRankForm::kByRows : LowRankForm::kShared;
+}
+
+// The memory of a call, for products of P.
 template <class P>
 struct LowRankBuffers {
-  WorkQueue queue;
-  P *panel, *left;
-  int64_t chunk;
+  WorkQueue queue, left_queue, chunks;
+  P *panel, *update = nullptr;
+  void* left_product = nullptr;
+  int64_t chunk = 0;
+  LowRankForm form = LowRankForm::kShared;
 
-  LowRankBuffers(Arena& arena, const RankProductArgs& a, int num_threads) : left(nullptr), chunk(0) {
+  LowRankBuffers(Arena& arena, const RankProductArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     panel = arena.take<P>(panel_size(packed_depth<P>(a.depth), a.rank));
   }
   LowRankBuffers(Arena& arena, const LowRankArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
-    chunk = chunk_rows(a.depth + a.rank, sizeof(P) / kTerms<P>);
-    panel = arena.take<P>(a.x ? panel_size(packed_depth<P>(a.depth), chunk) : 0);
-    left = arena.take<P>(panel_size(packed_depth<P>(a.rank), chunk));
+    left_queue = take_queue(arena, num_threads);
+    chunks = take_queue(arena, num_threads);
+    form = low_rank_form(a, num_threads);
+    const int64_t copies = form == LowRankForm::kShared ? 1 : num_threads;
+    const int64_t whole = form == LowRankForm::kByColumns ? a.columns : a.rows, share = (whole + copies - 1) / copies;
+    // Processors that multiply pairs have second-level caches of a megabyte and more.
+    constexpr int64_t bytes = kTerms<P> > 1 ? 1 << 20 : 768 << 10;
+    chunk = even_chunk(share, chunk_rows(a.depth + a.rank, sizeof(P) / kTerms<P>, bytes));
+    panel_values_ = a.x ? panel_size(packed_depth<P>(a.depth), chunk) : 0;
+    update_values_ = panel_size(packed_depth<P>(a.rank), chunk);
+    panel = arena.take<P>(panel_values_ * copies);
+    update = arena.take<P>(update_values_ * copies);
+    if (a.a && form == LowRankForm::kByColumns) {
+      Arena plan;
+      LowRankBuffers<P>(plan, a.left_product(), num_threads);
+      left_product = arena.take<char>(plan.used());
+    }
   }
+
+  // The part of one thread that shares its work with no other.
+  void keep_own(int thread) {
+    queue = queue.of(thread);
+    left_queue = left_queue.of(thread);
+    panel += thread * panel_values_;
+    update += thread * update_values_;
+  }
+
+ private:
+  int64_t panel_values_ = 0, update_values_ = 0;
 };
 
 }  // namespace gossamer

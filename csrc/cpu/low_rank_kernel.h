@@ -9,11 +9,23 @@ void pack_small(const FloatMatrix& small, int64_t depth, const Panel<P>& panel, 
     for (int64_t j = 0; j < panel.width; ++j) columns[j] = base + j * small.col_stride;
     return pack_as_columns(panel, columns.get(), first, last);
   }
+  constexpr int lanes = kLanes<P>;
+  // Rows of a whole matrix are pages apart: the lines to come are fetched, and their pages looked up, early enough.
+  constexpr int64_t ahead = 16;
   for (int64_t k = first; k < last; k += kTerms<P>) {
     const T* row = base + k * small.row_stride;
     const T* next = k + 1 < depth ? row + small.row_stride : nullptr;
-    for (int64_t j = 0; j < panel.width; j += kLanes<P>) {
-      const int valid = static_cast<int>(std::min<int64_t>(kLanes<P>, panel.width - j));
+    for (int64_t i = k + ahead; i < std::min(k + ahead + kTerms<P>, last); ++i) {
+      prefetch_lines<1>(base + i * small.row_stride, panel.width * sizeof(T));
+    }
+    int64_t j = 0;
+    for (; j + 2 * lanes <= panel.width; j += 2 * lanes) {
+      const auto [low, high] = load_two_lanes<P>(row + j, next ? next + j : nullptr);
+      store(panel.at(k / kTerms<P>, j), low);
+      store(panel.at(k / kTerms<P>, j + lanes), high);
+    }
+    for (; j < panel.width; j += lanes) {
+      const int valid = static_cast<int>(std::min<int64_t>(lanes, panel.width - j));
       store(panel.at(k / kTerms<P>, j), load_lanes<P>(row + j, next ? next + j : nullptr, valid));
     }
   }
@@ -116,62 +128,159 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   });
 }
 
+// The sum of a tile of the layer's product and its update, which takes the update's place: `count` rows of `width` values.
+template <class S>
+void add_update(const LowRankArgs& a, const S* base, S* update, int64_t c_stride, int64_t count, int64_t width) {
+  if (!a.left) return;
+  const S factor = static_cast<S>(a.factor);
+  for (int64_t i = 0; i < count; ++i) {
+    S* to = update + i * c_stride;
+    const S* from = base + i * c_stride;
+    for (int64_t j = 0; j < width; j += kLanes<S>) {
+      const Vec<S> v = load(to + j) * factor;
+      store(to + j, a.x ? v + load(from + j) : v);
+    }
+  }
+}
+
+// Columns first .. end of the result, for a weight that is contiguous along them: they are the lanes, and the rows of x are
+// read in place.
+template <class T>
+void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
+                      int64_t first, int64_t end) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  const int64_t m = end - first, c_stride = own.c_stride(buffers.chunk);
+  const auto columns = [&](FloatMatrix from, const Panel<P>& panel, int64_t depth) {
+    from.base = const_cast<T*>(static_cast<const T*>(from.base) + first * from.col_stride);
+    pack_small<T>(from, depth, panel, 0, depth);
+  };
+  const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m}, update{buffers.update, packed_depth<P>(a.rank), m};
+  columns({a.weight.base, a.weight.col_stride, a.weight.row_stride, a.dtype}, panel, a.depth);
+  if (a.left) columns(a.right, update, a.rank);
+  const Weight<T> x{static_cast<const T*>(a.x.base), a.x.row_stride, 1, a.rows, a.depth};
+  const Weight<T> left{static_cast<const T*>(a.left.base), a.left.row_stride, 1, a.rows, a.rank};
+  for (int64_t i = 0; i < a.rows; i += kGroup) {
+    const int64_t count = std::min<int64_t>(kGroup, a.rows - i);
+    // The rows of the result come into the cache while they are computed.
+    for (int64_t r = 0; r < count; ++r) {
+      prefetch_lines<1, Fetch::kWriteLater>(static_cast<T*>(a.y.base) + (i + r) * a.y.row_stride + first, m * sizeof(T));
+    }
+    S *base = own.c, *sum = a.left ? own.c + kGroup * c_stride : base;
+    if (a.left) group_product(left, i, count, update, sum, c_stride, own.pack);
+    group_product(x, i, count, panel, base, c_stride, own.pack);
+    if (a.bias) {
+      for (int64_t j = 0; j < m; ++j) {
+        const S value = static_cast<S>(a.bias.at(0, first + j));
+        for (int64_t r = 0; r < count; ++r) base[r * c_stride + j] += value;
+      }
+    }
+    if (a.dropout.on) {
+      const int64_t before = first % 4;
+      for (int64_t r = 0; r < count; ++r) {
+        keep_columns(a.dropout, i + r, first - before, before + m, kept);
+        for (int64_t j = 0; j < m; ++j) {
+          if (!kept[before + j]) sum[r * c_stride + j] = S{0};
+        }
+      }
+    }
+    add_update(a, base, sum, c_stride, count, m);
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = static_cast<T*>(a.y.base) + (i + r) * a.y.row_stride + first;
+      for (int64_t j = 0; j < m; j += kLanes<S>) {
+        store_valid(to + j, load(sum + r * c_stride + j), static_cast<int>(std::min<int64_t>(kLanes<S>, m - j)));
+      }
+    }
+  }
+}
+
+// Rows first .. end of the result, worked on by a team.
+template <class T>
+void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
+                      const T** rows, int64_t first, int64_t end, Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  const Weight<T> weight{static_cast<const T*>(a.weight.base), a.weight.row_stride, a.weight.col_stride, a.columns, a.depth};
+  const Weight<T> a_weight{static_cast<const T*>(a.a.base), a.a.row_stride, a.a.col_stride, a.rank, a.depth};
+  const Weight<T> right{static_cast<const T*>(a.right.base), a.right.col_stride, a.right.row_stride, a.columns, a.rank};
+  const int64_t m = end - first, c_stride = own.c_stride(buffers.chunk);
+  const auto pack = [&](const FloatMatrix& from, const Panel<P>& panel, int64_t terms) {
+    for (int64_t i = 0; i < m; ++i) rows[i] = static_cast<const T*>(from.base) + (first + i) * from.row_stride;
+    const auto part = team.share(terms, kPanelWidth<P>);
+    pack_as_columns(panel, rows, part.begin, part.end);
+  };
+  const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m}, left{buffers.update, packed_depth<P>(a.rank), m};
+  team.barrier();
+  buffers.queue.restart(team);
+  buffers.left_queue.restart(team);
+  if (a.x) pack(a.x, panel, a.depth);
+  if (a.a) {
+    team.barrier();
+    buffers.left_queue.each(team, a.rank, kRankUnit, [&](int64_t j, int64_t last) {
+      group_product(a_weight, j, last - j, panel, own.c, c_stride, own.pack);
+      for_transposed(own.c, c_stride, last - j, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
+        T* to = static_cast<T*>(a.left.base) + (first + token) * a.left.row_stride + j + column;
+        store_valid(to, v * static_cast<S>(a.left_factor), valid);
+      });
+    });
+    team.barrier();
+  }
+  if (a.left) pack(a.left, left, a.rank);
+  team.barrier();
+  buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
+    const int64_t count = last - n;
+    // The rows of the result come into the cache while it is computed.
+    for (int64_t i = 0; i < m; ++i) {
+      prefetch_lines<1, Fetch::kWriteLater>(static_cast<T*>(a.y.base) + (first + i) * a.y.row_stride + n, count * sizeof(T));
+    }
+    S *base = own.c, *update = a.left ? own.c + kGroup * c_stride : base;
+    if (a.left) group_product(right, n, count, left, update, c_stride, own.pack);
+    if (a.x) {
+      group_product(weight, n, count, panel, base, c_stride, own.pack);
+      add_bias(a.bias, 0, n, count, base, c_stride, m);
+    }
+    if (a.dropout.on) {
+      for (int64_t i = 0; i < m; ++i) keep_columns(a.dropout, first + i, n, count, kept + i * kGroup);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t token = 0; token < m; ++token) {
+          if (!kept[token * kGroup + i]) update[i * c_stride + token] = S{0};
+        }
+      }
+    }
+    add_update(a, base, update, c_stride, count, m);
+    for_transposed(update, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
+      T* to = static_cast<T*>(a.y.base) + (first + token) * a.y.row_stride + n + column;
+      store_valid(to, a.x ? v : v + load_valid(to, valid), valid);
+    });
+  });
+}
+
 template <class T>
 void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Team team) {
-  using S = Accumulator<T>;
   using P = Operand<T>;
   Arena arena(shared);
   LowRankBuffers<P> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   const auto kept = std::make_unique<bool[]>(a.dropout.on ? buffers.chunk * kGroup + 64 : 0);
-  const Weight<T> weight{static_cast<const T*>(a.weight.base), a.weight.row_stride, a.weight.col_stride, a.columns, a.depth};
-  const Weight<T> right{static_cast<const T*>(a.right.base), a.right.col_stride, a.right.row_stride, a.columns, a.rank};
-  const int64_t c_stride = own->c_stride(buffers.chunk);
-  const S factor = static_cast<S>(a.factor);
-  const auto pack = [&](const FloatMatrix& from, const Panel<P>& panel, int64_t terms, int64_t first) {
-    for (int64_t i = 0; i < panel.width; ++i) rows[i] = static_cast<const T*>(from.base) + (first + i) * from.row_stride;
-    const auto mine = team.share(terms, kPanelWidth<P>);
-    pack_as_columns(panel, rows.get(), mine.begin, mine.end);
-  };
-  for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
-    const int64_t m = std::min(buffers.chunk, a.rows - first);
-    const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m}, left{buffers.left, packed_depth<P>(a.rank), m};
-    team.barrier();
-    buffers.queue.restart(team);
-    if (a.x) pack(a.x, panel, a.depth, first);
-    if (a.left) pack(a.left, left, a.rank, first);
-    team.barrier();
-    buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
-      const int64_t count = last - n;
-      S *base = own->c, *update = a.left ? own->c + kGroup * c_stride : base;
-      if (a.left) group_product(right, n, count, left, update, c_stride, own->pack);
-      if (a.x) {
-        group_product(weight, n, count, panel, base, c_stride, own->pack);
-        add_bias(a.bias, 0, n, count, base, c_stride, m);
-      }
-      if (a.dropout.on) {
-        for (int64_t i = 0; i < m; ++i) keep_columns(a.dropout, first + i, n, count, kept.get() + i * kGroup);
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t token = 0; token < m; ++token) {
-            if (!kept[token * kGroup + i]) update[i * c_stride + token] = S{0};
-          }
-        }
-      }
-      for (int64_t i = 0; i < (a.left ? count : 0); ++i) {
-        S* to = update + i * c_stride;
-        const S* from = base + i * c_stride;
-        for (int64_t token = 0; token < m; token += kLanes<S>) {
-          const Vec<S> v = load(to + token) * factor;
-          store(to + token, a.x ? v + load(from + token) : v);
-        }
-      }
-      for_transposed(update, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
-        T* to = static_cast<T*>(a.y.base) + (first + token) * a.y.row_stride + n + column;
-        store_valid(to, a.x ? v : v + load_valid(to, valid), valid);
-      });
-    });
+  if (buffers.form == LowRankForm::kShared) {
+    for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
+      low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, std::min(a.rows, first + buffers.chunk), team);
+    }
+    return;
   }
+  buffers.chunks.restart(team);
+  if (buffers.left_product) rank_product_of<T>(a.left_product(), buffers.left_product, num_threads, team);
+  buffers.keep_own(team.thread);
+  team.barrier();
+  const bool by_rows = buffers.form == LowRankForm::kByRows;
+  buffers.chunks.each(team, by_rows ? a.rows : a.columns, buffers.chunk, [&](int64_t first, int64_t end) {
+    if (by_rows) {
+      low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, end, Team{0, 1});
+    } else {
+      low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
+    }
+  });
 }
 
 void rank_product(const RankProductArgs& args, void* shared, int num_threads, Team team) {

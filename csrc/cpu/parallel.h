@@ -49,6 +49,9 @@ class WorkQueue {
   WorkQueue() = default;
   explicit WorkQueue(std::atomic<int64_t>* taken) : taken_(taken) {}
 
+  // That of one thread which shares its work with no other.
+  WorkQueue of(int thread) const { return WorkQueue(taken_ + thread * kStride); }
+
   // To be called by every thread, with a barrier before the first each() and between an each() and the next restart().
   void restart(Team team) { taken_[team.thread * kStride].store(0, std::memory_order_relaxed); }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gossamer import _C
@@ -13,20 +15,23 @@ from gossamer.cpu_kernels.quantized_weight import dequantize
 Mask = tuple[int, int] | None
 
 
-# Rows from which torch's product is the faster on AVX2: along a weight's rows, along its columns, and for its gradient.
-_ALONG_ROWS, _ALONG_COLUMNS, _GRADIENT = 2048, 96, 1
+# Rows from which torch's product measured faster than ours: along a weight's rows, along its columns, and for its gradient.
+# Of float32 on AVX2, and of bfloat16 where the processor multiplies it.
+_FROM_ROWS = {
+    torch.float32: {"rows": 2048, "columns": 96, "gradient": 1},
+    torch.bfloat16: {"rows": math.inf, "columns": math.inf, "gradient": 1},
+}
 
 
-def _by_torch(dtype: torch.dtype, rows: int, avx2_rows: int) -> bool:
-    """Whether the layer's own product is torch's.
-
-    Where the processor multiplies bfloat16, torch's is twice as fast as ours, which converts to float32. On AVX2
-    torch's float32 product measured faster from ``avx2_rows`` rows on.
-    """
+def _by_torch(dtype: torch.dtype, rows: int, product: str) -> bool:
+    """Whether the layer's own product, along a weight's ``"rows"``, ``"columns"`` or for its ``"gradient"``, is torch's."""
     isa = _C.isa()
-    if isa == "avx2" and dtype == torch.float32:
-        return rows >= avx2_rows
-    return isa == "generic" or (dtype == torch.bfloat16 and _C.multiplies_bfloat16())
+    if (isa == "avx2" and dtype == torch.float32) or (dtype == torch.bfloat16 and _C.multiplies_bfloat16()):
+        # What multiplies bfloat16 is our kernels, or torch alone where ours convert it.
+        if dtype == torch.bfloat16 and isa != "avx512_bf16":
+            return True
+        return rows >= _FROM_ROWS[dtype][product]
+    return isa == "generic"
 
 
 def _mask(seed: torch.Tensor | None, dropout: float) -> tuple[Mask, float]:
@@ -83,9 +88,17 @@ def _matmul(
     right: torch.Tensor | None = None,
     factor: float = 1.0,
     mask: Mask = None,
+    a: torch.Tensor | None = None,
+    left_factor: float = 1.0,
 ) -> torch.Tensor:
-    """``x · weightᵀ + bias + factor · drop(left · right)``, the last term where it is given."""
-    by_torch = _by_torch(x.dtype, x.shape[0], _ALONG_ROWS if weight.stride(-1) == 1 else _ALONG_COLUMNS)
+    """``x · weightᵀ + bias + factor · drop(left · right)``, the last term where it is given.
+
+    With ``a (r, D)``, ``left (M, r)`` is a result, ``left_factor · x · aᵀ``.
+    """
+    by_torch = _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
+    if a is not None and (by_torch or x.shape[1] == 0):
+        _rank_product(x, a.T, left, left_factor)
+        a = None
     if by_torch:
         y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
         if left is None:
@@ -101,10 +114,12 @@ def _matmul(
         matrix(None if by_torch else x),
         matrix(weight),
         vector(bias),
+        matrix(a),
         matrix(left),
         matrix(right),
         matrix(y),
         factor,
+        left_factor,
         mask,
         torch.get_num_threads(),
     )
@@ -156,9 +171,12 @@ def low_rank_linear(
     x = unit_rows(x)
     a, b = (t.to(x.dtype).contiguous() for t in (a, b))
     mask, keep = _mask(seed, dropout)
-    s = _rank_product(x, a.T, torch.empty(x.shape[0], a.shape[0], dtype=x.dtype), keep, mask)
+    s = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype)
     dense = _dense(weight, state, weight_format, block_sizes, b.shape[0], x.shape[1], x.dtype)
-    return _matmul(x, dense, bias, s, b.T, scale, None), s
+    if mask is not None:
+        _rank_product(x, a.T, s, keep, mask)
+        return _matmul(x, dense, bias, s, b.T, scale), s
+    return _matmul(x, dense, bias, s, b.T, scale, a=a), s
 
 
 def low_rank_linear_backward(
@@ -202,18 +220,20 @@ def low_rank_linear_backward(
     dx = dweight = da = db = dbias = None
     if want_x or want_a:
         b = b.to(dy.dtype).contiguous()
-        ds = _rank_product(dy, b, torch.empty(m, b.shape[1], dtype=dy.dtype), scale)
+        ds = torch.empty(m, b.shape[1], dtype=dy.dtype)
     if want_x:
         a = a.to(dy.dtype).contiguous()
         dense = _dense(weight, state, weight_format, block_sizes, n, a.shape[1], dy.dtype)
-        dx = _matmul(dy, dense.T, None, ds, a, keep, mask)
+        dx = _matmul(dy, dense.T, None, ds, a, keep, mask, b.T, scale)
+    elif want_a:
+        _rank_product(dy, b, ds, scale)
     if want_a:
         x = unit_rows(x)
         da = torch.empty(ds.shape[1], x.shape[1], dtype=factor_dtype)
         _rank_product(x.T, ds, da.T, keep, mask, transposed=True)
     if want_b:
         db = _rank_product(dy.T, s, torch.empty(n, s.shape[1], dtype=factor_dtype), scale)
-    if want_weight and _by_torch(dy.dtype, m, _GRADIENT):
+    if want_weight and _by_torch(dy.dtype, m, "gradient"):
         dweight = torch.mm(dy.T, x)
     elif want_weight:
         slots = torch.empty(m, dtype=torch.int32)  # never read, but so many rows are worth their threads

@@ -7,7 +7,7 @@ import torch
 from gossamer import _backend
 from gossamer._layout import side_by_side, stored_by_columns
 from gossamer.ops._bags import accumulation_dtype
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.gather_reduce import sum_rows
 
@@ -127,7 +127,7 @@ def _sdd_backward(ctx, dvalues):
     return da, db, dbias, *(None,) * (ctx.num_inputs - 3)
 
 
-torch.library.register_autograd("gossamer::block_sparse_sdd", _sdd_backward, setup_context=_sdd_setup_context)
+register_autograd("block_sparse_sdd", _sdd_backward, _sdd_setup_context)
 
 
 def _dsd_setup_context(ctx, inputs, output):
@@ -162,4 +162,4 @@ def _dsd_backward(ctx, dy):
     return dvalues, db, dbias, *(None,) * (ctx.num_inputs - 3)
 
 
-torch.library.register_autograd("gossamer::block_sparse_dsd", _dsd_backward, setup_context=_dsd_setup_context)
+register_autograd("block_sparse_dsd", _dsd_backward, _dsd_setup_context)

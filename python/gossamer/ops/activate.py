@@ -9,7 +9,7 @@ import torch
 from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation
 from gossamer.ops._checks import check_float, check_tensor
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 
 _FORM = "str activation, float alpha, float limit, bool interleaved, str backend"
 
@@ -60,7 +60,7 @@ def _backward(ctx, dact):
     return dpreact, *[None] * 5
 
 
-torch.library.register_autograd("gossamer::activate", _backward, setup_context=_setup_context)
+register_autograd("activate", _backward, _setup_context)
 
 
 def activate(

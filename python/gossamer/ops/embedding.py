@@ -8,7 +8,7 @@ from gossamer import _backend
 from gossamer.ops import gather_reduce as bags
 from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops._checks import check_float, check_index, check_same_device, check_shape
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 
 
 def _occurrences(index: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def _backward(ctx, dout):
     return dtable, None, None, None, None, None
 
 
-torch.library.register_autograd("gossamer::embedding", _backward, setup_context=_setup_context)
+register_autograd("embedding", _backward, _setup_context)
 
 
 def embedding(

@@ -10,7 +10,7 @@ from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._composed_experts import composed_expert_mlp
 from gossamer.ops._overwrite import may_overwrite
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, empty_gradients, expert_mlp_lora
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
@@ -204,7 +204,7 @@ def _backward(ctx, dy, _dpreact):
     return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, None, None, None, dweights, *[None] * 6
 
 
-torch.library.register_autograd("gossamer::expert_mlp", _backward, setup_context=_setup_context)
+register_autograd("expert_mlp", _backward, _setup_context)
 
 
 def expert_mlp(

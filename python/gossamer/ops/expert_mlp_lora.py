@@ -10,7 +10,7 @@ from gossamer._layout import stored_transposed
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_same_device, check_shape
 from gossamer.ops._overwrite import may_overwrite
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import check_factor_dtype, check_rank
 
@@ -199,7 +199,7 @@ def _backward(ctx, dy, *_):
     return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, *dfactors, None, None, None, dweights, *[None] * 7
 
 
-torch.library.register_autograd("gossamer::expert_mlp_lora", _backward, setup_context=_setup_context)
+register_autograd("expert_mlp_lora", _backward, _setup_context)
 
 
 def expert_mlp_lora(

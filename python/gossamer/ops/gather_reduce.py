@@ -20,7 +20,7 @@ from gossamer.ops._bags import (
     raises,
 )
 from gossamer.ops._checks import check_float, check_tensor
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch
 
 
@@ -273,7 +273,7 @@ def _backward(ctx, dout):
     return dtable, None, None, dweights, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("gossamer::gather_reduce", _backward, setup_context=_setup_context)
+register_autograd("gather_reduce", _backward, _setup_context)
 
 
 def _max_setup_context(ctx, inputs, output):
@@ -298,7 +298,7 @@ def _max_backward(ctx, dout, _):
     return dtable.view(ctx.num_rows + 1, dim)[: ctx.num_rows].to(ctx.table_dtype), *(None,) * 7
 
 
-torch.library.register_autograd("gossamer::gather_max", _max_backward, setup_context=_max_setup_context)
+register_autograd("gather_max", _max_backward, _max_setup_context)
 
 
 def max_rows(argmax: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:

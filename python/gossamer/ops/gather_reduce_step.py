@@ -11,7 +11,7 @@ from gossamer.ops import gather_reduce as one_table
 from gossamer.ops import gather_reduce_tables as many_tables
 from gossamer.ops._bags import apply_bounds, check_bags, check_bounds, num_bags_of
 from gossamer.ops._checks import check_same_device, check_tensor
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.sparse_update import _sparse_update_, check_state, check_updatable
 from gossamer.optim import Optimizer
 
@@ -113,7 +113,7 @@ def _backward(ctx, dout, _):
     return torch.zeros_like(handle), None, None, None, dweights, *(None,) * 14
 
 
-torch.library.register_autograd("gossamer::gather_reduce_step", _backward, setup_context=_setup_context)
+register_autograd("gather_reduce_step", _backward, _setup_context)
 
 
 def _check_handle(handle, table):

@@ -19,7 +19,7 @@ from gossamer.ops._bags import (
     raises,
 )
 from gossamer.ops._checks import check_float, check_index, check_same_device, check_shape, check_tensor
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.gather_reduce import (
     checked_out_dtype,
     gather_dot_reference,
@@ -242,7 +242,7 @@ def _storage_gradient(ctx, dout, index, offsets, weights):
     return total.to(ctx.dtype)
 
 
-torch.library.register_autograd("gossamer::gather_reduce_tables", _backward, setup_context=_setup_context)
+register_autograd("gather_reduce_tables", _backward, _setup_context)
 
 
 def check_tables(

@@ -10,7 +10,7 @@ from gossamer import _backend
 from gossamer._layout import stored_transposed
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.gather_reduce import sum_slots
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
@@ -151,7 +151,7 @@ def grouped_matmul_dweight(
     return dweight, dbias if with_bias else None
 
 
-torch.library.register_autograd("gossamer::grouped_matmul", _backward, setup_context=_setup_context)
+register_autograd("grouped_matmul", _backward, _setup_context)
 
 
 def grouped_matmul(

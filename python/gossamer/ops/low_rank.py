@@ -9,7 +9,7 @@ from gossamer import _backend
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, last_size
 from gossamer.ops._philox import drop
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
 
 
@@ -225,7 +225,7 @@ def _backward(ctx, dy, _):
 
 
 for _name in ("low_rank_linear", "low_rank_linear_quantized"):
-    torch.library.register_autograd(f"gossamer::{_name}", _backward, setup_context=_setup_context)
+    register_autograd(_name, _backward, _setup_context)
 
 
 def _base(x, weight, bias, backend):
@@ -253,7 +253,7 @@ def _base_backward(ctx, dy):
     return dx, dweight, dy.sum(0) if want_bias else None, None
 
 
-torch.library.register_autograd("gossamer::base_linear", _base_backward, setup_context=_base_setup_context)
+register_autograd("base_linear", _base_backward, _base_setup_context)
 
 
 def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from gossamer.ops._checks import (
     check_shape,
     last_size,
 )
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.low_rank import base_linear, check_factor_dtype, check_rank
 
@@ -199,7 +199,7 @@ def _backward(ctx, dy, _ds):
     return *_factor_gradients(ctx, dy), *[None] * 7
 
 
-torch.library.register_autograd("gossamer::multi_low_rank", _backward, setup_context=_setup_context)
+register_autograd("multi_low_rank", _backward, _setup_context)
 
 
 class _InPlace(torch.autograd.Function):

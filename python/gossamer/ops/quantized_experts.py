@@ -6,7 +6,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import sum_slots
 from gossamer.ops.quantized_expert_weight import FORMATS, QuantizedExpertWeight
@@ -75,7 +75,7 @@ def _backward(ctx, dy):
     return dx, None, None, None, dbias, *[None] * 7
 
 
-torch.library.register_autograd("gossamer::quantized_grouped_matmul", _backward, setup_context=_setup_context)
+register_autograd("quantized_grouped_matmul", _backward, _setup_context)
 
 
 def quantized_grouped_matmul(

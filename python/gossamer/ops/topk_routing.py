@@ -7,7 +7,7 @@ import math
 import torch
 
 from gossamer import _backend
-from gossamer.ops._registration import register
+from gossamer.ops._registration import register, register_autograd
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
@@ -93,7 +93,7 @@ def _backward(ctx, dweights, _dids):
     return dlogits, *[None] * 8
 
 
-torch.library.register_autograd("gossamer::topk_routing", _backward, setup_context=_setup_context)
+register_autograd("topk_routing", _backward, _setup_context)
 
 
 def topk_routing_backward_reference(
