@@ -372,7 +372,10 @@ def test_instruction_sets(isa, dropout):
     try:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             check(*functions("native", dropout=dropout, seed=6), make_inputs("cpu", dtype))
-        # So many rows that on some processors the layer's own products are torch's.
+            # So many rows that threads share them, and not the weight's; then so many columns of it too, of odd sizes.
+            check(*functions("native", dropout=dropout, seed=6), make_inputs("cpu", dtype, m=201, n=33, c=45))
+            check(*functions("native", dropout=dropout, seed=6), make_inputs("cpu", dtype, m=99, n=35, c=211))
+        # So many that on some processors the layer's own products are torch's.
         check(*functions("native", dropout=dropout, seed=6), make_inputs("cpu", m=260))
     finally:
         extension.choose_isa("")

@@ -16,22 +16,19 @@ Mask = tuple[int, int] | None
 
 
 # Rows from which torch's product measured faster than ours: along a weight's rows, along its columns, and for its gradient.
-# Of float32 on AVX2, and of bfloat16 where the processor multiplies it.
 _FROM_ROWS = {
-    torch.float32: {"rows": 2048, "columns": 96, "gradient": 1},
-    torch.bfloat16: {"rows": math.inf, "columns": math.inf, "gradient": 1},
+    ("avx2", torch.float32): {"rows": 2048, "columns": 96, "gradient": 1},
+    ("avx512_bf16", torch.bfloat16): {"rows": 256, "columns": math.inf, "gradient": 1},
 }
 
 
 def _by_torch(dtype: torch.dtype, rows: int, product: str) -> bool:
     """Whether the layer's own product, along a weight's ``"rows"``, ``"columns"`` or for its ``"gradient"``, is torch's."""
     isa = _C.isa()
-    if (isa == "avx2" and dtype == torch.float32) or (dtype == torch.bfloat16 and _C.multiplies_bfloat16()):
-        # What multiplies bfloat16 is our kernels, or torch alone where ours convert it.
-        if dtype == torch.bfloat16 and isa != "avx512_bf16":
-            return True
-        return rows >= _FROM_ROWS[dtype][product]
-    return isa == "generic"
+    if (isa, dtype) in _FROM_ROWS:
+        return rows >= _FROM_ROWS[isa, dtype][product]
+    # Kernels of another instruction set convert bfloat16, which torch need not on a processor that multiplies it.
+    return isa == "generic" or (dtype == torch.bfloat16 and _C.multiplies_bfloat16())
 
 
 def _mask(seed: torch.Tensor | None, dropout: float) -> tuple[Mask, float]:

@@ -61,8 +61,12 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         return output
 
     def differentiate(ctx, *gradients):
-        ctx.needs_input_grad = ctx.needs_input_grad[:-1]
-        found = backward(ctx, *gradients)
+        whole = ctx.needs_input_grad
+        ctx.needs_input_grad = whole[:-1]
+        try:
+            found = backward(ctx, *gradients)
+        finally:
+            ctx.needs_input_grad = whole  # the pass may run again
         return *(found if isinstance(found, tuple) else (found,)), None
 
     function = type(
