@@ -15,7 +15,7 @@ from gossamer.cpu_kernels.quantized_weight import dequantize
 Mask = tuple[int, int] | None
 
 
-# Rows from which torch's product measured faster than ours: along a weight's rows, along its columns, and for its gradient.
+# Rows from which torch's product measured faster than ours: along a weight's rows, its columns, and for its gradient.
 _FROM_ROWS = {
     ("avx2", torch.float32): {"rows": 2048, "columns": 96, "gradient": 1},
     ("avx512_bf16", torch.bfloat16): {"rows": 256, "columns": math.inf, "gradient": 1},
@@ -23,7 +23,7 @@ _FROM_ROWS = {
 
 
 def _by_torch(dtype: torch.dtype, rows: int, product: str) -> bool:
-    """Whether the layer's own product, along a weight's ``"rows"``, ``"columns"`` or for its ``"gradient"``, is torch's."""
+    """Whether a product, along a weight's ``"rows"``, its ``"columns"`` or for its ``"gradient"``, is torch's."""
     isa = _C.isa()
     if (isa, dtype) in _FROM_ROWS:
         return rows >= _FROM_ROWS[isa, dtype][product]
