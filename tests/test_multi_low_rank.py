@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import OperatorLog, assert_same_bits, check, run, saved_tensors
 
 import gossamer
+from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import multi_low_rank_reference, row_adapters
 
 # Odd, so that no block divides them; more rows than a chunk or a tile for some adapter.
@@ -373,6 +374,17 @@ def test_the_layers_product_is_sound(device, bias):
     x, weight = torch.randn(M, C, requires_grad=True), torch.randn(N, C, requires_grad=True)
     args = (x, weight, torch.randn(N, requires_grad=True) if bias else None, "native")
     torch.library.opcheck(torch.ops.gossamer.base_linear.default, args)
+
+
+def test_the_layers_product_of_nothing(kernel_backend, device, dtype):
+    """Without rows the gradients are zero; without columns the result is the bias."""
+    bias = torch.randn(N, device=device).to(dtype)
+    x, weight = (torch.randn(*s, device=device).to(dtype).requires_grad_() for s in ((0, C), (N, C)))
+    with gossamer.backend(kernel_backend):
+        gradients = torch.autograd.grad(base_linear(x, weight, bias).sum(), [x, weight])
+        assert [t.shape for t in gradients] == [x.shape, weight.shape]
+        assert not gradients[1].any()
+        assert torch.equal(base_linear(x.new_ones(3, 0), weight.new_ones(N, 0), bias), bias.expand(3, N))
 
 
 @pytest.mark.parametrize("whole", [False, True])

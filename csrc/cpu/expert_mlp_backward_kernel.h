@@ -98,12 +98,12 @@ class ExpertMlpBackward {
       through_activation(chunk);
       meet();
       if (!kSame || buffers.preact_r) {
-        for_own_preact([&](int64_t begin, int64_t end) {
-          if constexpr (!kSame) {
+        if constexpr (!kSame) {
+          for_own_preact([&](int64_t begin, int64_t end) {
             if (buffers.preact_c) pack_along_rows(preact_c, preact, begin, end);
             if (buffers.preact_t) pack_along_tokens(preact_t, preact, begin, end);
-          }
-        });
+          });
+        }
         if (buffers.preact_r) {
           const auto mine = team.share(a.wide(), kPanelWidth<S>);
           transpose_panel(preact_r, preact, mine.begin, mine.end);

@@ -385,7 +385,7 @@ __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
       const int64_t at = v * kLanes<S>;
-      store_for_products(to + r * to_stride + at, before ? load(before + r * before_stride + at) + sum[r][v] : sum[r][v]);
+      store_sums(to + r * to_stride + at, before ? load(before + r * before_stride + at) + sum[r][v] : sum[r][v]);
     }
   }
 }
@@ -443,7 +443,7 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
     if (sink.partial && !sink.last) {
       store_valid(sink.partial_at(row, at), load(sum), valid);
     } else {
-      store_valid(sink.at(row, at), load(sum), valid);
+      store_valid_sums(sink.at(row, at), load(sum), valid);
     }
   });
 }

@@ -53,7 +53,7 @@ struct ThreadBuffers {
   alignas(64) S c[2 * kGroup * (kMaxChunk + kLanes<S>)];
 
   // Rows of c lie an odd number of vectors apart, so that a tile's rows do not share a cache set.
-  static int64_t c_stride(int64_t chunk) { return chunk + kLanes<S>; }
+  static int64_t c_stride(int64_t chunk) { return ((chunk + kLanes<S> - 1) / kLanes<S> | 1) * kLanes<S>; }
 };
 
 template <class S>

@@ -1,33 +1,23 @@
 // The products of low_rank of one instruction set; see isa_kernels.h.
 
-// Rows first .. last of a skinny matrix of `depth` rows, `first` a multiple of kLanes, become rows of a panel.
+// Rows first .. last of a matrix of `depth` rows, `first` a multiple of kLanes, become rows of a panel.
 template <class T, class P>
-void pack_small(const FloatMatrix& small, int64_t depth, const Panel<P>& panel, int64_t first, int64_t last) {
-  const T* base = static_cast<const T*>(small.base);
-  if (small.col_stride != 1) {
+void pack_matrix(const FloatMatrix& m, int64_t depth, const Panel<P>& panel, int64_t first, int64_t last) {
+  const T* base = static_cast<const T*>(m.base);
+  if (m.col_stride != 1) {
     const auto columns = std::make_unique<const T*[]>(panel.width);
-    for (int64_t j = 0; j < panel.width; ++j) columns[j] = base + j * small.col_stride;
+    for (int64_t j = 0; j < panel.width; ++j) columns[j] = base + j * m.col_stride;
     return pack_as_columns(panel, columns.get(), first, last);
   }
-  constexpr int lanes = kLanes<P>;
   // Rows of a whole matrix are pages apart: the lines to come are fetched, and their pages looked up, early enough.
   constexpr int64_t ahead = 16;
   for (int64_t k = first; k < last; k += kTerms<P>) {
-    const T* row = base + k * small.row_stride;
-    const T* next = k + 1 < depth ? row + small.row_stride : nullptr;
+    const T* row = base + k * m.row_stride;
+    const T* next = k + 1 < depth ? row + m.row_stride : nullptr;
     for (int64_t i = k + ahead; i < std::min(k + ahead + kTerms<P>, last); ++i) {
-      prefetch_lines<1>(base + i * small.row_stride, panel.width * sizeof(T));
+      prefetch_lines<1>(base + i * m.row_stride, panel.width * sizeof(T));
     }
-    int64_t j = 0;
-    for (; j + 2 * lanes <= panel.width; j += 2 * lanes) {
-      const auto [low, high] = load_two_lanes<P>(row + j, next ? next + j : nullptr);
-      store(panel.at(k / kTerms<P>, j), low);
-      store(panel.at(k / kTerms<P>, j + lanes), high);
-    }
-    for (; j < panel.width; j += lanes) {
-      const int valid = static_cast<int>(std::min<int64_t>(lanes, panel.width - j));
-      store(panel.at(k / kTerms<P>, j), load_lanes<P>(row + j, next ? next + j : nullptr, valid));
-    }
+    pack_run(panel, k / kTerms<P>, row, next, 0, panel.width);
   }
 }
 
@@ -110,7 +100,7 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), a.rank};
   buffers.queue.restart(team);
   const auto packed = team.share(a.depth, kLanes<P>);
-  pack_small<T>(a.small, a.depth, panel, packed.begin, packed.end);
+  pack_matrix<T>(a.small, a.depth, panel, packed.begin, packed.end);
   team.barrier();
   const Weight<T> big{static_cast<const T*>(a.big.base), a.big.row_stride, a.big.col_stride, a.rows, a.depth};
   buffers.queue.each(team, a.rows, rank_unit(a.rows, num_threads, wide ? kWide : kGroup), [&](int64_t first, int64_t last) {
@@ -143,7 +133,7 @@ void add_update(const LowRankArgs& a, const S* base, S* update, int64_t c_stride
   }
 }
 
-// Columns first .. end of the result, for a weight that is contiguous along them: they are the lanes, and the rows of x are
+// Columns first .. end of the result, `first` a multiple of 4, for a weight that is contiguous along them: they are the lanes, and the rows of x are
 // read in place.
 template <class T>
 void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
@@ -151,15 +141,17 @@ void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
   using S = Accumulator<T>;
   using P = Operand<T>;
   const int64_t m = end - first, c_stride = own.c_stride(buffers.chunk);
-  const auto columns = [&](FloatMatrix from, const Panel<P>& panel, int64_t depth) {
+  const auto pack = [&](FloatMatrix from, const Panel<P>& panel, int64_t depth) {
     from.base = const_cast<T*>(static_cast<const T*>(from.base) + first * from.col_stride);
-    pack_small<T>(from, depth, panel, 0, depth);
+    pack_matrix<T>(from, depth, panel, 0, depth);
   };
   const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), m}, update{buffers.update, packed_depth<P>(a.rank), m};
-  columns({a.weight.base, a.weight.col_stride, a.weight.row_stride, a.dtype}, panel, a.depth);
-  if (a.left) columns(a.right, update, a.rank);
+  pack({a.weight.base, a.weight.col_stride, a.weight.row_stride, a.dtype}, panel, a.depth);
+  if (a.left) pack(a.right, update, a.rank);
   const Weight<T> x{static_cast<const T*>(a.x.base), a.x.row_stride, 1, a.rows, a.depth};
   const Weight<T> left{static_cast<const T*>(a.left.base), a.left.row_stride, 1, a.rows, a.rank};
+  alignas(64) S bias[ThreadBuffers<P>::kMaxChunk] = {};
+  for (int64_t j = 0; j < (a.bias ? m : 0); ++j) bias[j] = static_cast<S>(a.bias.at(0, first + j));
   for (int64_t i = 0; i < a.rows; i += kGroup) {
     const int64_t count = std::min<int64_t>(kGroup, a.rows - i);
     // The rows of the result come into the cache while they are computed.
@@ -169,18 +161,15 @@ void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
     S *base = own.c, *sum = a.left ? own.c + kGroup * c_stride : base;
     if (a.left) group_product(left, i, count, update, sum, c_stride, own.pack);
     group_product(x, i, count, panel, base, c_stride, own.pack);
-    if (a.bias) {
-      for (int64_t j = 0; j < m; ++j) {
-        const S value = static_cast<S>(a.bias.at(0, first + j));
-        for (int64_t r = 0; r < count; ++r) base[r * c_stride + j] += value;
-      }
+    for (int64_t r = 0; r < (a.bias ? count : 0); ++r) {
+      S* to = base + r * c_stride;
+      for (int64_t j = 0; j < m; j += kLanes<S>) store(to + j, load(to + j) + load(bias + j));
     }
     if (a.dropout.on) {
-      const int64_t before = first % 4;
       for (int64_t r = 0; r < count; ++r) {
-        keep_columns(a.dropout, i + r, first - before, before + m, kept);
+        keep_columns(a.dropout, i + r, first, m, kept);
         for (int64_t j = 0; j < m; ++j) {
-          if (!kept[before + j]) sum[r * c_stride + j] = S{0};
+          if (!kept[j]) sum[r * c_stride + j] = S{0};
         }
       }
     }

@@ -103,23 +103,31 @@ void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64
   }
 }
 
+// Columns [first, last) of a run of memory become those of a panel's row; those of `next`, unless it is null, are their second
+// terms.
+template <class T, class P, int Vectors>
+GOSSAMER_INLINE void pack_run(const Panel<P, Vectors>& panel, int64_t row, const T* run, const T* next, int64_t first,
+                              int64_t last) {
+  constexpr int n = kLanes<P>;
+  int64_t c = first;
+  for (; c + 2 * n <= last; c += 2 * n) {
+    const auto [low, high] = load_two_lanes<P>(run + c, next ? next + c : nullptr);
+    store(panel.at(row, c), low);
+    store(panel.at(row, c + n), high);
+  }
+  for (; c < last; c += n) {
+    const int columns = static_cast<int>(std::min<int64_t>(n, last - c));
+    store(panel.at(row, c), load_lanes<P>(run + c, next ? next + c : nullptr, columns));
+  }
+}
+
 // Columns [first, last) of `tokens` source rows stay columns, terms along the rows; `first` is a multiple of kLanes.
 template <class T, class P, int Vectors>
 void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
-  constexpr int n = kLanes<P>;
   for (int64_t token = 0; token < tokens; token += kTerms<P>) {
     const T* row = rows[token];
     const T* next = token + 1 < tokens ? rows[token + 1] : nullptr;
-    int64_t c = first;
-    for (; c + 2 * n <= last; c += 2 * n) {
-      const auto [low, high] = load_two_lanes<P>(row + c, next ? next + c : nullptr);
-      store(panel.at(token / kTerms<P>, c), low);
-      store(panel.at(token / kTerms<P>, c + n), high);
-    }
-    for (; c < last; c += n) {
-      const int columns = static_cast<int>(std::min<int64_t>(n, last - c));
-      store(panel.at(token / kTerms<P>, c), load_lanes<P>(row + c, next ? next + c : nullptr, columns));
-    }
+    pack_run(panel, token / kTerms<P>, row, next, first, last);
   }
 }
 
@@ -181,7 +189,7 @@ void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, 
       if constexpr (terms == 1) {
         store(to.at(k, token), v);
       } else {
-        store_for_products(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
+        store_sums(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
       }
     }
   }
@@ -210,6 +218,13 @@ GOSSAMER_INLINE void store_valid(T* to, Vec<Accumulator<T>> v, int valid) {
   } else {
     store_some(to, v, valid);
   }
+}
+
+template <class T>
+GOSSAMER_INLINE void store_valid_sums(T* to, Vec<Accumulator<T>> v, int valid) {
+  T buffer[kLanes<Accumulator<T>>];
+  store_sums(buffer, v);
+  std::memcpy(static_cast<void*>(to), buffer, valid * sizeof(T));
 }
 
 template <class T>

@@ -234,10 +234,10 @@ GOSSAMER_INLINE Vec<P> pack_lanes(Vec<SumOf<P>> first, [[maybe_unused]] Vec<SumO
   }
 }
 
-// Stores sums of products, or what only products read. Where one instruction multiplies pairs, another rounds, and takes
+// Stores sums of products, or what only products will read. Where one instruction multiplies pairs, another rounds, and takes
 // subnormals for zero as the first does.
 template <class T, class V>
-GOSSAMER_INLINE void store_for_products(T* to, V v) {
+GOSSAMER_INLINE void store_sums(T* to, V v) {
 #if GOSSAMER_BF16_DOT
   if constexpr (std::is_same_v<T, BFloat16>) {
     const __m256bh out = _mm512_cvtneps_pbh((__m512)v);

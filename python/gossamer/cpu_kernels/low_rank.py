@@ -92,8 +92,9 @@ def _matmul(
 
     With ``a (r, D)``, ``left (M, r)`` is a result, ``left_factor · x · aᵀ``.
     """
-    by_torch = _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
-    if a is not None and (by_torch or x.shape[1] == 0):
+    # An empty sum is torch's as well: an empty x has no address.
+    by_torch = x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
+    if a is not None and by_torch:
         _rank_product(x, a.T, left, left_factor)
         a = None
     if by_torch:

@@ -116,8 +116,8 @@ def _fake(x, *rest):
     return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
-# y (M, N), and s = drop(x)·aᵀ (M, r) for the gradient of b. A float weight has an operator of its own, because torch's
-# autograd of operators takes a time that grows with the square of the number of arguments.
+# y (M, N), and s = drop(x)·aᵀ (M, r) for the gradient of b. A float weight has an operator of its own, because each
+# argument takes host time in every call.
 _low_rank_linear = register(
     f"low_rank_linear(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor y, Tensor s)", _float, _fake
 )
