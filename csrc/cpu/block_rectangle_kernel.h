@@ -96,7 +96,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
-    }, kQuarteredGroups);
+    }, quartered(m, kQuarteredGroups));
   });
 }
 
@@ -206,7 +206,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
           store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
         }
       }
-    }, kQuarteredGroups);
+    }, quartered(m, kQuarteredGroups));
   });
 }
 

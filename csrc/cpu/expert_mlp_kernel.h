@@ -166,7 +166,6 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
 
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
-    const bool few = m <= kFewTokens;  // whose products hold rows of weights in the lanes, as many as whole units have
     const Panel<P> x{buffers.x_c, packed_depth<P>(a.hidden), m}, act{buffers.act_c, packed_depth<P>(a.inner), m};
     const auto up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
     const auto down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
@@ -203,7 +202,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
         }
       });
       clock.lap(Stage::kActivation);
-    }, few ? 0 : 2);
+    }, quartered(m, 2));
     team.barrier();
     buffers.inner.restart(team);
     buffers.up_low.restart(team);
@@ -223,7 +222,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
       clock.lap(Stage::kDown);
       sums.add(c, c_stride, count, own->rows, m, true, h);
       clock.lap(Stage::kCombine);
-    }, few ? 0 : 1);
+    }, quartered(m, 1));
   });
   team.barrier();
   clock.lap(Stage::kWait);

@@ -94,22 +94,11 @@ void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t term
 template <int Unit = kGroup, class T, class P>
 void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
   constexpr int lanes = kLanes<P>;
+  const Panel<P, Unit / lanes> panel{out, packed_depth<P>(terms), Unit};
   for (int64_t i = 0; i < terms; i += kTerms<P>) {
     const T* row = w.base + n + (k + i) * w.col_stride;
-    const T* next = i + 1 < terms ? row + w.col_stride : nullptr;
-    P* to = out + i / kTerms<P> * Unit;
-    if (count == Unit && Unit % (2 * lanes) == 0) {
-      for (int j = 0; j < Unit; j += 2 * lanes) {
-        const auto [low, high] = load_two_lanes<P>(row + j, next ? next + j : nullptr);
-        store(to + j, low);
-        store(to + j + lanes, high);
-      }
-      continue;
-    }
-    for (int j = 0; j < Unit; j += lanes) {
-      const int valid = std::clamp(count - j, 0, lanes);
-      store(to + j, valid == 0 ? Vec<P>{} : load_lanes<P>(row + j, next ? next + j : nullptr, valid));
-    }
+    pack_run(panel, i / kTerms<P>, row, i + 1 < terms ? row + w.col_stride : nullptr, 0, count);
+    for (int j = (count + lanes - 1) / lanes * lanes; j < Unit; j += lanes) store(panel.at(i / kTerms<P>, j), Vec<P>{});
   }
 }
 
@@ -216,6 +205,10 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
 
 // Up to so many tokens weights, not tokens, go into the vector lanes, most of which would be empty.
 constexpr int kFewTokens = GOSSAMER_VECTOR_BYTES / sizeof(double);
+
+// The units of weight rows that are given out in quarters: none for few tokens, whose products hold rows in the lanes, as many
+// as whole units have.
+GOSSAMER_INLINE int64_t quartered(int64_t tokens, int64_t units) { return tokens <= kFewTokens ? 0 : units; }
 
 // Adds the terms first .. last of the kLanes weight rows at `from` to sum[token]: block_product's sums, with rows in the
 // lanes. `rows` of these rows exist and `next_rows` of those after them, which are fetched meanwhile.

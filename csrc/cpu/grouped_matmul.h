@@ -62,9 +62,11 @@ inline int64_t chunk_rows(int64_t width, size_t element_size, int64_t panel_byte
   return std::clamp<int64_t>(rows, 2 * kChunkUnit, 512) / kChunkUnit * kChunkUnit;
 }
 
-// Rows of the chunks that `rows` are cut into: alike, for a small one at the end would read the weights for little, and whole
-// vectors.
-inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = 16) {
+// Rows of smaller ones are a multiple of this: whole vectors.
+constexpr int64_t kEvenUnit = 16;
+
+// Rows of the chunks that `rows` are cut into: alike, for a small one at the end would read the weights for little.
+inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = kEvenUnit) {
   const int64_t pieces = std::max<int64_t>(1, (rows + limit - 1) / limit);
   return ((rows + pieces - 1) / pieces + unit - 1) / unit * unit;
 }

@@ -11,7 +11,7 @@ struct Chunk {
 // Calls f for each chunk of at most `limit` rows, a multiple of `unit`, of the experts that have rows, experts and rows
 // ascending.
 template <class F>
-GOSSAMER_INLINE void for_chunks(const Groups& groups, int64_t limit, F&& f, int64_t unit = 16) {
+GOSSAMER_INLINE void for_chunks(const Groups& groups, int64_t limit, F&& f, int64_t unit = kEvenUnit) {
   for (int64_t e = 0; e < groups.num_experts; ++e) {
     const int64_t begin = groups.offsets[e], end = groups.offsets[e + 1];
     if (begin == end) continue;

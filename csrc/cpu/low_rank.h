@@ -68,11 +68,12 @@ inline int64_t rank_unit(int64_t rows, int num_threads, int64_t most) {
 enum class LowRankForm { kShared, kByRows, kByColumns };
 
 inline LowRankForm low_rank_form(const LowRankArgs& a, int num_threads) {
-  constexpr int64_t kLeastRows = 96, kLeastColumns = 96;
+  constexpr int64_t kLeast = 96;  // rows or columns of a thread
   if (!a.x) return LowRankForm::kShared;
-  const bool across = a.weight.row_stride == 1 && a.weight.col_stride != 1;
-  if (across) return a.rows >= kLeastRows && a.columns >= kLeastColumns * num_threads ? LowRankForm::kByColumns : LowRankForm::kShared;
-  return num_threads > 1 && a.rows >= kLeastRows * num_threads ? LowRankForm::kByRows : LowRankForm::kShared;
+  if (a.weight.row_stride == 1 && a.weight.col_stride != 1) {
+    return a.rows >= kLeast && a.columns >= kLeast * num_threads ? LowRankForm::kByColumns : LowRankForm::kShared;
+  }
+  return num_threads > 1 && a.rows >= kLeast * num_threads ? LowRankForm::kByRows : LowRankForm::kShared;
 }
 
 // The memory of a call, for products of P.

@@ -133,8 +133,8 @@ void add_update(const LowRankArgs& a, const S* base, S* update, int64_t c_stride
   }
 }
 
-// Columns first .. end of the result, `first` a multiple of 4, for a weight that is contiguous along them: they are the lanes, and the rows of x are
-// read in place.
+// Columns first .. end of the result, `first` a multiple of 4, for a weight that is contiguous along them: they are the lanes,
+// and the rows of x are read in place.
 template <class T>
 void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
                       int64_t first, int64_t end) {

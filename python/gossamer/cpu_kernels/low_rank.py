@@ -94,10 +94,10 @@ def _matmul(
     """
     # An empty sum is torch's as well: an empty x has no address.
     by_torch = x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
-    if a is not None and by_torch:
-        _rank_product(x, a.T, left, left_factor)
-        a = None
     if by_torch:
+        if a is not None:
+            _rank_product(x, a.T, left, left_factor)
+            a = None
         y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
         if left is None:
             return y
