@@ -15,6 +15,7 @@ from gossamer._environment import environment
 from gossamer.bench import peers as peers_
 from gossamer.bench.case import DENSE, DIRECTIONS, OURS, Case, Family, Request, Variant, Verdict
 from gossamer.bench.ceilings import Ceilings, measure
+from gossamer.bench.cores import Cores
 from gossamer.bench.timing import (
     HOST_SAMPLES,
     NEAR_ROUNDS,
@@ -55,12 +56,12 @@ FAMILIES = (
 BUDGET = {"quick": 9.0, "full": 30.0}
 # Seconds for a call of torch's in a case whose dtype nobody named.
 PATIENCE = {"quick": 1.5, "full": 10.0}
+# Seconds that the cores have to come together before the ceilings are measured.
+GATHERING_SECONDS = 2.0
 # Cases on the CPU take turns as well, so many and while their memory allows it: the time of each is spread over so many
 # visits. A host that moves its guests about, or has other work, changes for seconds at a time what some calls cost and
 # others do not, and a case that was timed at one go would be measured in one such state.
 TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
-# Calls shorter than this, in seconds, find the caches as another case left them, and are called once before a visit.
-BRIEF_CALL = 0.01
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class CaseResult:
         rows: one a variant.
         floor: the least seconds that the ceilings allow.
         request: what the case was built from.
-        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest; 0
-            where that was not measured.
+        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest in this
+            run; 0 where that was not measured.
     """
 
     case: Case
@@ -282,13 +283,16 @@ def run(
     device = wanted[0].device
     keep_freed_memory(device)
     stage("measuring the ceilings: a matrix product and a copy")
+    cores = Cores.of(device)
+    cores.look()
+    cores.gather(GATHERING_SECONDS)
     ceilings = measure(device, [request.dtype for request in wanted])
     results: list[CaseResult] = []
     left_out: list[str] = []
     waiting: list[_Checked] = []
 
     def time_those_waiting() -> None:
-        for result in _time(waiting, ceilings, stage, progress):
+        for result in _time(waiting, ceilings, cores, stage, progress):
             results.append(result)
             finished(result, ceilings)
         waiting.clear()
@@ -302,7 +306,7 @@ def run(
         if (seconds := ceilings.torch_seconds(case)) > patience:
             left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
         else:
-            waiting.append(_Checked(case, chosen, request, budget, progress))
+            waiting.append(_Checked(case, chosen, request, budget, cores, progress))
         del case  # or its tensors would still be there while the next one's are made
         now = resident_bytes()
         room = before is not None and now is not None and now - before < TOGETHER_BYTES
@@ -335,9 +339,15 @@ class _Checked:
     """
 
     def __init__(
-        self, case: Case, chosen: Family, request: Request, budget: float, progress: Callable[[str], None]
+        self,
+        case: Case,
+        chosen: Family,
+        request: Request,
+        budget: float,
+        cores: Cores,
+        progress: Callable[[str], None],
     ) -> None:
-        self.case, self._chosen, self.request = case, chosen, request
+        self.case, self._chosen, self.request, self._cores = case, chosen, request, cores
         gates: dict = {}
         self._rows: dict[str, Row] = {}
         for variant in case.variants:
@@ -351,9 +361,6 @@ class _Checked:
         with grad_mode(self.case.direction):
             if not self._timed:
                 self._warm_up(progress)
-            for found in self._timed.values():
-                if found.first < BRIEF_CALL:
-                    found.sample()
             self._turns.take(share, lambda message: progress(f"{self.case.title}: {message}"))
 
     def _warm_up(self, progress: Callable[[str], None]) -> None:
@@ -366,12 +373,7 @@ class _Checked:
                 settle(found.sample, limit)
         compared = {v.name for v in right if v.role in (OURS, DENSE)}
         samplers = {name: found.sample for name, found in self._timed.items()}
-        self._turns = Turns(samplers, self._budget, compared, timer.distance)
-
-    @property
-    def core_distance(self) -> float:
-        """The least distance of the cores at a sample."""
-        return self._turns.least_distance()
+        self._turns = Turns(samplers, self._budget, compared, self._cores)
 
     def rows(self, progress: Callable[[str], None]) -> list[Row]:
         """What was found, with the host's latency."""
@@ -392,7 +394,11 @@ class _Checked:
 
 
 def _time(
-    cases: list[_Checked], ceilings: Ceilings, stage: Callable[[str], None], progress: Callable[[str], None]
+    cases: list[_Checked],
+    ceilings: Ceilings,
+    cores: Cores,
+    stage: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Iterator[CaseResult]:
     """Time cases that are there together, each in turn; the result of each."""
     start, visits = time.perf_counter(), VISITS if len(cases) > 1 else 1
@@ -406,7 +412,7 @@ def _time(
         without_tensors = replace(checked.case, variants=(), gates={})
         rows = checked.rows(progress)
         floor = ceilings.floor_seconds(checked.case)
-        yield CaseResult(without_tensors, rows, floor, checked.request, checked.core_distance)
+        yield CaseResult(without_tensors, rows, floor, checked.request, cores.least)
 
 
 def _host_latency(chosen: Family, request: Request) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import gossamer
-from gossamer import _backend
+from gossamer.bench.cores import Cores
 
 Call = Callable[[], object]
 
@@ -23,9 +23,12 @@ MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 6.0, 500
 ENOUGH_ROUNDS, PRECISE = 7, 1.1
 # Samples in a round of a call that takes less than a third of those it is compared with.
 SHORT_SAMPLES = 3
-# Cores are near each other where a cache line takes at most so many times as long between them as it did at best. The
-# rounds in which they are make a ratio if there are NEAR_ROUNDS.
-NEAR, NEAR_ROUNDS = 2.5, 5
+# The rounds in which the cores are near each other make a ratio if there are so many.
+NEAR_ROUNDS = 5
+# Seconds that may go by, beside the budget and as a share of it, while the cores are brought together.
+GATHERING_SHARE = 0.4
+# Calls shorter than this, in seconds, find the caches as others left them after a pause, and are called once before.
+BRIEF_CALL = 0.01
 # The share of the time that goes to the calls whose ratio counts.
 COMPARED_SHARE = 0.75
 HOST_SAMPLES = 9
@@ -68,15 +71,6 @@ class CpuClock:
             call()
         return (time.perf_counter() - start) / repeats - self._empty
 
-    @staticmethod
-    def distance() -> float:
-        """How far apart the cores are that torch's threads run on; 0 where that is not known."""
-        if _backend.native_unavailable():
-            return 0.0
-        from gossamer.cpu_kernels.core_distance import core_distance
-
-        return core_distance()
-
     def prepare(self, call: Call) -> Timed:
         """Choose how often the call is repeated in a sample."""
         first = self._seconds(call, 1)
@@ -104,11 +98,6 @@ class CudaClock:
         self._device = device
         l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
         self._flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.uint8, device=device)
-
-    @staticmethod
-    def distance() -> float:
-        """0: what the host's threads cost each other is not in the device's time."""
-        return 0.0
 
     def _seconds(self, call: Call) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -195,7 +184,7 @@ class Turns:
         budget: seconds for all together, three quarters of them for those compared.
         compared: the calls whose ratio counts. They share their time and sit out together, so that every sample of
             one has its partner in the same round.
-        distance: how far apart the cores are that run the calls, in any unit.
+        cores: those that run the calls. A sample waits for them to be near each other, within ``GATHERING_SHARE``.
 
     Attributes:
         samples: name -> what was measured so far.
@@ -207,7 +196,7 @@ class Turns:
         samplers: Mapping[str, Callable[[], float]],
         budget: float,
         compared: Collection[str] = (),
-        distance: Callable[[], float] = lambda: 0.0,
+        cores: Cores | None = None,
     ) -> None:
         pair = [n for n in samplers if n in compared]
         others = [n for n in samplers if n not in compared]
@@ -218,25 +207,47 @@ class Turns:
         self.samples: dict[str, Samples] = {name: {} for name in samplers}
         self.distances: dict[str, dict[int, float]] = {name: {} for name in samplers}
         self._spent = dict.fromkeys(samplers, 0.0)
-        self._round, self._distance = 0, distance
+        self._round, self._cores = 0, cores or Cores()
+        self._gathering, self._gathered = GATHERING_SHARE * budget, 0.0
+        self._paused: set[str] = set()
 
     def take(self, share: float, progress: Callable[[str], None] = lambda message: None) -> None:
         """Go on until every call has had ``share``, at most 1, of its time and rounds."""
+        self._paused = set(self._samplers)
         while self._round < share * MAX_ROUNDS:
             active = [n for group, seconds in self._groups if self._wants_more(group, seconds, share) for n in group]
             if not active:
                 return
             progress(f"timing, round {self._round + 1}")
-            turn, before = self._round % len(active), self._distance()
+            turn, before = self._round % len(active), self._cores.distance()
             for name in active[turn:] + active[:turn]:
+                before = self._gather(before, share)
+                self._warm(name)
                 start = time.perf_counter()
                 found = [self._samplers[name]() for _ in range(self._repeats(name))]
                 self.samples[name][self._round] = quantile(found, 0.5)
                 self._spent[name] += time.perf_counter() - start
-                after = self._distance()
+                after = self._cores.distance()
                 self.distances[name][self._round] = max(before, after)
                 before = after
             self._round += 1
+
+    def _gather(self, distance: float, share: float) -> float:
+        """The distance at which a sample begins, after what time there is to bring the cores together."""
+        left = share * self._gathering - self._gathered
+        if self._cores.near(distance) or left <= 0:
+            return distance
+        self._paused = set(self._samplers)
+        start = time.perf_counter()
+        distance = self._cores.gather(left)
+        self._gathered += time.perf_counter() - start
+        return distance
+
+    def _warm(self, name: str) -> None:
+        """Call one once that is short and finds the caches cold after a pause."""
+        if name in self._paused and next(reversed(self.samples[name].values()), math.inf) < BRIEF_CALL:
+            self._samplers[name]()
+        self._paused.discard(name)
 
     def _repeats(self, name: str) -> int:
         """Samples of a call in this round: several, and their median counts, where they are short beside its partners.
@@ -246,14 +257,9 @@ class Turns:
         before = [next(reversed(self.samples[n].values()), math.inf) for n in (name, *self._compared)]
         return SHORT_SAMPLES if SHORT_SAMPLES * before[0] < max(before[1:], default=0.0) < math.inf else 1
 
-    def least_distance(self) -> float:
-        """Of the cores, at any sample so far."""
-        return min((d for found in self.distances.values() for d in found.values()), default=0.0)
-
     def near(self, name: str) -> list[bool]:
         """Of each sample of a call, whether the cores were near each other."""
-        limit = NEAR * self.least_distance()
-        return [distance <= limit for distance in self.distances[name].values()]
+        return [self._cores.near(distance) for distance in self.distances[name].values()]
 
     def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
         if self._is_owed(group, seconds, share):

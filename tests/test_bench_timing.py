@@ -16,6 +16,7 @@ from gossamer import _backend
 from gossamer.bench import timing
 from gossamer.bench.case import Case, Variant
 from gossamer.bench.ceilings import Ceilings
+from gossamer.bench.cores import NAP, Cores
 
 
 class Machine:
@@ -240,27 +241,95 @@ def test_rounds_with_near_cores_are_enough_where_the_others_disagree():
         return 9.0 if now["far"] else 1.0
 
     samplers = {"ours": lambda: 1e-3, "peer": lambda: 3e-3 if now["far"] else 2e-3}
-    found = rounds_of(timing.Turns(samplers, 0.0, ("ours",), distance))
+    found = rounds_of(timing.Turns(samplers, 0.0, ("ours",), Cores(distance)))
     assert 2 * timing.ENOUGH_ROUNDS - 1 <= found["peer"] < timing.ROUNDS
 
 
 def test_distance_of_cores_is_the_larger_around_each_sample():
     distances = iter([1.0, 4.0, 4.0, 1.0, 1.0, 1.0])
-    turns = timing.Turns({"a": lambda: 0.0, "b": lambda: 0.0}, 0.0, distance=lambda: next(distances, 1.0))
+    turns = timing.Turns({"a": lambda: 0.0, "b": lambda: 0.0}, 0.0, cores=Cores(lambda: next(distances, 1.0)))
     turns.take(1.0)
     assert [turns.distances[name][round_] for round_, name in [(0, "a"), (0, "b"), (1, "b"), (1, "a")]] == [4, 4, 1, 1]
 
 
+@pytest.fixture
+def naps(monkeypatch):
+    """Time that passes by samples and naps alone."""
+    now = {"s": 0.0, "naps": 0}
+
+    def nap(seconds):
+        now["s"] += seconds
+        now["naps"] += 1
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["s"])
+    monkeypatch.setattr(timing.time, "sleep", nap)
+    return now
+
+
+def test_samples_wait_for_cores_to_come_together(naps):
+    """A sample drives them apart, the third nap brings them together; a brief call is warm again when it is timed."""
+    state = {"calls": 0, "due": 0}
+
+    def distance():
+        return 9.0 if naps["naps"] < state["due"] else 1.0
+
+    def sample(seconds):
+        def call():
+            state["calls"] += 1
+            state["due"] = naps["naps"] + 3 if seconds > 0.1 else state["due"]
+            naps["s"] += seconds
+            return seconds
+
+        return call
+
+    cores = Cores(distance)
+    turns = timing.Turns({"brief": sample(0.001), "slow": sample(0.2)}, 30.0, ("brief", "slow"), cores)
+    turns.take(0.1)
+    rounds = len(turns.samples["slow"])
+    assert rounds >= timing.MIN_ROUNDS and naps["naps"] == 3 * (rounds - 1)
+    assert all(turns.near("brief")) and not any(turns.near("slow"))
+    # In every second round the brief call is the last, after a pause; of the first there is one sample, then several.
+    assert state["calls"] == rounds + 1 + (rounds - 1) * timing.SHORT_SAMPLES + rounds // 2
+
+
+def test_samples_wait_no_longer_than_their_share(naps):
+    """Cores that stay apart cost 0.4 of the budget, spread over the visits, and the naps that were begun."""
+    near = iter([1.0])
+    cores = Cores(lambda: next(near, 9.0))
+    cores.distance()
+
+    def sample():
+        naps["s"] += 0.05
+        return 0.05
+
+    turns = timing.Turns({"ours": sample, "dense": sample}, 10.0, ("ours", "dense"), cores)
+    for visit in range(1, 5):
+        turns.take(visit / 4)
+        assert naps["naps"] * NAP == pytest.approx(timing.GATHERING_SHARE * 10.0 * visit / 4, abs=(visit + 1) * NAP)
+    assert not any(turns.near("ours")) and len(turns.samples["ours"]) > timing.ROUNDS
+
+
+def test_least_distance_is_looked_for_where_there_is_one(naps):
+    found = itertools.chain([9.0, 9.0, 2.0], itertools.repeat(9.0))
+    cores = Cores(lambda: next(found))
+    cores.look()
+    assert cores.least == 2.0 and not cores.near(9.0)
+    before = naps["naps"]
+    Cores().look()
+    assert Cores().gather(1.0) == 0.0 and naps["naps"] == before
+
+
 def test_distance_of_cores_is_that_of_a_cache_line_between_them():
-    """No processor passes a line on in a nanosecond; one thread passes none."""
-    threads = torch.get_num_threads()
+    """No processor passes a line on in a nanosecond; one thread passes none. On CUDA the device's time has none."""
+    threads, cores = torch.get_num_threads(), Cores.of(torch.device("cpu"))
     try:
         torch.set_num_threads(1)
-        assert timing.CpuClock.distance() == 0
+        assert cores.distance() == 0
         torch.set_num_threads(2)
-        assert _backend.native_unavailable() or 1e-9 < timing.CpuClock.distance() < 1e-4
+        assert _backend.native_unavailable() or 1e-9 < cores.distance() < 1e-4
     finally:
         torch.set_num_threads(threads)
+    assert Cores.of(torch.device("cuda")).distance() == 0
 
 
 def test_a_ratio_is_taken_within_the_rounds():
