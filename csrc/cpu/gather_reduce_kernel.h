@@ -1,9 +1,10 @@
 // gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
 
-// Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Long
-// rows fewer: more lines than a core can wait for at once gain nothing.
+// Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Into the
+// second-level cache: a core waits for several times as many lines there as it can for the first level. Long rows fewer:
+// more lines than it can wait for at once gain nothing.
 GOSSAMER_INLINE int64_t gather_ahead(int64_t row_bytes) {
-  return std::clamp<int64_t>(4096 / std::max<int64_t>(row_bytes, 1), 4, 32);
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(row_bytes, 1), 4, 32);
 }
 
 template <class Index>
@@ -39,7 +40,7 @@ GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<
   if (position >= live.end) return;
   const int64_t id = live.ids[position];
   if (static_cast<uint64_t>(id) >= live.limit) return;
-  prefetch_lines<kAtLeast>(table + id * stride, bytes);
+  prefetch_lines<kAtLeast, Fetch::kReadLater>(table + id * stride, bytes);
 }
 
 GOSSAMER_INLINE double weight_at(const FloatMatrix& weights, int64_t position) {

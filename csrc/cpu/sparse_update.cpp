@@ -67,6 +67,7 @@ class Update {
       : args_(args),
         lists_{args.bags, args.num_rows},
         counts_(num_threads + 1),
+        places_(num_threads),
         found_(num_threads),
         taken_(new std::atomic<int64_t>[num_threads * WorkQueue::kStride]) {
     const Bags& bags = args.bags;
@@ -109,33 +110,33 @@ class Update {
  private:
   int64_t scratch_size() const { return args_.dim + 64; }
 
-  // Writes the entries of this thread's bags behind those of lower threads.
+  // Writes the entries of this thread's bags where they begin if no id before them is left out; gaps are closed afterwards.
   void list(Team team) {
     const Bags& bags = args_.bags;
     const auto [low, high] = team.share(bag_cost(bags, bags.num_bags));
     const int64_t first = bag_at(bags, low), last = bag_at(bags, high);
-    int64_t count = 0;
+    const int64_t place = first < last ? bags.begin(first) - bags.begin(0) : 0;
+    Entry<Word>* out = entries_ + place;
     for (int64_t bag = first; bag < last; ++bag) {
-      int64_t live = 0;
-      lists_.each(bag, [&](int64_t, int64_t) { ++live; });
-      count += live;
-      if (means_) {
-        const bool mean = bags.features ? bags.features[bag / bags.bags_per_feature()].mean != 0 : args_.mean;
-        bag_scale_[bag] = mean ? 1.0 / static_cast<double>(std::max<int64_t>(live, 1)) : 1.0;
-      }
-    }
-    counts_[team.thread + 1] = count;
-    team.barrier();
-    if (team.thread == 0) {
-      for (int i = 0; i < team.size; ++i) counts_[i + 1] += counts_[i];
-    }
-    team.barrier();
-    Entry<Word>* out = entries_ + counts_[team.thread];
-    for (int64_t bag = first; bag < last; ++bag) {
+      const Entry<Word>* const begin = out;
       lists_.each(bag, [&](int64_t position, int64_t row) {
         if (by_position_) bag_of_[position] = bag;
         *out++ = {static_cast<Word>(row), static_cast<Word>(by_position_ ? position : bag)};
       });
+      if (means_) {
+        const bool mean = bags.features ? bags.features[bag / bags.bags_per_feature()].mean != 0 : args_.mean;
+        bag_scale_[bag] = mean ? 1.0 / static_cast<double>(std::max<int64_t>(out - begin, 1)) : 1.0;
+      }
+    }
+    places_[team.thread] = place;
+    counts_[team.thread + 1] = out - (entries_ + place);
+    team.barrier();
+    if (team.thread > 0) return;
+    for (int i = 0; i < team.size; ++i) {
+      if (places_[i] > counts_[i]) {
+        std::copy_n(entries_ + places_[i], counts_[i + 1], entries_ + counts_[i]);
+      }
+      counts_[i + 1] += counts_[i];
     }
   }
 
@@ -170,7 +171,7 @@ class Update {
   const UpdateArgs& args_;
   Lists lists_;
   bool by_position_ = false, means_ = false;
-  std::vector<int64_t> counts_;
+  std::vector<int64_t> counts_, places_;
   std::vector<std::vector<LongRun>> found_;
   std::unique_ptr<std::atomic<int64_t>[]> taken_;
   Workspace workspace_;

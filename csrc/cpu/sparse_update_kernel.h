@@ -130,11 +130,12 @@ GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, i
   using S = Accumulator<T>;
   if (entry >= ids.count) return;
   const RowPlace place = place_of<Word>(a, ids, entry);
-  prefetch_lines<kRowBytes>(static_cast<T*>(a.table.base) + place.in(a, a.table), place.dim * sizeof(T));
+  prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table), place.dim * sizeof(T));
   for (int which = 1; which <= 2; ++which) {
     const FloatMatrix& state = which == 1 ? a.state1 : a.state2;
     if (state) {
-      prefetch_lines(state_at<S>(a, state, which, place), row_state(a.rule.algorithm, which) ? 1 : place.dim * sizeof(S));
+      const int64_t bytes = row_state(a.rule.algorithm, which) ? 1 : place.dim * sizeof(S);
+      prefetch_lines<1, Fetch::kReadLater>(state_at<S>(a, state, which, place), bytes);
     }
   }
 }
@@ -186,6 +187,54 @@ GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t
   }
 }
 
+// Row-wise Adagrad's steps on rows of kVectors vectors, several at a time: of one alone, the sum of its lanes, the root and
+// the quotient are a chain that takes longer than all else.
+template <int kVectors, class T>
+class AdagradRows {
+ public:
+  using S = Accumulator<T>;
+
+  explicit AdagradRows(const UpdateArgs& a) : a_(a) {}
+
+  __attribute__((always_inline)) void add(int64_t row, const Vec<S> (&grad)[kVectors]) {
+    Vec<S> squares = {};
+    for (int v = 0; v < kVectors; ++v) {
+      squares += grad[v] * grad[v];
+      store(grads_[count_] + v * kLanes<S>, grad[v]);
+    }
+    squares_[count_] = sum_lanes<S>(squares) / static_cast<S>(kVectors * kLanes<S>);
+    rows_[count_] = row;
+    if (++count_ == kRows) step();
+  }
+
+  __attribute__((always_inline)) void step() {
+    const S lr = static_cast<S>(a_.rule.lr), eps = static_cast<S>(a_.rule.eps);
+    const S keep = a_.rule.decoupled ? static_cast<S>(1 - a_.rule.lr * a_.rule.weight_decay) : S{1};
+    S* state = static_cast<S*>(a_.state1.base);
+    for (int i = 0; i < count_; ++i) squares_[i] = state[rows_[i] * a_.state1.row_stride] += squares_[i];
+    S steps[kRows];
+    store(steps, lr / (vsqrt(load(squares_)) + eps));
+    for (int i = 0; i < count_; ++i) {
+      T* w = static_cast<T*>(a_.table.base) + rows_[i] * a_.table.row_stride;
+      const RowWriter<T> write(a_.rule, w, static_cast<uint64_t>(rows_[i]));
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t column = v * kLanes<S>;
+        write(column, keep * load(w + column) - steps[i] * load(grads_[i] + column), kLanes<S>);
+      }
+    }
+    count_ = 0;
+  }
+
+ private:
+  static constexpr int kRows = kLanes<S>;
+
+  const UpdateArgs& a_;
+  int count_ = 0;
+  int64_t rows_[kRows];
+  S squares_[kRows] = {};
+  S grads_[kRows][kVectors * kLanes<S>];
+};
+
 // The steps whose rule is one pass over the row, on rows of exactly kVectors vectors with plain addends: the gradient
 // stays in registers.
 template <int kVectors, class T, class G, class Word>
@@ -195,9 +244,10 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
   const auto* dout = static_cast<const G*>(a.dout.base);
   const int64_t stride = a.dout.row_stride;
   const bool adagrad = a.rule.algorithm == Algorithm::kRowwiseAdagrad;
-  const S lr = static_cast<S>(a.rule.lr), eps = static_cast<S>(a.rule.eps);
+  const S lr = static_cast<S>(a.rule.lr);
   const S keep = a.rule.decoupled ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
   constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G), kRowBytes = kVectors * kLanes<S> * sizeof(T);
+  AdagradRows<kVectors, T> adagrad_rows(a);
   each_run<T, Word, kRowBytes>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
     Vec<S> grad[kVectors] = {};
     if (stop - i > kPiece) {
@@ -214,21 +264,15 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
       }
     }
     const int64_t row = entries[i].row;
+    if (adagrad) return adagrad_rows.add(row, grad);
     T* w = static_cast<T*>(a.table.base) + row * a.table.row_stride;
     const RowWriter<T> write(a.rule, w, static_cast<uint64_t>(row));
-    S step = lr;
-    if (adagrad) {
-      Vec<S> squares = {};
-      for (int v = 0; v < kVectors; ++v) squares += grad[v] * grad[v];
-      S* sum = static_cast<S*>(a.state1.base) + row * a.state1.row_stride;
-      *sum += sum_lanes<S>(squares) / static_cast<S>(kVectors * kLanes<S>);
-      step = lr / (std::sqrt(*sum) + eps);
-    }
     for (int v = 0; v < kVectors; ++v) {
       const int64_t column = v * kLanes<S>;
-      write(column, keep * load(w + column) - step * grad[v], kLanes<S>);
+      write(column, keep * load(w + column) - lr * grad[v], kLanes<S>);
     }
   });
+  if (adagrad) adagrad_rows.step();
 }
 
 // Calls update_short_rows where it serves; false where it does not.

@@ -251,12 +251,16 @@ GOSSAMER_INLINE void store_sums(T* to, V v) {
 // The sum of all lanes, in a fixed order: halves are added until one lane is left.
 template <class S>
 GOSSAMER_INLINE S sum_lanes(Vec<S> v) {
-  S lanes[kLanes<S>];
-  store(lanes, v);
-  for (int half = kLanes<S> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  const auto add_upper = [&](auto half) __attribute__((always_inline)) {
+    v += [&]<size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
+      return __builtin_shufflevector(v, v, ((I + decltype(half)::value) % kLanes<S>)...);
+    }(std::make_index_sequence<kLanes<S>>{});
+  };
+  if constexpr (kLanes<S> >= 16) add_upper(std::integral_constant<size_t, 8>{});
+  if constexpr (kLanes<S> >= 8) add_upper(std::integral_constant<size_t, 4>{});
+  if constexpr (kLanes<S> >= 4) add_upper(std::integral_constant<size_t, 2>{});
+  add_upper(std::integral_constant<size_t, 1>{});
+  return v[0];
 }
 
 #if defined(__x86_64__) && GOSSAMER_VECTOR_BYTES == 64
