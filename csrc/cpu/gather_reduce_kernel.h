@@ -37,10 +37,11 @@ struct LiveIds {
 template <int kAtLeast = 1, class T, class Index>
 GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position,
                                   int64_t bytes) {
-  if (position >= live.end) return;
-  const int64_t id = live.ids[position];
-  if (static_cast<uint64_t>(id) >= live.limit) return;
-  prefetch_lines<kAtLeast, Fetch::kReadLater>(table + id * stride, bytes);
+  // The processor's own prefetcher of ids comes late beside so many lines of rows: a third of the time was spent on them.
+  __builtin_prefetch(live.ids + position + 64);
+  // Of an id that is not there, some row: a branch would cost more than it saves.
+  const int64_t id = live.ids[std::min(position, live.end - 1)];
+  prefetch_lines<kAtLeast, Fetch::kReadLater>(table + (static_cast<uint64_t>(id) < live.limit ? id : 0) * stride, bytes);
 }
 
 GOSSAMER_INLINE double weight_at(const FloatMatrix& weights, int64_t position) {
