@@ -169,6 +169,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
   RectangleBuffers<P> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(std::max(a.depth, buffers.chunk));
+  const auto places = std::make_unique<T*[]>(buffers.chunk + a.bm);
   const T* left = static_cast<const T*>(a.a.base);
   T* values = static_cast<T*>(a.values);
   zero_tail<T>(a, team);
@@ -189,13 +190,15 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
       const auto mine = team.share(m, kPanelWidth<P>);
       pack_as_rows(panel, rows.get(), a.depth, mine.begin, mine.end);
     }
+    // Where rows lie in the first block column; in another one as far behind for all of them. A division a row and chunk.
+    for (int64_t i = 0; i < padded - row; ++i) {
+      places[i] = values + (a.lists.offsets[(row + i) / a.bm] * a.bm + (row + i) % a.bm) * a.bn;
+    }
     team.barrier();
     buffers.queue.each(team, columns, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
-      const auto place = [&](int64_t i, int64_t at) {
-        const int64_t block = a.lists.offsets[(row + i) / a.bm] + at / a.bn;
-        return values + (block * a.bm + (row + i) % a.bm) * a.bn + at % a.bn;
-      };
+      // A vector lies within a block, whose sides are powers of two.
+      const auto place = [&](int64_t i, int64_t at) { return places[i] + (at & -a.bn) * a.bm + (at & (a.bn - 1)); };
       for (int64_t i = 0; i < m; ++i) prefetch_lines<1, Fetch::kWriteLater>(place(i, n), count * sizeof(T));
       rectangle_tile(w, n, count, panel, a.epilogue, column + n, row, own->c, c_stride, own->pack);
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t at, Vec<S> v, int valid) {

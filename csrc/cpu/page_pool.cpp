@@ -16,6 +16,8 @@ namespace gossamer {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+// Returned blocks whose sizes are remembered: more than a training step of a few layers has.
+constexpr size_t kRemembered = 64;
 
 size_t most_to_keep() {
 #if defined(__linux__)
@@ -44,6 +46,11 @@ void* PagePool::take(size_t bytes) {
     kept_bytes_ -= bytes;
     kept_.erase(std::next(found).base());
   } else {
+    const auto known = std::find(returned_.begin(), returned_.end(), bytes);
+    if (known != returned_.end()) {
+      returned_.erase(known);
+      learned_ += bytes;
+    }
     data = std::aligned_alloc(kHugePage, bytes);
     if (!data && trim_locked(0)) data = std::aligned_alloc(kHugePage, bytes);
     if (!data) return nullptr;
@@ -64,13 +71,17 @@ void PagePool::give_back(void* block) {
   used_bytes_ -= found->second;
   kept_bytes_ += found->second;
   in_use_.erase(found);
-  trim_locked(std::min(most_used_ - used_bytes_, most_to_keep()));
+  learned_ = std::min(learned_, most_used_ / 2);
+  trim_locked(std::min(most_used_ + learned_ - used_bytes_, most_to_keep()));
 }
 
 size_t PagePool::trim(size_t keep) {
   const std::lock_guard lock(mutex_);
   most_used_ = used_bytes_;
-  return trim_locked(keep);
+  const size_t freed = trim_locked(keep);
+  learned_ = 0;
+  returned_.clear();
+  return freed;
 }
 
 size_t PagePool::trim_locked(size_t keep) {
@@ -79,6 +90,8 @@ size_t PagePool::trim_locked(size_t keep) {
     std::free(kept_.front().data);
     freed += kept_.front().bytes;
     kept_bytes_ -= kept_.front().bytes;
+    returned_.push_back(kept_.front().bytes);
+    if (returned_.size() > kRemembered) returned_.pop_front();
     kept_.pop_front();
   }
   return freed;

@@ -9,8 +9,9 @@
 namespace gossamer {
 
 // A C library returns large blocks to the system at once, which clears their pages anew for each training step; the
-// gradient of a layer's weights is such a block every time. The pool keeps at most as many bytes as were in use at one
-// time, and at most an eighth of the machine's memory.
+// gradient of a layer's weights is such a block every time. With those in use, the pool holds at most as many bytes as were
+// in use at one time, and keeps at most an eighth of the machine's memory. Where a size comes back that was returned to make
+// room, as in a step that needs different sizes at different times, it learns to hold more: half as much again at most.
 class PagePool {
  public:
   static PagePool& instance();
@@ -36,7 +37,9 @@ class PagePool {
   std::mutex mutex_;
   std::unordered_map<void*, size_t> in_use_;
   std::deque<Block> kept_;  // oldest first
+  std::deque<size_t> returned_;  // sizes of the last blocks returned to make room, oldest first
   size_t used_bytes_ = 0, most_used_ = 0, kept_bytes_ = 0;
+  size_t learned_ = 0;  // bytes to hold beyond those that were in use at one time
 };
 
 }  // namespace gossamer

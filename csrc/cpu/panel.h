@@ -90,11 +90,17 @@ GOSSAMER_INLINE void transpose(Vec<S> (&v)[kLanes<S>]) {
 // multiple of a pair.
 template <class T, class P, int Vectors>
 void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64_t first, int64_t last) {
-  constexpr int n = kLanes<P>, terms = kTerms<P>;
+  constexpr int n = kLanes<P>, terms = kTerms<P>, ahead = 4 * n * terms;
   for (int64_t token = 0; token < panel.width; token += n) {
     const int tokens = static_cast<int>(std::min<int64_t>(n, panel.width - token));
     for (int64_t k = first; k < last; k += n * terms) {
       Vec<P> v[n];
+      if (k + ahead < last) {
+        for (int i = 0; i < tokens; ++i) __builtin_prefetch(rows[token + i] + k + ahead);
+      } else {
+        const int64_t at = k + ahead - last + first;
+        for (int64_t i = token + n; i < std::min(token + 2 * n, panel.width); ++i) __builtin_prefetch(rows[i] + at);
+      }
       for (int i = 0; i < n; ++i) v[i] = i >= tokens ? Vec<P>{} : load_terms<P>(rows[token + i] + k, last - k);
       transpose<P>(v);
       const int count = static_cast<int>(std::min<int64_t>(n, (last - k + terms - 1) / terms));
