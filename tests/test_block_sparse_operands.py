@@ -1,6 +1,6 @@
 """The dense operands of sdd, dsd and dds: every layout and stride, parts, and what goes by TMA descriptors."""
 
-import importlib
+import importlib.util
 import itertools
 
 import pytest
@@ -18,7 +18,7 @@ from block_sparse_products import (
 from helpers import check, check_draws, run
 
 import gossamer
-from gossamer import BlockSparseTensor
+from gossamer import BlockSparseTensor, BlockTopology
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -119,7 +119,7 @@ def test_operators_are_well_formed(kernel_backend, device, transposed):
     a, b = randn(rows, 5, device=device).requires_grad_(), randn(5, cols, device=device).requires_grad_()
     bias = randn(rows if transposed else cols, device=device).requires_grad_()
     rest = (*t.block, transposed, NO_ACTIVATION, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, bias, *tensors, *rest))
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, bias, *tensors, *rest, None))
     values = live_values(t).requires_grad_()
     depth, long = (rows, cols) if transposed else (cols, rows)
     b = randn(depth, 5, device=device).requires_grad_()
@@ -143,7 +143,84 @@ def test_operators_with_parts_are_well_formed(device, by_columns):
     inputs = in_parts(make_inputs("sdd", t, n=5, by_columns=(by_columns,) * 2), "sdd")
     a, b = (inputs[name].requires_grad_() for name in "ab")
     rest = (*t.block, False, NO_ACTIVATION, backend)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, None, *tensors, *rest))
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, None, *tensors, *rest, None))
+
+
+def named_rows(t, tokens, dtype=torch.int64):
+    """A row of ``tokens`` for each of a topology, some of them none: below zero, and beyond what is there."""
+    rows = torch.randint(tokens, (t.shape[0],), device=t.device)
+    rows[::5], rows[1::7], rows[2::11] = -1, tokens, 2**32 if dtype == torch.int64 else 2**31 - 1
+    return rows.to(dtype)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), reason="needs the native kernels")
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("depth", [300, 20], ids=["rectangles", "blocks"])
+def test_named_rows_have_the_bits_of_rows_below_each_other(depth, index):
+    """Of any strides, in each dtype; whether the blocks make rectangles that are worth it or not, or are transposed."""
+    mask = torch.zeros(6, 32, dtype=torch.bool)
+    mask[:4, :16], mask[4:, 16:] = True, True
+    t = BlockTopology.from_mask(mask, (16, 16))
+    for topology in (t, t.transposed()):
+        rows = named_rows(topology, 7, index)
+        there = ((rows >= 0) & (rows < 7)).unsqueeze(1)
+        for dtype in (torch.float32, torch.bfloat16):
+            shapes = ((7, 2 * depth), (depth, topology.shape[1]), (topology.shape[1],))
+            a, b, bias = (randn(*shape, device="cpu", dtype=dtype) for shape in shapes)
+            for view in (a[:, :depth], a[:, ::2], a.flatten()[: 7 * depth].view(depth, 7).t()):
+                spread = torch.where(there, view[rows.clamp(0, 6)], 0)
+                with gossamer.backend("native"):
+                    ours = gossamer.sdd(view, b, topology, bias=bias, activation="silu", rows=rows).values
+                    theirs = gossamer.sdd(spread, b, topology, bias=bias, activation="silu").values
+                assert torch.equal(ours, theirs)
+
+
+def test_gradients_of_named_rows(device, kernel_backend):
+    """Those of the rows gathered before, in float64's tolerance of the reference; and none from inside the kernel."""
+    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, sdd_operator, topology_tensors
+
+    t = topology_of(device, (16, 16), grid=(3, 4))
+    rows = named_rows(t, 5)
+    inputs = make_inputs("sdd", t, n=9)
+    inputs["a"] = inputs["a"][:5].contiguous()
+
+    def product(backend):
+        def call(a, b, bias):
+            with gossamer.backend(backend):
+                return gossamer.sdd(a, b, t, bias=bias, rows=rows).values
+
+        return call
+
+    check(product(kernel_backend), product("reference"), inputs)
+    a, b = inputs["a"].requires_grad_(), inputs["b"]
+    rest = (*t.block, False, NO_ACTIVATION, "native", rows.clamp(-1, 5).int())
+    with pytest.raises(RuntimeError, match="gathered its rows inside the kernel has no gradient"):
+        sdd_operator(a, b, None, *topology_tensors(t), *rest)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels alone gather rows")
+def test_an_operator_with_named_rows_is_well_formed(kernel_backend):
+    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
+
+    if kernel_backend != "native":
+        pytest.skip("native kernels alone gather rows")
+    t = topology_of("cpu", (16, 32), grid=(2, 2))
+    rest = (*t.block, False, NO_ACTIVATION, kernel_backend, named_rows(t, 5, torch.int32))
+    operands = (randn(5, 6, device="cpu"), randn(6, t.shape[1], device="cpu"), None, *topology_tensors(t), *rest)
+    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, operands)
+
+
+def test_named_rows_must_fit(device):
+    t = topology_of(device, (16, 16), grid=(2, 2))
+    a, b = torch.randn(5, 3, device=device), torch.randn(3, 32, device=device)
+    with pytest.raises(
+        ValueError, match=r"rows must have shape \(rows,\) = \(32\)|rows must have shape \(rows,\) = \(32,\)"
+    ):
+        gossamer.sdd(a, b, t, rows=torch.zeros(31, dtype=torch.int64, device=device))
+    with pytest.raises(TypeError, match=r"rows must be int32 or int64, got torch\.float32"):
+        gossamer.sdd(a, b, t, rows=torch.zeros(32, device=device))
+    with pytest.raises(ValueError, match="rows must be on the device of a"):
+        gossamer.sdd(a, b, t, rows=torch.zeros(32, dtype=torch.int64, device="meta"))
 
 
 def test_the_reference_takes_parts(device):

@@ -60,11 +60,11 @@ void register_block_sparse(py::module_& m) {
       "y = act(s · b + bias), s block-sparse.");
   m.def(
       "sampled_product",
-      [](const PyLists& l, uintptr_t rows_of, int64_t nnz, int64_t bm, int64_t bn, const PyMatrix& a, const PyParted& b,
-         int64_t depth, int64_t cols, const PyEpilogue& e, uintptr_t values, int num_threads) {
+      [](const PyLists& l, uintptr_t rows_of, int64_t nnz, int64_t bm, int64_t bn, const PyMatrix& a, uintptr_t a_rows,
+         int64_t num_a, const PyParted& b, int64_t depth, int64_t cols, const PyEpilogue& e, uintptr_t values, int num_threads) {
         const SampledProductArgs args{matrix(a).dtype, lists(l), reinterpret_cast<const int32_t*>(rows_of),
-                                      nnz, bm, bn, matrix(a), parted(b), depth, cols, epilogue(e),
-                                      reinterpret_cast<void*>(values)};
+                                      nnz, bm, bn, matrix(a), reinterpret_cast<const int32_t*>(a_rows), num_a, parted(b),
+                                      depth, cols, epilogue(e), reinterpret_cast<void*>(values)};
         py::gil_scoped_release release;
         sampled_product(args, num_threads);
       },

@@ -5,7 +5,7 @@
 // there, for sums of outer products, and for sums that leave out padding.
 
 // Groups of columns at the end of a thread's share that are given out in quarters.
-constexpr int64_t kQuarteredGroups = 2;
+constexpr int64_t kQuarteredGroups = 1;
 
 // Calls f(rectangle, first row, last row, end of the padding behind them) for pieces of at most `limit` rows that count.
 template <class Args, class F>
@@ -96,7 +96,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
-    }, quartered(m, kQuarteredGroups));
+    }, quartered(w, m, kQuarteredGroups));
   });
 }
 
@@ -170,6 +170,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(std::max(a.depth, buffers.chunk));
   const auto places = std::make_unique<T*[]>(buffers.chunk + a.bm);
+  const auto zeros = std::make_unique<T[]>(a.a_rows ? a.depth : 0);
   const T* left = static_cast<const T*>(a.a.base);
   T* values = static_cast<T*>(a.values);
   zero_tail<T>(a, team);
@@ -182,7 +183,10 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
     team.barrier();
     buffers.queue.restart(team);
     if (a.a.col_stride == 1) {
-      for (int64_t i = 0; i < m; ++i) rows[i] = left + (row + i) * a.a.row_stride;
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t from = a.a_rows ? a.a_rows[row + i] : row + i;
+        rows[i] = a.a_rows && (from < 0 || from >= a.num_a) ? zeros.get() : left + from * a.a.row_stride;
+      }
       const auto mine = team.share(a.depth, kPanelWidth<P>);
       pack_as_columns(panel, rows.get(), mine.begin, mine.end);
     } else {
@@ -209,7 +213,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
           store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
         }
       }
-    }, quartered(m, kQuarteredGroups));
+    }, quartered(w, m, kQuarteredGroups));
   });
 }
 

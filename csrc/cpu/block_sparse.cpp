@@ -1,8 +1,11 @@
 #include "cpu/block_sparse.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "cpu/run_team.h"
 
 namespace gossamer {
@@ -107,6 +110,30 @@ void block_product(const BlockProductArgs& args, int num_threads) {
   run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);
 }
 
+namespace {
+
+// The rows that a_rows names, one below the other.
+Scratch gathered_rows(const SampledProductArgs& args, int num_threads) {
+  constexpr int64_t kBytesPerThread = int64_t{1} << 16;
+  const auto size = visit_float(args.dtype, [](auto tag) { return int64_t{sizeof(typename decltype(tag)::type)}; });
+  const int64_t bytes = args.depth * size, stride = args.a.row_stride * size;
+  Scratch rows = allocate_scratch(args.rows() * bytes);
+  const auto* from = static_cast<const char*>(args.a.base);
+  parallel_ranges(args.rows(), kBytesPerThread / std::max<int64_t>(bytes, 1), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = args.a_rows[i];
+      if (row >= 0 && row < args.num_a) {
+        std::memcpy(rows.get() + i * bytes, from + row * stride, bytes);
+      } else {
+        std::memset(rows.get() + i * bytes, 0, bytes);
+      }
+    }
+  });
+  return rows;
+}
+
+}  // namespace
+
 void sampled_product(const SampledProductArgs& args, int num_threads) {
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.depth * (blocks * args.bm * args.bn + args.rows() + args.cols) + args.nnz * args.bm * args.bn;
@@ -115,7 +142,14 @@ void sampled_product(const SampledProductArgs& args, int num_threads) {
     const SampledRectanglesArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
     return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().sampled_rectangles);
   }
-  run_team<SampledProductBuffers>(args, work, num_threads, kernels().sampled_product);
+  SampledProductArgs whole = args;
+  Scratch rows;
+  if (args.a_rows) {
+    rows = gathered_rows(args, num_threads);
+    whole.a = {rows.get(), args.depth, 1, args.dtype};
+    whole.a_rows = nullptr;
+  }
+  run_team<SampledProductBuffers>(whole, work, num_threads, kernels().sampled_product);
 }
 
 }  // namespace gossamer

@@ -73,8 +73,10 @@ struct SampledProductArgs {
   BlockLists lists;
   const int32_t* rows_of;  // block row of each block
   int64_t nnz, bm, bn;
-  FloatMatrix a;           // (rows, depth), one of its strides 1
-  PartedMatrix b;          // (depth, cols), likewise
+  FloatMatrix a;           // (rows, depth), one of its strides 1; with a_rows (num_a, depth), contiguous rows
+  const int32_t* a_rows;   // null, or the row of a for each row: zeros where it is none of num_a
+  int64_t num_a;
+  PartedMatrix b;          // (depth, cols), one of its strides 1
   int64_t depth, cols;
   Epilogue epilogue;
   void* values;  // (nnz, bm, bn) contiguous

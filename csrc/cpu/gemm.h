@@ -206,9 +206,28 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
 // Up to so many tokens weights, not tokens, go into the vector lanes, most of which would be empty.
 constexpr int kFewTokens = GOSSAMER_VECTOR_BYTES / sizeof(double);
 
+// Whether runs of memory go along a weight's rows, as those of a transposed view do.
+template <class T>
+GOSSAMER_INLINE bool runs_along_rows(const Weight<T>& w) {
+  return w.row_stride == 1 && w.col_stride != 1;
+}
+
+// Whether a quarter of a group of weight rows has but parts of the lines of memory that it reads.
+template <class T>
+GOSSAMER_INLINE bool quarters_cut_lines(const Weight<T>& w) {
+  return runs_along_rows(w) && kGroup / 4 * sizeof(T) < 64;
+}
+template <class W>
+GOSSAMER_INLINE bool quarters_cut_lines(const W&) {
+  return false;
+}
+
 // The units of weight rows that are given out in quarters: none for few tokens, whose products hold rows in the lanes, as many
-// as whole units have.
-GOSSAMER_INLINE int64_t quartered(int64_t tokens, int64_t units) { return tokens <= kFewTokens ? 0 : units; }
+// as whole units have, and none where two quarters would read the same lines.
+template <class W>
+GOSSAMER_INLINE int64_t quartered(const W& w, int64_t tokens, int64_t units) {
+  return tokens <= kFewTokens || quarters_cut_lines(w) ? 0 : units;
+}
 
 // Adds the terms first .. last of the kLanes weight rows at `from` to sum[token]: block_product's sums, with rows in the
 // lanes. `rows` of these rows exist and `next_rows` of those after them, which are fetched meanwhile.
@@ -317,7 +336,7 @@ GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
 template <class T, class P>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
                    bool add = false) {
-  const bool columns = w.row_stride == 1 && w.col_stride != 1;
+  const bool columns = runs_along_rows(w);
   if (panel.width <= kFewTokens && (columns || w.col_stride == 1)) {
     return with_few_tokens(panel.width, [&](auto tokens) {
       if (columns) return few_tokens_of<tokens, true>(w, n, count, panel, c, c_stride, add);

@@ -11,7 +11,8 @@ def empty_cache() -> int:
     Large results (gradients of weights and factors, pre-activations, sums of table rows, of 2 MiB and more) and the
     scratch memory of a call (of 1 MiB and more) are allocated from blocks that earlier ones left, because the system
     clears fresh pages one by one in every training step. What is kept is at most what was in use at one time, half as
-    much again where steps ask for sizes that were returned, and at most an eighth of the machine's memory. Memory on CUDA devices is torch's own, see ``torch.cuda.empty_cache``.
+    much again where steps ask for sizes that were returned, and at most an eighth of the machine's memory. Memory on
+    CUDA devices is torch's own, see ``torch.cuda.empty_cache``.
 
     Returns:
         The bytes that were returned.

@@ -8,7 +8,7 @@ import torch
 
 from gossamer import _C
 from gossamer._layout import merged, unit_stride
-from gossamer.cpu_kernels._native import empty_huge, matrix, vector
+from gossamer.cpu_kernels._native import empty_huge, matrix, unit_rows, vector
 
 
 def _lists(
@@ -30,8 +30,8 @@ def _in_parts(operand: torch.Tensor, dim: int) -> tuple[tuple[int, int, int, int
     return matrix(operand[0]), max(1, operand.shape[dim + 1]), operand.stride(0)
 
 
-def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def sdd(
@@ -42,23 +42,26 @@ def sdd(
     block: tuple[int, int],
     bias_rows: bool,
     activation: int,
+    a_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``act(a·b + bias)`` at the blocks of a topology.
 
     Args:
-        a: ``(rows, K)`` float.
+        a: ``(rows, K)`` float; ``(T, K)`` with ``a_rows``.
         b: ``(K, cols)``, or ``(G, K, cols/G)``, whole blocks each.
         bias: ``(cols,)``, ``(rows,)`` when ``bias_rows``, or None.
         topology: as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it.
         block: ``(bm, bn)``.
         bias_rows: whether the bias runs along rows.
         activation: code of a :class:`gossamer.Activation`, −1 for none.
+        a_rows: ``(rows,)`` int32, the row of ``a`` for each row, zeros where it is none; None for ``a`` as it is.
 
     Returns:
         ``(nnz, bm, bn)``, zero from the last block on.
     """
     row_offsets, column_indices, row_indices, column_offsets, *_, live_rows = topology
-    a, b, bias = unit_stride(a), unit_stride(merged(b, 1)), _contiguous(bias)
+    a, b, bias = unit_stride(a) if a_rows is None else unit_rows(a), unit_stride(merged(b, 1)), _contiguous(bias)
+    a_rows = _contiguous(a_rows)
     values = empty_huge((column_indices.shape[0], *block), a.dtype)
     _C.sampled_product(
         _lists(row_offsets, column_indices, live=live_rows),
@@ -66,6 +69,8 @@ def sdd(
         column_indices.shape[0],
         *block,
         matrix(a),
+        0 if a_rows is None else a_rows.data_ptr(),
+        a.shape[0],
         _in_parts(b, 1),
         a.shape[1],
         (column_offsets.shape[0] - 1) * block[1],

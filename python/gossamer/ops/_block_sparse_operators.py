@@ -34,9 +34,11 @@ def topology_tensors(topology: BlockTopology) -> tuple[torch.Tensor, ...]:
 
 
 def _sdd_kernel(a, b, bias, *rest):
-    *topology, bm, bn, bias_rows, activation, backend = rest
+    *topology, bm, bn, bias_rows, activation, backend, a_rows = rest
     launcher = _backend.kernels(backend, "block_sparse").sdd
-    return launcher(a, b, bias, topology, (bm, bn), bias_rows, activation)
+    # Native kernels alone gather rows themselves.
+    gather = {} if a_rows is None else {"a_rows": a_rows}
+    return launcher(a, b, bias, topology, (bm, bn), bias_rows, activation, **gather)
 
 
 def _sdd_fake(a, b, bias, *rest):
@@ -45,10 +47,10 @@ def _sdd_fake(a, b, bias, *rest):
 
 
 # values[i] = act(a·b + bias) at the i-th block, bias along rows or columns; zero from the last block on. b may come
-# in parts side by side, (G, K, cols/G).
+# in parts side by side, (G, K, cols/G), and a as rows that a_rows names, without gradients.
 sdd_operator = register(
     f"block_sparse_sdd(Tensor a, Tensor b, Tensor? bias, {_SCHEMA}, int bm, int bn, bool bias_rows, int activation, "
-    "str backend) -> Tensor",
+    "str backend, Tensor? a_rows) -> Tensor",
     _sdd_kernel,
     _sdd_fake,
 )
@@ -90,10 +92,12 @@ def _parts(operand: torch.Tensor) -> int:
 
 def _sdd_setup_context(ctx, inputs, output):
     a, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
-    _, _, ctx.bias_rows, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
+    _, _, ctx.bias_rows, activation, ctx.backend, a_rows = inputs[3 + len(_TOPOLOGY) :]
     needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
     if needs_a or needs_b or needs_bias:
         _no_gradient_through(activation)
+        if a_rows is not None:
+            raise RuntimeError("a product that gathered its rows inside the kernel has no gradient")
     ctx.a_by_columns, ctx.b_by_columns, ctx.num_inputs = stored_by_columns(a), stored_by_columns(b), len(inputs)
     ctx.b_parts = _parts(b)
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, *topology)
@@ -153,7 +157,7 @@ def _dsd_backward(ctx, dy):
             operands = (side_by_side(b, 0) if ctx.b_parts else b, dy.t())
         else:
             operands = (dy, b.mT)
-        dvalues = sdd_operator(*operands, None, *topology, *ctx.block, False, NO_ACTIVATION, ctx.backend)
+        dvalues = sdd_operator(*operands, None, *topology, *ctx.block, False, NO_ACTIVATION, ctx.backend, None)
     if needs_b:
         form = (not ctx.transposed, ctx.b_by_columns, ctx.b_parts)
         db = dsd_operator(values, dy, None, *topology, *form, NO_ACTIVATION, ctx.backend)

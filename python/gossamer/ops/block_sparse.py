@@ -12,9 +12,17 @@ from gossamer._activation import Activation, activate_reference, as_activation
 from gossamer._layout import side_by_side
 from gossamer.ops._autocast import autocast
 from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops._checks import (
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from gossamer.ops.activate import activate
 from gossamer.ops.block_topology import BlockTopology, check_topology, check_whole_blocks
+from gossamer.ops.gather_reduce import gather_reduce
 
 
 @dataclass(frozen=True)
@@ -213,13 +221,17 @@ def _check_operand(
     check_whole_blocks(what, size_of, size, block)
 
 
+def _needs_gradient(*operands: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
 def _with_activation(
     product: Callable[[int], torch.Tensor], activation: Activation | None, operands: tuple
 ) -> torch.Tensor:
     """The product with its activation: in the kernel, or after it where the pre-activation is wanted by a gradient."""
     if activation is None:
         return product(NO_ACTIVATION)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if _needs_gradient(*operands):
         return activate(product(NO_ACTIVATION), activation)
     return product(activation.code)
 
@@ -236,18 +248,22 @@ def sdd(
     *,
     bias: torch.Tensor | None = None,
     activation: str | Activation | None = None,
+    rows: torch.Tensor | None = None,
 ) -> BlockSparseTensor:
     """Dense by dense, computed only at the blocks of a topology: ``S = act(a·b + bias)`` there.
 
     Args:
         a: ``(rows, K)`` float, of any strides: a transposed operand is given as ``a.t()``. ``rows`` and ``cols`` are
-            the topology's, K is any size.
+            the topology's, K is any size. ``(T, K)`` where ``rows`` says which of its rows are meant.
         b: ``(K, cols)``, dtype and device of ``a``; or in G parts of whole blocks, ``(G, K, cols/G)`` of any strides,
             which are taken side by side: the weights of G experts, say. A transposed view's product copies them.
         topology: which blocks.
         bias: ``(cols,)``, added to the blocks, or None.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"``, applied to the blocks; None for
             none. Inside the kernel unless a gradient is wanted, which needs what goes into it.
+        rows: ``(rows,)`` int32 or int64: the row of ``a`` that is multiplied for each row of the topology, zeros where
+            it is outside ``[0, T)``; None for ``a`` as it is. Native kernels gather them themselves where no gradient
+            is wanted.
 
     Returns:
         The blocks, in the layout of the topology's values. Accumulated in float32 (float64 for float64). Differentiable
@@ -259,8 +275,13 @@ def sdd(
             activation is gated or unknown.
     """
     check_topology(topology)
-    check_shape("a", a, (None, None), "(rows, K)")
-    check_whole_blocks("rows of a", a.shape[0], topology.shape[0], topology.block[0])
+    check_shape("a", a, (None, None), "(rows, K)" if rows is None else "(T, K)")
+    if rows is None:
+        check_whole_blocks("rows of a", a.shape[0], topology.shape[0], topology.block[0])
+    else:
+        check_index("rows", rows)
+        check_shape("rows", rows, (topology.shape[0],), "(rows,)")
+        check_same_device(a=a, rows=rows)
     _check_operand("b", b, 1, "(K, cols)", topology, 1)
     if b.shape[-2] != a.shape[1]:
         raise ValueError(f"b must have shape (K, cols) = ({a.shape[1]}, any), got {tuple(b.shape)}")
@@ -268,15 +289,22 @@ def sdd(
     backend = _backend.resolve("block_sparse", a)
     a, b, bias = _operands(backend, a=a, b=b, bias=bias)
     check_same_device(a=a, topology=topology.row_offsets)
+    transposed = topology.order is not None
+    if rows is not None and (backend != "native" or transposed or _needs_gradient(a, b, bias)):
+        a, rows = gather_reduce(a, rows, bounds="drop"), None
     if backend == "reference":
         return sdd_reference(a, b, topology, bias=bias, activation=activation)
-    transposed = topology.order is not None
+    if rows is not None and rows.dtype == torch.int64:
+        rows = rows.clamp(-1, torch.iinfo(torch.int32).max)
+    a_rows = None if rows is None else rows.to(torch.int32)
     # A transposed view's values are those of the transposed product, in which the bias runs along rows.
     operands = (_whole(b, 1).t(), a.t()) if transposed else (a, b)
     stored = _stored(topology)
 
     def product(code: int) -> torch.Tensor:
-        return sdd_operator(*operands, bias, *topology_tensors(stored), *stored.block, transposed, code, backend)
+        return sdd_operator(
+            *operands, bias, *topology_tensors(stored), *stored.block, transposed, code, backend, a_rows
+        )
 
     values = _with_activation(product, activation, (a, b, bias))
     return BlockSparseTensor(values.transpose(1, 2) if transposed else values, topology)
