@@ -139,8 +139,8 @@ class CaseResult:
         rows: one a variant.
         floor: the least seconds that the ceilings allow.
         request: what the case was built from.
-        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest in this
-            run; 0 where that was not measured.
+        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest so far
+            in this run; 0 where that was not measured.
     """
 
     case: Case

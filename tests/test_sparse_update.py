@@ -199,8 +199,8 @@ def test_short_rows(device, low):
     best = native.isa()
     index = torch.cat([torch.full((300,), 2), torch.randint(40, (200,))])[torch.randperm(500)].view(100, 5)
     try:
-        for isa in ("avx2", "avx512"):
-            if best != isa and not best.startswith("avx512"):
+        for isa in ("generic", "avx2", "avx512"):
+            if isa not in ("generic", best) and not best.startswith("avx512"):
                 continue
             native.choose_isa(isa)
             for dim in (8, 16, 32, 64, 128):
@@ -211,21 +211,28 @@ def test_short_rows(device, low):
         native.choose_isa("")
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_threads_do_not_matter(device, weighted):
-    """One thread and several give the same bits, rounding included."""
+@pytest.mark.parametrize("lists", ["weighted", "plain", "padding", "means"])
+def test_threads_do_not_matter(device, lists):
+    """One thread and several give the same bits, rounding included; bags may be empty, and ids of padding left out."""
     if device != "cpu":
         pytest.skip("threads are the CPU's")
-    index = torch.where(torch.rand(6000) < 0.4, 5, torch.randint(300, (6000,))).view(1500, 4)
+    index = torch.where(torch.rand(6000) < 0.4, 5, torch.randint(300, (6000,)))
+    offsets, weights, arguments = None, None, {}
+    if lists in ("weighted", "plain"):
+        index = index.view(1500, 4)
+        weights = torch.rand(1500, 4) if lists == "weighted" else None
+    else:
+        offsets = torch.cat([torch.tensor([0, 6000]), torch.randint(6001, (1499,))]).sort().values
+        arguments = {"padding_idx": 5, "mode": "mean" if lists == "means" else "sum"}
     table = torch.randn(300, 64).bfloat16()
-    batches = [(index, torch.randn(1500, 64).bfloat16(), None, torch.rand(1500, 4) if weighted else None)]
+    batches = [(index, torch.randn(1500, 64).bfloat16(), offsets, weights)]
     optimizer = optim.RowwiseAdagrad(0.1, stochastic_rounding=True)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(steps("native", table, batches, optimizer))
+            results.append(steps("native", table, batches, optimizer, **arguments))
     finally:
         torch.set_num_threads(threads)
     assert_same_bits(results[0], results[1])

@@ -182,7 +182,8 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
     const Weight<T> w{b, a.b.col_stride, a.b.row_stride, columns, a.depth};
     team.barrier();
     buffers.queue.restart(team);
-    if (a.a.col_stride == 1) {
+    // Of a single column, or of no rows to name, the strides are anything.
+    if (a.a_rows || a.a.col_stride == 1) {
       for (int64_t i = 0; i < m; ++i) {
         const int64_t from = a.a_rows ? a.a_rows[row + i] : row + i;
         rows[i] = a.a_rows && (from < 0 || from >= a.num_a) ? zeros.get() : left + from * a.a.row_stride;

@@ -115,8 +115,7 @@ namespace {
 // The rows that a_rows names, one below the other.
 Scratch gathered_rows(const SampledProductArgs& args, int num_threads) {
   constexpr int64_t kBytesPerThread = int64_t{1} << 16;
-  const auto size = visit_float(args.dtype, [](auto tag) { return int64_t{sizeof(typename decltype(tag)::type)}; });
-  const int64_t bytes = args.depth * size, stride = args.a.row_stride * size;
+  const int64_t size = element_size(args.dtype), bytes = args.depth * size, stride = args.a.row_stride * size;
   Scratch rows = allocate_scratch(args.rows() * bytes);
   const auto* from = static_cast<const char*>(args.a.base);
   parallel_ranges(args.rows(), kBytesPerThread / std::max<int64_t>(bytes, 1), num_threads, [&](int64_t begin, int64_t end) {

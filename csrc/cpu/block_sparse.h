@@ -73,7 +73,7 @@ struct SampledProductArgs {
   BlockLists lists;
   const int32_t* rows_of;  // block row of each block
   int64_t nnz, bm, bn;
-  FloatMatrix a;           // (rows, depth), one of its strides 1; with a_rows (num_a, depth), contiguous rows
+  FloatMatrix a;           // (rows, depth), one of its strides 1; with a_rows (num_a, depth) with contiguous rows
   const int32_t* a_rows;   // null, or the row of a for each row: zeros where it is none of num_a
   int64_t num_a;
   PartedMatrix b;          // (depth, cols), one of its strides 1

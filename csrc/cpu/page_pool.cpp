@@ -46,14 +46,14 @@ void* PagePool::take(size_t bytes) {
     kept_bytes_ -= bytes;
     kept_.erase(std::next(found).base());
   } else {
+    data = std::aligned_alloc(kHugePage, bytes);
+    if (!data && trim_locked(0)) data = std::aligned_alloc(kHugePage, bytes);
+    if (!data) return nullptr;
     const auto known = std::find(returned_.begin(), returned_.end(), bytes);
     if (known != returned_.end()) {
       returned_.erase(known);
       learned_ += bytes;
     }
-    data = std::aligned_alloc(kHugePage, bytes);
-    if (!data && trim_locked(0)) data = std::aligned_alloc(kHugePage, bytes);
-    if (!data) return nullptr;
     advise_huge_pages(data, bytes);
   }
   in_use_.emplace(data, bytes);
@@ -72,7 +72,10 @@ void PagePool::give_back(void* block) {
   kept_bytes_ += found->second;
   in_use_.erase(found);
   learned_ = std::min(learned_, most_used_ / 2);
-  trim_locked(std::min(most_used_ + learned_ - used_bytes_, most_to_keep()));
+  const size_t keep = std::min(most_used_ + learned_ - used_bytes_, most_to_keep());
+  for (size_t left = kept_bytes_, i = 0; left > keep; left -= kept_[i++].bytes) returned_.push_back(kept_[i].bytes);
+  while (returned_.size() > kRemembered) returned_.pop_front();
+  trim_locked(keep);
 }
 
 size_t PagePool::trim(size_t keep) {
@@ -90,8 +93,6 @@ size_t PagePool::trim_locked(size_t keep) {
     std::free(kept_.front().data);
     freed += kept_.front().bytes;
     kept_bytes_ -= kept_.front().bytes;
-    returned_.push_back(kept_.front().bytes);
-    if (returned_.size() > kRemembered) returned_.pop_front();
     kept_.pop_front();
   }
   return freed;

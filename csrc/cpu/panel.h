@@ -98,8 +98,8 @@ void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64
       if (k + ahead < last) {
         for (int i = 0; i < tokens; ++i) __builtin_prefetch(rows[token + i] + k + ahead);
       } else {
-        const int64_t at = k + ahead - last + first;
-        for (int64_t i = token + n; i < std::min(token + 2 * n, panel.width); ++i) __builtin_prefetch(rows[i] + at);
+        const int64_t at = k + ahead - last + first, next = at < last ? std::min(token + 2 * n, panel.width) : 0;
+        for (int64_t i = token + n; i < next; ++i) __builtin_prefetch(rows[i] + at);
       }
       for (int i = 0; i < n; ++i) v[i] = i >= tokens ? Vec<P>{} : load_terms<P>(rows[token + i] + k, last - k);
       transpose<P>(v);

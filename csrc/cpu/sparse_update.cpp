@@ -90,7 +90,9 @@ class Update {
     list(team);
     team.barrier();
     const int bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(args_.num_rows - 1, 0)));
-    const Entry<Word>* sorted = radix_sort(entries_, other_, counts_[team.size], bits, histograms_, team);
+    Entry<Word>* const listed = gaps_ ? other_ : entries_;
+    Entry<Word>* const room = gaps_ ? entries_ : other_;
+    const Entry<Word>* sorted = radix_sort(listed, room, counts_[team.size], bits, histograms_, team);
     find_long_runs(sorted, team);
     team.barrier();
     if (team.thread == 0) collect(sorted, team);
@@ -110,7 +112,8 @@ class Update {
  private:
   int64_t scratch_size() const { return args_.dim + 64; }
 
-  // Writes the entries of this thread's bags where they begin if no id before them is left out; gaps are closed afterwards.
+  // Writes the entries of this thread's bags where they begin if no id before them is left out; where one is, behind those of
+  // lower threads in the other array.
   void list(Team team) {
     const Bags& bags = args_.bags;
     const auto [low, high] = team.share(bag_cost(bags, bags.num_bags));
@@ -128,16 +131,18 @@ class Update {
         bag_scale_[bag] = mean ? 1.0 / static_cast<double>(std::max<int64_t>(out - begin, 1)) : 1.0;
       }
     }
+    const int64_t count = out - (entries_ + place);
     places_[team.thread] = place;
-    counts_[team.thread + 1] = out - (entries_ + place);
+    counts_[team.thread + 1] = count;
     team.barrier();
-    if (team.thread > 0) return;
-    for (int i = 0; i < team.size; ++i) {
-      if (places_[i] > counts_[i]) {
-        std::copy_n(entries_ + places_[i], counts_[i + 1], entries_ + counts_[i]);
+    if (team.thread == 0) {
+      for (int i = 0; i < team.size; ++i) {
+        gaps_ |= counts_[i + 1] > 0 && places_[i] > counts_[i];
+        counts_[i + 1] += counts_[i];
       }
-      counts_[i + 1] += counts_[i];
     }
+    team.barrier();
+    if (gaps_) std::copy_n(entries_ + place, count, other_ + counts_[team.thread]);
   }
 
   // A run of more than kPiece entries covers a multiple of kPiece, of which this thread looks at its share.
@@ -170,7 +175,7 @@ class Update {
 
   const UpdateArgs& args_;
   Lists lists_;
-  bool by_position_ = false, means_ = false;
+  bool by_position_ = false, means_ = false, gaps_ = false;
   std::vector<int64_t> counts_, places_;
   std::vector<std::vector<LongRun>> found_;
   std::unique_ptr<std::atomic<int64_t>[]> taken_;

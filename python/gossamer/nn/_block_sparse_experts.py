@@ -68,9 +68,9 @@ class PaddedExperts:
         return BlockTopology.from_dispatch(self.dispatch, columns, self.topology.block, skip_padding=True)
 
     def tokens(self) -> torch.Tensor:
-        """The token of each padded row, −1 for those of padding."""
+        """The token of each padded row; for those of padding T, which is none."""
         top_k = self.dispatch.top_k
-        # A shift takes a tenth of a quotient's time, and leaves the slot of padding, -1, as it is, too.
+        # A shift takes a tenth of a quotient's time.
         shift = top_k.bit_length() - 1
         whole = top_k == 1 << shift
         return self.slots >> shift if whole else torch.div(self.slots, top_k, rounding_mode="floor")

@@ -290,12 +290,14 @@ def sdd(
     a, b, bias = _operands(backend, a=a, b=b, bias=bias)
     check_same_device(a=a, topology=topology.row_offsets)
     transposed = topology.order is not None
-    if rows is not None and (backend != "native" or transposed or _needs_gradient(a, b, bias)):
+    most = torch.iinfo(torch.int32).max
+    apart = backend != "native" or transposed or a.shape[0] > most or _needs_gradient(a, b, bias)
+    if rows is not None and apart:
         a, rows = gather_reduce(a, rows, bounds="drop"), None
     if backend == "reference":
         return sdd_reference(a, b, topology, bias=bias, activation=activation)
     if rows is not None and rows.dtype == torch.int64:
-        rows = rows.clamp(-1, torch.iinfo(torch.int32).max)
+        rows = rows.clamp(-1, most)
     a_rows = None if rows is None else rows.to(torch.int32)
     # A transposed view's values are those of the transposed product, in which the bias runs along rows.
     operands = (_whole(b, 1).t(), a.t()) if transposed else (a, b)
