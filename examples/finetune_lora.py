@@ -100,17 +100,17 @@ def split_source(source: str) -> tuple[str, str]:
     return "".join(docstrings), ast.unparse(tree) + "\n"
 
 
-def load_texts(root: Path, limit: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def load_texts(root: Path, limit: int, least: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Training and validation bytes of whole files (``"files"``), docstrings and code, of ``limit`` bytes of source.
 
-    Files that this Python does not parse are left out.
+    Of more source where ``least`` bytes of each are not in it. Files that this Python does not parse are left out.
     """
     parts = {name: ([], []) for name in ("files", *TEXTS)}
     paths = python_files(root)
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
     number = total = 0
     for index in order:
-        if total >= limit:
+        if total >= limit and all(sum(map(len, texts)) >= least for both in parts.values() for texts in both):
             break
         try:
             source = paths[index].read_text(encoding="utf-8")
@@ -352,9 +352,9 @@ def main(arguments: list[str] | None = None) -> int:
     given, settings = parse_arguments(arguments)
     console = Console()
     root = given.data or Path(sysconfig.get_paths()["stdlib"])
-    texts = load_texts(root, settings.corpus_bytes)
-    sizes = {name: train_text.numel() for name, (train_text, _) in texts.items()}
     needed = settings.sequence + 2
+    texts = load_texts(root, settings.corpus_bytes, needed)
+    sizes = {name: train_text.numel() for name, (train_text, _) in texts.items()}
     short = {name: min(part.numel() for part in parts) for name, parts in texts.items()}
     if min(short.values()) < needed:
         console.print(f"{root} holds too little text: {short} bytes, and {needed} of each are needed", style="red")

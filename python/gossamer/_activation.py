@@ -86,8 +86,10 @@ def activate_reference(preact: torch.Tensor, activation: Activation, interleaved
     """:func:`gossamer.activate` in plain torch, differentiable, in any floating dtype."""
     gate, up = _split_gate_up(preact, interleaved) if activation.gated else (preact, None)
     if activation.name == "clamped_swiglu":
-        gate = gate.clamp(max=activation.limit)
-        up = up.clamp(-activation.limit, activation.limit)
+        # At the limit itself a gradient passes, as in the kernels; through torch's clamp that depends on the version.
+        limit = activation.limit
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
         return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
     if activation.code == 0:
         out = F.silu(gate)

@@ -44,7 +44,9 @@ ISA_FLAGS = (
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """The installed version of a distribution, or None; torch's with its build, which some wheels' metadata leave out."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
