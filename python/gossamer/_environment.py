@@ -44,7 +44,7 @@ ISA_FLAGS = (
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None; torch's with its build, which some wheels' metadata leave out."""
+    """The installed version of a distribution, or None; of torch as it names itself."""
     if package == "torch":
         return str(torch.__version__)
     try:
