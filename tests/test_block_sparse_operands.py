@@ -223,9 +223,7 @@ def test_named_rows_of_one_column_and_of_no_rows():
 def test_named_rows_must_fit(device):
     t = topology_of(device, (16, 16), grid=(2, 2))
     a, b = torch.randn(5, 3, device=device), torch.randn(3, 32, device=device)
-    with pytest.raises(
-        ValueError, match=r"rows must have shape \(rows,\) = \(32\)|rows must have shape \(rows,\) = \(32,\)"
-    ):
+    with pytest.raises(ValueError, match=r"rows must have shape \(rows,\) = \(32\), got \(31,\)"):
         gossamer.sdd(a, b, t, rows=torch.zeros(31, dtype=torch.int64, device=device))
     with pytest.raises(TypeError, match=r"rows must be int32 or int64, got torch\.float32"):
         gossamer.sdd(a, b, t, rows=torch.zeros(32, device=device))

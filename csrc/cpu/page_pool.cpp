@@ -73,9 +73,8 @@ void PagePool::give_back(void* block) {
   in_use_.erase(found);
   learned_ = std::min(learned_, most_used_ / 2);
   const size_t keep = std::min(most_used_ + learned_ - used_bytes_, most_to_keep());
-  for (size_t left = kept_bytes_, i = 0; left > keep; left -= kept_[i++].bytes) returned_.push_back(kept_[i].bytes);
+  while (kept_bytes_ > keep) returned_.push_back(return_oldest());
   while (returned_.size() > kRemembered) returned_.pop_front();
-  trim_locked(keep);
 }
 
 size_t PagePool::trim(size_t keep) {
@@ -89,13 +88,16 @@ size_t PagePool::trim(size_t keep) {
 
 size_t PagePool::trim_locked(size_t keep) {
   size_t freed = 0;
-  while (kept_bytes_ > keep) {
-    std::free(kept_.front().data);
-    freed += kept_.front().bytes;
-    kept_bytes_ -= kept_.front().bytes;
-    kept_.pop_front();
-  }
+  while (kept_bytes_ > keep) freed += return_oldest();
   return freed;
+}
+
+size_t PagePool::return_oldest() {
+  const Block oldest = kept_.front();
+  kept_.pop_front();
+  std::free(oldest.data);
+  kept_bytes_ -= oldest.bytes;
+  return oldest.bytes;
 }
 
 }  // namespace gossamer

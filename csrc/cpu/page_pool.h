@@ -33,6 +33,7 @@ class PagePool {
   };
 
   size_t trim_locked(size_t keep);
+  size_t return_oldest();
 
   std::mutex mutex_;
   std::unordered_map<void*, size_t> in_use_;

@@ -67,11 +67,10 @@ class Update {
       : args_(args),
         lists_{args.bags, args.num_rows},
         counts_(num_threads + 1),
-        places_(num_threads),
         found_(num_threads),
         taken_(new std::atomic<int64_t>[num_threads * WorkQueue::kStride]) {
     const Bags& bags = args.bags;
-    const int64_t positions = bags.num_bags ? bags.end(bags.num_bags - 1) - bags.begin(0) : 0;
+    const int64_t positions = positions_ = bags.num_bags ? bags.end(bags.num_bags - 1) - bags.begin(0) : 0;
     workspace_.reserve(entries_, positions);
     workspace_.reserve(other_, positions);
     workspace_.reserve(histograms_, static_cast<int64_t>(num_threads) * kStreams << kMaxDigitBits);
@@ -90,8 +89,8 @@ class Update {
     list(team);
     team.barrier();
     const int bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(args_.num_rows - 1, 0)));
-    Entry<Word>* const listed = gaps_ ? other_ : entries_;
-    Entry<Word>* const room = gaps_ ? entries_ : other_;
+    Entry<Word>* const listed = leaves_out(team) ? other_ : entries_;
+    Entry<Word>* const room = leaves_out(team) ? entries_ : other_;
     const Entry<Word>* sorted = radix_sort(listed, room, counts_[team.size], bits, histograms_, team);
     find_long_runs(sorted, team);
     team.barrier();
@@ -111,6 +110,9 @@ class Update {
 
  private:
   int64_t scratch_size() const { return args_.dim + 64; }
+
+  // Whether ids were left out, once they are listed.
+  bool leaves_out(Team team) const { return counts_[team.size] < positions_; }
 
   // Writes the entries of this thread's bags where they begin if no id before them is left out; where one is, behind those of
   // lower threads in the other array.
@@ -132,17 +134,13 @@ class Update {
       }
     }
     const int64_t count = out - (entries_ + place);
-    places_[team.thread] = place;
     counts_[team.thread + 1] = count;
     team.barrier();
     if (team.thread == 0) {
-      for (int i = 0; i < team.size; ++i) {
-        gaps_ |= counts_[i + 1] > 0 && places_[i] > counts_[i];
-        counts_[i + 1] += counts_[i];
-      }
+      for (int i = 0; i < team.size; ++i) counts_[i + 1] += counts_[i];
     }
     team.barrier();
-    if (gaps_) std::copy_n(entries_ + place, count, other_ + counts_[team.thread]);
+    if (leaves_out(team)) std::copy_n(entries_ + place, count, other_ + counts_[team.thread]);
   }
 
   // A run of more than kPiece entries covers a multiple of kPiece, of which this thread looks at its share.
@@ -175,8 +173,9 @@ class Update {
 
   const UpdateArgs& args_;
   Lists lists_;
-  bool by_position_ = false, means_ = false, gaps_ = false;
-  std::vector<int64_t> counts_, places_;
+  bool by_position_ = false, means_ = false;
+  int64_t positions_ = 0;
+  std::vector<int64_t> counts_;
   std::vector<std::vector<LongRun>> found_;
   std::unique_ptr<std::atomic<int64_t>[]> taken_;
   Workspace workspace_;

@@ -187,6 +187,17 @@ GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t
   }
 }
 
+// w = keep · w − step · grad(v) for the vectors v of a row.
+template <int kVectors, class T, class F>
+GOSSAMER_INLINE void descend(const UpdateArgs& a, int64_t row, Accumulator<T> keep, Accumulator<T> step, F&& grad) {
+  T* w = static_cast<T*>(a.table.base) + row * a.table.row_stride;
+  const RowWriter<T> write(a.rule, w, static_cast<uint64_t>(row));
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t column = v * kLanes<Accumulator<T>>;
+    write(column, keep * load(w + column) - step * grad(v), kLanes<Accumulator<T>>);
+  }
+}
+
 // Row-wise Adagrad's steps on rows of kVectors vectors, several at a time: of one alone, the sum of its lanes, the root and
 // the quotient are a chain that takes longer than all else.
 template <int kVectors, class T>
@@ -194,7 +205,7 @@ class AdagradRows {
  public:
   using S = Accumulator<T>;
 
-  explicit AdagradRows(const UpdateArgs& a) : a_(a) {}
+  AdagradRows(const UpdateArgs& a, S keep) : a_(a), keep_(keep) {}
 
   __attribute__((always_inline)) void add(int64_t row, const Vec<S> (&grad)[kVectors]) {
     Vec<S> squares = {};
@@ -209,18 +220,13 @@ class AdagradRows {
 
   __attribute__((always_inline)) void step() {
     const S lr = static_cast<S>(a_.rule.lr), eps = static_cast<S>(a_.rule.eps);
-    const S keep = a_.rule.decoupled ? static_cast<S>(1 - a_.rule.lr * a_.rule.weight_decay) : S{1};
     S* state = static_cast<S*>(a_.state1.base);
     for (int i = 0; i < count_; ++i) squares_[i] = state[rows_[i] * a_.state1.row_stride] += squares_[i];
     S steps[kRows];
     store(steps, lr / (vsqrt(load(squares_)) + eps));
     for (int i = 0; i < count_; ++i) {
-      T* w = static_cast<T*>(a_.table.base) + rows_[i] * a_.table.row_stride;
-      const RowWriter<T> write(a_.rule, w, static_cast<uint64_t>(rows_[i]));
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t column = v * kLanes<S>;
-        write(column, keep * load(w + column) - steps[i] * load(grads_[i] + column), kLanes<S>);
-      }
+      const auto grad = [&](int v) __attribute__((always_inline)) { return load(grads_[i] + v * kLanes<S>); };
+      descend<kVectors, T>(a_, rows_[i], keep_, steps[i], grad);
     }
     count_ = 0;
   }
@@ -229,6 +235,7 @@ class AdagradRows {
   static constexpr int kRows = kLanes<S>;
 
   const UpdateArgs& a_;
+  S keep_;
   int count_ = 0;
   int64_t rows_[kRows];
   S squares_[kRows] = {};
@@ -247,7 +254,7 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
   const S lr = static_cast<S>(a.rule.lr);
   const S keep = a.rule.decoupled ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
   constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G), kRowBytes = kVectors * kLanes<S> * sizeof(T);
-  AdagradRows<kVectors, T> adagrad_rows(a);
+  AdagradRows<kVectors, T> adagrad_rows(a, keep);
   each_run<T, Word, kRowBytes>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
     Vec<S> grad[kVectors] = {};
     if (stop - i > kPiece) {
@@ -265,12 +272,7 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
     }
     const int64_t row = entries[i].row;
     if (adagrad) return adagrad_rows.add(row, grad);
-    T* w = static_cast<T*>(a.table.base) + row * a.table.row_stride;
-    const RowWriter<T> write(a.rule, w, static_cast<uint64_t>(row));
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = v * kLanes<S>;
-      write(column, keep * load(w + column) - lr * grad[v], kLanes<S>);
-    }
+    descend<kVectors, T>(a, row, keep, lr, [&](int v) __attribute__((always_inline)) { return grad[v]; });
   });
   if (adagrad) adagrad_rows.step();
 }
