@@ -39,6 +39,15 @@ class Ceilings:
         """The larger of copy and read: a copy on the CPU may first read what it overwrites."""
         return max(self.copy, self.read or 0.0)
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The faster of two measurements of each rate."""
+        reads = [found for found in (self.read, other.read) if found is not None]
+        gemm, slow_gemm = (
+            {name: max(rates[0].get(name, 0.0), rates[1].get(name, 0.0)) for name in rates[0] | rates[1]}
+            for rates in ((self.gemm, other.gemm), (self.slow_gemm, other.slow_gemm))
+        )
+        return Ceilings(gemm, max(self.copy, other.copy), max(reads, default=None), slow_gemm)
+
     def torch_seconds(self, case: Case) -> float:
         """What torch's products take for the case's FLOPs; those of a backward pass meet weights stored either way."""
         if not case.flops:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gossamer.bench.harness import Results
+from gossamer.bench.record import Results
 
 # A change of the median that shows nothing unless it passes this, even where the spreads do not meet.
 NOISE = 0.02

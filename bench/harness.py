@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -16,20 +16,16 @@ from gossamer.bench import peers as peers_
 from gossamer.bench.case import DENSE, DIRECTIONS, OURS, Case, Family, Request, Variant, Verdict
 from gossamer.bench.ceilings import Ceilings, measure
 from gossamer.bench.cores import Cores
+from gossamer.bench.record import CaseResult, Results, Row
 from gossamer.bench.timing import (
     HOST_SAMPLES,
-    NEAR_ROUNDS,
-    PEAK_MEMORY_METHOD,
     SETTLE_LIMIT,
-    Samples,
     Timed,
     Turns,
     clock,
     keep_freed_memory,
     peak_memory,
     quantile,
-    ratio,
-    ratio_interval,
     resident_bytes,
     settle,
 )
@@ -54,6 +50,9 @@ FAMILIES = (
     "expert_mlp_lora",
 )
 BUDGET = {"quick": 9.0, "full": 30.0}
+# A case, its checks included, takes at most so many times its budget for the sake of uncertain ratios: a quick run of
+# the layer, four cases, is to end within two minutes.
+STRETCH = 2.8
 # Seconds for a call of torch's in a case whose dtype nobody named.
 PATIENCE = {"quick": 1.5, "full": 10.0}
 # Seconds that the cores have to come together before the ceilings are measured.
@@ -62,129 +61,6 @@ GATHERING_SECONDS = 2.0
 # visits. A host that moves its guests about, or has other work, changes for seconds at a time what some calls cost and
 # others do not, and a case that was timed at one go would be measured in one such state.
 TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was found about one variant.
-
-    Attributes:
-        name: of the variant.
-        role: of the variant.
-        status: ``"ok"``; ``"wrong"``, the gate failed; or ``"failed"``, it raised.
-        error: largest relative RMS error against float64; None where it was not judged.
-        message: why it is wrong or failed, or a remark.
-        seconds: every sample; empty unless ok.
-        rounds: the round in which each was taken.
-        near: whether the cores were near each other then, which a host that moves its guests' cores may change.
-        peak_bytes: memory at the peak of a call; None where it was not measured.
-        host_seconds: on CUDA, what the host needs to issue a call; on the CPU, what a call costs with next to no work.
-            None where it was not measured.
-        timed_by: how the samples were taken; see :class:`gossamer.bench.timing.Timed`.
-        package: of the variant.
-    """
-
-    name: str
-    role: str
-    status: str
-    error: float | None
-    message: str
-    seconds: list[float] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
-    near: list[bool] = field(default_factory=list)
-    peak_bytes: int | None = None
-    host_seconds: float | None = None
-    timed_by: str = ""
-    package: str = "gossamer"
-
-    @property
-    def faulty(self) -> bool:
-        """Whether the run is to fail by it: wrong and no one else's, or ours and broken."""
-        wrong = self.status == "wrong" and self.package == "gossamer"
-        return wrong or (self.status == "failed" and self.role == OURS)
-
-    @property
-    def median(self) -> float:
-        """Median seconds."""
-        return quantile(self.seconds, 0.5)
-
-    def times(self, other: Row) -> float:
-        """Time over that of another variant, both of them timed: see :func:`gossamer.bench.timing.ratio`.
-
-        Of the rounds in which cores were near each other for both, if there are ``NEAR_ROUNDS``, else of all.
-        """
-        return ratio(*self._partners(other))
-
-    def times_interval(self, other: Row) -> tuple[float, float]:
-        """What :meth:`times` would be with 90% confidence: see :func:`gossamer.bench.timing.ratio_interval`."""
-        return ratio_interval(*self._partners(other))
-
-    def _partners(self, other: Row) -> tuple[Samples, Samples]:
-        ours, theirs = self._samples(near=True), other._samples(near=True)
-        if len(ours.keys() & theirs.keys()) >= NEAR_ROUNDS:
-            return ours, theirs
-        return self._samples(), other._samples()
-
-    def _samples(self, near: bool = False) -> Samples:
-        found = zip(self.rounds, self.seconds, self.near, strict=True)
-        return {round_: seconds for round_, seconds, close in found if close or not near}
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """A case without its tensors, what it was built from, and what was found.
-
-    Attributes:
-        case: without variants and gates.
-        rows: one a variant.
-        floor: the least seconds that the ceilings allow.
-        request: what the case was built from.
-        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest so far
-            in this run; 0 where that was not measured.
-    """
-
-    case: Case
-    rows: list[Row]
-    floor: float
-    request: Request
-    core_distance: float = 0.0
-
-    def row(self, role: str) -> Row | None:
-        """The first timed row of a role, or None."""
-        return next((r for r in self.rows if r.role == role and r.seconds), None)
-
-    @property
-    def speed_of_dense(self) -> float | None:
-        """Our speed over the dense baseline's, 1 over the ratio of times; None where either has no time."""
-        ours, dense = self.row(OURS), self.row(DENSE)
-        return 1 / ours.times(dense) if ours and dense else None
-
-
-@dataclass(frozen=True)
-class Results:
-    """All cases of a run, with what they were measured on, and in words which cases it left out."""
-
-    environment: dict
-    ceilings: Ceilings
-    cases: list[CaseResult]
-    sweep: Mapping[str, object] | None = None
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def correct(self) -> bool:
-        """Whether nothing of gossamer or its baselines was wrong, and none of ours failed."""
-        return not any(row.faulty for result in self.cases for row in result.rows)
-
-    def as_json(self) -> dict:
-        """Everything as plain values."""
-        return {
-            "schema": 1,
-            "environment": self.environment,
-            "ceilings": asdict(self.ceilings) | {"bandwidth": self.ceilings.bandwidth},
-            "sweep": dict(self.sweep) if self.sweep else None,
-            "cases": [_case_json(result) for result in self.cases],
-            "left_out": list(self.left_out),
-        }
 
 
 def family(name: str) -> Family:
@@ -280,7 +156,7 @@ def run(
         finished: given each case's result as it comes.
         sweep: what the cases sweep over, to be kept with the results; see :mod:`gossamer.bench.sweep`.
     """
-    device = wanted[0].device
+    device, start = wanted[0].device, time.perf_counter()
     keep_freed_memory(device)
     stage("measuring the ceilings: a matrix product and a copy")
     cores = Cores.of(device)
@@ -291,10 +167,16 @@ def run(
     left_out: list[str] = []
     waiting: list[_Checked] = []
 
-    def time_those_waiting() -> None:
-        for result in _time(waiting, ceilings, cores, stage, progress):
-            results.append(result)
-            finished(result, ceilings)
+    def time_those_waiting(until: float) -> None:
+        nonlocal ceilings
+        _take_turns(waiting, until, stage, progress)
+        if waiting and device.type == "cpu":
+            # A host may have given a core to another guest for all of the seconds that the first measurement took.
+            stage("measuring the ceilings again")
+            ceilings = ceilings.best(measure(device, ceilings.gemm))
+        for checked in waiting:
+            results.append(checked.result(ceilings, progress))
+            finished(results[-1], ceilings)
         waiting.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -311,9 +193,9 @@ def run(
         now = resident_bytes()
         room = before is not None and now is not None and now - before < TOGETHER_BYTES
         if waiting and (device.type == "cuda" or len(waiting) == TOGETHER or not room):
-            time_those_waiting()
+            time_those_waiting(start + (done + 1) * STRETCH * budget)
             before = resident_bytes()
-    time_those_waiting()
+    time_those_waiting(start + len(wanted) * STRETCH * budget)
     return Results(environment(), ceilings, results, sweep, tuple(left_out))
 
 
@@ -356,12 +238,12 @@ class _Checked:
         self._budget = budget
         self._timed: dict[str, Timed] = {}
 
-    def visit(self, share: float, progress: Callable[[str], None]) -> None:
-        """Take samples until ``share`` of all is done."""
+    def visit(self, share: float, progress: Callable[[str], None], until: float) -> None:
+        """Take samples until ``share`` of all is done: see :meth:`gossamer.bench.timing.Turns.take`."""
         with grad_mode(self.case.direction):
             if not self._timed:
                 self._warm_up(progress)
-            self._turns.take(share, lambda message: progress(f"{self.case.title}: {message}"))
+            self._turns.take(share, lambda message: progress(f"{self.case.title}: {message}"), until)
 
     def _warm_up(self, progress: Callable[[str], None]) -> None:
         progress(f"{self.case.title}: warming up")
@@ -375,7 +257,7 @@ class _Checked:
         samplers = {name: found.sample for name, found in self._timed.items()}
         self._turns = Turns(samplers, self._budget, compared, self._cores)
 
-    def rows(self, progress: Callable[[str], None]) -> list[Row]:
+    def result(self, ceilings: Ceilings, progress: Callable[[str], None]) -> CaseResult:
         """What was found, with the host's latency."""
         progress(f"{self.case.title}: host latency")
         host = {name: found.host for name, found in self._timed.items()}
@@ -390,29 +272,26 @@ class _Checked:
                 host_seconds=host.get(name),
                 timed_by=self._timed[name].method,
             )
-        return list(self._rows.values())
+        without_tensors, floor = replace(self.case, variants=(), gates={}), ceilings.floor_seconds(self.case)
+        return CaseResult(without_tensors, list(self._rows.values()), floor, self.request, self._cores.least)
 
 
-def _time(
-    cases: list[_Checked],
-    ceilings: Ceilings,
-    cores: Cores,
-    stage: Callable[[str], None],
-    progress: Callable[[str], None],
-) -> Iterator[CaseResult]:
-    """Time cases that are there together, each in turn; the result of each."""
+def _take_turns(
+    cases: list[_Checked], until: float, stage: Callable[[str], None], progress: Callable[[str], None]
+) -> None:
+    """Time cases that are there together, each in turn.
+
+    What rounds uncertain ratios are given begin before the performance counter is ``until``, and each visit of each
+    case has its share of the time up to then.
+    """
     start, visits = time.perf_counter(), VISITS if len(cases) > 1 else 1
     for visit in range(visits):
-        for checked in cases:
-            checked.visit((visit + 1) / visits, progress)
+        for before, checked in enumerate(cases):
+            done = (visit * len(cases) + before + 1) / (visits * len(cases))
+            checked.visit((visit + 1) / visits, progress, start + done * (until - start))
         if visit == 0 and visits > 1:
             left = (time.perf_counter() - start) * (visits - 1)
             stage(f"timing {len(cases)} cases in turns, about {left:.0f} s left")
-    for checked in cases:
-        without_tensors = replace(checked.case, variants=(), gates={})
-        rows = checked.rows(progress)
-        floor = ceilings.floor_seconds(checked.case)
-        yield CaseResult(without_tensors, rows, floor, checked.request, cores.least)
 
 
 def _host_latency(chosen: Family, request: Request) -> dict[str, float]:
@@ -448,41 +327,3 @@ def _first_calls(case: Case, variant: Variant, gates: dict) -> Row:
         reason = str(error).strip().splitlines() or [""]
         return Row(variant.name, variant.role, "failed", None, f"{type(error).__name__}: {reason[0]}")
     return Row(variant.name, variant.role, "ok", verdict and verdict.error, variant.note, peak_bytes=peak)
-
-
-def _case_json(result: CaseResult) -> dict:
-    case = result.case
-    return {
-        "family": case.family,
-        "title": case.title,
-        "shape": case.shape,
-        "sizes": dict(case.sizes),
-        "dtype": case.dtype,
-        "device": str(case.device),
-        "direction": case.direction,
-        "routing": case.routing,
-        "skew": result.request.skew,
-        "flops": case.flops,
-        "bytes": case.bytes,
-        "floor_seconds": result.floor,
-        "core_distance": result.core_distance,
-        "checked": case.checked,
-        "peak_memory_method": PEAK_MEMORY_METHOD[case.device.type],
-        "skipped": dict(case.skipped),
-        "variants": [_row_json(row, result) for row in result.rows],
-    }
-
-
-def _row_json(row: Row, result: CaseResult) -> dict:
-    found = asdict(row)
-    if row.seconds:
-        dense = result.row(DENSE)
-        found |= {"median": row.median, "p20": quantile(row.seconds, 0.2), "p80": quantile(row.seconds, 0.8)}
-        found |= {
-            "flops_per_second": result.case.flops / row.median,
-            "bytes_per_second": result.case.bytes / row.median,
-        }
-        found |= {"fraction_of_ceiling": result.floor / row.median}
-        found |= {"ratio_to_dense": row.times(dense) if dense else None}
-        found |= {"ratio_interval": row.times_interval(dense) if dense else None}
-    return found

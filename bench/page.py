@@ -138,7 +138,7 @@ def render(
     """The page.
 
     Args:
-        record: the run, as :meth:`gossamer.bench.harness.Results.as_json` gives it.
+        record: the run, as :meth:`gossamer.bench.record.Results.as_json` gives it.
         sentence: what the run comes to, in words.
         changes: against an earlier run; None where there is none.
         differences: what the two were not measured alike on.

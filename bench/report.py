@@ -16,10 +16,10 @@ import torch
 from gossamer.bench.case import DENSE, OURS, REFERENCE
 from gossamer.bench.ceilings import Ceilings
 from gossamer.bench.compare import Change
-from gossamer.bench.harness import CaseResult, Results, Row
+from gossamer.bench.record import CaseResult, Results, Row
 from gossamer.bench.sweep import position
 from gossamer.bench.text import digits
-from gossamer.bench.timing import NEAR_ROUNDS, quantile
+from gossamer.bench.timing import IDLE, NEAR_ROUNDS, quantile
 
 
 def make_console() -> rich.console.Console:
@@ -238,6 +238,13 @@ def summary(results: Results) -> str:
         parts.append(f"runs at {' and '.join(speeds)}")
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
     sentences = [f"Over {cases}, gossamer {' and '.join(parts)}."] if parts else []
+    if (busy := results.slowing) is not None:
+        found = f"The median sample took {100 * busy:.0f}% longer than those of the quietest rounds"
+        sentences.append(
+            f"{found}."
+            if busy <= IDLE
+            else f"{found}: the machine was not idle, and other runs may find ratios that differ by more than a tenth."
+        )
     if results.left_out:
         sentences.append(f"Left out: {'; '.join(results.left_out)}; --dtype measures it all the same.")
     return " ".join(sentences)

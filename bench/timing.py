@@ -17,20 +17,24 @@ from gossamer.bench.cores import Cores
 Call = Callable[[], object]
 
 # Samples of a call: at least MIN_ROUNDS, and up to ROUNDS while they take no longer than ROUNDS_SECONDS together and
-# the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of so few is
-# their whole range, so that they are seldom near each other by luck.
-MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 21, 6.0, 500
-ENOUGH_ROUNDS, PRECISE = 7, 1.1
+# the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of the few quiet
+# ones among so few is their whole range, so that they are seldom near each other by luck.
+MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 30, 12.0, 500
+ENOUGH_ROUNDS, PRECISE = 7, 1.06
 # Samples in a round of a call that takes less than a third of those it is compared with.
 SHORT_SAMPLES = 3
 # The rounds in which the cores are near each other make a ratio if there are so many.
 NEAR_ROUNDS = 5
+# The share of the rounds, those in which its two calls took least, that make a ratio, and how many at least.
+QUIET_SHARE, QUIET_ROUNDS = 0.2, 5
+# A machine on which the median sample is longer than in quiet rounds by no more than this share is idle.
+IDLE = 0.05
 # Seconds that may go by, beside the budget and as a share of it, while the cores are brought together.
 GATHERING_SHARE = 0.4
 # Calls shorter than this, in seconds, find the caches as others left them after a pause, and are called once before.
 BRIEF_CALL = 0.01
 # The share of the time that goes to the calls whose ratio counts.
-COMPARED_SHARE = 0.75
+COMPARED_SHARE = 0.5
 HOST_SAMPLES = 9
 # A sample on the CPU is at least this long: a shorter call is repeated in it.
 CPU_SAMPLE = 1e-4
@@ -181,7 +185,7 @@ class Turns:
 
     Args:
         samplers: name -> takes one sample of a call that is warmed up.
-        budget: seconds for all together, three quarters of them for those compared.
+        budget: seconds for all together, half of them for those compared.
         compared: the calls whose ratio counts. They share their time and sit out together, so that every sample of
             one has its partner in the same round.
         cores: those that run the calls. A sample waits for them to be near each other, within ``GATHERING_SHARE``.
@@ -210,10 +214,16 @@ class Turns:
         self._round, self._cores = 0, cores or Cores()
         self._gathering, self._gathered = GATHERING_SHARE * budget, 0.0
         self._paused: set[str] = set()
+        self._until = math.inf
 
-    def take(self, share: float, progress: Callable[[str], None] = lambda message: None) -> None:
-        """Go on until every call has had ``share``, at most 1, of its time and rounds."""
-        self._paused = set(self._samplers)
+    def take(
+        self, share: float, progress: Callable[[str], None] = lambda message: None, until: float = math.inf
+    ) -> None:
+        """Go on until every call has had ``share``, at most 1, of its time and rounds.
+
+        Rounds beyond a call's time, for a ratio that is uncertain, begin before the performance counter is ``until``.
+        """
+        self._paused, self._until = set(self._samplers), until
         while self._round < share * MAX_ROUNDS:
             active = [n for group, seconds in self._groups if self._wants_more(group, seconds, share) for n in group]
             if not active:
@@ -285,7 +295,7 @@ class Turns:
 
     def _has_room(self, group: list[str], share: float) -> bool:
         rounds, spent = len(self.samples[group[0]]), max(self._spent[n] for n in group)
-        return rounds < share * ROUNDS and spent < share * ROUNDS_SECONDS
+        return rounds < share * ROUNDS and spent < share * ROUNDS_SECONDS and time.perf_counter() < self._until
 
     def _precise(self, group: list[str]) -> bool:
         """Whether enough is known of the ratios to the calls compared; of a call that has no partner, never."""
@@ -308,32 +318,46 @@ class Turns:
         return False
 
 
-def _ratios(ours: Samples, theirs: Samples) -> list[float]:
-    return [seconds / theirs[round_] for round_, seconds in ours.items() if round_ in theirs]
+def _quiet_share(rounds: int) -> int:
+    """How many of so many rounds are the quiet ones."""
+    return max(QUIET_ROUNDS, math.ceil(QUIET_SHARE * rounds))
+
+
+def _quiet_ratios(ours: Samples, theirs: Samples) -> list[float]:
+    """Our seconds over theirs in the rounds in which the product of both was least."""
+    shared = sorted(ours.keys() & theirs.keys(), key=lambda round_: (ours[round_] * theirs[round_], round_))
+    return [ours[round_] / theirs[round_] for round_ in shared[: _quiet_share(len(shared))]]
 
 
 def ratio(ours: Samples, theirs: Samples) -> float:
-    """Median, over the rounds that both took part in, of our seconds over theirs.
+    """Median of our seconds over theirs, over the quietest of the rounds that both took part in.
 
-    A drift of the machine from one round to the next is in both samples of a round, and so not in their ratio.
+    A drift of the machine from one round to the next is in both samples of a round, and so not in their ratio. Other
+    work on the machine, or beside it on its host, slows one call more than another, and only ever slows: a ratio is of
+    the fifth of the rounds, five at least, in which the product of the two times is least, which favours neither.
     """
-    return quantile(_ratios(ours, theirs), 0.5)
+    return quantile(_quiet_ratios(ours, theirs), 0.5)
 
 
 def ratio_interval(ours: Samples, theirs: Samples) -> tuple[float, float]:
     """The ends of a confidence interval of :func:`ratio`, from the order of the rounds' ratios alone.
 
-    Each round is below the true median as likely as above it, so that how many are is binomial. The interval leaves
-    out as many at both ends as keep its confidence at 90% or more; of four rounds and fewer it is the whole range,
-    which has less.
+    Each of those rounds is below the true median as likely as above it, so that how many are is binomial. The interval
+    leaves out as many at both ends as keep its confidence at 90% or more; of four rounds and fewer it is the whole
+    range, which has less.
     """
-    ratios = sorted(_ratios(ours, theirs))
+    ratios = sorted(_quiet_ratios(ours, theirs))
     n, outside, ways = len(ratios), 0, 1
     while 2 * ways <= 0.1 * 2**n:
         outside += 1
         ways += math.comb(n, outside)
     first = max(0, outside - 1)
     return ratios[first], ratios[-1 - first]
+
+
+def slowing(seconds: list[float]) -> float:
+    """By what share the median sample of a call was longer than the median of its shortest ones, a fifth of all."""
+    return quantile(seconds, 0.5) / quantile(sorted(seconds)[: _quiet_share(len(seconds))], 0.5) - 1
 
 
 class MeasuredTime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gossamer.bench import ceilings, expert_peers, experts, harness, peers, report, timing
+from gossamer.bench import ceilings, expert_peers, experts, harness, peers, record, report, timing
 from gossamer.bench.case import DENSE, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
 from gossamer.bench.ceilings import Ceilings
 from gossamer.bench.skew import EXPERT_SKEWS
@@ -27,7 +28,7 @@ def small_request(device, direction="both", dtype="fp32", skew="uniform", sizes=
     return Request("small", sizes, dtype, torch.device(device), direction, skew)
 
 
-def run_variants(*variants: Variant, direction: str = "forward", **options) -> harness.Results:
+def run_variants(*variants: Variant, direction: str = "forward", **options) -> record.Results:
     truth = torch.arange(4.0).double()
     gates = {"truth": lambda: FloatGate({"y": truth}, {"y": truth.float()})}
 
@@ -74,11 +75,15 @@ def test_a_wrong_peer_is_shown_and_does_not_fail_the_run(device):
 
 
 def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
-    """Two cases in three visits; with no memory to spare, one after the other. Neither keeps its tensors."""
+    """Two cases in three visits; with no memory to spare, one after the other. Neither keeps its tensors.
+
+    Where the time for rounds beyond what is owed is over before they begin, there are none.
+    """
     monkeypatch.setattr(harness, "VISITS", 3)
     monkeypatch.setattr(timing, "PRECISE", 0.0)
 
-    def order_of_calls():
+    def order_of_calls(rounds=timing.ROUNDS, stretch=math.inf):
+        monkeypatch.setattr(harness, "STRETCH", stretch)
         order = []
 
         def build(request: Request) -> Case:
@@ -91,11 +96,12 @@ def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
 
         family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
         wanted = [Request(s, {"N": 4}, "fp32", torch.device("cpu"), "forward", "uniform") for s in "ab"]
-        results = harness.run(family, wanted, budget=0.0)
-        assert all(r.case.variants == () and len(r.row(OURS).seconds) == timing.ROUNDS for r in results.cases)
+        results = harness.run(family, wanted, budget=1e-9)
+        assert all(r.case.variants == () and len(r.row(OURS).seconds) == rounds for r in results.cases)
         return "".join(name for name, before in zip(order, [None, *order], strict=False) if name != before)
 
     assert order_of_calls() == "ab" + "ab" * 3 + "ab"  # checks, visits, host latency
+    order_of_calls(timing.MIN_ROUNDS, stretch=0.0)
     growing = itertools.count(0, harness.TOGETHER_BYTES)
     monkeypatch.setattr(harness, "resident_bytes", lambda: next(growing))
     assert order_of_calls() == "ab"
@@ -105,17 +111,17 @@ def test_ratio_is_of_the_rounds_with_cores_near_each_other():
     """Of five such rounds at least, near for both; else of all. The table says how many were not."""
 
     def row(name, role, seconds, near):
-        return harness.Row(name, role, "ok", None, "", seconds, list(range(len(seconds))), near)
+        return record.Row(name, role, "ok", None, "", seconds, list(range(len(seconds))), near)
 
     dense = row("dense", DENSE, [1.0] * 7, [True] * 6 + [False])
-    times = [9.0, 2.0, 2.0, 2.0, 2.0, 3.0, 9.0]
+    times = [1.0, 2.0, 2.0, 2.0, 2.0, 3.0, 9.0]
     peer = row("peer", REFERENCE, times, [False] + [True] * 6)
     assert peer.times(dense) == 2.0 and peer.times_interval(dense) == (2.0, 3.0)
     far = row("far", REFERENCE, [9.0, 2.0, 2.5, 2.5, 2.5, 3.0, 9.0], [False] * 2 + [True] * 5)
-    assert far.times(dense) == 2.5 and far.times_interval(dense) == (2.0, 9.0)
+    assert far.times(dense) == 2.5 and far.times_interval(dense) == (2.0, 3.0)
     case = Case("fake", "s", {"N": 4}, "fp32", torch.device("cpu"), "forward", (), {}, 8.0, 8.0, {}, "all")
     request = Request("s", {}, "fp32", case.device, "forward", "uniform")
-    result = harness.CaseResult(case, [dense, peer], 1.0, request, core_distance=95e-9)
+    result = record.CaseResult(case, [dense, peer], 1.0, request, core_distance=95e-9)
     assert "threads whose cores are 95 ns apart; in 14% of the samples the system had them" in report._method(result)
 
 
@@ -144,6 +150,35 @@ def test_case_that_torch_is_slow_in_is_left_out_and_named(monkeypatch, direction
         assert f"Left out: {results.left_out[0]}" in report.summary(results)
     else:
         assert results.left_out == () and "Left out" not in report.summary(results)
+
+
+def test_ceilings_are_the_faster_of_before_and_after_the_timing(monkeypatch):
+    """A core was elsewhere during the first measurement; the second has a slower copy."""
+    found = iter(
+        [Ceilings({"fp32": 8.0}, 2e10, 1e10, {"fp32": 4.0}), Ceilings({"fp32": 16.0}, 1e10, 3e10, {"fp32": 2.0})]
+    )
+    monkeypatch.setattr(harness, "measure", lambda device, dtypes: next(found))
+    y = torch.arange(4.0)
+    results = run_variants(Variant("ours", OURS, lambda: y, {}, y))
+    assert results.ceilings == Ceilings({"fp32": 16.0}, 2e10, 3e10, {"fp32": 4.0})
+    assert results.cases[0].floor == 8.0 / 16.0
+    assert Ceilings({}, 1.0).best(Ceilings({}, 2.0)) == Ceilings({}, 2.0)
+
+
+@pytest.mark.parametrize(("disturbed", "slowing", "idle"), [(1.04, 0.02, True), (1.2, 0.1, False)])
+def test_report_says_whether_the_machine_was_idle(disturbed, slowing, idle):
+    """Of ten rounds the five quietest took a second; the median sample is between those and the others."""
+    rows = [
+        record.Row(role, role, "ok", None, "", [1.0] * 5 + [disturbed] * 5, list(range(10)), [True] * 10)
+        for role in (OURS, DENSE)
+    ]
+    case = Case("fake", "s", {"N": 4}, "fp32", torch.device("cpu"), "forward", (), {}, 8.0, 8.0, {}, "all")
+    request = Request("s", {}, "fp32", case.device, "forward", "uniform")
+    results = record.Results({}, Ceilings({}, 1.0), [record.CaseResult(case, rows, 1.0, request)])
+    assert results.slowing == results.as_json()["slowing"] == pytest.approx(slowing)
+    found = report.summary(results)
+    assert f"The median sample took {100 * slowing:.0f}% longer than those of the quietest rounds" in found
+    assert ("the machine was not idle" in found) is not idle
 
 
 @pytest.mark.parametrize(("long", "largest"), [(0.0, 8), (60.0, 32)])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gossamer.bench import compare, harness, skew, sweep
+from gossamer.bench import compare, harness, record, skew, sweep
 from gossamer.bench.case import Case, Request
 from gossamer.bench.ceilings import Ceilings
 
@@ -85,12 +85,12 @@ def results(*times, versions=None, device="cpu", shape="s"):
     request = Request(shape, {"N": 4}, "fp32", torch.device(device), "forward", "uniform")
     case = Case("fake", shape, request.sizes, "fp32", request.device, "forward", (), {}, 8.0, 8.0, {}, "all", "even")
     rows = [
-        harness.Row(name, name, "ok", None, "", list(seconds), list(range(len(seconds))), [True] * len(seconds))
+        record.Row(name, name, "ok", None, "", list(seconds), list(range(len(seconds))), [True] * len(seconds))
         for name, seconds in zip(("ours", "dense"), times, strict=False)
     ]
     environment = {"cpu": "X", "threads": 2, "gpus": [], "versions": versions or {"torch": "2"}}
-    found = harness.CaseResult(case, rows, 1e-3, request)
-    return harness.Results(environment, Ceilings({"fp32": 1.0}, 1.0), [found])
+    found = record.CaseResult(case, rows, 1e-3, request)
+    return record.Results(environment, Ceilings({"fp32": 1.0}, 1.0), [found])
 
 
 def test_a_change_is_one_where_spreads_do_not_meet():

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gossamer.bench.harness import Results
+    from gossamer.bench.record import Results
 
 WRONG, REFUSED, SLOW = 1, 2, 3
 
