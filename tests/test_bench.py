@@ -177,7 +177,7 @@ def test_report_says_whether_the_machine_was_idle(disturbed, slowing, idle):
     results = record.Results({}, Ceilings({}, 1.0), [record.CaseResult(case, rows, 1.0, request)])
     assert results.slowing == results.as_json()["slowing"] == pytest.approx(slowing)
     found = report.summary(results)
-    assert f"The median sample took {100 * slowing:.0f}% longer than those of the quietest rounds" in found
+    assert f"The median sample took {100 * slowing:.1f}% longer than those of the quietest rounds" in found
     assert ("the machine was not idle" in found) is not idle
 
 

@@ -71,12 +71,22 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
   const int segment = std::min(depth, segment_of<P>(w.depth));
   for (int64_t k = 0; k < w.depth; k += step) {
     const int64_t terms = std::min(step, w.depth - k);
+    // The next lines come while these are worked on, some with each tile.
+    const bool more = k + step < w.depth;
+    const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
+    const int64_t length = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, kWide);
+    const int64_t runs = length > 0 ? std::min(step, w.depth - next_k) : 0;
+    const T* next = w.base + next_n + next_k * w.col_stride;
+    const int64_t tiles = panel.num_blocks() * ((count + kTileRows<1> - 1) / kTileRows<1>), share = (runs + tiles - 1) / tiles;
+    int64_t fetched = 0;
     pack_columns<kWide>(w, n, count, k, terms, pack);
-    prefetch_runs(w.base + n + (k + step) * w.col_stride, w.col_stride, 0, std::clamp<int64_t>(w.depth - k - step, 0, step), count);
     for (int64_t block = 0; block < panel.num_blocks(); ++block) {
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
+          const int64_t last = std::min(runs, fetched + share);
+          prefetch_runs(next, w.col_stride, fetched, last, length);
+          fetched = last;
           block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>), segment,
                                                       k == 0, c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
