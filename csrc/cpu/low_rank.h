@@ -65,11 +65,12 @@ inline int64_t rank_unit(int64_t rows, int num_threads, int64_t most) {
 
 // How threads share a product: the weight's rows, for which they pack rows of x together; or, where rows are many, rows of x
 // or, of a weight that is contiguous along its rows, those, with memory of their own, in caches of their own, and no waiting.
-enum class LowRankForm { kShared, kByRows, kByColumns };
+// Without x, the rows of y.
+enum class LowRankForm { kShared, kByRows, kByColumns, kUpdate };
 
 inline LowRankForm low_rank_form(const LowRankArgs& a, int num_threads) {
   constexpr int64_t kLeast = 96;  // rows or columns of a thread
-  if (!a.x) return LowRankForm::kShared;
+  if (!a.x) return LowRankForm::kUpdate;
   if (a.weight.row_stride == 1 && a.weight.col_stride != 1) {
     return a.rows >= kLeast && a.columns >= kLeast * num_threads ? LowRankForm::kByColumns : LowRankForm::kShared;
   }
@@ -94,12 +95,18 @@ struct LowRankBuffers {
     left_queue = take_queue(arena, num_threads);
     chunks = take_queue(arena, num_threads);
     form = low_rank_form(a, num_threads);
+    if (form == LowRankForm::kUpdate) {
+      update = arena.take<P>(panel_size(packed_depth<P>(a.rank), a.columns));
+      return;
+    }
     const int64_t copies = form == LowRankForm::kShared ? 1 : num_threads;
     const int64_t whole = form == LowRankForm::kByColumns ? a.columns : a.rows, share = (whole + copies - 1) / copies;
     // Processors that multiply pairs have second-level caches of a megabyte and more.
     constexpr int64_t bytes = kTerms<P> > 1 ? 1 << 20 : 768 << 10;
-    chunk = even_chunk(share, chunk_rows(a.depth + a.rank, sizeof(P) / kTerms<P>, bytes));
-    panel_values_ = a.x ? panel_size(packed_depth<P>(a.depth), chunk) : 0;
+    // Quarters of a thread's own chunks are whole vectors.
+    const int64_t unit = form == LowRankForm::kShared ? kEvenUnit : 4 * kEvenUnit;
+    chunk = even_chunk(share, chunk_rows(a.depth + a.rank, sizeof(P) / kTerms<P>, bytes), unit);
+    panel_values_ = panel_size(packed_depth<P>(a.depth), chunk);
     update_values_ = panel_size(packed_depth<P>(a.rank), chunk);
     panel = arena.take<P>(panel_values_ * copies);
     update = arena.take<P>(update_values_ * copies);

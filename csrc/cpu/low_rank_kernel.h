@@ -137,10 +137,81 @@ void add_update(const LowRankArgs& a, const S* base, S* update, int64_t c_stride
     S* to = update + i * c_stride;
     const S* from = base + i * c_stride;
     for (int64_t j = 0; j < width; j += kLanes<S>) {
-      const Vec<S> v = load(to + j) * factor;
-      store(to + j, a.x ? v + load(from + j) : v);
+      store(to + j, load(to + j) * factor + load(from + j));
     }
   }
+}
+
+// y += factor · Σ_k left[i][k] · b[k] for a tile of Rows rows and one block of Vecs whole vectors, with the sums in registers.
+template <int Rows, int Vecs, class T, class P>
+__attribute__((noinline)) void add_to_tile(const P* left, const P* b, int64_t depth, SumOf<P> factor, T* y, int64_t y_stride) {
+  using S = SumOf<P>;
+  Vec<S> sum[Rows][Vecs] = {};
+  accumulate<P>(sum, left, kDepth, 1, b, depth);
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) {
+      T* to = y + i * y_stride + v * kLanes<S>;
+      store_sums(to, fma(sum[i][v], splat(factor), load(to)));
+    }
+  }
+}
+
+// Adds the update to the rows of y, which the threads share. Columns are the lanes.
+template <class T>
+void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
+                     Team team) {
+  using S = Accumulator<T>;
+  using P = Operand<T>;
+  const Panel<P> right{buffers.update, packed_depth<P>(a.rank), a.columns};
+  const int64_t c_stride = own.c_stride(kPanelWidth<P>);
+  const auto block_of = [&](int64_t block) {
+    const int64_t width = std::min<int64_t>(kPanelWidth<P>, a.columns - block * kPanelWidth<P>);
+    return Panel<P>{right.block(block), right.depth, width};
+  };
+  buffers.queue.restart(team);
+  const auto packed = team.share(right.num_blocks());
+  for (int64_t block = packed.begin; block < packed.end; ++block) {
+    FloatMatrix from = a.right;
+    from.base = const_cast<T*>(static_cast<const T*>(from.base) + block * kPanelWidth<P> * from.col_stride);
+    pack_matrix<T>(from, a.rank, block_of(block), 0, a.rank);
+  }
+  team.barrier();
+  const Weight<T> left{static_cast<const T*>(a.left.base), a.left.row_stride, 1, a.rows, a.rank};
+  const S factor = static_cast<S>(a.factor);
+  const bool in_registers = !a.dropout.on && right.depth <= segment_of<P>(a.rank);
+  buffers.queue.each(team, a.rows, kGroup, [&](int64_t i, int64_t last) {
+    T* y = static_cast<T*>(a.y.base) + i * a.y.row_stride;
+    const int64_t tiled = in_registers ? (last - i) / 4 * 4 : 0;
+    const int64_t whole = a.columns % kLanes<S> == 0 ? right.num_blocks() : a.columns / kPanelWidth<P>;  // blocks
+    if (tiled > 0) pack_rows(left, i, static_cast<int>(tiled), 0, a.rank, own.pack);
+    for_tiles<GOSSAMER_TILE_ROWS>(tiled, [&](auto tile, int64_t r) {
+      for (int64_t block = 0; block < whole; ++block) {
+        with_vectors(right.block_vectors(block), [&](auto vectors) {
+          T* to = y + r * a.y.row_stride + block * kPanelWidth<P>;
+          add_to_tile<tile, vectors>(own.pack + r * kDepth, right.block(block), right.depth, factor, to, a.y.row_stride);
+        });
+      }
+    });
+    for (int64_t block = tiled == last - i ? whole : 0; block < right.num_blocks(); ++block) {
+      const Panel<P> panel = block_of(block);
+      const int64_t first = i + (block < whole ? tiled : 0);
+      group_product(left, first, last - first, panel, own.c, c_stride, own.pack);
+      for (int64_t r = 0; r < last - first; ++r) {
+        S* update = own.c + r * c_stride;
+        if (a.dropout.on) {
+          keep_columns(a.dropout, first + r, block * kPanelWidth<P>, panel.width, kept);
+          for (int64_t j = 0; j < panel.width; ++j) update[j] = kept[j] ? update[j] : S{0};
+        }
+        T* to = static_cast<T*>(a.y.base) + (first + r) * a.y.row_stride + block * kPanelWidth<P>;
+        for (int64_t j = 0; j < panel.width; j += kLanes<S>) {
+          const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, panel.width - j));
+          store_valid_sums(to + j, fma(load(update + j), splat(factor), load_valid(to + j, valid)), valid);
+        }
+      }
+    }
+  });
 }
 
 // Columns first .. end of the result, `first` a multiple of 4, for a weight that is contiguous along them: they are the lanes,
@@ -187,7 +258,7 @@ void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
     for (int64_t r = 0; r < count; ++r) {
       T* to = static_cast<T*>(a.y.base) + (i + r) * a.y.row_stride + first;
       for (int64_t j = 0; j < m; j += kLanes<S>) {
-        store_valid(to + j, load(sum + r * c_stride + j), static_cast<int>(std::min<int64_t>(kLanes<S>, m - j)));
+        store_valid_sums(to + j, load(sum + r * c_stride + j), static_cast<int>(std::min<int64_t>(kLanes<S>, m - j)));
       }
     }
   }
@@ -212,7 +283,7 @@ void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
   team.barrier();
   buffers.queue.restart(team);
   buffers.left_queue.restart(team);
-  if (a.x) pack(a.x, panel, a.depth);
+  pack(a.x, panel, a.depth);
   if (a.a) {
     team.barrier();
     buffers.left_queue.each(team, a.rank, kRankUnit, [&](int64_t j, int64_t last) {
@@ -234,10 +305,8 @@ void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
     }
     S *base = own.c, *update = a.left ? own.c + kGroup * c_stride : base;
     if (a.left) group_product(right, n, count, left, update, c_stride, own.pack);
-    if (a.x) {
-      group_product(weight, n, count, panel, base, c_stride, own.pack);
-      add_bias(a.bias, 0, n, count, base, c_stride, m);
-    }
+    group_product(weight, n, count, panel, base, c_stride, own.pack);
+    add_bias(a.bias, 0, n, count, base, c_stride, m);
     if (a.dropout.on) {
       for (int64_t i = 0; i < m; ++i) keep_columns(a.dropout, first + i, n, count, kept + i * kGroup);
       for (int64_t i = 0; i < count; ++i) {
@@ -249,7 +318,7 @@ void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
     add_update(a, base, update, c_stride, count, m);
     for_transposed(update, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
       T* to = static_cast<T*>(a.y.base) + (first + token) * a.y.row_stride + n + column;
-      store_valid(to, a.x ? v : v + load_valid(to, valid), valid);
+      store_valid_sums(to, v, valid);
     });
   });
 }
@@ -261,7 +330,8 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
   LowRankBuffers<P> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
-  const auto kept = std::make_unique<bool[]>(a.dropout.on ? buffers.chunk * kGroup + 64 : 0);
+  const auto kept = std::make_unique<bool[]>(a.dropout.on ? std::max<int64_t>(buffers.chunk, kEvenUnit) * kGroup + 64 : 0);
+  if (buffers.form == LowRankForm::kUpdate) return low_rank_update<T>(a, buffers, *own, kept.get(), team);
   if (buffers.form == LowRankForm::kShared) {
     for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
       low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, std::min(a.rows, first + buffers.chunk), team);
@@ -279,7 +349,7 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
     } else {
       low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
     }
-  });
+  }, 1);
 }
 
 void rank_product(const RankProductArgs& args, void* shared, int num_threads, Team team) {

@@ -23,7 +23,7 @@ def matrix(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
     """``(pointer, row stride, column stride, dtype code)`` of a 2-D tensor; pointer 0 for None."""
     if tensor is None:
         return 0, 0, 0, 0
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype]
+    return tensor.data_ptr(), *tensor.stride(), DTYPES[tensor.dtype]
 
 
 def vector(tensor: torch.Tensor | None) -> tuple[int, int, int]:

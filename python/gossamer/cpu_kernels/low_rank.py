@@ -101,8 +101,6 @@ def _matmul(
         y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
         if left is None:
             return y
-        if mask is None:
-            return y.addmm_(left, right.contiguous(), alpha=factor)
     else:
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     _C.low_rank_matmul(

@@ -17,8 +17,12 @@ def check_tensor(name: str, value: object) -> None:
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], symbols: str) -> None:
     """``tensor.shape`` must equal ``expected``, where None is any size; ``symbols`` is the documented shape."""
     check_tensor(name, tensor)
-    ok = tensor.dim() == len(expected)
-    ok = ok and all(e is None or tensor.shape[i] == e for i, e in enumerate(expected))
+    shape = tensor.shape
+    ok = len(shape) == len(expected)
+    if ok:
+        for size, wanted in zip(shape, expected, strict=True):
+            if wanted is not None and size != wanted:
+                ok = False
     if not ok:
         wanted = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name} must have shape {symbols} = ({wanted}), got {tuple(tensor.shape)}")
@@ -34,20 +38,26 @@ def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
 
 def check_same_device(**tensors: torch.Tensor | None) -> None:
     """All tensors given must lie on the first one's device."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first_name, first = next(iter(given.items()))
-    for name, tensor in given.items():
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+    first_name = device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first_name is None:
+            first_name, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {tensor.device}")
 
 
 def check_same_dtype(**tensors: torch.Tensor | None) -> None:
     """All tensors given must have the first one's dtype."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first_name, first = next(iter(given.items()))
-    for name, tensor in given.items():
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+    first_name = dtype = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first_name is None:
+            first_name, dtype = name, tensor.dtype
+        elif tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}, got {tensor.dtype}")
 
 
 def check_float(name: str, tensor: torch.Tensor, backend: str) -> None:

@@ -7,6 +7,38 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What each operator calls, and its autograd function, whose last argument is none of the operator's.
+_KERNELS: dict[str, Callable] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _is_plain(args: tuple) -> bool:
+    """Whether the dispatcher would do nothing with these arguments but differentiate and call the kernel.
+
+    It does more under a mode, a transformation of torch.func, a trace, a compiler or a profiler, and with tensors of
+    other classes or devices.
+    """
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._len_torch_function_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
+        if torch._C._dispatch_tls_is_dispatch_key_included(key):
+            return False
+    for value in args:
+        if isinstance(value, torch.Tensor) and (type(value) not in _PLAIN or not (value.is_cpu or value.is_cuda)):
+            return False
+    return True
+
+
+def _has_tensor_lists(schema: torch.FunctionSchema) -> bool:
+    return any("List" in str(a.type) and "Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
+
+
+def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"Differentiable_{name}", (torch.autograd.Function,), methods)
 
 
 def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
@@ -21,13 +53,40 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         fake: the shape-only implementation for meta and fake tensors.
 
     Returns:
-        The operator's overload, ready to call.
+        What calls the operator. With arguments by position alone it calls the autograd function or the kernel itself
+        where the dispatcher would do no more: each way through C++ and back takes ten microseconds.
     """
     name = schema.split("(", 1)[0]
     torch.library.define(f"gossamer::{name}", schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"gossamer::{name}", ("CPU", "CUDA"), kernel)
     torch.library.register_fake(f"gossamer::{name}", fake)
-    return getattr(torch.ops.gossamer, name).default
+    _KERNELS[name] = kernel
+    operator = getattr(torch.ops.gossamer, name).default
+    # The dispatcher counts the changes to what an operator mutates.
+    if operator._schema.is_mutable or _has_tensor_lists(operator._schema):
+        return operator
+
+    defaults = tuple(argument.default_value for argument in operator._schema.arguments)
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            f"gossamer::{name} has no derivative: what was computed with it is differentiated again"
+        )
+
+    def forward(ctx, *args):
+        return kernel(*args[:-1])
+
+    _FUNCTIONS[name] = _function(name, forward, refuse)
+
+    def call(*args, **named):
+        if named or not _is_plain(args):
+            return operator(*args, **named)
+        args = (*args, *defaults[len(args) :])
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return kernel(*args)
+        return _FUNCTIONS[name].apply(*args, None)
+
+    return call
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -42,10 +101,9 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         backward: ``(ctx, *gradients of outputs) -> gradients of inputs``.
         setup_context: ``(ctx, inputs, output)``, called after the forward pass.
     """
-    operator = getattr(torch.ops.gossamer, name).default
+    operator, kernel = getattr(torch.ops.gossamer, name).default, _KERNELS[name]
     schema = operator._schema
-    lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
-    if lists or schema.is_mutable or any(a.kwarg_only for a in schema.arguments):
+    if _has_tensor_lists(schema) or schema.is_mutable or any(a.kwarg_only for a in schema.arguments):
         raise TypeError(f"{name} must have no lists of tensors or keyword-only arguments, and change none")
     defaults = tuple(a.default_value for a in schema.arguments)
 
@@ -53,10 +111,11 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    # The set of dispatch keys goes last, so that inputs keep their places in needs_input_grad.
+    # The set of dispatch keys, or None for a call without the dispatcher, goes last, so that inputs keep their places
+    # in needs_input_grad.
     def forward(ctx, *args):
         *inputs, keyset = args
-        output = below_autograd(keyset, *inputs)
+        output = kernel(*inputs) if keyset is None else below_autograd(keyset, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             # The dispatcher leaves out last arguments that are equal to their defaults.
             setup_context(ctx, (*inputs, *defaults[len(inputs) :]), output)
@@ -71,15 +130,12 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             ctx.needs_input_grad = whole  # the pass may run again
         return *(found if isinstance(found, tuple) else (found,)), None
 
-    function = type(
-        f"Differentiable_{name}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(differentiate)},
-    )
+    function = _function(name, forward, differentiate)
 
     def autograd(keyset, *args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
         return below_autograd(keyset, *args)
 
+    _FUNCTIONS[name] = function
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)

@@ -158,6 +158,8 @@ def _forward_fake(
     return table.new_empty(num_bags_of(index, offsets), table.shape[1], dtype=out_dtype or table.dtype)
 
 
+_PLAIN_SUM = (False, False, False)  # no mean, no bounds mode, no sparse gradient
+
 # out[b] = sum or mean over the live ids of bag b of weights · table[id]. Ids from limit on are skipped; ids outside the
 # table raise on the CPU unless `drop`, and are skipped elsewhere.
 _gather_reduce = register(
@@ -250,7 +252,7 @@ def _table_gradient(ctx, dout, index, offsets, weights, limit):
 
 def _sum_rows(dout, bags, row_offsets, factor, ctx):
     out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
-    return _gather_reduce(dout, bags, row_offsets, factor, None, -1, ctx.backend, out_dtype=out_dtype)
+    return _gather_reduce(dout, bags, row_offsets, factor, None, -1, ctx.backend, *_PLAIN_SUM, out_dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -342,7 +344,7 @@ def sum_rows(
     table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
     """Sums of the rows ``index`` of ``table (N, D)`` over the lists behind ``offsets``, as :func:`gather_reduce`'s."""
-    return _gather_reduce(table, index, offsets, None, None, -1, backend, out_dtype=out_dtype)
+    return _gather_reduce(table, index, offsets, None, None, -1, backend, *_PLAIN_SUM, out_dtype)
 
 
 def check_values(

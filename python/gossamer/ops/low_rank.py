@@ -352,9 +352,10 @@ def low_rank_linear(
         return low_rank_linear_reference(
             x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
         )
-    rows, factors = x.reshape(-1, c), (a, b, bias, seed, scale, dropout, backend)
+    # A view has a node of its own in the graph, which costs as much as ten microseconds each way.
+    rows, factors = x if x.dim() == 2 else x.reshape(-1, c), (a, b, bias, seed, scale, dropout, backend)
     if quantized:
         y, _ = _low_rank_linear_quantized(rows, *_weight_parts(weight), *factors)
     else:
         y, _ = _low_rank_linear(rows, dense, *factors)
-    return y.view(*x.shape[:-1], n)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
