@@ -381,6 +381,30 @@ def test_instruction_sets(isa, dropout):
         extension.choose_isa("")
 
 
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "generic"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_update_of_torchs_product(monkeypatch, isa, dropout):
+    """Where the layer's own product is torch's, the update is added to it by every instruction set.
+
+    Rows that no unit or tile divides, columns that end within a block, at its end and within a vector, and ranks of one
+    segment and of several.
+    """
+    extension = pytest.importorskip("gossamer._C")
+    from gossamer.cpu_kernels import low_rank
+
+    monkeypatch.setattr(low_rank, "_by_torch", lambda dtype, rows, product: True)
+    try:
+        extension.choose_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor does not run {isa}")
+    sizes = ((37, 135, 43, 5), (67, 96, 43, 7), (33, 112, 43, 16), (3, 20, 43, 1), (9, 301, 283, 280))
+    try:
+        for dtype, (m, n, c, r) in itertools.product((torch.float32, torch.float16, torch.bfloat16), sizes):
+            check(*functions("native", dropout=dropout, seed=6), make_inputs("cpu", dtype, m=m, n=n, c=c, r=r))
+    finally:
+        extension.choose_isa("")
+
+
 BAD = {
     "x_type": ({"x": [1.0]}, TypeError, "x must be a torch.Tensor"),
     "x_scalar": ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \(\.\.\., C\), got \(\)"),
