@@ -56,7 +56,7 @@ void rank_product(const RankProductArgs& args, int num_threads);
 void low_rank_matmul(const LowRankArgs& args, int num_threads);
 
 // Rows that are contiguous in a skinny product's sum, of which so many are worked on together.
-constexpr int kWide = 128;
+constexpr int kWide = 256;
 
 // Rows that are worked on together: `most`, or fewer where that leaves threads without work.
 inline int64_t rank_unit(int64_t rows, int num_threads, int64_t most) {

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -137,9 +140,9 @@ def _default(primitive: str, device_type: str) -> str:
 
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation looks at what is computed, for which kernels have no rules."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def resolve(primitive: str, tensor: torch.Tensor) -> str:
@@ -150,7 +153,7 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     Raises:
         ValueError: the forced backend cannot serve this device, or kernels are forced under those.
     """
-    device_type = tensor.device.type
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if device_type == "meta":
         return "native"
     if _transformed():

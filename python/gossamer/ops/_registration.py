@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _any_requires_grad,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 _LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_PYTHON, _TRANSFORMS = torch._C.DispatchKey.Python, torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 # What each operator calls, and its autograd function, whose last argument is none of the operator's.
 _KERNELS: dict[str, Callable] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
@@ -19,15 +29,12 @@ def _is_plain(args: tuple) -> bool:
     It does more under a mode, a transformation of torch.func, a trace, a compiler or a profiler, and with tensors of
     other classes or devices.
     """
-    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+    if is_compiling() or _profiler_enabled() or _len_torch_function_stack() or _get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_function_stack() or torch._C._get_tracing_state() is not None:
+    if _dispatch_tls_is_dispatch_key_included(_PYTHON) or _dispatch_tls_is_dispatch_key_included(_TRANSFORMS):
         return False
-    for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
-        if torch._C._dispatch_tls_is_dispatch_key_included(key):
-            return False
     for value in args:
-        if isinstance(value, torch.Tensor) and (type(value) not in _PLAIN or not (value.is_cpu or value.is_cuda)):
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN or not (value.is_cpu or value.is_cuda)):
             return False
     return True
 
@@ -82,7 +89,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         if named or not _is_plain(args):
             return operator(*args, **named)
         args = (*args, *defaults[len(args) :])
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not (is_grad_enabled() and _any_requires_grad(*args)):
             return kernel(*args)
         return _FUNCTIONS[name].apply(*args, None)
 
@@ -133,7 +140,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     function = _function(name, forward, differentiate)
 
     def autograd(keyset, *args):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if is_grad_enabled() and _any_requires_grad(*args):
             return function.apply(*args, keyset)
         return below_autograd(keyset, *args)
 
