@@ -196,6 +196,8 @@ def run(
             time_those_waiting(start + (done + 1) * STRETCH * budget)
             before = resident_bytes()
     time_those_waiting(start + len(wanted) * STRETCH * budget)
+    # The last ceilings are those of all cases.
+    results = [replace(result, floor=ceilings.floor_seconds(result.case)) for result in results]
     return Results(environment(), ceilings, results, sweep, tuple(left_out))
 
 
@@ -281,8 +283,8 @@ def _take_turns(
 ) -> None:
     """Time cases that are there together, each in turn.
 
-    What rounds uncertain ratios are given begin before the performance counter is ``until``, and each visit of each
-    case has its share of the time up to then.
+    The performance counter is ``until`` when the rounds for uncertain ratios end; each visit of each case has its share
+    of the time up to then.
     """
     start, visits = time.perf_counter(), VISITS if len(cases) > 1 else 1
     for visit in range(visits):

@@ -10,6 +10,7 @@ from gossamer.bench.ceilings import Ceilings
 from gossamer.bench.timing import (
     NEAR_ROUNDS,
     PEAK_MEMORY_METHOD,
+    QUIET_ROUNDS,
     Samples,
     quantile,
     ratio,
@@ -131,8 +132,12 @@ class Results:
 
     @property
     def slowing(self) -> float | None:
-        """The mean of :func:`gossamer.bench.timing.slowing` over all calls timed: how busy the machine was else."""
-        found = [slowing(row.seconds) for result in self.cases for row in result.rows if row.seconds]
+        """The mean of :func:`gossamer.bench.timing.slowing` over the calls timed: how busy the machine was else.
+
+        None where none has twice the samples that are quiet at least.
+        """
+        rows = [row for result in self.cases for row in result.rows if len(row.seconds) >= 2 * QUIET_ROUNDS]
+        found = [slowing(row.seconds) for row in rows]
         return sum(found) / len(found) if found else None
 
     def as_json(self) -> dict:

@@ -239,7 +239,7 @@ def summary(results: Results) -> str:
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
     sentences = [f"Over {cases}, gossamer {' and '.join(parts)}."] if parts else []
     if (busy := results.slowing) is not None:
-        found = f"The median sample took {100 * busy:.1f}% longer than those of the quietest rounds"
+        found = f"Calls took {100 * busy:.1f}% longer in the median than in their shortest samples"
         sentences.append(
             f"{found}."
             if busy <= IDLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ ENOUGH_ROUNDS, PRECISE = 7, 1.06
 SHORT_SAMPLES = 3
 # The rounds in which the cores are near each other make a ratio if there are so many.
 NEAR_ROUNDS = 5
-# The share of the rounds, those in which its two calls took least, that make a ratio, and how many at least.
+# The share of the rounds, the quietest for its two calls, that make a ratio, and how many at least.
 QUIET_SHARE, QUIET_ROUNDS = 0.2, 5
-# A machine on which the median sample is longer than in quiet rounds by no more than this share is idle.
+# A machine on which calls' median samples are longer than their shortest by no more than this share is idle.
 IDLE = 0.05
 # Seconds that may go by, beside the budget and as a share of it, while the cores are brought together.
 GATHERING_SHARE = 0.4
@@ -324,9 +325,15 @@ def _quiet_share(rounds: int) -> int:
 
 
 def _quiet_ratios(ours: Samples, theirs: Samples) -> list[float]:
-    """Our seconds over theirs in the rounds in which the product of both was least."""
-    shared = sorted(ours.keys() & theirs.keys(), key=lambda round_: (ours[round_] * theirs[round_], round_))
-    return [ours[round_] / theirs[round_] for round_ in shared[: _quiet_share(len(shared))]]
+    """Our seconds over theirs in the rounds in which neither sample was among the longer ones of its call."""
+    shared = sorted(ours.keys() & theirs.keys())
+    ordered = [sorted(samples[round_] for round_ in shared) for samples in (ours, theirs)]
+
+    def loudness(round_: int) -> tuple[int, int]:
+        ranks = [bisect_left(times, samples[round_]) for times, samples in zip(ordered, (ours, theirs), strict=True)]
+        return max(ranks), sum(ranks)
+
+    return [ours[round_] / theirs[round_] for round_ in sorted(shared, key=loudness)[: _quiet_share(len(shared))]]
 
 
 def ratio(ours: Samples, theirs: Samples) -> float:
@@ -334,7 +341,8 @@ def ratio(ours: Samples, theirs: Samples) -> float:
 
     A drift of the machine from one round to the next is in both samples of a round, and so not in their ratio. Other
     work on the machine, or beside it on its host, slows one call more than another, and only ever slows: a ratio is of
-    the fifth of the rounds, five at least, in which the product of the two times is least, which favours neither.
+    the fifth of the rounds, five at least, in which the longer of the two samples, each by its place among those of its
+    own call, comes first. What a call's own time varies by counts as disturbance too.
     """
     return quantile(_quiet_ratios(ours, theirs), 0.5)
 

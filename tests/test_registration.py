@@ -1,5 +1,7 @@
 """The autograd of operators."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gossamer
 from gossamer.ops import _registration
 from gossamer.ops._registration import register_autograd
+from gossamer.ops.embedding import embedding
 
 
 def test_backward_runs_again(kernel_backend, device):
@@ -42,36 +45,36 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.fixture
-def dispatched(monkeypatch):
-    """How often an operator's call went through the dispatcher, by a count of what called a kernel without it."""
+def direct(monkeypatch):
+    """Of each call of an operator, whether it went without the dispatcher."""
     plain = []
     is_plain = _registration._is_plain
     monkeypatch.setattr(_registration, "_is_plain", lambda args: plain.append(is_plain(args)) or plain[-1])
     return plain
 
 
-def test_kernels_are_called_without_the_dispatcher_where_it_does_nothing_else(dispatched, kernel_backend, device):
+def test_kernels_are_called_without_the_dispatcher_where_it_does_nothing_else(direct, kernel_backend, device):
     """The same bits either way, forward and backward; a mode and a profiler see every operator."""
     x = torch.randn(5, 8, device=device, requires_grad=True)
 
     def step():
-        dispatched.clear()
+        direct.clear()
         with gossamer.backend(kernel_backend):
             y = gossamer.activate(x, "swiglu")
             return y.detach(), *torch.autograd.grad(y.square().sum(), x)
 
-    direct = step()
-    assert dispatched == [True, True]
+    found = step()
+    assert direct == [True, True]
     with Operators() as operators:
-        assert all(torch.equal(a, b) for a, b in zip(step(), direct, strict=True))
-    assert dispatched == [False, False] and operators.names == ["activate", "activate_backward"]
+        assert all(torch.equal(a, b) for a, b in zip(step(), found, strict=True))
+    assert direct == [False, False] and operators.names == ["activate", "activate_backward"]
     with torch.profiler.profile() as profile:
         step()
-    assert dispatched == [False, False]
+    assert direct == [False, False]
     assert {"gossamer::activate", "gossamer::activate_backward"} <= {event.key for event in profile.key_averages()}
 
 
-def test_other_tensors_go_through_the_dispatcher(dispatched):
+def test_other_tensors_go_through_the_dispatcher(direct):
     """Fake ones, those on meta, other classes, and calls under a mode of torch functions."""
 
     class Named(torch.Tensor):
@@ -84,14 +87,40 @@ def test_other_tensors_go_through_the_dispatcher(dispatched):
     assert isinstance(gossamer.activate(torch.randn(5, 8).as_subclass(Named), "swiglu"), Named)
     with torch.device("cpu"):
         gossamer.activate(torch.randn(5, 8), "swiglu")
-    assert dispatched == [False] * 4
+    assert direct == [False] * 4
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Operators], ids=["direct", "dispatched"])
+def test_results_may_be_changed_in_place(kernel_backend, device, mode):
+    """Those too that are views of a kernel's own memory: of two MiB and more, or of rows of a table."""
+    x = torch.randn(1024, 1024, device=device, requires_grad=True)
+    index = torch.tensor([[1, 0], [3, 1]], device=device)
+    with gossamer.backend(kernel_backend), mode():
+        y = gossamer.activate(x, "swiglu")
+        expected = y.detach() + 1
+        assert torch.equal(y.add_(1), expected)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx, torch.autograd.grad(gossamer.activate(x, "swiglu").sum(), x)[0])
+        rows = embedding(x, index)
+        assert torch.equal(rows.mul_(2), 2 * x.detach()[index])
+        (dx,) = torch.autograd.grad(rows.sum(), x)
+        assert dx[1, 0] == 4 and dx[3, 0] == 2 and dx[2, 0] == 0
+
+
+@pytest.mark.parametrize("make", [torch._neg_view, lambda x: torch._efficientzerotensor(x.shape)], ids=["neg", "zero"])
+def test_tensors_whose_memory_does_not_hold_their_values(direct, make):
+    x = torch.randn(5, 8)
+    assert torch.equal(gossamer.activate(make(x), "swiglu"), gossamer.activate(make(x).clone() + 0.0, "swiglu"))
+    assert direct == [False, True]
 
 
 def test_a_second_derivative_that_there_is_not_is_refused(kernel_backend, device):
-    """Not left out with a warning, as torch does."""
+    """Not left out with a warning, as torch does; nor through the dispatcher."""
     x, w, a, b = (torch.randn(4, 4, device=device, requires_grad=True) for _ in range(4))
     with gossamer.backend(kernel_backend):
-        y = gossamer.low_rank_linear(x, w, a, b, scale=1.0)
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="gossamer::low_rank_linear_backward has no derivative"):
-            torch.autograd.grad(dx.sum(), a)
+        for mode in (contextlib.nullcontext, Operators):
+            with mode():
+                y = gossamer.low_rank_linear(x, w, a, b, scale=1.0)
+                (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+                with pytest.raises(NotImplementedError, match="gossamer::low_rank_linear_backward has no derivative"):
+                    torch.autograd.grad(dx.sum(), a)

@@ -41,7 +41,7 @@ struct LowRankArgs {
   FloatMatrix bias;    // (1, columns), or absent
   FloatMatrix a;       // (rank, depth), one of its strides 1, or absent; not without x
   FloatMatrix left;    // (rows, rank) with column stride 1, or absent with rank 0
-  FloatMatrix right;   // (rank, columns)
+  FloatMatrix right;   // (rank, columns), one of its strides 1
   FloatMatrix y;       // (rows, columns) with column stride 1
   double factor, left_factor;
   Dropout dropout;
@@ -83,7 +83,7 @@ struct LowRankBuffers {
   WorkQueue queue, left_queue, chunks;
   P *panel, *update = nullptr;
   void* left_product = nullptr;
-  int64_t chunk = 0;
+  int64_t chunk = 0, quartered = 0;
   LowRankForm form = LowRankForm::kShared;
 
   LowRankBuffers(Arena& arena, const RankProductArgs& a, int num_threads) {
@@ -103,9 +103,10 @@ struct LowRankBuffers {
     const int64_t whole = form == LowRankForm::kByColumns ? a.columns : a.rows, share = (whole + copies - 1) / copies;
     // Processors that multiply pairs have second-level caches of a megabyte and more.
     constexpr int64_t bytes = kTerms<P> > 1 ? 1 << 20 : 768 << 10;
-    // Quarters of a thread's own chunks are whole vectors.
+    // The last of several chunks of a thread is worked on in quarters, which are whole vectors.
     const int64_t unit = form == LowRankForm::kShared ? kEvenUnit : 4 * kEvenUnit;
     chunk = even_chunk(share, chunk_rows(a.depth + a.rank, sizeof(P) / kTerms<P>, bytes), unit);
+    quartered = share > chunk ? 1 : 0;
     panel_values_ = panel_size(packed_depth<P>(a.depth), chunk);
     update_values_ = panel_size(packed_depth<P>(a.rank), chunk);
     panel = arena.take<P>(panel_values_ * copies);

@@ -74,7 +74,7 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
     // The next lines come while these are worked on, some with each tile.
     const bool more = k + step < w.depth;
     const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
-    const int64_t length = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, kWide);
+    const int64_t length = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, count);
     const int64_t runs = length > 0 ? std::min(step, w.depth - next_k) : 0;
     const T* next = w.base + next_n + next_k * w.col_stride;
     const int64_t tiles = panel.num_blocks() * ((count + kTileRows<1> - 1) / kTileRows<1>), share = (runs + tiles - 1) / tiles;
@@ -181,7 +181,7 @@ void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, 
   const Weight<T> left{static_cast<const T*>(a.left.base), a.left.row_stride, 1, a.rows, a.rank};
   const S factor = static_cast<S>(a.factor);
   const bool in_registers = !a.dropout.on && right.depth <= segment_of<P>(a.rank);
-  buffers.queue.each(team, a.rows, kGroup, [&](int64_t i, int64_t last) {
+  buffers.queue.each(team, a.rows, rank_unit(a.rows, team.size, kGroup), [&](int64_t i, int64_t last) {
     T* y = static_cast<T*>(a.y.base) + i * a.y.row_stride;
     const int64_t tiled = in_registers ? (last - i) / 4 * 4 : 0;
     const int64_t whole = a.columns % kLanes<S> == 0 ? right.num_blocks() : a.columns / kPanelWidth<P>;  // blocks
@@ -330,7 +330,7 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
   LowRankBuffers<P> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
-  const auto kept = std::make_unique<bool[]>(a.dropout.on ? std::max<int64_t>(buffers.chunk, kEvenUnit) * kGroup + 64 : 0);
+  const auto kept = std::make_unique<bool[]>(a.dropout.on ? std::max<int64_t>(buffers.chunk * kGroup, kPanelWidth<P>) + 64 : 0);
   if (buffers.form == LowRankForm::kUpdate) return low_rank_update<T>(a, buffers, *own, kept.get(), team);
   if (buffers.form == LowRankForm::kShared) {
     for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
@@ -349,7 +349,7 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
     } else {
       low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
     }
-  }, 1);
+  }, buffers.quartered);
 }
 
 void rank_product(const RankProductArgs& args, void* shared, int num_threads, Team team) {

@@ -228,6 +228,7 @@ GOSSAMER_INLINE void store_valid(T* to, Vec<Accumulator<T>> v, int valid) {
 
 template <class T>
 GOSSAMER_INLINE void store_valid_sums(T* to, Vec<Accumulator<T>> v, int valid) {
+  if (valid == kLanes<Accumulator<T>>) return store_sums(to, v);
   T buffer[kLanes<Accumulator<T>>];
   store_sums(buffer, v);
   std::memcpy(static_cast<void*>(to), buffer, valid * sizeof(T));

@@ -18,8 +18,7 @@ from torch.compiler import is_compiling
 _LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PYTHON, _TRANSFORMS = torch._C.DispatchKey.Python, torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
-# What each operator calls, and its autograd function, whose last argument is none of the operator's.
-_KERNELS: dict[str, Callable] = {}
+# Each operator's autograd function, whose last argument is none of the operator's.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
@@ -34,8 +33,12 @@ def _is_plain(args: tuple) -> bool:
     if _dispatch_tls_is_dispatch_key_included(_PYTHON) or _dispatch_tls_is_dispatch_key_included(_TRANSFORMS):
         return False
     for value in args:
-        if isinstance(value, Tensor) and (type(value) not in _PLAIN or not (value.is_cpu or value.is_cuda)):
-            return False
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN or not (value.is_cpu or value.is_cuda) or value.layout is not torch.strided:
+                return False
+            # Tensors of zeros without memory, and views that say what their memory's sign is.
+            if value.is_neg() or value._is_zerotensor():
+                return False
     return True
 
 
@@ -67,7 +70,6 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     torch.library.define(f"gossamer::{name}", schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"gossamer::{name}", ("CPU", "CUDA"), kernel)
     torch.library.register_fake(f"gossamer::{name}", fake)
-    _KERNELS[name] = kernel
     operator = getattr(torch.ops.gossamer, name).default
     # The dispatcher counts the changes to what an operator mutates.
     if operator._schema.is_mutable or _has_tensor_lists(operator._schema):
@@ -75,15 +77,26 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
 
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
 
-    def refuse(ctx, *gradients):
-        raise NotImplementedError(
-            f"gossamer::{name} has no derivative: what was computed with it is differentiated again"
-        )
+    def below_autograd(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    # The set of dispatch keys, or None for a call without the dispatcher, goes last, so that inputs keep their places
+    # in needs_input_grad.
     def forward(ctx, *args):
-        return kernel(*args[:-1])
+        *inputs, keyset = args
+        # Without this a result that a kernel makes as a view of its own memory could not be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return kernel(*inputs) if keyset is None else below_autograd(keyset, *inputs)
 
-    _FUNCTIONS[name] = _function(name, forward, refuse)
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(f"gossamer::{name} has no derivative")
+
+    def autograd(keyset, *args):
+        if is_grad_enabled() and _any_requires_grad(*args):
+            # The dispatcher leaves out last arguments that are equal to their defaults.
+            return _FUNCTIONS[name].apply(*args, *defaults[len(args) :], keyset)
+        return below_autograd(keyset, *args)
 
     def call(*args, **named):
         if named or not _is_plain(args):
@@ -93,6 +106,8 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
             return kernel(*args)
         return _FUNCTIONS[name].apply(*args, None)
 
+    _FUNCTIONS[name] = _function(name, forward, refuse)
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     return call
 
 
@@ -108,24 +123,15 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         backward: ``(ctx, *gradients of outputs) -> gradients of inputs``.
         setup_context: ``(ctx, inputs, output)``, called after the forward pass.
     """
-    operator, kernel = getattr(torch.ops.gossamer, name).default, _KERNELS[name]
-    schema = operator._schema
+    schema = getattr(torch.ops.gossamer, name).default._schema
     if _has_tensor_lists(schema) or schema.is_mutable or any(a.kwarg_only for a in schema.arguments):
         raise TypeError(f"{name} must have no lists of tensors or keyword-only arguments, and change none")
-    defaults = tuple(a.default_value for a in schema.arguments)
+    compute = _FUNCTIONS[name].forward
 
-    def below_autograd(keyset, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    # The set of dispatch keys, or None for a call without the dispatcher, goes last, so that inputs keep their places
-    # in needs_input_grad.
     def forward(ctx, *args):
-        *inputs, keyset = args
-        output = kernel(*inputs) if keyset is None else below_autograd(keyset, *inputs)
+        output = compute(ctx, *args)
         with torch._C._AutoDispatchBelowAutograd():
-            # The dispatcher leaves out last arguments that are equal to their defaults.
-            setup_context(ctx, (*inputs, *defaults[len(inputs) :]), output)
+            setup_context(ctx, args[:-1], output)
         return output
 
     def differentiate(ctx, *gradients):
@@ -137,12 +143,4 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             ctx.needs_input_grad = whole  # the pass may run again
         return *(found if isinstance(found, tuple) else (found,)), None
 
-    function = _function(name, forward, differentiate)
-
-    def autograd(keyset, *args):
-        if is_grad_enabled() and _any_requires_grad(*args):
-            return function.apply(*args, keyset)
-        return below_autograd(keyset, *args)
-
-    _FUNCTIONS[name] = function
-    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    _FUNCTIONS[name] = _function(name, forward, differentiate)
