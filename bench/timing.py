@@ -21,7 +21,7 @@ Call = Callable[[], object]
 # the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of the few quiet
 # ones among so few is their whole range, so that they are seldom near each other by luck.
 MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 30, 12.0, 500
-ENOUGH_ROUNDS, PRECISE = 7, 1.06
+ENOUGH_ROUNDS, PRECISE = 7, 1.03
 # Samples in a round of a call that takes less than a third of those it is compared with.
 SHORT_SAMPLES = 3
 # The rounds in which the cores are near each other make a ratio if there are so many.
