@@ -236,11 +236,11 @@ def test_a_call_has_no_more_rounds_without_those_it_is_compared_with(monkeypatch
 
 def test_of_a_short_call_the_median_of_three_samples_counts():
     """From the second round on, beside a call three times as long."""
-    ours = itertools.chain([1.05], itertools.cycle([0.9, 5.0, 1.1]))
+    ours = itertools.chain([1.09], itertools.cycle([0.9, 5.0, 1.1]))
     samplers = {"ours": lambda: next(ours), "dense": lambda: 3.5, "peer": lambda: 2.0}
     turns = timing.Turns(samplers, 0.0, ("ours", "dense"))
     turns.take(1.0)
-    assert list(turns.samples["ours"].values()) == [1.05] + [1.1] * (timing.ENOUGH_ROUNDS - 1)
+    assert list(turns.samples["ours"].values()) == [1.09] + [1.1] * (timing.ENOUGH_ROUNDS - 1)
     assert next(ours) == 0.9
 
 
