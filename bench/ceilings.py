@@ -40,13 +40,10 @@ class Ceilings:
         return max(self.copy, self.read or 0.0)
 
     def best(self, other: Ceilings) -> Ceilings:
-        """The faster of two measurements of each rate."""
-        reads = [found for found in (self.read, other.read) if found is not None]
-        gemm, slow_gemm = (
-            {name: max(rates[0].get(name, 0.0), rates[1].get(name, 0.0)) for name in rates[0] | rates[1]}
-            for rates in ((self.gemm, other.gemm), (self.slow_gemm, other.slow_gemm))
-        )
-        return Ceilings(gemm, max(self.copy, other.copy), max(reads, default=None), slow_gemm)
+        """The faster of two measurements of each rate, of the same dtypes."""
+        gemm = {name: max(rate, other.gemm[name]) for name, rate in self.gemm.items()}
+        slow_gemm = {name: max(rate, other.slow_gemm[name]) for name, rate in self.slow_gemm.items()}
+        return Ceilings(gemm, max(self.copy, other.copy), self.read and max(self.read, other.read), slow_gemm)
 
     def torch_seconds(self, case: Case) -> float:
         """What torch's products take for the case's FLOPs; those of a backward pass meet weights stored either way."""

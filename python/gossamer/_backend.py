@@ -153,7 +153,7 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     Raises:
         ValueError: the forced backend cannot serve this device, or kernels are forced under those.
     """
-    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    device_type = tensor.device.type
     if device_type == "meta":
         return "native"
     if _transformed():

@@ -9,8 +9,8 @@ from torch.amp import is_autocast_available
 
 def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Under ``torch.autocast`` the float tensors in its dtype, as ``nn.Linear`` takes them; otherwise as they are."""
-    device_type = "cpu" if tensors[0].is_cpu else tensors[0].device.type
-    if not (device_type == "cpu" or is_autocast_available(device_type)) or not is_autocast_enabled(device_type):
+    device_type = tensors[0].device.type
+    if not is_autocast_available(device_type) or not is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
     casts = (torch.float32, torch.float16, torch.bfloat16)

@@ -18,12 +18,7 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...
     """``tensor.shape`` must equal ``expected``, where None is any size; ``symbols`` is the documented shape."""
     check_tensor(name, tensor)
     shape = tensor.shape
-    ok = len(shape) == len(expected)
-    if ok:
-        for size, wanted in zip(shape, expected, strict=True):
-            if wanted is not None and size != wanted:
-                ok = False
-    if not ok:
+    if len(shape) != len(expected) or any(e is not None and e != size for e, size in zip(expected, shape, strict=True)):
         wanted = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name} must have shape {symbols} = ({wanted}), got {tuple(tensor.shape)}")
 
@@ -36,28 +31,32 @@ def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
     return tensor.shape[-1]
 
 
-def check_same_device(**tensors: torch.Tensor | None) -> None:
-    """All tensors given must lie on the first one's device."""
-    first_name = device = None
+def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) -> tuple | None:
+    """The name of the first tensor given, its attribute, and the name and attribute of the first that has another."""
+    first = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if first_name is None:
-            first_name, device = name, tensor.device
-        elif tensor.device != device:
-            raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {tensor.device}")
+        value = getattr(tensor, attribute)
+        if first is None:
+            first = name, value
+        elif value != first[1]:
+            return *first, name, value
+    return None
+
+
+def check_same_device(**tensors: torch.Tensor | None) -> None:
+    """All tensors given must lie on the first one's device."""
+    if odd := _first_to_differ("device", tensors):
+        first_name, device, name, found = odd
+        raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {found}")
 
 
 def check_same_dtype(**tensors: torch.Tensor | None) -> None:
     """All tensors given must have the first one's dtype."""
-    first_name = dtype = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if first_name is None:
-            first_name, dtype = name, tensor.dtype
-        elif tensor.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}, got {tensor.dtype}")
+    if odd := _first_to_differ("dtype", tensors):
+        first_name, dtype, name, found = odd
+        raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}, got {found}")
 
 
 def check_float(name: str, tensor: torch.Tensor, backend: str) -> None:

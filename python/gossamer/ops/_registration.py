@@ -42,8 +42,10 @@ def _is_plain(args: tuple) -> bool:
     return True
 
 
-def _has_tensor_lists(schema: torch.FunctionSchema) -> bool:
-    return any("List" in str(a.type) and "Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
+def _is_simple(schema: torch.FunctionSchema) -> bool:
+    """Whether an operator has no lists of tensors and no keyword-only arguments, and changes none."""
+    lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
+    return not (lists or schema.is_mutable or any(a.kwarg_only for a in schema.arguments))
 
 
 def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
@@ -72,7 +74,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     torch.library.register_fake(f"gossamer::{name}", fake)
     operator = getattr(torch.ops.gossamer, name).default
     # The dispatcher counts the changes to what an operator mutates.
-    if operator._schema.is_mutable or _has_tensor_lists(operator._schema):
+    if not _is_simple(operator._schema):
         return operator
 
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
@@ -123,8 +125,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         backward: ``(ctx, *gradients of outputs) -> gradients of inputs``.
         setup_context: ``(ctx, inputs, output)``, called after the forward pass.
     """
-    schema = getattr(torch.ops.gossamer, name).default._schema
-    if _has_tensor_lists(schema) or schema.is_mutable or any(a.kwarg_only for a in schema.arguments):
+    if name not in _FUNCTIONS:
         raise TypeError(f"{name} must have no lists of tensors or keyword-only arguments, and change none")
     compute = _FUNCTIONS[name].forward
 
