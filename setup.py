@@ -30,7 +30,7 @@ HOPPER_SOURCES = "csrc/cuda/hopper/*.cu"
 # What else decides how the sources are compiled.
 ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
 # Of x86-64, each in csrc/cpu/isa_NAME.cpp.
-ISAS = ("avx2", "avx512", "avx512_bf16")
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def find_nvcc():

@@ -6,7 +6,7 @@ import torch
 import gossamer
 from gossamer.testing import assert_close
 
-ISAS = ["avx512_bf16", "avx512", "avx2", "generic"]
+ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "generic"]
 
 
 @pytest.fixture(params=ISAS)

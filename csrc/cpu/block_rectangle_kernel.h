@@ -96,7 +96,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
-    }, quartered(w, m, kQuarteredGroups));
+    }, quartered<P>(w, m, kQuarteredGroups));
   });
 }
 
@@ -131,7 +131,7 @@ void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num
     for (int64_t begin = 0; begin < depth; begin += kOuterTerms) {
       const int64_t m = std::min(kOuterTerms, depth - begin);
       const Panel<P> left{buffers.left, a.y_by_columns ? width : height, packed_depth<P>(m)};
-      const Panel<P> right{buffers.right, packed_depth<P>(m), a.y_by_columns ? height : width};
+      const Panel<P> right{buffers.right, token_depth<P>(m), a.y_by_columns ? height : width};
       const auto pack = [&](bool as_left, int64_t first, int64_t last) {
         as_left ? pack_as_terms(left, rows.get(), m, first, last) : pack_as_rows(right, rows.get(), m, first, last);
       };
@@ -214,7 +214,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
           store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
         }
       }
-    }, quartered(w, m, kQuarteredGroups));
+    }, quartered<P>(w, m, kQuarteredGroups));
   });
 }
 

@@ -188,7 +188,7 @@ struct OuterRectangleBuffers {
 
   OuterRectangleBuffers(Arena& arena, const RectangleProductArgs& a, int num_threads) {
     const int64_t rows = a.max_rows(), columns = std::min(a.n, kOuterColumns);
-    const int64_t terms = packed_depth<P>(std::min(a.max_depth(), kOuterTerms));
+    const int64_t terms = token_depth<P>(std::min(a.max_depth(), kOuterTerms));
     queue = take_queue(arena, num_threads);
     left = arena.take<P>(panel_size(a.y_by_columns ? columns : rows, terms));
     right = arena.take<P>(panel_size(terms, a.y_by_columns ? rows : columns));

@@ -150,7 +150,7 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
       const int64_t first = a.lists.offsets[list], last = a.lists.offsets[list + 1];
       const int64_t column = block * kPanelWidth<P>, columns = std::min<int64_t>(kPanelWidth<P>, panel.width - column);
       const int segment = segment_of<P>((last - first) * a.bn), bn = static_cast<int>(a.bn / terms);
-      with_vectors(panel.block_vectors(block), [&](auto vectors) {
+      with_vectors<P>(panel.block_vectors(block), [&](auto vectors) {
         const auto product = [&](const BlockSource<P>& s, int64_t from, int64_t to) {
           for_tiles(group, [&](auto tile, int64_t i) {
             BlockSource<P> rows_of = s;

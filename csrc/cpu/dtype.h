@@ -42,6 +42,16 @@ constexpr int64_t packed_depth(int64_t terms) {
   return (terms + kTerms<P> - 1) / kTerms<P>;
 }
 
+// Rows of the tiles that multiply pairs in some processors, and packed values along their depth.
+constexpr int kTileSide = 16;
+
+// Packed values along a sum over tokens: pairs come in whole tiles, filled up with zeros.
+template <class P>
+constexpr int64_t token_depth(int64_t tokens) {
+  const int64_t depth = packed_depth<P>(tokens);
+  return kTerms<P> > 1 ? (depth + kTileSide - 1) / kTileSide * kTileSide : depth;
+}
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -71,24 +71,24 @@ class ExpertMlpBackward {
     for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
       own->rows.read(a, chunk);
       const int64_t m = chunk.size();
-      const int64_t terms = packed_depth<P>(m);
+      const int64_t terms = packed_depth<P>(m), depth = token_depth<P>(m);
       x_t = {buffers.x_t, a.hidden, terms};
-      x_r = {buffers.x_r, terms, a.hidden};
+      x_r = {buffers.x_r, depth, a.hidden};
       dy = {buffers.dy, a.hidden, m};
       dy_c = {buffers.dy_c, packed_depth<P>(a.hidden), m};
       dy_t = {buffers.dy_t, a.hidden, terms};
-      dy_r = {buffers.dy_r, terms, a.hidden};
+      dy_r = {buffers.dy_r, depth, a.hidden};
       preact = {buffers.preact, a.wide(), m};
       preact_c = {buffers.preact_c, packed_depth<P>(a.wide()), m};
       preact_t = {buffers.preact_t, a.wide(), terms};
-      preact_r = {buffers.preact_r, terms, a.wide()};
+      preact_r = {buffers.preact_r, depth, a.wide()};
       act = {buffers.act, a.inner, m};
       act_t = {buffers.act_t, a.inner, terms};
-      act_r = {buffers.act_r, terms, a.inner};
+      act_r = {buffers.act_r, depth, a.inner};
       up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
-      up_low_r = {buffers.up_update.r, terms, a.gate_up_update.rank};
+      up_low_r = {buffers.up_update.r, depth, a.gate_up_update.rank};
       down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
-      down_low_r = {buffers.down_update.r, terms, a.down_update.rank};
+      down_low_r = {buffers.down_update.r, depth, a.down_update.rank};
       gather(chunk);
       clock.lap(Stage::kPack);
       meet();
@@ -293,7 +293,7 @@ class ExpertMlpBackward {
     const bool whole = chunk.first && chunk.last;
     T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
     const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last};
-    queue.each(team, columns.depth, kGroup, [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); }, 1);
+    queue.each(team, columns.depth, kGroup, [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); }, kTiled<P> ? 0 : 1);
   }
 
   // da = lowᵀ · rows and db = columnsᵀ · saved.

@@ -202,7 +202,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
         }
       });
       clock.lap(Stage::kActivation);
-    }, quartered(gate_up, m, 2));
+    }, quartered<P>(gate_up, m, 2));
     team.barrier();
     buffers.inner.restart(team);
     buffers.up_low.restart(team);
@@ -222,7 +222,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
       clock.lap(Stage::kDown);
       sums.add(c, c_stride, count, own->rows, m, true, h);
       clock.lap(Stage::kCombine);
-    }, quartered(w, m, 1));
+    }, quartered<P>(w, m, 1));
   });
   team.barrier();
   clock.lap(Stage::kWait);

@@ -55,6 +55,7 @@ void pack_low_rank_rows(const Panel<P>& panel, const S* saved, const S* factors,
       store(panel.at(token / kTerms<P>, j), pack_lanes<P>(value(token, j), next));
     }
   }
+  if (mine.end == tokens) zero_past(panel, packed_depth<P>(tokens), 0, panel.width);
 }
 
 // out[expert] = Σ_token columns[·][token] · rows[token][·] over the expert's chunks.

@@ -67,13 +67,17 @@ GOSSAMER_INLINE P packed_value(const T* from, [[maybe_unused]] int64_t stride, [
   }
 }
 
+// Rows of a tile of weights: what a product reads of them is a multiple of it.
+template <class P>
+constexpr int kRowUnit = kTiled<P> ? kTileSide : 4;
+
 // Copies w(n .. n+count, k .. k+terms) packed as [kGroup][kDepth]; missing rows are zero.
 template <class T, class P>
 void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
   constexpr int lanes = kLanes<P>;
   const int depth = static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>);
   const T* from = w.base + n * w.row_stride + k * w.col_stride;
-  for (int i = 0; i < (count + 3) / 4 * 4; ++i) {
+  for (int i = 0; i < (count + kRowUnit<P> - 1) / kRowUnit<P> * kRowUnit<P>; ++i) {
     P* to = out + i * kDepth;
     const T* row = from + i * w.row_stride;
     if (i >= count) {
@@ -150,6 +154,88 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
+#if GOSSAMER_AMX
+// The lines of a weight's rows that come while a product is made of others: `rows` rows, a tile of them at each step along the depth.
+struct RowsAhead {
+  const char* from = nullptr;
+  int64_t stride = 0, rows = 0;
+
+  __attribute__((always_inline)) void fetch(int64_t step) const {
+    for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(from + i * stride + step * 64, 0, 2);
+  }
+};
+
+// c (+)= Σ_k left(i, k) · b[k] over whole tiles along the depth, for 16 · Rows rows and one block of Vecs vectors; strides are bytes.
+template <int Rows, int Vecs>
+__attribute__((noinline)) void tile_product(const char* left, int64_t left_stride, const BFloat16Pair* b, int64_t steps, bool fresh,
+                                            float* c, int64_t c_stride, const RowsAhead& ahead) {
+  using Sums = TileSums<Rows, Vecs>;
+  fence_memory();
+  if (fresh) {
+    Sums::zero();
+  } else {
+    Sums::load(c, c_stride);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    Sums::add(left, left_stride, b);
+    ahead.fetch(step);
+    left += 64;
+    b += kTileSide * Vecs * kLanes<float>;
+  }
+  Sums::store(c, c_stride);
+  fence_memory();
+}
+#endif
+
+// c (+)= left · panel from `from` on along its depth, for `count` rows of packed values that lie `stride` of them apart and are there
+// up to a multiple of 16. What is left of the depth after whole tiles comes last.
+template <class P>
+void tiled_product(const P* left, int64_t stride, int count, const Panel<P>& panel, int64_t from, int depth, bool fresh, float* c,
+                   int64_t c_stride, [[maybe_unused]] const char* next, [[maybe_unused]] int64_t next_stride, [[maybe_unused]] int next_rows) {
+#if GOSSAMER_AMX
+  const int64_t steps = depth / kTileSide, blocks = panel.num_blocks(), share = (next_rows + blocks - 1) / blocks;
+  for (int64_t block = 0; block < blocks; ++block) {
+    with_vectors<P>(panel.block_vectors(block), [&](auto vectors) {
+      const P* b = panel.block(block) + from * vectors * kLanes<P>;
+      float* to = c + block * kPanelWidth<P>;
+      const int64_t first = std::min<int64_t>(next_rows, block * share);
+      RowsAhead ahead{next + first * next_stride, next_stride, std::min<int64_t>(share, next_rows - first)};
+      for (int i = 0; i < count; i += 2 * kTileSide, ahead.rows = 0) {
+        const char* rows = reinterpret_cast<const char*>(left + i * stride);
+        const auto product = count - i > kTileSide ? tile_product<2, vectors> : tile_product<1, vectors>;
+        if (steps > 0) product(rows, stride * sizeof(P), b, steps, fresh, to + i * c_stride, c_stride * sizeof(float), ahead);
+      }
+      const int done = static_cast<int>(steps) * kTileSide;
+      if (done == depth) return;
+      for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
+        block_product<tile, vectors, 0, 1>(left + i * stride + done, stride, b + done * vectors * kLanes<P>, depth - done, kDepth,
+                                           fresh && done == 0, to + i * c_stride, c_stride);
+      });
+    });
+  }
+#endif
+}
+
+// The same rows of a weight that is contiguous along them, packed as pack_rows() does.
+template <class T, class P>
+void pack_transposed(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
+  constexpr int lanes = kLanes<P>, per = kTerms<P>;
+  for (int i = 0; i < (count + kRowUnit<P> - 1) / kRowUnit<P> * kRowUnit<P>; i += lanes) {
+    const int rows = std::clamp(count - i, 0, lanes);
+    const T* from = w.base + n + i + k * w.col_stride;
+    for (int64_t t = 0; t < terms; t += lanes * per) {
+      Vec<P> v[lanes];
+      for (int j = 0; j < lanes; ++j) {
+        const int64_t term = t + j * per;
+        const T* run = from + term * w.col_stride;
+        v[j] = term < terms ? load_lanes<P>(run, term + 1 < terms ? run + w.col_stride : nullptr, rows) : Vec<P>{};
+      }
+      transpose<P>(v);
+      for (int j = 0; j < lanes; ++j) store(out + (i + j) * kDepth + t / per, v[j]);
+    }
+  }
+}
+
 // How a group of a weight's rows is read: in place, or packed in its own order of memory.
 enum class Read { kInPlace, kRows, kColumns };
 
@@ -223,10 +309,10 @@ GOSSAMER_INLINE bool quarters_cut_lines(const W&) {
 }
 
 // The units of weight rows that are given out in quarters: none for few tokens, whose products hold rows in the lanes, as many
-// as whole units have, and none where two quarters would read the same lines.
-template <class W>
+// as whole units have, none where two quarters would read the same lines, and none for tiles, which have as many rows as half a unit.
+template <class P, class W>
 GOSSAMER_INLINE int64_t quartered(const W& w, int64_t tokens, int64_t units) {
-  return tokens <= kFewTokens || quarters_cut_lines(w) ? 0 : units;
+  return tokens <= kFewTokens || kTiled<P> || quarters_cut_lines(w) ? 0 : units;
 }
 
 // Adds the terms first .. last of the kLanes weight rows at `from` to sum[token]: block_product's sums, with rows in the
@@ -322,6 +408,40 @@ __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int6
   few_tokens_product<Tokens, P>(count, w.depth, c, c_stride, accumulate, add);
 }
 
+// group_product() by tiles.
+template <class T, class P>
+void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, float* c, int64_t c_stride, P* pack,
+                         bool add) {
+  static_assert(kGroup == 2 * kTileSide);
+  constexpr int64_t step = kDepth * kTerms<P>;
+  for (int64_t i = 0; i < count; i += kGroup) {
+    const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - i));
+    const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + rows), 0, rows));
+    const bool along_depth = w.col_stride == 1;
+    float* to = c + i * c_stride;
+    const T* from = w.base + (n + i) * w.row_stride;
+    const char* next = reinterpret_cast<const char*>(from + rows * w.row_stride);
+    if (along_depth && rows % kTileSide == 0 && w.depth % (kTileSide * kTerms<P>) == 0 && w.row_stride % kTerms<P> == 0) {
+      tiled_product(reinterpret_cast<const P*>(from), w.row_stride / kTerms<P>, rows, panel, 0, static_cast<int>(packed_depth<P>(w.depth)),
+                    !add, to, c_stride, next, w.row_stride * sizeof(T), next_rows);
+      continue;
+    }
+    for (int64_t k = 0; k < w.depth; k += step) {
+      const int64_t terms = std::min(step, w.depth - k);
+      if (runs_along_rows(w)) {
+        pack_transposed(w, n + i, rows, k, terms, pack);
+        const bool more = k + step < w.depth;
+        const int64_t runs = more ? std::min(step, w.depth - k - step) : std::min(step, w.depth);
+        prefetch_runs(more ? from + (k + step) * w.col_stride : from + rows, w.col_stride, 0, runs, more ? rows : next_rows);
+      } else {
+        pack_rows(w, n + i, rows, k, terms, pack);
+      }
+      tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, static_cast<int>(packed_depth<P>(terms)), !add && k == 0, to, c_stride,
+                    next + k * sizeof(T), w.row_stride * sizeof(T), along_depth ? next_rows : 0);
+    }
+  }
+}
+
 // Calls f with the number of tokens, or a little more, as a constant: the lanes past a panel's end are zero.
 template <int Most = kFewTokens, int Tokens = 1, class F>
 GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
@@ -332,10 +452,11 @@ GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
 }
 
 // c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count, added to what c holds where `add` is set; c must have room for
-// count rounded up to a multiple of 4.
+// count rounded up to a multiple of kRowUnit.
 template <class T, class P>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
                    bool add = false) {
+  if constexpr (kTiled<P>) return tiled_group_product(w, n, count, panel, c, c_stride, pack, add);
   const bool columns = runs_along_rows(w);
   if (panel.width <= kFewTokens && (columns || w.col_stride == 1)) {
     return with_few_tokens(panel.width, [&](auto tokens) {
@@ -460,6 +581,74 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   });
 }
 
+// The same by tiles, for up to two tiles of rows: the panels hold whole ones along the tokens.
+template <int Vecs, class T, class P>
+void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int64_t i, [[maybe_unused]] int rows,
+                       [[maybe_unused]] const P* b, [[maybe_unused]] const GradientSink<T>& sink, [[maybe_unused]] int64_t column,
+                       [[maybe_unused]] int64_t columns) {
+#if GOSSAMER_AMX
+  constexpr int width = Vecs * kLanes<float>;
+  alignas(64) float own[kGroup * width];
+  const auto each = [&](auto&& f) {
+    const int64_t all = std::min<int64_t>(width, columns - column);
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < all; at += kLanes<float>) {
+        f(own + r * width + at, i + r, column + at, static_cast<int>(std::min<int64_t>(kLanes<float>, all - at)));
+      }
+    }
+  };
+  if (!sink.first) {
+    each([&](float* sum, int64_t row, int64_t at, int valid) {
+      store(sum, sink.partial ? load_valid(sink.partial_at(row, at), valid) : load_valid(sink.at(row, at), valid));
+    });
+  }
+  const auto product = [&](auto height) {
+    using Sums = TileSums<height, Vecs>;
+    constexpr int64_t own_stride = width * sizeof(float);
+    fence_memory();
+    if (sink.first) {
+      Sums::zero();
+    } else {
+      Sums::load(own, own_stride);
+    }
+    for (int64_t block = 0; block < a.num_blocks(); ++block) {
+      const int64_t vectors = a.block_vectors(block), stride = vectors * kLanes<P>;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const char* left = reinterpret_cast<const char*>(a.block(block) + i * stride + v * kLanes<P>);
+        Sums::add(left, stride * sizeof(P), b + (block * kPanelWidth<P> + v * kLanes<P>) * width);
+      }
+    }
+    Sums::store(own, own_stride);
+    fence_memory();
+  };
+  if (rows > kTileSide) {
+    product(std::integral_constant<int, 2>{});
+  } else {
+    product(std::integral_constant<int, 1>{});
+  }
+  each([&](float* sum, int64_t row, int64_t at, int valid) {
+    if (sink.partial && !sink.last) {
+      store_valid(sink.partial_at(row, at), load(sum), valid);
+    } else {
+      store_valid_sums(sink.at(row, at), load(sum), valid);
+    }
+  });
+#endif
+}
+
+// Fetches what is next written of a gradient's rows first .. last, a block of columns from `next` on.
+template <class P, class T>
+GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t first, int64_t last, int64_t next, int64_t width) {
+  const int64_t columns = std::min<int64_t>(kPanelWidth<P>, width - next);
+  for (int64_t r = first; r < last; ++r) {
+    if (sink.partial) {
+      prefetch_lines<0, Fetch::kWriteLater>(sink.partial_at(r, next), columns * sizeof(Accumulator<T>));
+    } else {
+      prefetch_lines<0, Fetch::kWriteLater>(sink.at(r, next), columns * sizeof(T));
+    }
+  }
+}
+
 // out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns: a few
 // rows, which the first-level cache holds, with one block of b after the other. The results go out to distant rows of
 // memory, so what the next block writes is fetched meanwhile.
@@ -467,17 +656,18 @@ template <class T, class P>
 void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P>& b, const GradientSink<T>& sink) {
   for (int64_t block = 0; block < b.num_blocks(); ++block) {
     const int64_t column = block * kPanelWidth<P>, next = column + kPanelWidth<P>;
-    const int64_t next_columns = std::min<int64_t>(kPanelWidth<P>, b.width - next);
-    with_vectors(b.block_vectors(block), [&](auto vectors) {
+    with_vectors<P>(b.block_vectors(block), [&](auto vectors) {
+      if constexpr (kTiled<P>) {
+        for (int64_t i = first; i < last; i += kGroup) {
+          const int rows = static_cast<int>(std::min<int64_t>(kGroup, last - i));
+          prefetch_gradient<P>(sink, i, i + rows, next, b.width);
+          tiled_outer_block<vectors>(a, i, rows, b.block(block), sink, column, b.width);
+        }
+        return;
+      }
       for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
         const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
-        for (int64_t r = first + i; r < first + i + rows; ++r) {
-          if (sink.partial) {
-            prefetch_lines<0, Fetch::kWriteLater>(sink.partial_at(r, next), next_columns * sizeof(Accumulator<T>));
-          } else {
-            prefetch_lines<0, Fetch::kWriteLater>(sink.at(r, next), next_columns * sizeof(T));
-          }
-        }
+        prefetch_gradient<P>(sink, first + i, first + i + rows, next, b.width);
         outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
       });
     });

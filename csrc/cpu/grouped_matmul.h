@@ -72,7 +72,7 @@ inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = kEvenUnit)
 }
 
 // Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.
-inline int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 256; }
+inline int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 512; }
 
 // How many threads a call with this many multiplications is worth.
 inline int useful_threads(double multiplications, int num_threads) {
@@ -111,8 +111,8 @@ struct GroupedBuffers {
   GroupedBuffers(Arena& arena, const GroupedDweightArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(std::max(a.n, a.c), sizeof(P) / kTerms<P>);
-    x = arena.take<P>(std::max(panel_size(a.c, packed_depth<P>(chunk)), panel_size(packed_depth<P>(chunk), a.c)));
-    dy = arena.take<P>(std::max(panel_size(a.n, packed_depth<P>(chunk)), panel_size(packed_depth<P>(chunk), a.n)));
+    x = arena.take<P>(std::max(panel_size(a.c, token_depth<P>(chunk)), panel_size(token_depth<P>(chunk), a.c)));
+    dy = arena.take<P>(std::max(panel_size(a.n, token_depth<P>(chunk)), panel_size(token_depth<P>(chunk), a.n)));
     if (a.dbias) dy_sums = arena.take<S>(panel_size(a.n, chunk));
     partial = arena.take<S>(sizeof(S) > element_size(a.dtype) ? a.n * a.c : 0);
   }

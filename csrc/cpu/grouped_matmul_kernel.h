@@ -149,7 +149,7 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
     const Panel<P> as_columns{a.transposed ? buffers.x : buffers.dy, n, packed_depth<P>(m)};
-    const Panel<P> as_rows{a.transposed ? buffers.dy : buffers.x, packed_depth<P>(m), c};
+    const Panel<P> as_rows{a.transposed ? buffers.dy : buffers.x, token_depth<P>(m), c};
     const Panel<S> dy_columns = sums_apart ? Panel<S>{buffers.dy_sums, a.n, m} : sums_of(as_columns);
     team.barrier();
     buffers.queue.restart(team);

@@ -3,6 +3,14 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gossamer {
 namespace {
 
@@ -16,13 +24,31 @@ struct Build {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+
+[[maybe_unused]] bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles are large registers that the system saves for the processes that asked for them.
+[[maybe_unused]] bool runs_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!runs_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & kTiles) && (d & kBFloat16) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best first. GOSSAMER_WITHOUT_... says which an install leaves out.
 const Build kBuilds[] = {
 #if defined(__x86_64__)
+#ifndef GOSSAMER_WITHOUT_AMX
+    {&amx::kKernels, runs_amx},
+#endif
 #ifndef GOSSAMER_WITHOUT_AVX512_BF16
-    {&avx512_bf16::kKernels, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512_bf16::kKernels, runs_avx512_bf16},
 #endif
 #ifndef GOSSAMER_WITHOUT_AVX512
     {&avx512::kKernels, runs_avx512},

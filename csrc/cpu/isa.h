@@ -60,6 +60,9 @@ extern const Kernels kKernels;
 namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
+namespace amx {
+extern const Kernels kKernels;
+}
 #endif
 
 // The build in use: the best one that this processor runs, unless another was chosen.

@@ -1,5 +1,6 @@
 // The vector kernels, included by each isa_*.cpp inside its namespace.
 #include "cpu/vec.h"
+#include "cpu/tile_kernel.h"
 #include "cpu/gather_reduce_kernel.h"
 #include "cpu/step_kernel.h"
 #include "cpu/sparse_update_kernel.h"
@@ -20,8 +21,19 @@
 #include "cpu/block_sparse_kernel.h"
 #include "cpu/block_rectangle_kernel.h"
 
+// A kernel as it is called: with the tiles that its products may use.
+template <class Args, void (*kKernel)(const Args&, void*, int, Team)>
+void in_team(const Args& args, void* shared, int num_threads, Team team) {
+  const TilesInUse tiles(args.dtype);
+  kKernel(args, shared, num_threads, team);
+}
+
 #define GOSSAMER_KERNEL_TABLE \
-  GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, grouped_matmul_dweight, \
-      multi_low_rank, multi_low_rank_backward, expert_mlp, expert_mlp_backward, quantized_grouped_matmul, quantized_expert_mlp, \
-      rank_product, low_rank_matmul, block_product, sampled_product, rectangle_product, outer_rectangles, \
-      sampled_rectangles, activate_rows, activate_backward_rows, topk_routing, topk_routing_backward
+  GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, in_team<GroupedMatmulArgs, grouped_matmul>, \
+      in_team<GroupedDweightArgs, grouped_matmul_dweight>, multi_low_rank, multi_low_rank_backward, \
+      in_team<ExpertMlpForwardArgs, expert_mlp>, in_team<ExpertMlpBackwardArgs, expert_mlp_backward>, \
+      in_team<QuantizedMatmulArgs, quantized_grouped_matmul>, in_team<QuantizedMlpArgs, quantized_expert_mlp>, \
+      in_team<RankProductArgs, rank_product>, in_team<LowRankArgs, low_rank_matmul>, block_product, sampled_product, \
+      in_team<RectangleProductArgs, rectangle_product>, in_team<RectangleProductArgs, outer_rectangles>, \
+      in_team<SampledRectanglesArgs, sampled_rectangles>, activate_rows, activate_backward_rows, topk_routing, \
+      topk_routing_backward

@@ -188,7 +188,7 @@ void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, 
     if (tiled > 0) pack_rows(left, i, static_cast<int>(tiled), 0, a.rank, own.pack);
     for_tiles<GOSSAMER_TILE_ROWS>(tiled, [&](auto tile, int64_t r) {
       for (int64_t block = 0; block < whole; ++block) {
-        with_vectors(right.block_vectors(block), [&](auto vectors) {
+        with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
           T* to = y + r * a.y.row_stride + block * kPanelWidth<P>;
           add_to_tile<tile, vectors>(own.pack + r * kDepth, right.block(block), right.depth, factor, to, a.y.row_stride);
         });

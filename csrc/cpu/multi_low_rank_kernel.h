@@ -132,7 +132,7 @@ void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64
           }
         }
         for (int64_t block = 0; block < factor.num_blocks(); ++block) {
-          with_vectors(factor.block_vectors(block), [&](auto vectors) {
+          with_vectors<S>(factor.block_vectors(block), [&](auto vectors) {
             block_product<tile, vectors, kDepth, 1>(own.rows, 0, factor.block(block) + k * vectors * lanes, depth, segment,
                                                     first + k == 0, s + i * stride + block * kPanelWidth<S>, stride);
           });
@@ -157,7 +157,7 @@ GOSSAMER_INLINE void expand(const S* s, int64_t stride, int64_t count, const Wei
     pack_factor(w, first, 0, factor, own.runs);
     for_tiles(count, [&](auto tile, int64_t i) {
       for (int64_t block = 0; block < factor.num_blocks(); ++block) {
-        with_vectors(factor.block_vectors(block), [&](auto vectors) {
+        with_vectors<S>(factor.block_vectors(block), [&](auto vectors) {
           constexpr int c_stride = vectors * lanes;
           alignas(64) S c[tile * c_stride];
           block_product<tile, vectors, 0, 1>(s + i * stride, stride, factor.block(block), depth, segment, true, c, c_stride);
@@ -340,7 +340,7 @@ class MultiLowRank {
       }
       for_tiles(count, [&](auto tile, int64_t i) {
         for (int64_t block = 0; block < panel.num_blocks(); ++block) {
-          with_vectors(panel.block_vectors(block), [&](auto vectors) {
+          with_vectors<S>(panel.block_vectors(block), [&](auto vectors) {
             block_product<tile, vectors, 1, kGroup>(own->rows + i, 0, panel.block(block), depth, kFactorRows, first,
                                                     own->sum + (j + i) * kSumStride + block * kPanelWidth<S>, kSumStride);
           });

@@ -8,10 +8,13 @@
 // What a panel holds is what its products multiply: values of the accumulator's type, or pairs of bfloat16 that follow each
 // other along the sum, where an instruction multiplies those. Depth then counts pairs, the last of which a zero may fill.
 
+// Vectors of a block: what registers hold the sums of, with several rows.
 template <class S>
-constexpr int kPanelWidth = GOSSAMER_TILE_VECTORS * kLanes<S>;
+constexpr int kBlockVectors = kTiled<S> ? 2 : GOSSAMER_TILE_VECTORS;
+template <class S>
+constexpr int kPanelWidth = kBlockVectors<S> * kLanes<S>;
 
-template <class S, int Vectors = GOSSAMER_TILE_VECTORS>
+template <class S, int Vectors = kBlockVectors<S>>
 struct Panel {
   static constexpr int kWidth = Vectors * kLanes<S>;
   S* data;
@@ -41,9 +44,9 @@ Panel<SumOf<P>> sums_of(const Panel<P>& panel) {
 }
 
 // Calls f with the number of vectors of a block as a constant.
-template <class F>
+template <class P, class F>
 GOSSAMER_INLINE void with_vectors(int vectors, F&& f) {
-  if constexpr (GOSSAMER_TILE_VECTORS > 2) {
+  if constexpr (kBlockVectors<P> > 2) {
     if (vectors == 3) return f(std::integral_constant<int, 3>{});
   }
   if (vectors == 2) return f(std::integral_constant<int, 2>{});
@@ -53,7 +56,7 @@ GOSSAMER_INLINE void with_vectors(int vectors, F&& f) {
 // Calls f with the number of vectors of a panel's block as a constant, and whether half of the last of them is enough.
 template <class P, class F>
 GOSSAMER_INLINE void with_block(const Panel<P>& panel, int64_t block, F&& f) {
-  with_vectors(panel.block_vectors(block), [&](auto vectors) {
+  with_vectors<P>(panel.block_vectors(block), [&](auto vectors) {
     if constexpr (kHalvesPay<P>) {
       const int64_t last = panel.width - block * kPanelWidth<P> - (vectors - 1) * kLanes<P>;
       if (last <= kLanes<P> / 2) return f(vectors, std::true_type{});
@@ -127,6 +130,17 @@ GOSSAMER_INLINE void pack_run(const Panel<P, Vectors>& panel, int64_t row, const
   }
 }
 
+// Zeroes columns [first, last) of a panel's rows from `row` on, `first` a multiple of kLanes: sums over tokens that are made of tiles
+// run to the end of the panel.
+template <class P, int Vectors>
+void zero_past(const Panel<P, Vectors>& panel, int64_t row, int64_t first, int64_t last) {
+  if constexpr (kTiled<P>) {
+    for (; row < panel.depth; ++row) {
+      for (int64_t c = first; c < last; c += kLanes<P>) store(panel.at(row, c), Vec<P>{});
+    }
+  }
+}
+
 // Columns [first, last) of `tokens` source rows stay columns, terms along the rows; `first` is a multiple of kLanes.
 template <class T, class P, int Vectors>
 void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
@@ -135,6 +149,7 @@ void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t 
     const T* next = token + 1 < tokens ? rows[token + 1] : nullptr;
     pack_run(panel, token / kTerms<P>, row, next, first, last);
   }
+  zero_past(panel, packed_depth<P>(tokens), first, last);
 }
 
 // The same with each column a panel row, terms along it: the left side of a sum over tokens.
@@ -171,6 +186,7 @@ void transpose_panel(const Panel<P>& to, const Panel<S>& from, int64_t first, in
       for (int i = 0; i < tokens; i += terms) store(to.at((token + i) / terms, c), pack_lanes<P>(v[i], v[i + terms - 1]));
     }
   }
+  zero_past(to, packed_depth<P>(from.width), first, last);
 }
 
 // Rows [first, last) of a panel of sums with tokens as columns, packed for products with terms along its rows: rows
@@ -197,6 +213,10 @@ void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, 
       } else {
         store_sums(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
       }
+    }
+    // The other half of the last vector.
+    if (kTiled<P> && from.width > 0 && (from.width - 1) / n % 2 == 0) {
+      std::memset(static_cast<void*>(to.at(k, (from.width - 1) / n * n / terms) + n / terms), 0, n / terms * sizeof(P));
     }
   }
 }

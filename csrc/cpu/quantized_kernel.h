@@ -326,7 +326,7 @@ template <class P>
 void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride,
                    P* pack) {
   using T = Term<P>;
-  if (panel.width <= kFewTokens && !w.transposed) {
+  if (!kTiled<P> && panel.width <= kFewTokens && !w.transposed) {
     return with_few_tokens(panel.width, [&](auto tokens) {
       visit_format(w.weights->format, [&](auto format) { few_tokens_of<format, tokens>(w, n, count, panel, c, c_stride); });
     });
@@ -341,7 +341,12 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
       const int depth = (terms + kTerms<P> - 1) / kTerms<P>;
       if (w.transposed) {
         decode_tile(w, k, terms, n + i, rows, tile, kGroup);
-        pack_columns(Weight<T>{tile, 1, kGroup, rows, terms}, 0, rows, 0, terms, pack);
+        const Weight<T> decoded{tile, 1, kGroup, rows, terms};
+        if constexpr (kTiled<P>) {
+          pack_transposed(decoded, 0, rows, 0, terms, pack);
+        } else {
+          pack_columns(decoded, 0, rows, 0, terms, pack);
+        }
       } else {
         if constexpr (std::is_same_v<T, P>) {
           decode_tile(w, n + i, rows, k, terms, pack, kDepth);
@@ -351,6 +356,10 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
           pack_rows(Weight<T>{tile, room, 1, rows, terms}, 0, rows, 0, terms, pack);
         }
         prefetch_tile(w, n + i, rows, k + room, std::min<int64_t>(room, w.depth() - k - terms));
+      }
+      if constexpr (kTiled<P>) {
+        tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, k == 0, c + i * c_stride, c_stride, nullptr, 0, 0);
+        continue;
       }
       for (int64_t block = 0; block < panel.num_blocks(); ++block) {
         with_block(panel, block, [&](auto vectors, auto half) {
