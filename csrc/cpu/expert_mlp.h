@@ -116,6 +116,7 @@ struct ExpertMlpBuffers {
   WorkQueue inner, hidden, gate_up, down, up_low, down_low, up_a, up_b, down_a, down_b;
   P *x_c = nullptr, *x_t = nullptr, *x_r = nullptr, *dy_c = nullptr, *dy_t = nullptr, *dy_r = nullptr;
   P *preact_c = nullptr, *preact_t = nullptr, *preact_r = nullptr, *act_c = nullptr, *act_t = nullptr, *act_r = nullptr;
+  P *dy_rows = nullptr, *preact_rows = nullptr;
   S *preact = nullptr, *act = nullptr, *dy = nullptr, *sum = nullptr;
   S *dweight_parts = nullptr, *dgate_up_partial = nullptr, *ddown_partial = nullptr;
   LowRankMemory<P> up_update, down_update;
@@ -147,6 +148,8 @@ struct ExpertMlpBuffers {
       if (a.needs_dact() || a.ddown_update.da) dy_c = arena.take<P>(panel_size(packed_depth<P>(h), chunk));
       if (a.ddown_bias || (a.dweights && a.down_bias)) dy = arena.take<S>(panel_size(h, chunk));
       if (a.dx || a.dgate_up_update.da) preact_c = arena.take<P>(panel_size(packed_depth<P>(wide), chunk));
+      if (a.needs_dact()) dy_rows = arena.take<P>(packed_rows_size<P>(h, chunk));
+      if (a.dx) preact_rows = arena.take<P>(packed_rows_size<P>(wide, chunk));
       const bool left_preact = a.dgate_up && !a.dgate_up.transposed, left_dy = a.ddown && !a.ddown.transposed;
       if (left_preact || a.dgate_up_update.db) preact_t = arena.take<P>(panel_size(wide, terms));
       if (left_dy || a.ddown_update.db) dy_t = arena.take<P>(panel_size(h, terms));

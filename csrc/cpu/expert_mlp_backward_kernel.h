@@ -76,6 +76,8 @@ class ExpertMlpBackward {
       x_r = {buffers.x_r, depth, a.hidden};
       dy = {buffers.dy, a.hidden, m};
       dy_c = {buffers.dy_c, packed_depth<P>(a.hidden), m};
+      dy_rows = {buffers.dy_rows, a.hidden, m};
+      preact_rows = {buffers.preact_rows, a.wide(), m};
       dy_t = {buffers.dy_t, a.hidden, terms};
       dy_r = {buffers.dy_r, depth, a.hidden};
       preact = {buffers.preact, a.wide(), m};
@@ -100,9 +102,11 @@ class ExpertMlpBackward {
       if (!kSame || buffers.preact_r) {
         if constexpr (!kSame) {
           for_own_preact([&](int64_t begin, int64_t end) {
-            if (buffers.preact_c) pack_along_rows(preact_c, preact, begin, end);
+            if (buffers.preact_c && (!gate_up_by_rows() || a.gate_up_update)) pack_along_rows(preact_c, preact, begin, end);
+            if (a.dx && gate_up_by_rows()) transpose_rows(preact_rows, preact, begin, end);
             if (buffers.preact_t) pack_along_tokens(preact_t, preact, begin, end);
           });
+          if (a.dx && gate_up_by_rows() && team.thread == 0) preact_rows.zero_past_terms();
         }
         if (buffers.preact_r) {
           const auto mine = team.share(a.wide(), kPanelWidth<S>);
@@ -167,14 +171,18 @@ class ExpertMlpBackward {
 
   // Packs the chunk's rows, each thread a range of columns.
   void gather(const Chunk& chunk) {
-    const auto h = team.share(a.hidden, kPanelWidth<S>);
+    const auto h = team.share(a.hidden, 2 * kPanelWidth<S>);
     const T* const* rows = own->rows.rows_of(a.dy, chunk);
     const int64_t m = chunk.size();
     if constexpr (kSame) {
       const bool left_dy = a.ddown && !a.ddown.transposed;
       if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, h.begin, h.end);
     } else {
-      if (buffers.dy_c) pack_as_columns(dy_c, rows, h.begin, h.end);
+      if (buffers.dy_c && (!down_by_rows() || a.down_update)) pack_as_columns(dy_c, rows, h.begin, h.end);
+      if (a.needs_dact() && down_by_rows()) {
+        copy_rows(dy_rows, rows, h.begin, h.end);
+        if (team.thread == 0) dy_rows.zero_past_terms();
+      }
       if (buffers.dy_t) pack_as_terms(dy_t, rows, m, h.begin, h.end);
       if (buffers.dy) pack_as_columns(dy, rows, h.begin, h.end);
     }
@@ -193,6 +201,40 @@ class ExpertMlpBackward {
       own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
     }
     for_own_preact([&](int64_t begin, int64_t end) { pack_as_columns(preact, own->rows.row, begin, end); });
+  }
+
+  // Whether products with a weight's transpose have tokens on the left of tiles: transposing results costs less than weights.
+  bool down_by_rows() const { return kTiled<P> && a.down.col_stride == 1; }
+  bool gate_up_by_rows() const { return kTiled<P> && a.gate_up.col_stride == 1; }
+
+  // Calls f(i, count) with own->buffers.c = the product of rows i .. i+count of a weight with the chunk, tokens as columns, for all
+  // rows; by_rows(i, count, c) instead where that is given and tokens come as rows of kGroup values.
+  template <class F, class ByRows>
+  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows, bool rows_left, F&& f,
+               ByRows&& by_rows) {
+    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
+    S* c = own->buffers.c;
+    if constexpr (kTiled<P>) {
+      if (rows_left) {
+        const int64_t unit = rows_product_unit<P>(w.num_rows, w.depth, team.size);
+        queue.each(team, w.num_rows, unit, [&](int64_t i, int64_t end) {
+          rows_product(w, i, end, rows, c + kGroup * c_stride, own->buffers.rows_pack, by_rows);
+        });
+        return;
+      }
+    }
+    queue.each(team, w.num_rows, kGroup, [&](int64_t i, int64_t end) {
+      group_product(w, i, end - i, columns, c, c_stride, own->buffers.pack);
+      f(i, end - i);
+    });
+  }
+
+  // The part of a product that tiles made with tokens as rows, with tokens as columns in own->buffers.c.
+  void transpose_product(const S* c, int64_t count, int64_t tokens) {
+    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
+    for_transposed(c, kGroup, tokens, count, [&](int64_t j, int64_t token, Vec<S> v, int) {
+      store(own->buffers.c + j * c_stride + token, v);
+    });
   }
 
   // What flows back through a product's update: scale · columns · b.
@@ -216,11 +258,8 @@ class ExpertMlpBackward {
     const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
     const Weight<T> down = expert_weight_t<T>(a.down, chunk.expert, a.hidden, a.inner);
     const Weight<T> low_w = expert_weight_t<T>(a.down_update.a, chunk.expert, a.down_update.rank, a.inner);
-    buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
-      const int64_t count = end - i;
-      S* dact = a.needs_dact() ? own->buffers.c : nullptr;
-      if (dact) group_product(down, i, count, dy_c, dact, c_stride, own->buffers.pack);
-      if (dact && a.down_update) group_product(low_w, i, count, down_low.c, dact, c_stride, own->buffers.pack, true);
+    const auto activate = [&](int64_t i, int64_t count, const S* dact) {
+      if (dact && a.down_update) group_product(low_w, i, count, down_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
       if (dact) clock.lap(Stage::kDact);
       S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
       activation_gradient<T>(a, preact, act, i, count, dact, c_stride, own->rows.weight, part);
@@ -230,7 +269,16 @@ class ExpertMlpBackward {
         if (buffers.act_t) pack_along_tokens(act_t, act, i, i + count);
       }
       clock.lap(Stage::kTranspose);
-    });
+    };
+    const auto with_dact = [&](int64_t i, int64_t count) { activate(i, count, own->buffers.c); };
+    if (a.needs_dact()) {
+      product(buffers.inner, down, dy_c, dy_rows, down_by_rows(), with_dact, [&](int64_t i, int64_t count, const S* c) {
+        transpose_product(c, count, chunk.size());
+        with_dact(i, count);
+      });
+    } else {
+      buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) { activate(i, end - i, nullptr); });
+    }
     if (a.dweights && a.down_bias && team.thread == team.size - 1) {
       weighted_rows(dy, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
     }
@@ -244,14 +292,24 @@ class ExpertMlpBackward {
     if (a.dx) {
       const Weight<T> low_w = expert_weight_t<T>(a.gate_up_update.a, chunk.expert, a.gate_up_update.rank, h);
       const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
-      buffers.hidden.each(team, h, kGroup, [&](int64_t i, int64_t end) {
-        for (int64_t t = 0; t < m; ++t) {
-          prefetch_lines<1, Fetch::kWriteLater>(dx.at(own->rows.token[t], i), (end - i) * sizeof(S));
-        }
-        group_product(gate_up, i, end - i, preact_c, own->buffers.c, c_stride, own->buffers.pack);
-        if (a.gate_up_update) group_product(low_w, i, end - i, up_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
+      const auto fetch_sums = [&](int64_t i, int64_t count) {
+        for (int64_t t = 0; t < m; ++t) prefetch_lines<1, Fetch::kWriteLater>(dx.at(own->rows.token[t], i), count * sizeof(S));
+      };
+      const auto add = [&](int64_t i, int64_t count) {
+        if (a.gate_up_update) group_product(low_w, i, count, up_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
         clock.lap(Stage::kDx);
-        dx.add(own->buffers.c, c_stride, end - i, own->rows, m, false, i);
+        dx.add(own->buffers.c, c_stride, count, own->rows, m, false, i);
+        fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
+        clock.lap(Stage::kCombine);
+      };
+      product(buffers.hidden, gate_up, preact_c, preact_rows, gate_up_by_rows(), add, [&](int64_t i, int64_t count, const S* c) {
+        if (a.gate_up_update) {
+          transpose_product(c, count, m);
+          return add(i, count);
+        }
+        clock.lap(Stage::kDx);
+        dx.add_rows(c, kGroup, count, own->rows, m, i);
+        fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
         clock.lap(Stage::kCombine);
       });
     }
@@ -327,6 +385,7 @@ class ExpertMlpBackward {
   std::unique_ptr<S[]> bias_sums;
   TokenSums<T> dx;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
+  PackedRows<P> dy_rows, preact_rows;
   Panel<S> dy, preact, act;
   LowRankPanels<P> up_low, down_low;
   Panel<P> up_low_r, down_low_r;

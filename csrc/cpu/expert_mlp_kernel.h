@@ -73,6 +73,17 @@ struct TokenSums {
     });
   }
 
+  // Adds rows of `columns` values, c_stride apart.
+  void add_rows(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t chunk, int64_t column) const {
+    for (int64_t i = 0; i < chunk; ++i) {
+      S* to = at(rows.token[i], column);
+      for (int64_t j = 0; j < columns; j += kLanes<S>) {
+        const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - j));
+        store_valid(to + j, load_valid(to + j, valid) + load(c + i * c_stride + j), valid);
+      }
+    }
+  }
+
   // Rounds to the result's type.
   void round(Team team) const {
     if constexpr (!std::is_same_v<T, S>) {

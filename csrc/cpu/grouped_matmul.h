@@ -74,6 +74,17 @@ inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = kEvenUnit)
 // Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.
 inline int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 512; }
 
+// Packed values from one row to the next of rows that tiles read: whole tiles, and an odd number of them, or the rows of a tile would
+// share a few sets of the first-level cache.
+template <class P>
+constexpr int64_t packed_row_stride(int64_t terms) {
+  return ((packed_depth<P>(terms) + kTileSide - 1) / kTileSide | 1) * kTileSide;
+}
+template <class P>
+constexpr int64_t packed_rows_size(int64_t terms, int64_t rows) {
+  return (rows + kTileSide - 1) / kTileSide * kTileSide * packed_row_stride<P>(terms);
+}
+
 // How many threads a call with this many multiplications is worth.
 inline int useful_threads(double multiplications, int num_threads) {
   constexpr double kPerThread = 65536;

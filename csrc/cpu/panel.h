@@ -221,6 +221,57 @@ void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, 
   }
 }
 
+// Rows of tokens as tiles read them on the left of a product: each token's terms, and zeros up to a whole tile.
+template <class P>
+struct PackedRows {
+  P* data;
+  int64_t terms, tokens;
+
+  int64_t stride() const { return packed_row_stride<P>(terms); }
+  int64_t depth() const { return (packed_depth<P>(terms) + kTileSide - 1) / kTileSide * kTileSide; }
+  P* at(int64_t token, int64_t k) const { return data + token * stride() + k; }
+
+  void zero_past_terms() const {
+    const int64_t used = packed_depth<P>(terms);
+    for (int64_t t = 0; t < tokens; ++t) std::memset(static_cast<void*>(at(t, used)), 0, (depth() - used) * sizeof(P));
+  }
+};
+
+// Columns first .. last of the source rows, `first` a multiple of whole vectors; a last pair's second term may be a zero.
+template <class T, class P>
+void copy_rows(const PackedRows<P>& to, const T* const* rows, int64_t first, int64_t last) {
+  constexpr int64_t lanes = kLanes<P>, terms = kTerms<P>;
+  for (int64_t t = 0; t < to.tokens; ++t) {
+    for (int64_t k = first; k < last; k += lanes * terms) store(to.at(t, k / terms), load_terms<P>(rows[t] + k, last - k));
+  }
+}
+
+// Rows first .. last of a panel of sums with tokens as columns, `first` a multiple of a pair.
+template <class S, class P>
+void transpose_rows(const PackedRows<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
+  constexpr int lanes = kLanes<P>, terms = kTerms<P>;
+  for (int64_t k = first; k < last; k += lanes * terms) {
+    const int pairs = static_cast<int>(std::min<int64_t>(lanes, (last - k + terms - 1) / terms));
+    for (int64_t token = 0; token < to.tokens; token += lanes) {
+      Vec<P> v[lanes];
+      for (int j = 0; j < lanes; ++j) {
+        const int64_t row = k + j * terms;
+        const Vec<S> next = j < pairs && row + terms - 1 < last ? load(from.at(row + terms - 1, token)) : Vec<S>{};
+        v[j] = j < pairs ? pack_lanes<P>(load(from.at(row, token)), next) : Vec<P>{};
+      }
+      transpose<P>(v);
+      const int tokens = static_cast<int>(std::min<int64_t>(lanes, to.tokens - token));
+      for (int i = 0; i < tokens; ++i) {
+        if (pairs == lanes) {
+          store(to.at(token + i, k / terms), v[i]);
+        } else {
+          std::memcpy(static_cast<void*>(to.at(token + i, k / terms)), &v[i], pairs * sizeof(P));
+        }
+      }
+    }
+  }
+}
+
 // Calls f(token, column, vector, valid lanes) over the transpose of c, `columns` rows of `tokens` values.
 template <class S, class F>
 GOSSAMER_INLINE void for_transposed(const S* c, int64_t c_stride, int64_t columns, int64_t tokens, F&& f) {

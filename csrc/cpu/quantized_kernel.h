@@ -358,7 +358,7 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
         prefetch_tile(w, n + i, rows, k + room, std::min<int64_t>(room, w.depth() - k - terms));
       }
       if constexpr (kTiled<P>) {
-        tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, k == 0, c + i * c_stride, c_stride, nullptr, 0, 0);
+        tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, k == 0, c + i * c_stride, c_stride, {});
         continue;
       }
       for (int64_t block = 0; block < panel.num_blocks(); ++block) {
