@@ -211,7 +211,7 @@ def test_same_bits(product):
     check_same_bits(function, inputs, dout, threads=True)
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "generic"])
 def test_instruction_sets(isa):
     """The kernels of each instruction set that this processor has."""
     from gossamer import _C

@@ -213,7 +213,7 @@ def test_long_sums(device):
     check(*functions("dsd", tall, backend="native"), wide, needs=[])
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "generic"])
 def test_instruction_sets(device, isa):
     """The native kernels of each instruction set that this processor has."""
     if device != "cpu":

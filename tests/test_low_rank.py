@@ -360,7 +360,7 @@ def test_autocast(kernel_backend, device):
     assert torch.equal(y, function(**{k: v.detach().to(dtype) for k, v in inputs.items()}))
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "generic"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_instruction_sets(isa, dropout):
     """The native kernels of every instruction set that this processor runs."""
@@ -381,7 +381,7 @@ def test_instruction_sets(isa, dropout):
         extension.choose_isa("")
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "generic"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_update_of_torchs_product(monkeypatch, isa, dropout):
     """Where the layer's own product is torch's, the update is added to it by every instruction set.

@@ -280,7 +280,7 @@ def test_float64_on_the_cpu():
     torch.testing.assert_close(function(x), reference(x))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_instruction_sets_decode_alike(isa, weight_format):
     """Each build of the native kernels decodes to the same values: unit rows give the weight back exactly."""
@@ -314,7 +314,7 @@ def random_codes(weight_format, n, c):
 
 # Depths whose sums have segments of 128 and of 64 columns; the last segments are short. Rows end within a vector.
 @pytest.mark.parametrize("c", [736, 320])
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_few_tokens_have_the_bits_of_many(isa, weight_format, c):
     """Few tokens' products decode with rows in the lanes: bit by bit what those tokens get among many, and dense."""

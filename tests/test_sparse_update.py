@@ -200,7 +200,7 @@ def test_short_rows(device, low):
     index = torch.cat([torch.full((300,), 2), torch.randint(40, (200,))])[torch.randperm(500)].view(100, 5)
     try:
         for isa in ("generic", "avx2", "avx512"):
-            if isa not in ("generic", best) and not best.startswith("avx512"):
+            if isa not in ("generic", best) and not best.startswith(("avx512", "amx")):
                 continue
             native.choose_isa(isa)
             for dim in (8, 16, 32, 64, 128):
@@ -466,7 +466,7 @@ def test_instruction_sets(device):
     best = native.isa()
     try:
         for isa in ("generic", "avx2", "avx512"):
-            if isa == "generic" or best == isa or best.startswith("avx512"):
+            if isa == "generic" or best == isa or best.startswith(("avx512", "amx")):
                 native.choose_isa(isa)
                 for optimizer in OPTIMIZERS:
                     check_steps("native", table, batches, optimizer)

@@ -350,8 +350,9 @@ class ExpertMlpBackward {
                        S* partial, const Chunk& chunk) {
     const bool whole = chunk.first && chunk.last;
     T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
-    const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last};
-    queue.each(team, columns.depth, kGroup, [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); }, kTiled<P> ? 0 : 1);
+    const bool past_caches = a.groups.num_experts * columns.depth * rows.width * static_cast<int64_t>(sizeof(T)) > kPastCaches;
+    const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last, past_caches};
+    queue.each(team, columns.depth, kOuterRows<P>, [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); }, kTiled<P> ? 0 : 1);
   }
 
   // da = lowᵀ · rows and db = columnsᵀ · saved.

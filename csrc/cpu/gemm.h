@@ -560,6 +560,9 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>&
   }
 }
 
+// Results of so many bytes are not in the caches when they are written, nor when they are read next.
+constexpr int64_t kPastCaches = 16 << 20;
+
 // Where a weight gradient goes: straight to `out`, or, when the expert's rows come in several chunks, first into
 // `partial`, whose rows are `width` values (and which is null where `out` itself can hold partial sums).
 template <class T>
@@ -568,10 +571,16 @@ struct GradientSink {
   Accumulator<T>* partial;
   int64_t stride, width;
   bool first, last;
+  bool past_caches = false;  // whether results are too many for the caches, which would read what is overwritten
 
   T* at(int64_t row, int64_t column) const { return out + row * stride + column; }
   Accumulator<T>* partial_at(int64_t row, int64_t column) const { return partial + row * width + column; }
 };
+
+// Rows of a weight gradient that are worked on together: by tiles so many that the other panel comes from the second-level cache for
+// several of them.
+template <class P>
+constexpr int kOuterRows = kTiled<P> ? 2 * kGroup : kGroup;
 
 // Blocks of tokens that a weight gradient sums in registers before it adds to memory, about the longest segment.
 template <class P>
@@ -702,6 +711,18 @@ void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int6
   } else {
     product(std::integral_constant<int, 1>{});
   }
+  if constexpr (Vecs == 2 && std::is_same_v<T, BFloat16>) {
+    const auto line = [&](int r) { return sink.at(i + r, column); };
+    const bool whole = sink.past_caches && sink.last && column + width <= columns && sink.stride * sizeof(T) % 64 == 0;
+    if (whole && reinterpret_cast<uintptr_t>(line(0)) % 64 == 0) {
+      for (int r = 0; r < rows; ++r) {
+        const float* sum = own + r * width;
+        const auto out = _mm512_cvtne2ps_pbh((__m512)load(sum + kLanes<float>), (__m512)load(sum));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(line(r)), (__m512i)out);
+      }
+      return;
+    }
+  }
   each([&](float* sum, int64_t row, int64_t at, int valid) {
     if (sink.partial && !sink.last) {
       store_valid(sink.partial_at(row, at), load(sum), valid);
@@ -736,7 +757,7 @@ void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P
       if constexpr (kTiled<P>) {
         for (int64_t i = first; i < last; i += kGroup) {
           const int rows = static_cast<int>(std::min<int64_t>(kGroup, last - i));
-          prefetch_gradient<P>(sink, i, i + rows, next, b.width);
+          if (sink.partial || !sink.past_caches) prefetch_gradient<P>(sink, i, i + rows, next, b.width);
           tiled_outer_block<vectors>(a, i, rows, b.block(block), sink, column, b.width);
         }
         return;

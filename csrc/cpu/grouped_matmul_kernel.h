@@ -165,8 +165,9 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
     team.barrier();
     const bool whole = chunk.first && chunk.last;
     const GradientSink<T> sink{static_cast<T*>(a.dweight) + chunk.expert * n * c,
-                               std::is_same_v<T, S> || whole ? nullptr : buffers.partial, c, c, chunk.first, chunk.last};
-    buffers.queue.each(team, n, kGroup, [&](int64_t begin, int64_t end) {
+                               std::is_same_v<T, S> || whole ? nullptr : buffers.partial, c, c, chunk.first, chunk.last,
+                               a.groups.num_experts * n * c * static_cast<int64_t>(sizeof(T)) > kPastCaches};
+    buffers.queue.each(team, n, kOuterRows<P>, [&](int64_t begin, int64_t end) {
       outer_product(as_columns, begin, end, as_rows, sink);
     });
     if (!a.dbias) return;
