@@ -12,10 +12,13 @@ The CPU's kernels are compiled once for every instruction set, and chosen from a
 import glob
 import hashlib
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,13 +140,28 @@ class BuildExt(build_ext):
             return list(pool.map(compile_one, sources))
 
 
+def assembles(instruction):
+    """Whether the compiler's assembler knows an instruction: older ones than the compiler are in use."""
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    source = f'void f() {{ asm volatile("{instruction}"); }}'
+    try:
+        command = [*compiler, "-x", "c++", "-c", "-o", os.devnull, "-"]
+        return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+    except OSError:
+        return True
+
+
 def without_isas():
-    """The instruction sets that GOSSAMER_ISAS leaves out."""
+    """The instruction sets that GOSSAMER_ISAS leaves out, and the one that the assembler does not know."""
     wish = os.environ.get("GOSSAMER_ISAS") or "all"
     wanted = set(re.split(r"[;, ]+", wish)) - {""}
     if not wanted or wanted - {"all", "generic", *ISAS}:
         raise SystemExit(f"GOSSAMER_ISAS must be all, or some of {', '.join((*ISAS, 'generic'))}, got {wish!r}")
-    return [] if "all" in wanted else [isa for isa in ISAS if isa not in wanted]
+    left_out = [] if "all" in wanted else [isa for isa in ISAS if isa not in wanted]
+    if "all" in wanted and platform.machine() in ("x86_64", "AMD64") and not assembles("tilerelease"):
+        print("the assembler does not know AMX; building without its kernels", file=sys.stderr)
+        left_out.append("amx")
+    return left_out
 
 
 def extension():

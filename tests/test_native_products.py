@@ -73,3 +73,24 @@ def test_updated_rows_do_not_depend_on_their_company(isa, dtype, rank):
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33):
         for alone, all_of_them in zip(update(count), together, strict=True):
             assert torch.equal(alone, all_of_them[:count]), f"{count} rows"
+
+
+# More than the 16 MB from which results go past the caches; 100 rows of 4096 values come in two chunks, 40 in one; the second
+# width ends within a line of memory.
+@pytest.mark.parametrize("rows", [40, 100])
+@pytest.mark.parametrize("n", [2080, 2071])
+def test_weight_gradients_beyond_the_caches(isa, n, rows):
+    """Gradients that are written past the caches, in one piece or after partial sums, are right, and the same every time."""
+    c = 4096
+    x, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, n).bfloat16()
+    weight = torch.zeros(1, n, c, dtype=torch.bfloat16, requires_grad=True)
+    dispatch = gossamer.dispatch(torch.zeros(rows, 1, dtype=torch.int64), 1)
+
+    def gradient():
+        with gossamer.backend("native"):
+            y = gossamer.grouped_matmul(x, weight, dispatch, y_grouped=True)
+            return torch.autograd.grad(y, weight, dy)[0][0]
+
+    first = gradient()
+    assert_close(first, dy.double().mT @ x.double(), dy.mT @ x)
+    assert torch.equal(gradient(), first)

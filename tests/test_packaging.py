@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -213,7 +214,7 @@ def test_build_that_requires_cuda_fails_without_nvcc(build_script):
         build_script(GOSSAMER_CUDA="yes")
 
 
-def test_instruction_sets_are_those_wanted(build_script):
+def test_instruction_sets_are_those_wanted(build_script, tmp_path):
     """All of them unless told otherwise; the generic one always, and the program knows which are missing."""
 
     def built(**environment):
@@ -224,10 +225,16 @@ def test_instruction_sets_are_those_wanted(build_script):
     every = {p.stem.removeprefix("isa_") for p in (ROOT / "csrc" / "cpu").glob("isa_*.cpp")}
     assert built() == built(GOSSAMER_ISAS="all") == (every, [])
     found = built(GOSSAMER_ISAS="avx2; avx512")
-    assert found == ({"generic", "avx2", "avx512"}, ["GOSSAMER_WITHOUT_AVX512_BF16"])
+    assert found == ({"generic", "avx2", "avx512"}, ["GOSSAMER_WITHOUT_AVX512_BF16", "GOSSAMER_WITHOUT_AMX"])
     isas, macros = built(GOSSAMER_ISAS="generic")
-    assert isas == {"generic"} and len(macros) == 3
+    assert isas == {"generic"} and len(macros) == len(every) - 1
     assert all(f"#ifndef {macro}\n" in (ROOT / "csrc" / "cpu" / "isa.cpp").read_text() for macro in macros)
+    old = tmp_path / "old-compiler"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    if platform.machine() == "x86_64":
+        assert built(CXX=str(old)) == (every - {"amx"}, ["GOSSAMER_WITHOUT_AMX"])
+        assert built(CXX=str(old), GOSSAMER_ISAS="amx") == ({"generic", "amx"}, built(GOSSAMER_ISAS="amx")[1])
     for wish in ("avx2;sse", ","):
         with pytest.raises(SystemExit, match=f"GOSSAMER_ISAS must be all, or some of avx2, .*, got '{wish}'"):
             build_script(GOSSAMER_ISAS=wish)

@@ -2,7 +2,7 @@
 //
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
 // it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces
-// there, for sums of outer products, and for sums that leave out padding.
+// there, for sums of outer products, for sums that leave out padding, and for those of tiles.
 
 // Groups of columns at the end of a thread's share that are given out in quarters.
 constexpr int64_t kQuarteredGroups = 1;

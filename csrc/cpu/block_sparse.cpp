@@ -105,7 +105,9 @@ void block_product(const BlockProductArgs& args, int num_threads) {
       return run_team<OuterRectangleBuffers>(over(found), work, num_threads, kernels().outer_rectangles);
     }
   }
-  const auto found = choose(args.n);
+  // So too where rectangles are made of tiles, whose sums are not those of block by block.
+  const bool tiles = kernels().tiles && args.dtype == DType::kBFloat16;
+  const auto found = choose(tiles ? 64 : args.n);
   if (!found.empty()) return run_team<RectangleBuffers>(over(found), work, num_threads, kernels().rectangle_product);
   run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);
 }
@@ -136,8 +138,10 @@ Scratch gathered_rows(const SampledProductArgs& args, int num_threads) {
 void sampled_product(const SampledProductArgs& args, int num_threads) {
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.depth * (blocks * args.bm * args.bn + args.rows() + args.cols) + args.nnz * args.bm * args.bn;
+  // Deeper sums are more accurate in pieces.
+  constexpr int64_t kDeepest = 1 << 15;
   const auto found = choose_rectangles(args.lists, args.bm, args.bn, args.depth, args.cols, args.b.size);
-  if (!found.empty()) {
+  if (!found.empty() && args.depth <= kDeepest) {
     const SampledRectanglesArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
     return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().sampled_rectangles);
   }

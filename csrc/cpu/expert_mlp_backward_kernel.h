@@ -59,6 +59,7 @@ class ExpertMlpBackward {
         own(std::make_unique<ExpertMlpThread<T>>()),
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
+    if (kTiled<P>) rows_pack = std::make_unique_for_overwrite<P[]>(kRowsPackSize);
   }
 
   void run() {
@@ -151,8 +152,8 @@ class ExpertMlpBackward {
     if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.hidden, Team{0, 1});
   }
 
-  // Calls f for the ranges of pre-activation rows, of whole pairs, that belong to this thread: those whose activation it
-  // computes, as far as pairs allow, so that they stay in its caches.
+  // Calls f for the ranges of pre-activation rows, of whole pairs, that belong to this thread: mostly those whose activation it
+  // computes, so that they stay in its caches.
   template <class F>
   void for_own_preact(F&& f) const {
     const auto mine = team.share(a.inner, kGroup);
@@ -171,7 +172,7 @@ class ExpertMlpBackward {
 
   // Packs the chunk's rows, each thread a range of columns.
   void gather(const Chunk& chunk) {
-    const auto h = team.share(a.hidden, 2 * kPanelWidth<S>);
+    const auto h = team.share(a.hidden, kTiled<P> ? 2 * kPanelWidth<S> : kPanelWidth<S>);
     const T* const* rows = own->rows.rows_of(a.dy, chunk);
     const int64_t m = chunk.size();
     if constexpr (kSame) {
@@ -179,10 +180,7 @@ class ExpertMlpBackward {
       if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, h.begin, h.end);
     } else {
       if (buffers.dy_c && (!down_by_rows() || a.down_update)) pack_as_columns(dy_c, rows, h.begin, h.end);
-      if (a.needs_dact() && down_by_rows()) {
-        copy_rows(dy_rows, rows, h.begin, h.end);
-        if (team.thread == 0) dy_rows.zero_past_terms();
-      }
+      if (a.needs_dact() && down_by_rows()) copy_rows(dy_rows, rows, h.begin, h.end);
       if (buffers.dy_t) pack_as_terms(dy_t, rows, m, h.begin, h.end);
       if (buffers.dy) pack_as_columns(dy, rows, h.begin, h.end);
     }
@@ -208,22 +206,25 @@ class ExpertMlpBackward {
   bool gate_up_by_rows() const { return kTiled<P> && a.gate_up.col_stride == 1; }
 
   // Calls f(i, count) with own->buffers.c = the product of rows i .. i+count of a weight with the chunk, tokens as columns, for all
-  // rows; by_rows(i, count, c) instead where that is given and tokens come as rows of kGroup values.
-  template <class F, class ByRows>
-  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows, bool rows_left, F&& f,
-               ByRows&& by_rows) {
+  // rows; or, with rows_left, by_rows(i, count, c) with tokens as rows of kGroup values in c. before(i, count) comes ahead of each
+  // piece of work.
+  template <class Before, class F, class ByRows>
+  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows, bool rows_left,
+               Before&& before, F&& f, ByRows&& by_rows) {
     const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
     S* c = own->buffers.c;
     if constexpr (kTiled<P>) {
       if (rows_left) {
         const int64_t unit = rows_product_unit<P>(w.num_rows, w.depth, team.size);
         queue.each(team, w.num_rows, unit, [&](int64_t i, int64_t end) {
-          rows_product(w, i, end, rows, c + kGroup * c_stride, own->buffers.rows_pack, by_rows);
+          before(i, std::min<int64_t>(kGroup, end - i));
+          rows_product(w, i, end, rows, c + kGroup * c_stride, rows_pack.get(), by_rows);
         });
         return;
       }
     }
     queue.each(team, w.num_rows, kGroup, [&](int64_t i, int64_t end) {
+      before(i, end - i);
       group_product(w, i, end - i, columns, c, c_stride, own->buffers.pack);
       f(i, end - i);
     });
@@ -272,7 +273,8 @@ class ExpertMlpBackward {
     };
     const auto with_dact = [&](int64_t i, int64_t count) { activate(i, count, own->buffers.c); };
     if (a.needs_dact()) {
-      product(buffers.inner, down, dy_c, dy_rows, down_by_rows(), with_dact, [&](int64_t i, int64_t count, const S* c) {
+      const auto nothing = [](int64_t, int64_t) {};
+      product(buffers.inner, down, dy_c, dy_rows, down_by_rows(), nothing, with_dact, [&](int64_t i, int64_t count, const S* c) {
         transpose_product(c, count, chunk.size());
         with_dact(i, count);
       });
@@ -299,17 +301,16 @@ class ExpertMlpBackward {
         if (a.gate_up_update) group_product(low_w, i, count, up_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
         clock.lap(Stage::kDx);
         dx.add(own->buffers.c, c_stride, count, own->rows, m, false, i);
-        fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
         clock.lap(Stage::kCombine);
       };
-      product(buffers.hidden, gate_up, preact_c, preact_rows, gate_up_by_rows(), add, [&](int64_t i, int64_t count, const S* c) {
+      product(buffers.hidden, gate_up, preact_c, preact_rows, gate_up_by_rows(), fetch_sums, add, [&](int64_t i, int64_t count, const S* c) {
         if (a.gate_up_update) {
           transpose_product(c, count, m);
           return add(i, count);
         }
         clock.lap(Stage::kDx);
         dx.add_rows(c, kGroup, count, own->rows, m, i);
-        fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
+        if (i + count < h) fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
         clock.lap(Stage::kCombine);
       });
     }
@@ -384,6 +385,7 @@ class ExpertMlpBackward {
   ExpertMlpBuffers<P> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
+  std::unique_ptr<P[]> rows_pack;
   TokenSums<T> dx;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
   PackedRows<P> dy_rows, preact_rows;

@@ -1,7 +1,8 @@
 // Matrix products on panels. Included by isa_kernels.h.
 //
-// Every output value is a sum along depth in order, with a fresh sum every segment_of() values, whatever the other rows
-// and columns are: a token's result does not depend on its place in a batch, nor on the number of threads.
+// Every output value is a sum along depth in order, with a fresh sum every segment_of() values, or of tiles along depth and then what
+// is left of it, whatever the other rows and columns are: a token's result does not depend on its place in a batch, nor on the
+// number of threads.
 
 // Packed values of a product that are worked on at a time, a multiple of every segment.
 constexpr int kDepth = 128;
@@ -9,7 +10,7 @@ constexpr int kDepth = 128;
 // One long chain of additions in float loses several times what the dot products of BLAS lose, which keep a sum per
 // lane; short segments do not, but each costs a pass over the sums. Long ones are for depths whose products in BLAS, with
 // chains of hundreds, lose more.
-inline int segment_length(int64_t depth) { return depth < 256 ? 16 : depth < 512 ? 64 : 128; }
+inline int segment_length(int64_t depth) { return depth < 256 ? 16 : depth < 512 ? 32 : 128; }
 
 // The same in packed values.
 template <class P>
@@ -527,12 +528,10 @@ GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
   f(std::integral_constant<int, Tokens>{});
 }
 
-// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count, added to what c holds where `add` is set; c must have room for
-// count rounded up to a multiple of kRowUnit.
+// group_product() by vectors.
 template <class T, class P>
-void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
-                   bool add = false) {
-  if constexpr (kTiled<P>) return tiled_group_product(w, n, count, panel, c, c_stride, pack, add);
+void vector_group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c,
+                          int64_t c_stride, P* pack, bool add) {
   const bool columns = runs_along_rows(w);
   if (panel.width <= kFewTokens && (columns || w.col_stride == 1)) {
     return with_few_tokens(panel.width, [&](auto tokens) {
@@ -557,6 +556,18 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>&
       }
     }
     group_product_of<Read::kRows>(w, n + i, rows, unit, panel, to, c_stride, pack, add);
+  }
+}
+
+// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count, added to what c holds where `add` is set; c must have room for
+// count rounded up to a multiple of kRowUnit.
+template <class T, class P>
+void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
+                   bool add = false) {
+  if constexpr (kTiled<P>) {
+    tiled_group_product(w, n, count, panel, c, c_stride, pack, add);
+  } else {
+    vector_group_product(w, n, count, panel, c, c_stride, pack, add);
   }
 }
 
@@ -760,13 +771,13 @@ void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P
           if (sink.partial || !sink.past_caches) prefetch_gradient<P>(sink, i, i + rows, next, b.width);
           tiled_outer_block<vectors>(a, i, rows, b.block(block), sink, column, b.width);
         }
-        return;
+      } else {
+        for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
+          const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
+          prefetch_gradient<P>(sink, first + i, first + i + rows, next, b.width);
+          outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
+        });
       }
-      for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
-        const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
-        prefetch_gradient<P>(sink, first + i, first + i + rows, next, b.width);
-        outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
-      });
     });
   }
 }

@@ -50,7 +50,6 @@ struct ThreadBuffers {
   using S = SumOf<P>;
   static constexpr int64_t kMaxChunk = 512;
   alignas(64) P pack[kPackSize<P>];
-  alignas(64) P rows_pack[kTiled<P> ? kRowsPackSize : 1];
   alignas(64) S c[2 * kGroup * (kMaxChunk + kLanes<S>)];
 
   // Rows of c lie an odd number of vectors apart, so that a tile's rows do not share a cache set.

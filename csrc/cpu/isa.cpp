@@ -78,7 +78,7 @@ bool choose_kernels(const char* name) {
   __builtin_cpu_init();
 #endif
   for (const Build& build : kBuilds) {
-    if (build.runs_here() && (name == nullptr || std::strcmp(name, build.kernels->name) == 0)) {
+    if ((name == nullptr || std::strcmp(name, build.kernels->name) == 0) && build.runs_here()) {
       chosen.store(build.kernels, std::memory_order_release);
       return true;
     }

@@ -29,7 +29,7 @@ void in_team(const Args& args, void* shared, int num_threads, Team team) {
 }
 
 #define GOSSAMER_KERNEL_TABLE \
-  GOSSAMER_BF16_DOT, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, in_team<GroupedMatmulArgs, grouped_matmul>, \
+  GOSSAMER_BF16_DOT, GOSSAMER_AMX, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, in_team<GroupedMatmulArgs, grouped_matmul>, \
       in_team<GroupedDweightArgs, grouped_matmul_dweight>, multi_low_rank, multi_low_rank_backward, \
       in_team<ExpertMlpForwardArgs, expert_mlp>, in_team<ExpertMlpBackwardArgs, expert_mlp_backward>, \
       in_team<QuantizedMatmulArgs, quantized_grouped_matmul>, in_team<QuantizedMlpArgs, quantized_expert_mlp>, \

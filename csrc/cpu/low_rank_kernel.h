@@ -21,6 +21,31 @@ void pack_matrix(const FloatMatrix& m, int64_t depth, const Panel<P>& panel, int
   }
 }
 
+// Rows first .. last of a matrix of few columns, `first` a multiple of whole vectors of pairs, become terms of packed rows, one for
+// each column.
+template <class T, class P>
+void pack_transposed_matrix(const FloatMatrix& m, const PackedRows<P>& to, int64_t first, int64_t last) {
+  constexpr int64_t lanes = kLanes<P>, terms = kTerms<P>;
+  const T* base = static_cast<const T*>(m.base);
+  for (int64_t j = 0; j < to.tokens; j += lanes) {
+    const int columns = static_cast<int>(std::min<int64_t>(lanes, to.tokens - j));
+    for (int64_t k = first; k < last; k += lanes * terms) {
+      Vec<P> v[lanes];
+      for (int64_t i = 0; i < lanes; ++i) {
+        if (m.row_stride == 1) {
+          v[i] = i < columns ? load_terms<P>(base + (j + i) * m.col_stride + k, last - k) : Vec<P>{};
+        } else {
+          const int64_t term = k + i * terms;
+          const T* row = base + term * m.row_stride + j;
+          v[i] = term < last ? load_lanes<P>(row, term + 1 < last ? row + m.row_stride : nullptr, columns) : Vec<P>{};
+        }
+      }
+      if (m.row_stride != 1) transpose<P>(v);
+      for (int i = 0; i < columns; ++i) store(to.at(j + i, k / terms), v[i]);
+    }
+  }
+}
+
 // A copy of rows first .. first + count of `big` without what dropout drops.
 template <class T>
 Weight<T> drop_rows(const RankProductArgs& a, int64_t first, int64_t count, T* out, bool* kept) {
@@ -95,6 +120,33 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
   }
 }
 
+// rank_product() by tiles, of rows that are contiguous in a skinny product's sum: they are the columns of tiles, and the rank's few
+// rows are on the left.
+template <class T>
+void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<BFloat16Pair>& buffers, Team team) {
+  using P = BFloat16Pair;
+  const PackedRows<P> rows{buffers.panel, a.depth, a.rank};
+  const auto pack = std::make_unique<P[]>(kRowsPackSize);
+  const auto c = std::make_unique<float[]>((a.rank + kTileSide - 1) / kTileSide * kTileSide * kGroup);
+  buffers.queue.restart(team);
+  const auto packed = team.share(a.depth, kLanes<P> * kTerms<P>);
+  pack_transposed_matrix<T>(a.small, rows, packed.begin, packed.end);
+  team.barrier();
+  const float factor = static_cast<float>(a.factor);
+  const auto store = [&](auto tag, int64_t first, int64_t count, const float* sums) {
+    using O = typename decltype(tag)::type;
+    // The product is the transpose of what is asked for.
+    const FloatMatrix out{static_cast<O*>(a.out.base) + first * a.out.row_stride, a.out.col_stride, a.out.row_stride, a.out.dtype};
+    store_product<O>(out, 0, a.rank, count, sums, kGroup, factor);
+  };
+  buffers.queue.each(team, a.rows, rows_product_unit<P>(a.rows, a.depth, team.size), [&](int64_t first, int64_t last) {
+    rows_product(big, first, last, rows, c.get(), pack.get(), [&](int64_t i, int64_t count, const float* sums) {
+      if (a.out.dtype == a.dtype) return store(TypeTag<T>{}, i, count, sums);
+      store(TypeTag<float>{}, i, count, sums);
+    });
+  });
+}
+
 template <class T>
 void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
@@ -103,6 +155,10 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   LowRankBuffers<P> buffers(arena, a, num_threads);
   const int64_t c_stride = (a.rank + kGroup - 1) / kGroup * kGroup + kLanes<S>;
   const bool wide = a.big.row_stride == 1 && a.big.col_stride != 1 && !a.dropout.on;
+  const Weight<T> big{static_cast<const T*>(a.big.base), a.big.row_stride, a.big.col_stride, a.rows, a.depth};
+  if constexpr (kTiled<P>) {
+    if (wide) return tiled_rank_product(a, big, buffers, team);
+  }
   const auto c = std::make_unique<S[]>((wide ? kWide : kGroup) * c_stride);
   const auto pack = std::make_unique<P[]>(kPackSize<P>);
   const auto dropped = std::make_unique<T[]>(a.dropout.on ? kGroup * a.depth : 0);
@@ -112,7 +168,6 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   const auto packed = team.share(a.depth, kLanes<P>);
   pack_matrix<T>(a.small, a.depth, panel, packed.begin, packed.end);
   team.barrier();
-  const Weight<T> big{static_cast<const T*>(a.big.base), a.big.row_stride, a.big.col_stride, a.rows, a.depth};
   buffers.queue.each(team, a.rows, rank_unit(a.rows, num_threads, wide ? kWide : kGroup), [&](int64_t first, int64_t last) {
     const int64_t count = last - first;
     if (wide) {
@@ -158,13 +213,32 @@ __attribute__((noinline)) void add_to_tile(const P* left, const P* b, int64_t de
   }
 }
 
+// The same by tiles for up to two tiles of rows, whose packed values are zero past the depth, as those of b are.
+template <int Vecs, class T, class P>
+void add_tiles([[maybe_unused]] const P* left, [[maybe_unused]] int rows, [[maybe_unused]] const P* b, [[maybe_unused]] int64_t depth,
+               [[maybe_unused]] float factor, [[maybe_unused]] T* y, [[maybe_unused]] int64_t y_stride, [[maybe_unused]] float* c) {
+#if GOSSAMER_AMX
+  constexpr int width = Vecs * kLanes<float>;
+  const auto product = rows > kTileSide ? tile_product<2, Vecs> : tile_product<1, Vecs>;
+  LinesAhead none;
+  product(reinterpret_cast<const char*>(left), kDepth * sizeof(P), b, depth / kTileSide, true, c, width * sizeof(float), none);
+  for (int i = 0; i < rows; ++i) {
+    T* to = y + i * y_stride;
+    __builtin_prefetch(to + width, 1, 2);
+#pragma GCC unroll 4
+    for (int v = 0; v < width; v += kLanes<float>) store_sums(to + v, fma(load(c + i * width + v), splat(factor), load(to + v)));
+  }
+#endif
+}
+
 // Adds the update to the rows of y, which the threads share. Columns are the lanes.
 template <class T>
 void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
                      Team team) {
   using S = Accumulator<T>;
   using P = Operand<T>;
-  const Panel<P> right{buffers.update, packed_depth<P>(a.rank), a.columns};
+  const int64_t depth = packed_depth<P>(a.rank);
+  const Panel<P> right{buffers.update, token_depth<P>(a.rank), a.columns};
   const int64_t c_stride = own.c_stride(kPanelWidth<P>);
   const auto block_of = [&](int64_t block) {
     const int64_t width = std::min<int64_t>(kPanelWidth<P>, a.columns - block * kPanelWidth<P>);
@@ -176,21 +250,30 @@ void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, 
     FloatMatrix from = a.right;
     from.base = const_cast<T*>(static_cast<const T*>(from.base) + block * kPanelWidth<P> * from.col_stride);
     pack_matrix<T>(from, a.rank, block_of(block), 0, a.rank);
+    zero_past(block_of(block), depth, 0, block_of(block).width);
   }
   team.barrier();
   const Weight<T> left{static_cast<const T*>(a.left.base), a.left.row_stride, 1, a.rows, a.rank};
   const S factor = static_cast<S>(a.factor);
-  const bool in_registers = !a.dropout.on && right.depth <= segment_of<P>(a.rank);
+  const bool in_registers = !a.dropout.on && depth <= segment_of<P>(a.rank);
   buffers.queue.each(team, a.rows, rank_unit(a.rows, team.size, kGroup), [&](int64_t i, int64_t last) {
     T* y = static_cast<T*>(a.y.base) + i * a.y.row_stride;
-    const int64_t tiled = in_registers ? (last - i) / 4 * 4 : 0;
+    const int64_t tiled = !in_registers ? 0 : kTiled<P> ? last - i : (last - i) / 4 * 4;
     const int64_t whole = a.columns % kLanes<S> == 0 ? right.num_blocks() : a.columns / kPanelWidth<P>;  // blocks
     if (tiled > 0) pack_rows(left, i, static_cast<int>(tiled), 0, a.rank, own.pack);
-    for_tiles<GOSSAMER_TILE_ROWS>(tiled, [&](auto tile, int64_t r) {
+    for (int64_t block = 0; kTiled<P> && tiled > 0 && block < whole; ++block) {
+      with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
+        if constexpr (vectors <= 2) {
+          T* to = y + block * kPanelWidth<P>;
+          add_tiles<vectors>(own.pack, static_cast<int>(tiled), right.block(block), right.depth, factor, to, a.y.row_stride, own.c);
+        }
+      });
+    }
+    for_tiles<GOSSAMER_TILE_ROWS>(kTiled<P> ? 0 : tiled, [&](auto tile, int64_t r) {
       for (int64_t block = 0; block < whole; ++block) {
         with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
           T* to = y + r * a.y.row_stride + block * kPanelWidth<P>;
-          add_to_tile<tile, vectors>(own.pack + r * kDepth, right.block(block), right.depth, factor, to, a.y.row_stride);
+          add_to_tile<tile, vectors>(own.pack + r * kDepth, right.block(block), depth, factor, to, a.y.row_stride);
         });
       }
     });

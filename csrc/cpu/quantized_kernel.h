@@ -326,10 +326,12 @@ template <class P>
 void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride,
                    P* pack) {
   using T = Term<P>;
-  if (!kTiled<P> && panel.width <= kFewTokens && !w.transposed) {
-    return with_few_tokens(panel.width, [&](auto tokens) {
-      visit_format(w.weights->format, [&](auto format) { few_tokens_of<format, tokens>(w, n, count, panel, c, c_stride); });
-    });
+  if constexpr (!kTiled<P>) {
+    if (panel.width <= kFewTokens && !w.transposed) {
+      return with_few_tokens(panel.width, [&](auto tokens) {
+        visit_format(w.weights->format, [&](auto format) { few_tokens_of<format, tokens>(w, n, count, panel, c, c_stride); });
+      });
+    }
   }
   constexpr int room = kDepth * kTerms<P>;
   alignas(64) T tile[kGroup * room];
@@ -359,20 +361,20 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
       }
       if constexpr (kTiled<P>) {
         tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, k == 0, c + i * c_stride, c_stride, {});
-        continue;
-      }
-      for (int64_t block = 0; block < panel.num_blocks(); ++block) {
-        with_block(panel, block, [&](auto vectors, auto half) {
-          const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
-          for_tiles<kTileRows<vectors>>(rows, [&](auto height, int64_t j) {
-            SumOf<P>* to = c + (i + j) * c_stride + block * kPanelWidth<P>;
-            if (w.transposed) {
-              block_product<height, vectors, 1, kGroup, half>(pack + j, 0, b, depth, segment, k == 0, to, c_stride);
-            } else {
-              block_product<height, vectors, kDepth, 1, half>(pack + j * kDepth, 0, b, depth, segment, k == 0, to, c_stride);
-            }
+      } else {
+        for (int64_t block = 0; block < panel.num_blocks(); ++block) {
+          with_block(panel, block, [&](auto vectors, auto half) {
+            const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
+            for_tiles<kTileRows<vectors>>(rows, [&](auto height, int64_t j) {
+              SumOf<P>* to = c + (i + j) * c_stride + block * kPanelWidth<P>;
+              if (w.transposed) {
+                block_product<height, vectors, 1, kGroup, half>(pack + j, 0, b, depth, segment, k == 0, to, c_stride);
+              } else {
+                block_product<height, vectors, kDepth, 1, half>(pack + j * kDepth, 0, b, depth, segment, k == 0, to, c_stride);
+              }
+            });
           });
-        });
+        }
       }
     }
   }

@@ -33,7 +33,10 @@ class TilesInUse {
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
   ~TilesInUse() {
-    if (used_) asm volatile("tilerelease");
+    if (!used_) return;
+    asm volatile("tilerelease");
+    // Results that went past the caches, before anyone is told that they are there.
+    _mm_sfence();
   }
   TilesInUse(const TilesInUse&) = delete;
   TilesInUse& operator=(const TilesInUse&) = delete;
