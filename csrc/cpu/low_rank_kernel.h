@@ -261,22 +261,23 @@ void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, 
     const int64_t tiled = !in_registers ? 0 : kTiled<P> ? last - i : (last - i) / 4 * 4;
     const int64_t whole = a.columns % kLanes<S> == 0 ? right.num_blocks() : a.columns / kPanelWidth<P>;  // blocks
     if (tiled > 0) pack_rows(left, i, static_cast<int>(tiled), 0, a.rank, own.pack);
-    for (int64_t block = 0; kTiled<P> && tiled > 0 && block < whole; ++block) {
-      with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
-        if constexpr (vectors <= 2) {
+    if constexpr (kTiled<P>) {
+      for (int64_t block = 0; block < (tiled > 0 ? whole : 0); ++block) {
+        with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
           T* to = y + block * kPanelWidth<P>;
           add_tiles<vectors>(own.pack, static_cast<int>(tiled), right.block(block), right.depth, factor, to, a.y.row_stride, own.c);
+        });
+      }
+    } else {
+      for_tiles<GOSSAMER_TILE_ROWS>(tiled, [&](auto tile, int64_t r) {
+        for (int64_t block = 0; block < whole; ++block) {
+          with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
+            T* to = y + r * a.y.row_stride + block * kPanelWidth<P>;
+            add_to_tile<tile, vectors>(own.pack + r * kDepth, right.block(block), depth, factor, to, a.y.row_stride);
+          });
         }
       });
     }
-    for_tiles<GOSSAMER_TILE_ROWS>(kTiled<P> ? 0 : tiled, [&](auto tile, int64_t r) {
-      for (int64_t block = 0; block < whole; ++block) {
-        with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
-          T* to = y + r * a.y.row_stride + block * kPanelWidth<P>;
-          add_to_tile<tile, vectors>(own.pack + r * kDepth, right.block(block), depth, factor, to, a.y.row_stride);
-        });
-      }
-    });
     for (int64_t block = tiled == last - i ? whole : 0; block < right.num_blocks(); ++block) {
       const Panel<P> panel = block_of(block);
       const int64_t first = i + (block < whole ? tiled : 0);

@@ -19,6 +19,7 @@ Mask = tuple[int, int] | None
 _FROM_ROWS = {
     ("avx2", torch.float32): {"rows": 2048, "columns": 96, "gradient": 1},
     ("avx512_bf16", torch.bfloat16): {"rows": 256, "columns": math.inf, "gradient": 1},
+    ("amx", torch.bfloat16): {"rows": 512, "columns": 1, "gradient": 1},
 }
 
 
