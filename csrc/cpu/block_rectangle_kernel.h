@@ -18,10 +18,11 @@ GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
   }
 }
 
-// Packs rows begin .. end of a rectangle's blocks with the rows in lanes, each thread some of its block columns.
+// Packs rows begin .. end of a rectangle's blocks with the rows in lanes, or as they are on the left of tiles, each thread some of its
+// block columns.
 template <class T, class P>
 void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin, int64_t end, const Panel<P>& panel,
-                    const T** rows, Team team) {
+                    const PackedRows<P>* left, const T** rows, Team team) {
   const auto block = [&](int64_t list, int64_t column) {
     return static_cast<const T*>(a.values) + a.lists.place(a.lists.offsets[list] + column) * a.bm * a.bn;
   };
@@ -31,7 +32,8 @@ void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin
       for (int64_t row = begin; row < end; ++row) {
         rows[row - begin] = block(row / a.bm, column) + row % a.bm * a.row_stride - column * a.bn;
       }
-      pack_as_columns(panel, rows, column * a.bn, std::min((column + 1) * a.bn, r.depth));
+      const int64_t first = column * a.bn, last = std::min(first + a.bn, r.depth);
+      left ? copy_rows(*left, rows, first, last) : pack_as_columns(panel, rows, first, last);
     }
     return;
   }
@@ -44,8 +46,15 @@ void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin
   }
 }
 
+// The bias and activation of columns n .. n + count and `width` rows from `row` on of the result, whose rows are the lanes of c: a bias
+// by rows of the result runs along them.
+template <class T, class S>
+void finish_tile(const Epilogue& epilogue, int64_t n, int64_t count, int64_t row, int64_t width, S* c, int64_t c_stride) {
+  finish<T>({epilogue.bias, !epilogue.bias_by_rows, epilogue.activation}, c, c_stride, n, count, row, width);
+}
+
 // c = the product of a panel with `count` rows of a weight, which have the columns n and on of the result, its bias and
-// activation applied; the panel's first row is `row`. A bias by rows of the result runs along the lanes of c.
+// activation applied; the panel's first row is `row`.
 template <class T, class P, class S>
 void rectangle_tile(const Weight<T>& w, int64_t at, int64_t count, const Panel<P>& panel, const Epilogue& epilogue, int64_t n,
                     int64_t row, S* c, int64_t c_stride, P* pack) {
@@ -54,7 +63,7 @@ void rectangle_tile(const Weight<T>& w, int64_t at, int64_t count, const Panel<P
   } else {
     group_product(w, at, count, panel, c, c_stride, pack);
   }
-  finish<T>({epilogue.bias, !epilogue.bias_by_rows, epilogue.activation}, c, c_stride, n, count, row, panel.width);
+  finish_tile<T>(epilogue, n, count, row, panel.width, c, c_stride);
 }
 
 template <class T>
@@ -66,6 +75,9 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(std::max(a.max_depth(), buffers.chunk));
   T* y = static_cast<T*>(a.y);
+  // Tiles have the rectangle's rows on the left where those of the dense operand are contiguous, and blocks are whole vectors.
+  const bool by_rows = kTiled<P> && a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0 && a.b.col_stride == 1 && a.b.row_stride != 1;
+  const auto rows_pack = std::make_unique_for_overwrite<P[]>(by_rows ? kRowsPackSize : 0);
   for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
     const int64_t depth = r.depth, m = end - row, c_stride = own->c_stride(buffers.chunk);
     const Panel<P> panel{buffers.panel, packed_depth<P>(depth), m};
@@ -73,15 +85,16 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     const Weight<T> w{b, a.b.col_stride, a.b.row_stride, a.n, depth};
     team.barrier();
     buffers.queue.restart(team);
-    pack_rectangle(a, r, row, end, panel, rows.get(), team);
+    const PackedRows<P> left{buffers.panel, depth, m};
+    pack_rectangle(a, r, row, end, panel, by_rows ? &left : nullptr, rows.get(), team);
     team.barrier();
-    buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
-      const int64_t count = last - n;
-      // What the results will be written to comes into the cache while they are computed.
+    // What the results will be written to comes into the cache while they are computed.
+    const auto fetch_results = [&](int64_t n, int64_t count) {
       for (int64_t i = 0; i < m && !a.y_by_columns; ++i) {
         prefetch_lines<1, Fetch::kWriteLater>(y + a.y_offset(row + i, n), count * sizeof(T));
       }
-      rectangle_tile(w, n, count, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
+    };
+    const auto put_results = [&](int64_t n, int64_t count) {
       if (a.y_by_columns) {
         // Parts are of whole blocks, so none ends within a vector.
         for (int64_t t = 0; t < m; t += kLanes<S>) {
@@ -96,6 +109,23 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t column, Vec<S> v, int valid) {
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
+    };
+    if constexpr (kTiled<P>) {
+      if (by_rows && depth > 0) {
+        buffers.queue.each(team, a.n, rows_product_unit<P>(a.n, depth, team.size), [&](int64_t n, int64_t last) {
+          rows_product(w, n, last, left, own->c + kGroup * c_stride, rows_pack.get(), [&](int64_t i, int64_t count, const float* c) {
+            for_transposed(c, kGroup, m, count, [&](int64_t j, int64_t t, Vec<S> v, int) { store(own->c + j * c_stride + t, v); });
+            finish_tile<T>(a.epilogue, i, count, row, m, own->c, c_stride);
+            put_results(i, count);
+          });
+        });
+        return;
+      }
+    }
+    buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
+      fetch_results(n, last - n);
+      rectangle_tile(w, n, last - n, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
+      put_results(n, last - n);
     }, quartered<P>(w, m, kQuarteredGroups));
   });
 }

@@ -170,7 +170,7 @@ struct RectangleBuffers {
   RectangleBuffers(Arena& arena, const Args& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(a.max_depth(), sizeof(P) / kTerms<P>);
-    panel = arena.take<P>(panel_size(packed_depth<P>(a.max_depth()), chunk));
+    panel = arena.take<P>(std::max(panel_size(packed_depth<P>(a.max_depth()), chunk), packed_rows_size<P>(a.max_depth(), chunk)));
   }
 };
 

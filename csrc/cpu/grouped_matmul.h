@@ -117,7 +117,7 @@ struct GroupedBuffers {
   GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(a.c, sizeof(P) / kTerms<P>);
-    x = arena.take<P>(panel_size(packed_depth<P>(a.c), chunk));
+    x = arena.take<P>(std::max(panel_size(packed_depth<P>(a.c), chunk), packed_rows_size<P>(a.c, chunk)));
   }
   GroupedBuffers(Arena& arena, const GroupedDweightArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);

@@ -76,6 +76,11 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   T* y = static_cast<T*>(a.y);
+  // Tiles have tokens on the left of a weight that is contiguous along its rows.
+  constexpr bool may_go_by_rows = kTiled<P> && std::is_same_v<decltype(weight_of(int64_t{})), Weight<T>>;
+  const bool by_rows = may_go_by_rows && a.weight.row_stride == 1 && a.weight.col_stride != 1;
+  const auto rows_pack = std::make_unique_for_overwrite<P[]>(by_rows ? kRowsPackSize : 0);
+  const auto y_row = [&](int64_t r) { return y + (a.y_grouped ? r : a.groups.slots[r]) * a.n; };
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size(), c_stride = own->c_stride(buffers.chunk);
     const Panel<P> panel{buffers.x, packed_depth<P>(a.c), m};
@@ -83,21 +88,38 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
     team.barrier();
     buffers.queue.restart(team);
     const auto packed = team.share(a.c, kPanelWidth<P>);
-    pack_as_columns(panel, rows.get(), packed.begin, packed.end);
+    const PackedRows<P> left{buffers.x, a.c, m};
+    by_rows ? copy_rows(left, rows.get(), packed.begin, packed.end) : pack_as_columns(panel, rows.get(), packed.begin, packed.end);
     team.barrier();
     const auto w = weight_of(chunk.expert);
+    if constexpr (may_go_by_rows) {
+      if (by_rows) {
+        buffers.queue.each(team, a.n, rows_product_unit<P>(a.n, a.c, team.size), [&](int64_t n, int64_t last) {
+          rows_product(w, n, last, left, own->c, rows_pack.get(), [&](int64_t i, int64_t count, const float* c) {
+            alignas(64) float bias[kGroup] = {};
+            for (int64_t j = 0; j < (a.bias ? count : 0); ++j) bias[j] = static_cast<float>(a.bias.at(chunk.expert, i + j));
+            for (int64_t t = 0; t < m; ++t) {
+              for (int64_t j = 0; j < count; j += kLanes<S>) {
+                const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, count - j));
+                store_valid(y_row(chunk.begin + t) + i + j, load(c + t * kGroup + j) + load(bias + j), valid);
+              }
+            }
+          });
+        });
+        return;
+      }
+    }
     buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
       group_product(w, n, count, panel, own->c, c_stride, own->pack);
       add_bias(a.bias, chunk.expert, n, count, own->c, c_stride, m);
       for_transposed(own->c, c_stride, count, m, [&](int64_t token, int64_t column, Vec<S> v, int valid) {
-        const int64_t r = chunk.begin + token;
-        store_valid(y + (a.y_grouped ? r : a.groups.slots[r]) * a.n + n + column, v, valid);
+        store_valid(y_row(chunk.begin + token) + n + column, v, valid);
       });
     });
   });
   for (int64_t r = a.groups.offsets[a.groups.num_experts] + team.thread; r < a.groups.num_rows; r += team.size) {
-    std::memset(static_cast<void*>(y + (a.y_grouped ? r : a.groups.slots[r]) * a.n), 0, a.n * sizeof(T));
+    std::memset(static_cast<void*>(y_row(r)), 0, a.n * sizeof(T));
   }
 }
 
