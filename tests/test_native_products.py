@@ -75,12 +75,12 @@ def test_updated_rows_do_not_depend_on_their_company(isa, dtype, rank):
             assert torch.equal(alone, all_of_them[:count]), f"{count} rows"
 
 
-# More than the 16 MB from which results go past the caches; 100 rows of 4096 values come in two chunks, 40 in one; the second
-# width ends within a line of memory.
+# More than the 16 MB from which results go past the caches; 100 rows of 4096 values come in two chunks, 40 in one; the
+# second width ends within a tile.
 @pytest.mark.parametrize("rows", [40, 100])
 @pytest.mark.parametrize("n", [2080, 2071])
 def test_weight_gradients_beyond_the_caches(isa, n, rows):
-    """Gradients that are written past the caches, in one piece or after partial sums, are right, and the same every time."""
+    """Gradients that are written past the caches, at once or after partial sums, are right, and the same every time."""
     c = 4096
     x, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, n).bfloat16()
     weight = torch.zeros(1, n, c, dtype=torch.bfloat16, requires_grad=True)

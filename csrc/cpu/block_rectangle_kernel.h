@@ -76,7 +76,8 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   const auto rows = std::make_unique<const T*[]>(std::max(a.max_depth(), buffers.chunk));
   T* y = static_cast<T*>(a.y);
   // Tiles have the rectangle's rows on the left where those of the dense operand are contiguous, and blocks are whole vectors.
-  const bool by_rows = kTiled<P> && a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0 && a.b.col_stride == 1 && a.b.row_stride != 1;
+  const bool whole_vectors = a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0;
+  const bool by_rows = kTiled<P> && whole_vectors && a.b.col_stride == 1 && a.b.row_stride != 1;
   const auto rows_pack = std::make_unique_for_overwrite<P[]>(by_rows ? kRowsPackSize : 0);
   for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
     const int64_t depth = r.depth, m = end - row, c_stride = own->c_stride(buffers.chunk);

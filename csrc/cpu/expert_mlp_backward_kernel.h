@@ -303,7 +303,7 @@ class ExpertMlpBackward {
         dx.add(own->buffers.c, c_stride, count, own->rows, m, false, i);
         clock.lap(Stage::kCombine);
       };
-      product(buffers.hidden, gate_up, preact_c, preact_rows, gate_up_by_rows(), fetch_sums, add, [&](int64_t i, int64_t count, const S* c) {
+      const auto add_rows = [&](int64_t i, int64_t count, const S* c) {
         if (a.gate_up_update) {
           transpose_product(c, count, m);
           return add(i, count);
@@ -312,7 +312,8 @@ class ExpertMlpBackward {
         dx.add_rows(c, kGroup, count, own->rows, m, i);
         if (i + count < h) fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
         clock.lap(Stage::kCombine);
-      });
+      };
+      product(buffers.hidden, gate_up, preact_c, preact_rows, gate_up_by_rows(), fetch_sums, add, add_rows);
     }
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
@@ -353,7 +354,8 @@ class ExpertMlpBackward {
     T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
     const bool past_caches = a.groups.num_experts * columns.depth * rows.width * static_cast<int64_t>(sizeof(T)) > kPastCaches;
     const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last, past_caches};
-    queue.each(team, columns.depth, kOuterRows<P>, [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); }, kTiled<P> ? 0 : 1);
+    const auto sum = [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); };
+    queue.each(team, columns.depth, kOuterRows<P>, sum, kTiled<P> ? 0 : 1);
   }
 
   // da = lowᵀ · rows and db = columnsᵀ · saved.

@@ -6,6 +6,8 @@
 #include "cpu/sparse_update_kernel.h"
 #include "cpu/panel.h"
 #include "cpu/gemm.h"
+#include "cpu/tile_gemm.h"
+#include "cpu/outer_product.h"
 #include "cpu/quantized_kernel.h"
 #include "cpu/grouped_matmul_kernel.h"
 #include "cpu/multi_low_rank_kernel.h"
@@ -29,8 +31,8 @@ void in_team(const Args& args, void* shared, int num_threads, Team team) {
 }
 
 #define GOSSAMER_KERNEL_TABLE \
-  GOSSAMER_BF16_DOT, GOSSAMER_AMX, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, in_team<GroupedMatmulArgs, grouped_matmul>, \
-      in_team<GroupedDweightArgs, grouped_matmul_dweight>, multi_low_rank, multi_low_rank_backward, \
+  GOSSAMER_BF16_DOT, GOSSAMER_AMX, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, \
+      in_team<GroupedMatmulArgs, grouped_matmul>, in_team<GroupedDweightArgs, grouped_matmul_dweight>, multi_low_rank, multi_low_rank_backward, \
       in_team<ExpertMlpForwardArgs, expert_mlp>, in_team<ExpertMlpBackwardArgs, expert_mlp_backward>, \
       in_team<QuantizedMatmulArgs, quantized_grouped_matmul>, in_team<QuantizedMlpArgs, quantized_expert_mlp>, \
       in_team<RankProductArgs, rank_product>, in_team<LowRankArgs, low_rank_matmul>, block_product, sampled_product, \

@@ -321,7 +321,7 @@ __attribute__((noinline)) void few_tokens_of(const QuantizedMatrix& w, int64_t n
   });
 }
 
-// group_product() of gemm.h: the same sums in the same order.
+// group_product() of tile_gemm.h: the same sums in the same order.
 template <class P>
 void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride,
                    P* pack) {

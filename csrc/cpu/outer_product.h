@@ -1,0 +1,212 @@
+// Sums over tokens: outer products of panels, which are weight gradients. Included by isa_kernels.h.
+
+// Results of so many bytes are not in the caches when they are written, nor when they are read next.
+constexpr int64_t kPastCaches = 16 << 20;
+
+// Where a weight gradient goes: straight to `out`, or, when the expert's rows come in several chunks, first into
+// `partial`, whose rows are `width` values (and which is null where `out` itself can hold partial sums).
+template <class T>
+struct GradientSink {
+  T* out;
+  Accumulator<T>* partial;
+  int64_t stride, width;
+  bool first, last;
+  bool past_caches = false;  // whether results are too many for the caches, which would read what is overwritten
+
+  T* at(int64_t row, int64_t column) const { return out + row * stride + column; }
+  Accumulator<T>* partial_at(int64_t row, int64_t column) const { return partial + row * width + column; }
+};
+
+// Rows of a weight gradient that are worked on together: by tiles so many that the other panel comes from the second-level cache for
+// several of them.
+template <class P>
+constexpr int kOuterRows = kTiled<P> ? 2 * kGroup : kGroup;
+
+// Blocks of tokens that a weight gradient sums in registers before it adds to memory, about the longest segment.
+template <class P>
+constexpr int64_t kOuterBlocks = (kDepth + kPanelWidth<P> - 1) / kPanelWidth<P>;
+
+// to = before + Σ_token a[i][token] · b[token] over the blocks first .. last of a, rounded to what `to` holds; `before` may be
+// null. Its sums must live in registers, so each form is a function of its own.
+template <int Rows, int Vecs, class P, class O>
+__attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b,
+                                            const SumOf<P>* before, int64_t before_stride, O* to, int64_t to_stride) {
+  using S = SumOf<P>;
+  Vec<S> sum[Rows][Vecs] = {};
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t token = block * kPanelWidth<P>, stride = a.block_vectors(block) * kLanes<P>;
+    accumulate<P>(sum, a.block(block) + i * stride, stride, 1, b + token * Vecs * kLanes<P>,
+                  std::min<int64_t>(kPanelWidth<P>, a.width - token));
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) {
+      const int64_t at = v * kLanes<S>;
+      store_sums(to + r * to_stride + at, before ? load(before + r * before_stride + at) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+// The tile of `rows` rows, of Rows that are computed, and the block of columns at `column`.
+template <int Rows, int Vecs, class T, class P>
+GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P* b, const GradientSink<T>& sink,
+                                 int64_t column, int64_t columns) {
+  using S = SumOf<P>;
+  constexpr int width = Vecs * kLanes<S>;
+  alignas(64) S own[Rows * width];
+  // Calls f(sums, row, column, valid lanes) for the vectors of the tile that there are.
+  const auto each = [&](auto&& f) {
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < std::min<int64_t>(width, columns - column); at += kLanes<S>) {
+        const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - column - at));
+        f(own + r * width + at, i + r, column + at, valid);
+      }
+    }
+  };
+  // Whole tiles of sums come straight from where they are kept, and go there.
+  const bool whole = rows == Rows && column + width <= columns;
+  S* kept = own;
+  int64_t kept_stride = width;
+  if constexpr (std::is_same_v<T, S>) {
+    if (whole) {
+      kept = sink.at(i, column);
+      kept_stride = sink.stride;
+    }
+  } else if (whole && sink.partial) {
+    kept = sink.partial_at(i, column);
+    kept_stride = sink.width;
+  }
+  if (!whole) {
+    std::fill_n(own, Rows * width, S{0});
+    // Earlier sums come first here as well, so that a value's bits do not tell where its tile ends.
+    if (!sink.first) {
+      each([&](S* sum, int64_t row, int64_t at, int valid) {
+        store(sum, sink.partial ? load_valid(sink.partial_at(row, at), valid) : load_valid(sink.at(row, at), valid));
+      });
+    }
+  }
+  const int64_t blocks = a.num_blocks();
+  for (int64_t block = 0; block < blocks; block += kOuterBlocks<P>) {
+    const int64_t last = std::min(blocks, block + kOuterBlocks<P>);
+    const S* before = block > 0 || !sink.first ? kept : nullptr;
+    if (whole && sink.last && last == blocks) {
+      outer_blocks<Rows, Vecs>(a, i, block, last, b, before, kept_stride, sink.at(i, column), sink.stride);
+    } else {
+      outer_blocks<Rows, Vecs>(a, i, block, last, b, before, kept_stride, kept, kept_stride);
+    }
+  }
+  if (whole) return;
+  each([&](S* sum, int64_t row, int64_t at, int valid) {
+    if (sink.partial && !sink.last) {
+      store_valid(sink.partial_at(row, at), load(sum), valid);
+    } else {
+      store_valid_sums(sink.at(row, at), load(sum), valid);
+    }
+  });
+}
+
+// The same by tiles, for up to two tiles of rows: the panels hold whole ones along the tokens.
+template <int Vecs, class T, class P>
+void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int64_t i, [[maybe_unused]] int rows,
+                       [[maybe_unused]] const P* b, [[maybe_unused]] const GradientSink<T>& sink, [[maybe_unused]] int64_t column,
+                       [[maybe_unused]] int64_t columns) {
+#if GOSSAMER_AMX
+  constexpr int width = Vecs * kLanes<float>;
+  alignas(64) float own[kGroup * width];
+  const auto each = [&](auto&& f) {
+    const int64_t all = std::min<int64_t>(width, columns - column);
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < all; at += kLanes<float>) {
+        f(own + r * width + at, i + r, column + at, static_cast<int>(std::min<int64_t>(kLanes<float>, all - at)));
+      }
+    }
+  };
+  if (!sink.first) {
+    each([&](float* sum, int64_t row, int64_t at, int valid) {
+      store(sum, sink.partial ? load_valid(sink.partial_at(row, at), valid) : load_valid(sink.at(row, at), valid));
+    });
+  }
+  const auto product = [&](auto height) {
+    using Sums = TileSums<height, Vecs>;
+    constexpr int64_t own_stride = width * sizeof(float);
+    fence_memory();
+    if (sink.first) {
+      Sums::zero();
+    } else {
+      Sums::load(own, own_stride);
+    }
+    for (int64_t block = 0; block < a.num_blocks(); ++block) {
+      const int64_t vectors = a.block_vectors(block), stride = vectors * kLanes<P>;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const char* left = reinterpret_cast<const char*>(a.block(block) + i * stride + v * kLanes<P>);
+        Sums::add(left, stride * sizeof(P), b + (block * kPanelWidth<P> + v * kLanes<P>) * width);
+      }
+    }
+    Sums::store(own, own_stride);
+    fence_memory();
+  };
+  if (rows > kTileSide) {
+    product(std::integral_constant<int, 2>{});
+  } else {
+    product(std::integral_constant<int, 1>{});
+  }
+  if constexpr (Vecs == 2 && std::is_same_v<T, BFloat16>) {
+    const auto line = [&](int r) { return sink.at(i + r, column); };
+    const bool whole = sink.past_caches && sink.last && column + width <= columns && sink.stride * sizeof(T) % 64 == 0;
+    if (whole && reinterpret_cast<uintptr_t>(line(0)) % 64 == 0) {
+      for (int r = 0; r < rows; ++r) {
+        const float* sum = own + r * width;
+        const auto out = _mm512_cvtne2ps_pbh((__m512)load(sum + kLanes<float>), (__m512)load(sum));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(line(r)), (__m512i)out);
+      }
+      return;
+    }
+  }
+  each([&](float* sum, int64_t row, int64_t at, int valid) {
+    if (sink.partial && !sink.last) {
+      store_valid(sink.partial_at(row, at), load(sum), valid);
+    } else {
+      store_valid_sums(sink.at(row, at), load(sum), valid);
+    }
+  });
+#endif
+}
+
+// Fetches what is next written of a gradient's rows first .. last, a block of columns from `next` on.
+template <class P, class T>
+GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t first, int64_t last, int64_t next, int64_t width) {
+  const int64_t columns = std::min<int64_t>(kPanelWidth<P>, width - next);
+  for (int64_t r = first; r < last; ++r) {
+    if (sink.partial) {
+      prefetch_lines<0, Fetch::kWriteLater>(sink.partial_at(r, next), columns * sizeof(Accumulator<T>));
+    } else {
+      prefetch_lines<0, Fetch::kWriteLater>(sink.at(r, next), columns * sizeof(T));
+    }
+  }
+}
+
+// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns: a few
+// rows, which the first-level cache holds, with one block of b after the other. The results go out to distant rows of
+// memory, so what the next block writes is fetched meanwhile.
+template <class T, class P>
+void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P>& b, const GradientSink<T>& sink) {
+  for (int64_t block = 0; block < b.num_blocks(); ++block) {
+    const int64_t column = block * kPanelWidth<P>, next = column + kPanelWidth<P>;
+    with_vectors<P>(b.block_vectors(block), [&](auto vectors) {
+      if constexpr (kTiled<P>) {
+        for (int64_t i = first; i < last; i += kGroup) {
+          const int rows = static_cast<int>(std::min<int64_t>(kGroup, last - i));
+          if (sink.partial || !sink.past_caches) prefetch_gradient<P>(sink, i, i + rows, next, b.width);
+          tiled_outer_block<vectors>(a, i, rows, b.block(block), sink, column, b.width);
+        }
+      } else {
+        for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
+          const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
+          prefetch_gradient<P>(sink, first + i, first + i + rows, next, b.width);
+          outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
+        });
+      }
+    });
+  }
+}
