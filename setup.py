@@ -142,12 +142,12 @@ class BuildExt(build_ext):
 
 def assembles(instruction):
     """Whether the compiler's assembler knows an instruction: older ones than the compiler are in use."""
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     source = f'void f() {{ asm volatile("{instruction}"); }}'
     try:
+        compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
         command = [*compiler, "-x", "c++", "-c", "-o", os.devnull, "-"]
         return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
-    except OSError:
+    except (OSError, ValueError):
         return True
 
 

@@ -172,9 +172,9 @@ def test_blocks(block, columns):
     """Blocks that end within a group of columns and within the rows that are packed at a time."""
     t = rectangles(block, columns, heights=(3, 0, 8))
     assert chosen(t, MANY) and chosen(t.transposed(), MANY)
-    for product, activation in itertools.product(PRODUCTS, ("relu", None)):
+    for product, activation, dtype in itertools.product(PRODUCTS, ("relu", None), (torch.float32, torch.bfloat16)):
         function, reference = functions(product, t, backend="native", activation=activation)
-        check(function, reference, make_inputs(product, t, n=MANY), needs=[])
+        check(function, reference, make_inputs(product, t, n=MANY, dtype=dtype), needs=[])
         if activation is None:
             check(function, reference, make_inputs(product, t, n=MANY))
 

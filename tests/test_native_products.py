@@ -76,12 +76,11 @@ def test_updated_rows_do_not_depend_on_their_company(isa, dtype, rank):
 
 
 # More than the 16 MB from which results go past the caches; 100 rows of 4096 values come in two chunks, 40 in one; the
-# second width ends within a tile.
+# second shape's rows end within a tile and a line of memory.
 @pytest.mark.parametrize("rows", [40, 100])
-@pytest.mark.parametrize("n", [2080, 2071])
-def test_weight_gradients_beyond_the_caches(isa, n, rows):
+@pytest.mark.parametrize(("n", "c"), [(2080, 4096), (2071, 4099)])
+def test_weight_gradients_beyond_the_caches(isa, n, c, rows):
     """Gradients that are written past the caches, at once or after partial sums, are right, and the same every time."""
-    c = 4096
     x, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, n).bfloat16()
     weight = torch.zeros(1, n, c, dtype=torch.bfloat16, requires_grad=True)
     dispatch = gossamer.dispatch(torch.zeros(rows, 1, dtype=torch.int64), 1)
@@ -94,3 +93,15 @@ def test_weight_gradients_beyond_the_caches(isa, n, rows):
     first = gradient()
     assert_close(first, dy.double().mT @ x.double(), dy.mT @ x)
     assert torch.equal(gradient(), first)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_empty_sums_are_the_bias(isa, dtype, layout):
+    """Of no terms a product is its bias, for every group of rows and columns."""
+    weight = torch.zeros(2, 70, 0, dtype=dtype) if layout == "rows" else torch.zeros(2, 0, 70, dtype=dtype).mT
+    bias = torch.randn(2, 70).to(dtype)
+    dispatch = gossamer.dispatch(torch.arange(90).view(90, 1) % 2, 2)
+    with gossamer.backend("native"):
+        y = gossamer.grouped_matmul(torch.zeros(90, 0, dtype=dtype), weight, dispatch, bias=bias)
+    assert torch.equal(y.view(90, 70), bias.repeat(45, 1))

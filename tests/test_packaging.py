@@ -19,6 +19,7 @@ import setuptools
 
 import gossamer
 
+SEARCH_PATH = os.environ.get("PATH", "")
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
 
@@ -168,7 +169,7 @@ def build_script(monkeypatch):
     arguments = {}
     monkeypatch.setattr(setuptools, "setup", arguments.update)
     monkeypatch.chdir(ROOT)
-    for name in ("CUDA_HOME", "CUDA_PATH", "GOSSAMER_CUDA", "GOSSAMER_CUDA_ARCHS", "GOSSAMER_ISAS"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "GOSSAMER_CUDA", "GOSSAMER_CUDA_ARCHS", "GOSSAMER_ISAS", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
     whole_glob = glob.glob
@@ -238,6 +239,14 @@ def test_instruction_sets_are_those_wanted(build_script, tmp_path):
     for wish in ("avx2;sse", ","):
         with pytest.raises(SystemExit, match=f"GOSSAMER_ISAS must be all, or some of avx2, .*, got '{wish}'"):
             build_script(GOSSAMER_ISAS=wish)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_assembler_is_asked(build_script):
+    """The compiler's assembler knows some instructions and not others."""
+    path = {"PATH": SEARCH_PATH, "CXX": "g++"}
+    assembles = build_script(**path)[0]["assembles"]
+    assert assembles("nop") and not assembles("nosuchinstruction")
 
 
 def test_kernels_for_hopper_need_its_architecture(build_script, toolkit):

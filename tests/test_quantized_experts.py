@@ -312,7 +312,7 @@ def random_codes(weight_format, n, c):
     return QuantizedExpertWeight(bits.view(weight.data.dtype), weight.scale, weight_format)
 
 
-# Depths whose sums have segments of 128 and of 64 columns; the last segments are short. Rows end within a vector.
+# Depths whose sums have segments of 128 and of 32 columns; the last of the former is short. Rows end within a vector.
 @pytest.mark.parametrize("c", [736, 320])
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("weight_format", FORMATS)

@@ -58,11 +58,7 @@ void finish_tile(const Epilogue& epilogue, int64_t n, int64_t count, int64_t row
 template <class T, class P, class S>
 void rectangle_tile(const Weight<T>& w, int64_t at, int64_t count, const Panel<P>& panel, const Epilogue& epilogue, int64_t n,
                     int64_t row, S* c, int64_t c_stride, P* pack) {
-  if (w.depth == 0) {
-    for (int64_t i = 0; i < count; ++i) std::fill_n(c + i * c_stride, (panel.width + kLanes<S> - 1) / kLanes<S> * kLanes<S>, S{0});
-  } else {
-    group_product(w, at, count, panel, c, c_stride, pack);
-  }
+  group_product(w, at, count, panel, c, c_stride, pack);
   finish_tile<T>(epilogue, n, count, row, panel.width, c, c_stride);
 }
 
@@ -78,7 +74,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   // Tiles have the rectangle's rows on the left where those of the dense operand are contiguous, and blocks are whole vectors.
   const bool whole_vectors = a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0;
   const bool by_rows = kTiled<P> && whole_vectors && a.b.col_stride == 1 && a.b.row_stride != 1;
-  const auto rows_pack = std::make_unique_for_overwrite<P[]>(by_rows ? kRowsPackSize : 0);
+  const Scratch rows_pack = allocate_scratch(by_rows ? kRowsPackBytes : 0);
   for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
     const int64_t depth = r.depth, m = end - row, c_stride = own->c_stride(buffers.chunk);
     const Panel<P> panel{buffers.panel, packed_depth<P>(depth), m};
@@ -112,10 +108,12 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
       });
     };
     if constexpr (kTiled<P>) {
-      if (by_rows && depth > 0) {
+      if (by_rows) {
         buffers.queue.each(team, a.n, rows_product_unit<P>(a.n, depth, team.size), [&](int64_t n, int64_t last) {
-          rows_product(w, n, last, left, own->c + kGroup * c_stride, rows_pack.get(), [&](int64_t i, int64_t count, const float* c) {
-            for_transposed(c, kGroup, m, count, [&](int64_t j, int64_t t, Vec<S> v, int) { store(own->c + j * c_stride + t, v); });
+          fetch_results(n, last - n);
+          auto* pack = reinterpret_cast<P*>(rows_pack.get());
+          rows_product(w, n, last, left, own->c + kGroup * c_stride, pack, [&](int64_t i, int64_t count, const float* c) {
+            transpose_tokens(c, kGroup, m, count, own->c, c_stride);
             finish_tile<T>(a.epilogue, i, count, row, m, own->c, c_stride);
             put_results(i, count);
           });
@@ -162,7 +160,7 @@ void outer_rectangles_typed(const RectangleProductArgs& a, void* shared, int num
     for (int64_t begin = 0; begin < depth; begin += kOuterTerms) {
       const int64_t m = std::min(kOuterTerms, depth - begin);
       const Panel<P> left{buffers.left, a.y_by_columns ? width : height, packed_depth<P>(m)};
-      const Panel<P> right{buffers.right, token_depth<P>(m), a.y_by_columns ? height : width};
+      const Panel<P> right{buffers.right, tile_depth<P>(m), a.y_by_columns ? height : width};
       const auto pack = [&](bool as_left, int64_t first, int64_t last) {
         as_left ? pack_as_terms(left, rows.get(), m, first, last) : pack_as_rows(right, rows.get(), m, first, last);
       };

@@ -59,6 +59,13 @@ std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, in
 
 namespace {
 
+// The dimension that is not blocked, as the choice of rectangles sees it. Tiles, of which rectangles are made, have sums of their own:
+// whether rectangles are chosen must not depend on how many rows share the product.
+int64_t worth_of(DType dtype, int64_t across) {
+  constexpr int64_t kAlways = int64_t{1} << 40;
+  return kernels().tiles && dtype == DType::kBFloat16 ? kAlways : across;
+}
+
 // Whether a product can be a sum of outer products, as a weight's gradient is: the sparse matrix is transposed, rows of the dense
 // operand are contiguous, and no epilogue follows.
 bool may_sum_outer_products(const BlockProductArgs& a) {
@@ -105,9 +112,7 @@ void block_product(const BlockProductArgs& args, int num_threads) {
       return run_team<OuterRectangleBuffers>(over(found), work, num_threads, kernels().outer_rectangles);
     }
   }
-  // So too where rectangles are made of tiles, whose sums are not those of block by block.
-  const bool tiles = kernels().tiles && args.dtype == DType::kBFloat16;
-  const auto found = choose(tiles ? 64 : args.n);
+  const auto found = choose(worth_of(args.dtype, args.n));
   if (!found.empty()) return run_team<RectangleBuffers>(over(found), work, num_threads, kernels().rectangle_product);
   run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);
 }
@@ -140,7 +145,7 @@ void sampled_product(const SampledProductArgs& args, int num_threads) {
   const double work = args.depth * (blocks * args.bm * args.bn + args.rows() + args.cols) + args.nnz * args.bm * args.bn;
   // Deeper sums are more accurate in pieces.
   constexpr int64_t kDeepest = 1 << 15;
-  const auto found = choose_rectangles(args.lists, args.bm, args.bn, args.depth, args.cols, args.b.size);
+  const auto found = choose_rectangles(args.lists, args.bm, args.bn, worth_of(args.dtype, args.depth), args.cols, args.b.size);
   if (!found.empty() && args.depth <= kDeepest) {
     const SampledRectanglesArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
     return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().sampled_rectangles);

@@ -170,7 +170,7 @@ struct RectangleBuffers {
   RectangleBuffers(Arena& arena, const Args& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(a.max_depth(), sizeof(P) / kTerms<P>);
-    panel = arena.take<P>(std::max(panel_size(packed_depth<P>(a.max_depth()), chunk), packed_rows_size<P>(a.max_depth(), chunk)));
+    panel = arena.take<P>(panel_or_rows_size<P>(a.max_depth(), chunk));
   }
 };
 
@@ -188,7 +188,7 @@ struct OuterRectangleBuffers {
 
   OuterRectangleBuffers(Arena& arena, const RectangleProductArgs& a, int num_threads) {
     const int64_t rows = a.max_rows(), columns = std::min(a.n, kOuterColumns);
-    const int64_t terms = token_depth<P>(std::min(a.max_depth(), kOuterTerms));
+    const int64_t terms = tile_depth<P>(std::min(a.max_depth(), kOuterTerms));
     queue = take_queue(arena, num_threads);
     left = arena.take<P>(panel_size(a.y_by_columns ? columns : rows, terms));
     right = arena.take<P>(panel_size(terms, a.y_by_columns ? rows : columns));

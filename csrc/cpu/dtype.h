@@ -45,10 +45,10 @@ constexpr int64_t packed_depth(int64_t terms) {
 // Rows of the tiles that multiply pairs in some processors, and packed values along their depth.
 constexpr int kTileSide = 16;
 
-// Packed values along a sum over tokens: pairs come in whole tiles, filled up with zeros.
+// Packed values along a sum of whole tiles, which zeros fill up.
 template <class P>
-constexpr int64_t token_depth(int64_t tokens) {
-  const int64_t depth = packed_depth<P>(tokens);
+constexpr int64_t tile_depth(int64_t terms) {
+  const int64_t depth = packed_depth<P>(terms);
   return kTerms<P> > 1 ? (depth + kTileSide - 1) / kTileSide * kTileSide : depth;
 }
 

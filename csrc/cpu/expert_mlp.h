@@ -93,13 +93,13 @@ struct LowRankMemory {
       c = t = sums;
     } else {
       c = arena.take<P>(panel_size(packed_depth<P>(rank), chunk));
-      if (over_tokens) t = arena.take<P>(panel_size(rank, token_depth<P>(chunk)));
+      if (over_tokens) t = arena.take<P>(panel_size(rank, tile_depth<P>(chunk)));
     }
   }
   void take_gradients(Arena& arena, const UpdateGradient& g, int64_t rank, int64_t n, int64_t columns, int64_t chunk,
                       bool narrow) {
     take(arena, rank, chunk, g.da != nullptr);
-    if (g.db) r = arena.take<P>(panel_size(token_depth<P>(chunk), rank));
+    if (g.db) r = arena.take<P>(panel_size(tile_depth<P>(chunk), rank));
     if (g.da && narrow) a_partial = arena.take<S>(rank * columns);
     if (g.db && narrow) b_partial = arena.take<S>(n * rank);
   }
@@ -136,7 +136,7 @@ struct ExpertMlpBuffers {
     const int64_t h = a.hidden, i = a.inner, wide = a.wide();
     const bool narrow = sizeof(S) > element_size(a.dtype);
     chunk = chunk_rows(std::max(h, wide), sizeof(S));
-    const int64_t terms = token_depth<P>(chunk);
+    const int64_t terms = tile_depth<P>(chunk);
     const auto rows = [&](int64_t width) { return arena.take<P>(panel_size(terms, width)); };
     preact = arena.take<S>(panel_size(wide, chunk));
     act = arena.take<S>(panel_size(i, chunk));

@@ -59,7 +59,7 @@ class ExpertMlpBackward {
         own(std::make_unique<ExpertMlpThread<T>>()),
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
-    if (kTiled<P>) rows_pack = std::make_unique_for_overwrite<P[]>(kRowsPackSize);
+    if (kTiled<P>) rows_pack = allocate_scratch(kRowsPackBytes);
   }
 
   void run() {
@@ -72,7 +72,7 @@ class ExpertMlpBackward {
     for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
       own->rows.read(a, chunk);
       const int64_t m = chunk.size();
-      const int64_t terms = packed_depth<P>(m), depth = token_depth<P>(m);
+      const int64_t terms = packed_depth<P>(m), depth = tile_depth<P>(m);
       x_t = {buffers.x_t, a.hidden, terms};
       x_r = {buffers.x_r, depth, a.hidden};
       dy = {buffers.dy, a.hidden, m};
@@ -218,7 +218,7 @@ class ExpertMlpBackward {
         const int64_t unit = rows_product_unit<P>(w.num_rows, w.depth, team.size);
         queue.each(team, w.num_rows, unit, [&](int64_t i, int64_t end) {
           before(i, std::min<int64_t>(kGroup, end - i));
-          rows_product(w, i, end, rows, c + kGroup * c_stride, rows_pack.get(), by_rows);
+          rows_product(w, i, end, rows, c + kGroup * c_stride, reinterpret_cast<P*>(rows_pack.get()), by_rows);
         });
         return;
       }
@@ -232,10 +232,7 @@ class ExpertMlpBackward {
 
   // The part of a product that tiles made with tokens as rows, with tokens as columns in own->buffers.c.
   void transpose_product(const S* c, int64_t count, int64_t tokens) {
-    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
-    for_transposed(c, kGroup, tokens, count, [&](int64_t j, int64_t token, Vec<S> v, int) {
-      store(own->buffers.c + j * c_stride + token, v);
-    });
+    transpose_tokens(c, kGroup, tokens, count, own->buffers.c, own->buffers.c_stride(buffers.chunk));
   }
 
   // What flows back through a product's update: scale · columns · b.
@@ -387,7 +384,7 @@ class ExpertMlpBackward {
   ExpertMlpBuffers<P> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
-  std::unique_ptr<P[]> rows_pack;
+  Scratch rows_pack;
   TokenSums<T> dx;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
   PackedRows<P> dy_rows, preact_rows;

@@ -1,8 +1,7 @@
 // Matrix products on panels. Included by isa_kernels.h.
 //
-// Every output value is a sum along depth in order, with a fresh sum every segment_of() values, or of tiles along depth and then what
-// is left of it, whatever the other rows and columns are: a token's result does not depend on its place in a batch, nor on the
-// number of threads.
+// Every output value is a sum along depth in order, with a fresh sum every segment_of() values, or tile after tile, whatever the
+// other rows and columns are: a token's result does not depend on its place in a batch, nor on the number of threads.
 
 // Packed values of a product that are worked on at a time, a multiple of every segment.
 constexpr int kDepth = 128;

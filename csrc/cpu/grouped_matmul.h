@@ -72,7 +72,7 @@ inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = kEvenUnit)
 }
 
 // Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.
-inline int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 512; }
+constexpr int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 512; }
 
 // Packed values from one row to the next of rows that tiles read: whole tiles, and an odd number of them, or the rows of a tile would
 // share a few sets of the first-level cache.
@@ -83,6 +83,13 @@ constexpr int64_t packed_row_stride(int64_t terms) {
 template <class P>
 constexpr int64_t packed_rows_size(int64_t terms, int64_t rows) {
   return (rows + kTileSide - 1) / kTileSide * kTileSide * packed_row_stride<P>(terms);
+}
+
+// Values for rows of tokens either as columns of a panel or as tiles read them on the left.
+template <class P>
+constexpr int64_t panel_or_rows_size(int64_t terms, int64_t rows) {
+  const int64_t panel = panel_size(packed_depth<P>(terms), rows);
+  return kTerms<P> > 1 ? std::max(panel, packed_rows_size<P>(terms, rows)) : panel;
 }
 
 // How many threads a call with this many multiplications is worth.
@@ -117,13 +124,13 @@ struct GroupedBuffers {
   GroupedBuffers(Arena& arena, const GroupedMatmulArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(a.c, sizeof(P) / kTerms<P>);
-    x = arena.take<P>(std::max(panel_size(packed_depth<P>(a.c), chunk), packed_rows_size<P>(a.c, chunk)));
+    x = arena.take<P>(panel_or_rows_size<P>(a.c, chunk));
   }
   GroupedBuffers(Arena& arena, const GroupedDweightArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
     chunk = chunk_rows(std::max(a.n, a.c), sizeof(P) / kTerms<P>);
-    x = arena.take<P>(std::max(panel_size(a.c, token_depth<P>(chunk)), panel_size(token_depth<P>(chunk), a.c)));
-    dy = arena.take<P>(std::max(panel_size(a.n, token_depth<P>(chunk)), panel_size(token_depth<P>(chunk), a.n)));
+    x = arena.take<P>(std::max(panel_size(a.c, tile_depth<P>(chunk)), panel_size(tile_depth<P>(chunk), a.c)));
+    dy = arena.take<P>(std::max(panel_size(a.n, tile_depth<P>(chunk)), panel_size(tile_depth<P>(chunk), a.n)));
     if (a.dbias) dy_sums = arena.take<S>(panel_size(a.n, chunk));
     partial = arena.take<S>(sizeof(S) > element_size(a.dtype) ? a.n * a.c : 0);
   }

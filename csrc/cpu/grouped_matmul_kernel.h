@@ -79,7 +79,7 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
   // Tiles have tokens on the left of a weight that is contiguous along its rows.
   constexpr bool may_go_by_rows = kTiled<P> && std::is_same_v<decltype(weight_of(int64_t{})), Weight<T>>;
   const bool by_rows = may_go_by_rows && a.weight.row_stride == 1 && a.weight.col_stride != 1;
-  const auto rows_pack = std::make_unique_for_overwrite<P[]>(by_rows ? kRowsPackSize : 0);
+  const Scratch rows_pack = allocate_scratch(by_rows ? kRowsPackBytes : 0);
   const auto y_row = [&](int64_t r) { return y + (a.y_grouped ? r : a.groups.slots[r]) * a.n; };
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size(), c_stride = own->c_stride(buffers.chunk);
@@ -95,7 +95,8 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
     if constexpr (may_go_by_rows) {
       if (by_rows) {
         buffers.queue.each(team, a.n, rows_product_unit<P>(a.n, a.c, team.size), [&](int64_t n, int64_t last) {
-          rows_product(w, n, last, left, own->c, rows_pack.get(), [&](int64_t i, int64_t count, const float* c) {
+          auto* pack = reinterpret_cast<P*>(rows_pack.get());
+          rows_product(w, n, last, left, own->c, pack, [&](int64_t i, int64_t count, const float* c) {
             alignas(64) float bias[kGroup] = {};
             for (int64_t j = 0; j < (a.bias ? count : 0); ++j) bias[j] = static_cast<float>(a.bias.at(chunk.expert, i + j));
             for (int64_t t = 0; t < m; ++t) {
@@ -171,7 +172,7 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
     const Panel<P> as_columns{a.transposed ? buffers.x : buffers.dy, n, packed_depth<P>(m)};
-    const Panel<P> as_rows{a.transposed ? buffers.dy : buffers.x, token_depth<P>(m), c};
+    const Panel<P> as_rows{a.transposed ? buffers.dy : buffers.x, tile_depth<P>(m), c};
     const Panel<S> dy_columns = sums_apart ? Panel<S>{buffers.dy_sums, a.n, m} : sums_of(as_columns);
     team.barrier();
     buffers.queue.restart(team);

@@ -21,7 +21,7 @@ namespace gossamer {
 struct Kernels {
   const char* name;
   bool pairs;  // products of bfloat16 take pairs
-  bool tiles;  // and are made of tiles where the left side is contiguous along the sum
+  bool tiles;  // and those with whole weights are made of tiles
   void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_max)(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);

@@ -88,7 +88,7 @@ struct LowRankBuffers {
 
   LowRankBuffers(Arena& arena, const RankProductArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
-    panel = arena.take<P>(std::max(panel_size(packed_depth<P>(a.depth), a.rank), packed_rows_size<P>(a.depth, a.rank)));
+    panel = arena.take<P>(panel_or_rows_size<P>(a.depth, a.rank));
   }
   LowRankBuffers(Arena& arena, const LowRankArgs& a, int num_threads) {
     queue = take_queue(arena, num_threads);
@@ -96,7 +96,7 @@ struct LowRankBuffers {
     chunks = take_queue(arena, num_threads);
     form = low_rank_form(a, num_threads);
     if (form == LowRankForm::kUpdate) {
-      update = arena.take<P>(panel_size(token_depth<P>(a.rank), a.columns));
+      update = arena.take<P>(panel_size(tile_depth<P>(a.rank), a.columns));
       return;
     }
     const int64_t copies = form == LowRankForm::kShared ? 1 : num_threads;

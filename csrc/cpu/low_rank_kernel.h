@@ -27,20 +27,21 @@ template <class T, class P>
 void pack_transposed_matrix(const FloatMatrix& m, const PackedRows<P>& to, int64_t first, int64_t last) {
   constexpr int64_t lanes = kLanes<P>, terms = kTerms<P>;
   const T* base = static_cast<const T*>(m.base);
+  if (m.row_stride == 1) {
+    const auto columns = std::make_unique<const T*[]>(to.tokens);
+    for (int64_t j = 0; j < to.tokens; ++j) columns[j] = base + j * m.col_stride;
+    return copy_rows(to, columns.get(), first, last);
+  }
   for (int64_t j = 0; j < to.tokens; j += lanes) {
     const int columns = static_cast<int>(std::min<int64_t>(lanes, to.tokens - j));
     for (int64_t k = first; k < last; k += lanes * terms) {
       Vec<P> v[lanes];
       for (int64_t i = 0; i < lanes; ++i) {
-        if (m.row_stride == 1) {
-          v[i] = i < columns ? load_terms<P>(base + (j + i) * m.col_stride + k, last - k) : Vec<P>{};
-        } else {
-          const int64_t term = k + i * terms;
-          const T* row = base + term * m.row_stride + j;
-          v[i] = term < last ? load_lanes<P>(row, term + 1 < last ? row + m.row_stride : nullptr, columns) : Vec<P>{};
-        }
+        const int64_t term = k + i * terms;
+        const T* row = base + term * m.row_stride + j;
+        v[i] = term < last ? load_lanes<P>(row, term + 1 < last ? row + m.row_stride : nullptr, columns) : Vec<P>{};
       }
-      if (m.row_stride != 1) transpose<P>(v);
+      transpose<P>(v);
       for (int i = 0; i < columns; ++i) store(to.at(j + i, k / terms), v[i]);
     }
   }
@@ -126,8 +127,10 @@ template <class T>
 void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<BFloat16Pair>& buffers, Team team) {
   using P = BFloat16Pair;
   const PackedRows<P> rows{buffers.panel, a.depth, a.rank};
-  const auto pack = std::make_unique<P[]>(kRowsPackSize);
-  const auto c = std::make_unique<float[]>((a.rank + kTileSide - 1) / kTileSide * kTileSide * kGroup);
+  const int64_t sums = (a.rank + kTileSide - 1) / kTileSide * kTileSide * kGroup;
+  const Scratch memory = allocate_scratch(kRowsPackBytes + sums * sizeof(float));
+  auto* pack = reinterpret_cast<P*>(memory.get());
+  auto* c = reinterpret_cast<float*>(memory.get() + kRowsPackBytes);
   buffers.queue.restart(team);
   const auto packed = team.share(a.depth, kLanes<P> * kTerms<P>);
   pack_transposed_matrix<T>(a.small, rows, packed.begin, packed.end);
@@ -140,7 +143,7 @@ void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankB
     store_product<O>(out, 0, a.rank, count, sums, kGroup, factor);
   };
   buffers.queue.each(team, a.rows, rows_product_unit<P>(a.rows, a.depth, team.size), [&](int64_t first, int64_t last) {
-    rows_product(big, first, last, rows, c.get(), pack.get(), [&](int64_t i, int64_t count, const float* sums) {
+    rows_product(big, first, last, rows, c, pack, [&](int64_t i, int64_t count, const float* sums) {
       if (a.out.dtype == a.dtype) return store(TypeTag<T>{}, i, count, sums);
       store(TypeTag<float>{}, i, count, sums);
     });
@@ -238,7 +241,7 @@ void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, 
   using S = Accumulator<T>;
   using P = Operand<T>;
   const int64_t depth = packed_depth<P>(a.rank);
-  const Panel<P> right{buffers.update, token_depth<P>(a.rank), a.columns};
+  const Panel<P> right{buffers.update, tile_depth<P>(a.rank), a.columns};
   const int64_t c_stride = own.c_stride(kPanelWidth<P>);
   const auto block_of = [&](int64_t block) {
     const int64_t width = std::min<int64_t>(kPanelWidth<P>, a.columns - block * kPanelWidth<P>);

@@ -228,16 +228,15 @@ struct PackedRows {
   int64_t terms, tokens;
 
   int64_t stride() const { return packed_row_stride<P>(terms); }
-  int64_t depth() const { return (packed_depth<P>(terms) + kTileSide - 1) / kTileSide * kTileSide; }
   P* at(int64_t token, int64_t k) const { return data + token * stride() + k; }
 
   void zero_past_terms() const {
     const int64_t used = packed_depth<P>(terms);
-    for (int64_t t = 0; t < tokens; ++t) std::memset(static_cast<void*>(at(t, used)), 0, (depth() - used) * sizeof(P));
+    for (int64_t t = 0; t < tokens; ++t) std::memset(static_cast<void*>(at(t, used)), 0, (tile_depth<P>(terms) - used) * sizeof(P));
   }
 };
 
-// Columns first .. last of the source rows, `first` a multiple of whole vectors; a last pair's second term may be a zero.
+// Columns first .. last of the source rows, `first` a multiple of whole vectors; zeros follow up to the end of a tile.
 template <class T, class P>
 void copy_rows(const PackedRows<P>& to, const T* const* rows, int64_t first, int64_t last) {
   constexpr int64_t lanes = kLanes<P>, terms = kTerms<P>;
@@ -286,6 +285,14 @@ GOSSAMER_INLINE void for_transposed(const S* c, int64_t c_stride, int64_t column
       for (int i = 0; i < num_tokens; ++i) f(token + i, column, v[i], valid);
     }
   }
+}
+
+// out[column][token] = c[token][column], tokens `out_stride` and columns c_stride apart; whole vectors of tokens are written.
+template <class S>
+void transpose_tokens(const S* c, int64_t c_stride, int64_t tokens, int64_t columns, S* out, int64_t out_stride) {
+  for_transposed(c, c_stride, tokens, columns, [&](int64_t column, int64_t token, Vec<S> v, int) {
+    store(out + column * out_stride + token, v);
+  });
 }
 
 template <class T>

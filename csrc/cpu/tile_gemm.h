@@ -2,6 +2,7 @@
 
 // What rows_product() packs of a weight at a time, for a second-level cache of a megabyte and more.
 constexpr int kRowsPackSize = 1 << 16;
+constexpr size_t kRowsPackBytes = kRowsPackSize * sizeof(BFloat16Pair);
 
 // Lines of memory that come while tiles are multiplied: of runs of `bytes`, `stride` apart, some with each step. Many at once
 // would hold up the tiles.
@@ -135,7 +136,8 @@ void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pan
     const T* next = from + rows * w.row_stride;
     if (w.col_stride == 1 && rows % kTileSide == 0 && w.depth % (kTileSide * kTerms<P>) == 0 && w.row_stride % kTerms<P> == 0) {
       const int depth = static_cast<int>(packed_depth<P>(w.depth));
-      tiled_product(reinterpret_cast<const P*>(from), w.row_stride / kTerms<P>, rows, panel, 0, depth, !add, to, c_stride, LinesAhead::of(next, w.depth, w.row_stride, next_rows));
+      const auto ahead = LinesAhead::of(next, w.depth, w.row_stride, next_rows);
+      tiled_product(reinterpret_cast<const P*>(from), w.row_stride / kTerms<P>, rows, panel, 0, depth, !add, to, c_stride, ahead);
       continue;
     }
     for (int64_t k = 0; k < w.depth; k += step) {
@@ -160,7 +162,7 @@ void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pan
 // enough that they fit, and that each thread has several such pieces.
 template <class P>
 int64_t rows_product_unit(int64_t num_rows, int64_t depth, int threads) {
-  const int64_t fits = kRowsPackSize / std::max<int64_t>(1, token_depth<P>(depth)), share = num_rows / (4 * threads);
+  const int64_t fits = kRowsPackSize / std::max<int64_t>(1, tile_depth<P>(depth)), share = num_rows / (4 * threads);
   return std::clamp<int64_t>(std::min(fits, share) / kGroup * kGroup, kGroup, 4 * kGroup);
 }
 
@@ -170,13 +172,15 @@ int64_t rows_product_unit(int64_t num_rows, int64_t depth, int threads) {
 template <class T, class P, class F>
 void rows_product(const Weight<T>& w, int64_t n, int64_t end, const PackedRows<P>& rows, float* c, P* pack, F&& f) {
   constexpr int64_t ahead_rows = 16;
+  if (w.depth == 0) std::fill_n(c, rows.tokens * kGroup, 0.0f);
+  for (int64_t i = n; w.depth == 0 && i < end; i += kGroup) f(i, std::min<int64_t>(kGroup, end - i), c);
   constexpr int64_t step = kRowsPackSize / kGroup * kTerms<P>;
   const int64_t width = end - n;
   for (int64_t i = n, count = w.depth > step ? kGroup : width; i < end; i += count) {
     count = std::min(count, end - i);
     for (int64_t k = 0; k < w.depth; k += step) {
       const int64_t terms = std::min(step, w.depth - k);
-      const Panel<P> panel{pack, token_depth<P>(terms), count};
+      const Panel<P> panel{pack, tile_depth<P>(terms), count};
       for (int64_t j = 0; j < terms; j += kTerms<P>) {
         const T* run = w.base + i + (k + j) * w.col_stride;
         for (int64_t a = j + ahead_rows; a < std::min(j + ahead_rows + kTerms<P>, terms); ++a) {
@@ -202,6 +206,10 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const PackedRows<P
 template <class T, class P>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
                    bool add = false) {
+  if (w.depth == 0) {
+    for (int64_t i = 0; i < (add ? 0 : count); ++i) std::fill_n(c + i * c_stride, panel.width, SumOf<P>{0});
+    return;
+  }
   if constexpr (kTiled<P>) {
     tiled_group_product(w, n, count, panel, c, c_stride, pack, add);
   } else {
