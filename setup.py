@@ -157,6 +157,8 @@ def without_isas():
     wanted = set(re.split(r"[;, ]+", wish)) - {""}
     if not wanted or wanted - {"all", "generic", *ISAS}:
         raise SystemExit(f"GOSSAMER_ISAS must be all, or some of {', '.join((*ISAS, 'generic'))}, got {wish!r}")
+    if "amx" in wanted:
+        wanted.add("avx512_bf16")  # whose kernels it takes for all but some products
     left_out = [] if "all" in wanted else [isa for isa in ISAS if isa not in wanted]
     if "all" in wanted and platform.machine() in ("x86_64", "AMD64") and not assembles("tilerelease"):
         print("the assembler does not know AMX; building without its kernels", file=sys.stderr)

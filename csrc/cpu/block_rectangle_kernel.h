@@ -248,13 +248,13 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
 }
 
 void rectangle_product(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { rectangle_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) { rectangle_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void outer_rectangles(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { outer_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) { outer_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void sampled_rectangles(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { sampled_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) { sampled_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }

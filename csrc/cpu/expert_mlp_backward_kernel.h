@@ -394,5 +394,5 @@ class ExpertMlpBackward {
 };
 
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
+  visit_values(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
 }

@@ -242,7 +242,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
 }
 
 void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) {
+  visit_values(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t wide = args.inner * args.activation.halves();
     expert_mlp_forward_typed<T>(

@@ -199,7 +199,7 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
 }
 
 void grouped_matmul(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) {
+  visit_values(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     grouped_product<T>(args, shared, num_threads, team,
                        [&](int64_t expert) { return expert_weight<T>(args.weight, expert, args.n, args.c); });
@@ -207,5 +207,5 @@ void grouped_matmul(const GroupedMatmulArgs& args, void* shared, int num_threads
 }
 
 void grouped_matmul_dweight(const GroupedDweightArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { grouped_dweight<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) { grouped_dweight<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }

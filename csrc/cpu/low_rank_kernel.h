@@ -440,9 +440,9 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
 }
 
 void rank_product(const RankProductArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { rank_product_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) { rank_product_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void low_rank_matmul(const LowRankArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }

@@ -1,7 +1,7 @@
 // The expert products with quantised weights of one instruction set; see isa_kernels.h.
 
 void quantized_grouped_matmul(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) {
+  visit_values(args.dtype, [&](auto tag) {
     grouped_product<typename decltype(tag)::type>(args, shared, num_threads, team, [&](int64_t expert) {
       return QuantizedMatrix{&args.weights, expert, args.transposed};
     });
@@ -9,7 +9,7 @@ void quantized_grouped_matmul(const QuantizedMatmulArgs& args, void* shared, int
 }
 
 void quantized_expert_mlp(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) {
+  visit_values(args.dtype, [&](auto tag) {
     expert_mlp_forward_typed<typename decltype(tag)::type>(
         args, shared, num_threads, team,
         [&](int64_t expert) { return QuantizedMatrix{&args.gate_up_weights, expert, false}; },

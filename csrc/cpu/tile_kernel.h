@@ -8,6 +8,16 @@
 template <class P>
 constexpr bool kTiled = GOSSAMER_AMX && std::is_same_v<P, BFloat16Pair>;
 
+// Calls f with a tag of the C++ type of a product's values, which tiles have for bfloat16 alone.
+template <class F>
+void visit_values([[maybe_unused]] DType dtype, F&& f) {
+#if GOSSAMER_AMX
+  f(TypeTag<BFloat16>{});
+#else
+  visit_float(dtype, f);
+#endif
+}
+
 #if GOSSAMER_AMX
 
 // The shape of all eight tiles, as a thread loads it.
@@ -24,25 +34,20 @@ struct alignas(64) TileShapes {
   }
 };
 
-// Tiles as a kernel of bfloat16 needs them, until it ends.
+// Tiles as a kernel needs them, until it ends.
 class TilesInUse {
  public:
-  explicit TilesInUse(DType dtype) : used_(dtype == DType::kBFloat16) {
-    if (!used_) return;
+  TilesInUse() {
     const TileShapes shapes;
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
   ~TilesInUse() {
-    if (!used_) return;
     asm volatile("tilerelease");
     // Results that went past the caches, before anyone is told that they are there.
     _mm_sfence();
   }
   TilesInUse(const TilesInUse&) = delete;
   TilesInUse& operator=(const TilesInUse&) = delete;
-
- private:
-  bool used_;
 };
 
 // Tile registers are named in the instruction. Compilers do not know what memory these read and write: fence_memory() stands between
@@ -112,13 +117,6 @@ struct TileSums {
   GOSSAMER_INLINE F* second_row(F* first, int64_t stride) {
     return first + kTileSide * stride / static_cast<int64_t>(sizeof(float));
   }
-};
-
-#else
-
-class TilesInUse {
- public:
-  explicit TilesInUse(DType) {}
 };
 
 #endif
