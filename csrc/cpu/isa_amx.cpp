@@ -2,21 +2,9 @@
 #include "cpu/isa_begin.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "cpu/isa_avx512_bf16_target.h"
 
-// Only now, so that inline functions of the standard headers stay runnable everywhere.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
-
-#define GOSSAMER_VECTOR_BYTES 64
-#define GOSSAMER_F16C 1
-#define GOSSAMER_BF16_DOT 1
 #define GOSSAMER_AMX 1
-#define GOSSAMER_TILE_ROWS 8
-#define GOSSAMER_TILE_VECTORS 3
 
 // Only some of the kernels are another instruction set's: see with_tiles().
 #pragma GCC diagnostic ignored "-Wunused-function"

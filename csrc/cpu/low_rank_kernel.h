@@ -25,26 +25,14 @@ void pack_matrix(const FloatMatrix& m, int64_t depth, const Panel<P>& panel, int
 // each column.
 template <class T, class P>
 void pack_transposed_matrix(const FloatMatrix& m, const PackedRows<P>& to, int64_t first, int64_t last) {
-  constexpr int64_t lanes = kLanes<P>, terms = kTerms<P>;
   const T* base = static_cast<const T*>(m.base);
-  if (m.row_stride == 1) {
-    const auto columns = std::make_unique<const T*[]>(to.tokens);
-    for (int64_t j = 0; j < to.tokens; ++j) columns[j] = base + j * m.col_stride;
-    return copy_rows(to, columns.get(), first, last);
+  if (m.row_stride != 1) {
+    const Weight<T> columns{base, 1, m.row_stride, to.tokens, last};
+    return pack_transposed(columns, 0, static_cast<int>(to.tokens), first, last - first, to.at(0, first / kTerms<P>), to.stride());
   }
-  for (int64_t j = 0; j < to.tokens; j += lanes) {
-    const int columns = static_cast<int>(std::min<int64_t>(lanes, to.tokens - j));
-    for (int64_t k = first; k < last; k += lanes * terms) {
-      Vec<P> v[lanes];
-      for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t term = k + i * terms;
-        const T* row = base + term * m.row_stride + j;
-        v[i] = term < last ? load_lanes<P>(row, term + 1 < last ? row + m.row_stride : nullptr, columns) : Vec<P>{};
-      }
-      transpose<P>(v);
-      for (int i = 0; i < columns; ++i) store(to.at(j + i, k / terms), v[i]);
-    }
-  }
+  const auto columns = std::make_unique<const T*[]>(to.tokens);
+  for (int64_t j = 0; j < to.tokens; ++j) columns[j] = base + j * m.col_stride;
+  copy_rows(to, columns.get(), first, last);
 }
 
 // A copy of rows first .. first + count of `big` without what dropout drops.

@@ -102,9 +102,9 @@ void tiles_of_rows([[maybe_unused]] const PackedRows<P>& rows, [[maybe_unused]] 
 #endif
 }
 
-// The same rows of a weight that is contiguous along them, packed as pack_rows() does.
+// pack_rows() of a weight that is contiguous along its rows, which go `stride` packed values apart.
 template <class T, class P>
-void pack_transposed(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
+void pack_transposed(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out, int64_t stride = kDepth) {
   constexpr int lanes = kLanes<P>, per = kTerms<P>;
   for (int i = 0; i < (count + kRowUnit<P> - 1) / kRowUnit<P> * kRowUnit<P>; i += lanes) {
     const int rows = std::clamp(count - i, 0, lanes);
@@ -117,7 +117,7 @@ void pack_transposed(const Weight<T>& w, int64_t n, int count, int64_t k, int64_
         v[j] = term < terms ? load_lanes<P>(run, term + 1 < terms ? run + w.col_stride : nullptr, rows) : Vec<P>{};
       }
       transpose<P>(v);
-      for (int j = 0; j < lanes; ++j) store(out + (i + j) * kDepth + t / per, v[j]);
+      for (int j = 0; j < lanes; ++j) store(out + (i + j) * stride + t / per, v[j]);
     }
   }
 }

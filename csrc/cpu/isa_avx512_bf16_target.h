@@ -1,0 +1,15 @@
+// The target of AVX-512 F, BW, DQ, VL and BF16, and the vectors that its kernels take: what its own and those of AMX start with.
+#include <immintrin.h>
+
+// Only now, so that inline functions of the standard headers stay runnable everywhere.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+#define GOSSAMER_VECTOR_BYTES 64
+#define GOSSAMER_F16C 1
+#define GOSSAMER_BF16_DOT 1
+#define GOSSAMER_TILE_ROWS 8
+#define GOSSAMER_TILE_VECTORS 3
