@@ -73,8 +73,8 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   T* y = static_cast<T*>(a.y);
   // Tiles have the rectangle's rows on the left where those of the dense operand are contiguous, and blocks are whole vectors.
   const bool whole_vectors = a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0;
-  const bool by_rows = kTiled<P> && whole_vectors && a.b.col_stride == 1 && a.b.row_stride != 1;
-  const Scratch rows_pack = allocate_scratch(by_rows ? kRowsPackBytes : 0);
+  const bool may_go_by_rows = !kTiled<P> || whole_vectors;
+  const RowsMemory<P> rows_memory(may_go_by_rows ? buffers.chunk : 0);
   for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
     const int64_t depth = r.depth, m = end - row, c_stride = own->c_stride(buffers.chunk);
     const Panel<P> panel{buffers.panel, packed_depth<P>(depth), m};
@@ -82,8 +82,9 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     const Weight<T> w{b, a.b.col_stride, a.b.row_stride, a.n, depth};
     team.barrier();
     buffers.queue.restart(team);
+    const bool by_rows = may_go_by_rows && goes_by_rows<P>(w, m);
     const PackedRows<P> left{buffers.panel, depth, m};
-    pack_rectangle(a, r, row, end, panel, by_rows ? &left : nullptr, rows.get(), team);
+    pack_rectangle(a, r, row, end, panel, kTiled<P> && by_rows ? &left : nullptr, rows.get(), team);
     team.barrier();
     // What the results will be written to comes into the cache while they are computed.
     const auto fetch_results = [&](int64_t n, int64_t count) {
@@ -107,16 +108,13 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
         store_valid(y + a.y_offset(row + i, n + column), v, valid);
       });
     };
-    if constexpr (kTiled<P>) {
+    if constexpr (kByRows<P>) {
       if (by_rows) {
-        buffers.queue.each(team, a.n, rows_product_unit<P>(a.n, depth, team.size), [&](int64_t n, int64_t last) {
-          fetch_results(n, last - n);
-          auto* pack = reinterpret_cast<P*>(rows_pack.get());
-          rows_product(w, n, last, left, own->c + kGroup * c_stride, pack, [&](int64_t i, int64_t count, const float* c) {
-            transpose_tokens(c, kGroup, m, count, own->c, c_stride);
-            finish_tile<T>(a.epilogue, i, count, row, m, own->c, c_stride);
-            put_results(i, count);
-          });
+        const auto fetch = [&](int64_t n, int64_t last) { fetch_results(n, last - n); };
+        shared_rows_product(buffers.queue, team, w, left, panel, rows_memory, fetch, [&](int64_t i, int64_t count, const S* c) {
+          transpose_tokens(c, kGroup, m, count, own->c, c_stride);
+          finish_tile<T>(a.epilogue, i, count, row, m, own->c, c_stride);
+          put_results(i, count);
         });
         return;
       }

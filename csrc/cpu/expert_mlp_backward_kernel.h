@@ -59,7 +59,7 @@ class ExpertMlpBackward {
         own(std::make_unique<ExpertMlpThread<T>>()),
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
-    if (kTiled<P>) rows_pack = allocate_scratch(kRowsPackBytes);
+    if (down_by_rows() || gate_up_by_rows()) rows_memory = RowsMemory<P>(buffers.chunk);
   }
 
   void run() {
@@ -201,36 +201,28 @@ class ExpertMlpBackward {
     for_own_preact([&](int64_t begin, int64_t end) { pack_as_columns(preact, own->rows.row, begin, end); });
   }
 
-  // Whether products with a weight's transpose have tokens on the left of tiles: transposing results costs less than weights.
-  bool down_by_rows() const { return kTiled<P> && a.down.col_stride == 1; }
-  bool gate_up_by_rows() const { return kTiled<P> && a.gate_up.col_stride == 1; }
+  // Whether products with a weight's transpose have tokens in the rows of the result: transposing results costs less than weights.
+  bool down_by_rows() const { return kByRows<P> && a.down.col_stride == 1; }
+  bool gate_up_by_rows() const { return kByRows<P> && a.gate_up.col_stride == 1; }
 
   // Calls f(i, count) with own->buffers.c = the product of rows i .. i+count of a weight with the chunk, tokens as columns, for all
-  // rows; or, with rows_left, by_rows(i, count, c) with tokens as rows of kGroup values in c. before(i, count) comes ahead of each
-  // piece of work.
+  // rows; or, where such a weight goes by rows, by_rows(i, count, c) with tokens as rows of kGroup values in c. before(i, end) comes
+  // ahead of each piece of work.
   template <class Before, class F, class ByRows>
-  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows, bool rows_left,
+  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows,
                Before&& before, F&& f, ByRows&& by_rows) {
-    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
-    S* c = own->buffers.c;
-    if constexpr (kTiled<P>) {
-      if (rows_left) {
-        const int64_t unit = rows_product_unit<P>(w.num_rows, w.depth, team.size);
-        queue.each(team, w.num_rows, unit, [&](int64_t i, int64_t end) {
-          before(i, std::min<int64_t>(kGroup, end - i));
-          rows_product(w, i, end, rows, c + kGroup * c_stride, reinterpret_cast<P*>(rows_pack.get()), by_rows);
-        });
-        return;
-      }
+    if constexpr (kByRows<P>) {
+      if (goes_by_rows<P>(w, columns.width)) return shared_rows_product(queue, team, w, rows, columns, rows_memory, before, by_rows);
     }
+    const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
     queue.each(team, w.num_rows, kGroup, [&](int64_t i, int64_t end) {
-      before(i, end - i);
-      group_product(w, i, end - i, columns, c, c_stride, own->buffers.pack);
+      before(i, end);
+      group_product(w, i, end - i, columns, own->buffers.c, c_stride, own->buffers.pack);
       f(i, end - i);
     });
   }
 
-  // The part of a product that tiles made with tokens as rows, with tokens as columns in own->buffers.c.
+  // The part of a product that has tokens as rows, with tokens as columns in own->buffers.c.
   void transpose_product(const S* c, int64_t count, int64_t tokens) {
     transpose_tokens(c, kGroup, tokens, count, own->buffers.c, own->buffers.c_stride(buffers.chunk));
   }
@@ -271,7 +263,7 @@ class ExpertMlpBackward {
     const auto with_dact = [&](int64_t i, int64_t count) { activate(i, count, own->buffers.c); };
     if (a.needs_dact()) {
       const auto nothing = [](int64_t, int64_t) {};
-      product(buffers.inner, down, dy_c, dy_rows, down_by_rows(), nothing, with_dact, [&](int64_t i, int64_t count, const S* c) {
+      product(buffers.inner, down, dy_c, dy_rows, nothing, with_dact, [&](int64_t i, int64_t count, const S* c) {
         transpose_product(c, count, chunk.size());
         with_dact(i, count);
       });
@@ -291,7 +283,8 @@ class ExpertMlpBackward {
     if (a.dx) {
       const Weight<T> low_w = expert_weight_t<T>(a.gate_up_update.a, chunk.expert, a.gate_up_update.rank, h);
       const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
-      const auto fetch_sums = [&](int64_t i, int64_t count) {
+      const auto fetch_sums = [&](int64_t i, int64_t end) {
+        const int64_t count = std::min<int64_t>(kGroup, end - i);
         for (int64_t t = 0; t < m; ++t) prefetch_lines<1, Fetch::kWriteLater>(dx.at(own->rows.token[t], i), count * sizeof(S));
       };
       const auto add = [&](int64_t i, int64_t count) {
@@ -307,10 +300,10 @@ class ExpertMlpBackward {
         }
         clock.lap(Stage::kDx);
         dx.add_rows(c, kGroup, count, own->rows, m, i);
-        if (i + count < h) fetch_sums(i + count, std::min<int64_t>(kGroup, h - i - count));
+        fetch_sums(i + count, h);
         clock.lap(Stage::kCombine);
       };
-      product(buffers.hidden, gate_up, preact_c, preact_rows, gate_up_by_rows(), fetch_sums, add, add_rows);
+      product(buffers.hidden, gate_up, preact_c, preact_rows, fetch_sums, add, add_rows);
     }
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
@@ -384,7 +377,7 @@ class ExpertMlpBackward {
   ExpertMlpBuffers<P> buffers;
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
-  Scratch rows_pack;
+  RowsMemory<P> rows_memory;
   TokenSums<T> dx;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
   PackedRows<P> dy_rows, preact_rows;

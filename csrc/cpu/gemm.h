@@ -21,11 +21,48 @@ int segment_of(int64_t depth) {
 // Weight rows that are worked on together: the unit in which threads share a product.
 constexpr int kGroup = 32;
 
+// Lines of memory that come while something is multiplied: of runs of `bytes`, `stride` apart, some with each step. Many at once
+// would hold up the product's own loads.
+struct LinesAhead {
+  const char* run = nullptr;
+  int64_t bytes = 0, stride = 0, runs = 0, at = 0, per_step = 0, gap = 0, wait = 0;
+
+  template <class T>
+  static LinesAhead of(const T* first, int64_t values, int64_t stride, int64_t runs) {
+    if (values <= 0 || runs <= 0) return {};
+    constexpr int64_t size = sizeof(T);
+    return {reinterpret_cast<const char*>(first), values * size, stride * size, runs};
+  }
+  // `per_step` lines every `gap` steps.
+  void share_among(int64_t steps) {
+    const int64_t lines = std::max<int64_t>(1, runs * ((bytes + 63) / 64));
+    steps = std::max<int64_t>(1, steps);
+    per_step = (lines + steps - 1) / steps;
+    gap = wait = std::max<int64_t>(1, steps / lines);
+  }
+  __attribute__((always_inline)) void fetch() {
+    if (--wait > 0) return;
+    wait = gap;
+    for (int64_t i = 0; i < per_step && runs > 0; ++i) {
+      __builtin_prefetch(run + at, 0, 2);
+      at += 64;
+      if (at >= bytes) {
+        at = 0;
+        run += stride;
+        --runs;
+      }
+    }
+  }
+};
+struct NothingAhead {
+  void fetch() {}
+};
+
 // sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step]. With Half, the upper half of the last v, which
 // nobody needs, stays as it is.
-template <class P, bool Half = false, int Rows, int Vecs>
+template <class P, bool Half = false, int Rows, int Vecs, class Ahead = NothingAhead>
 GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, int64_t a_row, int64_t a_step, const P* b,
-                                int64_t depth) {
+                                int64_t depth, Ahead&& ahead = {}) {
   constexpr int whole = Half ? Vecs - 1 : Vecs;
   [[maybe_unused]] HalfVec<SumOf<P>> tail[Rows] = {};
   // The end of a loop of a hundred rounds is not foreseen.
@@ -40,6 +77,7 @@ GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, in
       for (int v = 0; v < whole; ++v) sum[i][v] = fma(splat(a[i * a_row]), column[v], sum[i][v]);
       if constexpr (Half) tail[i] = fma(splat_half(a[i * a_row]), load_bytes<HalfVec<P>>(b + whole * kLanes<P>), tail[i]);
     }
+    ahead.fetch();
     a += a_step;
     b += Vecs * kLanes<P>;
   }
@@ -106,26 +144,20 @@ void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t t
   }
 }
 
-// Fetches runs first .. last, `stride` apart and `length` values long, of a weight. Weights are read once, from far away: the
-// next block comes while this one is worked on.
-template <class T>
-GOSSAMER_INLINE void prefetch_runs(const T* base, int64_t stride, int64_t first, int64_t last, int64_t length) {
-  const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
-  for (int64_t i = first; i < last; ++i) prefetch_lines<0, Fetch::kReadLater>(base + i * stride, bytes);
-}
-
 template <class P>
 constexpr int kPackSize = kDepth * kGroup;
 
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
 // a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
-template <int Rows, int Vecs, int ARow, int AStep, bool Half = false, class P>
+template <int Rows, int Vecs, int ARow, int AStep, bool Half = false, class P, class Ahead = NothingAhead>
 __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_t a_row, const P* b, int depth, int segment,
-                                             bool first, SumOf<P>* c, int64_t c_stride) {
+                                             bool first, SumOf<P>* c, int64_t c_stride, Ahead&& ahead = {}) {
   using S = SumOf<P>;
+  auto lines = ahead;
   for (int k = 0; k < depth; k += segment) {
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
+    accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k),
+                        lines);
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -136,6 +168,7 @@ __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_
       }
     }
   }
+  ahead = lines;
 }
 
 // Rows of a tile of Vecs vectors: at least eight sums, or each would wait for its own last addition.
@@ -145,11 +178,17 @@ constexpr int kTileRows = Vecs == 1 ? std::max(8, GOSSAMER_TILE_ROWS) : GOSSAMER
 // Calls f with the height of each next tile and its place until `count` rows are covered, rounded up to a multiple of 4.
 template <int Rows = GOSSAMER_TILE_ROWS, class F>
 GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
-  static_assert(Rows % 4 == 0 && kGroup % Rows == 0);
+  static_assert(Rows % 4 == 0);
   int64_t done = 0;
   while (count - done >= Rows) {
     f(std::integral_constant<int, Rows>{}, done);
     done += Rows;
+  }
+  if constexpr (Rows > 8) {
+    if (count - done > 4) {
+      f(std::integral_constant<int, 8>{}, done);
+      done += 8;
+    }
   }
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
@@ -158,8 +197,8 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
 enum class Read { kInPlace, kRows, kColumns };
 
 // c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
-// panel, kDepth deep, are worked on together in the first-level cache; the next `unit` rows are fetched meanwhile, some
-// with each tile: many at once would hold up the loads of the product.
+// panel, kDepth deep, are worked on together in the first-level cache. Weights are read once, from far away: the next `unit` rows
+// come meanwhile.
 template <Read read, class T, class P>
 void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c,
                       int64_t c_stride, P* pack, bool add) {
@@ -176,9 +215,9 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
     const int64_t next_rows = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
     const int64_t next_terms = std::min(step, w.depth - next_k);
     const int64_t runs = columns ? next_terms : w.col_stride == 1 ? next_rows : 0, run_length = columns ? next_rows : next_terms;
-    const int64_t tiles = blocks * ((count + GOSSAMER_TILE_ROWS - 1) / GOSSAMER_TILE_ROWS), share = (runs + tiles - 1) / tiles;
-    int64_t fetched = 0;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
+    auto ahead = LinesAhead::of(next, run_length, columns ? w.col_stride : w.row_stride, runs);
+    ahead.share_among(blocks * ((count + GOSSAMER_TILE_ROWS - 1) / GOSSAMER_TILE_ROWS));
     // The pages of new rows are looked up together, which takes the time of one where each line by line would wait for its own.
     if (!more && !columns) {
       for (int64_t i = 0; i < runs; ++i) prefetch_lines<1, Fetch::kReadLater>(next + i * w.row_stride, 0);
@@ -195,9 +234,7 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
-          const int64_t last = std::min(runs, fetched + share * tile / GOSSAMER_TILE_ROWS);
-          prefetch_runs(next, columns ? w.col_stride : w.row_stride, fetched, last, run_length);
-          fetched = last;
+          ahead.fetch();
           block_product<tile, vectors, a_row, columns ? kGroup : 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
                                                                     depth, segment, !add && k == 0,
                                                                     c + i * c_stride + block * kPanelWidth<P>, c_stride);

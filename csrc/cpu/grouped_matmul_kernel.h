@@ -76,10 +76,8 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   T* y = static_cast<T*>(a.y);
-  // Tiles have tokens on the left of a weight that is contiguous along its rows.
-  constexpr bool may_go_by_rows = kTiled<P> && std::is_same_v<decltype(weight_of(int64_t{})), Weight<T>>;
-  const bool by_rows = may_go_by_rows && a.weight.row_stride == 1 && a.weight.col_stride != 1;
-  const Scratch rows_pack = allocate_scratch(by_rows ? kRowsPackBytes : 0);
+  constexpr bool may_go_by_rows = kByRows<P> && std::is_same_v<decltype(weight_of(int64_t{})), Weight<T>>;
+  const RowsMemory<P> rows_memory(may_go_by_rows && goes_by_rows<P>(a.weight, buffers.chunk) ? buffers.chunk : 0);
   const auto y_row = [&](int64_t r) { return y + (a.y_grouped ? r : a.groups.slots[r]) * a.n; };
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size(), c_stride = own->c_stride(buffers.chunk);
@@ -88,24 +86,27 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
     team.barrier();
     buffers.queue.restart(team);
     const auto packed = team.share(a.c, kPanelWidth<P>);
-    const PackedRows<P> left{buffers.x, a.c, m};
-    by_rows ? copy_rows(left, rows.get(), packed.begin, packed.end) : pack_as_columns(panel, rows.get(), packed.begin, packed.end);
+    const bool by_rows = may_go_by_rows && goes_by_rows<P>(a.weight, m);
+    const PackedRows<P> tile_rows{buffers.x, a.c, m};
+    if (kTiled<P> && by_rows) {
+      copy_rows(tile_rows, rows.get(), packed.begin, packed.end);
+    } else {
+      pack_as_columns(panel, rows.get(), packed.begin, packed.end);
+    }
     team.barrier();
     const auto w = weight_of(chunk.expert);
     if constexpr (may_go_by_rows) {
       if (by_rows) {
-        buffers.queue.each(team, a.n, rows_product_unit<P>(a.n, a.c, team.size), [&](int64_t n, int64_t last) {
-          auto* pack = reinterpret_cast<P*>(rows_pack.get());
-          rows_product(w, n, last, left, own->c, pack, [&](int64_t i, int64_t count, const float* c) {
-            alignas(64) float bias[kGroup] = {};
-            for (int64_t j = 0; j < (a.bias ? count : 0); ++j) bias[j] = static_cast<float>(a.bias.at(chunk.expert, i + j));
-            for (int64_t t = 0; t < m; ++t) {
-              for (int64_t j = 0; j < count; j += kLanes<S>) {
-                const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, count - j));
-                store_valid(y_row(chunk.begin + t) + i + j, load(c + t * kGroup + j) + load(bias + j), valid);
-              }
+        const auto nothing = [](int64_t, int64_t) {};
+        shared_rows_product(buffers.queue, team, w, tile_rows, panel, rows_memory, nothing, [&](int64_t i, int64_t count, const S* c) {
+          alignas(64) S bias[kGroup] = {};
+          for (int64_t j = 0; j < (a.bias ? count : 0); ++j) bias[j] = static_cast<S>(a.bias.at(chunk.expert, i + j));
+          for (int64_t t = 0; t < m; ++t) {
+            for (int64_t j = 0; j < count; j += kLanes<S>) {
+              const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, count - j));
+              store_valid(y_row(chunk.begin + t) + i + j, load(c + t * kGroup + j) + load(bias + j), valid);
             }
-          });
+          }
         });
         return;
       }

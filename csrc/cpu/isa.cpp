@@ -41,6 +41,18 @@ struct Build {
 }
 #endif
 
+// Zen 4 does; the others that run AVX-512 have units as wide as its vectors.
+bool splits_vectors() {
+#if defined(__x86_64__)
+  constexpr unsigned kAmd = 0x68747541, kZen4 = 0x19;  // "Auth" of the vendor's name; Zen 3, of the same family, has no AVX-512
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != kAmd || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  return ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == kZen4;
+#else
+  return false;
+#endif
+}
+
 // Best first. GOSSAMER_WITHOUT_... says which an install leaves out.
 const Build kBuilds[] = {
 #if defined(__x86_64__)
@@ -63,6 +75,8 @@ const Build kBuilds[] = {
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
+
+const bool kSplitsVectors = splits_vectors();
 
 const Kernels& kernels() {
   const Kernels* current = chosen.load(std::memory_order_acquire);

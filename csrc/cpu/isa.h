@@ -75,4 +75,7 @@ bool choose_kernels(const char* name);
 // Whether this processor has instructions that multiply bfloat16, which torch's own products use.
 bool multiplies_bfloat16();
 
+// Whether this processor works on a vector of 64 bytes as two halves, one after the other: half a vector takes half the time then.
+extern const bool kSplitsVectors;
+
 }  // namespace gossamer

@@ -5,6 +5,7 @@
 #include "cpu/panel.h"
 #include "cpu/gemm.h"
 #include "cpu/tile_gemm.h"
+#include "cpu/rows_product.h"
 #include "cpu/outer_product.h"
 #include "cpu/quantized_kernel.h"
 #include "cpu/grouped_matmul_kernel.h"

@@ -91,18 +91,17 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
     const int64_t length = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, count);
     const int64_t runs = length > 0 ? std::min(step, w.depth - next_k) : 0;
     const T* next = w.base + next_n + next_k * w.col_stride;
-    const int64_t tiles = panel.num_blocks() * ((count + kTileRows<1> - 1) / kTileRows<1>), share = (runs + tiles - 1) / tiles;
-    int64_t fetched = 0;
+    const int depth = static_cast<int>(packed_depth<P>(terms));
+    auto ahead = LinesAhead::of(next, length, w.col_stride, runs);
+    ahead.share_among(panel.num_blocks() * ((count + kTileRows<1> - 1) / kTileRows<1>));
     pack_columns<kWide>(w, n, count, k, terms, pack);
     for (int64_t block = 0; block < panel.num_blocks(); ++block) {
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
-          const int64_t last = std::min(runs, fetched + share);
-          prefetch_runs(next, w.col_stride, fetched, last, length);
-          fetched = last;
-          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>), segment,
-                                                      k == 0, c + i * c_stride + block * kPanelWidth<P>, c_stride);
+          ahead.fetch();
+          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, depth, segment, k == 0,
+                                                      c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
       });
     }
@@ -115,10 +114,7 @@ template <class T>
 void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<BFloat16Pair>& buffers, Team team) {
   using P = BFloat16Pair;
   const PackedRows<P> rows{buffers.panel, a.depth, a.rank};
-  const int64_t sums = (a.rank + kTileSide - 1) / kTileSide * kTileSide * kGroup;
-  const Scratch memory = allocate_scratch(kRowsPackBytes + sums * sizeof(float));
-  auto* pack = reinterpret_cast<P*>(memory.get());
-  auto* c = reinterpret_cast<float*>(memory.get() + kRowsPackBytes);
+  const RowsMemory<P> memory(a.rank);
   buffers.queue.restart(team);
   const auto packed = team.share(a.depth, kLanes<P> * kTerms<P>);
   pack_transposed_matrix<T>(a.small, rows, packed.begin, packed.end);
@@ -130,11 +126,10 @@ void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankB
     const FloatMatrix out{static_cast<O*>(a.out.base) + first * a.out.row_stride, a.out.col_stride, a.out.row_stride, a.out.dtype};
     store_product<O>(out, 0, a.rank, count, sums, kGroup, factor);
   };
-  buffers.queue.each(team, a.rows, rows_product_unit<P>(a.rows, a.depth, team.size), [&](int64_t first, int64_t last) {
-    rows_product(big, first, last, rows, c, pack, [&](int64_t i, int64_t count, const float* sums) {
-      if (a.out.dtype == a.dtype) return store(TypeTag<T>{}, i, count, sums);
-      store(TypeTag<float>{}, i, count, sums);
-    });
+  const auto nothing = [](int64_t, int64_t) {};
+  shared_rows_product(buffers.queue, team, big, rows, Panel<P>{}, memory, nothing, [&](int64_t i, int64_t count, const float* sums) {
+    if (a.out.dtype == a.dtype) return store(TypeTag<T>{}, i, count, sums);
+    store(TypeTag<float>{}, i, count, sums);
   });
 }
 

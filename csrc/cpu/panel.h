@@ -57,9 +57,9 @@ GOSSAMER_INLINE void with_vectors(int vectors, F&& f) {
 template <class P, class F>
 GOSSAMER_INLINE void with_block(const Panel<P>& panel, int64_t block, F&& f) {
   with_vectors<P>(panel.block_vectors(block), [&](auto vectors) {
-    if constexpr (kHalvesPay<P>) {
+    if constexpr (kHasHalves<P>) {
       const int64_t last = panel.width - block * kPanelWidth<P> - (vectors - 1) * kLanes<P>;
-      if (last <= kLanes<P> / 2) return f(vectors, std::true_type{});
+      if (kSplitsVectors && last <= kLanes<P> / 2) return f(vectors, std::true_type{});
     }
     f(vectors, std::false_type{});
   });

@@ -1,38 +1,5 @@
 // Matrix products on panels by tiles, and the choice between them and those by vectors. Included by isa_kernels.h.
 
-// What rows_product() packs of a weight at a time, for a second-level cache of a megabyte and more.
-constexpr int kRowsPackSize = 1 << 16;
-constexpr size_t kRowsPackBytes = kRowsPackSize * sizeof(BFloat16Pair);
-
-// Lines of memory that come while tiles are multiplied: of runs of `bytes`, `stride` apart, some with each step. Many at once
-// would hold up the tiles.
-struct LinesAhead {
-  const char* run = nullptr;
-  int64_t bytes = 0, stride = 0, runs = 0, at = 0, per_step = 0;
-
-  template <class T>
-  static LinesAhead of(const T* first, int64_t values, int64_t stride, int64_t runs) {
-    if (values <= 0 || runs <= 0) return {};
-    constexpr int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(first), values * size, stride * size, runs};
-  }
-  void share_among(int64_t steps) {
-    const int64_t lines = runs * ((bytes + 63) / 64);
-    per_step = (lines + steps - 1) / std::max<int64_t>(1, steps);
-  }
-  __attribute__((always_inline)) void fetch() {
-    for (int64_t i = 0; i < per_step && runs > 0; ++i) {
-      __builtin_prefetch(run + at, 0, 2);
-      at += 64;
-      if (at >= bytes) {
-        at = 0;
-        run += stride;
-        --runs;
-      }
-    }
-  }
-};
-
 #if GOSSAMER_AMX
 // c (+)= Σ_k left(i, k) · b[k] over whole tiles along the depth, for 16 · Rows rows and one block of Vecs vectors; strides are
 // bytes.
@@ -82,23 +49,6 @@ void tiled_product(const P* left, int64_t stride, int count, const Panel<P>& pan
       });
     });
   }
-#endif
-}
-
-// c[token][0 .. 16 · vectors] (+)= rows · b for `steps` tiles along the depth, from `from` on in the rows; rows of c are kGroup
-// values.
-template <class P>
-void tiles_of_rows([[maybe_unused]] const PackedRows<P>& rows, [[maybe_unused]] int64_t from, [[maybe_unused]] int64_t steps,
-                   [[maybe_unused]] const P* b, [[maybe_unused]] int vectors, [[maybe_unused]] bool fresh, [[maybe_unused]] float* c,
-                   [[maybe_unused]] LinesAhead& ahead) {
-#if GOSSAMER_AMX
-  with_vectors<P>(vectors, [&](auto vectors) {
-    for (int64_t t = 0; t < rows.tokens; t += 2 * kTileSide) {
-      const auto product = rows.tokens - t > kTileSide ? tile_product<2, vectors> : tile_product<1, vectors>;
-      const char* left = reinterpret_cast<const char*>(rows.at(t, from));
-      product(left, rows.stride() * sizeof(P), b, steps, fresh, c + t * kGroup, kGroup * sizeof(float), ahead);
-    }
-  });
 #endif
 }
 
@@ -154,49 +104,6 @@ void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pan
       }
       const int depth = static_cast<int>(packed_depth<P>(terms));
       tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, !add && k == 0, to, c_stride, ahead);
-    }
-  }
-}
-
-// Columns of a weight that is contiguous along its rows which rows_product() packs together: runs of some lines of memory, but few
-// enough that they fit, and that each thread has several such pieces.
-template <class P>
-int64_t rows_product_unit(int64_t num_rows, int64_t depth, int threads) {
-  const int64_t fits = kRowsPackSize / std::max<int64_t>(1, tile_depth<P>(depth)), share = num_rows / (4 * threads);
-  return std::clamp<int64_t>(std::min(fits, share) / kGroup * kGroup, kGroup, 4 * kGroup);
-}
-
-// Calls f(i, count, c) with c[token][j] = Σ_k rows[token][k] · w(i+j, k) by tiles, kGroup rows of a weight at a time of n .. end,
-// one unit. The weight is contiguous along its rows: they are columns here, and are packed without being transposed. c has room
-// for whole tiles of tokens, kGroup values each.
-template <class T, class P, class F>
-void rows_product(const Weight<T>& w, int64_t n, int64_t end, const PackedRows<P>& rows, float* c, P* pack, F&& f) {
-  constexpr int64_t ahead_rows = 16;
-  if (w.depth == 0) std::fill_n(c, rows.tokens * kGroup, 0.0f);
-  for (int64_t i = n; w.depth == 0 && i < end; i += kGroup) f(i, std::min<int64_t>(kGroup, end - i), c);
-  constexpr int64_t step = kRowsPackSize / kGroup * kTerms<P>;
-  const int64_t width = end - n;
-  for (int64_t i = n, count = w.depth > step ? kGroup : width; i < end; i += count) {
-    count = std::min(count, end - i);
-    for (int64_t k = 0; k < w.depth; k += step) {
-      const int64_t terms = std::min(step, w.depth - k);
-      const Panel<P> panel{pack, tile_depth<P>(terms), count};
-      for (int64_t j = 0; j < terms; j += kTerms<P>) {
-        const T* run = w.base + i + (k + j) * w.col_stride;
-        for (int64_t a = j + ahead_rows; a < std::min(j + ahead_rows + kTerms<P>, terms); ++a) {
-          prefetch_lines<1>(w.base + i + (k + a) * w.col_stride, count * sizeof(T));
-        }
-        pack_run(panel, j / kTerms<P>, run, j + 1 < terms ? run + w.col_stride : nullptr, 0, count);
-      }
-      zero_past(panel, packed_depth<P>(terms), 0, count);
-      auto ahead = LinesAhead::of(w.base + end + k * w.col_stride, std::min(width, w.num_rows - end), w.col_stride, terms);
-      const int64_t steps = panel.depth / kTileSide, tiles = (rows.tokens + 2 * kTileSide - 1) / (2 * kTileSide);
-      ahead.share_among(steps * tiles * panel.num_blocks());
-      for (int64_t block = 0; block < panel.num_blocks(); ++block) {
-        tiles_of_rows(rows, k / kTerms<P>, steps, panel.block(block), panel.block_vectors(block), k == 0, c, ahead);
-        const int64_t at = block * kGroup;
-        if (k + terms == w.depth) f(i + at, std::min<int64_t>(kGroup, count - at), c);
-      }
     }
   }
 }

@@ -25,12 +25,12 @@ struct VecTraits<BFloat16Pair> {
   using HalfVec = HalfUInts;
 };
 
-// The lower half of a vector. Where the processor works on two halves in the time of one vector, the last tokens of a panel
-// take but half of the work if they fit into it.
+// The lower half of a vector. On processors that split vectors, the last tokens of a panel take but half of the work if they fit
+// into it.
 template <class S>
 using HalfVec = typename VecTraits<S>::HalfVec;
 template <class P>
-constexpr bool kHalvesPay = GOSSAMER_VECTOR_BYTES == 64 && GOSSAMER_F16C && sizeof(P) == sizeof(float);
+constexpr bool kHasHalves = GOSSAMER_VECTOR_BYTES == 64 && GOSSAMER_F16C && sizeof(P) == sizeof(float);
 template <class T>
 using Operand = PackedAs<T, GOSSAMER_BF16_DOT>;
 

@@ -1,0 +1,172 @@
+// Products with weights that are contiguous along their rows, tokens in the rows of the result: such a weight is packed without being
+// transposed, several groups of its rows side by side, so that runs of memory are long. Included by isa_kernels.h.
+
+// Values of a weight that rows_product() packs at a time: by tiles along the whole depth, for a second-level cache of a megabyte and
+// more; by vectors the same part of the depth of so many groups of columns.
+constexpr int64_t kTiledRowsPack = 1 << 16;
+constexpr int64_t kRowGroups = 4;
+
+// Whether products with such weights go this way. Sixteen registers hold too few sums of a group's columns: by AVX2 it takes a third
+// longer. Pairs by vectors do not either.
+template <class P>
+constexpr bool kByRows = kTiled<P> || (GOSSAMER_VECTOR_BYTES == 64 && std::is_same_v<P, SumOf<P>>);
+template <class P, class W>
+bool goes_by_rows(const W& w, int64_t tokens) {
+  return kByRows<P> && (kTiled<P> || tokens > kFewTokens) && w.row_stride == 1 && w.col_stride != 1;
+}
+
+// A thread's memory for products with at most `tokens` tokens.
+template <class P>
+class RowsMemory {
+  using S = SumOf<P>;
+  static constexpr int64_t kPack = kTiled<P> ? kTiledRowsPack : kRowGroups * kPackSize<P>;
+
+ public:
+  explicit RowsMemory(int64_t tokens = 0)
+      : sums_size_((tokens + kTileSide - 1) / kTileSide * kTileSide * kGroup),
+        memory_(tokens == 0 ? Scratch() : allocate_scratch(kPack * sizeof(P) + (kTiled<P> ? 1 : kRowGroups) * sums_size_ * sizeof(S))) {}
+
+  P* pack(int64_t group = 0) const { return reinterpret_cast<P*>(memory_.get()) + group * kPackSize<P>; }
+  // Sums of a group, kGroup of each token.
+  S* sums(int64_t group = 0) const { return reinterpret_cast<S*>(memory_.get() + kPack * sizeof(P)) + group * sums_size_; }
+
+ private:
+  int64_t sums_size_;
+  Scratch memory_;
+};
+
+// c[token][0 .. 16 · vectors] (+)= rows · b for `steps` tiles along the depth, from `from` on in the rows; rows of c are kGroup
+// values.
+template <class P>
+void tiles_of_rows([[maybe_unused]] const PackedRows<P>& rows, [[maybe_unused]] int64_t from, [[maybe_unused]] int64_t steps,
+                   [[maybe_unused]] const P* b, [[maybe_unused]] int vectors, [[maybe_unused]] bool fresh, [[maybe_unused]] float* c,
+                   [[maybe_unused]] LinesAhead& ahead) {
+#if GOSSAMER_AMX
+  with_vectors<P>(vectors, [&](auto vectors) {
+    for (int64_t t = 0; t < rows.tokens; t += 2 * kTileSide) {
+      const auto product = rows.tokens - t > kTileSide ? tile_product<2, vectors> : tile_product<1, vectors>;
+      const char* left = reinterpret_cast<const char*>(rows.at(t, from));
+      product(left, rows.stride() * sizeof(P), b, steps, fresh, c + t * kGroup, kGroup * sizeof(float), ahead);
+    }
+  });
+#endif
+}
+
+// Columns of a weight that is contiguous along its rows which rows_product() packs together: runs of some lines of memory, but few
+// enough that they fit, and that each thread has several such pieces.
+template <class P>
+int64_t rows_product_unit(int64_t num_rows, [[maybe_unused]] int64_t depth, int threads) {
+  int64_t most = num_rows / (4 * threads);
+  if constexpr (kTiled<P>) most = std::min(most, kTiledRowsPack / std::max<int64_t>(1, tile_depth<P>(depth)));
+  return std::clamp<int64_t>(most / kGroup * kGroup, kGroup, kRowGroups * kGroup);
+}
+
+// Calls f(i, count, c) with c[token][j] = 0 for what is a sum of nothing.
+template <class S, class F>
+void empty_rows_product(int64_t n, int64_t end, int64_t tokens, S* c, F&& f) {
+  std::fill_n(c, tokens * kGroup, S{0});
+  for (int64_t i = n; i < end; i += kGroup) f(i, std::min<int64_t>(kGroup, end - i), c);
+}
+
+// Calls f(i, count, c) with c[token][j] = Σ_k rows[token][k] · w(i+j, k) by tiles, kGroup rows of a weight at a time of n .. end,
+// one unit. The weight is contiguous along its rows: they are columns here, and are packed without being transposed.
+template <class T, class P, class F>
+void rows_product(const Weight<T>& w, int64_t n, int64_t end, const PackedRows<P>& rows, const RowsMemory<P>& memory, F&& f) {
+  constexpr int64_t ahead_rows = 16, step = kTiledRowsPack / kGroup * kTerms<P>;
+  float* c = memory.sums();
+  if (w.depth == 0) return empty_rows_product(n, end, rows.tokens, c, f);
+  const int64_t width = end - n;
+  for (int64_t i = n, count = w.depth > step ? kGroup : width; i < end; i += count) {
+    count = std::min(count, end - i);
+    for (int64_t k = 0; k < w.depth; k += step) {
+      const int64_t terms = std::min(step, w.depth - k);
+      const Panel<P> panel{memory.pack(), tile_depth<P>(terms), count};
+      for (int64_t j = 0; j < terms; j += kTerms<P>) {
+        const T* run = w.base + i + (k + j) * w.col_stride;
+        for (int64_t a = j + ahead_rows; a < std::min(j + ahead_rows + kTerms<P>, terms); ++a) {
+          prefetch_lines<1>(w.base + i + (k + a) * w.col_stride, count * sizeof(T));
+        }
+        pack_run(panel, j / kTerms<P>, run, j + 1 < terms ? run + w.col_stride : nullptr, 0, count);
+      }
+      zero_past(panel, packed_depth<P>(terms), 0, count);
+      auto ahead = LinesAhead::of(w.base + end + k * w.col_stride, std::min(width, w.num_rows - end), w.col_stride, terms);
+      const int64_t steps = panel.depth / kTileSide, tiles = (rows.tokens + 2 * kTileSide - 1) / (2 * kTileSide);
+      ahead.share_among(steps * tiles * panel.num_blocks());
+      for (int64_t block = 0; block < panel.num_blocks(); ++block) {
+        tiles_of_rows(rows, k / kTerms<P>, steps, panel.block(block), panel.block_vectors(block), k == 0, c, ahead);
+        const int64_t at = block * kGroup;
+        if (k + terms == w.depth) f(i + at, std::min<int64_t>(kGroup, count - at), c);
+      }
+    }
+  }
+}
+
+// The same by vectors, with the rows as columns of a panel. Sums are those of group_product(), bit for bit.
+template <class T, class P, class F>
+void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& rows, const RowsMemory<P>& memory, F&& f) {
+  constexpr int64_t step = kDepth * kTerms<P>;
+  // As many sums as the registers hold: rows are broadcast, and a group of columns is two vectors.
+  constexpr int vectors = 2, tile_rows = GOSSAMER_TILE_ROWS * GOSSAMER_TILE_VECTORS / vectors / 4 * 4;
+  using Columns = Panel<P, vectors>;
+  if (w.depth == 0) return empty_rows_product(n, end, rows.width, memory.sums(), f);
+  const int segment = segment_of<P>(w.depth);
+  const int64_t width = end - n;
+  const int64_t tiles = (width + Columns::kWidth - 1) / Columns::kWidth * ((rows.width + tile_rows - 1) / tile_rows);
+  for (int64_t k = 0; k < w.depth; k += step) {
+    const int64_t terms = std::min(step, w.depth - k);
+    const auto depth = static_cast<int>(packed_depth<P>(terms));
+    const auto columns = [&](int64_t at) {
+      return Columns{memory.pack(at / kGroup), depth, std::min<int64_t>(kGroup, width - at)};
+    };
+    for (int64_t j = 0; j < terms; j += kTerms<P>) {
+      const T* run = w.base + n + (k + j) * w.col_stride;
+      const T* next = j + 1 < terms ? run + w.col_stride : nullptr;
+      for (int64_t at = 0; at < width; at += kGroup) {
+        const Columns group = columns(at);
+        pack_run(group, j / kTerms<P>, run + at, next ? next + at : nullptr, 0, group.width);
+      }
+    }
+    const bool more = k + step < w.depth;
+    auto ahead = more ? LinesAhead::of(w.base + n + (k + step) * w.col_stride, width, w.col_stride, std::min(step, w.depth - k - step))
+                      : LinesAhead::of(w.base + end, std::min(width, w.num_rows - end), w.col_stride, std::min(step, w.depth));
+    ahead.share_among(tiles * depth);
+    for (int64_t at = 0; at < width; at += kGroup) {
+      const Columns group = columns(at);
+      SumOf<P>* c = memory.sums(at / kGroup);
+      for (int64_t block = 0; block < rows.num_blocks(); ++block) {
+        with_vectors<P>(rows.block_vectors(block), [&](auto lanes) {
+          constexpr int a_step = lanes * kLanes<P>;
+          const int64_t first = block * kPanelWidth<P>;
+          const P* a = rows.block(block) + k / kTerms<P> * a_step;
+          for_tiles<tile_rows>(std::min<int64_t>(kPanelWidth<P>, rows.width - first), [&](auto tile, int64_t i) {
+            for (int64_t b = 0; b < group.num_blocks(); ++b) {
+              SumOf<P>* to = c + (first + i) * kGroup + b * Columns::kWidth;
+              const auto product = group.block_vectors(b) == 1 ? block_product<tile, 1, 1, a_step, false, P, LinesAhead&>
+                                                               : block_product<tile, vectors, 1, a_step, false, P, LinesAhead&>;
+              product(a + i, 0, group.block(b), depth, segment, k == 0, to, kGroup, ahead);
+            }
+          });
+        });
+      }
+      if (!more) f(n + at, group.width, c);
+    }
+  }
+}
+
+// The same of all rows of a weight, which the threads share: tiles read the rows on the left as `tile_rows`, vectors as `panel`.
+// before(i, end) comes ahead of each unit.
+template <class T, class P, class Before, class F>
+void shared_rows_product(WorkQueue& queue, Team team, const Weight<T>& w, [[maybe_unused]] const PackedRows<P>& tile_rows,
+                         [[maybe_unused]] const Panel<P>& panel, const RowsMemory<P>& memory, Before&& before, F&& f) {
+  const int64_t unit = rows_product_unit<P>(w.num_rows, w.depth, team.size);
+  const auto product = [&](int64_t n, int64_t end) {
+    before(n, end);
+    if constexpr (kTiled<P>) {
+      rows_product(w, n, end, tile_rows, memory, f);
+    } else {
+      rows_product(w, n, end, panel, memory, f);
+    }
+  };
+  // A quarter of the largest unit is a group.
+  queue.each(team, w.num_rows, unit, product, unit == kRowGroups * kGroup ? 1 : 0);
+}
