@@ -73,8 +73,10 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   T* y = static_cast<T*>(a.y);
   // Tiles have the rectangle's rows on the left where those of the dense operand are contiguous, and blocks are whole vectors.
   const bool whole_vectors = a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0;
-  const bool may_go_by_rows = !kTiled<P> || whole_vectors;
-  const RowsMemory<P> rows_memory(may_go_by_rows ? buffers.chunk : 0);
+  const auto by_rows_at = [&](int64_t rows) {
+    return (!kTiled<P> || whole_vectors) && goes_by_rows<P>(Weight<T>{nullptr, a.b.col_stride, a.b.row_stride, a.n, 0}, rows);
+  };
+  const RowsMemory<P> rows_memory(by_rows_at(buffers.chunk) ? buffers.chunk : 0);
   for_rectangle_rows(a, buffers.chunk, [&](const Rectangle& r, int64_t row, int64_t end, int64_t padded) {
     const int64_t depth = r.depth, m = end - row, c_stride = own->c_stride(buffers.chunk);
     const Panel<P> panel{buffers.panel, packed_depth<P>(depth), m};
@@ -82,7 +84,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     const Weight<T> w{b, a.b.col_stride, a.b.row_stride, a.n, depth};
     team.barrier();
     buffers.queue.restart(team);
-    const bool by_rows = may_go_by_rows && goes_by_rows<P>(w, m);
+    const bool by_rows = by_rows_at(m);
     const PackedRows<P> left{buffers.panel, depth, m};
     pack_rectangle(a, r, row, end, panel, kTiled<P> && by_rows ? &left : nullptr, rows.get(), team);
     team.barrier();
@@ -110,11 +112,12 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     };
     if constexpr (kByRows<P>) {
       if (by_rows) {
-        const auto fetch = [&](int64_t n, int64_t last) { fetch_results(n, last - n); };
+        const auto fetch = [&](int64_t n, int64_t last) { fetch_results(n, std::min<int64_t>(kGroup, last - n)); };
         shared_rows_product(buffers.queue, team, w, left, panel, rows_memory, fetch, [&](int64_t i, int64_t count, const S* c) {
           transpose_tokens(c, kGroup, m, count, own->c, c_stride);
           finish_tile<T>(a.epilogue, i, count, row, m, own->c, c_stride);
           put_results(i, count);
+          if (i + count < a.n) fetch(i + count, a.n);
         });
         return;
       }

@@ -59,7 +59,7 @@ class ExpertMlpBackward {
         own(std::make_unique<ExpertMlpThread<T>>()),
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
-    if (down_by_rows() || gate_up_by_rows()) rows_memory = RowsMemory<P>(buffers.chunk);
+    if ((a.needs_dact() && down_by_rows()) || (a.dx && gate_up_by_rows())) rows_memory = RowsMemory<P>(buffers.chunk);
   }
 
   void run() {
@@ -202,8 +202,11 @@ class ExpertMlpBackward {
   }
 
   // Whether products with a weight's transpose have tokens in the rows of the result: transposing results costs less than weights.
-  bool down_by_rows() const { return kByRows<P> && a.down.col_stride == 1; }
-  bool gate_up_by_rows() const { return kByRows<P> && a.gate_up.col_stride == 1; }
+  bool down_by_rows() const { return kByRows<P> && runs_along_rows(transposed_down(0)); }
+  bool gate_up_by_rows() const { return kByRows<P> && runs_along_rows(transposed_gate_up(0)); }
+
+  Weight<T> transposed_down(int64_t expert) const { return expert_weight_t<T>(a.down, expert, a.hidden, a.inner); }
+  Weight<T> transposed_gate_up(int64_t expert) const { return expert_weight_t<T>(a.gate_up, expert, a.wide(), a.hidden); }
 
   // Calls f(i, count) with own->buffers.c = the product of rows i .. i+count of a weight with the chunk, tokens as columns, for all
   // rows; or, where such a weight goes by rows, by_rows(i, count, c) with tokens as rows of kGroup values in c. before(i, end) comes
@@ -246,7 +249,7 @@ class ExpertMlpBackward {
     }
     if (!a.needs_dact() && !a.needs_act()) return;
     const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
-    const Weight<T> down = expert_weight_t<T>(a.down, chunk.expert, a.hidden, a.inner);
+    const Weight<T> down = transposed_down(chunk.expert);
     const Weight<T> low_w = expert_weight_t<T>(a.down_update.a, chunk.expert, a.down_update.rank, a.inner);
     const auto activate = [&](int64_t i, int64_t count, const S* dact) {
       if (dact && a.down_update) group_product(low_w, i, count, down_low.c, own->buffers.c, c_stride, own->buffers.pack, true);
@@ -282,7 +285,7 @@ class ExpertMlpBackward {
     buffers.down_low.restart(team);
     if (a.dx) {
       const Weight<T> low_w = expert_weight_t<T>(a.gate_up_update.a, chunk.expert, a.gate_up_update.rank, h);
-      const Weight<T> gate_up = expert_weight_t<T>(a.gate_up, chunk.expert, n, h);
+      const Weight<T> gate_up = transposed_gate_up(chunk.expert);
       const auto fetch_sums = [&](int64_t i, int64_t end) {
         const int64_t count = std::min<int64_t>(kGroup, end - i);
         for (int64_t t = 0; t < m; ++t) prefetch_lines<1, Fetch::kWriteLater>(dx.at(own->rows.token[t], i), count * sizeof(S));
@@ -300,7 +303,7 @@ class ExpertMlpBackward {
         }
         clock.lap(Stage::kDx);
         dx.add_rows(c, kGroup, count, own->rows, m, i);
-        fetch_sums(i + count, h);
+        if (i + count < h) fetch_sums(i + count, h);
         clock.lap(Stage::kCombine);
       };
       product(buffers.hidden, gate_up, preact_c, preact_rows, fetch_sums, add, add_rows);

@@ -193,6 +193,15 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
+// The tiles of a product of `count` rows with a panel, but for the shorter ones at the end.
+template <class P>
+int64_t num_tiles(const Panel<P>& panel, int64_t count) {
+  const auto tiles = [&](int64_t rows) { return (count + rows - 1) / rows; };
+  const int64_t blocks = panel.num_blocks();
+  if (blocks == 0) return 0;
+  return (blocks - 1) * tiles(GOSSAMER_TILE_ROWS) + tiles(panel.block_vectors(blocks - 1) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS);
+}
+
 // How a group of a weight's rows is read: in place, or packed in its own order of memory.
 enum class Read { kInPlace, kRows, kColumns };
 
@@ -217,7 +226,7 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
     const int64_t runs = columns ? next_terms : w.col_stride == 1 ? next_rows : 0, run_length = columns ? next_rows : next_terms;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
     auto ahead = LinesAhead::of(next, run_length, columns ? w.col_stride : w.row_stride, runs);
-    ahead.share_among(blocks * ((count + GOSSAMER_TILE_ROWS - 1) / GOSSAMER_TILE_ROWS));
+    ahead.share_among(num_tiles(panel, count));
     // The pages of new rows are looked up together, which takes the time of one where each line by line would wait for its own.
     if (!more && !columns) {
       for (int64_t i = 0; i < runs; ++i) prefetch_lines<1, Fetch::kReadLater>(next + i * w.row_stride, 0);

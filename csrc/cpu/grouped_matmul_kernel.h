@@ -77,7 +77,10 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   T* y = static_cast<T*>(a.y);
   constexpr bool may_go_by_rows = kByRows<P> && std::is_same_v<decltype(weight_of(int64_t{})), Weight<T>>;
-  const RowsMemory<P> rows_memory(may_go_by_rows && goes_by_rows<P>(a.weight, buffers.chunk) ? buffers.chunk : 0);
+  const auto by_rows_at = [&](int64_t tokens) {
+    return may_go_by_rows && goes_by_rows<P>(expert_weight<T>(a.weight, 0, a.n, a.c), tokens);
+  };
+  const RowsMemory<P> rows_memory(by_rows_at(buffers.chunk) ? buffers.chunk : 0);
   const auto y_row = [&](int64_t r) { return y + (a.y_grouped ? r : a.groups.slots[r]) * a.n; };
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size(), c_stride = own->c_stride(buffers.chunk);
@@ -86,7 +89,7 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
     team.barrier();
     buffers.queue.restart(team);
     const auto packed = team.share(a.c, kPanelWidth<P>);
-    const bool by_rows = may_go_by_rows && goes_by_rows<P>(a.weight, m);
+    const bool by_rows = by_rows_at(m);
     const PackedRows<P> tile_rows{buffers.x, a.c, m};
     if (kTiled<P> && by_rows) {
       copy_rows(tile_rows, rows.get(), packed.begin, packed.end);
@@ -100,11 +103,12 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
         const auto nothing = [](int64_t, int64_t) {};
         shared_rows_product(buffers.queue, team, w, tile_rows, panel, rows_memory, nothing, [&](int64_t i, int64_t count, const S* c) {
           alignas(64) S bias[kGroup] = {};
-          for (int64_t j = 0; j < (a.bias ? count : 0); ++j) bias[j] = static_cast<S>(a.bias.at(chunk.expert, i + j));
+          for (int64_t j = 0; a.bias && j < count; ++j) bias[j] = static_cast<S>(a.bias.at(chunk.expert, i + j));
           for (int64_t t = 0; t < m; ++t) {
             for (int64_t j = 0; j < count; j += kLanes<S>) {
               const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, count - j));
-              store_valid(y_row(chunk.begin + t) + i + j, load(c + t * kGroup + j) + load(bias + j), valid);
+              const Vec<S> sum = load(c + t * kGroup + j);
+              store_valid(y_row(chunk.begin + t) + i + j, a.bias ? sum + load(bias + j) : sum, valid);
             }
           }
         });

@@ -41,7 +41,7 @@ struct Build {
 }
 #endif
 
-// Zen 4 does; the others that run AVX-512 have units as wide as its vectors.
+// Of the processors that this has been timed on, Zen 4 does.
 bool splits_vectors() {
 #if defined(__x86_64__)
   constexpr unsigned kAmd = 0x68747541, kZen4 = 0x19;  // "Auth" of the vendor's name; Zen 3, of the same family, has no AVX-512

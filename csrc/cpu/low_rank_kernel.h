@@ -91,16 +91,16 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
     const int64_t length = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, count);
     const int64_t runs = length > 0 ? std::min(step, w.depth - next_k) : 0;
     const T* next = w.base + next_n + next_k * w.col_stride;
-    const int depth = static_cast<int>(packed_depth<P>(terms));
+    const int packed = static_cast<int>(packed_depth<P>(terms));
     auto ahead = LinesAhead::of(next, length, w.col_stride, runs);
-    ahead.share_among(panel.num_blocks() * ((count + kTileRows<1> - 1) / kTileRows<1>));
+    ahead.share_among(num_tiles(panel, count));
     pack_columns<kWide>(w, n, count, k, terms, pack);
     for (int64_t block = 0; block < panel.num_blocks(); ++block) {
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
           ahead.fetch();
-          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, depth, segment, k == 0,
+          block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, packed, segment, k == 0,
                                                       c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
       });
@@ -114,7 +114,7 @@ template <class T>
 void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<BFloat16Pair>& buffers, Team team) {
   using P = BFloat16Pair;
   const PackedRows<P> rows{buffers.panel, a.depth, a.rank};
-  const RowsMemory<P> memory(a.rank);
+  const RowsMemory<P> memory(std::max<int64_t>(1, a.rank));
   buffers.queue.restart(team);
   const auto packed = team.share(a.depth, kLanes<P> * kTerms<P>);
   pack_transposed_matrix<T>(a.small, rows, packed.begin, packed.end);

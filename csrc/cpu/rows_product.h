@@ -6,13 +6,13 @@
 constexpr int64_t kTiledRowsPack = 1 << 16;
 constexpr int64_t kRowGroups = 4;
 
-// Whether products with such weights go this way. Sixteen registers hold too few sums of a group's columns: by AVX2 it takes a third
-// longer. Pairs by vectors do not either.
+// Which values go this way. Sixteen registers hold too few sums of a group's columns: with AVX2 it takes a third longer. Nor do pairs
+// that vectors multiply, which nobody has timed.
 template <class P>
 constexpr bool kByRows = kTiled<P> || (GOSSAMER_VECTOR_BYTES == 64 && std::is_same_v<P, SumOf<P>>);
-template <class P, class W>
-bool goes_by_rows(const W& w, int64_t tokens) {
-  return kByRows<P> && (kTiled<P> || tokens > kFewTokens) && w.row_stride == 1 && w.col_stride != 1;
+template <class P, class T>
+bool goes_by_rows(const Weight<T>& w, int64_t tokens) {
+  return kByRows<P> && (kTiled<P> || tokens > kFewTokens) && runs_along_rows(w);
 }
 
 // A thread's memory for products with at most `tokens` tokens.
@@ -134,8 +134,8 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& ro
       const Columns group = columns(at);
       SumOf<P>* c = memory.sums(at / kGroup);
       for (int64_t block = 0; block < rows.num_blocks(); ++block) {
-        with_vectors<P>(rows.block_vectors(block), [&](auto lanes) {
-          constexpr int a_step = lanes * kLanes<P>;
+        with_vectors<P>(rows.block_vectors(block), [&](auto token_vectors) {
+          constexpr int a_step = token_vectors * kLanes<P>;
           const int64_t first = block * kPanelWidth<P>;
           const P* a = rows.block(block) + k / kTerms<P> * a_step;
           for_tiles<tile_rows>(std::min<int64_t>(kPanelWidth<P>, rows.width - first), [&](auto tile, int64_t i) {
