@@ -101,12 +101,12 @@ def test_sizes(kernel_backend, device, t, e, k, h, i):
 
 
 # Not float32: where H is 1, a routing weight's gradient in plain torch is rounded once, not once a term of its sum over I.
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("h", "i"), [(1, 24), (24, 1)])
-def test_sides_of_one(kernel_backend, dtype, device, h, i):
+def test_sides_of_one(kernel_backend, narrow, device, h, i):
     """Weights with a side of one, whose rows and columns are both contiguous."""
     d = make_dispatch(40, 2, 2, device)
-    check(*functions(d, backend=kernel_backend), make_inputs(device, dtype, t=40, e=2, k=2, h=h, i=i))
+    check(*functions(d, backend=kernel_backend), make_inputs(device, narrow, t=40, e=2, k=2, h=h, i=i))
 
 
 @pytest.mark.parametrize(("h", "i"), [(64, 128), (200, 40)])
