@@ -20,6 +20,9 @@ _FROM_ROWS = {
     ("avx2", torch.float32): {"rows": 2048, "columns": 96, "gradient": 1},
     ("avx512_bf16", torch.bfloat16): {"rows": 256, "columns": math.inf, "gradient": 1},
     ("amx", torch.bfloat16): {"rows": 512, "columns": 1, "gradient": 1},
+    ("amx", torch.float16): {"rows": 192, "columns": 1, "gradient": 1},
+    # Of Intel, whose own library torch multiplies float32 with.
+    ("amx", torch.float32): {"rows": 192, "columns": 1, "gradient": math.inf},
 }
 
 
