@@ -108,28 +108,32 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
   }
 }
 
-// rank_product() by tiles, of rows that are contiguous in a skinny product's sum: they are the columns of tiles, and the rank's few
-// rows are on the left.
-template <class T>
-void tiled_rank_product(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<BFloat16Pair>& buffers, Team team) {
-  using P = BFloat16Pair;
+// rank_product() of rows that are contiguous in a skinny product's sum: they are the columns, and the rank's few rows are on the left.
+template <class T, class P>
+void rank_product_by_rows(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<P>& buffers, Team team) {
+  using S = Accumulator<T>;
   const PackedRows<P> rows{buffers.panel, a.depth, a.rank};
+  const Panel<P> panel{buffers.panel, packed_depth<P>(a.depth), a.rank};
   const RowsMemory<P> memory(std::max<int64_t>(1, a.rank));
   buffers.queue.restart(team);
   const auto packed = team.share(a.depth, kLanes<P> * kTerms<P>);
-  pack_transposed_matrix<T>(a.small, rows, packed.begin, packed.end);
+  if constexpr (kTiled<P>) {
+    pack_transposed_matrix<T>(a.small, rows, packed.begin, packed.end);
+  } else {
+    pack_matrix<T>(a.small, a.depth, panel, packed.begin, packed.end);
+  }
   team.barrier();
-  const float factor = static_cast<float>(a.factor);
-  const auto store = [&](auto tag, int64_t first, int64_t count, const float* sums) {
+  const S factor = static_cast<S>(a.factor);
+  const auto store = [&](auto tag, int64_t first, int64_t count, const S* sums) {
     using O = typename decltype(tag)::type;
     // The product is the transpose of what is asked for.
     const FloatMatrix out{static_cast<O*>(a.out.base) + first * a.out.row_stride, a.out.col_stride, a.out.row_stride, a.out.dtype};
     store_product<O>(out, 0, a.rank, count, sums, kGroup, factor);
   };
   const auto nothing = [](int64_t, int64_t) {};
-  shared_rows_product(buffers.queue, team, big, rows, Panel<P>{}, memory, nothing, [&](int64_t i, int64_t count, const float* sums) {
+  shared_rows_product(buffers.queue, team, big, rows, panel, memory, nothing, [&](int64_t i, int64_t count, const S* sums) {
     if (a.out.dtype == a.dtype) return store(TypeTag<T>{}, i, count, sums);
-    store(TypeTag<float>{}, i, count, sums);
+    if constexpr (std::is_same_v<S, float>) store(TypeTag<float>{}, i, count, sums);
   });
 }
 
@@ -142,8 +146,8 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   const int64_t c_stride = (a.rank + kGroup - 1) / kGroup * kGroup + kLanes<S>;
   const bool wide = a.big.row_stride == 1 && a.big.col_stride != 1 && !a.dropout.on;
   const Weight<T> big{static_cast<const T*>(a.big.base), a.big.row_stride, a.big.col_stride, a.rows, a.depth};
-  if constexpr (kTiled<P>) {
-    if (wide) return tiled_rank_product(a, big, buffers, team);
+  if constexpr (kByRows<P>) {
+    if (wide) return rank_product_by_rows(a, big, buffers, team);
   }
   const auto c = std::make_unique<S[]>((wide ? kWide : kGroup) * c_stride);
   const auto pack = std::make_unique<P[]>(kPackSize<P>);
