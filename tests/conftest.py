@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,18 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
 def device() -> str:
     """The device under test: ``"cuda"`` where there is one, else ``"cpu"``."""
     return DEVICE
+
+
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "generic"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels of each instruction set that this processor runs."""
+    extension = pytest.importorskip("gossamer._C")
+    try:
+        extension.choose_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor does not run {request.param}")
+    yield request.param
+    extension.choose_isa("")
 
 
 @pytest.fixture(autouse=True)

@@ -205,6 +205,20 @@ def test_mixed_dtypes(kernel_backend, device):
         assert not torch.equal(actual["a2"], expected["a2"].float())
 
 
+def test_float32_factors_of_float64(device):
+    """On the CPU also beside float64 weights: their gradients are float64 sums, rounded once."""
+    if device != "cpu":
+        pytest.skip("float64 is computed on the CPU alone")
+    inputs = {k: v if k in FACTORS else v.double() for k, v in make_inputs(device, **SMALL).items()}
+    function, _ = functions(small_dispatch(device), backend="native")
+    dout = torch.randn(inputs["x"].shape, dtype=torch.float64)
+    found = run(function, inputs, inputs, dout)
+    wide = run(function, {k: v.double() for k, v in inputs.items()}, inputs, dout)
+    for name, value in found.items():
+        assert value.dtype == (torch.float32 if name in FACTORS else torch.float64)
+        assert torch.equal(value, wide[name].to(value.dtype)), name
+
+
 def test_zero_updates_keep_the_layers_bits(kernel_backend, dtype, device):
     """With B = 0 the result is that of the layer without updates, bit for bit."""
     d = small_dispatch(device, dropped=0.1)

@@ -274,6 +274,20 @@ def test_float32_factors(kernel_backend, device):
     assert not torch.equal(mixed["a"], half["a"].float())
 
 
+def test_float32_factors_of_float64(device):
+    """On the CPU also beside float64 rows: their gradients are float64 sums, rounded once."""
+    if device != "cpu":
+        pytest.skip("float64 is computed on the CPU alone")
+    inputs = {k: v if k in ("a", "b") else v.double() for k, v in make_inputs(device).items()}
+    function, _ = functions(make_ids(device=device), backend="native")
+    dout = torch.randn(M, N, dtype=torch.float64)
+    found = run(function, inputs, NAMES, dout)
+    wide = run(function, {k: v.double() for k, v in inputs.items()}, NAMES, dout)
+    for name, value in found.items():
+        assert torch.equal(value, wide[name].to(value.dtype)), name
+    assert found["a"].dtype == found["b"].dtype == torch.float32
+
+
 def test_same_bits(kernel_backend, dtype, device):
     """Two runs agree bit by bit; permuting the rows, or adding others, changes no bit of a row's result or gradient."""
     ids = make_ids(300, 3, device=device)

@@ -6,20 +6,6 @@ import torch
 import gossamer
 from gossamer.testing import assert_close
 
-ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "generic"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """One instruction set's kernels, if this processor runs them."""
-    extension = pytest.importorskip("gossamer._C")
-    try:
-        extension.choose_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor does not run {request.param}")
-    yield request.param
-    extension.choose_isa("")
-
 
 # Depths below and above one block of the panel, none a whole number of vectors; 37 rows are no whole number of tiles.
 @pytest.mark.parametrize("layout", ["rows", "columns"])

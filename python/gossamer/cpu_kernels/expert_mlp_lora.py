@@ -124,8 +124,8 @@ def expert_mlp_lora_backward(
     Returns:
         The ten gradients in that order, shaped and typed like what they belong to; ``(0,)`` where not needed.
     """
-    # In the wider of two dtypes that the factors may have; what is narrower is rounded at the end.
-    factor_dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors if f is not None))
+    # In the widest of the factors' dtypes and that of x; what is narrower is rounded at the end.
+    factor_dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors if f is not None), x.dtype)
     dfactors = [
         torch.empty(f.shape if need else (0,), dtype=factor_dtype) for f, need in zip(factors, needs[6:], strict=True)
     ]

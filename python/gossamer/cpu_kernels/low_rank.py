@@ -218,6 +218,8 @@ def low_rank_linear_backward(
     m, n = dy.shape
     mask, keep = _mask(seed, dropout)
     dx = dweight = da = db = dbias = None
+    # Sums of float64 are written as such, and rounded at the end.
+    sums = torch.promote_types(factor_dtype, dy.dtype)
     if want_x or want_a:
         b = b.to(dy.dtype).contiguous()
         ds = torch.empty(m, b.shape[1], dtype=dy.dtype)
@@ -229,10 +231,11 @@ def low_rank_linear_backward(
         _rank_product(dy, b, ds, scale)
     if want_a:
         x = unit_rows(x)
-        da = torch.empty(ds.shape[1], x.shape[1], dtype=factor_dtype)
+        da = torch.empty(ds.shape[1], x.shape[1], dtype=sums)
         _rank_product(x.T, ds, da.T, keep, mask, transposed=True)
+        da = da.to(factor_dtype)
     if want_b:
-        db = _rank_product(dy.T, s, torch.empty(n, s.shape[1], dtype=factor_dtype), scale)
+        db = _rank_product(dy.T, s, torch.empty(n, s.shape[1], dtype=sums), scale).to(factor_dtype)
     if want_weight and _by_torch(dy.dtype, m, "gradient"):
         dweight = torch.mm(dy.T, x)
     elif want_weight:

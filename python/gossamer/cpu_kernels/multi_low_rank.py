@@ -106,10 +106,11 @@ def multi_low_rank_backward(
     x, dy = unit_rows(x), unit_rows(dy)
     need_x, need_a, need_b = needs
     dx = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
-    da = empty_huge(a.shape if need_a else (0,), a.dtype)
-    db = empty_huge(b.shape if need_b else (0,), b.dtype)
+    # Sums of float64 are written as such, and rounded at the end.
+    factor_dtype, sums = a.dtype, torch.promote_types(a.dtype, x.dtype)
+    da = empty_huge(a.shape if need_a else (0,), sums)
+    db = empty_huge(b.shape if need_b else (0,), sums)
     ds = torch.empty(s.shape if need_x or need_a else (0,), dtype=s.dtype)
-    factor_dtype = DTYPES[a.dtype]
     a, b = _factor(a, x.dtype), _factor(b, x.dtype)
     _C.multi_low_rank_backward(
         *_arguments(x, a, b, slots, offsets, scales, scale, ranks, s),
@@ -118,7 +119,7 @@ def multi_low_rank_backward(
         matrix(dx if need_x else None),
         da.data_ptr() if need_a else 0,
         db.data_ptr() if need_b else 0,
-        factor_dtype,
+        DTYPES[sums],
         torch.get_num_threads(),
     )
-    return dx, da, db
+    return dx, da.to(factor_dtype), db.to(factor_dtype)
