@@ -4,31 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import OperatorLog, assert_same_bits, check, run, saved_tensors
+from multi_low_rank_inputs import NAMES, A, C, M, N, R, make_ids, make_inputs
 
 import gossamer
-from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import multi_low_rank_reference, row_adapters
-
-# Odd, so that no block divides them; more rows than a chunk or a tile for some adapter.
-M, A, R, C, N = 43, 5, 3, 97, 61
-NAMES = ("x", "a", "b", "out")
-
-
-def make_ids(m=M, num_adapters=A, *, none=0.2, device="cpu", seed=0):
-    """Random adapters, some rows without one."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(num_adapters, (m,), generator=generator)
-    return ids.masked_fill(torch.rand(m, generator=generator) < none, -1).to(device)
-
-
-def make_inputs(device, dtype=torch.float32, *, m=M, num_adapters=A, r=R, c=C, n=N, out=True):
-    inputs = {
-        "x": torch.randn(m, c, device=device),
-        "a": torch.randn(num_adapters, r, c, device=device) / c**0.5,
-        "b": torch.randn(num_adapters, n, r, device=device) / r**0.5,
-        "out": torch.randn(m, n, device=device),
-    }
-    return {k: v.to(dtype) for k, v in inputs.items() if out or k != "out"}
 
 
 def functions(ids, *, backend, scale=1.5, **form):
@@ -100,52 +79,6 @@ def test_one_adapter_is_a_low_rank_layer(kernel_backend, dtype, device):
             return gossamer.low_rank_linear(x, weight.to(x.dtype), a[0], b[0], scale=2.0)
 
     check(function, reference, inputs)
-
-
-@pytest.mark.parametrize(("shape", "bias"), [((M,), False), ((1, M), True), ((17, 16), True)])
-def test_linear_layer(kernel_backend, dtype, device, shape, bias):
-    """The layer's own product included, few rows and many, with the gradients of a trained weight and bias."""
-    m = int(torch.Size(shape).numel())
-    inputs = make_inputs(device, dtype, m=m, out=False)
-    inputs["x"] = inputs["x"].view(*shape, C)
-    inputs["weight"] = (torch.randn(N, C, device=device) / C**0.5).to(dtype)
-    if bias:
-        inputs["bias"] = torch.randn(N, device=device).to(dtype)
-    ids = make_ids(m, device=device).view(shape)
-
-    def function(x, weight, a, b, bias=None):
-        with gossamer.backend(kernel_backend):
-            return gossamer.multi_low_rank_linear(x, weight, a, b, ids, scale=1.5, bias=bias)
-
-    def reference(x, weight, a, b, bias=None):
-        return multi_low_rank_reference(x, a, b, ids, scale=1.5, out=F.linear(x, weight, bias))
-
-    check(function, reference, inputs)
-    inputs["weight"] = inputs["weight"].T.contiguous().T
-    check(function, reference, inputs, ["x", "a", "b"])
-
-
-def test_linear_layer_names_what_does_not_fit(device):
-    """Weights and biases of another size or dtype; under autocast its dtype is the layer's."""
-    inputs, ids = make_inputs(device, out=False), make_ids(device=device)
-    weight, bias = torch.randn(N, C, device=device), torch.zeros(N, device=device)
-
-    def call(weight=weight, bias=bias):
-        return gossamer.multi_low_rank_linear(inputs["x"], weight, inputs["a"], inputs["b"], ids, scale=1.0, bias=bias)
-
-    with pytest.raises(ValueError, match=r"weight must have shape \(N, C\)"):
-        call(weight[:, 1:])
-    with pytest.raises(ValueError, match=r"bias must have shape \(N,\)"):
-        call(bias=bias[1:])
-    with pytest.raises(ValueError, match=r"out must have shape \(..., N\)"):
-        call(weight[1:], bias[1:])
-    for change in ({"weight": weight.bfloat16()}, {"bias": bias.double()}):
-        with pytest.raises(TypeError, match="dtype"):
-            call(**change)
-    with torch.autocast(device, torch.bfloat16):
-        y = call()
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), call(), rtol=0.05, atol=0.3)
 
 
 @pytest.mark.parametrize("ranks", [[3, 1, 0, 2, 3], [0, 0, 0, 0, 0]])
@@ -378,27 +311,6 @@ def test_operators_are_sound(kernel_backend, device):
         args = (*backward, d.slots, d.offsets, *optional, needs, kernel_backend)
         torch.library.opcheck(torch.ops.gossamer.multi_low_rank_backward.default, args)
     torch.library.opcheck(torch.ops.gossamer.adapter_expert_ids.default, (make_ids(device=device), A))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_layers_product_is_sound(device, bias):
-    """Schema, fake kernel and autograd registration of the product that the layer's update is added to."""
-    if device == "cuda":
-        pytest.skip("it is torch's on CUDA")
-    x, weight = torch.randn(M, C, requires_grad=True), torch.randn(N, C, requires_grad=True)
-    args = (x, weight, torch.randn(N, requires_grad=True) if bias else None, "native")
-    torch.library.opcheck(torch.ops.gossamer.base_linear.default, args)
-
-
-def test_the_layers_product_of_nothing(kernel_backend, device, dtype):
-    """Without rows the gradients are zero; without columns the result is the bias."""
-    bias = torch.randn(N, device=device).to(dtype)
-    x, weight = (torch.randn(*s, device=device).to(dtype).requires_grad_() for s in ((0, C), (N, C)))
-    with gossamer.backend(kernel_backend):
-        gradients = torch.autograd.grad(base_linear(x, weight, bias).sum(), [x, weight])
-        assert [t.shape for t in gradients] == [x.shape, weight.shape]
-        assert not gradients[1].any()
-        assert torch.equal(base_linear(x.new_ones(3, 0), weight.new_ones(N, 0), bias), bias.expand(3, N))
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -280,27 +280,16 @@ def test_float64_on_the_cpu():
     torch.testing.assert_close(function(x), reference(x))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_instruction_sets_decode_alike(isa, weight_format):
     """Each build of the native kernels decodes to the same values: unit rows give the weight back exactly."""
-    native = pytest.importorskip("gossamer._C")
     weight = stack(weight_format, "cpu")
-    d = make_dispatch(C, E, 1, "cpu", ids=(torch.arange(C) % E).unsqueeze(1))
-    before = native.isa()
-    try:
-        native.choose_isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor does not run {isa}")
-    try:
-        for few in (C, 4):
-            d = make_dispatch(few, E, 1, "cpu", ids=(torch.arange(few) % E).unsqueeze(1))
-            with gossamer.backend("native"):
-                y = gossamer.grouped_matmul(torch.eye(C)[:few], weight, d)[:, 0]
-            dense = weight.dequantize()
-            assert torch.equal(y, torch.stack([dense[i % E, :, i] for i in range(few)]))
-    finally:
-        native.choose_isa(before)
+    for few in (C, 4):
+        d = make_dispatch(few, E, 1, "cpu", ids=(torch.arange(few) % E).unsqueeze(1))
+        with gossamer.backend("native"):
+            y = gossamer.grouped_matmul(torch.eye(C)[:few], weight, d)[:, 0]
+        dense = weight.dequantize()
+        assert torch.equal(y, torch.stack([dense[i % E, :, i] for i in range(few)]))
 
 
 def random_codes(weight_format, n, c):
@@ -314,41 +303,32 @@ def random_codes(weight_format, n, c):
 
 # Depths whose sums have segments of 128 and of 32 columns; the last of the former is short. Rows end within a vector.
 @pytest.mark.parametrize("c", [736, 320])
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_few_tokens_have_the_bits_of_many(isa, weight_format, c):
     """Few tokens' products decode with rows in the lanes: bit by bit what those tokens get among many, and dense."""
-    native = pytest.importorskip("gossamer._C")
-    before, n, many = native.isa(), 37, 40
-    try:
-        native.choose_isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor does not run {isa}, or it was not compiled")
-    try:
-        weight = random_codes(weight_format, n, c)
-        x = torch.randn(many, c)
-        of_all = []
-        for value in (weight, weight.dequantize()):
-            with gossamer.backend("native"):
-                all_tokens = gossamer.grouped_matmul(x, value, make_dispatch(many, 1, 1, "cpu"))
-                for few in (1, 2, 3, 4, 8):
-                    y = gossamer.grouped_matmul(x[:few], value, make_dispatch(few, 1, 1, "cpu"))
-                    assert torch.equal(y, all_tokens[:few])
-            of_all.append(all_tokens)
-        assert torch.equal(*of_all)
+    n, many = 37, 40
+    weight = random_codes(weight_format, n, c)
+    x = torch.randn(many, c)
+    of_all = []
+    for value in (weight, weight.dequantize()):
         with gossamer.backend("native"):
-            low = x.bfloat16()
-            all_tokens = gossamer.grouped_matmul(low, weight, make_dispatch(many, 1, 1, "cpu"))
-            for few in (1, 8, 17):
-                y = gossamer.grouped_matmul(low[:few], weight, make_dispatch(few, 1, 1, "cpu"))
+            all_tokens = gossamer.grouped_matmul(x, value, make_dispatch(many, 1, 1, "cpu"))
+            for few in (1, 2, 3, 4, 8):
+                y = gossamer.grouped_matmul(x[:few], value, make_dispatch(few, 1, 1, "cpu"))
                 assert torch.equal(y, all_tokens[:few])
-        if weight_format.startswith("fp8"):
-            weight.data.view(torch.uint8)[0, 3, 5] = 255
-            with gossamer.backend("native"):
-                y = gossamer.grouped_matmul(x[:2], weight, make_dispatch(2, 1, 1, "cpu"))
-            assert y.isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
-    finally:
-        native.choose_isa(before)
+        of_all.append(all_tokens)
+    assert torch.equal(*of_all)
+    with gossamer.backend("native"):
+        low = x.bfloat16()
+        all_tokens = gossamer.grouped_matmul(low, weight, make_dispatch(many, 1, 1, "cpu"))
+        for few in (1, 8, 17):
+            y = gossamer.grouped_matmul(low[:few], weight, make_dispatch(few, 1, 1, "cpu"))
+            assert torch.equal(y, all_tokens[:few])
+    if weight_format.startswith("fp8"):
+        weight.data.view(torch.uint8)[0, 3, 5] = 255
+        with gossamer.backend("native"):
+            y = gossamer.grouped_matmul(x[:2], weight, make_dispatch(2, 1, 1, "cpu"))
+        assert y.isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
 
 
 def test_errors_of_quantising_and_products():
