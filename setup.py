@@ -113,9 +113,11 @@ class BuildExt(build_ext):
     """build_ext that compiles ``.cu`` files with nvcc, and goes on without the extension where nothing compiles it."""
 
     def build_extension(self, ext):
-        # Objects are reused, so each way of compiling has a folder of its own.
+        # Objects are reused, so each way of compiling has a folder of its own; an editable install would compile into a
+        # temporary one.
         flags = repr((ext.define_macros, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
-        self.build_temp = os.path.join(self.build_temp, hashlib.sha256(flags.encode()).hexdigest()[:12])
+        folder = f"objects.{self.plat_name}-{sys.implementation.cache_tag}"
+        self.build_temp = os.path.join("build", folder, hashlib.sha256(flags.encode()).hexdigest()[:12])
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
         if cuda_sources:

@@ -1,6 +1,10 @@
 // The kernels for any processor: the baseline of x86-64, NEON on aarch64.
 #include "cpu/isa_begin.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O2")
+#endif
+
 #define GOSSAMER_VECTOR_BYTES 16
 #define GOSSAMER_F16C 0
 #define GOSSAMER_BF16_DOT 0

@@ -13,7 +13,19 @@ struct Addend {
   int32_t local;
 };
 
-template <class G, class Word>
+// The entry at a place: of that width or, for Any, of the width that the ids have.
+struct Any {};
+template <class Word = Any>
+GOSSAMER_INLINE Entry<uint64_t> entry_at(const SortedIds& ids, int64_t place) {
+  if constexpr (std::is_same_v<Word, Any>) {
+    return ids.wide ? entry_at<uint64_t>(ids, place) : entry_at<uint32_t>(ids, place);
+  } else {
+    const Entry<Word>& entry = static_cast<const Entry<Word>*>(ids.entries)[place];
+    return {entry.row, entry.source};
+  }
+}
+
+template <class G>
 GOSSAMER_INLINE const G* dout_row(const UpdateArgs& a, int64_t bag) {
   const G* dout = static_cast<const G*>(a.dout.base);
   if (!a.bags.features) return dout + bag * a.dout.row_stride;
@@ -21,13 +33,13 @@ GOSSAMER_INLINE const G* dout_row(const UpdateArgs& a, int64_t bag) {
   return dout + bag % each * a.dout.row_stride + a.bags.features[bag / each].column;
 }
 
-template <class S, class G, class Word>
+template <class S, class G>
 GOSSAMER_INLINE Addend<G> addend(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
-  const int64_t source = static_cast<const Entry<Word>*>(ids.entries)[entry].source;
+  const int64_t source = entry_at(ids, entry).source;
   const int64_t bag = ids.bag_of ? ids.bag_of[source] : source;
   double factor = a.weights ? weight_at(a.weights, source) : 1.0;
   if (ids.bag_scale) factor *= ids.bag_scale[bag];
-  Addend<G> found{dout_row<G, Word>(a, bag), static_cast<S>(factor), nullptr, 0};
+  Addend<G> found{dout_row<G>(a, bag), static_cast<S>(factor), nullptr, 0};
   if (a.argmax) {
     found.argmax = a.argmax + bag * a.dim;
     found.local = static_cast<int32_t>(source - a.bags.begin(bag));
@@ -35,11 +47,11 @@ GOSSAMER_INLINE Addend<G> addend(const UpdateArgs& a, const SortedIds& ids, int6
   return found;
 }
 
-template <class G, class Word>
+template <class G>
 GOSSAMER_INLINE void prefetch_addend(const UpdateArgs& a, const SortedIds& ids, int64_t entry, int64_t bytes) {
   if (entry >= ids.count) return;
-  const int64_t source = static_cast<const Entry<Word>*>(ids.entries)[entry].source;
-  prefetch_lines(dout_row<G, Word>(a, ids.bag_of ? ids.bag_of[source] : source), bytes);
+  const int64_t source = entry_at(ids, entry).source;
+  prefetch_lines(dout_row<G>(a, ids.bag_of ? ids.bag_of[source] : source), bytes);
 }
 
 // The addend's columns that won their maximum, others zero.
@@ -54,13 +66,13 @@ GOSSAMER_INLINE Vec<S> winners(const Addend<G>& from, int64_t column, int n) {
 }
 
 // Sums kVectors vectors (or, when some > 0, one of `some` lanes) of the addends of entries [begin, end).
-template <int kVectors, class S, class G, class Word>
+template <int kVectors, class S, class G>
 GOSSAMER_INLINE void sum_columns(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, int64_t column,
                                  int some, int64_t bytes, S* grad) {
   Vec<S> sum[kVectors] = {};
   for (int64_t i = begin; i < end; ++i) {
-    if (bytes > 0) prefetch_addend<G, Word>(a, ids, i + kDoutAhead, bytes);
-    const Addend<G> from = addend<S, G, Word>(a, ids, i);
+    if (bytes > 0) prefetch_addend<G>(a, ids, i + kDoutAhead, bytes);
+    const Addend<G> from = addend<S, G>(a, ids, i);
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = column + v * kLanes<S>;
       if (from.argmax) {
@@ -75,13 +87,13 @@ GOSSAMER_INLINE void sum_columns(const UpdateArgs& a, const SortedIds& ids, int6
   for (int v = 0; v < kVectors; ++v) store_n(grad + column + v * kLanes<S>, sum[v], some > 0 ? some : kLanes<S>);
 }
 
-template <class S, class G, class Word>
-GOSSAMER_INLINE void sum_entries(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, int64_t dim,
+template <class S, class G>
+__attribute__((noinline)) void sum_entries(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, int64_t dim,
                                  S* grad) {
   int64_t column = 0, bytes = dim * static_cast<int64_t>(sizeof(G));
   const auto pass = [&](auto vectors) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
-    sum_columns<kVectors, S, G, Word>(a, ids, begin, end, column, 0, bytes, grad);
+    sum_columns<kVectors, S, G>(a, ids, begin, end, column, 0, bytes, grad);
     bytes = 0;
     column += kVectors * kLanes<S>;
   };
@@ -90,7 +102,7 @@ GOSSAMER_INLINE void sum_entries(const UpdateArgs& a, const SortedIds& ids, int6
   if (column + 2 * kLanes<S> <= dim) pass(std::integral_constant<int, 2>{});
   if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
   if (column < dim) {
-    sum_columns<1, S, G, Word>(a, ids, begin, end, column, static_cast<int>(dim - column), bytes, grad);
+    sum_columns<1, S, G>(a, ids, begin, end, column, static_cast<int>(dim - column), bytes, grad);
   }
 }
 
@@ -104,9 +116,9 @@ struct RowPlace {
   }
 };
 
-template <class Word>
+template <class Word = Any>
 GOSSAMER_INLINE RowPlace place_of(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
-  const Entry<Word>& at = static_cast<const Entry<Word>*>(ids.entries)[entry];
+  const Entry<uint64_t> at = entry_at<Word>(ids, entry);
   const int64_t row = at.row;
   if (!a.bags.features) return {row, row, 0, a.dim};
   const int64_t bag = ids.bag_of ? ids.bag_of[at.source] : static_cast<int64_t>(at.source);
@@ -167,20 +179,20 @@ GOSSAMER_INLINE void sum_partials(const UpdateArgs& a, const SortedIds& ids, int
 // which have at least kRowBytes.
 template <class T, class Word, int kRowBytes = 1, class F>
 GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, F&& f) {
-  const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
+  const auto row_at = [&](int64_t place) __attribute__((always_inline)) { return entry_at<Word>(ids, place).row; };
   int64_t i = begin;
   if (begin > 0) {
-    while (i < end && entries[i].row == entries[i - 1].row) ++i;
+    while (i < end && row_at(i) == row_at(i - 1)) ++i;
   }
   for (int64_t ahead = i; ahead < std::min(end, i + kRowAhead); ++ahead) prefetch_place<T, Word, kRowBytes>(a, ids, ahead);
   while (i < end) {
-    const Word row = entries[i].row;
+    const uint64_t row = row_at(i);
     int64_t stop = i + 1;
-    while (stop < ids.count && entries[stop].row == row) ++stop;
+    while (stop < ids.count && row_at(stop) == row) ++stop;
     // Every entry once, up to those of a run of ordinary length.
     for (int64_t ahead = i; ahead < std::min(stop, i + kPiece); ++ahead) {
       const int64_t next = ahead + kRowAhead;
-      if (next < ids.count && entries[next].row != entries[next - 1].row) prefetch_place<T, Word, kRowBytes>(a, ids, next);
+      if (next < ids.count && row_at(next) != row_at(next - 1)) prefetch_place<T, Word, kRowBytes>(a, ids, next);
     }
     f(i, stop);
     i = stop;
@@ -302,17 +314,19 @@ bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t beg
 }
 
 // Entry for the rows whose runs begin in [begin, end).
-template <class T, class G, class Word>
+template <class T, class G>
 void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<T>;
-  if (update_as_short_rows<T, G, Word>(a, ids, begin, end)) return;
+  if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end) : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
+    return;
+  }
   S* grad = static_cast<S*>(scratch);
-  each_run<T, Word>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
-    const RowPlace place = place_of<Word>(a, ids, i);
+  each_run<T, Any>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
+    const RowPlace place = place_of(a, ids, i);
     if (stop - i > kPiece) {
       sum_partials(a, ids, i, place.dim, grad);
     } else {
-      sum_entries<S, G, Word>(a, ids, i, stop, place.dim, grad);
+      sum_entries<S, G>(a, ids, i, stop, place.dim, grad);
     }
     T* w = static_cast<T*>(a.table.base) + place.in(a, a.table);
     step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, 1, place), state_at<S>(a, a.state2, 2, place), grad,
@@ -320,7 +334,7 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
   });
 }
 
-template <class T, class G, class Word>
+template <class T, class G>
 void sum_range(const UpdateArgs& a, const SortedIds& ids, int64_t first_piece, int64_t last_piece) {
   using S = Accumulator<T>;
   for (int64_t piece = first_piece; piece < last_piece; ++piece) {
@@ -331,40 +345,31 @@ void sum_range(const UpdateArgs& a, const SortedIds& ids, int64_t first_piece, i
     }
     const LongRun& run = ids.long_runs[low];
     const int64_t begin = run.begin + (piece - run.first_piece) * kPiece;
-    const RowPlace place = place_of<Word>(a, ids, begin);
-    sum_entries<S, G, Word>(a, ids, begin, std::min(run.end, begin + kPiece), place.dim,
+    const RowPlace place = place_of(a, ids, begin);
+    sum_entries<S, G>(a, ids, begin, std::min(run.end, begin + kPiece), place.dim,
                             static_cast<S*>(ids.partials) + piece * a.dim);
   }
 }
 
 template <class F>
-GOSSAMER_INLINE void visit_update(const UpdateArgs& args, bool wide, F&& f) {
+GOSSAMER_INLINE void visit_update(const UpdateArgs& args, F&& f) {
   visit_float(args.table.dtype, [&](auto table) {
     using T = typename decltype(table)::type;
-    const auto with_words = [&](auto dout) {
-      if (wide) {
-        f(table, dout, TypeTag<uint64_t>{});
-      } else {
-        f(table, dout, TypeTag<uint32_t>{});
-      }
-    };
     if constexpr (!std::is_same_v<T, Accumulator<T>>) {
-      if (args.dout.dtype != args.table.dtype) return with_words(TypeTag<Accumulator<T>>{});
+      if (args.dout.dtype != args.table.dtype) return f(table, TypeTag<Accumulator<T>>{});
     }
-    with_words(table);
+    f(table, table);
   });
 }
 
 void sum_pieces(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece) {
-  visit_update(args, ids.wide, [&](auto table, auto dout, auto word) {
-    sum_range<typename decltype(table)::type, typename decltype(dout)::type, typename decltype(word)::type>(
-        args, ids, first_piece, last_piece);
+  visit_update(args, [&](auto table, auto dout) {
+    sum_range<typename decltype(table)::type, typename decltype(dout)::type>(args, ids, first_piece, last_piece);
   });
 }
 
 void update_rows(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
-  visit_update(args, ids.wide, [&](auto table, auto dout, auto word) {
-    update_range<typename decltype(table)::type, typename decltype(dout)::type, typename decltype(word)::type>(
-        args, ids, begin, end, scratch);
+  visit_update(args, [&](auto table, auto dout) {
+    update_range<typename decltype(table)::type, typename decltype(dout)::type>(args, ids, begin, end, scratch);
   });
 }
