@@ -32,9 +32,11 @@ struct BFloat16Pair {
 template <class T, bool Pairs>
 using PackedAs = std::conditional_t<Pairs && std::is_same_v<T, BFloat16>, BFloat16Pair, Accumulator<T>>;
 
-// What packed values are summed in, and how many terms of a sum one of them is.
+// What packed values are summed in, what the terms of a sum are that one of them holds, and how many.
 template <class P>
 using SumOf = std::conditional_t<std::is_same_v<P, BFloat16Pair>, float, P>;
+template <class P>
+using Term = std::conditional_t<std::is_same_v<P, BFloat16Pair>, BFloat16, P>;
 template <class P>
 constexpr int kTerms = std::is_same_v<P, BFloat16Pair> ? 2 : 1;
 template <class P>

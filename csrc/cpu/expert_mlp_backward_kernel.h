@@ -26,6 +26,40 @@ void activation_gradient(const ExpertMlpBackwardArgs& a, const Panel<S>& preact,
   });
 }
 
+// The same for tokens as rows: `preact` holds what was saved, dact's rows are kGroup values, and gradients and weighted activations
+// go where tiles read them.
+template <class T, class P, class S>
+void activation_gradient_rows(const ExpertMlpBackwardArgs& a, const T* const* preact, const PackedRows<P>& dpreact,
+                              const Panel<P>& act_r, int64_t first, int64_t count, const S* dact, const S* weight,
+                              S* dweight_part) {
+  constexpr int lanes = kLanes<S>, terms = kTerms<P>;
+  const int64_t up = a.activation.gated ? a.inner : 0;
+  visit_activation<S>(a.activation, [&](auto activation) {
+    for (int64_t t = 0; t < dpreact.tokens; t += terms) {
+      Vec<S> dot[terms] = {};
+      for (int64_t i = 0; i < count; i += lanes) {
+        const int valid = static_cast<int>(std::min<int64_t>(lanes, count - i));
+        Vec<S> weighted[terms] = {};
+        for (int j = 0; j < std::min<int64_t>(terms, dpreact.tokens - t); ++j) {
+          const T* from = preact[t + j] + first + i;
+          T* to = dpreact.row(t + j) + first + i;
+          const Vec<S> gate = load_valid(from, valid), w = splat(weight[t + j]);
+          const ActivationValue<S> value = activation(GateUp<S>{gate, a.activation.gated ? load_valid(from + up, valid) : gate});
+          const Vec<S> d = load_valid(dact + (t + j) * kGroup + i, valid);
+          dot[j] += d * value.value;
+          if (a.activation.gated) store_valid_sums(to + up, d * w * value.dup, valid);
+          store_valid_sums(to, d * w * value.dgate, valid);
+          weighted[j] = value.value * w;
+        }
+        if (act_r.data) store(act_r.at(t / terms, first + i), pack_lanes<P>(weighted[0], weighted[terms - 1]));
+      }
+      if (!dweight_part) continue;
+      for (int j = 0; j < std::min<int64_t>(terms, dpreact.tokens - t); ++j) dweight_part[t + j] = sum_lanes<S>(dot[j]);
+    }
+  });
+  if (act_r.data) zero_past(act_r, packed_depth<P>(dpreact.tokens), first, first + count);
+}
+
 // out[t] = Σ_i factors(expert, i) · panel[i][t].
 template <class S>
 void weighted_rows(const Panel<S>& panel, const FloatMatrix& factors, int64_t expert, S* out) {
@@ -60,6 +94,8 @@ class ExpertMlpBackward {
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
     if ((a.needs_dact() && down_by_rows()) || (a.dx && gate_up_by_rows())) rows_memory = RowsMemory<P>(buffers.chunk);
+    activation_by_rows = kTiled<P> && a.dx && down_by_rows() && gate_up_by_rows() && !a.activation.interleaved && !a.gate_up_update &&
+                         !a.down_update && !a.dgate_up_bias && !buffers.preact_r && !buffers.act_t;
   }
 
   void run() {
@@ -101,7 +137,9 @@ class ExpertMlpBackward {
       through_activation(chunk);
       meet();
       if (!kSame || buffers.preact_r) {
-        if constexpr (!kSame) {
+        if (activation_by_rows) {
+          gradient_by_terms();
+        } else if constexpr (!kSame) {
           for_own_preact([&](int64_t begin, int64_t end) {
             if (buffers.preact_c && (!gate_up_by_rows() || a.gate_up_update)) pack_along_rows(preact_c, preact, begin, end);
             if (a.dx && gate_up_by_rows()) transpose_rows(preact_rows, preact, begin, end);
@@ -198,7 +236,25 @@ class ExpertMlpBackward {
     for (int64_t i = 0; i < chunk.size(); ++i) {
       own->rows.row[i] = static_cast<const T*>(a.preact) + (chunk.begin + i) * a.wide();
     }
-    for_own_preact([&](int64_t begin, int64_t end) { pack_as_columns(preact, own->rows.row, begin, end); });
+    if (!activation_by_rows) {
+      for_own_preact([&](int64_t begin, int64_t end) { pack_as_columns(preact, own->rows.row, begin, end); });
+    }
+  }
+
+  // What activation_gradient_rows() has left: d(pre-activation) for the sum over tokens, and zeros where tiles read past its end.
+  void gradient_by_terms() {
+    if constexpr (kTiled<P>) {
+      const int64_t m = preact_rows.tokens;
+      for (int64_t t = 0; t < m; ++t) own->rows.row[t] = preact_rows.row(t);
+      for_own_preact([&](int64_t begin, int64_t end) {
+        if (buffers.preact_t) pack_as_terms(preact_t, own->rows.row, m, begin, end);
+      });
+      if (team.thread != 0) return;
+      preact_rows.zero_past_terms();
+      if (a.wide() % kTerms<P> != 0) {
+        for (int64_t t = 0; t < m; ++t) preact_rows.row(t)[a.wide()] = T{};
+      }
+    }
   }
 
   // Whether products with a weight's transpose have tokens in the rows of the result: transposing results costs less than weights.
@@ -267,6 +323,14 @@ class ExpertMlpBackward {
     if (a.needs_dact()) {
       const auto nothing = [](int64_t, int64_t) {};
       product(buffers.inner, down, dy_c, dy_rows, nothing, with_dact, [&](int64_t i, int64_t count, const S* c) {
+        if constexpr (kTiled<P>) {
+          if (activation_by_rows) {
+            clock.lap(Stage::kDact);
+            S* part = a.dweights ? buffers.dweight_parts + i / kGroup * buffers.chunk : nullptr;
+            activation_gradient_rows<T, P>(a, own->rows.row, preact_rows, act_r, i, count, c, own->rows.weight, part);
+            return clock.lap(Stage::kActivation);
+          }
+        }
         transpose_product(c, count, chunk.size());
         with_dact(i, count);
       });
@@ -381,6 +445,8 @@ class ExpertMlpBackward {
   std::unique_ptr<ExpertMlpThread<T>> own;
   std::unique_ptr<S[]> bias_sums;
   RowsMemory<P> rows_memory;
+  // Whether tokens stay in rows from one product to the next.
+  bool activation_by_rows;
   TokenSums<T> dx;
   Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
   PackedRows<P> dy_rows, preact_rows;

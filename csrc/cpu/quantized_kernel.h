@@ -165,10 +165,6 @@ GOSSAMER_INLINE void visit_format(WeightFormat format, F&& f) {
   }
 }
 
-// What a decoded value is stored as: the terms of P.
-template <class P>
-using Term = std::conditional_t<std::is_same_v<P, BFloat16Pair>, BFloat16, SumOf<P>>;
-
 template <class T>
 GOSSAMER_INLINE void store_decoded(T* to, Vec<float> v, int count) {
   if constexpr (std::is_same_v<T, double>) {
