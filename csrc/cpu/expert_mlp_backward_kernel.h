@@ -321,8 +321,16 @@ class ExpertMlpBackward {
     };
     const auto with_dact = [&](int64_t i, int64_t count) { activate(i, count, own->buffers.c); };
     if (a.needs_dact()) {
-      const auto nothing = [](int64_t, int64_t) {};
-      product(buffers.inner, down, dy_c, dy_rows, nothing, with_dact, [&](int64_t i, int64_t count, const S* c) {
+      // What the activation's gradient reads row by row comes while the product is computed.
+      const auto fetch_saved = [&](int64_t i, int64_t end) {
+        if (!activation_by_rows) return;
+        for (int64_t t = 0; t < chunk.size(); ++t) {
+          for (int64_t half = 0; half < a.wide(); half += a.inner) {
+            prefetch_lines<1, Fetch::kReadLater>(own->rows.row[t] + half + i, (end - i) * sizeof(T));
+          }
+        }
+      };
+      product(buffers.inner, down, dy_c, dy_rows, fetch_saved, with_dact, [&](int64_t i, int64_t count, const S* c) {
         if constexpr (kTiled<P>) {
           if (activation_by_rows) {
             clock.lap(Stage::kDact);

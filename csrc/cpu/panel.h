@@ -270,7 +270,11 @@ GOSSAMER_INLINE void for_transposed_terms(int64_t first, int64_t last, int64_t t
 // Stores so many terms of a packed vector.
 template <class P>
 GOSSAMER_INLINE void store_terms(Term<P>* to, Vec<P> v, int terms) {
-  std::memcpy(static_cast<void*>(to), &v, terms == kLanes<P> * kTerms<P> ? sizeof v : terms * sizeof(Term<P>));
+  if (terms == kLanes<P> * kTerms<P>) {
+    std::memcpy(static_cast<void*>(to), &v, sizeof v);
+  } else {
+    std::memcpy(static_cast<void*>(to), &v, terms * sizeof(Term<P>));
+  }
 }
 
 // Rows first .. last of a panel of sums with tokens as columns, `first` a multiple of a pair.
