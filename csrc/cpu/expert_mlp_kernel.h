@@ -129,21 +129,12 @@ int64_t preactivation(const ExpertMlpArgs& a, const W& w, int64_t expert, const 
 template <class T, class S>
 void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t first, int64_t count, const S* c, const S* up,
                         int64_t c_stride) {
-  using P = Operand<T>;
   const int64_t wide = a.inner * a.activation.halves();
   T* preact = static_cast<T*>(a.preact) + chunk.begin * wide;
   const auto part = [&](const S* from, int64_t rows, int64_t n) {
-    if constexpr (kTerms<P> > 1) {
-      // Pairs are half as many to transpose, and a vector of them is a whole line of memory.
-      const auto at = [&](int64_t row, int64_t token) { return from + row * c_stride + token; };
-      for_transposed_terms<P>(0, rows, chunk.size(), at, [&](int64_t token, int64_t column, Vec<P> v, int terms) {
-        store_terms<P>(preact + token * wide + n + column, v, terms);
-      });
-    } else {
-      for_transposed(from, c_stride, rows, chunk.size(), [&](int64_t token, int64_t column, Vec<S> v, int valid) {
-        store_valid(preact + token * wide + n + column, v, valid);
-      });
-    }
+    for_transposed(from, c_stride, rows, chunk.size(), [&](int64_t token, int64_t column, Vec<S> v, int valid) {
+      store_valid(preact + token * wide + n + column, v, valid);
+    });
   };
   if (a.activation.gated && a.activation.interleaved) {
     part(c, 2 * count, 2 * first);

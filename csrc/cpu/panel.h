@@ -246,44 +246,30 @@ void copy_rows(const PackedRows<P>& to, const T* const* rows, int64_t first, int
   }
 }
 
-// Calls f(token, k, packed, terms) for the terms k .. k+terms of each token's row, packed, a vector of them at most; at(row, token)
-// points to a sum of rows first .. last with tokens as columns.
-template <class P, class At, class F>
-GOSSAMER_INLINE void for_transposed_terms(int64_t first, int64_t last, int64_t tokens, At&& at, F&& f) {
-  constexpr int lanes = kLanes<P>, terms = kTerms<P>;
-  for (int64_t k = first; k < last; k += lanes * terms) {
-    const int there = static_cast<int>(std::min<int64_t>(lanes * terms, last - k));
-    for (int64_t token = 0; token < tokens; token += lanes) {
-      Vec<P> v[lanes];
-      for (int j = 0; j < lanes; ++j) {
-        const int row = j * terms, next = row + terms - 1;
-        v[j] = row < there ? pack_lanes<P>(load(at(k + row, token)), next < there ? load(at(k + next, token)) : Vec<SumOf<P>>{})
-                           : Vec<P>{};
-      }
-      transpose<P>(v);
-      const int count = static_cast<int>(std::min<int64_t>(lanes, tokens - token));
-      for (int i = 0; i < count; ++i) f(token + i, k, v[i], there);
-    }
-  }
-}
-
-// Stores so many terms of a packed vector.
-template <class P>
-GOSSAMER_INLINE void store_terms(Term<P>* to, Vec<P> v, int terms) {
-  if (terms == kLanes<P> * kTerms<P>) {
-    std::memcpy(static_cast<void*>(to), &v, sizeof v);
-  } else {
-    std::memcpy(static_cast<void*>(to), &v, terms * sizeof(Term<P>));
-  }
-}
-
 // Rows first .. last of a panel of sums with tokens as columns, `first` a multiple of a pair.
 template <class S, class P>
 void transpose_rows(const PackedRows<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
-  for_transposed_terms<P>(first, last, to.tokens, [&](int64_t row, int64_t token) { return from.at(row, token); },
-                          [&](int64_t token, int64_t k, Vec<P> v, int terms) {
-                            store_terms<P>(to.row(token) + k, v, (terms + kTerms<P> - 1) / kTerms<P> * kTerms<P>);
-                          });
+  constexpr int lanes = kLanes<P>, terms = kTerms<P>;
+  for (int64_t k = first; k < last; k += lanes * terms) {
+    const int pairs = static_cast<int>(std::min<int64_t>(lanes, (last - k + terms - 1) / terms));
+    for (int64_t token = 0; token < to.tokens; token += lanes) {
+      Vec<P> v[lanes];
+      for (int j = 0; j < lanes; ++j) {
+        const int64_t row = k + j * terms;
+        const Vec<S> next = j < pairs && row + terms - 1 < last ? load(from.at(row + terms - 1, token)) : Vec<S>{};
+        v[j] = j < pairs ? pack_lanes<P>(load(from.at(row, token)), next) : Vec<P>{};
+      }
+      transpose<P>(v);
+      const int tokens = static_cast<int>(std::min<int64_t>(lanes, to.tokens - token));
+      for (int i = 0; i < tokens; ++i) {
+        if (pairs == lanes) {
+          store(to.at(token + i, k / terms), v[i]);
+        } else {
+          std::memcpy(static_cast<void*>(to.at(token + i, k / terms)), &v[i], pairs * sizeof(P));
+        }
+      }
+    }
+  }
 }
 
 // Calls f(token, column, vector, valid lanes) over the transpose of c, `columns` rows of `tokens` values.
