@@ -172,6 +172,58 @@ def test_own_layers_and_adapters_over_codes():
     assert trained == {f"{w}_lora_{f}" for w in ("gate_up_proj", "down_proj") for f in "AB"}
 
 
+@pytest.mark.parametrize(("held", "given"), [("int4", "mxfp4"), ("fp8", "int8"), ("int8", "fp8"), ("mxfp4", "int4")])
+def test_a_state_of_another_format_is_refused(held, given):
+    """Codes of one format are no numbers of another, though their buffers would take them."""
+    first, second = gossamer.nn.MoE(64, 64, 4, 2), gossamer.nn.MoE(64, 64, 4, 2)
+    gossamer.quantize_experts(first, held)
+    gossamer.quantize_experts(second, given)
+    x = torch.randn(5, 64)
+    state = second.state_dict()
+    with pytest.raises(RuntimeError, match=f"gate_up_proj.* must be torch.*, as {held} is held here, got torch"):
+        first.load_state_dict(state)
+    gossamer.load_quantized_experts(first, state)
+    first.load_state_dict(state)
+    assert torch.equal(first(x), second(x))
+
+
+def packed_checkpoint():
+    """Symmetric int4 of one layer, one matrix an expert."""
+    tensors = {}
+    for e in range(4):
+        for name, (n, c) in {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}.items():
+            tensors[f"experts.{e}.{name}.weight_packed"] = torch.randint(-(2**31), 2**31, (n, c // 8)).int()
+            tensors[f"experts.{e}.{name}.weight_scale"] = torch.rand(n, c // 32)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"experts.0.up_proj.weight_zero_point": torch.zeros(4, 2)},
+            "symmetric int4.* got experts.0.up_proj.weight_zero",
+        ),
+        (
+            {"experts.0.down_proj.weight_g_idx": torch.arange(32)},
+            "columns in order, got experts.0.down_proj.weight_g_idx",
+        ),
+        ({"experts.2.up_proj.weight_scale": torch.rand(32, 1)}, r"one shape and dtype: .*0.up_proj.* \(32, 1\)"),
+        ({"experts.gate_up_proj_blocks": torch.zeros(4, 64, 2, 16)}, "hold experts.gate_up_proj_scales beside"),
+        ({"experts.gate_up_proj.data": torch.zeros(4, 64, 64)}, "hold experts.gate_up_proj.scale beside"),
+        ({"experts.down_proj_scale_inv": torch.zeros(4, 64)}, "hold experts.down_proj beside"),
+    ],
+)
+def test_checkpoints_that_are_not_read(change, message):
+    """The tensor is named, and the layer is as it was."""
+    moe = gossamer.nn.MoE(64, 32, 4, 2)
+    with pytest.raises(ValueError, match=message):
+        gossamer.load_quantized_experts(moe, packed_checkpoint() | change)
+    assert isinstance(moe.experts.gate_up_proj, torch.nn.Parameter)
+    report = gossamer.load_quantized_experts(moe, packed_checkpoint())
+    assert {module.format for module in report.modules} == {"int4"}
+
+
 def test_errors():
     with pytest.raises(ValueError, match="format must be one of"):
         gossamer.quantize_experts(qwen(), "fp4")

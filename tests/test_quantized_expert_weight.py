@@ -163,3 +163,24 @@ def test_errors_of_a_stack(arguments, error, message):
     """Each documented error names the argument, the rule and the value."""
     with pytest.raises(error, match=message):
         QuantizedExpertWeight(*arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_what_is_not_finite_shows(weight_format, value, device):
+    """No quantiser makes a plausible number of it, and groups without it are as they were."""
+    weight = torch.ones(1, 128, 256, device=device)
+    plain = QuantizedExpertWeight.quantize(weight, weight_format).dequantize()
+    weight[0, 0, 0] = value
+    found = QuantizedExpertWeight.quantize(weight, weight_format).dequantize()
+    assert not found[0, 0, 0].isfinite()
+    finite = found.isfinite()
+    assert torch.equal(found[finite], plain[finite]) and finite[0, :, 128:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 64), (1, 128, 2), (1, 1, 128), (128,), (1, 1, 1, 1), ()])
+def test_scales_of_other_blocks_are_refused(shape):
+    """As many scales as rows, in another shape, are not scales of rows."""
+    codes = torch.randn(1, 128, 4096).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"scale must have shape \(E, ⌈N/128⌉, ⌈C/128⌉\) = \(1, 1, 32\)"):
+        QuantizedExpertWeight.from_fp8(codes, torch.rand(shape) + 0.5)

@@ -21,6 +21,9 @@ _EXPERT_NAMES = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 
+# What compressed-tensors stores beside 4 bits with zero points of their own, or with columns in another order.
+_NOT_SYMMETRIC = ("weight_zero_point", "weight_g_idx")
+
 
 def _foreign(model: nn.Module) -> bool:
     """Whether experts modules of transformers are inside."""
@@ -115,7 +118,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
         ValueError: the format or group size is unknown, no experts are inside, or, under ``strict``, a module's weights
             do not fit the format or are quantised already.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
     chosen, skipped = [], []
     for name, module, names, transposed in _experts(model):
@@ -170,15 +173,33 @@ def _per_expert(
             if missing := [key for key in keys if key not in tensors]:
                 raise ValueError(f"tensors must hold every expert of {prefix}{part}, {missing[0]} is missing")
             used.extend(keys)
-            # Through bytes, because torch does not stack every 8-bit type.
             values = [tensors[key] for key in keys]
+            for key, value in zip(keys, values, strict=True):
+                if (value.shape, value.dtype) != (values[0].shape, values[0].dtype):
+                    raise ValueError(
+                        f"tensors must hold experts of one shape and dtype: {keys[0]} is {tuple(values[0].shape)} "
+                        f"{values[0].dtype}, {key} is {tuple(value.shape)} {value.dtype}"
+                    )
+            # Through bytes, because torch does not stack every 8-bit type.
             if values[0].dtype.itemsize == 1:
                 return torch.stack([v.contiguous().view(torch.uint8) for v in values]).view(values[0].dtype)
             return torch.stack(values)
 
+        for key in (f"{prefix}0.{part}.{which}" for part in parts for which in _NOT_SYMMETRIC):
+            if packed and key in tensors:
+                raise ValueError(f"tensors must hold symmetric int4 with columns in order, got {key} beside it")
         read = QuantizedExpertWeight.from_int4 if packed else QuantizedExpertWeight.from_fp8
         return concatenate([read(stacked(part, weight), stacked(part, scale)) for part in parts])
     return None
+
+
+def _pair(tensors: Mapping[str, torch.Tensor], used: list[str], first: str, second: str) -> tuple[torch.Tensor, ...]:
+    """Two tensors of which the one says nothing without the other."""
+    for name, other in ((first, second), (second, first)):
+        if name not in tensors:
+            raise ValueError(f"tensors must hold {name} beside {other}")
+    used += [first, second]
+    return tensors[first], tensors[second]
 
 
 def _read(
@@ -187,15 +208,12 @@ def _read(
     """The stack that ``tensors`` hold for the weight ``name`` of the module at ``prefix``, or None."""
     key = prefix + name
     if f"{key}.data" in tensors:
-        data, scale = tensors[f"{key}.data"], tensors[f"{key}.scale"]
-        used += [f"{key}.data", f"{key}.scale"]
+        data, scale = _pair(tensors, used, f"{key}.data", f"{key}.scale")
         return QuantizedExpertWeight(data, scale, _infer_format(data, scale))
     if f"{key}_blocks" in tensors:
-        used += [f"{key}_blocks", f"{key}_scales"]
-        return QuantizedExpertWeight.from_mxfp4(tensors[f"{key}_blocks"], tensors[f"{key}_scales"])
+        return QuantizedExpertWeight.from_mxfp4(*_pair(tensors, used, f"{key}_blocks", f"{key}_scales"))
     if f"{key}_scale_inv" in tensors:
-        used += [key, f"{key}_scale_inv"]
-        return QuantizedExpertWeight.from_fp8(tensors[key], tensors[f"{key}_scale_inv"])
+        return QuantizedExpertWeight.from_fp8(*_pair(tensors, used, key, f"{key}_scale_inv"))
     return _per_expert(tensors, prefix, name, num_experts, used)
 
 

@@ -38,6 +38,22 @@ class QuantizedExpertStack(nn.Module):
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # A buffer takes any dtype that is copied into it: codes of another format would become numbers of this one.
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, torch.Tensor) and given.dtype != buffer.dtype:
+                error_msgs.append(
+                    f"{prefix}{name} must be {buffer.dtype}, as {self.format} is held here, got {given.dtype}; "
+                    "gossamer.load_quantized_experts takes any format"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def extra_repr(self) -> str:
         """Format and sizes."""
         e, n, stored = self.data.shape

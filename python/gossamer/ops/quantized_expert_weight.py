@@ -71,7 +71,7 @@ class QuantizedExpertWeight:
     format: str
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ValueError(f"format must be one of {sorted(FORMATS)}, got {self.format!r}")
         dtype, per_byte = FORMATS[self.format]
         check_shape("data", self.data, (None, None, None), "(E, N, C)" if per_byte == 1 else "(E, N, C/2)")
@@ -137,7 +137,8 @@ class QuantizedExpertWeight:
 
         ``fp8`` and ``fp8_block`` divide by ``absmax / 448``, ``int8`` by ``absmax / 127``, ``int4`` by ``absmax / 7``
         rounded to bfloat16; ``mxfp4`` takes the least power of two that ``absmax`` does not pass 6 times. Values go to
-        the nearest code, ties to even. One expert is worked on at a time.
+        the nearest code, ties to even. A value that is not finite leaves nothing finite where its scale reaches. One
+        expert is worked on at a time.
 
         Args:
             weight: float; of any strides.
@@ -148,7 +149,7 @@ class QuantizedExpertWeight:
             TypeError: ``weight`` is no float tensor.
             ValueError: the format is unknown, ``weight`` has another rank or no element, or groups do not fit C.
         """
-        if format not in FORMATS:
+        if not isinstance(format, str) or format not in FORMATS:
             raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
         check_shape("weight", weight, (None, None, None), "(E, N, C)")
         check_float("weight", weight, "reference")
@@ -174,6 +175,7 @@ class QuantizedExpertWeight:
     def from_mxfp4(cls, blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedExpertWeight:
         """From gpt-oss's tensors: ``NAME_blocks (E, N, C/32, 16)`` and ``NAME_scales (E, N, C/32)`` uint8 (or e8m0)."""
         check_shape("blocks", blocks, (None, None, None, MX_GROUP // 2), "(E, N, C/32, 16)")
+        check_tensor("scales", scales)
         if scales.dtype == torch.float8_e8m0fnu:
             scales = scales.view(torch.uint8)
         return cls(blocks.flatten(2).contiguous(), scales.contiguous(), "mxfp4")
@@ -194,12 +196,12 @@ class QuantizedExpertWeight:
             scale = scale.float()
         if tuple(scale.shape) == (e, _cdiv(n, BLOCK), _cdiv(c, BLOCK)):
             return cls(weight.contiguous(), scale.contiguous(), "fp8_block")
-        if scale.numel() in (e, e * n) and scale.shape[0] == e:
+        if tuple(scale.shape) in ((e, n), (e, n, 1), (e,), (e, 1), (e, 1, 1)):
             rows = scale.reshape(e, -1).expand(e, n)
             return cls(weight.contiguous(), rows.contiguous(), "fp8")
         raise ValueError(
-            f"scale must have shape (E, ⌈N/128⌉, ⌈C/128⌉) = ({e}, {_cdiv(n, BLOCK)}, {_cdiv(c, BLOCK)}), (E, N) or "
-            f"(E,), got {tuple(scale.shape)}"
+            f"scale must have shape (E, ⌈N/128⌉, ⌈C/128⌉) = ({e}, {_cdiv(n, BLOCK)}, {_cdiv(c, BLOCK)}), "
+            f"(E, N) = ({e}, {n}), (E, N, 1), (E,), (E, 1) or (E, 1, 1), got {tuple(scale.shape)}"
         )
 
     @classmethod
@@ -210,6 +212,7 @@ class QuantizedExpertWeight:
         bytes are this class's.
         """
         check_shape("packed", packed, (None, None, None), "(E, N, C/8)")
+        check_tensor("scale", scale)
         if packed.dtype != torch.int32:
             raise TypeError(f"packed must be torch.int32, got {packed.dtype}")
         return cls(packed.contiguous().view(torch.uint8), scale.contiguous(), "int4")
@@ -331,7 +334,8 @@ def _quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor,
 
 def _quantize_mxfp4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     groups = weight.unflatten(1, (-1, group_size))
-    mantissa, exponent = torch.frexp(groups.abs().amax(dim=2))
+    largest = groups.abs().amax(dim=2)
+    mantissa, exponent = torch.frexp(largest)
     # absmax = 2·mantissa·2^(exponent − 1); 6 is 1.5·2², so a mantissa of up to 0.75 fits the exponent below the next.
     power = (exponent - 3 + (mantissa > 0.75).int()).clamp(-E8M0_BIAS, E8M0_BIAS)
     scaled = torch.ldexp(groups, -power.unsqueeze(2))
@@ -342,7 +346,8 @@ def _quantize_mxfp4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor
         # Halfway goes to the code with an even last bit.
         code += ((magnitude > middle) if i % 2 == 0 else (magnitude >= middle)).int()
     code += 8 * torch.signbit(scaled).int()
-    return _packed(code.flatten(1)), (power + E8M0_BIAS).to(torch.uint8)
+    scale = torch.where(largest.isfinite(), power + E8M0_BIAS, E8M0_NAN)
+    return _packed(code.flatten(1)), scale.to(torch.uint8)
 
 
 _QUANTIZERS = {
