@@ -10,6 +10,7 @@ import torch
 from helpers import check_draws
 
 import gossamer
+from gossamer import optim
 from gossamer.nn import Embedding, EmbeddingBag
 from gossamer.optim import SGD, Adam, PartialRowwiseAdam, RowwiseAdagrad
 
@@ -409,3 +410,40 @@ def test_the_guides_blocks_run():
     assert len(blocks) >= 8
     for block in blocks:
         exec(compile(first + block, str(guide), "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (optim.SGD(lr=0.1), optim.SGD(lr=0.1, momentum=0.9)),
+        (optim.SGD(lr=0.1, momentum=0.9), optim.SGD(lr=0.1)),
+    ],
+    ids=["momentum", "none"],
+)
+def test_a_checkpoint_of_another_optimizer_changes_nothing(before, after):
+    """The table stays too; without ``strict`` a plain table's rows are taken."""
+    saved = gossamer.nn.Embedding(10, 4, optimizer=before).state_dict()
+    layer = gossamer.nn.Embedding(10, 4, optimizer=after)
+    own = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"SGD keeps .*, and the state holds"):
+        layer.load_state_dict(saved)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, own[name]), name
+    layer.load_state_dict({"weight": saved["weight"]}, strict=False)
+    assert torch.equal(layer.weight, saved["weight"])
+
+
+@pytest.mark.parametrize("cls", [gossamer.nn.Embedding, gossamer.nn.EmbeddingBag])
+def test_reset_parameters_starts_the_optimizer_anew(cls):
+    """After training, and where the storage came without values."""
+    optimizer = optim.Adagrad(lr=0.1, initial_accumulator=0.5)
+    for layer in (
+        cls(10, 4, optimizer=optimizer),
+        cls(10, 4, optimizer=optimizer, device="meta").to_empty(device="cpu"),
+    ):
+        if not layer.weight.isnan().any():
+            layer(torch.tensor([[1, 2]])).sum().backward()
+        layer.reset_parameters()
+        assert torch.equal(layer.optimizer_sum, torch.full((10, 4), 0.5))
+        assert layer.optimizer_step.item() == 0
+        assert layer.optimizer_algorithm.item() == optimizer.algorithm

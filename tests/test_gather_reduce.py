@@ -382,6 +382,17 @@ def test_errors(change, error, message):
         gossamer.gather_reduce(**arguments)
 
 
+def test_maxima_of_nothing_have_a_gradient(any_backend, device):
+    """Where no id contributes the result is zeros that depend on the table, so that a model can run backward."""
+    table = torch.randn(10, 4, device=device, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    with gossamer.backend(any_backend):
+        y = gossamer.gather_reduce(table, none, torch.zeros(3, dtype=torch.int64, device=device), mode="max")
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros(2, 4, device=device))
+    assert torch.equal(table.grad, torch.zeros_like(table))
+
+
 def test_offsets_errors():
     """Offsets must be a list of integers with at least one element."""
     table, index = torch.randn(9, 4), torch.zeros(3, dtype=torch.int64)

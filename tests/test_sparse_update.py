@@ -302,6 +302,18 @@ def test_learning_rate_tensor(any_backend, device):
     assert torch.equal(steps(any_backend, table, [batch], optimizer)["table"], table)
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.zeros(1)])
+def test_ftrl_at_a_rate_of_zero_changes_nothing(any_backend, device, lr):
+    """The rule divides by the rate, which is zero at the start of a warm-up."""
+    optimizer = optim.FTRL(lr=lr if isinstance(lr, float) else lr.to(device), l1=0.1)
+    table, ids = torch.randn(5, 20, device=device), torch.tensor([1, 3, 1], device=device)
+    state = {name: tensor + 1 for name, tensor in optimizer.state(5, 20, device).items()}
+    before = [tensor.clone() for tensor in (table, state["accumulator"], state["linear"])]
+    with gossamer.backend(any_backend):
+        gossamer.sparse_update_(table, ids, torch.ones(3, 20, device=device), optimizer=optimizer, state=state)
+    assert all(map(torch.equal, (table, state["accumulator"], state["linear"]), before))
+
+
 def test_views_of_a_wider_storage(kernel_backend, device):
     """Weights and state side by side in rows of one storage, updated in place, and a strided output gradient."""
     storage = torch.randn(12, 50, device=device)

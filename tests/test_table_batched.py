@@ -195,6 +195,20 @@ def test_dtypes_and_bounds(device):
             TableBatchedEmbeddingBags(one)(ids, ends)
 
 
+def test_reset_parameters_fills_storage_that_came_without_values():
+    """Tables, their specs and the optimizer's state, as in a layer that was made at once."""
+    made = [
+        gossamer.nn.TableBatchedEmbeddingBags([(5, 4), (7, 8)], optimizer=gossamer.optim.Adam(lr=0.1), device=where)
+        for where in ("cpu", "meta")
+    ]
+    made[1].to_empty(device="cpu").reset_parameters()
+    first, second = (layer.state_dict() for layer in made)
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"weights"}:
+        assert torch.equal(first[name], second[name]), name
+    assert second["weights"].abs().max() <= 5**-0.5
+
+
 def test_errors(device):
     """Arguments that do not fit."""
     for arguments in (

@@ -134,15 +134,19 @@ def take_step(
         before = tl.load(state1_ptrs, mask, other=0.0)
         after = before + grad * grad
         root = tl.sqrt_rn(after)
+        # Nothing changes at a rate of zero, by which the rule divides.
         rate = lr + tl.zeros_like(grad)
+        steps = rate != 0.0
+        rate = tl.where(steps, rate, 1.0)
         # √n' − √n without its cancellation.
         both = root + tl.sqrt_rn(before)
         grown = _divide(grad * grad, tl.where(both > 0, both, 1.0))
         z = tl.load(state2_ptrs, mask, other=0.0) + grad - _divide(grown, rate) * w
-        tl.store(state1_ptrs, after, mask)
-        tl.store(state2_ptrs, z, mask)
+        tl.store(state1_ptrs, after, mask & steps)
+        tl.store(state2_ptrs, z, mask & steps)
         shrunk = tl.where(z > 0, l1 - z, -l1 - z)
-        return tl.where(tl.abs(z) <= l1, 0.0, _divide(shrunk, _divide(beta1 + root, rate) + l2))
+        new = tl.where(tl.abs(z) <= l1, 0.0, _divide(shrunk, _divide(beta1 + root, rate) + l2))
+        return tl.where(steps, new, w)
     else:
         m = beta1 * tl.load(state1_ptrs, mask, other=0.0) + (1.0 - beta1) * grad
         tl.store(state1_ptrs, m, mask)

@@ -219,6 +219,8 @@ __attribute__((noinline)) void step_row(const StepRule& rule, int64_t number, T*
     case Algorithm::kLamb:
       return lamb(rule, w, state1, state2, grad, dim, write);
     case Algorithm::kFtrl: {
+      // The rule divides by the rate.
+      if (lr == 0) return;
       const S l1 = static_cast<S>(rule.l1), l2 = static_cast<S>(rule.l2);
       return over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
         const Vec<S> g = load_n(grad + c, n), old = load_n(state1 + c, n);

@@ -318,7 +318,8 @@ class FTRL(Optimizer):
 
     ``n' = n + G²``, ``z ← z + G − (√n' − √n)/η·w``, and ``w ← 0`` where ``|z| ≤ λ1``, else
     ``w ← −(z − sign(z)·λ1)/((β + √n')/η + λ2)``. Weights are a function of the state (n, z), so a table should start at
-    zero: with β > 0 the first touch replaces other values. ``weight_decay`` must be 0: λ2 is it.
+    zero: with β > 0 the first touch replaces other values. With η = 0 nothing changes, neither weights nor state.
+    ``weight_decay`` must be 0: λ2 is it.
 
     Args:
         beta: β.

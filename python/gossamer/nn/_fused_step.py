@@ -37,6 +37,18 @@ class FusedStep(torch.nn.Module):
             self.register_buffer(_PREFIX + name, tensor)
         self._new_handle()
 
+    def _fresh_state(self) -> dict[str, torch.Tensor]:
+        """What the optimizer starts from."""
+        raise NotImplementedError
+
+    def _reset_state(self) -> None:
+        """Start the optimizer anew, also where storage came without values, as from ``to_empty()``."""
+        if self.optimizer is None:
+            return
+        for name, tensor in self._fresh_state().items():
+            self._buffers[_PREFIX + name].copy_(tensor)
+        self._buffers[_PREFIX + "algorithm"].fill_(self.optimizer.algorithm)
+
     def _new_handle(self) -> None:
         # Not a parameter: it is what makes results differentiable, and nothing to train.
         device = getattr(self, self._table_name()).device
@@ -78,6 +90,12 @@ class FusedStep(torch.nn.Module):
             if code != self.optimizer.algorithm:
                 name = type(self.optimizer).__name__
                 found.append(f"{key} says that the state is another optimizer's than {name}'s (code {code})")
+        # Rows without state, or state for a table without optimizer, are what load_state_dict(strict=False) is for.
+        mine = {prefix + name for name in self._buffers if name.startswith(_PREFIX)}
+        given = {key for key in state_dict if key.startswith(prefix + _PREFIX)}
+        if mine and given and mine != given:
+            name = type(self.optimizer).__name__
+            found.append(f"{name} keeps {', '.join(sorted(mine))}, and the state holds {', '.join(sorted(given))}")
         for name, own in (self._parameters | self._buffers).items():
             given = state_dict.get(prefix + name)
             if own is not None and given is not None and given.shape != own.shape:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from gossamer.nn import _embedding_files as files
+from gossamer.nn._dynamic_lookup import Lookup, check_lookup
 from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.ops import _hash_table_state as table_state
+from gossamer.ops._checks import check_index
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.hash_table import HashTable, HashTableFull, Inserted
-from gossamer.ops.sparse_update import sparse_update_
 from gossamer.optim import Optimizer
 
 POOLING = ("sum", "mean", "max", None)
@@ -146,13 +147,17 @@ class DynamicEmbedding(nn.Module):
 
         Raises:
             HashTableFull: with ``evict=None``, the new ids do not fit; table and filter are unchanged.
-            TypeError, ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is not as above, or, on the CPU, offsets do not ascend within ``[0, L]``
+                or a weight is NaN; no id got a row.
+            RuntimeError: from the backward pass, when it runs a second time over one graph.
         """
+        check_index("ids", ids)
         shape = None
         if self.pooling is None:
             if offsets is not None or weights is not None:
                 raise ValueError("offsets and weights must be None without pooling")
             shape, ids = ids.shape, ids.reshape(-1, 1)
+        check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum")
         training = self.training and torch.is_grad_enabled()
         with self.table.lock:
             with torch.no_grad():
@@ -160,7 +165,7 @@ class DynamicEmbedding(nn.Module):
                 rows = (self._train_rows(keys) if training else self.table.rows(keys)).view(ids.shape)
             if training:
                 handle = self._handle if self.optimizer is not None else self._handle.detach()
-                out = _Lookup.apply(handle, weights, self, ids, rows, offsets)
+                out = Lookup.apply(handle, weights, self, ids, rows, offsets)
             else:
                 out = self._reduce(rows, offsets, weights)
         return out if shape is None else out.view(*shape, self.dim)
@@ -176,11 +181,17 @@ class DynamicEmbedding(nn.Module):
         else:
             keys, done, rows = self._admit(keys)
         inserted, evicted, refused = done.counts
-        if inserted:
-            self._start_rows(done.rows[done.inserted], keys[done.inserted])
         if evicted:
             self._removed.append(done.victim_keys[done.evicted].to(self.table.key_dtype))
             self._moves += 1
+        if inserted:
+            fresh = keys[done.inserted]
+            try:
+                self._start_rows(done.rows[done.inserted], fresh)
+            except BaseException:
+                # An initializer that fails leaves no row behind that it did not make.
+                self.table.erase(fresh)
+                raise
         self.counters.inserted += inserted
         self.counters.evicted += evicted
         self.counters.refused += refused
@@ -221,6 +232,27 @@ class DynamicEmbedding(nn.Module):
             if name != "step":
                 state[rows] = self.optimizer.initial_value()
         self._changed[rows] = True
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least ``capacity`` ids; all that belongs to their rows goes with them."""
+        with self.table.lock:
+            rows = self.table.live_rows()
+            keys = self.table._storage.keys[rows].to(self.table.key_dtype)
+            self.table.reserve(capacity)
+            slots, moved = self.table.values.shape[0], self.table.rows(keys)
+            if slots == self._last_used.shape[0]:
+                return
+
+            def spread(before: torch.Tensor, start: float) -> torch.Tensor:
+                after = before.new_full((slots, *before.shape[1:]), start)
+                after[moved] = before[rows]
+                return after
+
+            self._last_used, self._changed = spread(self._last_used, 0), spread(self._changed, False)
+            for name, state in self.optimizer_state.items():
+                if name != "step":
+                    self.optimizer_state[name] = spread(state, self.optimizer.initial_value())
+            self._moves += 1
 
     def advance_clock(self, now: int) -> None:
         """Set the clock that ages rows to ``now``, the newest time seen in the data; it never goes back."""
@@ -458,43 +490,3 @@ class DynamicEmbedding(nn.Module):
         room = self.table.capacity - len(self.table) + int(self.table.contains(removed.unique()).sum())
         if new > room:
             raise HashTableFull(f"{what} holds {new} new rows for {room} free ones of {self.table.capacity}")
-
-
-class _Lookup(torch.autograd.Function):
-    """The lookup, whose backward pass takes the step on the rows that still belong to the ids."""
-
-    @staticmethod
-    def forward(ctx, handle, weights, layer, ids, rows, offsets):
-        ctx.layer, ctx.moves = layer, layer._moves
-        ctx.save_for_backward(weights, ids, rows, offsets)
-        return layer._reduce(rows, offsets, None if weights is None else weights.detach())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        weights, ids, rows, offsets = ctx.saved_tensors
-        layer = ctx.layer
-        with layer.table.lock:
-            if layer._moves != ctx.moves:
-                # Another id may have these rows by now.
-                now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
-                rows = torch.where(now == rows, rows, -1)
-            dweights = None
-            if weights is not None and ctx.needs_input_grad[1]:
-                leaf = weights.detach().requires_grad_()
-                with torch.enable_grad():
-                    (dweights,) = torch.autograd.grad(layer._reduce(rows, offsets, leaf), leaf, dout)
-            if ctx.needs_input_grad[0]:
-                sparse_update_(
-                    layer.table.values,
-                    rows,
-                    dout,
-                    offsets,
-                    weights,
-                    optimizer=layer.optimizer,
-                    state=layer.optimizer_state,
-                    mode=layer.pooling or "sum",
-                    bounds="drop",
-                )
-                layer.table.mark_rows(layer._changed, rows.reshape(-1), True)
-        return torch.zeros_like(layer._handle), dweights, None, None, None, None

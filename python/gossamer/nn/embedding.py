@@ -32,8 +32,9 @@ class Embedding(FusedStep, torch.nn.Embedding):
     """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
     With ``optimizer``, ``loss.backward()`` takes the step on the rows that were looked up; no gradient of the table's
-    size is ever made. ``weight`` then requires no gradient and other optimizers leave it alone. Looking the table up
-    twice before a backward pass takes two steps, one after the other.
+    size is ever made. ``weight`` then requires no gradient and other optimizers leave it alone; what freezes the table
+    is to set ``optimizer`` to None. Looking the table up twice before a backward pass takes two steps, one after the
+    other.
 
     Args:
         num_embeddings: N.
@@ -107,9 +108,13 @@ class Embedding(FusedStep, torch.nn.Embedding):
         return made
 
     def reset_parameters(self) -> None:
-        """As in torch."""
+        """As in torch; the optimizer too starts anew."""
         advise_huge_pages(self.weight)
         super().reset_parameters()
+        self._reset_state()
+
+    def _fresh_state(self) -> dict[str, torch.Tensor]:
+        return _state(self.optimizer, self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of the table.
@@ -226,9 +231,13 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
         return made
 
     def reset_parameters(self) -> None:
-        """As in torch."""
+        """As in torch; the optimizer too starts anew."""
         advise_huge_pages(self.weight)
         super().reset_parameters()
+        self._reset_state()
+
+    def _fresh_state(self) -> dict[str, torch.Tensor]:
+        return _state(self.optimizer, self.weight)
 
     def forward(
         self,

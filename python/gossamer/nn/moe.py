@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._activation import Activation, as_activation
+from gossamer._activation import Activation, as_activation, check_interleaved
 from gossamer.nn._block_sparse_experts import best_block, block_sparse_mlp
 from gossamer.nn.quantized_stack import expert_weight
 from gossamer.nn.routers import ROUTERS
@@ -80,8 +80,7 @@ class Experts(nn.Module):
         super().__init__()
         check_positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.activation = as_activation(activation)
-        if interleaved and not self.activation.gated:
-            raise ValueError(f"interleaved needs a gated activation, got {self.activation.name!r}")
+        check_interleaved(interleaved, self.activation)
         check_capacity_factor(capacity_factor)
         if form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {form!r}")

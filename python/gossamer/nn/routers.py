@@ -284,8 +284,12 @@ class HashRouter(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, token_ids: torch.Tensor) -> Routing:
-        """The routing of ``token_ids (...)``, each in ``0 ... V-1``; T is their number."""
+        """The routing of ``token_ids (...)``, each in ``0 ... V-1`` (checked on the CPU); T is their number."""
         check_index("token_ids", token_ids)
+        if not torch.compiler.is_compiling() and token_ids.device.type == "cpu" and token_ids.numel():
+            low, high = (int(value) for value in token_ids.aminmax())
+            if low < 0 or high >= self.table.shape[0]:
+                raise IndexError(f"token_ids must be from 0 to V - 1 = {self.table.shape[0] - 1}, got {low} to {high}")
         return given_experts(F.embedding(token_ids.reshape(-1), self.table), self.num_experts)
 
     def extra_repr(self) -> str:

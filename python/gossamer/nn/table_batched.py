@@ -73,21 +73,28 @@ class TableBatchedEmbeddingBags(FusedStep):
             counter = torch.zeros(1, dtype=torch.int64, device=self.weights.device)
         self.register_buffer("bounds_count", counter, persistent=False)
         self.reset_parameters()
-        state = {}
-        if optimizer is not None:
-            state = self.layout.state(optimizer, self.weights.device, accumulation_dtype(weights_dtype))
-        self._attach(optimizer, state)
+        self._attach(optimizer, self._fresh_state(optimizer))
+
+    def _fresh_state(self, optimizer: Optimizer | None = None) -> dict[str, torch.Tensor]:
+        optimizer = optimizer or self.optimizer
+        if optimizer is None:
+            return {}
+        return self.layout.state(optimizer, self.weights.device, accumulation_dtype(self.weights.dtype))
 
     def _table_name(self) -> str:
         return "weights"
 
     def reset_parameters(self) -> None:
-        """Draw every table anew, uniform in ``±1/√rows``; what lies between tables is zero."""
+        """Draw every table anew, uniform in ``±1/√rows``, and start the optimizer anew; between tables is zero."""
         with torch.no_grad():
+            self.table_specs.copy_(torch.tensor(self.layout.specs))
+            if self.bounds_count is not None:
+                self.bounds_count.zero_()
             self.weights.zero_()
             for table in self.split_embedding_weights():
                 bound = max(table.shape[0], 1) ** -0.5
                 table.uniform_(-bound, bound)
+            self._reset_state()
 
     def split_embedding_weights(self) -> list[torch.Tensor]:
         """The tables, ``(rows, dim)`` each: views of the storage, outside autograd."""

@@ -56,6 +56,7 @@ class ArgumentChecks:
     key_dtype: torch.dtype
     value_dtype: torch.dtype
     device: torch.device
+    values: torch.Tensor
 
     def _check_place(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.device.type != self.device.type:
@@ -76,6 +77,29 @@ class ArgumentChecks:
             raise TypeError(f"values must have the table's value_dtype, {self.value_dtype}, got {values.dtype}")
         self._check_place("values", values)
         return values.detach()
+
+    def _check_marks(self, name: str, array: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        """One value for each slot, where kernels write without a look."""
+        check_tensor(name, array)
+        check_shape(name, array, (self.values.shape[0],), "(slots,), one for each row of values")
+        if array.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {array.dtype}")
+        if not array.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {array.stride()}")
+        self._check_place(name, array)
+
+    def _check_rows(self, rows: torch.Tensor, least: int) -> torch.Tensor:
+        check_tensor("rows", rows)
+        check_shape("rows", rows, (None,), "(n,)")
+        if rows.dtype != torch.int64:
+            raise TypeError(f"rows must be int64, got {rows.dtype}")
+        self._check_place("rows", rows)
+        # On CUDA the test would stall the stream.
+        if rows.device.type == "cpu" and rows.numel():
+            low, high = (int(row) for row in rows.aminmax())
+            if low < least or high >= self.values.shape[0]:
+                raise ValueError(f"rows must be in [{least}, {self.values.shape[0]}), got {low} to {high}")
+        return rows.contiguous()
 
     def _check_scores(self, scores: torch.Tensor | None, count: int) -> torch.Tensor | None:
         if scores is None:

@@ -68,8 +68,9 @@ def _counts(bag: torch.Tensor, num_bags: int, dtype: torch.dtype) -> torch.Tenso
 def _max_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
     """Columnwise maxima of the values of each bag: those of the first position that has them, zeros for empty bags."""
     position = _argmax_by_bag(values.detach(), bag, num_bags)
-    found = values.gather(0, position.clamp(min=0)) if values.shape[0] else values.new_zeros(position.shape)
-    return torch.where(position >= 0, found, 0)
+    # A row more, of zeros, for where no id contributes: a result of the table for autograd even then.
+    values = torch.cat([values, values.new_zeros(1, values.shape[1])])
+    return values.gather(0, torch.where(position >= 0, position, values.shape[0] - 1))
 
 
 def _argmax_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.sparse_update import _sparse_update_, check_state, check_updatable
 from gossamer.optim import Optimizer
 
+STEP_TAKEN = "the fused optimizer step of this lookup has been taken; its graph cannot run backward a second time"
+
 
 def _forward(
     handle, table, index, offsets, weights, layout, lr, step, state1, state2, spec, padding_idx, mode, drop, out_dtype,
@@ -73,9 +75,7 @@ def _backward(ctx, dout, _):
             "the backward pass of a lookup with a fused optimizer step cannot be differentiated (create_graph=True)"
         )
     if ctx.taken:
-        raise RuntimeError(
-            "the fused optimizer step of this lookup has been taken; its graph cannot run backward a second time"
-        )
+        raise RuntimeError(STEP_TAKEN)
     ctx.taken = True
     handle, saved, index, offsets, weights, layout, argmax = ctx.saved_tensors
     table, lr, step, state1, state2 = ctx.updated

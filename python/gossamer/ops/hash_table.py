@@ -208,6 +208,8 @@ class HashTable(ArgumentChecks):
         keys = self._check_keys(keys)
         scores = self._check_scores(scores, keys.shape[0])
         with self.lock:
+            if marks is not None:
+                self._check_marks("marks", marks, (torch.int64,))
             done = self._insert(keys, scores, self.evict, marks, mark)
             if done.known is None or done.known[0]:
                 self._kernels().start_rows(self.values, done.rows, done.status, None)
@@ -223,7 +225,10 @@ class HashTable(ArgumentChecks):
             bound: at least 0.
         """
         kernels = self._kernels() if self.device.type == "cpu" else reference
-        kernels.uniform_rows(self.values, rows.contiguous(), self._check_keys(keys), seed, float(bound))
+        rows, keys = self._check_rows(rows, 0), self._check_keys(keys)
+        if rows.shape != keys.shape:
+            raise ValueError(f"keys must be one for each row, got {keys.shape[0]} for {rows.shape[0]}")
+        kernels.uniform_rows(self.values, rows, keys, seed, float(bound))
 
     def mark_rows(self, array: torch.Tensor, rows: torch.Tensor, value: int) -> None:
         """``array[rows] = value``, in place, for an array beside :attr:`values`.
@@ -233,7 +238,8 @@ class HashTable(ArgumentChecks):
             rows: ``(n,)`` int64 that :meth:`rows` or :meth:`insert_rows` gave; −1 is skipped.
             value: the value.
         """
-        self._kernels().mark_slots(array, rows.contiguous(), value)
+        self._check_marks("array", array, (torch.int64, torch.bool))
+        self._kernels().mark_slots(array, self._check_rows(rows, -1), value)
 
     def contains(self, keys: torch.Tensor) -> torch.Tensor:
         """``(n,)`` bool: which keys are in the table."""

@@ -128,10 +128,13 @@ def step_reference(
         state1 = state1 + grad.square().mean(1)
         return w - lr * grad / (state1.sqrt() + hyper.eps).unsqueeze(1), state1, None
     if algorithm == FTRL_RULE:
+        steps = torch.as_tensor(lr, device=w.device) != 0
+        lr = torch.where(steps, lr, 1)
         n = state1 + grad.square()
         z = state2 + grad - (n.sqrt() - state1.sqrt()) / lr * w
         shrunk = -(z - z.sign() * hyper.l1) / ((hyper.beta1 + n.sqrt()) / lr + hyper.l2)
-        return torch.where(z.abs() <= hyper.l1, 0, shrunk), n, z
+        new = torch.where(z.abs() <= hyper.l1, 0, shrunk), n, z
+        return tuple(torch.where(steps, after, before) for after, before in zip(new, (w, state1, state2), strict=True))
     m = hyper.beta1 * state1 + (1 - hyper.beta1) * grad
     square = grad.square().mean(1) if algorithm == PARTIAL_ROWWISE_ADAM else grad.square()
     v = hyper.beta2 * state2 + (1 - hyper.beta2) * square
