@@ -410,3 +410,27 @@ def test_gpu_tiles(kernel_backend, dtype, device, h, i, t):
             inputs |= {name: transposed(inputs[name]) for name in ("gate_up", "down")}
         d = make_dispatch(t, 4, 2, device, skew="zipf", dropped=0.1)
         check(*functions(d, backend=kernel_backend, interleaved=interleaved), inputs)
+
+
+@pytest.mark.parametrize("retain_graph", [None, False, True])
+def test_a_recorded_backward_pass_says_that_it_has_no_derivative(device, retain_graph):
+    """Also where the graph is freed, and what was saved could be overwritten."""
+    inputs = make_inputs(device)
+    function, _ = functions(make_dispatch(T, E, K, device), backend="native" if device == "cpu" else "triton")
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    y = function(**leaves)
+    (dx,) = torch.autograd.grad(y.sum(), leaves["x"], create_graph=True, retain_graph=retain_graph)
+    with pytest.raises(NotImplementedError):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize(("interleaved", "error"), [(True, ValueError), ("no", TypeError)])
+def test_interleaved_needs_a_gate(device, interleaved, error):
+    with pytest.raises(error, match="interleaved"):
+        gossamer.activate(torch.randn(3, 8, device=device), "silu", interleaved=interleaved)
+    inputs = make_inputs(device, halves=1)
+    function, _ = functions(
+        make_dispatch(T, E, K, device), backend="reference", activation="silu", interleaved=interleaved
+    )
+    with pytest.raises(error, match="interleaved"):
+        function(**inputs)

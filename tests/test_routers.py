@@ -143,6 +143,12 @@ def test_hash_router(device):
     assert torch.equal(router.state_dict()["table"].cpu(), table.view(20, 1))
     pairs = HashRouter(torch.tensor([[0, 1], [4, 4]]), 5).to(device)
     assert pairs(torch.tensor([1, 0], device=device)).weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    if device == "cpu":
+        for ids in ([3, 20], [-1, 3]):
+            with pytest.raises(
+                IndexError, match=f"token_ids must be from 0 to V - 1 = 19, got {min(ids)} to {max(ids)}"
+            ):
+                router(torch.tensor(ids))
     with pytest.raises(ValueError, match="table must hold ids from 0 to num_experts - 1 = 4, got 0 to 9"):
         HashRouter(torch.arange(10), 5)
     with pytest.raises(TypeError, match="table must be int32 or int64"):

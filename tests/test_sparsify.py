@@ -147,6 +147,13 @@ def tied():
     return model
 
 
+def tied_bias():
+    model = Net()
+    model.other = nn.Linear(128, model.up.out_features)
+    model.other.bias = model.up.bias
+    return model
+
+
 def watched():
     model = Net()
     model.up.register_forward_hook(lambda module, args, out: None)
@@ -161,6 +168,7 @@ def attention():
     ("make", "message", "culprit"),
     [
         (tied, "head: its weight is tied with that of embedding", "head"),
+        (tied_bias, "up: its bias is tied with that of other", ["up", "other"]),
         (watched, "up: its calls are watched by hooks", "up"),
         (attention, "attention.out_proj: NonDynamicallyQuantizableLinear may compute something else", "*.out_proj"),
         (lambda: Net("meta"), "up: its weight is on meta", None),

@@ -233,6 +233,24 @@ def test_replace_and_restore_leave_the_state_alone(device):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_a_forward_of_ones_own_is_left_alone(device):
+    """A subclass that computes something else asks for no implementation; one that calls its base's does."""
+    base = transformers.models.mixtral.modeling_mixtral.MixtralExperts
+
+    class Own(base):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return torch.zeros_like(hidden_states)
+
+    class Watched(base):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    config = transformers.MixtralConfig(hidden_size=16, intermediate_size=8, num_local_experts=4)
+    with pytest.raises(ValueError, match=r"\(Own\): Own.forward asks for no experts implementation"):
+        gossamer.replace(torch.nn.ModuleList([Own(config)]).to(device))
+    assert "computes 1 of 1" in str(gossamer.replace(torch.nn.ModuleList([Watched(config)]).to(device)))
+
+
 def test_import_of_gossamer_needs_no_transformers():
     code = """
 import sys, types

@@ -44,8 +44,11 @@ class Activation:
     limit: float = 7.0
 
     def __post_init__(self) -> None:
-        if self.name not in ACTIVATIONS:
+        if not isinstance(self.name, str) or self.name not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.name!r}")
+        for constant, value in (("alpha", self.alpha), ("limit", self.limit)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"activation {constant} must be a float, got {value!r}")
         if not self.limit > 0:
             raise ValueError(f"activation limit must be positive, got {self.limit}")
 
@@ -63,6 +66,14 @@ class Activation:
     def halves(self) -> int:
         """Pre-activation columns per activation column: 2 when gated, else 1."""
         return 2 if self.gated else 1
+
+
+def check_interleaved(interleaved: bool, activation: Activation) -> None:
+    """``interleaved`` must be a bool, and true for a gated activation alone."""
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved must be a bool, got {interleaved!r}")
+    if interleaved and not activation.gated:
+        raise ValueError(f"interleaved needs a gated activation, got {activation.name!r}")
 
 
 def as_activation(activation: str | Activation) -> Activation:

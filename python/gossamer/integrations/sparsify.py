@@ -112,9 +112,10 @@ def _obstacle(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str
     allowed = FLOAT_DTYPES if weight.device.type == "cuda" else (*FLOAT_DTYPES, torch.float64)
     if weight.dtype not in allowed:
         return f"its weight is {weight.dtype}; there are kernels for {', '.join(map(str, allowed))}"
-    others = [owner for owner in owners[id(weight)] if owner != name]
-    if others:
-        return f"its weight is tied with that of {', '.join(others)}"
+    for what, parameter in (("weight", weight), ("bias", module.bias)):
+        others = [] if parameter is None else [owner for owner in owners[id(parameter)] if owner != name]
+        if others:
+            return f"its {what} is tied with that of {', '.join(others)}"
     return None
 
 

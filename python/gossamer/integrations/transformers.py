@@ -183,6 +183,9 @@ def _obstacle(experts: nn.Module) -> str | None:
         interface = freevars["experts_interface"].cell_contents
         if NAME not in interface:
             return f"it is quantised: {type(interface).__name__} takes no float implementation"
+    elif "original_forward" not in freevars and "__class__" not in freevars:
+        # A subclass's own forward asks for an implementation only where it calls its base's.
+        return f"{type(experts).__name__}.forward asks for no experts implementation"
     for name, weight in _expert_weights(experts):
         if isinstance(weight, QuantizedExpertStack):
             continue

@@ -6,8 +6,11 @@ import torch
 
 
 def may_overwrite(saved: torch.Tensor) -> bool:
-    """Whether this backward pass frees its graph and nobody else holds ``saved``; never under a tracer."""
-    if torch.compiler.is_compiling() or type(saved) is not torch.Tensor:
+    """Whether this backward pass frees its graph and nobody else holds ``saved``; never under a tracer.
+
+    Nor where it is recorded itself: what overwrites has no derivative, and the other operator says so.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(saved) is not torch.Tensor:
         return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     count_users = getattr(torch._C, "_storage_Use_Count", None)

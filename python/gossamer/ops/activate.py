@@ -7,7 +7,7 @@ import math
 import torch
 
 from gossamer import _backend
-from gossamer._activation import Activation, activate_reference, as_activation
+from gossamer._activation import Activation, activate_reference, as_activation, check_interleaved
 from gossamer.ops._checks import check_float, check_tensor
 from gossamer.ops._registration import register, register_autograd
 
@@ -81,9 +81,11 @@ def activate(
 
     Raises:
         TypeError: ``preact`` is no tensor, or its dtype is not supported.
-        ValueError: the activation is unknown, ``preact`` has no dimension, or its last size is odd for a gated one.
+        ValueError: the activation is unknown, or ``interleaved`` without a gate; ``preact`` has no dimension, or its
+            last size is odd for a gated activation.
     """
     activation = as_activation(activation)
+    check_interleaved(interleaved, activation)
     check_tensor("preact", preact)
     # The activation goes with the expert layer, whose CUDA kernels have Triton's beside them here.
     backend = _backend.resolve("expert_mlp", preact)

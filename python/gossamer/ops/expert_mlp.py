@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
-from gossamer._activation import Activation, activate_reference, as_activation
+from gossamer._activation import Activation, activate_reference, as_activation, check_interleaved
 from gossamer.ops._autocast import autocast
 from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._composed_experts import composed_expert_mlp
@@ -255,10 +255,12 @@ def expert_mlp(
 
     Raises:
         TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
-        ValueError: the activation is unknown, shapes or devices do not fit each other or the dispatch, a rank is 0
-            or beyond its matrix, or a part of a quantised weight requires a gradient.
+        ValueError: the activation is unknown, or ``interleaved`` without a gate; shapes or devices do not fit each
+            other or the dispatch, a rank is 0 or beyond its matrix, or a part of a quantised weight requires a
+            gradient.
     """
     activation = as_activation(activation)
+    check_interleaved(interleaved, activation)
     check_tensor("x", x)
     check_dispatch(dispatch)
     backend = _backend.resolve("expert_mlp", x)
