@@ -3,7 +3,8 @@
 ``python tests/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers and
 spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
 any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
-shared memory, the first case of each kernel; with no module all of them. ``--brief`` leaves out cases that differ from
+shared memory, the first case of each kernel and format of weights; with no module all of them.
+``--brief`` leaves out cases that differ from
 one before them in neither tile nor dtype, such as another activation or layout, and but for sm_90 in dtype alone; and
 takes for sm_89 what the same case needs on sm_80: as much shared memory, and nearly as many registers.
 
@@ -47,7 +48,7 @@ from gossamer.triton_kernels import ahead_of_time
 from gossamer.triton_kernels.tiles import shared_limit
 
 ARCHS = (80, 90, 100)
-# Cards with the least shared memory, of which each kernel's first case is compiled.
+# Cards with the least shared memory, of which each kernel's first case is compiled, and of each format of weights.
 SMALL_ARCHS = (89, 120)
 # Columns of tensor memory of an sm_100 multiprocessor.
 TENSOR_MEMORY = 512
@@ -82,10 +83,10 @@ def uncovered(module_name: str, arch: int) -> list[str]:
 
 
 def _kind(case: tuple, arch: int) -> tuple:
-    """What makes a case stand for others: its kernel, tile and way of loading, and for sm_90 its dtypes."""
+    """What makes a case stand for others: its kernel, tile, ways of loading and decoding, and for sm_90 its dtypes."""
     kernel, signature, constexprs, options = case
     dtypes = sorted({t.split(":")[0] for t in signature.values() if t.startswith("*") and arch == 90})
-    tile = [(k, v) for k, v in constexprs.items() if k.startswith("BLOCK") or k.endswith("TMA")]
+    tile = [(k, v) for k, v in constexprs.items() if k.startswith("BLOCK") or k.endswith("TMA") or k == "FORMAT"]
     return kernel.__name__, *dtypes, *tile, *options.items()
 
 
@@ -93,7 +94,7 @@ def _chosen(module_name: str, arch: int, brief: bool = False) -> list[int]:
     """Numbers of the cases to compile: all, the first of each kind, or the first of each kernel."""
     cases = _cases(module_name, arch)
     if arch in SMALL_ARCHS:
-        kinds = [case[0].__name__ for case in cases]
+        kinds = [(kernel.__name__, constexprs.get("FORMAT")) for kernel, _, constexprs, _ in cases]
     elif brief:
         kinds = [_kind(case, arch) for case in cases]
     else:

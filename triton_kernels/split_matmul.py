@@ -470,9 +470,12 @@ def aot_cases(arch: int) -> list[tuple]:
     for weight_format, bits in ((None, 16), ("fp8_block", 8), ("mxfp4", 4)):
         plan = choose_split("bf16", bits, 64, 64, 4096, 4096, arch, 132)
         cases.append(aot_case(arch, torch.bfloat16, plan, weight_format, False))
-    for weight_format, bits, transposed in (("int4", 4, False), ("fp8", 8, True)):
+    for weight_format, bits, transposed in (("int4", 4, False), ("fp8", 8, True), ("int8", 8, True)):
         plan = choose_split("bf16", bits, 65536, 64, 4096, 4096, arch, 132)
         cases.append(aot_case(arch, torch.bfloat16, plan, weight_format, transposed))
+    for weight_format, bits in (("fp8_block", 8), ("mxfp4", 4)):
+        plan = choose_split("fp32", bits, 65536, 64, 4096, 4096, arch, 132)
+        cases.append(aot_case(arch, torch.float32, plan, weight_format, False))
     signature = aot_signature(torch.bfloat16, "out_ptr", "offsets_ptr", "num_experts I", "alpha limit")
     signature |= {"part_ptr": "*fp32:16", "parts": "i32", "part_stride": "i32"}
     constexprs = {"ACT": 0, "GATED": True, "INTERLEAVED": False, "BLOCK": 512}

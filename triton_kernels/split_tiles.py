@@ -55,7 +55,8 @@ def decodes(num_rows: int, experts: int) -> bool:
 
 def _tile(precision: str, bits: int, block_m: int, arch: int) -> Tile:
     if ITEM_BYTES[precision] == 4:
-        return Tile(min(block_m, 64), 64, 32, 4, 2)
+        # Four warps would spill what decoding 64 x 64 takes.
+        return Tile(min(block_m, 64), 64, 32, 8 if block_m >= 64 and bits < 16 else 4, 2)
     if block_m < 128:
         # 4-bit rows of 64 columns are one sector of memory.
         return Tile(block_m, 64, 64 if bits == 16 else 128, 4, 4 if shared_limit(arch) > 128 * 1024 else 3)
