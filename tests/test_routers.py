@@ -176,6 +176,8 @@ def test_hash_router(device):
         ),
         (lambda: softmax_topk(torch.zeros(2, 4, dtype=torch.int64), 2), TypeError, "logits must be floating point"),
         (lambda: softmax_topk(torch.tensor(1.0), 1), ValueError, r"logits must have shape \(..., E\)"),
+        (lambda: softmax_topk(torch.zeros(2, 4), 2, scale=float("nan")), ValueError, "scale must be finite, got nan"),
+        (lambda: SigmoidRouter(16, 8, 2, scale=float("inf")), ValueError, "scale must be finite, got inf"),
         (lambda: softmax_topk(torch.zeros(2, 4), 5), ValueError, "top_k=5, num_experts=4"),
         (
             lambda: sigmoid_topk(torch.zeros(2, 4), 2, correction_bias=torch.zeros(3)),

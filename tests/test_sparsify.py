@@ -195,6 +195,7 @@ def test_layers_that_cannot_be(make, message, culprit):
         ({"distribution": "even"}, ValueError, "distribution must be one of .* got 'even'"),
         ({"criterion": "l2"}, ValueError, "criterion must be one of"),
         ({"distribution": "global", "criterion": "random"}, ValueError, "criterion must score blocks"),
+        ({"exclude": 5}, TypeError, "exclude must be names or patterns of names, got 5"),
         ({"include": [3]}, TypeError, "include must be names or patterns"),
     ],
 )

@@ -122,6 +122,8 @@ def _obstacle(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str
 def _patterns(argument: str, given: str | Iterable[str] | None) -> list[str] | None:
     if given is None:
         return None
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument} must be names or patterns of names, got {given!r}")
     patterns = [given] if isinstance(given, str) else list(given)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} must be names or patterns of names, got {patterns}")

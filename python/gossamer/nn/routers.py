@@ -155,7 +155,7 @@ class SoftmaxRouter(Router):
         **options: object,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
-        check_selection(num_experts, top_k, n_group, topk_group)
+        check_selection(num_experts, top_k, n_group, topk_group, scale)
         self.selection = {
             "renormalize": renormalize,
             "n_group": n_group,
@@ -218,7 +218,7 @@ class SigmoidRouter(Router):
         **options: object,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
-        check_selection(num_experts, top_k, n_group, topk_group)
+        check_selection(num_experts, top_k, n_group, topk_group, scale)
         self.selection = {
             "n_group": n_group,
             "topk_group": topk_group,

@@ -22,8 +22,10 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1) -> None:
-    """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups."""
+def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:
+    """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups; ``scale`` is finite."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if top_k > num_experts:
         raise ValueError(f"top_k must be at most num_experts, got top_k={top_k}, num_experts={num_experts}")
@@ -196,10 +198,11 @@ def softmax_topk(
 
     Raises:
         TypeError: ``logits`` is no floating tensor, or a size is no int.
-        ValueError: K, ``n_group`` or ``topk_group`` do not fit E; on the CPU, a logit is NaN or +inf.
+        ValueError: K, ``n_group`` or ``topk_group`` do not fit E, or ``scale`` is not finite; on the CPU, a logit is
+            NaN or +inf.
     """
     logits = _as_logits(logits)
-    check_selection(logits.shape[1], top_k, n_group, topk_group)
+    check_selection(logits.shape[1], top_k, n_group, topk_group, scale)
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
     if (fused := fused_topk(logits, None, top_k, sigmoid=False, **options)) is not None:
         return Routing(*fused, logits.shape[1], logits)
@@ -271,7 +274,7 @@ def sigmoid_topk(
     """
     logits = _as_logits(logits)
     num_experts = logits.shape[1]
-    check_selection(num_experts, top_k, n_group, topk_group)
+    check_selection(num_experts, top_k, n_group, topk_group, scale)
     if correction_bias is not None:
         check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
         check_same_device(logits=logits, correction_bias=correction_bias)

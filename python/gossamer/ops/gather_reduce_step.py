@@ -143,7 +143,8 @@ def gather_reduce_step(
 
     The step happens when the gradient of the result is known, inside ``loss.backward()``; table and state are updated
     in place and the table gets no ``.grad``. Looking one table up twice before a backward pass takes two steps, one
-    after the other. Nothing happens where no graph is recorded or the result takes no part in the loss.
+    after the other. Nothing happens where no graph is recorded or the result takes no part in the loss; any other
+    backward pass takes the step, also one that asks for the gradient of ``weights`` alone.
 
     Args:
         table: ``(N, D)`` float, not requiring a gradient.
