@@ -457,3 +457,20 @@ def test_layers_that_are_not_computed_are_named(device):
     other = peft.get_peft_model(llama(), peft.LoHaConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapter 'default' must be of a LoraConfig, got LOHA"):
         gossamer.replace(other)
+
+
+@pytest.mark.parametrize("config", [{"modules_to_save": ["1"]}, {"target_modules": ["0", "2"]}], ids=["saved", "conv"])
+def test_a_mixed_batch_refuses_what_peft_alone_computes(config, device):
+    """It would give every row the active adapter's; adapters without such a part mix as ever."""
+    layers = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(4, 4, 1)
+    options = {"target_modules": ["0"], "r": 2}
+    model = peft.get_peft_model(nn.Sequential(*layers).to(device), peft.LoraConfig(**(options | config)), "one").eval()
+    model.add_adapter("two", peft.LoraConfig(**options))
+    model.add_adapter("three", peft.LoraConfig(**options))
+    gossamer.replace(model, strict=False)
+    x = torch.randn(2, 4, 8, device=device)
+    with pytest.raises(ValueError, match=r"adapter 'one' has a .* which gossamer does not compute"):
+        with integration.mixed_adapters(model, ["one", "two"]):
+            model(x)
+    with integration.mixed_adapters(model, ["two", "three"]):
+        model(x)

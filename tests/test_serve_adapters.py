@@ -213,3 +213,56 @@ def test_a_base_of_its_own_is_refused(saved, tmp_path):
         ValueError, match=r"brings its own weight of model\.embed_tokens, which differs from the model's"
     ):
         gossamer.serve_adapters(base, {"own": folder})
+
+
+class Positions(torch.nn.Module):
+    """A table of positions beside a linear layer, as in GPT-2 and BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.out = torch.nn.Embedding(12, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(x + self.positions(torch.arange(x.shape[1], device=x.device)[None]))
+
+
+class Parts(torch.nn.Module):
+    """Two layers that see the rows of a batch flattened: all of them, or those that a mask leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole, self.part = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        rows = self.whole(x.flatten(0, 1))
+        out = rows.clone()
+        out[mask.flatten()] = self.part(rows[mask.flatten()])
+        return out.view(x.shape)
+
+
+def served_with(make, target, tmp_path, device):
+    torch.manual_seed(0)
+    base, folders = make().to(device), {}
+    for name in ("a", "b"):
+        model = drawn(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=[target])))
+        model.save_pretrained(tmp_path / target / name)
+        folders[name] = tmp_path / target / name
+    return gossamer.serve_adapters(base, folders)
+
+
+def test_rows_that_no_request_owns_are_refused(tmp_path, device):
+    """Rather than given to one: positions that all requests share, and some tokens of a flattened batch."""
+    names, x = ["a", "b", "a", "b"], torch.randn(4, 12, 8, device=device)
+    served = served_with(Positions, "positions", tmp_path, device)
+    with pytest.raises(ValueError, match=r"cannot be told apart in a layer whose rows \(1, 12\)"):
+        served(x, adapters=names)
+    assert served(x[:1], adapters=["a"]).shape == (1, 12, 3)
+    mask = torch.zeros(4, 12, dtype=torch.bool, device=device)
+    mask[0, :8] = True
+    served = served_with(Parts, "part", tmp_path, device)
+    with pytest.raises(ValueError, match=r"cannot be told apart in a layer of 8 rows: .* \[4, 48\] were expected"):
+        served(x, mask, adapters=names)
+    served = served_with(Parts, "whole", tmp_path, device)
+    found = served(x, mask, adapters=names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row : row + 1], served(x[row : row + 1], mask[row : row + 1], adapters=[name]))

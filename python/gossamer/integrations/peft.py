@@ -33,6 +33,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin
 from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
@@ -184,6 +185,17 @@ def restore(model: nn.Module) -> bool:
     return bool(layers)
 
 
+_OURS = (LinearMixin, EmbeddingMixin, ExpertsMixin)
+
+
+def _adapters_of(module: nn.Module) -> set[str]:
+    """The adapters that a layer of PEFT has parameters for."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return set(module._adapters)
+    parts = (getattr(module, name, None) for name in module.adapter_layer_names)
+    return {name for part in parts if part is not None for name in part}
+
+
 @contextlib.contextmanager
 def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
     """Let each row of a batch meet its own adapter inside the ``with`` block, in training too.
@@ -199,18 +211,26 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
     Raises:
         TypeError: ``adapter_names`` is a str or holds something else than str and None.
         ValueError: the model was not switched, an adapter is missing, or one uses DoRA, which a mixed batch cannot; in
-            the block's forward passes, one updates a parameter by ``target_parameters`` that is none of experts.
+            the block's forward passes, one updates a parameter by ``target_parameters`` that is none of experts; an
+            adapter has a part that only PEFT computes, such as ``modules_to_save``.
     """
     if isinstance(adapter_names, str) or not all(name is None or isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names must be a sequence of str or None, got {adapter_names!r}")
     names = [BASE if name is None else name for name in adapter_names]
-    layers = [m for m in model.modules() if isinstance(m, (LinearMixin, EmbeddingMixin, ExpertsMixin))]
+    layers = [m for m in model.modules() if isinstance(m, _OURS)]
     if not layers:
         raise ValueError("model must be one that gossamer.replace switched, got one without LoRA layers of gossamer")
     used = set(names) - {BASE}
     there = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
     if missing := sorted(used - there):
         raise ValueError(f"adapter_names must be among {sorted(there)}, got {missing}")
+    for path, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, _OURS):
+            if own := sorted(used & _adapters_of(module)):
+                raise ValueError(
+                    f"adapter {own[0]!r} has a {type(module).__name__} at {path}, which gossamer does not compute: "
+                    "it would serve all rows with the active adapter's"
+                )
     for layer in layers:
         for name in used:
             if layer.use_dora.get(name):

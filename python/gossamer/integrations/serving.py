@@ -28,21 +28,40 @@ class _Requests:
     def clear(self) -> None:
         self.ids: torch.Tensor | None = None
         self.num_adapters = 0
+        self._counts: set[int] = set()
         self._sorted: dict[tuple[int, torch.device], tuple[torch.Tensor, Dispatch]] = {}
 
     def begin(self, ids: torch.Tensor, num_adapters: int) -> None:
         self.clear()
         self.ids, self.num_adapters = ids, num_adapters
+        self._counts = {ids.shape[0]}
 
-    def rows(self, count: int, device: torch.device) -> tuple[torch.Tensor, Dispatch]:
-        """The adapter ``(M,)`` of each of ``count`` rows, the rows of a request adjacent, and the rows sorted by it."""
+    def note(self, shape: torch.Size) -> None:
+        """Learn how many rows a whole batch has, from what is known to be ``(batch, length, ...)``."""
+        if self.ids is not None and len(shape) > 1 and shape[0] % self.ids.shape[0] == 0:
+            self._counts |= {shape[0], shape[:2].numel()}
+
+    def rows(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, Dispatch]:
+        """The adapter ``(M,)`` of each of M rows, those of a request adjacent, and the rows sorted by it.
+
+        Raises:
+            ValueError: the rows are not those of whole requests, one after the other.
+        """
+        count, requests = shape.numel(), self.ids.shape[0]
         key = (count, device)
-        if key not in self._sorted:
-            requests = self.ids.shape[0]
-            if count % requests:
+        if requests > 1 and len(shape) > 1:
+            if shape[0] % requests:
                 raise ValueError(
-                    f"adapters must name one adapter for each row of the batch: {requests} do not divide {count} rows"
+                    f"adapters cannot be told apart in a layer whose rows {tuple(shape)} are not those of {requests} "
+                    "requests, such as a table of positions"
                 )
+            self._counts.add(count)
+        elif requests > 1 and count not in self._counts:
+            raise ValueError(
+                f"adapters cannot be told apart in a layer of {count} rows: of {requests} requests, "
+                f"{sorted(self._counts)} were expected, not some tokens of a batch"
+            )
+        if key not in self._sorted:
             ids = self.ids.to(device).repeat_interleave(count // requests)
             self._sorted[key] = ids, adapter_dispatch(ids, self.num_adapters)
         return self._sorted[key]
@@ -117,12 +136,12 @@ class _Bank(nn.Module):
         if self._requests.ids is None:
             return type(module).forward(module, input)
         rows = input.reshape(-1, input.shape[-1])
-        y = self._updated(rows, base_linear(rows, module.weight, module.bias))
-        return y.view(*input.shape[:-1], y.shape[-1])
+        y = base_linear(rows, module.weight, module.bias).view(*input.shape[:-1], module.out_features)
+        return self._updated(input, y)
 
     def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y``, written to, with the updates added."""
-        ids, routing = self._requests.rows(y.shape[:-1].numel(), y.device)
+        ids, routing = self._requests.rows(x.shape if self.table else y.shape[:-1], y.device)
         if self.table:
             row = x.reshape(-1) + ids.clamp(min=0) * self.a.shape[1]
             x = F.embedding(row, self.a.flatten(0, 1)).view(*y.shape[:-1], -1)
@@ -160,7 +179,7 @@ class _ExpertsBank(nn.Module):
 
         if self._requests.ids is None:
             return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
-        ids, _ = self._requests.rows(hidden_states.shape[0], hidden_states.device)
+        ids, _ = self._requests.rows(hidden_states.shape[:-1], hidden_states.device)
         slots = adapter_slots(ids, top_k_index, self._requests.num_adapters, self.num_experts)
         updates = {n: ExpertUpdate(getattr(self, f"{n}_a"), getattr(self, f"{n}_b"), slots) for n in self.names}
         return experts_forward(module, hidden_states, top_k_index, top_k_weights, updates=updates)
@@ -208,6 +227,13 @@ class ServedModel(nn.Module):
             else:
                 self._handles.append(module.register_forward_hook(bank.hook, with_kwargs=True))
             self.banks.append(bank)
+        # generate() calls the model with other lengths than its own arguments have.
+        self._handles.append(model.register_forward_pre_hook(self._note, with_kwargs=True))
+
+    def _note(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, torch.Tensor):
+                self._requests.note(tensor.shape)
 
     def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> None:
         if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
