@@ -422,11 +422,31 @@ BAD = {
     "half": ({"a": torch.ones(2, 4).half(), "b": torch.ones(3, 2).half()}, TypeError, "a and b must have the dtype"),
     "bias_shape": ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \(N,\) = \(3\)"),
     "bias_dtype": ({"bias": torch.ones(3).half()}, TypeError, "bias must have the dtype of x"),
+    "scale_type": ({"scale": "2"}, TypeError, "scale must be a number, got '2'"),
+    "scale_grad": ({"scale": torch.tensor(2.0, requires_grad=True)}, ValueError, "scale must be a number, .* requires"),
     "dropout": ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
     "seed_type": ({"seed": "s"}, TypeError, "seed must be an int, a tensor or None"),
     "seed_size": ({"seed": 2**63}, ValueError, "seed must fit 64 bits"),
     "seed_tensor": ({"seed": torch.tensor([1, 2])}, ValueError, "seed must be an int, or one int64"),
 }
+
+
+def test_no_gradient_from_behind(kernel_backend, device):
+    """Where what follows gives none, there is none to give on."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(device).items()}
+    function, _ = functions(kernel_backend)
+    Nothing.apply(function(**inputs)).sum().backward()
+    assert all(tensor.grad is None for tensor in inputs.values())
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -358,6 +358,18 @@ BAD = [
     (lambda: LoRALinear(0, 4, 2), ValueError, "in_features must be at least 1"),
     (lambda: LoRALinear(8, 4, 2, dropout=1.0), ValueError, r"dropout must be in \[0, 1\), got 1.0"),
     (lambda: LoRALinear(8, 4, 2, init="zeros"), ValueError, "init must be one of"),
+    (lambda: LoRALinear(8, 8, 2, alpha=float("nan")), ValueError, "alpha must be finite, got nan"),
+    (lambda: LoRALinear(8, 8, 2, alpha=0, init="spectral"), ValueError, "alpha must be above 0 for init='spectral'"),
+    (
+        lambda: LoRALinear.from_linear(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8)), 2),
+        ValueError,
+        "got one with parametrizations of weight",
+    ),
+    (
+        lambda: LoRALinear.from_linear(torch.nn.Linear(8, 8).to(torch.float8_e4m3fn), 2),
+        TypeError,
+        "linear must have a float64, float32, bfloat16 or float16 weight",
+    ),
     (lambda: LoRALinear.from_linear(torch.nn.Conv1d(3, 3, 1), 2), TypeError, "got Conv1d"),
     (lambda: LoRALinear.from_linear(torch.nn.Linear(8, 4), 2, rslora=True), TypeError, r"got \['rslora'\]"),
     (lambda: LoRAEmbedding(8, 4, 5), ValueError, r"rank must be in \[1, 4\]"),

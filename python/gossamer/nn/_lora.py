@@ -21,6 +21,14 @@ def check_rank(rank: int, rows: int, columns: int, name: str = "rank") -> None:
         raise ValueError(f"{name} must be in [1, {min(rows, columns)}] for a {rows} x {columns} matrix, got {rank}")
 
 
+def checked_alpha(alpha: float | None, rank: int) -> float:
+    """α, by default r; it must be finite."""
+    alpha = float(rank if alpha is None else alpha)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    return alpha
+
+
 def check_dropout(dropout: float) -> None:
     """``dropout`` must be a probability below 1."""
     if not 0.0 <= dropout < 1.0:
@@ -60,6 +68,8 @@ def spectral_split_(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scal
 
     ``scale·b·a`` becomes the best approximation of rank r, and ``weight`` what is left of it.
     """
+    if not scale > 0:
+        raise ValueError(f"alpha must be above 0 for init='spectral', whose factors it divides, got a scale of {scale}")
     v, u = spectral_factors(weight, a.shape[-2])
     root = math.sqrt(scale)
     a.copy_(v / root)

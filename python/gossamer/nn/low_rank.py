@@ -11,12 +11,14 @@ from gossamer.nn._lora import (
     check_dropout,
     check_init,
     check_rank,
+    checked_alpha,
     draw_factors_,
     lora_scale,
     row_norms,
     spectral_split_,
 )
 from gossamer.nn.routing import check_positive
+from gossamer.ops._checks import FLOAT_DTYPES
 from gossamer.ops.low_rank import low_rank_linear
 
 
@@ -137,15 +139,23 @@ class LoRALinear(_Mergeable):
             **options: ``alpha``, ``dropout``, ``rank_stabilized``, ``dora``, ``init`` of the class.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``, or its weight is not floating point.
-            ValueError: as the class does.
+            TypeError: ``linear`` is no ``nn.Linear``, or its weight is of a dtype without kernels.
+            ValueError: as the class does; its weight is parametrised.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        if not linear.weight.is_floating_point() or linear.weight.shape != (linear.out_features, linear.in_features):
+        if hasattr(linear, "parametrizations"):
+            raise ValueError(
+                "linear must hold its weight itself, as after torch.nn.utils.parametrize.remove_parametrizations, "
+                f"got one with parametrizations of {', '.join(linear.parametrizations)}"
+            )
+        if linear.weight.dtype not in (*FLOAT_DTYPES, torch.float64) or linear.weight.shape != (
+            linear.out_features,
+            linear.in_features,
+        ):
             raise TypeError(
-                f"linear must have a floating-point weight of shape (O, I), got {linear.weight.dtype} "
-                f"{tuple(linear.weight.shape)} in a {type(linear).__name__}"
+                "linear must have a float64, float32, bfloat16 or float16 weight of shape (O, I), got "
+                f"{linear.weight.dtype} {tuple(linear.weight.shape)} in a {type(linear).__name__}"
             )
         defaults = {"alpha": None, "dropout": 0.0, "rank_stabilized": False, "dora": False, "init": "kaiming"}
         if unknown := options.keys() - defaults.keys():
@@ -169,7 +179,7 @@ class LoRALinear(_Mergeable):
         check_dropout(dropout)
         check_init(init)
         self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
-        self.alpha = float(rank if alpha is None else alpha)
+        self.alpha = checked_alpha(alpha, rank)
         self.dropout, self.rank_stabilized, self.init = dropout, rank_stabilized, init
         weight = base.weight
         self.weight = nn.Parameter(weight.detach().clone()) if init == "spectral" else weight
@@ -320,7 +330,7 @@ class LoRAEmbedding(_Mergeable):
             raise ValueError(f"init must be 'zero' or 'spectral', got {init!r}")
         self.num_embeddings, self.embedding_dim, self.rank = base.num_embeddings, base.embedding_dim, rank
         self.padding_idx = base.padding_idx
-        self.alpha = float(rank if alpha is None else alpha)
+        self.alpha = checked_alpha(alpha, rank)
         self.rank_stabilized, self.init = rank_stabilized, init
         weight = base.weight
         self.weight = nn.Parameter(weight.detach().clone()) if init == "spectral" else weight

@@ -10,6 +10,7 @@ from gossamer.nn._lora import (
     add_low_rank_,
     check_init,
     check_rank,
+    checked_alpha,
     draw_factors_,
     lora_scale,
     row_norms,
@@ -51,8 +52,8 @@ def flat_expert_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor,
 class LoRAExperts(Experts):
     """:class:`Experts` with a low-rank update of each expert's matrices, never formed: ``(x·A_eᵀ)·B_eᵀ``.
 
-    The update of gate_up comes before the activation, that of down after it. The factors are named and laid out as in
-    PEFT's adapters of ``target_parameters``, so those tensors load as they are; see :func:`expert_factors`. The
+    The update of gate_up comes before the activation, that of down after it. The factors are laid out as in
+    PEFT's adapters of ``target_parameters``, under names of their own; see :func:`expert_factors`. The
     experts' own matrices and biases are frozen unless asked to train. There is no dropout, as there.
 
     With ``dora`` every row of an expert's updated matrix is given a length of its own (DoRA, Liu et al., 2024), which
@@ -155,7 +156,7 @@ class LoRAExperts(Experts):
         if not targets or set(targets) - set(known) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be one or both of {known}, got {targets}")
         check_init(init)
-        self.rank, self.alpha, self.rank_stabilized = rank, float(rank if alpha is None else alpha), rank_stabilized
+        self.rank, self.alpha, self.rank_stabilized = rank, checked_alpha(alpha, rank), rank_stabilized
         self.init, self.targets = init, targets
         self._unmerged: dict[str, torch.Tensor] | None = None
         for name in targets:

@@ -45,6 +45,14 @@ def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) ->
     return None
 
 
+def check_scale(scale: float) -> None:
+    """``scale`` must be a number; as a tensor it would get no gradient."""
+    if isinstance(scale, torch.Tensor) and scale.requires_grad:
+        raise ValueError("scale must be a number, which has no gradient, got a tensor that requires one")
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, torch.Tensor)):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+
+
 def check_same_device(**tensors: torch.Tensor | None) -> None:
     """All tensors given must lie on the first one's device."""
     if odd := _first_to_differ("device", tensors):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from gossamer import _backend
 from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, last_size
+from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
 from gossamer.ops._philox import drop
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
@@ -203,6 +203,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * ctx.num_inputs
     saved = ctx.saved_tensors
     weight, factors = saved[:7], saved[7:]
     gradients = _low_rank_linear_backward(
@@ -307,7 +309,7 @@ def low_rank_linear(
         a: ``(r, C)``, ``1 <= r <= min(N, C)``; the dtype of ``x``, or float32, which is rounded to it for the products
             while its gradient is not.
         b: ``(N, r)``, the dtype of ``a``.
-        scale: the factor of the update.
+        scale: the factor of the update, a number.
         bias: ``(N,)`` or None, the dtype of ``x``.
         dropout: in [0, 1); pass 0 outside training.
         seed: of the mask, an int or ``(1,)`` int64 on the device of ``x``, which a CUDA graph reads at each replay.
@@ -323,6 +325,7 @@ def low_rank_linear(
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1).
     """
     c = last_size("x", x, "(..., C)")
+    check_scale(scale)
     quantized = isinstance(weight, (NF4Weight, Int8Weight, Float8Weight))
     if not quantized and not isinstance(weight, torch.Tensor):
         raise TypeError(

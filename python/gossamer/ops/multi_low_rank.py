@@ -311,6 +311,7 @@ def multi_low_rank(
     if isinstance(scale, torch.Tensor):
         check_shape("scale", scale, (num_adapters,), "(A,)")
         check_float("scale", scale, backend)
+        scale = scale.detach()
     if ranks is not None:
         check_index("ranks", ranks)
         check_shape("ranks", ranks, (num_adapters,), "(A,)")
