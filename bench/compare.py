@@ -54,9 +54,21 @@ def load(path: Path) -> dict:
         raise ValueError(f"--compare {path}: {error.strerror or error}") from None
     except ValueError:
         raise ValueError(f"--compare {path} is not JSON") from None
-    if not isinstance(found, dict) or found.get("schema") != 1 or not isinstance(found.get("cases"), list):
+    if not _is_run(found):
         raise ValueError(f"--compare {path} was not written by gossamer bench --json")
     return found
+
+
+def _is_run(found: object) -> bool:
+    """Whether what was read has all that a comparison looks at."""
+    if not isinstance(found, dict) or found.get("schema") != 1 or not isinstance(found.get("environment"), dict):
+        return False
+    try:
+        for case, variant in _rows(found).values():
+            (case["device"], case["shape"], *(variant[q] + 0.0 for q in ("p20", "median", "p80")))
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _key(case: dict, variant: dict) -> tuple:
@@ -105,8 +117,8 @@ def differences(then: dict, now: dict) -> list[str]:
 
 
 def too_slow(results: Results, ratio: float) -> list[str]:
-    """The cases in which our speed is below ``ratio`` times the dense baseline's, or either has no time."""
-    found = []
+    """The cases in which our speed is below ``ratio`` times the dense baseline's, or that have no such ratio."""
+    found = [f"not measured: {line}" for line in results.left_out]
     for result in results.cases:
         speed = result.speed_of_dense
         if speed is None:

@@ -94,7 +94,7 @@ def build(request: Request) -> Case:
         request.direction,
         (*variants, dense_layer(problem, DENSE), *others),
         skipped,
-        2.0 * ids.numel() * d * (2 if both else 1),
+        1.0 * ids.numel() * d * (2 if both else 1),
         moved,
         {"truth": lambda: gate(sgd), "row-wise": lambda: gate(adagrad)},
         f"the result, whole, and after a step the {SAMPLE} most listed rows",

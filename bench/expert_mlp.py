@@ -98,7 +98,7 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
         "_grouped_matmul_kernel": Cost(
             s.down_flops, s.act + s.down + s.x_rows, label="_grouped_matmul_kernel: down GEMM"
         ),
-        "_gather_reduce_kernel": Cost(None, s.x_rows + s.tokens, label="_gather_reduce_kernel: combine into y"),
+        "gather_reduce_kernel": Cost(None, s.x_rows + s.tokens, label="gather_reduce_kernel: combine into y"),
     }
     moved = 2 * s.tokens + s.gate_up + s.down + s.routing + s.biases + saved
     return Cost(s.up_flops + s.down_flops, moved, stages | kernels)
@@ -138,7 +138,7 @@ def cost_backward(call: Mapping[str, object], result: object) -> Cost:
     kernels = {
         "_down_backward_kernel": Cost(dact_flops, up, label="_down_backward_kernel: dA, GLU gradient"),
         "_grouped_matmul_kernel": Cost(dx_flops, dx, label="_grouped_matmul_kernel: dX"),
-        "_gather_reduce_kernel": Cost(None, s.x_rows + s.tokens, label="_gather_reduce_kernel: combine into dX"),
+        "gather_reduce_kernel": Cost(None, s.x_rows + s.tokens, label="gather_reduce_kernel: combine into dX"),
         "_dweight_kernel": Cost(dgate_up_flops + ddown_flops, dgate_up + ddown, label="_dweight_kernel: dW1, dW2"),
         "_weight_gradient_kernel": Cost(label="_weight_gradient_kernel: dweights"),
     }

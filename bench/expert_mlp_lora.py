@@ -182,7 +182,6 @@ def build(request: Request) -> Case:
     if both:
         product, update = 2 * product, 3 * update
         moved += nbytes(experts.x, experts.dy, experts.weights, *problem.factors.values())
-        moved += used * 3 * h * i * experts.x.element_size()
     return Case(
         "expert_mlp_lora",
         request.shape,

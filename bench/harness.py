@@ -184,7 +184,15 @@ def run(
     before = resident_bytes()
     for done, request in enumerate(wanted):
         stage(f"[{done + 1}/{len(wanted)}] {chosen.name} {request.shape} {request.dtype} {request.direction}")
-        case = chosen.build(request)
+        try:
+            case = chosen.build(request)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            left_out.append(
+                f"{chosen.name} {request.shape} {request.dtype} {request.direction}, which memory cannot hold"
+            )
+            continue
         if (seconds := ceilings.torch_seconds(case)) > patience:
             left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
         else:
@@ -199,6 +207,12 @@ def run(
     # The last ceilings are those of all cases.
     results = [replace(result, floor=ceilings.floor_seconds(result.case)) for result in results]
     return Results(environment(), ceilings, results, sweep, tuple(left_out))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory for a tensor: on the CPU torch raises no class of its own."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def judge(case: Case, variant: Variant, gates: dict) -> Verdict | None:

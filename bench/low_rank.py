@@ -38,7 +38,7 @@ SAMPLE_ROWS = 128
 def rule(sizes: Mapping[str, int]) -> str | None:
     """What is wrong with sizes, or None."""
     most = min(sizes["N"], sizes["C"])
-    return None if sizes["r"] <= most else f"r must be at most min(N, C) = {most}, got {sizes['R']}"
+    return None if sizes["r"] <= most else f"r must be at most min(N, C) = {most}, got {sizes['r']}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def build(request: Request) -> Case:
     flops, moved = 2.0 * m * (n * c + rank * (n + c)), nbytes(problem.x, weight, problem.a, problem.b, problem.dy)
     if both:
         flops += 2.0 * m * (n * c + 2 * rank * (n + c))
-        moved *= 2
+        moved += nbytes(problem.x, problem.a, problem.b, problem.dy)
     return Case(
         "low_rank",
         request.shape,

@@ -214,7 +214,7 @@ def build(request: Request) -> Case:
     moved = nbytes(problem.x, problem.weight, problem.dy, problem.ids) + factors
     if both:
         product, update = 2 * product, 3 * update
-        moved += nbytes(problem.x, problem.dy, problem.weight) + 2 * factors
+        moved += nbytes(problem.x, problem.dy) + factors
     return Case(
         "multi_low_rank",
         request.shape,

@@ -20,6 +20,7 @@ from gossamer._environment import environment
 from gossamer.bench.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, Request, Variant
 from gossamer.bench.ceilings import Ceilings, measure
 from gossamer.bench.cost import Called, CostRecorder
+from gossamer.bench.files import check_file
 from gossamer.bench.flatten import floats, synchronise
 from gossamer.bench.harness import requests
 from gossamer.bench.profile_events import KernelRow, Phase, kernel_rows
@@ -353,8 +354,7 @@ def check_writable(option: str, path: str | os.PathLike, suffixes: Sequence[str]
         raise ValueError(f"{option} must be a file, {str(path)!r} is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {str(path.parent)!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option}: {str(path)!r} cannot be written")
+    check_file(option, path)
 
 
 def profile(

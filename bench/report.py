@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import TextIO
 
 import rich.box
 import rich.console
@@ -25,7 +27,35 @@ from gossamer.bench.timing import IDLE, NEAR_ROUNDS, quantile
 def make_console() -> rich.console.Console:
     """Standard output, wide enough for the table where it is no terminal."""
     console = rich.console.Console(highlight=False)
-    return console if console.is_terminal else rich.console.Console(highlight=False, width=120)
+    if console.is_terminal:
+        return console
+    return rich.console.Console(highlight=False, width=120, file=UntilClosed(sys.stdout))
+
+
+class UntilClosed:
+    """A stream that whoever reads it may leave: what was measured is still to be written to files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: TextIO | None = stream
+
+    def _attempt(self, action: Callable[[TextIO], object]) -> None:
+        if self._stream is None:
+            return
+        try:
+            action(self._stream)
+        except BrokenPipeError:
+            self._stream = None
+            # Python flushes standard output once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def write(self, text: str) -> int:
+        """Pass text on while there is a reader."""
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Likewise."""
+        self._attempt(lambda stream: stream.flush())
 
 
 def say(console: rich.console.Console, text: str, style: str | None = None) -> None:
@@ -86,11 +116,14 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
     case, dense = result.case, result.row(DENSE)
     ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
-    table = _table("variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error")
+    columns = ["variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error"]
+    # A narrow terminal has no room for all: what files hold besides is left to them.
+    columns = [column for column in columns if column not in _hidden(console.width)]
+    table = _table(*columns)
     for row in result.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         if not row.seconds:
-            table.add_row(row.name, row.status, "", "", "", "", "", error)
+            table.add_row(row.name, row.status, *[""] * (len(columns) - 3), error)
             continue
         times = f"{row.times(dense):.2f}" if dense else ""
         if dense and row is not dense:
@@ -99,7 +132,11 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
         share = f"{100 * result.floor / row.median:.0f}%"
         host = "" if row.host_seconds is None else digits(1e3 * row.host_seconds)
         peak = "" if row.peak_bytes is None else digits(row.peak_bytes / 2**20)
-        table.add_row(row.name, _milliseconds(row), _rate(result, row), share, times, host, peak, error)
+        optional = {"attainable": share, "host ms": host, "peak MiB": peak}
+        kept = {name: value for name, value in optional.items() if name in columns}
+        cells = [row.name, _milliseconds(row), _rate(result, row)]
+        cells += [kept.pop("attainable")] if "attainable" in kept else []
+        table.add_row(*cells, times, *kept.values(), error)
     say(console, case.title, style="bold")
     console.print(table)
     for row in result.rows:
@@ -177,10 +214,18 @@ def _span(ratios: list[float], form: str) -> str:
     return f"{form.format(low)}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {form.format(high)}"
 
 
+def _hidden(width: int) -> tuple[str, ...]:
+    """The columns that a console of that width does not show."""
+    return ("host ms", "peak MiB", "attainable")[: 3 if width < 85 else 2 if width < 105 else 0]
+
+
 def _table(*columns: str) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
+        # Names may wrap, but do not vanish for the sake of numbers.
+        table.add_column(
+            column, justify="right" if number else "left", no_wrap=bool(number), min_width=0 if number else 10
+        )
     return table
 
 

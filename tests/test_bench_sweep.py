@@ -129,9 +129,23 @@ def test_the_ratio_is_dense_time_over_ours():
     assert line.endswith("0.500x the speed of dense")
     (line,) = compare.too_slow(results([1.0]), 0.1)
     assert "no ratio" in line
+    unjudged = replace(run, left_out=("moe of giants, which memory cannot hold",))
+    assert compare.too_slow(unjudged, 0.1) == ["not measured: moe of giants, which memory cannot hold"]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"schema": 2, "cases": []}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"schema": 2, "cases": []}',
+        '{"schema": 1}',
+        '{"schema": 1, "cases": []}',
+        '{"schema": 1, "environment": {}}',
+        '{"schema": 1, "environment": {}, "cases": [{"family": "moe"}]}',
+        '{"schema": 1, "environment": {}, "cases": [3]}',
+    ],
+)
 def test_other_json_is_no_earlier_run(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)

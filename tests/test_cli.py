@@ -191,3 +191,44 @@ def test_missing_extra_is_one_line_and_no_traceback(missing):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1
     assert done.stderr == f"gossamer: the command line needs {missing}; pip install 'gossamer[bench]'\n"
+
+
+@pytest.mark.parametrize(("options", "status"), [((), 2), (("--fail-below", "0.5"), 3)])
+def test_what_memory_cannot_hold_is_left_out(invoke, tmp_path, options, status):
+    """A size too large ends neither a sweep nor what was measured before it; alone it is no success."""
+    stored = tmp_path / "sweep.json"
+    common = ("bench", "dispatch", "--direction", "forward", "--device", "cpu", "--quick")
+    result = invoke(*common, "--shape", "64,8,2", "--sweep", f"tokens=64,{10**15}", "--json", str(stored))
+    assert result.exit_code == 0, result.output
+    record = json.loads(stored.read_text())
+    assert len(record["cases"]) == 1 and "which memory cannot hold" in record["left_out"][0]
+    alone = invoke(*common, "--shape", f"{10**15},8,2", *options)
+    assert alone.exit_code == status and "which memory cannot hold" in alone.output
+
+
+def test_files_are_written_though_nobody_reads_the_table(tmp_path):
+    """The first line is read and the pipe closed, as by head."""
+    stored = tmp_path / "moe.json"
+    command = [
+        sys.executable,
+        "-c",
+        "from gossamer.cli import app; app()",
+        "bench",
+        "dispatch",
+        "--shape",
+        "64,8,2",
+        "--quick",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen([*command, "--json", str(stored)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait() == 0 and "Traceback" not in error, error
+    assert json.loads(stored.read_text())["cases"]
+
+
+def test_a_full_disk_is_one_line(invoke):
+    result = invoke("bench", "dispatch", "--shape", "64,8,2", "--quick", "--device", "cpu", "--json", "/dev/full")
+    assert result.exit_code == 2
+    assert "/dev/full: No space left on device" in result.output

@@ -127,7 +127,7 @@ def _event(name, start, end, parent=None, kernels=(), kind="DeviceType.CPU"):
 def test_device_kernels_are_put_under_the_operators_that_launched_them():
     label = Phase.label("ours", "forward")
     span = _event(label, 0, 1000)
-    op = _event("gossamer::expert_mlp", 10, 50, span, [("_up_kernel", 300.0), ("_gather_reduce_kernel", 100.0)])
+    op = _event("gossamer::expert_mlp", 10, 50, span, [("_up_kernel", 300.0), ("gather_reduce_kernel", 100.0)])
     inner = _event("aten::copy_", 20, 30, op, [("memcpy", 50.0)])
     foreign = _event("SomeFunction", 60, 70, span, [("their_kernel", 200.0)])
     twice = _event("aten::mm", 80, 90, span, [("sgemm", 10.0)])

@@ -58,7 +58,7 @@ def bench(
     """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
 
     Exit status: 0; 1 where a variant is wrong or ours failed; 2 where it cannot be done as asked, found before anything
-    is measured; 3 where a case's speed over dense's is below --fail-below.
+    is measured, or nothing could be; 3 where a case's speed over dense's is below --fail-below, or it was left out.
     """
     from gossamer.bench import compare as compare_
     from gossamer.bench import files, harness, report
@@ -98,6 +98,15 @@ def bench(
             sweep=varied and vars(varied),
         )
     record = results.as_json()
+    # First what is to stay, for the terminal may be gone.
+    try:
+        if json_file is not None:
+            files.write_json(record, json_file)
+        if csv_file is not None:
+            files.write_csv(record, csv_file)
+    except OSError as error:
+        print(f"gossamer bench: {error.filename or json_file or csv_file}: {error.strerror or error}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from None
     if varied:
         report.print_sweep(console, record)
     changes, differences = None, []
@@ -105,10 +114,6 @@ def bench(
         changes, differences = compare_.changes(earlier, record), compare_.differences(earlier, record)
         report.print_changes(console, changes, differences, str(compare))
     sentence = report.summary(results)
-    if json_file is not None:
-        files.write_json(record, json_file)
-    if csv_file is not None:
-        files.write_csv(record, csv_file)
     if plot_folder is not None:
         from gossamer.bench import plot
 
@@ -134,6 +139,8 @@ def _exit(console: Console, results: Results, fail_below: float | None) -> None:
 
     if not results.correct:
         raise typer.Exit(WRONG)
+    if not results.cases and fail_below is None:
+        raise typer.Exit(REFUSED)
     slow = compare.too_slow(results, fail_below) if fail_below is not None else []
     for line in slow:
         report.say(console, f"below --fail-below {fail_below:g}: {line}")
