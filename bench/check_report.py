@@ -20,7 +20,8 @@ MOST_PARAMETERS = 16
 
 def _table(*columns: str) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(columns[0], no_wrap=True, overflow="ellipsis", max_width=40)
+    # Long names go on below, so that a narrow terminal cuts no number and no verdict.
+    table.add_column(columns[0], overflow="fold", max_width=40)
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -152,7 +152,7 @@ def load_hugging_face(
     """A Hugging Face model with random weights, by the name of its class, of its config, or of its type.
 
     Raises:
-        ValueError: there is none, a setting is not one of its config's, or it does not fit into memory.
+        ValueError: there is none, its config refuses a setting (most take any name), or it does not fit into memory.
     """
     build = _builder(name, values)
     try:

@@ -68,7 +68,9 @@ def _timed(case: dict) -> list[dict]:
 def _legend(figure: Figure, axes: list[Axes], more: dict[str, Line2D] | None = None) -> None:
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     entries |= more or {}
-    columns = max(1, min(len(entries), int(figure.get_figwidth() / 2)))
+    # Inches of the longest label in a letter of 10 points, and of the line beside it.
+    width = 0.6 + 0.09 * max(map(len, entries), default=0)
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 

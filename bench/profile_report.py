@@ -25,7 +25,8 @@ SPARK_WIDTH = 72
 
 def _table(*columns: str) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(columns[0], no_wrap=True, overflow="ellipsis", max_width=46, min_width=46)
+    # Long names go on below, so that a narrow terminal cuts no number.
+    table.add_column(columns[0], overflow="fold", max_width=46)
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     return table
