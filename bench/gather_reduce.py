@@ -100,7 +100,7 @@ def build(request: Request) -> Case:
 
 def _touched(call: Mapping[str, object]) -> tuple[int, float]:
     """Positions that may count, and the bytes of the table's distinct rows among them."""
-    table, index, limit = call["table"], call["index"], call["limit"]
+    table, index, limit = call["table"], call["index"], call.get("limit")
     ids = index.reshape(-1)
     live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["padding_idx"])]
     return live.numel(), float(live.unique().numel() * table.shape[1] * table.element_size())
@@ -120,7 +120,26 @@ def cost_dot(call: Mapping[str, object], result: object) -> Cost:
     return Cost(flops, rows + nbytes(call["dout"], call["index"], call["offsets"], result))
 
 
-COSTS = {"gossamer::gather_reduce": cost, "gossamer::gather_dot": cost_dot}
+def cost_step(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of the lookup in a table that is trained in place; nobody knows that of many tables in one storage."""
+    if call["spec"]:
+        return Cost()
+    if call["mode"] == "max":
+        return cost_max(call, result)
+    return cost(call, result[0])
+
+
+def cost_max(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of maxima, which are no FLOPs."""
+    return Cost(0.0, _touched(call)[1] + nbytes(call["index"], call["offsets"], *result))
+
+
+COSTS = {
+    "gossamer::gather_reduce": cost,
+    "gossamer::gather_dot": cost_dot,
+    "gossamer::gather_max": cost_max,
+    "gossamer::gather_reduce_step": cost_step,
+}
 DIMENSIONS = {"rows": "N", "columns": "D", "bags": "B", "ids": "J"}
 FAMILY = Family("gather_reduce", SHAPES, SYMBOLS, DEFAULTS, QUICK, build, dimensions=DIMENSIONS)
 

@@ -179,7 +179,14 @@ def cost_backward(call: Mapping[str, object], result: object) -> Cost:
     return Cost(2.0 * m * terms, nbytes(*given, *result))
 
 
+def cost_base(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of the layer's own product."""
+    x, weight = call["x"], call["weight"]
+    return Cost(2.0 * x.shape[0] * weight.numel(), nbytes(x, weight, call["bias"], result))
+
+
 COSTS = {
+    "gossamer::base_linear": cost_base,
     "gossamer::low_rank_linear": cost,
     "gossamer::low_rank_linear_quantized": cost,
     "gossamer::low_rank_linear_backward": cost_backward,

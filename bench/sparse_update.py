@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 import gossamer
 from gossamer import optim
 from gossamer.bench.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Outputs, Request, Variant
+from gossamer.bench.cost import Cost, nbytes
 from gossamer.bench.gather_reduce import SYMBOLS
 from gossamer.ops.sparse_update import sparse_update_reference_
 
@@ -170,6 +171,21 @@ def build(request: Request) -> Case:
     )
 
 
+def cost(call: Mapping[str, object], result: object) -> Cost:
+    """The bytes of a step: lists and gradients read, touched rows and their states read and written.
+
+    FLOPs are the optimizer's own, and so are the bytes of many tables in one storage; nobody knows either.
+    """
+    table, index = call["table"], call["index"].reshape(-1)
+    if call["spec"]:
+        return Cost()
+    rows = index[(index >= 0) & (index < table.shape[0]) & (index != call["padding_idx"])].unique().numel()
+    row = sum(nbytes(t) / t.shape[0] for t in (table, call["state1"], call["state2"]) if t is not None and t.shape[0])
+    lists = nbytes(call["index"], call["dout"], call["offsets"], call["weights"], call["argmax"])
+    return Cost(None, lists + 2 * rows * row)
+
+
+COSTS = {"gossamer::sparse_update_": cost}
 FAMILY = Family("sparse_update", SHAPES, SYMBOLS, DEFAULTS, QUICK, build, directions=("forward",), skews=SKEWS)
 
 

@@ -100,6 +100,44 @@ def test_costs_of_the_expert_layer_count_live_rows_and_touched_experts(device):
     assert backward.cost.flops == 2 * rows * h * (i + 2 * i + i)
 
 
+def test_costs_of_quantised_experts_count_codes_of_touched_experts(device):
+    t, h, i, e, k = 6, 64, 32, 5, 2
+    ids = torch.tensor([[0, 1], [0, 2], [4, 1], [0, 4], [2, 1], [0, e]])
+    rows, touched = t * k - 1, 4
+    x = torch.randn(t, h, device=device)
+    gate_up = gossamer.QuantizedExpertWeight.quantize(torch.randn(e, 2 * i, h, device=device), "mxfp4")
+    down = gossamer.QuantizedExpertWeight.quantize(torch.randn(e, h, i, device=device), "int8")
+    weights, routing = torch.rand(t, k, device=device), make_dispatch(t, e, k, device, ids=ids)
+    lists = 4 * (t * k + e + 1)
+    codes = touched * (2 * i * (h // 2 + h // 32) + h * (i + 4))
+    layer = recorded(lambda: gossamer.expert_mlp(x, gate_up, down, routing, weights))["gossamer::quantized_expert_mlp"]
+    assert layer.cost.flops == 6 * rows * h * i
+    assert layer.cost.bytes == codes + 4 * 2 * t * h + lists + 4 * 2 * t * k
+    assert layer.cost.parts["down"] == Cost(2.0 * rows * h * i, float(touched * h * (i + 4)), label="down GEMM")
+    product = recorded(lambda: gossamer.grouped_matmul(x, gate_up, routing))["gossamer::quantized_grouped_matmul"]
+    assert product.cost.flops == 2 * rows * h * 2 * i
+    assert product.cost.bytes == touched * 2 * i * (h // 2 + h // 32) + 4 * (t * h + t * k * 2 * i) + lists
+
+
+def test_costs_of_a_trained_table_count_touched_rows_and_states(device):
+    """Row 3 is there twice; Adam keeps two states, and all three are read and written."""
+    table, ids = torch.randn(50, 8, device=device), torch.tensor([[3, 3], [7, 9]], device=device)
+    optimizer = gossamer.optim.Adam(lr=0.1)
+    state, handle = optimizer.state(50, 8, device), torch.zeros(0, device=device, requires_grad=True)
+    y = []
+
+    def lookup():
+        y.append(gossamer.gather_reduce_step(table, ids, handle=handle, optimizer=optimizer, state=state))
+
+    step = recorded(lookup)["gossamer::gather_reduce_step"]
+    assert step.cost == Cost(4.0 * 8, 8.0 * 4 + 4 * (3 * 8 + 2 * 8))
+    update = recorded(lambda: y[0].sum().backward())["gossamer::sparse_update_"]
+    # The gradient of a sum is one number in memory.
+    assert update.cost == Cost(None, 8.0 * 4 + 4 + 2 * 3 * 3 * 8 * 4)
+    maxima = recorded(lambda: gossamer.gather_reduce(table, ids, mode="max"))["gossamer::gather_max"]
+    assert maxima.cost == Cost(0.0, 8.0 * 4 + 4 * (3 * 8 + 2 * 8))
+
+
 def test_every_declared_cost_belongs_to_an_operator():
     assert {"gossamer::dispatch", "gossamer::grouped_matmul", "gossamer::gather_reduce"} <= declared().keys()
     for name in declared():
