@@ -474,3 +474,22 @@ def test_a_mixed_batch_refuses_what_peft_alone_computes(config, device):
             model(x)
     with integration.mixed_adapters(model, ["two", "three"]):
         model(x)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+def test_hooks_on_parts_of_an_adapter_are_called(part, device):
+    """By a layer of one adapter; a mixed batch, which has no such call, refuses."""
+    torch.manual_seed(0)
+    options = {"target_modules": ["0"], "r": 2, "init_lora_weights": False}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)).to(device), peft.LoraConfig(**options), "one").eval()
+    model.add_adapter("two", peft.LoraConfig(**options))
+    x, plain = torch.randn(2, 8, device=device), copy.deepcopy(model)
+    for each in (model, plain):
+        getattr(each.base_model.model[0], part)["one"].register_forward_hook(lambda module, args, out: out * 2)
+    gossamer.replace(model)
+    torch.testing.assert_close(model(x), plain(x))
+    with integration.mixed_adapters(model, ["two", "two"]):
+        model(x)
+    with pytest.raises(ValueError, match="adapter 'one' has hooks on its factors"):
+        with integration.mixed_adapters(model, ["one", "two"]):
+            model(x)

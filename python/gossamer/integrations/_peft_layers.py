@@ -106,6 +106,11 @@ class _Tuner:
             self._check_forward_args(x, adapter_names=names)
         return names
 
+    def _watched(self, name: str) -> bool:
+        """Whether calling a factor of the adapter, or its dropout, does more than its class's forward."""
+        parts = [part[name] for part in (self.lora_A, self.lora_B, self.lora_dropout) if name in part]
+        return any(isinstance(part, nn.Module) and hooked(part) for part in parts)
+
     def _mixed_bank(
         self, names: list[str], factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -113,6 +118,8 @@ class _Tuner:
         known = tuple(sorted({name for name in names if name in factors}))
         if not known:
             return None
+        if watched := [name for name in known if self._watched(name)]:
+            raise ValueError(f"adapter {watched[0]!r} has hooks on its factors, which a mixed batch would leave out")
         parts = [factors[name] for name in known]
         rank = max(a.shape[-2] for a, _ in parts)
         a, b = _stack([a for a, _ in parts], rank, -2), _stack([b for _, b in parts], rank, -1)
@@ -154,7 +161,7 @@ class LinearMixin(_Tuner):
     def _fits(self, x: torch.Tensor, active: list[str]) -> bool:
         if not active or base_obstacle(self.base_layer) is not None or not plain(x):
             return False
-        if any(hooked(self.lora_A[name]) or hooked(self.lora_B[name]) for name in active):
+        if any(self._watched(name) for name in active):
             return False
         if any(type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity) for name in active):
             return False
