@@ -116,7 +116,7 @@ class BuildExt(build_ext):
         # Objects are reused, so each way of compiling has a folder of its own; an editable install would compile into a
         # temporary one.
         flags = repr((ext.define_macros, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
-        folder = f"objects.{self.plat_name}-{sys.implementation.cache_tag}"
+        folder = f"objects.{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
         self.build_temp = os.path.join("build", folder, hashlib.sha256(flags.encode()).hexdigest()[:12])
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]

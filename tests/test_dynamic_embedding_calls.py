@@ -113,6 +113,26 @@ def test_reserve_takes_all_along(device, evict):
         assert torch.equal(grown.optimizer_state[name][first], large.optimizer_state[name][second]), name
 
 
+def test_reserve_within_as_many_slots(device):
+    """Rows move there too: the state stays with its id, and so does a step that was under way."""
+    layer = DynamicEmbedding(4, 3, optimizer=optim.Adagrad(lr=0.1), device=device)
+    one, two, three = (torch.tensor([[i]], device=device) for i in (1, 2, 3))
+    for times, ids in ((1, one), (2, two), (3, three)):
+        for _ in range(times):
+            layer(ids).sum().backward()
+    sums = {i: layer.optimizer_state["sum"][layer.table.rows(ids[0])].clone() for i, ids in ((2, two), (3, three))}
+    pending = layer(three).sum()
+    layer.erase(one[0])
+    before = layer.table.values.shape[0]
+    layer.reserve(5)
+    assert layer.table.values.shape[0] == before and layer.table.capacity == 5
+    for i, ids in ((2, two), (3, three)):
+        assert torch.equal(layer.optimizer_state["sum"][layer.table.rows(ids[0])], sums[i])
+    pending.backward()
+    assert torch.equal(layer.optimizer_state["sum"][layer.table.rows(three[0])], sums[3] + 1)
+    assert torch.equal(layer.optimizer_state["sum"][layer.table.rows(two[0])], sums[2])
+
+
 def test_arrays_beside_a_table_must_fit():
     """Kernels write where rows say: arrays and rows of another size are refused."""
     table = gossamer.HashTable(2, 10)

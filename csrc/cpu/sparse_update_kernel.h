@@ -89,7 +89,7 @@ GOSSAMER_INLINE void sum_columns(const UpdateArgs& a, const SortedIds& ids, int6
 
 template <class S, class G>
 __attribute__((noinline)) void sum_entries(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, int64_t dim,
-                                 S* grad) {
+                                           S* grad) {
   int64_t column = 0, bytes = dim * static_cast<int64_t>(sizeof(G));
   const auto pass = [&](auto vectors) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -347,7 +347,7 @@ void sum_range(const UpdateArgs& a, const SortedIds& ids, int64_t first_piece, i
     const int64_t begin = run.begin + (piece - run.first_piece) * kPiece;
     const RowPlace place = place_of(a, ids, begin);
     sum_entries<S, G>(a, ids, begin, std::min(run.end, begin + kPiece), place.dim,
-                            static_cast<S*>(ids.partials) + piece * a.dim);
+                      static_cast<S*>(ids.partials) + piece * a.dim);
   }
 }
 

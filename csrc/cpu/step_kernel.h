@@ -158,7 +158,7 @@ GOSSAMER_INLINE void lamb(const StepRule& rule, T* w, S* m, S* v, S* grad, int64
 // Takes the step on row `number`, whose summed gradient is `grad`; `state1` and `state2` are its states, or null.
 template <class T>
 __attribute__((noinline)) void step_row(const StepRule& rule, int64_t number, T* w, Accumulator<T>* state1,
-                              Accumulator<T>* state2, Accumulator<T>* grad, int64_t dim) {
+                                        Accumulator<T>* state2, Accumulator<T>* grad, int64_t dim) {
   using S = Accumulator<T>;
   const RowWriter<T> write(rule, w, static_cast<uint64_t>(number));
   prepare_gradient(rule, w, grad, dim);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +49,10 @@ class Activation:
         if not isinstance(self.name, str) or self.name not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.name!r}")
         for constant, value in (("alpha", self.alpha), ("limit", self.limit)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"activation {constant} must be a float, got {value!r}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"activation alpha must be finite, got {self.alpha}")
         if not self.limit > 0:
             raise ValueError(f"activation limit must be positive, got {self.limit}")
 

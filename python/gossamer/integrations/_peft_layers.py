@@ -119,7 +119,9 @@ class _Tuner:
         if not known:
             return None
         if watched := [name for name in known if self._watched(name)]:
-            raise ValueError(f"adapter {watched[0]!r} has hooks on its factors, which a mixed batch would leave out")
+            raise ValueError(
+                f"adapter {watched[0]!r} has hooks on its factors or dropout, which a mixed batch would leave out"
+            )
         parts = [factors[name] for name in known]
         rank = max(a.shape[-2] for a, _ in parts)
         a, b = _stack([a for a, _ in parts], rank, -2), _stack([b for _, b in parts], rank, -1)

@@ -18,6 +18,9 @@ from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 
+# Arguments of transformers models that hold tokens, (batch, length) or (batch, length, hidden).
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
 
 class _Requests:
     """The adapter of each request of the call that is running, sorted once for each number of rows."""
@@ -231,7 +234,9 @@ class ServedModel(nn.Module):
         self._handles.append(model.register_forward_pre_hook(self._note, with_kwargs=True))
 
     def _note(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-        for tensor in (*args, *kwargs.values()):
+        """Learn the batch's rows from what holds tokens; patches of images, say, may be other rows."""
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()]
+        for tensor in (*tensors[:1], *(kwargs.get(name) for name in _TOKENS)):
             if isinstance(tensor, torch.Tensor):
                 self._requests.note(tensor.shape)
 
@@ -253,6 +258,8 @@ class ServedModel(nn.Module):
         if len(adapters):
             device = first.device if first is not None else next(self.model.parameters()).device
             self._requests.begin(ids.to(device), len(index))
+            # An encoder may be called before the model is.
+            self._note(self.model, args, kwargs)
 
     def forward(self, *args: object, adapters: Sequence[str | None], **kwargs: object) -> object:
         """The model's output, each request by its own adapter.

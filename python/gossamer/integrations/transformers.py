@@ -177,13 +177,21 @@ def _obstacle(experts: nn.Module) -> str | None:
     """Why gossamer cannot compute this module, or None when it can."""
     if getattr(experts.config, "_experts_implementation", None) == "deepgemm_megamoe":
         return "deepgemm_megamoe rewrites the weights at load time, so it cannot be left afterwards"
-    forward = type(experts).forward
-    freevars = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    chain = [type(experts).forward]
+    while hasattr(chain[-1], "__wrapped__"):
+        chain.append(chain[-1].__wrapped__)
+    freevars = {}
+    for forward in chain:
+        freevars |= dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     if "experts_interface" in freevars:
         interface = freevars["experts_interface"].cell_contents
         if NAME not in interface:
             return f"it is quantised: {type(interface).__name__} takes no float implementation"
-    elif "original_forward" not in freevars and "__class__" not in freevars:
+    elif (
+        "original_forward" not in freevars
+        and "__class__" not in freevars
+        and "forward" not in chain[0].__code__.co_names
+    ):
         # A subclass's own forward asks for an implementation only where it calls its base's.
         return f"{type(experts).__name__}.forward asks for no experts implementation"
     for name, weight in _expert_weights(experts):

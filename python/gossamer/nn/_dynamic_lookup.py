@@ -27,7 +27,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, handle, weights, layer, ids, rows, offsets):
-        ctx.layer, ctx.moves, ctx.slots, ctx.stepped = layer, layer._moves, layer.table.values.shape[0], False
+        ctx.layer, ctx.moves, ctx.resizes, ctx.stepped = layer, layer._moves, layer._resizes, False
         ctx.save_for_backward(weights, ids, rows, offsets)
         return layer._reduce(rows, offsets, None if weights is None else weights.detach())
 
@@ -39,7 +39,7 @@ class Lookup(torch.autograd.Function):
         with layer.table.lock:
             if layer._moves != ctx.moves:
                 now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
-                if layer.table.values.shape[0] == ctx.slots:
+                if layer._resizes == ctx.resizes:
                     # Another id may have these rows by now.
                     rows = torch.where(now == rows, rows, -1)
                 else:

@@ -93,9 +93,9 @@ class FusedStep(torch.nn.Module):
         # Rows without state, or state for a table without optimizer, are what load_state_dict(strict=False) is for.
         mine = {prefix + name for name in self._buffers if name.startswith(_PREFIX)}
         given = {key for key in state_dict if key.startswith(prefix + _PREFIX)}
-        if mine and given and mine != given:
-            name = type(self.optimizer).__name__
-            found.append(f"{name} keeps {', '.join(sorted(mine))}, and the state holds {', '.join(sorted(given))}")
+        if not found and mine and given and mine != given:
+            keeps, holds = ", ".join(sorted(mine)), ", ".join(sorted(given))
+            found.append(f"the table's optimizer keeps {keeps}, and the state holds {holds}")
         for name, own in (self._parameters | self._buffers).items():
             given = state_dict.get(prefix + name)
             if own is not None and given is not None and given.shape != own.shape:

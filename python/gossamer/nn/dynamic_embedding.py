@@ -121,7 +121,7 @@ class DynamicEmbedding(nn.Module):
         self._handle = torch.zeros(0, device=self.device, requires_grad=True)
         self.counters = Counters()
         self.clock = self.steps = self.sequence = 0
-        self._moves = 0
+        self._moves = self._resizes = 0
         self._removed: list[torch.Tensor] = []
 
     def __len__(self) -> int:
@@ -184,6 +184,7 @@ class DynamicEmbedding(nn.Module):
         if evicted:
             self._removed.append(done.victim_keys[done.evicted].to(self.table.key_dtype))
             self._moves += 1
+            self.counters.evicted += evicted
         if inserted:
             fresh = keys[done.inserted]
             try:
@@ -193,7 +194,6 @@ class DynamicEmbedding(nn.Module):
                 self.table.erase(fresh)
                 raise
         self.counters.inserted += inserted
-        self.counters.evicted += evicted
         self.counters.refused += refused
         self.steps += 1
         return rows
@@ -236,12 +236,13 @@ class DynamicEmbedding(nn.Module):
     def reserve(self, capacity: int) -> None:
         """Make room for at least ``capacity`` ids; all that belongs to their rows goes with them."""
         with self.table.lock:
-            rows = self.table.live_rows()
-            keys = self.table._storage.keys[rows].to(self.table.key_dtype)
+            before, rows = self.table._storage, self.table.live_rows()
+            keys = before.keys[rows].to(self.table.key_dtype)
             self.table.reserve(capacity)
-            slots, moved = self.table.values.shape[0], self.table.rows(keys)
-            if slots == self._last_used.shape[0]:
+            if self.table._storage is before:
                 return
+            # As many slots as before may do, and rows have moved all the same.
+            slots, moved = self.table.values.shape[0], self.table.rows(keys)
 
             def spread(before: torch.Tensor, start: float) -> torch.Tensor:
                 after = before.new_full((slots, *before.shape[1:]), start)
@@ -253,6 +254,7 @@ class DynamicEmbedding(nn.Module):
                 if name != "step":
                     self.optimizer_state[name] = spread(state, self.optimizer.initial_value())
             self._moves += 1
+            self._resizes += 1
 
     def advance_clock(self, now: int) -> None:
         """Set the clock that ages rows to ``now``, the newest time seen in the data; it never goes back."""

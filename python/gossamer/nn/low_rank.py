@@ -140,13 +140,13 @@ class LoRALinear(_Mergeable):
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``, or its weight is of a dtype without kernels.
-            ValueError: as the class does; its weight is parametrised.
+            ValueError: as the class does; its weight or bias is parametrised.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         if hasattr(linear, "parametrizations"):
             raise ValueError(
-                "linear must hold its weight itself, as after torch.nn.utils.parametrize.remove_parametrizations, "
+                "linear must hold weight and bias itself, as after torch.nn.utils.parametrize.remove_parametrizations, "
                 f"got one with parametrizations of {', '.join(linear.parametrizations)}"
             )
         if linear.weight.dtype not in (*FLOAT_DTYPES, torch.float64) or linear.weight.shape != (

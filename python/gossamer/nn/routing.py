@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ def check_positive(**sizes: int) -> None:
 
 def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:
     """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups; ``scale`` is finite."""
+    if not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number, got {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)

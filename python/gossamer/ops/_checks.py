@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -46,10 +48,13 @@ def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) ->
 
 
 def check_scale(scale: float) -> None:
-    """``scale`` must be a number; as a tensor it would get no gradient."""
-    if isinstance(scale, torch.Tensor) and scale.requires_grad:
-        raise ValueError("scale must be a number, which has no gradient, got a tensor that requires one")
-    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, torch.Tensor)):
+    """``scale`` must be a number, or a tensor of one that wants no gradient, for it would get none."""
+    if isinstance(scale, torch.Tensor):
+        if scale.requires_grad:
+            raise ValueError("scale must be a number, which has no gradient, got a tensor that requires one")
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be one number, got a tensor of shape {tuple(scale.shape)}")
+    elif not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale must be a number, got {scale!r}")
 
 

@@ -322,7 +322,8 @@ def low_rank_linear(
     Raises:
         TypeError: an argument is no tensor, a dtype is not supported or dtypes differ, or the kind of ``weight`` or
             ``seed`` is unknown.
-        ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1).
+        ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1), or
+            ``scale`` is a tensor that requires a gradient.
     """
     c = last_size("x", x, "(..., C)")
     check_scale(scale)
