@@ -92,7 +92,7 @@ def cost_backward(call: Mapping[str, object], result: object) -> Cost:
 
 
 COSTS = {"gossamer::topk_routing": cost, "gossamer::topk_routing_backward": cost_backward}
-DIMENSIONS = {"tokens": "T", "experts": "E", "top_k": "K"}
+DIMENSIONS = {"tokens": "T", "experts": "E", "top-k": "K"}
 FAMILY = Family(
     "topk_routing",
     SHAPES,
