@@ -251,6 +251,26 @@ def test_costs_count_products_and_single_passes(device):
     assert (flops, moved) == (3 * rows * 6 * 16 * 8, 4 * token + 12 * expert + routing + 24 * 2 * 4)
 
 
+def test_bytes_of_a_training_step_count_each_tensor_once(device):
+    """The frozen weight is read once, however often it is multiplied; gradients are as large as what they are of."""
+    m, n, c, r, adapters = 6, 10, 12, 2, 3
+    sizes = {"M": m, "N": n, "C": c, "r": r}
+    plain = harness.family("low_rank").build(small_request(device, sizes=sizes))
+    assert plain.bytes == 4 * (2 * m * c + 2 * m * n + n * c + 2 * r * (n + c))
+    many = harness.family("multi_low_rank")
+    case = many.build(small_request(device, sizes={s: (sizes | {"A": adapters, "R": r})[s] for s in many.symbols}))
+    used = (case.bytes - 4 * (2 * m * c + 2 * m * n + n * c) - m * 8) / (4 * 2 * r * (n + c))
+    assert used in range(1, adapters + 1)
+
+
+def test_a_profile_of_block_sparse_layers_has_a_reference_with_a_backward_pass(device):
+    sizes = {"M": 16, "N": 32, "K": 32, "BLOCK": 16, "SPARSE": 50}
+    case = harness.family("block_sparse").build(small_request(device, sizes=sizes))
+    reference = next(variant for variant in case.variants if variant.role == REFERENCE)
+    reference.call("both")
+    assert reference.name == "masked dense"
+
+
 # Cases of a family that has not two dtypes in two directions.
 COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
 COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing"), 2)
