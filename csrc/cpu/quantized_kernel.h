@@ -299,19 +299,10 @@ GOSSAMER_INLINE void accumulate_codes(Vec<float> (&sum)[Tokens], const Quantized
   }
 }
 
-// Rows of decoded terms, `room` apart.
-template <class P>
-struct DecodedRows {
-  const Term<P>* terms;
-  int64_t room;
-  int count;
-};
-
 // accumulate_few() of decoded rows, from sums that are nothing yet; the same code for all formats.
 template <int Tokens, class P>
-__attribute__((noinline)) void accumulate_decoded(Vec<SumOf<P>> (&sum)[Tokens], const DecodedRows<P>& rows, const Panel<P>& panel) {
-  const Weight<Term<P>> weight{rows.terms, rows.room, 1, rows.count, panel.depth};
-  accumulate_few<Tokens, false>(sum, weight, rows.terms, rows.count, 0, 0, panel.depth, panel);
+__attribute__((noinline)) void accumulate_decoded(Vec<SumOf<P>> (&sum)[Tokens], const Weight<Term<P>>& rows, const Panel<P>& panel) {
+  accumulate_few<Tokens, false>(sum, rows, rows.base, static_cast<int>(rows.num_rows), 0, 0, rows.depth, panel);
 }
 
 template <WeightFormat Format, int Tokens, class P>
@@ -329,7 +320,7 @@ __attribute__((noinline)) void few_tokens_of(const QuantizedMatrix& w, int64_t n
     for (int row = 0; row < rows; ++row) decode_run<Format>(w, n + i + row, k, depth, tile + row * room);
     // Sums of their own: those of the other way stay in registers.
     Vec<SumOf<P>> own[Tokens] = {};
-    accumulate_decoded<Tokens, P>(own, {tile, room, rows}, {panel.data + k / kTerms<P> * lanes, depth, panel.width});
+    accumulate_decoded<Tokens, P>(own, {tile, room, 1, rows, depth}, {panel.data + k / kTerms<P> * lanes, depth, panel.width});
     for (int t = 0; t < Tokens; ++t) sum[t] = own[t];
   });
 }
