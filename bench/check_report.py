@@ -12,19 +12,12 @@ import rich.text
 
 from gossamer.bench.check import PARAMETER_GRADIENT, CheckReport, CheckRow
 from gossamer.bench.profile_report import WIDTH
-from gossamer.bench.text import digits
+from gossamer.bench.text import digits, named_table
 
 # A model has hundreds of parameters: those that are right are shown up to here, the largest errors first.
 MOST_PARAMETERS = 16
-
-
-def _table(*columns: str) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    # Long names go on below, so that a narrow terminal cuts no number and no verdict.
-    table.add_column(columns[0], overflow="fold", max_width=40)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+# Characters of a tensor's name in one line.
+MOST_NAME = 40
 
 
 def _error(value: float | None) -> str:
@@ -52,7 +45,7 @@ def _bits(same: bool) -> str:
 def render(report: CheckReport) -> Iterator[object]:
     """The whole report, for a rich console."""
     yield rich.text.Text(report.title, style="bold")
-    table = _table("tensor", "of", "RMS error", "original's", "max error", "original's", "")
+    table = named_table("tensor", "of", "RMS error", "original's", "max error", "original's", "", most=MOST_NAME)
     shown, hidden = _chosen(report.rows)
     for row in shown:
         table.add_row(
@@ -78,7 +71,7 @@ def render(report: CheckReport) -> Iterator[object]:
     yield rich.text.Text(f"replacement: {_bits(report.deterministic)}; original: {original}")
     if report.speed:
         yield ""
-        speeds = _table("ms (median)", "original", "replacement", "speed")
+        speeds = named_table("ms (median)", "original", "replacement", "speed", most=MOST_NAME)
         for speed in report.speed:
             ratio = f"{speed.original / speed.replacement:.2f}x"
             speeds.add_row(speed.direction, digits(1e3 * speed.original), digits(1e3 * speed.replacement), ratio)

@@ -98,12 +98,18 @@ def build(request: Request) -> Case:
     )
 
 
-def _touched(call: Mapping[str, object]) -> tuple[int, float]:
-    """Positions that may count, and the bytes of the table's distinct rows among them."""
+def touched(call: Mapping[str, object]) -> tuple[int, int]:
+    """Positions that may count, and how many distinct rows of the table are among them."""
     table, index, limit = call["table"], call["index"], call.get("limit")
     ids = index.reshape(-1)
     live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["padding_idx"])]
-    return live.numel(), float(live.unique().numel() * table.shape[1] * table.element_size())
+    return live.numel(), live.unique().numel()
+
+
+def _touched(call: Mapping[str, object]) -> tuple[int, float]:
+    """The positions, and the bytes of the rows."""
+    positions, rows = touched(call)
+    return positions, float(rows * call["table"].shape[1] * call["table"].element_size())
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:

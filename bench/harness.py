@@ -183,15 +183,14 @@ def run(
 
     before = resident_bytes()
     for done, request in enumerate(wanted):
-        stage(f"[{done + 1}/{len(wanted)}] {chosen.name} {request.shape} {request.dtype} {request.direction}")
+        asked = f"{chosen.name} {request.shape} {request.dtype} {request.direction}"
+        stage(f"[{done + 1}/{len(wanted)}] {asked}")
         try:
             case = chosen.build(request)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            left_out.append(
-                f"{chosen.name} {request.shape} {request.dtype} {request.direction}, which memory cannot hold"
-            )
+            left_out.append(f"{asked}, which memory cannot hold")
             continue
         if (seconds := ceilings.torch_seconds(case)) > patience:
             left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")

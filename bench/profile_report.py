@@ -14,22 +14,15 @@ import rich.text
 from gossamer.bench.profile import ProfileResult
 from gossamer.bench.profile_events import KernelRow, bandwidth
 from gossamer.bench.profile_memory import MemoryTimeline
-from gossamer.bench.text import digits
+from gossamer.bench.text import digits, named_table
 
 WIDTH = 100
 # Operators below this share of the subject's call are added up in one row.
 SMALL = 0.005
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 72
-
-
-def _table(*columns: str) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    # Long names go on below, so that a narrow terminal cuts no number.
-    table.add_column(columns[0], overflow="fold", max_width=46)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+# Characters of an operator's name in one line.
+MOST_NAME = 46
 
 
 def _ms(seconds: float) -> str:
@@ -71,7 +64,7 @@ def _cells(row: KernelRow, name: str) -> list[str]:
 
 
 def _summary(result: ProfileResult) -> rich.table.Table:
-    table = _table("ms", *(s.name for s in result.subjects))
+    table = named_table("ms", *(s.name for s in result.subjects), most=MOST_NAME)
     for phase in result.subjects[0].profiled_seconds:
         table.add_row(phase, *(_ms(s.profiled_seconds.get(phase, 0.0)) for s in result.subjects))
     table.add_row("whole call, profiled", *(_ms(sum(s.profiled_seconds.values())) for s in result.subjects))
@@ -105,7 +98,7 @@ def _others(table: rich.table.Table, indent: str, rows: Sequence[KernelRow], lim
 
 
 def _phase_table(result: ProfileResult, phase: str) -> rich.table.Table:
-    table = _table(phase, "ms", "share", "calls", "MB", "GFLOP", "of ceiling")
+    table = named_table(phase, "ms", "share", "calls", "MB", "GFLOP", "of ceiling", most=MOST_NAME)
     for i, subject in enumerate(result.subjects):
         rows = [r for r in result.rows if r.subject == subject.name and r.phase == phase]
         total = sum(subject.profiled_seconds.values())
@@ -158,7 +151,7 @@ def _levels(timeline: MemoryTimeline, start: float, end: float, count: int) -> l
 
 def _memory(result: ProfileResult) -> Iterator[object]:
     phases = [phase.name for phase in result.memory[0].phases]
-    table = _table("training step: MiB above its start, peak → end", *phases)
+    table = named_table("training step: MiB above its start, peak → end", *phases, most=MOST_NAME)
     for timeline in result.memory:
         cells = [f"{_mib(phase.peak)} → {_mib(phase.at_end)}" for phase in timeline.phases]
         table.add_row(timeline.subject, *cells)

@@ -20,8 +20,11 @@ from gossamer.bench.ceilings import Ceilings
 from gossamer.bench.compare import Change
 from gossamer.bench.record import CaseResult, Results, Row
 from gossamer.bench.sweep import position
-from gossamer.bench.text import digits
+from gossamer.bench.text import digits, named_table
 from gossamer.bench.timing import IDLE, NEAR_ROUNDS, quantile
+
+# Characters of a name at least, beside numbers that are not cut.
+LEAST_NAME = 10
 
 
 def make_console() -> rich.console.Console:
@@ -116,14 +119,15 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
     case, dense = result.case, result.row(DENSE)
     ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
-    columns = ["variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error"]
+    columns = ("variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error")
     # A narrow terminal has no room for all: what files hold besides is left to them.
-    columns = [column for column in columns if column not in _hidden(console.width)]
-    table = _table(*columns)
+    shown = [i for i, column in enumerate(columns) if column not in _hidden(console.width)]
+    table = named_table(*(columns[i] for i in shown), least=LEAST_NAME)
     for row in result.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         if not row.seconds:
-            table.add_row(row.name, row.status, *[""] * (len(columns) - 3), error)
+            cells = (row.name, row.status, "", "", "", "", "", error)
+            table.add_row(*(cells[i] for i in shown))
             continue
         times = f"{row.times(dense):.2f}" if dense else ""
         if dense and row is not dense:
@@ -132,11 +136,8 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
         share = f"{100 * result.floor / row.median:.0f}%"
         host = "" if row.host_seconds is None else digits(1e3 * row.host_seconds)
         peak = "" if row.peak_bytes is None else digits(row.peak_bytes / 2**20)
-        optional = {"attainable": share, "host ms": host, "peak MiB": peak}
-        kept = {name: value for name, value in optional.items() if name in columns}
-        cells = [row.name, _milliseconds(row), _rate(result, row)]
-        cells += [kept.pop("attainable")] if "attainable" in kept else []
-        table.add_row(*cells, times, *kept.values(), error)
+        cells = (row.name, _milliseconds(row), _rate(result, row), share, times, host, peak, error)
+        table.add_row(*(cells[i] for i in shown))
     say(console, case.title, style="bold")
     console.print(table)
     for row in result.rows:
@@ -219,23 +220,13 @@ def _hidden(width: int) -> tuple[str, ...]:
     return ("host ms", "peak MiB", "attainable")[: 3 if width < 85 else 2 if width < 105 else 0]
 
 
-def _table(*columns: str) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        # Names may wrap, but do not vanish for the sake of numbers.
-        table.add_column(
-            column, justify="right" if number else "left", no_wrap=bool(number), min_width=0 if number else 10
-        )
-    return table
-
-
 def print_sweep(console: rich.console.Console, record: dict) -> None:
     """Print median milliseconds against what the sweep varies, a table for each dtype and direction."""
     sweep, cases = record["sweep"], record["cases"]
     for dtype, direction in dict.fromkeys((case["dtype"], case["direction"]) for case in cases):
         mine = [case for case in cases if (case["dtype"], case["direction"]) == (dtype, direction)]
         names = list(dict.fromkeys(variant["name"] for case in mine for variant in case["variants"]))
-        table = _table(sweep["dimension"], *names)
+        table = named_table(sweep["dimension"], *names, least=LEAST_NAME)
         for case in mine:
             medians = {v["name"]: digits(1e3 * v["median"]) for v in case["variants"] if v["seconds"]}
             table.add_row(str(position(sweep, case)), *(medians.get(name, "") for name in names))
@@ -253,7 +244,7 @@ def print_changes(
     if not changes:
         say(console, f"{earlier} has no row in common with this run.")
         return
-    table = _table("case", "variant", "ms then", "ms now", "change", "")
+    table = named_table("case", "variant", "ms then", "ms now", "change", "", least=LEAST_NAME)
     for c in changes:
         then, now = digits(1e3 * c.then[1]), digits(1e3 * c.now[1])
         table.add_row(c.case, c.variant, then, now, f"{100 * (c.ratio - 1):+.1f}%", c.verdict)

@@ -11,7 +11,7 @@ import gossamer
 from gossamer import optim
 from gossamer.bench.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Outputs, Request, Variant
 from gossamer.bench.cost import Cost, nbytes
-from gossamer.bench.gather_reduce import SYMBOLS
+from gossamer.bench.gather_reduce import SYMBOLS, touched
 from gossamer.ops.sparse_update import sparse_update_reference_
 
 SHAPES = {
@@ -176,11 +176,11 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
     FLOPs are the optimizer's own, and so are the bytes of many tables in one storage; nobody knows either.
     """
-    table, index = call["table"], call["index"].reshape(-1)
     if call["spec"]:
         return Cost()
-    rows = index[(index >= 0) & (index < table.shape[0]) & (index != call["padding_idx"])].unique().numel()
-    row = sum(nbytes(t) / t.shape[0] for t in (table, call["state1"], call["state2"]) if t is not None and t.shape[0])
+    _, rows = touched(call)
+    tables = (call["table"], call["state1"], call["state2"])
+    row = sum(nbytes(t) / t.shape[0] for t in tables if t is not None and t.shape[0])
     lists = nbytes(call["index"], call["dout"], call["offsets"], call["weights"], call["argmax"])
     return Cost(None, lists + 2 * rows * row)
 

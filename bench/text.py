@@ -1,6 +1,21 @@
-"""Numbers as words for tables."""
+"""Numbers as words for tables, and the tables."""
 
 from __future__ import annotations
+
+import rich.box
+import rich.table
+
+
+def named_table(*columns: str, least: int | None = None, most: int | None = None) -> rich.table.Table:
+    """A table whose first column holds names, of so many characters in a line, and the others numbers.
+
+    Long names go on below, so that a narrow terminal cuts no number.
+    """
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(columns[0], overflow="fold", min_width=least, max_width=most)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def digits(value: float) -> str:

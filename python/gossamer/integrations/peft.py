@@ -38,6 +38,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin
 from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
 
+_OURS = (LinearMixin, EmbeddingMixin, ExpertsMixin)
+
 # What LoraConfig may set. The last two lines change no layer's forward pass: they choose layers or initial values.
 SUPPORTED = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
@@ -157,7 +159,7 @@ def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
     _quantized_classes()
     _check_configs(model)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    fresh = [(n, m) for n, m in layers if not isinstance(m, (LinearMixin, EmbeddingMixin, ExpertsMixin))]
+    fresh = [(n, m) for n, m in layers if not isinstance(m, _OURS)]
     skipped = [SkippedModule(n, type(m).__name__, reason) for n, m in fresh if (reason := _obstacle(m)) is not None]
     if skipped and strict:
         raise ValueError(
@@ -183,9 +185,6 @@ def restore(model: nn.Module) -> bool:
         for name in ("_gossamer_names", "_gossamer_reason"):
             layer.__dict__.pop(name, None)
     return bool(layers)
-
-
-_OURS = (LinearMixin, EmbeddingMixin, ExpertsMixin)
 
 
 def _adapters_of(module: nn.Module) -> set[str]:

@@ -12,7 +12,7 @@ from gossamer.integrations._report import Quantization, QuantizedModule, Skipped
 from gossamer.nn.moe import Experts
 from gossamer.nn.quantized_stack import QuantizedExpertStack
 from gossamer.ops._checks import FLOAT_DTYPES
-from gossamer.ops.quantized_expert_weight import FORMATS, MX_GROUP, QuantizedExpertWeight, concatenate
+from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
 
 # What checkpoints call an expert's gate, up and down matrices.
 _EXPERT_NAMES = {
@@ -118,8 +118,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
         ValueError: the format or group size is unknown, no experts are inside, or, under ``strict``, a module's weights
             do not fit the format or are quantised already.
     """
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
+    check_format(format)
     chosen, skipped = [], []
     for name, module, names, transposed in _experts(model):
         if reason := _obstacle(module, names, format, group_size, transposed):

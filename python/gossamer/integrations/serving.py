@@ -22,6 +22,11 @@ from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
+def _first_tensor(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None:
+    """The argument whose first dimension is the batch."""
+    return next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()), None)
+
+
 class _Requests:
     """The adapter of each request of the call that is running, sorted once for each number of rows."""
 
@@ -235,8 +240,7 @@ class ServedModel(nn.Module):
 
     def _note(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """Learn the batch's rows from what holds tokens; patches of images, say, may be other rows."""
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()]
-        for tensor in (*tensors[:1], *(kwargs.get(name) for name in _TOKENS)):
+        for tensor in (_first_tensor(args, kwargs), *(kwargs.get(name) for name in _TOKENS)):
             if isinstance(tensor, torch.Tensor):
                 self._requests.note(tensor.shape)
 
@@ -247,8 +251,7 @@ class ServedModel(nn.Module):
             raise ValueError(f"adapters must be among {list(self.adapter_names)} or None, got {unknown}")
         if not self._handles and not self._replaced:
             raise ValueError("the model no longer serves adapters: close() was called")
-        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim())
-        first = next(tensors, None)
+        first = _first_tensor(args, kwargs)
         if first is not None and first.shape[0] != len(adapters):
             raise ValueError(
                 f"adapters must name one adapter for each of {first.shape[0]} requests, got {len(adapters)}"

@@ -26,28 +26,31 @@ class FusedStep(torch.nn.Module):
     def _table_name(self) -> str:
         return "weight"
 
-    def _attach(self, optimizer: Optimizer | None, state: dict[str, torch.Tensor]) -> None:
-        """Take charge of the optimizer and its fresh state."""
+    def _attach(self, optimizer: Optimizer | None) -> None:
+        """Take charge of the optimizer, and make its state."""
         self.optimizer = optimizer
         if optimizer is None:
             return
-        table = getattr(self, self._table_name()).requires_grad_(False)
-        code = torch.tensor([optimizer.algorithm], device=table.device)
-        for name, tensor in (state | {"algorithm": code}).items():
-            self.register_buffer(_PREFIX + name, tensor)
+        getattr(self, self._table_name()).requires_grad_(False)
+        for name, tensor in self._fresh_buffers().items():
+            self.register_buffer(name, tensor)
         self._new_handle()
 
     def _fresh_state(self) -> dict[str, torch.Tensor]:
         """What the optimizer starts from."""
-        raise NotImplementedError
+        table = getattr(self, self._table_name())
+        return self.optimizer.state(*table.shape, table.device, accumulation_dtype(table.dtype))
+
+    def _fresh_buffers(self) -> dict[str, torch.Tensor]:
+        device = getattr(self, self._table_name()).device
+        code = torch.tensor([self.optimizer.algorithm], device=device)
+        return {_PREFIX + name: tensor for name, tensor in (self._fresh_state() | {"algorithm": code}).items()}
 
     def _reset_state(self) -> None:
         """Start the optimizer anew, also where storage came without values, as from ``to_empty()``."""
-        if self.optimizer is None:
-            return
-        for name, tensor in self._fresh_state().items():
-            self._buffers[_PREFIX + name].copy_(tensor)
-        self._buffers[_PREFIX + "algorithm"].fill_(self.optimizer.algorithm)
+        if self.optimizer is not None:
+            for name, tensor in self._fresh_buffers().items():
+                self._buffers[name].copy_(tensor)
 
     def _new_handle(self) -> None:
         # Not a parameter: it is what makes results differentiable, and nothing to train.

@@ -244,10 +244,10 @@ class DynamicEmbedding(nn.Module):
             # As many slots as before may do, and rows have moved all the same.
             slots, moved = self.table.values.shape[0], self.table.rows(keys)
 
-            def spread(before: torch.Tensor, start: float) -> torch.Tensor:
-                after = before.new_full((slots, *before.shape[1:]), start)
-                after[moved] = before[rows]
-                return after
+            def spread(old: torch.Tensor, start: float) -> torch.Tensor:
+                new = old.new_full((slots, *old.shape[1:]), start)
+                new[moved] = old[rows]
+                return new
 
             self._last_used, self._changed = spread(self._last_used, 0), spread(self._changed, False)
             for name, state in self.optimizer_state.items():

@@ -88,7 +88,7 @@ class Embedding(FusedStep, torch.nn.Embedding):
             device,
             dtype,
         )
-        self._attach(optimizer, _state(optimizer, self.weight))
+        self._attach(optimizer)
 
     @classmethod
     def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
@@ -104,7 +104,7 @@ class Embedding(FusedStep, torch.nn.Embedding):
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
         made = super().from_pretrained(embeddings, False, *args, **kwargs)
         _check_fused(optimizer, made.sparse)
-        made._attach(optimizer, _state(optimizer, made.weight))
+        made._attach(optimizer)
         return made
 
     def reset_parameters(self) -> None:
@@ -112,9 +112,6 @@ class Embedding(FusedStep, torch.nn.Embedding):
         advise_huge_pages(self.weight)
         super().reset_parameters()
         self._reset_state()
-
-    def _fresh_state(self) -> dict[str, torch.Tensor]:
-        return _state(self.optimizer, self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of the table.
@@ -211,7 +208,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
             device,
             dtype,
         )
-        self._attach(optimizer, _state(optimizer, self.weight))
+        self._attach(optimizer)
 
     @classmethod
     def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
@@ -227,7 +224,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
         made = super().from_pretrained(embeddings, False, *args, **kwargs)
         _check_fused(optimizer, made.sparse)
-        made._attach(optimizer, _state(optimizer, made.weight))
+        made._attach(optimizer)
         return made
 
     def reset_parameters(self) -> None:
@@ -235,9 +232,6 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
         advise_huge_pages(self.weight)
         super().reset_parameters()
         self._reset_state()
-
-    def _fresh_state(self) -> dict[str, torch.Tensor]:
-        return _state(self.optimizer, self.weight)
 
     def forward(
         self,
@@ -306,9 +300,3 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
     def extra_repr(self) -> str:
         """As in torch, with the optimizer."""
         return super().extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
-
-
-def _state(optimizer: Optimizer | None, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    if optimizer is None:
-        return {}
-    return optimizer.state(*weight.shape, weight.device, accumulation_dtype(weight.dtype))

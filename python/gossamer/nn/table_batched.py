@@ -73,13 +73,10 @@ class TableBatchedEmbeddingBags(FusedStep):
             counter = torch.zeros(1, dtype=torch.int64, device=self.weights.device)
         self.register_buffer("bounds_count", counter, persistent=False)
         self.reset_parameters()
-        self._attach(optimizer, self._fresh_state(optimizer))
+        self._attach(optimizer)
 
-    def _fresh_state(self, optimizer: Optimizer | None = None) -> dict[str, torch.Tensor]:
-        optimizer = optimizer or self.optimizer
-        if optimizer is None:
-            return {}
-        return self.layout.state(optimizer, self.weights.device, accumulation_dtype(self.weights.dtype))
+    def _fresh_state(self) -> dict[str, torch.Tensor]:
+        return self.layout.state(self.optimizer, self.weights.device, accumulation_dtype(self.weights.dtype))
 
     def _table_name(self) -> str:
         return "weights"

@@ -31,6 +31,12 @@ FORMATS: dict[str, tuple[torch.dtype, int]] = {
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_format(weight_format: str) -> None:
+    """``format`` must be a key of :data:`FORMATS`."""
+    if not isinstance(weight_format, str) or weight_format not in FORMATS:
+        raise ValueError(f"format must be one of {sorted(FORMATS)}, got {weight_format!r}")
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -71,8 +77,7 @@ class QuantizedExpertWeight:
     format: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, str) or self.format not in FORMATS:
-            raise ValueError(f"format must be one of {sorted(FORMATS)}, got {self.format!r}")
+        check_format(self.format)
         dtype, per_byte = FORMATS[self.format]
         check_shape("data", self.data, (None, None, None), "(E, N, C)" if per_byte == 1 else "(E, N, C/2)")
         check_tensor("scale", self.scale)
@@ -149,8 +154,7 @@ class QuantizedExpertWeight:
             TypeError: ``weight`` is no float tensor.
             ValueError: the format is unknown, ``weight`` has another rank or no element, or groups do not fit C.
         """
-        if not isinstance(format, str) or format not in FORMATS:
-            raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
+        check_format(format)
         check_shape("weight", weight, (None, None, None), "(E, N, C)")
         check_float("weight", weight, "reference")
         if weight.numel() == 0:
