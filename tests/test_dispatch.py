@@ -66,7 +66,7 @@ def test_sizes(any_backend, device, num_tokens, num_experts, top_k):
     check(random_expert_ids(num_tokens, num_experts, top_k, dropped=0.1), num_experts, any_backend, device)
 
 
-@pytest.mark.parametrize("num_rows", [255, 256, 257, 384, 385])
+@pytest.mark.parametrize("num_rows", [255, 256, 257, 512, 513])
 def test_around_tile_edges(any_backend, device, num_rows):
     """One slot less, as many and one more than fit the tiles."""
     check(random_expert_ids(num_rows, 6, 1, skew="zipf"), 6, any_backend, device)
@@ -84,6 +84,18 @@ def test_many_tiles_and_experts(kernel_backend, device):
     expected = dispatch_reference(ids, num_experts)
     for value, wanted in zip((d.slots, d.rows, d.offsets), expected, strict=True):
         assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("skew", ["uniform", "one"])
+def test_spans_of_several_tiles(device, skew, monkeypatch):
+    """Programs that go through several tiles, the last of them through fewer, and experts in several chunks."""
+    kernels = pytest.importorskip("gossamer.triton_kernels.dispatch")
+    monkeypatch.setattr(kernels, "SPANS", 3)
+    monkeypatch.setattr(kernels, "MOST_EXPERTS", 32)
+    assert kernels.spans_of(900) == (3, 3) and kernels.spans_of(1000) == (3, 3) and kernels.spans_of(1200) == (3, 4)
+    for num_experts in (7, 70):
+        check(random_expert_ids(450, num_experts, 2, skew=skew, dropped=0.1), num_experts, "triton", device)
+        check(random_expert_ids(255, num_experts, 2, skew=skew, dropped=0.1), num_experts, "triton", device)
 
 
 def test_all_on_one_expert(any_backend, device):
