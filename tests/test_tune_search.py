@@ -185,8 +185,11 @@ def test_launches_take_the_tiles_of_a_table_and_stay_right(monkeypatch, device):
     blocks = []
     monkeypatch.setattr(common, "choose", lambda problem, arch, table: choose(problem, arch, {problem.key: odd}))
     for module in (expert_mlp, expert_mlp_backward, grouped_matmul):
-        real = module.row_tiles
-        spy = lambda offsets, rows, block_m, real=real: blocks.append(block_m) or real(offsets, rows, block_m)  # noqa: E731
+
+        def spy(offsets, rows, block_m, tables=None, real=module.row_tiles):
+            blocks.append(block_m)
+            return real(offsets, rows, block_m, tables)
+
         monkeypatch.setattr(module, "row_tiles", spy)
     t, h, i, e, k = SIZES.values()
     dispatch = make_dispatch(t, e, k, device)

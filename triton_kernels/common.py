@@ -157,8 +157,19 @@ def _row_tiles_kernel(
     tl.store(table_ptr + 2 + 2 * capacity + tile, end, inside)
 
 
-def row_tiles(offsets: torch.Tensor, num_rows: int, block_m: int) -> tuple[torch.Tensor, int]:
-    """The table of row tiles for groups at ``offsets (E+1,)``, built on the device, and its capacity."""
+# Tables of row tiles of one dispatch by the rows of a tile, shared by the launches of one call.
+RowTables = dict[int, tuple[torch.Tensor, int]]
+
+
+def row_tiles(
+    offsets: torch.Tensor, num_rows: int, block_m: int, tables: RowTables | None = None
+) -> tuple[torch.Tensor, int]:
+    """The table of row tiles for groups at ``offsets (E+1,)``, built on the device, and its capacity.
+
+    One that ``tables`` has is returned, and one that it has not is built and left there.
+    """
+    if tables is not None and block_m in tables:
+        return tables[block_m]
     num_experts = offsets.shape[0] - 1
     capacity = max_row_tiles(num_rows, num_experts, block_m)
     table = torch.empty(TABLE_HEAD + 3 * capacity, dtype=torch.int32, device=offsets.device)
@@ -166,6 +177,8 @@ def row_tiles(offsets: torch.Tensor, num_rows: int, block_m: int) -> tuple[torch
     _row_tiles_kernel[(triton.cdiv(capacity, tiles),)](
         offsets, table, num_rows, num_experts, capacity, BLOCK_M=block_m, TILES=tiles, BLOCK_E=64, num_warps=4
     )
+    if tables is not None:
+        tables[block_m] = table, capacity
     return table, capacity
 
 

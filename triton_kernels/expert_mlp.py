@@ -15,6 +15,7 @@ from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
     LowRankTerm,
+    RowTables,
     activation,
     add_low_rank,
     aot_descriptor,
@@ -300,11 +301,13 @@ def up_projection(
     save_preact: bool,
     x_div: int,
     tile: Tile | None = None,
+    tables: RowTables | None = None,
     low: LowRankTerm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The activation ``(R, I)`` of rows ``x[slots[r] // x_div]``, and the pre-activation ``(R, 2I)`` or None.
 
-    ``low`` is an update of the weight, which the accumulator starts from.
+    ``low`` is an update of the weight, which the accumulator starts from; ``tables`` as in
+    :func:`gossamer.triton_kernels.common.row_tiles`.
     """
     num_rows, wide, c = slots.shape[0], gate_up.shape[1], x.shape[1]
     i = wide // activation.halves
@@ -314,7 +317,7 @@ def up_projection(
     if tile is None:
         form = activation_form(activation, interleaved)
         tile = choose_tile("expert_mlp_up", form, x, arch, num_rows, num_experts, i, c, low is not None)
-    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m)
+    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
     w, w_flags = gate_up_operand(gate_up, arch, tile.block_n, tile.block_k, activation.gated, interleaved)
     grid = grid_size(capacity * triton.cdiv(i, tile.block_n), tile, x)
     _up_kernel[(grid,)](
@@ -374,9 +377,12 @@ def expert_mlp(
         routing = slots, rows, offsets, weights
         y = split_expert_mlp(x, *stacks, gate_up_bias, down_bias, *routing, activation, interleaved, plans)
         return y, x.new_empty(0)
-    act, preact = up_projection(x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save_preact, top_k)
+    tables: RowTables = {}
+    act, preact = up_projection(
+        x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save_preact, top_k, tables=tables
+    )
     # Packed rows and a sum per token rather than a scatter: no atomics, and the order of the sum is fixed.
-    out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False)
+    out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False, tables=tables)
     y = gather_reduce(out, rows.view(-1, top_k), None, weights, offsets[-1:], -1)
     return y, x.new_empty(0) if preact is None else preact
 

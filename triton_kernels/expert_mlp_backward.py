@@ -5,6 +5,7 @@ Floor, R = T·K: 12·R·H·I floating-point operations gated, 8·R·H·I ungated
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
     LowRankTerm,
+    RowTables,
     activation,
     add_low_rank,
     aot_descriptor,
@@ -278,11 +280,13 @@ def down_backward(
     wants: tuple[bool, bool, bool],
     overwrite: bool,
     tile: Tile | None = None,
+    tables: RowTables | None = None,
     low: LowRankTerm | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no.
 
-    ``low`` is what flows back through an update of the weight.
+    ``low`` is what flows back through an update of the weight; ``tables`` as in
+    :func:`gossamer.triton_kernels.common.row_tiles`.
     """
     num_rows, (num_experts, h, i), device = slots.shape[0], down.shape, dy.device
     arch = arch_of(dy)
@@ -294,7 +298,7 @@ def down_backward(
     dpreact = (preact if overwrite else torch.empty_like(preact)) if want_dpreact else None
     act = torch.empty(num_rows, i, dtype=dy.dtype, device=device) if want_act else None
     partial = torch.empty(num_n, num_rows, dtype=torch.float32, device=device) if want_partial else None
-    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m)
+    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
     w, w_flags = weight_operand(down.transpose(1, 2), arch, tile.block_n, tile.block_k)
     _down_backward_kernel[(grid_size(capacity * num_n, tile, dy),)](
         dy,
@@ -339,12 +343,17 @@ class Products:
     dweight: Callable
 
 
-def dweight(x, dy, slots, offsets, x_div, dy_div, transposed):
+def dweight(x, dy, slots, offsets, x_div, dy_div, transposed, tables=None):
     """The weight gradient alone, of operands whose dropped rows are finite; see :func:`grouped_matmul_dweight`."""
-    return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True)[0]
+    return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True, tables=tables)[
+        0
+    ]
 
 
-_PRODUCTS = Products(down_backward, rows_times_weight, dweight)
+def _sharing_tables() -> Products:
+    """The products here, whose launches in tiles of as many rows share a table."""
+    tables: RowTables = {}
+    return Products(*(functools.partial(f, tables=tables) for f in (down_backward, rows_times_weight, dweight)))
 
 
 def expert_mlp_backward(
@@ -363,12 +372,13 @@ def expert_mlp_backward(
     interleaved: bool,
     needs: list[bool],
     overwrite: bool,
-    products: Products = _PRODUCTS,
+    products: Products | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, gate_up, down, weights, gate_up_bias, down_bias, empty where ``needs`` says no.
 
-    d(preact) is written over ``preact`` when ``overwrite``.
+    d(preact) is written over ``preact`` when ``overwrite``; ``products`` are those of this module unless given.
     """
+    products = products or _sharing_tables()
     num_rows, top_k = slots.shape[0], weights.shape[1]
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
     # Each its own tensor: results of an operator may not alias.

@@ -9,7 +9,7 @@ import torch
 
 from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
-from gossamer.triton_kernels.common import LowRankTerm, row_tiles, unit_columns
+from gossamer.triton_kernels.common import LowRankTerm, RowTables, row_tiles, unit_columns
 from gossamer.triton_kernels.expert_mlp import up_projection
 from gossamer.triton_kernels.expert_mlp_backward import down_backward, dweight
 from gossamer.triton_kernels.gather_reduce import gather_reduce
@@ -19,10 +19,10 @@ from gossamer.triton_kernels.multi_low_rank import factor_gradient, shrink, shri
 from gossamer.triton_kernels.routing_weight_gradient import routing_weight_gradient
 
 
-def _low_rows(x, factor, slots, offsets, x_div, scale=1.0):
+def _low_rows(x, factor, slots, offsets, x_div, tables, scale=1.0):
     """``scale·x[g(r)]·factor[e]ᵀ`` ``(R, r)`` float32 for ``factor (E, r, C)``; see ``shrink``."""
     block_m = shrink_block_m(x, slots.shape[0], factor.shape[0])
-    table = row_tiles(offsets, slots.shape[0], block_m)
+    table = row_tiles(offsets, slots.shape[0], block_m, tables)
     parts = shrink(x, factor, slots, table, block_m, x_div, scale=scale)
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
@@ -57,16 +57,17 @@ def expert_mlp_lora(
         return torch.empty_like(x), x.new_empty((0, gate_up.shape[1]) if save else (0,)), low1, low2
     x = unit_columns(x)
     up_term = down_term = None
+    tables: RowTables = {}
     if a1 is not None:
-        s1 = _low_rows(x, a1, slots, offsets, top_k)
+        s1 = _low_rows(x, a1, slots, offsets, top_k, tables)
         up_term, low1 = LowRankTerm(s1, b1, scale), s1 if save else low1
     act, preact = up_projection(
-        x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save, top_k, low=up_term
+        x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save, top_k, tables=tables, low=up_term
     )
     if a2 is not None:
-        s2 = _low_rows(act, a2, slots, offsets, 0)
+        s2 = _low_rows(act, a2, slots, offsets, 0, tables)
         down_term, low2 = LowRankTerm(s2, b2, scale), s2 if save else low2
-    out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False, low=down_term)
+    out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False, tables=tables, low=down_term)
     y = gather_reduce(out, rows.view(-1, top_k), None, weights, offsets[-1:], -1)
     return y, x.new_empty(0) if preact is None else preact, low1, low2
 
@@ -117,17 +118,29 @@ def expert_mlp_lora_backward(
         need_weights,
     )
     dpreact = act = partial = term = None
+    tables: RowTables = {}
     if any(wants):
         if a2 is not None:
-            ds2 = _low_rows(dy, b2.transpose(1, 2), slots, offsets, top_k, scale)
+            ds2 = _low_rows(dy, b2.transpose(1, 2), slots, offsets, top_k, tables, scale)
             term = LowRankTerm(ds2, a2.transpose(1, 2), 1.0)
         dpreact, act, partial = down_backward(
-            dy, down, slots, offsets, weights, preact, activation, interleaved, wants, overwrite, low=term
+            dy,
+            down,
+            slots,
+            offsets,
+            weights,
+            preact,
+            activation,
+            interleaved,
+            wants,
+            overwrite,
+            tables=tables,
+            low=term,
         )
     if need_weights:
         dweights = routing_weight_gradient(partial, dy, down_bias, rows, offsets, weights)
     if need_down:
-        ddown = dweight(act, dy, slots, offsets, 0, top_k, stored_transposed(down))
+        ddown = dweight(act, dy, slots, offsets, 0, top_k, stored_transposed(down), tables)
     if need_a2:
         factor_gradient(ds2, act, slots, offsets, 0, da2, False)
     del act
@@ -139,14 +152,16 @@ def expert_mlp_lora_backward(
 
     term = None
     if a1 is not None and (need_x or need_a1):
-        ds1 = _low_rows(dpreact, b1.transpose(1, 2), slots, offsets, 0, scale)
+        ds1 = _low_rows(dpreact, b1.transpose(1, 2), slots, offsets, 0, tables, scale)
         term = LowRankTerm(ds1, a1.transpose(1, 2), 1.0)
     if need_x:
-        dx_rows = rows_times_weight(dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False, low=term)
+        dx_rows = rows_times_weight(
+            dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False, tables=tables, low=term
+        )
         dx = gather_reduce(dx_rows, rows.view(-1, top_k), None, None, offsets[-1:], -1)
         del dx_rows
     if need_gate_up:
-        dgate_up = dweight(x, dpreact, slots, offsets, top_k, 0, stored_transposed(gate_up))
+        dgate_up = dweight(x, dpreact, slots, offsets, top_k, 0, stored_transposed(gate_up), tables)
     if need_a1:
         factor_gradient(ds1, x, slots, offsets, top_k, da1, False)
     if need_b1:

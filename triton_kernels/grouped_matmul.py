@@ -12,6 +12,7 @@ import triton.language as tl
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
     LowRankTerm,
+    RowTables,
     add_low_rank,
     aot_descriptor,
     aot_dtype,
@@ -165,10 +166,10 @@ def rows_times_weight(
     scatter: bool,
     zero_dropped: bool,
     tile: Tile | None = None,
-    table: tuple[torch.Tensor, int] | None = None,
+    tables: RowTables | None = None,
     low: LowRankTerm | None = None,
 ) -> torch.Tensor:
-    """Launch the grouped product; ``table`` may be passed when the caller has one for the same ``block_m``.
+    """Launch the grouped product; ``tables`` as in :func:`gossamer.triton_kernels.common.row_tiles`.
 
     ``low`` is an update of the weight, which the accumulator starts from.
     """
@@ -181,7 +182,7 @@ def rows_times_weight(
     if tile is None:
         form = "gathered" if x_div else "sorted"
         tile = choose_tile("grouped_matmul", form, x, arch, num_rows, num_experts, n, c, low is not None)
-    table_tensor, capacity = table or row_tiles(offsets, num_rows, tile.block_m)
+    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
     w, w_flags = weight_operand(weight, arch, tile.block_n, tile.block_k)
     x_tma = x_div == 0 and can_describe(x, arch)
     grid = grid_size(capacity * triton.cdiv(n, tile.block_n), tile, x)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from gossamer.triton_kernels.common import (
     TMA_ARCH,
+    RowTables,
     aot_descriptor,
     aot_dtype,
     aot_signature,
@@ -86,7 +87,12 @@ def _padded_rows_kernel(
 
 
 def padded_rows(
-    x: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, div: int, rows: int
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    div: int,
+    rows: int,
+    tables: RowTables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows ``x[slots[r] // div]`` in sorted order, each group padded with zero rows to a multiple of ``rows``.
 
@@ -94,7 +100,7 @@ def padded_rows(
         The padded rows, and for each group the block of ``rows`` rows that it starts at (undefined when empty).
     """
     num_experts, width = offsets.shape[0] - 1, x.shape[1]
-    table, capacity = row_tiles(offsets, slots.shape[0], rows)
+    table, capacity = row_tiles(offsets, slots.shape[0], rows, tables)
     padded = torch.empty(capacity * rows, width, dtype=x.dtype, device=x.device)
     first_block = torch.empty(num_experts, dtype=torch.int32, device=x.device)
     rows_per_program = 16
@@ -188,6 +194,7 @@ def outer_sums(
     finite: bool,
     out: torch.Tensor,
     tile: Tile | None = None,
+    tables: RowTables | None = None,
 ) -> None:
     """Write the sums over each group of ``dy[r]ᵀ x[r]`` to ``out (E, N, C)``; see :func:`grouped_matmul_dweight`."""
     # The gathered operand takes the narrow side of the tile, the contiguous one the wide side, which TMA fills.
@@ -201,9 +208,10 @@ def outer_sums(
     if form == "gathered":
         _launch_dweight(x, dy, out, slots, offsets, None, x_div, dy_div, x_tma, tile)
         return
+    tables = {} if tables is None else tables
     for n0 in range(0, n, PADDED_COLUMNS):
         part = slice(n0, n0 + PADDED_COLUMNS)
-        rows, first_block = padded_rows(dy[:, part], slots, offsets, dy_div, tile.block_k)
+        rows, first_block = padded_rows(dy[:, part], slots, offsets, dy_div, tile.block_k, tables)
         _launch_dweight(x, rows, out[:, part], slots, offsets, first_block, x_div, dy_div, x_tma, tile)
 
 
@@ -247,13 +255,14 @@ def grouped_matmul_dweight(
     transposed: bool,
     with_bias: bool,
     finite: bool = False,
+    tables: RowTables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` and ``dbias[e] = Σ dy[g(r)]``: ``(E, N, C)`` and ``(E, N)``.
 
     The first is stored ``(E, C, N)`` when ``transposed``; the second is empty unless ``with_bias``.
     Both operands read their rows as in :func:`grouped_matmul`, by ``x_div`` and ``dy_div``. Empty groups give zeros.
     ``finite`` promises that an operand in sorted order has no NaN or infinity in its dropped rows, which allows faster
-    loads.
+    loads. ``tables`` as in :func:`gossamer.triton_kernels.common.row_tiles`.
     """
     x, dy = unit_columns(x), unit_columns(dy)
     num_experts, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
@@ -262,7 +271,7 @@ def grouped_matmul_dweight(
     else:
         dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
     if dweight.numel():
-        outer_sums(x, dy, slots, offsets, x_div, dy_div, finite, dweight)
+        outer_sums(x, dy, slots, offsets, x_div, dy_div, finite, dweight, tables=tables)
     dbias = group_sums(dy, slots, offsets, dy_div) if with_bias else x.new_empty(0)
     return dweight, dbias
 

@@ -16,6 +16,7 @@ from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import (
     TRITON_NAMES,
+    RowTables,
     _cuda_sm_count,
     activation,
     aot_signature,
@@ -307,11 +308,12 @@ def split_matmul(
     zero_dropped: bool = False,
     transposed: bool = False,
     plan: SplitTile | None = None,
+    tables: RowTables | None = None,
 ) -> torch.Tensor:
     """``x[g(r)] · wᵀ + bias`` in parts: ``(splits, R, N)`` in float32, or in the dtype of ``x`` where there is one.
 
     ``transposed`` sums over the rows of the (quantised) weight instead; ``scatter`` and ``zero_dropped`` as in
-    :func:`gossamer.triton_kernels.grouped_matmul.rows_times_weight`.
+    :func:`gossamer.triton_kernels.grouped_matmul.rows_times_weight`, and so are ``tables``.
     """
     data, scale, weight_format = stack
     num_rows, arch = slots.shape[0], arch_of(x)
@@ -325,7 +327,7 @@ def split_matmul(
     if y.numel() == 0:
         return y
     x = unit_columns(x)
-    table, capacity = row_tiles(offsets, num_rows, tile.block_m)
+    table, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
     if quantized:
         w, flags = stack_arguments(data, scale, weight_format, arch)
         scale_sizes = (scale.shape[1], 1 if scale.dim() == 2 else scale.shape[2])
@@ -412,9 +414,10 @@ def split_expert_mlp(
     top_k = weights.shape[1]
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    preact = split_matmul(x, gate_up, gate_up_bias, slots, offsets, top_k, plan=plans[0])
+    tables: RowTables = {}
+    preact = split_matmul(x, gate_up, gate_up_bias, slots, offsets, top_k, plan=plans[0], tables=tables)
     act = finish(preact, offsets, x.dtype, form, interleaved)
-    out = split_matmul(act, down, down_bias, slots, offsets, 0, plan=plans[1])
+    out = split_matmul(act, down, down_bias, slots, offsets, 0, plan=plans[1], tables=tables)
     if out.shape[0] == 1:
         return gather_reduce(out[0], rows.view(-1, top_k), None, weights, offsets[-1:], -1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

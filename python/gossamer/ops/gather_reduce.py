@@ -280,6 +280,7 @@ register_autograd("gather_reduce", _backward, _setup_context)
 
 
 def _max_setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     table, index, offsets = inputs[:3]
     ctx.num_rows, ctx.table_dtype = table.shape[0], table.dtype
     ctx.mark_non_differentiable(output[1])
@@ -287,6 +288,8 @@ def _max_setup_context(ctx, inputs, output):
 
 
 def _max_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 8
     index, offsets, argmax = ctx.saved_tensors
     if argmax.shape[0] != dout.shape[0]:
         raise RuntimeError("gather_max was called without need_argmax, but its gradient is wanted")

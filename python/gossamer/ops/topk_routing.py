@@ -76,6 +76,8 @@ _topk_routing_backward = register(
 
 
 def _setup_context(ctx, inputs, output):
+    # Else the backward pass would be handed zeros as the gradient of ids.
+    ctx.set_materialize_grads(False)
     logits, _, _, ctx.sigmoid, ctx.renormalize, *_, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, *output)
