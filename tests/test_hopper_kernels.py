@@ -17,7 +17,7 @@ from gossamer.ops.grouped_matmul import grouped_matmul_reference
 if reason := _backend.native_unavailable() or _backend.triton_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-import hopper_model
+import cuda_model
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ON_GPU = torch.cuda.is_available() and not (
@@ -32,14 +32,14 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a Hopper GPU")
 @pytest.fixture(scope="module")
 def model():
     """The kernels on the host, where there is no Hopper GPU."""
-    return None if ON_GPU else hopper_model.build()
+    return None if ON_GPU else cuda_model.build()
 
 
 @pytest.fixture(autouse=True)
 def kernels(model, monkeypatch):
     """Makes ``gossamer.backend("cuda")`` serve this device."""
     if model is not None:
-        hopper_model.install(model, monkeypatch)
+        cuda_model.install(model, monkeypatch)
 
 
 def product(dispatch, **form):

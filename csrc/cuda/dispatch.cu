@@ -1,57 +1,93 @@
-// Tile histograms, prefix sums over tiles and experts, placement by rank within a tile. Integers only, and every slot's
-// place is a function of the ids, so the order in which threads run does not show.
+// Counts of spans of slots, one block a span; then placement, by the counts of earlier spans and the rank within the span.
+// Integers only, and every slot's place is a function of the ids, so the order in which threads run does not show.
 #include "cuda/dispatch.cuh"
 
 #include <cuda_runtime.h>
 
-namespace gossamer::cuda {
-namespace {
+namespace gossamer::cuda::counting_sort {
 
 constexpr int kWarp = 32;
-// Slots of a tile: one block counts them, one warp places them in kRounds steps.
-constexpr int kTile = 256;
-constexpr int kRounds = kTile / kWarp;
-constexpr int kPlaceWarps = 4;
-constexpr int kScanThreads = 256;
-constexpr int kScanItems = 4;
-// Bins of one pass of a histogram; more experts take more passes.
-constexpr int kBins = 8192;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// The most blocks. Each adds up the counts of all, kSpans·(E+1) words from the second-level cache, rather than wait for
+// another launch that would.
+constexpr int64_t kSpans = 256;
+// The most slots that one block counts and places by itself.
+constexpr int64_t kSingleSlots = 2048;
+// Experts of one pass; more take more passes.
+constexpr int kBins = 4096;
 constexpr unsigned kAll = 0xffffffffu;
 
-struct Sizes {
-  int64_t num_rows, top_k, token_stride, slot_stride, num_experts, num_tiles;
+struct Params {
+  DispatchArgs args;
+  int64_t num_spans, span_slots;
 };
+
+// Words of shared memory: two an expert, and one a warp.
+int64_t shared_words_of(int64_t num_bins) { return 2 * (num_bins < kBins ? num_bins : kBins) + kWarps; }
 
 // Expert of a slot, E where it is dropped.
 template <typename Id>
-__device__ int load_expert(const Id* ids, int64_t slot, const Sizes& s) {
-  const auto flat = static_cast<uint32_t>(slot), top_k = static_cast<uint32_t>(s.top_k);
-  const int64_t id = ids[flat / top_k * s.token_stride + flat % top_k * s.slot_stride];
-  return static_cast<int>(id < 0 || id > s.num_experts ? s.num_experts : id);
+__device__ int load_expert(const DispatchArgs& args, int64_t slot) {
+  const auto* ids = static_cast<const Id*>(args.expert_ids);
+  const auto flat = static_cast<uint32_t>(slot), top_k = static_cast<uint32_t>(args.top_k);
+  const int64_t id = ids[flat / top_k * args.token_stride + flat % top_k * args.slot_stride];
+  return static_cast<int>(id < 0 || id > args.num_experts ? args.num_experts : id);
+}
+
+// The slots of a block.
+struct Span {
+  int64_t begin, end;
+  __device__ explicit Span(const Params& p)
+      : begin(blockIdx.x * p.span_slots), end(min(begin + p.span_slots, p.args.num_rows)) {}
+};
+
+// Adds to bins[0 .. width) how many slots of the block go to each expert from `first` on.
+template <typename Id>
+__device__ void count(const Params& p, int first, int width, int32_t* bins) {
+  const Span span(p);
+  for (int64_t slot = span.begin + threadIdx.x; slot < span.end; slot += kThreads) {
+    const int expert = load_expert<Id>(p.args, slot) - first;
+    if (expert >= 0 && expert < width) atomicAdd(&bins[expert], 1);
+  }
 }
 
 template <typename Id>
-__global__ void __launch_bounds__(kTile) histogram_kernel(const Id* ids, int32_t* counts, int32_t* done, Sizes s) {
-  extern __shared__ int32_t bins[];
-  const int64_t tile = blockIdx.x;
-  const int64_t slot = tile * kTile + threadIdx.x;
-  const int64_t num_bins = s.num_experts + 1;
-  const int64_t expert = slot < s.num_rows ? load_expert(ids, slot, s) : num_bins;
-  if (tile == 0 && threadIdx.x == 0) *done = 0;
-  for (int64_t first = 0; first < num_bins; first += kBins) {
-    const int width = static_cast<int>(min(num_bins - first, int64_t{kBins}));
-    for (int b = threadIdx.x; b < width; b += kTile) bins[b] = 0;
+__global__ void __launch_bounds__(kThreads) count_kernel(const Params p) {
+  extern __shared__ int32_t shared_words[];
+  const int num_bins = static_cast<int>(p.args.num_experts) + 1;
+  for (int first = 0; first < num_bins; first += kBins) {
+    const int width = min(num_bins - first, kBins);
+    for (int b = threadIdx.x; b < width; b += kThreads) shared_words[b] = 0;
     __syncthreads();
-    if (expert >= first && expert < first + width) atomicAdd(&bins[expert - first], 1);
+    count<Id>(p, first, width, shared_words);
     __syncthreads();
-    for (int b = threadIdx.x; b < width; b += kTile) counts[(first + b) * s.num_tiles + tile] = bins[b];
+    int32_t* mine = p.args.scratch + static_cast<int64_t>(blockIdx.x) * num_bins + first;
+    for (int b = threadIdx.x; b < width; b += kThreads) mine[b] = shared_words[b];
     __syncthreads();
   }
 }
 
+// Adds the counts of all spans to `totals`, and those of the spans before this one to `before`.
+__device__ void add_spans(const Params& p, int first, int width, int32_t* totals, int32_t* before) {
+  const int64_t num_bins = p.args.num_experts + 1;
+  // Several threads an expert where there are few, each with some of the spans.
+  const int parts = max(4 * kThreads / width, 1);
+  for (int item = threadIdx.x; item < width * parts; item += kThreads) {
+    const int b = item % width;
+    int total = 0, mine = 0;
+    for (int64_t span = item / width; span < p.num_spans; span += parts) {
+      const int counted = p.args.scratch[span * num_bins + first + b];
+      total += counted;
+      if (span < blockIdx.x) mine += counted;
+    }
+    atomicAdd(&totals[b], total);
+    atomicAdd(&before[b], mine);
+  }
+}
+
 // Sum over the threads before this one, and over all of them in `total`.
-__device__ int block_exclusive_sum(int value, int* total) {
-  __shared__ int warp_sums[kScanThreads / kWarp];
+__device__ int block_exclusive_sum(int value, int32_t* warp_sums, int* total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int sum = value;
   for (int step = 1; step < kWarp; step *= 2) {
@@ -61,7 +97,7 @@ __device__ int block_exclusive_sum(int value, int* total) {
   if (lane == kWarp - 1) warp_sums[warp] = sum;
   __syncthreads();
   int before = 0, all = 0;
-  for (int w = 0; w < kScanThreads / kWarp; ++w) {
+  for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before = all;
     all += warp_sums[w];
   }
@@ -70,115 +106,101 @@ __device__ int block_exclusive_sum(int value, int* total) {
   return before + sum - value;
 }
 
-// Replaces `size` values by their exclusive prefix sums, written to `out`; returns their sum.
-__device__ int exclusive_scan(const int32_t* values, int32_t* out, int64_t size) {
+// One span a block; one block alone counts for itself.
+template <typename Id>
+__global__ void __launch_bounds__(kThreads) place_kernel(const Params p) {
+  extern __shared__ int32_t shared_words[];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int num_bins = static_cast<int>(p.args.num_experts) + 1;
+  const Span span(p);
   int carry = 0;
-  for (int64_t first = 0; first < size; first += kScanThreads * kScanItems) {
-    const int64_t mine = first + static_cast<int64_t>(threadIdx.x) * kScanItems;
-    int item[kScanItems], sum = 0;
-    for (int i = 0; i < kScanItems; ++i) {
-      item[i] = mine + i < size ? __ldcg(values + mine + i) : 0;
-      sum += item[i];
+  for (int first = 0; first < num_bins; first += kBins) {
+    const int width = min(num_bins - first, kBins);
+    int32_t* totals = shared_words;
+    // The row that the next slot of each expert gets.
+    int32_t* next = totals + width;
+    int32_t* warp_sums = next + width;
+    for (int b = threadIdx.x; b < 2 * width; b += kThreads) shared_words[b] = 0;
+    __syncthreads();
+    if (p.num_spans == 1) {
+      count<Id>(p, first, width, totals);
+    } else {
+      add_spans(p, first, width, totals, next);
     }
-    int total;
-    int running = carry + block_exclusive_sum(sum, &total);
-    for (int i = 0; i < kScanItems; ++i) {
-      if (mine + i < size) out[mine + i] = running;
-      running += item[i];
+    __syncthreads();
+    for (int b0 = 0; b0 < width; b0 += kThreads) {
+      const int b = b0 + static_cast<int>(threadIdx.x);
+      int all;
+      const int offset = carry + block_exclusive_sum(b < width ? totals[b] : 0, warp_sums, &all);
+      carry += all;
+      if (b < width) next[b] += offset;
+      if (b < width && blockIdx.x == 0) p.args.offsets[first + b] = offset;
     }
-    carry += total;
+    __syncthreads();
+    for (int64_t begin = span.begin; begin < span.end; begin += kThreads) {
+      const int64_t slot = begin + threadIdx.x;
+      int expert = slot < span.end ? load_expert<Id>(p.args, slot) - first : -1;
+      if (expert >= width) expert = -1;
+      const bool here = expert >= 0;
+      // Lanes of one expert are ranked by their mask, warps by taking turns.
+      const unsigned peers = __match_any_sync(kAll, here ? expert : -1);
+      const int earlier = __popc(peers & ((1u << lane) - 1));
+      int row = 0;
+      for (int turn = 0; turn < kWarps; ++turn) {
+        if (turn == warp) {
+          if (here) row = next[expert] + earlier;
+          __syncwarp();
+          if (here && earlier == 0) next[expert] += __popc(peers);
+        }
+        __syncthreads();
+      }
+      if (here) {
+        p.args.rows[slot] = row;
+        p.args.slots[row] = static_cast<int32_t>(slot);
+      }
+    }
   }
-  return carry;
 }
 
-// One block an expert: counts become the rows of it in earlier tiles. The last block to end turns totals into offsets.
-__global__ void __launch_bounds__(kScanThreads)
-    scan_kernel(int32_t* counts, int32_t* totals, int32_t* offsets, int32_t* done, int64_t num_tiles) {
-  int32_t* row = counts + blockIdx.x * num_tiles;
-  const int total = exclusive_scan(row, row, num_tiles);
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    totals[blockIdx.x] = total;
-    __threadfence();
-    last = atomicAdd(done, 1) == static_cast<int>(gridDim.x) - 1;
-  }
-  __syncthreads();
-  if (last) {
-    __threadfence();
-    exclusive_scan(totals, offsets, gridDim.x);
-  }
+Params params_of(const DispatchArgs& args) {
+  if (args.num_rows <= kSingleSlots) return {args, 1, args.num_rows};
+  const int64_t rounds = (args.num_rows + kThreads - 1) / kThreads;
+  const int64_t span = (rounds + kSpans - 1) / kSpans * kThreads;
+  return {args, (args.num_rows + span - 1) / span, span};
 }
 
-// One warp a tile: 32 slots at a time in order, lanes of one expert ranked by their mask.
-template <typename Id>
-__global__ void __launch_bounds__(kPlaceWarps* kWarp)
-    place_kernel(const Id* ids, int32_t* counts, const int32_t* offsets, int32_t* slots, int32_t* rows, Sizes s) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kPlaceWarps + threadIdx.x / kWarp;
-  if (tile >= s.num_tiles) return;
-  const int64_t first = tile * kTile + lane;
-  int expert[kRounds], start[kRounds];
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int64_t slot = first + i * kWarp;
-    expert[i] = slot < s.num_rows ? load_expert(ids, slot, s) : -1;
-  }
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) start[i] = expert[i] < 0 ? 0 : offsets[expert[i]];
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const unsigned peers = __match_any_sync(kAll, expert[i]);
-    const int earlier = __popc(peers & ((1u << lane) - 1));
-    // The warp's own column of counts holds what it has placed so far.
-    volatile int32_t* placed = counts + max(expert[i], 0) * s.num_tiles + tile;
-    const int before = *placed;
-    __syncwarp();
-    if (expert[i] >= 0) {
-      const int row = start[i] + before + earlier;
-      const int64_t slot = first + i * kWarp;
-      rows[slot] = row;
-      slots[row] = static_cast<int32_t>(slot);
-      if (earlier == 0) *placed = before + __popc(peers);
-    }
-    __syncwarp();
-  }
+cudaError_t launch(void (*kernel)(Params), Params p, cudaStream_t stream) {
+  void* arguments[] = {&p};
+  const size_t shared = sizeof(int32_t) * shared_words_of(p.args.num_experts + 1);
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(p.num_spans)), dim3(kThreads), arguments, shared, stream);
 }
 
 template <typename Id>
-void launch(const DispatchArgs& args, const Sizes& s, cudaStream_t stream) {
-  const auto* ids = static_cast<const Id*>(args.expert_ids);
-  const int64_t num_bins = s.num_experts + 1;
-  int32_t* counts = args.scratch;
-  int32_t* totals = counts + num_bins * s.num_tiles;
-  int32_t* done = totals + num_bins;
-  const size_t shared = sizeof(int32_t) * (num_bins < kBins ? num_bins : kBins);
-  histogram_kernel<<<static_cast<unsigned>(s.num_tiles), kTile, shared, stream>>>(ids, counts, done, s);
-  scan_kernel<<<static_cast<unsigned>(num_bins), kScanThreads, 0, stream>>>(counts, totals, args.offsets, done,
-                                                                           s.num_tiles);
-  const auto blocks = static_cast<unsigned>((s.num_tiles + kPlaceWarps - 1) / kPlaceWarps);
-  place_kernel<<<blocks, kPlaceWarps * kWarp, 0, stream>>>(ids, counts, args.offsets, args.slots, args.rows, s);
+cudaError_t sort(const Params& p, cudaStream_t stream) {
+  if (p.num_spans > 1) {
+    if (const cudaError_t error = launch(count_kernel<Id>, p, stream); error != cudaSuccess) return error;
+  }
+  return launch(place_kernel<Id>, p, stream);
 }
 
-int64_t num_tiles(int64_t num_rows) { return (num_rows + kTile - 1) / kTile; }
+}  // namespace gossamer::cuda::counting_sort
 
-}  // namespace
+namespace gossamer::cuda {
 
 int64_t dispatch_scratch_size(int64_t num_rows, int64_t num_experts) {
-  return (num_experts + 1) * (num_tiles(num_rows) + 1) + 1;
+  DispatchArgs args{};
+  args.num_rows = num_rows;
+  const int64_t spans = counting_sort::params_of(args).num_spans;
+  return spans == 1 ? 0 : spans * (num_experts + 1);
 }
 
 const char* dispatch(const DispatchArgs& args, int device, void* stream) {
   // The static runtime of this library has a current device of its own.
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return cudaGetErrorString(error);
-  const Sizes sizes{args.num_rows,    args.top_k,       args.token_stride,
-                    args.slot_stride, args.num_experts, num_tiles(args.num_rows)};
+  const counting_sort::Params params = counting_sort::params_of(args);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.int64_ids) {
-    launch<int64_t>(args, sizes, cuda_stream);
-  } else {
-    launch<int32_t>(args, sizes, cuda_stream);
-  }
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error =
+      args.int64_ids ? counting_sort::sort<int64_t>(params, cuda_stream) : counting_sort::sort<int32_t>(params, cuda_stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

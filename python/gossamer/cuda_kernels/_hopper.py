@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from gossamer._layout import stored_transposed
+from gossamer.cuda_kernels._stream import where
 
 # Elements of 16 bits in 16 bytes.
 ALIGNED = 8
@@ -61,7 +62,7 @@ class Operands:
 
     def where(self) -> tuple[int, int]:
         """Index of the device, and its current stream."""
-        return self.device.index, torch.cuda.current_stream(self.device).cuda_stream
+        return where(self.device)
 
 
 def routing(slots: torch.Tensor, offsets: torch.Tensor) -> tuple[int, int, int, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from gossamer import _C
+from gossamer.cuda_kernels._stream import where
 
 
 def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``slots, rows, offsets`` of :func:`gossamer.dispatch`, in three launches."""
+    """``slots, rows, offsets`` of :func:`gossamer.dispatch`, in two launches, or in one for few slots."""
     num_rows, device = expert_ids.numel(), expert_ids.device
     slots = torch.empty(num_rows, dtype=torch.int32, device=device)
     rows = torch.empty_like(slots)
@@ -29,7 +30,6 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
             rows.data_ptr(),
             offsets.data_ptr(),
             scratch.data_ptr(),
-            device.index,
-            torch.cuda.current_stream(device).cuda_stream,
+            *where(device),
         )
     return slots, rows, offsets

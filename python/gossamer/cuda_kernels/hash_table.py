@@ -8,6 +8,7 @@ import torch
 
 from gossamer import _C
 from gossamer.cpu_kernels._native import vector
+from gossamer.cuda_kernels._stream import where
 
 # Codes of csrc/hash_table_core.h.
 _NO_EVICTION, _LRU, _EPOCH_LRU = 0, 1, 3
@@ -25,17 +26,13 @@ def _view(storage: Any) -> _C.HashTableView:
     return _C.HashTableView(*pointers, storage.fill.shape[0], storage.partition_buckets)
 
 
-def _where(device: torch.device) -> tuple[int, int]:
-    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
-
-
 def find(storage: Any, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     n, device = keys.shape[0], storage.digests.device
     slots = torch.empty(n, dtype=torch.int64, device=device)
     if n:
         with torch.cuda.device(device):
-            _C.cuda_hash_table_find(_view(storage), vector(keys), n, slots.data_ptr(), *_where(device))
+            _C.cuda_hash_table_find(_view(storage), vector(keys), n, slots.data_ptr(), *where(device))
     return slots
 
 
@@ -60,14 +57,14 @@ def insert(
     if n == 0:
         return -1, None, slots, status, *victims
     with torch.cuda.device(device):
-        view, where = _view(storage), _where(device)
+        view, stream = _view(storage), where(device)
         partitions = torch.empty(n, dtype=torch.int32, device=device)
         unordered = policy in (_NO_EVICTION, _LRU, _EPOCH_LRU)
         if unordered:
             pointers = (slots.data_ptr(), status.data_ptr(), partitions.data_ptr())
-            _C.cuda_hash_table_stamp(view, vector(keys), n, policy, stamp, *pointers, *where)
+            _C.cuda_hash_table_stamp(view, vector(keys), n, policy, stamp, *pointers, *stream)
         else:
-            _C.cuda_hash_table_partitions(view, vector(keys), n, partitions.data_ptr(), *where)
+            _C.cuda_hash_table_partitions(view, vector(keys), n, partitions.data_ptr(), *stream)
         if policy == _NO_EVICTION and n > room:
             new_keys = keys[status == _REFUSED].unique().numel()
             if new_keys > room:
@@ -79,8 +76,8 @@ def insert(
         pointers = (t.data_ptr() if t is not None else 0 for t in (scores, slots, status, *victims, leaving))
         batch = (order.data_ptr(), begins.data_ptr(), policy, stamp, serial, *pointers)
         if not unordered:
-            _C.cuda_hash_table_insert(view, vector(keys), n, *batch, False, *where)
-        _C.cuda_hash_table_insert(view, vector(keys), n, *batch, True, *where)
+            _C.cuda_hash_table_insert(view, vector(keys), n, *batch, False, *stream)
+        _C.cuda_hash_table_insert(view, vector(keys), n, *batch, True, *stream)
     if marks is not None:
         mark_slots(marks, slots, mark)
     return -1, None, slots, status, *victims
@@ -93,7 +90,7 @@ def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) ->
         row_bytes = values.shape[1] * values.element_size()
         with torch.cuda.device(values.device):
             pointers = (slots.data_ptr(), slots.shape[0], out.data_ptr())
-            _C.cuda_gather_rows(values.data_ptr(), row_bytes, *pointers, *_where(values.device))
+            _C.cuda_gather_rows(values.data_ptr(), row_bytes, *pointers, *where(values.device))
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
@@ -104,7 +101,7 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
     row_bytes = values.shape[1] * values.element_size()
     with torch.cuda.device(values.device):
         pointers = (slots.data_ptr(), status.data_ptr(), slots.shape[0], 0 if rows is None else rows.data_ptr())
-        _C.cuda_start_rows(values.data_ptr(), row_bytes, *pointers, *_where(values.device))
+        _C.cuda_start_rows(values.data_ptr(), row_bytes, *pointers, *where(values.device))
 
 
 def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
@@ -112,8 +109,8 @@ def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
     if slots.numel():
         with torch.cuda.device(array.device):
             pointers = (slots.data_ptr(), slots.shape[0])
-            where = _where(array.device)
-            _C.cuda_mark_slots(array.data_ptr(), array.element_size(), *pointers, int(value), *where)
+            stream = where(array.device)
+            _C.cuda_mark_slots(array.data_ptr(), array.element_size(), *pointers, int(value), *stream)
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
@@ -125,4 +122,4 @@ def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) 
     row_bytes = values.shape[1] * values.element_size()
     with torch.cuda.device(values.device):
         pointers = (slots.data_ptr(), order.data_ptr(), slots.shape[0], rows.data_ptr())
-        _C.cuda_scatter_rows(values.data_ptr(), row_bytes, *pointers, *_where(values.device))
+        _C.cuda_scatter_rows(values.data_ptr(), row_bytes, *pointers, *where(values.device))

@@ -1,8 +1,8 @@
-"""The kernels for Hopper on the host: their sources compiled by the C++ compiler against a model of the hardware.
+"""CUDA kernels on the host: their sources compiled by the C++ compiler against a model of the hardware.
 
-``tests/hopper_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's threads,
+``tests/cuda_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's threads,
 mbarriers, the copy engine, chunk copies and wgmma. Everything else is what runs on a GPU: schedule, producers,
-pipeline, products, epilogues, launches and bindings.
+pipeline, products, epilogues, the counting sort, launches and bindings.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from cuda_resources import build_script
 
-import gossamer.cuda_kernels._hopper
+import gossamer.cuda_kernels.dispatch
 import gossamer.cuda_kernels.expert_mlp
 import gossamer.cuda_kernels.grouped_matmul
 from gossamer import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "tests" / "hopper_on_host" / "module.cpp"
-FOLDER = ROOT / "build" / "hopper_on_host"
+SOURCE = ROOT / "tests" / "cuda_on_host" / "module.cpp"
+FOLDER = ROOT / "build" / "cuda_on_host"
 
 
 def build() -> ModuleType:
@@ -38,20 +38,20 @@ def build() -> ModuleType:
     import pybind11
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    target = FOLDER / f"hopper_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = FOLDER / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [
-        ROOT / "tests" / "hopper_on_host",
+        ROOT / "tests" / "cuda_on_host",
         ROOT / "csrc",
         pybind11.get_include(),
         sysconfig.get_paths()["include"],
     ]
-    flags = "-O1 -w -std=c++20 -pthread -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
+    flags = "-O1 -w -std=c++20 -pthread -fopenmp -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
     command = [compiler, *flags, *(f"-I{folder}" for folder in includes)]
     command += ["-MF", str(target.with_suffix(".d")), str(SOURCE), "-o", str(target)]
     if build_script()["out_of_date"](target, SOURCE):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    spec = importlib.util.spec_from_file_location("hopper_on_host", target)
+    spec = importlib.util.spec_from_file_location("cuda_on_host", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -62,7 +62,8 @@ def install(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     really = _backend.unavailable
     monkeypatch.setattr(_backend, "unavailable", lambda name, device: None if name == "cuda" else really(name, device))
     monkeypatch.setattr(_backend, "hopper_refuses", lambda x: None)
-    for launchers in (gossamer.cuda_kernels.grouped_matmul, gossamer.cuda_kernels.expert_mlp):
+    kernels = gossamer.cuda_kernels
+    for launchers in (kernels.dispatch, kernels.grouped_matmul, kernels.expert_mlp):
         monkeypatch.setattr(launchers, "_C", module)
-    monkeypatch.setattr(gossamer.cuda_kernels._hopper.Operands, "where", lambda self: (0, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -109,6 +111,25 @@ T __shfl_xor_sync(unsigned, T value, int step) {
   return host::exchange(value, threadIdx.x % 32 ^ step);
 }
 
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned step) {
+  const unsigned lane = threadIdx.x % 32;
+  return host::exchange(value, lane < step ? lane : lane - step);
+}
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  unsigned equal = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) equal |= unsigned{host::exchange(value, lane) == value} << lane;
+  return equal;
+}
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline int atomicAdd(int* at, int value) { return std::atomic_ref<int>(*at).fetch_add(value); }
+
+// Dynamic shared memory of the kernels that name it so; what it holds at first is nothing to rely on.
+namespace gossamer::cuda::counting_sort {
+inline int32_t shared_words[58112];
+}
+
 inline std::unique_ptr<std::barrier<>> whole_block;
 inline void __syncthreads() { whole_block->arrive_and_wait(); }
 
@@ -118,6 +139,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void
   const auto& params = *static_cast<const Params*>(arguments[0]);
   for (unsigned b = 0; b < grid.x; ++b) {
     host::begin_block();
+    memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
     host::warps.clear();
     for (unsigned w = 0; w < block.x / 32; ++w) host::warps.push_back(std::make_unique<host::Warp>());
     whole_block = std::make_unique<std::barrier<>>(block.x);

@@ -1,0 +1,10 @@
+"""Where CUDA kernels are launched."""
+
+from __future__ import annotations
+
+import torch
+
+
+def where(device: torch.device) -> tuple[int, int]:
+    """Index of the device, and its current stream."""
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
