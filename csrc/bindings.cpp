@@ -23,6 +23,10 @@
 #include "bindings/recorder.cpp"
 #include "bindings/sparse_update.cpp"
 #include "bindings/topk_routing.cpp"
+#ifdef GOSSAMER_WITH_CUDA
+#include "bindings/dispatch_cuda.cpp"
+#include "bindings/hash_table_cuda.cpp"
+#endif
 
 namespace py = pybind11;
 
@@ -30,6 +34,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of gossamer: raw pointers, sizes and strides in elements, dtype codes.";
 #ifdef GOSSAMER_WITH_CUDA
   m.attr("with_cuda") = true;
+  gossamer::bindings::register_dispatch_cuda(m);
+  gossamer::bindings::register_hash_table_cuda(m);
 #else
   m.attr("with_cuda") = false;
 #endif

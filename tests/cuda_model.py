@@ -2,7 +2,7 @@
 
 ``tests/cuda_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's threads,
 mbarriers, the copy engine, chunk copies and wgmma. Everything else is what runs on a GPU: schedule, producers,
-pipeline, products, epilogues, the counting sort, launches and bindings.
+pipeline, products, epilogues, the counting sort, the hash table, launches and bindings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -23,6 +24,7 @@ from cuda_resources import build_script
 import gossamer.cuda_kernels.dispatch
 import gossamer.cuda_kernels.expert_mlp
 import gossamer.cuda_kernels.grouped_matmul
+import gossamer.cuda_kernels.hash_table
 from gossamer import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +47,17 @@ def build() -> ModuleType:
         pybind11.get_include(),
         sysconfig.get_paths()["include"],
     ]
-    flags = "-O1 -w -std=c++20 -pthread -fopenmp -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
+    flags = "-O1 -w -std=c++20 -pthread -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
     command = [compiler, *flags, *(f"-I{folder}" for folder in includes)]
-    command += ["-MF", str(target.with_suffix(".d")), str(SOURCE), "-o", str(target)]
     if build_script()["out_of_date"](target, SOURCE):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        # Another process may do the same, or have the module open.
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            made = Path(folder, target.name)
+            command += ["-MF", str(made.with_suffix(".d")), str(SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            for suffix in (".d", made.suffix):
+                os.replace(made.with_suffix(suffix), target.with_suffix(suffix))
     spec = importlib.util.spec_from_file_location("cuda_on_host", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -63,7 +70,7 @@ def install(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "unavailable", lambda name, device: None if name == "cuda" else really(name, device))
     monkeypatch.setattr(_backend, "hopper_refuses", lambda x: None)
     kernels = gossamer.cuda_kernels
-    for launchers in (kernels.dispatch, kernels.grouped_matmul, kernels.expert_mlp):
+    for launchers in (kernels.dispatch, kernels.hash_table, kernels.grouped_matmul, kernels.expert_mlp):
         monkeypatch.setattr(launchers, "_C", module)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

@@ -138,7 +138,7 @@ def score_stream(table, distinct):
     results = []
     for seed in range(5):
         keys = random_keys(900, distinct, "cpu", seed)
-        values = torch.randn(900, table.dim, generator=torch.Generator().manual_seed(seed))
+        values = torch.randn(900, table.dim, generator=torch.Generator().manual_seed(seed)).to(table.value_dtype)
         scores = torch.randint(-100, 100, (900,), generator=torch.Generator().manual_seed(seed))
         results += table.insert_and_evict(keys, values, scores)
         results += [table.insert_or_assign(keys[::2], values[::2], scores[::2] + seed)]

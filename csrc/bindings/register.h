@@ -8,6 +8,7 @@ namespace gossamer::bindings {
 void register_memory(pybind11::module_& m);
 void register_recorder(pybind11::module_& m);
 void register_dispatch(pybind11::module_& m);
+void register_dispatch_cuda(pybind11::module_& m);
 void register_gather_reduce(pybind11::module_& m);
 void register_sparse_update(pybind11::module_& m);
 void register_grouped_matmul(pybind11::module_& m);
@@ -15,6 +16,7 @@ void register_multi_low_rank(pybind11::module_& m);
 void register_expert_mlp(pybind11::module_& m);
 void register_quantized_experts(pybind11::module_& m);
 void register_hash_table(pybind11::module_& m);
+void register_hash_table_cuda(pybind11::module_& m);
 void register_hopper(pybind11::module_& m);
 void register_low_rank(pybind11::module_& m);
 void register_quantized_weight(pybind11::module_& m);

@@ -5,6 +5,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <type_traits>
+
 namespace gossamer::cuda {
 namespace {
 
@@ -204,120 +207,96 @@ __global__ void __launch_bounds__(kThreads) mark_kernel(T* array, const int64_t*
   if (i < count && slots[i] >= 0) array[slots[i]] = value;
 }
 
-unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
-
-// The static runtime of this library has a current device of its own.
-template <class Launch>
-const char* on_device(int device, Launch&& launch) {
-  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return cudaGetErrorString(error);
-  launch();
-  const cudaError_t error = cudaGetLastError();
+// `threads` threads or a few more, in blocks of kThreads or one that is smaller. Returns null, or what CUDA says went
+// wrong.
+template <class... Params>
+const char* launch(void (*kernel)(Params...), int64_t threads, int device, void* stream,
+                   std::type_identity_t<Params>... params) {
+  void* arguments[] = {&params...};
+  const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+  const dim3 block(static_cast<unsigned>(std::min<int64_t>((threads + kWarp - 1) / kWarp * kWarp, kThreads)));
+  // The static runtime of this library has a current device of its own.
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(kernel, dim3(blocks), block, arguments, 0, static_cast<cudaStream_t>(stream));
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // Calls f with the widest word that divides a row, whose storage is aligned to 16 bytes, the words of a row, and those of
 // `count` rows.
 template <class F>
-void with_words(int64_t row_bytes, int64_t count, F&& f) {
+const char* with_words(int64_t row_bytes, int64_t count, F&& f) {
   const auto with_index = [&](auto word) {
     const int64_t row_words = row_bytes / static_cast<int64_t>(sizeof(word)), words = count * row_words;
-    if (words <= INT32_MAX) {
-      f(word, static_cast<uint32_t>(row_words), static_cast<uint32_t>(words));
-    } else {
-      f(word, row_words, words);
-    }
+    if (words <= INT32_MAX) return f(word, static_cast<uint32_t>(row_words), static_cast<uint32_t>(words));
+    return f(word, row_words, words);
   };
-  if (row_bytes % 16 == 0) {
-    with_index(uint4{});
-  } else if (row_bytes % 4 == 0) {
-    with_index(uint32_t{});
-  } else {
-    with_index(uint16_t{});
-  }
+  if (row_bytes % 16 == 0) return with_index(uint4{});
+  if (row_bytes % 4 == 0) return with_index(uint32_t{});
+  return with_index(uint16_t{});
 }
 
 }  // namespace
 
 const char* hash_table_partitions(const Table& table, const HashKeys& keys, int32_t* partitions, int device,
                                   void* stream) {
-  return on_device(device, [&] {
-    partition_kernel<<<blocks_for(keys.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, keys, partitions);
-  });
+  return launch(partition_kernel, keys.count, device, stream, table, keys, partitions);
 }
 
 const char* hash_table_find(const Table& table, const HashKeys& keys, int64_t* slots, int device, void* stream) {
-  return on_device(device, [&] {
-    find_kernel<<<blocks_for(keys.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, keys, slots);
-  });
+  return launch(find_kernel, keys.count, device, stream, table, keys, slots);
 }
 
 const char* hash_table_stamp(const Table& table, const HashKeys& keys, const Batch& batch, const Results& results,
                              int32_t* partitions, int device, void* stream) {
-  return on_device(device, [&] {
-    stamp_kernel<<<blocks_for(keys.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, keys, batch, results,
-                                                                                             partitions);
-  });
+  return launch(stamp_kernel, keys.count, device, stream, table, keys, batch, results, partitions);
 }
 
 const char* hash_table_present(const Table& table, const HashBatch& batch, int device, void* stream) {
-  return on_device(device, [&] {
-    const unsigned blocks = blocks_for(table.num_partitions * kWarp);
-    present_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, batch);
-  });
+  return launch(present_kernel, table.num_partitions * kWarp, device, stream, table, batch);
 }
 
 const char* hash_table_missing(const Table& table, const HashBatch& batch, int device, void* stream) {
-  return on_device(device, [&] {
-    const auto s = static_cast<cudaStream_t>(stream);
-    missing_kernel<<<blocks_for(table.num_partitions * kWarp), kThreads, 0, s>>>(table, batch);
-    if (batch.batch.policy == Evict::kNone) finish_kernel<<<1, kWarp, 0, s>>>(table, batch);
-  });
+  const char* error = launch(missing_kernel, table.num_partitions * kWarp, device, stream, table, batch);
+  if (error != nullptr || batch.batch.policy != Evict::kNone) return error;
+  return launch(finish_kernel, kWarp, device, stream, table, batch);
 }
 
 const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int device,
                         void* stream) {
-  return on_device(device, [&] {
-    with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
-      using Word = decltype(word);
-      gather_kernel<<<blocks_for(words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          reinterpret_cast<const Word*>(table), row_words, slots, words, reinterpret_cast<Word*>(out));
-    });
+  return with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
+    using Word = decltype(word);
+    return launch(gather_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<const Word*>(table),
+                  row_words, slots, words, reinterpret_cast<Word*>(out));
   });
 }
 
 const char* start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
                        const char* rows, int device, void* stream) {
-  return on_device(device, [&] {
-    with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
-      using Word = decltype(word);
-      start_kernel<<<blocks_for(words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          reinterpret_cast<Word*>(table), row_words, slots, status, words, reinterpret_cast<const Word*>(rows));
-    });
+  return with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
+    using Word = decltype(word);
+    return launch(start_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<Word*>(table), row_words,
+                  slots, status, words, reinterpret_cast<const Word*>(rows));
   });
 }
 
 const char* scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, const int64_t* order, int64_t count,
                          const char* rows, int device, void* stream) {
-  return on_device(device, [&] {
-    with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
-      using Word = decltype(word);
-      scatter_kernel<<<blocks_for(words), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          reinterpret_cast<Word*>(table), row_words, slots, order, words, reinterpret_cast<const Word*>(rows));
-    });
+  return with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
+    using Word = decltype(word);
+    return launch(scatter_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<Word*>(table),
+                  row_words, slots, order, words, reinterpret_cast<const Word*>(rows));
   });
 }
 
 const char* mark_slots(void* array, int64_t item_bytes, const int64_t* slots, int64_t count, int64_t value, int device,
                        void* stream) {
-  return on_device(device, [&] {
-    const auto s = static_cast<cudaStream_t>(stream);
-    if (item_bytes == 8) {
-      mark_kernel<<<blocks_for(count), kThreads, 0, s>>>(static_cast<int64_t*>(array), slots, count, value);
-    } else {
-      mark_kernel<<<blocks_for(count), kThreads, 0, s>>>(static_cast<uint8_t*>(array), slots, count,
-                                                         static_cast<uint8_t>(value));
-    }
-  });
+  if (item_bytes == 8) {
+    return launch(mark_kernel<int64_t>, count, device, stream, static_cast<int64_t*>(array), slots, count, value);
+  }
+  return launch(mark_kernel<uint8_t>, count, device, stream, static_cast<uint8_t*>(array), slots, count,
+                static_cast<uint8_t>(value));
 }
 
 }  // namespace gossamer::cuda

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda.h"
@@ -122,6 +123,13 @@ unsigned __match_any_sync(unsigned, T value) {
   for (unsigned lane = 0; lane < 32; ++lane) equal |= unsigned{host::exchange(value, lane) == value} << lane;
   return equal;
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned set = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) set |= unsigned{host::exchange(value, lane)} << lane;
+  return set;
+}
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int atomicAdd(int* at, int value) { return std::atomic_ref<int>(*at).fetch_add(value); }
 
@@ -134,9 +142,9 @@ inline std::unique_ptr<std::barrier<>> whole_block;
 inline void __syncthreads() { whole_block->arrive_and_wait(); }
 
 // One block after the other, each with a thread of the host for each of its own.
-template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  const auto& params = *static_cast<const Params*>(arguments[0]);
+template <class... Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  const auto call = [&]<size_t... I>(std::index_sequence<I...>) { kernel(*static_cast<Params*>(arguments[I])...); };
   for (unsigned b = 0; b < grid.x; ++b) {
     host::begin_block();
     memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
@@ -149,7 +157,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void
         threadIdx = {t};
         blockIdx = {b};
         gridDim = grid;
-        kernel(params);
+        call(std::index_sequence_for<Params...>{});
       });
     }
     for (std::thread& thread : threads) thread.join();
