@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The CUDA kernels for Hopper on a GPU, in one command: build, tests, the layer at four large shapes with Triton's and the
-# CUDA kernels taking turns beside an equal-FLOP dense layer, memory and race checks on small shapes, and, where it is
-# installed, the layer beside SonicMoE. Ten minutes at most after the build, but for the last.
+# CUDA kernels taking turns beside an equal-FLOP dense layer, memory and race checks on small shapes of these kernels and of
+# those around them, and, where it is installed, the layer beside SonicMoE. Ten minutes at most after the build, but for
+# the last.
 # Usage: bench/hopper_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,13 +20,21 @@ device=$(python3 -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cu
 
 GOSSAMER_BUILD_JOBS=$(nproc) GOSSAMER_CUDA=1 GOSSAMER_CUDA_ARCHS=90a pip install --no-build-isolation --no-deps .
 
-# Each step runs whatever became of the ones before, and none may hang: a wrong layer is not timed anyway.
+# Each step runs whatever became of the ones before, and none may hang: a wrong layer is not timed anyway. A step has the
+# seconds that it is given, or those that are left before the deadline.
 failed=()
+deadline=600
+SECONDS=0
 step() {
-  local name=$1
-  shift
+  local name=$1 limit=$2
+  shift 2
+  local left=$((deadline - SECONDS))
+  if ((left <= 0)); then
+    failed+=("$name: no time was left")
+    return
+  fi
   printf '\n+ %s\n' "$name"
-  timeout -k 5 "$@" || failed+=("$name")
+  timeout -k 5 "$((limit < left ? limit : left))" "$@" || failed+=("$name")
 }
 
 # Not python3 -m pytest, which would put this folder's triton_kernels in the way of another distribution's.
@@ -35,20 +44,37 @@ shapes=(olmoe fine-grained qwen3-30b-a3b mixtral)
 step resources 60 python3 tests/cuda_resources.py
 step "tests of the kernels" 120 "${pytest[@]}" tests/test_hopper_logic.py tests/test_hopper_kernels.py
 step "tests of the primitives" 90 "${pytest[@]}" -k cuda tests/test_grouped_matmul.py tests/test_expert_mlp.py tests/test_expert_mlp_layouts.py
+step "tests of the sort and of launches" 60 "${pytest[@]}" tests/test_dispatch.py tests/test_moe_launches.py
 for shape in "${shapes[@]}"; do
   step "layer, $shape" 75 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --peers none \
     --json "$out/moe-hopper-$shape-$device.json"
 done
+# What the rest of the layer launches: sorting, routing, sums of rows, decoding, quantised weights, tiles by Triton; and
+# the hash table, the other kernels in CUDA.
+around=(
+  tests/test_dispatch.py::test_around_tile_edges
+  tests/test_topk_routing.py::test_many_tokens_and_strided_logits
+  tests/test_gather_reduce.py::test_few_bags
+  tests/test_quantized_experts.py::test_decoding_dense_weights_in_parts
+  tests/test_quantized_experts.py::test_one_quantised_weight_and_lora
+  tests/test_expert_mlp.py::test_sides_of_one
+  tests/test_activate.py::test_large_gates
+  tests/test_hash_table.py::test_lru_within_one_large_batch
+)
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     # Without torch's cache every tensor ends where its allocation does.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "${pytest[@]}" tests/test_hopper_kernels.py -k "small_products or small_layers"
+    step "$tool, around" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" "${around[@]}"
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
   done
 else
   failed+=("memory and race checks: compute-sanitizer is not there")
 fi
 # Last, since its search for tiles may take longer than all of the above.
+deadline=$((SECONDS + 600))
 if python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("sonicmoe") is None)'; then
   for shape in "${shapes[@]}"; do
     step "layer beside SonicMoE, $shape" 120 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda \
