@@ -95,12 +95,20 @@ def layer_inputs(t, e, k, h, i, dtype, *, halves=2, transposed=False, bias=True)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "x_grouped", "y_grouped", "transposed"),
-    [(HALF, False, False, False), (BF16, True, False, True), (FP16, False, True, True), (BF16, True, True, False)],
+    ("dtype", "x_grouped", "y_grouped", "transposed", "e"),
+    [
+        (HALF, False, False, False, 4),
+        (BF16, True, False, True, 4),
+        (FP16, False, True, True, 2),
+        (BF16, True, True, False, 2),
+    ],
 )
-def test_small_products(dtype, x_grouped, y_grouped, transposed):
-    """Gathered and sorted rows, scattered and sorted results, both layouts of the weight; ragged ends everywhere."""
-    t, e, k, n, c = 75, 4, 2, 200, 136
+def test_small_products(dtype, x_grouped, y_grouped, transposed, e):
+    """Gathered and sorted rows, scattered and sorted results, both layouts of the weight; ragged ends everywhere.
+
+    Of 4 experts most have fewer rows than a panel, of 2 more.
+    """
+    t, k, n, c = 75, 2, 200, 136
     d = make_dispatch(t, e, k, DEVICE, dropped=0.1, skew="zipf")
     bias = ON_GPU or dtype == FP16
     inputs = product_inputs(t * k if x_grouped else t, e, n, c, dtype, transposed=transposed, bias=bias)
@@ -129,12 +137,14 @@ def test_product_sizes(n, c, x_grouped):
 
 
 @pytest.mark.parametrize(
-    ("t", "n", "c"), [(1100, 192, 328), pytest.param(60000, 576, 328, marks=needs_gpu)], ids=["a few", "many"]
+    ("t", "e", "n", "c"),
+    [(1100, 3, 192, 328), (600, 10, 192, 328), pytest.param(60000, 3, 576, 328, marks=needs_gpu)],
+    ids=["a few", "of few rows", "many"],
 )
-def test_several_turns_of_each_warpgroup(t, n, c):
+def test_several_turns_of_each_warpgroup(t, e, n, c):
     """Sorted rows and a short K, so that the warpgroups take tiles in turn: several each, the ring going round."""
-    d = make_dispatch(t, 3, 1, DEVICE, skew="zipf")
-    inputs = product_inputs(t, 3, n, c, BF16)
+    d = make_dispatch(t, e, 1, DEVICE, skew="zipf")
+    inputs = product_inputs(t, e, n, c, BF16)
     with torch.no_grad():
         check(*product(d, x_grouped=True), inputs, [])
 
@@ -159,10 +169,14 @@ def test_no_live_row():
     check(*layer(d), layer_inputs(20, 4, 2, 64, 64, HALF))
 
 
+@pytest.mark.parametrize("e", [3, 1])
 @pytest.mark.parametrize(("dtype", "interleaved", "transposed"), [(HALF, False, False), (FP16, True, True)])
-def test_small_layers(dtype, interleaved, transposed):
-    """The layer and all its gradients in both orders of gate and up and both layouts of the weights."""
-    t, e, k, h, i = 50, 3, 2, 136, 72
+def test_small_layers(dtype, interleaved, transposed, e):
+    """The layer and all its gradients in both orders of gate and up and both layouts of the weights.
+
+    Experts with fewer rows than a panel, and one with more.
+    """
+    t, k, h, i = 100 // min(e, 2), min(e, 2), 136, 72
     d = make_dispatch(t, e, k, DEVICE, dropped=0.1, skew="zipf")
     check(*layer(d, interleaved=interleaved), layer_inputs(t, e, k, h, i, dtype, transposed=transposed))
 
@@ -188,7 +202,14 @@ def test_layer_activations(activation, interleaved):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("t", "e", "k", "h", "i"),
-    [(3000, 8, 2, 512, 384), (1000, 70, 4, 1024, 256), (2000, 4, 2, 320, 129), (500, 3, 1, 65, 63), (1, 5, 2, 64, 64)],
+    [
+        (3000, 8, 2, 512, 384),
+        (1000, 70, 4, 1024, 256),
+        (4000, 512, 8, 256, 128),
+        (2000, 4, 2, 320, 129),
+        (500, 3, 1, 65, 63),
+        (1, 5, 2, 64, 64),
+    ],
 )
 def test_layer_sizes(dtype, t, e, k, h, i):
     """Several turns of each warpgroup, columns that end within a tile, and rows that have to be copied first."""

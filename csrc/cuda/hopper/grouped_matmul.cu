@@ -15,6 +15,11 @@ using Wide = RowProduct<Shape<T, 128, 256, 4, false, false>, PlainFinish<T>>;
 // Where the product of a tile is short, or 192 columns waste fewer, one tile's stores run beside the next's product.
 template <typename T>
 using Alternating = RowProduct<Shape<T, 128, 192, 4, true, false>, PlainFinish<T>>;
+// For few rows an expert.
+template <typename T>
+using FewGathered = RowProduct<Shape<T, 64, 256, 4, true, true>, PlainFinish<T>>;
+template <typename T>
+using FewSorted = RowProduct<Shape<T, 64, 256, 4, true, false>, PlainFinish<T>>;
 
 constexpr int64_t kShort = 1024;
 
@@ -27,7 +32,11 @@ const char* run(PlainParams params, const GroupedMatmulArgs& args, const Where& 
 
 template <typename T>
 const char* choose(const PlainParams& params, const GroupedMatmulArgs& args, const Where& where) {
-  if (args.x.div != 0) return run<Gathered<T>>(params, args, where);
+  const bool few = few_rows(args.routing);
+  if (args.x.div != 0) {
+    return few ? run<FewGathered<T>>(params, args, where) : run<Gathered<T>>(params, args, where);
+  }
+  if (few) return run<FewSorted<T>>(params, args, where);
   const int64_t wide = divide_up(args.n, 256) * 256, narrow = divide_up(args.n, 192) * 192;
   const bool alternate = args.c <= kShort ? narrow <= wide + wide / 8 : narrow < wide;
   return alternate ? run<Alternating<T>>(params, args, where) : run<Wide<T>>(params, args, where);

@@ -75,6 +75,9 @@ inline bool vectors_fit(const void* data, int64_t stride) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether most experts have no more rows than a panel: of a tile of two, the half that is multiplied would be of nothing.
+inline bool few_rows(const cuda::RoutingView& view) { return view.num_rows <= kPanel * view.num_experts; }
+
 // At most so many row tiles, whatever the routing.
 inline int64_t most_row_tiles(const cuda::RoutingView& view, int block_rows) {
   return std::min(view.num_rows, view.num_rows / block_rows + view.num_experts);
