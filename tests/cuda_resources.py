@@ -26,7 +26,7 @@ FOLDER = ROOT / "build" / "cuda_resources"
 MOST_REGISTERS = 168
 NAME = re.compile(
     r"(?P<problem>RowProduct|WeightGradient)INS0_5ShapeI\d+(?P<dtype>__half|__nv_bfloat16)"
-    r"Li(?P<m>\d+)ELi(?P<n>\d+)ELi(?P<stages>\d+)ELb(?P<ping_pong>\d)ELb(?P<copies>\d)EEE(?:NS0_\d+(?P<finish>[A-Za-z]+)I)?"
+    r"Li(?P<m>\d+)ELi(?P<n>\d+)ELi(?P<stages>\d+)ELb(?P<ping_pong>\d)ELb(?P<copies>\d)ELi(?P<cluster>\d)EEE(?:NS0_\d+(?P<finish>[A-Za-z]+)I)?"
 )
 
 
@@ -142,7 +142,7 @@ def _rows(source: str, log: str, cubin: Path) -> list[dict]:
             "dtype": name["dtype"].removeprefix("__nv_").removeprefix("__"),
             "tile": f"{shape[0]}x{shape[1]}, {shape[2]} stages",
             "form": f"{'ping-pong' if name['ping_pong'] == '1' else 'cooperative'}"
-            f"{', chunk copies' if name['copies'] == '1' else ''}",
+            f"{', chunk copies' if name['copies'] == '1' else ''}{', paired' if name['cluster'] == '2' else ''}",
             "registers": int(re.search(r"Used (\d+) registers", part)[1]),
             "spills": sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())),
             "shared": _C.hopper_logic.shared_bytes(*shape),

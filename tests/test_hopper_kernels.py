@@ -42,6 +42,17 @@ def kernels(model, monkeypatch):
         cuda_model.install(model, monkeypatch)
 
 
+@pytest.fixture(params=[False, True], ids=["alone", "paired"])
+def paired(request, model):
+    """Whether blocks share the weights' tiles in pairs, here whatever the number of rows."""
+    module = model or gossamer._C
+    before = module.hopper_paired_from()
+    if request.param:
+        module.set_hopper_paired_from(0)
+    yield request.param
+    module.set_hopper_paired_from(before)
+
+
 def product(dispatch, **form):
     """The product by CUDA kernels, and its reference."""
 
@@ -103,7 +114,7 @@ def layer_inputs(t, e, k, h, i, dtype, *, halves=2, transposed=False, bias=True)
         (BF16, True, True, False, 2),
     ],
 )
-def test_small_products(dtype, x_grouped, y_grouped, transposed, e):
+def test_small_products(paired, dtype, x_grouped, y_grouped, transposed, e):
     """Gathered and sorted rows, scattered and sorted results, both layouts of the weight; ragged ends everywhere.
 
     Of 4 experts most have fewer rows than a panel, of 2 more.
@@ -129,7 +140,7 @@ def test_small_products(dtype, x_grouped, y_grouped, transposed, e):
         ),
     ],
 )
-def test_product_sizes(n, c, x_grouped):
+def test_product_sizes(paired, n, c, x_grouped):
     """Single elements, columns beyond one tile, and sizes whose rows have to be copied first."""
     t, e, k = 80, 2, 2
     d = make_dispatch(t, e, k, DEVICE, dropped=0.1)
@@ -141,7 +152,7 @@ def test_product_sizes(n, c, x_grouped):
     [(1100, 3, 192, 328), (600, 10, 192, 328), pytest.param(60000, 3, 576, 328, marks=needs_gpu)],
     ids=["a few", "of few rows", "many"],
 )
-def test_several_turns_of_each_warpgroup(t, e, n, c):
+def test_several_turns_of_each_warpgroup(paired, t, e, n, c):
     """Sorted rows and a short K, so that the warpgroups take tiles in turn: several each, the ring going round."""
     d = make_dispatch(t, e, 1, DEVICE, skew="zipf")
     inputs = product_inputs(t, e, n, c, BF16)
@@ -156,7 +167,7 @@ def test_several_turns_of_each_warpgroup(t, e, n, c):
     ("t", "e", "k"),
     [(15, 34, 2), *(pytest.param(*sizes, marks=needs_gpu) for sizes in ((1, 40, 8), (5000, 33, 2), (20000, 2, 1)))],
 )
-def test_product_routings(t, e, k, skew):
+def test_product_routings(paired, t, e, k, skew):
     """Fewer rows than experts and far more, empty experts, more experts than a warp has lanes."""
     d = make_dispatch(t, e, k, DEVICE, skew=skew)
     check(*product(d), product_inputs(t, e, 64, 64, HALF))
@@ -171,7 +182,7 @@ def test_no_live_row():
 
 @pytest.mark.parametrize("e", [3, 1])
 @pytest.mark.parametrize(("dtype", "interleaved", "transposed"), [(HALF, False, False), (FP16, True, True)])
-def test_small_layers(dtype, interleaved, transposed, e):
+def test_small_layers(paired, dtype, interleaved, transposed, e):
     """The layer and all its gradients in both orders of gate and up and both layouts of the weights.
 
     Experts with fewer rows than a panel, and one with more.
@@ -211,7 +222,7 @@ def test_layer_activations(activation, interleaved):
         (1, 5, 2, 64, 64),
     ],
 )
-def test_layer_sizes(dtype, t, e, k, h, i):
+def test_layer_sizes(paired, dtype, t, e, k, h, i):
     """Several turns of each warpgroup, columns that end within a tile, and rows that have to be copied first."""
     d = make_dispatch(t, e, k, DEVICE, dropped=0.05, skew="zipf")
     check(*layer(d), layer_inputs(t, e, k, h, i, dtype, bias=False))
@@ -259,7 +270,7 @@ def test_overwriting_the_preactivation():
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_same_bits(dtype):
+def test_same_bits(paired, dtype):
     """Ten runs agree bit by bit, with more tiles than multiprocessors: a race would show."""
     t, e, k, h, i = 6000, 16, 2, 512, 384
     d = make_dispatch(t, e, k, DEVICE, skew="zipf")

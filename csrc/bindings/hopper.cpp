@@ -123,6 +123,8 @@ void raise(const char* error) {
 }
 
 void register_products(py::module_& m) {
+  m.def("hopper_paired_from", &cuda::paired_from, "Mean rows an expert from which two blocks share a weight's tile.");
+  m.def("set_hopper_paired_from", &cuda::set_paired_from, "Sets that, for tests and measurements.");
   m.def(
       "hopper_grouped_matmul",
       [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w,

@@ -9,6 +9,10 @@ namespace gossamer::cuda {
 // Whether this build has these kernels. Where it does not, the calls say so.
 bool with_hopper();
 
+// From so many rows an expert on, two blocks share a weight's tile. Set for tests and measurements.
+int64_t paired_from();
+void set_paired_from(int64_t rows);
+
 struct Where {
   int device;
   void* stream;

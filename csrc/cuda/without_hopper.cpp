@@ -11,6 +11,10 @@ constexpr const char* kMissing = "built without sm_90a among the CUDA architectu
 
 bool with_hopper() { return false; }
 
+int64_t paired_from() { return 0; }
+
+void set_paired_from(int64_t) {}
+
 const char* grouped_matmul(const GroupedMatmulArgs&, const Where&) { return kMissing; }
 
 const char* grouped_matmul_dweight(const GroupedDweightArgs&, const Where&) { return kMissing; }

@@ -42,7 +42,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 using std::max;
 using std::min;
 
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
@@ -61,7 +61,7 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult* result) {
   *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
@@ -83,11 +83,23 @@ struct Warp {
   std::barrier<> meet{32};
   uint64_t values[32];
 };
-inline std::vector<std::unique_ptr<Warp>> warps;
-inline Warp& warp() { return *warps[threadIdx.x / 32]; }
 
-void begin_block();
-void end_block();
+struct Block {
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::barrier<> meet;
+  unsigned rank;  // in the cluster
+
+  Block(unsigned threads, unsigned rank) : meet(threads), rank(rank) {
+    for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
+  }
+};
+inline thread_local Block* block;
+// All threads of the cluster that runs.
+inline std::unique_ptr<std::barrier<>> cluster_meet;
+inline Warp& warp() { return *block->warps[threadIdx.x / 32]; }
+
+void begin_cluster(unsigned blocks);
+void end_cluster();
 
 template <class T>
 T exchange(T value, unsigned from) {
@@ -138,30 +150,63 @@ namespace gossamer::cuda::counting_sort {
 inline int32_t shared_words[58112];
 }
 
-inline std::unique_ptr<std::barrier<>> whole_block;
-inline void __syncthreads() { whole_block->arrive_and_wait(); }
+inline void __syncthreads() { host::block->meet.arrive_and_wait(); }
 
-// One block after the other, each with a thread of the host for each of its own.
-template <class... Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  const auto call = [&]<size_t... I>(std::index_sequence<I...>) { kernel(*static_cast<Params*>(arguments[I])...); };
-  for (unsigned b = 0; b < grid.x; ++b) {
-    host::begin_block();
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+namespace host {
+
+// One cluster after the other, with a thread of the host for each of its blocks' own.
+template <class Call>
+void run_grid(dim3 grid, dim3 threads_of_block, unsigned cluster, const Call& call) {
+  for (unsigned first = 0; first < grid.x; first += cluster) {
+    begin_cluster(cluster);
     memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
-    host::warps.clear();
-    for (unsigned w = 0; w < block.x / 32; ++w) host::warps.push_back(std::make_unique<host::Warp>());
-    whole_block = std::make_unique<std::barrier<>>(block.x);
+    cluster_meet = std::make_unique<std::barrier<>>(cluster * threads_of_block.x);
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (unsigned rank = 0; rank < cluster; ++rank) blocks.push_back(std::make_unique<Block>(threads_of_block.x, rank));
     std::vector<std::thread> threads;
-    for (unsigned t = 0; t < block.x; ++t) {
+    for (unsigned t = 0; t < cluster * threads_of_block.x; ++t) {
       threads.emplace_back([&, t] {
-        threadIdx = {t};
-        blockIdx = {b};
+        const unsigned rank = t / threads_of_block.x;
+        block = blocks[rank].get();
+        threadIdx = {t % threads_of_block.x};
+        blockIdx = {first + rank};
         gridDim = grid;
-        call(std::index_sequence_for<Params...>{});
+        call();
       });
     }
     for (std::thread& thread : threads) thread.join();
-    host::end_block();
+    end_cluster();
   }
+}
+
+}  // namespace host
+
+template <class... Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  const auto call = [&]<size_t... I>(std::index_sequence<I...>) { kernel(*static_cast<Params*>(arguments[I])...); };
+  host::run_grid(grid, block, 1, [&] { call(std::index_sequence_for<Params...>{}); });
+  return cudaSuccess;
+}
+
+template <class Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
+  const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  if (config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
+  host::run_grid(config->gridDim, config->blockDim, cluster, [&] { kernel(params); });
   return cudaSuccess;
 }

@@ -13,6 +13,11 @@ using Up = RowProduct<Shape<T, 128, 256, 4, false, true>, GluFinish<T>>;
 // The epilogue reads and writes more than the product does: it has to run beside the next product.
 template <typename T>
 using DownBackward = RowProduct<Shape<T, 128, 128, 6, true, true>, GluBackwardFinish<T>>;
+// For many rows an expert.
+template <typename T>
+using PairedUp = RowProduct<Shape<T, 128, 256, 4, false, true, 2>, GluFinish<T>>;
+template <typename T>
+using PairedDownBackward = RowProduct<Shape<T, 128, 128, 6, true, true, 2>, GluBackwardFinish<T>>;
 // For few rows an expert.
 template <typename T>
 using FewUp = RowProduct<Shape<T, 64, 256, 4, true, true>, GluFinish<T>>;
@@ -38,13 +43,22 @@ const char* product_of(RowProductParams& product, bool bfloat16, const RoutingVi
   return encode_weight(&product.w_map, bfloat16, weight);
 }
 
-// By the tiles of Wide or, for few rows an expert, those of Few.
-template <class Wide, class Few, class Params>
+template <class Problem, class Params>
 const char* run(const Params& params, const RoutingView& routing, const Where& where) {
-  const bool few = few_rows(routing);
-  const int64_t rows = most_row_tiles(routing, few ? Few::S::kBlockM : Wide::S::kBlockM);
-  const int64_t tiles = rows * params.product.num_columns;
-  return few ? launch<Few>(params, tiles, where) : launch<Wide>(params, tiles, where);
+  return launch<Problem>(params, most_row_tiles(routing, Problem::S::kTileRows) * params.product.num_columns, where);
+}
+
+template <typename T>
+const char* up(const GluParams& params, const RoutingView& routing, const Where& where) {
+  if (many_rows(routing)) return run<PairedUp<T>>(params, routing, where);
+  return few_rows(routing) ? run<FewUp<T>>(params, routing, where) : run<Up<T>>(params, routing, where);
+}
+
+template <typename T>
+const char* down_backward(const GluBackwardParams& params, const RoutingView& routing, const Where& where) {
+  if (many_rows(routing)) return run<PairedDownBackward<T>>(params, routing, where);
+  return few_rows(routing) ? run<FewDownBackward<T>>(params, routing, where)
+                           : run<DownBackward<T>>(params, routing, where);
 }
 
 }  // namespace
@@ -64,8 +78,7 @@ const char* expert_up(const ExpertUpArgs& args, const Where& where) {
   params.preact = args.preact;
   params.bias = args.bias;
   params.bias_aligned = vectors_fit(args.bias, args.inner);
-  return args.bfloat16 ? run<Up<__nv_bfloat16>, FewUp<__nv_bfloat16>>(params, args.routing, where)
-                       : run<Up<__half>, FewUp<__half>>(params, args.routing, where);
+  return args.bfloat16 ? up<__nv_bfloat16>(params, args.routing, where) : up<__half>(params, args.routing, where);
 }
 
 int64_t expert_down_backward_columns(int64_t inner) { return divide_up(inner, kBackwardColumns); }
@@ -86,9 +99,8 @@ const char* expert_down_backward(const ExpertDownBackwardArgs& args, const Where
   params.partial = args.partial;
   params.weights = args.weights;
   params.weights_float32 = args.weights_float32;
-  return args.bfloat16
-             ? run<DownBackward<__nv_bfloat16>, FewDownBackward<__nv_bfloat16>>(params, args.routing, where)
-             : run<DownBackward<__half>, FewDownBackward<__half>>(params, args.routing, where);
+  return args.bfloat16 ? down_backward<__nv_bfloat16>(params, args.routing, where)
+                       : down_backward<__half>(params, args.routing, where);
 }
 
 }  // namespace gossamer::cuda

@@ -1,5 +1,7 @@
 #include "cuda/grouped_matmul.cuh"
 
+#include <atomic>
+
 #include "cuda/hopper/launch.cuh"
 #include "cuda/hopper/plain_finish.cuh"
 
@@ -15,6 +17,11 @@ using Wide = RowProduct<Shape<T, 128, 256, 4, false, false>, PlainFinish<T>>;
 // Where the product of a tile is short, or 192 columns waste fewer, one tile's stores run beside the next's product.
 template <typename T>
 using Alternating = RowProduct<Shape<T, 128, 192, 4, true, false>, PlainFinish<T>>;
+// For many rows an expert.
+template <typename T>
+using PairedGathered = RowProduct<Shape<T, 128, 256, 4, false, true, 2>, PlainFinish<T>>;
+template <typename T>
+using PairedWide = RowProduct<Shape<T, 128, 256, 4, false, false, 2>, PlainFinish<T>>;
 // For few rows an expert.
 template <typename T>
 using FewGathered = RowProduct<Shape<T, 64, 256, 4, true, true>, PlainFinish<T>>;
@@ -23,28 +30,37 @@ using FewSorted = RowProduct<Shape<T, 64, 256, 4, true, false>, PlainFinish<T>>;
 
 constexpr int64_t kShort = 1024;
 
+std::atomic<int64_t> least_paired{1024};
+
 template <class Problem>
 const char* run(PlainParams params, const GroupedMatmulArgs& args, const Where& where) {
   using S = typename Problem::S;
   params.product.num_columns = static_cast<int32_t>(divide_up(args.n, S::kBlockN));
-  return launch<Problem>(params, most_row_tiles(args.routing, S::kBlockM) * params.product.num_columns, where);
+  return launch<Problem>(params, most_row_tiles(args.routing, S::kTileRows) * params.product.num_columns, where);
 }
 
 template <typename T>
 const char* choose(const PlainParams& params, const GroupedMatmulArgs& args, const Where& where) {
-  const bool few = few_rows(args.routing);
-  if (args.x.div != 0) {
-    return few ? run<FewGathered<T>>(params, args, where) : run<Gathered<T>>(params, args, where);
+  const bool gathered = args.x.div != 0, paired = many_rows(args.routing);
+  if (few_rows(args.routing) && !paired) {
+    return gathered ? run<FewGathered<T>>(params, args, where) : run<FewSorted<T>>(params, args, where);
   }
-  if (few) return run<FewSorted<T>>(params, args, where);
+  if (gathered) {
+    return paired ? run<PairedGathered<T>>(params, args, where) : run<Gathered<T>>(params, args, where);
+  }
   const int64_t wide = divide_up(args.n, 256) * 256, narrow = divide_up(args.n, 192) * 192;
   const bool alternate = args.c <= kShort ? narrow <= wide + wide / 8 : narrow < wide;
-  return alternate ? run<Alternating<T>>(params, args, where) : run<Wide<T>>(params, args, where);
+  if (alternate) return run<Alternating<T>>(params, args, where);
+  return paired ? run<PairedWide<T>>(params, args, where) : run<Wide<T>>(params, args, where);
 }
 
 }  // namespace
 
 bool with_hopper() { return true; }
+
+int64_t paired_from() { return least_paired; }
+
+void set_paired_from(int64_t rows) { least_paired = rows; }
 
 const char* grouped_matmul(const GroupedMatmulArgs& args, const Where& where) {
   PlainParams params{};

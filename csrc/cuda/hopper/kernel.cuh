@@ -8,6 +8,10 @@
 // phase before last for its own. Whoever waits has therefore waited for the stage's use before, or, in ping-pong, for its
 // turn, which comes when the other warpgroup has seen its last stage full.
 //
+// Blocks of a cluster take row tiles that follow each other of one expert, and the same columns: each loads a part of the
+// weight's tile into all of them. A stage is free when the consumers of all blocks have read it, and a block may not end
+// while another writes to it or arrives at its barriers.
+//
 // A problem gives the sizes, the schedule of tiles, what the producer loads and what happens to a finished tile.
 #pragma once
 
@@ -24,21 +28,26 @@ constexpr int kWarpsPerGroup = 4;
 constexpr int kThreads = 3 * kGroupThreads;
 
 // kChunkCopies: the producer's 128 threads copy rows in chunks of 16 bytes, for rows that are gathered; else one thread
-// lets the copy engine do it all.
-template <typename T_, int kBlockM_, int kBlockN_, int kStages_, bool kPingPong_, bool kChunkCopies_>
+// lets the copy engine do it all. kCluster: blocks of a cluster.
+template <typename T_, int kBlockM_, int kBlockN_, int kStages_, bool kPingPong_, bool kChunkCopies_, int kCluster_ = 1>
 struct Shape {
   using T = T_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr bool kPingPong = kPingPong_, kChunkCopies = kChunkCopies_;
+  static constexpr int kCluster = kCluster_;
+  // Rows that the blocks of a cluster take together.
+  static constexpr int kTileRows = kBlockM * kCluster;
   static constexpr int kPanelsA = kBlockM / kPanel, kPanelsB = kBlockN / kPanel;
   static constexpr int kStageBytes = stage_bytes(kBlockM, kBlockN);
   // Blocks of 64 rows that a consumer warpgroup multiplies.
   static constexpr int kBlocks = kPingPong ? kPanelsA : kPanelsA / 2;
-  // A row copier keeps addresses. 128 threads of the one and 256 of the other are 504 registers of the launch's 504.
-  static constexpr int kProducerRegisters = kChunkCopies ? 56 : 24;
-  static constexpr int kConsumerRegisters = kChunkCopies ? 224 : 240;
+  // A row copier keeps addresses. 128 threads of the one and 256 of the other are 504 registers of the launch's 504, of
+  // which accumulators take up to 192 of a consumer's.
+  static constexpr bool kMostAccumulators = kBlocks * kBlockN / 2 > 128;
+  static constexpr int kProducerRegisters = kChunkCopies ? 56 : kMostAccumulators ? 24 : 40;
+  static constexpr int kConsumerRegisters = kChunkCopies ? 224 : kMostAccumulators ? 240 : 232;
   static constexpr int kFullArrivals = 1 + (kChunkCopies ? kGroupThreads : 0);
-  static constexpr int kEmptyArrivals = kWarpsPerGroup * (kPingPong ? 1 : 2);
+  static constexpr int kEmptyArrivals = kWarpsPerGroup * (kPingPong ? 1 : 2) * kCluster;
   static constexpr int kBarriersStart = barriers_start(kBlockM, kBlockN, kStages);
   static constexpr int kSharedBytes = shared_bytes(kBlockM, kBlockN, kStages);
   static_assert(kBlocks >= 1 && kSharedBytes <= kSharedLimit);
@@ -76,6 +85,16 @@ struct Consumer {
   __device__ int first_block() const { return S::kPingPong ? 0 : group * S::kBlocks; }
 };
 
+// A warp has read a stage: the first kCluster lanes say so, to a block of the cluster each.
+template <class S>
+__device__ __forceinline__ void free_stage(const Shared<S>& shared, int stage) {
+  if constexpr (S::kCluster == 1) {
+    barrier_arrive(shared.empty(stage));
+  } else {
+    barrier_arrive_at(shared.empty(stage), threadIdx.x % kLanes);
+  }
+}
+
 // Sums `num_steps` stages into the accumulators of the warpgroup's blocks, and frees the stages.
 template <class S, bool kMnA, bool kMnB>
 __device__ __forceinline__ void multiply(float (&acc)[S::kBlocks][S::kBlockN / 2], const Shared<S>& shared,
@@ -83,7 +102,7 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kBlocks][S::kBlockN / 2
   RingPosition& at = consumer.at;
   const uint64_t a0 = operand_descriptor(shared.stage(0) + consumer.first_block() * kPanelBytes, !kMnA);
   const uint64_t b0 = operand_descriptor(shared.stage(0) + S::kPanelsA * kPanelBytes, !kMnB);
-  const bool frees = threadIdx.x % kLanes == 0;
+  const bool frees = threadIdx.x % kLanes < S::kCluster;
   int previous = 0;
   for (int step = 0; step < num_steps; ++step) {
     barrier_wait(shared.full(at.stage), at.parity);
@@ -103,15 +122,27 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kBlocks][S::kBlockN / 2
     mma_commit();
     // All but the newest stage have been read.
     mma_wait<1>();
-    if (step > 0 && frees) barrier_arrive(shared.empty(previous));
+    if (step > 0 && frees) free_stage(shared, previous);
     previous = at.stage;
     at = next<S::kStages>(at);
   }
-  if (S::kPingPong && frees) barrier_arrive(shared.turn(1 - consumer.group));
+  if (S::kPingPong && frees && (S::kCluster == 1 || threadIdx.x % kLanes == 0)) {
+    barrier_arrive(shared.turn(1 - consumer.group));
+  }
   mma_wait<0>();
 #pragma unroll
   for (int block = 0; block < S::kBlocks; ++block) mma_results(acc[block]);
-  if (num_steps > 0 && frees) barrier_arrive(shared.empty(previous));
+  if (num_steps > 0 && frees) free_stage(shared, previous);
+}
+
+// Clusters take tiles in turn, as blocks do where a cluster is one.
+template <class S>
+__device__ __forceinline__ int64_t first_tile() {
+  return blockIdx.x / S::kCluster;
+}
+template <class S>
+__device__ __forceinline__ int64_t num_clusters() {
+  return gridDim.x / S::kCluster;
 }
 
 template <class Problem>
@@ -122,14 +153,15 @@ __device__ __forceinline__ void consume(const typename Problem::Params& p, const
   uint8_t* staging = shared.staging(group * kWarpsPerGroup + threadIdx.x / kLanes % kWarpsPerGroup);
   Consumer<S> consumer(group);
   Problem::prepare(p);
-  int64_t index = blockIdx.x;
+  int64_t index = first_tile<S>();
   uint32_t turn_parity = group == 0 ? 1 : 0;
   if (S::kPingPong && group == 1) {
-    index += gridDim.x;
+    index += num_clusters<S>();
     consumer.at = advanced<S::kStages>(consumer.at, Problem::steps_of_every_tile(p));
   }
   Tile tile;
-  for (; schedule.seek(index, tile); index += (S::kPingPong ? 2 : 1) * static_cast<int64_t>(gridDim.x)) {
+  for (; schedule.seek(index, tile); index += (S::kPingPong ? 2 : 1) * num_clusters<S>()) {
+    if constexpr (S::kCluster > 1) tile.row += static_cast<int32_t>(cluster_rank()) * S::kBlockM;
     float acc[S::kBlocks][S::kBlockN / 2];
     if constexpr (S::kPingPong) {
       barrier_wait(shared.turn(group), turn_parity);
@@ -155,13 +187,14 @@ __device__ __forceinline__ void produce(const typename Problem::Params& p, const
   auto schedule = Problem::schedule(p);
   RingPosition at{0, 0};
   Tile tile;
-  for (int64_t index = blockIdx.x; schedule.seek(index, tile); index += gridDim.x) {
+  for (int64_t index = first_tile<S>(); schedule.seek(index, tile); index += num_clusters<S>()) {
+    if constexpr (S::kCluster > 1) tile.row += static_cast<int32_t>(cluster_rank()) * S::kBlockM;
     Problem::load_tile(p, tile, shared, at);
   }
   // Stays until every stage has been read: nothing that it started is in flight when it ends.
   if (!S::kChunkCopies && threadIdx.x != 0) return;
   for (int stage = 0; stage < S::kStages; ++stage) {
-    barrier_wait(shared.empty(at.stage), at.parity ^ 1);
+    barrier_wait<(S::kCluster > 1)>(shared.empty(at.stage), at.parity ^ 1);
     at = next<S::kStages>(at);
   }
 }
@@ -169,7 +202,7 @@ __device__ __forceinline__ void produce(const typename Problem::Params& p, const
 template <class Problem>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ typename Problem::Params p) {
   using S = typename Problem::S;
-  extern __shared__ uint8_t memory[];
+  GOSSAMER_DYNAMIC_SHARED(memory);
   const Shared<S> shared(memory);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
@@ -179,7 +212,11 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ ty
     for (int group = 0; group < 2; ++group) barrier_init(shared.turn(group), kWarpsPerGroup);
     barrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (S::kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (group == 0) {
     give_registers<S::kProducerRegisters>();
@@ -188,6 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ ty
     take_registers<S::kConsumerRegisters>();
     consume<Problem>(p, shared, group - 1);
   }
+  if constexpr (S::kCluster > 1) cluster_sync();
 }
 
 }  // namespace gossamer::hopper

@@ -78,12 +78,18 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whether most experts have no more rows than a panel: of a tile of two, the half that is multiplied would be of nothing.
 inline bool few_rows(const cuda::RoutingView& view) { return view.num_rows <= kPanel * view.num_experts; }
 
+// Whether experts have so many rows that two blocks may share a weight's tile: the half of the last pair of tiles that an
+// expert wastes on average is then a sixteenth of its work or less.
+inline bool many_rows(const cuda::RoutingView& view) {
+  return view.num_rows >= cuda::paired_from() * std::max<int64_t>(view.num_experts, 1);
+}
+
 // At most so many row tiles, whatever the routing.
 inline int64_t most_row_tiles(const cuda::RoutingView& view, int block_rows) {
   return std::min(view.num_rows, view.num_rows / block_rows + view.num_experts);
 }
 
-// One block a multiprocessor, or fewer for few tiles; null, or what CUDA says went wrong.
+// One block a multiprocessor, or fewer for few tiles, which clusters take; null, or what CUDA says went wrong.
 template <class Problem>
 const char* launch(const typename Problem::Params& params, int64_t most_tiles, const cuda::Where& where) {
   using S = typename Problem::S;
@@ -94,11 +100,18 @@ const char* launch(const typename Problem::Params& params, int64_t most_tiles, c
   if (error != cudaSuccess) return cudaGetErrorString(error);
   error = cudaFuncSetAttribute(kernel<Problem>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(most_tiles, 1, multiprocessors));
-  typename Problem::Params copy = params;
-  void* arguments[] = {&copy};
-  error = cudaLaunchKernel(kernel<Problem>, dim3(blocks), dim3(kThreads), arguments, S::kSharedBytes,
-                           static_cast<cudaStream_t>(where.stream));
+  const int64_t clusters = std::clamp<int64_t>(most_tiles, 1, std::max(1, multiprocessors / S::kCluster));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {S::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kCluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = S::kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  config.attrs = &cluster;
+  config.numAttrs = S::kCluster > 1 ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel<Problem>, params);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -25,7 +25,7 @@ struct RowProduct {
   using Params = typename Finish::Params;
 
   static __device__ RowSchedule schedule(const Params& p) {
-    return {p.product.experts.offsets, p.product.experts.num_experts, S::kBlockM, p.product.num_columns};
+    return {p.product.experts.offsets, p.product.experts.num_experts, S::kTileRows, p.product.num_columns};
   }
 
   static __device__ int steps_of_every_tile(const Params& p) { return p.product.steps; }
@@ -47,7 +47,7 @@ struct RowProduct {
     if constexpr (S::kChunkCopies) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        // Rows past the group are read from its last row and never stored.
+        // Rows past the group are read from its last row and never stored; in a cluster a whole tile may lie there.
         const int32_t row = tile.row + min(copier_row() + i * kRowsApart, tile.row_end - tile.row - 1);
         source[i] = source_row(p.x, row, p.x.div == 0 ? 0 : __ldg(p.experts.slots + row));
       }
@@ -57,7 +57,9 @@ struct RowProduct {
       const uint32_t b = a + S::kPanelsA * kPanelBytes;
       const int k = step * kPanel;
       // Of a warp without copies only the thread that works waits: the others, which hold nothing up, could miss a phase.
-      if (S::kChunkCopies || threadIdx.x == 0) barrier_wait(shared.empty(at.stage), at.parity ^ 1);
+      if (S::kChunkCopies || threadIdx.x == 0) {
+        barrier_wait<(S::kCluster > 1)>(shared.empty(at.stage), at.parity ^ 1);
+      }
       if (threadIdx.x == 0) {
         barrier_arrive_expect(full, (S::kPanelsB + (S::kChunkCopies ? 0 : S::kPanelsA)) * kPanelBytes);
         if constexpr (!S::kChunkCopies) {
@@ -65,10 +67,18 @@ struct RowProduct {
             load_box(a + panel * kPanelBytes, &p.x_map, full, k, tile.row + panel * kPanel);
           }
         }
-        for (int panel = 0; panel < S::kPanelsB; ++panel) {
-          const int column = panel_column(p, tile, panel);
-          load_box(b + panel * kPanelBytes, &p.w_map, full, p.w_transposed ? column : k, p.w_transposed ? k : column,
-                   tile.expert);
+        if constexpr (S::kCluster > 1) {
+          for (int panel = static_cast<int>(cluster_rank()); panel < S::kPanelsB; panel += S::kCluster) {
+            const int column = panel_column(p, tile, panel);
+            load_box_to((1 << S::kCluster) - 1, b + panel * kPanelBytes, &p.w_map, full, p.w_transposed ? column : k,
+                        p.w_transposed ? k : column, tile.expert);
+          }
+        } else {
+          for (int panel = 0; panel < S::kPanelsB; ++panel) {
+            const int column = panel_column(p, tile, panel);
+            load_box(b + panel * kPanelBytes, &p.w_map, full, p.w_transposed ? column : k, p.w_transposed ? k : column,
+                     tile.expert);
+          }
         }
       }
       if constexpr (S::kChunkCopies) {
