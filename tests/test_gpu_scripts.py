@@ -1,14 +1,17 @@
 """The scripts for owners of a GPU, with commands in the place of theirs that write down how they are called."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from gossamer import _backend
 from gossamer.bench import harness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +83,16 @@ def test_steps_go_on_after_one_that_fails(tmp_path):
     assert status == 1
     assert printed.endswith("failed: layer, fine-grained\n")
     assert sum(command[:2] == ["gossamer", "bench"] for command in commands) == 8
-    assert [command[2] for command in commands if command[0] == "compute-sanitizer"] == ["memcheck"] * 2 + [
-        "racecheck"
-    ] * 2
+    tools = [command[2] for command in commands if command[0] == "compute-sanitizer"]
+    assert tools == ["memcheck"] * 2 + ["racecheck"] * 2
+
+
+def test_the_command_line_with_blocks_alone():
+    """What the script has python3 run is gossamer's command line, after a setting that the compiled module has."""
+    if reason := _backend.cuda_kernels_unavailable():
+        pytest.skip(reason)
+    text = (ROOT / "bench" / "hopper_check.sh").read_text()
+    program = re.search(r"^alone='(.*)'$", text, re.MULTILINE)[1]
+    command = [sys.executable, "-c", program, "bench", "moe", "--shape", "no-such"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "--shape must be one of" in done.stderr, done.stderr
