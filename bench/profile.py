@@ -23,7 +23,7 @@ from gossamer.bench.cost import Called, CostRecorder
 from gossamer.bench.files import check_file
 from gossamer.bench.flatten import floats, synchronise
 from gossamer.bench.harness import requests
-from gossamer.bench.profile_events import KernelRow, Phase, kernel_rows
+from gossamer.bench.profile_events import KernelRow, Phase, kernel_rows, launches
 from gossamer.bench.profile_memory import MemoryTimeline, timeline
 from gossamer.bench.timing import quantile
 
@@ -128,12 +128,14 @@ class SubjectTime:
         seconds: median of calls without the profiler.
         profiled_seconds: mean of calls under it, phase by phase; what rows are shares of.
         calls: how many were profiled.
+        launches: kernels and copies that one call starts on the device; None on the CPU.
     """
 
     name: str
     seconds: float
     profiled_seconds: Mapping[str, float]
     calls: int
+    launches: float | None
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,10 @@ def run(
     return ProfileResult(
         title,
         str(device),
-        tuple(SubjectTime(s.name, seconds[s.name], times[s.name], calls[s.name]) for s in subjects),
+        tuple(
+            SubjectTime(s.name, seconds[s.name], times[s.name], calls[s.name], launches(rows, s.name, device))
+            for s in subjects
+        ),
         tuple(rows),
         tuple(timelines),
         ceilings,

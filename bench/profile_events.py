@@ -204,6 +204,13 @@ def kernel_rows(
     return rows, times
 
 
+def launches(rows: Sequence[KernelRow], subject: str, device: torch.device) -> float | None:
+    """Kernels and copies that one call of a subject starts on a device; None on the CPU, whose parts are stages."""
+    if device.type == "cpu":
+        return None
+    return sum(row.calls for row in rows if row.subject == subject and row.part_of is not None)
+
+
 @dataclass(frozen=True)
 class _RowMaker:
     subject: str

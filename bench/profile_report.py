@@ -69,6 +69,8 @@ def _summary(result: ProfileResult) -> rich.table.Table:
         table.add_row(phase, *(_ms(s.profiled_seconds.get(phase, 0.0)) for s in result.subjects))
     table.add_row("whole call, profiled", *(_ms(sum(s.profiled_seconds.values())) for s in result.subjects))
     table.add_row("whole call, not profiled (median)", *(_ms(s.seconds) for s in result.subjects))
+    if all(s.launches is not None for s in result.subjects):
+        table.add_row("kernels and copies launched", *(_count(s.launches) for s in result.subjects))
     return table
 
 

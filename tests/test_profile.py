@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from gossamer.bench import profile as profiling
 from gossamer.bench.ceilings import Ceilings
 from gossamer.bench.cost import Cost, CostRecorder, declared
 from gossamer.bench.harness import FAMILIES, family
-from gossamer.bench.profile_events import REST, Phase, fraction, kernel_rows
+from gossamer.bench.profile_events import REST, Phase, fraction, kernel_rows, launches
 from gossamer.cli import app
 
 SHAPE = "192,64,32,6,2"
@@ -196,6 +197,12 @@ def test_device_kernels_are_put_under_the_operators_that_launched_them():
     # Recorded twice and profiled once: whose cost it is cannot be told.
     assert by_name["aten::mm"].flops is None
     assert by_name["no kernel running"].seconds == pytest.approx((1000 - 450 - 200 - 10) * 1e-6)
+    assert launches(rows, "ours", torch.device("cuda")) == 5
+    assert launches(rows, "theirs", torch.device("cuda")) == 0
+    assert launches(rows, "ours", torch.device("cpu")) is None
+    time = profiling.SubjectTime("ours", 1e-3, times["ours"], 1, 5.0)
+    shown = profiling.ProfileResult("title", "cuda:0", (time,), tuple(rows), (), CEILINGS, {})
+    assert re.search(r"kernels and copies launched +5\n", str(shown))
 
 
 @needs_native
