@@ -42,6 +42,8 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     import interpreter
 
     interpreter.multiply_row_by_row()
+    interpreter.run_programs_in_any_order()
+    interpreter.refuse_foreign_addresses()
 
 
 def _dtypes(backend: str) -> list[torch.dtype]:

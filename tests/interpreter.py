@@ -1,8 +1,12 @@
-"""Triton's interpreter, made to round the way its compiled kernels do."""
+"""Triton's interpreter, made to round the way its compiled kernels do, and to show what they may not do."""
 
 from __future__ import annotations
 
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+import random
+
+import numpy as np
+import torch
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
 def multiply_row_by_row() -> None:
@@ -21,3 +25,71 @@ def multiply_row_by_row() -> None:
         return TensorHandle(product[..., 0, :] + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def run_programs_in_any_order() -> None:
+    """Have the programs of a launch run in a random order: on a GPU none may count on another's having run before."""
+    set_size, set_place = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
+    generator = random.Random(0)
+    order: list[tuple[int, ...]] = []
+
+    def set_grid_dim(self, *size):
+        set_size(self, *size)
+        order[:] = np.ndindex(*size)
+        generator.shuffle(order)
+
+    def set_grid_idx(self, *place):
+        set_place(self, *order[np.ravel_multi_index(place, self.grid_dim)])
+
+    InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx = set_grid_dim, set_grid_idx
+
+
+def refuse_foreign_addresses() -> None:
+    """Have loads, stores and atomics raise where a lane that is not masked leaves the tensors of the launch."""
+    begins, ends = np.empty(0, np.uint64), np.empty(0, np.uint64)
+    copied = GridExecutor._init_args_hst
+
+    def tensors(values):
+        for value in values:
+            if isinstance(value, tuple):
+                yield from tensors(value)
+            elif isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(base := getattr(value, "base", None), torch.Tensor):
+                yield base
+
+    def init_args(self, args, kwargs):
+        nonlocal begins, ends
+        found = copied(self, args, kwargs)
+        storages = {t.untyped_storage() for t in tensors([*found[0], *found[1].values()])}
+        spans = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
+        begins, ends = np.array(spans, np.uint64).reshape(-1, 2).T
+        return found
+
+    def checked(name):
+        really = getattr(InterpreterBuilder, name)
+        at, masked = {"create_masked_load": (0, 1), "create_masked_store": (0, 2)}.get(name, (0, None))
+        if name == "create_atomic_rmw":
+            at, masked = 1, 3
+
+        def access(self, *args, **options):
+            addresses = args[at].data
+            if masked is not None and not (mask := args[masked].data).all():
+                addresses = addresses[np.broadcast_to(mask, addresses.shape)]
+            if addresses.size:
+                size = np.uint64(max(1, args[at].get_element_ty().primitive_bitwidth // 8))
+                # All in the memory of one tensor, nearly always.
+                span = np.searchsorted(begins, addresses.min(), "right") - 1
+                if span < 0 or addresses.max() + size > ends[span]:
+                    span = np.searchsorted(begins, addresses, "right") - 1
+                    outside = np.count_nonzero((span < 0) | (addresses + size > ends[span]))
+                    if outside:
+                        of = f"{outside} of {addresses.size} addresses"
+                        raise IndexError(f"{name}: {of} lie outside the launch's tensors")
+            return really(self, *args, **options)
+
+        setattr(InterpreterBuilder, name, access)
+
+    GridExecutor._init_args_hst = init_args
+    for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
+        checked(name)
