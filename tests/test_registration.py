@@ -124,3 +124,54 @@ def test_a_second_derivative_that_there_is_not_is_refused(kernel_backend, device
                 (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
                 with pytest.raises(NotImplementedError, match="gossamer::low_rank_linear_backward has no derivative"):
                     torch.autograd.grad(dx.sum(), a)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it lies on the second GPU."""
+
+    is_cuda = True
+
+    def get_device(self):
+        """The index of that GPU."""
+        return 1
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_run_with_their_tensors_device_as_the_current_one(monkeypatch, current):
+    """Launches go to the current device; the first tensor says which that is to be, also from within a list."""
+    devices = [current]
+
+    @contextlib.contextmanager
+    def change(index):
+        devices.append(index)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", change)
+    seen = []
+    kernel = _registration._on_its_device(lambda *args, **named: seen.append(devices[-1]))
+    there = torch.zeros(2).as_subclass(OnDevice)
+    for args in ((there,), (None, 3, there), ([None, there], torch.zeros(2)), (there, torch.zeros(2))):
+        kernel(*args)
+    assert seen == [1] * 4 and devices == [current]
+    for args in ((torch.zeros(2), there), (3,), ([],)):
+        kernel(*args)
+    assert seen[4:] == [current] * 3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_a_gpu_that_is_not_the_current_one():
+    """Each family forward and backward on the second GPU, the first being the current one."""
+    torch.manual_seed(0)
+    on_cpu = [gossamer.nn.MoE(32, 16, 4, 2), gossamer.nn.LoRALinear(32, 24, 4), gossamer.nn.Embedding(50, 32)]
+    there = torch.device("cuda", 1)
+    with torch.cuda.device(0):
+        for layer in on_cpu:
+            ids = torch.randint(50, (8, 3), device=there)
+            x = ids if isinstance(layer, gossamer.nn.Embedding) else torch.randn(8, 32, device=there)
+            y = layer.to(there)(x)
+            y.square().sum().backward()
+            expected = layer.cpu()(x.cpu())
+            torch.testing.assert_close(y.cpu(), expected, rtol=1e-3, atol=1e-4)
+        assert torch.cuda.current_device() == 0

@@ -34,7 +34,6 @@ from gossamer.triton_kernels.common import (
     dot_precision,
     tile_coordinates,
 )
-from gossamer.triton_kernels.launch import device_guard
 from gossamer.triton_kernels.tiles import Tile
 
 __all__ = ["aot_cases", "dsd", "dsd_tile", "sdd"]
@@ -205,39 +204,38 @@ def dsd(
     elif not gathered and b_by_columns and b.mT.is_contiguous():
         operand, b_tma, b_by_columns = described(side_by_side(b.mT, 0), (tile.block_m, block_k), arch)
     b_parts, y_parts = b.dim() == 3, parts > 0 and by_columns
-    with device_guard(b.device):
-        _dsd_kernel[(triton.cdiv(n, tile.block_m) * num_rows,)](
-            describe(flat, [block_k, bm] if transposed else [bm, block_k]) if values_tma else values,
-            operand,
-            None if bias is None else bias.contiguous(),
-            y,
-            offsets,
-            indices,
-            order,
-            schedule,
-            n,
-            num_rows,
-            b.shape[1] if b_parts else None,
-            height if y_parts else None,
-            b.stride(0) if b_parts else None,
-            *b.stride()[-2:],
-            y.stride(0) if y_parts else None,
-            *y.stride()[-2:],
-            TRANSPOSED=transposed,
-            VALUES_TMA=values_tma,
-            B_TMA=b_tma,
-            B_BY_COLUMNS=b_by_columns,
-            EVEN_N=n % tile.block_m == 0,
-            BIAS_ROWS=by_columns,
-            ACT=activation,
-            PRECISION=dot_precision(b.dtype),
-            BM=bm,
-            BN=bn,
-            BLOCK_N=tile.block_m,
-            BLOCK_K=block_k,
-            GROUP_N=tile.group_m,
-            **tile.options(),
-        )
+    _dsd_kernel[(triton.cdiv(n, tile.block_m) * num_rows,)](
+        describe(flat, [block_k, bm] if transposed else [bm, block_k]) if values_tma else values,
+        operand,
+        None if bias is None else bias.contiguous(),
+        y,
+        offsets,
+        indices,
+        order,
+        schedule,
+        n,
+        num_rows,
+        b.shape[1] if b_parts else None,
+        height if y_parts else None,
+        b.stride(0) if b_parts else None,
+        *b.stride()[-2:],
+        y.stride(0) if y_parts else None,
+        *y.stride()[-2:],
+        TRANSPOSED=transposed,
+        VALUES_TMA=values_tma,
+        B_TMA=b_tma,
+        B_BY_COLUMNS=b_by_columns,
+        EVEN_N=n % tile.block_m == 0,
+        BIAS_ROWS=by_columns,
+        ACT=activation,
+        PRECISION=dot_precision(b.dtype),
+        BM=bm,
+        BN=bn,
+        BLOCK_N=tile.block_m,
+        BLOCK_K=block_k,
+        GROUP_N=tile.group_m,
+        **tile.options(),
+    )
     return y
 
 

@@ -16,7 +16,6 @@ from gossamer.triton_kernels.block_sparse_tile import (
     takes_large_tiles,
 )
 from gossamer.triton_kernels.common import TMA_ARCH, aot_descriptor, aot_signature, arch_of, dot_precision
-from gossamer.triton_kernels.launch import device_guard
 from gossamer.triton_kernels.tiles import Tile
 
 # Offsets of block rows that a program of sdd looks at together when it looks for its own.
@@ -132,36 +131,35 @@ def sdd(
     tile = sdd_tile(bm, bn, a.element_size(), arch)
     blocks = max(1, tile.block_m // bn)
     operand, a_tma, a_by_rows = described(a, (bm, tile.block_k), arch)
-    with device_guard(a.device):
-        _sdd_kernel[(nnz // blocks + num_rows + 1, max(1, bn // tile.block_m))](
-            operand,
-            b,
-            None if bias is None else bias.contiguous(),
-            values,
-            row_offsets,
-            column_indices,
-            a.shape[1],
-            nnz,
-            num_rows,
-            a.stride(0),
-            a.stride(1),
-            b.shape[2] if b_parts else None,
-            b.stride(0) if b_parts else None,
-            *b.stride()[-2:],
-            A_TMA=a_tma,
-            A_BY_ROWS=a_by_rows,
-            EVEN_K=a.shape[1] % tile.block_k == 0,
-            BIAS_ROWS=bias_rows,
-            ACT=activation,
-            PRECISION=dot_precision(a.dtype),
-            BM=bm,
-            BN=bn,
-            BLOCKS=blocks,
-            WIDE=tile.block_m,
-            BLOCK_K=tile.block_k,
-            SEARCH_ROWS=min(SEARCH, triton.next_power_of_2(max(num_rows, 1))),
-            **tile.options(),
-        )
+    _sdd_kernel[(nnz // blocks + num_rows + 1, max(1, bn // tile.block_m))](
+        operand,
+        b,
+        None if bias is None else bias.contiguous(),
+        values,
+        row_offsets,
+        column_indices,
+        a.shape[1],
+        nnz,
+        num_rows,
+        a.stride(0),
+        a.stride(1),
+        b.shape[2] if b_parts else None,
+        b.stride(0) if b_parts else None,
+        *b.stride()[-2:],
+        A_TMA=a_tma,
+        A_BY_ROWS=a_by_rows,
+        EVEN_K=a.shape[1] % tile.block_k == 0,
+        BIAS_ROWS=bias_rows,
+        ACT=activation,
+        PRECISION=dot_precision(a.dtype),
+        BM=bm,
+        BN=bn,
+        BLOCKS=blocks,
+        WIDE=tile.block_m,
+        BLOCK_K=tile.block_k,
+        SEARCH_ROWS=min(SEARCH, triton.next_power_of_2(max(num_rows, 1))),
+        **tile.options(),
+    )
     return values
 
 

@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.launch import device_guard
-
 # Slots of one tile. Ranks within a tile cost TILE comparisons a slot, counts cost E+1 words a span.
 TILE = 128
 # The most slots that one program sorts alone, without counts in memory, and its tile.
@@ -184,23 +182,22 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     shared = {"CONTIGUOUS": expert_ids.is_contiguous(), "TILE": tile, "CHUNK": expert_chunk(num_experts)}
     options = _options(shared["CHUNK"], single)
     counts = offsets
-    with device_guard(device):
-        if not single:
-            counts = torch.empty(num_spans * (num_experts + 1), dtype=torch.int32, device=device)
-            _count_kernel[(num_spans,)](expert_ids, counts, *sizes, **shared, num_warps=options["num_warps"])
-        _place_kernel[(num_spans,)](
-            expert_ids,
-            counts,
-            slots,
-            rows,
-            offsets,
-            *sizes,
-            **shared,
-            SINGLE=single,
-            STRIP=STRIP,
-            COUNTS=COUNTS,
-            **options,
-        )
+    if not single:
+        counts = torch.empty(num_spans * (num_experts + 1), dtype=torch.int32, device=device)
+        _count_kernel[(num_spans,)](expert_ids, counts, *sizes, **shared, num_warps=options["num_warps"])
+    _place_kernel[(num_spans,)](
+        expert_ids,
+        counts,
+        slots,
+        rows,
+        offsets,
+        *sizes,
+        **shared,
+        SINGLE=single,
+        STRIP=STRIP,
+        COUNTS=COUNTS,
+        **options,
+    )
     return slots, rows, offsets
 
 

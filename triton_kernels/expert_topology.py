@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.launch import device_guard
-
 # Experts that one program adds up, or ranks, at a time.
 CHUNK = 1024
 # Numbers of each list that a program writes.
@@ -163,29 +161,28 @@ def expert_topology(offsets: torch.Tensor, sizes: list[int], rows: int, wide: in
     found = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
     row_offsets, columns, row_indices, column_offsets, rows_t, columns_t, order_t, row_schedule, *rest = found
     column_schedule, live_rows, padded_offsets = rest
-    with device_guard(device):
-        _padded_offsets_kernel[(1,)](offsets, padded_offsets, experts, bm, CHUNK=CHUNK, num_warps=4)
-        lists = (padded_offsets, column_offsets, column_schedule)
-        _columns_kernel[(experts,)](*lists, experts, wide, bm, CHUNK=CHUNK, TILE=TILE, num_warps=4)
-        _blocks_kernel[(max(1, triton.cdiv(rows * wide, TILE)),)](
-            offsets,
-            padded_offsets,
-            row_offsets,
-            columns,
-            row_indices,
-            rows_t,
-            columns_t,
-            order_t,
-            row_schedule,
-            live_rows,
-            experts,
-            rows,
-            wide,
-            bm,
-            STEPS=_steps(experts),
-            TILE=TILE,
-            num_warps=4,
-        )
+    _padded_offsets_kernel[(1,)](offsets, padded_offsets, experts, bm, CHUNK=CHUNK, num_warps=4)
+    lists = (padded_offsets, column_offsets, column_schedule)
+    _columns_kernel[(experts,)](*lists, experts, wide, bm, CHUNK=CHUNK, TILE=TILE, num_warps=4)
+    _blocks_kernel[(max(1, triton.cdiv(rows * wide, TILE)),)](
+        offsets,
+        padded_offsets,
+        row_offsets,
+        columns,
+        row_indices,
+        rows_t,
+        columns_t,
+        order_t,
+        row_schedule,
+        live_rows,
+        experts,
+        rows,
+        wide,
+        bm,
+        STEPS=_steps(experts),
+        TILE=TILE,
+        num_warps=4,
+    )
     return found
 
 
@@ -197,20 +194,19 @@ def expert_places(
     slots_of_rows = slots.new_full((padded_rows,), num_slots)
     rows_of_slots = torch.empty_like(slots)
     if num_slots:
-        with device_guard(slots.device):
-            _places_kernel[(triton.cdiv(num_slots, TILE),)](
-                offsets,
-                padded_offsets,
-                slots,
-                slots_of_rows,
-                rows_of_slots,
-                experts,
-                num_slots,
-                padded_rows,
-                STEPS=_steps(experts),
-                TILE=TILE,
-                num_warps=4,
-            )
+        _places_kernel[(triton.cdiv(num_slots, TILE),)](
+            offsets,
+            padded_offsets,
+            slots,
+            slots_of_rows,
+            rows_of_slots,
+            experts,
+            num_slots,
+            padded_rows,
+            STEPS=_steps(experts),
+            TILE=TILE,
+            num_warps=4,
+        )
     return slots_of_rows, rows_of_slots
 
 

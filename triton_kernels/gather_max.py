@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.gather_reduce import NUM_WARPS, bag_range, flat_strides, load_ids, multiple, reduce_tile
-from gossamer.triton_kernels.launch import device_guard
 
 UNROLL = 4
 
@@ -91,28 +90,27 @@ def gather_max(
     if out.numel() == 0:
         return out, argmax
     bags, block_d = reduce_tile(dim, table.element_size())
-    with device_guard(table.device):
-        _gather_max_kernel[(triton.cdiv(num_bags, bags) * triton.cdiv(dim, block_d),)](
-            table,
-            index,
-            None if offsets is None else offsets.contiguous(),
-            out,
-            argmax if need_argmax else None,
-            num_bags,
-            index.numel(),
-            num_rows,
-            padding_idx,
-            index.shape[1] if offsets is None else 0,
-            dim,
-            *table.stride(),
-            *flat_strides(index),
-            CSR=offsets is not None,
-            UNROLL=UNROLL,
-            BAGS=bags,
-            BLOCK_D=block_d,
-            VEC=multiple(table.element_size(), dim, table.stride(0)),
-            num_warps=NUM_WARPS,
-        )
+    _gather_max_kernel[(triton.cdiv(num_bags, bags) * triton.cdiv(dim, block_d),)](
+        table,
+        index,
+        None if offsets is None else offsets.contiguous(),
+        out,
+        argmax if need_argmax else None,
+        num_bags,
+        index.numel(),
+        num_rows,
+        padding_idx,
+        index.shape[1] if offsets is None else 0,
+        dim,
+        *table.stride(),
+        *flat_strides(index),
+        CSR=offsets is not None,
+        UNROLL=UNROLL,
+        BAGS=bags,
+        BLOCK_D=block_d,
+        VEC=multiple(table.element_size(), dim, table.stride(0)),
+        num_warps=NUM_WARPS,
+    )
     return out, argmax
 
 

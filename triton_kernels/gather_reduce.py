@@ -13,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.launch import device_guard
-
 NUM_WARPS = 4
 # Bytes of one table row, or of several short ones side by side, that a program holds at a time: 16 for each thread.
 TILE_BYTES = 16 * 32 * NUM_WARPS
@@ -337,35 +335,34 @@ def gather_reduce(
     bags, block_d = reduce_tile(dim, table.element_size())
     blocks = triton.cdiv(dim, block_d)
     at_once = unroll(width)
-    with device_guard(table.device):
-        gather_reduce_kernel[(triton.cdiv(num_bags, bags) * blocks,)](
-            table,
-            index,
-            offsets.contiguous() if csr else None,
-            weights,
-            limit,
-            None,
-            out,
-            num_bags,
-            index.numel(),
-            num_rows,
-            padding_idx,
-            width,
-            dim,
-            blocks,
-            *table.stride(),
-            dim,
-            *flat_strides(index),
-            *(flat_strides(weights) if weights is not None else (0, 0)),
-            MEAN=mean,
-            CSR=csr,
-            WIDTH=width if width <= at_once else 0,
-            UNROLL=at_once,
-            BAGS=bags,
-            BLOCK_D=block_d,
-            VEC=multiple(table.element_size(), dim, table.stride(0)),
-            num_warps=NUM_WARPS,
-        )
+    gather_reduce_kernel[(triton.cdiv(num_bags, bags) * blocks,)](
+        table,
+        index,
+        offsets.contiguous() if csr else None,
+        weights,
+        limit,
+        None,
+        out,
+        num_bags,
+        index.numel(),
+        num_rows,
+        padding_idx,
+        width,
+        dim,
+        blocks,
+        *table.stride(),
+        dim,
+        *flat_strides(index),
+        *(flat_strides(weights) if weights is not None else (0, 0)),
+        MEAN=mean,
+        CSR=csr,
+        WIDTH=width if width <= at_once else 0,
+        UNROLL=at_once,
+        BAGS=bags,
+        BLOCK_D=block_d,
+        VEC=multiple(table.element_size(), dim, table.stride(0)),
+        num_warps=NUM_WARPS,
+    )
     return out
 
 
@@ -394,31 +391,30 @@ def gather_dot(
         return out
     width = 0 if csr else index.shape[1]
     positions, block_d = dot_tile(dim, table.element_size(), None if csr else width)
-    with device_guard(table.device):
-        gather_dot_kernel[(num_bags,)](
-            dout,
-            table,
-            index,
-            offsets.contiguous() if csr else None,
-            limit,
-            None,
-            out,
-            num_bags,
-            index.numel(),
-            num_rows,
-            padding_idx,
-            width,
-            dim,
-            *dout.stride(),
-            *table.stride(),
-            *flat_strides(index),
-            MEAN=mean,
-            CSR=csr,
-            POSITIONS=positions,
-            BLOCK_D=block_d,
-            VEC=multiple(table.element_size(), dim, table.stride(0), dout.stride(0)),
-            num_warps=NUM_WARPS,
-        )
+    gather_dot_kernel[(num_bags,)](
+        dout,
+        table,
+        index,
+        offsets.contiguous() if csr else None,
+        limit,
+        None,
+        out,
+        num_bags,
+        index.numel(),
+        num_rows,
+        padding_idx,
+        width,
+        dim,
+        *dout.stride(),
+        *table.stride(),
+        *flat_strides(index),
+        MEAN=mean,
+        CSR=csr,
+        POSITIONS=positions,
+        BLOCK_D=block_d,
+        VEC=multiple(table.element_size(), dim, table.stride(0), dout.stride(0)),
+        num_warps=NUM_WARPS,
+    )
     return out
 
 

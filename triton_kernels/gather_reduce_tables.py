@@ -16,7 +16,6 @@ from gossamer.triton_kernels.gather_reduce import (
     multiple,
     reduce_tile,
 )
-from gossamer.triton_kernels.launch import device_guard
 
 
 def feature_dims(spec: Sequence[int]) -> list[int]:
@@ -47,38 +46,37 @@ def gather_reduce_tables(
     if out.numel() == 0:
         return out
     bags, block_d, blocks = feature_tile(dims, storage.element_size())
-    with device_guard(storage.device):
-        gather_reduce_kernel[(len(dims) * triton.cdiv(num_bags, bags) * blocks,)](
-            storage,
-            index,
-            offsets.contiguous(),
-            weights,
-            None,
-            layout,
-            out,
-            num_bags,
-            index.numel(),
-            0,
-            -1,
-            0,
-            0,
-            blocks,
-            0,
-            1,
-            out.stride(0),
-            0,
-            index.stride(0),
-            0,
-            weights.stride(0) if weights is not None else 0,
-            MEAN=False,
-            CSR=True,
-            WIDTH=0,
-            UNROLL=UNROLL,
-            BAGS=bags,
-            BLOCK_D=block_d,
-            VEC=multiple(storage.element_size(), *dims),
-            num_warps=NUM_WARPS,
-        )
+    gather_reduce_kernel[(len(dims) * triton.cdiv(num_bags, bags) * blocks,)](
+        storage,
+        index,
+        offsets.contiguous(),
+        weights,
+        None,
+        layout,
+        out,
+        num_bags,
+        index.numel(),
+        0,
+        -1,
+        0,
+        0,
+        blocks,
+        0,
+        1,
+        out.stride(0),
+        0,
+        index.stride(0),
+        0,
+        weights.stride(0) if weights is not None else 0,
+        MEAN=False,
+        CSR=True,
+        WIDTH=0,
+        UNROLL=UNROLL,
+        BAGS=bags,
+        BLOCK_D=block_d,
+        VEC=multiple(storage.element_size(), *dims),
+        num_warps=NUM_WARPS,
+    )
     return out
 
 
@@ -100,31 +98,30 @@ def gather_dot_tables(
     if out.numel() == 0 or num_bags == 0:
         return out
     positions, block_d = dot_tile(-(-sum(dims) // len(dims)), storage.element_size(), None)
-    with device_guard(storage.device):
-        gather_dot_kernel[(len(dims) * num_bags,)](
-            dout,
-            storage,
-            index,
-            offsets.contiguous(),
-            None,
-            layout,
-            out,
-            num_bags,
-            index.numel(),
-            0,
-            -1,
-            0,
-            0,
-            *dout.stride(),
-            0,
-            1,
-            0,
-            index.stride(0),
-            MEAN=False,
-            CSR=True,
-            POSITIONS=positions,
-            BLOCK_D=block_d,
-            VEC=multiple(storage.element_size(), *dims, dout.stride(0)),
-            num_warps=NUM_WARPS,
-        )
+    gather_dot_kernel[(len(dims) * num_bags,)](
+        dout,
+        storage,
+        index,
+        offsets.contiguous(),
+        None,
+        layout,
+        out,
+        num_bags,
+        index.numel(),
+        0,
+        -1,
+        0,
+        0,
+        *dout.stride(),
+        0,
+        1,
+        0,
+        index.stride(0),
+        MEAN=False,
+        CSR=True,
+        POSITIONS=positions,
+        BLOCK_D=block_d,
+        VEC=multiple(storage.element_size(), *dims, dout.stride(0)),
+        num_warps=NUM_WARPS,
+    )
     return out

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.gather_reduce import DIM, ELEMENT, ROW, multiple
-from gossamer.triton_kernels.launch import device_guard
 from gossamer.triton_kernels.row_gradients import (
     PIECE,
     TILE,
@@ -345,80 +344,79 @@ def sparse_update_(
     strides = [t.stride(0) if t is not None else 0 for t in (table, state1, state2)]
     full = [t.stride(0) for t in (table, state1, state2) if layout is None and t is not None and t.dim() == 2]
     vec = multiple(min(itemsize, dout.element_size()), *dims, *full, dout.stride(0))
-    with device_guard(device):
-        keys, ids, order, bags = sorted_rows(index, offsets, padding_idx, num_rows, num_bags, layout)
-        averaged = any(spec[5::6]) if layout is not None else mean
-        counts = bag_counts(keys, offsets, num_rows, num_bags, layout) if averaged else None
-        del keys
-        runs, num_runs = find_runs(ids)
-        windows = triton.cdiv(num_positions, PIECE)
-        partial = torch.empty(2 * windows, dim, dtype=torch.float32, device=device)
-        lists = (bags, offsets, weights, counts, argmax, layout, dout)
-        lanes, block_d = piece_tile(dim)
-        width = 0 if offsets is not None else index.shape[1]
-        sum_pieces_kernel[(2 * windows, triton.cdiv(dim, block_d))](
+    keys, ids, order, bags = sorted_rows(index, offsets, padding_idx, num_rows, num_bags, layout)
+    averaged = any(spec[5::6]) if layout is not None else mean
+    counts = bag_counts(keys, offsets, num_rows, num_bags, layout) if averaged else None
+    del keys
+    runs, num_runs = find_runs(ids)
+    windows = triton.cdiv(num_positions, PIECE)
+    partial = torch.empty(2 * windows, dim, dtype=torch.float32, device=device)
+    lists = (bags, offsets, weights, counts, argmax, layout, dout)
+    lanes, block_d = piece_tile(dim)
+    width = 0 if offsets is not None else index.shape[1]
+    sum_pieces_kernel[(2 * windows, triton.cdiv(dim, block_d))](
+        ids,
+        order,
+        *lists,
+        partial,
+        num_positions,
+        num_bags,
+        num_rows,
+        width,
+        dim,
+        *dout.stride(),
+        dim,
+        PIECE=PIECE,
+        LANES=lanes,
+        BLOCK_D=block_d,
+        VEC=vec,
+        num_warps=4,
+    )
+    tile, block_d, num_warps = step_tile(dim)
+    for long in (False, True):
+        grid = windows if long else _grid(device, triton.cdiv(num_positions, tile))
+        _step_kernel[(grid,)](
             ids,
             order,
-            *lists,
+            num_runs,
+            runs,
             partial,
+            *lists,
+            table,
+            state1,
+            state2,
+            lr,
+            step,
             num_positions,
             num_bags,
             num_rows,
             width,
             dim,
+            seed,
+            *strides,
             *dout.stride(),
             dim,
+            rate,
+            weight_decay,
+            beta1,
+            beta2,
+            *logs,
+            eps,
+            l1,
+            l2,
+            clip_value,
+            clip_norm,
+            ALGORITHM=algorithm,
+            FLAGS=flags,
+            STOCHASTIC=bool(stochastic) and itemsize == 2,
+            LONG=long,
             PIECE=PIECE,
-            LANES=lanes,
+            LANES=max(1, LANES_TILE // block_d) if long else UNROLL,
+            RUNS=1 if long else tile,
             BLOCK_D=block_d,
             VEC=vec,
-            num_warps=4,
+            **step_options(num_warps, long),
         )
-        tile, block_d, num_warps = step_tile(dim)
-        for long in (False, True):
-            grid = windows if long else _grid(device, triton.cdiv(num_positions, tile))
-            _step_kernel[(grid,)](
-                ids,
-                order,
-                num_runs,
-                runs,
-                partial,
-                *lists,
-                table,
-                state1,
-                state2,
-                lr,
-                step,
-                num_positions,
-                num_bags,
-                num_rows,
-                width,
-                dim,
-                seed,
-                *strides,
-                *dout.stride(),
-                dim,
-                rate,
-                weight_decay,
-                beta1,
-                beta2,
-                *logs,
-                eps,
-                l1,
-                l2,
-                clip_value,
-                clip_norm,
-                ALGORITHM=algorithm,
-                FLAGS=flags,
-                STOCHASTIC=bool(stochastic) and itemsize == 2,
-                LONG=long,
-                PIECE=PIECE,
-                LANES=max(1, LANES_TILE // block_d) if long else UNROLL,
-                RUNS=1 if long else tile,
-                BLOCK_D=block_d,
-                VEC=vec,
-                **step_options(num_warps, long),
-            )
 
 
 def aot_cases(arch: int) -> list[tuple]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,29 @@ def _function(name: str, forward: Callable, backward: Callable) -> type[torch.au
     return type(f"Differentiable_{name}", (torch.autograd.Function,), methods)
 
 
+def _first_tensor(args: tuple) -> Tensor | None:
+    for value in args:
+        if isinstance(value, (list, tuple)):
+            value = _first_tensor(value)
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _on_its_device(kernel: Callable) -> Callable:
+    """The kernel with its tensors' device as the current one, whose stream launches go to."""
+
+    @functools.wraps(kernel)
+    def launch(*args, **named):
+        first = _first_tensor(args)
+        if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return kernel(*args, **named)
+        with torch.cuda.device(first.get_device()):
+            return kernel(*args, **named)
+
+    return launch
+
+
 def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Define the operator ``gossamer::NAME(...)`` with one kernel for CPU and CUDA and its fake kernel.
 
@@ -61,7 +85,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
 
     Args:
         schema: name and signature, such as ``"dispatch(Tensor expert_ids) -> Tensor"``.
-        kernel: the implementation, tensors in and tensors out.
+        kernel: the implementation, tensors in and tensors out; its first tensor's device is the current one in it.
         fake: the shape-only implementation for meta and fake tensors.
 
     Returns:
@@ -69,6 +93,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         where the dispatcher would do no more: each way through C++ and back takes ten microseconds.
     """
     name = schema.split("(", 1)[0]
+    kernel = _on_its_device(kernel)
     torch.library.define(f"gossamer::{name}", schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"gossamer::{name}", ("CPU", "CUDA"), kernel)
     torch.library.register_fake(f"gossamer::{name}", fake)
