@@ -76,7 +76,7 @@ fi
 # Whether it pays that blocks share weights in pairs: the same layer without.
 alone='import sys; from gossamer import _C, cli; _C.set_hopper_paired_from(2**62); sys.argv[0] = "gossamer"; cli.main()'
 for shape in olmoe mixtral; do
-  step "layer, $shape, blocks alone" 75 python3 -c "$alone" bench moe --shape "$shape" --dtype bf16 --device cuda \
+  step "layer, $shape, blocks alone" 75 env PYTHONSAFEPATH=1 python3 -c "$alone" bench moe --shape "$shape" --dtype bf16 --device cuda \
     --peers none --json "$out/moe-hopper-alone-$shape-$device.json"
 done
 # Last, since its search for tiles may take longer than all of the above.

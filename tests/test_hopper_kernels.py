@@ -47,8 +47,7 @@ def paired(request, model):
     """Whether blocks share the weights' tiles in pairs, here whatever the number of rows."""
     module = model or gossamer._C
     before = module.hopper_paired_from()
-    if request.param:
-        module.set_hopper_paired_from(0)
+    module.set_hopper_paired_from(0 if request.param else 2**62)
     yield request.param
     module.set_hopper_paired_from(before)
 

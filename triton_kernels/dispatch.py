@@ -5,6 +5,8 @@ Floor: R ids read twice, 2·R int32 written, and ``(E+1)·spans`` counts written
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,12 +16,14 @@ TILE = 128
 # The most slots that one program sorts alone, without counts in memory, and its tile.
 SINGLE_SLOTS = 512
 SINGLE_TILE = 256
-# The most programs. Each adds up the counts of all, SPANS·(E+1) words, rather than wait for a launch that would: at 128
-# experts 130 KB from the second-level cache, about what a multiprocessor reads while another launch starts.
+# The most programs. Each adds up the counts of all, rather than wait for another launch that would: programs²·(E+1)
+# words from the second-level cache, which MOST_COUNTS bounds where there are many experts. Neither is timed yet.
 SPANS = 256
-# Experts that a program follows at once, and counts that it reads at a time.
+MOST_COUNTS = 1 << 24
+# Experts that a program follows at once, and the counts that it reads at a time, of at most AT_ONCE spans.
 MOST_EXPERTS = 2048
-COUNTS = 2048
+COUNTS = 4096
+AT_ONCE = 32
 STRIP = 8
 
 _SIZES = ["num_rows", "top_k", "stride_t", "stride_k", "num_experts", "num_spans", "tiles"]
@@ -30,10 +34,16 @@ def expert_chunk(num_experts: int) -> int:
     return max(32, min(MOST_EXPERTS, triton.next_power_of_2(num_experts + 1)))
 
 
-def spans_of(num_rows: int) -> tuple[int, int]:
-    """Programs, and tiles of each: one tile while there are no more than ``SPANS``."""
+def spans_at_once(chunk: int) -> int:
+    """Spans whose counts of ``chunk`` experts a program reads at a time."""
+    return max(1, min(AT_ONCE, COUNTS // chunk))
+
+
+def spans_of(num_rows: int, num_experts: int) -> tuple[int, int]:
+    """Programs, and tiles of each: one tile while that is no more than there may be programs."""
     tiles = triton.cdiv(num_rows, TILE)
-    tiles_per_span = triton.cdiv(tiles, SPANS)
+    most = min(SPANS, max(32, math.isqrt(MOST_COUNTS // (num_experts + 1))))
+    tiles_per_span = triton.cdiv(tiles, most)
     return triton.cdiv(tiles, tiles_per_span), tiles_per_span
 
 
@@ -119,7 +129,7 @@ def _place_kernel(
     TILE: tl.constexpr,
     STRIP: tl.constexpr,
     CHUNK: tl.constexpr,
-    COUNTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Write each slot of a span to its row; SINGLE: the span holds all slots, and nothing was counted before."""
     span = tl.program_id(0).to(tl.int64)
@@ -133,7 +143,6 @@ def _place_kernel(
             )
             before = tl.zeros((CHUNK,), tl.int32)
         else:
-            AT_ONCE: tl.constexpr = COUNTS // CHUNK if CHUNK < COUNTS else 1
             totals = tl.zeros((CHUNK,), tl.int32)
             before = tl.zeros((CHUNK,), tl.int32)
             for other in range(0, num_spans, AT_ONCE):
@@ -177,7 +186,7 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     single = num_rows <= SINGLE_SLOTS
     tile = SINGLE_TILE if single else TILE
-    num_spans, tiles = (1, triton.cdiv(num_rows, tile)) if single else spans_of(num_rows)
+    num_spans, tiles = (1, triton.cdiv(num_rows, tile)) if single else spans_of(num_rows, num_experts)
     sizes = (num_rows, top_k, *expert_ids.stride(), num_experts, num_spans, tiles)
     shared = {"CONTIGUOUS": expert_ids.is_contiguous(), "TILE": tile, "CHUNK": expert_chunk(num_experts)}
     options = _options(shared["CHUNK"], single)
@@ -195,7 +204,7 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
         **shared,
         SINGLE=single,
         STRIP=STRIP,
-        COUNTS=COUNTS,
+        AT_ONCE=spans_at_once(shared["CHUNK"]),
         **options,
     )
     return slots, rows, offsets
@@ -223,6 +232,6 @@ def aot_cases(arch: int) -> list[tuple]:
             warps = _options(chunk, False)["num_warps"]
             cases.append((_count_kernel, signature, shared, {"num_warps": warps}))
             for single, tile in ((False, TILE), (True, SINGLE_TILE)):
-                place = {**shared, "TILE": tile, "SINGLE": single, "STRIP": STRIP, "COUNTS": COUNTS}
+                place = {**shared, "TILE": tile, "SINGLE": single, "STRIP": STRIP, "AT_ONCE": spans_at_once(chunk)}
                 cases.append((_place_kernel, signature | outputs, place, _options(chunk, single)))
     return cases

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "cpu/dtype.h"
@@ -23,6 +25,11 @@ using PyVector = std::tuple<uintptr_t, int64_t, int>;
 using PyGroups = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 // (pointer, expert stride, row stride, column stride)
 using PyWeights = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+// Raises what CUDA said, where it said something.
+inline void raise_cuda(const char* what, const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("gossamer ") + what + ": CUDA error: " + error);
+}
 
 template <class T>
 T* pointer(uintptr_t address) {

@@ -5,9 +5,6 @@
 #include "cuda/hopper/pipeline.h"
 #include "cuda/hopper/schedule.h"
 #ifdef GOSSAMER_WITH_CUDA
-#include <stdexcept>
-#include <string>
-
 #include "cuda/expert_mlp.cuh"
 #include "cuda/grouped_matmul.cuh"
 #endif
@@ -118,9 +115,7 @@ cuda::ActivationView activation(const PyDeviceActivation& a) {
 
 cuda::Where where(const PyWhere& w) { return {std::get<0>(w), pointer<void>(std::get<1>(w))}; }
 
-void raise(const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string("gossamer on Hopper: ") + error);
-}
+void raise_of_hopper(const char* error) { raise_cuda("on Hopper", error); }
 
 void register_products(py::module_& m) {
   m.def("hopper_paired_from", &cuda::paired_from, "Mean rows an expert from which two blocks share a weight's tile.");
@@ -129,7 +124,7 @@ void register_products(py::module_& m) {
       "hopper_grouped_matmul",
       [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w,
          uintptr_t bias, uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
-        raise(cuda::grouped_matmul({bfloat16, routing(g), n, c, rows(x), weight(w), pointer<const void>(bias),
+        raise_of_hopper(cuda::grouped_matmul({bfloat16, routing(g), n, c, rows(x), weight(w), pointer<const void>(bias),
                                     pointer<void>(y), scatter, zero_dropped},
                                    where(at)));
       },
@@ -138,7 +133,7 @@ void register_products(py::module_& m) {
       "hopper_grouped_matmul_dweight",
       [](bool bfloat16, const PyGroups& g, const PyRows& a, const PyRows& b, uintptr_t out, int64_t expert_stride,
          int64_t outer_stride, const PyWhere& at) {
-        raise(cuda::grouped_matmul_dweight(
+        raise_of_hopper(cuda::grouped_matmul_dweight(
             {bfloat16, routing(g), rows(a), rows(b), pointer<void>(out), expert_stride, outer_stride}, where(at)));
       },
       "Outer products summed over the rows of each expert.");
@@ -146,7 +141,7 @@ void register_products(py::module_& m) {
       "hopper_expert_up",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
          uintptr_t bias, const PyDeviceActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
-        raise(cuda::expert_up({bfloat16, routing(g), inner, c, rows(x), weight(gate_up), pointer<const void>(bias),
+        raise_of_hopper(cuda::expert_up({bfloat16, routing(g), inner, c, rows(x), weight(gate_up), pointer<const void>(bias),
                                activation(form), pointer<void>(act), pointer<void>(preact)},
                               where(at)));
       },
@@ -158,7 +153,7 @@ void register_products(py::module_& m) {
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
          const PyDeviceActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
          uintptr_t weights, bool weights_float32, const PyWhere& at) {
-        raise(cuda::expert_down_backward(
+        raise_of_hopper(cuda::expert_down_backward(
             {bfloat16, routing(g), inner, c, rows(dy), weight(down), activation(form), pointer<const void>(preact),
              pointer<void>(dpreact), pointer<void>(act), pointer<float>(partial), pointer<const void>(weights),
              weights_float32},

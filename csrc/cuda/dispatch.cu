@@ -9,9 +9,10 @@ namespace gossamer::cuda::counting_sort {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// The most blocks. Each adds up the counts of all, kSpans·(E+1) words from the second-level cache, rather than wait for
-// another launch that would.
+// The most blocks. Each adds up the counts of all, rather than wait for another launch that would: blocks²·(E+1) words
+// from the second-level cache, which kCounts bounds where there are many experts. Neither is timed yet.
 constexpr int64_t kSpans = 256;
+constexpr int64_t kCounts = 1 << 24;
 // The most slots that one block counts and places by itself.
 constexpr int64_t kSingleSlots = 2048;
 // Experts of one pass; more take more passes.
@@ -76,6 +77,7 @@ __device__ void add_spans(const Params& p, int first, int width, int32_t* totals
   for (int item = threadIdx.x; item < width * parts; item += kThreads) {
     const int b = item % width;
     int total = 0, mine = 0;
+#pragma unroll 8
     for (int64_t span = item / width; span < p.num_spans; span += parts) {
       const int counted = p.args.scratch[span * num_bins + first + b];
       total += counted;
@@ -164,8 +166,10 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Params p) {
 
 Params params_of(const DispatchArgs& args) {
   if (args.num_rows <= kSingleSlots) return {args, 1, args.num_rows};
+  int64_t most = kSpans;
+  while (most * most * (args.num_experts + 1) > kCounts && most > 32) most /= 2;
   const int64_t rounds = (args.num_rows + kThreads - 1) / kThreads;
-  const int64_t span = (rounds + kSpans - 1) / kSpans * kThreads;
+  const int64_t span = (rounds + most - 1) / most * kThreads;
   return {args, (args.num_rows + span - 1) / span, span};
 }
 
@@ -190,6 +194,7 @@ namespace gossamer::cuda {
 int64_t dispatch_scratch_size(int64_t num_rows, int64_t num_experts) {
   DispatchArgs args{};
   args.num_rows = num_rows;
+  args.num_experts = num_experts;
   const int64_t spans = counting_sort::params_of(args).num_spans;
   return spans == 1 ? 0 : spans * (num_experts + 1);
 }

@@ -145,6 +145,15 @@ __device__ __forceinline__ int64_t num_clusters() {
   return gridDim.x / S::kCluster;
 }
 
+// The block's part of the cluster's rows, which may be none: it then starts where the group ends.
+template <class S>
+__device__ __forceinline__ void take_part(Tile& tile) {
+  if constexpr (S::kCluster > 1) {
+    const int64_t row = tile.row + int64_t{cluster_rank()} * S::kBlockM;
+    tile.row = static_cast<int32_t>(min(row, int64_t{tile.row_end}));
+  }
+}
+
 template <class Problem>
 __device__ __forceinline__ void consume(const typename Problem::Params& p, const Shared<typename Problem::S>& shared,
                                         int group) {
@@ -161,7 +170,7 @@ __device__ __forceinline__ void consume(const typename Problem::Params& p, const
   }
   Tile tile;
   for (; schedule.seek(index, tile); index += (S::kPingPong ? 2 : 1) * num_clusters<S>()) {
-    if constexpr (S::kCluster > 1) tile.row += static_cast<int32_t>(cluster_rank()) * S::kBlockM;
+    take_part<S>(tile);
     float acc[S::kBlocks][S::kBlockN / 2];
     if constexpr (S::kPingPong) {
       barrier_wait(shared.turn(group), turn_parity);
@@ -188,7 +197,7 @@ __device__ __forceinline__ void produce(const typename Problem::Params& p, const
   RingPosition at{0, 0};
   Tile tile;
   for (int64_t index = first_tile<S>(); schedule.seek(index, tile); index += num_clusters<S>()) {
-    if constexpr (S::kCluster > 1) tile.row += static_cast<int32_t>(cluster_rank()) * S::kBlockM;
+    take_part<S>(tile);
     Problem::load_tile(p, tile, shared, at);
   }
   // Stays until every stage has been read: nothing that it started is in flight when it ends.

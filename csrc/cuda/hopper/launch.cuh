@@ -81,7 +81,7 @@ inline bool few_rows(const cuda::RoutingView& view) { return view.num_rows <= kP
 // Whether experts have so many rows that two blocks may share a weight's tile: the half of the last pair of tiles that an
 // expert wastes on average is then a sixteenth of its work or less.
 inline bool many_rows(const cuda::RoutingView& view) {
-  return view.num_rows >= cuda::paired_from() * std::max<int64_t>(view.num_experts, 1);
+  return view.num_rows / std::max<int64_t>(view.num_experts, 1) >= cuda::paired_from();
 }
 
 // At most so many row tiles, whatever the routing.
