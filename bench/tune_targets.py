@@ -13,6 +13,7 @@ import gossamer
 from gossamer.bench.case import DTYPES, FloatGate, Outputs, Request
 from gossamer.bench.experts import WHOLE, make_problem
 from gossamer.triton_kernels import expert_mlp, expert_mlp_backward, grouped_matmul, grouped_matmul_dweight
+from gossamer.triton_kernels.common import dot_precision
 from gossamer.triton_kernels.tiles import Problem, Tile
 
 # Weights of so many experts, spread evenly, are checked where checking all would take long.
@@ -113,7 +114,7 @@ def _gate(layer: _Layer, expected: Callable[[int, torch.dtype], Outputs], by_exp
 
 def _problem(layer: _Layer, kernel: str, form: str, n: int, c: int) -> Problem:
     name = {dtype: name for name, dtype in DTYPES.items()}[layer.x.dtype]
-    if name == "fp32" and torch.backends.cuda.matmul.allow_tf32:
+    if dot_precision(layer.x.dtype) == "tf32":
         name = "tf32"
     e = layer.gate_up.shape[0]
     return Problem(kernel, form, name, layer.dispatch.slots.shape[0] / e, e, n, c)

@@ -9,6 +9,8 @@ from helpers import check, make_dispatch
 import gossamer
 import gossamer.testing
 from gossamer.ops.expert_mlp import expert_mlp_reference
+from gossamer.triton_kernels import grouped_matmul_dweight
+from gossamer.triton_kernels.common import dot_precision
 
 MODULES = ("expert_mlp", "expert_mlp_backward", "grouped_matmul", "grouped_matmul_dweight")
 
@@ -79,3 +81,24 @@ def test_no_garbage_reaches_a_weight_gradient_by_whole_blocks(hopper):
         assert torch.isfinite(grad).all()
         assert grad[0].any() and grad[2].any()
         assert not grad[[1, 3, 4]].any()
+
+
+def test_rows_that_descriptors_cannot_copy_are_gathered(monkeypatch):
+    """Columns of wider rows: aligned where they lie, and not as rows of their own."""
+    monkeypatch.setattr(grouped_matmul_dweight, "arch_of", lambda tensor: 90)
+    x = torch.zeros(64, grouped_matmul_dweight.PADDED_FROM, dtype=torch.bfloat16)
+    for width, form in ((1008, "padded"), (1001, "gathered")):
+        dy = torch.zeros(64, 1008, dtype=torch.bfloat16)[:, :width]
+        assert grouped_matmul_dweight.operand_form(x, dy, 0, 2, True) == (True, form)
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_tf32_is_taken_where_torch_may_take_it(setting):
+    """However it was allowed: reading torch's older flag raises after its newer one was set."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert dot_precision(torch.float32) == setting
+        assert dot_precision(torch.float16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -342,6 +342,7 @@ def test_compiles_whole(device):
             r"in \[1, min\(N, C\)\] with N=97, C=47",
         ),
         ({"down_lora": (torch.ones(E, 48, I), torch.ones(E, H, 48))}, ValueError, "got 48"),
+        ({"lora_scale": torch.ones(2)}, ValueError, r"lora_scale must be one number, got a tensor of shape \(2,\)"),
         (
             {"down_lora": (torch.ones(E, 2, I).half(), torch.ones(E, H, 2).half())},
             TypeError,

@@ -449,6 +449,16 @@ def test_no_gradient_from_behind(kernel_backend, device):
     assert all(tensor.grad is None for tensor in inputs.values())
 
 
+def test_a_scale_in_a_tensor_is_its_number(any_backend, device):
+    """One that lies on the CPU, as settings of a model may."""
+    x, weight, a, b = (torch.randn(shape, device=device) for shape in ((5, 6), (7, 6), (2, 6), (7, 2)))
+    with gossamer.backend(any_backend):
+        expected = gossamer.low_rank_linear(x, weight, a, b, scale=0.5)
+        assert torch.equal(gossamer.low_rank_linear(x, weight, a, b, scale=torch.tensor(0.5)), expected)
+        with pytest.raises(ValueError, match="scale must be a number or a tensor on the CPU, got one on meta"):
+            gossamer.low_rank_linear(x, weight, a, b, scale=torch.tensor(0.5, device="meta"))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(any_backend, device, name):
     """What is wrong is said before anything runs, with the argument, the rule and the values."""

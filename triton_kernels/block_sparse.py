@@ -225,7 +225,8 @@ def dsd(
         VALUES_TMA=values_tma,
         B_TMA=b_tma,
         B_BY_COLUMNS=b_by_columns,
-        EVEN_N=n % tile.block_m == 0,
+        # Of columns it means nothing, and n may be the number of tokens.
+        EVEN_N=b_by_columns or n % tile.block_m == 0,
         BIAS_ROWS=by_columns,
         ACT=activation,
         PRECISION=dot_precision(b.dtype),

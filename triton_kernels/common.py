@@ -48,7 +48,9 @@ def grid_size(num_tiles: int, tile: Tile, tensor: torch.Tensor) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: TF32 only where torch's own matmuls may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32, which raises where the setting was made by this name.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def choose_tile(

@@ -38,7 +38,9 @@ def operand_form(x: torch.Tensor, dy: torch.Tensor, x_div: int, dy_div: int, fin
     """Whether ``x`` is read by descriptor, and the form of the launch: ``"padded"`` where ``dy`` is copied first."""
     arch = arch_of(x)
     x_tma = finite and x_div == 0 and dy_div > 0 and can_describe(x, arch)
-    padded = x_tma and x.shape[1] >= PADDED_FROM and x.element_size() == 2 and can_describe(dy, arch)
+    # Copied rows are as wide as those of dy and follow each other without a gap.
+    packed = dy.shape[1] * dy.element_size() % 16 == 0
+    padded = x_tma and x.shape[1] >= PADDED_FROM and x.element_size() == 2 and packed and can_describe(dy, arch)
     return x_tma, "padded" if padded else "gathered"
 
 

@@ -202,6 +202,11 @@ def low_rank_tile(tile: Tile, quantized: bool, dropped: bool) -> Tile:
     return replace(tile, block_n=min(tile.block_n, 128)) if dropped else tile
 
 
+def decoding_tile(tile: Tile, run: int) -> Tile:
+    """The tile for weights whose scales change every ``run`` columns: each stage has a scale for each column of one."""
+    return replace(tile, num_warps=8, num_stages=2) if run == 1 else tile
+
+
 def low_rank_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -254,6 +259,7 @@ def low_rank_matmul(
         flags = {"W_TMA": False, "W_TRANSPOSED": transposed}
         strides = (0, 0)
         numbers["RUN"] = run_length(weight_format, columns if transposed else depth, block_sizes[0], block)
+        tile = decoding_tile(tile, numbers["RUN"])
     else:
         weight = weight.T if transposed else weight
         w, flags = weight_operand(weight.unsqueeze(0), arch, tile.block_n, tile.block_k)
@@ -392,7 +398,9 @@ def low_rank_linear_backward(
     return dx, dweight, da, db, dbias
 
 
-def _aot_case(arch: int, precision: str, rows: int, weight_format: str, transposed: bool, dropped: bool) -> tuple:
+def _aot_case(
+    arch: int, precision: str, rows: int, weight_format: str, transposed: bool, dropped: bool, run: int | None = None
+) -> tuple:
     dtype, quantized = aot_dtype(precision), weight_format != "float"
     problem = Problem("grouped_matmul", "sorted", precision, rows, 1, 4096, 4096)
     tile = low_rank_tile(choose(problem, arch), quantized, dropped)
@@ -409,7 +417,9 @@ def _aot_case(arch: int, precision: str, rows: int, weight_format: str, transpos
     if tma:
         signature["x"] = aot_descriptor(dtype, [tile.block_m, tile.block_k])
     if quantized:
-        types, values = aot_weight(weight_format, tile.block_n if transposed else tile.block_k)
+        run = run or (tile.block_n if transposed else tile.block_k)
+        types, values = aot_weight(weight_format, run)
+        tile = decoding_tile(tile, run)
         signature |= {"w": "*u8:16", **types}
         return (
             _low_rank_matmul_kernel,
@@ -437,6 +447,9 @@ def aot_cases(arch: int) -> list[tuple]:
         _aot_case(arch, "fp32", 8192, "float", True, False),
         _aot_case(arch, "bf16", 64, "nf4", False, False),
         _aot_case(arch, "bf16", 64, "nf4", True, True),
+        # An odd number of columns.
+        _aot_case(arch, "bf16", 64, "nf4", False, False, 1),
+        _aot_case(arch, "bf16", 64, "nf4", True, False, 1),
         _aot_case(arch, "bf16", 64, "fp8", True, False),
         _aot_case(arch, "bf16", 64, "int8", False, False),
     ]

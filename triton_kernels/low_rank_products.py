@@ -52,7 +52,6 @@ def _row_products_kernel(
     stride_big,
     stride_small_k,
     stride_small_j,
-    stride_split,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,7 +74,7 @@ def _row_products_kernel(
             tile = tl.where(keep_mask(seed_ptr, r, k0, bound, BLOCK_K), tile, 0.0).to(tile.dtype)
         small = tl.load(small_columns + k.to(tl.int64)[:, None] * stride_small_k, mask=k[:, None] < depth, other=0.0)
         acc = tl.dot(tile, small, acc, input_precision=PRECISION)
-    to = out_ptr + split.to(tl.int64) * stride_split + r.to(tl.int64)[:, None] * rank + j[None, :]
+    to = out_ptr + (split.to(tl.int64) * rows + r)[:, None] * rank + j[None, :]
     tl.store(to, (acc * factor).to(out_ptr.dtype.element_ty), (r < rows)[:, None] & (j < rank)[None, :])
 
 
@@ -221,7 +220,6 @@ def row_products(
         signed_bound(dropout),
         big.stride(0),
         *small.stride(),
-        rows * rank,
         PRECISION=dot_precision(big.dtype),
         **blocks,
         **options,
@@ -291,7 +289,7 @@ def aot_cases(arch: int) -> list[tuple]:
         common = {"rows": "i32", "blocks": "i32", "bound": "i32", "factor": "fp32"}
         given = {"PRECISION": "ieee"} | ({} if dropped else {"seed_ptr": None})
         seed = {"seed_ptr": "*i64:16"} if dropped else {}
-        signature = aot_signature(dtype, "big_ptr small_ptr", "", "depth rank stride_big stride_small_j stride_split")
+        signature = aot_signature(dtype, "big_ptr small_ptr", "", "depth rank stride_big stride_small_j")
         signature |= {"out_ptr": "*fp32:16"} | common | seed
         blocks, options = row_tile(8192, rank, dtype)
         cases.append((_row_products_kernel, signature, given | {"stride_small_k": 1} | blocks, options))

@@ -114,8 +114,8 @@ def _dequantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column0 = tl.program_id(0) * COLUMNS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column0 = tl.program_id(1) * COLUMNS
     value = load_tile(
         data_ptr,
         (code_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr),
@@ -177,7 +177,8 @@ def dequantize(
     """
     out = torch.empty(n, c, dtype=dtype, device=data.device)
     data, state, numbers = operands(data, state, weight_format, block_sizes)
-    _dequantize_kernel[(triton.cdiv(c, COLUMNS), triton.cdiv(n, ROWS))](
+    # Of the second size of a grid there may be 65535.
+    _dequantize_kernel[(triton.cdiv(n, ROWS), triton.cdiv(c, COLUMNS))](
         data,
         out,
         *state,

@@ -132,7 +132,7 @@ def _step_rows(
         tl.store(table_ptrs, new.to(table_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=_VALUES)
+@triton.jit(do_not_specialize=_VALUES, do_not_specialize_on_alignment=["totals_ptr"])
 def _step_kernel(
     ids_ptr,
     order_ptr,

@@ -369,7 +369,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     routing = routing.dispatched()
     if capacity == 0:
         return routing
-    first = routing.dispatch.offsets[routing.expert_ids.clamp(max=e)]
+    first = routing.dispatch.offsets[routing.expert_ids.clamp(0, e)]
     ranks = routing.dispatch.rows.view(routing.num_tokens, routing.top_k) - first
     ids = routing.expert_ids.masked_fill(ranks >= capacity, e)
     return Routing(ids, routing.weights, e, routing.logits, routing.score, dispatch(ids, e))

@@ -47,15 +47,22 @@ def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) ->
     return None
 
 
-def check_scale(scale: float) -> None:
-    """``scale`` must be a number, or a tensor of one that wants no gradient, for it would get none."""
+def check_scale(name: str, scale: float | torch.Tensor) -> float:
+    """The number ``scale``, or that of a tensor on the CPU that wants no gradient, for it would get none."""
     if isinstance(scale, torch.Tensor):
         if scale.requires_grad:
-            raise ValueError("scale must be a number, which has no gradient, got a tensor that requires one")
+            raise ValueError(f"{name} must be a number, which has no gradient, got a tensor that requires one")
         if scale.numel() != 1:
-            raise ValueError(f"scale must be one number, got a tensor of shape {tuple(scale.shape)}")
-    elif not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scale must be a number, got {scale!r}")
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(scale.shape)}")
+        if scale.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be a number or a tensor on the CPU, got one on {scale.device}, which would have to be "
+                "waited for"
+            )
+        return scale.item()
+    if not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {scale!r}")
+    return scale
 
 
 def check_same_device(**tensors: torch.Tensor | None) -> None:

@@ -7,7 +7,14 @@ import torch
 from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation, check_interleaved
 from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer.ops._checks import (
+    check_float,
+    check_same_device,
+    check_same_dtype,
+    check_scale,
+    check_shape,
+    check_tensor,
+)
 from gossamer.ops._composed_experts import composed_expert_mlp
 from gossamer.ops._overwrite import may_overwrite
 from gossamer.ops._registration import register, register_autograd
@@ -256,8 +263,8 @@ def expert_mlp(
     Raises:
         TypeError: an argument is no tensor, no dispatch or no bool, a dtype is not supported, or dtypes differ.
         ValueError: the activation is unknown, or ``interleaved`` without a gate; shapes or devices do not fit each
-            other or the dispatch, a rank is 0 or beyond its matrix, or a part of a quantised weight requires a
-            gradient.
+            other or the dispatch, a rank is 0 or beyond its matrix, a part of a quantised weight requires a gradient,
+            or ``lora_scale`` is a tensor that requires one, has several elements or lies on a GPU.
     """
     activation = as_activation(activation)
     check_interleaved(interleaved, activation)
@@ -282,6 +289,7 @@ def expert_mlp(
     gate_up, down = (w if few_bits else d for few_bits, w, d in zip(quantized, (gate_up, down), dense, strict=True))
     gate_up_lora = check_factors("gate_up_lora", gate_up_lora, x, gate_up)
     down_lora = check_factors("down_lora", down_lora, x, down)
+    lora_scale = check_scale("lora_scale", lora_scale)
     check_float("x", x, backend)
     _backend.check_served("expert_mlp", backend, x, any(quantized))
     check_same_dtype(x=x, gate_up=dense[0], down=dense[1], gate_up_bias=gate_up_bias, down_bias=down_bias)

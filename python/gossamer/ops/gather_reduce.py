@@ -237,23 +237,24 @@ def transpose_bags(index, offsets, weights, limit, padding_idx, mean, num_rows, 
     return ids, bags, factor
 
 
+def sum_sorted(dout, ids, bags, factor, num_rows, out_dtype, backend):
+    """The gradient ``(num_rows, D)`` of a table from what :func:`transpose_bags` gives: each row's sum in order."""
+    row_offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
+    return _gather_reduce(dout, bags, row_offsets, factor, None, -1, backend, *_PLAIN_SUM, out_dtype)
+
+
 def _table_gradient(ctx, dout, index, offsets, weights, limit):
     dtype = accumulation_dtype(ctx.table_dtype)
     ids, bags, factor = transpose_bags(index, offsets, weights, limit, ctx.padding_idx, ctx.mean, ctx.num_rows, dtype)
+    out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
     if not ctx.sparse_grad:
-        row_offsets = torch.searchsorted(ids, torch.arange(ctx.num_rows + 1, device=ids.device))
-        return _sum_rows(dout, bags, row_offsets, factor, ctx)
+        return sum_sorted(dout, ids, bags, factor, ctx.num_rows, out_dtype, ctx.backend)
     rows, counts = torch.unique_consecutive(ids[ids < ctx.num_rows], return_counts=True)
     row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    values = _sum_rows(dout, bags, row_offsets, factor, ctx)
+    values = _gather_reduce(dout, bags, row_offsets, factor, None, -1, ctx.backend, *_PLAIN_SUM, out_dtype)
     return torch.sparse_coo_tensor(
         rows.unsqueeze(0), values, (ctx.num_rows, values.shape[1]), is_coalesced=True, check_invariants=False
     )
-
-
-def _sum_rows(dout, bags, row_offsets, factor, ctx):
-    out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
-    return _gather_reduce(dout, bags, row_offsets, factor, None, -1, ctx.backend, *_PLAIN_SUM, out_dtype)
 
 
 def _setup_context(ctx, inputs, output):

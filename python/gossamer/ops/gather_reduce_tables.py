@@ -24,6 +24,7 @@ from gossamer.ops.gather_reduce import (
     checked_out_dtype,
     gather_dot_reference,
     gather_reduce_reference,
+    sum_sorted,
     transpose_bags,
 )
 from gossamer.optim import Optimizer
@@ -233,12 +234,8 @@ def _storage_gradient(ctx, dout, index, offsets, weights):
     total = torch.zeros(ctx.shape, dtype=wide, device=dout.device)
     for table, bags, row in features(total, offsets, ctx.spec):
         ids, bag, factor = transpose_bags(index, bags, weights, None, -1, bool(row[POOLING]), row[ROWS], wide)
-        part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]].to(wide)
-        live = ids < row[ROWS]
-        values = part[torch.where(live, bag, 0)]
-        values = values if factor is None else values * factor.to(wide).unsqueeze(1)
-        values = torch.where(live.unsqueeze(1), values, 0)
-        table += torch.cat([table, table.new_zeros(1, row[DIM])]).zero_().index_add_(0, ids, values)[:-1]
+        part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
+        table += sum_sorted(part, ids, bag, factor, row[ROWS], wide, ctx.backend)
     return total.to(ctx.dtype)
 
 

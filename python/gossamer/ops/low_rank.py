@@ -323,10 +323,10 @@ def low_rank_linear(
         TypeError: an argument is no tensor, a dtype is not supported or dtypes differ, or the kind of ``weight`` or
             ``seed`` is unknown.
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1), or
-            ``scale`` is a tensor that requires a gradient.
+            ``scale`` is a tensor that requires a gradient, has several elements or lies on a GPU.
     """
     c = last_size("x", x, "(..., C)")
-    check_scale(scale)
+    scale = check_scale("scale", scale)
     quantized = isinstance(weight, (NF4Weight, Int8Weight, Float8Weight))
     if not quantized and not isinstance(weight, torch.Tensor):
         raise TypeError(
