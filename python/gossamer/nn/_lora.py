@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from gossamer.ops._autocast import no_autocast
+
 INITS = ("kaiming", "gaussian", "spectral")
 
 # Elements of a weight that a norm or a merge holds in float32 at a time.
@@ -99,7 +101,7 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: flo
     """``‖weight[o] + scale·(b·a)[o]‖₂ (O,)`` in float32 (float64 for float64), never holding the whole sum."""
     wide = wide_dtype(weight.dtype)
     a, b = a.to(wide), b.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight.device):
         norms = [
             torch.linalg.vector_norm(torch.addmm(weight[rows].to(wide), b[rows], a, alpha=scale), dim=1)
             for rows in _row_chunks(weight)

@@ -15,12 +15,8 @@ from gossamer.nn.routing import (
     softmax_topk,
     topk_softmax,
 )
+from gossamer.ops._autocast import no_autocast
 from gossamer.ops._checks import check_index, check_tensor
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    # Meta tensors have no autocast of their own, and asking for one raises.
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 class _WideLinear(torch.autograd.Function):
@@ -38,7 +34,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogits):
         x, weight = ctx.saved_tensors
-        with _no_autocast(dlogits.device):
+        with no_autocast(dlogits.device):
             dx = (dlogits @ weight.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
             dweight = (dlogits.T @ x.to(ctx.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return dx, dweight, None
@@ -107,7 +103,7 @@ class Router(nn.Module):
         wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         if not self.upcast:
             return F.linear(x, self.weight, self.bias).to(wide)
-        with _no_autocast(x.device):
+        with no_autocast(x.device):
             if x.dtype == self.weight.dtype == wide:
                 return F.linear(x, self.weight, self.bias)
             logits = _WideLinear.apply(x, self.weight, wide)

@@ -15,3 +15,9 @@ def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     dtype = torch.get_autocast_dtype(device_type)
     casts = (torch.float32, torch.float16, torch.bfloat16)
     return [t.to(dtype) if t is not None and t.dtype in casts else t for t in tensors]
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """A context without autocast for tensors on ``device``."""
+    # Meta tensors have no autocast of their own, and asking for one raises.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
