@@ -117,6 +117,9 @@ def _operators(
     for event in events:
         if not str(event.device_type).endswith("CPU") or (where := spans.at(event.time_range.start)) is None:
             continue
+        # An annotation spans what is in it: its time on the device, where it has one, is its kernels'.
+        if Phase.parse(event.name):
+            continue
         outer = _outermost(event, costs.get(where, {}))
         if outer is event:
             operator = found[where].setdefault(event.name, _Operator())

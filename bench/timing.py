@@ -105,12 +105,14 @@ class CudaClock:
         self._flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.uint8, device=device)
 
     def _seconds(self, call: Call) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(self._device)
+        # Events are recorded on the current device.
+        with torch.cuda.device(self._device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize(self._device)
         return start.elapsed_time(end) * 1e-3
 
     def _host_seconds(self, call: Call) -> float:
@@ -123,6 +125,22 @@ class CudaClock:
         torch.cuda.synchronize(self._device)
         return quantile(samples, 0.5)
 
+    def _waits(self, call: Call) -> bool:
+        """Whether the call waits for the device, as someone else's may: it cannot be captured.
+
+        It is found out without a capture, since one that fails leaves its stream and random numbers in a state.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.synchronize(self._device)
+        return False
+
     def _capture(self, call: Call) -> torch.cuda.CUDAGraph | None:
         # Autograd's backward runs on its forward's stream, so both are warmed up on the stream that captures.
         stream = torch.cuda.Stream(self._device)
@@ -130,13 +148,15 @@ class CudaClock:
         with torch.cuda.stream(stream):
             call()
             call()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        before = torch.cuda.current_stream(self._device)
+        before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=stream):
                 call()
         except RuntimeError:
-            # Someone else's call may read device values on the host, and then there is no graph of it.
+            # What cannot be captured for another reason than a wait. A capture that fails to end leaves its stream.
+            torch.cuda.set_stream(before)
             torch.cuda.synchronize(self._device)
             return None
         return graph
@@ -146,7 +166,8 @@ class CudaClock:
         host = self._host_seconds(call)
         if not launch_bound(host, quantile([self._seconds(call) for _ in range(3)], 0.5)):
             return Timed("events", lambda: self._seconds(call), host)
-        graph = self._capture(call)
+        with torch.cuda.device(self._device):
+            graph = None if self._waits(call) else self._capture(call)
         if graph is None:
             return Timed("events, host included", lambda: self._seconds(call), host)
         return Timed("graph replay", lambda: self._seconds(graph.replay), host)

@@ -25,9 +25,9 @@ class Machine:
     """A host and a device with a queue between them, in seconds of their own."""
 
     def __init__(self, monkeypatch, readable=True):
-        self.host, self.device, self.capturing, self.readable = 0.0, 0.0, None, readable
+        self.host, self.device, self.capturing, self.readable, self.mode = 0.0, 0.0, None, readable, 0
         monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host))
-        machine = self
+        machine, self.captures = self, 0
 
         class Event:
             def __init__(self, enable_timing):
@@ -45,6 +45,7 @@ class Machine:
 
         @contextlib.contextmanager
         def graph(graph, stream):
+            machine.captures += 1
             machine.capturing = graph.work = []
             yield
             machine.capturing = None
@@ -56,7 +57,11 @@ class Machine:
             Stream=lambda device: SimpleNamespace(wait_stream=lambda other: None),
             current_stream=lambda device: SimpleNamespace(wait_stream=lambda other: None),
             stream=lambda stream: contextlib.nullcontext(),
-            synchronize=lambda device: self.wait(),
+            device=lambda device: contextlib.nullcontext(),
+            set_stream=lambda stream: None,
+            get_sync_debug_mode=lambda: self.mode,
+            set_sync_debug_mode=lambda mode: setattr(self, "mode", mode),
+            synchronize=lambda device: self.wait(asked=True),
         )
         for name, value in names.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -71,7 +76,9 @@ class Machine:
         else:
             self.device = max(self.device, self.host) + device
 
-    def wait(self):
+    def wait(self, asked=False):
+        if self.mode == "error" and not asked:
+            raise RuntimeError("called a synchronizing CUDA operation")
         if self.capturing is not None:
             self.capturing = None
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -105,6 +112,8 @@ def test_what_cannot_be_captured_says_that_the_host_is_in_its_time(monkeypatch):
     timed = machine.clock.prepare(lambda: machine.call(10, 1e-6, reads_the_host=True))
     assert timed.method == "events, host included"
     assert timed.sample() > 50e-6
+    # It was found out without a capture, which would have failed, and the mode is as before.
+    assert machine.captures == 0 and machine.mode == 0
 
 
 def test_cpu_clock_takes_off_its_own_cost_and_repeats_short_calls():

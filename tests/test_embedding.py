@@ -447,3 +447,14 @@ def test_reset_parameters_starts_the_optimizer_anew(cls):
         assert torch.equal(layer.optimizer_sum, torch.full((10, 4), 0.5))
         assert layer.optimizer_step.item() == 0
         assert layer.optimizer_algorithm.item() == optimizer.algorithm
+
+
+def test_a_state_may_be_assigned_to_a_layer_without_memory():
+    """A layer made on the meta device takes the tensors of a state as they are, and trains."""
+    optimizer = gossamer.optim.SGD(lr=0.5)
+    whole = gossamer.nn.Embedding(10, 4, optimizer=optimizer)
+    layer = gossamer.nn.Embedding(10, 4, optimizer=optimizer, device="meta")
+    layer.load_state_dict(whole.state_dict(), assign=True)
+    before = layer.weight.detach().clone()
+    layer(torch.tensor([1, 3])).sum().backward()
+    assert torch.equal(layer.weight[[1, 3]], before[[1, 3]] - 0.5)

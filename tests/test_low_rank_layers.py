@@ -391,3 +391,16 @@ BAD = [
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "spectral"])
+def test_merging_under_autocast_sums_as_it_does_without(init):
+    """In float32, rounded once."""
+    torch.manual_seed(0)
+    layer = LoRALinear(24, 16, 4, init=init)
+    torch.nn.init.normal_(layer.lora_B)
+    other = copy.deepcopy(layer)
+    layer.merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        other.merge()
+    assert torch.equal(layer.weight, other.weight)

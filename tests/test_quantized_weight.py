@@ -136,3 +136,15 @@ def test_bad_parts(make, error, message):
     """Parts that do not fit are refused when the weight is made."""
     with pytest.raises(error, match=message):
         make()
+
+
+def test_what_is_kept_of_formats_is_of_no_mode_or_default_device():
+    """Tables that are made once may first be asked for under a default device or in inference mode."""
+    from gossamer.ops import quantized_weight
+
+    for make in (quantized_weight._nf4_code, quantized_weight.dynamic_code):
+        kept = make()
+        make.cache_clear()
+        with torch.device("meta"), torch.inference_mode():
+            made = make()
+        assert torch.equal(made, kept) and not made.is_inference()

@@ -60,7 +60,7 @@ def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     count = math.prod(shape)
     if count * dtype.itemsize < REUSED_BYTES:
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
     tensor = torch.from_dlpack(_C.take_pages(count * dtype.itemsize)).view(dtype).view(shape)

@@ -12,7 +12,7 @@ from gossamer.cpu_kernels._native import DTYPES, empty_huge, vector
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An array of a new table, on huge pages where the system gives them."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     advise_huge_pages(tensor)
     return tensor
 
@@ -54,7 +54,7 @@ def insert(
     """Find or insert each key; arguments and results as the reference's."""
     n = keys.shape[0]
     scores = None if scores is None else scores.contiguous()
-    slots, status = empty_huge((n,), torch.int64), torch.empty(n, dtype=torch.uint8)
+    slots, status = empty_huge((n,), torch.int64), torch.empty(n, dtype=torch.uint8, device="cpu")
     victims = [empty_huge((n,), torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
     new_keys, *counts = _C.hash_table_insert(
         _view(storage),

@@ -93,11 +93,17 @@ def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) ->
             _C.cuda_gather_rows(values.data_ptr(), row_bytes, *pointers, *where(values.device))
 
 
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows that start where the widest words may."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
     """``values[slots] = rows`` in place where a position made its row, zeros for None."""
     if slots.numel() == 0:
         return
-    rows = None if rows is None else rows.contiguous()
+    rows = None if rows is None else _aligned(rows)
     row_bytes = values.shape[1] * values.element_size()
     with torch.cuda.device(values.device):
         pointers = (slots.data_ptr(), status.data_ptr(), slots.shape[0], 0 if rows is None else rows.data_ptr())
@@ -118,7 +124,7 @@ def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) 
     if slots.numel() == 0:
         return
     slots, order = torch.sort(slots, stable=True)
-    rows = rows.contiguous()
+    rows = _aligned(rows)
     row_bytes = values.shape[1] * values.element_size()
     with torch.cuda.device(values.device):
         pointers = (slots.data_ptr(), order.data_ptr(), slots.shape[0], rows.data_ptr())

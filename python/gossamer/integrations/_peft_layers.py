@@ -126,8 +126,15 @@ class _Tuner:
         rank = max(a.shape[-2] for a, _ in parts)
         a, b = _stack([a for a, _ in parts], rank, -2), _stack([b for _, b in parts], rank, -1)
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        scale = torch.tensor([self.scaling[name] for name in known], dtype=wide, device=a.device)
-        return known, a, b, scale, torch.tensor([a.shape[-2] for a, _ in parts], device=a.device)
+        mode = torch.is_inference_mode_enabled()
+        scale = _numbers(tuple(float(self.scaling[name]) for name in known), wide, a.device, mode)
+        return known, a, b, scale, _numbers(tuple(a.shape[-2] for a, _ in parts), torch.int64, a.device, mode)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, inference: bool) -> torch.Tensor:
+    """The values as a tensor, which is kept: copying them to a GPU waits for it, in every layer of every call."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _factors(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

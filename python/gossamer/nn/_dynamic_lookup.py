@@ -19,7 +19,7 @@ def check_lookup(values, ids, offsets, weights, mode: str) -> None:
     if offsets is not None:
         check_offsets(ids, offsets)
     if weights is not None:
-        check_weights_values(weights, torch.ones((), dtype=torch.bool))
+        check_weights_values(weights, torch.ones((), dtype=torch.bool, device="cpu"))
 
 
 class Lookup(torch.autograd.Function):

@@ -83,6 +83,9 @@ class FusedStep(torch.nn.Module):
             error_msgs.extend(problems)
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.optimizer is not None:
+            # Tensors that are assigned may lie on another device than those they replace.
+            self._new_handle()
 
     def _foreign(self, state_dict, prefix) -> list[str]:
         """Why what ``state_dict`` holds is not this module's: another optimizer's state, or other sizes."""

@@ -78,7 +78,8 @@ def spectral_split_(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scal
     b.copy_(u / root)
     # The rounded factors are subtracted, so that the sum is the old weight again to one rounding.
     wide = weight.to(v.dtype)
-    weight.copy_(wide - scale * (b.to(v.dtype) @ a.to(v.dtype)))
+    with no_autocast(weight.device):
+        weight.copy_(wide - scale * (b.to(v.dtype) @ a.to(v.dtype)))
 
 
 @torch.no_grad()
@@ -116,9 +117,10 @@ def add_low_rank_(
     """``weight ← gain ⊙ (weight + scale·b·a)`` in place, rounded once; ``gain (O,)`` scales rows."""
     wide = wide_dtype(weight.dtype)
     a, b = a.to(wide), b.to(wide)
-    for rows in _row_chunks(weight):
-        total = torch.addmm(weight[rows].to(wide), b[rows], a, alpha=scale)
-        weight[rows] = total if gain is None else total * gain[rows, None].to(wide)
+    with no_autocast(weight.device):
+        for rows in _row_chunks(weight):
+            total = torch.addmm(weight[rows].to(wide), b[rows], a, alpha=scale)
+            weight[rows] = total if gain is None else total * gain[rows, None].to(wide)
 
 
 def lora_plus_groups(

@@ -141,6 +141,7 @@ class PruneAndRegrow:
 
         Args:
             optimizer_step: takes the place of ``optimizer.step``, such as ``lambda: scaler.step(optimizer)``.
+                Where "set" and "rigl" move blocks it is not called, and ``scaler.update()`` must not be either.
 
         Returns:
             Whether blocks moved.
@@ -205,7 +206,7 @@ class PruneAndRegrow:
         return norms.scatter(0, places, torch.linalg.vector_norm(values, dim=1)).view_as(layer.block_mask)
 
     def _random(self, layer: BlockSparseLinear) -> torch.Tensor:
-        return torch.rand(layer.block_mask.shape, generator=self._generator).to(layer.values.device)
+        return torch.rand(layer.block_mask.shape, generator=self._generator, device="cpu").to(layer.values.device)
 
     def state_dict(self) -> dict[str, object]:
         """Steps taken, and the state of the random choices. Where the blocks are is in the model's state."""

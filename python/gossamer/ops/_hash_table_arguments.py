@@ -59,7 +59,7 @@ class ArgumentChecks:
     values: torch.Tensor
 
     def _check_place(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.device.type != self.device.type:
+        if tensor.device != self.values.device:
             raise ValueError(f"{name} must be on the table's device, {self.device}, got {tensor.device}")
 
     def _check_keys(self, keys: torch.Tensor) -> torch.Tensor:

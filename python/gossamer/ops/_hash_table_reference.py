@@ -52,20 +52,20 @@ class Storage:
 
     @classmethod
     def allocate(
-        cls, capacity: int, scored: bool, values: tuple[int, torch.dtype], device: torch.device, empty=torch.empty
+        cls, capacity: int, scored: bool, values: tuple[int, torch.dtype], device: torch.device, empty=None
     ) -> Storage:
-        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` makes its arrays on the CPU."""
+        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` makes its arrays, if given."""
         dim, dtype = values
         wanted = -(-(capacity + capacity // 12) // BUCKET_SLOTS)
         partitions = max(1, wanted // _LEAST_BUCKETS)
         buckets = partitions * -(-wanted // partitions)
         slots = buckets * BUCKET_SLOTS
-        shares = torch.arange(partitions + 1, dtype=torch.float64)
+        shares = torch.arange(partitions + 1, dtype=torch.float64, device="cpu")
         # Exact: capacity · partitions stays below 2^53 for any table that fits in memory.
         ends = torch.div(shares * capacity, partitions, rounding_mode="floor").long()
 
         def array(*shape, dtype):
-            return empty(shape, dtype=dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=device) if empty is None else empty(shape, dtype=dtype)
 
         def zeros(*shape, dtype):
             return array(*shape, dtype=dtype).zero_()
@@ -224,7 +224,7 @@ def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
 def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     prober = _Prober(storage, keys)
-    return torch.tensor([prober.find(i) for i in range(len(prober.keys))], dtype=torch.int64)
+    return torch.tensor([prober.find(i) for i in range(len(prober.keys))], dtype=torch.int64, device="cpu")
 
 
 def _score(policy: int, stamp: int, given: int | None, old: int | None) -> int:
@@ -302,12 +302,12 @@ def insert(
         return True
 
     def result(new_keys: int):
-        wide = [torch.tensor(x, dtype=torch.int64) for x in (slots, victim_keys, victim_scores)]
+        wide = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (slots, victim_keys, victim_scores)]
         victims = wide[1:] if scored else [None, None]
         counts = (status.count(INSERTED) + status.count(REPLACED), status.count(REPLACED), status.count(REFUSED))
         if marks is not None and new_keys < 0:
             mark_slots(marks, wide[0], mark)
-        return new_keys, counts, wide[0], torch.tensor(status, dtype=torch.uint8), *victims
+        return new_keys, counts, wide[0], torch.tensor(status, dtype=torch.uint8, device="cpu"), *victims
 
     found = [(i, prober.find(i)) for i in range(n)]
     for i, slot in found:
@@ -333,7 +333,8 @@ def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) 
     """``values[slots] = rows`` in place, −1 skipped; of equal slots the last position stays."""
     last = {slot: i for i, slot in enumerate(slots.tolist()) if slot >= 0}
     if last:
-        values[torch.tensor(list(last))] = rows[torch.tensor(list(last.values()))]
+        to, source = (torch.tensor(list(places), device="cpu") for places in (last, last.values()))
+        values[to] = rows[source]
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
@@ -342,11 +343,18 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
     values[slots[made]] = 0 if rows is None else rows[made]
 
 
+# Elements that are drawn at a time.
+_DRAWN = 1 << 22
+
+
 def uniform_rows(values: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
     """``values[slots]`` become uniform in ``(−bound, bound)``, as functions of key, column and seed; on any device."""
     first = torch.zeros(1, dtype=torch.int64, device=keys.device)
-    bits = random_bits(seed, first, keys.long(), values.shape[1])
-    values[slots] = (((bits >> 8).double() + 0.5) * 2.0**-23 - 1).mul_(bound).float().to(values.dtype)
+    # A few rows at a time: bits and float64 take several times what the rows do.
+    rows = max(1, _DRAWN // values.shape[1])
+    for some, at in zip(keys.long().split(rows), slots.split(rows), strict=True):
+        bits = random_bits(seed, first, some, values.shape[1])
+        values[at] = (((bits >> 8).double() + 0.5) * 2.0**-23 - 1).mul_(bound).float().to(values.dtype)
 
 
 def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:

@@ -322,7 +322,7 @@ class BlockTopology:
             mask = ranks < (nnz // rows + extra).unsqueeze(1)
         else:
             chosen = scores.view(-1).argsort()[:nnz]
-            mask = torch.zeros(places, dtype=torch.bool).index_fill(0, chosen, True).view(rows, cols)
+            mask = torch.zeros(places, dtype=torch.bool, device="cpu").index_fill(0, chosen, True).view(rows, cols)
         return _from_mask(mask.to(device), block, nnz)
 
 

@@ -96,7 +96,11 @@ class HashTable(ArgumentChecks):
         self.key_dtype, self.value_dtype, self.device = key_dtype, value_dtype, torch.device(device)
         self.lock = threading.RLock()
         self._clock = self._serial = self._epoch = 0
+        if self.device.type == "cuda" and (reason := _backend.cuda_kernels_unavailable()):
+            raise ValueError(f"a hash table on {self.device} needs gossamer's CUDA kernels: {reason}")
         self._storage = self._allocate(capacity)
+        # With an index, whichever device is the current one later.
+        self.device = self._storage.values.device
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "lock"}
@@ -120,7 +124,7 @@ class HashTable(ArgumentChecks):
 
     def _allocate(self, capacity: int) -> Storage:
         native = self.device.type == "cpu" and _backend.native_unavailable() is None
-        empty = _backend.kernels("native", "hash_table").empty if native else torch.empty
+        empty = _backend.kernels("native", "hash_table").empty if native else None
         values = (self.dim, self.value_dtype)
         return Storage.allocate(capacity, self.evict is not None, values, self.device, empty)
 

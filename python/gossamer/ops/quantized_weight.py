@@ -34,18 +34,21 @@ ZERO_INDEX = 7
 
 @functools.cache
 def _nf4_code() -> torch.Tensor:
-    return torch.tensor(NF4_CODE)
+    with torch.inference_mode(False):
+        return torch.tensor(NF4_CODE, device="cpu")
 
 
 @functools.cache
 def dynamic_code() -> torch.Tensor:
     """``(256,)`` float32: the signed dynamic 8-bit map that double quantisation stores the block scales in."""
     values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (exponent - 6)
-        values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    # It is kept: neither the mode nor the default device of whoever asks first may be in it.
+    with torch.inference_mode(False), torch.device("cpu"):
+        for exponent in range(7):
+            edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+            means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (exponent - 6)
+            values += [*means.tolist(), *(-means).tolist()]
+        return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
