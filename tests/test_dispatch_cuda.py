@@ -30,16 +30,23 @@ def check(ids, laid, num_experts):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "top_k"),
-    [(1, 1, 1), (37, 5, 3), (683, 7, 3), (1025, 300, 2), (3, 5000, 2), (1100, 4500, 2)],
+    ("sizes", "skew", "dtype", "transposed"),
+    [
+        ((1, 1, 1), "uniform", torch.int64, False),
+        ((37, 5, 3), "uniform", torch.int64, True),
+        ((683, 7, 3), "uniform", torch.int32, True),
+        ((683, 7, 3), "one", torch.int64, False),
+        ((1025, 300, 2), "uniform", torch.int64, False),
+        ((3, 5000, 2), "uniform", torch.int32, False),
+        ((1100, 4500, 2), "uniform", torch.int64, True),
+    ],
 )
-def test_sorts_by_expert(model, monkeypatch, num_tokens, num_experts, top_k):
-    """One block and several, the last with few slots; experts in one pass and in two."""
+def test_sorts_by_expert(model, monkeypatch, sizes, skew, dtype, transposed):
+    """One block and several, the last with few slots; experts in one pass and in two; ids in rows and in columns."""
     cuda_model.install(model, monkeypatch)
-    for skew, dtype in (("uniform", torch.int64), ("one", torch.int32)):
-        ids = random_expert_ids(num_tokens, num_experts, top_k, skew=skew, dropped=0.1).to(dtype)
-        for laid in (ids, ids.t().contiguous().t()):
-            check(ids, laid, num_experts)
+    num_tokens, num_experts, top_k = sizes
+    ids = random_expert_ids(num_tokens, num_experts, top_k, skew=skew, dropped=0.1).to(dtype)
+    check(ids, ids.t().contiguous().t() if transposed else ids, num_experts)
 
 
 def test_blocks_of_several_rounds(model, monkeypatch):

@@ -169,29 +169,36 @@ struct cudaLaunchConfig_t {
 
 namespace host {
 
-// One cluster after the other, with a thread of the host for each of its blocks' own.
+// One cluster after the other, with a thread of the host for each of its blocks' own, which serve all clusters.
 template <class Call>
 void run_grid(dim3 grid, dim3 threads_of_block, unsigned cluster, const Call& call) {
-  for (unsigned first = 0; first < grid.x; first += cluster) {
-    begin_cluster(cluster);
-    memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
-    cluster_meet = std::make_unique<std::barrier<>>(cluster * threads_of_block.x);
-    std::vector<std::unique_ptr<Block>> blocks;
-    for (unsigned rank = 0; rank < cluster; ++rank) blocks.push_back(std::make_unique<Block>(threads_of_block.x, rank));
-    std::vector<std::thread> threads;
-    for (unsigned t = 0; t < cluster * threads_of_block.x; ++t) {
-      threads.emplace_back([&, t] {
-        const unsigned rank = t / threads_of_block.x;
+  const unsigned count = cluster * threads_of_block.x;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::barrier<> between{count};
+  cluster_meet = std::make_unique<std::barrier<>>(count);
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < count; ++t) {
+    threads.emplace_back([&, t] {
+      const unsigned rank = t / threads_of_block.x;
+      threadIdx = {t % threads_of_block.x};
+      gridDim = grid;
+      for (unsigned first = 0; first < grid.x; first += cluster) {
+        if (t == 0) {
+          begin_cluster(cluster);
+          memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
+          blocks.clear();
+          for (unsigned r = 0; r < cluster; ++r) blocks.push_back(std::make_unique<Block>(threads_of_block.x, r));
+        }
+        between.arrive_and_wait();
         block = blocks[rank].get();
-        threadIdx = {t % threads_of_block.x};
         blockIdx = {first + rank};
-        gridDim = grid;
         call();
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    end_cluster();
+        between.arrive_and_wait();
+        if (t == 0) end_cluster();
+      }
+    });
   }
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace host
