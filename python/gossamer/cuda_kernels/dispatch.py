@@ -18,18 +18,17 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     size = _C.cuda_dispatch_scratch_size(num_rows, num_experts)
     scratch = torch.empty(size, dtype=torch.int32, device=device)
-    with torch.cuda.device(device):
-        _C.cuda_dispatch(
-            expert_ids.data_ptr(),
-            expert_ids.dtype == torch.int64,
-            num_rows,
-            expert_ids.shape[1],
-            *expert_ids.stride(),
-            num_experts,
-            slots.data_ptr(),
-            rows.data_ptr(),
-            offsets.data_ptr(),
-            scratch.data_ptr(),
-            *where(device),
-        )
+    _C.cuda_dispatch(
+        expert_ids.data_ptr(),
+        expert_ids.dtype == torch.int64,
+        num_rows,
+        expert_ids.shape[1],
+        *expert_ids.stride(),
+        num_experts,
+        slots.data_ptr(),
+        rows.data_ptr(),
+        offsets.data_ptr(),
+        scratch.data_ptr(),
+        *where(device),
+    )
     return slots, rows, offsets

@@ -40,21 +40,20 @@ def up_projection(
     if act.numel() == 0:
         return act, preact
     x, gate_up = with_depth(x, gate_up)
-    with torch.cuda.device(x.device):
-        operands = Operands(x)
-        _C.hopper_expert_up(
-            operands.bfloat16,
-            routing(slots, offsets),
-            inner,
-            x.shape[1],
-            operands.rows(x, x_div),
-            operands.weight(gate_up),
-            operands.pointer(gate_up_bias),
-            _form(activation, interleaved),
-            act.data_ptr(),
-            0 if preact is None else preact.data_ptr(),
-            operands.where(),
-        )
+    operands = Operands(x)
+    _C.hopper_expert_up(
+        operands.bfloat16,
+        routing(slots, offsets),
+        inner,
+        x.shape[1],
+        operands.rows(x, x_div),
+        operands.weight(gate_up),
+        operands.pointer(gate_up_bias),
+        _form(activation, interleaved),
+        act.data_ptr(),
+        0 if preact is None else preact.data_ptr(),
+        operands.where(),
+    )
     return act, preact
 
 
@@ -111,22 +110,21 @@ def down_backward(
     if inner == 0:
         return dpreact, act, partial
     dy, weight = with_depth(dy, down.transpose(1, 2))
-    with torch.cuda.device(device):
-        operands = Operands(dy)
-        _C.hopper_expert_down_backward(
-            operands.bfloat16,
-            routing(slots, offsets),
-            inner,
-            dy.shape[1],
-            operands.rows(dy, weights.shape[1]),
-            operands.weight(weight),
-            _form(activation, interleaved),
-            preact.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (dpreact, act, partial)),
-            operands.pointer(weights),
-            weights.dtype == torch.float32,
-            operands.where(),
-        )
+    operands = Operands(dy)
+    _C.hopper_expert_down_backward(
+        operands.bfloat16,
+        routing(slots, offsets),
+        inner,
+        dy.shape[1],
+        operands.rows(dy, weights.shape[1]),
+        operands.weight(weight),
+        _form(activation, interleaved),
+        preact.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (dpreact, act, partial)),
+        operands.pointer(weights),
+        weights.dtype == torch.float32,
+        operands.where(),
+    )
     return dpreact, act, partial
 
 

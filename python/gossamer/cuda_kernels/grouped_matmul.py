@@ -25,21 +25,20 @@ def rows_times_weight(
     if y.numel() == 0:
         return y
     x, weight = with_depth(x, weight)
-    with torch.cuda.device(x.device):
-        operands = Operands(x)
-        _C.hopper_grouped_matmul(
-            operands.bfloat16,
-            routing(slots, offsets),
-            n,
-            x.shape[1],
-            operands.rows(x, x_div),
-            operands.weight(weight),
-            operands.pointer(bias),
-            y.data_ptr(),
-            scatter,
-            zero_dropped,
-            operands.where(),
-        )
+    operands = Operands(x)
+    _C.hopper_grouped_matmul(
+        operands.bfloat16,
+        routing(slots, offsets),
+        n,
+        x.shape[1],
+        operands.rows(x, x_div),
+        operands.weight(weight),
+        operands.pointer(bias),
+        y.data_ptr(),
+        scatter,
+        zero_dropped,
+        operands.where(),
+    )
     return y
 
 
@@ -92,18 +91,17 @@ def grouped_matmul_dweight(
         # The last dimension of the result is that of the second operand.
         first, second = (x, dy) if transposed else (dy, x)
         first_div, second_div = (x_div, dy_div) if transposed else (dy_div, x_div)
-        with torch.cuda.device(x.device):
-            operands = Operands(x)
-            _C.hopper_grouped_matmul_dweight(
-                operands.bfloat16,
-                routing(slots, offsets),
-                operands.rows(first, first_div),
-                operands.rows(second, second_div),
-                stored.data_ptr(),
-                stored.stride(0),
-                stored.stride(1),
-                operands.where(),
-            )
+        operands = Operands(x)
+        _C.hopper_grouped_matmul_dweight(
+            operands.bfloat16,
+            routing(slots, offsets),
+            operands.rows(first, first_div),
+            operands.rows(second, second_div),
+            stored.data_ptr(),
+            stored.stride(0),
+            stored.stride(1),
+            operands.where(),
+        )
     dweight = stored.transpose(1, 2) if transposed else stored
     dbias = x.new_empty(0)
     if with_bias:
