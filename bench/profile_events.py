@@ -240,7 +240,7 @@ class _RowMaker:
         cost: Cost,
         dtype: torch.dtype | None,
     ) -> list[KernelRow]:
-        """Stages in the order of the kernel; kernels by time, where there are several or their costs are declared."""
+        """Stages in the order of the kernel; kernels by time."""
         if native:
             found = []
             for stage, (seconds, pieces) in native.items():

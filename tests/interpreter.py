@@ -66,11 +66,8 @@ def refuse_foreign_addresses() -> None:
         begins, ends = np.array(spans, np.uint64).reshape(-1, 2).T
         return found
 
-    def checked(name):
+    def checked(name, at, masked):
         really = getattr(InterpreterBuilder, name)
-        at, masked = {"create_masked_load": (0, 1), "create_masked_store": (0, 2)}.get(name, (0, None))
-        if name == "create_atomic_rmw":
-            at, masked = 1, 3
 
         def access(self, *args, **options):
             addresses = args[at].data
@@ -91,5 +88,8 @@ def refuse_foreign_addresses() -> None:
         setattr(InterpreterBuilder, name, access)
 
     GridExecutor._init_args_hst = init_args
-    for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
-        checked(name)
+    # Where among the arguments the pointers are, and the mask.
+    checked("create_masked_load", 0, 1)
+    checked("create_masked_store", 0, 2)
+    checked("create_atomic_rmw", 1, 3)
+    checked("create_atomic_cas", 0, None)

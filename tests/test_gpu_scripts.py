@@ -62,7 +62,8 @@ def test_every_command_is_one(script, tmp_path):
         path, _, function = name.partition("::")
         assert (ROOT / path).is_file(), name
         assert not function or re.search(rf"^def {function}\(", (ROOT / path).read_text(), re.MULTILINE), name
-    benchmarks = [command for command in commands if command[:2] == ["gossamer", "bench"]]
+    # Also those that python3 runs with a setting of its own.
+    benchmarks = [["gossamer", *command[command.index("bench") :]] for command in commands if "bench" in command]
     assert len(benchmarks) >= 8
     for command in benchmarks:
         chosen = harness.family(command[2])

@@ -125,8 +125,8 @@ void register_products(py::module_& m) {
       [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w,
          uintptr_t bias, uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
         raise_of_hopper(cuda::grouped_matmul({bfloat16, routing(g), n, c, rows(x), weight(w), pointer<const void>(bias),
-                                    pointer<void>(y), scatter, zero_dropped},
-                                   where(at)));
+                                              pointer<void>(y), scatter, zero_dropped},
+                                             where(at)));
       },
       "Rows of ragged groups times their expert's weight.");
   m.def(
@@ -142,8 +142,8 @@ void register_products(py::module_& m) {
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
          uintptr_t bias, const PyDeviceActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
         raise_of_hopper(cuda::expert_up({bfloat16, routing(g), inner, c, rows(x), weight(gate_up), pointer<const void>(bias),
-                               activation(form), pointer<void>(act), pointer<void>(preact)},
-                              where(at)));
+                                         activation(form), pointer<void>(act), pointer<void>(preact)},
+                                        where(at)));
       },
       "The up-projection with its activation.");
   m.def("hopper_expert_down_backward_columns", &cuda::expert_down_backward_columns,

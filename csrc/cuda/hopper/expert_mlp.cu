@@ -48,18 +48,18 @@ const char* run(const Params& params, const RoutingView& routing, const Where& w
   return launch<Problem>(params, most_row_tiles(routing, Problem::S::kTileRows) * params.product.num_columns, where);
 }
 
-template <typename T>
-const char* up(const GluParams& params, const RoutingView& routing, const Where& where) {
-  if (many_rows(routing)) return run<PairedUp<T>>(params, routing, where);
-  return few_rows(routing) ? run<FewUp<T>>(params, routing, where) : run<Up<T>>(params, routing, where);
+// By the tiles that suit the mean rows of an expert.
+template <class Usual, class Paired, class Few, class Params>
+const char* choose(const Params& params, const RoutingView& routing, const Where& where) {
+  if (many_rows(routing)) return run<Paired>(params, routing, where);
+  return few_rows(routing) ? run<Few>(params, routing, where) : run<Usual>(params, routing, where);
 }
 
 template <typename T>
-const char* down_backward(const GluBackwardParams& params, const RoutingView& routing, const Where& where) {
-  if (many_rows(routing)) return run<PairedDownBackward<T>>(params, routing, where);
-  return few_rows(routing) ? run<FewDownBackward<T>>(params, routing, where)
-                           : run<DownBackward<T>>(params, routing, where);
-}
+constexpr auto up = choose<Up<T>, PairedUp<T>, FewUp<T>, GluParams>;
+template <typename T>
+constexpr auto down_backward =
+    choose<DownBackward<T>, PairedDownBackward<T>, FewDownBackward<T>, GluBackwardParams>;
 
 }  // namespace
 
