@@ -71,7 +71,10 @@ def refuse_foreign_addresses() -> None:
 
         def access(self, *args, **options):
             addresses = args[at].data
-            if masked is not None and not (mask := args[masked].data).all():
+            # Of a descriptor's access Triton 3.6 passes the mask as it is.
+            mask = None if masked is None else args[masked]
+            mask = mask if mask is None or isinstance(mask, np.ndarray) else mask.data
+            if mask is not None and not mask.all():
                 addresses = addresses[np.broadcast_to(mask, addresses.shape)]
             if addresses.size:
                 size = np.uint64(max(1, args[at].get_element_ty().primitive_bitwidth // 8))

@@ -61,9 +61,7 @@ _VALUES = _INTS + _STRIDES + _FLOATS
 @triton.jit
 def _state_ptrs(state_ptr, row, table_row, stride, column, TABLES: tl.constexpr, ROW_STATE: tl.constexpr):
     """Where a state tensor keeps what belongs to rows: one value of each, or one of each element."""
-    if state_ptr is None:
-        return None
-    elif ROW_STATE:
+    if ROW_STATE:
         return state_ptr + row * stride
     elif TABLES:
         return state_ptr + table_row[:, None] + column.to(tl.int64)[None, :]
@@ -105,8 +103,13 @@ def _step_rows(
         table_row = row * stride_tn
     mask = live[:, None] & (column[None, :] < dim)
     table_ptrs = table_ptr + table_row[:, None] + column.to(tl.int64)[None, :]
-    state1_ptrs = _state_ptrs(state1_ptr, row, table_row, stride_1n, column, tables, row_state1)
-    state2_ptrs = _state_ptrs(state2_ptr, row, table_row, stride_2n, column, tables, row_state2)
+    # Triton 3.6 has no functions that return None.
+    state1_ptrs = None
+    if state1_ptr is not None:
+        state1_ptrs = _state_ptrs(state1_ptr, row, table_row, stride_1n, column, tables, row_state1)
+    state2_ptrs = None
+    if state2_ptr is not None:
+        state2_ptrs = _state_ptrs(state2_ptr, row, table_row, stride_2n, column, tables, row_state2)
     rate = numbers[0]
     if lr_ptr is not None:
         rate = tl.load(lr_ptr).to(tl.float32)

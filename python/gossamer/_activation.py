@@ -51,7 +51,8 @@ class Activation:
         for constant, value in (("alpha", self.alpha), ("limit", self.limit)):
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"activation {constant} must be a float, got {value!r}")
-        if not math.isfinite(self.alpha):
+        # Compared, since torch 2.10 compiles no call of math.isfinite of a number that it takes for a variable.
+        if not -math.inf < self.alpha < math.inf:
             raise ValueError(f"activation alpha must be finite, got {self.alpha}")
         if not self.limit > 0:
             raise ValueError(f"activation limit must be positive, got {self.limit}")
