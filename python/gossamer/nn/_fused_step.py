@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gossamer.nn._replicas import check_alone, is_sharded
 from gossamer.ops._bags import accumulation_dtype
 from gossamer.optim import Optimizer
 
@@ -16,6 +17,9 @@ class FusedStep(torch.nn.Module):
     The table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
     ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
     ``optimizer_step``, ``optimizer_sum`` and so on, which the ``state_dict`` holds beside the table.
+
+    A step is of the gradients of this process. ``DistributedDataParallel`` and ``fully_shard`` over a table with an
+    optimizer raise a ``ValueError``, unless they are told to leave it alone.
 
     Attributes:
         optimizer: one of :mod:`gossamer.optim`, or None. May be set to one with the same state, to change a number.
@@ -57,8 +61,19 @@ class FusedStep(torch.nn.Module):
         device = getattr(self, self._table_name()).device
         self._handle = torch.zeros(0, device=device, requires_grad=True)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """As for any module, but the table is refused where ``fully_shard`` puts this process's part in its place."""
+        if name == self._table_name() and self.optimizer is not None and is_sharded(value):
+            raise ValueError(
+                f"optimizer must be None in a sharded model, got {type(self.optimizer).__name__}: the step of "
+                f"{type(self).__name__} would change a gathered copy of its {name}, which is thrown away. Leave the "
+                "table out by fully_shard's ignored_params"
+            )
+        super().__setattr__(name, value)
+
     def _step(self) -> dict:
-        """The arguments of a lookup that step its table."""
+        """The arguments of a lookup that step its table; refused in a copy that would drift apart from others."""
+        check_alone(self)
         names = ("step", *self.optimizer.state_kinds())
         state = {name: getattr(self, _PREFIX + name) for name in names}
         return {"handle": self._handle, "optimizer": self.optimizer, "state": state}

@@ -11,6 +11,7 @@ from torch import nn
 
 from gossamer.nn import _embedding_files as files
 from gossamer.nn._dynamic_lookup import Lookup, check_lookup
+from gossamer.nn._replicas import check_alone
 from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.ops import _hash_table_state as table_state
 from gossamer.ops._checks import check_index
@@ -148,7 +149,8 @@ class DynamicEmbedding(nn.Module):
         Raises:
             HashTableFull: with ``evict=None``, the new ids do not fit; table and filter are unchanged.
             TypeError, ValueError: an argument is not as above, or, on the CPU, offsets do not ascend within ``[0, L]``
-                or a weight is NaN; no id got a row.
+                or a weight is NaN; no id got a row. Or it trains under ``DistributedDataParallel``, whose copies would
+                each know other ids.
             RuntimeError: from the backward pass, when it runs a second time over one graph.
         """
         check_index("ids", ids)
@@ -159,6 +161,8 @@ class DynamicEmbedding(nn.Module):
             shape, ids = ids.shape, ids.reshape(-1, 1)
         check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum")
         training = self.training and torch.is_grad_enabled()
+        if training:
+            check_alone(self)
         with self.table.lock:
             with torch.no_grad():
                 keys = ids.reshape(-1)

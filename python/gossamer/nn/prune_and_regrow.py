@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from gossamer.nn._replicas import is_sharded
 from gossamer.nn.block_sparse import BlockSparseLinear, highest, move_blocks_
 from gossamer.nn.routing import check_positive
 
@@ -38,6 +39,11 @@ def moved_mask(mask: torch.Tensor, norms: torch.Tensor, growth: torch.Tensor, co
     dropped = highest((-norms).masked_fill(~mask, -math.inf), count)
     kept = mask & ~dropped
     return kept | highest(growth.masked_fill(kept, -1.0), count)
+
+
+def _check_whole(layers: list[BlockSparseLinear]) -> None:
+    if any(is_sharded(layer.values) for layer in layers):
+        raise ValueError("the values of block-sparse layers must be whole to move, got those of a sharded model")
 
 
 class PruneAndRegrow:
@@ -78,8 +84,9 @@ class PruneAndRegrow:
 
     Raises:
         TypeError: ``model`` is something else, or a number no int.
-        ValueError: there is no such layer, a number is out of range, a name is unknown, or a rule that follows the
-            gradient while several processes train: each would see its own batch's and move elsewhere.
+        ValueError: there is no such layer, a number is out of range, a name is unknown, a layer's values are sharded,
+            or a rule that follows the gradient while several processes train: each would see its own batch's and move
+            elsewhere.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class PruneAndRegrow:
         self.layers = [layer for layer in modules if isinstance(layer, BlockSparseLinear)]
         if not self.layers:
             raise ValueError(f"model must hold BlockSparseLinear layers, got none in {type(model).__name__}")
+        _check_whole(self.layers)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._by_gradient and distributed and torch.distributed.get_world_size() > 1:
             raise ValueError(f"rule {rule!r} needs one process, got {torch.distributed.get_world_size()}: take 'set'")
@@ -168,9 +176,10 @@ class PruneAndRegrow:
         """Move the blocks of every layer now, by the share of the coming step; :meth:`step` does it when it is due.
 
         Raises:
-            ValueError: the rule follows the gradient and the step is not one that observed it, or the optimizer keeps
-                state of these layers that is not stored by block.
+            ValueError: the rule follows the gradient and the step is not one that observed it, the optimizer keeps
+                state of these layers that is not stored by block, or a layer's values are sharded.
         """
+        _check_whole(self.layers)
         share = self.fraction_at(self._steps + 1)
         for layer in self.layers:
             if not layer.values.requires_grad:

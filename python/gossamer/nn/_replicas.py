@@ -1,0 +1,42 @@
+"""What a layer that changes by itself must know of the wrappers that copy or shard a model over processes."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is but this process's part of one, a ``DTensor``."""
+    # Imported where a model is sharded, and slowly.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def check_alone(layer: nn.Module) -> None:
+    """Refuse a step in the backward pass of one of several copies of a layer, which would drift apart from the others.
+
+    ``DistributedDataParallel`` averages gradients, and such a step leaves none. A layer that the model says is not to
+    be kept equal, by naming its parameter, its buffers or itself in ``_ddp_params_and_buffers_to_ignore``, is let
+    through.
+
+    Raises:
+        ValueError: the layer is called in the forward pass of ``DistributedDataParallel`` over several processes.
+    """
+    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    copies = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if copies is None or copies.process_group.size() == 1:
+        return
+    for name, module in copies.module.named_modules():
+        if module is layer:
+            ignored = copies.parameters_to_ignore
+            if any(each == name or each.startswith(name + ".") for each in ignored):
+                continue
+            raise ValueError(
+                f"optimizer must be None under DistributedDataParallel over {copies.process_group.size()} processes: "
+                f"{name or type(layer).__name__} would step by the gradients of this process alone, and copies would "
+                "drift apart. A table of this process alone is named in the model's _ddp_params_and_buffers_to_ignore"
+            )
