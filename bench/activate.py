@@ -39,7 +39,7 @@ def build(request: Request) -> Case:
     """:func:`gossamer.activate` beside the three operators of torch that a SwiGLU is written with."""
     rows, inner = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     preact = torch.randn(rows, 2 * inner, generator=generator, device=device).to(dtype)
     dy = torch.randn(rows, inner, generator=generator, device=device).to(dtype)
 

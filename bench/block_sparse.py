@@ -47,7 +47,7 @@ def rule(sizes: Mapping[str, int]) -> str | None:
 def _topology(request: Request) -> BlockTopology:
     """Blocks anywhere with equal chance; or likelier in a block row with rank r by 1/r, or nearly all in one row."""
     _, n, k, block, sparse = (request.sizes[s] for s in SYMBOLS)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(request.seed)
     if request.skew == "uniform":
         drawn = BlockTopology.random((n, k), block, 1 - sparse / 100, generator=generator)
         return drawn.to(request.device)
@@ -65,7 +65,7 @@ class Problem:
 
     def __init__(self, request: Request):
         m, n, k = (request.sizes[s] for s in SYMBOLS[:3])
-        generator = torch.Generator(request.device).manual_seed(0)
+        generator = torch.Generator(request.device).manual_seed(request.seed)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=request.device).to(DTYPES[request.dtype])

@@ -9,13 +9,14 @@ from __future__ import annotations
 import pytest
 
 from gossamer.bench.case import DENSE, OURS, Request
-from gossamer.bench.harness import grad_mode, judge, resolve_device
+from gossamer.bench.harness import grad_mode, judge_fairly, resolve_device
 from gossamer.bench.timing import SETTLE_LIMIT, MeasuredTime, clock, keep_freed_memory, settle
 
 SMALL = {
     ("M", "N", "C", "r"): (256, 256, 256, 16),
     ("T", "H", "I", "E", "K"): (256, 256, 128, 8, 2),
     ("T", "E", "K"): (1024, 32, 4),
+    ("T", "I", "E", "K"): (256, 128, 8, 2),
     ("N", "D", "B", "J"): (10_000, 64, 512, 20),
     ("M", "N", "C", "r", "A"): (128, 256, 256, 8, 8),
     ("T", "H", "I", "E", "K", "r"): (256, 256, 128, 8, 2, 8),
@@ -56,7 +57,7 @@ def measured(request, benchmark):
     variant = next(v for v in case.variants if v.role == role)
 
     def measure() -> None:
-        verdict = judge(case, variant, {})
+        verdict = judge_fairly(case, variant, {}, family, wanted)
         if verdict is not None and verdict.failures:
             pytest.fail("; ".join(verdict.failures))
         with grad_mode(direction):

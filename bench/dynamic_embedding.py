@@ -65,7 +65,7 @@ def build(request: Request) -> Case:
     """:class:`gossamer.nn.DynamicEmbedding` beside a static table of ours, of torch.nn, FBGEMM and TorchRec."""
     n, d, bags, _ = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     ids = draw_ids(request, generator)
     dy = torch.randn(bags, d, generator=generator, device=device).to(dtype)
     problem = Problem([torch.randn(n, d, generator=generator, device=device).to(dtype)], ids, dy, both)

@@ -137,7 +137,7 @@ def build(request: Request) -> Case:
     """gossamer.nn's embedding layers beside torch.nn's, FBGEMM's and TorchRec's."""
     n, d, bags, _, tables = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     ids = draw_ids(request, generator)
     dy = torch.randn(bags, tables * d, generator=generator, device=device).to(dtype)
     initial = [torch.randn(n, d, generator=generator, device=device).to(dtype) for _ in range(tables)]

@@ -48,7 +48,7 @@ class LowRankProblem:
 
 def _factors(request: Request) -> dict[str, torch.Tensor]:
     _, h, i, e, _, r = (request.sizes[s] for s in SYMBOLS)
-    generator = torch.Generator(request.device).manual_seed(1)
+    generator = torch.Generator(request.device).manual_seed(request.seed + 1)
     shapes = {"a1": (e, r, h), "b1": (e, 2 * i, r), "a2": (e, r, i), "b2": (e, h, r)}
     scales = {"a1": h**-0.5, "b1": r**-0.5 / SCALE, "a2": i**-0.5, "b2": r**-0.5 / SCALE}
     return {

@@ -36,7 +36,7 @@ def rule(sizes: Mapping[str, int]) -> str | None:
 def build(request: Request) -> Case:
     """One operator for the lists and one for the places, beside the same in plain torch."""
     t, i, e, k = (request.sizes[s] for s in SYMBOLS)
-    ids = expert_ids(t, e, k, request.skew).to(request.device)
+    ids = expert_ids(t, e, k, request.skew, request.seed).to(request.device)
     dispatch = gossamer.dispatch(ids, e)
 
     def topology() -> tuple[torch.Tensor, ...]:

@@ -83,11 +83,11 @@ class Problem:
         return getattr(self, name).detach().requires_grad_()
 
 
-def make_problem(request: Request, seed: int = 0) -> Problem:
+def make_problem(request: Request) -> Problem:
     """Draw the inputs of a case."""
     t, h, i, e, k = (request.sizes[s] for s in SYMBOLS)
     device, dtype = request.device, DTYPES[request.dtype]
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(request.seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         # One expert at a time: the float32 draw of a whole weight would be its largest tensor.
@@ -96,7 +96,7 @@ def make_problem(request: Request, seed: int = 0) -> Problem:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
     x = normal(t, h)
-    ids = expert_ids(t, e, k, request.skew, seed).to(device)
+    ids = expert_ids(t, e, k, request.skew, request.seed).to(device)
     router, logits = None, torch.randn(t, k, generator=generator, device=device)
     grid = torch.linspace(3**0.5, -(3**0.5), e, device=device).to(dtype)
     if e <= h and grid.unique().numel() == e:
@@ -214,7 +214,7 @@ def make_gates(problem: Problem, sample: Sample, request: Request) -> dict[str, 
 def dense_variant(request: Request) -> Variant:
     """A feed-forward layer with one weight set on T·K rows: the FLOPs of the experts, in three plain products."""
     t, h, i, _, k = (request.sizes[s] for s in SYMBOLS)
-    generator = torch.Generator(request.device).manual_seed(1)
+    generator = torch.Generator(request.device).manual_seed(request.seed + 1)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, device=request.device) * scale).to(DTYPES[request.dtype])

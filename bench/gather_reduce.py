@@ -52,7 +52,7 @@ def build(request: Request) -> Case:
     """:func:`gossamer.gather_reduce` beside :func:`torch.nn.functional.embedding_bag`."""
     n, d, bags, length = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     ids = _draw_ids(request, generator)
 
     def normal(*shape: int) -> torch.Tensor:

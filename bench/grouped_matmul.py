@@ -100,7 +100,9 @@ def build(request: Request) -> Case:
     (t, h), n = problem.x.shape, problem.gate_up.shape[1]
     dispatch = gossamer.dispatch(problem.ids, e)
     token = dispatch.slots.long() // k
-    dy = torch.randn(t * k, n, generator=torch.Generator(request.device).manual_seed(2), device=request.device)
+    dy = torch.randn(
+        t * k, n, generator=torch.Generator(request.device).manual_seed(request.seed + 2), device=request.device
+    )
     dy = dy.to(problem.x.dtype)
     whole = t * k * h * n <= WHOLE
     experts = list(range(e)) if whole else sorted({0, e - 1})[:SAMPLE_EXPERTS]

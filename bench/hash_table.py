@@ -79,7 +79,7 @@ def build(request: Request) -> Case:
     """Calls of :class:`gossamer.HashTable` beside ``index_select`` of a static table, and a sorted array of keys."""
     capacity, dim, count, percent = (request.sizes[s] for s in SYMBOLS)
     device, dtype = request.device, DTYPES[request.dtype]
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     table = gossamer.HashTable(dim, capacity, value_dtype=dtype, device=device, evict="lru")
     live = fill(table, max(capacity * percent // 100, 1))
     live = live[torch.randperm(live.numel(), generator=generator, device=device)]

@@ -66,7 +66,7 @@ class Problem:
 def make_problem(request: Request) -> Problem:
     """Draw the tensors of a case."""
     m, n, c, rank = (request.sizes[s] for s in SYMBOLS)
-    generator = torch.Generator(request.device).manual_seed(0)
+    generator = torch.Generator(request.device).manual_seed(request.seed)
 
     def normal(*shape: int, over: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, device=request.device) / over).to(DTYPES[request.dtype])

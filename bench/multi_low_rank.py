@@ -68,7 +68,7 @@ def draw_ids(rows: int, adapters: int, skew: str, generator: torch.Generator) ->
 def make_problem(request: Request) -> Problem:
     """Draw the inputs of a case."""
     m, n, c, r, adapters = (request.sizes[s] for s in SYMBOLS)
-    generator = torch.Generator(request.device).manual_seed(0)
+    generator = torch.Generator(request.device).manual_seed(request.seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         drawn = torch.randn(shape, generator=generator, device=request.device) * scale

@@ -119,7 +119,7 @@ def build(request: Request) -> Case:
     """Our fused steps beside :class:`torch.nn.EmbeddingBag` with sparse gradients and torch's SGD, and FBGEMM."""
     n, d, bags, length = (request.sizes[s] for s in SYMBOLS)
     device, dtype = request.device, DTYPES[request.dtype]
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     ids = draw_ids(request, generator)
     table = torch.randn(n, d, generator=generator, device=device).to(dtype)
     dy = torch.randn(bags, d, generator=generator, device=device).to(dtype)

@@ -37,7 +37,7 @@ def build(request: Request) -> Case:
     """:func:`gossamer.nn.softmax_topk` beside softmax, top-k and normalisation by torch."""
     tokens, experts, top_k = (request.sizes[s] for s in SYMBOLS)
     device, both = request.device, request.direction == "both"
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(request.seed)
     # A normal distribution's quantiles in random order: equal logits might be chosen in either order.
     order = torch.rand(tokens, experts, generator=generator, device=device).argsort(dim=1)
     logits = torch.special.ndtri((order + 0.5) / experts)

@@ -49,6 +49,39 @@ def test_wrong_variant_gets_an_error_and_no_speed():
     assert not results.correct
 
 
+@pytest.mark.parametrize(
+    ("off", "cost", "drawn", "passes"),
+    [
+        # Errors in units of the baseline's by draw: the rule allows 1.5 and two epsilons, 3 are beyond luck.
+        ([2.0, 1.0, 2.0, 0.1, 1.0], 8.0, 5, True),
+        ([2.0, 2.0, 1.0, 2.0, 1.0], 8.0, 5, False),
+        ([2.0, 4.0, 1.0, 1.0, 1.0], 8.0, 2, False),
+        ([4.0, 1.0, 1.0, 1.0, 1.0], 8.0, 1, False),
+        ([2.0, 1.0, 1.0, 1.0, 1.0], 1e9, 1, False),
+        ([1.0, 4.0, 4.0, 4.0, 4.0], 8.0, 1, True),
+    ],
+    ids=["luck", "most draws", "far off elsewhere", "far off", "large", "right at once"],
+)
+def test_a_narrow_failure_is_confirmed_by_other_draws(off, cost, drawn, passes):
+    truth = torch.ones(64).double()
+    plain = truth.float() + 1e-5 * (torch.arange(64) == 3)
+    seeds = []
+
+    def build(request: Request) -> Case:
+        seeds.append(request.seed)
+        by = off[len(seeds) - 1]
+        ours = Variant("ours", OURS, lambda: truth.float() + by * 1e-5 * (torch.arange(64) == 5))
+        gates = {"truth": lambda: FloatGate({"y": truth}, {"y": plain})}
+        return Case("fake", "s", {"N": 4}, "fp32", request.device, "forward", (ours,), {}, 8.0, cost, gates, "all")
+
+    family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
+    request = Request("s", {"N": 4}, "fp32", torch.device("cpu"), "forward", "uniform")
+    case = build(request)
+    verdict = harness.judge_fairly(case, case.variants[0], {}, family, request)
+    assert (verdict.failures == ()) is passes
+    assert len(set(seeds)) == len(seeds) == drawn
+
+
 def test_a_wrong_peer_is_shown_and_does_not_fail_the_run(device):
     """What gossamer or its baseline gets wrong fails it; what another package gets wrong is in the table alone."""
     right, ours = (Variant(role, role, lambda: torch.arange(4.0)) for role in (DENSE, OURS))
@@ -276,16 +309,20 @@ COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
 COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing"), 2)
 
 
-@pytest.mark.parametrize("name", harness.FAMILIES)
-def test_every_family_runs_and_is_right(device, name):
-    family = harness.family(name)
+def requests_of(family: Family, device: str, **options) -> list[Request]:
+    """Requests for a family's cases in small sizes."""
     sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3, "L": 100} if "N" in family.symbols else LARGER
     sizes |= {"M": 40, "C": 48, "r": 4, "A": 3, "R": 40}
     if "BLOCK" in family.symbols:
         sizes = {"M": 40, "N": 96, "K": 64, "BLOCK": 16, "SPARSE": 60}
     shape = ",".join(str(sizes[s]) for s in family.symbols)
-    skew = "zipf" if "zipf" in family.skews else "uniform"
-    wanted = harness.requests(family, harness.resolve_device(device), shape=shape, skew=skew)
+    return harness.requests(family, harness.resolve_device(device), shape=shape, **options)
+
+
+@pytest.mark.parametrize("name", harness.FAMILIES)
+def test_every_family_runs_and_is_right(device, name):
+    family = harness.family(name)
+    wanted = requests_of(family, device, skew="zipf" if "zipf" in family.skews else "uniform")
     results = harness.run(family, wanted, budget=0.05)
     assert len(results.cases) == len(wanted) == COUNTS.get(name, 4)
     assert results.correct
@@ -299,6 +336,16 @@ def test_every_family_runs_and_is_right(device, name):
     assert 0 < first["host_seconds"] < 60 and first["timed_by"]
     assert first["fraction_of_ceiling"] == pytest.approx(stored["cases"][0]["floor_seconds"] / first["median"])
     assert first["p20"] <= first["median"] <= first["p80"] and len(first["seconds"]) >= timing.MIN_ROUNDS
+
+
+@pytest.mark.parametrize("name", harness.FAMILIES)
+def test_another_seed_is_another_problem_of_the_same_sizes(device, name):
+    family = harness.family(name)
+    request = requests_of(family, device, peers="none")[-1]
+    first, second = (family.build(replace(request, seed=seed)) for seed in (0, 100))
+    assert first.sizes == second.sizes
+    found = [case.variants[0].outputs(case.direction) for case in (first, second)]
+    assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_large_problems_are_checked_on_a_sample(monkeypatch, device):

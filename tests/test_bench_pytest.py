@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from gossamer.bench import harness
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = """
@@ -58,3 +61,14 @@ def test_a_run_is_stored_compared_and_held_to_a_limit(tmp_path):
     except ImportError:
         return
     assert len(list(tmp_path.glob("plot*.svg"))) == 1
+
+
+def test_every_family_has_small_sizes():
+    spec = importlib.util.spec_from_file_location("bench_conftest", ROOT / "bench" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    families = [harness.family(name) for name in harness.FAMILIES]
+    assert {family.symbols for family in families} == conftest.SMALL.keys()
+    for family in families:
+        sizes = dict(zip(family.symbols, conftest.SMALL[family.symbols], strict=True))
+        assert family.rule(sizes) is None, family.name
