@@ -34,7 +34,7 @@ def check_alone(layer: nn.Module) -> None:
         if module is layer:
             ignored = copies.parameters_to_ignore
             if any(each == name or each.startswith(name + ".") for each in ignored):
-                continue
+                return
             raise ValueError(
                 f"optimizer must be None under DistributedDataParallel over {copies.process_group.size()} processes: "
                 f"{name or type(layer).__name__} would step by the gradients of this process alone, and copies would "
