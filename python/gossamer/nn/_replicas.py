@@ -25,18 +25,23 @@ def check_alone(layer: nn.Module) -> None:
     Raises:
         ValueError: the layer is called in the forward pass of ``DistributedDataParallel`` over several processes.
     """
-    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        problem = _drift(layer)
+        if problem:
+            raise ValueError(problem)
+
+
+# Looked at when a forward pass is compiled, and not traced: it may be of the model that is being compiled.
+@torch.compiler.assume_constant_result
+def _drift(layer: nn.Module) -> str:
     copies = nn.parallel.DistributedDataParallel._get_active_ddp_module()
     if copies is None or copies.process_group.size() == 1:
-        return
-    for name, module in copies.module.named_modules():
-        if module is layer:
-            ignored = copies.parameters_to_ignore
-            if any(each == name or each.startswith(name + ".") for each in ignored):
-                return
-            raise ValueError(
-                f"optimizer must be None under DistributedDataParallel over {copies.process_group.size()} processes: "
-                f"{name or type(layer).__name__} would step by the gradients of this process alone, and copies would "
-                "drift apart. A table of this process alone is named in the model's _ddp_params_and_buffers_to_ignore"
-            )
+        return ""
+    name = next((name for name, module in copies.module.named_modules() if module is layer), None)
+    if name is None or any(each == name or each.startswith(name + ".") for each in copies.parameters_to_ignore):
+        return ""
+    return (
+        f"optimizer must be None under DistributedDataParallel over {copies.process_group.size()} processes: "
+        f"{name or type(layer).__name__} would step by the gradients of this process alone, and copies would drift "
+        "apart. A table of this process alone is named in the model's _ddp_params_and_buffers_to_ignore"
+    )
