@@ -278,3 +278,64 @@ def test_room_for_more_blocks_than_there_are_is_an_error():
     topology = gossamer.BlockTopology.from_mask(torch.eye(4, dtype=torch.bool), 16, nnz=6)
     with pytest.raises(ValueError, match="topology must have as many blocks as it has room for, 6, got 4"):
         BlockSparseLinear(64, 64, topology=topology)
+
+
+def other_layer(device):
+    return BlockSparseLinear(64, 64, density=0.5, block=16, device=device, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("how", ["in place", "buffer", "average", "memory", "compiled"])
+def test_blocks_follow_a_mask_that_someone_else_wrote(device, how):
+    """As checkpoints that load in place, averages of weights and processes that send each other buffers do."""
+    one, other = BlockSparseLinear(64, 64, density=0.5, block=16, device=device), other_layer(device)
+    assert not torch.equal(one.block_mask, other.block_mask)
+    x = torch.randn(3, 64, device=device)
+    result = other
+    if how == "average":
+        result = torch.optim.swa_utils.AveragedModel(other, avg_fn=lambda average, new, count: new)
+        result.update_parameters(other)
+        result.update_parameters(one)
+    elif how == "buffer":
+        # As accelerate and transformers put tensors into modules that lie on the meta device.
+        other = BlockSparseLinear(64, 64, density=0.5, block=16, device="meta")
+        result = other
+        for name, tensor in one.state_dict().items():
+            kept = other._buffers if name in other._buffers else other._parameters
+            kept[name] = tensor.clone() if name in other._buffers else torch.nn.Parameter(tensor.clone())
+    else:
+        with torch.no_grad():
+            for name, tensor in other.state_dict().items():
+                tensor.copy_(one.state_dict()[name])
+    if how == "compiled":
+        result = torch.compile(other, backend="eager", fullgraph=True)
+    if how == "memory":
+        result = other.float()
+    assert torch.equal(result(x), one(x))
+    loaded = next(m for m in result.modules() if isinstance(m, BlockSparseLinear))
+    assert torch.equal(loaded.block_mask, one.block_mask) and torch.equal(loaded.topology.to_mask(), one.block_mask)
+
+
+def test_a_mask_of_another_number_of_blocks_is_an_error():
+    layer = other_layer("cpu")
+    layer.block_mask.fill_(True)
+    with pytest.raises(ValueError, match="block_mask must have as many blocks as values, 8, got 16"):
+        layer(torch.randn(3, 64))
+
+
+def test_files_of_models_and_parameters_on_meta(tmp_path):
+    """What safetensors and accelerate do with a module."""
+    from safetensors.torch import load_model, save_model
+
+    layer, other = other_layer("cpu"), BlockSparseLinear(64, 64, density=0.5, block=16)
+    save_model(layer, tmp_path / "layer.safetensors")
+    load_model(other, tmp_path / "layer.safetensors")
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), layer(x))
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "register_parameter", on_meta)
+        assert other_layer("cpu").values.is_meta

@@ -157,3 +157,65 @@ def test_arrays_beside_a_table_must_fit():
         with pytest.raises(error, match=message):
             call()
     assert len(table) == 2
+
+
+def with_rows(values, device, **options):
+    """A layer whose ids 1, 2 and so on have these rows."""
+    values = torch.tensor(values, device=device)
+    layer = DynamicEmbedding(values.shape[1], 32, optimizer=optim.SGD(lr=0.5), device=device, **options)
+    ids = torch.arange(1, len(values) + 1, device=device)
+    layer.table.insert_or_assign(ids, values)
+    return layer, ids.unsqueeze(0)
+
+
+def test_two_lookups_before_a_step_are_those_of_the_forward_pass(device):
+    """The first step makes another row the largest, and another gradient of the weights, but not of this lookup."""
+    layer, ids = with_rows([[1.0], [0.9]], device, pooling="max", evict=None)
+    (layer(ids).sum() + layer(ids).sum()).backward()
+    torch.testing.assert_close(layer.table.find(ids[0])[0].flatten().tolist(), [0.0, 0.9])
+    layer, ids = with_rows([[1.0, 2.0], [3.0, 4.0]], device, evict=None)
+    weights = [torch.ones(ids.shape, device=device, requires_grad=True) for _ in range(2)]
+    sum(layer(ids, None, w).sum() for w in weights).backward()
+    assert all(w.grad.tolist() == [[3.0, 7.0]] for w in weights)
+
+
+@pytest.mark.parametrize("lists", ["fixed", "offsets"])
+def test_an_id_that_has_left_counted_in_its_mean(device, lists):
+    layer, ids = with_rows([[1.0, 1.0], [2.0, 2.0]], device, pooling="mean")
+    offsets = None if lists == "fixed" else torch.tensor([0, 2, 2], device=device)
+    weights = torch.ones(ids.shape, device=device, requires_grad=True)
+    y = layer(ids if lists == "fixed" else ids[0], offsets, weights if lists == "fixed" else weights.flatten())
+    assert layer.erase(ids[0, :1]).all()
+    y.sum().backward()
+    # Its weight's gradient is of the row that it had.
+    assert weights.grad.tolist() == [[1.0, 2.0]]
+    assert layer.table.find(ids[0, 1:])[0].tolist() == [[1.75, 1.75]]
+
+
+def test_a_batch_that_does_not_fit_renews_no_age(device):
+    layer = DynamicEmbedding(4, 1, evict=None, expire_after=5, device=device)
+    layer(torch.tensor([[1]], device=device))
+    layer.advance_clock(10)
+    with pytest.raises(gossamer.HashTableFull):
+        layer(torch.tensor([[1, 2]], device=device))
+    assert layer.expire() == 1
+    # One that fits renews them, also where it has more ids than there is room for.
+    layer(torch.tensor([[3]], device=device))
+    layer.advance_clock(20)
+    layer(torch.tensor([[3, 3, 3]], device=device))
+    assert layer.expire() == 0
+
+
+def test_the_smallest_layers_are_saved(device, tmp_path):
+    """Tables of one bucket, of which a slice counts as contiguous whatever its stride."""
+    admission = gossamer.nn.FrequencyAdmission(1, 8)
+    ids = torch.tensor([[1, 2]], device=device)
+    small = DynamicEmbedding(1, 4, optimizer=optim.SGD(lr=0.5), admission=admission, device=device)
+    for _ in range(2):
+        small(ids).sum().backward()
+    small.save(tmp_path / "small.safetensors")
+    other = DynamicEmbedding(
+        1, 4, optimizer=optim.SGD(lr=0.5), admission=gossamer.nn.FrequencyAdmission(1, 8), device=device
+    )
+    other.load(tmp_path / "small.safetensors")
+    assert torch.equal(other(ids), small(ids)) and len(other) == len(small) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import check_draws
+from torch.nn.utils import parametrize, prune
 
 import gossamer
 from gossamer import optim
@@ -458,3 +459,26 @@ def test_a_state_may_be_assigned_to_a_layer_without_memory():
     before = layer.weight.detach().clone()
     layer(torch.tensor([1, 3])).sum().backward()
     assert torch.equal(layer.weight[[1, 3]], before[[1, 3]] - 0.5)
+
+
+@pytest.mark.parametrize("how", ["parametrization", "pruning"])
+def test_a_table_that_is_computed_anew_takes_no_step(how):
+    """Its step would be of what the forward pass made of the parameter, which nobody keeps."""
+    layer = gossamer.nn.EmbeddingBag(10, 4, mode="sum", optimizer=gossamer.optim.SGD(lr=1.0))
+    if how == "pruning":
+        prune.random_unstructured(layer, "weight", 0.5)
+    else:
+        parametrize.register_parametrization(layer, "weight", torch.nn.Tanh())
+    with pytest.raises(ValueError, match=r"optimizer must be None where weight is no parameter.*got SGD"):
+        layer(torch.tensor([[1, 2]]))
+
+
+def test_a_module_whose_class_has_changed_is_not_restored():
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4))
+    gossamer.replace(model, embeddings=True)
+    parametrize.register_parametrization(model[0], "weight", torch.nn.Tanh())
+    with pytest.raises(ValueError, match=r"0 must have the class that replace gave it.*got ParametrizedEmbedding"):
+        gossamer.restore(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    gossamer.restore(model)
+    assert type(model[0]) is torch.nn.Embedding

@@ -392,3 +392,27 @@ def test_graph_capture(kernel_backend, device):
     graph.replay()
     for value, expected in zip(captured, step(), strict=True):
         assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("rank", [16, 17, 31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_row_has_the_same_bits_beside_few_others_and_many(rank, dtype):
+    """Eight rows of an expert lie in other lanes than nine; an update is added to the same sums in the same order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    x, gate_up, down = normal(9, 32), normal(1, 32, 32, scale=0.2), normal(1, 32, 32, scale=0.2)
+    loras = {n: (normal(1, rank, 32, scale=0.2), normal(1, 32, rank, scale=0.2)) for n in ("gate_up_lora", "down_lora")}
+
+    def rows(count):
+        ids = torch.zeros(count, 1, dtype=torch.int64)
+        weights = torch.ones(count, 1, dtype=dtype)
+        return gossamer.expert_mlp(
+            x[:count], gate_up, down, gossamer.dispatch(ids, 1), weights, activation="silu", **loras
+        )
+
+    whole = rows(9)
+    for count in (1, 2, 5, 8):
+        assert torch.equal(rows(count), whole[:count])

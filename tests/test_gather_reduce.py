@@ -273,6 +273,20 @@ def test_gradcheck(device, form):
     assert torch.autograd.gradcheck(function, (table, weights))
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_a_float64_table_gets_a_float64_gradient_of_a_narrower_result(sparse_grad):
+    """Three thousand float32 gradients a row, which a float32 sum would round."""
+    table = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    index, dout = torch.arange(9000).view(1, -1) % 3, torch.randn(1, 8)
+    gossamer.gather_reduce(table, index, out_dtype=torch.float32, sparse_grad=sparse_grad).backward(dout)
+    torch.testing.assert_close(table.grad.to_dense(), dout.double().mul(3000).expand(3, 8), rtol=1e-12, atol=0)
+    layout = gossamer.TableLayout([(3, 8)])
+    flat = torch.zeros(layout.num_elements, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 9000])
+    gossamer.gather_reduce_tables(flat, layout, index.flatten(), offsets, out_dtype=torch.float32).backward(dout)
+    torch.testing.assert_close(layout.views(flat.grad)[0], table.grad.to_dense(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles(kernel_backend, device, backend):
     """Traced whole, forward and backward, with a dynamic number of bags, and no recompilation for another."""

@@ -485,6 +485,16 @@ def test_empty_and_strided_batches(served, device):
             ValueError,
             "scores must be at least 0 with evict='lfu', got -1",
         ),
+        (
+            lambda t: t.import_(torch.arange(1), torch.ones(1, 2), torch.tensor([-1])),
+            ValueError,
+            "scores must be at least 0 .*got -1",
+        ),
+        (
+            lambda t: t.import_(torch.arange(1), torch.ones(1, 2), torch.tensor([2**63 - 1])),
+            ValueError,
+            "scores of an lru table must be at most",
+        ),
     ],
 )
 def test_bad_arguments(call, error, message):

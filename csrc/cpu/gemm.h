@@ -345,18 +345,21 @@ GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* 
   for (int64_t i = 0; i < count; i += lanes) {
     const int rows = static_cast<int>(std::min<int64_t>(lanes, count - i));
     Vec<S> total[Tokens] = {};
+    if (add) {
+      Vec<S> before[lanes] = {};
+      for (int r = 0; r < rows; ++r) before[r] = load(c + (i + r) * c_stride);
+      transpose<S>(before);
+      for (int t = 0; t < Tokens; ++t) total[t] = before[t];
+    }
     for (int64_t k = 0; k < depth; k += segment) {
       Vec<S> sum[Tokens] = {};
       accumulate(sum, i, rows, k, std::min<int64_t>(depth, k + segment));
-      for (int t = 0; t < Tokens; ++t) total[t] = k == 0 ? sum[t] : total[t] + sum[t];
+      for (int t = 0; t < Tokens; ++t) total[t] = !add && k == 0 ? sum[t] : total[t] + sum[t];
     }
     Vec<S> v[lanes] = {};
     for (int t = 0; t < Tokens; ++t) v[t] = total[t];
     transpose<S>(v);
-    for (int r = 0; r < rows; ++r) {
-      S* to = c + (i + r) * c_stride;
-      store(to, add ? load(to) + v[r] : v[r]);
-    }
+    for (int r = 0; r < rows; ++r) store(c + (i + r) * c_stride, v[r]);
   }
 }
 

@@ -252,8 +252,17 @@ void set_shared(T* at, T value) {
   __atomic_store_n(at, value, __ATOMIC_RELAXED);
 }
 
-// Serves the keys that are in the table; returns the positions of the others.
-Positions serve_present(const HashInsertArgs& a, int threads) {
+// Marks the rows of keys that were there.
+void mark_present(const HashInsertArgs& a, int threads) {
+  parallel_ranges(a.count, kKeysPerThread, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (a.results.status[i] == kHit) set_shared(&a.marks[a.results.slots[i]], a.mark);
+    }
+  });
+}
+
+// Serves the keys that are in the table, and marks their rows where `marks` is set; returns the positions of the others.
+Positions serve_present(const HashInsertArgs& a, bool marks, int threads) {
   Positions missing{Numbers(a.count)};
   std::vector<Team::Range> found(threads);
   const Evict policy = a.batch.policy;
@@ -268,7 +277,7 @@ Positions serve_present(const HashInsertArgs& a, int threads) {
         return;
       }
       if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
-      if (a.marks) set_shared(&a.marks[slot], a.mark);
+      if (marks) set_shared(&a.marks[slot], a.mark);
     });
     found[team.thread] = {begin, next};
     if (policy == Evict::kNone || stamps(policy)) return;
@@ -303,10 +312,12 @@ void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t
 }
 
 HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
-  const Positions missing = serve_present(a, threads_for(a.count, num_threads));
+  // A batch that may not fit marks nothing before it is known to.
+  const bool may_fail = a.batch.policy == Evict::kNone && a.count > a.room;
+  const int all_threads = threads_for(a.count, num_threads);
+  const Positions missing = serve_present(a, a.marks && !may_fail, all_threads);
   const int64_t absent = missing.size;
   HashInsertCounts counts;
-  if (absent == 0) return counts;
   if (a.batch.policy == Evict::kNone && absent > a.room) {
     const int64_t distinct = count_distinct(a, missing);
     if (distinct > a.room) {
@@ -314,6 +325,8 @@ HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
       return counts;
     }
   }
+  if (a.marks && may_fail) mark_present(a, all_threads);
+  if (absent == 0) return counts;
   const int threads = threads_for(absent, num_threads);
   Groups groups(a, missing, threads);
   std::atomic<int64_t> next{0};

@@ -74,10 +74,18 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
 
 
 def restore(model: torch.nn.Module) -> bool:
-    """Undo :func:`replace`; whether there was something to undo."""
-    undone = False
-    for module in model.modules():
-        if module.__dict__.pop(_MARK, False):
-            module.__class__ = _THEIRS[type(module)]
-            undone = True
-    return undone
+    """Undo :func:`replace`; whether there was something to undo.
+
+    Raises:
+        ValueError: a module has got another class since, as from a parametrization; nothing is undone.
+    """
+    marked = {name: module for name, module in model.named_modules() if _MARK in module.__dict__}
+    for name, module in marked.items():
+        if type(module) not in _THEIRS:
+            raise ValueError(
+                f"{name} must have the class that replace gave it to be restored, got {type(module).__name__}"
+            )
+    for module in marked.values():
+        del module.__dict__[_MARK]
+        module.__class__ = _THEIRS[type(module)]
+    return bool(marked)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
-from gossamer.ops._bags import check_bags, check_offsets, check_weights_values
+from gossamer.ops._bags import apply_bounds, check_bags, check_offsets, check_weights_values
+from gossamer.ops.gather_reduce import _gather_max as gather_max
+from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import STEP_TAKEN
-from gossamer.ops.sparse_update import sparse_update_
+from gossamer.ops.sparse_update import step_bags_
 
 
 def check_lookup(values, ids, offsets, weights, mode: str) -> None:
@@ -22,22 +24,56 @@ def check_lookup(values, ids, offsets, weights, mode: str) -> None:
         check_weights_values(weights, torch.ones((), dtype=torch.bool, device="cpu"))
 
 
+def _counts(rows, offsets) -> torch.Tensor:
+    """How many rows each bag has that are there."""
+    there = rows >= 0
+    if offsets is None:
+        return there.sum(1)
+    up_to = torch.cat([there.new_zeros(1, dtype=torch.int64), there.cumsum(0)])
+    return up_to[offsets[1:].long()] - up_to[offsets[:-1].long()]
+
+
+def _maxima(values, rows, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columnwise maxima of each bag's rows, and the positions within the bag where they were found."""
+    backend = _backend.resolve("gather_reduce", values)
+    rows, offsets = apply_bounds(rows, offsets, values.shape[0], "drop", None, backend)
+    return gather_max(values, rows, offsets, -1, True, True, values.dtype, backend)
+
+
 class Lookup(torch.autograd.Function):
     """The lookup, whose backward pass takes the step on the rows that still belong to the ids."""
 
     @staticmethod
     def forward(ctx, handle, weights, layer, ids, rows, offsets):
         ctx.layer, ctx.moves, ctx.resizes, ctx.stepped = layer, layer._moves, layer._resizes, False
-        ctx.save_for_backward(weights, ids, rows, offsets)
-        return layer._reduce(rows, offsets, None if weights is None else weights.detach())
+        # Other lookups may step these rows, or other ids have them, before this one's backward pass.
+        read = argmax = None
+        if layer.pooling == "max":
+            out, argmax = _maxima(layer.table.values, rows, offsets)
+        else:
+            out = layer._reduce(rows, offsets, None if weights is None else weights.detach())
+            if weights is not None and ctx.needs_input_grad[1]:
+                read = layer.table.values.index_select(0, rows.reshape(-1).clamp(min=0))
+        ctx.save_for_backward(weights, ids, rows, offsets, read, argmax)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        weights, ids, rows, offsets = ctx.saved_tensors
-        layer = ctx.layer
+        weights, ids, rows, offsets, read, argmax = ctx.saved_tensors
+        layer, mode = ctx.layer, ctx.layer.pooling or "sum"
+        dweights = None
+        if weights is not None and ctx.needs_input_grad[1]:
+            leaf, places = weights.detach().requires_grad_(), torch.arange(rows.numel(), device=rows.device)
+            places = torch.where(rows < 0, -1, places.view(rows.shape))
+            with torch.enable_grad():
+                again = gather_reduce(read, places, offsets, leaf, mode=mode, bounds="drop")
+                (dweights,) = torch.autograd.grad(again, leaf, dout)
         with layer.table.lock:
             if layer._moves != ctx.moves:
+                if mode == "mean":
+                    # Ids that have left counted in the forward pass.
+                    mode, dout = "sum", dout / _counts(rows, offsets).clamp(min=1).unsqueeze(1)
                 now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
                 if layer._resizes == ctx.resizes:
                     # Another id may have these rows by now.
@@ -45,24 +81,20 @@ class Lookup(torch.autograd.Function):
                 else:
                     # The table has grown, and every id has another row.
                     rows = torch.where(rows < 0, -1, now)
-            dweights = None
-            if weights is not None and ctx.needs_input_grad[1]:
-                leaf = weights.detach().requires_grad_()
-                with torch.enable_grad():
-                    (dweights,) = torch.autograd.grad(layer._reduce(rows, offsets, leaf), leaf, dout)
             if ctx.needs_input_grad[0]:
                 if ctx.stepped:
                     raise RuntimeError(STEP_TAKEN)
                 ctx.stepped = True
-                sparse_update_(
+                step_bags_(
                     layer.table.values,
                     rows,
                     dout,
                     offsets,
                     weights,
+                    argmax,
                     optimizer=layer.optimizer,
                     state=layer.optimizer_state,
-                    mode=layer.pooling or "sum",
+                    mode=mode,
                     bounds="drop",
                 )
                 layer.table.mark_rows(layer._changed, rows.reshape(-1), True)

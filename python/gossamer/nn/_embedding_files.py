@@ -59,7 +59,11 @@ def _header_checksum(header: Mapping[str, object]) -> int:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:
+        # One element counts as contiguous with any stride, and cannot be viewed as bytes with another than one.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return zlib.crc32(flat.view(torch.uint8).numpy())
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -18,7 +18,8 @@ class FusedStep(torch.nn.Module):
     ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
     ``optimizer_step``, ``optimizer_sum`` and so on, which the ``state_dict`` holds beside the table.
 
-    A step is of the gradients of this process. ``DistributedDataParallel`` and ``fully_shard`` over a table with an
+    A step is taken on the gradients as they come, which a loss scaler cannot unscale and ``clip_grad_norm_`` not clip,
+    and on those of this process. ``DistributedDataParallel`` and ``fully_shard`` over a table with an
     optimizer raise a ``ValueError``, unless they are told to leave it alone.
 
     Attributes:
@@ -72,8 +73,16 @@ class FusedStep(torch.nn.Module):
         super().__setattr__(name, value)
 
     def _step(self) -> dict:
-        """The arguments of a lookup that step its table; refused in a copy that would drift apart from others."""
+        """The arguments of a lookup that step its table; refused in a copy that would drift apart from others.
+
+        And where the table is computed anew in each forward pass, so that a step would be lost.
+        """
         check_alone(self)
+        if self._table_name() not in self._parameters:
+            raise ValueError(
+                f"optimizer must be None where {self._table_name()} is no parameter, as under a parametrization or "
+                f"pruning, got {type(self.optimizer).__name__}: its steps would be lost"
+            )
         names = ("step", *self.optimizer.state_kinds())
         state = {name: getattr(self, _PREFIX + name) for name in names}
         return {"handle": self._handle, "optimizer": self.optimizer, "state": state}

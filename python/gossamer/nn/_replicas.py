@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,6 +14,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     # Imported where a model is sharded, and slowly.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def evaluated_when_compiled(function: Callable) -> Callable:
+    """A function of modules that compilers call while they trace a forward pass; its result is a constant to them.
+
+    What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def check_alone(layer: nn.Module) -> None:
@@ -31,8 +41,7 @@ def check_alone(layer: nn.Module) -> None:
             raise ValueError(problem)
 
 
-# Looked at when a forward pass is compiled, and not traced: it may be of the model that is being compiled.
-@torch.compiler.assume_constant_result
+@evaluated_when_compiled
 def _drift(layer: nn.Module) -> str:
     copies = nn.parallel.DistributedDataParallel._get_active_ddp_module()
     if copies is None or copies.process_group.size() == 1:

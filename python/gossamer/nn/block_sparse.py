@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gossamer.nn._replicas import evaluated_when_compiled
 from gossamer.nn.routing import check_positive
 from gossamer.ops._checks import check_shape, check_tensor
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
@@ -154,12 +155,26 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 f"topology must have as many blocks as it has room for, {topology.nnz_blocks}, got {found}"
             )
-        self._topology = topology.to(device)
-        self.register_buffer("block_mask", mask.to(device))
+        # A tensor of its own: a mask is a view of a longer one, which files of tensors do not take.
+        self.register_buffer("block_mask", mask.to(device).clone())
+        self._adopt(topology.to(device))
+
+    def _adopt(self, topology: BlockTopology) -> None:
+        """Take a topology that says what ``block_mask`` says now."""
+        self._topology, self._mask = topology, self.block_mask
+        self._mask_version = _version(self.block_mask)
 
     @property
     def topology(self) -> BlockTopology:
-        """Where the blocks are, of a weight in whole blocks."""
+        """Where the blocks are, of a weight in whole blocks.
+
+        It follows ``block_mask``, also where a checkpoint, an average of weights or another process's copy was written
+        into that: what else is here tells only how many blocks there are.
+
+        Raises:
+            ValueError: on the CPU, ``block_mask`` has not as many blocks as ``values``.
+        """
+        _follow_mask(self)
         return self._topology
 
     @property
@@ -175,7 +190,7 @@ class BlockSparseLinear(nn.Module):
     @property
     def weight(self) -> BlockSparseTensor:
         """The weight in whole blocks; a differentiable view of ``values``."""
-        return BlockSparseTensor(self.values, self._topology)
+        return BlockSparseTensor(self.values, self.topology)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -184,9 +199,11 @@ class BlockSparseLinear(nn.Module):
         nn.init.uniform_(self.values, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        # Parameters may be on the meta device where buffers are not.
         (bm, bn), device = self.block, self.values.device
-        rows = self._topology.row_indices.unsqueeze(1) * bm + torch.arange(bm, device=device) < self.out_features
-        cols = self._topology.column_indices.unsqueeze(1) * bn + torch.arange(bn, device=device) < self.in_features
+        topology = self.topology.to(device)
+        rows = topology.row_indices.unsqueeze(1) * bm + torch.arange(bm, device=device) < self.out_features
+        cols = topology.column_indices.unsqueeze(1) * bn + torch.arange(bn, device=device) < self.in_features
         # What lies past the edge is zero, gets no gradient, and so stays zero.
         self.values.mul_(rows.unsqueeze(2) & cols.unsqueeze(1))
 
@@ -270,22 +287,22 @@ class BlockSparseLinear(nn.Module):
         topology = BlockTopology.from_mask(mask, self.block, nnz=nnz)
         places = mask.numel()
         old = torch.full((places,), -1, dtype=torch.int64, device=mask.device)
-        old = old.scatter(0, self._topology.flat_places(), torch.arange(nnz, device=mask.device))
+        old = old.scatter(0, self.topology.flat_places(), torch.arange(nnz, device=mask.device))
         source = old[topology.flat_places()]
-        self._topology = topology
         self.block_mask.copy_(mask)
+        self._adopt(topology)
         move_blocks_(self.values, source)
         self.values.grad = None
         return source
 
     def _apply(self, fn, recurse=True):
+        topology, unknown = self.topology, self.block_mask.is_meta
         super()._apply(fn, recurse)
-        topology, device = self._topology, self.values.device
-        if topology.device.type == "meta" != device.type:
-            # Nobody has said yet which blocks: any, as in the constructor, until a state is loaded.
+        if unknown and not self.block_mask.is_meta:
+            # Memory without values: nobody has said which blocks. Any, as in the constructor, until a state is loaded.
             topology = BlockTopology.random(topology.shape, topology.block, topology.density, balanced=True)
             self.block_mask.copy_(topology.to_mask())
-        self._topology = topology.to(device)
+        self._adopt(topology.to(self.block_mask.device))
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
@@ -298,9 +315,10 @@ class BlockSparseLinear(nn.Module):
         if mask is None or self.block_mask.is_meta:
             return
         if len(errors) == before:
-            self._topology = BlockTopology.from_mask(self.block_mask, self.block, nnz=self.values.shape[0])
+            _follow_mask(self)
         else:
             self.block_mask.copy_(self._topology.to_mask())
+            self._adopt(self._topology)
 
     @classmethod
     @torch.no_grad()
@@ -368,6 +386,22 @@ class BlockSparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"density={self.density:.3g}, block={self.block}"
         )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to, as far as it counts that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@evaluated_when_compiled
+def _follow_mask(layer: BlockSparseLinear) -> None:
+    """Have a layer's topology say what its mask says, where that is another tensor or was written to."""
+    mask, values = layer.block_mask, layer.values
+    if (mask is layer._mask and _version(mask) == layer._mask_version) or mask.is_meta:
+        return
+    if mask.device.type == "cpu" and (found := int(mask.sum())) != values.shape[0]:
+        raise ValueError(f"block_mask must have as many blocks as values, {values.shape[0]}, got {found}")
+    layer._adopt(BlockTopology.from_mask(mask, layer.block, nnz=values.shape[0]))
 
 
 def chosen_blocks(

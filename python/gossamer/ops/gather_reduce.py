@@ -245,6 +245,8 @@ def sum_sorted(dout, ids, bags, factor, num_rows, out_dtype, backend):
 
 def _table_gradient(ctx, dout, index, offsets, weights, limit):
     dtype = accumulation_dtype(ctx.table_dtype)
+    # What is summed says in which dtype: a float64 table's gradient in float64, whatever the result's dtype was.
+    dout = dout.to(dtype) if dtype == torch.float64 else dout
     ids, bags, factor = transpose_bags(index, offsets, weights, limit, ctx.padding_idx, ctx.mean, ctx.num_rows, dtype)
     out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
     if not ctx.sparse_grad:

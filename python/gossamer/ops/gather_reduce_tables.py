@@ -235,6 +235,7 @@ def _storage_gradient(ctx, dout, index, offsets, weights):
     for table, bags, row in features(total, offsets, ctx.spec):
         ids, bag, factor = transpose_bags(index, bags, weights, None, -1, bool(row[POOLING]), row[ROWS], wide)
         part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
+        part = part.to(wide) if wide == torch.float64 else part
         table += sum_sorted(part, ids, bag, factor, row[ROWS], wide, ctx.backend)
     return total.to(ctx.dtype)
 

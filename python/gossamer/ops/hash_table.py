@@ -18,6 +18,8 @@ from gossamer.ops.gather_reduce import gather_reduce
 
 EVICT = ("lru", "lfu", "epoch_lru", "epoch_lfu", "score", None)
 _MAX_EPOCH = 2**31 - 1
+# Stamps of an lru table that came in go on from there.
+_MOST_CLOCK = 2**62
 _LAST_SERIAL = 2**31 - 1
 
 
@@ -469,12 +471,14 @@ class HashTable(ArgumentChecks):
 
         Raises:
             HashTableFull: with ``evict=None``, the new keys do not fit.
-            TypeError, ValueError: an argument is not what the table takes.
+            TypeError, ValueError: an argument is not what the table takes, or a score none that its policy gives.
         """
         keys = self._check_keys(keys)
         values = self._check_values(values, keys.shape[0])
         scores = keys.new_zeros(keys.shape, dtype=torch.int64) if scores is None else scores
-        scores = self._checked_scores(scores, keys.shape[0], None)
+        scores = self._checked_scores(scores, keys.shape[0], None if self.evict in ("score", None) else 0)
+        if self.evict == "lru" and scores.numel() and int(scores.max()) > _MOST_CLOCK:
+            raise ValueError(f"scores of an lru table must be at most {_MOST_CLOCK}, got {int(scores.max())}")
         with self.lock:
             policy = None if self.evict is None else "score"
             pieces = self._pieces(keys, values, None if policy is None else scores)

@@ -346,6 +346,39 @@ def sparse_update_(
         IndexError: on the CPU, an id outside ``[0, N)`` with ``bounds="raise"``. On any error table and state are
             unchanged.
     """
+    step_bags_(
+        table,
+        index,
+        dout,
+        offsets,
+        weights,
+        optimizer=optimizer,
+        state=state,
+        mode=mode,
+        padding_idx=padding_idx,
+        include_last_offset=include_last_offset,
+        bounds=bounds,
+        bounds_count=bounds_count,
+    )
+
+
+def step_bags_(
+    table,
+    index,
+    dout,
+    offsets=None,
+    weights=None,
+    argmax=None,
+    *,
+    optimizer,
+    state,
+    mode="sum",
+    padding_idx=None,
+    include_last_offset=True,
+    bounds="raise",
+    bounds_count=None,
+) -> None:
+    """:func:`sparse_update_`, for a maximum with the positions that the forward pass found, or None."""
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
     index, offsets, weights, padding = check_bags(
@@ -364,8 +397,7 @@ def sparse_update_(
     lr, step, state1, state2 = check_state(optimizer, state, table)
     index, offsets = apply_bounds(index, offsets, table.shape[0], bounds, bounds_count, backend)
     drop = bounds != "raise"
-    argmax = None
-    if mode == "max":
+    if mode == "max" and argmax is None:
         argmax = _gather_max(table, index, offsets, padding, drop, True, table.dtype, backend)[1]
     _sparse_update_(
         table,
