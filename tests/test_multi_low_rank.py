@@ -354,6 +354,7 @@ def arguments(**change):
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
         ({"a": torch.randn(A, R, C + 1)}, ValueError, r"a must have shape \(A, r, C\) = \(any, any, 97\)"),
         ({"b": torch.randn(A, N, R + 1)}, ValueError, r"b must have shape \(A, N, r\) = \(5, any, 3\)"),
+        ({"scale": "2"}, TypeError, "scale must be a number, got .2."),
         ({"a": torch.randn(A, 0, C), "b": torch.randn(A, N, 0)}, ValueError, r"rank of a and b must be in \[1, min"),
         ({"a": torch.randn(A, R, C).half()}, TypeError, "b must have the dtype of a, torch.float16, got torch.float32"),
         ({"out": torch.randn(M, N + 1)}, ValueError, r"out must have shape \(..., N\) = \(43, 61\), got \(43, 62\)"),

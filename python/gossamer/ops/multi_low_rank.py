@@ -13,6 +13,7 @@ from gossamer.ops._checks import (
     check_index,
     check_same_device,
     check_same_dtype,
+    check_scale,
     check_shape,
     last_size,
 )
@@ -312,6 +313,8 @@ def multi_low_rank(
         check_shape("scale", scale, (num_adapters,), "(A,)")
         check_float("scale", scale, backend)
         scale = scale.detach()
+    else:
+        check_scale("scale", scale)
     if ranks is not None:
         check_index("ranks", ranks)
         check_shape("ranks", ranks, (num_adapters,), "(A,)")
