@@ -233,6 +233,22 @@ def test_replace_and_restore_leave_the_state_alone(device):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_copies_and_models_around_are_restored(device):
+    """And by themselves: the model that was copied stays as it is."""
+    model = make_model("qwen3_moe", device)
+    before = model.config._experts_implementation
+    gossamer.replace(model)
+    for other in (copy.deepcopy(model), torch.nn.Sequential(copy.deepcopy(model))):
+        gossamer.restore(other)
+        inner = other if other.__class__ is model.__class__ else other[0]
+        assert inner.config._experts_implementation == before
+        assert model.config._experts_implementation == "gossamer"
+        with pytest.raises(ValueError, match=r"model must be one that gossamer\.replace switched"):
+            gossamer.restore(other)
+    gossamer.restore(torch.nn.Sequential(model))
+    assert model.config._experts_implementation == before
+
+
 def test_a_forward_of_ones_own_is_left_alone(device):
     """A subclass that computes something else asks for no implementation; one that calls its base's does."""
     base = transformers.models.mixtral.modeling_mixtral.MixtralExperts

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Mapping
 
 import torch
@@ -159,7 +158,9 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 _accept_name()
 
 
-_previous: weakref.WeakKeyDictionary[nn.Module, list[tuple[object, str | None]]] = weakref.WeakKeyDictionary()
+# Set on modules whose config :func:`replace` changed, so that restore finds them in copies and other models too: the
+# implementation that the config named before.
+_MARK = "_gossamer_experts_before"
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -218,14 +219,9 @@ def _set_implementation(config: object, value: str | None) -> None:
     setattr(config, name if hasattr(config, name) else "_experts_implementation", value)
 
 
-def _configs(model: nn.Module) -> list[object]:
-    """Every distinct config held by a module of ``model`` that names an experts implementation."""
-    found: dict[int, object] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if hasattr(config, "_experts_implementation"):
-            found[id(config)] = config
-    return list(found.values())
+def _with_config(model: nn.Module) -> list[nn.Module]:
+    """Every module of ``model`` with a config of its own that names an experts implementation."""
+    return [m for m in model.modules() if hasattr(m.__dict__.get("config"), "_experts_implementation")]
 
 
 def holds_experts(model: nn.Module) -> bool:
@@ -235,7 +231,7 @@ def holds_experts(model: nn.Module) -> bool:
 
 def is_switched(model: nn.Module) -> bool:
     """Whether :func:`replace` switched experts modules of ``model``."""
-    return model in _previous
+    return any(_MARK in module.__dict__ for module in model.modules())
 
 
 def _no_experts(model: nn.Module) -> str:
@@ -282,13 +278,14 @@ def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
             detail = activation.name + (constants if activation.name == "clamped_swiglu" else "")
             detail += ", interleaved" if interleaved else ""
         switched.append(SwitchedModule(name, type(module).__name__, activation is not None, detail))
-    before = [(config, config._experts_implementation) for config in _configs(model)]
+    before = [(module, module.config._experts_implementation) for module in _with_config(model)]
     if isinstance(model, transformers.PreTrainedModel) and switched and not skipped:
         model.set_experts_implementation(NAME)
     for config in targets.values():
         _set_implementation(config, NAME)
     if switched:
-        _previous.setdefault(model, before)
+        for module, implementation in before:
+            module.__dict__.setdefault(_MARK, implementation)
     return Replacement(tuple(switched), tuple(skipped))
 
 
@@ -296,8 +293,8 @@ def restore(model: nn.Module) -> None:
     """:func:`gossamer.restore`."""
     if isinstance(model, nn.Module) and any(isinstance(m, QuantizedExpertStack) for m in model.modules()):
         raise ValueError("model must hold its experts' own weights to be restored, they are quantised")
-    before = _previous.pop(model, None) if isinstance(model, nn.Module) else None
-    if before is None:
+    marked = [m for m in model.modules() if _MARK in m.__dict__] if isinstance(model, nn.Module) else []
+    if not marked:
         raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")
-    for config, implementation in before:
-        _set_implementation(config, implementation)
+    for module in marked:
+        _set_implementation(module.config, module.__dict__.pop(_MARK))
