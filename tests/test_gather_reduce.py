@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import OperatorLog, assert_same_bits, check, huge_storage, ragged, run, saved_tensors
 
 import gossamer
+from gossamer import _backend
 from gossamer.ops.gather_reduce import gather_reduce_reference, sum_slots
 
 
@@ -271,6 +272,24 @@ def test_gradcheck(device, form):
     table = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(index.shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (table, weights))
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_ids_outside_every_bag_may_be_anything(backend, sparse_grad):
+    """Nobody reads them, nor checks them, nor their weights."""
+    if reason := _backend.unavailable(backend, "cpu"):
+        pytest.skip(reason)
+    table, offsets = torch.randn(4, 2, requires_grad=True), torch.tensor([1, 2])
+    index, weights = torch.tensor([99, 1, -7]), torch.tensor([float("nan"), 2.0, float("nan")])
+    layout = gossamer.TableLayout([(4, 2)])
+    storage = torch.randn(layout.num_elements)
+    with gossamer.backend(backend):
+        y = gossamer.gather_reduce(table, index, offsets, weights, sparse_grad=sparse_grad)
+        y.sum().backward()
+        flat = gossamer.gather_reduce_tables(storage, layout, index, offsets, weights)
+    assert torch.equal(y, 2 * table[1:2]) and table.grad.to_dense().tolist() == [[0, 0], [2, 2], [0, 0], [0, 0]]
+    assert torch.equal(flat, 2 * layout.views(storage)[0][1:2])
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True])

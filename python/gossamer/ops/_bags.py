@@ -44,9 +44,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_ids(index: torch.Tensor, num_rows: int) -> None:
-    """Every id must lie in ``[0, num_rows)``; reads values, so it is for the CPU."""
-    bad = ((index < 0) | (index >= num_rows)).reshape(-1).nonzero()
+def check_ids(index: torch.Tensor, inside: torch.Tensor, num_rows: int) -> None:
+    """Every id that is inside a bag must lie in ``[0, num_rows)``; reads values, so it is for the CPU."""
+    bad = (((index < 0) | (index >= num_rows)).reshape(-1) & inside).nonzero()
     if bad.numel():
         position = int(bad[0])
         value = int(index.reshape(-1)[position])

@@ -365,13 +365,11 @@ def check_values(
     """What the native kernels check of the values in the lists, for the reference on the CPU."""
     if offsets is not None:
         check_offsets(index, offsets)
+    inside = bags_of(index, offsets) < num_bags_of(index, offsets)
     if not drop:
-        check_ids(index, num_rows)
+        check_ids(index, inside, num_rows)
     if weights is not None:
-        live = live_ids(index.reshape(-1), num_rows, None, padding_idx) & (
-            bags_of(index, offsets) < num_bags_of(index, offsets)
-        )
-        check_weights_values(weights, live)
+        check_weights_values(weights, inside & live_ids(index.reshape(-1), num_rows, None, padding_idx))
 
 
 def gather_reduce(

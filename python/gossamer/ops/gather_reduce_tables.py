@@ -292,15 +292,16 @@ def check_values(spec, index, offsets, weights, drop):
     """What the native kernels check of the values in the lists."""
     check_offsets(index, offsets)
     rows = _rows_of_ids(torch.tensor(spec[ROWS::6]), index, offsets)
-    live = (index >= 0) & (index < rows)
-    if not drop and not live.all():
-        position = int((~live).nonzero()[0])
+    inside = bags_of(index, offsets) < offsets.shape[0] - 1
+    live = inside & (index >= 0) & (index < rows)
+    if not drop and not torch.equal(live, inside):
+        position = int((inside & ~live).nonzero()[0])
         raise IndexError(
             f"index must be in [0, N) with N={int(rows[position])}, got {int(index[position])} at flat position "
             f"{position}"
         )
     if weights is not None:
-        check_weights_values(weights, live & (bags_of(index, offsets) < offsets.shape[0] - 1))
+        check_weights_values(weights, live)
 
 
 def gather_reduce_tables(
