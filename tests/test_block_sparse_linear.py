@@ -10,6 +10,7 @@ from torch import nn
 
 import gossamer
 from gossamer.nn import BlockSparseLinear, erk_densities
+from gossamer.nn._replicas import EVALUATES_MODULES
 from gossamer.nn.block_sparse import block_scores, highest
 
 
@@ -287,6 +288,8 @@ def other_layer(device):
 @pytest.mark.parametrize("how", ["in place", "buffer", "average", "memory", "compiled"])
 def test_blocks_follow_a_mask_that_someone_else_wrote(device, how):
     """As checkpoints that load in place, averages of weights and processes that send each other buffers do."""
+    if how == "compiled" and not EVALUATES_MODULES:
+        pytest.skip("this torch's compiler cannot look")
     one, other = BlockSparseLinear(64, 64, density=0.5, block=16, device=device), other_layer(device)
     assert not torch.equal(one.block_mask, other.block_mask)
     x = torch.randn(3, 64, device=device)

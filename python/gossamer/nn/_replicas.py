@@ -16,13 +16,23 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
+# Whether torch's compiler hands modules to functions that it evaluates; earlier ones than this release do not.
+EVALUATES_MODULES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 def evaluated_when_compiled(function: Callable) -> Callable:
     """A function of modules that compilers call while they trace a forward pass; its result is a constant to them.
 
-    What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not.
+    What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not. To be
+    called where :func:`may_evaluate` says so.
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def may_evaluate() -> bool:
+    """Whether a function that is :func:`evaluated_when_compiled` can be called here."""
+    return EVALUATES_MODULES or not torch.compiler.is_compiling()
 
 
 def check_alone(layer: nn.Module) -> None:
@@ -35,10 +45,11 @@ def check_alone(layer: nn.Module) -> None:
     Raises:
         ValueError: the layer is called in the forward pass of ``DistributedDataParallel`` over several processes.
     """
-    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-        problem = _drift(layer)
-        if problem:
-            raise ValueError(problem)
+    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    problem = _drift(layer) if may_evaluate() else ""
+    if problem:
+        raise ValueError(problem)
 
 
 @evaluated_when_compiled

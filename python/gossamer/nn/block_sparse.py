@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer.nn._replicas import evaluated_when_compiled
+from gossamer.nn._replicas import evaluated_when_compiled, may_evaluate
 from gossamer.nn.routing import check_positive
 from gossamer.ops._checks import check_shape, check_tensor
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
@@ -169,12 +169,14 @@ class BlockSparseLinear(nn.Module):
         """Where the blocks are, of a weight in whole blocks.
 
         It follows ``block_mask``, also where a checkpoint, an average of weights or another process's copy was written
-        into that: what else is here tells only how many blocks there are.
+        into that: what else is here tells only how many blocks there are. In what ``torch.compile`` has made it is that
+        of the compilation, or of the last time before it that the layer was called, with torch older than 2.13.
 
         Raises:
             ValueError: on the CPU, ``block_mask`` has not as many blocks as ``values``.
         """
-        _follow_mask(self)
+        if may_evaluate():
+            _follow_mask(self)
         return self._topology
 
     @property
