@@ -198,11 +198,7 @@ def tensor_and_expert_parallel_models_give_the_same_logits():
     dist.barrier()
     tokens = torch.arange(24).view(2, 12)
     expected = whole(tokens).logits
-    # In later releases of transformers the plan belongs to the configuration.
-    try:
-        experts = {"distributed_config": DistributedConfig(enable_expert_parallel=True, tp_size=WORLD, tp_plan="auto")}
-    except TypeError:
-        experts = {"distributed_config": DistributedConfig(enable_expert_parallel=True), "tp_plan": "auto"}
+    experts = {"distributed_config": DistributedConfig(enable_expert_parallel=True, tp_size=WORLD, tp_plan="auto")}
     for plan in ({"tp_plan": "auto"}, experts):
         model = AutoModelForCausalLM.from_pretrained(FOLDER / "model", experts_implementation="gossamer", **plan)
         found = model.eval()(tokens).logits

@@ -229,9 +229,13 @@ def holds_experts(model: nn.Module) -> bool:
     return any(_is_experts(module) for module in model.modules())
 
 
+def _switched(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _MARK in module.__dict__]
+
+
 def is_switched(model: nn.Module) -> bool:
     """Whether :func:`replace` switched experts modules of ``model``."""
-    return any(_MARK in module.__dict__ for module in model.modules())
+    return bool(_switched(model))
 
 
 def _no_experts(model: nn.Module) -> str:
@@ -293,7 +297,7 @@ def restore(model: nn.Module) -> None:
     """:func:`gossamer.restore`."""
     if isinstance(model, nn.Module) and any(isinstance(m, QuantizedExpertStack) for m in model.modules()):
         raise ValueError("model must hold its experts' own weights to be restored, they are quantised")
-    marked = [m for m in model.modules() if _MARK in m.__dict__] if isinstance(model, nn.Module) else []
+    marked = _switched(model) if isinstance(model, nn.Module) else []
     if not marked:
         raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")
     for module in marked:

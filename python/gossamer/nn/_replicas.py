@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -23,16 +24,18 @@ EVALUATES_MODULES = tuple(int(part) for part in torch.__version__.split(".")[:2]
 def evaluated_when_compiled(function: Callable) -> Callable:
     """A function of modules that compilers call while they trace a forward pass; its result is a constant to them.
 
-    What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not. To be
-    called where :func:`may_evaluate` says so.
+    What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not. Where
+    the compiler cannot, the function is left out of what it compiles, as if it gave None.
     """
-    function._dynamo_marked_constant = True
-    return function
+    if EVALUATES_MODULES:
+        function._dynamo_marked_constant = True
+        return function
 
+    @functools.wraps(function)
+    def outside(*modules: nn.Module) -> object:
+        return None if torch.compiler.is_compiling() else function(*modules)
 
-def may_evaluate() -> bool:
-    """Whether a function that is :func:`evaluated_when_compiled` can be called here."""
-    return EVALUATES_MODULES or not torch.compiler.is_compiling()
+    return outside
 
 
 def check_alone(layer: nn.Module) -> None:
@@ -47,8 +50,7 @@ def check_alone(layer: nn.Module) -> None:
     """
     if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    problem = _drift(layer) if may_evaluate() else ""
-    if problem:
+    if problem := _drift(layer):
         raise ValueError(problem)
 
 

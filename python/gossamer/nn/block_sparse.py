@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer.nn._replicas import evaluated_when_compiled, may_evaluate
+from gossamer.nn._replicas import evaluated_when_compiled
 from gossamer.nn.routing import check_positive
 from gossamer.ops._checks import check_shape, check_tensor
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
@@ -175,8 +175,7 @@ class BlockSparseLinear(nn.Module):
         Raises:
             ValueError: on the CPU, ``block_mask`` has not as many blocks as ``values``.
         """
-        if may_evaluate():
-            _follow_mask(self)
+        _follow_mask(self)
         return self._topology
 
     @property

@@ -243,10 +243,14 @@ def sum_sorted(dout, ids, bags, factor, num_rows, out_dtype, backend):
     return _gather_reduce(dout, bags, row_offsets, factor, None, -1, backend, *_PLAIN_SUM, out_dtype)
 
 
+def summed_in(dtype: torch.dtype, dout: torch.Tensor) -> torch.Tensor:
+    """A result's gradient as kernels sum it in ``dtype``: what they sum says in which, float64 or else float32."""
+    return dout.to(dtype) if dtype == torch.float64 else dout
+
+
 def _table_gradient(ctx, dout, index, offsets, weights, limit):
     dtype = accumulation_dtype(ctx.table_dtype)
-    # What is summed says in which dtype: a float64 table's gradient in float64, whatever the result's dtype was.
-    dout = dout.to(dtype) if dtype == torch.float64 else dout
+    dout = summed_in(dtype, dout)
     ids, bags, factor = transpose_bags(index, offsets, weights, limit, ctx.padding_idx, ctx.mean, ctx.num_rows, dtype)
     out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
     if not ctx.sparse_grad:

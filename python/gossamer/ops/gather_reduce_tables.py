@@ -25,6 +25,7 @@ from gossamer.ops.gather_reduce import (
     gather_dot_reference,
     gather_reduce_reference,
     sum_sorted,
+    summed_in,
     transpose_bags,
 )
 from gossamer.optim import Optimizer
@@ -231,11 +232,11 @@ def _backward(ctx, dout):
 def _storage_gradient(ctx, dout, index, offsets, weights):
     """Dense: for each feature the transposed lists of its bags, summed into its table's part."""
     wide = accumulation_dtype(ctx.dtype)
+    dout = summed_in(wide, dout)
     total = torch.zeros(ctx.shape, dtype=wide, device=dout.device)
     for table, bags, row in features(total, offsets, ctx.spec):
         ids, bag, factor = transpose_bags(index, bags, weights, None, -1, bool(row[POOLING]), row[ROWS], wide)
         part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
-        part = part.to(wide) if wide == torch.float64 else part
         table += sum_sorted(part, ids, bag, factor, row[ROWS], wide, ctx.backend)
     return total.to(ctx.dtype)
 
