@@ -15,7 +15,7 @@ from gossamer.bench.experts import Problem, make_problem
 from gossamer.bench.experts import rule as expert_rule
 from gossamer.bench.peers import Peer, attribute, gather, import_module
 from gossamer.bench.skew import EXPERT_SKEWS
-from gossamer.nn.low_rank_experts import expert_factors, flat_expert_factors
+from gossamer.nn.moe.experts.lora import expert_factors, flat_expert_factors
 from gossamer.ops.expert_mlp import expert_mlp_reference
 
 SHAPES = {

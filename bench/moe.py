@@ -28,7 +28,7 @@ from gossamer.bench.experts import (
 )
 from gossamer.bench.peers import Peer, Unavailable, gather
 from gossamer.bench.skew import EXPERT_SKEWS
-from gossamer.nn._block_sparse_experts import block_sparse_mlp
+from gossamer.nn.moe.experts.block_sparse import block_sparse_mlp
 from gossamer.ops.block_topology import BLOCK_SIZES
 
 # What nsight.py looks for kernels in.

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gossamer
-from gossamer.nn._replicas import EVALUATES_MODULES
+from gossamer.nn.replicas import EVALUATES_MODULES
 
 FOLDER = Path(sys.argv[1])
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -7,7 +7,7 @@ from helpers import OperatorLog, randn
 
 import gossamer
 from gossamer.nn import Experts, LoRAExperts, MoE
-from gossamer.nn._block_sparse_experts import PaddedExperts, _row_block
+from gossamer.nn.moe.experts.block_sparse import PaddedExperts, _row_block
 from gossamer.ops.dispatch import dispatch
 from gossamer.testing import random_expert_ids
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import gossamer
 from gossamer.nn import BlockSparseLinear, erk_densities
-from gossamer.nn._replicas import EVALUATES_MODULES
-from gossamer.nn.block_sparse import block_scores, highest
+from gossamer.nn.linear.block_sparse import block_scores, highest
+from gossamer.nn.replicas import EVALUATES_MODULES
 
 
 def dense(values, mask, out_features, in_features):

@@ -10,7 +10,7 @@ import torch
 import gossamer
 from gossamer import optim
 from gossamer.nn import DynamicEmbedding, FrequencyAdmission, ProbabilisticAdmission
-from gossamer.nn import _embedding_files as files
+from gossamer.nn.embeddings import files
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 INT64 = torch.iinfo(torch.int64)

@@ -22,7 +22,7 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
 from gossamer.nn import EmbeddingFolder, read_manifest
-from gossamer.nn import _embedding_files as files
+from gossamer.nn.embeddings import files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {

@@ -92,7 +92,7 @@ def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
     assert any(re.fullmatch(r"gossamer/_C\..*so", name) for name in names)
-    expected = ("bench/moe.py", "triton_kernels/common.py", "cpu_kernels/dispatch.py", "nn/moe.py", "py.typed")
+    expected = ("bench/moe.py", "triton_kernels/common.py", "cpu_kernels/dispatch.py", "nn/moe/layer.py", "py.typed")
     expected += ("triton_kernels/measured_tiles/nvidia-h100-80gb-hbm3.json",)
     assert [name for name in expected if f"gossamer/{name}" not in names] == []
     assert {name.split("/")[0] for name in names} == {"gossamer", f"gossamer-{gossamer.__version__}.dist-info"}

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gossamer import _backend
 from gossamer.nn import BlockSparseLinear, PruneAndRegrow
-from gossamer.nn.prune_and_regrow import moved_mask
+from gossamer.nn.linear.prune_and_regrow import moved_mask
 
 
 def network(device, seed=0):

@@ -9,7 +9,7 @@ from torch import nn
 
 import gossamer
 from gossamer.nn import BlockSparseLinear
-from gossamer.nn.block_sparse import block_scores
+from gossamer.nn.linear.block_sparse import block_scores
 
 
 class Net(nn.Module):

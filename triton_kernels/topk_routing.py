@@ -180,7 +180,7 @@ def topk_routing(
     topk_group: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see gossamer.nn.routing."""
+    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see softmax_topk."""
     num_tokens, num_experts = logits.shape
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)

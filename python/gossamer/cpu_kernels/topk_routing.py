@@ -22,7 +22,7 @@ def topk_routing(
     topk_group: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see gossamer.nn.routing."""
+    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see softmax_topk."""
     ids = torch.empty(logits.shape[0], top_k, dtype=torch.int64)
     weights = torch.empty(logits.shape[0], top_k, dtype=torch.float32)
     logits = unit_rows(logits)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from gossamer.ops._checks import FLOAT_DTYPES
+from gossamer._checks import FLOAT_DTYPES
 
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 

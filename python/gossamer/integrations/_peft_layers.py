@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.integrations._linear import LINEAR, hooked, plain
-from gossamer.nn._lora import row_norms
-from gossamer.nn.low_rank_experts import expert_factors
+from gossamer.nn.linear.lora_factors import row_norms
+from gossamer.nn.moe.experts.lora import expert_factors
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import base_linear, low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank

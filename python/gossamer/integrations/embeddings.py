@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gossamer._checks import FLOAT_DTYPES
 from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
-from gossamer.nn.embedding import Embedding, EmbeddingBag
-from gossamer.ops._checks import FLOAT_DTYPES
+from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 
 _OURS = {torch.nn.Embedding: Embedding, torch.nn.EmbeddingBag: EmbeddingBag}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from gossamer._checks import FLOAT_DTYPES
 from gossamer.integrations._report import Quantization, QuantizedModule, SkippedModule
-from gossamer.nn.moe import Experts
-from gossamer.nn.quantized_stack import QuantizedExpertStack
-from gossamer.ops._checks import FLOAT_DTYPES
+from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
 
 # What checkpoints call an expert's gate, up and down matrices.

@@ -13,7 +13,7 @@ from torch import nn
 from gossamer.integrations._adapter_files import Factors, read_adapter
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.integrations._linear import plain_linear
-from gossamer.nn.low_rank_experts import expert_factors
+from gossamer.nn.moe.experts.lora import expert_factors
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gossamer._checks import FLOAT_DTYPES
 from gossamer.integrations._activations import hooked
 from gossamer.integrations._report import SkippedModule
-from gossamer.nn.block_sparse import (
+from gossamer.nn.linear.block_sparse import (
     BlockSparseLinear,
     block_scores,
     blocks_at,
@@ -23,7 +24,6 @@ from gossamer.nn.block_sparse import (
     grid_of,
     highest,
 )
-from gossamer.ops._checks import FLOAT_DTYPES
 from gossamer.ops.block_topology import check_block
 
 DISTRIBUTIONS = ("uniform", "erk", "global")

@@ -31,11 +31,11 @@ except ImportError as error:
         "pip install 'gossamer[transformers]'"
     ) from error
 
+from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.integrations._expert_updates import ExpertUpdate
 from gossamer.integrations._gates import fused_activation
 from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
-from gossamer.nn.quantized_stack import QuantizedExpertStack, expert_weight
-from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES
+from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack, expert_weight
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import combine_slots

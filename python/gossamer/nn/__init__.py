@@ -1,21 +1,24 @@
 """Layers over the primitives."""
 
-from gossamer.nn._lora import lora_plus_groups
-from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
-from gossamer.nn.block_sparse import BlockSparseLinear, erk_densities
-from gossamer.nn.dynamic_embedding import DynamicEmbedding
-from gossamer.nn.embedding import Embedding, EmbeddingBag
-from gossamer.nn.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
-from gossamer.nn.factorized import LowRankLinear, frobenius_decay_
-from gossamer.nn.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
-from gossamer.nn.low_rank import LoRAEmbedding, LoRALinear
-from gossamer.nn.low_rank_experts import LoRAExperts, expert_factors, flat_expert_factors
-from gossamer.nn.moe import Experts, MoE, SharedExpert
-from gossamer.nn.prune_and_regrow import PruneAndRegrow
-from gossamer.nn.quantized_stack import QuantizedExpertStack
-from gossamer.nn.routers import HashRouter, Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
-from gossamer.nn.routing import Routing, given_experts, limit_capacity, sigmoid_topk, softmax_topk, topk_softmax
-from gossamer.nn.table_batched import TableBatchedEmbeddingBags
+from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
+from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
+from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
+from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
+from gossamer.nn.linear.block_sparse import BlockSparseLinear, erk_densities
+from gossamer.nn.linear.factorized import LowRankLinear, frobenius_decay_
+from gossamer.nn.linear.lora_factors import lora_plus_groups
+from gossamer.nn.linear.low_rank import LoRAEmbedding, LoRALinear
+from gossamer.nn.linear.prune_and_regrow import PruneAndRegrow
+from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.nn.moe.experts.lora import LoRAExperts, expert_factors, flat_expert_factors
+from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
+from gossamer.nn.moe.experts.shared import SharedExpert
+from gossamer.nn.moe.layer import MoE
+from gossamer.nn.moe.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
+from gossamer.nn.moe.routers.hash import HashRouter
+from gossamer.nn.moe.routers.linear import Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
+from gossamer.nn.moe.routing import Routing, given_experts, limit_capacity, sigmoid_topk, softmax_topk, topk_softmax
 
 __all__ = [
     "BlockSparseLinear",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.ops._checks import check_float, check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_tensor
 
 MODES = ("sum", "mean", "max")
 BOUNDS = ("raise", "clamp", "drop")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.ops._checks import check_shape, check_tensor
+from gossamer._checks import check_shape, check_tensor
 from gossamer.ops._hash_table_reference import INSERTED, REPLACED
 
 _COUNTING = ("lfu", "epoch_lfu")

@@ -8,7 +8,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation, check_interleaved
-from gossamer.ops._checks import check_float, check_tensor
+from gossamer._checks import check_float, check_tensor
 from gossamer.ops._registration import register, register_autograd
 
 _FORM = "str activation, float alpha, float limit, bool interleaved, str backend"

@@ -9,10 +9,8 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation
-from gossamer._layout import side_by_side
-from gossamer.ops._autocast import autocast
-from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
-from gossamer.ops._checks import (
+from gossamer._autocast import autocast
+from gossamer._checks import (
     check_float,
     check_index,
     check_same_device,
@@ -20,6 +18,8 @@ from gossamer.ops._checks import (
     check_shape,
     check_tensor,
 )
+from gossamer._layout import side_by_side
+from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
 from gossamer.ops.activate import activate
 from gossamer.ops.block_topology import BlockTopology, check_topology, check_whole_blocks
 from gossamer.ops.gather_reduce import gather_reduce

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from gossamer.ops._checks import check_index, check_same_device, check_shape
+from gossamer._checks import check_index, check_same_device, check_shape
 from gossamer.ops._expert_topology import expert_places, expert_topology, longest_first, offsets_of
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 

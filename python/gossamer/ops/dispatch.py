@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gossamer import _backend
-from gossamer.ops._checks import check_index, check_shape
+from gossamer._checks import check_index, check_shape
 from gossamer.ops._registration import register
 
 MAX_ROWS = 2**31 - 1

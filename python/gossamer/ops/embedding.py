@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
+from gossamer._checks import check_float, check_index, check_same_device, check_shape
 from gossamer.ops import gather_reduce as bags
 from gossamer.ops._bags import accumulation_dtype
-from gossamer.ops._checks import check_float, check_index, check_same_device, check_shape
 from gossamer.ops._registration import register, register_autograd
 
 

@@ -6,8 +6,8 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation, check_interleaved
-from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import (
+from gossamer._autocast import autocast
+from gossamer._checks import (
     check_float,
     check_same_device,
     check_same_dtype,

@@ -6,9 +6,9 @@ import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation
+from gossamer._autocast import autocast
+from gossamer._checks import check_same_device, check_shape
 from gossamer._layout import stored_transposed
-from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import check_same_device, check_shape
 from gossamer.ops._overwrite import may_overwrite
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch

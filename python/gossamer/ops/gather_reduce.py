@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _backend
+from gossamer._checks import check_float, check_tensor
 from gossamer.ops._bags import (
     accumulation_dtype,
     apply_bounds,
@@ -19,7 +20,6 @@ from gossamer.ops._bags import (
     num_bags_of,
     raises,
 )
-from gossamer.ops._checks import check_float, check_tensor
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch
 

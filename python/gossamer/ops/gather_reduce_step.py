@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from gossamer import _backend
+from gossamer._checks import check_same_device, check_tensor
 from gossamer.ops import gather_reduce as one_table
 from gossamer.ops import gather_reduce_tables as many_tables
 from gossamer.ops._bags import apply_bounds, check_bags, check_bounds, num_bags_of
-from gossamer.ops._checks import check_same_device, check_tensor
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.sparse_update import _sparse_update_, check_state, check_updatable
 from gossamer.optim import Optimizer

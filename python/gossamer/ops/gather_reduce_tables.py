@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer import _backend
+from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_tensor
 from gossamer.ops._bags import (
     accumulation_dtype,
     apply_bounds,
@@ -18,7 +19,6 @@ from gossamer.ops._bags import (
     check_weights_values,
     raises,
 )
-from gossamer.ops._checks import check_float, check_index, check_same_device, check_shape, check_tensor
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.gather_reduce import (
     checked_out_dtype,

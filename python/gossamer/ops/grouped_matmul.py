@@ -7,9 +7,9 @@ import itertools
 import torch
 
 from gossamer import _backend
+from gossamer._autocast import autocast
+from gossamer._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer._layout import stored_transposed
-from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.gather_reduce import sum_slots

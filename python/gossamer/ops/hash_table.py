@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from gossamer import _backend
+from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.ops import _hash_table_reference as reference
-from gossamer.ops._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.ops._hash_table_arguments import ArgumentChecks, Inserted
 from gossamer.ops._hash_table_reference import INSERTED, POLICIES, Storage
 from gossamer.ops.gather_reduce import gather_reduce

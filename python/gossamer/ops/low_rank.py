@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from gossamer import _backend
-from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
+from gossamer._autocast import autocast
+from gossamer._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
 from gossamer.ops._philox import drop
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight

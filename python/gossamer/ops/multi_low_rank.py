@@ -7,8 +7,8 @@ import math
 import torch
 
 from gossamer import _backend
-from gossamer.ops._autocast import autocast
-from gossamer.ops._checks import (
+from gossamer._autocast import autocast
+from gossamer._checks import (
     check_float,
     check_index,
     check_same_device,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.ops._checks import check_float, check_shape, check_tensor
+from gossamer._checks import check_float, check_shape, check_tensor
 
 FP8 = torch.float8_e4m3fn
 # Rows and columns that share a scale in "fp8_block", as in DeepSeek-V3.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.ops._checks import check_float, check_shape, check_tensor
+from gossamer._checks import check_float, check_shape, check_tensor
 
 FP8 = torch.float8_e4m3fn
 # The 16 values of NF4 (Dettmers et al., 2023): quantiles of a normal distribution, scaled to [−1, 1], with a zero.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from gossamer import _backend
+from gossamer._checks import check_same_device, check_shape, check_tensor
 from gossamer.ops._bags import (
     accumulation_dtype,
     apply_bounds,
@@ -19,7 +20,6 @@ from gossamer.ops._bags import (
     num_bags_of,
     raises,
 )
-from gossamer.ops._checks import check_same_device, check_shape, check_tensor
 from gossamer.ops._registration import register
 from gossamer.ops._rounding import random_bits, round_stochastically
 from gossamer.ops.gather_reduce import _gather_max, check_values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.ops._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import gather_reduce
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gossamer._checks import check_index, check_positive, check_shape, check_tensor
 from gossamer.integrations.scattermoe.kernels.ops import sorted_dispatch
-from gossamer.nn.routing import check_positive
-from gossamer.ops._checks import check_index, check_shape, check_tensor
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul

@@ -8,7 +8,7 @@ from gossamer.integrations.megablocks.layers.arguments import Arguments
 from gossamer.integrations.megablocks.layers.glu import GroupedGLU, SparseGLU
 from gossamer.integrations.megablocks.layers.mlp import GroupedMLP, SparseMLP
 from gossamer.integrations.megablocks.layers.moe import MoE, ParallelMLP
-from gossamer.nn.routing import Routing
+from gossamer.nn.moe.routing import Routing
 
 _EXPERTS = {
     ("mlp", "grouped"): GroupedMLP,

@@ -6,7 +6,7 @@ import torch
 
 from gossamer.integrations.megablocks.layers.arguments import Arguments
 from gossamer.integrations.megablocks.layers.mlp import GroupedMLP, SharedMLP, SparseMLP, _parameter
-from gossamer.nn._block_sparse_experts import PaddedExperts
+from gossamer.nn.moe.experts.block_sparse import PaddedExperts
 from gossamer.ops.block_sparse import sdd
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import combine_slots

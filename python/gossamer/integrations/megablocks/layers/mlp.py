@@ -7,7 +7,7 @@ from torch import nn
 
 from gossamer.integrations._activations import activation_name
 from gossamer.integrations.megablocks.layers.arguments import Arguments
-from gossamer.nn._block_sparse_experts import PaddedExperts, best_block
+from gossamer.nn.moe.experts.block_sparse import PaddedExperts, best_block
 from gossamer.ops.block_sparse import dsd, sdd
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.expert_mlp import expert_mlp

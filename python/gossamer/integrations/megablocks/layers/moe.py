@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gossamer._checks import check_shape
 from gossamer.integrations.megablocks.layers import _records
 from gossamer.integrations.megablocks.layers.arguments import Arguments, check_arguments
 from gossamer.integrations.megablocks.layers.glu import SharedGLU
 from gossamer.integrations.megablocks.layers.mlp import MLP, SharedMLP
 from gossamer.integrations.megablocks.layers.router import LearnedRouter
-from gossamer.nn.routing import Routing, expert_capacity, limit_capacity
-from gossamer.ops._checks import check_shape
+from gossamer.nn.moe.routing import Routing, expert_capacity, limit_capacity
 
 # Notes that a caller made itself, which no layer owns; only clear_load_balancing_loss forgets them.
 _saved: list[tuple[torch.Tensor, torch.Tensor]] = []

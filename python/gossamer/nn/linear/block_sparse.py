@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer.nn._replicas import evaluated_when_compiled
-from gossamer.nn.routing import check_positive
-from gossamer.ops._checks import check_shape, check_tensor
+from gossamer._checks import check_positive, check_shape, check_tensor
+from gossamer.nn.replicas import evaluated_when_compiled
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from gossamer.ops._autocast import no_autocast
+from gossamer._autocast import no_autocast
 
 INITS = ("kaiming", "gaussian", "spectral")
 

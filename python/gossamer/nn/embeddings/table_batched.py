@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer.nn._fused_step import FusedStep
+from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops.gather_reduce_step import gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables

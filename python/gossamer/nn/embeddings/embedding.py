@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.nn._fused_step import FusedStep
+from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops.embedding import (
     advise_huge_pages,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gossamer._activation import Activation
-from gossamer.ops._autocast import autocast
+from gossamer._autocast import autocast
 from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dsd, sdd
 from gossamer.ops.block_topology import BLOCK_SIZES, BlockTopology

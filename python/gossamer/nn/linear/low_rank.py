@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer.nn._lora import (
+from gossamer._checks import FLOAT_DTYPES, check_positive
+from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_dropout,
     check_init,
@@ -17,8 +18,6 @@ from gossamer.nn._lora import (
     row_norms,
     spectral_split_,
 )
-from gossamer.nn.routing import check_positive
-from gossamer.ops._checks import FLOAT_DTYPES
 from gossamer.ops.low_rank import low_rank_linear
 
 

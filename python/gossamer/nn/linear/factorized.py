@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer.nn._lora import check_rank, spectral_factors
-from gossamer.nn.routing import check_positive
+from gossamer._checks import check_positive
+from gossamer.nn.linear.lora_factors import check_rank, spectral_factors
 
 
 class LowRankLinear(nn.Module):

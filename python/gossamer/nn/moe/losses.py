@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer.nn.routing import Routing
-from gossamer.ops._checks import check_same_device, check_shape, check_tensor
+from gossamer._checks import check_same_device, check_shape, check_tensor
+from gossamer.nn.moe.routing import Routing
 from gossamer.ops.dispatch import dispatch
 
 

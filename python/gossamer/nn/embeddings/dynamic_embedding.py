@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from gossamer.nn import _embedding_files as files
-from gossamer.nn._dynamic_lookup import Lookup, check_lookup
-from gossamer.nn._replicas import check_alone
-from gossamer.nn.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer._checks import check_index
+from gossamer.nn.embeddings import files
+from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer.nn.embeddings.dynamic_lookup import Lookup, check_lookup
+from gossamer.nn.replicas import check_alone
 from gossamer.ops import _hash_table_state as table_state
-from gossamer.ops._checks import check_index
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.hash_table import HashTable, HashTableFull, Inserted
 from gossamer.optim import Optimizer

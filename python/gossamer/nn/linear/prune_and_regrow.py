@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from gossamer.nn._replicas import is_sharded
-from gossamer.nn.block_sparse import BlockSparseLinear, highest, move_blocks_
-from gossamer.nn.routing import check_positive
+from gossamer._checks import check_positive
+from gossamer.nn.linear.block_sparse import BlockSparseLinear, highest, move_blocks_
+from gossamer.nn.replicas import is_sharded
 
 # rule -> (fraction at the start, at the end; whether new blocks follow the gradient; whether the weights' own step of
 # that iteration is left out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.nn._replicas import check_alone, is_sharded
+from gossamer.nn.replicas import check_alone, is_sharded
 from gossamer.ops._bags import accumulation_dtype
 from gossamer.optim import Optimizer
 

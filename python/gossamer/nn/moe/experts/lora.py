@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer.nn._lora import (
+from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_init,
     check_rank,
@@ -16,8 +16,8 @@ from gossamer.nn._lora import (
     row_norms,
     spectral_split_,
 )
-from gossamer.nn.moe import Experts
-from gossamer.nn.routing import Routing
+from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.nn.moe.routing import Routing
 from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import gather_reduce

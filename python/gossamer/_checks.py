@@ -16,6 +16,15 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_positive(**sizes: int) -> None:
+    """Every size given must be an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], symbols: str) -> None:
     """``tensor.shape`` must equal ``expected``, where None is any size; ``symbols`` is the documented shape."""
     check_tensor(name, tensor)

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.ops._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_tensor
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk
 
 
-def check_positive(**sizes: int) -> None:
-    """Every size given must be an int of at least 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
+    """``x`` must have shape ``(..., H)``."""
+    check_tensor("x", x)
+    if x.dim() < 1 or x.shape[-1] != hidden_size:
+        raise ValueError(f"x must have shape (..., H) with H = {hidden_size}, got {tuple(x.shape)}")
 
 
 def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:

@@ -6,17 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer.nn.routing import (
+from gossamer._autocast import no_autocast
+from gossamer._checks import check_positive, check_tensor
+from gossamer.nn.moe.routing import (
     Routing,
-    check_positive,
     check_selection,
-    given_experts,
     sigmoid_topk,
     softmax_topk,
     topk_softmax,
 )
-from gossamer.ops._autocast import no_autocast
-from gossamer.ops._checks import check_index, check_tensor
 
 
 class _WideLinear(torch.autograd.Function):
@@ -245,52 +243,6 @@ class SigmoidRouter(Router):
     def extra_repr(self) -> str:
         """Sizes and options."""
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.selection.items())])
-
-
-class HashRouter(nn.Module):
-    """Experts by token id, from a fixed table (hash layers, Roller et al., 2021); every slot weighs 1/K.
-
-    Args:
-        table: ``(V,)`` or ``(V, K)`` int32 or int64, the experts of each of V token ids; saved with the state.
-        num_experts: E.
-
-    Raises:
-        TypeError: ``table`` does not hold int32 or int64.
-        ValueError: ``table`` has another rank, or ids outside ``0 ... E-1``, or K > E.
-    """
-
-    def __init__(self, table: torch.Tensor, num_experts: int) -> None:
-        super().__init__()
-        check_index("table", table)
-        if table.dim() not in (1, 2):
-            raise ValueError(f"table must have shape (V,) or (V, K), got {tuple(table.shape)}")
-        table = table.detach().clone().reshape(table.shape[0], -1)
-        check_selection(num_experts, table.shape[1])
-        if (
-            table.device.type != "meta"
-            and table.numel()
-            and not (0 <= int(table.min()) <= int(table.max()) < num_experts)
-        ):
-            raise ValueError(
-                f"table must hold ids from 0 to num_experts - 1 = {num_experts - 1}, "
-                f"got {int(table.min())} to {int(table.max())}"
-            )
-        self.num_experts = num_experts
-        self.top_k = table.shape[1]
-        self.register_buffer("table", table)
-
-    def forward(self, token_ids: torch.Tensor) -> Routing:
-        """The routing of ``token_ids (...)``, each in ``0 ... V-1`` (checked on the CPU); T is their number."""
-        check_index("token_ids", token_ids)
-        if not torch.compiler.is_compiling() and token_ids.device.type == "cpu" and token_ids.numel():
-            low, high = (int(value) for value in token_ids.aminmax())
-            if low < 0 or high >= self.table.shape[0]:
-                raise IndexError(f"token_ids must be from 0 to V - 1 = {self.table.shape[0] - 1}, got {low} to {high}")
-        return given_experts(F.embedding(token_ids.reshape(-1), self.table), self.num_experts)
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"vocabulary={self.table.shape[0]}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 
 ROUTERS: dict[str, type[Router]] = {

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer.nn import _embedding_files as files
-from gossamer.nn.dynamic_embedding import DynamicEmbedding
+from gossamer.nn.embeddings import files
+from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 
 _CHECKPOINT, _DELTA, _FORMAT, _MANIFEST = "joint checkpoint", "joint delta", 1, "manifest.json"
 

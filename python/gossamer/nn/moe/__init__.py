@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers: routings and routers, experts, the layer over both, and balance losses."""

@@ -1,0 +1,170 @@
+"""Experts as one stack of feed-forward networks, computed by grouped or block-sparse products."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer._activation import Activation, as_activation, check_interleaved
+from gossamer._checks import check_positive
+from gossamer.nn.moe.experts.block_sparse import best_block, block_sparse_mlp
+from gossamer.nn.moe.experts.quantized_stack import expert_weight
+from gossamer.nn.moe.routing import Routing, check_capacity_factor, check_hidden, given_experts, limit_capacity
+from gossamer.ops.expert_mlp import expert_mlp
+
+FORMS = ("grouped", "block_sparse")
+
+
+class Experts(nn.Module):
+    """E feed-forward networks, of which each token meets K: :func:`gossamer.expert_mlp` with its parameters.
+
+    Names and layouts are those of transformers' expert modules, so their tensors load as they are.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: a name of :class:`gossamer.Activation`, or one with its constants.
+        bias: whether both products have biases.
+        interleaved: whether gate and up alternate along 2I, as in gpt-oss.
+        transposed: whether matrices are stored as ``(E, in, out)``, as in gpt-oss, instead of ``(E, out, in)``.
+        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        form: ``"grouped"`` computes :func:`gossamer.expert_mlp`; ``"block_sparse"`` the same by SDD, activation and
+            DSD over a :class:`gossamer.BlockTopology`, for which I must be a multiple of 16.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        gate_up_proj: ``(E, 2I, H)``, or ``(E, H, 2I)`` when transposed. With an ungated activation it is called
+            ``up_proj`` and has I in place of 2I.
+        down_proj: ``(E, H, I)``, or ``(E, I, H)`` when transposed.
+        gate_up_proj_bias: ``(E, 2I)`` or None; ``up_proj_bias`` with an ungated activation.
+        down_proj_bias: ``(E, H)`` or None.
+
+    Raises:
+        TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        ValueError: a size is below 1, the activation or form is unknown, ``interleaved`` with an ungated activation, a
+            ``capacity_factor`` that is not positive, or an I that is not in whole blocks.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str | Activation = "swiglu",
+        bias: bool = False,
+        interleaved: bool = False,
+        transposed: bool = False,
+        capacity_factor: float | None = None,
+        form: str = "grouped",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        self.activation = as_activation(activation)
+        check_interleaved(interleaved, self.activation)
+        check_capacity_factor(capacity_factor)
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+        if form == "block_sparse":
+            best_block("intermediate_size", intermediate_size)
+        self.form = form
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.capacity_factor = capacity_factor
+        self.interleaved = interleaved
+        self.transposed = transposed
+        self._up_name = "gate_up_proj" if self.activation.gated else "up_proj"
+        wide = self.activation.halves * intermediate_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        up_shape, down_shape = (wide, hidden_size), (hidden_size, intermediate_size)
+        if transposed:
+            up_shape, down_shape = up_shape[::-1], down_shape[::-1]
+        self.register_parameter(self._up_name, parameter(num_experts, *up_shape))
+        self.register_parameter("down_proj", parameter(num_experts, *down_shape))
+        self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, wide) if bias else None)
+        self.register_parameter("down_proj_bias", parameter(num_experts, hidden_size) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, each expert's as ``nn.Linear`` does: uniform in ±1/√(inputs)."""
+        for name, inputs in ((self._up_name, self.hidden_size), ("down_proj", self.intermediate_size)):
+            for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
+
+    def forward(
+        self, x: torch.Tensor, routing: Routing | torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(x[t])``.
+
+        Args:
+            x: ``(..., H)``; T is the product of the leading sizes.
+            routing: a :class:`Routing` of T tokens over E experts; or expert ids ``(T, K)``, with ``weights``.
+            weights: ``(T, K)``, only with expert ids.
+
+        Returns:
+            The shape of ``x``; its dtype, or autocast's.
+
+        Raises:
+            TypeError: ``weights`` is missing beside ids or given beside a Routing, or dtypes do not fit.
+            ValueError: shapes or devices do not fit, or the routing is over another number of experts.
+        """
+        check_hidden(x, self.hidden_size)
+        if isinstance(routing, Routing):
+            if weights is not None:
+                raise TypeError("weights must be None beside a Routing, which has its own")
+        elif weights is None:
+            raise TypeError(
+                f"routing must be a Routing, or expert ids with weights, got {type(routing).__name__} alone"
+            )
+        else:
+            routing = given_experts(routing, self.num_experts, weights)
+        if routing.num_experts != self.num_experts:
+            raise ValueError(f"routing must be over {self.num_experts} experts, got {routing.num_experts}")
+        tokens = x.reshape(-1, self.hidden_size)
+        if routing.num_tokens != tokens.shape[0]:
+            raise ValueError(f"routing must be of the {tokens.shape[0]} tokens of x, got {routing.num_tokens}")
+        if self.capacity_factor is not None:
+            routing = limit_capacity(routing, self.capacity_factor)
+        return self._compute(tokens, routing.dispatched()).view(x.shape)
+
+    def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
+        """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank ones of expert_mlp."""
+        gate_up = expert_weight(getattr(self, self._up_name), self.transposed)
+        down = expert_weight(self.down_proj, self.transposed)
+        compute = expert_mlp if self.form == "grouped" else block_sparse_mlp
+        return compute(
+            tokens,
+            gate_up,
+            down,
+            routing.dispatch,
+            routing.weights,
+            activation=self.activation,
+            gate_up_bias=getattr(self, f"{self._up_name}_bias"),
+            down_bias=self.down_proj_bias,
+            interleaved=self.interleaved,
+            **updates,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        options = {
+            "bias": self.down_proj_bias is not None,
+            "interleaved": self.interleaved,
+            "transposed": self.transposed,
+            "capacity_factor": self.capacity_factor,
+            "form": None if self.form == "grouped" else repr(self.form),
+        }
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation.name!r}"
+            + "".join(f", {name}={value}" for name, value in options.items() if value)
+        )

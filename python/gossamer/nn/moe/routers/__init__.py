@@ -1,0 +1,1 @@
+"""Routers: which experts a token meets, one file a method."""
