@@ -9,6 +9,7 @@ from gossamer.integrations import load_quantized_experts, quantize_experts, repl
 from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
+from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
@@ -41,6 +42,8 @@ __all__ = [
     "backend",
     "check",
     "dds",
+    "delta_rule",
+    "delta_rule_step",
     "dispatch",
     "dsd",
     "empty_cache",
