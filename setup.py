@@ -229,13 +229,15 @@ setup(
         "gossamer.cuda_kernels",
         "gossamer.triton_kernels",
         "gossamer.bench",
+        "gossamer.bench.families",
+        "gossamer.bench.harness",
     ],
     # What package_data names is installed; what the manifest names beyond that is for the source archive alone.
     include_package_data=False,
     package_dir={"": "python", "gossamer.triton_kernels": "triton_kernels", "gossamer.bench": "bench"},
     package_data={
         "gossamer": ["py.typed"],
-        "gossamer.bench": ["*.json"],
+        "gossamer.bench.families": ["*.json"],
         "gossamer.triton_kernels": ["measured_tiles/*.json"],
     },
     ext_modules=[extension()],

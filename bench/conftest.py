@@ -1,16 +1,16 @@
 """``pytest bench/ --benchmark-only``: each family's variants on a small shape, through pytest-benchmark.
 
-Its samples come from :mod:`gossamer.bench.timing`, so on CUDA they are device time over a flushed L2 cache; storage,
-comparison, limits and histograms are pytest-benchmark's own.
+Its samples come from :mod:`gossamer.bench.harness.timing`, so on CUDA they are device time over a flushed L2 cache;
+storage, comparison, limits and histograms are pytest-benchmark's own.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from gossamer.bench.case import DENSE, OURS, Request
-from gossamer.bench.harness import grad_mode, judge_fairly, resolve_device
-from gossamer.bench.timing import SETTLE_LIMIT, MeasuredTime, clock, keep_freed_memory, settle
+from gossamer.bench.harness.case import DENSE, OURS, Request
+from gossamer.bench.harness.runner import grad_mode, judge_fairly, resolve_device
+from gossamer.bench.harness.timing import SETTLE_LIMIT, MeasuredTime, clock, keep_freed_memory, settle
 
 SMALL = {
     ("M", "N", "C", "r"): (256, 256, 256, 16),

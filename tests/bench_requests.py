@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.bench.case import Request
+from gossamer.bench.harness.case import Request
 
 SMALL = {"T": 24, "H": 16, "I": 8, "E": 6, "K": 2}
 # Large enough that the error of one way to round is like that of another: 384 routing weights, not 48.

@@ -11,10 +11,11 @@ import pytest
 import torch
 from bench_requests import LARGER, SMALL, small_request
 
-from gossamer.bench import ceilings, experts, harness, peers, record, report, timing
-from gossamer.bench.case import DENSE, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
-from gossamer.bench.ceilings import Ceilings
-from gossamer.bench.skew import EXPERT_SKEWS
+from gossamer.bench.families import experts
+from gossamer.bench.families.skew import EXPERT_SKEWS
+from gossamer.bench.harness import ceilings, peers, record, report, runner, timing
+from gossamer.bench.harness.case import DENSE, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
+from gossamer.bench.harness.ceilings import Ceilings
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.expert_mlp import expert_mlp_reference
 
@@ -28,13 +29,13 @@ def run_variants(*variants: Variant, direction: str = "forward", **options) -> r
 
     family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
     wanted = [Request("s", {"N": 4}, "fp32", torch.device("cpu"), direction, "uniform")]
-    return harness.run(family, wanted, budget=0.05, **options)
+    return runner.run(family, wanted, budget=0.05, **options)
 
 
 @pytest.fixture(autouse=True)
 def _cheap_ceilings(monkeypatch):
     monkeypatch.setitem(timing.SETTLE_LIMIT, "cpu", 0.0)
-    monkeypatch.setattr(harness, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10))
+    monkeypatch.setattr(runner, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10))
 
 
 def test_wrong_variant_gets_an_error_and_no_speed():
@@ -77,7 +78,7 @@ def test_a_narrow_failure_is_confirmed_by_other_draws(off, cost, drawn, passes):
     family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
     request = Request("s", {"N": 4}, "fp32", torch.device("cpu"), "forward", "uniform")
     case = build(request)
-    verdict = harness.judge_fairly(case, case.variants[0], {}, family, request)
+    verdict = runner.judge_fairly(case, case.variants[0], {}, family, request)
     assert (verdict.failures == ()) is passes
     assert len(set(seeds)) == len(seeds) == drawn
 
@@ -103,11 +104,11 @@ def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
 
     Where the time for rounds beyond what is owed is over before they begin, there are none.
     """
-    monkeypatch.setattr(harness, "VISITS", 3)
+    monkeypatch.setattr(runner, "VISITS", 3)
     monkeypatch.setattr(timing, "PRECISE", 0.0)
 
     def order_of_calls(rounds=timing.ROUNDS, stretch=math.inf):
-        monkeypatch.setattr(harness, "STRETCH", stretch)
+        monkeypatch.setattr(runner, "STRETCH", stretch)
         order = []
 
         def build(request: Request) -> Case:
@@ -120,14 +121,14 @@ def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
 
         family = Family("fake", {"s": (4,)}, ("N",), {"cpu": ("s",)}, {"cpu": "s"}, build)
         wanted = [Request(s, {"N": 4}, "fp32", torch.device("cpu"), "forward", "uniform") for s in "ab"]
-        results = harness.run(family, wanted, budget=1e-9)
+        results = runner.run(family, wanted, budget=1e-9)
         assert all(r.case.variants == () and len(r.row(OURS).seconds) == rounds for r in results.cases)
         return "".join(name for name, before in zip(order, [None, *order], strict=False) if name != before)
 
     assert order_of_calls() == "ab" + "ab" * 3 + "ab"  # checks, visits, host latency
     order_of_calls(timing.MIN_ROUNDS, stretch=0.0)
-    growing = itertools.count(0, harness.TOGETHER_BYTES)
-    monkeypatch.setattr(harness, "resident_bytes", lambda: next(growing))
+    growing = itertools.count(0, runner.TOGETHER_BYTES)
+    monkeypatch.setattr(runner, "resident_bytes", lambda: next(growing))
     assert order_of_calls() == "ab"
 
 
@@ -164,7 +165,7 @@ def test_raising_reference_is_reported_and_the_rest_goes_on():
 def test_case_that_torch_is_slow_in_is_left_out_and_named(monkeypatch, direction, left_out):
     # 8 FLOPs: two seconds where the weight lies the slower way, as it does in a backward pass.
     found = Ceilings({"fp32": 8.0}, 1e10, slow_gemm={"fp32": 4.0})
-    monkeypatch.setattr(harness, "measure", lambda device, dtypes: found)
+    monkeypatch.setattr(runner, "measure", lambda device, dtypes: found)
     y = torch.arange(4.0)
     results = run_variants(Variant("ours", OURS, lambda: y, {}, y), direction=direction, patience=1.5)
     assert len(results.cases) == 1 - left_out
@@ -181,7 +182,7 @@ def test_ceilings_are_the_faster_of_before_and_after_the_timing(monkeypatch):
     found = iter(
         [Ceilings({"fp32": 8.0}, 2e10, 1e10, {"fp32": 4.0}), Ceilings({"fp32": 16.0}, 1e10, 3e10, {"fp32": 2.0})]
     )
-    monkeypatch.setattr(harness, "measure", lambda device, dtypes: next(found))
+    monkeypatch.setattr(runner, "measure", lambda device, dtypes: next(found))
     y = torch.arange(4.0)
     results = run_variants(Variant("ours", OURS, lambda: y, {}, y))
     assert results.ceilings == Ceilings({"fp32": 16.0}, 2e10, 3e10, {"fp32": 4.0})
@@ -288,9 +289,9 @@ def test_bytes_of_a_training_step_count_each_tensor_once(device):
     """The frozen weight is read once, however often it is multiplied; gradients are as large as what they are of."""
     m, n, c, r, adapters = 6, 10, 12, 2, 3
     sizes = {"M": m, "N": n, "C": c, "r": r}
-    plain = harness.family("low_rank").build(small_request(device, sizes=sizes))
+    plain = runner.family("low_rank").build(small_request(device, sizes=sizes))
     assert plain.bytes == 4 * (2 * m * c + 2 * m * n + n * c + 2 * r * (n + c))
-    many = harness.family("multi_low_rank")
+    many = runner.family("multi_low_rank")
     case = many.build(small_request(device, sizes={s: (sizes | {"A": adapters, "R": r})[s] for s in many.symbols}))
     used = (case.bytes - 4 * (2 * m * c + 2 * m * n + n * c) - m * 8) / (4 * 2 * r * (n + c))
     assert used in range(1, adapters + 1)
@@ -298,7 +299,7 @@ def test_bytes_of_a_training_step_count_each_tensor_once(device):
 
 def test_a_profile_of_block_sparse_layers_has_a_reference_with_a_backward_pass(device):
     sizes = {"M": 16, "N": 32, "K": 32, "BLOCK": 16, "SPARSE": 50}
-    case = harness.family("block_sparse").build(small_request(device, sizes=sizes))
+    case = runner.family("block_sparse").build(small_request(device, sizes=sizes))
     reference = next(variant for variant in case.variants if variant.role == REFERENCE)
     reference.call("both")
     assert reference.name == "masked dense"
@@ -316,14 +317,14 @@ def requests_of(family: Family, device: str, **options) -> list[Request]:
     if "BLOCK" in family.symbols:
         sizes = {"M": 40, "N": 96, "K": 64, "BLOCK": 16, "SPARSE": 60}
     shape = ",".join(str(sizes[s]) for s in family.symbols)
-    return harness.requests(family, harness.resolve_device(device), shape=shape, **options)
+    return runner.requests(family, runner.resolve_device(device), shape=shape, **options)
 
 
-@pytest.mark.parametrize("name", harness.FAMILIES)
+@pytest.mark.parametrize("name", runner.FAMILIES)
 def test_every_family_runs_and_is_right(device, name):
-    family = harness.family(name)
+    family = runner.family(name)
     wanted = requests_of(family, device, skew="zipf" if "zipf" in family.skews else "uniform")
-    results = harness.run(family, wanted, budget=0.05)
+    results = runner.run(family, wanted, budget=0.05)
     assert len(results.cases) == len(wanted) == COUNTS.get(name, 4)
     assert results.correct
     for result in results.cases:
@@ -338,9 +339,9 @@ def test_every_family_runs_and_is_right(device, name):
     assert first["p20"] <= first["median"] <= first["p80"] and len(first["seconds"]) >= timing.MIN_ROUNDS
 
 
-@pytest.mark.parametrize("name", harness.FAMILIES)
+@pytest.mark.parametrize("name", runner.FAMILIES)
 def test_another_seed_is_another_problem_of_the_same_sizes(device, name):
-    family = harness.family(name)
+    family = runner.family(name)
     request = requests_of(family, device, peers="none")[-1]
     first, second = (family.build(replace(request, seed=seed)) for seed in (0, 100))
     assert first.sizes == second.sizes
@@ -351,57 +352,57 @@ def test_another_seed_is_another_problem_of_the_same_sizes(device, name):
 def test_large_problems_are_checked_on_a_sample(monkeypatch, device):
     monkeypatch.setattr(experts, "WHOLE", 0)
     monkeypatch.setattr(experts, "SAMPLE_TOKENS", 50)
-    monkeypatch.setattr("gossamer.bench.grouped_matmul.WHOLE", 0)
+    monkeypatch.setattr("gossamer.bench.families.grouped_matmul.WHOLE", 0)
     for name, words in (
         ("moe", "y, dx and dweights of 50 of 192 tokens"),
         ("grouped_matmul", "gradient of 2 of 6 experts"),
     ):
-        family = harness.family(name)
+        family = runner.family(name)
         case = family.build(small_request(device, sizes=LARGER))
         assert words in case.checked
         gates = {}
         for variant in case.variants:
-            verdict = harness.judge(case, variant, gates)
+            verdict = runner.judge(case, variant, gates)
             assert verdict is None or verdict.failures == ()
 
 
 def test_shapes_by_name_and_by_size():
-    moe = harness.family("moe")
+    moe = runner.family("moe")
     assert moe.sizes("mixtral") == {"T": 8192, "H": 4096, "I": 14336, "E": 8, "K": 2}
     assert moe.sizes("16,64,32,8,2") == {"T": 16, "H": 64, "I": 32, "E": 8, "K": 2}
     for bad in ("mixtrel", "16,64,32,8", "16,64,32,8,0", "16,64,32,8,x"):
         with pytest.raises(ValueError, match=f"--shape must be one of olmoe.*got '{bad}'"):
             moe.sizes(bad)
     for name in ("moe", "expert_mlp", "grouped_matmul", "dispatch", "topk_routing"):
-        family = harness.family(name)
+        family = runner.family(name)
         shape = ",".join("9" if symbol == "K" else "8" for symbol in family.symbols)
         with pytest.raises(ValueError, match=f"--shape {shape}: K must be at most E, got K=9 and E=8"):
             family.sizes(shape)
 
 
 def test_requests_of_a_quick_and_a_full_run():
-    moe, cpu = harness.family("moe"), torch.device("cpu")
-    quick = harness.requests(moe, cpu, quick=True)
+    moe, cpu = runner.family("moe"), torch.device("cpu")
+    quick = runner.requests(moe, cpu, quick=True)
     assert [(r.shape, r.dtype, r.direction) for r in quick] == [
         ("cpu-small", dtype, way) for dtype in ("fp32", "bf16") for way in ("forward", "both")
     ]
-    assert {r.shape for r in harness.requests(moe, cpu)} == {"cpu-small", "cpu-fine", "cpu-decode"}
-    only = harness.requests(moe, cpu, shape="cpu-fine", dtype="fp16", direction="forward")
+    assert {r.shape for r in runner.requests(moe, cpu)} == {"cpu-small", "cpu-fine", "cpu-decode"}
+    only = runner.requests(moe, cpu, shape="cpu-fine", dtype="fp16", direction="forward")
     assert [(r.shape, r.dtype, r.direction) for r in only] == [("cpu-fine", "fp16", "forward")]
     for option, value in (("dtype", "fp8"), ("direction", "backward"), ("skew", "few")):
         with pytest.raises(ValueError, match=f"--{option} must be one of .*got '{value}'"):
-            harness.requests(moe, cpu, **{option: value})
+            runner.requests(moe, cpu, **{option: value})
 
 
 def test_host_latency_is_of_the_same_call_with_next_to_no_work():
-    moe = harness.family("moe")
+    moe = runner.family("moe")
     sizes = {"T": 300, "H": 20, "I": 8, "E": 40, "K": 3}
     assert moe.host_sizes(sizes) == {"T": 16, "H": 16, "I": 8, "E": 40, "K": 3}
-    assert harness.family("gather_reduce").host_sizes({"N": 99, "D": 64, "B": 8, "J": 20}) == {
+    assert runner.family("gather_reduce").host_sizes({"N": 99, "D": 64, "B": 8, "J": 20}) == {
         "N": 16, "D": 16, "B": 8, "J": 16
     }  # fmt: skip
     request = small_request("cpu", direction="forward", sizes=LARGER)
-    found = harness._host_latency(moe, replace(request, peers=()))
+    found = runner._host_latency(moe, replace(request, peers=()))
     assert found.keys() == {"gossamer", "equal-FLOP dense"} and all(0 < s < 1 for s in found.values())
 
 
@@ -425,9 +426,9 @@ def test_peak_memory_is_the_peak_of_the_call(device):
 
 
 def test_device_names():
-    assert harness.resolve_device("cpu") == torch.device("cpu")
-    assert harness.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert runner.resolve_device("cpu") == torch.device("cpu")
+    assert runner.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match=r"--device must be auto, cpu or cuda, got 'gpu'"):
-        harness.resolve_device("gpu")
+        runner.resolve_device("gpu")
     with pytest.raises(ValueError, match=r"the benchmark must be one of moe, .*got 'attention'"):
-        harness.family("attention")
+        runner.family("attention")

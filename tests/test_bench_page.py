@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from gossamer.bench import compare, page, plot
+from gossamer.bench.harness import compare, page, plot
 
 HOSTILE = "<script>alert('peer & co')</script> $\\frac{1}{2}$"
 

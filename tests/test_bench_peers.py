@@ -11,14 +11,15 @@ import pytest
 import torch
 from bench_requests import LARGER, SMALL, small_request
 
-from gossamer.bench import expert_peers, experts, harness, peers
-from gossamer.bench.case import Variant
+from gossamer.bench.families import expert_peers, experts
+from gossamer.bench.harness import peers, runner
+from gossamer.bench.harness.case import Variant
 
 
 def test_missing_packages_are_skipped_by_name(monkeypatch):
     for module in ("transformers.models.qwen3_moe.modeling_qwen3_moe", "sonicmoe", "scattermoe.parallel_experts"):
         monkeypatch.setitem(sys.modules, module, None)
-    case = harness.family("moe").build(small_request("cpu"))
+    case = runner.family("moe").build(small_request("cpu"))
     assert [v.name for v in case.variants][:2] == ["gossamer", "equal-FLOP dense"]
     for name, package in [
         ("transformers eager", "transformers"),
@@ -37,8 +38,8 @@ def test_peers_are_chosen_by_name(monkeypatch):
     for bad in ("sonic", "", "all,none"):
         with pytest.raises(ValueError, match=r"--peers must be one of all, none, transformers-eager, .*got "):
             peers.choose(known, bad)
-    moe, cpu = harness.family("moe"), torch.device("cpu")
-    wanted = harness.requests(moe, cpu, shape="24,16,8,6,2", dtype="fp32", peers="transformers-eager")
+    moe, cpu = runner.family("moe"), torch.device("cpu")
+    wanted = runner.requests(moe, cpu, shape="24,16,8,6,2", dtype="fp32", peers="transformers-eager")
     case = moe.build(wanted[0])
     assert [v.name for v in case.variants] == ["gossamer", "equal-FLOP dense", "transformers eager"]
     assert case.skipped == {}
@@ -46,7 +47,7 @@ def test_peers_are_chosen_by_name(monkeypatch):
     assert [v.name for v in alone.variants] == ["gossamer", "equal-FLOP dense"] and alone.skipped == {}
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ValueError, match="--peers liger: liger-kernel is not installed"):
-        harness.requests(moe, cpu, peers="transformers,liger")
+        runner.requests(moe, cpu, peers="transformers,liger")
 
 
 def test_a_peer_for_some_of_the_cases_is_skipped_in_the_others(device):

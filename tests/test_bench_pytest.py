@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gossamer.bench import harness
+from gossamer.bench.harness import runner
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = """
 import json, sys, pytest
 from pytest_benchmark.session import PerformanceRegression
 root, store = sys.argv[1:]
-common = ["-q", "-p", "no:cacheprovider", "--rootdir", root, root + "/bench/dispatch.py", "--benchmark-only",
+common = ["-q", "-p", "no:cacheprovider", "--rootdir", root, root + "/bench/families/dispatch.py", "--benchmark-only",
           "--benchmark-max-time=0.01", "--benchmark-min-rounds=3", "--benchmark-storage=" + store + "/runs"]
 limit = ["--benchmark-compare=0001", "--benchmark-compare-fail=min:1000000%"]
 def run(*more):
@@ -67,7 +67,7 @@ def test_every_family_has_small_sizes():
     spec = importlib.util.spec_from_file_location("bench_conftest", ROOT / "bench" / "conftest.py")
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
-    families = [harness.family(name) for name in harness.FAMILIES]
+    families = [runner.family(name) for name in runner.FAMILIES]
     assert {family.symbols for family in families} == conftest.SMALL.keys()
     for family in families:
         sizes = dict(zip(family.symbols, conftest.SMALL[family.symbols], strict=True))

@@ -8,19 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gossamer.bench import compare, harness, record, skew, sweep
-from gossamer.bench.case import Case, Request
-from gossamer.bench.ceilings import Ceilings
+from gossamer.bench.families import skew
+from gossamer.bench.harness import compare, record, runner, sweep
+from gossamer.bench.harness.case import Case, Request
+from gossamer.bench.harness.ceilings import Ceilings
 
 CPU = torch.device("cpu")
 
 
 def base_request(family, shape):
-    return harness.requests(family, CPU, shape=shape, dtype="fp32", direction="forward")[0]
+    return runner.requests(family, CPU, shape=shape, dtype="fp32", direction="forward")[0]
 
 
 def test_values_of_a_sweep_are_given_or_multiples_within_the_rule():
-    moe = harness.family("moe")
+    moe = runner.family("moe")
     base = base_request(moe, "64,32,16,8,4")
     assert sweep.parse(moe, "tokens", base).values == (16, 32, 64, 128, 256)
     assert sweep.parse(moe, "experts", base) == sweep.Sweep("experts", "E", (4, 8, 16, 32))
@@ -28,19 +29,19 @@ def test_values_of_a_sweep_are_given_or_multiples_within_the_rule():
     assert sweep.parse(moe, "hidden=16, 8,16", base).values == (16, 8)
     assert sweep.parse(moe, "skew", base).values == skew.EXPERT_SKEWS
     assert sweep.parse(moe, "skew=one,trained", base).values == ("one", "trained")
-    bag = harness.family("gather_reduce")
+    bag = runner.family("gather_reduce")
     assert sweep.parse(bag, "rows=10", base_request(bag, "50,8,4,3")).symbol == "N"
 
 
 def test_every_family_has_dimensions_of_its_own_symbols():
-    for name in harness.FAMILIES:
-        family = harness.family(name)
+    for name in runner.FAMILIES:
+        family = runner.family(name)
         assert set(family.dimensions.values()) <= set(family.symbols)
         assert set(family.work) <= set(family.symbols)
 
 
 def test_cases_of_a_sweep_differ_in_that_alone():
-    moe = harness.family("moe")
+    moe = runner.family("moe")
     base = base_request(moe, "64,32,16,8,4")
     both = [base, replace(base, dtype="bf16")]
     sized = sweep.expand(sweep.Sweep("experts", "E", (4, 16)), both)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from gossamer import _backend
-from gossamer.bench import timing
-from gossamer.bench.case import Case, Variant
-from gossamer.bench.ceilings import Ceilings
-from gossamer.bench.cores import NAP, Cores
+from gossamer.bench.harness import timing
+from gossamer.bench.harness.case import Case, Variant
+from gossamer.bench.harness.ceilings import Ceilings
+from gossamer.bench.harness.cores import NAP, Cores
 
 
 class Machine:
@@ -413,7 +413,7 @@ def test_freed_memory_is_kept_once_the_c_library_was_told():
     """48 MiB that were used and freed are used again without a page being cleared, in a process of its own."""
     code = """
 import resource, torch
-from gossamer.bench.timing import keep_freed_memory
+from gossamer.bench.harness.timing import keep_freed_memory
 kept = keep_freed_memory(torch.device("cpu"))
 use = lambda: torch.empty(12 << 20).zero_()
 use()

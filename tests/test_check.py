@@ -12,8 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import gossamer
-from gossamer.bench import check as checking
-from gossamer.bench import check_report, check_target
+from gossamer.bench.harness import check as checking
+from gossamer.bench.harness import check_report, check_target
 from gossamer.cli import app
 from gossamer.testing import errors
 

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from gossamer import _backend
-from gossamer.bench import harness, timing
-from gossamer.bench.ceilings import Ceilings
+from gossamer.bench.harness import runner, timing
+from gossamer.bench.harness.ceilings import Ceilings
 from gossamer.cli import app
 
 SHAPE = "192,64,32,6,2"
@@ -22,8 +22,8 @@ SHAPE = "192,64,32,6,2"
 @pytest.fixture
 def invoke(monkeypatch):
     """Run the command in this process, with no time spent on ceilings."""
-    monkeypatch.setattr(harness, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10, 2e10))
-    monkeypatch.setitem(harness.BUDGET, "full", 0.05)
+    monkeypatch.setattr(runner, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10, 2e10))
+    monkeypatch.setitem(runner.BUDGET, "full", 0.05)
     monkeypatch.setitem(timing.SETTLE_LIMIT, "cpu", 0.0)
     return lambda *arguments: CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
@@ -95,7 +95,7 @@ def test_a_wrong_result_prints_no_speed_and_fails(invoke, monkeypatch):
     ],
 )
 def test_bad_options_are_explained_in_one_line_before_anything_is_measured(invoke, monkeypatch, arguments, message):
-    monkeypatch.setattr(harness, "run", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("measured"))
     result = invoke("bench", *arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"gossamer bench: {message}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gossamer import _backend
-from gossamer.bench import harness
+from gossamer.bench.harness import runner
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("gpu_check", "hopper_check")
@@ -66,11 +66,11 @@ def test_every_command_is_one(script, tmp_path):
     benchmarks = [["gossamer", *command[command.index("bench") :]] for command in commands if "bench" in command]
     assert len(benchmarks) >= 8
     for command in benchmarks:
-        chosen = harness.family(command[2])
+        chosen = runner.family(command[2])
         wanted = "none" if option(command, "--peers") == "SonicMoE" else option(command, "--peers") or "all"
         asked = {name: option(command, f"--{name}") for name in ("shape", "dtype", "skew")}
         asked["skew"] = asked["skew"] or "uniform"
-        assert harness.requests(chosen, torch.device("cuda"), peers=wanted, **asked), command
+        assert runner.requests(chosen, torch.device("cuda"), peers=wanted, **asked), command
         assert option(command, "--device") == "cuda"
         assert option(command, "--peers") != "SonicMoE" or "SonicMoE" in {peer.name for peer in chosen.peers}
     files = [option(command, "--json") for command in benchmarks]

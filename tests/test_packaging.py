@@ -92,7 +92,13 @@ def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
     assert any(re.fullmatch(r"gossamer/_C\..*so", name) for name in names)
-    expected = ("bench/moe.py", "triton_kernels/common.py", "cpu_kernels/dispatch.py", "nn/moe/layer.py", "py.typed")
+    expected = (
+        "bench/families/moe.py",
+        "triton_kernels/common.py",
+        "cpu_kernels/dispatch.py",
+        "nn/moe/layer.py",
+        "py.typed",
+    )
     expected += ("triton_kernels/measured_tiles/nvidia-h100-80gb-hbm3.json",)
     assert [name for name in expected if f"gossamer/{name}" not in names] == []
     assert {name.split("/")[0] for name in names} == {"gossamer", f"gossamer-{gossamer.__version__}.dist-info"}
@@ -142,7 +148,7 @@ def test_kernels_cannot_be_taken_for_another_package():
     done = python("import triton_kernels", ok=False)
     assert done.returncode == 1
     assert "ImportError: these are Gossamer's kernels, imported as gossamer.triton_kernels" in done.stderr
-    python("import gossamer.triton_kernels, gossamer.bench.harness", cwd=ROOT.parent)
+    python("import gossamer.triton_kernels, gossamer.bench.harness.runner", cwd=ROOT.parent)
 
 
 def test_native_code_includes_nothing_of_torch():

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 import gossamer
 from gossamer import _backend
-from gossamer.bench import nsight, profile_memory, profile_report
-from gossamer.bench import profile as profiling
-from gossamer.bench.ceilings import Ceilings
-from gossamer.bench.cost import Cost, CostRecorder, declared
-from gossamer.bench.harness import FAMILIES, family
-from gossamer.bench.profile_events import REST, Phase, fraction, kernel_rows, launches
+from gossamer.bench.harness import nsight, profile_memory, profile_report
+from gossamer.bench.harness import profile as profiling
+from gossamer.bench.harness.ceilings import Ceilings
+from gossamer.bench.harness.cost import Cost, CostRecorder, declared
+from gossamer.bench.harness.profile_events import REST, Phase, fraction, kernel_rows, launches
+from gossamer.bench.harness.runner import FAMILIES, family
 from gossamer.cli import app
 
 SHAPE = "192,64,32,6,2"

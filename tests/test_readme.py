@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from gossamer.bench import readme
+from gossamer.bench.harness import readme
 from gossamer.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def test_no_text_waits_to_be_filled_in():
 
 @pytest.mark.parametrize("document", readme.DOCUMENTS)
 def test_measured_tables_are_those_of_the_results(document):
-    """What ``python -m gossamer.bench.readme`` would write is what is there."""
+    """What ``python -m gossamer.bench.harness.readme`` would write is what is there."""
     text = (ROOT / document).read_text()
     assert readme.MARKED.search(text)
     assert readme.rendered(text, ROOT) == text

@@ -201,7 +201,7 @@ def test_tables_that_ship_are_what_was_measured(path):
 
 COMPILE = """
 import json
-from gossamer.bench import tune, tune_targets
+from gossamer.bench.harness import tune, tune_targets
 from gossamer.triton_kernels import ahead_of_time, tile_tables
 from gossamer.triton_kernels.tiles import Problem, Tile, choose
 device = tile_tables.Device("NVIDIA H100 80GB HBM3", 90, 227 * 1024)

@@ -13,8 +13,9 @@ from helpers import check, make_dispatch
 from typer.testing import CliRunner
 
 import gossamer
-from gossamer.bench import experts, tune, tune_targets
-from gossamer.bench.case import Request
+from gossamer.bench.families import experts
+from gossamer.bench.harness import tune, tune_targets
+from gossamer.bench.harness.case import Request
 from gossamer.cli import app
 from gossamer.ops.expert_mlp import expert_mlp_reference
 from gossamer.triton_kernels import common, expert_mlp, expert_mlp_backward, grouped_matmul, tile_tables

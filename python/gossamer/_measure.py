@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from gossamer.bench.check import CheckReport
-    from gossamer.bench.profile import ProfileResult
+    from gossamer.bench.harness.check import CheckReport
+    from gossamer.bench.harness.profile import ProfileResult
 
 
 def _bench(module: str) -> ModuleType:
@@ -20,7 +20,7 @@ def _bench(module: str) -> ModuleType:
         importlib.import_module("rich")
     except ImportError as error:
         raise ImportError(f"gossamer.{module} needs {error.name}: pip install 'gossamer[bench]'") from None
-    return importlib.import_module(f"gossamer.bench.{module}")
+    return importlib.import_module(f"gossamer.bench.harness.{module}")
 
 
 def profile(
@@ -56,7 +56,7 @@ def profile(
         budget: seconds of profiled calls for each of the two, 20 calls at most.
 
     Returns:
-        A :class:`gossamer.bench.profile.ProfileResult`: ``print`` it, read its ``rows``, or take ``to_json()``.
+        A :class:`gossamer.bench.harness.profile.ProfileResult`: ``print`` it, read its ``rows``, or take ``to_json()``.
 
     Raises:
         ImportError: the extra ``bench`` is not installed.
@@ -108,7 +108,8 @@ def check(
         seed: of the output gradients, and set before each run, so that dropout can be the same.
 
     Returns:
-        A :class:`gossamer.bench.check.CheckReport`: ``print`` it, test ``ok``, read ``rows``, or take ``to_json()``.
+        A :class:`gossamer.bench.harness.check.CheckReport`: ``print`` it, test ``ok``, read ``rows``, or take
+        ``to_json()``.
 
     Raises:
         ImportError: the extra ``bench`` is not installed.

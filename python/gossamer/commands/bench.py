@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gossamer.bench.record import Results
+    from gossamer.bench.harness.record import Results
 
 WRONG, REFUSED, SLOW = 1, 2, 3
 
@@ -60,20 +60,20 @@ def bench(
     Exit status: 0; 1 where a variant is wrong or ours failed; 2 where it cannot be done as asked, found before anything
     is measured, or nothing could be; 3 where a case's speed over dense's is below --fail-below, or it was left out.
     """
-    from gossamer.bench import compare as compare_
-    from gossamer.bench import files, harness, report
-    from gossamer.bench import sweep as sweep_
+    from gossamer.bench.harness import compare as compare_
+    from gossamer.bench.harness import files, report, runner
+    from gossamer.bench.harness import sweep as sweep_
 
     try:
         if fail_below is not None and not fail_below > 0:
             raise ValueError(f"--fail-below must be above 0, got {fail_below:g}")
         if (plot_folder or html_file) is not None:
             _need_matplotlib("--plot" if plot_folder else "--html")
-        chosen = harness.family(family)
-        where = harness.resolve_device(device)
+        chosen = runner.family(family)
+        where = runner.resolve_device(device)
         options = dict(dtype=dtype, direction=direction, skew=skew, peers=peers)
         quick_shape = chosen.quick[where.type] if sweep and shape is None else shape
-        wanted = harness.requests(chosen, where, shape=quick_shape, quick=quick, **options)
+        wanted = runner.requests(chosen, where, shape=quick_shape, quick=quick, **options)
         varied = sweep_.parse(chosen, sweep, wanted[0]) if sweep is not None else None
         earlier = compare_.load(compare) if compare is not None else None
         for option, path in (("--json", json_file), ("--csv", csv_file), ("--html", html_file)):
@@ -87,11 +87,11 @@ def bench(
     console = report.make_console()
     effort = "quick" if quick else "full"
     with report.Progress(console) as progress:
-        results = harness.run(
+        results = runner.run(
             chosen,
             sweep_.expand(varied, wanted) if varied else wanted,
-            budget=harness.BUDGET[effort],
-            patience=harness.PATIENCE[effort] if dtype is None else math.inf,
+            budget=runner.BUDGET[effort],
+            patience=runner.PATIENCE[effort] if dtype is None else math.inf,
             stage=progress.stage,
             progress=progress,
             finished=lambda result, ceilings: report.print_case(console, result, ceilings),
@@ -115,11 +115,11 @@ def bench(
         report.print_changes(console, changes, differences, str(compare))
     sentence = report.summary(results)
     if plot_folder is not None:
-        from gossamer.bench import plot
+        from gossamer.bench.harness import plot
 
         plot.save(record, plot_folder)
     if html_file is not None:
-        from gossamer.bench import page
+        from gossamer.bench.harness import page
 
         text = page.render(record, sentence, changes=changes, differences=differences, earlier=str(compare))
         html_file.write_text(text, encoding="utf-8")
@@ -135,7 +135,7 @@ def _need_matplotlib(option: str) -> None:
 
 
 def _exit(console: Console, results: Results, fail_below: float | None) -> None:
-    from gossamer.bench import compare, report
+    from gossamer.bench.harness import compare, report
 
     if not results.correct:
         raise typer.Exit(WRONG)

@@ -37,14 +37,14 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
     """Check a layer's replacement against it: errors by float64, gradients, determinism, and speed if all is right."""
-    from gossamer.bench import check as checking
-    from gossamer.bench import check_target, harness, report
-    from gossamer.bench.case import DIRECTIONS, DTYPES
-    from gossamer.bench.profile import check_writable
-    from gossamer.bench.timing import keep_freed_memory
+    from gossamer.bench.harness import check as checking
+    from gossamer.bench.harness import check_target, report, runner
+    from gossamer.bench.harness.case import DIRECTIONS, DTYPES
+    from gossamer.bench.harness.profile import check_writable
+    from gossamer.bench.harness.timing import keep_freed_memory
 
     try:
-        where = harness.resolve_device(device)
+        where = runner.resolve_device(device)
         keep_freed_memory(where)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

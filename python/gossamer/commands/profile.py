@@ -31,18 +31,18 @@ def profile(
     ] = None,
 ) -> None:
     """Break a layer into its kernels, beside a reference's: time, bytes, FLOPs, and memory of a training step."""
-    from gossamer.bench import harness, report
-    from gossamer.bench import profile as profiling
-    from gossamer.bench.nsight import command_line
-    from gossamer.bench.timing import keep_freed_memory
+    from gossamer.bench.harness import profile as profiling
+    from gossamer.bench.harness import report, runner
+    from gossamer.bench.harness.nsight import command_line
+    from gossamer.bench.harness.timing import keep_freed_memory
 
     try:
-        chosen = harness.family(layer)
+        chosen = runner.family(layer)
         if ncu is not None:
             print(command_line(chosen, ncu, shape=shape, dtype=dtype, direction=direction, skew=skew))
             print("run it on a machine with an NVIDIA GPU and Nsight Compute; nothing was run here", file=sys.stderr)
             return
-        where = harness.resolve_device(device)
+        where = runner.resolve_device(device)
         keep_freed_memory(where)
         for option, path, suffixes in (
             ("--trace", trace, (".json", ".gz")),
@@ -70,6 +70,6 @@ def profile(
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n")
     if plot is not None:
-        from gossamer.bench import profile_report
+        from gossamer.bench.harness import profile_report
 
         profile_report.plot_memory(result, plot)

@@ -43,8 +43,8 @@ def _tune(family: str, shape: list[str] | None, dtype: str, device: str, budget:
             reason = "native CPU kernels choose their tiles from the cache sizes; tuning needs a CUDA device"
         raise ValueError(reason)
 
-    from gossamer.bench import harness, tune, tune_targets
-    from gossamer.bench.case import DTYPES, Request
+    from gossamer.bench.harness import runner, tune, tune_targets
+    from gossamer.bench.harness.case import DTYPES, Request
     from gossamer.triton_kernels import tile_tables
 
     for option, value, allowed in (("--family", family, tune_targets.FAMILIES), ("--dtype", dtype, DTYPES)):
@@ -52,8 +52,8 @@ def _tune(family: str, shape: list[str] | None, dtype: str, device: str, budget:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
     if not 0 < budget < float("inf"):
         raise ValueError(f"--budget must be a positive number of seconds, got {budget:g}")
-    where = harness.resolve_device(device)
-    chosen = harness.family(family)
+    where = runner.resolve_device(device)
+    chosen = runner.family(family)
     names = tuple(shape or chosen.defaults["cuda"])
     wanted = [Request(name, chosen.sizes(name), dtype, where, "both", "uniform") for name in names]
 

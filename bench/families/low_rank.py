@@ -1,0 +1,221 @@
+"""Linear layers with a low-rank update over a frozen weight, beside the plain linear layer and other people's."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import gossamer
+from gossamer.bench.harness.case import (
+    DENSE,
+    DTYPES,
+    OURS,
+    REFERENCE,
+    Case,
+    Family,
+    FloatGate,
+    Outputs,
+    Request,
+    Variant,
+)
+from gossamer.bench.harness.cost import Cost, nbytes
+from gossamer.bench.harness.peers import Peer, attribute, gather, import_module
+from gossamer.ops.low_rank import low_rank_linear_reference
+
+SHAPES = {
+    "square": (8192, 4096, 4096, 16),
+    "square-rank-64": (8192, 4096, 4096, 64),
+    "wide": (8192, 14336, 4096, 16),
+    "square-2048": (2048, 4096, 4096, 16),
+    "square-64": (64, 4096, 4096, 16),
+    "cpu": (1024, 2048, 2048, 16),
+    "cpu-64": (64, 2048, 2048, 16),
+}
+SYMBOLS = ("M", "N", "C", "r")
+DEFAULTS = {"cpu": ("cpu", "cpu-64"), "cuda": ("square", "wide", "square-2048", "square-64")}
+QUICK = {"cpu": "cpu", "cuda": "square"}
+DIMENSIONS = {"rows": "M", "rank": "r"}
+SCALE = 2.0
+# Products of at most so many multiplications are checked whole, in float64; of larger ones a sample of rows.
+WHOLE = 2**33
+SAMPLE_ROWS = 128
+
+
+def rule(sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with sizes, or None."""
+    most = min(sizes["N"], sizes["C"])
+    return None if sizes["r"] <= most else f"r must be at most min(N, C) = {most}, got {sizes['r']}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    dy: torch.Tensor
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """Copies of x, a and b that take gradients."""
+        return {f"d{name}": getattr(self, name).detach().clone().requires_grad_() for name in ("x", "a", "b")}
+
+    def variant(self, name: str, role: str, call, gate: str | None = "truth", only_x: bool = False) -> Variant:
+        """A variant that computes ``call(x, a, b)``."""
+        leaves = self.leaves()
+        tensors = list(leaves.values())
+        wanted = {"dx": leaves["dx"]} if only_x else leaves
+        return Variant(name, role, lambda: call(*tensors), wanted, self.dy, gate=gate)
+
+
+def make_problem(request: Request) -> Problem:
+    """Draw the tensors of a case."""
+    m, n, c, rank = (request.sizes[s] for s in SYMBOLS)
+    generator = torch.Generator(request.device).manual_seed(request.seed)
+
+    def normal(*shape: int, over: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, device=request.device) / over).to(DTYPES[request.dtype])
+
+    return Problem(normal(m, c), normal(n, c, over=c**0.5), normal(rank, c, over=c**0.5), normal(n, rank), normal(m, n))
+
+
+def _outputs(problem: Problem, rows: torch.Tensor, both: bool, dtype: torch.dtype) -> Outputs:
+    """By plain torch in ``dtype``: rows of y and dx, and the factors' gradients, which all rows make."""
+    x, w, a, b, dy = (getattr(problem, name).to(dtype) for name in ("x", "weight", "a", "b", "dy"))
+    found = {"y": F.linear(x[rows], w) + SCALE * F.linear(F.linear(x[rows], a), b)}
+    if both:
+        s, ds = F.linear(x, a), SCALE * (dy @ b)
+        found |= {"dx": dy[rows] @ w + ds[rows] @ a, "da": ds.T @ x, "db": SCALE * (dy.T @ s)}
+    return found
+
+
+def _gate(problem: Problem, rows: torch.Tensor, both: bool) -> FloatGate:
+    picks = {"y": lambda y: y[rows], "dx": lambda dx: dx[rows]}
+    truth = _outputs(problem, rows, both, torch.float64)
+    return FloatGate(truth, _outputs(problem, rows, both, problem.x.dtype), picks)
+
+
+def peft(name: str, role: str, problem: Problem) -> Variant:
+    """PEFT's own layer over a frozen ``nn.Linear``."""
+    layers = import_module("peft.tuners.lora.layer", "peft")
+    (n, c), rank = problem.weight.shape, problem.a.shape[0]
+    with torch.device(problem.x.device):
+        base = torch.nn.Linear(c, n, bias=False, dtype=problem.x.dtype)
+    base.weight = torch.nn.Parameter(problem.weight, requires_grad=False)
+    alpha = int(SCALE * rank)
+    config = importlib.import_module("peft").LoraConfig(r=rank, lora_alpha=alpha)
+    layer = attribute(layers, "Linear", "peft")(base, "default", config=config, r=rank, lora_alpha=alpha)
+    leaves = problem.leaves()
+    for key, part in (("da", layer.lora_A), ("db", layer.lora_B)):
+        part["default"].weight = torch.nn.Parameter(leaves[key].detach())
+        leaves[key] = part["default"].weight
+    return Variant(name, role, lambda: layer(leaves["dx"]), leaves, problem.dy)
+
+
+def unsloth(name: str, role: str, problem: Problem) -> Variant:
+    """Unsloth's product with an update."""
+    package = import_module("unsloth.kernels.fast_lora", "unsloth")
+    function = attribute(package, "LoRA_W", "unsloth")
+    leaves = problem.leaves()
+
+    def forward() -> torch.Tensor:
+        return function.apply(leaves["dx"], problem.weight, None, leaves["da"], leaves["db"], SCALE)
+
+    return Variant(name, role, forward, leaves, problem.dy)
+
+
+def _unfused(name: str, role: str, problem: Problem) -> Variant:
+    call = functools.partial(low_rank_linear_reference, scale=SCALE)
+    return problem.variant(name, role, lambda x, a, b: call(x, problem.weight, a, b))
+
+
+PEERS = (
+    Peer("unfused", None, "torch", _unfused, REFERENCE),
+    Peer("PEFT", "peft.tuners.lora.layer", "peft", peft),
+    Peer("Unsloth", "unsloth.kernels.fast_lora", "unsloth", unsloth, cuda_only=True, half_only=True),
+)
+
+
+def build(request: Request) -> Case:
+    """:func:`gossamer.low_rank_linear` beside the plain linear layer, whose weight is as frozen."""
+    m, n, c, rank = (request.sizes[s] for s in SYMBOLS)
+    problem, both = make_problem(request), request.direction == "both"
+    whole = m * n * c <= WHOLE
+    rows = torch.arange(m, device=request.device)
+    rows = rows if whole else rows[:: max(1, m // SAMPLE_ROWS)]
+    weight = problem.weight
+    ours = problem.variant("gossamer", OURS, lambda x, a, b: gossamer.low_rank_linear(x, weight, a, b, scale=SCALE))
+    plain = problem.variant("linear without update", DENSE, lambda x, a, b: F.linear(x, weight), None, only_x=True)
+    peers, skipped = gather(PEERS, request, problem)
+    flops, moved = 2.0 * m * (n * c + rank * (n + c)), nbytes(problem.x, weight, problem.a, problem.b, problem.dy)
+    if both:
+        flops += 2.0 * m * (n * c + 2 * rank * (n + c))
+        moved += nbytes(problem.x, problem.a, problem.b, problem.dy)
+    return Case(
+        "low_rank",
+        request.shape,
+        request.sizes,
+        request.dtype,
+        request.device,
+        request.direction,
+        (ours, plain, *peers),
+        skipped,
+        flops,
+        moved,
+        {"truth": lambda: _gate(problem, rows, both)},
+        "every output, whole" if whole else f"{len(rows)} rows of y and dx; da and db, whole",
+    )
+
+
+def cost(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of the layer: the base product and the update's two."""
+    (m, c), (n, rank) = call["x"].shape, call["b"].shape
+    read = (call.get(name) for name in ("x", "weight", "data", "absmax", "nested_absmax", "a", "b", "bias"))
+    moved = nbytes(*read, *result)
+    return Cost(2.0 * m * (n * c + rank * (n + c)), moved)
+
+
+def cost_backward(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of the gradients that are wanted."""
+    (m, n), c, rank = call["dy"].shape, call["c"], call["rank"]
+    want_x, want_weight, want_a, want_b, _ = call["wanted"]
+    terms = n * c * (want_x + want_weight) + rank * (n * (want_x or want_a) + c * want_x + c * want_a + n * want_b)
+    given = (call[name] for name in ("dy", "x", "weight", "absmax", "a", "b", "s"))
+    return Cost(2.0 * m * terms, nbytes(*given, *result))
+
+
+def cost_base(call: Mapping[str, object], result: object) -> Cost:
+    """The cost of the layer's own product."""
+    x, weight = call["x"], call["weight"]
+    return Cost(2.0 * x.shape[0] * weight.numel(), nbytes(x, weight, call["bias"], result))
+
+
+COSTS = {
+    "gossamer::base_linear": cost_base,
+    "gossamer::low_rank_linear": cost,
+    "gossamer::low_rank_linear_quantized": cost,
+    "gossamer::low_rank_linear_backward": cost_backward,
+}
+FAMILY = Family(
+    "low_rank",
+    SHAPES,
+    SYMBOLS,
+    DEFAULTS,
+    QUICK,
+    build,
+    skews=("uniform",),
+    dimensions=DIMENSIONS,
+    peers=PEERS,
+    rule=rule,
+)
+
+
+def bench_low_rank(measured):
+    """Entry point of pytest-benchmark."""
+    measured()

@@ -1,0 +1,355 @@
+"""A layer and its replacement side by side: errors against float64, gradients, determinism, and then speed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+import gossamer
+from gossamer.bench.harness.flatten import floats, synchronise, tensors
+from gossamer.bench.harness.profile import medians, module_subject
+from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
+
+# Draws of the baseline's error: one draw of a few rounding errors is luck.
+DRAWS = 8
+TIMING_BUDGET = 3.0
+
+RESULT, INPUT_GRADIENT, PARAMETER_GRADIENT = "result", "input gradient", "parameter gradient"
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One tensor that both give.
+
+    Attributes:
+        name: its path in the result, the input's, or the parameter's name.
+        kind: ``"result"``, ``"input gradient"`` or ``"parameter gradient"``.
+        error: relative RMS error of the replacement against float64; None where it was not compared so.
+        worst: its maximum error over the RMS of the truth.
+        original_error: relative RMS error of the original in its own dtype.
+        original_worst: its maximum error.
+        message: what is wrong; empty if it is right.
+    """
+
+    name: str
+    kind: str
+    error: float | None
+    worst: float | None
+    original_error: float | None
+    original_worst: float | None
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is right."""
+        return not self.message
+
+
+@dataclass(frozen=True)
+class CheckSpeed:
+    """Median seconds of both for one direction."""
+
+    direction: str
+    original: float
+    replacement: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What :func:`gossamer.check` found; ``print`` it.
+
+    Attributes:
+        title: one line that names both.
+        rows: every tensor that was compared.
+        not_compared: parameters that only one of the two has.
+        deterministic: whether the replacement gave the same bits twice.
+        original_deterministic: whether the original did.
+        speed: empty unless ``ok``, or if it was not asked for.
+    """
+
+    title: str
+    rows: tuple[CheckRow, ...]
+    not_compared: tuple[str, ...]
+    deterministic: bool
+    original_deterministic: bool
+    speed: tuple[CheckSpeed, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is right, and the replacement repeats its bits wherever the original does."""
+        return all(row.ok for row in self.rows) and (self.deterministic or not self.original_deterministic)
+
+    def to_json(self) -> dict:
+        """Everything as plain values."""
+        found = asdict(self) | {"ok": self.ok}
+        for row, plain in zip(self.rows, found["rows"], strict=True):
+            plain["ok"] = row.ok
+        return {"schema": 1, **found}
+
+    def __rich_console__(self, console: object, options: object) -> Iterator[object]:
+        """The tables, for ``rich.print``."""
+        from gossamer.bench.harness import check_report
+
+        yield from check_report.render(self)
+
+    def __str__(self) -> str:
+        from gossamer.bench.harness import check_report
+
+        return check_report.text(self)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How both are called: positional and keyword arguments, and whether gradients are taken."""
+
+    inputs: Sequence[object]
+    kwargs: Mapping[str, object]
+    backward: bool
+    seed: int
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Call:
+        """The same call with its floating-point tensors changed."""
+
+        def apply(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                return change(value) if value.is_floating_point() else value
+            if isinstance(value, Mapping):
+                return type(value)((k, apply(v)) for k, v in value.items())
+            if type(value) in (tuple, list):
+                return type(value)(apply(v) for v in value)
+            return value
+
+        return _Call(apply(tuple(self.inputs)), apply(dict(self.kwargs)), self.backward, self.seed)
+
+    def leaves(self) -> tuple[_Call, dict[str, torch.Tensor]]:
+        """The same call on leaves of its own, and those whose gradients are taken."""
+        fresh = self.mapped(lambda t: t.detach().clone().requires_grad_(self.backward))
+        given = floats(fresh.inputs) | floats(fresh.kwargs)
+        return fresh, given if self.backward else {}
+
+
+def _drawn(shape: torch.Size, name: str, seed: int, like: torch.Tensor) -> torch.Tensor:
+    """The output gradient: the same numbers for every dtype and module."""
+    generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+    return torch.randn(shape, generator=generator).to(like.device)
+
+
+def _run(module: Callable, call: _Call, dtype_of: Mapping[str, torch.dtype] | None = None) -> dict[str, dict]:
+    """Kind -> name -> tensor, or None for a gradient that does not exist.
+
+    ``dtype_of`` rounds an output's gradient to the dtype that the original has, so that float64 starts from the same.
+    """
+    fresh, given = call.leaves()
+    torch.manual_seed(call.seed)
+    with torch.set_grad_enabled(call.backward):
+        y = module(*fresh.inputs, **fresh.kwargs)
+    results = dict(tensors(y))
+    found: dict[str, dict] = {RESULT: {name: value.detach() for name, value in results.items()}}
+    if not call.backward:
+        return found
+    parameters = dict(module.named_parameters()) if isinstance(module, torch.nn.Module) else {}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    sources = {name: value for name, value in results.items() if value.is_floating_point() and value.requires_grad}
+    leaves = [*given.values(), *parameters.values()]
+    grads: Sequence[torch.Tensor | None] = [None] * len(leaves)
+    if sources and leaves:
+        douts = [
+            _drawn(value.shape, name, call.seed, value).to((dtype_of or {}).get(name, value.dtype)).to(value.dtype)
+            for name, value in sources.items()
+        ]
+        grads = torch.autograd.grad(list(sources.values()), leaves, douts, allow_unused=True)
+    found[INPUT_GRADIENT] = dict(zip(given, grads[: len(given)], strict=True))
+    found[PARAMETER_GRADIENT] = dict(zip(parameters, grads[len(given) :], strict=True))
+    return found
+
+
+def _bounds(baseline: Mapping[str, dict], truth: Mapping[str, dict]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(kind, name) -> the original's errors."""
+    return {
+        (kind, name): errors(value, truth[kind][name])
+        for kind, values in baseline.items()
+        for name, value in values.items()
+        if value is not None and value.is_floating_point() and _same_form(value, truth[kind].get(name))
+    }
+
+
+def _same_form(value: torch.Tensor, truth: torch.Tensor | None) -> bool:
+    return truth is not None and truth.shape == value.shape
+
+
+def _row(
+    kind: str,
+    name: str,
+    value: torch.Tensor | None,
+    base: torch.Tensor | None,
+    truth: torch.Tensor | None,
+    bound: tuple[float, float] | None,
+) -> CheckRow | None:
+    if value is None and base is None:
+        return None
+    if value is None or base is None:
+        # No gradient and a gradient of zeros say the same.
+        there = value if base is None else base
+        if not kind.endswith("gradient") or bool(there.any()):
+            return CheckRow(
+                name, kind, None, None, None, None, f"only the {'replacement' if base is None else 'original'} has it"
+            )
+        return None
+    if value.shape != base.shape or value.dtype != base.dtype:
+        message = f"{value.dtype} {tuple(value.shape)}, expected {base.dtype} {tuple(base.shape)}"
+        return CheckRow(name, kind, None, None, None, None, message)
+    if not value.is_floating_point():
+        wrong = int((value != base).sum())
+        return CheckRow(name, kind, None, None, None, None, f"{wrong} of {base.numel()} values differ" if wrong else "")
+    if bound is None:
+        return CheckRow(
+            name, kind, None, None, None, None, "the float64 run of the original does not give it in this shape"
+        )
+    rms, worst = errors(value, truth)
+    eps = torch.finfo(value.dtype).eps
+    message = ""
+    if not all(map(math.isfinite, bound)):
+        message = "the original itself is not finite, or its float64 run is not"
+    elif not rms <= RMS_FACTOR * bound[0] + RMS_EPS * eps:
+        message = f"RMS error above {RMS_FACTOR} times the original's plus {RMS_EPS} epsilon"
+    elif not worst <= MAX_FACTOR * bound[1] + MAX_EPS * eps:
+        message = f"maximum error above {MAX_FACTOR} times the original's plus {MAX_EPS:g} epsilon"
+    return CheckRow(name, kind, rms, worst, *bound, message)
+
+
+def _rows(actual: Mapping, baseline: Mapping, truth: Mapping, bounds: Mapping) -> list[CheckRow]:
+    rows = []
+    for kind in baseline:
+        # What only one of the two has of parameters is listed apart: a replacement may store its weights otherwise.
+        either = dict.fromkeys([*baseline[kind], *actual[kind]])
+        names = [n for n in either if kind != PARAMETER_GRADIENT or (n in baseline[kind] and n in actual[kind])]
+        for name in names:
+            row = _row(
+                kind,
+                name,
+                actual[kind].get(name),
+                baseline[kind].get(name),
+                truth[kind].get(name),
+                bounds.get((kind, name)),
+            )
+            if row is not None:
+                rows.append(row)
+    return rows
+
+
+def _same_bits(first: Mapping[str, dict], second: Mapping[str, dict]) -> bool:
+    for kind, values in first.items():
+        for name, value in values.items():
+            other = second[kind].get(name)
+            if (value is None) != (other is None) or (value is not None and not torch.equal(value, other)):
+                return False
+    return True
+
+
+def _in_float64(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy in float64, experts of transformers as a plain loop: torch's grouped product has no float64."""
+    wide = copy.deepcopy(module).double()
+    for part in wide.modules():
+        config = part.__dict__.get("config")
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
+    return wide
+
+
+def _replacement(module: torch.nn.Module, replacement: Callable | None) -> Callable:
+    if replacement is None:
+        made = copy.deepcopy(module)
+        gossamer.replace(made)
+        return made
+    if isinstance(replacement, torch.nn.Module):
+        return replacement
+    if not callable(replacement):
+        raise TypeError(
+            "replacement must be a torch.nn.Module, a function that makes one of a copy of the module, or None, "
+            f"got {type(replacement).__name__}"
+        )
+    made = replacement(copy.deepcopy(module))
+    if not isinstance(made, torch.nn.Module):
+        raise TypeError(f"replacement must return a torch.nn.Module, got {type(made).__name__}")
+    return made
+
+
+def _speeds(
+    original: Callable, candidate: Callable, call: _Call, device: torch.device, budget: float
+) -> Iterator[CheckSpeed]:
+    for direction in ("forward", "forward+backward")[: 1 + call.backward]:
+        backward = direction != "forward"
+        fresh, _ = _Call(call.inputs, call.kwargs, backward, call.seed).leaves()
+        runs = {
+            name: module_subject(name, module, fresh.inputs, fresh.kwargs, backward).run
+            for name, module in (("o", original), ("r", candidate))
+        }
+        for run in runs.values():
+            run()
+        synchronise(device)
+        found = medians(runs, device, budget)
+        yield CheckSpeed(direction, found["o"], found["r"])
+
+
+def check(
+    module: torch.nn.Module,
+    replacement: torch.nn.Module | Callable | None = None,
+    *inputs: object,
+    kwargs: Mapping[str, object] | None = None,
+    backward: bool = True,
+    speed: bool = True,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda message: None,
+) -> CheckReport:
+    """:func:`gossamer.check`."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    progress("making the replacement")
+    candidate = _replacement(module, replacement)
+    call = _Call(inputs, dict(kwargs or {}), backward, seed)
+    device = next((t.device for _, t in (*tensors(inputs), *module.named_parameters())), torch.device("cpu"))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        progress("running the original")
+        baseline = _run(module, call)
+        repeated = _same_bits(baseline, _run(module, call))
+        progress("running the original in float64")
+        wide = _in_float64(module)
+        dtype_of = {name: value.dtype for name, value in floats(baseline[RESULT]).items()}
+
+        def run_truth(changed: _Call) -> dict[str, dict]:
+            # Our own kernels, where the original has them, must not be their own judge.
+            with gossamer.backend("reference"):
+                return _run(wide, changed.mapped(torch.Tensor.double), dtype_of)
+
+        truth = run_truth(call)
+        progress("running the replacement")
+        actual = _run(candidate, call)
+        deterministic = _same_bits(actual, _run(candidate, call))
+        bounds = _bounds(baseline, truth)
+        rows = _rows(actual, baseline, truth, bounds)
+        for draw in range(1, DRAWS):
+            if all(row.ok or row.error is None or not math.isfinite(row.error) for row in rows):
+                break
+            progress(f"drawing the original's error, {draw + 1} of {DRAWS}")
+            changed = _Call(call.inputs, call.kwargs, backward, seed + draw)
+            changed = changed.mapped(lambda t, draw=draw: t.roll(draw, -1) if t.dim() else t)
+            drawn = _bounds(_run(module, changed), run_truth(changed))
+            bounds = {key: tuple(map(max, bound, drawn.get(key, bound))) for key, bound in bounds.items()}
+            rows = _rows(actual, baseline, truth, bounds)
+        lonely = sorted(set(baseline.get(PARAMETER_GRADIENT, {})) ^ set(actual.get(PARAMETER_GRADIENT, {})))
+        title = f"{type(module).__name__} and {_describe(candidate, module)} on {device}"
+        report = CheckReport(title, tuple(rows), tuple(lonely), deterministic, repeated, ())
+        if speed and report.ok:
+            progress("timing")
+            timed = tuple(_speeds(module, candidate, call, device, TIMING_BUDGET))
+            report = CheckReport(title, report.rows, report.not_compared, deterministic, repeated, timed)
+    return report
+
+
+def _describe(candidate: torch.nn.Module, module: torch.nn.Module) -> str:
+    name = type(candidate).__name__
+    return f"its replacement {name}" if name != type(module).__name__ else "its replacement"

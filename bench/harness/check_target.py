@@ -1,0 +1,278 @@
+"""What ``gossamer check`` is asked to check: a module by its import path or its Hugging Face name, and its inputs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gossamer.bench.harness.case import DTYPES
+
+INPUT_DTYPES = {**DTYPES, "fp64": torch.float64, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
+# Shape of the token ids that a language model is given where no input is.
+TOKEN_SHAPE = (2, 32)
+
+
+def attribute(path: str, option: str) -> object:
+    """What ``package.module:attribute`` names; the current folder is looked in too, as with ``python -m``.
+
+    Raises:
+        ValueError: there is no such module or attribute, or importing it fails.
+    """
+    name, _, rest = path.partition(":")
+    if not name or not rest:
+        raise ValueError(f"{option} must be package.module:attribute, got {path!r}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(name)
+    except Exception as error:
+        # The user's own code may raise anything while it is imported.
+        raise ValueError(f"{option} {path}: importing {name} raised {type(error).__name__}: {error}") from error
+    for part in rest.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{option} {path}: {getattr(found, '__name__', found)} has no attribute {part!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _called(function: Callable, arguments: Sequence[object], option: str, path: str) -> torch.nn.Module:
+    try:
+        made = function(*arguments)
+    except Exception as error:
+        raise ValueError(f"{option} {path}: calling it raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(f"{option} {path} must be a torch.nn.Module or build one, got {type(made).__name__}")
+    return made
+
+
+def load_module(path: str) -> torch.nn.Module:
+    """The module at ``package.module:attribute``: an instance, or what the callable there builds without arguments."""
+    found = attribute(path, "MODULE")
+    if isinstance(found, torch.nn.Module):
+        return found
+    if not callable(found):
+        raise ValueError(f"MODULE {path} must be a torch.nn.Module or build one, got {type(found).__name__}")
+    return _called(found, (), "MODULE", path)
+
+
+def load_replacement(path: str, original: torch.nn.Module) -> torch.nn.Module:
+    """The replacement at ``package.module:attribute``.
+
+    An instance is taken as it is. A callable that needs an argument is given a copy of the original. One that needs
+    none builds a module that is given the original's weights, which must have the same names and shapes.
+    """
+    found = attribute(path, "--replacement")
+    if isinstance(found, torch.nn.Module):
+        return found
+    if not callable(found):
+        raise ValueError(f"--replacement {path} must be a torch.nn.Module or build one, got {type(found).__name__}")
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:
+        parameters = ()
+    if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        return _called(found, (copy.deepcopy(original),), "--replacement", path)
+    made = _called(found, (), "--replacement", path)
+    try:
+        made.load_state_dict(original.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--replacement {path} does not take the original's weights ({reason}); build it from the original in a "
+            "function of one argument"
+        ) from None
+    return made
+
+
+def settings(given: Sequence[str]) -> dict[str, object]:
+    """``["hidden_size=64"]`` as ``{"hidden_size": 64}``; values are JSON, and text where they are not."""
+    found: dict[str, object] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set must be KEY=VALUE, got {item!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def _builder(name: str, values: Mapping[str, object]) -> Callable[[], torch.nn.Module]:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"MODULE {name!r}: a Hugging Face name needs transformers: pip install 'gossamer[transformers]'"
+        ) from None
+    found = getattr(transformers, name, None)
+    if found is None and name in transformers.CONFIG_MAPPING:
+        found = transformers.CONFIG_MAPPING[name]
+    try:
+        if inspect.isclass(found) and issubclass(found, transformers.PretrainedConfig):
+            config = found(**values)
+            kinds = (transformers.AutoModelForCausalLM, transformers.AutoModel)
+            kind = next((k for k in kinds if type(config) in k._model_mapping), None)
+            if kind is None:
+                raise ValueError(f"MODULE {name!r}: transformers has no model for {type(config).__name__}")
+            return lambda: kind.from_config(config)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel) and found.config_class:
+            config = found.config_class(**values)
+            return lambda: found(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"MODULE {name!r}: {error}") from error
+    raise ValueError(
+        f"MODULE must be package.module:attribute, or a model class, config class or model type of transformers "
+        f"{transformers.__version__}, got {name!r}"
+    )
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+def load_hugging_face(
+    name: str, values: Mapping[str, object], dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
+    """A Hugging Face model with random weights, by the name of its class, of its config, or of its type.
+
+    Raises:
+        ValueError: there is none, its config refuses a setting (most take any name), or it does not fit into memory.
+    """
+    build = _builder(name, values)
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build().parameters())
+        # Weights and gradients of the original and its copy, and of the float64 run.
+        need = parameters * (4 * dtype.itemsize + 2 * 8)
+        if need > _free_bytes(device):
+            raise ValueError(
+                f"it has {parameters / 1e9:.3g} billion parameters, whose check needs {need / 2**30:.0f} GiB and "
+                f"{_free_bytes(device) / 2**30:.0f} are free; make it smaller, as with --set num_hidden_layers=2"
+            )
+        torch.manual_seed(0)
+        return build().to(device=device, dtype=dtype)
+    except Exception as error:
+        # A config that does not fit together shows as anything while the model is built.
+        raise ValueError(f"MODULE {name!r}: {error}") from error
+
+
+def parse_input(text: str, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    """``"4,128,512:bf16"`` as a random normal tensor, ``"2,32:int64:1000"`` as random integers below 1000.
+
+    Raises:
+        ValueError: the shape or the dtype is not one, or integers come without their limit.
+    """
+    shape_text, *rest = text.split(":")
+    sizes = [size.strip() for size in shape_text.split(",")]
+    if not all(size.isdecimal() for size in sizes) or len(rest) > 2:
+        raise ValueError(f"--input must be SHAPE[:DTYPE[:LIMIT]] such as 4,128,512:bf16, got {text!r}")
+    if rest and rest[0] not in INPUT_DTYPES:
+        raise ValueError(f"--input: the dtype must be one of {', '.join(INPUT_DTYPES)}, got {rest[0]!r}")
+    shape, wanted = tuple(map(int, sizes)), INPUT_DTYPES[rest[0]] if rest else dtype
+    generator = torch.Generator().manual_seed(seed)
+    if wanted.is_floating_point:
+        if len(rest) > 1:
+            raise ValueError(f"--input: only integers have a limit, got {text!r}")
+        return torch.randn(shape, generator=generator).to(device=device, dtype=wanted)
+    if wanted == torch.bool:
+        return torch.randint(2, shape, generator=generator).to(device=device, dtype=wanted)
+    if len(rest) < 2 or not rest[1].isdecimal() or int(rest[1]) < 1:
+        raise ValueError(f"--input: integers need the number that they are below, as in 2,32:int64:1000, got {text!r}")
+    return torch.randint(int(rest[1]), shape, generator=generator).to(device=device, dtype=wanted)
+
+
+def load_inputs(path: Path, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Tensors of a safetensors file: those named 0, 1, ... are positional arguments, others keyword arguments.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError("--inputs needs safetensors: pip install safetensors") from None
+    try:
+        found = load_file(str(path), device=str(device))
+    except Exception as error:
+        # safetensors raises errors of its own beside those of the system.
+        raise ValueError(f"--inputs {path}: {error}") from None
+    positional = sorted((name for name in found if name.isdecimal()), key=int)
+    return tuple(found[name] for name in positional), {k: v for k, v in found.items() if not k.isdecimal()}
+
+
+def token_ids(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """Random token ids for a language model, the dimensions of :data:`TOKEN_SHAPE`."""
+    config = module.config
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise ValueError(f"{type(module).__name__} has no vocabulary: give its inputs with --input or --inputs")
+    return torch.randint(vocabulary, TOKEN_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a check is run on."""
+
+    module: torch.nn.Module
+    replacement: torch.nn.Module | None
+    inputs: tuple[torch.Tensor, ...]
+    kwargs: dict[str, object]
+
+
+def gather(
+    module: str,
+    replacement: str | None,
+    inputs: Sequence[str],
+    inputs_file: Path | None,
+    config: Sequence[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    train: bool = False,
+) -> Target:
+    """Everything that the command line names.
+
+    Raises:
+        ValueError: something of it cannot be had.
+    """
+    kwargs: dict[str, object] = {}
+    by_path = ":" in module
+    if by_path:
+        if config:
+            raise ValueError("--set is for models of transformers, and MODULE is an import path")
+        made = load_module(module).to(device=device, dtype=dtype)
+    else:
+        made = load_hugging_face(module, settings(config), dtype or torch.float32, device)
+        # A cache of keys and values is no result to compare.
+        kwargs["use_cache"] = False
+    made.train(train)
+    other = None
+    if replacement is not None:
+        other = load_replacement(replacement, made).to(device=device, dtype=dtype).train(train)
+    own = next((p.dtype for p in made.parameters() if p.is_floating_point()), torch.float32)
+    if inputs_file is not None:
+        given, named = load_inputs(inputs_file, device)
+        kwargs |= named
+    elif inputs:
+        given = tuple(parse_input(text, own, device, seed) for seed, text in enumerate(inputs))
+    elif by_path:
+        raise ValueError("give the layer's inputs: --input 4,128,512:bf16 for each, or --inputs FILE.safetensors")
+    else:
+        given = (token_ids(made, device),)
+    return Target(made, other, given, kwargs)

@@ -1,0 +1,70 @@
+"""The command line that has Nsight Compute look at one kernel of a layer."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import shlex
+from types import ModuleType
+
+from gossamer.bench.harness.case import Family
+
+# Calls before the one that is looked at: compilation, and clocks.
+WARM_UP = 3
+_PACKAGE = "gossamer.triton_kernels"
+
+
+def _modules(name: str, seen: dict[str, ModuleType]) -> None:
+    """A module of Triton kernels and those whose functions it uses."""
+    if name in seen:
+        return
+    seen[name] = module = importlib.import_module(name)
+    for value in vars(module).values():
+        owner = getattr(value, "__module__", None)
+        if isinstance(owner, str) and owner.startswith(f"{_PACKAGE}."):
+            _modules(owner, seen)
+
+
+@functools.cache
+def triton_kernels(primitives: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the Triton kernels that serve primitives, those of the primitives they are made of included."""
+    seen: dict[str, ModuleType] = {}
+    for primitive in primitives:
+        _modules(f"{_PACKAGE}.{primitive}", seen)
+    # A kernel is a @triton.jit function whose name ends so; one that is imported has its own module too.
+    return tuple(
+        sorted({k for m in seen.values() for k, v in vars(m).items() if k.endswith("_kernel") and hasattr(v, "fn")})
+    )
+
+
+def primitives(chosen: Family) -> tuple[str, ...]:
+    """The primitives that a family's layer runs: its module's ``PRIMITIVES``, else the one of its name."""
+    module = importlib.import_module(f"gossamer.bench.{chosen.name}")
+    return getattr(module, "PRIMITIVES", (chosen.name,))
+
+
+def command_line(
+    chosen: Family, kernel: str, *, shape: str | None, dtype: str | None, direction: str, skew: str
+) -> str:
+    """What to type on a machine with a GPU to have one launch of ``kernel`` looked at, quoted for a shell.
+
+    Raises:
+        ValueError: the layer has no such kernel, Triton is missing, or the shape, dtype, direction or skew is unknown.
+    """
+    from gossamer.bench.harness.profile import single_request
+
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("--ncu: the kernels are Triton's, and the package triton is not installed")
+    found = tuple(p for p in primitives(chosen) if importlib.util.find_spec(f"{_PACKAGE}.{p}"))
+    names = triton_kernels(found)
+    if kernel not in names:
+        raise ValueError(f"--ncu must be one of {', '.join(names) or '(no kernels)'} for {chosen.name}, got {kernel!r}")
+    request = single_request(chosen, "cuda", shape=shape, dtype=dtype, direction=direction, skew=skew)
+    run = ["gossamer", "profile", chosen.name, "--shape", request.shape, "--device", "cuda"]
+    run += ["--direction", request.direction, "--skew", skew, "--calls", str(WARM_UP + 1)]
+    if request.dtype != "int":
+        run += ["--dtype", request.dtype]
+    ncu = ["ncu", "--set", "full", "--target-processes", "all", "--kernel-name", kernel]
+    ncu += ["--launch-skip", str(WARM_UP), "--launch-count", "1", "--export", f"{chosen.name}-{kernel.strip('_')}"]
+    return shlex.join([*ncu, *run])
