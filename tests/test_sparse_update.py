@@ -8,7 +8,7 @@ from helpers import DRAWS, assert_same_bits, violations
 
 import gossamer
 from gossamer import optim
-from gossamer.ops._rounding import random_bits, round_stochastically
+from gossamer._rounding import random_bits, round_stochastically
 from gossamer.testing import errors
 
 OPTIMIZERS = [

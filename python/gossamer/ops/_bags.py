@@ -39,11 +39,6 @@ def bag_begins(index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tenso
     return torch.arange(index.shape[0], device=index.device) * index.shape[1]
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over a table of ``dtype`` are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_ids(index: torch.Tensor, inside: torch.Tensor, num_rows: int) -> None:
     """Every id that is inside a bag must lie in ``[0, num_rows)``; reads values, so it is for the CPU."""
     bad = (((index < 0) | (index >= num_rows)).reshape(-1) & inside).nonzero()

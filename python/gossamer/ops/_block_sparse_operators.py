@@ -6,7 +6,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._layout import side_by_side, stored_by_columns
-from gossamer.ops._bags import accumulation_dtype
+from gossamer._numerics import accumulation_dtype
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.gather_reduce import sum_rows

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gossamer.ops._rounding import random_bits
+from gossamer._rounding import random_bits
 
 BUCKET_SLOTS = 16
 # The shared probing code has these: csrc/hash_table_core.h.

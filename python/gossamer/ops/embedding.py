@@ -6,8 +6,8 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_index, check_same_device, check_shape
+from gossamer._numerics import accumulation_dtype
 from gossamer.ops import gather_reduce as bags
-from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops._registration import register, register_autograd
 
 

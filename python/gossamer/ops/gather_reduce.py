@@ -6,8 +6,8 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_tensor
+from gossamer._numerics import accumulation_dtype
 from gossamer.ops._bags import (
-    accumulation_dtype,
     apply_bounds,
     bag_begins,
     bags_of,
@@ -469,3 +469,34 @@ def checked_out_dtype(out_dtype: torch.dtype | None, table: torch.Tensor, backen
         raise TypeError(f"out_dtype must be a torch.dtype, got {type(out_dtype).__name__}")
     check_float("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"), backend)
     return out_dtype
+
+
+def check_lookup(
+    table: torch.Tensor,
+    index: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    mode: str,
+) -> None:
+    """Raise what :func:`gather_reduce` with ``bounds="drop"`` would, for callers that change a table before reading."""
+    backend = _backend.resolve("gather_reduce", table)
+    check_bags(table, index, offsets, weights, backend, mode=mode, padding_idx=None, include_last_offset=True)
+    if index.device.type != "cpu":
+        return
+    if offsets is not None:
+        check_offsets(index, offsets)
+    if weights is not None:
+        check_weights_values(weights, torch.ones((), dtype=torch.bool, device="cpu"))
+
+
+def gather_maxima(
+    table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`gather_reduce` with ``mode="max"`` and ``bounds="drop"`` outside autograd, and where the maxima lie.
+
+    Returns:
+        ``(B, D)``, and the position of each maximum within its bag, ``(B, D)`` int32, -1 in empty bags.
+    """
+    backend = _backend.resolve("gather_reduce", table)
+    index, offsets = apply_bounds(index, offsets, table.shape[0], "drop", None, backend)
+    return _gather_max(table, index, offsets, -1, True, True, table.dtype, backend)

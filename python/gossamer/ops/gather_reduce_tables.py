@@ -9,8 +9,8 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_tensor
+from gossamer._numerics import accumulation_dtype
 from gossamer.ops._bags import (
-    accumulation_dtype,
     apply_bounds,
     bags_of,
     check_bounds,

@@ -9,8 +9,9 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_same_device, check_shape, check_tensor
+from gossamer._numerics import accumulation_dtype
+from gossamer._rounding import random_bits, round_stochastically
 from gossamer.ops._bags import (
-    accumulation_dtype,
     apply_bounds,
     bag_begins,
     bags_of,
@@ -21,7 +22,6 @@ from gossamer.ops._bags import (
     raises,
 )
 from gossamer.ops._registration import register
-from gossamer.ops._rounding import random_bits, round_stochastically
 from gossamer.ops.gather_reduce import _gather_max, check_values
 from gossamer.ops.gather_reduce_tables import (
     COLUMN,

@@ -178,3 +178,24 @@ def fused_topk(
         bias = bias.detach()
     weights, ids = _topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend)
     return ids, weights
+
+
+def _select_kernel(logits, choice, top_k):
+    check_logits(logits, None if choice is logits else choice)
+    # NaN compares unpredictably inside a top-k; as the lowest value it cannot displace or repeat another expert.
+    return torch.nan_to_num(choice, nan=-math.inf, posinf=math.inf, neginf=-math.inf).topk(top_k, dim=1).indices
+
+
+def _select_fake(logits, choice, top_k):
+    return choice.new_empty((choice.shape[0], top_k), dtype=torch.int64)
+
+
+_select = register(
+    "select_experts(Tensor logits, Tensor choice, int top_k) -> Tensor expert_ids", _select_kernel, _select_fake
+)
+
+
+def select_experts(logits: torch.Tensor, choice: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``(T, K)`` int64, the K highest of each row of ``choice``, distinct, NaN lowest; checks ``logits`` on the CPU."""
+    with torch.no_grad():
+        return _select(logits, choice, top_k)

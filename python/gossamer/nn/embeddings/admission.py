@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from gossamer.ops import _hash_table_state
-from gossamer.ops._rounding import mix64, random_bits
+from gossamer._rounding import mix64, random_bits
+from gossamer.ops import hash_table_state
 from gossamer.ops.hash_table import HashTable
 
 _SKETCH_MOST = 255
@@ -104,13 +104,13 @@ class _CountFilter:
         self.seen.erase(keys[admitted])
 
     def state(self) -> dict[str, torch.Tensor]:
-        return _hash_table_state.snapshot(self.seen)
+        return hash_table_state.snapshot(self.seen)
 
     def check(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-        _hash_table_state.check(self.seen, tensors, what)
+        hash_table_state.check(self.seen, tensors, what)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        _hash_table_state.restore(self.seen, tensors)
+        hash_table_state.restore(self.seen, tensors)
 
 
 class _SketchFilter:
@@ -139,7 +139,7 @@ class _SketchFilter:
         return {"lines": self.lines.clone()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-        _hash_table_state.check_tensors(tensors, {"lines": (torch.uint8, tuple(self.lines.shape))}, what)
+        hash_table_state.check_tensors(tensors, {"lines": (torch.uint8, tuple(self.lines.shape))}, what)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.lines.copy_(tensors["lines"])

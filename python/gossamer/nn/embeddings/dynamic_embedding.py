@@ -12,10 +12,10 @@ from torch import nn
 from gossamer._checks import check_index
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
-from gossamer.nn.embeddings.dynamic_lookup import Lookup, check_lookup
+from gossamer.nn.embeddings.dynamic_lookup import Lookup
 from gossamer.nn.replicas import check_alone
-from gossamer.ops import _hash_table_state as table_state
-from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops import hash_table_state as table_state
+from gossamer.ops.gather_reduce import check_lookup, gather_reduce
 from gossamer.ops.hash_table import HashTable, HashTableFull, Inserted
 from gossamer.optim import Optimizer
 

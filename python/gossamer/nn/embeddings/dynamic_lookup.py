@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gossamer import _backend
-from gossamer.ops._bags import apply_bounds, check_bags, check_offsets, check_weights_values
-from gossamer.ops.gather_reduce import _gather_max as gather_max
-from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.gather_reduce import gather_maxima, gather_reduce
 from gossamer.ops.gather_reduce_step import STEP_TAKEN
 from gossamer.ops.sparse_update import step_bags_
-
-
-def check_lookup(values, ids, offsets, weights, mode: str) -> None:
-    """Raise what a lookup would refuse, before an id gets a row."""
-    backend = _backend.resolve("gather_reduce", values)
-    check_bags(values, ids, offsets, weights, backend, mode=mode, padding_idx=None, include_last_offset=True)
-    if ids.device.type != "cpu":
-        return
-    if offsets is not None:
-        check_offsets(ids, offsets)
-    if weights is not None:
-        check_weights_values(weights, torch.ones((), dtype=torch.bool, device="cpu"))
 
 
 def _counts(rows, offsets) -> torch.Tensor:
@@ -33,13 +18,6 @@ def _counts(rows, offsets) -> torch.Tensor:
     return up_to[offsets[1:].long()] - up_to[offsets[:-1].long()]
 
 
-def _maxima(values, rows, offsets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columnwise maxima of each bag's rows, and the positions within the bag where they were found."""
-    backend = _backend.resolve("gather_reduce", values)
-    rows, offsets = apply_bounds(rows, offsets, values.shape[0], "drop", None, backend)
-    return gather_max(values, rows, offsets, -1, True, True, values.dtype, backend)
-
-
 class Lookup(torch.autograd.Function):
     """The lookup, whose backward pass takes the step on the rows that still belong to the ids."""
 
@@ -49,7 +27,7 @@ class Lookup(torch.autograd.Function):
         # Other lookups may step these rows, or other ids have them, before this one's backward pass.
         read = argmax = None
         if layer.pooling == "max":
-            out, argmax = _maxima(layer.table.values, rows, offsets)
+            out, argmax = gather_maxima(layer.table.values, rows, offsets)
         else:
             out = layer._reduce(rows, offsets, None if weights is None else weights.detach())
             if weights is not None and ctx.needs_input_grad[1]:

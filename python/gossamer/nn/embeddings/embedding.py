@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
-from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops.embedding import (
     advise_huge_pages,
     embedding,

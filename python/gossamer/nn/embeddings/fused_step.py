@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gossamer._numerics import accumulation_dtype
 from gossamer.nn.replicas import check_alone, is_sharded
-from gossamer.ops._bags import accumulation_dtype
 from gossamer.optim import Optimizer
 
 _PREFIX = "optimizer_"

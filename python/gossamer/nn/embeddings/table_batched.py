@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
-from gossamer.ops._bags import accumulation_dtype
 from gossamer.ops.gather_reduce_step import gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.optim import Optimizer

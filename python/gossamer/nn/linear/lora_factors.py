@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._autocast import no_autocast
+from gossamer._numerics import accumulation_dtype
 
 INITS = ("kaiming", "gaussian", "spectral")
 
@@ -48,18 +49,13 @@ def lora_scale(alpha: float, rank: int, rank_stabilized: bool) -> float:
     return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are held in: float32, and float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.no_grad()
 def spectral_factors(weight: torch.Tensor, rank: int, *, ones: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors ``v (..., r, I)`` and ``u (..., O, r)`` of the best approximation of rank r: ``u·v = U_r·Σ_r·V_rᵀ``.
 
     The singular values are split evenly, ``u = U_r·√Σ_r`` and ``v = √Σ_r·V_rᵀ``; with ``ones`` they are replaced by 1.
     """
-    u, s, vh = torch.linalg.svd(weight.detach().to(wide_dtype(weight.dtype)), full_matrices=False)
+    u, s, vh = torch.linalg.svd(weight.detach().to(accumulation_dtype(weight.dtype)), full_matrices=False)
     root = torch.ones_like(s[..., :rank]) if ones else s[..., :rank].sqrt()
     return root.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
 
@@ -100,7 +96,7 @@ def _row_chunks(weight: torch.Tensor) -> list[slice]:
 @torch.no_grad()
 def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """``‖weight[o] + scale·(b·a)[o]‖₂ (O,)`` in float32 (float64 for float64), never holding the whole sum."""
-    wide = wide_dtype(weight.dtype)
+    wide = accumulation_dtype(weight.dtype)
     a, b = a.to(wide), b.to(wide)
     with no_autocast(weight.device):
         norms = [
@@ -115,7 +111,7 @@ def add_low_rank_(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, gain: torch.Tensor | None = None
 ) -> None:
     """``weight ← gain ⊙ (weight + scale·b·a)`` in place, rounded once; ``gain (O,)`` scales rows."""
-    wide = wide_dtype(weight.dtype)
+    wide = accumulation_dtype(weight.dtype)
     a, b = a.to(wide), b.to(wide)
     with no_autocast(weight.device):
         for rows in _row_chunks(weight):

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_tensor
-from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
-from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk
+from gossamer.ops.topk_routing import EPSILON, fused_topk, select_experts
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
@@ -114,27 +113,6 @@ def _masked_softmax(logits: torch.Tensor) -> torch.Tensor:
     return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
 
 
-def _select_kernel(logits, choice, top_k):
-    check_logits(logits, None if choice is logits else choice)
-    # NaN compares unpredictably inside a top-k; as the lowest value it cannot displace or repeat another expert.
-    return torch.nan_to_num(choice, nan=-math.inf, posinf=math.inf, neginf=-math.inf).topk(top_k, dim=1).indices
-
-
-def _select_fake(logits, choice, top_k):
-    return choice.new_empty((choice.shape[0], top_k), dtype=torch.int64)
-
-
-_select = register(
-    "select_experts(Tensor logits, Tensor choice, int top_k) -> Tensor expert_ids", _select_kernel, _select_fake
-)
-
-
-def _select_experts(logits: torch.Tensor, choice: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``(T, K)`` int64, the K highest of each row of ``choice``, distinct, NaN lowest; checks ``logits`` on the CPU."""
-    with torch.no_grad():
-        return _select(logits, choice, top_k)
-
-
 def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
     """``(T, E)`` bool, true outside the ``topk_group`` groups whose ``best`` highest choices have the largest sum.
 
@@ -208,12 +186,12 @@ def softmax_topk(
     if (fused := fused_topk(logits, None, top_k, sigmoid=False, **options)) is not None:
         return Routing(*fused, logits.shape[1], logits)
     if n_group == 1:
-        ids = _select_experts(logits, logits, top_k)
+        ids = select_experts(logits, logits, top_k)
         picked, outside = logits.gather(1, ids), None
     else:
         choice = _clean(logits.detach())
         outside = _outside_groups(choice, n_group, topk_group, best=1)
-        ids = _select_experts(logits, choice.masked_fill(outside, -math.inf), top_k)
+        ids = select_experts(logits, choice.masked_fill(outside, -math.inf), top_k)
         outside = outside.gather(1, ids)
         picked = logits.gather(1, ids).masked_fill(outside, -math.inf)
     if renormalize:
@@ -291,7 +269,7 @@ def sigmoid_topk(
         choice = choice.masked_fill(clean == torch.finfo(clean.dtype).min, -math.inf)
         if n_group > 1:
             choice = choice.masked_fill(_outside_groups(choice, n_group, topk_group, best=2), -math.inf)
-        ids = _select_experts(logits, choice, top_k)
+        ids = select_experts(logits, choice, top_k)
         # Not "== -inf": a NaN from the bias must not pass either.
         unavailable = ~(choice.gather(1, ids) > -math.inf)
     weights = scores.gather(1, ids).masked_fill(unavailable, 0.0)
