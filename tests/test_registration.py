@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gossamer
-from gossamer.ops import _registration
+from gossamer.ops import _records, _registration
 from gossamer.ops._registration import register_autograd
 from gossamer.ops.embedding import embedding
 
@@ -48,8 +48,9 @@ class Operators(TorchDispatchMode):
 def direct(monkeypatch):
     """Of each call of an operator, whether it went without the dispatcher."""
     plain = []
-    is_plain = _registration._is_plain
-    monkeypatch.setattr(_registration, "_is_plain", lambda args: plain.append(is_plain(args)) or plain[-1])
+    is_plain = _registration.is_plain
+    for module in (_registration, _records):
+        monkeypatch.setattr(module, "is_plain", lambda args: plain.append(is_plain(args)) or plain[-1])
     return plain
 
 
@@ -150,7 +151,7 @@ def test_kernels_run_with_their_tensors_device_as_the_current_one(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
     monkeypatch.setattr(torch.cuda, "device", change)
     seen = []
-    kernel = _registration._on_its_device(lambda *args, **named: seen.append(devices[-1]))
+    kernel = _registration.on_its_device(lambda *args, **named: seen.append(devices[-1]))
     there = torch.zeros(2).as_subclass(OnDevice)
     for args in ((there,), (None, 3, there), ([None, there], torch.zeros(2)), (there, torch.zeros(2))):
         kernel(*args)

@@ -6,13 +6,17 @@ counted in 64 bits, for a row may be all there is.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
-from gossamer._activation import Activation
 from gossamer.triton_kernels.common import activation as activation_of
 from gossamer.triton_kernels.common import aot_signature, unit_columns, up_factor
+
+if TYPE_CHECKING:
+    from gossamer.ops.activate import Activate, ActivateBackward
 
 # Eight values a thread, 16 bytes of a 16-bit type.
 BLOCK, WARPS = 1024, 4
@@ -131,10 +135,8 @@ def _tile(inner: int) -> tuple[int, int]:
     return BLOCK // columns, columns
 
 
-def _launch(
-    kernel, out: torch.Tensor, operands: tuple, strides: tuple, activation: Activation, interleaved: bool, inner: int
-) -> torch.Tensor:
-    num_rows = out.shape[0]
+def _launch(kernel, args: Activate, operands: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+    num_rows, inner = out.shape[0], args.preact.shape[1] // args.activation.halves
     if out.numel() == 0:
         return out
     rows, columns = _tile(inner)
@@ -143,12 +145,13 @@ def _launch(
         out,
         num_rows,
         inner,
-        *strides,
-        activation.alpha,
-        activation.limit,
-        ACT=activation.code,
-        GATED=activation.gated,
-        INTERLEAVED=interleaved,
+        # The pre-activation is the last operand of either kernel, and its stride the first.
+        *(operand.stride(0) for operand in reversed(operands)),
+        args.activation.alpha,
+        args.activation.limit,
+        ACT=args.activation.code,
+        GATED=args.activation.gated,
+        INTERLEAVED=args.interleaved,
         FAST=out.element_size() == 2,
         ROWS=rows,
         COLUMNS=columns,
@@ -157,22 +160,19 @@ def _launch(
     return out
 
 
-def activate(preact: torch.Tensor, activation: Activation, interleaved: bool) -> torch.Tensor:
-    """``act(preact)``: ``(R, 2I)`` to ``(R, I)`` when gated, else ``(R, I)`` to ``(R, I)``; contiguous."""
-    preact = unit_columns(preact)
-    inner = preact.shape[1] // activation.halves
+def activate(args: Activate) -> torch.Tensor:
+    """``act(preact)``, ``(R, I)`` contiguous."""
+    preact = unit_columns(args.preact)
+    inner = preact.shape[1] // args.activation.halves
     out = torch.empty(preact.shape[0], inner, dtype=preact.dtype, device=preact.device)
-    return _launch(_activate_kernel, out, (preact,), (preact.stride(0),), activation, interleaved, inner)
+    return _launch(_activate_kernel, args, (preact,), out)
 
 
-def activate_backward(
-    dact: torch.Tensor, preact: torch.Tensor, activation: Activation, interleaved: bool
-) -> torch.Tensor:
-    """What flows back to ``preact`` from ``dact (R, I)``; contiguous."""
-    preact, dact = unit_columns(preact), unit_columns(dact)
+def activate_backward(args: ActivateBackward) -> torch.Tensor:
+    """What flows back to ``preact``; contiguous."""
+    preact, dact = unit_columns(args.forward.preact), unit_columns(args.dact)
     out = torch.empty(preact.shape, dtype=preact.dtype, device=preact.device)
-    strides = preact.stride(0), dact.stride(0)
-    return _launch(_activate_backward_kernel, out, (dact, preact), strides, activation, interleaved, dact.shape[1])
+    return _launch(_activate_backward_kernel, args.forward, (dact, preact), out)
 
 
 def aot_cases(arch: int) -> list[tuple]:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from gossamer import _C
+from gossamer._activation import Activation
 
 # Codes of csrc/cpu/dtype.h.
 DTYPES = {
@@ -46,6 +47,11 @@ def groups(slots: torch.Tensor, offsets: torch.Tensor) -> tuple[int, int, int, i
 def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     """``(pointer, expert stride, row stride, column stride)`` of ``weight (E, N, C)``."""
     return weight.data_ptr(), *weight.stride()
+
+
+def activation_form(activation: Activation, interleaved: bool) -> tuple[int, bool, bool, float, float]:
+    """``(code, gated, interleaved, alpha, limit)`` of an expert layer's activation."""
+    return activation.code, activation.gated, interleaved, activation.alpha, activation.limit
 
 
 # Blocks of this size, a huge page, and more are kept when they are freed: the C library may return them to the system,

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gossamer import _C
-from gossamer._activation import Activation
-from gossamer.cpu_kernels._native import empty_huge, matrix, unit_rows
+from gossamer.cpu_kernels._native import activation_form, empty_huge, matrix, unit_rows
+
+if TYPE_CHECKING:
+    from gossamer.ops.activate import Activate, ActivateBackward
 
 
-def _launch(
-    preact: torch.Tensor, dact: torch.Tensor | None, out: torch.Tensor, activation: Activation, interleaved: bool
-) -> torch.Tensor:
+def _launch(args: Activate, dact: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    preact = unit_rows(args.preact)
     rows, wide = preact.shape
-    form = (activation.code, activation.gated, interleaved, activation.alpha, activation.limit)
+    form = activation_form(args.activation, args.interleaved)
     operands = matrix(preact), matrix(dact), out.data_ptr()
-    _C.activate(form, rows, wide // activation.halves, *operands, torch.get_num_threads())
+    _C.activate(form, rows, wide // args.activation.halves, *operands, torch.get_num_threads())
     return out
 
 
-def activate(preact: torch.Tensor, activation: Activation, interleaved: bool) -> torch.Tensor:
-    """``act(preact)``: ``(R, 2I)`` to ``(R, I)`` when gated, else ``(R, I)`` to ``(R, I)``; contiguous."""
-    rows, wide = preact.shape
-    out = empty_huge((rows, wide // activation.halves), preact.dtype)
-    return _launch(unit_rows(preact), None, out, activation, interleaved)
+def activate(args: Activate) -> torch.Tensor:
+    """``act(preact)``, ``(R, I)`` contiguous."""
+    rows, wide = args.preact.shape
+    return _launch(args, None, empty_huge((rows, wide // args.activation.halves), args.preact.dtype))
 
 
-def activate_backward(
-    dact: torch.Tensor, preact: torch.Tensor, activation: Activation, interleaved: bool
-) -> torch.Tensor:
-    """What flows back to ``preact`` from ``dact (R, I)``; contiguous."""
-    out = empty_huge(tuple(preact.shape), preact.dtype)
-    return _launch(unit_rows(preact), unit_rows(dact), out, activation, interleaved)
+def activate_backward(args: ActivateBackward) -> torch.Tensor:
+    """What flows back to ``preact``; contiguous."""
+    preact = args.forward.preact
+    return _launch(args.forward, unit_rows(args.dact), empty_huge(tuple(preact.shape), preact.dtype))

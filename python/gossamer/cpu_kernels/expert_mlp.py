@@ -7,7 +7,16 @@ import torch
 from gossamer import _C
 from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
-from gossamer.cpu_kernels._native import DTYPES, empty_gradient, empty_huge, groups, matrix, unit_rows, weights3
+from gossamer.cpu_kernels._native import (
+    DTYPES,
+    activation_form,
+    empty_gradient,
+    empty_huge,
+    groups,
+    matrix,
+    unit_rows,
+    weights3,
+)
 
 # No low-rank updates: for each product a and b as weights, the rank and x·aᵀ; then the scale.
 NO_WEIGHT = (0, 0, 0, 0)
@@ -22,7 +31,7 @@ def _arguments(
     return (
         groups(slots, offsets),
         (x.shape[0], x.shape[1], down.shape[2], weights.shape[1]),
-        (activation.code, activation.gated, interleaved, activation.alpha, activation.limit),
+        activation_form(activation, interleaved),
         matrix(x),
         weights3(gate_up),
         weights3(down),

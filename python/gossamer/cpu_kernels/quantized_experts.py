@@ -6,7 +6,7 @@ import torch
 
 from gossamer import _C
 from gossamer._activation import Activation
-from gossamer.cpu_kernels._native import DTYPES, groups, matrix, unit_rows
+from gossamer.cpu_kernels._native import DTYPES, activation_form, groups, matrix, unit_rows
 from gossamer.ops.quantized_expert_weight import FORMATS, group_size
 
 # Codes of csrc/cpu/quantized_experts.h; formats that differ in their scales alone share one.
@@ -111,7 +111,7 @@ def quantized_expert_mlp(
     _C.quantized_expert_mlp(
         groups(slots, offsets),
         (x.shape[0], x.shape[1], out[4][1], weights.shape[1]),
-        (activation.code, activation.gated, interleaved, activation.alpha, activation.limit),
+        activation_form(activation, interleaved),
         matrix(x),
         absent,
         absent,

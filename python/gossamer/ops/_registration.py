@@ -23,7 +23,7 @@ _PYTHON, _TRANSFORMS = torch._C.DispatchKey.Python, torch._C.DispatchKey.FuncTor
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
-def _is_plain(args: tuple) -> bool:
+def is_plain(args: tuple) -> bool:
     """Whether the dispatcher would do nothing with these arguments but differentiate and call the kernel.
 
     It does more under a mode, a transformation of torch.func, a trace, a compiler or a profiler, and with tensors of
@@ -63,7 +63,7 @@ def _first_tensor(args: tuple) -> Tensor | None:
     return None
 
 
-def _on_its_device(kernel: Callable) -> Callable:
+def on_its_device(kernel: Callable) -> Callable:
     """The kernel with its tensors' device as the current one, whose stream launches go to."""
 
     @functools.wraps(kernel)
@@ -93,7 +93,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         where the dispatcher would do no more: each way through C++ and back takes ten microseconds.
     """
     name = schema.split("(", 1)[0]
-    kernel = _on_its_device(kernel)
+    kernel = on_its_device(kernel)
     torch.library.define(f"gossamer::{name}", schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"gossamer::{name}", ("CPU", "CUDA"), kernel)
     torch.library.register_fake(f"gossamer::{name}", fake)
@@ -126,7 +126,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         return below_autograd(keyset, *args)
 
     def call(*args, **named):
-        if named or not _is_plain(args):
+        if named or not is_plain(args):
             return operator(*args, **named)
         args = (*args, *defaults[len(args) :])
         if not (is_grad_enabled() and _any_requires_grad(*args)):

@@ -2,65 +2,91 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation, check_interleaved
 from gossamer._checks import check_float, check_tensor
-from gossamer.ops._registration import register, register_autograd
-
-_FORM = "str activation, float alpha, float limit, bool interleaved, str backend"
+from gossamer.ops._records import define
 
 
-def _kernel(preact, activation, alpha, limit, interleaved, backend) -> torch.Tensor:
-    module = _backend.kernels(backend, "activate")
-    return module.activate(preact, Activation(activation, alpha, limit), interleaved)
+class Activate(NamedTuple):
+    """Arguments of the activation of rows.
+
+    Attributes:
+        preact: ``(R, 2I)``, or ``(R, I)`` when not gated.
+        activation: which, with its constants.
+        interleaved: whether gate and up alternate along 2I.
+    """
+
+    preact: torch.Tensor
+    activation: Activation
+    interleaved: bool
 
 
-def _fake(preact, activation, alpha, limit, interleaved, backend) -> torch.Tensor:
-    return preact.new_empty(preact.shape[0], preact.shape[1] // Activation(activation, alpha, limit).halves)
+class ActivateBackward(NamedTuple):
+    """Arguments of its gradient: :class:`Activate`, and ``dact (R, I)``, the gradient of the result."""
+
+    dact: torch.Tensor
+    forward: Activate
 
 
-# preact (R, 2I), or (R, I) when not gated.
-_activate = register(f"activate(Tensor preact, {_FORM}) -> Tensor", _kernel, _fake)
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import activate
+    else:
+        from gossamer.triton_kernels import activate
+    return activate
 
 
-def _backward_kernel(dact, preact, activation, alpha, limit, interleaved, backend) -> torch.Tensor:
-    module = _backend.kernels(backend, "activate")
-    return module.activate_backward(dact, preact, Activation(activation, alpha, limit), interleaved)
+def _forward(args: Activate, backend: str) -> torch.Tensor:
+    return _kernels(backend).activate(args)
 
 
-def _backward_fake(dact, preact, activation, alpha, limit, interleaved, backend) -> torch.Tensor:
-    return preact.new_empty(preact.shape)
+def _forward_fake(args: Activate) -> torch.Tensor:
+    rows, wide = args.preact.shape
+    return args.preact.new_empty(rows, wide // args.activation.halves)
 
 
-_activate_backward = register(
-    f"activate_backward(Tensor dact, Tensor preact, {_FORM}) -> Tensor", _backward_kernel, _backward_fake
+_activate = define("activate", Activate, kernel=_forward, fake=_forward_fake, returns="Tensor")
+
+
+def _backward(args: ActivateBackward, backend: str) -> torch.Tensor:
+    return _kernels(backend).activate_backward(args)
+
+
+def _backward_fake(args: ActivateBackward) -> torch.Tensor:
+    return args.forward.preact.new_empty(args.forward.preact.shape)
+
+
+_activate_backward = define(
+    "activate_backward", ActivateBackward, kernel=_backward, fake=_backward_fake, returns="Tensor"
 )
 
 
-def _setup_context(ctx, inputs, output):
-    preact, *ctx.form = inputs
-    ctx.save_for_backward(preact)
+def _save(ctx, args: Activate, output: torch.Tensor):
+    return (args,)
 
 
-def _backward(ctx, dact):
-    (preact,) = ctx.saved_tensors
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 6
+def _differentiate(ctx, args: Activate, tensors, dact: torch.Tensor):
+    if "preact" not in ctx.needs:
+        return {}
     if torch.is_grad_enabled():
         # A gradient of this gradient is wanted, which plain torch knows.
-        name, alpha, limit, interleaved, _ = ctx.form
-        act = activate_reference(preact, Activation(name, alpha, limit), interleaved)
-        (dpreact,) = torch.autograd.grad(act, preact, dact, create_graph=True)
+        act = activate_reference(args.preact, args.activation, args.interleaved)
+        (dpreact,) = torch.autograd.grad(act, args.preact, dact, create_graph=True)
     else:
-        dpreact = _activate_backward(dact, preact, *ctx.form)
-    return dpreact, *[None] * 5
+        dpreact = _activate_backward(ActivateBackward(dact, args), ctx.backend)
+    return {"preact": dpreact}
 
 
-register_autograd("activate", _backward, _setup_context)
+_activate.differentiate(_save, _differentiate)
 
 
 def activate(
@@ -95,8 +121,8 @@ def activate(
         raise ValueError(f"preact must have shape {wanted} for {activation.name!r}, got {tuple(preact.shape)}")
     if backend == "reference":
         return activate_reference(preact, activation, interleaved)
-    form = (activation.name, activation.alpha, activation.limit, interleaved, backend)
     if preact.dim() == 2:
-        return _activate(preact, *form)
+        return _activate(Activate(preact, activation, interleaved), backend)
     *leading, wide = preact.shape
-    return _activate(preact.reshape(math.prod(leading), wide), *form).view(*leading, wide // activation.halves)
+    rows = Activate(preact.reshape(math.prod(leading), wide), activation, interleaved)
+    return _activate(rows, backend).view(*leading, wide // activation.halves)

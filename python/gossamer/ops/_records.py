@@ -1,0 +1,259 @@
+"""Operators over records: a primitive's arguments are declared once, and handed down whole.
+
+A record is a ``NamedTuple`` whose annotations are types that torch's dispatcher knows: ``torch.Tensor``, ``int``,
+``float``, ``bool``, ``str``, ``torch.dtype``, lists of these, any of them ``| None``, or another record or frozen
+dataclass. :func:`define` writes the flat schema from it, so that the fake kernel, autograd and the kernel families all
+take the record itself, and a gradient is named by the field that it belongs to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import is_grad_enabled
+from torch._C import _any_requires_grad
+from torch.compiler import is_compiling
+
+from gossamer.ops._registration import is_plain, on_its_device, register, register_autograd
+
+_SCHEMA_TYPES = {
+    torch.Tensor: "Tensor",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+    list[torch.Tensor]: "Tensor[]",
+    list[int]: "int[]",
+    list[float]: "float[]",
+    list[bool]: "bool[]",
+}
+
+
+def _field_types(record: type) -> dict[str, Any]:
+    """A record's fields in order, and their annotations."""
+    hints = typing.get_type_hints(record)
+    if dataclasses.is_dataclass(record):
+        return {field.name: hints[field.name] for field in dataclasses.fields(record)}
+    return {name: hints[name] for name in record._fields}
+
+
+def _schema_type(hint: Any) -> str | None:
+    """What a schema calls a type; None where it has no name for it."""
+    suffix = ""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if len(options) != 1:
+            return None
+        hint, suffix = options[0], "?"
+    return _SCHEMA_TYPES[hint] + suffix if hint in _SCHEMA_TYPES else None
+
+
+def _tuple_getter(getter: type, keys: Sequence) -> Callable[[Any], tuple]:
+    """``operator.attrgetter`` or ``itemgetter`` of any number of keys, always to a tuple."""
+    if len(keys) > 1:
+        return getter(*keys)
+    if not keys:
+        return lambda _: ()
+    one = getter(keys[0])
+    return lambda value: (one(value),)
+
+
+class Layout:
+    """How a record becomes the flat arguments of an operator, and these a record again.
+
+    Args:
+        record: a ``NamedTuple`` class, or a frozen dataclass.
+
+    Attributes:
+        paths: the flat arguments' names, a nested record's fields as ``"outer.inner"``.
+        schema_types: their types.
+        flatten: from a record to the tuple of its flat arguments.
+        restore: from a tuple of flat arguments to the record.
+
+    Raises:
+        TypeError: a field has a type that no schema has.
+    """
+
+    def __init__(self, record: type) -> None:
+        self.paths: list[str] = []
+        self.schema_types: list[str] = []
+        parts = []
+        for name, hint in _field_types(record).items():
+            schema_type = _schema_type(hint)
+            if schema_type is not None:
+                parts.append(itemgetter(len(self.paths)))
+                self.paths.append(name)
+                self.schema_types.append(schema_type)
+                continue
+            if not isinstance(hint, type) or not (hasattr(hint, "_fields") or dataclasses.is_dataclass(hint)):
+                raise TypeError(f"{record.__name__}.{name} has a type that no operator takes: {hint}")
+            inner = Layout(hint)
+            parts.append(_of_slice(inner.restore, len(self.paths), len(self.paths) + len(inner.paths)))
+            self.paths += [f"{name}.{path}" for path in inner.paths]
+            self.schema_types += inner.schema_types
+        self.flatten = _tuple_getter(attrgetter, self.paths)
+        make = getattr(record, "_make", None)
+        if make is None:
+            self.restore = lambda values: record(*(part(values) for part in parts))
+        elif len(parts) == len(self.paths):
+            self.restore = make
+        else:
+            self.restore = lambda values: make([part(values) for part in parts])
+
+    def schema(self, mutates: Iterable[str]) -> str:
+        """The flat arguments as a schema lists them, those of ``mutates`` marked as written to."""
+        aliases = {path: chr(ord("a") + i) for i, path in enumerate(mutates)}
+        if unknown := set(aliases) - set(self.paths):
+            raise TypeError(f"mutates names no fields: {sorted(unknown)}")
+        arguments = []
+        for path, schema_type in zip(self.paths, self.schema_types, strict=True):
+            if path in aliases:
+                schema_type = schema_type.replace("Tensor", f"Tensor({aliases[path]}!)", 1)
+            arguments.append(f"{schema_type} {path.replace('.', '_')}")
+        return ", ".join(arguments)
+
+
+def _of_slice(restore: Callable, begin: int, end: int) -> Callable:
+    """``restore`` of a slice of the flat arguments."""
+    return lambda values: restore(values[begin:end])
+
+
+def _walk(args: Any, steps: tuple[str, ...]) -> Any:
+    for name in steps:
+        args = getattr(args, name)
+    return args
+
+
+class Operator:
+    """An operator whose arguments are one record; made by :func:`define`.
+
+    Calling it with a record and the name of the backend that serves the call runs it under autograd. Where torch's
+    dispatcher would do no more than differentiate and call the kernel, the record goes to the kernel as it is.
+    """
+
+    def __init__(self, name: str, record: type, kernel: Callable, fake: Callable, returns: str, mutates: tuple) -> None:
+        self.name = name
+        self._layout = layout = Layout(record)
+        restore = layout.restore
+
+        def flat_kernel(*values):
+            return kernel(restore(values[:-1]), values[-1])
+
+        def flat_fake(*values):
+            return fake(restore(values[:-1]))
+
+        schema = f"{name}({layout.schema(mutates)}, str backend) -> {returns}"
+        register(schema, flat_kernel, flat_fake)
+        self._dispatched = getattr(torch.ops.gossamer, name).default
+        self._kernel = on_its_device(kernel)
+        self._steps = tuple(tuple(path.split(".")) for path in layout.paths)
+        self._tensor_places = [i for i, kind in enumerate(layout.schema_types) if kind in ("Tensor", "Tensor?")]
+        self._tensors = _tuple_getter(attrgetter, [layout.paths[i] for i in self._tensor_places])
+        self._function: type[torch.autograd.Function] | None = None
+        # The dispatcher counts the changes to what an operator writes to.
+        self._direct = not mutates and not any("Tensor[]" in kind for kind in (*layout.schema_types, returns))
+
+    def __call__(self, args: Any, backend: str) -> Any:
+        if is_compiling():
+            # torch.compile traces getattr, but no operator.attrgetter.
+            return self._dispatched(*[_walk(args, steps) for steps in self._steps], backend)
+        tensors = self._tensors(args)
+        if not self._direct or not is_plain(tensors):
+            return self._dispatched(*self._layout.flatten(args), backend)
+        if not (is_grad_enabled() and _any_requires_grad(*tensors)):
+            return self._kernel(args, backend)
+        if self._function is None:
+            return self._dispatched(*self._layout.flatten(args), backend)
+        return self._function.apply(*tensors, args, backend)
+
+    def differentiate(self, save: Callable, backward: Callable) -> None:
+        """Give the operator a backward pass.
+
+        Args:
+            save: ``(ctx, args, output) -> (args, *tensors)``, called after the forward pass: the record that the
+                backward pass is handed, with None in place of tensors that it does not want, and other tensors that it
+                is handed. ``ctx`` is autograd's, with the attribute ``needs``: names of what wants a gradient.
+            backward: ``(ctx, args, tensors, *gradients of outputs) -> {name: gradient}``, of what ``ctx.needs`` names.
+                What it leaves out, or maps to None, gets no gradient. ``ctx.backend`` is the forward pass's.
+
+        Names are fields of the record, those of a nested one as ``"outer.inner"``.
+        """
+        layout, kernel, tensors_of, num_tensors = self._layout, self._kernel, self._tensors, len(self._tensor_places)
+        tensor_paths = [layout.paths[i] for i in self._tensor_places]
+        other_places = [i for i in range(len(layout.paths)) if i not in self._tensor_places]
+        others_of = _tuple_getter(attrgetter, [layout.paths[i] for i in other_places])
+        # From the tensors and then the others back to the order of the arguments.
+        parted = self._tensor_places + other_places
+        in_order = _tuple_getter(itemgetter, [parted.index(i) for i in range(len(parted))])
+        tensor_flags = _tuple_getter(itemgetter, self._tensor_places)
+
+        @functools.cache
+        def named(needed: tuple[bool, ...]) -> frozenset[str]:
+            return frozenset(path for path, wanted in zip(tensor_paths, needed, strict=True) if wanted)
+
+        def keep(ctx, args, backend, output, needed):
+            ctx.backend = backend
+            ctx.needs = named(needed)
+            kept, *more = save(ctx, args, output)
+            ctx.others = others_of(kept)
+            ctx.save_for_backward(*tensors_of(kept), *more)
+
+        def found(ctx, gradients):
+            saved = ctx.saved_tensors
+            args = layout.restore(in_order(saved[:num_tensors] + ctx.others))
+            return backward(ctx, args, saved[num_tensors:], *gradients)
+
+        def setup_context(ctx, inputs, output):
+            keep(ctx, layout.restore(inputs[:-1]), inputs[-1], output, tensor_flags(ctx.needs_input_grad))
+
+        def differentiate(ctx, *gradients):
+            by_name = found(ctx, gradients)
+            return *map(by_name.get, layout.paths), None
+
+        register_autograd(self.name, differentiate, setup_context)
+
+        class Direct(torch.autograd.Function):
+            """The same without the dispatcher, over the record's tensors, then the record and the backend."""
+
+            @staticmethod
+            def forward(ctx, *inputs):
+                args, backend = inputs[num_tensors:]
+                # Without this a result that a kernel makes as a view of its own memory could not be changed in place.
+                with torch._C._AutoDispatchBelowADInplaceOrView():
+                    output = kernel(args, backend)
+                keep(ctx, args, backend, output, ctx.needs_input_grad[:num_tensors])
+                return output
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                by_name = found(ctx, gradients)
+                return *map(by_name.get, tensor_paths), None, None
+
+        self._function = Direct
+
+
+def define(
+    name: str, record: type, *, kernel: Callable, fake: Callable, returns: str, mutates: Iterable[str] = ()
+) -> Operator:
+    """Define the operator ``gossamer::NAME`` over a record of arguments.
+
+    Args:
+        name: of the operator.
+        record: the ``NamedTuple`` of its arguments. The schema has them flat, then ``str backend``.
+        kernel: ``(args, backend) -> tensors``, for CPU and CUDA; the first tensor's device is the current one in it.
+        fake: ``args -> tensors``, the shape-only implementation.
+        returns: the results as a schema lists them, such as ``"(Tensor y, Tensor preact)"``.
+        mutates: names of the fields that the kernel writes to. Such an operator has no derivative.
+
+    Raises:
+        TypeError: a field has a type that no schema has, or ``mutates`` names none.
+    """
+    return Operator(name, record, kernel, fake, returns, tuple(mutates))
