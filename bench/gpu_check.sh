@@ -13,11 +13,11 @@ mkdir -p "$out"
 device=$(python3 -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
 
 pip install --no-build-isolation --no-deps .
-pytest -q tests/test_dispatch.py tests/test_grouped_matmul.py tests/test_expert_*.py tests/test_activate.py \
-  tests/test_backend.py tests/test_routing.py tests/test_topk_routing.py tests/test_routers.py tests/test_moe*.py \
-  tests/test_gather_*.py tests/test_sparse_update.py tests/test_hot_rows.py tests/test_embedding.py \
-  tests/test_table_batched.py tests/test_hash_table.py tests/test_dynamic_embedding.py \
-  tests/test_quantize*.py tests/test_multi_low_rank.py tests/test_low_rank*.py tests/test_peft.py tests/test_block_*.py
+pytest -q tests/test_backend.py tests/ops tests/kernels/test_expert_mlp_descriptors.py \
+  tests/nn/moe/test_routing.py tests/nn/moe/test_routers.py tests/nn/moe/test_moe*.py \
+  tests/nn/moe/test_block_sparse_experts.py tests/nn/linear/test_block_sparse_linear.py \
+  tests/nn/linear/test_low_rank_layers.py tests/nn/embeddings/test_embedding.py tests/nn/embeddings/test_table_batched.py \
+  tests/nn/embeddings/test_dynamic_embedding.py tests/integrations/test_quantize_experts.py tests/integrations/test_peft.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done

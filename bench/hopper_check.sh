@@ -41,10 +41,11 @@ step() {
 pytest=(python3 "$(command -v pytest)" -q)
 shapes=(olmoe fine-grained qwen3-30b-a3b mixtral)
 
-step resources 60 python3 tests/cuda_resources.py
-step "tests of the kernels" 120 "${pytest[@]}" tests/test_hopper_logic.py tests/test_hopper_kernels.py
-step "tests of the primitives" 90 "${pytest[@]}" -k cuda tests/test_grouped_matmul.py tests/test_expert_mlp.py tests/test_expert_mlp_layouts.py
-step "tests of the sort and of launches" 60 "${pytest[@]}" tests/test_dispatch.py tests/test_moe_launches.py
+step resources 60 python3 tests/support/cuda_resources.py
+step "tests of the kernels" 120 "${pytest[@]}" tests/native/test_hopper_logic.py tests/native/test_hopper_kernels.py
+step "tests of the primitives" 90 "${pytest[@]}" -k cuda tests/ops/test_grouped_matmul.py tests/ops/test_expert_mlp.py \
+  tests/ops/test_expert_mlp_layouts.py
+step "tests of the sort and of launches" 60 "${pytest[@]}" tests/ops/test_dispatch.py tests/nn/moe/test_moe_launches.py
 for shape in "${shapes[@]}"; do
   step "layer, $shape" 75 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --peers none \
     --json "$out/moe-hopper-$shape-$device.json"
@@ -52,21 +53,21 @@ done
 # What the rest of the layer launches: sorting, routing, sums of rows, decoding, quantised weights, tiles by Triton; and
 # the hash table, the other kernels in CUDA.
 around=(
-  tests/test_dispatch.py::test_around_tile_edges
-  tests/test_topk_routing.py::test_many_tokens_and_strided_logits
-  tests/test_gather_reduce.py::test_few_bags
-  tests/test_quantized_experts.py::test_decoding_dense_weights_in_parts
-  tests/test_quantized_experts.py::test_one_quantised_weight_and_lora
-  tests/test_expert_mlp.py::test_sides_of_one
-  tests/test_activate.py::test_large_gates
-  tests/test_hash_table.py::test_lru_within_one_large_batch
+  tests/ops/test_dispatch.py::test_around_tile_edges
+  tests/ops/test_topk_routing.py::test_many_tokens_and_strided_logits
+  tests/ops/test_gather_reduce.py::test_few_bags
+  tests/ops/test_quantized_experts.py::test_decoding_dense_weights_in_parts
+  tests/ops/test_quantized_experts.py::test_one_quantised_weight_and_lora
+  tests/ops/test_expert_mlp.py::test_sides_of_one
+  tests/ops/test_activate.py::test_large_gates
+  tests/ops/test_hash_table.py::test_lru_within_one_large_batch
 )
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     # Without torch's cache every tensor ends where its allocation does.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "${pytest[@]}" tests/test_hopper_kernels.py -k "small_products or small_layers"
+      "${pytest[@]}" tests/native/test_hopper_kernels.py -k "small_products or small_layers"
     step "$tool, around" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" "${around[@]}"
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   done

@@ -20,7 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py; pytest leaves sys.path alone
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # what tests share; pytest leaves sys.path alone
 
 from gossamer import _backend
 

@@ -87,7 +87,7 @@ def test_every_operator_has_a_test():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("gossamer::")
     }
-    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    text = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     unchecked = {n for n in names if f"torch.ops.gossamer.{n}.default" not in text and f'"{n}"' not in text}
     assert not unchecked
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_hash_table import assert_same_state
+from hash_table_calls import assert_same_state
 
 import gossamer
 from gossamer import _backend

@@ -1,4 +1,4 @@
-"""What two processes of tests/test_distributed.py do; run with RANK and WORLD_SIZE set and a folder as argument.
+"""What two processes of tests/nn/test_distributed.py do; run with RANK and WORLD_SIZE set and a folder as argument.
 
 Each function is a case, of which every process runs all in the same order; what failed is written to a file by rank.
 """

@@ -24,7 +24,7 @@ pytest.importorskip("safetensors")
 from gossamer.nn import EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings import files
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = {
     "--batch": 256, "--dim": 8, "--capacity": 1200, "--threshold": 2, "--expire-after": 15, "--size": 0.05, "--pace": 8,
     "--steps": 90, "--delta-every": 5, "--checkpoint-every": 20, "--patience": 20,

@@ -1,8 +1,8 @@
 """Compile the CUDA kernels for Hopper, with no GPU, and show what each needs of the machine.
 
-``python tests/cuda_resources.py`` prints, for each kernel, registers and spilled bytes a thread, shared memory a block,
-and how many wgmma (HGMMA) and local-memory instructions its machine code has, with violated limits marked; the exit
-status is 1 when there are any. What is compiled is kept in ``build/cuda_resources`` until a source changes.
+``python tests/support/cuda_resources.py`` prints, for each kernel, registers and spilled bytes a thread, shared memory
+a block, and how many wgmma (HGMMA) and local-memory instructions its machine code has, with violated limits marked; the
+exit status is 1 when there are any. What is compiled is kept in ``build/cuda_resources`` until a source changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest import mock
 
 from gossamer import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda_resources"
 # Of a launch of 384 threads; warpgroups then give and take.
 MOST_REGISTERS = 168

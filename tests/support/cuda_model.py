@@ -1,7 +1,7 @@
 """CUDA kernels on the host: their sources compiled by the C++ compiler against a model of the hardware.
 
-``tests/cuda_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's threads,
-mbarriers, the copy engine, chunk copies and wgmma. Everything else is what runs on a GPU: schedule, producers,
+``tests/support/cuda_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's
+threads, mbarriers, the copy engine, chunk copies and wgmma. Everything else is what runs on a GPU: schedule, producers,
 pipeline, products, epilogues, the counting sort, the hash table, launches and bindings.
 """
 
@@ -27,8 +27,8 @@ import gossamer.cuda_kernels.grouped_matmul
 import gossamer.cuda_kernels.hash_table
 from gossamer import _backend
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "tests" / "cuda_on_host" / "module.cpp"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "tests" / "support" / "cuda_on_host" / "module.cpp"
 FOLDER = ROOT / "build" / "cuda_on_host"
 
 
@@ -42,7 +42,7 @@ def build() -> ModuleType:
     FOLDER.mkdir(parents=True, exist_ok=True)
     target = FOLDER / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [
-        ROOT / "tests" / "cuda_on_host",
+        ROOT / "tests" / "support" / "cuda_on_host",
         ROOT / "csrc",
         pybind11.get_include(),
         sysconfig.get_paths()["include"],

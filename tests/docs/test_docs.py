@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 DOCUMENTS = sorted(DOCS.glob("*.md"))
 # Others have blocks that build on one another, and are run by the tests of what they are about.
 ALONE = ("block-sparse", "block-sparse-layers", "migrating", "online-training")

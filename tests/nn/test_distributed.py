@@ -11,7 +11,7 @@ import pytest
 import torch
 
 WORLD = 2
-SCRIPT = Path(__file__).with_name("distributed_cases.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "distributed_cases.py"
 CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(

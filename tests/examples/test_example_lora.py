@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = {
     "--layers": 1, "--hidden-size": 32, "--heads": 2, "--rank": 4, "--sequence": 32, "--batch": 8, "--base-steps": 24,
     "--steps": 24, "--eval-windows": 12, "--corpus-bytes": 300_000, "--lr": 0.02, "--base-lr": 0.02,

@@ -13,7 +13,7 @@ import typer
 from gossamer.bench.harness import readme
 from gossamer.cli import app
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 SHELL = re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)

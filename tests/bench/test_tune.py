@@ -13,7 +13,7 @@ import pytest
 from gossamer.triton_kernels import tile_tables
 from gossamer.triton_kernels.tiles import FORMS, Problem, Tile, choose, row_bucket, shared_bytes, shared_limit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 H100 = tile_tables.Device("NVIDIA H100 80GB HBM3", 90, shared_limit(90))
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_moe_lm.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_moe_lm.py"
 TINY = {
     "--layers": 2,
     "--hidden-size": 32,

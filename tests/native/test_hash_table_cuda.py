@@ -5,7 +5,7 @@ import itertools
 import cuda_model
 import pytest
 import torch
-from test_hash_table import assert_same_state, score_stream, stream
+from hash_table_calls import assert_same_state, score_stream, stream
 
 import gossamer
 from gossamer import _backend

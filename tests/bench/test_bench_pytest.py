@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gossamer.bench.harness import runner
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = """
 import json, sys, pytest
 from pytest_benchmark.session import PerformanceRegression

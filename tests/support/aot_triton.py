@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time, with no GPU, and show what each needs of the machine.
 
-``python tests/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers and
-spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
+``python tests/support/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers
+and spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
 any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
 shared memory, the first case of each kernel and format of weights; with no module all of them. ``--brief`` leaves out
 cases that differ from one before them in neither tile, format nor dtype, such as another activation or layout, and but
