@@ -10,18 +10,18 @@ struct ActivationValue {
   Vec<S> value, dgate, dup;  // act(g, u) and its derivatives
 };
 
-// Where float and double powers of e end being normal numbers.
+// The exponents beyond which e^z is no normal float or double.
 template <class S>
 constexpr S kMostExponent = sizeof(S) == 4 ? 87 : 708;
 
-// e^z for z up to 0; zero where that is no normal number.
+// e^z for z <= 0; zero where the result is no normal number.
 template <class S>
 GOSSAMER_INLINE Vec<S> falling_exp(Vec<S> z) {
   return z < -kMostExponent<S> ? Vec<S>{} : vexp(z);
 }
 
-// σ(z), and 1 − σ(z) without the cancellation of that difference. Both are zero where they would be no normal number: vexp stops
-// there, and what it gives would show in a product with a large gate.
+// σ(z), and 1 − σ(z) computed without cancellation. Results below the normal numbers are zero: vexp saturates there, and its value
+// would show in a product with a large gate.
 template <class S>
 struct Logistic {
   Vec<S> value, rest;
@@ -46,7 +46,7 @@ GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
     const Vec<S> phi = half + half * verf(g * inv_sqrt2);
     return {g * phi, phi + g * inv_sqrt_2pi * falling_exp<S>(g * g * -half), Vec<S>{}};
   } else if constexpr (Code == 2) {
-    // ½(1 + tanh z) is σ(2z), which loses nothing for small or very negative z.
+    // ½(1 + tanh z) = σ(2z), which is accurate for small and for very negative z.
     constexpr S linear = 1.59576912160573071176, cubic = 0.07135481627260025;
     const Vec<S> square = g * g;
     const auto [sigma, rest] = logistic<S>(g * (linear + cubic * square));

@@ -13,7 +13,7 @@ namespace gossamer {
 namespace {
 
 constexpr int kBursts = 5, kTrips = 100;
-// Threads that share a core, as some do that were just woken, pass the line once in a scheduler's time slice: given up.
+// Threads that share a core, as just-woken threads may, pass the line once per time slice; the measurement then gives up.
 constexpr std::chrono::milliseconds kPatience{2};
 
 using Clock = std::chrono::steady_clock;
@@ -22,7 +22,7 @@ struct alignas(64) Line {
   std::atomic<uint32_t> turns{0};
 };
 
-// Passes the line to the other thread until `until`, which takes the odd turns; false when it gave up.
+// Passes the line back and forth until `until`; the other thread takes the odd turns. Returns false when it gave up.
 bool pass(std::atomic<uint32_t>& turns, uint32_t from, uint32_t until, Clock::time_point deadline) {
   for (uint32_t turn = from; turn < until; turn += 2) {
     for (int spins = 1; turns.load(std::memory_order_acquire) != turn; ++spins) {

@@ -19,20 +19,20 @@ struct Float16 {
   uint16_t bits;
 };
 
-// What a type is accumulated in.
+// The type in which a type is accumulated.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Two terms of a product that follow each other, where one instruction multiplies and adds both.
+// Two neighbouring terms of a product that one instruction multiplies and adds.
 struct BFloat16Pair {
   BFloat16 terms[2];
 };
 
-// What products of a type are packed as: its accumulator's type, or pairs.
+// The packed type for products of a type: its accumulator's type, or pairs.
 template <class T, bool Pairs>
 using PackedAs = std::conditional_t<Pairs && std::is_same_v<T, BFloat16>, BFloat16Pair, Accumulator<T>>;
 
-// What packed values are summed in, what the terms of a sum are that one of them holds, and how many.
+// The sum type of packed values, the type of their terms, and the number of terms in each.
 template <class P>
 using SumOf = std::conditional_t<std::is_same_v<P, BFloat16Pair>, float, P>;
 template <class P>
@@ -44,10 +44,10 @@ constexpr int64_t packed_depth(int64_t terms) {
   return (terms + kTerms<P> - 1) / kTerms<P>;
 }
 
-// Rows of the tiles that multiply pairs in some processors, and packed values along their depth.
+// Rows of the AMX tiles that multiply pairs, and packed values along their depth.
 constexpr int kTileSide = 16;
 
-// Packed values along a sum of whole tiles, which zeros fill up.
+// Packed values along a sum, zero-padded to whole tiles.
 template <class P>
 constexpr int64_t tile_depth(int64_t terms) {
   const int64_t depth = packed_depth<P>(terms);

@@ -1,28 +1,28 @@
 // Matrix products on panels. Included by isa_kernels.h.
 //
-// Every output value is a sum along depth in order, with a fresh sum every segment_of() values, or tile after tile, whatever the
-// other rows and columns are: a token's result does not depend on its place in a batch, nor on the number of threads.
+// Every output value is summed along the depth in order, with a fresh sum every segment_of() values or every tile, regardless of
+// the other rows and columns. So a token's result depends neither on its place in a batch nor on the number of threads.
 
-// Packed values of a product that are worked on at a time, a multiple of every segment.
+// Depth of a block of a product in packed values, a multiple of every segment.
 constexpr int kDepth = 128;
 
-// One long chain of additions in float loses several times what the dot products of BLAS lose, which keep a sum per
-// lane; short segments do not, but each costs a pass over the sums. Long ones are for depths whose products in BLAS, with
-// chains of hundreds, lose more.
+// One long chain of float additions is several times less accurate than the dot products of BLAS, which keep a sum per lane.
+// Short segments avoid this; each costs a pass over the sums. At depths where BLAS itself adds chains of hundreds of terms, long
+// segments are accurate enough.
 inline int segment_length(int64_t depth) { return depth < 256 ? 16 : depth < 512 ? 32 : 128; }
 
 // The same in packed values.
 template <class P>
 int segment_of(int64_t depth) {
-  // Pairs of bfloat16 bring errors of their own, far above those of a long chain of additions in float.
+  // The rounding of bfloat16 inputs far outweighs that of a long chain of float additions.
   return kTerms<P> > 1 ? kDepth : segment_length(depth);
 }
 
-// Weight rows that are worked on together: the unit in which threads share a product.
+// Weight rows processed together: the unit of work that threads share.
 constexpr int kGroup = 32;
 
-// Lines of memory that come while something is multiplied: of runs of `bytes`, `stride` apart, some with each step. Many at once
-// would hold up the product's own loads.
+// Prefetches runs of `bytes`, `stride` apart, during a product: a few lines per step, since many at once would delay the product's
+// own loads.
 struct LinesAhead {
   const char* run = nullptr;
   int64_t bytes = 0, stride = 0, runs = 0, at = 0, per_step = 0, gap = 0, wait = 0;
@@ -58,14 +58,14 @@ struct NothingAhead {
   void fetch() {}
 };
 
-// sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step]. With Half, the upper half of the last v, which
-// nobody needs, stays as it is.
+// sum[i][v] += a(i, k) · b[k][v] over k, a(i, k) at a[i·a_row + k·a_step]. With Half, the upper half of the last v is unused and
+// not computed.
 template <class P, bool Half = false, int Rows, int Vecs, class Ahead = NothingAhead>
 GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, int64_t a_row, int64_t a_step, const P* b,
                                 int64_t depth, Ahead&& ahead = {}) {
   constexpr int whole = Half ? Vecs - 1 : Vecs;
   [[maybe_unused]] HalfVec<SumOf<P>> tail[Rows] = {};
-  // The end of a loop of a hundred rounds is not foreseen.
+  // Branch predictors miss the end of a loop of about a hundred iterations; unrolling halves their number.
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     Vec<P> column[Vecs];
@@ -105,7 +105,7 @@ GOSSAMER_INLINE P packed_value(const T* from, [[maybe_unused]] int64_t stride, [
   }
 }
 
-// Rows of a tile of weights: what a product reads of them is a multiple of it.
+// Rows of a tile of weights; products read whole tiles.
 template <class P>
 constexpr int kRowUnit = kTiled<P> ? kTileSide : 4;
 
@@ -132,7 +132,7 @@ void pack_rows(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t term
   }
 }
 
-// The same of a weight that is contiguous in n, as [kDepth][Unit].
+// The same for a weight that is contiguous in n, packed as [kDepth][Unit].
 template <int Unit = kGroup, class T, class P>
 void pack_columns(const Weight<T>& w, int64_t n, int count, int64_t k, int64_t terms, P* out) {
   constexpr int lanes = kLanes<P>;
@@ -148,7 +148,7 @@ template <class P>
 constexpr int kPackSize = kDepth * kGroup;
 
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
-// a[i·a_row + k] where ARow is 0. Its sums must live in registers, so each form is a function of its own.
+// a[i·a_row + k] where ARow is 0. Each form is a function of its own so that its sums stay in registers.
 template <int Rows, int Vecs, int ARow, int AStep, bool Half = false, class P, class Ahead = NothingAhead>
 __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_t a_row, const P* b, int depth, int segment,
                                              bool first, SumOf<P>* c, int64_t c_stride, Ahead&& ahead = {}) {
@@ -171,11 +171,11 @@ __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_
   ahead = lines;
 }
 
-// Rows of a tile of Vecs vectors: at least eight sums, or each would wait for its own last addition.
+// Rows of a tile of Vecs vectors: at least eight independent sums, to hide the latency of an addition.
 template <int Vecs>
 constexpr int kTileRows = Vecs == 1 ? std::max(8, GOSSAMER_TILE_ROWS) : GOSSAMER_TILE_ROWS;
 
-// Calls f with the height of each next tile and its place until `count` rows are covered, rounded up to a multiple of 4.
+// Calls f with the height and the first row of each tile until `count` rows, rounded up to a multiple of 4, are covered.
 template <int Rows = GOSSAMER_TILE_ROWS, class F>
 GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   static_assert(Rows % 4 == 0);
@@ -193,7 +193,7 @@ GOSSAMER_INLINE void for_tiles(int64_t count, F&& f) {
   for (; done < count; done += 4) f(std::integral_constant<int, 4>{}, done);
 }
 
-// The tiles of a product of `count` rows with a panel, but for the shorter ones at the end.
+// The full-height tiles of a product of `count` rows with a panel.
 template <class P>
 int64_t num_tiles(const Panel<P>& panel, int64_t count) {
   const auto tiles = [&](int64_t rows) { return (count + rows - 1) / rows; };
@@ -206,8 +206,8 @@ int64_t num_tiles(const Panel<P>& panel, int64_t count) {
 enum class Read { kInPlace, kRows, kColumns };
 
 // c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the
-// panel, kDepth deep, are worked on together in the first-level cache. Weights are read once, from far away: the next `unit` rows
-// come meanwhile.
+// panel, both kDepth deep, share the first-level cache. Weights are read from memory once, so the next `unit` rows are prefetched
+// during the product.
 template <Read read, class T, class P>
 void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c,
                       int64_t c_stride, P* pack, bool add) {
@@ -227,7 +227,7 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
     auto ahead = LinesAhead::of(next, run_length, columns ? w.col_stride : w.row_stride, runs);
     ahead.share_among(num_tiles(panel, count));
-    // The pages of new rows are looked up together, which takes the time of one where each line by line would wait for its own.
+    // Touching one line of each new row first overlaps their page-table lookups, which would otherwise come one after another.
     if (!more && !columns) {
       for (int64_t i = 0; i < runs; ++i) prefetch_lines<1, Fetch::kReadLater>(next + i * w.row_stride, 0);
     }
@@ -253,16 +253,16 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
   }
 }
 
-// Up to so many tokens weights, not tokens, go into the vector lanes, most of which would be empty.
+// Up to this many tokens, weight rows rather than tokens fill the vector lanes, most of which tokens would leave empty.
 constexpr int kFewTokens = GOSSAMER_VECTOR_BYTES / sizeof(double);
 
-// Whether runs of memory go along a weight's rows, as those of a transposed view do.
+// Whether a weight is contiguous along its rows, as a transposed view is.
 template <class T>
 GOSSAMER_INLINE bool runs_along_rows(const Weight<T>& w) {
   return w.row_stride == 1 && w.col_stride != 1;
 }
 
-// Whether a quarter of a group of weight rows has but parts of the lines of memory that it reads.
+// Whether a quarter of a group of weight rows covers only parts of the cache lines that it reads.
 template <class T>
 GOSSAMER_INLINE bool quarters_cut_lines(const Weight<T>& w) {
   return runs_along_rows(w) && kGroup / 4 * sizeof(T) < 64;
@@ -272,15 +272,15 @@ GOSSAMER_INLINE bool quarters_cut_lines(const W&) {
   return false;
 }
 
-// The units of weight rows that are given out in quarters: none for few tokens, whose products hold rows in the lanes, as many
-// as whole units have, none where two quarters would read the same lines, and none for tiles, which have as many rows as half a unit.
+// The number of units of weight rows that are handed out in quarters. None for few tokens, whose products keep a whole unit of rows
+// in the lanes; none where two quarters would read the same cache lines; none for tiles, which span half a unit.
 template <class P, class W>
 GOSSAMER_INLINE int64_t quartered(const W& w, int64_t tokens, int64_t units) {
   return tokens <= kFewTokens || kTiled<P> || quarters_cut_lines(w) ? 0 : units;
 }
 
-// Adds the terms first .. last of the kLanes weight rows at `from` to sum[token]: block_product's sums, with rows in the
-// lanes. `rows` of these rows exist and `next_rows` of those after them, which are fetched meanwhile.
+// Adds the terms first .. last of the kLanes weight rows at `from` to sum[token], as block_product does but with rows in the lanes.
+// `rows` of these rows exist, and `next_rows` of those after them, which are prefetched.
 template <int Tokens, bool Columns, class T, class P>
 GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T>& w, const T* from, int rows, int next_rows,
                                     int64_t first, int64_t last, const Panel<P>& panel) {
@@ -302,7 +302,7 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
   } else {
     int64_t k = first;
     if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<P, float>) {
-      // Words of two terms are transposed, which are half as many as their values.
+      // Transposes words of two terms, half as many as there are values.
       for (; rows == n && k + 2 * n <= last; k += 2 * n) {
         const T* row = from + k;
         for (int i = 0; i < next_rows; ++i) __builtin_prefetch(row + (n + i) * w.row_stride, 0, 2);
@@ -334,8 +334,8 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
   }
 }
 
-// group_product for a panel of Tokens tokens: accumulate(sum, i, rows, k, last) adds the terms k .. last of the weight rows
-// i .. i+rows, which lie in the lanes of sum[token].
+// group_product for a panel of Tokens tokens. accumulate(sum, i, rows, k, last) adds the terms k .. last of the weight rows
+// i .. i+rows, which are the lanes of sum[token].
 template <int Tokens, class P, class Accumulate>
 GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* c, int64_t c_stride,
                                         Accumulate&& accumulate, bool add = false) {
@@ -363,7 +363,7 @@ GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* 
   }
 }
 
-// The same of a weight that is contiguous along its depth or, in columns, its rows.
+// The same for a weight that is contiguous along its depth, or along its rows.
 template <int Tokens, bool Columns, class T, class P>
 __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel,
                                              SumOf<P>* c, int64_t c_stride, bool add) {
@@ -375,7 +375,7 @@ __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int6
   few_tokens_product<Tokens, P>(count, w.depth, c, c_stride, accumulate, add);
 }
 
-// Calls f with the number of tokens, or a little more, as a constant: the lanes past a panel's end are zero.
+// Calls f with the number of tokens, rounded up to a few sizes, as a constant; lanes past a panel's end are zero.
 template <int Most = kFewTokens, int Tokens = 1, class F>
 GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
   if constexpr (Tokens < Most) {
@@ -395,7 +395,7 @@ void vector_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pa
       few_tokens_of<tokens, false>(w, n, count, panel, c, c_stride, add);
     });
   }
-  // With few tokens the weights' way from memory is all that counts, and few long streams come faster than many short ones.
+  // With few tokens the product is bound by reading weights, and few long streams are read faster than many short ones.
   const int tile = panel.block_vectors(0) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS;
   const int unit = panel.num_blocks() == 1 && !columns ? tile : kGroup;
   for (int64_t i = 0; i < count; i += unit) {

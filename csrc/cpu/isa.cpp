@@ -27,7 +27,7 @@ struct Build {
 
 [[maybe_unused]] bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Tiles are large registers that the system saves for the processes that asked for them.
+// Linux saves tile registers only for processes that request them.
 [[maybe_unused]] bool runs_amx() {
 #if defined(__linux__)
   constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
@@ -41,7 +41,7 @@ struct Build {
 }
 #endif
 
-// Of the processors that this has been timed on, Zen 4 does.
+// Zen 4 does, among the processors measured.
 bool splits_vectors() {
 #if defined(__x86_64__)
   constexpr unsigned kAmd = 0x68747541, kZen4 = 0x19;  // "Auth" of the vendor's name; Zen 3, of the same family, has no AVX-512
@@ -53,7 +53,7 @@ bool splits_vectors() {
 #endif
 }
 
-// Best first. GOSSAMER_WITHOUT_... says which an install leaves out.
+// Best first. GOSSAMER_WITHOUT_... leaves instruction sets out of an install.
 const Build kBuilds[] = {
 #if defined(__x86_64__)
 #ifndef GOSSAMER_WITHOUT_AMX

@@ -16,12 +16,12 @@
 
 namespace gossamer {
 
-// One instruction set's build of the vector kernels. Those that take a Team are called by each of its threads, with the
-// shared memory that the call was laid out in for at most num_threads.
+// The vector kernels compiled for one instruction set. Kernels that take a Team are called by each of its threads, with shared
+// memory laid out for at most num_threads.
 struct Kernels {
   const char* name;
-  bool pairs;  // products of bfloat16 take pairs
-  bool tiles;  // and those with whole weights are made of tiles
+  bool pairs;  // whether products of bfloat16 multiply pairs
+  bool tiles;  // whether products with whole weights use tiles
   void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_max)(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag);
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
@@ -66,16 +66,16 @@ extern const Kernels kKernels;
 }
 #endif
 
-// The build in use: the best one that this processor runs, unless another was chosen.
+// The kernels in use: the best that this processor runs, unless others were chosen.
 const Kernels& kernels();
 
-// Chooses a build by name, or the best one for null; false when this processor does not run it.
+// Chooses kernels by name, or the best for null; returns false when this processor does not run them.
 bool choose_kernels(const char* name);
 
 // Whether this processor has instructions that multiply bfloat16, which torch's own products use.
 bool multiplies_bfloat16();
 
-// Whether this processor works on a vector of 64 bytes as two halves, one after the other: half a vector takes half the time then.
+// Whether this processor executes a 64-byte vector as two halves in turn, so that half a vector takes half the time.
 extern const bool kSplitsVectors;
 
 }  // namespace gossamer

@@ -7,7 +7,7 @@
 
 namespace gossamer {
 
-// Hands out aligned pieces of one allocation. A layout is run once with no memory, to learn the size, then again.
+// Hands out aligned pieces of one allocation. A layout runs twice: without memory to learn the size, then with it.
 class Arena {
  public:
   explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
@@ -34,10 +34,10 @@ struct ScratchDelete {
 };
 using Scratch = std::unique_ptr<char, ScratchDelete>;
 
-// Uninitialised memory of a call. Large pieces come from the pool of pages: fresh ones would be cleared in every call.
+// Uninitialised memory for one call. Large pieces come from the page pool, since fresh pages would be cleared in every call.
 Scratch allocate_scratch(size_t bytes);
 
-// Asks for huge pages under a large fresh allocation, so that first touching it takes one fault for 2 MB, not for 4 KB.
+// Requests huge pages for a large fresh allocation, so that it takes one page fault per 2 MB instead of one per 4 KB.
 void advise_huge_pages(void* data, size_t bytes);
 
 }  // namespace gossamer

@@ -1,6 +1,6 @@
 // Sums over tokens: outer products of panels, which are weight gradients. Included by isa_kernels.h.
 
-// Results of so many bytes are not in the caches when they are written, nor when they are read next.
+// Results of this many bytes are in no cache when they are written, nor when they are next read.
 constexpr int64_t kPastCaches = 16 << 20;
 
 // Where a weight gradient goes: straight to `out`, or, when the expert's rows come in several chunks, first into
@@ -11,23 +11,23 @@ struct GradientSink {
   Accumulator<T>* partial;
   int64_t stride, width;
   bool first, last;
-  bool past_caches = false;  // whether results are too many for the caches, which would read what is overwritten
+  bool past_caches = false;  // whether to write past the caches: results too large for them would be read before being overwritten
 
   T* at(int64_t row, int64_t column) const { return out + row * stride + column; }
   Accumulator<T>* partial_at(int64_t row, int64_t column) const { return partial + row * width + column; }
 };
 
-// Rows of a weight gradient that are worked on together: by tiles so many that the other panel comes from the second-level cache for
-// several of them.
+// Rows of a weight gradient processed together. Tiles take twice as many, so that more of them share each read of the other panel
+// from the second-level cache.
 template <class P>
 constexpr int kOuterRows = kTiled<P> ? 2 * kGroup : kGroup;
 
-// Blocks of tokens that a weight gradient sums in registers before it adds to memory, about the longest segment.
+// Blocks of tokens that a weight gradient sums in registers before adding to memory, about the longest segment.
 template <class P>
 constexpr int64_t kOuterBlocks = (kDepth + kPanelWidth<P> - 1) / kPanelWidth<P>;
 
 // to = before + Σ_token a[i][token] · b[token] over the blocks first .. last of a, rounded to what `to` holds; `before` may be
-// null. Its sums must live in registers, so each form is a function of its own.
+// null. Each form is a function of its own so that its sums stay in registers.
 template <int Rows, int Vecs, class P, class O>
 __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b,
                                             const SumOf<P>* before, int64_t before_stride, O* to, int64_t to_stride) {
@@ -48,14 +48,14 @@ __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_
   }
 }
 
-// The tile of `rows` rows, of Rows that are computed, and the block of columns at `column`.
+// One tile: `rows` valid rows of the Rows computed, and the block of columns at `column`.
 template <int Rows, int Vecs, class T, class P>
 GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P* b, const GradientSink<T>& sink,
                                  int64_t column, int64_t columns) {
   using S = SumOf<P>;
   constexpr int width = Vecs * kLanes<S>;
   alignas(64) S own[Rows * width];
-  // Calls f(sums, row, column, valid lanes) for the vectors of the tile that there are.
+  // Calls f(sums, row, column, valid lanes) for the valid vectors of the tile.
   const auto each = [&](auto&& f) {
     for (int r = 0; r < rows; ++r) {
       for (int64_t at = 0; at < std::min<int64_t>(width, columns - column); at += kLanes<S>) {
@@ -64,7 +64,7 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
       }
     }
   };
-  // Whole tiles of sums come straight from where they are kept, and go there.
+  // Whole tiles of sums are loaded and stored in place.
   const bool whole = rows == Rows && column + width <= columns;
   S* kept = own;
   int64_t kept_stride = width;
@@ -79,7 +79,7 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   }
   if (!whole) {
     std::fill_n(own, Rows * width, S{0});
-    // Earlier sums come first here as well, so that a value's bits do not tell where its tile ends.
+    // Earlier sums come first here too, so that a value's bits do not depend on its place in a tile.
     if (!sink.first) {
       each([&](S* sum, int64_t row, int64_t at, int valid) {
         store(sum, sink.partial ? load_valid(sink.partial_at(row, at), valid) : load_valid(sink.at(row, at), valid));
@@ -106,7 +106,7 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   });
 }
 
-// The same by tiles, for up to two tiles of rows: the panels hold whole ones along the tokens.
+// The same by tiles, for up to two tiles of rows; panels are zero-padded to whole tiles along the tokens.
 template <int Vecs, class T, class P>
 void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int64_t i, [[maybe_unused]] int rows,
                        [[maybe_unused]] const P* b, [[maybe_unused]] const GradientSink<T>& sink, [[maybe_unused]] int64_t column,
@@ -173,7 +173,7 @@ void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int6
 #endif
 }
 
-// Fetches what is next written of a gradient's rows first .. last, a block of columns from `next` on.
+// Prefetches the block of columns from `next` on in a gradient's rows first .. last, which is written next.
 template <class P, class T>
 GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t first, int64_t last, int64_t next, int64_t width) {
   const int64_t columns = std::min<int64_t>(kPanelWidth<P>, width - next);
@@ -186,9 +186,9 @@ GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t firs
   }
 }
 
-// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns: a few
-// rows, which the first-level cache holds, with one block of b after the other. The results go out to distant rows of
-// memory, so what the next block writes is fetched meanwhile.
+// out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns. The few rows of a
+// stay in the first-level cache while the blocks of b pass by. Results go to distant rows of memory, so the destination of the
+// next block is prefetched.
 template <class T, class P>
 void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P>& b, const GradientSink<T>& sink) {
   for (int64_t block = 0; block < b.num_blocks(); ++block) {

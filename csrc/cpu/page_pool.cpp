@@ -16,7 +16,7 @@ namespace gossamer {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// Returned blocks whose sizes are remembered: more than a training step of a few layers has.
+// Number of returned blocks whose sizes are remembered, more than a training step of a few layers makes.
 constexpr size_t kRemembered = 64;
 
 size_t most_to_keep() {
@@ -39,7 +39,7 @@ void* PagePool::take(size_t bytes) {
   bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   const std::lock_guard lock(mutex_);
   void* data = nullptr;
-  // The youngest block of the very size: layers of a model ask for the same few sizes again and again.
+  // The most recent block of exactly this size: a model's layers request the same few sizes repeatedly.
   const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Block& b) { return b.bytes == bytes; });
   if (found != kept_.rend()) {
     data = found->data;

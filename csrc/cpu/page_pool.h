@@ -8,10 +8,11 @@
 
 namespace gossamer {
 
-// A C library returns large blocks to the system at once, which clears their pages anew for each training step; the
-// gradient of a layer's weights is such a block every time. With those in use, the pool holds at most as many bytes as were
-// in use at one time, and keeps at most an eighth of the machine's memory. Where a size comes back that was returned to make
-// room, as in a step that needs different sizes at different times, it learns to hold more: half as much again at most.
+// The C library returns large blocks to the system when they are freed, and the system clears their pages again at the next
+// allocation: once per training step for the gradient of a layer's weights. The pool keeps such blocks. Together with the blocks in
+// use it holds at most the peak number of bytes that were in use at one time, and it keeps at most an eighth of the machine's
+// memory. If a size is requested that was returned to make room, as in steps that need different sizes at different times, the
+// pool grows its limit, by half at most.
 class PagePool {
  public:
   static PagePool& instance();
@@ -19,11 +20,11 @@ class PagePool {
   // Smaller blocks are not worth a huge page.
   static constexpr size_t kLeast = size_t{1} << 20;
 
-  // At least `bytes` bytes on huge pages where the system has them, uninitialised; null when there is no memory.
+  // Returns at least `bytes` uninitialised bytes, on huge pages where the system has them; null when memory is exhausted.
   void* take(size_t bytes);
   void give_back(void* block);
 
-  // Returns all kept blocks to the system; says how many bytes they were.
+  // Returns all kept blocks to the system, and the number of their bytes.
   size_t trim(size_t keep = 0);
 
  private:

@@ -1,14 +1,14 @@
-// Packed matrices: how rows reach the products. Included by isa_kernels.h.
+// Packed matrices, the operands of the products. Included by isa_kernels.h.
 //
-// A panel holds a matrix of `depth` rows and `width` columns as blocks of columns, each block row after row. A block is
-// Vectors vectors wide, kPanelWidth columns unless said otherwise, the last one as many as it needs. Products run along depth
-// and hold columns in vector lanes. The same rows of tokens make a panel in two ways: with the tokens as columns (depth
-// is the feature dimension) for products with weights, and with the tokens as rows for weight gradients.
+// A panel stores a matrix of `depth` rows and `width` columns as blocks of columns, each block row by row. A block is Vectors
+// vectors wide, kPanelWidth columns by default; the last block is as wide as it needs to be. Products sum along the depth and keep
+// columns in vector lanes. Tokens are packed in two ways: as columns, with the features as depth, for products with weights; and
+// as rows for weight gradients.
 //
-// What a panel holds is what its products multiply: values of the accumulator's type, or pairs of bfloat16 that follow each
-// other along the sum, where an instruction multiplies those. Depth then counts pairs, the last of which a zero may fill.
+// Panels hold what the products multiply: values of the accumulator's type or, where an instruction multiplies them, pairs of
+// bfloat16 that are neighbours along the sum. Depth then counts pairs, and a zero may complete the last one.
 
-// Vectors of a block: what registers hold the sums of, with several rows.
+// Vectors of a block: as many as leave registers for the sums of several rows.
 template <class S>
 constexpr int kBlockVectors = kTiled<S> ? 2 : GOSSAMER_TILE_VECTORS;
 template <class S>
@@ -33,7 +33,7 @@ struct Panel {
   }
 };
 
-// A panel's values as what they are summed in; no panel where those are of another kind.
+// A panel viewed in the type of its sums; null where the packed values have another type.
 template <class P>
 Panel<SumOf<P>> sums_of(const Panel<P>& panel) {
   if constexpr (std::is_same_v<P, SumOf<P>>) {
@@ -89,8 +89,8 @@ GOSSAMER_INLINE void transpose(Vec<S> (&v)[kLanes<S>]) {
   }
 }
 
-// Columns [first, last) of the source rows become panel rows: tokens in lanes, terms along the columns. `first` is a
-// multiple of a pair.
+// Packs columns [first, last) of the source rows as panel rows: tokens in lanes, terms along the columns. `first` is even where
+// pairs are packed.
 template <class T, class P, int Vectors>
 void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64_t first, int64_t last) {
   constexpr int n = kLanes<P>, terms = kTerms<P>, ahead = 4 * n * terms;
@@ -112,8 +112,8 @@ void pack_as_columns(const Panel<P, Vectors>& panel, const T* const* rows, int64
   }
 }
 
-// Columns [first, last) of a run of memory become those of a panel's row; those of `next`, unless it is null, are their second
-// terms.
+// Copies columns [first, last) of a contiguous row into a panel's row; those of `next`, unless it is null, become the second terms
+// of pairs.
 template <class T, class P, int Vectors>
 GOSSAMER_INLINE void pack_run(const Panel<P, Vectors>& panel, int64_t row, const T* run, const T* next, int64_t first,
                               int64_t last) {
@@ -130,8 +130,8 @@ GOSSAMER_INLINE void pack_run(const Panel<P, Vectors>& panel, int64_t row, const
   }
 }
 
-// Zeroes columns [first, last) of a panel's rows from `row` on, `first` a multiple of kLanes: sums over tokens that are made of tiles
-// run to the end of the panel.
+// Zeroes columns [first, last) of a panel's rows from `row` on; `first` is a multiple of kLanes. Sums over tokens by tiles read to
+// the end of the panel.
 template <class P, int Vectors>
 void zero_past(const Panel<P, Vectors>& panel, int64_t row, int64_t first, int64_t last) {
   if constexpr (kTiled<P>) {
@@ -141,7 +141,7 @@ void zero_past(const Panel<P, Vectors>& panel, int64_t row, int64_t first, int64
   }
 }
 
-// Columns [first, last) of `tokens` source rows stay columns, terms along the rows; `first` is a multiple of kLanes.
+// Packs columns [first, last) of `tokens` source rows as columns, with terms along the rows; `first` is a multiple of kLanes.
 template <class T, class P, int Vectors>
 void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
   for (int64_t token = 0; token < tokens; token += kTerms<P>) {
@@ -152,7 +152,7 @@ void pack_as_rows(const Panel<P, Vectors>& panel, const T* const* rows, int64_t 
   zero_past(panel, packed_depth<P>(tokens), first, last);
 }
 
-// The same with each column a panel row, terms along it: the left side of a sum over tokens.
+// The same with each column as a panel row and terms along it: the left operand of a sum over tokens.
 template <class T, class P>
 void pack_as_terms(const Panel<P>& panel, const T* const* rows, int64_t tokens, int64_t first, int64_t last) {
   constexpr int n = kLanes<P>, terms = kTerms<P>;
@@ -170,8 +170,8 @@ void pack_as_terms(const Panel<P>& panel, const T* const* rows, int64_t tokens, 
   }
 }
 
-// Columns [first, last) of `to`, with terms along its rows, from the same rows of `from`, which has tokens as columns;
-// `first` is a multiple of kLanes.
+// Fills columns [first, last) of `to`, with terms along its rows, from the same rows of `from`, whose columns are tokens; `first`
+// is a multiple of kLanes.
 template <class S, class P>
 void transpose_panel(const Panel<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
   constexpr int n = kLanes<S>, terms = kTerms<P>;
@@ -201,7 +201,7 @@ void pack_along_rows(const Panel<P>& to, const Panel<S>& from, int64_t first, in
   }
 }
 
-// The same rows packed with terms along the tokens: the left side of a sum over tokens.
+// The same rows packed with terms along the tokens: the left operand of a sum over tokens.
 template <class S, class P>
 void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
   constexpr int n = kLanes<S>, terms = kTerms<P>;
@@ -214,14 +214,14 @@ void pack_along_tokens(const Panel<P>& to, const Panel<S>& from, int64_t first, 
         store_sums(reinterpret_cast<BFloat16*>(to.at(k, token / terms)), v);
       }
     }
-    // The other half of the last vector.
+    // The upper half of the last vector.
     if (kTiled<P> && from.width > 0 && (from.width - 1) / n % 2 == 0) {
       std::memset(static_cast<void*>(to.at(k, (from.width - 1) / n * n / terms) + n / terms), 0, n / terms * sizeof(P));
     }
   }
 }
 
-// Rows of tokens as tiles read them on the left of a product: each token's terms, and zeros up to a whole tile.
+// Rows of tokens as the left operand of tile products: each token's terms, zero-padded to a whole tile.
 template <class P>
 struct PackedRows {
   P* data;

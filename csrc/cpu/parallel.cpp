@@ -5,7 +5,7 @@
 namespace gossamer {
 namespace {
 
-// About what waking a sleeping thread costs.
+// About the cost of waking a sleeping thread.
 constexpr std::chrono::microseconds kSpin{50};
 
 inline void relax() {

@@ -1,4 +1,4 @@
-// Threads: one OpenMP team a call, of the size torch asks for.
+// Threads: one OpenMP team per call, of the size that torch asks for.
 #pragma once
 
 #include <omp.h>
@@ -9,8 +9,8 @@
 
 namespace gossamer {
 
-// Where a team's threads wait for each other. Spins for a moment only, then sleeps: where other processes compete for the
-// cores, a spinning thread would keep the one it waits for from running, and OpenMP's own barriers spin for milliseconds.
+// A barrier for a team's threads. It spins briefly and then sleeps: when other processes compete for the cores, a spinning thread
+// can keep the thread it waits for from running, and OpenMP's own barriers spin for milliseconds.
 class Barrier {
  public:
   void wait(int team_size);
@@ -20,8 +20,8 @@ class Barrier {
   std::atomic<uint32_t> phase_{0};
 };
 
-// A thread's place in its team. Kernels take one instead of using OpenMP themselves, because they are compiled for an
-// instruction set that the outlined parallel region may not inherit.
+// A thread's index within its team. Kernels take it instead of using OpenMP themselves: they are compiled for an instruction set
+// that an outlined parallel region may not inherit.
 struct Team {
   int thread, size;
   Barrier* meeting = nullptr;
@@ -33,15 +33,15 @@ struct Team {
   struct Range {
     int64_t begin, end;
   };
-  // This thread's contiguous share of `count` items, in whole units but for the end.
+  // This thread's contiguous share of `count` items, in whole units except at the end.
   Range share(int64_t count, int64_t unit = 1) const {
     const int64_t units = (count + unit - 1) / unit;
     return {std::min(count, units * thread / size * unit), std::min(count, units * (thread + 1) / size * unit)};
   }
 };
 
-// Shares work out in units: a thread takes those of its own contiguous range, where its caches are warm, then what slower
-// threads have left. Results never depend on who computed them. Lies in shared memory, one counter a thread.
+// Distributes work in units. A thread first takes the units of its own contiguous range, where its caches are warm, and then units
+// that slower threads have left. Results do not depend on which thread computed them. Shared, with one counter per thread.
 class WorkQueue {
  public:
   static constexpr int64_t kStride = 64 / sizeof(std::atomic<int64_t>);
@@ -49,14 +49,14 @@ class WorkQueue {
   WorkQueue() = default;
   explicit WorkQueue(std::atomic<int64_t>* taken) : taken_(taken) {}
 
-  // That of one thread which shares its work with no other.
+  // For a thread that shares its work with no other.
   WorkQueue of(int thread) const { return WorkQueue(taken_ + thread * kStride); }
 
-  // To be called by every thread, with a barrier before the first each() and between an each() and the next restart().
+  // Called by every thread, with a barrier before the first each() and between an each() and the next restart().
   void restart(Team team) { taken_[team.thread * kStride].store(0, std::memory_order_relaxed); }
 
-  // Calls f(begin, end) for units of `count` items until none is left. The last `quartered` units of a range are given out in
-  // quarters: where a unit takes long, threads wait less for each other at the end.
+  // Calls f(begin, end) for units of `count` items until none is left. The last `quartered` units of a range are handed out in
+  // quarters, so that threads wait less for each other at the end.
   template <class F>
   void each(Team team, int64_t count, int64_t unit, F&& f, int64_t quartered = 0) {
     for (int i = 0; i < team.size; ++i) {
@@ -88,7 +88,7 @@ void parallel_team(int num_threads, F&& f) {
   f(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
 }
 
-// Runs f(begin, end) over [0, count) cut into one contiguous range a thread, with at least `grain` items each.
+// Runs f(begin, end) over [0, count), one contiguous range per thread of at least `grain` items each.
 template <class F>
 void parallel_ranges(int64_t count, int64_t grain, int num_threads, F&& f) {
   const auto threads = std::clamp<int64_t>(count / std::max<int64_t>(grain, 1), 1, num_threads);

@@ -3,7 +3,7 @@
 typedef uint64_t Words __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 constexpr int kWordLanes = GOSSAMER_VECTOR_BYTES / sizeof(uint64_t);
 
-// The product of the low halves of 64-bit lanes.
+// Multiplies the low halves of 64-bit lanes.
 GOSSAMER_INLINE Words multiply_low_halves(Words a, Words b) {
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
   return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -14,7 +14,7 @@ GOSSAMER_INLINE Words multiply_low_halves(Words a, Words b) {
 #endif
 }
 
-// Makes of each counter its four words, in the low halves of the lanes.
+// Turns each counter into its four random words, in the low halves of the lanes.
 GOSSAMER_INLINE void philox(Words (&c)[4], uint64_t seed) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -29,7 +29,7 @@ GOSSAMER_INLINE void philox(Words (&c)[4], uint64_t seed) {
   }
 }
 
-// Whether columns first .. first + count of a row are kept, `first` a multiple of 4; out has room for 32 more.
+// Whether each column first .. first + count of a row is kept; `first` is a multiple of 4, and out has room for 32 extra.
 GOSSAMER_INLINE void keep_columns(const Dropout& dropout, int64_t row, int64_t first, int64_t count, bool* out) {
   Words lane;
   for (int i = 0; i < kWordLanes; ++i) lane[i] = i;

@@ -9,17 +9,17 @@
 
 namespace gossamer {
 
-// Few enough digits that the lines being written to stay in the second-level cache: passes cost more than its latency.
+// Few enough buckets that the lines being written stay in the second-level cache; more passes would cost more than its latency.
 constexpr int kMaxDigitBits = 11;
-// Pieces of a thread's share that it walks side by side. With one, a digit that comes often makes each step wait for the
-// store of the one before.
+// Streams that a thread interleaves. With a single stream, a frequent digit makes each step wait for the previous store to the same
+// counter.
 constexpr int kStreams = 4;
 
-// Least significant digits first. Called by every thread of a team, after a barrier; there is one behind the last pass.
+// Sorts by the least significant digit first. Called by every thread of a team after a barrier; ends with a barrier.
 // Returns whichever of the two buffers holds the result. `histograms` has team.size · kStreams · 2^kMaxDigitBits elements.
 template <class E, class Word>
 E* radix_sort(E* from, E* to, int64_t count, int key_bits, Word* histograms, Team team) {
-  // Every thread adds up the counts of all: of many threads only short ones.
+  // Every thread sums the counts of all threads, so many threads use shorter digits.
   const int most = team.size <= 8 ? kMaxDigitBits : 8;
   const int passes = (key_bits + most - 1) / most;
   constexpr int64_t kStride = int64_t{1} << kMaxDigitBits;
@@ -47,7 +47,7 @@ E* radix_sort(E* from, E* to, int64_t count, int key_bits, Word* histograms, Tea
     for (int s = 0; s < kStreams; ++s) std::fill(mine + s * kStride, mine + s * kStride + digits, Word{0});
     each(from, [&](int s, const E& entry) { ++mine[s * kStride + ((entry.row >> shift) & mask)]; });
     team.barrier();
-    // Equal digits keep their order: those of earlier pieces come first.
+    // Equal digits keep their order: earlier streams come first.
     Word before = 0;
     for (int64_t digit = 0; digit < digits; ++digit) {
       for (int piece = 0; piece < team.size * kStreams; ++piece) {

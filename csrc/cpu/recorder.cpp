@@ -21,7 +21,7 @@ struct Recorded {
 };
 
 Recorded& recorded() {
-  // Never destroyed: blocks of memory are given back while the process ends.
+  // Never destroyed: memory is still freed while the process exits.
   static Recorded& only = *new Recorded;
   return only;
 }

@@ -1,4 +1,4 @@
-// Where the time and memory of native kernels go, for a profiler. Off until started, and then for the whole process.
+// Time and memory of native kernels, for a profiler. Off until started, then on for the whole process.
 #pragma once
 
 #include <array>
@@ -32,34 +32,34 @@ enum class Stage {
   kCount
 };
 
-// What was recorded of one stage of a kernel: nanoseconds, the mean over the threads of each call's team, and how many
-// pieces of work they were.
+// The record of one stage of a kernel: nanoseconds, averaged over the threads of each call's team, and the number of pieces of
+// work.
 struct StageTime {
   const char *kernel, *stage;
   int64_t nanoseconds, pieces;
 };
 
-// Bytes that were taken (positive) or given back (negative), and when by the steady clock.
+// Bytes allocated (positive) or freed (negative), and the time by the steady clock.
 struct MemoryEvent {
   int64_t nanoseconds, bytes;
 };
 
 extern std::atomic<bool> recording;
 
-// Forgets what was recorded, and records from now on.
+// Clears the record and starts recording.
 void start_recording();
 
-// Ends it; stages that took no time are left out.
+// Stops recording; stages that took no time are left out.
 std::pair<std::vector<StageTime>, std::vector<MemoryEvent>> stop_recording();
 
-// Memory that torch's own allocators do not hand out.
+// Records memory that does not come from torch's allocators.
 void record_memory(int64_t bytes);
 inline void note_memory(int64_t bytes) {
   if (recording.load(std::memory_order_relaxed)) record_memory(bytes);
 }
 
-// One thread's stopwatch over one call: each lap's time, since the last one, goes to a stage. To be made at the start of
-// the call; what it found counts when it is destroyed.
+// One thread's stopwatch for one call: each lap adds the time since the last one to a stage. Constructed at the start of the call;
+// its times are recorded when it is destroyed.
 class StageClock {
  public:
   StageClock(TimedKernel kernel, int team_size) : on_(recording.load(std::memory_order_relaxed)) {

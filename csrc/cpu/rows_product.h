@@ -1,13 +1,13 @@
-// Products with weights that are contiguous along their rows, tokens in the rows of the result: such a weight is packed without being
-// transposed, several groups of its rows side by side, so that runs of memory are long. Included by isa_kernels.h.
+// Products with weights that are contiguous along their rows, with tokens in the rows of the result. Such a weight is packed without
+// a transposition, several groups of its rows side by side, so that each read is long. Included by isa_kernels.h.
 
-// Values of a weight that rows_product() packs at a time: by tiles along the whole depth, for a second-level cache of a megabyte and
-// more; by vectors the same part of the depth of so many groups of columns.
+// Values of a weight that rows_product() packs at a time. With tiles they span the whole depth and fit a second-level cache of a
+// megabyte; with vectors they are one part of the depth for several groups of columns.
 constexpr int64_t kTiledRowsPack = 1 << 16;
 constexpr int64_t kRowGroups = 4;
 
-// Which values go this way. Sixteen registers hold too few sums of a group's columns: with AVX2 it takes a third longer. Nor do pairs
-// that vectors multiply, which nobody has timed.
+// Which packed types use it. AVX2's sixteen registers hold too few sums for a group of columns: it is a third slower there. Pairs
+// multiplied in vector registers are excluded too (not measured).
 template <class P>
 constexpr bool kByRows = kTiled<P> || (GOSSAMER_VECTOR_BYTES == 64 && std::is_same_v<P, SumOf<P>>);
 template <class P, class T>
@@ -35,8 +35,8 @@ class RowsMemory {
   Scratch memory_;
 };
 
-// c[token][0 .. 16 · vectors] (+)= rows · b for `steps` tiles along the depth, from `from` on in the rows; rows of c are kGroup
-// values.
+// c[token][0 .. 16 · vectors] (+)= rows · b over `steps` tiles along the depth, from column `from` of the rows on; a row of c is
+// kGroup values.
 template <class P>
 void tiles_of_rows([[maybe_unused]] const PackedRows<P>& rows, [[maybe_unused]] int64_t from, [[maybe_unused]] int64_t steps,
                    [[maybe_unused]] const P* b, [[maybe_unused]] int vectors, [[maybe_unused]] bool fresh, [[maybe_unused]] float* c,
@@ -52,8 +52,8 @@ void tiles_of_rows([[maybe_unused]] const PackedRows<P>& rows, [[maybe_unused]] 
 #endif
 }
 
-// Columns of a weight that is contiguous along its rows which rows_product() packs together: runs of some lines of memory, but few
-// enough that they fit, and that each thread has several such pieces.
+// Columns that rows_product() packs together from a weight that is contiguous along its rows: several cache lines per read, few
+// enough to fit the buffer, and few enough that each thread has several pieces.
 template <class P>
 int64_t rows_product_unit(int64_t num_rows, [[maybe_unused]] int64_t depth, int threads) {
   int64_t most = num_rows / (4 * threads);
@@ -61,7 +61,7 @@ int64_t rows_product_unit(int64_t num_rows, [[maybe_unused]] int64_t depth, int 
   return std::clamp<int64_t>(most / kGroup * kGroup, kGroup, kRowGroups * kGroup);
 }
 
-// Calls f(i, count, c) with c[token][j] = 0 for what is a sum of nothing.
+// Calls f(i, count, c) with c[token][j] = 0, the result of a product of depth zero.
 template <class S, class F>
 void empty_rows_product(int64_t n, int64_t end, int64_t tokens, S* c, F&& f) {
   std::fill_n(c, tokens * kGroup, S{0});
@@ -105,7 +105,7 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const PackedRows<P
 template <class T, class P, class F>
 void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& rows, const RowsMemory<P>& memory, F&& f) {
   constexpr int64_t step = kDepth * kTerms<P>;
-  // As many sums as the registers hold: rows are broadcast, and a group of columns is two vectors.
+  // As many sums as there are registers: values of the rows are broadcast, and a group of columns is two vectors.
   constexpr int vectors = 2, tile_rows = GOSSAMER_TILE_ROWS * GOSSAMER_TILE_VECTORS / vectors / 4 * 4;
   using Columns = Panel<P, vectors>;
   if (w.depth == 0) return empty_rows_product(n, end, rows.width, memory.sums(), f);
@@ -154,7 +154,7 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& ro
 }
 
 // The same of all rows of a weight, which the threads share: tiles read the rows on the left as `tile_rows`, vectors as `panel`.
-// before(i, end) comes ahead of each unit.
+// before(i, end) is called before each unit.
 template <class T, class P, class Before, class F>
 void shared_rows_product(WorkQueue& queue, Team team, const Weight<T>& w, [[maybe_unused]] const PackedRows<P>& tile_rows,
                          [[maybe_unused]] const Panel<P>& panel, const RowsMemory<P>& memory, Before&& before, F&& f) {

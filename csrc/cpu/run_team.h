@@ -1,4 +1,4 @@
-// Running a kernel of a team of threads with the shared memory that its buffers take.
+// Runs a kernel in a team of threads with shared buffers.
 #pragma once
 
 #include "cpu/grouped_matmul.h"
@@ -8,8 +8,8 @@
 
 namespace gossamer {
 
-// Lays out Buffers<P> for `args`, P what products of its dtype are packed as, and calls kernel(args, shared, threads,
-// team) in each thread of the team that `multiplications` are worth.
+// Lays out Buffers<P> for `args`, where P is the packed type of its dtype, and calls kernel(args, shared, threads, team) in each
+// thread. The team's size depends on the number of `multiplications`.
 template <template <class> class Buffers, class Args, class Kernel>
 void run_team(const Args& args, double multiplications, int num_threads, Kernel kernel) {
   visit_packed(args.dtype, kernels().pairs, [&](auto tag) {

@@ -26,8 +26,8 @@ __attribute__((noinline)) void tile_product(const char* left, int64_t left_strid
 }
 #endif
 
-// c (+)= left · panel from `from` on along its depth, for `count` rows of packed values that lie `stride` of them apart and are
-// there up to a multiple of 16. What is left of the depth after whole tiles comes last.
+// c (+)= left · panel from depth `from` on, for `count` rows of packed values, `stride` values apart; rows up to a multiple of 16 may
+// be read. The rest of the depth after whole tiles is added last.
 template <class P>
 void tiled_product(const P* left, int64_t stride, int count, const Panel<P>& panel, int64_t from, int depth, bool fresh, float* c,
                    int64_t c_stride, [[maybe_unused]] LinesAhead ahead) {
@@ -108,8 +108,8 @@ void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pan
   }
 }
 
-// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count, added to what c holds where `add` is set; c must have room for
-// count rounded up to a multiple of kRowUnit.
+// c[i][token] = Σ_k w(n+i, k) · panel[k][token] for i < count, added to c if `add` is set; c must have room for count rounded up to
+// a multiple of kRowUnit.
 template <class T, class P>
 void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack,
                    bool add = false) {

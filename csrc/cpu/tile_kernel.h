@@ -1,14 +1,14 @@
 // Products of bfloat16 by the processor's tiles (AMX), where an instruction set has them. Included by isa_kernels.h.
 //
-// A tile is 16 rows of 64 bytes. A left one holds 16 rows of a matrix and 16 pairs along the sum, a right one 16 rows of a panel's
-// vector, a tile of sums 16 x 16 floats: sums of two left by two right tiles stay in registers along the whole depth, and each tile
-// that is loaded is used twice.
+// A tile is 16 rows of 64 bytes. A left tile holds 16 rows of a matrix by 16 pairs along the sum, a right tile 16 rows of one
+// panel vector, a tile of sums 16 x 16 floats. The sums of two left by two right tiles stay in registers along the whole depth, so
+// each loaded tile is used twice.
 
 // Whether products of P are made of tiles.
 template <class P>
 constexpr bool kTiled = GOSSAMER_AMX && std::is_same_v<P, BFloat16Pair>;
 
-// Calls f with a tag of the C++ type of a product's values, which tiles have for bfloat16 alone.
+// Calls f with a tag of the C++ type of a product's values; tiles multiply bfloat16 only.
 template <class F>
 void visit_values([[maybe_unused]] DType dtype, F&& f) {
 #if GOSSAMER_AMX
@@ -34,7 +34,7 @@ struct alignas(64) TileShapes {
   }
 };
 
-// Tiles as a kernel needs them, until it ends.
+// Configures the tile registers for the lifetime of a kernel.
 class TilesInUse {
  public:
   TilesInUse() {
@@ -43,15 +43,15 @@ class TilesInUse {
   }
   ~TilesInUse() {
     asm volatile("tilerelease");
-    // Results that went past the caches, before anyone is told that they are there.
+    // Orders stores that bypass the caches before the barrier that announces them.
     _mm_sfence();
   }
   TilesInUse(const TilesInUse&) = delete;
   TilesInUse& operator=(const TilesInUse&) = delete;
 };
 
-// Tile registers are named in the instruction. Compilers do not know what memory these read and write: fence_memory() stands between
-// other accesses and them.
+// Tile registers are named in the instruction. Compilers do not know which memory tile loads and stores access, so fence_memory()
+// separates them from other accesses.
 GOSSAMER_INLINE void fence_memory() { asm volatile("" ::: "memory"); }
 template <int Tile>
 GOSSAMER_INLINE void load_tile(const void* from, int64_t stride) {

@@ -25,8 +25,8 @@ struct VecTraits<BFloat16Pair> {
   using HalfVec = HalfUInts;
 };
 
-// The lower half of a vector. On processors that split vectors, the last tokens of a panel take but half of the work if they fit
-// into it.
+// The lower half of a vector. On processors that execute a vector as two halves, the last tokens of a panel cost half as much if
+// they fit into one.
 template <class S>
 using HalfVec = typename VecTraits<S>::HalfVec;
 template <class P>
@@ -63,7 +63,7 @@ GOSSAMER_INLINE HalfVec<P> splat_half(P value) {
   return (HalfVec<P>)(bits - HalfVec<SumOf<P>>{});
 }
 
-// The half and zeros.
+// The half vector, extended by zeros.
 template <class V>
 GOSSAMER_INLINE auto widened(V half) {
   constexpr int n = sizeof(half) / sizeof(half[0]);
@@ -79,7 +79,7 @@ GOSSAMER_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, size
 GOSSAMER_INLINE UInts load(const BFloat16Pair* from) { return load_bytes<UInts>(from); }
 GOSSAMER_INLINE void store(BFloat16Pair* to, UInts v) { std::memcpy(to, &v, sizeof v); }
 
-// 16-bit codes in lanes of 32. By the processor's own instruction where it has one: compilers make five of it.
+// Widens 16-bit codes to 32-bit lanes. Uses the processor's instruction where there is one; compilers emit five instead.
 GOSSAMER_INLINE UInts load_wide(const void* from) {
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
   return (UInts)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
@@ -129,8 +129,8 @@ GOSSAMER_INLINE void store(Float16* to, Vec<float> v) {
 }
 #endif
 
-// a·b + c rounded once, where the instruction set can: left to the compiler, some loops would round twice and others not,
-// and sums that are promised to have the same bits would not have them.
+// a·b + c with one rounding where the instruction set has it. Left to the compiler, some loops would fuse and others not, and sums
+// that promise equal bits would differ.
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
 GOSSAMER_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps(a, b, c); }
 GOSSAMER_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm512_fmadd_pd(a, b, c); }
@@ -160,7 +160,7 @@ GOSSAMER_INLINE HalfVec<float> fma(HalfVec<float> a, HalfVec<float> b, HalfVec<f
 #endif
 
 #if GOSSAMER_BF16_DOT
-// Both terms' products and sums in the processor's order, which is one for all lanes; it takes subnormals for zero.
+// Multiplies and adds both terms in the processor's order, the same for all lanes; the instruction flushes subnormals to zero.
 GOSSAMER_INLINE Vec<float> fma(UInts a, UInts b, Vec<float> c) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
@@ -184,7 +184,7 @@ GOSSAMER_INLINE void store_some(T* to, Vec<Accumulator<T>> v, int n) {
   std::memcpy(to, buffer, n * sizeof(T));
 }
 
-// The next kLanes packed values of a run of memory that has `terms` terms left; those past its end are zero.
+// The next kLanes packed values of a contiguous row with `terms` terms left; values past its end are zero.
 template <class P, class T>
 GOSSAMER_INLINE Vec<P> load_terms(const T* from, int64_t terms) {
   constexpr int n = kLanes<P>;
@@ -198,8 +198,8 @@ GOSSAMER_INLINE Vec<P> load_terms(const T* from, int64_t terms) {
   }
 }
 
-// One packed value a lane, its terms from the same place of the runs `first` and `second`, which is null past the last
-// term; `lanes` of them exist.
+// One packed value per lane, with terms from the rows `first` and `second` at the same column; `second` is null past the last
+// term, and `lanes` columns exist.
 template <class P, class T>
 GOSSAMER_INLINE Vec<P> load_lanes(const T* first, [[maybe_unused]] const T* second, int lanes) {
   constexpr int n = kLanes<P>;
@@ -211,7 +211,7 @@ GOSSAMER_INLINE Vec<P> load_lanes(const T* first, [[maybe_unused]] const T* seco
   }
 }
 
-// The same of two vectors of lanes that follow each other, all of which exist.
+// The same for two consecutive vectors of lanes, all of which exist.
 template <class P, class T>
 GOSSAMER_INLINE std::pair<Vec<P>, Vec<P>> load_two_lanes(const T* first, [[maybe_unused]] const T* second) {
   constexpr int n = kLanes<P>;
@@ -226,7 +226,7 @@ GOSSAMER_INLINE std::pair<Vec<P>, Vec<P>> load_two_lanes(const T* first, [[maybe
   }
 }
 
-// One packed value a lane of sums that follow each other; `second` is not used where a packed value has one term.
+// One packed value per lane from consecutive sums; `second` is unused where a packed value has one term.
 template <class P>
 GOSSAMER_INLINE Vec<P> pack_lanes(Vec<SumOf<P>> first, [[maybe_unused]] Vec<SumOf<P>> second) {
   if constexpr (!std::is_same_v<P, BFloat16Pair>) {
@@ -243,8 +243,8 @@ GOSSAMER_INLINE Vec<P> pack_lanes(Vec<SumOf<P>> first, [[maybe_unused]] Vec<SumO
   }
 }
 
-// Stores sums of products, or what only products will read. Where one instruction multiplies pairs, another rounds, and takes
-// subnormals for zero as the first does.
+// Stores sums of products, or values that only products will read. On processors that multiply pairs of bfloat16, rounding is an
+// instruction too, and it flushes subnormals to zero as the product does.
 template <class T, class V>
 GOSSAMER_INLINE void store_sums(T* to, V v) {
 #if GOSSAMER_BF16_DOT
@@ -257,7 +257,7 @@ GOSSAMER_INLINE void store_sums(T* to, V v) {
   store(to, v);
 }
 
-// The sum of all lanes, in a fixed order: halves are added until one lane is left.
+// The sum of all lanes in a fixed order: the upper half is added to the lower until one lane is left.
 template <class S>
 GOSSAMER_INLINE S sum_lanes(Vec<S> v) {
   const auto add_upper = [&](auto half) __attribute__((always_inline)) {
@@ -286,7 +286,7 @@ GOSSAMER_INLINE V vsqrt(V x) {
 }
 #endif
 
-// Beyond the range of normal numbers exponentials give about the largest or the smallest of them, never infinity or zero.
+// Outside the range of normal numbers the exponential saturates near the largest or smallest normal, never at infinity or zero.
 GOSSAMER_INLINE Vec<double> vexp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i] > 708.0 ? 708.0 : x[i] < -708.0 ? -708.0 : x[i]);
   return x;
@@ -296,7 +296,7 @@ GOSSAMER_INLINE Vec<double> vexp(Vec<double> x) {
 GOSSAMER_INLINE Vec<float> vexp(Vec<float> x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
-  // Adding 1.5·2^23 rounds to an integer, which then lies in the low bits.
+  // Adding 1.5·2^23 rounds to an integer and leaves it in the low bits.
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
   const Vec<float> n = shifted - 12582912.0f;
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -334,11 +334,11 @@ GOSSAMER_INLINE Vec<float> verf(Vec<float> x) {
   return s < 1.0f ? small * x : large;
 }
 
-// What lines are fetched for: to be read at once, or read or written after other work, until when the second-level cache
-// keeps them.
+// Why lines are prefetched: to be read at once (first-level cache), or to be read or written after other work (second-level
+// cache).
 enum class Fetch { kRead, kReadLater, kWriteLater };
 
-// Prefetches `bytes`, which are at least kAtLeast: a loop over the lines of a short row costs as much as its sum.
+// Prefetches `bytes`, at least kAtLeast. The first lines are unrolled, since a loop over a short row costs as much as its sum.
 template <int kAtLeast = 1, Fetch kFetch = Fetch::kRead>
 GOSSAMER_INLINE void prefetch_lines(const void* from, int64_t bytes) {
   constexpr int known = (kAtLeast + 63) / 64 * 64, write = kFetch == Fetch::kWriteLater, level = kFetch == Fetch::kRead ? 3 : 2;
