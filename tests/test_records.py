@@ -42,6 +42,22 @@ def test_layout_names_every_argument_once():
     assert layout.restore(layout.flatten(args)) == args
 
 
+def test_backward_passes_keep_what_they_need():
+    """The tensors of a forward pass's record may be None in its backward pass's, of a record in it too."""
+
+    class Forward(NamedTuple):
+        weight: torch.Tensor
+        operands: Operands
+        names: list[str]
+
+    class Backward(NamedTuple):
+        dy: torch.Tensor
+        forward: Forward
+
+    assert Layout(Forward).schema_types == ["Tensor", "Tensor", "Tensor?", "str[]"]
+    assert Layout(Backward).schema_types == ["Tensor", "Tensor?", "Tensor?", "Tensor?", "str[]"]
+
+
 def test_layout_refuses_what_no_schema_has():
     """A type that torch's dispatcher does not pass is an error when the operator is defined."""
 

@@ -2,6 +2,7 @@
 
 A case is ``(kernel, signature, constexprs, options)``: types of the runtime arguments, with ``":16"`` after one that
 is divisible by 16; values of the compile-time arguments, None for a pointer that is not passed; and warps and stages.
+An argument that is a named tuple has one of types for its signature, with values in it where it is constant.
 """
 
 from __future__ import annotations
@@ -49,20 +50,41 @@ def compile_case(case: tuple, arch: int) -> Compiled:
 
 
 def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
-    types, attrs = {}, {}
+    types, attrs, values = {}, {}, dict(constexprs)
+
+    def compiled_type(at: tuple[int, ...], kind):
+        if isinstance(kind, tuple):
+            return type(kind)(*(compiled_type((*at, i), inner) for i, inner in enumerate(kind)))
+        if not isinstance(kind, str):
+            values[at] = kind
+            return "constexpr"
+        kind, _, divisor = kind.partition(":")
+        if divisor:
+            attrs[at] = [["tt.divisibility", int(divisor)]]
+        return kind
+
     for i, name in enumerate(kernel.arg_names):
         if name in constexprs:
             types[name] = "constexpr"
-            continue
-        if name not in signature:
+        elif name in signature:
+            types[name] = compiled_type((i,), signature[name])
+        else:
             raise ValueError(f"{kernel.__name__}: aot_cases gives argument {name!r} neither a type nor a value")
-        types[name], _, divisor = signature[name].partition(":")
-        if divisor:
-            attrs[(i,)] = [["tt.divisibility", int(divisor)]]
     unknown = (signature.keys() | constexprs.keys()) - set(kernel.arg_names)
     if unknown:
         raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}, which aot_cases names")
-    return ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attrs)
+    return ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attrs)
+
+
+def flat_types(signature: dict) -> list[str]:
+    """The types in a signature, those in tuples too."""
+
+    def types(kind):
+        if isinstance(kind, tuple):
+            return [name for inner in kind for name in types(inner)]
+        return [kind] if isinstance(kind, str) else []
+
+    return types(tuple(signature.values()))
 
 
 def _registers(compiled, arch: int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ with ``arch`` of ARCHS or SMALL_ARCHS, and one ``(kernel, signature, constexprs,
 compiling:
 
 * ``signature`` gives each runtime argument its type, ``"*bf16"``, ``"i32"``, ``"fp32"``; with ``":16"`` appended it is
-  taken for divisible by 16, as Triton takes aligned pointers and round sizes at launch;
+  taken for divisible by 16, as Triton takes aligned pointers and round sizes at launch; an argument that is a named
+  tuple such a tuple of types, and of values where the call's are constant;
 * ``constexprs`` gives each ``tl.constexpr`` parameter its value, and None to a pointer that is not passed;
 * ``options`` is ``{"num_warps": ..., "num_stages": ...}``.
 
@@ -45,6 +46,7 @@ from triton.runtime.jit import JITFunction
 
 import gossamer.triton_kernels
 from gossamer.triton_kernels import ahead_of_time
+from gossamer.triton_kernels.ahead_of_time import flat_types
 from gossamer.triton_kernels.tiles import shared_limit
 
 ARCHS = (80, 90, 100)
@@ -85,7 +87,7 @@ def uncovered(module_name: str, arch: int) -> list[str]:
 def _kind(case: tuple, arch: int) -> tuple:
     """What makes a case stand for others: its kernel, tile, ways of loading and decoding, and for sm_90 its dtypes."""
     kernel, signature, constexprs, options = case
-    dtypes = sorted({t.split(":")[0] for t in signature.values() if t.startswith("*") and arch == 90})
+    dtypes = sorted({t.split(":")[0] for t in flat_types(signature) if t.startswith("*") and arch == 90})
     tile = [(k, v) for k, v in constexprs.items() if k.startswith("BLOCK") or k.endswith("TMA") or k == "FORMAT"]
     return kernel.__name__, *dtypes, *tile, *options.items()
 
@@ -103,14 +105,14 @@ def _chosen(module_name: str, arch: int, brief: bool = False) -> list[int]:
 
 
 def _label(signature: dict, constexprs: dict) -> str:
-    dtype = next((t.split(":")[0][1:] for t in signature.values() if re.match(r"\*(fp|bf)", t)), "")
+    dtype = next((t.split(":")[0][1:] for t in flat_types(signature) if re.match(r"\*(fp|bf)", t)), "")
     return " ".join([dtype, *(f"{k}={v}" for k, v in constexprs.items() if v is not None)]).strip()
 
 
 def _as_on_sm80(module_name: str, number: int) -> int | None:
     """The number of the brief sm_80 case whose program a case of sm_89 shares; None where it has none."""
     kernel, signature, *rest = _cases(module_name, 89)[number]
-    if any("fp8" in str(kind) for kind in signature.values()):
+    if any("fp8" in kind for kind in flat_types(signature)):
         return None
     same = (kernel, signature, *rest)
     return next((i for i in _chosen(module_name, 80, True) if tuple(_cases(module_name, 80)[i]) == same), None)

@@ -4,6 +4,8 @@ A record is a ``NamedTuple`` whose annotations are types that torch's dispatcher
 ``float``, ``bool``, ``str``, ``torch.dtype``, lists of these, any of them ``| None``, or another record or frozen
 dataclass. :func:`define` writes the flat schema from it, so that the fake kernel, autograd and the kernel families all
 take the record itself, and a gradient is named by the field that it belongs to.
+
+A field called ``forward`` is the record of a forward pass as its backward pass keeps it: its tensors may be None.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ _SCHEMA_TYPES = {
     list[int]: "int[]",
     list[float]: "float[]",
     list[bool]: "bool[]",
+    list[str]: "str[]",
 }
 
 
@@ -96,6 +99,8 @@ class Layout:
             if not isinstance(hint, type) or not (hasattr(hint, "_fields") or dataclasses.is_dataclass(hint)):
                 raise TypeError(f"{record.__name__}.{name} has a type that no operator takes: {hint}")
             inner = Layout(hint)
+            if name == "forward":
+                inner.schema_types = [kind + "?" if kind == "Tensor" else kind for kind in inner.schema_types]
             parts.append(_of_slice(inner.restore, len(self.paths), len(self.paths) + len(inner.paths)))
             self.paths += [f"{name}.{path}" for path in inner.paths]
             self.schema_types += inner.schema_types
