@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.ops.quantized_expert_weight import FORMATS, group_size
+from gossamer.ops._weights import group_size
+from gossamer.ops.quantized_expert_weight import FORMATS
 
 # What a kernel's FORMAT says; DENSE is a weight in the dtype of the other operand.
 DENSE, FP8, INT8, INT4, MXFP4 = 0, 1, 2, 3, 4

@@ -130,6 +130,28 @@ def test_nan_of_fp8(device):
         (lambda: gossamer.Int8Weight(torch.ones(2, 3).to(torch.int8), torch.ones(3)), ValueError, "Int8Weight.absmax"),
         (lambda: gossamer.Float8Weight(torch.ones(2, 3), torch.ones(2)), TypeError, "float8_e4m3fn"),
         (lambda: gossamer.Float8Weight(torch.ones(2, 3), torch.ones(3)), ValueError, "Float8Weight.scale"),
+        (
+            lambda: gossamer.Float8Weight(
+                torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(2, device="meta", dtype=torch.float32)
+            ),
+            ValueError,
+            "Float8Weight.scale must be on the device of Float8Weight.values, cpu, got meta",
+        ),
+        (
+            lambda: gossamer.Int8Weight(torch.ones(2, 3).to(torch.int8), torch.ones(2, device="meta")),
+            ValueError,
+            "Int8Weight.absmax must be on the device of Int8Weight.values, cpu, got meta",
+        ),
+        (
+            lambda: gossamer.NF4Weight.quantize(torch.ones(2, 3), block_size=0),
+            ValueError,
+            "block_size must be at least 1",
+        ),
+        (
+            lambda: gossamer.NF4Weight(torch.ones(3), torch.ones(1), (2, 3), torch.ones(16), block_size=0),
+            ValueError,
+            "NF4Weight.block_size must be at least 1, got 0",
+        ),
     ],
 )
 def test_bad_parts(make, error, message):

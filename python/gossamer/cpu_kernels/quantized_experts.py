@@ -7,7 +7,8 @@ import torch
 from gossamer import _C
 from gossamer._activation import Activation
 from gossamer.cpu_kernels._native import DTYPES, activation_form, groups, matrix, unit_rows
-from gossamer.ops.quantized_expert_weight import FORMATS, group_size
+from gossamer.ops._weights import group_size
+from gossamer.ops.quantized_expert_weight import FORMATS
 
 # Codes of csrc/cpu/quantized_experts.h; formats that differ in their scales alone share one.
 _FORMAT_CODES = {"fp8": 0, "fp8_block": 0, "int8": 1, "int4": 2, "mxfp4": 3}

@@ -18,9 +18,10 @@ from gossamer._checks import (
 from gossamer.ops._composed_experts import composed_expert_mlp
 from gossamer.ops._overwrite import may_overwrite
 from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._weights import as_weight
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, empty_gradients, expert_mlp_lora
-from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_experts import quantized_expert_mlp
 
 _ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
@@ -274,9 +275,9 @@ def expert_mlp(
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")
     h = x.shape[1]
-    check_weight("down", down, (e, h, None), "(E, H, I)")
+    down_operand = as_weight("down", down, (e, h, None), "(E, H, I)")
     wide = activation.halves * down.shape[2]
-    check_weight("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
+    gate_up_operand = as_weight("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
     check_tensor("weights", weights)
     check_shape("weights", weights, (t, k), "(T, K)")
     if gate_up_bias is not None:
@@ -297,8 +298,8 @@ def expert_mlp(
         raise TypeError(f"weights must have the dtype of x, {x.dtype}, or torch.float32, got {weights.dtype}")
     check_same_device(
         x=x,
-        gate_up=stored_tensor(gate_up),
-        down=stored_tensor(down),
+        gate_up=gate_up_operand.data,
+        down=down_operand.data,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         weights=weights,

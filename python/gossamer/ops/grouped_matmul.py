@@ -11,9 +11,10 @@ from gossamer._autocast import autocast
 from gossamer._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer._layout import stored_transposed
 from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._weights import as_weight
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.gather_reduce import sum_slots
-from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight, check_weight, stored_tensor
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_experts import quantized_grouped_matmul
 
 
@@ -189,7 +190,7 @@ def grouped_matmul(
     check_dispatch(dispatch)
     backend = _backend.resolve("grouped_matmul", x)
     e = dispatch.num_experts
-    check_weight("weight", weight, (e, None, None), "(E, N, C)")
+    operand = as_weight("weight", weight, (e, None, None), "(E, N, C)")
     n, c = weight.shape[1:]
     x_rows, symbols = (dispatch.num_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
     check_shape("x", x, (x_rows, c), symbols)
@@ -200,7 +201,7 @@ def grouped_matmul(
     check_float("x", x, backend)
     _backend.check_served("grouped_matmul", backend, x, quantized)
     check_same_dtype(x=x, weight=dense, bias=bias)
-    check_same_device(x=x, weight=stored_tensor(weight), bias=bias, dispatch=dispatch.slots)
+    check_same_device(x=x, weight=operand.data, bias=bias, dispatch=dispatch.slots)
     if backend == "reference":
         weight = weight if quantized else dense
         return grouped_matmul_reference(x, weight, dispatch, bias=bias, x_grouped=x_grouped, y_grouped=y_grouped)

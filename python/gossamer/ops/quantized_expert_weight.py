@@ -8,17 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from gossamer._checks import check_float, check_shape, check_tensor
+from gossamer.ops._weights import BLOCK, E2M1, E8M0_BIAS, E8M0_NAN, INT4_GROUPS, INT4_ZERO, MX_GROUP, Weight
 
 FP8 = torch.float8_e4m3fn
-# Rows and columns that share a scale in "fp8_block", as in DeepSeek-V3.
-BLOCK = 128
-MX_GROUP = 32
-INT4_GROUPS = (32, 64, 128)
-INT4_ZERO = 8
-# The 16 values of e2m1 by code: sign, two bits of exponent, one of mantissa.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-E8M0_BIAS = 127
-E8M0_NAN = 255
 
 # Format -> (dtype of the data, values in one byte).
 FORMATS: dict[str, tuple[torch.dtype, int]] = {
@@ -120,7 +112,7 @@ class QuantizedExpertWeight:
     @property
     def group_size(self) -> int:
         """Columns that share a scale; C where a row has one scale."""
-        return group_size(self.data, self.scale, self.format)
+        return self.operand().group_size
 
     @property
     def device(self) -> torch.device:
@@ -132,9 +124,13 @@ class QuantizedExpertWeight:
         """Bytes of codes and scales."""
         return self.data.nbytes + self.scale.nbytes
 
+    def operand(self) -> Weight:
+        """The stack as the record that operators take."""
+        return Weight(self.data, self.format, self.scale)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The stack ``(E, N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return dequantize(self.data, self.scale, self.format).to(dtype)
+        return self.operand().dequantize(dtype)
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP) -> QuantizedExpertWeight:
@@ -237,67 +233,6 @@ def concatenate(parts: Sequence[QuantizedExpertWeight]) -> QuantizedExpertWeight
         )
     data = torch.cat([part.data.view(torch.uint8) for part in parts], dim=1).view(first.data.dtype)
     return QuantizedExpertWeight(data, torch.cat([part.scale for part in parts], dim=1), first.format)
-
-
-def check_weight(
-    name: str, weight: torch.Tensor | QuantizedExpertWeight, expected: tuple[int | None, ...], symbols: str
-) -> None:
-    """``weight`` must be a tensor or quantised stack of that shape; a quantised one must not ask for a gradient."""
-    if not isinstance(weight, QuantizedExpertWeight):
-        check_shape(name, weight, expected, symbols)
-        return
-    if any(wanted is not None and size != wanted for size, wanted in zip(weight.shape, expected, strict=True)):
-        words = ", ".join("any" if wanted is None else str(wanted) for wanted in expected)
-        raise ValueError(f"{name} must have shape {symbols} = ({words}), got {weight.shape}")
-    if torch.is_grad_enabled():
-        for part, tensor in (("data", weight.data), ("scale", weight.scale)):
-            if tensor.requires_grad:
-                raise ValueError(f"{name} is quantised and frozen, but {name}.{part} requires a gradient")
-
-
-def stored_tensor(weight: torch.Tensor | QuantizedExpertWeight) -> torch.Tensor:
-    """The tensor that says where a weight lies."""
-    return weight.data if isinstance(weight, QuantizedExpertWeight) else weight
-
-
-def group_size(data: torch.Tensor, scale: torch.Tensor, weight_format: str) -> int:
-    """Columns that share a scale; C where a row has one scale."""
-    if weight_format == "fp8_block":
-        return BLOCK
-    if weight_format == "mxfp4":
-        return MX_GROUP
-    if weight_format == "int4":
-        return data.shape[2] * 2 // scale.shape[2] if scale.numel() else INT4_GROUPS[0]
-    return data.shape[2]
-
-
-def _unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Codes ``(..., C)`` int32 from bytes ``(..., C/2)``."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()
-
-
-def _e8m0(scale: torch.Tensor) -> torch.Tensor:
-    """Powers of two in float32: the byte is the exponent's; 2⁻¹²⁷ is below the normal numbers, and 255 NaN."""
-    power = (scale.int() << 23).view(torch.float32)
-    return torch.where(scale == 0, 2.0**-E8M0_BIAS, torch.where(scale == E8M0_NAN, torch.nan, power))
-
-
-def dequantize(data: torch.Tensor, scale: torch.Tensor, weight_format: str) -> torch.Tensor:
-    """A stack ``(E, N, C)`` in float32 from the parts of :class:`QuantizedExpertWeight`."""
-    if weight_format in ("fp8", "int8"):
-        return data.float() * scale.float().unsqueeze(2)
-    if weight_format == "fp8_block":
-        _, n, c = data.shape
-        rows = scale.float().repeat_interleave(BLOCK, dim=1)[:, :n]
-        return data.float() * rows.repeat_interleave(BLOCK, dim=2)[..., :c]
-    codes = _unpack(data)
-    if weight_format == "int4":
-        values, factor = (codes - INT4_ZERO).float(), scale.float()
-    else:
-        values, factor = torch.tensor(E2M1, device=data.device)[codes], _e8m0(scale)
-    if not values.numel():
-        return values
-    return values * factor.repeat_interleave(group_size(data, scale, weight_format), dim=2)
 
 
 def _divided(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer._checks import check_float, check_shape, check_tensor
+from gossamer._checks import check_float, check_positive, check_same_device, check_shape, check_tensor
+from gossamer.ops._weights import Blocks, Weight
 
 FP8 = torch.float8_e4m3fn
 # The 16 values of NF4 (Dettmers et al., 2023): quantiles of a normal distribution, scaled to [−1, 1], with a zero.
@@ -89,6 +90,8 @@ class NF4Weight:
     format = "nf4"
 
     def __post_init__(self) -> None:
+        sizes = {"block_size": self.block_size, "nested_block_size": self.nested_block_size}
+        check_positive(**{f"NF4Weight.{name}": size for name, size in sizes.items()})
         n, c = self.shape
         blocks = -(-n * c // self.block_size)
         for name, tensor, dtype, count in (
@@ -126,14 +129,21 @@ class NF4Weight:
         """``block_size`` and ``nested_block_size``."""
         return [self.block_size, self.nested_block_size]
 
+    def operand(self) -> Weight:
+        """The weight as the record that operators take."""
+        nested = self.nested_absmax, self.nested_code, self.offset
+        blocks = Blocks(self.code, *nested, self.block_size, self.nested_block_size, *self.shape)
+        return Weight(self.packed, "nf4", self.absmax, blocks)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return dequantize(self.data, self.state, self.format, *self.shape, self.block_sizes).to(dtype)
+        return self.operand().dequantize(dtype)
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, *, block_size: int = 64, double: bool = True) -> NF4Weight:
         """Quantise ``weight (N, C)`` float, with the scales in 8 bits too when ``double``."""
         _check_weight(weight)
+        check_positive(block_size=block_size)
         blocks, absmax = _blockwise(weight.detach().float().reshape(-1), block_size)
         code = _nf4_code().to(weight.device)
         index = _nearest(_scaled(blocks, absmax), code).to(torch.uint8).reshape(-1)[: weight.numel()]
@@ -171,6 +181,7 @@ class Int8Weight:
             raise TypeError(
                 f"Int8Weight must hold int8 values and float32 absmax, got {self.values.dtype} and {self.absmax.dtype}"
             )
+        check_same_device(**{"Int8Weight.values": self.values, "Int8Weight.absmax": self.absmax})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -192,9 +203,13 @@ class Int8Weight:
         """None."""
         return []
 
+    def operand(self) -> Weight:
+        """The weight as the record that operators take."""
+        return Weight(self.values, "int8_absmax", self.absmax)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return dequantize(self.data, self.state, self.format, *self.shape, []).to(dtype)
+        return self.operand().dequantize(dtype)
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Int8Weight:
@@ -233,6 +248,7 @@ class Float8Weight:
                 f"Float8Weight must hold {FP8} values and a float32 scale, got {self.values.dtype} and "
                 f"{self.scale.dtype}"
             )
+        check_same_device(**{"Float8Weight.values": self.values, "Float8Weight.scale": self.scale})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -254,9 +270,13 @@ class Float8Weight:
         """None."""
         return []
 
+    def operand(self) -> Weight:
+        """The weight as the record that operators take."""
+        return Weight(self.values, "fp8", self.scale)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return dequantize(self.data, self.state, self.format, *self.shape, []).to(dtype)
+        return self.operand().dequantize(dtype)
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, *, per_row: bool = True) -> Float8Weight:
@@ -291,23 +311,3 @@ def _blockwise(flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch
         flat = torch.cat([flat, flat.new_zeros(padding)])
     blocks = flat.view(-1, block_size)
     return blocks, blocks.abs().amax(dim=1)
-
-
-def dequantize(
-    data: torch.Tensor, state: list[torch.Tensor], weight_format: str, n: int, c: int, block_sizes: list[int]
-) -> torch.Tensor:
-    """A weight ``(N, C)`` in float32 from the parts of one of the classes above."""
-    if weight_format == "int8":
-        return data.float() * (state[0] * (1.0 / 127.0)).unsqueeze(1)
-    if weight_format == "fp8":
-        return data.float() * state[0].unsqueeze(1)
-    code, absmax, *nested = state
-    block_size, nested_block_size = block_sizes
-    if nested:
-        nested_absmax, nested_code, offset = nested
-        coarse = nested_absmax.repeat_interleave(nested_block_size)[: absmax.numel()]
-        absmax = nested_code[absmax.reshape(-1).int()] * coarse + offset.reshape(1)
-    packed = data.reshape(-1)
-    index = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: n * c]
-    scale = absmax.reshape(-1).repeat_interleave(block_size)[: n * c]
-    return (code[index.int()] * scale).view(n, c)

@@ -1,0 +1,203 @@
+"""One operand for every weight of a product: dense or quantised, with or without a low-rank update beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from gossamer._checks import check_shape
+
+# Rows and columns that share a scale in "fp8_block", as in DeepSeek-V3.
+BLOCK = 128
+MX_GROUP = 32
+INT4_GROUPS = (32, 64, 128)
+INT4_ZERO = 8
+# The 16 values of e2m1 by code: sign, two bits of exponent, one of mantissa.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E8M0_BIAS = 127
+E8M0_NAN = 255
+
+# Values in a byte, where that is not one.
+_PER_BYTE = {"int4": 2, "mxfp4": 2}
+
+
+class Blocks(NamedTuple):
+    """What decodes the blocks of an ``nf4`` weight; see :class:`gossamer.NF4Weight`.
+
+    Attributes:
+        code: ``(16,)`` float32.
+        nested_absmax: ``(⌈blocks/nested_block_size⌉,)`` float32 where the scales are quantised too, as the next two.
+        nested_code: ``(256,)`` float32.
+        offset: one float32.
+        block_size: elements that share a scale.
+        nested_block_size: scales that share a nested scale.
+        rows: N, which the packed values do not show.
+        columns: C.
+    """
+
+    code: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    block_size: int = 0
+    nested_block_size: int = 0
+    rows: int = 0
+    columns: int = 0
+
+
+NO_BLOCKS = Blocks()
+
+
+class Weight(NamedTuple):
+    """A weight ``(N, C)``, or a stack ``(E, N, C)``, whatever it is stored as: ``decode(data) + factor·b·a``.
+
+    Attributes:
+        data: the values, of any strides, where ``format`` is ``"dense"``; else the codes. None only in a backward pass
+            that does not read them.
+        format: ``"dense"``, a format of :class:`gossamer.QuantizedExpertWeight`, or of a matrix ``"nf4"``, ``"fp8"``
+            or ``"int8_absmax"`` (:class:`gossamer.Int8Weight`).
+        scale: of the codes; of ``"nf4"`` the absmax of its blocks.
+        blocks: more of what decodes ``"nf4"``.
+        a: ``(..., r, C)`` of the low-rank update, or None where there is none.
+        b: ``(..., N, r)``.
+        factor: of the update.
+    """
+
+    data: torch.Tensor | None
+    format: str = "dense"
+    scale: torch.Tensor | None = None
+    blocks: Blocks = NO_BLOCKS
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    factor: float = 1.0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether ``data`` holds codes."""
+        return self.format != "dense"
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values of a dense weight; None of a quantised one."""
+        return self.data if self.format == "dense" else None
+
+    @property
+    def kind(self) -> str:
+        """``"dense"`` or ``"quantized"``, with an update ``"dense + low rank"`` or ``"quantized + low rank"``."""
+        kind = "dense" if self.format == "dense" else "quantized"
+        return kind if self.a is None else f"{kind} + low rank"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, C)`` or ``(E, N, C)``."""
+        if self.format == "dense":
+            return self.data.shape
+        if self.format == "nf4":
+            return self.blocks.rows, self.blocks.columns
+        *leading, stored = self.data.shape
+        return *leading, stored * _PER_BYTE.get(self.format, 1)
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; C where a row has one scale."""
+        return group_size(self.data, self.scale, self.format)
+
+    def with_values(self, values: torch.Tensor | None) -> Weight:
+        """A dense weight with other values; a quantised one, whose ``values`` are None, as it is."""
+        return self if values is self.data or self.format != "dense" else self._replace(data=values)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """Its values without the update: those of a dense weight as they are, of codes rounded once to ``dtype``."""
+        return self.data if self.format == "dense" else DECODERS[self.format](self).to(dtype)
+
+
+def as_weight(name: str, weight: object, expected: tuple[int | None, ...], symbols: str) -> Weight:
+    """The operand of a tensor or a quantised weight of that shape; a quantised one must not ask for a gradient.
+
+    ``expected`` and ``symbols`` as those of :func:`gossamer._checks.check_shape`.
+    """
+    make = getattr(weight, "operand", None)
+    if make is None:
+        check_shape(name, weight, expected, symbols)
+        return Weight(weight)
+    if len(weight.shape) != len(expected) or any(
+        wanted is not None and size != wanted for size, wanted in zip(weight.shape, expected, strict=True)
+    ):
+        words = ", ".join("any" if wanted is None else str(wanted) for wanted in expected)
+        raise ValueError(f"{name} must have shape {symbols} = ({words}), got {tuple(weight.shape)}")
+    operand = make()
+    if torch.is_grad_enabled():
+        for part, tensor in (("data", operand.data), ("scale", operand.scale)):
+            if tensor.requires_grad:
+                raise ValueError(f"{name} is quantised and frozen, but {name}.{part} requires a gradient")
+    return operand
+
+
+def group_size(data: torch.Tensor, scale: torch.Tensor, weight_format: str) -> int:
+    """Columns of a stack that share a scale; C where a row has one scale."""
+    if weight_format == "fp8_block":
+        return BLOCK
+    if weight_format == "mxfp4":
+        return MX_GROUP
+    if weight_format == "int4":
+        return data.shape[2] * 2 // scale.shape[2] if scale.numel() else INT4_GROUPS[0]
+    return data.shape[2]
+
+
+def _by_row(weight: Weight) -> torch.Tensor:
+    return weight.data.float() * weight.scale.float().unsqueeze(-1)
+
+
+def _by_absmax(weight: Weight) -> torch.Tensor:
+    return weight.data.float() * (weight.scale * (1.0 / 127.0)).unsqueeze(-1)
+
+
+def _by_block(weight: Weight) -> torch.Tensor:
+    _, n, c = weight.data.shape
+    rows = weight.scale.float().repeat_interleave(BLOCK, dim=1)[:, :n]
+    return weight.data.float() * rows.repeat_interleave(BLOCK, dim=2)[..., :c]
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Codes ``(..., C)`` int32 from bytes ``(..., C/2)``, the even column in the low four bits."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()
+
+
+def _e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two in float32: the byte is the exponent's; 2⁻¹²⁷ is below the normal numbers, and 255 NaN."""
+    power = (scale.int() << 23).view(torch.float32)
+    return torch.where(scale == 0, 2.0**-E8M0_BIAS, torch.where(scale == E8M0_NAN, torch.nan, power))
+
+
+def _by_group(weight: Weight) -> torch.Tensor:
+    codes = _unpack(weight.data)
+    if weight.format == "int4":
+        values, factor = (codes - INT4_ZERO).float(), weight.scale.float()
+    else:
+        values, factor = torch.tensor(E2M1, device=codes.device)[codes], _e8m0(weight.scale)
+    return values * factor.repeat_interleave(weight.group_size, dim=2) if values.numel() else values
+
+
+def _nf4(weight: Weight) -> torch.Tensor:
+    blocks, absmax = weight.blocks, weight.scale
+    if blocks.nested_absmax is not None:
+        coarse = blocks.nested_absmax.repeat_interleave(blocks.nested_block_size)[: absmax.numel()]
+        absmax = blocks.nested_code[absmax.reshape(-1).int()] * coarse + blocks.offset.reshape(1)
+    packed = weight.data.reshape(-1)
+    index = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: blocks.rows * blocks.columns]
+    scale = absmax.reshape(-1).repeat_interleave(blocks.block_size)[: index.numel()]
+    return (blocks.code[index.int()] * scale).view(blocks.rows, blocks.columns)
+
+
+# Format -> the values in float32, in plain torch.
+DECODERS: dict[str, Callable[[Weight], torch.Tensor]] = {
+    "fp8": _by_row,
+    "int8": _by_row,
+    "int8_absmax": _by_absmax,
+    "fp8_block": _by_block,
+    "int4": _by_group,
+    "mxfp4": _by_group,
+    "nf4": _nf4,
+}
