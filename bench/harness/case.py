@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "both")
 SKEWS = ("uniform", "zipf", "one")
-# A call with next to no work: what is left of its time is the host's.
+# Sizes for measuring host latency: with almost no work, the time of a call is the host's.
 HOST_SIZE = 16
 
 OURS, DENSE, REFERENCE, PEER = "ours", "dense", "reference", "peer"
@@ -56,7 +56,7 @@ class Variant:
     package: str = "gossamer"
 
     def call(self, direction: str) -> Outputs:
-        """Run forward, without recording a graph, or forward and backward; the outputs by name, as they come."""
+        """Run forward without recording a graph, or forward and backward; return the outputs by name."""
         if direction == "forward":
             with torch.no_grad():
                 return _named(self.forward())
@@ -65,17 +65,17 @@ class Variant:
         return {"y": y.detach(), **dict(zip(self.leaves, grads, strict=True))}
 
     def backward(self, y: torch.Tensor) -> Sequence[torch.Tensor]:
-        """From the result of :attr:`forward`, the gradients in the order of ``leaves``."""
+        """Return the gradients of the result of :attr:`forward`, in the order of ``leaves``."""
         return torch.autograd.grad(y, list(self.leaves.values()), self.dy)
 
     def bare(self, direction: str) -> Callable[[], object]:
-        """What is timed: the work of :meth:`call` without its bookkeeping; forward alone wants ``torch.no_grad``."""
+        """Return what is timed: :meth:`call` without its bookkeeping. Forward alone needs ``torch.no_grad``."""
         if direction == "forward":
             return self.forward
         return lambda: self.backward(self.forward())
 
     def outputs(self, direction: str) -> Outputs:
-        """The outputs of :meth:`call` in the layout of the truth."""
+        """Return the outputs of :meth:`call` in the layout of the truth."""
         return self.layout(self.call(direction))
 
 
@@ -85,7 +85,7 @@ def _named(result: torch.Tensor | tuple[torch.Tensor, ...]) -> Outputs:
     return {f"y{i}": value for i, value in enumerate(result)}
 
 
-# An error so many times the baseline's is no luck.
+# Errors above this multiple of the baseline's cannot be rounding noise.
 WILD = 3
 
 
@@ -126,7 +126,7 @@ class FloatGate:
     picks: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
 
     def __call__(self, outputs: Outputs) -> Verdict:
-        """Judge every output of the truth; the variant may have others."""
+        """Judge every output of the truth; other outputs of the variant are ignored."""
         error, failures, narrow = 0.0, [], set()
         for name, truth in self.truth.items():
             part = self.picks.get(name, _same)(outputs[name])
@@ -144,7 +144,7 @@ class FloatGate:
 
 @dataclass(frozen=True)
 class ExactGate:
-    """Integer outputs, which are right or wrong."""
+    """The gate of integer outputs, which must be equal."""
 
     truth: Mapping[str, torch.Tensor]
 

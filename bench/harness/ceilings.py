@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run: a large matrix product in each dtype, a copy, and a read."""
+"""The machine's ceilings, measured in the same run: a large matrix product in each dtype, a copy, and a read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from gossamer.bench.harness.timing import SETTLE_LIMIT, clock, settle
 GEMM_SIZES = {"cuda": (8192,), "cpu": (256, 512, 1024, 2048)}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 SAMPLES = {"cuda": 20, "cpu": 7}
-# Two samples of a product as long as this, in seconds, tell its rate: some processors take a minute for the largest in
-# bfloat16.
+# A product of this many seconds needs only two samples: some processors take a minute for the largest in bfloat16.
 LONG = 0.2
 
 
@@ -46,7 +45,7 @@ class Ceilings:
         return Ceilings(gemm, max(self.copy, other.copy), self.read and max(self.read, other.read), slow_gemm)
 
     def torch_seconds(self, case: Case) -> float:
-        """What torch's products take for the case's FLOPs; those of a backward pass meet weights stored either way."""
+        """The time of torch's products for the case's FLOPs; a backward pass has weights stored either way."""
         if not case.flops:
             return 0.0
         fast = self.gemm[case.dtype]

@@ -14,7 +14,7 @@ from gossamer.bench.harness.flatten import floats, synchronise, tensors
 from gossamer.bench.harness.profile import medians, module_subject
 from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
 
-# Draws of the baseline's error: one draw of a few rounding errors is luck.
+# Draws of the baseline's error: a single draw of a few rounding errors says little.
 DRAWS = 8
 TIMING_BUDGET = 3.0
 
@@ -60,7 +60,7 @@ class CheckSpeed:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What :func:`gossamer.check` found; ``print`` it.
+    """The findings of :func:`gossamer.check`; ``print`` shows them.
 
     Attributes:
         title: one line that names both.
@@ -104,7 +104,7 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Call:
-    """How both are called: positional and keyword arguments, and whether gradients are taken."""
+    """The call of both modules: positional and keyword arguments, and whether gradients are taken."""
 
     inputs: Sequence[object]
     kwargs: Mapping[str, object]
@@ -126,14 +126,14 @@ class _Call:
         return _Call(apply(tuple(self.inputs)), apply(dict(self.kwargs)), self.backward, self.seed)
 
     def leaves(self) -> tuple[_Call, dict[str, torch.Tensor]]:
-        """The same call on leaves of its own, and those whose gradients are taken."""
+        """Return the same call on fresh leaves, and the leaves whose gradients are taken."""
         fresh = self.mapped(lambda t: t.detach().clone().requires_grad_(self.backward))
         given = floats(fresh.inputs) | floats(fresh.kwargs)
         return fresh, given if self.backward else {}
 
 
 def _drawn(shape: torch.Size, name: str, seed: int, like: torch.Tensor) -> torch.Tensor:
-    """The output gradient: the same numbers for every dtype and module."""
+    """Return the output gradient, with the same numbers for every dtype and module."""
     generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
     return torch.randn(shape, generator=generator).to(like.device)
 
@@ -192,7 +192,7 @@ def _row(
     if value is None and base is None:
         return None
     if value is None or base is None:
-        # No gradient and a gradient of zeros say the same.
+        # No gradient and a gradient of zeros are equivalent.
         there = value if base is None else base
         if not kind.endswith("gradient") or bool(there.any()):
             return CheckRow(
@@ -224,7 +224,7 @@ def _row(
 def _rows(actual: Mapping, baseline: Mapping, truth: Mapping, bounds: Mapping) -> list[CheckRow]:
     rows = []
     for kind in baseline:
-        # What only one of the two has of parameters is listed apart: a replacement may store its weights otherwise.
+        # Parameters that only one of the two has are listed apart: a replacement may store its weights differently.
         either = dict.fromkeys([*baseline[kind], *actual[kind]])
         names = [n for n in either if kind != PARAMETER_GRADIENT or (n in baseline[kind] and n in actual[kind])]
         for name in names:
@@ -251,7 +251,7 @@ def _same_bits(first: Mapping[str, dict], second: Mapping[str, dict]) -> bool:
 
 
 def _in_float64(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy in float64, experts of transformers as a plain loop: torch's grouped product has no float64."""
+    """Copy a module to float64, with transformers experts as a plain loop: torch's grouped product has no float64."""
     wide = copy.deepcopy(module).double()
     for part in wide.modules():
         config = part.__dict__.get("config")
@@ -321,7 +321,7 @@ def check(
         dtype_of = {name: value.dtype for name, value in floats(baseline[RESULT]).items()}
 
         def run_truth(changed: _Call) -> dict[str, dict]:
-            # Our own kernels, where the original has them, must not be their own judge.
+            # Gossamer's kernels in the original must not be checked against themselves.
             with gossamer.backend("reference"):
                 return _run(wide, changed.mapped(torch.Tensor.double), dtype_of)
 

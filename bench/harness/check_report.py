@@ -14,9 +14,9 @@ from gossamer.bench.harness.check import PARAMETER_GRADIENT, CheckReport, CheckR
 from gossamer.bench.harness.profile_report import WIDTH
 from gossamer.bench.harness.text import digits, named_table
 
-# A model has hundreds of parameters: those that are right are shown up to here, the largest errors first.
+# A model has hundreds of parameters: at most this many correct ones are shown, largest errors first.
 MOST_PARAMETERS = 16
-# Characters of a tensor's name in one line.
+# Width of a tensor's name in characters.
 MOST_NAME = 40
 
 

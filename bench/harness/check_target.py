@@ -1,4 +1,4 @@
-"""What ``gossamer check`` is asked to check: a module by its import path or its Hugging Face name, and its inputs."""
+"""Targets of ``gossamer check``: a module by its import path or its Hugging Face name, and its inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from gossamer.bench.harness.case import DTYPES
 
 INPUT_DTYPES = {**DTYPES, "fp64": torch.float64, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
-# Shape of the token ids that a language model is given where no input is.
+# Shape of the token ids for a language model without a given input.
 TOKEN_SHAPE = (2, 32)
 
 
@@ -168,7 +168,7 @@ def load_hugging_face(
         torch.manual_seed(0)
         return build().to(device=device, dtype=dtype)
     except Exception as error:
-        # A config that does not fit together shows as anything while the model is built.
+        # An inconsistent config can raise any exception while the model is built.
         raise ValueError(f"MODULE {name!r}: {error}") from error
 
 
@@ -210,7 +210,7 @@ def load_inputs(path: Path, device: torch.device) -> tuple[tuple[torch.Tensor, .
     try:
         found = load_file(str(path), device=str(device))
     except Exception as error:
-        # safetensors raises errors of its own beside those of the system.
+        # safetensors raises its own errors in addition to the system's.
         raise ValueError(f"--inputs {path}: {error}") from None
     positional = sorted((name for name in found if name.isdecimal()), key=int)
     return tuple(found[name] for name in positional), {k: v for k, v in found.items() if not k.isdecimal()}
@@ -259,7 +259,7 @@ def gather(
         made = load_module(module).to(device=device, dtype=dtype)
     else:
         made = load_hugging_face(module, settings(config), dtype or torch.float32, device)
-        # A cache of keys and values is no result to compare.
+        # A cache of keys and values is not a result to compare.
         kwargs["use_cache"] = False
     made.train(train)
     other = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gossamer.bench.harness.record import Results
 
-# A change of the median that shows nothing unless it passes this, even where the spreads do not meet.
+# Changes of the median up to this share count as no change, even if the spreads do not overlap.
 NOISE = 0.02
 
 
@@ -60,7 +60,7 @@ def load(path: Path) -> dict:
 
 
 def _is_run(found: object) -> bool:
-    """Whether what was read has all that a comparison looks at."""
+    """Return whether a stored run has every field that a comparison reads."""
     if not isinstance(found, dict) or found.get("schema") != 1 or not isinstance(found.get("environment"), dict):
         return False
     try:
@@ -96,7 +96,7 @@ def changes(then: dict, now: dict) -> list[Change]:
 
 
 def differences(then: dict, now: dict) -> list[str]:
-    """What the two runs were measured on that is not the same: device, threads, versions."""
+    """Return the differences between the two runs' device, threads and versions."""
     before, after = then["environment"], now["environment"]
     found = [
         f"{name}: {before.get(name)} then, {after.get(name)} now"
@@ -117,7 +117,7 @@ def differences(then: dict, now: dict) -> list[str]:
 
 
 def too_slow(results: Results, ratio: float) -> list[str]:
-    """The cases in which our speed is below ``ratio`` times the dense baseline's, or that have no such ratio."""
+    """Return the cases in which our speed is below ``ratio`` times the dense baseline's, or has no ratio."""
     found = [f"not measured: {line}" for line in results.left_out]
     for result in results.cases:
         speed = result.speed_of_dense

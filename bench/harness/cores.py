@@ -1,4 +1,4 @@
-"""How far apart the cores are that run a benchmark's threads, and a way to bring them together."""
+"""The distance between the cores that run a benchmark's threads, and a way to bring them together."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 
 from gossamer import _backend
 
-# Cores are near each other where a cache line takes at most so many times as long between them as it did at best.
+# Cores count as near when a cache line takes at most this multiple of the best time seen to travel between them.
 NEAR = 2.5
-# Seconds of a nap.
+# Seconds of one sleep.
 NAP = 0.02
-# Naps that look for the least distance.
+# Sleeps while searching for the least distance.
 LOOKS = 25
 
 
 class Cores:
-    """The distance of the cores that run torch's threads, measured now and again.
+    """The distance of the cores that run torch's threads, measured repeatedly.
 
-    A host that moves its guests about, or a system that moves its threads, may have two threads on cores that share no
-    cache for seconds at a time, and some calls then take half as long again while others do not notice. Busy threads
-    stay where they are; those that wake up are given cores anew.
+    A hypervisor that moves its guests, or a scheduler that moves threads, can leave two threads on cores that share no
+    cache for seconds at a time. Calls whose threads share data then take half as long again; others are unaffected.
+    Busy threads stay where they are, and threads that wake up are placed anew.
 
     Args:
-        measure: the distance of now, in any unit; 0 where it is not known.
+        measure: returns the present distance in any unit; 0 if unknown.
 
     Attributes:
         least: the least distance so far.
@@ -38,7 +38,7 @@ class Cores:
 
     @classmethod
     def of(cls, device: torch.device) -> Cores:
-        """Those that calls on a device are timed on: what the host's threads cost each other is in no device's time."""
+        """Return the cores for timing on a device; on a GPU the host's threads do not matter."""
         if device.type != "cpu" or _backend.native_unavailable():
             return cls()
         from gossamer.cpu_kernels.core_distance import core_distance
@@ -46,24 +46,24 @@ class Cores:
         return cls(core_distance)
 
     def distance(self) -> float:
-        """The distance of now."""
+        """Return the present distance."""
         found = self._measure()
         self.least = min(self.least, found)
         return found
 
     def near(self, distance: float) -> bool:
-        """Whether that is a distance of cores that are near each other, as far as is known."""
+        """Return whether a distance is near the least one seen."""
         return distance <= NEAR * self.least
 
     def look(self) -> None:
-        """Find the least distance, for a first idea of it: half a second of naps, unless it is not known at all."""
+        """Look for the least distance for half a second, unless distances are unknown."""
         if self.distance() > 0:
             for _ in range(LOOKS):
                 time.sleep(NAP)
                 self.distance()
 
     def gather(self, seconds: float) -> float:
-        """Nap until the cores are near each other, for so many seconds at most; their distance then."""
+        """Sleep until the cores are near each other or ``seconds`` pass; return their distance."""
         found, end = self.distance(), time.perf_counter() + seconds
         while not self.near(found) and time.perf_counter() < end:
             time.sleep(NAP)

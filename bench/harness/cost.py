@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call must do; None where nobody knows.
+    """The least work of a call; None where unknown.
 
     Attributes:
         flops: floating-point operations.
@@ -70,11 +70,11 @@ def declared() -> dict[str, CostFunction]:
     return {op: function for module in modules for op, function in getattr(module, "COSTS", {}).items()}
 
 
-# Read only the rows that they are asked for: (argument with the ids), the result's size twice.
+# Operators that read only the rows they are asked for: they move the ids and the result's size twice.
 _GATHERS = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::take"}
-# Their result or what they write is touched only where the ids point.
+# Operators that touch their result, or what they write, only where the ids point.
 _SCATTERS = {"aten::index_add_": "source", "aten::index_put_": "values", "aten::_index_put_impl_": "values"}
-# Read a table at data-dependent places in a way that arguments do not tell.
+# Operators that read a table at data-dependent places that the arguments do not reveal.
 _OPAQUE = {"aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::_embedding_bag_dense_backward"}
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
@@ -109,7 +109,7 @@ def _grouped_mm_flops(named: Mapping[str, object]) -> float | None:
 
 
 def cost_of(func: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, object], result: object) -> Cost:
-    """The cost of one call: declared for gossamer's operators, derived for torch's, unknown for anybody else's."""
+    """Return the cost of one call: declared for gossamer's operators, derived for torch's, unknown for others."""
     name = func._schema.name
     positional = (a.name for a in func._schema.arguments if not a.kwarg_only)
     named = dict(zip(positional, args, strict=False)) | dict(kwargs)
@@ -131,7 +131,7 @@ def _compute_dtype(values: object) -> torch.dtype | None:
 
 @dataclass
 class Called:
-    """The calls of one operator: how many, what they cost together, and the dtype they compute in."""
+    """The calls of one operator: their number, their total cost, and the dtype they compute in."""
 
     calls: int
     cost: Cost
@@ -139,7 +139,7 @@ class Called:
 
 
 class CostRecorder(TorchDispatchMode):
-    """Adds up what every operator called inside the block costs, those of a backward pass included.
+    """Sums the cost of every operator called inside the block, including a backward pass.
 
     Attributes:
         called: name of the operator -> its calls.

@@ -1,4 +1,4 @@
-"""Results as files: whether a place can be written, JSON, and CSV."""
+"""Results as files: checks that a path can be written, JSON, and CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VARIANT_COLUMNS = (
 
 
 def check_file(option: str, path: Path) -> None:
-    """Make sure that a file can be written, and leave what is there as it is.
+    """Make sure that a file can be written, without changing it.
 
     Raises:
         ValueError: it cannot.
@@ -48,7 +48,7 @@ def write_json(record: dict, path: Path) -> None:
 
 
 def write_csv(record: dict, path: Path) -> None:
-    """Write a line for each variant of each case, sizes in columns of their own."""
+    """Write a line for each variant of each case, with a column per size."""
     symbols = list(dict.fromkeys(symbol for case in record["cases"] for symbol in case["sizes"]))
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

@@ -25,6 +25,6 @@ def floats(value: object) -> dict[str, torch.Tensor]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what is queued on ``device``."""
+    """Wait until all work queued on ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The command line that has Nsight Compute look at one kernel of a layer."""
+"""The command line that profiles one kernel of a layer with Nsight Compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 from gossamer.bench.harness.case import Family
 
-# Calls before the one that is looked at: compilation, and clocks.
+# Calls before the profiled one, for compilation and clocks.
 WARM_UP = 3
 _PACKAGE = "gossamer.triton_kernels"
 
@@ -32,7 +32,7 @@ def triton_kernels(primitives: tuple[str, ...]) -> tuple[str, ...]:
     seen: dict[str, ModuleType] = {}
     for primitive in primitives:
         _modules(f"{_PACKAGE}.{primitive}", seen)
-    # A kernel is a @triton.jit function whose name ends so; one that is imported has its own module too.
+    # A kernel is a @triton.jit function with this suffix; an imported one is listed under its own module too.
     return tuple(
         sorted({k for m in seen.values() for k, v in vars(m).items() if k.endswith("_kernel") and hasattr(v, "fn")})
     )

@@ -41,7 +41,7 @@ class Peer:
 
     @property
     def slug(self) -> str:
-        """The name as ``--peers`` takes it."""
+        """The name that ``--peers`` takes."""
         return slug(self.name)
 
     def unavailable(self, device: torch.device, dtype: str) -> str | None:
@@ -64,7 +64,7 @@ def slug(name: str) -> str:
 
 
 def import_module(name: str, package: str) -> object:
-    """Import a module of someone else's distribution.
+    """Import a module of another distribution.
 
     Raises:
         Unavailable: it is not installed, or does not import.
@@ -72,7 +72,7 @@ def import_module(name: str, package: str) -> object:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        # Someone else's package may raise anything while it is imported, and the rest of the run does not need it.
+        # Another package may raise any exception at import, and the rest of the run does not need it.
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == name.split(".")[0]
         raise Unavailable(
             f"{package} is not installed" if missing else f"{package} does not import: {error}"

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from gossamer.bench.harness.case import DENSE, DIRECTIONS, OURS
 from gossamer.bench.harness.sweep import SKEW, position
 
-# Readable on white and on black. The ink and the grid are put in by name, so that a page can set them by its scheme.
+# Readable on white and on black. Ink and grid are placeholders, so that a page can set them by its colour scheme.
 OURS_COLOR, DENSE_COLOR = "#2f81f7", "#8b949e"
 OTHERS = ("#e3873c", "#2da44e", "#a371f7", "#d6568f", "#b58a1b", "#1b9aaa", "#c4432b", "#6e7bd9")
 INK, GRID = "#24292f", "#d9dee4"
@@ -68,7 +68,7 @@ def _timed(case: dict) -> list[dict]:
 def _legend(figure: Figure, axes: list[Axes], more: dict[str, Line2D] | None = None) -> None:
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     entries |= more or {}
-    # Inches of the longest label in a letter of 10 points, and of the line beside it.
+    # Width in inches of the longest label at 10 points, and of the line beside it.
     width = 0.6 + 0.09 * max(map(len, entries), default=0)
     columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
@@ -81,7 +81,7 @@ def _log(axis: Axes, *names: str) -> None:
         which = getattr(axis, f"{name}axis")
         which.set_major_formatter(FuncFormatter(_plain))
         low, high = sorted(getattr(axis, f"get_{name}lim")())
-        # Over a short range powers of ten are too few marks.
+        # Over a short range, powers of ten give too few ticks.
         which.set_minor_formatter(FuncFormatter(_plain) if high < 10 * low else NullFormatter())
 
 

@@ -1,4 +1,4 @@
-"""Where a layer's time and memory go: its kernels beside a reference implementation's."""
+"""Profiles of a layer's time and memory, beside a reference implementation's."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ PROFILE_BUDGET, TIMING_BUDGET = 1.5, 3.0
 MAX_CALLS = 20
 MIN_TURNS = 3
 
-# Gradients of a case that belong to activations: a training step updates the others.
+# Gradients that belong to activations; a training step updates the other leaves.
 ACTIVATIONS = ("dx", "dweights")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled: one way to compute a layer.
+    """A profiled subject: one way to compute a layer.
 
     Attributes:
         name: how tables call it.
@@ -140,7 +140,7 @@ class SubjectTime:
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """What :func:`gossamer.profile` found; ``print`` it.
+    """The findings of :func:`gossamer.profile`; ``print`` shows them.
 
     Attributes:
         title: one line that names what was profiled.
@@ -182,7 +182,7 @@ def _dtype_names(called: Mapping[tuple[str, str], Mapping[str, Called]]) -> list
 
 
 def _count(subject: Subject, phase_costs: dict[tuple[str, str], Mapping[str, Called]]) -> None:
-    """Run once under a recorder for each phase, so that an operator's calls in each are told apart."""
+    """Run once under a recorder per phase, so that an operator's calls are attributed to their phase."""
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -195,7 +195,7 @@ def _count(subject: Subject, phase_costs: dict[tuple[str, str], Mapping[str, Cal
 
 @contextlib.contextmanager
 def _stages(device: torch.device, into: dict[str, dict[str, tuple[float, int]]]) -> Iterator[None]:
-    """Add what native kernels record of their stages to ``into``."""
+    """Add the stages that native kernels recorded to ``into``."""
     if device.type != "cpu" or _backend.native_unavailable():
         yield
         return
@@ -211,7 +211,7 @@ def _stages(device: torch.device, into: dict[str, dict[str, tuple[float, int]]])
 
 
 def medians(calls: Mapping[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, float]:
-    """Median seconds by the wall clock, the device's work and the host's, of warmed-up calls that take turns."""
+    """Return median wall-clock seconds, host and device, of warmed-up calls that take turns."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget
     for turn in itertools.count():

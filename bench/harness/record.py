@@ -1,4 +1,4 @@
-"""What a run of benchmark cases found, and as plain values for JSON."""
+"""The results of a benchmark run, also as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gossamer.bench.harness.timing import (
 
 @dataclass(frozen=True)
 class Row:
-    """What was found about one variant.
+    """The result of one variant.
 
     Attributes:
         name: of the variant.
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def faulty(self) -> bool:
-        """Whether the run is to fail by it: wrong and no one else's, or ours and broken."""
+        """Whether this fails the run: a wrong result of gossamer or its baseline, or a failure of gossamer."""
         wrong = self.status == "wrong" and self.package == "gossamer"
         return wrong or (self.status == "failed" and self.role == OURS)
 
@@ -71,7 +71,7 @@ class Row:
         return ratio(*self._partners(other))
 
     def times_interval(self, other: Row) -> tuple[float, float]:
-        """What :meth:`times` would be with 90% confidence: see :func:`gossamer.bench.harness.timing.ratio_interval`."""
+        """The 90% confidence interval of :meth:`times`: see :func:`gossamer.bench.harness.timing.ratio_interval`."""
         return ratio_interval(*self._partners(other))
 
     def _partners(self, other: Row) -> tuple[Samples, Samples]:
@@ -87,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case without its tensors, what it was built from, and what was found.
+    """A case without its tensors, the request it was built from, and its results.
 
     Attributes:
         case: without variants and gates.
@@ -117,7 +117,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Results:
-    """All cases of a run, with what they were measured on, and in words which cases it left out."""
+    """All cases of a run, the machine they were measured on, and the cases that were left out and why."""
 
     environment: dict
     ceilings: Ceilings

@@ -23,12 +23,12 @@ from gossamer.bench.harness.sweep import position
 from gossamer.bench.harness.text import digits, named_table
 from gossamer.bench.harness.timing import IDLE, NEAR_ROUNDS, quantile
 
-# Characters of a name at least, beside numbers that are not cut.
+# Least width of a name; numbers are never cut.
 LEAST_NAME = 10
 
 
 def make_console() -> rich.console.Console:
-    """Standard output, wide enough for the table where it is no terminal."""
+    """Return standard output, wide enough for the table unless it is a terminal."""
     console = rich.console.Console(highlight=False)
     if console.is_terminal:
         return console
@@ -36,7 +36,7 @@ def make_console() -> rich.console.Console:
 
 
 class UntilClosed:
-    """A stream that whoever reads it may leave: what was measured is still to be written to files."""
+    """A stream whose reader may go away: the results still have to be written to files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: TextIO | None = stream
@@ -48,7 +48,7 @@ class UntilClosed:
             action(self._stream)
         except BrokenPipeError:
             self._stream = None
-            # Python flushes standard output once more at its end.
+            # Python flushes standard output once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def write(self, text: str) -> int:
@@ -62,7 +62,7 @@ class UntilClosed:
 
 
 def say(console: rich.console.Console, text: str, style: str | None = None) -> None:
-    """Print words: wrapped on a terminal, else a line each however long."""
+    """Print sentences: wrapped on a terminal, otherwise one line each."""
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
@@ -70,7 +70,7 @@ class Progress:
     """A status line: live on a terminal, under what ``console`` prints; else one line a case on standard error."""
 
     def __init__(self, console: rich.console.Console) -> None:
-        # Two consoles on one terminal would write over each other.
+        # Two consoles on one terminal would overwrite each other.
         shown = console if console.is_terminal else rich.console.Console(stderr=True)
         self._width = shown.width - 4
         self._stage = ""
@@ -90,7 +90,7 @@ class Progress:
             print(message, file=sys.stderr, flush=True)
 
     def __call__(self, message: str) -> None:
-        """Say what is going on within a case."""
+        """Show the current step within a case."""
         if self._status:
             number = self._stage.split(" ")[0] if self._stage.startswith("[") and message != self._stage else ""
             self._status.update(rich.markup.escape(f"{number} {message}".strip()[: self._width]))
@@ -120,7 +120,7 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
     ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
     columns = ("variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error")
-    # A narrow terminal has no room for all: what files hold besides is left to them.
+    # A narrow terminal shows fewer columns; files hold them all.
     shown = [i for i, column in enumerate(columns) if column not in _hidden(console.width)]
     table = named_table(*(columns[i] for i in shown), least=LEAST_NAME)
     for row in result.rows:
@@ -155,7 +155,7 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
 
 
 def _ceilings(result: CaseResult, ceilings: Ceilings) -> str:
-    """What this run measured the machine to do, and what that leaves the case."""
+    """Describe the ceilings measured in this run and the attainable time of the case."""
     case, gemm = result.case, ceilings.gemm.get(result.case.dtype)
     parts = [f"{gemm / 1e12:.3g} TFLOP/s for a large {case.dtype} product"] if gemm else []
     parts.append(f"{ceilings.copy / 1e9:.3g} GB/s for a copy")
@@ -179,7 +179,7 @@ def _cores(result: CaseResult) -> str:
 
 
 def _method(result: CaseResult) -> str:
-    """How the samples were taken."""
+    """Describe how the samples were taken."""
     by: dict[str, list[str]] = {}
     for row in result.rows:
         if row.seconds:

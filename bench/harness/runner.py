@@ -50,18 +50,17 @@ FAMILIES = (
     "expert_mlp_lora",
 )
 BUDGET = {"quick": 9.0, "full": 30.0}
-# A case, its checks included, takes at most so many times its budget for the sake of uncertain ratios: a quick run of
-# the layer, four cases, is to end within two minutes.
+# A case, including its checks, may exceed its budget by this factor while its ratios are uncertain. A quick run of the
+# layer, four cases, should end within two minutes.
 STRETCH = 2.8
-# Seconds for a call of torch's in a case whose dtype nobody named.
+# Longest call of torch, in seconds, for a case whose dtype was not requested.
 PATIENCE = {"quick": 1.5, "full": 10.0}
-# Draws of a case whose outputs a gate just does not let through, if it has so many bytes at most.
+# Draws of a case that narrowly fails a gate, if it has at most this many bytes.
 DRAWS, DRAWN_BYTES = 5, 64 << 20
-# Seconds that the cores have to come together before the ceilings are measured.
+# Seconds to wait for near cores before the ceilings are measured.
 GATHERING_SECONDS = 2.0
-# Cases on the CPU take turns as well, so many and while their memory allows it: the time of each is spread over so many
-# visits. A host that moves its guests about, or has other work, changes for seconds at a time what some calls cost and
-# others do not, and a case that was timed at one go would be measured in one such state.
+# On the CPU this many cases are interleaved, if their memory allows it, each spread over this many visits. Other load
+# on the host changes the cost of some calls for seconds at a time; a case timed in one go would see one such state.
 TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
 
 
@@ -173,7 +172,7 @@ def run(
         nonlocal ceilings
         _take_turns(waiting, until, stage, progress)
         if waiting and device.type == "cpu":
-            # A host may have given a core to another guest for all of the seconds that the first measurement took.
+            # Another guest may have used a core during the whole first measurement.
             stage("measuring the ceilings again")
             ceilings = ceilings.best(measure(device, ceilings.gemm))
         for checked in waiting:
@@ -205,13 +204,13 @@ def run(
             time_those_waiting(start + (done + 1) * STRETCH * budget)
             before = resident_bytes()
     time_those_waiting(start + len(wanted) * STRETCH * budget)
-    # The last ceilings are those of all cases.
+    # The last ceilings apply to all cases.
     results = [replace(result, floor=ceilings.floor_seconds(result.case)) for result in results]
     return Results(environment(), ceilings, results, sweep, tuple(left_out))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory for a tensor: on the CPU torch raises no class of its own."""
+    """Return whether an error reports exhausted memory; torch has no class for it on the CPU."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
@@ -245,12 +244,12 @@ def judge(case: Case, variant: Variant, gates: dict) -> Verdict | None:
 
 
 def grad_mode(direction: str) -> AbstractContextManager:
-    """The mode that :meth:`gossamer.bench.harness.case.Variant.bare` wants to be called in."""
+    """Return the context in which :meth:`gossamer.bench.harness.case.Variant.bare` must be called."""
     return torch.no_grad() if direction == "forward" else nullcontext()
 
 
 class _Checked:
-    """A case whose variants were checked, and are timed in one visit or several.
+    """A case whose variants have been checked and are timed in one or more visits.
 
     They are warmed up in the first: checks of other cases give memory back to the system.
     """
@@ -314,7 +313,7 @@ class _Checked:
 def _take_turns(
     cases: list[_Checked], until: float, stage: Callable[[str], None], progress: Callable[[str], None]
 ) -> None:
-    """Time cases that are there together, each in turn.
+    """Time several cases held in memory together, in turns.
 
     The performance counter is ``until`` when the rounds for uncertain ratios end; each visit of each case has its share
     of the time up to then.
@@ -330,7 +329,7 @@ def _take_turns(
 
 
 def _host_latency(chosen: Family, request: Request) -> dict[str, float]:
-    """Seconds of each variant's call at sizes with next to no work, on the CPU."""
+    """Return the seconds of each variant's call at sizes with almost no work, on the CPU."""
     sizes = chosen.host_sizes(request.sizes)
     if chosen.rule(sizes):
         return {}
@@ -343,7 +342,7 @@ def _host_latency(chosen: Family, request: Request) -> dict[str, float]:
                 call()
                 sample = timer.prepare(call).sample
             except Exception:
-                # Another system may not take sizes as small as these; its row then shows no host latency.
+                # Another system may refuse such small sizes; its row then shows no host latency.
                 continue
             settle(sample, SETTLE_LIMIT[case.device.type])
             found[variant.name] = quantile([sample() for _ in range(HOST_SAMPLES)], 0.5)

@@ -1,4 +1,4 @@
-"""Sweeps: cases that differ in one size, or in how ids are spread."""
+"""Sweeps: cases that differ in one size, or in the distribution of ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from gossamer.bench.harness.case import Family, Request
 
 SKEW = "skew"
-# Multiples of the shape's own size, where the command gives no values.
+# Multiples of the shape's size that are used when the command gives no values.
 FACTORS = (0.25, 0.5, 1, 2, 4)
 
 
@@ -75,5 +75,5 @@ def expand(sweep: Sweep, requests: list[Request]) -> list[Request]:
 
 
 def position(sweep: dict, case: dict) -> int | str:
-    """Where a case of a stored run stands in its sweep."""
+    """Return the position of a stored case in its sweep."""
     return case["skew"] if sweep["symbol"] == SKEW else case["sizes"][sweep["symbol"]]

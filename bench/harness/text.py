@@ -7,7 +7,7 @@ import rich.table
 
 
 def named_table(*columns: str, least: int | None = None, most: int | None = None) -> rich.table.Table:
-    """A table whose first column holds names, of so many characters in a line, and the others numbers.
+    """A table with names of at most a given width in its first column and numbers in the others.
 
     Long names go on below, so that a narrow terminal cuts no number.
     """

@@ -17,27 +17,27 @@ from gossamer.bench.harness.cores import Cores
 
 Call = Callable[[], object]
 
-# Samples of a call: at least MIN_ROUNDS, and up to ROUNDS while they take no longer than ROUNDS_SECONDS together and
-# the ratio is uncertain: an interval wider than PRECISE, or of fewer than ENOUGH_ROUNDS. The interval of the few quiet
-# ones among so few is their whole range, so that they are seldom near each other by luck.
+# Samples of a call: at least MIN_ROUNDS. While the ratio is uncertain (an interval wider than PRECISE, or fewer than
+# ENOUGH_ROUNDS quiet rounds) sampling continues up to ROUNDS samples or ROUNDS_SECONDS. With so few quiet rounds the
+# interval is their whole range, which is rarely narrow by chance.
 MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 30, 12.0, 500
 ENOUGH_ROUNDS, PRECISE = 7, 1.03
-# Samples in a round of a call that takes less than a third of those it is compared with.
+# Samples per round of a call that takes less than a third of the time of those it is compared with.
 SHORT_SAMPLES = 3
-# The rounds in which the cores are near each other make a ratio if there are so many.
+# Ratios use only rounds with near cores if there are at least this many.
 NEAR_ROUNDS = 5
-# The share of the rounds, the quietest for its two calls, that make a ratio, and how many at least.
+# A ratio uses this share of the rounds, the quietest for its two calls, and at least this many.
 QUIET_SHARE, QUIET_ROUNDS = 0.2, 5
-# A machine on which calls' median samples are longer than their shortest by no more than this share is idle.
+# The machine counts as idle if median samples exceed the shortest ones by at most this share.
 IDLE = 0.05
-# Seconds that may go by, beside the budget and as a share of it, while the cores are brought together.
+# Time to wait for near cores, as a share of the budget and in addition to it.
 GATHERING_SHARE = 0.4
-# Calls shorter than this, in seconds, find the caches as others left them after a pause, and are called once before.
+# Calls shorter than this, in seconds, are called once before a sample, since a pause leaves the caches cold.
 BRIEF_CALL = 0.01
-# The share of the time that goes to the calls whose ratio counts.
+# Share of the time for the calls whose ratio matters.
 COMPARED_SHARE = 0.5
 HOST_SAMPLES = 9
-# A sample on the CPU is at least this long: a shorter call is repeated in it.
+# Least seconds of a sample on the CPU; a shorter call is repeated within it.
 CPU_SAMPLE = 1e-4
 # Medians of this many samples are compared to see whether the machine has settled.
 SETTLE_WINDOW, SETTLE_TOLERANCE = 5, 0.02
@@ -46,7 +46,7 @@ SETTLE_LIMIT = {"cuda": 1.0, "cpu": 0.1}
 
 @dataclass(frozen=True)
 class Timed:
-    """A call made ready for timing.
+    """A call prepared for timing.
 
     Attributes:
         method: ``"wall clock"``, ``"events"`` or ``"graph replay"``; ``"events, host included"`` where the host is
@@ -63,7 +63,7 @@ class Timed:
 
 
 class CpuClock:
-    """Wall-clock time by the monotonic performance counter, less what the counting itself costs."""
+    """Wall-clock time by the monotonic performance counter, less its own cost."""
 
     def __init__(self) -> None:
         self._empty = 0.0
@@ -88,7 +88,7 @@ def _nothing() -> None:
 
 
 def launch_bound(host: float, device: float) -> bool:
-    """Whether the device may have waited for the host, so that the time between two events is not the device's own."""
+    """Return whether the device may have waited for the host, so that events measure both."""
     return host > 0.5 * device
 
 
@@ -155,7 +155,7 @@ class CudaClock:
             with torch.cuda.graph(graph, stream=stream):
                 call()
         except RuntimeError:
-            # What cannot be captured for another reason than a wait. A capture that fails to end leaves its stream.
+            # The call cannot be captured for a reason other than a wait. A capture that fails to end leaves its stream.
             torch.cuda.set_stream(before)
             torch.cuda.synchronize(self._device)
             return None
@@ -265,7 +265,7 @@ class Turns:
             self._round += 1
 
     def _gather(self, distance: float, share: float) -> float:
-        """The distance at which a sample begins, after what time there is to bring the cores together."""
+        """Wait for near cores while time is left; return their distance."""
         left = share * self._gathering - self._gathered
         if self._cores.near(distance) or left <= 0:
             return distance
@@ -276,7 +276,7 @@ class Turns:
         return distance
 
     def _warm(self, name: str) -> None:
-        """Call one once that is short and finds the caches cold after a pause."""
+        """Call a short call once before its sample, to warm the caches after a pause."""
         if name in self._paused and next(reversed(self.samples[name].values()), math.inf) < BRIEF_CALL:
             self._samplers[name]()
         self._paused.discard(name)
@@ -290,7 +290,7 @@ class Turns:
         return SHORT_SAMPLES if SHORT_SAMPLES * before[0] < max(before[1:], default=0.0) < math.inf else 1
 
     def near(self, name: str) -> list[bool]:
-        """Of each sample of a call, whether the cores were near each other."""
+        """Return for each sample of a call whether the cores were near each other."""
         return [self._cores.near(distance) for distance in self.distances[name].values()]
 
     def _wants_more(self, group: list[str], seconds: float, share: float) -> bool:
@@ -302,7 +302,7 @@ class Turns:
             return False
         if group == self._compared:
             return any(self._has_room(other, share) and not self._precise(other) for other, _ in self._groups)
-        # A sample says nothing about a ratio in a round in which those compared sit out.
+        # A sample tells nothing about a ratio in a round in which the compared calls did not run.
         partners = [each for each in self._groups if each[0] == self._compared]
         stay = all(self._has_room(names, share) or self._is_owed(names, budget, share) for names, budget in partners)
         return stay and not self._precise(group)
@@ -341,12 +341,12 @@ class Turns:
 
 
 def _quiet_share(rounds: int) -> int:
-    """How many of so many rounds are the quiet ones."""
+    """Return how many of ``rounds`` count as quiet."""
     return max(QUIET_ROUNDS, math.ceil(QUIET_SHARE * rounds))
 
 
 def _quiet_ratios(ours: Samples, theirs: Samples) -> list[float]:
-    """Our seconds over theirs in the rounds in which neither sample was among the longer ones of its call."""
+    """Return our seconds over theirs in rounds in which neither sample was among its call's slower ones."""
     shared = sorted(ours.keys() & theirs.keys())
     ordered = [sorted(samples[round_] for round_ in shared) for samples in (ours, theirs)]
 
@@ -385,7 +385,7 @@ def ratio_interval(ours: Samples, theirs: Samples) -> tuple[float, float]:
 
 
 def slowing(seconds: list[float]) -> float:
-    """By what share the median sample of a call was longer than the median of its shortest ones, a fifth of all."""
+    """Return by what share the median sample exceeds the median of the shortest fifth."""
     return quantile(seconds, 0.5) / quantile(sorted(seconds)[: _quiet_share(len(seconds))], 0.5) - 1
 
 
@@ -423,12 +423,12 @@ def quantile(samples: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-# Parameters of the C library's mallopt.
+# Parameters of mallopt in the C library.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(device: torch.device) -> bool:
-    """Have the C library keep what is freed, in this process, for work on the CPU; says whether it will.
+    """Tell the C library to keep freed memory in this process; return whether it will.
 
     Left to itself it returns large results to the system after each call, and the next call clears their pages again,
     or it does not, depending on what the process freed before. That was a quarter of the time of a dense layer, in one
@@ -479,7 +479,7 @@ PEAK_MEMORY_METHOD = {
 
 
 def resident_bytes() -> int | None:
-    """Physical memory of this process; None where the system does not say."""
+    """Return the physical memory of this process, or None if the system does not report it."""
     try:
         return _process_bytes("VmRSS")
     except OSError:

@@ -22,7 +22,7 @@ from gossamer.triton_kernels.common import AOT_LAYOUTS
 from gossamer.triton_kernels.tile_tables import Device, Entry
 from gossamer.triton_kernels.tiles import ITEM_BYTES, Problem, Tile, choose, fault, row_bucket
 
-# A tile is written down when it takes at most 1 − MARGIN of the present choice's time, in each half of the rounds.
+# A tile is recorded if it takes at most 1 − MARGIN of the present choice's time in each half of the rounds.
 MARGIN = 0.03
 # Shares of a launch's time: trying candidates, then timing the finalists.
 SCREENING = 0.6
@@ -102,7 +102,7 @@ def candidates(problem: Problem, arch: int, shared: int) -> list[Tile]:
 
 
 def _distance(tile: Tile, other: Tile) -> float:
-    """How many doublings, stages and switches lie between two tiles, each further change weighing more."""
+    """Return the distance between two tiles in doublings, stages and switches; each further change weighs more."""
     sizes = ("block_m", "block_n", "block_k", "num_warps", "group_m")
     steps = [abs(math.log2(getattr(tile, name) / getattr(other, name))) for name in sizes]
     steps += [0.5 * abs(tile.num_stages - other.num_stages), float(tile.persistent != other.persistent)]
@@ -192,10 +192,10 @@ class Search:
         try:
             verdict = gate(self._target.launch(tile))
         except (torch.AcceleratorError, torch.OutOfMemoryError):
-            # The device is in no state to go on.
+            # The device cannot be used any more.
             raise
         except Exception as error:
-            # What a compiler or a launch says about one tile of many is a result.
+            # A tile that does not compile or launch is a result, not a failure of the search.
             if type(error).__name__ == "OutOfResources":
                 return "passes the shared memory limit"
             return f"does not compile: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
@@ -313,6 +313,6 @@ def describe(outcome: Outcome) -> str:
 
 
 def provenance(command: str) -> dict:
-    """What a table says of its making."""
+    """Return the provenance that a table records."""
     found = environment()
     return {name: found[name] for name in ("date", "versions", "commit")} | {"command": command}

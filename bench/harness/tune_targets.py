@@ -16,7 +16,7 @@ from gossamer.triton_kernels import expert_mlp, expert_mlp_backward, grouped_mat
 from gossamer.triton_kernels.common import dot_precision
 from gossamer.triton_kernels.tiles import Problem, Tile
 
-# Weights of so many experts, spread evenly, are checked where checking all would take long.
+# At most this many experts, evenly spread, have their weights checked.
 SAMPLE_EXPERTS = 4
 SWIGLU = gossamer.Activation("swiglu")
 
