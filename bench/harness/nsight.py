@@ -40,7 +40,7 @@ def triton_kernels(primitives: tuple[str, ...]) -> tuple[str, ...]:
 
 def primitives(chosen: Family) -> tuple[str, ...]:
     """The primitives that a family's layer runs: its module's ``PRIMITIVES``, else the one of its name."""
-    module = importlib.import_module(f"gossamer.bench.{chosen.name}")
+    module = importlib.import_module(f"gossamer.bench.families.{chosen.name}")
     return getattr(module, "PRIMITIVES", (chosen.name,))
 
 
