@@ -1,9 +1,9 @@
-// The probing of the hash table, shared by host and device: where a key may lie, and which slot a new one takes.
+// Probing of the hash table, shared by host and device: where a key may be, and which slot a new key takes.
 //
-// Slots come in buckets of 16, buckets in partitions of equal size. A key has two buckets of its own in one partition, and
-// when these have no room it goes on from the second: round its partition and, where nothing is evicted, over the whole
-// table. A bucket notes how far such chains went (its reach), so that a search knows where to stop. A byte a slot, the digest, tells most keys apart
-// and is zero where the slot is empty, so every key is a legal one.
+// Slots form buckets of 16, and buckets form partitions of equal size. A key has two home buckets in one partition. When both are
+// full, probing continues from the second one around its partition and, if nothing is evicted, over the whole table. A bucket
+// records how far such chains reach, so that a search knows where to stop. Each slot has a one-byte digest, which distinguishes
+// most keys and is zero for an empty slot; so every key is legal.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace gossamer::hash_table {
 
 constexpr int kSlots = 16;
 constexpr uint32_t kAllSlots = 0xffff;
-// A first bucket takes keys without a look at the second while it has this much room: most searches then end in it.
+// While the first bucket has this much room, keys go there without looking at the second; most searches then end in it.
 constexpr int kRoomy = 4;
 constexpr int64_t kAbsent = -1;
 // The search would leave the key's partition, which only one thread may do.
@@ -29,13 +29,13 @@ constexpr int64_t kLeaves = -2;
 
 enum class Evict : int { kNone = 0, kLru = 1, kLfu = 2, kEpochLru = 3, kEpochLfu = 4, kScore = 5 };
 
-// What became of a position of a batch.
+// The outcome of one position of a batch.
 enum Status : uint8_t { kRefused = 0, kHit = 1, kInserted = 2, kReplaced = 3 };
 
 struct Bucket {
   uint32_t reach;   // longest chain of a key whose second bucket this is
   uint32_t serial;  // batch that `pinned` belongs to
-  uint32_t pinned;  // slots that this batch has touched, and so does not evict; where scores do not tell
+  uint32_t pinned;  // slots that this batch has touched and must not evict, if scores do not show it
 };
 
 struct Table {
@@ -44,13 +44,13 @@ struct Table {
   int64_t* scores;   // (slots,), null where nothing is evicted
   Bucket* buckets;   // (slots / 16,)
   int32_t* fill;         // (partitions,) live slots
-  const int32_t* quota;  // (partitions,) live slots from which on a new key evicts
+  const int32_t* quota;  // (partitions,) number of live slots from which a new key evicts
   int64_t num_partitions, partition_buckets;
 
   GOSSAMER_HD int64_t num_buckets() const { return num_partitions * partition_buckets; }
 };
 
-// How a batch sets scores and evicts. `scores` is by position: increments for the frequency policies, scores for kScore.
+// How a batch sets scores and evicts. `scores` is per position: increments for the frequency policies, scores for kScore.
 struct Batch {
   Evict policy;
   int64_t stamp;
@@ -111,7 +111,7 @@ GOSSAMER_HD uint32_t match(const uint8_t* digests, uint8_t digest) {
   return mask;
 #elif defined(__SSE2__)
   const __m128i all = _mm_load_si128(reinterpret_cast<const __m128i*>(digests));
-  // Spread in a general register: compilers send a byte through memory, and wait there.
+  // Broadcast in a general register: compilers would send the byte through memory and stall.
   const __m128i wanted = _mm_set1_epi32(static_cast<int>(digest * 0x01010101u));
   return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(all, wanted)));
 #else
@@ -133,7 +133,7 @@ GOSSAMER_HD int count_bits(uint32_t mask) {
 #if defined(__CUDA_ARCH__)
   return __popc(mask);
 #else
-  // Compilers call a library for the builtin where not every processor of the architecture has the instruction.
+  // The builtin becomes a library call if the baseline architecture lacks the instruction.
   mask -= mask >> 1 & 0x55555555u;
   mask = (mask & 0x33333333u) + (mask >> 2 & 0x33333333u);
   return static_cast<int>(((mask + (mask >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
@@ -148,7 +148,7 @@ GOSSAMER_HD int64_t find_in(const Table& t, int64_t bucket, int64_t key, uint8_t
   return kAbsent;
 }
 
-// The key's slot, or kAbsent; with `stay`, kLeaves where the search would have to leave the partition.
+// Returns the key's slot or kAbsent; with `stay`, kLeaves if the search would leave the partition.
 GOSSAMER_HD int64_t find(const Table& t, int64_t key, const Place& place, bool stay = false) {
   const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
   int64_t slot = find_in(t, first, key, place.digest);
@@ -163,10 +163,10 @@ GOSSAMER_HD int64_t find(const Table& t, int64_t key, const Place& place, bool s
   return last < reach ? kLeaves : kAbsent;
 }
 
-// Whether a batch's stamp tells by itself what the batch has touched: no other batch sets that score.
+// Whether the score alone shows what the batch has touched, since no other batch sets the same one.
 GOSSAMER_HD bool stamps(Evict policy) { return policy == Evict::kLru || policy == Evict::kEpochLru; }
 
-// Keeps the batch from evicting a slot whose score does not say that it was touched.
+// Keeps the batch from evicting a slot that it touched, where its score does not show it.
 GOSSAMER_HD void pin(const Table& t, const Batch& batch, int64_t slot) {
   if (stamps(batch.policy)) return;
   Bucket& bucket = t.buckets[slot / kSlots];
@@ -179,7 +179,7 @@ GOSSAMER_HD void pin(const Table& t, const Batch& batch, int64_t slot) {
 
 GOSSAMER_HD int64_t add_saturating(int64_t a, int64_t b, int64_t most) { return b > most - a ? most : a + b; }
 
-// What a position of the batch brings: the score it is given, or by how much it raises one.
+// The score that a position of the batch brings, or its increment.
 GOSSAMER_HD int64_t given_score(const Batch& batch, int64_t position) { return batch.scores ? batch.scores[position] : 1; }
 
 // The score of a new key, or of one that had `old`.
@@ -203,7 +203,7 @@ GOSSAMER_HD void touch(const Table& t, const Batch& batch, int64_t slot, int64_t
   t.scores[slot] = next_score(batch, given, false, t.scores[slot]);
 }
 
-// Looks for the lowest score among a bucket's live slots that the batch has not touched; the first of equals wins.
+// Finds the lowest score among a bucket's live slots that the batch has not touched; the first of equals wins.
 GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t bucket, int64_t* slot, int64_t* score) {
   const Bucket& b = t.buckets[bucket];
   uint32_t mask = kAllSlots & ~match(t.digests + bucket * kSlots, 0);
@@ -211,7 +211,7 @@ GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t bucket,
   if (!by_stamp && b.serial == batch.serial) mask &= ~b.pinned;
   const int64_t* scores = t.scores + bucket * kSlots;
   bool any = *slot >= 0;
-  // Selections, not branches: which score is lowest is hard to foresee.
+  // Selections instead of branches: which score is lowest is hard to predict.
   for (int i = 0; i < kSlots; ++i) {
     const int64_t candidate = scores[i];
     const bool free = (mask >> i & 1u) & !(by_stamp & (candidate == batch.stamp));
@@ -222,11 +222,11 @@ GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t bucket,
   }
 }
 
-// Who inserts. On a GPU a whole warp does, whose lanes share the work of finding a victim and read the rest alike; see
+// The inserting thread or, on a GPU, warp, whose lanes share the search for a victim and read everything else alike; see
 // cuda/hash_table.cu.
 struct OneThread {
   GOSSAMER_HD bool leads() const { return true; }
-  // Between what all lanes read and what the leader writes.
+  // Separates the reads of all lanes from the writes of the leader.
   GOSSAMER_HD void settle() const {}
   // The victim among the slots of two buckets, which may be one.
   GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t first, int64_t second, int64_t* slot,
@@ -250,7 +250,7 @@ struct Claim {
   int64_t reach;  // how far along its chain that is
 };
 
-// The slot that a new key takes. With `stay` it looks no further than the partition.
+// Returns the slot that a new key takes; with `stay`, within its partition.
 template <class Lanes>
 GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, int64_t score, bool stay,
                         const Lanes& lanes) {
@@ -283,7 +283,7 @@ GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, 
   return {stay && !evicts ? kLeaves : kAbsent, false, 0};
 }
 
-// What a batch reports, by position.
+// The report of a batch, per position.
 struct Results {
   int64_t* slots;
   uint8_t* status;
@@ -291,8 +291,8 @@ struct Results {
   int64_t* victim_scores;
 };
 
-// Serves a key that was absent when the batch began: inserts it, unless an earlier position has. False where the work
-// would leave the partition.
+// Serves a key that was absent when the batch began: inserts it unless an earlier position has. Returns false if that would leave
+// the partition.
 template <class Lanes = OneThread>
 GOSSAMER_HD bool insert_missing(const Table& t, const Batch& batch, const Results& out, int64_t position, int64_t key,
                                 const Place& place, bool stay, const Lanes& lanes = {}) {

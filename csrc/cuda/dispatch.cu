@@ -1,5 +1,5 @@
-// Counts of spans of slots, one block a span; then placement, by the counts of earlier spans and the rank within the span.
-// Integers only, and every slot's place is a function of the ids, so the order in which threads run does not show.
+// Each block counts one span of slots; then each slot is placed by the counts of earlier spans and its rank within the span. All
+// values are integers and every position is a function of the ids, so the result does not depend on the order of threads.
 #include "cuda/dispatch.cuh"
 
 #include <cuda_runtime.h>
@@ -9,11 +9,11 @@ namespace gossamer::cuda::counting_sort {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// The most blocks. Each adds up the counts of all, rather than wait for another launch that would: blocks²·(E+1) words
-// from the second-level cache, which kCounts bounds where there are many experts. Neither is timed yet.
+// Largest number of blocks. Each block sums the counts of all blocks instead of leaving it to another launch: this reads
+// blocks²·(E+1) words from L2, which kCounts bounds for many experts. Neither choice has GPU timings yet.
 constexpr int64_t kSpans = 256;
 constexpr int64_t kCounts = 1 << 24;
-// The most slots that one block counts and places by itself.
+// Largest number of slots that one block counts and places alone.
 constexpr int64_t kSingleSlots = 2048;
 // Experts of one pass; more take more passes.
 constexpr int kBins = 4096;
@@ -24,7 +24,7 @@ struct Params {
   int64_t num_spans, span_slots;
 };
 
-// Words of shared memory: two an expert, and one a warp.
+// Words of shared memory: two per expert and one per warp.
 int64_t shared_words_of(int64_t num_bins) { return 2 * (num_bins < kBins ? num_bins : kBins) + kWarps; }
 
 // Expert of a slot, E where it is dropped.
@@ -43,7 +43,7 @@ struct Span {
       : begin(blockIdx.x * p.span_slots), end(min(begin + p.span_slots, p.args.num_rows)) {}
 };
 
-// Adds to bins[0 .. width) how many slots of the block go to each expert from `first` on.
+// Adds the number of the block's slots for each expert first .. first + width to bins[0 .. width).
 template <typename Id>
 __device__ void count(const Params& p, int first, int width, int32_t* bins) {
   const Span span(p);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const Params p) {
 // Adds the counts of all spans to `totals`, and those of the spans before this one to `before`.
 __device__ void add_spans(const Params& p, int first, int width, int32_t* totals, int32_t* before) {
   const int64_t num_bins = p.args.num_experts + 1;
-  // Several threads an expert where there are few, each with some of the spans.
+  // With few experts, several threads share one expert, each with some of the spans.
   const int parts = max(4 * kThreads / width, 1);
   for (int item = threadIdx.x; item < width * parts; item += kThreads) {
     const int b = item % width;
@@ -108,7 +108,7 @@ __device__ int block_exclusive_sum(int value, int32_t* warp_sums, int* total) {
   return before + sum - value;
 }
 
-// One span a block; one block alone counts for itself.
+// One span per block; a single block needs no counts from others.
 template <typename Id>
 __global__ void __launch_bounds__(kThreads) place_kernel(const Params p) {
   extern __shared__ int32_t shared_words[];
@@ -200,7 +200,7 @@ int64_t dispatch_scratch_size(int64_t num_rows, int64_t num_experts) {
 }
 
 const char* dispatch(const DispatchArgs& args, int device, void* stream) {
-  // The static runtime of this library has a current device of its own.
+  // The statically linked CUDA runtime has its own current device.
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return cudaGetErrorString(error);
   const counting_sort::Params params = counting_sort::params_of(args);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

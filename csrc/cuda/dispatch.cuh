@@ -21,7 +21,7 @@ struct DispatchArgs {
 
 int64_t dispatch_scratch_size(int64_t num_rows, int64_t num_experts);
 
-// Two launches on the stream of the device, one for few slots; returns null, or what CUDA says went wrong.
+// Two launches on a stream of the device, or one for few slots. Returns null or a CUDA error message.
 const char* dispatch(const DispatchArgs& args, int device, void* stream);
 
 }  // namespace gossamer::cuda

@@ -24,7 +24,7 @@ struct ExpertUpArgs {
   void* preact;  // (R, 2I) or (R, I) contiguous, or null
 };
 
-// act[r] = activation(x[r] gate_up[e(r)]^T + bias[e(r)]), and what is in the brackets.
+// act[r] = activation(preact[r]) with preact[r] = x[r] gate_up[e(r)]^T + bias[e(r)], which is stored too where wanted.
 const char* expert_up(const ExpertUpArgs& args, const Where& where);
 
 struct ExpertDownBackwardArgs {
@@ -42,7 +42,7 @@ struct ExpertDownBackwardArgs {
   bool weights_float32;
 };
 
-// Rows of sums that the routing-weight gradient is left in.
+// Rows of partial sums of the routing-weight gradient.
 int64_t expert_down_backward_columns(int64_t inner);
 
 // With dact[r] = dy[r] down[e(r)]: the gradient of the pre-activation and the activation, both times the row's routing

@@ -1,15 +1,15 @@
 // Grouped matrix products on Hopper GPUs. Free of CUDA headers, so that the bindings need none. Elements are bfloat16 or
-// float16. Calls queue work on a stream and return null, or what went wrong.
+// float16. Calls queue work on a stream and return null or an error message.
 #pragma once
 
 #include <cstdint>
 
 namespace gossamer::cuda {
 
-// Whether this build has these kernels. Where it does not, the calls say so.
+// Whether this build has these kernels. Without them the calls return an error message.
 bool with_hopper();
 
-// From so many rows an expert on, two blocks share a weight's tile. Set for tests and measurements.
+// From this mean number of rows per expert, two blocks share a weight tile. Set by tests and measurements.
 int64_t paired_from();
 void set_paired_from(int64_t rows);
 

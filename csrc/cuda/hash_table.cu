@@ -1,6 +1,6 @@
-// One warp a partition does in order what its keys ask for, so no two warps ever write to one bucket at a time, and the
-// result does not depend on which runs first. What does not depend on an order goes by key, by slot or by row: searches,
-// copies, and the touches of the recency policies, which all write the same stamp.
+// One warp per partition processes the keys of the partition in order. So no two warps write to one bucket at the same time, and the
+// result does not depend on their order. Work that is independent of order is parallel over keys, slots or rows: searches, copies,
+// and the touches of the recency policies, which all write the same stamp.
 #include "cuda/hash_table.cuh"
 
 #include <cuda_runtime.h>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) partition_kernel(Table t, HashKeys k
   if (i < keys.count) partitions[i] = static_cast<int32_t>(place_of(t, load_key(keys, i)).partition);
 }
 
-// Serves the keys that are there, where no order matters; they need no partition's warp.
+// Serves keys that are present, when no order matters; they need no warp of their partition.
 __global__ void __launch_bounds__(kThreads)
     stamp_kernel(Table t, HashKeys keys, Batch batch, Results results, int32_t* partitions) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads)
   if (slot >= 0 && stamps(batch.policy)) t.scores[slot] = batch.stamp;
 }
 
-// Touches the slots of a warp's lanes, -1 for none: equal slots once, with the last score or the sum of the increments,
-// and the slots of one bucket in turns.
+// Touches the slots of a warp's lanes (-1 for none): equal slots once, with the last score or the sum of the increments, and slots
+// of the same bucket one after another.
 __device__ void touch_all(const Table& t, const Batch& batch, int64_t slot, int64_t position) {
   if (batch.policy == Evict::kNone) return;
   const int lane = threadIdx.x % kWarp;
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 4) present_kernel(Table t, HashBatch
     int64_t slot = kAbsent;
     if (position >= 0) {
       const int64_t key = load_key(b.keys, position);
-      // Nothing is inserted while this kernel runs, so a search may leave the partition; scores and pins belong to one
-      // partition's warp, but where searches leave there are none.
+      // Nothing is inserted while this kernel runs, so a search may leave the partition. Scores and pins belong to the warp of a
+      // partition, but policies under which searches leave have neither.
       slot = find(t, key, place_of(t, key));
       b.results.slots[position] = slot;
       b.results.status[position] = slot >= 0 ? kHit : kRefused;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kWarp) finish_kernel(Table t, HashBatch b) {
   }
 }
 
-// Index is as narrow as the number of words allows: a division by their number in a row comes with each.
+// Index is as narrow as the number of words allows, since each word costs a division by the words of a row.
 template <class Word, class Index>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const Word* table, Index row_words, const int64_t* slots, Index words, Word* out) {
@@ -207,15 +207,14 @@ __global__ void __launch_bounds__(kThreads) mark_kernel(T* array, const int64_t*
   if (i < count && slots[i] >= 0) array[slots[i]] = value;
 }
 
-// `threads` threads or a few more, in blocks of kThreads or one that is smaller. Returns null, or what CUDA says went
-// wrong.
+// Launches at least `threads` threads, in blocks of kThreads or one smaller block. Returns null or a CUDA error message.
 template <class... Params>
 const char* launch(void (*kernel)(Params...), int64_t threads, int device, void* stream,
                    std::type_identity_t<Params>... params) {
   void* arguments[] = {&params...};
   const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
   const dim3 block(static_cast<unsigned>(std::min<int64_t>((threads + kWarp - 1) / kWarp * kWarp, kThreads)));
-  // The static runtime of this library has a current device of its own.
+  // The statically linked CUDA runtime has its own current device.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     error = cudaLaunchKernel(kernel, dim3(blocks), block, arguments, 0, static_cast<cudaStream_t>(stream));

@@ -21,7 +21,7 @@ struct HashBatch {
   const int64_t* begins;
   hash_table::Batch batch;
   hash_table::Results results;
-  int32_t* leaving;  // how many positions could not be served within their partition
+  int32_t* leaving;  // number of positions that could not be served within their partition
 };
 
 // partitions[i] of key i.
@@ -30,13 +30,13 @@ const char* hash_table_partitions(const hash_table::Table& table, const HashKeys
 // slots[i] of key i, or -1.
 const char* hash_table_find(const hash_table::Table& table, const HashKeys& keys, int64_t* slots, int device,
                             void* stream);
-// Where no order of touches matters, under the recency policies and without eviction: serves the keys that are in the
-// table; partitions[i] is the others' partition, and the number of partitions for these. The others have status kRefused.
+// For the recency policies and without eviction, where the order of touches does not matter: serves the keys that are in the table.
+// partitions[i] is the number of partitions for these, and the partition of each other key, whose status is kRefused.
 const char* hash_table_stamp(const hash_table::Table& table, const HashKeys& keys, const hash_table::Batch& batch,
                              const hash_table::Results& results, int32_t* partitions, int device, void* stream);
 // Serves the keys that are in the table; the others have status kRefused then.
 const char* hash_table_present(const hash_table::Table& table, const HashBatch& batch, int device, void* stream);
-// Serves those others: a partition each warp, and what leaves its partition after them.
+// Serves the other keys, one warp per partition, and then those whose search leaves its partition.
 const char* hash_table_missing(const hash_table::Table& table, const HashBatch& batch, int device, void* stream);
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.
 const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int device,

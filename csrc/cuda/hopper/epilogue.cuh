@@ -1,4 +1,4 @@
-// From accumulators to memory: eight neighbouring columns of a row at a time.
+// Stores accumulators to memory, eight neighbouring columns of a row at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -151,7 +151,7 @@ __device__ __forceinline__ void stage_halves(uint8_t* staging, const float (&acc
   stage_piece<kN / kPieceColumns, kPieceRegisters / 2, kN / 4, kPieceRegisters / 2>(staging, acc, piece);
 }
 
-// Where the two rows go that a lane reads of a warp's 16; null for one that nobody wants.
+// Destinations of the two rows, of a warp's 16, that a lane reads; null for a row that is not stored.
 template <typename T>
 struct RowPair {
   T* first;
@@ -169,7 +169,7 @@ __device__ __forceinline__ int lane_row(int block_row, int half) {
 template <typename T, int kN>
 __device__ __forceinline__ void store_tile(const float (&acc)[kN / 2], uint8_t* staging, RowPair<T> rows, const T* bias,
                                            int column, int num_columns, bool aligned, bool bias_aligned) {
-  // Beside two blocks of 96 accumulators there are no registers for all items at a time.
+  // Two blocks of 96 accumulators leave too few registers to hold all items at once.
   constexpr int kTogether = kN == 192 ? 2 : 4;
   const int lane = threadIdx.x % kLanes, eighth = lane % 4;
 #pragma unroll 1

@@ -10,7 +10,7 @@ using namespace hopper;
 
 template <typename T>
 using Up = RowProduct<Shape<T, 128, 256, 4, false, true>, GluFinish<T>>;
-// The epilogue reads and writes more than the product does: it has to run beside the next product.
+// The epilogue moves more data than the product, so it must overlap the next product.
 template <typename T>
 using DownBackward = RowProduct<Shape<T, 128, 128, 6, true, true>, GluBackwardFinish<T>>;
 // For many rows an expert.

@@ -20,7 +20,7 @@ struct GatePair {
   Vector gate, up;
 };
 
-// Sixteen interleaved values taken apart, and joined again.
+// Splits sixteen interleaved values, and joins them again.
 __device__ __forceinline__ GatePair take_apart(const Vector& left, const Vector& right) {
   GatePair out;
 #pragma unroll
@@ -195,7 +195,7 @@ struct GluBackwardFinish {
       }
       return pair;
     };
-    // The pre-activation comes from memory: two items are on the way while one is worked on.
+    // Pre-activations are loaded two items ahead of the one being processed.
     PackedPair next = load(0), after = load(1);
 #pragma unroll 1
     for (int item = 0; item < kItems; ++item) {
@@ -216,7 +216,7 @@ struct GluBackwardFinish {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           const GluGradient g = glu_gradient<code.value>(dact.v[i], pair.gate.v[i], pair.up.v[i], layout.form);
-          // Columns past the end are zeros of a weight that is not there, times whatever the activation of zero is.
+          // Columns past the end have dact = 0, since the weight reads as zeros there; the activation of zero is finite.
           dot += dact.v[i] * g.act;
           act.v[i] = row_weight * g.act;
           gradient.gate.v[i] = row_weight * g.dgate;

@@ -14,7 +14,7 @@ template <typename T>
 using Gathered = RowProduct<Shape<T, 128, 256, 4, false, true>, PlainFinish<T>>;
 template <typename T>
 using Wide = RowProduct<Shape<T, 128, 256, 4, false, false>, PlainFinish<T>>;
-// Where the product of a tile is short, or 192 columns waste fewer, one tile's stores run beside the next's product.
+// For short sums, or where 192 columns waste less, ping-pong: the stores of one tile overlap the product of the next.
 template <typename T>
 using Alternating = RowProduct<Shape<T, 128, 192, 4, true, false>, PlainFinish<T>>;
 // For many rows an expert.

@@ -1,16 +1,16 @@
 // The frame of every kernel here: a persistent, warp-specialised matrix product.
 //
 // Warpgroup 0 fills stages of shared memory (the producer), warpgroups 1 and 2 multiply and finish tiles (consumers):
-// both work on halves of one tile (cooperative), or take tiles in turn, so that one's epilogue runs beside the other's
-// product (ping-pong). Two mbarriers a stage: full, and empty again.
+// they either share the halves of one tile (cooperative) or alternate between tiles, so that the epilogue of one overlaps the
+// product of the other (ping-pong). Each stage has two mbarriers: full and empty.
 //
-// A wait on an mbarrier names a phase by its parity alone, so nobody may come to wait two phases early: it would take the
-// phase before last for its own. Whoever waits has therefore waited for the stage's use before, or, in ping-pong, for its
-// turn, which comes when the other warpgroup has seen its last stage full.
+// A wait on an mbarrier identifies a phase by its parity only, so no thread may wait two phases ahead: it would mistake the phase
+// before last for its own. A thread that waits has therefore waited for the stage's previous use or, in ping-pong, for its turn,
+// which comes after the other warpgroup has seen its last stage full.
 //
-// Blocks of a cluster take row tiles that follow each other of one expert, and the same columns: each loads a part of the
-// weight's tile into all of them. A stage is free when the consumers of all blocks have read it, and a block may not end
-// while another writes to it or arrives at its barriers.
+// Blocks of a cluster take consecutive row tiles of one expert and the same columns; each multicasts a part of the weight tile to
+// all of them. A stage is free when the consumers of all blocks have read it, and a block must not end while another one writes to
+// it or arrives at its barriers.
 //
 // A problem gives the sizes, the schedule of tiles, what the producer loads and what happens to a finished tile.
 #pragma once
@@ -27,8 +27,8 @@ constexpr int kGroupThreads = 128;
 constexpr int kWarpsPerGroup = 4;
 constexpr int kThreads = 3 * kGroupThreads;
 
-// kChunkCopies: the producer's 128 threads copy rows in chunks of 16 bytes, for rows that are gathered; else one thread
-// lets the copy engine do it all. kCluster: blocks of a cluster.
+// kChunkCopies: the producer's 128 threads copy gathered rows in chunks of 16 bytes; otherwise one thread issues TMA copies.
+// kCluster: blocks of a cluster.
 template <typename T_, int kBlockM_, int kBlockN_, int kStages_, bool kPingPong_, bool kChunkCopies_, int kCluster_ = 1>
 struct Shape {
   using T = T_;
@@ -41,8 +41,8 @@ struct Shape {
   static constexpr int kStageBytes = stage_bytes(kBlockM, kBlockN);
   // Blocks of 64 rows that a consumer warpgroup multiplies.
   static constexpr int kBlocks = kPingPong ? kPanelsA : kPanelsA / 2;
-  // A row copier keeps addresses. 128 threads of the one and 256 of the other are 504 registers of the launch's 504, of
-  // which accumulators take up to 192 of a consumer's.
+  // Threads that copy rows keep addresses in registers. 128 producer and 256 consumer threads share the launch's 504 registers per
+  // three threads; accumulators take up to 192 of a consumer's.
   static constexpr bool kMostAccumulators = kBlocks * kBlockN / 2 > 128;
   static constexpr int kProducerRegisters = kChunkCopies ? 56 : kMostAccumulators ? 24 : 40;
   static constexpr int kConsumerRegisters = kChunkCopies ? 224 : kMostAccumulators ? 240 : 232;
@@ -65,7 +65,7 @@ class Shared {
   __device__ uint32_t stage(int stage) const { return base_ + stage * S::kStageBytes; }
   __device__ uint32_t full(int stage) const { return base_ + S::kBarriersStart + 8 * stage; }
   __device__ uint32_t empty(int stage) const { return full(S::kStages + stage); }
-  // Over when consumer warpgroup `group` may begin its next product.
+  // The phase ends when consumer warpgroup `group` may begin its next product.
   __device__ uint32_t turn(int group) const { return full(2 * S::kStages + group); }
   // The piece of a consumer warp, 0 to 7.
   __device__ uint8_t* staging(int warp) const { return staging_ + warp * kWarpStaging; }
@@ -85,7 +85,7 @@ struct Consumer {
   __device__ int first_block() const { return S::kPingPong ? 0 : group * S::kBlocks; }
 };
 
-// A warp has read a stage: the first kCluster lanes say so, to a block of the cluster each.
+// Marks a stage as read by this warp: each of the first kCluster lanes arrives at one block of the cluster.
 template <class S>
 __device__ __forceinline__ void free_stage(const Shared<S>& shared, int stage) {
   if constexpr (S::kCluster == 1) {
@@ -191,7 +191,7 @@ __device__ __forceinline__ void consume(const typename Problem::Params& p, const
 template <class Problem>
 __device__ __forceinline__ void produce(const typename Problem::Params& p, const Shared<typename Problem::S>& shared) {
   using S = typename Problem::S;
-  // Without chunk copies one warp finds the tiles, and one thread of it works.
+  // Without chunk copies one warp finds the tiles, and one of its threads issues the copies.
   if (!S::kChunkCopies && threadIdx.x >= kLanes) return;
   auto schedule = Problem::schedule(p);
   RingPosition at{0, 0};
@@ -200,7 +200,7 @@ __device__ __forceinline__ void produce(const typename Problem::Params& p, const
     take_part<S>(tile);
     Problem::load_tile(p, tile, shared, at);
   }
-  // Stays until every stage has been read: nothing that it started is in flight when it ends.
+  // Waits until every stage has been read, so that no copy is in flight when the block ends.
   if (!S::kChunkCopies && threadIdx.x != 0) return;
   for (int stage = 0; stage < S::kStages; ++stage) {
     barrier_wait<(S::kCluster > 1)>(shared.empty(at.stage), at.parity ^ 1);

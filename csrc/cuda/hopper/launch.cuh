@@ -1,4 +1,4 @@
-// The host's side: tensor maps for the copy engine, and launches.
+// Host side: tensor maps for TMA, and launches.
 #pragma once
 
 #include <cuda.h>
@@ -16,7 +16,7 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// The driver's own function, found when first wanted: nothing here links to the driver, which may not be there.
+// The driver's function, looked up on first use: the extension must load without a driver, so it does not link to it.
 inline EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* found = nullptr;
@@ -33,8 +33,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A map for boxes of 64 rows by 64 columns, swizzled as panels are, of `rank` 2 or 3: sizes innermost first, strides in
-// elements. What lies outside the sizes is read as zeros.
+// A map of `rank` 2 or 3 for boxes of 64 rows by 64 columns with the swizzle of panels: sizes innermost first, strides in elements.
+// Reads outside the sizes give zeros.
 inline const char* encode(CUtensorMap* map, bool bfloat16, const void* data, int rank, const int64_t (&sizes)[3],
                           const int64_t (&strides)[2]) {
   const EncodeTiled function = encode_tiled();
@@ -54,7 +54,7 @@ inline Rows rows_of(const cuda::RowsView& view) {
   return {view.data, view.stride, static_cast<int32_t>(view.width), static_cast<uint32_t>(view.div)};
 }
 
-// A map is wanted of rows in sorted order only.
+// Only rows in sorted order need a map.
 inline const char* encode_rows(CUtensorMap* map, bool bfloat16, const cuda::RowsView& view) {
   if (view.div != 0) return nullptr;
   return encode(map, bfloat16, view.data, 2, {view.width, view.num_rows, 1}, {view.stride, 0});
@@ -75,25 +75,25 @@ inline bool vectors_fit(const void* data, int64_t stride) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether most experts have no more rows than a panel: of a tile of two, the half that is multiplied would be of nothing.
+// Whether most experts have at most the rows of one panel, so that half of a two-panel tile would be empty.
 inline bool few_rows(const cuda::RoutingView& view) { return view.num_rows <= kPanel * view.num_experts; }
 
-// Whether experts have so many rows that two blocks may share a weight's tile: the half of the last pair of tiles that an
-// expert wastes on average is then a sixteenth of its work or less.
+// Whether experts have enough rows for two blocks to share a weight tile: the half pair of tiles that an expert wastes on average
+// is then at most a sixteenth of its work.
 inline bool many_rows(const cuda::RoutingView& view) {
   return view.num_rows / std::max<int64_t>(view.num_experts, 1) >= cuda::paired_from();
 }
 
-// At most so many row tiles, whatever the routing.
+// Upper bound on the number of row tiles for any routing.
 inline int64_t most_row_tiles(const cuda::RoutingView& view, int block_rows) {
   return std::min(view.num_rows, view.num_rows / block_rows + view.num_experts);
 }
 
-// One block a multiprocessor, or fewer for few tiles, which clusters take; null, or what CUDA says went wrong.
+// Launches one block per multiprocessor, or fewer for few tiles. Returns null or a CUDA error message.
 template <class Problem>
 const char* launch(const typename Problem::Params& params, int64_t most_tiles, const cuda::Where& where) {
   using S = typename Problem::S;
-  // The static runtime of this library has a current device of its own.
+  // The statically linked CUDA runtime has its own current device.
   if (const cudaError_t error = cudaSetDevice(where.device); error != cudaSuccess) return cudaGetErrorString(error);
   int multiprocessors = 0;
   cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, where.device);

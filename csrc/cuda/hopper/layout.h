@@ -1,5 +1,5 @@
-// Where operand tiles lie in shared memory, as the copy engine writes them and wgmma's descriptors name them. Plain
-// functions of numbers, shared by the kernels and by tests on the host.
+// The layout of operand tiles in shared memory, as TMA writes them and wgmma's descriptors address them. Plain functions of numbers,
+// shared by the kernels and by tests on the host.
 //
 // A panel is 64 rows of 128 bytes (64 elements of 16 bits). Of an operand with contiguous K a panel holds 64 of its M or
 // N rows by 64 of K; of one with contiguous M or N it holds 64 of K by 64 of M or N. Either way the 16-byte chunks of

@@ -1,4 +1,4 @@
-// What a product reads: rows by expert, in sorted order or gathered, and the experts' weights.
+// The operands of a product: rows by expert, in sorted order or gathered, and the experts' weights.
 #pragma once
 
 #include "cuda/hopper/kernel.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ uint32_t chunk_bytes(const Rows& rows, int column) {
 }
 
 __device__ __forceinline__ const void* chunk(const Rows& rows, int32_t source, int column, uint32_t bytes) {
-  // A chunk of no bytes may not name memory that is not there.
+  // A chunk of zero bytes must still have a valid address.
   const int64_t element = bytes == 0 ? 0 : source * rows.stride + column;
   return static_cast<const char*>(rows.data) + 2 * element;
 }

@@ -8,8 +8,8 @@
 namespace gossamer::hopper {
 
 // Stage, and the parity of its use: the use that fills or empties it now is the parity-th (mod 2) one.
-// Who consumes waits for parity `parity` of the stage's full barrier, who fills it for the other parity of the empty
-// one, which at first has passed: a new barrier is in phase 0, so that phase 1 counts as over.
+// Consumers wait for `parity` of the stage's full barrier, producers for the other parity of the empty one. The first wait of a
+// producer passes: a new barrier is in phase 0, so phase 1 counts as complete.
 struct RingPosition {
   int32_t stage;
   uint32_t parity;

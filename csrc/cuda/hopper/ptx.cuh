@@ -22,13 +22,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster, those that have ended aside.
+// Synchronises all threads of the cluster that have not ended.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// A warpgroup gives registers up, or takes them; the counts are those of the whole kernel's roles.
+// Releases or acquires registers for a warpgroup; all roles of the kernel must agree on the counts.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -42,7 +42,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers known to the copy engine, before the block synchronises.
+// Makes initialised barriers visible to TMA; called before the block synchronises.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -64,7 +64,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
       : "memory");
 }
 
-// Arrives, and lets the phase wait for `bytes` of the copy engine more.
+// Arrives, and makes the phase wait for `bytes` more from TMA.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -103,8 +103,7 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, uint32
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Arrives once this thread's chunk copies so far have landed. The arrival counts among those that the barrier was
-// initialised with.
+// Arrives when this thread's chunk copies so far have completed. The arrival is one of those that the barrier was initialised with.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -136,7 +135,8 @@ __device__ __forceinline__ void load_box_to(uint16_t blocks, uint32_t to, const 
       : "memory");
 }
 
-// Chunk copies write as ordinary stores do; wgmma reads by another way. Whoever has seen them land orders the two.
+// Chunk copies write through the generic proxy and wgmma reads through the async proxy. A thread that has seen the copies complete
+// must order the two.
 __device__ __forceinline__ void copies_before_mma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -145,7 +145,7 @@ template <int kPending>
 __device__ __forceinline__ void mma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Accumulators are there only after the wait, which the compiler does not know: it may not take them from earlier on.
+// Accumulators are valid only after the wait. The compiler does not know this, so it is kept from reading them earlier.
 template <int kCount>
 __device__ __forceinline__ void mma_results(float (&d)[kCount]) {
 #pragma unroll

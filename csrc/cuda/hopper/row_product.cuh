@@ -1,4 +1,4 @@
-// Rows of ragged groups times their expert's weight: the loads and the products; what becomes of a tile is the finish's.
+// Rows of ragged groups times their expert's weight: loads and products. A Finish decides what becomes of a tile.
 #pragma once
 
 #include "cuda/hopper/epilogue.cuh"
@@ -47,7 +47,7 @@ struct RowProduct {
     if constexpr (S::kChunkCopies) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        // Rows past the group are read from its last row and never stored; in a cluster a whole tile may lie there.
+        // Rows past the group read its last row and are never stored; in a cluster this can be a whole tile.
         const int32_t row = tile.row + min(copier_row() + i * kRowsApart, tile.row_end - tile.row - 1);
         source[i] = source_row(p.x, row, p.x.div == 0 ? 0 : __ldg(p.experts.slots + row));
       }
@@ -56,7 +56,7 @@ struct RowProduct {
       const uint32_t full = shared.full(at.stage), a = shared.stage(at.stage);
       const uint32_t b = a + S::kPanelsA * kPanelBytes;
       const int k = step * kPanel;
-      // Of a warp without copies only the thread that works waits: the others, which hold nothing up, could miss a phase.
+      // In a warp without chunk copies only the issuing thread waits; the others could fall behind and miss a phase.
       if (S::kChunkCopies || threadIdx.x == 0) {
         barrier_wait<(S::kCluster > 1)>(shared.empty(at.stage), at.parity ^ 1);
       }
@@ -86,7 +86,7 @@ struct RowProduct {
         const uint32_t bytes = chunk_bytes(p.x, column);
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-          // Panels of rows follow each other without a gap, and kRowsApart rows on the permutation is the same.
+          // Panels of rows are adjacent, and the swizzle repeats after kRowsApart rows.
           copy_chunk(a + panel_offset(copier_row(), copier_chunk()) + i * kRowsApart * kRowBytes,
                      chunk(p.x, source[i], column, bytes), bytes);
         }

@@ -1,5 +1,5 @@
-// Which tile is the i-th, found on the device from the offsets of the groups: the host launches as many blocks as there
-// are multiprocessors, block b takes tiles b, b + blocks, and so on, and reads nothing back.
+// Finds the i-th tile on the device from the offsets of the groups. The host launches one block per multiprocessor and reads nothing
+// back; block b takes tiles b, b + blocks, and so on.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace gossamer::hopper {
 
-// Row tiles that take all column tiles in turn before the next ones do: they and one weight tile stay in L2.
+// Row tiles that pass over all column tiles together, so that they and one weight tile stay in L2.
 constexpr int kGroupRows = 8;
 constexpr int kLanes = 32;
 
@@ -31,7 +31,7 @@ struct Tile {
   int32_t row_tile, column_tile;
 };
 
-// Tiles over the rows of ragged groups, experts in order, none for an empty one. Indices may not decrease from call to
+// Tiles over the rows of ragged groups, in expert order, none for an empty expert. Indices must not decrease from call to
 // call. On the device all lanes of a warp call together and look at 32 experts at a time.
 class RowSchedule {
  public:

@@ -46,8 +46,8 @@ struct WeightGradient {
     }
   }
 
-  // Whole blocks of rows in sorted order are boxes for the copy engine. The last block of a group is copied by rows, so
-  // that its end is zeros and nothing of the next group is read.
+  // TMA copies whole blocks of sorted rows. The last block of a group is copied row by row, so that its end is zero and nothing of the
+  // next group is read.
   static __device__ bool by_box(const Rows& rows, bool whole) { return rows.div == 0 && whole; }
 
   static __device__ void copy_rows(const Rows& rows, uint32_t to, int32_t row, int32_t row_end, int num_panels,
@@ -56,7 +56,7 @@ struct WeightGradient {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) source[i] = source_row(rows, row + copier_row() + i * kRowsApart, slots[i]);
     const uint32_t mine = to + panel_offset(copier_row(), copier_chunk());
-    // Not unrolled: addresses of all panels at once do not fit into a producer's registers.
+    // Not unrolled: the addresses of all panels do not fit into a producer's registers.
 #pragma unroll 1
     for (int panel = 0; panel < num_panels; ++panel) {
       const int column = first_column + panel * kPanel + copier_chunk() * kVector;
@@ -106,7 +106,7 @@ struct WeightGradient {
   static __device__ __forceinline__ void multiply_tile(const Params&, const Tile& tile,
                                                        float (&acc)[S::kBlocks][S::kBlockN / 2],
                                                        const Shared<S>& shared, Consumer<S>& consumer) {
-    // An expert without rows has no first step that writes the accumulators.
+    // An expert without rows has no first step to initialise the accumulators.
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
 #pragma unroll
