@@ -141,6 +141,6 @@ def test_forced_kernels_are_refused_under_function_transforms():
     x = torch.randn(2, 4)
     with (
         gossamer.backend("native"),
-        pytest.raises(ValueError, match=r"cannot serve expert_mlp under torch\.func"),
+        pytest.raises(ValueError, match=r"cannot serve activate under torch\.func"),
     ):
         torch.func.jvp(gossamer.activate, (x,), (x,))

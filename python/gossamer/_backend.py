@@ -7,26 +7,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-
-BACKENDS = ("reference", "native", "triton", "cuda")
-
-# Kernel modules by backend. "reference" has none: public functions run their plain-torch reference for it.
-_FAMILIES = {"native": "gossamer.cpu_kernels", "triton": "gossamer.triton_kernels", "cuda": "gossamer.cuda_kernels"}
-
-# Primitives that have CUDA kernels for Hopper GPUs and 16-bit dtypes alone.
-HOPPER_PRIMITIVES = ("grouped_matmul", "expert_mlp")
-# Primitives that have CUDA kernels; Triton serves the others on a GPU.
-CUDA_PRIMITIVES = ("dispatch", "hash_table", *HOPPER_PRIMITIVES)
-
-# Primitives that have no Triton kernels.
-NO_TRITON_PRIMITIVES = ("hash_table",)
 
 # A plain global, not a ContextVar: torch.compile guards on it, and it is read in the public function, never in a kernel
 # or in the backward pass, so the autograd threads need not see it.
@@ -94,7 +82,7 @@ def cuda_kernels_unavailable() -> str | None:
 
 
 def hopper_refuses(x: torch.Tensor) -> str | None:
-    """Why the CUDA kernels of ``HOPPER_PRIMITIVES`` cannot serve operands like ``x``, or None when they can."""
+    """Why the CUDA kernels for Hopper GPUs cannot multiply operands like ``x``, or None when they can."""
     if not x.is_cuda:
         return f"its kernels run on cuda, not on {x.device.type}"
     if not importlib.import_module("gossamer._C").with_hopper:
@@ -106,35 +94,189 @@ def hopper_refuses(x: torch.Tensor) -> str | None:
     return None
 
 
-def check_served(primitive: str, backend_name: str, x: torch.Tensor, quantized: bool = False) -> None:
-    """``x`` must be what the CUDA kernels of a primitive of ``HOPPER_PRIMITIVES`` take, where those are to serve it.
+@dataclass(frozen=True)
+class Served:
+    """What a family's kernels of one primitive take.
 
-    They do not take quantised weights.
+    Attributes:
+        weights: the kinds of weights (:attr:`gossamer.ops._weights.Weight.kind`), in sets of those that one call may
+            mix; a primitive without weights has none.
+        trained: the kinds beside which gradients are computed.
+        refuses: why its kernels cannot serve operands like a tensor, beyond what is asked of the whole family.
+        by: the family whose kernels run, where this one has none of its own but can be forced all the same.
+    """
+
+    weights: tuple[frozenset[str], ...] = ()
+    trained: frozenset[str] = frozenset()
+    refuses: Callable[[torch.Tensor], str | None] | None = None
+    by: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of kernels. What it does not serve is left to compositions of other primitives, or to plain torch.
+
+    Attributes:
+        name: as :func:`backend` takes it.
+        package: where its modules are, one a primitive.
+        title: what messages call its kernels.
+        devices: types of device that it serves.
+        dtypes: floating dtypes that it serves.
+        missing: why it cannot be used on this machine, or None when it can.
+        primitives: what it serves, by the primitive's name.
+        interpreter: the environment variable that, set to 1, lets it serve the CPU too.
+        beside: the family that runs the parts of an operator for which this one has no kernels.
+    """
+
+    name: str
+    package: str
+    title: str
+    devices: tuple[str, ...]
+    dtypes: frozenset[torch.dtype]
+    missing: Callable[[], str | None]
+    primitives: Mapping[str, Served]
+    interpreter: str | None = None
+    beside: str | None = None
+
+    def runs_on(self, device_type: str) -> bool:
+        """Whether it serves tensors on a type of device."""
+        if device_type in self.devices:
+            return True
+        return self.interpreter is not None and device_type == "cpu" and os.environ.get(self.interpreter) == "1"
+
+
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_DENSE, _QUANTIZED = frozenset({"dense"}), frozenset({"quantized"})
+_UPDATED = frozenset({"dense", "dense + low rank"})
+_ANY = Served()
+# What the native and the Triton kernels serve alike.
+_COMMON = {
+    "activate": _ANY,
+    "block_sparse": _ANY,
+    "dispatch": _ANY,
+    "expert_mlp": Served(weights=(_UPDATED, _QUANTIZED), trained=_UPDATED),
+    "expert_topology": _ANY,
+    "gather_reduce": _ANY,
+    "gather_reduce_tables": _ANY,
+    "grouped_matmul": Served(weights=(_DENSE, _QUANTIZED), trained=_DENSE | _QUANTIZED),
+    "low_rank": _ANY,
+    "multi_low_rank": _ANY,
+    "sparse_update": _ANY,
+    "topk_routing": _ANY,
+}
+_HOPPER = Served(weights=(_DENSE,), trained=_DENSE, refuses=lambda x: hopper_refuses(x))
+_BY_TRITON = Served(by="triton")
+
+# In the order in which a device's default is chosen.
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "native",
+            "gossamer.cpu_kernels",
+            "native kernels",
+            devices=("cpu",),
+            dtypes=_FLOATS | {torch.float64},
+            missing=native_unavailable,
+            primitives=_COMMON | {"hash_table": _ANY},
+        ),
+        Family(
+            "triton",
+            "gossamer.triton_kernels",
+            "Triton kernels",
+            devices=("cuda",),
+            dtypes=_FLOATS,
+            missing=triton_unavailable,
+            primitives=_COMMON,
+            interpreter="TRITON_INTERPRET",
+        ),
+        Family(
+            "cuda",
+            "gossamer.cuda_kernels",
+            "CUDA kernels",
+            devices=("cuda",),
+            dtypes=_FLOATS,
+            missing=cuda_kernels_unavailable,
+            primitives={
+                "activate": _BY_TRITON,
+                "dispatch": _ANY,
+                "expert_mlp": _HOPPER,
+                "grouped_matmul": _HOPPER,
+                "hash_table": _ANY,
+                "topk_routing": _BY_TRITON,
+            },
+            beside="triton",
+        ),
+    )
+}
+BACKENDS = ("reference", *FAMILIES)
+
+
+def primitives() -> tuple[str, ...]:
+    """The names of all primitives that a family serves."""
+    return tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.primitives))
+
+
+def takes(backend_name: str, dtype: torch.dtype) -> bool:
+    """Whether a backend computes in a floating dtype; plain torch in any."""
+    return backend_name == "reference" or dtype in FAMILIES[backend_name].dtypes
+
+
+def serves_weights(backend_name: str, primitive: str, kinds: Iterable[str], trains: bool) -> bool:
+    """Whether one call of a family's kernels takes weights of these kinds, ``trains`` where a gradient is wanted."""
+    served, kinds = FAMILIES[backend_name].primitives[primitive], frozenset(kinds)
+    return any(kinds <= mixed for mixed in served.weights) and (not trains or kinds <= served.trained)
+
+
+def refuses(backend_name: str, primitive: str, x: torch.Tensor) -> str | None:
+    """Why a family's kernels of a primitive cannot serve operands like ``x``, or None when they can."""
+    if backend_name == "reference":
+        return None
+    ask = FAMILIES[backend_name].primitives[primitive].refuses
+    return None if ask is None else ask(x)
+
+
+def check_served(primitive: str, backend_name: str, x: torch.Tensor, quantized: bool = False) -> None:
+    """``x`` must be what the kernels of a primitive take, and quantised weights too where the call has them.
 
     A tracer does not ask; the kernels do when they run.
     """
-    if backend_name != "cuda" or torch.compiler.is_compiling():
+    if backend_name == "reference" or torch.compiler.is_compiling():
         return
-    if reason := hopper_refuses(x) or ("its kernels take no quantised weights" if quantized else None):
-        raise ValueError(f'gossamer.backend("cuda") cannot serve {primitive} on {x.device}: {reason}')
+    served = FAMILIES[backend_name].primitives[primitive]
+    if served.refuses is None:
+        return
+    reason = served.refuses(x)
+    if quantized and not any("quantized" in mixed for mixed in served.weights):
+        reason = reason or "its kernels take no quantised weights"
+    if reason:
+        raise ValueError(f'gossamer.backend("{backend_name}") cannot serve {primitive} on {x.device}: {reason}')
 
 
 def unavailable(name: str, device_type: str) -> str | None:
     """Why the backend ``name`` cannot serve tensors on ``device_type``, or None when it can."""
     if name == "reference":
         return None
-    if name == "native":
-        return native_unavailable() if device_type == "cpu" else f"native kernels run on the CPU, not on {device_type}"
-    if name == "triton":
-        if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-            return triton_unavailable()
-        return f"Triton kernels run on cuda (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
-    return cuda_kernels_unavailable() if device_type == "cuda" else f"CUDA kernels run on cuda, not on {device_type}"
+    family = FAMILIES[name]
+    if family.runs_on(device_type):
+        return family.missing()
+    where = " or ".join("the CPU" if kind == "cpu" else kind for kind in family.devices)
+    if family.interpreter:
+        where += f" (on the CPU only with {family.interpreter}=1)"
+    return f"{family.title} run on {where}, not on {device_type}"
+
+
+# (primitive, type of device) -> the first family that has kernels for them.
+_PREFERRED: dict[tuple[str, str], str] = {}
+for _family in FAMILIES.values():
+    for _name, _served in _family.primitives.items():
+        if _served.by is None:
+            for _device in _family.devices:
+                _PREFERRED.setdefault((_name, _device), _family.name)
 
 
 def _default(primitive: str, device_type: str) -> str:
-    on_cuda = "cuda" if primitive in NO_TRITON_PRIMITIVES else "triton"
-    preferred = {"cpu": "native", "cuda": on_cuda}.get(device_type, "reference")
+    preferred = _PREFERRED.get((primitive, device_type), "reference")
     return "reference" if unavailable(preferred, device_type) else preferred
 
 
@@ -167,16 +309,19 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
         return _default(primitive, device_type)
     if reason := unavailable(_forced, device_type):
         raise ValueError(f'gossamer.backend("{_forced}") cannot serve {primitive} on {tensor.device}: {reason}')
-    if _forced == "cuda" and primitive not in CUDA_PRIMITIVES:
-        raise ValueError(f'gossamer.backend("cuda") cannot serve {primitive}: only {CUDA_PRIMITIVES} have CUDA kernels')
-    if _forced == "triton" and primitive in NO_TRITON_PRIMITIVES:
-        raise ValueError(f'gossamer.backend("triton") cannot serve {primitive}: it has no Triton kernels')
+    if _forced != "reference" and primitive not in FAMILIES[_forced].primitives:
+        family = FAMILIES[_forced]
+        raise ValueError(
+            f'gossamer.backend("{_forced}") cannot serve {primitive}: it has no {family.title}, which serve '
+            f"{', '.join(family.primitives)}"
+        )
     return _forced
 
 
 @functools.cache
 def kernels(backend_name: str, primitive: str) -> ModuleType:
-    """The kernel module of ``primitive`` in a family, imported on first use; Triton's where CUDA kernels lack one."""
-    if backend_name == "cuda" and primitive not in CUDA_PRIMITIVES:
-        backend_name = "triton"
-    return importlib.import_module(f"{_FAMILIES[backend_name]}.{primitive}")
+    """The kernel module of ``primitive`` in a family, or in the one beside it, imported on first use."""
+    family = FAMILIES[backend_name]
+    served = family.primitives.get(primitive)
+    by = family.beside if served is None and family.beside else served.by if served else None
+    return importlib.import_module(f"{FAMILIES[by or backend_name].package}.{primitive}")

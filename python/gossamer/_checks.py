@@ -6,6 +6,8 @@ import numbers
 
 import torch
 
+from gossamer._backend import takes
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,11 +91,11 @@ def check_same_dtype(**tensors: torch.Tensor | None) -> None:
 
 
 def check_float(name: str, tensor: torch.Tensor, backend: str) -> None:
-    """``tensor`` must be float32, float16 or bfloat16; float64 too, except where Triton or CUDA kernels serve it."""
+    """``tensor`` must be float32, float16 or bfloat16; float64 too, where ``backend`` computes in it."""
     check_tensor(name, tensor)
-    if tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and backend in ("reference", "native")):
+    if tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and takes(backend, torch.float64)):
         return
-    extra = ", or float64 on the CPU" if backend in ("triton", "cuda") else " or float64"
+    extra = " or float64" if takes(backend, torch.float64) else ", or float64 on the CPU"
     raise TypeError(f"{name} must be float32, float16, bfloat16{extra}, got {tensor.dtype} on {tensor.device}")
 
 

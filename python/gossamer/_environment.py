@@ -14,21 +14,6 @@ import torch
 
 from gossamer import _backend
 
-PRIMITIVES = (
-    "dispatch",
-    "grouped_matmul",
-    "expert_mlp",
-    "quantized_experts",
-    "topk_routing",
-    "gather_reduce",
-    "gather_reduce_tables",
-    "sparse_update",
-    "hash_table",
-    "multi_low_rank",
-    "low_rank",
-    "expert_topology",
-    "block_sparse",
-)
 PACKAGES = ("gossamer", "torch", "triton", "numpy", "transformers")
 ISA_FLAGS = (
     "avx2",
@@ -114,13 +99,16 @@ def served_by() -> dict[str, dict[str, dict]]:
     A device that this machine lacks is not listed.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {device: {name: _serving(name, device) for name in PRIMITIVES} for device in devices}
+    return {device: {name: _serving(name, device) for name in _backend.primitives()} for device in devices}
 
 
 def _serving(primitive: str, device: str) -> dict:
     reasons = {name: _backend.unavailable(name, device) for name in _backend.BACKENDS}
-    if device == "cuda" and primitive in _backend.HOPPER_PRIMITIVES and not reasons["cuda"]:
-        reasons["cuda"] = _backend.hopper_refuses(torch.empty(0, dtype=torch.bfloat16, device=device))
+    for name, family in _backend.FAMILIES.items():
+        if primitive not in family.primitives:
+            reasons[name] = reasons[name] or f"it has no {family.title} of {primitive}"
+        elif not reasons[name]:
+            reasons[name] = _backend.refuses(name, primitive, torch.empty(0, dtype=torch.bfloat16, device=device))
     return {
         "serves": _backend.resolve(primitive, torch.empty(0, device=device)),
         "unavailable": {name: reason for name, reason in reasons.items() if reason},

@@ -113,8 +113,7 @@ def activate(
     activation = as_activation(activation)
     check_interleaved(interleaved, activation)
     check_tensor("preact", preact)
-    # The activation goes with the expert layer, whose CUDA kernels have Triton's beside them here.
-    backend = _backend.resolve("expert_mlp", preact)
+    backend = _backend.resolve("activate", preact)
     check_float("preact", preact, backend)
     if preact.dim() == 0 or preact.shape[-1] % activation.halves:
         wanted = "(..., 2I)" if activation.gated else "(..., I)"

@@ -167,7 +167,7 @@ def fused_topk(
     experts a token.
     """
     # The routers go with dispatch: another backend forced for that has no kernel here.
-    backend = _backend.resolve("dispatch", logits)
+    backend = _backend.resolve("topk_routing", logits)
     if backend not in _FITS or logits.dtype != torch.float32 or not scale > 0:
         return None
     if not _FITS[backend](logits.shape[1], top_k, n_group, topk_group):
