@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,15 @@ def test_layers_register_no_operator():
     assert [
         importer for importer, of, module, *_ in found() if of in LAYERS and module.endswith("._registration")
     ] == []
+
+
+def test_integrations_import_each_other_one_way():
+    """Imports inside functions count: a circle that waits until a call is one."""
+    edges = {}
+    for importer, of, module, name, target in found():
+        if of == target == "integrations":
+            whole = f"{module}.{name}"
+            named = {other for other, *_ in found()}
+            edges.setdefault(importer, set()).add(whole if whole in named else module)
+    order = graphlib.TopologicalSorter(edges)
+    order.prepare()

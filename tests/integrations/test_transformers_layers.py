@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import torch.nn.functional as F
 from eager_draws import compare
 from torch import nn
 
@@ -17,6 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gossamer
+from gossamer._activation import activate_reference
 from gossamer.integrations.transformers import experts_forward
 from gossamer.testing import assert_close, random_expert_ids
 
@@ -156,6 +158,45 @@ def probe_path(module):
 @pytest.mark.parametrize("cls", [ScaledGate, SwappedGate, RareClamp])
 def test_gates_that_only_look_fused_go_the_general_way(cls, device):
     assert probe_path(make_experts(cls, device)) == (False, "no fused kernel for its _apply_gate")
+
+
+GATES = {
+    "swiglu": lambda self, gate_up: F.silu(gate_up.chunk(2, dim=-1)[0]) * gate_up.chunk(2, dim=-1)[1],
+    "swiglu, interleaved": lambda self, x: x[..., 1::2] * (x[..., 0::2].sigmoid() * x[..., 0::2]),
+    "geglu, interleaved": lambda self, x: torch.mul(*(F.gelu(x[..., ::2]), x[..., 1::2])),
+    "geglu_tanh": lambda self, x: x.chunk(2, -1)[1].mul(F.gelu(x.chunk(2, -1)[0], approximate="tanh")),
+    "clamped_swiglu(alpha=1.7, limit=1)": lambda self, x: (
+        (1.0 + torch.clamp(x.chunk(2, -1)[1], min=-self.top, max=self.top))
+        * (torch.sigmoid(self.steep * x.chunk(2, -1)[0].clamp(max=self.top)) * x.chunk(2, -1)[0].clamp(max=self.top))
+    ),
+    # What looks alike and is something else.
+    "unlike 1": lambda self, x: F.silu(x.chunk(2, -1)[0]) * x[..., 1::2],
+    "unlike 2": lambda self, x: (
+        (1.0 + x.chunk(2, -1)[1].clamp(-self.top, self.top))
+        * x.chunk(2, -1)[0].clamp(max=self.steep)
+        * torch.sigmoid(x.chunk(2, -1)[0].clamp(max=self.top) * self.steep)
+    ),
+    "unlike 3": lambda self, x: F.silu(x.chunk(2, -1)[0], inplace=True) * x.chunk(2, -1)[1],
+    "unlike 4": lambda self, x: self.act_fn(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1] * 1.000001,
+    "unlike 5": lambda self, x: self.act_fn(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1] if self.steep else x,
+    "unlike 6": lambda self, x: self.act_fn(x.chunk(2, 0)[0]) * x.chunk(2, 0)[1],
+    "unlike 7": lambda self, x: F.gelu(x.chunk(2, -1)[0], approximate="other") * x.chunk(2, -1)[1],
+}
+
+
+@pytest.mark.parametrize("formula", GATES)
+def test_gates_are_known_by_their_formula(formula, device):
+    """However a known formula is spelled it is fused, and computes what its own code does."""
+    cls = type("Spelled", (MixtralExperts,), {"_apply_gate": GATES[formula], "top": 1.0, "steep": 1.7})
+    module = make_experts(cls, device)
+    if formula.startswith("unlike"):
+        assert probe_path(module) == (False, "no fused kernel for its _apply_gate")
+        return
+    assert probe_path(module) == (True, formula)
+    x = torch.randn(7, 48, dtype=torch.float64, device=device) * 3
+    kind, _, layout = formula.partition("(")[0].partition(", ")
+    activation = gossamer.Activation(kind, 1.7, 1.0) if kind == "clamped_swiglu" else gossamer.Activation(kind)
+    torch.testing.assert_close(activate_reference(x, activation, bool(layout)), module._apply_gate(x))
 
 
 def test_the_path_follows_the_module_as_it_is_now(device):

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+import functools
+import importlib
+import operator
 
 import torch
 
+from gossamer.integrations import surgery
+from gossamer.integrations._report import Replacement
 from gossamer.integrations.quantized import load_quantized_experts, quantize_experts
 from gossamer.integrations.serving import serve_adapters
 from gossamer.integrations.sparsify import sparsify
 
-if TYPE_CHECKING:
-    from gossamer.integrations._report import Replacement
-
 __all__ = ["load_quantized_experts", "quantize_experts", "replace", "restore", "serve_adapters", "sparsify"]
-
-
-def _holds_adapters(model: object) -> bool:
-    """Whether PEFT's layers are inside: only then, and only where PEFT is imported already, is it looked at."""
-    if "peft" not in sys.modules or not isinstance(model, torch.nn.Module):
-        return False
-    from gossamer.integrations import peft
-
-    return peft.holds_adapters(model)
-
-
-def _holds_experts(model: torch.nn.Module) -> bool:
-    """Whether experts modules of transformers are inside, which only is looked at where transformers is imported."""
-    if "transformers" not in sys.modules:
-        return False
-    from gossamer.integrations import transformers
-
-    return transformers.holds_experts(model)
 
 
 def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = True) -> Replacement:
@@ -61,57 +43,29 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
             switched (quantised experts, a LoRA layer over a convolution, a device or dtype without kernels), or
             nothing to switch at all.
     """
-    if not embeddings:
-        return _replace_layers(model, strict=strict)
-    from gossamer.integrations import embeddings as tables
-
-    switched = tables.replace(model, strict=strict)
-    if not _holds_adapters(model) and not _holds_experts(model):
-        return switched
-    try:
-        return switched + _replace_layers(model, strict=strict)
-    except ValueError:
-        tables.restore(model)
-        raise
-
-
-def _replace_layers(model: torch.nn.Module, *, strict: bool) -> Replacement:
-    """Switch expert layers and LoRA layers."""
-    from gossamer.integrations import transformers
-
-    if not _holds_adapters(model):
-        return transformers.replace(model, strict=strict)
-    from gossamer.integrations import peft
-
-    adapters = peft.replace(model, strict=strict)
-    if not transformers.holds_experts(model):
-        return adapters
-    try:
-        return adapters + transformers.replace(model, strict=strict)
-    except ValueError:
-        peft.restore(model)
-        raise
+    adapters = [importlib.import_module("gossamer.integrations.embeddings")] if embeddings else []
+    if isinstance(model, torch.nn.Module):
+        peft, transformers = surgery.loaded_adapter("peft"), surgery.loaded_adapter("transformers")
+        adapters += [peft] if peft and peft.holds_adapters(model) else []
+        adapters += [transformers] if transformers and transformers.holds_experts(model) else []
+    if not adapters:
+        # Says what is missing: transformers itself, a model, or experts in it.
+        adapters = [importlib.import_module("gossamer.integrations.transformers")]
+    surveys = [adapter.survey(model, strict) for adapter in adapters]
+    reports = [adapter.swap(model, found) for adapter, found in zip(adapters, surveys, strict=True)]
+    return functools.reduce(operator.add, reports)
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Undo :func:`replace`: every layer is computed again by the implementation it had before.
+    """Undo :func:`replace` and :func:`sparsify`: every layer is computed again by the implementation it had before.
+
+    A layer that became block-sparse becomes dense again with its present blocks, and zeros where there are none.
 
     Raises:
-        ImportError: transformers is not installed or older than 5.
-        ValueError: ``model`` was not switched by :func:`replace`, or is restored already.
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: ``model`` was not switched, or is restored already; a module cannot be undone, such as quantised
+            experts, and nothing is changed.
     """
-    undone = False
-    if isinstance(model, torch.nn.Module):
-        from gossamer.integrations import embeddings
-
-        undone = embeddings.restore(model)
-        if "gossamer.integrations.peft" in sys.modules:
-            from gossamer.integrations import peft
-
-            undone = peft.restore(model) or undone
-    if undone and "gossamer.integrations.transformers" not in sys.modules:
-        return
-    from gossamer.integrations import transformers
-
-    if not undone or transformers.is_switched(model):
-        transformers.restore(model)
+    surgery.check_model(model)
+    if not surgery.undo(model):
+        raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")

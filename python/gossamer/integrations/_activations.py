@@ -9,16 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gossamer.integrations.surgery import hooked
+
 _MODULES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 _FUNCTIONS: dict[Callable, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether someone watches this module's calls, which a fused kernel would leave out."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def activation_name(function: object) -> str | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import activations
 
-from gossamer._activation import Activation, activate_reference
-from gossamer.integrations._activations import activation_name, hooked
+from gossamer._activation import Activation
+from gossamer.integrations._activations import activation_name
+from gossamer.integrations.surgery import hooked
 
 # Only functions equal to the fused ones in exact arithmetic: gelu_fast and quick_gelu round their constants.
 _ACT_CLASSES: dict[type, str] = {
@@ -24,13 +27,33 @@ _ACT_CLASSES: dict[type, str] = {
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
+# What an ``_apply_gate`` may compute of gate and up to be fused, and the activation that it is then.
+_FORMULAS: tuple[tuple[str, Callable], ...] = (
+    ("act_fn", lambda self, gate, up: self.act_fn(gate) * up),
+    ("swiglu", lambda self, gate, up: F.silu(gate) * up),
+    ("swiglu", lambda self, gate, up: gate * torch.sigmoid(gate) * up),
+    ("geglu", lambda self, gate, up: F.gelu(gate) * up),
+    ("geglu_tanh", lambda self, gate, up: F.gelu(gate, approximate="tanh") * up),
+    ("reglu", lambda self, gate, up: F.relu(gate) * up),
+    (
+        "clamped_swiglu",
+        lambda self, gate, up: (
+            (up.clamp(-self.limit, self.limit) + 1)
+            * gate.clamp(max=self.limit)
+            * torch.sigmoid(gate.clamp(max=self.limit) * self.alpha)
+        ),
+    ),
+)
+_UNARY = {torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+_ATTRIBUTE = re.compile(r"self\.(\w+)")
+
 
 @dataclass(frozen=True)
 class Gate:
     """The formula of a class's ``_apply_gate``, in terms of the attributes it reads.
 
     Attributes:
-        function: the ``_apply_gate`` that was probed.
+        function: the ``_apply_gate`` that was read.
         kind: ``"act_fn"`` for ``act_fn(gate)·up``; the name of a gated activation that reads nothing;
             ``"clamped_swiglu"``; or ``"custom"`` for anything else.
         interleaved: whether gate and up alternate along the last dimension.
@@ -45,70 +68,133 @@ class Gate:
     limit: str = ""
 
 
-class _Stand:
-    """Stands in for the module while its gate is probed: records what is read and serves the values given."""
+class _Term:
+    """A value that writes down how it is computed; everything that no formula of the table needs is an error.
 
-    def __init__(self, act_fn: nn.Module, numbers: dict[str, float]) -> None:
-        self.__dict__.update(_act_fn=act_fn, _numbers=numbers, _reads=[])
+    Factors and summands are sorted, the names of attributes apart, so that a formula has one text.
+    """
+
+    __hash__ = None
+
+    def __init__(self, text: str, factors: list[str] | None = None) -> None:
+        self.text, self._factors = text, factors or [text]
+
+    def __bool__(self) -> bool:
+        raise TypeError("a formula has no conditions")
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("a formula has no conditions")
+
+    def clamp(self, min: object = None, max: object = None) -> _Term:
+        return _Term(f"clamp({self.text}, {_text(min)}, {_text(max)})")
+
+    def float(self) -> _Term:
+        # The fused kernels compute the activation in float32 in any case.
+        return self
+
+    @property
+    def dtype(self) -> type:
+        return _Term
+
+    def to(self, dtype: object) -> _Term:
+        if dtype is not _Term:
+            raise TypeError("a formula has no dtype but that of its values")
+        return self
+
+    def __neg__(self) -> _Term:
+        return _Term(f"-{self.text}")
+
+    def __add__(self, other: object) -> _Term:
+        return _Term(f"({' + '.join(_ordered([self.text, _text(other)]))})")
+
+    def __mul__(self, other: object) -> _Term:
+        factors = _ordered(self._factors + (other._factors if isinstance(other, _Term) else [_text(other)]))
+        return _Term(" * ".join(factors), factors)
+
+    __radd__, __rmul__, add, mul = __add__, __mul__, __add__, __mul__
+
+    def sigmoid(self) -> _Term:
+        return torch.sigmoid(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> _Term:
+        kwargs = kwargs or {}
+        if function in (torch.clamp, torch.mul, torch.add):
+            first, *rest = args if isinstance(args[0], _Term) else args[::-1]
+            return getattr(first, function.__name__)(*rest, **kwargs)
+        if len(args) != 1 or any(value for key, value in kwargs.items() if key != "approximate"):
+            raise TypeError("a formula calls functions of one value")
+        approximate = kwargs.get("approximate", "none")
+        name = _UNARY[function] + ("" if approximate == "none" else f"_{approximate}")
+        return _Term(f"{name}({args[0].text})")
+
+
+class _GateUp:
+    """The argument of an ``_apply_gate``, which takes it apart in one of two ways."""
+
+    def __init__(self) -> None:
+        self.layouts: set[str] = set()
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[_Term, _Term]:
+        if (chunks, dim) != (2, -1):
+            raise TypeError("gate and up are the halves of the last dimension")
+        self.layouts.add("halves")
+        return _Term("gate"), _Term("up")
+
+    def __getitem__(self, index: object) -> _Term:
+        ellipsis, columns = index
+        if ellipsis is not Ellipsis or columns.stop is not None or columns.step != 2:
+            raise TypeError("gate and up are every other column")
+        self.layouts.add("interleaved")
+        return _Term({None: "gate", 0: "gate", 1: "up"}[columns.start])
+
+
+class _Self:
+    """Stands in for the experts module: its activation function, and any attribute by its name."""
+
+    __slots__ = ()
 
     def __getattr__(self, name: str) -> object:
-        if name not in self._reads:
-            self._reads.append(name)
-        return self._act_fn if name == "act_fn" else self._numbers.get(name, 1.5)
+        if name == "act_fn":
+            return lambda value: _Term(f"act_fn({value.text})")
+        return _Term(f"self.{name}")
 
 
-def _grid() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every pair of gate and up values on a signed logarithmic scale up to the largest float16."""
-    positive = torch.logspace(-3, 4.8, 40, dtype=torch.float32, device="cpu")
-    line = torch.cat([-positive.flip(0), torch.zeros(1, device="cpu", dtype=torch.float32), positive])
-    gate, up = torch.meshgrid(line, line, indexing="ij")
-    return gate.reshape(-1), up.reshape(-1)
+def _text(value: object) -> str:
+    if isinstance(value, _Term):
+        return value.text
+    return "None" if value is None else repr(float(value))
 
 
-def _same(function: Callable, stand: _Stand, activation: Activation, interleaved: bool) -> bool:
-    """Whether ``function`` equals ``activation`` on the whole grid, to float32 rounding."""
-    gate, up = _grid()
-    # Two rows, so that a split along the wrong dimension cannot pass.
-    gate, up = torch.stack([gate, gate.roll(7)]), torch.stack([up, up.roll(11)])
-    preact = torch.stack([gate, up], -1).flatten(1) if interleaved else torch.cat([gate, up], -1)
-    out = function(stand, preact)
-    if not isinstance(out, torch.Tensor) or out.shape != gate.shape:
-        return False
-    wanted = activate_reference(preact.double(), activation, interleaved)
-    # 1 + tanh and the like cancel while the gate is small and negative; from -8 on they are zero.
-    up_limit = activation.limit if activation.name == "clamped_swiglu" else None
-    scale = gate.abs().clamp(max=8.0) * (up.abs().clamp(max=up_limit) + 1 if up_limit else up.abs() + 1)
-    return bool(((out.double() - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6 * scale).all())
+def _ordered(texts: list[str]) -> list[str]:
+    return sorted(texts, key=lambda text: _ATTRIBUTE.sub("self", text))
 
 
-def _classify(function: Callable) -> Gate:
-    stand = _Stand(nn.SiLU(), {})
-    function(stand, torch.zeros(1, 4, device="cpu", dtype=torch.float32))
-    reads = [name for name in stand._reads if name != "act_fn"]
-    for interleaved in (False, True):
-        if not reads and "act_fn" in stand._reads:
-            pairs = ((nn.SiLU(), "swiglu"), (nn.ReLU(), "reglu"))
-            if all(_same(function, _Stand(act, {}), Activation(name), interleaved) for act, name in pairs):
-                return Gate(function, "act_fn", interleaved)
-        elif not reads:
-            for name in _GATED.values():
-                if _same(function, stand, Activation(name), interleaved):
-                    return Gate(function, name, interleaved)
-        elif len(reads) == 2:
-            for alpha, limit in (reads, reads[::-1]):
-                # Two sets of constants, so that the attributes are proven to be alpha and limit.
-                trials = ((1.25, 3.0), (0.5, 11.0))
-                if all(
-                    _same(
-                        function,
-                        _Stand(nn.Tanh(), {alpha: a, limit: b}),
-                        Activation("clamped_swiglu", a, b),
-                        interleaved,
-                    )
-                    for a, b in trials
-                ):
-                    return Gate(function, "clamped_swiglu", interleaved, alpha, limit)
-    return Gate(function, "custom")
+def _normal_form(term: _Term) -> tuple[str, list[str]]:
+    """The text with attributes numbered as they first appear, and their names in that order."""
+    names = list(dict.fromkeys(_ATTRIBUTE.findall(term.text)))
+    return _ATTRIBUTE.sub(lambda match: f"self.{names.index(match[1])}", term.text), names
+
+
+@functools.cache
+def _known() -> dict[str, tuple[str, list[str]]]:
+    """Kind and attributes of each formula of the table, by its normal form."""
+    forms = {}
+    for kind, formula in _FORMULAS:
+        text, names = _normal_form(formula(_Self(), _Term("gate"), _Term("up")))
+        forms[text] = kind, names
+    return forms
+
+
+def _read(function: Callable) -> Gate:
+    argument = _GateUp()
+    text, names = _normal_form(function(_Self(), argument))
+    if text not in _known() or len(argument.layouts) != 1:
+        return Gate(function, "custom")
+    kind, roles = _known()[text]
+    return Gate(function, kind, "interleaved" in argument.layouts, **dict(zip(roles, names, strict=True)))
 
 
 _gates: dict[type, Gate] = {}
@@ -116,20 +202,18 @@ _gates: dict[type, Gate] = {}
 
 @torch.compiler.assume_constant_result
 def gate_of(cls: type) -> Gate:
-    """What ``cls._apply_gate`` computes, found once a class by running it on a stand-in with constants of our choice.
+    """What ``cls._apply_gate`` computes, read once a class by calling it with terms instead of tensors.
 
-    A function that reads anything but ``act_fn`` and plain numbers, or that differs from every fused activation
-    anywhere on the grid, is ``"custom"``.
+    Its formula is looked up in the table; one that is not there, or that does anything else than arithmetic on gate,
+    up, ``act_fn`` and attributes, is ``"custom"``.
     """
     function = cls._apply_gate
     gate = _gates.get(cls)
     if gate is None or gate.function is not function:
-        # Under torch.export the caller's modes would hand the probe fake tensors, which have no values.
-        with _disable_current_modes(), torch.no_grad():
-            try:
-                gate = _classify(function)
-            except Exception:  # the gate is foreign code: whatever it raises on the stand-in, it is not recognised
-                gate = Gate(function, "custom")
+        try:
+            gate = _read(function)
+        except Exception:  # the gate is foreign code: whatever it raises on terms, it is not recognised
+            gate = Gate(function, "custom")
         _gates[cls] = gate
     return gate
 

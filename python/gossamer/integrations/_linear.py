@@ -7,15 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gossamer._checks import FLOAT_DTYPES
+from gossamer.integrations.surgery import hooked
 
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def plain(tensor: torch.Tensor | None) -> bool:

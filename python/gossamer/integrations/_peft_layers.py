@@ -11,9 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
-from gossamer.integrations._linear import LINEAR, hooked, plain
+from gossamer.integrations._linear import LINEAR, plain
+from gossamer.integrations._peft_config import check_config
+from gossamer.integrations.surgery import hooked
+from gossamer.integrations.transformers import experts_forward, experts_obstacle, is_experts
+from gossamer.nn import expert_factors
 from gossamer.nn.linear.lora_factors import row_norms
-from gossamer.nn.moe.experts.lora import expert_factors
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import base_linear, low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
@@ -90,8 +93,6 @@ class _Tuner:
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         """PEFT's, refusing what gossamer does not compute before anything is added."""
-        from gossamer.integrations.peft import check_config
-
         if (config := kwargs.get("config")) is not None:
             check_config(adapter_name, config)
         super().update_layer(adapter_name, *args, **kwargs)
@@ -344,17 +345,15 @@ class ExpertsMixin(_Tuner):
         return reason
 
     def _find_obstacle(self) -> str | None:
-        from gossamer.integrations.transformers import _is_experts, _obstacle
-
         base = self.get_base_layer()
         if type(base) is nn.Linear and self.parameter_name == "weight":
             return base_obstacle(base)
-        if not _is_experts(base):
+        if not is_experts(base):
             return f"its module {type(base).__name__} is no experts module of transformers"
         targets = {"gate_up_proj", "up_proj", "down_proj"}
         if self.parameter_name not in targets or self.num_experts == 1:
             return f"its parameter {self.parameter_name} is none of {sorted(targets)}"
-        return f"its {type(base).__name__} has hooks" if hooked(base) else _obstacle(base)
+        return f"its {type(base).__name__} has hooks" if hooked(base) else experts_obstacle(base)
 
     def _check_forward_args(self, x: torch.Tensor, *args: object, **kwargs: object) -> None:
         """PEFT's ParamWrapper mixes no adapters in a batch; here the rows of a request lie one behind the other."""
@@ -379,8 +378,6 @@ class ExpertsMixin(_Tuner):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """PEFT's forward."""
-        from gossamer.integrations.transformers import experts_forward
-
         names, chain, base = self._names(x, kwargs), self._chain(), self.get_base_layer()
         usable = not any(w.disable_adapters or w.merged or w.__dict__.get("_gossamer_reason", "new") for w in chain)
         usable = usable and not any(hooked(module) for module in chain[1:] if names is None) and not hooked(base)

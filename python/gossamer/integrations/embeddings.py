@@ -3,33 +3,70 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES
-from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
-from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
+from gossamer.integrations import surgery
+from gossamer.integrations._report import Replacement, SwitchedModule
+from gossamer.nn import Embedding, EmbeddingBag
 
-_OURS = {torch.nn.Embedding: Embedding, torch.nn.EmbeddingBag: EmbeddingBag}
+ADAPTER = "embeddings"
+_OURS = {nn.Embedding: Embedding, nn.EmbeddingBag: EmbeddingBag}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-# Set on modules that were switched, so that restore finds them in copies too, and leaves a user's own alone.
-_MARK = "_was_torch_nn"
 
 
-def _obstacle(module: torch.nn.Module) -> str | None:
+def _obstacle(name: str, module: nn.Module) -> str | None:
     """Why gossamer cannot compute this module, or None when it can."""
     if type(module) not in _OURS:
         return f"{type(module).__name__} may compute something else than {type(module).__mro__[1].__name__}"
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
-    weight = module.weight
-    if is_traceable_wrapper_subclass(weight):
-        return f"its weight is a {type(weight).__name__}"
-    if weight.device.type not in ("cpu", "cuda", "meta"):
-        return f"its weight is on {weight.device}; there are kernels for cpu and cuda"
-    allowed = FLOAT_DTYPES if weight.device.type == "cuda" else (*FLOAT_DTYPES, torch.float64)
-    if weight.dtype not in allowed:
-        return f"its weight is {weight.dtype}; there are kernels for {', '.join(map(str, allowed))}"
-    return None
+    return surgery.tensor_obstacle("its weight", module.weight)
+
+
+def survey(model: nn.Module, strict: bool) -> surgery.Survey:
+    """The embedding layers of torch inside ``model``; raises a ValueError when ``strict`` and there are none."""
+    surgery.check_model(model)
+    found = surgery.survey(
+        (
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, tuple(_OURS)) and not isinstance(module, tuple(_THEIRS))
+        ),
+        _obstacle,
+    )
+    if strict and not found.chosen:
+        why = surgery.reasons(found.skipped)
+        raise ValueError(
+            f"model must hold torch.nn.Embedding or torch.nn.EmbeddingBag modules to switch, got none in "
+            f"{type(model).__name__}{': ' + why if why else ''}"
+        )
+    return found
+
+
+def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
+    """Give the chosen modules gossamer's classes."""
+    switched = []
+    for name, module in found.chosen:
+        class_name = type(module).__name__
+        bag = "" if type(module) is nn.Embedding else f" of mode {module.mode!r}"
+        detail = f"{module.num_embeddings} rows of {module.embedding_dim}{bag}, {module.weight.dtype}"
+        module.__class__ = _OURS[type(module)]
+        surgery.mark(module, ADAPTER)
+        switched.append(SwitchedModule(name, class_name, True, detail))
+    return Replacement(tuple(switched), found.skipped, "embedding modules")
+
+
+def undo_obstacle(module: nn.Module, before: None) -> str | None:
+    """Why the module cannot get torch's class back, as when a parametrization changed its class again."""
+    if type(module) in _THEIRS:
+        return None
+    return f"must have the class that replace gave it to be restored, got {type(module).__name__}"
+
+
+def undo(module: nn.Module, before: None) -> nn.Module:
+    """Give the module torch's class back."""
+    module.__class__ = _THEIRS[type(module)]
+    return module
 
 
 def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
@@ -49,28 +86,7 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: under ``strict``, there is none.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    switched, skipped = [], []
-    for name, module in model.named_modules():
-        if not isinstance(module, tuple(_OURS)) or isinstance(module, tuple(_THEIRS)):
-            continue
-        class_name = type(module).__name__
-        if reason := _obstacle(module):
-            skipped.append(SkippedModule(name, class_name, reason))
-            continue
-        bag = "" if type(module) is torch.nn.Embedding else f" of mode {module.mode!r}"
-        detail = f"{module.num_embeddings} rows of {module.embedding_dim}{bag}, {module.weight.dtype}"
-        module.__class__ = _OURS[type(module)]
-        setattr(module, _MARK, True)
-        switched.append(SwitchedModule(name, class_name, True, detail))
-    if strict and not switched:
-        reasons = "; ".join(f"{m.name} ({m.class_name}): {m.reason}" for m in skipped)
-        raise ValueError(
-            f"model must hold torch.nn.Embedding or torch.nn.EmbeddingBag modules to switch, got none in "
-            f"{type(model).__name__}{': ' + reasons if reasons else ''}"
-        )
-    return Replacement(tuple(switched), tuple(skipped), "embedding modules")
+    return swap(model, survey(model, strict))
 
 
 def restore(model: torch.nn.Module) -> bool:
@@ -79,13 +95,4 @@ def restore(model: torch.nn.Module) -> bool:
     Raises:
         ValueError: a module has got another class since, as from a parametrization; nothing is undone.
     """
-    marked = {name: module for name, module in model.named_modules() if _MARK in module.__dict__}
-    for name, module in marked.items():
-        if type(module) not in _THEIRS:
-            raise ValueError(
-                f"{name} must have the class that replace gave it to be restored, got {type(module).__name__}"
-            )
-    for module in marked.values():
-        del module.__dict__[_MARK]
-        module.__class__ = _THEIRS[type(module)]
-    return bool(marked)
+    return surgery.undo(model, ADAPTER)

@@ -11,7 +11,6 @@ where adapters go or how they start: :data:`SUPPORTED`. Every other one is refus
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -30,25 +29,19 @@ if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21):
     )
 
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from gossamer.integrations import surgery
+from gossamer.integrations._peft_config import SUPPORTED as SUPPORTED
+from gossamer.integrations._peft_config import check_config
 from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin
-from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
+from gossamer.integrations._report import Replacement, SwitchedModule
 
+ADAPTER = "peft"
 _OURS = (LinearMixin, EmbeddingMixin, ExpertsMixin)
 
-# What LoraConfig may set. The last two lines change no layer's forward pass: they choose layers or initial values.
-SUPPORTED = (
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
-    *("rank_pattern", "alpha_pattern", "target_parameters", "bias", "modules_to_save", "trainable_token_indices"),
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "ensure_weight_tying", "layer_replication"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-)
 _VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
 
 
@@ -81,37 +74,6 @@ def _quantized_classes() -> None:
             _CLASSES[theirs] = globals()[name] = ours
 
 
-def check_config(adapter_name: str, config: object) -> None:
-    """An adapter's config must set no option that gossamer does not compute.
-
-    Raises:
-        ValueError: naming the adapter and each such option.
-    """
-    if type(config) is not LoraConfig:
-        kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)
-        raise ValueError(f"adapter {adapter_name!r} must be of a LoraConfig, got {kind}")
-    refused = []
-    for field in dataclasses.fields(config):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        value = getattr(config, field.name)
-        if field.name not in SUPPORTED and value != default and bool(value):
-            refused.append(f"{field.name}={value!r}")
-    if config.init_lora_weights == "mica":
-        refused.append("init_lora_weights='mica'")
-    if config.lora_bias and config.use_dora:
-        refused.append("lora_bias=True with use_dora=True")
-    if getattr(config, "_custom_modules", None):
-        refused.append("custom modules")
-    if refused:
-        raise ValueError(
-            f"adapter {adapter_name!r} sets options that gossamer does not compute: {', '.join(refused)}; computed are "
-            "r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, fan_in_fan_out, rank_pattern, alpha_pattern "
-            "and target_parameters"
-        )
-
-
 def holds_adapters(model: nn.Module) -> bool:
     """Whether ``model`` has layers of any of PEFT's tuners inside."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -123,8 +85,10 @@ def _check_configs(model: nn.Module) -> None:
             check_config(adapter_name, config)
 
 
-def _obstacle(layer: nn.Module) -> str | None:
+def _obstacle(name: str, layer: nn.Module) -> str | None:
     """Why gossamer cannot compute this layer at all, or None."""
+    if isinstance(layer, _OURS):
+        return None
     if type(layer) not in _CLASSES:
         known = ", ".join(sorted(f"lora.{cls.__name__}" for cls in _CLASSES))
         return f"there is no forward for it; there is one for {known}"
@@ -144,6 +108,43 @@ def _detail(layer: nn.Module) -> tuple[bool, str]:
     return True, next(text for cls, text in what.items() if isinstance(layer, cls))
 
 
+def survey(model: nn.Module, strict: bool) -> surgery.Survey:
+    """PEFT's tuner layers inside ``model``; raises a ValueError for options, or when ``strict`` layers, of no use."""
+    surgery.check_model(model)
+    _quantized_classes()
+    _check_configs(model)
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    found = surgery.survey(layers, _obstacle)
+    if found.skipped and strict:
+        why = surgery.reasons(found.skipped, "{name} (lora.{class_name}): {reason}")
+        raise ValueError(f"model has tuner layers that gossamer cannot compute: {why}")
+    return found
+
+
+def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
+    """Give the chosen layers gossamer's classes."""
+    for _, layer in found.chosen:
+        if not isinstance(layer, _OURS):
+            layer.__class__ = _CLASSES[type(layer)]
+            surgery.mark(layer, ADAPTER)
+    switched = tuple(SwitchedModule(name, type(layer).__name__, *_detail(layer)) for name, layer in found.chosen)
+    return Replacement(switched, found.skipped, "LoRA layers")
+
+
+def undo_obstacle(layer: nn.Module, before: None) -> str | None:
+    """Why the layer cannot get PEFT's class back."""
+    if isinstance(layer, _OURS):
+        return None
+    return f"must have the class that replace gave it to be restored, got {type(layer).__name__}"
+
+
+def undo(layer: nn.Module, before: None) -> nn.Module:
+    """Give the layer PEFT's class back."""
+    layer.__class__ = next(theirs for theirs, ours in _CLASSES.items() if type(layer) is ours)
+    layer.__dict__.pop("_gossamer_reason", None)
+    return layer
+
+
 def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
     """Exchange the forward of every LoRA layer in ``model``; :func:`gossamer.replace` calls it for PEFT models.
 
@@ -156,35 +157,12 @@ def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
     Raises:
         ValueError: an adapter's config sets an option that is not computed; under ``strict``, a layer that cannot be.
     """
-    _quantized_classes()
-    _check_configs(model)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    fresh = [(n, m) for n, m in layers if not isinstance(m, _OURS)]
-    skipped = [SkippedModule(n, type(m).__name__, reason) for n, m in fresh if (reason := _obstacle(m)) is not None]
-    if skipped and strict:
-        raise ValueError(
-            "model has tuner layers that gossamer cannot compute: "
-            + "; ".join(f"{m.name} (lora.{m.class_name}): {m.reason}" for m in skipped)
-        )
-    left = {m.name for m in skipped}
-    for name, layer in fresh:
-        if name not in left:
-            layer.__class__ = _CLASSES[type(layer)]
-    switched = tuple(
-        SwitchedModule(name, type(layer).__name__, *_detail(layer)) for name, layer in layers if name not in left
-    )
-    return Replacement(switched, tuple(skipped), "LoRA layers")
+    return swap(model, survey(model, strict))
 
 
 def restore(model: nn.Module) -> bool:
     """Give every layer its class back; returns whether there was anything to undo."""
-    theirs = {ours: cls for cls, ours in _CLASSES.items()}
-    layers = [module for module in model.modules() if type(module) in theirs]
-    for layer in layers:
-        layer.__class__ = theirs[type(layer)]
-        for name in ("_gossamer_names", "_gossamer_reason"):
-            layer.__dict__.pop(name, None)
-    return bool(layers)
+    return surgery.undo(model, ADAPTER)
 
 
 def _adapters_of(module: nn.Module) -> set[str]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from gossamer._checks import FLOAT_DTYPES
-from gossamer.integrations._report import Quantization, QuantizedModule, SkippedModule
-from gossamer.nn.moe.experts.grouped import Experts
-from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
+from gossamer.integrations import surgery
+from gossamer.integrations._report import Quantization, QuantizedModule
+from gossamer.nn import Experts, QuantizedExpertStack
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
+
+ADAPTER = "quantized"
 
 # What checkpoints call an expert's gate, up and down matrices.
 _EXPERT_NAMES = {
@@ -25,29 +26,15 @@ _EXPERT_NAMES = {
 _NOT_SYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
 
-def _foreign(model: nn.Module) -> bool:
-    """Whether experts modules of transformers are inside."""
-    if "transformers" not in sys.modules:
-        return False
-    from gossamer.integrations import transformers
-
-    return transformers.holds_experts(model)
-
-
-def _experts(model: nn.Module) -> list[tuple[str, nn.Module, tuple[str, str], bool]]:
-    """Name, module, names of its two weights, and whether they are stored transposed, of every experts module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    foreign = None
-    if _foreign(model):
-        from gossamer.integrations.transformers import _is_experts as foreign
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            found.append((name, module, (module._up_name, "down_proj"), module.transposed))
-        elif foreign and foreign(module):
-            up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-            found.append((name, module, (up, "down_proj"), module.is_transposed))
+def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every experts module, of gossamer or of transformers."""
+    surgery.check_model(model)
+    foreign = surgery.loaded_adapter("transformers")
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Experts) or (foreign and foreign.is_experts(module))
+    ]
     if not found:
         raise ValueError(
             "model must hold gossamer.nn.Experts or experts modules that use transformers' use_experts_implementation, "
@@ -56,11 +43,19 @@ def _experts(model: nn.Module) -> list[tuple[str, nn.Module, tuple[str, str], bo
     return found
 
 
-def _switch(model: nn.Module) -> None:
-    if _foreign(model):
-        from gossamer.integrations import transformers
+def _weights(experts: nn.Module) -> tuple[tuple[str, str], bool]:
+    """Names of the two weights of an experts module, and whether they are stored transposed."""
+    if isinstance(experts, Experts):
+        return (experts._up_name, "down_proj"), experts.transposed
+    up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    return (up, "down_proj"), experts.is_transposed
 
-        transformers.replace(model)
+
+def _switch(model: nn.Module) -> None:
+    """Let gossamer compute the experts modules of transformers inside."""
+    foreign = surgery.loaded_adapter("transformers")
+    if foreign and foreign.holds_experts(model):
+        foreign.replace(model)
 
 
 def _nbytes(held: torch.Tensor | nn.Module) -> int:
@@ -72,10 +67,22 @@ def _hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
     if name in module._parameters:
         del module._parameters[name]
     module.add_module(name, QuantizedExpertStack(weight))
+    surgery.mark(module, ADAPTER)
 
 
-def _obstacle(module: nn.Module, names: tuple[str, str], weight_format: str, group_size: int, transposed: bool) -> str:
-    """Why the module's weights cannot be quantised so; empty when they can."""
+def undo_obstacle(module: nn.Module, before: None) -> str | None:
+    """Why there is no way back: the floats are gone."""
+    return "must hold its own weights to be restored, they are quantised"
+
+
+def undo(module: nn.Module, before: None) -> nn.Module:
+    """Never called, as :func:`undo_obstacle` refuses every module."""
+    raise ValueError(undo_obstacle(module, before))
+
+
+def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | None:
+    """Why the module's weights cannot be quantised so, or None when they can."""
+    names, transposed = _weights(module)
     if type(module).__name__ == "LoRAExperts" and getattr(module, "dora", False):
         return "row lengths of DoRA need the weight itself"
     if getattr(module, "form", "grouped") == "block_sparse":
@@ -90,7 +97,7 @@ def _obstacle(module: nn.Module, names: tuple[str, str], weight_format: str, gro
         width = {"int4": group_size, "mxfp4": MX_GROUP}.get(weight_format, 1)
         if c % width:
             return f"{name} has {c} input columns, no multiple of {width}"
-    return ""
+    return None
 
 
 def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROUP, strict: bool = True) -> Quantization:
@@ -119,21 +126,14 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
             do not fit the format or are quantised already.
     """
     check_format(format)
-    chosen, skipped = [], []
-    for name, module, names, transposed in _experts(model):
-        if reason := _obstacle(module, names, format, group_size, transposed):
-            skipped.append(SkippedModule(name, type(module).__name__, reason))
-        else:
-            chosen.append((name, module, names, transposed))
-    if skipped and strict:
-        raise ValueError(
-            "model has experts that cannot be quantised: "
-            + "; ".join(f"{m.name} ({m.class_name}): {m.reason}" for m in skipped)
-        )
+    found = surgery.survey(_experts(model), lambda name, module: _obstacle(module, format, group_size))
+    if found.skipped and strict:
+        raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
     # Before the first matrix is gone, so that what gossamer cannot compute stays whole.
     _switch(model)
     done = []
-    for name, module, names, transposed in chosen:
+    for name, module in found.chosen:
+        names, transposed = _weights(module)
         before = after = 0
         for weight_name in names:
             weight = getattr(module, weight_name).detach()
@@ -144,7 +144,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
             after += quantized.nbytes
             del weight, wide
         done.append(QuantizedModule(name, type(module).__name__, format, before, after))
-    return Quantization(tuple(done), tuple(skipped))
+    return Quantization(tuple(done), found.skipped)
 
 
 def _infer_format(data: torch.Tensor, scale: torch.Tensor) -> str:
@@ -244,7 +244,8 @@ def load_quantized_experts(
         ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
     """
     loaded, used = [], []
-    for name, module, names, transposed in _experts(model):
+    for name, module in _experts(model):
+        names, transposed = _weights(module)
         prefix = f"{name}." if name else ""
         weights = {}
         for weight_name in names:

@@ -13,7 +13,7 @@ from torch import nn
 from gossamer.integrations._adapter_files import Factors, read_adapter
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.integrations._linear import plain_linear
-from gossamer.nn.moe.experts.lora import expert_factors
+from gossamer.nn import expert_factors
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
@@ -195,9 +195,9 @@ class _ExpertsBank(nn.Module):
 
 def _check_experts(path: str, module: nn.Module) -> None:
     """The module must be one of transformers' experts modules, in a form that gossamer computes."""
-    from gossamer.integrations.transformers import _is_experts, _obstacle
+    from gossamer.integrations.transformers import experts_obstacle, is_experts
 
-    reason = _obstacle(module) if _is_experts(module) else "it is no experts module of transformers"
+    reason = experts_obstacle(module) if is_experts(module) else "it is no experts module of transformers"
     if reason is not None:
         raise ValueError(f"adapters update parameters of {path}, a {type(module).__name__}: {reason}")
 

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from gossamer._checks import FLOAT_DTYPES
-from gossamer.integrations._activations import hooked
+from gossamer.integrations import surgery
 from gossamer.integrations._report import SkippedModule
 from gossamer.nn.linear.block_sparse import (
     BlockSparseLinear,
@@ -26,6 +24,7 @@ from gossamer.nn.linear.block_sparse import (
 )
 from gossamer.ops.block_topology import check_block
 
+ADAPTER = "sparsify"
 DISTRIBUTIONS = ("uniform", "erk", "global")
 
 
@@ -102,17 +101,11 @@ def _obstacle(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str
         return f"{type(module).__name__} may compute something else than Linear"
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
-    if hooked(module):
+    if surgery.hooked(module):
         return "its calls are watched by hooks, which a new module would not have"
-    weight = module.weight
-    if is_traceable_wrapper_subclass(weight):
-        return f"its weight is a {type(weight).__name__}"
-    if weight.device.type not in ("cpu", "cuda"):
-        return f"its weight is on {weight.device}; there are kernels for cpu and cuda"
-    allowed = FLOAT_DTYPES if weight.device.type == "cuda" else (*FLOAT_DTYPES, torch.float64)
-    if weight.dtype not in allowed:
-        return f"its weight is {weight.dtype}; there are kernels for {', '.join(map(str, allowed))}"
-    for what, parameter in (("weight", weight), ("bias", module.bias)):
+    if reason := surgery.tensor_obstacle("its weight", module.weight, ("cpu", "cuda")):
+        return reason
+    for what, parameter in (("weight", module.weight), ("bias", module.bias)):
         others = [] if parameter is None else [owner for owner in owners[id(parameter)] if owner != name]
         if others:
             return f"its {what} is tied with that of {', '.join(others)}"
@@ -181,6 +174,22 @@ def _masks(
     }
 
 
+def undo_obstacle(layer: nn.Module, before: None) -> str | None:
+    """Why the layer cannot become dense again."""
+    if type(layer) is BlockSparseLinear:
+        return None
+    return f"must be the BlockSparseLinear that sparsify made to be restored, got {type(layer).__name__}"
+
+
+def undo(layer: BlockSparseLinear, before: None) -> nn.Module:
+    """The dense layer of its blocks as they are now, with zeros between them."""
+    linear = layer.to_linear()
+    linear.weight.requires_grad_(layer.values.requires_grad)
+    if linear.bias is not None:
+        linear.bias.requires_grad_(layer.bias.requires_grad)
+    return linear
+
+
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -199,7 +208,8 @@ def sparsify(
     """Turn the linear layers of a model into :class:`gossamer.nn.BlockSparseLinear`, in place.
 
     Each keeps its best blocks with their values, and its bias; the parameter ``weight`` becomes ``values``. Make an
-    optimizer afterwards. :meth:`gossamer.nn.BlockSparseLinear.to_linear` goes back to a dense layer.
+    optimizer afterwards. :meth:`gossamer.nn.BlockSparseLinear.to_linear` goes back to a dense layer, and
+    :func:`gossamer.restore` does so in the whole model: absent blocks are zeros then.
 
     Args:
         model: any module; it is changed. Nothing is changed where an error is raised.
@@ -223,8 +233,7 @@ def sparsify(
             layer at all, or layers that cannot become block-sparse: of classes derived from Linear, with tied weights,
             hooks, or a dtype or device without kernels. The message says how to exclude them.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    surgery.check_model(model)
     check_density(density)
     block = check_block(block)
     if distribution not in DISTRIBUTIONS:
@@ -238,10 +247,10 @@ def sparsify(
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    obstacles = {name: reason for name, module in targets.items() if (reason := _obstacle(name, module, owners))}
-    if obstacles:
-        reasons = "; ".join(f"{name or '(the model itself)'}: {reason}" for name, reason in obstacles.items())
-        raise ValueError(f"model must hold linear layers that can become block-sparse, or exclude them: {reasons}")
+    found = surgery.survey(targets.items(), lambda name, module: _obstacle(name, module, owners))
+    if found.skipped:
+        why = surgery.reasons(found.skipped, "{name}: {reason}")
+        raise ValueError(f"model must hold linear layers that can become block-sparse, or exclude them: {why}")
 
     before = _count(model)
     masks = _masks(targets, density, block, criterion, distribution, generator)
@@ -256,12 +265,10 @@ def sparsify(
         layer.requires_grad_(module.weight.requires_grad)
         if layer.bias is not None:
             layer.bias.requires_grad_(module.bias.requires_grad)
+        surgery.mark(layer, ADAPTER)
         replaced[module] = layer
         flops = (2 * module.weight.numel(), 2 * layer.values.numel())
         shape = (module.out_features, module.in_features)
         layers.append(SparsifiedModule(name, shape, block, blocks, places, (_count(module), _count(layer)), flops))
-    for parent in list(model.modules()):
-        for child, module in list(parent._modules.items()):
-            if module in replaced:
-                setattr(parent, child, replaced[module])
+    surgery.substitute(model, replaced)
     return Sparsification(tuple(layers), tuple(skipped), (before, _count(model)))

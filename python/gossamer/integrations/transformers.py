@@ -31,11 +31,13 @@ except ImportError as error:
         "pip install 'gossamer[transformers]'"
     ) from error
 
-from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES
+from gossamer._checks import INDEX_DTYPES
+from gossamer.integrations import surgery
 from gossamer.integrations._expert_updates import ExpertUpdate
 from gossamer.integrations._gates import fused_activation
-from gossamer.integrations._report import Replacement, SkippedModule, SwitchedModule
-from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack, expert_weight
+from gossamer.integrations._report import Replacement, SwitchedModule
+from gossamer.nn import QuantizedExpertStack
+from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import combine_slots
@@ -158,14 +160,17 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 _accept_name()
 
 
-# Set on modules whose config :func:`replace` changed, so that restore finds them in copies and other models too: the
-# implementation that the config named before.
-_MARK = "_gossamer_experts_before"
+ADAPTER = "transformers"
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether the class went through ``use_experts_implementation``, which leaves these attributes on its instances."""
     return all(name in module.__dict__ for name in ("config", "has_bias", "is_transposed"))
+
+
+def holds_experts(model: nn.Module) -> bool:
+    """Whether there is an experts module inside."""
+    return any(is_experts(module) for module in model.modules())
 
 
 def _expert_weights(experts: nn.Module) -> list[tuple[str, torch.Tensor | None]]:
@@ -174,8 +179,8 @@ def _expert_weights(experts: nn.Module) -> list[tuple[str, torch.Tensor | None]]
     return [(name, getattr(experts, name, None)) for name in names]
 
 
-def _obstacle(experts: nn.Module) -> str | None:
-    """Why gossamer cannot compute this module, or None when it can."""
+def experts_obstacle(experts: nn.Module) -> str | None:
+    """Why gossamer cannot compute this experts module, or None when it can."""
     if getattr(experts.config, "_experts_implementation", None) == "deepgemm_megamoe":
         return "deepgemm_megamoe rewrites the weights at load time, so it cannot be left afterwards"
     chain = [type(experts).forward]
@@ -200,16 +205,12 @@ def _obstacle(experts: nn.Module) -> str | None:
             continue
         if not isinstance(weight, torch.Tensor):
             return f"it has no tensor {name}"
-        device_type = weight.device.type
-        allowed = (*FLOAT_DTYPES, torch.float64) if device_type in ("cpu", "meta") else FLOAT_DTYPES
         if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
             return f"it is quantised: {name} is {weight.dtype}"
         if is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor":
             return f"it is quantised: {name} is a {type(weight).__name__}"
-        if device_type not in ("cpu", "cuda", "meta"):
-            return f"{name} is on {weight.device}; there are kernels for cpu and cuda"
-        if weight.dtype not in allowed:
-            return f"{name} is {weight.dtype} on {weight.device}; there are kernels for {', '.join(map(str, allowed))}"
+        if reason := surgery.tensor_obstacle(name, weight, wrappers=("DTensor",)):
+            return reason
     return None
 
 
@@ -217,25 +218,6 @@ def _set_implementation(config: object, value: str | None) -> None:
     # The property itself would also write every sub-config, whose modules may be none of ours.
     name = "_experts_implementation_internal"
     setattr(config, name if hasattr(config, name) else "_experts_implementation", value)
-
-
-def _with_config(model: nn.Module) -> list[nn.Module]:
-    """Every module of ``model`` with a config of its own that names an experts implementation."""
-    return [m for m in model.modules() if hasattr(m.__dict__.get("config"), "_experts_implementation")]
-
-
-def holds_experts(model: nn.Module) -> bool:
-    """Whether there is an experts module inside."""
-    return any(_is_experts(module) for module in model.modules())
-
-
-def _switched(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if _MARK in module.__dict__]
-
-
-def is_switched(model: nn.Module) -> bool:
-    """Whether :func:`replace` switched experts modules of ``model``."""
-    return bool(_switched(model))
 
 
 def _no_experts(model: nn.Module) -> str:
@@ -249,56 +231,71 @@ def _no_experts(model: nn.Module) -> str:
     )
 
 
-def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
-    """:func:`gossamer.replace`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    experts = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+def survey(model: nn.Module, strict: bool) -> surgery.Survey:
+    """The experts modules inside ``model``; raises a ValueError when ``strict`` and there are none or others."""
+    surgery.check_model(model)
+    experts = [(name, module) for name, module in model.named_modules() if is_experts(module)]
     if not experts and strict:
         raise ValueError(_no_experts(model))
-    skipped = [
-        SkippedModule(name, type(module).__name__, reason) for name, module in experts if (reason := _obstacle(module))
-    ]
-    if skipped and strict:
-        raise ValueError(
-            "model has experts modules that gossamer cannot compute: "
-            + "; ".join(f"{m.name} ({m.class_name}): {m.reason}" for m in skipped)
-        )
-    blocked_names = {m.name for m in skipped}
-    blocked = {id(module.config): name for name, module in experts if name in blocked_names}
-    switched, targets = [], {}
-    for name, module in experts:
-        if name in blocked_names:
-            continue
-        if id(module.config) in blocked:
-            reason = f"it shares its config with {blocked[id(module.config)]}, which cannot be switched"
-            skipped.append(SkippedModule(name, type(module).__name__, reason))
-            continue
-        targets[id(module.config)] = module.config
-        activation, interleaved, reason = fused_activation(module)
-        detail = reason
-        if activation is not None:
-            constants = f"(alpha={activation.alpha:g}, limit={activation.limit:g})"
-            detail = activation.name + (constants if activation.name == "clamped_swiglu" else "")
-            detail += ", interleaved" if interleaved else ""
-        switched.append(SwitchedModule(name, type(module).__name__, activation is not None, detail))
-    before = [(module, module.config._experts_implementation) for module in _with_config(model)]
-    if isinstance(model, transformers.PreTrainedModel) and switched and not skipped:
+    found = surgery.survey(experts, lambda name, module: experts_obstacle(module))
+    if found.skipped and strict:
+        raise ValueError("model has experts modules that gossamer cannot compute: " + surgery.reasons(found.skipped))
+    names = {skipped.name for skipped in found.skipped}
+    blocked = {id(module.config): name for name, module in experts if name in names}
+
+    def shares_config(name: str, module: nn.Module) -> str | None:
+        other = blocked.get(id(module.config))
+        return other and f"it shares its config with {other}, which cannot be switched"
+
+    free = surgery.survey(found.chosen, shares_config)
+    return surgery.Survey(free.chosen, found.skipped + free.skipped)
+
+
+def _detail(experts: nn.Module) -> tuple[bool, str]:
+    activation, interleaved, reason = fused_activation(experts)
+    if activation is None:
+        return False, reason
+    constants = f"(alpha={activation.alpha:g}, limit={activation.limit:g})"
+    text = activation.name + (constants if activation.name == "clamped_swiglu" else "")
+    return True, text + (", interleaved" if interleaved else "")
+
+
+def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
+    """Name gossamer as the implementation in the configs of the chosen modules."""
+    with_config = [m for m in model.modules() if hasattr(m.__dict__.get("config"), "_experts_implementation")]
+    before = [(module, module.config._experts_implementation) for module in with_config]
+    if isinstance(model, transformers.PreTrainedModel) and found.chosen and not found.skipped:
         model.set_experts_implementation(NAME)
-    for config in targets.values():
-        _set_implementation(config, NAME)
-    if switched:
+    for _, module in found.chosen:
+        _set_implementation(module.config, NAME)
+    if found.chosen:
+        # Every module of a shared config, so that parts of the model are restored by themselves.
         for module, implementation in before:
-            module.__dict__.setdefault(_MARK, implementation)
-    return Replacement(tuple(switched), tuple(skipped))
+            surgery.mark(module, ADAPTER, implementation)
+    switched = tuple(SwitchedModule(n, type(m).__name__, *_detail(m)) for n, m in found.chosen)
+    return Replacement(switched, found.skipped)
+
+
+def undo_obstacle(module: nn.Module, before: str | None) -> str | None:
+    """Why the implementation cannot be what it was before: its own code reads no quantised weights."""
+    if is_experts(module) and any(isinstance(weight, QuantizedExpertStack) for _, weight in _expert_weights(module)):
+        return "must hold its own weights to be restored, they are quantised"
+    return None
+
+
+def undo(module: nn.Module, before: str | None) -> nn.Module:
+    """Name the implementation of before in the module's config."""
+    _set_implementation(module.config, before)
+    return module
+
+
+def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
+    """:func:`gossamer.replace` of experts modules."""
+    return swap(model, survey(model, strict))
 
 
 def restore(model: nn.Module) -> None:
-    """:func:`gossamer.restore`."""
-    if isinstance(model, nn.Module) and any(isinstance(m, QuantizedExpertStack) for m in model.modules()):
-        raise ValueError("model must hold its experts' own weights to be restored, they are quantised")
-    marked = _switched(model) if isinstance(model, nn.Module) else []
-    if not marked:
+    """:func:`gossamer.restore` of experts modules."""
+    surgery.check_model(model)
+    if not surgery.undo(model, ADAPTER):
         raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")
-    for module in marked:
-        _set_implementation(module.config, module.__dict__.pop(_MARK))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer.integrations._activations import activation_name, hooked
+from gossamer.integrations._activations import activation_name
 from gossamer.integrations.scattermoe.parallel_experts import ParallelExperts, flatten_sort_count
+from gossamer.integrations.surgery import hooked
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 
