@@ -280,7 +280,7 @@ def _default(primitive: str, device_type: str) -> str:
     return "reference" if unavailable(preferred, device_type) else preferred
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation looks at what is computed, for which kernels have no rules."""
     if is_compiling():
         return False
@@ -298,7 +298,7 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     device_type = tensor.device.type
     if device_type == "meta":
         return "native"
-    if _transformed():
+    if transformed():
         if _forced in (None, "reference"):
             return "reference"
         raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.grouped_matmul import grouped_matmul
 
 
@@ -48,7 +49,7 @@ class ExpertUpdate:
         return (self.a, self.b) if keep else (self.a.to(dtype), self.b.to(dtype))
 
     def rows(self, x: torch.Tensor, routing: Dispatch, *, grouped: bool) -> torch.Tensor:
-        """The update ``(R, N)`` of each slot, in the expert-sorted order of ``routing``.
+        """The update ``(R, N)`` of each row of ``routing``, in its expert-sorted order.
 
         Args:
             x: ``(T, C)``; ``(R, C)`` in that order when ``grouped``.
@@ -59,10 +60,11 @@ class ExpertUpdate:
         if self.dispatch is None:
             p = grouped_matmul(x, a, routing, x_grouped=grouped, y_grouped=True)
             return grouped_matmul(p, b, routing, x_grouped=True, y_grouped=True)
-        slots = dataclasses.replace(self.dispatch, num_tokens=routing.num_rows, top_k=1)
+        slots = dataclasses.replace(self.dispatch, num_tokens=routing.slots.shape[0], top_k=1)
         if grouped:
-            p = grouped_matmul(x.index_select(0, routing.rows.long()), a, slots, y_grouped=True)
+            in_slot_order = gather_reduce(x, routing.rows, bounds="drop")
+            p = grouped_matmul(in_slot_order, a, slots, y_grouped=True)
         else:
             p = grouped_matmul(x, a, self.dispatch, y_grouped=True)
         update = grouped_matmul(p, b, slots, x_grouped=True).flatten(0, 1)
-        return update.index_select(0, routing.slots.long())
+        return update.index_select(0, routing.row_slots.long())

@@ -8,7 +8,7 @@ from gossamer._activation import Activation
 from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.expert_mlp_lora import LowRankFactors
-from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 
@@ -48,6 +48,4 @@ def composed_expert_mlp(
     hidden = _product(x, gate_up, gate_up_bias, gate_up_lora, scale, dispatch, False)
     act = activate(hidden, activation, interleaved=interleaved)
     out = _product(act, down, down_bias, down_lora, scale, dispatch, True)
-    live = dispatch.rows < dispatch.offsets[-1]
-    slot_weights = torch.where(live.view(weights.shape), weights, 0)
-    return gather_reduce(out, dispatch.rows.view(-1, dispatch.top_k), weights=slot_weights)
+    return combine_slots(out, dispatch, weights)

@@ -253,7 +253,7 @@ class BlockTopology:
             )
         experts, wide = dispatch.num_experts, ffn_size // bn
         # Every expert with rows fills its last block with at least one of them.
-        rows = min(dispatch.num_rows, (dispatch.num_rows + experts * (bm - 1)) // bm)
+        rows = min(dispatch.buffer_rows, (dispatch.buffer_rows + experts * (bm - 1)) // bm)
         if max(rows * bm, rows * wide) > MAX_BLOCKS:
             raise ValueError(
                 f"padded rows and blocks must be at most {MAX_BLOCKS}, got {rows * bm} and {rows * wide} for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.compiler import is_compiling
 
 from gossamer import _backend
 from gossamer._checks import check_index, check_shape
@@ -25,6 +26,7 @@ class Dispatch:
         num_tokens: T.
         top_k: K.
         num_experts: E.
+        max_rows: rows of buffers sorted by expert, at least ``offsets[E]``; None for R.
     """
 
     slots: torch.Tensor
@@ -33,11 +35,22 @@ class Dispatch:
     num_tokens: int
     top_k: int
     num_experts: int
+    max_rows: int | None = None
 
     @property
     def num_rows(self) -> int:
         """R = T·K, dropped rows included."""
         return self.num_tokens * self.top_k
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of buffers sorted by expert: R, or what :func:`dispatch` made of its ``max_rows``."""
+        return self.num_rows if self.max_rows is None else self.max_rows
+
+    @property
+    def row_slots(self) -> torch.Tensor:
+        """``(buffer_rows,)`` int32: the slots of the rows that buffers have."""
+        return self.slots if self.max_rows is None else self.slots[: self.max_rows]
 
     @property
     def counts(self) -> torch.Tensor:
@@ -49,6 +62,24 @@ def check_dispatch(dispatch: object) -> None:
     """``dispatch`` must be a :class:`Dispatch`."""
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+
+
+def check_max_rows(max_rows: int | None) -> None:
+    """A bound on rows must be an int of at least 0, or None."""
+    if max_rows is None:
+        return
+    if not isinstance(max_rows, (int, torch.SymInt)) or isinstance(max_rows, bool):
+        raise TypeError(f"max_rows must be an int or None, got {type(max_rows).__name__}")
+    if max_rows < 0:
+        raise ValueError(f"max_rows must be at least 0, got {max_rows}")
+
+
+def dx_rows(slots: torch.Tensor, rows: torch.Tensor, x_shape: torch.Size, x_div: int) -> tuple[torch.Tensor, bool]:
+    """The slots of the product that gives dX, and whether its rows, sorted by expert, are summed into rows of x."""
+    if x_div == 0:
+        return slots[: x_shape[0]], False
+    # A product in slot order fills a row for every slot, so it needs all of them.
+    return slots, x_div > 1 or slots.shape[0] < rows.shape[0]
 
 
 def dispatch_reference(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,43 +105,70 @@ def _raise_negative(expert_ids: torch.Tensor) -> None:
     )
 
 
-def _kernel(expert_ids, num_experts, backend):
+def _raise_overflow(live: int, max_rows: int) -> None:
+    raise ValueError(f"max_rows must be at least the number of slots with an expert, {live}, got {max_rows}")
+
+
+def _kernel(expert_ids, num_experts, backend, max_rows=None):
     # The check reads values, so it can only stand inside the operator, where a traced call has them too.
     # The native kernel finds negative ids on its way.
     if backend != "native" and expert_ids.device.type == "cpu" and expert_ids.numel() and int(expert_ids.min()) < 0:
         _raise_negative(expert_ids)
     if backend == "reference":
-        return dispatch_reference(expert_ids, num_experts)
-    return _backend.kernels(backend, "dispatch").dispatch(expert_ids, num_experts)
+        slots, rows, offsets = dispatch_reference(expert_ids, num_experts)
+    else:
+        slots, rows, offsets = _backend.kernels(backend, "dispatch").dispatch(expert_ids, num_experts)
+    if max_rows is not None and max_rows < slots.shape[0]:
+        if offsets.device.type == "cpu" and (live := int(offsets[-1])) > max_rows:
+            _raise_overflow(live, max_rows)
+        offsets.clamp_(max=max_rows)
+    return slots, rows, offsets
 
 
-def _fake(expert_ids, num_experts, backend):
+def _fake(expert_ids, num_experts, backend, max_rows=None):
     slots = expert_ids.new_empty(expert_ids.numel(), dtype=torch.int32)
     return slots, torch.empty_like(slots), expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
 
 
 _dispatch = register(
-    "dispatch(Tensor expert_ids, int num_experts, str backend) -> (Tensor slots, Tensor rows, Tensor offsets)",
+    "dispatch(Tensor expert_ids, int num_experts, str backend, SymInt? max_rows=None) -> "
+    "(Tensor slots, Tensor rows, Tensor offsets)",
     _kernel,
     _fake,
 )
 
 
-def dispatch(expert_ids: torch.Tensor, num_experts: int) -> Dispatch:
+def _buffer_rows(offsets: torch.Tensor, bound: int) -> int:
+    """The rows that buffers get: the exact number where the host can read it, else ``bound``; kernels need one row."""
+    plain = type(offsets) is torch.Tensor and offsets.device.type == "cpu"
+    if not plain or is_compiling() or torch.jit.is_tracing() or _backend.transformed():
+        return bound
+    return max(offsets.tolist()[-1], 1)
+
+
+def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None = None) -> Dispatch:
     """Sort (token, expert) assignments by expert with a counting sort on the device; nothing is read on the host.
+
+    Expert layers compute and keep buffers of :attr:`Dispatch.buffer_rows` rows, T·K by default. Where many slots have
+    no expert, give ``max_rows``: buffers then have as many rows as there are slots with an expert on the CPU, and
+    ``max_rows`` rows on CUDA and in compiled code. On CUDA, slots beyond ``max_rows``, which are the last ones in the
+    order of experts, are dropped: ``offsets`` leave them out, they add nothing to any result and get zero gradient.
+    ``(expert_ids < num_experts).sum() - offsets[E]`` counts them.
 
     Args:
         expert_ids: ``(T, K)`` int32 or int64, the experts of each token. An id ``>= num_experts`` means "no expert":
             that slot is dropped. A negative id is an error on the CPU; on CUDA, where finding it would stop the stream,
             its slot is dropped.
         num_experts: E, at least 1.
+        max_rows: bound on the slots that have an expert; None for buffers of T·K rows.
 
     Returns:
         The :class:`Dispatch` that :func:`grouped_matmul` and :func:`expert_mlp` take.
 
     Raises:
-        TypeError: ``expert_ids`` is no int32 or int64 tensor, or ``num_experts`` no int.
-        ValueError: wrong rank, K > E, ``num_experts < 1``, 2³¹ slots or more, or (on the CPU) a negative id.
+        TypeError: ``expert_ids`` is no int32 or int64 tensor, or ``num_experts`` or ``max_rows`` no int.
+        ValueError: wrong rank, K > E, ``num_experts < 1``, ``max_rows < 0``, 2³¹ slots or more, or (on the CPU) a
+            negative id or more than ``max_rows`` slots with an expert.
     """
     check_index("expert_ids", expert_ids)
     check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
@@ -123,8 +181,15 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> Dispatch:
         raise ValueError(
             f"expert_ids must have 1 <= K <= num_experts columns, got K={top_k}, num_experts={num_experts}"
         )
-    if num_tokens * top_k > MAX_ROWS:
-        raise ValueError(f"expert_ids must have at most {MAX_ROWS} slots, got T*K = {num_tokens * top_k}")
+    num_slots = num_tokens * top_k
+    if num_slots > MAX_ROWS:
+        raise ValueError(f"expert_ids must have at most {MAX_ROWS} slots, got T*K = {num_slots}")
+    check_max_rows(max_rows)
+    bound = num_slots if max_rows is None or max_rows >= num_slots else max(max_rows, 1)
     backend = _backend.resolve("dispatch", expert_ids)
-    slots, rows, offsets = _dispatch(expert_ids, num_experts, backend)
-    return Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts)
+    if max_rows is None or num_slots == 0:
+        slots, rows, offsets = _dispatch(expert_ids, num_experts, backend)
+    else:
+        slots, rows, offsets = _dispatch(expert_ids, num_experts, backend, bound)
+        bound = _buffer_rows(offsets, bound)
+    return Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)

@@ -364,7 +364,7 @@ def expert_mlp(
         down,
         gate_up_bias,
         down_bias,
-        dispatch.slots,
+        dispatch.row_slots,
         dispatch.rows,
         dispatch.offsets,
         weights,

@@ -222,7 +222,7 @@ def expert_mlp_lora(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, weights))
     y, *_ = _expert_mlp_lora(
         *inputs,
-        dispatch.slots,
+        dispatch.row_slots,
         dispatch.rows,
         dispatch.offsets,
         weights,

@@ -335,7 +335,8 @@ def sum_slots(
     ``rows`` and ``offsets`` are a :class:`Dispatch`'s; dropped rows are never read.
     """
     index = rows.view(-1, top_k)
-    return _gather_reduce(table, index, None, weights, offsets[-1:], -1, backend)
+    # Dropped slots have rows beyond the table where that has none for them.
+    return _gather_reduce(table, index, None, weights, offsets[-1:], -1, backend, drop=True)
 
 
 def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:

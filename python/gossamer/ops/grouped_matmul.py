@@ -12,7 +12,7 @@ from gossamer._checks import check_float, check_same_device, check_same_dtype, c
 from gossamer._layout import stored_transposed
 from gossamer.ops._registration import register, register_autograd
 from gossamer.ops._weights import as_weight
-from gossamer.ops.dispatch import Dispatch, check_dispatch
+from gossamer.ops.dispatch import Dispatch, check_dispatch, dx_rows
 from gossamer.ops.gather_reduce import sum_slots
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_experts import quantized_grouped_matmul
@@ -30,14 +30,14 @@ def grouped_matmul_reference(
     """:func:`grouped_matmul` as a loop over experts in plain torch, differentiable, in any floating dtype."""
     if isinstance(weight, QuantizedExpertWeight):
         weight = weight.dequantize(x.dtype)
-    slots = dispatch.slots.long()
     offsets = dispatch.offsets.tolist()
-    xs = x if x_grouped else x.index_select(0, slots // dispatch.top_k)
+    xs = x if x_grouped else x.index_select(0, dispatch.slots.long() // dispatch.top_k)
     parts = []
     for e in range(dispatch.num_experts):
         part = xs[offsets[e] : offsets[e + 1]] @ weight[e].T
         parts.append(part if bias is None else part + bias[e])
-    parts.append(xs.new_zeros(dispatch.num_rows - offsets[-1], weight.shape[1]))
+    rows = dispatch.buffer_rows if y_grouped else dispatch.num_rows
+    parts.append(xs.new_zeros(rows - offsets[-1], weight.shape[1]))
     y = torch.cat(parts)
     if y_grouped:
         return y
@@ -100,10 +100,10 @@ def _backward(ctx, dy):
     dx = dweight = dbias = None
     if needs_x:
         # dX is the same product with the weight transposed; rows that one x row fed are summed after it.
-        dx = _grouped_matmul(
-            dy, weight.transpose(1, 2), None, slots, rows, offsets, dy_div, ctx.x_div != 1, ctx.backend
-        )
-        if ctx.x_div > 1:
+        slots_of_dx, summed = dx_rows(slots, rows, ctx.x_shape, ctx.x_div)
+        grouped = summed or ctx.x_div == 0
+        dx = _grouped_matmul(dy, weight.transpose(1, 2), None, slots_of_dx, rows, offsets, dy_div, grouped, ctx.backend)
+        if summed:
             dx = sum_slots(dx, rows, offsets, ctx.x_div, None, ctx.backend)
     if needs_weight:
         dweight, dbias = _grouped_matmul_dweight(
@@ -123,7 +123,7 @@ def grouped_matmul_dweight(
     """The weight gradients of :func:`grouped_matmul` alone: ``dweight[e] = Σ_r dy[r]ᵀ·x[r]``, ``dbias[e] = Σ_r dy[r]``.
 
     Args:
-        x: ``(R, C)``, sorted by expert.
+        x: ``(R, C)``, sorted by expert; R is :attr:`Dispatch.buffer_rows`.
         dy: ``(R, N)``, sorted by expert; the dtype of ``x``.
         dispatch: from :func:`gossamer.dispatch`.
         with_bias: whether ``dbias`` is wanted.
@@ -136,8 +136,8 @@ def grouped_matmul_dweight(
         ValueError: shapes or devices do not fit.
     """
     check_dispatch(dispatch)
-    check_shape("x", x, (dispatch.num_rows, None), "(R, C)")
-    check_shape("dy", dy, (dispatch.num_rows, None), "(R, N)")
+    check_shape("x", x, (dispatch.buffer_rows, None), "(R, C)")
+    check_shape("dy", dy, (dispatch.buffer_rows, None), "(R, N)")
     backend = _backend.resolve("grouped_matmul", x)
     check_float("x", x, backend)
     check_same_dtype(x=x, dy=dy)
@@ -148,7 +148,8 @@ def grouped_matmul_dweight(
         spans = [slice(*span) for span in itertools.pairwise(ends)]
         dbias = torch.stack([dy[span].sum(0) for span in spans]) if with_bias else None
         return torch.stack([dy[span].T @ x[span] for span in spans]), dbias
-    dweight, dbias = _grouped_matmul_dweight(x, dy, dispatch.slots, dispatch.offsets, 0, 0, False, with_bias, backend)
+    slots, offsets = dispatch.row_slots, dispatch.offsets
+    dweight, dbias = _grouped_matmul_dweight(x, dy, slots, offsets, 0, 0, False, with_bias, backend)
     return dweight, dbias if with_bias else None
 
 
@@ -167,7 +168,8 @@ def grouped_matmul(
     """Multiply each assignment's row by its expert's weight: ``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``.
 
     Args:
-        x: ``(T, C)`` in token order, or ``(R, C)`` in expert-sorted order when ``x_grouped``.
+        x: ``(T, C)`` in token order, or ``(R, C)`` in expert-sorted order when ``x_grouped``; R is
+            :attr:`Dispatch.buffer_rows`.
         weight: ``(E, N, C)`` as in ``nn.Linear``; transposed storage ``(E, C, N)`` is given as
             ``weight.transpose(1, 2)`` and is not copied. Same dtype as ``x``. Or a frozen
             :class:`gossamer.QuantizedExpertWeight` of that shape, dequantised inside the kernel.
@@ -192,7 +194,7 @@ def grouped_matmul(
     e = dispatch.num_experts
     operand = as_weight("weight", weight, (e, None, None), "(E, N, C)")
     n, c = weight.shape[1:]
-    x_rows, symbols = (dispatch.num_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
+    x_rows, symbols = (dispatch.buffer_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
     check_shape("x", x, (x_rows, c), symbols)
     if bias is not None:
         check_shape("bias", bias, (e, n), "(E, N)")
@@ -208,5 +210,6 @@ def grouped_matmul(
     if quantized:
         return quantized_grouped_matmul(x, weight, dispatch, bias, x_grouped, y_grouped, backend)
     x_div = 0 if x_grouped else dispatch.top_k
-    y = _grouped_matmul(x, dense, bias, dispatch.slots, dispatch.rows, dispatch.offsets, x_div, y_grouped, backend)
+    slots = dispatch.row_slots if y_grouped else dispatch.slots
+    y = _grouped_matmul(x, dense, bias, slots, dispatch.rows, dispatch.offsets, x_div, y_grouped, backend)
     return y if y_grouped else y.view(dispatch.num_tokens, dispatch.top_k, n)

@@ -7,7 +7,7 @@ import torch
 from gossamer import _backend
 from gossamer._activation import Activation
 from gossamer.ops._registration import register, register_autograd
-from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.dispatch import Dispatch, dx_rows
 from gossamer.ops.gather_reduce import sum_slots
 from gossamer.ops.quantized_expert_weight import FORMATS, QuantizedExpertWeight
 
@@ -40,7 +40,8 @@ _quantized_grouped_matmul = register(
 
 
 def _setup_context(ctx, inputs, output):
-    _, data, scale, ctx.format, _bias, slots, rows, offsets, *form = inputs
+    x, data, scale, ctx.format, _bias, slots, rows, offsets, *form = inputs
+    ctx.x_shape = x.shape
     ctx.x_div, ctx.y_grouped, ctx.transposed, ctx.backend = form
     ctx.save_for_backward(data, scale, slots, rows, offsets)
 
@@ -56,21 +57,22 @@ def _backward(ctx, dy):
         dbias, _ = dweight(ones, dy, slots, offsets, 0, dy_div, False, False, ctx.backend)
         dbias = dbias.squeeze(-1)
     if ctx.needs_input_grad[0]:
+        slots_of_dx, summed = dx_rows(slots, rows, ctx.x_shape, ctx.x_div)
         dx = _quantized_grouped_matmul(
             dy,
             data,
             scale,
             ctx.format,
             None,
-            slots,
+            slots_of_dx,
             rows,
             offsets,
             dy_div,
-            ctx.x_div != 1,
+            summed or ctx.x_div == 0,
             not ctx.transposed,
             ctx.backend,
         )
-        if ctx.x_div > 1:
+        if summed:
             dx = sum_slots(dx, rows, offsets, ctx.x_div, None, ctx.backend)
     return dx, None, None, None, dbias, *[None] * 7
 
@@ -95,7 +97,7 @@ def quantized_grouped_matmul(
         weight.scale,
         weight.format,
         bias,
-        dispatch.slots,
+        dispatch.row_slots if y_grouped else dispatch.slots,
         dispatch.rows,
         dispatch.offsets,
         x_div,
@@ -179,7 +181,7 @@ def quantized_expert_mlp(
         down.format,
         gate_up_bias,
         down_bias,
-        dispatch.slots,
+        dispatch.row_slots,
         dispatch.rows,
         dispatch.offsets,
         weights,

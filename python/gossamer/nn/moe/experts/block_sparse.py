@@ -58,7 +58,7 @@ class PaddedExperts:
     def of(dispatch: Dispatch, ffn_size: int, block: tuple[int, int] | None = None) -> PaddedExperts:
         """For hidden activations of ``ffn_size`` columns an expert, in blocks that suit the sizes."""
         if block is None:
-            rows = _row_block(dispatch.num_rows, dispatch.num_experts, dispatch.slots.device)
+            rows = _row_block(dispatch.buffer_rows, dispatch.num_experts, dispatch.slots.device)
             block = (rows, best_block("ffn_size", ffn_size))
         topology = BlockTopology.from_dispatch(dispatch, ffn_size, block, skip_padding=True)
         return PaddedExperts(dispatch, topology, *topology.padded_places(dispatch))

@@ -20,7 +20,7 @@ from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch
-from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
 
 
@@ -266,15 +266,12 @@ class LoRAExperts(Experts):
     def _compute_scaled(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The layer as products on its dispatch, with the rows of DoRA's targets scaled after each."""
         plan = routing.dispatch
-        last = torch.arange(plan.num_rows, device=tokens.device)
+        last = torch.arange(plan.buffer_rows, device=tokens.device)
         expert = torch.searchsorted(plan.offsets[1:].long(), last, right=True).clamp(max=self.num_experts - 1)
         rows = self._scaled_product(self._up_name, tokens, plan, expert, grouped=False)
         rows = activate(rows, self.activation, interleaved=self.interleaved)
         rows = self._scaled_product("down_proj", rows, plan, expert, grouped=True)
-        # Rows of dropped slots hold a bias here, which nobody may add.
-        live = (plan.rows < plan.offsets[-1]).view(routing.weights.shape)
-        weights = torch.where(live, routing.weights, 0)
-        return gather_reduce(rows, plan.rows.view(-1, plan.top_k), weights=weights)
+        return combine_slots(rows, plan, routing.weights)
 
     def _scaled_product(
         self, name: str, x: torch.Tensor, plan: Dispatch, expert: torch.Tensor, *, grouped: bool
