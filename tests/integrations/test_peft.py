@@ -493,3 +493,30 @@ def test_hooks_on_parts_of_an_adapter_are_called(part, device):
     with pytest.raises(ValueError, match="adapter 'one' has hooks on its factors or dropout"):
         with integration.mixed_adapters(model, ["one", "two"]):
             model(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["lora", "dora", "bias"])
+@pytest.mark.parametrize("target_rank", [7, 50])
+def test_factors_padded_for_hot_swapping(options, target_rank, device, tmp_path):
+    """PEFT pads them beyond ``r``, and beyond the layer, and keeps scales as tensors; then another adapter moves in."""
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    model = wrapped("llama", device, **options).eval()
+    other = wrapped("llama", device, **options | {"r": 6, "lora_alpha": 3})
+    drawn(other).save_pretrained(tmp_path)
+    ids = tokens(device)
+    mixed = ["default", "__base__", "default"]
+    with torch.no_grad():
+        prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
+        plain, before = copy.deepcopy(model), model(ids).logits
+        gossamer.replace(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+        if options.get("use_dora"):
+            return  # Which PEFT pads, but does not swap.
+        for one in (model, plain):
+            hotswap_adapter(one, tmp_path, adapter_name="default", torch_device=str(device))
+        after = plain(ids).logits
+        assert (after - before).abs().max() > 1e-2
+        torch.testing.assert_close(model(ids).logits, after, rtol=1e-4, atol=1e-5)
+        wanted = plain(ids, adapter_names=mixed).logits
+        torch.testing.assert_close(model(ids, adapter_names=mixed).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from gossamer.integrations._calls import Slot
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.integrations._linear import LINEAR, plain
 from gossamer.integrations._peft_config import check_config
@@ -86,10 +91,28 @@ def _refuse_alora(kwargs: dict[str, object]) -> None:
 
 
 class _Tuner:
-    """What the layers share: which adapters a call uses, and batches that mix them."""
+    """What the layers share: which adapters a call uses, and batches that mix them.
 
-    # Set by gossamer.integrations.peft.mixed_adapters: the adapter of each request, in training too.
-    _gossamer_names: list[str] | None = None
+    Attributes:
+        gossamer_names: the adapter of each request of the running call, where it mixes them.
+    """
+
+    gossamer_names = Slot()
+
+    def register_forward_pre_hook(self, hook: Callable, **options: object) -> object:
+        """PEFT's way of naming adapters, a hook on every layer that all threads share, becomes the call's own names."""
+        if isinstance(hook, functools.partial) and hook.func is _adapter_names_pre_forward_hook:
+            self.gossamer_names.assign(hook.keywords["adapter_names"])
+            return RemovableHandle(OrderedDict())
+        return super().register_forward_pre_hook(hook, **options)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if self.gossamer_names.get() is not None:
+            raise ValueError(
+                "torch.nn.DataParallel cannot divide a batch that mixes adapters, as names do not follow its rows: use "
+                "one process for each device"
+            )
+        return super()._replicate_for_data_parallel()
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         """PEFT's, refusing what gossamer does not compute before anything is added."""
@@ -102,8 +125,7 @@ class _Tuner:
         _refuse_alora(kwargs)
         self._check_forward_args(x, adapter_names=kwargs.get("adapter_names"))
         names = kwargs.pop("adapter_names", None)
-        if names is None and self._gossamer_names is not None and not self.disable_adapters:
-            names = self._gossamer_names
+        if names is None and not self.disable_adapters and (names := self.gossamer_names.get()) is not None:
             self._check_forward_args(x, adapter_names=names)
         return names
 
@@ -177,7 +199,8 @@ class LinearMixin(_Tuner):
             return False
         if len(active) > 1 and any(name in self.lora_variant or self._dropout(name) for name in active):
             return False
-        rank = sum(self.r[name] for name in active)
+        # Of the factors as they are: PEFT pads them beyond its ``r`` for adapters that take their place.
+        rank = sum(self.lora_A[name].weight.shape[0] for name in active)
         return rank <= min(MAX_RANK, self.in_features, self.out_features)
 
     def _bias(self, active: list[str], dtype: torch.dtype) -> torch.Tensor | None:
@@ -202,9 +225,11 @@ class LinearMixin(_Tuner):
         else:
             a, scale = torch.cat([self.lora_A[name].weight for name in active]), 1.0
             b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in active], dim=1)
+        if isinstance(scale, torch.Tensor):
+            b, scale = b * scale, 1.0
         a, b = _factors(x, a, b)
         if active[0] in self.lora_variant:
-            y = self._dora(x, weight, a, b, active[0])
+            y = self._dora(x, weight, a, b, scale, active[0])
         else:
             bias, dropout = self._bias(active, x.dtype), self._dropout(active[0])
             y = low_rank_linear(x, weight, a, b, scale=scale, bias=bias, dropout=dropout)
@@ -212,9 +237,15 @@ class LinearMixin(_Tuner):
         return y.to(given) if isinstance(weight, NF4Weight) else y
 
     def _dora(
-        self, x: torch.Tensor, weight: torch.Tensor | NF4Weight, a: torch.Tensor, b: torch.Tensor, name: str
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | NF4Weight,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        name: str,
     ) -> torch.Tensor:
-        scale, bias, dropout = self.scaling[name], self.base_layer.bias, self._dropout(name)
+        bias, dropout = self.base_layer.bias, self._dropout(name)
         dense = weight.dequantize(x.dtype) if isinstance(weight, NF4Weight) else weight
         gain = self.lora_magnitude_vector[name].weight / row_norms(dense, a, b, scale)
         dropped = F.dropout(x, dropout) if dropout else x
@@ -301,7 +332,7 @@ class EmbeddingMixin(_Tuner):
         update = self._scaled(self._embed(x, a.T) @ b.T, scale)
         if name not in self.lora_variant:
             return y + update
-        norms = row_norms(self.get_base_layer().weight.T, a, b, scale)
+        norms = row_norms(self.get_base_layer().weight.T, a, b * scale, 1.0)
         return (y + update) * (self.lora_magnitude_vector[name].weight / norms).to(y.dtype)
 
     def _mixed(self, x: torch.Tensor, y: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -402,7 +433,8 @@ class ExpertsMixin(_Tuner):
 
     def _linear(self, x: torch.Tensor, base: nn.Linear) -> torch.Tensor:
         active = self._active()
-        if not active or sum(self.r[name] for name in active) > min(MAX_RANK, *base.weight.shape):
+        rank = sum(self.lora_A[name].weight.shape[0] for name in active)
+        if not active or rank > min(MAX_RANK, *base.weight.shape):
             return super().forward(x)
         a = torch.cat([self.lora_A[name].weight for name in active])
         b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in active], dim=1)

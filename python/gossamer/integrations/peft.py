@@ -29,11 +29,13 @@ if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21):
     )
 
 from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora import model as peft_model
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from gossamer.integrations import surgery
+from gossamer.integrations._calls import Running, Slot, scope
 from gossamer.integrations._peft_config import SUPPORTED as SUPPORTED
 from gossamer.integrations._peft_config import check_config
 from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin
@@ -57,7 +59,28 @@ class ParamWrapper(ExpertsMixin, peft_layer.ParamWrapper):
     """PEFT's ``lora.ParamWrapper``, computed by gossamer."""
 
 
+class LoraModel(peft_model.LoraModel):
+    """PEFT's ``LoraModel``, whose ``adapter_names`` belong to a call: threads that share the model may mix adapters."""
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> Iterator[None]:
+        foreign = next((type(m).__name__ for m in self.modules() if _takes_names(m)), None)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(scope())
+            if foreign is not None:
+                # PEFT gives these the names by hooks, which every thread's calls would meet.
+                call = None if kwargs.get("adapter_names") is None else object()
+                message = (
+                    f"a call with adapter_names must not overlap another call of the model: its {foreign} is PEFT's, "
+                    "which takes the names of whichever call set them last"
+                )
+                stack.enter_context(self._gossamer_running.call(call, message))
+            stack.enter_context(super()._enable_peft_forward_hooks(*args, **kwargs))
+            yield
+
+
 _CLASSES: dict[type, type] = {
+    peft_model.LoraModel: LoraModel,
     peft_layer.Linear: Linear,
     peft_layer.Embedding: Embedding,
     peft_layer.ParamWrapper: ParamWrapper,
@@ -72,6 +95,11 @@ def _quantized_classes() -> None:
         if theirs is not None and theirs not in _CLASSES:
             ours = type(name, (LinearMixin, theirs), {"__module__": __name__, "__doc__": f"PEFT's ``lora.{name}``."})
             _CLASSES[theirs] = globals()[name] = ours
+
+
+def _takes_names(module: nn.Module) -> bool:
+    """Whether PEFT passes ``adapter_names`` to the module, and gossamer does not compute it."""
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, _OURS)
 
 
 def holds_adapters(model: nn.Module) -> bool:
@@ -90,7 +118,7 @@ def _obstacle(name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, _OURS):
         return None
     if type(layer) not in _CLASSES:
-        known = ", ".join(sorted(f"lora.{cls.__name__}" for cls in _CLASSES))
+        known = ", ".join(sorted(f"lora.{cls.__name__}" for cls in _CLASSES if issubclass(cls, BaseTunerLayer)))
         return f"there is no forward for it; there is one for {known}"
     for adapter_name, variant in layer.lora_variant.items():
         if type(variant) not in _VARIANTS:
@@ -126,14 +154,19 @@ def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
     for _, layer in found.chosen:
         if not isinstance(layer, _OURS):
             layer.__class__ = _CLASSES[type(layer)]
+            layer.gossamer_names = Slot()
             surgery.mark(layer, ADAPTER)
+    for module in model.modules():
+        if type(module) is peft_model.LoraModel:
+            module.__class__, module._gossamer_running = LoraModel, Running()
+            surgery.mark(module, ADAPTER)
     switched = tuple(SwitchedModule(name, type(layer).__name__, *_detail(layer)) for name, layer in found.chosen)
     return Replacement(switched, found.skipped, "LoRA layers")
 
 
 def undo_obstacle(layer: nn.Module, before: None) -> str | None:
     """Why the layer cannot get PEFT's class back."""
-    if isinstance(layer, _OURS):
+    if isinstance(layer, (*_OURS, LoraModel)):
         return None
     return f"must have the class that replace gave it to be restored, got {type(layer).__name__}"
 
@@ -141,7 +174,8 @@ def undo_obstacle(layer: nn.Module, before: None) -> str | None:
 def undo(layer: nn.Module, before: None) -> nn.Module:
     """Give the layer PEFT's class back."""
     layer.__class__ = next(theirs for theirs, ours in _CLASSES.items() if type(layer) is ours)
-    layer.__dict__.pop("_gossamer_reason", None)
+    for name in ("gossamer_names", "_gossamer_reason", "_gossamer_running"):
+        layer.__dict__.pop(name, None)
     return layer
 
 
@@ -179,7 +213,8 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
 
     PEFT's ``adapter_names`` does that for inference alone. Here gradients reach every adapter of the batch, so several
     train in one step: make them trainable with ``peft_model.base_model.set_adapter([...])``. With gradient
-    checkpointing the backward pass computes layers again, so it belongs inside the block.
+    checkpointing the backward pass computes layers again, so it belongs inside the block. The names are those of the
+    block's thread: other threads may run the model with other names, or none, at the same time.
 
     Args:
         model: a model that :func:`gossamer.replace` switched.
@@ -202,7 +237,7 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
     if missing := sorted(used - there):
         raise ValueError(f"adapter_names must be among {sorted(there)}, got {missing}")
     for path, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, _OURS):
+        if _takes_names(module):
             if own := sorted(used & _adapters_of(module)):
                 raise ValueError(
                     f"adapter {own[0]!r} has a {type(module).__name__} at {path}, which gossamer does not compute: "
@@ -212,10 +247,7 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
         for name in used:
             if layer.use_dora.get(name):
                 raise ValueError(f"adapter {name!r} has use_dora=True, which a mixed batch cannot have")
-    try:
+    with scope():
         for layer in layers:
-            layer._gossamer_names = names
+            layer.gossamer_names.assign(names)
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("_gossamer_names", None)

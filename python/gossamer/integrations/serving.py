@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.integrations._adapter_files import Factors, read_adapter
+from gossamer.integrations._calls import Running, Slot, in_backward, scope
 from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.integrations._linear import plain_linear
+from gossamer.integrations.surgery import check_model
 from gossamer.nn import expert_factors
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.low_rank import base_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
+
+AdapterFactors = Mapping[tuple[str, str | None], Factors]
 
 # Arguments of transformers models that hold tokens, (batch, length) or (batch, length, hidden).
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -27,26 +32,22 @@ def _first_tensor(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None
     return next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()), None)
 
 
-class _Requests:
-    """The adapter of each request of the call that is running, sorted once for each number of rows."""
+class _Call:
+    """The requests of one call: the adapter of each, sorted once for each number of rows.
 
-    def __init__(self) -> None:
-        self.clear()
+    Attributes:
+        ids: of the requests' adapters in the table, −1 for none.
+        table: the adapters as they were when the call began.
+    """
 
-    def clear(self) -> None:
-        self.ids: torch.Tensor | None = None
-        self.num_adapters = 0
-        self._counts: set[int] = set()
-        self._sorted: dict[tuple[int, torch.device], tuple[torch.Tensor, Dispatch]] = {}
-
-    def begin(self, ids: torch.Tensor, num_adapters: int) -> None:
-        self.clear()
-        self.ids, self.num_adapters = ids, num_adapters
+    def __init__(self, ids: torch.Tensor, table: _Table) -> None:
+        self.ids, self.table = ids, table
         self._counts = {ids.shape[0]}
+        self._sorted: dict[tuple[int, torch.device], tuple[torch.Tensor, Dispatch]] = {}
 
     def note(self, shape: torch.Size) -> None:
         """Learn how many rows a whole batch has, from what is known to be ``(batch, length, ...)``."""
-        if self.ids is not None and len(shape) > 1 and shape[0] % self.ids.shape[0] == 0:
+        if len(shape) > 1 and shape[0] % self.ids.shape[0] == 0:
             self._counts |= {shape[0], shape[:2].numel()}
 
     def rows(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, Dispatch]:
@@ -71,7 +72,7 @@ class _Requests:
             )
         if key not in self._sorted:
             ids = self.ids.to(device).repeat_interleave(count // requests)
-            self._sorted[key] = ids, adapter_dispatch(ids, self.num_adapters)
+            self._sorted[key] = ids, adapter_dispatch(ids, len(self.table.names))
         return self._sorted[key]
 
 
@@ -104,9 +105,9 @@ def _wide(parts: list[torch.Tensor | None], shape: tuple[int, ...], dtype: torch
 class _Bank(nn.Module):
     """The updates of one module by every adapter; a rank of 0 where an adapter leaves it alone."""
 
-    def __init__(self, requests: _Requests, factors: list[Factors | None], module: nn.Module) -> None:
+    def __init__(self, factors: list[Factors | None], module: nn.Module) -> None:
         super().__init__()
-        self._requests, dtype = requests, _dtype(module)
+        dtype = _dtype(module)
         device = next(module.parameters(recurse=False)).device
         self.table = isinstance(module, nn.Embedding)
         pairs = [None if f is None else _fitted(f.a, f.b) for f in factors]
@@ -131,25 +132,21 @@ class _Bank(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, None if buffer is None else buffer.to(device), persistent=False)
 
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict, y: torch.Tensor) -> torch.Tensor | None:
-        """The module's output with the updates added, as a forward hook returns it."""
-        if self._requests.ids is None:
-            return None
+    def after(self, call: _Call, module: nn.Module, args: tuple, kwargs: dict, y: torch.Tensor) -> torch.Tensor:
+        """The module's output ``y`` with the updates added, as a forward hook returns it."""
         # Another hook may hold the output, and autograd may not let anyone write to it.
         y = y.clone() if torch.is_grad_enabled() or len(module._forward_hooks) > 1 else y
-        return self._updated(args[0] if args else next(iter(kwargs.values())), y)
+        return self._updated(call, args[0] if args else next(iter(kwargs.values())), y)
 
-    def forward_of(self, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, call: _Call, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         """The forward of a plain linear layer, whose argument callers may name."""
-        if self._requests.ids is None:
-            return type(module).forward(module, input)
         rows = input.reshape(-1, input.shape[-1])
         y = base_linear(rows, module.weight, module.bias).view(*input.shape[:-1], module.out_features)
-        return self._updated(input, y)
+        return self._updated(call, input, y)
 
-    def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _updated(self, call: _Call, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y``, written to, with the updates added."""
-        ids, routing = self._requests.rows(x.shape if self.table else y.shape[:-1], y.device)
+        ids, routing = call.rows(x.shape if self.table else y.shape[:-1], y.device)
         if self.table:
             row = x.reshape(-1) + ids.clamp(min=0) * self.a.shape[1]
             x = F.embedding(row, self.a.flatten(0, 1)).view(*y.shape[:-1], -1)
@@ -165,9 +162,9 @@ class _Bank(nn.Module):
 class _ExpertsBank(nn.Module):
     """The updates of one experts module by every adapter."""
 
-    def __init__(self, requests: _Requests, factors: dict[str, list[Factors | None]], module: nn.Module) -> None:
+    def __init__(self, factors: dict[str, list[Factors | None]], module: nn.Module) -> None:
         super().__init__()
-        self._requests, self.names = requests, tuple(factors)
+        self.names = tuple(factors)
         for name, of_parameter in factors.items():
             weight = getattr(module, name)
             self.num_experts = weight.shape[0]
@@ -179,16 +176,19 @@ class _ExpertsBank(nn.Module):
                 bank = _wide([p and p[part] for p in pairs], shape, weight.dtype).flatten(0, 1).to(weight.device)
                 self.register_buffer(f"{name}_{letter}", bank, persistent=False)
 
-    def forward_of(
-        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    def forward(
+        self,
+        call: _Call,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """The experts module's forward."""
         from gossamer.integrations.transformers import experts_forward
 
-        if self._requests.ids is None:
-            return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
-        ids, _ = self._requests.rows(hidden_states.shape[:-1], hidden_states.device)
-        slots = adapter_slots(ids, top_k_index, self._requests.num_adapters, self.num_experts)
+        ids, _ = call.rows(hidden_states.shape[:-1], hidden_states.device)
+        slots = adapter_slots(ids, top_k_index, len(call.table.names), self.num_experts)
         updates = {n: ExpertUpdate(getattr(self, f"{n}_a"), getattr(self, f"{n}_b"), slots) for n in self.names}
         return experts_forward(module, hidden_states, top_k_index, top_k_weights, updates=updates)
 
@@ -202,67 +202,205 @@ def _check_experts(path: str, module: nn.Module) -> None:
         raise ValueError(f"adapters update parameters of {path}, a {type(module).__name__}: {reason}")
 
 
+@dataclass(frozen=True)
+class _Table:
+    """All adapters at one time; never changed, but replaced by another table for the calls that begin later.
+
+    Attributes:
+        factors: of each adapter, by name, as they were read.
+        banks: the factors of all adapters side by side, by the path of the module they update.
+    """
+
+    factors: Mapping[str, AdapterFactors]
+    banks: Mapping[str, _Bank | _ExpertsBank]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.factors)
+
+
+def _make_table(modules: Mapping[str, nn.Module], factors: Mapping[str, AdapterFactors]) -> _Table:
+    updated: dict[str, set[str]] = {}
+    for path, parameter in sorted({key for of_adapter in factors.values() for key in of_adapter}, key=str):
+        updated.setdefault(path, set()).update([] if parameter is None else [parameter])
+    for path, parameters in updated.items():
+        if parameters:
+            _check_experts(path, modules[path])
+    banks = {}
+    for path, parameters in updated.items():
+        if parameters:
+            given = {n: [f.get((path, n)) for f in factors.values()] for n in sorted(parameters)}
+            banks[path] = _ExpertsBank(given, modules[path])
+        else:
+            banks[path] = _Bank([f.get((path, None)) for f in factors.values()], modules[path])
+    return _Table(factors, banks)
+
+
+class _Route:
+    """What a served module asks for the running call, and for its adapters' factors."""
+
+    def __init__(self, slot: Slot, path: str) -> None:
+        self.slot, self.path = slot, path
+        self.had_gradients = False
+
+    def bank(self) -> tuple[_Call | None, _Bank | _ExpertsBank | None]:
+        """The running call and the factors that it adds here; None and None outside of calls.
+
+        Raises:
+            ValueError: a backward pass computes the layer again, after the call whose requests it needs.
+        """
+        call = self.slot.get()
+        if call is None:
+            if self.had_gradients and in_backward():
+                raise ValueError(
+                    f"{self.path} cannot be computed again in a backward pass, as gradient checkpointing does: which "
+                    "adapters its requests had is known during their call only; use torch.no_grad() or no checkpointing"
+                )
+            return None, None
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.had_gradients = True
+        return call, call.table.banks.get(self.path)
+
+
+def _served_forward(route: _Route, module: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+    call, bank = route.bank()
+    return type(module).forward(module, *args, **kwargs) if bank is None else bank(call, module, *args, **kwargs)
+
+
+def _served_hook(
+    route: _Route, module: nn.Module, args: tuple, kwargs: dict[str, object], y: torch.Tensor
+) -> torch.Tensor | None:
+    call, bank = route.bank()
+    return None if bank is None else bank.after(call, module, args, kwargs, y)
+
+
+def _note_rows(slot: Slot, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+    """Learn the batch's rows from what holds tokens; patches of images, say, may be other rows."""
+    if (call := slot.get()) is None:
+        return
+    for tensor in (_first_tensor(args, kwargs), *(kwargs.get(name) for name in _TOKENS)):
+        if isinstance(tensor, torch.Tensor):
+            call.note(tensor.shape)
+
+
 class ServedModel(nn.Module):
     """A model that serves many LoRA adapters in one batch, each request by its own; made by :func:`serve_adapters`.
 
+    Threads may call one served model at the same time, while others add and remove adapters: which adapters a call has
+    belongs to the call.
+
     Attributes:
         model: the model itself. Called directly it computes without adapters.
-        adapter_names: what requests may name.
     """
 
-    def __init__(self, model: nn.Module, adapters: Mapping[str, Mapping[tuple[str, str | None], Factors]]) -> None:
+    def __init__(self, model: nn.Module, adapters: Mapping[str, AdapterFactors]) -> None:
         super().__init__()
-        self.model, self.adapter_names = model, tuple(adapters)
-        self._requests, self._handles, self._replaced = _Requests(), [], []
-        modules = dict(model.named_modules())
+        self.model = model
+        self._slot, self._running = Slot(), Running()
+        self._handles, self._replaced = {}, {}
         self.banks = nn.ModuleList()
-        updated: dict[str, set[str]] = {}
-        for path, parameter in sorted({key for factors in adapters.values() for key in factors}, key=str):
-            updated.setdefault(path, set()).update([] if parameter is None else [parameter])
-        for path, parameters in updated.items():
-            if parameters:
-                _check_experts(path, modules[path])
-        for path, parameters in updated.items():
-            module = modules[path]
-            if parameters:
-                given = {n: [f.get((path, n)) for f in adapters.values()] for n in sorted(parameters)}
-                bank = _ExpertsBank(self._requests, given, module)
-            else:
-                bank = _Bank(self._requests, [f.get((path, None)) for f in adapters.values()], module)
-            if parameters or plain_linear(module):
-                module.forward = partial(bank.forward_of, module)
-                self._replaced.append(module)
-            else:
-                self._handles.append(module.register_forward_hook(bank.hook, with_kwargs=True))
-            self.banks.append(bank)
         # generate() calls the model with other lengths than its own arguments have.
-        self._handles.append(model.register_forward_pre_hook(self._note, with_kwargs=True))
+        self._handles[""] = model.register_forward_pre_hook(partial(_note_rows, self._slot), with_kwargs=True)
+        try:
+            self._use(_make_table(dict(model.named_modules()), adapters))
+        except BaseException:
+            self.close()
+            raise
 
-    def _note(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-        """Learn the batch's rows from what holds tokens; patches of images, say, may be other rows."""
-        for tensor in (_first_tensor(args, kwargs), *(kwargs.get(name) for name in _TOKENS)):
-            if isinstance(tensor, torch.Tensor):
-                self._requests.note(tensor.shape)
+    def _use(self, table: _Table) -> None:
+        """Let calls that begin from now on have this table."""
+        modules = dict(self.model.named_modules())
+        for path, bank in table.banks.items():
+            if f"{path}." in self._handles or path in self._replaced:
+                continue
+            module, route = modules[path], _Route(self._slot, path)
+            if isinstance(bank, _ExpertsBank) or plain_linear(module):
+                module.forward = partial(_served_forward, route, module)
+                self._replaced[path] = module
+            else:
+                hook = partial(_served_hook, route)
+                self._handles[f"{path}."] = module.register_forward_hook(hook, with_kwargs=True)
+        # Registered, so that they move with the model.
+        self.banks = nn.ModuleList(table.banks.values())
+        self._table = table
 
-    def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> None:
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """What requests may name now."""
+        return self._table.names
+
+    def add_adapters(self, adapters: Mapping[str, str | Path]) -> None:
+        """Serve more adapters, by new names. Calls that are running keep those they began with.
+
+        The factors of all adapters are laid out anew, beside the old ones, which go when the last call of theirs ends.
+
+        Args:
+            adapters: as in :func:`serve_adapters`.
+
+        Raises:
+            TypeError: as :func:`serve_adapters`.
+            ValueError: as :func:`serve_adapters`; a name is served already; :meth:`close` was called.
+        """
+        _check_adapters(adapters)
+        self._check_open()
+        modules = dict(self.model.named_modules())
+        read = {name: read_adapter(name, Path(path), modules) for name, path in adapters.items()}
+        with self._running.change():
+            if known := sorted(read.keys() & self._table.factors.keys()):
+                raise ValueError(
+                    f"adapters must have new names, got {known}, which are served already: remove them first"
+                )
+            self._check_open()
+            self._use(_make_table(modules, {**self._table.factors, **read}))
+
+    def remove_adapters(self, names: Iterable[str]) -> None:
+        """Serve these adapters no longer. Calls that are running keep them to their end.
+
+        Raises:
+            TypeError: ``names`` is a str, or holds something else.
+            ValueError: a name is unknown, or :meth:`close` was called.
+        """
+        if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"names must be an iterable of str, got {names!r}")
+        names = set(names)
+        with self._running.change():
+            self._check_open()
+            if unknown := sorted(names - self._table.factors.keys()):
+                raise ValueError(f"names must be among {list(self.adapter_names)}, got {unknown}")
+            kept = {name: factors for name, factors in self._table.factors.items() if name not in names}
+            self._use(_make_table(dict(self.model.named_modules()), kept))
+
+    def _check_open(self) -> None:
+        if not self._handles:
+            raise ValueError("the model no longer serves adapters: close() was called")
+
+    def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> _Call | None:
         if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
             raise TypeError(f"adapters must be a sequence of str or None, got {adapters!r}")
-        if unknown := sorted({name for name in adapters if name is not None} - set(self.adapter_names)):
-            raise ValueError(f"adapters must be among {list(self.adapter_names)} or None, got {unknown}")
-        if not self._handles and not self._replaced:
-            raise ValueError("the model no longer serves adapters: close() was called")
+        table = self._table
+        if unknown := sorted({name for name in adapters if name is not None} - set(table.names)):
+            raise ValueError(f"adapters must be among {list(table.names)} or None, got {unknown}")
+        self._check_open()
         first = _first_tensor(args, kwargs)
         if first is not None and first.shape[0] != len(adapters):
             raise ValueError(
                 f"adapters must name one adapter for each of {first.shape[0]} requests, got {len(adapters)}"
             )
-        index = {name: position for position, name in enumerate(self.adapter_names)}
+        if not adapters:
+            return None
+        index = {name: position for position, name in enumerate(table.names)}
         ids = torch.tensor([-1 if name is None else index[name] for name in adapters], dtype=torch.int64)
-        if len(adapters):
-            device = first.device if first is not None else next(self.model.parameters()).device
-            self._requests.begin(ids.to(device), len(index))
+        device = first.device if first is not None else next(self.model.parameters()).device
+        return _Call(ids.to(device), table)
+
+    def _run(
+        self, function: Callable, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]
+    ) -> object:
+        with self._running.call(), scope():
+            self._slot.assign(self._begin(adapters, args, kwargs))
             # An encoder may be called before the model is.
-            self._note(self.model, args, kwargs)
+            _note_rows(self._slot, self.model, args, kwargs)
+            return function(*args, **kwargs)
 
     def forward(self, *args: object, adapters: Sequence[str | None], **kwargs: object) -> object:
         """The model's output, each request by its own adapter.
@@ -276,11 +414,7 @@ class ServedModel(nn.Module):
             TypeError: ``adapters`` is a str or holds something else than str and None.
             ValueError: an unknown adapter, another number of names than requests, or :meth:`close` was called.
         """
-        self._begin(adapters, args, kwargs)
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            self._requests.clear()
+        return self._run(self.model, adapters, args, kwargs)
 
     def generate(self, *args: object, adapters: Sequence[str | None], **kwargs: object) -> object:
         """The model's ``generate``, each request by its own adapter; its beams and returned sequences share it.
@@ -289,19 +423,35 @@ class ServedModel(nn.Module):
             TypeError: as :meth:`forward`.
             ValueError: as :meth:`forward`.
         """
-        self._begin(adapters, args, kwargs)
-        try:
-            return self.model.generate(*args, **kwargs)
-        finally:
-            self._requests.clear()
+        return self._run(self.model.generate, adapters, args, kwargs)
 
     def close(self) -> None:
-        """Take the adapters off the model again; it is then as it was."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self._replaced:
-            module.__dict__.pop("forward", None)
-        self._handles, self._replaced = [], []
+        """Take the adapters off the model again, once the calls that are running have ended; it is then as it was.
+
+        Raises:
+            ValueError: called from inside a call, as by a streamer.
+        """
+        if self._slot.get() is not None:
+            raise ValueError("close() must not be called during a call of the same thread, whose end it waits for")
+        with self._running.none():
+            for handle in self._handles.values():
+                handle.remove()
+            for module in self._replaced.values():
+                module.__dict__.pop("forward", None)
+            self._handles, self._replaced = {}, {}
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(
+            "a model that serves adapters cannot be copied by torch.nn.DataParallel, whose copies would share the "
+            "requests of a call: serve from one process for each device"
+        )
+
+
+def _check_adapters(adapters: object) -> None:
+    if not isinstance(adapters, Mapping) or not all(isinstance(name, str) for name in adapters):
+        raise TypeError(f"adapters must be a mapping from names to folders, got {adapters!r}")
+    if not adapters:
+        raise ValueError("adapters must name at least one adapter, got none")
 
 
 def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> ServedModel:
@@ -310,7 +460,8 @@ def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> Serv
     The adapters of a layer lie side by side, whatever their ranks, and a batch's rows are sorted by adapter once for
     the whole model; each layer then adds ``scale·(x·Aᵀ)·Bᵀ`` of every row's adapter in one
     :func:`gossamer.multi_low_rank` (after Punica, Chen et al., 2023, and S-LoRA, Sheng et al., 2023). The model's
-    weights are shared and unchanged. PEFT need not be installed.
+    weights are shared and unchanged. PEFT need not be installed. Threads may share the served model, and
+    :meth:`ServedModel.add_adapters` and :meth:`ServedModel.remove_adapters` work meanwhile.
 
     >>> served = gossamer.serve_adapters(model, {"sql": "adapters/sql", "chat": "adapters/chat"})
     >>> served.generate(input_ids=ids, adapters=["chat", None, "sql"], max_new_tokens=32)
@@ -329,14 +480,22 @@ def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> Serv
         TypeError: ``model`` is no ``torch.nn.Module``, ``adapters`` no mapping, or a name no str.
         ValueError: no adapters; a folder's file is missing, damaged, or a pickle; an option that cannot be served
             beside others (DoRA, saved modules, initialisations that change the base, ...), by name; a tensor that fits
-            no module, or not by its size; a model that PEFT has wrapped.
+            no module, or not by its size; a model that PEFT has wrapped, that serves adapters already, or that
+            ``torch.nn.DataParallel`` copies.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(adapters, Mapping) or not all(isinstance(name, str) for name in adapters):
-        raise TypeError(f"adapters must be a mapping from names to folders, got {adapters!r}")
-    if not adapters:
-        raise ValueError("adapters must name at least one adapter, got none")
+    check_model(model)
+    _check_adapters(adapters)
+    if isinstance(model, ServedModel) or any(
+        isinstance(hook, partial) and hook.func is _note_rows
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+    ):
+        raise ValueError(
+            f"model must not serve adapters already, got {type(model).__name__}: use add_adapters of its ServedModel, "
+            "or close() it"
+        )
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError("model must be without torch.nn.DataParallel, whose copies would share the requests of a call")
     if any(hasattr(module, "peft_config") or hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError(f"model must be without adapters of PEFT, got {type(model).__name__}: unload() them first")
     modules = dict(model.named_modules())

@@ -1,0 +1,111 @@
+"""What belongs to one running call of a model, and to none of the calls beside it in other threads."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import torch
+
+_values: ContextVar[Mapping[Slot, object]] = ContextVar("gossamer_calls", default=MappingProxyType({}))
+# Under this key torch keeps the contextvars of whoever called backward(), for the threads of autograd.
+_BACKWARD_CONTEXT = "context"
+
+
+class _Local(threading.local):
+    value: object = None
+
+
+class Slot:
+    """A place for one value of the running call; None where there is no such call.
+
+    Each thread, and each task of asyncio, sees the value that it was given. A backward pass sees the value of the
+    thread that called it, also where autograd runs it in threads of its own. Code traced by ``torch.compile`` sees that
+    of its thread, and is traced again for another value. Copies of a slot, and unpickled ones, are new slots.
+    """
+
+    def __init__(self) -> None:
+        self._local = _Local()
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()
+
+    def get(self) -> object:
+        """The value, or None."""
+        if torch.compiler.is_compiling():
+            return self._local.value
+        values = _values.get()
+        if not values and torch._C._is_key_in_tls(_BACKWARD_CONTEXT):
+            values = torch._C._get_obj_in_tls(_BACKWARD_CONTEXT).get(_values, values)
+        return values.get(self)
+
+    def assign(self, value: object) -> None:
+        """Set the value until the innermost :func:`scope` ends."""
+        _values.get()[self] = value
+        self._local.value = value
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """What slots are assigned inside the block ends with it."""
+    before = _values.get()
+    values = dict(before)
+    token = _values.set(values)
+    try:
+        yield
+    finally:
+        _values.reset(token)
+        for slot in values:
+            slot._local.value = before.get(slot)
+
+
+def in_backward() -> bool:
+    """Whether this code runs inside a backward pass, as layers do that gradient checkpointing computes again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Running:
+    """Counts the calls that are running, so that changes can wait for their end or be refused beside them."""
+
+    def __init__(self) -> None:
+        self._changed, self._changing = threading.Condition(), threading.Lock()
+        self._calls: list[object] = []
+
+    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
+        return Running, ()
+
+    @contextlib.contextmanager
+    def call(self, kind: object = None, refused_beside: str = "") -> Iterator[None]:
+        """Run the block as one call of a kind.
+
+        Args:
+            kind: anything that compares.
+            refused_beside: the error for calls of another kind that are running; empty to run beside them.
+
+        Raises:
+            ValueError: ``refused_beside``.
+        """
+        with self._changed:
+            if refused_beside and any(other != kind for other in self._calls):
+                raise ValueError(refused_beside)
+            self._calls.append(kind)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls.remove(kind)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def none(self) -> Iterator[None]:
+        """Run the block when no call is running; calls that begin meanwhile wait for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calls)
+            yield
+
+    def change(self) -> threading.Lock:
+        """A lock for changes that calls may run beside: one change at a time."""
+        return self._changing
