@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 
 import torch
@@ -51,18 +52,24 @@ def _weights(experts: nn.Module) -> tuple[tuple[str, str], bool]:
     return (up, "down_proj"), experts.is_transposed
 
 
-def _switch(model: nn.Module) -> None:
+def compute_by_gossamer(model: nn.Module) -> None:
     """Let gossamer compute the experts modules of transformers inside."""
     foreign = surgery.loaded_adapter("transformers")
     if foreign and foreign.holds_experts(model):
         foreign.replace(model)
 
 
+def _keep_in_files(model: nn.Module) -> None:
+    """Let models of transformers be saved and loaded with their quantised experts."""
+    if foreign := surgery.loaded_adapter("transformers"):
+        foreign.keep_quantized_in_files(model)
+
+
 def _nbytes(held: torch.Tensor | nn.Module) -> int:
     return held.nbytes if isinstance(held, torch.Tensor) else held.weight().nbytes
 
 
-def _hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
+def hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
     """Put ``weight`` in the place of the module's parameter or stack ``name``."""
     if name in module._parameters:
         del module._parameters[name]
@@ -107,7 +114,9 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
     experts modules of transformers models that use its experts interface, which :func:`gossamer.replace` then computes.
     A parameter such as ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and
     ``gate_up_proj.scale``; its floats are freed. Routers, biases and everything else stay. Quantised experts are
-    frozen; gradients of the activations, biases and low-rank factors go through them. It cannot be undone.
+    frozen; gradients of the activations, biases and low-rank factors go through them. It cannot be undone. A model of
+    transformers keeps them through ``save_pretrained`` and ``from_pretrained``, which needs
+    ``import gossamer.integrations.transformers``.
 
     Args:
         model: any module with experts inside.
@@ -130,7 +139,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
     if found.skipped and strict:
         raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
     # Before the first matrix is gone, so that what gossamer cannot compute stays whole.
-    _switch(model)
+    compute_by_gossamer(model)
     done = []
     for name, module in found.chosen:
         names, transposed = _weights(module)
@@ -140,10 +149,11 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
             before += weight.nbytes
             wide = weight.transpose(1, 2) if transposed else weight
             quantized = QuantizedExpertWeight.quantize(wide, format, group_size=group_size)
-            _hold(module, weight_name, quantized)
+            hold(module, weight_name, quantized)
             after += quantized.nbytes
             del weight, wide
         done.append(QuantizedModule(name, type(module).__name__, format, before, after))
+    _keep_in_files(model)
     return Quantization(tuple(done), found.skipped)
 
 
@@ -225,6 +235,7 @@ def load_quantized_experts(
     each of its weights ``W`` (``gate_up_proj`` or ``up_proj``, and ``down_proj``), these names are known:
 
     * ``P.W.data`` and ``P.W.scale``: the state of a model that :func:`gossamer.quantize_experts` made;
+    * ``P.quantized_data_W`` and ``P.quantized_scale_W``: its files, as ``save_pretrained`` of transformers writes them;
     * ``P.W_blocks`` and ``P.W_scales``: gpt-oss's mxfp4;
     * ``P.W`` and ``P.W_scale_inv``: fp8 as transformers holds it;
     * ``P.e.gate_proj.weight`` with ``.weight_scale_inv`` or ``.weight_scale``, and so on for each expert e: fp8 as in
@@ -243,8 +254,13 @@ def load_quantized_experts(
         TypeError: ``model`` is no module, or a tensor has another dtype than its format.
         ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
     """
+    experts = _experts(model)
+    file_names: dict[str, str] = {}
+    if foreign := surgery.loaded_adapter("transformers"):
+        file_names = foreign.quantized_file_names(model, tensors)
+        tensors = ChainMap({name: tensors[key] for name, key in file_names.items()}, tensors)
     loaded, used = [], []
-    for name, module in _experts(model):
+    for name, module in experts:
         names, transposed = _weights(module)
         prefix = f"{name}." if name else ""
         weights = {}
@@ -263,13 +279,14 @@ def load_quantized_experts(
                 weight = QuantizedExpertWeight(weight.data.to(device), weight.scale.to(device), weight.format)
             weights[weight_name] = weight
         loaded.append((name, module, weights))
-    _switch(model)
+    compute_by_gossamer(model)
     done = []
     for name, module, weights in loaded:
         before = sum(_nbytes(getattr(module, weight_name)) for weight_name in weights)
         for weight_name, weight in weights.items():
-            _hold(module, weight_name, weight)
+            hold(module, weight_name, weight)
         formats = " and ".join(dict.fromkeys(w.format for w in weights.values()))
         after = sum(w.nbytes for w in weights.values())
         done.append(QuantizedModule(name, type(module).__name__, formats, before, after))
-    return Quantization(tuple(done), (), tuple(used))
+    _keep_in_files(model)
+    return Quantization(tuple(done), (), tuple(file_names.get(name, name) for name in used))

@@ -1,7 +1,9 @@
 """Hugging Face transformers 5: gossamer as an experts implementation.
 
 Importing this module registers :func:`experts_forward` under the name ``"gossamer"``, after which
-``from_pretrained(..., experts_implementation="gossamer")`` and ``model.set_experts_implementation("gossamer")`` work.
+``from_pretrained(..., experts_implementation="gossamer")`` and ``model.set_experts_implementation("gossamer")`` work;
+and the quantisation of :mod:`gossamer.integrations.hf_quantizer`, after which ``from_pretrained`` reads quantised
+experts.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from gossamer.integrations import surgery
 from gossamer.integrations._expert_updates import ExpertUpdate
 from gossamer.integrations._gates import fused_activation
 from gossamer.integrations._report import Replacement, SwitchedModule
+from gossamer.integrations.hf_quantizer import keep_quantized_in_files as keep_quantized_in_files
+from gossamer.integrations.hf_quantizer import quantized_file_names as quantized_file_names
 from gossamer.nn import QuantizedExpertStack
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.ops.dispatch import Dispatch, dispatch
