@@ -380,3 +380,94 @@ def test_options_changed_after_their_check():
         MoE(args)
     with pytest.raises(ValueError, match="mlp_type must be 'mlp' for MoE"):
         MoE(arguments("cpu", mlp_type="glu"))
+
+
+def test_names_that_users_import():
+    from gossamer.integrations.megablocks import layers
+    from gossamer.integrations.megablocks.layers import MoE as same_moe
+    from gossamer.integrations.megablocks.layers import dmlp_registry, sharedexpert_registry
+    from gossamer.integrations.megablocks.layers import dMoE as same_dmoe
+
+    assert same_moe is MoE and same_dmoe is dMoE and layers.dmoe.ParallelDroplessMLP is megablocks.ParallelDroplessMLP
+    classes = {
+        (kind, impl): type(dmlp_registry.get(arguments("cpu", mlp_type=kind, mlp_impl=impl)))
+        for kind in ("mlp", "glu")
+        for impl in ("grouped", "sparse")
+    }
+    assert classes == {
+        ("mlp", "grouped"): megablocks.GroupedMLP,
+        ("mlp", "sparse"): megablocks.SparseMLP,
+        ("glu", "grouped"): megablocks.GroupedGLU,
+        ("glu", "sparse"): megablocks.SparseGLU,
+    }
+    shared = sharedexpert_registry.get(arguments("cpu", mlp_type="glu", shared_expert=True))
+    assert type(shared) is layers.glu.SharedGLU
+    args = arguments("cpu")
+    args.mlp_impl = "dense"
+    with pytest.raises(ValueError, match="mlp_impl must be one of"):
+        dmlp_registry.get(args)
+
+
+@pytest.mark.parametrize("activation", [F.gelu, torch.tanh])
+@pytest.mark.parametrize("name", ["GroupedMLP", "GroupedGLU"])
+def test_grouped_experts_take_sorted_rows(name, activation, device):
+    """By ``tokens_per_expert``, as MegaBlocks calls them: each expert on its own run of rows."""
+    counts = torch.tensor([4, 0, 9, 1, 3], device=device)
+    rows = int(counts.sum())
+    x = randn(rows, H, device=device)
+    dy = randn(rows, H, seed=5, device=device)
+
+    def results(dtype, ours):
+        torch.manual_seed(0)
+        experts = getattr(megablocks, name)(arguments(device, activation_fn=activation)).to(dtype)
+        rows_in = x.detach().to(dtype).requires_grad_()
+        if ours:
+            y = experts(rows_in, counts)
+        else:
+            parts = []
+            for e, part in enumerate(rows_in.split(counts.tolist())):
+                w = {n: p.view(E, FFN, H)[e] for n, p in experts.named_parameters()}
+                hidden = activation(part @ w["w1"].t())
+                parts.append((hidden * (part @ w["v1"].t()) if "v1" in w else hidden) @ w["w2"])
+            y = torch.cat(parts)
+        y.backward(dy.to(dtype))
+        return {"y": y.detach(), "x": rows_in.grad} | {n: p.grad for n, p in experts.named_parameters()}
+
+    compare(lambda draw: results(torch.float32, True), lambda draw: results(torch.float32, False),
+            lambda draw: results(torch.float64, False))  # fmt: skip
+    experts = getattr(megablocks, name)(arguments(device, activation_fn=activation))
+    with pytest.raises(ValueError, match=r"tokens_per_expert must have shape \(E,\)"):
+        experts(x, counts[:3])
+    with pytest.raises(TypeError, match="tokens_per_expert must be"):
+        experts(x, counts.float())
+
+
+def test_experts_with_a_capacity_take_one_row_block_each(device):
+    experts = megablocks.MLP(arguments(device, activation_fn=F.silu)).double()
+    x = randn(E, 7, H, device=device, dtype=torch.float64)
+    for e in range(E):
+        torch.testing.assert_close(experts(x)[e], F.silu(x[e] @ experts.w1[e]) @ experts.w2[e])
+    with pytest.raises(ValueError, match=r"x must have shape \(E, C, d\)"):
+        experts(x[:2])
+
+
+@pytest.mark.parametrize("cls", [MoE, dMoE])
+def test_forward_once_is_what_forward_computes(cls, device):
+    """It may be called by itself, with flat routings too, and a subclass's is what the layer calls."""
+    torch.manual_seed(0)
+    layer = cls(arguments(device, mlp_impl="grouped", return_bias=False, moe_capacity_factor=1)).train()
+    experts = layer.experts
+    x = randn(T // 2, 2, H, device=device)
+    scores, weights, ids = layer.router(x)
+    y, counts = experts.forward_once(x, weights, ids)
+    flat, _ = experts.forward_once(x.view(T, H), weights.flatten(), ids.flatten())
+    assert torch.equal(y, flat) and torch.equal(counts, ids.flatten().bincount(minlength=E).to(counts.dtype))
+    assert torch.equal(y.view_as(x) + experts.bias, experts(x, scores, weights, ids))
+
+    class Doubled(type(experts)):
+        def forward_once(self, x, expert_weights, top_experts):
+            y, counts = super().forward_once(x, expert_weights, top_experts)
+            return 2 * y, counts
+
+    experts.__class__ = Doubled
+    assert torch.equal(2 * y.view_as(x) + experts.bias, experts(x, scores, weights, ids))

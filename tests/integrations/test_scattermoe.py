@@ -314,3 +314,32 @@ ORDER = order_of(torch.zeros(T, K, dtype=torch.long))
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("rows", ["one", "each"])
+def test_single_token_product(rows, device):
+    """The k experts of one token, on one row or on one each."""
+    from gossamer.integrations.scattermoe.kernels.single import single2scatter
+
+    ids = torch.tensor([[3, 0, 4]], device=device)
+    x = randn(1 if rows == "one" else 3, C, device=device)
+    w = randn(E, C, N, seed=1, device=device)
+    check(
+        lambda x, w: single2scatter(x, w, ids),
+        lambda x, w: torch.stack([x[0 if rows == "one" else j] @ w[e] for j, e in enumerate(ids[0].tolist())]),
+        {"x": x, "w": w},
+    )
+    with pytest.raises(ValueError, match=r"X must have shape \(1, C\) or \(k, C\) with k = 3, got \(2, 12\)"):
+        single2scatter(x.new_zeros(2, C), w, ids)
+    with pytest.raises(ValueError, match=r"expert_idxs must have shape \(1, k\)"):
+        single2scatter(x, w, ids[0])
+
+
+def test_parallel_linear_by_its_autograd_functions_name(device):
+    ids = random_expert_ids(T, E, K, skew="zipf", device=device)
+    given = inputs_of(device, gates=True)
+    order = flatten_sort_count(ids, num_experts=E)
+    y = scattermoe.ParallelLinear.apply(given["x"], given["w"], K, *order, given["bias"], given["gates"], False, False)
+    assert torch.equal(
+        y, parallel_linear(given["x"], given["w"], K, *order, expert_biases=given["bias"], gates=given["gates"])
+    )

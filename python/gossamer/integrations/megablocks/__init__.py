@@ -14,9 +14,12 @@ layer, so nothing grows where a step forgets to clear. Within a step::
 
 from gossamer.integrations.megablocks import layers, ops
 from gossamer.integrations.megablocks.layers.arguments import Arguments, from_megatron
-from gossamer.integrations.megablocks.layers.dmoe import dMoE
+from gossamer.integrations.megablocks.layers.dmoe import ParallelDroplessMLP, dMoE
+from gossamer.integrations.megablocks.layers.glu import GroupedGLU, SparseGLU
+from gossamer.integrations.megablocks.layers.mlp import MLP, GroupedMLP, SparseMLP
 from gossamer.integrations.megablocks.layers.moe import (
     MoE,
+    ParallelMLP,
     batched_load_balancing_loss,
     clear_load_balancing_loss,
     get_load_balancing_loss,
@@ -25,8 +28,15 @@ from gossamer.integrations.megablocks.layers.moe import (
 from gossamer.integrations.megablocks.layers.router import batched_router_zloss, clear_router_zloss
 
 __all__ = [
+    "MLP",
     "Arguments",
+    "GroupedGLU",
+    "GroupedMLP",
     "MoE",
+    "ParallelDroplessMLP",
+    "ParallelMLP",
+    "SparseGLU",
+    "SparseMLP",
     "batched_load_balancing_loss",
     "batched_router_zloss",
     "clear_load_balancing_loss",

@@ -6,12 +6,18 @@ the same names. Parameters keep their names and layouts, so state dicts load.
 
 from gossamer.integrations.scattermoe import kernels, mlp, parallel_experts
 from gossamer.integrations.scattermoe.mlp import GLUMLP, MLP
-from gossamer.integrations.scattermoe.parallel_experts import ParallelExperts, flatten_sort_count, parallel_linear
+from gossamer.integrations.scattermoe.parallel_experts import (
+    ParallelExperts,
+    ParallelLinear,
+    flatten_sort_count,
+    parallel_linear,
+)
 
 __all__ = [
     "GLUMLP",
     "MLP",
     "ParallelExperts",
+    "ParallelLinear",
     "flatten_sort_count",
     "kernels",
     "mlp",

@@ -91,6 +91,12 @@ def parallel_linear(
     return combine_slots(rows, routing, gates)
 
 
+class ParallelLinear:
+    """:func:`parallel_linear` under the name that ScatterMoE's autograd function has; ``apply`` is all it is for."""
+
+    apply = staticmethod(parallel_linear)
+
+
 class ParallelExperts(nn.Module):
     """E linear maps, of which each row meets one: :func:`parallel_linear` with its parameters.
 

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from gossamer.integrations.megablocks.layers import dmlp_registry
 from gossamer.integrations.megablocks.layers.arguments import Arguments
-from gossamer.integrations.megablocks.layers.glu import GroupedGLU, SparseGLU
-from gossamer.integrations.megablocks.layers.mlp import GroupedMLP, SparseMLP
 from gossamer.integrations.megablocks.layers.moe import MoE, ParallelMLP
 from gossamer.nn.moe.routing import Routing
-
-_EXPERTS = {
-    ("mlp", "grouped"): GroupedMLP,
-    ("mlp", "sparse"): SparseMLP,
-    ("glu", "grouped"): GroupedGLU,
-    ("glu", "sparse"): SparseGLU,
-}
 
 
 class ParallelDroplessMLP(ParallelMLP):
@@ -27,7 +19,7 @@ class ParallelDroplessMLP(ParallelMLP):
     """
 
     def _make_experts(self, args: Arguments) -> nn.Module:
-        return _EXPERTS[args.mlp_type, args.mlp_impl](args)
+        return dmlp_registry.get(args)
 
     def _limit(self, routing: Routing) -> Routing:
         return routing

@@ -31,14 +31,29 @@ class GroupedGLU(GroupedMLP):
         super().__init__(args)
         _add_gate(self, args)
 
-    def forward(self, x: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
-        """``y[t] = Σ_k weights[t,k]·(act(x[t]·w1ᵀ)·(x[t]·v1ᵀ))·w2``."""
+    def forward(
+        self, x: torch.Tensor, dispatch: Dispatch | torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``y[t] = Σ_k weights[t,k]·(act(x[t]·w1ᵀ)·(x[t]·v1ᵀ))·w2``.
+
+        With ``tokens_per_expert (E,)`` in place of ``dispatch``: as for :class:`GroupedMLP`.
+        """
+        if isinstance(dispatch, torch.Tensor):
+            return super().forward(x, dispatch)
+        return combine_slots(self._rows(x, dispatch, x_grouped=False), dispatch, weights)
+
+    def sorted_rows(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """As for :class:`GroupedMLP`."""
+        return self._rows(x, dispatch, x_grouped=True)
+
+    def _rows(self, x: torch.Tensor, dispatch: Dispatch, x_grouped: bool) -> torch.Tensor:
         # Two products: one of both matrices side by side would copy them in every call.
-        gate, up = (grouped_matmul(x, self.stacked(w), dispatch, y_grouped=True) for w in (self.w1, self.v1))
-        hidden = self.args.activation_fn(gate) * up
+        gate, up = (
+            grouped_matmul(x, self.stacked(w), dispatch, x_grouped=x_grouped, y_grouped=True)
+            for w in (self.w1, self.v1)
+        )
         down = self.stacked(self.w2).transpose(1, 2)
-        rows = grouped_matmul(hidden, down, dispatch, x_grouped=True, y_grouped=True)
-        return combine_slots(rows, dispatch, weights)
+        return grouped_matmul(self.args.activation_fn(gate) * up, down, dispatch, x_grouped=True, y_grouped=True)
 
 
 class SparseGLU(SparseMLP):

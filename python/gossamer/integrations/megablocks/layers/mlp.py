@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gossamer._checks import check_index, check_same_device, check_shape
 from gossamer.integrations._activations import activation_name
 from gossamer.integrations.megablocks.layers.arguments import Arguments
 from gossamer.nn.moe.experts.block_sparse import PaddedExperts, best_block
 from gossamer.ops.block_sparse import dsd, sdd
 from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.dispatch import dispatch as sort_by_expert
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
@@ -17,6 +19,18 @@ from gossamer.ops.grouped_matmul import grouped_matmul
 
 def _parameter(args: Arguments, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device=args.device, dtype=args.dtype))
+
+
+def _sorted_dispatch(x: torch.Tensor, tokens_per_expert: torch.Tensor, args: Arguments) -> Dispatch:
+    """The dispatch of rows that are sorted by expert already."""
+    check_index("tokens_per_expert", tokens_per_expert)
+    check_shape("tokens_per_expert", tokens_per_expert, (args.moe_num_experts,), "(E,)")
+    check_shape("x", x, (None, args.hidden_size), "(R, d)")
+    check_same_device(x=x, tokens_per_expert=tokens_per_expert)
+    # Rows past the last expert's are nobody's.
+    ends = tokens_per_expert.cumsum(0)
+    ids = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
+    return sort_by_expert(ids.unsqueeze(1), args.moe_num_experts)
 
 
 class MLP(nn.Module):
@@ -42,8 +56,16 @@ class MLP(nn.Module):
         """``(E, f, d)`` and ``(E, d, f)``: both as :func:`gossamer.expert_mlp` takes them, without a copy."""
         return self.w1.transpose(1, 2), self.w2.transpose(1, 2)
 
-    def forward(self, x: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
-        """``y[t] = Σ_k weights[t,k]·act(x[t]·w1)·w2`` for ``x (T, d)`` and ``weights (T, k)``."""
+    def forward(
+        self, x: torch.Tensor, dispatch: Dispatch | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``y[t] = Σ_k weights[t,k]·act(x[t]·w1)·w2`` for ``x (T, d)`` and ``weights (T, k)``.
+
+        Without ``dispatch``, as MegaBlocks calls it: ``x (E, C, d)`` has C rows of each expert, and so has the result.
+        """
+        if dispatch is None:
+            check_shape("x", x, (self.args.moe_num_experts, None, self.args.hidden_size), "(E, C, d)")
+            return torch.bmm(self.args.activation_fn(torch.bmm(x, self.w1)), self.w2)
         up, down = self.matrices()
         name = activation_name(self.args.activation_fn)
         if name is not None:
@@ -77,6 +99,28 @@ class GroupedMLP(MLP):
         """As for :class:`MLP`."""
         return self.stacked(self.w1), self.stacked(self.w2).transpose(1, 2)
 
+    def forward(
+        self, x: torch.Tensor, dispatch: Dispatch | torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As for :class:`MLP` with a dispatch.
+
+        With ``tokens_per_expert (E,)`` in its place, as MegaBlocks calls it: the rows of ``x (R, d)`` are sorted by
+        expert, and so are the result's.
+
+        Raises:
+            TypeError: ``tokens_per_expert`` is of another dtype than int32 and int64.
+            ValueError: shapes or devices do not fit.
+        """
+        if isinstance(dispatch, torch.Tensor):
+            return self.sorted_rows(x, _sorted_dispatch(x, dispatch, self.args))
+        return super().forward(x, dispatch, weights)
+
+    def sorted_rows(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """The experts' outputs for rows that are sorted by expert."""
+        up, down = self.matrices()
+        hidden = self.args.activation_fn(grouped_matmul(x, up, dispatch, x_grouped=True, y_grouped=True))
+        return grouped_matmul(hidden, down, dispatch, x_grouped=True, y_grouped=True)
+
 
 class SparseMLP(GroupedMLP):
     """The same by block-sparse products: the hidden activation is one matrix ``(padded rows, E·f)``, mostly absent."""
@@ -92,7 +136,7 @@ class SparseMLP(GroupedMLP):
         return values if name is not None else self.args.activation_fn(values)
 
     def forward(self, x: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
-        """As for :class:`MLP`."""
+        """As for :class:`MLP` with a dispatch."""
         padded = PaddedExperts.of(dispatch, self.args.ffn_hidden_size)
         hidden = padded.matrix(self.hidden(padded, padded.spread(x)))
         return padded.collect(dsd(hidden, self.w2), weights)

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from gossamer._checks import check_shape
-from gossamer.integrations.megablocks.layers import _records
+from gossamer.integrations.megablocks.layers import _records, sharedexpert_registry
 from gossamer.integrations.megablocks.layers.arguments import Arguments, check_arguments
-from gossamer.integrations.megablocks.layers.glu import SharedGLU
-from gossamer.integrations.megablocks.layers.mlp import MLP, SharedMLP
+from gossamer.integrations.megablocks.layers.mlp import MLP
 from gossamer.integrations.megablocks.layers.router import LearnedRouter
 from gossamer.nn.moe.routing import Routing, expert_capacity, limit_capacity
 
@@ -50,6 +49,24 @@ class ParallelMLP(_records.Recording):
         factor = self.args.moe_capacity_factor
         return limit_capacity(routing, factor) if factor else routing
 
+    def forward_once(
+        self, x: torch.Tensor, expert_weights: torch.Tensor, top_experts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :meth:`forward` computes before the bias, for subclasses to change and others to call.
+
+        Args:
+            x: ``(..., d)``.
+            expert_weights: ``(T, k)``, or flat.
+            top_experts: ``(T, k)``, or flat.
+
+        Returns:
+            ``(T, d)``, and the slots ``(E,)`` that each expert was given, before any is dropped.
+        """
+        tokens = x.reshape(-1, self.args.hidden_size)
+        weights, experts = (t.reshape(-1, self.top_k) for t in (expert_weights, top_experts))
+        routing = Routing(experts, weights, self.num_experts).dispatched()
+        return self.mlp(tokens, self._limit(routing).dispatch, weights), routing.counts
+
     def forward(
         self, x: torch.Tensor, scores: torch.Tensor, expert_weights: torch.Tensor, top_experts: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -65,12 +82,10 @@ class ParallelMLP(_records.Recording):
             The shape of ``x``; with ``args.bias`` and ``args.return_bias`` the pair of it and the bias.
         """
         check_shape("x", x, (*x.shape[:-1], self.args.hidden_size), "(..., d)")
-        tokens = x.reshape(-1, self.args.hidden_size)
-        routing = Routing(top_experts, expert_weights, self.num_experts).dispatched()
+        y, tokens_per_expert = self.forward_once(x, expert_weights, top_experts)
         if self.training and self.args.moe_loss_weight > 0:
-            # What the router chose, before anything is dropped.
-            self._record = (routing.counts, scores)
-        y = self.mlp(tokens, self._limit(routing).dispatch, expert_weights).view(x.shape)
+            self._record = (tokens_per_expert, scores)
+        y = y.view(x.shape)
         if self.bias is None:
             return y
         return (y, self.bias) if self.args.return_bias else y + self.bias
@@ -103,7 +118,7 @@ class MoE(nn.Module):
         self.experts = self._init_experts_mlp(args)
         self.shared_expert = None
         if args.shared_expert:
-            self.shared_expert = (SharedGLU if args.mlp_type == "glu" else SharedMLP)(args)
+            self.shared_expert = sharedexpert_registry.get(args)
 
     def _init_experts_mlp(self, args: Arguments) -> ParallelMLP:
         return ParallelMLP(args)

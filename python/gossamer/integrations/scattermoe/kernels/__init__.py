@@ -1,5 +1,5 @@
 """ScatterMoE's kernels by name."""
 
-from gossamer.integrations.scattermoe.kernels import ops
+from gossamer.integrations.scattermoe.kernels import ops, single
 
-__all__ = ["ops"]
+__all__ = ["ops", "single"]
