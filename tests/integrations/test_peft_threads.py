@@ -126,3 +126,19 @@ def test_data_parallel_copies_are_refused(device):
     with mixed_adapters(model, ["wide", "default"]):
         with pytest.raises(ValueError, match=r"torch\.nn\.DataParallel cannot divide a batch that mixes adapters"):
             model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")._replicate_for_data_parallel()
+
+
+def test_compiled_models_follow_the_names(device):
+    """Another batch of names is another trace; without names the active adapter computes."""
+    model = replaced(device)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    x = torch.randn(3, 4, 50, device=device)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad():
+        for names in (["wide", None, "default"], ["default", "wide", None]):
+            with mixed_adapters(model, names):
+                wanted = layer(x)
+                torch.testing.assert_close(compiled(x), wanted)
+        assert not torch.allclose(layer(x), wanted)
+        torch.testing.assert_close(compiled(x), layer(x))
