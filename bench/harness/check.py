@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -269,13 +270,50 @@ def _replacement(module: torch.nn.Module, replacement: Callable | None) -> Calla
         return replacement
     if not callable(replacement):
         raise TypeError(
-            "replacement must be a torch.nn.Module, a function that makes one of a copy of the module, or None, "
-            f"got {type(replacement).__name__}"
+            "replacement must be a torch.nn.Module, a function that builds one or makes one of a copy of the module, "
+            f"or None, got {type(replacement).__name__}"
         )
-    made = replacement(copy.deepcopy(module))
+    made, built_anew = made_by(replacement, module)
     if not isinstance(made, torch.nn.Module):
         raise TypeError(f"replacement must return a torch.nn.Module, got {type(made).__name__}")
+    if built_anew:
+        try:
+            take_weights(made, module)
+        except ValueError as error:
+            raise ValueError(f"replacement {error}") from None
+        if (like := next(module.parameters(), None)) is not None:
+            made.to(like)
+        made.train(module.training)
     return made
+
+
+def made_by(function: Callable, original: torch.nn.Module) -> tuple[object, bool]:
+    """Return what ``function`` makes, and whether it made it without the original.
+
+    A callable that needs an argument is given a copy of the original.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        parameters = ()
+    if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        return function(copy.deepcopy(original)), False
+    return function(), True
+
+
+def take_weights(made: torch.nn.Module, original: torch.nn.Module) -> None:
+    """Give a module that was built anew the original's weights.
+
+    Raises:
+        ValueError: it has others.
+    """
+    try:
+        made.load_state_dict(original.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"does not take the original's weights ({reason}); build it from the original in a function of one argument"
+        ) from None
 
 
 def _speeds(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gossamer.bench.harness.case import DTYPES
+from gossamer.bench.harness.check import made_by, take_weights
 
 INPUT_DTYPES = {**DTYPES, "fp64": torch.float64, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 # Shape of the token ids for a language model without a given input.
@@ -44,9 +44,9 @@ def attribute(path: str, option: str) -> object:
     return found
 
 
-def _called(function: Callable, arguments: Sequence[object], option: str, path: str) -> torch.nn.Module:
+def _called(make: Callable[[], object], option: str, path: str) -> torch.nn.Module:
     try:
-        made = function(*arguments)
+        made = make()
     except Exception as error:
         raise ValueError(f"{option} {path}: calling it raised {type(error).__name__}: {error}") from error
     if not isinstance(made, torch.nn.Module):
@@ -61,7 +61,7 @@ def load_module(path: str) -> torch.nn.Module:
         return found
     if not callable(found):
         raise ValueError(f"MODULE {path} must be a torch.nn.Module or build one, got {type(found).__name__}")
-    return _called(found, (), "MODULE", path)
+    return _called(found, "MODULE", path)
 
 
 def load_replacement(path: str, original: torch.nn.Module) -> torch.nn.Module:
@@ -75,21 +75,19 @@ def load_replacement(path: str, original: torch.nn.Module) -> torch.nn.Module:
         return found
     if not callable(found):
         raise ValueError(f"--replacement {path} must be a torch.nn.Module or build one, got {type(found).__name__}")
-    try:
-        parameters = inspect.signature(found).parameters.values()
-    except ValueError:
-        parameters = ()
-    if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
-        return _called(found, (copy.deepcopy(original),), "--replacement", path)
-    made = _called(found, (), "--replacement", path)
-    try:
-        made.load_state_dict(original.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"--replacement {path} does not take the original's weights ({reason}); build it from the original in a "
-            "function of one argument"
-        ) from None
+    built_anew = []
+
+    def make() -> object:
+        made, anew = made_by(found, original)
+        built_anew.append(anew)
+        return made
+
+    made = _called(make, "--replacement", path)
+    if built_anew[0]:
+        try:
+            take_weights(made, original)
+        except ValueError as error:
+            raise ValueError(f"--replacement {path} {error}") from None
     return made
 
 

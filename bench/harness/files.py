@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 CASE_COLUMNS = ("family", "shape", "dtype", "device", "direction", "routing", "flops", "bytes", "floor_seconds")
@@ -43,8 +44,15 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def write_json(record: dict, path: Path) -> None:
-    """Write every sample of a run."""
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    """Write every sample of a run; a reader sees the file as it was or the whole new one."""
+    text = json.dumps(record, indent=1) + "\n"
+    if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing can replace
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    written.write_text(text, encoding="utf-8")
+    os.replace(written, path)
 
 
 def write_csv(record: dict, path: Path) -> None:

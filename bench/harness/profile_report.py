@@ -21,6 +21,8 @@ WIDTH = 100
 SMALL = 0.005
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 72
+# Share of a memory plot's height above the curves, for the names of the phases.
+LABEL_ROOM = 0.32
 # Characters of an operator's name in one line.
 MOST_NAME = 46
 
@@ -224,12 +226,25 @@ def plot_memory(result: ProfileResult, path: str | os.PathLike) -> None:
         axis.step([1e3 * t for t in times], [b / 2**20 for b in levels], where="post", linewidth=1)
         for i, phase in enumerate(timeline.phases):
             axis.axvline(1e3 * phase.start, color="grey", linewidth=0.6)
-            # Each label lower than the last: a short phase leaves no room beside it.
-            where = {"transform": axis.get_xaxis_transform(), "va": "top", "fontsize": 8, "color": "grey"}
-            axis.text(1e3 * phase.start, 0.98 - 0.09 * i, f" {phase.name}", **where)
+            # A short phase leaves no room beside its label, so each has a line of its own above all curves.
+            right = phase.start < 0.85 * end
+            axis.annotate(
+                phase.name,
+                (1e3 * phase.start, 0.985 - LABEL_ROOM * i / len(timeline.phases)),
+                xytext=(3 if right else -3, 0),
+                xycoords=axis.get_xaxis_transform(),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                va="top",
+                fontsize=8,
+                color="grey",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
         axis.set_title(f"{timeline.subject}: peak {timeline.peak / 2**20:.1f} MiB", fontsize=9, loc="left")
         axis.set_ylabel("MiB")
         axis.set_xlim(0, 1e3 * end)
     axes[-1, 0].set_xlabel("ms")
+    most = max(timeline.peak for timeline in result.memory) / 2**20 or 1.0
+    axes[0, 0].set_ylim(-0.03 * most, most / (1 - LABEL_ROOM))  # of all, which share the axis
     figure.savefig(path)
     pyplot.close(figure)

@@ -117,13 +117,17 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Results:
-    """All cases of a run, the machine they were measured on, and the cases that were left out and why."""
+    """All cases of a run, the machine they were measured on, and the cases that were left out and why.
+
+    Those of an interrupted run are the cases that had finished.
+    """
 
     environment: dict
     ceilings: Ceilings
     cases: list[CaseResult]
     sweep: Mapping[str, object] | None = None
     left_out: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def correct(self) -> bool:
@@ -149,6 +153,7 @@ class Results:
             "sweep": dict(self.sweep) if self.sweep else None,
             "cases": [_case_json(result) for result in self.cases],
             "left_out": list(self.left_out),
+            "interrupted": self.interrupted,
             "slowing": self.slowing,
         }
 

@@ -25,6 +25,8 @@ from gossamer.bench.harness.timing import IDLE, NEAR_ROUNDS, quantile
 
 # Least width of a name; numbers are never cut.
 LEAST_NAME = 10
+# Columns where the output is not a terminal: a file or a filter wants each row in one line.
+UNLIMITED = 1 << 15
 
 
 def make_console() -> rich.console.Console:
@@ -32,7 +34,7 @@ def make_console() -> rich.console.Console:
     console = rich.console.Console(highlight=False)
     if console.is_terminal:
         return console
-    return rich.console.Console(highlight=False, width=120, file=UntilClosed(sys.stdout))
+    return rich.console.Console(highlight=False, width=UNLIMITED, file=UntilClosed(sys.stdout))
 
 
 class UntilClosed:
@@ -189,11 +191,20 @@ def _method(result: CaseResult) -> str:
     return "timed by " + "; ".join(f"{method}: {', '.join(names)}" for method, names in by.items())
 
 
-def _times(ratio: float) -> str:
-    """``ratio`` is ours over theirs."""
+def _times(ours: Row, other: Row) -> str:
+    """Return how we compare: faster or slower only where the 90% interval of the ratio leaves out 1."""
+    ratio, (low, high) = ours.times(other), ours.times_interval(other)
+    if low <= 1 <= high:
+        return f"not measurably different from (×{low:.2f}–{high:.2f})"
     if ratio < 0.98:
         return f"{1 / ratio:.2f}x faster than"
     return f"{ratio:.2f}x slower than" if ratio > 1.02 else "as fast as"
+
+
+def _times_of_dense(ours: Row, dense: Row) -> str:
+    ratio, (low, high) = ours.times(dense), ours.times_interval(dense)
+    unclear = f" ({low:.2f}–{high:.2f}: no measurable difference)" if low <= 1 <= high else ""
+    return f"takes {ratio:.2f}x the time of {dense.name}{unclear}"
 
 
 def compare(result: CaseResult) -> str:
@@ -201,9 +212,9 @@ def compare(result: CaseResult) -> str:
     ours, dense = result.row(OURS), result.row(DENSE)
     if ours is None:
         return ""
-    parts = [f"{_times(ours.times(r))} {r.name}" for r in result.rows if r.role == REFERENCE and r.seconds]
+    parts = [f"{_times(ours, r)} {r.name}" for r in result.rows if r.role == REFERENCE and r.seconds]
     if dense:
-        parts.append(f"takes {ours.times(dense):.2f}x the time of {dense.name}")
+        parts.append(_times_of_dense(ours, dense))
     if not parts:
         return ""
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -281,6 +292,8 @@ def summary(results: Results) -> str:
             if busy <= IDLE
             else f"{found}: the machine was not idle, and other runs may find ratios that differ by more than a tenth."
         )
+    if results.interrupted:
+        sentences.append("The run was interrupted; these are the cases that had finished.")
     if results.left_out:
         sentences.append(f"Left out: {'; '.join(results.left_out)}; --dtype measures it all the same.")
     return " ".join(sentences)

@@ -143,9 +143,10 @@ def run(
     stage: Callable[[str], None] = lambda message: None,
     progress: Callable[[str], None] = lambda message: None,
     finished: Callable[[CaseResult, Ceilings], None] = lambda result, ceilings: None,
+    so_far: Callable[[Results], None] = lambda results: None,
     sweep: Mapping[str, object] | None = None,
 ) -> Results:
-    """Run cases of one family.
+    """Run cases of one family; a keyboard interrupt ends the run with the cases that had finished.
 
     Args:
         chosen: the family.
@@ -155,6 +156,7 @@ def run(
         stage: told in words which case begins.
         progress: told in words what is going on.
         finished: given each case's result as it comes.
+        so_far: given the results each time that cases finish, as those of a run that was interrupted then.
         sweep: what the cases sweep over, to be kept with the results; see :mod:`gossamer.bench.harness.sweep`.
     """
     device, start = wanted[0].device, time.perf_counter()
@@ -179,34 +181,41 @@ def run(
             results.append(checked.result(ceilings, progress))
             finished(results[-1], ceilings)
         waiting.clear()
+        so_far(found(interrupted=True))
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    before = resident_bytes()
-    for done, request in enumerate(wanted):
-        asked = f"{chosen.name} {request.shape} {request.dtype} {request.direction}"
-        stage(f"[{done + 1}/{len(wanted)}] {asked}")
-        try:
-            case = chosen.build(request)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            left_out.append(f"{asked}, which memory cannot hold")
-            continue
-        if (seconds := ceilings.torch_seconds(case)) > patience:
-            left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
-        else:
-            waiting.append(_Checked(case, chosen, request, budget, cores, progress))
-        del case  # or its tensors would still be there while the next one's are made
-        now = resident_bytes()
-        room = before is not None and now is not None and now - before < TOGETHER_BYTES
-        if waiting and (device.type == "cuda" or len(waiting) == TOGETHER or not room):
-            time_those_waiting(start + (done + 1) * STRETCH * budget)
-            before = resident_bytes()
-    time_those_waiting(start + len(wanted) * STRETCH * budget)
-    # The last ceilings apply to all cases.
-    results = [replace(result, floor=ceilings.floor_seconds(result.case)) for result in results]
-    return Results(environment(), ceilings, results, sweep, tuple(left_out))
+    def found(interrupted: bool) -> Results:
+        # The last ceilings apply to all cases.
+        cases = [replace(result, floor=ceilings.floor_seconds(result.case)) for result in results]
+        return Results(environment(), ceilings, cases, sweep, tuple(left_out), interrupted)
+
+    try:
+        before = resident_bytes()
+        for done, request in enumerate(wanted):
+            asked = f"{chosen.name} {request.shape} {request.dtype} {request.direction}"
+            stage(f"[{done + 1}/{len(wanted)}] {asked}")
+            try:
+                case = chosen.build(request)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                left_out.append(f"{asked}, which memory cannot hold")
+                continue
+            if (seconds := ceilings.torch_seconds(case)) > patience:
+                left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
+            else:
+                waiting.append(_Checked(case, chosen, request, budget, cores, progress))
+            del case  # or its tensors would still be there while the next one's are made
+            now = resident_bytes()
+            room = before is not None and now is not None and now - before < TOGETHER_BYTES
+            if waiting and (device.type == "cuda" or len(waiting) == TOGETHER or not room):
+                time_those_waiting(start + (done + 1) * STRETCH * budget)
+                before = resident_bytes()
+        time_those_waiting(start + len(wanted) * STRETCH * budget)
+    except KeyboardInterrupt:
+        return found(interrupted=True)
+    return found(interrupted=False)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -99,8 +99,9 @@ def check(
 
     Args:
         module: the original. It is left as it is, but for what a forward pass changes, such as running statistics.
-        replacement: another module, with its weights; a function that makes one of a copy of ``module``; or None for
-            what :func:`gossamer.replace` makes of a copy.
+        replacement: another module, with its weights; a function of one argument that makes one of a copy of
+            ``module``; a function that needs no argument and builds one, which is then given the weights of
+            ``module``; or None for what :func:`gossamer.replace` makes of a copy.
         inputs: positional arguments of both. Gradients are taken for all floating-point tensors among them.
         kwargs: keyword arguments of both.
         backward: whether to compare gradients too.
@@ -114,6 +115,7 @@ def check(
     Raises:
         ImportError: the extra ``bench`` is not installed.
         TypeError: ``module`` or ``replacement`` is no module.
-        ValueError: without ``replacement``, :func:`gossamer.replace` finds nothing in ``module`` that it can switch.
+        ValueError: without ``replacement``, :func:`gossamer.replace` finds nothing in ``module`` that it can switch;
+            or what ``replacement`` builds does not take the weights of ``module``.
     """
     return _bench("check").check(module, replacement, *inputs, kwargs=kwargs, backward=backward, speed=speed, seed=seed)

@@ -220,6 +220,26 @@ def test_a_hugging_face_model_is_replaced_by_gossamer(device):
     assert "logits" in names and any("experts.gate_up_proj" in name for name in names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_function_of_no_argument_builds_a_module_that_takes_the_weights(original, x, dtype):
+    """In the original's dtype and mode, on its device."""
+    original.to(dtype).eval()
+    made = []
+
+    def build(options=None):
+        made.append(Eager())
+        return made[-1]
+
+    report = gossamer.check(original, build, x.to(dtype), speed=False)
+    assert report.ok, report
+    (module,) = made
+    assert not module.training
+    for name, value in original.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value) and module.state_dict()[name].dtype == dtype, name
+    with pytest.raises(ValueError, match=r"replacement does not take the original's weights \(.*one argument"):
+        gossamer.check(original, lambda: nn.Linear(2, 3), x.to(dtype))
+
+
 def test_bad_arguments_are_explained():
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got function"):
         gossamer.check(errors)

@@ -9,20 +9,18 @@ import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DOCUMENTS = sorted(DOCS.glob("*.md"))
-# Others have blocks that build on one another, and are run by the tests of what they are about.
-ALONE = ("block-sparse", "block-sparse-layers", "migrating", "online-training")
-BLOCKS = [
-    pytest.param(source, id=f"{path.stem} {number}")
-    for path in DOCUMENTS
-    if path.stem in ALONE
-    for number, source in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))
-]
+BLOCKS = {path: re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S) for path in DOCUMENTS}
+FENCES = {path: len(re.findall(r"^ *```[ \t]*(?:python|py)\b", path.read_text(), re.M)) for path in DOCUMENTS}
 
 
-@pytest.mark.parametrize("source", BLOCKS)
-def test_python_blocks_run(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if FENCES[path]], ids=lambda path: path.stem)
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    """All blocks of a page, each after the ones before it."""
     monkeypatch.chdir(tmp_path)  # a block may write a file beside it
-    exec(compile(source, "docs", "exec"), {})
+    assert len(BLOCKS[path]) == FENCES[path]
+    names: dict = {}
+    for number, source in enumerate(BLOCKS[path], 1):
+        exec(compile(source, f"{path.name}, block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from gossamer.bench.harness.record import Results
 
-WRONG, REFUSED, SLOW = 1, 2, 3
+WRONG, REFUSED, SLOW, INTERRUPTED = 1, 2, 3, 130
 
 
 def bench(
@@ -58,7 +59,8 @@ def bench(
     """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
 
     Exit status: 0; 1 where a variant is wrong or ours failed; 2 where it cannot be done as asked, found before anything
-    is measured, or nothing could be; 3 where a case's speed over dense's is below --fail-below, or it was left out.
+    is measured, or nothing could be; 3 where a case's speed over dense's is below --fail-below, or it was left out; 130
+    where it was interrupted.
     """
     from gossamer.bench.harness import compare as compare_
     from gossamer.bench.harness import files, report, runner
@@ -85,6 +87,13 @@ def bench(
         print(f"gossamer bench: {error}", file=sys.stderr)
         raise typer.Exit(REFUSED) from None
     console = report.make_console()
+
+    def keep(found: Results) -> None:
+        # Where it cannot be written, the end of the run says so.
+        with contextlib.suppress(OSError):
+            if json_file is not None:
+                files.write_json(found.as_json(), json_file)
+
     effort = "quick" if quick else "full"
     with report.Progress(console) as progress:
         results = runner.run(
@@ -95,6 +104,7 @@ def bench(
             stage=progress.stage,
             progress=progress,
             finished=lambda result, ceilings: report.print_case(console, result, ceilings),
+            so_far=keep,
             sweep=varied and vars(varied),
         )
     record = results.as_json()
@@ -137,6 +147,8 @@ def _need_matplotlib(option: str) -> None:
 def _exit(console: Console, results: Results, fail_below: float | None) -> None:
     from gossamer.bench.harness import compare, report
 
+    if results.interrupted:
+        raise typer.Exit(INTERRUPTED)
     if not results.correct:
         raise typer.Exit(WRONG)
     if not results.cases and fail_below is None:
