@@ -239,3 +239,93 @@ def test_bad_arguments_and_manifests(device, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match=r"manifest.json is of format=2, but this layer has format=1"):
         folder.load()
+
+
+def test_a_corrupt_newest_checkpoint_points_to_the_one_before(device, tmp_path):
+    """Which can be loaded, trained from and saved over; the corrupt one is dropped then."""
+    layers = make(device)
+    folder = EmbeddingFolder(tmp_path, layers)
+    train(layers, 0, 3, device)
+    folder.save(beside(3), {"step": 3})
+    older = EmbeddingFolder(tmp_path, make(device))
+    older.load()
+    train(layers, 3, 3, device)
+    folder.export_delta()
+    folder.save(beside(6), {"step": 6})
+    newest = tmp_path / "checkpoint-00000001.safetensors"
+    data = newest.read_bytes()
+    resumed = EmbeddingFolder(tmp_path, make(device))
+    for broken in (data[:-1], data[: len(data) // 2], b""):
+        newest.write_bytes(broken)
+        message = r"checkpoint-00000001.* is (truncated or )?corrupt.*: load\(older=1\)"
+        with pytest.raises(ValueError, match=message) as caught:
+            resumed.load()
+        assert "the checkpoint before it is checkpoint-00000000.safetensors at number 0" in str(caught.value)
+    newest.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*00000001.*: load\(older=1\)"):
+        resumed.load()
+    newest.write_bytes(data[:-1])
+    assert resumed.load(older=1).info == {"step": 3}
+    assert_same(resumed.layers, older.layers)
+    # The delta after it leads to what the corrupt checkpoint held.
+    assert resumed.apply_next() is not None
+    assert_serves(resumed.layers, layers)
+    for wrong, message in ((2, "older must be below 2, the checkpoints kept, got 2"), (-1, "at least 0, got -1")):
+        with pytest.raises(ValueError, match=message):
+            resumed.load(older=wrong)
+    again = EmbeddingFolder(tmp_path, make(device))
+    again.load(older=1)
+    train(again.layers, 3, 3, device)
+    again.export_delta()
+    again.save(beside(6), {"step": 6})
+    assert [name for name, _ in read_manifest(tmp_path).checkpoints] == [
+        "checkpoint-00000002.safetensors",
+        "checkpoint-00000000.safetensors",
+    ]
+    assert not newest.exists()
+    assert_same(again.layers, layers)
+
+
+def test_the_only_checkpoint_is_corrupt(device, tmp_path):
+    folder = EmbeddingFolder(tmp_path, make(device), keep=1)
+    folder.save()
+    (tmp_path / "checkpoint-00000000.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="corrupt") as caught:
+        folder.load()
+    assert "older" not in str(caught.value)
+
+
+def test_checkpoints_without_a_manifest_are_no_fresh_start(device, tmp_path):
+    layers = make(device)
+    folder = EmbeddingFolder(tmp_path, layers)
+    folder.save()
+    folder.save()
+    (tmp_path / "manifest.json").unlink()
+    held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = r"holds 2 checkpoints, such as checkpoint-00000001.safetensors, and no manifest.json: restore it, or move"
+    for call in (folder.load, folder.save, EmbeddingFolder(tmp_path, make(device)).load):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=message):
+        read_manifest(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+
+
+def test_a_first_save_that_stops_half_way_is_a_fresh_start(device, tmp_path, monkeypatch):
+    """Before the first manifest names a checkpoint, there is none, whatever lies there."""
+    replace = os.replace
+
+    def failing(source, target):
+        if (tmp_path / "checkpoint-00000000.safetensors").exists():
+            raise OSError("no space left on device")
+        replace(source, target)
+
+    folder = EmbeddingFolder(tmp_path, make(device))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="no space left"):
+            folder.save()
+    assert (tmp_path / "checkpoint-00000000.safetensors").exists()
+    assert read_manifest(tmp_path) is None and folder.load() is None
+    folder.save(info={"step": 0})
+    assert EmbeddingFolder(tmp_path, make(device)).load().info == {"step": 0}

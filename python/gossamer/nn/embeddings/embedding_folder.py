@@ -16,6 +16,8 @@ from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 
 _CHECKPOINT, _DELTA, _FORMAT, _MANIFEST = "joint checkpoint", "joint delta", 1, "manifest.json"
+# The number in the manifest of a folder whose first checkpoint is being written.
+_FIRST_PENDING = -1
 
 
 class DeltaGap(ValueError):
@@ -85,6 +87,7 @@ class EmbeddingFolder:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.path, self.layers, self.keep = Path(path), dict(layers), keep
         self.sequence, self._lineage = 0, None
+        self._passed_over: set[str] = set()  # newer checkpoints than the one that was loaded
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -128,16 +131,18 @@ class EmbeddingFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         before = read_manifest(self.path)
+        if before is None:
+            # From here on a folder that holds a checkpoint holds a manifest.
+            self._write_manifest(_FIRST_PENDING, [], {})
         number = 0 if before is None else before.number + 1
         path = self.path / f"checkpoint-{number:08d}.safetensors"
         with self._locked():
             parts = {name: layer._snapshot() for name, layer in self.layers.items()}
         packed, header = self._pack(parts, tensors, info)
         header = files.write(path, packed, header | {"kind": _CHECKPOINT})
-        kept = [(path.name, self.sequence), *(before.checkpoints if before else [])][: self.keep]
-        content = {"format": _FORMAT, "number": number, "checkpoints": kept, "info": info or {}}
-        with files.replacing(self.path / _MANIFEST) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        older = [entry for entry in (before.checkpoints if before else []) if entry[0] not in self._passed_over]
+        kept = [(path.name, self.sequence), *older][: self.keep]
+        self._write_manifest(number, kept, info or {})
         self._lineage = self._lineage or _digest(header)
         names = {name for name, _ in kept}
         stale = [p for p in self.path.glob("checkpoint-*.safetensors") if p.name not in names]
@@ -146,24 +151,43 @@ class EmbeddingFolder:
             unneeded.unlink(missing_ok=True)
         return path
 
-    def load(self) -> Contents | None:
+    def _write_manifest(self, number: int, checkpoints: list[tuple[str, int]], info: dict) -> None:
+        content = {"format": _FORMAT, "number": number, "checkpoints": checkpoints, "info": info}
+        with files.replacing(self.path / _MANIFEST) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, *, older: int = 0) -> Contents | None:
         """Take over the newest checkpoint; training goes on from it with the same bits. None where there is none.
 
+        Args:
+            older: take the checkpoint that is this many before the newest, of the ``keep`` that are kept. The next
+                :meth:`save` drops those that were passed over.
+
         Raises:
-            ValueError: the manifest or the checkpoint is corrupt, or of other layers; nothing was changed.
+            ValueError: the manifest or the checkpoint is corrupt, or of other layers, or there is no checkpoint so much
+                older; nothing was changed. The message names an older checkpoint where there is one.
         """
+        if older < 0:
+            raise ValueError(f"older must be at least 0, got {older}")
         while True:
             manifest = read_manifest(self.path)
             if manifest is None:
                 return None
-            path = self.path / manifest.checkpoints[0][0]
+            if older >= len(manifest.checkpoints):
+                raise ValueError(f"older must be below {len(manifest.checkpoints)}, the checkpoints kept, got {older}")
+            path = self.path / manifest.checkpoints[older][0]
             try:
                 tensors, header = files.read(path, _CHECKPOINT)
                 break
-            except FileNotFoundError:
+            except (FileNotFoundError, ValueError) as error:
                 # A trainer may have replaced it in between; then the manifest is another one, too.
-                if read_manifest(self.path) == manifest:
-                    raise
+                if isinstance(error, ValueError) or read_manifest(self.path) == manifest:
+                    if older + 1 == len(manifest.checkpoints):
+                        raise
+                    name, sequence = manifest.checkpoints[older + 1]
+                    raise type(error)(
+                        f"{error}; the checkpoint before it is {name} at number {sequence}: load(older={older + 1})"
+                    ) from error
         what = f"checkpoint {path}"
         parts = self._unpack(tensors, header, what)
         with self._locked():
@@ -172,6 +196,7 @@ class EmbeddingFolder:
             for name, part in parts.items():
                 self.layers[name]._restore(*part)
             self.sequence, self._lineage = header["sequence"], header["lineage"] or _digest(header)
+            self._passed_over = {name for name, _ in manifest.checkpoints[:older]}
         rows = sum(len(layer) for layer in self.layers.values())
         return Contents(files.part(tensors, "beside/"), header["info"], rows)
 
@@ -247,18 +272,25 @@ def _digest(header: Mapping[str, object]) -> str:
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest | None:
-    """The manifest of an :class:`EmbeddingFolder`; None where there is none.
+    """The manifest of an :class:`EmbeddingFolder`; None before the first checkpoint.
 
     Raises:
-        ValueError: it is no such manifest.
+        ValueError: it is no such manifest, or is missing beside checkpoints.
     """
     path = Path(path) / _MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files.check_header(content, {"format": _FORMAT}, str(path))
+        if content.get("number") == _FIRST_PENDING:
+            return None
         kept = [(str(name), int(sequence)) for name, sequence in content["checkpoints"]]
         return Manifest(kept[0][1], content["info"], kept, content["number"])
     except FileNotFoundError:
+        if orphans := sorted(path.parent.glob("checkpoint-*.safetensors")):
+            raise ValueError(
+                f"{path.parent} holds {len(orphans)} checkpoints, such as {orphans[-1].name}, and no {_MANIFEST}: "
+                "restore it, or move them away to begin anew"
+            ) from None
         return None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest of a gossamer.nn.EmbeddingFolder: {error!r}") from error
