@@ -10,15 +10,26 @@ from gossamer.nn.linear.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.linear.lora_factors import lora_plus_groups
 from gossamer.nn.linear.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.linear.prune_and_regrow import PruneAndRegrow
+from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.lora import LoRAExperts, expert_factors, flat_expert_factors
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
 from gossamer.nn.moe.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
+from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routers.hash import HashRouter
-from gossamer.nn.moe.routers.linear import Router, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
-from gossamer.nn.moe.routing import Routing, given_experts, limit_capacity, sigmoid_topk, softmax_topk, topk_softmax
+from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
+from gossamer.nn.moe.routing import (
+    Routing,
+    given_experts,
+    limit_capacity,
+    sigmoid_probabilities,
+    sigmoid_topk,
+    softmax_probabilities,
+    softmax_topk,
+    topk_softmax,
+)
 
 __all__ = [
     "BlockSparseLinear",
@@ -27,9 +38,11 @@ __all__ = [
     "Embedding",
     "EmbeddingBag",
     "EmbeddingFolder",
+    "ExpertLayer",
     "Experts",
     "FrequencyAdmission",
     "HashRouter",
+    "LinearRouter",
     "LoRAEmbedding",
     "LoRAExperts",
     "LoRALinear",
@@ -56,7 +69,9 @@ __all__ = [
     "read_manifest",
     "router_z_loss",
     "sequence_balance_loss",
+    "sigmoid_probabilities",
     "sigmoid_topk",
+    "softmax_probabilities",
     "softmax_topk",
     "topk_softmax",
     "update_expert_bias",

@@ -439,9 +439,9 @@ def test_cuda_graph_capture(router):
             "routing must be over 7 experts, got 9",
         ),
         (
-            lambda: MoE(H, I, E, K)(torch.zeros(2, H), routing=given_experts(torch.zeros(2, 1, dtype=torch.int64), E)),
+            lambda: MoE(H, I, E, K)(torch.zeros(2, H), routing=given_experts(torch.zeros(2, 4, dtype=torch.int64), E)),
             ValueError,
-            "routing must have K = 3 experts per token, got 1",
+            "routing must have at most K = 3 experts per token, got 4",
         ),
         (
             lambda: MoE(H, I, E, K, router=torch.nn.Linear(H, E))(torch.zeros(2, H)),

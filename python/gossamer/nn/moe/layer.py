@@ -6,10 +6,19 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
+from gossamer._checks import check_tensor
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.routers.linear import ROUTERS
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
+
+
+def _agreed(name: str, given: int | None, role: str, module: nn.Module) -> int | None:
+    """A size that the layer is given and a module of a role has: they must agree where both are there."""
+    own = getattr(module, name, None)
+    if given is not None and own is not None and own != given:
+        raise ValueError(f"{role} must have {name} = {given}, got {own}")
+    return own if given is None else given
 
 
 class MoE(nn.Module):
@@ -21,13 +30,18 @@ class MoE(nn.Module):
     >>> y, routing = moe(x, return_routing=True)
     >>> loss = task_loss(y) + 0.01 * gossamer.nn.load_balance_loss(routing)
 
+    Routers and expert layers are roles: any :class:`Router`, or module that is called as one, goes with any
+    :class:`ExpertLayer`.
+
     Args:
         hidden_size: H.
-        intermediate_size: I of each routed expert.
-        num_experts: E.
-        top_k: K.
+        intermediate_size: I of each routed expert; None beside an ``experts`` module.
+        num_experts: E; None beside an ``experts`` module, which says it.
+        top_k: K, the most experts of a token; None beside a ``router`` module for what that gives.
         router: ``"softmax_topk"``, ``"topk_softmax"`` or ``"sigmoid_topk"``; a module from hidden states ``(T, H)`` to
-            a :class:`Routing`; or None, and every call is given its routing.
+            a :class:`Routing`, such as a :class:`Router`; or None, and every call is given its routing.
+        experts: a module with ``num_experts``, ``hidden_size`` and ``forward(x, routing)``, such as an
+            :class:`ExpertLayer`; or the ``form`` of an :class:`Experts` to make.
         activation: of all experts; a name of :class:`gossamer.Activation`, or one with its constants.
         bias: whether the experts' products have biases.
         interleaved: whether the routed experts' gate and up alternate along 2I.
@@ -36,7 +50,8 @@ class MoE(nn.Module):
         shared_gate: whether the shared expert's output is multiplied by ``σ(x·w_g)``, as in Qwen2-MoE.
         capacity_factor: of the routed experts; see :func:`limit_capacity`. The routing that a call returns is the
             router's, before anything is dropped.
-        form: ``"grouped"`` or ``"block_sparse"``: how :class:`Experts` computes the routed experts.
+        form: ``"grouped"`` or ``"block_sparse"``: how :class:`Experts` computes the routed experts; like
+            ``interleaved``, ``transposed`` and ``capacity_factor``, not beside an ``experts`` module.
         device: of the parameters.
         dtype: of the parameters.
         **router_options: of a router given by name, such as ``renormalize``, ``n_group``, ``scale`` or ``upcast``; see
@@ -45,24 +60,26 @@ class MoE(nn.Module):
 
     Attributes:
         router: the router, or None.
-        experts: :class:`Experts`.
+        experts: :class:`Experts`, or the module given.
         shared_expert: :class:`SharedExpert` or None.
         shared_expert_gate: ``nn.Linear(H, 1)`` without bias, or None.
 
     Raises:
-        TypeError: a size is no int, an option is unknown to the router, or ``router`` is something else.
+        TypeError: a size is no int, an option is unknown to the router, or ``router`` or ``experts`` is something else.
         ValueError: a size is below 1, K > E, the name of the router or activation is unknown, groups do not fit,
-            ``shared_gate`` without a shared expert, or options beside a router that is not given by name.
+            ``shared_gate`` without a shared expert, options beside a router or experts that are not made here, or a
+            router or experts of other sizes.
     """
 
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
+        intermediate_size: int | None,
+        num_experts: int | None = None,
+        top_k: int | None = None,
         *,
         router: str | nn.Module | None = "softmax_topk",
+        experts: str | nn.Module | None = None,
         activation: str | Activation = "swiglu",
         bias: bool = False,
         interleaved: bool = False,
@@ -76,7 +93,13 @@ class MoE(nn.Module):
         **router_options: object,
     ) -> None:
         super().__init__()
-        check_selection(num_experts, top_k)
+        if isinstance(experts, nn.Module):
+            num_experts = _agreed("num_experts", num_experts, "experts", experts)
+            _agreed("hidden_size", hidden_size, "experts", experts)
+        if isinstance(router, nn.Module):
+            num_experts = _agreed("num_experts", num_experts, "router", router)
+            top_k = getattr(router, "top_k", None) if top_k is None else top_k
+        check_selection(num_experts, num_experts if top_k is None and isinstance(router, nn.Module) else top_k)
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("shared_gate needs a shared expert, got shared_intermediate_size=None")
         factory = {"device": device, "dtype": dtype}
@@ -84,18 +107,25 @@ class MoE(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.router = self._router(router, router_options, factory)
-        self.experts = Experts(
-            num_experts,
-            hidden_size,
-            intermediate_size,
-            activation=activation,
-            bias=bias,
-            interleaved=interleaved,
-            transposed=transposed,
-            capacity_factor=capacity_factor,
-            form=form,
-            **factory,
-        )
+        layout = {
+            "interleaved": interleaved,
+            "transposed": transposed,
+            "capacity_factor": capacity_factor,
+            "form": form if experts is None else experts,
+        }
+        if isinstance(experts, nn.Module):
+            layout["form"] = form
+            if given := [name for name, value in layout.items() if value not in (False, None, "grouped")]:
+                raise ValueError(f"{', '.join(given)} must not be given beside an experts module, which has its own")
+            if intermediate_size is not None:
+                raise ValueError(f"intermediate_size must be None beside an experts module, got {intermediate_size}")
+            self.experts = experts
+        elif experts is not None and not isinstance(experts, str):
+            raise TypeError(f"experts must be an nn.Module, a str or None, got {type(experts).__name__}")
+        else:
+            self.experts = Experts(
+                num_experts, hidden_size, intermediate_size, activation=activation, bias=bias, **layout, **factory
+            )
         self.shared_expert = None
         if shared_intermediate_size is not None:
             self.shared_expert = SharedExpert(
@@ -117,13 +147,19 @@ class MoE(nn.Module):
         return router
 
     def forward(
-        self, x: torch.Tensor, *, routing: Routing | None = None, return_routing: bool = False
+        self,
+        x: torch.Tensor,
+        *,
+        routing: Routing | None = None,
+        token_ids: torch.Tensor | None = None,
+        return_routing: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
         """The layer's output for ``x (..., H)``.
 
         Args:
             x: ``(..., H)``; T is the product of the leading sizes.
-            routing: takes the place of the router's, for experts by hash or by another layer.
+            routing: takes the place of the router's, as one by another layer.
+            token_ids: one integer a token, in any shape of T elements, for routers that go by them.
             return_routing: whether to return the :class:`Routing` too, for balance losses and bias updates.
 
         Returns:
@@ -131,19 +167,19 @@ class MoE(nn.Module):
 
         Raises:
             TypeError: the router returns no Routing, or dtypes do not fit.
-            ValueError: shapes or devices do not fit, there is no routing and no router, or, on the CPU, logits are NaN
-                or +inf.
+            ValueError: shapes or devices do not fit, there is no routing and no router, a token has more than K
+                experts, or, on the CPU, logits are NaN or +inf.
         """
         check_hidden(x, self.hidden_size)
         tokens = x.reshape(-1, self.hidden_size)
         if routing is None:
             if self.router is None:
                 raise ValueError("routing must be given to a layer without a router, got None")
-            routing = self.router(tokens)
+            routing = self.router(tokens, **self._by_token(token_ids, tokens.shape[0]))
         if not isinstance(routing, Routing):
             raise TypeError(f"routing must be a gossamer.nn.Routing, got {type(routing).__name__}")
-        if routing.top_k != self.top_k:
-            raise ValueError(f"routing must have K = {self.top_k} experts per token, got {routing.top_k}")
+        if self.top_k is not None and routing.top_k > self.top_k:
+            raise ValueError(f"routing must have at most K = {self.top_k} experts per token, got {routing.top_k}")
         routing = routing.dispatched()
         y = self.experts(tokens, routing)
         if self.shared_expert is not None:
@@ -153,6 +189,18 @@ class MoE(nn.Module):
             y = y + shared
         y = y.view(x.shape)
         return (y, routing) if return_routing else y
+
+    @staticmethod
+    def _by_token(token_ids: torch.Tensor | None, num_tokens: int) -> dict[str, torch.Tensor]:
+        """The router's argument beside the tokens: nothing for routers that are modules of hidden states alone."""
+        if token_ids is None:
+            return {}
+        check_tensor("token_ids", token_ids)
+        if token_ids.numel() != num_tokens:
+            raise ValueError(
+                f"token_ids must have one id for each of T = {num_tokens} tokens, got shape {tuple(token_ids.shape)}"
+            )
+        return {"token_ids": token_ids.reshape(-1)}
 
     def extra_repr(self) -> str:
         """Sizes."""

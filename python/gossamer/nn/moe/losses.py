@@ -15,15 +15,15 @@ from gossamer.nn.moe.routing import Routing
 from gossamer.ops.dispatch import dispatch
 
 
-def _layers(routing: Routing | Sequence[Routing]) -> list[Routing]:
-    """One routing or several as a list, all with logits and the same E."""
+def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> list[Routing]:
+    """One routing or several as a list, all with probabilities, or with logits, and the same E."""
     layers = [routing] if isinstance(routing, Routing) else list(routing)
     if not layers:
         raise ValueError("routing must hold at least one Routing, got none")
     for layer in layers:
         if not isinstance(layer, Routing):
             raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
-        if layer.logits is None:
+        if layer.logits is None if logits else not layer.has_probabilities:
             raise ValueError("routing must have logits for a balance loss, got a routing by given ids")
         if layer.num_experts != layers[0].num_experts:
             raise ValueError(
@@ -68,7 +68,7 @@ def load_balance_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tenso
     ``E/T · p_tj · (f_j − Σ_e p_te·f_e)``.
 
     Args:
-        routing: of one layer, or a sequence of all layers' routings, with logits.
+        routing: of one layer, or a sequence of all layers' routings, with probabilities.
         mask: one value per token, in any shape of T elements such as ``(batch, sequence)``; tokens at 0 or False
             (padding) do not count. None counts all.
 
@@ -110,7 +110,7 @@ def router_z_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
         ValueError: no routing, one without logits, different numbers of experts, or a mask of another size or device.
     """
     total, rows = 0, 0
-    for layer in _layers(routing):
+    for layer in _layers(routing, logits=True):
         kept = _kept(mask, layer)
         ignored = (layer.logits == -math.inf).all(dim=-1)
         if kept is not None:
@@ -130,7 +130,7 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     1.
 
     Args:
-        routing: of T = batch_size · S tokens, sequence after sequence, with logits.
+        routing: of T = batch_size · S tokens, sequence after sequence, with probabilities.
         batch_size: number of sequences.
         mask: as in :func:`load_balance_loss`; S is then a sequence's number of tokens that count, and a sequence with
             none does not enter the mean.

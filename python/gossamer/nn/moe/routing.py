@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,7 +26,8 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
     """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups; ``scale`` is finite."""
     if not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    if not math.isfinite(scale):
+    # Compilers may make a symbol of the number, which comparisons take and math.isfinite does not.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if top_k > num_experts:
@@ -41,66 +44,6 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """The experts of T tokens: what a router returns and expert layers and balance losses take.
-
-    Attributes:
-        expert_ids: ``(T, K)`` int64 or int32. An id ``>= num_experts`` means "no expert".
-        weights: ``(T, K)`` routing weights, float32 (float64 for float64 logits).
-        num_experts: E.
-        logits: ``(T, E)`` float32 (or float64) as the router computed them, or None where there was no router.
-        score: what turns logits into scores: ``"softmax"`` or ``"sigmoid"``.
-        dispatch: the assignments sorted by expert, or None while nobody has sorted them; see :meth:`dispatched`.
-    """
-
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
-    num_experts: int
-    logits: torch.Tensor | None = None
-    score: str = "softmax"
-    dispatch: Dispatch | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.expert_ids.shape[0]
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return self.expert_ids.shape[1]
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """``(E,)`` int32: slots given to each expert. Slots with no expert are not counted; no gradient."""
-        return self.dispatched().dispatch.counts
-
-    @property
-    def probabilities(self) -> torch.Tensor:
-        """``(T, E)`` scores that add up to one over a token's experts, differentiable: what balance losses average.
-
-        ``softmax(logits)``, or ``σ(logits)`` divided by its sum. Masked experts have 0, as has all of a token whose
-        experts are all masked.
-
-        Raises:
-            ValueError: this routing has no logits.
-        """
-        if self.logits is None:
-            raise ValueError("routing must have logits for probabilities, got a routing by given ids")
-        if self.score == "softmax":
-            return _masked_softmax(self.logits)
-        scores = _clean(self.logits).sigmoid()
-        return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
-
-    def dispatched(self) -> Routing:
-        """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
-        if self.dispatch is not None:
-            return self
-        sorted_ids = dispatch(self.expert_ids, self.num_experts)
-        return Routing(self.expert_ids, self.weights, self.num_experts, self.logits, self.score, sorted_ids)
-
-
 def _clean(logits: torch.Tensor) -> torch.Tensor:
     """NaN and −inf to the lowest finite number, +inf to the highest, all with zero gradient."""
     limits = torch.finfo(logits.dtype)
@@ -111,6 +54,147 @@ def _masked_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension in which NaN and −inf get 0, even where nothing else is left."""
     clean = _clean(logits)
     return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
+
+
+def softmax_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """``softmax(logits)`` over the experts; masked ones have 0, as has all of a token whose experts are all masked."""
+    return _masked_softmax(logits)
+
+
+def sigmoid_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """``σ(logits)`` divided by its sum over the experts; masked ones have 0."""
+    scores = _clean(logits).sigmoid()
+    return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
+
+
+SCORES = {"softmax": softmax_probabilities, "sigmoid": sigmoid_probabilities}
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Routing:
+    """The experts of T tokens: what a router returns and expert layers and balance losses take.
+
+    Args:
+        expert_ids: ``(T, K)`` int64 or int32, K being the most experts that a token has. An id ``>= num_experts`` means
+            "no expert".
+        weights: ``(T, K)`` routing weights, float32 (float64 for float64 logits); 0 where there is no expert.
+        num_experts: E.
+        logits: ``(T, E)`` float32 (or float64) as the router computed them, or None where there are none.
+        score: deprecated; ``"softmax"`` or ``"sigmoid"`` stand for those ``probabilities``.
+        dispatch: the assignments sorted by expert, or None until :meth:`dispatched` sorts them.
+        probabilities: what balance losses average, ``(T, E)``, adding up to one over a token's experts; or a function
+            that computes it from the logits, called when a loss asks. None with logits stands for their softmax.
+        max_rows: bound on the slots that have an expert, which sizes the buffers of expert layers on CUDA and in
+            compiled code; None for T·K. On the CPU they have the exact size. See :func:`gossamer.dispatch`.
+
+    Attributes:
+        expert_ids: as given, like ``weights``, ``num_experts``, ``logits``, ``dispatch`` and ``max_rows``.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    num_experts: int
+    logits: torch.Tensor | None
+    dispatch: Dispatch | None
+    max_rows: int | None
+    _probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = field(repr=False)
+
+    def __init__(
+        self,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        num_experts: int,
+        logits: torch.Tensor | None = None,
+        score: str | None = None,
+        dispatch: Dispatch | None = None,
+        *,
+        probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
+        max_rows: int | None = None,
+        _probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        if score is not None:
+            if score not in SCORES:
+                raise ValueError(f"score must be one of {sorted(SCORES)}, got {score!r}")
+            warnings.warn("score is deprecated: give probabilities", DeprecationWarning, stacklevel=2)
+            probabilities = SCORES[score]
+        if probabilities is None:
+            probabilities = _probabilities
+        if probabilities is None and logits is not None:
+            probabilities = softmax_probabilities
+        object.__setattr__(self, "expert_ids", expert_ids)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "num_experts", num_experts)
+        object.__setattr__(self, "logits", logits)
+        object.__setattr__(self, "dispatch", dispatch)
+        object.__setattr__(self, "max_rows", max_rows)
+        object.__setattr__(self, "_probabilities", probabilities)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.expert_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """K, the most experts of a token."""
+        return self.expert_ids.shape[1]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """``(E,)`` int32: slots given to each expert. Slots with no expert are not counted; no gradient."""
+        return self.dispatched().dispatch.counts
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether the router gave :attr:`probabilities`."""
+        return self._probabilities is not None
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """``(T, E)`` scores that add up to one over a token's experts, differentiable: what balance losses average.
+
+        The router says what they are. A function of the logits is called at each access.
+
+        Raises:
+            ValueError: this routing has none.
+        """
+        if self._probabilities is None:
+            raise ValueError("routing must have logits for probabilities, got a routing by given ids")
+        if isinstance(self._probabilities, torch.Tensor):
+            return self._probabilities
+        return self._probabilities(self.logits)
+
+    @property
+    def score(self) -> str:
+        """Deprecated: the name of the function that gives :attr:`probabilities`."""
+        warnings.warn("score is deprecated: read probabilities", DeprecationWarning, stacklevel=2)
+        return next((name for name, known in SCORES.items() if known is self._probabilities), "softmax")
+
+    def with_experts(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> Routing:
+        """The same routing, logits and probabilities with other experts, not sorted yet."""
+        return Routing(
+            expert_ids,
+            weights,
+            self.num_experts,
+            self.logits,
+            probabilities=self._probabilities,
+            max_rows=self.max_rows,
+        )
+
+    def dispatched(self) -> Routing:
+        """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
+        if self.dispatch is not None:
+            return self
+        max_rows = self.expert_ids.numel() if self.max_rows is None else self.max_rows
+        return Routing(
+            self.expert_ids,
+            self.weights,
+            self.num_experts,
+            self.logits,
+            dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows),
+            probabilities=self._probabilities,
+            max_rows=self.max_rows,
+        )
 
 
 def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
@@ -259,7 +343,7 @@ def sigmoid_topk(
         check_same_device(logits=logits, correction_bias=correction_bias)
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
     if (fused := fused_topk(logits, correction_bias, top_k, sigmoid=True, **options)) is not None:
-        return Routing(*fused, num_experts, logits, "sigmoid")
+        return Routing(*fused, num_experts, logits, probabilities=sigmoid_probabilities)
     clean = _clean(logits)
     scores = clean.sigmoid()
     with torch.no_grad():
@@ -275,7 +359,8 @@ def sigmoid_topk(
     weights = scores.gather(1, ids).masked_fill(unavailable, 0.0)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
-    return Routing(ids, weights if scale == 1.0 else weights * scale, num_experts, logits, "sigmoid")
+    weights = weights if scale == 1.0 else weights * scale
+    return Routing(ids, weights, num_experts, logits, probabilities=sigmoid_probabilities)
 
 
 def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Tensor | None = None) -> Routing:
@@ -347,5 +432,4 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
         return routing
     first = routing.dispatch.offsets[routing.expert_ids.clamp(0, e)]
     ranks = routing.dispatch.rows.view(routing.num_tokens, routing.top_k) - first
-    ids = routing.expert_ids.masked_fill(ranks >= capacity, e)
-    return Routing(ids, routing.weights, e, routing.logits, routing.score, dispatch(ids, e))
+    return routing.with_experts(routing.expert_ids.masked_fill(ranks >= capacity, e), routing.weights).dispatched()

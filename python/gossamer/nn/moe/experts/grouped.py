@@ -7,15 +7,16 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation, check_interleaved
 from gossamer._checks import check_positive
+from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.block_sparse import best_block, block_sparse_mlp
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
-from gossamer.nn.moe.routing import Routing, check_capacity_factor, check_hidden, given_experts, limit_capacity
+from gossamer.nn.moe.routing import Routing, check_capacity_factor
 from gossamer.ops.expert_mlp import expert_mlp
 
 FORMS = ("grouped", "block_sparse")
 
 
-class Experts(nn.Module):
+class Experts(ExpertLayer):
     """E feed-forward networks, of which each token meets K: :func:`gossamer.expert_mlp` with its parameters.
 
     Names and layouts are those of transformers' expert modules, so their tensors load as they are.
@@ -100,43 +101,7 @@ class Experts(nn.Module):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
-    def forward(
-        self, x: torch.Tensor, routing: Routing | torch.Tensor, weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(x[t])``.
-
-        Args:
-            x: ``(..., H)``; T is the product of the leading sizes.
-            routing: a :class:`Routing` of T tokens over E experts; or expert ids ``(T, K)``, with ``weights``.
-            weights: ``(T, K)``, only with expert ids.
-
-        Returns:
-            The shape of ``x``; its dtype, or autocast's.
-
-        Raises:
-            TypeError: ``weights`` is missing beside ids or given beside a Routing, or dtypes do not fit.
-            ValueError: shapes or devices do not fit, or the routing is over another number of experts.
-        """
-        check_hidden(x, self.hidden_size)
-        if isinstance(routing, Routing):
-            if weights is not None:
-                raise TypeError("weights must be None beside a Routing, which has its own")
-        elif weights is None:
-            raise TypeError(
-                f"routing must be a Routing, or expert ids with weights, got {type(routing).__name__} alone"
-            )
-        else:
-            routing = given_experts(routing, self.num_experts, weights)
-        if routing.num_experts != self.num_experts:
-            raise ValueError(f"routing must be over {self.num_experts} experts, got {routing.num_experts}")
-        tokens = x.reshape(-1, self.hidden_size)
-        if routing.num_tokens != tokens.shape[0]:
-            raise ValueError(f"routing must be of the {tokens.shape[0]} tokens of x, got {routing.num_tokens}")
-        if self.capacity_factor is not None:
-            routing = limit_capacity(routing, self.capacity_factor)
-        return self._compute(tokens, routing.dispatched()).view(x.shape)
-
-    def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
+    def compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
         """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank ones of expert_mlp."""
         gate_up = expert_weight(getattr(self, self._up_name), self.transposed)
         down = expert_weight(self.down_proj, self.transposed)

@@ -254,14 +254,14 @@ class LoRAExperts(Experts):
             raise ValueError("load_state_dict needs an unmerged layer, got a merged one: call unmerge() first")
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
+    def compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
         if self.merged:
-            return super()._compute(tokens, routing)
+            return super().compute(tokens, routing)
         if any(getattr(self, f"{name}_lora_magnitude") is not None for name in self.targets):
             return self._compute_scaled(tokens, routing)
         keys = {self._up_name: "gate_up_lora", "down_proj": "down_lora"}
         updates = {keys[name]: self.lora_factors(name) for name in self.targets}
-        return super()._compute(tokens, routing, lora_scale=self.scale, **updates)
+        return super().compute(tokens, routing, lora_scale=self.scale, **updates)
 
     def _compute_scaled(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The layer as products on its dispatch, with the rows of DoRA's targets scaled after each."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from gossamer._checks import check_index
+from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_selection, given_experts
 
 
-class HashRouter(nn.Module):
+class HashRouter(Router):
     """Experts by token id, from a fixed table (hash layers, Roller et al., 2021); every slot weighs 1/K.
 
     Args:
@@ -42,8 +42,21 @@ class HashRouter(nn.Module):
         self.top_k = table.shape[1]
         self.register_buffer("table", table)
 
-    def forward(self, token_ids: torch.Tensor) -> Routing:
-        """The routing of ``token_ids (...)``, each in ``0 ... V-1`` (checked on the CPU); T is their number."""
+    def forward(self, x: torch.Tensor | None = None, *, token_ids: torch.Tensor | None = None) -> Routing:
+        """The routing of ``token_ids (...)``, each in ``0 ... V-1`` (checked on the CPU); T is their number.
+
+        Args:
+            x: hidden states, which are not read; or the token ids themselves, where ``token_ids`` is None.
+            token_ids: int32 or int64.
+
+        Raises:
+            TypeError: there are no token ids, or they are not int32 or int64.
+            IndexError: on the CPU, a token id outside ``0 ... V-1``.
+        """
+        if token_ids is None:
+            if x is None or (isinstance(x, torch.Tensor) and x.is_floating_point()):
+                raise TypeError("token_ids must be given to a router that goes by them, got None")
+            token_ids = x
         check_index("token_ids", token_ids)
         if not torch.compiler.is_compiling() and token_ids.device.type == "cpu" and token_ids.numel():
             low, high = (int(value) for value in token_ids.aminmax())

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_positive, check_tensor
+from gossamer._checks import check_positive
+from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import (
     Routing,
+    check_hidden,
     check_selection,
     sigmoid_topk,
     softmax_topk,
@@ -38,10 +40,10 @@ class _WideLinear(torch.autograd.Function):
         return dx, dweight, None
 
 
-class Router(nn.Module):
-    """A linear map from hidden states to logits, and a rule that picks experts from them: the base of all routers.
+class LinearRouter(Router):
+    """A linear map from hidden states to logits, and a rule that picks experts from them.
 
-    A subclass defines ``route(logits) -> Routing``.
+    A subclass defines the rule, ``route(logits) -> Routing``.
 
     Args:
         hidden_size: H.
@@ -94,9 +96,7 @@ class Router(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """``(T, E)`` in float32 (float64 for float64) from hidden states ``x (..., H)``."""
-        check_tensor("x", x)
-        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must have shape (..., H) with H = {self.hidden_size}, got {tuple(x.shape)}")
+        check_hidden(x, self.hidden_size)
         x = x.reshape(-1, self.hidden_size)
         wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         if not self.upcast:
@@ -111,7 +111,7 @@ class Router(nn.Module):
         """The routing for ``logits (T, E)``."""
         raise NotImplementedError(f"{type(self).__name__} must define route(logits)")
 
-    def forward(self, x: torch.Tensor) -> Routing:
+    def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
         """The routing of hidden states ``x (..., H)``; T is the product of the leading sizes."""
         return self.route(self.logits(x))
 
@@ -122,7 +122,7 @@ class Router(nn.Module):
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}{options}"
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(LinearRouter):
     """:func:`softmax_topk` over a linear map: OLMoE; with ``renormalize`` Mixtral, Qwen3-MoE; with groups DeepSeek-V2.
 
     Args:
@@ -133,7 +133,7 @@ class SoftmaxRouter(Router):
         n_group: groups that the experts form.
         topk_group: groups that a token may use.
         scale: factor on the weights.
-        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`Router`.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
     """
 
     def __init__(
@@ -166,14 +166,14 @@ class SoftmaxRouter(Router):
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.selection.items())])
 
 
-class TopKSoftmaxRouter(Router):
+class TopKSoftmaxRouter(LinearRouter):
     """:func:`topk_softmax` over a linear map: gpt-oss (with ``bias=True``), Mixtral, JetMoE.
 
     Args:
         hidden_size: H.
         num_experts: E.
         top_k: K.
-        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`Router`.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
     """
 
     def route(self, logits: torch.Tensor) -> Routing:
@@ -181,7 +181,7 @@ class TopKSoftmaxRouter(Router):
         return topk_softmax(logits, self.top_k)
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(LinearRouter):
     """:func:`sigmoid_topk` over a linear map, with its correction bias: DeepSeek-V3.
 
     Args:
@@ -192,7 +192,7 @@ class SigmoidRouter(Router):
         topk_group: groups that a token may use.
         renormalize: whether weights are divided by their sum.
         scale: factor on the weights.
-        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`Router`.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
         e_score_correction_bias: ``(E,)`` float32 buffer, zero at first and saved with the state. It stays float32 when
@@ -245,7 +245,7 @@ class SigmoidRouter(Router):
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.selection.items())])
 
 
-ROUTERS: dict[str, type[Router]] = {
+ROUTERS: dict[str, type[LinearRouter]] = {
     "softmax_topk": SoftmaxRouter,
     "topk_softmax": TopKSoftmaxRouter,
     "sigmoid_topk": SigmoidRouter,

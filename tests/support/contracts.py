@@ -1,0 +1,344 @@
+"""Contract suites: what everything that fills a role must do.
+
+A method takes the whole suite by one line in its own test file, whose name begins with ``Test``::
+
+    TestMyRouter = RouterContract.over(name=lambda num_experts, hidden_size, **factory: MyRouter(...))
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer
+from gossamer.nn import MoE, Routing
+from gossamer.testing import assert_close, errors
+
+H, T, E = 32, 13, 5
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def assert_near(found, expected, slack=256):
+    """Two computations of one quantity differ by rounding alone, relative to its root mean square."""
+    assert found.shape == expected.shape
+    if expected.numel():
+        bound = slack * max(torch.finfo(t.dtype).eps for t in (found, expected))
+        assert max(errors(found, expected.double())) <= bound
+
+
+def differences(function, inputs, step=1e-6):
+    """Derivatives of a scalar function in random directions of its float64 inputs: name, exact, by differences."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    exact = torch.autograd.grad(function(**leaves), list(leaves.values()))
+    for index, (name, value) in enumerate(inputs.items()):
+        direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+        direction = direction.to(value.device)
+        with torch.no_grad():
+            high, low = (function(**inputs | {name: value + s * step * direction}) for s in (1, -1))
+        yield name, float((exact[index] * direction).sum()), float(high - low) / (2 * step)
+
+
+def assert_gradients(function, inputs):
+    """The derivatives agree with central differences to the digits that those have."""
+    for name, exact, difference in differences(function, inputs):
+        assert exact == pytest.approx(difference, rel=1e-6, abs=1e-8), name
+
+
+def functional(module, call):
+    """``call(forward, **inputs)`` with the module's parameters among the inputs, named after ``parameter:``."""
+
+    def function(**tensors):
+        own = {k.removeprefix("parameter:"): v for k, v in tensors.items() if k.startswith("parameter:")}
+        rest = {k: v for k, v in tensors.items() if not k.startswith("parameter:")}
+        return call(lambda *args, **kw: torch.func.functional_call(module, own, args, kw), **rest)
+
+    return function
+
+
+def parameters(module, detached=()):
+    """The trainable parameters, named as :func:`functional` takes them, but for those ``detached`` has a part of."""
+    return {
+        f"parameter:{name}": p.detach().clone()
+        for name, p in module.named_parameters()
+        if p.requires_grad and not any(part in name for part in detached)
+    }
+
+
+class Contract:
+    """The base of the suites.
+
+    ``cases`` by name are what ``make`` is in each test. ``detached`` are parts of the names of parameters that the
+    method deliberately keeps some gradient from, so that differences say something else.
+    """
+
+    cases = None
+    detached = ()
+
+    @classmethod
+    def over(cls, cases=None, *, detached=(), **named):
+        """The suite over ``cases``, a dictionary or keywords."""
+        return type(cls.__name__, (cls,), {"cases": (cases or {}) | named, "detached": detached})
+
+    def pytest_generate_tests(self, metafunc):
+        if "make" in metafunc.fixturenames:
+            metafunc.parametrize("make", list(self.cases.values()), ids=list(self.cases))
+
+
+def token_ids(num_tokens, device):
+    """Ids of tokens below 20, which a case's router must know."""
+    return torch.randint(0, 20, (num_tokens,), generator=torch.Generator().manual_seed(3)).to(device)
+
+
+def hidden_states(*shape, device, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+class RouterContract(Contract):
+    """What every router does; a case makes one from ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
+
+    def route(self, router, num_tokens, device, dtype=torch.float32, seed=0):
+        x = hidden_states(num_tokens, H, device=device, dtype=dtype, seed=seed)
+        return router(x, token_ids=token_ids(num_tokens, device))
+
+    def test_routing(self, make, device):
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        routing = self.route(router, T, device)
+        ids, weights = routing.expert_ids, routing.weights
+        assert isinstance(routing, Routing) and routing.num_experts == router.num_experts == E
+        assert ids.shape == weights.shape == (T, routing.top_k) and routing.top_k <= router.top_k
+        assert ids.dtype in (torch.int32, torch.int64) and bool((ids >= 0).all())
+        assert weights.dtype == torch.float32 and bool(weights.isfinite().all())
+        assert bool((weights[ids >= E] == 0).all())
+        assert int(routing.counts.sum()) == int((ids < E).sum())
+        if routing.max_rows is not None:
+            assert int((ids < E).sum()) <= routing.max_rows
+
+    def test_probabilities(self, make, device):
+        routing = self.route(make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32), T, device)
+        if routing.logits is not None:
+            assert routing.logits.shape == (T, E)
+        if routing.has_probabilities:
+            assert routing.probabilities.shape == (T, E)
+            assert_near(routing.probabilities.sum(1), torch.ones(T, device=device))
+            assert bool(gossamer.nn.load_balance_loss(routing).isfinite())
+        else:
+            with pytest.raises(ValueError, match="routing must have"):
+                gossamer.nn.load_balance_loss(routing)
+
+    def test_leading_sizes(self, make, device):
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        x, ids = hidden_states(3, 4, H, device=device), token_ids(12, device)
+        left, right = router(x, token_ids=ids.view(3, 4)), router(x.view(12, H), token_ids=ids)
+        assert torch.equal(left.expert_ids, right.expert_ids) and torch.equal(left.weights, right.weights)
+
+    def test_gradients(self, make, device):
+        """Weights and probabilities of the experts chosen, in the hidden states and every parameter."""
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
+        ids = token_ids(T, device)
+        x = hidden_states(T, H, device=device, dtype=torch.float64)
+        plain = router(x, token_ids=ids)
+        inputs = {"x": x} | parameters(router, self.detached)
+        factors = torch.linspace(-1, 1, plain.weights.numel(), device=device).view_as(plain.weights)
+        columns = torch.linspace(-1, 1, E, device=device, dtype=torch.float64)
+
+        def call(forward, x):
+            routing = forward(x, token_ids=ids)
+            assert torch.equal(routing.expert_ids, plain.expert_ids)
+            total = (routing.weights * factors).sum()
+            return total + (routing.probabilities * columns).sum() if routing.has_probabilities else total
+
+        function = functional(router, call)
+        if function(**{k: v.requires_grad_() for k, v in inputs.items()}).requires_grad:
+            assert_gradients(function, {k: v.detach() for k, v in inputs.items()})
+        else:
+            assert list(inputs) == ["x"], "parameters that no gradient reaches"
+
+    def test_same_bits_twice(self, make, device):
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        left, right = (self.route(router, T, device) for _ in range(2))
+        assert torch.equal(left.expert_ids, right.expert_ids) and torch.equal(left.weights, right.weights)
+
+    def test_state_dict(self, make, device):
+        first = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        second = copy.deepcopy(first)
+        with torch.no_grad():
+            for parameter in second.parameters():
+                parameter.zero_()
+        second.load_state_dict(first.state_dict())
+        left, right = self.route(first, T, device), self.route(second, T, device)
+        assert torch.equal(left.expert_ids, right.expert_ids) and torch.equal(left.weights, right.weights)
+
+    def test_compiles(self, make, device):
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+        left, right = self.route(compiled, T, device), self.route(router, T, device)
+        assert torch.equal(left.expert_ids, right.expert_ids)
+        assert_near(left.weights, right.weights)
+        if left.weights.requires_grad:
+            found, expected = (
+                torch.autograd.grad(r.weights.square().sum(), list(router.parameters()), allow_unused=True)
+                for r in (left, right)
+            )
+            for a, b in zip(found, expected, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    assert_near(a, b)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_dtypes(self, make, device, dtype):
+        """Hidden states and parameters in 16 bits give weights in float32."""
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=dtype)
+        routing = self.route(router, T, device, dtype)
+        assert routing.weights.dtype == torch.float32 and bool(routing.weights.isfinite().all())
+
+    @pytest.mark.parametrize("num_tokens", [0, 1])
+    def test_few_tokens(self, make, device, num_tokens):
+        routing = self.route(make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32), num_tokens, device)
+        assert routing.num_tokens == num_tokens and int(routing.counts.sum()) <= num_tokens * routing.top_k
+
+    def test_one_expert(self, make, device):
+        routing = self.route(make(num_experts=1, hidden_size=H, device=device, dtype=torch.float32), T, device)
+        assert routing.top_k == 1 and int(routing.counts[0]) == int((routing.expert_ids == 0).sum())
+
+    def test_inside_the_layer(self, make, device):
+        """nn.MoE over the router is the weighted sum of its experts."""
+        router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
+        moe = MoE(H, 16, router=router, device=device, dtype=torch.float64)
+        x, ids = hidden_states(T, H, device=device, dtype=torch.float64), token_ids(T, device)
+        y, routing = moe(x, token_ids=ids, return_routing=True)
+        assert_near(y, sum_of_slots(moe.experts, x, routing.expert_ids, routing.weights.double()))
+
+
+def sum_of_slots(experts, x, expert_ids, weights):
+    """``Σ_k`` of the layer's output for slot k alone, tokens without an expert there left out."""
+    total = torch.zeros_like(x)
+    for k in range(expert_ids.shape[1]):
+        (tokens,) = (expert_ids[:, k] < experts.num_experts).nonzero(as_tuple=True)
+        if len(tokens):
+            total = total.index_add(
+                0, tokens, experts(x[tokens], expert_ids[tokens, k : k + 1], weights[tokens, k : k + 1])
+            )
+    return total
+
+
+def random_routing(num_tokens, num_experts, top_k, device, dtype=torch.float32, absent=0.3):
+    """Ids and weights with some slots without an expert, and the last token without any."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < absent, num_experts)
+    if num_tokens:
+        ids[-1] = num_experts
+    weights = torch.rand(ids.shape, generator=generator).masked_fill(ids >= num_experts, 0)
+    return ids.to(device), weights.to(device, dtype)
+
+
+class ExpertsContract(Contract):
+    """What every expert layer does; a case makes one of ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
+
+    K = 3
+
+    def test_output(self, make, device):
+        """One row a token in the shape of x, the weighted sum of what each of its experts gives; none gives zeros."""
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
+        assert (layer.num_experts, layer.hidden_size) == (E, H)
+        ids, weights = random_routing(12, E, self.K, device, torch.float64)
+        x = hidden_states(3, 4, H, device=device, dtype=torch.float64)
+        y = layer(x, Routing(ids, weights, E))
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert bool((y[-1, -1] == 0).all())
+        assert_near(y.view(12, H), sum_of_slots(layer, x.view(12, H), ids, weights))
+        assert torch.equal(y, layer(x, ids, weights))
+
+    def test_gradients(self, make, device):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
+        ids, weights = random_routing(T, E, self.K, device, torch.float64)
+        factors = hidden_states(T, H, device=device, dtype=torch.float64, seed=8)
+
+        def call(forward, x, weights):
+            return (forward(x, Routing(ids, weights, E)) * factors).sum()
+
+        x = hidden_states(T, H, device=device, dtype=torch.float64)
+        assert_gradients(functional(layer, call), {"x": x, "weights": weights} | parameters(layer, self.detached))
+
+    def test_same_bits_twice(self, make, device):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        ids, weights = random_routing(T, E, self.K, device)
+        results = []
+        for _ in range(2):
+            x = hidden_states(T, H, device=device).requires_grad_()
+            y = layer(x, Routing(ids, weights, E))
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_state_dict(self, make, device):
+        first = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        second = copy.deepcopy(first)
+        with torch.no_grad():
+            for tensor in second.state_dict().values():
+                tensor.zero_()
+        second.load_state_dict(first.state_dict())
+        x, (ids, weights) = hidden_states(T, H, device=device), random_routing(T, E, self.K, device)
+        assert torch.equal(first(x, ids, weights), second(x, ids, weights))
+
+    def test_compiles(self, make, device):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        ids, weights = random_routing(T, E, self.K, device)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (compiled, layer):
+            x = hidden_states(T, H, device=device).requires_grad_()
+            y = function(x, Routing(ids, weights, E))
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x])])
+        for found, expected in zip(*results, strict=True):
+            assert_near(found, expected)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_dtypes(self, make, device, dtype):
+        """Results in the dtype of x, as near to float64 as plain torch in that dtype comes."""
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=dtype)
+        x, (ids, weights) = hidden_states(T, H, device=device, dtype=dtype), random_routing(T, E, self.K, device)
+        with torch.no_grad():
+            y = layer(x, ids, weights)
+            with gossamer.backend("reference"):
+                plain = layer(x, ids, weights)
+                truth = copy.deepcopy(layer).double()(x.double(), ids, weights.double())
+        assert y.dtype == dtype
+        assert_close(y, truth, plain, "y")
+
+    @pytest.mark.parametrize("num_tokens", [0, 1])
+    def test_few_tokens(self, make, device, num_tokens):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        ids, weights = random_routing(num_tokens, E, self.K, device)
+        assert layer(hidden_states(num_tokens, H, device=device), ids, weights).shape == (num_tokens, H)
+
+    def test_one_expert(self, make, device):
+        layer = make(num_experts=1, hidden_size=H, device=device, dtype=torch.float64)
+        x = hidden_states(T, H, device=device, dtype=torch.float64)
+        ids, weights = torch.zeros(T, 1, dtype=torch.int64, device=device), torch.ones(T, 1, dtype=torch.float64)
+        y = layer(x, ids, weights.to(device))
+        assert_near(y[:1], layer(x[:1], ids[:1], weights[:1].to(device)))
+
+    def test_all_tokens_on_one_expert(self, make, device):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
+        x = hidden_states(T, H, device=device, dtype=torch.float64)
+        ids = torch.full((T, 1), E - 1, device=device)
+        weights = torch.ones(T, 1, dtype=torch.float64, device=device)
+        assert_near(layer(x, ids, weights), torch.cat([layer(x[t : t + 1], ids[:1], weights[:1]) for t in range(T)]))
+
+    def test_no_expert_at_all(self, make, device):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        x = hidden_states(T, H, device=device).requires_grad_()
+        ids = torch.full((T, 2), E, device=device)
+        y = layer(x, Routing(ids, torch.zeros(T, 2, device=device), E))
+        (dx,) = torch.autograd.grad(y.sum(), [x])
+        assert not y.any() and not dx.any()
+
+    def test_inside_the_layer(self, make, device):
+        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        moe = MoE(H, None, E, 2, experts=layer, device=device)
+        x = hidden_states(T, H, device=device)
+        y, routing = moe(x, return_routing=True)
+        assert torch.equal(y, layer(x, routing))
+        assert isinstance(moe.experts, nn.Module)
