@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from gossamer.integrations._adapter_files import Factors, read_adapter
+from gossamer.integrations._adapter_banks import AdapterFactors, Bank, Call, ExpertsBank, Table, make_table
+from gossamer.integrations._adapter_files import read_adapter
 from gossamer.integrations._calls import Running, Slot, in_backward, scope
-from gossamer.integrations._expert_updates import ExpertUpdate, adapter_slots
 from gossamer.integrations._linear import plain_linear
 from gossamer.integrations.surgery import check_model
-from gossamer.nn import expert_factors
-from gossamer.ops.dispatch import Dispatch
-from gossamer.ops.low_rank import base_linear
-from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank
-
-AdapterFactors = Mapping[tuple[str, str | None], Factors]
 
 # Arguments of transformers models that hold tokens, (batch, length) or (batch, length, hidden).
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -32,210 +24,6 @@ def _first_tensor(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None
     return next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()), None)
 
 
-class _Call:
-    """The requests of one call: the adapter of each, sorted once for each number of rows.
-
-    Attributes:
-        ids: of the requests' adapters in the table, −1 for none.
-        table: the adapters as they were when the call began.
-    """
-
-    def __init__(self, ids: torch.Tensor, table: _Table) -> None:
-        self.ids, self.table = ids, table
-        self._counts = {ids.shape[0]}
-        self._sorted: dict[tuple[int, torch.device], tuple[torch.Tensor, Dispatch]] = {}
-
-    def note(self, shape: torch.Size) -> None:
-        """Learn how many rows a whole batch has, from what is known to be ``(batch, length, ...)``."""
-        if len(shape) > 1 and shape[0] % self.ids.shape[0] == 0:
-            self._counts |= {shape[0], shape[:2].numel()}
-
-    def rows(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, Dispatch]:
-        """The adapter ``(M,)`` of each of M rows, those of a request adjacent, and the rows sorted by it.
-
-        Raises:
-            ValueError: the rows are not those of whole requests, one after the other.
-        """
-        count, requests = shape.numel(), self.ids.shape[0]
-        key = (count, device)
-        if requests > 1 and len(shape) > 1:
-            if shape[0] % requests:
-                raise ValueError(
-                    f"adapters cannot be told apart in a layer whose rows {tuple(shape)} are not those of {requests} "
-                    "requests, such as a table of positions"
-                )
-            self._counts.add(count)
-        elif requests > 1 and count not in self._counts:
-            raise ValueError(
-                f"adapters cannot be told apart in a layer of {count} rows: of {requests} requests, "
-                f"{sorted(self._counts)} were expected, not some tokens of a batch"
-            )
-        if key not in self._sorted:
-            ids = self.ids.to(device).repeat_interleave(count // requests)
-            self._sorted[key] = ids, adapter_dispatch(ids, len(self.table.names))
-        return self._sorted[key]
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """What the module computes in; bitsandbytes' layers say it apart from their weight."""
-    dtype = next(module.parameters(recurse=False)).dtype
-    if dtype.is_floating_point and dtype.itemsize >= 2:
-        return dtype
-    return getattr(module, "compute_dtype", None) or torch.bfloat16
-
-
-def _fitted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with a rank within its matrix: beyond it, one factor becomes the product itself."""
-    rank, (n, c) = a.shape[0], (b.shape[0], a.shape[1])
-    if rank <= min(n, c):
-        return a, b
-    product = b.float() @ a.float()
-    return (product, torch.eye(n)) if n <= c else (torch.eye(c), product)
-
-
-def _wide(parts: list[torch.Tensor | None], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensors one behind the other, each in the corner of a zero tensor of ``shape``."""
-    bank = torch.zeros(len(parts), *shape, dtype=dtype)
-    for row, part in zip(bank, parts, strict=True):
-        if part is not None:
-            row[tuple(slice(size) for size in part.shape)] = part.to(dtype)
-    return bank
-
-
-class _Bank(nn.Module):
-    """The updates of one module by every adapter; a rank of 0 where an adapter leaves it alone."""
-
-    def __init__(self, factors: list[Factors | None], module: nn.Module) -> None:
-        super().__init__()
-        dtype = _dtype(module)
-        device = next(module.parameters(recurse=False)).device
-        self.table = isinstance(module, nn.Embedding)
-        pairs = [None if f is None else _fitted(f.a, f.b) for f in factors]
-        ranks = [0 if p is None else p[0].shape[0] for p in pairs]
-        some, rank = next(p for p in pairs if p is not None), max(ranks)
-        # A table's A is stored by row, so that an id reads adjacent elements.
-        a = [None if p is None else p[0].T if self.table else p[0] for p in pairs]
-        shape = (some[0].shape[1], rank) if self.table else (rank, some[0].shape[1])
-        scales = [0.0 if f is None else f.scale for f in factors]
-        factor = float(getattr(module, "embed_scale", 1.0)) if self.table else 1.0
-        buffers = {
-            "a": _wide(a, shape, dtype),
-            "b": _wide([p and p[1] for p in pairs], (some[1].shape[0], rank), dtype),
-            "scale": torch.tensor(scales, dtype=torch.float32) * factor,
-            "ranks": torch.tensor(ranks),
-            "bias": None,
-        }
-        if any(f is not None and f.bias is not None for f in factors):
-            biases = [None if f is None or f.bias is None else f.bias.float() * f.scale for f in factors]
-            # The last row is that of the id -1.
-            buffers["bias"] = _wide([*biases, None], (some[1].shape[0],), dtype)
-        for name, buffer in buffers.items():
-            self.register_buffer(name, None if buffer is None else buffer.to(device), persistent=False)
-
-    def after(self, call: _Call, module: nn.Module, args: tuple, kwargs: dict, y: torch.Tensor) -> torch.Tensor:
-        """The module's output ``y`` with the updates added, as a forward hook returns it."""
-        # Another hook may hold the output, and autograd may not let anyone write to it.
-        y = y.clone() if torch.is_grad_enabled() or len(module._forward_hooks) > 1 else y
-        return self._updated(call, args[0] if args else next(iter(kwargs.values())), y)
-
-    def forward(self, call: _Call, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        """The forward of a plain linear layer, whose argument callers may name."""
-        rows = input.reshape(-1, input.shape[-1])
-        y = base_linear(rows, module.weight, module.bias).view(*input.shape[:-1], module.out_features)
-        return self._updated(call, input, y)
-
-    def _updated(self, call: _Call, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """``y``, written to, with the updates added."""
-        ids, routing = call.rows(x.shape if self.table else y.shape[:-1], y.device)
-        if self.table:
-            row = x.reshape(-1) + ids.clamp(min=0) * self.a.shape[1]
-            x = F.embedding(row, self.a.flatten(0, 1)).view(*y.shape[:-1], -1)
-            rank = x.shape[-1]
-            a = torch.eye(rank, dtype=x.dtype, device=x.device).expand(self.a.shape[0], rank, rank)
-        else:
-            x, a = x.to(y.dtype), self.a
-        a, b = a.to(y.dtype), self.b.to(y.dtype)
-        y = multi_low_rank(x.to(y.dtype), a, b, routing, scale=self.scale, out=y, ranks=self.ranks)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[ids].view(y.shape)
-
-
-class _ExpertsBank(nn.Module):
-    """The updates of one experts module by every adapter."""
-
-    def __init__(self, factors: dict[str, list[Factors | None]], module: nn.Module) -> None:
-        super().__init__()
-        self.names = tuple(factors)
-        for name, of_parameter in factors.items():
-            weight = getattr(module, name)
-            self.num_experts = weight.shape[0]
-            pairs = [f and expert_factors(f.a, f.b.float() * f.scale, self.num_experts) for f in of_parameter]
-            some = next(p for p in pairs if p is not None)
-            rank = max(p[0].shape[1] for p in pairs if p is not None)
-            shapes = (self.num_experts, rank, some[0].shape[2]), (self.num_experts, some[1].shape[1], rank)
-            for letter, shape, part in zip("ab", shapes, (0, 1), strict=True):
-                bank = _wide([p and p[part] for p in pairs], shape, weight.dtype).flatten(0, 1).to(weight.device)
-                self.register_buffer(f"{name}_{letter}", bank, persistent=False)
-
-    def forward(
-        self,
-        call: _Call,
-        module: nn.Module,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """The experts module's forward."""
-        from gossamer.integrations.transformers import experts_forward
-
-        ids, _ = call.rows(hidden_states.shape[:-1], hidden_states.device)
-        slots = adapter_slots(ids, top_k_index, len(call.table.names), self.num_experts)
-        updates = {n: ExpertUpdate(getattr(self, f"{n}_a"), getattr(self, f"{n}_b"), slots) for n in self.names}
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights, updates=updates)
-
-
-def _check_experts(path: str, module: nn.Module) -> None:
-    """The module must be one of transformers' experts modules, in a form that gossamer computes."""
-    from gossamer.integrations.transformers import experts_obstacle, is_experts
-
-    reason = experts_obstacle(module) if is_experts(module) else "it is no experts module of transformers"
-    if reason is not None:
-        raise ValueError(f"adapters update parameters of {path}, a {type(module).__name__}: {reason}")
-
-
-@dataclass(frozen=True)
-class _Table:
-    """All adapters at one time; never changed, but replaced by another table for the calls that begin later.
-
-    Attributes:
-        factors: of each adapter, by name, as they were read.
-        banks: the factors of all adapters side by side, by the path of the module they update.
-    """
-
-    factors: Mapping[str, AdapterFactors]
-    banks: Mapping[str, _Bank | _ExpertsBank]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.factors)
-
-
-def _make_table(modules: Mapping[str, nn.Module], factors: Mapping[str, AdapterFactors]) -> _Table:
-    updated: dict[str, set[str]] = {}
-    for path, parameter in sorted({key for of_adapter in factors.values() for key in of_adapter}, key=str):
-        updated.setdefault(path, set()).update([] if parameter is None else [parameter])
-    for path, parameters in updated.items():
-        if parameters:
-            _check_experts(path, modules[path])
-    banks = {}
-    for path, parameters in updated.items():
-        if parameters:
-            given = {n: [f.get((path, n)) for f in factors.values()] for n in sorted(parameters)}
-            banks[path] = _ExpertsBank(given, modules[path])
-        else:
-            banks[path] = _Bank([f.get((path, None)) for f in factors.values()], modules[path])
-    return _Table(factors, banks)
-
-
 class _Route:
     """What a served module asks for the running call, and for its adapters' factors."""
 
@@ -243,7 +31,7 @@ class _Route:
         self.slot, self.path = slot, path
         self.had_gradients = False
 
-    def bank(self) -> tuple[_Call | None, _Bank | _ExpertsBank | None]:
+    def bank(self) -> tuple[Call | None, Bank | ExpertsBank | None]:
         """The running call and the factors that it adds here; None and None outside of calls.
 
         Raises:
@@ -302,19 +90,19 @@ class ServedModel(nn.Module):
         # generate() calls the model with other lengths than its own arguments have.
         self._handles[""] = model.register_forward_pre_hook(partial(_note_rows, self._slot), with_kwargs=True)
         try:
-            self._use(_make_table(dict(model.named_modules()), adapters))
+            self._use(make_table(dict(model.named_modules()), adapters))
         except BaseException:
             self.close()
             raise
 
-    def _use(self, table: _Table) -> None:
+    def _use(self, table: Table) -> None:
         """Let calls that begin from now on have this table."""
         modules = dict(self.model.named_modules())
         for path, bank in table.banks.items():
             if f"{path}." in self._handles or path in self._replaced:
                 continue
             module, route = modules[path], _Route(self._slot, path)
-            if isinstance(bank, _ExpertsBank) or plain_linear(module):
+            if isinstance(bank, ExpertsBank) or plain_linear(module):
                 module.forward = partial(_served_forward, route, module)
                 self._replaced[path] = module
             else:
@@ -351,7 +139,7 @@ class ServedModel(nn.Module):
                     f"adapters must have new names, got {known}, which are served already: remove them first"
                 )
             self._check_open()
-            self._use(_make_table(modules, {**self._table.factors, **read}))
+            self._use(make_table(modules, {**self._table.factors, **read}))
 
     def remove_adapters(self, names: Iterable[str]) -> None:
         """Serve these adapters no longer. Calls that are running keep them to their end.
@@ -368,13 +156,13 @@ class ServedModel(nn.Module):
             if unknown := sorted(names - self._table.factors.keys()):
                 raise ValueError(f"names must be among {list(self.adapter_names)}, got {unknown}")
             kept = {name: factors for name, factors in self._table.factors.items() if name not in names}
-            self._use(_make_table(dict(self.model.named_modules()), kept))
+            self._use(make_table(dict(self.model.named_modules()), kept))
 
     def _check_open(self) -> None:
         if not self._handles:
             raise ValueError("the model no longer serves adapters: close() was called")
 
-    def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> _Call | None:
+    def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> Call | None:
         if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
             raise TypeError(f"adapters must be a sequence of str or None, got {adapters!r}")
         table = self._table
@@ -391,7 +179,7 @@ class ServedModel(nn.Module):
         index = {name: position for position, name in enumerate(table.names)}
         ids = torch.tensor([-1 if name is None else index[name] for name in adapters], dtype=torch.int64)
         device = first.device if first is not None else next(self.model.parameters()).device
-        return _Call(ids.to(device), table)
+        return Call(ids.to(device), table)
 
     def _run(
         self, function: Callable, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]
