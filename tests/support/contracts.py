@@ -342,3 +342,172 @@ class ExpertsContract(Contract):
         y, routing = moe(x, return_routing=True)
         assert torch.equal(y, layer(x, routing))
         assert isinstance(moe.experts, nn.Module)
+
+
+def bag_lists(num_embeddings, device):
+    """Ids, offsets without the last one, and the bag of each id: empty bags, one id twice in a bag, one in two bags."""
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(0, num_embeddings, (12,), generator=generator)
+    ids[1] = ids[0]
+    ids[7] = ids[0]
+    offsets = torch.tensor([0, 0, 3, 3, 9, 12])
+    bags = torch.repeat_interleave(torch.arange(6), torch.tensor([0, 3, 0, 6, 3, 0]))
+    return ids.to(device), offsets.to(device), bags.to(device)
+
+
+class TableContract(Contract):
+    """What every table does; a case makes one of ``num_embeddings``, ``embedding_dim``, ``device`` and ``dtype``.
+
+    A case's table knows all ids below ``num_embeddings``, pools sums or means, and takes ``optimizer`` too.
+    ``both_widths`` is whether it takes ids of 32 and of 64 bits.
+    """
+
+    N, D = 30, 8
+    both_widths = True
+
+    def make(self, make, device, dtype=torch.float32, n=None, **options):
+        return make(num_embeddings=n or self.N, embedding_dim=self.D, device=device, dtype=dtype, **options)
+
+    def test_lookup(self, make, device):
+        """A vector an id, whatever the shape of the ids and whatever else is looked up."""
+        table = self.make(make, device)
+        ids = torch.randint(0, self.N, (3, 4), generator=torch.Generator().manual_seed(1)).to(device)
+        rows = table.lookup(ids)
+        assert rows.shape == (3, 4, self.D) and rows.dtype == torch.float32
+        for index in ((0, 0), (2, 3)):
+            assert torch.equal(rows[index], table.lookup(ids[index].reshape(1))[0])
+        if self.both_widths:
+            assert torch.equal(table.lookup(ids.int()), rows)
+        assert table.lookup(ids[:0]).shape == (0, 4, self.D)
+        assert table.embedding_dim == self.D
+
+    def test_bags(self, make, device):
+        """Pooled vectors by offsets and by rows of ids; empty bags are zero."""
+        table = self.make(make, device)
+        ids, offsets, bags = bag_lists(self.N, device)
+        rows = table.lookup(ids).detach().double()
+        sums = torch.zeros(6, self.D, dtype=torch.float64, device=device).index_add(0, bags, rows)
+        if getattr(table, "mode", "sum") == "mean":
+            sums = sums / bags.bincount(minlength=6).clamp(min=1).unsqueeze(1)
+        pooled = self.pooled(table, ids, offsets)
+        assert_near(pooled, sums)
+        assert not pooled[[0, 2, 5]].any()
+        fixed = self.pooled(table, ids.view(4, 3))
+        ends = torch.arange(0, 12, 3, device=device)
+        assert_near(fixed, self.pooled(table, ids, ends).double())
+        assert self.pooled(table, ids[:0], offsets[:0]).shape == (0, self.D)
+
+    def pooled(self, table, ids, offsets=None, weights=None, through=None):
+        """The table's bags, or those of a function of it, by offsets that lack the last one."""
+        if offsets is not None and getattr(table, "include_last_offset", False):
+            offsets = torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
+        return (table if through is None else through)(ids, offsets, weights)
+
+    def test_weighted_bags(self, make, device):
+        table = self.make(make, device)
+        if getattr(table, "mode", "sum") != "sum":
+            return
+        ids, offsets, bags = bag_lists(self.N, device)
+        weights = torch.linspace(-1, 1, 12, device=device)
+        rows = table.lookup(ids).detach().double() * weights.double().unsqueeze(1)
+        sums = torch.zeros(6, self.D, dtype=torch.float64, device=device).index_add(0, bags, rows)
+        assert_near(self.pooled(table, ids, offsets, weights), sums)
+
+    def test_same_bits_twice(self, make, device):
+        table = self.make(make, device)
+        ids, offsets, _ = bag_lists(self.N, device)
+        assert torch.equal(self.pooled(table, ids, offsets), self.pooled(table, ids, offsets))
+
+    def test_one_row(self, make, device):
+        table = self.make(make, device, n=1)
+        rows = table.lookup(torch.zeros(5, dtype=torch.int64, device=device))
+        assert torch.equal(rows, rows[:1].expand(5, -1))
+
+    def test_bytes(self, make, device):
+        """What training holds counts the optimizer's state; what is left after freezing is what was promised."""
+        table = self.make(make, device, optimizer=gossamer.optim.Adam(lr=0.1))
+        plain = self.make(make, device)
+        assert table.nbytes() > plain.inference_nbytes() == table.inference_nbytes() > 0
+        ids = torch.arange(self.N, device=device)
+        with torch.no_grad():
+            before = table.eval().lookup(ids)
+        assert table.freeze() is table
+        assert table.nbytes() == table.inference_nbytes() == plain.inference_nbytes()
+        assert table.frozen and not table.training
+        assert torch.equal(table.lookup(ids), before)
+        with pytest.raises(ValueError, match="optimizer must be None for a frozen table"):
+            table.optimizer = gossamer.optim.Adam(lr=0.1)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_dtypes(self, make, device, dtype):
+        table = self.make(make, device, dtype)
+        rows = table.lookup(torch.arange(self.N, device=device))
+        assert rows.dtype == dtype and bool(rows.isfinite().all())
+
+    def test_state_dict(self, make, device):
+        first = self.make(make, device, optimizer=gossamer.optim.Adam(lr=0.1))
+        ids = torch.arange(self.N, device=device)
+        first.lookup(ids).square().sum().backward()
+        second = self.make(make, device, optimizer=gossamer.optim.Adam(lr=0.1))
+        second.load_state_dict(first.state_dict())
+        for table in (first, second):
+            table.lookup(ids).square().sum().backward()
+        assert torch.equal(first.lookup(ids), second.lookup(ids))
+
+
+class TrainedTableContract(TableContract):
+    """What tables that are parameters do besides: gradients, fused steps, compilation, a budget."""
+
+    def test_gradients(self, make, device):
+        table = self.make(make, device, torch.float64)
+        ids, offsets, _ = bag_lists(self.N, device)
+        factors = hidden_states(6, self.D, device=device, dtype=torch.float64, seed=8)
+
+        def call(forward):
+            return (self.pooled(table, ids, offsets, through=forward) * factors).sum()
+
+        inputs = parameters(table, self.detached)
+        assert inputs
+        assert_gradients(functional(table, call), inputs)
+
+    def test_fused_step(self, make, device):
+        """One backward pass moves every parameter by the step of plain gradient descent, and leaves no gradient."""
+        plain = self.make(make, device)
+        fused = self.make(make, device, optimizer=gossamer.optim.SGD(lr=0.5))
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                fused.get_parameter(name).copy_(parameter)
+        ids, offsets, _ = bag_lists(self.N, device)
+        factors = hidden_states(6, self.D, device=device, seed=8)
+        for table in (plain, fused):
+            (self.pooled(table, ids, offsets) * factors).sum().backward()
+        for name, parameter in plain.named_parameters():
+            moved = fused.get_parameter(name)
+            assert moved.grad is None and not moved.requires_grad
+            assert_near(moved, parameter - 0.5 * parameter.grad)
+            assert not torch.equal(moved, parameter)
+
+    def test_compiles(self, make, device):
+        table = self.make(make, device)
+        ids, offsets, _ = bag_lists(self.N, device)
+        compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
+        assert torch.equal(self.pooled(table, ids, offsets, through=compiled), self.pooled(table, ids, offsets))
+
+    def test_ids_outside(self, make, device):
+        table = self.make(make, device)
+        if device == "cpu":
+            for bad in (-1, self.N):
+                with pytest.raises(IndexError):
+                    table.lookup(torch.tensor([0, bad]))
+
+    def test_budget(self, make, device):
+        """The size that the class has is enough, and a byte less is refused with it."""
+        kind, needed = type(self.make(make, device)), self.make(make, device).inference_nbytes()
+        made = kind.from_budget(self.N, self.D, needed, device=device)
+        assert made.inference_nbytes() <= needed and made.lookup(torch.arange(self.N, device=device)).shape[0] == self.N
+        with pytest.raises(ValueError, match=f"nbytes must be at least {needed} for .*, got {needed - 1}"):
+            kind.from_budget(self.N, self.D, needed - 1, device=device)
+        with pytest.raises(TypeError, match="nbytes must be an int, got float"):
+            kind.from_budget(self.N, self.D, 0.5, device=device)
+        with pytest.raises(ValueError, match="nbytes must be at least 1, got 0"):
+            kind.from_budget(self.N, self.D, 0, device=device)

@@ -4,6 +4,8 @@ from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAd
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
+from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
 from gossamer.nn.linear.block_sparse import BlockSparseLinear, erk_densities
 from gossamer.nn.linear.factorized import LowRankLinear, frobenius_decay_
@@ -41,6 +43,7 @@ __all__ = [
     "ExpertLayer",
     "Experts",
     "FrequencyAdmission",
+    "FusedStep",
     "HashRouter",
     "LinearRouter",
     "LoRAEmbedding",
@@ -56,6 +59,7 @@ __all__ = [
     "SharedExpert",
     "SigmoidRouter",
     "SoftmaxRouter",
+    "Table",
     "TableBatchedEmbeddingBags",
     "TopKSoftmaxRouter",
     "erk_densities",

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
 
 from gossamer._checks import check_index
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.dynamic_lookup import Lookup
+from gossamer.nn.embeddings.table import Table, bytes_of, check_budget
 from gossamer.nn.replicas import check_alone
 from gossamer.ops import hash_table_state as table_state
 from gossamer.ops.gather_reduce import check_lookup, gather_reduce
@@ -42,7 +42,7 @@ class Counters:
     refused: int = 0
 
 
-class DynamicEmbedding(nn.Module):
+class DynamicEmbedding(Table):
     """An embedding table without a vocabulary: any integer is an id, and no two ids share a row.
 
     In training (``layer.train()`` and gradients enabled) an id without a row gets one when ``admission`` lets it; its
@@ -76,6 +76,8 @@ class DynamicEmbedding(nn.Module):
     Raises:
         TypeError, ValueError: an argument is none of these.
     """
+
+    include_last_offset = True
 
     def __init__(
         self,
@@ -125,6 +127,63 @@ class DynamicEmbedding(nn.Module):
         self._moves = self._resizes = 0
         self._removed: list[torch.Tensor] = []
 
+    @property
+    def num_embeddings(self) -> int:
+        """The most ids that have a row at one time."""
+        return self.table.capacity
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.dim
+
+    def _held(self) -> list[torch.Tensor]:
+        """Every tensor of the served form."""
+        stored = [t for t in vars(self.table._storage).values() if isinstance(t, torch.Tensor)]
+        return [*stored, self._last_used, self._changed, *self._removed]
+
+    def nbytes(self) -> int:
+        """Bytes that the layer holds now: keys, rows, ages, optimizer state, and what admission counts."""
+        counted = {} if self._filter is None else self._filter.state()
+        return bytes_of([*self._held(), *self.optimizer_state.values(), *counted.values()])
+
+    def inference_nbytes(self) -> int:
+        """Bytes that the layer holds once :meth:`freeze` was called: keys, rows and ages."""
+        return bytes_of(self._held())
+
+    def freeze(self) -> DynamicEmbedding:
+        """Serve from now on: drop the optimizer's state and admission; no id gets a row but by :meth:`apply_delta`."""
+        self.optimizer = self.admission = self._filter = None
+        self.optimizer_state = {}
+        return super().freeze()
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DynamicEmbedding:
+        """The layer with room for the most ids, N or fewer, in at most ``nbytes`` bytes.
+
+        Args:
+            num_embeddings: N.
+            embedding_dim: D.
+            nbytes: of :meth:`inference_nbytes`.
+            **options: of the class.
+
+        Raises:
+            TypeError: ``nbytes`` is no int.
+            ValueError: not one row fits; the message says how many bytes it needs.
+        """
+        check_budget(nbytes)
+
+        def needed(capacity: int) -> int:
+            return cls(embedding_dim, capacity, **options | {"device": "meta"}).inference_nbytes()
+
+        if needed(1) > nbytes:
+            raise ValueError(f"nbytes must be at least {needed(1)} for rows of {embedding_dim}, got {nbytes}")
+        low, high = 1, num_embeddings
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if needed(middle) <= nbytes else (low, middle - 1)
+        return cls(embedding_dim, low, **options)
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -134,14 +193,20 @@ class DynamicEmbedding(nn.Module):
         return f"{self.dim}, {self.table.capacity}, pooling={self.pooling!r}, optimizer={optimizer}, len={len(self)}"
 
     def forward(
-        self, ids: torch.Tensor, offsets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+        *,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Look ids up, and in training make rows for those that are admitted.
 
         Args:
             ids: ``(B, J)``, or ``(L,)`` with ``offsets``, in ``key_dtype``; of any shape without pooling.
             offsets: ``(B+1,)`` or None, as in :func:`gossamer.gather_reduce`.
-            weights: like ``ids``, float, or None.
+            per_sample_weights: like ``ids``, float, or None.
+            weights: another name of ``per_sample_weights``.
 
         Returns:
             ``(B, D)``; ``(*ids.shape, D)`` without pooling.
@@ -153,14 +218,24 @@ class DynamicEmbedding(nn.Module):
                 each know other ids.
             RuntimeError: from the backward pass, when it runs a second time over one graph.
         """
-        check_index("ids", ids)
-        shape = None
+        if weights is not None and per_sample_weights is not None:
+            raise ValueError("weights must be None beside per_sample_weights, which it is another name of")
+        weights = per_sample_weights if weights is None else weights
         if self.pooling is None:
             if offsets is not None or weights is not None:
                 raise ValueError("offsets and weights must be None without pooling")
-            shape, ids = ids.shape, ids.reshape(-1, 1)
+            return self.lookup(ids)
+        return self._bags(ids, offsets, weights)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``, zero for ids without a row; in training as in :meth:`forward`."""
+        check_index("ids", ids)
+        return self._bags(ids.reshape(-1, 1), None, None).view(*ids.shape, self.dim)
+
+    def _bags(self, ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+        check_index("ids", ids)
         check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum")
-        training = self.training and torch.is_grad_enabled()
+        training = self.training and not self.frozen and torch.is_grad_enabled()
         if training:
             check_alone(self)
         with self.table.lock:
@@ -172,7 +247,7 @@ class DynamicEmbedding(nn.Module):
                 out = Lookup.apply(handle, weights, self, ids, rows, offsets)
             else:
                 out = self._reduce(rows, offsets, weights)
-        return out if shape is None else out.view(*shape, self.dim)
+        return out
 
     def _reduce(self, rows, offsets, weights) -> torch.Tensor:
         mode = self.pooling or "sum"

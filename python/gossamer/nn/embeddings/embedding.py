@@ -28,6 +28,27 @@ def _check_fused(optimizer: Optimizer | None, sparse: bool) -> None:
         raise ValueError("sparse=True gives a gradient, which a table with an optimizer does not have")
 
 
+def _lookup(layer: Embedding | EmbeddingBag, input: torch.Tensor) -> torch.Tensor:
+    """``torch.nn.Embedding``'s lookup in the table of either layer."""
+    if layer.max_norm is not None:
+        renorm_(layer.weight, input, layer.max_norm, layer.norm_type)
+    plain = {"padding_idx": layer.padding_idx, "scale_grad_by_freq": layer.scale_grad_by_freq}
+    if layer.optimizer is None:
+        return embedding(layer.weight, input, sparse_grad=layer.sparse, **plain)
+    flat = input.reshape(-1)
+    weights = None
+    if layer.scale_grad_by_freq:
+        weights = inverse_frequency(flat, layer.num_embeddings, accumulation_dtype(layer.weight.dtype))
+    rows = gather_reduce_step(layer.weight, flat, None, weights, padding_idx=layer.padding_idx, **layer._step())
+    rows = rows.view(*input.shape, layer.embedding_dim)
+    if layer.scale_grad_by_freq:
+        return graft(embedding(layer.weight, input), rows)
+    if layer.padding_idx is None:
+        return rows
+    # A bag would skip the padding row; here it is read as any other.
+    return torch.where((input == layer.padding_idx).unsqueeze(-1), layer.weight[layer.padding_idx], rows)
+
+
 class Embedding(FusedStep, torch.nn.Embedding):
     """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
@@ -88,7 +109,7 @@ class Embedding(FusedStep, torch.nn.Embedding):
             device,
             dtype,
         )
-        self._attach(optimizer)
+        self.attach(optimizer)
 
     @classmethod
     def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
@@ -104,7 +125,7 @@ class Embedding(FusedStep, torch.nn.Embedding):
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
         made = super().from_pretrained(embeddings, False, *args, **kwargs)
         _check_fused(optimizer, made.sparse)
-        made._attach(optimizer)
+        made.attach(optimizer)
         return made
 
     def reset_parameters(self) -> None:
@@ -126,23 +147,9 @@ class Embedding(FusedStep, torch.nn.Embedding):
             TypeError: ``input`` is not int32 or int64.
             IndexError: on the CPU, an id outside ``[0, N)``.
         """
-        if self.max_norm is not None:
-            renorm_(self.weight, input, self.max_norm, self.norm_type)
-        plain = {"padding_idx": self.padding_idx, "scale_grad_by_freq": self.scale_grad_by_freq}
-        if self.optimizer is None:
-            return embedding(self.weight, input, sparse_grad=self.sparse, **plain)
-        flat = input.reshape(-1)
-        weights = None
-        if self.scale_grad_by_freq:
-            weights = inverse_frequency(flat, self.num_embeddings, accumulation_dtype(self.weight.dtype))
-        rows = gather_reduce_step(self.weight, flat, None, weights, padding_idx=self.padding_idx, **self._step())
-        rows = rows.view(*input.shape, self.embedding_dim)
-        if self.scale_grad_by_freq:
-            return graft(embedding(self.weight, input), rows)
-        if self.padding_idx is None:
-            return rows
-        # A bag would skip the padding row; here it is read as any other.
-        return torch.where((input == self.padding_idx).unsqueeze(-1), self.weight[self.padding_idx], rows)
+        return _lookup(self, input)
+
+    lookup = forward
 
     def extra_repr(self) -> str:
         """As in torch, with the optimizer."""
@@ -208,7 +215,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
             device,
             dtype,
         )
-        self._attach(optimizer)
+        self.attach(optimizer)
 
     @classmethod
     def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
@@ -224,7 +231,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
         made = super().from_pretrained(embeddings, False, *args, **kwargs)
         _check_fused(optimizer, made.sparse)
-        made._attach(optimizer)
+        made.attach(optimizer)
         return made
 
     def reset_parameters(self) -> None:
@@ -232,6 +239,10 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
         advise_huge_pages(self.weight)
         super().reset_parameters()
         self._reset_state()
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``, as :class:`Embedding` gives them."""
+        return _lookup(self, ids)
 
     def forward(
         self,

@@ -5,51 +5,106 @@ from __future__ import annotations
 import torch
 
 from gossamer._numerics import accumulation_dtype
+from gossamer.nn.embeddings.table import Table, bytes_of
 from gossamer.nn.replicas import check_alone, is_sharded
+from gossamer.ops.embedding import embedding
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.ops.gather_reduce_step import gather_reduce_step
 from gossamer.optim import Optimizer
 
 _PREFIX = "optimizer_"
 
 
-class FusedStep(torch.nn.Module):
-    """A module with one table whose optimizer, where it has one, steps in the backward pass.
+class FusedStep(Table):
+    """A :class:`Table` whose parameters are trained, where it has an optimizer, by a step that the backward pass takes.
 
-    The table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
+    A table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
     ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
-    ``optimizer_step``, ``optimizer_sum`` and so on, which the ``state_dict`` holds beside the table.
+    ``optimizer_step``, ``optimizer_sum`` and so on, which the ``state_dict`` holds beside the table; where there are
+    several tables, ``optimizer_<table>_step`` and so on.
 
     A step is taken on the gradients as they come, which a loss scaler cannot unscale and ``clip_grad_norm_`` not clip,
     and on those of this process. ``DistributedDataParallel`` and ``fully_shard`` over a table with an
     optimizer raise a ``ValueError``, unless they are told to leave it alone.
 
+    A subclass names its parameters in :attr:`tables`, calls :meth:`attach` once they are there, and reads them by
+    :meth:`rows` and :meth:`bags`.
+
     Attributes:
+        tables: names of the parameters ``(rows, columns)`` that the optimizer steps.
         optimizer: one of :mod:`gossamer.optim`, or None. May be set to one with the same state, to change a number.
     """
 
+    tables: tuple[str, ...] = ("weight",)
     optimizer: Optimizer | None = None
 
-    def _table_name(self) -> str:
-        return "weight"
+    def attach(self, optimizer: Optimizer | None) -> None:
+        """Take charge of the optimizer, and make its state for every table.
 
-    def _attach(self, optimizer: Optimizer | None) -> None:
-        """Take charge of the optimizer, and make its state."""
+        Raises:
+            TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        """
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be one of gossamer.optim, got {type(optimizer).__name__}")
         self.optimizer = optimizer
         if optimizer is None:
             return
-        getattr(self, self._table_name()).requires_grad_(False)
+        for name in self.tables:
+            getattr(self, name).requires_grad_(False)
         for name, tensor in self._fresh_buffers().items():
             self.register_buffer(name, tensor)
         self._new_handle()
 
-    def _fresh_state(self) -> dict[str, torch.Tensor]:
+    def rows(self, table: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows ``ids (...)`` of one of :attr:`tables`, ``(..., columns)``; with an optimizer, backward steps them."""
+        if self.optimizer is None:
+            return embedding(getattr(self, table), ids)
+        found = gather_reduce_step(getattr(self, table), ids.reshape(-1), None, None, **self._step(table))
+        return found.view(*ids.shape, found.shape[-1])
+
+    def bags(
+        self,
+        table: str,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        **how: object,
+    ) -> torch.Tensor:
+        """:func:`gossamer.gather_reduce` of one of :attr:`tables`; with an optimizer, backward steps its rows."""
+        if self.optimizer is None:
+            return gather_reduce(getattr(self, table), ids, offsets, weights, **how)
+        return gather_reduce_step(getattr(self, table), ids, offsets, weights, **how, **self._step(table))
+
+    def detach_optimizer(self) -> None:
+        """Train the tables no more: drop the optimizer and its state."""
+        self.optimizer = None
+        for name in [name for name in self._buffers if name.startswith(_PREFIX)]:
+            del self._buffers[name]
+
+    def inference_nbytes(self) -> int:
+        """Bytes of all but the optimizer's state."""
+        state = [b for name, b in self.named_buffers() if name.split(".")[-1].startswith(_PREFIX)]
+        return self.nbytes() - bytes_of(state)
+
+    def freeze(self) -> FusedStep:
+        """As any :class:`Table`, without the optimizer."""
+        self.detach_optimizer()
+        return super().freeze()
+
+    def _fresh_state(self, table: str) -> dict[str, torch.Tensor]:
         """What the optimizer starts from."""
-        table = getattr(self, self._table_name())
-        return self.optimizer.state(*table.shape, table.device, accumulation_dtype(table.dtype))
+        weight = getattr(self, table)
+        return self.optimizer.state(*weight.shape, weight.device, accumulation_dtype(weight.dtype))
+
+    def _prefix(self, table: str) -> str:
+        return _PREFIX if len(self.tables) == 1 else f"{_PREFIX}{table}_"
 
     def _fresh_buffers(self) -> dict[str, torch.Tensor]:
-        device = getattr(self, self._table_name()).device
-        code = torch.tensor([self.optimizer.algorithm], device=device)
-        return {_PREFIX + name: tensor for name, tensor in (self._fresh_state() | {"algorithm": code}).items()}
+        device = getattr(self, self.tables[0]).device
+        buffers = {}
+        for table in self.tables:
+            buffers |= {self._prefix(table) + name: tensor for name, tensor in self._fresh_state(table).items()}
+        return buffers | {_PREFIX + "algorithm": torch.tensor([self.optimizer.algorithm], device=device)}
 
     def _reset_state(self) -> None:
         """Start the optimizer anew, also where storage came without values, as from ``to_empty()``."""
@@ -59,12 +114,12 @@ class FusedStep(torch.nn.Module):
 
     def _new_handle(self) -> None:
         # Not a parameter: it is what makes results differentiable, and nothing to train.
-        device = getattr(self, self._table_name()).device
+        device = getattr(self, self.tables[0]).device
         self._handle = torch.zeros(0, device=device, requires_grad=True)
 
     def __setattr__(self, name: str, value: object) -> None:
         """As for any module, but the table is refused where ``fully_shard`` puts this process's part in its place."""
-        if name == self._table_name() and self.optimizer is not None and is_sharded(value):
+        if name in self.tables and self.optimizer is not None and is_sharded(value):
             raise ValueError(
                 f"optimizer must be None in a sharded model, got {type(self.optimizer).__name__}: the step of "
                 f"{type(self).__name__} would change a gathered copy of its {name}, which is thrown away. Leave the "
@@ -72,19 +127,20 @@ class FusedStep(torch.nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _step(self) -> dict:
-        """The arguments of a lookup that step its table; refused in a copy that would drift apart from others.
+    def _step(self, table: str | None = None) -> dict:
+        """The arguments of a lookup that step a table; refused in a copy that would drift apart from others.
 
         And where the table is computed anew in each forward pass, so that a step would be lost.
         """
         check_alone(self)
-        if self._table_name() not in self._parameters:
+        table = table or self.tables[0]
+        if table not in self._parameters:
             raise ValueError(
-                f"optimizer must be None where {self._table_name()} is no parameter, as under a parametrization or "
+                f"optimizer must be None where {table} is no parameter, as under a parametrization or "
                 f"pruning, got {type(self.optimizer).__name__}: its steps would be lost"
             )
         names = ("step", *self.optimizer.state_kinds())
-        state = {name: getattr(self, _PREFIX + name) for name in names}
+        state = {name: getattr(self, self._prefix(table) + name) for name in names}
         return {"handle": self._handle, "optimizer": self.optimizer, "state": state}
 
     def _apply(self, fn, recurse=True):
@@ -92,7 +148,7 @@ class FusedStep(torch.nn.Module):
         states = {k: b for k, b in self._buffers.items() if k.startswith(_PREFIX)} if self.optimizer else {}
         super()._apply(fn, recurse)
         if self.optimizer is not None:
-            wide = accumulation_dtype(getattr(self, self._table_name()).dtype)
+            wide = accumulation_dtype(getattr(self, self.tables[0]).dtype)
             for name, before in states.items():
                 after = self._buffers[name]
                 if after.is_floating_point() and after.dtype != wide:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from gossamer._checks import check_index
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.embeddings.table import check_budget
 from gossamer.ops.gather_reduce_step import gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.optim import Optimizer
@@ -34,12 +36,16 @@ class TableBatchedEmbeddingBags(FusedStep):
     Attributes:
         weights: the parameter, ``(E,)``: the tables where ``layout`` says. Rows start uniform in ``±1/√rows``.
         layout: the :class:`gossamer.TableLayout`.
+        num_embeddings: rows of all tables.
+        embedding_dim: D where all tables have the same, else None.
         bounds_count: with ``bounds`` other than ``"raise"``, a buffer that counts ids and offsets out of bounds.
 
     Raises:
         TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
         ValueError: sizes, map, poolings, names or bounds do not fit.
     """
+
+    tables = ("weights",)
 
     def __init__(
         self,
@@ -55,14 +61,15 @@ class TableBatchedEmbeddingBags(FusedStep):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be one of gossamer.optim, got {type(optimizer).__name__}")
         if bounds not in ("raise", "clamp", "drop"):
             raise ValueError(f"bounds must be 'raise', 'clamp' or 'drop', got {bounds!r}")
         self.layout = TableLayout(specs, feature_table_map, pooling)
         names = None if feature_names is None else list(feature_names)
         if names is not None and len(names) != self.layout.num_features:
             raise ValueError(f"feature_names must name {self.layout.num_features} features, got {names}")
+        self.num_embeddings = sum(rows for rows, _ in self.layout.specs)
+        dims = {dim for _, dim in self.layout.specs}
+        self.embedding_dim = dims.pop() if len(dims) == 1 else None
         self.feature_names = names
         self.output_dtype = output_dtype
         self.bounds = bounds
@@ -73,13 +80,10 @@ class TableBatchedEmbeddingBags(FusedStep):
             counter = torch.zeros(1, dtype=torch.int64, device=self.weights.device)
         self.register_buffer("bounds_count", counter, persistent=False)
         self.reset_parameters()
-        self._attach(optimizer)
+        self.attach(optimizer)
 
-    def _fresh_state(self) -> dict[str, torch.Tensor]:
+    def _fresh_state(self, table: str) -> dict[str, torch.Tensor]:
         return self.layout.state(self.optimizer, self.weights.device, accumulation_dtype(self.weights.dtype))
-
-    def _table_name(self) -> str:
-        return "weights"
 
     def reset_parameters(self) -> None:
         """Draw every table anew, uniform in ``±1/√rows``, and start the optimizer anew; between tables is zero."""
@@ -107,6 +111,51 @@ class TableBatchedEmbeddingBags(FusedStep):
             for table, part in zip(tables, self.layout.views(getattr(self, f"optimizer_{name}")), strict=True):
                 table[name] = part
         return tables
+
+    def lookup(self, ids: torch.Tensor, feature: int = 0) -> torch.Tensor:
+        """The vectors ``(..., D_f)`` of one feature's ``ids (...)``, with its table's step where it is trained.
+
+        Raises:
+            TypeError: ``ids`` is not int32 or int64.
+            ValueError: ``feature`` is outside ``[0, F)``.
+            IndexError: on the CPU, an id outside its table with ``bounds="raise"``.
+        """
+        check_index("ids", ids)
+        features, tables = self.layout.num_features, self.layout.feature_table_map
+        if not 0 <= feature < features:
+            raise ValueError(f"feature must be in [0, F) with F={features}, got {feature}")
+        bags = ids.numel()
+        # One id in each bag of the feature, none in those of the others.
+        positions = torch.arange(features * bags + 1, device=ids.device) - feature * bags
+        rows = self(ids.reshape(-1), positions.clamp(0, bags))
+        dims = [self.layout.specs[table][1] for table in tables]
+        begin = sum(dims[:feature])
+        return rows[:, begin : begin + dims[feature]].reshape(*ids.shape, dims[feature])
+
+    @classmethod
+    def from_budget(
+        cls,
+        num_embeddings: int | Sequence[int],
+        embedding_dim: int | Sequence[int],
+        nbytes: int,
+        **options: object,
+    ) -> TableBatchedEmbeddingBags:
+        """Tables of the rows and dims given, if they fit; see :meth:`Table.from_budget`.
+
+        Args:
+            num_embeddings: rows of each table, or of the only one.
+            embedding_dim: dim of each table, or of all.
+            nbytes: of :meth:`inference_nbytes`.
+            **options: of the class.
+        """
+        check_budget(nbytes)
+        rows = [num_embeddings] if isinstance(num_embeddings, int) else list(num_embeddings)
+        dims = [embedding_dim] * len(rows) if isinstance(embedding_dim, int) else list(embedding_dim)
+        specs = list(zip(rows, dims, strict=True))
+        needed = cls(specs, **options | {"device": "meta"}).inference_nbytes()
+        if needed > nbytes:
+            raise ValueError(f"nbytes must be at least {needed} for tables {specs}, got {nbytes}")
+        return cls(specs, **options)
 
     def forward(
         self,

@@ -1,0 +1,132 @@
+"""The role of an embedding table."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer.ops.gather_reduce import gather_reduce
+
+POOLINGS = ("sum", "mean", "max")
+
+
+def bytes_of(tensors) -> int:
+    """Bytes of the tensors, each storage counted once."""
+    found = {}
+    for tensor in tensors:
+        key = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        found[key] = max(found.get(key, 0), tensor.numel() * tensor.element_size())
+    return sum(found.values())
+
+
+class Table(nn.Module):
+    """What turns ids into vectors: the base of all embedding tables.
+
+    A subclass sets :attr:`num_embeddings` and :attr:`embedding_dim` and defines :meth:`lookup`; bags, sizes, budgets
+    and :meth:`freeze` follow from it, and a subclass with a faster way, or with a knob for its size, overrides them.
+    :class:`FusedStep` is a table whose parameters are trained in the backward pass.
+
+    Attributes:
+        num_embeddings: N, the number of ids.
+        embedding_dim: D.
+        mode: how :meth:`forward` pools bags: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        frozen: whether :meth:`freeze` was called.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    mode: str = "sum"
+    include_last_offset: bool = False
+    frozen: bool = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """As for any module, but a frozen table takes no optimizer."""
+        if name == "optimizer" and value is not None and self.frozen:
+            raise ValueError(f"optimizer must be None for a frozen table, got {type(value).__name__}")
+        super().__setattr__(name, value)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``, int32 or int64, differentiable in what is trained."""
+        raise NotImplementedError(f"{type(self).__name__} must define lookup(ids)")
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sums, means or maxima of the bags' vectors, as ``torch.nn.EmbeddingBag`` gives them.
+
+        Args:
+            ids: ``(B, J)`` int32 or int64, or ``(L,)`` with ``offsets``.
+            offsets: ``(B,)``, or ``(B+1,)`` with ``include_last_offset``; None for ``(B, J)``.
+            per_sample_weights: like ``ids``, for ``mode="sum"``.
+
+        Returns:
+            ``(B, D)``; empty bags are zero.
+
+        Raises:
+            TypeError: a dtype is not supported.
+            ValueError: the arguments do not fit each other or the mode.
+            IndexError: on the CPU, an id outside the table.
+        """
+        if self.mode not in POOLINGS:
+            raise ValueError(f"mode must be one of {POOLINGS}, got {self.mode!r}")
+        rows = self.lookup(ids.reshape(-1))
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        return gather_reduce(
+            rows,
+            places,
+            offsets,
+            per_sample_weights,
+            mode=self.mode,
+            include_last_offset=self.include_last_offset,
+        )
+
+    def nbytes(self) -> int:
+        """Bytes that the table holds now, optimizer state included: parameters and buffers, codes, maps and scales."""
+        return bytes_of([*self.parameters(), *self.buffers()])
+
+    def inference_nbytes(self) -> int:
+        """Bytes that the table holds once :meth:`freeze` was called."""
+        return self.nbytes()
+
+    def freeze(self) -> Table:
+        """Bring the table, in place, into the form that is served, and return it; it is not trained any more."""
+        self.requires_grad_(False)
+        self.frozen = True
+        return self.eval()
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> Table:
+        """The best table of this kind that serves N ids in at most ``nbytes`` bytes.
+
+        This kind has one size: it fits, or it does not.
+
+        Args:
+            num_embeddings: N.
+            embedding_dim: D.
+            nbytes: of :meth:`inference_nbytes`.
+            **options: of the class.
+
+        Raises:
+            TypeError: ``nbytes`` is no int.
+            ValueError: no table of this kind is as small; the message says how small one can be.
+        """
+        check_budget(nbytes)
+        needed = cls(num_embeddings, embedding_dim, **options | {"device": "meta"}).inference_nbytes()
+        if needed > nbytes:
+            raise ValueError(
+                f"nbytes must be at least {needed} for {cls.__name__} with {num_embeddings} embeddings of "
+                f"{embedding_dim}, got {nbytes}"
+            )
+        return cls(num_embeddings, embedding_dim, **options)
+
+
+def check_budget(nbytes: int) -> None:
+    """A budget must be a positive int."""
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+        raise TypeError(f"nbytes must be an int, got {type(nbytes).__name__}")
+    if nbytes < 1:
+        raise ValueError(f"nbytes must be at least 1, got {nbytes}")
