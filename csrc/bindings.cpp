@@ -8,6 +8,7 @@
 // One translation unit: reading pybind11 takes a compiler longer than all that any of these files adds.
 #include "bindings/activate.cpp"
 #include "bindings/block_sparse.cpp"
+#include "bindings/causal_conv1d.cpp"
 #include "bindings/dispatch.cpp"
 #include "bindings/expert_mlp.cpp"
 #include "bindings/expert_topology.cpp"
@@ -66,4 +67,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_block_sparse(m);
   gossamer::bindings::register_activate(m);
   gossamer::bindings::register_topk_routing(m);
+  gossamer::bindings::register_causal_conv1d(m);
 }

@@ -46,6 +46,7 @@ FAMILIES = (
     "dispatch",
     "topk_routing",
     "activate",
+    "causal_conv1d",
     "multi_low_rank",
     "expert_mlp_lora",
 )

@@ -24,5 +24,6 @@ void register_expert_topology(pybind11::module_& m);
 void register_block_sparse(pybind11::module_& m);
 void register_activate(pybind11::module_& m);
 void register_topk_routing(pybind11::module_& m);
+void register_causal_conv1d(pybind11::module_& m);
 
 }  // namespace gossamer::bindings

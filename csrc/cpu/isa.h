@@ -5,11 +5,13 @@
 
 #include "cpu/activate.h"
 #include "cpu/block_sparse.h"
+#include "cpu/causal_conv1d.h"
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
 #include "cpu/low_rank.h"
 #include "cpu/multi_low_rank.h"
+#include "cpu/parallel.h"
 #include "cpu/quantized_experts.h"
 #include "cpu/sparse_update.h"
 #include "cpu/topk_routing.h"
@@ -46,6 +48,9 @@ struct Kernels {
   void (*activate_backward)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*topk_routing)(const TopkRoutingArgs& args, int64_t begin, int64_t end);
   void (*topk_routing_backward)(const TopkRoutingBackwardArgs& args, int64_t begin, int64_t end);
+  void (*causal_conv1d)(const CausalConvForwardArgs& args, Team::Range rows, Team::Range channels);
+  void (*causal_conv1d_backward)(const CausalConvBackwardArgs& args, void* partial, Team team);
+  void (*causal_conv1d_step)(const CausalConvStepArgs& args, int64_t begin, int64_t end);
 };
 
 namespace generic {

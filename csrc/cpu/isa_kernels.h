@@ -24,11 +24,12 @@
 #include "cpu/multi_low_rank_kernel.h"
 #include "cpu/activate_kernel.h"
 #include "cpu/topk_routing_kernel.h"
+#include "cpu/causal_conv1d_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
   GOSSAMER_BF16_DOT, false, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, \
       grouped_matmul_dweight, multi_low_rank, multi_low_rank_backward, expert_mlp, expert_mlp_backward, \
       quantized_grouped_matmul, quantized_expert_mlp, rank_product, low_rank_matmul, block_product, sampled_product, \
       rectangle_product, outer_rectangles, sampled_rectangles, activate_rows, activate_backward_rows, topk_routing, \
-      topk_routing_backward
+      topk_routing_backward, causal_conv1d, causal_conv1d_backward, causal_conv1d_step
 #endif

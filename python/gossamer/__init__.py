@@ -9,6 +9,7 @@ from gossamer.integrations import load_quantized_experts, quantize_experts, repl
 from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
+from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
@@ -40,6 +41,8 @@ __all__ = [
     "activate",
     "adapter_dispatch",
     "backend",
+    "causal_conv1d",
+    "causal_conv1d_step",
     "check",
     "dds",
     "delta_rule",

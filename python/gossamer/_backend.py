@@ -153,6 +153,7 @@ _ANY = Served()
 _COMMON = {
     "activate": _ANY,
     "block_sparse": _ANY,
+    "causal_conv1d": _ANY,
     "dispatch": _ANY,
     "expert_mlp": Served(weights=(_UPDATED, _QUANTIZED), trained=_UPDATED),
     "expert_topology": _ANY,

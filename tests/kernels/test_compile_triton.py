@@ -45,6 +45,7 @@ def test_kernels_compile_within_limits(rows):
         "topk_routing",
         "activate",
         "low_rank",
+        "causal_conv1d",
     ],
 )
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
