@@ -4,7 +4,7 @@ from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAd
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
-from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
 from gossamer.nn.linear.block_sparse import BlockSparseLinear, erk_densities
@@ -43,7 +43,7 @@ __all__ = [
     "ExpertLayer",
     "Experts",
     "FrequencyAdmission",
-    "FusedStep",
+    "FusedTable",
     "HashRouter",
     "LinearRouter",
     "LoRAEmbedding",

@@ -8,10 +8,10 @@ from contracts import TableContract, TrainedTableContract
 from torch import nn
 
 import gossamer
-from gossamer.nn import DynamicEmbedding, Embedding, EmbeddingBag, FusedStep, TableBatchedEmbeddingBags
+from gossamer.nn import DynamicEmbedding, Embedding, EmbeddingBag, FusedTable, TableBatchedEmbeddingBags
 
 
-class QuotientRemainder(FusedStep):
+class QuotientRemainder(FusedTable):
     """The vector of an id as the sum of a row by its quotient and a row by its remainder."""
 
     tables = ("quotient", "remainder")

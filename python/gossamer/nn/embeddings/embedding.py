@@ -6,6 +6,7 @@ import torch
 
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.embeddings.table import Table
 from gossamer.ops.embedding import (
     advise_huge_pages,
     embedding,
@@ -49,7 +50,7 @@ def _lookup(layer: Embedding | EmbeddingBag, input: torch.Tensor) -> torch.Tenso
     return torch.where((input == layer.padding_idx).unsqueeze(-1), layer.weight[layer.padding_idx], rows)
 
 
-class Embedding(FusedStep, torch.nn.Embedding):
+class Embedding(FusedStep, torch.nn.Embedding, Table):
     """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
     With ``optimizer``, ``loss.backward()`` takes the step on the rows that were looked up; no gradient of the table's
@@ -156,7 +157,7 @@ class Embedding(FusedStep, torch.nn.Embedding):
         return super().extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
 
 
-class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag):
+class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
     """``torch.nn.EmbeddingBag`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
     ``scale_grad_by_freq`` divides a row's gradient by how often the batch lists the row, as torch documents it. With

@@ -15,8 +15,8 @@ from gossamer.optim import Optimizer
 _PREFIX = "optimizer_"
 
 
-class FusedStep(Table):
-    """A :class:`Table` whose parameters are trained, where it has an optimizer, by a step that the backward pass takes.
+class FusedStep(torch.nn.Module):
+    """A module whose tables are trained, where it has an optimizer, by a step that its backward pass takes.
 
     A table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
     ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
@@ -187,3 +187,21 @@ class FusedStep(Table):
             if own is not None and given is not None and given.shape != own.shape:
                 found.append(f"{prefix + name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}")
         return found
+
+
+class FusedTable(FusedStep, Table):
+    """A :class:`Table` of one or several parameters that an optimizer steps in the backward pass: :class:`FusedStep`.
+
+    >>> class Sum(gossamer.nn.FusedTable):
+    ...     tables = ("first", "second")
+    ...
+    ...     def __init__(self, num_embeddings, embedding_dim, *, optimizer=None, device=None):
+    ...         super().__init__()
+    ...         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+    ...         for name in self.tables:
+    ...             setattr(self, name, torch.nn.Parameter(torch.randn(num_embeddings, embedding_dim, device=device)))
+    ...         self.attach(optimizer)
+    ...
+    ...     def lookup(self, ids):
+    ...         return self.rows("first", ids) + self.rows("second", ids)
+    """

@@ -24,7 +24,7 @@ class Table(nn.Module):
 
     A subclass sets :attr:`num_embeddings` and :attr:`embedding_dim` and defines :meth:`lookup`; bags, sizes, budgets
     and :meth:`freeze` follow from it, and a subclass with a faster way, or with a knob for its size, overrides them.
-    :class:`FusedStep` is a table whose parameters are trained in the backward pass.
+    :class:`FusedTable` is a table whose parameters are trained in the backward pass.
 
     Attributes:
         num_embeddings: N, the number of ids.

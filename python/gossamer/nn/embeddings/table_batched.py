@@ -8,14 +8,14 @@ import torch
 
 from gossamer._checks import check_index
 from gossamer._numerics import accumulation_dtype
-from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget
 from gossamer.ops.gather_reduce_step import gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.optim import Optimizer
 
 
-class TableBatchedEmbeddingBags(FusedStep):
+class TableBatchedEmbeddingBags(FusedTable):
     """T embedding tables of mixed dims in one storage, looked up by F features in one launch.
 
     Each of B examples has one bag of ids for each feature; ``y[b] = [pool_f(table_{m(f)}[ids of (f, b)])]_f``, side by
