@@ -31,9 +31,14 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...
     """``tensor.shape`` must equal ``expected``, where None is any size; ``symbols`` is the documented shape."""
     check_tensor(name, tensor)
     shape = tensor.shape
-    if len(shape) != len(expected) or any(e is not None and e != size for e, size in zip(expected, shape, strict=True)):
-        wanted = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} must have shape {symbols} = ({wanted}), got {tuple(tensor.shape)}")
+    if len(shape) == len(expected):
+        for size, wanted in zip(shape, expected, strict=True):
+            if wanted is not None and wanted != size:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if e is None else str(e) for e in expected)
+    raise ValueError(f"{name} must have shape {symbols} = ({wanted}), got {tuple(shape)}")
 
 
 def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -88,11 +88,12 @@ class Layout:
     def __init__(self, record: type) -> None:
         self.paths: list[str] = []
         self.schema_types: list[str] = []
-        parts = []
+        self._record = record
+        self._parts: list[Layout | None] = []  # of the fields; None where a field is one flat argument
         for name, hint in _field_types(record).items():
             schema_type = _schema_type(hint)
             if schema_type is not None:
-                parts.append(itemgetter(len(self.paths)))
+                self._parts.append(None)
                 self.paths.append(name)
                 self.schema_types.append(schema_type)
                 continue
@@ -101,17 +102,28 @@ class Layout:
             inner = Layout(hint)
             if name == "forward":
                 inner.schema_types = [kind + "?" if kind == "Tensor" else kind for kind in inner.schema_types]
-            parts.append(_of_slice(inner.restore, len(self.paths), len(self.paths) + len(inner.paths)))
+            self._parts.append(inner)
             self.paths += [f"{name}.{path}" for path in inner.paths]
             self.schema_types += inner.schema_types
         self.flatten = _tuple_getter(attrgetter, self.paths)
-        make = getattr(record, "_make", None)
-        if make is None:
-            self.restore = lambda values: record(*(part(values) for part in parts))
-        elif len(parts) == len(self.paths):
-            self.restore = make
-        else:
-            self.restore = lambda values: make([part(values) for part in parts])
+        self.restore = self.restorer(range(len(self.paths)))
+
+    def restorer(self, places: Sequence[int]) -> Callable[[tuple], Any]:
+        """What makes the record from a tuple whose item ``places[i]`` is the flat argument ``i``.
+
+        It is one expression, which takes a fraction of the time that functions for each nested record do.
+        """
+        records: dict[str, type] = {}
+        expression = self._expression(iter(places), records)
+        return eval(f"lambda values: {expression}", records)
+
+    def _expression(self, places: Iterator[int], records: dict[str, type]) -> str:
+        name = f"record{len(records)}"
+        records[name] = self._record
+        parts = [
+            f"values[{next(places)}]" if inner is None else inner._expression(places, records) for inner in self._parts
+        ]
+        return f"{name}({', '.join(parts)})"
 
     def schema(self, mutates: Iterable[str]) -> str:
         """The flat arguments as a schema lists them, those of ``mutates`` marked as written to."""
@@ -124,11 +136,6 @@ class Layout:
                 schema_type = schema_type.replace("Tensor", f"Tensor({aliases[path]}!)", 1)
             arguments.append(f"{schema_type} {path.replace('.', '_')}")
         return ", ".join(arguments)
-
-
-def _of_slice(restore: Callable, begin: int, end: int) -> Callable:
-    """``restore`` of a slice of the flat arguments."""
-    return lambda values: restore(values[begin:end])
 
 
 def _walk(args: Any, steps: tuple[str, ...]) -> Any:
@@ -195,9 +202,9 @@ class Operator:
         tensor_paths = [layout.paths[i] for i in self._tensor_places]
         other_places = [i for i in range(len(layout.paths)) if i not in self._tensor_places]
         others_of = _tuple_getter(attrgetter, [layout.paths[i] for i in other_places])
-        # From the tensors and then the others back to the order of the arguments.
+        # Where each argument is among the tensors and then the others.
         parted = self._tensor_places + other_places
-        in_order = _tuple_getter(itemgetter, [parted.index(i) for i in range(len(parted))])
+        restore = layout.restorer([parted.index(i) for i in range(len(parted))])
         tensor_flags = _tuple_getter(itemgetter, self._tensor_places)
 
         @functools.cache
@@ -213,7 +220,7 @@ class Operator:
 
         def found(ctx, gradients):
             saved = ctx.saved_tensors
-            args = layout.restore(in_order(saved[:num_tensors] + ctx.others))
+            args = restore(saved[:num_tensors] + ctx.others)
             return backward(ctx, args, saved[num_tensors:], *gradients)
 
         def setup_context(ctx, inputs, output):
