@@ -7,6 +7,7 @@ scale for each of its runs, and a byte for each pair of four-bit elements.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -14,10 +15,26 @@ import triton.language as tl
 
 from gossamer.triton_kernels.common import TRITON_NAMES
 
-# Formats as kernels know them; FLOAT is none of them.
-FLOAT, NF4, INT8, FP8 = (tl.constexpr(i) for i in range(4))
-FORMATS = {"float": FLOAT, "nf4": NF4, "int8": INT8, "fp8": FP8}
+if TYPE_CHECKING:
+    from gossamer.ops._weights import Weight
+
 ROWS, COLUMNS = 16, 256
+
+
+class Stored(NamedTuple):
+    """A quantised weight as kernels take it: pointers, then strides and block sizes; what a format lacks is None."""
+
+    data: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    code: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    stride_row: int | None = None
+    stride_column: int | None = None
+    stride_scale: int | None = None
+    block_size: int | None = None
+    nested_block_size: int | None = None
 
 
 @triton.jit
@@ -29,65 +46,44 @@ def decode_fp8(bits):
 
 
 @triton.jit
-def _nf4_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, nested_block_size, on):
-    if nested_absmax_ptr is not None:
-        index = tl.load(absmax_ptr + block, on, other=0).to(tl.int32)
-        coarse = tl.load(nested_absmax_ptr + block // nested_block_size, on, other=0.0)
-        return tl.load(nested_code_ptr + index) * coarse + tl.load(offset_ptr)
+def _nf4_scale(stored, block, on):
+    if stored.nested_absmax is not None:
+        index = tl.load(stored.scale + block, on, other=0).to(tl.int32)
+        coarse = tl.load(stored.nested_absmax + block // stored.nested_block_size, on, other=0.0)
+        return tl.load(stored.nested_code + index) * coarse + tl.load(stored.offset)
     else:
-        return tl.load(absmax_ptr + block, on, other=0.0)
+        return tl.load(stored.scale + block, on, other=0.0)
 
 
 @triton.jit
-def load_tile(
-    data_ptr,
-    state,
-    row,
-    column0,
-    rows,
-    columns,
-    stride_row,
-    stride_column,
-    stride_scale,
-    block_size,
-    nested_block_size,
-    FORMAT: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``[R, BLOCK]`` of a weight ``(rows, columns)`` from ``column0``, in float32; zeros outside.
-
-    ``state`` are pointers to code, absmax or scale, nested absmax, nested code and offset.
-    """
-    code_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr = state
+def load_tile(stored, row, column0, rows, columns, FORMAT: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """``[R, BLOCK]`` of a weight ``(rows, columns)`` from ``column0``, in float32; zeros outside."""
     R: tl.constexpr = row.shape[0]
     on_row = (row < rows)[:, None]
     row = row.to(tl.int64)[:, None]
     column = (column0 + tl.arange(0, BLOCK))[None, :]
-    if FORMAT == NF4:
+    if FORMAT == "nf4":
         if RUN >= 2:
             pair = (column0 // 2 + tl.arange(0, BLOCK // 2))[None, :]
-            byte = tl.load(data_ptr + row * (columns // 2) + pair, on_row & (pair * 2 < columns), other=0x77)
+            byte = tl.load(stored.data + row * (columns // 2) + pair, on_row & (pair * 2 < columns), other=0x77)
             index = tl.reshape(tl.join(byte >> 4, byte & 15), (R, BLOCK))
         else:
             at = row * columns + column
-            byte = tl.load(data_ptr + at // 2, on_row & (column < columns), other=0x77)
+            byte = tl.load(stored.data + at // 2, on_row & (column < columns), other=0x77)
             index = tl.where(at % 2 == 0, byte >> 4, byte & 15)
-        value = tl.load(code_ptr + index.to(tl.int32))
+        value = tl.load(stored.code + index.to(tl.int32))
         first = (column0 + tl.arange(0, BLOCK // RUN) * RUN)[None, :]
-        block = (row * columns + first) // block_size
-        on = on_row & (first < columns)
-        scale = _nf4_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, nested_block_size, on)
+        block = (row * columns + first) // stored.block_size
+        scale = _nf4_scale(stored, block, on_row & (first < columns))
         if RUN == 1:
             return value * scale
         else:
             return tl.reshape(tl.reshape(value, (R, BLOCK // RUN, RUN)) * scale[:, :, None], (R, BLOCK))
     else:
-        bits = tl.load(
-            data_ptr + row * stride_row + column.to(tl.int64) * stride_column, on_row & (column < columns), other=0
-        )
-        scale = tl.load(absmax_ptr + row * stride_scale, on_row, other=0.0)
-        if FORMAT == INT8:
+        at = row * stored.stride_row + column.to(tl.int64) * stored.stride_column
+        bits = tl.load(stored.data + at, on_row & (column < columns), other=0)
+        scale = tl.load(stored.scale + row * stored.stride_scale, on_row, other=0.0)
+        if FORMAT == "int8_absmax":
             return bits.to(tl.int8, bitcast=True).to(tl.float32) * (scale * (1.0 / 127.0))
         else:
             return decode_fp8(bits) * scale
@@ -95,20 +91,10 @@ def load_tile(
 
 @triton.jit
 def _dequantize_kernel(
-    data_ptr,
+    stored,
     out_ptr,
-    code_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
     rows,
     columns,
-    stride_row,
-    stride_column,
-    stride_scale,
-    block_size,
-    nested_block_size,
     FORMAT: tl.constexpr,
     RUN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -116,77 +102,42 @@ def _dequantize_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column0 = tl.program_id(1) * COLUMNS
-    value = load_tile(
-        data_ptr,
-        (code_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr),
-        row,
-        column0,
-        rows,
-        columns,
-        stride_row,
-        stride_column,
-        stride_scale,
-        block_size,
-        nested_block_size,
-        FORMAT,
-        RUN,
-        COLUMNS,
-    )
+    value = load_tile(stored, row, column0, rows, columns, FORMAT, RUN, COLUMNS)
     column = column0 + tl.arange(0, COLUMNS)
     to = out_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(to, value.to(out_ptr.dtype.element_ty), (row < rows)[:, None] & (column < columns)[None, :])
 
 
-def run_length(weight_format: str, columns: int, block_size: int, block: int) -> int:
+def run_length(weight: Weight, columns: int, block: int) -> int:
     """The longest run in tiles of ``block`` columns; see the module. ``block`` where a row shares its scale."""
-    return math.gcd(columns, block_size, block) if weight_format == "nf4" else block
+    return math.gcd(columns, weight.blocks.block_size, block) if weight.format == "nf4" else block
 
 
-def operands(
-    data: torch.Tensor, state: tuple[torch.Tensor | None, ...], weight_format: str, block_sizes: tuple[int, int]
-) -> tuple[torch.Tensor, list, dict[str, int]]:
-    """What kernels take for a weight: bytes, the state, and strides and block sizes by argument name."""
-    state = [None if t is None else t.contiguous() for t in state]
-    scale = state[1]
-    sizes = {"block_size": block_sizes[0], "nested_block_size": block_sizes[1]}
-    if weight_format == "nf4":
-        return data.contiguous(), state, {"stride_row": 0, "stride_column": 0, "stride_scale": 0, **sizes}
-    strides = {"stride_row": data.stride(0), "stride_column": data.stride(1), "stride_scale": int(scale.numel() > 1)}
-    return data.view(torch.uint8), state, strides | sizes
+def stored(weight: Weight) -> Stored:
+    """What kernels take for a quantised weight."""
+    scale = weight.scale.contiguous()
+    if weight.format == "nf4":
+        *parts, block_size, nested_block_size, _, _ = weight.blocks
+        parts = [None if t is None else t.contiguous() for t in parts]
+        sizes = {"block_size": block_size, "nested_block_size": nested_block_size}
+        return Stored(weight.data.contiguous(), scale, *parts, **sizes)
+    row, column = weight.data.stride()
+    strides = {"stride_row": row, "stride_column": column, "stride_scale": int(scale.numel() > 1)}
+    return Stored(weight.data.view(torch.uint8), scale, **strides)
 
 
-def dequantize(
-    data: torch.Tensor,
-    state: tuple[torch.Tensor | None, ...],
-    weight_format: str,
-    block_sizes: tuple[int, int],
-    n: int,
-    c: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The weight ``(N, C)`` in ``dtype``: products in float32, rounded once.
-
-    Args:
-        data: the packed values.
-        state: code, absmax or scale, nested_absmax, nested_code and offset, each None where there is none.
-        weight_format: ``"nf4"``, ``"int8"`` or ``"fp8"``.
-        block_sizes: elements to a scale, and scales to a nested one.
-        n: rows.
-        c: columns.
-        dtype: float32, float16 or bfloat16.
-    """
-    out = torch.empty(n, c, dtype=dtype, device=data.device)
-    data, state, numbers = operands(data, state, weight_format, block_sizes)
+def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a quantised weight ``(N, C)`` in ``dtype``, not float64: products in float32, rounded once."""
+    n, c = weight.shape
+    out = torch.empty(n, c, dtype=dtype, device=weight.data.device)
     # Of the second size of a grid there may be 65535.
     _dequantize_kernel[(triton.cdiv(n, ROWS), triton.cdiv(c, COLUMNS))](
-        data,
+        stored(weight),
         out,
-        *state,
         n,
         c,
-        **numbers,
-        FORMAT=FORMATS[weight_format],
-        RUN=run_length(weight_format, c, block_sizes[0], COLUMNS),
+        FORMAT=weight.format,
+        RUN=run_length(weight, c, COLUMNS),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=4,
@@ -194,27 +145,22 @@ def dequantize(
     return out
 
 
-def aot_weight(weight_format: str, block: int) -> tuple[dict[str, str], dict[str, int | None]]:
-    """Types and values of the arguments that a quantised weight gives a kernel, for ahead-of-time compilation."""
-    signature = {"absmax_ptr": "*fp32:16"}
-    constexprs = dict.fromkeys(("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr"))
+def aot_weight(weight_format: str, block: int) -> tuple[Stored, dict[str, object]]:
+    """Types of a quantised weight, and what else it gives a kernel, for ahead-of-time compilation."""
     if weight_format == "nf4":
-        pointers = ("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
-        signature = dict.fromkeys(pointers, "*fp32:16") | {"absmax_ptr": "*u8:16"}
-        signature |= {"block_size": "i32:16", "nested_block_size": "i32:16"}
-        constexprs = {"stride_row": 0, "stride_column": 0, "stride_scale": 0}
-        return signature, constexprs | {"FORMAT": FORMATS["nf4"].value, "RUN": min(64, block)}
-    signature["stride_row"] = "i32:16"
-    constexprs |= {"stride_column": 1, "stride_scale": 1, "block_size": 0, "nested_block_size": 0}
-    return signature, constexprs | {"FORMAT": FORMATS[weight_format].value, "RUN": block}
+        pointers = ("*fp32:16",) * 4
+        types = Stored("*u8:16", "*u8:16", *pointers, block_size="i32:16", nested_block_size="i32:16")
+        return types, {"FORMAT": "nf4", "RUN": min(64, block)}
+    types = Stored("*u8:16", "*fp32:16", stride_row="i32:16", stride_column=1, stride_scale=1)
+    return types, {"FORMAT": weight_format, "RUN": block}
 
 
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
-    for weight_format in ("nf4", "int8", "fp8"):
+    for weight_format in ("nf4", "int8_absmax", "fp8"):
         types, values = aot_weight(weight_format, COLUMNS)
-        signature = {"data_ptr": "*u8:16", "out_ptr": f"*{TRITON_NAMES[torch.bfloat16]}:16"} | types
+        signature = {"out_ptr": f"*{TRITON_NAMES[torch.bfloat16]}:16", "stored": types}
         signature |= {"rows": "i32:16", "columns": "i32:16"}
         cases.append((_dequantize_kernel, signature, values | {"ROWS": ROWS, "COLUMNS": COLUMNS}, {"num_warps": 4}))
     return cases

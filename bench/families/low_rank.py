@@ -173,21 +173,29 @@ def build(request: Request) -> Case:
     )
 
 
+# What a weight is read from.
+_WEIGHT = ("weight_data", "weight_scale", "weight_blocks_nested_absmax")
+
+
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The cost of the layer: the base product and the update's two."""
-    (m, c), (n, rank) = call["x"].shape, call["b"].shape
-    read = (call.get(name) for name in ("x", "weight", "data", "absmax", "nested_absmax", "a", "b", "bias"))
+    (m, c), (n, rank) = call["x"].shape, call["weight_b"].shape
+    read = (call[name] for name in ("x", *_WEIGHT, "weight_a", "weight_b", "bias"))
     moved = nbytes(*read, *result)
     return Cost(2.0 * m * (n * c + rank * (n + c)), moved)
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
     """The cost of the gradients that are wanted."""
-    (m, n), c, rank = call["dy"].shape, call["c"], call["rank"]
-    want_x, want_weight, want_a, want_b, _ = call["wanted"]
-    terms = n * c * (want_x + want_weight) + rank * (n * (want_x or want_a) + c * want_x + c * want_a + n * want_b)
-    given = (call[name] for name in ("dy", "x", "weight", "absmax", "a", "b", "s"))
-    return Cost(2.0 * m * terms, nbytes(*given, *result))
+    m, n = call["dy"].shape
+    want_x, want_a = "x" in call["needs"], "weight.a" in call["needs"]
+    dx, dweight, da, db, _ = result
+    terms = n * dx.shape[-1] * want_x + dweight.numel() + db.numel()
+    if want_x or want_a:
+        rank = call["forward_weight_b"].shape[1]
+        terms += rank * n + rank * dx.shape[-1] * want_x + da.numel()
+    given = (call[f"forward_{name}"] for name in ("x", *_WEIGHT, "weight_a", "weight_b"))
+    return Cost(2.0 * m * terms, nbytes(call["dy"], *given, call["s"], *result))
 
 
 def cost_base(call: Mapping[str, object], result: object) -> Cost:
@@ -199,7 +207,6 @@ def cost_base(call: Mapping[str, object], result: object) -> Cost:
 COSTS = {
     "gossamer::base_linear": cost_base,
     "gossamer::low_rank_linear": cost,
-    "gossamer::low_rank_linear_quantized": cost,
     "gossamer::low_rank_linear_backward": cost_backward,
 }
 FAMILY = Family(

@@ -8,7 +8,9 @@ from helpers import OperatorLog, assert_same_bits, check, huge_storage, run, sav
 
 import gossamer
 from gossamer.ops._philox import drop, keep_mask
-from gossamer.ops.low_rank import _weight_parts, low_rank_linear_reference
+from gossamer.ops._records import Layout
+from gossamer.ops._weights import Weight
+from gossamer.ops.low_rank import GRADIENTS, LowRank, LowRankBackward, low_rank_linear_reference
 
 # Odd, so that no block divides them, and more rows and columns than one tile of the interpreted kernels.
 M, N, C, R = 37, 135, 43, 5
@@ -136,8 +138,8 @@ def test_frozen_subsets(kernel_backend, device, needs):
     for _, given, results in calls:
         assert [r.numel() > 0 for r in results] == [name in needs for name in NAMES]
         assert (given["s"] is not None) == ("b" in needs)
-        assert (given["weight"] is not None) == ("x" in needs)
-        assert (given["x"] is not None) == bool({"weight", "a"} & set(needs))
+        assert (given["forward_weight_data"] is not None) == ("x" in needs)
+        assert (given["forward_x"] is not None) == bool({"weight", "a"} & set(needs))
 
 
 def test_saves_no_more_than_x_and_s(kernel_backend, device):
@@ -330,19 +332,20 @@ def test_opcheck(kernel_backend, device, quantized):
     m, n, c, r = 6, 10, 8, 2
     inputs = make_inputs(device, m=m, n=n, c=c, r=r)
     x, weight, a, b, bias = inputs.values()
-    factors = (a, b, bias, torch.tensor([3], device=device), 0.5, 0.2, kernel_backend)
+    operand = Weight(weight)
     if quantized:
-        parts = _weight_parts(on_device(gossamer.NF4Weight.quantize(weight.cpu()), device))
-        operator, arguments = torch.ops.gossamer.low_rank_linear_quantized.default, (x, *parts, *factors)
-    else:
-        parts = (weight, *[None] * 5, "float", 0, 0)
-        operator, arguments = torch.ops.gossamer.low_rank_linear.default, (x, weight, *factors)
+        operand = on_device(gossamer.NF4Weight.quantize(weight.cpu()), device).operand()
+    operand = operand._replace(a=a, b=b, factor=0.5)
+    args = LowRank(x, operand, bias, torch.tensor([3], device=device), 0.2)
+    operator, arguments = torch.ops.gossamer.low_rank_linear.default, (*Layout(LowRank).flatten(args), kernel_backend)
     torch.library.opcheck(operator, arguments)
     dy, s = torch.randn(m, n, device=device), torch.randn(m, r, device=device)
-    wanted = [True, not quantized, True, True, False]
-    backward = (dy, x, *parts, c, r, a, b, s, factors[3], 0.5, 0.2, a.dtype, wanted, kernel_backend)
+    wanted = [name for name in GRADIENTS if name != "bias" and not (quantized and name == "weight.data")]
+    backward = LowRankBackward(dy, s, args, wanted, a.dtype)
     torch.library.opcheck(
-        torch.ops.gossamer.low_rank_linear_backward.default, backward, test_utils=("test_schema", "test_faketensor")
+        torch.ops.gossamer.low_rank_linear_backward.default,
+        (*Layout(LowRankBackward).flatten(backward), kernel_backend),
+        test_utils=("test_schema", "test_faketensor"),
     )
     x.requires_grad_(), a.requires_grad_()
     torch.library.opcheck(operator, arguments)

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.ops.low_rank import _weight_parts
+
+
+def on_device(weight, device):
+    tensors = {k: v.to(device) for k, v in vars(weight).items() if isinstance(v, torch.Tensor)}
+    return type(weight)(**{**vars(weight), **tensors})
 
 
 def test_nf4_by_hand():
@@ -92,10 +96,8 @@ def test_kernels_decode_every_value(name, dtype, device):
         families.remove("triton_kernels")  # the interpreter cuts bfloat16 off where hardware rounds
     for family in families:
         module = importlib.import_module(f"gossamer.{family}.quantized_weight")
-        data, *state, weight_format, block, nested = _weight_parts(weight)
-        state = [None if t is None else t.to(device) for t in state]
-        found = module.dequantize(data.to(device), state, weight_format, (block, nested), *weight.shape, dtype).cpu()
-        if weight_format == "nf4" and state[2] is not None:
+        found = module.dequantize(on_device(weight, device).operand(), dtype).cpu()
+        if weight.format == "nf4" and weight.nested_absmax is not None:
             torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
         else:
             assert torch.equal(found, expected), family

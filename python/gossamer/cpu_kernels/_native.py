@@ -20,6 +20,11 @@ DTYPES = {
 }
 
 
+def pointer(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def matrix(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
     """``(pointer, row stride, column stride, dtype code)`` of a 2-D tensor; pointer 0 for None."""
     if tensor is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,10 @@ from gossamer import _C
 from gossamer.cpu_kernels._native import matrix, unit_rows, vector
 from gossamer.cpu_kernels.grouped_matmul import grouped_matmul_dweight
 from gossamer.cpu_kernels.quantized_weight import dequantize
+
+if TYPE_CHECKING:
+    from gossamer.ops._weights import Weight
+    from gossamer.ops.low_rank import BaseLinear, LowRank, LowRankBackward
 
 # Seed and least kept word of a dropout mask; None without dropout.
 Mask = tuple[int, int] | None
@@ -42,18 +47,18 @@ def _mask(seed: torch.Tensor | None, dropout: float) -> tuple[Mask, float]:
     return (int(seed) & (2**64 - 1), int(dropout * 2**32)), 1.0 / (1.0 - dropout)
 
 
-def _dense(
-    weight: torch.Tensor,
-    state: tuple[torch.Tensor | None, ...],
-    weight_format: str,
-    block_sizes: tuple[int, int],
-    n: int,
-    c: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    if weight_format == "float":
-        return weight
-    return dequantize(weight, state, weight_format, block_sizes, n, c, dtype)
+def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    return weight.data if weight.format == "dense" else dequantize(weight, dtype)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, in less time where it has that dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The factor of an update in the dtype of the products, contiguous."""
+    return _cast(factor, dtype).contiguous()
 
 
 def _rank_product(
@@ -67,16 +72,18 @@ def _rank_product(
     """``out (R, r) = factor · drop(big (R, D)) · small (D, r)``; one stride of each is 1."""
     if big.shape[1] == 0:
         return out.zero_()
+    rows, depth = big.shape
     _C.rank_product(
-        *big.shape,
-        small.shape[1],
-        matrix(big),
-        matrix(small),
-        matrix(out),
-        factor,
-        mask,
-        transposed,
-        torch.get_num_threads(),
+        rows=rows,
+        depth=depth,
+        rank=small.shape[1],
+        big=matrix(big),
+        small=matrix(small),
+        out=matrix(out),
+        factor=factor,
+        mask=mask,
+        transposed=transposed,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -107,141 +114,80 @@ def _matmul(
             return y
     else:
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    columns, depth = weight.shape
     _C.low_rank_matmul(
-        x.shape[0],
-        *weight.shape,
-        0 if left is None else left.shape[1],
-        matrix(None if by_torch else x),
-        matrix(weight),
-        vector(bias),
-        matrix(a),
-        matrix(left),
-        matrix(right),
-        matrix(y),
-        factor,
-        left_factor,
-        mask,
-        torch.get_num_threads(),
+        rows=x.shape[0],
+        columns=columns,
+        depth=depth,
+        rank=0 if left is None else left.shape[1],
+        x=matrix(None if by_torch else x),
+        weight=matrix(weight),
+        bias=vector(bias),
+        a=matrix(a),
+        left=matrix(left),
+        right=matrix(right),
+        y=matrix(y),
+        factor=factor,
+        left_factor=left_factor,
+        mask=mask,
+        num_threads=torch.get_num_threads(),
     )
     return y
 
 
-def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x·Wᵀ + bias``, by whichever of torch's product and ours is the faster.
-
-    Args:
-        x: ``(M, C)`` float.
-        weight: ``(N, C)`` of any strides, the dtype of ``x``.
-        bias: ``(N,)`` or None.
-    """
-    return _matmul(unit_rows(x), weight, bias)
+def base_linear(args: BaseLinear) -> torch.Tensor:
+    """``x·Wᵀ + bias``, by whichever of torch's product and ours is the faster."""
+    return _matmul(unit_rows(args.x), args.weight, args.bias)
 
 
-def low_rank_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    state: tuple[torch.Tensor | None, ...],
-    weight_format: str,
-    block_sizes: tuple[int, int],
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scale: float,
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``y = x·Wᵀ + bias + scale·s·bᵀ`` with ``s = drop(x)·aᵀ``.
-
-    Args:
-        x: ``(M, C)`` float.
-        weight: ``(N, C)`` of any strides, the dtype of ``x``; or the data of a quantised weight.
-        state: code, absmax or scale, nested_absmax, nested_code and offset, which decode that; each may be None.
-        weight_format: ``"float"``, ``"nf4"``, ``"int8"`` or ``"fp8"``.
-        block_sizes: elements to a scale, and scales to a nested one.
-        a: ``(r, C)``, the dtype of ``x`` or float32.
-        b: ``(N, r)``, the dtype of ``a``.
-        bias: ``(N,)`` or None.
-        seed: ``(1,)`` int64, or None without dropout.
-        scale: of the update.
-        dropout: in [0, 1).
-
-    Returns:
-        ``y (M, N)`` and ``s (M, r)``.
-    """
+def low_rank_linear(args: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """``y = x·Wᵀ + bias + scale·s·bᵀ`` ``(M, N)`` and ``s = drop(x)·aᵀ`` ``(M, r)``."""
+    x, weight, bias, seed, dropout = args
     x = unit_rows(x)
-    a, b = (t.to(x.dtype).contiguous() for t in (a, b))
+    a, b, scale = _factor(weight.a, x.dtype), _factor(weight.b, x.dtype), weight.factor
     mask, keep = _mask(seed, dropout)
     s = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype)
-    dense = _dense(weight, state, weight_format, block_sizes, b.shape[0], x.shape[1], x.dtype)
+    dense = _dense(weight, x.dtype)
     if mask is not None:
         _rank_product(x, a.T, s, keep, mask)
         return _matmul(x, dense, bias, s, b.T, scale), s
     return _matmul(x, dense, bias, s, b.T, scale, a=a), s
 
 
-def low_rank_linear_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    state: tuple[torch.Tensor | None, ...],
-    weight_format: str,
-    block_sizes: tuple[int, int],
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    s: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scale: float,
-    dropout: float,
-    factor_dtype: torch.dtype,
-    wanted: list[bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x, weight, a, b and bias, each None unless ``wanted``; see :func:`low_rank_linear`.
-
-    Args:
-        dy: ``(M, N)``.
-        x: for the gradients of weight and a.
-        weight: for that of x.
-        state: with ``weight``.
-        weight_format: with ``weight``.
-        block_sizes: with ``weight``.
-        a: for the gradient of x.
-        b: for those of x and a.
-        s: for that of b.
-        seed: as in the forward pass.
-        scale: as in the forward pass.
-        dropout: as in the forward pass.
-        factor_dtype: of the gradients of a and b.
-        wanted: whether the gradients of x, weight, a, b and bias are.
-    """
-    want_x, want_weight, want_a, want_b, want_bias = wanted
+def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
+    """The gradients that ``args.needs`` names."""
+    dy, s, (x, weight, _, seed, dropout), needs, factor_dtype = args
+    a, b, scale = weight.a, weight.b, weight.factor
     dy = unit_rows(dy)
     m, n = dy.shape
     mask, keep = _mask(seed, dropout)
-    dx = dweight = da = db = dbias = None
+    found = {}
     # Sums of float64 are written as such, and rounded at the end.
     sums = torch.promote_types(factor_dtype, dy.dtype)
+    want_x, want_a = "x" in needs, "weight.a" in needs
     if want_x or want_a:
-        b = b.to(dy.dtype).contiguous()
+        b = _factor(b, dy.dtype)
         ds = torch.empty(m, b.shape[1], dtype=dy.dtype)
     if want_x:
-        a = a.to(dy.dtype).contiguous()
-        dense = _dense(weight, state, weight_format, block_sizes, n, a.shape[1], dy.dtype)
-        dx = _matmul(dy, dense.T, None, ds, a, keep, mask, b.T, scale)
+        a = _factor(a, dy.dtype)
+        dense = _dense(weight, dy.dtype)
+        found["x"] = _matmul(dy, dense.T, None, ds, a, keep, mask, b.T, scale)
     elif want_a:
         _rank_product(dy, b, ds, scale)
     if want_a:
         x = unit_rows(x)
         da = torch.empty(ds.shape[1], x.shape[1], dtype=sums)
         _rank_product(x.T, ds, da.T, keep, mask, transposed=True)
-        da = da.to(factor_dtype)
-    if want_b:
-        db = _rank_product(dy.T, s, torch.empty(n, s.shape[1], dtype=sums), scale).to(factor_dtype)
-    if want_weight and _by_torch(dy.dtype, m, "gradient"):
-        dweight = torch.mm(dy.T, x)
-    elif want_weight:
+        found["weight.a"] = _cast(da, factor_dtype)
+    if "weight.b" in needs:
+        db = _rank_product(dy.T, s, torch.empty(n, s.shape[1], dtype=sums), scale)
+        found["weight.b"] = _cast(db, factor_dtype)
+    if "weight.data" in needs and _by_torch(dy.dtype, m, "gradient"):
+        found["weight.data"] = torch.mm(dy.T, x)
+    elif "weight.data" in needs:
         slots = torch.empty(m, dtype=torch.int32)  # never read, but so many rows are worth their threads
         offsets = torch.tensor([0, m], dtype=torch.int32)
-        dweight = grouped_matmul_dweight(x, dy, slots, offsets, 0, 0, False, False)[0][0]
-    if want_bias:
-        dbias = dy.sum(0)
-    return dx, dweight, da, db, dbias
+        found["weight.data"] = grouped_matmul_dweight(x, dy, slots, offsets, 0, 0, False, False)[0][0]
+    if "bias" in needs:
+        found["bias"] = dy.sum(0)
+    return found

@@ -2,56 +2,49 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import DTYPES
+from gossamer.cpu_kernels._native import DTYPES, pointer
+
+if TYPE_CHECKING:
+    from gossamer.ops._weights import Weight
 
 
-def dequantize(
-    data: torch.Tensor,
-    state: tuple[torch.Tensor | None, ...],
-    weight_format: str,
-    block_sizes: tuple[int, int],
-    n: int,
-    c: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The weight ``(N, C)`` in ``dtype``: products in float32, rounded once.
-
-    Args:
-        data: the packed values.
-        state: code, absmax or scale, nested_absmax, nested_code and offset, each None where there is none.
-        weight_format: ``"nf4"``, ``"int8"`` or ``"fp8"``.
-        block_sizes: elements to a scale, and scales to a nested one.
-        n: rows.
-        c: columns.
-        dtype: float32, float16, bfloat16 or float64.
-    """
-    out = torch.empty(n, c, dtype=dtype)
-    code, scale, *nested = (None if t is None else t.contiguous() for t in state)
-    threads = torch.get_num_threads()
-    if weight_format == "nf4":
+def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a quantised weight ``(N, C)`` in ``dtype``, float64 too: products in float32, rounded once."""
+    shape = weight.shape
+    out = torch.empty(shape, dtype=dtype)
+    target = out.data_ptr(), DTYPES[dtype], torch.get_num_threads()
+    data, scale = weight.data, weight.scale.contiguous()
+    if weight.format == "nf4":
         data = data.contiguous()
-        nested_absmax, nested_code, offset = nested
-        index, scales = (None, scale) if nested_absmax is None else (scale, nested_absmax)
-        pointers = [0 if t is None else t.data_ptr() for t in (code, scales, index, nested_code, offset)]
-        _C.dequantize_nf4(data.data_ptr(), *pointers, n * c, *block_sizes, out.data_ptr(), DTYPES[dtype], threads)
+        *parts, block_size, nested_block_size, _, _ = weight.blocks
+        code, nested_absmax, nested_code, offset = (None if t is None else t.contiguous() for t in parts)
+        # With double quantisation the scales are codes themselves.
+        single = nested_absmax is None
+        args = _C.NF4Weight(
+            packed=pointer(data),
+            code=pointer(code),
+            scales=pointer(scale if single else nested_absmax),
+            nested_index=pointer(None if single else scale),
+            nested_code=pointer(nested_code),
+            offset=pointer(offset),
+            count=out.numel(),
+            block_size=block_size,
+            nested_block_size=nested_block_size,
+        )
+        _C.dequantize_nf4(args, *target)
         return out
-    fp8 = weight_format == "fp8"
-    stride = 1 if scale.shape[0] == n else 0
-    factor = 1.0 if fp8 else 1.0 / 127.0
-    _C.dequantize_bytes(
-        data.data_ptr(),
-        n,
-        c,
-        *data.stride(),
-        scale.data_ptr(),
-        stride,
-        factor,
-        fp8,
-        out.data_ptr(),
-        DTYPES[dtype],
-        threads,
+    args = _C.ByteWeight(
+        values=data.data_ptr(),
+        format=weight.format,
+        sizes=shape,
+        strides=data.stride(),
+        scales=scale.data_ptr(),
+        scale_stride=1 if scale.shape[0] == shape[0] else 0,
     )
+    _C.dequantize_bytes(args, *target)
     return out

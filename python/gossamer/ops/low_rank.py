@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -9,7 +13,8 @@ from gossamer import _backend
 from gossamer._autocast import autocast
 from gossamer._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
 from gossamer.ops._philox import drop
-from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._records import define
+from gossamer.ops._weights import Weight, as_weight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
 
 
@@ -66,196 +71,160 @@ def check_factor_dtype(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Non
         raise TypeError(f"a and b must have the dtype of x, {x.dtype}, or torch.float32, got {a.dtype}")
 
 
-# What decodes a quantised weight: the attributes of NF4Weight, or the scales of the others as absmax.
-_STATE = (
-    "Tensor? code, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, str weight_format, "
-    "int block_size, int nested_block_size"
+class LowRank(NamedTuple):
+    """Arguments of a linear layer with a low-rank update.
+
+    Attributes:
+        x: ``(M, C)`` float.
+        weight: ``(N, C)`` with its update, whose factors have the dtype of ``x`` or float32.
+        bias: ``(N,)`` or None.
+        seed: of dropout, ``(1,)`` int64; None without dropout.
+        dropout: in [0, 1).
+    """
+
+    x: torch.Tensor
+    weight: Weight
+    bias: torch.Tensor | None
+    seed: torch.Tensor | None
+    dropout: float
+
+
+class LowRankBackward(NamedTuple):
+    """Arguments of its gradients.
+
+    Attributes:
+        dy: ``(M, N)``.
+        s: ``drop(x)·aᵀ`` ``(M, r)``, for the gradient of b.
+        forward: x for the gradients of weight and a, weight and a for that of x, b for those of x and a; else None.
+        needs: names of what wants a gradient, among :data:`GRADIENTS`.
+        factor_dtype: of the gradients of a and b.
+    """
+
+    dy: torch.Tensor
+    s: torch.Tensor | None
+    forward: LowRank
+    needs: list[str]
+    factor_dtype: torch.dtype
+
+
+# What may want a gradient, in the order of the backward operator's results.
+GRADIENTS = ("x", "weight.data", "weight.a", "weight.b", "bias")
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import low_rank
+    else:
+        from gossamer.triton_kernels import low_rank
+    return low_rank
+
+
+def _forward(args: LowRank, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return _kernels(backend).low_rank_linear(args)
+
+
+def _forward_fake(args: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    x, rows = args.x, args.x.shape[0]
+    return x.new_empty(rows, args.weight.b.shape[0]), x.new_empty(rows, args.weight.a.shape[0])
+
+
+# y (M, N), and s = drop(x)·aᵀ (M, r) for the gradient of b.
+_low_rank_linear = define(
+    "low_rank_linear", LowRank, kernel=_forward, fake=_forward_fake, returns="(Tensor y, Tensor s)"
 )
-_NO_STATE = (None, None, None, None, None, "float", 0, 0)
-_FACTORS = "Tensor a, Tensor b, Tensor? bias, Tensor? seed, float scale, float dropout, str backend"
 
 
-def _weight_parts(weight: QuantizedWeight) -> tuple:
-    """The data of a quantised weight, and ``_STATE``."""
-    state = weight.state if weight.format == "nf4" else [None, *weight.state]
-    state += [None] * (5 - len(state))
-    return weight.data, *state, weight.format, *(weight.block_sizes or (0, 0))
+def _backward(args: LowRankBackward, backend: str) -> tuple[torch.Tensor, ...]:
+    found = _kernels(backend).low_rank_linear_backward(args)
+    return tuple(found[name] if name in args.needs else args.dy.new_empty(0) for name in GRADIENTS)
 
 
-def _quantized(
-    x,
-    data,
-    code,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    weight_format,
-    block_size,
-    nested_block_size,
-    a,
-    b,
-    bias,
-    seed,
-    scale,
-    dropout,
-    backend,
-):
-    state, block_sizes = (code, absmax, nested_absmax, nested_code, offset), (block_size, nested_block_size)
-    return _backend.kernels(backend, "low_rank").low_rank_linear(
-        x, data, state, weight_format, block_sizes, a, b, bias, seed, scale, dropout
-    )
-
-
-def _float(x, weight, *factors):
-    return _quantized(x, weight, *_NO_STATE, *factors)
-
-
-def _fake(x, *rest):
-    a, b = rest[-7:-5]
-    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
-
-
-# y (M, N), and s = drop(x)·aᵀ (M, r) for the gradient of b. A float weight has an operator of its own, because each
-# argument takes host time in every call.
-_low_rank_linear = register(
-    f"low_rank_linear(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor y, Tensor s)", _float, _fake
-)
-_low_rank_linear_quantized = register(
-    f"low_rank_linear_quantized(Tensor x, Tensor data, {_STATE}, {_FACTORS}) -> (Tensor y, Tensor s)",
-    _quantized,
-    _fake,
-)
-
-
-def _gradients(
-    dy,
-    x,
-    weight,
-    code,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    weight_format,
-    block_size,
-    nested_block_size,
-    c,
-    rank,
-    a,
-    b,
-    s,
-    seed,
-    scale,
-    dropout,
-    factor_dtype,
-    wanted,
-    backend,
-):
-    state, block_sizes = (code, absmax, nested_absmax, nested_code, offset), (block_size, nested_block_size)
-    found = _backend.kernels(backend, "low_rank").low_rank_linear_backward(
-        dy, x, weight, state, weight_format, block_sizes, a, b, s, seed, scale, dropout, factor_dtype, wanted
-    )
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
-
-
-def _gradients_fake(dy, x, weight, *rest):
-    c, rank = rest[8:10]
-    factor_dtype, wanted = rest[-3:-1]
+def _backward_fake(args: LowRankBackward) -> tuple[torch.Tensor, ...]:
+    dy, x, weight = args.dy, args.forward.x, args.forward.weight
     m, n = dy.shape
-    shapes = ((m, c), (n, c), (rank, c), (n, rank), (n,))
-    dtypes = (dy.dtype, dy.dtype, factor_dtype, factor_dtype, dy.dtype)
+    shapes = {
+        "x": lambda: (m, weight.a.shape[1]),
+        "weight.data": lambda: (n, x.shape[1]),
+        "weight.a": lambda: (weight.b.shape[1], x.shape[1]),
+        "weight.b": lambda: (n, args.s.shape[1]),
+        "bias": lambda: (n,),
+    }
+    dtypes = {"weight.a": args.factor_dtype, "weight.b": args.factor_dtype}
     return tuple(
-        dy.new_empty(shape, dtype=dtype) if want else dy.new_empty(0)
-        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+        dy.new_empty(shapes[name](), dtype=dtypes.get(name)) if name in args.needs else dy.new_empty(0)
+        for name in GRADIENTS
     )
 
 
-# The gradients of x, weight, a, b and bias, each empty unless wanted. What only unwanted ones need is None.
-_low_rank_linear_backward = register(
-    f"low_rank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_STATE}, SymInt c, SymInt rank, Tensor? a, "
-    "Tensor? b, Tensor? s, Tensor? seed, float scale, float dropout, ScalarType factor_dtype, bool[] wanted, "
-    "str backend) -> (Tensor dx, Tensor dweight, Tensor da, Tensor db, Tensor dbias)",
-    _gradients,
-    _gradients_fake,
+# Each empty unless it is wanted.
+_low_rank_linear_backward = define(
+    "low_rank_linear_backward",
+    LowRankBackward,
+    kernel=_backward,
+    fake=_backward_fake,
+    returns="(Tensor dx, Tensor dweight, Tensor da, Tensor db, Tensor dbias)",
 )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, *state = inputs[:-7]
-    a, b, bias, seed, ctx.scale, ctx.dropout, ctx.backend = inputs[-7:]
-    *state, ctx.weight_format, ctx.block_size, ctx.nested_block_size = state or _NO_STATE
-    factors = len(inputs) - 7
-    want_x, want_weight = ctx.needs_input_grad[:2]
-    want_a, want_b, want_bias = ctx.needs_input_grad[factors : factors + 3]
-    ctx.wanted = [want_x, want_weight, want_a, want_b, bias is not None and want_bias]
-    ctx.save_for_backward(
-        x if want_weight or want_a else None,
-        weight if want_x else None,
-        *(state if want_x else _NO_STATE[:5]),
-        a if want_x else None,
-        b if want_x or want_a else None,
-        output[1] if want_b else None,
-        seed if want_x or want_a else None,
-    )
-    ctx.c, ctx.rank, ctx.factor_dtype, ctx.num_inputs = x.shape[1], a.shape[0], a.dtype, len(inputs)
+def _save(ctx, args: LowRank, output: tuple[torch.Tensor, torch.Tensor]):
+    needs, weight = ctx.needs, args.weight
     ctx.set_materialize_grads(False)
+    ctx.factor_dtype = weight.a.dtype
+    want_x, want_a = "x" in needs, "weight.a" in needs
+    x = args.x if want_a or "weight.data" in needs else None
+    b, seed = (weight.b, args.seed) if want_x or want_a else (None, None)
+    kept = weight if want_x else Weight(None, b=b, factor=weight.factor)
+    return LowRank(x, kept, None, seed, args.dropout), output[1] if "weight.b" in needs else None
 
 
-def _backward(ctx, dy, _):
+def _differentiate(ctx, args: LowRank, tensors, dy: torch.Tensor | None, _):
     if dy is None:
-        return (None,) * ctx.num_inputs
-    saved = ctx.saved_tensors
-    weight, factors = saved[:7], saved[7:]
-    gradients = _low_rank_linear_backward(
-        dy,
-        *weight,
-        ctx.weight_format,
-        ctx.block_size,
-        ctx.nested_block_size,
-        ctx.c,
-        ctx.rank,
-        *factors,
-        ctx.scale,
-        ctx.dropout,
-        ctx.factor_dtype,
-        ctx.wanted,
-        ctx.backend,
-    )
-    dx, dweight, da, db, dbias = (g if want else None for g, want in zip(gradients, ctx.wanted, strict=True))
-    return dx, dweight, *[None] * (ctx.num_inputs - 9), da, db, dbias, None, None, None, None
+        return {}
+    needs = [name for name in GRADIENTS if name in ctx.needs]
+    backward = LowRankBackward(dy, *tensors, args, needs, ctx.factor_dtype)
+    found = zip(GRADIENTS, _low_rank_linear_backward(backward, ctx.backend), strict=True)
+    return {name: gradient for name, gradient in found if name in needs}
 
 
-for _name in ("low_rank_linear", "low_rank_linear_quantized"):
-    register_autograd(_name, _backward, _setup_context)
+_low_rank_linear.differentiate(_save, _differentiate)
 
 
-def _base(x, weight, bias, backend):
-    return _backend.kernels(backend, "low_rank").base_linear(x, weight, bias)
+class BaseLinear(NamedTuple):
+    """Arguments of a linear layer: ``x (M, C)``, ``weight (N, C)`` of any strides, ``bias (N,)`` or None."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
-def _base_fake(x, weight, bias, backend):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _base(args: BaseLinear, backend: str) -> torch.Tensor:
+    return _kernels(backend).base_linear(args)
 
 
-_base_linear = register("base_linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _base, _base_fake)
+def _base_fake(args: BaseLinear) -> torch.Tensor:
+    return args.x.new_empty(args.x.shape[0], args.weight.shape[0])
 
 
-def _base_setup_context(ctx, inputs, output):
-    x, weight, _, ctx.backend = inputs
-    want_x, want_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
+_base_linear = define("base_linear", BaseLinear, kernel=_base, fake=_base_fake, returns="Tensor")
 
 
-def _base_backward(ctx, dy):
-    x, weight = ctx.saved_tensors
-    want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-    dx = _base_linear(dy, weight.T, None, ctx.backend) if want_x else None
-    dweight = _base_linear(dy.T, x.T, None, ctx.backend) if want_weight else None
-    return dx, dweight, dy.sum(0) if want_bias else None, None
+def _base_save(ctx, args: BaseLinear, output: torch.Tensor):
+    return (BaseLinear(args.x if "weight" in ctx.needs else None, args.weight if "x" in ctx.needs else None),)
 
 
-register_autograd("base_linear", _base_backward, _base_setup_context)
+def _base_differentiate(ctx, args: BaseLinear, tensors, dy: torch.Tensor):
+    found = {}
+    if "x" in ctx.needs:
+        found["x"] = _base_linear(BaseLinear(dy, args.weight.T), ctx.backend)
+    if "weight" in ctx.needs:
+        found["weight"] = _base_linear(BaseLinear(dy.T, args.x.T), ctx.backend)
+    if "bias" in ctx.needs:
+        found["bias"] = dy.sum(0)
+    return found
+
+
+_base_linear.differentiate(_base_save, _base_differentiate)
 
 
 def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -278,7 +247,7 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     backend = _backend.resolve("low_rank", x)
     if backend != "native":
         return F.linear(x, weight, bias)
-    return _base_linear(x, weight, bias, backend)
+    return _base_linear(BaseLinear(x, weight, bias), backend)
 
 
 def low_rank_linear(
@@ -333,8 +302,7 @@ def low_rank_linear(
             "weight must be a torch.Tensor, NF4Weight, Int8Weight or Float8Weight, got " + type(weight).__name__
         )
     if quantized:
-        if len(weight.shape) != 2 or weight.shape[1] != c:
-            raise ValueError(f"weight must have shape (N, C) = (any, {c}), got {tuple(weight.shape)}")
+        operand = as_weight("weight", weight, (None, c), "(N, C)")
     else:
         check_shape("weight", weight, (None, c), "(N, C)")
     n = weight.shape[0]
@@ -356,10 +324,8 @@ def low_rank_linear(
         return low_rank_linear_reference(
             x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
         )
+    operand = operand._replace(a=a, b=b, factor=scale) if quantized else Weight(dense, a=a, b=b, factor=scale)
     # A view has a node of its own in the graph, which costs as much as ten microseconds each way.
-    rows, factors = x if x.dim() == 2 else x.reshape(-1, c), (a, b, bias, seed, scale, dropout, backend)
-    if quantized:
-        y, _ = _low_rank_linear_quantized(rows, *_weight_parts(weight), *factors)
-    else:
-        y, _ = _low_rank_linear(rows, dense, *factors)
+    rows = x if x.dim() == 2 else x.reshape(-1, c)
+    y, _ = _low_rank_linear(LowRank(rows, operand, bias, seed, dropout), backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)

@@ -124,11 +124,6 @@ class NF4Weight:
         nested = (self.nested_absmax, self.nested_code, self.offset)
         return [self.code, self.absmax, *(t for t in nested if t is not None)]
 
-    @property
-    def block_sizes(self) -> list[int]:
-        """``block_size`` and ``nested_block_size``."""
-        return [self.block_size, self.nested_block_size]
-
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
         nested = self.nested_absmax, self.nested_code, self.offset
@@ -198,11 +193,6 @@ class Int8Weight:
         """The absmax."""
         return [self.absmax]
 
-    @property
-    def block_sizes(self) -> list[int]:
-        """None."""
-        return []
-
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
         return Weight(self.values, "int8_absmax", self.absmax)
@@ -264,11 +254,6 @@ class Float8Weight:
     def state(self) -> list[torch.Tensor]:
         """The scale."""
         return [self.scale]
-
-    @property
-    def block_sizes(self) -> list[int]:
-        """None."""
-        return []
 
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
