@@ -6,12 +6,17 @@ M·(C + N) + A·r·(C + N) elements moved, and the result read where it is added
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.common import aot_signature, dot_precision, rank_block, row_tile, row_tiles, unit_columns
 from gossamer.triton_kernels.tiles import choose_block_m
+
+if TYPE_CHECKING:
+    from gossamer.ops.multi_low_rank import MultiLowRank, MultiLowRankBackward
 
 # Programs that fill a large GPU twice. Tiles are split along their sums until there are as many.
 MANY_PROGRAMS = 256
@@ -284,9 +289,34 @@ def shrink(
     return parts
 
 
-def _expand(parts, total, weight, y, slots, table, block_m, scales, scale, ranks, add):
+class _Rows(NamedTuple):
+    """Rows sorted by adapter, and their tiles."""
+
+    slots: torch.Tensor
+    table: tuple[torch.Tensor, int]
+    block_m: int
+
+
+class _Scale(NamedTuple):
+    """The factor of an update, and the ranks of adapters."""
+
+    scales: torch.Tensor | None
+    scale: float
+    ranks: torch.Tensor | None
+
+
+def _expand(
+    parts: torch.Tensor,
+    total: torch.Tensor | None,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    rows: _Rows,
+    scale: _Scale,
+    *,
+    add: bool,
+) -> None:
     """``y[slot] (+)= scale[i]·s·weight[i]ᵀ`` with ``s`` the sum of ``parts``, which goes to ``total`` if given."""
-    (table_tensor, capacity), (_, n, rank) = table, weight.shape
+    (table_tensor, capacity), (_, n, rank) = rows.table, weight.shape
     block_n = _block_n(weight.dtype, rank)
     if y.numel() == 0:
         return
@@ -295,21 +325,21 @@ def _expand(parts, total, weight, y, slots, table, block_m, scales, scale, ranks
         total,
         weight,
         y,
-        scales,
-        ranks,
-        slots,
+        scale.scales,
+        scale.ranks,
+        rows.slots,
         table_tensor,
         capacity,
         parts.shape[1],
         n,
         rank,
-        scale,
+        scale.scale,
         *weight.stride(),
         y.stride(0),
         SPLITS=parts.shape[0],
         ADD=add,
         PRECISION=dot_precision(weight.dtype),
-        BLOCK_M=block_m,
+        BLOCK_M=rows.block_m,
         BLOCK_N=block_n,
         BLOCK_R=rank_block(rank),
         num_warps=4,
@@ -376,73 +406,49 @@ def factor_gradient(
     return out
 
 
-def multi_low_rank(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    scales: torch.Tensor | None,
-    scale: float,
-    ranks: torch.Tensor | None,
-    y: torch.Tensor,
-    add: bool,
-    save: bool,
-) -> torch.Tensor:
-    """Write the updates to ``y (M, N)`` or add them; returns ``x·aᵀ (M, r)`` float32 by adapter, empty unless ``save``.
-
-    Arguments as those of :func:`gossamer.cpu_kernels.multi_low_rank.multi_low_rank`.
-    """
-    num_rows, rank = slots.shape[0], a.shape[1]
-    x, a, b = unit_columns(x), a.to(x.dtype), b.to(x.dtype)
-    total = torch.empty((num_rows, rank) if save else (0,), dtype=torch.float32, device=x.device)
+def multi_low_rank(args: MultiLowRank, y: torch.Tensor, *, add: bool) -> torch.Tensor:
+    """Write the updates to ``y (M, N)`` or add them; returns ``x·aᵀ (M, r)`` float32 by adapter, empty unless saved."""
+    x, slots = unit_columns(args.x), args.slots
+    num_rows, rank = slots.shape[0], args.a.shape[1]
+    a, b = args.a.to(x.dtype), args.b.to(x.dtype)
+    total = torch.empty((num_rows, rank) if args.save else (0,), dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return total
     block_m = shrink_block_m(x, num_rows, a.shape[0])
-    table = row_tiles(offsets, num_rows, block_m)
-    parts = shrink(x, a, slots, table, block_m, 1, ranks=ranks)
-    _expand(parts, total if save else None, b, y, slots, table, block_m, scales, scale, ranks, add)
+    rows = _Rows(slots, row_tiles(args.offsets, num_rows, block_m), block_m)
+    parts = shrink(x, a, *rows, 1, ranks=args.ranks)
+    scale = _Scale(args.scales, args.scale, args.ranks)
+    _expand(parts, total if args.save else None, b, y, rows, scale, add=add)
     return total
 
 
-def multi_low_rank_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    s: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    scales: torch.Tensor | None,
-    scale: float,
-    ranks: torch.Tensor | None,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, a and b from ``dy (M, N)`` and the saved ``s``, empty where ``needs`` says no."""
-    num_rows, (num_adapters, _, c) = slots.shape[0], a.shape
-    need_x, need_a, need_b = needs
-    x, dy = unit_columns(x), unit_columns(dy)
-    dx = torch.empty((num_rows, c) if need_x else (0,), dtype=x.dtype, device=x.device)
-    da = torch.empty(a.shape if need_a else (0,), dtype=a.dtype, device=x.device)
-    db = torch.empty(b.shape if need_b else (0,), dtype=b.dtype, device=x.device)
-    if num_rows and (need_x or need_a):
-        block_m = shrink_block_m(x, num_rows, num_adapters)
-        table = row_tiles(offsets, num_rows, block_m)
+def multi_low_rank_backward(args: MultiLowRankBackward) -> dict[str, torch.Tensor]:
+    """The gradients that ``args.needs`` names."""
+    forward, needs = args.forward, args.needs
+    a, b, slots, offsets, ranks = forward.a, forward.b, forward.slots, forward.offsets, forward.ranks
+    scale = {"scales": forward.scales, "scale": forward.scale, "ranks": ranks}
+    x, dy = unit_columns(forward.x), unit_columns(args.dy)
+    num_rows, c = x.shape
+    shapes = {"x": (num_rows, c), "a": a.shape, "b": b.shape}
+    found = {name: getattr(forward, name).new_empty(shapes[name]) for name in needs}
+    if num_rows and ("x" in needs or "a" in needs):
+        block_m = shrink_block_m(x, num_rows, a.shape[0])
+        rows = _Rows(slots, row_tiles(offsets, num_rows, block_m), block_m)
         # The transposes of the factors: (A, r, N) shrinks dy, (A, C, r) expands to dx.
         b_t, a_t = b.to(x.dtype).transpose(1, 2), a.to(x.dtype).transpose(1, 2)
-        parts = shrink(dy, b_t, slots, table, block_m, 1, scales, scale, ranks, split=need_x)
+        parts = shrink(dy, b_t, *rows, 1, **scale, split="x" in needs)
         ds = parts[0]
-        if need_x:
-            ds = torch.empty_like(ds) if need_a and parts.shape[0] > 1 else ds
-            total = ds if need_a and parts.shape[0] > 1 else None
-            _expand(parts, total, a_t, dx, slots, table, block_m, None, 1.0, ranks, False)
-        if need_a:
-            factor_gradient(ds, x, slots, offsets, 1, da, False, ranks=ranks)
-    elif need_a:
-        da.zero_()
-    if need_b:
-        factor_gradient(s, dy, slots, offsets, 1, db, True, scales, scale, ranks)
-    return dx, da, db
+        if "x" in needs:
+            summed = "a" in needs and parts.shape[0] > 1
+            ds = torch.empty_like(ds) if summed else ds
+            _expand(parts, ds if summed else None, a_t, found["x"], rows, _Scale(None, 1.0, ranks), add=False)
+        if "a" in needs:
+            factor_gradient(ds, x, slots, offsets, 1, found["a"], False, ranks=ranks)
+    elif "a" in needs:
+        found["a"].zero_()
+    if "b" in needs:
+        factor_gradient(args.s, dy, slots, offsets, 1, found["b"], True, **scale)
+    return found
 
 
 def aot_cases(arch: int) -> list[tuple]:

@@ -247,9 +247,9 @@ def build(request: Request) -> Case:
     )
 
 
-def _sizes(call: Mapping[str, object]) -> tuple[float, float]:
+def _sizes(call: Mapping[str, object], prefix: str) -> tuple[float, float]:
     """FLOPs of a product with one factor for each of C and N columns together, and bytes of the factors in use."""
-    a, b, offsets = call["a"], call["b"], call["offsets"]
+    a, b, offsets = (call[f"{prefix}{name}"] for name in ("a", "b", "offsets"))
     columns = a.shape[2] + b.shape[1]
     used = int((offsets.diff() > 0).sum())
     return 2.0 * int(offsets[-1]) * a.shape[1] * columns, used * a.shape[1] * columns * a.element_size()
@@ -257,19 +257,21 @@ def _sizes(call: Mapping[str, object]) -> tuple[float, float]:
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The cost of a forward call."""
-    flops, factors = _sizes(call)
-    y = nbytes(result[0]) if "out" not in call else 2 * nbytes(call["out"])
-    return Cost(flops, nbytes(call["x"], call["slots"], call["offsets"]) + factors + y)
+    prefix = "update_" if "out" in call else ""
+    flops, factors = _sizes(call, prefix)
+    y = 2 * nbytes(call["out"]) if "out" in call else nbytes(result[0])
+    read = (call[f"{prefix}{name}"] for name in ("x", "slots", "offsets"))
+    return Cost(flops, nbytes(*read) + factors + y)
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of a backward call; what ``needs`` says nobody wants is not in it."""
-    flops, factors = _sizes(call)
-    c, n = call["a"].shape[2], call["b"].shape[1]
-    need_x, need_a, need_b = call["needs"]
+    """The cost of a backward call; what ``needs`` does not name is not in it."""
+    flops, factors = _sizes(call, "forward_")
+    c, n = call["forward_a"].shape[2], call["forward_b"].shape[1]
+    need_x, need_a, need_b = (name in call["needs"] for name in ("x", "a", "b"))
     parts = n * (need_x or need_a) + c * need_x + c * need_a + n * need_b
-    moved = nbytes(call["dy"], call["s"], call["slots"], call["offsets"], *result) + factors
-    return Cost(flops * parts / (c + n), moved + nbytes(call["x"]) * need_a)
+    moved = nbytes(call["dy"], call["s"], call["forward_slots"], call["forward_offsets"], *result) + factors
+    return Cost(flops * parts / (c + n), moved + nbytes(call["forward_x"]) * need_a)
 
 
 COSTS = {

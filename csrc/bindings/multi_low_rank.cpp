@@ -4,49 +4,53 @@
 
 namespace gossamer::bindings {
 
-namespace {
-
-// (scales, the scale where there are none)
-using PyScale = std::pair<PyVector, double>;
-
-MultiLowRankArgs multi_low_rank_args(const PyGroups& g, const PyMatrix& x, const PyWeights& a, const PyWeights& b,
-                                     const std::tuple<int64_t, int64_t, int64_t>& sizes, const PyScale& scale,
-                                     const PyVector& ranks, uintptr_t s) {
-  const auto& [n, c, rank] = sizes;
-  return {matrix(x).dtype,           groups(g),    n,  c, rank, matrix(x), expert_weights(a), expert_weights(b),
-          row_matrix(scale.first), scale.second, index_array(ranks), reinterpret_cast<void*>(s)};
-}
-
-}  // namespace
+using namespace py::literals;
 
 void register_multi_low_rank(py::module_& m) {
+  py::class_<MultiLowRankArgs>(m, "MultiLowRank", "Low-rank updates of rows, each by its own adapter.")
+      .def(py::init([](const PyGroups& adapters, const PyMatrix& x, const PyWeights& a, const PyWeights& b,
+                       const std::tuple<int64_t, int64_t, int64_t>& sizes, const PyVector& scales, double scale,
+                       const PyVector& ranks, uintptr_t s) {
+             const auto& [n, c, rank] = sizes;
+             return MultiLowRankArgs{.dtype = matrix(x).dtype,
+                                     .groups = groups(adapters),
+                                     .n = n,
+                                     .c = c,
+                                     .rank = rank,
+                                     .x = matrix(x),
+                                     .a = expert_weights(a),
+                                     .b = expert_weights(b),
+                                     .scales = row_matrix(scales),
+                                     .scale = scale,
+                                     .ranks = index_array(ranks),
+                                     .s = pointer<void>(s)};
+           }),
+           py::kw_only(), "adapters"_a, "x"_a, "a"_a, "b"_a, "sizes"_a, "scales"_a, "scale"_a, "ranks"_a, "s"_a);
   m.def(
       "multi_low_rank",
-      [](const PyGroups& g, const PyMatrix& x, const PyWeights& a, const PyWeights& b,
-         const std::tuple<int64_t, int64_t, int64_t>& sizes, const PyScale& scale, const PyVector& ranks, uintptr_t s,
-         const PyMatrix& y, bool add, int num_threads) {
-        const MultiLowRankForwardArgs args{multi_low_rank_args(g, x, a, b, sizes, scale, ranks, s), matrix(y), add};
+      [](const MultiLowRankArgs& update, const PyMatrix& y, bool add, int num_threads) {
+        const MultiLowRankForwardArgs args{update, matrix(y), add};
         py::gil_scoped_release release;
         multi_low_rank(args, num_threads);
       },
-      "y[m] (+)= scale[i] · x[m]·a[i]^T·b[i]^T with the row's adapter i.");
+      "update"_a, py::kw_only(), "y"_a, "add"_a, "num_threads"_a,
+      "y[m] (+)= scale[i] · x[m]·a[i]ᵀ·b[i]ᵀ with the row's adapter i.");
   m.def(
       "multi_low_rank_backward",
-      [](const PyGroups& g, const PyMatrix& x, const PyWeights& a, const PyWeights& b,
-         const std::tuple<int64_t, int64_t, int64_t>& sizes, const PyScale& scale, const PyVector& ranks, uintptr_t s,
-         const PyMatrix& dy, uintptr_t ds, const PyMatrix& dx, uintptr_t da, uintptr_t db, int factor_dtype,
-         int num_threads) {
-        const MultiLowRankBackwardArgs args{multi_low_rank_args(g, x, a, b, sizes, scale, ranks, s),
+      [](const MultiLowRankArgs& update, const PyMatrix& dy, uintptr_t ds, const PyMatrix& dx, uintptr_t da, uintptr_t db,
+         int factor_dtype, int num_threads) {
+        const MultiLowRankBackwardArgs args{update,
                                             matrix(dy),
-                                            reinterpret_cast<void*>(ds),
+                                            pointer<void>(ds),
                                             matrix(dx),
-                                            reinterpret_cast<void*>(da),
-                                            reinterpret_cast<void*>(db),
+                                            pointer<void>(da),
+                                            pointer<void>(db),
                                             static_cast<DType>(factor_dtype)};
         py::gil_scoped_release release;
         multi_low_rank_backward(args, num_threads);
       },
-      "The gradients of multi_low_rank whose pointers are not null.");
+      "update"_a, py::kw_only(), "dy"_a, "ds"_a, "dx"_a, "da"_a, "db"_a, "factor_dtype"_a, "num_threads"_a,
+      "The gradients of multi_low_rank whose pointers are not 0.");
 }
 
 }  // namespace gossamer::bindings

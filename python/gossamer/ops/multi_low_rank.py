@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +20,8 @@ from gossamer._checks import (
     check_shape,
     last_size,
 )
-from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._records import Layout, define
+from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.low_rank import base_linear, check_factor_dtype, check_rank
 
@@ -111,126 +115,194 @@ def _check_ranks(ranks: torch.Tensor | None, rank: int) -> None:
     raise IndexError(f"ranks must be in [0, r] with r={rank}, got {int(ranks[adapter])} for adapter {adapter}")
 
 
-_FACTORS = "Tensor a, Tensor b, Tensor slots, Tensor offsets, Tensor? scales, float scale, Tensor? ranks"
+class MultiLowRank(NamedTuple):
+    """Arguments of low-rank updates of rows, each by its own adapter.
+
+    Attributes:
+        x: ``(M, C)`` float.
+        a: ``(A, r, C)``, the dtype of ``x`` or float32.
+        b: ``(A, N, r)``, the dtype of ``a``.
+        slots: ``(M,)`` int32, the rows sorted by adapter, as ``offsets`` from a dispatch.
+        offsets: ``(A+1,)`` int32.
+        scales: ``(A,)`` float, or None where ``scale`` is every adapter's.
+        ranks: ``(A,)`` int, or None where every adapter has rank r.
+        scale: see ``scales``.
+        save: whether the backward pass will want ``x·aᵀ``.
+    """
+
+    x: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    slots: torch.Tensor
+    offsets: torch.Tensor
+    scales: torch.Tensor | None
+    ranks: torch.Tensor | None
+    scale: float
+    save: bool
 
 
-def _saved_shape(x, a, slots, save):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((slots.shape[0], a.shape[1]) if save else (0,), dtype=dtype)
+class MultiLowRankAdd(NamedTuple):
+    """Arguments of the same added in place to ``out (..., N)``, which is contiguous."""
+
+    out: torch.Tensor
+    update: MultiLowRank
 
 
-def _forward(x, a, b, slots, offsets, scales, scale, ranks, save, backend):
-    _check_ranks(ranks, a.shape[1])
-    y = x.new_empty(x.shape[0], b.shape[1])
-    kernel = _backend.kernels(backend, "multi_low_rank").multi_low_rank
-    return y, kernel(x, a, b, slots, offsets, scales, scale, ranks, y, False, save)
+class MultiLowRankBackward(NamedTuple):
+    """Arguments of its gradients.
+
+    Attributes:
+        dy: ``(M, N)``.
+        s: the ``x·aᵀ`` that the forward pass saved.
+        forward: whole.
+        needs: names of what wants a gradient, among :data:`GRADIENTS`.
+    """
+
+    dy: torch.Tensor
+    s: torch.Tensor
+    forward: MultiLowRank
+    needs: list[str]
 
 
-def _forward_fake(x, a, b, slots, offsets, scales, scale, ranks, save, backend):
-    return x.new_empty(x.shape[0], b.shape[1]), _saved_shape(x, a, slots, save)
+# What may want a gradient, in the order of the backward operator's results.
+GRADIENTS = ("x", "a", "b")
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import multi_low_rank
+    else:
+        from gossamer.triton_kernels import multi_low_rank
+    return multi_low_rank
+
+
+def _saved_shape(args: MultiLowRank) -> torch.Tensor:
+    dtype = torch.promote_types(args.x.dtype, torch.float32)
+    return args.x.new_empty((args.slots.shape[0], args.a.shape[1]) if args.save else (0,), dtype=dtype)
+
+
+def _forward(args: MultiLowRank, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_ranks(args.ranks, args.a.shape[1])
+    y = args.x.new_empty(args.x.shape[0], args.b.shape[1])
+    return y, _kernels(backend).multi_low_rank(args, y, add=False)
+
+
+def _forward_fake(args: MultiLowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    return args.x.new_empty(args.x.shape[0], args.b.shape[1]), _saved_shape(args)
 
 
 # s (M, r) is x·aᵀ by adapter, in float32 or float64, without the scale; empty unless save.
-_multi_low_rank = register(
-    f"multi_low_rank(Tensor x, {_FACTORS}, bool save, str backend) -> (Tensor y, Tensor s)", _forward, _forward_fake
+_multi_low_rank = define(
+    "multi_low_rank", MultiLowRank, kernel=_forward, fake=_forward_fake, returns="(Tensor y, Tensor s)"
 )
 
 
-def _add(out, x, a, b, slots, offsets, scales, scale, ranks, save, backend):
-    _check_ranks(ranks, a.shape[1])
-    kernel = _backend.kernels(backend, "multi_low_rank").multi_low_rank
-    return kernel(x, a, b, slots, offsets, scales, scale, ranks, out.view(-1, b.shape[1]), True, save)
+def _add(args: MultiLowRankAdd, backend: str) -> torch.Tensor:
+    update = args.update
+    _check_ranks(update.ranks, update.a.shape[1])
+    return _kernels(backend).multi_low_rank(update, args.out.view(-1, update.b.shape[1]), add=True)
 
 
-def _add_fake(out, x, a, b, slots, offsets, scales, scale, ranks, save, backend):
-    return _saved_shape(x, a, slots, save)
+def _add_fake(args: MultiLowRankAdd) -> torch.Tensor:
+    return _saved_shape(args.update)
 
 
-# The same added in place to out (..., N), which is contiguous.
-_multi_low_rank_ = register(
-    f"multi_low_rank_(Tensor(a!) out, Tensor x, {_FACTORS}, bool save, str backend) -> Tensor s", _add, _add_fake
+_multi_low_rank_ = define(
+    "multi_low_rank_", MultiLowRankAdd, kernel=_add, fake=_add_fake, returns="Tensor s", mutates=("out",)
 )
 
 
-def _gradients(dy, x, a, b, s, slots, offsets, scales, scale, ranks, needs, backend):
-    kernel = _backend.kernels(backend, "multi_low_rank").multi_low_rank_backward
-    return kernel(dy, x, a, b, s, slots, offsets, scales, scale, ranks, needs)
+def _gradients(args: MultiLowRankBackward, backend: str) -> tuple[torch.Tensor, ...]:
+    found = _kernels(backend).multi_low_rank_backward(args)
+    return tuple(found[name] if name in found else getattr(args.forward, name).new_empty(0) for name in GRADIENTS)
 
 
-def _gradients_fake(dy, x, a, b, s, slots, offsets, scales, scale, ranks, needs, backend):
-    return tuple(
-        t.new_empty(t.shape if need else (0,), dtype=t.dtype) for need, t in zip(needs, (x, a, b), strict=True)
-    )
+def _gradients_fake(args: MultiLowRankBackward) -> tuple[torch.Tensor, ...]:
+    tensors = {name: getattr(args.forward, name) for name in GRADIENTS}
+    return tuple(t.new_empty(t.shape if name in args.needs else (0,)) for name, t in tensors.items())
 
 
-_multi_low_rank_backward = register(
-    "multi_low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor slots, Tensor offsets, "
-    "Tensor? scales, float scale, Tensor? ranks, bool[3] needs, str backend) -> (Tensor dx, Tensor da, Tensor db)",
-    _gradients,
-    _gradients_fake,
+_multi_low_rank_backward = define(
+    "multi_low_rank_backward",
+    MultiLowRankBackward,
+    kernel=_gradients,
+    fake=_gradients_fake,
+    returns="(Tensor dx, Tensor da, Tensor db)",
 )
 
 
-def _save(ctx, x, a, b, slots, offsets, scales, scale, ranks, save, backend, s, needs):
-    if not save:
+def _factor_gradients(dy, s, args: MultiLowRank, needed, backend: str) -> dict[str, torch.Tensor]:
+    """The gradients that are ``needed``, by name."""
+    needs = [name for name in GRADIENTS if name in needed]
+    if not needs:
+        return {}
+    backward = MultiLowRankBackward(dy.reshape(-1, args.b.shape[1]), s, args, needs)
+    found = dict(zip(GRADIENTS, _multi_low_rank_backward(backward, backend), strict=True))
+    return {name: found[name] for name in needs}
+
+
+def _check_saved(args: MultiLowRank) -> None:
+    if not args.save:
         raise RuntimeError("gossamer::multi_low_rank needs save=True where a gradient is wanted")
-    ctx.scale, ctx.backend, ctx.needs = scale, backend, list(needs)
-    ctx.save_for_backward(x, a, b, s, slots, offsets, scales, ranks)
 
 
-def _factor_gradients(ctx, dy):
-    if not any(ctx.needs):
-        return None, None, None
-    x, a, b, s, slots, offsets, scales, ranks = ctx.saved_tensors
-    rows = dy.reshape(-1, b.shape[1])
-    grads = _multi_low_rank_backward(rows, x, a, b, s, slots, offsets, scales, ctx.scale, ranks, ctx.needs, ctx.backend)
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, args: MultiLowRank, output: tuple[torch.Tensor, torch.Tensor]):
     _, s = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    _save(ctx, *inputs, s.detach(), ctx.needs_input_grad[:3])
+    _check_saved(args)
+    return args, s.detach()
 
 
-def _backward(ctx, dy, _ds):
-    if dy is None:
-        return (None,) * 10
-    return *_factor_gradients(ctx, dy), *[None] * 7
+def _differentiate(ctx, args: MultiLowRank, tensors, dy: torch.Tensor | None, _ds):
+    return {} if dy is None else _factor_gradients(dy, *tensors, args, ctx.needs, ctx.backend)
 
 
-register_autograd("multi_low_rank", _backward, _setup_context)
+_multi_low_rank.differentiate(_save, _differentiate)
+
+_ADD_LAYOUT = Layout(MultiLowRankAdd)
 
 
 class _InPlace(torch.autograd.Function):
-    """Autograd of the in-place operator, which ``register_autograd`` does not serve."""
+    """Autograd of the in-place operator, which :meth:`Operator.differentiate` does not serve."""
 
     @staticmethod
-    def forward(ctx, saved, out, *inputs):
+    def forward(ctx, saved, *flat):
+        out, args = _ADD_LAYOUT.restore(flat[:-1])
         with torch._C._AutoDispatchBelowAutograd():
-            s = _multi_low_rank_(out, *inputs)
+            s = torch.ops.gossamer.multi_low_rank_.default(*flat)
         ctx.mark_dirty(out)
         ctx.set_materialize_grads(False)
-        if any(ctx.needs_input_grad[2:5]):
-            _save(ctx, *inputs, s, ctx.needs_input_grad[2:5])
-        else:
-            ctx.needs = []
+        wanted = zip(_ADD_LAYOUT.paths, ctx.needs_input_grad[1:], strict=False)
+        ctx.needs = {path.removeprefix("update.") for path, want in wanted if want}
+        if ctx.needs - {"out"}:
+            _check_saved(args)
+            tensors = {name: value for name, value in args._asdict().items() if isinstance(value, torch.Tensor)}
+            ctx.args = args._replace(**dict.fromkeys(tensors))
+            ctx.names, ctx.backend = list(tensors), flat[-1]
+            ctx.save_for_backward(s, *tensors.values())
         # Not a result: autograd lets a function that writes to a view have no other.
         saved.append(s)
         return out
 
     @staticmethod
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 12
-        return None, dy if ctx.needs_input_grad[1] else None, *_factor_gradients(ctx, dy), *[None] * 7
+        found = {}
+        if dy is not None:
+            found["out"] = dy if "out" in ctx.needs else None
+            if ctx.needs - {"out"}:
+                s, *tensors = ctx.saved_tensors
+                args = ctx.args._replace(**dict(zip(ctx.names, tensors, strict=True)))
+                gradients = _factor_gradients(dy, s, args, ctx.needs, ctx.backend)
+                found |= {f"update.{name}": gradient for name, gradient in gradients.items()}
+        return None, *map(found.get, _ADD_LAYOUT.paths), None
 
 
 def _add_autograd(out, *inputs):
     if not torch.is_grad_enabled():
         with torch._C._AutoDispatchBelowAutograd():
-            s = _multi_low_rank_(out, *inputs)
+            s = torch.ops.gossamer.multi_low_rank_.default(out, *inputs)
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)
         return s
@@ -334,15 +406,15 @@ def multi_low_rank(
         return y if out is None else out.copy_(y)
     save = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
     scales, number = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, float(scale))
-    inputs = x.reshape(-1, c), a, b, routing.slots, routing.offsets, scales, number, ranks, save, backend
+    args = MultiLowRank(x.reshape(-1, c), a, b, routing.slots, routing.offsets, scales, ranks, number, save)
     if out is None:
-        return _multi_low_rank(*inputs)[0].view(*x.shape[:-1], n)
+        return _multi_low_rank(args, backend)[0].view(*x.shape[:-1], n)
     if out.is_contiguous():
-        _multi_low_rank_(out, *inputs)
+        _multi_low_rank_(MultiLowRankAdd(out, args), backend)
         return out
     # Where rows do not lie end to end, the update goes through a copy, which keeps the bits of those without adapter.
     rows = out.contiguous()
-    _multi_low_rank_(rows, *inputs)
+    _multi_low_rank_(MultiLowRankAdd(rows, args), backend)
     return out.copy_(rows)
 
 
