@@ -10,12 +10,13 @@ matrix instructions that want 64, and a tile of one operand is used by as many c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from gossamer._activation import ACTIVATIONS
 from gossamer._layout import merged, side_by_side, unit_stride
 from gossamer.triton_kernels.block_sparse_sampled import sdd
 from gossamer.triton_kernels.block_sparse_tile import (
@@ -36,6 +37,9 @@ from gossamer.triton_kernels.common import (
 )
 from gossamer.triton_kernels.tiles import Tile
 
+if TYPE_CHECKING:
+    from gossamer.ops._block_sparse_operators import BlockProduct
+
 __all__ = ["aot_cases", "dsd", "dsd_tile", "sdd"]
 
 
@@ -53,26 +57,46 @@ def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
     return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 8 if large else 6)
 
 
-@triton.jit(do_not_specialize=["N", "num_rows"])
+class _Lists(NamedTuple):
+    """The blocks list by list; ``order`` None where that is the order of the values."""
+
+    offsets: torch.Tensor
+    indices: torch.Tensor
+    order: torch.Tensor | None
+    schedule: torch.Tensor
+
+
+class _Strides(NamedTuple):
+    """Of the dense operand and the result; sizes of their parts and strides between them, or None for a matrix."""
+
+    b_part: int | None
+    y_part: int | None
+    bp: int | None
+    bk: int
+    bn: int
+    yp: int | None
+    yr: int
+    yn: int
+
+
+@triton.jit
+def _clamp(index, size):
+    """The nearest index in ``[0, size)``: lists made by hand may hold anything."""
+    return tl.maximum(tl.minimum(index, size - 1), 0)
+
+
+@triton.jit(do_not_specialize=["N", "num_rows", "num_columns", "nnz"])
 def _dsd_kernel(
     values,
     b,
     bias_ptr,
     y_ptr,
-    offsets_ptr,
-    indices_ptr,
-    order_ptr,
-    schedule_ptr,
+    lists,
     N,
     num_rows,
-    b_part,
-    y_part,
-    stride_bp,
-    stride_bk,
-    stride_bn,
-    stride_yp,
-    stride_yr,
-    stride_yn,
+    num_columns,
+    nnz,
+    strides,
     TRANSPOSED: tl.constexpr,
     VALUES_TMA: tl.constexpr,
     B_TMA: tl.constexpr,
@@ -89,9 +113,9 @@ def _dsd_kernel(
 ):
     # Rows with many blocks start first, whichever columns they are for, so that no long one is left at the end.
     n_tile, r = tile_coordinates(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_rows, GROUP_N)
-    row = tl.load(schedule_ptr + r)
-    first = tl.load(offsets_ptr + row)
-    last = tl.load(offsets_ptr + row + 1)
+    row = _clamp(tl.load(lists.schedule + r), num_rows)
+    first = _clamp(tl.load(lists.offsets + row), nnz + 1)
+    last = _clamp(tl.load(lists.offsets + row + 1), nnz + 1)
     n0 = n_tile * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     # Columns past the end are read from the tile's first and never stored, where that spares a mask.
@@ -104,19 +128,19 @@ def _dsd_kernel(
         for step in range(first * STEPS, last * STEPS):
             j = step // STEPS
             within = step % STEPS * BLOCK_K
-            k0 = tl.load(indices_ptr + j) * BN + within
-            place = j if order_ptr is None else tl.load(order_ptr + j)
+            k0 = _clamp(tl.load(lists.indices + j), num_columns) * BN + within
+            place = j if lists.order is None else _clamp(tl.load(lists.order + j), nnz)
             source, first_n = b, n0
-            if b_part is not None:
-                part = k0 // b_part
-                k0 -= part * b_part
+            if strides.b_part is not None:
+                part = k0 // strides.b_part
+                k0 -= part * strides.b_part
                 if B_TMA:
                     # By columns the parts make one matrix of rows; what a tile reads of the next part is not stored.
                     first_n = n0 + part * N
                 else:
-                    source = b + part.to(tl.int64) * stride_bp
+                    source = b + part.to(tl.int64) * strides.bp
             k = k0 + tl.arange(0, BLOCK_K)
-            x = load_operand(source, n_read, first_n, k, k0, N, stride_bn, stride_bk, B_TMA, B_BY_COLUMNS, MASK)
+            x = load_operand(source, n_read, first_n, k, k0, N, strides.bn, strides.bk, B_TMA, B_BY_COLUMNS, MASK)
             k = within + tl.arange(0, BLOCK_K)
             if VALUES_TMA:
                 if TRANSPOSED:
@@ -137,16 +161,16 @@ def _dsd_kernel(
         for j0 in range(first, last, PER_STEP):
             j = j0 + kk // BN
             inside = j < last
-            column = tl.load(indices_ptr + j, inside, other=0)
-            place = j if order_ptr is None else tl.load(order_ptr + j, inside, other=0)
+            column = _clamp(tl.load(lists.indices + j, inside, other=0), num_columns)
+            place = j if lists.order is None else _clamp(tl.load(lists.order + j, inside, other=0), nnz)
             k = tl.max_contiguous(tl.multiple_of(column * BN + kk % BN, BN), BN)
-            pointers = b + n_read.to(tl.int64)[:, None] * stride_bn
-            if b_part is None:
-                pointers += k.to(tl.int64)[None, :] * stride_bk
+            pointers = b + n_read.to(tl.int64)[:, None] * strides.bn
+            if strides.b_part is None:
+                pointers += k.to(tl.int64)[None, :] * strides.bk
             else:
-                part = tl.max_constancy(column * BN // b_part, BN)
-                within = tl.max_contiguous(tl.multiple_of(k - part * b_part, BN), BN)
-                pointers += (part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bk)[None, :]
+                part = tl.max_constancy(column * BN // strides.b_part, BN)
+                within = tl.max_contiguous(tl.multiple_of(k - part * strides.b_part, BN), BN)
+                pointers += (part.to(tl.int64) * strides.bp + within.to(tl.int64) * strides.bk)[None, :]
             mask = inside[None, :] if MASK == "none" else inside[None, :] & (n < N)[:, None]
             x = tl.load(pointers, mask, other=0.0)
             block = values + place.to(tl.int64)[:, None] * (BM * BN)
@@ -155,36 +179,31 @@ def _dsd_kernel(
             else:
                 w = tl.load(block + (kk % BN)[:, None] + m[None, :] * BN, inside[:, None], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    y = y_ptr + n.to(tl.int64) * stride_yn
-    if y_part is None:
-        y += (row * BM).to(tl.int64) * stride_yr
+    y = y_ptr + n.to(tl.int64) * strides.yn
+    if strides.y_part is None:
+        y += (row * BM).to(tl.int64) * strides.yr
     else:
-        part = row * BM // y_part
-        y += part.to(tl.int64) * stride_yp + (row * BM - part * y_part).to(tl.int64) * stride_yr
-    store_tile(acc, bias_ptr, y, row * BM, stride_yr, n, n < N, BIAS_ROWS, ACT, BLOCK_N, BM)
+        part = row * BM // strides.y_part
+        y += part.to(tl.int64) * strides.yp + (row * BM - part * strides.y_part).to(tl.int64) * strides.yr
+    store_tile(acc, bias_ptr, y, row * BM, strides.yr, n, n < N, BIAS_ROWS, ACT, BLOCK_N, BM)
 
 
-def dsd(
-    values: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    topology: Sequence[torch.Tensor],
-    transposed: bool,
-    by_columns: bool,
-    parts: int,
-    activation: int,
-) -> torch.Tensor:
-    """``act(s·b + bias)`` for the block-sparse ``s`` or its transpose, stored column after column if ``by_columns``.
-
-    ``topology`` is as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it; ``activation`` −1 is none.
-    ``b`` is a matrix or ``(G, depth/G, N)``; the result too comes in ``parts`` parts where that is not 0.
-    """
-    row_offsets, column_indices, _, column_offsets, row_indices_t, order_t, row_schedule, column_schedule = topology[:8]
-    values, b = values.contiguous(), unit_stride(merged(b, 0))
+def dsd(args: BlockProduct) -> torch.Tensor:
+    """``act(s·b + bias)`` for the block-sparse ``s`` or its transpose: ``(rows, N)``, or ``(parts, rows/parts, N)``."""
+    topology, bias, parts, by_columns, transposed = (
+        args.topology,
+        args.bias,
+        args.parts,
+        args.by_columns,
+        args.transposed,
+    )
+    values, b = args.values.contiguous(), unit_stride(merged(args.b, 0))
     nnz, bm, bn = values.shape
-    offsets, indices, order, schedule = row_offsets, column_indices, None, row_schedule
+    schedule, num_columns = topology.row_schedule, topology.column_schedule.shape[0]
+    lists = _Lists(topology.row_offsets, topology.column_indices, None, schedule)
     if transposed:
-        offsets, indices, order, schedule = column_offsets, row_indices_t, order_t, column_schedule
+        schedule, num_columns = topology.column_schedule, schedule.shape[0]
+        lists = _Lists(topology.column_offsets, topology.row_indices_t, topology.order_t, schedule)
         bm, bn = bn, bm
     num_rows, n = schedule.shape[0], b.shape[-1]
     lead, height = ((parts,), num_rows * bm // parts) if parts else ((), num_rows * bm)
@@ -209,18 +228,19 @@ def dsd(
         operand,
         None if bias is None else bias.contiguous(),
         y,
-        offsets,
-        indices,
-        order,
-        schedule,
+        lists,
         n,
         num_rows,
-        b.shape[1] if b_parts else None,
-        height if y_parts else None,
-        b.stride(0) if b_parts else None,
-        *b.stride()[-2:],
-        y.stride(0) if y_parts else None,
-        *y.stride()[-2:],
+        num_columns,
+        nnz,
+        _Strides(
+            b.shape[1] if b_parts else None,
+            height if y_parts else None,
+            b.stride(0) if b_parts else None,
+            *b.stride()[-2:],
+            y.stride(0) if y_parts else None,
+            *y.stride()[-2:],
+        ),
         TRANSPOSED=transposed,
         VALUES_TMA=values_tma,
         B_TMA=b_tma,
@@ -228,7 +248,7 @@ def dsd(
         # Of columns it means nothing, and n may be the number of tokens.
         EVEN_N=b_by_columns or n % tile.block_m == 0,
         BIAS_ROWS=by_columns,
-        ACT=activation,
+        ACT=-1 if args.activation is None else ACTIVATIONS[args.activation][0],
         PRECISION=dot_precision(b.dtype),
         BM=bm,
         BN=bn,
@@ -238,9 +258,6 @@ def dsd(
         **tile.options(),
     )
     return y
-
-
-_PARTS = ("b_part", "y_part", "stride_bp", "stride_yp")
 
 
 def _dsd_case(
@@ -257,15 +274,14 @@ def _dsd_case(
     bm, bn = block
     tile = dsd_tile(4096, bm, bn, dtype.itemsize, arch)
     tma = arch >= TMA_ARCH and bn >= tile.block_k
-    signature = aot_signature(dtype, "values b y_ptr", "offsets_ptr indices_ptr schedule_ptr", "")
-    signature |= {"N": "i32", "num_rows": "i32"}
-    unit = {"stride_bk": 1, "stride_yr": 1} if by_columns else {"stride_bn": 1, "stride_yn": 1}
-    signature |= {name: "i32:16" for name in ("stride_bk", "stride_bn", "stride_yr", "stride_yn") if name not in unit}
+    signature = aot_signature(dtype, "values b y_ptr", "", "")
+    signature |= dict.fromkeys(("N", "num_rows", "num_columns", "nnz"), "i32")
+    signature["lists"] = _Lists("*i32:16", "*i32:16", "*i32:16" if transposed else None, "*i32:16")
+    part, wide = "i32:16" if parts else None, "i32:16"
+    along, across = (1, wide) if by_columns else (wide, 1)
+    signature["strides"] = _Strides(part, part, part, along, across, part, along, across)
     constexprs = {
         "bias_ptr": None,
-        "order_ptr": None,
-        **({} if parts else dict.fromkeys(_PARTS)),
-        **unit,
         "TRANSPOSED": transposed,
         "VALUES_TMA": tma,
         "B_TMA": tma,
@@ -280,11 +296,6 @@ def _dsd_case(
         "BLOCK_K": tile.block_k,
         "GROUP_N": tile.group_m,
     }
-    if parts:
-        signature |= dict.fromkeys(_PARTS, "i32:16")
-    if transposed:
-        del constexprs["order_ptr"]
-        signature["order_ptr"] = "*i32:16"
     if act >= 0:
         del constexprs["bias_ptr"]
         signature |= aot_signature(dtype, "bias_ptr", "", "")

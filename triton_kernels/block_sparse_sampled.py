@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from gossamer._activation import ACTIVATIONS
 from gossamer._layout import merged, unit_stride
 from gossamer.triton_kernels.block_sparse_tile import (
     described,
@@ -17,6 +18,9 @@ from gossamer.triton_kernels.block_sparse_tile import (
 )
 from gossamer.triton_kernels.common import TMA_ARCH, aot_descriptor, aot_signature, arch_of, dot_precision
 from gossamer.triton_kernels.tiles import Tile
+
+if TYPE_CHECKING:
+    from gossamer.ops._block_sparse_operators import SampledProduct
 
 # Offsets of block rows that a program of sdd looks at together when it looks for its own.
 SEARCH = 1024
@@ -31,7 +35,18 @@ def sdd_tile(bm: int, bn: int, itemsize: int, arch: int) -> Tile:
     return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 4 if large else 3)
 
 
-@triton.jit(do_not_specialize=["K", "nnz", "num_rows"])
+class _Strides(NamedTuple):
+    """Of the dense operands; size of the parts of b and stride between them, or None for a matrix."""
+
+    am: int
+    ak: int
+    b_part: int | None
+    bp: int | None
+    bk: int
+    bn: int
+
+
+@triton.jit(do_not_specialize=["K", "nnz", "num_rows", "num_columns"])
 def _sdd_kernel(
     a,
     b_ptr,
@@ -42,12 +57,8 @@ def _sdd_kernel(
     K,
     nnz,
     num_rows,
-    stride_am,
-    stride_ak,
-    b_part,
-    stride_bp,
-    stride_bk,
-    stride_bn,
+    num_columns,
+    strides,
     A_TMA: tl.constexpr,
     A_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -64,38 +75,41 @@ def _sdd_kernel(
     # The list of blocks is cut at every multiple of BLOCKS and where a row ends. Row r begins with piece
     # offsets[r] // BLOCKS + r, which needs no table; a piece may be empty.
     piece = tl.program_id(0)
-    live = tl.load(offsets_ptr + num_rows)
+    # Lists made by hand may hold anything: what leaves the operands is cut off.
+    live = tl.maximum(tl.minimum(tl.load(offsets_ptr + num_rows), nnz), 0)
     row = -1
     for r0 in range(0, num_rows, SEARCH_ROWS):
         r = r0 + tl.arange(0, SEARCH_ROWS)
         start = tl.load(offsets_ptr + r, r < num_rows, other=0)
         row += tl.sum(((start // BLOCKS + r <= piece) & (r < num_rows)).to(tl.int32), 0)
+    row = tl.maximum(row, 0)
     pieces = live // BLOCKS + num_rows
     g = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     m = tl.arange(0, BM)
     if piece < pieces:
         window = (piece - row) * BLOCKS
         j = window + g // BN
-        first = tl.maximum(window, tl.load(offsets_ptr + row))
-        last = tl.minimum(window + BLOCKS, tl.load(offsets_ptr + row + 1))
+        first = tl.maximum(window, tl.maximum(tl.load(offsets_ptr + row), 0))
+        last = tl.minimum(window + BLOCKS, tl.minimum(tl.load(offsets_ptr + row + 1), nnz))
         if first < last:
             inside = (j >= first) & (j < last)
             RUN: tl.constexpr = min(BN, WIDE)
-            column = tl.load(indices_ptr + j, inside, other=0) * BN + g % BN
+            block = tl.load(indices_ptr + j, inside, other=0)
+            column = tl.maximum(tl.minimum(block, num_columns - 1), 0) * BN + g % BN
             column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
             rows = row * BM + m
             MASK: tl.constexpr = "none" if EVEN_K else "terms"
-            offset = column.to(tl.int64) * stride_bn
-            if b_part is not None:
+            offset = column.to(tl.int64) * strides.bn
+            if strides.b_part is not None:
                 # A run of columns is in one part: without the hints its loads would not be vectors.
-                part = tl.max_constancy(column // b_part, RUN)
-                within = tl.max_contiguous(tl.multiple_of(column - part * b_part, RUN), RUN)
-                offset = part.to(tl.int64) * stride_bp + within.to(tl.int64) * stride_bn
+                part = tl.max_constancy(column // strides.b_part, RUN)
+                within = tl.max_contiguous(tl.multiple_of(column - part * strides.b_part, RUN), RUN)
+                offset = part.to(tl.int64) * strides.bp + within.to(tl.int64) * strides.bn
             acc = tl.zeros((WIDE, BM), tl.float32)
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
-                x = load_operand(b_ptr, offset, 0, k, k0, K, 1, stride_bk, False, False, MASK)
-                w = load_operand(a, rows, row * BM, k, k0, K, stride_am, stride_ak, A_TMA, A_BY_ROWS, MASK)
+                x = load_operand(b_ptr, offset, 0, k, k0, K, 1, strides.bk, False, False, MASK)
+                w = load_operand(a, rows, row * BM, k, k0, K, strides.am, strides.ak, A_TMA, A_BY_ROWS, MASK)
                 acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
             out = values_ptr + j.to(tl.int64) * (BM * BN) + g % BN
             store_tile(acc, bias_ptr, out, row * BM, BN, column, inside, BIAS_ROWS, ACT, WIDE, BM)
@@ -106,22 +120,10 @@ def _sdd_kernel(
         tl.store(out, zero, ((j >= live) & (j < nnz))[:, None])
 
 
-def sdd(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    topology: Sequence[torch.Tensor],
-    block: tuple[int, int],
-    bias_rows: bool,
-    activation: int,
-) -> torch.Tensor:
-    """``act(a·b + bias)`` at the blocks of a topology, ``(nnz, bm, bn)``, zero from the last block on.
-
-    ``topology`` is as ``gossamer.ops._block_sparse_operators.topology_tensors`` gives it; ``activation`` −1 is none.
-    ``b`` is a matrix or ``(G, K, cols/G)``.
-    """
-    row_offsets, column_indices = topology[:2]
-    (bm, bn), nnz, num_rows = block, column_indices.shape[0], row_offsets.shape[0] - 1
+def sdd(args: SampledProduct) -> torch.Tensor:
+    """``act(a·b + bias)`` at the blocks of a topology, ``(nnz, bm, bn)``, zero from the last block on."""
+    a, b, bias, topology, bm, bn = args[:6]
+    nnz, num_rows = topology.column_indices.shape[0], topology.row_offsets.shape[0] - 1
     values = torch.empty(nnz, bm, bn, dtype=a.dtype, device=a.device)
     if nnz == 0:
         return values
@@ -136,21 +138,18 @@ def sdd(
         b,
         None if bias is None else bias.contiguous(),
         values,
-        row_offsets,
-        column_indices,
+        topology.row_offsets,
+        topology.column_indices,
         a.shape[1],
         nnz,
         num_rows,
-        a.stride(0),
-        a.stride(1),
-        b.shape[2] if b_parts else None,
-        b.stride(0) if b_parts else None,
-        *b.stride()[-2:],
+        topology.column_offsets.shape[0] - 1,
+        _Strides(*a.stride(), b.shape[2] if b_parts else None, b.stride(0) if b_parts else None, *b.stride()[-2:]),
         A_TMA=a_tma,
         A_BY_ROWS=a_by_rows,
         EVEN_K=a.shape[1] % tile.block_k == 0,
-        BIAS_ROWS=bias_rows,
-        ACT=activation,
+        BIAS_ROWS=args.bias_rows,
+        ACT=-1 if args.activation is None else ACTIVATIONS[args.activation][0],
         PRECISION=dot_precision(a.dtype),
         BM=bm,
         BN=bn,
@@ -168,13 +167,12 @@ def _case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool = F
     bm, bn = block
     tile = sdd_tile(bm, bn, dtype.itemsize, arch)
     tma = arch >= TMA_ARCH
-    signature = aot_signature(dtype, "a b_ptr values_ptr", "offsets_ptr indices_ptr", "stride_ak stride_bk")
-    signature |= {"K": "i32", "nnz": "i32", "num_rows": "i32"}
+    signature = aot_signature(dtype, "a b_ptr values_ptr", "offsets_ptr indices_ptr", "")
+    signature |= dict.fromkeys(("K", "nnz", "num_rows", "num_columns"), "i32")
+    part, wide = "i32:16" if parts else None, "i32:16"
+    signature["strides"] = _Strides(1, wide, part, part, wide, 1)
     constexprs = {
         "bias_ptr": None,
-        **({} if parts else {"b_part": None, "stride_bp": None}),
-        "stride_am": 1,
-        "stride_bn": 1,
         "A_TMA": tma,
         "A_BY_ROWS": False,
         "EVEN_K": True,
@@ -188,8 +186,6 @@ def _case(arch: int, dtype: torch.dtype, block: tuple[int, int], parts: bool = F
         "BLOCK_K": tile.block_k,
         "SEARCH_ROWS": 64,
     }
-    if parts:
-        signature |= {"b_part": "i32:16", "stride_bp": "i32:16"}
     if act >= 0:
         del constexprs["bias_ptr"]
         signature |= aot_signature(dtype, "bias_ptr", "", "")

@@ -183,7 +183,7 @@ def _product_cost(flops: float, moved: float, kernel: str) -> Cost:
 def cost_dsd(call: Mapping[str, object], result: object) -> Cost:
     """The cost of a product with a sparse operand: the blocks that are there, the dense operand and the result."""
     values, b = call["values"], call["b"]
-    blocks = int(call["row_offsets"][-1])
+    blocks = int(call["topology_row_offsets"][-1])
     size = values.shape[1] * values.shape[2]
     moved = blocks * (size * values.element_size() + 8) + nbytes(b, call["bias"], result)
     return _product_cost(2.0 * blocks * size * b.shape[-1], moved, "_dsd_kernel")
@@ -191,7 +191,7 @@ def cost_dsd(call: Mapping[str, object], result: object) -> Cost:
 
 def cost_sdd(call: Mapping[str, object], result: object) -> Cost:
     """The cost of a product sampled at blocks: both operands and the result."""
-    a, blocks = call["a"], int(call["row_offsets"][-1])
+    a, blocks = call["a"], int(call["topology_row_offsets"][-1])
     moved = nbytes(a, call["b"], call["bias"], result) + 8.0 * blocks
     return _product_cost(2.0 * blocks * call["bm"] * call["bn"] * a.shape[1], moved, "_sdd_kernel")
 

@@ -1,3 +1,7 @@
+#include <array>
+#include <optional>
+#include <string>
+
 #include "bindings/arguments.h"
 #include "bindings/register.h"
 #include "cpu/block_sparse.h"
@@ -6,39 +10,90 @@ namespace gossamer::bindings {
 
 namespace {
 
-// (offsets, indices, order or 0, number of lists, live rows or 0, live columns of block columns or 0)
-using PyLists = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t>;
-// (values, bm, bn, row stride, column stride)
-using PyBlocks = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+using namespace py::literals;
+
+using PySizes = std::pair<int64_t, int64_t>;
 // (matrix, size of a part, stride of parts)
 using PyParted = std::tuple<PyMatrix, int64_t, int64_t>;
-// (bias, whether it runs along rows, activation code or -1)
-using PyEpilogue = std::tuple<PyVector, bool, int>;
-
-BlockLists lists(const PyLists& l) {
-  const auto& [offsets, indices, order, count, live, live_across] = l;
-  return {pointer<const int32_t>(offsets), pointer<const int32_t>(indices), pointer<const int32_t>(order), count,
-          pointer<const int32_t>(live), pointer<const int32_t>(live_across)};
-}
 
 PartedMatrix parted(const PyParted& p) {
   const auto& [m, size, stride] = p;
   return {matrix(m), size, stride};
 }
 
-Epilogue epilogue(const PyEpilogue& e) {
-  const auto& [bias, by_rows, activation] = e;
-  return {row_matrix(bias), by_rows, activation};
+Epilogue epilogue(const PyVector& bias, bool by_rows, const std::optional<std::string>& activation) {
+  // Ungated activations in the order of their codes; see python/gossamer/_activation.py.
+  static constexpr std::array<const char*, 5> kNames{"silu", "gelu", "gelu_tanh", "relu", "relu2"};
+  if (!activation) return {row_matrix(bias), by_rows, -1};
+  for (size_t code = 0; code < kNames.size(); ++code) {
+    if (*activation == kNames[code]) return {row_matrix(bias), by_rows, static_cast<int>(code)};
+  }
+  throw py::value_error("activation must be an ungated one, got " + *activation);
 }
 
 }  // namespace
 
 void register_block_sparse(py::module_& m) {
+  py::class_<BlockLists>(m, "BlockLists", "The blocks of a matrix list by list, a list being a block row.")
+      .def(py::init([](uintptr_t offsets, uintptr_t indices, uintptr_t order, int64_t count, uintptr_t live,
+                       uintptr_t live_across) {
+             return BlockLists{.offsets = pointer<const int32_t>(offsets),
+                               .indices = pointer<const int32_t>(indices),
+                               .order = pointer<const int32_t>(order),
+                               .count = count,
+                               .live = pointer<const int32_t>(live),
+                               .live_across = pointer<const int32_t>(live_across)};
+           }),
+           py::kw_only(), "offsets"_a, "indices"_a, "order"_a, "count"_a, "live"_a, "live_across"_a);
+  py::class_<BlockProductArgs>(m, "BlockProduct", "y = act(s · b + bias), s block-sparse.")
+      .def(py::init([](const BlockLists& lists, uintptr_t values, const PySizes& block, const PySizes& strides,
+                       const PyParted& b, int64_t depth, int64_t n, const PyVector& bias, bool bias_by_rows,
+                       const std::optional<std::string>& activation, uintptr_t y, bool y_by_columns, int64_t y_part) {
+             const PartedMatrix operand = parted(b);
+             return BlockProductArgs{.dtype = operand.dtype,
+                                     .lists = lists,
+                                     .values = pointer<const void>(values),
+                                     .bm = block.first,
+                                     .bn = block.second,
+                                     .row_stride = strides.first,
+                                     .col_stride = strides.second,
+                                     .b = operand,
+                                     .depth = depth,
+                                     .n = n,
+                                     .epilogue = epilogue(bias, bias_by_rows, activation),
+                                     .y = pointer<void>(y),
+                                     .y_by_columns = y_by_columns,
+                                     .y_part = y_part};
+           }),
+           py::kw_only(), "lists"_a, "values"_a, "block"_a, "strides"_a, "b"_a, "depth"_a, "n"_a, "bias"_a,
+           "bias_by_rows"_a, "activation"_a, "y"_a, "y_by_columns"_a, "y_part"_a);
+  py::class_<SampledProductArgs>(m, "SampledProduct", "act(a · b + bias) at the blocks of a topology.")
+      .def(py::init([](const BlockLists& lists, uintptr_t rows_of, int64_t nnz, const PySizes& block, const PyMatrix& a,
+                       uintptr_t a_rows, int64_t num_a, const PyParted& b, int64_t depth, int64_t cols,
+                       const PyVector& bias, bool bias_by_rows, const std::optional<std::string>& activation,
+                       uintptr_t values) {
+             return SampledProductArgs{.dtype = matrix(a).dtype,
+                                       .lists = lists,
+                                       .rows_of = pointer<const int32_t>(rows_of),
+                                       .nnz = nnz,
+                                       .bm = block.first,
+                                       .bn = block.second,
+                                       .a = matrix(a),
+                                       .a_rows = pointer<const int32_t>(a_rows),
+                                       .num_a = num_a,
+                                       .b = parted(b),
+                                       .depth = depth,
+                                       .cols = cols,
+                                       .epilogue = epilogue(bias, bias_by_rows, activation),
+                                       .values = pointer<void>(values)};
+           }),
+           py::kw_only(), "lists"_a, "rows_of"_a, "nnz"_a, "block"_a, "a"_a, "a_rows"_a, "num_a"_a, "b"_a, "depth"_a,
+           "cols"_a, "bias"_a, "bias_by_rows"_a, "activation"_a, "values"_a);
   m.def(
       "choose_rectangles",
-      [](const PyLists& l, int64_t bm, int64_t bn, int64_t across, int64_t size, int64_t part) {
+      [](const BlockLists& lists, const PySizes& block, int64_t across, int64_t size, int64_t part) {
         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> found;
-        for (const Rectangle& r : choose_rectangles(lists(l), bm, bn, across, size, part)) {
+        for (const Rectangle& r : choose_rectangles(lists, block.first, block.second, across, size, part)) {
           found.emplace_back(r.first, r.last, r.column, r.count, r.rows, r.depth);
         }
         return found;
@@ -47,24 +102,14 @@ void register_block_sparse(py::module_& m) {
       "rectangles that products go by.");
   m.def(
       "block_product",
-      [](const PyLists& l, const PyBlocks& blocks, const PyParted& b, int64_t depth, int64_t n, const PyEpilogue& e,
-         uintptr_t y, bool y_by_columns, int64_t y_part, int num_threads) {
-        const auto& [values, bm, bn, row_stride, col_stride] = blocks;
-        const PartedMatrix operand = parted(b);
-        const BlockProductArgs args{operand.dtype, lists(l), reinterpret_cast<const void*>(values),
-                                    bm, bn, row_stride, col_stride, operand, depth, n, epilogue(e),
-                                    reinterpret_cast<void*>(y), y_by_columns, y_part};
+      [](const BlockProductArgs& args, int num_threads) {
         py::gil_scoped_release release;
         block_product(args, num_threads);
       },
       "y = act(s · b + bias), s block-sparse.");
   m.def(
       "sampled_product",
-      [](const PyLists& l, uintptr_t rows_of, int64_t nnz, int64_t bm, int64_t bn, const PyMatrix& a, uintptr_t a_rows,
-         int64_t num_a, const PyParted& b, int64_t depth, int64_t cols, const PyEpilogue& e, uintptr_t values, int num_threads) {
-        const SampledProductArgs args{matrix(a).dtype, lists(l), reinterpret_cast<const int32_t*>(rows_of),
-                                      nnz, bm, bn, matrix(a), reinterpret_cast<const int32_t*>(a_rows), num_a, parted(b),
-                                      depth, cols, epilogue(e), reinterpret_cast<void*>(values)};
+      [](const SampledProductArgs& args, int num_threads) {
         py::gil_scoped_release release;
         sampled_product(args, num_threads);
       },

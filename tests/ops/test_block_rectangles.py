@@ -34,10 +34,10 @@ def rectangles(block=(16, 16), columns=COLUMNS, heights=HEIGHTS):
 def chosen(t, across, part=None):
     """The rectangles that a product with a topology goes by."""
     from gossamer import _C
+    from gossamer.cpu_kernels.block_sparse import _lists
 
-    lives = (0 if live is None else live.data_ptr() for live in (t.live_rows, t.live_columns))
-    lists = (t.row_offsets.data_ptr(), t.column_indices.data_ptr(), 0, t.grid[0], *lives)
-    return _C.choose_rectangles(lists, *t.block, across, t.shape[1], t.shape[1] if part is None else part)
+    lists = _lists(t.row_offsets, t.column_indices, live=t.live_rows, live_across=t.live_columns)
+    return _C.choose_rectangles(lists, t.block, across, t.shape[1], t.shape[1] if part is None else part)
 
 
 def test_choice():

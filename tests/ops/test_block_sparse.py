@@ -281,13 +281,13 @@ def test_compiles(kernel_backend, device):
 
 def test_no_gradient_through_a_fused_activation(device):
     """The operator that applied an activation says that it has no gradient, rather than give a wrong one."""
-    from gossamer.ops._block_sparse_operators import topology_tensors
+    from gossamer.ops._block_sparse_operators import BlockProduct, dsd_operator, topology_lists
 
     t = topology_of(device)
     b = torch.randn(t.shape[1], N, device=device, requires_grad=True)
     backend = "native" if device == "cpu" else "triton"
     with pytest.raises(RuntimeError, match="applied its activation inside the kernel has no gradient"):
-        torch.ops.gossamer.block_sparse_dsd(live_values(t), b, None, *topology_tensors(t), False, False, 0, 3, backend)
+        dsd_operator(BlockProduct(live_values(t), b, None, topology_lists(t), activation="relu"), backend)
 
 
 def test_addresses_beyond_32_bits(kernel_backend, device):

@@ -19,6 +19,7 @@ from helpers import check, check_draws, run
 
 import gossamer
 from gossamer import BlockSparseTensor, BlockTopology
+from gossamer.ops._records import Layout
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -108,42 +109,45 @@ def test_parts_have_second_derivatives(device):
         check_by_differences(function, inputs)
 
 
+def opcheck(args, backend):
+    """Torch's own checks of the operator that takes a record of arguments."""
+    name = {"SampledProduct": "block_sparse_sdd", "BlockProduct": "block_sparse_dsd"}[type(args).__name__]
+    flat = (*Layout(type(args)).flatten(args), backend)
+    torch.library.opcheck(getattr(torch.ops.gossamer, name).default, flat)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_operators_are_well_formed(kernel_backend, device, transposed):
     """Schemas, fake kernels, autograd registration and traceability of both operators."""
-    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
+    from gossamer.ops._block_sparse_operators import BlockProduct, SampledProduct, topology_lists
 
     t = topology_of(device, (16, 32), grid=(2, 2))
-    tensors = topology_tensors(t)
+    lists = topology_lists(t)
     rows, cols = t.shape
     a, b = randn(rows, 5, device=device).requires_grad_(), randn(5, cols, device=device).requires_grad_()
     bias = randn(rows if transposed else cols, device=device).requires_grad_()
-    rest = (*t.block, transposed, NO_ACTIVATION, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, bias, *tensors, *rest, None))
+    opcheck(SampledProduct(a, b, bias, lists, *t.block, transposed), kernel_backend)
     values = live_values(t).requires_grad_()
     depth, long = (rows, cols) if transposed else (cols, rows)
     b = randn(depth, 5, device=device).requires_grad_()
     for by_columns in (False, True):
         bias = randn(long if by_columns else 5, device=device).requires_grad_()
-        rest = (transposed, by_columns, 0, NO_ACTIVATION, kernel_backend)
-        torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, bias, *tensors, *rest))
+        opcheck(BlockProduct(values, b, bias, lists, transposed, by_columns), kernel_backend)
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_operators_with_parts_are_well_formed(device, by_columns):
     """Schemas, fake kernels and autograd registration of both operators with operands, and results, in parts."""
-    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, topology_tensors
+    from gossamer.ops._block_sparse_operators import BlockProduct, SampledProduct, topology_lists
 
     t = topology_of(device, (16, 32), grid=(2, 2))
-    tensors, backend = topology_tensors(t), "native" if device == "cpu" else "triton"
+    lists, backend = topology_lists(t), "native" if device == "cpu" else "triton"
     values = live_values(t).requires_grad_()
     b = in_parts(make_inputs("dsd", t, n=5, by_columns=(by_columns,) * 2), "dsd")["b"].requires_grad_()
-    rest = (False, by_columns, 2, NO_ACTIVATION, backend)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_dsd.default, (values, b, None, *tensors, *rest))
+    opcheck(BlockProduct(values, b, None, lists, False, by_columns, 2), backend)
     inputs = in_parts(make_inputs("sdd", t, n=5, by_columns=(by_columns,) * 2), "sdd")
     a, b = (inputs[name].requires_grad_() for name in "ab")
-    rest = (*t.block, False, NO_ACTIVATION, backend)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, b, None, *tensors, *rest, None))
+    opcheck(SampledProduct(a, b, None, lists, *t.block), backend)
 
 
 def named_rows(t, tokens, dtype=torch.int64):
@@ -195,15 +199,14 @@ def test_gradients_of_named_rows(device, kernel_backend):
 @pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), reason="native kernels alone gather rows")
 def test_an_operator_with_named_rows_is_well_formed():
     """And has no gradient."""
-    from gossamer.ops._block_sparse_operators import NO_ACTIVATION, sdd_operator, topology_tensors
+    from gossamer.ops._block_sparse_operators import SampledProduct, sdd_operator, topology_lists
 
     t = topology_of("cpu", (16, 32), grid=(2, 2))
-    rest = (*t.block, False, NO_ACTIVATION, "native", named_rows(t, 5, torch.int32))
     a, b = randn(5, 6, device="cpu"), randn(6, t.shape[1], device="cpu")
-    operands = (b, None, *topology_tensors(t), *rest)
-    torch.library.opcheck(torch.ops.gossamer.block_sparse_sdd.default, (a, *operands))
+    args = SampledProduct(a, b, None, topology_lists(t), *t.block, a_rows=named_rows(t, 5, torch.int32))
+    opcheck(args, "native")
     with pytest.raises(RuntimeError, match="gathered its rows inside the kernel has no gradient"):
-        sdd_operator(a.requires_grad_(), *operands)
+        sdd_operator(args._replace(a=a.requires_grad_()), "native")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), reason="needs the native kernels")

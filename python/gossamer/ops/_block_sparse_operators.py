@@ -2,87 +2,126 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 
-from gossamer import _backend
 from gossamer._layout import side_by_side, stored_by_columns
 from gossamer._numerics import accumulation_dtype
-from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._records import define
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.gather_reduce import sum_rows
 
-NO_ACTIVATION = -1
 
-# A stored topology as operators take it: the list row by row, which is the order of the values, then column by column.
-_TOPOLOGY = (
-    "row_offsets",
-    "column_indices",
-    "row_indices",
-    "column_offsets",
-    "row_indices_t",
-    "order_t",
-    "row_schedule",
-    "column_schedule",
-    "live_rows",
-)
-_SCHEMA = ", ".join(f"Tensor{'?' if name == 'live_rows' else ''} {name}" for name in _TOPOLOGY)
+class BlockLists(NamedTuple):
+    """The blocks of a stored topology, whose list row by row is in the order of the values; see BlockTopology."""
+
+    row_offsets: torch.Tensor
+    column_indices: torch.Tensor
+    row_indices: torch.Tensor
+    column_offsets: torch.Tensor
+    row_indices_t: torch.Tensor
+    order_t: torch.Tensor
+    row_schedule: torch.Tensor
+    column_schedule: torch.Tensor
+    live_rows: torch.Tensor | None
 
 
-def topology_tensors(topology: BlockTopology) -> tuple[torch.Tensor, ...]:
-    """The tensors of a topology whose ``order`` is None, as the operators take them."""
-    return tuple(getattr(topology, name) for name in _TOPOLOGY)
+class SampledProduct(NamedTuple):
+    """Arguments of ``act(a·b + bias)`` at the blocks of a topology, zero from the last block on.
+
+    Attributes:
+        a: ``(rows, K)`` float; ``(T, K)`` with ``a_rows``.
+        b: ``(K, cols)``, or in parts side by side, ``(G, K, cols/G)``, whole blocks each.
+        bias: ``(cols,)``, ``(rows,)`` when ``bias_rows``, or None.
+        topology: where the blocks are.
+        bm: rows of a block.
+        bn: columns of a block.
+        bias_rows: whether the bias runs along rows.
+        activation: name of an ungated :class:`gossamer.Activation`, or None.
+        a_rows: ``(rows,)`` int32, the row of ``a`` for each row, zeros where it is none; None for ``a`` as it is.
+            Native kernels alone gather rows, and there is no gradient.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    topology: BlockLists
+    bm: int
+    bn: int
+    bias_rows: bool = False
+    activation: str | None = None
+    a_rows: torch.Tensor | None = None
 
 
-def _sdd_kernel(a, b, bias, *rest):
-    *topology, bm, bn, bias_rows, activation, backend, a_rows = rest
-    launcher = _backend.kernels(backend, "block_sparse").sdd
-    # Native kernels alone gather rows themselves.
-    gather = {} if a_rows is None else {"a_rows": a_rows}
-    return launcher(a, b, bias, topology, (bm, bn), bias_rows, activation, **gather)
+class BlockProduct(NamedTuple):
+    """Arguments of ``act(s·b + bias)`` for a block-sparse ``s`` or its transpose.
+
+    Attributes:
+        values: ``(nnz, bm, bn)`` float.
+        b: ``(depth, N)``, or in parts one below the other, ``(G, depth/G, N)``, whole blocks each.
+        bias: ``(N,)``, ``(rows,)`` when ``by_columns``, or None.
+        topology: where the blocks are.
+        transposed: whether the left operand is the transpose of ``s``.
+        by_columns: whether the result, or each part of it, is stored column after column.
+        parts: of the result, ``(parts, rows/parts, N)``, whole blocks each; 0 for a plain matrix ``(rows, N)``.
+        activation: name of an ungated :class:`gossamer.Activation`, or None.
+    """
+
+    values: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    topology: BlockLists
+    transposed: bool = False
+    by_columns: bool = False
+    parts: int = 0
+    activation: str | None = None
 
 
-def _sdd_fake(a, b, bias, *rest):
-    column_indices, bm, bn = rest[1], *rest[len(_TOPOLOGY) : len(_TOPOLOGY) + 2]
-    return a.new_empty(column_indices.shape[0], bm, bn)
+def topology_lists(topology: BlockTopology) -> BlockLists:
+    """The lists of a topology whose ``order`` is None."""
+    return BlockLists(*(getattr(topology, name) for name in BlockLists._fields))
 
 
-# values[i] = act(a·b + bias) at the i-th block, bias along rows or columns; zero from the last block on. b may come
-# in parts side by side, (G, K, cols/G), and a as rows that a_rows names, without gradients.
-sdd_operator = register(
-    f"block_sparse_sdd(Tensor a, Tensor b, Tensor? bias, {_SCHEMA}, int bm, int bn, bool bias_rows, int activation, "
-    "str backend, Tensor? a_rows) -> Tensor",
-    _sdd_kernel,
-    _sdd_fake,
-)
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import block_sparse
+    else:
+        from gossamer.triton_kernels import block_sparse
+    return block_sparse
 
 
-def _dsd_kernel(values, b, bias, *rest):
-    *topology, transposed, by_columns, parts, activation, backend = rest
-    launcher = _backend.kernels(backend, "block_sparse").dsd
-    return launcher(values, b, bias, topology, transposed, by_columns, parts, activation)
+def _sdd_kernel(args: SampledProduct, backend: str) -> torch.Tensor:
+    return _kernels(backend).sdd(args)
 
 
-def _dsd_fake(values, b, bias, *rest):
-    row_offsets, column_offsets = rest[0], rest[3]
-    transposed, by_columns, parts = rest[len(_TOPOLOGY) : len(_TOPOLOGY) + 3]
-    blocks = (column_offsets if transposed else row_offsets).shape[0] - 1
-    rows, n = blocks * values.shape[2 if transposed else 1], b.shape[-1]
-    lead, height = ((parts,), rows // parts) if parts else ((), rows)
-    return b.new_empty(*lead, n, height).mT if by_columns else b.new_empty(*lead, height, n)
+def _sdd_fake(args: SampledProduct) -> torch.Tensor:
+    return args.a.new_empty(args.topology.column_indices.shape[0], args.bm, args.bn)
 
 
-# y = act(s·b + bias), s or its transpose. By columns, y is stored column after column and bias runs along its rows. b
-# may come in parts one below the other, (G, ·, N), and where `parts` is not 0 so does y.
-dsd_operator = register(
-    f"block_sparse_dsd(Tensor values, Tensor b, Tensor? bias, {_SCHEMA}, bool transposed, bool by_columns, "
-    "int parts, int activation, str backend) -> Tensor",
-    _dsd_kernel,
-    _dsd_fake,
-)
+sdd_operator = define("block_sparse_sdd", SampledProduct, kernel=_sdd_kernel, fake=_sdd_fake, returns="Tensor")
 
 
-def _no_gradient_through(activation: int) -> None:
-    if activation != NO_ACTIVATION:
+def _dsd_kernel(args: BlockProduct, backend: str) -> torch.Tensor:
+    return _kernels(backend).dsd(args)
+
+
+def _dsd_fake(args: BlockProduct) -> torch.Tensor:
+    topology, (_, bm, bn) = args.topology, args.values.shape
+    offsets, height = (topology.column_offsets, bn) if args.transposed else (topology.row_offsets, bm)
+    rows, n = (offsets.shape[0] - 1) * height, args.b.shape[-1]
+    lead, rows = ((args.parts,), rows // args.parts) if args.parts else ((), rows)
+    return args.b.new_empty(*lead, n, rows).mT if args.by_columns else args.b.new_empty(*lead, rows, n)
+
+
+dsd_operator = define("block_sparse_dsd", BlockProduct, kernel=_dsd_kernel, fake=_dsd_fake, returns="Tensor")
+
+
+def _no_gradient_through(activation: str | None) -> None:
+    if activation is not None:
         raise RuntimeError("a product that applied its activation inside the kernel has no gradient")
 
 
@@ -90,80 +129,71 @@ def _parts(operand: torch.Tensor) -> int:
     return operand.shape[0] if operand.dim() == 3 else 0
 
 
-def _sdd_setup_context(ctx, inputs, output):
-    a, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
-    _, _, ctx.bias_rows, activation, ctx.backend, a_rows = inputs[3 + len(_TOPOLOGY) :]
-    needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
-    if needs_a or needs_b or needs_bias:
-        _no_gradient_through(activation)
-        if a_rows is not None:
+def _sdd_save(ctx, args: SampledProduct, output: torch.Tensor):
+    needs = ctx.needs
+    if needs:
+        _no_gradient_through(args.activation)
+        if args.a_rows is not None:
             raise RuntimeError("a product that gathered its rows inside the kernel has no gradient")
-    ctx.a_by_columns, ctx.b_by_columns, ctx.num_inputs = stored_by_columns(a), stored_by_columns(b), len(inputs)
-    ctx.b_parts = _parts(b)
-    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, *topology)
+    ctx.a_by_columns, ctx.b_by_columns = stored_by_columns(args.a), stored_by_columns(args.b)
+    ctx.b_parts = _parts(args.b)
+    a, b = args.a if "b" in needs else None, args.b if "a" in needs else None
+    return (SampledProduct(a, b, None, args.topology, args.bm, args.bn, args.bias_rows),)
 
 
-def _sum_blocks(values: torch.Tensor, topology: list[torch.Tensor], along_rows: bool, backend: str) -> torch.Tensor:
+def _sum_blocks(values: torch.Tensor, topology: BlockLists, along_rows: bool, backend: str) -> torch.Tensor:
     """Sums over the columns of a block-sparse matrix, or over its rows: those of each block, then of each list."""
-    row_offsets, column_indices, _, column_offsets, _, order_t = topology[:6]
     sums = values.sum(2 if along_rows else 1, dtype=accumulation_dtype(values.dtype))
     if along_rows:
-        offsets, order = row_offsets, torch.arange(column_indices.shape[0], dtype=torch.int32, device=values.device)
+        order = torch.arange(topology.column_indices.shape[0], dtype=torch.int32, device=values.device)
+        offsets = topology.row_offsets
     else:
-        offsets, order = column_offsets, order_t
+        offsets, order = topology.column_offsets, topology.order_t
     return sum_rows(sums, order, offsets, values.dtype, backend).view(-1)
 
 
-def _sdd_backward(ctx, dvalues):
-    a, b, *topology = ctx.saved_tensors
-    needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
-    da = db = dbias = None
-
-    def times(dense, transposed, by_columns, parts=0):
-        return dsd_operator(dvalues, dense, None, *topology, transposed, by_columns, parts, NO_ACTIVATION, ctx.backend)
-
-    if needs_a:
-        da = times(b.mT, False, ctx.a_by_columns)
-    if needs_b:
-        db = times(a, True, not ctx.b_by_columns, ctx.b_parts).mT
-    if needs_bias:
-        dbias = _sum_blocks(dvalues, topology, ctx.bias_rows, ctx.backend)
-    return da, db, dbias, *(None,) * (ctx.num_inputs - 3)
+def _sdd_differentiate(ctx, args: SampledProduct, tensors, dvalues: torch.Tensor):
+    found, topology = {}, args.topology
+    if "a" in ctx.needs:
+        product = BlockProduct(dvalues, args.b.mT, None, topology, by_columns=ctx.a_by_columns)
+        found["a"] = dsd_operator(product, ctx.backend)
+    if "b" in ctx.needs:
+        product = BlockProduct(dvalues, args.a, None, topology, True, not ctx.b_by_columns, ctx.b_parts)
+        found["b"] = dsd_operator(product, ctx.backend).mT
+    if "bias" in ctx.needs:
+        found["bias"] = _sum_blocks(dvalues, topology, args.bias_rows, ctx.backend)
+    return found
 
 
-register_autograd("block_sparse_sdd", _sdd_backward, _sdd_setup_context)
+sdd_operator.differentiate(_sdd_save, _sdd_differentiate)
 
 
-def _dsd_setup_context(ctx, inputs, output):
-    values, b, _, *topology = inputs[: 3 + len(_TOPOLOGY)]
-    ctx.transposed, ctx.by_columns, _, activation, ctx.backend = inputs[3 + len(_TOPOLOGY) :]
-    needs_values, needs_b, needs_bias = ctx.needs_input_grad[:3]
-    if needs_values or needs_b or needs_bias:
-        _no_gradient_through(activation)
-    ctx.block, ctx.b_by_columns, ctx.num_inputs = values.shape[1:], stored_by_columns(b), len(inputs)
-    ctx.b_parts = _parts(b)
-    ctx.save_for_backward(values if needs_b else None, b if needs_values else None, *topology)
+def _dsd_save(ctx, args: BlockProduct, output: torch.Tensor):
+    needs = ctx.needs
+    if needs:
+        _no_gradient_through(args.activation)
+    ctx.block, ctx.b_by_columns, ctx.b_parts = args.values.shape[1:], stored_by_columns(args.b), _parts(args.b)
+    values, b = args.values if "b" in needs else None, args.b if "values" in needs else None
+    return (BlockProduct(values, b, None, args.topology, args.transposed, args.by_columns),)
 
 
-def _dsd_backward(ctx, dy):
-    values, b, *topology = ctx.saved_tensors
-    needs_values, needs_b, needs_bias = ctx.needs_input_grad[:3]
-    dvalues = db = dbias = None
+def _dsd_differentiate(ctx, args: BlockProduct, tensors, dy: torch.Tensor):
+    found, topology = {}, args.topology
     if dy.dim() == 3:
         dy = side_by_side(dy, 0)
-    if needs_values:
+    if "values" in ctx.needs:
         # The gradient of sᵀ is the transpose of that of s, so it too comes in the order of the stored blocks.
-        if ctx.transposed:
-            operands = (side_by_side(b, 0) if ctx.b_parts else b, dy.t())
+        if args.transposed:
+            operands = (side_by_side(args.b, 0) if ctx.b_parts else args.b, dy.t())
         else:
-            operands = (dy, b.mT)
-        dvalues = sdd_operator(*operands, None, *topology, *ctx.block, False, NO_ACTIVATION, ctx.backend, None)
-    if needs_b:
-        form = (not ctx.transposed, ctx.b_by_columns, ctx.b_parts)
-        db = dsd_operator(values, dy, None, *topology, *form, NO_ACTIVATION, ctx.backend)
-    if needs_bias:
-        dbias = dy.sum(1 if ctx.by_columns else 0)
-    return dvalues, db, dbias, *(None,) * (ctx.num_inputs - 3)
+            operands = (dy, args.b.mT)
+        found["values"] = sdd_operator(SampledProduct(*operands, None, topology, *ctx.block), ctx.backend)
+    if "b" in ctx.needs:
+        form = (not args.transposed, ctx.b_by_columns, ctx.b_parts)
+        found["b"] = dsd_operator(BlockProduct(args.values, dy, None, topology, *form), ctx.backend)
+    if "bias" in ctx.needs:
+        found["bias"] = dy.sum(1 if args.by_columns else 0)
+    return found
 
 
-register_autograd("block_sparse_dsd", _dsd_backward, _dsd_setup_context)
+dsd_operator.differentiate(_dsd_save, _dsd_differentiate)

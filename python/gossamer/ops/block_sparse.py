@@ -19,7 +19,13 @@ from gossamer._checks import (
     check_tensor,
 )
 from gossamer._layout import side_by_side
-from gossamer.ops._block_sparse_operators import NO_ACTIVATION, dsd_operator, sdd_operator, topology_tensors
+from gossamer.ops._block_sparse_operators import (
+    BlockProduct,
+    SampledProduct,
+    dsd_operator,
+    sdd_operator,
+    topology_lists,
+)
 from gossamer.ops.activate import activate
 from gossamer.ops.block_topology import BlockTopology, check_topology, check_whole_blocks
 from gossamer.ops.gather_reduce import gather_reduce
@@ -226,14 +232,14 @@ def _needs_gradient(*operands: torch.Tensor | None) -> bool:
 
 
 def _with_activation(
-    product: Callable[[int], torch.Tensor], activation: Activation | None, operands: tuple
+    product: Callable[[str | None], torch.Tensor], activation: Activation | None, operands: tuple
 ) -> torch.Tensor:
     """The product with its activation: in the kernel, or after it where the pre-activation is wanted by a gradient."""
     if activation is None:
-        return product(NO_ACTIVATION)
+        return product(None)
     if _needs_gradient(*operands):
-        return activate(product(NO_ACTIVATION), activation)
-    return product(activation.code)
+        return activate(product(None), activation)
+    return product(activation.name)
 
 
 def _stored(topology: BlockTopology) -> BlockTopology:
@@ -303,10 +309,9 @@ def sdd(
     operands = (_whole(b, 1).t(), a.t()) if transposed else (a, b)
     stored = _stored(topology)
 
-    def product(code: int) -> torch.Tensor:
-        return sdd_operator(
-            *operands, bias, *topology_tensors(stored), *stored.block, transposed, code, backend, a_rows
-        )
+    def product(name: str | None) -> torch.Tensor:
+        args = SampledProduct(*operands, bias, topology_lists(stored), *stored.block, transposed, name, a_rows)
+        return sdd_operator(args, backend)
 
     values = _with_activation(product, activation, (a, b, bias))
     return BlockSparseTensor(values.transpose(1, 2) if transposed else values, topology)
@@ -398,7 +403,8 @@ def _sparse_product(
     stored, transposed = _stored(s.topology), s.topology.order is not None
     values = s.values.transpose(1, 2) if transposed else s.values
 
-    def product(code: int) -> torch.Tensor:
-        return dsd_operator(values, b, bias, *topology_tensors(stored), transposed, by_columns, 0, code, backend)
+    def product(name: str | None) -> torch.Tensor:
+        args = BlockProduct(values, b, bias, topology_lists(stored), transposed, by_columns, activation=name)
+        return dsd_operator(args, backend)
 
     return _with_activation(product, activation, (values, b, bias))
