@@ -511,3 +511,16 @@ class TrainedTableContract(TableContract):
             kind.from_budget(self.N, self.D, 0.5, device=device)
         with pytest.raises(ValueError, match="nbytes must be at least 1, got 0"):
             kind.from_budget(self.N, self.D, 0, device=device)
+
+
+class ScheduleContract(Contract):
+    """What every schedule does: shares in [0, 1] that depend on the step alone."""
+
+    def test_is_a_pure_function(self, make):
+        first, second = make(), make()
+        forward = [first.density(step) for step in range(60)]
+        assert forward[::-1] == [second.density(step) for step in range(59, -1, -1)]
+        assert vars(first) == vars(make())
+
+    def test_is_a_share(self, make):
+        assert all(0 <= make().density(step) <= 1 for step in (0, 1, 39, 40, 41, 10**9))

@@ -32,9 +32,12 @@ from gossamer.nn.moe.routing import (
     softmax_topk,
     topk_softmax,
 )
+from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
 __all__ = [
     "BlockSparseLinear",
+    "ConstantSchedule",
+    "CosineSchedule",
     "DeltaGap",
     "DynamicEmbedding",
     "Embedding",
@@ -56,6 +59,7 @@ __all__ = [
     "QuantizedExpertStack",
     "Router",
     "Routing",
+    "Schedule",
     "SharedExpert",
     "SigmoidRouter",
     "SoftmaxRouter",

@@ -11,6 +11,7 @@ from torch import nn
 from gossamer._checks import check_positive
 from gossamer.nn.linear.block_sparse import BlockSparseLinear, highest, move_blocks_
 from gossamer.nn.replicas import is_sharded
+from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
 # rule -> (fraction at the start, at the end; whether new blocks follow the gradient; whether the weights' own step of
 # that iteration is left out)
@@ -79,7 +80,7 @@ class PruneAndRegrow:
         until: the step from on which nothing moves.
         fraction: f_0, in [0, 1]; the rule's by default.
         final_fraction: f_end, in [0, 1]; the rule's by default.
-        anneal: ``"cosine"``, or ``"constant"`` for f_0 throughout.
+        anneal: ``"cosine"``; ``"constant"`` for f_0 throughout; or a :class:`Schedule` whose ``density(t)`` is f(t).
         seed: of the choices of ``"set"``, which are the same on every device.
 
     Raises:
@@ -99,14 +100,18 @@ class PruneAndRegrow:
         until: int,
         fraction: float | None = None,
         final_fraction: float | None = None,
-        anneal: str = "cosine",
+        anneal: str | Schedule = "cosine",
         seed: int = 0,
     ) -> None:
         check_positive(every=every, until=until)
         if rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
-        if anneal not in ("cosine", "constant"):
+        if not isinstance(anneal, Schedule) and anneal not in ("cosine", "constant"):
+            if not isinstance(anneal, str):
+                raise TypeError(f"anneal must be a str or a gossamer.nn.Schedule, got {type(anneal).__name__}")
             raise ValueError(f"anneal must be 'cosine' or 'constant', got {anneal!r}")
+        if isinstance(anneal, Schedule) and (fraction, final_fraction) != (None, None):
+            raise ValueError("fraction and final_fraction must be None beside a Schedule, which gives the fractions")
         first, last, self._by_gradient, self._instead = RULES[rule]
         self.fraction = first if fraction is None else fraction
         self.final_fraction = last if final_fraction is None else final_fraction
@@ -137,12 +142,25 @@ class PruneAndRegrow:
         t = self._steps + 1
         return t % self.every == 0 and t < self.until
 
-    def fraction_at(self, t: int) -> float:
-        """f(t), the share of a layer's blocks that a move at step t changes."""
+    @property
+    def schedule(self) -> Schedule:
+        """What gives f(t)."""
+        if isinstance(self.anneal, Schedule):
+            return self.anneal
         if self.anneal == "constant":
-            return self.fraction
-        along = (1 + math.cos(math.pi * min(t / self.until, 1.0))) / 2
-        return self.final_fraction + (self.fraction - self.final_fraction) * along
+            return ConstantSchedule(self.fraction)
+        return CosineSchedule(self.fraction, self.final_fraction, self.until)
+
+    def fraction_at(self, t: int) -> float:
+        """f(t), the share of a layer's blocks that a move at step t changes.
+
+        Raises:
+            ValueError: a schedule of one's own gives a share outside [0, 1].
+        """
+        share = self.schedule.density(t)
+        if not 0 <= share <= 1:
+            raise ValueError(f"anneal must give shares from 0 to 1, got {share} at step {t}")
+        return share
 
     def step(self, optimizer_step: Callable[[], object] | None = None) -> bool:
         """The optimizer's step, or a move, or both, as the rule says.

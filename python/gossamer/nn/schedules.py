@@ -1,0 +1,72 @@
+"""The role of a schedule, and those that pruning uses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gossamer._checks import check_positive
+
+
+class Schedule:
+    """A share in [0, 1] for each step of training, such as that of the blocks that are there or that move.
+
+    A schedule keeps no state: :meth:`density` is a pure function of the step, so training that resumes at a step goes
+    on as if it had never stopped.
+    """
+
+    def density(self, step: int) -> float:
+        """The share at ``step``, counted from 0."""
+        raise NotImplementedError(f"{type(self).__name__} must define density(step)")
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value}")
+
+
+@dataclass(frozen=True)
+class ConstantSchedule(Schedule):
+    """``value`` at every step.
+
+    Raises:
+        TypeError: ``value`` is no number.
+        ValueError: it is outside [0, 1].
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        _check_share("value", self.value)
+
+    def density(self, step: int) -> float:
+        """``value``."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    """From ``first`` to ``last`` along half a cosine: ``last + (first − last)/2·(1 + cos(π·min(step/until, 1)))``.
+
+    Raises:
+        TypeError: a share is no number, or ``until`` no int.
+        ValueError: a share is outside [0, 1], or ``until`` below 1.
+    """
+
+    first: float
+    last: float
+    until: int
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check_share("first", self.first)
+        _check_share("last", self.last)
+        check_positive(until=self.until)
+
+    def density(self, step: int) -> float:
+        """The share at ``step``."""
+        along = (1 + math.cos(math.pi * min(step / self.until, 1.0))) / 2
+        return self.last + (self.first - self.last) * along
