@@ -40,7 +40,7 @@ from gossamer.triton_kernels.common import (
     weight_operand,
 )
 from gossamer.triton_kernels.expert_mlp_backward import AOT_FORMS, activation_form, aot_form, expert_mlp_backward
-from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.gather_reduce import sum_slots
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.split_matmul import decode_plans, split_expert_mlp
 from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
@@ -383,7 +383,7 @@ def expert_mlp(
     )
     # Packed rows and a sum per token rather than a scatter: no atomics, and the order of the sum is fixed.
     out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False, tables=tables)
-    y = gather_reduce(out, rows.view(-1, top_k), None, weights, offsets[-1:], -1)
+    y = sum_slots(out, rows, offsets, top_k, weights)
     return y, x.new_empty(0) if preact is None else preact
 
 

@@ -40,7 +40,7 @@ from gossamer.triton_kernels.common import (
     up_factor,
     weight_operand,
 )
-from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.gather_reduce import sum_slots
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.grouped_matmul_dweight import group_sums, grouped_matmul_dweight
 from gossamer.triton_kernels.routing_weight_gradient import routing_weight_gradient
@@ -407,7 +407,7 @@ def expert_mlp_backward(
         ddown_bias = group_sums(dy, slots, offsets, top_k, weights)
     if need_x:
         dx_rows = products.rows_times_weight(dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False)
-        dx = gather_reduce(dx_rows, rows.view(-1, top_k), None, None, offsets[-1:], -1)
+        dx = sum_slots(dx_rows, rows, offsets, top_k, None)
         del dx_rows
     if need_gate_up:
         dgate_up = products.dweight(x, dpreact, slots, offsets, top_k, 0, stored_transposed(gate_up))

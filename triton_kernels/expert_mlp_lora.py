@@ -12,7 +12,7 @@ from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.common import LowRankTerm, RowTables, row_tiles, unit_columns
 from gossamer.triton_kernels.expert_mlp import up_projection
 from gossamer.triton_kernels.expert_mlp_backward import down_backward, dweight
-from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.gather_reduce import sum_slots
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.grouped_matmul_dweight import group_sums
 from gossamer.triton_kernels.multi_low_rank import factor_gradient, shrink, shrink_block_m
@@ -68,7 +68,7 @@ def expert_mlp_lora(
         s2 = _low_rows(act, a2, slots, offsets, 0, tables)
         down_term, low2 = LowRankTerm(s2, b2, scale), s2 if save else low2
     out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False, tables=tables, low=down_term)
-    y = gather_reduce(out, rows.view(-1, top_k), None, weights, offsets[-1:], -1)
+    y = sum_slots(out, rows, offsets, top_k, weights)
     return y, x.new_empty(0) if preact is None else preact, low1, low2
 
 
@@ -158,7 +158,7 @@ def expert_mlp_lora_backward(
         dx_rows = rows_times_weight(
             dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False, tables=tables, low=term
         )
-        dx = gather_reduce(dx_rows, rows.view(-1, top_k), None, None, offsets[-1:], -1)
+        dx = sum_slots(dx_rows, rows, offsets, top_k, None)
         del dx_rows
     if need_gate_up:
         dgate_up = dweight(x, dpreact, slots, offsets, top_k, 0, stored_transposed(gate_up), tables)

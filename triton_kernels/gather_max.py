@@ -5,11 +5,16 @@ Floor: each touched row read once, ``B·D`` elements written, and ``B·D`` posit
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.gather_reduce import NUM_WARPS, bag_range, flat_strides, load_ids, multiple, reduce_tile
+
+if TYPE_CHECKING:
+    from gossamer.ops.gather_reduce import GatherMax
 
 UNROLL = 4
 
@@ -33,7 +38,6 @@ def _gather_max_kernel(
     stride_td,
     stride_ib,
     stride_ij,
-    CSR: tl.constexpr,
     UNROLL: tl.constexpr,
     BAGS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -47,7 +51,7 @@ def _gather_max_kernel(
     column = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     in_batch, in_row = bag < num_bags, column < dim
     column_ptr = table_ptr + column.to(tl.int64)[None, :] * stride_td
-    begin, end = bag_range(offsets_ptr, bag, in_batch, num_positions, width, CSR)
+    begin, end = bag_range(offsets_ptr, bag, in_batch, num_positions, width)
     largest = tl.zeros((BAGS, BLOCK_D), tl.float32)
     first_at = tl.full((BAGS, BLOCK_D), -1, tl.int32)
     longest = tl.max(end - begin, 0)
@@ -69,44 +73,36 @@ def _gather_max_kernel(
         tl.store(argmax_ptr + at, first_at, inside)
 
 
-def gather_max(
-    table: torch.Tensor,
-    index: torch.Tensor,
-    offsets: torch.Tensor | None,
-    padding_idx: int,
-    drop: bool,
-    need_argmax: bool,
-    out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
     """Columnwise maxima over the live ids of each bag, zeros for empty ones; each one's position in its bag, or −1.
 
     Returns:
         ``(B, D)`` in ``out_dtype``, and ``(B, D)`` int32, or ``(0, D)`` unless ``need_argmax``.
     """
+    table, bags = args.table, args.bags
     num_rows, dim = table.shape
-    num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
-    out = torch.empty(num_bags, dim, dtype=out_dtype, device=table.device)
-    argmax = torch.empty(num_bags if need_argmax else 0, dim, dtype=torch.int32, device=table.device)
+    num_bags, index, offsets = bags.num_bags, bags.index, bags.offsets
+    out = torch.empty(num_bags, dim, dtype=args.out_dtype, device=table.device)
+    argmax = torch.empty(num_bags if args.need_argmax else 0, dim, dtype=torch.int32, device=table.device)
     if out.numel() == 0:
         return out, argmax
-    bags, block_d = reduce_tile(dim, table.element_size())
-    _gather_max_kernel[(triton.cdiv(num_bags, bags) * triton.cdiv(dim, block_d),)](
+    bags_each, block_d = reduce_tile(dim, table.element_size())
+    _gather_max_kernel[(triton.cdiv(num_bags, bags_each) * triton.cdiv(dim, block_d),)](
         table,
         index,
         None if offsets is None else offsets.contiguous(),
         out,
-        argmax if need_argmax else None,
+        argmax if args.need_argmax else None,
         num_bags,
         index.numel(),
         num_rows,
-        padding_idx,
+        bags.padding_idx,
         index.shape[1] if offsets is None else 0,
         dim,
         *table.stride(),
         *flat_strides(index),
-        CSR=offsets is not None,
         UNROLL=UNROLL,
-        BAGS=bags,
+        BAGS=bags_each,
         BLOCK_D=block_d,
         VEC=multiple(table.element_size(), dim, table.stride(0)),
         num_warps=NUM_WARPS,
@@ -121,7 +117,7 @@ def aot_cases(arch: int) -> list[tuple]:
         bags, block_d = reduce_tile(128, size)
         signature = dict.fromkeys(_SIZES, "i32") | dict.fromkeys(("table_ptr", "out_ptr"), f"*{type_}:16")
         signature |= {"index_ptr": "*i64:16", "offsets_ptr": "*i64:16", "argmax_ptr": "*i32:16"}
-        constants = {"stride_td": 1, "CSR": True, "UNROLL": UNROLL, "BAGS": bags, "BLOCK_D": block_d}
+        constants = {"stride_td": 1, "UNROLL": UNROLL, "BAGS": bags, "BLOCK_D": block_d}
         options = {"num_warps": NUM_WARPS}
         cases.append((_gather_max_kernel, signature, constants | {"VEC": 16 // size}, options))
     return cases

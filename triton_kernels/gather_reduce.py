@@ -8,10 +8,15 @@ share a multiprocessor, so that ids of one are on their way while rows of anothe
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    from gossamer.ops._bags import Bags
+    from gossamer.ops.gather_reduce import GatherDot, GatherReduce
 
 NUM_WARPS = 4
 # Bytes of one table row, or of several short ones side by side, that a program holds at a time: 16 for each thread.
@@ -23,7 +28,7 @@ MAX_UNROLL = 10
 DOT_TILE_BYTES = 4 * TILE_BYTES
 # Table rows, their strides and dims are known to be whole multiples of so many bytes, up to a thread's load.
 LOAD_BYTES = 16
-# Columns of a TableLayout's tensor, one row a feature.
+# Columns of the layout of gossamer.ops' Features, one row a feature.
 ELEMENT, ROW, ROWS, DIM, COLUMN, POOLING, LAYOUT_COLUMNS = (tl.constexpr(i) for i in range(7))
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -43,6 +48,31 @@ _SIZES = [
     "stride_wj",
 ]
 _DOT_SIZES = [name for name in _SIZES if name not in ("blocks", "stride_on", "stride_wb", "stride_wj")] + ["stride_gb"]
+
+
+class Lists(NamedTuple):
+    """Pointers of bags, None for what they lack; see gossamer.ops' Bags."""
+
+    index: torch.Tensor
+    offsets: torch.Tensor | None
+    weights: torch.Tensor | None
+    layout: torch.Tensor | None
+
+
+def lists_of(bags: Bags) -> Lists:
+    """The pointers of bags, their offsets contiguous."""
+    offsets = None if bags.offsets is None else bags.offsets.contiguous()
+    return Lists(bags.index, offsets, bags.weights, bags.features.layout)
+
+
+def dims_of(table: torch.Tensor, bags: Bags) -> list[int]:
+    """Columns of each feature's rows; of the table's where there are no features."""
+    return bags.features.dim or [table.shape[1]]
+
+
+def mean_dim(dims: list[int]) -> int:
+    """The dim that tiles fit: that of the mean feature, not of the largest."""
+    return -(-sum(dims) // len(dims))
 
 
 def reduce_tile(dim: int, itemsize: int) -> tuple[int, int]:
@@ -71,9 +101,9 @@ def multiple(itemsize: int, *numbers: int) -> int:
 
 
 @triton.jit
-def bag_range(offsets_ptr, bag, in_batch, num_positions, width, CSR: tl.constexpr):
+def bag_range(offsets_ptr, bag, in_batch, num_positions, width):
     """First and end position of each bag: within its row of ``width`` ids, or within the flat list."""
-    if CSR:
+    if offsets_ptr is not None:
         # Clamped, so that malformed offsets never lead outside the list.
         begin = tl.maximum(tl.load(offsets_ptr + bag, in_batch, other=0).to(tl.int64), 0)
         end = tl.minimum(tl.load(offsets_ptr + bag + 1, in_batch, other=0).to(tl.int64), num_positions)
@@ -116,11 +146,8 @@ def _add_row(
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["limit_ptr"])
 def gather_reduce_kernel(
     table_ptr,
-    index_ptr,
-    offsets_ptr,
-    weights_ptr,
+    lists,
     limit_ptr,
-    layout_ptr,
     out_ptr,
     num_bags,
     num_positions,
@@ -136,8 +163,7 @@ def gather_reduce_kernel(
     stride_ij,
     stride_wb,
     stride_wj,
-    MEAN: tl.constexpr,
-    CSR: tl.constexpr,
+    MODE: tl.constexpr,
     WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
     BAGS: tl.constexpr,
@@ -150,8 +176,9 @@ def gather_reduce_kernel(
     feature's, and those whose columns lie past its dim have nothing to do.
     """
     program = tl.program_id(0)
-    mean: tl.constexpr = MEAN
-    averaged = MEAN
+    index_ptr, offsets_ptr, weights_ptr, layout_ptr = lists
+    mean: tl.constexpr = MODE == "mean"
+    averaged = mean
     if layout_ptr is not None:
         per_feature = tl.cdiv(num_bags, BAGS) * blocks
         feature = (program // per_feature).to(tl.int64)
@@ -178,7 +205,7 @@ def gather_reduce_kernel(
     column_ptr = table_ptr + column.to(tl.int64)[None, :] * stride_td
     ids_base = bag * stride_ib
     weights_base = bag * stride_wb
-    begin, end = bag_range(offsets_ptr, bag, in_batch, num_positions, width, CSR)
+    begin, end = bag_range(offsets_ptr, bag, in_batch, num_positions, width)
     total = tl.zeros((BAGS, BLOCK_D), tl.float32)
     count = tl.zeros((BAGS,), tl.int32)
     if WIDTH > 0:
@@ -231,10 +258,8 @@ def gather_reduce_kernel(
 def gather_dot_kernel(
     dout_ptr,
     table_ptr,
-    index_ptr,
-    offsets_ptr,
+    lists,
     limit_ptr,
-    layout_ptr,
     out_ptr,
     num_bags,
     num_positions,
@@ -248,16 +273,16 @@ def gather_dot_kernel(
     stride_td,
     stride_ib,
     stride_ij,
-    MEAN: tl.constexpr,
-    CSR: tl.constexpr,
+    MODE: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VEC: tl.constexpr,
 ):
     """One bag: its gradient row against ``POSITIONS`` of its table rows at a time. With a layout, as gather_reduce."""
     bag = tl.program_id(0).to(tl.int64)
-    mean: tl.constexpr = MEAN
-    averaged = MEAN
+    index_ptr, offsets_ptr, layout_ptr = lists.index, lists.offsets, lists.layout
+    mean: tl.constexpr = MODE == "mean"
+    averaged = mean
     if layout_ptr is not None:
         feature = bag // num_bags
         about_ptr = layout_ptr + feature * LAYOUT_COLUMNS
@@ -273,7 +298,7 @@ def gather_dot_kernel(
     limit = num_rows.to(tl.int64)
     if limit_ptr is not None:
         limit = tl.load(limit_ptr).to(tl.int64)
-    begin, end = bag_range(offsets_ptr, bag, bag >= 0, num_positions, width, CSR)
+    begin, end = bag_range(offsets_ptr, bag, bag >= 0, num_positions, width)
     if layout_ptr is not None:
         dout_ptr += bag % num_bags * stride_gb
     else:
@@ -310,109 +335,112 @@ def flat_strides(index: torch.Tensor) -> tuple[int, int]:
     return (0, index.stride(0)) if index.dim() == 1 else index.stride()
 
 
-def gather_reduce(
+def _reduce(
+    out: torch.Tensor,
     table: torch.Tensor,
-    index: torch.Tensor,
-    offsets: torch.Tensor | None,
-    weights: torch.Tensor | None,
+    lists: Lists,
     limit: torch.Tensor | None,
-    padding_idx: int,
-    mean: bool = False,
-    drop: bool = False,
-    out_dtype: torch.dtype | None = None,
+    dims: list[int],
+    mode: str = "sum",
+    padding_idx: int = -1,
 ) -> torch.Tensor:
-    """``out[b]``, the sum or mean over the live ids of bag ``b`` of ``weights · table[id]``, in position order.
-
-    Ids outside the table contribute nothing, dropped or not: raising would wait for the device.
-    """
-    num_rows, dim = table.shape
-    num_bags = index.shape[0] if offsets is None else offsets.shape[0] - 1
-    out = torch.empty(num_bags, dim, dtype=out_dtype or table.dtype, device=table.device)
+    """Launch the sums into ``out (B, ΣD)``, of features of ``dims`` where the lists have a layout."""
     if out.numel() == 0:
         return out
-    csr = offsets is not None
-    width = 0 if csr else index.shape[1]
-    bags, block_d = reduce_tile(dim, table.element_size())
-    blocks = triton.cdiv(dim, block_d)
+    many = lists.layout is not None
+    num_rows, dim = (0, 0) if many else table.shape
+    # In the storage of many tables rows follow each other.
+    strides = (0, 1) if many else table.stride()
+    width = 0 if lists.offsets is not None else lists.index.shape[1]
     at_once = unroll(width)
-    gather_reduce_kernel[(triton.cdiv(num_bags, bags) * blocks,)](
+    bags, block_d = reduce_tile(mean_dim(dims), table.element_size())
+    blocks = triton.cdiv(max(dims), block_d)
+    gather_reduce_kernel[(len(dims) * triton.cdiv(out.shape[0], bags) * blocks,)](
         table,
-        index,
-        offsets.contiguous() if csr else None,
-        weights,
+        lists,
         limit,
-        None,
         out,
-        num_bags,
-        index.numel(),
+        out.shape[0],
+        lists.index.numel(),
         num_rows,
         padding_idx,
         width,
         dim,
         blocks,
-        *table.stride(),
-        dim,
-        *flat_strides(index),
-        *(flat_strides(weights) if weights is not None else (0, 0)),
-        MEAN=mean,
-        CSR=csr,
+        *strides,
+        out.stride(0),
+        *flat_strides(lists.index),
+        *(flat_strides(lists.weights) if lists.weights is not None else (0, 0)),
+        MODE=mode,
         WIDTH=width if width <= at_once else 0,
         UNROLL=at_once,
         BAGS=bags,
         BLOCK_D=block_d,
-        VEC=multiple(table.element_size(), dim, table.stride(0)),
+        VEC=multiple(table.element_size(), *dims, strides[0]),
         num_warps=NUM_WARPS,
     )
     return out
 
 
-def gather_dot(
-    dout: torch.Tensor,
-    table: torch.Tensor,
-    index: torch.Tensor,
-    offsets: torch.Tensor | None,
-    limit: torch.Tensor | None,
-    padding_idx: int,
-    dtype: torch.dtype,
-    mean: bool = False,
-    drop: bool = False,
+def gather_reduce(args: GatherReduce) -> torch.Tensor:
+    """``out[b]``, the sum or mean over the live ids of bag ``b`` of ``weights · table[id]``, in position order.
+
+    Ids outside the table contribute nothing, dropped or not: raising would wait for the device.
+    """
+    table, bags = args.table, args.bags
+    dims = dims_of(table, bags)
+    out = torch.empty(bags.num_bags, sum(dims), dtype=args.out_dtype, device=table.device)
+    return _reduce(out, table, lists_of(bags), bags.limit, dims, bags.mode, bags.padding_idx)
+
+
+def sum_slots(
+    table: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, top_k: int, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """``out[p] = ⟨dout[bag of p], table[index[p]]⟩`` in the shape of ``index``, zero where the id is skipped.
+    """Sum the expert-sorted ``table (R, D)`` back to tokens ``(T, D)``: slot ``(t, k)`` reads row ``rows[t·K + k]``.
+
+    ``rows`` and ``offsets`` are a dispatch's; dropped rows are never read.
+    """
+    index = rows.view(-1, top_k)
+    out = torch.empty(index.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
+    return _reduce(out, table, Lists(index, None, weights, None), offsets[-1:], [table.shape[1]])
+
+
+def gather_dot(args: GatherDot) -> torch.Tensor:
+    """``out[p] = ⟨dout[bag of p], table[index[p]]⟩`` in the shape of the ids, zero where the id is skipped.
 
     For a mean it is divided by the number of live ids in the bag.
     """
-    num_rows, dim = table.shape
-    csr = offsets is not None
-    num_bags = offsets.shape[0] - 1 if csr else index.shape[0]
+    dout, table, bags = args.dout, args.table, args.bags
+    dims, many = dims_of(table, bags), bags.features.layout is not None
+    ragged = bags.offsets is not None
     # A ragged list may hold positions that lie in no bag.
-    new = torch.zeros if csr or dim == 0 else torch.empty
-    out = new(index.shape, dtype=dtype, device=table.device)
-    if out.numel() == 0 or num_bags == 0 or dim == 0:
+    new = torch.zeros if ragged or max(dims) == 0 else torch.empty
+    out = new(bags.index.shape, dtype=args.dtype, device=table.device)
+    if out.numel() == 0 or bags.num_lists == 0 or max(dims) == 0:
         return out
-    width = 0 if csr else index.shape[1]
-    positions, block_d = dot_tile(dim, table.element_size(), None if csr else width)
-    gather_dot_kernel[(num_bags,)](
+    num_rows, dim = (0, 0) if many else table.shape
+    strides = (0, 1) if many else table.stride()
+    width = 0 if ragged else bags.index.shape[1]
+    positions, block_d = dot_tile(mean_dim(dims), table.element_size(), None if ragged else width)
+    gather_dot_kernel[(bags.num_lists,)](
         dout,
         table,
-        index,
-        offsets.contiguous() if csr else None,
-        limit,
-        None,
+        lists_of(bags),
+        bags.limit,
         out,
-        num_bags,
-        index.numel(),
+        bags.num_bags,
+        bags.index.numel(),
         num_rows,
-        padding_idx,
+        bags.padding_idx,
         width,
         dim,
         *dout.stride(),
-        *table.stride(),
-        *flat_strides(index),
-        MEAN=mean,
-        CSR=csr,
+        *strides,
+        *flat_strides(bags.index),
+        MODE=bags.mode,
         POSITIONS=positions,
         BLOCK_D=block_d,
-        VEC=multiple(table.element_size(), dim, table.stride(0), dout.stride(0)),
+        VEC=multiple(table.element_size(), *dims, strides[0], dout.stride(0)),
         num_warps=NUM_WARPS,
     )
     return out
@@ -425,19 +453,20 @@ def aot_cases(arch: int) -> list[tuple]:
     for dtype in (torch.bfloat16, torch.float32) if arch == 90 else (torch.float32,):
         size, pointer = dtype.itemsize, f"*{_TYPES[dtype]}:16"
         for dim, form in ((2048, "fixed"), (128, "ragged"), (64, "tables")):
-            csr, width = form != "fixed", 8 if form == "fixed" else 0
+            width = 8 if form == "fixed" else 0
+            offsets = None if form == "fixed" else "*i32:16"
+            lists = Lists("*i32:16", offsets, "*fp32:16", "*i64:16" if form == "tables" else None)
             bags, block_d = reduce_tile(dim, size)
-            common = dict.fromkeys(("dout_ptr", "table_ptr", "out_ptr"), pointer)
-            common |= {"index_ptr": "*i32:16", "weights_ptr": "*fp32:16"} | sizes
-            common |= {"offsets_ptr": "*i32:16"} if csr else {"limit_ptr": "*i32"}
-            common |= {"layout_ptr": "*i64:16"} if form == "tables" else {}
-            positions, dot_d = dot_tile(dim, size, None if csr else width)
+            common = dict.fromkeys(("dout_ptr", "table_ptr", "out_ptr"), pointer) | {"lists": lists} | sizes
+            common |= {"limit_ptr": "*i32"} if form == "fixed" else {}
+            positions, dot_d = dot_tile(dim, size, width or None)
             reduce = {"WIDTH": width, "UNROLL": UNROLL, "BAGS": bags, "BLOCK_D": block_d}
             dot = {"POSITIONS": positions, "BLOCK_D": dot_d}
             for kernel, tile in ((gather_reduce_kernel, reduce), (gather_dot_kernel, dot)):
                 names = kernel.arg_names
                 signature = {k: v for k, v in common.items() if k in names}
-                constants = {"stride_td": 1, "CSR": csr, "MEAN": form == "ragged", "VEC": LOAD_BYTES // size} | tile
+                mode = "mean" if form == "ragged" else "sum"
+                constants = {"stride_td": 1, "MODE": mode, "VEC": LOAD_BYTES // size} | tile
                 constants |= {"stride_gd": 1} if "stride_gd" in names else {}
                 constants |= dict.fromkeys(k for k in names if k not in signature and k not in constants)
                 cases.append((kernel, signature, constants, {"num_warps": NUM_WARPS}))

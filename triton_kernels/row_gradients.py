@@ -7,17 +7,48 @@ from the run's start, so that no row's sum depends on what else is in the batch.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.gather_reduce import COLUMN, DIM, LAYOUT_COLUMNS, POOLING, ROW, ROWS, flat_strides
 
+if TYPE_CHECKING:
+    from gossamer.ops._bags import Bags
+
 PIECE = 128
 # Elements of the gradients that a program holds at a time: eight for each of 128 threads.
 TILE = 1024
 KEYS_BLOCK = 1024
 RUNS_BLOCK = 1024
+
+
+class SortedRows(NamedTuple):
+    """Pointers to positions sorted by row, and to what makes their gradients; None for what is not there.
+
+    Attributes:
+        ids: the row of each position, sorted.
+        order: the positions.
+        bags: of each position its bag, where bags are ragged; in the order of the lists, as is all below.
+        offsets: of the bags.
+        weights: of the positions.
+        counts: for a mean, the ids of each bag that contribute.
+        argmax: for a maximum, its positions.
+        layout: of the features.
+        dout: the gradient of the result.
+    """
+
+    ids: torch.Tensor
+    order: torch.Tensor
+    bags: torch.Tensor | None
+    offsets: torch.Tensor | None
+    weights: torch.Tensor | None
+    counts: torch.Tensor | None
+    argmax: torch.Tensor | None
+    layout: torch.Tensor | None
+    dout: torch.Tensor
 
 
 @triton.jit(
@@ -107,44 +138,44 @@ def _write_runs_kernel(ids_ptr, totals_ptr, runs_ptr, num_positions, BLOCK: tl.c
 
 
 @triton.jit
-def gradients(at, on, column, dim, lists, VEC: tl.constexpr):
-    """What sorted positions ``at [P]`` add to their rows, ``[P, C]`` in float32; zeros where not ``on``."""
-    order_ptr, bags_ptr, offsets_ptr, weights_ptr, counts_ptr, argmax_ptr, layout_ptr = lists[0]
-    dout_ptr, stride_gb, stride_gd, width, num_bags = lists[1]
-    position = tl.load(order_ptr + at, on, other=0)
-    if bags_ptr is not None:
-        bag = tl.load(bags_ptr + position, on, other=0).to(tl.int64)
+def gradients(at, on, column, dim, rows, sizes, VEC: tl.constexpr):
+    """What sorted positions ``at [P]`` add to their rows, ``[P, C]`` in float32; zeros where not ``on``.
+
+    ``rows`` are SortedRows, and ``sizes`` strides of the gradient, the width of bags and how many there are.
+    """
+    stride_gb, stride_gd, width, num_bags = sizes
+    position = tl.load(rows.order + at, on, other=0)
+    if rows.bags is not None:
+        bag = tl.load(rows.bags + position, on, other=0).to(tl.int64)
     else:
         bag = position // width
     mask = on[:, None] & (column[None, :] < dim)
-    if layout_ptr is not None:
-        first_column = tl.load(layout_ptr + bag // num_bags * LAYOUT_COLUMNS + COLUMN, on, other=0) // VEC * VEC
-        row_ptr = dout_ptr + ((bag % num_bags) * stride_gb + first_column * stride_gd)[:, None]
+    if rows.layout is not None:
+        first_column = tl.load(rows.layout + bag // num_bags * LAYOUT_COLUMNS + COLUMN, on, other=0) // VEC * VEC
+        row_ptr = rows.dout + ((bag % num_bags) * stride_gb + first_column * stride_gd)[:, None]
     else:
-        row_ptr = dout_ptr + (bag * stride_gb)[:, None]
+        row_ptr = rows.dout + (bag * stride_gb)[:, None]
     grad = tl.load(row_ptr + column.to(tl.int64)[None, :] * stride_gd, mask, other=0.0).to(tl.float32)
-    if argmax_ptr is not None:
-        if bags_ptr is not None:
-            place = position - tl.maximum(tl.load(offsets_ptr + bag, on, other=0).to(tl.int64), 0)
+    if rows.argmax is not None:
+        if rows.bags is not None:
+            place = position - tl.maximum(tl.load(rows.offsets + bag, on, other=0).to(tl.int64), 0)
         else:
             place = position % width
-        found = tl.load(argmax_ptr + bag[:, None] * dim + column[None, :], mask, other=-1)
+        found = tl.load(rows.argmax + bag[:, None] * dim + column[None, :], mask, other=-1)
         grad = tl.where(found == place.to(tl.int32)[:, None], grad, 0.0)
-    if weights_ptr is not None:
-        grad *= tl.load(weights_ptr + position, on, other=0.0).to(tl.float32)[:, None]
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + bag, on, other=1).to(tl.float32)[:, None]
+    if rows.weights is not None:
+        grad *= tl.load(rows.weights + position, on, other=0.0).to(tl.float32)[:, None]
+    if rows.counts is not None:
+        count = tl.load(rows.counts + bag, on, other=1).to(tl.float32)[:, None]
         grad = tl.div_rn(grad, tl.broadcast_to(count, grad.shape))
     return grad
 
 
 @triton.jit
-def about(first, live, lists):
+def about(first, live, rows, num_bags):
     """With a layout, the features that sorted positions ``first [R]`` belong to: pointers to their rows of it."""
-    order_ptr, bags_ptr, _, _, _, _, layout_ptr = lists[0]
-    num_bags = lists[1][4]
-    bag = tl.load(bags_ptr + tl.load(order_ptr + first, live, other=0), live, other=0).to(tl.int64)
-    return layout_ptr + bag // num_bags * LAYOUT_COLUMNS
+    bag = tl.load(rows.bags + tl.load(rows.order + first, live, other=0), live, other=0).to(tl.int64)
+    return rows.layout + bag // num_bags * LAYOUT_COLUMNS
 
 
 @triton.jit
@@ -170,17 +201,9 @@ def bisect(ids_ptr, id, low, high, UPPER: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_bags", "sentinel", "width", "dim", "stride_gb", "stride_pn"])
+@triton.jit(do_not_specialize=["num_positions", "num_bags", "sentinel", "width", "dim", "stride_gb"])
 def sum_pieces_kernel(
-    ids_ptr,
-    order_ptr,
-    bags_ptr,
-    offsets_ptr,
-    weights_ptr,
-    counts_ptr,
-    argmax_ptr,
-    layout_ptr,
-    dout_ptr,
+    rows,
     partial_ptr,
     num_positions,
     num_bags,
@@ -189,7 +212,6 @@ def sum_pieces_kernel(
     dim,
     stride_gb,
     stride_gd,
-    stride_pn,
     PIECE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -200,6 +222,7 @@ def sum_pieces_kernel(
     Among any PIECE positions at most two pieces begin: one of the run that reaches in from before, slot ``2·window``,
     and the first of a run that begins there, slot ``2·window + 1``.
     """
+    ids_ptr = rows.ids
     slot = tl.program_id(0).to(tl.int64)
     window = slot // 2
     edge = window * PIECE
@@ -218,10 +241,7 @@ def sum_pieces_kernel(
             here = tl.load(ids_ptr + begin, begin < num_positions, other=-1)
             exists = (far == id) & (begin < edge + PIECE) & (here == id)
     if exists:
-        lists = (
-            (order_ptr, bags_ptr, offsets_ptr, weights_ptr, counts_ptr, argmax_ptr, layout_ptr),
-            (dout_ptr, stride_gb.to(tl.int64) // VEC * VEC, stride_gd, width, num_bags),
-        )
+        sizes = (stride_gb.to(tl.int64) // VEC * VEC, stride_gd, width, num_bags)
         dim = dim // VEC * VEC
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros((LANES, BLOCK_D), tl.float32)
@@ -230,11 +250,10 @@ def sum_pieces_kernel(
             inside = at < num_positions
             on = inside & (tl.load(ids_ptr + at, inside, other=-1) == id)
             dims = dim
-            if layout_ptr is not None:
-                dims = (tl.load(about(at, on, lists) + DIM, on, other=0) // VEC * VEC)[:, None]
-            total += gradients(at, on, column, dims, lists, VEC)
-        size = stride_pn // VEC * VEC
-        tl.store(partial_ptr + slot * size + column, tl.sum(total, 0), column < size)
+            if rows.layout is not None:
+                dims = (tl.load(about(at, on, rows, num_bags) + DIM, on, other=0) // VEC * VEC)[:, None]
+            total += gradients(at, on, column, dims, rows, sizes, VEC)
+        tl.store(partial_ptr + slot * dim + column, tl.sum(total, 0), column < dim)
 
 
 def piece_tile(dim: int) -> tuple[int, int]:
@@ -243,35 +262,39 @@ def piece_tile(dim: int) -> tuple[int, int]:
     return max(1, min(PIECE, TILE // block_d)), block_d
 
 
-def sorted_rows(index, offsets, padding_idx, num_rows, num_bags, layout):
-    """Rows before sorting and after, ``num_rows`` for none; the position of each; and of each position the bag."""
+def sorted_rows(bags: Bags, argmax: torch.Tensor | None, dout: torch.Tensor, num_rows: int) -> SortedRows:
+    """The positions sorted by row, ``num_rows`` for those that contribute nothing."""
+    index, offsets, layout = bags.index, bags.offsets, bags.features.layout
     csr = offsets is not None
-    num_positions, device = index.numel(), index.device
-    num_slots = offsets.shape[0] - 1 if csr else num_bags
+    offsets = offsets.contiguous() if csr else None
+    num_positions, device, num_slots = index.numel(), index.device, bags.num_lists
     small = torch.int32 if num_rows < 2**31 else torch.int64
     keys = torch.empty(num_positions, dtype=small, device=device)
-    bags = None
+    numbers = None
     if csr:
-        bags = torch.empty(num_positions, dtype=torch.int32 if num_slots < 2**31 else torch.int64, device=device)
+        numbers = torch.empty(num_positions, dtype=torch.int32 if num_slots < 2**31 else torch.int64, device=device)
     _keys_kernel[(triton.cdiv(num_positions, KEYS_BLOCK),)](
         index,
         offsets,
         layout,
         keys,
-        bags,
+        numbers,
         num_positions,
-        num_bags,
+        bags.num_bags,
         num_slots,
         num_rows,
         num_rows,
-        padding_idx,
+        bags.padding_idx,
         0 if csr else index.shape[1],
         *flat_strides(index),
         CSR=csr,
         BLOCK=KEYS_BLOCK,
         num_warps=4,
     )
-    return keys, *torch.sort(keys, stable=True), bags
+    counts = _bag_counts(keys, bags, num_rows) if bags.averages else None
+    ids, order = torch.sort(keys, stable=True)
+    weights = None if bags.weights is None else bags.weights.reshape(-1).contiguous()
+    return SortedRows(ids, order, numbers, offsets, weights, counts, argmax, layout, dout)
 
 
 def find_runs(ids):
@@ -286,17 +309,18 @@ def find_runs(ids):
     return runs, totals[-1:]
 
 
-def bag_counts(keys, offsets, sentinel, num_bags, layout):
-    """Live ids of each bag, at least 1; with a layout 1 for bags that are summed."""
+def _bag_counts(keys: torch.Tensor, bags: Bags, sentinel: int) -> torch.Tensor:
+    """Live ids of each bag, at least 1; with features 1 for bags that are summed."""
     live = keys != sentinel
-    if offsets is None:
-        return live.view(num_bags, -1).sum(1, dtype=torch.int32).clamp_(min=1)
+    if bags.offsets is None:
+        return live.view(bags.num_bags, -1).sum(1, dtype=torch.int32).clamp_(min=1)
     before = torch.nn.functional.pad(live.cumsum(0, dtype=torch.int32), (1, 0))
-    edges = before[offsets.clamp(0, keys.numel()).long()]
+    edges = before[bags.offsets.clamp(0, keys.numel()).long()]
     counts = (edges[1:] - edges[:-1]).clamp_(min=1)
+    layout = bags.features.layout
     if layout is None:
         return counts
-    return torch.where((layout[:, POOLING.value] == 1).repeat_interleave(num_bags), counts, 1)
+    return torch.where((layout[:, POOLING.value] == 1).repeat_interleave(bags.num_bags), counts, 1)
 
 
 def aot_cases(arch: int) -> list[tuple]:
@@ -310,14 +334,16 @@ def aot_cases(arch: int) -> list[tuple]:
     cases.append((_count_runs_kernel, ids | {"counts_ptr": "*i32:16"}, {"BLOCK": RUNS_BLOCK}, four))
     runs = {"totals_ptr": "*i32:16", "runs_ptr": "*i32:16"}
     cases.append((_write_runs_kernel, ids | runs, {"BLOCK": RUNS_BLOCK}, four))
-    lists = {"ids_ptr": "*i32:16", "order_ptr": "*i64:16", "bags_ptr": "*i32:16", "offsets_ptr": "*i64:16"}
-    lists |= {"weights_ptr": "*fp32:16", "counts_ptr": "*i32:16", "partial_ptr": "*fp32:16"}
-    sizes = "num_positions num_bags sentinel width dim stride_gb stride_pn"
+    sizes = dict.fromkeys("num_positions num_bags sentinel width dim stride_gb".split(), "i32")
     for type_, size, tables in (("bf16", 2, True), ("fp32", 4, False))[: 2 if arch == 90 else 1]:
-        signature = lists | dict.fromkeys(sizes.split(), "i32") | {"dout_ptr": f"*{type_}:16"}
-        signature |= {"layout_ptr": "*i64:16"} if tables else {}
+        rows = sorted_types(f"*{type_}:16", tables)
         lanes, block_d = piece_tile(128)
-        constants = {"argmax_ptr": None, "stride_gd": 1} | ({} if tables else {"layout_ptr": None})
-        constants |= {"PIECE": PIECE, "LANES": lanes, "BLOCK_D": block_d, "VEC": 16 // size}
-        cases.append((sum_pieces_kernel, signature, constants, four))
+        constants = {"stride_gd": 1, "PIECE": PIECE, "LANES": lanes, "BLOCK_D": block_d, "VEC": 16 // size}
+        cases.append((sum_pieces_kernel, {"rows": rows, "partial_ptr": "*fp32:16"} | sizes, constants, four))
     return cases
+
+
+def sorted_types(dout: str, tables: bool) -> SortedRows:
+    """Types of weighted means over ragged bags, for ahead-of-time compilation."""
+    layout = "*i64:16" if tables else None
+    return SortedRows("*i32:16", "*i64:16", "*i32:16", "*i64:16", "*fp32:16", "*i32:16", None, layout, dout)

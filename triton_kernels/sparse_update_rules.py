@@ -2,14 +2,77 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-# Codes of gossamer.optim.
-SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, FTRL = (tl.constexpr(i) for i in range(7))
+if TYPE_CHECKING:
+    from gossamer._step_rules import StepRule
 
-# Bits of a step's FLAGS.
-DECOUPLED, NESTEROV, CLIP_VALUE, CLIP_NORM = (tl.constexpr(1 << i) for i in range(4))
+
+class RuleForm(NamedTuple):
+    """What of a rule a kernel is compiled for.
+
+    Attributes:
+        name: of gossamer's RULES.
+        decay: how weight decay enters.
+        nesterov: Nesterov's momentum.
+        clips_value: whether gradient elements are clipped.
+        clips_norm: whether a row's gradient is.
+        row_state1: whether the first state holds a value a row.
+        row_state2: whether the second does.
+        rounds: whether new rows are rounded stochastically.
+    """
+
+    name: str
+    decay: str
+    nesterov: bool
+    clips_value: bool
+    clips_norm: bool
+    row_state1: bool
+    row_state2: bool
+    rounds: bool
+
+
+class Numbers(NamedTuple):
+    """A rule's numbers, and the logarithms of its betas."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    log_beta1: float
+    log_beta2: float
+    eps: float
+    l1: float
+    l2: float
+    clip_value: float
+    clip_norm: float
+
+
+def rule_form(rule: StepRule, dtype: torch.dtype) -> RuleForm:
+    """What a rule's step on a table of ``dtype`` is compiled for."""
+    return RuleForm(
+        rule.name,
+        rule.decay,
+        rule.nesterov,
+        math.isfinite(rule.clip_value),
+        math.isfinite(rule.clip_norm),
+        *rule.row_states,
+        rule.rounds(dtype),
+    )
+
+
+def rule_numbers(rule: StepRule) -> Numbers:
+    """A rule's numbers as kernels take them."""
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in (rule.beta1, rule.beta2)]
+    return Numbers(
+        log_beta1=logs[0], log_beta2=logs[1], **{k: getattr(rule, k) for k in Numbers._fields if "log" not in k}
+    )
+
 
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _GOLDEN32 = tl.constexpr(0x9E3779B9)
@@ -90,8 +153,7 @@ def take_step(
     step,
     lr,
     numbers,
-    ALGORITHM: tl.constexpr,
-    FLAGS: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     """The new rows ``[R, C]`` after one step on rows ``w`` with summed gradients ``grad``; the new states are stored.
 
@@ -99,38 +161,39 @@ def take_step(
     there are, ``dim [R, 1]`` is their dim in float32. State pointers have the shape of rows, or ``[R]`` for one value a
     row.
     """
-    _, weight_decay, beta1, beta2, log_beta1, log_beta2, eps, l1, l2, clip_value, clip_norm = numbers
+    weight_decay, eps, clip_value, clip_norm = numbers.weight_decay, numbers.eps, numbers.clip_value, numbers.clip_norm
+    beta1, beta2 = numbers.beta1, numbers.beta2
     # By comparisons, which leave NaN alone: a gradient gone wrong must not become a clipped one.
-    if CLIP_VALUE & FLAGS:
+    if RULE.clips_value:
         grad = tl.where(grad > clip_value, clip_value, tl.where(grad < -clip_value, -clip_value, grad))
-    if CLIP_NORM & FLAGS:
+    if RULE.clips_norm:
         norm = _norm(grad)
         long = norm > clip_norm
         grad *= tl.where(long, _divide(clip_norm + tl.zeros_like(norm), tl.where(long, norm, 1.0)), 1.0)
-    if ALGORITHM != LAMB and ALGORITHM != FTRL:
-        if DECOUPLED & FLAGS:
-            w *= 1.0 - lr * weight_decay
-        else:
-            grad += weight_decay * w
-    if ALGORITHM == SGD:
+    if RULE.decay == "weights":
+        w *= 1.0 - lr * weight_decay
+    elif RULE.decay == "gradient":
+        grad += weight_decay * w
+    if RULE.name == "sgd":
         if state1_ptrs is not None:
             momentum = beta1 * tl.load(state1_ptrs, mask, other=0.0) + grad
             tl.store(state1_ptrs, momentum, mask)
-            if NESTEROV & FLAGS:
+            if RULE.nesterov:
                 grad += beta1 * momentum
             else:
                 grad = momentum
         return w - lr * grad
-    elif ALGORITHM == ADAGRAD:
+    elif RULE.name == "adagrad":
         total = tl.load(state1_ptrs, mask, other=0.0) + grad * grad
         tl.store(state1_ptrs, total, mask)
         return w - _divide(lr * grad, tl.sqrt_rn(total) + eps)
-    elif ALGORITHM == ROWWISE_ADAGRAD:
+    elif RULE.name == "rowwise_adagrad":
         total = tl.load(state1_ptrs, live, other=0.0)[:, None] + _divide(tl.sum(grad * grad, 1)[:, None], dim)
         tl.store(state1_ptrs, tl.sum(total, 1), live)
         denominator = tl.sqrt_rn(total) + eps
         return w - _divide(lr * grad, tl.broadcast_to(denominator, grad.shape))
-    elif ALGORITHM == FTRL:
+    elif RULE.name == "ftrl":
+        l1, l2 = numbers.l1, numbers.l2
         before = tl.load(state1_ptrs, mask, other=0.0)
         after = before + grad * grad
         root = tl.sqrt_rn(after)
@@ -150,18 +213,18 @@ def take_step(
     else:
         m = beta1 * tl.load(state1_ptrs, mask, other=0.0) + (1.0 - beta1) * grad
         tl.store(state1_ptrs, m, mask)
-        if ALGORITHM == PARTIAL_ROWWISE_ADAM:
+        if RULE.name == "partial_rowwise_adam":
             square = _divide(tl.sum(grad * grad, 1)[:, None], dim)
             v = beta2 * tl.load(state2_ptrs, live, other=0.0)[:, None] + (1.0 - beta2) * square
             tl.store(state2_ptrs, tl.sum(v, 1), live)
         else:
             v = beta2 * tl.load(state2_ptrs, mask, other=0.0) + (1.0 - beta2) * grad * grad
             tl.store(state2_ptrs, v, mask)
-        root = tl.sqrt(_correction(log_beta2, step)).to(tl.float32)
+        root = tl.sqrt(_correction(numbers.log_beta2, step)).to(tl.float32)
         denominator = _divide(tl.sqrt_rn(v), root + tl.zeros_like(v)) + eps
-        correction = _correction(log_beta1, step).to(tl.float32) + tl.zeros_like(m)
+        correction = _correction(numbers.log_beta1, step).to(tl.float32) + tl.zeros_like(m)
         q = _divide(_divide(m, correction), tl.broadcast_to(denominator, m.shape))
-        if ALGORITHM == LAMB:
+        if RULE.name == "lamb":
             # Where there is no element, 0/0 with an ε of zero.
             q = tl.where(mask, q + weight_decay * w, 0.0)
             norm_w, norm_q = _norm(w), _norm(q)

@@ -30,7 +30,7 @@ from gossamer.triton_kernels.common import (
     unit_columns,
     up_factor,
 )
-from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.gather_reduce import sum_slots
 from gossamer.triton_kernels.quantized_tile import (
     DENSE,
     FORMAT_CODES,
@@ -419,7 +419,7 @@ def split_expert_mlp(
     act = finish(preact, offsets, x.dtype, form, interleaved)
     out = split_matmul(act, down, down_bias, slots, offsets, 0, plan=plans[1], tables=tables)
     if out.shape[0] == 1:
-        return gather_reduce(out[0], rows.view(-1, top_k), None, weights, offsets[-1:], -1)
+        return sum_slots(out[0], rows, offsets, top_k, weights)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = 512
     _combine_kernel[(x.shape[0], triton.cdiv(x.shape[1], block))](

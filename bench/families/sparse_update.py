@@ -12,7 +12,6 @@ from gossamer import optim
 from gossamer.bench.families.gather_reduce import SYMBOLS, touched
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Outputs, Request, Variant
 from gossamer.bench.harness.cost import Cost, nbytes
-from gossamer.ops.sparse_update import sparse_update_reference_
 
 SHAPES = {
     "table": (10_000_000, 128, 65536, 20),
@@ -107,11 +106,8 @@ def _truth(
     small = table[rows].to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     state = optimizer.state(*small.shape, small.device, wide)
-    step, *states = state.values()
-    states += [None] * (2 - len(states))
-    lists = (index, dy.to(dtype), None, None, None, None, step)
-    rule = (optimizer.algorithm, optimizer.hyper(), optimizer.seed)
-    sparse_update_reference_(small, *lists, *states, None, -1, False, *rule)
+    with gossamer.backend("reference"):
+        gossamer.sparse_update_(small, index, dy.to(dtype), optimizer=optimizer, state=state)
     return small
 
 

@@ -7,6 +7,6 @@
 namespace gossamer::bindings {
 
 // Checks the lists with the lock released, and raises what is wrong with them.
-void raise_bad_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMatrix& weights, int num_threads);
+void raise_bad_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool check_weights, int num_threads);
 
 }  // namespace gossamer::bindings

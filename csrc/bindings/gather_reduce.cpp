@@ -1,5 +1,6 @@
 #include <limits>
 #include <string>
+#include <string_view>
 
 #include "bindings/arguments.h"
 #include "bindings/bags.h"
@@ -8,11 +9,11 @@
 
 namespace gossamer::bindings {
 
-void raise_bad_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMatrix& weights, int num_threads) {
+void raise_bad_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool check_weights, int num_threads) {
   BagsError error;
   {
     py::gil_scoped_release release;
-    error = check_bags(bags, num_rows, drop, weights, num_threads);
+    error = check_bags(bags, num_rows, check_ids, check_weights, num_threads);
   }
   if (error.kind == BagsError::kIndex) {
     throw py::index_error("index must be in [0, N) with N=" + std::to_string(error.num_rows) + ", got " +
@@ -28,57 +29,78 @@ void raise_bad_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMa
 }
 
 void register_gather_reduce(py::module_& m) {
-  py::class_<Bags>(m, "Bags", "The lists of ids of gather_reduce.")
-      .def(py::init([](const PyVector& index, const PyVector& offsets, int64_t bag_size, int64_t num_positions,
-                       int64_t num_bags, int64_t limit, int64_t padding_idx, uintptr_t features, int64_t num_features) {
-        const auto all = std::numeric_limits<int64_t>::max();
-        return Bags{index_array(index),
-                    index_array(offsets),
-                    bag_size,
-                    num_positions,
-                    num_bags,
-                    limit < 0 ? all : limit,
-                    padding_idx,
-                    reinterpret_cast<const Feature*>(features),
-                    num_features};
-      }));
+  constexpr auto kAll = std::numeric_limits<int64_t>::max();
+  py::class_<Bags>(m, "Bags", "Lists of ids, and how the table rows that they name are reduced.")
+      .def(py::init([](const PyVector& index, const PyVector& offsets, const PyVector& weights, int64_t bag_size,
+                       int64_t num_positions, int64_t num_bags, int64_t limit, std::string_view mode, int64_t padding_idx,
+                       bool drop, uintptr_t features, int64_t num_features) {
+             return Bags{.index = index_array(index),
+                         .offsets = index_array(offsets),
+                         .weights = row_matrix(weights),
+                         .bag_size = bag_size,
+                         .num_positions = num_positions,
+                         .num_bags = num_bags,
+                         .limit = limit < 0 ? kAll : limit,
+                         .padding_idx = padding_idx,
+                         .mean = mode == "mean",
+                         .drop = drop,
+                         .features = pointer<const Feature>(features),
+                         .num_features = num_features};
+           }));
   m.def(
       "gather_reduce",
-      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyVector& weights,
-         const PyMatrix& out, bool mean, bool drop, bool check_weights, int num_threads) {
-        const FloatMatrix factors = row_matrix(weights);
+      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyMatrix& out, int num_threads) {
         // Where it reads every id and no more, the sum itself finds those outside: looking through them takes 3% of it.
-        const bool by_sum = !drop && !factors && dim > 0 && bags.limit >= num_rows;
-        raise_bad_bags(bags, num_rows, drop || by_sum, check_weights ? factors : FloatMatrix{}, num_threads);
+        const bool by_sum = !bags.drop && !bags.weights && dim > 0 && bags.limit >= num_rows;
+        raise_bad_bags(bags, num_rows, !bags.drop && !by_sum, bags.limit == kAll, num_threads);
         bool outside = false;
-        const GatherArgs args{matrix(table), num_rows, dim, bags, factors, matrix(out), mean, by_sum ? &outside : nullptr};
+        const GatherArgs args{.table = matrix(table),
+                              .num_rows = num_rows,
+                              .dim = dim,
+                              .bags = bags,
+                              .out = matrix(out),
+                              .outside = by_sum ? &outside : nullptr};
         {
           py::gil_scoped_release release;
           gather_reduce(args, num_threads);
         }
-        if (outside) raise_bad_bags(bags, num_rows, false, {}, num_threads);
+        if (outside) raise_bad_bags(bags, num_rows, true, false, num_threads);
       },
       "out[b] = sum or mean over the live ids of bag b of weight · table[id].");
   m.def(
       "gather_max",
       [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyMatrix& out, uintptr_t argmax,
-         bool drop, int num_threads) {
-        raise_bad_bags(bags, num_rows, drop, {}, num_threads);
-        const GatherMaxArgs args{matrix(table), num_rows, dim, bags, matrix(out), reinterpret_cast<int32_t*>(argmax)};
+         int num_threads) {
+        raise_bad_bags(bags, num_rows, !bags.drop, false, num_threads);
+        const GatherMaxArgs args{.table = matrix(table),
+                                 .num_rows = num_rows,
+                                 .dim = dim,
+                                 .bags = bags,
+                                 .out = matrix(out),
+                                 .argmax = pointer<int32_t>(argmax)};
         py::gil_scoped_release release;
         gather_max(args, num_threads);
       },
-      "Columnwise maxima over the live ids of each bag, and their positions within it, -1 for none.");
+      "Columnwise maxima over the live ids of each bag, and their positions within it, -1 for none.", py::kw_only(),
+      py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("out"), py::arg("argmax"),
+      py::arg("num_threads"));
   m.def(
       "gather_dot",
       [](const PyMatrix& dout, const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyVector& out,
-         bool mean, bool drop, int num_threads) {
-        raise_bad_bags(bags, num_rows, drop, {}, num_threads);
-        const GatherDotArgs args{matrix(dout), matrix(table), num_rows, dim, bags, row_matrix(out), mean};
+         int num_threads) {
+        raise_bad_bags(bags, num_rows, !bags.drop, false, num_threads);
+        const GatherDotArgs args{.dout = matrix(dout),
+                                 .table = matrix(table),
+                                 .num_rows = num_rows,
+                                 .dim = dim,
+                                 .bags = bags,
+                                 .out = row_matrix(out)};
         py::gil_scoped_release release;
         gather_dot(args, num_threads);
       },
-      "out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.");
+      "out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.",
+      py::kw_only(), py::arg("dout"), py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"),
+      py::arg("out"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

@@ -18,7 +18,7 @@ void register_hash_table(py::module_& m) {
       "The slot of each key, -1 where it is absent.");
   m.def(
       "hash_table_insert",
-      [](const Table& table, const PyVector& keys, int64_t count, int policy, int64_t stamp, uint32_t serial,
+      [](const Table& table, const PyVector& keys, int64_t count, std::string_view policy, int64_t stamp, uint32_t serial,
          uintptr_t scores, int64_t room, uintptr_t marks, int64_t mark, uintptr_t slots, uintptr_t status,
          uintptr_t victim_keys, uintptr_t victim_scores, int num_threads) {
         const HashInsertArgs args{table,

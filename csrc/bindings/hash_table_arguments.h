@@ -1,13 +1,30 @@
 // How Python hands over a hash table and a batch of its keys.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
 #include "bindings/arguments.h"
 #include "hash_table_core.h"
 
 namespace gossamer::bindings {
 
-inline hash_table::Batch batch(int policy, int64_t stamp, uint32_t serial, uintptr_t scores) {
-  return {static_cast<hash_table::Evict>(policy), stamp, serial, pointer<const int64_t>(scores)};
+// The policy of that name in ops/_hash_table_storage.py, "none" for None.
+inline hash_table::Evict evict(std::string_view name) {
+  using hash_table::Evict;
+  constexpr std::pair<std::string_view, Evict> kPolicies[] = {
+      {"none", Evict::kNone},          {"lru", Evict::kLru},            {"lfu", Evict::kLfu},
+      {"epoch_lru", Evict::kEpochLru}, {"epoch_lfu", Evict::kEpochLfu}, {"score", Evict::kScore}};
+  for (const auto& [known, policy] : kPolicies) {
+    if (known == name) return policy;
+  }
+  throw std::invalid_argument("evict is not a known policy: " + std::string(name));
+}
+
+inline hash_table::Batch batch(std::string_view policy, int64_t stamp, uint32_t serial, uintptr_t scores) {
+  return {evict(policy), stamp, serial, pointer<const int64_t>(scores)};
 }
 
 inline hash_table::Results results(uintptr_t slots, uintptr_t status, uintptr_t victim_keys, uintptr_t victim_scores) {

@@ -34,7 +34,7 @@ void register_hash_table_cuda(py::module_& m) {
       "The slot of each key, -1 where it is absent.");
   m.def(
       "cuda_hash_table_stamp",
-      [](const Table& table, const PyVector& keys, int64_t count, int policy, int64_t stamp, uintptr_t slots,
+      [](const Table& table, const PyVector& keys, int64_t count, std::string_view policy, int64_t stamp, uintptr_t slots,
          uintptr_t status, uintptr_t partitions, int device, uintptr_t stream) {
         raise_table(cuda::hash_table_stamp(table, hash_keys(keys, count), batch(policy, stamp, 0, 0),
                                            results(slots, status, 0, 0), pointer<int32_t>(partitions), device,
@@ -43,7 +43,7 @@ void register_hash_table_cuda(py::module_& m) {
       "Serve the keys of a batch that are in the table, where no order matters; the partition of each other key.");
   m.def(
       "cuda_hash_table_insert",
-      [](const Table& table, const PyVector& keys, int64_t count, uintptr_t order, uintptr_t begins, int policy,
+      [](const Table& table, const PyVector& keys, int64_t count, uintptr_t order, uintptr_t begins, std::string_view policy,
          int64_t stamp, uint32_t serial, uintptr_t scores, uintptr_t slots, uintptr_t status, uintptr_t victim_keys,
          uintptr_t victim_scores, uintptr_t leaving, bool missing, int device, uintptr_t stream) {
         const cuda::HashBatch all{hash_keys(keys, count),

@@ -1,7 +1,9 @@
 #include "cpu/sparse_update.h"
 
-#include <cmath>
-#include <vector>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
 
 #include "bindings/arguments.h"
 #include "bindings/bags.h"
@@ -11,53 +13,68 @@ namespace gossamer::bindings {
 
 namespace {
 
-// The numbers of gossamer.optim.Hyper, in its order, for step t, which counts from 1.
-StepRule step_rule(int algorithm, const std::vector<double>& hyper, uint64_t seed, int64_t t) {
-  StepRule rule{};
-  rule.algorithm = static_cast<Algorithm>(algorithm);
-  rule.lr = hyper.at(0);
-  rule.weight_decay = hyper.at(1);
-  rule.decoupled = hyper.at(2) != 0;
-  rule.beta1 = hyper.at(3);
-  rule.beta2 = hyper.at(4);
-  rule.eps = hyper.at(5);
-  rule.nesterov = hyper.at(6) != 0;
-  rule.l1 = hyper.at(7);
-  rule.l2 = hyper.at(8);
-  rule.clip_value = hyper.at(9);
-  rule.clip_norm = hyper.at(10);
-  rule.stochastic_rounding = hyper.at(11) != 0;
-  rule.correction1 = 1 - std::pow(rule.beta1, static_cast<double>(t));
-  rule.correction2 = 1 - std::pow(rule.beta2, static_cast<double>(t));
-  rule.step_key = mix64(mix64(seed) + static_cast<uint64_t>(t) * kGolden);
-  return rule;
+// (pointer, row stride, whether it has a value a row)
+using PyState = std::tuple<uintptr_t, int64_t, bool>;
+
+StateArray state_array(const PyState& state) {
+  const auto& [pointer, row_stride, per_row] = state;
+  return {reinterpret_cast<void*>(pointer), row_stride, per_row};
+}
+
+// The value of that name.
+template <class T, size_t kCount>
+T named(const char* what, const Named<T> (&table)[kCount], std::string_view name) {
+  for (const Named<T>& entry : table) {
+    if (entry.name == name) return entry.value;
+  }
+  throw std::invalid_argument(std::string(what) + " has no native formula: " + std::string(name));
 }
 
 }  // namespace
 
 void register_sparse_update(py::module_& m) {
+  py::class_<StepRule>(m, "StepRule", "A rule of optimizer steps with its numbers.")
+      .def(py::init([](std::string_view name, double lr, double weight_decay, std::string_view decay, double beta1,
+                       double beta2, double eps, bool nesterov, double l1, double l2, double clip_value, double clip_norm,
+                       bool stochastic_rounding, uint64_t seed) {
+             return StepRule{.algorithm = named("optimizer", kAlgorithms, name),
+                             .lr = lr,
+                             .weight_decay = weight_decay,
+                             .decay = named("decay", kDecays, decay),
+                             .beta1 = beta1,
+                             .beta2 = beta2,
+                             .eps = eps,
+                             .nesterov = nesterov,
+                             .l1 = l1,
+                             .l2 = l2,
+                             .clip_value = clip_value,
+                             .clip_norm = clip_norm,
+                             .stochastic_rounding = stochastic_rounding,
+                             .seed = seed};
+           }),
+           py::kw_only(), py::arg("name"), py::arg("lr"), py::arg("weight_decay"), py::arg("decay"), py::arg("beta1"),
+           py::arg("beta2"), py::arg("eps"), py::arg("nesterov"), py::arg("l1"), py::arg("l2"), py::arg("clip_value"),
+           py::arg("clip_norm"), py::arg("stochastic_rounding"), py::arg("seed"));
   m.def(
       "sparse_update",
-      [](const PyMatrix& table, const PyMatrix& state1, const PyMatrix& state2, int64_t num_rows, int64_t dim,
-         const PyMatrix& dout, const Bags& bags, const PyVector& weights, uintptr_t argmax, bool mean, bool drop,
-         int algorithm, const std::vector<double>& hyper, uint64_t seed, int64_t t, int num_threads) {
-        const FloatMatrix factors = row_matrix(weights);
-        raise_bad_bags(bags, num_rows, drop, factors, num_threads);
-        const UpdateArgs args{matrix(table),
-                              matrix(state1),
-                              matrix(state2),
-                              num_rows,
-                              dim,
-                              matrix(dout),
-                              bags,
-                              factors,
-                              reinterpret_cast<const int32_t*>(argmax),
-                              mean,
-                              step_rule(algorithm, hyper, seed, t)};
+      [](const PyMatrix& table, const PyState& state1, const PyState& state2, int64_t num_rows, int64_t dim,
+         const PyMatrix& dout, const Bags& bags, uintptr_t argmax, const StepRule& rule, int64_t step, int num_threads) {
+        raise_bad_bags(bags, num_rows, !bags.drop, true, num_threads);
+        const UpdateArgs args{.table = matrix(table),
+                              .state1 = state_array(state1),
+                              .state2 = state_array(state2),
+                              .num_rows = num_rows,
+                              .dim = dim,
+                              .dout = matrix(dout),
+                              .bags = bags,
+                              .argmax = pointer<const int32_t>(argmax),
+                              .rule = rule.at(step)};
         py::gil_scoped_release release;
         sparse_update(args, num_threads);
       },
-      "One optimizer step on the rows that bags list, with the gradients of duplicates summed first.");
+      "One optimizer step on the rows that bags list, with the gradients of duplicates summed first.", py::kw_only(),
+      py::arg("table"), py::arg("state1"), py::arg("state2"), py::arg("num_rows"), py::arg("dim"), py::arg("dout"),
+      py::arg("bags"), py::arg("argmax"), py::arg("rule"), py::arg("step"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

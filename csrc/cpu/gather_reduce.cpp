@@ -39,9 +39,9 @@ int64_t first_outside(const Bags& bags, int64_t begin, int64_t end, int64_t num_
   return -1;
 }
 
-int64_t first_nan(const Bags& bags, const FloatMatrix& weights, int64_t begin, int64_t end, int64_t num_rows) {
-  return visit_float(weights.dtype, [&](auto tag) -> int64_t {
-    const auto* values = static_cast<const typename decltype(tag)::type*>(weights.base);
+int64_t first_nan(const Bags& bags, int64_t begin, int64_t end, int64_t num_rows) {
+  return visit_float(bags.weights.dtype, [&](auto tag) -> int64_t {
+    const auto* values = static_cast<const typename decltype(tag)::type*>(bags.weights.base);
     for (int64_t p = begin; p < end; ++p) {
       const auto value = to_scalar(values[p]);
       if (value == value) continue;
@@ -57,7 +57,7 @@ constexpr int64_t kIdsPerThread = int64_t{1} << 18;
 
 }  // namespace
 
-BagsError check_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMatrix& weights, int num_threads) {
+BagsError check_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool check_weights, int num_threads) {
   if (bags.num_bags == 0) return {BagsError::kNothing, 0, 0, 0};
   if (bags.offsets) {
     int64_t previous = 0;
@@ -73,19 +73,19 @@ BagsError check_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatM
   for (int64_t f = 0; f < pieces; ++f) {
     const int64_t rows = bags.features ? bags.features[f].rows : num_rows;
     const int64_t first = bags.begin(f * bags_each), last = bags_each ? bags.end((f + 1) * bags_each - 1) : first;
-    const int64_t grain = weights ? kElementsPerThread : kIdsPerThread;
+    const int64_t grain = check_weights && bags.weights ? kElementsPerThread : kIdsPerThread;
     parallel_ranges(last - first, grain, num_threads, [&](int64_t begin, int64_t end) {
       const auto note = [&](BagsError::Kind kind, int64_t position) {
 #pragma omp critical(gossamer_check_bags)
         if (position < found.position) found = {kind, position, bags.index[position], rows};
       };
-      if (!drop) {
+      if (check_ids) {
         const int64_t bad = bags.index.wide ? first_outside<int64_t>(bags, first + begin, first + end, rows)
                                             : first_outside<int32_t>(bags, first + begin, first + end, rows);
         if (bad >= 0) note(BagsError::kIndex, bad);
       }
-      if (weights) {
-        const int64_t bad = first_nan(bags, weights, first + begin, first + end, rows);
+      if (check_weights && bags.weights) {
+        const int64_t bad = first_nan(bags, first + begin, first + end, rows);
         if (bad >= 0) note(BagsError::kWeight, bad);
       }
     });

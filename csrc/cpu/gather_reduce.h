@@ -7,7 +7,7 @@
 
 namespace gossamer {
 
-// What a feature reads in a flat storage of many tables; in the order of TableLayout.spec.
+// What a feature reads in a flat storage of many tables; as ops/_bags.py has it.
 struct Feature {
   int64_t element, row, rows, dim, column, mean;
 };
@@ -18,9 +18,12 @@ struct Feature {
 struct Bags {
   IndexArray index;
   IndexArray offsets;
+  FloatMatrix weights;  // one row of num_positions, or absent
   int64_t bag_size;
   int64_t num_positions, num_bags;
   int64_t limit, padding_idx;
+  bool mean;  // without features: each says for itself
+  bool drop;  // whether ids outside the table are skipped; otherwise they are errors
   const Feature* features = nullptr;
   int64_t num_features = 0;
 
@@ -33,9 +36,7 @@ struct GatherArgs {
   FloatMatrix table;  // (N, D), column stride 1; flat with features
   int64_t num_rows, dim;
   Bags bags;
-  FloatMatrix weights;  // one row of num_positions, or absent
-  FloatMatrix out;      // (B, D) of the table's dtype or what it is accumulated in
-  bool mean;
+  FloatMatrix out;  // (B, D) of the table's dtype or what it is accumulated in
   bool* outside;  // set where an id of a bag is none of the table's; or null
 };
 
@@ -53,7 +54,6 @@ struct GatherDotArgs {
   int64_t num_rows, dim;
   Bags bags;
   FloatMatrix out;  // one row of num_positions, zeroed by the caller where offsets may leave positions out
-  bool mean;
 };
 
 // What is wrong with the lists; kind is kNothing when they are sound.
@@ -62,8 +62,8 @@ struct BagsError {
   int64_t position, value, num_rows;
 };
 
-// Checks offsets; ids, unless they may be dropped; and, where given, that no weight of an id that counts is NaN.
-BagsError check_bags(const Bags& bags, int64_t num_rows, bool drop, const FloatMatrix& weights, int num_threads);
+// Checks offsets; ids, where asked; and, where asked and given, that no weight of an id that counts is NaN.
+BagsError check_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool check_weights, int num_threads);
 void gather_reduce(const GatherArgs& args, int num_threads);
 void gather_max(const GatherMaxArgs& args, int num_threads);
 void gather_dot(const GatherDotArgs& args, int num_threads);

@@ -67,9 +67,9 @@ struct BagTable {
 
 template <class T>
 GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags,
-                                      bool mean, int64_t bag) {
+                                      int64_t bag) {
   const T* base = static_cast<const T*>(table.base);
-  if (!bags.features) return {base, table.row_stride, num_rows, dim, 0, bag, mean};
+  if (!bags.features) return {base, table.row_stride, num_rows, dim, 0, bag, bags.mean};
   const int64_t each = bags.bags_per_feature();
   const Feature& f = bags.features[bag / each];
   return {base + f.element, f.dim, f.rows, f.dim, f.column, bag % each, f.mean != 0};
@@ -118,7 +118,7 @@ template <bool kWeighted, class T, class Index, class O>
 void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
-    const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, a.mean, bag);
+    const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, bag);
     const LiveIds<Index> live(a.bags, from.num_rows);
     const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
     O* out = static_cast<O*>(a.out.base) + from.row_of_output * a.out.row_stride + from.column;
@@ -129,7 +129,7 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
     const auto pass = [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
-      reduce_columns<kVectors, kWeighted>(from, a.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes, a.outside);
+      reduce_columns<kVectors, kWeighted>(from, a.bags.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes, a.outside);
       prefetch_bytes = 0;
       column += kVectors * kLanes<S>;
     };
@@ -139,7 +139,7 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
     if (column < dim) {
       const int some = static_cast<int>(dim - column);
-      reduce_columns<1, kWeighted>(from, a.weights, live, begin, end, column, some, divisor, out, prefetch_bytes,
+      reduce_columns<1, kWeighted>(from, a.bags.weights, live, begin, end, column, some, divisor, out, prefetch_bytes,
                                    a.outside);
     }
   }
@@ -195,7 +195,7 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
   visit_float(a.out.dtype, [&](auto tag) {
     auto* out = static_cast<typename decltype(tag)::type*>(a.out.base);
     for (int64_t bag = first_bag; bag < last_bag; ++bag) {
-      const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, a.mean, bag);
+      const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, bag);
       const LiveIds<Index> live(a.bags, from.num_rows);
       const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
       const G* dout = static_cast<const G*>(a.dout.base) + from.row_of_output * a.dout.row_stride + from.column;
@@ -250,7 +250,7 @@ void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) 
     using Table = typename decltype(table)::type;
     using Index = typename decltype(index)::type;
     using Out = typename decltype(out)::type;
-    if (args.weights) {
+    if (args.bags.weights) {
       reduce_bags<true, Table, Index, Out>(args, first_bag, last_bag);
     } else {
       reduce_bags<false, Table, Index, Out>(args, first_bag, last_bag);

@@ -1,6 +1,7 @@
 #include "cpu/sparse_update.h"
 
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <functional>
 #include <limits>
@@ -75,9 +76,9 @@ class Update {
     workspace_.reserve(other_, positions);
     workspace_.reserve(histograms_, static_cast<int64_t>(num_threads) * kStreams << kMaxDigitBits);
     workspace_.reserve(partials_, (positions / kPiece + positions / (kPiece + 1) + 1) * args.dim);
-    by_position_ = args.weights || args.argmax;
+    by_position_ = args.bags.weights || args.argmax;
     if (by_position_) workspace_.reserve(bag_of_, bags.num_positions);
-    means_ = args.mean;
+    means_ = bags.mean;
     for (int64_t f = 0; f < bags.num_features; ++f) means_ |= bags.features[f].mean != 0;
     if (means_) workspace_.reserve(bag_scale_, bags.num_bags);
     // In doubles: enough for the vectors of either type, and a vector to spare.
@@ -129,7 +130,7 @@ class Update {
         *out++ = {static_cast<Word>(row), static_cast<Word>(by_position_ ? position : bag)};
       });
       if (means_) {
-        const bool mean = bags.features ? bags.features[bag / bags.bags_per_feature()].mean != 0 : args_.mean;
+        const bool mean = bags.features ? bags.features[bag / bags.bags_per_feature()].mean != 0 : bags.mean;
         bag_scale_[bag] = mean ? 1.0 / static_cast<double>(std::max<int64_t>(out - begin, 1)) : 1.0;
       }
     }
@@ -195,6 +196,14 @@ void run(const UpdateArgs& args, int num_threads) {
 }
 
 }  // namespace
+
+StepRule StepRule::at(int64_t t) const {
+  StepRule rule = *this;
+  rule.correction1 = 1 - std::pow(beta1, static_cast<double>(t));
+  rule.correction2 = 1 - std::pow(beta2, static_cast<double>(t));
+  rule.step_key = mix64(mix64(seed) + static_cast<uint64_t>(t) * kGolden);
+  return rule;
+}
 
 void sparse_update(const UpdateArgs& args, int num_threads) {
   constexpr int64_t kNarrow = std::numeric_limits<uint32_t>::max();

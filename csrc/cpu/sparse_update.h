@@ -2,25 +2,49 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <string_view>
 
 #include "cpu/dtype.h"
 #include "cpu/gather_reduce.h"
 
 namespace gossamer {
 
-// Codes of python/gossamer/optim.py.
-enum class Algorithm : int { kSgd = 0, kAdagrad, kRowwiseAdagrad, kAdam, kPartialRowwiseAdam, kLamb, kFtrl };
+// The rules, and how weight decay enters, by the names of python/gossamer/_step_rules.py.
+enum class Algorithm { kSgd, kAdagrad, kRowwiseAdagrad, kAdam, kPartialRowwiseAdam, kLamb, kFtrl };
+enum class Decay { kGradient, kWeights, kFormula };
 
-// An optimizer's numbers; see gossamer.optim.Hyper.
+template <class T>
+struct Named {
+  std::string_view name;
+  T value;
+};
+
+constexpr Named<Algorithm> kAlgorithms[] = {{"sgd", Algorithm::kSgd},
+                                            {"adagrad", Algorithm::kAdagrad},
+                                            {"rowwise_adagrad", Algorithm::kRowwiseAdagrad},
+                                            {"adam", Algorithm::kAdam},
+                                            {"partial_rowwise_adam", Algorithm::kPartialRowwiseAdam},
+                                            {"lamb", Algorithm::kLamb},
+                                            {"ftrl", Algorithm::kFtrl}};
+constexpr Named<Decay> kDecays[] = {
+    {"gradient", Decay::kGradient}, {"weights", Decay::kWeights}, {"formula", Decay::kFormula}};
+
+// A rule with its numbers; see gossamer._step_rules.StepRule.
 struct StepRule {
   Algorithm algorithm;
-  double lr, weight_decay, beta1, beta2, eps, l1, l2, clip_value, clip_norm;
-  bool decoupled, nesterov, stochastic_rounding;
-  // 1 − β1ᵗ and 1 − β2ᵗ.
-  double correction1, correction2;
-  // Of the rounding's generator: what is common to a step's rows.
-  uint64_t step_key;
+  double lr, weight_decay;
+  Decay decay;
+  double beta1, beta2, eps;
+  bool nesterov;
+  double l1, l2, clip_value, clip_norm;
+  bool stochastic_rounding;
+  uint64_t seed;
+  // Of step t, as at(t) fills them in: 1 − β1ᵗ, 1 − β2ᵗ, and what the rounding's generator has in common for all rows.
+  double correction1 = 0, correction2 = 0;
+  uint64_t step_key = 0;
+
+  // The rule for step t, counted from 1.
+  StepRule at(int64_t t) const;
 };
 
 inline uint64_t mix64(uint64_t z) {
@@ -31,15 +55,20 @@ inline uint64_t mix64(uint64_t z) {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
 
+// A state of the dtype that the table is accumulated in: like the table, or a value a row. Its base is null for none.
+struct StateArray {
+  void* base;
+  int64_t row_stride;
+  bool per_row;
+};
+
 struct UpdateArgs {
   FloatMatrix table;  // (N, D), column stride 1; flat with features
-  FloatMatrix state1, state2;  // likewise, or a value a row at row_stride; of the dtype the table is accumulated in
+  StateArray state1, state2;
   int64_t num_rows, dim;       // all rows and the largest dim with features
   FloatMatrix dout;            // (B, D), column stride 1, of the table's dtype or what it is accumulated in
   Bags bags;
-  FloatMatrix weights;    // one row of num_positions, or absent
   const int32_t* argmax;  // (B, D) contiguous, or null
-  bool mean;
   StepRule rule;
 };
 

@@ -37,7 +37,7 @@ template <class S, class G>
 GOSSAMER_INLINE Addend<G> addend(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
   const int64_t source = entry_at(ids, entry).source;
   const int64_t bag = ids.bag_of ? ids.bag_of[source] : source;
-  double factor = a.weights ? weight_at(a.weights, source) : 1.0;
+  double factor = a.bags.weights ? weight_at(a.bags.weights, source) : 1.0;
   if (ids.bag_scale) factor *= ids.bag_scale[bag];
   Addend<G> found{dout_row<G>(a, bag), static_cast<S>(factor), nullptr, 0};
   if (a.argmax) {
@@ -111,8 +111,8 @@ struct RowPlace {
   int64_t row, local, element, dim;
 
   // Its offset in a (N, D) array with that stride, or, in a flat one, among its table's rows.
-  int64_t in(const UpdateArgs& a, const FloatMatrix& array) const {
-    return a.bags.features ? element + local * dim : row * array.row_stride;
+  int64_t in(const UpdateArgs& a, int64_t row_stride) const {
+    return a.bags.features ? element + local * dim : row * row_stride;
   }
 };
 
@@ -126,15 +126,11 @@ GOSSAMER_INLINE RowPlace place_of(const UpdateArgs& a, const SortedIds& ids, int
   return {row, row - f.row, f.element, f.dim};
 }
 
-GOSSAMER_INLINE bool row_state(Algorithm algorithm, int which) {
-  return which == 1 ? algorithm == Algorithm::kRowwiseAdagrad : algorithm == Algorithm::kPartialRowwiseAdam;
-}
-
 template <class S>
-GOSSAMER_INLINE S* state_at(const UpdateArgs& a, const FloatMatrix& state, int which, const RowPlace& place) {
-  if (!state) return nullptr;
+GOSSAMER_INLINE S* state_at(const UpdateArgs& a, const StateArray& state, const RowPlace& place) {
+  if (!state.base) return nullptr;
   S* base = static_cast<S*>(state.base);
-  return base + (row_state(a.rule.algorithm, which) ? place.row * state.row_stride : place.in(a, state));
+  return base + (state.per_row ? place.row * state.row_stride : place.in(a, state.row_stride));
 }
 
 template <class T, class Word, int kRowBytes>
@@ -142,12 +138,11 @@ GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, i
   using S = Accumulator<T>;
   if (entry >= ids.count) return;
   const RowPlace place = place_of<Word>(a, ids, entry);
-  prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table), place.dim * sizeof(T));
-  for (int which = 1; which <= 2; ++which) {
-    const FloatMatrix& state = which == 1 ? a.state1 : a.state2;
-    if (state) {
-      const int64_t bytes = row_state(a.rule.algorithm, which) ? 1 : place.dim * sizeof(S);
-      prefetch_lines<1, Fetch::kReadLater>(state_at<S>(a, state, which, place), bytes);
+  prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride), place.dim * sizeof(T));
+  for (const StateArray* state : {&a.state1, &a.state2}) {
+    if (state->base) {
+      const int64_t bytes = state->per_row ? 1 : place.dim * sizeof(S);
+      prefetch_lines<1, Fetch::kReadLater>(state_at<S>(a, *state, place), bytes);
     }
   }
 }
@@ -264,7 +259,7 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
   const int64_t stride = a.dout.row_stride;
   const bool adagrad = a.rule.algorithm == Algorithm::kRowwiseAdagrad;
   const S lr = static_cast<S>(a.rule.lr);
-  const S keep = a.rule.decoupled ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
+  const S keep = a.rule.decay == Decay::kWeights ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
   constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G), kRowBytes = kVectors * kLanes<S> * sizeof(T);
   AdagradRows<kVectors, T> adagrad_rows(a, keep);
   each_run<T, Word, kRowBytes>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
@@ -295,10 +290,10 @@ bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t beg
   using S = Accumulator<T>;
   const StepRule& rule = a.rule;
   constexpr double kMost = std::numeric_limits<double>::max();
-  const bool plain = !a.weights && !a.argmax && !a.bags.features && !ids.bag_scale;
-  const bool one_pass = (rule.algorithm == Algorithm::kSgd && !a.state1) || rule.algorithm == Algorithm::kRowwiseAdagrad;
+  const bool plain = !a.bags.weights && !a.argmax && !a.bags.features && !ids.bag_scale;
+  const bool one_pass = (rule.algorithm == Algorithm::kSgd && !a.state1.base) || rule.algorithm == Algorithm::kRowwiseAdagrad;
   const bool clipped = rule.clip_value <= kMost || rule.clip_norm <= kMost;
-  if (!plain || !one_pass || clipped || (rule.weight_decay != 0 && !rule.decoupled)) return false;
+  if (!plain || !one_pass || clipped || (rule.weight_decay != 0 && rule.decay != Decay::kWeights)) return false;
   switch (a.dim % kLanes<S> == 0 ? a.dim / kLanes<S> : 0) {
     case 1:
       return update_short_rows<1, T, G, Word>(a, ids, begin, end), true;
@@ -328,8 +323,8 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
     } else {
       sum_entries<S, G>(a, ids, i, stop, place.dim, grad);
     }
-    T* w = static_cast<T*>(a.table.base) + place.in(a, a.table);
-    step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, 1, place), state_at<S>(a, a.state2, 2, place), grad,
+    T* w = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
+    step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, place), state_at<S>(a, a.state2, place), grad,
                 place.dim);
   });
 }

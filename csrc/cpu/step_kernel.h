@@ -112,7 +112,7 @@ GOSSAMER_INLINE void prepare_gradient(const StepRule& rule, const T* w, S* grad,
       });
     }
   }
-  if (rule.weight_decay != 0 && !rule.decoupled && rule.algorithm != Algorithm::kLamb) {
+  if (rule.weight_decay != 0 && rule.decay == Decay::kGradient) {
     const S decay = static_cast<S>(rule.weight_decay);
     over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
       store_n(grad + c, load_n(grad + c, n) + decay * load_n(w + c, n), n);
@@ -165,7 +165,7 @@ __attribute__((noinline)) void step_row(const StepRule& rule, int64_t number, T*
   const S lr = static_cast<S>(rule.lr), b1 = static_cast<S>(rule.beta1), b2 = static_cast<S>(rule.beta2);
   const S rest1 = static_cast<S>(1 - rule.beta1), rest2 = static_cast<S>(1 - rule.beta2);
   const S eps = static_cast<S>(rule.eps);
-  const S keep = rule.decoupled ? static_cast<S>(1 - rule.lr * rule.weight_decay) : S{1};
+  const S keep = rule.decay == Decay::kWeights ? static_cast<S>(1 - rule.lr * rule.weight_decay) : S{1};
   switch (rule.algorithm) {
     case Algorithm::kSgd:
       if (!state1) {

@@ -3,52 +3,27 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
-# Codes shared with csrc/cpu/sparse_update.h and the Triton kernels.
-SGD_RULE, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB_RULE, FTRL_RULE = range(7)
+from gossamer._step_rules import RULES, StepRule
 
 
-class Hyper(NamedTuple):
-    """The numbers of a step as kernels take them, in this order.
-
-    Attributes:
-        lr: learning rate; unused where a tensor gives it.
-        weight_decay: λ.
-        decoupled: 1 where λ shrinks the row by ``1 − lr·λ`` rather than adding ``λ·w`` to the gradient.
-        beta1: momentum of SGD, β1 of Adam and its relatives, β of FTRL.
-        beta2: β2.
-        eps: ε.
-        nesterov: 1 for Nesterov's momentum.
-        l1: λ1 of FTRL.
-        l2: λ2 of FTRL.
-        clip_value: largest magnitude of a gradient element; infinity for none.
-        clip_norm: largest norm of a row's gradient; infinity for none.
-        stochastic_rounding: 1 where float16 and bfloat16 rows are rounded stochastically.
-    """
-
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    decoupled: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    nesterov: float = 0.0
-    l1: float = 0.0
-    l2: float = 0.0
-    clip_value: float = math.inf
-    clip_norm: float = math.inf
-    stochastic_rounding: float = 0.0
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf, *, below: bool = False) -> None:
+def _check(name: str, value: Any, low: float, high: float = math.inf, *, below: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     inside = low <= value < high if below else low <= value <= high
     if not inside:
         interval = f"[{low:g}, {high:g}" + (")" if below or math.isinf(high) else "]")
         raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -81,17 +56,19 @@ class Optimizer:
     stochastic_rounding: bool = False
     seed: int = 0
 
-    algorithm: ClassVar[int]
+    # The rule's name in gossamer._step_rules.RULES.
+    rule: ClassVar[str]
+    decoupled: ClassVar[bool] = False
 
     def __post_init__(self):
-        """Check every number."""
+        """Check every number, and keep what kernels take."""
         if isinstance(self.lr, torch.Tensor):
             if self.lr.numel() != 1 or not self.lr.is_floating_point():
                 raise TypeError(
                     f"lr must be a number or a floating tensor of one element, got {self.lr.dtype} "
                     f"{tuple(self.lr.shape)}"
                 )
-        elif isinstance(self.lr, (int, float)):
+        elif isinstance(self.lr, numbers.Real) and not isinstance(self.lr, bool):
             _check("lr", self.lr, 0)
         else:
             raise TypeError(f"lr must be a number or a floating tensor of one element, got {type(self.lr).__name__}")
@@ -99,11 +76,48 @@ class Optimizer:
         for name in ("clip_value", "clip_norm"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), 0)
-        _check("seed", self.seed, 0, 2**63, below=True)
+        _check_flag("stochastic_rounding", self.stochastic_rounding)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        self._check_numbers()
+        object.__setattr__(self, "_step_rule", self._rule_with_numbers())
+
+    def _check_numbers(self) -> None:
+        """Check the numbers that are this optimizer's own."""
+
+    def _numbers(self) -> dict[str, float | bool]:
+        """The numbers of the rule's entry in RULES, for which attributes of their names stand."""
+        return {name: getattr(self, name) for name in RULES[self.rule].numbers}
+
+    def _rule_with_numbers(self) -> StepRule:
+        own = {name: value if isinstance(value, bool) else float(value) for name, value in self._numbers().items()}
+        decay = "weights" if self.decoupled else "gradient"
+        return StepRule(
+            self.rule,
+            lr=0.0 if isinstance(self.lr, torch.Tensor) else float(self.lr),
+            weight_decay=float(self.weight_decay),
+            decay="formula" if RULES[self.rule].own_decay else decay,
+            clip_value=math.inf if self.clip_value is None else float(self.clip_value),
+            clip_norm=math.inf if self.clip_norm is None else float(self.clip_norm),
+            stochastic_rounding=self.stochastic_rounding,
+            seed=self.seed,
+            **own,
+        )
+
+    def step_rule(self) -> StepRule:
+        """The rule and its numbers as kernels take them."""
+        return self._step_rule
+
+    @property
+    def algorithm(self) -> int:
+        """The code by which checkpoints tell optimizers apart."""
+        return tuple(RULES).index(self.rule)
 
     def state_kinds(self) -> dict[str, str]:
         """State tensors beside ``"step"``, in the order kernels take them: ``"full"`` (N, D) or ``"row"`` (N,)."""
-        return {}
+        return RULES[self.rule].states
 
     def initial_value(self) -> float:
         """What state tensors start at."""
@@ -134,16 +148,6 @@ class Optimizer:
             state[name] = torch.full(shapes[kind], self.initial_value(), dtype=dtype, device=device)
         return state
 
-    def hyper(self) -> Hyper:
-        """The numbers that kernels take."""
-        return Hyper(
-            lr=0.0 if isinstance(self.lr, torch.Tensor) else float(self.lr),
-            weight_decay=float(self.weight_decay),
-            clip_value=math.inf if self.clip_value is None else float(self.clip_value),
-            clip_norm=math.inf if self.clip_norm is None else float(self.clip_norm),
-            stochastic_rounding=float(self.stochastic_rounding),
-        )
-
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
@@ -159,22 +163,20 @@ class SGD(Optimizer):
     momentum: float = 0.0
     nesterov: bool = False
 
-    algorithm = SGD_RULE
+    rule = "sgd"
 
-    def __post_init__(self):
-        """Check every number."""
-        super().__post_init__()
+    def _check_numbers(self) -> None:
         _check("momentum", self.momentum, 0, 1, below=True)
+        _check_flag("nesterov", self.nesterov)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum > 0, got momentum=0")
 
+    def _numbers(self) -> dict[str, float | bool]:
+        return {"beta1": self.momentum, "nesterov": self.nesterov}
+
     def state_kinds(self) -> dict[str, str]:
         """The momentum, where there is one."""
-        return {"momentum_buffer": "full"} if self.momentum else {}
-
-    def hyper(self) -> Hyper:
-        """The numbers that kernels take."""
-        return super().hyper()._replace(beta1=float(self.momentum), nesterov=float(self.nesterov))
+        return super().state_kinds() if self.momentum else {}
 
 
 @dataclass(frozen=True)
@@ -189,25 +191,15 @@ class Adagrad(Optimizer):
     eps: float = 1e-10
     initial_accumulator: float = 0.0
 
-    algorithm = ADAGRAD
+    rule = "adagrad"
 
-    def __post_init__(self):
-        """Check every number."""
-        super().__post_init__()
+    def _check_numbers(self) -> None:
         _check("eps", self.eps, 0)
         _check("initial_accumulator", self.initial_accumulator, 0)
-
-    def state_kinds(self) -> dict[str, str]:
-        """The sum of squares of each element."""
-        return {"sum": "full"}
 
     def initial_value(self) -> float:
         """The accumulator's first value."""
         return float(self.initial_accumulator)
-
-    def hyper(self) -> Hyper:
-        """The numbers that kernels take."""
-        return super().hyper()._replace(eps=float(self.eps))
 
 
 @dataclass(frozen=True)
@@ -224,15 +216,11 @@ class RowwiseAdagrad(Adagrad):
     eps: float = 1e-8
     decoupled: bool = False
 
-    algorithm = ROWWISE_ADAGRAD
+    rule = "rowwise_adagrad"
 
-    def state_kinds(self) -> dict[str, str]:
-        """The sum of mean squares of each row."""
-        return {"sum": "row"}
-
-    def hyper(self) -> Hyper:
-        """The numbers that kernels take."""
-        return super().hyper()._replace(decoupled=float(self.decoupled))
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        _check_flag("decoupled", self.decoupled)
 
 
 @dataclass(frozen=True)
@@ -251,32 +239,17 @@ class Adam(Optimizer):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    algorithm = ADAM
-    decoupled: ClassVar[bool] = False
+    rule = "adam"
 
-    def __post_init__(self):
-        """Check every number."""
-        super().__post_init__()
+    def _check_numbers(self) -> None:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {self.betas!r}")
         _check("betas[0]", self.betas[0], 0, 1, below=True)
         _check("betas[1]", self.betas[1], 0, 1, below=True)
         _check("eps", self.eps, 0)
 
-    def state_kinds(self) -> dict[str, str]:
-        """Both moments of each element."""
-        return {"exp_avg": "full", "exp_avg_sq": "full"}
-
-    def hyper(self) -> Hyper:
-        """The numbers that kernels take."""
-        return (
-            super()
-            .hyper()
-            ._replace(
-                beta1=float(self.betas[0]),
-                beta2=float(self.betas[1]),
-                eps=float(self.eps),
-                decoupled=float(self.decoupled),
-            )
-        )
+    def _numbers(self) -> dict[str, float | bool]:
+        return {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
 
 
 @dataclass(frozen=True)
@@ -292,12 +265,8 @@ class AdamW(Adam):
 class PartialRowwiseAdam(Adam):
     """Adam with one second moment a row, ``v ← β2·v + (1−β2)·mean_j(G²)``, and decoupled weight decay."""
 
-    algorithm = PARTIAL_ROWWISE_ADAM
+    rule = "partial_rowwise_adam"
     decoupled = True
-
-    def state_kinds(self) -> dict[str, str]:
-        """The first moment of each element, the second of each row."""
-        return {"exp_avg": "full", "exp_avg_sq": "row"}
 
 
 @dataclass(frozen=True)
@@ -309,7 +278,7 @@ class LAMB(Adam):
 
     eps: float = 1e-6
 
-    algorithm = LAMB_RULE
+    rule = "lamb"
 
 
 @dataclass(frozen=True)
@@ -331,20 +300,13 @@ class FTRL(Optimizer):
     l1: float = 0.0
     l2: float = 0.0
 
-    algorithm = FTRL_RULE
+    rule = "ftrl"
 
-    def __post_init__(self):
-        """Check every number."""
-        super().__post_init__()
+    def _check_numbers(self) -> None:
         for name in ("beta", "l1", "l2"):
             _check(name, getattr(self, name), 0)
         if self.weight_decay:
             raise ValueError(f"weight_decay must be 0 for FTRL, whose l2 does its work, got {self.weight_decay}")
 
-    def state_kinds(self) -> dict[str, str]:
-        """Both n and z of each element."""
-        return {"accumulator": "full", "linear": "full"}
-
-    def hyper(self) -> Hyper:
-        """The numbers that kernels take."""
-        return super().hyper()._replace(beta1=float(self.beta), l1=float(self.l1), l2=float(self.l2))
+    def _numbers(self) -> dict[str, float | bool]:
+        return {"beta1": self.beta, "l1": self.l1, "l2": self.l2}

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, check, ragged, run
+from helpers import assert_same_bits, check, flat, ragged, run
 
 import gossamer
+from gossamer.ops._bags import Bags
+from gossamer.ops.gather_reduce import GatherMax
 
 
 def pooled(index, offsets=None, *, backend, **settings):
@@ -197,5 +199,5 @@ def test_modes_compile(kernel_backend, device, mode):
     with gossamer.backend(kernel_backend):
         compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
         assert_same_bits(run(compiled, {"table": table}, ["table"], dout), expected)
-        args = (table, index, None, -1, True, True, torch.float32, kernel_backend)
-        torch.library.opcheck(torch.ops.gossamer.gather_max.default, args)
+        args = GatherMax(table, Bags(index, mode="max", drop=True), torch.float32, need_argmax=True)
+        torch.library.opcheck(torch.ops.gossamer.gather_max.default, flat(args, kernel_backend))

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OperatorLog, assert_same_bits, check, huge_storage, ragged, run, saved_tensors
+from helpers import OperatorLog, assert_same_bits, check, flat, huge_storage, ragged, run, saved_tensors
 
 import gossamer
 from gossamer import _backend
-from gossamer.ops.gather_reduce import gather_reduce_reference, sum_slots
+from gossamer.ops._bags import Bags
+from gossamer.ops.gather_reduce import GatherDot, GatherReduce, gather_reduce_reference, sum_slots
 
 
 def functions(index, offsets=None, *, backend, padding_idx=None, num_rows=None):
@@ -19,7 +20,7 @@ def functions(index, offsets=None, *, backend, padding_idx=None, num_rows=None):
             return gossamer.gather_reduce(table, index, offsets, weights, padding_idx=padding_idx)
 
     def reference(table, weights=None):
-        return gather_reduce_reference(table, index, offsets, weights, padding_idx=padding)
+        return gather_reduce_reference(table, Bags(index, offsets, weights, padding_idx=padding))
 
     return function, reference
 
@@ -135,7 +136,7 @@ def test_limit(kernel_backend, device, with_weights):
         return sum_slots(table, rows, offsets, 3, weights, kernel_backend)
 
     def reference(table, weights=None):
-        return gather_reduce_reference(table, rows.view(30, 3), None, weights, limit=offsets[-1:])
+        return gather_reduce_reference(table, Bags(rows.view(30, 3), weights=weights, limit=offsets[-1:]))
 
     inputs = {"table": table} | ({"weights": weights} if with_weights else {})
     results = check(function, reference, inputs)
@@ -354,10 +355,11 @@ def test_operators_are_well_formed(kernel_backend, device, form):
     table = torch.randn(9, 33, device=device, requires_grad=True)
     weights = torch.randn(index.shape, device=device, requires_grad=True)
     limit = torch.tensor([8], device=device, dtype=torch.int32)
-    args = (table, index, offsets, weights, limit, 2, kernel_backend, False, False, False, table.dtype)
+    bags = Bags(index, offsets, weights, limit, padding_idx=2)
+    args = flat(GatherReduce(table, bags, table.dtype), kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.gather_reduce.default, args)
     dout = torch.randn(3, 33, device=device)
-    args = (dout, table.detach(), index, offsets, limit, 2, torch.float16, kernel_backend, False, False)
+    args = flat(GatherDot(dout, table.detach(), bags._replace(weights=None), torch.float16), kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.gather_dot.default, args)
 
 

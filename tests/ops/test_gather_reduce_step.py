@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, flat
 
 import gossamer
 from gossamer import optim
+from gossamer.ops._bags import Bags
+from gossamer.ops.gather_reduce_step import GatherReduceStep
+from gossamer.ops.sparse_update import Update
 
 
 def problem(device, mode="sum"):
@@ -136,9 +139,9 @@ def test_operator_is_well_formed(kernel_backend, device):
     """Schema, fake kernel, autograd registration; the gradient's step is no matter for the shape checks."""
     table, index, weights, _ = problem(device)
     optimizer = optim.PartialRowwiseAdam(0.1)
-    step, *states = optimizer.state(20, 33, device).values()
+    update = Update(optimizer.step_rule(), None, *optimizer.state(20, 33, device).values())
     handle = torch.zeros(0, device=device, requires_grad=True)
-    rule = (optimizer.algorithm, list(optimizer.hyper()), 0, kernel_backend)
-    args = (handle, table, index, None, weights, None, None, step, *states, [], -1, "mean", False, torch.float32, *rule)
+    args = GatherReduceStep(handle, table, Bags(index, weights=weights, mode="mean"), torch.float32, update)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.gossamer.gather_reduce_step.default, args, test_utils=checks)
+    operator = torch.ops.gossamer.gather_reduce_step.default
+    torch.library.opcheck(operator, flat(args, kernel_backend), test_utils=checks)

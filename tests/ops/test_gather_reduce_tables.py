@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits, check
+from helpers import assert_same_bits, check, flat
 
 import gossamer
 from gossamer import optim
+from gossamer.ops._bags import Bags
+from gossamer.ops.gather_reduce import GatherDot, GatherReduce
 
 # Odd dims, a table without rows, one read by two features, and both poolings.
 SPECS = [(11, 5), (7, 33), (0, 4), (200, 16)]
@@ -203,8 +205,9 @@ def test_operators_are_well_formed(kernel_backend, device):
     storage = torch.randn(layout.num_elements, device=device, requires_grad=True)
     index, offsets = torch.tensor([2, 4, 1], device=device), torch.tensor([0, 1, 3], device=device)
     weights = torch.rand(3, device=device, requires_grad=True)
-    args = (index, offsets, weights, layout.on(storage.device), layout.spec, False, torch.float32, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.gather_reduce_tables.default, (storage, *args))
-    args = (index, offsets, layout.on(storage.device), layout.spec, False, torch.float32, kernel_backend)
+    bags = Bags(index, offsets, weights, features=layout.on(storage.device))
+    args = GatherReduce(storage, bags, torch.float32)
+    torch.library.opcheck(torch.ops.gossamer.gather_reduce.default, flat(args, kernel_backend))
     dout = torch.randn(1, 6, device=device)
-    torch.library.opcheck(torch.ops.gossamer.gather_dot_tables.default, (dout, storage.detach(), *args))
+    args = GatherDot(dout, storage.detach(), bags._replace(weights=None), torch.float32)
+    torch.library.opcheck(torch.ops.gossamer.gather_dot.default, flat(args, kernel_backend))

@@ -8,7 +8,7 @@ from hash_table_calls import POLICY_SCORES, assert_same_state, random_keys, scor
 
 import gossamer
 from gossamer import _backend
-from gossamer.ops._hash_table_reference import digests_and_buckets
+from gossamer.ops._hash_table_storage import digests_and_buckets
 from gossamer.ops.hash_table import EVICT, HashTableFull
 
 INT64 = torch.iinfo(torch.int64)

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import DRAWS, assert_same_bits, violations
+from helpers import DRAWS, assert_same_bits, flat, violations
 
 import gossamer
 from gossamer import optim
 from gossamer._rounding import random_bits, round_stochastically
+from gossamer.ops._bags import Bags
+from gossamer.ops.sparse_update import SparseUpdate, Update
 from gossamer.testing import errors
 
 OPTIMIZERS = [
@@ -493,7 +495,6 @@ def test_operator_is_well_formed(any_backend, device):
     table, dout = torch.randn(9, 5, device=device), torch.randn(4, 5, device=device)
     index = torch.randint(9, (4, 2), device=device)
     optimizer = optim.PartialRowwiseAdam(0.1)
-    step, *states = optimizer.state(9, 5, device).values()
-    rule = (optimizer.algorithm, list(optimizer.hyper()), 0, any_backend)
-    args = (table, index, dout, None, None, None, None, None, step, *states, [], -1, False, False, *rule)
-    torch.library.opcheck(torch.ops.gossamer.sparse_update_.default, args)
+    update = Update(optimizer.step_rule(), None, *optimizer.state(9, 5, device).values())
+    args = SparseUpdate(table, Bags(index), dout, None, update)
+    torch.library.opcheck(torch.ops.gossamer.sparse_update_.default, flat(args, any_backend))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gossamer
+from gossamer.ops._records import Layout
 from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors, random_expert_ids
 
 
@@ -187,3 +189,8 @@ def huge_storage(num_elements: int, dtype: torch.dtype, device: str) -> torch.Te
     """A flat tensor of which only touched pages take memory (on the CPU); uninitialised and not poisoned."""
     storage = torch.UntypedStorage(num_elements * dtype.itemsize, device=device)
     return torch.tensor([], dtype=dtype, device=device).set_(storage, 0, (num_elements,))
+
+
+def flat(args: NamedTuple, backend: str) -> tuple:
+    """The arguments of the operator over a record as its schema has them."""
+    return (*Layout(type(args)).flatten(args), backend)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from gossamer import _C
 from gossamer.cpu_kernels._native import DTYPES, empty_huge, vector
+
+if TYPE_CHECKING:
+    from gossamer.ops._hash_table_storage import Batch, Served, Storage
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -27,46 +30,36 @@ def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     return empty_huge(shape, values.dtype)
 
 
-def _view(storage: Any) -> _C.HashTableView:
+def _view(storage: Storage) -> _C.HashTableView:
     arrays = (storage.digests, storage.keys, storage.scores, storage.buckets, storage.fill, storage.quota)
     pointers = (0 if a is None else a.data_ptr() for a in arrays)
     return _C.HashTableView(*pointers, storage.fill.shape[0], storage.partition_buckets)
 
 
-def find(storage: Any, keys: torch.Tensor) -> torch.Tensor:
+def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     slots = empty_huge((keys.shape[0],), torch.int64)
     _C.hash_table_find(_view(storage), vector(keys), keys.shape[0], slots.data_ptr(), torch.get_num_threads())
     return slots
 
 
-def insert(
-    storage: Any,
-    keys: torch.Tensor,
-    policy: int,
-    stamp: int,
-    serial: int,
-    scores: torch.Tensor | None,
-    room: int,
-    marks: torch.Tensor | None = None,
-    mark: int = 0,
-) -> tuple[int, tuple[int, int, int], torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Find or insert each key; arguments and results as the reference's."""
-    n = keys.shape[0]
-    scores = None if scores is None else scores.contiguous()
+def insert(storage: Storage, batch: Batch) -> Served:
+    """Find or insert each key; as the reference."""
+    n = batch.keys.shape[0]
+    scores = None if batch.scores is None else batch.scores.contiguous()
     slots, status = empty_huge((n,), torch.int64), torch.empty(n, dtype=torch.uint8, device="cpu")
     victims = [empty_huge((n,), torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
-    new_keys, *counts = _C.hash_table_insert(
+    too_many, *counts = _C.hash_table_insert(
         _view(storage),
-        vector(keys),
+        vector(batch.keys),
         n,
-        policy,
-        stamp,
-        serial,
+        batch.policy or "none",
+        batch.stamp,
+        batch.serial,
         0 if scores is None else scores.data_ptr(),
-        room,
-        0 if marks is None else marks.data_ptr(),
-        mark,
+        batch.room,
+        0 if batch.marks is None else batch.marks.data_ptr(),
+        batch.mark,
         slots.data_ptr(),
         status.data_ptr(),
         *(0 if v is None else v.data_ptr() for v in victims),
@@ -74,7 +67,7 @@ def insert(
     )
     if counts[1] == 0:
         victims = [None, None]
-    return new_keys, tuple(counts), slots, status, *victims
+    return too_many, tuple(counts), slots, status, *victims
 
 
 def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:

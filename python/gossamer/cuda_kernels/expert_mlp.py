@@ -12,7 +12,7 @@ from gossamer._activation import Activation
 from gossamer.cuda_kernels._hopper import Operands, routing, with_depth
 from gossamer.cuda_kernels.grouped_matmul import grouped_matmul_dweight, rows_times_weight
 from gossamer.triton_kernels import expert_mlp_backward as triton_backward
-from gossamer.triton_kernels.gather_reduce import gather_reduce
+from gossamer.triton_kernels.gather_reduce import sum_slots
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
 
@@ -83,7 +83,7 @@ def expert_mlp(
         return torch.empty_like(x, memory_format=torch.contiguous_format), preact
     act, preact = up_projection(x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save_preact, top_k)
     out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False)
-    y = gather_reduce(out, rows.view(-1, top_k), None, weights, offsets[-1:], -1)
+    y = sum_slots(out, rows, offsets, top_k, weights)
     return y, x.new_empty(0) if preact is None else preact
 
 

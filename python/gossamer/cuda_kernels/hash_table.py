@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,8 +10,10 @@ from gossamer import _C
 from gossamer.cpu_kernels._native import vector
 from gossamer.cuda_kernels._stream import where
 
-# Codes of csrc/hash_table_core.h.
-_NO_EVICTION, _LRU, _EPOCH_LRU = 0, 1, 3
+if TYPE_CHECKING:
+    from gossamer.ops._hash_table_storage import Batch, Served, Storage
+
+# The status of csrc/hash_table_core.h.
 _REFUSED = 0
 
 
@@ -20,13 +22,13 @@ def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     return values.new_empty(shape)
 
 
-def _view(storage: Any) -> _C.HashTableView:
+def _view(storage: Storage) -> _C.HashTableView:
     arrays = (storage.digests, storage.keys, storage.scores, storage.buckets, storage.fill, storage.quota)
     pointers = (0 if a is None else a.data_ptr() for a in arrays)
     return _C.HashTableView(*pointers, storage.fill.shape[0], storage.partition_buckets)
 
 
-def find(storage: Any, keys: torch.Tensor) -> torch.Tensor:
+def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     n, device = keys.shape[0], storage.digests.device
     slots = torch.empty(n, dtype=torch.int64, device=device)
@@ -36,20 +38,11 @@ def find(storage: Any, keys: torch.Tensor) -> torch.Tensor:
     return slots
 
 
-def insert(
-    storage: Any,
-    keys: torch.Tensor,
-    policy: int,
-    stamp: int,
-    serial: int,
-    scores: torch.Tensor | None,
-    room: int,
-    marks: torch.Tensor | None = None,
-    mark: int = 0,
-) -> tuple[int, None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Find or insert each key; arguments and results as the reference's, but for the counts: nobody waits for them."""
+def insert(storage: Storage, batch: Batch) -> Served:
+    """Find or insert each key; as the reference, but for the counts: nobody waits for them."""
+    keys, policy = batch.keys, batch.policy or "none"
     n, device = keys.shape[0], storage.digests.device
-    scores = None if scores is None else scores.contiguous()
+    scores = None if batch.scores is None else batch.scores.contiguous()
     slots = torch.empty(n, dtype=torch.int64, device=device)
     status = torch.zeros(n, dtype=torch.uint8, device=device)
     scored = storage.scores is not None
@@ -59,27 +52,27 @@ def insert(
     with torch.cuda.device(device):
         view, stream = _view(storage), where(device)
         partitions = torch.empty(n, dtype=torch.int32, device=device)
-        unordered = policy in (_NO_EVICTION, _LRU, _EPOCH_LRU)
+        unordered = policy == "none" or batch.stamps
         if unordered:
             pointers = (slots.data_ptr(), status.data_ptr(), partitions.data_ptr())
-            _C.cuda_hash_table_stamp(view, vector(keys), n, policy, stamp, *pointers, *stream)
+            _C.cuda_hash_table_stamp(view, vector(keys), n, policy, batch.stamp, *pointers, *stream)
         else:
             _C.cuda_hash_table_partitions(view, vector(keys), n, partitions.data_ptr(), *stream)
-        if policy == _NO_EVICTION and n > room:
+        if policy == "none" and n > batch.room:
             new_keys = keys[status == _REFUSED].unique().numel()
-            if new_keys > room:
+            if new_keys > batch.room:
                 return new_keys, None, slots, status, *victims
         partitions, order = torch.sort(partitions, stable=True)
         edges = torch.arange(storage.fill.shape[0] + 1, dtype=torch.int32, device=device)
         begins = torch.searchsorted(partitions, edges)
         leaving = torch.zeros(1, dtype=torch.int32, device=device)
         pointers = (t.data_ptr() if t is not None else 0 for t in (scores, slots, status, *victims, leaving))
-        batch = (order.data_ptr(), begins.data_ptr(), policy, stamp, serial, *pointers)
+        arguments = (order.data_ptr(), begins.data_ptr(), policy, batch.stamp, batch.serial, *pointers)
         if not unordered:
-            _C.cuda_hash_table_insert(view, vector(keys), n, *batch, False, *stream)
-        _C.cuda_hash_table_insert(view, vector(keys), n, *batch, True, *stream)
-    if marks is not None:
-        mark_slots(marks, slots, mark)
+            _C.cuda_hash_table_insert(view, vector(keys), n, *arguments, False, *stream)
+        _C.cuda_hash_table_insert(view, vector(keys), n, *arguments, True, *stream)
+    if batch.marks is not None:
+        mark_slots(batch.marks, slots, batch.mark)
     return -1, None, slots, status, *victims
 
 

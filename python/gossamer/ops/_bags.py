@@ -1,6 +1,9 @@
-"""Lists of ids as the primitives over tables take them: checks, bounds modes, and plain-torch views of them."""
+"""Lists of ids as the primitives over tables take them: their record, checks, and bounds modes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -10,42 +13,139 @@ MODES = ("sum", "mean", "max")
 BOUNDS = ("raise", "clamp", "drop")
 
 
-def bags_of(index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-    """The bag of each flat position of ``index``; for CSR, B for positions outside every bag."""
-    positions = torch.arange(index.numel(), device=index.device)
-    if offsets is None:
-        return positions // max(index.shape[1], 1)
-    bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
-    return torch.where(bag < 0, offsets.numel() - 1, bag)
+class Feature(NamedTuple):
+    """What one feature reads in a flat storage of many tables, and where its columns of the result lie.
+
+    Attributes:
+        element: its table's first element.
+        row: its table's first row, rows of all tables counted on.
+        rows: rows of its table.
+        dim: columns of its table.
+        column: its first column of the result.
+        mean: 1 where its bags are averaged, 0 where they are summed.
+    """
+
+    element: int
+    row: int
+    rows: int
+    dim: int
+    column: int
+    mean: int
 
 
-def live_ids(
-    flat: torch.Tensor, num_rows: int | torch.Tensor, limit: torch.Tensor | None, padding_idx: int
-) -> torch.Tensor:
-    """Which flat ids contribute: inside the table, below ``limit``, and not the padding row."""
-    live = (flat >= 0) & (flat < num_rows) & (flat != padding_idx)
-    return live if limit is None else live & (flat < limit)
+class Features(NamedTuple):
+    """The F features of bags over many tables, a column for each attribute of :class:`Feature`; none for one table.
+
+    Attributes:
+        layout: the columns as ``(F, 6)`` int64 on the device, for kernels.
+        element: the first column, and so on.
+        row: see above.
+        rows: see above.
+        dim: see above.
+        column: see above.
+        mean: see above.
+    """
+
+    layout: torch.Tensor | None
+    element: list[int]
+    row: list[int]
+    rows: list[int]
+    dim: list[int]
+    column: list[int]
+    mean: list[int]
+
+    def each(self) -> Iterator[Feature]:
+        """The features, one by one."""
+        return map(Feature, self.element, self.row, self.rows, self.dim, self.column, self.mean)
+
+    def tables(self, storage: torch.Tensor) -> Iterator[tuple[Feature, torch.Tensor]]:
+        """Each feature, and its table ``(rows, dim)`` as a view of a flat storage."""
+        for feature in self.each():
+            size = feature.rows * feature.dim
+            yield feature, storage[feature.element : feature.element + size].view(feature.rows, feature.dim)
 
 
-def num_bags_of(index: torch.Tensor, offsets: torch.Tensor | None) -> int:
-    """B."""
-    return index.shape[0] if offsets is None else offsets.shape[0] - 1
+# The column of the layout that has each feature's rows.
+_ROWS = Feature._fields.index("rows")
+ONE_TABLE = Features(None, [], [], [], [], [], [])
 
 
-def bag_begins(index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-    """The first position of each bag, int64."""
-    if offsets is not None:
-        return offsets[:-1].long()
-    return torch.arange(index.shape[0], device=index.device) * index.shape[1]
+class Bags(NamedTuple):
+    """Lists of ids, and how the table rows that they name are reduced.
 
+    Attributes:
+        index: ``(B, J)``, or ``(L,)`` with ``offsets``; int32 or int64.
+        offsets: ``(B+1,)`` int32 or int64: bag b holds the positions from ``offsets[b]`` to ``offsets[b+1]``. With
+            features ``(F·B+1,)``: bag ``f·B + b`` holds ids of feature f, and reduces to its columns of row b.
+        weights: like ``index``, float, or None for ones.
+        limit: one element, or None: ids from it on contribute nothing, and their rows are never read.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``; with features, ``"sum"``, for each has its own.
+        padding_idx: an id that contributes nothing; −1 for none.
+        drop: whether ids outside the table contribute nothing; otherwise they raise where values can be read.
+        features: of many tables; :data:`ONE_TABLE` for one.
+    """
 
-def check_ids(index: torch.Tensor, inside: torch.Tensor, num_rows: int) -> None:
-    """Every id that is inside a bag must lie in ``[0, num_rows)``; reads values, so it is for the CPU."""
-    bad = (((index < 0) | (index >= num_rows)).reshape(-1) & inside).nonzero()
-    if bad.numel():
-        position = int(bad[0])
-        value = int(index.reshape(-1)[position])
-        raise IndexError(f"index must be in [0, N) with N={num_rows}, got {value} at flat position {position}")
+    index: torch.Tensor
+    offsets: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    limit: torch.Tensor | None = None
+    mode: str = "sum"
+    padding_idx: int = -1
+    drop: bool = False
+    features: Features = ONE_TABLE
+
+    @property
+    def num_lists(self) -> int:
+        """F·B, or B without features."""
+        return self.index.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    @property
+    def num_bags(self) -> int:
+        """B, rows of the result."""
+        return self.num_lists // max(len(self.features.dim), 1)
+
+    @property
+    def averages(self) -> bool:
+        """Whether any bag is averaged."""
+        return self.mode == "mean" or any(self.features.mean)
+
+    def result_shape(self, table: torch.Tensor) -> tuple[int, int]:
+        """``(B, D)`` of the result of reducing rows of ``table``; ``(B, ΣD_f)`` with features."""
+        if self.features.dim:
+            return self.num_bags, sum(self.features.dim)
+        return self.index.shape[0] if self.offsets is None else self.offsets.shape[0] - 1, table.shape[1]
+
+    def numbers(self) -> torch.Tensor:
+        """The bag of each flat position of ``index``; with offsets, the number of bags for positions in none."""
+        positions = torch.arange(self.index.numel(), device=self.index.device)
+        if self.offsets is None:
+            return positions // max(self.index.shape[1], 1)
+        bag = torch.searchsorted(self.offsets.contiguous(), positions, right=True) - 1
+        return torch.where(bag < 0, self.offsets.numel() - 1, bag)
+
+    def begins(self) -> torch.Tensor:
+        """The first position of each bag, int64."""
+        if self.offsets is not None:
+            return self.offsets[:-1].long()
+        return torch.arange(self.index.shape[0], device=self.index.device) * self.index.shape[1]
+
+    def live(self, num_rows: int | torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """Which flat positions lie in a bag and contribute to it, reading a table of ``num_rows``.
+
+        ``numbers`` are those of the bags, where they are known.
+        """
+        flat = self.index.reshape(-1)
+        live = (flat >= 0) & (flat < num_rows) & (flat != self.padding_idx)
+        if self.offsets is not None:
+            live &= (self.numbers() if numbers is None else numbers) < self.num_lists
+        return live if self.limit is None else live & (flat < self.limit)
+
+    def of_features(self) -> Iterator[Bags]:
+        """The bags of each feature as bags over its table alone; their offsets count within the whole list."""
+        num_bags = self.num_bags
+        for f, mean in enumerate(self.features.mean):
+            offsets = self.offsets[f * num_bags : (f + 1) * num_bags + 1]
+            yield Bags(self.index, offsets, self.weights, mode="mean" if mean else "sum", drop=self.drop)
 
 
 def check_offsets(index: torch.Tensor, offsets: torch.Tensor) -> None:
@@ -67,6 +167,39 @@ def check_weights_values(weights: torch.Tensor, live: torch.Tensor) -> None:
         raise ValueError(f"weights must not be NaN, got nan at flat position {int(bad[0])}")
 
 
+def check_values(bags: Bags, num_rows: int) -> None:
+    """What the native kernels check of the values in the lists, for the reference on the CPU."""
+    if bags.offsets is not None:
+        check_offsets(bags.index, bags.offsets)
+    rows = torch.tensor(num_rows)
+    if bags.features.rows:
+        rows = _rows_of_ids(torch.tensor(bags.features.rows), bags)
+    flat = bags.index.reshape(-1)
+    inside = bags.numbers() < bags.num_lists
+    bad = (((flat < 0) | (flat >= rows)) & inside).nonzero()
+    if bad.numel() and not bags.drop:
+        position = int(bad[0])
+        raise IndexError(
+            f"index must be in [0, N) with N={int(rows.expand(flat.shape)[position])}, got {int(flat[position])} at "
+            f"flat position {position}"
+        )
+    if bags.weights is not None:
+        check_weights_values(bags.weights, bags._replace(limit=None).live(rows))
+
+
+def _rows_of_ids(rows: torch.Tensor, bags: Bags) -> torch.Tensor:
+    """For each id the rows of its feature's table, given ``rows (F,)``; outside every bag a great number."""
+    repaired = bags._replace(offsets=_ascending(bags))
+    feature = repaired.numbers() // max(bags.num_bags, 1)
+    outside = torch.full((1,), torch.iinfo(bags.index.dtype).max, dtype=torch.int64, device=bags.index.device)
+    return torch.cat([rows, outside])[feature.clamp(max=rows.shape[0])]
+
+
+def _ascending(bags: Bags) -> torch.Tensor:
+    """The offsets brought into ``[0, L]``, and made to ascend."""
+    return bags.offsets.clamp(0, bags.index.shape[0]).cummax(0).values
+
+
 def check_bags(
     table: torch.Tensor,
     index: torch.Tensor,
@@ -75,15 +208,12 @@ def check_bags(
     backend: str,
     *,
     mode: str,
-    padding_idx: int | None,
-    include_last_offset: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
-    """Check the arguments that the primitives over one table share, by everything but their values.
-
-    Returns:
-        ``index`` (B, J) or (L,), ``offsets`` with its last element, ``weights`` shaped like ``index``, and
-        ``padding_idx`` with −1 for none.
-    """
+    padding_idx: int | None = None,
+    include_last_offset: bool = True,
+    bounds: str = "drop",
+    bounds_count: torch.Tensor | None = None,
+) -> Bags:
+    """Check the arguments that the primitives over one table share, by everything but their values."""
     check_float("table", table, backend)
     check_shape("table", table, (None, None), "(N, D)")
     check_index("index", index)
@@ -102,11 +232,12 @@ def check_bags(
     n = table.shape[0]
     if padding_idx is not None and not -n <= padding_idx < n:
         raise ValueError(f"padding_idx must be in [-N, N) with N={n}, got {padding_idx}")
-    padding = -1 if padding_idx is None else padding_idx % n
+    check_bounds(bounds, bounds_count, index.device)
     if offsets is None and index.dim() == 1:
         index = index.unsqueeze(1)
         weights = None if weights is None else weights.unsqueeze(1)
-    return index, offsets, weights, padding
+    padding = -1 if padding_idx is None else padding_idx % n
+    return Bags(index, offsets, weights, None, mode, padding, bounds != "raise")
 
 
 def _whole_offsets(index, offsets, include_last_offset):
@@ -146,42 +277,34 @@ def raises(index: torch.Tensor, backend: str) -> bool:
     return index.device.type == "cpu" and backend in ("reference", "native")
 
 
-def apply_bounds(
-    index: torch.Tensor,
-    offsets: torch.Tensor | None,
-    num_rows: int | torch.Tensor,
-    bounds: str,
-    bounds_count: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def apply_bounds(bags: Bags, num_rows: int, bounds: str, bounds_count: torch.Tensor | None, backend: str) -> Bags:
     """Repair lists as the mode says, and count what was wrong; no value is read on the host.
 
     Args:
-        index: ``(B, J)`` or ``(L,)``.
-        offsets: ``(B+1,)`` or None.
-        num_rows: N, or one N for each id.
+        bags: the lists.
+        num_rows: N; with features, each has its own.
         bounds: ``"clamp"`` brings ids into ``[0, N−1]``; ``"drop"`` and ``"raise"`` leave them to the kernels. All but
             ``"raise"`` clamp offsets into ``[0, L]`` and make them ascend.
         bounds_count: incremented by the ids outside ``[0, N)`` and the offsets that changed.
         backend: which kernels follow.
-
-    Returns:
-        ``index`` and ``offsets``.
     """
-    if bounds == "raise" and raises(index, backend):
-        return index, offsets
+    index, offsets = bags.index, bags.offsets
+    if bounds == "raise" and (bounds_count is None or raises(index, backend)):
+        return bags
+    last = num_rows - 1
+    if bags.features.layout is not None and (bounds == "clamp" or bounds_count is not None):
+        num_rows = _rows_of_ids(bags.features.layout[:, _ROWS], bags)
+        last = (num_rows - 1).to(index.dtype)
     if bounds_count is not None:
         wrong = ((index < 0) | (index >= num_rows)).sum()
     if offsets is not None and bounds != "raise":
-        repaired = offsets.clamp(0, index.shape[0]).cummax(0).values
+        offsets = _ascending(bags)
         if bounds_count is not None:
-            wrong = wrong + (repaired != offsets).sum()
-        offsets = repaired
+            wrong = wrong + (offsets != bags.offsets).sum()
     if bounds_count is not None:
         bounds_count.add_(wrong.view(bounds_count.shape))
     if bounds == "clamp":
         # Ids of a table without rows become −1, which no kernel reads.
-        high = num_rows - 1
         index = index.clamp(min=0)
-        index = index.clamp(max=high) if isinstance(high, int) else index.minimum(high.to(index.dtype))
-    return index, offsets
+        index = index.clamp(max=last) if isinstance(last, int) else index.minimum(last)
+    return Bags(index, offsets, *bags[2:])

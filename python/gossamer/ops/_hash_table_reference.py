@@ -1,124 +1,29 @@
-"""The arrays of a hash table, and its operations in plain Python: slot by slot what the native kernels do."""
+"""The operations of a hash table in plain Python: slot by slot what the native kernels do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import fields
 
-import numpy as np
 import torch
 
 from gossamer._rounding import random_bits
+from gossamer.ops._hash_table_storage import (
+    BUCKET_SLOTS,
+    HIT,
+    INSERTED,
+    LOW,
+    REFUSED,
+    REPLACED,
+    Batch,
+    Served,
+    Storage,
+    digests_and_buckets,
+)
 
-BUCKET_SLOTS = 16
-# The shared probing code has these: csrc/hash_table_core.h.
-POLICIES = {None: 0, "lru": 1, "lfu": 2, "epoch_lru": 3, "epoch_lfu": 4, "score": 5}
-REFUSED, HIT, INSERTED, REPLACED = range(4)
-
-_LEAST_BUCKETS = 64
 _ROOMY = 4
-_LOW = 0xFFFFFFFF
 _MOST = 2**63 - 1
 _REACH, _SERIAL, _PINNED = range(3)
-
-
-@dataclass
-class Storage:
-    """The arrays of a table of S slots in S / 16 buckets in P partitions; all on one device.
-
-    Attributes:
-        digests: ``(S,)`` uint8, 0 where a slot is empty.
-        keys: ``(S,)`` int64.
-        scores: ``(S,)`` int64, or None where nothing is evicted.
-        buckets: ``(S/16, 3)`` int32: the longest chain from a bucket, the last batch that pinned slots of it, which.
-        fill: ``(P,)`` int32, live slots.
-        quota: ``(P,)`` int32, live slots from which on a new key evicts.
-        values: ``(S, D)``, one row a slot.
-    """
-
-    digests: torch.Tensor
-    keys: torch.Tensor
-    scores: torch.Tensor | None
-    buckets: torch.Tensor
-    fill: torch.Tensor
-    quota: torch.Tensor
-    values: torch.Tensor
-
-    @property
-    def partition_buckets(self) -> int:
-        """Buckets of a partition."""
-        return self.buckets.shape[0] // self.fill.shape[0]
-
-    @classmethod
-    def allocate(
-        cls, capacity: int, scored: bool, values: tuple[int, torch.dtype], device: torch.device, empty=None
-    ) -> Storage:
-        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` makes its arrays, if given."""
-        dim, dtype = values
-        wanted = -(-(capacity + capacity // 12) // BUCKET_SLOTS)
-        partitions = max(1, wanted // _LEAST_BUCKETS)
-        buckets = partitions * -(-wanted // partitions)
-        slots = buckets * BUCKET_SLOTS
-        shares = torch.arange(partitions + 1, dtype=torch.float64, device="cpu")
-        # Exact: capacity · partitions stays below 2^53 for any table that fits in memory.
-        ends = torch.div(shares * capacity, partitions, rounding_mode="floor").long()
-
-        def array(*shape, dtype):
-            return torch.empty(shape, dtype=dtype, device=device) if empty is None else empty(shape, dtype=dtype)
-
-        def zeros(*shape, dtype):
-            return array(*shape, dtype=dtype).zero_()
-
-        return cls(
-            zeros(slots, dtype=torch.uint8),
-            zeros(slots, dtype=torch.int64),
-            zeros(slots, dtype=torch.int64) if scored else None,
-            zeros(buckets, 3, dtype=torch.int32),
-            zeros(partitions, dtype=torch.int32),
-            (ends[1:] - ends[:-1]).to(device, torch.int32),
-            array(slots, dim, dtype=dtype),
-        )
-
-    def clear(self) -> None:
-        """Forget every key."""
-        self.digests.zero_()
-        self.buckets.zero_()
-        self.fill.zero_()
-
-
-def mix(keys: np.ndarray) -> np.ndarray:
-    """The finalizer of MurmurHash3 on uint64, a bijection in which every bit depends on every other."""
-    h = keys.astype(np.uint64)
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        h = (h ^ (h >> np.uint64(33))) * np.uint64(factor)
-    return h ^ (h >> np.uint64(33))
-
-
-def digests_and_buckets(keys: torch.Tensor, partitions: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The digest of each key, and its first and second bucket, in a table of ``partitions`` of ``size`` buckets."""
-    h = mix(keys.cpu().numpy().astype(np.int64).view(np.uint64))
-    low, thirty_two = h & np.uint64(_LOW), np.uint64(32)
-    spread = (h >> thirty_two) * np.uint64(partitions)
-    first = ((spread & np.uint64(_LOW)) * np.uint64(size)) >> thirty_two
-    second = (low * np.uint64(size - 1)) >> thirty_two
-    second += np.uint64(1) * ((second >= first) & (size > 1))
-    begin = (spread >> thirty_two) * np.uint64(size)
-    digest = 1 + ((low & np.uint64(0xFFFF)) * np.uint64(255) >> np.uint64(16))
-    return digest.astype(np.uint8), (begin + first).astype(np.int64), (begin + second).astype(np.int64)
-
-
-class _Batch(NamedTuple):
-    """How a batch sets scores and evicts."""
-
-    policy: int
-    stamp: int
-    serial: int
-
-    @property
-    def stamps(self) -> bool:
-        """Whether the stamp tells by itself what the batch has touched: no other batch sets that score."""
-        return self.policy in (POLICIES["lru"], POLICIES["epoch_lru"])
 
 
 class _Prober:
@@ -144,7 +49,7 @@ class _Prober:
     def slots_with(self, bucket: int, digest: int) -> list[int]:
         """The slots of a bucket that have a digest; 0 for the empty ones."""
         begin = bucket * BUCKET_SLOTS
-        return [begin + int(s) for s in np.flatnonzero(self.a["digests"][begin : begin + BUCKET_SLOTS] == digest)]
+        return [begin + int(s) for s in (self.a["digests"][begin : begin + BUCKET_SLOTS] == digest).nonzero()[0]]
 
     def find(self, i: int, stay: bool = False) -> int:
         """The slot of key i, −1 where absent, −2 where it would leave the partition it must ``stay`` in."""
@@ -162,7 +67,7 @@ class _Prober:
                 return
             yield bucket
 
-    def victim(self, buckets: list[int], batch: _Batch) -> int:
+    def victim(self, buckets: list[int], batch: Batch) -> int:
         """The live slot of the buckets with the lowest score that the batch has not touched, or −1; first of equals."""
         best = -1
         for bucket in buckets:
@@ -178,10 +83,10 @@ class _Prober:
                     best = slot
         return best
 
-    def claim(self, i: int, batch: _Batch, score: int, stay: bool) -> tuple[int, bool]:
+    def claim(self, i: int, batch: Batch, score: int, stay: bool) -> tuple[int, bool]:
         """``(slot, evicts)`` for a new key; −1 refused, −2 no room in the partition that it must ``stay`` in."""
         first, second = int(self.first[i]), int(self.second[i])
-        evicts = batch.policy != POLICIES[None]
+        evicts = batch.policy is not None
         full = evicts and bool(self.a["fill"][first // self.size] >= self.a["quota"][first // self.size])
         if not full:
             free1, free2 = self.slots_with(first, 0), self.slots_with(second, 0)
@@ -192,13 +97,13 @@ class _Prober:
         else:
             victim = self.victim([first] if first == second else [first, second], batch)
             if victim >= 0:
-                refused = batch.policy == POLICIES["score"] and score < self.a["scores"][victim]
+                refused = batch.policy == "score" and score < self.a["scores"][victim]
                 return (-1, False) if refused else (victim, True)
         for j, bucket in self.chain(i):
             if (evicts or stay) and j >= self.size:
                 break
             slot = self.victim([bucket], batch) if full else next(iter(self.slots_with(bucket, 0)), -1)
-            if full and slot >= 0 and batch.policy == POLICIES["score"] and score < self.a["scores"][slot]:
+            if full and slot >= 0 and batch.policy == "score" and score < self.a["scores"][slot]:
                 slot = -1
             if slot >= 0:
                 buckets = self.a["buckets"]
@@ -206,7 +111,7 @@ class _Prober:
                 return slot, full
         return (-2 if stay and not evicts else -1), False
 
-    def pin(self, slot: int, batch: _Batch) -> None:
+    def pin(self, slot: int, batch: Batch) -> None:
         """Keep the batch from evicting a slot whose score does not say that it was touched."""
         if batch.stamps:
             return
@@ -227,55 +132,30 @@ def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     return torch.tensor([prober.find(i) for i in range(len(prober.keys))], dtype=torch.int64, device="cpu")
 
 
-def _score(policy: int, stamp: int, given: int | None, old: int | None) -> int:
-    if policy == POLICIES["lfu"]:
+def _score(batch: Batch, given: int | None, old: int | None) -> int:
+    if batch.policy == "lfu":
         return min((old or 0) + (1 if given is None else given), _MOST)
-    if policy == POLICIES["epoch_lfu"]:
-        return stamp | min(((old or 0) & _LOW) + (1 if given is None else given), _LOW)
-    return given if policy == POLICIES["score"] else stamp
+    if batch.policy == "epoch_lfu":
+        return batch.stamp | min(((old or 0) & LOW) + (1 if given is None else given), LOW)
+    return given if batch.policy == "score" else batch.stamp
 
 
-def insert(
-    storage: Storage,
-    keys: torch.Tensor,
-    policy: int,
-    stamp: int,
-    serial: int,
-    scores: torch.Tensor | None,
-    room: int,
-    marks: torch.Tensor | None = None,
-    mark: int = 0,
-) -> tuple[int, tuple[int, int, int] | None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def insert(storage: Storage, batch: Batch) -> Served:
     """Find or insert each key: first those that are there, then the others in the order of the batch.
 
-    Args:
-        storage: the table, changed in place.
-        keys: ``(n,)`` int64 or int32.
-        policy: of :data:`POLICIES`.
-        stamp: the score that the recency policies set; the epoch's bits for ``"epoch_lfu"``.
-        serial: a number that the buckets have not seen, in int32.
-        scores: ``(n,)`` int64 or None: increments of the frequency policies, scores of ``"score"``.
-        room: how many new keys may come where nothing is evicted.
-        marks: ``(slots,)`` int64 or None: set to ``mark`` where the batch's rows are.
-        mark: what to set.
-
-    Returns:
-        How many distinct new keys there are where that is more than ``room``, and then nothing is inserted, else −1;
-        how many positions inserted, evicted and were refused, or None where that is not known yet;
-        ``(n,)`` int64 slots, −1 where refused; ``(n,)`` uint8 status; and by position what was evicted, key and score,
-        or None for both where nothing was.
+    The storage is changed in place.
     """
-    prober, n, batch = _Prober(storage, keys), keys.shape[0], _Batch(policy, stamp, serial)
+    prober, n = _Prober(storage, batch.keys), batch.keys.shape[0]
     slots, status = [-1] * n, [REFUSED] * n
-    given = [None] * n if scores is None else scores.tolist()
-    scored = policy != POLICIES[None]
+    given = [None] * n if batch.scores is None else batch.scores.tolist()
+    scored = batch.policy is not None
     victim_keys, victim_scores = [0] * n, [0] * n
 
     def touch(i: int, slot: int) -> None:
         slots[i], status[i] = slot, HIT
         if scored:
             prober.pin(slot, batch)
-            prober.a["scores"][slot] = _score(policy, stamp, given[i], int(prober.a["scores"][slot]))
+            prober.a["scores"][slot] = _score(batch, given[i], int(prober.a["scores"][slot]))
 
     def insert_missing(i: int, stay: bool) -> bool:
         slot = prober.find(i, stay)
@@ -284,7 +164,7 @@ def insert(
         if slot >= 0:
             touch(i, slot)
             return True
-        score = _score(policy, stamp, given[i], None) if scored else 0
+        score = _score(batch, given[i], None) if scored else 0
         slot, evicts = prober.claim(i, batch, score, stay)
         if slot == -2:
             return False
@@ -301,13 +181,13 @@ def insert(
             prober.pin(slot, batch)
         return True
 
-    def result(new_keys: int):
+    def result(too_many: int) -> Served:
         wide = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (slots, victim_keys, victim_scores)]
         victims = wide[1:] if scored else [None, None]
         counts = (status.count(INSERTED) + status.count(REPLACED), status.count(REPLACED), status.count(REFUSED))
-        if marks is not None and new_keys < 0:
-            mark_slots(marks, wide[0], mark)
-        return new_keys, counts, wide[0], torch.tensor(status, dtype=torch.uint8, device="cpu"), *victims
+        if batch.marks is not None and too_many < 0:
+            mark_slots(batch.marks, wide[0], batch.mark)
+        return too_many, counts, wide[0], torch.tensor(status, dtype=torch.uint8, device="cpu"), *victims
 
     found = [(i, prober.find(i)) for i in range(n)]
     for i, slot in found:
@@ -315,7 +195,7 @@ def insert(
             touch(i, slot)
     missing = [i for i, slot in found if slot < 0]
     new_keys = len({prober.keys[i] for i in missing})
-    if not scored and new_keys > room:
+    if not scored and new_keys > batch.room:
         return result(new_keys)
     # Within partitions first: the native kernels do these in parallel, and what crosses partitions after them.
     leaving = [i for i in missing if not insert_missing(i, True)]

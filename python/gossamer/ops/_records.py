@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import is_grad_enabled
 from torch._C import _any_requires_grad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from gossamer.ops._registration import is_plain, on_its_device, register, register_autograd
@@ -138,6 +139,18 @@ class Layout:
         return ", ".join(arguments)
 
 
+def _counting_changes(kernel: Callable, written: Callable[[Any], tuple]) -> Callable:
+    """A kernel after which whoever saved what it has written to, for a gradient, is told that it changed."""
+
+    @functools.wraps(kernel)
+    def counted(args, backend):
+        result = kernel(args, backend)
+        increment_version([tensor for tensor in written(args) if tensor is not None])
+        return result
+
+    return counted
+
+
 def _walk(args: Any, steps: tuple[str, ...]) -> Any:
     for name in steps:
         args = getattr(args, name)
@@ -155,6 +168,8 @@ class Operator:
         self.name = name
         self._layout = layout = Layout(record)
         restore = layout.restore
+        if mutates:
+            kernel = _counting_changes(kernel, _tuple_getter(attrgetter, mutates))
 
         def flat_kernel(*values):
             return kernel(restore(values[:-1]), values[-1])
@@ -170,8 +185,7 @@ class Operator:
         self._tensor_places = [i for i, kind in enumerate(layout.schema_types) if kind in ("Tensor", "Tensor?")]
         self._tensors = _tuple_getter(attrgetter, [layout.paths[i] for i in self._tensor_places])
         self._function: type[torch.autograd.Function] | None = None
-        # The dispatcher counts the changes to what an operator writes to.
-        self._direct = not mutates and not any("Tensor[]" in kind for kind in (*layout.schema_types, returns))
+        self._direct = not any("Tensor[]" in kind for kind in (*layout.schema_types, returns))
 
     def __call__(self, args: Any, backend: str) -> Any:
         if is_compiling():

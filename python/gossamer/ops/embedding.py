@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_index, check_same_device, check_shape
 from gossamer._numerics import accumulation_dtype
-from gossamer.ops import gather_reduce as bags
-from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._bags import Bags
+from gossamer.ops._records import define
+from gossamer.ops.gather_reduce import GatherReduce, forward, table_gradient
 
 
 def _occurrences(index: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -29,41 +32,52 @@ def inverse_frequency(index: torch.Tensor, num_rows: int, dtype: torch.dtype) ->
     return 1 / torch.where(inside, counts, 1).to(dtype)
 
 
-def _forward(table, index, padding_idx, scale_grad_by_freq, sparse_grad, backend):
-    lists = (index.reshape(-1).unsqueeze(1), None, None, None, -1)
-    return bags._forward(table, *lists, backend).view(*index.shape, table.shape[1])
+class Embedding(NamedTuple):
+    """Arguments of a lookup of rows.
+
+    Attributes:
+        table: ``(N, D)`` float.
+        index: int32 or int64 of any shape.
+        padding_idx: a row that is read, but gets no gradient; −1 for none.
+        scale_grad_by_freq: whether a row's gradient is divided by how often it is listed.
+        sparse_grad: whether the table's gradient is sparse.
+    """
+
+    table: torch.Tensor
+    index: torch.Tensor
+    padding_idx: int
+    scale_grad_by_freq: bool
+    sparse_grad: bool
 
 
-def _forward_fake(table, index, padding_idx, scale_grad_by_freq, sparse_grad, backend):
-    return table.new_empty(*index.shape, table.shape[1])
+def _forward(args: Embedding, backend: str) -> torch.Tensor:
+    table, index = args.table, args.index
+    rows = forward(GatherReduce(table, Bags(index.reshape(-1).unsqueeze(1)), table.dtype), backend)
+    return rows.view(*index.shape, table.shape[1])
 
 
-# Rows of a table; unlike in a bag, the padding row is read, and only its gradient is left out.
-_embedding = register(
-    "embedding(Tensor table, Tensor index, int padding_idx, bool scale_grad_by_freq, bool sparse_grad, str backend) "
-    "-> Tensor",
-    _forward,
-    _forward_fake,
-)
+def _forward_fake(args: Embedding) -> torch.Tensor:
+    return args.table.new_empty(*args.index.shape, args.table.shape[1])
 
 
-def _setup_context(ctx, inputs, output):
-    table, index, ctx.padding_idx, ctx.scale_grad_by_freq, ctx.sparse_grad, ctx.backend = inputs
-    (ctx.num_rows, ctx.dim), ctx.table_dtype, ctx.mean = table.shape, table.dtype, False
-    ctx.save_for_backward(index)
+_embedding = define("embedding", Embedding, kernel=_forward, fake=_forward_fake, returns="Tensor")
 
 
-def _backward(ctx, dout):
-    (index,) = ctx.saved_tensors
-    flat = index.reshape(-1).unsqueeze(1)
-    weights = None
-    if ctx.scale_grad_by_freq:
-        weights = inverse_frequency(flat, ctx.num_rows, accumulation_dtype(ctx.table_dtype))
-    dtable = bags._table_gradient(ctx, dout.reshape(flat.shape[0], ctx.dim), flat, None, weights, None)
-    return dtable, None, None, None, None, None
+def _save(ctx, args: Embedding, output: torch.Tensor):
+    ctx.shape, ctx.dtype = args.table.shape, args.table.dtype
+    return (args._replace(table=None),)
 
 
-register_autograd("embedding", _backward, _setup_context)
+def _differentiate(ctx, args: Embedding, tensors, dout: torch.Tensor):
+    index, weights = args.index.reshape(-1).unsqueeze(1), None
+    if args.scale_grad_by_freq:
+        weights = inverse_frequency(index, ctx.shape[0], accumulation_dtype(ctx.dtype))
+    rows = dout.reshape(index.shape[0], ctx.shape[1])
+    bags = Bags(index, weights=weights, padding_idx=args.padding_idx)
+    return {"table": table_gradient(bags, rows, ctx.shape, ctx.dtype, ctx.backend, args.sparse_grad)}
+
+
+_embedding.differentiate(_save, _differentiate)
 
 
 def embedding(
@@ -100,7 +114,7 @@ def embedding(
     if padding_idx is not None and not -n <= padding_idx < n:
         raise ValueError(f"padding_idx must be in [-N, N) with N={n}, got {padding_idx}")
     padding = -1 if padding_idx is None else padding_idx % n
-    return _embedding(table, index, padding, scale_grad_by_freq, sparse_grad, backend)
+    return _embedding(Embedding(table, index, padding, scale_grad_by_freq, sparse_grad), backend)
 
 
 def advise_huge_pages(table: torch.Tensor) -> None:

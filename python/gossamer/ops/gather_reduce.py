@@ -2,60 +2,109 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer.ops._bags import (
+    Bags,
     apply_bounds,
-    bag_begins,
-    bags_of,
     check_bags,
-    check_bounds,
-    check_ids,
     check_offsets,
+    check_values,
     check_weights_values,
-    live_ids,
-    num_bags_of,
     raises,
 )
-from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._records import define
 from gossamer.ops.dispatch import Dispatch
 
 
-def gather_reduce_reference(
-    table: torch.Tensor,
-    index: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-    *,
-    mode: str = "sum",
-    limit: torch.Tensor | None = None,
-    padding_idx: int = -1,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+class GatherReduce(NamedTuple):
+    """Arguments of sums and means of table rows over bags.
+
+    Attributes:
+        table: ``(N, D)`` float; with features the flat storage of their tables.
+        bags: the lists.
+        out_dtype: of the result ``(B, D)``; with features ``(B, ΣD_f)``.
+        sparse_grad: whether the table's gradient is sparse.
+    """
+
+    table: torch.Tensor
+    bags: Bags
+    out_dtype: torch.dtype
+    sparse_grad: bool = False
+
+
+class GatherMax(NamedTuple):
+    """Arguments of columnwise maxima: as :class:`GatherReduce`, and whether to say where each maximum was found."""
+
+    table: torch.Tensor
+    bags: Bags
+    out_dtype: torch.dtype
+    need_argmax: bool
+
+
+class GatherDot(NamedTuple):
+    """Arguments of the gradient of weights.
+
+    Attributes:
+        dout: the gradient of the result.
+        table: as in :class:`GatherReduce`.
+        bags: the lists, their weights left out.
+        dtype: of the result, which is shaped like the ids.
+    """
+
+    dout: torch.Tensor
+    table: torch.Tensor
+    bags: Bags
+    dtype: torch.dtype
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import gather_reduce
+    else:
+        from gossamer.triton_kernels import gather_reduce
+    return gather_reduce
+
+
+@functools.cache
+def _max_kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        return _kernels(backend)
+    from gossamer.triton_kernels import gather_max
+
+    return gather_max
+
+
+def gather_reduce_reference(table: torch.Tensor, bags: Bags, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """:func:`gather_reduce` in plain torch, differentiable, accumulated in float32 (float64 for float64).
 
-    ``index`` is ``(B, J)`` or has ``offsets``, which must have their last element here; ``padding_idx`` −1 stands for
-    none, and ids outside the table or from ``limit`` on, a one-element tensor, contribute nothing.
+    Ids outside the table contribute nothing.
     """
-    flat = index.reshape(-1).long()
-    num_bags = num_bags_of(index, offsets)
-    bag = bags_of(index, offsets)
-    live = live_ids(flat, table.shape[0], limit, padding_idx) & (bag < num_bags)
-    kept = live.nonzero().squeeze(1)
-    accumulate = accumulation_dtype(table.dtype)
-    values = table.index_select(0, flat[kept]).to(accumulate)
     out_dtype = out_dtype or table.dtype
-    if mode == "max":
-        return _max_by_bag(values, bag[kept], num_bags).to(out_dtype)
-    if weights is not None:
-        values = values * weights.reshape(-1)[kept].to(accumulate).unsqueeze(1)
-    out = torch.zeros(num_bags, table.shape[1], dtype=accumulate, device=table.device)
-    out = out.index_add(0, bag[kept], values)
-    if mode == "mean":
-        out = out / _counts(bag[kept], num_bags, accumulate).unsqueeze(1)
+    if bags.features.dim:
+        tables = zip(bags.features.tables(table), bags.of_features(), strict=True)
+        return torch.cat([gather_reduce_reference(part, own, out_dtype) for (_, part), own in tables], 1)
+    numbers = bags.numbers()
+    kept = bags.live(table.shape[0], numbers).nonzero().squeeze(1)
+    bag = numbers[kept]
+    accumulate = accumulation_dtype(table.dtype)
+    values = table.index_select(0, bags.index.reshape(-1)[kept].long()).to(accumulate)
+    if bags.mode == "max":
+        return _max_by_bag(values, bag, bags.num_bags).to(out_dtype)
+    if bags.weights is not None:
+        values = values * bags.weights.reshape(-1)[kept].to(accumulate).unsqueeze(1)
+    out = torch.zeros(bags.num_bags, table.shape[1], dtype=accumulate, device=table.device)
+    out = out.index_add(0, bag, values)
+    if bags.mode == "mean":
+        out = out / _counts(bag, bags.num_bags, accumulate).unsqueeze(1)
     return out.to(out_dtype)
 
 
@@ -86,240 +135,200 @@ def _argmax_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> to
     return torch.where(first < none, first, -1)
 
 
-def gather_dot_reference(dout, table, index, offsets, limit, padding_idx, mean, dtype):
+def gather_dot_reference(args: GatherDot) -> torch.Tensor:
     """The gradient of weights: ``⟨dout[bag of p], table[index[p]]⟩``, over the bag's live ids for a mean."""
+    table, bags = args.table, args.bags
+    if bags.features.dim:
+        # Positions outside a feature's bags get zeros from it.
+        return sum(
+            gather_dot_reference(GatherDot(args.dout[:, f.column : f.column + f.dim], part, own, args.dtype))
+            for (f, part), own in zip(bags.features.tables(table), bags.of_features(), strict=True)
+        )
     wide = accumulation_dtype(table.dtype)
-    flat = index.reshape(-1).long()
-    num_bags = num_bags_of(index, offsets)
-    bag = bags_of(index, offsets)
-    kept = (live_ids(flat, table.shape[0], limit, padding_idx) & (bag < num_bags)).nonzero().squeeze(1)
-    bag = bag[kept]
-    dot = (dout[bag].to(wide) * table[flat[kept]].to(wide)).sum(1)
-    if mean:
-        dot = dot / _counts(bag, num_bags, wide)[bag]
-    return (
-        torch.zeros(flat.shape, dtype=dtype, device=table.device).index_copy(0, kept, dot.to(dtype)).view(index.shape)
-    )
+    flat = bags.index.reshape(-1).long()
+    kept = bags.live(table.shape[0]).nonzero().squeeze(1)
+    bag = bags.numbers()[kept]
+    dot = (args.dout[bag].to(wide) * table[flat[kept]].to(wide)).sum(1)
+    if bags.mode == "mean":
+        dot = dot / _counts(bag, bags.num_bags, wide)[bag]
+    out = torch.zeros(flat.shape, dtype=args.dtype, device=table.device)
+    return out.index_copy(0, kept, dot.to(args.dtype)).view(bags.index.shape)
 
 
-def gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype):
+def gather_max_reference(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
     """Columnwise maxima, and each one's position within its bag, int32, −1 in empty bags."""
-    out = gather_reduce_reference(table, index, offsets, mode="max", padding_idx=padding_idx, out_dtype=out_dtype)
-    if not need_argmax:
+    table, bags = args.table, args.bags
+    out = gather_reduce_reference(table, bags, args.out_dtype)
+    if not args.need_argmax:
         return out, torch.empty(0, out.shape[1], dtype=torch.int32, device=table.device)
-    flat = index.reshape(-1).long()
-    num_bags = num_bags_of(index, offsets)
-    bag = bags_of(index, offsets)
-    kept = (live_ids(flat, table.shape[0], None, padding_idx) & (bag < num_bags)).nonzero().squeeze(1)
-    first = _argmax_by_bag(table[flat[kept]], bag[kept], num_bags)
+    kept = bags.live(table.shape[0]).nonzero().squeeze(1)
+    first = _argmax_by_bag(table[bags.index.reshape(-1)[kept].long()], bags.numbers()[kept], bags.num_bags)
     if kept.numel() == 0:
         return out, first.int()
-    position = kept[first.clamp(min=0)] - bag_begins(index, offsets).unsqueeze(1)
+    position = kept[first.clamp(min=0)] - bags.begins().unsqueeze(1)
     return out, torch.where(first >= 0, position, -1).int()
 
 
-def _forward(
-    table,
-    index,
-    offsets,
-    weights,
-    limit,
-    padding_idx,
-    backend,
-    mean=False,
-    drop=False,
-    sparse_grad=False,
-    out_dtype=None,
-):
+def _check(args: GatherReduce | GatherMax) -> None:
+    """Values in the lists, before the reference reads them."""
+    if raises(args.bags.index, "reference"):
+        check_values(args.bags, args.table.shape[0])
+
+
+def forward(args: GatherReduce, backend: str) -> torch.Tensor:
+    """Sums and means outside autograd."""
     if backend == "reference":
-        mode = "mean" if mean else "sum"
-        lists = (index, offsets, weights)
-        if raises(index, backend):
-            check_values(*lists, table.shape[0], padding_idx, drop)
-        return gather_reduce_reference(
-            table, *lists, mode=mode, limit=limit, padding_idx=padding_idx, out_dtype=out_dtype
-        )
-    launcher = _backend.kernels(backend, "gather_reduce").gather_reduce
-    return launcher(table, index, offsets, weights, limit, padding_idx, mean, drop, out_dtype)
+        _check(args)
+        return gather_reduce_reference(args.table, args.bags, args.out_dtype)
+    return _kernels(backend).gather_reduce(args)
 
 
-def _forward_fake(
-    table,
-    index,
-    offsets,
-    weights,
-    limit,
-    padding_idx,
-    backend,
-    mean=False,
-    drop=False,
-    sparse_grad=False,
-    out_dtype=None,
-):
-    return table.new_empty(num_bags_of(index, offsets), table.shape[1], dtype=out_dtype or table.dtype)
+def forward_fake(args: GatherReduce) -> torch.Tensor:
+    """What :func:`forward` gives, by its shape."""
+    return args.table.new_empty(args.bags.result_shape(args.table), dtype=args.out_dtype)
 
 
-_PLAIN_SUM = (False, False, False)  # no mean, no bounds mode, no sparse gradient
-
-# out[b] = sum or mean over the live ids of bag b of weights · table[id]. Ids from limit on are skipped; ids outside the
-# table raise on the CPU unless `drop`, and are skipped elsewhere.
-_gather_reduce = register(
-    "gather_reduce(Tensor table, Tensor index, Tensor? offsets, Tensor? weights, Tensor? limit, int padding_idx, "
-    "str backend, bool mean=False, bool drop=False, bool sparse_grad=False, ScalarType? out_dtype=None) -> Tensor",
-    _forward,
-    _forward_fake,
-)
+# out[b] = sum or mean over the live ids of bag b of weights · table[id].
+_gather_reduce = define("gather_reduce", GatherReduce, kernel=forward, fake=forward_fake, returns="Tensor")
 
 
-def _dot(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
+def _dot(args: GatherDot, backend: str) -> torch.Tensor:
+    return gather_dot_reference(args) if backend == "reference" else _kernels(backend).gather_dot(args)
+
+
+def _dot_fake(args: GatherDot) -> torch.Tensor:
+    return args.dout.new_empty(args.bags.index.shape, dtype=args.dtype)
+
+
+# out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.
+gather_dot = define("gather_dot", GatherDot, kernel=_dot, fake=_dot_fake, returns="Tensor")
+
+
+def forward_max(args: GatherMax, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maxima outside autograd."""
     if backend == "reference":
-        return gather_dot_reference(dout, table, index, offsets, limit, padding_idx, mean, dtype)
-    launcher = _backend.kernels(backend, "gather_reduce").gather_dot
-    return launcher(dout, table, index, offsets, limit, padding_idx, dtype, mean, drop)
+        _check(args)
+        return gather_max_reference(args)
+    return _max_kernels(backend).gather_max(args)
 
 
-def _dot_fake(dout, table, index, offsets, limit, padding_idx, dtype, backend, mean=False, drop=False):
-    return dout.new_empty(index.shape, dtype=dtype)
-
-
-# The gradient of weights: out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where
-# the id is skipped.
-_gather_dot = register(
-    "gather_dot(Tensor dout, Tensor table, Tensor index, Tensor? offsets, Tensor? limit, int padding_idx, "
-    "ScalarType dtype, str backend, bool mean=False, bool drop=False) -> Tensor",
-    _dot,
-    _dot_fake,
-)
-
-
-def _max(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
-    if backend == "reference":
-        if raises(index, backend):
-            check_values(index, offsets, None, table.shape[0], padding_idx, drop)
-        return gather_max_reference(table, index, offsets, padding_idx, need_argmax, out_dtype)
-    launcher = _backend.kernels(backend, "gather_max" if backend == "triton" else "gather_reduce").gather_max
-    return launcher(table, index, offsets, padding_idx, drop, need_argmax, out_dtype)
-
-
-def _max_fake(table, index, offsets, padding_idx, drop, need_argmax, out_dtype, backend):
-    out = table.new_empty(num_bags_of(index, offsets), table.shape[1], dtype=out_dtype)
-    return out, out.new_empty(out.shape if need_argmax else (0, out.shape[1]), dtype=torch.int32)
+def forward_max_fake(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`forward_max` gives, by its shape."""
+    out = args.table.new_empty(args.bags.result_shape(args.table), dtype=args.out_dtype)
+    return out, out.new_empty(out.shape if args.need_argmax else (0, out.shape[1]), dtype=torch.int32)
 
 
 # Columnwise maxima over the live ids of each bag, and where each was found first: its position within the bag, -1 in
 # empty bags. NaN counts as the largest.
-_gather_max = register(
-    "gather_max(Tensor table, Tensor index, Tensor? offsets, int padding_idx, bool drop, bool need_argmax, "
-    "ScalarType out_dtype, str backend) -> (Tensor, Tensor)",
-    _max,
-    _max_fake,
-)
+gather_max = define("gather_max", GatherMax, kernel=forward_max, fake=forward_max_fake, returns="(Tensor, Tensor)")
 
 
-def transpose_bags(index, offsets, weights, limit, padding_idx, mean, num_rows, dtype):
+def transpose_bags(
+    bags: Bags, num_rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The lists of :func:`gather_reduce` sorted by id, stably.
 
     Returns:
         The sorted ids with ``num_rows`` for those that contribute nothing, last; the bag of each; and its factor in
         ``dtype``: its weight, for a mean over its bag's live ids; None for ones.
     """
-    flat = index.reshape(-1).long()
-    num_bags = num_bags_of(index, offsets)
-    bag = bags_of(index, offsets)
-    live = live_ids(flat, num_rows, limit, padding_idx) & (bag < num_bags)
+    numbers = bags.numbers()
+    live = bags.live(num_rows, numbers)
+    flat = bags.index.reshape(-1).long()
     ids, order = torch.sort(torch.where(live, flat, num_rows), stable=True)
-    factor = None if weights is None else weights.reshape(-1)[order]
-    bags = bag[order]
-    if mean:
-        slot = torch.where(live, bag, num_bags)
-        counts = _counts(slot, num_bags + 1, dtype)
-        factor = 1 / counts[bags] if factor is None else factor.to(dtype) / counts[bags]
-    return ids, bags, factor
+    factor = None if bags.weights is None else bags.weights.reshape(-1)[order]
+    bag = numbers[order]
+    if bags.mode == "mean":
+        slot = torch.where(live, numbers, bags.num_bags)
+        counts = _counts(slot, bags.num_bags + 1, dtype)
+        factor = 1 / counts[bag] if factor is None else factor.to(dtype) / counts[bag]
+    return ids, bag, factor
 
 
-def sum_sorted(dout, ids, bags, factor, num_rows, out_dtype, backend):
-    """The gradient ``(num_rows, D)`` of a table from what :func:`transpose_bags` gives: each row's sum in order."""
-    row_offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
-    return _gather_reduce(dout, bags, row_offsets, factor, None, -1, backend, *_PLAIN_SUM, out_dtype)
+def table_gradient(
+    bags: Bags, dout: torch.Tensor, shape: torch.Size, dtype: torch.dtype, backend: str, sparse: bool = False
+) -> torch.Tensor:
+    """The gradient of a table of ``shape`` and ``dtype`` that the bags reduced, from that of the result.
 
-
-def summed_in(dtype: torch.dtype, dout: torch.Tensor) -> torch.Tensor:
-    """A result's gradient as kernels sum it in ``dtype``: what they sum says in which, float64 or else float32."""
-    return dout.to(dtype) if dtype == torch.float64 else dout
-
-
-def _table_gradient(ctx, dout, index, offsets, weights, limit):
-    dtype = accumulation_dtype(ctx.table_dtype)
-    dout = summed_in(dtype, dout)
-    ids, bags, factor = transpose_bags(index, offsets, weights, limit, ctx.padding_idx, ctx.mean, ctx.num_rows, dtype)
-    out_dtype = None if dout.dtype == ctx.table_dtype else ctx.table_dtype
-    if not ctx.sparse_grad:
-        return sum_sorted(dout, ids, bags, factor, ctx.num_rows, out_dtype, ctx.backend)
-    rows, counts = torch.unique_consecutive(ids[ids < ctx.num_rows], return_counts=True)
-    row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    values = _gather_reduce(dout, bags, row_offsets, factor, None, -1, ctx.backend, *_PLAIN_SUM, out_dtype)
+    Duplicates are summed in position order. It is dense, or a coalesced sparse COO tensor.
+    """
+    wide = accumulation_dtype(dtype)
+    # Kernels sum in what they are given: float64, or else float32.
+    dout = dout.to(wide) if wide == torch.float64 else dout
+    if bags.features.dim:
+        total = torch.zeros(shape, dtype=wide, device=dout.device)
+        for (feature, part), own in zip(bags.features.tables(total), bags.of_features(), strict=True):
+            columns = dout[:, feature.column : feature.column + feature.dim]
+            part += _sum_sorted(columns, transpose_bags(own, feature.rows, wide), feature.rows, wide, backend)
+        return total.to(dtype)
+    ids, bag, factor = transposed = transpose_bags(bags, shape[0], wide)
+    if not sparse:
+        return _sum_sorted(dout, transposed, shape[0], dtype, backend)
+    rows, counts = torch.unique_consecutive(ids[ids < shape[0]], return_counts=True)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor), dtype), backend)
     return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), values, (ctx.num_rows, values.shape[1]), is_coalesced=True, check_invariants=False
+        rows.unsqueeze(0), values, (shape[0], values.shape[1]), is_coalesced=True, check_invariants=False
     )
 
 
-def _setup_context(ctx, inputs, output):
-    table, index, offsets, weights, limit, ctx.padding_idx, ctx.backend, ctx.mean, ctx.drop, ctx.sparse_grad, _ = inputs
-    needs_weights = weights is not None and ctx.needs_input_grad[3]
-    ctx.num_rows, ctx.table_dtype = table.shape[0], table.dtype
-    ctx.weights_dtype = None if weights is None else weights.dtype
-    ctx.save_for_backward(table if needs_weights else None, index, offsets, weights, limit)
+def _sum_sorted(dout, transposed, num_rows: int, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """The gradient ``(num_rows, D)`` of a table from what :func:`transpose_bags` gives: each row's sum in order."""
+    ids, bag, factor = transposed
+    offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
+    return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor), dtype), backend)
 
 
-def _backward(ctx, dout):
-    table, index, offsets, weights, limit = ctx.saved_tensors
-    dtable = dweights = None
-    if ctx.needs_input_grad[0]:
-        dtable = _table_gradient(ctx, dout, index, offsets, weights, limit)
-    if weights is not None and ctx.needs_input_grad[3]:
-        dweights = _gather_dot(
-            dout, table, index, offsets, limit, ctx.padding_idx, ctx.weights_dtype, ctx.backend, ctx.mean, ctx.drop
-        )
-    return dtable, None, None, dweights, None, None, None, None, None, None, None
+def _save(ctx, args: GatherReduce, output: torch.Tensor):
+    ctx.shape, ctx.dtype = args.table.shape, args.table.dtype
+    return (args if "bags.weights" in ctx.needs else args._replace(table=None),)
 
 
-register_autograd("gather_reduce", _backward, _setup_context)
+def _differentiate(ctx, args: GatherReduce, tensors, dout: torch.Tensor):
+    gradients, bags = {}, args.bags
+    if "table" in ctx.needs:
+        gradients["table"] = table_gradient(bags, dout, ctx.shape, ctx.dtype, ctx.backend, args.sparse_grad)
+    if "bags.weights" in ctx.needs:
+        dot = GatherDot(dout, args.table, bags._replace(weights=None), bags.weights.dtype)
+        gradients["bags.weights"] = gather_dot(dot, ctx.backend)
+    return gradients
 
 
-def _max_setup_context(ctx, inputs, output):
+_gather_reduce.differentiate(_save, _differentiate)
+
+
+def _save_max(ctx, args: GatherMax, output):
     ctx.set_materialize_grads(False)
-    table, index, offsets = inputs[:3]
-    ctx.num_rows, ctx.table_dtype = table.shape[0], table.dtype
+    ctx.shape, ctx.dtype = args.table.shape, args.table.dtype
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(index, offsets, output[1])
+    return args._replace(table=None), output[1]
 
 
-def _max_backward(ctx, dout, _):
+def _differentiate_max(ctx, args: GatherMax, tensors, dout: torch.Tensor | None, _):
     if dout is None:
-        return (None,) * 8
-    index, offsets, argmax = ctx.saved_tensors
-    if argmax.shape[0] != dout.shape[0]:
+        return {}
+    if not args.need_argmax:
         raise RuntimeError("gather_max was called without need_argmax, but its gradient is wanted")
-    wide = dout.to(accumulation_dtype(ctx.table_dtype))
-    dim = wide.shape[1]
-    found = argmax >= 0
-    rows = max_rows(argmax, index, offsets)
+    (argmax,) = tensors
+    num_rows, dim = ctx.shape
+    wide = dout.to(accumulation_dtype(ctx.dtype))
     # Empty bags add their zeros to a row of their own, which is cut off.
-    at = torch.where(found, rows, ctx.num_rows) * dim + torch.arange(dim, device=wide.device)
-    dtable = wide.new_zeros((ctx.num_rows + 1) * dim)
+    rows = torch.where(argmax >= 0, _max_rows(argmax, args.bags), num_rows)
+    at = rows * dim + torch.arange(dim, device=wide.device)
+    dtable = wide.new_zeros((num_rows + 1) * dim)
     dtable = dtable.index_put((at.reshape(-1),), wide.reshape(-1), accumulate=True)
-    return dtable.view(ctx.num_rows + 1, dim)[: ctx.num_rows].to(ctx.table_dtype), *(None,) * 7
+    return {"table": dtable.view(num_rows + 1, dim)[:num_rows].to(ctx.dtype)}
 
 
-register_autograd("gather_max", _max_backward, _max_setup_context)
+gather_max.differentiate(_save_max, _differentiate_max)
 
 
-def max_rows(argmax: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+def _max_rows(argmax: torch.Tensor, bags: Bags) -> torch.Tensor:
     """The table row behind each maximum of ``argmax (B, D)``, as gather_max gives it; anything where it is −1."""
-    flat = index.reshape(-1).long()
+    flat = bags.index.reshape(-1).long()
     if flat.numel() == 0:
         return torch.zeros_like(argmax, dtype=torch.int64)
-    return flat[(bag_begins(index, offsets).unsqueeze(1) + argmax.clamp(min=0)).clamp(max=flat.numel() - 1)]
+    return flat[(bags.begins().unsqueeze(1) + argmax.clamp(min=0)).clamp(max=flat.numel() - 1)]
 
 
 def sum_slots(
@@ -334,9 +343,9 @@ def sum_slots(
 
     ``rows`` and ``offsets`` are a :class:`Dispatch`'s; dropped rows are never read.
     """
-    index = rows.view(-1, top_k)
     # Dropped slots have rows beyond the table where that has none for them.
-    return _gather_reduce(table, index, None, weights, offsets[-1:], -1, backend, drop=True)
+    bags = Bags(rows.view(-1, top_k), weights=weights, limit=offsets[-1:], drop=True)
+    return _gather_reduce(GatherReduce(table, bags, table.dtype), backend)
 
 
 def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
@@ -347,8 +356,8 @@ def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor
     backend = _backend.resolve("gather_reduce", table)
     top_k = weights.shape[1]
     if backend == "reference":
-        index = dispatch.rows.view(-1, top_k)
-        return gather_reduce_reference(table, index, weights=weights, limit=dispatch.offsets[-1:])
+        limit = dispatch.offsets[-1:]
+        return gather_reduce_reference(table, Bags(dispatch.rows.view(-1, top_k), weights=weights, limit=limit))
     return sum_slots(table, dispatch.rows, dispatch.offsets, top_k, weights, backend)
 
 
@@ -356,25 +365,7 @@ def sum_rows(
     table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
     """Sums of the rows ``index`` of ``table (N, D)`` over the lists behind ``offsets``, as :func:`gather_reduce`'s."""
-    return _gather_reduce(table, index, offsets, None, None, -1, backend, *_PLAIN_SUM, out_dtype)
-
-
-def check_values(
-    index: torch.Tensor,
-    offsets: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    num_rows: int,
-    padding_idx: int,
-    drop: bool,
-) -> None:
-    """What the native kernels check of the values in the lists, for the reference on the CPU."""
-    if offsets is not None:
-        check_offsets(index, offsets)
-    inside = bags_of(index, offsets) < num_bags_of(index, offsets)
-    if not drop:
-        check_ids(index, inside, num_rows)
-    if weights is not None:
-        check_weights_values(weights, inside & live_ids(index.reshape(-1), num_rows, None, padding_idx))
+    return _gather_reduce(GatherReduce(table, Bags(index, offsets), out_dtype), backend)
 
 
 def gather_reduce(
@@ -430,7 +421,7 @@ def gather_reduce(
     """
     check_tensor("table", table)
     backend = _backend.resolve("gather_reduce", table)
-    index, offsets, weights, padding = check_bags(
+    bags = check_bags(
         table,
         index,
         offsets,
@@ -439,27 +430,29 @@ def gather_reduce(
         mode=mode,
         padding_idx=padding_idx,
         include_last_offset=include_last_offset,
+        bounds=bounds,
+        bounds_count=bounds_count,
     )
-    check_bounds(bounds, bounds_count, index.device)
     out_dtype = checked_out_dtype(out_dtype, table, backend)
     if sparse_grad and mode == "max":
         raise ValueError("sparse_grad cannot be given with mode='max'")
-    n = table.shape[0]
-    index, offsets = apply_bounds(index, offsets, n, bounds, bounds_count, backend)
-    drop = bounds != "raise"
-    if backend == "reference":
-        if raises(index, backend):
-            check_values(index, offsets, weights, n, padding, drop)
-        if not sparse_grad:
-            return gather_reduce_reference(
-                table, index, offsets, weights, mode=mode, padding_idx=padding, out_dtype=out_dtype
-            )
-    if mode == "max":
-        need_argmax = table.requires_grad and torch.is_grad_enabled()
-        return _gather_max(table, index, offsets, padding, drop, need_argmax, out_dtype, backend)[0]
-    return _gather_reduce(
-        table, index, offsets, weights, None, padding, backend, mode == "mean", drop, sparse_grad, out_dtype
+    return reduce_bags(
+        table, apply_bounds(bags, table.shape[0], bounds, bounds_count, backend), out_dtype, backend, sparse_grad
     )
+
+
+def reduce_bags(
+    table: torch.Tensor, bags: Bags, out_dtype: torch.dtype, backend: str, sparse_grad: bool = False
+) -> torch.Tensor:
+    """:func:`gather_reduce` of checked arguments, differentiable."""
+    args = GatherReduce(table, bags, out_dtype, sparse_grad)
+    if backend == "reference" and not sparse_grad:
+        _check(args)
+        return gather_reduce_reference(table, bags, out_dtype)
+    if bags.mode == "max":
+        need_argmax = table.requires_grad and torch.is_grad_enabled()
+        return gather_max(GatherMax(table, bags, out_dtype, need_argmax), backend)[0]
+    return _gather_reduce(args, backend)
 
 
 def checked_out_dtype(out_dtype: torch.dtype | None, table: torch.Tensor, backend: str) -> torch.dtype:
@@ -481,7 +474,7 @@ def check_lookup(
 ) -> None:
     """Raise what :func:`gather_reduce` with ``bounds="drop"`` would, for callers that change a table before reading."""
     backend = _backend.resolve("gather_reduce", table)
-    check_bags(table, index, offsets, weights, backend, mode=mode, padding_idx=None, include_last_offset=True)
+    check_bags(table, index, offsets, weights, backend, mode=mode)
     if index.device.type != "cpu":
         return
     if offsets is not None:
@@ -499,5 +492,5 @@ def gather_maxima(
         ``(B, D)``, and the position of each maximum within its bag, ``(B, D)`` int32, -1 in empty bags.
     """
     backend = _backend.resolve("gather_reduce", table)
-    index, offsets = apply_bounds(index, offsets, table.shape[0], "drop", None, backend)
-    return _gather_max(table, index, offsets, -1, True, True, table.dtype, backend)
+    bags = apply_bounds(Bags(index, offsets, mode="max", drop=True), table.shape[0], "drop", None, backend)
+    return gather_max(GatherMax(table, bags, table.dtype, True), backend)

@@ -3,73 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from gossamer import _backend
 from gossamer._checks import check_same_device, check_tensor
-from gossamer.ops import gather_reduce as one_table
-from gossamer.ops import gather_reduce_tables as many_tables
-from gossamer.ops._bags import apply_bounds, check_bags, check_bounds, num_bags_of
-from gossamer.ops._registration import register, register_autograd
-from gossamer.ops.sparse_update import _sparse_update_, check_state, check_updatable
+from gossamer.ops import gather_reduce as lookup
+from gossamer.ops._bags import Bags, apply_bounds, check_bags
+from gossamer.ops._records import define
+from gossamer.ops.gather_reduce_tables import TableLayout, check_tables
+from gossamer.ops.sparse_update import SparseUpdate, Update, check_state, check_updatable, update_rows_
 from gossamer.optim import Optimizer
 
 STEP_TAKEN = "the fused optimizer step of this lookup has been taken; its graph cannot run backward a second time"
 
 
-def _forward(
-    handle, table, index, offsets, weights, layout, lr, step, state1, state2, spec, padding_idx, mode, drop, out_dtype,
-    algorithm, hyper, seed, backend,
-):  # fmt: skip
-    none = torch.empty(0, dtype=torch.int32, device=table.device)
-    if spec:
-        out = many_tables._forward(table, index, offsets, weights, layout, spec, drop, out_dtype, backend)
-        return out, none
-    if mode == "max":
-        return one_table._max(table, index, offsets, padding_idx, drop, True, out_dtype, backend)
-    lists = (index, offsets, weights, None, padding_idx)
-    return one_table._forward(table, *lists, backend, mode == "mean", drop, False, out_dtype), none
+class GatherReduceStep(NamedTuple):
+    """Arguments of a lookup whose backward pass takes a step.
+
+    Attributes:
+        handle: floating, requiring a gradient, which makes the result differentiable.
+        table: as in :class:`gossamer.ops.gather_reduce.GatherReduce`.
+        bags: the lists.
+        out_dtype: of the result.
+        update: the step.
+    """
+
+    handle: torch.Tensor
+    table: torch.Tensor
+    bags: Bags
+    out_dtype: torch.dtype
+    update: Update
 
 
-def _forward_fake(
-    handle, table, index, offsets, weights, layout, lr, step, state1, state2, spec, padding_idx, mode, drop, out_dtype,
-    algorithm, hyper, seed, backend,
-):  # fmt: skip
-    none = torch.empty(0, dtype=torch.int32, device=table.device)
-    if spec:
-        out = many_tables._forward_fake(table, index, offsets, weights, layout, spec, drop, out_dtype, backend)
-        return out, none
-    out = table.new_empty(num_bags_of(index, offsets), table.shape[1], dtype=out_dtype)
-    return out, torch.empty_like(out, dtype=torch.int32) if mode == "max" else none
+def _forward(args: GatherReduceStep, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if args.bags.mode == "max":
+        return lookup.forward_max(lookup.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True), backend)
+    none = torch.empty(0, dtype=torch.int32, device=args.table.device)
+    return lookup.forward(lookup.GatherReduce(args.table, args.bags, args.out_dtype), backend), none
+
+
+def _forward_fake(args: GatherReduceStep) -> tuple[torch.Tensor, torch.Tensor]:
+    if args.bags.mode == "max":
+        return lookup.forward_max_fake(lookup.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True))
+    none = torch.empty(0, dtype=torch.int32, device=args.table.device)
+    return lookup.forward_fake(lookup.GatherReduce(args.table, args.bags, args.out_dtype)), none
 
 
 # The lookup, and the maxima's positions where there are any. The backward pass updates table, step and states.
-_gather_reduce_step = register(
-    "gather_reduce_step(Tensor handle, Tensor table, Tensor index, Tensor? offsets, Tensor? weights, Tensor? layout, "
-    "Tensor? lr, Tensor step, Tensor? state1, Tensor? state2, int[] spec, int padding_idx, str mode, bool drop, "
-    "ScalarType out_dtype, int algorithm, float[] hyper, int seed, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+_gather_reduce_step = define(
+    "gather_reduce_step", GatherReduceStep, kernel=_forward, fake=_forward_fake, returns="(Tensor, Tensor)"
 )
 
 
-def _setup_context(ctx, inputs, output):
-    handle, table, index, offsets, weights, layout, *updated = inputs[:10]
-    ctx.spec, ctx.padding_idx, ctx.mode, ctx.drop, _, ctx.algorithm, ctx.hyper, ctx.seed, ctx.backend = inputs[10:]
-    needs_weights = weights is not None and ctx.needs_input_grad[4]
-    ctx.weights_dtype = None if weights is None else weights.dtype
+def _save(ctx, args: GatherReduceStep, output):
     ctx.mark_non_differentiable(output[1])
-    argmax = output[1] if ctx.mode == "max" else None
+    ctx.table, ctx.update, ctx.taken = args.table, args.update, False
     # The table is saved, with the check that nobody changed it, only where its values are wanted again. Otherwise steps
     # that other lookups take before this one's are welcome.
-    saved = table if needs_weights else None
-    ctx.save_for_backward(handle, saved, index, offsets, weights, layout, argmax)
-    ctx.updated = (table, *updated)
-    ctx.taken = False
+    table = args.table if "bags.weights" in ctx.needs else None
+    update = args.update._replace(lr=None, step=None, state1=None, state2=None)
+    return args._replace(table=table, update=update), output[1] if args.bags.mode == "max" else None
 
 
-def _backward(ctx, dout, _):
+def _differentiate(ctx, args: GatherReduceStep, tensors, dout: torch.Tensor, _):
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the backward pass of a lookup with a fused optimizer step cannot be differentiated (create_graph=True)"
@@ -77,43 +75,17 @@ def _backward(ctx, dout, _):
     if ctx.taken:
         raise RuntimeError(STEP_TAKEN)
     ctx.taken = True
-    handle, saved, index, offsets, weights, layout, argmax = ctx.saved_tensors
-    table, lr, step, state1, state2 = ctx.updated
-    mean = ctx.mode == "mean"
-    dweights = None
-    if weights is not None and ctx.needs_input_grad[4]:
+    (argmax,) = tensors
+    gradients = {"handle": torch.zeros_like(args.handle)}
+    if "bags.weights" in ctx.needs:
         # Before the step: it wants the rows that the forward pass read.
-        if ctx.spec:
-            lists = (index, offsets, layout, ctx.spec, ctx.drop)
-            dweights = many_tables._gather_dot_tables(dout, saved, *lists, ctx.weights_dtype, ctx.backend)
-        else:
-            lists = (index, offsets, None, ctx.padding_idx)
-            dweights = one_table._gather_dot(dout, saved, *lists, ctx.weights_dtype, ctx.backend, mean, ctx.drop)
-    _sparse_update_(
-        table,
-        index,
-        dout,
-        offsets,
-        weights,
-        argmax,
-        layout,
-        lr,
-        step,
-        state1,
-        state2,
-        ctx.spec,
-        ctx.padding_idx,
-        mean,
-        ctx.drop,
-        ctx.algorithm,
-        ctx.hyper,
-        ctx.seed,
-        ctx.backend,
-    )
-    return torch.zeros_like(handle), None, None, None, dweights, *(None,) * 14
+        dot = lookup.GatherDot(dout, args.table, args.bags._replace(weights=None), args.bags.weights.dtype)
+        gradients["bags.weights"] = lookup.gather_dot(dot, ctx.backend)
+    update_rows_(SparseUpdate(ctx.table, args.bags, dout, argmax, ctx.update), ctx.backend)
+    return gradients
 
 
-register_autograd("gather_reduce_step", _backward, _setup_context)
+_gather_reduce_step.differentiate(_save, _differentiate)
 
 
 def _check_handle(handle, table):
@@ -173,7 +145,7 @@ def gather_reduce_step(
     """
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
-    index, offsets, weights, padding = check_bags(
+    bags = check_bags(
         table,
         index,
         offsets,
@@ -182,39 +154,20 @@ def gather_reduce_step(
         mode=mode,
         padding_idx=padding_idx,
         include_last_offset=include_last_offset,
+        bounds=bounds,
+        bounds_count=bounds_count,
     )
-    check_bounds(bounds, bounds_count, index.device)
     check_updatable("table", table)
     _check_handle(handle, table)
-    out_dtype = one_table.checked_out_dtype(out_dtype, table, backend)
-    lr, step, state1, state2 = check_state(optimizer, state, table)
-    index, offsets = apply_bounds(index, offsets, table.shape[0], bounds, bounds_count, backend)
-    return _gather_reduce_step(
-        handle,
-        table,
-        index,
-        offsets,
-        weights,
-        None,
-        lr,
-        step,
-        state1,
-        state2,
-        [],
-        padding,
-        mode,
-        bounds != "raise",
-        out_dtype,
-        optimizer.algorithm,
-        list(optimizer.hyper()),
-        optimizer.seed,
-        backend,
-    )[0]
+    out_dtype = lookup.checked_out_dtype(out_dtype, table, backend)
+    update = check_state(optimizer, state, table)
+    bags = apply_bounds(bags, table.shape[0], bounds, bounds_count, backend)
+    return _gather_reduce_step(GatherReduceStep(handle, table, bags, out_dtype, update), backend)[0]
 
 
 def gather_reduce_tables_step(
     storage: torch.Tensor,
-    layout: many_tables.TableLayout,
+    layout: TableLayout,
     index: torch.Tensor,
     offsets: torch.Tensor,
     weights: torch.Tensor | None = None,
@@ -254,29 +207,9 @@ def gather_reduce_tables_step(
     """
     check_tensor("storage", storage)
     backend = _backend.resolve("sparse_update", storage)
-    index, offsets = many_tables.check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
+    bags = check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
     check_updatable("storage", storage)
     _check_handle(handle, storage)
-    out_dtype = one_table.checked_out_dtype(out_dtype, storage, backend)
-    lr, step, state1, state2 = check_state(optimizer, state, storage, layout)
-    return _gather_reduce_step(
-        handle,
-        storage,
-        index,
-        offsets,
-        weights,
-        layout.on(storage.device),
-        lr,
-        step,
-        state1,
-        state2,
-        layout.spec,
-        -1,
-        "sum",
-        bounds != "raise",
-        out_dtype,
-        optimizer.algorithm,
-        list(optimizer.hyper()),
-        optimizer.seed,
-        backend,
-    )[0]
+    out_dtype = lookup.checked_out_dtype(out_dtype, storage, backend)
+    update = check_state(optimizer, state, storage, layout)
+    return _gather_reduce_step(GatherReduceStep(handle, storage, bags, out_dtype, update), backend)[0]

@@ -9,30 +9,11 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_tensor
-from gossamer._numerics import accumulation_dtype
-from gossamer.ops._bags import (
-    apply_bounds,
-    bags_of,
-    check_bounds,
-    check_offsets,
-    check_weights,
-    check_weights_values,
-    raises,
-)
-from gossamer.ops._registration import register, register_autograd
-from gossamer.ops.gather_reduce import (
-    checked_out_dtype,
-    gather_dot_reference,
-    gather_reduce_reference,
-    sum_sorted,
-    summed_in,
-    transpose_bags,
-)
+from gossamer.ops._bags import Bags, Feature, Features, apply_bounds, check_bounds, check_weights
+from gossamer.ops.gather_reduce import checked_out_dtype, reduce_bags
 from gossamer.optim import Optimizer
 
 POOLINGS = ("sum", "mean")
-# Columns of TableLayout.on(): all int64, one row a feature.
-ELEMENT, ROW, ROWS, DIM, COLUMN, POOLING = range(6)
 # Each table begins at a multiple of so many elements of the flat storage, so that its rows can be read in wide loads.
 ALIGNMENT = 64
 
@@ -57,8 +38,6 @@ class TableLayout:
         dims: D_f, the dim of each feature.
         total_dim: ΣD_f, columns of the result.
         max_dim: the largest D_f.
-        spec: what kernels take, ``F·6`` ints: of each feature its table's first element, first linear row, rows, dim,
-            the feature's first column, and 0 for sum or 1 for mean.
 
     Raises:
         ValueError: sizes are negative, or the map or the poolings do not fit the tables.
@@ -88,17 +67,17 @@ class TableLayout:
         self.dims = tuple(self.specs[t][1] for t in self.feature_table_map)
         *columns, self.total_dim = itertools.accumulate(self.dims, initial=0)
         self.max_dim = max(self.dims)
-        self.spec: list[int] = []
+        self._features = []
         for table, column in zip(self.feature_table_map, columns, strict=True):
-            rows, dim = self.specs[table]
             first = (self.element_offsets[table], self.row_offsets[table])
-            self.spec += [*first, rows, dim, column, POOLINGS.index(self.pooling[table])]
-        self._on: dict[torch.device, torch.Tensor] = {}
+            self._features.append(Feature(*first, *self.specs[table], column, int(self.pooling[table] == "mean")))
+        self._on: dict[torch.device, Features] = {}
 
-    def on(self, device: torch.device) -> torch.Tensor:
-        """``spec`` as an ``(F, 6)`` int64 tensor on a device, made once for each."""
+    def on(self, device: torch.device) -> Features:
+        """The features column by column, as kernels take them, with a tensor on a device; made once for each."""
         if device not in self._on:
-            self._on[device] = torch.tensor(self.spec, dtype=torch.int64, device=device).view(-1, 6)
+            layout = torch.tensor(self._features, dtype=torch.int64, device=device)
+            self._on[device] = Features(layout, *map(list, zip(*self._features, strict=True)))
         return self._on[device]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -131,119 +110,6 @@ class TableLayout:
         }
 
 
-def features(storage, offsets, spec):
-    """For each feature ``(table view, its offsets, row of spec)``; offsets are absolute, within the whole list."""
-    num_features = len(spec) // 6
-    num_bags = (offsets.shape[0] - 1) // num_features
-    for f in range(num_features):
-        row = spec[6 * f : 6 * f + 6]
-        table = storage[row[ELEMENT] : row[ELEMENT] + row[ROWS] * row[DIM]].view(row[ROWS], row[DIM])
-        yield table, offsets[f * num_bags : (f + 1) * num_bags + 1], row
-
-
-def gather_reduce_tables_reference(
-    storage: torch.Tensor,
-    index: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor | None,
-    spec: Sequence[int],
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """:func:`gather_reduce_tables` in plain torch, differentiable; arguments as its operator takes them."""
-    outs = [
-        gather_reduce_reference(table, index, bags, weights, mode=POOLINGS[row[POOLING]], out_dtype=out_dtype)
-        for table, bags, row in features(storage, offsets, spec)
-    ]
-    return torch.cat(outs, 1)
-
-
-def gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype):
-    """The gradient of weights; see :func:`gather_dot_reference`."""
-    out = torch.zeros(index.shape, dtype=dtype, device=index.device)
-    for table, bags, row in features(storage, offsets, spec):
-        part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
-        # Positions outside this feature's bags get zeros.
-        out = out + gather_dot_reference(part, table, index, bags, None, -1, bool(row[POOLING]), dtype)
-    return out
-
-
-def _forward(storage, index, offsets, weights, layout, spec, drop, out_dtype, backend):
-    if backend == "reference":
-        if raises(index, backend):
-            check_values(spec, index, offsets, weights, drop)
-        return gather_reduce_tables_reference(storage, index, offsets, weights, spec, out_dtype)
-    launcher = _backend.kernels(backend, "gather_reduce_tables").gather_reduce_tables
-    return launcher(storage, index, offsets, weights, layout, spec, drop, out_dtype)
-
-
-def _forward_fake(storage, index, offsets, weights, layout, spec, drop, out_dtype, backend):
-    num_bags = (offsets.shape[0] - 1) // (len(spec) // 6)
-    return storage.new_empty(num_bags, sum(spec[DIM::6]), dtype=out_dtype)
-
-
-# Bag f·B + b reads the table of feature f and writes its columns of row b.
-_gather_reduce_tables = register(
-    "gather_reduce_tables(Tensor storage, Tensor index, Tensor offsets, Tensor? weights, Tensor layout, int[] spec, "
-    "bool drop, ScalarType out_dtype, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-)
-
-
-def _dot(dout, storage, index, offsets, layout, spec, drop, dtype, backend):
-    if backend == "reference":
-        return gather_dot_tables_reference(dout, storage, index, offsets, spec, dtype)
-    launcher = _backend.kernels(backend, "gather_reduce_tables").gather_dot_tables
-    return launcher(dout, storage, index, offsets, layout, spec, drop, dtype)
-
-
-def _dot_fake(dout, storage, index, offsets, layout, spec, drop, dtype, backend):
-    return dout.new_empty(index.shape, dtype=dtype)
-
-
-_gather_dot_tables = register(
-    "gather_dot_tables(Tensor dout, Tensor storage, Tensor index, Tensor offsets, Tensor layout, int[] spec, "
-    "bool drop, ScalarType dtype, str backend) -> Tensor",
-    _dot,
-    _dot_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    storage, index, offsets, weights, layout, ctx.spec, ctx.drop, _, ctx.backend = inputs
-    needs_weights = weights is not None and ctx.needs_input_grad[3]
-    ctx.shape, ctx.dtype = storage.shape, storage.dtype
-    ctx.weights_dtype = None if weights is None else weights.dtype
-    ctx.save_for_backward(storage if needs_weights else None, index, offsets, weights, layout)
-
-
-def _backward(ctx, dout):
-    storage, index, offsets, weights, layout = ctx.saved_tensors
-    dstorage = dweights = None
-    if ctx.needs_input_grad[0]:
-        dstorage = _storage_gradient(ctx, dout, index, offsets, weights)
-    if weights is not None and ctx.needs_input_grad[3]:
-        dweights = _gather_dot_tables(
-            dout, storage, index, offsets, layout, ctx.spec, ctx.drop, ctx.weights_dtype, ctx.backend
-        )
-    return dstorage, None, None, dweights, None, None, None, None, None
-
-
-def _storage_gradient(ctx, dout, index, offsets, weights):
-    """Dense: for each feature the transposed lists of its bags, summed into its table's part."""
-    wide = accumulation_dtype(ctx.dtype)
-    dout = summed_in(wide, dout)
-    total = torch.zeros(ctx.shape, dtype=wide, device=dout.device)
-    for table, bags, row in features(total, offsets, ctx.spec):
-        ids, bag, factor = transpose_bags(index, bags, weights, None, -1, bool(row[POOLING]), row[ROWS], wide)
-        part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
-        table += sum_sorted(part, ids, bag, factor, row[ROWS], wide, ctx.backend)
-    return total.to(ctx.dtype)
-
-
-register_autograd("gather_reduce_tables", _backward, _setup_context)
-
-
 def check_tables(
     storage: torch.Tensor,
     layout: TableLayout,
@@ -253,8 +119,8 @@ def check_tables(
     backend: str,
     bounds: str,
     bounds_count: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the arguments of the primitives over many tables; returns index and offsets as the mode repairs them."""
+) -> Bags:
+    """Check the arguments of the primitives over many tables; the lists are as the mode repairs them."""
     check_float("storage", storage, backend)
     if not isinstance(layout, TableLayout):
         raise TypeError(f"layout must be a TableLayout, got {type(layout).__name__}")
@@ -272,37 +138,8 @@ def check_tables(
     check_weights(index, weights, backend)
     check_same_device(storage=storage, index=index, offsets=offsets, weights=weights)
     check_bounds(bounds, bounds_count, index.device)
-    if bounds == "clamp" or bounds_count is not None:
-        rows = _rows_of_ids(layout.on(index.device)[:, ROWS], index, offsets)
-        index, offsets = apply_bounds(index, offsets, rows, bounds, bounds_count, backend)
-    elif bounds == "drop":
-        index, offsets = apply_bounds(index, offsets, 0, bounds, None, backend)
-    return index, offsets
-
-
-def _rows_of_ids(rows, index, offsets):
-    """For each id the rows of its feature's table, given ``rows (F,)``; outside every bag a great number."""
-    num_features = rows.shape[0]
-    num_bags = (offsets.shape[0] - 1) // num_features
-    feature = bags_of(index, offsets.clamp(0, index.shape[0]).cummax(0).values) // max(num_bags, 1)
-    outside = torch.full((1,), torch.iinfo(index.dtype).max, dtype=torch.int64, device=index.device)
-    return torch.cat([rows, outside])[feature.clamp(max=num_features)]
-
-
-def check_values(spec, index, offsets, weights, drop):
-    """What the native kernels check of the values in the lists."""
-    check_offsets(index, offsets)
-    rows = _rows_of_ids(torch.tensor(spec[ROWS::6]), index, offsets)
-    inside = bags_of(index, offsets) < offsets.shape[0] - 1
-    live = inside & (index >= 0) & (index < rows)
-    if not drop and not torch.equal(live, inside):
-        position = int((inside & ~live).nonzero()[0])
-        raise IndexError(
-            f"index must be in [0, N) with N={int(rows[position])}, got {int(index[position])} at flat position "
-            f"{position}"
-        )
-    if weights is not None:
-        check_weights_values(weights, live)
+    bags = Bags(index, offsets, weights, drop=bounds != "raise", features=layout.on(storage.device))
+    return apply_bounds(bags, 0, bounds, bounds_count, backend)
 
 
 def gather_reduce_tables(
@@ -341,12 +178,5 @@ def gather_reduce_tables(
     """
     check_tensor("storage", storage)
     backend = _backend.resolve("gather_reduce_tables", storage)
-    index, offsets = check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
-    out_dtype = checked_out_dtype(out_dtype, storage, backend)
-    if backend == "reference":
-        if raises(index, backend):
-            check_values(layout.spec, index, offsets, weights, bounds != "raise")
-        return gather_reduce_tables_reference(storage, index, offsets, weights, layout.spec, out_dtype)
-    return _gather_reduce_tables(
-        storage, index, offsets, weights, layout.on(storage.device), layout.spec, bounds != "raise", out_dtype, backend
-    )
+    bags = check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
+    return reduce_bags(storage, bags, checked_out_dtype(out_dtype, storage, backend), backend)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from gossamer import _backend
-from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES
+from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES, check_shape, check_tensor
 from gossamer.ops import _hash_table_reference as reference
-from gossamer.ops._hash_table_arguments import ArgumentChecks, Inserted
-from gossamer.ops._hash_table_reference import INSERTED, POLICIES, Storage
+from gossamer.ops._hash_table_storage import BUCKET_SLOTS, INSERTED, POLICIES, Batch, Inserted, Storage
 from gossamer.ops.gather_reduce import gather_reduce
 
-EVICT = ("lru", "lfu", "epoch_lru", "epoch_lfu", "score", None)
+EVICT = POLICIES
+# Policies that count touches, whose scores are increments.
+_COUNTING = ("lfu", "epoch_lfu")
 _MAX_EPOCH = 2**31 - 1
 # Stamps of an lru table that came in go on from there.
 _MOST_CLOCK = 2**62
@@ -33,7 +34,7 @@ def _joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-class HashTable(ArgumentChecks):
+class HashTable:
     """A hash table in which every key owns a row of ``dim`` values, and no two keys ever share one.
 
     All calls take batches of keys, ``(n,)`` in ``key_dtype``; every value of that dtype is a legal key, and a batch may
@@ -70,7 +71,7 @@ class HashTable(ArgumentChecks):
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: ``dim`` or ``capacity`` is below 1, or ``evict`` is none of the policies.
+        ValueError: ``dim`` or ``capacity`` is below 1, or ``evict`` is not a known policy.
 
     The two-choice buckets with digests beside scores are those of HierarchicalKV (arXiv 2603.17168).
     """
@@ -167,11 +168,11 @@ class HashTable(ArgumentChecks):
             self._serial = 0
         # Only a table without eviction needs to know, and on CUDA knowing stalls the stream.
         room = self.capacity - len(self) if policy is None else 0
-        arguments = (POLICIES[policy], stamp, self._serial + 1, scores, room)
-        new_keys, counts, *found = self._kernels().insert(self._storage, keys, *arguments, marks, mark)
-        if new_keys >= 0:
+        batch = Batch(keys, scores, policy, stamp, self._serial + 1, room, marks, mark)
+        too_many, counts, *found = self._kernels().insert(self._storage, batch)
+        if too_many >= 0:
             raise HashTableFull(
-                f"the table is full: {new_keys} new keys for {room} free rows of capacity={self.capacity}, with "
+                f"the table is full: {too_many} new keys for {room} free rows of capacity={self.capacity}, with "
                 "evict=None; reserve() makes room, erase() frees some"
             )
         self._clock, self._serial = self._clock + 1, self._serial + 1
@@ -390,7 +391,7 @@ class HashTable(ArgumentChecks):
             rows = self.rows(keys)
             slots = rows[rows >= 0].unique()
             self._storage.digests[slots] = 0
-            homes = slots // (reference.BUCKET_SLOTS * self._storage.partition_buckets)
+            homes = slots // (BUCKET_SLOTS * self._storage.partition_buckets)
             self._storage.fill.index_add_(0, homes, torch.full_like(homes, -1, dtype=torch.int32))
             return rows >= 0
 
@@ -489,3 +490,66 @@ class HashTable(ArgumentChecks):
                 self._clock = max(self._clock, latest if self.evict == "lru" else latest & 0xFFFFFFFF)
                 self._epoch = max(self._epoch, 0 if self.evict == "lru" else min(latest >> 32, _MAX_EPOCH))
             return stored
+
+    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device != self.values.device:
+            raise ValueError(f"{name} must be on the table's device, {self.device}, got {tensor.device}")
+
+    def _check_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        check_tensor("keys", keys)
+        check_shape("keys", keys, (None,), "(n,)")
+        if keys.dtype != self.key_dtype:
+            raise TypeError(f"keys must have the table's key_dtype, {self.key_dtype}, got {keys.dtype}")
+        self._check_place("keys", keys)
+        return keys
+
+    def _check_values(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        check_tensor("values", values)
+        check_shape("values", values, (count, self.dim), "(n, D)")
+        if values.dtype != self.value_dtype:
+            raise TypeError(f"values must have the table's value_dtype, {self.value_dtype}, got {values.dtype}")
+        self._check_place("values", values)
+        return values.detach()
+
+    def _check_marks(self, name: str, array: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        """One value for each slot, where kernels write without a look."""
+        check_tensor(name, array)
+        check_shape(name, array, (self.values.shape[0],), "(slots,), one for each row of values")
+        if array.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {array.dtype}")
+        if not array.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {array.stride()}")
+        self._check_place(name, array)
+
+    def _check_rows(self, rows: torch.Tensor, least: int) -> torch.Tensor:
+        check_tensor("rows", rows)
+        check_shape("rows", rows, (None,), "(n,)")
+        if rows.dtype != torch.int64:
+            raise TypeError(f"rows must be int64, got {rows.dtype}")
+        self._check_place("rows", rows)
+        # On CUDA the test would stall the stream.
+        if rows.device.type == "cpu" and rows.numel():
+            low, high = (int(row) for row in rows.aminmax())
+            if low < least or high >= self.values.shape[0]:
+                raise ValueError(f"rows must be in [{least}, {self.values.shape[0]}), got {low} to {high}")
+        return rows.contiguous()
+
+    def _check_scores(self, scores: torch.Tensor | None, count: int) -> torch.Tensor | None:
+        if scores is None:
+            if self.evict == "score":
+                raise ValueError("scores must be given: evict='score' has no others")
+            return None
+        if self.evict not in ("score", *_COUNTING):
+            raise ValueError(f"scores must be None with evict={self.evict!r}, which sets its own")
+        return self._checked_scores(scores, count, 0 if self.evict in _COUNTING else None)
+
+    def _checked_scores(self, scores: torch.Tensor, count: int, least: int | None) -> torch.Tensor:
+        check_tensor("scores", scores)
+        check_shape("scores", scores, (count,), "(n,)")
+        if scores.dtype != torch.int64:
+            raise TypeError(f"scores must be int64, got {scores.dtype}")
+        self._check_place("scores", scores)
+        # On CUDA the test would stall the stream.
+        if least is not None and scores.device.type == "cpu" and count and int(scores.min()) < least:
+            raise ValueError(f"scores must be at least {least} with evict={self.evict!r}, got {int(scores.min())}")
+        return scores

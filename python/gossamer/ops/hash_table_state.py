@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from gossamer.ops._hash_table_reference import BUCKET_SLOTS, digests_and_buckets
+from gossamer.ops._hash_table_storage import BUCKET_SLOTS, digests_and_buckets
 from gossamer.ops.hash_table import HashTable
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -11,248 +13,152 @@ from gossamer import _backend
 from gossamer._checks import check_same_device, check_shape, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer._rounding import random_bits, round_stochastically
-from gossamer.ops._bags import (
-    apply_bounds,
-    bag_begins,
-    bags_of,
-    check_bags,
-    check_bounds,
-    live_ids,
-    num_bags_of,
-    raises,
-)
-from gossamer.ops._registration import register
-from gossamer.ops.gather_reduce import _gather_max, check_values
-from gossamer.ops.gather_reduce_tables import (
-    COLUMN,
-    DIM,
-    ELEMENT,
-    POOLING,
-    ROW,
-    ROWS,
-    TableLayout,
-    check_tables,
-    features,
-)
-from gossamer.ops.gather_reduce_tables import check_values as check_tables_values
-from gossamer.optim import (
-    ADAGRAD,
-    FTRL_RULE,
-    LAMB_RULE,
-    PARTIAL_ROWWISE_ADAM,
-    ROWWISE_ADAGRAD,
-    SGD_RULE,
-    Hyper,
-    Optimizer,
-)
+from gossamer._step_rules import StepRule
+from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_values, raises
+from gossamer.ops._records import define
+from gossamer.ops._step_reference import step_reference
+from gossamer.ops.gather_reduce import GatherMax, gather_max
+from gossamer.ops.gather_reduce_tables import TableLayout, check_tables
+from gossamer.optim import Optimizer
 
 
-def _contributions(index, dout, offsets, weights, argmax, padding_idx, mean, num_rows):
+class Update(NamedTuple):
+    """An optimizer's rule, and the tensors beside the table that its step changes or reads.
+
+    Attributes:
+        rule: the rule with its numbers.
+        lr: one element that takes the place of the rule's ``lr``, or None.
+        step: ``(1,)`` int64, the steps taken before this one.
+        state1: the rule's first state, ``(N, D)``, or ``(N,)`` for a value a row; with features flat, ``(E,)`` or
+            ``(N,)``; or None.
+        state2: its second.
+    """
+
+    rule: StepRule
+    lr: torch.Tensor | None
+    step: torch.Tensor
+    state1: torch.Tensor | None
+    state2: torch.Tensor | None
+
+
+class SparseUpdate(NamedTuple):
+    """Arguments of a step on the rows that bags list.
+
+    Attributes:
+        table: ``(N, D)`` float; with features the flat storage of their tables.
+        bags: the lists whose reduction is differentiated.
+        dout: ``(B, D)`` float, the gradient of the result; with features ``(B, ΣD_f)``.
+        argmax: for a maximum its positions, as gather_max gives them; else None.
+        update: the step.
+    """
+
+    table: torch.Tensor
+    bags: Bags
+    dout: torch.Tensor
+    argmax: torch.Tensor | None
+    update: Update
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import sparse_update
+    else:
+        from gossamer.triton_kernels import sparse_update
+    return sparse_update
+
+
+def _contributions(
+    bags: Bags, dout: torch.Tensor, argmax: torch.Tensor | None, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of one table that contribute, in position order, and what each adds to its row's gradient."""
     wide = accumulation_dtype(dout.dtype)
-    flat = index.reshape(-1).long()
-    num_bags = num_bags_of(index, offsets)
-    bag = bags_of(index, offsets)
-    kept = (live_ids(flat, num_rows, None, padding_idx) & (bag < num_bags)).nonzero().squeeze(1)
-    bag = bag[kept]
+    kept = bags.live(num_rows).nonzero().squeeze(1)
+    bag = bags.numbers()[kept]
     values = dout[bag].to(wide)
-    if weights is not None:
-        values = values * weights.reshape(-1)[kept].to(wide).unsqueeze(1)
-    if mean:
-        values = values / torch.bincount(bag, minlength=num_bags)[bag].unsqueeze(1)
+    if bags.weights is not None:
+        values = values * bags.weights.reshape(-1)[kept].to(wide).unsqueeze(1)
+    if bags.mode == "mean":
+        values = values / torch.bincount(bag, minlength=bags.num_bags)[bag].unsqueeze(1)
     if argmax is not None:
-        position = (kept - bag_begins(index, offsets)[bag]).unsqueeze(1)
+        position = (kept - bags.begins()[bag]).unsqueeze(1)
         values = torch.where(argmax[bag] == position, values, 0)
-    return flat[kept], values
+    return bags.index.reshape(-1)[kept].long(), values
 
 
-def _step_rows(table, state1, state2, ids, values, first_row, t, lr, algorithm, hyper, seed):
+def _step_rows(table, states, ids, values, first_row, update: Update) -> None:
     """Sum ``values (n, D)`` by ``ids (n,)`` and take the step on those rows of ``table (N, D)`` and its states."""
+    rule, t, wide = update.rule, update.step + 1, accumulation_dtype(table.dtype)
     rows, inverse = torch.unique(ids, return_inverse=True)
-    wide = accumulation_dtype(table.dtype)
     grad = torch.zeros(rows.shape[0], table.shape[1], dtype=wide, device=table.device)
     grad.index_add_(0, inverse, values.to(wide))
-    states = [None if s is None else s[rows] for s in (state1, state2)]
-    new, *states = step_reference(table[rows].to(wide), grad, *states, t, lr, algorithm, hyper)
-    if hyper.stochastic_rounding and table.dtype in (torch.float16, torch.bfloat16):
-        new = round_stochastically(new, random_bits(seed, t, rows + first_row, new.shape[1]), table.dtype)
+    lr = rule.lr if update.lr is None else update.lr.to(wide)
+    before = [state[rows] for state in states if state is not None]
+    new, *after = step_reference(rule, table[rows].to(wide), grad, before, t, lr)
+    if rule.rounds(table.dtype):
+        new = round_stochastically(new, random_bits(rule.seed, t, rows + first_row, new.shape[1]), table.dtype)
     table[rows] = new.to(table.dtype)
-    for state, value in zip((state1, state2), states, strict=True):
-        if state is not None:
-            state[rows] = value
+    for state, value in zip(states, after, strict=False):
+        state[rows] = value
 
 
-def step_reference(
-    w: torch.Tensor,
-    grad: torch.Tensor,
-    state1: torch.Tensor | None,
-    state2: torch.Tensor | None,
-    t: torch.Tensor,
-    lr: torch.Tensor | float,
-    algorithm: int,
-    hyper: Hyper,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """One step of an optimizer of :mod:`gossamer.optim` in plain torch, in the dtype of its arguments.
-
-    Args:
-        w: ``(n, D)`` rows.
-        grad: ``(n, D)``, their summed gradients.
-        state1: the first state tensor's rows, ``(n, D)`` or ``(n,)``, or None.
-        state2: the second's.
-        t: one int64 element, the number of this step, from 1.
-        lr: η.
-        algorithm: the optimizer's code.
-        hyper: its numbers.
-
-    Returns:
-        The new rows and states.
-    """
-    if math.isfinite(hyper.clip_value):
-        grad = grad.clamp(-hyper.clip_value, hyper.clip_value)
-    if math.isfinite(hyper.clip_norm):
-        norm = grad.norm(dim=1, keepdim=True)
-        grad = grad * torch.where(norm > hyper.clip_norm, hyper.clip_norm / norm, 1)
-    if hyper.decoupled and algorithm != LAMB_RULE:
-        w = w * (1 - lr * hyper.weight_decay)
-    elif algorithm != LAMB_RULE:
-        grad = grad + hyper.weight_decay * w
-    if algorithm == SGD_RULE:
-        if state1 is not None:
-            state1 = hyper.beta1 * state1 + grad
-            grad = grad + hyper.beta1 * state1 if hyper.nesterov else state1
-        return w - lr * grad, state1, None
-    if algorithm == ADAGRAD:
-        state1 = state1 + grad.square()
-        return w - lr * grad / (state1.sqrt() + hyper.eps), state1, None
-    if algorithm == ROWWISE_ADAGRAD:
-        state1 = state1 + grad.square().mean(1)
-        return w - lr * grad / (state1.sqrt() + hyper.eps).unsqueeze(1), state1, None
-    if algorithm == FTRL_RULE:
-        steps = torch.as_tensor(lr, device=w.device) != 0
-        lr = torch.where(steps, lr, 1)
-        n = state1 + grad.square()
-        z = state2 + grad - (n.sqrt() - state1.sqrt()) / lr * w
-        shrunk = -(z - z.sign() * hyper.l1) / ((hyper.beta1 + n.sqrt()) / lr + hyper.l2)
-        new = torch.where(z.abs() <= hyper.l1, 0, shrunk), n, z
-        return tuple(torch.where(steps, after, before) for after, before in zip(new, (w, state1, state2), strict=True))
-    m = hyper.beta1 * state1 + (1 - hyper.beta1) * grad
-    square = grad.square().mean(1) if algorithm == PARTIAL_ROWWISE_ADAM else grad.square()
-    v = hyper.beta2 * state2 + (1 - hyper.beta2) * square
-    correction1, correction2 = 1 - hyper.beta1 ** t.double(), 1 - hyper.beta2 ** t.double()
-    denominator = v.sqrt() / correction2.sqrt().to(v.dtype) + hyper.eps
-    if algorithm == PARTIAL_ROWWISE_ADAM:
-        denominator = denominator.unsqueeze(1)
-    q = m / correction1.to(m.dtype) / denominator
-    if algorithm == LAMB_RULE:
-        q = q + hyper.weight_decay * w
-        norm_w, norm_q = w.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
-        q = q * torch.where((norm_w > 0) & (norm_q > 0), norm_w / norm_q, 1)
-    return w - lr * q, m, v
-
-
-def sparse_update_reference_(
-    table,
-    index,
-    dout,
-    offsets,
-    weights,
-    argmax,
-    lr,
-    step,
-    state1,
-    state2,
-    spec,
-    padding_idx,
-    mean,
-    algorithm,
-    hyper,
-    seed,
-):
-    """:func:`sparse_update_`, or with ``spec`` :func:`sparse_update_tables_`, in plain torch."""
-    hyper = Hyper(*hyper)
-    t = step + 1
-    lr = hyper.lr if lr is None else lr.to(accumulation_dtype(table.dtype))
-    rule = (t, lr, algorithm, hyper, seed)
-    if spec is None:
-        lists = _contributions(index, dout, offsets, weights, argmax, padding_idx, mean, table.shape[0])
-        _step_rows(table, state1, state2, *lists, 0, *rule)
-        step.add_(1)
+def sparse_update_reference_(args: SparseUpdate) -> None:
+    """:func:`sparse_update_` or :func:`sparse_update_tables_` in plain torch."""
+    table, bags, update = args.table, args.bags, args.update
+    states = (update.state1, update.state2)
+    if not bags.features.dim:
+        lists = _contributions(bags, args.dout, args.argmax, table.shape[0])
+        _step_rows(table, states, *lists, 0, update)
+        update.step.add_(1)
         return
-    found: dict[int, list] = {}
-    for _, bags, row in features(table, offsets, spec):
-        if not row[ROWS]:
-            continue
-        part = dout[:, row[COLUMN] : row[COLUMN] + row[DIM]]
-        lists = _contributions(index, part, bags, weights, None, -1, bool(row[POOLING]), row[ROWS])
-        # A table without rows begins where the next one does.
-        found.setdefault(tuple(row[:COLUMN]), [row]).append(lists)
-    for row, *lists in found.values():
-        first, rows, dim = row[ROW], row[ROWS], row[DIM]
+    found: dict[tuple, list] = {}
+    for (feature, part), own in zip(bags.features.tables(table), bags.of_features(), strict=True):
+        if feature.rows:
+            columns = args.dout[:, feature.column : feature.column + feature.dim]
+            # A table without rows begins where the next one does.
+            of_table = found.setdefault((feature.element, feature.row), [feature, part])
+            of_table.append(_contributions(own, columns, None, feature.rows))
+    for feature, part, *lists in found.values():
         parts = [
             None
-            if s is None
-            else s[first : first + rows]
-            if is_row_state(algorithm, i)
-            else s[row[ELEMENT] : row[ELEMENT] + rows * dim].view(rows, dim)
-            for i, s in enumerate((state1, state2))
+            if state is None
+            else state[feature.row : feature.row + feature.rows]
+            if per_row
+            else state[feature.element : feature.element + part.numel()].view(part.shape)
+            for state, per_row in zip(states, update.rule.row_states, strict=True)
         ]
         ids, values = (torch.cat(part) for part in zip(*lists, strict=True))
-        flat = table[row[ELEMENT] : row[ELEMENT] + rows * dim].view(rows, dim)
-        _step_rows(flat, *parts, ids, values, first, *rule)
-    step.add_(1)
+        _step_rows(part, parts, ids, values, feature.row, update)
+    update.step.add_(1)
 
 
-def is_row_state(algorithm: int, position: int) -> bool:
-    """Whether the first (0) or second (1) state tensor of an optimizer holds one value a row."""
-    return (algorithm, position) in ((ROWWISE_ADAGRAD, 0), (PARTIAL_ROWWISE_ADAM, 1))
-
-
-def _update(
-    table, index, dout, offsets, weights, argmax, layout, lr, step, state1, state2, spec, padding_idx, mean, drop,
-    algorithm, hyper, seed, backend,
-):  # fmt: skip
+def _update(args: SparseUpdate, backend: str) -> None:
     if backend == "reference":
-        spec = spec or None
-        if raises(index, backend):
-            if spec is None:
-                check_values(index, offsets, weights, table.shape[0], padding_idx, drop)
-            else:
-                check_tables_values(spec, index, offsets, weights, drop)
-        sparse_update_reference_(
-            table, index, dout, offsets, weights, argmax, lr, step, state1, state2, spec, padding_idx, mean, algorithm,
-            hyper, seed,
-        )  # fmt: skip
+        if raises(args.bags.index, backend):
+            check_values(args.bags, args.table.shape[0])
+        sparse_update_reference_(args)
     else:
-        _backend.kernels(backend, "sparse_update").sparse_update_(
-            table, index, dout, offsets, weights, argmax, layout, lr, step, state1, state2, spec, padding_idx, mean,
-            drop, algorithm, hyper, seed,
-        )  # fmt: skip
-    # Whoever saved the table for a gradient is told that it changed.
-    torch.autograd.graph.increment_version([t for t in (table, step, state1, state2) if t is not None])
+        _kernels(backend).sparse_update_(args)
 
 
-def _update_fake(
-    table, index, dout, offsets, weights, argmax, layout, lr, step, state1, state2, spec, padding_idx, mean, drop,
-    algorithm, hyper, seed, backend,
-):  # fmt: skip
+def _update_fake(args: SparseUpdate) -> None:
     return None
 
 
-# `spec` is empty for one table (N, D), else that of a TableLayout, with `layout` its tensor and table a flat storage.
-# `lr` overrides the first of `hyper`. `argmax` is that of gather_max, for a maximum.
-_sparse_update_ = register(
-    "sparse_update_(Tensor(a!) table, Tensor index, Tensor dout, Tensor? offsets, Tensor? weights, Tensor? argmax, "
-    "Tensor? layout, Tensor? lr, Tensor(b!) step, Tensor(c!)? state1, Tensor(d!)? state2, int[] spec, int padding_idx, "
-    "bool mean, bool drop, int algorithm, float[] hyper, int seed, str backend) -> ()",
-    _update,
-    _update_fake,
+update_rows_ = define(
+    "sparse_update_",
+    SparseUpdate,
+    kernel=_update,
+    fake=_update_fake,
+    returns="()",
+    mutates=("table", "update.step", "update.state1", "update.state2"),
 )
 
 
 def check_state(
     optimizer: Optimizer, state: Mapping[str, torch.Tensor], table: torch.Tensor, layout: TableLayout | None = None
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Check that ``state`` is what ``optimizer`` needs; returns lr (None for a float), step and two states."""
+) -> Update:
+    """Check that ``state`` is what ``optimizer`` needs for a step on ``table``."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a gossamer.optim.Optimizer, got {type(optimizer).__name__}")
     kinds = optimizer.state_kinds()
@@ -281,7 +187,8 @@ def check_state(
         found.append(tensor)
     lr = optimizer.lr.reshape(1) if isinstance(optimizer.lr, torch.Tensor) else None
     check_same_device(table=table, lr=lr, **{f"state[{name!r}]": t for name, t in state.items()})
-    return lr, step, *found, *(None,) * (2 - len(found))
+    found += [None, None]
+    return Update(optimizer.step_rule(), lr, step, found[0], found[1])
 
 
 def check_updatable(name: str, table: torch.Tensor) -> None:
@@ -381,7 +288,7 @@ def step_bags_(
     """:func:`sparse_update_`, for a maximum with the positions that the forward pass found, or None."""
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
-    index, offsets, weights, padding = check_bags(
+    bags = check_bags(
         table,
         index,
         offsets,
@@ -390,36 +297,22 @@ def step_bags_(
         mode=mode,
         padding_idx=padding_idx,
         include_last_offset=include_last_offset,
+        bounds=bounds,
+        bounds_count=bounds_count,
     )
-    check_bounds(bounds, bounds_count, index.device)
     check_updatable("table", table)
-    _check_dout(dout, (num_bags_of(index, offsets), table.shape[1]), table)
-    lr, step, state1, state2 = check_state(optimizer, state, table)
-    index, offsets = apply_bounds(index, offsets, table.shape[0], bounds, bounds_count, backend)
-    drop = bounds != "raise"
+    _check_dout(dout, (bags.num_bags, table.shape[1]), table)
+    update = check_state(optimizer, state, table)
+    bags = apply_bounds(bags, table.shape[0], bounds, bounds_count, backend)
     if mode == "max" and argmax is None:
-        argmax = _gather_max(table, index, offsets, padding, drop, True, table.dtype, backend)[1]
-    _sparse_update_(
-        table,
-        index,
-        dout.detach(),
-        offsets,
-        None if weights is None else weights.detach(),
-        argmax,
-        None,
-        lr,
-        step,
-        state1,
-        state2,
-        [],
-        padding,
-        mode == "mean",
-        drop,
-        optimizer.algorithm,
-        list(optimizer.hyper()),
-        optimizer.seed,
-        backend,
-    )
+        argmax = gather_max(GatherMax(table, bags, table.dtype, True), backend)[1]
+    _step(table, bags, dout, argmax, update, backend)
+
+
+def _step(table, bags: Bags, dout, argmax, update: Update, backend: str) -> None:
+    if bags.weights is not None:
+        bags = bags._replace(weights=bags.weights.detach())
+    update_rows_(SparseUpdate(table, bags, dout.detach(), argmax, update), backend)
 
 
 def sparse_update_tables_(
@@ -458,28 +351,7 @@ def sparse_update_tables_(
     """
     check_tensor("storage", storage)
     backend = _backend.resolve("sparse_update", storage)
-    index, offsets = check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
+    bags = check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
     check_updatable("storage", storage)
-    _check_dout(dout, ((offsets.shape[0] - 1) // layout.num_features, layout.total_dim), storage)
-    lr, step, state1, state2 = check_state(optimizer, state, storage, layout)
-    _sparse_update_(
-        storage,
-        index,
-        dout.detach(),
-        offsets,
-        None if weights is None else weights.detach(),
-        None,
-        layout.on(storage.device),
-        lr,
-        step,
-        state1,
-        state2,
-        layout.spec,
-        -1,
-        False,
-        bounds != "raise",
-        optimizer.algorithm,
-        list(optimizer.hyper()),
-        optimizer.seed,
-        backend,
-    )
+    _check_dout(dout, (bags.num_bags, layout.total_dim), storage)
+    _step(storage, bags, dout, None, check_state(optimizer, state, storage, layout), backend)
