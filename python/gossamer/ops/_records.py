@@ -5,6 +5,16 @@ A record is a ``NamedTuple`` whose annotations are types that torch's dispatcher
 dataclass. :func:`define` writes the flat schema from it, so that the fake kernel, autograd and the kernel families all
 take the record itself, and a gradient is named by the field that it belongs to.
 
+A primitive's file has, in this order (``ops/gather_reduce.py`` is an example with nested records, ``ops/activate.py``
+one without):
+
+1. the record, whose docstring gives shapes and dtypes; what several primitives take together, such as the lists of ids
+   of :class:`gossamer.ops._bags.Bags`, is a record of its own in it;
+2. ``_kernels(backend)``, which imports a family's module by its name;
+3. the kernel ``(args, backend)`` and the fake ``(args)``, handed to :func:`define`;
+4. ``save`` and ``backward`` for :meth:`Operator.differentiate`;
+5. the public function: its checks, the record, one call.
+
 A field called ``forward`` is the record of a forward pass as its backward pass keeps it: its tensors may be None.
 """
 
@@ -277,7 +287,8 @@ def define(
         kernel: ``(args, backend) -> tensors``, for CPU and CUDA; the first tensor's device is the current one in it.
         fake: ``args -> tensors``, the shape-only implementation.
         returns: the results as a schema lists them, such as ``"(Tensor y, Tensor preact)"``.
-        mutates: names of the fields that the kernel writes to. Such an operator has no derivative.
+        mutates: names of the fields that the kernel writes to, whose changes are counted for autograd. Such an operator
+            has no derivative.
 
     Raises:
         TypeError: a field has a type that no schema has, or ``mutates`` names none.
