@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 
 import torch
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from gossamer._backend import takes
 
@@ -109,3 +111,22 @@ def check_index(name: str, tensor: torch.Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_traceable(name: str) -> None:
+    """Refuse tracers that cannot record the layer called ``name``: ``torch.jit.trace`` and ``torch.func.vmap``.
+
+    Raises:
+        RuntimeError: one of them looks at what is computed; the message says what to do instead.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise RuntimeError(f"torch.jit.trace cannot record {name}: take torch.export.export or torch.compile instead")
+    if _are_functorch_transforms_active() and any(
+        interpreter.key() == TransformType.Vmap for interpreter in get_interpreter_stack() or ()
+    ):
+        raise RuntimeError(
+            f"torch.func.vmap cannot take {name}, which sends each sample to experts of its own: for gradients of "
+            "single samples call torch.func.grad in a loop over them"
+        )

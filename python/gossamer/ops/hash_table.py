@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -124,6 +125,18 @@ class HashTable:
     def _kernels(self) -> ModuleType:
         name = _backend.resolve("hash_table", self._storage.digests)
         return reference if name == "reference" else _backend.kernels(name, "hash_table")
+
+    def cast_(self, value_dtype: torch.dtype) -> None:
+        """Keep the values in another dtype from now on, rounded once; keys and rows stay.
+
+        Raises:
+            TypeError: ``value_dtype`` is not float32, float16 or bfloat16.
+        """
+        if value_dtype not in FLOAT_DTYPES:
+            raise TypeError(f"value_dtype must be float32, float16 or bfloat16, got {value_dtype}")
+        with self.lock:
+            self._storage = dataclasses.replace(self._storage, values=self._storage.values.to(value_dtype))
+            self.value_dtype = value_dtype
 
     def _allocate(self, capacity: int) -> Storage:
         native = self.device.type == "cpu" and _backend.native_unavailable() is None

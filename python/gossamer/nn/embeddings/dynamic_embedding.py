@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.compiler import is_exporting
 
 from gossamer._checks import check_index
 from gossamer.nn.embeddings import files
@@ -233,6 +234,11 @@ class DynamicEmbedding(Table):
         return self._bags(ids.reshape(-1, 1), None, None).view(*ids.shape, self.dim)
 
     def _bags(self, ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+        if is_exporting():
+            raise RuntimeError(
+                "torch.export cannot record DynamicEmbedding, whose table changes outside the program: export the "
+                "layers behind it, and give them what it looks up"
+            )
         check_index("ids", ids)
         check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum")
         training = self.training and not self.frozen and torch.is_grad_enabled()
@@ -248,6 +254,18 @@ class DynamicEmbedding(Table):
             else:
                 out = self._reduce(rows, offsets, weights)
         return out
+
+    def _apply(self, fn, recurse=True):
+        """Casts reach the table, which stays where ``device`` put it; its optimizer's state stays in float32."""
+        moved = fn(torch.empty(0, dtype=self.table.value_dtype, device=self.device))
+        if moved.is_meta and self.device.type != "meta":
+            raise ValueError(
+                "a DynamicEmbedding cannot be moved to the meta device, where its ids would be lost: make one there by "
+                'device="meta"'
+            )
+        if moved.dtype != self.table.value_dtype:
+            self.table.cast_(moved.dtype)
+        return super()._apply(fn, recurse)
 
     def _reduce(self, rows, offsets, weights) -> torch.Tensor:
         mode = self.pooling or "sum"

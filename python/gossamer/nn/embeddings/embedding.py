@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
+from gossamer._checks import check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import Table
@@ -259,13 +261,16 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
             per_sample_weights: like ``input``, for ``mode="sum"``.
 
         Returns:
-            ``(B, D)``; empty bags are zero.
+            ``(B, D)``; empty bags are zero. With ``include_last_offset`` the last bag ends at the last offset in every
+            mode; torch's does so only in sums without ``padding_idx``, and runs to the end of ``input`` elsewhere.
 
         Raises:
-            TypeError: a dtype is not supported.
-            ValueError: the arguments do not fit each other or the mode.
+            TypeError: a dtype is not supported, or that of the weights is not the table's (float32 goes beside 16-bit
+                tables, too).
+            ValueError: the arguments do not fit each other or the mode; in eager mode on the CPU, offsets that do not
+                begin at 0.
             NotImplementedError: ``per_sample_weights`` with another mode than ``"sum"``.
-            IndexError: on the CPU, an id outside ``[0, N)``.
+            IndexError: on the CPU, an id outside ``[0, N)``, where torch raises RuntimeError.
         """
         index, offsets, weights, last = self._lists(input, offsets, per_sample_weights)
         if self.max_norm is not None:
@@ -285,6 +290,13 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
 
     def _lists(self, input, offsets, weights):
         """Index, offsets, weights, and whether the last offset is there; torch's checks of how they go together."""
+        check_tensor("input", input)
+        if weights is not None:
+            check_tensor("per_sample_weights", weights)
+            narrow = self.weight.dtype in (torch.float16, torch.bfloat16)
+            if weights.dtype != self.weight.dtype and not (narrow and weights.dtype == torch.float32):
+                wanted = f"the dtype of the table, {self.weight.dtype}{', or float32' if narrow else ''}"
+                raise TypeError(f"per_sample_weights must have {wanted}, got {weights.dtype}")
         if weights is not None and weights.size() != input.size():
             raise ValueError(
                 f"per_sample_weights must have the shape of input, {tuple(input.size())}, got {tuple(weights.size())}"
@@ -307,6 +319,10 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
             raise ValueError("offsets has to be a 1D Tensor" + (" but got None" if offsets is None else ""))
         if input.dim() not in (1, 2):
             raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
+        if offsets is not None and offsets.device.type == "cpu" and offsets.numel() and not is_compiling():
+            first = offsets[0]
+            if type(first) is torch.Tensor and first != 0:
+                raise ValueError(f"offsets must begin at 0, where the first bag does, got {int(first)}")
         return input, offsets, weights, self.include_last_offset
 
     def extra_repr(self) -> str:

@@ -396,6 +396,9 @@ def _version(tensor: torch.Tensor) -> int:
 @evaluated_when_compiled
 def _follow_mask(layer: BlockSparseLinear) -> None:
     """Have a layer's topology say what its mask says, where that is another tensor or was written to."""
+    if torch.compiler.is_exporting():
+        # What is exported has the topology of now; its mask is a stand-in without values.
+        return
     mask, values = layer.block_mask, layer.values
     if (mask is layer._mask and _version(mask) == layer._mask_version) or mask.is_meta:
         return

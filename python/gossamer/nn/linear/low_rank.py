@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES, check_positive
+from gossamer._checks import FLOAT_DTYPES, check_index, check_positive
 from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_dropout,
@@ -365,6 +365,11 @@ class LoRAEmbedding(_Mergeable):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows ``(..., D)`` of int ``ids (...)``."""
+        check_index("ids", ids)
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(value) for value in ids.aminmax())
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(f"ids must be in [0, N) with N={self.num_embeddings}, got {low} to {high}")
         y = F.embedding(ids, self.weight, self.padding_idx)
         if self.merged:
             return y

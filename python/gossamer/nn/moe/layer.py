@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_tensor
+from gossamer._checks import check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.routers.linear import ROUTERS
@@ -166,10 +166,12 @@ class MoE(nn.Module):
             ``y`` of the shape of ``x``, in its dtype or autocast's; with ``return_routing`` the pair ``(y, routing)``.
 
         Raises:
+            RuntimeError: ``torch.jit.trace`` or ``torch.func.vmap`` records the call.
             TypeError: the router returns no Routing, or dtypes do not fit.
             ValueError: shapes or devices do not fit, there is no routing and no router, a token has more than K
                 experts, or, on the CPU, logits are NaN or +inf.
         """
+        check_traceable(type(self).__name__)
         check_hidden(x, self.hidden_size)
         tokens = x.reshape(-1, self.hidden_size)
         if routing is None:

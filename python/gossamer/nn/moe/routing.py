@@ -421,9 +421,13 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
         A :class:`Routing` with E for the ids of dropped slots, sorted by expert.
 
     Raises:
-        TypeError: ``capacity_factor`` is no number.
+        TypeError: ``routing`` is no Routing, or ``capacity_factor`` no number.
         ValueError: it is not positive and finite.
     """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    if capacity_factor is None:
+        raise TypeError("capacity_factor must be a number, got NoneType")
     check_capacity_factor(capacity_factor)
     e = routing.num_experts
     capacity = expert_capacity(routing.num_tokens, routing.top_k, e, capacity_factor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gossamer._checks import check_traceable
 from gossamer.nn.moe.routing import Routing, check_hidden, given_experts, limit_capacity
 
 
@@ -39,9 +40,11 @@ class ExpertLayer(nn.Module):
             The shape of ``x``; its dtype, or autocast's.
 
         Raises:
+            RuntimeError: ``torch.jit.trace`` or ``torch.func.vmap`` records the call.
             TypeError: ``weights`` is missing beside ids or given beside a Routing, or dtypes do not fit.
             ValueError: shapes or devices do not fit, or the routing is over another number of experts.
         """
+        check_traceable(type(self).__name__)
         check_hidden(x, self.hidden_size)
         if isinstance(routing, Routing):
             if weights is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
+from gossamer._checks import check_positive, check_shape, check_tensor
 from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_init,
@@ -31,9 +32,13 @@ def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int)
     of expert e.
 
     Raises:
-        ValueError: the sizes do not fit each other or ``num_experts``.
+        TypeError: a factor is no tensor, or ``num_experts`` no int.
+        ValueError: the sizes do not fit each other or ``num_experts``, or that is below 1.
     """
-    total = flat_a.shape[0]
+    check_positive(num_experts=num_experts)
+    check_tensor("flat_a", flat_a)
+    check_tensor("flat_b", flat_b)
+    total = flat_a.shape[0] if flat_a.dim() else 0
     if flat_a.dim() != 2 or flat_b.dim() != 2 or flat_b.shape[1] != total or total % num_experts or not total:
         raise ValueError(
             f"flat_a and flat_b must have shapes (E*r, C) and (N, r*E) with E={num_experts}, got "
@@ -44,7 +49,14 @@ def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int)
 
 
 def flat_expert_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of :func:`expert_factors`: PEFT's ``flat_a (E·r, C)`` and ``flat_b (N, r·E)``."""
+    """The inverse of :func:`expert_factors`: PEFT's ``flat_a (E·r, C)`` and ``flat_b (N, r·E)``.
+
+    Raises:
+        TypeError: a factor is no tensor.
+        ValueError: ``a`` and ``b`` are not of shapes ``(E, r, C)`` and ``(E, N, r)``.
+    """
+    check_shape("a", a, (None, None, None), "(E, r, C)")
+    check_shape("b", b, (a.shape[0], None, a.shape[1]), "(E, N, r)")
     num_experts, rank, columns = a.shape
     return a.reshape(num_experts * rank, columns), b.permute(1, 2, 0).reshape(b.shape[1], rank * num_experts)
 
