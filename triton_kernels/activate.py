@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.common import activation as activation_of
-from gossamer.triton_kernels.common import aot_signature, unit_columns, up_factor
+from gossamer.triton_kernels.common import aot_signature, gate_code, unit_columns, up_factor
 
 if TYPE_CHECKING:
     from gossamer.ops.activate import Activate, ActivateBackward
@@ -149,7 +149,7 @@ def _launch(kernel, args: Activate, operands: tuple[torch.Tensor, ...], out: tor
         *(operand.stride(0) for operand in reversed(operands)),
         args.activation.alpha,
         args.activation.limit,
-        ACT=args.activation.code,
+        ACT=gate_code(args.activation),
         GATED=args.activation.gated,
         INTERLEAVED=args.interleaved,
         FAST=out.element_size() == 2,

@@ -1,7 +1,8 @@
 """Compiling a kernel for an architecture with no GPU there, and what the result needs of the machine.
 
 A case is ``(kernel, signature, constexprs, options)``: types of the runtime arguments, with ``":16"`` after one that
-is divisible by 16; values of the compile-time arguments, None for a pointer that is not passed; and warps and stages.
+is divisible by 16, and tuples of types and of compile-time values for arguments in groups; values of the compile-time
+arguments, None for a pointer that is not passed; and warps and stages.
 An argument that is a named tuple has one of types for its signature, with values in it where it is constant.
 """
 
@@ -49,42 +50,32 @@ def compile_case(case: tuple, arch: int) -> Compiled:
     return Compiled(*_registers(compiled, arch), compiled.metadata.shared, columns, instruction)
 
 
+def _types(described: object, path: tuple[int, ...], attrs: dict, constants: dict) -> object:
+    """The type of an argument, or of each one of a group; what is said of it beside goes to attrs and constants."""
+    if isinstance(described, tuple):
+        return tuple(_types(part, (*path, i), attrs, constants) for i, part in enumerate(described))
+    if not isinstance(described, str):
+        constants[path] = described
+        return "constexpr"
+    kind, _, divisor = described.partition(":")
+    if divisor:
+        attrs[path] = [["tt.divisibility", int(divisor)]]
+    return kind
+
+
 def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
-    types, attrs, values = {}, {}, dict(constexprs)
-
-    def compiled_type(at: tuple[int, ...], kind):
-        if isinstance(kind, tuple):
-            return type(kind)(*(compiled_type((*at, i), inner) for i, inner in enumerate(kind)))
-        if not isinstance(kind, str):
-            values[at] = kind
-            return "constexpr"
-        kind, _, divisor = kind.partition(":")
-        if divisor:
-            attrs[at] = [["tt.divisibility", int(divisor)]]
-        return kind
-
+    types, attrs, constants = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constexprs:
-            types[name] = "constexpr"
+            types[name], constants[(i,)] = "constexpr", constexprs[name]
         elif name in signature:
-            types[name] = compiled_type((i,), signature[name])
+            types[name] = _types(signature[name], (i,), attrs, constants)
         else:
             raise ValueError(f"{kernel.__name__}: aot_cases gives argument {name!r} neither a type nor a value")
     unknown = (signature.keys() | constexprs.keys()) - set(kernel.arg_names)
     if unknown:
         raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}, which aot_cases names")
-    return ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attrs)
-
-
-def flat_types(signature: dict) -> list[str]:
-    """The types in a signature, those in tuples too."""
-
-    def types(kind):
-        if isinstance(kind, tuple):
-            return [name for inner in kind for name in types(inner)]
-        return [kind] if isinstance(kind, str) else []
-
-    return types(tuple(signature.values()))
+    return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
 
 
 def _registers(compiled, arch: int) -> tuple[int, int]:

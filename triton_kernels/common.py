@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.triton_kernels.tile_tables import device_table
 from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
@@ -247,28 +248,16 @@ def load_weight(
 
 
 @triton.jit
-def add_low_rank(
-    acc,
-    s_ptr,
-    b_ptr,
-    expert,
-    r,
-    inside,
-    n,
-    live,
-    rank,
-    scale,
-    stride_be,
-    stride_bn,
-    stride_bj,
-    PRECISION: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+def add_low_rank(acc, low, expert, r, inside, n, live, PRECISION: tl.constexpr, RANK_TILE: tl.constexpr):
     """``acc + scale·s[r]·b[expert, n]ᵀ``: what a product's accumulator starts from when its weight has an update.
 
-    ``s (R, rank)`` is float32; rows outside ``inside`` and columns outside ``live`` get nothing.
+    ``low`` is ``(s, b, rank, scale, strides of b)``, ``s (R, rank)`` float32; ``RANK_TILE`` says how many blocks the
+    rank is cut into, and their width. Rows outside ``inside`` and columns outside ``live`` get nothing.
     """
+    s_ptr, b_ptr, rank, scale, strides = low
+    stride_be, stride_bn, stride_bj = strides
+    RANK_BLOCKS: tl.constexpr = RANK_TILE[0]
+    BLOCK_R: tl.constexpr = RANK_TILE[1]
     b_rows = b_ptr + expert.to(tl.int64) * stride_be + n.to(tl.int64)[None, :] * stride_bn
     s_rows = s_ptr + r.to(tl.int64)[:, None] * rank
     for block in tl.static_range(RANK_BLOCKS):
@@ -312,9 +301,18 @@ def sigmoid(x, FAST: tl.constexpr):
         return tl.sigmoid(x)
 
 
+# The functions of the gate, in the order that ``activation`` numbers them in.
+GATES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
+
+
+def gate_code(activation: Activation) -> int:
+    """The ACT of kernels for an activation."""
+    return GATES.index(activation.gate)
+
+
 @triton.jit
 def activation(g, alpha, limit, ACT: tl.constexpr, FAST: tl.constexpr):
-    """Value and derivative of the activation ``ACT`` (a code of gossamer.Activation) at the gate ``g``, in float32."""
+    """Value and derivative of the activation ``ACT``, a place in GATES, at the gate ``g``, in float32."""
     if ACT == 0:
         s = sigmoid(g, FAST)
         return g * s, s * (1.0 + g * (1.0 - s))
@@ -370,34 +368,19 @@ def _rank_blocks(rank: int) -> tuple[int, int]:
 
 
 def low_rank_arguments(term: LowRankTerm | None) -> dict[str, object]:
-    """The arguments of a kernel that takes a product's update, all None where there is none."""
+    """The arguments of a kernel that takes a product's update, None where there is none."""
     if term is None:
-        return dict.fromkeys(LOW_RANK_ARGUMENTS)
+        return {"low": None, "RANK_TILE": None}
     rank = term.b.shape[2]
-    values = (term.s, term.b, rank, term.scale, *term.b.stride(), *_rank_blocks(rank))
-    return dict(zip(LOW_RANK_ARGUMENTS, values, strict=True))
+    return {"low": (term.s, term.b, rank, term.scale, term.b.stride()), "RANK_TILE": _rank_blocks(rank)}
 
 
-LOW_RANK_ARGUMENTS = (
-    "low_s_ptr",
-    "low_b_ptr",
-    "low_rank",
-    "low_scale",
-    "stride_low_e",
-    "stride_low_n",
-    "stride_low_j",
-    "RANK_BLOCKS",
-    "BLOCK_R",
-)
-
-
-def aot_low_rank(dtype: torch.dtype, rank: int | None) -> tuple[dict[str, str], dict[str, object]]:
+def aot_low_rank(dtype: torch.dtype, rank: int | None) -> tuple[dict[str, object], dict[str, object]]:
     """Signature and compile-time arguments of a product's update, for ahead-of-time compilation; None for no update."""
     if rank is None:
-        return {}, dict.fromkeys(LOW_RANK_ARGUMENTS)
-    signature = aot_signature(dtype, "low_b_ptr", "", "low_rank stride_low_e stride_low_n", "low_scale")
-    blocks, block = _rank_blocks(rank)
-    return signature | {"low_s_ptr": "*fp32:16"}, {"stride_low_j": 1, "RANK_BLOCKS": blocks, "BLOCK_R": block}
+        return {}, {"low": None, "RANK_TILE": None}
+    low = ("*fp32:16", aot_pointer(dtype), "i32:16", "fp32", ("i32:16", "i32:16", 1))
+    return {"low": low}, {"RANK_TILE": _rank_blocks(rank)}
 
 
 # How a weight may be stored and read: as torch.nn.Linear does, transposed, and without descriptors.
@@ -409,9 +392,14 @@ def aot_dtype(precision: str) -> torch.dtype:
     return {"tf32": torch.float32, **{name: dtype for dtype, name in TRITON_NAMES.items()}}[precision]
 
 
+def aot_pointer(dtype: torch.dtype) -> str:
+    """The type of an aligned pointer."""
+    return f"*{TRITON_NAMES[dtype]}:16"
+
+
 def aot_signature(dtype: torch.dtype, data: str, indices: str, sizes: str, floats: str = "") -> dict[str, str]:
     """Types of kernel arguments for ahead-of-time compilation: data and int32 pointers, ints and floats, by name."""
-    signature = {name: f"*{TRITON_NAMES[dtype]}:16" for name in data.split()}
+    signature = {name: aot_pointer(dtype) for name in data.split()}
     signature |= {name: "*i32:16" for name in indices.split()}
     signature |= {name: "i32:16" for name in sizes.split()}
     return signature | {name: "fp32" for name in floats.split()}

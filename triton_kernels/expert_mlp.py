@@ -6,6 +6,8 @@ activation twice and, for training, the pre-activation once.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,7 @@ from gossamer.triton_kernels.common import (
     column_halves,
     describe,
     dot_precision,
+    gate_code,
     grid_size,
     load_rows,
     load_weight,
@@ -39,11 +42,21 @@ from gossamer.triton_kernels.common import (
     up_factor,
     weight_operand,
 )
-from gossamer.triton_kernels.expert_mlp_backward import AOT_FORMS, activation_form, aot_form, expert_mlp_backward
+from gossamer.triton_kernels.expert_mlp_backward import (
+    AOT_FORMS,
+    activation_form,
+    aot_form,
+    expert_mlp_backward,
+    low_rank_term,
+    low_rows,
+)
 from gossamer.triton_kernels.gather_reduce import sum_slots
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
 from gossamer.triton_kernels.split_matmul import decode_plans, split_expert_mlp
 from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
+
+if TYPE_CHECKING:
+    from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpOutput
 
 __all__ = ["expert_mlp", "expert_mlp_backward"]
 
@@ -142,19 +155,9 @@ def _up_kernel(
     capacity,
     I,
     C,
-    stride_x,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    alpha,
-    limit,
-    low_s_ptr,
-    low_b_ptr,
-    low_rank,
-    low_scale,
-    stride_low_e,
-    stride_low_n,
-    stride_low_j,
+    strides,
+    constants,
+    low,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -168,9 +171,11 @@ def _up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    RANK_TILE: tl.constexpr,
 ):
+    """``strides`` are of rows of x and of the weight's dimensions, ``constants`` the activation's alpha and limit."""
+    stride_x, stride_we, stride_wn, stride_wk = strides
+    alpha, limit = constants
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(I, BLOCK_N)
     WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
@@ -182,7 +187,7 @@ def _up_kernel(
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
         n0 = n_tile * BLOCK_N
         acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
-        if low_s_ptr is not None:
+        if low is not None:
             j = tl.arange(0, WIDE)
             if GATED and not INTERLEAVED:
                 column = n0 + j % BLOCK_N
@@ -191,24 +196,7 @@ def _up_kernel(
             else:
                 low_row = n_tile * WIDE + j
                 live = low_row < (2 * I if GATED else I)
-            acc = add_low_rank(
-                acc,
-                low_s_ptr,
-                low_b_ptr,
-                expert,
-                r,
-                r < row_end,
-                low_row,
-                live,
-                low_rank,
-                low_scale,
-                stride_low_e,
-                stride_low_n,
-                stride_low_j,
-                PRECISION,
-                RANK_BLOCKS,
-                BLOCK_R,
-            )
+            acc = add_low_rank(acc, low, expert, r, r < row_end, low_row, live, PRECISION, RANK_TILE)
         for k in range(0, tl.cdiv(C, BLOCK_K)):
             a = load_rows(x_ptr, x_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
             if GATED and not INTERLEAVED:
@@ -291,57 +279,43 @@ def gate_up_operand(
 
 
 def up_projection(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    activation: Activation,
-    interleaved: bool,
-    save_preact: bool,
-    x_div: int,
-    tile: Tile | None = None,
-    tables: RowTables | None = None,
-    low: LowRankTerm | None = None,
+    args: ExpertMlp, tile: Tile | None = None, tables: RowTables | None = None, low: LowRankTerm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activation ``(R, I)`` of rows ``x[slots[r] // x_div]``, and the pre-activation ``(R, 2I)`` or None.
+    """The activation ``(R, I)`` of sorted rows, and where it is saved the pre-activation ``(R, 2I)``.
 
     ``low`` is an update of the weight, which the accumulator starts from; ``tables`` as in
     :func:`gossamer.triton_kernels.common.row_tiles`.
     """
-    num_rows, wide, c = slots.shape[0], gate_up.shape[1], x.shape[1]
+    x, gate_up, bias, activation = unit_columns(args.x), args.gate_up.data, args.gate_up.bias, args.activation
+    num_rows, (num_experts, wide, c) = args.groups.slots.shape[0], gate_up.shape
     i = wide // activation.halves
     act = torch.empty(num_rows, i, dtype=x.dtype, device=x.device)
-    preact = torch.empty(num_rows, wide, dtype=x.dtype, device=x.device) if save_preact else None
-    arch, num_experts = arch_of(x), gate_up.shape[0]
+    preact = torch.empty(num_rows, wide, dtype=x.dtype, device=x.device) if args.save else None
+    arch = arch_of(x)
     if tile is None:
-        form = activation_form(activation, interleaved)
+        form = activation_form(activation, args.interleaved)
         tile = choose_tile("expert_mlp_up", form, x, arch, num_rows, num_experts, i, c, low is not None)
-    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
-    w, w_flags = gate_up_operand(gate_up, arch, tile.block_n, tile.block_k, activation.gated, interleaved)
+    table_tensor, capacity = row_tiles(args.groups.offsets, num_rows, tile.block_m, tables)
+    w, w_flags = gate_up_operand(gate_up, arch, tile.block_n, tile.block_k, activation.gated, args.interleaved)
     grid = grid_size(capacity * triton.cdiv(i, tile.block_n), tile, x)
     _up_kernel[(grid,)](
         x,
         w,
-        None if gate_up_bias is None else gate_up_bias.contiguous(),
+        None if bias is None else bias.contiguous(),
         preact,
         act,
-        slots,
+        args.groups.slots,
         table_tensor,
         capacity,
         i,
         c,
-        x.stride(0),
-        gate_up.stride(0),
-        gate_up.stride(1),
-        gate_up.stride(2),
-        activation.alpha,
-        activation.limit,
+        (x.stride(0), *gate_up.stride()),
+        (activation.alpha, activation.limit),
         **low_rank_arguments(low),
-        ACT=activation.code,
+        ACT=gate_code(activation),
         GATED=activation.gated,
-        INTERLEAVED=interleaved,
-        X_DIV=x_div,
+        INTERLEAVED=args.interleaved,
+        X_DIV=args.weights.shape[1],
         EVEN_K=c % tile.block_k == 0,
         PRECISION=dot_precision(x.dtype),
         **w_flags,
@@ -351,40 +325,37 @@ def up_projection(
     return act, preact
 
 
-def expert_mlp(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    activation: Activation,
-    interleaved: bool,
-    save_preact: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``y (T, H)`` and the pre-activation ``(R, 2I)`` (empty unless ``save_preact``); see gossamer.expert_mlp."""
-    num_rows, top_k = slots.shape[0], weights.shape[1]
-    if x.numel() == 0 or gate_up.shape[1] == 0:
-        preact = x.new_empty((num_rows, gate_up.shape[1]) if save_preact else (0,))
-        if x.numel() == 0:
-            return torch.empty_like(x, memory_format=torch.contiguous_format), preact
-    x = unit_columns(x)
-    if not save_preact and (plans := decode_plans(x, gate_up, down, num_rows)):
-        stacks = (gate_up, None, None), (down, None, None)
-        routing = slots, rows, offsets, weights
-        y = split_expert_mlp(x, *stacks, gate_up_bias, down_bias, *routing, activation, interleaved, plans)
-        return y, x.new_empty(0)
+def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
+    """``y``, and where ``args.save`` says so what the backward pass reads, unwritten in dropped rows."""
+    if args.gate_up.quantized:
+        return split_expert_mlp(args), None, None, None
+    x, groups, weights = args.x, args.groups, args.weights
+    num_rows, top_k = groups.slots.shape[0], weights.shape[1]
+    gate_up, down = args.gate_up.with_factors_in(x.dtype), args.down.with_factors_in(x.dtype)
+    updated = gate_up.a is not None or down.a is not None
+    if x.numel() == 0:
+        preact = x.new_empty(num_rows, gate_up.shape[1]) if args.save else None
+        low = (
+            x.new_empty(num_rows, w.a.shape[1], dtype=torch.float32) if args.save and w.a is not None else None
+            for w in (gate_up, down)
+        )
+        return torch.empty_like(x, memory_format=torch.contiguous_format), preact, *low
+    args = args._replace(x=unit_columns(x))
+    if not args.save and not updated and (plans := decode_plans(args)):
+        return split_expert_mlp(args, plans), None, None, None
     tables: RowTables = {}
-    act, preact = up_projection(
-        x, gate_up, gate_up_bias, slots, offsets, activation, interleaved, save_preact, top_k, tables=tables
-    )
+    s1 = s2 = None
+    if gate_up.a is not None:
+        s1 = low_rows(args.x, gate_up.a, groups, top_k, tables)
+    act, preact = up_projection(args, tables=tables, low=low_rank_term(s1, gate_up))
+    if down.a is not None:
+        s2 = low_rows(act, down.a, groups, 0, tables)
     # Packed rows and a sum per token rather than a scatter: no atomics, and the order of the sum is fixed.
-    out = rows_times_weight(act, down, down_bias, slots, offsets, 0, False, False, tables=tables)
-    y = sum_slots(out, rows, offsets, top_k, weights)
-    return y, x.new_empty(0) if preact is None else preact
+    out = rows_times_weight(
+        act, down.data, down.bias, groups, 0, False, False, tables=tables, low=low_rank_term(s2, down)
+    )
+    y = sum_slots(out, groups.rows, groups.offsets, top_k, weights)
+    return (y, preact, s1, s2) if args.save else (y, None, None, None)
 
 
 def aot_case(
@@ -401,21 +372,20 @@ def aot_case(
     """
     act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
     dtype, interleaved = aot_dtype(problem.precision), problem.form == "interleaved"
-    signature = aot_signature(
-        dtype, "x_ptr w preact_ptr act_ptr", "slots_ptr table_ptr", "I C stride_x stride_we", "alpha limit"
-    )
+    signature = aot_signature(dtype, "x_ptr w preact_ptr act_ptr", "slots_ptr table_ptr", "I C")
+    signature["constants"] = ("fp32", "fp32")
     transposed, stacked = layout == "transposed", act.gated and not interleaved
-    wide, unit = ("stride_wk", "stride_wn") if transposed else ("stride_wn", "stride_wk")
+    rows_and_columns = (1, "i32:16") if transposed else ("i32:16", 1)
     # One descriptor covers both halves of a stacked weight, unless it is stored transposed.
     tma = arch >= TMA_ARCH and layout != "pointers" and not (stacked and transposed)
-    signature[wide] = "i32:16"
+    signature["strides"] = ("i32:16", "i32:16", *rows_and_columns)
     signature["capacity"] = "i32"
     if tma:
         rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
         signature["w"] = aot_descriptor(dtype, [1, tile.block_k, *rows] if transposed else [1, *rows, tile.block_k])
     low_signature, low_constexprs = aot_low_rank(dtype, rank)
     signature |= low_signature
-    constexprs = low_constexprs | {"bias_ptr": None, unit: 1, "X_DIV": 8, "W_TRANSPOSED": transposed}
+    constexprs = low_constexprs | {"bias_ptr": None, "X_DIV": 8, "W_TRANSPOSED": transposed}
     constexprs |= {**aot_form(tma, act, interleaved), **tile.constants()}
     return _up_kernel, signature, constexprs, tile.options()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -24,11 +25,13 @@ from gossamer.triton_kernels.common import (
     aot_descriptor,
     aot_dtype,
     aot_low_rank,
+    aot_pointer,
     aot_signature,
     arch_of,
     choose_tile,
     column_eighths,
     dot_precision,
+    gate_code,
     grid_size,
     load_rows,
     load_weight,
@@ -42,9 +45,15 @@ from gossamer.triton_kernels.common import (
 )
 from gossamer.triton_kernels.gather_reduce import sum_slots
 from gossamer.triton_kernels.grouped_matmul import rows_times_weight
-from gossamer.triton_kernels.grouped_matmul_dweight import group_sums, grouped_matmul_dweight
+from gossamer.triton_kernels.grouped_matmul_dweight import group_sums, weight_gradient
+from gossamer.triton_kernels.multi_low_rank import factor_gradient, shrink, shrink_block_m
 from gossamer.triton_kernels.routing_weight_gradient import routing_weight_gradient
 from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
+
+if TYPE_CHECKING:
+    from gossamer.ops._groups import Groups
+    from gossamer.ops._weights import Weight
+    from gossamer.ops.expert_mlp import ExpertMlpBackward, ExpertMlpGradients
 
 
 @triton.jit
@@ -123,29 +132,15 @@ def _down_backward_kernel(
     dy,
     w,
     preact_ptr,
-    dpreact_ptr,
-    act_ptr,
-    partial_ptr,
-    weights_ptr,
-    slots_ptr,
-    table_ptr,
+    outputs,
+    lists,
     capacity,
     num_rows,
     I,
     C,
-    stride_dy,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    alpha,
-    limit,
-    low_s_ptr,
-    low_b_ptr,
-    low_rank,
-    low_scale,
-    stride_low_e,
-    stride_low_n,
-    stride_low_j,
+    strides,
+    constants,
+    low,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -159,9 +154,16 @@ def _down_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    RANK_TILE: tl.constexpr,
 ):
+    """``outputs`` are d(preact), the activation and partial sums; ``lists`` routing weights, slots and row tiles.
+
+    ``strides`` and ``constants`` as those of the up-projection.
+    """
+    dpreact_ptr, act_ptr, partial_ptr = outputs
+    weights_ptr, slots_ptr, table_ptr = lists
+    stride_dy, stride_we, stride_wn, stride_wk = strides
+    alpha, limit = constants
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(I, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_live * num_n, tl.num_programs(0), flatten=FLATTEN):
@@ -178,25 +180,8 @@ def _down_backward_kernel(
         preact_rows = preact_ptr + r64[:, None] * width
         dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         n = n0 + tl.arange(0, BLOCK_N)
-        if low_s_ptr is not None:
-            dact = add_low_rank(
-                dact,
-                low_s_ptr,
-                low_b_ptr,
-                expert,
-                r,
-                inside,
-                n,
-                n < I,
-                low_rank,
-                low_scale,
-                stride_low_e,
-                stride_low_n,
-                stride_low_j,
-                PRECISION,
-                RANK_BLOCKS,
-                BLOCK_R,
-            )
+        if low is not None:
+            dact = add_low_rank(dact, low, expert, r, inside, n, n < I, PRECISION, RANK_TILE)
         for k in range(0, tl.cdiv(C, BLOCK_K)):
             a = load_rows(dy, dy_rows, row, k * BLOCK_K, C, False, EVEN_K, BLOCK_K)
             b = load_weight(
@@ -268,15 +253,24 @@ def activation_form(activation: Activation, interleaved: bool) -> str:
     return "ungated" if not activation.gated else "interleaved" if interleaved else "gated"
 
 
+def low_rows(
+    x: torch.Tensor, factor: torch.Tensor, groups: Groups, x_div: int, tables: RowTables, scale: float = 1.0
+) -> torch.Tensor:
+    """``scale·x[g(r)]·factor[e]ᵀ`` ``(R, r)`` float32 for ``factor (E, r, C)``; see ``shrink``."""
+    num_rows = groups.slots.shape[0]
+    block_m = shrink_block_m(x, num_rows, factor.shape[0])
+    table = row_tiles(groups.offsets, num_rows, block_m, tables)
+    parts = shrink(x, factor, groups.slots, table, block_m, x_div, scale=scale)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def low_rank_term(s: torch.Tensor | None, weight: Weight) -> LowRankTerm | None:
+    """The update of a product of which ``s`` is ``x·aᵀ``."""
+    return None if s is None else LowRankTerm(s, weight.b, weight.factor)
+
+
 def down_backward(
-    dy: torch.Tensor,
-    down: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    preact: torch.Tensor,
-    activation: Activation,
-    interleaved: bool,
+    args: ExpertMlpBackward,
     wants: tuple[bool, bool, bool],
     overwrite: bool,
     tile: Tile | None = None,
@@ -285,45 +279,39 @@ def down_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no.
 
-    ``low`` is what flows back through an update of the weight; ``tables`` as in
-    :func:`gossamer.triton_kernels.common.row_tiles`.
+    d(preact) is written over ``preact`` when ``overwrite``. ``low`` is what flows back through an update of the weight;
+    ``tables`` as in :func:`gossamer.triton_kernels.common.row_tiles`.
     """
-    num_rows, (num_experts, h, i), device = slots.shape[0], down.shape, dy.device
+    forward, dy, preact = args.forward, args.dy, args.preact
+    down, weights, groups, activation = forward.down.data, forward.weights, forward.groups, forward.activation
+    num_rows, (num_experts, h, i), device = groups.slots.shape[0], down.shape, dy.device
     arch = arch_of(dy)
     if tile is None:
-        form = activation_form(activation, interleaved)
+        form = activation_form(activation, forward.interleaved)
         tile = choose_tile("expert_mlp_down_backward", form, dy, arch, num_rows, num_experts, i, h, low is not None)
     want_dpreact, want_act, want_partial = wants
     num_n = triton.cdiv(i, tile.block_n)
     dpreact = (preact if overwrite else torch.empty_like(preact)) if want_dpreact else None
     act = torch.empty(num_rows, i, dtype=dy.dtype, device=device) if want_act else None
     partial = torch.empty(num_n, num_rows, dtype=torch.float32, device=device) if want_partial else None
-    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
+    table_tensor, capacity = row_tiles(groups.offsets, num_rows, tile.block_m, tables)
     w, w_flags = weight_operand(down.transpose(1, 2), arch, tile.block_n, tile.block_k)
     _down_backward_kernel[(grid_size(capacity * num_n, tile, dy),)](
         dy,
         w,
         preact,
-        dpreact,
-        act,
-        partial,
-        weights,
-        slots,
-        table_tensor,
+        (dpreact, act, partial),
+        (weights, groups.slots, table_tensor),
         capacity,
         num_rows,
         i,
         h,
-        dy.stride(0),
-        down.stride(0),
-        down.stride(2),
-        down.stride(1),
-        activation.alpha,
-        activation.limit,
+        (dy.stride(0), down.stride(0), down.stride(2), down.stride(1)),
+        (activation.alpha, activation.limit),
         **low_rank_arguments(low),
-        ACT=activation.code,
+        ACT=gate_code(activation),
         GATED=activation.gated,
-        INTERLEAVED=interleaved,
+        INTERLEAVED=forward.interleaved,
         DY_DIV=weights.shape[1],
         EVEN_K=h % tile.block_k == 0,
         PRECISION=dot_precision(dy.dtype),
@@ -340,80 +328,94 @@ class Products:
 
     down_backward: Callable
     rows_times_weight: Callable
-    dweight: Callable
+    weight_gradient: Callable
 
 
-def dweight(x, dy, slots, offsets, x_div, dy_div, transposed, tables=None):
-    """The weight gradient alone, of operands whose dropped rows are finite; see :func:`grouped_matmul_dweight`."""
-    return grouped_matmul_dweight(x, dy, slots, offsets, x_div, dy_div, transposed, False, finite=True, tables=tables)[
-        0
-    ]
-
-
-def _sharing_tables() -> Products:
+def _sharing(tables: RowTables) -> Products:
     """The products here, whose launches in tiles of as many rows share a table."""
-    tables: RowTables = {}
-    return Products(*(functools.partial(f, tables=tables) for f in (down_backward, rows_times_weight, dweight)))
+    return Products(
+        functools.partial(down_backward, tables=tables),
+        functools.partial(rows_times_weight, tables=tables),
+        functools.partial(weight_gradient, tables=tables),
+    )
 
 
 def expert_mlp_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    preact: torch.Tensor,
-    activation: Activation,
-    interleaved: bool,
-    needs: list[bool],
-    overwrite: bool,
-    products: Products | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, gate_up, down, weights, gate_up_bias, down_bias, empty where ``needs`` says no.
+    args: ExpertMlpBackward, overwrite: bool, products: Products | None = None
+) -> ExpertMlpGradients:
+    """The gradients that ``args.needs`` names, None for others.
 
     d(preact) is written over ``preact`` when ``overwrite``; ``products`` are those of this module unless given.
     """
-    products = products or _sharing_tables()
-    num_rows, top_k = slots.shape[0], weights.shape[1]
-    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
-    # Each its own tensor: results of an operator may not alias.
-    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = (x.new_empty(0) for _ in range(6))
-    x, dy, weights = unit_columns(x), unit_columns(dy), weights.contiguous()
-    wants = (need_x or need_gate_up or need_gate_up_bias, need_down, need_weights)
+    forward, needs, groups = args.forward, frozenset(args.needs), args.forward.groups
+    gate_up, down = forward.gate_up, forward.down
+    inputs = forward.inputs()
+    num_rows, top_k = groups.slots.shape[0], forward.weights.shape[1]
+    if num_rows == 0:
+        return tuple(torch.zeros_like(t) if name in needs else None for name, t in inputs.items())
+    tables: RowTables = {}
+    products = products or _sharing(tables)
+    found = dict.fromkeys(inputs)
+    x, dy = unit_columns(forward.x), unit_columns(args.dy)
+    first, second = gate_up.with_factors_in(x.dtype), down.with_factors_in(x.dtype)
+    forward = forward._replace(x=x, weights=forward.weights.contiguous())
+    args = args._replace(dy=dy, forward=forward)
+    wants = (
+        not needs.isdisjoint(("x", "gate_up.data", "gate_up.bias", "gate_up.a", "gate_up.b")),
+        not needs.isdisjoint(("down.data", "down.a")),
+        "weights" in needs,
+    )
+
+    def factor_like(name: str) -> torch.Tensor:
+        return torch.empty(inputs[name].shape, dtype=inputs[name].dtype, device=x.device)
+
     dpreact = act = partial = None
-    if num_rows and any(wants):
-        dpreact, act, partial = products.down_backward(
-            dy, down, slots, offsets, weights, preact, activation, interleaved, wants, overwrite
-        )
-    else:
-        dpreact, act = preact, preact[:, : down.shape[2]]
-    if need_weights:
-        dweights = (
-            routing_weight_gradient(partial, dy, down_bias, rows, offsets, weights)
-            if num_rows
-            else torch.empty_like(weights)
-        )
+    if any(wants):
+        term = {}
+        if second.a is not None:
+            ds2 = low_rows(dy, second.b.transpose(1, 2), groups, top_k, tables, second.factor)
+            term = {"low": LowRankTerm(ds2, second.a.transpose(1, 2), 1.0)}
+        dpreact, act, partial = products.down_backward(args, wants, overwrite, **term)
+    if "weights" in needs:
+        found["weights"] = routing_weight_gradient(partial, dy, down.bias, groups.rows, groups.offsets, forward.weights)
         partial = None
-    if need_down:
-        ddown = products.dweight(act, dy, slots, offsets, 0, top_k, stored_transposed(down))
+    if "down.data" in needs:
+        found["down.data"] = products.weight_gradient(
+            act, dy, groups, 0, top_k, stored_transposed(down.data), finite=True
+        )
+    if "down.a" in needs:
+        found["down.a"] = da = factor_like("down.a")
+        factor_gradient(ds2, act, groups.slots, groups.offsets, 0, da, False)
     # The weighted activation is freed before the larger gradient is allocated.
     del act
-    if need_down_bias:
-        ddown_bias = group_sums(dy, slots, offsets, top_k, weights)
-    if need_x:
-        dx_rows = products.rows_times_weight(dpreact, gate_up.transpose(1, 2), None, slots, offsets, 0, False, False)
-        dx = sum_slots(dx_rows, rows, offsets, top_k, None)
+    if "down.b" in needs:
+        found["down.b"] = db = factor_like("down.b")
+        weighted = args.s2 * forward.weights.view(-1).index_select(0, groups.slots).unsqueeze(1)
+        factor_gradient(weighted, dy, groups.slots, groups.offsets, top_k, db, True, scale=second.factor)
+    if "down.bias" in needs:
+        found["down.bias"] = group_sums(dy, groups, top_k, forward.weights)
+
+    term = {}
+    if first.a is not None and not needs.isdisjoint(("x", "gate_up.a")):
+        ds1 = low_rows(dpreact, first.b.transpose(1, 2), groups, 0, tables, first.factor)
+        term = {"low": LowRankTerm(ds1, first.a.transpose(1, 2), 1.0)}
+    if "x" in needs:
+        dx_rows = products.rows_times_weight(dpreact, first.data.transpose(1, 2), None, groups, 0, False, False, **term)
+        found["x"] = sum_slots(dx_rows, groups.rows, groups.offsets, top_k, None)
         del dx_rows
-    if need_gate_up:
-        dgate_up = products.dweight(x, dpreact, slots, offsets, top_k, 0, stored_transposed(gate_up))
-    if need_gate_up_bias:
-        dgate_up_bias = group_sums(dpreact, slots, offsets, 0)
-    return dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias
+    if "gate_up.data" in needs:
+        found["gate_up.data"] = products.weight_gradient(
+            x, dpreact, groups, top_k, 0, stored_transposed(gate_up.data), finite=True
+        )
+    if "gate_up.a" in needs:
+        found["gate_up.a"] = da = factor_like("gate_up.a")
+        factor_gradient(ds1, x, groups.slots, groups.offsets, top_k, da, False)
+    if "gate_up.b" in needs:
+        found["gate_up.b"] = db = factor_like("gate_up.b")
+        factor_gradient(args.s1, dpreact, groups.slots, groups.offsets, 0, db, True, scale=first.factor)
+    if "gate_up.bias" in needs:
+        found["gate_up.bias"] = group_sums(dpreact, groups, 0)
+    return tuple(found.values())
 
 
 AOT_FORMS = (
@@ -427,7 +429,7 @@ AOT_FORMS = (
 
 def aot_form(tma: bool, act: Activation, interleaved: bool) -> dict[str, object]:
     """The compile-time arguments that the forward and the backward kernel share, for ahead-of-time compilation."""
-    form = {"ACT": act.code, "GATED": act.gated, "INTERLEAVED": interleaved, "W_TMA": tma, "EVEN_K": True}
+    form = {"ACT": gate_code(act), "GATED": act.gated, "INTERLEAVED": interleaved, "W_TMA": tma, "EVEN_K": True}
     return form | {"PRECISION": "ieee"}
 
 
@@ -445,24 +447,20 @@ def aot_case(
     """
     act = act or Activation("gelu" if problem.form == "ungated" else "swiglu")
     dtype = aot_dtype(problem.precision)
-    signature = aot_signature(
-        dtype,
-        "dy w preact_ptr dpreact_ptr act_ptr weights_ptr",
-        "slots_ptr table_ptr",
-        "I C stride_dy stride_we",
-        "alpha limit",
-    )
+    signature = aot_signature(dtype, "dy w preact_ptr", "", "I C")
+    pointer = aot_pointer(dtype)
+    signature |= {"outputs": (pointer, pointer, "*fp32:16"), "lists": (pointer, "*i32:16", "*i32:16")}
     # The kernel reads the transpose of the weight.
     usual, tma = layout != "transposed", arch >= TMA_ARCH and layout != "pointers"
-    wide, unit = ("stride_wk", "stride_wn") if usual else ("stride_wn", "stride_wk")
-    signature[wide] = "i32:16"
-    signature |= {"capacity": "i32", "num_rows": "i32", "partial_ptr": "*fp32:16"}
+    rows_and_columns = (1, "i32:16") if usual else ("i32:16", 1)
+    signature |= {"strides": ("i32:16", "i32:16", *rows_and_columns), "constants": ("fp32", "fp32")}
+    signature |= {"capacity": "i32", "num_rows": "i32"}
     if tma:
         block = [tile.block_k, tile.block_n] if usual else [tile.block_n, tile.block_k]
         signature["w"] = aot_descriptor(dtype, [1, *block])
     low_signature, low_constexprs = aot_low_rank(dtype, rank)
     signature |= low_signature
-    constexprs = low_constexprs | {unit: 1, "DY_DIV": 8, "W_TRANSPOSED": usual}
+    constexprs = low_constexprs | {"DY_DIV": 8, "W_TRANSPOSED": usual}
     constexprs |= {**aot_form(tma, act, problem.form == "interleaved"), **tile.constants()}
     return _down_backward_kernel, signature, constexprs, tile.options()
 

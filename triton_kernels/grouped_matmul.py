@@ -5,6 +5,8 @@ Floor of one product: 2·R·N·C floating-point operations; R·C + E·N·C + R·
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +36,12 @@ from gossamer.triton_kernels.common import (
     weight_operand,
 )
 from gossamer.triton_kernels.grouped_matmul_dweight import grouped_matmul_dweight
+from gossamer.triton_kernels.split_matmul import finish, split_matmul
 from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
+
+if TYPE_CHECKING:
+    from gossamer.ops._groups import Groups
+    from gossamer.ops.grouped_matmul import GroupedMatmul
 
 __all__ = ["grouped_matmul", "grouped_matmul_dweight"]
 
@@ -50,18 +57,8 @@ def _grouped_matmul_kernel(
     capacity,
     N,
     C,
-    stride_x,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_y,
-    low_s_ptr,
-    low_b_ptr,
-    low_rank,
-    low_scale,
-    stride_low_e,
-    stride_low_n,
-    stride_low_j,
+    strides,
+    low,
     X_DIV: tl.constexpr,
     SCATTER: tl.constexpr,
     ZERO_DROPPED: tl.constexpr,
@@ -75,9 +72,10 @@ def _grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    RANK_TILE: tl.constexpr,
 ):
+    """``strides`` are of rows of x, of experts, rows and columns of the weight, and of rows of y."""
+    stride_x, stride_we, stride_wn, stride_wk, stride_y = strides
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_live * num_n, tl.num_programs(0), flatten=FLATTEN):
@@ -94,25 +92,8 @@ def _grouped_matmul_kernel(
         n0 = n_tile * BLOCK_N
         n = n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if low_s_ptr is not None:
-            acc = add_low_rank(
-                acc,
-                low_s_ptr,
-                low_b_ptr,
-                expert,
-                r,
-                r < row_end,
-                n,
-                n < N,
-                low_rank,
-                low_scale,
-                stride_low_e,
-                stride_low_n,
-                stride_low_j,
-                PRECISION,
-                RANK_BLOCKS,
-                BLOCK_R,
-            )
+        if low is not None:
+            acc = add_low_rank(acc, low, expert, r, r < row_end, n, n < N, PRECISION, RANK_TILE)
         for k in range(0, tl.cdiv(C, BLOCK_K)):
             a = load_rows(x, x_rows, row, k * BLOCK_K, C, X_TMA, EVEN_K, BLOCK_K)
             b = load_weight(
@@ -160,8 +141,7 @@ def rows_times_weight(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
+    groups: Groups,
     x_div: int,
     scatter: bool,
     zero_dropped: bool,
@@ -173,7 +153,7 @@ def rows_times_weight(
 
     ``low`` is an update of the weight, which the accumulator starts from.
     """
-    num_rows, (num_experts, n, c) = slots.shape[0], weight.shape
+    num_rows, (num_experts, n, c) = groups.slots.shape[0], weight.shape
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -182,7 +162,7 @@ def rows_times_weight(
     if tile is None:
         form = "gathered" if x_div else "sorted"
         tile = choose_tile("grouped_matmul", form, x, arch, num_rows, num_experts, n, c, low is not None)
-    table_tensor, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
+    table_tensor, capacity = row_tiles(groups.offsets, num_rows, tile.block_m, tables)
     w, w_flags = weight_operand(weight, arch, tile.block_n, tile.block_k)
     x_tma = x_div == 0 and can_describe(x, arch)
     grid = grid_size(capacity * triton.cdiv(n, tile.block_n), tile, x)
@@ -191,16 +171,12 @@ def rows_times_weight(
         w,
         None if bias is None else bias.contiguous(),
         y,
-        slots,
+        groups.slots,
         table_tensor,
         capacity,
         n,
         c,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        weight.stride(2),
-        y.stride(0),
+        (x.stride(0), *weight.stride(), y.stride(0)),
         **low_rank_arguments(low),
         X_DIV=x_div,
         SCATTER=scatter,
@@ -215,21 +191,22 @@ def rows_times_weight(
     return y
 
 
-def grouped_matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    x_div: int,
-    y_grouped: bool,
-) -> torch.Tensor:
-    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, ``(R, N)`` sorted, or in slot order unless ``y_grouped``.
-
-    Row ``r`` reads row ``r`` of ``x`` when ``x_div`` is 0, else row ``slots[r] // x_div``. Dropped rows become zero.
-    """
-    return rows_times_weight(x, weight, bias, slots, offsets, x_div, not y_grouped, True)
+def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
+    """``(R, N)``, or ``(R, C)`` when transposed; dropped rows become zero."""
+    weight = args.weight
+    if weight.quantized:
+        y = split_matmul(
+            args.x,
+            weight,
+            args.groups,
+            args.x_div,
+            scatter=not args.y_grouped,
+            zero_dropped=True,
+            transposed=args.transposed,
+        )
+        return y[0] if y.shape[0] == 1 else finish(y, args.groups.offsets, args.x.dtype, None)
+    values = weight.data.transpose(1, 2) if args.transposed else weight.data
+    return rows_times_weight(args.x, values, weight.bias, args.groups, args.x_div, not args.y_grouped, True)
 
 
 def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", rank: int | None = None) -> tuple:
@@ -239,7 +216,9 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", ran
     """
     dtype, gathered, transposed = aot_dtype(problem.precision), problem.form == "gathered", layout == "transposed"
     tma = arch >= TMA_ARCH and layout != "pointers"
-    signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C stride_x stride_we stride_y")
+    signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C")
+    rows_and_columns = (1, "i32:16") if transposed else ("i32:16", 1)
+    signature["strides"] = ("i32:16", "i32:16", *rows_and_columns, "i32:16")
     signature["capacity"] = "i32"
     low_signature, low_constexprs = aot_low_rank(dtype, rank)
     signature |= low_signature
@@ -255,9 +234,6 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", ran
         "PRECISION": "ieee",
         **tile.constants(),
     }
-    wide, unit = ("stride_wk", "stride_wn") if transposed else ("stride_wn", "stride_wk")
-    signature[wide] = "i32:16"
-    constexprs[unit] = 1
     if tma:
         block = [tile.block_k, tile.block_n] if transposed else [tile.block_n, tile.block_k]
         signature["w"] = aot_descriptor(dtype, [1, *block])

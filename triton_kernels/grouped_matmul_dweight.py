@@ -5,6 +5,8 @@ Floor: 2·R·N·C floating-point operations; R·C + R·N + E·N·C elements move
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,10 @@ from gossamer.triton_kernels.common import (
     unit_columns,
 )
 from gossamer.triton_kernels.tiles import Problem, Tile, choose
+
+if TYPE_CHECKING:
+    from gossamer.ops._groups import Groups
+    from gossamer.ops.grouped_matmul import GroupedDweight
 
 # Where the other operand is at least this wide, a gathered one is copied to contiguous rows first, this many columns at
 # a time: the product then runs a quarter faster on an H100, which by this width pays for the copy.
@@ -89,18 +95,14 @@ def _padded_rows_kernel(
 
 
 def padded_rows(
-    x: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    div: int,
-    rows: int,
-    tables: RowTables | None = None,
+    x: torch.Tensor, groups: Groups, div: int, rows: int, tables: RowTables | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows ``x[slots[r] // div]`` in sorted order, each group padded with zero rows to a multiple of ``rows``.
 
     Returns:
         The padded rows, and for each group the block of ``rows`` rows that it starts at (undefined when empty).
     """
+    slots, _, offsets = groups
     num_experts, width = offsets.shape[0] - 1, x.shape[1]
     table, capacity = row_tiles(offsets, slots.shape[0], rows, tables)
     padded = torch.empty(capacity * rows, width, dtype=x.dtype, device=x.device)
@@ -138,11 +140,7 @@ def _dweight_kernel(
     C,
     num_n,
     num_c,
-    stride_x,
-    stride_dy,
-    stride_e,
-    stride_n,
-    stride_c,
+    strides,
     X_DIV: tl.constexpr,
     DY_DIV: tl.constexpr,
     X_TMA: tl.constexpr,
@@ -154,6 +152,8 @@ def _dweight_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
+    """``strides`` are of rows of x and of dy, and of the result's experts, rows and columns."""
+    stride_x, stride_dy, stride_e, stride_n, stride_c = strides
     tiles = num_n * num_c
     for tile in tl.range(tl.program_id(0), num_experts * tiles, tl.num_programs(0), flatten=FLATTEN):
         expert = tile // tiles
@@ -189,8 +189,7 @@ def _dweight_kernel(
 def outer_sums(
     x: torch.Tensor,
     dy: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
+    groups: Groups,
     x_div: int,
     dy_div: int,
     finite: bool,
@@ -206,37 +205,33 @@ def outer_sums(
     num_experts, n, c = out.shape
     x_tma, form = operand_form(x, dy, x_div, dy_div, finite)
     if tile is None:
-        tile = choose_tile("grouped_matmul_dweight", form, x, arch, slots.shape[0], num_experts, n, c)
+        tile = choose_tile("grouped_matmul_dweight", form, x, arch, groups.slots.shape[0], num_experts, n, c)
     if form == "gathered":
-        _launch_dweight(x, dy, out, slots, offsets, None, x_div, dy_div, x_tma, tile)
+        _launch_dweight(x, dy, out, groups, None, x_div, dy_div, x_tma, tile)
         return
     tables = {} if tables is None else tables
     for n0 in range(0, n, PADDED_COLUMNS):
         part = slice(n0, n0 + PADDED_COLUMNS)
-        rows, first_block = padded_rows(dy[:, part], slots, offsets, dy_div, tile.block_k, tables)
-        _launch_dweight(x, rows, out[:, part], slots, offsets, first_block, x_div, dy_div, x_tma, tile)
+        rows, first_block = padded_rows(dy[:, part], groups, dy_div, tile.block_k, tables)
+        _launch_dweight(x, rows, out[:, part], groups, first_block, x_div, dy_div, x_tma, tile)
 
 
-def _launch_dweight(x, dy, out, slots, offsets, first_block, x_div, dy_div, x_tma, tile):
+def _launch_dweight(x, dy, out, groups, first_block, x_div, dy_div, x_tma, tile):
     num_experts, n, c = out.shape
     num_n, num_c = triton.cdiv(n, tile.block_m), triton.cdiv(c, tile.block_n)
     _dweight_kernel[(grid_size(num_experts * num_n * num_c, tile, out),)](
         describe(x, [tile.block_k, tile.block_n]) if x_tma else x,
         dy if first_block is None else describe(dy, [tile.block_k, tile.block_m]),
         out,
-        slots,
-        offsets,
+        groups.slots,
+        groups.offsets,
         first_block,
         num_experts,
         n,
         c,
         num_n,
         num_c,
-        x.stride(0),
-        dy.stride(0),
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
+        (x.stride(0), dy.stride(0), *out.stride()),
         X_DIV=x_div,
         DY_DIV=dy_div,
         X_TMA=x_tma,
@@ -247,35 +242,37 @@ def _launch_dweight(x, dy, out, slots, offsets, first_block, x_div, dy_div, x_tm
     )
 
 
-def grouped_matmul_dweight(
+def weight_gradient(
     x: torch.Tensor,
     dy: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
+    groups: Groups,
     x_div: int,
     dy_div: int,
     transposed: bool,
-    with_bias: bool,
     finite: bool = False,
     tables: RowTables | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` and ``dbias[e] = Σ dy[g(r)]``: ``(E, N, C)`` and ``(E, N)``.
+) -> torch.Tensor:
+    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` over the rows of each group, stored ``(E, C, N)`` when ``transposed``.
 
-    The first is stored ``(E, C, N)`` when ``transposed``; the second is empty unless ``with_bias``.
     Both operands read their rows as in :func:`grouped_matmul`, by ``x_div`` and ``dy_div``. Empty groups give zeros.
     ``finite`` promises that an operand in sorted order has no NaN or infinity in its dropped rows, which allows faster
     loads. ``tables`` as in :func:`gossamer.triton_kernels.common.row_tiles`.
     """
     x, dy = unit_columns(x), unit_columns(dy)
-    num_experts, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
+    num_experts, n, c = groups.offsets.shape[0] - 1, dy.shape[1], x.shape[1]
     if transposed:
         dweight = torch.empty(num_experts, c, n, dtype=x.dtype, device=x.device).transpose(1, 2)
     else:
         dweight = torch.empty(num_experts, n, c, dtype=x.dtype, device=x.device)
     if dweight.numel():
-        outer_sums(x, dy, slots, offsets, x_div, dy_div, finite, dweight, tables=tables)
-    dbias = group_sums(dy, slots, offsets, dy_div) if with_bias else x.new_empty(0)
-    return dweight, dbias
+        outer_sums(x, dy, groups, x_div, dy_div, finite, dweight, tables=tables)
+    return dweight
+
+
+def grouped_matmul_dweight(args: GroupedDweight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight gradient, and the bias gradient or None."""
+    dweight = weight_gradient(args.x, args.dy, args.groups, args.x_div, args.dy_div, args.transposed)
+    return dweight, group_sums(unit_columns(args.dy), args.groups, args.dy_div) if args.with_bias else None
 
 
 @triton.jit
@@ -309,10 +306,9 @@ def _group_sums_kernel(
     tl.store(out_ptr + expert.to(tl.int64) * N + n, total.to(out_ptr.dtype.element_ty), n < N)
 
 
-def group_sums(
-    dy: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, dy_div: int, weights: torch.Tensor | None = None
-) -> torch.Tensor:
+def group_sums(dy: torch.Tensor, groups: Groups, dy_div: int, weights: torch.Tensor | None = None) -> torch.Tensor:
     """``(E, N)`` sums of each group's rows of ``dy``, each times its slot's element of ``weights (R,)`` where given."""
+    slots, _, offsets = groups
     num_experts, n = offsets.shape[0] - 1, dy.shape[1]
     out = torch.empty(num_experts, n, dtype=dy.dtype, device=dy.device)
     if out.numel():
@@ -339,14 +335,11 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> 
     ``layout`` says how the weight is stored and read: one of ``AOT_LAYOUTS``.
     """
     dtype, padded = aot_dtype(problem.precision), problem.form == "padded"
-    tma, unit = arch >= TMA_ARCH and layout != "pointers", "stride_c" if layout == "transposed" else "stride_n"
-    signature = aot_signature(
-        dtype,
-        "x dy dw_ptr",
-        "slots_ptr offsets_ptr",
-        "num_experts N C num_n num_c stride_x stride_dy stride_e stride_n stride_c",
-    )
-    constexprs = {unit: 1, "X_DIV": 0, "DY_DIV": 8, "X_TMA": tma, "DY_PADDED": padded}
+    tma = arch >= TMA_ARCH and layout != "pointers"
+    signature = aot_signature(dtype, "x dy dw_ptr", "slots_ptr offsets_ptr", "num_experts N C num_n num_c")
+    rows_and_columns = ("i32:16", 1) if layout == "transposed" else (1, "i32:16")
+    signature["strides"] = ("i32:16", "i32:16", "i32:16", *rows_and_columns)
+    constexprs = {"X_DIV": 0, "DY_DIV": 8, "X_TMA": tma, "DY_PADDED": padded}
     constexprs |= {"first_block_ptr": None, "PRECISION": "ieee", **tile.constants()}
     if tma:
         signature["x"] = aot_descriptor(dtype, [tile.block_k, tile.block_n])
@@ -354,7 +347,6 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> 
         signature["dy"] = aot_descriptor(dtype, [tile.block_k, tile.block_m])
         signature["first_block_ptr"] = "*i32:16"
         del constexprs["first_block_ptr"]
-    del signature[unit]
     return _dweight_kernel, signature, constexprs, tile.options()
 
 

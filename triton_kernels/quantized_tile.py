@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from gossamer.ops._weights import group_size
-from gossamer.ops.quantized_expert_weight import FORMATS
+if TYPE_CHECKING:
+    from gossamer.ops._weights import Weight
 
 # What a kernel's FORMAT says; DENSE is a weight in the dtype of the other operand.
 DENSE, FP8, INT8, INT4, MXFP4 = 0, 1, 2, 3, 4
@@ -107,23 +109,24 @@ def quantized_tile(
     return value
 
 
-def stack_arguments(
-    data: torch.Tensor, scale: torch.Tensor, weight_format: str, arch: int
-) -> tuple[torch.Tensor, dict[str, object]]:
-    """The data of a quantised stack as kernels take it, and the compile-time arguments that describe it."""
-    by_row = weight_format in ("fp8", "int8")
-    group = 0 if by_row else group_size(data, scale, weight_format)
-    native = arch >= FP8_ARCH
-    if FORMAT_CODES[weight_format] == FP8 and not native:
-        data = data.view(torch.uint8)
-    return data, {
-        "FORMAT": FORMAT_CODES[weight_format],
-        "GROUP": group,
-        "ROW_SHIFT": group.bit_length() - 1 if weight_format == "fp8_block" else 0,
-        "NATIVE_FP8": native,
-    }
+class Codes(NamedTuple):
+    """How a kernel reads a weight: its FORMAT, and of a quantised one GROUP, ROW_SHIFT and NATIVE_FP8."""
+
+    format: int = DENSE
+    group: int = 0
+    row_shift: int = 0
+    native_fp8: bool = False
 
 
-def stack_columns(data: torch.Tensor, weight_format: str) -> int:
-    """C of a quantised stack."""
-    return data.shape[2] * FORMATS[weight_format][1]
+def codes_of(weight: Weight, arch: int) -> Codes:
+    """How kernels read a stack."""
+    if not weight.quantized:
+        return Codes()
+    group = 0 if weight.scale.dim() == 2 else weight.group_size
+    row_shift = group.bit_length() - 1 if weight.format == "fp8_block" else 0
+    return Codes(FORMAT_CODES[weight.format], group, row_shift, arch >= FP8_ARCH)
+
+
+def stored_codes(weight: Weight, codes: Codes) -> torch.Tensor:
+    """The data of a stack as kernels take it: without instructions for e4m3 as bytes."""
+    return weight.data.view(torch.uint8) if codes.format == FP8 and not codes.native_fp8 else weight.data

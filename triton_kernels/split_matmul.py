@@ -8,6 +8,8 @@ Floor with few rows: the weights of the touched experts read once, at the memory
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from gossamer.triton_kernels.common import (
     aot_signature,
     arch_of,
     dot_precision,
+    gate_code,
     load_rows,
     load_weight,
     row_tile,
@@ -36,24 +39,26 @@ from gossamer.triton_kernels.quantized_tile import (
     FORMAT_CODES,
     FP8,
     FP8_ARCH,
+    codes_of,
     quantized_tile,
-    stack_arguments,
-    stack_columns,
+    stored_codes,
 )
 from gossamer.triton_kernels.split_tiles import SplitTile, choose_split, decodes
 
+if TYPE_CHECKING:
+    from gossamer.ops._groups import Groups
+    from gossamer.ops._weights import Weight
+    from gossamer.ops.expert_mlp import ExpertMlp
+
 # Multiprocessors that the interpreter stands in for.
 INTERPRETED_SMS = 4
-
-# A weight as the launchers here take it: (data, scale, format), or (weight, None, None) in the dtype of x.
-Stack = tuple[torch.Tensor, torch.Tensor | None, str | None]
 
 
 @triton.jit(do_not_specialize=["capacity", "part_stride"])
 def _split_matmul_kernel(
     x,
     w,
-    scale,
+    scales,
     bias_ptr,
     y_ptr,
     slots_ptr,
@@ -61,22 +66,14 @@ def _split_matmul_kernel(
     capacity,
     N,
     C,
-    scale_rows,
-    scale_columns,
-    stride_x,
-    stride_we,
-    stride_wn,
-    stride_wk,
+    strides,
     part_stride,
     X_DIV: tl.constexpr,
     SCATTER: tl.constexpr,
     ZERO_DROPPED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
-    FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROW_SHIFT: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    CODES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,6 +81,13 @@ def _split_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """``scales`` are those of codes, their rows and columns; ``strides`` of x's rows and of the weight's dimensions."""
+    scale, scale_rows, scale_columns = scales
+    stride_x, stride_we, stride_wn, stride_wk = strides
+    FORMAT: tl.constexpr = CODES[0]
+    GROUP: tl.constexpr = CODES[1]
+    ROW_SHIFT: tl.constexpr = CODES[2]
+    NATIVE_FP8: tl.constexpr = CODES[3]
     num_live = tl.load(table_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(1)
@@ -277,31 +281,27 @@ def _multiprocessors(x: torch.Tensor) -> int:
     return _cuda_sm_count(x.device.index) if x.is_cuda else INTERPRETED_SMS
 
 
-def _plan(x: torch.Tensor, stack: Stack, num_rows: int, n: int, c: int) -> SplitTile:
-    data, _, weight_format = stack
-    bits = 16 if weight_format is None else 8 * data.shape[2] // max(1, stack_columns(data, weight_format))
+def _plan(x: torch.Tensor, weight: Weight, num_rows: int, n: int, c: int) -> SplitTile:
+    bits = 8 * weight.data.shape[2] // max(1, weight.shape[2]) if weight.quantized else 16
     precision = TRITON_NAMES[x.dtype] if dot_precision(x.dtype) == "ieee" else "tf32"
-    return choose_split(precision, bits, num_rows, data.shape[0], n, c, arch_of(x), _multiprocessors(x))
+    return choose_split(precision, bits, num_rows, weight.shape[0], n, c, arch_of(x), _multiprocessors(x))
 
 
-def decode_plans(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, num_rows: int
-) -> tuple[SplitTile, SplitTile] | None:
+def decode_plans(args: ExpertMlp) -> tuple[SplitTile, SplitTile] | None:
     """How to cut both products of a layer of few rows, or None where whole products fill the device."""
-    experts, wide, h = gate_up.shape
+    x, num_rows = args.x, args.groups.slots.shape[0]
+    experts, wide, h = args.gate_up.shape
     if not decodes(num_rows, experts):
         return None
-    up = _plan(x, (gate_up, None, None), num_rows, wide, h)
-    out = _plan(x, (down, None, None), num_rows, h, down.shape[2])
+    up = _plan(x, args.gate_up, num_rows, wide, h)
+    out = _plan(x, args.down, num_rows, h, args.down.shape[2])
     return (up, out) if max(up.splits, out.splits) > 1 else None
 
 
 def split_matmul(
     x: torch.Tensor,
-    stack: Stack,
-    bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
+    weight: Weight,
+    groups: Groups,
     x_div: int,
     *,
     scatter: bool = False,
@@ -310,58 +310,52 @@ def split_matmul(
     plan: SplitTile | None = None,
     tables: RowTables | None = None,
 ) -> torch.Tensor:
-    """``x[g(r)] · wᵀ + bias`` in parts: ``(splits, R, N)`` in float32, or in the dtype of ``x`` where there is one.
+    """``x[g(r)] · weightᵀ + bias`` in parts: ``(splits, R, N)`` in float32, or in the dtype of ``x`` if there is one.
 
     ``transposed`` sums over the rows of the (quantised) weight instead; ``scatter`` and ``zero_dropped`` as in
     :func:`gossamer.triton_kernels.grouped_matmul.rows_times_weight`, and so are ``tables``.
     """
-    data, scale, weight_format = stack
-    num_rows, arch = slots.shape[0], arch_of(x)
-    quantized = weight_format is not None
-    n, c = data.shape[1], stack_columns(data, weight_format) if quantized else data.shape[2]
+    num_rows, (_, n, c), bias = groups.slots.shape[0], weight.shape, weight.bias
     if transposed:
         n, c = c, n
-    plan = plan or _plan(x, stack, num_rows, n, c)
+    plan = plan or _plan(x, weight, num_rows, n, c)
     tile, splits = plan.tile, plan.splits
     y = torch.empty(splits, num_rows, n, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if y.numel() == 0:
         return y
     x = unit_columns(x)
-    table, capacity = row_tiles(offsets, num_rows, tile.block_m, tables)
-    if quantized:
-        w, flags = stack_arguments(data, scale, weight_format, arch)
-        scale_sizes = (scale.shape[1], 1 if scale.dim() == 2 else scale.shape[2])
-        strides, w_transposed = (0, 0, 0), False
+    table, capacity = row_tiles(groups.offsets, num_rows, tile.block_m, tables)
+    codes = codes_of(weight, arch_of(x))
+    if weight.quantized:
+        scale = weight.scale
+        scales, strides = (scale, scale.shape[1], 1 if scale.dim() == 2 else scale.shape[2]), (0, 0, 0)
     else:
-        w, flags = data, {"FORMAT": DENSE, "GROUP": 0, "ROW_SHIFT": 0, "NATIVE_FP8": False}
-        scale_sizes, strides, w_transposed = (0, 0), data.stride(), stored_transposed(data)
+        scales, strides = (None, 0, 0), weight.data.stride()
     _split_matmul_kernel[(capacity * triton.cdiv(n, tile.block_n), splits)](
         x,
-        w,
-        scale,
+        stored_codes(weight, codes),
+        scales,
         None if bias is None else bias.contiguous(),
         y,
-        slots,
+        groups.slots,
         table,
         capacity,
         n,
         c,
-        *scale_sizes,
-        x.stride(0),
-        *strides,
+        (x.stride(0), *strides),
         num_rows * n,
         X_DIV=x_div,
         SCATTER=scatter,
         ZERO_DROPPED=zero_dropped,
         TRANSPOSED=transposed,
-        W_TRANSPOSED=w_transposed,
+        W_TRANSPOSED=not weight.quantized and stored_transposed(weight.data),
+        CODES=tuple(codes),
         EVEN_K=c % tile.block_k == 0,
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
-        **flags,
         **tile.options(),
     )
     return y
@@ -387,7 +381,7 @@ def finish(
         i,
         form.alpha if form else 0.0,
         form.limit if form else 0.0,
-        ACT=form.code if form else -1,
+        ACT=gate_code(form) if form else -1,
         GATED=form is not None and form.gated,
         INTERLEAVED=interleaved,
         BLOCK=block,
@@ -396,28 +390,16 @@ def finish(
     return out
 
 
-def split_expert_mlp(
-    x: torch.Tensor,
-    gate_up: Stack,
-    down: Stack,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    form: Activation,
-    interleaved: bool,
-    plans: tuple[SplitTile | None, SplitTile | None] = (None, None),
-) -> torch.Tensor:
+def split_expert_mlp(args: ExpertMlp, plans: tuple[SplitTile | None, SplitTile | None] = (None, None)) -> torch.Tensor:
     """The layer by products in parts; see gossamer.expert_mlp. Nothing is saved."""
+    x, weights, (_, rows, offsets) = args.x, args.weights, args.groups
     top_k = weights.shape[1]
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     tables: RowTables = {}
-    preact = split_matmul(x, gate_up, gate_up_bias, slots, offsets, top_k, plan=plans[0], tables=tables)
-    act = finish(preact, offsets, x.dtype, form, interleaved)
-    out = split_matmul(act, down, down_bias, slots, offsets, 0, plan=plans[1], tables=tables)
+    preact = split_matmul(x, args.gate_up, args.groups, top_k, plan=plans[0], tables=tables)
+    act = finish(preact, offsets, x.dtype, args.activation, args.interleaved)
+    out = split_matmul(act, args.down, args.groups, 0, plan=plans[1], tables=tables)
     if out.shape[0] == 1:
         return sum_slots(out[0], rows, offsets, top_k, weights)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -443,9 +425,11 @@ def split_expert_mlp(
 def aot_case(arch: int, dtype: torch.dtype, plan: SplitTile, weight_format: str | None, transposed: bool) -> tuple:
     """One product, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
     tile = plan.tile
-    sizes = "N C scale_rows scale_columns stride_x stride_we stride_wn"
-    signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", sizes)
-    signature |= {"capacity": "i32", "part_stride": "i32", "scale": "*fp32:16", "stride_wk": "i32"}
+    signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C")
+    signature |= {"capacity": "i32", "part_stride": "i32"}
+    scale = {None: None, "int4": "*bf16:16", "mxfp4": "*u8:16"}.get(weight_format, "*fp32:16")
+    signature["scales"] = (scale, "i32:16", "i32:16")
+    signature["strides"] = ("i32:16", "i32:16", "i32:16", "i32" if weight_format else 1)
     if plan.splits > 1:
         signature["y_ptr"] = "*fp32:16"
     constexprs = {"bias_ptr": None, "X_DIV": 8, "SCATTER": False, "ZERO_DROPPED": False, "TRANSPOSED": transposed}
@@ -454,16 +438,11 @@ def aot_case(arch: int, dtype: torch.dtype, plan: SplitTile, weight_format: str 
     code = FORMAT_CODES[weight_format] if weight_format else DENSE
     native = arch >= FP8_ARCH
     group = {"fp8_block": 128, "int4": 32, "mxfp4": 32}.get(weight_format, 0)
-    constexprs |= {"FORMAT": code, "GROUP": group, "ROW_SHIFT": 7 if weight_format == "fp8_block" else 0}
-    constexprs |= {"NATIVE_FP8": native}
-    if weight_format is None:
-        signature.pop("scale")
-        constexprs |= {"scale": None, "stride_wk": 1}
-    elif code == FP8:
+    constexprs["CODES"] = (code, group, 7 if weight_format == "fp8_block" else 0, native)
+    if code == FP8:
         signature["w"] = "*fp8e4nv:16" if native else "*u8:16"
-    else:
+    elif weight_format is not None:
         signature["w"] = "*i8:16" if weight_format == "int8" else "*u8:16"
-        signature["scale"] = {"int8": "*fp32:16", "int4": "*bf16:16", "mxfp4": "*u8:16"}[weight_format]
     return _split_matmul_kernel, signature, constexprs, tile.options()
 
 

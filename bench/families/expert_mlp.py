@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,10 @@ from gossamer.bench.families.experts import (
 )
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import OURS, Case, Family, Request, Variant
-from gossamer.bench.harness.cost import Cost, nbytes
+from gossamer.bench.harness.cost import Cost, arguments, nbytes
+from gossamer.ops._groups import Groups
+from gossamer.ops._weights import Weight
+from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward
 
 
 def build(request: Request) -> Case:
@@ -58,8 +62,8 @@ def build(request: Request) -> Case:
 class _Sizes:
     """What the costs of a call are made of: products in FLOPs, and rows, weights and panels in bytes."""
 
-    def __init__(self, call: Mapping[str, object]) -> None:
-        x, down, gate_up, slots, offsets = (call[name] for name in ("x", "down", "gate_up", "slots", "offsets"))
+    def __init__(self, args: ExpertMlp) -> None:
+        x, gate_up, down, (slots, rows_of_slots, offsets) = args.x, args.gate_up, args.down, args.groups
         tokens, h = x.shape
         inner, wide = down.shape[2], gate_up.shape[1]
         rows = int(offsets[-1])
@@ -68,20 +72,39 @@ class _Sizes:
         self.up_flops, self.down_flops = 2.0 * rows * h * wide, 2.0 * rows * h * inner
         self.tokens, self.token_sums = tokens * h * item, tokens * h * wide_item
         self.gate_up, self.down = experts * wide * h * item, experts * h * inner * item
-        self.dgate_up, self.ddown = nbytes(gate_up), nbytes(down)
+        self.dgate_up, self.ddown = nbytes(gate_up.data), nbytes(down.data)
         # Rows by expert as they are stored, and as the native kernels pack them.
         self.x_rows, self.preact, self.act = (rows * n * item for n in (h, wide, inner))
         self.x_panel, self.preact_panel, self.act_panel = (rows * n * wide_item for n in (h, wide, inner))
         # What accumulates in a type of its own is rounded at the end.
         self.rounding = self.token_sums + self.tokens if wide_item > item else 0.0
-        self.routing = nbytes(call["weights"], slots, call["rows"], offsets)
-        self.biases = nbytes(call["gate_up_bias"], call["down_bias"])
+        self.routing = nbytes(args.weights, slots, rows_of_slots, offsets)
+        self.biases = nbytes(gate_up.bias, down.bias)
+
+
+def matrix_cost(weight: Weight, groups: Groups, label: str = "") -> Cost:
+    """One product of every row: its FLOPs, and the bytes of the experts in use, factors of an update included."""
+    rows, used = int(groups.offsets[-1]), int((groups.offsets.diff() > 0).sum())
+    e, n, c = weight.shape
+    rank = 0 if weight.a is None else weight.a.shape[1]
+    stored = nbytes(weight.data, weight.scale, weight.a, weight.b)
+    return Cost(2.0 * rows * (n * c + rank * (n + c)), used * (stored / e), label=label)
+
+
+def _cost_of_parts(args: ExpertMlp, result: object) -> Cost:
+    """The cost of a layer whose weights are quantised or have updates: its two products are parts."""
+    up, down = matrix_cost(args.gate_up, args.groups, "gate_up GEMM"), matrix_cost(args.down, args.groups, "down GEMM")
+    moved = nbytes(args.x, *result, args.weights, *args.groups, args.gate_up.bias, args.down.bias)
+    return replace(up + down + Cost(0.0, moved), label="", parts={"gate_up": up, "down": down})
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The cost of a forward call: native stages, and Triton kernels, are its parts."""
-    s = _Sizes(call)
-    saved = s.preact if call["save_preact"] else 0.0
+    args = arguments(ExpertMlp, call)
+    if {args.gate_up.kind, args.down.kind} != {"dense"}:
+        return _cost_of_parts(args, result)
+    s = _Sizes(args)
+    saved = s.preact if args.save else 0.0
     stages = {
         "zero": Cost(None, s.token_sums, label="zero y"),
         "pack": Cost(None, s.x_rows + s.x_panel, label="gather and pack x"),
@@ -106,8 +129,17 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
     """The cost of a backward call; what ``needs`` says nobody wants is not in it."""
-    s = _Sizes(call)
-    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, _ = call["needs"]
+    args = arguments(ExpertMlpBackward, call)
+    forward = args.forward
+    if {forward.gate_up.kind, forward.down.kind} != {"dense"}:
+        # What the updates' products cost depends on what is frozen.
+        weights = matrix_cost(forward.gate_up, forward.groups) + matrix_cost(forward.down, forward.groups)
+        read = nbytes(args.dy, forward.x, args.preact, args.s1, args.s2, forward.weights, forward.groups.slots)
+        return Cost(None, read + weights.bytes + nbytes(*result))
+    s = _Sizes(forward)
+    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias = (
+        name in args.needs for name in ("x", "gate_up.data", "down.data", "weights", "gate_up.bias")
+    )
     through = need_x or need_gate_up or need_gate_up_bias or need_weights
     dact_flops, dx_flops = s.down_flops * through, s.up_flops * need_x
     dgate_up_flops, ddown_flops = s.up_flops * need_gate_up, s.down_flops * need_down

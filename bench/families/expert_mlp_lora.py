@@ -24,7 +24,7 @@ from gossamer.bench.harness.case import (
     Request,
     Variant,
 )
-from gossamer.bench.harness.cost import Cost, nbytes
+from gossamer.bench.harness.cost import nbytes
 from gossamer.bench.harness.peers import Peer, attribute, gather, import_module
 from gossamer.nn.moe.experts.lora import expert_factors, flat_expert_factors
 from gossamer.ops.expert_mlp import expert_mlp_reference
@@ -213,28 +213,6 @@ def build(request: Request) -> Case:
     )
 
 
-def cost(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of a forward call."""
-    flops, weights = _sizes(call)
-    routing = nbytes(call["weights"], call["slots"], call["rows"], call["offsets"])
-    return Cost(flops, nbytes(call["x"], *result) + weights + routing)
-
-
-def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The bytes of a backward call; its FLOPs depend on what is frozen."""
-    _, weights = _sizes(call)
-    read = nbytes(call["dy"], call["x"], call["preact"], call["s1"], call["s2"], call["weights"], call["slots"])
-    return Cost(None, read + weights + nbytes(*result))
-
-
-def _sizes(call: Mapping[str, object]) -> tuple[float, float]:
-    """FLOPs of the products forward, and bytes of the weights and factors in use."""
-    offsets = call["offsets"]
-    used, rows = (offsets.diff() > 0).float().mean().item(), int(offsets[-1])
-    matrices = [call[name] for name in ("gate_up", "down", *FACTORS) if call[name] is not None]
-    return 2.0 * rows * sum(m.shape[1] * m.shape[2] for m in matrices), used * nbytes(*matrices)
-
-
 def rule(sizes: Mapping[str, int]) -> str | None:
     """What is wrong with a shape, or None."""
     if sizes["r"] > min(sizes["H"], sizes["I"]):
@@ -242,11 +220,6 @@ def rule(sizes: Mapping[str, int]) -> str | None:
     return expert_rule(sizes)
 
 
-COSTS = {
-    "gossamer::expert_mlp_lora": cost,
-    "gossamer::expert_mlp_lora_backward": cost_backward,
-    "gossamer::expert_mlp_lora_backward_": cost_backward,
-}
 FAMILY = Family(
     "expert_mlp_lora",
     SHAPES,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gossamer
+from gossamer.bench.families.expert_mlp import matrix_cost
 from gossamer.bench.families.experts import (
     DEFAULTS,
     DIMENSIONS,
@@ -22,8 +23,9 @@ from gossamer.bench.families.experts import (
 )
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, FloatGate, Request, Variant
-from gossamer.bench.harness.cost import Cost, nbytes
+from gossamer.bench.harness.cost import Cost, arguments, nbytes
 from gossamer.bench.harness.peers import Peer, attribute, gather
+from gossamer.ops.grouped_matmul import GroupedDweight, GroupedMatmul
 
 SAMPLE_EXPERTS = 2
 
@@ -144,19 +146,17 @@ def build(request: Request) -> Case:
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The cost of one product: its rows, the weights of the experts that have rows, and the result."""
-    x, weight, offsets = call["x"], call["weight"], call["offsets"]
-    rows, (_, n, c) = int(offsets[-1]), weight.shape
-    experts = int((offsets.diff() > 0).sum())
-    moved = nbytes(x, call["bias"], call["slots"], offsets, result) + experts * n * c * weight.element_size()
-    flops = 2.0 * rows * n * c
-    return Cost(flops, moved, {"_grouped_matmul_kernel": Cost(flops, moved)})
+    args = arguments(GroupedMatmul, call)
+    product = matrix_cost(args.weight, args.groups)
+    moved = product.bytes + nbytes(args.x, args.weight.bias, args.groups.slots, args.groups.offsets, result)
+    return Cost(product.flops, moved, {"_grouped_matmul_kernel": Cost(product.flops, moved)})
 
 
 def cost_dweight(call: Mapping[str, object], result: object) -> Cost:
     """The cost of a weight gradient."""
-    x, dy, offsets = call["x"], call["dy"], call["offsets"]
-    flops = 2.0 * int(offsets[-1]) * x.shape[1] * dy.shape[1]
-    moved = nbytes(x, dy, call["slots"], offsets, *result)
+    args = arguments(GroupedDweight, call)
+    flops = 2.0 * int(args.groups.offsets[-1]) * args.x.shape[1] * args.dy.shape[1]
+    moved = nbytes(args.x, args.dy, args.groups.slots, args.groups.offsets, *result)
     return Cost(flops, moved, {"_dweight_kernel": Cost(flops, moved)})
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +10,6 @@ from gossamer.bench.families.experts import DIMENSIONS, SHAPES, SYMBOLS, Problem
 from gossamer.bench.families.experts import sampled_outputs as plain_outputs
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Request, Variant
-from gossamer.bench.harness.cost import Cost, nbytes
 from gossamer.ops.quantized_expert_weight import FORMATS
 
 # Decoding is what quantised weights are for; on a GPU the shapes of large models with few tokens.
@@ -99,32 +95,6 @@ def build(request: Request) -> Case:
     )
 
 
-def _product(call: Mapping[str, object], name: str, scale: str, weight_format: str, rows: int) -> Cost:
-    """One product: its FLOPs, and the codes and scales of the experts that have rows."""
-    data, offsets = call[name], call["offsets"]
-    e, n, stored = data.shape
-    share = int((offsets.diff() > 0).sum()) / max(e, 1)
-    flops = 2.0 * rows * n * stored * FORMATS[call[weight_format]][1]
-    return Cost(flops, share * nbytes(data, call[scale]))
-
-
-def cost(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of one product with a quantised weight."""
-    product = _product(call, "data", "scale", "format", int(call["offsets"][-1]))
-    return product + Cost(0.0, nbytes(call["x"], call["bias"], call["slots"], call["offsets"], result))
-
-
-def cost_mlp(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of a quantised expert layer; its two products are parts."""
-    rows = int(call["offsets"][-1])
-    up = _product(call, "gate_up", "gate_up_scale", "gate_up_format", rows)
-    down = _product(call, "down", "down_scale", "down_format", rows)
-    lists = nbytes(*(call[name] for name in ("weights", "slots", "rows", "offsets", "gate_up_bias", "down_bias")))
-    parts = {"gate_up": replace(up, label="gate_up GEMM"), "down": replace(down, label="down GEMM")}
-    return replace(up + down + Cost(0.0, nbytes(call["x"], result) + lists), parts=parts)
-
-
-COSTS = {"gossamer::quantized_grouped_matmul": cost, "gossamer::quantized_expert_mlp": cost_mlp}
 FAMILY = Family(
     "quantized_experts",
     QUANTIZED_SHAPES,

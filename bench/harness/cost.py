@@ -6,11 +6,14 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from gossamer.ops._records import Layout
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ def _sum(a: float | None, b: float | None) -> float | None:
 def nbytes(*tensors: object) -> float:
     """Bytes of the tensors among ``tensors``, elements that an expanded dimension repeats counted once."""
     return float(sum(_elements(t) * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
+
+
+def arguments(record: type, call: Mapping[str, object]) -> Any:
+    """The record of arguments that an operator of gossamer was called with."""
+    layout = Layout(record)
+    return layout.restore(tuple(call.values())[: len(layout.paths)])
 
 
 def _elements(tensor: torch.Tensor) -> int:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import gossamer
 from gossamer.bench.families.experts import WHOLE, make_problem
 from gossamer.bench.harness.case import DTYPES, FloatGate, Outputs, Request
+from gossamer.ops._weights import Weight
+from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward
 from gossamer.triton_kernels import expert_mlp, expert_mlp_backward, grouped_matmul, grouped_matmul_dweight
 from gossamer.triton_kernels.common import dot_precision
 from gossamer.triton_kernels.tiles import Problem, Tile
@@ -59,9 +61,10 @@ class _Layer:
     act_rows: torch.Tensor
 
     @property
-    def routing(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots and offsets."""
-        return self.dispatch.slots, self.dispatch.offsets
+    def forward(self) -> ExpertMlp:
+        """The layer's arguments."""
+        gate_up, down = Weight(self.gate_up), Weight(self.down)
+        return ExpertMlp(self.x, gate_up, down, self.dispatch.groups, self.weights, SWIGLU, False, True)
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -123,7 +126,9 @@ def _problem(layer: _Layer, kernel: str, form: str, n: int, c: int) -> Problem:
 def _product(layer: _Layer, name: str, x: torch.Tensor, weight: torch.Tensor, gathered: bool) -> Target:
     def launch(tile: Tile) -> Outputs:
         x_div = layer.dispatch.top_k if gathered else 0
-        return {"y": grouped_matmul.rows_times_weight(x, weight, None, *layer.routing, x_div, False, False, tile)}
+        return {
+            "y": grouped_matmul.rows_times_weight(x, weight, None, layer.dispatch.groups, x_div, False, False, tile)
+        }
 
     def expected(e: int, dtype: torch.dtype) -> Outputs:
         rows = x[layer.tokens(e)] if gathered else x[layer.rows(e)]
@@ -140,7 +145,7 @@ def _weight_gradient(layer: _Layer, name: str, x: torch.Tensor, dy: torch.Tensor
 
     def launch(tile: Tile) -> Outputs:
         out = torch.empty(e, n, c, dtype=x.dtype, device=x.device)
-        grouped_matmul_dweight.outer_sums(x, dy, *layer.routing, x_div, dy_div, True, out, tile)
+        grouped_matmul_dweight.outer_sums(x, dy, layer.dispatch.groups, x_div, dy_div, True, out, tile)
         return {"dweight": out}
 
     def expected(e: int, dtype: torch.dtype) -> Outputs:
@@ -156,10 +161,7 @@ def _weight_gradient(layer: _Layer, name: str, x: torch.Tensor, dy: torch.Tensor
 
 def _up(layer: _Layer) -> Target:
     def launch(tile: Tile) -> Outputs:
-        k = layer.dispatch.top_k
-        act, preact = expert_mlp.up_projection(
-            layer.x, layer.gate_up, None, *layer.routing, SWIGLU, False, True, k, tile
-        )
+        act, preact = expert_mlp.up_projection(layer.forward, tile)
         return {"act": act, "preact": preact}
 
     def expected(e: int, dtype: torch.dtype) -> Outputs:
@@ -175,10 +177,8 @@ def _up(layer: _Layer) -> Target:
 
 def _down_backward(layer: _Layer) -> Target:
     def launch(tile: Tile) -> Outputs:
-        wants = (True, True, True)
-        dpreact, act, partial = expert_mlp_backward.down_backward(
-            layer.dy, layer.down, *layer.routing, layer.weights, layer.preact_rows, SWIGLU, False, wants, False, tile
-        )
+        args = ExpertMlpBackward(layer.dy, layer.forward, layer.preact_rows, None, None, [])
+        dpreact, act, partial = expert_mlp_backward.down_backward(args, (True, True, True), False, tile)
         return {"dpreact": dpreact, "act": act, "dweights": partial.sum(0).to(act.dtype)}
 
     def expected(e: int, dtype: torch.dtype) -> Outputs:

@@ -1,46 +1,74 @@
 // How Python hands over an expert layer.
 #pragma once
 
+#include <array>
+#include <string>
+#include <string_view>
+
 #include "bindings/arguments.h"
 #include "cpu/expert_mlp.h"
+#include "cpu/quantized_experts.h"
 
 namespace gossamer::bindings {
 
-// (code, gated, interleaved, alpha, limit)
-using PyActivation = std::tuple<int, bool, bool, double, double>;
+// (function of the gate, gated, interleaved, alpha, limit)
+using PyActivation = std::tuple<std::string_view, bool, bool, double, double>;
 
-inline ActivationForm activation_form(const PyActivation& a) {
-  const auto& [code, gated, interleaved, alpha, limit] = a;
-  return {code, gated, interleaved, alpha, limit};
+// The place of a name in a list whose order is that of an enumeration.
+template <size_t kCount>
+int place_of(std::string_view name, const std::array<std::string_view, kCount>& names, const char* what) {
+  for (size_t i = 0; i < kCount; ++i) {
+    if (names[i] == name) return static_cast<int>(i);
+  }
+  throw py::value_error(std::string("no such ") + what + ": " + std::string(name));
 }
 
-inline ExpertMlpArgs expert_mlp_args(const PyGroups& g, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes,
-                                        const PyActivation& activation, const PyMatrix& x, const PyWeights& gate_up,
-                                        const PyWeights& down, const PyMatrix& gate_up_bias, const PyMatrix& down_bias,
-                                        const PyMatrix& weights, uintptr_t preact) {
-  const auto& [tokens, hidden, inner, top_k] = sizes;
-  return {matrix(x).dtype,
-          groups(g),
-          tokens,
-          hidden,
-          inner,
-          top_k,
-          activation_form(activation),
-          matrix(x),
-          expert_weights(gate_up),
-          expert_weights(down),
-          matrix(gate_up_bias),
-          matrix(down_bias),
-          matrix(weights),
-          reinterpret_cast<void*>(preact)};
+// In the order that kernels number them in: Gate of cpu/activate.h.
+inline int gate_code(std::string_view name) {
+  static constexpr std::array<std::string_view, 6> kNames{"silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu"};
+  return place_of(name, kNames, "activation");
+}
+
+inline ActivationForm activation_form(const PyActivation& a) {
+  const auto& [gate, gated, interleaved, alpha, limit] = a;
+  return {gate_code(gate), gated, interleaved, alpha, limit};
+}
+
+// (a, b, rank, scale, s) of an update, rank 0 for none
+using PyUpdate = std::tuple<PyWeights, PyWeights, int64_t, double, uintptr_t>;
+// (weight, bias, update)
+using PyProduct = std::tuple<PyWeights, PyMatrix, PyUpdate>;
+// (T, H, I, K)
+using PyExpertSizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+inline ExpertUpdate update(const PyUpdate& u) {
+  const auto& [a, b, rank, scale, s] = u;
+  return {expert_weights(a), expert_weights(b), rank, scale, pointer<void>(s)};
+}
+
+// (format, data, scale, scale dtype, (N, C), (row shift, column shift), (scale rows, scale columns))
+using PySizes = std::pair<int64_t, int64_t>;
+using PyQuantized = std::tuple<std::string_view, uintptr_t, uintptr_t, int, PySizes, PySizes, PySizes>;
+
+// Formats that differ in their scales alone share an enumerator.
+inline WeightFormat weight_format(std::string_view name) {
+  if (name == "fp8_block") return WeightFormat::kFp8;
+  static constexpr std::array<std::string_view, 4> kNames{"fp8", "int8", "int4", "mxfp4"};
+  return static_cast<WeightFormat>(place_of(name, kNames, "weight format"));
+}
+
+inline QuantizedWeights quantized_weights(const PyQuantized& w) {
+  const auto& [format, data, scale, scale_dtype, sizes, shifts, scales] = w;
+  return {.format = weight_format(format),
+          .data = pointer<const uint8_t>(data),
+          .scale = pointer<const void>(scale),
+          .scale_dtype = scale_dtype,
+          .rows = sizes.first,
+          .columns = sizes.second,
+          .row_shift = static_cast<int>(shifts.first),
+          .column_shift = static_cast<int>(shifts.second),
+          .scale_rows = scales.first,
+          .scale_columns = scales.second};
 }
 
 }  // namespace gossamer::bindings
-
-// The arguments that forward and backward share, for the signatures below.
-#define GOSSAMER_EXPERT_MLP_PARAMETERS                                                                             \
-  const PyGroups &g, const std::tuple<int64_t, int64_t, int64_t, int64_t>&sizes, const PyActivation &activation,   \
-      const PyMatrix &x, const PyWeights &gate_up, const PyWeights &down, const PyMatrix &gate_up_bias,            \
-      const PyMatrix &down_bias, const PyMatrix &weights, uintptr_t preact
-#define GOSSAMER_EXPERT_MLP_ARGUMENTS \
-  g, sizes, activation, x, gate_up, down, gate_up_bias, down_bias, weights, preact

@@ -1,5 +1,6 @@
 // The products on Hopper GPUs, and, for tests on the host, the logic that their kernels share with it.
 #include "bindings/arguments.h"
+#include "bindings/expert_arguments.h"
 #include "bindings/register.h"
 #include "cuda/hopper/activation.h"
 #include "cuda/hopper/pipeline.h"
@@ -70,7 +71,8 @@ void register_logic(py::module_ m) {
       "Tiles of one block over one matrix per expert.");
   m.def(
       "glu_gradient",
-      [](int code, bool gated, float alpha, float limit, float dact, float gate, float up) {
+      [](std::string_view name, bool gated, float alpha, float limit, float dact, float gate, float up) {
+        const int code = gate_code(name);
         const hopper::ActivationForm form{code, gated, false, alpha, limit};
         std::tuple<float, float, float, float> out;
         hopper::with_code(code, [&](auto code) {
@@ -88,8 +90,6 @@ void register_logic(py::module_ m) {
 using PyRows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
 // (pointer, experts, outer, inner, expert stride, outer stride, transposed)
 using PyStoredWeight = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
-// (code, gated, interleaved, alpha, limit)
-using PyDeviceActivation = std::tuple<int, bool, bool, float, float>;
 // (device, stream)
 using PyWhere = std::tuple<int, uintptr_t>;
 
@@ -108,9 +108,9 @@ cuda::WeightView weight(const PyStoredWeight& w) {
   return {pointer<const void>(data), experts, outer, inner, expert_stride, outer_stride, transposed};
 }
 
-cuda::ActivationView activation(const PyDeviceActivation& a) {
-  const auto& [code, gated, interleaved, alpha, limit] = a;
-  return {code, gated, interleaved, alpha, limit};
+cuda::ActivationView activation(const PyActivation& a) {
+  const auto& [gate, gated, interleaved, alpha, limit] = a;
+  return {gate_code(gate), gated, interleaved, static_cast<float>(alpha), static_cast<float>(limit)};
 }
 
 cuda::Where where(const PyWhere& w) { return {std::get<0>(w), pointer<void>(std::get<1>(w))}; }
@@ -120,46 +120,83 @@ void raise_of_hopper(const char* error) { raise_cuda("on Hopper", error); }
 void register_products(py::module_& m) {
   m.def("hopper_paired_from", &cuda::paired_from, "Mean rows an expert from which two blocks share a weight's tile.");
   m.def("set_hopper_paired_from", &cuda::set_paired_from, "Sets that, for tests and measurements.");
+  using py::arg;
   m.def(
       "hopper_grouped_matmul",
       [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w,
          uintptr_t bias, uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
-        raise_of_hopper(cuda::grouped_matmul({bfloat16, routing(g), n, c, rows(x), weight(w), pointer<const void>(bias),
-                                              pointer<void>(y), scatter, zero_dropped},
-                                             where(at)));
+        const cuda::GroupedMatmulArgs args{.bfloat16 = bfloat16,
+                                           .routing = routing(g),
+                                           .n = n,
+                                           .c = c,
+                                           .x = rows(x),
+                                           .weight = weight(w),
+                                           .bias = pointer<const void>(bias),
+                                           .y = pointer<void>(y),
+                                           .scatter = scatter,
+                                           .zero_dropped = zero_dropped};
+        raise_of_hopper(cuda::grouped_matmul(args, where(at)));
       },
-      "Rows of ragged groups times their expert's weight.");
+      "Rows of ragged groups times their expert's weight.", arg("bfloat16"), arg("routing"), arg("n"), arg("c"), arg("x"),
+      arg("weight"), arg("bias"), arg("y"), arg("scatter"), arg("zero_dropped"), arg("where"));
   m.def(
       "hopper_grouped_matmul_dweight",
       [](bool bfloat16, const PyGroups& g, const PyRows& a, const PyRows& b, uintptr_t out, int64_t expert_stride,
          int64_t outer_stride, const PyWhere& at) {
-        raise_of_hopper(cuda::grouped_matmul_dweight(
-            {bfloat16, routing(g), rows(a), rows(b), pointer<void>(out), expert_stride, outer_stride}, where(at)));
+        const cuda::GroupedDweightArgs args{.bfloat16 = bfloat16,
+                                            .routing = routing(g),
+                                            .a = rows(a),
+                                            .b = rows(b),
+                                            .out = pointer<void>(out),
+                                            .expert_stride = expert_stride,
+                                            .outer_stride = outer_stride};
+        raise_of_hopper(cuda::grouped_matmul_dweight(args, where(at)));
       },
-      "Outer products summed over the rows of each expert.");
+      "Outer products summed over the rows of each expert.", arg("bfloat16"), arg("routing"), arg("a"), arg("b"),
+      arg("out"), arg("expert_stride"), arg("outer_stride"), arg("where"));
   m.def(
       "hopper_expert_up",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
-         uintptr_t bias, const PyDeviceActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
-        raise_of_hopper(cuda::expert_up({bfloat16, routing(g), inner, c, rows(x), weight(gate_up), pointer<const void>(bias),
-                                         activation(form), pointer<void>(act), pointer<void>(preact)},
-                                        where(at)));
+         uintptr_t bias, const PyActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
+        const cuda::ExpertUpArgs args{.bfloat16 = bfloat16,
+                                      .routing = routing(g),
+                                      .inner = inner,
+                                      .c = c,
+                                      .x = rows(x),
+                                      .gate_up = weight(gate_up),
+                                      .bias = pointer<const void>(bias),
+                                      .activation = activation(form),
+                                      .act = pointer<void>(act),
+                                      .preact = pointer<void>(preact)};
+        raise_of_hopper(cuda::expert_up(args, where(at)));
       },
-      "The up-projection with its activation.");
+      "The up-projection with its activation.", arg("bfloat16"), arg("routing"), arg("inner"), arg("c"), arg("x"),
+      arg("gate_up"), arg("bias"), arg("activation"), arg("act"), arg("preact"), arg("where"));
   m.def("hopper_expert_down_backward_columns", &cuda::expert_down_backward_columns,
         "Rows of partial sums of the routing-weight gradient.");
   m.def(
       "hopper_expert_down_backward",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
-         const PyDeviceActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
+         const PyActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
          uintptr_t weights, bool weights_float32, const PyWhere& at) {
-        raise_of_hopper(cuda::expert_down_backward(
-            {bfloat16, routing(g), inner, c, rows(dy), weight(down), activation(form), pointer<const void>(preact),
-             pointer<void>(dpreact), pointer<void>(act), pointer<float>(partial), pointer<const void>(weights),
-             weights_float32},
-            where(at)));
+        const cuda::ExpertDownBackwardArgs args{.bfloat16 = bfloat16,
+                                                .routing = routing(g),
+                                                .inner = inner,
+                                                .c = c,
+                                                .dy = rows(dy),
+                                                .down = weight(down),
+                                                .activation = activation(form),
+                                                .preact = pointer<const void>(preact),
+                                                .dpreact = pointer<void>(dpreact),
+                                                .act = pointer<void>(act),
+                                                .partial = pointer<float>(partial),
+                                                .weights = pointer<const void>(weights),
+                                                .weights_float32 = weights_float32};
+        raise_of_hopper(cuda::expert_down_backward(args, where(at)));
       },
-      "The gradient through the down-projection and the activation.");
+      "The gradient through the down-projection and the activation.", arg("bfloat16"), arg("routing"), arg("inner"),
+      arg("c"), arg("dy"), arg("down"), arg("activation"), arg("preact"), arg("dpreact"), arg("act"), arg("partial"),
+      arg("weights"), arg("weights_float32"), arg("where"));
 }
 #endif
 

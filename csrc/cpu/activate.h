@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "gate.h"
 #include "cpu/dtype.h"
 
 namespace gossamer {
 
-// As python/gossamer/_activation.py numbers them.
 struct ActivationForm {
-  int code;
+  int code;  // a Gate
   bool gated, interleaved;
   double alpha, limit;
 

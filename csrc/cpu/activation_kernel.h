@@ -38,14 +38,14 @@ GOSSAMER_INLINE Logistic<S> logistic(Vec<S> z) {
 template <int Code, class S>
 GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
   constexpr S one = 1;
-  if constexpr (Code == 0) {
+  if constexpr (Code == kSilu) {
     const auto [sigma, rest] = logistic<S>(g);
     return {g * sigma, sigma * (one + g * rest), Vec<S>{}};
-  } else if constexpr (Code == 1) {
+  } else if constexpr (Code == kGelu) {
     constexpr S half = 0.5, inv_sqrt2 = 0.70710678118654752440, inv_sqrt_2pi = 0.39894228040143267794;
     const Vec<S> phi = half + half * verf(g * inv_sqrt2);
     return {g * phi, phi + g * inv_sqrt_2pi * falling_exp<S>(g * g * -half), Vec<S>{}};
-  } else if constexpr (Code == 2) {
+  } else if constexpr (Code == kGeluTanh) {
     // ½(1 + tanh z) = σ(2z), which is accurate for small and for very negative z.
     constexpr S linear = 1.59576912160573071176, cubic = 0.07135481627260025;
     const Vec<S> square = g * g;
@@ -54,14 +54,14 @@ GOSSAMER_INLINE ActivationValue<S> gate_function(Vec<S> g) {
   } else {
     // Comparisons are written so that NaN stays NaN.
     const Vec<S> positive = g < S{0} ? Vec<S>{} : g;
-    if constexpr (Code == 3) return {positive, g > S{0} ? splat(one) : Vec<S>{}, Vec<S>{}};
-    if constexpr (Code == 4) return {positive * positive, 2 * positive, Vec<S>{}};
+    if constexpr (Code == kRelu) return {positive, g > S{0} ? splat(one) : Vec<S>{}, Vec<S>{}};
+    if constexpr (Code == kRelu2) return {positive * positive, 2 * positive, Vec<S>{}};
   }
 }
 
 template <int Code, bool Gated, class S>
 GOSSAMER_INLINE ActivationValue<S> activate(GateUp<S> in, S alpha, S limit) {
-  if constexpr (Code == 5) {
+  if constexpr (Code == kClampedSilu) {
     constexpr S one = 1;
     const Vec<S> g = in.gate > limit ? splat(limit) : in.gate;
     Vec<S> u = in.up > limit ? splat(limit) : in.up;
@@ -96,17 +96,17 @@ GOSSAMER_INLINE void visit_activation(const ActivationForm& form, F&& f) {
     form.gated ? call(code, std::true_type{}) : call(code, std::false_type{});
   };
   switch (form.code) {
-    case 0:
-      return pick(std::integral_constant<int, 0>{});
-    case 1:
-      return pick(std::integral_constant<int, 1>{});
-    case 2:
-      return pick(std::integral_constant<int, 2>{});
-    case 3:
-      return pick(std::integral_constant<int, 3>{});
-    case 4:
-      return pick(std::integral_constant<int, 4>{});
+    case kSilu:
+      return pick(std::integral_constant<int, kSilu>{});
+    case kGelu:
+      return pick(std::integral_constant<int, kGelu>{});
+    case kGeluTanh:
+      return pick(std::integral_constant<int, kGeluTanh>{});
+    case kRelu:
+      return pick(std::integral_constant<int, kRelu>{});
+    case kRelu2:
+      return pick(std::integral_constant<int, kRelu2>{});
     default:
-      return call(std::integral_constant<int, 5>{}, std::true_type{});
+      return call(std::integral_constant<int, kClampedSilu>{}, std::true_type{});
   }
 }

@@ -8,7 +8,7 @@
 
 namespace gossamer {
 
-// Codes shared with python/gossamer/cpu_kernels/quantized_experts.py; layouts as in ops/quantized_expert_weight.py.
+// Layouts as in python/gossamer/ops/quantized_expert_weight.py.
 enum class WeightFormat : int { kFp8 = 0, kInt8 = 1, kInt4 = 2, kMxfp4 = 3 };
 
 // How scales are stored: as one of the floating dtypes, or as the exponent bytes of e8m0.

@@ -5,7 +5,7 @@
 
 namespace gossamer::cuda {
 
-// Codes and constants of gossamer.Activation.
+// The function of the gate (a Gate) and the constants of gossamer.Activation.
 struct ActivationView {
   int code;
   bool gated, interleaved;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from dataclasses import dataclass
@@ -9,18 +10,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# name -> (code that kernels switch on, gated)
-ACTIVATIONS: dict[str, tuple[int, bool]] = {
-    "silu": (0, False),
-    "gelu": (1, False),
-    "gelu_tanh": (2, False),
-    "relu": (3, False),
-    "relu2": (4, False),
-    "swiglu": (0, True),
-    "geglu": (1, True),
-    "geglu_tanh": (2, True),
-    "reglu": (3, True),
-    "clamped_swiglu": (5, True),
+# In the order that kernels number them in.
+GATES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
+# name -> (function of the gate, gated)
+ACTIVATIONS: dict[str, tuple[str, bool]] = {
+    "silu": ("silu", False),
+    "gelu": ("gelu", False),
+    "gelu_tanh": ("gelu_tanh", False),
+    "relu": ("relu", False),
+    "relu2": ("relu2", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
+    "geglu_tanh": ("gelu_tanh", True),
+    "reglu": ("relu", True),
+    "clamped_swiglu": ("clamped_silu", True),
 }
 
 
@@ -58,9 +61,14 @@ class Activation:
             raise ValueError(f"activation limit must be positive, got {self.limit}")
 
     @property
-    def code(self) -> int:
-        """The number that kernels switch on; a gated activation shares its ungated twin's."""
+    def gate(self) -> str:
+        """The function of the gate, which kernels take by name; a gated activation shares its ungated twin's."""
         return ACTIVATIONS[self.name][0]
+
+    @property
+    def code(self) -> int:
+        """The number of :attr:`gate` in kernels that take numbers."""
+        return GATES.index(self.gate)
 
     @property
     def gated(self) -> bool:
@@ -98,6 +106,15 @@ def _split_gate_up(preact: torch.Tensor, interleaved: bool) -> tuple[torch.Tenso
     return gate, up
 
 
+_GATES = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda gate: F.relu(gate).square(),
+}
+
+
 def activate_reference(preact: torch.Tensor, activation: Activation, interleaved: bool = False) -> torch.Tensor:
     """:func:`gossamer.activate` in plain torch, differentiable, in any floating dtype."""
     gate, up = _split_gate_up(preact, interleaved) if activation.gated else (preact, None)
@@ -107,14 +124,5 @@ def activate_reference(preact: torch.Tensor, activation: Activation, interleaved
         gate = torch.where(gate > limit, limit, gate)
         up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
         return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
-    if activation.code == 0:
-        out = F.silu(gate)
-    elif activation.code == 1:
-        out = F.gelu(gate)
-    elif activation.code == 2:
-        out = F.gelu(gate, approximate="tanh")
-    elif activation.code == 3:
-        out = F.relu(gate)
-    else:
-        out = F.relu(gate).square()
+    out = _GATES[activation.gate](gate)
     return out if up is None else out * up

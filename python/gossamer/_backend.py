@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -165,7 +165,8 @@ _COMMON = {
     "sparse_update": _ANY,
     "topk_routing": _ANY,
 }
-_HOPPER = Served(weights=(_DENSE,), trained=_DENSE, refuses=lambda x: hopper_refuses(x))
+_HOPPER_PRODUCT = Served(weights=(_DENSE,), trained=_DENSE, refuses=lambda x: hopper_refuses(x))
+_HOPPER_LAYER = replace(_HOPPER_PRODUCT, weights=(_UPDATED,), trained=_UPDATED)
 _BY_TRITON = Served(by="triton")
 
 # In the order in which a device's default is chosen.
@@ -201,8 +202,8 @@ FAMILIES: dict[str, Family] = {
             primitives={
                 "activate": _BY_TRITON,
                 "dispatch": _ANY,
-                "expert_mlp": _HOPPER,
-                "grouped_matmul": _HOPPER,
+                "expert_mlp": _HOPPER_LAYER,
+                "grouped_matmul": _HOPPER_PRODUCT,
                 "hash_table": _ANY,
                 "topk_routing": _BY_TRITON,
             },

@@ -111,11 +111,11 @@ def test_costs_of_quantised_experts_count_codes_of_touched_experts(device):
     weights, routing = torch.rand(t, k, device=device), make_dispatch(t, e, k, device, ids=ids)
     lists = 4 * (t * k + e + 1)
     codes = touched * (2 * i * (h // 2 + h // 32) + h * (i + 4))
-    layer = recorded(lambda: gossamer.expert_mlp(x, gate_up, down, routing, weights))["gossamer::quantized_expert_mlp"]
+    layer = recorded(lambda: gossamer.expert_mlp(x, gate_up, down, routing, weights))["gossamer::expert_mlp"]
     assert layer.cost.flops == 6 * rows * h * i
     assert layer.cost.bytes == codes + 4 * 2 * t * h + lists + 4 * 2 * t * k
     assert layer.cost.parts["down"] == Cost(2.0 * rows * h * i, float(touched * h * (i + 4)), label="down GEMM")
-    product = recorded(lambda: gossamer.grouped_matmul(x, gate_up, routing))["gossamer::quantized_grouped_matmul"]
+    product = recorded(lambda: gossamer.grouped_matmul(x, gate_up, routing))["gossamer::grouped_matmul"]
     assert product.cost.flops == 2 * rows * h * 2 * i
     assert product.cost.bytes == touched * 2 * i * (h // 2 + h // 32) + 4 * (t * h + t * k * 2 * i) + lists
 

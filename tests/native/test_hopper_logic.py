@@ -383,7 +383,7 @@ def test_activations(name):
         return out.detach(), g.grad, u.grad if form.gated else torch.zeros_like(up, dtype=dtype)
 
     rows = [
-        logic.glu_gradient(form.code, form.gated, form.alpha, form.limit, *v)
+        logic.glu_gradient(form.gate, form.gated, form.alpha, form.limit, *v)
         for v in torch.stack([dact, gate, up], 1).tolist()
     ]
     value, act, dgate, dup = torch.tensor(rows).unbind(1)

@@ -4,11 +4,26 @@ import itertools
 
 import pytest
 import torch
-from expert_mlp_inputs import NAMES, SMALL, E, H, I, K, T, functions, make_inputs, small_dispatch, transposed
-from helpers import OperatorLog, assert_same_bits, check, make_dispatch, run, saved_tensors
+from expert_mlp_inputs import (
+    GRADIENT_OF,
+    NAMES,
+    SMALL,
+    E,
+    H,
+    I,
+    K,
+    T,
+    functions,
+    make_inputs,
+    small_dispatch,
+    transposed,
+)
+from helpers import OperatorLog, assert_same_bits, check, flat, make_dispatch, run, saved_tensors
 
 import gossamer
 from gossamer._activation import ACTIVATIONS, activate_reference
+from gossamer.ops._weights import Weight
+from gossamer.ops.expert_mlp import GRADIENTS, ExpertMlp, ExpertMlpBackward
 from gossamer.testing import random_expert_ids
 
 
@@ -159,8 +174,8 @@ def test_each_gradient_alone(kernel_backend, device, bias):
             one = run(function, inputs, [needed], dout)
         assert torch.equal(one[needed], every[needed]), needed
         (_, arguments, results) = next(c for c in log.calls if c[0].startswith("expert_mlp_backward"))
-        assert arguments["needs"] == [name == needed for name in NAMES]
-        assert [bool(r.numel()) for r in results] == [name == needed for name in NAMES]
+        assert arguments["needs"] == [GRADIENT_OF[needed]]
+        assert [bool(r.numel()) for r in results] == [name == GRADIENT_OF[needed] for name in GRADIENTS]
 
 
 def test_same_bits_twice(kernel_backend, dtype, device):
@@ -222,8 +237,8 @@ def test_saves_nothing_without_gradients(kernel_backend, device):
         assert not saved_tensors(call, [])
         with OperatorLog() as log:
             call()
-        (_, arguments, (_, preact)) = log.named("expert_mlp")[0]
-        assert arguments["save_preact"] is False and preact.numel() == 0
+        (_, arguments, (_, preact, *_)) = log.named("expert_mlp")[0]
+        assert arguments["save"] is False and preact.numel() == 0
 
 
 @pytest.mark.parametrize(
@@ -284,25 +299,26 @@ def test_operators_are_well_formed(kernel_backend, device, activation, bias, lay
     if layout == "transposed":
         inputs |= {name: transposed(inputs[name]) for name in ("gate_up", "down")}
     d = make_dispatch(t, e, k, device)
-    form = (activation, 1.702, 7.0, False)
-    routing = (d.slots, d.rows, d.offsets)
 
-    def operands(needs_grad):
+    def forward(needs_grad):
         v = {name: inputs[name].detach().requires_grad_(needs_grad) if name in inputs else None for name in NAMES}
-        return (v["x"], v["gate_up"], v["down"], v["gate_up_bias"], v["down_bias"], *routing, v["weights"])
+        gate_up = Weight(v["gate_up"], bias=v["gate_up_bias"])
+        down = Weight(v["down"], bias=v["down_bias"])
+        form = gossamer.Activation(activation)
+        return ExpertMlp(v["x"], gate_up, down, d.groups, v["weights"], form, False, needs_grad)
 
     for save in (False, True):
-        args = (*operands(save), *form, save, kernel_backend)
-        torch.library.opcheck(torch.ops.gossamer.expert_mlp.default, args)
+        torch.library.opcheck(torch.ops.gossamer.expert_mlp.default, flat(forward(save), kernel_backend))
     dy = torch.randn(t, h, device=device)
+    every = [GRADIENT_OF[name] for name in inputs]
     for operator, needs in (
-        ("expert_mlp_backward", [True] * 4 + [bias] * 2),
-        ("expert_mlp_backward_", [True] * 4 + [bias] * 2),
-        ("expert_mlp_backward", [False, True, False, True, False, bias]),
+        ("expert_mlp_backward", every),
+        ("expert_mlp_backward_", every),
+        ("expert_mlp_backward", ["gate_up.data", "weights", *(["down.bias"] if bias else [])]),
     ):
         preact = torch.randn(t * k, halves * i, device=device)
-        args = (dy, *operands(False), preact, *form, needs, kernel_backend)
-        torch.library.opcheck(getattr(torch.ops.gossamer, operator).default, args)
+        args = ExpertMlpBackward(dy, forward(False), preact, None, None, needs)
+        torch.library.opcheck(getattr(torch.ops.gossamer, operator).default, flat(args, kernel_backend))
 
 
 def test_autocast(kernel_backend, device):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import OperatorLog, assert_same_bits, check, make_dispatch, run, saved_tensors
+from expert_mlp_inputs import GRADIENT_OF as GRADIENTS_OF_PLAIN
+from helpers import OperatorLog, assert_same_bits, check, flat, make_dispatch, run, saved_tensors
 
 import gossamer
 from gossamer._activation import ACTIVATIONS
-from gossamer.ops.expert_mlp import expert_mlp_reference
+from gossamer.ops._weights import Weight
+from gossamer.ops.expert_mlp import GRADIENTS, ExpertMlp, ExpertMlpBackward, expert_mlp_reference
 from gossamer.testing import random_expert_ids
 
 # Odd, so that no block divides them.
@@ -16,6 +18,7 @@ RANKS = 5, 3
 # Where the kernels' edges are not the point; rows enough that no single sum decides an error.
 SMALL = {"t": 24, "e": 2, "k": 2, "h": 33, "i": 19, "ranks": (8, 6)}
 FACTORS = ("a1", "b1", "a2", "b2")
+GRADIENT_OF = GRADIENTS_OF_PLAIN | {"a1": "gate_up.a", "b1": "gate_up.b", "a2": "down.a", "b2": "down.b"}
 SCALE = 0.5
 
 
@@ -183,9 +186,9 @@ def test_frozen_subsets(kernel_backend, device, needed):
     for name in needed:
         assert torch.equal(some[name], every[name]), name
     (_, call, results) = log.calls[-1]
-    order = ["x", "gate_up", "down", "weights", "gate_up_bias", "down_bias", *FACTORS]
-    assert list(call["needs"]) == [name in needed for name in order]
-    assert [r.numel() > 0 for r in results] == [name in needed for name in order]
+    names = {GRADIENT_OF[name] for name in needed}
+    assert set(call["needs"]) == names
+    assert [r.numel() > 0 for r in results] == [name in names for name in GRADIENTS]
 
 
 def test_mixed_dtypes(kernel_backend, device):
@@ -275,29 +278,30 @@ def test_second_backward_is_right(kernel_backend, device):
 def test_operators_are_sound(kernel_backend, device):
     """Schemas, fake kernels and autograd registrations hold, whole and with one update beside frozen weights."""
     d = small_dispatch(device)
-    form = ("swiglu", 1.0, 1.0, False, SCALE)
-    routing = (d.slots, d.rows, d.offsets)
     for which, bias, grad in ((FACTORS, True, True), (("a2", "b2"), False, False)):
         inputs = make_inputs(device, **SMALL, bias=bias, which=which)
-        names = ("x", "gate_up", "down", "gate_up_bias", "down_bias", *FACTORS)
-        given = [inputs[n].requires_grad_(grad) if n in inputs else None for n in names]
-        weights = inputs["weights"].requires_grad_(grad)
-        args = (*given, *routing, weights, *form, True, kernel_backend)
-        torch.library.opcheck(torch.ops.gossamer.expert_mlp_lora.default, args)
-        present = [n in inputs for n in ("x", "gate_up", "down", "weights", *names[3:])]
-        needs = present if grad else [False, False, False, False, False, False, *present[6:]]
-        plain = [None if t is None else t.detach() for t in given]
+
+        def layer(given, save=True):
+            gate_up = Weight(given["gate_up"], a=given.get("a1"), b=given.get("b1"), factor=SCALE)
+            down = Weight(given["down"], a=given.get("a2"), b=given.get("b2"), factor=SCALE)
+            gate_up = gate_up._replace(bias=given.get("gate_up_bias"))
+            down = down._replace(bias=given.get("down_bias"))
+            form = gossamer.Activation("swiglu", 1.0, 1.0)
+            return ExpertMlp(given["x"], gate_up, down, d.groups, given["weights"], form, False, save)
+
+        given = {name: value.requires_grad_(grad) for name, value in inputs.items()}
+        torch.library.opcheck(torch.ops.gossamer.expert_mlp.default, flat(layer(given), kernel_backend))
         low = [
-            torch.randn((d.num_rows, r) if f in inputs else (0,), device=device)
+            torch.randn((d.num_rows, r), device=device) if f in inputs else None
             for r, f in zip(SMALL["ranks"], ("a1", "a2"), strict=True)
         ]
         preact = torch.randn(d.num_rows, 2 * SMALL["i"], device=device)
         dy = torch.randn(inputs["x"].shape, device=device)
-        operator = torch.ops.gossamer.expert_mlp_lora_backward.default
-        if not grad:
-            operator = torch.ops.gossamer.expert_mlp_lora_backward_.default
-        args = (dy, *plain, *routing, weights.detach(), *low, preact, *form, needs, kernel_backend)
-        torch.library.opcheck(operator, args)
+        needs = [GRADIENT_OF[name] for name in inputs if grad or name in FACTORS]
+        forward = layer({name: value.detach() for name, value in given.items()})
+        args = ExpertMlpBackward(dy, forward, preact, *low, needs)
+        operators = torch.ops.gossamer.expert_mlp_backward, torch.ops.gossamer.expert_mlp_backward_
+        torch.library.opcheck(operators[0 if grad else 1].default, flat(args, kernel_backend))
 
 
 def test_compiles_whole(device):

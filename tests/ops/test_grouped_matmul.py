@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from helpers import OperatorLog, assert_same_bits, check, huge_storage, make_dispatch, run, saved_tensors
+from helpers import OperatorLog, assert_same_bits, check, flat, huge_storage, make_dispatch, run, saved_tensors
 
 import gossamer
-from gossamer.ops.grouped_matmul import grouped_matmul_reference
+from gossamer.ops._weights import Weight
+from gossamer.ops.grouped_matmul import GroupedDweight, GroupedMatmul, grouped_matmul_reference
 from gossamer.testing import random_expert_ids
 
 # Odd, so that no block divides them.
@@ -271,12 +272,12 @@ def test_operators_are_well_formed(kernel_backend, device, x_div):
     )
     if x_div == 1:
         weight = torch.randn(e, c, n, device=device).transpose(1, 2).requires_grad_()
-    args = (x, weight, bias, d.slots, d.rows, d.offsets, x_div, True, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.grouped_matmul.default, args)
+    args = GroupedMatmul(x, Weight(weight, bias=bias), d.groups, x_div, True, False)
+    torch.library.opcheck(torch.ops.gossamer.grouped_matmul.default, flat(args, kernel_backend))
     dy = torch.randn(t * k, n, device=device)
     for transposed, dy_div in ((False, 1), (True, 0)):
-        args = (x.detach(), dy, d.slots, d.offsets, x_div, dy_div, transposed, not transposed, kernel_backend)
-        torch.library.opcheck(torch.ops.gossamer.grouped_matmul_dweight.default, args)
+        args = GroupedDweight(x.detach(), dy, d.groups, x_div, dy_div, transposed, not transposed)
+        torch.library.opcheck(torch.ops.gossamer.grouped_matmul_dweight.default, flat(args, kernel_backend))
 
 
 def test_addresses_beyond_32_bits(kernel_backend, device):

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from helpers import OperatorLog, assert_same_bits, check, make_dispatch, run
+from helpers import OperatorLog, assert_same_bits, check, flat, make_dispatch, run
 from quantized_stacks import C, E, N, stack
 
 import gossamer
 from gossamer import QuantizedExpertWeight
-from gossamer.ops.expert_mlp import expert_mlp_reference
-from gossamer.ops.grouped_matmul import grouped_matmul_reference
+from gossamer.ops._weights import Weight
+from gossamer.ops.expert_mlp import ExpertMlp, expert_mlp_reference
+from gossamer.ops.grouped_matmul import GroupedMatmul, grouped_matmul_reference
 from gossamer.ops.quantized_expert_weight import FORMATS
 from gossamer.testing import random_expert_ids
 from gossamer.triton_kernels import split_matmul
@@ -200,7 +201,10 @@ def test_decoding_dense_weights_in_parts(dtype, device, monkeypatch, t):
     inputs |= {"down": (torch.randn(E, i, h, device=device) / i**0.5).transpose(1, 2)}
     inputs = {k: v.to(dtype) for k, v in inputs.items()}
     d = make_dispatch(t, E, K, device, dropped=0.2)
-    plans = split_matmul.decode_plans(inputs["x"], inputs["gate_up"], inputs["down"], t * K)
+    gate_up, down = Weight(inputs["gate_up"]), Weight(inputs["down"])
+    form = gossamer.Activation("swiglu")
+    args = ExpertMlp(inputs["x"], gate_up, down, d.groups, inputs["weights"], form, False, False)
+    plans = split_matmul.decode_plans(args)
     assert plans is not None and plans[0].splits > 1
 
     def function(x, weights, gate_up, down):
@@ -219,13 +223,11 @@ def test_operators_are_well_formed(kernel_backend, device):
     d = make_dispatch(3, 2, 2, device, dropped=0.1)
     w, down = stack("mxfp4", device, e=2, n=64, c=32), stack("int8", device, e=2, n=32, c=32)
     x = torch.randn(3, 32, device=device).requires_grad_()
-    routing = (d.slots, d.rows, d.offsets)
-    args = (x, w.data, w.scale, w.format, None, *routing, 2, True, False, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.quantized_grouped_matmul.default, args)
-    weights = torch.rand(3, 2, device=device)
-    args = (x.detach(), w.data, w.scale, w.format, down.data, down.scale, down.format, None, None, *routing, weights)
-    args += ("swiglu", 1.702, 7.0, False, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.quantized_expert_mlp.default, args)
+    args = GroupedMatmul(x, w.operand(), d.groups, 2, True, False)
+    torch.library.opcheck(torch.ops.gossamer.grouped_matmul.default, flat(args, kernel_backend))
+    weights, form = torch.rand(3, 2, device=device), gossamer.Activation("swiglu")
+    args = ExpertMlp(x.detach(), w.operand(), down.operand(), d.groups, weights, form, False, False)
+    torch.library.opcheck(torch.ops.gossamer.expert_mlp.default, flat(args, kernel_backend))
 
 
 def test_compiles(kernel_backend, device):
@@ -254,7 +256,7 @@ def test_autocast_and_no_gradient_of_codes(kernel_backend, device):
     with torch.autocast(device, dtype=torch.float16), OperatorLog() as log:
         y = function(x)
     assert y.dtype == torch.float16 and torch.equal(y, function(x.half()))
-    assert log.named("quantized_grouped_matmul")[0][1]["data"].data_ptr() == weight.data.data_ptr()
+    assert log.named("grouped_matmul")[0][1]["weight_data"].data_ptr() == weight.data.data_ptr()
     asking = QuantizedExpertWeight(weight.data, weight.scale.clone().requires_grad_(), "int8")
     with pytest.raises(ValueError, match=r"weight is quantised and frozen, but weight\.scale requires a gradient"):
         gossamer.grouped_matmul(x, asking, d)

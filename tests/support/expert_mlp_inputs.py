@@ -11,6 +11,8 @@ T, E, K, H, I = 13, 5, 3, 97, 47
 # Where the kernels' edges are not the point.
 SMALL = {"t": 7, "e": 2, "k": 2, "h": 33, "i": 19}
 NAMES = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
+# What the operators call the gradient of an argument.
+GRADIENT_OF = dict(zip(NAMES, ("x", "gate_up.data", "down.data", "weights", "gate_up.bias", "down.bias"), strict=True))
 
 
 def functions(dispatch, *, backend, **form):

@@ -1,14 +1,15 @@
-// The activations of gossamer.Activation and their derivatives, by the codes of python/gossamer/_activation.py.
+// The activations of gossamer.Activation and their derivatives.
 #pragma once
 
 #include <cmath>
 
+#include "gate.h"
 #include "cuda/hopper/layout.h"
 
 namespace gossamer::hopper {
 
 struct ActivationForm {
-  int code;
+  int code;  // a Gate
   bool gated;
   bool interleaved;  // gate and up alternate
   float alpha, limit;
@@ -48,19 +49,19 @@ GOSSAMER_HD float hyperbolic_tangent(float x) {
 // Value and derivative of the activated gate.
 template <int kCode>
 GOSSAMER_HD Slope activate(float g, const ActivationForm& form) {
-  if constexpr (kCode == 0) {
+  if constexpr (kCode == kSilu) {
     const float s = sigmoid(g);
     return {g * s, s * (1.0f + g * (1.0f - s))};
-  } else if constexpr (kCode == 1) {
+  } else if constexpr (kCode == kGelu) {
     const float cdf = 0.5f * (1.0f + erff(g * 0.7071067811865476f));
     return {g * cdf, cdf + g * 0.3989422804014327f * exponential(-0.5f * g * g)};
-  } else if constexpr (kCode == 2) {
+  } else if constexpr (kCode == kGeluTanh) {
     const float t = hyperbolic_tangent(0.7978845608028654f * (g + 0.044715f * g * g * g));
     const float slope = 0.7978845608028654f * (1.0f + 0.134145f * g * g);
     return {0.5f * g * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * g * (1.0f - t * t) * slope};
-  } else if constexpr (kCode == 3) {
+  } else if constexpr (kCode == kRelu) {
     return {fmaxf(g, 0.0f), g > 0.0f ? 1.0f : 0.0f};
-  } else if constexpr (kCode == 4) {
+  } else if constexpr (kCode == kRelu2) {
     const float r = fmaxf(g, 0.0f);
     return {r * r, 2.0f * r};
   } else {
@@ -73,7 +74,7 @@ GOSSAMER_HD Slope activate(float g, const ActivationForm& form) {
 // What the activated gate is multiplied with, and its derivative.
 template <int kCode>
 GOSSAMER_HD Slope up_factor(float u, const ActivationForm& form) {
-  if constexpr (kCode != 5) return {u, 1.0f};
+  if constexpr (kCode != kClampedSilu) return {u, 1.0f};
   const bool inside = u <= form.limit && u >= -form.limit;
   return {fminf(fmaxf(u, -form.limit), form.limit) + 1.0f, inside ? 1.0f : 0.0f};
 }
@@ -87,18 +88,18 @@ struct Code {
 template <class Body>
 GOSSAMER_HD void with_code(int code, Body&& body) {
   switch (code) {
-    case 0:
-      return body(Code<0>{});
-    case 1:
-      return body(Code<1>{});
-    case 2:
-      return body(Code<2>{});
-    case 3:
-      return body(Code<3>{});
-    case 4:
-      return body(Code<4>{});
+    case kSilu:
+      return body(Code<kSilu>{});
+    case kGelu:
+      return body(Code<kGelu>{});
+    case kGeluTanh:
+      return body(Code<kGeluTanh>{});
+    case kRelu:
+      return body(Code<kRelu>{});
+    case kRelu2:
+      return body(Code<kRelu2>{});
     default:
-      return body(Code<5>{});
+      return body(Code<kClampedSilu>{});
   }
 }
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from gossamer import _C
 from gossamer._activation import Activation
+
+if TYPE_CHECKING:
+    from gossamer.ops._weights import Weight
 
 # Codes of csrc/cpu/dtype.h.
 DTYPES = {
@@ -18,6 +22,8 @@ DTYPES = {
     torch.int32: 4,
     torch.int64: 5,
 }
+# Exponents of two in a byte, where a dtype of scales is asked for.
+E8M0 = -1
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -54,9 +60,24 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-def activation_form(activation: Activation, interleaved: bool) -> tuple[int, bool, bool, float, float]:
-    """``(code, gated, interleaved, alpha, limit)`` of an expert layer's activation."""
-    return activation.code, activation.gated, interleaved, activation.alpha, activation.limit
+# Past every column: one scale a row.
+_WHOLE_ROW = 62
+
+
+def quantized_stack(weight: Weight) -> tuple:
+    """Of a quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, size of the scales."""
+    scale, (_, n, c) = weight.scale, weight.shape
+    by_row = scale.dim() == 2
+    column_shift = _WHOLE_ROW if by_row else weight.group_size.bit_length() - 1
+    row_shift = column_shift if weight.format == "fp8_block" else 0
+    code = E8M0 if weight.format == "mxfp4" else DTYPES[scale.dtype]
+    scales = scale.shape[1], 1 if by_row else scale.shape[2]
+    return weight.format, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), (row_shift, column_shift), scales
+
+
+def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:
+    """``(function of the gate, gated, interleaved, alpha, limit)`` of an expert layer's activation."""
+    return activation.gate, activation.gated, interleaved, activation.alpha, activation.limit
 
 
 # Blocks of this size, a huge page, and more are kept when they are freed: the C library may return them to the system,

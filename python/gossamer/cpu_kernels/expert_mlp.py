@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 
 from gossamer import _C
-from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.cpu_kernels._native import (
     DTYPES,
@@ -14,172 +16,119 @@ from gossamer.cpu_kernels._native import (
     empty_huge,
     groups,
     matrix,
+    quantized_stack,
     unit_rows,
     weights3,
 )
 
-# No low-rank updates: for each product a and b as weights, the rank and x·aᵀ; then the scale.
-NO_WEIGHT = (0, 0, 0, 0)
-NO_UPDATE = (NO_WEIGHT, NO_WEIGHT, 0, 0)
-NO_UPDATES = (NO_UPDATE, NO_UPDATE, 0.0)
+if TYPE_CHECKING:
+    from gossamer.ops._weights import Weight
+    from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward, ExpertMlpGradients, ExpertMlpOutput
+
+_ABSENT = (0, 0, 0, 0)
+_NO_UPDATE = (_ABSENT, _ABSENT, 0, 1.0, 0)
 
 
-def _arguments(
-    x, gate_up, down, gate_up_bias, down_bias, slots, offsets, weights, preact, activation, interleaved
-) -> tuple:
-    """The arguments that forward and backward share."""
-    return (
-        groups(slots, offsets),
-        (x.shape[0], x.shape[1], down.shape[2], weights.shape[1]),
-        activation_form(activation, interleaved),
-        matrix(x),
-        weights3(gate_up),
-        weights3(down),
-        matrix(gate_up_bias),
-        matrix(down_bias),
-        matrix(weights),
-        0 if preact is None else preact.data_ptr(),
+def _product(weight: Weight, s: torch.Tensor | None) -> tuple:
+    """``(weight, bias, update)`` of one product, whose update's ``x·aᵀ`` is ``s``; quantised weights go beside it."""
+    stored = _ABSENT if weight.quantized else weights3(weight.data)
+    if weight.a is None:
+        return stored, matrix(weight.bias), _NO_UPDATE
+    update = weights3(weight.a), weights3(weight.b), weight.a.shape[1], weight.factor, 0 if s is None else s.data_ptr()
+    return stored, matrix(weight.bias), update
+
+
+def _layer(
+    args: ExpertMlp, x: torch.Tensor, gate_up: Weight, down: Weight, preact: torch.Tensor | None, s1, s2
+) -> _C.ExpertMlp:
+    """What forward and backward share; the tensors given must outlive the call."""
+    return _C.ExpertMlp(
+        groups=groups(args.groups.slots, args.groups.offsets),
+        sizes=(*x.shape, down.shape[2], args.weights.shape[1]),
+        activation=activation_form(args.activation, args.interleaved),
+        x=matrix(x),
+        gate_up=_product(gate_up, s1),
+        down=_product(down, s2),
+        weights=matrix(args.weights),
+        preact=0 if preact is None else preact.data_ptr(),
     )
 
 
-def expert_mlp(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    activation: Activation,
-    interleaved: bool,
-    save_preact: bool,
-    updates: tuple = NO_UPDATES,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
+def _low_rows(args: ExpertMlp, weight: Weight) -> torch.Tensor | None:
+    """Room for ``x·aᵀ (R, r)`` in the accumulator's type, where the backward pass wants it."""
+    if weight.a is None or not args.save:
+        return None
+    wide = torch.promote_types(args.x.dtype, torch.float32)
+    return torch.empty((args.groups.slots.shape[0], weight.a.shape[1]), dtype=wide)
 
-    Args:
-        x: ``(T, H)``.
-        gate_up: ``(E, 2I, H)``, or ``(E, I, H)`` when not gated; of any strides, as ``down``.
-        down: ``(E, H, I)``.
-        gate_up_bias: ``(E, 2I)`` or ``(E, I)``, or None.
-        down_bias: ``(E, H)`` or None.
-        slots: ``(R,)`` int32, as ``rows`` and ``offsets`` from a dispatch.
-        rows: ``(R,)`` int32.
-        offsets: ``(E+1,)`` int32.
-        weights: ``(T, K)`` float.
-        activation: which, with its constants.
-        interleaved: whether gate and up alternate along 2I.
-        save_preact: whether the backward pass will want the pre-activation.
-        updates: low-rank updates as :mod:`gossamer.cpu_kernels.expert_mlp_lora` hands them over.
 
-    Returns:
-        ``y (T, H)``, and the pre-activation ``(R, 2I)`` in expert order, its dropped rows unwritten; ``(0,)`` unless
-        ``save_preact``.
-    """
-    x = unit_rows(x)
+def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
+    """``y``, and where ``args.save`` says so what the backward pass reads, unwritten in dropped rows."""
+    x = unit_rows(args.x)
+    gate_up, down = args.gate_up.with_factors_in(x.dtype), args.down.with_factors_in(x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype)
-    preact = empty_huge((slots.shape[0], gate_up.shape[1]) if save_preact else (0,), x.dtype)
-    _C.expert_mlp(
-        *_arguments(
-            x,
-            gate_up,
-            down,
-            gate_up_bias,
-            down_bias,
-            slots,
-            offsets,
-            weights,
-            preact if save_preact else None,
-            activation,
-            interleaved,
-        ),
-        updates,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y, preact
+    preact = empty_huge((args.groups.slots.shape[0], gate_up.shape[1]), x.dtype) if args.save else None
+    s1, s2 = _low_rows(args, gate_up), _low_rows(args, down)
+    layer = _layer(args, x, gate_up, down, preact, s1, s2)
+    if gate_up.quantized:
+        up, out = quantized_stack(gate_up), quantized_stack(down)
+        _C.quantized_expert_mlp(layer=layer, gate_up=up, down=out, y=y.data_ptr(), num_threads=torch.get_num_threads())
+    else:
+        _C.expert_mlp(layer=layer, y=y.data_ptr(), num_threads=torch.get_num_threads())
+    return y, preact, s1, s2
 
 
-def expert_mlp_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    preact: torch.Tensor,
-    activation: Activation,
-    interleaved: bool,
-    needs: list[bool],
-    overwrite: bool,
-    updates: tuple = NO_UPDATES,
-    dfactors: tuple[int, int, int, int] = NO_WEIGHT,
-    factor_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of :func:`expert_mlp` from ``dy (T, H)`` and the pre-activation that it saved.
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
-    Args:
-        dy: ``(T, H)``.
-        x: as in the forward pass, and so on up to ``weights``.
-        gate_up: see above.
-        down: see above.
-        gate_up_bias: see above.
-        down_bias: see above.
-        slots: see above.
-        rows: see above.
-        offsets: see above.
-        weights: see above.
-        preact: ``(R, 2I)``.
-        activation: as in the forward pass.
-        interleaved: as in the forward pass.
-        needs: which of x, gate_up, down, weights, gate_up_bias and down_bias want a gradient.
-        overwrite: leave to write over ``preact``, which this kernel does not use.
-        updates: as in the forward pass.
-        dfactors: where the gradients of the updates' factors go, 0 where not needed.
-        factor_dtype: of those gradients; that of ``x`` if None.
 
-    Returns:
-        The six gradients in that order, shaped and typed like what they belong to, laid out like the weights; ``(0,)``
-        where not needed.
-    """
-    x, dy, preact = unit_rows(x), unit_rows(dy), preact.contiguous()
-    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
-    none = (0,)
-    dx = torch.empty(x.shape if need_x else none, dtype=x.dtype)
-    # Each its own tensor: results of an operator may not alias.
-    dgate_up, ddown = torch.empty(none, dtype=x.dtype), torch.empty(none, dtype=x.dtype)
-    if need_gate_up:
-        dgate_up = empty_gradient(tuple(gate_up.shape), x.dtype, stored_transposed(gate_up))
-    if need_down:
-        ddown = empty_gradient(tuple(down.shape), x.dtype, stored_transposed(down))
+def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGradients:
+    """The gradients that ``args.needs`` names, None for others; laid out like the weights."""
+    forward, needs = args.forward, args.needs
+    x, dy, preact = unit_rows(forward.x), unit_rows(args.dy), args.preact.contiguous()
+    gate_up, down = forward.gate_up.with_factors_in(x.dtype), forward.down.with_factors_in(x.dtype)
+    factors = [f for w in (forward.gate_up, forward.down) for f in (w.a, w.b) if f is not None]
+    # In the widest of the factors' dtypes and that of x; what is narrower is rounded at the end.
+    factor_dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), x.dtype)
+
+    def gradients(name: str, weight: Weight) -> tuple[tuple[torch.Tensor | None, ...], tuple]:
+        """The gradients of a weight, its bias and its factors, and how these are handed over."""
+        data = bias = a = b = None
+        transposed = stored_transposed(weight.data)
+        if f"{name}.data" in needs:
+            data = empty_gradient(tuple(weight.data.shape), x.dtype, transposed)
+        if f"{name}.bias" in needs:
+            bias = torch.empty(weight.bias.shape, dtype=x.dtype)
+        if f"{name}.a" in needs:
+            a = torch.empty(weight.a.shape, dtype=factor_dtype)
+        if f"{name}.b" in needs:
+            b = torch.empty(weight.b.shape, dtype=factor_dtype)
+        return (data, bias, a, b), ((_address(data), transposed), _address(bias), (_address(a), _address(b)))
+
+    dx = torch.empty(x.shape, dtype=x.dtype) if "x" in needs else None
     # Zeros, because dropped slots get no gradient.
-    dweights = torch.zeros(weights.shape if need_weights else none, dtype=weights.dtype if need_weights else x.dtype)
-    dgate_up_bias = torch.empty(gate_up_bias.shape if need_gate_up_bias else none, dtype=x.dtype)
-    ddown_bias = torch.empty(down_bias.shape if need_down_bias else none, dtype=x.dtype)
+    weights = forward.weights
+    dweights = torch.zeros(weights.shape, dtype=weights.dtype) if "weights" in needs else None
+    of_gate_up, gate_up_places = gradients("gate_up", forward.gate_up)
+    of_down, down_places = gradients("down", forward.down)
     if x.numel():
         _C.expert_mlp_backward(
-            *_arguments(
-                x, gate_up, down, gate_up_bias, down_bias, slots, offsets, weights, preact, activation, interleaved
-            ),
-            updates,
-            matrix(dy),
-            dx.data_ptr() if need_x else 0,
-            (dgate_up.data_ptr() if need_gate_up else 0, stored_transposed(gate_up)),
-            (ddown.data_ptr() if need_down else 0, stored_transposed(down)),
-            matrix(dweights if need_weights else None),
-            dgate_up_bias.data_ptr() if need_gate_up_bias else 0,
-            ddown_bias.data_ptr() if need_down_bias else 0,
-            dfactors,
-            DTYPES[factor_dtype or x.dtype],
-            torch.get_num_threads(),
+            layer=_layer(forward, x, gate_up, down, preact, args.s1, args.s2),
+            dy=matrix(dy),
+            dx=_address(dx),
+            gate_up=gate_up_places,
+            down=down_places,
+            dweights=matrix(dweights),
+            factor_dtype=DTYPES[factor_dtype],
+            num_threads=torch.get_num_threads(),
         )
     else:
-        for gradient in (dgate_up, ddown, dgate_up_bias, ddown_bias):
-            gradient.zero_()
-    return dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias
+        for gradient in (*of_gate_up, *of_down):
+            if gradient is not None:
+                gradient.zero_()
+
+    def rounded(found: tuple, weight: Weight) -> tuple[torch.Tensor | None, ...]:
+        data, bias, a, b = found
+        return data, bias, a if a is None else a.to(weight.a.dtype), b if b is None else b.to(weight.b.dtype)
+
+    return dx, dweights, *rounded(of_gate_up, forward.gate_up), *rounded(of_down, forward.down)

@@ -2,95 +2,61 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import empty_gradient, groups, matrix, unit_rows, weights3
+from gossamer.cpu_kernels._native import empty_gradient, groups, matrix, quantized_stack, unit_rows, weights3
+
+if TYPE_CHECKING:
+    from gossamer.ops.grouped_matmul import GroupedDweight, GroupedMatmul
 
 
-def grouped_matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    offsets: torch.Tensor,
-    x_div: int,
-    y_grouped: bool,
-) -> torch.Tensor:
-    """``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``; ``g(r)`` is ``r``, or ``slots[r] // x_div`` if ``x_div > 0``.
-
-    Args:
-        x: ``(·, C)`` float.
-        weight: ``(E, N, C)`` of any strides, the dtype of ``x``.
-        bias: ``(E, N)`` or None.
-        slots: ``(R,)`` int32, as ``rows`` and ``offsets (E+1,)`` from a dispatch.
-        rows: ``(R,)`` int32.
-        offsets: ``(E+1,)`` int32.
-        x_div: 0, or the slots that share a row of ``x``.
-        y_grouped: rows of the result in expert order, else in slot order.
-
-    Returns:
-        ``(R, N)``, zero in dropped rows.
-    """
-    x = unit_rows(x)
+def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
+    """``(R, N)``, or ``(R, C)`` when transposed; zero in dropped rows."""
+    x, weight, (slots, _, offsets) = unit_rows(args.x), args.weight, args.groups
     _, n, c = weight.shape
+    if args.transposed:
+        n, c = c, n
     y = torch.empty(slots.shape[0], n, dtype=x.dtype)
-    _C.grouped_matmul(
-        groups(slots, offsets),
-        n,
-        c,
-        matrix(x),
-        x_div,
-        weights3(weight),
-        matrix(bias),
-        y.data_ptr(),
-        y_grouped,
-        torch.get_num_threads(),
+    if weight.quantized:
+        stored = quantized_stack(weight)
+    else:
+        stored = weights3(weight.data.transpose(1, 2) if args.transposed else weight.data)
+    (_C.quantized_grouped_matmul if weight.quantized else _C.grouped_matmul)(
+        groups=groups(slots, offsets),
+        n=n,
+        c=c,
+        x=matrix(x),
+        x_div=args.x_div,
+        weight=stored,
+        transposed=args.transposed,
+        bias=matrix(weight.bias),
+        y=y.data_ptr(),
+        y_grouped=args.y_grouped,
+        num_threads=torch.get_num_threads(),
     )
     return y
 
 
-def grouped_matmul_dweight(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    x_div: int,
-    dy_div: int,
-    transposed: bool,
-    with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dweight[e] = Σ dy[g(r)]ᵀ x[g'(r)]`` and ``dbias[e] = Σ dy[g(r)]`` over the rows of each expert.
-
-    Args:
-        x: ``(·, C)`` float; row ``r`` reads row ``r``, or ``slots[r] // x_div`` if ``x_div > 0``.
-        dy: ``(·, N)``, read alike by ``dy_div``.
-        slots: ``(R,)`` int32, as ``offsets (E+1,)`` from a dispatch.
-        offsets: ``(E+1,)`` int32.
-        x_div: see ``x``.
-        dy_div: see ``dy``.
-        transposed: whether the gradient's storage is ``(E, C, N)``.
-        with_bias: whether ``dbias`` is wanted.
-
-    Returns:
-        ``dweight (E, N, C)``, zero for experts without rows, and ``dbias (E, N)``, or ``(0,)`` when not wanted.
-    """
-    x, dy = unit_rows(x), unit_rows(dy)
+def grouped_matmul_dweight(args: GroupedDweight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``dweight (E, N, C)``, zero for experts without rows, and ``dbias (E, N)`` or None."""
+    x, dy, (slots, _, offsets) = unit_rows(args.x), unit_rows(args.dy), args.groups
     e, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
-    dweight = empty_gradient((e, n, c), x.dtype, transposed)
-    dbias = torch.empty((e, n) if with_bias else (0,), dtype=x.dtype)
+    dweight = empty_gradient((e, n, c), x.dtype, args.transposed)
+    dbias = torch.empty((e, n), dtype=x.dtype) if args.with_bias else None
     _C.grouped_matmul_dweight(
-        groups(slots, offsets),
-        n,
-        c,
-        matrix(x),
-        x_div,
-        matrix(dy),
-        dy_div,
-        dweight.data_ptr(),
-        transposed,
-        dbias.data_ptr() if with_bias else 0,
-        torch.get_num_threads(),
+        groups=groups(slots, offsets),
+        n=n,
+        c=c,
+        x=matrix(x),
+        x_div=args.x_div,
+        dy=matrix(dy),
+        dy_div=args.dy_div,
+        dweight=dweight.data_ptr(),
+        transposed=args.transposed,
+        dbias=0 if dbias is None else dbias.data_ptr(),
+        num_threads=torch.get_num_threads(),
     )
     return dweight, dbias

@@ -6,10 +6,16 @@ never need.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
 from gossamer.cuda_kernels._stream import where
+
+if TYPE_CHECKING:
+    from gossamer.ops._groups import Groups
 
 # Elements of 16 bits in 16 bytes.
 ALIGNED = 8
@@ -65,9 +71,15 @@ class Operands:
         return where(self.device)
 
 
-def routing(slots: torch.Tensor, offsets: torch.Tensor) -> tuple[int, int, int, int]:
+def routing(groups: Groups) -> tuple[int, int, int, int]:
     """``(slots, offsets, R, E)`` of a dispatch, whose tensors are contiguous int32."""
+    slots, _, offsets = groups
     return slots.data_ptr(), offsets.data_ptr(), slots.shape[0], offsets.shape[0] - 1
+
+
+def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:
+    """``(function of the gate, gated, interleaved, alpha, limit)`` of an expert layer's activation."""
+    return activation.gate, activation.gated, interleaved, activation.alpha, activation.limit
 
 
 def with_depth(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,7 @@ _SCHEMA_TYPES = {
     list[float]: "float[]",
     list[bool]: "bool[]",
     list[str]: "str[]",
+    list[str]: "str[]",
 }
 
 
@@ -161,6 +162,14 @@ def _counting_changes(kernel: Callable, written: Callable[[Any], tuple]) -> Call
     return counted
 
 
+def _of_tensors(results: Any, values: tuple) -> Any:
+    """Results without None, which the dispatcher cannot hand over: empty tensors stand for it."""
+    if not isinstance(results, tuple) or all(result is not None for result in results):
+        return results
+    like = next(value for value in values if isinstance(value, torch.Tensor))
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
 def _walk(args: Any, steps: tuple[str, ...]) -> Any:
     for name in steps:
         args = getattr(args, name)
@@ -182,10 +191,10 @@ class Operator:
             kernel = _counting_changes(kernel, _tuple_getter(attrgetter, mutates))
 
         def flat_kernel(*values):
-            return kernel(restore(values[:-1]), values[-1])
+            return _of_tensors(kernel(restore(values[:-1]), values[-1]), values)
 
         def flat_fake(*values):
-            return fake(restore(values[:-1]))
+            return _of_tensors(fake(restore(values[:-1])), values)
 
         schema = f"{name}({layout.schema(mutates)}, str backend) -> {returns}"
         register(schema, flat_kernel, flat_fake)
@@ -285,6 +294,7 @@ def define(
         name: of the operator.
         record: the ``NamedTuple`` of its arguments. The schema has them flat, then ``str backend``.
         kernel: ``(args, backend) -> tensors``, for CPU and CUDA; the first tensor's device is the current one in it.
+            Where it has no result of several to give it returns None, which through the dispatcher is an empty tensor.
         fake: ``args -> tensors``, the shape-only implementation.
         returns: the results as a schema lists them, such as ``"(Tensor y, Tensor preact)"``.
         mutates: names of the fields that the kernel writes to, whose changes are counted for autograd. Such an operator

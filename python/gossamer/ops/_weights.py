@@ -54,8 +54,7 @@ class Weight(NamedTuple):
     """A weight ``(N, C)``, or a stack ``(E, N, C)``, whatever it is stored as: ``decode(data) + factor·b·a``.
 
     Attributes:
-        data: the values, of any strides, where ``format`` is ``"dense"``; else the codes. None only in a backward pass
-            that does not read them.
+        data: the values, of any strides, where ``format`` is ``"dense"``; else the codes.
         format: ``"dense"``, a format of :class:`gossamer.QuantizedExpertWeight`, or of a matrix ``"nf4"``, ``"fp8"``
             or ``"int8_absmax"`` (:class:`gossamer.Int8Weight`).
         scale: of the codes; of ``"nf4"`` the absmax of its blocks.
@@ -63,15 +62,17 @@ class Weight(NamedTuple):
         a: ``(..., r, C)`` of the low-rank update, or None where there is none.
         b: ``(..., N, r)``.
         factor: of the update.
+        bias: ``(N,)`` or ``(E, N)``, what is added to the weight's products, or None.
     """
 
-    data: torch.Tensor | None
+    data: torch.Tensor
     format: str = "dense"
     scale: torch.Tensor | None = None
     blocks: Blocks = NO_BLOCKS
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     factor: float = 1.0
+    bias: torch.Tensor | None = None
 
     @property
     def quantized(self) -> bool:
@@ -104,9 +105,15 @@ class Weight(NamedTuple):
         """Columns that share a scale; C where a row has one scale."""
         return group_size(self.data, self.scale, self.format)
 
-    def with_values(self, values: torch.Tensor | None) -> Weight:
-        """A dense weight with other values; a quantised one, whose ``values`` are None, as it is."""
-        return self if values is self.data or self.format != "dense" else self._replace(data=values)
+    def with_values(self, values: torch.Tensor | None, bias: torch.Tensor | None) -> Weight:
+        """With a bias, and a dense weight with other values; a quantised one's ``values`` are None and stay."""
+        if bias is None and (values is self.data or values is None):
+            return self
+        return self._replace(data=self.data if values is None else values, bias=bias)
+
+    def with_factors_in(self, dtype: torch.dtype) -> Weight:
+        """With the update's factors, if any, rounded to ``dtype``."""
+        return self if self.a is None else self._replace(a=self.a.to(dtype), b=self.b.to(dtype))
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Its values without the update: those of a dense weight as they are, of codes rounded once to ``dtype``."""

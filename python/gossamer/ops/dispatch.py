@@ -8,10 +8,9 @@ import torch
 from torch.compiler import is_compiling
 
 from gossamer import _backend
-from gossamer._checks import check_index, check_shape
+from gossamer._checks import check_index, check_positive, check_shape
+from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
 from gossamer.ops._registration import register
-
-MAX_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,40 @@ class Dispatch:
         return self.slots if self.max_rows is None else self.slots[: self.max_rows]
 
     @property
+    def groups(self) -> Groups:
+        """Its tensors as operators on rows sorted by expert take them."""
+        return Groups(self.row_slots, self.rows, self.offsets)
+
+    @property
     def counts(self) -> torch.Tensor:
         """``(E,)`` int32: rows of each expert."""
         return self.offsets.diff()
 
 
+def _changes(dispatch: Dispatch) -> int:
+    """How often its tensors were changed in place; -1 of tensors of inference mode, whose changes nobody counts."""
+    try:
+        return dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version
+    except (AttributeError, RuntimeError):
+        return -1
+
+
 def check_dispatch(dispatch: object) -> None:
-    """``dispatch`` must be a :class:`Dispatch`."""
+    """``dispatch`` must be a :class:`Dispatch` whose tensors fit each other: see :func:`check_groups`.
+
+    Found right, it is not looked through again while its tensors stand.
+    """
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+    if not is_compiling() and dispatch.__dict__.get("_checked") != (changes := _changes(dispatch)):
+        check_positive(**{"dispatch.num_experts": dispatch.num_experts, "dispatch.top_k": dispatch.top_k})
+        num_slots = dispatch.num_tokens * dispatch.top_k
+        check_max_rows(dispatch.max_rows)
+        if dispatch.buffer_rows > num_slots:
+            raise ValueError(f"dispatch.max_rows must be at most T·K={num_slots}, got {dispatch.max_rows}")
+        groups = Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
+        check_groups(groups, dispatch.buffer_rows, num_slots, dispatch.num_experts)
+        dispatch.__dict__["_checked"] = changes
 
 
 def check_max_rows(max_rows: int | None) -> None:
@@ -192,4 +216,7 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
     else:
         slots, rows, offsets = _dispatch(expert_ids, num_experts, backend, bound)
         bound = _buffer_rows(offsets, bound)
-    return Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)
+    made = Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)
+    if not is_compiling():
+        made.__dict__["_checked"] = _changes(made)
+    return made

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 
 from gossamer import _backend
@@ -15,17 +19,19 @@ from gossamer._checks import (
     check_shape,
     check_tensor,
 )
-from gossamer.ops._composed_experts import composed_expert_mlp
+from gossamer._layout import stored_transposed
+from gossamer.ops._groups import Groups
 from gossamer.ops._overwrite import may_overwrite
-from gossamer.ops._registration import register, register_autograd
-from gossamer.ops._weights import as_weight
+from gossamer.ops._records import define
+from gossamer.ops._weights import Weight, as_weight
+from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch, check_dispatch
-from gossamer.ops.expert_mlp_lora import LowRankFactors, check_factors, empty_gradients, expert_mlp_lora
+from gossamer.ops.gather_reduce import combine_slots
+from gossamer.ops.grouped_matmul import rows_by_weight
+from gossamer.ops.low_rank import check_factor_dtype, check_rank
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
-from gossamer.ops.quantized_experts import quantized_expert_mlp
 
-_ROUTING = "Tensor slots, Tensor rows, Tensor offsets, Tensor weights"
-_FORM = "str activation, float alpha, float limit, bool interleaved"
+LowRankFactors = tuple[torch.Tensor, torch.Tensor]
 
 
 def expert_mlp_reference(
@@ -70,149 +76,193 @@ def expert_mlp_reference(
     return y.to(x.dtype)
 
 
-def _forward(
-    x,
-    gate_up,
-    down,
-    gate_up_bias,
-    down_bias,
-    slots,
-    rows,
-    offsets,
-    weights,
-    activation,
-    alpha,
-    limit,
-    interleaved,
-    save_preact,
-    backend,
-):
-    return _backend.kernels(backend, "expert_mlp").expert_mlp(
-        x,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        slots,
-        rows,
-        offsets,
-        weights,
-        Activation(activation, alpha, limit),
-        interleaved,
-        save_preact,
-    )
+class ExpertMlp(NamedTuple):
+    """Arguments of the expert layer ``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
+
+    Attributes:
+        x: ``(T, H)``.
+        gate_up: W1 ``(E, 2I, H)``, or ``(E, I, H)`` for an ungated activation, with b1.
+        down: W2 ``(E, H, I)``, with b2.
+        groups: the R rows by expert.
+        weights: ``(T, K)`` routing weights.
+        activation: which, with its constants.
+        interleaved: whether gate and up alternate along 2I.
+        save: whether the backward pass will want what the forward pass knows.
+    """
+
+    x: torch.Tensor
+    gate_up: Weight
+    down: Weight
+    groups: Groups
+    weights: torch.Tensor
+    activation: Activation
+    interleaved: bool
+    save: bool
+
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        """What may want a gradient, by the names of :data:`GRADIENTS` and in their order."""
+        up, down = self.gate_up, self.down
+        parts = (up.data, up.bias, up.a, up.b, down.data, down.bias, down.a, down.b)
+        return dict(zip(GRADIENTS, (self.x, self.weights, *parts), strict=True))
 
 
-def _forward_fake(
-    x,
-    gate_up,
-    down,
-    gate_up_bias,
-    down_bias,
-    slots,
-    rows,
-    offsets,
-    weights,
-    activation,
-    alpha,
-    limit,
-    interleaved,
-    save_preact,
-    backend,
-):
-    preact = x.new_empty((slots.shape[0], gate_up.shape[1]) if save_preact else (0,))
-    return x.new_empty(x.shape), preact
+class ExpertMlpBackward(NamedTuple):
+    """Arguments of the layer's gradients.
+
+    Attributes:
+        dy: ``(T, H)``.
+        forward: the arguments of the forward pass.
+        preact: the pre-activation ``(R, 2I)`` of sorted rows.
+        s1: ``x·aᵀ (R, r)`` of the update of W1, in float32 or float64; None where it has none.
+        s2: ``act·aᵀ (R, r)`` of the update of W2.
+        needs: of :data:`GRADIENTS`.
+    """
+
+    dy: torch.Tensor
+    forward: ExpertMlp
+    preact: torch.Tensor
+    s1: torch.Tensor | None
+    s2: torch.Tensor | None
+    needs: list[str]
 
 
-# preact (R, 2I) is sorted by expert, its columns in the order of gate_up's rows; empty unless save_preact.
-_expert_mlp = register(
-    "expert_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
-    f"{_ROUTING}, {_FORM}, bool save_preact, str backend) -> (Tensor y, Tensor preact)",
-    _forward,
-    _forward_fake,
+# y, and where it is saved the pre-activation, s1 and s2 as in ExpertMlpBackward.
+ExpertMlpOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# In the order of GRADIENTS, None where not needed.
+ExpertMlpGradients = tuple[torch.Tensor | None, ...]
+GRADIENTS = (
+    "x",
+    "weights",
+    *(f"gate_up.{part}" for part in ("data", "bias", "a", "b")),
+    *(f"down.{part}" for part in ("data", "bias", "a", "b")),
 )
 
 
-def _call_backward(
-    dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest, overwrite
-):
-    name, alpha, limit, interleaved, needs, backend = rest
-    return _backend.kernels(backend, "expert_mlp").expert_mlp_backward(
-        dy,
-        x,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        slots,
-        rows,
-        offsets,
-        weights,
-        preact,
-        Activation(name, alpha, limit),
-        interleaved,
-        needs,
-        overwrite,
-    )
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import expert_mlp
+    elif backend == "triton":
+        from gossamer.triton_kernels import expert_mlp
+    else:
+        from gossamer.cuda_kernels import expert_mlp
+    return expert_mlp
 
 
-def _backward_kernel(*args):
-    return _call_backward(*args, overwrite=False)
+def _forward(args: ExpertMlp, backend: str) -> ExpertMlpOutput:
+    return _kernels(backend).expert_mlp(args)
 
 
-def _backward_overwriting_kernel(*args):
-    return _call_backward(*args, overwrite=True)
+def _forward_fake(args: ExpertMlp) -> ExpertMlpOutput:
+    x, num_rows = args.x, args.groups.slots.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def low(weight: Weight) -> torch.Tensor | None:
+        return x.new_empty(num_rows, weight.a.shape[1], dtype=wide) if args.save and weight.a is not None else None
+
+    preact = x.new_empty(num_rows, args.gate_up.shape[1]) if args.save else None
+    return x.new_empty(x.shape), preact, low(args.gate_up), low(args.down)
 
 
-def _backward_fake(dy, x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact, *rest):
-    return empty_gradients(x, (x, gate_up, down, weights, gate_up_bias, down_bias), rest[4])
+_expert_mlp = define(
+    "expert_mlp",
+    ExpertMlp,
+    kernel=_forward,
+    fake=_forward_fake,
+    returns="(Tensor y, Tensor preact, Tensor s1, Tensor s2)",
+)
 
 
-def _backward_schema(name: str, preact: str) -> str:
-    return (
-        f"{name}(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
-        f"{_ROUTING}, {preact} preact, {_FORM}, bool[6] needs, str backend) -> "
-        "(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dweights, Tensor dgate_up_bias, Tensor ddown_bias)"
-    )
+def _backward(args: ExpertMlpBackward, backend: str, overwrite: bool = False) -> ExpertMlpGradients:
+    return _kernels(backend).expert_mlp_backward(args, overwrite)
 
 
-# needs, and the results, are in the order x, gate_up, down, weights, gate_up_bias, down_bias; others are empty.
-_expert_mlp_backward = register(_backward_schema("expert_mlp_backward", "Tensor"), _backward_kernel, _backward_fake)
+def _empty_gradient(like: torch.Tensor) -> torch.Tensor:
+    """Room for a gradient, laid out as a weight is."""
+    if like.dim() == 3 and stored_transposed(like):
+        return like.new_empty(like.shape[0], like.shape[2], like.shape[1]).transpose(1, 2)
+    return like.new_empty(like.shape)
+
+
+def _backward_fake(args: ExpertMlpBackward) -> ExpertMlpGradients:
+    inputs = args.forward.inputs().items()
+    return tuple(_empty_gradient(like) if name in args.needs else None for name, like in inputs)
+
+
+_GRADIENT_NAMES = ", ".join(f"Tensor d{name.replace('.', '_')}" for name in GRADIENTS)
+_expert_mlp_backward = define(
+    "expert_mlp_backward", ExpertMlpBackward, kernel=_backward, fake=_backward_fake, returns=f"({_GRADIENT_NAMES})"
+)
 # The same with d(preact) written over preact, which is as large as all other activations together.
-_expert_mlp_backward_ = register(
-    _backward_schema("expert_mlp_backward_", "Tensor(a!)"), _backward_overwriting_kernel, _backward_fake
+_expert_mlp_backward_ = define(
+    "expert_mlp_backward_",
+    ExpertMlpBackward,
+    kernel=functools.partial(_backward, overwrite=True),
+    fake=_backward_fake,
+    returns=f"({_GRADIENT_NAMES})",
+    mutates=("preact",),
 )
 
 
-def _setup_context(ctx, inputs, output):
-    x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, *form, save_preact, ctx.backend = inputs
-    ctx.form = form
-    _, preact = output
-    if not save_preact:
-        raise RuntimeError("gossamer::expert_mlp needs save_preact=True where a gradient is wanted")
-    ctx.mark_non_differentiable(preact)
+def _save(ctx, args: ExpertMlp, output: ExpertMlpOutput):
+    _, *saved = output
+    if not args.save:
+        raise RuntimeError("gossamer::expert_mlp needs save=True where a gradient is wanted")
+    ctx.mark_non_differentiable(*(t for t in saved if t is not None))
     # Else the backward pass would be handed (R, 2I) zeros as the gradient of preact.
     ctx.set_materialize_grads(False)
-    # A detached alias, so that the count of its storage's users tells whether someone else still holds preact.
-    preact = preact.detach()
-    ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, slots, rows, offsets, weights, preact)
+    # Detached aliases, so that the count of a storage's users tells whether someone else still holds preact.
+    return args, *(t if t is None else t.detach() for t in saved)
 
 
-def _backward(ctx, dy, _dpreact):
+def _differentiate(ctx, args: ExpertMlp, tensors: tuple, dy: torch.Tensor | None, *_):
     if dy is None:
-        return (None,) * 15
-    n = ctx.needs_input_grad
-    needs = [n[0], n[1], n[2], n[8], n[3], n[4]]
-    saved = ctx.saved_tensors
-    op = _expert_mlp_backward_ if may_overwrite(saved[-1]) else _expert_mlp_backward
-    grads = op(dy, *saved, *ctx.form, needs, ctx.backend)
-    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = (
-        g if need else None for g, need in zip(grads, needs, strict=True)
-    )
-    return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, None, None, None, dweights, *[None] * 6
+        return {}
+    preact, s1, s2 = tensors
+    overwrites = ctx.backend != "native" and may_overwrite(preact)
+    operator = _expert_mlp_backward_ if overwrites else _expert_mlp_backward
+    found = operator(ExpertMlpBackward(dy, args, preact, s1, s2, sorted(ctx.needs)), ctx.backend)
+    return {name: gradient for name, gradient in zip(GRADIENTS, found, strict=True) if name in ctx.needs}
 
 
-register_autograd("expert_mlp", _backward, _setup_context)
+_expert_mlp.differentiate(_save, _differentiate)
+
+
+def _product(rows: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: bool, backend: str) -> torch.Tensor:
+    """``rows·Wᵀ + bias`` of sorted rows, and the update's product."""
+    factors = weight.a, weight.b
+    y = rows_by_weight(rows, weight._replace(a=None, b=None), dispatch, x_grouped, True, backend)
+    if weight.a is None:
+        return y
+    a, b = (Weight(f.to(rows.dtype)) for f in factors)
+    s = rows_by_weight(rows, a, dispatch, x_grouped, True, backend)
+    return torch.add(y, rows_by_weight(s, b, dispatch, True, True, backend), alpha=weight.factor)
+
+
+def _composed(args: ExpertMlp, dispatch: Dispatch, backend: str) -> torch.Tensor:
+    """The layer as products on its dispatch, for weights that a family's fused kernels do not take."""
+    hidden = _product(args.x, args.gate_up, dispatch, False, backend)
+    act = activate(hidden, args.activation, interleaved=args.interleaved)
+    out = _product(act, args.down, dispatch, True, backend)
+    return combine_slots(out, dispatch, args.weights)
+
+
+def _with_factors(name: str, weight: Weight, factors: LowRankFactors | None, factor: float, x: torch.Tensor) -> Weight:
+    """``weight (E, N, C)`` with the update ``(a (E, r, C), b (E, N, r))``, in autocast's dtype if any."""
+    if factors is None:
+        return weight
+    if not isinstance(factors, (tuple, list)) or len(factors) != 2:
+        raise TypeError(f"{name} must be a pair (a, b) of tensors, got {type(factors).__name__}")
+    a, b = factors
+    e, n, c = weight.shape
+    check_shape(f"{name}[0]", a, (e, None, c), "(E, r, C)")
+    rank = a.shape[1]
+    check_shape(f"{name}[1]", b, (e, n, rank), "(E, N, r)")
+    check_rank(rank, n, c)
+    a, b = autocast(a, b)
+    check_factor_dtype(x, a, b)
+    check_same_device(**{"x": x, f"{name}[0]": a, f"{name}[1]": b})
+    return weight._replace(a=a, b=b, factor=factor)
 
 
 def expert_mlp(
@@ -275,31 +325,30 @@ def expert_mlp(
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")
     h = x.shape[1]
-    down_operand = as_weight("down", down, (e, h, None), "(E, H, I)")
-    wide = activation.halves * down.shape[2]
-    gate_up_operand = as_weight("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
+    second = as_weight("down", down, (e, h, None), "(E, H, I)")
+    wide = activation.halves * second.shape[2]
+    first = as_weight("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
     check_tensor("weights", weights)
     check_shape("weights", weights, (t, k), "(T, K)")
     if gate_up_bias is not None:
         check_shape("gate_up_bias", gate_up_bias, (e, wide), f"(E, {'2I' if activation.gated else 'I'})")
     if down_bias is not None:
         check_shape("down_bias", down_bias, (e, h), "(E, H)")
-    quantized = [isinstance(weight, QuantizedExpertWeight) for weight in (gate_up, down)]
-    dense = [None if few_bits else w for few_bits, w in zip(quantized, (gate_up, down), strict=True)]
-    x, *dense, gate_up_bias, down_bias = autocast(x, *dense, gate_up_bias, down_bias)
-    gate_up, down = (w if few_bits else d for few_bits, w, d in zip(quantized, (gate_up, down), dense, strict=True))
-    gate_up_lora = check_factors("gate_up_lora", gate_up_lora, x, gate_up)
-    down_lora = check_factors("down_lora", down_lora, x, down)
+    x, up_values, down_values, gate_up_bias, down_bias = autocast(
+        x, first.values, second.values, gate_up_bias, down_bias
+    )
     lora_scale = check_scale("lora_scale", lora_scale)
+    first = _with_factors("gate_up_lora", first.with_values(up_values, gate_up_bias), gate_up_lora, lora_scale, x)
+    second = _with_factors("down_lora", second.with_values(down_values, down_bias), down_lora, lora_scale, x)
     check_float("x", x, backend)
-    _backend.check_served("expert_mlp", backend, x, any(quantized))
-    check_same_dtype(x=x, gate_up=dense[0], down=dense[1], gate_up_bias=gate_up_bias, down_bias=down_bias)
+    _backend.check_served("expert_mlp", backend, x, first.quantized or second.quantized)
+    check_same_dtype(x=x, gate_up=up_values, down=down_values, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if weights.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"weights must have the dtype of x, {x.dtype}, or torch.float32, got {weights.dtype}")
     check_same_device(
         x=x,
-        gate_up=gate_up_operand.data,
-        down=down_operand.data,
+        gate_up=first.data,
+        down=second.data,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         weights=weights,
@@ -308,71 +357,22 @@ def expert_mlp(
     if backend == "reference":
         return expert_mlp_reference(
             x,
-            gate_up,
-            down,
+            gate_up if first.quantized else first.data,
+            down if second.quantized else second.data,
             dispatch,
             weights,
             activation=activation,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             interleaved=interleaved,
-            gate_up_lora=gate_up_lora,
-            down_lora=down_lora,
+            gate_up_lora=None if first.a is None else (first.a, first.b),
+            down_lora=None if second.a is None else (second.a, second.b),
             lora_scale=lora_scale,
         )
-    differentiable = (x, *dense, gate_up_bias, down_bias, weights)
-    save_preact = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
-    plain = gate_up_lora is None and down_lora is None
-    if plain and all(quantized) and not save_preact:
-        return quantized_expert_mlp(
-            x, gate_up, down, dispatch, weights, activation, gate_up_bias, down_bias, interleaved, backend
-        )
-    if any(quantized):
-        return composed_expert_mlp(
-            x,
-            gate_up,
-            down,
-            dispatch,
-            weights,
-            activation,
-            gate_up_bias,
-            down_bias,
-            interleaved,
-            gate_up_lora,
-            down_lora,
-            lora_scale,
-        )
-    if not plain:
-        return expert_mlp_lora(
-            x,
-            gate_up,
-            down,
-            gate_up_bias,
-            down_bias,
-            gate_up_lora,
-            down_lora,
-            dispatch,
-            weights,
-            activation,
-            interleaved,
-            lora_scale,
-            backend,
-        )
-    y, _ = _expert_mlp(
-        x,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        dispatch.row_slots,
-        dispatch.rows,
-        dispatch.offsets,
-        weights,
-        activation.name,
-        activation.alpha,
-        activation.limit,
-        interleaved,
-        save_preact,
-        backend,
-    )
+    parts = (x, weights, up_values, gate_up_bias, first.a, first.b, down_values, down_bias, second.a, second.b)
+    save = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+    args = ExpertMlp(x, first, second, dispatch.groups, weights, activation, interleaved, save)
+    if not _backend.serves_weights(backend, "expert_mlp", (first.kind, second.kind), save):
+        return _composed(args, dispatch, backend)
+    y, *_ = _expert_mlp(args, backend)
     return y

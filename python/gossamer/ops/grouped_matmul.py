@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -10,12 +13,12 @@ from gossamer import _backend
 from gossamer._autocast import autocast
 from gossamer._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer._layout import stored_transposed
-from gossamer.ops._registration import register, register_autograd
-from gossamer.ops._weights import as_weight
+from gossamer.ops._groups import Groups
+from gossamer.ops._records import define
+from gossamer.ops._weights import Weight, as_weight
 from gossamer.ops.dispatch import Dispatch, check_dispatch, dx_rows
 from gossamer.ops.gather_reduce import sum_slots
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
-from gossamer.ops.quantized_experts import quantized_grouped_matmul
 
 
 def grouped_matmul_reference(
@@ -44,77 +47,130 @@ def grouped_matmul_reference(
     return y.index_select(0, dispatch.rows.long()).view(dispatch.num_tokens, dispatch.top_k, y.shape[1])
 
 
-def _forward(x, weight, bias, slots, rows, offsets, x_div, y_grouped, backend):
-    return _backend.kernels(backend, "grouped_matmul").grouped_matmul(
-        x, weight, bias, slots, rows, offsets, x_div, y_grouped
-    )
+class GroupedMatmul(NamedTuple):
+    """Arguments of ``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, the bias being the weight's.
+
+    Attributes:
+        x: ``(·, C)``, or ``(·, N)`` when ``transposed``.
+        weight: ``(E, N, C)``.
+        groups: rows by expert; those behind the last group become zero.
+        x_div: row ``r`` reads row ``r`` of ``x`` when 0, else row ``slots[r] // x_div``: K in token order, 1 in slot
+            order.
+        y_grouped: rows of the result sorted by expert, else in slot order.
+        transposed: whether the product is with ``weight[e(r)]`` itself, summed over N.
+    """
+
+    x: torch.Tensor
+    weight: Weight
+    groups: Groups
+    x_div: int
+    y_grouped: bool
+    transposed: bool
 
 
-def _forward_fake(x, weight, bias, slots, rows, offsets, x_div, y_grouped, backend):
-    return x.new_empty(slots.shape[0], weight.shape[1])
+class GroupedDweight(NamedTuple):
+    """Arguments of ``dweight[e] = Σ dy[g(r)]ᵀ·x[g'(r)]`` and ``dbias[e] = Σ dy[g(r)]`` over the rows of each expert.
+
+    Attributes:
+        x: ``(·, C)``, read by ``x_div`` as in :class:`GroupedMatmul`.
+        dy: ``(·, N)``, read by ``dy_div``.
+        groups: rows by expert.
+        x_div: see ``x``.
+        dy_div: see ``dy``.
+        transposed: whether ``dweight (E, N, C)`` is stored as ``(E, C, N)``.
+        with_bias: whether ``dbias (E, N)`` is wanted.
+    """
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    groups: Groups
+    x_div: int
+    dy_div: int
+    transposed: bool
+    with_bias: bool
 
 
-# Row r of the product reads row r of x when x_div is 0, else row slots[r] // x_div: K in token order, 1 in slot order.
-_grouped_matmul = register(
-    "grouped_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor slots, Tensor rows, Tensor offsets, int x_div, "
-    "bool y_grouped, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import grouped_matmul
+    elif backend == "triton":
+        from gossamer.triton_kernels import grouped_matmul
+    else:
+        from gossamer.cuda_kernels import grouped_matmul
+    return grouped_matmul
+
+
+def _forward(args: GroupedMatmul, backend: str) -> torch.Tensor:
+    return _kernels(backend).grouped_matmul(args)
+
+
+def _forward_fake(args: GroupedMatmul) -> torch.Tensor:
+    return args.x.new_empty(args.groups.slots.shape[0], args.weight.shape[2 if args.transposed else 1])
+
+
+_grouped_matmul = define("grouped_matmul", GroupedMatmul, kernel=_forward, fake=_forward_fake, returns="Tensor")
+
+
+def _dweight(args: GroupedDweight, backend: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _kernels(backend).grouped_matmul_dweight(args)
+
+
+def _dweight_fake(args: GroupedDweight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x, (e, n, c) = args.x, (args.groups.offsets.shape[0] - 1, args.dy.shape[1], args.x.shape[1])
+    dweight = x.new_empty(e, c, n).transpose(1, 2) if args.transposed else x.new_empty(e, n, c)
+    return dweight, x.new_empty(e, n) if args.with_bias else None
+
+
+_grouped_matmul_dweight = define(
+    "grouped_matmul_dweight",
+    GroupedDweight,
+    kernel=_dweight,
+    fake=_dweight_fake,
+    returns="(Tensor dweight, Tensor dbias)",
 )
 
 
-def _dweight(x, dy, slots, offsets, x_div, dy_div, transposed, with_bias, backend):
-    return _backend.kernels(backend, "grouped_matmul").grouped_matmul_dweight(
-        x, dy, slots, offsets, x_div, dy_div, transposed, with_bias
-    )
+def _save(ctx, args: GroupedMatmul, output: torch.Tensor):
+    weight = args.weight
+    ctx.x_shape, ctx.stored_transposed = args.x.shape, stored_transposed(weight.data)
+    kept = weight if "x" in ctx.needs else weight._replace(data=None, scale=None)
+    return (args._replace(x=args.x if "weight.data" in ctx.needs else None, weight=kept._replace(bias=None)),)
 
 
-def _dweight_fake(x, dy, slots, offsets, x_div, dy_div, transposed, with_bias, backend):
-    e, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
-    dweight = x.new_empty(e, c, n).transpose(1, 2) if transposed else x.new_empty(e, n, c)
-    return dweight, x.new_empty((e, n) if with_bias else (0,))
-
-
-# dweight[e] = sum over rows r of e of dy[g(r)]ᵀ x[g'(r)] (E, N, C), stored (E, C, N) when transposed;
-# dbias[e] = sum of dy[g(r)].
-_grouped_matmul_dweight = register(
-    "grouped_matmul_dweight(Tensor x, Tensor dy, Tensor slots, Tensor offsets, int x_div, int dy_div, bool transposed, "
-    "bool with_bias, str backend) -> (Tensor dweight, Tensor dbias)",
-    _dweight,
-    _dweight_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, slots, rows, offsets, ctx.x_div, ctx.y_grouped, ctx.backend = inputs
-    ctx.with_bias = bias is not None
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, slots, rows, offsets)
-    ctx.x_shape, ctx.transposed = x.shape, stored_transposed(weight)
-
-
-def _backward(ctx, dy):
-    x, weight, slots, rows, offsets = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dy_div = 0 if ctx.y_grouped else 1
-    dx = dweight = dbias = None
-    if needs_x:
-        # dX is the same product with the weight transposed; rows that one x row fed are summed after it.
-        slots_of_dx, summed = dx_rows(slots, rows, ctx.x_shape, ctx.x_div)
-        grouped = summed or ctx.x_div == 0
-        dx = _grouped_matmul(dy, weight.transpose(1, 2), None, slots_of_dx, rows, offsets, dy_div, grouped, ctx.backend)
+def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
+    groups, dy_div, gradients = args.groups, 0 if args.y_grouped else 1, {}
+    if "x" in ctx.needs:
+        # The same product with the weight transposed; rows that one row of x fed are summed after it.
+        slots, summed = dx_rows(groups.slots, groups.rows, ctx.x_shape, args.x_div)
+        grouped, of_dx = summed or args.x_div == 0, groups._replace(slots=slots)
+        dx = _grouped_matmul(GroupedMatmul(dy, args.weight, of_dx, dy_div, grouped, not args.transposed), ctx.backend)
         if summed:
-            dx = sum_slots(dx, rows, offsets, ctx.x_div, None, ctx.backend)
-    if needs_weight:
-        dweight, dbias = _grouped_matmul_dweight(
-            x, dy, slots, offsets, ctx.x_div, dy_div, ctx.transposed, needs_bias, ctx.backend
+            dx = sum_slots(dx, groups.rows, groups.offsets, args.x_div, None, ctx.backend)
+        gradients["x"] = dx
+    with_bias = "weight.bias" in ctx.needs
+    if "weight.data" in ctx.needs:
+        gradients["weight.data"], gradients["weight.bias"] = _grouped_matmul_dweight(
+            GroupedDweight(args.x, dy, groups, args.x_div, dy_div, ctx.stored_transposed, with_bias), ctx.backend
         )
-    elif needs_bias:
+    elif with_bias:
         # A product with one column of ones: the bias gradient alone is rarely wanted, so it gets no kernel of its own.
-        ones = dy.new_ones(slots.shape[0], 1)
-        dbias, _ = _grouped_matmul_dweight(ones, dy, slots, offsets, 0, dy_div, False, False, ctx.backend)
-        dbias = dbias.squeeze(-1)
-    return dx, dweight, dbias if needs_bias else None, None, None, None, None, None, None
+        ones = dy.new_ones(groups.slots.shape[0], 1)
+        dbias, _ = _grouped_matmul_dweight(GroupedDweight(ones, dy, groups, 0, dy_div, False, False), ctx.backend)
+        gradients["weight.bias"] = dbias.squeeze(-1)
+    return gradients if with_bias else gradients | {"weight.bias": None}
+
+
+_grouped_matmul.differentiate(_save, _differentiate)
+
+
+def rows_by_weight(
+    x: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: bool, y_grouped: bool, backend: str
+) -> torch.Tensor:
+    """``(R, N)`` of :func:`grouped_matmul` for arguments that are checked; rows in slot order unless ``y_grouped``."""
+    x_div = 0 if x_grouped else dispatch.top_k
+    groups = dispatch.groups if y_grouped else Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
+    return _grouped_matmul(GroupedMatmul(x, weight, groups, x_div, y_grouped, False), backend)
 
 
 def grouped_matmul_dweight(
@@ -148,12 +204,9 @@ def grouped_matmul_dweight(
         spans = [slice(*span) for span in itertools.pairwise(ends)]
         dbias = torch.stack([dy[span].sum(0) for span in spans]) if with_bias else None
         return torch.stack([dy[span].T @ x[span] for span in spans]), dbias
-    slots, offsets = dispatch.row_slots, dispatch.offsets
-    dweight, dbias = _grouped_matmul_dweight(x, dy, slots, offsets, 0, 0, False, with_bias, backend)
+    args = GroupedDweight(x, dy, dispatch.groups, 0, 0, False, with_bias)
+    dweight, dbias = _grouped_matmul_dweight(args, backend)
     return dweight, dbias if with_bias else None
-
-
-register_autograd("grouped_matmul", _backward, _setup_context)
 
 
 def grouped_matmul(
@@ -193,23 +246,18 @@ def grouped_matmul(
     backend = _backend.resolve("grouped_matmul", x)
     e = dispatch.num_experts
     operand = as_weight("weight", weight, (e, None, None), "(E, N, C)")
-    n, c = weight.shape[1:]
+    n, c = operand.shape[1:]
     x_rows, symbols = (dispatch.buffer_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
     check_shape("x", x, (x_rows, c), symbols)
     if bias is not None:
         check_shape("bias", bias, (e, n), "(E, N)")
-    quantized = isinstance(weight, QuantizedExpertWeight)
-    x, dense, bias = autocast(x, None if quantized else weight, bias)
+    x, values, bias = autocast(x, operand.values, bias)
     check_float("x", x, backend)
-    _backend.check_served("grouped_matmul", backend, x, quantized)
-    check_same_dtype(x=x, weight=dense, bias=bias)
+    _backend.check_served("grouped_matmul", backend, x, operand.quantized)
+    check_same_dtype(x=x, weight=values, bias=bias)
     check_same_device(x=x, weight=operand.data, bias=bias, dispatch=dispatch.slots)
     if backend == "reference":
-        weight = weight if quantized else dense
+        weight = weight if operand.quantized else values
         return grouped_matmul_reference(x, weight, dispatch, bias=bias, x_grouped=x_grouped, y_grouped=y_grouped)
-    if quantized:
-        return quantized_grouped_matmul(x, weight, dispatch, bias, x_grouped, y_grouped, backend)
-    x_div = 0 if x_grouped else dispatch.top_k
-    slots = dispatch.row_slots if y_grouped else dispatch.slots
-    y = _grouped_matmul(x, dense, bias, slots, dispatch.rows, dispatch.offsets, x_div, y_grouped, backend)
+    y = rows_by_weight(x, operand.with_values(values, bias), dispatch, x_grouped, y_grouped, backend)
     return y if y_grouped else y.view(dispatch.num_tokens, dispatch.top_k, n)

@@ -32,6 +32,10 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
     num_rows = slots.shape[0]
     if k < 1 or num_rows % k:
         raise ValueError(f"k must be at least 1 and divide the R = {num_rows} rows, got {k}")
+    plain = type(slots) is torch.Tensor and slots.is_cpu and not torch.compiler.is_compiling()
+    if plain and num_rows and (int(slots.min()) < 0 or int(slots.max()) >= num_rows):
+        got = f"values from {int(slots.min())} to {int(slots.max())}"
+        raise ValueError(f"sorted_scattered_idxs must be in [0, R={num_rows}), got {got}")
     positions = torch.arange(num_rows, dtype=torch.int32, device=slots.device)
     rows = positions.scatter(0, slots.long(), positions)
     offsets = torch.cat([expert_offsets.new_zeros(1), expert_offsets]).int()

@@ -1,0 +1,86 @@
+"""Ragged groups of rows as operators take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from gossamer._checks import check_shape, check_tensor
+from gossamer.ops._registration import is_plain
+
+MAX_ROWS = 2**31 - 1
+
+
+class Groups(NamedTuple):
+    """The tensors of a :class:`gossamer.Dispatch`, contiguous int32.
+
+    Attributes:
+        slots: ``(R,)``, the slot of each sorted row: all T·K of them, or the first of a ragged dispatch.
+        rows: ``(T·K,)``, the sorted row of each slot.
+        offsets: ``(E+1,)``, where each group starts.
+    """
+
+    slots: torch.Tensor
+    rows: torch.Tensor
+    offsets: torch.Tensor
+
+
+NAMES = ("dispatch.slots", "dispatch.rows", "dispatch.offsets")
+
+
+def check_groups(
+    groups: Groups, num_rows: int, num_slots: int, num_experts: int, names: tuple[str, str, str] = NAMES
+) -> None:
+    """The tensors must be contiguous int32 of the right shapes on one device, and on the CPU fit each other.
+
+    Offsets ascend from 0 to at most ``num_rows``, all slots are there once, and ``rows`` inverts them. Contents are read where
+    that waits for nothing: of ordinary tensors on the CPU.
+
+    Args:
+        groups: what is checked.
+        num_rows: of buffers of sorted rows.
+        num_slots: T·K.
+        num_experts: E.
+        names: what messages call the three.
+
+    Raises:
+        TypeError: one is no tensor, or of another dtype.
+        ValueError: a shape, strides, a device or contents do not fit.
+    """
+    sizes = (num_slots, "(T·K,)"), (num_slots, "(T·K,)"), (num_experts + 1, "(E+1,)")
+    for name, tensor, (size, symbols) in zip(names, groups, sizes, strict=True):
+        check_tensor(name, tensor)
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be torch.int32, got {tensor.dtype}")
+        check_shape(name, tensor, (size,), symbols)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {tensor.stride(0)}")
+    slots, rows, offsets = groups
+    of_slots, of_rows, of_offsets = names
+    for name, tensor in ((of_rows, rows), (of_offsets, offsets)):
+        if tensor.device != slots.device:
+            raise ValueError(f"{name} must be on the device of {of_slots}, {slots.device}, got {tensor.device}")
+    if not slots.is_cpu or not is_plain(groups):
+        return
+    first, last, falls = int(offsets[0]), int(offsets[-1]), (offsets.diff() < 0).nonzero()
+    if first != 0 or last > num_rows or falls.numel():
+        got = f"a fall after {int(offsets[falls[0, 0]])}" if falls.numel() else f"{first} to {last}"
+        raise ValueError(f"{of_offsets} must ascend from 0 to at most {num_rows} rows, got {got}")
+    if not num_slots:
+        return
+    for name, tensor, limit, words in (
+        (of_slots, slots, num_slots, f"T·K={num_slots}"),
+        (of_rows, rows, MAX_ROWS, f"{MAX_ROWS}"),
+    ):
+        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= limit):
+            got = f"values from {int(tensor.min())} to {int(tensor.max())}"
+            raise ValueError(f"{name} must be in [0, {words}), got {got}")
+    found = rows.index_select(0, slots)
+    wrong = (found != torch.arange(num_slots, dtype=torch.int32, device="cpu")).nonzero()
+    if wrong.numel():
+        row = int(wrong[0, 0])
+        raise ValueError(
+            f"{of_rows} must be the inverse of {of_slots}, each slot there once, got row {int(found[row])} for slot "
+            f"{int(slots[row])} of row {row}"
+        )
