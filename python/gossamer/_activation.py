@@ -81,6 +81,9 @@ class Activation:
         return 2 if self.gated else 1
 
 
+_NAMED = {name: Activation(name) for name in ACTIVATIONS}
+
+
 def check_interleaved(interleaved: bool, activation: Activation) -> None:
     """``interleaved`` must be a bool, and true for a gated activation alone."""
     if not isinstance(interleaved, bool):
@@ -94,7 +97,7 @@ def as_activation(activation: str | Activation) -> Activation:
     if isinstance(activation, Activation):
         return activation
     if isinstance(activation, str):
-        return Activation(activation)
+        return _NAMED.get(activation) or Activation(activation)
     raise TypeError(f"activation must be a str or gossamer.Activation, got {type(activation).__name__}")
 
 

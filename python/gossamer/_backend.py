@@ -279,7 +279,7 @@ for _family in FAMILIES.values():
 
 def _default(primitive: str, device_type: str) -> str:
     preferred = _PREFERRED.get((primitive, device_type), "reference")
-    return "reference" if unavailable(preferred, device_type) else preferred
+    return "reference" if preferred == "reference" or FAMILIES[preferred].missing() else preferred
 
 
 def transformed() -> bool:

@@ -59,9 +59,9 @@ def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) ->
             continue
         value = getattr(tensor, attribute)
         if first is None:
-            first = name, value
-        elif value != first[1]:
-            return *first, name, value
+            first_name, first = name, value
+        elif value != first:
+            return first_name, first, name, value
     return None
 
 

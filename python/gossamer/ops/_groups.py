@@ -34,8 +34,8 @@ def check_groups(
 ) -> None:
     """The tensors must be contiguous int32 of the right shapes on one device, and on the CPU fit each other.
 
-    Offsets ascend from 0 to at most ``num_rows``, all slots are there once, and ``rows`` inverts them. Contents are read where
-    that waits for nothing: of ordinary tensors on the CPU.
+    Offsets ascend from 0 to at most ``num_rows``, all slots are there once, and ``rows`` inverts them. Contents are
+    read where that waits for nothing: of ordinary tensors on the CPU.
 
     Args:
         groups: what is checked.
@@ -69,13 +69,9 @@ def check_groups(
         raise ValueError(f"{of_offsets} must ascend from 0 to at most {num_rows} rows, got {got}")
     if not num_slots:
         return
-    for name, tensor, limit, words in (
-        (of_slots, slots, num_slots, f"T·K={num_slots}"),
-        (of_rows, rows, MAX_ROWS, f"{MAX_ROWS}"),
-    ):
-        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= limit):
-            got = f"values from {int(tensor.min())} to {int(tensor.max())}"
-            raise ValueError(f"{name} must be in [0, {words}), got {got}")
+    low, high = int(slots.min()), int(slots.max())
+    if low < 0 or high >= num_slots:
+        raise ValueError(f"{of_slots} must be in [0, T·K={num_slots}), got values from {low} to {high}")
     found = rows.index_select(0, slots)
     wrong = (found != torch.arange(num_slots, dtype=torch.int32, device="cpu")).nonzero()
     if wrong.numel():

@@ -199,7 +199,7 @@ class Operator:
         schema = f"{name}({layout.schema(mutates)}, str backend) -> {returns}"
         register(schema, flat_kernel, flat_fake)
         self._dispatched = getattr(torch.ops.gossamer, name).default
-        self._kernel = on_its_device(kernel)
+        self._kernel, self._kernel_there = kernel, on_its_device(kernel)
         self._steps = tuple(tuple(path.split(".")) for path in layout.paths)
         self._tensor_places = [i for i, kind in enumerate(layout.schema_types) if kind in ("Tensor", "Tensor?")]
         self._tensors = _tuple_getter(attrgetter, [layout.paths[i] for i in self._tensor_places])
@@ -211,10 +211,11 @@ class Operator:
             # torch.compile traces getattr, but no operator.attrgetter.
             return self._dispatched(*[_walk(args, steps) for steps in self._steps], backend)
         tensors = self._tensors(args)
-        if not self._direct or not is_plain(tensors):
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not self._direct or not is_plain(given):
             return self._dispatched(*self._layout.flatten(args), backend)
-        if not (is_grad_enabled() and _any_requires_grad(*tensors)):
-            return self._kernel(args, backend)
+        if not (is_grad_enabled() and _any_requires_grad(*given)):
+            return (self._kernel if given[0].is_cpu else self._kernel_there)(args, backend)
         if self._function is None:
             return self._dispatched(*self._layout.flatten(args), backend)
         return self._function.apply(*tensors, args, backend)

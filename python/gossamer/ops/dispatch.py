@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.compiler import is_compiling
@@ -35,6 +36,9 @@ class Dispatch:
     top_k: int
     num_experts: int
     max_rows: int | None = None
+
+    # The changes to its tensors when they were last looked through; None for never.
+    _checked: ClassVar[int | None] = None
 
     @property
     def num_rows(self) -> int:
@@ -77,15 +81,21 @@ def check_dispatch(dispatch: object) -> None:
     """
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
-    if not is_compiling() and dispatch.__dict__.get("_checked") != (changes := _changes(dispatch)):
-        check_positive(**{"dispatch.num_experts": dispatch.num_experts, "dispatch.top_k": dispatch.top_k})
-        num_slots = dispatch.num_tokens * dispatch.top_k
-        check_max_rows(dispatch.max_rows)
-        if dispatch.buffer_rows > num_slots:
-            raise ValueError(f"dispatch.max_rows must be at most T·K={num_slots}, got {dispatch.max_rows}")
-        groups = Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
-        check_groups(groups, dispatch.buffer_rows, num_slots, dispatch.num_experts)
-        dispatch.__dict__["_checked"] = changes
+    if is_compiling() or dispatch._checked == _changes(dispatch):
+        return
+    check_positive(**{"dispatch.num_experts": dispatch.num_experts, "dispatch.top_k": dispatch.top_k})
+    num_slots = dispatch.num_tokens * dispatch.top_k
+    check_max_rows(dispatch.max_rows)
+    if dispatch.buffer_rows > num_slots:
+        raise ValueError(f"dispatch.max_rows must be at most T·K={num_slots}, got {dispatch.max_rows}")
+    groups = Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
+    check_groups(groups, dispatch.buffer_rows, num_slots, dispatch.num_experts)
+    _trust(dispatch)
+
+
+def _trust(dispatch: Dispatch) -> None:
+    """Remember that its tensors are right as they are."""
+    object.__setattr__(dispatch, "_checked", _changes(dispatch))
 
 
 def check_max_rows(max_rows: int | None) -> None:
@@ -218,5 +228,5 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
         bound = _buffer_rows(offsets, bound)
     made = Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)
     if not is_compiling():
-        made.__dict__["_checked"] = _changes(made)
+        _trust(made)
     return made

@@ -246,18 +246,19 @@ def grouped_matmul(
     backend = _backend.resolve("grouped_matmul", x)
     e = dispatch.num_experts
     operand = as_weight("weight", weight, (e, None, None), "(E, N, C)")
-    n, c = operand.shape[1:]
+    _, n, c = weight.shape
     x_rows, symbols = (dispatch.buffer_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
     check_shape("x", x, (x_rows, c), symbols)
     if bias is not None:
         check_shape("bias", bias, (e, n), "(E, N)")
+    quantized = operand.quantized
     x, values, bias = autocast(x, operand.values, bias)
     check_float("x", x, backend)
-    _backend.check_served("grouped_matmul", backend, x, operand.quantized)
+    _backend.check_served("grouped_matmul", backend, x, quantized)
     check_same_dtype(x=x, weight=values, bias=bias)
     check_same_device(x=x, weight=operand.data, bias=bias, dispatch=dispatch.slots)
     if backend == "reference":
-        weight = weight if operand.quantized else values
+        weight = weight if quantized else values
         return grouped_matmul_reference(x, weight, dispatch, bias=bias, x_grouped=x_grouped, y_grouped=y_grouped)
     y = rows_by_weight(x, operand.with_values(values, bias), dispatch, x_grouped, y_grouped, backend)
     return y if y_grouped else y.view(dispatch.num_tokens, dispatch.top_k, n)
