@@ -1,5 +1,6 @@
 """gossamer.dispatch: the sort itself, its edges, its errors, and how it composes with compile, graphs and streams."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -199,6 +200,50 @@ def test_errors(ids, num_experts, error, message):
     """Each documented error names the argument, the rule and the value."""
     with pytest.raises(error, match=message):
         gossamer.dispatch(ids, num_experts)
+
+
+BY_HAND = {
+    "int16": ({"slots": lambda t: t.short()}, TypeError, "dispatch.slots must be torch.int32, got torch.int16"),
+    "int64": ({"slots": lambda t: t.long()}, TypeError, "dispatch.slots must be torch.int32, got torch.int64"),
+    "strided": (
+        {"slots": lambda t: t.repeat_interleave(2)[::2]},
+        ValueError,
+        "dispatch.slots must be contiguous, got stride 2",
+    ),
+    "beyond": ({"slots": lambda t: t + 100}, ValueError, r"dispatch.slots must be in \[0, T·K=8\), got .* 100 to 107"),
+    "offsets": ({"offsets": lambda t: t + 1000}, ValueError, "must ascend from 0 to at most 8 rows, got 1000 to 1005"),
+    "falling": ({"offsets": lambda t: t.flip(0).contiguous()}, ValueError, "got a fall after 5"),
+    "foreign rows": ({"rows": torch.zeros_like}, ValueError, "dispatch.rows must be the inverse of dispatch.slots"),
+    "meta": ({"rows": lambda t: t.to("meta")}, ValueError, "dispatch.rows must be on the device of dispatch.slots"),
+    "a bound below": ({"max_rows": lambda _: 2}, ValueError, "must ascend from 0 to at most 2 rows, got 0 to 5"),
+    "more experts": ({"num_experts": lambda _: 4}, ValueError, r"dispatch.offsets must have shape \(E\+1,\) = \(5\)"),
+    "more tokens": ({"num_tokens": lambda _: 5}, ValueError, r"dispatch.slots must have shape \(T·K,\) = \(10\)"),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_dispatches_made_by_hand_are_checked(name):
+    """Parts that do not fit are refused by name before any kernel reads them."""
+    change, error, message = BY_HAND[name]
+    made = gossamer.dispatch(torch.tensor([[0, 1], [2, 0], [1, 3], [3, 3]]), 3)
+    foreign = dataclasses.replace(made, **{field: alter(getattr(made, field)) for field, alter in change.items()})
+    x, weights = torch.randn(4, 8), torch.rand(4, 2)
+    with pytest.raises(error, match=message):
+        gossamer.grouped_matmul(x, torch.randn(3, 5, 8), foreign)
+    with pytest.raises(error, match=message):
+        gossamer.expert_mlp(x, torch.randn(3, 6, 8), torch.randn(3, 8, 3), foreign, weights)
+
+
+def test_a_dispatch_is_looked_through_again_when_it_changes():
+    """What was found right is not read again, and what changed since is."""
+    made = gossamer.dispatch(torch.tensor([[0, 1], [2, 0]]), 3)
+    copy = dataclasses.replace(made)
+    x, weight = torch.randn(2, 8), torch.randn(3, 5, 8)
+    expected = gossamer.grouped_matmul(x, weight, made)
+    assert torch.equal(gossamer.grouped_matmul(x, weight, copy), expected)
+    copy.offsets[-1] = 99
+    with pytest.raises(ValueError, match=r"dispatch\.offsets must ascend from 0 to at most 4 rows, got 0 to 99"):
+        gossamer.grouped_matmul(x, weight, copy)
 
 
 def test_negative_ids(kernel_backend, device):

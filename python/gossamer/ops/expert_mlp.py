@@ -295,7 +295,8 @@ def expert_mlp(
             as ``gate_up.transpose(1, 2)`` and is not copied; so too for ``down``.
         down: ``(E, H, I)``. Either may be a frozen :class:`gossamer.QuantizedExpertWeight` of that shape, dequantised
             inside the kernels. Where a gradient of another argument is wanted beside one, the layer is a composition
-            of :func:`gossamer.grouped_matmul` that keeps the pre-activation and the activation.
+            of :func:`gossamer.grouped_matmul` that keeps the pre-activation and the activation; it rounds them, so that
+            the last bits of its result are not those of the same call without gradients.
         dispatch: from :func:`gossamer.dispatch`, with the same T and E.
         weights: ``(T, K)`` routing weights; the dtype of ``x``, or float32.
         activation: a name of :class:`gossamer.Activation`, or one with its constants.
