@@ -1,6 +1,6 @@
 // The products on Hopper GPUs, and, for tests on the host, the logic that their kernels share with it.
 #include "bindings/arguments.h"
-#include "bindings/expert_arguments.h"
+#include "bindings/names.h"
 #include "bindings/register.h"
 #include "cuda/hopper/activation.h"
 #include "cuda/hopper/pipeline.h"
