@@ -169,11 +169,6 @@ class OperatorLog(TorchDispatchMode):
         return [call for call in self.calls if call[0] == name]
 
 
-def flat(args: NamedTuple, backend: str) -> tuple:
-    """A record of arguments as the operator over it takes them through the dispatcher."""
-    return *Layout(type(args)).flatten(args), backend
-
-
 def saved_tensors(function: Callable, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors that the graph of ``function()`` keeps for its backward pass, without the parameters themselves."""
     known = {p.data_ptr() for p in parameters}
