@@ -9,6 +9,7 @@
 #include "bindings/activate.cpp"
 #include "bindings/block_sparse.cpp"
 #include "bindings/causal_conv1d.cpp"
+#include "bindings/delta_rule.cpp"
 #include "bindings/dispatch.cpp"
 #include "bindings/expert_mlp.cpp"
 #include "bindings/expert_topology.cpp"
@@ -68,4 +69,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_activate(m);
   gossamer::bindings::register_topk_routing(m);
   gossamer::bindings::register_causal_conv1d(m);
+  gossamer::bindings::register_delta_rule(m);
 }

@@ -35,7 +35,12 @@ def _backends(primitive: str) -> list[str]:
         names = ["triton"]
         if found and importlib.util.find_spec(f"gossamer.cuda_kernels.{primitive}"):
             names.append("cuda")
-    return [name for name in names if _backend.unavailable(name, DEVICE) is None]
+    known = primitive in _backend.primitives()
+    return [
+        name
+        for name in names
+        if _backend.unavailable(name, DEVICE) is None and (not known or primitive in _backend.FAMILIES[name].primitives)
+    ]
 
 
 if DEVICE == "cpu" and importlib.util.find_spec("triton"):

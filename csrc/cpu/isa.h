@@ -6,6 +6,7 @@
 #include "cpu/activate.h"
 #include "cpu/block_sparse.h"
 #include "cpu/causal_conv1d.h"
+#include "cpu/delta_rule.h"
 #include "cpu/expert_mlp.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/grouped_matmul.h"
@@ -51,6 +52,10 @@ struct Kernels {
   void (*causal_conv1d)(const CausalConvForwardArgs& args, Team::Range rows, Team::Range channels);
   void (*causal_conv1d_backward)(const CausalConvBackwardArgs& args, void* partial, Team team);
   void (*causal_conv1d_step)(const CausalConvStepArgs& args, int64_t begin, int64_t end);
+  void (*delta_rule)(const DeltaRuleArgs& args, void* shared, int num_threads, Team team);
+  void (*delta_rule_backward)(const DeltaRuleBackwardArgs& args, void* shared, int num_threads, Team team);
+  void (*delta_rule_step)(const DeltaRuleArgs& args, int64_t begin, int64_t end);
+  void (*gate_backward)(const GateBackwardArgs& args, int64_t begin, int64_t end);
 };
 
 namespace generic {

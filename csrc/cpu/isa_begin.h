@@ -10,6 +10,7 @@
 #include <memory>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/dtype.h"
 #include "cpu/isa.h"

@@ -25,11 +25,17 @@
 #include "cpu/activate_kernel.h"
 #include "cpu/topk_routing_kernel.h"
 #include "cpu/causal_conv1d_kernel.h"
+#include "cpu/delta_rule_tile_kernel.h"
+#include "cpu/delta_rule_channel_kernel.h"
+#include "cpu/delta_rule_kernel.h"
+#include "cpu/delta_rule_backward_kernel.h"
+#include "cpu/delta_rule_step_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
   GOSSAMER_BF16_DOT, false, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, \
       grouped_matmul_dweight, multi_low_rank, multi_low_rank_backward, expert_mlp, expert_mlp_backward, \
       quantized_grouped_matmul, quantized_expert_mlp, rank_product, low_rank_matmul, block_product, sampled_product, \
       rectangle_product, outer_rectangles, sampled_rectangles, activate_rows, activate_backward_rows, topk_routing, \
-      topk_routing_backward, causal_conv1d, causal_conv1d_backward, causal_conv1d_step
+      topk_routing_backward, causal_conv1d, causal_conv1d_backward, causal_conv1d_step, delta_rule, delta_rule_backward, \
+      delta_rule_step, gate_backward
 #endif

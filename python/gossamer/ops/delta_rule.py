@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from gossamer import _backend
 from gossamer._autocast import autocast
 from gossamer._checks import (
     check_float,
@@ -18,6 +22,155 @@ from gossamer._checks import (
 )
 from gossamer.ops import _delta_rule_reference
 from gossamer.ops._delta_rule_reference import DeltaRule, accumulator
+from gossamer.ops._records import define
+from gossamer.ops._registration import is_plain
+
+# Tokens between the states that the forward pass of a family keeps for the backward pass.
+CHECKPOINT_TOKENS = {"native": 256}
+
+
+class DeltaRuleForward(NamedTuple):
+    """Arguments of the operator: those of the delta rule, and how far apart states are kept (0: none are)."""
+
+    args: DeltaRule
+    checkpoint_tokens: int
+
+    @property
+    def checkpoint_shape(self) -> tuple[int, int, int, int]:
+        """Of the states that are kept, those before tokens ``0, checkpoint_tokens, ...`` of each sequence.
+
+        Sequence n of a pack, which begins at token b, has its own from row ``b // checkpoint_tokens + n`` on, of a
+        batch from ``n·ceil(T / checkpoint_tokens)`` on. No row is written past a sequence's last.
+        """
+        b, t = self.args.q.shape[:2]
+        if not self.checkpoint_tokens:
+            return (0, 0, 0, 0)
+        if self.args.cu_seqlens is None:
+            rows = b * ((t + self.checkpoint_tokens - 1) // self.checkpoint_tokens)
+        else:
+            rows = t // self.checkpoint_tokens + self.args.num_sequences
+        return rows, *self.args.state_shape[1:]
+
+
+# Dtypes of the operands, and what sums and states of each are held in.
+_WIDE = {dtype: accumulator(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+# What has a gradient, in the order of the operator's results.
+_GRADIENTS = ("q", "k", "v", "beta", "g", "a_log", "dt_bias", "initial_state")
+
+
+class DeltaRuleBackward(NamedTuple):
+    """Arguments of the gradients: those of the forward pass, and what it kept and gets back.
+
+    Attributes:
+        forward: the forward pass's.
+        checkpoints: the states that it kept.
+        d_o: the gradient of its output.
+        dfinal_state: that of the final state, or None.
+        wanted: which gradients are, in the order of q, k, v, beta, g, a_log, dt_bias and initial_state.
+    """
+
+    forward: DeltaRuleForward
+    checkpoints: torch.Tensor
+    d_o: torch.Tensor
+    dfinal_state: torch.Tensor | None
+    wanted: list[bool]
+
+    @property
+    def names(self) -> set[str]:
+        """The fields of the delta rule whose gradients are wanted."""
+        return {name for name, wanted in zip(_GRADIENTS, self.wanted, strict=True) if wanted}
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import delta_rule
+    else:
+        from gossamer.triton_kernels import delta_rule
+    return delta_rule
+
+
+def _empty_unless(found: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if found is None else found
+
+
+def _forward(call: DeltaRuleForward, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (check_pack if backend == "native" else check_values)(call.args)
+    o, final_state, checkpoints = _kernels(backend).delta_rule(call)
+    wide = o.new_empty(0, dtype=accumulator(o.dtype))
+    return o, _empty_unless(final_state, wide), _empty_unless(checkpoints, wide)
+
+
+def _forward_fake(call: DeltaRuleForward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    args, dtype = call.args, accumulator(call.args.q.dtype)
+    final_shape = args.state_shape if args.output_final_state else (0,)
+    checkpoint_shape = call.checkpoint_shape if call.checkpoint_tokens else (0,)
+    o = args.v.new_empty(args.v.shape)
+    return o, o.new_empty(final_shape, dtype=dtype), o.new_empty(checkpoint_shape, dtype=dtype)
+
+
+_delta_rule = define(
+    "delta_rule",
+    DeltaRuleForward,
+    kernel=_forward,
+    fake=_forward_fake,
+    returns="(Tensor o, Tensor final_state, Tensor checkpoints)",
+)
+
+
+def _backward(call: DeltaRuleBackward, backend: str) -> tuple[torch.Tensor, ...]:
+    found = _kernels(backend).delta_rule_backward(call)
+    return tuple(_empty_unless(found.get(name), call.d_o) for name in _GRADIENTS)
+
+
+def _backward_fake(call: DeltaRuleBackward) -> tuple[torch.Tensor, ...]:
+    args, wanted = call.forward.args, call.names
+    return tuple(
+        getattr(args, name).new_empty(getattr(args, name).shape) if name in wanted else call.d_o.new_empty(0)
+        for name in _GRADIENTS
+    )
+
+
+_delta_rule_backward = define(
+    "delta_rule_backward",
+    DeltaRuleBackward,
+    kernel=_backward,
+    fake=_backward_fake,
+    returns=f"({', '.join(f'Tensor d{name}' for name in _GRADIENTS)})",
+)
+
+
+def _save(ctx, call: DeltaRuleForward, output):
+    ctx.set_materialize_grads(False)
+    return call, output[2]
+
+
+def _differentiate(ctx, call: DeltaRuleForward, tensors, d_o, dfinal_state, _):
+    if d_o is None and dfinal_state is None:
+        return {}
+    if d_o is None:
+        d_o = torch.zeros_like(call.args.v)
+    wanted = [f"args.{name}" in ctx.needs for name in _GRADIENTS]
+    found = _delta_rule_backward(DeltaRuleBackward(call, *tensors, d_o, dfinal_state, wanted), ctx.backend)
+    return {f"args.{name}": d for name, d, want in zip(_GRADIENTS, found, wanted, strict=True) if want}
+
+
+_delta_rule.differentiate(_save, _differentiate)
+
+
+def _step(args: DeltaRule, backend: str) -> torch.Tensor:
+    if backend != "native":
+        check_values(args)
+    return _kernels(backend).delta_rule_step(args)
+
+
+def _step_fake(args: DeltaRule) -> torch.Tensor:
+    return args.v.new_empty(args.v.shape)
+
+
+_delta_rule_step = define(
+    "delta_rule_step", DeltaRule, kernel=_step, fake=_step_fake, returns="Tensor", mutates=("initial_state",)
+)
 
 
 def _check_dims(name: str, tensor: torch.Tensor, dims: int, symbols: str) -> None:
@@ -113,21 +266,25 @@ def _record(
     )
 
 
-def check_values(args: DeltaRule) -> None:
-    """On the CPU: beta in [0, 2], no log decay above 0, ``cu_seqlens`` ascending from 0 to T."""
-    if not args.q.is_cpu:
+def check_pack(args: DeltaRule) -> None:
+    """On the CPU: ``cu_seqlens`` ascends from 0 to T."""
+    if args.cu_seqlens is None or not args.q.is_cpu:
         return
-    if args.cu_seqlens is not None:
-        bounds = args.cu_seqlens.tolist()
-        length = args.q.shape[1]
-        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must ascend from 0 to T={length}, got {bounds}")
-    if args.beta.numel():
-        least, most = (float(x) for x in args.beta.detach().aminmax())
-        if least < 0 or most > 2:
-            raise ValueError(f"beta must be in [0, 2], got values from {least} to {most}")
-        if args.g is not None and args.a_log is None and (most := float(args.g.detach().amax())) > 0:
-            raise ValueError(f"g must be at most 0, the logarithm of a decay, got {most}")
+    bounds, length = args.cu_seqlens.tolist(), args.q.shape[1]
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must ascend from 0 to T={length}, got {bounds}")
+
+
+def check_values(args: DeltaRule) -> None:
+    """On the CPU: beta in [0, 2], no log decay above 0, and :func:`check_pack`. The native kernels look themselves."""
+    check_pack(args)
+    if not args.q.is_cpu or not args.beta.numel():
+        return
+    least, most = (float(x) for x in args.beta.detach().aminmax())
+    if least < 0 or most > 2:
+        raise ValueError(f"beta must be in [0, 2], got {least if least < 0 else most}")
+    if args.g is not None and args.a_log is None and (most := float(args.g.detach().amax())) > 0:
+        raise ValueError(f"g must be at most 0, the logarithm of a decay, got {most}")
 
 
 def delta_rule(
@@ -206,10 +363,48 @@ def delta_rule(
         dt_bias,
         lower_bound,
     )
-    check_float("q", args.q, "reference")
-    if not torch.compiler.is_compiling():
-        check_values(args)
-    return _delta_rule_reference.chunked(args)
+    backend = _backend.resolve("delta_rule", args.q)
+    check_float("q", args.q, backend)
+    if backend == "reference":
+        if not torch.compiler.is_compiling():
+            check_values(args)
+        return _delta_rule_reference.chunked(args)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:8])
+    o, final_state, _ = _delta_rule(
+        DeltaRuleForward(args, CHECKPOINT_TOKENS[backend] if differentiated else 0), backend
+    )
+    return o, final_state if output_final_state else None
+
+
+def _is_plain_step(q, k, v, beta, state, g) -> bool:
+    """Whether a look at each operand is all that its checks and the dispatcher would do.
+
+    A step takes less time than they do.
+    """
+    operands = (q, k, v, beta, state) if g is None else (q, k, v, beta, state, g)
+    if not all(type(x) is torch.Tensor and x.is_cpu for x in operands) or not is_plain(operands):
+        return False
+    shape, dtype = q.shape, q.dtype
+    if v.dim() != 3 or len(shape) != 3 or not v.shape[1] or torch.is_autocast_enabled("cpu"):
+        return False
+    b, heads, value_size = v.shape
+    wide = _WIDE.get(dtype)
+    return (
+        wide is not None
+        and k.shape == shape
+        and shape[0] == b
+        and min(shape[1], shape[2], value_size) > 0
+        and heads % shape[1] == 0
+        and beta.shape == (b, heads)
+        and state.shape == (b, heads, shape[2], value_size)
+        and (g is None or g.shape == (b, heads) or g.shape == (b, heads, shape[2]))
+        and k.dtype == v.dtype == dtype
+        and state.dtype == wide
+        and beta.dtype in (dtype, wide)
+        and (g is None or g.dtype in (dtype, wide))
+        and state.is_contiguous()
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in operands))
+    )
 
 
 def delta_rule_step(
@@ -248,6 +443,11 @@ def delta_rule_step(
         TypeError, ValueError: as :func:`delta_rule` does; also where ``state`` is not contiguous, and where gradients
             are enabled and an argument requires one.
     """
+    if A_log is None and _is_plain_step(q, k, v, beta, state, g) and _backend.resolve("delta_rule", q) == "native":
+        scale = q.shape[2] ** -0.5 if scale is None else float(check_scale("scale", scale))
+        o = _kernels("native").step_of_tokens(q, k, v, beta, g, state, scale, use_qk_l2norm)
+        torch.autograd.graph.increment_version(state)
+        return o
     for name, tensor, dims, symbols in (
         ("q", q, 3, "(B, H_k, D_k)"),
         ("k", k, 3, "(B, H_k, D_k)"),
@@ -265,9 +465,12 @@ def delta_rule_step(
         raise ValueError(f"state must be contiguous, got strides {state.stride()} for shape {tuple(state.shape)}")
     tokens = (x if x is None else x.unsqueeze(1) for x in (q, k, v, beta, g))
     args = _record(*tokens, scale, state, False, None, use_qk_l2norm, A_log, dt_bias, lower_bound)
-    check_float("q", args.q, "reference")
+    backend = _backend.resolve("delta_rule", args.q)
+    check_float("q", args.q, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:8]):
         raise ValueError("delta_rule_step has no derivative: use torch.no_grad(), or delta_rule with T = 1")
+    if backend != "reference":
+        return _delta_rule_step(args, backend).squeeze(1)
     if not torch.compiler.is_compiling():
         check_values(args)
     o, last = _delta_rule_reference.recurrent(args._replace(output_final_state=True))
