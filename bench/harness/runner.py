@@ -48,6 +48,7 @@ FAMILIES = (
     "activate",
     "causal_conv1d",
     "multi_low_rank",
+    "delta_rule",
     "expert_mlp_lora",
 )
 BUDGET = {"quick": 9.0, "full": 30.0}

@@ -314,6 +314,8 @@ def requests_of(family: Family, device: str, **options) -> list[Request]:
     """Requests for a family's cases in small sizes."""
     sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3, "L": 100} if "N" in family.symbols else LARGER
     sizes |= {"M": 40, "C": 48, "r": 4, "A": 3, "R": 40}
+    if "HK" in family.symbols:
+        sizes = {"B": 1, "T": 80, "HK": 1, "H": 2, "D": 16, "G": 1, "N": 3}
     if "BLOCK" in family.symbols:
         sizes = {"M": 40, "N": 96, "K": 64, "BLOCK": 16, "SPARSE": 60}
     shape = ",".join(str(sizes[s]) for s in family.symbols)
