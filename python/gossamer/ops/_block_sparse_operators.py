@@ -82,7 +82,9 @@ class BlockProduct(NamedTuple):
 
 def topology_lists(topology: BlockTopology) -> BlockLists:
     """The lists of a topology whose ``order`` is None."""
-    return BlockLists(*(getattr(topology, name) for name in BlockLists._fields))
+    t = topology
+    rows, columns = (t.row_offsets, t.column_indices, t.row_indices), (t.column_offsets, t.row_indices_t, t.order_t)
+    return BlockLists(*rows, *columns, t.row_schedule, t.column_schedule, t.live_rows)
 
 
 @functools.cache

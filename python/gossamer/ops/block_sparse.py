@@ -27,7 +27,7 @@ from gossamer.ops._block_sparse_operators import (
     topology_lists,
 )
 from gossamer.ops.activate import activate
-from gossamer.ops.block_topology import BlockTopology, check_topology, check_whole_blocks
+from gossamer.ops.block_topology import BlockTopology, check_parts, check_topology, check_whole_blocks
 from gossamer.ops.gather_reduce import gather_reduce
 
 
@@ -46,7 +46,7 @@ class BlockSparseTensor:
     topology: BlockTopology
 
     def __post_init__(self) -> None:
-        check_topology(self.topology)
+        check_parts(self.topology)
         check_shape("values", self.values, (self.topology.nnz_blocks, *self.topology.block), "(nnz, bm, bn)")
         check_same_device(values=self.values, topology=self.topology.row_offsets)
 
@@ -346,10 +346,9 @@ def dsd(
     activation = _check_epilogue(bias, b.shape[-1], "(N,)", activation)
     backend = _backend.resolve("block_sparse", b)
     values, b, bias = _operands(backend, s=s.values, b=b, bias=bias)
-    s = BlockSparseTensor(values, s.topology)
     if backend == "reference":
-        return dsd_reference(s, b, bias=bias, activation=activation)
-    return _sparse_product(s, b, bias, activation, False, backend)
+        return dsd_reference(BlockSparseTensor(values, s.topology), b, bias=bias, activation=activation)
+    return _sparse_product(values, s.topology, b, bias, activation, False, backend)
 
 
 def dds(
@@ -381,30 +380,36 @@ def dds(
     activation = _check_epilogue(bias, s.shape[1], "(cols,)", activation)
     backend = _backend.resolve("block_sparse", a)
     a, values, bias = _operands(backend, a=a, s=s.values, bias=bias)
-    s = BlockSparseTensor(values, s.topology)
     if backend == "reference":
-        return dds_reference(a, s, bias=bias, activation=activation)
-    return _sparse_product(s.t(), a.mT, bias, activation, True, backend).t()
+        return dds_reference(a, BlockSparseTensor(values, s.topology), bias=bias, activation=activation)
+    return _sparse_product(values, s.topology, a.mT, bias, activation, True, backend).t()
 
 
 def _check_sparse(name: str, value: object) -> None:
     if not isinstance(value, BlockSparseTensor):
         raise TypeError(f"{name} must be a gossamer.BlockSparseTensor, got {type(value).__name__}")
+    check_topology(value.topology)
 
 
 def _sparse_product(
-    s: BlockSparseTensor,
+    values: torch.Tensor,
+    topology: BlockTopology,
     b: torch.Tensor,
     bias: torch.Tensor | None,
     activation: Activation | None,
-    by_columns: bool,
+    flipped: bool,
     backend: str,
 ) -> torch.Tensor:
-    stored, transposed = _stored(s.topology), s.topology.order is not None
-    values = s.values.transpose(1, 2) if transposed else s.values
+    """``act(s·b + bias)``, stored row after row; ``flipped`` with sᵀ for s, and column after column."""
+    if topology.order is not None:
+        # The values are stored as those of the matrix that this one is a view of.
+        topology, values, transposed = topology.transposed(), values.transpose(1, 2), not flipped
+    else:
+        transposed = flipped
+    lists = topology_lists(topology)
 
     def product(name: str | None) -> torch.Tensor:
-        args = BlockProduct(values, b, bias, topology_lists(stored), transposed, by_columns, activation=name)
+        args = BlockProduct(values, b, bias, lists, transposed, flipped, activation=name)
         return dsd_operator(args, backend)
 
     return _with_activation(product, activation, (values, b, bias))

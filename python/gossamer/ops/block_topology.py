@@ -5,8 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch.compiler import is_compiling
 
-from gossamer._checks import check_index, check_same_device, check_shape
+from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._trusted import (
+    MARK,
+    check_indices,
+    check_offsets,
+    check_permutation,
+    check_range,
+    is_readable,
+    mark,
+    version,
+)
 from gossamer.ops._expert_topology import expert_places, expert_topology, longest_first, offsets_of
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 
@@ -107,7 +118,7 @@ class BlockTopology:
 
     def transposed(self) -> BlockTopology:
         """The topology of the transposed matrix over the same values: the two lists change places, nothing is moved."""
-        return BlockTopology(
+        transposed = BlockTopology(
             (self.shape[1], self.shape[0]),
             (self.block[1], self.block[0]),
             self.column_offsets,
@@ -123,6 +134,9 @@ class BlockTopology:
             live_rows=self.live_columns,
             live_columns=self.live_rows,
         )
+        if not is_compiling() and MARK in self.__dict__:
+            transposed.__dict__[MARK] = self.__dict__[MARK]
+        return transposed
 
     def to(self, device: torch.device | str) -> BlockTopology:
         """The topology on another device; itself where it is there already."""
@@ -244,7 +258,7 @@ class BlockTopology:
             ValueError: wrong block, or ``ffn_size`` is no positive multiple of bn; on the CPU, offsets that decrease or
                 end beyond the slots.
         """
-        check_dispatch(dispatch)
+        check_dispatch(dispatch, contents=False)
         bm, bn = check_block(block)
         if ffn_size <= 0 or ffn_size % bn:
             raise ValueError(
@@ -262,7 +276,7 @@ class BlockTopology:
         lists = expert_topology(dispatch.offsets, rows, wide, bm)
         if not skip_padding:
             lists["live_rows"] = None
-        return BlockTopology((rows * bm, experts * ffn_size), (bm, bn), order=None, **lists)
+        return _made(BlockTopology((rows * bm, experts * ffn_size), (bm, bn), order=None, **lists))
 
     def padded_slots(self, dispatch: Dispatch) -> torch.Tensor:
         """``(rows,)`` int32: the slot ``t·K + k`` that lies in each padded row, R for padding. For gathering tokens.
@@ -280,7 +294,7 @@ class BlockTopology:
 
     def padded_places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Both :meth:`padded_slots` and :meth:`padded_rows`, which are found together."""
-        check_dispatch(dispatch)
+        check_dispatch(dispatch, contents=False)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
             raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
         check_same_device(dispatch=dispatch.slots, topology=self.padded_offsets)
@@ -348,7 +362,7 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
     else:
         row_t, column_t = flat_t % rows, flat_t // rows
         order_t = torch.where(live, position[row_t.clamp(max=rows - 1), column_t.clamp(max=cols - 1)], own)
-    return BlockTopology(
+    topology = BlockTopology(
         (rows * block[0], cols * block[1]),
         block,
         row_offsets,
@@ -362,12 +376,109 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
         longest_first(row_offsets),
         longest_first(column_offsets),
     )
+    return _made(topology)
+
+
+def _tensors(t: BlockTopology) -> tuple[torch.Tensor, ...]:
+    """Those that native products follow."""
+    order = t.order_t if t.order is None else t.order
+    rows, columns = (t.row_offsets, t.column_indices, t.row_indices), (t.column_offsets, t.row_indices_t)
+    return *rows, *columns, t.column_indices_t, order
+
+
+def _version(t: BlockTopology) -> int:
+    """:func:`gossamer._trusted.version` of them, in less time, for each product asks."""
+    order = t.order_t if t.order is None else t.order
+    try:
+        rows = t.row_offsets._version + t.column_indices._version + t.row_indices._version
+        columns = t.column_offsets._version + t.row_indices_t._version + t.column_indices_t._version
+        return rows + columns + order._version
+    except RuntimeError:  # of inference tensors, which have none
+        return version(_tensors(t))
+
+
+def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) -> None:
+    """The list that goes along ``rows``: blocks in order, each in the row whose list it is in."""
+    offsets, indices, own = (
+        getattr(topology, name) for name in (f"{rows}_offsets", f"{across}_indices{suffix}", f"{rows}_indices{suffix}")
+    )
+    size = topology.grid[0 if across == "column" else 1], topology.grid[1 if across == "column" else 0]
+    check_offsets(f"topology.{rows}_offsets", offsets, indices.shape[0])
+    live = int(offsets[-1])
+    check_range(f"topology.{across}_indices{suffix}", indices[:live], size[1])
+    for name, tensor, none in ((f"{across}_indices", indices, size[1]), (f"{rows}_indices", own, size[0])):
+        check_range(f"topology.{name}{suffix}", tensor[live:], none + 1)
+    expected = torch.repeat_interleave(torch.arange(size[0], dtype=torch.int32), offsets.diff())
+    if (bad := own[:live] != expected).any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"topology.{rows}_indices{suffix} must say whose list each block is in, {int(expected[at])} at position "
+            f"{at}, got {int(own[at])}"
+        )
+    step = (own[:live].long() * size[1] + indices[:live]).diff()
+    if (step <= 0).any():
+        at = int((step <= 0).nonzero()[0]) + 1
+        raise ValueError(f"topology.{across}_indices{suffix} must ascend in each list, which ends at position {at}")
+    check_permutation(f"topology.{rows}_schedule", getattr(topology, f"{rows}_schedule"))
+
+
+def _check_contents(topology: BlockTopology) -> None:
+    """Both lists must have the same blocks, and ``order`` must say where each of one is in the other."""
+    _check_list(topology, "row", "column", "")
+    _check_list(topology, "column", "row", "_t")
+    live = int(topology.row_offsets[-1])
+    name = "order_t" if topology.order is None else "order"
+    order = getattr(topology, name)
+    check_permutation(f"topology.{name}", order)
+    places = [(topology.row_indices, topology.column_indices), (topology.row_indices_t, topology.column_indices_t)]
+    (row, column), (row_of, column_of) = places if topology.order is None else places[::-1]
+    at = order[:live]
+    if (
+        int(topology.column_offsets[-1]) != live
+        or ((row.index_select(0, at) != row_of[:live]) | (column.index_select(0, at) != column_of[:live])).any()
+    ):
+        raise ValueError(f"topology.{name} must say where each block of one list is in the other")
 
 
 def check_topology(topology: object) -> None:
-    """``topology`` must be a :class:`BlockTopology`."""
+    """``topology`` must be a :class:`BlockTopology`, whose tensors hold what it says; on the CPU their values too."""
     if not isinstance(topology, BlockTopology):
         raise TypeError(f"topology must be a gossamer.BlockTopology, got {type(topology).__name__}")
+    if is_compiling():
+        return
+    if MARK in topology.__dict__ and topology.__dict__[MARK] == _version(topology):
+        return
+    check_block(topology.block)
+    rows, cols = _check_blocked(topology.shape, topology.block)
+    if (topology.order is None) == (topology.order_t is None):
+        raise ValueError("topology must have one of order and order_t, and None for the other")
+    check_tensor("topology.row_offsets", topology.row_offsets)
+    check_tensor("topology.column_indices", topology.column_indices)
+    nnz = topology.column_indices.numel()
+    sizes = dict.fromkeys(("column_indices", "row_indices", "row_indices_t", "column_indices_t"), (nnz, "(nnz,)"))
+    sizes["order_t" if topology.order is None else "order"] = nnz, "(nnz,)"
+    sizes |= {"row_offsets": (rows + 1, "(rows/bm + 1,)"), "column_offsets": (cols + 1, "(cols/bn + 1,)")}
+    sizes |= {"row_schedule": (rows, "(rows/bm,)"), "column_schedule": (cols, "(cols/bn,)")}
+    for name, size in (("live_rows", rows), ("live_columns", cols)):
+        if getattr(topology, name) is not None:
+            sizes[name] = size, "as many as block " + name.removeprefix("live_")
+    for name, (size, symbols) in sizes.items():
+        check_indices(f"topology.{name}", getattr(topology, name), size, symbols, topology.row_offsets)
+    if all(map(is_readable, (*_tensors(topology), topology.row_schedule, topology.column_schedule))):
+        _check_contents(topology)
+    mark(topology, _tensors(topology))
+
+
+def check_parts(topology: object) -> None:
+    """:func:`check_topology` of one that was never checked; products look whether its tensors were written to since."""
+    if is_compiling() or not isinstance(topology, BlockTopology) or MARK not in topology.__dict__:
+        check_topology(topology)
+
+
+def _made(topology: BlockTopology) -> BlockTopology:
+    """A topology that is right by construction."""
+    mark(topology, _tensors(topology))
+    return topology
 
 
 def check_whole_blocks(name: str, size: int, wanted: int, block: int) -> None:

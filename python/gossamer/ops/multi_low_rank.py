@@ -22,7 +22,7 @@ from gossamer._checks import (
 )
 from gossamer.ops._records import Layout, define
 from gossamer.ops._registration import register
-from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
 from gossamer.ops.low_rank import base_linear, check_factor_dtype, check_rank
 
 
@@ -373,6 +373,7 @@ def multi_low_rank(
     num_rows = math.prod(x.shape[:-1])
     if isinstance(adapter_ids, Dispatch):
         routing = adapter_ids
+        check_dispatch(routing)
         if (routing.num_tokens, routing.top_k, routing.num_experts) != (num_rows, 1, num_adapters):
             raise ValueError(
                 f"adapter_ids must be a dispatch of {num_rows} rows with one of {num_adapters} adapters each, got "

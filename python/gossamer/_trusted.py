@@ -1,0 +1,78 @@
+"""Structures of index tensors that kernels follow: contents are checked once, for as long as the tensors stay the same.
+
+A structure is a frozen dataclass. What a function of the package makes is right by construction and only marked; what a
+user puts together is checked when it is first used, and again after one of its tensors was written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.compiler import is_compiling
+
+from gossamer import _backend
+from gossamer._checks import check_same_device, check_tensor
+
+# The entry of a structure's ``__dict__`` that says at which version of its tensors they were right.
+MARK = "_checked_version"
+
+
+def version(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that grows when one of the tensors is written to; inference tensors do not count that."""
+    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def mark(structure: object, tensors: Iterable[torch.Tensor]) -> None:
+    """Note that a structure's contents are right as its ``tensors`` are now."""
+    if not is_compiling():
+        structure.__dict__[MARK] = version(tensors)
+
+
+def is_marked(structure: object, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether they were found to be right, and none of the ``tensors`` was written to since."""
+    return structure.__dict__.get(MARK) == version(tensors)
+
+
+def check_indices(name: str, tensor: object, size: int, symbols: str, beside: torch.Tensor) -> None:
+    """``tensor`` must be ``(size,)`` int32, contiguous, on the device of ``beside``."""
+    check_tensor(name, tensor)
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise ValueError(f"{name} must have shape {symbols} = ({size}), got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_same_device(**{f"what is beside {name}": beside, name: tensor})
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether the host can read a tensor's values at no cost: not on a GPU, and not where calls are traced."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return False
+    return not (torch.jit.is_tracing() or _backend.transformed())
+
+
+def check_offsets(name: str, offsets: torch.Tensor, limit: int) -> None:
+    """``offsets`` must ascend from 0 to at most ``limit``."""
+    bad = torch.cat([offsets[:1] != 0, offsets.diff() < 0]) | (offsets > limit)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must ascend from 0 to at most {limit}, got {int(offsets[at])} at position {at}")
+
+
+def check_range(name: str, indices: torch.Tensor, limit: int) -> None:
+    """Every index must be in ``[0, limit)``."""
+    bad = (indices < 0) | (indices >= limit)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must be in [0, {limit}), got {int(indices[at])} at position {at}")
+
+
+def check_permutation(name: str, indices: torch.Tensor) -> None:
+    """Every number below its length must be there once."""
+    check_range(name, indices, indices.shape[0])
+    counts = torch.bincount(indices, minlength=indices.shape[0])
+    if (counts != 1).any():
+        number = int((counts > 1).nonzero()[0])
+        raise ValueError(f"{name} must have every number once, got {number} {int(counts[number])} times")

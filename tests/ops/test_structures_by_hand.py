@@ -1,0 +1,151 @@
+"""Structures that kernels follow, put together by hand: what is wrong with them is an error before any kernel runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gossamer
+from gossamer import BlockSparseTensor, BlockTopology, Dispatch
+
+IDS = torch.tensor([[0, 2], [1, 0], [3, 4], [2, 1], [2, 2]])
+
+
+def strided(t):
+    """The same values two apart."""
+    return torch.stack([t, t], 1)[:, 0]
+
+
+def with_value(t, at, value):
+    return t.index_fill(0, torch.tensor([at]), value)
+
+
+DISPATCHES = {
+    "slots_dtype": ({"slots": lambda t: t.short()}, TypeError, r"dispatch\.slots must be int32, got torch\.int16"),
+    "rows_dtype": ({"rows": lambda t: t.long()}, TypeError, r"dispatch\.rows must be int32"),
+    "offsets_list": ({"offsets": lambda t: t.tolist()}, TypeError, r"dispatch\.offsets must be a torch\.Tensor"),
+    "slots_shape": ({"slots": lambda t: t[1:]}, ValueError, r"dispatch\.slots must have shape \(R,\) = \(10\)"),
+    "offsets_shape": ({"offsets": lambda t: t[1:]}, ValueError, r"dispatch\.offsets must have shape \(E\+1,\) = \(5\)"),
+    "slots_strides": ({"slots": strided}, ValueError, r"dispatch\.slots must be contiguous, got strides \(2,\)"),
+    "rows_device": ({"rows": lambda t: t.to("meta")}, ValueError, r"dispatch\.rows must be on the device .*, got meta"),
+    "slots_outside": ({"slots": lambda t: t + 1}, ValueError, r"dispatch\.slots must be in \[0, 10\), got 10"),
+    "slots_negative": ({"slots": lambda t: t - 1}, ValueError, r"dispatch\.slots must be in \[0, 10\), got -1"),
+    "slots_twice": ({"slots": lambda t: t * 0}, ValueError, r"dispatch\.rows must invert dispatch\.slots"),
+    "rows_outside": ({"rows": lambda t: t + 2**20}, ValueError, r"dispatch\.rows must invert dispatch\.slots"),
+    "offsets_fall": ({"offsets": lambda t: t.flip(0)}, ValueError, r"dispatch\.offsets must ascend from 0"),
+    "offsets_outside": (
+        {"offsets": lambda t: t * 9},
+        ValueError,
+        r"dispatch\.offsets must ascend from 0 to at most 10",
+    ),
+    "top_k": ({"top_k": lambda k: 2.0}, TypeError, r"dispatch\.top_k must be an int, got float"),
+    "num_experts": ({"num_experts": lambda e: 0}, ValueError, r"dispatch\.num_experts must be at least 1, got 0"),
+}
+
+
+def consumers(dispatch):
+    x, weight = torch.ones(5, 3), torch.ones(4, 6, 3)
+    a, b = torch.ones(4, 1, 3), torch.ones(4, 6, 1)
+    adapters = replace(dispatch, num_tokens=10, top_k=1) if isinstance(dispatch.top_k, int) else dispatch
+    return {
+        "grouped_matmul": lambda: gossamer.grouped_matmul(x, weight, dispatch),
+        "expert_mlp": lambda: gossamer.expert_mlp(x, weight, torch.ones(4, 3, 3), dispatch, torch.ones(5, 2)),
+        "multi_low_rank": lambda: gossamer.multi_low_rank(torch.ones(10, 3), a, b, adapters, scale=1.0),
+    }
+
+
+@pytest.mark.parametrize("name", DISPATCHES)
+def test_dispatches(name):
+    """Every consumer refuses them by the field's name."""
+    changes, error, message = DISPATCHES[name]
+    good = gossamer.dispatch(IDS, 4)
+    bad = replace(good, **{field: change(getattr(good, field)) for field, change in changes.items()})
+    for call in consumers(bad).values():
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_dispatch_by_hand_works_and_is_looked_at_again_when_it_changes():
+    """One of right parts gives the same bits; after a write to its tensors it is checked anew."""
+    good = gossamer.dispatch(IDS, 4)
+    own = Dispatch(*(t.clone() for t in (good.slots, good.rows, good.offsets)), 5, 2, 4)
+    for name, call in consumers(good).items():
+        assert torch.equal(call(), consumers(own)[name]())
+    own.slots[0] = 99
+    for call in (consumers(own)[name] for name in ("grouped_matmul", "expert_mlp")):
+        with pytest.raises(ValueError, match=r"dispatch\.slots must be in \[0, 10\), got 99 at position 0"):
+            call()
+    with torch.inference_mode():
+        inside = gossamer.dispatch(IDS, 4)
+        assert torch.equal(consumers(inside)["grouped_matmul"](), consumers(good)["grouped_matmul"]())
+
+
+TOPOLOGIES = {
+    "block": ({"block": lambda b: (15, 16)}, ValueError, r"block must be \(bm, bn\)"),
+    "shape": ({"shape": lambda s: (63, 80)}, ValueError, "shape must be in whole blocks"),
+    "dtype": ({"row_offsets": lambda t: t.long()}, TypeError, r"topology\.row_offsets must be int32"),
+    "list": ({"row_indices_t": lambda t: t.tolist()}, TypeError, r"topology\.row_indices_t must be a torch\.Tensor"),
+    "size": ({"order_t": lambda t: t[1:]}, ValueError, r"topology\.order_t must have shape \(nnz,\)"),
+    "strides": ({"row_indices": strided}, ValueError, r"topology\.row_indices must be contiguous"),
+    "device": ({"order_t": lambda t: t.to("meta")}, ValueError, r"topology\.order_t must be on the device"),
+    "no_order": ({"order_t": lambda t: None}, ValueError, "topology must have one of order and order_t"),
+    "row_offsets": ({"row_offsets": lambda t: t * 100}, ValueError, r"topology\.row_offsets must ascend from 0 to at"),
+    "column_offsets": ({"column_offsets": lambda t: t.flip(0)}, ValueError, r"topology\.column_offsets must ascend"),
+    "column": ({"column_indices": lambda t: t + 2**30}, ValueError, r"topology\.column_indices must be in \[0, 5\)"),
+    "negative": (
+        {"column_indices": lambda t: t - 9},
+        ValueError,
+        r"topology\.column_indices must be in \[0, 5\), got -",
+    ),
+    "row_t": ({"row_indices_t": lambda t: t + 4}, ValueError, r"topology\.row_indices_t must be in \[0, 4\)"),
+    "row": ({"row_indices": lambda t: t.flip(0)}, ValueError, r"topology\.row_indices must say whose list"),
+    "column_t": ({"column_indices_t": lambda t: t.flip(0)}, ValueError, r"topology\.column_indices_t must say whose"),
+    "unsorted": ({"column_indices": lambda t: with_value(t, 1, 0)}, ValueError, r"column_indices must ascend in each"),
+    "order_outside": ({"order_t": lambda t: t + 1}, ValueError, r"topology\.order_t must be in \[0, "),
+    "order_twice": ({"order_t": lambda t: t * 0}, ValueError, r"topology\.order_t must have every number once"),
+    "order": ({"order_t": lambda t: t.flip(0)}, ValueError, r"topology\.order_t must say where each block"),
+    "schedule": ({"row_schedule": lambda t: t + 1}, ValueError, r"topology\.row_schedule must be in \[0, 4\)"),
+    "live_rows": ({"live_rows": lambda t: torch.zeros(3).int()}, ValueError, r"topology\.live_rows must have shape"),
+}
+
+
+def topology():
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0]], dtype=torch.bool)
+    return BlockTopology.from_mask(mask, 16, nnz=8)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_topologies(name):
+    """A matrix over one is refused, and so is a product sampled at its blocks."""
+    changes, error, message = TOPOLOGIES[name]
+    good = topology()
+    bad = replace(good, **{field: change(getattr(good, field)) for field, change in changes.items()})
+    with pytest.raises(error, match=message):
+        gossamer.sdd(torch.ones(64, 3), torch.ones(3, 80), bad)
+    with pytest.raises(error, match=message):
+        BlockSparseTensor(torch.zeros(8, 16, 16), bad)
+
+
+def test_a_topology_by_hand_works_and_is_looked_at_again_when_it_changes():
+    """One of right parts gives the same bits, transposed too; after a write to its tensors it is checked anew."""
+    good, values = topology(), torch.randn(8, 16, 16)
+    values[6:] = 0
+    own = replace(good, **{k: v.clone() for k, v in vars(good).items() if isinstance(v, torch.Tensor)})
+    sparse, x = BlockSparseTensor(values, own), torch.randn(5, 64)
+    assert torch.equal(gossamer.dds(x, sparse), gossamer.dds(x, BlockSparseTensor(values, good)))
+    assert torch.equal(gossamer.dsd(sparse.t(), x.T), gossamer.dsd(BlockSparseTensor(values, good).t(), x.T))
+    view = sparse.t()
+    own.column_indices[0] = 4000
+    for call in (lambda: gossamer.dds(x, sparse), lambda: gossamer.dsd(view, x.T)):
+        with pytest.raises(ValueError, match=r"_indices(_t)? must be in \[0, 5\), got 4000"):
+            call()
+
+
+@pytest.mark.parametrize("kind", [gossamer.NF4Weight, gossamer.Int8Weight, gossamer.Float8Weight])
+def test_quantised_weights_with_parts_elsewhere(kind):
+    """A part on another device is refused when the weight is put together."""
+    weight = kind.quantize(torch.randn(6, 8))
+    for name, part in vars(weight).items():
+        if isinstance(part, torch.Tensor):
+            with pytest.raises(ValueError, match=r"must be on (the device|cpu|meta).*, got (meta|cpu)"):
+                replace(weight, **{name: part.to("meta")})
