@@ -48,6 +48,8 @@ def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
     check_tensor(name, tensor)
     if tensor.dim() < 1:
         raise ValueError(f"{name} must have shape {symbols}, got {tuple(tensor.shape)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must have the layout torch.strided, got {tensor.layout}")
     return tensor.shape[-1]
 
 

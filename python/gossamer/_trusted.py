@@ -12,7 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 from gossamer import _backend
-from gossamer._checks import check_same_device, check_tensor
+from gossamer._checks import check_tensor
 
 # The entry of a structure's ``__dict__`` that says at which version of its tensors they were right.
 MARK = "_checked_version"
@@ -34,8 +34,8 @@ def is_marked(structure: object, tensors: Iterable[torch.Tensor]) -> bool:
     return structure.__dict__.get(MARK) == version(tensors)
 
 
-def check_indices(name: str, tensor: object, size: int, symbols: str, beside: torch.Tensor) -> None:
-    """``tensor`` must be ``(size,)`` int32, contiguous, on the device of ``beside``."""
+def check_indices(name: str, tensor: object, size: int, symbols: str, first: str, device: torch.device) -> None:
+    """``tensor`` must be ``(size,)`` int32, contiguous, on the ``device`` of the tensor called ``first``."""
     check_tensor(name, tensor)
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {tensor.dtype}")
@@ -43,7 +43,8 @@ def check_indices(name: str, tensor: object, size: int, symbols: str, beside: to
         raise ValueError(f"{name} must have shape {symbols} = ({size}), got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    check_same_device(**{f"what is beside {name}": beside, name: tensor})
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {first}, {device}, got {tensor.device}")
 
 
 def is_readable(tensor: torch.Tensor) -> bool:

@@ -34,7 +34,7 @@ from torch._C import _any_requires_grad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from gossamer.ops._registration import is_plain, on_its_device, register, register_autograd
+from gossamer.ops._registration import check_strided, is_plain, on_its_device, register, register_autograd
 
 _SCHEMA_TYPES = {
     torch.Tensor: "Tensor",
@@ -202,7 +202,8 @@ class Operator:
         self._kernel, self._kernel_there = kernel, on_its_device(kernel)
         self._steps = tuple(tuple(path.split(".")) for path in layout.paths)
         self._tensor_places = [i for i, kind in enumerate(layout.schema_types) if kind in ("Tensor", "Tensor?")]
-        self._tensors = _tuple_getter(attrgetter, [layout.paths[i] for i in self._tensor_places])
+        self._tensor_paths = [layout.paths[i] for i in self._tensor_places]
+        self._tensors = _tuple_getter(attrgetter, self._tensor_paths)
         self._function: type[torch.autograd.Function] | None = None
         self._direct = not any("Tensor[]" in kind for kind in (*layout.schema_types, returns))
 
@@ -213,6 +214,7 @@ class Operator:
         tensors = self._tensors(args)
         given = [tensor for tensor in tensors if tensor is not None]
         if not self._direct or not is_plain(given):
+            check_strided(self._tensor_paths, tensors)
             return self._dispatched(*self._layout.flatten(args), backend)
         if not (is_grad_enabled() and _any_requires_grad(*given)):
             return (self._kernel if given[0].is_cpu else self._kernel_there)(args, backend)
@@ -233,7 +235,7 @@ class Operator:
         Names are fields of the record, those of a nested one as ``"outer.inner"``.
         """
         layout, kernel, tensors_of, num_tensors = self._layout, self._kernel, self._tensors, len(self._tensor_places)
-        tensor_paths = [layout.paths[i] for i in self._tensor_places]
+        tensor_paths = self._tensor_paths
         other_places = [i for i in range(len(layout.paths)) if i not in self._tensor_places]
         others_of = _tuple_getter(attrgetter, [layout.paths[i] for i in other_places])
         # Where each argument is among the tensors and then the others.

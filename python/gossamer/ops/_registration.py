@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -41,6 +41,13 @@ def is_plain(args: tuple) -> bool:
             if value.is_neg() or value._is_zerotensor():
                 return False
     return True
+
+
+def check_strided(names: Iterable[str], values: Iterable[object]) -> None:
+    """No tensor may be sparse: a kernel follows strides."""
+    for name, value in zip(names, values, strict=False):
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise TypeError(f"{name} must have the layout torch.strided, got {value.layout}")
 
 
 def _is_simple(schema: torch.FunctionSchema) -> bool:
@@ -103,6 +110,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         return operator
 
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
+    names = tuple(argument.name for argument in operator._schema.arguments)
 
     def below_autograd(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -127,6 +135,8 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
 
     def call(*args, **named):
         if named or not is_plain(args):
+            if not is_compiling():
+                check_strided(names, args)
             return operator(*args, **named)
         args = (*args, *defaults[len(args) :])
         if not (is_grad_enabled() and _any_requires_grad(*args)):

@@ -26,6 +26,7 @@ from gossamer.ops._block_sparse_operators import (
     sdd_operator,
     topology_lists,
 )
+from gossamer.ops._registration import check_strided
 from gossamer.ops.activate import activate
 from gossamer.ops.block_topology import BlockTopology, check_parts, check_topology, check_whole_blocks
 from gossamer.ops.gather_reduce import gather_reduce
@@ -192,6 +193,7 @@ def _operands(backend: str, **named: torch.Tensor | None) -> list[torch.Tensor |
     check_float(*next(iter(named.items())), backend)
     check_same_dtype(**named)
     check_same_device(**named)
+    check_strided(named, named.values())
     return list(named.values())
 
 

@@ -19,7 +19,7 @@ from gossamer._trusted import (
     version,
 )
 from gossamer.ops._expert_topology import expert_places, expert_topology, longest_first, offsets_of
-from gossamer.ops.dispatch import Dispatch, check_dispatch
+from gossamer.ops.dispatch import Dispatch, check_is_dispatch
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_BLOCKS = 2**31 - 1
@@ -178,7 +178,13 @@ class BlockTopology:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         block = check_block(block)
+        if mask.shape[0] * mask.shape[1] >= 2**62:
+            raise ValueError(f"mask must have fewer than 2^62 places, got {tuple(mask.shape)}")
+        if nnz is not None and (not isinstance(nnz, int) or isinstance(nnz, bool)):
+            raise TypeError(f"nnz must be an int or None, got {type(nnz).__name__}")
         if nnz is None:
+            if mask.is_meta:
+                raise ValueError("nnz must be given for a mask on meta, whose blocks cannot be counted")
             nnz = int(mask.sum())
         elif nnz < 0:
             raise ValueError(f"nnz must not be negative, got {nnz}")
@@ -218,6 +224,8 @@ class BlockTopology:
         check_same_device(rows=rows, cols=cols)
         block = check_block(block)
         grid = _check_blocked(shape, block)
+        if not isinstance(sort, bool):
+            raise TypeError(f"sort must be a bool, got {type(sort).__name__}")
         for name, index, size in (("rows", rows, grid[0]), ("cols", cols, grid[1])):
             outside = (index < 0) | (index >= size)
             if outside.any():
@@ -258,8 +266,10 @@ class BlockTopology:
             ValueError: wrong block, or ``ffn_size`` is no positive multiple of bn; on the CPU, offsets that decrease or
                 end beyond the slots.
         """
-        check_dispatch(dispatch, contents=False)
+        check_is_dispatch(dispatch)
         bm, bn = check_block(block)
+        if not isinstance(ffn_size, (int, torch.SymInt)) or isinstance(ffn_size, bool):
+            raise TypeError(f"ffn_size must be an int, got {type(ffn_size).__name__}")
         if ffn_size <= 0 or ffn_size % bn:
             raise ValueError(
                 f"ffn_size must be a positive multiple of the block's {bn} columns, got {ffn_size}; pad it to "
@@ -294,7 +304,7 @@ class BlockTopology:
 
     def padded_places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Both :meth:`padded_slots` and :meth:`padded_rows`, which are found together."""
-        check_dispatch(dispatch, contents=False)
+        check_is_dispatch(dispatch)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
             raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
         check_same_device(dispatch=dispatch.slots, topology=self.padded_offsets)
@@ -463,7 +473,8 @@ def check_topology(topology: object) -> None:
         if getattr(topology, name) is not None:
             sizes[name] = size, "as many as block " + name.removeprefix("live_")
     for name, (size, symbols) in sizes.items():
-        check_indices(f"topology.{name}", getattr(topology, name), size, symbols, topology.row_offsets)
+        tensor, device = getattr(topology, name), topology.row_offsets.device
+        check_indices(f"topology.{name}", tensor, size, symbols, "topology.row_offsets", device)
     if all(map(is_readable, (*_tensors(topology), topology.row_schedule, topology.column_schedule))):
         _check_contents(topology)
     mark(topology, _tensors(topology))

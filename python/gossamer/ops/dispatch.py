@@ -74,6 +74,14 @@ def _changes(dispatch: Dispatch) -> int:
         return -1
 
 
+def check_is_dispatch(dispatch: object) -> None:
+    """``dispatch`` must be a :class:`Dispatch` with tensors of its shapes, for callers that check their contents."""
+    if not isinstance(dispatch, Dispatch):
+        raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+    check_shape("dispatch.slots", dispatch.slots, (dispatch.num_rows,), "(T·K,)")
+    check_shape("dispatch.offsets", dispatch.offsets, (dispatch.num_experts + 1,), "(E+1,)")
+
+
 def check_dispatch(dispatch: object) -> None:
     """``dispatch`` must be a :class:`Dispatch` whose tensors fit each other: see :func:`check_groups`.
 
@@ -211,6 +219,8 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
     num_tokens, top_k = expert_ids.shape
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if num_experts > MAX_ROWS:
+        raise ValueError(f"num_experts must be at most {MAX_ROWS}, got {num_experts}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(
             f"expert_ids must have 1 <= K <= num_experts columns, got K={top_k}, num_experts={num_experts}"

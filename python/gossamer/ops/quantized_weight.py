@@ -139,6 +139,8 @@ class NF4Weight:
         """Quantise ``weight (N, C)`` float, with the scales in 8 bits too when ``double``."""
         _check_weight(weight)
         check_positive(block_size=block_size)
+        if not isinstance(double, bool):
+            raise TypeError(f"double must be a bool, got {type(double).__name__}")
         blocks, absmax = _blockwise(weight.detach().float().reshape(-1), block_size)
         code = _nf4_code().to(weight.device)
         index = _nearest(_scaled(blocks, absmax), code).to(torch.uint8).reshape(-1)[: weight.numel()]
@@ -279,6 +281,8 @@ QuantizedWeight = NF4Weight | Int8Weight | Float8Weight
 def _check_weight(weight: torch.Tensor) -> None:
     check_shape("weight", weight, (None, None), "(N, C)")
     check_float("weight", weight, "reference")
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight must have the layout torch.strided, got {weight.layout}")
     if weight.numel() == 0:
         raise ValueError(f"weight must have at least one element, got {tuple(weight.shape)}")
 
