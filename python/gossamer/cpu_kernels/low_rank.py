@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import matrix, unit_rows, vector
-from gossamer.cpu_kernels.grouped_matmul import grouped_matmul_dweight
+from gossamer.cpu_kernels._native import empty_gradient, groups, matrix, unit_rows, vector
 from gossamer.cpu_kernels.quantized_weight import dequantize
 
 if TYPE_CHECKING:
@@ -135,6 +134,29 @@ def _matmul(
     return y
 
 
+def _weight_gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """``dyᵀ·x`` ``(N, C)``, as that of one expert with all rows."""
+    x, dy = unit_rows(x), unit_rows(dy)
+    (m, c), n = x.shape, dy.shape[1]
+    dweight = empty_gradient((1, n, c), x.dtype, False)
+    slots = torch.empty(m, dtype=torch.int32)  # never read, but so many rows are worth their threads
+    offsets = torch.tensor([0, m], dtype=torch.int32)
+    _C.grouped_matmul_dweight(
+        groups=groups(slots, offsets),
+        n=n,
+        c=c,
+        x=matrix(x),
+        x_div=0,
+        dy=matrix(dy),
+        dy_div=0,
+        dweight=dweight.data_ptr(),
+        transposed=False,
+        dbias=0,
+        num_threads=torch.get_num_threads(),
+    )
+    return dweight[0]
+
+
 def base_linear(args: BaseLinear) -> torch.Tensor:
     """``x·Wᵀ + bias``, by whichever of torch's product and ours is the faster."""
     return _matmul(unit_rows(args.x), args.weight, args.bias)
@@ -185,9 +207,7 @@ def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
     if "weight.data" in needs and _by_torch(dy.dtype, m, "gradient"):
         found["weight.data"] = torch.mm(dy.T, x)
     elif "weight.data" in needs:
-        slots = torch.empty(m, dtype=torch.int32)  # never read, but so many rows are worth their threads
-        offsets = torch.tensor([0, m], dtype=torch.int32)
-        found["weight.data"] = grouped_matmul_dweight(x, dy, slots, offsets, 0, 0, False, False)[0][0]
+        found["weight.data"] = _weight_gradient(x, dy)
     if "bias" in needs:
         found["bias"] = dy.sum(0)
     return found
