@@ -84,9 +84,9 @@ def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
     table = unit_rows(args.table)
     lists, _alive = native_bags(args.bags)
     place, num_rows, dim = native_table(table, args.bags)
-    num_bags = args.bags.num_bags
-    out = empty_huge((num_bags, dim), _kernel_dtype(table, args.out_dtype))
-    argmax = torch.empty(num_bags if args.need_argmax else 0, dim, dtype=torch.int32)
+    shape = args.bags.result_shape(table)
+    out = empty_huge(shape, _kernel_dtype(table, args.out_dtype))
+    argmax = torch.empty(shape if args.need_argmax else (0, dim), dtype=torch.int32)
     _C.gather_max(
         table=place,
         num_rows=num_rows,

@@ -281,7 +281,9 @@ def _sum_sorted(dout, transposed, num_rows: int, dtype: torch.dtype, backend: st
 
 def _save(ctx, args: GatherReduce, output: torch.Tensor):
     ctx.shape, ctx.dtype = args.table.shape, args.table.dtype
-    return (args if "bags.weights" in ctx.needs else args._replace(table=None),)
+    if "bags.weights" in ctx.needs:
+        return (args,)
+    return (GatherReduce(None, args.bags, args.out_dtype, args.sparse_grad),)
 
 
 def _differentiate(ctx, args: GatherReduce, tensors, dout: torch.Tensor):
@@ -301,7 +303,7 @@ def _save_max(ctx, args: GatherMax, output):
     ctx.set_materialize_grads(False)
     ctx.shape, ctx.dtype = args.table.shape, args.table.dtype
     ctx.mark_non_differentiable(output[1])
-    return args._replace(table=None), output[1]
+    return GatherMax(None, args.bags, args.out_dtype, args.need_argmax), output[1]
 
 
 def _differentiate_max(ctx, args: GatherMax, tensors, dout: torch.Tensor | None, _):
