@@ -74,10 +74,21 @@ def _changes(dispatch: Dispatch) -> int:
         return -1
 
 
+def _check_sizes(dispatch: Dispatch) -> None:
+    check_positive(**{"dispatch.num_experts": dispatch.num_experts, "dispatch.top_k": dispatch.top_k})
+    num_tokens = dispatch.num_tokens
+    if not isinstance(num_tokens, (int, torch.SymInt)) or isinstance(num_tokens, bool):
+        raise TypeError(f"dispatch.num_tokens must be an int, got {type(num_tokens).__name__}")
+    if num_tokens < 0:
+        raise ValueError(f"dispatch.num_tokens must be at least 0, got {num_tokens}")
+    check_max_rows(dispatch.max_rows)
+
+
 def check_is_dispatch(dispatch: object) -> None:
     """``dispatch`` must be a :class:`Dispatch` with tensors of its shapes, for callers that check their contents."""
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+    _check_sizes(dispatch)
     check_shape("dispatch.slots", dispatch.slots, (dispatch.num_rows,), "(T·K,)")
     check_shape("dispatch.offsets", dispatch.offsets, (dispatch.num_experts + 1,), "(E+1,)")
 
@@ -91,9 +102,8 @@ def check_dispatch(dispatch: object) -> None:
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
     if is_compiling() or dispatch._checked == _changes(dispatch):
         return
-    check_positive(**{"dispatch.num_experts": dispatch.num_experts, "dispatch.top_k": dispatch.top_k})
+    _check_sizes(dispatch)
     num_slots = dispatch.num_tokens * dispatch.top_k
-    check_max_rows(dispatch.max_rows)
     if dispatch.buffer_rows > num_slots:
         raise ValueError(f"dispatch.max_rows must be at most T·K={num_slots}, got {dispatch.max_rows}")
     groups = Groups(dispatch.slots, dispatch.rows, dispatch.offsets)

@@ -92,7 +92,10 @@ class NF4Weight:
     def __post_init__(self) -> None:
         sizes = {"block_size": self.block_size, "nested_block_size": self.nested_block_size}
         check_positive(**{f"NF4Weight.{name}": size for name, size in sizes.items()})
-        n, c = self.shape
+        shape = self.shape
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(isinstance(s, int) for s in shape):
+            raise ValueError(f"NF4Weight.shape must be (N, C), two ints, got {shape!r}")
+        n, c = shape
         blocks = -(-n * c // self.block_size)
         for name, tensor, dtype, count in (
             ("packed", self.packed, torch.uint8, (n * c + 1) // 2),
@@ -139,6 +142,8 @@ class NF4Weight:
         """Quantise ``weight (N, C)`` float, with the scales in 8 bits too when ``double``."""
         _check_weight(weight)
         check_positive(block_size=block_size)
+        if block_size >= 2**31:
+            raise ValueError(f"block_size must be less than 2^31, got {block_size}")
         if not isinstance(double, bool):
             raise TypeError(f"double must be a bool, got {type(double).__name__}")
         blocks, absmax = _blockwise(weight.detach().float().reshape(-1), block_size)
