@@ -53,7 +53,9 @@ def compile_case(case: tuple, arch: int) -> Compiled:
 def _types(described: object, path: tuple[int, ...], attrs: dict, constants: dict) -> object:
     """The type of an argument, or of each one of a group; what is said of it beside goes to attrs and constants."""
     if isinstance(described, tuple):
-        return tuple(_types(part, (*path, i), attrs, constants) for i, part in enumerate(described))
+        types = [_types(part, (*path, i), attrs, constants) for i, part in enumerate(described)]
+        # A kernel reads the parts of a named tuple by their names.
+        return type(described)(*types) if hasattr(described, "_fields") else tuple(types)
     if not isinstance(described, str):
         constants[path] = described
         return "constexpr"
