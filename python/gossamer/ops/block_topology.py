@@ -178,8 +178,8 @@ class BlockTopology:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         block = check_block(block)
-        if mask.shape[0] * mask.shape[1] >= 2**62:
-            raise ValueError(f"mask must have fewer than 2^62 places, got {tuple(mask.shape)}")
+        if mask.shape[0] * mask.shape[1] >= 2**53:
+            raise ValueError(f"mask must have fewer than 2^53 places, got {tuple(mask.shape)}")
         if nnz is not None and (not isinstance(nnz, int) or isinstance(nnz, bool)):
             raise TypeError(f"nnz must be an int or None, got {type(nnz).__name__}")
         if nnz is None:

@@ -455,6 +455,7 @@ def multi_low_rank_linear(
         IndexError: as :func:`multi_low_rank`.
     """
     check_shape("weight", weight, (None, last_size("x", x, "(..., C)")), "(N, C)")
+    check_shape("b", b, (None, weight.shape[0], None), "(A, N, r)")
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(N,)")
     x, weight, a, b, bias = autocast(x, weight, a, b, bias)
