@@ -23,6 +23,7 @@
 #include "bindings/quantized_experts.cpp"
 #include "bindings/quantized_weight.cpp"
 #include "bindings/recorder.cpp"
+#include "bindings/self_referential.cpp"
 #include "bindings/sparse_update.cpp"
 #include "bindings/topk_routing.cpp"
 #ifdef GOSSAMER_WITH_CUDA
@@ -70,4 +71,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_topk_routing(m);
   gossamer::bindings::register_causal_conv1d(m);
   gossamer::bindings::register_delta_rule(m);
+  gossamer::bindings::register_self_referential(m);
 }

@@ -26,5 +26,6 @@ void register_block_sparse(pybind11::module_& m);
 void register_activate(pybind11::module_& m);
 void register_topk_routing(pybind11::module_& m);
 void register_causal_conv1d(pybind11::module_& m);
+void register_self_referential(pybind11::module_& m);
 
 }  // namespace gossamer::bindings

@@ -14,6 +14,7 @@
 #include "cpu/multi_low_rank.h"
 #include "cpu/parallel.h"
 #include "cpu/quantized_experts.h"
+#include "cpu/self_referential.h"
 #include "cpu/sparse_update.h"
 #include "cpu/topk_routing.h"
 
@@ -56,6 +57,8 @@ struct Kernels {
   void (*delta_rule_backward)(const DeltaRuleBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*delta_rule_step)(const DeltaRuleArgs& args, int64_t begin, int64_t end);
   void (*gate_backward)(const GateBackwardArgs& args, int64_t begin, int64_t end);
+  void (*self_referential)(const SelfReferentialArgs& args, int64_t begin, int64_t end);
+  void (*self_referential_backward)(const SelfReferentialBackwardArgs& args, int64_t begin, int64_t end);
 };
 
 namespace generic {

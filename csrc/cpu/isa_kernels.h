@@ -30,6 +30,7 @@
 #include "cpu/delta_rule_kernel.h"
 #include "cpu/delta_rule_backward_kernel.h"
 #include "cpu/delta_rule_step_kernel.h"
+#include "cpu/self_referential_kernel.h"
 
 #define GOSSAMER_KERNEL_TABLE \
   GOSSAMER_BF16_DOT, false, gather_reduce, gather_max, gather_dot, sum_pieces, update_rows, grouped_matmul, \
@@ -37,5 +38,5 @@
       quantized_grouped_matmul, quantized_expert_mlp, rank_product, low_rank_matmul, block_product, sampled_product, \
       rectangle_product, outer_rectangles, sampled_rectangles, activate_rows, activate_backward_rows, topk_routing, \
       topk_routing_backward, causal_conv1d, causal_conv1d_backward, causal_conv1d_step, delta_rule, delta_rule_backward, \
-      delta_rule_step, gate_backward
+      delta_rule_step, gate_backward, self_referential, self_referential_backward
 #endif

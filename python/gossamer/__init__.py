@@ -22,6 +22,7 @@ from gossamer.ops.low_rank import low_rank_linear
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank, multi_low_rank_linear
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
+from gossamer.ops.self_referential import self_referential
 from gossamer.ops.sparse_update import sparse_update_, sparse_update_tables_
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "replace",
     "restore",
     "sdd",
+    "self_referential",
     "serve_adapters",
     "sparse_update_",
     "sparse_update_tables_",

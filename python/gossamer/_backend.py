@@ -180,7 +180,7 @@ FAMILIES: dict[str, Family] = {
             devices=("cpu",),
             dtypes=_FLOATS | {torch.float64},
             missing=native_unavailable,
-            primitives=_COMMON | {"delta_rule": _ANY, "hash_table": _ANY},
+            primitives=_COMMON | {"delta_rule": _ANY, "hash_table": _ANY, "self_referential": _ANY},
         ),
         Family(
             "triton",
