@@ -215,6 +215,7 @@ setup(
         "gossamer.commands",
         "gossamer.ops",
         "gossamer.nn",
+        "gossamer.nn.delta_rule",
         "gossamer.nn.embeddings",
         "gossamer.nn.linear",
         "gossamer.nn.moe",

@@ -1,5 +1,10 @@
 """Layers over the primitives."""
 
+from gossamer.nn.delta_rule.delta_net import DeltaNet
+from gossamer.nn.delta_rule.gated_delta_net import GatedDeltaNet
+from gossamer.nn.delta_rule.kimi_delta_attention import KimiDeltaAttention
+from gossamer.nn.delta_rule.layer import DeltaRuleState
+from gossamer.nn.delta_rule.self_referential import SelfReferentialLinear
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
@@ -39,6 +44,8 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "DeltaGap",
+    "DeltaNet",
+    "DeltaRuleState",
     "DynamicEmbedding",
     "Embedding",
     "EmbeddingBag",
@@ -47,7 +54,9 @@ __all__ = [
     "Experts",
     "FrequencyAdmission",
     "FusedTable",
+    "GatedDeltaNet",
     "HashRouter",
+    "KimiDeltaAttention",
     "LinearRouter",
     "LoRAEmbedding",
     "LoRAExperts",
@@ -60,6 +69,7 @@ __all__ = [
     "Router",
     "Routing",
     "Schedule",
+    "SelfReferentialLinear",
     "SharedExpert",
     "SigmoidRouter",
     "SoftmaxRouter",
