@@ -48,6 +48,10 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
         peft, transformers = surgery.loaded_adapter("peft"), surgery.loaded_adapter("transformers")
         adapters += [peft] if peft and peft.holds_adapters(model) else []
         adapters += [transformers] if transformers and transformers.holds_experts(model) else []
+        linear_attention = surgery.loaded_adapter("transformers") and importlib.import_module(
+            "gossamer.integrations.linear_attention"
+        )
+        adapters += [linear_attention] if linear_attention and linear_attention.holds_layers(model) else []
     if not adapters:
         # Says what is missing: transformers itself, a model, or experts in it.
         adapters = [importlib.import_module("gossamer.integrations.transformers")]
