@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-DOCUMENTS = ("README.md", "docs/h100-kernels.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/h100-kernels.md")
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DIRECTIONS = {"forward": "forward", "both": "forward+backward"}
