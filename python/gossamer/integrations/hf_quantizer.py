@@ -142,7 +142,9 @@ class QuantizedExpertsQuantizer(HfQuantizer):
             state[name] = tensor
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes on what a config says, which may be a name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, stack in _stacks(model).items():
             parent, _, weight = path.rpartition(".")
             module = model.get_submodule(parent)
