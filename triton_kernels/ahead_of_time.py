@@ -80,6 +80,17 @@ def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
     return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
 
 
+def flat_types(signature: dict) -> list[str]:
+    """The types in a signature, those in groups too."""
+
+    def types(described: object) -> list[str]:
+        if isinstance(described, tuple):
+            return [name for part in described for name in types(part)]
+        return [described] if isinstance(described, str) else []
+
+    return types(tuple(signature.values()))
+
+
 def _registers(compiled, arch: int) -> tuple[int, int]:
     """Registers a thread, and bytes a thread that they spill to local memory."""
     with tempfile.TemporaryDirectory() as folder:
