@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._activation import ACTIVATIONS
+from gossamer._activation import ACTIVATIONS, GATES
 from gossamer._layout import merged, side_by_side, unit_stride
 from gossamer.triton_kernels.block_sparse_sampled import sdd
 from gossamer.triton_kernels.block_sparse_tile import (
@@ -248,7 +248,7 @@ def dsd(args: BlockProduct) -> torch.Tensor:
         # Of columns it means nothing, and n may be the number of tokens.
         EVEN_N=b_by_columns or n % tile.block_m == 0,
         BIAS_ROWS=by_columns,
-        ACT=-1 if args.activation is None else ACTIVATIONS[args.activation][0],
+        ACT=-1 if args.activation is None else GATES.index(ACTIVATIONS[args.activation][0]),
         PRECISION=dot_precision(b.dtype),
         BM=bm,
         BN=bn,

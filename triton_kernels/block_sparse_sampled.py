@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._activation import ACTIVATIONS
+from gossamer._activation import ACTIVATIONS, GATES
 from gossamer._layout import merged, unit_stride
 from gossamer.triton_kernels.block_sparse_tile import (
     described,
@@ -149,7 +149,7 @@ def sdd(args: SampledProduct) -> torch.Tensor:
         A_BY_ROWS=a_by_rows,
         EVEN_K=a.shape[1] % tile.block_k == 0,
         BIAS_ROWS=args.bias_rows,
-        ACT=-1 if args.activation is None else ACTIVATIONS[args.activation][0],
+        ACT=-1 if args.activation is None else GATES.index(ACTIVATIONS[args.activation][0]),
         PRECISION=dot_precision(a.dtype),
         BM=bm,
         BN=bn,

@@ -137,7 +137,8 @@ def _final_state_kernel(of, final_ptr, PACKED: tl.constexpr, BLOCK_C: tl.constex
     row = (n.to(tl.int64) * of.channels + c) * of.state_size
     live = c < of.channels
     for j in range(0, of.state_size):
-        p = end - of.state_size + j
+        # A vector, since the interpreter takes masks of vectors alone.
+        p = tl.zeros_like(c) + (end - of.state_size + j)
         at = of.x + batch * of.stride_b.to(tl.int64) + p.to(tl.int64) * of.stride_t + c * of.stride_c
         value = tl.load(at, live & (p >= start), other=0.0)
         if of.initial is not None:
@@ -297,8 +298,9 @@ def _tile(args: CausalConv, most: tuple[int, int]) -> dict[str, int | bool]:
     """The tile's sizes and what else the kernels are compiled for."""
     _, length, channels = args.x.shape
     values, along = most
-    inner = min(along, triton.next_power_of_2(channels if args.along_channels else length))
-    outer = min(values // inner, triton.next_power_of_2(length if args.along_channels else channels))
+    # A pass over nothing has a tile too, by which its empty grid is counted.
+    inner = min(along, triton.next_power_of_2(max(1, channels if args.along_channels else length)))
+    outer = min(values // inner, triton.next_power_of_2(max(1, length if args.along_channels else channels)))
     block_t, block_c = (outer, inner) if args.along_channels else (inner, outer)
     sizes = {"W": args.weight.shape[1], "SILU": args.silu, "ALONG_CHANNELS": args.along_channels}
     return sizes | {"STEPS": search_steps(args.cu_seqlens), "BLOCK_T": block_t, "BLOCK_C": block_c}

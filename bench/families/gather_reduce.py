@@ -100,9 +100,9 @@ def build(request: Request) -> Case:
 
 def touched(call: Mapping[str, object]) -> tuple[int, int]:
     """Positions that may count, and how many distinct rows of the table are among them."""
-    table, index, limit = call["table"], call["index"], call.get("limit")
+    table, index, limit = call["table"], call["bags_index"], call.get("limit")
     ids = index.reshape(-1)
-    live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["padding_idx"])]
+    live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["bags_padding_idx"])]
     return live.numel(), live.unique().numel()
 
 
@@ -115,29 +115,29 @@ def _touched(call: Mapping[str, object]) -> tuple[int, float]:
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The cost of one reduction: each distinct row is read once."""
     positions, rows = _touched(call)
-    flops = (1.0 if call["weights"] is None else 2.0) * positions * call["table"].shape[1]
-    return Cost(flops, rows + nbytes(call["index"], call["offsets"], call["weights"], result))
+    flops = (1.0 if call["bags_weights"] is None else 2.0) * positions * call["table"].shape[1]
+    return Cost(flops, rows + nbytes(call["bags_index"], call["bags_offsets"], call["bags_weights"], result))
 
 
 def cost_dot(call: Mapping[str, object], result: object) -> Cost:
     """The cost of the weights' gradient."""
     positions, rows = _touched(call)
     flops = 2.0 * positions * call["table"].shape[1]
-    return Cost(flops, rows + nbytes(call["dout"], call["index"], call["offsets"], result))
+    return Cost(flops, rows + nbytes(call["dout"], call["bags_index"], call["bags_offsets"], result))
 
 
 def cost_step(call: Mapping[str, object], result: object) -> Cost:
     """The cost of the lookup in a table that is trained in place; nobody knows that of many tables in one storage."""
-    if call["spec"]:
+    if call["bags_features_element"]:
         return Cost()
-    if call["mode"] == "max":
+    if call["bags_mode"] == "max":
         return cost_max(call, result)
     return cost(call, result[0])
 
 
 def cost_max(call: Mapping[str, object], result: object) -> Cost:
     """The cost of maxima, which are no FLOPs."""
-    return Cost(0.0, _touched(call)[1] + nbytes(call["index"], call["offsets"], *result))
+    return Cost(0.0, _touched(call)[1] + nbytes(call["bags_index"], call["bags_offsets"], *result))
 
 
 COSTS = {

@@ -172,12 +172,12 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
     FLOPs are the optimizer's own, and so are the bytes of many tables in one storage; nobody knows either.
     """
-    if call["spec"]:
+    if call["bags_features_element"]:
         return Cost()
     _, rows = touched(call)
-    tables = (call["table"], call["state1"], call["state2"])
+    tables = (call["table"], call["update_state1"], call["update_state2"])
     row = sum(nbytes(t) / t.shape[0] for t in tables if t is not None and t.shape[0])
-    lists = nbytes(call["index"], call["dout"], call["offsets"], call["weights"], call["argmax"])
+    lists = nbytes(call["bags_index"], call["dout"], call["bags_offsets"], call["bags_weights"], call["argmax"])
     return Cost(None, lists + 2 * rows * row)
 
 

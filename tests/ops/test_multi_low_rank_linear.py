@@ -48,7 +48,7 @@ def test_linear_layer_names_what_does_not_fit(device):
         call(weight[:, 1:])
     with pytest.raises(ValueError, match=r"bias must have shape \(N,\)"):
         call(bias=bias[1:])
-    with pytest.raises(ValueError, match=r"out must have shape \(..., N\)"):
+    with pytest.raises(ValueError, match=r"b must have shape \(A, N, r\)"):
         call(weight[1:], bias[1:])
     for change in ({"weight": weight.bfloat16()}, {"bias": bias.double()}):
         with pytest.raises(TypeError, match="dtype"):

@@ -157,6 +157,9 @@ def test_compiled_and_checked():
     torch.library.opcheck(
         torch.ops.gossamer.self_referential.default, (x, weight, shift, True, True, SEGMENT, "native")
     )
+    _, _, steps, kept = torch.ops.gossamer.self_referential.default(x, weight, shift, True, True, SEGMENT, "native")
+    flat = (torch.randn_like(x), None, steps.detach(), kept.detach(), x, weight.detach(), shift, True, True, SEGMENT)
+    torch.library.opcheck(torch.ops.gossamer.self_referential_backward.default, (*flat, "native"))
 
 
 def test_bad_arguments():

@@ -302,10 +302,7 @@ class _InPlace(torch.autograd.Function):
 def _add_autograd(out, *inputs):
     if not torch.is_grad_enabled():
         with torch._C._AutoDispatchBelowAutograd():
-            s = torch.ops.gossamer.multi_low_rank_.default(out, *inputs)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)
-        return s
+            return torch.ops.gossamer.multi_low_rank_.default(out, *inputs)
     saved = []
     _InPlace.apply(saved, out, *inputs)
     return saved[0]
