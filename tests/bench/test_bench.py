@@ -313,7 +313,7 @@ COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "to
 def requests_of(family: Family, device: str, **options) -> list[Request]:
     """Requests for a family's cases in small sizes."""
     sizes = {"N": 50, "D": 32, "B": 24, "J": 5, "T": 3, "L": 100} if "N" in family.symbols else LARGER
-    sizes |= {"M": 40, "C": 48, "r": 4, "A": 3, "R": 40}
+    sizes = {"B": 2, "W": 4} | sizes | {"M": 40, "C": 48, "r": 4, "A": 3, "R": 40}
     if "HK" in family.symbols:
         sizes = {"B": 1, "T": 80, "HK": 1, "H": 2, "D": 16, "G": 1, "N": 3}
     if "BLOCK" in family.symbols:

@@ -438,7 +438,9 @@ def test_every_family_can_be_run_bare_and_looked_at(name, monkeypatch):
     chosen = family(name)
     assert nsight.primitives(chosen)
     sizes = {"T": 16, "H": 64, "I": 32, "E": 4, "K": 2, "N": 50, "D": 8, "B": 4, "J": 3}
-    sizes |= {"M": 12, "C": 24, "r": 4, "A": 3, "L": 50, "R": 16}
+    sizes |= {"M": 12, "C": 24, "r": 4, "A": 3, "L": 50, "R": 16, "W": 4}
+    if "HK" in chosen.symbols:
+        sizes = {"B": 1, "T": 16, "HK": 1, "H": 2, "D": 8, "G": 1, "N": 1}
     if "BLOCK" in chosen.symbols:
         sizes |= {"N": 64, "K": 32, "BLOCK": 16, "SPARSE": 50}
     shape = ",".join(str(sizes[symbol]) for symbol in chosen.symbols)

@@ -270,7 +270,8 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, saved, *flat):
         out, args = _ADD_LAYOUT.restore(flat[:-1])
-        with torch._C._AutoDispatchBelowAutograd():
+        # mark_dirty counts the change that the operator has counted too.
+        with torch._C._AutoDispatchBelowAutograd(), torch.autograd._unsafe_preserve_version_counter(out):
             s = torch.ops.gossamer.multi_low_rank_.default(*flat)
         ctx.mark_dirty(out)
         ctx.set_materialize_grads(False)
