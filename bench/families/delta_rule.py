@@ -205,7 +205,7 @@ def flash_linear_attention(name: str, role: str, problem: Problem) -> Variant:
 
 PEERS = (
     Peer("recurrence", None, "torch", _recurrence, REFERENCE),
-    Peer("transformers' fallback", "transformers", "transformers", transformers),
+    Peer("transformers' fallback", "transformers", "transformers", transformers, REFERENCE),
     Peer("flash-linear-attention", "fla", "flash-linear-attention", flash_linear_attention, cuda_only=True),
 )
 

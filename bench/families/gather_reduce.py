@@ -100,9 +100,11 @@ def build(request: Request) -> Case:
 
 def touched(call: Mapping[str, object]) -> tuple[int, int]:
     """Positions that may count, and how many distinct rows of the table are among them."""
-    table, index, limit = call["table"], call["bags_index"], call.get("limit")
+    table, index, limit = call["table"], call["bags_index"], call.get("bags_limit")
     ids = index.reshape(-1)
-    live = ids[(ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["bags_padding_idx"])]
+    live = ids[
+        (ids >= 0) & (ids < (table.shape[0] if limit is None else int(limit))) & (ids != call["bags_padding_idx"])
+    ]
     return live.numel(), live.unique().numel()
 
 
