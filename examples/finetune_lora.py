@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import VALIDATION_EVERY, as_bytes, python_files, smooth
+from shared import VALIDATION_EVERY, as_bytes, learning_rate, python_files, smooth
 
 import gossamer
 
@@ -137,14 +137,6 @@ def draw(data: torch.Tensor, rows: int, settings: Settings, generator: torch.Gen
 def row_losses(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     """Mean loss of each row, in nats per byte."""
     return F.cross_entropy(logits.float().transpose(1, 2), batch[:, 1:], reduction="none").mean(1)
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a tenth of the steps, then a cosine to a tenth of the peak."""
-    warm = max(steps // 10, 1)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))))
 
 
 def train(

@@ -1,7 +1,8 @@
-"""What the examples share: their text, and the smoothing of their curves."""
+"""What the examples share: their text, their learning rate, and the smoothing of their curves."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -36,3 +37,16 @@ def smooth(values: list[float], keep: float = 0.9) -> list[float]:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(average / weight)
     return out
+
+
+def windows(data: torch.Tensor, starts: torch.Tensor, sequence: int) -> torch.Tensor:
+    """``(B, sequence + 1)`` bytes from the given starts."""
+    return data[starts[:, None] + torch.arange(sequence + 1)].long()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine to a tenth of the peak."""
+    warm = max(steps // 10, 1)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))))

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import load_corpus, smooth
+from shared import learning_rate, load_corpus, smooth, windows
 from torch import nn
 
 import gossamer
@@ -166,11 +166,6 @@ def build_model(settings: Settings, kind: str) -> ByteLM:
     return ByteLM(settings, kind)
 
 
-def windows(data: torch.Tensor, starts: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """``(B, S+1)`` bytes from the given starts."""
-    return data[starts[:, None] + torch.arange(settings.sequence + 1)].long()
-
-
 def loss_of(model: ByteLM, batch: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss in nats per byte, and with the balance loss of every layer."""
     logits, routings = model(batch[:, :-1])
@@ -183,17 +178,10 @@ def loss_of(model: ByteLM, batch: torch.Tensor, settings: Settings) -> tuple[tor
 def validate(model: ByteLM, valid: torch.Tensor, settings: Settings) -> float:
     """Bits per byte on windows spread evenly over the validation bytes."""
     starts = torch.linspace(0, valid.numel() - settings.sequence - 1, settings.eval_windows).long()
-    losses = [loss_of(model, windows(valid, s, settings), settings)[0] * len(s) for s in starts.split(settings.batch)]
+    losses = [
+        loss_of(model, windows(valid, s, settings.sequence), settings)[0] * len(s) for s in starts.split(settings.batch)
+    ]
     return float(sum(losses)) / settings.eval_windows / math.log(2)
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up over a tenth of the steps, then a cosine to a tenth of the peak."""
-    warm = max(settings.steps // 10, 1)
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    done = (step - warm) / max(settings.steps - warm, 1)
-    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def state_bytes(state: list[object]) -> tuple[int, int]:
@@ -250,10 +238,10 @@ def train_one(
     evaluate(0)
     for step in range(settings.steps):
         starts = torch.randint(train.numel() - settings.sequence, (settings.batch,), generator=generator)
-        batch = windows(train, starts, settings)
+        batch = windows(train, starts, settings.sequence)
         begin = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = learning_rate(step, settings.steps, settings.lr)
         loss, total = loss_of(model, batch, settings)
         optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import VALIDATION_EVERY, load_corpus, smooth
+from shared import VALIDATION_EVERY, learning_rate, load_corpus, smooth, windows
 from torch import nn
 
 import gossamer
@@ -202,11 +202,6 @@ def unigram_bits(train: torch.Tensor, valid: torch.Tensor) -> float:
     return float((torch.bincount(valid.int(), minlength=VOCABULARY).double() @ bits) / valid.numel())
 
 
-def windows(data: torch.Tensor, starts: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """``(B, S+1)`` bytes from the given starts, on the device."""
-    return data[starts[:, None] + torch.arange(settings.sequence + 1)].long().to(settings.device)
-
-
 def autocast(settings: Settings) -> torch.autocast | nullcontext:
     """Products in the chosen dtype; weights and optimizer stay in float32."""
     dtype = DTYPES[settings.dtype]
@@ -226,20 +221,11 @@ def validate(model: ByteLM, valid: torch.Tensor, settings: Settings) -> float:
     model.eval()
     starts = torch.linspace(0, valid.numel() - settings.sequence - 1, settings.eval_windows).long()
     losses = [
-        cross_entropy(model, windows(valid, part, settings), settings)[0] * part.numel()
+        cross_entropy(model, windows(valid, part, settings.sequence).to(settings.device), settings)[0] * part.numel()
         for part in starts.split(settings.batch)
     ]
     model.train()
     return float(sum(losses)) / settings.eval_windows / math.log(2)
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up over a tenth of the steps, then a cosine to a tenth of the peak."""
-    warm = max(settings.steps // 10, 1)
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    done = (step - warm) / max(settings.steps - warm, 1)
-    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def train_one(
@@ -261,10 +247,10 @@ def train_one(
     evaluate(0)
     for step in range(settings.steps):
         starts = torch.randint(train.numel() - settings.sequence, (settings.batch,), generator=generator)
-        batch = windows(train, starts, settings)
+        batch = windows(train, starts, settings.sequence).to(settings.device)
         begin = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = learning_rate(step, settings.steps, settings.lr)
         loss, routings = cross_entropy(model, batch, settings)
         total = loss
         if settings.balance == "loss":
