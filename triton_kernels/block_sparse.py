@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._activation import ACTIVATIONS, GATES
+from gossamer._activation import Activation
 from gossamer._layout import merged, side_by_side, unit_stride
 from gossamer.triton_kernels.block_sparse_sampled import sdd
 from gossamer.triton_kernels.block_sparse_tile import (
@@ -33,6 +33,7 @@ from gossamer.triton_kernels.common import (
     can_describe,
     describe,
     dot_precision,
+    gate_code,
     tile_coordinates,
 )
 from gossamer.triton_kernels.tiles import Tile
@@ -248,7 +249,7 @@ def dsd(args: BlockProduct) -> torch.Tensor:
         # Of columns it means nothing, and n may be the number of tokens.
         EVEN_N=b_by_columns or n % tile.block_m == 0,
         BIAS_ROWS=by_columns,
-        ACT=-1 if args.activation is None else GATES.index(ACTIVATIONS[args.activation][0]),
+        ACT=-1 if args.activation is None else gate_code(Activation(args.activation)),
         PRECISION=dot_precision(b.dtype),
         BM=bm,
         BN=bn,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._activation import ACTIVATIONS, GATES
+from gossamer._activation import Activation
 from gossamer._layout import merged, unit_stride
 from gossamer.triton_kernels.block_sparse_tile import (
     described,
@@ -16,7 +16,7 @@ from gossamer.triton_kernels.block_sparse_tile import (
     store_tile,
     takes_large_tiles,
 )
-from gossamer.triton_kernels.common import TMA_ARCH, aot_descriptor, aot_signature, arch_of, dot_precision
+from gossamer.triton_kernels.common import TMA_ARCH, aot_descriptor, aot_signature, arch_of, dot_precision, gate_code
 from gossamer.triton_kernels.tiles import Tile
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def sdd(args: SampledProduct) -> torch.Tensor:
         A_BY_ROWS=a_by_rows,
         EVEN_K=a.shape[1] % tile.block_k == 0,
         BIAS_ROWS=args.bias_rows,
-        ACT=-1 if args.activation is None else GATES.index(ACTIVATIONS[args.activation][0]),
+        ACT=-1 if args.activation is None else gate_code(Activation(args.activation)),
         PRECISION=dot_precision(a.dtype),
         BM=bm,
         BN=bn,

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# In the order that kernels number them in.
-GATES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
 # name -> (function of the gate, gated)
 ACTIVATIONS: dict[str, tuple[str, bool]] = {
     "silu": ("silu", False),
@@ -64,11 +62,6 @@ class Activation:
     def gate(self) -> str:
         """The function of the gate, which kernels take by name; a gated activation shares its ungated twin's."""
         return ACTIVATIONS[self.name][0]
-
-    @property
-    def code(self) -> int:
-        """The number of :attr:`gate` in kernels that take numbers."""
-        return GATES.index(self.gate)
 
     @property
     def gated(self) -> bool:
