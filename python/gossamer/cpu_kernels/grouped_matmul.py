@@ -16,40 +16,22 @@ if TYPE_CHECKING:
 def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
     """``(R, N)``, or ``(R, C)`` when transposed; zero in dropped rows."""
     x, weight, (slots, _, offsets) = unit_rows(args.x), args.weight, args.groups
-    if weight.quantized:
-        return _by_codes(args, x)
-    values = weight.data.transpose(1, 2) if args.transposed else weight.data
-    _, n, c = values.shape
-    y = torch.empty(slots.shape[0], n, dtype=x.dtype)
-    _C.grouped_matmul(
-        groups=groups(slots, offsets),
-        n=n,
-        c=c,
-        x=matrix(x),
-        x_div=args.x_div,
-        weight=weights3(values),
-        transposed=args.transposed,
-        bias=matrix(weight.bias),
-        y=y.data_ptr(),
-        y_grouped=args.y_grouped,
-        num_threads=torch.get_num_threads(),
-    )
-    return y
-
-
-def _by_codes(args: GroupedMatmul, x: torch.Tensor) -> torch.Tensor:
-    weight, (slots, _, offsets) = args.weight, args.groups
     _, n, c = weight.shape
     if args.transposed:
         n, c = c, n
+    if weight.quantized:
+        product, stored = _C.quantized_grouped_matmul, quantized_stack(weight)
+    else:
+        product = _C.grouped_matmul
+        stored = weights3(weight.data.transpose(1, 2) if args.transposed else weight.data)
     y = torch.empty(slots.shape[0], n, dtype=x.dtype)
-    _C.quantized_grouped_matmul(
+    product(
         groups=groups(slots, offsets),
         n=n,
         c=c,
         x=matrix(x),
         x_div=args.x_div,
-        weight=quantized_stack(weight),
+        weight=stored,
         transposed=args.transposed,
         bias=matrix(weight.bias),
         y=y.data_ptr(),
