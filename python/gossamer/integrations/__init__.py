@@ -16,6 +16,9 @@ from gossamer.integrations.sparsify import sparsify
 
 __all__ = ["load_quantized_experts", "quantize_experts", "replace", "restore", "serve_adapters", "sparsify"]
 
+# The libraries whose layers are switched unasked, and the adapters that do it.
+_ADAPTERS = (("peft", "peft"), ("transformers", "transformers"), ("transformers", "linear_attention"))
+
 
 def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = True) -> Replacement:
     """Switch the expert layers of a Hugging Face transformers 5 model, and a PEFT model's LoRA layers, to gossamer.
@@ -45,13 +48,8 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
     """
     adapters = [importlib.import_module("gossamer.integrations.embeddings")] if embeddings else []
     if isinstance(model, torch.nn.Module):
-        peft, transformers = surgery.loaded_adapter("peft"), surgery.loaded_adapter("transformers")
-        adapters += [peft] if peft and peft.holds_adapters(model) else []
-        adapters += [transformers] if transformers and transformers.holds_experts(model) else []
-        linear_attention = surgery.loaded_adapter("transformers") and importlib.import_module(
-            "gossamer.integrations.linear_attention"
-        )
-        adapters += [linear_attention] if linear_attention and linear_attention.holds_layers(model) else []
+        loaded = (surgery.loaded_adapter(library, name) for library, name in _ADAPTERS)
+        adapters += [adapter for adapter in loaded if adapter and adapter.holds_layers(model)]
     if not adapters:
         # Says what is missing: transformers itself, a model, or experts in it.
         adapters = [importlib.import_module("gossamer.integrations.transformers")]

@@ -116,7 +116,6 @@ def _convolve(
         cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None and seq_idx is not None:
         cu_seqlens = _begins(seq_idx)
-    # A prefill that continues a cache has earlier inputs in front; a pack has none.
     if cu_seqlens is not None and int(hidden_states.shape[0]) != 1:
         raise ValueError(f"hidden_states must be a batch of one for packed sequences, got {hidden_states.shape[0]}")
     x = hidden_states.transpose(1, 2)

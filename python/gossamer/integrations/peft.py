@@ -102,7 +102,7 @@ def _takes_names(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, _OURS)
 
 
-def holds_adapters(model: nn.Module) -> bool:
+def holds_layers(model: nn.Module) -> bool:
     """Whether ``model`` has layers of any of PEFT's tuners inside."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 

@@ -55,7 +55,7 @@ def _weights(experts: nn.Module) -> tuple[tuple[str, str], bool]:
 def compute_by_gossamer(model: nn.Module) -> None:
     """Let gossamer compute the experts modules of transformers inside."""
     foreign = surgery.loaded_adapter("transformers")
-    if foreign and foreign.holds_experts(model):
+    if foreign and foreign.holds_layers(model):
         foreign.replace(model)
 
 

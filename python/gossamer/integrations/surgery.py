@@ -8,7 +8,8 @@ module, so copies, parts of a model and models around it are restored too. To be
 * ``undo(module, before) -> nn.Module``: the module that takes its place, itself where it was changed in place.
 
 Adapters that :func:`gossamer.replace` calls also offer ``survey(model, strict) -> Survey``, which changes nothing and
-raises what it refuses, and ``swap(model, survey) -> Replacement``. All surveys run before the first swap.
+raises what it refuses, ``swap(model, survey) -> Replacement``, and, where they are called unasked,
+``holds_layers(model) -> bool``. All surveys run before the first swap.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class Survey:
     skipped: tuple[SkippedModule, ...]
 
 
-def loaded_adapter(name: str) -> ModuleType | None:
-    """The adapter module for the library ``name``, or None while nobody has imported that library."""
-    return importlib.import_module(f"gossamer.integrations.{name}") if name in sys.modules else None
+def loaded_adapter(library: str, name: str | None = None) -> ModuleType | None:
+    """The adapter for a library's modules, the library's namesake by default; None until the library is imported."""
+    return importlib.import_module(f"gossamer.integrations.{name or library}") if library in sys.modules else None
 
 
 def check_model(model: object) -> None:

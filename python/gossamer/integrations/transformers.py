@@ -172,7 +172,7 @@ def is_experts(module: nn.Module) -> bool:
     return all(name in module.__dict__ for name in ("config", "has_bias", "is_transposed"))
 
 
-def holds_experts(model: nn.Module) -> bool:
+def holds_layers(model: nn.Module) -> bool:
     """Whether there is an experts module inside."""
     return any(is_experts(module) for module in model.modules())
 
