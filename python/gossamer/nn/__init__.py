@@ -23,8 +23,14 @@ from gossamer.nn.moe.experts.lora import LoRAExperts, expert_factors, flat_exper
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
-from gossamer.nn.moe.losses import load_balance_loss, router_z_loss, sequence_balance_loss, update_expert_bias
-from gossamer.nn.moe.routers.base import Router
+from gossamer.nn.moe.losses import (
+    load_balance_loss,
+    router_losses,
+    router_z_loss,
+    sequence_balance_loss,
+    update_expert_bias,
+)
+from gossamer.nn.moe.routers.base import Router, RouterAround, step_routers
 from gossamer.nn.moe.routers.hash import HashRouter
 from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
 from gossamer.nn.moe.routing import (
@@ -67,6 +73,7 @@ __all__ = [
     "PruneAndRegrow",
     "QuantizedExpertStack",
     "Router",
+    "RouterAround",
     "Routing",
     "Schedule",
     "SelfReferentialLinear",
@@ -85,12 +92,14 @@ __all__ = [
     "load_balance_loss",
     "lora_plus_groups",
     "read_manifest",
+    "router_losses",
     "router_z_loss",
     "sequence_balance_loss",
     "sigmoid_probabilities",
     "sigmoid_topk",
     "softmax_probabilities",
     "softmax_topk",
+    "step_routers",
     "topk_softmax",
     "update_expert_bias",
 ]

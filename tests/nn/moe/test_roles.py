@@ -6,7 +6,20 @@ from contracts import ExpertsContract, RouterContract, assert_near
 from torch import nn
 
 import gossamer
-from gossamer.nn import ExpertLayer, Experts, HashRouter, MoE, Router, Routing, load_balance_loss, softmax_probabilities
+from gossamer.nn import (
+    ExpertLayer,
+    Experts,
+    HashRouter,
+    MoE,
+    Router,
+    RouterAround,
+    Routing,
+    SoftmaxRouter,
+    load_balance_loss,
+    router_losses,
+    softmax_probabilities,
+    step_routers,
+)
 
 T, H, I, E = 23, 16, 8, 6
 
@@ -129,6 +142,59 @@ def test_experts_by_name(device):
     plain = MoE(32, 16, E, 2, form="block_sparse").to(device)
     assert isinstance(named.experts, Experts) and named.experts.form == "block_sparse"
     assert torch.equal(named(x), plain(x))
+
+
+class Half(RouterAround):
+    """Half of what another router gives, half of the token itself, and a term for each of its sequences' positions."""
+
+    def __init__(self, router):
+        super().__init__(router)
+        self.steps = 0
+
+    def step(self):
+        self.steps += 1
+
+    def forward(self, x, *, token_ids=None):
+        routing = self.router(x, token_ids=token_ids)
+        position = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1]).reshape(-1)
+        weights = routing.weights / 2
+        losses = {"position": position.float(), "weights": weights.sum()}
+        residual = torch.full_like(weights[:, 0], 0.5)
+        return routing.with_experts(routing.expert_ids, weights, residual=residual, losses=losses)
+
+
+def test_a_router_around_another(device):
+    """Tokens that pass by themselves, terms of the router's own, sequences, and the steps of training."""
+    moe = MoE(H, I, router=Half(SoftmaxRouter(H, E, 2)), shared_intermediate_size=I).to(device)
+    assert (moe.num_experts, moe.top_k) == (E, 2)
+    x = torch.randn(2, 5, H, device=device, requires_grad=True)
+    y, routing = moe(x, return_routing=True)
+    whole = moe.router.router(x)
+    flat = x.view(10, H)
+    experts = moe.experts(flat, whole.expert_ids, whole.weights)
+    assert_near(y.view(10, H), experts / 2 + flat / 2 + moe.shared_expert(flat))
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    again, compiled_routing = compiled(x, return_routing=True)
+    assert torch.equal(again, y) and set(compiled_routing.losses) == {"position", "weights"}
+
+    losses = router_losses(routing)
+    assert float(losses["position"]) == 2 and torch.equal(losses["weights"], routing.weights.sum())
+    (gradient,) = torch.autograd.grad(losses["weights"], moe.router.router.weight)
+    assert gradient.any()
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 1]], device=device)
+    both = router_losses([routing, moe.router.router(x), routing], mask=mask)
+    assert float(both["position"]) == 2 * (0 + 1 + 0 + 4) / 4
+    assert_near(both["weights"], 2 * routing.weights.sum())
+    assert float(router_losses(routing, mask=torch.zeros(10, device=device))["position"]) == 0
+    assert router_losses([]) == router_losses(whole) == {}
+
+    step_routers(moe)
+    step_routers(moe)
+    assert moe.router.steps == 2
+    with pytest.raises(TypeError, match=r"router must be a gossamer\.nn\.Router, got Linear"):
+        Half(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="routing must be a Routing or a sequence of them, got int"):
+        router_losses([3])
 
 
 def test_score_is_a_deprecated_way_to_probabilities():

@@ -9,7 +9,8 @@ from gossamer._activation import Activation
 from gossamer._checks import check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
-from gossamer.nn.moe.routers.linear import ROUTERS
+from gossamer.nn.moe.routers import router_class
+from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
 
 
@@ -24,7 +25,8 @@ def _agreed(name: str, given: int | None, role: str, module: nn.Module) -> int |
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer: ``y = Σ_k w_k · expert_k(x)``, plus a shared expert if asked for.
 
-    The layer keeps no state from a call: balance losses are functions of the routing that ``return_routing`` gives.
+    A token that its router lets pass adds itself, times :attr:`Routing.residual`. The layer keeps no state from a call:
+    balance losses, and the router's own, are functions of the routing that ``return_routing`` gives.
 
     >>> moe = gossamer.nn.MoE(1024, 512, num_experts=64, top_k=8, router="softmax_topk", renormalize=True)
     >>> y, routing = moe(x, return_routing=True)
@@ -37,9 +39,9 @@ class MoE(nn.Module):
         hidden_size: H.
         intermediate_size: I of each routed expert; None beside an ``experts`` module.
         num_experts: E; None beside an ``experts`` module, which says it.
-        top_k: K, the most experts of a token; None beside a ``router`` module for what that gives.
-        router: ``"softmax_topk"``, ``"topk_softmax"`` or ``"sigmoid_topk"``; a module from hidden states ``(T, H)`` to
-            a :class:`Routing`, such as a :class:`Router`; or None, and every call is given its routing.
+        top_k: K, the most experts of a token; None for what the router gives, where it does without.
+        router: a :class:`Router`, or the name of one to make, of ``gossamer.nn.moe.routers.ROUTERS``; a module from
+            hidden states ``(T, H)`` to a :class:`Routing`; or None, and every call is given its routing.
         experts: a module with ``num_experts``, ``hidden_size`` and ``forward(x, routing)``, such as an
             :class:`ExpertLayer`; or the ``form`` of an :class:`Experts` to make.
         activation: of all experts; a name of :class:`gossamer.Activation`, or one with its constants.
@@ -55,8 +57,7 @@ class MoE(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
         **router_options: of a router given by name, such as ``renormalize``, ``n_group``, ``scale`` or ``upcast``; see
-            :class:`SoftmaxRouter`, :class:`TopKSoftmaxRouter`, :class:`SigmoidRouter`. The logits' bias is here
-            ``router_bias``.
+            the router's ``from_top_k`` and class. The logits' bias is here ``router_bias``.
 
     Attributes:
         router: the router, or None.
@@ -99,7 +100,9 @@ class MoE(nn.Module):
         if isinstance(router, nn.Module):
             num_experts = _agreed("num_experts", num_experts, "router", router)
             top_k = getattr(router, "top_k", None) if top_k is None else top_k
-        check_selection(num_experts, num_experts if top_k is None and isinstance(router, nn.Module) else top_k)
+        # What is made by name says itself whether it does without K.
+        without = top_k is None and isinstance(router, (str, nn.Module))
+        check_selection(num_experts, num_experts if without else top_k)
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("shared_gate needs a shared expert, got shared_intermediate_size=None")
         factory = {"device": device, "dtype": dtype}
@@ -107,6 +110,8 @@ class MoE(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.router = self._router(router, router_options, factory)
+        if isinstance(router, str):
+            self.top_k = self.router.top_k
         layout = {
             "interleaved": interleaved,
             "transposed": transposed,
@@ -135,11 +140,9 @@ class MoE(nn.Module):
 
     def _router(self, router: object, options: dict[str, object], factory: dict[str, object]) -> nn.Module | None:
         if isinstance(router, str):
-            if router not in ROUTERS:
-                raise ValueError(f"router must be one of {sorted(ROUTERS)}, a module or None, got {router!r}")
             if "router_bias" in options:
                 options["bias"] = options.pop("router_bias")
-            return ROUTERS[router](self.hidden_size, self.num_experts, self.top_k, **options, **factory)
+            return router_class(router).from_top_k(self.hidden_size, self.num_experts, self.top_k, **options, **factory)
         if router is not None and not isinstance(router, nn.Module):
             raise TypeError(f"router must be a str, an nn.Module or None, got {type(router).__name__}")
         if options:
@@ -177,13 +180,16 @@ class MoE(nn.Module):
         if routing is None:
             if self.router is None:
                 raise ValueError("routing must be given to a layer without a router, got None")
-            routing = self.router(tokens, **self._by_token(token_ids, tokens.shape[0]))
+            given = x if isinstance(self.router, Router) else tokens
+            routing = self.router(given, **self._by_token(token_ids, tokens.shape[0]))
         if not isinstance(routing, Routing):
             raise TypeError(f"routing must be a gossamer.nn.Routing, got {type(routing).__name__}")
         if self.top_k is not None and routing.top_k > self.top_k:
             raise ValueError(f"routing must have at most K = {self.top_k} experts per token, got {routing.top_k}")
         routing = routing.dispatched()
         y = self.experts(tokens, routing)
+        if routing.residual is not None:
+            y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:

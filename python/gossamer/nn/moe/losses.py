@@ -170,6 +170,33 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     return (fractions * (sums / lengths)).sum() / sequences
 
 
+def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """What routers themselves want minimised (:attr:`Routing.losses`) by name, without coefficients.
+
+    Terms with one value a token are averaged over the tokens that count; the layers' terms of one name are added up.
+
+    Args:
+        routing: of one layer, or a sequence of all layers' routings, of any routers.
+        mask: as in :func:`load_balance_loss`.
+
+    Raises:
+        TypeError: ``routing`` is something else.
+        ValueError: a mask of another size or device.
+    """
+    layers = [routing] if isinstance(routing, Routing) else list(routing)
+    totals: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        if not isinstance(layer, Routing):
+            raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
+        kept = _kept(mask, layer)
+        for name, term in layer.losses.items():
+            if term.dim():
+                term = term if kept is None else term.masked_fill(~kept, 0.0)
+                term = term.sum() / _rows(kept, layer)
+            totals[name] = totals[name] + term if name in totals else term
+    return totals
+
+
 def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) -> torch.Tensor:
     """Move a correction bias towards balance, in place: ``b_e += rate · sign(mean(c) − c_e)``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -86,9 +86,13 @@ class Routing:
             that computes it from the logits, called when a loss asks. None with logits stands for their softmax.
         max_rows: bound on the slots that have an expert, which sizes the buffers of expert layers on CUDA and in
             compiled code; None for T·K. On the CPU they have the exact size. See :func:`gossamer.dispatch`.
+        residual: ``(T,)`` weights of the tokens themselves: :class:`MoE` adds ``residual[t] · x[t]``. None for nothing.
+        losses: terms of the router's own by name, without coefficients, differentiable: ``(T,)``, one value a token, or
+            a scalar. :func:`router_losses` averages them.
 
     Attributes:
-        expert_ids: as given, like ``weights``, ``num_experts``, ``logits``, ``dispatch`` and ``max_rows``.
+        expert_ids: as given, like ``weights``, ``num_experts``, ``logits``, ``dispatch``, ``max_rows``, ``residual``
+            and ``losses``.
     """
 
     expert_ids: torch.Tensor
@@ -97,6 +101,8 @@ class Routing:
     logits: torch.Tensor | None
     dispatch: Dispatch | None
     max_rows: int | None
+    residual: torch.Tensor | None
+    losses: Mapping[str, torch.Tensor]
     _probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = field(repr=False)
 
     def __init__(
@@ -110,6 +116,8 @@ class Routing:
         *,
         probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
         max_rows: int | None = None,
+        residual: torch.Tensor | None = None,
+        losses: Mapping[str, torch.Tensor] | None = None,
         _probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         if score is not None:
@@ -127,6 +135,8 @@ class Routing:
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "dispatch", dispatch)
         object.__setattr__(self, "max_rows", max_rows)
+        object.__setattr__(self, "residual", residual)
+        object.__setattr__(self, "losses", {} if losses is None else losses)
         object.__setattr__(self, "_probabilities", probabilities)
 
     @property
@@ -170,31 +180,30 @@ class Routing:
         warnings.warn("score is deprecated: read probabilities", DeprecationWarning, stacklevel=2)
         return next((name for name, known in SCORES.items() if known is self._probabilities), "softmax")
 
-    def with_experts(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> Routing:
-        """The same routing, logits and probabilities with other experts, not sorted yet."""
-        return Routing(
-            expert_ids,
-            weights,
-            self.num_experts,
-            self.logits,
-            probabilities=self._probabilities,
-            max_rows=self.max_rows,
-        )
+    def with_experts(self, expert_ids: torch.Tensor, weights: torch.Tensor, **changed: object) -> Routing:
+        """The same routing with other experts, not sorted yet; ``changed`` replaces other arguments of the class."""
+        return self._with(expert_ids=expert_ids, weights=weights, dispatch=None, **changed)
 
     def dispatched(self) -> Routing:
         """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
         if self.dispatch is not None:
             return self
         max_rows = self.expert_ids.numel() if self.max_rows is None else self.max_rows
-        return Routing(
-            self.expert_ids,
-            self.weights,
-            self.num_experts,
-            self.logits,
-            dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows),
-            probabilities=self._probabilities,
-            max_rows=self.max_rows,
-        )
+        return self._with(dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows))
+
+    def _with(self, **changed: object) -> Routing:
+        arguments = {
+            "expert_ids": self.expert_ids,
+            "weights": self.weights,
+            "num_experts": self.num_experts,
+            "logits": self.logits,
+            "dispatch": self.dispatch,
+            "probabilities": self._probabilities,
+            "max_rows": self.max_rows,
+            "residual": self.residual,
+            "losses": self.losses,
+        }
+        return Routing(**arguments | changed)
 
 
 def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:

@@ -1,1 +1,22 @@
-"""Routers: which experts a token meets, one file a method."""
+"""Routers: one file a method, and the short names that :class:`gossamer.nn.MoE` knows them by."""
+
+from gossamer.nn.moe.routers.base import Router
+from gossamer.nn.moe.routers.linear import SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
+
+# Short name -> class, which MoE makes by its from_top_k(hidden_size, num_experts, top_k, **options).
+ROUTERS: dict[str, type[Router]] = {
+    "softmax_topk": SoftmaxRouter,
+    "topk_softmax": TopKSoftmaxRouter,
+    "sigmoid_topk": SigmoidRouter,
+}
+
+
+def router_class(name: str) -> type[Router]:
+    """The router of a short name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in ROUTERS:
+        raise ValueError(f"router must be one of {sorted(ROUTERS)}, a module or None, got {name!r}")
+    return ROUTERS[name]

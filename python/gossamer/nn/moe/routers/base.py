@@ -53,14 +53,81 @@ class Router(nn.Module):
             _warn_moved(f"{cls.__name__}(Router) with route(logits)")
             cls.__bases__ = tuple(LinearRouter if base is Router else base for base in cls.__bases__)
 
+    @classmethod
+    def from_top_k(cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object) -> Router:
+        """The router that :class:`MoE` makes by name: with K experts a token, or as each class says.
+
+        Args:
+            hidden_size: H.
+            num_experts: E.
+            top_k: K; None where the class does without.
+            **options: of the class, and ``device`` and ``dtype``.
+        """
+        return cls(hidden_size, num_experts, top_k, **options)
+
+    def step(self) -> None:
+        """Advance what follows the steps of training, such as a schedule; :func:`step_routers` calls it. Nothing here.
+
+        It stands apart from ``forward``, which may run again for one step: in evaluation, over micro-batches, or where
+        activations are recomputed.
+        """
+
     def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
         """The routing of T tokens.
 
         Args:
-            x: hidden states ``(..., H)``; T is the product of the leading sizes.
+            x: hidden states ``(..., H)``; T is the product of the leading sizes. The last of those is the position in a
+                sequence, for routers that look at sequences.
             token_ids: ``(T,)`` integers, for routers that go by them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, *, token_ids=None)")
+
+
+class RouterAround(Router):
+    """The base of routers that change what another one gives.
+
+    Args:
+        router: the other router.
+
+    Raises:
+        TypeError: ``router`` is no Router.
+    """
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        if not isinstance(router, Router):
+            raise TypeError(f"router must be a gossamer.nn.Router, got {type(router).__name__}")
+        self.router = router
+        self.num_experts = router.num_experts
+        self.top_k = router.top_k
+
+    @classmethod
+    def from_top_k(
+        cls,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int | None = None,
+        *,
+        router: str = "softmax_topk",
+        router_options: dict[str, object] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: object,
+    ) -> Router:
+        """The class around the one of the name ``router``, which gets K and ``router_options``."""
+        from gossamer.nn.moe.routers import router_class
+
+        inner = router_class(router).from_top_k(
+            hidden_size, num_experts, top_k, **router_options or {}, device=device, dtype=dtype
+        )
+        return cls(inner, **options)
+
+
+def step_routers(module: nn.Module) -> None:
+    """Call :meth:`Router.step` of every router of ``module``, as after each optimizer step."""
+    for child in module.modules():
+        if isinstance(child, Router):
+            child.step()
 
 
 def _warn_moved(what: str) -> None:

@@ -53,11 +53,12 @@ class LinearRouter(Router):
         upcast: whether the product is taken in float32, whatever the dtypes of the hidden states and the weight and
             under autocast too (the wide copies are not kept for the backward pass). Otherwise it is taken in the hidden
             states' dtype, as in Mixtral and Qwen3-MoE, and its result upcast.
+        num_logits: rows of the linear map, for rules that take others than one logit an expert; None for E.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
-        weight: ``(E, H)``, at first uniform in ±1/√H as in ``nn.Linear``.
+        weight: ``(E, H)``, at first uniform in ±1/√H as in ``nn.Linear``; ``num_logits`` in place of E.
         bias: ``(E,)`` or None.
 
     Raises:
@@ -73,6 +74,7 @@ class LinearRouter(Router):
         *,
         bias: bool = False,
         upcast: bool = True,
+        num_logits: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -83,8 +85,9 @@ class LinearRouter(Router):
         self.num_experts = num_experts
         self.top_k = top_k
         self.upcast = upcast
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        rows = num_experts if num_logits is None else num_logits
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,7 +111,7 @@ class LinearRouter(Router):
             return logits if self.bias is None else logits + self.bias.to(wide)
 
     def route(self, logits: torch.Tensor) -> Routing:
-        """The routing for ``logits (T, E)``."""
+        """The routing for ``logits (T, E)``, or ``(T, num_logits)``."""
         raise NotImplementedError(f"{type(self).__name__} must define route(logits)")
 
     def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
@@ -243,10 +246,3 @@ class SigmoidRouter(LinearRouter):
     def extra_repr(self) -> str:
         """Sizes and options."""
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.selection.items())])
-
-
-ROUTERS: dict[str, type[LinearRouter]] = {
-    "softmax_topk": SoftmaxRouter,
-    "topk_softmax": TopKSoftmaxRouter,
-    "sigmoid_topk": SigmoidRouter,
-}
