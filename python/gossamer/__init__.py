@@ -13,6 +13,7 @@ from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
+from gossamer.ops.gather_dot import gather_dot, gather_dot_step
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import gather_reduce_step, gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
@@ -52,6 +53,8 @@ __all__ = [
     "dsd",
     "empty_cache",
     "expert_mlp",
+    "gather_dot",
+    "gather_dot_step",
     "gather_reduce",
     "gather_reduce_step",
     "gather_reduce_tables",

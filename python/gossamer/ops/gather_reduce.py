@@ -50,10 +50,10 @@ class GatherMax(NamedTuple):
 
 
 class GatherDot(NamedTuple):
-    """Arguments of the gradient of weights.
+    """Arguments of the products of rows with the table rows that their bags list: the gradient of weights.
 
     Attributes:
-        dout: the gradient of the result.
+        dout: ``(B, D)`` float, such as the gradient of the result; with features ``(B, ΣD_f)``.
         table: as in :class:`GatherReduce`.
         bags: the lists, their weights left out.
         dtype: of the result, which is shaped like the ids.
@@ -136,7 +136,7 @@ def _argmax_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> to
 
 
 def gather_dot_reference(args: GatherDot) -> torch.Tensor:
-    """The gradient of weights: ``⟨dout[bag of p], table[index[p]]⟩``, over the bag's live ids for a mean."""
+    """``⟨dout[bag of p], table[index[p]]⟩``, over the bag's live ids for a mean, in plain torch, differentiable."""
     table, bags = args.table, args.bags
     if bags.features.dim:
         # Positions outside a feature's bags get zeros from it.
@@ -169,7 +169,7 @@ def gather_max_reference(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
     return out, torch.where(first >= 0, position, -1).int()
 
 
-def _check(args: GatherReduce | GatherMax) -> None:
+def _check(args: GatherReduce | GatherMax | GatherDot) -> None:
     """Values in the lists, before the reference reads them."""
     if raises(args.bags.index, "reference"):
         check_values(args.bags, args.table.shape[0])
@@ -192,16 +192,21 @@ def forward_fake(args: GatherReduce) -> torch.Tensor:
 _gather_reduce = define("gather_reduce", GatherReduce, kernel=forward, fake=forward_fake, returns="Tensor")
 
 
-def _dot(args: GatherDot, backend: str) -> torch.Tensor:
-    return gather_dot_reference(args) if backend == "reference" else _kernels(backend).gather_dot(args)
+def dot(args: GatherDot, backend: str) -> torch.Tensor:
+    """Products outside autograd."""
+    if backend == "reference":
+        _check(args)
+        return gather_dot_reference(args)
+    return _kernels(backend).gather_dot(args)
 
 
-def _dot_fake(args: GatherDot) -> torch.Tensor:
+def dot_fake(args: GatherDot) -> torch.Tensor:
+    """What :func:`dot` gives, by its shape."""
     return args.dout.new_empty(args.bags.index.shape, dtype=args.dtype)
 
 
 # out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.
-gather_dot = define("gather_dot", GatherDot, kernel=_dot, fake=_dot_fake, returns="Tensor")
+gather_dot = define("gather_dot", GatherDot, kernel=dot, fake=dot_fake, returns="Tensor")
 
 
 def forward_max(args: GatherMax, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,7 +271,7 @@ def table_gradient(
         return _sum_sorted(dout, transposed, shape[0], dtype, backend)
     rows, counts = torch.unique_consecutive(ids[ids < shape[0]], return_counts=True)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    values = _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor), dtype), backend)
+    values = _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor, _every_row(dout, factor)), dtype), backend)
     return torch.sparse_coo_tensor(
         rows.unsqueeze(0), values, (shape[0], values.shape[1]), is_coalesced=True, check_invariants=False
     )
@@ -276,7 +281,12 @@ def _sum_sorted(dout, transposed, num_rows: int, dtype: torch.dtype, backend: st
     """The gradient ``(num_rows, D)`` of a table from what :func:`transpose_bags` gives: each row's sum in order."""
     ids, bag, factor = transposed
     offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
-    return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor), dtype), backend)
+    return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor, _every_row(dout, factor)), dtype), backend)
+
+
+def _every_row(table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
+    """A limit that leaves no row out, where there are weights: those of bags with a limit may be NaN, as gradients."""
+    return None if weights is None else torch.full((1,), table.shape[0], device=table.device)
 
 
 def _save(ctx, args: GatherReduce, output: torch.Tensor):
@@ -297,6 +307,33 @@ def _differentiate(ctx, args: GatherReduce, tensors, dout: torch.Tensor):
 
 
 _gather_reduce.differentiate(_save, _differentiate)
+
+
+def _save_dot(ctx, args: GatherDot, output: torch.Tensor):
+    ctx.shape, ctx.table_dtype, ctx.dtype = args.table.shape, args.table.dtype, args.dout.dtype
+    dout = args.dout if "table" in ctx.needs else None
+    return (args._replace(dout=dout, table=args.table if "dout" in ctx.needs else None),)
+
+
+def _differentiate_dot(ctx, args: GatherDot, tensors, dweights: torch.Tensor):
+    gradients = {}
+    if "dout" in ctx.needs:
+        gradients["dout"] = reduce_by_gradient(args.table, args.bags, dweights, ctx.dtype, ctx.backend)
+    if "table" in ctx.needs:
+        weighted = args.bags._replace(weights=dweights)
+        gradients["table"] = table_gradient(weighted, args.dout, ctx.shape, ctx.table_dtype, ctx.backend)
+    return gradients
+
+
+gather_dot.differentiate(_save_dot, _differentiate_dot)
+
+
+def reduce_by_gradient(
+    table: torch.Tensor, bags: Bags, weights: torch.Tensor, out_dtype: torch.dtype, backend: str
+) -> torch.Tensor:
+    """Sums or means of table rows over bags, weighted by a gradient, which may hold NaN."""
+    limit = _every_row(table, weights) if bags.limit is None else bags.limit
+    return _gather_reduce(GatherReduce(table, bags._replace(weights=weights, limit=limit), out_dtype), backend)
 
 
 def _save_max(ctx, args: GatherMax, output):
@@ -441,6 +478,15 @@ def gather_reduce(
     return reduce_bags(
         table, apply_bounds(bags, table.shape[0], bounds, bounds_count, backend), out_dtype, backend, sparse_grad
     )
+
+
+def dot_bags(table: torch.Tensor, bags: Bags, x: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """:func:`gossamer.gather_dot` of checked arguments, differentiable."""
+    args = GatherDot(x, table, bags, dtype)
+    if backend == "reference":
+        _check(args)
+        return gather_dot_reference(args)
+    return gather_dot(args, backend)
 
 
 def reduce_bags(

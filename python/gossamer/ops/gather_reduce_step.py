@@ -88,7 +88,8 @@ def _differentiate(ctx, args: GatherReduceStep, tensors, dout: torch.Tensor, _):
 _gather_reduce_step.differentiate(_save, _differentiate)
 
 
-def _check_handle(handle, table):
+def check_handle(handle: torch.Tensor, table: torch.Tensor) -> None:
+    """What makes a result differentiable must be floating and on the device of the table."""
     check_tensor("handle", handle)
     if not handle.is_floating_point():
         raise TypeError(f"handle must be floating, got {handle.dtype}")
@@ -158,7 +159,7 @@ def gather_reduce_step(
         bounds_count=bounds_count,
     )
     check_updatable("table", table)
-    _check_handle(handle, table)
+    check_handle(handle, table)
     out_dtype = lookup.checked_out_dtype(out_dtype, table, backend)
     update = check_state(optimizer, state, table)
     bags = apply_bounds(bags, table.shape[0], bounds, bounds_count, backend)
@@ -209,7 +210,7 @@ def gather_reduce_tables_step(
     backend = _backend.resolve("sparse_update", storage)
     bags = check_tables(storage, layout, index, offsets, weights, backend, bounds, bounds_count)
     check_updatable("storage", storage)
-    _check_handle(handle, storage)
+    check_handle(handle, storage)
     out_dtype = lookup.checked_out_dtype(out_dtype, storage, backend)
     update = check_state(optimizer, state, storage, layout)
     return _gather_reduce_step(GatherReduceStep(handle, storage, bags, out_dtype, update), backend)[0]

@@ -8,6 +8,7 @@ from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.table import Table, bytes_of
 from gossamer.nn.replicas import check_alone, is_sharded
 from gossamer.ops.embedding import embedding
+from gossamer.ops.gather_dot import gather_dot, gather_dot_step
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import gather_reduce_step
 from gossamer.optim import Optimizer
@@ -28,7 +29,7 @@ class FusedStep(torch.nn.Module):
     optimizer raise a ``ValueError``, unless they are told to leave it alone.
 
     A subclass names its parameters in :attr:`tables`, calls :meth:`attach` once they are there, and reads them by
-    :meth:`rows` and :meth:`bags`.
+    :meth:`rows`, :meth:`bags` and :meth:`dots`.
 
     Attributes:
         tables: names of the parameters ``(rows, columns)`` that the optimizer steps.
@@ -74,6 +75,12 @@ class FusedStep(torch.nn.Module):
         if self.optimizer is None:
             return gather_reduce(getattr(self, table), ids, offsets, weights, **how)
         return gather_reduce_step(getattr(self, table), ids, offsets, weights, **how, **self._step(table))
+
+    def dots(self, table: str, ids: torch.Tensor, x: torch.Tensor, **how: object) -> torch.Tensor:
+        """:func:`gossamer.gather_dot` of one of :attr:`tables`; with an optimizer, backward steps its rows."""
+        if self.optimizer is None:
+            return gather_dot(getattr(self, table), ids, x, **how)
+        return gather_dot_step(getattr(self, table), ids, x, **how, **self._step(table))
 
     def detach_optimizer(self) -> None:
         """Train the tables no more: drop the optimizer and its state."""
