@@ -94,6 +94,81 @@ def hidden_states(*shape, device, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
+class LogitsContract(Contract):
+    """What functions of logits do, whatever they pick by; a case makes a routing of logits ``(..., E)``.
+
+    ``alone`` says whether a token's routing depends on that token's logits alone.
+    """
+
+    alone = True
+
+    def logits(self, device, dtype=torch.float64, shape=(T, E)):
+        return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(11), dtype=dtype).to(device)
+
+    def test_gradients(self, make, device):
+        """Weights and probabilities in the logits, by differences."""
+        logits = self.logits(device)
+        plain = make(logits)
+        factors = torch.linspace(-1, 1, plain.weights.numel(), device=device, dtype=logits.dtype)
+        columns = torch.linspace(-1, 1, E, device=device, dtype=logits.dtype)
+
+        def function(logits):
+            routing = make(logits)
+            assert torch.equal(routing.expert_ids, plain.expert_ids)
+            return (routing.weights * factors.view_as(routing.weights)).sum() + (routing.probabilities * columns).sum()
+
+        assert_gradients(function, {"logits": logits})
+
+    def test_both_precisions(self, make, device):
+        """Logits in float32, which kernels serve, and half precision, which is widened, give what float64 does."""
+        logits = self.logits(device, torch.float16)
+        wide = make(logits.double())
+        narrow, half = make(logits.float()), make(logits)
+        assert torch.equal(narrow.expert_ids, wide.expert_ids) and torch.equal(half.expert_ids, wide.expert_ids)
+        assert narrow.weights.dtype == torch.float32 and wide.weights.dtype == torch.float64
+        assert_near(narrow.weights, wide.weights)
+        assert torch.equal(half.weights, narrow.weights)
+
+    def test_masked_experts(self, make, device):
+        """An expert at −inf adds nothing and gets no gradient; neither does a token of masked experts alone."""
+        for dtype in (torch.float32, torch.float64):
+            logits = self.logits(device, dtype)
+            logits[:, 1] = -torch.inf
+            logits[3] = -torch.inf
+            logits.requires_grad_()
+            routing = make(logits)
+            weights = routing.weights
+            assert bool((weights[routing.expert_ids == 1] == 0).all()) and bool((weights[3] == 0).all())
+            assert bool(weights.isfinite().all()) and bool((weights >= 0).all()) and bool(weights.any())
+            (gradient,) = torch.autograd.grad(weights.square().sum() + routing.probabilities.square().sum(), logits)
+            assert bool(gradient.isfinite().all()) and bool((gradient[:, 1] == 0).all()) and not gradient[3].any()
+            if self.alone:
+                rest = [t for t in range(T) if t != 3]
+                other = make(logits.detach()[rest])
+                assert torch.equal(other.weights, weights[rest])
+                assert torch.equal(other.expert_ids, routing.expert_ids[rest])
+
+    def test_no_numbers(self, make, device):
+        """NaN and +inf are errors where values may be read, and leave ids in range elsewhere."""
+        for value in (torch.nan, torch.inf):
+            for dtype in (torch.float32, torch.float64):
+                logits = self.logits(device, dtype)
+                logits[2, 3] = value
+                if device == "cpu":
+                    with pytest.raises(ValueError, match=rf"logits must hold neither NaN nor \+inf .* got {value}"):
+                        make(logits)
+                else:
+                    routing = make(logits)
+                    assert bool((routing.expert_ids >= 0).all()) and bool(routing.weights.isfinite().all())
+
+    def test_shapes(self, make, device):
+        routing = make(self.logits(device, shape=(2, 3, E)))
+        assert routing.num_tokens == 6 and routing.num_experts == E
+        assert make(self.logits(device, shape=(0, E))).num_tokens == 0
+        with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
+            make(torch.zeros(2, E, dtype=torch.int64, device=device))
+
+
 class RouterContract(Contract):
     """What every router does; a case makes one from ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
 

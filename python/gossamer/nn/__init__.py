@@ -27,12 +27,17 @@ from gossamer.nn.moe.losses import (
     load_balance_loss,
     router_losses,
     router_z_loss,
+    routing_entropy_loss,
     sequence_balance_loss,
     update_expert_bias,
 )
 from gossamer.nn.moe.routers.base import Router, RouterAround, step_routers
+from gossamer.nn.moe.routers.expert_choice import ExpertChoiceRouter, expert_choice, expert_choice_threshold
 from gossamer.nn.moe.routers.hash import HashRouter
 from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
+from gossamer.nn.moe.routers.prototype import PrototypeRouter, softmax_prototypes
+from gossamer.nn.moe.routers.threshold import ThresholdRouter, softmax_threshold
+from gossamer.nn.moe.routers.top_p import TopPRouter, softmax_top_p
 from gossamer.nn.moe.routing import (
     Routing,
     given_experts,
@@ -56,6 +61,7 @@ __all__ = [
     "Embedding",
     "EmbeddingBag",
     "EmbeddingFolder",
+    "ExpertChoiceRouter",
     "ExpertLayer",
     "Experts",
     "FrequencyAdmission",
@@ -70,6 +76,7 @@ __all__ = [
     "LowRankLinear",
     "MoE",
     "ProbabilisticAdmission",
+    "PrototypeRouter",
     "PruneAndRegrow",
     "QuantizedExpertStack",
     "Router",
@@ -82,8 +89,12 @@ __all__ = [
     "SoftmaxRouter",
     "Table",
     "TableBatchedEmbeddingBags",
+    "ThresholdRouter",
     "TopKSoftmaxRouter",
+    "TopPRouter",
     "erk_densities",
+    "expert_choice",
+    "expert_choice_threshold",
     "expert_factors",
     "flat_expert_factors",
     "frobenius_decay_",
@@ -94,10 +105,14 @@ __all__ = [
     "read_manifest",
     "router_losses",
     "router_z_loss",
+    "routing_entropy_loss",
     "sequence_balance_loss",
     "sigmoid_probabilities",
     "sigmoid_topk",
     "softmax_probabilities",
+    "softmax_prototypes",
+    "softmax_threshold",
+    "softmax_top_p",
     "softmax_topk",
     "step_routers",
     "topk_softmax",

@@ -195,6 +195,51 @@ _select = register(
 )
 
 
+def _choose_kernel(logits, scores, capacity):
+    check_logits(logits, None)
+    if capacity == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # Among equal scores the first tokens are taken, which topk does not promise.
+    lowest = scores.topk(capacity, dim=0).values[-1]
+    above, level = scores > lowest, scores == lowest
+    chosen = above | (level & (level.cumsum(0) <= capacity - above.sum(0)))
+    return chosen & (scores > 0)
+
+
+def _choose_fake(logits, scores, capacity):
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+_choose = register(
+    "choose_tokens(Tensor logits, Tensor scores, SymInt capacity) -> Tensor", _choose_kernel, _choose_fake
+)
+
+
+def choose_tokens(logits: torch.Tensor, scores: torch.Tensor, capacity: int) -> torch.Tensor:
+    """``(T, E)`` bool: the ``capacity`` highest positive scores of each column; checks ``logits`` on the CPU."""
+    with torch.no_grad():
+        return _choose(logits, scores, capacity)
+
+
+def _live_kernel(logits, scores, lowest):
+    check_logits(logits, None)
+    live = scores > 0
+    return live if lowest is None else live & (scores >= lowest)
+
+
+def _live_fake(logits, scores, lowest):
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+_live = register("live_experts(Tensor logits, Tensor scores, Tensor? lowest) -> Tensor", _live_kernel, _live_fake)
+
+
+def live_experts(logits: torch.Tensor, scores: torch.Tensor, lowest: torch.Tensor | None = None) -> torch.Tensor:
+    """``(T, E)`` bool: positive scores, from ``lowest (E,)`` upwards; checks ``logits (T, any)`` on the CPU."""
+    with torch.no_grad():
+        return _live(logits, scores, lowest)
+
+
 def select_experts(logits: torch.Tensor, choice: torch.Tensor, top_k: int) -> torch.Tensor:
     """``(T, K)`` int64, the K highest of each row of ``choice``, distinct, NaN lowest; checks ``logits`` on the CPU."""
     with torch.no_grad():

@@ -86,6 +86,31 @@ def test_traces_without_a_graph_break(device):
         assert torch.equal(compiled(x), moe(x))
 
 
+@pytest.mark.parametrize("priority", ["token", "choice", "probability"])
+def test_priorities(device, priority):
+    """Slot by slot in each order, dropped ones and equal weights among them."""
+    generator = torch.Generator().manual_seed(3)
+    ids = random_expert_ids(T, E, K, skew="zipf", dropped=0.1, seed=2)
+    weights = (torch.rand(T, K, generator=generator) * 8).round() / 8
+    limited = limit_capacity(Routing(ids.to(device), weights.to(device), E), capacity=6, priority=priority)
+    tokens = list(range(T))
+    if priority == "probability":
+        tokens.sort(key=lambda t: -float(weights[t].max()))
+    order = (
+        [(t, k) for k in range(K) for t in tokens]
+        if priority != "token"
+        else [(t, k) for t in tokens for k in range(K)]
+    )
+    served, kept = [0] * E, ids.clamp(max=E)
+    for t, k in order:
+        e = int(kept[t, k])
+        if e < E:
+            kept[t, k] = e if served[e] < 6 else E
+            served[e] += 1
+    assert torch.equal(limited.expert_ids.cpu().clamp(max=E), kept)
+    assert limited.counts.tolist() == [min(s, 6) for s in served] and max(served) > 6
+
+
 def test_bad_factors():
     with pytest.raises(ValueError, match="capacity_factor must be positive and finite, got 0"):
         Experts(E, H, I, capacity_factor=0)
@@ -93,3 +118,12 @@ def test_bad_factors():
         MoE(H, I, E, K, capacity_factor=float("inf"))
     with pytest.raises(TypeError, match="capacity_factor must be a number or None, got str"):
         limit_capacity(Routing(torch.zeros(1, 1), torch.zeros(1, 1), E), "1")
+    routing = Routing(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), E)
+    with pytest.raises(ValueError, match="capacity_factor must be None beside a capacity, got 2"):
+        limit_capacity(routing, 2, capacity=3)
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        limit_capacity(routing, capacity=0)
+    with pytest.raises(ValueError, match=r"priority must be one of .* got 'best'"):
+        limit_capacity(routing, 1.0, priority="best")
+    with pytest.raises(TypeError, match="capacity_factor must be a number, got NoneType"):
+        limit_capacity(routing)

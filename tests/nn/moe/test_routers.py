@@ -83,10 +83,13 @@ def test_compiles_without_a_graph_break(device, cls, options):
             compiled(torch.full_like(x, float("nan")))
 
 
-def test_selection_operator(device):
-    """What torch asks of an operator: its fake kernel agrees with the real one, and it writes to no input."""
+def test_selection_operators(device):
+    """What torch asks of operators: their fake kernels agree with the real ones, and they write to no input."""
     logits = torch.randn(10, 8, generator=torch.Generator().manual_seed(9)).to(device)
-    torch.library.opcheck(torch.ops.gossamer.select_experts.default, (logits, logits + 1, 3))
+    operators = torch.ops.gossamer
+    torch.library.opcheck(operators.select_experts.default, (logits, logits + 1, 3))
+    torch.library.opcheck(operators.choose_tokens.default, (logits, logits.softmax(1), 3))
+    torch.library.opcheck(operators.live_experts.default, (logits, logits.softmax(1), logits[0].sigmoid()))
 
 
 @pytest.mark.parametrize(("cls", "options"), ROUTER_CLASSES)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer._checks import check_same_device, check_shape, check_tensor
-from gossamer.nn.moe.routing import Routing
+from gossamer.nn.moe.routing import Routing, token_entropy
 from gossamer.ops.dispatch import dispatch
 
 
@@ -168,6 +168,36 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     lengths = lengths.clamp(min=1)
     fractions = (counts * num_experts).to(sums.dtype) / (lengths * top_k)
     return (fractions * (sums / lengths)).sum() / sequences
+
+
+def routing_entropy_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean entropy of a token's probabilities, ``−(1/T) Σ_t Σ_e p_te·log p_te``, in nats.
+
+    Dynamic routing (Huang et al., 2024) minimises it so that a router of a varying number of experts stays confident,
+    instead of activating all of them. The gradient in logit (t, j) of a softmax router is ``−p_tj·(log p_tj + H_t)/T``
+    with ``H_t`` the token's entropy. Several layers are averaged as if their tokens were one batch.
+
+    Args:
+        routing: of one layer, or a sequence of all layers' routings, with probabilities.
+        mask: as in :func:`load_balance_loss`.
+
+    Returns:
+        A scalar of the probabilities' dtype; 0 where no token counts.
+
+    Raises:
+        TypeError: ``routing`` is something else.
+        ValueError: no routing, one without probabilities, different numbers of experts, or a mask of another size or
+            device.
+    """
+    total, rows = 0, 0
+    for layer in _layers(routing):
+        kept = _kept(mask, layer)
+        entropy = token_entropy(layer.probabilities)
+        if kept is not None:
+            entropy = entropy.masked_fill(~kept, 0.0)
+        total = total + entropy.sum()
+        rows = rows + _rows(kept, layer)
+    return total / rows
 
 
 def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

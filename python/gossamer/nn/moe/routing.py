@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
+from gossamer._backend import transformed
 from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_tensor
 from gossamer.ops.dispatch import Dispatch, dispatch
-from gossamer.ops.topk_routing import EPSILON, fused_topk, select_experts
+from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk, select_experts
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
@@ -231,6 +233,91 @@ def _as_logits(logits: torch.Tensor) -> torch.Tensor:
     return logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """``(T,)`` entropies ``−Σ_e p·log p`` in nats of ``probabilities (T, E)``; where p = 0 it adds nothing."""
+    # Clamped: the gradient of p·log p at 0 is infinite, and NaN times the zero that follows it.
+    logarithms = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+    return -(probabilities * logarithms).sum(dim=-1)
+
+
+def check_share(name: str, value: float) -> None:
+    """``value`` must be a number above 0 and at most 1."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def most_experts(num_experts: int, max_experts: int | None) -> int:
+    """The most experts of a token: ``max_experts``, which is checked, or E."""
+    check_positive(num_experts=num_experts)
+    if max_experts is None:
+        return num_experts
+    check_positive(max_experts=max_experts)
+    if max_experts > num_experts:
+        raise ValueError(
+            f"max_experts must be at most num_experts, got max_experts={max_experts}, num_experts={num_experts}"
+        )
+    return max_experts
+
+
+def check_rows_per_token(rows_per_token: float | None) -> None:
+    """A bound on the mean number of experts of a token must be a positive, finite number, or None."""
+    if rows_per_token is None:
+        return
+    if not isinstance(rows_per_token, numbers.Real) or isinstance(rows_per_token, bool):
+        raise TypeError(f"rows_per_token must be a number or None, got {type(rows_per_token).__name__}")
+    if not 0 < rows_per_token < math.inf:
+        raise ValueError(f"rows_per_token must be positive and finite, got {rows_per_token}")
+
+
+def row_bound(routing: Routing, rows_per_token: float | None) -> Routing:
+    """The routing with ``max_rows`` for ``rows_per_token`` experts a token in the mean; as it is for None."""
+    if rows_per_token is None:
+        return routing
+    return routing._with(max_rows=int(rows_per_token * routing.num_tokens) + 1)
+
+
+def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) -> Routing:
+    """The routing with expert e in slot e where ``live (T, E)`` is true, with its column of ``weights (T, E)``."""
+    num_experts = live.shape[1]
+    experts = torch.arange(num_experts, device=live.device)
+    ids = torch.where(live, experts, num_experts)
+    return Routing(ids, torch.where(live, weights, 0.0), num_experts, **arguments)
+
+
+def check_finite_logits(logits: torch.Tensor) -> None:
+    """Refuse NaN and +inf on the CPU where values can be read, for rules that hand operators other shapes."""
+    if not torch.compiler.is_compiling() and not transformed():
+        check_logits(logits.detach(), None)
+
+
+def softmax_until(
+    logits: torch.Tensor, mass: float, *, exceed: bool, num_experts: int, max_experts: int | None = None
+) -> Routing:
+    """The most probable experts of each token, as many as it takes until their probabilities add up to ``mass``.
+
+    With ``exceed`` the last one takes the sum beyond ``mass``, else to it at least. Weights are probabilities. Logits
+    beyond the first ``num_experts`` are of null experts: a slot that holds one has no expert. Checked arguments; see
+    softmax_top_p and softmax_threshold.
+    """
+    logits = _as_logits(logits)
+    ids = select_experts(logits, logits, logits.shape[1] if max_experts is None else max_experts)
+    weights = _masked_softmax(logits).gather(1, ids)
+    with torch.no_grad():
+        before = F.pad(weights.cumsum(dim=1)[:, :-1], (1, 0))
+        # Rounded sums may pass 1, which exact ones do not.
+        beyond = (before > mass if mass < 1 else before < 0) if exceed else before >= mass
+        absent = beyond | (weights <= 0) | (ids >= num_experts)
+        ids = ids.masked_fill(absent, num_experts)
+        if logits.shape[1] > num_experts:
+            order = absent.int().argsort(dim=1, stable=True)[:, :num_experts]
+    weights = weights.masked_fill(absent, 0.0)
+    if logits.shape[1] > num_experts:
+        ids, weights, logits = ids.gather(1, order), weights.gather(1, order), logits[:, :num_experts]
+    return Routing(ids, weights, num_experts, logits)
+
+
 def softmax_topk(
     logits: torch.Tensor,
     top_k: int,
@@ -414,35 +501,66 @@ def check_capacity_factor(capacity_factor: float | None) -> None:
         raise ValueError(f"capacity_factor must be positive and finite, got {capacity_factor}")
 
 
-def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+PRIORITIES = ("token", "choice", "probability")
+
+
+def _places(routing: Routing, priority: str) -> torch.Tensor:
+    """``(T, K)`` places of a routing's slots among those of their expert, first come first."""
+    tokens, top_k, e = routing.num_tokens, routing.top_k, routing.num_experts
+    ids = routing.expert_ids.clamp(0, e)
+    if priority == "token":
+        rows, offsets = routing.dispatch.rows, routing.dispatch.offsets
+        return rows.view(tokens, top_k) - offsets[ids]
+    if priority == "probability":
+        order = routing.weights.detach().amax(dim=1).argsort(descending=True, stable=True)
+        ids = ids[order]
+    made = dispatch(ids.T.reshape(-1, 1), e)
+    places = (made.rows - made.offsets[ids.T.reshape(-1)]).view(top_k, tokens).T
+    if priority == "probability":
+        places = torch.empty_like(places).index_copy(0, order, places)
+    return places
+
+
+def limit_capacity(
+    routing: Routing, capacity_factor: float | None = None, *, capacity: int | None = None, priority: str = "token"
+) -> Routing:
     """Drop the slots that pass their expert's capacity ``C = int(capacity_factor · K·T/E)``, as GShard and Switch do.
 
-    An expert serves its first C slots in token order (within a token, in slot order); the rest become "no expert". The
-    other slots' weights stay as they are, and a token whose slots are all dropped gets zeros. Where C is 0, as with
-    fewer tokens than experts, nothing is dropped. Nothing is read on the host. What a token gets depends on the tokens
-    before it in the batch.
+    An expert serves its first C slots; the rest become "no expert". The other slots' weights stay as they are, and a
+    token whose slots are all dropped gets zeros. Where ``capacity_factor`` makes C 0, as with fewer tokens than
+    experts, nothing is dropped. Nothing is read on the host. What a token gets depends on the others of its batch.
 
     Args:
         routing: a router's.
         capacity_factor: positive; 1 gives each expert room for its equal share.
+        capacity: C itself, at least 1, in place of a factor.
+        priority: which slots come first: ``"token"``, in token order, within a token in slot order; ``"choice"``, all
+            tokens' first slots before any second one, as in GShard and XMoE; ``"probability"``, that too, but tokens in
+            descending order of their largest weight: batch-prioritised routing (Riquelme et al., 2021).
 
     Returns:
         A :class:`Routing` with E for the ids of dropped slots, sorted by expert.
 
     Raises:
-        TypeError: ``routing`` is no Routing, or ``capacity_factor`` no number.
-        ValueError: it is not positive and finite.
+        TypeError: ``routing`` is no Routing, ``capacity_factor`` no number or ``capacity`` no int.
+        ValueError: it is not positive and finite, both are given, or ``priority`` is unknown.
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
-    if capacity_factor is None:
-        raise TypeError("capacity_factor must be a number, got NoneType")
-    check_capacity_factor(capacity_factor)
+    if priority not in PRIORITIES:
+        raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
     e = routing.num_experts
-    capacity = expert_capacity(routing.num_tokens, routing.top_k, e, capacity_factor)
+    if capacity is not None:
+        check_positive(capacity=capacity)
+        if capacity_factor is not None:
+            raise ValueError(f"capacity_factor must be None beside a capacity, got {capacity_factor}")
+    else:
+        if capacity_factor is None:
+            raise TypeError("capacity_factor must be a number, got NoneType")
+        check_capacity_factor(capacity_factor)
+        capacity = expert_capacity(routing.num_tokens, routing.top_k, e, capacity_factor)
     routing = routing.dispatched()
     if capacity == 0:
         return routing
-    first = routing.dispatch.offsets[routing.expert_ids.clamp(0, e)]
-    ranks = routing.dispatch.rows.view(routing.num_tokens, routing.top_k) - first
-    return routing.with_experts(routing.expert_ids.masked_fill(ranks >= capacity, e), routing.weights).dispatched()
+    dropped = _places(routing, priority) >= capacity
+    return routing.with_experts(routing.expert_ids.masked_fill(dropped, e), routing.weights).dispatched()

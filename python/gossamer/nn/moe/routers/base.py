@@ -34,6 +34,8 @@ class Router(nn.Module):
 
     num_experts: int
     top_k: int
+    # Buffers that keep their dtype when the module is cast: small steps round away in narrower ones.
+    _wide_buffers: tuple[str, ...] = ()
 
     def __new__(cls, *args: object, **options: object) -> Router:
         """A module; a :class:`LinearRouter` where the sizes of one are given."""
@@ -52,6 +54,15 @@ class Router(nn.Module):
 
             _warn_moved(f"{cls.__name__}(Router) with route(logits)")
             cls.__bases__ = tuple(LinearRouter if base is Router else base for base in cls.__bases__)
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name) for name in self._wide_buffers}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != old.dtype:
+                setattr(self, name, old.to(moved.device))
+        return self
 
     @classmethod
     def from_top_k(cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object) -> Router:

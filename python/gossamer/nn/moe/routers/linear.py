@@ -202,6 +202,8 @@ class SigmoidRouter(LinearRouter):
             the module is cast, because :func:`gossamer.nn.update_expert_bias` moves it in steps that bfloat16 loses.
     """
 
+    _wide_buffers = ("e_score_correction_bias",)
+
     def __init__(
         self,
         hidden_size: int,
@@ -230,14 +232,6 @@ class SigmoidRouter(LinearRouter):
         super().reset_parameters()
         if "e_score_correction_bias" in self._buffers:
             self.e_score_correction_bias.zero_()
-
-    def _apply(self, fn, recurse=True):
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        moved = self.e_score_correction_bias
-        if moved.dtype != bias.dtype:
-            self.e_score_correction_bias = bias.to(moved.device)
-        return self
 
     def route(self, logits: torch.Tensor) -> Routing:
         """:func:`sigmoid_topk` of ``logits (T, E)``."""

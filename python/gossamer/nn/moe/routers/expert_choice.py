@@ -1,0 +1,179 @@
+"""Expert choice: each expert takes its most probable tokens."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+
+import torch
+
+from gossamer._checks import check_positive, check_same_device, check_shape
+from gossamer.nn.moe.routers.linear import LinearRouter
+from gossamer.nn.moe.routing import Routing, _as_logits, route_where, softmax_probabilities
+from gossamer.ops.topk_routing import choose_tokens, live_experts
+
+
+def _check_factor(capacity_factor: float) -> None:
+    if not isinstance(capacity_factor, numbers.Real) or isinstance(capacity_factor, bool):
+        raise TypeError(f"capacity_factor must be a number, got {type(capacity_factor).__name__}")
+    if not 0 < capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be positive and finite, got {capacity_factor}")
+
+
+def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
+    """Each expert takes its C most probable tokens (expert choice, Zhou et al., 2022): the load is equal by itself.
+
+    ``p = softmax(logits)`` over the experts; expert e takes the C highest of column e, the earlier ones of equal
+    tokens, with ``C = int(capacity_factor · T/E)`` but at least 1 and at most T; the weight is ``p_te``. A token may
+    get any number of experts from none to E. A masked expert (−inf) is never chosen. The rules for +inf and NaN are
+    those of :func:`softmax_topk`.
+
+    Warning:
+        What a token gets depends on all others of the batch, those after it in its sequence too: the rule is not
+        causal. A language model trained by it cannot be decoded by it; see :func:`expert_choice_threshold`.
+
+    Args:
+        logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
+        capacity_factor: experts of a token in the mean; positive.
+
+    Returns:
+        A :class:`Routing` with E slots, slot e of expert e.
+
+    Raises:
+        TypeError: ``logits`` is no floating tensor, or ``capacity_factor`` no number.
+        ValueError: ``capacity_factor`` is not positive and finite; on the CPU, a logit is NaN or +inf.
+    """
+    _check_factor(capacity_factor)
+    logits = _as_logits(logits)
+    num_tokens, num_experts = logits.shape
+    capacity = min(num_tokens, max(1, int(capacity_factor * (num_tokens / num_experts))))
+    probabilities = softmax_probabilities(logits)
+    chosen = choose_tokens(logits, probabilities.detach(), capacity)
+    return route_where(chosen, probabilities, logits=logits, max_rows=num_experts * capacity)
+
+
+def expert_choice_threshold(logits: torch.Tensor, thresholds: torch.Tensor) -> Routing:
+    """The experts whose probability of a token reaches their own threshold: expert choice token by token, causal.
+
+    With an expert's threshold at the least probability that it took in training, as
+    :meth:`ExpertChoiceRouter.update_thresholds` follows it, the loads are those of :func:`expert_choice` in the mean.
+
+    Args:
+        logits: as in :func:`expert_choice`.
+        thresholds: ``(E,)`` floating.
+
+    Returns:
+        A :class:`Routing` with E slots, slot e of expert e.
+
+    Raises:
+        TypeError: ``logits`` or ``thresholds`` is no floating tensor.
+        ValueError: ``thresholds`` has another shape or device; on the CPU, a logit is NaN or +inf.
+    """
+    logits = _as_logits(logits)
+    check_shape("thresholds", thresholds, (logits.shape[1],), "(E,)")
+    if not thresholds.is_floating_point():
+        raise TypeError(f"thresholds must be floating point, got {thresholds.dtype}")
+    check_same_device(logits=logits, thresholds=thresholds)
+    probabilities = softmax_probabilities(logits)
+    live = live_experts(logits, probabilities.detach(), thresholds.detach().to(logits.dtype))
+    return route_where(live, probabilities, logits=logits)
+
+
+class ExpertChoiceRouter(LinearRouter):
+    """:func:`expert_choice` over a linear map; with ``causal``, :func:`expert_choice_threshold`.
+
+    Warning:
+        The choice over a batch is not causal. For autoregressive decoding follow the thresholds in training, and then
+        set ``causal``:
+
+        >>> y, routing = moe(x, return_routing=True)
+        >>> moe.router.update_thresholds(routing)  # after each training step
+        >>> moe.eval().router.causal = True
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        capacity_factor: experts of a token in the mean; 2 in the paper.
+        causal: whether tokens are routed one by one, by :attr:`thresholds`.
+        **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
+
+    Attributes:
+        causal: as given; ``eval()`` warns where it is False.
+        thresholds: ``(E,)`` float32 buffer, 1/E at first, which stays float32 when the module is cast.
+
+    Raises:
+        TypeError: a size is no int, or ``capacity_factor`` no number.
+        ValueError: a size is below 1, or ``capacity_factor`` is not positive and finite.
+    """
+
+    _wide_buffers = ("thresholds",)
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, capacity_factor: float, *, causal: bool = False, **options: object
+    ) -> None:
+        _check_factor(capacity_factor)
+        check_positive(num_experts=num_experts)
+        super().__init__(hidden_size, num_experts, num_experts, **options)
+        self.capacity_factor = capacity_factor
+        self.causal = causal
+        thresholds = torch.full((num_experts,), 1 / num_experts, device=self.weight.device, dtype=torch.float32)
+        self.register_buffer("thresholds", thresholds)
+
+    @classmethod
+    def from_top_k(
+        cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object
+    ) -> ExpertChoiceRouter:
+        """With K as the experts of a token in the mean."""
+        check_positive(top_k=top_k)
+        return cls(hidden_size, num_experts, top_k, **options)
+
+    def train(self, mode: bool = True) -> ExpertChoiceRouter:
+        """As of any module, with a warning where evaluation will not be causal."""
+        if self.training and not mode and not self.causal:
+            warnings.warn(
+                "ExpertChoiceRouter looks at all tokens of a batch, later ones of a sequence too, which is not causal: "
+                "set causal=True after update_thresholds() for autoregressive decoding",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().train(mode)
+
+    @torch.no_grad()
+    def update_thresholds(self, routing: Routing, momentum: float = 0.99) -> None:
+        """Follow the least weight that each expert took: ``threshold = momentum · threshold + (1 − momentum) · least``.
+
+        Args:
+            routing: of a training step, by this router. Experts that took no token keep their threshold.
+            momentum: at least 0, below 1.
+
+        Raises:
+            ValueError: ``momentum`` is out of range, or the routing is of another number of experts or slots.
+        """
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+        if routing.num_experts != self.num_experts or routing.top_k != self.num_experts:
+            raise ValueError(
+                f"routing must have a slot for each of {self.num_experts} experts, got {routing.top_k} slots of "
+                f"{routing.num_experts} experts"
+            )
+        weights = routing.weights.masked_fill(routing.expert_ids >= self.num_experts, math.inf)
+        least = torch.cat([weights, weights.new_full((1, self.num_experts), math.inf)]).amin(dim=0)
+        least = torch.where(least < math.inf, least, self.thresholds)
+        self.thresholds.lerp_(least.to(self.thresholds.dtype), 1 - momentum)
+
+    def route(self, logits: torch.Tensor) -> Routing:
+        """:func:`expert_choice` of ``logits (T, E)``, or :func:`expert_choice_threshold` where ``causal``."""
+        if self.causal:
+            return expert_choice_threshold(logits, self.thresholds)
+        return expert_choice(logits, self.capacity_factor)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the thresholds back."""
+        super().reset_parameters()
+        if "thresholds" in self._buffers:
+            self.thresholds.fill_(1 / self.num_experts)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, causal={self.causal}"
