@@ -20,6 +20,7 @@ from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
 from gossamer.ops.grouped_matmul import grouped_matmul
 from gossamer.ops.hash_table import HashTable, HashTableFull
 from gossamer.ops.low_rank import low_rank_linear
+from gossamer.ops.map_ids import IdMaps, map_ids
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank, multi_low_rank_linear
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
@@ -36,6 +37,7 @@ __all__ = [
     "Float8Weight",
     "HashTable",
     "HashTableFull",
+    "IdMaps",
     "Int8Weight",
     "NF4Weight",
     "QuantizedExpertWeight",
@@ -62,6 +64,7 @@ __all__ = [
     "grouped_matmul",
     "load_quantized_experts",
     "low_rank_linear",
+    "map_ids",
     "multi_low_rank",
     "multi_low_rank_linear",
     "nn",

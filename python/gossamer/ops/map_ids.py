@@ -1,0 +1,260 @@
+"""Ids to rows by arithmetic: hashes, digits and remainders, as compressed tables and hash routers look them up."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from gossamer import _backend
+from gossamer._checks import check_index, check_positive
+from gossamer.ops._records import define
+
+#: The prime of universal hashes over 64-bit ids.
+MERSENNE_61 = 2**61 - 1
+_NARROW = 2**31
+
+
+@dataclass(frozen=True)
+class IdMaps:
+    """H maps of ids to rows: ``h(x) = base + ((a·x + b) mod p) div q mod m``, all in exact integers.
+
+    An id is a number of 64 bits: a negative one stands for itself plus 2⁶⁴. Without a prime the inner part is x itself.
+    Multiples of consecutive ids can fall into few remainders; ``mixed`` puts ``mix(x)`` in the place of x, a bijection
+    of 64-bit numbers that leaves no such order (Mix13 of D. Stafford, with which SplitMix64 ends). The fields are lists
+    of H numbers; :meth:`of` makes them from what differs from the defaults.
+
+    Attributes:
+        moduli: m, at least 1.
+        divisors: q, at least 1.
+        bases: what is added last, at least 0: where the part of a table begins that a map chooses from.
+        multipliers: a, in ``[1, p)``; all 1 without a prime.
+        addends: b, in ``[0, p)``; all 0 without a prime.
+        prime: p, below 2³¹ or 2⁶¹−1; 0 for none.
+        limit: ids outside ``[0, limit)`` are errors; 0 for no limit.
+        mixed: whether ids are mixed first; not with a limit.
+    """
+
+    moduli: list[int]
+    divisors: list[int]
+    bases: list[int]
+    multipliers: list[int]
+    addends: list[int]
+    prime: int
+    limit: int
+    mixed: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        moduli: Sequence[int],
+        *,
+        divisors: Sequence[int] | None = None,
+        bases: Sequence[int] | None = None,
+        multipliers: Sequence[int] | None = None,
+        addends: Sequence[int] | None = None,
+        prime: int = 0,
+        limit: int = 0,
+        mixed: bool = False,
+    ) -> IdMaps:
+        """Checked maps; the class says what each argument is.
+
+        Raises:
+            TypeError: a number is no int.
+            ValueError: a number is out of its range, lists differ in length, or a divisor is given without a limit or
+                a prime, which would make the quotient one of 64-bit numbers without a sign.
+        """
+        count = len(moduli)
+        lists = {
+            "moduli": (moduli, 1, 2**62),
+            "divisors": ([1] * count if divisors is None else divisors, 1, 2**62),
+            "bases": ([0] * count if bases is None else bases, 0, 2**62),
+            "multipliers": ([1] * count if multipliers is None else multipliers, 1, prime or 2),
+            "addends": ([0] * count if addends is None else addends, 0, prime or 1),
+        }
+        if not isinstance(prime, int) or not isinstance(limit, int):
+            raise TypeError(f"prime and limit must be ints, got {prime!r} and {limit!r}")
+        if prime not in (0, MERSENNE_61) and not 2 <= prime < _NARROW:
+            raise ValueError(f"prime must be 0, below 2**31 or 2**61 - 1, got {prime}")
+        if not 0 <= limit < 2**63:
+            raise ValueError(f"limit must be in [0, 2**63), got {limit}")
+        check_positive(**{"the number of maps": count})
+        for name, (values, low, high) in lists.items():
+            if len(values) != count:
+                raise ValueError(f"{name} must have one number for each of the {count} moduli, got {len(values)}")
+            for value in values:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise TypeError(f"{name} must be ints, got {value!r}")
+                if not low <= value < high:
+                    raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+        if mixed and limit:
+            raise ValueError(f"limit must be 0 where ids are mixed, got {limit}")
+        made = cls(*(list(values) for values, _, _ in lists.values()), prime, limit, mixed)
+        if not prime and not limit and max(made.divisors) > 1:
+            raise ValueError(f"divisors must be 1 without a limit or a prime, got {made.divisors}")
+        return made
+
+    @classmethod
+    def universal(cls, moduli: Sequence[int], *, seed: int, bases: Sequence[int] | None = None) -> IdMaps:
+        """Hashes ``(a·mix(x) + b) mod p mod m`` with p = 2⁶¹−1 and a and b drawn from a seed.
+
+        Over the seeds two ids meet in a map with a probability of about 1/m, but for those few pairs among all numbers
+        of 64 bits whose mixed values differ by a multiple of p.
+
+        Raises:
+            ValueError: as :meth:`of`.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        multipliers, addends = (
+            torch.randint(low, MERSENNE_61, (len(moduli),), generator=generator, device="cpu").tolist()
+            for low in (1, 0)
+        )
+        return cls.of(moduli, bases=bases, multipliers=multipliers, addends=addends, prime=MERSENNE_61, mixed=True)
+
+    @property
+    def count(self) -> int:
+        """H."""
+        return len(self.moduli)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows: int32 where all fit."""
+        largest = max(base + modulus for base, modulus in zip(self.bases, self.moduli, strict=True))
+        return torch.int32 if largest <= _NARROW else torch.int64
+
+
+class MapIds(NamedTuple):
+    """Arguments of ids to rows.
+
+    Attributes:
+        ids: int32 or int64, of any shape.
+        maps: H of them.
+    """
+
+    ids: torch.Tensor
+    maps: IdMaps
+
+
+def _unsigned_mod(x: torch.Tensor, modulus: int) -> torch.Tensor:
+    """Int64 numbers, taken for 64 bits without a sign, modulo one below 2⁶²."""
+    rest = x.remainder(modulus)
+    return torch.where(x < 0, (rest + 2**64 % modulus) % modulus, rest)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Mix13 of int64 numbers, taken for 64 bits without a sign; products wrap."""
+
+    def down(x: torch.Tensor, bits: int) -> torch.Tensor:
+        return x ^ ((x >> bits) & (2 ** (64 - bits) - 1))
+
+    x = down(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = down(x, 27) * (0x94D049BB133111EB - 2**64)
+    return down(x, 31)
+
+
+def _fold(x: torch.Tensor) -> torch.Tensor:
+    """A number below 2⁶³ to one that is equal modulo 2⁶¹−1 and at most 3 above it."""
+    return (x & MERSENNE_61) + (x >> 61)
+
+
+def _mersenne_affine(x: torch.Tensor, multiplier: int, addend: int) -> torch.Tensor:
+    """``(a·x + b) mod (2⁶¹−1)`` of ``x`` below it, by products of 31-bit halves.
+
+    2⁶² is 2 there, and a middle product of 2³¹ splits at bit 30, above which it counts from 2⁶¹, which is 1.
+    """
+    low_bits = _NARROW - 1
+    x1, x0 = x >> 31, x & low_bits
+    a1, a0 = multiplier >> 31, multiplier & low_bits
+    middle = x1 * a0 + x0 * a1
+    total = _fold(x0 * a0) + 2 * (x1 * a1) % MERSENNE_61 + (middle >> 30)
+    total = _fold(total) + ((middle & (2**30 - 1)) << 31)
+    total = _fold(_fold(total) + addend)
+    return torch.where(total >= MERSENNE_61, total - MERSENNE_61, total)
+
+
+def map_ids_reference(args: MapIds) -> torch.Tensor:
+    """:func:`map_ids` in plain torch."""
+    maps, ids = args.maps, args.ids.long()
+    x = _mix(ids) if maps.mixed else ids
+    x = _unsigned_mod(x, maps.prime) if maps.prime else x
+    rows = []
+    for m, q, base, a, b in zip(maps.moduli, maps.divisors, maps.bases, maps.multipliers, maps.addends, strict=True):
+        if maps.prime == MERSENNE_61:
+            value = _mersenne_affine(x, a, b)
+        else:
+            value = (x * a + b) % maps.prime if maps.prime else x
+        rows.append((_unsigned_mod(value, m) if q == 1 else value.div(q, rounding_mode="floor") % m) + base)
+    found = torch.stack(rows, -1)
+    if maps.limit:
+        found = found.masked_fill(((ids < 0) | (ids >= maps.limit)).unsqueeze(-1), -1)
+    return found.to(maps.dtype)
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import map_ids
+    else:
+        from gossamer.triton_kernels import map_ids
+    return map_ids
+
+
+def _forward(args: MapIds, backend: str) -> torch.Tensor:
+    if backend == "reference":
+        return map_ids_reference(args)
+    return _kernels(backend).map_ids(args)
+
+
+def _fake(args: MapIds) -> torch.Tensor:
+    return args.ids.new_empty((*args.ids.shape, args.maps.count), dtype=args.maps.dtype)
+
+
+_map_ids = define("map_ids", MapIds, kernel=_forward, fake=_fake, returns="Tensor")
+
+
+def map_ids(ids: torch.Tensor, maps: IdMaps) -> torch.Tensor:
+    """The rows that H maps give each id: ``h_j(x) = base_j + ((a_j·x + b_j) mod p) div q_j mod m_j``.
+
+    Remainders and quotients are the digits of an id in mixed radix; with a prime they are universal hashes. Where the
+    maps say so, ids are mixed first.
+
+    Args:
+        ids: int32 or int64, of any shape.
+        maps: :class:`IdMaps`.
+
+    Returns:
+        ``(*ids.shape, H)``, int32 where all rows fit, else int64.
+
+    Raises:
+        TypeError: ``ids`` is not int32 or int64.
+        IndexError: on the CPU, an id outside ``[0, limit)``; on CUDA its rows are −1, which is no row of any table.
+    """
+    check_index("ids", ids)
+    backend = _backend.resolve("map_ids", ids)
+    found = _map_ids(MapIds(ids, maps), backend)
+    if maps.limit and backend == "reference" and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        raise_outside(ids, maps.limit)
+    return found
+
+
+def raise_outside(ids: torch.Tensor, limit: int) -> None:
+    """Every id must be in ``[0, limit)``.
+
+    Raises:
+        IndexError: one is not; the message names it and its place.
+    """
+    outside = ((ids < 0) | (ids >= limit)).reshape(-1)
+    if outside.any():
+        place = int(outside.nonzero()[0])
+        raise IndexError(f"ids must be in [0, N) with N={limit}, got {int(ids.reshape(-1)[place])} at position {place}")
+
+
+def radix_maps(moduli: Sequence[int], *, limit: int) -> IdMaps:
+    """Digits of ids in mixed radix, the lowest first: ``x div ∏_{i<j} m_i mod m_j``, in parts of one table."""
+    divisors = [1, *itertools.accumulate(moduli, int.__mul__)][:-1]
+    return IdMaps.of(moduli, divisors=divisors, bases=[0, *itertools.accumulate(moduli)][:-1], limit=limit)
