@@ -6,6 +6,8 @@ A method takes the whole suite by one line in its own test file, whose name begi
 """
 
 import copy
+import functools
+import re
 
 import pytest
 import torch
@@ -531,7 +533,13 @@ class TableContract(Contract):
 
 
 class TrainedTableContract(TableContract):
-    """What tables that are parameters do besides: gradients, fused steps, compilation, a budget."""
+    """What tables that are parameters do besides: gradients, fused steps, compilation, a budget.
+
+    A case whose ``from_budget`` wants more arguments than the sizes has an attribute ``from_budget`` that gives them.
+    ``any_ids`` is whether the table takes all ids of 64 bits.
+    """
+
+    any_ids = False
 
     def test_gradients(self, make, device):
         table = self.make(make, device, torch.float64)
@@ -570,22 +578,32 @@ class TrainedTableContract(TableContract):
 
     def test_ids_outside(self, make, device):
         table = self.make(make, device)
-        if device == "cpu":
+        if self.any_ids:
+            ids = torch.tensor([-1, -(2**63), 2**63 - 1, self.N], device=device)
+            assert bool(table.lookup(ids).isfinite().all())
+        elif device == "cpu":
             for bad in (-1, self.N):
                 with pytest.raises(IndexError):
                     table.lookup(torch.tensor([0, bad]))
 
     def test_budget(self, make, device):
-        """The size that the class has is enough, and a byte less is refused with it."""
-        kind, needed = type(self.make(make, device)), self.make(make, device).inference_nbytes()
-        made = kind.from_budget(self.N, self.D, needed, device=device)
-        assert made.inference_nbytes() <= needed and made.lookup(torch.arange(self.N, device=device)).shape[0] == self.N
-        with pytest.raises(ValueError, match=f"nbytes must be at least {needed} for .*, got {needed - 1}"):
-            kind.from_budget(self.N, self.D, needed - 1, device=device)
+        """The smallest size that an error names is enough, and a byte less is refused; what is made fits its budget."""
+        table = self.make(make, device)
+        from_budget = functools.partial(getattr(make, "from_budget", type(table).from_budget), self.N, self.D)
+        with pytest.raises(ValueError, match=r"nbytes must be at least \d+ for .*, got 1$") as refused:
+            from_budget(1, device=device)
+        smallest = int(re.search(r"at least (\d+)", str(refused.value))[1])
+        with pytest.raises(ValueError, match=f"nbytes must be at least {smallest} for .*, got {smallest - 1}"):
+            from_budget(smallest - 1, device=device)
+        for nbytes in (smallest, max(smallest, table.inference_nbytes())):
+            made = from_budget(nbytes, device=device)
+            assert made.inference_nbytes() <= nbytes
+            assert made.lookup(torch.arange(self.N, device=device)).shape[0] == self.N
+        assert made.inference_nbytes() >= table.inference_nbytes()
         with pytest.raises(TypeError, match="nbytes must be an int, got float"):
-            kind.from_budget(self.N, self.D, 0.5, device=device)
+            from_budget(0.5, device=device)
         with pytest.raises(ValueError, match="nbytes must be at least 1, got 0"):
-            kind.from_budget(self.N, self.D, 0, device=device)
+            from_budget(0, device=device)
 
 
 class ScheduleContract(Contract):

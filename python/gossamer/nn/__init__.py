@@ -6,10 +6,13 @@ from gossamer.nn.delta_rule.kimi_delta_attention import KimiDeltaAttention
 from gossamer.nn.delta_rule.layer import DeltaRuleState
 from gossamer.nn.delta_rule.self_referential import SelfReferentialLinear
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
+from gossamer.nn.embeddings.compositional import CompositionalEmbedding
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
+from gossamer.nn.embeddings.remapped import ClusteredEmbedding, FrequencyEmbedding
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
 from gossamer.nn.linear.block_sparse import BlockSparseLinear, erk_densities
@@ -52,11 +55,14 @@ from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
 __all__ = [
     "BlockSparseLinear",
+    "ClusteredEmbedding",
+    "CompositionalEmbedding",
     "ConstantSchedule",
     "CosineSchedule",
     "DeltaGap",
     "DeltaNet",
     "DeltaRuleState",
+    "DoubleHashEmbedding",
     "DynamicEmbedding",
     "Embedding",
     "EmbeddingBag",
@@ -65,8 +71,10 @@ __all__ = [
     "ExpertLayer",
     "Experts",
     "FrequencyAdmission",
+    "FrequencyEmbedding",
     "FusedTable",
     "GatedDeltaNet",
+    "HashEmbedding",
     "HashRouter",
     "KimiDeltaAttention",
     "LinearRouter",

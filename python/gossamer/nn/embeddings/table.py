@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -130,3 +132,22 @@ def check_budget(nbytes: int) -> None:
         raise TypeError(f"nbytes must be an int, got {type(nbytes).__name__}")
     if nbytes < 1:
         raise ValueError(f"nbytes must be at least 1, got {nbytes}")
+
+
+def fit_budget(nbytes: int, smallest: int, largest: int, size_of: Callable[[int], int], name: str) -> int:
+    """The largest knob in ``smallest .. largest`` whose ``size_of`` is within a budget; sizes grow with the knob.
+
+    Raises:
+        TypeError: ``nbytes`` is no int.
+        ValueError: the smallest is larger than the budget; the message says how small ``name`` can be.
+    """
+    check_budget(nbytes)
+    if (needed := size_of(smallest)) > nbytes:
+        raise ValueError(f"nbytes must be at least {needed} for {name}, got {nbytes}")
+    while smallest < largest:
+        middle = (smallest + largest + 1) // 2
+        if size_of(middle) <= nbytes:
+            smallest = middle
+        else:
+            largest = middle - 1
+    return smallest

@@ -1,0 +1,240 @@
+"""Tables whose ids are told apart by several small tables together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from gossamer._checks import check_index, check_positive
+from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.nn.embeddings.table import Table, fit_budget
+from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.ops.map_ids import IdMaps, map_ids, radix_maps
+
+PARTITIONS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "path")
+OPERATIONS = ("add", "mul", "concat")
+
+
+class CompositionalEmbedding(SharedRowsTable):
+    """The vector of an id composed of one row from each of k small tables, which tell all ids apart together.
+
+    A partition sends id x to class ``p_j(x)`` of ``m_j``, for j = 1 .. k, so that no two ids share all their classes:
+
+    - ``"quotient_remainder"``, two parts: ``x mod m_1`` and ``x div m_1``;
+    - ``"mixed_radix"``: the digits of x, ``x div ∏_{i<j} m_i mod m_j``;
+    - ``"chinese_remainder"``: ``x mod m_j`` for moduli without common factors.
+
+    ``e(x)`` is the sum, the product or the concatenation of the rows ``W_j[p_j(x)]``, which have D/k columns where they
+    are concatenated. Sums and products are distinct for almost all values of the rows, concatenations wherever the rows
+    of each table are.
+
+    With ``"path"`` there are two parts as for quotient and remainder, and the second is a small network a class:
+    ``e(x) = V_c·relu(U_c·W[x mod m_1] + a_c) + b_c`` with ``c = x div m_1``. The networks are ordinary parameters,
+    which ``optimizer`` does not step.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        moduli: ``m_1 .. m_k``; by default of about equal size, two of them, three for ``"mixed_radix"``.
+        partition: one of the four.
+        operation: ``"mul"``, which is the default, ``"add"`` or ``"concat"``; not with ``"path"``.
+        path_width: hidden width of the networks of ``"path"``.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: the k tables, one below the other: ``(Σm_j, D)``; ``(Σm_j, D/k)`` with ``"concat"``, ``(m_1, D)`` with
+            ``"path"``. The entries of ``e(x)`` start with the variance of numbers uniform in ``±1/√N``.
+        moduli: the sizes of the tables.
+        paths: the networks of ``"path"``, :class:`gossamer.nn.Experts`.
+
+    Raises:
+        TypeError: a modulus is no int.
+        ValueError: an argument is unknown or does not fit; ``moduli`` do not tell N ids apart: their product is below
+            N, or those of ``"chinese_remainder"`` share a factor; D is no multiple of k for ``"concat"``.
+
+    Source: Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
+    Systems", KDD 2020.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        moduli: Sequence[int] | None = None,
+        *,
+        partition: str = "quotient_remainder",
+        operation: str | None = None,
+        path_width: int = 16,
+        **options: object,
+    ) -> None:
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, path_width=path_width)
+        operation = _checked_operation(partition, operation)
+        if moduli is None:
+            moduli = _moduli(num_embeddings, partition, _balanced(num_embeddings, partition))
+        _check_moduli(num_embeddings, partition, moduli)
+        parts = len(moduli)
+        if operation == "concat" and embedding_dim % parts:
+            raise ValueError(
+                f"embedding_dim must be a multiple of the number of parts, {parts}, to be their concatenation, got "
+                f"{embedding_dim}"
+            )
+        self.moduli, self.partition, self.operation = tuple(moduli), partition, operation
+        width = embedding_dim // parts if operation == "concat" else embedding_dim
+        rows = moduli[0] if partition == "path" else sum(moduli)
+        super().__init__(num_embeddings, width, rows, parts if operation == "add" else 1, **options)
+        self.embedding_dim = embedding_dim
+        if partition == "path":
+            factory = {name: options.get(name) for name in ("device", "dtype")}
+            self.paths = Experts(moduli[1], embedding_dim, path_width, activation="relu", bias=True, **factory)
+        if partition == "chinese_remainder":
+            bases = [0, *itertools.accumulate(moduli)][:-1]
+            self._maps = IdMaps.of(moduli, bases=bases, limit=num_embeddings)
+        else:
+            self._maps = radix_maps(moduli, limit=num_embeddings)
+
+    def reset_parameters(self) -> None:
+        """Draw the rows anew, and start the optimizer anew."""
+        super().reset_parameters()
+        if self.operation == "mul":
+            # The variance of a product is that of its factors multiplied.
+            bound = (3 * (1 / (3 * self.num_embeddings)) ** (1 / len(self.moduli))) ** 0.5
+            torch.nn.init.uniform_(self.weight, -bound, bound)
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of :attr:`weight` for the classes of ``ids (...)``, ``(..., k)``."""
+        return map_ids(ids, self._maps)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``; raises as :meth:`Table.forward`."""
+        if self.operation == "add":
+            return super().lookup(ids)
+        check_index("ids", ids)
+        classes = self.addresses(ids)
+        if self.partition == "path":
+            rows = self.rows("weight", classes[..., 0])
+            return self.paths(rows, (classes[..., 1:] - self.moduli[0]).reshape(-1, 1), rows.new_ones(ids.numel(), 1))
+        rows = self.rows("weight", classes)
+        return rows.prod(-2) if self.operation == "mul" else rows.flatten(-2)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bags, as :meth:`Table.forward`. Sums and concatenations are pooled as they are read."""
+        if self.operation == "add":
+            return super().forward(ids, offsets, per_sample_weights)
+        if self.operation != "concat":
+            return Table.forward(self, ids, offsets, per_sample_weights)
+        check_index("ids", ids)
+        classes, parts = self.addresses(ids).movedim(-1, 0), len(self.moduli)
+        # The bags of the first part, then those of the second: each part is pooled by itself.
+        weights = None
+        if per_sample_weights is not None:
+            weights = per_sample_weights.expand(parts, *per_sample_weights.shape).flatten(0, 1)
+        ends = None
+        if offsets is not None:
+            starts = offsets[:-1] if self.include_last_offset else offsets
+            places = torch.arange(parts, device=ids.device, dtype=offsets.dtype) * ids.shape[0]
+            ends = (starts + places.unsqueeze(1)).flatten()
+        how = {"mode": self.mode, "include_last_offset": False}
+        pooled = self.bags("weight", classes.flatten(0, 1), ends, weights, **how)
+        return pooled.view(parts, -1, pooled.shape[-1]).movedim(0, 1).flatten(1)
+
+    def extra_repr(self) -> str:
+        """Sizes, partition and mode, and the optimizer where there is one."""
+        how = f"partition={self.partition!r}" + (f", operation={self.operation!r}" if self.operation else "")
+        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
+        return f"{self.num_embeddings}, {self.embedding_dim}, {list(self.moduli)}, {how}{rest}"
+
+    @classmethod
+    def from_budget(
+        cls,
+        num_embeddings: int,
+        embedding_dim: int,
+        nbytes: int,
+        *,
+        partition: str = "quotient_remainder",
+        **options: object,
+    ) -> CompositionalEmbedding:
+        """The table with the largest first part that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+        if partition not in PARTITIONS:
+            raise ValueError(f"partition must be one of {PARTITIONS}, got {partition!r}")
+
+        def make(first: int, **more: object) -> CompositionalEmbedding:
+            moduli = _moduli(num_embeddings, partition, first)
+            return cls(num_embeddings, embedding_dim, moduli, partition=partition, **options | more)
+
+        def size_of(first: int) -> int:
+            return make(first, device="meta").inference_nbytes()
+
+        first = _balanced(num_embeddings, partition)
+        if partition == "path":
+            # A network is larger than a row, so fewer of them are smallest.
+            costs = make(num_embeddings, device="meta")
+            network = costs.inference_nbytes() - num_embeddings * embedding_dim * costs.weight.element_size()
+            row = embedding_dim * costs.weight.element_size()
+            first = min(num_embeddings, math.ceil(math.sqrt(num_embeddings * network / row)))
+        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
+        return make(fit_budget(nbytes, first, num_embeddings, size_of, name))
+
+
+def _checked_operation(partition: str, operation: str | None) -> str | None:
+    if partition not in PARTITIONS:
+        raise ValueError(f"partition must be one of {PARTITIONS}, got {partition!r}")
+    if partition == "path":
+        if operation is not None:
+            raise ValueError(f"operation must be None with partition='path', got {operation!r}")
+        return None
+    if operation is None:
+        return "mul"
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
+    return operation
+
+
+def _check_moduli(num_embeddings: int, partition: str, moduli: Sequence[int]) -> None:
+    check_positive(**{f"moduli[{i}]": m for i, m in enumerate(moduli)})
+    pairs = partition in ("quotient_remainder", "path")
+    if pairs and len(moduli) != 2:
+        raise ValueError(f"moduli must be two for partition={partition!r}, got {list(moduli)}")
+    if math.prod(moduli) < num_embeddings:
+        raise ValueError(
+            f"moduli must have a product of at least {num_embeddings}, the number of ids, got {list(moduli)} with "
+            f"{math.prod(moduli)}"
+        )
+    if partition == "chinese_remainder":
+        for a, b in itertools.combinations(moduli, 2):
+            if math.gcd(a, b) > 1:
+                raise ValueError(f"moduli must be coprime, got {a} and {b}, which share the factor {math.gcd(a, b)}")
+
+
+def _root(value: int, degree: int) -> int:
+    """The smallest integer whose power of that degree is at least ``value``."""
+    root = max(1, round(value ** (1 / degree)))
+    while root**degree < value:
+        root += 1
+    while root > 1 and (root - 1) ** degree >= value:
+        root -= 1
+    return root
+
+
+def _balanced(num_embeddings: int, partition: str) -> int:
+    """The first modulus where all are about equal."""
+    return _root(num_embeddings, 3 if partition == "mixed_radix" else 2)
+
+
+def _moduli(num_embeddings: int, partition: str, first: int) -> list[int]:
+    """Moduli that tell N ids apart, given the first: the fewest rows in the others."""
+    rest = -(-num_embeddings // first)
+    if partition == "mixed_radix":
+        second = _root(rest, 2)
+        return [first, second, -(-rest // second)]
+    if partition == "chinese_remainder":
+        while math.gcd(first, rest) > 1:
+            rest += 1
+    return [first, rest]

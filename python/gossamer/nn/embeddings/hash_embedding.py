@@ -1,0 +1,79 @@
+"""Tables of fewer rows than ids, which hashes share out."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer.nn.embeddings.seeded import SeededMaps
+from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.ops.map_ids import IdMaps, map_ids
+
+
+class HashEmbedding(SharedRowsTable):
+    """The vector of id x is row ``x mod M`` of M: ids that leave the same remainder share it.
+
+    With M at least N it is the dense table. Ids of 64 bits are taken, also such as are not below ``num_embeddings``,
+    which only sets the scale of the first rows: a negative id stands for itself plus 2⁶⁴.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        num_rows: M.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: ``(M, D)``, the parameter.
+
+    Raises:
+        TypeError: as the options'.
+        ValueError: a size is below 1, or an option does not fit.
+
+    Source: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, num_rows: int, **options: object) -> None:
+        super().__init__(num_embeddings, embedding_dim, num_rows, **options)
+        self._maps = IdMaps.of([num_rows])
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """``ids mod M``."""
+        return map_ids(ids, self._maps).squeeze(-1)
+
+
+class DoubleHashEmbedding(SeededMaps, SharedRowsTable):
+    """The vector of id x is ``weight[h1(x)] + weight[h2(x)]``, with two universal hashes into the same M rows.
+
+    ``h(x) = ((a·mix(x) + b) mod (2⁶¹−1)) mod M``, as :meth:`gossamer.IdMaps.universal` draws them. Two ids share their
+    vector only where they have both rows in common: about N²/M² pairs of N ids, where one hash has N²/2M. Where both
+    hashes of an id are one row, it counts twice. Ids of 64 bits are taken, as by :class:`HashEmbedding`.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        num_rows: M.
+        seed: of a and b of both hashes; the state holds it.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: ``(M, D)``, the parameter.
+
+    Raises:
+        TypeError: as the options'.
+        ValueError: a size is below 1, or an option does not fit.
+
+    Source: Zhang et al., "Model Size Reduction Using Frequency Based Double Hashing for Recommender Systems", RecSys
+    2020.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, num_rows: int, *, seed: int = 0, **options: object
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, num_rows, 2, **options)
+        self._keep_seed(seed, self.weight.device)
+
+    def _draw_maps(self, seed: int) -> None:
+        self._maps = IdMaps.universal([self.num_rows] * 2, seed=seed)
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """Both hashes."""
+        return map_ids(ids, self._maps)

@@ -1,0 +1,133 @@
+"""Tables that look up which row an id has: own rows for frequent ids, one row a cluster."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer._checks import check_index, check_positive, check_shape
+from gossamer.nn.embeddings.seeded import SeededMaps
+from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.ops.map_ids import IdMaps, map_ids
+
+
+class FrequencyEmbedding(SharedRowsTable):
+    """Frequent ids have rows of their own, and the others share the rest: row ``own + x mod (M − own)``.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        num_rows: M.
+        frequencies: ``(N,)``, how often each id occurs. Those of the highest have rows of their own, the lower id first
+            among equals.
+        own: how many; by default a tenth of N, but M/2 at most.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: ``(M, D)``, the parameter: rows of frequent ids by descending frequency, then shared rows.
+        row_of_id: ``(N,)`` int32, a buffer.
+
+    Raises:
+        TypeError: as the options'.
+        ValueError: a size is below 1, ``frequencies`` have another shape, are negative or not finite, or ``own`` is not
+            in ``[0, M]``, or is M while some ids have no row of their own.
+
+    Source: the adaptive embedding of Zhang et al., "Experimental Analysis of Large-scale Learnable Vector Storage
+    Compression", VLDB 2024.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_rows: int,
+        *,
+        frequencies: torch.Tensor,
+        own: int | None = None,
+        **options: object,
+    ) -> None:
+        check_positive(num_embeddings=num_embeddings, num_rows=num_rows)
+        check_shape("frequencies", frequencies, (num_embeddings,), "(N,)")
+        if not bool((frequencies >= 0).all() & frequencies.isfinite().all()):
+            raise ValueError("frequencies must be finite and at least 0")
+        if own is None:
+            own = min(num_embeddings // 10, num_rows // 2) if num_rows < num_embeddings else num_embeddings
+        shared = num_rows - own
+        if own < 0 or shared < 0 or (shared == 0 and own < num_embeddings):
+            raise ValueError(f"own must be in [0, {num_rows}], and below that unless all ids have a row, got {own}")
+        super().__init__(num_embeddings, embedding_dim, num_rows, **options)
+        self.own = own
+        if self.weight.is_meta:
+            rows = self.weight.new_empty(num_embeddings, dtype=torch.int32)
+        else:
+            frequent = frequencies.cpu().argsort(descending=True, stable=True)[:own]
+            rows = own + torch.arange(num_embeddings) % max(shared, 1)
+            rows[frequent] = torch.arange(own)
+        self.register_buffer("row_of_id", rows.int().to(self.weight.device))
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """:attr:`row_of_id` at ``ids``."""
+        return rows_at(self.row_of_id, ids)
+
+
+class ClusteredEmbedding(SeededMaps, SharedRowsTable):
+    """Ids of one cluster share a row: ``e(x) = weight[cluster(x)]``, or with a second row that a hash chooses.
+
+    With ``double`` the vector is ``weight[cluster(x)] + weight[h(x)]``, with a hash as of :class:`DoubleHashEmbedding`,
+    which tells the ids of a cluster apart.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        clusters: ``(N,)`` int32 or int64 in ``[0, M)``, the cluster of each id.
+        double: whether there is a second row.
+        seed: of the second row's hash; the state holds it.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: ``(M, D)``, the parameter, where M is the largest cluster id and one.
+        row_of_id: ``(N,)`` int32, a buffer.
+
+    Raises:
+        TypeError: ``clusters`` is no integer tensor; as the options'.
+        ValueError: a size is below 1, or ``clusters`` has another shape or negative numbers.
+
+    Source: Wu et al., "GraphHash: Graph Clustering Enables Parameter Efficiency in Recommender Systems", WWW 2025.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        clusters: torch.Tensor,
+        *,
+        double: bool = False,
+        seed: int = 0,
+        **options: object,
+    ) -> None:
+        check_positive(num_embeddings=num_embeddings)
+        check_shape("clusters", clusters, (num_embeddings,), "(N,)")
+        check_index("clusters", clusters)
+        lowest, highest = (int(number) for number in clusters.aminmax())
+        if lowest < 0:
+            raise ValueError(f"clusters must be at least 0, got {lowest}")
+        super().__init__(num_embeddings, embedding_dim, highest + 1, 2 if double else 1, **options)
+        self.register_buffer("row_of_id", clusters.int().to(self.weight.device))
+        self._keep_seed(seed, self.weight.device)
+
+    def _draw_maps(self, seed: int) -> None:
+        self._maps = IdMaps.universal([self.num_rows], seed=seed)
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """:attr:`row_of_id` at ``ids``, with ``double`` beside the hash."""
+        rows = rows_at(self.row_of_id, ids)
+        return rows if self.rows_per_id == 1 else torch.stack([rows, map_ids(ids, self._maps).squeeze(-1)], -1)
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> ClusteredEmbedding:
+        """The table of the ``clusters`` given, which have one size: it fits, or it does not."""
+        return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
+
+
+def rows_at(row_of_id: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The entries of a map ``(N,)`` at ``ids (...)``; IndexError for an id outside it."""
+    return row_of_id.index_select(0, ids.reshape(-1)).view(ids.shape)

@@ -1,0 +1,40 @@
+"""Hashes that travel with a table: the seed that they are drawn from lies in its state."""
+
+from __future__ import annotations
+
+import torch
+
+
+class SeededMaps(torch.nn.Module):
+    """A module whose maps are drawn from a seed, which its state holds, so that a loaded table finds its rows.
+
+    A subclass draws the maps in :meth:`_draw_maps` and ends its constructor with :meth:`_keep_seed`.
+
+    Attributes:
+        seed: ``(1,)`` int64, a buffer.
+    """
+
+    def _keep_seed(self, seed: int, device: torch.device) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        self._seed = seed
+        self.register_buffer("seed", torch.tensor([seed], device=device))
+        self._draw_maps(seed)
+
+    def _draw_maps(self, seed: int) -> None:
+        """Set the maps that a seed gives."""
+        raise NotImplementedError(f"{type(self).__name__} must define _draw_maps(seed)")
+
+    def reset_parameters(self) -> None:
+        """As the class that this one is mixed into, and the seed, which storage without values may have lost."""
+        if "seed" in self._buffers:
+            self.seed.fill_(self._seed)
+        super().reset_parameters()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "seed" in state_dict and not self.seed.is_meta and int(self.seed) != self._seed:
+            self._seed = int(self.seed)
+            self._draw_maps(self._seed)
