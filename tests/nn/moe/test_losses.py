@@ -4,16 +4,26 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from contracts import assert_near
 
 from gossamer.nn import (
     Routing,
     SigmoidRouter,
+    expert_counts,
     given_experts,
+    gshard_balance_loss,
+    importance_loss,
     load_balance_loss,
+    load_loss,
     router_z_loss,
+    routing_entropy_loss,
     sequence_balance_loss,
     sigmoid_topk,
+    slot_balance_loss,
+    softmax_top_p,
     softmax_topk,
+    switch_balance_loss,
     topk_softmax,
     update_expert_bias,
 )
@@ -78,6 +88,12 @@ def test_running_example(device):
     assert round(float(load_balance_loss(both)) / 2, 6) == 1.159850
     assert round(float(router_z_loss(both)), 6) == 5.954526
     assert round(float(sequence_balance_loss(both, 1)), 6) == 1.159850
+    assert round(float(slot_balance_loss(both)), 6) == 1.159850
+    assert round(float(switch_balance_loss(both)), 6) == 1.319699
+    assert round(float(gshard_balance_loss(both)), 6) == round(1.319699 / 16, 6)
+    assert expert_counts(both).tolist() == [3, 2, 2, 1]
+    importance = both.probabilities.sum(0)
+    assert_near(importance_loss(both), importance.var(correction=0) / importance.mean() ** 2)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
@@ -87,6 +103,10 @@ def test_values_at_equal_logits(device, top_k):
     for routing in (softmax_topk(logits, top_k), topk_softmax(logits, top_k), sigmoid_topk(logits, top_k)):
         assert float(load_balance_loss(routing)) == pytest.approx(top_k, rel=1e-12)
         assert float(sequence_balance_loss(routing, 2)) == pytest.approx(1.0, rel=1e-12)
+        assert float(slot_balance_loss(routing)) == pytest.approx(1.0, rel=1e-12)
+        assert float(switch_balance_loss(routing)) == pytest.approx(1.0, rel=1e-12)
+        assert float(gshard_balance_loss(routing)) == pytest.approx(1 / 64, rel=1e-12)
+        assert float(importance_loss(routing)) == pytest.approx(0.0, abs=1e-24)
     assert float(router_z_loss(softmax_topk(logits + 0.5, top_k))) == pytest.approx(math.log(8) ** 2, rel=1e-12)
 
 
@@ -144,6 +164,100 @@ def test_z_loss(device, mask):
     assert_close(*gradients, "dlogits")
 
 
+FAMILY = {
+    "load": (load_balance_loss, False, lambda c, p, rows: len(p) * (c / rows * p / rows).sum()),
+    "slot": (slot_balance_loss, False, lambda c, p, rows: len(p) * (c / c.sum() * p / rows).sum()),
+    "switch": (switch_balance_loss, True, lambda c, p, rows: len(p) * (c / rows * p / rows).sum()),
+    "gshard": (gshard_balance_loss, True, lambda c, p, rows: (c / rows * p / rows).sum() / len(p)),
+    "importance": (importance_loss, False, lambda c, p, rows: p.var(correction=0) / p.mean() ** 2),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_family(device, name):
+    """Each member by its own formula, over slots that vary in number, with padding, and several layers as one batch."""
+    function, first, formula = FAMILY[name]
+    leaves = [random_logits(26, 7, device, seed).double().requires_grad_() for seed in range(2)]
+    for mask in masks(26, device).values():
+        kept = torch.ones(26, dtype=torch.bool, device=device) if mask is None else mask
+        counts, sums = torch.zeros(7, dtype=torch.float64, device=device), 0
+        for logits in leaves:
+            probabilities = logits.softmax(1)
+            ranked = probabilities.sort(descending=True)
+            live = ranked.values.cumsum(1) - ranked.values <= 0.6
+            live[:, 1:] &= not first
+            for e in range(7):
+                counts[e] += int(((ranked.indices == e) & live)[kept].sum())
+            sums = sums + probabilities[kept].sum(0)
+        expected = formula(counts, sums, 2 * int(kept.sum()))
+        found = function([softmax_top_p(logits, 0.6) for logits in leaves], mask=mask)
+        assert_near(found.detach(), expected.detach())
+        for mine, plain in zip(*(torch.autograd.grad(loss, leaves) for loss in (found, expected)), strict=True):
+            assert_near(mine, plain, slack=4096)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_load_loss(device, top_k):
+    """Each expert's chance to be among the K highest were its own noise drawn again, expert by expert."""
+    clean = random_logits(9, 5, device).double().requires_grad_()
+    noise = random_logits(9, 5, device, 1).double() / 2
+    std = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, device=device)
+    mask = torch.arange(9, device=device) < 7
+    load = []
+    for e in range(5):
+        others = (clean + noise * std)[:, [i for i in range(5) if i != e]]
+        bar = others.sort(descending=True).values[:, top_k - 1]
+        load.append((0.5 * (1 + torch.erf((clean[:, e] - bar) / std[e] / math.sqrt(2))))[:7].sum())
+    load = torch.stack(load)
+    expected = load.var(correction=0) / load.mean() ** 2
+    found = load_loss(clean, clean + noise * std, std, top_k, mask=mask)
+    assert_near(found.detach(), expected.detach())
+    assert_near(*(torch.autograd.grad(loss, clean)[0] for loss in (found, expected)), slack=4096)
+    assert float(load_loss(clean[:0].detach(), clean[:0].detach(), 1.0, top_k)) == 0
+
+
+def losses_of(routing, mask, group, clean):
+    own = {name: function(routing, mask=mask, group=group) for name, (function, *_) in FAMILY.items()}
+    noisy = clean + 0.1 * clean.detach().roll(1, 1)
+    return own | {
+        "z": router_z_loss(routing, mask=mask, group=group),
+        "entropy": routing_entropy_loss(routing, mask=mask, group=group),
+        "noisy load": load_loss(clean, noisy, 0.5, 2, mask=mask, group=group),
+    }
+
+
+def one_rank(rank, folder):
+    """Two ranks with parts of one batch, of different sizes and padding."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    logits = random_logits(30, 6, "cpu").double()
+    mask = torch.arange(30) % 4 != 1
+    part = slice(0, 18) if rank == 0 else slice(18, 30)
+    leaf = logits[part].clone().requires_grad_()
+    routing = softmax_top_p(leaf, 0.6)
+    found = {}
+    for name, loss in losses_of(routing, mask[part], dist.group.WORLD, leaf).items():
+        found[name] = loss.detach(), torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    found["counts"] = expert_counts(routing, mask=mask[part], group=dist.group.WORLD)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_batch(tmp_path):
+    """Both ranks return the whole batch's loss; its gradient is the mean of theirs, as data parallelism takes it."""
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    logits = random_logits(30, 6, "cpu").double().requires_grad_()
+    mask = torch.arange(30) % 4 != 1
+    routing = softmax_top_p(logits, 0.6)
+    for name, loss in losses_of(routing, mask, None, logits).items():
+        for value, _ in (rank[name] for rank in ranks):
+            assert_near(value, loss.detach())
+        (whole,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert_near(torch.cat([rank[name][1] for rank in ranks]) / 2, whole, slack=4096)
+    counts = expert_counts(routing, mask=mask)
+    assert all(torch.equal(rank["counts"], counts) for rank in ranks)
+
+
 def test_gradient_formulas(device):
     logits = random_logits(11, 5, device).double().requires_grad_()
     routing = softmax_topk(logits, 2)
@@ -191,7 +305,11 @@ def test_no_tokens(device):
         leaf = random_logits(rows, 5, device).requires_grad_()
         routing = sigmoid_topk(leaf, 2)
         loss = load_balance_loss(routing, mask=mask) + router_z_loss(routing, mask=mask)
-        loss = loss + sequence_balance_loss(routing, 2, mask=mask)
+        loss = (
+            loss
+            + sequence_balance_loss(routing, 2, mask=mask)
+            + sum(f(routing, mask=mask) for f, *_ in FAMILY.values())
+        )
         loss.backward()
         assert float(loss.detach()) == 0 and not leaf.grad.any()
 
@@ -302,6 +420,10 @@ def test_bias_equalises_load(device):
             "rate must be at least 0 .* got -1.0",
         ),
         (lambda r: update_expert_bias(torch.zeros(4), r.counts, float("nan")), ValueError, "rate must be .* got nan"),
+        (lambda r: load_balance_loss(r, group=0), TypeError, "group must be a torch.distributed.ProcessGroup or None"),
+        (lambda r: expert_counts([r]), TypeError, "routing must be a Routing, got list"),
+        (lambda r: load_loss(r.logits, r.logits, 1.0, 4), ValueError, "top_k must be below num_experts, got top_k=4"),
+        (lambda r: load_loss(r.logits, r.logits[:3], 1.0, 1), ValueError, "noisy_logits must have shape"),
     ],
 )
 def test_errors(call, error, message):

@@ -1,16 +1,34 @@
 """Balance terms of mixture-of-experts layers: pure functions of routings, and the bias update that needs no loss.
 
 Counts carry no gradient; it flows through the probabilities alone. Coefficients are the caller's.
+
+The family of Switch Transformer and GShard multiplies each expert's share of the work by its mean probability. Its
+members differ by what they count and by a constant, here for T tokens, K experts each, E in all:
+
+===========================  ==========================================  ==============
+function                     formula                                     value balanced
+===========================  ==========================================  ==============
+:func:`load_balance_loss`    ``E · Σ_e (c_e/T) · P_e``, all slots        K
+:func:`slot_balance_loss`    ``E · Σ_e (c_e/Σc) · P_e``, all slots       1
+:func:`switch_balance_loss`  ``E · Σ_e (c_e/T) · P_e``, first choices    1
+:func:`gshard_balance_loss`  ``(1/E) · Σ_e (c_e/T) · P_e``, first ones   1/E²
+===========================  ==========================================  ==============
+
+Under data parallelism each rank sees a part of the batch. With ``group``, counts, sums of probabilities and numbers of
+tokens are added over its ranks, so that every rank returns the loss of the whole batch; its gradient, averaged over the
+ranks as ``DistributedDataParallel`` does, is that of this loss. Every rank of the group must make the call.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from gossamer._checks import check_same_device, check_shape, check_tensor
+from gossamer._checks import check_positive, check_same_device, check_shape, check_tensor
 from gossamer.nn.moe.routing import Routing, token_entropy
 from gossamer.ops.dispatch import dispatch
 
@@ -58,41 +76,265 @@ def _counts(mask: torch.Tensor | None, routing: Routing) -> torch.Tensor:
     return dispatch(torch.where(mask.unsqueeze(1), routing.expert_ids, no_expert), no_expert).counts
 
 
-def load_balance_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> torch.Tensor:
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks of a group; what flows back is summed too, since each rank's result holds every part."""
+
+    @staticmethod
+    def forward(ctx, part, group):
+        ctx.group = group
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def _global(part: torch.Tensor | int, group: dist.ProcessGroup | None, like: torch.Tensor) -> torch.Tensor | int:
+    """``part`` summed over the ranks of ``group``; as it is where there is none."""
+    if group is None:
+        return part
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if not isinstance(part, torch.Tensor):
+        part = torch.tensor(part, device=like.device)
+    return _SumOverRanks.apply(part, group)
+
+
+class _Totals(NamedTuple):
+    """Of the tokens that count, of all layers and ranks: slots of each expert, probabilities of each, tokens."""
+
+    counts: torch.Tensor
+    probabilities: torch.Tensor
+    rows: torch.Tensor | int
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """``(E,)``, P."""
+        return self.probabilities / self.rows
+
+    @property
+    def fractions(self) -> torch.Tensor:
+        """``(E,)`` slots of each expert per token."""
+        return self.counts.to(self.probabilities.dtype) / self.rows
+
+
+def _first_choices(routing: Routing) -> Routing:
+    """The routing with each token's slot of the largest weight alone."""
+    best = routing.weights.detach().argmax(dim=1, keepdim=True)
+    return routing.with_experts(routing.expert_ids.gather(1, best), routing.weights.gather(1, best), max_rows=None)
+
+
+def _totals(
+    routing: Routing | Sequence[Routing],
+    mask: torch.Tensor | None,
+    group: dist.ProcessGroup | None,
+    *,
+    first: bool = False,
+) -> _Totals:
+    counts, totals, rows = 0, 0, 0
+    for layer in _layers(routing):
+        kept = _kept(mask, layer)
+        probabilities = layer.probabilities
+        if kept is not None:
+            probabilities = probabilities.masked_fill(~kept.unsqueeze(1), 0.0)
+        counts = counts + _counts(kept, _first_choices(layer) if first else layer)
+        totals = totals + probabilities.sum(dim=0)
+        rows = rows + (layer.num_tokens if kept is None else kept.sum())
+    counts, totals, rows = (_global(part, group, totals) for part in (counts.long(), totals, rows))
+    return _Totals(counts, totals, rows.clamp(min=1) if isinstance(rows, torch.Tensor) else max(rows, 1))
+
+
+def expert_counts(
+    routing: Routing, *, mask: torch.Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """``(E,)`` int64: slots given to each expert by the tokens that count, as :func:`update_expert_bias` takes them.
+
+    Args:
+        routing: of any router.
+        mask: as in :func:`load_balance_loss`.
+        group: over whose ranks they are summed.
+
+    Raises:
+        TypeError: ``routing`` is no Routing, or ``group`` no process group.
+        ValueError: a mask of another size or device.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    counts = _counts(_kept(mask, routing), routing).long()
+    return _global(counts, group, counts)
+
+
+def load_balance_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """The load-balance loss of Switch Transformer and GShard, ``E · Σ_e f_e·P_e``, for top-K routing.
 
     ``f_e = c_e / T`` is the number of slots given to expert e per token, and ``P_e`` the mean over tokens of
-    :attr:`Routing.probabilities`. Perfect balance gives K: divide by K for the form whose balanced value is 1. With
-    K = 1 it is Switch's own. Several layers are averaged before the product, as if their tokens were one batch, which
-    is how transformers' models compute it. The gradient in logit (t, j) of a softmax router is
+    :attr:`Routing.probabilities`. Perfect balance gives K; :func:`slot_balance_loss` divides by it. With K = 1 it is
+    Switch's own. Several layers are averaged before the product, as if their tokens were one batch, which is how
+    transformers' models compute it. The gradient in logit (t, j) of a softmax router is
     ``E/T · p_tj · (f_j − Σ_e p_te·f_e)``.
 
     Args:
         routing: of one layer, or a sequence of all layers' routings, with probabilities.
         mask: one value per token, in any shape of T elements such as ``(batch, sequence)``; tokens at 0 or False
             (padding) do not count. None counts all.
+        group: of data-parallel ranks, over all of which the fractions and probabilities are taken; None for this one.
 
     Returns:
         A scalar of the logits' dtype; 0 where no token counts.
 
     Raises:
-        TypeError: ``routing`` is something else.
+        TypeError: ``routing`` is something else, or ``group`` no process group.
         ValueError: no routing, one without logits, different numbers of experts, or a mask of another size or device.
     """
-    layers = _layers(routing)
-    counts, totals, rows = 0, 0, 0
-    for layer in layers:
-        kept = _kept(mask, layer)
-        probabilities = layer.probabilities
-        if kept is not None:
-            probabilities = probabilities.masked_fill(~kept.unsqueeze(1), 0.0)
-        counts = counts + _counts(kept, layer)
-        totals = totals + probabilities.sum(dim=0)
-        rows = rows + _rows(kept, layer)
-    return layers[0].num_experts * (counts.to(totals.dtype) / rows * (totals / rows)).sum()
+    totals = _totals(routing, mask, group)
+    return totals.counts.numel() * (totals.fractions * totals.mean).sum()
 
 
-def router_z_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> torch.Tensor:
+def slot_balance_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The balance loss of MegaBlocks and Megatron-LM, ``E/(K·T) · Σ_e c_e·P_e``: balanced at 1 for any K.
+
+    K·T is the number of slots that have an expert, so that it serves routings of a varying number of experts.
+
+    Args:
+        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        mask: tokens that count.
+        group: of data-parallel ranks.
+    """
+    totals = _totals(routing, mask, group)
+    shares = totals.counts.to(totals.mean.dtype) / totals.counts.sum().clamp(min=1)
+    return totals.counts.numel() * (shares * totals.mean).sum()
+
+
+def switch_balance_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The balance loss of Switch Transformer, ``E · Σ_e f_e·P_e``, with f of first choices alone: balanced at 1.
+
+    A token's first choice is its expert of the largest weight. XMoE balances several experts a token by it.
+
+    Args:
+        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        mask: tokens that count.
+        group: of data-parallel ranks.
+    """
+    totals = _totals(routing, mask, group, first=True)
+    return totals.counts.numel() * (totals.fractions * totals.mean).sum()
+
+
+def gshard_balance_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The balance loss of GShard, the mean over experts of ``f_e·P_e`` with f of first choices: balanced at 1/E².
+
+    Args:
+        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        mask: tokens that count.
+        group: of data-parallel ranks.
+    """
+    totals = _totals(routing, mask, group, first=True)
+    return (totals.fractions * totals.mean).mean()
+
+
+def _squared_variation(values: torch.Tensor) -> torch.Tensor:
+    """``CV²``: the variance over the squared mean; 0 where all are 0."""
+    return values.var(correction=0) / values.mean().square().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def importance_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The importance loss of Shazeer et al. (2017), ``CV²(Σ_t p_t)``: 0 where all experts get the same probability.
+
+    ``CV² = variance / mean²`` over the experts.
+
+    Args:
+        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        mask: tokens that count.
+        group: of data-parallel ranks.
+    """
+    return _squared_variation(_totals(routing, mask, group).probabilities)
+
+
+def load_loss(
+    logits: torch.Tensor,
+    noisy_logits: torch.Tensor,
+    noise_std: torch.Tensor | float,
+    top_k: int,
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The load loss of Shazeer et al. (2017): ``CV²`` of a smooth estimate of how many tokens each expert gets.
+
+    Of a router that takes the K highest of ``noisy_logits = logits + noise_std · n`` with n standard normal. Expert e
+    would be among them, were its own noise drawn again, with probability ``Φ((logits_te − h_te) / noise_std)``, where
+    h is the K-th highest noisy logit of the other experts; the estimate is the sum over tokens.
+
+    Args:
+        logits: ``(T, E)`` floating, without noise.
+        noisy_logits: ``(T, E)``, with the noise by which the experts were picked.
+        noise_std: positive, a number or a tensor that broadcasts to ``(T, E)``.
+        top_k: K, below E.
+        mask: as in :func:`load_balance_loss`.
+        group: as in :func:`load_balance_loss`.
+
+    Returns:
+        A scalar; 0 where no token counts.
+
+    Raises:
+        TypeError: logits are no floating tensors, or ``top_k`` no int.
+        ValueError: shapes differ, or K is not from 1 to E − 1.
+    """
+    check_shape("logits", logits, (None, None), "(T, E)")
+    check_shape("noisy_logits", noisy_logits, tuple(logits.shape), "(T, E)")
+    if not (logits.is_floating_point() and noisy_logits.is_floating_point()):
+        raise TypeError(f"logits must be floating point, got {logits.dtype} and {noisy_logits.dtype}")
+    check_positive(top_k=top_k)
+    if top_k >= logits.shape[1]:
+        raise ValueError(f"top_k must be below num_experts, got top_k={top_k}, num_experts={logits.shape[1]}")
+    highest = noisy_logits.topk(top_k + 1, dim=1).values
+    last, next_one = highest[:, top_k - 1 : top_k], highest[:, top_k:]
+    bar = torch.where(noisy_logits > next_one, next_one, last)
+    chances = torch.special.ndtr((logits - bar) / noise_std)
+    if mask is not None:
+        if mask.numel() != logits.shape[0]:
+            raise ValueError(
+                f"mask must have one value for each of T = {logits.shape[0]} tokens, got shape {tuple(mask.shape)}"
+            )
+        chances = chances.masked_fill((mask.reshape(-1, 1) == 0), 0.0)
+    load = chances.sum(dim=0)
+    return _squared_variation(_global(load, group, load))
+
+
+def router_z_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """The router z-loss of ST-MoE, ``mean_t (log Σ_e exp l_te)²``, which keeps logits small.
 
     Its gradient in logit (t, j) is ``2·lse_t·p_tj / T``. Experts masked by −inf add nothing, and a token whose experts
@@ -100,7 +342,8 @@ def router_z_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
 
     Args:
         routing: of one layer, or a sequence of all layers' routings, with logits.
-        mask: as in :func:`load_balance_loss`.
+        mask: as in :func:`load_balance_loss`, like ``group``.
+        group: of data-parallel ranks.
 
     Returns:
         A scalar of the logits' dtype; 0 where no token counts.
@@ -119,7 +362,7 @@ def router_z_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
         lse = layer.logits.masked_fill(ignored.unsqueeze(1), 0.0).logsumexp(dim=-1)
         total = total + lse.square().masked_fill(ignored, 0.0).sum()
         rows = rows + _rows(kept, layer)
-    return total / rows
+    return _global(total, group, total) / _global(rows, group, total)
 
 
 def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -170,7 +413,12 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     return (fractions * (sums / lengths)).sum() / sequences
 
 
-def routing_entropy_loss(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> torch.Tensor:
+def routing_entropy_loss(
+    routing: Routing | Sequence[Routing],
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """The mean entropy of a token's probabilities, ``−(1/T) Σ_t Σ_e p_te·log p_te``, in nats.
 
     Dynamic routing (Huang et al., 2024) minimises it so that a router of a varying number of experts stays confident,
@@ -179,7 +427,8 @@ def routing_entropy_loss(routing: Routing | Sequence[Routing], *, mask: torch.Te
 
     Args:
         routing: of one layer, or a sequence of all layers' routings, with probabilities.
-        mask: as in :func:`load_balance_loss`.
+        mask: as in :func:`load_balance_loss`, like ``group``.
+        group: of data-parallel ranks.
 
     Returns:
         A scalar of the probabilities' dtype; 0 where no token counts.
@@ -197,7 +446,7 @@ def routing_entropy_loss(routing: Routing | Sequence[Routing], *, mask: torch.Te
             entropy = entropy.masked_fill(~kept, 0.0)
         total = total + entropy.sum()
         rows = rows + _rows(kept, layer)
-    return total / rows
+    return _global(total, group, total) / _global(rows, group, total)
 
 
 def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -231,9 +480,9 @@ def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) ->
     """Move a correction bias towards balance, in place: ``b_e += rate · sign(mean(c) − c_e)``.
 
     The balancing without an auxiliary loss of Wang et al. (2024) and DeepSeek-V3: call it after each training step with
-    that step's counts, of the whole batch. Under data parallelism sum the counts over all ranks first, so that every
-    rank moves its bias alike. The comparison is exact, in integers; there is no gradient. It may run between a forward
-    pass and its backward pass.
+    that step's counts, of the whole batch. :func:`expert_counts` leaves padding out, and sums over the ranks of data
+    parallelism, so that all move their bias alike. The comparison is exact, in integers; there is no gradient. It may
+    run between a forward pass and its backward pass.
 
     Args:
         bias: ``(E,)`` float32 or float64, such as ``SigmoidRouter.e_score_correction_bias``; overwritten.
