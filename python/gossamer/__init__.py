@@ -22,6 +22,7 @@ from gossamer.ops.hash_table import HashTable, HashTableFull
 from gossamer.ops.low_rank import low_rank_linear
 from gossamer.ops.map_ids import IdMaps, map_ids
 from gossamer.ops.multi_low_rank import adapter_dispatch, multi_low_rank, multi_low_rank_linear
+from gossamer.ops.product_key_topk import product_key_topk
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight
 from gossamer.ops.self_referential import self_referential
@@ -69,6 +70,7 @@ __all__ = [
     "multi_low_rank_linear",
     "nn",
     "optim",
+    "product_key_topk",
     "profile",
     "quantize_experts",
     "replace",

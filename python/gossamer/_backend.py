@@ -189,7 +189,7 @@ FAMILIES: dict[str, Family] = {
             devices=("cuda",),
             dtypes=_FLOATS,
             missing=triton_unavailable,
-            primitives=_COMMON,
+            primitives=_COMMON | {"product_key_topk": _ANY},
             interpreter="TRITON_INTERPRET",
         ),
         Family(
@@ -205,6 +205,7 @@ FAMILIES: dict[str, Family] = {
                 "expert_mlp": _HOPPER_LAYER,
                 "grouped_matmul": _HOPPER_PRODUCT,
                 "hash_table": _ANY,
+                "product_key_topk": _BY_TRITON,
                 "topk_routing": _BY_TRITON,
             },
             beside="triton",

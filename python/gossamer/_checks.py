@@ -102,10 +102,15 @@ def check_same_dtype(**tensors: torch.Tensor | None) -> None:
 def check_float(name: str, tensor: torch.Tensor, backend: str) -> None:
     """``tensor`` must be float32, float16 or bfloat16; float64 too, where ``backend`` computes in it."""
     check_tensor(name, tensor)
-    if tensor.dtype in FLOAT_DTYPES or (tensor.dtype == torch.float64 and takes(backend, torch.float64)):
+    check_float_dtype(name, tensor.dtype, tensor.device, backend)
+
+
+def check_float_dtype(name: str, dtype: torch.dtype, device: torch.device, backend: str) -> None:
+    """``dtype`` must be one that :func:`check_float` takes of a tensor on ``device``."""
+    if dtype in FLOAT_DTYPES or (dtype == torch.float64 and takes(backend, torch.float64)):
         return
     extra = " or float64" if takes(backend, torch.float64) else ", or float64 on the CPU"
-    raise TypeError(f"{name} must be float32, float16, bfloat16{extra}, got {tensor.dtype} on {tensor.device}")
+    raise TypeError(f"{name} must be float32, float16, bfloat16{extra}, got {dtype} on {device}")
 
 
 def check_index(name: str, tensor: torch.Tensor) -> None:

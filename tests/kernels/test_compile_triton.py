@@ -43,6 +43,7 @@ def test_kernels_compile_within_limits(rows):
         "split_matmul",
         "multi_low_rank",
         "topk_routing",
+        "product_key_topk",
         "activate",
         "low_rank",
         "causal_conv1d",

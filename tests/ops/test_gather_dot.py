@@ -106,7 +106,7 @@ def test_differentiable_twice(kernel_backend, device):
 
 
 def test_step(any_backend, device):
-    """Result, the gradient of x and the step are those of gather_dot and sparse_update_ with the gradient as weights."""
+    """Result, gradient of x and step are those of gather_dot and of sparse_update_ with the gradient as weights."""
     table, index, x = problem(device)
     dz = torch.randn(9, 4, device=device)
     optimizer = optim.Adam(0.1)

@@ -313,60 +313,60 @@ def random_routing(num_tokens, num_experts, top_k, device, dtype=torch.float32, 
 class ExpertsContract(Contract):
     """What every expert layer does; a case makes one of ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
 
-    K = 3
+    E, K = 5, 3
 
     def test_output(self, make, device):
         """One row a token in the shape of x, the weighted sum of what each of its experts gives; none gives zeros."""
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
-        assert (layer.num_experts, layer.hidden_size) == (E, H)
-        ids, weights = random_routing(12, E, self.K, device, torch.float64)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
+        assert (layer.num_experts, layer.hidden_size) == (self.E, H)
+        ids, weights = random_routing(12, self.E, self.K, device, torch.float64)
         x = hidden_states(3, 4, H, device=device, dtype=torch.float64)
-        y = layer(x, Routing(ids, weights, E))
+        y = layer(x, Routing(ids, weights, self.E))
         assert y.shape == x.shape and y.dtype == x.dtype
         assert bool((y[-1, -1] == 0).all())
         assert_near(y.view(12, H), sum_of_slots(layer, x.view(12, H), ids, weights))
         assert torch.equal(y, layer(x, ids, weights))
 
     def test_gradients(self, make, device):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
-        ids, weights = random_routing(T, E, self.K, device, torch.float64)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
+        ids, weights = random_routing(T, self.E, self.K, device, torch.float64)
         factors = hidden_states(T, H, device=device, dtype=torch.float64, seed=8)
 
         def call(forward, x, weights):
-            return (forward(x, Routing(ids, weights, E)) * factors).sum()
+            return (forward(x, Routing(ids, weights, self.E)) * factors).sum()
 
         x = hidden_states(T, H, device=device, dtype=torch.float64)
         assert_gradients(functional(layer, call), {"x": x, "weights": weights} | parameters(layer, self.detached))
 
     def test_same_bits_twice(self, make, device):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
-        ids, weights = random_routing(T, E, self.K, device)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
+        ids, weights = random_routing(T, self.E, self.K, device)
         results = []
         for _ in range(2):
             x = hidden_states(T, H, device=device).requires_grad_()
-            y = layer(x, Routing(ids, weights, E))
+            y = layer(x, Routing(ids, weights, self.E))
             trained = [p for p in layer.parameters() if p.requires_grad]
             results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_state_dict(self, make, device):
-        first = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        first = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
         second = copy.deepcopy(first)
         with torch.no_grad():
             for tensor in second.state_dict().values():
                 tensor.zero_()
         second.load_state_dict(first.state_dict())
-        x, (ids, weights) = hidden_states(T, H, device=device), random_routing(T, E, self.K, device)
+        x, (ids, weights) = hidden_states(T, H, device=device), random_routing(T, self.E, self.K, device)
         assert torch.equal(first(x, ids, weights), second(x, ids, weights))
 
     def test_compiles(self, make, device):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
-        ids, weights = random_routing(T, E, self.K, device)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
+        ids, weights = random_routing(T, self.E, self.K, device)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         results = []
         for function in (compiled, layer):
             x = hidden_states(T, H, device=device).requires_grad_()
-            y = function(x, Routing(ids, weights, E))
+            y = function(x, Routing(ids, weights, self.E))
             results.append([y, *torch.autograd.grad(y.square().sum(), [x])])
         for found, expected in zip(*results, strict=True):
             assert_near(found, expected)
@@ -374,8 +374,8 @@ class ExpertsContract(Contract):
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_dtypes(self, make, device, dtype):
         """Results in the dtype of x, as near to float64 as plain torch in that dtype comes."""
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=dtype)
-        x, (ids, weights) = hidden_states(T, H, device=device, dtype=dtype), random_routing(T, E, self.K, device)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=dtype)
+        x, (ids, weights) = hidden_states(T, H, device=device, dtype=dtype), random_routing(T, self.E, self.K, device)
         with torch.no_grad():
             y = layer(x, ids, weights)
             with gossamer.backend("reference"):
@@ -386,8 +386,8 @@ class ExpertsContract(Contract):
 
     @pytest.mark.parametrize("num_tokens", [0, 1])
     def test_few_tokens(self, make, device, num_tokens):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
-        ids, weights = random_routing(num_tokens, E, self.K, device)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
+        ids, weights = random_routing(num_tokens, self.E, self.K, device)
         assert layer(hidden_states(num_tokens, H, device=device), ids, weights).shape == (num_tokens, H)
 
     def test_one_expert(self, make, device):
@@ -398,23 +398,23 @@ class ExpertsContract(Contract):
         assert_near(y[:1], layer(x[:1], ids[:1], weights[:1].to(device)))
 
     def test_all_tokens_on_one_expert(self, make, device):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
         x = hidden_states(T, H, device=device, dtype=torch.float64)
-        ids = torch.full((T, 1), E - 1, device=device)
+        ids = torch.full((T, 1), self.E - 1, device=device)
         weights = torch.ones(T, 1, dtype=torch.float64, device=device)
         assert_near(layer(x, ids, weights), torch.cat([layer(x[t : t + 1], ids[:1], weights[:1]) for t in range(T)]))
 
     def test_no_expert_at_all(self, make, device):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
         x = hidden_states(T, H, device=device).requires_grad_()
-        ids = torch.full((T, 2), E, device=device)
-        y = layer(x, Routing(ids, torch.zeros(T, 2, device=device), E))
+        ids = torch.full((T, 2), self.E, device=device)
+        y = layer(x, Routing(ids, torch.zeros(T, 2, device=device), self.E))
         (dx,) = torch.autograd.grad(y.sum(), [x])
         assert not y.any() and not dx.any()
 
     def test_inside_the_layer(self, make, device):
-        layer = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
-        moe = MoE(H, None, E, 2, experts=layer, device=device)
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
+        moe = MoE(H, None, self.E, 2, experts=layer, device=device)
         x = hidden_states(T, H, device=device)
         y, routing = moe(x, return_routing=True)
         assert torch.equal(y, layer(x, routing))

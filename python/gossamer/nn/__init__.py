@@ -23,6 +23,7 @@ from gossamer.nn.linear.prune_and_regrow import PruneAndRegrow
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.lora import LoRAExperts, expert_factors, flat_expert_factors
+from gossamer.nn.moe.experts.product_key import ProductKeyExperts
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
@@ -90,6 +91,7 @@ __all__ = [
     "LowRankLinear",
     "MoE",
     "ProbabilisticAdmission",
+    "ProductKeyExperts",
     "PrototypeRouter",
     "PruneAndRegrow",
     "QuantizedExpertStack",

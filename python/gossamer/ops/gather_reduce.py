@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_float, check_tensor
+from gossamer._checks import check_float_dtype, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer.ops._bags import (
     Bags,
@@ -505,11 +505,11 @@ def reduce_bags(
 
 def checked_out_dtype(out_dtype: torch.dtype | None, table: torch.Tensor, backend: str) -> torch.dtype:
     """``out_dtype``, or the table's for None; it must be one that the table's backend writes."""
-    if out_dtype is None:
+    if out_dtype is None or out_dtype == table.dtype:
         return table.dtype
     if not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"out_dtype must be a torch.dtype, got {type(out_dtype).__name__}")
-    check_float("out_dtype", torch.empty(0, dtype=out_dtype, device="meta"), backend)
+    check_float_dtype("out_dtype", out_dtype, table.device, backend)
     return out_dtype
 
 

@@ -1,0 +1,233 @@
+"""Single-neuron experts by the million, found by product keys: PEER."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gossamer._activation import Activation, as_activation
+from gossamer._autocast import no_autocast
+from gossamer._checks import check_positive, check_traceable
+from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.routing import Routing, check_hidden
+from gossamer.ops.activate import activate
+from gossamer.ops.embedding import advise_huge_pages
+from gossamer.ops.gather_dot import gather_dot
+from gossamer.ops.product_key_topk import product_key_topk
+from gossamer.optim import Optimizer
+
+
+class ProductKeyExperts(FusedStep, ExpertLayer):
+    """A feed-forward layer of N single-neuron experts ``v_e · φ(⟨u_e, x⟩)``, of which each head of a token meets K.
+
+    Each head makes a query of two halves; a sub-key of each half names an expert, ``e = a·√N + b``, whose score is
+    ``⟨q¹, C¹_a⟩ + ⟨q², C²_b⟩``. The K highest scores are found exactly by :func:`gossamer.product_key_topk` among √N
+    sub-keys a half, and their softmax weighs the experts:
+
+    ``y = Σ_heads Σ_k softmax(scores)_k · φ(⟨u_k, x⟩) · v_k``.
+
+    He, "Mixture of a Million Experts", 2024. An expert that several heads choose counts as often as it is chosen, and
+    its gradients are summed.
+
+    With ``optimizer`` both tables are trained inside ``loss.backward()``, on the rows that were chosen alone; no
+    gradient of a table's size exists. See :class:`gossamer.nn.Embedding`. Without one they get dense gradients, as any
+    parameter.
+
+    >>> ffn = gossamer.nn.ProductKeyExperts(256, 1024**2, num_heads=8, top_k=16, optimizer=gossamer.optim.Adam(1e-3))
+    >>> y = ffn(x)
+
+    It is a whole layer, called with hidden states alone. Called with a routing it is an :class:`ExpertLayer` as others
+    are, and leaves its own queries out.
+
+    Args:
+        hidden_size: H.
+        num_experts: N, a square.
+        num_heads: queries a token.
+        top_k: K, experts a head, at most √N.
+        key_dim: size of a query, even.
+        activation: φ, an ungated name of :class:`gossamer.Activation`, or one with its constants.
+        query_norm: whether queries are batch-normalised over the tokens of a call in training, and by running
+            statistics in evaluation. Padding tokens count; a call in training needs two tokens.
+        shared_keys: whether all heads use one set of sub-keys, as in the paper, instead of each its own.
+        optimizer: one of :mod:`gossamer.optim` for both tables, or None.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        input_weight: ``(N, H)``, the rows ``u``; at first uniform in ±1/√H.
+        output_weight: ``(N, H)``, the rows ``v``; at first uniform in ±1/√num_heads.
+        keys: ``(G, 2, √N, key_dim/2)``, G being 1 for shared keys, else the number of heads; at first uniform in
+            ±1/√(key_dim/2).
+        query: ``nn.Linear(H, num_heads · key_dim)`` without bias.
+        query_norm: ``nn.BatchNorm1d(num_heads · key_dim)`` or None.
+        top_k: experts of a token, ``num_heads · K``.
+
+    Raises:
+        TypeError: a size is no int, or ``activation`` or ``optimizer`` is something else.
+        ValueError: a size is below 1, N is no square, K is above √N, ``key_dim`` is odd, or φ is gated.
+    """
+
+    tables = ("input_weight", "output_weight")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        num_heads: int,
+        top_k: int,
+        key_dim: int = 128,
+        activation: str | Activation = "gelu",
+        query_norm: bool = True,
+        shared_keys: bool = True,
+        optimizer: Optimizer | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, top_k=top_k, key_dim=key_dim
+        )
+        side = math.isqrt(num_experts)
+        if side * side != num_experts:
+            raise ValueError(f"num_experts must be a square, got {num_experts}")
+        if top_k > side:
+            raise ValueError(f"top_k must be at most the square root of num_experts, {side}, got {top_k}")
+        if key_dim % 2:
+            raise ValueError(f"key_dim must be even, for two halves, got {key_dim}")
+        self.activation = as_activation(activation)
+        if self.activation.gated:
+            raise ValueError(f"activation must be ungated for single neurons, got {self.activation.name!r}")
+        factory = {"device": device, "dtype": dtype}
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.num_heads = num_heads
+        self.top_k = num_heads * top_k
+        self.key_dim = key_dim
+        self.input_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
+        self.output_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
+        groups = 1 if shared_keys else num_heads
+        self.keys = nn.Parameter(torch.empty(groups, 2, side, key_dim // 2, **factory))
+        self.query = nn.Linear(hidden_size, num_heads * key_dim, bias=False, **factory)
+        self.query_norm = nn.BatchNorm1d(num_heads * key_dim, **factory) if query_norm else None
+        self._draw()
+        self.attach(optimizer)
+
+    def _draw(self) -> None:
+        for table in self.tables:
+            advise_huge_pages(getattr(self, table))
+        for parameter, inputs in (
+            (self.input_weight, self.hidden_size),
+            (self.output_weight, self.num_heads),
+            (self.keys, self.key_dim // 2),
+        ):
+            with torch.no_grad():
+                parameter.uniform_(-(inputs**-0.5), inputs**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw tables and sub-keys anew; the optimizer too starts anew."""
+        self._draw()
+        self._reset_state()
+
+    def route(self, x: torch.Tensor) -> Routing:
+        """The experts of hidden states ``x (..., H)`` and their weights, ``num_heads · K`` a token, head by head.
+
+        Queries and scores are taken in float32 (float64 for float64). An expert may be listed by several heads.
+
+        Raises:
+            ValueError: the size of ``x`` does not fit, or one token is to be batch-normalised in training; on the CPU,
+                a query is not finite.
+        """
+        check_hidden(x, self.hidden_size)
+        tokens = x.reshape(-1, self.hidden_size)
+        queries = self._queries(tokens)
+        with no_autocast(x.device):
+            ids, logits = self._search(queries.to(torch.promote_types(queries.dtype, torch.float32)))
+        return Routing(
+            ids.view(tokens.shape[0], self.top_k),
+            logits.softmax(-1).view(tokens.shape[0], self.top_k),
+            self.num_experts,
+        )
+
+    def _queries(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``(T · num_heads, key_dim)``."""
+        queries = self.query(tokens)
+        if self.query_norm is not None and tokens.shape[0] > 0:
+            if self.training and tokens.shape[0] == 1:
+                raise ValueError(
+                    "x must hold at least two tokens, over which queries are normalised in training, got 1"
+                )
+            queries = self.query_norm(queries)
+        return queries.view(tokens.shape[0] * self.num_heads, self.key_dim)
+
+    def _search(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and scores, ``(T · num_heads, K)`` each, of the highest-scored experts of each query."""
+        keys = self.keys.to(queries.dtype)
+        groups, _, side, half = keys.shape
+        halves = queries.split(half, 1)
+        with torch.no_grad():
+            scores = [self._scores(q, keys[:, i]) for i, q in enumerate(halves)]
+            _, ids = product_key_topk(*scores, self.top_k // self.num_heads)
+            group = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups
+            places = [group * side + ids // side, group * side + ids % side]
+        # Scores of the chosen alone are taken anew, so that the gradient has K numbers a query, and not two rows of √N.
+        logits = sum(
+            gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i], bounds="drop") for i in (0, 1)
+        )
+        return ids, logits
+
+    @staticmethod
+    def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Of ``queries (T · num_heads, d)`` by ``keys (G, √N, d)``, those of its group for each."""
+        groups, side, half = keys.shape
+        if groups == 1:
+            return queries @ keys[0].T
+        by_group = queries.view(-1, groups, half).transpose(0, 1) @ keys.transpose(1, 2)
+        return by_group.transpose(0, 1).reshape(-1, side)
+
+    def forward(
+        self, x: torch.Tensor, routing: Routing | torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer's output for ``x (..., H)``.
+
+        Args:
+            x: ``(..., H)``; T is the product of the leading sizes.
+            routing: in place of what the layer's own queries find; as for any :class:`ExpertLayer`. An expert may be
+                listed several times by a token.
+            weights: ``(T, K)``, only with expert ids for ``routing``.
+
+        Returns:
+            The shape and dtype of ``x``.
+
+        Raises:
+            RuntimeError: ``torch.jit.trace`` or ``torch.func.vmap`` records the call.
+            TypeError: as :class:`ExpertLayer`.
+            ValueError: likewise, and as :meth:`route`.
+        """
+        if routing is not None:
+            return super().forward(x, routing, weights)
+        if weights is not None:
+            raise TypeError("weights must be None without expert ids to weigh")
+        check_traceable(type(self).__name__)
+        routing = self.route(x)
+        return self.compute(x.reshape(-1, self.hidden_size), routing).view(x.shape)
+
+    def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The output ``(T, H)`` of ``tokens (T, H)``; ids of N and more add nothing."""
+        ids = routing.expert_ids
+        with no_autocast(tokens.device):
+            preact = self.dots("input_weight", ids, tokens, bounds="drop")
+            factors = activate(preact, self.activation) * routing.weights.to(preact.dtype)
+            return self.bags("output_weight", ids, weights=factors, bounds="drop", out_dtype=tokens.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        text = (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, num_heads={self.num_heads}, "
+            f"top_k={self.top_k // self.num_heads}, key_dim={self.key_dim}, activation={self.activation.name!r}"
+        )
+        text += "" if self.keys.shape[0] == 1 else ", shared_keys=False"
+        return text + (f", optimizer={self.optimizer}" if self.optimizer else "")
