@@ -243,7 +243,7 @@ def test_budgets_are_spent(kind, options, share):
         ({"partition": "halves"}, "partition must be one of .*, got 'halves'"),
         ({"operation": "max"}, "operation must be one of .*, got 'max'"),
         ({"operation": "add", "partition": "path"}, "operation must be None with partition='path', got 'add'"),
-        ({"operation": "concat"}, "embedding_dim must be a multiple of the number of parts, 2, .*, got 3"),
+        ({"operation": "concat"}, "embedding_dim must be a multiple of 2, the number of rows that are joined, got 3"),
         ({"mode": "median"}, "mode must be one of .*, got 'median'"),
     ],
 )

@@ -15,7 +15,6 @@ from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.ops.map_ids import IdMaps, map_ids, radix_maps
 
 PARTITIONS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "path")
-OPERATIONS = ("add", "mul", "concat")
 
 
 class CompositionalEmbedding(SharedRowsTable):
@@ -75,17 +74,9 @@ class CompositionalEmbedding(SharedRowsTable):
         if moduli is None:
             moduli = _moduli(num_embeddings, partition, _balanced(num_embeddings, partition))
         _check_moduli(num_embeddings, partition, moduli)
-        parts = len(moduli)
-        if operation == "concat" and embedding_dim % parts:
-            raise ValueError(
-                f"embedding_dim must be a multiple of the number of parts, {parts}, to be their concatenation, got "
-                f"{embedding_dim}"
-            )
-        self.moduli, self.partition, self.operation = tuple(moduli), partition, operation
-        width = embedding_dim // parts if operation == "concat" else embedding_dim
-        rows = moduli[0] if partition == "path" else sum(moduli)
-        super().__init__(num_embeddings, width, rows, parts if operation == "add" else 1, **options)
-        self.embedding_dim = embedding_dim
+        self.moduli, self.partition = tuple(moduli), partition
+        rows, parts = (moduli[0], 1) if partition == "path" else (sum(moduli), len(moduli))
+        super().__init__(num_embeddings, embedding_dim, rows, parts, operation=operation, **options)
         if partition == "path":
             factory = {name: options.get(name) for name in ("device", "dtype")}
             self.paths = Experts(moduli[1], embedding_dim, path_width, activation="relu", bias=True, **factory)
@@ -95,29 +86,18 @@ class CompositionalEmbedding(SharedRowsTable):
         else:
             self._maps = radix_maps(moduli, limit=num_embeddings)
 
-    def reset_parameters(self) -> None:
-        """Draw the rows anew, and start the optimizer anew."""
-        super().reset_parameters()
-        if self.operation == "mul":
-            # The variance of a product is that of its factors multiplied.
-            bound = (3 * (1 / (3 * self.num_embeddings)) ** (1 / len(self.moduli))) ** 0.5
-            torch.nn.init.uniform_(self.weight, -bound, bound)
-
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of :attr:`weight` for the classes of ``ids (...)``, ``(..., k)``."""
         return map_ids(ids, self._maps)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``; raises as :meth:`Table.forward`."""
-        if self.operation == "add":
+        if self.partition != "path":
             return super().lookup(ids)
         check_index("ids", ids)
-        classes = self.addresses(ids)
-        if self.partition == "path":
-            rows = self.rows("weight", classes[..., 0])
-            return self.paths(rows, (classes[..., 1:] - self.moduli[0]).reshape(-1, 1), rows.new_ones(ids.numel(), 1))
-        rows = self.rows("weight", classes)
-        return rows.prod(-2) if self.operation == "mul" else rows.flatten(-2)
+        row, network = self.addresses(ids).unbind(-1)
+        rows = self.rows("weight", row)
+        return self.paths(rows, (network - self.moduli[0]).reshape(-1, 1), rows.new_ones(ids.numel(), 1))
 
     def forward(
         self,
@@ -125,29 +105,13 @@ class CompositionalEmbedding(SharedRowsTable):
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`. Sums and concatenations are pooled as they are read."""
-        if self.operation == "add":
-            return super().forward(ids, offsets, per_sample_weights)
-        if self.operation != "concat":
-            return Table.forward(self, ids, offsets, per_sample_weights)
-        check_index("ids", ids)
-        classes, parts = self.addresses(ids).movedim(-1, 0), len(self.moduli)
-        # The bags of the first part, then those of the second: each part is pooled by itself.
-        weights = None
-        if per_sample_weights is not None:
-            weights = per_sample_weights.expand(parts, *per_sample_weights.shape).flatten(0, 1)
-        ends = None
-        if offsets is not None:
-            starts = offsets[:-1] if self.include_last_offset else offsets
-            places = torch.arange(parts, device=ids.device, dtype=offsets.dtype) * ids.shape[0]
-            ends = (starts + places.unsqueeze(1)).flatten()
-        how = {"mode": self.mode, "include_last_offset": False}
-        pooled = self.bags("weight", classes.flatten(0, 1), ends, weights, **how)
-        return pooled.view(parts, -1, pooled.shape[-1]).movedim(0, 1).flatten(1)
+        """Bags, as :meth:`Table.forward`."""
+        kind = Table if self.partition == "path" else SharedRowsTable
+        return kind.forward(self, ids, offsets, per_sample_weights)
 
     def extra_repr(self) -> str:
         """Sizes, partition and mode, and the optimizer where there is one."""
-        how = f"partition={self.partition!r}" + (f", operation={self.operation!r}" if self.operation else "")
+        how = f"partition={self.partition!r}" + (f", operation={self.operation!r}" if self.partition != "path" else "")
         rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
         return f"{self.num_embeddings}, {self.embedding_dim}, {list(self.moduli)}, {how}{rest}"
 
@@ -183,18 +147,14 @@ class CompositionalEmbedding(SharedRowsTable):
         return make(fit_budget(nbytes, first, num_embeddings, size_of, name))
 
 
-def _checked_operation(partition: str, operation: str | None) -> str | None:
+def _checked_operation(partition: str, operation: str | None) -> str:
     if partition not in PARTITIONS:
         raise ValueError(f"partition must be one of {PARTITIONS}, got {partition!r}")
-    if partition == "path":
-        if operation is not None:
-            raise ValueError(f"operation must be None with partition='path', got {operation!r}")
-        return None
-    if operation is None:
-        return "mul"
-    if operation not in OPERATIONS:
-        raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
-    return operation
+    if partition != "path":
+        return "mul" if operation is None else operation
+    if operation is not None:
+        raise ValueError(f"operation must be None with partition='path', got {operation!r}")
+    return "add"
 
 
 def _check_moduli(num_embeddings: int, partition: str, moduli: Sequence[int]) -> None:

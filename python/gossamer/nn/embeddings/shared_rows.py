@@ -1,4 +1,4 @@
-"""What tables have in common whose vectors are sums of rows that several ids share."""
+"""What tables have in common whose vectors are composed of rows that several ids share."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import POOLINGS, Table, fit_budget
 from gossamer.optim import Optimizer
 
+OPERATIONS = ("add", "mul", "concat")
+
 
 class SharedRowsTable(FusedTable):
-    """A table of M rows where an id's vector is the sum of H of them: ``e(x) = Σ_h weight[addresses(x)_h]``.
+    """A table of M rows where an id's vector is composed of H of them: ``e(x) = ω_h weight[addresses(x)_h]``.
 
-    A subclass says which rows by :meth:`addresses`. Rows that several ids share get the sum of their gradients, and an
-    optimizer steps each once.
+    ω is the sum, the product or the concatenation, for which rows have D/H columns. A subclass says which rows by
+    :meth:`addresses`. Rows that several ids share get the sum of their gradients, and an optimizer steps each once.
 
     Args:
         num_embeddings: N, the number of ids.
         embedding_dim: D.
         num_rows: M.
         rows_per_id: H.
+        operation: ω: ``"add"``, ``"mul"`` or ``"concat"``.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
         device: of the table.
@@ -28,11 +31,12 @@ class SharedRowsTable(FusedTable):
         optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
 
     Attributes:
-        weight: ``(M, D)``, the parameter. It starts uniform in ``±1/√N``, divided by √H.
+        weight: ``(M, D)``, or ``(M, D/H)`` with ``"concat"``, the parameter. It starts uniform around zero, so that the
+            entries of ``e(x)`` have the variance of numbers uniform in ``±1/√N``.
 
     Raises:
         TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
-        ValueError: a size is below 1, or the mode is unknown.
+        ValueError: a size is below 1, the mode or operation is unknown, or D is no multiple of H for ``"concat"``.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class SharedRowsTable(FusedTable):
         num_rows: int,
         rows_per_id: int = 1,
         *,
+        operation: str = "add",
         mode: str = "sum",
         include_last_offset: bool = False,
         device: torch.device | str | None = None,
@@ -52,16 +57,30 @@ class SharedRowsTable(FusedTable):
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_rows=num_rows)
         if mode not in POOLINGS:
             raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        if operation not in OPERATIONS:
+            raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
+        if operation == "concat" and embedding_dim % rows_per_id:
+            raise ValueError(
+                f"embedding_dim must be a multiple of {rows_per_id}, the number of rows that are joined, got "
+                f"{embedding_dim}"
+            )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.num_rows, self.rows_per_id = num_rows, rows_per_id
+        self.num_rows, self.rows_per_id, self.operation = num_rows, rows_per_id, operation
         self.mode, self.include_last_offset = mode, include_last_offset
-        self.weight = torch.nn.Parameter(torch.empty(num_rows, embedding_dim, device=device, dtype=dtype))
+        columns = embedding_dim // rows_per_id if operation == "concat" else embedding_dim
+        self.weight = torch.nn.Parameter(torch.empty(num_rows, columns, device=device, dtype=dtype))
         self.reset_parameters()
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
         """Draw the rows anew, and start the optimizer anew."""
-        bound = (self.num_embeddings * self.rows_per_id) ** -0.5
+        variance = 1 / (3 * self.num_embeddings)
+        if self.operation == "add":
+            variance /= self.rows_per_id
+        elif self.operation == "mul":
+            # The variance of a product is that of its factors multiplied.
+            variance **= 1 / self.rows_per_id
+        bound = (3 * variance) ** 0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         self._reset_state()
 
@@ -80,8 +99,11 @@ class SharedRowsTable(FusedTable):
         rows = self.addresses(ids)
         if self.rows_per_id == 1:
             return self.rows("weight", rows)
-        found = self.bags("weight", rows.reshape(-1, self.rows_per_id))
-        return found.view(*ids.shape, self.embedding_dim)
+        if self.operation == "add":
+            found = self.bags("weight", rows.reshape(-1, self.rows_per_id))
+            return found.view(*ids.shape, self.embedding_dim)
+        found = self.rows("weight", rows)
+        return found.prod(-2) if self.operation == "mul" else found.flatten(-2)
 
     def forward(
         self,
@@ -89,20 +111,40 @@ class SharedRowsTable(FusedTable):
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`; the vectors are summed as they are read, none is stored."""
+        """Bags, as :meth:`Table.forward`. Sums and concatenations are pooled as they are read, and never stored."""
         check_index("ids", ids)
+        lists = (ids, offsets, per_sample_weights)
+        if self.rows_per_id == 1:
+            how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
+            return self.bags("weight", self.addresses(ids), offsets, per_sample_weights, **how)
+        if self.operation == "concat":
+            return self._joined(*lists)
+        if self.operation == "add" and self.mode != "max":
+            return self._summed(*lists)
+        return Table.forward(self, *lists)
+
+    def _summed(self, ids, offsets, weights):
+        """Bags of the H rows of each id; the mean of a bag of ids is H times that of its rows."""
         times = self.rows_per_id
-        if times > 1 and self.mode == "max":
-            return Table.forward(self, ids, offsets, per_sample_weights)
-        rows = self.addresses(ids)
-        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-        if times == 1:
-            return self.bags("weight", rows, offsets, per_sample_weights, **how)
-        # A bag lists the H rows of each of its ids, so the mean of a bag of ids is H times that of its rows.
-        weights = None if per_sample_weights is None else per_sample_weights.repeat_interleave(times, -1)
+        rows = self.addresses(ids).flatten(-2)
+        weights = None if weights is None else weights.repeat_interleave(times, -1)
         ends = None if offsets is None else offsets * times
-        pooled = self.bags("weight", rows.flatten(-2), ends, weights, **how)
+        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
+        pooled = self.bags("weight", rows, ends, weights, **how)
         return pooled * times if self.mode == "mean" else pooled
+
+    def _joined(self, ids, offsets, weights):
+        """The bags of the first of the H rows, then those of the second: each is pooled by itself."""
+        rows, times = self.addresses(ids).movedim(-1, 0), self.rows_per_id
+        if weights is not None:
+            weights = weights.expand(times, *weights.shape).flatten(0, 1)
+        ends = None
+        if offsets is not None:
+            starts = offsets[:-1] if self.include_last_offset else offsets
+            ends = (starts + torch.arange(times, device=ids.device).unsqueeze(1) * ids.shape[0]).flatten()
+        how = {"mode": self.mode, "include_last_offset": False}
+        pooled = self.bags("weight", rows.flatten(0, 1), ends, weights, **how)
+        return pooled.view(times, -1, pooled.shape[-1]).movedim(0, 1).flatten(1)
 
     def extra_repr(self) -> str:
         """Sizes and mode, and the optimizer where there is one."""
