@@ -7,11 +7,14 @@ from gossamer.nn.delta_rule.layer import DeltaRuleState
 from gossamer.nn.delta_rule.self_referential import SelfReferentialLinear
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.compositional import CompositionalEmbedding
+from gossamer.nn.embeddings.deduplicated import DeduplicatedEmbedding
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
+from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
+from gossamer.nn.embeddings.random_block import RandomBlockEmbedding
 from gossamer.nn.embeddings.remapped import ClusteredEmbedding, FrequencyEmbedding
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
@@ -66,6 +69,7 @@ __all__ = [
     "CompositionalEmbedding",
     "ConstantSchedule",
     "CosineSchedule",
+    "DeduplicatedEmbedding",
     "DeltaGap",
     "DeltaNet",
     "DeltaRuleState",
@@ -89,12 +93,14 @@ __all__ = [
     "LoRAExperts",
     "LoRALinear",
     "LowRankLinear",
+    "MixedDimensionEmbedding",
     "MoE",
     "ProbabilisticAdmission",
     "ProductKeyExperts",
     "PrototypeRouter",
     "PruneAndRegrow",
     "QuantizedExpertStack",
+    "RandomBlockEmbedding",
     "Router",
     "RouterAround",
     "Routing",
@@ -122,6 +128,7 @@ __all__ = [
     "load_balance_loss",
     "load_loss",
     "lora_plus_groups",
+    "mixed_dimensions",
     "read_manifest",
     "router_losses",
     "router_z_loss",

@@ -1,0 +1,159 @@
+"""Tables without blocks of rows that are nearly the same as others."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gossamer._checks import check_index, check_positive, check_shape, check_tensor
+from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.nn.embeddings.table import check_budget
+
+
+class DeduplicatedEmbedding(SharedRowsTable):
+    """A table whose blocks of ρ rows are stored once where they are alike: row ``stored[x div ρ]·ρ + x mod ρ``.
+
+    :meth:`from_table` finds the blocks of a trained table that are alike. Trained further, a stored block gets the
+    gradients of all places that it stands for.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        stored: ``(⌈N/ρ⌉,)`` int32 or int64, the stored block of each block of ids.
+        block_rows: ρ.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: ``(K·ρ, D)``, the parameter: K stored blocks.
+        stored: as given, int32, a buffer.
+
+    Raises:
+        TypeError: ``stored`` is no integer tensor; as the options'.
+        ValueError: a size is below 1, or ``stored`` has another shape or negative numbers.
+
+    Source: the deduplication method of Zhang et al., "Experimental Analysis of Large-scale Learnable Vector Storage
+    Compression", VLDB 2024.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, stored: torch.Tensor, *, block_rows: int, **options: object
+    ) -> None:
+        check_positive(num_embeddings=num_embeddings, block_rows=block_rows)
+        check_shape("stored", stored, (-(-num_embeddings // block_rows),), "(ceil(N / block_rows),)")
+        check_index("stored", stored)
+        lowest, highest = (int(number) for number in stored.aminmax())
+        if lowest < 0:
+            raise ValueError(f"stored must be at least 0, got {lowest}")
+        super().__init__(num_embeddings, embedding_dim, (highest + 1) * block_rows, **options)
+        self.block_rows = block_rows
+        self.register_buffer("stored", stored.int().to(self.weight.device))
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """The stored rows of ``ids``; −1, which no table has, for those outside ``[0, N)``."""
+        outside = (ids < 0) | (ids >= self.num_embeddings)
+        inside = ids.masked_fill(outside, 0)
+        blocks = self.stored.index_select(0, (inside // self.block_rows).reshape(-1)).view(ids.shape)
+        return (blocks.to(ids.dtype) * self.block_rows + inside % self.block_rows).masked_fill(outside, -1)
+
+    @classmethod
+    def from_table(
+        cls,
+        weight: torch.Tensor,
+        *,
+        block_rows: int,
+        nbytes: int | None = None,
+        tolerance: float = 0.01,
+        share: float = 0.7,
+        bands: int = 90,
+        seed: int = 0,
+        **options: object,
+    ) -> DeduplicatedEmbedding:
+        """A trained table ``(N, D)`` with blocks that are alike stored once.
+
+        Blocks are visited by ascending third quartile of their magnitudes, so that those of rarely trained rows come
+        first. A block takes the place of an earlier one when at least ``share`` of their entries differ by
+        ``tolerance`` or less. Two blocks are compared where they have one of ``bands`` hashes in common,
+        ``⌈(a·v + b)/(9·tolerance)⌉`` with a normal and b uniform. With ``nbytes`` merging ends once the table fits.
+
+        Args:
+            weight: ``(N, D)``.
+            block_rows: ρ.
+            nbytes: the budget, or None to merge all that are alike.
+            tolerance: by which entries that count as equal may differ.
+            share: of the entries, in ``(0, 1]``.
+            bands: how many hashes.
+            seed: of the hashes.
+            **options: of the class.
+
+        Raises:
+            ValueError: ``share`` or ``tolerance`` does not fit, or the table with all like blocks merged is larger than
+                ``nbytes``; the message says how large it is.
+        """
+        check_tensor("weight", weight)
+        check_shape("weight", weight, (None, None), "(N, D)")
+        check_positive(block_rows=block_rows, bands=bands)
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        if not (math.isfinite(tolerance) and tolerance > 0):
+            raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
+        if nbytes is not None:
+            check_budget(nbytes)
+        n, d = weight.shape
+        count = -(-n // block_rows)
+        flat = weight.new_zeros(count * block_rows, d, dtype=torch.float32)
+        flat[:n] = weight.detach()
+        flat = flat.view(count, block_rows * d).cpu()
+
+        def size(kept: int) -> int:
+            return kept * block_rows * d * weight.element_size() + 4 * count
+
+        stored, kept = _merge(flat, tolerance, share, bands, seed, lambda k: nbytes is not None and size(k) <= nbytes)
+        if nbytes is not None and size(len(kept)) > nbytes:
+            raise ValueError(
+                f"nbytes must be at least {size(len(kept))} for {cls.__name__} with all blocks merged that are alike, "
+                f"got {nbytes}"
+            )
+        options = {"device": weight.device, "dtype": weight.dtype} | options
+        made = cls(n, d, stored, block_rows=block_rows, **options)
+        padded = weight.new_zeros(count * block_rows, d)
+        padded[:n] = weight.detach()
+        with torch.no_grad():
+            made.weight.copy_(padded.view(count, block_rows, d)[kept.to(weight.device)].flatten(0, 1))
+        return made
+
+    @classmethod
+    def from_budget(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
+    ) -> DeduplicatedEmbedding:
+        """The table of the ``stored`` blocks given, which have one size: it fits, or it does not."""
+        return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
+
+
+def _merge(blocks: torch.Tensor, tolerance: float, share: float, bands: int, seed: int, enough):
+    """The number of the stored block of each of ``blocks``, and which blocks are stored."""
+    generator = torch.Generator().manual_seed(seed)
+    width = 9 * tolerance
+    directions = torch.randn(blocks.shape[1], bands, generator=generator)
+    shifts = torch.rand(bands, generator=generator) * width
+    keys = ((blocks @ directions + shifts) / width).ceil().long()
+    order = blocks.abs().quantile(0.75, dim=1).argsort(stable=True).tolist()
+    stored = torch.arange(len(blocks))
+    found: dict[tuple[int, int], list[int]] = {}
+    left = len(blocks)
+    for block in order:
+        own = list(enumerate(keys[block].tolist()))
+        match = None
+        if not enough(left):
+            candidates = sorted({other for key in own for other in found.get(key, ())})
+            if candidates:
+                alike = ((blocks[candidates] - blocks[block]).abs() <= tolerance).float().mean(1)
+                match = next((c for c, part in zip(candidates, alike.tolist(), strict=True) if part >= share), None)
+        if match is not None:
+            stored[block] = match
+            left -= 1
+            continue
+        for key in own:
+            found.setdefault(key, []).append(block)
+    kept = (stored == torch.arange(len(blocks))).nonzero().flatten()
+    return torch.searchsorted(kept, stored), kept

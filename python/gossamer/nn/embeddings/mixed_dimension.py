@@ -1,0 +1,149 @@
+"""Narrow tables with a projection to the width that a model wants, and the rule that chooses their widths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gossamer._checks import check_index, check_positive
+from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget, fit_budget
+from gossamer.optim import Optimizer
+
+
+class MixedDimensionEmbedding(FusedTable):
+    """Rows of d columns, projected to D: ``e(x) = weight[x]·P``.
+
+    Bags are pooled before they are projected, so a bag costs one projection. Where d is D there is none.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        row_dim: d, at most D. :func:`mixed_dimensions` chooses it for the tables of a model.
+        mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        device: of the parameters.
+        dtype: of the parameters.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step on the rows into the backward pass. The projection is
+            an ordinary parameter.
+
+    Attributes:
+        weight: ``(N, d)``. It starts uniform in ``±1/√N``.
+        projection: ``(D, d)``, or None where d is D. It starts normal with variance 1/d, which keeps that of the rows.
+
+    Raises:
+        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, ``row_dim`` is above D, or the mode is unknown.
+
+    Source: Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems",
+    ISIT 2021.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        row_dim: int,
+        *,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, row_dim=row_dim)
+        if row_dim > embedding_dim:
+            raise ValueError(f"row_dim must be at most embedding_dim, {embedding_dim}, got {row_dim}")
+        if mode not in POOLINGS:
+            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        self.num_embeddings, self.embedding_dim, self.row_dim = num_embeddings, embedding_dim, row_dim
+        self.mode, self.include_last_offset = mode, include_last_offset
+        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, row_dim, device=device, dtype=dtype))
+        projection = torch.empty(embedding_dim, row_dim, device=device, dtype=dtype)
+        self.register_parameter("projection", None if row_dim == embedding_dim else torch.nn.Parameter(projection))
+        self.reset_parameters()
+        self.attach(optimizer)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, and start the optimizer anew."""
+        bound = self.num_embeddings**-0.5
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.projection is not None:
+            torch.nn.init.normal_(self.projection, std=self.row_dim**-0.5)
+        self._reset_state()
+
+    def _projected(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.projection is None else torch.nn.functional.linear(rows, self.projection)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``; raises as :meth:`Table.forward`."""
+        check_index("ids", ids)
+        return self._projected(self.rows("weight", ids))
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bags, as :meth:`Table.forward`; sums and means are projected once a bag."""
+        if self.mode == "max" and self.projection is not None:
+            return Table.forward(self, ids, offsets, per_sample_weights)
+        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
+        return self._projected(self.bags("weight", ids, offsets, per_sample_weights, **how))
+
+    def extra_repr(self) -> str:
+        """Sizes and mode, and the optimizer where there is one."""
+        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
+        return f"{self.num_embeddings}, {self.embedding_dim}, row_dim={self.row_dim}{rest}"
+
+    @classmethod
+    def from_budget(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
+    ) -> MixedDimensionEmbedding:
+        """The table of the widest rows, D at most, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+
+        def size_of(width: int) -> int:
+            return cls(num_embeddings, embedding_dim, width, **options | {"device": "meta"}).inference_nbytes()
+
+        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
+        check_budget(nbytes)
+        # Without its projection the full width may be smaller than one column less.
+        if size_of(embedding_dim) <= nbytes:
+            return cls(num_embeddings, embedding_dim, embedding_dim, **options)
+        width = fit_budget(nbytes, 1, max(embedding_dim - 1, 1), size_of, name)
+        return cls(num_embeddings, embedding_dim, width, **options)
+
+
+def mixed_dimensions(
+    num_embeddings: Sequence[int], *, base_dim: float, alpha: float = 0.3, most: int | None = None, powers: bool = False
+) -> list[int]:
+    """Widths of the tables of a model by the power rule: ``d_f = max(1, round(λ·n_f^−α))`` with ``λ = d_0·min(n)^α``.
+
+    Args:
+        num_embeddings: n_f, the rows of each table.
+        base_dim: d_0, the width of the smallest table.
+        alpha: α, the temperature: 0 gives all tables one width.
+        most: no width is above it.
+        powers: whether widths are rounded to powers of two.
+
+    Raises:
+        ValueError: a size or ``base_dim`` is not positive, or ``alpha`` is negative.
+
+    Source: as :class:`MixedDimensionEmbedding`.
+    """
+    check_positive(**{f"num_embeddings[{i}]": n for i, n in enumerate(num_embeddings)})
+    if base_dim <= 0:
+        raise ValueError(f"base_dim must be positive, got {base_dim}")
+    if alpha < 0:
+        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    scale = base_dim * min(num_embeddings, default=1) ** alpha
+    widths = []
+    for n in num_embeddings:
+        width = max(1, round(scale * n**-alpha))
+        if powers:
+            width = 2 ** round(torch.tensor(float(width)).log2().item())
+        widths.append(width if most is None else min(width, most))
+    return widths

@@ -1,0 +1,99 @@
+"""Random block-offset embedding: all vectors are cut from one array of weights."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer._checks import check_positive
+from gossamer.nn.embeddings.seeded import SeededMaps
+from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.nn.embeddings.table import fit_budget
+from gossamer.ops.map_ids import IdMaps, map_ids
+
+#: A prime below 2³¹, above what hashed places are taken modulo it.
+_PRIME = 2_147_483_647
+
+
+class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
+    """ROBE: blocks of an id's vector lie at hashed places of one array of M weights, and may overlap any others.
+
+    ``e(x)_i = weight[a(x, i div Z) + i mod Z]`` with blocks of Z weights and, in the two published forms,
+
+    - ``wrap=False``: ``a(x, k) = ((r1 + r2·k + r3·x) mod p) mod (M − Z + 1)``: no block crosses the end;
+    - ``wrap=True``: ``e(x)_i = weight[((r1 + r2·(i div Z) + r3·x + i mod Z) mod p) mod M]``: blocks go on at the start.
+
+    p is 2³¹−1. Weights that several ids share, or one id with itself, get the sum of their gradients.
+
+    Args:
+        num_embeddings: N. Ids below p are told apart; larger ones are taken modulo it.
+        embedding_dim: D.
+        num_weights: M.
+        block_size: Z, at most M.
+        wrap: which form.
+        seed: of r1, r2 and r3; the state holds it.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+
+    Attributes:
+        weight: ``(M, 1)``, the parameter. It starts uniform in ``±1/√N``.
+
+    Raises:
+        TypeError: as the options'.
+        ValueError: a size is below 1, ``block_size`` is above M, or an option does not fit.
+
+    Source: Desai et al., "Random Offset Block Embedding Array (ROBE) for CriteoTB Benchmark MLPerf DLRM Model", MLSys
+    2022.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_weights: int,
+        *,
+        block_size: int = 16,
+        wrap: bool = False,
+        seed: int = 0,
+        **options: object,
+    ) -> None:
+        check_positive(embedding_dim=embedding_dim, num_weights=num_weights, block_size=block_size)
+        if block_size > num_weights:
+            raise ValueError(f"block_size must be at most the number of weights, {num_weights}, got {block_size}")
+        self.block_size, self.wrap = block_size, wrap
+        super().__init__(num_embeddings, embedding_dim, num_weights, embedding_dim, operation="concat", **options)
+        self._keep_seed(seed, self.weight.device)
+
+    def _draw_maps(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        constants = torch.randint(1, _PRIME, (3,), generator=generator, device="cpu").tolist()
+        self._maps = block_maps(self.num_rows, self.embedding_dim, self.block_size, self.wrap, constants)
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """The places of the D weights of each id."""
+        return map_ids(ids, self._maps)
+
+    @classmethod
+    def from_budget(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
+    ) -> RandomBlockEmbedding:
+        """The array of the most weights, up to N·D, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+        options = {"block_size": 16} | options
+
+        def size_of(weights: int) -> int:
+            return cls(num_embeddings, embedding_dim, weights, **options | {"device": "meta"}).inference_nbytes()
+
+        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
+        largest = max(num_embeddings * embedding_dim, options["block_size"])
+        weights = fit_budget(nbytes, options["block_size"], largest, size_of, name)
+        return cls(num_embeddings, embedding_dim, weights, **options)
+
+
+def block_maps(num_weights: int, embedding_dim: int, block_size: int, wrap: bool, constants: list[int]) -> IdMaps:
+    """The place of each of the D entries of a vector, for the constants ``[r1, r2, r3]``."""
+    r1, r2, r3 = constants
+    blocks, within = zip(*(divmod(i, block_size) for i in range(embedding_dim)), strict=True)
+    starts = [(r1 + r2 * block) % _PRIME for block in blocks]
+    shared = {"multipliers": [r3] * embedding_dim, "prime": _PRIME}
+    if wrap:
+        addends = [(start + i) % _PRIME for start, i in zip(starts, within, strict=True)]
+        return IdMaps.of([num_weights] * embedding_dim, addends=addends, **shared)
+    return IdMaps.of([num_weights - block_size + 1] * embedding_dim, addends=starts, bases=list(within), **shared)
