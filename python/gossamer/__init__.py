@@ -5,7 +5,15 @@ from gossamer._activation import Activation
 from gossamer._backend import backend
 from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
-from gossamer.integrations import load_quantized_experts, quantize_experts, replace, restore, serve_adapters, sparsify
+from gossamer.integrations import (
+    compress_embeddings,
+    load_quantized_experts,
+    quantize_experts,
+    replace,
+    restore,
+    serve_adapters,
+    sparsify,
+)
 from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
@@ -49,6 +57,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "check",
+    "compress_embeddings",
     "dds",
     "delta_rule",
     "delta_rule_step",

@@ -10,11 +10,20 @@ import torch
 
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Replacement
+from gossamer.integrations.compress import compress_embeddings
 from gossamer.integrations.quantized import load_quantized_experts, quantize_experts
 from gossamer.integrations.serving import serve_adapters
 from gossamer.integrations.sparsify import sparsify
 
-__all__ = ["load_quantized_experts", "quantize_experts", "replace", "restore", "serve_adapters", "sparsify"]
+__all__ = [
+    "compress_embeddings",
+    "load_quantized_experts",
+    "quantize_experts",
+    "replace",
+    "restore",
+    "serve_adapters",
+    "sparsify",
+]
 
 # The libraries whose layers are switched unasked, and the adapters that do it.
 _ADAPTERS = (("peft", "peft"), ("transformers", "transformers"), ("transformers", "linear_attention"))

@@ -113,3 +113,64 @@ class Quantization:
         ]
         lines += [f"  {m.name or '(the model itself)'}: {m.class_name}, left alone: {m.reason}" for m in self.skipped]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CompressedTable:
+    """One embedding layer of a compressed model.
+
+    Attributes:
+        name: its path in the model.
+        class_name: of the table that computes it now.
+        before: bytes of its weight before.
+        training: bytes that it holds in training, optimizer state included.
+        served: bytes that it holds when served.
+    """
+
+    name: str
+    class_name: str
+    before: int
+    training: int
+    served: int
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What :func:`gossamer.compress_embeddings` did.
+
+    Attributes:
+        method: by its name.
+        tables: all layers that count in the budget, those too that stay as they were.
+        skipped: layers that are no part of it, and why.
+    """
+
+    method: str
+    tables: tuple[CompressedTable, ...]
+    skipped: tuple[SkippedModule, ...] = ()
+
+    @property
+    def before(self) -> int:
+        """Bytes of all weights before."""
+        return sum(table.before for table in self.tables)
+
+    @property
+    def training(self) -> int:
+        """Bytes of all tables in training."""
+        return sum(table.training for table in self.tables)
+
+    @property
+    def served(self) -> int:
+        """Bytes of all tables when served."""
+        return sum(table.served for table in self.tables)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}: {self.before} bytes to {self.served} when served ({self.served / self.before:.4f}), "
+            f"{self.training} in training"
+        ]
+        lines += [
+            f"  {t.name or '(the model itself)'}: {t.class_name}, {t.before} to {t.served}, {t.training} in training"
+            for t in self.tables
+        ]
+        lines += [f"  {m.name or '(the model itself)'}: {m.class_name}, left alone: {m.reason}" for m in self.skipped]
+        return "\n".join(lines)

@@ -30,7 +30,7 @@ class MixedDimensionEmbedding(FusedTable):
 
     Attributes:
         weight: ``(N, d)``. It starts uniform in ``±1/√N``.
-        projection: ``(D, d)``, or None where d is D. It starts normal with variance 1/d, which keeps that of the rows.
+        projection: ``(D, d)``, or None where d is D. It starts uniform with variance 1/d, which keeps that of the rows.
 
     Raises:
         TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
@@ -71,7 +71,8 @@ class MixedDimensionEmbedding(FusedTable):
         bound = self.num_embeddings**-0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         if self.projection is not None:
-            torch.nn.init.normal_(self.projection, std=self.row_dim**-0.5)
+            bound = (3 / self.row_dim) ** 0.5
+            torch.nn.init.uniform_(self.projection, -bound, bound)
         self._reset_state()
 
     def _projected(self, rows: torch.Tensor) -> torch.Tensor:

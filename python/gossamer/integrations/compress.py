@@ -1,0 +1,304 @@
+"""Embedding layers of any model under one budget in bytes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gossamer._checks import check_shape
+from gossamer.integrations import surgery
+from gossamer.integrations._report import CompressedTable, Compression
+from gossamer.nn import (
+    ClusteredEmbedding,
+    CompositionalEmbedding,
+    DeduplicatedEmbedding,
+    DoubleHashEmbedding,
+    Embedding,
+    EmbeddingBag,
+    FrequencyEmbedding,
+    HashEmbedding,
+    MixedDimensionEmbedding,
+    RandomBlockEmbedding,
+    Table,
+)
+
+ADAPTER = "compress"
+# A share of the budget that may be left over; bisecting the share of each table ends below it.
+_SLACK = 1e-4
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a table is made of an embedding layer.
+
+    Attributes:
+        kind: its class.
+        from_table: what makes it from trained weights, ``(weight, nbytes=..., **options)``; None where it starts anew.
+        needs: names of options that it cannot do without; ``frequencies`` are handed on by the table's name.
+        sized: whether ``kind.from_budget`` says on the device meta what a budget gives. Otherwise every table gets the
+            same share of its bytes.
+    """
+
+    kind: type[Table]
+    from_table: Callable[..., Table] | None = None
+    needs: tuple[str, ...] = ()
+    sized: bool = True
+
+
+METHODS = {
+    "clustered": Method(ClusteredEmbedding, needs=("clusters",), sized=False),
+    "compositional": Method(CompositionalEmbedding),
+    "deduplicated": Method(DeduplicatedEmbedding, DeduplicatedEmbedding.from_table, needs=("block_rows",), sized=False),
+    "double_hash": Method(DoubleHashEmbedding),
+    "frequency": Method(FrequencyEmbedding, needs=("frequencies",)),
+    "hash": Method(HashEmbedding),
+    "mixed_dimension": Method(MixedDimensionEmbedding),
+    "random_block": Method(RandomBlockEmbedding),
+}
+
+
+class TableLookup(nn.Module):
+    """A table in the place of ``torch.nn.Embedding``: calling it looks ids up.
+
+    Args:
+        table: any :class:`gossamer.nn.Table`.
+        padding_idx: an id whose vector is zero and gets no gradient.
+    """
+
+    def __init__(self, table: Table, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.table, self.padding_idx = table, padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        """N."""
+        return self.table.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.table.embedding_dim
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(*input.shape, D)``."""
+        rows = self.table.lookup(input)
+        if self.padding_idx is None:
+            return rows
+        return rows.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
+
+
+def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why a layer cannot become another table, or None when it can."""
+    if surgery.hooked(module):
+        return "it has hooks or a forward of its own"
+    if not name:
+        return "it is the model itself, where no table can be put in its place"
+    if type(module) not in (nn.Embedding, nn.EmbeddingBag, Embedding, EmbeddingBag):
+        return f"{type(module).__name__} may compute something else than {type(module).__mro__[1].__name__}"
+    if reason := surgery.tensor_obstacle("its weight", module.weight):
+        return reason
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed, not a parameter"
+    holders = {id(owner) for owner in model.modules() if module.weight in set(owner._parameters.values())}
+    if len(holders) > 1:
+        return "its weight is shared with another module"
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option):
+            return f"it has {option}={getattr(module, option)}, which tables do not compute"
+    if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
+        return f"it has padding_idx={module.padding_idx} in bags, which tables do not compute"
+    return None
+
+
+@dataclass(eq=False)
+class _Field:
+    """An embedding layer that becomes a table."""
+
+    name: str
+    module: nn.Module
+    how: Method
+    options: dict
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weight."""
+        return _weight_nbytes(self.module)
+
+    def table(self, nbytes: int, **more: object) -> Table:
+        """The table that a budget gives."""
+        weight = self.module.weight
+        options = {"device": weight.device, "dtype": weight.dtype} | self.options | more
+        if self.how.from_table is not None:
+            return self.how.from_table(weight.detach(), nbytes=nbytes, **options)
+        return self.how.kind.from_budget(*weight.shape, nbytes, **options)
+
+    @functools.cached_property
+    def smallest(self) -> int:
+        """Bytes of the smallest table, as the refusal of a smaller one says."""
+        try:
+            return self.table(1, device="meta").inference_nbytes()
+        except ValueError as refusal:
+            if (size := re.search(r"nbytes must be at least (\d+)", str(refusal))) is None:
+                raise
+            return int(size[1])
+
+    def size(self, share: float) -> int:
+        """Bytes that a share of its own bytes gives: the smallest table at least, its own at most."""
+        nbytes = max(int(share * self.nbytes), self.smallest)
+        if nbytes >= self.nbytes:
+            return self.nbytes
+        return min(self.nbytes, self.table(nbytes, device="meta").inference_nbytes())
+
+
+def compress_embeddings(
+    model: nn.Module,
+    method: str,
+    budget: float,
+    *,
+    frequencies: Mapping[str, torch.Tensor] | None = None,
+    min_rows: int = 200,
+    field_options: Mapping[str, Mapping[str, object]] | None = None,
+    keep_original: bool = False,
+    **options: object,
+) -> Compression:
+    """Replace a model's embedding layers, in place, by tables that all together serve in ``budget`` of their bytes.
+
+    Layers with fewer than ``min_rows`` rows, and those that the method would not make smaller, stay as they are and
+    count in full. The others get one share of their bytes each, the largest with which all together fit the budget.
+
+    Args:
+        model: any module with ``torch.nn.Embedding`` or ``EmbeddingBag`` layers, or ours.
+        method: a name of ``gossamer.integrations.compress.METHODS``.
+        budget: bytes of all tables when served, codes and maps included, over those of the layers now; in ``(0, 1]``.
+        frequencies: how often each id occurs, ``(N,)``, by the layer's path in the model; for methods that ask for it.
+        min_rows: layers of fewer rows are left as they are.
+        field_options: options of the class by the layer's path, such as ``clusters``.
+        keep_original: whether the layers stay with their tables in memory, for :func:`gossamer.restore`.
+        **options: of the table's class, for all layers.
+
+    Returns:
+        Bytes before, in training and when served, by layer and in all; ``print`` it.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: the method is unknown or lacks an option; ``budget`` is not in ``(0, 1]``, or less than the method
+            can reach, and the message says what it can; ``frequencies`` do not fit; there is no layer to compress.
+            Nothing is changed then.
+    """
+    surgery.check_model(model)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget must be in (0, 1], got {budget}")
+    how = METHODS[method]
+    found = surgery.survey(
+        (
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        ),
+        functools.partial(_obstacle, model),
+    )
+    layers = dict(found.chosen)
+    _check_names("frequencies", frequencies, layers)
+    _check_names("field_options", field_options, layers)
+    fields, left = [], []
+    for name, module in layers.items():
+        if module.num_embeddings < min_rows:
+            left.append((name, module))
+            continue
+        own = dict(options) | dict((field_options or {}).get(name, {}))
+        if "frequencies" in how.needs and name in (frequencies or {}):
+            own["frequencies"] = frequencies[name]
+            check_shape(f"frequencies[{name!r}]", frequencies[name], (module.num_embeddings,), "(N,)")
+        if missing := [need for need in how.needs if need not in own]:
+            raise ValueError(f"method {method!r} needs {', '.join(missing)} for {name!r}")
+        if isinstance(module, nn.EmbeddingBag):
+            own |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
+        if (optimizer := getattr(module, "optimizer", None)) is not None:
+            own["optimizer"] = optimizer
+        fields.append(_Field(name, module, how, own))
+    if not fields:
+        why = surgery.reasons(found.skipped)
+        raise ValueError(
+            f"model must hold embedding layers of at least min_rows={min_rows} rows, got none in "
+            f"{type(model).__name__}{': ' + why if why else ''}"
+        )
+    before = sum(field.nbytes for field in fields) + sum(_weight_nbytes(module) for _, module in left)
+    wanted = int(budget * before) - sum(_weight_nbytes(module) for _, module in left)
+    if how.sized:
+        allotted = _allot(fields, wanted)
+        if allotted is None:
+            least = before - sum(field.nbytes - field.size(0.0) for field in fields)
+            raise ValueError(
+                f"budget must be at least {least / before:.4g} for method {method!r} in this model, got {budget}"
+            )
+    else:
+        allotted = {field: int(field.nbytes * wanted / sum(f.nbytes for f in fields)) for field in fields}
+    tables = {field: field.table(nbytes) for field, nbytes in allotted.items()}
+    return _swap(model, method, tables, left, found.skipped, keep_original)
+
+
+def _check_names(argument: str, given: Mapping | None, layers: Mapping[str, nn.Module]) -> None:
+    if unknown := set(given or {}) - set(layers):
+        raise ValueError(f"{argument} must be of layers {', '.join(layers)}, got {', '.join(sorted(unknown))}")
+
+
+def _weight_nbytes(module: nn.Module) -> int:
+    return module.weight.numel() * module.weight.element_size()
+
+
+def _allot(fields: list[_Field], wanted: int) -> dict[_Field, int] | None:
+    """Bytes of each table that becomes smaller, for ``wanted`` in all; None where all the smallest are more."""
+
+    def total(share: float) -> int:
+        return sum(field.size(share) for field in fields)
+
+    low, high = 0.0, 1.0
+    if total(low) > wanted:
+        return None
+    while high - low > _SLACK * max(wanted, 1) / sum(field.nbytes for field in fields):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) <= wanted else (low, middle)
+    sizes = {field: field.size(low) for field in fields}
+    spare = wanted - sum(sizes.values())
+    allotted = {}
+    for field, nbytes in sorted(sizes.items(), key=lambda item: -item[0].nbytes):
+        if nbytes < field.nbytes:
+            # What rounding leaves over goes to the largest first.
+            allotted[field] = min(nbytes + spare, field.nbytes - 1)
+            spare -= field.table(allotted[field], device="meta").inference_nbytes() - nbytes
+    return allotted
+
+
+def _swap(model, method, tables, left, skipped, keep_original) -> Compression:
+    new, rows = {}, []
+    for field, table in tables.items():
+        module = field.module
+        taken = table if isinstance(module, nn.EmbeddingBag) else TableLookup(table, module.padding_idx)
+        taken.train(module.training)
+        surgery.mark(taken, ADAPTER, module if keep_original else None)
+        new[module] = taken
+        rows.append(
+            CompressedTable(field.name, type(table).__name__, field.nbytes, table.nbytes(), table.inference_nbytes())
+        )
+    for name, module in left:
+        nbytes = _weight_nbytes(module)
+        rows.append(CompressedTable(name, type(module).__name__, nbytes, nbytes, nbytes))
+    surgery.substitute(model, new)
+    return Compression(method, tuple(rows), skipped)
+
+
+def undo_obstacle(module: nn.Module, before: nn.Module | None) -> str | None:
+    """Why a table cannot become the layer again."""
+    return "was compressed without keep_original=True, so its table is gone" if before is None else None
+
+
+def undo(module: nn.Module, before: nn.Module) -> nn.Module:
+    """The layer that the table took the place of."""
+    return before

@@ -1,0 +1,158 @@
+"""A model's embedding layers under one budget in bytes."""
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer
+from gossamer.integrations.compress import METHODS, TableLookup
+
+SIZES = {"users": 2000, "goods": 3000, "shops": 400}
+
+
+def blocks_of_four_kinds(rows, generator):
+    """A table of blocks of eight rows, of which a quarter are their own and the others copies."""
+    own = torch.randn(-(-rows // 32), 8, 16, generator=generator) * 0.1
+    return own.repeat(4, 1, 1).flatten(0, 1)[:rows].clone()
+
+
+class Recommender(nn.Module):
+    """Three bags, one lookup with padding, and a small field."""
+
+    def __init__(self, kind=nn.EmbeddingBag, **options):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.bags = nn.ModuleDict(
+            {
+                name: kind(n, 16, mode="sum", _weight=blocks_of_four_kinds(n, generator), **options)
+                for name, n in SIZES.items()
+            }
+        )
+        self.history = nn.Embedding(1000, 16, padding_idx=0, _weight=blocks_of_four_kinds(1000, generator))
+        self.weekday = nn.Embedding(7, 16)
+
+    def forward(self, ids):
+        pooled = [bag(ids % bag.num_embeddings) for bag in self.bags.values()]
+        history = self.history(ids % 1000).sum(1)
+        return torch.stack([*pooled, history, self.weekday(ids[:, 0] % 7)]).sum(0)
+
+
+PATHS = {"bags.users": 2000, "bags.goods": 3000, "bags.shops": 400, "history": 1000}
+NEEDS = {
+    "clustered": {"field_options": {name: {"clusters": torch.arange(n) % (n // 4)} for name, n in PATHS.items()}},
+    "deduplicated": {"block_rows": 8},
+    "frequency": {"frequencies": {name: torch.arange(n) for name, n in PATHS.items()}},
+}
+# These take what the method's own knob gives rather than the last byte.
+COARSE = {"clustered", "deduplicated", "mixed_dimension"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_meets_the_budget(method):
+    """What all tables together hold once frozen is within a hundredth of the budget, and the model still trains."""
+    model = Recommender()
+    before = sum(p.numel() * 4 for p in model.parameters())
+    report = gossamer.compress_embeddings(model, method, 0.5, **NEEDS.get(method, {}))
+    assert report.before == before and len(report.tables) == 5
+    assert report.served <= 0.5 * before
+    if method not in COARSE:
+        assert report.served > 0.99 * 0.5 * before
+    ids = torch.randint(0, 10**6, (6, 4), generator=torch.Generator().manual_seed(1))
+    y = model(ids)
+    y.square().sum().backward()
+    tables = [m for m in model.modules() if isinstance(m, gossamer.nn.Table)]
+    assert all(p.grad is not None for table in tables for p in table.parameters())
+    held = sum(table.freeze().nbytes() for table in tables) + 7 * 16 * 4
+    assert held == report.served
+    assert torch.equal(model.eval()(ids), y)
+    assert method in str(report) and "weekday: Embedding, 448 to 448" in str(report)
+
+
+def test_padding_and_small_fields_stay(device):
+    model = Recommender().to(device)
+    gossamer.compress_embeddings(model, "hash", 0.3)
+    assert type(model.weekday) is nn.Embedding and isinstance(model.history, TableLookup)
+    ids = torch.tensor([0, 5, 1000], device=device)
+    rows = model.history(ids)
+    assert not rows[0].any() and rows[1].any()
+    assert model.history.table.weight.device.type == device
+    rows[0].sum().backward()
+    assert not model.history.table.weight.grad.any()
+
+
+def test_starts_from_the_trained_table():
+    """Deduplication keeps the vectors within its tolerance."""
+    model = Recommender()
+    weight = model.bags["goods"].weight.detach().clone()
+    gossamer.compress_embeddings(model, "deduplicated", 0.7, block_rows=8)
+    assert torch.equal(model.bags["goods"].lookup(torch.arange(3000)), weight)
+
+
+def test_keeps_and_restores():
+    model = Recommender()
+    ids = torch.arange(12).view(3, 4)
+    before = model(ids)
+    layers = dict(model.bags)
+    gossamer.compress_embeddings(model, "double_hash", 0.2, keep_original=True)
+    assert not torch.equal(model(ids), before)
+    gossamer.restore(model)
+    assert dict(model.bags) == layers and torch.equal(model(ids), before)
+    gossamer.compress_embeddings(model, "double_hash", 0.2)
+    with pytest.raises(ValueError, match=r"bags\.users was compressed without keep_original=True"):
+        gossamer.restore(model)
+
+
+def test_our_layers_keep_their_optimizer():
+    model = Recommender(gossamer.nn.EmbeddingBag, optimizer=gossamer.optim.SGD(lr=1.0))
+    report = gossamer.compress_embeddings(model, "compositional", 0.25, operation="add")
+    table = model.bags["users"]
+    assert isinstance(table.optimizer, gossamer.optim.SGD) and table.operation == "add"
+    before = table.weight.clone()
+    model(torch.arange(8).view(2, 4)).sum().backward()
+    assert not torch.equal(table.weight, before)
+    assert report.training > report.served
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(500, 8)
+        self.head = nn.Linear(8, 500, bias=False)
+        self.head.weight = self.embed.weight
+        self.scaled = nn.Embedding(500, 8, max_norm=1.0)
+        self.other = nn.Embedding(500, 8)
+
+
+def test_layers_left_alone_are_named():
+    report = gossamer.compress_embeddings(Tied(), "hash", 0.5)
+    assert [table.name for table in report.tables] == ["other"]
+    reasons = {skipped.name: skipped.reason for skipped in report.skipped}
+    assert reasons["embed"] == "its weight is shared with another module"
+    assert reasons["scaled"] == "it has max_norm=1.0, which tables do not compute"
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "arguments", "message"),
+    [
+        ("squeeze", 0.5, {}, "method must be one of clustered, .*, got 'squeeze'"),
+        ("hash", 0.0, {}, r"budget must be in \(0, 1\], got 0\.0"),
+        ("hash", 1.5, {}, r"budget must be in \(0, 1\], got 1\.5"),
+        ("compositional", 0.001, {}, r"budget must be at least 0\.0\d+ for method 'compositional' .*, got 0\.001"),
+        ("frequency", 0.5, {}, "method 'frequency' needs frequencies for 'bags.users'"),
+        ("frequency", 0.5, {"frequencies": {"nobody": torch.ones(3)}}, "frequencies must be of layers .*, got nobody"),
+        ("hash", 0.5, {"min_rows": 10**6}, "model must hold embedding layers of at least min_rows=1000000 rows"),
+    ],
+)
+def test_bad_arguments_change_nothing(method, budget, arguments, message):
+    model = Recommender()
+    with pytest.raises(ValueError, match=message):
+        gossamer.compress_embeddings(model, method, budget, **arguments)
+    assert all(type(m) in (nn.Embedding, nn.EmbeddingBag) for m in model.modules() if hasattr(m, "num_embeddings"))
+
+
+def test_frequencies_must_fit():
+    wrong = NEEDS["frequency"]["frequencies"] | {"bags.shops": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"frequencies\['bags\.shops'\] must have shape \(N,\) = \(400\), got \(3,\)"):
+        gossamer.compress_embeddings(Recommender(), "frequency", 0.5, frequencies=wrong)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        gossamer.compress_embeddings(3, "hash", 0.5)
