@@ -28,7 +28,11 @@ def jagged():
 
 OPTIMIZERS = (gossamer.optim.SGD(lr=0.1), gossamer.optim.RowwiseAdagrad(lr=0.1), gossamer.optim.Adam(lr=0.1))
 LAYERS = {
-    **{f"moe {r}": (lambda r=r: nn.MoE(H, 32, 8, 2, router=r, device=META), tokens) for r in nn.moe.routers.ROUTERS},
+    **{
+        f"moe {r}": (lambda r=r: nn.MoE(H, 32, 8, 2, router=r, device=META), tokens)
+        for r in nn.moe.routers.ROUTERS
+        if r != "hash"  # which goes by token ids
+    },
     "moe capacity": (lambda: nn.MoE(H, 32, 8, 2, capacity_factor=1.0, device=META), tokens),
     "moe block-sparse": (lambda: nn.MoE(H, 32, 8, 2, form="block_sparse", device=META), tokens),
     "moe shared": (lambda: nn.MoE(H, 32, 8, 2, shared_intermediate_size=32, device=META), tokens),

@@ -284,7 +284,10 @@ class RouterContract(Contract):
         moe = MoE(H, 16, router=router, device=device, dtype=torch.float64)
         x, ids = hidden_states(T, H, device=device, dtype=torch.float64), token_ids(T, device)
         y, routing = moe(x, token_ids=ids, return_routing=True)
-        assert_near(y, sum_of_slots(moe.experts, x, routing.expert_ids, routing.weights.double()))
+        expected = sum_of_slots(moe.experts, x, routing.expert_ids, routing.weights.double())
+        if routing.residual is not None:
+            expected = expected + routing.residual.double().unsqueeze(1) * x
+        assert_near(y, expected)
 
 
 def sum_of_slots(experts, x, expert_ids, weights):

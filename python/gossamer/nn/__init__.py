@@ -31,6 +31,7 @@ from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
 from gossamer.nn.moe.losses import (
+    cluster_variance_loss,
     expert_counts,
     gshard_balance_loss,
     importance_loss,
@@ -45,18 +46,26 @@ from gossamer.nn.moe.losses import (
     update_expert_bias,
 )
 from gossamer.nn.moe.routers.base import Router, RouterAround, step_routers
+from gossamer.nn.moe.routers.broadcast import BroadcastUncertain, broadcast_uncertain
+from gossamer.nn.moe.routers.cluster import ClusterRouter
+from gossamer.nn.moe.routers.domain import DomainRouter
+from gossamer.nn.moe.routers.dselect_k import DSelectKRouter, selector_gates
 from gossamer.nn.moe.routers.expert_choice import ExpertChoiceRouter, expert_choice, expert_choice_threshold
-from gossamer.nn.moe.routers.hash import HashRouter
+from gossamer.nn.moe.routers.hash import HashRouter, frequency_table
 from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
+from gossamer.nn.moe.routers.permutation import LearnedPermutation
 from gossamer.nn.moe.routers.prototype import PrototypeRouter, softmax_prototypes
 from gossamer.nn.moe.routers.threshold import ThresholdRouter, softmax_threshold
+from gossamer.nn.moe.routers.token_rounding import TokenRounding, round_tokens
 from gossamer.nn.moe.routers.top_p import TopPRouter, softmax_top_p
+from gossamer.nn.moe.routers.tree import TreeRouter, tree_gates
 from gossamer.nn.moe.routing import (
     Routing,
     given_experts,
     limit_capacity,
     sigmoid_probabilities,
     sigmoid_topk,
+    smooth_step,
     softmax_probabilities,
     softmax_topk,
     topk_softmax,
@@ -65,14 +74,18 @@ from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
 __all__ = [
     "BlockSparseLinear",
+    "BroadcastUncertain",
+    "ClusterRouter",
     "ClusteredEmbedding",
     "CompositionalEmbedding",
     "ConstantSchedule",
     "CosineSchedule",
+    "DSelectKRouter",
     "DeduplicatedEmbedding",
     "DeltaGap",
     "DeltaNet",
     "DeltaRuleState",
+    "DomainRouter",
     "DoubleHashEmbedding",
     "DynamicEmbedding",
     "Embedding",
@@ -88,6 +101,7 @@ __all__ = [
     "HashEmbedding",
     "HashRouter",
     "KimiDeltaAttention",
+    "LearnedPermutation",
     "LinearRouter",
     "LoRAEmbedding",
     "LoRAExperts",
@@ -112,14 +126,19 @@ __all__ = [
     "Table",
     "TableBatchedEmbeddingBags",
     "ThresholdRouter",
+    "TokenRounding",
     "TopKSoftmaxRouter",
     "TopPRouter",
+    "TreeRouter",
+    "broadcast_uncertain",
+    "cluster_variance_loss",
     "erk_densities",
     "expert_choice",
     "expert_choice_threshold",
     "expert_counts",
     "expert_factors",
     "flat_expert_factors",
+    "frequency_table",
     "frobenius_decay_",
     "given_experts",
     "gshard_balance_loss",
@@ -130,13 +149,16 @@ __all__ = [
     "lora_plus_groups",
     "mixed_dimensions",
     "read_manifest",
+    "round_tokens",
     "router_losses",
     "router_z_loss",
     "routing_entropy_loss",
+    "selector_gates",
     "sequence_balance_loss",
     "sigmoid_probabilities",
     "sigmoid_topk",
     "slot_balance_loss",
+    "smooth_step",
     "softmax_probabilities",
     "softmax_prototypes",
     "softmax_threshold",
@@ -145,5 +167,6 @@ __all__ = [
     "step_routers",
     "switch_balance_loss",
     "topk_softmax",
+    "tree_gates",
     "update_expert_bias",
 ]

@@ -32,6 +32,8 @@ from gossamer._checks import check_positive, check_same_device, check_shape, che
 from gossamer.nn.moe.routing import Routing, token_entropy
 from gossamer.ops.dispatch import dispatch
 
+CLUSTER_FORMS = ("within", "all", "gap")
+
 
 def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> list[Routing]:
     """One routing or several as a list, all with probabilities, or with logits, and the same E."""
@@ -447,6 +449,62 @@ def routing_entropy_loss(
         total = total + entropy.sum()
         rows = rows + _rows(kept, layer)
     return _global(total, group, total) / _global(rows, group, total)
+
+
+def cluster_variance_loss(
+    routing: Routing | Sequence[Routing],
+    num_clusters: int,
+    *,
+    survivors: torch.Tensor | None = None,
+    variance_weight: float = 1.0,
+    form: str = "within",
+    mean: bool = True,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The loss of MoEC (Xie et al., 2023), ``N · (Σ_e m_e·c_e + μ·V)``: balance, and little variance within a cluster.
+
+    Over N experts in clusters of neighbours: ``c_e`` is the fraction of tokens whose first choice is e, plus 1e-6, and
+    ``m_e`` the mean of its probabilities. V is the mean over clusters of the unbiased variance of m within each; it is
+    small where a token's probability is flat over a cluster.
+
+    Args:
+        routing: as in :func:`load_balance_loss`.
+        num_clusters: which divides E.
+        survivors: the places within a cluster of the experts that take part, as ``ClusterRouter.survivors`` in
+            training; None for all.
+        variance_weight: μ.
+        form: ``"within"``; ``"all"``, V over all experts at once; or ``"gap"``, V within over ``exp(Δ)``, with Δ
+            between the two largest clusters' means of probability.
+        mean: whether m is a mean over tokens; else the sum, as released, with which V grows as T².
+        mask: as in :func:`load_balance_loss`, like ``group``.
+        group: of data-parallel ranks.
+
+    Raises:
+        TypeError: ``routing`` is something else, or ``num_clusters`` no int.
+        ValueError: as :func:`load_balance_loss`; ``num_clusters`` does not divide E, or ``form`` is unknown.
+    """
+    check_positive(num_clusters=num_clusters)
+    if form not in CLUSTER_FORMS:
+        raise ValueError(f"form must be one of {CLUSTER_FORMS}, got {form!r}")
+    totals = _totals(routing, mask, group, first=True)
+    num_experts = totals.counts.numel()
+    if num_experts % num_clusters:
+        raise ValueError(
+            f"num_clusters must divide num_experts, got num_clusters={num_clusters}, num_experts={num_experts}"
+        )
+    chosen = totals.fractions.view(num_clusters, -1)
+    means = totals.mean.view(num_clusters, -1)
+    if survivors is not None:
+        chosen, means = chosen[:, survivors], means[:, survivors]
+    weights = means if mean else means * totals.rows
+    over = weights.reshape(1, -1) if form == "all" else weights
+    # One expert has no variance, which torch calls NaN.
+    variance = over.var(dim=1).mean() if over.shape[1] > 1 else over.new_zeros(())
+    if form == "gap" and num_clusters > 1:
+        largest = means.mean(dim=1).topk(2).values
+        variance = variance / (largest[0] - largest[1]).exp()
+    return chosen.numel() * ((weights * (chosen + 1e-6)).sum() + variance_weight * variance)
 
 
 def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

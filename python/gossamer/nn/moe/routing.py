@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gossamer._backend import transformed
 from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_tensor
 from gossamer.ops.dispatch import Dispatch, dispatch
-from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk, select_experts
+from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk, live_experts, select_experts
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
@@ -286,6 +286,59 @@ def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) 
     return Routing(ids, torch.where(live, weights, 0.0), num_experts, **arguments)
 
 
+def route_gates(
+    scores: torch.Tensor, gates: torch.Tensor, max_experts: int | None = None, **arguments: object
+) -> Routing:
+    """The experts whose gate is positive, or the ``max_experts`` highest of them, by ``gates (T, E)``.
+
+    ``scores (T, any)`` are what the gates come from, which must be numbers on the CPU.
+    """
+    if max_experts is None or max_experts == gates.shape[1]:
+        return route_where(live_experts(scores.detach(), gates.detach()), gates, **arguments)
+    num_experts = gates.shape[1]
+    ids = select_experts(scores.detach(), gates.detach(), max_experts)
+    weights = gates.gather(1, ids)
+    absent = weights <= 0
+    return Routing(ids.masked_fill(absent, num_experts), weights.masked_fill(absent, 0.0), num_experts, **arguments)
+
+
+def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
+    """``S(v)``, 0 up to −γ/2, 1 from γ/2 on, between them ``−2v³/γ³ + 3v/(2γ) + 1/2``; its derivative is continuous.
+
+    NaN and −inf give 0, +inf gives 1. The ends are exact, so that what is saturated is so in every dtype.
+
+    Args:
+        v: floating, of any shape.
+        gamma: the width of the rise, positive.
+    """
+    u = (_clean(v) / gamma).clamp(-0.5, 0.5)
+    return u * (1.5 - 2 * u * u) + 0.5
+
+
+def check_gamma(gamma: float) -> None:
+    """The width of a smooth step must be a positive, finite number."""
+    if not isinstance(gamma, numbers.Real) or isinstance(gamma, bool):
+        raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+
+
+def dense_weights(routing: Routing) -> torch.Tensor:
+    """``(T, E)``: each expert's weight for each token, repeated experts added up, 0 for those not chosen."""
+    e = routing.num_experts
+    absent = routing.expert_ids >= e
+    ids = routing.expert_ids.clamp(max=e - 1).long()
+    empty = routing.weights.new_zeros(routing.num_tokens, e)
+    return empty.scatter_add(1, ids, routing.weights.masked_fill(absent, 0.0))
+
+
+def padded(routing: Routing, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(T, num_slots)`` ids and weights of a routing, with slots without an expert behind its own."""
+    missing = num_slots - routing.top_k
+    ids = F.pad(routing.expert_ids, (0, missing), value=routing.num_experts)
+    return ids.long(), F.pad(routing.weights, (0, missing))
+
+
 def check_finite_logits(logits: torch.Tensor) -> None:
     """Refuse NaN and +inf on the CPU where values can be read, for rules that hand operators other shapes."""
     if not torch.compiler.is_compiling() and not transformed():
@@ -517,7 +570,7 @@ def _places(routing: Routing, priority: str) -> torch.Tensor:
     made = dispatch(ids.T.reshape(-1, 1), e)
     places = (made.rows - made.offsets[ids.T.reshape(-1)]).view(top_k, tokens).T
     if priority == "probability":
-        places = torch.empty_like(places).index_copy(0, order, places)
+        places = torch.zeros_like(places).index_copy(0, order, places)
     return places
 
 

@@ -64,6 +64,17 @@ class ExpertLayer(nn.Module):
             routing = limit_capacity(routing, self.capacity_factor)
         return self.compute(tokens, routing.dispatched()).view(x.shape)
 
+    def reorder(self, order: torch.Tensor) -> None:
+        """Make expert ``order[i]`` expert i, in place, as :meth:`LearnedPermutation.absorb` does.
+
+        Args:
+            order: ``(E,)`` int64, a permutation.
+
+        Raises:
+            NotImplementedError: the layer does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define reorder(order)")
+
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output ``(T, H)`` of ``tokens (T, H)``, by a routing that has its dispatch."""
         raise NotImplementedError(f"{type(self).__name__} must define compute(tokens, routing)")

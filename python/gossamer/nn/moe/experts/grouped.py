@@ -101,6 +101,18 @@ class Experts(ExpertLayer):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
+    @torch.no_grad()
+    def reorder(self, order: torch.Tensor) -> None:
+        """Make expert ``order[i]`` expert i, in place.
+
+        Raises:
+            NotImplementedError: an expert weight is quantised.
+        """
+        if next(self.children(), None) is not None:
+            raise NotImplementedError("reorder(order) must come before the experts are quantised")
+        for parameter in self.parameters(recurse=False):
+            parameter.copy_(parameter.index_select(0, order))
+
     def compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
         """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank ones of expert_mlp."""
         gate_up = expert_weight(getattr(self, self._up_name), self.transposed)

@@ -113,25 +113,37 @@ class RouterAround(Router):
         self.top_k = router.top_k
 
     @classmethod
-    def from_top_k(
-        cls,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int | None = None,
-        *,
-        router: str = "softmax_topk",
-        router_options: dict[str, object] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: object,
-    ) -> Router:
-        """The class around the one of the name ``router``, which gets K and ``router_options``."""
+    def from_top_k(cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object) -> Router:
+        """Around the router of the name ``router``, ``"softmax_topk"`` by default, of K and ``router_options``."""
+        return cls(cls.inner(hidden_size, num_experts, top_k, options), **options)
+
+    @staticmethod
+    def inner(hidden_size: int, num_experts: int, top_k: int | None, options: dict[str, object]) -> Router:
+        """The router to stand around, by what :meth:`from_top_k` takes; its own options leave ``options``."""
         from gossamer.nn.moe.routers import router_class
 
-        inner = router_class(router).from_top_k(
-            hidden_size, num_experts, top_k, **router_options or {}, device=device, dtype=dtype
-        )
-        return cls(inner, **options)
+        factory = {name: options.pop(name, None) for name in ("device", "dtype")}
+        kind = router_class(options.pop("router", "softmax_topk"))
+        return kind.from_top_k(hidden_size, num_experts, top_k, **options.pop("router_options", {}), **factory)
+
+
+class StepCount:
+    """What counts training steps, for routers that follow them: a buffer that is saved, and its value on the host."""
+
+    def count_steps(self, device: torch.device | str | None) -> None:
+        """Begin at 0; called by the constructor."""
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.num_steps = 0
+
+    def step(self) -> None:
+        """Count a step."""
+        self.num_steps += 1
+        self.steps.fill_(self.num_steps)
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.steps.device.type != "meta":
+            self.num_steps = int(self.steps)
 
 
 def step_routers(module: nn.Module) -> None:

@@ -1,0 +1,165 @@
+"""MoEC: experts in clusters, found by cosine, with dropout of whole experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gossamer._checks import check_positive
+from gossamer.nn.moe.routers.base import StepCount
+from gossamer.nn.moe.routers.linear import LinearRouter
+from gossamer.nn.moe.routing import Routing, _as_logits, check_capacity_factor, limit_capacity
+from gossamer.ops.topk_routing import select_experts
+
+# What the balance of clusters is measured at, whatever temperature the gates learn.
+BALANCE_TEMPERATURE = 0.07
+LEAST_TEMPERATURE = 1e-4
+
+
+class ClusterRouter(StepCount, LinearRouter):
+    """The nearest expert by cosine, mixed with the token itself (MoEC, Xie et al., 2023).
+
+    Tokens are projected to few dimensions, ``h = W·x``, and compared with a centroid of each expert:
+    ``cos_e = ⟨h, c_e⟩ / (‖h‖·‖c_e‖)``. A token goes to the expert of the largest one with the gate
+    ``α = σ(cos/τ)``, where τ is learnt, and keeps ``1 − α`` of itself: the layer gives ``α·expert(x) + (1 − α)·x``
+    (:attr:`Routing.residual`). What balance losses see is ``softmax(cos/0.07)``; :func:`cluster_variance_loss` is the
+    paper's.
+
+    The E experts form clusters of ``L = E / num_clusters`` neighbours. In training only
+    ``int((1 − dropout)·L)`` experts of each, but one at least, take part: the same of every cluster, drawn anew each
+    ``resample_every`` steps. Call :func:`step_routers` after each optimizer step. The draws depend on ``seed`` and the
+    step alone, so that data-parallel ranks make the same.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        num_clusters: which divides E.
+        dropout: share of each cluster that is left out in training; at least 0, below 1.
+        resample_every: training steps with the same survivors.
+        capacity_factor: which makes each expert serve its first ``int(capacity_factor · T/E)`` tokens, at least one;
+            the rest pass unchanged. None drops nothing.
+        projection_size: dimensions of h.
+        temperature: τ at first; its gates never take less than 1e-4.
+        seed: of the survivors.
+        **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
+
+    Attributes:
+        weight: ``(projection_size, H)``, W.
+        centroids: ``(E, projection_size)``, at first orthogonal with gain 0.1.
+        temperature: τ, a scalar parameter.
+        survivors: int64 buffer, the places within a cluster of the experts that take part.
+
+    Raises:
+        TypeError: a size is no int, or ``capacity_factor`` no number.
+        ValueError: a size is below 1, ``num_clusters`` does not divide E, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_clusters: int,
+        *,
+        dropout: float = 0.5,
+        resample_every: int = 250,
+        capacity_factor: float | None = None,
+        projection_size: int = 32,
+        temperature: float = 0.07,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: object,
+    ) -> None:
+        check_positive(
+            num_experts=num_experts,
+            num_clusters=num_clusters,
+            resample_every=resample_every,
+            projection_size=projection_size,
+        )
+        if num_experts % num_clusters:
+            raise ValueError(
+                f"num_clusters must divide num_experts, got num_clusters={num_clusters}, num_experts={num_experts}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        check_capacity_factor(capacity_factor)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(hidden_size, num_experts, 1, num_logits=projection_size, **options, **factory)
+        self.num_clusters = num_clusters
+        self.dropout = dropout
+        self.resample_every = resample_every
+        self.capacity_factor = capacity_factor
+        self.seed = seed
+        self._first_temperature = temperature
+        self.centroids = nn.Parameter(torch.empty(num_experts, projection_size, **factory))
+        self.temperature = nn.Parameter(torch.empty((), **factory))
+        self.register_buffer("survivors", self._draw(0).to(device))
+        self.count_steps(device)
+        self.reset_parameters()
+
+    @classmethod
+    def from_top_k(
+        cls,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int | None = None,
+        *,
+        num_clusters: int | None = None,
+        **options: object,
+    ) -> ClusterRouter:
+        """With one expert a token, whatever K; ``num_clusters`` is by default the largest divisor of E up to 8."""
+        if num_clusters is None:
+            num_clusters = math.gcd(num_experts, 8)
+        return cls(hidden_size, num_experts, num_clusters, **options)
+
+    def reset_parameters(self) -> None:
+        """Draw the projection and the centroids anew, and set the temperature back."""
+        super().reset_parameters()
+        if "centroids" not in self._parameters:
+            return
+        with torch.no_grad():
+            # The factorisation behind it is one of float32.
+            self.centroids.copy_(nn.init.orthogonal_(torch.empty_like(self.centroids, dtype=torch.float32), gain=0.1))
+            self.temperature.fill_(self._first_temperature)
+
+    def _draw(self, period: int) -> torch.Tensor:
+        size = self.num_experts // self.num_clusters
+        kept = max(1, int((1 - self.dropout) * size))
+        generator = torch.Generator().manual_seed(self.seed + period)
+        return torch.randperm(size, generator=generator)[:kept].sort().values
+
+    def step(self) -> None:
+        """Count a training step, and draw survivors where their period ends."""
+        super().step()
+        if self.num_steps % self.resample_every == 0:
+            self.survivors.copy_(self._draw(self.num_steps // self.resample_every))
+
+    def route(self, scores: torch.Tensor) -> Routing:
+        """The routing for projected tokens ``scores (T, projection_size)``."""
+        scores = _as_logits(scores)
+        centroids = self.centroids.to(scores.dtype)
+        cosines = F.normalize(scores, dim=1) @ F.normalize(centroids, dim=1).T
+        logits = cosines / BALANCE_TEMPERATURE
+        if self.training and self.survivors.numel() * self.num_clusters < self.num_experts:
+            dropped = torch.ones(self.num_experts // self.num_clusters, dtype=torch.bool, device=logits.device)
+            dropped = dropped.index_fill(0, self.survivors, False).repeat(self.num_clusters)
+            logits = logits.masked_fill(dropped, -math.inf)
+        ids = select_experts(logits.detach(), logits.detach(), 1)
+        temperature = self.temperature.to(scores.dtype).clamp(min=LEAST_TEMPERATURE)
+        weights = (cosines.gather(1, ids) / temperature).sigmoid()
+        routing = Routing(ids, weights, self.num_experts, logits, residual=1 - weights.squeeze(1))
+        if self.capacity_factor is None or routing.num_tokens == 0:
+            return routing
+        capacity = max(1, int(self.capacity_factor * (routing.num_tokens / self.num_experts)))
+        limited = limit_capacity(routing, capacity=capacity)
+        weights = weights.masked_fill(limited.expert_ids >= self.num_experts, 0.0)
+        return limited._with(weights=weights, residual=1 - weights.squeeze(1))
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return f"{super().extra_repr()}, num_clusters={self.num_clusters}, dropout={self.dropout}"

@@ -1,0 +1,153 @@
+"""DSelect-k: experts by binary codes of smooth steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer._checks import check_positive
+from gossamer.nn.moe.routers.linear import LinearRouter
+from gossamer.nn.moe.routing import (
+    Routing,
+    _as_logits,
+    _masked_softmax,
+    check_gamma,
+    check_hidden,
+    check_rows_per_token,
+    most_experts,
+    route_gates,
+    row_bound,
+    smooth_step,
+)
+
+
+def selector_gates(
+    codes: torch.Tensor, mixture: torch.Tensor, num_experts: int, gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gates of k selectors over n experts (DSelect-k, Hazimeh et al., 2021), and what each selector gives.
+
+    A selector's m = ⌈log₂ n⌉ values are the bits of an expert's number, most significant first: with the
+    :func:`smooth_step` q of each, expert i gets ``r_i = Π_b (q_b where bit b of i is 1, else 1 − q_b)``. The gates are
+    ``g_i = Σ_j α_j·r_ji`` with ``α = softmax(mixture)``. Where n is no power of two, codes from n on reach no expert,
+    and the gates of a token add up to less than one by what they take.
+
+    Args:
+        codes: ``(T, k, m)`` floating.
+        mixture: ``(T, k)`` floating.
+        num_experts: n.
+        gamma: width of the smooth step, positive.
+
+    Returns:
+        Gates ``(T, n)`` and r ``(T, k, n)``.
+    """
+    bits = smooth_step(codes, gamma)
+    picked = torch.ones_like(mixture).unsqueeze(2)
+    for bit in bits.unbind(dim=2):
+        one = picked * bit.unsqueeze(2)
+        picked = torch.stack([picked * (1 - bit.unsqueeze(2)), one], dim=3).flatten(2)
+    picked = picked[..., :num_experts]
+    return (_masked_softmax(mixture).unsqueeze(2) * picked).sum(dim=1), picked
+
+
+class DSelectKRouter(LinearRouter):
+    """:func:`selector_gates` over a linear map.
+
+    It begins with all experts and turns sparse in training, by the ``losses`` of its routings (see
+    :func:`router_losses`): a token's ``"selector_entropy"``, ``−Σ_j Σ_i r_ji·log(r_ji + 1e-6)``, which saturates the
+    bits, and, where E is no power of two, ``"selector_unreachable"``, ``Σ_j 1/(1e-6 + Σ_i r_ji)``, which keeps codes
+    within the experts. The paper adds up the latter over the batch, so that its coefficient is here T times as large.
+
+    Args:
+        hidden_size: H.
+        num_experts: E = n.
+        num_selectors: k.
+        gamma: width of the smooth step; 1 in the paper.
+        max_experts: most experts of a token, the highest gates; None for E.
+        static: whether codes and mixture are parameters themselves, the same for all tokens.
+        rows_per_token: as in :class:`TopPRouter`.
+        **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
+
+    Attributes:
+        weight: ``(k·m + k, H)``: the selectors' bits, at first uniform in ±γ/100, and the mixture, in ±1/√H; None if
+            static. ``bias`` has as many rows; it is at first 0, and uniform in ±γ/100 if static.
+
+    Raises:
+        TypeError: a size is no int, or ``gamma`` no number.
+        ValueError: a size is below 1, or ``gamma`` is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_selectors: int,
+        gamma: float,
+        max_experts: int | None = None,
+        *,
+        static: bool = False,
+        rows_per_token: float | None = None,
+        **options: object,
+    ) -> None:
+        check_positive(num_experts=num_experts, num_selectors=num_selectors)
+        check_gamma(gamma)
+        check_rows_per_token(rows_per_token)
+        bits = (num_experts - 1).bit_length()
+        self.num_selectors = num_selectors
+        self.gamma = gamma
+        self.bits = bits
+        self.static = static
+        self.rows_per_token = rows_per_token
+        rows = num_selectors * (bits + 1)
+        super().__init__(
+            hidden_size, num_experts, most_experts(num_experts, max_experts), bias=True, num_logits=rows, **options
+        )
+        if static:
+            self.register_parameter("weight", None)
+
+    @classmethod
+    def from_top_k(
+        cls, hidden_size: int, num_experts: int, top_k: int | None = None, *, gamma: float = 1.0, **options: object
+    ) -> DSelectKRouter:
+        """With K selectors."""
+        return cls(hidden_size, num_experts, top_k, gamma, **options)
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew."""
+        codes = self.num_selectors * self.bits
+        nn.init.zeros_(self.bias)
+        with torch.no_grad():
+            if self.static:
+                self.bias.uniform_(-self.gamma / 100, self.gamma / 100)
+            if self.weight is not None:
+                self.weight[:codes].uniform_(-self.gamma / 100, self.gamma / 100)
+                self.weight[codes:].uniform_(-(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """``(T, k·m + k)`` from hidden states ``x (..., H)``."""
+        if not self.static:
+            return super().logits(x)
+        check_hidden(x, self.hidden_size)
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.bias.dtype), torch.float32)
+        return self.bias.to(wide).expand(x.reshape(-1, self.hidden_size).shape[0], -1)
+
+    def route(self, scores: torch.Tensor) -> Routing:
+        """The routing for ``scores (T, k·m + k)``: the bits of each selector, then the mixture."""
+        scores = _as_logits(scores)
+        codes, mixture = scores.split([self.num_selectors * self.bits, self.num_selectors], dim=1)
+        codes = codes.reshape(scores.shape[0], self.num_selectors, self.bits)
+        gates, picked = selector_gates(codes, mixture, self.num_experts, self.gamma)
+        total = gates.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        losses = None
+        if self.training:
+            losses = {"selector_entropy": -(picked * (picked + 1e-6).log()).sum(dim=(1, 2))}
+            if self.num_experts != 2**self.bits:
+                losses["selector_unreachable"] = (1 / (1e-6 + picked.sum(dim=2))).sum(dim=1)
+        routing = route_gates(scores, gates, self.top_k, probabilities=gates / total, losses=losses)
+        return row_bound(routing, self.rows_per_token)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        options = f", num_selectors={self.num_selectors}, gamma={self.gamma}" + (", static=True" if self.static else "")
+        if self.static:
+            return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}{options}"
+        return f"{super().extra_repr()}{options}"

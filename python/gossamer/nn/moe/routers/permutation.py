@@ -1,0 +1,244 @@
+"""Which expert each output of a router drives, learnt by Sinkhorn and then fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gossamer._checks import check_positive
+from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.routers.base import Router, RouterAround, StepCount
+from gossamer.nn.moe.routing import Routing, dense_weights, route_where
+
+
+def sinkhorn(scores: torch.Tensor, iterations: int) -> torch.Tensor:
+    """``exp`` of ``scores (n, n)`` normalised in turn by rows and by columns, ``iterations`` times, in float64."""
+    scores = scores.double()
+    for _ in range(iterations):
+        scores = scores - scores.logsumexp(dim=1, keepdim=True)
+        scores = scores - scores.logsumexp(dim=0, keepdim=True)
+    return scores.exp()
+
+
+def best_assignment(profit: torch.Tensor) -> torch.Tensor:
+    """``(n,)`` int64 on the CPU: the permutation π that makes ``Σ_i profit[i, π(i)]`` largest (Hungarian method)."""
+    cost = -profit.detach().double().cpu()
+    n = cost.shape[0]
+    # Column 0 is the root of each search; rows are counted from 1 so that 0 means none.
+    row_price = torch.zeros(n + 1, dtype=torch.float64)
+    column_price = torch.zeros(n + 1, dtype=torch.float64)
+    owner = [0] * (n + 1)
+    for row in range(1, n + 1):
+        owner[0], column = row, 0
+        least = torch.full((n + 1,), math.inf, dtype=torch.float64)
+        before = torch.zeros(n + 1, dtype=torch.int64)
+        done = torch.zeros(n + 1, dtype=torch.bool)
+        while owner[column]:
+            done[column] = True
+            reduced = cost[owner[column] - 1] - row_price[owner[column]] - column_price[1:]
+            better = ~done[1:] & (reduced < least[1:])
+            least[1:] = torch.where(better, reduced, least[1:])
+            before[1:] = torch.where(better, column, before[1:])
+            open_least = least.masked_fill(done, math.inf)
+            open_least[0] = math.inf
+            following = int(open_least.argmin())
+            step = float(open_least[following])
+            held = torch.tensor([owner[c] for c in done.nonzero().flatten().tolist()])
+            row_price[held] += step
+            column_price[done] -= step
+            least[~done] -= step
+            column = following
+        while column:
+            previous = int(before[column])
+            owner[column] = owner[previous]
+            column = previous
+    assignment = torch.empty(n, dtype=torch.int64)
+    assignment[torch.tensor(owner[1:]) - 1] = torch.arange(n)
+    return assignment
+
+
+class LearnedPermutation(StepCount, RouterAround):
+    """A router whose outputs are permuted over the experts as is learnt (Ibrahim et al., COMET, 2023).
+
+    For a phase of ``phase_steps`` training steps, a token's weights g over the E outputs of ``router`` become ``g·P``,
+    divided so that their sum stays, with ``P = sinkhorn((Λ + ν·Gumbel)/τ)``; log τ falls and the iterations grow
+    linearly over the phase. ``losses["permutation"]`` of the routings, the entropy of P and of P with normalised rows,
+    makes it hard. At the end of the phase the assignment π of the largest ``Σ_i P[i, π(i)]`` takes its place, and
+    Λ gets no gradient any more: output i drives expert π(i). :meth:`absorb` then moves the experts, so that nothing is
+    left to compute.
+
+    Call :func:`step_routers` after each optimizer step. In the phase, tokens go to every expert that P gives weight.
+
+    Args:
+        router: over E experts.
+        phase_steps: training steps of the search.
+        temperatures: τ at its beginning and end.
+        iterations: of Sinkhorn, at its beginning and end.
+        noise: ν, of the Gumbel noise in training.
+        device: of Λ.
+        dtype: of Λ.
+
+    Attributes:
+        log_weights: Λ ``(E, E)``, at first uniform in ±0.05.
+        assignment: ``(E,)`` int64 buffer, π once the phase is over.
+        num_steps: training steps so far.
+
+    Raises:
+        TypeError: ``router`` is no Router, or ``phase_steps`` or an iteration no int.
+        ValueError: one is below 1, a temperature is not positive, or ``noise`` is negative.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        phase_steps: int,
+        *,
+        temperatures: Sequence[float] = (1e-3, 1e-7),
+        iterations: Sequence[int] = (20, 150),
+        noise: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(router)
+        check_positive(phase_steps=phase_steps)
+        if len(temperatures) != 2 or not all(0 < t < math.inf for t in temperatures):
+            raise ValueError(f"temperatures must be two positive, finite numbers, got {tuple(temperatures)}")
+        if len(iterations) != 2:
+            raise ValueError(f"iterations must be two ints, got {tuple(iterations)}")
+        for count in iterations:
+            check_positive(iterations=count)
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise must be at least 0 and finite, got {noise}")
+        self.top_k = self.num_experts
+        self.phase_steps = phase_steps
+        self.temperatures = tuple(temperatures)
+        self.iterations = tuple(iterations)
+        self.noise = noise
+        self.log_weights = nn.Parameter(torch.empty(self.num_experts, self.num_experts, device=device, dtype=dtype))
+        self.register_buffer("assignment", torch.arange(self.num_experts, device=device))
+        self.count_steps(device)
+        self.reset_parameters()
+
+    @classmethod
+    def from_top_k(
+        cls,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int | None = None,
+        *,
+        phase_steps: int = 1000,
+        **options: object,
+    ) -> Router:
+        """Around a router of K experts."""
+        factory = {name: options.get(name) for name in ("device", "dtype")}
+        inner = cls.inner(hidden_size, num_experts, top_k, options)
+        return cls(inner, phase_steps, **options, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw Λ anew."""
+        nn.init.uniform_(self.log_weights, -0.05, 0.05)
+
+    @property
+    def searching(self) -> bool:
+        """Whether the phase lasts."""
+        return self.num_steps < self.phase_steps
+
+    def matrix(self) -> torch.Tensor:
+        """P ``(E, E)`` float64 at this step, differentiable.
+
+        Raises:
+            ValueError: the phase is over.
+        """
+        if not self.searching:
+            raise ValueError(
+                f"matrix() must be called within the phase of {self.phase_steps} steps, got step {self.num_steps}"
+            )
+        share = self.num_steps / max(self.phase_steps - 1, 1)
+        first, last = (math.log10(t) for t in self.temperatures)
+        temperature = 10 ** (first + share * (last - first))
+        begin, end = self.iterations
+        scores = self.log_weights.double()
+        if self.noise and self.training:
+            uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+            scores = scores - self.noise * (-uniform.log()).log()
+        return sinkhorn(scores / temperature, round(begin + share * (end - begin)))
+
+    @property
+    def permutation(self) -> torch.Tensor:
+        """π ``(E,)``: output i drives expert π(i).
+
+        Raises:
+            ValueError: the phase is not over yet.
+        """
+        if self.searching:
+            raise ValueError(
+                f"permutation must be read after the phase of {self.phase_steps} steps, got step {self.num_steps}"
+            )
+        return self.assignment
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count a training step; the last one of the phase fixes the assignment."""
+        if self.num_steps == self.phase_steps - 1:
+            training, self.training = self.training, False  # without noise
+            self.assignment.copy_(best_assignment(self.matrix()))
+            self.training = training
+        super().step()
+
+    @torch.no_grad()
+    def absorb(self, experts: ExpertLayer) -> Router:
+        """Move the experts to where their outputs are, in place, and return the router within, which now does alone.
+
+        >>> moe.router = moe.router.absorb(moe.experts)
+
+        What optimizers keep of the experts' parameters stays where it was: begin it anew.
+
+        Args:
+            experts: with E experts, and :meth:`ExpertLayer.reorder`.
+
+        Raises:
+            ValueError: the phase is not over yet, or they are not E experts.
+            NotImplementedError: the layer cannot be reordered.
+        """
+        permutation = self.permutation
+        if experts.num_experts != self.num_experts:
+            raise ValueError(f"experts must be {self.num_experts}, got {experts.num_experts}")
+        experts.reorder(permutation)
+        return self.router
+
+    def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
+        """The routing of ``x (..., H)``."""
+        routing = self.router(x, token_ids=token_ids)
+        e = self.num_experts
+        changed = {}
+        if not self.searching:
+            to = torch.cat([self.assignment, self.assignment.new_full((1,), e)])
+            from_ = torch.argsort(self.assignment)
+            if routing.logits is not None:
+                changed["logits"] = routing.logits.index_select(1, from_)
+            if routing.has_probabilities:
+                changed["probabilities"] = routing.probabilities.index_select(1, from_)
+            return routing.with_experts(to[routing.expert_ids.clamp(max=e).long()], routing.weights, **changed)
+        matrix = self.matrix()
+        own = dense_weights(routing)
+        gates = own @ matrix.to(own.dtype)
+        tiny = torch.finfo(own.dtype).tiny
+        gates = gates * (own.sum(dim=1, keepdim=True) / gates.sum(dim=1, keepdim=True).clamp(min=tiny))
+        if routing.has_probabilities:
+            mixed = routing.probabilities @ matrix.to(routing.probabilities.dtype)
+            changed["probabilities"] = mixed / mixed.sum(dim=1, keepdim=True).clamp(min=tiny)
+        losses = dict(routing.losses)
+        if self.training:
+            rows = matrix / matrix.sum(dim=1, keepdim=True)
+            entropy = -sum((p * (p + 1e-6).log()).sum() for p in (matrix, rows))
+            losses["permutation"] = entropy.to(own.dtype)
+        return route_where(
+            gates.detach() > 0, gates, logits=routing.logits, residual=routing.residual, losses=losses, **changed
+        )
+
+    def extra_repr(self) -> str:
+        """Options and the step."""
+        return f"phase_steps={self.phase_steps}, num_steps={self.num_steps}"

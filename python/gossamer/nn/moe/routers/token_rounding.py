@@ -1,0 +1,106 @@
+"""Token rounding: every expert serves a multiple of a tile of tokens in training."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer._checks import check_positive
+from gossamer.nn.moe.routers.base import Router, RouterAround
+from gossamer.nn.moe.routing import Routing, dense_weights, route_where
+
+MODES = ("nearest", "up", "down")
+
+
+def _check_rounding(tile: int, mode: str) -> None:
+    check_positive(tile=tile)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+
+
+def round_counts(counts: torch.Tensor, tile: int, mode: str) -> torch.Tensor:
+    """Integers rounded to multiples of ``tile``: the nearest, the even one of two; or the next ``up`` or ``down``."""
+    below, rest = counts // tile, counts % tile
+    if mode == "up":
+        below = below + (rest > 0)
+    elif mode == "nearest":
+        below = below + ((2 * rest > tile) | ((2 * rest == tile) & (below % 2 == 1)))
+    return below * tile
+
+
+def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") -> Routing:
+    """The routing with each expert's number of tokens made a multiple of ``tile`` (SonicMoE, Guo et al., 2025).
+
+    An expert that f tokens chose gets f̂ of them, f rounded but at most T: first those that chose it, by descending
+    weight, then the others by descending probability. So one with f̂ < f loses its weakest tokens, and one with f̂ > f
+    takes the most probable others. Weights stay what the routing gave; a token taken besides weighs its probability.
+    Selection has no gradient. Where all counts are multiples already, it is the routing itself.
+
+    Args:
+        routing: with probabilities, of weights that add up to one a token in the paper, such as a
+            :class:`SoftmaxRouter` with ``renormalize``.
+        tile: rows of a tile of the grouped products.
+        mode: ``"nearest"`` (half to even), ``"up"`` or ``"down"``.
+
+    Returns:
+        A :class:`Routing` with E slots, slot e of expert e. It depends on all tokens of the batch.
+
+    Raises:
+        TypeError: ``routing`` is no Routing, or ``tile`` no int.
+        ValueError: it has no probabilities, ``tile`` is below 1 or ``mode`` unknown.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
+    _check_rounding(tile, mode)
+    e, num_tokens = routing.num_experts, routing.num_tokens
+    probabilities = routing.probabilities.to(routing.weights.dtype)
+    weights = dense_weights(routing)
+    with torch.no_grad():
+        ids = routing.expert_ids.clamp(max=e).long()
+        chosen = torch.zeros(num_tokens, e + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)[:, :e]
+        counts = round_counts(chosen.sum(dim=0), tile, mode)
+        # Those that chose the expert come first; −1/p is below all weights and keeps the order of small p.
+        order = torch.where(chosen, weights, -1 / probabilities).argsort(dim=0, descending=True, stable=True)
+        places = torch.arange(num_tokens, device=order.device).unsqueeze(1).expand_as(order)
+        ranks = torch.zeros_like(order).scatter_(0, order, places)
+        kept = ranks < counts
+    return route_where(
+        kept,
+        torch.where(chosen, weights, probabilities),
+        logits=routing.logits,
+        probabilities=routing._probabilities,
+        max_rows=num_tokens * min(routing.top_k, e) + e * (0 if mode == "down" else tile),
+        residual=routing.residual,
+        losses=routing.losses,
+    )
+
+
+class TokenRounding(RouterAround):
+    """:func:`round_tokens` of what another router gives, in training; in evaluation that itself.
+
+    >>> router = TokenRounding(SoftmaxRouter(1024, 64, 8, renormalize=True), tile=128)
+
+    Args:
+        router: with probabilities.
+        tile: as in :func:`round_tokens`, like ``mode``.
+        mode: how counts are rounded.
+
+    Raises:
+        TypeError: ``router`` is no Router, or ``tile`` no int.
+        ValueError: ``tile`` is below 1, or ``mode`` unknown.
+    """
+
+    def __init__(self, router: Router, tile: int = 128, *, mode: str = "nearest") -> None:
+        super().__init__(router)
+        _check_rounding(tile, mode)
+        self.top_k = self.num_experts
+        self.tile = tile
+        self.mode = mode
+
+    def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
+        """The routing of ``x (..., H)``."""
+        routing = self.router(x, token_ids=token_ids)
+        return round_tokens(routing, self.tile, mode=self.mode) if self.training else routing
+
+    def extra_repr(self) -> str:
+        """Options."""
+        return f"tile={self.tile}, mode={self.mode!r}"

@@ -1,0 +1,145 @@
+"""COMET: soft decision trees whose leaves are experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer._checks import check_positive
+from gossamer.nn.moe.routers.linear import LinearRouter
+from gossamer.nn.moe.routing import (
+    Routing,
+    _as_logits,
+    _clean,
+    _masked_softmax,
+    check_gamma,
+    check_rows_per_token,
+    most_experts,
+    route_gates,
+    row_bound,
+    smooth_step,
+)
+
+
+def _check_trees(num_experts: int, num_trees: int, gamma: float) -> None:
+    check_positive(num_experts=num_experts, num_trees=num_trees)
+    if num_experts < 2:
+        raise ValueError(f"num_experts must be at least 2, the leaves of a tree, got {num_experts}")
+    check_gamma(gamma)
+
+
+def _reach(splits: torch.Tensor) -> torch.Tensor:
+    """``(T, k, n)`` from the shares ``(T, k, n − 1)`` that go left at each split: what comes to each leaf.
+
+    Nodes are numbered as in a heap, children of i being 2i + 1 and 2i + 2; leaves are in order from left to right, so
+    those of the last level come before those of the level above.
+    """
+    level, shallow = torch.ones_like(splits[..., :1]), splits[..., :0]
+    begin, count = 0, splits.shape[-1]
+    while begin < count:
+        inner = min(level.shape[-1], count - begin)
+        parents, left = level[..., :inner], splits[..., begin : begin + inner]
+        shallow = level[..., inner:]
+        begin += level.shape[-1]
+        level = torch.stack([parents * left, parents * (1 - left)], dim=-1).flatten(-2)
+    return torch.cat([level, shallow], dim=-1)
+
+
+def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gates of k soft trees over n experts (COMET, Ibrahim et al., 2023), and how far each leaf is reached.
+
+    A split of value v sends ``S(v)`` of what comes to it left and the rest right, with :func:`smooth_step` S; leaf l of
+    tree j is reached by the product s_jl along its path, and has a score a_jl. The gates are one softmax over all
+    leaves, ``g_jl ∝ exp(a_jl + log(s_jl + 1e-8))``, 0 where s_jl is 0, summed over the trees. Where all splits are
+    saturated each tree picks one leaf, so that at most k gates are positive.
+
+    Args:
+        splits: ``(T, k, n − 1)`` floating, nodes as in a heap.
+        leaves: ``(T, k, n)`` floating, from left to right.
+        gamma: width of the smooth step, positive.
+
+    Returns:
+        Gates ``(T, n)`` that add up to one, and s ``(T, k, n)``.
+    """
+    reach = _reach(smooth_step(splits, gamma))
+    scores = _clean(leaves)
+    unreached = (reach == 0) | (scores == torch.finfo(scores.dtype).min)
+    scores = (scores + (reach + 1e-8).log()).masked_fill(unreached, -torch.inf)
+    return _masked_softmax(scores.flatten(1)).view(reach.shape).sum(dim=1), reach
+
+
+class TreeRouter(LinearRouter):
+    """:func:`tree_gates` over a linear map: the router of COMET.
+
+    It begins with all experts and turns sparse in training, by ``losses["tree_entropy"]`` of its routings (see
+    :func:`router_losses`), ``−Σ_j Σ_l s_jl·log(s_jl + 1e-6)`` a token, which saturates the splits.
+
+    Args:
+        hidden_size: H.
+        num_experts: E = n, the leaves of each tree; at least 2.
+        num_trees: k.
+        gamma: width of the smooth step.
+        max_experts: most experts of a token, the highest gates; None for E, which a tree needs until it is saturated.
+        rows_per_token: as in :class:`TopPRouter`.
+        **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
+
+    Attributes:
+        weight: ``(k·(2n − 1), H)``: tree after tree, of each the n − 1 splits, at first uniform in ±γ/100, and the n
+            leaves, in ±0.05. ``bias``, at first 0, has as many rows.
+
+    Raises:
+        TypeError: a size is no int, or ``gamma`` no number.
+        ValueError: a size is below 1, a tree has one leaf, or ``gamma`` is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_trees: int,
+        gamma: float,
+        max_experts: int | None = None,
+        *,
+        rows_per_token: float | None = None,
+        **options: object,
+    ) -> None:
+        _check_trees(num_experts, num_trees, gamma)
+        check_rows_per_token(rows_per_token)
+        self.num_trees = num_trees
+        self.gamma = gamma
+        self.rows_per_token = rows_per_token
+        rows = num_trees * (2 * num_experts - 1)
+        super().__init__(
+            hidden_size, num_experts, most_experts(num_experts, max_experts), bias=True, num_logits=rows, **options
+        )
+
+    @classmethod
+    def from_top_k(
+        cls, hidden_size: int, num_experts: int, top_k: int | None = None, *, gamma: float = 1.0, **options: object
+    ) -> TreeRouter:
+        """With K trees."""
+        return cls(hidden_size, num_experts, top_k, gamma, **options)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        with torch.no_grad():
+            rows = self.weight.view(self.num_trees, 2 * self.num_experts - 1, self.hidden_size)
+            rows[:, : self.num_experts - 1].uniform_(-self.gamma / 100, self.gamma / 100)
+            rows[:, self.num_experts - 1 :].uniform_(-0.05, 0.05)
+        nn.init.zeros_(self.bias)
+
+    def route(self, scores: torch.Tensor) -> Routing:
+        """The routing for ``scores (T, k·(2n − 1))``, laid out as :attr:`weight`."""
+        scores = _as_logits(scores)
+        splits, leaves = scores.view(-1, self.num_trees, 2 * self.num_experts - 1).split(
+            [self.num_experts - 1, self.num_experts], dim=2
+        )
+        gates, reach = tree_gates(splits, leaves, self.gamma)
+        losses = {"tree_entropy": -(reach * (reach + 1e-6).log()).sum(dim=(1, 2))} if self.training else None
+        return row_bound(
+            route_gates(scores, gates, self.top_k, probabilities=gates, losses=losses), self.rows_per_token
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return f"{super().extra_repr()}, num_trees={self.num_trees}, gamma={self.gamma}"
