@@ -339,7 +339,7 @@ def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
             x.new_empty(num_rows, w.a.shape[1], dtype=torch.float32) if args.save and w.a is not None else None
             for w in (gate_up, down)
         )
-        return torch.empty_like(x, memory_format=torch.contiguous_format), preact, *low
+        return x.new_zeros(x.shape[0], down.shape[1]), preact, *low
     args = args._replace(x=unit_columns(x))
     if not args.save and not updated and (plans := decode_plans(args)):
         return split_expert_mlp(args, plans), None, None, None

@@ -17,8 +17,8 @@ inline ActivationForm activation_form(const PyActivation& a) {
 using PyUpdate = std::tuple<PyWeights, PyWeights, int64_t, double, uintptr_t>;
 // (weight, bias, update)
 using PyProduct = std::tuple<PyWeights, PyMatrix, PyUpdate>;
-// (T, H, I, K)
-using PyExpertSizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// (T, H, O, I, K)
+using PyExpertSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 inline ExpertUpdate update(const PyUpdate& u) {
   const auto& [a, b, rank, scale, s] = u;

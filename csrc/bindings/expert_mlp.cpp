@@ -25,13 +25,14 @@ void register_expert_mlp(py::module_& m) {
   py::class_<ExpertMlpArgs>(m, "ExpertMlp", "The arguments of an expert layer that its passes share.")
       .def(py::init([](const PyGroups& g, const PyExpertSizes& sizes, const PyActivation& activation, const PyMatrix& x,
                        const PyProduct& gate_up, const PyProduct& down, const PyMatrix& weights, uintptr_t preact) {
-             const auto& [tokens, hidden, inner, top_k] = sizes;
+             const auto& [tokens, hidden, output, inner, top_k] = sizes;
              const auto& [up_weight, up_bias, up_update] = gate_up;
              const auto& [down_weight, down_bias, down_update] = down;
              return ExpertMlpArgs{.dtype = matrix(x).dtype,
                                   .groups = groups(g),
                                   .tokens = tokens,
                                   .hidden = hidden,
+                                  .output = output,
                                   .inner = inner,
                                   .top_k = top_k,
                                   .activation = activation_form(activation),

@@ -8,7 +8,7 @@ namespace {
 
 template <class Args, class Kernel>
 void run(const Args& args, int num_threads, Kernel kernel) {
-  const double work = static_cast<double>(args.groups.num_rows) * args.hidden * args.inner;
+  const double work = static_cast<double>(args.groups.num_rows) * (args.hidden + args.output) / 2 * args.inner;
   run_team<ExpertMlpBuffers>(args, work, num_threads, kernel);
 }
 

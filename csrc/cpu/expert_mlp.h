@@ -22,12 +22,12 @@ struct ExpertUpdate {
 struct ExpertMlpArgs {
   DType dtype;
   Groups groups;
-  int64_t tokens, hidden, inner, top_k;
+  int64_t tokens, hidden, output, inner, top_k;
   ActivationForm activation;
   FloatMatrix x;           // (T, H), column stride 1
   ExpertWeights gate_up;   // (E, 2I, H)
-  ExpertWeights down;      // (E, H, I)
-  FloatMatrix gate_up_bias, down_bias;  // (E, 2I), (E, H), or absent
+  ExpertWeights down;      // (E, O, I)
+  FloatMatrix gate_up_bias, down_bias;  // (E, 2I), (E, O), or absent
   FloatMatrix weights;     // (T, K)
   void* preact;            // (R, 2I) contiguous, or null in a forward that need not save it
   ExpertUpdate gate_up_update, down_update;
@@ -36,7 +36,7 @@ struct ExpertMlpArgs {
 };
 
 struct ExpertMlpForwardArgs : ExpertMlpArgs {
-  void* y;  // (T, H) contiguous
+  void* y;  // (T, O) contiguous
 };
 
 // A weight gradient, or null: contiguous, with the last two dimensions exchanged when transposed.
@@ -55,7 +55,7 @@ struct UpdateGradient {
 };
 
 struct ExpertMlpBackwardArgs : ExpertMlpArgs {
-  FloatMatrix dy;  // (T, H), column stride 1
+  FloatMatrix dy;  // (T, O), column stride 1
   void* dx;        // (T, H) contiguous, or null; so too the other results
   WeightGradient dgate_up, ddown;
   FloatMatrix dweights;            // (T, K) contiguous, zeroed by the caller
@@ -113,7 +113,7 @@ struct ExpertMlpBuffers {
   using S = SumOf<P>;
   static constexpr bool kSame = std::is_same_v<P, S>;
   int64_t chunk;
-  WorkQueue inner, hidden, gate_up, down, up_low, down_low, up_a, up_b, down_a, down_b;
+  WorkQueue inner, output, gate_up, down, up_low, down_low, up_a, up_b, down_a, down_b;
   P *x_c = nullptr, *x_t = nullptr, *x_r = nullptr, *dy_c = nullptr, *dy_t = nullptr, *dy_r = nullptr;
   P *preact_c = nullptr, *preact_t = nullptr, *preact_r = nullptr, *act_c = nullptr, *act_t = nullptr, *act_r = nullptr;
   P *dy_rows = nullptr, *preact_rows = nullptr;
@@ -126,33 +126,33 @@ struct ExpertMlpBuffers {
     chunk = chunk_rows(a.hidden, sizeof(P) / kTerms<P>);
     x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
     act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));
-    if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * sum_stride(a.hidden));
+    if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * sum_stride(a.output));
     up_update.take(arena, a.gate_up_update.rank, chunk, false);
     down_update.take(arena, a.down_update.rank, chunk, false);
   }
 
   ExpertMlpBuffers(Arena& arena, const ExpertMlpBackwardArgs& a, int num_threads) {
     take_queues(arena, num_threads);
-    const int64_t h = a.hidden, i = a.inner, wide = a.wide();
+    const int64_t h = a.hidden, o = a.output, i = a.inner, wide = a.wide();
     const bool narrow = sizeof(S) > element_size(a.dtype);
-    chunk = chunk_rows(std::max(h, wide), sizeof(S));
+    chunk = chunk_rows(std::max({h, o, wide}), sizeof(S));
     const int64_t terms = tile_depth<P>(chunk);
     const auto rows = [&](int64_t width) { return arena.take<P>(panel_size(terms, width)); };
     preact = arena.take<S>(panel_size(wide, chunk));
     act = arena.take<S>(panel_size(i, chunk));
     if constexpr (kSame) {
-      dy = dy_c = dy_t = arena.take<S>(panel_size(h, chunk));
+      dy = dy_c = dy_t = arena.take<S>(panel_size(o, chunk));
       preact_c = preact_t = preact;
       act_t = act;
     } else {
-      if (a.needs_dact() || a.ddown_update.da) dy_c = arena.take<P>(panel_size(packed_depth<P>(h), chunk));
-      if (a.ddown_bias || (a.dweights && a.down_bias)) dy = arena.take<S>(panel_size(h, chunk));
+      if (a.needs_dact() || a.ddown_update.da) dy_c = arena.take<P>(panel_size(packed_depth<P>(o), chunk));
+      if (a.ddown_bias || (a.dweights && a.down_bias)) dy = arena.take<S>(panel_size(o, chunk));
       if (a.dx || a.dgate_up_update.da) preact_c = arena.take<P>(panel_size(packed_depth<P>(wide), chunk));
-      if (a.needs_dact()) dy_rows = arena.take<P>(packed_rows_size<P>(h, chunk));
+      if (a.needs_dact()) dy_rows = arena.take<P>(packed_rows_size<P>(o, chunk));
       if (a.dx) preact_rows = arena.take<P>(packed_rows_size<P>(wide, chunk));
       const bool left_preact = a.dgate_up && !a.dgate_up.transposed, left_dy = a.ddown && !a.ddown.transposed;
       if (left_preact || a.dgate_up_update.db) preact_t = arena.take<P>(panel_size(wide, terms));
-      if (left_dy || a.ddown_update.db) dy_t = arena.take<P>(panel_size(h, terms));
+      if (left_dy || a.ddown_update.db) dy_t = arena.take<P>(panel_size(o, terms));
       if (a.ddown && a.ddown.transposed) act_t = arena.take<P>(panel_size(i, terms));
     }
     if (a.dweights) dweight_parts = arena.take<S>((i / 32 + 2) * chunk);
@@ -165,19 +165,19 @@ struct ExpertMlpBuffers {
       if (narrow) dgate_up_partial = arena.take<S>(wide * h);
     }
     if (a.ddown) {
-      if (a.ddown.transposed) dy_r = rows(h);
-      if (narrow) ddown_partial = arena.take<S>(h * i);
+      if (a.ddown.transposed) dy_r = rows(o);
+      if (narrow) ddown_partial = arena.take<S>(o * i);
     }
     if ((a.dgate_up && !a.dgate_up.transposed) || a.dgate_up_update.da) x_r = rows(h);
     if ((a.ddown && !a.ddown.transposed) || a.ddown_update.da) act_r = rows(i);
     const bool narrow_factors = sizeof(S) > element_size(a.factor_dtype);
     up_update.take_gradients(arena, a.dgate_up_update, a.gate_up_update.rank, wide, h, chunk, narrow_factors);
-    down_update.take_gradients(arena, a.ddown_update, a.down_update.rank, h, i, chunk, narrow_factors);
+    down_update.take_gradients(arena, a.ddown_update, a.down_update.rank, o, i, chunk, narrow_factors);
   }
 
  private:
   void take_queues(Arena& arena, int num_threads) {
-    for (WorkQueue* queue : {&inner, &hidden, &gate_up, &down, &up_low, &down_low, &up_a, &up_b, &down_a, &down_b}) {
+    for (WorkQueue* queue : {&inner, &output, &gate_up, &down, &up_low, &down_low, &up_a, &up_b, &down_a, &down_b}) {
       *queue = take_queue(arena, num_threads);
     }
   }

@@ -92,7 +92,7 @@ class ExpertMlpBackward {
         buffers(arena, args, num_threads),
         own(std::make_unique<ExpertMlpThread<T>>()),
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
-    bias_sums = std::make_unique<S[]>(a.wide() + a.hidden);
+    bias_sums = std::make_unique<S[]>(a.wide() + a.output);
     if ((a.needs_dact() && down_by_rows()) || (a.dx && gate_up_by_rows())) rows_memory = RowsMemory<P>(buffers.chunk);
     activation_by_rows = kTiled<P> && a.dx && down_by_rows() && gate_up_by_rows() && !a.activation.interleaved && !a.gate_up_update &&
                          !a.down_update && !a.dgate_up_bias && !buffers.preact_r && !buffers.act_t;
@@ -111,12 +111,12 @@ class ExpertMlpBackward {
       const int64_t terms = packed_depth<P>(m), depth = tile_depth<P>(m);
       x_t = {buffers.x_t, a.hidden, terms};
       x_r = {buffers.x_r, depth, a.hidden};
-      dy = {buffers.dy, a.hidden, m};
-      dy_c = {buffers.dy_c, packed_depth<P>(a.hidden), m};
-      dy_rows = {buffers.dy_rows, a.hidden, m};
+      dy = {buffers.dy, a.output, m};
+      dy_c = {buffers.dy_c, packed_depth<P>(a.output), m};
+      dy_rows = {buffers.dy_rows, a.output, m};
       preact_rows = {buffers.preact_rows, a.wide(), m};
-      dy_t = {buffers.dy_t, a.hidden, terms};
-      dy_r = {buffers.dy_r, depth, a.hidden};
+      dy_t = {buffers.dy_t, a.output, terms};
+      dy_r = {buffers.dy_r, depth, a.output};
       preact = {buffers.preact, a.wide(), m};
       preact_c = {buffers.preact_c, packed_depth<P>(a.wide()), m};
       preact_t = {buffers.preact_t, a.wide(), terms};
@@ -132,7 +132,7 @@ class ExpertMlpBackward {
       clock.lap(Stage::kPack);
       meet();
       if (a.down_update && (a.needs_dact() || a.ddown_update.da)) {
-        low_gradient(a.down_update, chunk, a.hidden, dy_c, down_low, buffers.down_low);
+        low_gradient(a.down_update, chunk, a.output, dy_c, down_low, buffers.down_low);
       }
       through_activation(chunk);
       meet();
@@ -175,7 +175,7 @@ class ExpertMlpBackward {
       if (g) zero_empty<T>(a.groups, g.base, g.transposed ? cols : rows, g.transposed ? rows : cols, team);
     };
     weight(a.dgate_up, a.wide(), a.hidden);
-    weight(a.ddown, a.hidden, a.inner);
+    weight(a.ddown, a.output, a.inner);
     const auto factors = [&](const UpdateGradient& g, int64_t rank, int64_t n, int64_t c) {
       visit_float(a.factor_dtype, [&](auto tag) {
         using G = typename decltype(tag)::type;
@@ -184,10 +184,10 @@ class ExpertMlpBackward {
       });
     };
     factors(a.dgate_up_update, a.gate_up_update.rank, a.wide(), a.hidden);
-    factors(a.ddown_update, a.down_update.rank, a.hidden, a.inner);
+    factors(a.ddown_update, a.down_update.rank, a.output, a.inner);
     if (team.thread != 0) return;
     if (a.dgate_up_bias) zero_empty<T>(a.groups, a.dgate_up_bias, 1, a.wide(), Team{0, 1});
-    if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.hidden, Team{0, 1});
+    if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.output, Team{0, 1});
   }
 
   // Calls f for the ranges of pre-activation rows, of whole pairs, that belong to this thread: mostly those whose activation it
@@ -210,19 +210,20 @@ class ExpertMlpBackward {
 
   // Packs the chunk's rows, each thread a range of columns.
   void gather(const Chunk& chunk) {
-    const auto h = team.share(a.hidden, kTiled<P> ? 2 * kPanelWidth<S> : kPanelWidth<S>);
+    const int64_t unit = kTiled<P> ? 2 * kPanelWidth<S> : kPanelWidth<S>;
+    const auto h = team.share(a.hidden, unit), o = team.share(a.output, unit);
     const T* const* rows = own->rows.rows_of(a.dy, chunk);
     const int64_t m = chunk.size();
     if constexpr (kSame) {
       const bool left_dy = a.ddown && !a.ddown.transposed;
-      if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, h.begin, h.end);
+      if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, o.begin, o.end);
     } else {
-      if (buffers.dy_c && (!down_by_rows() || a.down_update)) pack_as_columns(dy_c, rows, h.begin, h.end);
-      if (a.needs_dact() && down_by_rows()) copy_rows(dy_rows, rows, h.begin, h.end);
-      if (buffers.dy_t) pack_as_terms(dy_t, rows, m, h.begin, h.end);
-      if (buffers.dy) pack_as_columns(dy, rows, h.begin, h.end);
+      if (buffers.dy_c && (!down_by_rows() || a.down_update)) pack_as_columns(dy_c, rows, o.begin, o.end);
+      if (a.needs_dact() && down_by_rows()) copy_rows(dy_rows, rows, o.begin, o.end);
+      if (buffers.dy_t) pack_as_terms(dy_t, rows, m, o.begin, o.end);
+      if (buffers.dy) pack_as_columns(dy, rows, o.begin, o.end);
     }
-    if (buffers.dy_r) pack_as_rows(dy_r, rows, m, h.begin, h.end);
+    if (buffers.dy_r) pack_as_rows(dy_r, rows, m, o.begin, o.end);
     rows = own->rows.rows_of(a.x, chunk);
     if (buffers.x_t) pack_as_terms(x_t, rows, m, h.begin, h.end);
     if (buffers.x_r) pack_as_rows(x_r, rows, m, h.begin, h.end);
@@ -261,7 +262,7 @@ class ExpertMlpBackward {
   bool down_by_rows() const { return kByRows<P> && runs_along_rows(transposed_down(0)); }
   bool gate_up_by_rows() const { return kByRows<P> && runs_along_rows(transposed_gate_up(0)); }
 
-  Weight<T> transposed_down(int64_t expert) const { return expert_weight_t<T>(a.down, expert, a.hidden, a.inner); }
+  Weight<T> transposed_down(int64_t expert) const { return expert_weight_t<T>(a.down, expert, a.output, a.inner); }
   Weight<T> transposed_gate_up(int64_t expert) const { return expert_weight_t<T>(a.gate_up, expert, a.wide(), a.hidden); }
 
   // Calls f(i, count) with own->buffers.c = the product of rows i .. i+count of a weight with the chunk, tokens as columns, for all
@@ -299,7 +300,7 @@ class ExpertMlpBackward {
 
   // dy · W2, then back through the activation.
   void through_activation(const Chunk& chunk) {
-    for (WorkQueue* queue : {&buffers.hidden, &buffers.gate_up, &buffers.down, &buffers.up_low, &buffers.up_a, &buffers.up_b,
+    for (WorkQueue* queue : {&buffers.output, &buffers.gate_up, &buffers.down, &buffers.up_low, &buffers.up_a, &buffers.up_b,
                              &buffers.down_a, &buffers.down_b}) {
       queue->restart(team);
     }
@@ -352,7 +353,7 @@ class ExpertMlpBackward {
 
   // All sums over the chunk's rows, and dx.
   void gradients(const Chunk& chunk) {
-    const int64_t m = chunk.size(), c_stride = own->buffers.c_stride(buffers.chunk), h = a.hidden, n = a.wide();
+    const int64_t m = chunk.size(), c_stride = own->buffers.c_stride(buffers.chunk), h = a.hidden, o = a.output, n = a.wide();
     buffers.inner.restart(team);
     buffers.down_low.restart(team);
     if (a.dx) {
@@ -378,7 +379,7 @@ class ExpertMlpBackward {
         if (i + count < h) fetch_sums(i + count, h);
         clock.lap(Stage::kCombine);
       };
-      product(buffers.hidden, gate_up, preact_c, preact_rows, fetch_sums, add, add_rows);
+      product(buffers.output, gate_up, preact_c, preact_rows, fetch_sums, add, add_rows);
     }
     if (a.dgate_up) {
       if (a.dgate_up.transposed) {
@@ -405,9 +406,9 @@ class ExpertMlpBackward {
                  static_cast<T*>(a.dgate_up_bias) + chunk.expert * n);
     }
     if (a.ddown_bias) {
-      const auto mine = team.share(h, kGroup);
+      const auto mine = team.share(o, kGroup);
       sum_tokens(dy, own->rows.weight, mine.begin, mine.end, chunk, bias_sums.get() + n,
-                 static_cast<T*>(a.ddown_bias) + chunk.expert * h);
+                 static_cast<T*>(a.ddown_bias) + chunk.expert * o);
     }
     if (a.dweights) sum_dweights(chunk);
     if (a.dgate_up_bias || a.ddown_bias || a.dweights) clock.lap(Stage::kSums);

@@ -157,7 +157,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   S* c = own->buffers.c;
   const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
   const auto packed = team.share(a.hidden, kPanelWidth<P>);
-  const TokenSums<T> sums(buffers.sum, a.y, a.tokens, a.hidden);
+  const TokenSums<T> sums(buffers.sum, a.y, a.tokens, a.output);
   StageClock clock(a.updated() ? TimedKernel::kExpertMlpLora : TimedKernel::kExpertMlp, team.size);
   sums.zero(team);
   buffers.inner.restart(team);
@@ -184,7 +184,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
     clock.lap(Stage::kPack);
     team.barrier();
-    buffers.hidden.restart(team);
+    buffers.output.restart(team);
     buffers.down_low.restart(team);
     clock.lap(Stage::kWait);
     low_rows(a.gate_up_update, chunk, a.hidden, x, up_low, buffers.up_low);
@@ -220,8 +220,8 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
     const auto w = down_of(chunk.expert);
-    const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.hidden, a.down_update.rank);
-    buffers.hidden.each(team, a.hidden, kGroup, [&](int64_t h, int64_t end) {
+    const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
+    buffers.output.each(team, a.output, kGroup, [&](int64_t h, int64_t end) {
       const int64_t count = end - h;
       // The rows that the product will be added to come into the cache while it is computed.
       for (int64_t i = 0; i < m; ++i) {
@@ -248,6 +248,6 @@ void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads,
     expert_mlp_forward_typed<T>(
         args, shared, num_threads, team,
         [&](int64_t expert) { return expert_weight<T>(args.gate_up, expert, wide, args.hidden); },
-        [&](int64_t expert) { return expert_weight<T>(args.down, expert, args.hidden, args.inner); });
+        [&](int64_t expert) { return expert_weight<T>(args.down, expert, args.output, args.inner); });
   });
 }

@@ -11,7 +11,7 @@ void quantized_grouped_matmul(const QuantizedMatmulArgs& args, int num_threads) 
 }
 
 void quantized_expert_mlp(const QuantizedMlpArgs& args, int num_threads) {
-  const double work = static_cast<double>(args.groups.num_rows) * args.hidden * args.inner;
+  const double work = static_cast<double>(args.groups.num_rows) * (args.hidden + args.output) / 2 * args.inner;
   run_team<ExpertMlpBuffers>(args, work, num_threads, kernels().quantized_expert_mlp);
 }
 

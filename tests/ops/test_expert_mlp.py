@@ -132,6 +132,31 @@ def test_blocks(kernel_backend, dtype, device, h, i):
     check(*functions(d, backend=kernel_backend), make_inputs(device, dtype, t=90, e=2, k=2, h=h, i=i, bias=False))
 
 
+@pytest.mark.parametrize(("h", "o", "i"), [(97, 40, 47), (33, 130, 19)])
+def test_results_of_another_width(kernel_backend, dtype, device, h, o, i):
+    """W2 with fewer and with more rows than x has columns, over several chunks of an expert's rows."""
+    d = make_dispatch(150, 2, 2, device, dropped=0.2)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, dtype, t=150, e=2, k=2, h=h, o=o, i=i))
+
+
+def test_results_of_another_width_compile(kernel_backend, device):
+    d = small_dispatch(device)
+    f, _ = functions(d, backend=kernel_backend)
+    inputs = make_inputs(device, **SMALL, o=21)
+    dout = torch.randn(SMALL["t"], 21, device=device)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, inputs, inputs, dout), run(f, inputs, inputs, dout))
+
+
+@pytest.mark.parametrize(("h", "o"), [(0, 5), (5, 0)])
+def test_no_columns(kernel_backend, device, h, o):
+    """Rows of nothing have the biases as their pre-activation; results without columns give zero gradients."""
+    d = small_dispatch(device)
+    inputs = make_inputs(device, **SMALL | {"h": max(h, 1)}, o=o)
+    inputs |= {"x": inputs["x"][:, :h], "gate_up": inputs["gate_up"][..., :h]}
+    check(*functions(d, backend=kernel_backend), inputs)
+
+
 def test_float32_weights_of_16_bit_tokens(kernel_backend, dtype, device):
     """Routing weights may stay in float32, and so does their gradient."""
     inputs = make_inputs(device, dtype) | {"weights": torch.rand(T, K, device=device)}
@@ -354,14 +379,18 @@ def arguments(**change):
         ),
         ({"gate_up": torch.randn(E, 2 * I, H).half()}, TypeError, "gate_up must have the dtype of x"),
         ({"gate_up": torch.randn(E, 2 * I, H, device="meta")}, ValueError, "gate_up must be on the device of x"),
-        ({"down": torch.randn(E, I, H)}, ValueError, r"down must have shape \(E, H, I\)"),
-        ({"down": torch.randn(E + 1, H, I)}, ValueError, r"down must have shape \(E, H, I\)"),
+        (
+            {"down": torch.randn(E, I, H)},
+            ValueError,
+            r"down must have shape \(E, O, I\) = \(5, any, 47\), got \(5, 47, 97\)",
+        ),
+        ({"down": torch.randn(E + 1, H, I)}, ValueError, r"down must have shape \(E, O, I\)"),
         ({"weights": torch.rand(T, K + 1)}, ValueError, r"weights must have shape \(T, K\) = \(13, 3\), got \(13, 4\)"),
         ({"weights": torch.rand(T * K)}, ValueError, "weights must have shape"),
         ({"weights": torch.rand(T, K).double()}, TypeError, "weights must have the dtype of x, torch.float32, or"),
         ({"weights": [1.0]}, TypeError, "weights must be a torch.Tensor, got list"),
         ({"gate_up_bias": torch.randn(E, I)}, ValueError, r"gate_up_bias must have shape \(E, 2I\)"),
-        ({"down_bias": torch.randn(H)}, ValueError, r"down_bias must have shape \(E, H\)"),
+        ({"down_bias": torch.randn(H)}, ValueError, r"down_bias must have shape \(E, O\)"),
         ({"down_bias": torch.randn(E, H).half()}, TypeError, "down_bias must have the dtype of x"),
         ({"activation": "swish"}, ValueError, "activation must be one of .* got 'swish'"),
         ({"activation": torch.nn.SiLU()}, TypeError, "activation must be a str or gossamer.Activation, got SiLU"),

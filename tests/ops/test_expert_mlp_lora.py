@@ -50,21 +50,21 @@ def functions(dispatch, *, backend, **form):
 
 
 def make_inputs(
-    device, dtype=torch.float32, *, t=T, e=E, k=K, h=H, i=I, ranks=RANKS, halves=2, bias=True, which=FACTORS
+    device, dtype=torch.float32, *, t=T, e=E, k=K, h=H, o=None, i=I, ranks=RANKS, halves=2, bias=True, which=FACTORS
 ):
     """Inputs by name, each product of unit size and, times the scale, each update of half that."""
-    wide, (r1, r2) = halves * i, ranks
+    wide, (r1, r2), o = halves * i, ranks, h if o is None else o
     inputs = {
         "x": torch.randn(t, h, device=device),
         "gate_up": torch.randn(e, wide, h, device=device) / h**0.5,
-        "down": torch.randn(e, h, i, device=device) / i**0.5,
+        "down": torch.randn(e, o, i, device=device) / i**0.5,
         "weights": torch.rand(t, k, device=device) * 2 / k,
         "gate_up_bias": torch.randn(e, wide, device=device),
-        "down_bias": torch.randn(e, h, device=device),
+        "down_bias": torch.randn(e, o, device=device),
         "a1": torch.randn(e, r1, h, device=device) / h**0.5,
         "b1": torch.randn(e, wide, r1, device=device) / r1**0.5,
         "a2": torch.randn(e, r2, i, device=device) / i**0.5,
-        "b2": torch.randn(e, h, r2, device=device) / r2**0.5,
+        "b2": torch.randn(e, o, r2, device=device) / r2**0.5,
     }
     kept = (n for n in inputs if (bias or not n.endswith("bias")) and (n not in FACTORS or n in which))
     return {n: inputs[n].to(dtype) for n in kept}
@@ -149,6 +149,12 @@ def test_sizes(kernel_backend, device, t, e, k, h, i, ranks):
     """One token, no token, one element; more rows than a tile or a chunk; ranks of several blocks."""
     inputs = make_inputs(device, t=t, e=e, k=k, h=h, i=i, ranks=ranks, bias=False)
     check(*functions(make_dispatch(t, e, k, device, dropped=0.1), backend=kernel_backend), inputs)
+
+
+def test_results_of_another_width(kernel_backend, device):
+    """W2 and its update with other rows than x has columns."""
+    d = make_dispatch(SMALL["t"], SMALL["e"], SMALL["k"], device)
+    check(*functions(d, backend=kernel_backend), make_inputs(device, **SMALL, o=58))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -32,15 +32,16 @@ def small_dispatch(device, **routing):
     return make_dispatch(SMALL["t"], SMALL["e"], SMALL["k"], device, **routing)
 
 
-def make_inputs(device, dtype=torch.float32, *, t=T, e=E, k=K, h=H, i=I, halves=2, bias=True):
-    """Inputs by name: x and pre-activations of unit size, routing weights that sum to about one."""
+def make_inputs(device, dtype=torch.float32, *, t=T, e=E, k=K, h=H, o=None, i=I, halves=2, bias=True):
+    """Inputs by name: x and pre-activations of unit size, routing weights that sum to about one; ``o`` is H if None."""
+    o = h if o is None else o
     inputs = {
         "x": torch.randn(t, h, device=device),
         "gate_up": torch.randn(e, halves * i, h, device=device) / h**0.5,
-        "down": torch.randn(e, h, i, device=device) / i**0.5,
+        "down": torch.randn(e, o, i, device=device) / i**0.5,
         "weights": torch.rand(t, k, device=device) * 2 / k,
         "gate_up_bias": torch.randn(e, halves * i, device=device),
-        "down_bias": torch.randn(e, h, device=device),
+        "down_bias": torch.randn(e, o, device=device),
     }
     return {name: v.to(dtype) for name, v in inputs.items() if bias or not name.endswith("bias")}
 

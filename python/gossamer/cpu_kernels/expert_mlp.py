@@ -44,7 +44,7 @@ def _layer(
     """What forward and backward share; the tensors given must outlive the call."""
     return _C.ExpertMlp(
         groups=groups(args.groups.slots, args.groups.offsets),
-        sizes=(*x.shape, down.shape[2], args.weights.shape[1]),
+        sizes=(*x.shape, *down.shape[1:], args.weights.shape[1]),
         activation=activation_form(args.activation, args.interleaved),
         x=matrix(x),
         gate_up=_product(gate_up, s1),
@@ -66,7 +66,7 @@ def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
     """``y``, and where ``args.save`` says so what the backward pass reads, unwritten in dropped rows."""
     x = unit_rows(args.x)
     gate_up, down = args.gate_up.with_factors_in(x.dtype), args.down.with_factors_in(x.dtype)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty((x.shape[0], down.shape[1]), dtype=x.dtype)
     preact = empty_huge((args.groups.slots.shape[0], gate_up.shape[1]), x.dtype) if args.save else None
     s1, s2 = _low_rows(args, gate_up), _low_rows(args, down)
     layer = _layer(args, x, gate_up, down, preact, s1, s2)
@@ -111,7 +111,7 @@ def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGr
     dweights = torch.zeros(weights.shape, dtype=weights.dtype) if "weights" in needs else None
     of_gate_up, gate_up_places = gradients("gate_up", forward.gate_up)
     of_down, down_places = gradients("down", forward.down)
-    if x.numel():
+    if x.numel() and dy.numel():
         _C.expert_mlp_backward(
             layer=_layer(forward, x, gate_up, down, preact, args.s1, args.s2),
             dy=matrix(dy),
@@ -123,7 +123,7 @@ def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGr
             num_threads=torch.get_num_threads(),
         )
     else:
-        for gradient in (*of_gate_up, *of_down):
+        for gradient in (dx, *of_gate_up, *of_down):
             if gradient is not None:
                 gradient.zero_()
 

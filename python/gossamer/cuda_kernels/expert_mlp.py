@@ -63,7 +63,7 @@ def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
         return triton_forward.expert_mlp(args)
     if x.numel() == 0:
         preact = x.new_empty(groups.slots.shape[0], args.gate_up.shape[1]) if args.save else None
-        return torch.empty_like(x, memory_format=torch.contiguous_format), preact, None, None
+        return x.new_zeros(x.shape[0], args.down.shape[1]), preact, None, None
     act, preact = _up_projection(args)
     out = rows_times_weight(act, args.down.data, args.down.bias, groups, 0, False, False)
     y = sum_slots(out, groups.rows, groups.offsets, top_k, args.weights)

@@ -56,7 +56,7 @@ def expert_mlp_reference(
     offsets = dispatch.offsets.tolist()
     flat_weights = weights.reshape(-1)
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    y = torch.zeros(x.shape, dtype=accumulate, device=x.device)
+    y = torch.zeros(x.shape[0], down.shape[1], dtype=accumulate, device=x.device)
     for e in range(dispatch.num_experts):
         mine = slots[offsets[e] : offsets[e + 1]]
         token = mine // dispatch.top_k
@@ -82,7 +82,7 @@ class ExpertMlp(NamedTuple):
     Attributes:
         x: ``(T, H)``.
         gate_up: W1 ``(E, 2I, H)``, or ``(E, I, H)`` for an ungated activation, with b1.
-        down: W2 ``(E, H, I)``, with b2.
+        down: W2 ``(E, O, I)``, with b2.
         groups: the R rows by expert.
         weights: ``(T, K)`` routing weights.
         activation: which, with its constants.
@@ -110,7 +110,7 @@ class ExpertMlpBackward(NamedTuple):
     """Arguments of the layer's gradients.
 
     Attributes:
-        dy: ``(T, H)``.
+        dy: ``(T, O)``.
         forward: the arguments of the forward pass.
         preact: the pre-activation ``(R, 2I)`` of sorted rows.
         s1: ``x·aᵀ (R, r)`` of the update of W1, in float32 or float64; None where it has none.
@@ -161,7 +161,7 @@ def _forward_fake(args: ExpertMlp) -> ExpertMlpOutput:
         return x.new_empty(num_rows, weight.a.shape[1], dtype=wide) if args.save and weight.a is not None else None
 
     preact = x.new_empty(num_rows, args.gate_up.shape[1]) if args.save else None
-    return x.new_empty(x.shape), preact, low(args.gate_up), low(args.down)
+    return x.new_empty(x.shape[0], args.down.shape[1]), preact, low(args.gate_up), low(args.down)
 
 
 _expert_mlp = define(
@@ -282,9 +282,10 @@ def expert_mlp(
 ) -> torch.Tensor:
     """The feed-forward layer of every token's experts: ``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
 
-    W1, b1, W2 and b2 are those of expert ``expert_ids[t,k]``. The backward pass keeps ``x``, the pre-activation
-    ``(R, 2I)`` and the routing, and recomputes the rest, after SonicMoE (Guo et al., 2025); the routing-weight gradient
-    is ``⟨dy·W2, act⟩``, so the expert outputs are not kept. Dropped slots add nothing and get zero gradient.
+    W1, b1, W2 and b2 are those of expert ``expert_ids[t,k]``. W2 may have another number O of rows than ``x`` has
+    columns. The backward pass keeps ``x``, the pre-activation ``(R, 2I)`` and the routing, and recomputes the rest,
+    after SonicMoE (Guo et al., 2025); the routing-weight gradient is ``⟨dy·W2, act⟩``, so the expert outputs are not
+    kept. Dropped slots add nothing and get zero gradient.
 
     With low-rank factors (LoRA, Hu et al., 2021) the product ``v·W1ᵀ`` becomes ``v·W1ᵀ + lora_scale·(v·A1ᵀ)·B1ᵀ`` with
     the factors of the same expert, and ``v·W2ᵀ`` likewise; no expert's ``B·A`` is ever formed.
@@ -293,23 +294,23 @@ def expert_mlp(
         x: ``(T, H)``.
         gate_up: ``(E, 2I, H)``, or ``(E, I, H)`` for an ungated activation. Transposed storage ``(E, H, 2I)`` is given
             as ``gate_up.transpose(1, 2)`` and is not copied; so too for ``down``.
-        down: ``(E, H, I)``. Either may be a frozen :class:`gossamer.QuantizedExpertWeight` of that shape, dequantised
-            inside the kernels. Where a gradient of another argument is wanted beside one, the layer is a composition
-            of :func:`gossamer.grouped_matmul` that keeps the pre-activation and the activation; it rounds them, so that
-            the last bits of its result are not those of the same call without gradients.
+        down: ``(E, O, I)``, O being H in most layers. Either may be a frozen :class:`gossamer.QuantizedExpertWeight` of
+            that shape, dequantised inside the kernels. Where a gradient of another argument is wanted beside one, the
+            layer is a composition of :func:`gossamer.grouped_matmul` that keeps the pre-activation and the activation;
+            it rounds them, so that the last bits of its result are not those of the same call without gradients.
         dispatch: from :func:`gossamer.dispatch`, with the same T and E.
         weights: ``(T, K)`` routing weights; the dtype of ``x``, or float32.
         activation: a name of :class:`gossamer.Activation`, or one with its constants.
         gate_up_bias: ``(E, 2I)`` or ``(E, I)``, or None.
-        down_bias: ``(E, H)`` or None.
+        down_bias: ``(E, O)`` or None.
         interleaved: whether gate and up alternate along 2I (gate even, up odd) instead of lying one after the other.
         gate_up_lora: ``(A1, B1)``, ``A1 (E, r, H)`` and ``B1 (E, 2I, r)`` or ``(E, I, r)``, or None; the dtype of
             ``x``, or float32, which is rounded to it for the products while its gradient is not.
-        down_lora: ``(A2, B2)``, ``A2 (E, r, I)`` and ``B2 (E, H, r)``, or None; its rank may differ.
+        down_lora: ``(A2, B2)``, ``A2 (E, r, I)`` and ``B2 (E, O, r)``, or None; its rank may differ.
         lora_scale: the factor of both low-rank updates.
 
     Returns:
-        ``(T, H)`` in the dtype of ``x``. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` all but
+        ``(T, O)`` in the dtype of ``x``. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` all but
         the routing weights are taken in its dtype.
 
     Raises:
@@ -325,16 +326,21 @@ def expert_mlp(
     backend = _backend.resolve("expert_mlp", x)
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")
-    h = x.shape[1]
-    second = as_weight("down", down, (e, h, None), "(E, H, I)")
-    wide = activation.halves * second.shape[2]
-    first = as_weight("gate_up", gate_up, (e, wide, h), f"(E, {'2I' if activation.gated else 'I'}, H)")
+    second, h = as_weight("down", down, (e, None, None), "(E, O, I)"), x.shape[1]
+    _, o, inner = second.shape
+    symbols = f"(E, {'2I' if activation.gated else 'I'}, H)"
+    if o != h:
+        # W1 then says what I is: a W2 of the wrong shape is likelier than one that was meant to have other rows.
+        inner = as_weight("gate_up", gate_up, (e, None, h), symbols).shape[1] // activation.halves
+        as_weight("down", down, (e, None, inner), "(E, O, I)")
+    wide = activation.halves * inner
+    first = as_weight("gate_up", gate_up, (e, wide, h), symbols)
     check_tensor("weights", weights)
     check_shape("weights", weights, (t, k), "(T, K)")
     if gate_up_bias is not None:
         check_shape("gate_up_bias", gate_up_bias, (e, wide), f"(E, {'2I' if activation.gated else 'I'})")
     if down_bias is not None:
-        check_shape("down_bias", down_bias, (e, h), "(E, H)")
+        check_shape("down_bias", down_bias, (e, o), "(E, O)")
     x, up_values, down_values, gate_up_bias, down_bias = autocast(
         x, first.values, second.values, gate_up_bias, down_bias
     )
@@ -373,7 +379,8 @@ def expert_mlp(
     parts = (x, weights, up_values, gate_up_bias, first.a, first.b, down_values, down_bias, second.a, second.b)
     save = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
     args = ExpertMlp(x, first, second, dispatch.groups, weights, activation, interleaved, save)
-    if not _backend.serves_weights(backend, "expert_mlp", (first.kind, second.kind), save):
+    # Rows of no columns have products all the same, the biases, which the fused kernels leave out.
+    if h == 0 < o or not _backend.serves_weights(backend, "expert_mlp", (first.kind, second.kind), save):
         return _composed(args, dispatch, backend)
     y, *_ = _expert_mlp(args, backend)
     return y
