@@ -11,7 +11,7 @@ from torch import nn
 from gossamer._checks import FLOAT_DTYPES
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
-from gossamer.nn import Experts, QuantizedExpertStack
+from gossamer.nn import ExpertLayer, QuantizedExpertStack
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
 
 ADAPTER = "quantized"
@@ -34,7 +34,7 @@ def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, Experts) or (foreign and foreign.is_experts(module))
+        if (isinstance(module, ExpertLayer) and module.weight_stacks) or (foreign and foreign.is_experts(module))
     ]
     if not found:
         raise ValueError(
@@ -44,10 +44,10 @@ def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _weights(experts: nn.Module) -> tuple[tuple[str, str], bool]:
-    """Names of the two weights of an experts module, and whether they are stored transposed."""
-    if isinstance(experts, Experts):
-        return (experts._up_name, "down_proj"), experts.transposed
+def _weights(experts: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """Names of the weights of an experts module, and whether they are stored transposed."""
+    if isinstance(experts, ExpertLayer):
+        return experts.weight_stacks, getattr(experts, "transposed", False)
     up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     return (up, "down_proj"), experts.is_transposed
 
@@ -110,13 +110,13 @@ def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | N
 def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROUP, strict: bool = True) -> Quantization:
     """Replace the expert weights of a model by quantised ones, in place, one matrix after the other.
 
-    Works on :class:`gossamer.nn.Experts` (so :class:`gossamer.nn.MoE` and :class:`gossamer.nn.LoRAExperts`) and on the
-    experts modules of transformers models that use its experts interface, which :func:`gossamer.replace` then computes.
-    A parameter such as ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and
-    ``gate_up_proj.scale``; its floats are freed. Routers, biases and everything else stay. Quantised experts are
-    frozen; gradients of the activations, biases and low-rank factors go through them. It cannot be undone. A model of
-    transformers keeps them through ``save_pretrained`` and ``from_pretrained``, which needs
-    ``import gossamer.integrations.transformers``.
+    Works on :class:`gossamer.nn.Experts` (so :class:`gossamer.nn.MoE` and :class:`gossamer.nn.LoRAExperts`), on every
+    other :class:`gossamer.nn.ExpertLayer` that names ``weight_stacks``, and on the experts modules of transformers
+    models that use its experts interface, which :func:`gossamer.replace` then computes. A parameter such as
+    ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and ``gate_up_proj.scale``; its floats are
+    freed. Routers, biases and everything else stay. Quantised experts are frozen; gradients of the activations, biases
+    and low-rank factors go through them. It cannot be undone. A model of transformers keeps them through
+    ``save_pretrained`` and ``from_pretrained``, which needs ``import gossamer.integrations.transformers``.
 
     Args:
         model: any module with experts inside.
@@ -169,7 +169,7 @@ def _per_expert(
     tensors: Mapping[str, torch.Tensor], prefix: str, name: str, num_experts: int, used: list[str]
 ) -> QuantizedExpertWeight | None:
     """A stack from one quantised matrix an expert, gate and up apart; None where there are none."""
-    for parts in _EXPERT_NAMES[name]:
+    for parts in _EXPERT_NAMES.get(name, ()):
         packed = f"{prefix}0.{parts[0]}.weight_packed" in tensors
         weight = "weight_packed" if packed else "weight"
         first = f"{prefix}0.{parts[0]}."

@@ -26,6 +26,15 @@ class ExpertLayer(nn.Module):
     hidden_size: int
     capacity_factor: float | None = None
 
+    @property
+    def weight_stacks(self) -> tuple[str, ...]:
+        """Names of the parameters ``(E, N, C)`` that may be quantised.
+
+        They are what :func:`gossamer.quantize_experts` quantises; a layer that names none is left alone. They are
+        stored as ``(E, C, N)`` where the layer has a true attribute ``transposed``.
+        """
+        return ()
+
     def forward(
         self, x: torch.Tensor, routing: Routing | torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:

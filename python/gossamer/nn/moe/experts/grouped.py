@@ -94,6 +94,10 @@ class Experts(ExpertLayer):
         self.register_parameter("down_proj_bias", parameter(num_experts, hidden_size) if bias else None)
         self.reset_parameters()
 
+    @property
+    def weight_stacks(self) -> tuple[str, ...]:
+        return self._up_name, "down_proj"
+
     def reset_parameters(self) -> None:
         """Draw all parameters anew, each expert's as ``nn.Linear`` does: uniform in ±1/√(inputs)."""
         for name, inputs in ((self._up_name, self.hidden_size), ("down_proj", self.intermediate_size)):
