@@ -16,6 +16,27 @@ from gossamer.ops.expert_mlp import expert_mlp
 FORMS = ("grouped", "block_sparse")
 
 
+def float_weights(experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The weights of plain experts, whatever their layout: ``(E, 2I, H)`` gates first, ``(E, H, I)``, and both biases.
+
+    Raises:
+        TypeError: ``experts`` is no plain :class:`Experts`.
+        ValueError: they are quantised.
+    """
+    if type(experts) is not Experts:
+        raise TypeError(f"experts must be a gossamer.nn.Experts, got {type(experts).__name__}")
+    held = [getattr(experts, name) for name in experts.weight_stacks]
+    if not all(isinstance(weight, torch.Tensor) for weight in held):
+        raise ValueError("experts must hold floats, got quantised weights")
+    up, down = (weight.detach().transpose(1, 2) if experts.transposed else weight.detach() for weight in held)
+    biases = (getattr(experts, f"{name}_bias") for name in experts.weight_stacks)
+    up_bias, down_bias = (bias if bias is None else bias.detach() for bias in biases)
+    if experts.interleaved:
+        up = torch.cat([up[:, 0::2], up[:, 1::2]], 1)
+        up_bias = up_bias if up_bias is None else torch.cat([up_bias[:, 0::2], up_bias[:, 1::2]], 1)
+    return up, down, up_bias, down_bias
+
+
 class Experts(ExpertLayer):
     """E feed-forward networks, of which each token meets K: :func:`gossamer.expert_mlp` with its parameters.
 
