@@ -1,0 +1,363 @@
+"""Experts whose input matrices are mixtures of a few basis matrices (MoBE)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from gossamer import _backend
+from gossamer._activation import Activation, as_activation
+from gossamer._checks import check_positive
+from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.experts.grouped import Experts, float_weights
+from gossamer.nn.moe.experts.split import split_mlp
+from gossamer.nn.moe.routing import Routing, check_capacity_factor
+from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.expert_mlp import expert_mlp
+from gossamer.ops.grouped_matmul import grouped_matmul
+
+NONLINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+    "identity": lambda matrix: matrix,
+}
+
+
+class BasisExperts(ExpertLayer):
+    """Experts whose gate and up matrices are ``W_e = A_e·ψ(Σ_j α_ej·B_j)`` over M basis matrices (MoBE).
+
+    ``α_e = softmax(mix_e)`` over the bases, ``A_e (I, R)`` is the expert's own, and the bases ``B_j (R, H)`` are the
+    layer's; ψ acts on each element of the mixed matrix. Gate and up have bases of their own. The down matrices are
+    plain. After Mixture of Basis Experts (Chen et al., 2025).
+
+    With R = I, as there, a matrix has ``I·R + M·R·H/E + M`` parameters for ``I·H`` of a plain one: fewer parameters
+    where ``I/H + M/E < 1``, which is what the layer is for. It saves no FLOPs. Matrices are made of the bases at each
+    call, for the experts that have tokens; a matrix costs ``2·M·R·H`` FLOPs and as many bytes as a plain expert's, for
+    the time of the call (of the step, where gradients are wanted). Where every call meets most experts and memory
+    allows it, :meth:`expand` once.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        num_bases: M.
+        rank: R, rows of a basis; I if None.
+        nonlinearity: ψ: ``"silu"``, ``"tanh"`` or ``"identity"``.
+        activation: of the experts; a name of :class:`gossamer.Activation`, or one with its constants.
+        bias: whether the experts' products have biases.
+        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        bases: ``(2, M, R, H)``, the gate's first; with an ungated activation ``(1, M, R, H)``.
+        mix: ``(E, 2, M)`` logits of α.
+        factor: A, ``(E, 2, I, R)``.
+        down_proj: ``(E, H, I)``.
+        up_bias: ``(E, 2I)`` or None.
+        down_bias: ``(E, H)`` or None.
+
+    Raises:
+        TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        ValueError: a size is below 1, ``nonlinearity`` or activation is unknown, or a ``capacity_factor`` that is not
+            positive.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_bases: int,
+        *,
+        rank: int | None = None,
+        nonlinearity: str = "silu",
+        activation: str | Activation = "swiglu",
+        bias: bool = False,
+        capacity_factor: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_bases=num_bases,
+        )
+        rank = intermediate_size if rank is None else rank
+        check_positive(rank=rank)
+        if nonlinearity not in NONLINEARITIES:
+            raise ValueError(f"nonlinearity must be one of {tuple(NONLINEARITIES)}, got {nonlinearity!r}")
+        check_capacity_factor(capacity_factor)
+        self.activation = as_activation(activation)
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_bases = num_bases
+        self.rank = rank
+        self.nonlinearity = nonlinearity
+        self.capacity_factor = capacity_factor
+        halves = self.activation.halves
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.bases = parameter(halves, num_bases, rank, hidden_size)
+        self.mix = parameter(num_experts, halves, num_bases)
+        self.factor = parameter(num_experts, halves, intermediate_size, rank)
+        self.down_proj = parameter(num_experts, hidden_size, intermediate_size)
+        self.register_parameter("up_bias", parameter(num_experts, halves * intermediate_size) if bias else None)
+        self.register_parameter("down_bias", parameter(num_experts, hidden_size) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, so that the matrices have the size that ``nn.Linear`` gives its own.
+
+        Each expert starts near one basis, by logits that give it a weight of a half.
+        """
+        for name, inputs in (
+            ("bases", self.hidden_size),
+            ("up_bias", self.hidden_size),
+            ("down_proj", self.intermediate_size),
+            ("down_bias", self.intermediate_size),
+        ):
+            if (parameter := getattr(self, name)) is not None:
+                nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
+        nn.init.normal_(self.mix, std=0.1)
+        chosen = torch.arange(self.num_experts, device=self.mix.device) * self.num_bases // self.num_experts
+        self.mix.scatter_add_(
+            2,
+            chosen.view(-1, 1, 1).expand(-1, self.mix.shape[1], 1),
+            self.mix.new_full((self.num_experts, self.mix.shape[1], 1), math.log(max(self.num_bases - 1, 1))),
+        )
+        # A random factor of variance v gives the product R·v times the variance of ψ of the mixture, which is measured.
+        for half in range(self.factor.shape[1]):
+            sample = NONLINEARITIES[self.nonlinearity](self._mixtures(self.mix[:1, half : half + 1], half))
+            wanted = (3 * self.hidden_size) ** -0.5
+            size = wanted / (self.rank * sample.float().square().mean().clamp(min=1e-12)).sqrt()
+            self.factor[:, half].normal_().mul_(size.to(self.factor.dtype))
+
+    def _mixtures(self, mix: torch.Tensor, half: int) -> torch.Tensor:
+        """``Σ_j α_ej·B_j (E', R, H)`` of one half, for logits ``(E', 1, M)``."""
+        wide = torch.promote_types(mix.dtype, torch.float32)
+        alpha = mix.squeeze(1).to(wide).softmax(-1).to(mix.dtype)
+        return (alpha @ self.bases[half].flatten(1)).unflatten(1, self.bases.shape[2:])
+
+    def _mixed(self, experts: torch.Tensor | None) -> list[torch.Tensor]:
+        """``ψ(Σ_j α_ej·B_j) (E', R, H)`` of each half, for all experts or those given."""
+        mix = self.mix if experts is None else self.mix[experts]
+        psi = NONLINEARITIES[self.nonlinearity]
+        return [psi(self._mixtures(mix[:, half : half + 1], half)) for half in range(mix.shape[1])]
+
+    def up_weight(self, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """The gate and up matrices ``(E', 2I, H)`` that the experts, or those of the ids given, are made of."""
+        factor = self.factor if experts is None else self.factor[experts]
+        return torch.cat([factor[:, half] @ mixed for half, mixed in enumerate(self._mixed(experts))], 1)
+
+    def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
+        plan, experts = _busy(routing.dispatch)
+        down, up_bias, down_bias = (
+            held if held is None or experts is None else held[experts]
+            for held in (self.down_proj, self.up_bias, self.down_bias)
+        )
+        count = self.num_experts if experts is None else experts.numel()
+        # Both ways cost 2·R·H FLOPs a row and half, and one 2·I·R more, the other 2·I·R·H an expert.
+        few = plan.buffer_rows * (self.rank + self.intermediate_size * self.rank / self.hidden_size) < (
+            plan.buffer_rows * self.intermediate_size + count * self.intermediate_size * self.rank
+        )
+        if few and not self._trains(tokens, routing):
+            inner = grouped_matmul(tokens, torch.cat(self._mixed(experts), 1), plan, y_grouped=True)
+            factor = self.factor if experts is None else self.factor[experts]
+            return split_mlp(
+                inner,
+                factor.unbind(1),
+                down,
+                plan,
+                routing.weights,
+                activation=self.activation,
+                up_bias=up_bias,
+                down_bias=down_bias,
+                x_grouped=True,
+            )
+        return expert_mlp(
+            tokens,
+            self.up_weight(experts),
+            down,
+            plan,
+            routing.weights,
+            activation=self.activation,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
+        )
+
+    def _trains(self, tokens: torch.Tensor, routing: Routing) -> bool:
+        """Whether a gradient is wanted, for which expert_mlp keeps less than a chain of products does."""
+        parts = (tokens, routing.weights, *self.parameters())
+        return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+
+    @torch.no_grad()
+    def expand(self) -> Experts:
+        """Plain experts with the matrices made once, for inference or as a start of further training."""
+        layer = Experts(
+            self.num_experts,
+            self.hidden_size,
+            self.intermediate_size,
+            activation=self.activation,
+            bias=self.up_bias is not None,
+            capacity_factor=self.capacity_factor,
+            device=self.bases.device,
+            dtype=self.bases.dtype,
+        )
+        up_name, down_name = layer.weight_stacks
+        getattr(layer, up_name).copy_(self.up_weight())
+        getattr(layer, down_name).copy_(self.down_proj)
+        if self.up_bias is not None:
+            getattr(layer, f"{up_name}_bias").copy_(self.up_bias)
+            getattr(layer, f"{down_name}_bias").copy_(self.down_bias)
+        return layer
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Experts,
+        num_bases: int,
+        *,
+        rank: int | None = None,
+        nonlinearity: str = "silu",
+        steps: int = 2000,
+        lr: float = 0.07,
+        check_every: int = 200,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> BasisExperts:
+        """Fit the bases to trained experts, whose down matrices and biases are taken as they are.
+
+        All of A, B and α are trained by Adam at a constant rate on the mean squared error to ``W/σ``, σ being the root
+        mean square deviation of the stacked matrices, for gate and up apart; every ``check_every`` steps the error is
+        looked at, and the best state is what the layer gets, σ folded into A. It starts from M groups of neighbouring
+        experts: a basis is the first R right singular vectors of a group's stacked matrices, A the expert's part of the
+        left ones, and an expert's logit of its group's basis is 1.
+
+        Args:
+            experts: whose weights to approximate; they are not changed.
+            num_bases: M, at most E.
+            rank: R; I if None.
+            nonlinearity: ψ.
+            steps: of Adam. The paper takes 10,000 to 30,000.
+            lr: its rate.
+            check_every: steps between two looks.
+            progress: called with the step and the error relative to the weights' own size at each look.
+
+        Returns:
+            A layer of the dtype and on the device of ``experts``.
+
+        Raises:
+            TypeError: ``experts`` is no plain :class:`Experts`, or a number no int.
+            ValueError: its weights are quantised; M > E; R beyond H or the rows of a group's stacked matrices; ``lr``
+                not positive; or as the class does.
+        """
+        up, down, up_bias, down_bias = float_weights(experts)
+        check_positive(steps=steps, check_every=check_every)
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {lr}")
+        layer = cls(
+            experts.num_experts,
+            experts.hidden_size,
+            experts.intermediate_size,
+            num_bases,
+            rank=rank,
+            nonlinearity=nonlinearity,
+            activation=experts.activation,
+            bias=up_bias is not None,
+            capacity_factor=experts.capacity_factor,
+            device=up.device,
+            dtype=torch.promote_types(up.dtype, torch.float32),
+        )
+        if num_bases > layer.num_experts:
+            raise ValueError(f"num_bases must be at most E = {layer.num_experts}, got {num_bases}")
+        least = min(layer.hidden_size, layer.num_experts // num_bases * layer.intermediate_size)
+        if layer.rank > least:
+            raise ValueError(f"rank must be at most {least}, the rank of a group of stacked matrices, got {layer.rank}")
+        target = up.unflatten(1, (-1, layer.intermediate_size)).to(layer.bases.dtype)
+        with torch.no_grad():
+            sigma = target.std(dim=(0, 2, 3), correction=0).clamp(min=torch.finfo(target.dtype).tiny)
+            target = target / sigma[:, None, None]
+            layer._start_at_groups(target)
+        with torch.enable_grad():
+            layer._fit(target, steps, lr, check_every, progress)
+        with torch.no_grad():
+            layer.factor.mul_(sigma[:, None, None])
+            layer.down_proj.copy_(down)
+            if up_bias is not None:
+                layer.up_bias.copy_(up_bias)
+                layer.down_bias.copy_(down_bias)
+        return layer.to(up.dtype)
+
+    def _start_at_groups(self, target: torch.Tensor) -> None:
+        """Bases, factors and logits from the singular vectors of neighbouring experts' matrices ``(E, 2, I, H)``."""
+        groups = torch.arange(self.num_experts) * self.num_bases // self.num_experts
+        self.mix.zero_()
+        for basis in range(self.num_bases):
+            mine = (groups == basis).nonzero().flatten().to(target.device)
+            self.mix[mine, :, basis] = 1.0
+            for half in range(target.shape[1]):
+                u, s, vh = torch.linalg.svd(target[mine, half].flatten(0, 1), full_matrices=False)
+                self.bases[half, basis] = vh[: self.rank]
+                left = u[:, : self.rank] * s[: self.rank]
+                self.factor[mine, half] = left.unflatten(0, (len(mine), -1))
+
+    def _fit(
+        self,
+        target: torch.Tensor,
+        steps: int,
+        lr: float,
+        check_every: int,
+        progress: Callable[[int, float], None] | None,
+    ) -> None:
+        """Train A, B and α on the mean squared error to ``target (E, 2, I, H)``, and keep the best state looked at."""
+        trained = [self.bases, self.mix, self.factor]
+        optimizer = torch.optim.Adam(trained, lr=lr)
+        wanted, size = target.flatten(1, 2), target.square().mean()
+        best, kept = math.inf, None
+        for step in range(steps + 1):
+            error = (self.up_weight() - wanted).square().mean()
+            if step % check_every == 0 or step == steps:
+                now = float(error.detach() / size)
+                if progress is not None:
+                    progress(step, now)
+                if now < best:
+                    best, kept = now, [parameter.detach().clone() for parameter in trained]
+            if step < steps:
+                gradients = torch.autograd.grad(error, trained)
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+        with torch.no_grad():
+            for parameter, value in zip(trained, kept or (), strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, num_bases={self.num_bases}, rank={self.rank}, "
+            f"nonlinearity={self.nonlinearity!r}, activation={self.activation.name!r}"
+        )
+
+
+def _busy(plan: Dispatch) -> tuple[Dispatch, torch.Tensor | None]:
+    """The dispatch over the experts that have rows, and their ids; as it came, and None, where the host cannot know."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _backend.transformed()
+    if plan.offsets.device.type != "cpu" or traced:
+        return plan, None
+    experts = plan.counts.nonzero().flatten()
+    if experts.numel() in (0, plan.num_experts):
+        return plan, None
+    offsets = torch.cat([plan.offsets[experts], plan.offsets[-1:]])
+    return replace(plan, offsets=offsets, num_experts=experts.numel()), experts
