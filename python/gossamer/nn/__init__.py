@@ -23,8 +23,11 @@ from gossamer.nn.linear.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.linear.lora_factors import lora_plus_groups
 from gossamer.nn.linear.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.linear.prune_and_regrow import PruneAndRegrow
+from gossamer.nn.moe.cartesian import CartesianMoE, product_routing
 from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.experts.basis import BasisExperts
 from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.nn.moe.experts.latent import LatentExperts
 from gossamer.nn.moe.experts.lora import LoRAExperts, expert_factors, flat_expert_factors
 from gossamer.nn.moe.experts.product_key import ProductKeyExperts
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
@@ -73,9 +76,11 @@ from gossamer.nn.moe.routing import (
 from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
 __all__ = [
+    "BasisExperts",
     "BlockSparseLinear",
     "BroadcastUncertain",
     "ClusterRouter",
+    "CartesianMoE",
     "ClusteredEmbedding",
     "CompositionalEmbedding",
     "ConstantSchedule",
@@ -102,6 +107,7 @@ __all__ = [
     "HashRouter",
     "KimiDeltaAttention",
     "LearnedPermutation",
+    "LatentExperts",
     "LinearRouter",
     "LoRAEmbedding",
     "LoRAExperts",
@@ -148,6 +154,7 @@ __all__ = [
     "load_loss",
     "lora_plus_groups",
     "mixed_dimensions",
+    "product_routing",
     "read_manifest",
     "round_tokens",
     "router_losses",
