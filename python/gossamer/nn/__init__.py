@@ -48,6 +48,7 @@ from gossamer.nn.moe.losses import (
     switch_balance_loss,
     update_expert_bias,
 )
+from gossamer.nn.moe.mixture_of_attention import KeyValueCache, MixtureOfAttention
 from gossamer.nn.moe.routers.base import Router, RouterAround, step_routers
 from gossamer.nn.moe.routers.broadcast import BroadcastUncertain, broadcast_uncertain
 from gossamer.nn.moe.routers.cluster import ClusterRouter
@@ -79,8 +80,8 @@ __all__ = [
     "BasisExperts",
     "BlockSparseLinear",
     "BroadcastUncertain",
-    "ClusterRouter",
     "CartesianMoE",
+    "ClusterRouter",
     "ClusteredEmbedding",
     "CompositionalEmbedding",
     "ConstantSchedule",
@@ -105,15 +106,17 @@ __all__ = [
     "GatedDeltaNet",
     "HashEmbedding",
     "HashRouter",
+    "KeyValueCache",
     "KimiDeltaAttention",
-    "LearnedPermutation",
     "LatentExperts",
+    "LearnedPermutation",
     "LinearRouter",
     "LoRAEmbedding",
     "LoRAExperts",
     "LoRALinear",
     "LowRankLinear",
     "MixedDimensionEmbedding",
+    "MixtureOfAttention",
     "MoE",
     "ProbabilisticAdmission",
     "ProductKeyExperts",
