@@ -44,7 +44,7 @@ NEEDS = {
     "frequency": {"frequencies": {name: torch.arange(n) for name, n in PATHS.items()}},
 }
 # These take what the method's own knob gives rather than the last byte.
-COARSE = {"clustered", "deduplicated", "mixed_dimension"}
+COARSE = {"clustered", "deduplicated", "mixed_dimension", "tensor_train"}
 
 
 @pytest.mark.parametrize("method", METHODS)

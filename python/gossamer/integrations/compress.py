@@ -25,6 +25,7 @@ from gossamer.nn import (
     MixedDimensionEmbedding,
     RandomBlockEmbedding,
     Table,
+    TensorTrainEmbedding,
 )
 
 ADAPTER = "compress"
@@ -59,6 +60,7 @@ METHODS = {
     "hash": Method(HashEmbedding),
     "mixed_dimension": Method(MixedDimensionEmbedding),
     "random_block": Method(RandomBlockEmbedding),
+    "tensor_train": Method(TensorTrainEmbedding),
 }
 
 

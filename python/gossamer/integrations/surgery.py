@@ -1,6 +1,6 @@
 """Surgery on other people's models: find modules, say why not, swap, mark, undo.
 
-The adapters ``compress``, ``embeddings``, ``peft``, ``transformers``, ``sparsify`` and ``quantized`` are written over it.
+The adapters ``compress``, ``embeddings``, ``peft``, ``quantized``, ``sparsify`` and ``transformers`` are over this one.
 An adapter marks each module it changes with its own name and what is needed to undo the change. Marks lie in the
 module, so copies, parts of a model and models around it are restored too. To be undone, an adapter module offers
 

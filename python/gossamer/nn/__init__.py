@@ -18,6 +18,7 @@ from gossamer.nn.embeddings.random_block import RandomBlockEmbedding
 from gossamer.nn.embeddings.remapped import ClusteredEmbedding, FrequencyEmbedding
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
+from gossamer.nn.embeddings.tensor_train import TensorTrainEmbedding
 from gossamer.nn.linear.block_sparse import BlockSparseLinear, erk_densities
 from gossamer.nn.linear.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.linear.lora_factors import lora_plus_groups
@@ -134,6 +135,7 @@ __all__ = [
     "SoftmaxRouter",
     "Table",
     "TableBatchedEmbeddingBags",
+    "TensorTrainEmbedding",
     "ThresholdRouter",
     "TokenRounding",
     "TopKSoftmaxRouter",

@@ -1,0 +1,176 @@
+"""Tables as products of three small tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from gossamer._checks import check_index, check_positive
+from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.table import POOLINGS, fit_budget
+from gossamer.ops.map_ids import map_ids, radix_maps
+from gossamer.optim import Optimizer
+
+
+class TensorTrainEmbedding(FusedTable):
+    """TT-Rec: the vector of an id as a product of three matrices, which the digits of the id choose.
+
+    With ``N ≤ n_1·n_2·n_3``, ``D = d_1·d_2·d_3`` and the digits ``x = (i_1·n_2 + i_2)·n_3 + i_3``,
+    ``e(x) = G_1[i_1]·G_2[i_2]·G_3[i_3]``, where ``G_1[i]`` is ``(d_1, r_1)``, ``G_2[i]`` is ``(r_1, d_2·r_2)`` and
+    ``G_3[i]`` is ``(r_2, d_3)``; the entry ``(a, b, c)`` of the product is entry ``(a·d_2 + b)·d_3 + c`` of ``e(x)``.
+
+    Where a batch has more ids than there are pairs ``(i_1, i_2)``, the first product is computed once a pair.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        ranks: ``(r_1, r_2)``.
+        row_factors: ``(n_1, n_2, n_3)``; by default about equal.
+        dim_factors: ``(d_1, d_2, d_3)``; by default as equal as the factors of D allow, the largest last.
+        mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        device: of the cores.
+        dtype: of the cores.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
+
+    Attributes:
+        core1: ``(n_1, d_1·r_1)``, a parameter. Cores start normal, with one variance, such that the entries of ``e(x)``
+            have variance 1/(3N).
+        core2: ``(n_2, r_1·d_2·r_2)``.
+        core3: ``(n_3, r_2·d_3)``.
+
+    Raises:
+        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, there are not three factors or two ranks, the product of ``row_factors`` is below
+            N or that of ``dim_factors`` is not D, or the mode is unknown.
+
+    Source: Yin et al., "TT-Rec: Tensor Train Compression for Deep Learning Recommendation Models", MLSys 2021.
+    """
+
+    tables = ("core1", "core2", "core3")
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        ranks: Sequence[int],
+        *,
+        row_factors: Sequence[int] | None = None,
+        dim_factors: Sequence[int] | None = None,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        n = _three_rows(num_embeddings) if row_factors is None else tuple(row_factors)
+        d = _three_factors(embedding_dim) if dim_factors is None else tuple(dim_factors)
+        ranks = tuple(ranks)
+        for name, values, count in (("row_factors", n, 3), ("dim_factors", d, 3), ("ranks", ranks, 2)):
+            if len(values) != count:
+                raise ValueError(f"{name} must be {count} numbers, got {values}")
+            check_positive(**{f"{name}[{i}]": value for i, value in enumerate(values)})
+        if math.prod(n) < num_embeddings:
+            raise ValueError(f"row_factors must have a product of at least {num_embeddings}, got {n}")
+        if math.prod(d) != embedding_dim:
+            raise ValueError(f"dim_factors must have the product {embedding_dim}, got {d}")
+        if mode not in POOLINGS:
+            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        self.num_embeddings, self.embedding_dim, self.ranks = num_embeddings, embedding_dim, ranks
+        self.row_factors, self.dim_factors = n, d
+        self.mode, self.include_last_offset = mode, include_last_offset
+        columns = (d[0] * ranks[0], ranks[0] * d[1] * ranks[1], ranks[1] * d[2])
+        for name, rows, width in zip(self.tables, n, columns, strict=True):
+            setattr(self, name, torch.nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype)))
+        # The last digit is the lowest, and digits begin at 0 in each core.
+        self._maps = radix_maps(n[::-1], limit=num_embeddings)
+        self._first_rows = [n[2] + n[1], n[2], 0]
+        self.reset_parameters()
+        self.attach(optimizer)
+
+    def reset_parameters(self) -> None:
+        """Draw the cores anew, and start the optimizer anew."""
+        std = (1 / (3 * self.num_embeddings * math.prod(self.ranks))) ** (1 / 6)
+        with torch.no_grad():
+            for name in self.tables:
+                core = getattr(self, name)
+                if not core.is_meta:
+                    core.normal_(std=std)
+        self._reset_state()
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``.
+
+        Raises:
+            TypeError: ``ids`` is not int32 or int64.
+            IndexError: on the CPU, an id outside ``[0, N)``.
+        """
+        check_index("ids", ids)
+        (n1, n2, _), (d1, d2, d3), r2 = self.row_factors, self.dim_factors, self.ranks[1]
+        third, second, first = map_ids(ids.reshape(-1), self._maps).unbind(-1)
+        i1, i2 = first - self._first_rows[0], second - self._first_rows[1]
+        count = ids.numel()
+        if count > n1 * n2:
+            everyone = torch.arange(n1 * n2, device=ids.device)
+            pairs = self._pairs(everyone // n2, everyone % n2)
+            left = pairs.index_select(0, i1 * n2 + i2)
+        else:
+            left = self._pairs(i1, i2)
+        right = self.rows("core3", third).view(count, r2, d3)
+        return torch.bmm(left.view(count, d1 * d2, r2), right).view(*ids.shape, self.embedding_dim)
+
+    def _pairs(self, i1: torch.Tensor, i2: torch.Tensor) -> torch.Tensor:
+        """``G_1[i_1]·G_2[i_2]``, ``(L, d_1·d_2·r_2)``."""
+        (d1, d2, _), (r1, r2) = self.dim_factors, self.ranks
+        left = self.rows("core1", i1).view(-1, d1, r1)
+        return torch.bmm(left, self.rows("core2", i2).view(-1, r1, d2 * r2)).flatten(1)
+
+    def extra_repr(self) -> str:
+        """Sizes, ranks and mode, and the optimizer where there is one."""
+        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
+        return f"{self.num_embeddings}, {self.embedding_dim}, ranks={self.ranks}, rows={self.row_factors}{rest}"
+
+    @classmethod
+    def from_budget(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
+    ) -> TensorTrainEmbedding:
+        """The table of the highest ranks, equal or the first one above the second, that fits ``nbytes`` bytes.
+
+        Raises as :meth:`Table.from_budget`.
+        """
+
+        def ranks(knob: int) -> tuple[int, int]:
+            return (knob + 1) // 2, knob // 2
+
+        def size_of(knob: int) -> int:
+            table = cls(num_embeddings, embedding_dim, ranks(knob), **options | {"device": "meta"})
+            return table.inference_nbytes()
+
+        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
+        # A rank above the product of the sizes on either side of it adds nothing.
+        n, d = _three_rows(num_embeddings), _three_factors(embedding_dim)
+        knob = fit_budget(nbytes, 2, 2 * max(n[0] * d[0], n[2] * d[2]), size_of, name)
+        return cls(num_embeddings, embedding_dim, ranks(knob), **options)
+
+
+def _three_rows(num_embeddings: int) -> tuple[int, int, int]:
+    """Three about equal sizes whose product is at least N."""
+    first = math.ceil(round(num_embeddings ** (1 / 3), 9))
+    rest = -(-num_embeddings // first)
+    second = math.ceil(math.sqrt(rest))
+    return first, second, -(-rest // second)
+
+
+def _three_factors(value: int) -> tuple[int, int, int]:
+    """Three factors of a number whose sum is least, in ascending order."""
+    best = (1, 1, value)
+    for a in range(1, round(value ** (1 / 3)) + 1):
+        if value % a == 0:
+            for b in range(a, math.isqrt(value // a) + 1):
+                if value // a % b == 0 and a + b + value // a // b < sum(best):
+                    best = (a, b, value // a // b)
+    return best
