@@ -12,6 +12,7 @@ from gossamer._backend import takes
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SIZE = 2**63 - 1
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -22,11 +23,62 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_positive(**sizes: int) -> None:
     """Every size given must be an int of at least 1."""
+    _check_sizes(1, sizes)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Every size given must be an int of at least 0."""
+    _check_sizes(0, sizes)
+
+
+def _check_sizes(least: int, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
+        if type(size) is int and size > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}, got {size}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """``value`` must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_flags(**flags: object) -> None:
+    """Every flag given must be a bool."""
+    for name, value in flags.items():
+        check_flag(name, value)
+
+
+def check_number(name: str, value: object) -> None:
+    """``value`` must be a real number, and no bool."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_dtype(name: str, value: object) -> None:
+    """``value`` must be a torch.dtype or None."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
+
+
+def check_strided(name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` must be dense."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must have the layout torch.strided, got {tensor.layout}")
+
+
+def check_padding_idx(padding_idx: int | None, num_rows: int) -> None:
+    """``padding_idx`` must be None or an int in ``[-N, N)``."""
+    if padding_idx is None:
+        return
+    if not isinstance(padding_idx, (int, torch.SymInt)) or isinstance(padding_idx, bool):
+        raise TypeError(f"padding_idx must be an int or None, got {type(padding_idx).__name__}")
+    if not -num_rows <= padding_idx < num_rows:
+        raise ValueError(f"padding_idx must be in [-N, N) with N={num_rows}, got {padding_idx}")
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], symbols: str) -> None:
@@ -48,9 +100,20 @@ def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
     check_tensor(name, tensor)
     if tensor.dim() < 1:
         raise ValueError(f"{name} must have shape {symbols}, got {tuple(tensor.shape)}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must have the layout torch.strided, got {tensor.layout}")
+    check_strided(name, tensor)
     return tensor.shape[-1]
+
+
+def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor) -> None:
+    """``x (..., C)`` must fit a layer of that many columns with that weight; under autocast in any floating dtype."""
+    last_size("x", x, "(..., C)")
+    check_shape("x", x, (*x.shape[:-1], columns), "(..., C)")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the dtype of the parameters, {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on the device of the parameters, {weight.device}, got {x.device}")
 
 
 def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) -> tuple | None:

@@ -63,7 +63,7 @@ class Optimizer:
     def __post_init__(self):
         """Check every number, and keep what kernels take."""
         if isinstance(self.lr, torch.Tensor):
-            if self.lr.numel() != 1 or not self.lr.is_floating_point():
+            if self.lr.numel() != 1 or not self.lr.is_floating_point() or self.lr.layout is not torch.strided:
                 raise TypeError(
                     f"lr must be a number or a floating tensor of one element, got {self.lr.dtype} "
                     f"{tuple(self.lr.shape)}"

@@ -163,7 +163,11 @@ class ServedModel(nn.Module):
             raise ValueError("the model no longer serves adapters: close() was called")
 
     def _begin(self, adapters: Sequence[str | None], args: tuple, kwargs: dict[str, object]) -> Call | None:
-        if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
+        if (
+            not isinstance(adapters, Sequence)
+            or isinstance(adapters, str)
+            or not all(name is None or isinstance(name, str) for name in adapters)
+        ):
             raise TypeError(f"adapters must be a sequence of str or None, got {adapters!r}")
         table = self._table
         if unknown := sorted({name for name in adapters if name is not None} - set(table.names)):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_float, check_index, check_padding_idx, check_same_device, check_shape, check_tensor
 
 MODES = ("sum", "mean", "max")
 BOUNDS = ("raise", "clamp", "drop")
@@ -230,8 +230,7 @@ def check_bags(
         raise ValueError("weights cannot be given with mode='max'")
     check_same_device(table=table, index=index, offsets=offsets, weights=weights)
     n = table.shape[0]
-    if padding_idx is not None and not -n <= padding_idx < n:
-        raise ValueError(f"padding_idx must be in [-N, N) with N={n}, got {padding_idx}")
+    check_padding_idx(padding_idx, n)
     check_bounds(bounds, bounds_count, index.device)
     if offsets is None and index.dim() == 1:
         index = index.unsqueeze(1)

@@ -136,8 +136,12 @@ def as_weight(name: str, weight: object, expected: tuple[int | None, ...], symbo
         raise ValueError(f"{name} must have shape {symbols} = ({words}), got {tuple(weight.shape)}")
     operand = weight.operand()
     if torch.is_grad_enabled():
-        for part, tensor in (("data", operand.data), ("scale", operand.scale)):
-            if tensor.requires_grad:
+        blocks = operand.blocks
+        parts = [("data", operand.data), ("scale", operand.scale)]
+        if blocks is not NO_BLOCKS:
+            parts += [(part, getattr(blocks, part)) for part in ("code", "nested_absmax", "nested_code", "offset")]
+        for part, tensor in parts:
+            if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"{name} is quantised and frozen, but {name}.{part} requires a gradient")
     return operand
 

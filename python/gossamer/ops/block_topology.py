@@ -23,6 +23,7 @@ from gossamer.ops.dispatch import Dispatch, check_is_dispatch
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_BLOCKS = 2**31 - 1
+MAX_PLACES = 2**53
 
 
 def check_block(block: object) -> tuple[int, int]:
@@ -35,7 +36,8 @@ def check_block(block: object) -> tuple[int, int]:
 
 def _check_blocked(shape: object, block: tuple[int, int]) -> tuple[int, int]:
     """``shape`` must be in whole blocks; returns the number of block rows and block columns."""
-    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 2 or any(size < 0 for size in shape):
+    two = isinstance(shape, (tuple, list)) and len(shape) == 2 and all(isinstance(size, int) for size in shape)
+    if not two or min(shape) < 0:
         raise ValueError(f"shape must be (rows, cols), two sizes that are not negative, got {shape!r}")
     for name, size, step in zip(("rows", "cols"), shape, block, strict=True):
         if size % step:
@@ -43,7 +45,17 @@ def _check_blocked(shape: object, block: tuple[int, int]) -> tuple[int, int]:
                 f"shape must be in whole blocks: {name} {size} is no multiple of {step}; pad it to "
                 f"{(size + step - 1) // step * step}"
             )
-    return shape[0] // block[0], shape[1] // block[1]
+    grid = shape[0] // block[0], shape[1] // block[1]
+    _check_grid("shape", grid)
+    return grid
+
+
+def _check_grid(name: str, grid: tuple[int, int]) -> None:
+    """Block rows and block columns must have int32 indices, and places numbers that float64 holds."""
+    if max(grid) > MAX_BLOCKS:
+        raise ValueError(f"{name} must have at most {MAX_BLOCKS} block rows and block columns, got {tuple(grid)}")
+    if grid[0] * grid[1] >= MAX_PLACES:
+        raise ValueError(f"{name} must have fewer than {MAX_PLACES} places for blocks, got {tuple(grid)}")
 
 
 @dataclass(frozen=True)
@@ -178,8 +190,7 @@ class BlockTopology:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         block = check_block(block)
-        if mask.shape[0] * mask.shape[1] >= 2**53:
-            raise ValueError(f"mask must have fewer than 2^53 places, got {tuple(mask.shape)}")
+        _check_grid("mask", mask.shape)
         if nnz is not None and (not isinstance(nnz, int) or isinstance(nnz, bool)):
             raise TypeError(f"nnz must be an int or None, got {type(nnz).__name__}")
         if nnz is None:
@@ -353,6 +364,8 @@ class BlockTopology:
 def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTopology:
     """The topology of a mask that has at most ``nnz`` blocks, with no host read; those past ``nnz`` are left out."""
     (rows, cols), device = mask.shape, mask.device
+    if mask.is_meta:
+        return _sizes_alone((rows, cols), block, nnz)
     position = (mask.reshape(-1).cumsum(0) - 1).view(rows, cols)
     mask = mask & (position < nnz)
 
@@ -387,6 +400,29 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
         longest_first(column_offsets),
     )
     return _made(topology)
+
+
+def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> BlockTopology:
+    """A topology on meta: torch computes prefix sums there by squares of their length, which overflow."""
+    rows, cols = grid
+
+    def indices(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device="meta")
+
+    blocks = [indices(nnz) for _ in range(5)]
+    return _made(
+        BlockTopology(
+            (rows * block[0], cols * block[1]),
+            block,
+            indices(rows + 1),
+            *blocks[:2],
+            None,
+            indices(cols + 1),
+            *blocks[2:],
+            indices(rows),
+            indices(cols),
+        )
+    )
 
 
 def _tensors(t: BlockTopology) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_float, check_index, check_same_device, check_shape
+from gossamer._checks import check_float, check_index, check_padding_idx, check_same_device, check_shape
 from gossamer._numerics import accumulation_dtype
 from gossamer.ops._bags import Bags
 from gossamer.ops._records import define
@@ -111,8 +111,7 @@ def embedding(
     check_index("index", index)
     check_same_device(table=table, index=index)
     n = table.shape[0]
-    if padding_idx is not None and not -n <= padding_idx < n:
-        raise ValueError(f"padding_idx must be in [-N, N) with N={n}, got {padding_idx}")
+    check_padding_idx(padding_idx, n)
     padding = -1 if padding_idx is None else padding_idx % n
     return _embedding(Embedding(table, index, padding, scale_grad_by_freq, sparse_grad), backend)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Sequence
 
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_float, check_index, check_same_device, check_shape, check_strided, check_tensor
 from gossamer.ops._bags import Bags, Feature, Features, apply_bounds, check_bounds, check_weights
 from gossamer.ops.gather_reduce import checked_out_dtype, reduce_bags
 from gossamer.optim import Optimizer
@@ -16,6 +17,14 @@ from gossamer.optim import Optimizer
 POOLINGS = ("sum", "mean")
 # Each table begins at a multiple of so many elements of the flat storage, so that its rows can be read in wide loads.
 ALIGNMENT = 64
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _are_ints(values: Sequence) -> bool:
+    return all(isinstance(value, numbers.Integral) for value in values)
 
 
 class TableLayout:
@@ -40,6 +49,7 @@ class TableLayout:
         max_dim: the largest D_f.
 
     Raises:
+        TypeError: an argument is none of these.
         ValueError: sizes are negative, or the map or the poolings do not fit the tables.
     """
 
@@ -49,13 +59,19 @@ class TableLayout:
         feature_table_map: Sequence[int] | None = None,
         pooling: str | Sequence[str] = "sum",
     ):
+        if not _is_sequence(specs) or not all(_is_sequence(s) and len(s) == 2 and _are_ints(s) for s in specs):
+            raise TypeError(f"specs must be a sequence of (rows, dim) pairs, got {specs!r}")
         self.specs = tuple((int(rows), int(dim)) for rows, dim in specs)
         if not self.specs or any(rows < 0 or dim < 1 for rows, dim in self.specs):
             raise ValueError(f"specs must be (rows, dim) pairs with rows >= 0 and dim >= 1, got {list(specs)}")
         tables = len(self.specs)
+        if feature_table_map is not None and not (_is_sequence(feature_table_map) and _are_ints(feature_table_map)):
+            raise TypeError(f"feature_table_map must be a sequence of ints or None, got {feature_table_map!r}")
         self.feature_table_map = tuple(range(tables)) if feature_table_map is None else tuple(feature_table_map)
         if not self.feature_table_map or not all(0 <= t < tables for t in self.feature_table_map):
             raise ValueError(f"feature_table_map must name tables in [0, {tables}), got {feature_table_map}")
+        if not isinstance(pooling, str) and not _is_sequence(pooling):
+            raise TypeError(f"pooling must be a str, or one for each table, got {pooling!r}")
         self.pooling = (pooling,) * tables if isinstance(pooling, str) else tuple(pooling)
         if len(self.pooling) != tables or any(p not in POOLINGS for p in self.pooling):
             raise ValueError(f"pooling must be one of {POOLINGS}, or one for each of {tables} tables, got {pooling!r}")
@@ -89,6 +105,8 @@ class TableLayout:
         Raises:
             ValueError: it has neither size.
         """
+        check_tensor("flat", flat)
+        check_strided("flat", flat)
         if flat.shape == (self.num_elements,):
             return [
                 flat[start : start + rows * dim].view(rows, dim)

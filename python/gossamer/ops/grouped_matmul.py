@@ -11,7 +11,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._autocast import autocast
-from gossamer._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer._checks import check_flag, check_float, check_same_device, check_same_dtype, check_shape, check_tensor
 from gossamer._layout import stored_transposed
 from gossamer.ops._groups import Groups
 from gossamer.ops._records import define
@@ -243,6 +243,8 @@ def grouped_matmul(
     """
     check_tensor("x", x)
     check_dispatch(dispatch)
+    check_flag("x_grouped", x_grouped)
+    check_flag("y_grouped", y_grouped)
     backend = _backend.resolve("grouped_matmul", x)
     e = dispatch.num_experts
     operand = as_weight("weight", weight, (e, None, None), "(E, N, C)")

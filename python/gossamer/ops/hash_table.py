@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gossamer import _backend
-from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES, check_shape, check_tensor
+from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES, MAX_SIZE, check_shape, check_strided, check_tensor
 from gossamer.ops import _hash_table_reference as reference
 from gossamer.ops._hash_table_storage import BUCKET_SLOTS, INSERTED, POLICIES, Batch, Inserted, Storage
 from gossamer.ops.gather_reduce import gather_reduce
@@ -92,7 +92,7 @@ class HashTable:
         if value_dtype not in FLOAT_DTYPES:
             raise TypeError(f"value_dtype must be float32, float16 or bfloat16, got {value_dtype}")
         for name, value in (("dim", dim), ("capacity", capacity)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if evict not in EVICT:
             raise ValueError(f"evict must be one of {EVICT}, got {evict!r}")
@@ -227,6 +227,8 @@ class HashTable:
         """
         keys = self._check_keys(keys)
         scores = self._check_scores(scores, keys.shape[0])
+        if not isinstance(mark, int) or not -(2**63) <= mark < 2**63:
+            raise TypeError(f"mark must be an int of 64 bits, got {mark!r}")
         with self.lock:
             if marks is not None:
                 self._check_marks("marks", marks, (torch.int64,))
@@ -511,6 +513,7 @@ class HashTable:
     def _check_keys(self, keys: torch.Tensor) -> torch.Tensor:
         check_tensor("keys", keys)
         check_shape("keys", keys, (None,), "(n,)")
+        check_strided("keys", keys)
         if keys.dtype != self.key_dtype:
             raise TypeError(f"keys must have the table's key_dtype, {self.key_dtype}, got {keys.dtype}")
         self._check_place("keys", keys)
@@ -519,6 +522,7 @@ class HashTable:
     def _check_values(self, values: torch.Tensor, count: int) -> torch.Tensor:
         check_tensor("values", values)
         check_shape("values", values, (count, self.dim), "(n, D)")
+        check_strided("values", values)
         if values.dtype != self.value_dtype:
             raise TypeError(f"values must have the table's value_dtype, {self.value_dtype}, got {values.dtype}")
         self._check_place("values", values)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from gossamer._checks import check_flag, check_number, check_positive, check_sizes
 from gossamer._rounding import mix64, random_bits
 from gossamer.ops import hash_table_state
 from gossamer.ops.hash_table import HashTable
@@ -55,11 +56,12 @@ class FrequencyAdmission:
 
     def __post_init__(self):
         """Check the numbers."""
+        check_sizes(threshold=self.threshold)
+        check_positive(capacity=self.capacity)
+        check_flag("sketch", self.sketch)
         most = _SKETCH_MOST if self.sketch else 2**24
         if not 1 <= self.threshold <= most:
             raise ValueError(f"threshold must be in [1, {most}], got {self.threshold}")
-        if self.capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {self.capacity}")
 
     def build(self, device: torch.device, key_dtype: torch.dtype, seed: int) -> Filter:
         """The filter with its state."""
@@ -83,6 +85,7 @@ class ProbabilisticAdmission:
 
     def __post_init__(self):
         """Check the number."""
+        check_number("threshold", self.threshold)
         if not self.threshold >= 1:
             raise ValueError(f"threshold must be at least 1, got {self.threshold}")
 

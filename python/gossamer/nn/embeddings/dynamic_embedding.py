@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.compiler import is_exporting
 
-from gossamer._checks import check_index
+from gossamer._checks import FLOAT_DTYPES, check_index, check_number
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.dynamic_lookup import Lookup
@@ -99,20 +99,28 @@ class DynamicEmbedding(Table):
         super().__init__()
         if pooling not in POOLING:
             raise ValueError(f"pooling must be one of {POOLING}, got {pooling!r}")
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a gossamer.optim.Optimizer or None, got {type(optimizer).__name__}")
         if admission is not None and not isinstance(admission, (FrequencyAdmission, ProbabilisticAdmission)):
             raise TypeError(
                 f"admission must be FrequencyAdmission, ProbabilisticAdmission or None, got {type(admission).__name__}"
             )
+        if expire_after is not None:
+            check_number("expire_after", expire_after)
+        if not callable(initializer) and initializer is not None:
+            check_number("initializer", initializer)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         if expire_after is not None and not expire_after > 0:
             raise ValueError(f"expire_after must be above 0 or None, got {expire_after}")
         if evict == "score":
             raise ValueError("evict='score' needs scores that this layer does not have; use 'lru' or 'lfu'")
         if not callable(initializer) and initializer is not None and not initializer >= 0:
             raise ValueError(f"initializer must be at least 0 or a function, got {initializer}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         self.table = HashTable(dim, capacity, key_dtype=key_dtype, value_dtype=dtype, device=device, evict=evict)
         self.dim, self.pooling, self.optimizer, self.seed = dim, pooling, optimizer, seed
         self.expire_after, self.admission = expire_after, admission

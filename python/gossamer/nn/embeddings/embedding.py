@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from gossamer._checks import check_tensor
+from gossamer._checks import check_dtype, check_index, check_sizes, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import Table
@@ -22,6 +22,14 @@ from gossamer.ops.gather_reduce_step import gather_reduce_step
 from gossamer.optim import Optimizer
 
 
+def _check_table(num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: object) -> None:
+    """What torch's constructor takes for granted."""
+    check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+    check_dtype("dtype", dtype)
+    if padding_idx is not None and (not isinstance(padding_idx, int) or isinstance(padding_idx, bool)):
+        raise TypeError(f"padding_idx must be an int or None, got {type(padding_idx).__name__}")
+
+
 def _check_fused(optimizer: Optimizer | None, sparse: bool) -> None:
     if optimizer is None:
         return
@@ -33,6 +41,7 @@ def _check_fused(optimizer: Optimizer | None, sparse: bool) -> None:
 
 def _lookup(layer: Embedding | EmbeddingBag, input: torch.Tensor) -> torch.Tensor:
     """``torch.nn.Embedding``'s lookup in the table of either layer."""
+    check_index("input", input)
     if layer.max_norm is not None:
         renorm_(layer.weight, input, layer.max_norm, layer.norm_type)
     plain = {"padding_idx": layer.padding_idx, "scale_grad_by_freq": layer.scale_grad_by_freq}
@@ -96,6 +105,7 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         *,
         optimizer: Optimizer | None = None,
     ) -> None:
+        _check_table(num_embeddings, embedding_dim, padding_idx, dtype)
         _check_fused(optimizer, sparse)
         if optimizer is not None and _freeze:
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
@@ -203,6 +213,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         *,
         optimizer: Optimizer | None = None,
     ) -> None:
+        _check_table(num_embeddings, embedding_dim, padding_idx, dtype)
         _check_fused(optimizer, sparse)
         super().__init__(
             num_embeddings,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_index
+from gossamer._checks import check_dtype, check_index
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget
@@ -63,6 +63,8 @@ class TableBatchedEmbeddingBags(FusedTable):
         super().__init__()
         if bounds not in ("raise", "clamp", "drop"):
             raise ValueError(f"bounds must be 'raise', 'clamp' or 'drop', got {bounds!r}")
+        check_dtype("weights_dtype", weights_dtype)
+        check_dtype("output_dtype", output_dtype)
         self.layout = TableLayout(specs, feature_table_map, pooling)
         names = None if feature_names is None else list(feature_names)
         if names is not None and len(names) != self.layout.num_features:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_positive, check_shape, check_tensor
+from gossamer._checks import check_input, check_positive, check_shape
 from gossamer.nn.replicas import evaluated_when_compiled
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
@@ -220,8 +220,7 @@ class BlockSparseLinear(nn.Module):
             TypeError: dtypes do not fit.
             ValueError: the shape or device does not fit.
         """
-        check_tensor("x", x)
-        check_shape("x", x, (*x.shape[:-1], self.in_features), "(..., I)")
+        check_input(x, self.in_features, self.values)
         rows, cols = self._topology.shape
         inputs = F.pad(x.reshape(-1, self.in_features), (0, cols - self.in_features))
         bias = None if self.bias is None else F.pad(self.bias, (0, rows - self.out_features))

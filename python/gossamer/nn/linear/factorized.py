@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_input, check_positive
 from gossamer.nn.linear.lora_factors import check_rank, spectral_factors
 
 
@@ -80,6 +80,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output ``(..., O)`` for ``x (..., I)``."""
+        check_input(x, self.in_features, self.v)
         return F.linear(F.linear(x, self.v), self.u, self.bias)
 
     @torch.no_grad()

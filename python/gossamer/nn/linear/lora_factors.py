@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._autocast import no_autocast
+from gossamer._checks import check_number
 from gossamer._numerics import accumulation_dtype
 
 INITS = ("kaiming", "gaussian", "spectral")
@@ -26,6 +27,7 @@ def check_rank(rank: int, rows: int, columns: int, name: str = "rank") -> None:
 
 def checked_alpha(alpha: float | None, rank: int) -> float:
     """α, by default r; it must be finite."""
+    check_number("rank" if alpha is None else "alpha", rank if alpha is None else alpha)
     alpha = float(rank if alpha is None else alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
@@ -34,6 +36,7 @@ def checked_alpha(alpha: float | None, rank: int) -> float:
 
 def check_dropout(dropout: float) -> None:
     """``dropout`` must be a probability below 1."""
+    check_number("dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 

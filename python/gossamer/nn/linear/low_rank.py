@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES, check_index, check_positive
+from gossamer._checks import (
+    FLOAT_DTYPES,
+    check_flags,
+    check_index,
+    check_input,
+    check_padding_idx,
+    check_positive,
+    check_same_device,
+)
 from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_dropout,
@@ -175,6 +183,7 @@ class LoRALinear(_Mergeable):
         init: str,
     ) -> None:
         check_rank(rank, base.out_features, base.in_features)
+        check_flags(rank_stabilized=rank_stabilized, dora=dora)
         check_dropout(dropout)
         check_init(init)
         self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
@@ -217,6 +226,7 @@ class LoRALinear(_Mergeable):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output ``(..., O)`` for ``x (..., I)``, in its dtype or autocast's."""
         if self.merged:
+            check_input(x, self.in_features, self.weight)
             return F.linear(x, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         fixed = self.bias if self.lora_magnitude is None else None
@@ -291,6 +301,7 @@ class LoRAEmbedding(_Mergeable):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_padding_idx(padding_idx, num_embeddings)
         base = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         super().__init__()
         self._setup(base, rank, alpha, rank_stabilized, dora, init)
@@ -325,6 +336,7 @@ class LoRAEmbedding(_Mergeable):
         self, base: nn.Embedding, rank: int, alpha: float | None, rank_stabilized: bool, dora: bool, init: str
     ) -> None:
         check_rank(rank, base.num_embeddings, base.embedding_dim)
+        check_flags(rank_stabilized=rank_stabilized, dora=dora)
         if init not in ("zero", "spectral"):
             raise ValueError(f"init must be 'zero' or 'spectral', got {init!r}")
         self.num_embeddings, self.embedding_dim, self.rank = base.num_embeddings, base.embedding_dim, rank
@@ -366,6 +378,7 @@ class LoRAEmbedding(_Mergeable):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows ``(..., D)`` of int ``ids (...)``."""
         check_index("ids", ids)
+        check_same_device(weight=self.weight, ids=ids)
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_tensor, check_traceable
+from gossamer._checks import check_shape, check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.routers import router_class
@@ -189,6 +189,7 @@ class MoE(nn.Module):
         routing = routing.dispatched()
         y = self.experts(tokens, routing)
         if routing.residual is not None:
+            check_shape("routing.residual", routing.residual, (tokens.shape[0],), "(T,)")
             y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)

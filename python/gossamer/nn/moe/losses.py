@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gossamer._checks import check_positive, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_number, check_positive, check_same_device, check_shape, check_tensor
 from gossamer.nn.moe.routing import Routing, token_entropy
 from gossamer.ops.dispatch import dispatch
 
@@ -561,6 +561,7 @@ def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) ->
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
     check_same_device(bias=bias, counts=counts)
+    check_number("rate", rate)
     if not 0 <= rate < math.inf:
         raise ValueError(f"rate must be at least 0 and finite, got {rate}")
     with torch.no_grad():

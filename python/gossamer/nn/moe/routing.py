@@ -12,14 +12,23 @@ import torch
 import torch.nn.functional as F
 
 from gossamer._backend import transformed
-from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_tensor
-from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer._checks import (
+    check_flag,
+    check_index,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_strided,
+    check_tensor,
+)
+from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
 from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk, live_experts, select_experts
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
     """``x`` must have shape ``(..., H)``."""
     check_tensor("x", x)
+    check_strided("x", x)
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have shape (..., H) with H = {hidden_size}, got {tuple(x.shape)}")
 
@@ -70,6 +79,18 @@ def sigmoid_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 SCORES = {"softmax": softmax_probabilities, "sigmoid": sigmoid_probabilities}
+
+
+def _check_fits(routing: Routing, dispatch: Dispatch) -> None:
+    """A routing's dispatch must be one of as many tokens, experts and experts a token."""
+    if not isinstance(dispatch, Dispatch):
+        raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+    (num_tokens, top_k), num_experts = routing.expert_ids.shape, routing.num_experts
+    if dispatch.num_tokens != num_tokens or dispatch.top_k != top_k or dispatch.num_experts != num_experts:
+        raise ValueError(
+            f"dispatch must be of T, K, E = {num_tokens}, {top_k}, {num_experts} as its routing, got "
+            f"{dispatch.num_tokens}, {dispatch.top_k}, {dispatch.num_experts}"
+        )
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -189,6 +210,7 @@ class Routing:
     def dispatched(self) -> Routing:
         """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
         if self.dispatch is not None:
+            _check_fits(self, self.dispatch)
             return self
         max_rows = self.expert_ids.numel() if self.max_rows is None else self.max_rows
         return self._with(dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows))
@@ -415,6 +437,7 @@ def softmax_topk(
     """
     logits = _as_logits(logits)
     check_selection(logits.shape[1], top_k, n_group, topk_group, scale)
+    check_flag("renormalize", renormalize)
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
     if (fused := fused_topk(logits, None, top_k, sigmoid=False, **options)) is not None:
         return Routing(*fused, logits.shape[1], logits)
@@ -490,6 +513,7 @@ def sigmoid_topk(
     if correction_bias is not None:
         check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
         check_same_device(logits=logits, correction_bias=correction_bias)
+    check_flag("renormalize", renormalize)
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
     if (fused := fused_topk(logits, correction_bias, top_k, sigmoid=True, **options)) is not None:
         return Routing(*fused, num_experts, logits, probabilities=sigmoid_probabilities)
@@ -529,6 +553,8 @@ def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Ten
     """
     check_index("expert_ids", expert_ids)
     check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
+    if expert_ids.shape[1] < 1:
+        raise ValueError(f"expert_ids must have at least one column, got shape {tuple(expert_ids.shape)}")
     check_selection(num_experts, expert_ids.shape[1])
     if weights is None:
         weights = torch.full(expert_ids.shape, 1.0 / expert_ids.shape[1], device=expert_ids.device)
@@ -602,6 +628,10 @@ def limit_capacity(
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
     if priority not in PRIORITIES:
         raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
+    check_index("expert_ids", routing.expert_ids)
+    check_shape("expert_ids", routing.expert_ids, (None, None), "(T, K)")
+    routing = routing.dispatched()
+    check_dispatch(routing.dispatch)
     e = routing.num_experts
     if capacity is not None:
         check_positive(capacity=capacity)
@@ -612,8 +642,7 @@ def limit_capacity(
             raise TypeError("capacity_factor must be a number, got NoneType")
         check_capacity_factor(capacity_factor)
         capacity = expert_capacity(routing.num_tokens, routing.top_k, e, capacity_factor)
-    routing = routing.dispatched()
     if capacity == 0:
         return routing
-    dropped = _places(routing, priority) >= capacity
+    dropped = _places(routing, priority) >= min(capacity, routing.expert_ids.numel())
     return routing.with_experts(routing.expert_ids.masked_fill(dropped, e), routing.weights).dispatched()

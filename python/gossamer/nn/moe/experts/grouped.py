@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, as_activation, check_interleaved
-from gossamer._checks import check_positive
+from gossamer._checks import check_flags, check_positive
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.block_sparse import best_block, block_sparse_mlp
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
@@ -87,6 +87,7 @@ class Experts(ExpertLayer):
         super().__init__()
         check_positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.activation = as_activation(activation)
+        check_flags(bias=bias, interleaved=interleaved, transposed=transposed)
         check_interleaved(interleaved, self.activation)
         check_capacity_factor(capacity_factor)
         if form not in FORMS:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_positive, check_shape, check_tensor
+from gossamer._checks import check_flags, check_positive, check_shape, check_strided, check_tensor
 from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_init,
@@ -36,8 +36,9 @@ def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int)
         ValueError: the sizes do not fit each other or ``num_experts``, or that is below 1.
     """
     check_positive(num_experts=num_experts)
-    check_tensor("flat_a", flat_a)
-    check_tensor("flat_b", flat_b)
+    for name, tensor in (("flat_a", flat_a), ("flat_b", flat_b)):
+        check_tensor(name, tensor)
+        check_strided(name, tensor)
     total = flat_a.shape[0] if flat_a.dim() else 0
     if flat_a.dim() != 2 or flat_b.dim() != 2 or flat_b.shape[1] != total or total % num_experts or not total:
         raise ValueError(
@@ -168,6 +169,7 @@ class LoRAExperts(Experts):
         if not targets or set(targets) - set(known) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be one or both of {known}, got {targets}")
         check_init(init)
+        check_flags(rank_stabilized=rank_stabilized, dora=dora)
         self.rank, self.alpha, self.rank_stabilized = rank, checked_alpha(alpha, rank), rank_stabilized
         self.init, self.targets = init, targets
         self._unmerged: dict[str, torch.Tensor] | None = None

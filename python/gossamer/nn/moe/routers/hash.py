@@ -9,7 +9,7 @@ import random
 import torch
 import torch.nn.functional as F
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_positive, check_same_device, check_shape
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_selection, given_experts
 
@@ -142,6 +142,8 @@ class HashRouter(Router):
             if x is None or (isinstance(x, torch.Tensor) and x.is_floating_point()):
                 raise TypeError("token_ids must be given to a router that goes by them, got None")
             token_ids = x
+        check_index("token_ids", token_ids)
+        check_same_device(table=self.table, token_ids=token_ids)
         check_ids(token_ids, 0, self.table.shape[0], "V")
         return given_experts(F.embedding(token_ids.reshape(-1), self.table), self.num_experts)
 

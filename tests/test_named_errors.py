@@ -1,0 +1,183 @@
+"""Errors name their argument where torch, pybind or Python would speak of something else, or say nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import gossamer
+from gossamer import nn, optim
+
+HUGE = 2**63
+PAIR = torch.ones(2)
+META = torch.zeros(3, dtype=torch.int64, device="meta")
+
+
+def empty_mask(rows, cols):
+    return torch.empty(1, dtype=torch.bool, device="meta").expand(rows, cols)
+
+
+def expert_ids(rows, columns, experts=4):
+    return torch.arange(rows * columns).view(rows, columns) % experts
+
+
+def routing(**fields):
+    made = nn.given_experts(expert_ids(3, 2), 4)
+    return dataclasses.replace(made, **fields)
+
+
+def low_rank(weight, **options):
+    x, a, b = torch.randn(2, 64), torch.randn(1, 64), torch.randn(8, 1)
+    return gossamer.low_rank_linear(x, weight, a, b, scale=1.0, **options)
+
+
+def trained_offset():
+    weight = gossamer.NF4Weight.quantize(torch.randn(8, 64))
+    weight.offset.requires_grad_()
+    return low_rank(weight)
+
+
+def adapters(out):
+    factors = torch.randn(1, 1, 4), torch.randn(1, 3, 1)
+    return gossamer.multi_low_rank(torch.randn(2, 4), *factors, torch.zeros(2, dtype=torch.int64), scale=1.0, out=out)
+
+
+CASES = {
+    "size_beyond_int64": (lambda: nn.Experts(2, HUGE, 4), ValueError, "hidden_size must be at most"),
+    "table_size": (lambda: nn.Embedding([1], 2), TypeError, "num_embeddings must be an int"),
+    "table_dim": (lambda: nn.EmbeddingBag(3, PAIR), TypeError, "embedding_dim must be an int"),
+    "table_dtype": (lambda: nn.Embedding(3, 2, dtype="half"), TypeError, r"dtype must be a torch\.dtype"),
+    "padding_idx": (lambda: nn.Embedding(3, 2, padding_idx=(1, 2)), TypeError, "padding_idx must be an int"),
+    "ids": (lambda: nn.Embedding(3, 2)("text"), TypeError, r"input must be a torch\.Tensor, got str"),
+    "bag_padding_idx": (
+        lambda: gossamer.gather_reduce(torch.ones(3, 2), expert_ids(1, 2, 3), padding_idx=[1]),
+        TypeError,
+        "padding_idx must be an int or None, got list",
+    ),
+    "specs": (lambda: gossamer.TableLayout(3), TypeError, r"specs must be a sequence of \(rows, dim\) pairs, got 3"),
+    "specs_of_floats": (lambda: gossamer.TableLayout([(1.5, 2)]), TypeError, "specs must be a sequence"),
+    "feature_table_map": (lambda: gossamer.TableLayout([(1, 2)], 0), TypeError, "feature_table_map must be"),
+    "poolings": (lambda: gossamer.TableLayout([(1, 2)], pooling=True), TypeError, "pooling must be a str"),
+    "flat": (
+        lambda: gossamer.TableLayout([(1, 2)]).views(torch.zeros(64).to_sparse()),
+        TypeError,
+        "flat must have the layout",
+    ),
+    "weights_dtype": (
+        lambda: nn.TableBatchedEmbeddingBags([(1, 2)], weights_dtype=1.5),
+        TypeError,
+        "weights_dtype must be a",
+    ),
+    "output_dtype": (
+        lambda: nn.TableBatchedEmbeddingBags([(1, 2)], output_dtype="half"),
+        TypeError,
+        "output_dtype must be a",
+    ),
+    "dynamic_dtype": (lambda: nn.DynamicEmbedding(2, 4, dtype=-1), TypeError, "dtype must be float32"),
+    "dynamic_age": (lambda: nn.DynamicEmbedding(2, 4, expire_after="a"), TypeError, "expire_after must be a number"),
+    "admission": (lambda: nn.FrequencyAdmission(2, 1.5), TypeError, "capacity must be an int"),
+    "keys": (
+        lambda: gossamer.HashTable(1, 4).insert_or_assign(torch.arange(2), torch.ones(2, 1).to_sparse()),
+        TypeError,
+        "values must have the layout",
+    ),
+    "mark": (
+        lambda: gossamer.HashTable(1, 4).insert_rows(torch.arange(2), mark="a"),
+        TypeError,
+        "mark must be an int of 64 bits, got 'a'",
+    ),
+    "dim": (lambda: gossamer.HashTable(HUGE, 4), ValueError, "dim must be an int"),
+    "lr": (lambda: optim.SGD(lr=torch.ones(1).to_sparse()), TypeError, "lr must be a number"),
+    "rate": (lambda: nn.update_expert_bias(PAIR, expert_ids(2, 1)[:, 0], True), TypeError, "rate must be a number"),
+    "alpha": (lambda: nn.LoRALinear(4, 4, 1, alpha=(1, 2)), TypeError, "alpha must be a number, got tuple"),
+    "dropout": (lambda: nn.LoRALinear(4, 4, 1, dropout=[0.5]), TypeError, "dropout must be a number, got list"),
+    "rank": (lambda: nn.LoRAExperts(2, 4, 4, PAIR), TypeError, "rank must be a number"),
+    "dora": (lambda: nn.LoRAEmbedding(4, 4, 1, dora=PAIR), TypeError, "dora must be a bool, got Tensor"),
+    "transposed": (lambda: nn.Experts(2, 4, 4, transposed=PAIR), TypeError, "transposed must be a bool"),
+    "low_rank_input": (
+        lambda: nn.LowRankLinear(4, 4, 1)(torch.ones(2, 3)),
+        ValueError,
+        r"x must have shape \(\.\.\., C\)",
+    ),
+    "low_rank_dtype": (
+        lambda: nn.LowRankLinear(4, 4, 1)(torch.ones(2, 4).double()),
+        TypeError,
+        r"x must have the dtype of the parameters, torch\.float32, got torch\.float64",
+    ),
+    "block_sparse_input": (lambda: nn.BlockSparseLinear(16, 16)(expert_ids(2, 16)), TypeError, "x must be floating"),
+    "ids_elsewhere": (lambda: nn.LoRAEmbedding(4, 4, 1)(META), ValueError, "ids must be on the device of weight"),
+    "token_ids_elsewhere": (
+        lambda: nn.HashRouter(expert_ids(5, 1), 4)(META),
+        ValueError,
+        "token_ids must be on the device of table",
+    ),
+    "flat_factors": (
+        lambda: nn.expert_factors(torch.ones(2, 3).to_sparse(), torch.ones(3, 2), 2),
+        TypeError,
+        "flat_a must have the layout",
+    ),
+    "no_experts": (
+        lambda: nn.given_experts(expert_ids(3, 0), 4),
+        ValueError,
+        "expert_ids must have at least one",
+    ),
+    "renormalize": (
+        lambda: nn.softmax_topk(torch.randn(2, 4), 2, renormalize=PAIR),
+        TypeError,
+        "renormalize must be a bool",
+    ),
+    "x_grouped": (
+        lambda: gossamer.grouped_matmul(
+            torch.ones(3, 2), torch.ones(4, 2, 2), gossamer.dispatch(expert_ids(3, 1), 4), x_grouped=PAIR
+        ),
+        TypeError,
+        "x_grouped must be a bool, got Tensor",
+    ),
+    "sparse_hidden": (lambda: nn.MoE(4, 4, 2, 1)(torch.ones(2, 4).to_sparse()), TypeError, "x must have the layout"),
+    "capacity": (lambda: nn.limit_capacity(routing(num_experts=float("nan")), 1.0), TypeError, "num_experts must be"),
+    "foreign_dispatch": (
+        lambda: routing(dispatch=gossamer.dispatch(expert_ids(2, 2), 4)).dispatched(),
+        ValueError,
+        r"dispatch must be of T, K, E = 3, 2, 4 as its routing, got 2, 2, 4",
+    ),
+    "residual": (
+        lambda: nn.MoE(4, 4, 4, 2, router=None)(torch.ones(3, 4), routing=routing(residual=1)),
+        TypeError,
+        r"routing\.residual must be a torch\.Tensor, got int",
+    ),
+    "quantised_offset": (trained_offset, ValueError, r"weight\.offset requires a gradient"),
+    "leaf_out": (lambda: adapters(torch.zeros(2, 3, requires_grad=True)), ValueError, "out must be no leaf"),
+    "block_rows": (
+        lambda: gossamer.BlockTopology.from_mask(empty_mask(2**31 + 1, 0), 16, nnz=3),
+        ValueError,
+        "mask must have at most 2147483647 block rows",
+    ),
+    "block_places": (
+        lambda: gossamer.BlockTopology.from_mask(empty_mask(2**31 - 1, 2**23), 16, nnz=3),
+        ValueError,
+        "mask must have fewer than",
+    ),
+    "block_shape": (lambda: gossamer.BlockTopology.random((16, 1.5), 16, 0.5), ValueError, "shape must be"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_error_names_its_argument(case):
+    call, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_capacity_may_pass_what_an_integer_holds():
+    """It is then no limit."""
+    made = nn.limit_capacity(routing(), 1e300)
+    assert torch.equal(made.expert_ids, routing().expert_ids)
+
+
+@pytest.mark.parametrize("shape", [(2**31 - 1, 2**22 - 1), (5, 2**31 - 1), (2**31 - 1, 0)])
+def test_topologies_of_the_largest_masks_have_sizes(shape):
+    """On meta, where a mask of 2⁵³ places is only its sizes."""
+    topology = gossamer.BlockTopology.from_mask(empty_mask(*shape), 16, nnz=3)
+    assert topology.grid == shape and topology.column_indices.shape == (3,)
