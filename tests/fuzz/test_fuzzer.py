@@ -1,11 +1,13 @@
 """A few hundred hostile calls; ``python tests/fuzz/fuzzer.py --cases N`` runs more."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzzer
+import torch
 
 
 def test_hostile_calls_end_in_a_named_error_or_the_right_result():
@@ -13,14 +15,26 @@ def test_hostile_calls_end_in_a_named_error_or_the_right_result():
     assert fuzzer.fuzz(0, 300) == []
 
 
-def test_a_process_that_dies_is_a_finding(monkeypatch):
-    """And the cases after it run."""
-    died = "import json, os, sys; print(json.dumps({'begin': int(sys.argv[-2])}), flush=True); os.abort()"
-    started = fuzzer.subprocess.Popen
+def test_a_process_that_dies_is_a_finding():
+    """And so is an error of the fuzzer itself."""
+    assert fuzzer.isolated(lambda: None, 1) is None
+    assert fuzzer.isolated(lambda: {"kind": "wrong result"}, 1) == {"kind": "wrong result"}
+    assert fuzzer.isolated(os.abort, 7) == {"seed": 7, "kind": "died", "what": "signal 6"}
+    assert fuzzer.isolated(lambda: 1 / 0, 8) == {"seed": 8, "kind": "died", "what": "an error in the fuzzer itself"}
 
-    def popen(command, **options):
-        return started([sys.executable, "-c", died, *command[-2:]], **options)
 
-    monkeypatch.setattr(fuzzer.subprocess, "Popen", popen)
-    findings = fuzzer.fuzz(7, 2)
-    assert [(f["seed"], f["kind"], f["what"]) for f in findings] == [(s, "died", "exit status -6") for s in (7, 8)]
+def test_copies_keep_strides_and_share_no_memory():
+    """Kernels see the strides that a case chose, and what one call writes the other does not see."""
+    for given in (torch.arange(12.0).view(3, 4)[:, ::2], torch.ones(1, 4).expand(3, 4), torch.randn(4, 3).mT):
+        again = fuzzer.copied(given)
+        assert again.stride() == given.stride() and torch.equal(again, given)
+        assert again.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+
+
+def test_differences_are_found():
+    """Of shapes, dtypes, numbers and infinities."""
+    ones = torch.ones(3)
+    assert fuzzer.different(ones, ones) is None
+    for other in (torch.ones(2), ones.double(), ones * 1.01, ones / 0, (ones, ones)):
+        assert fuzzer.different(other, ones) is not None
+    assert fuzzer.different(torch.tensor([1, 2]), torch.tensor([1, 3])) is not None

@@ -1,0 +1,37 @@
+"""Random tensors and sizes for the arguments of fuzzed calls."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The dtypes of parameters, float32 more often than the others.
+PARAMETERS = (None, None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def generator(rng: random.Random) -> torch.Generator:
+    """A CPU generator that follows from ``rng``."""
+    return torch.Generator().manual_seed(rng.randrange(2**31))
+
+
+def randn(rng: random.Random, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Standard normal numbers; ``dtype`` None is float32."""
+    return torch.randn(shape, generator=generator(rng)).to(dtype or torch.float32)
+
+
+def ids(rng: random.Random, high: int, *shape: int) -> torch.Tensor:
+    """Integers in ``[0, high)``, int64."""
+    return torch.randint(high, shape, generator=generator(rng))
+
+
+def size(rng: random.Random, least: int = 1, most: int = 40) -> int:
+    """A size, the smallest two as often as all others together."""
+    return rng.choice([least, least + 1, rng.randint(least, most)])
+
+
+def ragged(rng: random.Random, bags: int, most: int) -> torch.Tensor:
+    """``(bags+1,)`` int64 offsets of lists of up to ``most`` ids."""
+    lengths = [rng.randint(0, most) for _ in range(bags)]
+    return torch.tensor([0, *lengths]).cumsum(0)
