@@ -39,12 +39,17 @@ class Recommender(nn.Module):
 
 PATHS = {"bags.users": 2000, "bags.goods": 3000, "bags.shops": 400, "history": 1000}
 NEEDS = {
+    "semantic_id": {
+        "field_options": {
+            name: {"codes": torch.arange(n).view(-1, 1) // torch.tensor([32, 1]) % 32} for name, n in PATHS.items()
+        }
+    },
     "clustered": {"field_options": {name: {"clusters": torch.arange(n) % (n // 4)} for name, n in PATHS.items()}},
     "deduplicated": {"block_rows": 8},
     "frequency": {"frequencies": {name: torch.arange(n) for name, n in PATHS.items()}},
 }
 # These take what the method's own knob gives rather than the last byte.
-COARSE = {"clustered", "deduplicated", "mixed_dimension", "tensor_train"}
+COARSE = {"product_quantized", "semantic_id", "clustered", "deduplicated", "mixed_dimension", "tensor_train"}
 
 
 @pytest.mark.parametrize("method", METHODS)

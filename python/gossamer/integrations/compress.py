@@ -23,7 +23,9 @@ from gossamer.nn import (
     FrequencyEmbedding,
     HashEmbedding,
     MixedDimensionEmbedding,
+    ProductQuantizedEmbedding,
     RandomBlockEmbedding,
+    SemanticIdEmbedding,
     Table,
     TensorTrainEmbedding,
 )
@@ -59,7 +61,9 @@ METHODS = {
     "frequency": Method(FrequencyEmbedding, needs=("frequencies",)),
     "hash": Method(HashEmbedding),
     "mixed_dimension": Method(MixedDimensionEmbedding),
+    "product_quantized": Method(ProductQuantizedEmbedding, ProductQuantizedEmbedding.from_table),
     "random_block": Method(RandomBlockEmbedding),
+    "semantic_id": Method(SemanticIdEmbedding, needs=("codes",), sized=False),
     "tensor_train": Method(TensorTrainEmbedding),
 }
 
@@ -135,7 +139,7 @@ class _Field:
         """The table that a budget gives."""
         weight = self.module.weight
         options = {"device": weight.device, "dtype": weight.dtype} | self.options | more
-        if self.how.from_table is not None:
+        if self.how.from_table is not None and options["device"] != "meta":
             return self.how.from_table(weight.detach(), nbytes=nbytes, **options)
         return self.how.kind.from_budget(*weight.shape, nbytes, **options)
 

@@ -14,8 +14,16 @@ from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, r
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
 from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
+from gossamer.nn.embeddings.product_quantized import ProductQuantizedEmbedding
 from gossamer.nn.embeddings.random_block import RandomBlockEmbedding
 from gossamer.nn.embeddings.remapped import ClusteredEmbedding, FrequencyEmbedding
+from gossamer.nn.embeddings.residual_quantizer import (
+    ResidualQuantization,
+    ResidualQuantizer,
+    balanced_kmeans,
+    unique_codes,
+)
+from gossamer.nn.embeddings.semantic_id import SemanticIdEmbedding
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
 from gossamer.nn.embeddings.tensor_train import TensorTrainEmbedding
@@ -121,15 +129,19 @@ __all__ = [
     "MoE",
     "ProbabilisticAdmission",
     "ProductKeyExperts",
+    "ProductQuantizedEmbedding",
     "PrototypeRouter",
     "PruneAndRegrow",
     "QuantizedExpertStack",
     "RandomBlockEmbedding",
+    "ResidualQuantization",
+    "ResidualQuantizer",
     "Router",
     "RouterAround",
     "Routing",
     "Schedule",
     "SelfReferentialLinear",
+    "SemanticIdEmbedding",
     "SharedExpert",
     "SigmoidRouter",
     "SoftmaxRouter",
@@ -141,6 +153,7 @@ __all__ = [
     "TopKSoftmaxRouter",
     "TopPRouter",
     "TreeRouter",
+    "balanced_kmeans",
     "broadcast_uncertain",
     "cluster_variance_loss",
     "erk_densities",
@@ -180,5 +193,6 @@ __all__ = [
     "switch_balance_loss",
     "topk_softmax",
     "tree_gates",
+    "unique_codes",
     "update_expert_bias",
 ]

@@ -1,0 +1,125 @@
+"""Small integers, several a row, in as few bits as they need, and tables that rows are chosen from by them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from gossamer._checks import check_index, check_shape
+from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+
+
+def code_bits(num_codes: int) -> int:
+    """Bits of a code below ``num_codes``."""
+    return max(1, (num_codes - 1).bit_length())
+
+
+def packed_width(parts: int, bits: int) -> int:
+    """Bytes of a row of ``parts`` codes."""
+    return -(-parts * bits // 8)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes ``(N, P)`` below ``2**bits``, at most 16 bits each, as bytes ``(N, ceil(P·bits/8))``, lowest bit first."""
+    places = torch.arange(bits, device=codes.device)
+    stream = ((codes.long().unsqueeze(-1) >> places) & 1).flatten(1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack_codes(packed: torch.Tensor, parts: int, bits: int) -> torch.Tensor:
+    """What :func:`pack_codes` packed: ``(N, P)`` int32."""
+    if bits == 8:
+        return packed.int()
+    # A code of up to 16 bits lies in three bytes.
+    width = packed.shape[1]
+    wide = torch.nn.functional.pad(packed, (0, 2)).int()
+    first = torch.arange(parts, device=packed.device) * bits
+    byte, shift = first // 8, (first % 8).int()
+    window = wide[:, byte] | wide[:, (byte + 1).clamp(max=width)] << 8 | wide[:, (byte + 2).clamp(max=width)] << 16
+    return (window >> shift) & (2**bits - 1)
+
+
+class CodedRowsTable(SharedRowsTable):
+    """A table whose rows are chosen by codes that each id has: the served form of learnt codes, and semantic ids.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        codes: ``(N, P)`` int32 or int64 at least 0.
+        sizes: rows of each of the P parts of the table, above their codes.
+        operation: how rows are composed: ``"add"``, ``"mul"`` or ``"concat"``.
+        frequent: how many of the first ids have codes of all bits; the codes of the others are below ``rare_codes``,
+            and packed in the bits that those need. All by default.
+        rare_codes: see above.
+        **options: as of :class:`SharedRowsTable`.
+
+    Attributes:
+        weight: ``(Σ sizes, D)``, or ``(Σ sizes, D/P)`` with ``"concat"``.
+        codes: ``(frequent, ...)``, a buffer: bytes in as few bits as the largest part needs, int32 above 16 bits.
+        rare: the codes of the other ids, a buffer, or None.
+
+    Raises:
+        TypeError: ``codes`` is no integer tensor; as the options'.
+        ValueError: a size is below 1, or ``codes`` has another shape, negative numbers or some above their part.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        codes: torch.Tensor,
+        sizes: Sequence[int],
+        *,
+        frequent: int | None = None,
+        rare_codes: int | None = None,
+        **options: object,
+    ) -> None:
+        check_shape("codes", codes, (num_embeddings, len(sizes)), "(N, P)")
+        check_index("codes", codes)
+        frequent = num_embeddings if frequent is None else frequent
+        super().__init__(num_embeddings, embedding_dim, sum(sizes), len(sizes), **options)
+        self.sizes, self.frequent = tuple(sizes), frequent
+        self._bits = [code_bits(max(sizes)), code_bits(rare_codes or 1)]
+        device = self.weight.device
+        for name, part, bits, limits in (
+            ("codes", codes[:frequent], self._bits[0], sizes),
+            ("rare", codes[frequent:], self._bits[1], [rare_codes or 1] * len(sizes)),
+        ):
+            if name == "rare" and frequent == num_embeddings:
+                self.register_buffer(name, None)
+                continue
+            if not part.is_meta and part.numel():
+                lowest, highest = part.amin(), (part - torch.tensor(limits, device=part.device)).amax()
+                if int(lowest) < 0 or int(highest) >= 0:
+                    raise ValueError(f"codes must be in [0, size) of their part with sizes {tuple(limits)}")
+            stored = pack_codes(part, bits) if bits <= 16 else part.int()
+            self.register_buffer(name, stored.to(device))
+        first = torch.tensor([0, *itertools.accumulate(sizes)][:-1], dtype=torch.int32, device=device)
+        self.register_buffer("_first", first, persistent=False)
+
+    def _codes_at(self, name: str, places: torch.Tensor) -> torch.Tensor:
+        stored = getattr(self, name).index_select(0, places)
+        bits = self._bits[name == "rare"]
+        return unpack_codes(stored, len(self.sizes), bits) if bits <= 16 else stored
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of ``ids (...)``, ``(..., P)``; ``ids.shape`` where P is 1."""
+        flat = ids.reshape(-1)
+        if self.rare is None:
+            codes = self._codes_at("codes", flat)
+        else:
+            # An id outside the table is one outside the codes of the rare ones.
+            often = (flat >= 0) & (flat < self.frequent)
+            codes = self._codes_at("rare", (flat - self.frequent).masked_fill(often, 0))
+            if self.frequent:
+                codes = torch.where(often.unsqueeze(1), self._codes_at("codes", flat.masked_fill(~often, 0)), codes)
+        rows = codes + self._first
+        return rows.view(ids.shape) if self.rows_per_id == 1 else rows.view(*ids.shape, self.rows_per_id)
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> CodedRowsTable:
+        """The table of the ``codes`` given, which have one size: it fits, or it does not."""
+        return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)

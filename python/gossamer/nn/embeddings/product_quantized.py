@@ -1,0 +1,321 @@
+"""Tables that learn to be codes of a few shared pieces."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gossamer._checks import check_index, check_positive, check_shape
+from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
+from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.residual_quantizer import kmeans
+from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
+from gossamer.optim import Optimizer
+
+VARIANTS = ("vq", "sx")
+
+
+class ProductQuantizedEmbedding(FusedTable):
+    """DPQ: a vector is P pieces, each one of K codewords that the ids share, and the choice is trained with the rest.
+
+    In training a dense table of queries is there, whose pieces ``q^p`` choose codewords ``V^p_c``:
+
+    - ``"vq"``: the nearest, ``c = argmin_k ‖q^p − V^p_k‖²``. The query gets the gradient of the output as it is, and
+      the codewords that of ``regularization·mean‖V^p_c − sg(q^p)‖²``, sg being stop-gradient, which a backward pass
+      through the table adds by itself.
+    - ``"sx"``: ``c = argmax_k ⟨q^p, K^p_k⟩`` with keys of their own; the gradient is that of the mixture
+      ``Σ_k softmax_k(⟨q^p, K^p_k⟩)·V^p_k``.
+
+    :meth:`freeze` keeps codes, of ``⌈log2 K⌉`` bits each, and codewords: the same vectors to the last bit. With
+    ``frequent`` ids below it choose among all K codewords and the others among the first ``rare_codes``, in fewer bits
+    (MGQE); ids are then sorted by descending frequency.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        num_codes: K.
+        num_parts: P, a divisor of D.
+        variant: ``"vq"`` or ``"sx"``.
+        frequent: how many ids choose among all codewords; None for all.
+        rare_codes: codewords of the others.
+        regularization: of ``"vq"``.
+        mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        device: of the parameters.
+        dtype: of the parameters.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step on the queries into the backward pass. Codewords and
+            keys are ordinary parameters.
+
+    Attributes:
+        weight: ``(N, D)``, the queries, a parameter in training alone. It starts uniform in ``±1/√N``.
+        codewords: ``(P, K, D/P)``, a parameter, which starts as the queries do.
+        keys: ``(P, K, D/P)``, a parameter with ``"sx"`` in training.
+        served: the table of codes once it is frozen, else None.
+
+    Raises:
+        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, D is no multiple of P, K is above 65,536, ``frequent`` or ``rare_codes`` do not
+            fit, or the variant or mode is unknown.
+
+    Source: Chen et al., "Differentiable Product Quantization for End-to-End Embedding Compression", ICML 2020; Kang et
+    al., "Learning Multi-granular Quantized Embeddings for Large-Vocab Categorical Features", WWW 2020.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_codes: int = 256,
+        num_parts: int = 4,
+        *,
+        variant: str = "vq",
+        frequent: int | None = None,
+        rare_codes: int | None = None,
+        regularization: float = 1.0,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_codes=num_codes, num_parts=num_parts
+        )
+        if embedding_dim % num_parts:
+            raise ValueError(f"embedding_dim must be a multiple of num_parts, {num_parts}, got {embedding_dim}")
+        if num_codes > 2**16:
+            raise ValueError(f"num_codes must be at most 65536, got {num_codes}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
+        if mode not in POOLINGS:
+            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        if (frequent is None) != (rare_codes is None):
+            raise ValueError(f"frequent and rare_codes go together, got {frequent} and {rare_codes}")
+        if frequent is not None:
+            check_positive(rare_codes=rare_codes)
+            if not 0 <= frequent <= num_embeddings:
+                raise ValueError(f"frequent must be in [0, N] with N={num_embeddings}, got {frequent}")
+            if rare_codes > num_codes:
+                raise ValueError(f"rare_codes must be at most num_codes, {num_codes}, got {rare_codes}")
+        if not regularization >= 0:
+            raise ValueError(f"regularization must be at least 0, got {regularization}")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_codes, self.num_parts, self.variant = num_codes, num_parts, variant
+        self.frequent, self.rare_codes, self.regularization = frequent, rare_codes, regularization
+        self.mode, self.include_last_offset = mode, include_last_offset
+        factory = {"device": device, "dtype": dtype}
+        books = (num_parts, num_codes, embedding_dim // num_parts)
+        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
+        self.codewords = torch.nn.Parameter(torch.empty(books, **factory))
+        self.register_parameter("keys", torch.nn.Parameter(torch.empty(books, **factory)) if variant == "sx" else None)
+        self.served: CodedRowsTable | None = None
+        self.reset_parameters()
+        self.attach(optimizer)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, and start the optimizer anew."""
+        bound = self.num_embeddings**-0.5
+        for parameter in (self.weight, self.codewords, self.keys):
+            if parameter is not None:
+                torch.nn.init.uniform_(parameter, -bound, bound)
+        self._reset_state()
+
+    def _pieces(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(-1, self.num_parts, self.embedding_dim // self.num_parts)
+
+    def _responses(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """How well each codeword answers each piece, ``(L, P, K)``; those that an id may not choose are −∞."""
+        if self.variant == "sx":
+            found = torch.einsum("lpd,pkd->lpk", pieces, self.keys)
+        else:
+            # ‖q‖² is the same for all codewords.
+            words = self.codewords
+            found = 2 * torch.einsum("lpd,pkd->lpk", pieces, words) - words.square().sum(-1)
+        if self.frequent is None:
+            return found
+        beyond = torch.arange(self.num_codes, device=ids.device) >= self.rare_codes
+        return found.masked_fill((ids >= self.frequent).view(-1, 1, 1) & beyond, -torch.inf)
+
+    def _words(self, codes: torch.Tensor) -> torch.Tensor:
+        """The codewords ``(L, P, D/P)`` of ``codes (L, P)``."""
+        return self.codewords[torch.arange(self.num_parts, device=codes.device), codes]
+
+    @torch.no_grad()
+    def choose(self, ids: torch.Tensor) -> torch.Tensor:
+        """The codes ``(*ids.shape, P)`` that ``ids`` have now."""
+        if self.served is not None:
+            first = torch.arange(self.num_parts, device=ids.device) * self.num_codes
+            return self.served.addresses(ids).view(*ids.shape, self.num_parts) - first
+        flat = ids.reshape(-1)
+        pieces = self._pieces(torch.nn.functional.embedding(flat, self.weight))
+        return self._responses(pieces, flat).argmax(-1).view(*ids.shape, self.num_parts)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``.
+
+        Raises:
+            TypeError: ``ids`` is not int32 or int64.
+            IndexError: on the CPU, an id outside ``[0, N)``.
+        """
+        check_index("ids", ids)
+        if self.served is not None:
+            return self.served.lookup(ids)
+        flat = ids.reshape(-1)
+        pieces = self._pieces(self.rows("weight", flat))
+        if self.variant == "vq":
+            with torch.no_grad():
+                codes = self._responses(pieces, flat).argmax(-1)
+            words = self._words(codes)
+            out = _WithGradientOf.apply(words.detach(), pieces)
+            if self.regularization and torch.is_grad_enabled() and words.requires_grad and flat.numel():
+                distance = (words - pieces.detach()).square().sum(-1).mean()
+                out = _WithLoss.apply(out, self.regularization * distance)
+        else:
+            responses = self._responses(pieces, flat)
+            codes = responses.detach().argmax(-1)
+            mixture = torch.einsum("lpk,pkd->lpd", responses.softmax(-1), self.codewords)
+            out = _WithGradientOf.apply(self._words(codes).detach(), mixture)
+        return out.reshape(*ids.shape, self.embedding_dim)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bags, as :meth:`Table.forward`; once frozen they are pooled as codes are read."""
+        if self.served is not None:
+            return self.served(ids, offsets, per_sample_weights)
+        return Table.forward(self, ids, offsets, per_sample_weights)
+
+    def inference_nbytes(self) -> int:
+        """Bytes of codewords and packed codes."""
+        if self.served is not None:
+            return self.nbytes()
+        often = self.num_embeddings if self.frequent is None else self.frequent
+        codes = often * packed_width(self.num_parts, code_bits(self.num_codes))
+        if often < self.num_embeddings:
+            codes += (self.num_embeddings - often) * packed_width(self.num_parts, code_bits(self.rare_codes))
+        return self.codewords.numel() * self.codewords.element_size() + codes + 4 * self.num_parts
+
+    def freeze(self) -> ProductQuantizedEmbedding:
+        """Keep codes and codewords alone."""
+        if self.served is None:
+            n, chunk = self.num_embeddings, 1 << 16
+            ids = torch.arange(n, device=self.weight.device)
+            codes = torch.cat([self.choose(part) for part in ids.split(chunk)])
+            served = CodedRowsTable(
+                n,
+                self.embedding_dim,
+                codes,
+                [self.num_codes] * self.num_parts,
+                operation="concat",
+                frequent=self.frequent,
+                rare_codes=self.rare_codes,
+                mode=self.mode,
+                include_last_offset=self.include_last_offset,
+                device=self.weight.device,
+                dtype=self.weight.dtype,
+            )
+            with torch.no_grad():
+                served.weight.copy_(self.codewords.flatten(0, 1))
+            self.detach_optimizer()
+            self.tables = ()
+            self.weight = self.codewords = self.keys = None
+            self.served = served
+        self.requires_grad_(False)
+        self.frozen = True
+        return self.eval()
+
+    @classmethod
+    def from_budget(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
+    ) -> ProductQuantizedEmbedding:
+        """The table of the most bytes within a budget, over parts and codes; raises as :meth:`Table.from_budget`.
+
+        ``num_parts`` may be given.
+        """
+        check_budget(nbytes)
+        given = options.pop("num_parts", None)
+        splits = [given] if given else [p for p in range(1, embedding_dim + 1) if embedding_dim % p == 0]
+        rare = options.get("rare_codes") or 1
+        often = num_embeddings if options.get("frequent") is None else options["frequent"]
+        seldom = num_embeddings - often
+        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
+        best, smallest = None, None
+        for parts in splits:
+            for bits in range(1, 17):
+                fixed = often * packed_width(parts, bits) + seldom * packed_width(parts, code_bits(rare)) + 4 * parts
+                word = embedding_dim * itemsize
+                least, most = max(2 ** (bits - 1) + 1, rare), min(2**bits, max(num_embeddings, 2))
+                if most < least:
+                    continue
+                smallest = min(smallest or math.inf, fixed + least * word)
+                codes = min(most, (nbytes - fixed) // word)
+                if codes >= least and (best is None or (fixed + codes * word, bits) > best[0]):
+                    best = (fixed + codes * word, bits), parts, codes
+        if best is None:
+            raise ValueError(
+                f"nbytes must be at least {smallest} for {cls.__name__} with {num_embeddings} embeddings of "
+                f"{embedding_dim}, got {nbytes}"
+            )
+        return cls(num_embeddings, embedding_dim, best[2], best[1], **options)
+
+    @classmethod
+    def from_table(
+        cls, weight: torch.Tensor, *, nbytes: int, steps: int = 10, seed: int = 0, **options: object
+    ) -> ProductQuantizedEmbedding:
+        """The table that a budget gives, with a trained one ``(N, D)`` as queries and codewords by k-means.
+
+        Args:
+            weight: ``(N, D)``.
+            nbytes: the budget.
+            steps: of k-means.
+            seed: of its first centroids.
+            **options: of the class.
+
+        Raises:
+            ValueError: as :meth:`from_budget`.
+        """
+        check_shape("weight", weight, (None, None), "(N, D)")
+        options = {"device": weight.device, "dtype": weight.dtype} | options
+        made = cls.from_budget(*weight.shape, nbytes, **options)
+        with torch.no_grad():
+            made.weight.copy_(weight)
+            pieces = made._pieces(weight.float())
+            sample = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[: 256 * made.num_codes]
+            for part in range(made.num_parts):
+                points = pieces[sample.to(pieces.device), part]
+                made.codewords[part] = kmeans(points, made.num_codes, steps=steps, seed=seed)[0].to(weight.dtype)
+            if made.keys is not None:
+                # ⟨q, k⟩ − ‖k‖²/2 would choose the nearest; keys without the offset choose the nearest direction.
+                made.keys.copy_(made.codewords)
+        return made
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """One tensor's values with the gradient of another of its shape."""
+
+    @staticmethod
+    def forward(ctx, shown: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return shown.view_as(shown)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return None, gradient
+
+
+class _WithLoss(torch.autograd.Function):
+    """A tensor whose backward pass also differentiates a scalar, as if that had been added to the loss."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (loss,) = ctx.saved_tensors
+        return gradient, torch.ones_like(loss)

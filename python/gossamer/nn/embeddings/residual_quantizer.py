@@ -1,0 +1,223 @@
+"""Codes of vectors, level by level on what the levels before left over."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from gossamer._checks import check_positive, check_shape
+
+
+class ResidualQuantization(NamedTuple):
+    """What :class:`ResidualQuantizer` makes of vectors.
+
+    Attributes:
+        values: ``(..., d)``, the sum of the codewords; its gradient goes to the vectors as it is.
+        codes: ``(..., L)`` int64.
+        loss: ``Σ_l mean‖sg(r_l) − C^l‖² + β·mean‖r_l − sg(C^l)‖²`` over levels, sg being stop-gradient.
+    """
+
+    values: torch.Tensor
+    codes: torch.Tensor
+    loss: torch.Tensor
+
+
+class ResidualQuantizer(nn.Module):
+    """Semantic ids: L codes of K codewords each, ``c_l = argmin_k ‖r_l − C^l_k‖²`` and ``r_{l+1} = r_l − C^l_{c_l}``.
+
+    ``r_0`` is the vector. :meth:`fit` starts the codebooks by k-means, level by level; they are trained further by the
+    loss of :meth:`forward`, and :meth:`reseed_dead_codes` puts codewords that no vector chose onto vectors again.
+
+    Args:
+        dim: d.
+        num_levels: L.
+        num_codes: K.
+        commitment: β, how strongly vectors are drawn to their codewords.
+        device: of the codebooks.
+        dtype: of the codebooks.
+
+    Attributes:
+        codebooks: ``(L, K, d)``, a parameter.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is below 1, or ``commitment`` is negative.
+
+    Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023; balanced codes: Deng et al.,
+    "OneRec", 2025.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_levels: int = 3,
+        num_codes: int = 256,
+        *,
+        commitment: float = 0.25,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, num_levels=num_levels, num_codes=num_codes)
+        if not commitment >= 0:
+            raise ValueError(f"commitment must be at least 0, got {commitment}")
+        self.dim, self.num_levels, self.num_codes, self.commitment = dim, num_levels, num_codes, commitment
+        self.codebooks = nn.Parameter(torch.empty(num_levels, num_codes, dim, device=device, dtype=dtype))
+        nn.init.normal_(self.codebooks, std=dim**-0.5)
+
+    def forward(self, x: torch.Tensor) -> ResidualQuantization:
+        """Codes of ``x (..., d)``, their sum, and the loss that trains codebooks and encoder.
+
+        Raises:
+            ValueError: the last size of ``x`` is not d.
+        """
+        check_shape("x", x, (*x.shape[:-1], self.dim), "(..., d)")
+        left, total, loss, codes = x, torch.zeros_like(x), x.new_zeros(()), []
+        for book in self.codebooks:
+            chosen = nearest(left.detach(), book.detach())
+            words = book[chosen]
+            loss = loss + (left.detach() - words).square().sum(-1).mean()
+            loss = loss + self.commitment * (left - words.detach()).square().sum(-1).mean()
+            left, total = left - words.detach(), total + words
+            codes.append(chosen)
+        # x − x.detach() is zero, so the value is the codewords' sum to the last bit.
+        return ResidualQuantization(total.detach() + (x - x.detach()), torch.stack(codes, -1), loss)
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes ``(..., L)`` int64 of ``x (..., d)``."""
+        return self(x).codes
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """The sums ``(..., d)`` of the codewords that ``codes (..., L)`` name."""
+        check_shape("codes", codes, (*codes.shape[:-1], self.num_levels), "(..., L)")
+        return sum(book[code] for book, code in zip(self.codebooks, codes.unbind(-1), strict=True))
+
+    @torch.no_grad()
+    def fit(self, x: torch.Tensor, *, steps: int = 20, seed: int = 0, balanced: bool = False) -> torch.Tensor:
+        """Codebooks by k-means on ``x (n, d)``, each level on what the levels before left over.
+
+        Args:
+            x: at least one vector.
+            steps: of k-means, at most; it ends when no assignment changes.
+            seed: of the first centroids, which are drawn far apart (k-means++).
+            balanced: whether the clusters of a level have one size, up to one vector: see :func:`balanced_kmeans`.
+
+        Returns:
+            The codes ``(n, L)`` int64 that fitting ended with. New vectors, and those of balanced clusters too, are
+            encoded by the nearest codeword.
+
+        Raises:
+            ValueError: ``x`` has another shape, or no vector.
+        """
+        check_shape("x", x, (None, self.dim), "(n, d)")
+        if not len(x):
+            raise ValueError("x must hold at least one vector, got 0")
+        left, codes = x.to(self.codebooks.dtype), []
+        for level in range(self.num_levels):
+            cluster = balanced_kmeans if balanced else kmeans
+            centroids, chosen = cluster(left, self.num_codes, steps=steps, seed=seed + level)
+            self.codebooks[level] = centroids
+            left = left - centroids[chosen]
+            codes.append(chosen)
+        return torch.stack(codes, 1)
+
+    @torch.no_grad()
+    def reseed_dead_codes(self, x: torch.Tensor, *, seed: int = 0) -> int:
+        """Put codewords that no vector of ``x (n, d)`` chooses onto residuals drawn from it; how many there were."""
+        check_shape("x", x, (None, self.dim), "(n, d)")
+        generator = torch.Generator().manual_seed(seed)
+        left, dead = x.to(self.codebooks.dtype), 0
+        for book in self.codebooks:
+            chosen = nearest(left, book)
+            unused = (chosen.bincount(minlength=self.num_codes) == 0).nonzero().flatten()
+            if len(unused) and len(left):
+                drawn = torch.randint(len(left), (len(unused),), generator=generator).to(left.device)
+                book[unused] = left[drawn]
+                dead += len(unused)
+                chosen = nearest(left, book)
+            left = left - book[chosen]
+        return dead
+
+
+def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """The nearest of ``words (K, d)`` to each of ``x (..., d)``, the first among equals."""
+    # ‖x‖² is the same for all words.
+    return (words.square().sum(-1) - 2 * (x @ words.T)).argmin(-1)
+
+
+def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """``count`` of the vectors drawn with a probability by their squared distance to those drawn before."""
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(x), (1,), generator=generator))
+    chosen, distance = [first], (x - x[first]).square().sum(-1)
+    for _ in range(1, count):
+        weights = distance.double().cpu()
+        if float(weights.sum()) > 0:
+            pick = int(torch.multinomial(weights, 1, generator=generator))
+        else:
+            pick = int(torch.randint(len(x), (1,), generator=generator))
+        chosen.append(pick)
+        distance = torch.minimum(distance, (x - x[pick]).square().sum(-1))
+    return x[chosen].clone()
+
+
+def _means(x: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Means of clusters; an empty one keeps its centroid."""
+    counts = chosen.bincount(minlength=len(before)).to(x.dtype).unsqueeze(1)
+    sums = torch.zeros_like(before).index_add(0, chosen, x)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), before)
+
+
+def kmeans(x: torch.Tensor, num_codes: int, *, steps: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centroids ``(K, d)`` and clusters ``(n,)`` of ``x (n, d)`` by Lloyd's algorithm from k-means++."""
+    centroids = _spread(x, num_codes, seed)
+    chosen = nearest(x, centroids)
+    for _ in range(steps):
+        centroids = _means(x, chosen, centroids)
+        before, chosen = chosen, nearest(x, centroids)
+        if torch.equal(before, chosen):
+            break
+    return centroids, chosen
+
+
+def balanced_kmeans(
+    x: torch.Tensor, num_codes: int, *, steps: int = 20, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`kmeans`, with clusters of one size: ``⌈n/K⌉`` vectors, the last ones less one where K leaves a rest.
+
+    Clusters choose in turn: each takes the nearest vectors that none before it took, until no assignment changes.
+
+    Source: Deng et al., "OneRec: Unifying Retrieve and Rank with Generative Recommender and Iterative Preference
+    Alignment", 2025.
+    """
+    centroids = _spread(x, num_codes, seed)
+    n = len(x)
+    sizes = [n // num_codes + (k < n % num_codes) for k in range(num_codes)]
+    chosen = None
+    for _ in range(steps):
+        free = torch.ones(n, dtype=torch.bool, device=x.device)
+        before, chosen = chosen, torch.empty(n, dtype=torch.int64, device=x.device)
+        for k, size in enumerate(sizes):
+            distance = (x - centroids[k]).square().sum(-1).masked_fill(~free, math.inf)
+            taken = distance.argsort(stable=True)[:size]
+            chosen[taken], free[taken] = k, False
+            if size:
+                centroids[k] = x[taken].mean(0)
+        if before is not None and torch.equal(before, chosen):
+            break
+    return centroids, chosen
+
+
+def unique_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes ``(n, L)`` with a last one that numbers the vectors that share the others, ``(n, L+1)``: all differ."""
+    check_shape("codes", codes, (None, None), "(n, L)")
+    _, group = codes.unique(dim=0, return_inverse=True)
+    order = group.argsort(stable=True)
+    starts = torch.searchsorted(group[order], group[order])
+    number = torch.empty_like(group)
+    number[order] = torch.arange(len(codes), device=codes.device) - starts
+    return torch.cat([codes, number.unsqueeze(1).to(codes.dtype)], 1)

@@ -1,0 +1,175 @@
+"""Codes of vectors by residual quantisation, and tables that are looked up by them."""
+
+import math
+
+import pytest
+import torch
+from contracts import TrainedTableContract, assert_near
+
+from gossamer.nn import ResidualQuantizer, SemanticIdEmbedding, balanced_kmeans, unique_codes
+from gossamer.nn.embeddings.residual_quantizer import kmeans
+
+
+def codes(n):
+    return torch.randint(0, 4, (n, 3), generator=torch.Generator().manual_seed(n))
+
+
+def case(**how):
+    def make(num_embeddings, embedding_dim, **options):
+        return SemanticIdEmbedding(num_embeddings, embedding_dim, **{"codes": codes(num_embeddings)} | how | options)
+
+    def from_budget(num_embeddings, embedding_dim, nbytes, **options):
+        more = {"codes": codes(num_embeddings)} | how | options
+        return SemanticIdEmbedding.from_budget(num_embeddings, embedding_dim, nbytes, **more)
+
+    make.from_budget = from_budget
+    return make
+
+
+TestSemanticId = TrainedTableContract.over({"codes": case(), "prefixes": case(prefixes=True, mode="mean")})
+
+
+def quantizer():
+    """Three levels of two codewords in the plane."""
+    made = ResidualQuantizer(2, 3, 2, commitment=0.25, dtype=torch.float64)
+    books = [[[1, 0], [0, 1]], [[0.1, 0.1], [-0.1, 0.3]], [[0, 0], [-0.1, 0.1]]]
+    made.codebooks.data.copy_(torch.tensor(books, dtype=torch.float64))
+    return made
+
+
+def test_published_codes():
+    made, z = quantizer(), torch.tensor([1.0, 0.21], dtype=torch.float64, requires_grad=True)
+    found = made(z)
+    assert found.codes.tolist() == [0, 1, 0]
+    assert_near(found.values, torch.tensor([0.9, 0.3], dtype=torch.float64))
+    assert_near(made.decode(found.codes), found.values)
+    assert torch.equal(made.encode(z), found.codes)
+    (dz,) = torch.autograd.grad(found.values.sum(), z)
+    assert dz.tolist() == [1, 1]
+
+
+def test_loss_is_the_sum_of_the_levels():
+    """‖sg(r) − C‖² trains codewords, a quarter of ‖r − sg(C)‖² the vectors."""
+    made, z = quantizer(), torch.tensor([[1.0, 0.21]], dtype=torch.float64, requires_grad=True)
+    found = made(z)
+    left = [torch.tensor(r, dtype=torch.float64) for r in ([1.0, 0.21], [0.0, 0.21], [0.1, -0.09])]
+    chosen = [made.codebooks[level, code].detach() for level, code in enumerate([0, 1, 0])]
+    distances = [(r - c).square().sum() for r, c in zip(left, chosen, strict=True)]
+    assert_near(found.loss, 1.25 * sum(distances))
+    dz, books = torch.autograd.grad(found.loss, [z, made.codebooks])
+    assert_near(dz[0], 0.25 * 2 * sum(r - c for r, c in zip(left, chosen, strict=True)))
+    assert_near(books[0, 0], 2 * (chosen[0] - left[0]))
+    assert not books[0, 1].any()
+
+
+def clustered_vectors(n=300, d=6):
+    """Three groups of three groups of points."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = 4 * torch.randn(3, d, generator=generator)
+    fine = torch.randn(3, d, generator=generator)
+    place = torch.arange(n)
+    points = coarse[place % 3] + fine[place // 3 % 3]
+    return points + 0.02 * torch.randn(n, d, generator=generator), place % 3
+
+
+def test_fit_finds_the_hierarchy():
+    """The first code is the coarse group, both together all nine; each level leaves less over."""
+    x, group = clustered_vectors()
+    made = ResidualQuantizer(6, 2, 3)
+    fitted = made.fit(x)
+    assert torch.equal(fitted, made.encode(x))
+    assert len(torch.stack([fitted[:, 0], group], 1).unique(dim=0)) == 3
+    assert len(fitted.unique(dim=0)) == 9
+    left = x - made.codebooks[0][fitted[:, 0]].detach()
+    assert (made.decode(fitted) - x).square().mean() < 0.05 * left.square().mean() < 0.05 * x.square().mean()
+
+
+def test_dead_codes_are_reseeded():
+    x, _ = clustered_vectors()
+    made = ResidualQuantizer(6, 2, 3)
+    made.fit(x)
+    made.codebooks.data[0, 1] = 1000.0
+    assert made.reseed_dead_codes(x) >= 1
+    assert len(made.encode(x)[:, 0].unique()) == 3
+    assert made.reseed_dead_codes(x) == 0
+
+
+def test_balanced_clusters():
+    """Eight items on a line in two clusters of four, where plain k-means makes three and five."""
+    line = torch.tensor([0.0, 1, 2, 9, 10, 11, 12, 13]).unsqueeze(1)
+
+    def distortion(found):
+        centroids, chosen = found
+        return (line - centroids[chosen]).square().sum().item()
+
+    found = [balanced_kmeans(line, 2, seed=seed) for seed in range(6)]
+    assert all(chosen.bincount().tolist() == [4, 4] for _, chosen in found)
+    best = min(found, key=distortion)
+    assert len(best[1][:4].unique()) == len(best[1][4:].unique()) == 1
+    plain = kmeans(line, 2)
+    assert sorted(plain[1].bincount().tolist()) == [3, 5]
+    assert distortion(best) >= distortion(plain)
+
+
+@pytest.mark.parametrize(("n", "k"), [(10, 4), (3, 5), (64, 8)])
+def test_balanced_sizes(n, k):
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
+    made = ResidualQuantizer(3, 2, k)
+    fitted = made.fit(x, balanced=True)
+    for level in fitted.T:
+        counts = level.bincount(minlength=k)
+        assert counts.max() - counts.min() <= 1 and counts.sum() == n
+    if n % k == 0:
+        share = fitted[:, 0].bincount(minlength=k) / n
+        assert -(share * share.log()).sum().item() == pytest.approx(math.log(k))
+
+
+def test_last_code_tells_items_apart():
+    given = torch.tensor([[1, 2], [0, 0], [1, 2], [1, 2], [0, 0]])
+    assert unique_codes(given)[:, 2].tolist() == [0, 0, 1, 2, 1]
+    assert len(unique_codes(given).unique(dim=0)) == 5
+
+
+def test_rows_of_codes_and_prefixes():
+    given = torch.tensor([[0, 1], [1, 1], [0, 0]])
+    table = SemanticIdEmbedding(3, 4, given)
+    assert table.sizes == (2, 2)
+    assert_near(table.lookup(torch.tensor([0])), (table.weight[0] + table.weight[3]).unsqueeze(0))
+    deep = SemanticIdEmbedding(3, 4, given, prefixes=True)
+    assert deep.sizes == (2, 3) and len(deep.addresses(torch.arange(3))[:, 1].unique()) == 3
+    fixed = SemanticIdEmbedding(3, 4, given, num_codes=256)
+    assert fixed.weight.shape == (512, 4) and fixed.codes.shape == (3, 2)
+
+
+def test_published_bytes():
+    """Three levels of 256 codewords: three bytes an item."""
+    table = SemanticIdEmbedding(1000, 32, torch.zeros(1000, 3, dtype=torch.int64), num_codes=256)
+    assert table.inference_nbytes() == 4 * 3 * 256 * 32 + 3 * 1000 + 3 * 4
+    assert 4 * 3 * 256 * 32 == 98_304
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codes": torch.zeros(4, 2, dtype=torch.int64)}, r"codes must have shape \(N, L\) = \(3, any\), got \(4, 2\)"),
+        ({"codes": torch.full((3, 2), -1)}, "codes must be at least 0, got -1"),
+        ({"codes": torch.full((3, 2), 9), "num_codes": 4}, "codes must be below num_codes=4, got 9"),
+        (
+            {"codes": torch.zeros(3, 2, dtype=torch.int64), "num_codes": 4, "prefixes": True},
+            "num_codes must be None with prefixes=True, got 4",
+        ),
+    ],
+)
+def test_bad_codes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SemanticIdEmbedding(3, 4, **arguments)
+
+
+def test_bad_vectors():
+    made = ResidualQuantizer(3, 2, 2)
+    with pytest.raises(ValueError, match=r"x must have shape \(n, d\) = \(any, 3\), got \(2, 4\)"):
+        made.fit(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="x must hold at least one vector, got 0"):
+        made.fit(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="num_codes must be at least 1, got 0"):
+        ResidualQuantizer(3, 2, 0)
