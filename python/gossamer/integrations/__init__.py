@@ -39,8 +39,8 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
 
     Args:
         model: a ``PreTrainedModel``, a ``PeftModel``, or any module with such models or their modules inside.
-        embeddings: whether to switch every ``torch.nn.Embedding`` and ``torch.nn.EmbeddingBag`` too. There need then be
-            no other layer to switch.
+        embeddings: whether to switch every ``torch.nn.Embedding`` and ``torch.nn.EmbeddingBag`` too. Then a
+            model without other layers to switch is accepted.
         strict: whether a module that cannot be switched is an error (nothing is changed then); otherwise it is left
             alone and named in the report. An embedding layer of a derived class, whose ``forward`` may be its own, is
             always left alone and named.
@@ -60,7 +60,7 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
         loaded = (surgery.loaded_adapter(library, name) for library, name in _ADAPTERS)
         adapters += [adapter for adapter in loaded if adapter and adapter.holds_layers(model)]
     if not adapters:
-        # Says what is missing: transformers itself, a model, or experts in it.
+        # Its survey raises an error that says what is missing: transformers, a model, or experts in it.
         adapters = [importlib.import_module("gossamer.integrations.transformers")]
     surveys = [adapter.survey(model, strict) for adapter in adapters]
     reports = [adapter.swap(model, found) for adapter, found in zip(adapters, surveys, strict=True)]

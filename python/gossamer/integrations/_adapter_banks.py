@@ -64,7 +64,7 @@ class Call:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """What the module computes in; bitsandbytes' layers say it apart from their weight."""
+    """The dtype that the module computes in, which bitsandbytes' layers keep apart from their weight."""
     dtype = next(module.parameters(recurse=False)).dtype
     if dtype.is_floating_point and dtype.itemsize >= 2:
         return dtype
@@ -72,7 +72,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _fitted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with a rank within its matrix: beyond it, one factor becomes the product itself."""
+    """The same product with a rank no larger than its matrix: a larger one is replaced by the product itself."""
     rank, (n, c) = a.shape[0], (b.shape[0], a.shape[1])
     if rank <= min(n, c):
         return a, b
@@ -81,7 +81,7 @@ def _fitted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _wide(parts: list[torch.Tensor | None], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensors one behind the other, each in the corner of a zero tensor of ``shape``."""
+    """The tensors stacked, each padded with zeros to ``shape``."""
     bank = torch.zeros(len(parts), *shape, dtype=dtype)
     for row, part in zip(bank, parts, strict=True):
         if part is not None:
@@ -90,7 +90,7 @@ def _wide(parts: list[torch.Tensor | None], shape: tuple[int, ...], dtype: torch
 
 
 class Bank(nn.Module):
-    """The updates of one module by every adapter; a rank of 0 where an adapter leaves it alone."""
+    """The updates of one module by every adapter; the rank is 0 for an adapter that does not update it."""
 
     def __init__(self, factors: list[Factors | None], module: nn.Module) -> None:
         super().__init__()
@@ -121,18 +121,18 @@ class Bank(nn.Module):
 
     def after(self, call: Call, module: nn.Module, args: tuple, kwargs: dict, y: torch.Tensor) -> torch.Tensor:
         """The module's output ``y`` with the updates added, as a forward hook returns it."""
-        # Another hook may hold the output, and autograd may not let anyone write to it.
+        # Another hook may hold the output, and autograd may forbid changing it in place.
         y = y.clone() if torch.is_grad_enabled() or len(module._forward_hooks) > 1 else y
         return self._updated(call, args[0] if args else next(iter(kwargs.values())), y)
 
     def forward(self, call: Call, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        """The forward of a plain linear layer, whose argument callers may name."""
+        """The forward of a plain linear layer; its argument is named as there, for callers that pass it by keyword."""
         rows = input.reshape(-1, input.shape[-1])
         y = base_linear(rows, module.weight, module.bias).view(*input.shape[:-1], module.out_features)
         return self._updated(call, input, y)
 
     def _updated(self, call: Call, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """``y``, written to, with the updates added."""
+        """``y`` with the updates added in place."""
         ids, routing = call.rows(x.shape if self.table else y.shape[:-1], y.device)
         if self.table:
             row = x.reshape(-1) + ids.clamp(min=0) * self.a.shape[1]
@@ -191,7 +191,7 @@ def _check_experts(path: str, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """All adapters at one time; never changed, but replaced by another table for the calls that begin later.
+    """All adapters served at one time. A table is never changed: calls that begin later get a new one.
 
     Attributes:
         factors: of each adapter, by name, as they were read.

@@ -13,7 +13,7 @@ from torch import nn
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
-# Options of a config whose every value is served, as they only say where the factors are, how large or how trained.
+# Options that are served whatever their value: they only say where factors are, how large, or how they were trained.
 _SERVED = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
     *("target_parameters", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -21,7 +21,7 @@ _SERVED = {
     *("inference_mode", "runtime_config", "ensure_weight_tying", "qalora_group_size", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
-# Initialisations that leave the base weights alone; the others would need a base of their own for each adapter.
+# Initialisations that leave the base weights unchanged; the others would need a separate base for each adapter.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -127,7 +127,7 @@ def _sizes(name: str, path: str, module: nn.Module, parameter: str | None) -> tu
 
 
 def _check_base(name: str, key: str, value: torch.Tensor, path: str, module: nn.Module) -> None:
-    """A base weight saved beside an adapter must be the model's own: there is one base for all."""
+    """A base weight saved with an adapter must equal the model's own, because all adapters share one base."""
     own = getattr(module, key.rpartition(".")[2], None)
     if (
         not isinstance(own, torch.Tensor)

@@ -1,4 +1,4 @@
-"""What belongs to one running call of a model, and to none of the calls beside it in other threads."""
+"""State that belongs to one running call of a model, separate from calls in other threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 _values: ContextVar[Mapping[Slot, object]] = ContextVar("gossamer_calls", default=MappingProxyType({}))
-# Under this key torch keeps the contextvars of whoever called backward(), for the threads of autograd.
+# Under this key torch hands the contextvars of the thread that called backward() to the threads of autograd.
 _BACKWARD_CONTEXT = "context"
 
 
@@ -50,7 +50,7 @@ class Slot:
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """What slots are assigned inside the block ends with it."""
+    """Values assigned to slots inside the block are dropped when it ends."""
     before = _values.get()
     values = dict(before)
     token = _values.set(values)
@@ -63,12 +63,12 @@ def scope() -> Iterator[None]:
 
 
 def in_backward() -> bool:
-    """Whether this code runs inside a backward pass, as layers do that gradient checkpointing computes again."""
+    """Whether this code runs inside a backward pass, as it does where gradient checkpointing recomputes a layer."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Running:
-    """Counts the calls that are running, so that changes can wait for their end or be refused beside them."""
+    """Counts running calls, so that a change can wait for them to end or be refused while they run."""
 
     def __init__(self) -> None:
         self._changed, self._changing = threading.Condition(), threading.Lock()

@@ -27,7 +27,7 @@ _ACT_CLASSES: dict[type, str] = {
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
-# What an ``_apply_gate`` may compute of gate and up to be fused, and the activation that it is then.
+# Formulas of gate and up that an ``_apply_gate`` may compute, and the fused activation for each.
 _FORMULAS: tuple[tuple[str, Callable], ...] = (
     ("act_fn", lambda self, gate, up: self.act_fn(gate) * up),
     ("swiglu", lambda self, gate, up: F.silu(gate) * up),
@@ -69,7 +69,7 @@ class Gate:
 
 
 class _Term:
-    """A value that writes down how it is computed; everything that no formula of the table needs is an error.
+    """A value that records how it is computed. Operations that no formula of the table needs raise an error.
 
     Factors and summands are sorted, the names of attributes apart, so that a formula has one text.
     """
@@ -212,7 +212,7 @@ def gate_of(cls: type) -> Gate:
     if gate is None or gate.function is not function:
         try:
             gate = _read(function)
-        except Exception:  # the gate is foreign code: whatever it raises on terms, it is not recognised
+        except Exception:  # The gate is foreign code; an error of any kind means that it is not recognised.
             gate = Gate(function, "custom")
         _gates[cls] = gate
     return gate

@@ -1,4 +1,4 @@
-"""Linear layers of models as the products take them."""
+"""Which linear layers of models the products can read."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ MAX_RANK = 512
 
 
 def nf4_weight(base: nn.Module) -> NF4Weight | None:
-    """The weight of bitsandbytes' ``Linear4bit`` as it lies in memory, or None where its layout is another."""
+    """The weight of bitsandbytes' ``Linear4bit`` as stored, or None if it is stored in another layout."""
     weight = base.weight
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
     if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
@@ -52,7 +52,7 @@ def nf4_weight(base: nn.Module) -> NF4Weight | None:
 
 
 def base_obstacle(base: nn.Module) -> str | None:
-    """Why the product of this base layer cannot take the update in, or None when it can."""
+    """Why this base layer's product cannot include the update, or None when it can."""
     name = type(base).__name__
     if hooked(base):
         return f"its {name} has hooks"
@@ -100,7 +100,7 @@ class _Tuner:
     gossamer_names = Slot()
 
     def register_forward_pre_hook(self, hook: Callable, **options: object) -> object:
-        """PEFT's way of naming adapters, a hook on every layer that all threads share, becomes the call's own names."""
+        """Turn the hook by which PEFT names adapters, shared by all threads, into names that belong to the call."""
         if isinstance(hook, functools.partial) and hook.func is _adapter_names_pre_forward_hook:
             self.gossamer_names.assign(hook.keywords["adapter_names"])
             return RemovableHandle(OrderedDict())
@@ -115,7 +115,7 @@ class _Tuner:
         return super()._replicate_for_data_parallel()
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
-        """PEFT's, refusing what gossamer does not compute before anything is added."""
+        """As PEFT's; refuses what gossamer does not compute before anything is added."""
         if (config := kwargs.get("config")) is not None:
             check_config(adapter_name, config)
         super().update_layer(adapter_name, *args, **kwargs)
@@ -156,7 +156,7 @@ class _Tuner:
 
 @functools.lru_cache(maxsize=64)
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, inference: bool) -> torch.Tensor:
-    """The values as a tensor, which is kept: copying them to a GPU waits for it, in every layer of every call."""
+    """The values as a tensor, cached, because every copy to a GPU waits for it."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -199,7 +199,7 @@ class LinearMixin(_Tuner):
             return False
         if len(active) > 1 and any(name in self.lora_variant or self._dropout(name) for name in active):
             return False
-        # Of the factors as they are: PEFT pads them beyond its ``r`` for adapters that take their place.
+        # The rank of the factors themselves: PEFT pads them beyond its ``r`` to swap in adapters of higher rank.
         rank = sum(self.lora_A[name].weight.shape[0] for name in active)
         return rank <= min(MAX_RANK, self.in_features, self.out_features)
 
@@ -252,7 +252,7 @@ class LinearMixin(_Tuner):
         y = low_rank_linear(dropped, weight, a, b, scale=scale)
         y = y * gain.to(y.dtype)
         if dropout:
-            # PEFT scales what the dropped x makes of W, and leaves the rest of x·Wᵀ as it is.
+            # PEFT scales the product of W and the x after dropout, and leaves the rest of x·Wᵀ unscaled.
             y = y + F.linear(x - dropped, dense)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -288,7 +288,7 @@ class LinearMixin(_Tuner):
         if len(rates) > 1:
             raise ValueError(f"lora_dropout must be one value for the adapters of a mixed batch, got {sorted(rates)}")
         if foreign and (hooked(self.base_layer) or (y._is_view() and torch.is_grad_enabled())):
-            # Somebody else may hold the result, or autograd lets nobody write to it.
+            # Other code may hold the result, or autograd may forbid changing it in place.
             y = y.clone()
         repeats = y.shape[:-1].numel() // max(len(names), 1)
         ids, routing = _requests(tuple(names), known, repeats, x.device, torch.is_inference_mode_enabled())
@@ -344,7 +344,7 @@ class EmbeddingMixin(_Tuner):
         rank = b.shape[2]
         repeats = y.shape[:-1].numel() // max(len(names), 1)
         ids, routing = _requests(tuple(names), known, repeats, x.device, torch.is_inference_mode_enabled())
-        # Every adapter's rows of A side by side would be a table of all tables: each request reads its own alone.
+        # Stacking all adapters' A would copy every table, so each request reads only its own.
         rows = y.new_zeros(*y.shape[:-1], rank)
         for name in known:
             mine = torch.tensor([position for position, other in enumerate(names) if other == name], device=x.device)
@@ -371,7 +371,7 @@ class ExpertsMixin(_Tuner):
         return chain
 
     def gossamer_obstacle(self) -> str | None:
-        """Why the wrapped module is left to PEFT's sum ``W + ΔW``, or None; kept, as a tracer cannot find it out."""
+        """Why the wrapped module is left to PEFT's sum ``W + ΔW``, or None; cached for tracers, which cannot compute it."""
         self.__dict__["_gossamer_reason"] = reason = self._find_obstacle()
         return reason
 

@@ -128,7 +128,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
         return model
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
-        """From the names in files to those in the model."""
+        """Conversions from names in files to names in the model."""
         return [WeightRenaming(file_name, name) for name, file_name in _FILE_NAME.items()] if self.pre_quantized else []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -155,27 +155,27 @@ class QuantizedExpertsQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Whether ``save_pretrained`` works: it does."""
+        """True: ``save_pretrained`` works."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the rest of the model may train: it may."""
+        """True: the rest of the model may be trained."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether transformers' Trainer takes the model without adapters: routers and attention train."""
+        """True: transformers' Trainer accepts the model without adapters, for routers and attention can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``torch.compile`` takes the model: it does."""
+        """True: ``torch.compile`` works."""
         return True
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of this path, in a model that may be a part of the one the path is of, or hold it."""
+    """The module at this path, where the model may be a part of the one that the path belongs to, or contain it."""
     modules = dict(model.named_modules())
     ends = (name for name in modules if name and (name.endswith(f".{path}") or path.endswith(f".{name}")))
     return modules.get(path) or modules.get(next(ends, None))
@@ -198,7 +198,7 @@ def keep_quantized_in_files(model: nn.Module) -> None:
         if other is not None and not isinstance(other, QuantizedExpertsQuantizer):
             part.save_pretrained = functools.partial(_refuse_to_save, str(other.quantization_config.quant_method))
             continue
-        # A part that shares the whole model's config, which comes first, finds its experts by the ends of paths.
+        # A part shares the config of the whole model, which comes first, and finds its experts by the ends of paths.
         if id(part.config) not in described:
             described.add(id(part.config))
             part.config.quantization_config = _described(part)

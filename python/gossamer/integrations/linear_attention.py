@@ -189,9 +189,9 @@ def _calls(cls: type) -> set[str]:
 
 
 def _with_functions(function: Callable, functions: dict[str, Callable]) -> Callable | None:
-    """``function`` with other functions under these global names; None where a decorator cannot be looked into.
+    """``function`` with other functions under these global names; None where a decorator cannot be inspected.
 
-    Decorators are made anew around it, each over a cell that held what it wraps.
+    Its decorators are rebuilt around it; each is found by the closure cell that holds what it wraps.
     """
     if not isinstance(function, types.FunctionType):
         return None
@@ -216,7 +216,7 @@ def _with_functions(function: Callable, functions: dict[str, Callable]) -> Calla
 
 
 class _Computed:
-    """Mixed into the classes that gossamer makes, so that they can be told and pickled by the class below them."""
+    """Mixed into the classes that gossamer makes, to recognise them and to pickle them by their base class."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _make, (_theirs(type(self)),), self.__dict__

@@ -68,7 +68,7 @@ class LoraModel(peft_model.LoraModel):
         with contextlib.ExitStack() as stack:
             stack.enter_context(scope())
             if foreign is not None:
-                # PEFT gives these the names by hooks, which every thread's calls would meet.
+                # PEFT passes names to these by hooks, which would run in the calls of all threads.
                 call = None if kwargs.get("adapter_names") is None else object()
                 message = (
                     f"a call with adapter_names must not overlap another call of the model: its {foreign} is PEFT's, "
@@ -137,7 +137,7 @@ def _detail(layer: nn.Module) -> tuple[bool, str]:
 
 
 def survey(model: nn.Module, strict: bool) -> surgery.Survey:
-    """PEFT's tuner layers inside ``model``; raises a ValueError for options, or when ``strict`` layers, of no use."""
+    """PEFT's tuner layers in ``model``; a ValueError for options, or under ``strict`` for layers, that are not computed."""
     surgery.check_model(model)
     _quantized_classes()
     _check_configs(model)
@@ -182,7 +182,7 @@ def undo(layer: nn.Module, before: None) -> nn.Module:
 def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
     """Exchange the forward of every LoRA layer in ``model``; :func:`gossamer.replace` calls it for PEFT models.
 
-    Called again, it takes in the layers that were added since.
+    Another call switches layers that were added since.
 
     Args:
         model: a ``PeftModel``, or any module with PEFT's tuner layers inside.

@@ -138,7 +138,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
     found = surgery.survey(_experts(model), lambda name, module: _obstacle(module, format, group_size))
     if found.skipped and strict:
         raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
-    # Before the first matrix is gone, so that what gossamer cannot compute stays whole.
+    # Before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
     compute_by_gossamer(model)
     done = []
     for name, module in found.chosen:
@@ -168,7 +168,7 @@ def _infer_format(data: torch.Tensor, scale: torch.Tensor) -> str:
 def _per_expert(
     tensors: Mapping[str, torch.Tensor], prefix: str, name: str, num_experts: int, used: list[str]
 ) -> QuantizedExpertWeight | None:
-    """A stack from one quantised matrix an expert, gate and up apart; None where there are none."""
+    """A stack made from separate quantised matrices of each expert, gate and up apart; None where there are none."""
     for parts in _EXPERT_NAMES.get(name, ()):
         packed = f"{prefix}0.{parts[0]}.weight_packed" in tensors
         weight = "weight_packed" if packed else "weight"
@@ -203,7 +203,7 @@ def _per_expert(
 
 
 def _pair(tensors: Mapping[str, torch.Tensor], used: list[str], first: str, second: str) -> tuple[torch.Tensor, ...]:
-    """Two tensors of which the one says nothing without the other."""
+    """Two tensors that are only meaningful together."""
     for name, other in ((first, second), (second, first)):
         if name not in tensors:
             raise ValueError(f"tensors must hold {name} beside {other}")

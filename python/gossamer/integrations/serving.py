@@ -63,7 +63,7 @@ def _served_hook(
 
 
 def _note_rows(slot: Slot, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-    """Learn the batch's rows from what holds tokens; patches of images, say, may be other rows."""
+    """Learn the batch's rows from arguments that hold tokens; others, such as image patches, may have other rows."""
     if (call := slot.get()) is None:
         return
     for tensor in (_first_tensor(args, kwargs), *(kwargs.get(name) for name in _TOKENS)):
@@ -87,7 +87,7 @@ class ServedModel(nn.Module):
         self._slot, self._running = Slot(), Running()
         self._handles, self._replaced = {}, {}
         self.banks = nn.ModuleList()
-        # generate() calls the model with other lengths than its own arguments have.
+        # generate() calls the model with other lengths than those of its own arguments.
         self._handles[""] = model.register_forward_pre_hook(partial(_note_rows, self._slot), with_kwargs=True)
         try:
             self._use(make_table(dict(model.named_modules()), adapters))
@@ -96,7 +96,7 @@ class ServedModel(nn.Module):
             raise
 
     def _use(self, table: Table) -> None:
-        """Let calls that begin from now on have this table."""
+        """Use this table in calls that begin from now on."""
         modules = dict(self.model.named_modules())
         for path, bank in table.banks.items():
             if f"{path}." in self._handles or path in self._replaced:
