@@ -371,7 +371,7 @@ class ExpertsMixin(_Tuner):
         return chain
 
     def gossamer_obstacle(self) -> str | None:
-        """Why the wrapped module is left to PEFT's sum ``W + ΔW``, or None; cached for tracers, which cannot compute it."""
+        """Why the wrapped module is left to PEFT's sum ``W + ΔW``, or None; cached, as tracers cannot compute it."""
         self.__dict__["_gossamer_reason"] = reason = self._find_obstacle()
         return reason
 

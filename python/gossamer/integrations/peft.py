@@ -137,7 +137,7 @@ def _detail(layer: nn.Module) -> tuple[bool, str]:
 
 
 def survey(model: nn.Module, strict: bool) -> surgery.Survey:
-    """PEFT's tuner layers in ``model``; a ValueError for options, or under ``strict`` for layers, that are not computed."""
+    """PEFT's tuner layers in ``model``; a ValueError for options, or under ``strict`` layers, not computed."""
     surgery.check_model(model)
     _quantized_classes()
     _check_configs(model)
