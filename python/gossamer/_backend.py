@@ -189,7 +189,7 @@ FAMILIES: dict[str, Family] = {
             devices=("cuda",),
             dtypes=_FLOATS,
             missing=triton_unavailable,
-            primitives=_COMMON | {"product_key_topk": _ANY},
+            primitives=_COMMON | {"map_ids": _ANY, "product_key_topk": _ANY},
             interpreter="TRITON_INTERPRET",
         ),
         Family(

@@ -45,6 +45,7 @@ def test_kernels_compile_within_limits(rows):
         "topk_routing",
         "product_key_topk",
         "activate",
+        "map_ids",
         "low_rank",
         "causal_conv1d",
     ],
