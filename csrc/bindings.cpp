@@ -20,6 +20,7 @@
 #include "bindings/low_rank.cpp"
 #include "bindings/memory.cpp"
 #include "bindings/multi_low_rank.cpp"
+#include "bindings/product_key_topk.cpp"
 #include "bindings/quantized_experts.cpp"
 #include "bindings/quantized_weight.cpp"
 #include "bindings/recorder.cpp"
@@ -72,4 +73,5 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_causal_conv1d(m);
   gossamer::bindings::register_delta_rule(m);
   gossamer::bindings::register_self_referential(m);
+  gossamer::bindings::register_product_key_topk(m);
 }

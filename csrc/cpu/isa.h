@@ -13,6 +13,7 @@
 #include "cpu/low_rank.h"
 #include "cpu/multi_low_rank.h"
 #include "cpu/parallel.h"
+#include "cpu/product_key_topk.h"
 #include "cpu/quantized_experts.h"
 #include "cpu/self_referential.h"
 #include "cpu/sparse_update.h"
@@ -59,6 +60,9 @@ struct Kernels {
   void (*gate_backward)(const GateBackwardArgs& args, int64_t begin, int64_t end);
   void (*self_referential)(const SelfReferentialArgs& args, int64_t begin, int64_t end);
   void (*self_referential_backward)(const SelfReferentialBackwardArgs& args, int64_t begin, int64_t end);
+  void (*product_key_topk)(const ProductKeyTopkArgs& args, int64_t begin, int64_t end);
+  void (*product_key_topk_backward)(const ProductKeyTopkBackwardArgs& args, int64_t begin, int64_t end);
+  void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);
 };
 
 namespace generic {

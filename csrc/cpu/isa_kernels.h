@@ -24,6 +24,7 @@
 #include "cpu/multi_low_rank_kernel.h"
 #include "cpu/activate_kernel.h"
 #include "cpu/topk_routing_kernel.h"
+#include "cpu/product_key_topk_kernel.h"
 #include "cpu/causal_conv1d_kernel.h"
 #include "cpu/delta_rule_tile_kernel.h"
 #include "cpu/delta_rule_channel_kernel.h"
@@ -38,5 +39,6 @@
       quantized_grouped_matmul, quantized_expert_mlp, rank_product, low_rank_matmul, block_product, sampled_product, \
       rectangle_product, outer_rectangles, sampled_rectangles, activate_rows, activate_backward_rows, topk_routing, \
       topk_routing_backward, causal_conv1d, causal_conv1d_backward, causal_conv1d_step, delta_rule, delta_rule_backward, \
-      delta_rule_step, gate_backward, self_referential, self_referential_backward
+      delta_rule_step, gate_backward, self_referential, self_referential_backward, product_key_topk, product_key_topk_backward, \
+      product_key_search
 #endif

@@ -162,6 +162,7 @@ _COMMON = {
     "grouped_matmul": Served(weights=(_DENSE, _QUANTIZED), trained=_DENSE | _QUANTIZED),
     "low_rank": _ANY,
     "multi_low_rank": _ANY,
+    "product_key_topk": _ANY,
     "sparse_update": _ANY,
     "topk_routing": _ANY,
 }
@@ -189,7 +190,7 @@ FAMILIES: dict[str, Family] = {
             devices=("cuda",),
             dtypes=_FLOATS,
             missing=triton_unavailable,
-            primitives=_COMMON | {"map_ids": _ANY, "product_key_topk": _ANY},
+            primitives=_COMMON | {"map_ids": _ANY},
             interpreter="TRITON_INTERPRET",
         ),
         Family(

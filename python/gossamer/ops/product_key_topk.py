@@ -29,6 +29,20 @@ class ProductKeyTopk(NamedTuple):
     top_k: int
 
 
+class ProductKeySearch(NamedTuple):
+    """Arguments of the search by queries.
+
+    Attributes:
+        queries: ``(R, 2d)``; row r is of group ``r % G``.
+        keys: ``(G, 2, √N, d)``, the sub-keys of each group and half.
+        top_k: K.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    top_k: int
+
+
 class ProductKeyTopkBackward(NamedTuple):
     """Arguments of its gradient.
 
@@ -83,9 +97,11 @@ def raise_not_a_score(name: str, scores: torch.Tensor) -> None:
 
 
 def _forward(args: ProductKeyTopk, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    # The native kernel finds such values on its way.
-    if backend != "native":
-        _check_values(args)
+    if backend == "native":
+        found = _backend.kernels(backend, "product_key_topk").product_key_topk(args)
+        if found is not None:
+            return found
+    _check_values(args)
     if backend == "reference":
         return product_key_topk_reference(args)
     return _backend.kernels(backend, "product_key_topk").product_key_topk(args)
@@ -172,6 +188,33 @@ def _differentiate_backward(ctx, args: ProductKeyTopkBackward, tensors, ddscores
 
 _product_key_topk_backward.differentiate(_save_backward, _differentiate_backward)
 
+
+def _scores(args: ProductKeySearch) -> list[torch.Tensor]:
+    """``(R, √N)`` of each half."""
+    groups, _, side, half = args.keys.shape
+    if groups == 1:
+        return [q @ args.keys[0, i].T for i, q in enumerate(args.queries.split(half, 1))]
+    by_group = args.queries.view(-1, groups, 2 * half).transpose(0, 1)
+    return [
+        (q @ args.keys[:, i].transpose(1, 2)).transpose(0, 1).reshape(-1, side)
+        for i, q in enumerate(by_group.split(half, 2))
+    ]
+
+
+def _search_forward(args: ProductKeySearch, backend: str) -> torch.Tensor:
+    found = _backend.kernels(backend, "product_key_topk").product_key_search(args)
+    # A score that is none is an error, of which this finds the place.
+    return product_key_topk(*_scores(args), args.top_k)[1] if found is None else found
+
+
+def _search_fake(args: ProductKeySearch) -> torch.Tensor:
+    return args.queries.new_empty(args.queries.shape[0], args.top_k, dtype=torch.int64)
+
+
+_product_key_search = define(
+    "product_key_search", ProductKeySearch, kernel=_search_forward, fake=_search_fake, returns="Tensor"
+)
+
 _FITS = {
     "native": lambda sizes, top_k: top_k <= MOST_CHOSEN,
     "triton": lambda sizes, top_k: top_k <= MOST_CHOSEN and max(sizes) <= MOST_SCORES,
@@ -237,3 +280,26 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
     else:
         values, ids = _product_key_topk(ProductKeyTopk(rows1, rows2, top_k), backend)
     return values.view(*leading, top_k), ids.view(*leading, top_k)
+
+
+def product_key_search(queries: torch.Tensor, keys: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The ids of :func:`product_key_topk` for scores ``⟨q¹, keys[g,0,a]⟩`` and ``⟨q², keys[g,1,b]⟩``; no gradient.
+
+    Args:
+        queries: ``(R, 2d)`` float32 or float64; row r is of group ``g = r % G``, and G divides R.
+        keys: ``(G, 2, √N, d)``.
+        top_k: K, at most √N.
+
+    Returns:
+        ``(R, K)`` int64.
+
+    Raises:
+        ValueError: on the CPU, a score is NaN or +∞.
+    """
+    args = ProductKeySearch(queries.detach(), keys.detach(), top_k)
+    backend = _backend.resolve("product_key_topk", queries)
+    if backend == "native" and queries.dtype == torch.float32 and top_k <= MOST_CHOSEN:
+        # Scores that stay in the cache until they are ranked; plain products would write and read all of them.
+        return _product_key_search(args, backend)
+    with torch.no_grad():
+        return product_key_topk(*_scores(args), top_k)[1]

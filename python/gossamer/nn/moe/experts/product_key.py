@@ -16,7 +16,7 @@ from gossamer.nn.moe.routing import Routing, check_hidden
 from gossamer.ops.activate import activate
 from gossamer.ops.embedding import advise_huge_pages
 from gossamer.ops.gather_dot import gather_dot
-from gossamer.ops.product_key_topk import product_key_topk
+from gossamer.ops.product_key_topk import product_key_search
 from gossamer.optim import Optimizer
 
 
@@ -168,25 +168,16 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         keys = self.keys.to(queries.dtype)
         groups, _, side, half = keys.shape
         halves = queries.split(half, 1)
-        with torch.no_grad():
-            scores = [self._scores(q, keys[:, i]) for i, q in enumerate(halves)]
-            _, ids = product_key_topk(*scores, self.top_k // self.num_heads)
-            group = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups
-            places = [group * side + ids // side, group * side + ids % side]
+        ids = product_key_search(queries, keys, self.top_k // self.num_heads)
+        places = [ids // side, ids % side]
+        if groups > 1:
+            first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
+            places = [first + place for place in places]
         # Scores of the chosen alone are taken anew, so that the gradient has K numbers a query, and not two rows of √N.
         logits = sum(
             gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i], bounds="drop") for i in (0, 1)
         )
         return ids, logits
-
-    @staticmethod
-    def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Of ``queries (T · num_heads, d)`` by ``keys (G, √N, d)``, those of its group for each."""
-        groups, side, half = keys.shape
-        if groups == 1:
-            return queries @ keys[0].T
-        by_group = queries.view(-1, groups, half).transpose(0, 1) @ keys.transpose(1, 2)
-        return by_group.transpose(0, 1).reshape(-1, side)
 
     def forward(
         self, x: torch.Tensor, routing: Routing | torch.Tensor | None = None, weights: torch.Tensor | None = None
