@@ -26,7 +26,12 @@ __all__ = [
 ]
 
 # The libraries whose layers are switched unasked, and the adapters that do it.
-_ADAPTERS = (("peft", "peft"), ("transformers", "transformers"), ("transformers", "linear_attention"))
+_ADAPTERS = (
+    ("peft", "peft"),
+    ("transformers", "transformers"),
+    ("transformers", "expert_classes"),
+    ("transformers", "linear_attention"),
+)
 
 
 def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = True) -> Replacement:
@@ -35,7 +40,9 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
     Weights, their names and the ``state_dict`` stay as they are: only the function that computes a layer changes.
     Expert layers change as with ``model.set_experts_implementation("gossamer")``, which also works once
     ``gossamer.integrations.transformers`` has been imported; LoRA layers as :mod:`gossamer.integrations.peft` says;
-    embedding layers as :mod:`gossamer.integrations.embeddings` says. :func:`restore` undoes all.
+    embedding layers as :mod:`gossamer.integrations.embeddings` says. Expert layers that ask for no implementation, such
+    as JetMoE's experts and its mixture of attention, are computed as :mod:`gossamer.integrations.expert_classes` says,
+    which names what is left. :func:`restore` undoes all.
 
     Args:
         model: a ``PreTrainedModel``, a ``PeftModel``, or any module with such models or their modules inside.

@@ -227,6 +227,12 @@ def _act_name(act_fn: object) -> str | None:
     return _ACT_CLASSES.get(type(act_fn))
 
 
+def gated_activation(act_fn: object) -> Activation | None:
+    """The fused activation that ``act_fn(gate)·up`` is, or None."""
+    name = _GATED.get(_act_name(act_fn))
+    return None if name is None else Activation(name)
+
+
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -253,10 +259,10 @@ def fused_activation(experts: nn.Module) -> tuple[Activation | None, bool, str]:
     if gate.kind == "custom":
         return None, False, "no fused kernel for its _apply_gate"
     if gate.kind == "act_fn":
-        name = _GATED.get(_act_name(experts.act_fn))
-        if name is None:
+        activation = gated_activation(experts.act_fn)
+        if activation is None:
             return None, False, "no fused kernel for its act_fn"
-        return Activation(name), gate.interleaved, ""
+        return activation, gate.interleaved, ""
     if gate.kind != "clamped_swiglu":
         return Activation(gate.kind), gate.interleaved, ""
     alpha, limit = getattr(experts, gate.alpha), getattr(experts, gate.limit)

@@ -50,7 +50,8 @@ from gossamer.ops.grouped_matmul import grouped_matmul
 NAME = "gossamer"
 
 
-def _dispatch(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
+def dispatch_ids(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
+    """The dispatch of expert ids of any integer dtype, of which a token may have more than there are experts."""
     ids = top_k_index if top_k_index.dtype in INDEX_DTYPES else top_k_index.long()
     top_k = ids.shape[1]
     if top_k <= num_experts:
@@ -61,7 +62,7 @@ def _dispatch(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
     return dataclasses.replace(wide, offsets=wide.offsets[: num_experts + 1], num_experts=num_experts)
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     """The dtype products run in: autocast's where it is on, as for ``nn.Linear``, else that of the weights."""
     device_type = weight.device.type
     if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
@@ -103,13 +104,13 @@ def experts_forward(
     down, down_bias = self.down_proj, self.down_proj_bias if has_bias else None
     up, down = expert_weight(up, self.is_transposed), expert_weight(down, self.is_transposed)
     # Quantised weights are taken in the dtype of what they multiply.
-    dtype = _compute_dtype(next((w for w in (up, down) if isinstance(w, torch.Tensor)), hidden_states))
+    dtype = compute_dtype(next((w for w in (up, down) if isinstance(w, torch.Tensor)), hidden_states))
     x = hidden_states.to(dtype)
     up, down, up_bias, down_bias = (
         t.to(dtype) if isinstance(t, torch.Tensor) else t for t in (up, down, up_bias, down_bias)
     )
     weights = top_k_weights if top_k_weights.dtype in (dtype, torch.float32) else top_k_weights.float()
-    routing = _dispatch(top_k_index, up.shape[0])
+    routing = dispatch_ids(top_k_index, up.shape[0])
     updates = updates or {}
     up_update = updates.get("gate_up_proj" if has_gate else "up_proj")
     down_update = updates.get("down_proj")
