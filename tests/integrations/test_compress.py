@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contracts import assert_near
 from torch import nn
 
 import gossamer
@@ -39,6 +40,7 @@ class Recommender(nn.Module):
 
 PATHS = {"bags.users": 2000, "bags.goods": 3000, "bags.shops": 400, "history": 1000}
 NEEDS = {
+    "deep_hash": {"num_hashes": 64, "norm": "layer"},
     "semantic_id": {
         "field_options": {
             name: {"codes": torch.arange(n).view(-1, 1) // torch.tensor([32, 1]) % 32} for name, n in PATHS.items()
@@ -49,7 +51,15 @@ NEEDS = {
     "frequency": {"frequencies": {name: torch.arange(n) for name, n in PATHS.items()}},
 }
 # These take what the method's own knob gives rather than the last byte.
-COARSE = {"product_quantized", "semantic_id", "clustered", "deduplicated", "mixed_dimension", "tensor_train"}
+COARSE = {
+    "deep_hash",
+    "product_quantized",
+    "semantic_id",
+    "clustered",
+    "deduplicated",
+    "mixed_dimension",
+    "tensor_train",
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,7 +79,12 @@ def test_meets_the_budget(method):
     assert all(p.grad is not None for table in tables for p in table.parameters())
     held = sum(table.freeze().nbytes() for table in tables) + 7 * 16 * 4
     assert held == report.served
-    assert torch.equal(model.eval()(ids), y)
+    served = model.eval()(ids)
+    if method == "deep_hash":
+        # Its products are of other numbers of rows once each id is computed once.
+        assert_near(served, y.double())
+    else:
+        assert torch.equal(served, y)
     assert method in str(report) and "weekday: Embedding, 448 to 448" in str(report)
 
 

@@ -8,6 +8,7 @@ from gossamer.nn.delta_rule.self_referential import SelfReferentialLinear
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.compositional import CompositionalEmbedding
 from gossamer.nn.embeddings.deduplicated import DeduplicatedEmbedding
+from gossamer.nn.embeddings.deep_hash import DeepHashEmbedding
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
@@ -97,6 +98,7 @@ __all__ = [
     "CosineSchedule",
     "DSelectKRouter",
     "DeduplicatedEmbedding",
+    "DeepHashEmbedding",
     "DeltaGap",
     "DeltaNet",
     "DeltaRuleState",

@@ -1,0 +1,153 @@
+"""Embeddings without a table: a network over many hashes of an id."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gossamer._checks import check_index, check_positive
+from gossamer.nn.embeddings.seeded import SeededMaps
+from gossamer.nn.embeddings.table import POOLINGS, Table, fit_budget
+from gossamer.ops.map_ids import IdMaps, map_ids
+
+DISTRIBUTIONS = ("uniform", "normal")
+NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+
+
+class DeepHashEmbedding(SeededMaps, Table):
+    """DHE: ``e(x) = MLP(u(x))``, where ``u(x)`` are k numbers that universal hashes ``h_j(x)`` of the id below m give.
+
+    ``u_j = 2·h_j/(m − 1) − 1``, or with ``distribution="normal"`` two standard normal numbers of each two hashes by Box
+    and Muller, ``√(−2 ln a)·cos 2πb`` and ``√(−2 ln a)·sin 2πb`` with ``a = (h + ½)/m`` and so b. Each hidden layer is
+    a linear map, a norm and Mish. Size and cost do not depend on N, and an id costs a run of the network, so its place
+    is where memory is much scarcer than time. Ids of 64 bits are taken; frozen, each id of a call is computed once.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        hidden_size: width of the hidden layers.
+        num_hashes: k; even for ``"normal"``.
+        num_layers: hidden layers.
+        num_values: m.
+        distribution: of the entries of ``u(x)``: ``"uniform"`` in [−1, 1] or ``"normal"``.
+        norm: ``"batch"``, over all ids of a call as often as they occur, or ``"layer"``, which leaves a vector
+            independent of what else is looked up in training.
+        seed: of the hashes; the state holds it.
+        mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        layers: the network, ordinary parameters.
+
+    Raises:
+        TypeError: a size or the seed is no int.
+        ValueError: a size is below 1, k is odd for ``"normal"``, or a name is unknown.
+
+    Source: Kang et al., "Learning to Embed Categorical Features without Embedding Tables for Recommendation", KDD 2021.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        hidden_size: int,
+        *,
+        num_hashes: int = 1024,
+        num_layers: int = 5,
+        num_values: int = 1_000_000,
+        distribution: str = "uniform",
+        norm: str = "batch",
+        seed: int = 0,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, hidden_size=hidden_size)
+        check_positive(num_hashes=num_hashes, num_layers=num_layers, num_values=num_values - 1)
+        for name, value, known in (
+            ("distribution", distribution, DISTRIBUTIONS),
+            ("norm", norm, tuple(NORMS)),
+            ("mode", mode, POOLINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if distribution == "normal" and num_hashes % 2:
+            raise ValueError(f"num_hashes must be even for distribution='normal', got {num_hashes}")
+        self.num_embeddings, self.embedding_dim, self.hidden_size = num_embeddings, embedding_dim, hidden_size
+        self.num_hashes, self.num_values, self.distribution = num_hashes, num_values, distribution
+        self.mode, self.include_last_offset = mode, include_last_offset
+        factory = {"device": device, "dtype": dtype}
+        layers, inputs = [], num_hashes
+        for _ in range(num_layers):
+            layers += [nn.Linear(inputs, hidden_size, **factory), NORMS[norm](hidden_size, **factory), nn.Mish()]
+            inputs = hidden_size
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, embedding_dim, **factory))
+        self._keep_seed(seed, self.layers[0].weight.device)
+
+    def _draw_maps(self, seed: int) -> None:
+        self._maps = IdMaps.universal([self.num_values] * self.num_hashes, seed=seed)
+
+    def reset_parameters(self) -> None:
+        """Draw the network's parameters anew."""
+        self.seed.fill_(self._seed)
+        for layer in self.layers:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:
+        """``u`` of ``ids (...)``, ``(..., k)`` in the dtype of the network."""
+        return hash_features(map_ids(ids, self._maps), self.num_values, self.distribution).to(
+            self.layers[0].weight.dtype
+        )
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``.
+
+        Raises:
+            TypeError: ``ids`` is not int32 or int64.
+            ValueError: the norm is over one id in training.
+        """
+        check_index("ids", ids)
+        flat = ids.reshape(-1)
+        if flat.numel() == 0:
+            return self.layers[-1].weight.new_empty((*ids.shape, self.embedding_dim))
+        if self.frozen and not torch.compiler.is_compiling():
+            once, place = flat.unique(return_inverse=True)
+            return self.layers(self.encode(once))[place].view(*ids.shape, self.embedding_dim)
+        return self.layers(self.encode(flat)).view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """Sizes, distribution and mode."""
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, num_hashes={self.num_hashes}, "
+            f"distribution={self.distribution!r}, mode={self.mode!r}"
+        )
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DeepHashEmbedding:
+        """The network of the widest hidden layers, up to the bytes of a dense table, that fits ``nbytes`` bytes.
+
+        Raises as :meth:`Table.from_budget`.
+        """
+
+        def size_of(width: int) -> int:
+            return cls(num_embeddings, embedding_dim, width, **options | {"device": "meta"}).inference_nbytes()
+
+        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
+        widest = max(1, math.isqrt(num_embeddings * embedding_dim))
+        return cls(num_embeddings, embedding_dim, fit_budget(nbytes, 1, widest, size_of, name), **options)
+
+
+def hash_features(hashes: torch.Tensor, num_values: int, distribution: str) -> torch.Tensor:
+    """Numbers of hashes ``(..., k)`` below m, in float32: see :class:`DeepHashEmbedding`."""
+    if distribution == "uniform":
+        return 2 * hashes.float() / (num_values - 1) - 1
+    a, b = ((hashes.float() + 0.5) / num_values).unflatten(-1, (-1, 2)).unbind(-1)
+    radius, angle = (-2 * a.log()).sqrt(), 2 * math.pi * b
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)
