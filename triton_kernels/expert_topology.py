@@ -5,9 +5,14 @@ Floor: E+1 offsets read, ``5 · rows · wide`` int32 of lists written; places re
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    from gossamer.ops._expert_topology import ExpertPlaces, ExpertTopology
 
 # Experts that one program adds up, or ranks, at a time.
 CHUNK = 1024
@@ -155,10 +160,10 @@ def _steps(experts: int) -> int:
     return experts.bit_length()
 
 
-def expert_topology(offsets: torch.Tensor, sizes: list[int], rows: int, wide: int, bm: int) -> list[torch.Tensor]:
-    """What :func:`gossamer.ops._expert_topology.expert_topology` gives; ``sizes`` are those of its results."""
-    experts, device = offsets.shape[0] - 1, offsets.device
-    found = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
+def expert_topology(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
+    """The lists of blocks; contiguous int32 in and out."""
+    (offsets, rows, wide, bm), found = args, args.new_lists()
+    experts = offsets.shape[0] - 1
     row_offsets, columns, row_indices, column_offsets, rows_t, columns_t, order_t, row_schedule, *rest = found
     column_schedule, live_rows, padded_offsets = rest
     _padded_offsets_kernel[(1,)](offsets, padded_offsets, experts, bm, CHUNK=CHUNK, num_warps=4)
@@ -186,10 +191,9 @@ def expert_topology(offsets: torch.Tensor, sizes: list[int], rows: int, wide: in
     return found
 
 
-def expert_places(
-    offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`gossamer.ops._expert_topology.expert_places` gives."""
+def expert_places(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which slot lies in each padded row, and where each slot lies; contiguous int32 in and out."""
+    offsets, padded_offsets, slots, padded_rows = args
     experts, num_slots = offsets.shape[0] - 1, slots.shape[0]
     slots_of_rows = slots.new_full((padded_rows,), num_slots)
     rows_of_slots = torch.empty_like(slots)

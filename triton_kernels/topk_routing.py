@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from gossamer.triton_kernels.common import aot_signature
+
+if TYPE_CHECKING:
+    from gossamer.ops.topk_routing import TopkRouting, TopkRoutingBackward
 
 LARGEST = torch.finfo(torch.float32).max
 EPSILON = 1e-20
@@ -170,74 +175,58 @@ def _blocks(num_experts: int) -> tuple[int, int]:
     return max(1, min(16, BLOCK // block_e)), block_e
 
 
-def topk_routing(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k: int,
-    sigmoid: bool,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see softmax_topk."""
+def topk_routing(args: TopkRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weights (T, K)`` float32 and ``ids (T, K)`` int64."""
+    logits, bias, top_k = args.logits.contiguous(), args.bias, args.top_k
     num_tokens, num_experts = logits.shape
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens == 0:
-        return ids, weights
+        return weights, ids
     block_t, block_e = _blocks(num_experts)
     _topk_routing_kernel[(triton.cdiv(num_tokens, block_t),)](
-        logits.contiguous(),
+        logits,
         None if bias is None else bias.contiguous(),
         ids,
         weights,
         num_tokens,
-        scale,
+        args.scale,
         E=num_experts,
-        SIGMOID=sigmoid,
-        RENORMALIZE=renormalize,
+        SIGMOID=args.sigmoid,
+        RENORMALIZE=args.renormalize,
         TOP_K=top_k,
         K_PAD=triton.next_power_of_2(top_k),
-        N_GROUP=n_group,
-        TOPK_GROUP=topk_group,
-        BEST=2 if sigmoid else 1,
+        N_GROUP=args.n_group,
+        TOPK_GROUP=args.topk_group,
+        BEST=2 if args.sigmoid else 1,
         LOWEST=-LARGEST,
         EPS=EPSILON,
         BLOCK_T=block_t,
         BLOCK_E=block_e,
         num_warps=4,
     )
-    return ids, weights
+    return weights, ids
 
 
-def topk_routing_backward(
-    dweights: torch.Tensor,
-    logits: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-) -> torch.Tensor:
-    """``dlogits (T, E)`` from ``dweights (T, K)`` and what :func:`topk_routing` took and gave."""
-    num_tokens, num_experts = logits.shape
-    dlogits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=logits.device)
+def topk_routing_backward(args: TopkRoutingBackward) -> torch.Tensor:
+    """``dlogits (T, E)``."""
+    forward, top_k = args.forward, args.forward.top_k
+    num_tokens, num_experts = forward.logits.shape
+    dlogits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=args.dweights.device)
     if num_tokens == 0:
         return dlogits
     block_t, block_e = _blocks(num_experts)
-    top_k = ids.shape[1]
     _topk_routing_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
-        dweights.contiguous(),
-        logits.contiguous(),
-        weights,
-        ids,
+        args.dweights.contiguous(),
+        forward.logits.contiguous(),
+        args.weights,
+        args.ids,
         dlogits,
         num_tokens,
-        scale,
+        forward.scale,
         E=num_experts,
-        SIGMOID=sigmoid,
-        RENORMALIZE=renormalize,
+        SIGMOID=forward.sigmoid,
+        RENORMALIZE=forward.renormalize,
         TOP_K=top_k,
         K_PAD=triton.next_power_of_2(top_k),
         LOWEST=-LARGEST,

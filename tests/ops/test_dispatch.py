@@ -163,7 +163,7 @@ def test_compiles(kernel_backend, device):
 def test_operator_is_well_formed(kernel_backend, device):
     """Schema, fake kernel and traceability of the operator."""
     ids = random_expert_ids(13, 5, 3).to(device)
-    torch.library.opcheck(torch.ops.gossamer.dispatch.default, (ids, 5, kernel_backend))
+    torch.library.opcheck(torch.ops.gossamer.dispatch.default, (ids, 5, None, kernel_backend))
 
 
 def test_is_one_operator(kernel_backend, device):

@@ -7,7 +7,7 @@ import torch
 from helpers import OperatorLog
 
 import gossamer
-from gossamer import BlockTopology, _backend
+from gossamer import BlockTopology
 from gossamer.ops import _expert_topology as ops
 from gossamer.testing import random_expert_ids
 
@@ -51,7 +51,7 @@ def test_as_the_reference(kernel_backend, device, skew, dropped):
 def test_sizes(monkeypatch, kernel_backend, device, num_tokens, experts, top_k, wide):
     """One of all; more experts than are added up at a time; more columns than are written at a time; no tokens."""
     if kernel_backend == "triton":
-        module = _backend.kernels("triton", "expert_topology")
+        module = ops._kernels("triton")
         monkeypatch.setattr(module, "CHUNK", 8)
         monkeypatch.setattr(module, "TILE", 32)
     assert_same(*both(kernel_backend, make(num_tokens, experts, top_k, device), wide, 16, spare=1))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import OperatorLog, check
+from helpers import OperatorLog, check, flat
 
 import gossamer
-from gossamer import _backend
 from gossamer.nn import sigmoid_topk, softmax_topk
+from gossamer.ops import topk_routing as ops
 from gossamer.ops.topk_routing import MOST_CHOSEN
 
 INF, NAN = float("inf"), float("nan")
@@ -57,15 +57,16 @@ def test_against_plain_torch(kernel_backend, device, experts, top_k, n_group, to
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_broken_logits_never_give_bad_ids(kernel_backend, device, sigmoid):
     """NaN and +inf leave ids distinct and in range and other tokens untouched; on the CPU they are errors."""
-    topk_routing = _backend.kernels(kernel_backend, "topk_routing").topk_routing
+    topk_routing = ops._kernels(kernel_backend).topk_routing
     logits = torch.randn(7, 16, device=device)
-    clean = topk_routing(logits, None, 4, sigmoid, True, 4, 2, 1.0)
+    args = ops.TopkRouting(logits, None, 4, sigmoid, True, 4, 2, 1.0)
+    clean = topk_routing(args)
     logits[1], logits[2, 3], logits[3, :9], logits[4, 1] = NAN, NAN, NAN, INF
-    ids, weights = topk_routing(logits, None, 4, sigmoid, True, 4, 2, 1.0)
+    weights, ids = topk_routing(args)
     assert (ids.sort(1).values.diff(dim=1) > 0).all() and 0 <= ids.min() and ids.max() < 16
     assert weights.isfinite().all() and not weights[1].any()
     rest = [0, 5, 6]
-    assert torch.equal(ids[rest], clean[0][rest]) and torch.equal(weights[rest], clean[1][rest])
+    assert torch.equal(weights[rest], clean[0][rest]) and torch.equal(ids[rest], clean[1][rest])
     if device == "cpu":
         with gossamer.backend(kernel_backend), pytest.raises(ValueError, match="logits must hold neither NaN nor"):
             route(sigmoid, logits, 4, None)
@@ -80,12 +81,12 @@ def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(kernel_backend, devic
 
 def test_operator_is_well_formed(kernel_backend, device):
     logits, bias = torch.randn(3, 8, device=device).requires_grad_(), torch.randn(8, device=device)
-    args = (logits, bias, 2, True, True, 4, 2, 2.5, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.topk_routing.default, args)
-    weights, ids = torch.ops.gossamer.topk_routing.default(*args)
-    saved = (logits.detach(), weights.detach(), ids)
-    backward = (torch.randn(3, 2, device=device), *saved, True, True, 2.5, kernel_backend)
-    torch.library.opcheck(torch.ops.gossamer.topk_routing_backward.default, backward)
+    args = ops.TopkRouting(logits, bias, 2, True, True, 4, 2, 2.5)
+    torch.library.opcheck(torch.ops.gossamer.topk_routing.default, flat(args, kernel_backend))
+    weights, ids = torch.ops.gossamer.topk_routing.default(*flat(args, kernel_backend))
+    saved = (weights.detach(), ids, args._replace(logits=logits.detach()))
+    backward = ops.TopkRoutingBackward(torch.randn(3, 2, device=device), *saved)
+    torch.library.opcheck(torch.ops.gossamer.topk_routing_backward.default, flat(backward, kernel_backend))
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk"])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gossamer import _C
 
+if TYPE_CHECKING:
+    from gossamer.ops._expert_topology import ExpertPlaces, ExpertTopology
 
-def expert_topology(offsets: torch.Tensor, sizes: list[int], rows: int, wide: int, bm: int) -> list[torch.Tensor]:
-    """What :func:`gossamer.ops._expert_topology.expert_topology` gives; ``sizes`` are those of its results.
+
+def expert_topology(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
+    """The lists of blocks; contiguous int32 in and out.
 
     Raises:
         ValueError: ``offsets`` decrease, or need more than ``rows`` block rows.
     """
-    found = [torch.empty(size, dtype=torch.int32) for size in sizes]
+    (offsets, rows, wide, bm), found = args, args.new_lists()
     pointers = [t.data_ptr() for t in found]
     experts = offsets.shape[0] - 1
     if not _C.expert_topology(offsets.data_ptr(), experts, rows, wide, bm, pointers, torch.get_num_threads()):
@@ -23,14 +28,13 @@ def expert_topology(offsets: torch.Tensor, sizes: list[int], rows: int, wide: in
     return found
 
 
-def expert_places(
-    offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`gossamer.ops._expert_topology.expert_places` gives; contiguous int32 in and out.
+def expert_places(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which slot lies in each padded row, and where each slot lies; contiguous int32 in and out.
 
     Raises:
         ValueError: an expert has more rows than ``padded_offsets`` gives it, or ``slots`` are none.
     """
+    offsets, padded_offsets, slots, padded_rows = args
     slots_of_rows = torch.empty(padded_rows, dtype=torch.int32)
     rows_of_slots = torch.empty_like(slots)
     misfit = _C.expert_places(

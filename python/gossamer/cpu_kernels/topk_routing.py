@@ -2,60 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import unit_rows
+from gossamer.cpu_kernels._native import pointer, unit_rows
+
+if TYPE_CHECKING:
+    from gossamer.ops.topk_routing import TopkRouting, TopkRoutingBackward
 
 
-def _router(logits: torch.Tensor, top_k: int, sigmoid: bool, renormalize: bool, scale: float) -> tuple:
-    return logits.data_ptr(), logits.stride(0), *logits.shape, top_k, sigmoid, renormalize, scale
+def _router(logits: torch.Tensor, args: TopkRouting) -> tuple:
+    return logits.data_ptr(), logits.stride(0), *logits.shape, args.top_k, args.sigmoid, args.renormalize, args.scale
 
 
-def topk_routing(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k: int,
-    sigmoid: bool,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ids (T, K)`` int64 and ``weights (T, K)`` float32 from float32 ``logits (T, E)``; see softmax_topk."""
-    ids = torch.empty(logits.shape[0], top_k, dtype=torch.int64)
-    weights = torch.empty(logits.shape[0], top_k, dtype=torch.float32)
-    logits = unit_rows(logits)
+def topk_routing(args: TopkRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weights (T, K)`` float32 and ``ids (T, K)`` int64."""
+    logits, bias = unit_rows(args.logits), args.bias
     if bias is not None:
         bias = bias.float().contiguous()
+    ids = torch.empty(logits.shape[0], args.top_k, dtype=torch.int64)
+    weights = torch.empty(logits.shape[0], args.top_k, dtype=torch.float32)
     _C.topk_routing(
-        _router(logits, top_k, sigmoid, renormalize, scale),
-        n_group,
-        topk_group,
-        0 if bias is None else bias.data_ptr(),
+        _router(logits, args),
+        args.n_group,
+        args.topk_group,
+        pointer(bias),
         ids.data_ptr(),
         weights.data_ptr(),
         torch.get_num_threads(),
     )
-    return ids, weights
+    return weights, ids
 
 
-def topk_routing_backward(
-    dweights: torch.Tensor,
-    logits: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-) -> torch.Tensor:
-    """``dlogits (T, E)`` from ``dweights (T, K)`` and what :func:`topk_routing` took and gave."""
-    dlogits = torch.empty(logits.shape, dtype=torch.float32)
-    logits, dweights = unit_rows(logits), dweights.contiguous()
+def topk_routing_backward(args: TopkRoutingBackward) -> torch.Tensor:
+    """``dlogits (T, E)``."""
+    logits, dweights = unit_rows(args.forward.logits), args.dweights.contiguous()
+    dlogits = torch.empty(*logits.shape, dtype=torch.float32)
     _C.topk_routing_backward(
-        _router(logits, ids.shape[1], sigmoid, renormalize, scale),
-        ids.data_ptr(),
-        weights.data_ptr(),
+        _router(logits, args.forward),
+        args.ids.data_ptr(),
+        args.weights.data_ptr(),
         dweights.data_ptr(),
         dlogits.data_ptr(),
         torch.get_num_threads(),

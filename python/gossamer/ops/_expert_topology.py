@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 
 from gossamer import _backend
-from gossamer.ops._registration import register
+from gossamer.ops._records import define
 
 # What the operator gives, in this order: fields of a BlockTopology.
 FIELDS = (
@@ -23,9 +27,52 @@ FIELDS = (
 )
 
 
-def _sizes(experts: int, rows: int, wide: int) -> list[int]:
-    columns, blocks = experts * wide, rows * wide
-    return [rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1]
+class ExpertTopology(NamedTuple):
+    """Arguments of the topology of an expert layer's hidden activation.
+
+    Attributes:
+        offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
+        rows: block rows, no fewer than the rows of all experts fill.
+        wide: block columns of an expert.
+        bm: rows of a block.
+    """
+
+    offsets: torch.Tensor
+    rows: torch.SymInt
+    wide: torch.SymInt
+    bm: int
+
+    def new_lists(self) -> tuple[torch.Tensor, ...]:
+        """Room for the results, in the order of :data:`FIELDS`."""
+        experts, rows = self.offsets.shape[0] - 1, self.rows
+        columns, blocks = experts * self.wide, rows * self.wide
+        sizes = rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1
+        return tuple(map(self.offsets.new_empty, sizes))
+
+
+class ExpertPlaces(NamedTuple):
+    """Arguments of the way of rows in and out of a topology.
+
+    Attributes:
+        offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
+        padded_offsets: ``(E+1,)`` int32, of a topology made from it.
+        slots: ``(R,)`` int32, of the dispatch.
+        padded_rows: rows of the topology.
+    """
+
+    offsets: torch.Tensor
+    padded_offsets: torch.Tensor
+    slots: torch.Tensor
+    padded_rows: torch.SymInt
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import expert_topology
+    else:
+        from gossamer.triton_kernels import expert_topology
+    return expert_topology
 
 
 def offsets_of(counts: torch.Tensor) -> torch.Tensor:
@@ -38,8 +85,9 @@ def longest_first(offsets: torch.Tensor) -> torch.Tensor:
     return torch.argsort(offsets.diff(), descending=True, stable=True).int()
 
 
-def expert_topology_reference(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> list[torch.Tensor]:
+def expert_topology_reference(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
     """:func:`expert_topology` in plain torch."""
+    offsets, rows, wide, bm = args
     experts, device = offsets.shape[0] - 1, offsets.device
     counts = offsets.diff().long()
     blocks = (counts + bm - 1) // bm
@@ -75,13 +123,12 @@ def expert_topology_reference(offsets: torch.Tensor, rows: int, wide: int, bm: i
         live_rows,
         starts * bm,
     ]
-    return [t.int() for t in found]
+    return tuple(t.int() for t in found)
 
 
-def expert_places_reference(
-    offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_places_reference(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`expert_places` in plain torch."""
+    offsets, padded_offsets, slots, padded_rows = args
     if slots.device.type == "cpu" and (lacking := offsets.diff() > padded_offsets.diff()).any():
         expert = int(lacking.nonzero()[0])
         rows, room = (int(t[expert + 1] - t[expert]) for t in (offsets, padded_offsets))
@@ -108,53 +155,42 @@ def _check_int32(**tensors: torch.Tensor) -> None:
             raise TypeError(f"{name} must be int32, got {tensor.dtype}")
 
 
-def _topology_kernel(offsets, rows, wide, bm, backend):
-    offsets = offsets.contiguous()
-    if backend == "reference":
-        return tuple(expert_topology_reference(offsets, rows, wide, bm))
-    sizes = _sizes(offsets.shape[0] - 1, rows, wide)
-    return tuple(_backend.kernels(backend, "expert_topology").expert_topology(offsets, sizes, rows, wide, bm))
+def _topology_kernel(args: ExpertTopology, backend: str) -> tuple[torch.Tensor, ...]:
+    args = args._replace(offsets=args.offsets.contiguous())
+    return expert_topology_reference(args) if backend == "reference" else _kernels(backend).expert_topology(args)
 
 
-def _topology_fake(offsets, rows, wide, bm, backend):
-    return tuple(offsets.new_empty(size) for size in _sizes(offsets.shape[0] - 1, rows, wide))
-
-
-_topology = register(
-    "expert_topology(Tensor offsets, SymInt rows, SymInt wide, int bm, str backend) -> "
-    f"({', '.join(f'Tensor {name}' for name in FIELDS)})",
-    _topology_kernel,
-    _topology_fake,
+_topology = define(
+    "expert_topology",
+    ExpertTopology,
+    kernel=_topology_kernel,
+    fake=ExpertTopology.new_lists,
+    returns=f"({', '.join(f'Tensor {name}' for name in FIELDS)})",
 )
 
 
-def _places_kernel(offsets, padded_offsets, slots, padded_rows, backend):
-    offsets, padded_offsets, slots = offsets.contiguous(), padded_offsets.contiguous(), slots.contiguous()
-    if backend == "reference":
-        return expert_places_reference(offsets, padded_offsets, slots, padded_rows)
-    return _backend.kernels(backend, "expert_topology").expert_places(offsets, padded_offsets, slots, padded_rows)
+def _places_kernel(args: ExpertPlaces, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    args = ExpertPlaces(*(tensor.contiguous() for tensor in args[:3]), args.padded_rows)
+    return expert_places_reference(args) if backend == "reference" else _kernels(backend).expert_places(args)
 
 
-def _places_fake(offsets, padded_offsets, slots, padded_rows, backend):
-    return slots.new_empty(padded_rows), torch.empty_like(slots)
+def _places_fake(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+    return args.slots.new_empty(args.padded_rows), torch.empty_like(args.slots)
 
 
-_places = register(
-    "expert_places(Tensor offsets, Tensor padded_offsets, Tensor slots, SymInt padded_rows, str backend) -> "
-    "(Tensor slots_of_rows, Tensor rows_of_slots)",
-    _places_kernel,
-    _places_fake,
+_places = define(
+    "expert_places",
+    ExpertPlaces,
+    kernel=_places_kernel,
+    fake=_places_fake,
+    returns="(Tensor slots_of_rows, Tensor rows_of_slots)",
 )
 
 
 def expert_topology(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> dict[str, torch.Tensor]:
     """The tensors of the topology of an expert layer's hidden activation, by the name of their field.
 
-    Args:
-        offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
-        rows: block rows, no fewer than the rows of all experts fill.
-        wide: block columns of an expert.
-        bm: rows of a block.
+    Arguments as those of :class:`ExpertTopology`.
 
     Raises:
         TypeError: ``offsets`` is not int32.
@@ -162,7 +198,7 @@ def expert_topology(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> dic
     """
     _check_int32(offsets=offsets)
     backend = _backend.resolve("expert_topology", offsets)
-    return dict(zip(FIELDS, _topology(offsets, rows, wide, bm, backend), strict=True))
+    return dict(zip(FIELDS, _topology(ExpertTopology(offsets, rows, wide, bm), backend), strict=True))
 
 
 def expert_places(
@@ -170,11 +206,7 @@ def expert_places(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which slot lies in each padded row, and where each slot lies.
 
-    Args:
-        offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
-        padded_offsets: ``(E+1,)`` int32, of a topology made from it.
-        slots: ``(R,)`` int32, of the dispatch.
-        padded_rows: rows of the topology.
+    Arguments as those of :class:`ExpertPlaces`.
 
     Returns:
         ``(padded_rows,)`` int32, R for padding; and ``(R,)`` int32, ``padded_rows`` for a dropped slot.
@@ -186,4 +218,4 @@ def expert_places(
     """
     _check_int32(offsets=offsets, padded_offsets=padded_offsets, slots=slots)
     backend = _backend.resolve("expert_topology", slots)
-    return _places(offsets, padded_offsets, slots, padded_rows, backend)
+    return _places(ExpertPlaces(offsets, padded_offsets, slots, padded_rows), backend)

@@ -1,9 +1,10 @@
 """Operators over records: a primitive's arguments are declared once, and handed down whole.
 
 A record is a ``NamedTuple`` whose annotations are types that torch's dispatcher knows: ``torch.Tensor``, ``int``,
-``float``, ``bool``, ``str``, ``torch.dtype``, lists of these, any of them ``| None``, or another record or frozen
-dataclass. :func:`define` writes the flat schema from it, so that the fake kernel, autograd and the kernel families all
-take the record itself, and a gradient is named by the field that it belongs to.
+``float``, ``bool``, ``str``, ``torch.dtype``, ``torch.SymInt`` for an int that a compiler may keep symbolic, lists of
+these, any of them ``| None``, or another record or frozen dataclass. :func:`define` writes the flat schema from it, so
+that the fake kernel, autograd and the kernel families all take the record itself, and a gradient is named by the field
+that it belongs to.
 
 A primitive's file has, in this order (``ops/gather_reduce.py`` is an example with nested records, ``ops/activate.py``
 one without):
@@ -24,7 +25,8 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -39,6 +41,7 @@ from gossamer.ops._registration import check_strided, is_plain, on_its_device, r
 _SCHEMA_TYPES = {
     torch.Tensor: "Tensor",
     int: "int",
+    torch.SymInt: "SymInt",
     float: "float",
     bool: "bool",
     str: "str",
@@ -47,7 +50,6 @@ _SCHEMA_TYPES = {
     list[int]: "int[]",
     list[float]: "float[]",
     list[bool]: "bool[]",
-    list[str]: "str[]",
     list[str]: "str[]",
 }
 
@@ -79,6 +81,13 @@ def _tuple_getter(getter: type, keys: Sequence) -> Callable[[Any], tuple]:
         return lambda _: ()
     one = getter(keys[0])
     return lambda value: (one(value),)
+
+
+def _maker(record: type) -> Callable[[tuple], Any]:
+    """What makes a record from the tuple of its fields."""
+    if dataclasses.is_dataclass(record):
+        return lambda fields: record(*fields)
+    return functools.partial(tuple.__new__, record)
 
 
 class Layout:
@@ -121,21 +130,25 @@ class Layout:
         self.restore = self.restorer(range(len(self.paths)))
 
     def restorer(self, places: Sequence[int]) -> Callable[[tuple], Any]:
-        """What makes the record from a tuple whose item ``places[i]`` is the flat argument ``i``.
+        """What makes the record from a tuple whose item ``places[i]`` is the flat argument ``i``."""
+        steps: list[tuple[Callable, Callable]] = []
+        self._add_steps(steps, list(places), len(places))
 
-        It is one expression, which takes a fraction of the time that functions for each nested record do.
+        def restore(values: tuple) -> Any:
+            for fields, make in steps:
+                values += (make(fields(values)),)
+            return values[-1]
+
+        return restore
+
+    def _add_steps(self, steps: list, places: list[int], size: int) -> int:
+        """Add the steps that make this record, each from items of the tuple and of what former steps added to it.
+
+        Takes the places of its flat arguments from the front of ``places``; returns where the record will be.
         """
-        records: dict[str, type] = {}
-        expression = self._expression(iter(places), records)
-        return eval(f"lambda values: {expression}", records)
-
-    def _expression(self, places: Iterator[int], records: dict[str, type]) -> str:
-        name = f"record{len(records)}"
-        records[name] = self._record
-        parts = [
-            f"values[{next(places)}]" if inner is None else inner._expression(places, records) for inner in self._parts
-        ]
-        return f"{name}({', '.join(parts)})"
+        fields = [places.pop(0) if inner is None else inner._add_steps(steps, places, size) for inner in self._parts]
+        steps.append((_tuple_getter(itemgetter, fields), _maker(self._record)))
+        return size + len(steps) - 1
 
     def schema(self, mutates: Iterable[str]) -> str:
         """The flat arguments as a schema lists them, those of ``mutates`` marked as written to."""
@@ -197,14 +210,13 @@ class Operator:
             return _of_tensors(fake(restore(values[:-1])), values)
 
         schema = f"{name}({layout.schema(mutates)}, str backend) -> {returns}"
-        register(schema, flat_kernel, flat_fake)
-        self._dispatched = getattr(torch.ops.gossamer, name).default
+        self._dispatched = register(schema, flat_kernel, flat_fake)
         self._kernel, self._kernel_there = kernel, on_its_device(kernel)
         self._steps = tuple(tuple(path.split(".")) for path in layout.paths)
         self._tensor_places = [i for i, kind in enumerate(layout.schema_types) if kind in ("Tensor", "Tensor?")]
         self._tensor_paths = [layout.paths[i] for i in self._tensor_places]
         self._tensors = _tuple_getter(attrgetter, self._tensor_paths)
-        self._function: type[torch.autograd.Function] | None = None
+        self._differentiable: Callable | None = None
         self._direct = not any("Tensor[]" in kind for kind in (*layout.schema_types, returns))
 
     def __call__(self, args: Any, backend: str) -> Any:
@@ -216,11 +228,12 @@ class Operator:
         if not self._direct or not is_plain(given):
             check_strided(self._tensor_paths, tensors)
             return self._dispatched(*self._layout.flatten(args), backend)
+        kernel = self._kernel if given[0].is_cpu else self._kernel_there
         if not (is_grad_enabled() and _any_requires_grad(*given)):
-            return (self._kernel if given[0].is_cpu else self._kernel_there)(args, backend)
-        if self._function is None:
+            return kernel(args, backend)
+        if self._differentiable is None:
             return self._dispatched(*self._layout.flatten(args), backend)
-        return self._function.apply(*tensors, args, backend)
+        return self._differentiable(kernel, tensors, args, backend)
 
     def differentiate(self, save: Callable, backward: Callable) -> None:
         """Give the operator a backward pass.
@@ -234,7 +247,7 @@ class Operator:
 
         Names are fields of the record, those of a nested one as ``"outer.inner"``.
         """
-        layout, kernel, tensors_of, num_tensors = self._layout, self._kernel, self._tensors, len(self._tensor_places)
+        layout, tensors_of, num_tensors = self._layout, self._tensors, len(self._tensor_places)
         tensor_paths = self._tensor_paths
         other_places = [i for i in range(len(layout.paths)) if i not in self._tensor_places]
         others_of = _tuple_getter(attrgetter, [layout.paths[i] for i in other_places])
@@ -244,15 +257,15 @@ class Operator:
         tensor_flags = _tuple_getter(itemgetter, self._tensor_places)
 
         @functools.cache
-        def named(needed: tuple[bool, ...]) -> frozenset[str]:
-            return frozenset(path for path, wanted in zip(tensor_paths, needed, strict=True) if wanted)
+        def named(flags: tuple[bool, ...]) -> tuple[list[str], frozenset[str]]:
+            names = list(compress(tensor_paths, flags))
+            return names, frozenset(names)
 
-        def keep(ctx, args, backend, output, needed):
+        def keep(ctx, args, tensors, backend, output):
             ctx.backend = backend
-            ctx.needs = named(needed)
             kept, *more = save(ctx, args, output)
             ctx.others = others_of(kept)
-            ctx.save_for_backward(*tensors_of(kept), *more)
+            ctx.save_for_backward(*(tensors if kept is args else tensors_of(kept)), *more)
 
         def found(ctx, gradients):
             saved = ctx.saved_tensors
@@ -260,7 +273,9 @@ class Operator:
             return backward(ctx, args, saved[num_tensors:], *gradients)
 
         def setup_context(ctx, inputs, output):
-            keep(ctx, layout.restore(inputs[:-1]), inputs[-1], output, tensor_flags(ctx.needs_input_grad))
+            args, backend = layout.restore(inputs[:-1]), inputs[-1]
+            _, ctx.needs = named(tensor_flags(ctx.needs_input_grad))
+            keep(ctx, args, tensors_of(args), backend, output)
 
         def differentiate(ctx, *gradients):
             by_name = found(ctx, gradients)
@@ -269,23 +284,31 @@ class Operator:
         register_autograd(self.name, differentiate, setup_context)
 
         class Direct(torch.autograd.Function):
-            """The same without the dispatcher, over the record's tensors, then the record and the backend."""
+            """The same without the dispatcher, over the tensors that require a gradient, then what the rest needs."""
 
             @staticmethod
             def forward(ctx, *inputs):
-                args, backend = inputs[num_tensors:]
+                flags, kernel, tensors, args, backend = inputs[-5:]
                 # Without this a result that a kernel makes as a view of its own memory could not be changed in place.
                 with torch._C._AutoDispatchBelowADInplaceOrView():
                     output = kernel(args, backend)
-                keep(ctx, args, backend, output, ctx.needs_input_grad[:num_tensors])
+                ctx.names, ctx.needs = named(flags)
+                keep(ctx, args, tensors, backend, output)
                 return output
 
             @staticmethod
             def backward(ctx, *gradients):
                 by_name = found(ctx, gradients)
-                return *map(by_name.get, tensor_paths), None, None
+                return *map(by_name.get, ctx.names), None, None, None, None, None
 
-        self._function = Direct
+        # torch.autograd.Function.apply without its transformations of torch.func, which the caller has excluded.
+        apply = super(torch.autograd.Function, Direct).apply
+
+        def direct(kernel, tensors, args, backend):
+            flags = tuple([tensor is not None and tensor.requires_grad for tensor in tensors])
+            return apply(*compress(tensors, flags), flags, kernel, tensors, args, backend)
+
+        self._differentiable = direct
 
 
 def define(

@@ -9,37 +9,35 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import (
     _any_requires_grad,
-    _dispatch_tls_is_dispatch_key_included,
+    _are_functorch_transforms_active,
     _get_tracing_state,
+    _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
 from torch.autograd import _profiler_enabled
-from torch.compiler import is_compiling
 
 _LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
-_PYTHON, _TRANSFORMS = torch._C.DispatchKey.Python, torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # Each operator's autograd function, whose last argument is none of the operator's.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
-def is_plain(args: tuple) -> bool:
-    """Whether the dispatcher would do nothing with these arguments but differentiate and call the kernel.
+def is_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether the dispatcher would do nothing with these tensors but differentiate and call the kernel.
 
-    It does more under a mode, a transformation of torch.func, a trace, a compiler or a profiler, and with tensors of
-    other classes or devices.
+    It does more under a mode, a transformation of torch.func, a trace or a profiler, and with tensors of other classes
+    or devices. Not to be asked in compiled code.
     """
-    if is_compiling() or _profiler_enabled() or _len_torch_function_stack() or _get_tracing_state() is not None:
+    if _profiler_enabled() or _len_torch_function_stack() or _len_torch_dispatch_stack():
         return False
-    if _dispatch_tls_is_dispatch_key_included(_PYTHON) or _dispatch_tls_is_dispatch_key_included(_TRANSFORMS):
+    if _are_functorch_transforms_active() or _get_tracing_state() is not None:
         return False
-    for value in args:
-        if isinstance(value, Tensor):
-            if type(value) not in _PLAIN or not (value.is_cpu or value.is_cuda) or value.layout is not torch.strided:
-                return False
-            # Tensors of zeros without memory, and views that say what their memory's sign is.
-            if value.is_neg() or value._is_zerotensor():
-                return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda) or tensor.layout is not torch.strided:
+            return False
+        # Tensors of zeros without memory, and views that say what their memory's sign is.
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return False
     return True
 
 
@@ -96,8 +94,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         fake: the shape-only implementation for meta and fake tensors.
 
     Returns:
-        What calls the operator. With arguments by position alone it calls the autograd function or the kernel itself
-        where the dispatcher would do no more: each way through C++ and back takes ten microseconds.
+        The operator.
     """
     name = schema.split("(", 1)[0]
     kernel = on_its_device(kernel)
@@ -109,43 +106,28 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     if not _is_simple(operator._schema):
         return operator
 
-    defaults = tuple(argument.default_value for argument in operator._schema.arguments)
-    names = tuple(argument.name for argument in operator._schema.arguments)
-
     def below_autograd(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    # The set of dispatch keys, or None for a call without the dispatcher, goes last, so that inputs keep their places
-    # in needs_input_grad.
+    # The set of dispatch keys goes last, so that inputs keep their places in needs_input_grad.
     def forward(ctx, *args):
         *inputs, keyset = args
         # Without this a result that a kernel makes as a view of its own memory could not be changed in place.
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return kernel(*inputs) if keyset is None else below_autograd(keyset, *inputs)
+            return below_autograd(keyset, *inputs)
 
     def refuse(ctx, *gradients):
         raise NotImplementedError(f"gossamer::{name} has no derivative")
 
     def autograd(keyset, *args):
         if is_grad_enabled() and _any_requires_grad(*args):
-            # The dispatcher leaves out last arguments that are equal to their defaults.
-            return _FUNCTIONS[name].apply(*args, *defaults[len(args) :], keyset)
+            return _FUNCTIONS[name].apply(*args, keyset)
         return below_autograd(keyset, *args)
-
-    def call(*args, **named):
-        if named or not is_plain(args):
-            if not is_compiling():
-                check_strided(names, args)
-            return operator(*args, **named)
-        args = (*args, *defaults[len(args) :])
-        if not (is_grad_enabled() and _any_requires_grad(*args)):
-            return kernel(*args)
-        return _FUNCTIONS[name].apply(*args, None)
 
     _FUNCTIONS[name] = _function(name, forward, refuse)
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    return call
+    return operator
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

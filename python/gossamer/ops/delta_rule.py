@@ -382,7 +382,11 @@ def _is_plain_step(q, k, v, beta, state, g) -> bool:
     A step takes less time than they do.
     """
     operands = (q, k, v, beta, state) if g is None else (q, k, v, beta, state, g)
-    if not all(type(x) is torch.Tensor and x.is_cpu for x in operands) or not is_plain(operands):
+    if (
+        torch.compiler.is_compiling()
+        or not all(type(x) is torch.Tensor and x.is_cpu for x in operands)
+        or not is_plain(operands)
+    ):
         return False
     shape, dtype = q.shape, q.dtype
     if v.dim() != 3 or len(shape) != 3 or not v.shape[1] or torch.is_autocast_enabled("cpu"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from types import ModuleType
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.compiler import is_compiling
@@ -11,7 +13,7 @@ from torch.compiler import is_compiling
 from gossamer import _backend
 from gossamer._checks import check_index, check_positive, check_shape
 from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
-from gossamer.ops._registration import register
+from gossamer.ops._records import define
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,33 @@ def _raise_overflow(live: int, max_rows: int) -> None:
     raise ValueError(f"max_rows must be at least the number of slots with an expert, {live}, got {max_rows}")
 
 
-def _kernel(expert_ids, num_experts, backend, max_rows=None):
+class ExpertSort(NamedTuple):
+    """Arguments of the sort of assignments by expert.
+
+    Attributes:
+        expert_ids: ``(T, K)`` int32 or int64; an id of E or more has no expert.
+        num_experts: E.
+        max_rows: bound on the slots that have an expert, or None.
+    """
+
+    expert_ids: torch.Tensor
+    num_experts: int
+    max_rows: torch.SymInt | None
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import dispatch
+    elif backend == "triton":
+        from gossamer.triton_kernels import dispatch
+    else:
+        from gossamer.cuda_kernels import dispatch
+    return dispatch
+
+
+def _sort(args: ExpertSort, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    expert_ids, num_experts, max_rows = args
     # The check reads values, so it can only stand inside the operator, where a traced call has them too.
     # The native kernel finds negative ids on its way.
     if backend != "native" and expert_ids.device.type == "cpu" and expert_ids.numel() and int(expert_ids.min()) < 0:
@@ -169,7 +197,7 @@ def _kernel(expert_ids, num_experts, backend, max_rows=None):
     if backend == "reference":
         slots, rows, offsets = dispatch_reference(expert_ids, num_experts)
     else:
-        slots, rows, offsets = _backend.kernels(backend, "dispatch").dispatch(expert_ids, num_experts)
+        slots, rows, offsets = _kernels(backend).dispatch(expert_ids, num_experts)
     if max_rows is not None and max_rows < slots.shape[0]:
         if offsets.device.type == "cpu" and (live := int(offsets[-1])) > max_rows:
             _raise_overflow(live, max_rows)
@@ -177,16 +205,14 @@ def _kernel(expert_ids, num_experts, backend, max_rows=None):
     return slots, rows, offsets
 
 
-def _fake(expert_ids, num_experts, backend, max_rows=None):
-    slots = expert_ids.new_empty(expert_ids.numel(), dtype=torch.int32)
-    return slots, torch.empty_like(slots), expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
+def _sort_fake(args: ExpertSort) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = args.expert_ids
+    slots = ids.new_empty(ids.numel(), dtype=torch.int32)
+    return slots, torch.empty_like(slots), ids.new_empty(args.num_experts + 1, dtype=torch.int32)
 
 
-_dispatch = register(
-    "dispatch(Tensor expert_ids, int num_experts, str backend, SymInt? max_rows=None) -> "
-    "(Tensor slots, Tensor rows, Tensor offsets)",
-    _kernel,
-    _fake,
+_dispatch = define(
+    "dispatch", ExpertSort, kernel=_sort, fake=_sort_fake, returns="(Tensor slots, Tensor rows, Tensor offsets)"
 )
 
 
@@ -242,9 +268,9 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
     bound = num_slots if max_rows is None or max_rows >= num_slots else max(max_rows, 1)
     backend = _backend.resolve("dispatch", expert_ids)
     if max_rows is None or num_slots == 0:
-        slots, rows, offsets = _dispatch(expert_ids, num_experts, backend)
+        slots, rows, offsets = _dispatch(ExpertSort(expert_ids, num_experts, None), backend)
     else:
-        slots, rows, offsets = _dispatch(expert_ids, num_experts, backend, bound)
+        slots, rows, offsets = _dispatch(ExpertSort(expert_ids, num_experts, bound), backend)
         bound = _buffer_rows(offsets, bound)
     made = Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)
     if not is_compiling():

@@ -122,7 +122,9 @@ def advise_huge_pages(table: torch.Tensor) -> None:
     Nothing happens off the CPU, or where there are no native kernels.
     """
     if table.device.type == "cpu" and type(table.data) is torch.Tensor and _backend.native_unavailable() is None:
-        _backend.kernels("native", "hash_table").advise_huge_pages(table)
+        from gossamer.cpu_kernels import hash_table
+
+        hash_table.advise_huge_pages(table)
 
 
 def renorm_(table: torch.Tensor, index: torch.Tensor, max_norm: float, norm_type: float) -> None:

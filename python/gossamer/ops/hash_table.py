@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -27,6 +28,17 @@ _LAST_SERIAL = 2**31 - 1
 
 class HashTableFull(ValueError):
     """Keys were refused because a table without eviction has no room for them; the table is as it was."""
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "reference":
+        return reference
+    if backend == "native":
+        from gossamer.cpu_kernels import hash_table
+    else:
+        from gossamer.cuda_kernels import hash_table
+    return hash_table
 
 
 def _joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -123,8 +135,7 @@ class HashTable:
         return int(self._storage.fill.sum())
 
     def _kernels(self) -> ModuleType:
-        name = _backend.resolve("hash_table", self._storage.digests)
-        return reference if name == "reference" else _backend.kernels(name, "hash_table")
+        return _kernels(_backend.resolve("hash_table", self._storage.digests))
 
     def cast_(self, value_dtype: torch.dtype) -> None:
         """Keep the values in another dtype from now on, rounded once; keys and rows stay.
@@ -140,7 +151,7 @@ class HashTable:
 
     def _allocate(self, capacity: int) -> Storage:
         native = self.device.type == "cpu" and _backend.native_unavailable() is None
-        empty = _backend.kernels("native", "hash_table").empty if native else None
+        empty = _kernels("native").empty if native else None
         values = (self.dim, self.value_dtype)
         return Storage.allocate(capacity, self.evict is not None, values, self.device, empty)
 

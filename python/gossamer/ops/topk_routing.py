@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from gossamer import _backend
-from gossamer.ops._registration import register, register_autograd
+from gossamer.ops._records import define
+from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
@@ -38,76 +42,103 @@ def check_logits(logits: torch.Tensor, biased: torch.Tensor | None) -> None:
         raise ValueError("correction_bias must not hold NaN, got NaN in the scores of finite logits")
 
 
-def _kernel(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend):
-    check_logits(logits, bias)
-    module = _backend.kernels(backend, "topk_routing")
-    ids, weights = module.topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale)
-    return weights, ids
+class TopkRouting(NamedTuple):
+    """Arguments of a router's choice; the rules are those of gossamer.nn.softmax_topk and sigmoid_topk.
+
+    Attributes:
+        logits: ``(T, E)`` float32.
+        bias: ``(E,)`` float, added to the scores that experts are chosen by, or None.
+        top_k: K.
+        sigmoid: whether scores are sigmoids of the logits, else their softmax.
+        renormalize: whether a token's weights are divided by their sum.
+        n_group: groups that the experts form.
+        topk_group: groups that a token may use.
+        scale: factor on the weights.
+    """
+
+    logits: torch.Tensor
+    bias: torch.Tensor | None
+    top_k: int
+    sigmoid: bool
+    renormalize: bool
+    n_group: int
+    topk_group: int
+    scale: float
 
 
-def _fake(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend):
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+class TopkRoutingBackward(NamedTuple):
+    """Arguments of its gradient: :class:`TopkRouting`, what that gave, and ``dweights (T, K)``."""
+
+    dweights: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+    forward: TopkRouting
 
 
-_topk_routing = register(
-    "topk_routing(Tensor logits, Tensor? bias, int top_k, bool sigmoid, bool renormalize, int n_group, int topk_group, "
-    "float scale, str backend) -> (Tensor weights, Tensor expert_ids)",
-    _kernel,
-    _fake,
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import topk_routing
+    else:
+        from gossamer.triton_kernels import topk_routing
+    return topk_routing
+
+
+def _forward(args: TopkRouting, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    check_logits(args.logits, args.bias)
+    return _kernels(backend).topk_routing(args)
+
+
+def _forward_fake(args: TopkRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (args.logits.shape[0], args.top_k)
+    return args.logits.new_empty(shape), args.logits.new_empty(shape, dtype=torch.int64)
+
+
+_topk_routing = define(
+    "topk_routing",
+    TopkRouting,
+    kernel=_forward,
+    fake=_forward_fake,
+    returns="(Tensor weights, Tensor expert_ids)",
 )
 
 
-def _backward_kernel(dweights, logits, weights, ids, sigmoid, renormalize, scale, backend):
-    module = _backend.kernels(backend, "topk_routing")
-    return module.topk_routing_backward(dweights, logits, weights, ids, sigmoid, renormalize, scale)
+def _backward(args: TopkRoutingBackward, backend: str) -> torch.Tensor:
+    return _kernels(backend).topk_routing_backward(args)
 
 
-def _backward_fake(dweights, logits, weights, ids, sigmoid, renormalize, scale, backend):
-    return logits.new_empty(logits.shape)
+def _backward_fake(args: TopkRoutingBackward) -> torch.Tensor:
+    return args.forward.logits.new_empty(args.forward.logits.shape)
 
 
-_topk_routing_backward = register(
-    "topk_routing_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor ids, bool sigmoid, bool renormalize, "
-    "float scale, str backend) -> Tensor",
-    _backward_kernel,
-    _backward_fake,
+_topk_routing_backward = define(
+    "topk_routing_backward", TopkRoutingBackward, kernel=_backward, fake=_backward_fake, returns="Tensor"
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, args: TopkRouting, output):
     # Else the backward pass would be handed zeros as the gradient of ids.
     ctx.set_materialize_grads(False)
-    logits, _, _, ctx.sigmoid, ctx.renormalize, *_, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, *output)
+    return args, *output
 
 
-def _backward(ctx, dweights, _dids):
-    if dweights is None or not ctx.needs_input_grad[0]:
-        return (None,) * 9
-    arguments = dweights, *ctx.saved_tensors, ctx.sigmoid, ctx.renormalize, ctx.scale
+def _differentiate(ctx, args: TopkRouting, tensors, dweights: torch.Tensor | None, _):
+    if dweights is None or "logits" not in ctx.needs:
+        return {}
+    backward = TopkRoutingBackward(dweights, *tensors, args)
     if torch.is_grad_enabled():
         # A gradient of this gradient is wanted, which plain torch knows.
-        dlogits = topk_routing_backward_reference(*arguments)
-    else:
-        dlogits = _topk_routing_backward(*arguments, ctx.backend)
-    return dlogits, *[None] * 8
+        return {"logits": topk_routing_backward_reference(backward)}
+    return {"logits": _topk_routing_backward(backward, ctx.backend)}
 
 
-register_autograd("topk_routing", _backward, _setup_context)
+_topk_routing.differentiate(_save, _differentiate)
 
 
-def topk_routing_backward_reference(
-    dweights: torch.Tensor,
-    logits: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-) -> torch.Tensor:
-    """What flows back to ``logits (T, E)`` from ``dweights (T, K)`` in plain torch, differentiable."""
+def topk_routing_backward_reference(args: TopkRoutingBackward) -> torch.Tensor:
+    """What flows back to ``logits (T, E)`` in plain torch, differentiable."""
+    dweights, weights, ids, (logits, _, _, sigmoid, renormalize, _, _, scale) = args
     # Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
     live = weights > 0
     dweights = torch.where(live, dweights, 0.0)
@@ -176,7 +207,8 @@ def fused_topk(
         if bias.dtype == torch.float64:
             return None
         bias = bias.detach()
-    weights, ids = _topk_routing(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale, backend)
+    args = TopkRouting(logits, bias, top_k, sigmoid, renormalize, n_group, topk_group, scale)
+    weights, ids = _topk_routing(args, backend)
     return ids, weights
 
 
