@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -59,6 +61,15 @@ class ProductKeyTopkBackward(NamedTuple):
     sizes: list[int]
 
 
+@functools.cache
+def _kernels(backend: str) -> ModuleType:
+    if backend == "native":
+        from gossamer.cpu_kernels import product_key_topk
+    else:
+        from gossamer.triton_kernels import product_key_topk
+    return product_key_topk
+
+
 def _side(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K highest scores of each row, NaN as −∞ and +∞ as the largest number, and their places, the lower first."""
     clean = torch.nan_to_num(scores, nan=-math.inf, posinf=torch.finfo(scores.dtype).max, neginf=-math.inf)
@@ -104,7 +115,7 @@ def _forward(args: ProductKeyTopk, backend: str) -> tuple[torch.Tensor, torch.Te
     _check_values(args)
     if backend == "reference":
         return product_key_topk_reference(args)
-    return _backend.kernels(backend, "product_key_topk").product_key_topk(args)
+    return _kernels(backend).product_key_topk(args)
 
 
 def _forward_fake(args: ProductKeyTopk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +152,7 @@ def _places(args: ProductKeyTopkBackward) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(args: ProductKeyTopkBackward, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "reference":
         return product_key_topk_backward_reference(args)
-    return _backend.kernels(backend, "product_key_topk").product_key_topk_backward(args)
+    return _kernels(backend).product_key_topk_backward(args)
 
 
 def _backward_fake(args: ProductKeyTopkBackward) -> tuple[torch.Tensor, torch.Tensor]:
