@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.common import aot_signature, sigmoid
+from gossamer.triton_kernels.common import aot_signature, clamped, sigmoid
 
 if TYPE_CHECKING:
     from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvGradients, CausalConvStep
@@ -53,17 +53,16 @@ def sequence_bounds(cu_seqlens, t, batch, positions, sequences, STEPS: tl.conste
             before = tl.load(cu_seqlens + middle, middle < sequences, other=0) <= t
             low = tl.where(before & (middle < sequences), middle, low)
             high = tl.where(before, high, middle)
-        start = tl.load(cu_seqlens + low).to(tl.int32)
-        end = tl.load(cu_seqlens + low + 1).to(tl.int32)
-        return low, tl.maximum(start, 0), tl.minimum(end, positions)
+        start, end = tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
+        return low, clamped(start, positions + 1).to(tl.int32), clamped(end, positions + 1).to(tl.int32)
 
 
 @triton.jit
 def _whole_sequence(of, n, PACKED: tl.constexpr):
     """First position, end and batch of sequence ``n``."""
     if PACKED:
-        start = tl.maximum(tl.load(of.cu_seqlens + n).to(tl.int32), 0)
-        return start, tl.minimum(tl.load(of.cu_seqlens + n + 1).to(tl.int32), of.positions), 0
+        start, end = tl.load(of.cu_seqlens + n), tl.load(of.cu_seqlens + n + 1)
+        return clamped(start, of.positions + 1).to(tl.int32), clamped(end, of.positions + 1).to(tl.int32), 0
     else:
         return n * 0, n * 0 + of.positions, n
 
@@ -75,7 +74,7 @@ def _input(of, batch, p, n, start, c, inside):
     x = tl.load(at, inside & (p >= start)[:, None], other=0.0).to(tl.float32)
     if of.initial is not None:
         rows = of.initial + ((n.to(tl.int64) * of.channels)[:, None] + c[None, :]) * of.state_size
-        early = inside & (p < start)[:, None]
+        early = inside & ((p < start) & (p >= start - of.state_size))[:, None]
         x += tl.load(rows + (of.state_size + p - start)[:, None], early, other=0.0).to(tl.float32)
     return x
 
@@ -142,7 +141,8 @@ def _final_state_kernel(of, final_ptr, PACKED: tl.constexpr, BLOCK_C: tl.constex
         at = of.x + batch * of.stride_b.to(tl.int64) + p.to(tl.int64) * of.stride_t + c * of.stride_c
         value = tl.load(at, live & (p >= start), other=0.0)
         if of.initial is not None:
-            value += tl.load(of.initial + row + of.state_size + p - start, live & (p < start), other=0.0)
+            early = live & (p < start) & (p >= start - of.state_size)
+            value += tl.load(of.initial + row + of.state_size + p - start, early, other=0.0)
         tl.store(final_ptr + row + j, value, live)
 
 
@@ -203,7 +203,7 @@ def _causal_conv1d_backward_kernel(
         if dfinal_ptr is not None:
             at = (t - (end - of.state_size))[:, None]
             rows = dfinal_ptr + ((n.to(tl.int64) * of.channels)[:, None] + c[None, :]) * of.state_size
-            dx += tl.load(rows + at, inside & (at >= 0), other=0.0).to(tl.float32)
+            dx += tl.load(rows + at, inside & (at >= 0) & (at < of.state_size), other=0.0).to(tl.float32)
         tl.store(dx_ptr + _offsets(of, batch, t, c, ALONG_CHANNELS), dx.to(dx_ptr.dtype.element_ty), inside)
 
 
@@ -235,7 +235,8 @@ def _initial_state_gradient_kernel(
     row = (n.to(tl.int64) * of.channels + c)[None, :] * of.state_size
     if dfinal_ptr is not None:
         at = (k - (last - first))[:, None]
-        total += tl.load(dfinal_ptr + row + at, live & (at >= 0), other=0.0).to(tl.float32)
+        kept = live & (at >= 0) & (at < of.state_size)
+        total += tl.load(dfinal_ptr + row + at, kept, other=0.0).to(tl.float32)
     tl.store(dinitial_ptr + row + k[:, None], total.to(dinitial_ptr.dtype.element_ty), live)
 
 

@@ -119,6 +119,19 @@ def max_row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
 TABLE_HEAD = 2
 
 
+@triton.jit
+def clamped(index, size):
+    """The nearest index in ``[0, size)``: structures made by hand may hold anything."""
+    return tl.maximum(tl.minimum(index, size - 1), 0)
+
+
+@triton.jit
+def group_range(offsets_ptr, group, num_rows):
+    """First and end row of a group, both in ``[0, num_rows]``."""
+    start, end = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    return clamped(start, num_rows + 1), clamped(end, num_rows + 1)
+
+
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _row_tiles_kernel(
     offsets_ptr,
@@ -132,16 +145,18 @@ def _row_tiles_kernel(
 ):
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     expert = tl.zeros((TILES,), tl.int32)
-    first_tile = tl.zeros((TILES,), tl.int32)
-    total = 0
-    live = 0
+    # In 64 bits, which offsets that overlap do not overflow.
+    first_tile = tl.zeros((TILES,), tl.int64)
+    total = tl.zeros((), tl.int64)
+    live = tl.zeros((), tl.int64)
     for e0 in range(0, num_experts + 1, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
-        start = tl.load(offsets_ptr + e, e <= num_experts, other=0)
+        start = clamped(tl.load(offsets_ptr + e, e <= num_experts, other=0), num_rows + 1)
         # The dropped tail is group E: from offsets[E] to the last row.
-        end = tl.load(offsets_ptr + e + 1, e < num_experts, other=0)
+        end = clamped(tl.load(offsets_ptr + e + 1, e < num_experts, other=0), num_rows + 1)
         end = tl.where(e == num_experts, num_rows, end)
-        tiles = tl.where(e <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+        size = tl.where(e <= num_experts, tl.maximum(end - start, 0), 0).to(tl.int64)
+        tiles = (size + BLOCK_M - 1) // BLOCK_M
         after = total + tl.cumsum(tiles, 0)
         passed = (after[None, :] <= tile[:, None]) & (e <= num_experts)[None, :]
         expert += tl.sum(passed.to(tl.int32), 1)
@@ -149,11 +164,12 @@ def _row_tiles_kernel(
         live += tl.sum(tl.where(e < num_experts, tiles, 0), 0)
         total += tl.sum(tiles, 0)
     if tl.program_id(0) == 0:
-        tl.store(table_ptr, live)
-        tl.store(table_ptr + 1, total)
+        tl.store(table_ptr, tl.minimum(live, capacity).to(tl.int32))
+        tl.store(table_ptr + 1, tl.minimum(total, capacity).to(tl.int32))
     inside = (tile < total) & (tile < capacity)
-    row = tl.load(offsets_ptr + expert, inside, other=0) + (tile - first_tile) * BLOCK_M
-    end = tl.load(offsets_ptr + expert + 1, inside & (expert < num_experts), other=0)
+    start = clamped(tl.load(offsets_ptr + expert, inside, other=0), num_rows + 1)
+    row = start + (tile - first_tile).to(tl.int32) * BLOCK_M
+    end = clamped(tl.load(offsets_ptr + expert + 1, inside & (expert < num_experts), other=0), num_rows + 1)
     end = tl.where(expert == num_experts, num_rows, end)
     tl.store(table_ptr + 2 + tile, expert, inside)
     tl.store(table_ptr + 2 + capacity + tile, row, inside)

@@ -27,6 +27,7 @@ from gossamer.triton_kernels.common import (
     arch_of,
     can_describe,
     choose_tile,
+    clamped,
     column_halves,
     describe,
     dot_precision,
@@ -143,7 +144,7 @@ def _finish_up(
     tl.store(act_rows + n[None, :], out.to(act_rows.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "num_slots"])
 def _up_kernel(
     x_ptr,
     w,
@@ -153,6 +154,7 @@ def _up_kernel(
     slots_ptr,
     table_ptr,
     capacity,
+    num_slots,
     I,
     C,
     strides,
@@ -183,7 +185,7 @@ def _up_kernel(
         m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
         expert, row, row_end = row_tile(table_ptr, capacity, m)
         r = row + tl.arange(0, BLOCK_M)
-        x_index = tl.load(slots_ptr + tl.where(r < row_end, r, row)) // X_DIV
+        x_index = clamped(tl.load(slots_ptr + tl.where(r < row_end, r, row)), num_slots) // X_DIV
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
         n0 = n_tile * BLOCK_N
         acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
@@ -307,6 +309,7 @@ def up_projection(
         args.groups.slots,
         table_tensor,
         capacity,
+        args.groups.rows.shape[0],
         i,
         c,
         (x.stride(0), *gate_up.stride()),
@@ -379,7 +382,7 @@ def aot_case(
     # One descriptor covers both halves of a stacked weight, unless it is stored transposed.
     tma = arch >= TMA_ARCH and layout != "pointers" and not (stacked and transposed)
     signature["strides"] = ("i32:16", "i32:16", *rows_and_columns)
-    signature["capacity"] = "i32"
+    signature |= {"capacity": "i32", "num_slots": "i32"}
     if tma:
         rows = [2, tile.block_n] if stacked else [act.halves * tile.block_n]
         signature["w"] = aot_descriptor(dtype, [1, tile.block_k, *rows] if transposed else [1, *rows, tile.block_k])

@@ -29,6 +29,7 @@ from gossamer.triton_kernels.common import (
     aot_signature,
     arch_of,
     choose_tile,
+    clamped,
     column_eighths,
     dot_precision,
     gate_code,
@@ -127,7 +128,7 @@ def _finish_down_backward(
     return dots
 
 
-@triton.jit(do_not_specialize=["capacity", "num_rows"])
+@triton.jit(do_not_specialize=["capacity", "num_rows", "num_slots"])
 def _down_backward_kernel(
     dy,
     w,
@@ -136,6 +137,7 @@ def _down_backward_kernel(
     lists,
     capacity,
     num_rows,
+    num_slots,
     I,
     C,
     strides,
@@ -170,7 +172,7 @@ def _down_backward_kernel(
         m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
         expert, row, row_end = row_tile(table_ptr, capacity, m)
         r = row + tl.arange(0, BLOCK_M)
-        slot = tl.load(slots_ptr + tl.where(r < row_end, r, row))
+        slot = clamped(tl.load(slots_ptr + tl.where(r < row_end, r, row)), num_slots)
         dy_rows = dy + (slot // DY_DIV).to(tl.int64)[:, None] * stride_dy
         n0 = n_tile * BLOCK_N
         width = 2 * I if GATED else I
@@ -304,6 +306,7 @@ def down_backward(
         (weights, groups.slots, table_tensor),
         capacity,
         num_rows,
+        groups.rows.shape[0],
         i,
         h,
         (dy.stride(0), down.stride(0), down.stride(2), down.stride(1)),
@@ -390,7 +393,9 @@ def expert_mlp_backward(
     del act
     if "down.b" in needs:
         found["down.b"] = db = factor_like("down.b")
-        weighted = args.s2 * forward.weights.view(-1).index_select(0, groups.slots).unsqueeze(1)
+        # An index outside would end the process on CUDA; kernels take the nearest.
+        slots = groups.slots.clamp(0, max(forward.weights.numel() - 1, 0))
+        weighted = args.s2 * forward.weights.view(-1).index_select(0, slots).unsqueeze(1)
         factor_gradient(weighted, dy, groups.slots, groups.offsets, top_k, db, True, scale=second.factor)
     if "down.bias" in needs:
         found["down.bias"] = group_sums(dy, groups, top_k, forward.weights)
@@ -454,7 +459,7 @@ def aot_case(
     usual, tma = layout != "transposed", arch >= TMA_ARCH and layout != "pointers"
     rows_and_columns = (1, "i32:16") if usual else ("i32:16", 1)
     signature |= {"strides": ("i32:16", "i32:16", *rows_and_columns), "constants": ("fp32", "fp32")}
-    signature |= {"capacity": "i32", "num_rows": "i32"}
+    signature |= {"capacity": "i32", "num_rows": "i32", "num_slots": "i32"}
     if tma:
         block = [tile.block_k, tile.block_n] if usual else [tile.block_n, tile.block_k]
         signature["w"] = aot_descriptor(dtype, [1, *block])

@@ -23,6 +23,7 @@ from gossamer.triton_kernels.common import (
     arch_of,
     can_describe,
     choose_tile,
+    clamped,
     describe,
     dot_precision,
     grid_size,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["grouped_matmul", "grouped_matmul_dweight"]
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "num_slots"])
 def _grouped_matmul_kernel(
     x,
     w,
@@ -55,6 +56,7 @@ def _grouped_matmul_kernel(
     slots_ptr,
     table_ptr,
     capacity,
+    num_slots,
     N,
     C,
     strides,
@@ -85,7 +87,7 @@ def _grouped_matmul_kernel(
         # Rows past the group are read from its first row and never stored.
         inside = tl.where(r < row_end, r, row)
         if X_DIV > 0:
-            x_index = tl.load(slots_ptr + inside) // X_DIV
+            x_index = clamped(tl.load(slots_ptr + inside), num_slots) // X_DIV
         else:
             x_index = inside
         x_rows = x if X_TMA else x + x_index.to(tl.int64)[:, None] * stride_x
@@ -116,7 +118,7 @@ def _grouped_matmul_kernel(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)[None, :]
         if SCATTER:
-            y_index = tl.load(slots_ptr + inside)
+            y_index = clamped(tl.load(slots_ptr + inside), num_slots)
         else:
             y_index = r
         y_rows = y_ptr + y_index.to(tl.int64)[:, None] * stride_y
@@ -128,7 +130,7 @@ def _grouped_matmul_kernel(
             _, row, row_end = row_tile(table_ptr, capacity, tile // num_n)
             r = row + tl.arange(0, BLOCK_M)
             if SCATTER:
-                y_index = tl.load(slots_ptr + r, r < row_end, other=0)
+                y_index = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots)
             else:
                 y_index = r
             n = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -174,6 +176,7 @@ def rows_times_weight(
         groups.slots,
         table_tensor,
         capacity,
+        groups.rows.shape[0],
         n,
         c,
         (x.stride(0), *weight.stride(), y.stride(0)),
@@ -219,7 +222,7 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual", ran
     signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C")
     rows_and_columns = (1, "i32:16") if transposed else ("i32:16", 1)
     signature["strides"] = ("i32:16", "i32:16", *rows_and_columns, "i32:16")
-    signature["capacity"] = "i32"
+    signature |= {"capacity": "i32", "num_slots": "i32"}
     low_signature, low_constexprs = aot_low_rank(dtype, rank)
     signature |= low_signature
     constexprs = low_constexprs | {

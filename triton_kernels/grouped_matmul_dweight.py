@@ -20,9 +20,11 @@ from gossamer.triton_kernels.common import (
     arch_of,
     can_describe,
     choose_tile,
+    clamped,
     describe,
     dot_precision,
     grid_size,
+    group_range,
     row_tile,
     row_tiles,
     tile_coordinates,
@@ -51,15 +53,15 @@ def operand_form(x: torch.Tensor, dy: torch.Tensor, x_div: int, dy_div: int, fin
 
 
 @triton.jit
-def sorted_rows(slots_ptr, r, inside, DIV: tl.constexpr):
+def sorted_rows(slots_ptr, r, inside, num_slots, DIV: tl.constexpr):
     """Rows of an operand for sorted rows ``r``: ``r`` itself when DIV is 0."""
     if DIV > 0:
-        return tl.load(slots_ptr + r, inside, other=0) // DIV
+        return clamped(tl.load(slots_ptr + r, inside, other=0), num_slots) // DIV
     else:
         return r
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "num_rows", "num_slots"])
 def _padded_rows_kernel(
     x_ptr,
     padded_ptr,
@@ -68,6 +70,8 @@ def _padded_rows_kernel(
     offsets_ptr,
     table_ptr,
     capacity,
+    num_rows,
+    num_slots,
     W,
     stride_x,
     DIV: tl.constexpr,
@@ -82,10 +86,10 @@ def _padded_rows_kernel(
     if block < tl.load(table_ptr):
         expert, row, row_end = row_tile(table_ptr, capacity, block)
         if part == 0:
-            if row == tl.load(offsets_ptr + expert):
+            if row == clamped(tl.load(offsets_ptr + expert), num_rows + 1):
                 tl.store(first_block_ptr + expert, block)
         i = part * ROWS + tl.arange(0, ROWS)
-        x_index = tl.load(slots_ptr + row + i, row + i < row_end, other=0) // DIV
+        x_index = sorted_rows(slots_ptr, row + i, row + i < row_end, num_slots, DIV)
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
         out_rows = padded_ptr + (block.to(tl.int64) * BLOCK_ROWS + i)[:, None] * W
         for w0 in range(0, W, BLOCK_W):
@@ -116,6 +120,8 @@ def padded_rows(
         offsets,
         table,
         capacity,
+        slots.shape[0],
+        groups.rows.shape[0],
         width,
         x.stride(0),
         DIV=div,
@@ -127,7 +133,7 @@ def padded_rows(
     return padded, first_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _dweight_kernel(
     x,
     dy,
@@ -135,6 +141,8 @@ def _dweight_kernel(
     slots_ptr,
     offsets_ptr,
     first_block_ptr,
+    num_rows,
+    num_slots,
     num_experts,
     N,
     C,
@@ -158,8 +166,7 @@ def _dweight_kernel(
     for tile in tl.range(tl.program_id(0), num_experts * tiles, tl.num_programs(0), flatten=FLATTEN):
         expert = tile // tiles
         n_tile, c_tile = tile_coordinates(tile % tiles, num_n, num_c, GROUP_M)
-        start = tl.load(offsets_ptr + expert)
-        end = tl.load(offsets_ptr + expert + 1)
+        start, end = group_range(offsets_ptr, expert, num_rows)
         if DY_PADDED:
             dy_start = tl.load(first_block_ptr + expert, end > start, other=0) * BLOCK_K
         n = n_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,13 +179,13 @@ def _dweight_kernel(
             if DY_PADDED:
                 dy_block = dy.load([dy_start + k * BLOCK_K, n_tile * BLOCK_M])
             else:
-                dy_rows = dy + sorted_rows(slots_ptr, r, inside, DY_DIV).to(tl.int64)[:, None] * stride_dy
+                dy_rows = dy + sorted_rows(slots_ptr, r, inside, num_slots, DY_DIV).to(tl.int64)[:, None] * stride_dy
                 dy_block = tl.load(dy_rows + n[None, :], inside[:, None] & (n < N)[None, :], other=0.0)
             if X_TMA:
                 # Rows past the group meet zero rows of dy.
                 x_block = x.load([r0, c_tile * BLOCK_N])
             else:
-                x_rows = x + sorted_rows(slots_ptr, r, inside, X_DIV).to(tl.int64)[:, None] * stride_x
+                x_rows = x + sorted_rows(slots_ptr, r, inside, num_slots, X_DIV).to(tl.int64)[:, None] * stride_x
                 x_block = tl.load(x_rows + c[None, :], inside[:, None] & (c < C)[None, :], other=0.0)
             acc = tl.dot(tl.trans(dy_block), x_block, acc, input_precision=PRECISION)
         out = dw_ptr + expert.to(tl.int64) * stride_e
@@ -226,6 +233,8 @@ def _launch_dweight(x, dy, out, groups, first_block, x_div, dy_div, x_tma, tile)
         groups.slots,
         groups.offsets,
         first_block,
+        groups.slots.shape[0],
+        groups.rows.shape[0],
         num_experts,
         n,
         c,
@@ -275,13 +284,15 @@ def grouped_matmul_dweight(args: GroupedDweight) -> tuple[torch.Tensor, torch.Te
     return dweight, group_sums(unit_columns(args.dy), args.groups, args.dy_div) if args.with_bias else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _group_sums_kernel(
     dy_ptr,
     weights_ptr,
     out_ptr,
     slots_ptr,
     offsets_ptr,
+    num_rows,
+    num_slots,
     N,
     stride_dy,
     DIV: tl.constexpr,
@@ -289,18 +300,17 @@ def _group_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     expert = tl.program_id(0)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
+    start, end = group_range(offsets_ptr, expert, num_rows)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for r0 in range(start, end, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         inside = r < end
-        rows = sorted_rows(slots_ptr, r, inside, DIV).to(tl.int64)
+        rows = sorted_rows(slots_ptr, r, inside, num_slots, DIV).to(tl.int64)
         mask = inside[:, None] & (n < N)[None, :]
         values = tl.load(dy_ptr + rows[:, None] * stride_dy + n[None, :], mask, other=0.0).to(tl.float32)
         if weights_ptr is not None:
-            slot = tl.load(slots_ptr + r, inside, other=0)
+            slot = sorted_rows(slots_ptr, r, inside, num_slots, 1)
             values *= tl.load(weights_ptr + slot, inside, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(values, 0)
     tl.store(out_ptr + expert.to(tl.int64) * N + n, total.to(out_ptr.dtype.element_ty), n < N)
@@ -319,6 +329,8 @@ def group_sums(dy: torch.Tensor, groups: Groups, dy_div: int, weights: torch.Ten
             out,
             slots,
             offsets,
+            slots.shape[0],
+            groups.rows.shape[0],
             n,
             dy.stride(0),
             DIV=dy_div,
@@ -339,6 +351,7 @@ def aot_case(arch: int, problem: Problem, tile: Tile, layout: str = "usual") -> 
     signature = aot_signature(dtype, "x dy dw_ptr", "slots_ptr offsets_ptr", "num_experts N C num_n num_c")
     rows_and_columns = ("i32:16", 1) if layout == "transposed" else (1, "i32:16")
     signature["strides"] = ("i32:16", "i32:16", "i32:16", *rows_and_columns)
+    signature |= {"num_rows": "i32", "num_slots": "i32"}
     constexprs = {"X_DIV": 0, "DY_DIV": 8, "X_TMA": tma, "DY_PADDED": padded}
     constexprs |= {"first_block_ptr": None, "PRECISION": "ieee", **tile.constants()}
     if tma:
@@ -362,8 +375,9 @@ def aot_cases(arch: int) -> list[tuple]:
     signature = aot_signature(
         torch.bfloat16, "x_ptr padded_ptr", "first_block_ptr slots_ptr offsets_ptr table_ptr", "W stride_x"
     )
-    signature["capacity"] = "i32"
+    signature |= {"capacity": "i32", "num_rows": "i32", "num_slots": "i32"}
     signature_sums = aot_signature(torch.bfloat16, "dy_ptr weights_ptr out_ptr", "slots_ptr offsets_ptr", "N stride_dy")
+    signature_sums |= {"num_rows": "i32", "num_slots": "i32"}
     cases.append((_group_sums_kernel, signature_sums, {"DIV": 8, "BLOCK_R": 64, "BLOCK_N": 64}, {"num_warps": 4}))
     constexprs = {"DIV": 8, "BLOCK_ROWS": 64, "ROWS": 16, "BLOCK_W": 512}
     cases.append((_padded_rows_kernel, signature, constexprs, {"num_warps": 8}))

@@ -12,7 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.common import aot_signature, dot_precision, rank_block, row_tile, row_tiles, unit_columns
+from gossamer.triton_kernels.common import (
+    aot_signature,
+    clamped,
+    dot_precision,
+    group_range,
+    rank_block,
+    row_tile,
+    row_tiles,
+    unit_columns,
+)
 from gossamer.triton_kernels.tiles import choose_block_m
 
 if TYPE_CHECKING:
@@ -57,7 +66,7 @@ def _scale_of(scales_ptr, group, scale):
         return tl.load(scales_ptr + group).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["capacity", "num_rows"])
+@triton.jit(do_not_specialize=["capacity", "num_rows", "num_slots"])
 def _shrink_kernel(
     x_ptr,
     w_ptr,
@@ -68,6 +77,7 @@ def _shrink_kernel(
     table_ptr,
     capacity,
     num_rows,
+    num_slots,
     C,
     rank,
     scale,
@@ -88,7 +98,7 @@ def _shrink_kernel(
         r = row + tl.arange(0, BLOCK_M)
         inside = r < row_end
         if X_DIV > 0:
-            x_index = tl.load(slots_ptr + tl.where(inside, r, row)) // X_DIV
+            x_index = clamped(tl.load(slots_ptr + tl.where(inside, r, row)), num_slots) // X_DIV
         else:
             x_index = tl.where(inside, r, row)
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
@@ -108,7 +118,7 @@ def _shrink_kernel(
         tl.store(s_rows + j[None, :], acc, inside[:, None] & (j < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["capacity", "num_rows"])
+@triton.jit(do_not_specialize=["capacity", "num_rows", "num_slots"])
 def _expand_kernel(
     s_ptr,
     sum_ptr,
@@ -120,6 +130,7 @@ def _expand_kernel(
     table_ptr,
     capacity,
     num_rows,
+    num_slots,
     N,
     rank,
     scale,
@@ -161,7 +172,7 @@ def _expand_kernel(
             w = tl.load(w_rows + j.to(tl.int64)[:, None] * stride_wj, w_mask, other=0.0)
             acc = tl.dot(s.to(w.dtype), w, acc, input_precision=PRECISION)
         acc *= _scale_of(scales_ptr, group, scale)
-        slot = tl.load(slots_ptr + r, inside, other=0)
+        slot = clamped(tl.load(slots_ptr + r, inside, other=0), num_slots)
         y_rows = y_ptr + slot.to(tl.int64)[:, None] * stride_y + n[None, :]
         mask = inside[:, None] & (n < N)[None, :]
         if ADD:
@@ -171,13 +182,13 @@ def _expand_kernel(
         if m < tl.load(table_ptr + 1):
             _, row, row_end = row_tile(table_ptr, capacity, m)
             r = row + tl.arange(0, BLOCK_M)
-            slot = tl.load(slots_ptr + r, r < row_end, other=0)
+            slot = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots)
             y_rows = y_ptr + slot.to(tl.int64)[:, None] * stride_y + n[None, :]
             zero = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
             tl.store(y_rows, zero, (r < row_end)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _factor_gradient_kernel(
     s_ptr,
     v_ptr,
@@ -186,6 +197,8 @@ def _factor_gradient_kernel(
     ranks_ptr,
     slots_ptr,
     offsets_ptr,
+    num_rows,
+    num_slots,
     C,
     rank,
     scale,
@@ -203,8 +216,7 @@ def _factor_gradient_kernel(
 ):
     group = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
-    start = tl.load(offsets_ptr + group)
-    end = tl.load(offsets_ptr + group + 1)
+    start, end = group_range(offsets_ptr, group, num_rows)
     per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_K), SPLITS) * BLOCK_K
     begin = start + split * per_split
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -214,7 +226,7 @@ def _factor_gradient_kernel(
         r = r0 + tl.arange(0, BLOCK_K)
         inside = r < end
         if V_DIV > 0:
-            v_index = tl.load(slots_ptr + r, inside, other=0) // V_DIV
+            v_index = clamped(tl.load(slots_ptr + r, inside, other=0), num_slots) // V_DIV
         else:
             v_index = r
         v_rows = v_ptr + v_index.to(tl.int64)[:, None] * stride_v
@@ -272,6 +284,7 @@ def shrink(
         table_tensor,
         capacity,
         num_rows,
+        x.shape[0] * x_div,
         c,
         rank,
         scale,
@@ -331,6 +344,7 @@ def _expand(
         table_tensor,
         capacity,
         parts.shape[1],
+        y.shape[0],
         n,
         rank,
         scale.scale,
@@ -381,6 +395,8 @@ def factor_gradient(
         ranks,
         slots,
         offsets,
+        slots.shape[0],
+        v.shape[0] * v_div,
         c,
         rank,
         scale,
@@ -461,7 +477,7 @@ def aot_cases(arch: int) -> list[tuple]:
     ):
         wide = dtype == torch.float32
         absent = {"ranks_ptr": None, "PRECISION": "ieee", "BLOCK_R": rank_block(rank)}
-        floats = {"scales_ptr": "*fp32:16", "num_rows": "i32", "scale": "fp32"}
+        floats = {"scales_ptr": "*fp32:16", "num_rows": "i32", "num_slots": "i32", "scale": "fp32"}
         rows = {"capacity": "i32", **floats}
         signature = aot_signature(dtype, "x_ptr w_ptr", "slots_ptr table_ptr", "C rank stride_x stride_we stride_wj")
         constexprs = {"stride_wk": 1, "X_DIV": 1, "SPLITS": count, "BLOCK_M": block_m}
@@ -483,7 +499,7 @@ def aot_cases(arch: int) -> list[tuple]:
         signature = aot_signature(
             dtype, "v_ptr out_ptr", "slots_ptr offsets_ptr", "C rank stride_v stride_split stride_oe stride_oj"
         )
-        signature |= {"s_ptr": "*fp32:16", "scales_ptr": "*fp32:16", "scale": "fp32"}
+        signature |= {"s_ptr": "*fp32:16", **floats}
         constexprs = {"stride_oc": 1, "V_DIV": 1, "SPLITS": 1, "BLOCK_C": 64, "BLOCK_K": 32 if wide else 64}
         cases.append((_factor_gradient_kernel, signature, constexprs | absent, {"num_warps": 4, "num_stages": 3}))
     signature = {"parts_ptr": "*fp32:16", "out_ptr": "*bf16:16", "count": "i32"}

@@ -23,6 +23,7 @@ from gossamer.triton_kernels.common import (
     activation,
     aot_signature,
     arch_of,
+    clamped,
     dot_precision,
     gate_code,
     load_rows,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 INTERPRETED_SMS = 4
 
 
-@triton.jit(do_not_specialize=["capacity", "part_stride"])
+@triton.jit(do_not_specialize=["capacity", "num_slots", "part_stride"])
 def _split_matmul_kernel(
     x,
     w,
@@ -64,6 +65,7 @@ def _split_matmul_kernel(
     slots_ptr,
     table_ptr,
     capacity,
+    num_slots,
     N,
     C,
     strides,
@@ -102,7 +104,7 @@ def _split_matmul_kernel(
         # Rows past the group are read from its first row and never stored.
         inside = tl.where(r < row_end, r, row)
         if X_DIV > 0:
-            x_index = tl.load(slots_ptr + inside) // X_DIV
+            x_index = clamped(tl.load(slots_ptr + inside), num_slots) // X_DIV
         else:
             x_index = inside
         x_rows = x + x_index.to(tl.int64)[:, None] * stride_x
@@ -176,7 +178,7 @@ def _split_matmul_kernel(
             if part == 0:
                 acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)[None, :]
         if SCATTER:
-            y_index = tl.load(slots_ptr + inside)
+            y_index = clamped(tl.load(slots_ptr + inside), num_slots)
         else:
             y_index = r
         y_rows = y_part + y_index.to(tl.int64)[:, None] * N
@@ -188,7 +190,7 @@ def _split_matmul_kernel(
             _, row, row_end = row_tile(table_ptr, capacity, tile // num_n)
             r = row + tl.arange(0, BLOCK_M)
             if SCATTER:
-                y_index = tl.load(slots_ptr + r, r < row_end, other=0)
+                y_index = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots)
             else:
                 y_index = r
             n = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -243,7 +245,7 @@ def _finish_kernel(
     tl.store(out_ptr + r.to(tl.int64) * I + i, gate.to(out_ptr.dtype.element_ty), i < I)
 
 
-@triton.jit(do_not_specialize=["parts", "part_stride"])
+@triton.jit(do_not_specialize=["parts", "part_stride", "num_rows"])
 def _combine_kernel(
     part_ptr,
     rows_ptr,
@@ -252,6 +254,7 @@ def _combine_kernel(
     y_ptr,
     parts,
     part_stride,
+    num_rows,
     num_experts,
     H,
     stride_weights_t,
@@ -262,11 +265,11 @@ def _combine_kernel(
     """``y[t] = Σ_k weights[t, k] · Σ_s part[s, rows[t, k]]`` over slots with an expert."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = tl.load(offsets_ptr + num_experts)
+    live = tl.minimum(tl.load(offsets_ptr + num_experts), num_rows)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(TOP_K):
         r = tl.load(rows_ptr + t * TOP_K + k)
-        if r < live:
+        if (r >= 0) & (r < live):
             weight = tl.load(weights_ptr + t * stride_weights_t + k * stride_weights_k).to(tl.float32)
             at = part_ptr + r.to(tl.int64) * H + h
             value = tl.zeros((BLOCK,), tl.float32)
@@ -340,6 +343,7 @@ def split_matmul(
         groups.slots,
         table,
         capacity,
+        groups.rows.shape[0],
         n,
         c,
         (x.stride(0), *strides),
@@ -412,6 +416,7 @@ def split_expert_mlp(args: ExpertMlp, plans: tuple[SplitTile | None, SplitTile |
         y,
         out.shape[0],
         out.shape[1] * out.shape[2],
+        out.shape[1],
         offsets.shape[0] - 1,
         x.shape[1],
         *weights.stride(),
@@ -426,7 +431,7 @@ def aot_case(arch: int, dtype: torch.dtype, plan: SplitTile, weight_format: str 
     """One product, for ahead-of-time compilation: (kernel, signature, constexprs, options)."""
     tile = plan.tile
     signature = aot_signature(dtype, "x w y_ptr", "slots_ptr table_ptr", "N C")
-    signature |= {"capacity": "i32", "part_stride": "i32"}
+    signature |= {"capacity": "i32", "num_slots": "i32", "part_stride": "i32"}
     scale = {None: None, "int4": "*bf16:16", "mxfp4": "*u8:16"}.get(weight_format, "*fp32:16")
     signature["scales"] = (scale, "i32:16", "i32:16")
     signature["strides"] = ("i32:16", "i32:16", "i32:16", "i32" if weight_format else 1)
@@ -465,6 +470,7 @@ def aot_cases(arch: int) -> list[tuple]:
     signature = aot_signature(
         torch.bfloat16, "y_ptr", "rows_ptr offsets_ptr", "num_experts H stride_weights_t stride_weights_k"
     )
-    signature |= {"part_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "parts": "i32", "part_stride": "i32"}
+    signature |= {"part_ptr": "*fp32:16", "weights_ptr": "*fp32:16"}
+    signature |= dict.fromkeys(("parts", "part_stride", "num_rows"), "i32")
     cases.append((_combine_kernel, signature, {"TOP_K": 8, "BLOCK": 512}, {"num_warps": 4}))
     return cases
