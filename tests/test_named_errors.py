@@ -39,11 +39,6 @@ def trained_offset():
     return low_rank(weight)
 
 
-def adapters(out):
-    factors = torch.randn(1, 1, 4), torch.randn(1, 3, 1)
-    return gossamer.multi_low_rank(torch.randn(2, 4), *factors, torch.zeros(2, dtype=torch.int64), scale=1.0, out=out)
-
-
 CASES = {
     "size_beyond_int64": (lambda: nn.Experts(2, HUGE, 4), ValueError, "hidden_size must be at most"),
     "table_size": (lambda: nn.Embedding([1], 2), TypeError, "num_embeddings must be an int"),
@@ -148,7 +143,6 @@ CASES = {
         r"routing\.residual must be a torch\.Tensor, got int",
     ),
     "quantised_offset": (trained_offset, ValueError, r"weight\.offset requires a gradient"),
-    "leaf_out": (lambda: adapters(torch.zeros(2, 3, requires_grad=True)), ValueError, "out must be no leaf"),
     "block_rows": (
         lambda: gossamer.BlockTopology.from_mask(empty_mask(2**31 + 1, 0), 16, nnz=3),
         ValueError,

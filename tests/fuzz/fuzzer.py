@@ -236,8 +236,9 @@ def unnamed(error: Exception, names: set[str]) -> bool:
     return not any(form.lower() in known for name in names for form in (name, name.removesuffix("s"), f"{name}s"))
 
 
-def refused_by_memory(error: Exception) -> bool:
-    words = ("allocate", "bad_alloc")
+def refused_by_torch(error: Exception) -> bool:
+    """Whether memory is too small, or autograd forbids what was asked for, in torch's own words."""
+    words = ("allocate", "bad_alloc", "a leaf Variable that requires grad", "modified by an inplace operation")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
@@ -264,7 +265,7 @@ def run(seed: int, known: list[tuple[Callable, bool]]) -> dict | None:
         given = {name: copied(value) for name, value in args.items()}
         ours = attempt(call, given, None)
     except Exception as error:
-        if refused_by_memory(error):
+        if refused_by_torch(error):
             return None
         kind = "no name" if isinstance(error, (*ERRORS, *getattr(call, "errors", ()))) else "raw error"
         if kind == "no name" and not unnamed(error, names):
@@ -279,7 +280,7 @@ def run(seed: int, known: list[tuple[Callable, bool]]) -> dict | None:
         if all(t.isfinite().all() for t in tensors_of([args, theirs]) if t.dtype in FLOATS and t.device.type == "cpu"):
             wanted = gradients(theirs, again)
     except Exception as error:
-        if "cannot serve" in str(error) or refused_by_memory(error) or on_meta:
+        if "cannot serve" in str(error) or refused_by_torch(error) or on_meta:
             return None
         return about | {"kind": "accepted", "what": f"plain torch says {type(error).__name__}: {error}"[:300]}
     if wrong := different(ours, theirs, given):
@@ -293,7 +294,7 @@ def run(seed: int, known: list[tuple[Callable, bool]]) -> dict | None:
     try:
         found = gradients(ours, given)
     except Exception as error:
-        if refused_by_memory(error) or "modified by an inplace operation" in str(error) or not unnamed(error, names):
+        if refused_by_torch(error) or not unnamed(error, names):
             return None
         return about | {"kind": "raw error", "what": f"backward: {type(error).__name__}: {error}"[:300]}
     if wrong := different(found, wanted, given):

@@ -362,8 +362,6 @@ def multi_low_rank(
     check_rank(rank, n, c)
     if out is not None:
         check_shape("out", out, (*x.shape[:-1], n), "(..., N)")
-        if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
-            raise ValueError("out must be no leaf that requires a gradient, for it is written to in place")
     else:
         x, a, b = autocast(x, a, b)
     backend = _backend.resolve("multi_low_rank", x)
