@@ -49,6 +49,7 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     interpreter.multiply_row_by_row()
     interpreter.run_programs_in_any_order()
     interpreter.refuse_foreign_addresses()
+    interpreter.patch_language_once()
 
 
 def _dtypes(backend: str) -> list[torch.dtype]:

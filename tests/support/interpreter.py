@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
@@ -42,6 +44,31 @@ def run_programs_in_any_order() -> None:
         set_place(self, *order[np.ravel_multi_index(place, self.grid_dim)])
 
     InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx = set_grid_dim, set_grid_idx
+
+
+def patch_language_once() -> None:
+    """Have a launch exchange each module of Triton's language once, not again for every call of a device function.
+
+    The interpreter looks at all names of the modules to do it, which takes longer than most device functions.
+    """
+    patch, launch = interpreter._patch_lang, GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_lang(fn):
+        modules = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if modules <= patched:
+            return None
+        patched.update(modules)
+        return patch(fn)
+
+    def call(self, *args, **kwargs):
+        patched.clear()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, GridExecutor.__call__ = patch_lang, call
 
 
 def refuse_foreign_addresses() -> None:
