@@ -148,6 +148,7 @@ _COMMON = {
     "activate": _ANY,
     "block_sparse": _ANY,
     "causal_conv1d": _ANY,
+    "delta_rule": _ANY,
     "dispatch": _ANY,
     "expert_mlp": Served(weights=(_UPDATED, _QUANTIZED), trained=_UPDATED),
     "expert_topology": _ANY,
@@ -174,7 +175,7 @@ FAMILIES: dict[str, Family] = {
             devices=("cpu",),
             dtypes=_FLOATS | {torch.float64},
             missing=native_unavailable,
-            primitives=_COMMON | {"delta_rule": _ANY, "hash_table": _ANY, "self_referential": _ANY},
+            primitives=_COMMON | {"hash_table": _ANY, "self_referential": _ANY},
         ),
         Family(
             "triton",

@@ -48,6 +48,10 @@ def test_kernels_compile_within_limits(rows):
         "map_ids",
         "low_rank",
         "causal_conv1d",
+        "delta_rule_forward",
+        "delta_rule_backward",
+        "delta_rule_chunks",
+        "delta_rule_gradients",
     ],
 )
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])

@@ -26,7 +26,7 @@ from gossamer.ops._records import define
 from gossamer.ops._registration import is_plain
 
 # Tokens between the states that the forward pass of a family keeps for the backward pass.
-CHECKPOINT_TOKENS = {"native": 256}
+CHECKPOINT_TOKENS = {"native": 256, "triton": 0}
 
 
 class DeltaRuleForward(NamedTuple):
