@@ -1,0 +1,155 @@
+"""flash-linear-attention's operators on the CPU: gossamer as a backend in that package's own registry.
+
+Its kernels are Triton's, and need an accelerator. Its registry (``fla.backends``) lets another package serve calls of
+``chunk_gated_delta_rule``, ``chunk_kda`` and the forward pass of ``fused_recurrent_kda``. ``chunk_delta_rule``,
+``fused_recurrent_delta_rule`` and ``fused_recurrent_gated_delta_rule`` are not open to backends: call
+:func:`gossamer.delta_rule` instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+
+from gossamer.ops.delta_rule import delta_rule
+
+# What changes no value, and what is refused unless it is absent.
+_IRRELEVANT = {"chunk_size", "chunk_indices", "cu_seqlens_cpu", "disable_recompute", "safe_gate", "max_num_seqs"}
+_REFUSED = ("cp_context", "use_graph", "return_intermediate_states", "ssm_state_indices", "num_accepted_tokens")
+
+
+def _wide(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor in a dtype that stands beside ``dtype`` in :func:`gossamer.delta_rule`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return x if x is None or x.dtype in (dtype, wide) else x.to(wide)
+
+
+def _compute(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An operator of flash-linear-attention by its argument names; shapes are those of :func:`gossamer.delta_rule`.
+
+    With ``state_v_first`` states are ``(N, H, D_v, D_k)``; raw ``beta`` becomes σ(beta), or 2σ(beta) with
+    ``allow_neg_eigval``; a gate without ``A_log`` is ``lower_bound·σ(g + dt_bias)``.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if use_beta_sigmoid_in_kernel:
+        beta = beta.to(wide).sigmoid() * (2 if allow_neg_eigval else 1)
+    gate = {}
+    if use_gate_in_kernel:
+        a_log = torch.zeros(v.shape[2], dtype=wide) if A_log is None else A_log
+        gate = {"A_log": _wide(a_log, q.dtype), "dt_bias": _wide(dt_bias, q.dtype), "lower_bound": lower_bound}
+    state = None if initial_state is None else initial_state.to(wide)
+    o, last = delta_rule(
+        q,
+        k,
+        v,
+        _wide(beta, q.dtype),
+        g=_wide(g, q.dtype),
+        scale=scale,
+        initial_state=state.mT if state is not None and state_v_first else state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        use_qk_l2norm=use_qk_l2norm_in_kernel,
+        **gate,
+    )
+    return o, last.mT.contiguous() if last is not None and state_v_first else last
+
+
+_SERVED = frozenset(inspect.signature(_compute).parameters)
+
+
+def _options(entry_point: object, args: tuple, kwargs: dict) -> dict[str, object]:
+    """The arguments of a call by name, those that it leaves out as well."""
+    bound = inspect.signature(entry_point).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    return given | given.pop("kwargs", {})
+
+
+def _obstacle(given: dict[str, object]) -> str | None:
+    """Why gossamer does not serve a call, or None."""
+    if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in given.values()):
+        return "gossamer serves tensors on the CPU"
+    refused = [name for name in _REFUSED if given.get(name) not in (None, False)]
+    unknown = sorted(given.keys() - _SERVED - _IRRELEVANT - set(_REFUSED) - {"inplace_final_state", "out"})
+    if refused or unknown:
+        return f"gossamer does not serve {', '.join([*refused, *unknown])}"
+    return None
+
+
+@functools.cache
+def register() -> tuple[str, ...]:
+    """Have flash-linear-attention compute its gated delta rules on the CPU by gossamer, forward and backward.
+
+    Calls with tensors elsewhere go where they went before. The environment variable ``FLA_GOSSAMER=0`` turns this off.
+
+    Returns:
+        The names of the operators that are served.
+
+    Raises:
+        ImportError: flash-linear-attention (its package ``fla-core``) is not installed, or has no registry
+            (before 0.6).
+    """
+    from fla.backends import BaseBackend
+    from fla.backends import register as registered
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule
+    from fla.ops.kda.chunk import chunk_kda
+    from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+
+    options = {
+        function.__name__: functools.partial(_options, inspect.unwrap(function))
+        for function in (chunk_gated_delta_rule, chunk_kda, fused_recurrent_kda_fwd)
+    }
+
+    class Gossamer(BaseBackend):
+        backend_type, env_var, priority = "gossamer", "FLA_GOSSAMER", 4
+
+        def verify(self, function_name: str, *args: object, **kwargs: object) -> tuple[bool, str | None]:
+            """Whether a call is served, and why not."""
+            if function_name not in options:
+                return False, "gossamer serves whole operators"
+            obstacle = _obstacle(options[function_name](args, kwargs))
+            return obstacle is None, obstacle
+
+        def chunk_gated_delta_rule(self, *args: object, **kwargs: object) -> tuple:
+            return _served(options["chunk_gated_delta_rule"](args, kwargs))
+
+        def chunk_kda(self, *args: object, **kwargs: object) -> tuple:
+            return _served(options["chunk_kda"](args, kwargs))
+
+        def fused_recurrent_kda_fwd(self, *args: object, **kwargs: object) -> tuple:
+            given = options["fused_recurrent_kda_fwd"](args, kwargs)
+            given["output_final_state"] |= given["inplace_final_state"]
+            o, last = _served(given)
+            if given["out"] is not None:
+                o = given["out"].copy_(o)
+            if given["inplace_final_state"]:
+                last = given["initial_state"].copy_(last)
+            return o, last
+
+    for entry_point in ("gated_delta_rule", "kda", chunk_kda):
+        registered(entry_point)(Gossamer)
+    return tuple(options)
+
+
+def _served(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _compute(**{name: value for name, value in given.items() if name in _SERVED})
