@@ -50,6 +50,7 @@ FAMILIES = (
     "multi_low_rank",
     "delta_rule",
     "expert_mlp_lora",
+    "product_key_experts",
 )
 BUDGET = {"quick": 9.0, "full": 30.0}
 # A case, including its checks, may exceed its budget by this factor while its ratios are uncertain. A quick run of the

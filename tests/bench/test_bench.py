@@ -307,7 +307,7 @@ def test_a_profile_of_block_sparse_layers_has_a_reference_with_a_backward_pass(d
 
 # Cases of a family that has not two dtypes in two directions.
 COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
-COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing"), 2)
+COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing", "product_key_experts"), 2)
 
 
 def requests_of(family: Family, device: str, **options) -> list[Request]:
@@ -318,6 +318,8 @@ def requests_of(family: Family, device: str, **options) -> list[Request]:
         sizes = {"B": 1, "T": 80, "HK": 1, "H": 2, "D": 16, "G": 1, "N": 3}
     if "BLOCK" in family.symbols:
         sizes = {"M": 40, "N": 96, "K": 64, "BLOCK": 16, "SPARSE": 60}
+    if "h" in family.symbols:
+        sizes = {"T": 40, "D": 32, "N": 196, "h": 2, "K": 4}
     shape = ",".join(str(sizes[s]) for s in family.symbols)
     return runner.requests(family, runner.resolve_device(device), shape=shape, **options)
 

@@ -443,6 +443,8 @@ def test_every_family_can_be_run_bare_and_looked_at(name, monkeypatch):
         sizes = {"B": 1, "T": 16, "HK": 1, "H": 2, "D": 8, "G": 1, "N": 1}
     if "BLOCK" in chosen.symbols:
         sizes |= {"N": 64, "K": 32, "BLOCK": 16, "SPARSE": 50}
+    if "h" in chosen.symbols:
+        sizes |= {"N": 49, "h": 2}
     shape = ",".join(str(sizes[symbol]) for symbol in chosen.symbols)
     assert invoke("profile", name, "--shape", shape, "--calls", "1").exit_code == 0
 

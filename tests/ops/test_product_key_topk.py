@@ -7,23 +7,21 @@ import torch
 from helpers import flat, randn
 
 import gossamer
-from gossamer.ops.product_key_topk import ProductKeyTopk, ProductKeyTopkBackward
+from gossamer.ops.product_key_topk import ProductKeyTopk, ProductKeyTopkBackward, product_key_search
 
 INF = math.inf
 
 
 def brute_force(scores1, scores2, top_k):
-    """All pairs of one row in Python, in float32, by their sums and then by the ranks of their two scores."""
-    lists = [[-INF if math.isnan(v) else v for v in scores.tolist()] for scores in (scores1, scores2)]
+    """All pairs of one row in float32, sorted by their sums and then by the ranks of their two scores."""
     ranks = []
-    for scores in lists:
-        order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    for scores in (scores1, scores2):
+        values = torch.nan_to_num(scores, nan=-INF, posinf=INF, neginf=-INF).tolist()
+        order = sorted(range(len(values)), key=lambda i: (-values[i], i))
         ranks.append({place: rank for rank, place in enumerate(order)})
-    pairs = []
-    for a, left in enumerate(lists[0]):
-        for b, right in enumerate(lists[1]):
-            total = float(torch.tensor(left, dtype=scores1.dtype) + torch.tensor(right, dtype=scores1.dtype))
-            pairs.append((-total, ranks[0][a], ranks[1][b], a * len(lists[1]) + b))
+    sums = torch.nan_to_num(scores1.unsqueeze(1) + scores2, nan=-INF, posinf=INF, neginf=-INF).flatten().tolist()
+    size = len(ranks[1])
+    pairs = [(-total, ranks[0][i // size], ranks[1][i % size], i) for i, total in enumerate(sums)]
     chosen = sorted(pairs)[:top_k]
     return [-pair[0] for pair in chosen], [pair[3] for pair in chosen]
 
@@ -211,6 +209,40 @@ def test_operators_are_well_formed(any_backend, device):
     dvalues = randn(3, 4, seed=1, device=device).requires_grad_()
     args = flat(ProductKeyTopkBackward(dvalues, values.detach(), ids, [9, 8]), any_backend)
     torch.library.opcheck(torch.ops.gossamer.product_key_topk_backward.default, args)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_search_is_the_composition(device, groups):
+    """The ids of queries are those of their scores, which are exact numbers here: small integers."""
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randint(-8, 9, (42 * groups, 12), generator=generator).float().to(device)
+    keys = torch.randint(-8, 9, (groups, 2, 37, 6), generator=generator).float().to(device)
+    found = product_key_search(queries, keys, 9)
+    by_group = queries.view(-1, groups, 2, 6)
+    scores = [torch.einsum("rgd,gnd->rgn", by_group[:, :, i], keys[:, i]).flatten(0, 1) for i in (0, 1)]
+    assert_is_brute_force(gossamer.product_key_topk(*scores, 9)[0], found, *scores)
+    with gossamer.backend("reference"):
+        assert torch.equal(product_key_search(queries, keys, 9), found)
+    assert product_key_search(queries[:0], keys, 9).shape == (0, 9)
+    queries[4, 2] = math.nan
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"scores1 must hold neither NaN nor .*, got nan at row 4, key 0"):
+            product_key_search(queries, keys, 9)
+
+
+def test_instruction_sets(isa):
+    """Each instruction set's kernels are exact, where they find a bound first and where rows are short."""
+    for n1, n2, top_k in ((400, 333, 16), (700, 9, 5), (64, 64, 64)):
+        scores1, scores2 = randn(3, n1, seed=1), randn(3, n2, seed=2)
+        scores1[1, : n1 // 2] = -INF
+        values, ids = gossamer.product_key_topk(scores1, scores2, top_k)
+        assert_is_brute_force(values, ids, scores1, scores2)
+    queries, keys = randn(70, 128, seed=3), randn(1, 2, 200, 64, seed=4)
+    scores = [queries[:, 64 * i : 64 * i + 64].double() @ keys[0, i].double().T for i in (0, 1)]
+    expected, _ = gossamer.product_key_topk(*scores, 16)
+    ids = product_key_search(queries, keys, 16)
+    found = scores[0].gather(1, ids // 200) + scores[1].gather(1, ids % 200)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_errors():

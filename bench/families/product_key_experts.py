@@ -1,0 +1,234 @@
+"""A feed-forward layer of a million single-neuron experts: retrieval, the layer, and its training step with Adam.
+
+The plain layer gathers the rows of the experts it chose and multiplies them by einsum. Its gradients of both tables are
+dense, and torch's fused Adam steps every row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from gossamer import optim
+from gossamer.bench.families.tables import SAMPLE, Training
+from gossamer.bench.harness.case import DENSE, OURS, Case, Family, FloatGate, Outputs, Request
+from gossamer.nn import ProductKeyExperts
+
+# Tokens, hidden size, experts, heads, experts a head.
+SYMBOLS = ("T", "D", "N", "h", "K")
+SHAPES = {
+    "peer": (1024, 256, 1024**2, 8, 16),
+    "peer-64k": (1024, 256, 256**2, 8, 16),
+    "small": (256, 64, 4096, 4, 8),
+}
+DEFAULTS = {"cpu": ("peer",), "cuda": ("peer",)}
+QUICK = {"cpu": "peer-64k", "cuda": "peer"}
+DIMENSIONS = {"tokens": "T", "experts": "N"}
+KEY_DIM = 128
+# A large epsilon: Adam's first step would else be the sign of gradients that are rounding errors alone.
+LR, EPS = 0.1, 1.0
+# Scores closer than this, relative to their spread, may be ranked either way in float32.
+CLOSE = 1e-4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every variant computes.
+
+    Attributes:
+        layer: ours without an optimizer, which others take their weights from.
+        x: ``(T, D)``.
+        dy: ``(T, D)``, zero for tokens whose choice is too close.
+        ids: ``(T, h·K)``, the experts by float64.
+        safe: tokens whose choice is not too close.
+        both: whether a step is taken.
+    """
+
+    layer: ProductKeyExperts
+    x: torch.Tensor
+    dy: torch.Tensor
+    ids: torch.Tensor
+    safe: torch.Tensor
+    both: bool
+
+    def sampled(self) -> torch.Tensor:
+        """Rows that safe tokens touch, some of them where there are many."""
+        return self.ids[self.safe].unique()[:SAMPLE]
+
+
+def plain_route(layer: ProductKeyExperts, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and scores ``(T, h, top_k)`` by two of torch's top-k and one over their sums, in the dtype of ``x``."""
+    norm = layer.query_norm
+    numbers = [t.to(x.dtype) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+    queries = F.batch_norm(F.linear(x, layer.query.weight.to(x.dtype)), *numbers, False, 0.0, norm.eps)
+    halves = queries.view(x.shape[0], layer.num_heads, 2, -1).unbind(2)
+    keys = layer.keys[0].to(x.dtype)
+    (best1, at1), (best2, at2) = ((q @ c.T).topk(top_k) for q, c in zip(halves, keys, strict=True))
+    scores, pair = (best1.unsqueeze(3) + best2.unsqueeze(2)).flatten(2).topk(top_k)
+    ids = at1.gather(2, pair // top_k) * keys.shape[1] + at2.gather(2, pair % top_k)
+    return ids, scores
+
+
+def plain_layer(
+    x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor
+) -> torch.Tensor:
+    """``Σ softmax(scores) · gelu(⟨u, x⟩) · v`` over gathered rows of both tables."""
+    hidden = F.gelu(torch.einsum("td,thkd->thk", x, F.embedding(ids, inputs)))
+    return torch.einsum("thk,thkd->td", scores.softmax(-1) * hidden, F.embedding(ids, outputs))
+
+
+def _ours(problem: Problem) -> Training:
+    layer = problem.layer
+    if problem.both:
+        options = {"num_heads": layer.num_heads, "top_k": layer.top_k // layer.num_heads, "key_dim": layer.key_dim}
+        fused = ProductKeyExperts(
+            layer.hidden_size, layer.num_experts, **options, optimizer=optim.Adam(LR, eps=EPS), device=problem.x.device
+        )
+        fused.load_state_dict(layer.state_dict(), strict=False)
+        layer = fused.eval()
+    return _training("gossamer", OURS, problem, lambda: layer(problem.x), layer, None)
+
+
+def _plain(problem: Problem) -> Training:
+    layer, tables = problem.layer, (problem.layer.input_weight, problem.layer.output_weight)
+    optimizer = None
+    if problem.both:
+        # The variant before it has copies of its own.
+        optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True)
+
+    def forward() -> torch.Tensor:
+        ids, scores = plain_route(layer, problem.x, layer.top_k // layer.num_heads)
+        return plain_layer(problem.x, ids, scores, *tables)
+
+    name = "torch, gather and einsum" + (", Adam" if problem.both else "")
+    return _training(name, DENSE, problem, forward, layer, optimizer)
+
+
+def _training(
+    name: str,
+    role: str,
+    problem: Problem,
+    forward: Callable[[], torch.Tensor],
+    layer: ProductKeyExperts,
+    optimizer: torch.optim.Optimizer | None,
+) -> Training:
+    sampled = problem.sampled() if problem.both else None
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def step(y: torch.Tensor) -> None:
+        y.backward(problem.dy)
+        if optimizer is not None:
+            optimizer.step()
+        for parameter in trained:
+            parameter.grad = None
+
+    def rows() -> torch.Tensor:
+        return torch.cat([table.detach()[sampled] for table in (layer.input_weight, layer.output_weight)])
+
+    def safe(outputs: Outputs) -> Outputs:
+        return outputs | {"y": outputs["y"][problem.safe]}
+
+    return Training(name, role, forward, gate="truth", step=step, rows=rows, layout=safe)
+
+
+def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype) -> Outputs:
+    """The result of safe tokens, and the sampled rows after a step, by plain torch over the touched rows alone."""
+    layer, x = problem.layer, problem.x.to(dtype)
+    top_k = layer.top_k // layer.num_heads
+    _, scores = plain_route(layer, x, top_k)
+    # The order in which equal experts come is that of float64 for both.
+    ids = problem.ids.view(x.shape[0], layer.num_heads, top_k)
+    places = torch.searchsorted(rows, ids)
+    tables = [table.to(dtype).requires_grad_(problem.both) for table in initial]
+    y = plain_layer(x, places, scores, *tables)
+    found = {"y": y.detach()[problem.safe]}
+    if problem.both:
+        gradients = torch.autograd.grad(y, tables, problem.dy.to(dtype))
+        at = torch.searchsorted(rows, problem.sampled())
+        stepped = [t.detach() - LR * g / (g.abs() + EPS) for t, g in zip(tables, gradients, strict=True)]
+        found["rows"] = torch.cat([table[at] for table in stepped])
+    return found
+
+
+def build(request: Request) -> Case:
+    """Our layer beside plain torch's; forward and backward end in a step of both tables."""
+    tokens, dim, experts, heads, top_k = (request.sizes[s] for s in SYMBOLS)
+    device, both = request.device, request.direction == "both"
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(request.seed)
+        layer = ProductKeyExperts(
+            dim, experts, num_heads=heads, top_k=top_k, key_dim=min(KEY_DIM, 2 * dim), device=device
+        )
+        x = torch.randn(tokens, dim, device=device)
+        dy = torch.randn(tokens, dim, device=device)
+    layer.eval()
+    side = math.isqrt(experts)
+    with torch.no_grad():
+        ids, scores = plain_route(layer, x.double(), min(top_k + 1, side))
+    gap = scores[..., top_k - 1] - scores[..., -1] if scores.shape[2] > top_k else scores.new_ones(scores.shape[:2])
+    safe = (gap > CLOSE * scores.std()).all(1)
+    ids = ids[..., :top_k].flatten(1)
+    problem = Problem(layer, x, dy * safe.unsqueeze(1), ids, safe, both)
+    rows = ids.unique()
+    initial = [layer.input_weight.detach()[rows], layer.output_weight.detach()[rows]]
+
+    def gate() -> FloatGate:
+        return FloatGate(*(_expected(problem, initial, rows, dtype) for dtype in (torch.float64, torch.float32)))
+
+    key_dim, chosen = layer.key_dim, tokens * heads * top_k
+    retrieval = 2.0 * tokens * heads * key_dim * (dim + side)
+    products = 2.0 * chosen * dim
+    size = x.element_size()
+    once = x.nbytes + dy.nbytes + layer.query.weight.nbytes + layer.keys.nbytes
+    # A touched row of both tables is read; by a step read and written with both moments.
+    moved = once + 2.0 * rows.numel() * dim * size * (6 if both else 1)
+    # Backward multiplies queries by their weights twice, and chosen experts twice each in place of all keys.
+    backward = 4.0 * tokens * heads * key_dim * dim + 4 * products + 4.0 * chosen * key_dim
+    return Case(
+        "product_key_experts",
+        request.shape,
+        request.sizes,
+        request.dtype,
+        device,
+        request.direction,
+        (_ours(problem), _plain(problem)),
+        {},
+        retrieval + 2 * products + (backward if both else 0),
+        moved,
+        {"truth": gate},
+        f"tokens whose choice is not close to a tie, {int(safe.sum())} of {tokens}"
+        + (", and their rows" if both else ""),
+        f"{rows.numel()} distinct experts of {ids.numel()}",
+    )
+
+
+def rule(sizes: dict[str, int]) -> str | None:
+    """What ProductKeyExperts asks of its sizes."""
+    side = math.isqrt(sizes["N"])
+    if side * side != sizes["N"]:
+        return f"N must be a square, got {sizes['N']}"
+    return f"K must be at most the square root of N, got {sizes['K']}" if sizes["K"] > side else None
+
+
+FAMILY = Family(
+    "product_key_experts",
+    SHAPES,
+    SYMBOLS,
+    DEFAULTS,
+    QUICK,
+    build,
+    dtypes=("fp32",),
+    skews=("uniform",),
+    dimensions=DIMENSIONS,
+    work=("T",),
+    rule=rule,
+)
+
+
+def bench_product_key_experts(measured):
+    """Entry point of pytest-benchmark."""
+    measured()
