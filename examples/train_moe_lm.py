@@ -2,6 +2,7 @@
 
     python examples/train_moe_lm.py --out runs/moe                    # the experts are gossamer.nn.MoE
     python examples/train_moe_lm.py --out runs/moe --experts both     # and again with a loop over experts, same seed
+    python examples/train_moe_lm.py --out runs/top_p --router top_p   # with another of gossamer's routers
 
 Nothing is downloaded. The default is one run of about 3 minutes on 2 CPU cores. It writes to the folder ``--out``:
 
@@ -34,7 +35,19 @@ from shared import VALIDATION_EVERY, learning_rate, load_corpus, smooth, windows
 from torch import nn
 
 import gossamer
-from gossamer.nn import MoE, Routing, load_balance_loss, router_z_loss, update_expert_bias
+from gossamer.nn import (
+    ExpertChoiceRouter,
+    MoE,
+    Routing,
+    cluster_variance_loss,
+    router_losses,
+    router_z_loss,
+    routing_entropy_loss,
+    slot_balance_loss,
+    step_routers,
+    update_expert_bias,
+)
+from gossamer.nn.moe.routers import ROUTERS
 
 try:
     import matplotlib
@@ -50,6 +63,18 @@ except ImportError as error:
 VOCABULARY = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLORS = {"eager": "#c2571a", "gossamer": "#1f6f8b"}
+# Routers that find by themselves how many experts a token gets, so that --top-k says nothing to them.
+VARYING = ("top_p", "threshold")
+# Routers whose papers train them without a balance loss.
+UNBALANCED = ("expert_choice", "prototype", "tree", "dselect_k", "hash", "cluster")
+# Coefficients of the terms that routers bring themselves.
+OWN_TERMS = {
+    "tree_entropy": 0.1,
+    "selector_entropy": 0.1,
+    "selector_unreachable": 1e-3,
+    "permutation": 1e-4,
+    "domain": 0.1,
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +87,14 @@ class Settings:
     intermediate_size: int
     num_experts: int
     top_k: int
+    router: str
     sequence: int
     batch: int
     steps: int
     lr: float
     balance: str
     balance_weight: float
+    entropy_weight: float
     z_weight: float
     bias_rate: float
     eval_every: int
@@ -137,6 +164,25 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+def router_options(settings: Settings) -> dict[str, object]:
+    """What the router of this name is made with."""
+    return {
+        "softmax_topk": {"renormalize": True},
+        "sigmoid_topk": {"renormalize": True},
+        "hash": {"vocabulary": VOCABULARY},
+        "domain": {"num_domains": 4},
+        "cluster": {"resample_every": max(settings.steps // 10, 1)},
+        "token_rounding": {"tile": 16, "router_options": {"renormalize": True}},
+        "learned_permutation": {"phase_steps": max(settings.steps // 10, 1)},
+    }.get(settings.router, {})
+
+
+def byte_classes() -> torch.Tensor:
+    """``(256,)``: whether a byte is a letter, a digit, white space or something else."""
+    kinds = (str.isalpha, str.isdigit, str.isspace)
+    return torch.tensor([next((k for k, test in enumerate(kinds) if test(chr(b))), 3) for b in range(VOCABULARY)])
+
+
 class Block(nn.Module):
     """Attention and experts, each behind a norm and added to the stream."""
 
@@ -149,15 +195,15 @@ class Block(nn.Module):
             settings.hidden_size,
             settings.intermediate_size,
             settings.num_experts,
-            settings.top_k,
-            router="softmax_topk" if settings.balance == "loss" else "sigmoid_topk",
-            renormalize=True,
+            None if settings.router in VARYING else settings.top_k,
+            router=settings.router,
+            **router_options(settings),
         )
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+    def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """The stream after this block, and the routing its experts used."""
         x = x + self.attention(self.attention_norm(x))
-        y, routing = self.moe(self.moe_norm(x), return_routing=True)
+        y, routing = self.moe(self.moe_norm(x), token_ids=token_ids, return_routing=True)
         return x + y, routing
 
 
@@ -172,13 +218,22 @@ class ByteLM(nn.Module):
         self.head = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
         # Every byte is equally likely at first: 8 bits.
         nn.init.zeros_(self.head.weight)
+        self.register_buffer("classes", byte_classes() if settings.router == "domain" else None, persistent=False)
+
+    def train(self, mode: bool = True) -> ByteLM:
+        """As of any module; experts do not choose among bytes to come where the model is judged."""
+        for block in self.blocks:
+            if isinstance(block.moe.router, ExpertChoiceRouter):
+                block.moe.router.causal = not mode
+        return super().train(mode)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
         """Logits ``(B, S, 256)`` for bytes ``(B, S)``, and each layer's routing."""
         x = self.embedding(tokens)
+        token_ids = tokens if self.classes is None else self.classes[tokens]
         routings = []
         for block in self.blocks:
-            x, routing = block(x)
+            x, routing = block(x, token_ids)
             routings.append(routing)
         return self.head(self.norm(x)), routings
 
@@ -193,6 +248,40 @@ def build_model(settings: Settings, experts: str) -> ByteLM:
             loop.load_state_dict(block.moe.experts.state_dict())
             block.moe.experts = loop
     return model.to(settings.device)
+
+
+def router_terms(routings: list[Routing], model: ByteLM, settings: Settings) -> torch.Tensor:
+    """What is added to the loss for the routers, layer by layer.
+
+    Given all layers at once, one layer's idle experts would make up for another's.
+    """
+    total = torch.zeros((), device=settings.device)
+    for block, routing in zip(model.blocks, routings, strict=True):
+        for name, term in router_losses(routing).items():
+            total = total + OWN_TERMS[name] * term
+        if settings.router == "cluster":
+            router = block.moe.router
+            spread = cluster_variance_loss(routing, router.num_clusters, survivors=router.survivors)
+            total = total + settings.balance_weight * spread
+        elif settings.balance == "loss" and settings.router not in UNBALANCED:
+            total = total + settings.balance_weight * slot_balance_loss(routing)
+        if settings.router in VARYING:
+            total = total + settings.entropy_weight * routing_entropy_loss(routing)
+        if settings.balance == "loss" and routing.logits is not None:
+            total = total + settings.z_weight * router_z_loss(routing)
+    return total / settings.layers
+
+
+def after_step(routings: list[Routing], model: ByteLM, settings: Settings) -> torch.Tensor:
+    """The steps that routers take beside the optimizer's; returns each layer's counts."""
+    step_routers(model)
+    counts = torch.stack([routing.counts for routing in routings])
+    for block, routing, layer_counts in zip(model.blocks, routings, counts, strict=True):
+        if settings.balance == "bias":
+            update_expert_bias(block.moe.router.e_score_correction_bias, layer_counts, settings.bias_rate)
+        if isinstance(block.moe.router, ExpertChoiceRouter):
+            block.moe.router.update_thresholds(routing, momentum=0.9)
+    return counts
 
 
 def unigram_bits(train: torch.Tensor, valid: torch.Tensor) -> float:
@@ -252,20 +341,12 @@ def train_one(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr)
         loss, routings = cross_entropy(model, batch, settings)
-        total = loss
-        if settings.balance == "loss":
-            # Layer by layer: given all layers at once, one layer's idle experts would make up for another's.
-            uneven = sum(load_balance_loss(routing) for routing in routings) / (settings.layers * settings.top_k)
-            total = total + settings.balance_weight * uneven
-            total = total + settings.z_weight * router_z_loss(routings)
+        total = loss + router_terms(routings, model, settings)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        counts = torch.stack([routing.counts for routing in routings])
-        if settings.balance == "bias":
-            for block, layer_counts in zip(model.blocks, counts, strict=True):
-                update_expert_bias(block.moe.router.e_score_correction_bias, layer_counts, settings.bias_rate)
+        counts = after_step(routings, model, settings)
         # Reading the loss waits for the device, so the step has really ended.
         run.train_bits.append(float(loss.detach()) / math.log(2))
         run.step_ms.append(1000 * (time.perf_counter() - begin))
@@ -308,6 +389,12 @@ def plot_loss(runs: list[Run], unigram: float, path: Path) -> None:
     plt.close(figure)
 
 
+def experts_per_token(run: Run, settings: Settings) -> float:
+    """The mean over layers in the last tenth of training."""
+    last = torch.tensor(run.counts[-max(len(run.counts) // 10, 1) :], dtype=torch.float64)
+    return float(last.sum(2).mean()) / (settings.batch * settings.sequence)
+
+
 def plot_load(run: Run, settings: Settings, path: Path) -> None:
     """One heat map a layer: experts against training steps, colour the load over its even share."""
     counts = torch.tensor(run.counts, dtype=torch.float64)
@@ -324,7 +411,8 @@ def plot_load(run: Run, settings: Settings, path: Path) -> None:
         axis.set_ylabel(f"layer {layer}\nexpert")
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     axes[0, 0].set_title(
-        f"Load of each expert over training ({settings.num_experts} experts, {settings.top_k} per token)"
+        f"Load of each expert over training ({settings.num_experts} experts, "
+        f"{experts_per_token(run, settings):.2g} per token, {settings.router})"
     )
     axes[-1, 0].set_xlabel("step")
     bar = figure.colorbar(image, ax=axes[:, 0].tolist(), ticks=range(-3, 4), label="load / even share")
@@ -358,7 +446,9 @@ def write_metrics(runs: list[Run], settings: Settings, corpus: dict[str, object]
         "routing": {
             "experts": runs[-1].experts,
             "tokens_per_step": settings.batch * settings.sequence,
+            "router": settings.router,
             "top_k": settings.top_k,
+            "experts_per_token": experts_per_token(runs[-1], settings),
             "num_experts": settings.num_experts,
             "counts_step_layer_expert": runs[-1].counts,
         },
@@ -376,12 +466,17 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     parser.add_argument("--data", type=Path, metavar="DIR", help="train on the *.py files of this folder instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the products, under autocast")
+    parser.add_argument(
+        "--router",
+        choices=sorted(ROUTERS),
+        help="softmax_topk, or sigmoid_topk with --balance bias; hash goes by bytes, domain by their kind",
+    )
     parser.add_argument("--balance", choices=("loss", "bias"), default="loss", help="auxiliary loss, or a moving bias")
     sizes = {
         "steps": 500, "batch": 16, "sequence": 256, "layers": 4, "hidden-size": 128, "heads": 4,
         "intermediate-size": 128, "num-experts": 16, "top-k": 2, "eval-every": 50, "eval-windows": 64, "seed": 0,
     }  # fmt: skip
-    rates = {"lr": 3e-3, "balance-weight": 0.02, "z-weight": 1e-3, "bias-rate": 1e-3}
+    rates = {"lr": 3e-3, "balance-weight": 0.02, "entropy-weight": 1e-2, "z-weight": 1e-3, "bias-rate": 1e-3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
     for name, default in rates.items():
@@ -397,6 +492,10 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
             parser.error(f"--{name} must be at least 0 and finite, got {value}")
     if given.top_k > given.num_experts:
         parser.error(f"--top-k must be at most --num-experts, got {given.top_k} of {given.num_experts}")
+    if given.router is None:
+        given.router = "softmax_topk" if given.balance == "loss" else "sigmoid_topk"
+    if given.balance == "bias" and given.router != "sigmoid_topk":
+        parser.error(f"--balance bias needs --router sigmoid_topk, got {given.router}")
     if given.hidden_size % (2 * given.heads):
         parser.error(f"--hidden-size must be a multiple of twice --heads, got {given.hidden_size} and {given.heads}")
     if given.device == "cuda" and not torch.cuda.is_available():

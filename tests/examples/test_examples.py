@@ -1,5 +1,6 @@
 """The training example, run as its users run it."""
 
+import importlib
 import json
 import struct
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from gossamer.nn.moe.routers import ROUTERS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -70,6 +73,40 @@ def test_both_ways_learn_the_same(tmp_path, device):
     assert min(png_size(out / "expert_load.png")) > 500
 
 
+@pytest.fixture(scope="module")
+def example():
+    """The example's module."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        yield importlib.import_module("train_moe_lm")
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_every_router_learns(example, tmp_path, monkeypatch, router):
+    """In the command's own process: the held-out loss falls, every layer's experts get tokens, the files are there."""
+    monkeypatch.setattr(example, "load_corpus", lambda root: corpus(root))
+    settings = TINY | {"--steps": 14, "--eval-every": 7, "--layers": 1, "--router": router, "--device": "cpu"}
+    flat = [str(part) for pair in settings.items() for part in pair]
+    assert example.main(["--out", str(tmp_path), *flat]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    bits = metrics["runs"][0]["valid_bits_per_byte"]
+    assert bits[0] == pytest.approx(8.0, abs=1e-5) and bits[-1] < bits[1] < 8
+    counts = torch.tensor(metrics["routing"]["counts_step_layer_expert"])
+    assert (counts.sum((0, 2)) > 0).all() and metrics["routing"]["router"] == router
+    assert 0 < metrics["routing"]["experts_per_token"] <= 6
+    assert min(png_size(tmp_path / "expert_load.png")) > 300
+
+
+def corpus(root):
+    """Bytes that are quick to load."""
+    text = b"".join(f"value_{n} = {n * n} # ({n})\n".encode() for n in range(2000))
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.frombuffer(
+        bytearray(text[:9000]), dtype=torch.uint8
+    )
+
+
 def test_bias_balancing_on_own_files(tmp_path):
     for number in range(25):
         (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
@@ -89,6 +126,7 @@ def test_bias_balancing_on_own_files(tmp_path):
     ("arguments", "message"),
     [
         (["--top-k", "7"], "--top-k must be at most --num-experts, got 7 of 6"),
+        (["--balance", "bias", "--router", "tree"], "--balance bias needs --router sigmoid_topk, got tree"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "nan"], "--lr must be at least 0 and finite, got nan"),
         (["--hidden-size", "30"], "--hidden-size must be a multiple of twice --heads, got 30 and 2"),
