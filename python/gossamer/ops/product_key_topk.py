@@ -109,7 +109,7 @@ def raise_not_a_score(name: str, scores: torch.Tensor) -> None:
 
 def _forward(args: ProductKeyTopk, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "native":
-        found = _backend.kernels(backend, "product_key_topk").product_key_topk(args)
+        found = _kernels(backend).product_key_topk(args)
         if found is not None:
             return found
     _check_values(args)
@@ -213,7 +213,7 @@ def _scores(args: ProductKeySearch) -> list[torch.Tensor]:
 
 
 def _search_forward(args: ProductKeySearch, backend: str) -> torch.Tensor:
-    found = _backend.kernels(backend, "product_key_topk").product_key_search(args)
+    found = _kernels(backend).product_key_search(args)
     # A score that is none is an error, of which this finds the place.
     return product_key_topk(*_scores(args), args.top_k)[1] if found is None else found
 
