@@ -7,7 +7,12 @@ import torch
 from helpers import flat, randn
 
 import gossamer
-from gossamer.ops.product_key_topk import ProductKeyTopk, ProductKeyTopkBackward, product_key_search
+from gossamer.ops.product_key_topk import (
+    ProductKeySearch,
+    ProductKeyTopk,
+    ProductKeyTopkBackward,
+    product_key_search,
+)
 
 INF = math.inf
 
@@ -209,6 +214,11 @@ def test_operators_are_well_formed(any_backend, device):
     dvalues = randn(3, 4, seed=1, device=device).requires_grad_()
     args = flat(ProductKeyTopkBackward(dvalues, values.detach(), ids, [9, 8]), any_backend)
     torch.library.opcheck(torch.ops.gossamer.product_key_topk_backward.default, args)
+
+
+def test_search_operator_is_well_formed():
+    args = flat(ProductKeySearch(randn(6, 8, seed=1), randn(2, 2, 9, 4, seed=2), 3), "native")
+    torch.library.opcheck(torch.ops.gossamer.product_key_search.default, args)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
