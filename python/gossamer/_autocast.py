@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch._C import _is_any_autocast_enabled
@@ -23,6 +24,8 @@ def autocast(*tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     return [t.to(dtype) if t is not None and t.dtype in casts else t for t in tensors]
 
 
-def no_autocast(device: torch.device) -> torch.autocast:
+def no_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast for tensors on ``device``."""
+    if not is_compiling() and not _is_any_autocast_enabled():
+        return nullcontext()
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)

@@ -83,8 +83,13 @@ def check_padding_idx(padding_idx: int | None, num_rows: int) -> None:
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], symbols: str) -> None:
     """``tensor.shape`` must equal ``expected``, where None is any size; ``symbols`` is the documented shape."""
-    check_tensor(name, tensor)
-    shape = tensor.shape
+    if not isinstance(tensor, torch.Tensor):
+        check_tensor(name, tensor)
+    check_shape_of(name, tensor.shape, expected, symbols)
+
+
+def check_shape_of(name: str, shape: tuple[int, ...], expected: tuple[int | None, ...], symbols: str) -> None:
+    """:func:`check_shape` of what has a shape, but is no tensor."""
     if len(shape) == len(expected):
         for size, wanted in zip(shape, expected, strict=True):
             if wanted is not None and wanted != size:
@@ -143,7 +148,7 @@ def check_scale(name: str, scale: float | torch.Tensor) -> float:
                 "waited for"
             )
         return scale.item()
-    if not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scale, (float, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {scale!r}")
     return scale
 

@@ -66,13 +66,14 @@ _WHOLE_ROW = 62
 
 def quantized_stack(weight: Weight) -> tuple:
     """Of a quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, size of the scales."""
-    scale, (_, n, c) = weight.scale, weight.shape
-    by_row = scale.dim() == 2
-    column_shift = _WHOLE_ROW if by_row else weight.group_size.bit_length() - 1
-    row_shift = column_shift if weight.format == "fp8_block" else 0
-    code = E8M0 if weight.format == "mxfp4" else DTYPES[scale.dtype]
-    scales = scale.shape[1], 1 if by_row else scale.shape[2]
-    return weight.format, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), (row_shift, column_shift), scales
+    form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
+    code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
+    if scale.dim() == 2:
+        shifts, scales = (0, _WHOLE_ROW), (n, 1)
+    else:
+        shift = weight.group_size.bit_length() - 1
+        shifts, scales = (shift if form == "fp8_block" else 0, shift), (scale.shape[1], scale.shape[2])
+    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales
 
 
 def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:
@@ -92,9 +93,8 @@ def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     count = math.prod(shape)
     if count * dtype.itemsize < REUSED_BYTES:
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
-        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-        return tensor
+        # Sizes one by one: torch takes twice as long over a tuple of them.
+        return torch.empty(*shape, dtype=dtype, device="cpu")
     tensor = torch.from_dlpack(_C.take_pages(count * dtype.itemsize)).view(dtype).view(shape)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
         tensor.fill_(math.nan)

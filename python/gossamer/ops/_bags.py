@@ -121,7 +121,8 @@ class Bags(NamedTuple):
         if self.offsets is None:
             return positions // max(self.index.shape[1], 1)
         bag = torch.searchsorted(self.offsets.contiguous(), positions, right=True) - 1
-        return torch.where(bag < 0, self.offsets.numel() - 1, bag)
+        # Positions before the first bag have -1 here, those behind the last one B.
+        return bag % self.offsets.numel()
 
     def begins(self) -> torch.Tensor:
         """The first position of each bag, int64."""
@@ -135,7 +136,9 @@ class Bags(NamedTuple):
         ``numbers`` are those of the bags, where they are known.
         """
         flat = self.index.reshape(-1)
-        live = (flat >= 0) & (flat < num_rows) & (flat != self.padding_idx)
+        live = (flat >= 0) & (flat < num_rows)
+        if self.padding_idx >= 0:
+            live &= flat != self.padding_idx
         if self.offsets is not None:
             live &= (self.numbers() if numbers is None else numbers) < self.num_lists
         return live if self.limit is None else live & (flat < self.limit)

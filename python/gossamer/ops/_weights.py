@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_shape
+from gossamer._checks import check_shape, check_shape_of
 
 # Rows and columns that share a scale in "fp8_block", as in DeepSeek-V3.
 BLOCK = 128
@@ -129,11 +129,7 @@ def as_weight(name: str, weight: object, expected: tuple[int | None, ...], symbo
     if isinstance(weight, torch.Tensor) or not hasattr(weight, "operand"):
         check_shape(name, weight, expected, symbols)
         return Weight(weight)
-    if len(weight.shape) != len(expected) or any(
-        wanted is not None and size != wanted for size, wanted in zip(weight.shape, expected, strict=True)
-    ):
-        words = ", ".join("any" if wanted is None else str(wanted) for wanted in expected)
-        raise ValueError(f"{name} must have shape {symbols} = ({words}), got {tuple(weight.shape)}")
+    check_shape_of(name, weight.shape, expected, symbols)
     operand = weight.operand()
     if torch.is_grad_enabled():
         blocks = operand.blocks

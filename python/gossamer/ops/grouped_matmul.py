@@ -134,8 +134,13 @@ _grouped_matmul_dweight = define(
 def _save(ctx, args: GroupedMatmul, output: torch.Tensor):
     weight = args.weight
     ctx.x_shape, ctx.stored_transposed = args.x.shape, stored_transposed(weight.data)
-    kept = weight if "x" in ctx.needs else weight._replace(data=None, scale=None)
-    return (args._replace(x=args.x if "weight.data" in ctx.needs else None, weight=kept._replace(bias=None)),)
+    if "x" not in ctx.needs:
+        weight = weight._replace(data=None, scale=None)
+    if weight.bias is not None:
+        weight = weight._replace(bias=None)
+    if "weight.data" in ctx.needs and weight is args.weight:
+        return (args,)
+    return (args._replace(x=args.x if "weight.data" in ctx.needs else None, weight=weight),)
 
 
 def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
@@ -143,22 +148,23 @@ def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
     if "x" in ctx.needs:
         # The same product with the weight transposed; rows that one row of x fed are summed after it.
         slots, summed = dx_rows(groups.slots, groups.rows, ctx.x_shape, args.x_div)
-        grouped, of_dx = summed or args.x_div == 0, groups._replace(slots=slots)
+        grouped, of_dx = summed or args.x_div == 0, Groups(slots, groups.rows, groups.offsets)
         dx = _grouped_matmul(GroupedMatmul(dy, args.weight, of_dx, dy_div, grouped, not args.transposed), ctx.backend)
         if summed:
             dx = sum_slots(dx, groups.rows, groups.offsets, args.x_div, None, ctx.backend)
         gradients["x"] = dx
     with_bias = "weight.bias" in ctx.needs
     if "weight.data" in ctx.needs:
-        gradients["weight.data"], gradients["weight.bias"] = _grouped_matmul_dweight(
-            GroupedDweight(args.x, dy, groups, args.x_div, dy_div, ctx.stored_transposed, with_bias), ctx.backend
-        )
+        product = GroupedDweight(args.x, dy, groups, args.x_div, dy_div, ctx.stored_transposed, with_bias)
+        gradients["weight.data"], dbias = _grouped_matmul_dweight(product, ctx.backend)
+        if with_bias:
+            gradients["weight.bias"] = dbias
     elif with_bias:
         # A product with one column of ones: the bias gradient alone is rarely wanted, so it gets no kernel of its own.
         ones = dy.new_ones(groups.slots.shape[0], 1)
         dbias, _ = _grouped_matmul_dweight(GroupedDweight(ones, dy, groups, 0, dy_div, False, False), ctx.backend)
         gradients["weight.bias"] = dbias.squeeze(-1)
-    return gradients if with_bias else gradients | {"weight.bias": None}
+    return gradients
 
 
 _grouped_matmul.differentiate(_save, _differentiate)

@@ -40,7 +40,7 @@ def low_rank_linear_reference(
 
 def check_dropout(dropout: float, seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """The seed of dropout as ``(1,)`` int64 on ``device``, drawn there when None; None without dropout."""
-    if not isinstance(dropout, (numbers.Real, torch.SymFloat)):
+    if not isinstance(dropout, (float, numbers.Real, torch.SymFloat)):
         raise TypeError(f"dropout must be a number, got {dropout!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")

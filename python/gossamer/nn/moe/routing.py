@@ -35,7 +35,8 @@ def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
 
 def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:
     """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups; ``scale`` is finite."""
-    if not isinstance(scale, numbers.Real):
+    # First of them what most are: an abstract class takes a microsecond to answer.
+    if not isinstance(scale, (float, numbers.Real)):
         raise TypeError(f"scale must be a number, got {scale!r}")
     # Compilers may make a symbol of the number, which comparisons take and math.isfinite does not.
     if not -math.inf < scale < math.inf:
