@@ -7,6 +7,7 @@ import torch
 from gossamer._checks import check_positive
 from gossamer.nn.moe.routers.base import Router, RouterAround
 from gossamer.nn.moe.routing import Routing, dense_weights, route_where
+from gossamer.ops.dispatch import readable
 
 MODES = ("nearest", "up", "down")
 
@@ -59,10 +60,17 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
         chosen = torch.zeros(num_tokens, e + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)[:, :e]
         counts = round_counts(chosen.sum(dim=0), tile, mode)
         # Those that chose the expert come first; −1/p is below all weights and keeps the order of small p.
-        order = torch.where(chosen, weights, -1 / probabilities).argsort(dim=0, descending=True, stable=True)
-        places = torch.arange(num_tokens, device=order.device).unsqueeze(1).expand_as(order)
-        ranks = torch.zeros_like(order).scatter_(0, order, places)
-        kept = ranks < counts
+        keys = torch.where(chosen, weights, -1 / probabilities)
+        most = int(counts.max()) if readable(counts) else num_tokens
+        ranked = keys.topk(min(most, num_tokens), dim=0).values
+        if ranked.shape[0]:
+            lowest = ranked.gather(0, (counts - 1).clamp(0, ranked.shape[0] - 1).unsqueeze(0))
+            above, level = keys > lowest, keys == lowest
+            # Of equal tokens the first ones are kept.
+            kept = above | (level & (level.cumsum(dim=0) <= counts - above.sum(dim=0)))
+            kept = kept & (counts > 0)
+        else:
+            kept = torch.zeros_like(chosen)
     return route_where(
         kept,
         torch.where(chosen, weights, probabilities),
