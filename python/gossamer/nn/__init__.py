@@ -16,6 +16,7 @@ from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
 from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
 from gossamer.nn.embeddings.product_quantized import ProductQuantizedEmbedding
+from gossamer.nn.embeddings.pruned import PrunedEmbedding
 from gossamer.nn.embeddings.random_block import RandomBlockEmbedding
 from gossamer.nn.embeddings.remapped import ClusteredEmbedding, FrequencyEmbedding
 from gossamer.nn.embeddings.residual_quantizer import (
@@ -134,6 +135,7 @@ __all__ = [
     "ProductQuantizedEmbedding",
     "PrototypeRouter",
     "PruneAndRegrow",
+    "PrunedEmbedding",
     "QuantizedExpertStack",
     "RandomBlockEmbedding",
     "ResidualQuantization",

@@ -1,0 +1,362 @@
+"""Tables most of whose entries are zero: trained dense, served as the entries that are left."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer._checks import check_index, check_positive, check_shape
+from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
+from gossamer.optim import Optimizer
+
+CRITERIA = ("magnitude", "group_scales", "thresholds")
+SHAPES = ("table", "column", "row", "entry")
+
+
+class SparseRows(torch.nn.Module):
+    """Rows of which few entries are kept, as buffers.
+
+    Args:
+        kept: ``(N, D)`` bool.
+        dense: ``(N, D)``, whose values are kept.
+        by_row: whether the first entry of each row is stored, 4 bytes a row, instead of the row of each entry, 4 bytes
+            an entry: see :func:`kept_entries`.
+
+    Attributes:
+        values: ``(K,)``, row after row.
+        columns: ``(K,)`` uint8 for D up to 256, else int32.
+        rows: ``(N+1,)`` int32, where each row begins, or the row of each entry, ``(K,)`` int32.
+    """
+
+    def __init__(self, kept: torch.Tensor, dense: torch.Tensor, by_row: bool) -> None:
+        super().__init__()
+        (self.num_rows, self.num_columns), self.by_row = dense.shape, by_row
+        row, column = kept.nonzero(as_tuple=True)
+        counts = kept.sum(1)
+        self.widest = int(counts.max()) if self.num_rows else 0
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        self.register_buffer("values", dense[row, column].clone())
+        self.register_buffer("columns", column.to(torch.uint8 if self.num_columns <= 256 else torch.int32))
+        self.register_buffer("rows", starts if by_row else row.int())
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Dense rows ``(L, D)`` of ``ids (L,)``."""
+        if self.by_row:
+            first, last = self.rows[:-1].index_select(0, ids), self.rows[1:].index_select(0, ids)
+        else:
+            if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
+                lowest, highest = ids.aminmax()
+                if lowest < 0 or highest >= self.num_rows:
+                    raise IndexError(
+                        f"ids must be in [0, N) with N={self.num_rows}, got {int(lowest)} to {int(highest)}"
+                    )
+            wanted = ids.int()
+            first, last = torch.searchsorted(self.rows, wanted), torch.searchsorted(self.rows, wanted, right=True)
+        places = first.unsqueeze(1) + torch.arange(self.widest, device=ids.device)
+        live = places < last.unsqueeze(1)
+        places = places.masked_fill(~live, 0).flatten()
+        if not self.values.numel():
+            return self.values.new_zeros(ids.shape[0], self.num_columns)
+        values = self.values.index_select(0, places).view(live.shape)
+        # Places beyond a row's last entry go to a column that is cut off.
+        columns = self.columns.index_select(0, places).long().view(live.shape).masked_fill(~live, self.num_columns)
+        wide = values.new_zeros(ids.shape[0], self.num_columns + 1)
+        return wide.scatter(1, columns, values)[:, :-1]
+
+
+def kept_entries(num_embeddings: int, embedding_dim: int, nbytes: int, itemsize: int) -> tuple[int, bool]:
+    """The most entries that fit a budget, and whether rows store where they begin, which many entries a row want."""
+    entry = itemsize + (1 if embedding_dim <= 256 else 4)
+    by_row, by_entry = (nbytes - 4 * (num_embeddings + 1)) // entry, nbytes // (entry + 4)
+    most = num_embeddings * embedding_dim
+    return min(max(by_row, by_entry), most), by_row >= by_entry
+
+
+def _sparse_nbytes(num_embeddings: int, embedding_dim: int, kept: int, itemsize: int) -> int:
+    entry = itemsize + (1 if embedding_dim <= 256 else 4)
+    return kept * entry + 4 * min(num_embeddings + 1, kept)
+
+
+class PrunedEmbedding(FusedTable):
+    """A dense table in training, of which the largest entries are served.
+
+    What ids look up in training depends on how entries are judged:
+
+    - ``"magnitude"``: ``ê = e``. :meth:`prune` sets the smallest entries to zero as training goes on, a share of
+      ``R·(1 − 0.99^(t/100))`` of all at step t with ``R = 1 − density``; they may grow again until the next time
+      (DeepLight).
+    - ``"group_scales"``: ``ê = α_g ⊙ e`` with a vector ``α_g`` for each of G groups of ids of like frequency. Train
+      :attr:`scales` on validation data, with :meth:`clip_scales` after each step (AutoSrh).
+    - ``"thresholds"``: ``ê = sign(e)·relu(|e| − σ(s))`` with trained ``s``, one for the table, a column, a row or an
+      entry (PEP).
+
+    :meth:`sparsify` then keeps the share ``density`` of largest ``|ê|`` and training goes on among them. :meth:`freeze`
+    stores the kept entries with their columns, and where rows begin or, where few entries a row are left, each entry's
+    row; rows are read from that form.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        density: share of the N·D entries that are served, in (0, 1].
+        criterion: one of the three.
+        frequencies: ``(N,)``, how often each id occurs, for ``"group_scales"``; None where ids are in descending order.
+        num_groups: G.
+        threshold_shape: ``"table"``, ``"column"``, ``"row"`` or ``"entry"``.
+        initial_threshold: of ``s``. σ(−15) is 3·10⁻⁷; far below, its gradient vanishes.
+        mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        device: of the parameters.
+        dtype: of the parameters.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step on the table, and on thresholds of rows or entries,
+            into the backward pass.
+
+    Attributes:
+        weight: ``(N, D)``, the parameter until it is frozen. It starts uniform in ``±1/√N``.
+        scales: ``(G, D)``, a parameter that starts at 1, or None.
+        thresholds: ``s``, a parameter ``(1, 1)``, ``(1, D)``, ``(N, 1)`` or ``(N, D)``, or None.
+        mask: ``(N, D)`` bool once :meth:`sparsify` was called, a buffer, else None.
+        served: :class:`SparseRows` once it is frozen, else None.
+
+    Raises:
+        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, ``density`` is not in (0, 1], a name is unknown, or ``frequencies`` have another
+            shape.
+
+    Source: Deng et al., "DeepLight: Deep Lightweight Feature Interactions for Accelerating CTR Predictions in Ad
+    Serving", WSDM 2021; Kong et al., "AutoSrh: An Embedding Dimensionality Search Framework for Tabular Data
+    Prediction", TKDE 2022; Liu et al., "Learnable Embedding Sizes for Recommender Systems", ICLR 2021.
+    """
+
+    tables = ("weight",)
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        density: float,
+        *,
+        criterion: str = "magnitude",
+        frequencies: torch.Tensor | None = None,
+        num_groups: int = 6,
+        threshold_shape: str = "row",
+        initial_threshold: float = -15.0,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_groups=num_groups)
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {density}")
+        for name, value, known in (
+            ("criterion", criterion, CRITERIA),
+            ("threshold_shape", threshold_shape, SHAPES),
+            ("mode", mode, POOLINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        self.num_embeddings, self.embedding_dim, self.density = num_embeddings, embedding_dim, density
+        self.criterion, self.num_groups, self.initial_threshold = criterion, num_groups, initial_threshold
+        self.mode, self.include_last_offset = mode, include_last_offset
+        factory = {"device": device, "dtype": dtype}
+        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
+        scales = thresholds = groups = None
+        if criterion == "group_scales":
+            scales = torch.nn.Parameter(torch.empty(num_groups, embedding_dim, **factory))
+            groups = _groups(num_embeddings, num_groups, frequencies).to(self.weight.device)
+        elif criterion == "thresholds":
+            shape = {"table": (1, 1), "column": (1, embedding_dim), "row": (num_embeddings, 1)}
+            thresholds = torch.nn.Parameter(torch.empty(shape.get(threshold_shape, self.weight.shape), **factory))
+            if thresholds.shape[0] == num_embeddings > 1:
+                self.tables = ("weight", "thresholds")
+        self.register_parameter("scales", scales)
+        self.register_parameter("thresholds", thresholds)
+        self.register_buffer("group_of_id", groups)
+        self.register_buffer("mask", None)
+        self.served: SparseRows | None = None
+        self.reset_parameters()
+        self.attach(optimizer)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew, set scales and thresholds back, forget the mask, and start the optimizer anew."""
+        bound = self.num_embeddings**-0.5
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.scales is not None:
+            torch.nn.init.ones_(self.scales)
+        if self.thresholds is not None:
+            torch.nn.init.constant_(self.thresholds, self.initial_threshold)
+        self.mask = None
+        self._reset_state()
+
+    @property
+    def num_kept(self) -> int:
+        """Entries that are served."""
+        return max(1, int(self.density * self.num_embeddings * self.embedding_dim))
+
+    def _judged(self, rows: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """``ê`` of rows of the table, of ``ids (L,)`` or of all."""
+        if self.scales is not None:
+            groups = self.group_of_id if ids is None else self.group_of_id.index_select(0, ids)
+            rows = rows * self.scales[groups.long()]
+        if self.thresholds is not None:
+            if ids is None or self.thresholds.shape[0] != self.num_embeddings or self.num_embeddings == 1:
+                thresholds = self.thresholds
+            else:
+                thresholds = self.rows("thresholds", ids)
+            rows = rows.sign() * (rows.abs() - thresholds.sigmoid()).relu()
+        if self.mask is not None:
+            rows = rows * (self.mask if ids is None else self.mask.index_select(0, ids))
+        return rows
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``ê (..., D)`` of ``ids (...)``.
+
+        Raises:
+            TypeError: ``ids`` is not int32 or int64.
+            IndexError: on the CPU, an id outside ``[0, N)``.
+        """
+        check_index("ids", ids)
+        flat = ids.reshape(-1)
+        if self.served is not None:
+            return self.served.lookup(flat).view(*ids.shape, self.embedding_dim)
+        return self._judged(self.rows("weight", flat), flat).view(*ids.shape, self.embedding_dim)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bags, as :meth:`Table.forward`; a table of plain magnitudes is pooled as it is read."""
+        if self.served is None and self.mask is None and self.criterion == "magnitude":
+            how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
+            return self.bags("weight", ids, offsets, per_sample_weights, **how)
+        return Table.forward(self, ids, offsets, per_sample_weights)
+
+    def sparsity(self, step: int) -> float:
+        """The share of zeros that :meth:`prune` leaves at a step: ``(1 − density)·(1 − 0.99^(step/100))``."""
+        return (1 - self.density) * (1 - 0.99 ** (step / 100))
+
+    @torch.no_grad()
+    def prune(self, step: int) -> None:
+        """Set the smallest entries to zero, as many as :meth:`sparsity` says of the step.
+
+        Raises:
+            ValueError: the criterion is another than ``"magnitude"``, or the table is frozen.
+        """
+        if self.criterion != "magnitude" or self.frozen:
+            raise ValueError(f"prune is for tables in training by 'magnitude', got {self._form()}")
+        zeros = int(self.sparsity(step) * self.weight.numel())
+        self.weight.mul_(_largest(self.weight.abs(), self.weight.numel() - zeros))
+
+    @torch.no_grad()
+    def clip_scales(self) -> None:
+        """Bring scales into [0, 1].
+
+        Raises:
+            ValueError: the criterion is another than ``"group_scales"``.
+        """
+        if self.scales is None:
+            raise ValueError(f"clip_scales is for criterion='group_scales', got {self._form()}")
+        self.scales.clamp_(0, 1)
+
+    @torch.no_grad()
+    def sparsify(self, restart_from: torch.Tensor | None = None) -> None:
+        """Keep the share ``density`` of the largest entries of ``ê``, and train among them from now on.
+
+        Scales and thresholds are folded into the table and dropped.
+
+        Args:
+            restart_from: ``(N, D)``, values that the kept entries start from again, such as the table's first ones.
+
+        Raises:
+            ValueError: ``restart_from`` has another shape, or the table is frozen.
+        """
+        if self.frozen:
+            raise ValueError("sparsify is for tables in training, got a frozen one")
+        judged = self._judged(self.weight, None)
+        mask = _largest(judged.abs(), self.num_kept)
+        if restart_from is not None:
+            check_shape("restart_from", restart_from, tuple(self.weight.shape), "(N, D)")
+            judged = restart_from
+        self.weight.copy_(judged * mask)
+        self.mask = mask
+        optimizer = self.optimizer
+        self.detach_optimizer()
+        self.tables, self.scales, self.thresholds, self.group_of_id = ("weight",), None, None, None
+        self.criterion = "magnitude"
+        self.attach(optimizer)
+
+    def _form(self) -> str:
+        return "a frozen one" if self.frozen else f"criterion={self.criterion!r}"
+
+    def inference_nbytes(self) -> int:
+        """Bytes of the kept entries with their places."""
+        if self.served is not None:
+            return self.nbytes()
+        return _sparse_nbytes(self.num_embeddings, self.embedding_dim, self.num_kept, self.weight.element_size())
+
+    def freeze(self) -> PrunedEmbedding:
+        """Keep the entries that are served alone; :meth:`sparsify` first where it was not called."""
+        if self.served is None:
+            if self.mask is None:
+                self.sparsify()
+            self.detach_optimizer()
+            by_row = self.num_kept >= self.num_embeddings + 1
+            self.served = SparseRows(self.mask, self.weight.detach() * self.mask, by_row)
+            self.tables, self.weight, self.mask = (), None, None
+        self.frozen = True
+        return self.eval()
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> PrunedEmbedding:
+        """The table of the most entries that fit ``nbytes`` bytes when served; raises as :meth:`Table.from_budget`."""
+        check_budget(nbytes)
+        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
+        kept, _ = kept_entries(num_embeddings, embedding_dim, nbytes, itemsize)
+        if kept < 1:
+            raise ValueError(
+                f"nbytes must be at least {_sparse_nbytes(num_embeddings, embedding_dim, 1, itemsize)} for "
+                f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}, got {nbytes}"
+            )
+        # Half an entry more, so that rounding the share down gives this number again.
+        most = num_embeddings * embedding_dim
+        return cls(num_embeddings, embedding_dim, min(1.0, (kept + 0.5) / most), **options)
+
+    @classmethod
+    def from_table(cls, weight: torch.Tensor, *, nbytes: int, **options: object) -> PrunedEmbedding:
+        """The table that a budget gives, starting from trained weights ``(N, D)``."""
+        check_shape("weight", weight, (None, None), "(N, D)")
+        made = cls.from_budget(*weight.shape, nbytes, **{"device": weight.device, "dtype": weight.dtype} | options)
+        with torch.no_grad():
+            made.weight.copy_(weight)
+        return made
+
+
+def _largest(magnitudes: torch.Tensor, count: int) -> torch.Tensor:
+    """A mask of the ``count`` largest entries, the first among equals."""
+    flat = magnitudes.reshape(-1)
+    if count >= flat.numel():
+        return torch.ones_like(magnitudes, dtype=torch.bool)
+    if count <= 0:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    least = flat.kthvalue(flat.numel() - count + 1).values
+    above = flat > least
+    ties = flat == least
+    wanted = count - above.sum()
+    return (above | (ties & (ties.cumsum(0) <= wanted))).view_as(magnitudes)
+
+
+def _groups(num_embeddings: int, num_groups: int, frequencies: torch.Tensor | None) -> torch.Tensor:
+    """The group of each id, uint8: G parts of about one size by descending frequency."""
+    check_positive(num_groups=num_groups)
+    if num_groups > 256:
+        raise ValueError(f"num_groups must be at most 256, got {num_groups}")
+    rank = torch.arange(num_embeddings, device="cpu")
+    if frequencies is not None:
+        check_shape("frequencies", frequencies, (num_embeddings,), "(N,)")
+        order = frequencies.cpu().argsort(descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, rank)
+    return (rank * num_groups // num_embeddings).to(torch.uint8)
