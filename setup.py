@@ -232,6 +232,7 @@ setup(
         "gossamer.bench",
         "gossamer.bench.families",
         "gossamer.bench.harness",
+        "gossamer.bench.studies",
     ],
     # What package_data names is installed; what the manifest names beyond that is for the source archive alone.
     include_package_data=False,

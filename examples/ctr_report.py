@@ -11,9 +11,9 @@ import matplotlib
 import torch
 from ctr_model import MEASURES, Trainer
 from rich.table import Table
-from shared import smooth
 
 import gossamer
+from gossamer.bench.studies.text import smooth
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

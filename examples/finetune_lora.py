@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import VALIDATION_EVERY, as_bytes, learning_rate, python_files, smooth
 
 import gossamer
+from gossamer.bench.studies.text import VALIDATION_EVERY, as_bytes, learning_rate, python_files, smooth
 
 try:
     import matplotlib

@@ -17,9 +17,9 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from shared import as_bytes, python_files
 
 import gossamer
+from gossamer.bench.studies.text import as_bytes, python_files
 
 try:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments, set_seed

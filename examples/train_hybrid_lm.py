@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import learning_rate, load_corpus, smooth, windows
 from torch import nn
 
 import gossamer
+from gossamer.bench.studies.text import learning_rate, load_corpus, smooth, windows
 from gossamer.nn import DeltaNet, DeltaRuleState, GatedDeltaNet, KimiDeltaAttention, MoE, load_balance_loss
 
 try:

@@ -2,7 +2,7 @@
 
     python examples/train_moe_lm.py --out runs/moe                    # the experts are gossamer.nn.MoE
     python examples/train_moe_lm.py --out runs/moe --experts both     # and again with a loop over experts, same seed
-    python examples/train_moe_lm.py --out runs/top_p --router top_p   # with another of gossamer's routers
+    python examples/train_moe_lm.py --out runs/moe --router top_p --experts latent      # any router, any expert layer
 
 Nothing is downloaded. The default is one run of about 3 minutes on 2 CPU cores. It writes to the folder ``--out``:
 
@@ -31,22 +31,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import VALIDATION_EVERY, learning_rate, load_corpus, smooth, windows
 from torch import nn
 
 import gossamer
-from gossamer.nn import (
-    ExpertChoiceRouter,
-    MoE,
-    Routing,
-    cluster_variance_loss,
-    router_losses,
-    router_z_loss,
-    routing_entropy_loss,
-    slot_balance_loss,
-    step_routers,
-    update_expert_bias,
+from gossamer.bench.studies.byte_lm import (
+    EXPERT_LAYERS,
+    VOCABULARY,
+    Balance,
+    ByteLM,
+    Sizes,
+    after_step,
+    balance_terms,
+    counts_of,
+    cross_entropy,
+    recipe_of,
+    validate,
 )
+from gossamer.bench.studies.text import VALIDATION_EVERY, learning_rate, load_corpus, smooth, windows
+from gossamer.nn import Routing
 from gossamer.nn.moe.routers import ROUTERS
 
 try:
@@ -60,21 +62,10 @@ try:
 except ImportError as error:
     sys.exit(f"this example needs {error.name}: pip install 'gossamer[bench]' safetensors")
 
-VOCABULARY = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COLORS = {"eager": "#c2571a", "gossamer": "#1f6f8b"}
-# Routers that find by themselves how many experts a token gets, so that --top-k says nothing to them.
-VARYING = ("top_p", "threshold")
-# Routers whose papers train them without a balance loss.
-UNBALANCED = ("expert_choice", "prototype", "tree", "dselect_k", "hash", "cluster")
-# Coefficients of the terms that routers bring themselves.
-OWN_TERMS = {
-    "tree_entropy": 0.1,
-    "selector_entropy": 0.1,
-    "selector_unreachable": 1e-3,
-    "permutation": 1e-4,
-    "domain": 0.1,
-}
+EAGER, OURS = "#c2571a", "#1f6f8b"
+# More experts than these are counted by the rows of their square, as product keys arrange them.
+COUNTED = 256
 
 
 @dataclass(frozen=True)
@@ -87,8 +78,8 @@ class Settings:
     intermediate_size: int
     num_experts: int
     top_k: int
-    router: str
     sequence: int
+    router: str
     batch: int
     steps: int
     lr: float
@@ -102,6 +93,19 @@ class Settings:
     seed: int
     device: str
     dtype: str
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the model."""
+        return Sizes(**{name: getattr(self, name) for name in Sizes.__dataclass_fields__})
+
+    @property
+    def terms(self) -> Balance:
+        """The coefficients of what is added to the loss, and of the moving bias."""
+        by_loss = self.balance == "loss"
+        return Balance(
+            self.balance_weight, self.z_weight * by_loss, self.entropy_weight, 0.0 if by_loss else self.bias_rate
+        )
 
 
 @dataclass
@@ -138,150 +142,17 @@ class LoopExperts(gossamer.nn.Experts):
         return y.view(x.shape)
 
 
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
-
-    def __init__(self, hidden_size: int, heads: int, sequence: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-        half = hidden_size // heads // 2
-        angles = torch.arange(sequence)[:, None] * 10000.0 ** (-torch.arange(half) / half)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Turn each pair of channels by its position's angle."""
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = self.cos[: x.shape[-2]].to(x.dtype), self.sin[: x.shape[-2]].to(x.dtype)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, S, H)`` to ``(B, S, H)``."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-def router_options(settings: Settings) -> dict[str, object]:
-    """What the router of this name is made with."""
-    return {
-        "softmax_topk": {"renormalize": True},
-        "sigmoid_topk": {"renormalize": True},
-        "hash": {"vocabulary": VOCABULARY},
-        "domain": {"num_domains": 4},
-        "cluster": {"resample_every": max(settings.steps // 10, 1)},
-        "token_rounding": {"tile": 16, "router_options": {"renormalize": True}},
-        "learned_permutation": {"phase_steps": max(settings.steps // 10, 1)},
-    }.get(settings.router, {})
-
-
-def byte_classes() -> torch.Tensor:
-    """``(256,)``: whether a byte is a letter, a digit, white space or something else."""
-    kinds = (str.isalpha, str.isdigit, str.isspace)
-    return torch.tensor([next((k for k, test in enumerate(kinds) if test(chr(b))), 3) for b in range(VOCABULARY)])
-
-
-class Block(nn.Module):
-    """Attention and experts, each behind a norm and added to the stream."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(settings.hidden_size)
-        self.attention = Attention(settings.hidden_size, settings.heads, settings.sequence)
-        self.moe_norm = nn.RMSNorm(settings.hidden_size)
-        self.moe = MoE(
-            settings.hidden_size,
-            settings.intermediate_size,
-            settings.num_experts,
-            None if settings.router in VARYING else settings.top_k,
-            router=settings.router,
-            **router_options(settings),
-        )
-
-    def forward(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        """The stream after this block, and the routing its experts used."""
-        x = x + self.attention(self.attention_norm(x))
-        y, routing = self.moe(self.moe_norm(x), token_ids=token_ids, return_routing=True)
-        return x + y, routing
-
-
-class ByteLM(nn.Module):
-    """A decoder over bytes whose feed-forward layers are mixtures of experts."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, settings.hidden_size)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        self.norm = nn.RMSNorm(settings.hidden_size)
-        self.head = nn.Linear(settings.hidden_size, VOCABULARY, bias=False)
-        # Every byte is equally likely at first: 8 bits.
-        nn.init.zeros_(self.head.weight)
-        self.register_buffer("classes", byte_classes() if settings.router == "domain" else None, persistent=False)
-
-    def train(self, mode: bool = True) -> ByteLM:
-        """As of any module; experts do not choose among bytes to come where the model is judged."""
-        for block in self.blocks:
-            if isinstance(block.moe.router, ExpertChoiceRouter):
-                block.moe.router.causal = not mode
-        return super().train(mode)
-
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
-        """Logits ``(B, S, 256)`` for bytes ``(B, S)``, and each layer's routing."""
-        x = self.embedding(tokens)
-        token_ids = tokens if self.classes is None else self.classes[tokens]
-        routings = []
-        for block in self.blocks:
-            x, routing = block(x, token_ids)
-            routings.append(routing)
-        return self.head(self.norm(x)), routings
-
-
 def build_model(settings: Settings, experts: str) -> ByteLM:
-    """The model; its weights depend on the seed alone, not on how the experts are computed."""
+    """The model; its weights depend on the seed alone, not on whether a loop computes the plain experts."""
     torch.manual_seed(settings.seed)
-    model = ByteLM(settings)
+    plain = experts in ("eager", "gossamer")
+    model = ByteLM(settings.sizes, settings.router, "grouped" if plain else experts, steps=settings.steps)
     if experts == "eager":
         for block in model.blocks:
             loop = LoopExperts(settings.num_experts, settings.hidden_size, settings.intermediate_size)
             loop.load_state_dict(block.moe.experts.state_dict())
             block.moe.experts = loop
     return model.to(settings.device)
-
-
-def router_terms(routings: list[Routing], model: ByteLM, settings: Settings) -> torch.Tensor:
-    """What is added to the loss for the routers, layer by layer.
-
-    Given all layers at once, one layer's idle experts would make up for another's.
-    """
-    total = torch.zeros((), device=settings.device)
-    for block, routing in zip(model.blocks, routings, strict=True):
-        for name, term in router_losses(routing).items():
-            total = total + OWN_TERMS[name] * term
-        if settings.router == "cluster":
-            router = block.moe.router
-            spread = cluster_variance_loss(routing, router.num_clusters, survivors=router.survivors)
-            total = total + settings.balance_weight * spread
-        elif settings.balance == "loss" and settings.router not in UNBALANCED:
-            total = total + settings.balance_weight * slot_balance_loss(routing)
-        if settings.router in VARYING:
-            total = total + settings.entropy_weight * routing_entropy_loss(routing)
-        if settings.balance == "loss" and routing.logits is not None:
-            total = total + settings.z_weight * router_z_loss(routing)
-    return total / settings.layers
-
-
-def after_step(routings: list[Routing], model: ByteLM, settings: Settings) -> torch.Tensor:
-    """The steps that routers take beside the optimizer's; returns each layer's counts."""
-    step_routers(model)
-    counts = torch.stack([routing.counts for routing in routings])
-    for block, routing, layer_counts in zip(model.blocks, routings, counts, strict=True):
-        if settings.balance == "bias":
-            update_expert_bias(block.moe.router.e_score_correction_bias, layer_counts, settings.bias_rate)
-        if isinstance(block.moe.router, ExpertChoiceRouter):
-            block.moe.router.update_thresholds(routing, momentum=0.9)
-    return counts
 
 
 def unigram_bits(train: torch.Tensor, valid: torch.Tensor) -> float:
@@ -297,38 +168,27 @@ def autocast(settings: Settings) -> torch.autocast | nullcontext:
     return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(settings.device).type, dtype)
 
 
-def cross_entropy(model: ByteLM, batch: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, list[Routing]]:
-    """Mean loss in nats per byte, and each layer's routing."""
-    with autocast(settings):
-        logits, routings = model(batch[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten()), routings
-
-
-@torch.no_grad()
-def validate(model: ByteLM, valid: torch.Tensor, settings: Settings) -> float:
-    """Bits per byte on windows spread evenly over the validation bytes."""
-    model.eval()
-    starts = torch.linspace(0, valid.numel() - settings.sequence - 1, settings.eval_windows).long()
-    losses = [
-        cross_entropy(model, windows(valid, part, settings.sequence).to(settings.device), settings)[0] * part.numel()
-        for part in starts.split(settings.batch)
-    ]
-    model.train()
-    return float(sum(losses)) / settings.eval_windows / math.log(2)
+def slots_of(routing: Routing) -> torch.Tensor:
+    """How many slots each expert got, or each row of many experts."""
+    counts = counts_of(routing)
+    side = math.isqrt(counts.numel())
+    return counts.view(side, side).sum(1) if counts.numel() > COUNTED and side * side == counts.numel() else counts
 
 
 def train_one(
     experts: str, train: torch.Tensor, valid: torch.Tensor, settings: Settings, progress: Progress
 ) -> tuple[Run, ByteLM]:
     """Train one model from the seed; data order and weights do not depend on ``experts``."""
-    model, run = build_model(settings, experts), Run(experts)
+    model, run, recipe = build_model(settings, experts), Run(experts), recipe_of(settings.router)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(settings.seed)
     bar = progress.add_task(experts, total=settings.steps, note="")
 
     def evaluate(step: int) -> None:
         run.eval_steps.append(step)
-        run.valid_bits.append(validate(model, valid, settings))
+        with autocast(settings):
+            bits = validate(model, valid, settings.eval_windows, settings.batch, settings.device)
+        run.valid_bits.append(bits)
         progress.update(bar, note=f"{run.valid_bits[-1]:.3f} bits/byte")
         if not progress.console.is_terminal:
             progress.console.print(f"{experts}, step {step}: {run.valid_bits[-1]:.3f} bits per byte held out")
@@ -340,13 +200,15 @@ def train_one(
         begin = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr)
-        loss, routings = cross_entropy(model, batch, settings)
-        total = loss + router_terms(routings, model, settings)
+        with autocast(settings):
+            loss, routings = cross_entropy(model, batch)
+        total = loss + balance_terms(model, routings, recipe, settings.terms)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        counts = after_step(routings, model, settings)
+        after_step(model, routings, settings.terms)
+        counts = torch.stack([slots_of(routing) for routing in routings])
         # Reading the loss waits for the device, so the step has really ended.
         run.train_bits.append(float(loss.detach()) / math.log(2))
         run.step_ms.append(1000 * (time.perf_counter() - begin))
@@ -364,7 +226,7 @@ def plot_loss(runs: list[Run], unigram: float, path: Path) -> None:
     figure, axes = plt.subplots(1, 1 + both, squeeze=False, **size)
     curve = axes[0, 0]
     for run, line, marker in zip(runs, ("-", "--"), ("o", "x"), strict=False):
-        steps, color = range(1, len(run.train_bits) + 1), COLORS[run.experts]
+        steps, color = range(1, len(run.train_bits) + 1), EAGER if run.experts == "eager" else OURS
         curve.plot(steps, run.train_bits, color=color, alpha=0.18, linewidth=0.8)
         curve.plot(steps, smooth(run.train_bits), line, color=color, label=f"{run.experts}: training")
         label = f"{run.experts}: validation, {run.valid_bits[-1]:.3f} at the end"
@@ -378,7 +240,7 @@ def plot_loss(runs: list[Run], unigram: float, path: Path) -> None:
     curve.legend(frameon=False, loc="lower left")
     if both:
         names = [run.experts for run in runs]
-        bars = axes[0, 1].bar(names, [r.median_ms for r in runs], color=[COLORS[n] for n in names], width=0.6)
+        bars = axes[0, 1].bar(names, [r.median_ms for r in runs], color=(EAGER, OURS), width=0.6)
         axes[0, 1].bar_label(bars, [f"{r.median_ms:.0f} ms" for r in runs], padding=3)
         axes[0, 1].set(ylabel="median ms per training step", title="Time of a whole step")
         axes[0, 1].margins(y=0.12)
@@ -401,17 +263,18 @@ def plot_load(run: Run, settings: Settings, path: Path) -> None:
     columns = min(120, settings.steps)
     edges = torch.linspace(0, settings.steps, columns + 1).round().long().tolist()
     share = torch.stack([counts[a:b].sum(0) / counts[a:b].sum((0, 2))[:, None] for a, b in itertools.pairwise(edges)])
-    load = (share * settings.num_experts).clamp(min=1 / 8).log2()
-    size = (8.5, 1.0 + 1.5 * settings.layers)
-    figure, axes = plt.subplots(settings.layers, 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    _, layers, num_experts = counts.shape
+    load = (share * num_experts).clamp(min=1 / 8).log2()
+    size = (8.5, 1.0 + 1.5 * layers)
+    figure, axes = plt.subplots(layers, 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
     style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "aspect": "auto", "interpolation": "nearest"}
-    extent = (0, settings.steps, settings.num_experts - 0.5, -0.5)
+    extent = (0, settings.steps, num_experts - 0.5, -0.5)
     for layer, axis in enumerate(axes[:, 0]):
         image = axis.imshow(load[:, layer].T, extent=extent, **style)
         axis.set_ylabel(f"layer {layer}\nexpert")
         axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     axes[0, 0].set_title(
-        f"Load of each expert over training ({settings.num_experts} experts, "
+        f"Load of each expert over training ({num_experts} experts, "
         f"{experts_per_token(run, settings):.2g} per token, {settings.router})"
     )
     axes[-1, 0].set_xlabel("step")
@@ -462,15 +325,21 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing"
     )
-    parser.add_argument("--experts", choices=("eager", "gossamer", "both"), default="gossamer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="train on the *.py files of this folder instead")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the products, under autocast")
+    layers = [name for name in EXPERT_LAYERS if name != "grouped"]
+    parser.add_argument(
+        "--experts",
+        choices=("eager", "gossamer", "both", *layers),
+        default="gossamer",
+        help="plain experts by a loop, by gossamer or both, or another expert layer with as many parameters",
+    )
     parser.add_argument(
         "--router",
         choices=sorted(ROUTERS),
         help="softmax_topk, or sigmoid_topk with --balance bias; hash goes by bytes, domain by their kind",
     )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="train on the *.py files of this folder instead")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the products, under autocast")
     parser.add_argument("--balance", choices=("loss", "bias"), default="loss", help="auxiliary loss, or a moving bias")
     sizes = {
         "steps": 500, "batch": 16, "sequence": 256, "layers": 4, "hidden-size": 128, "heads": 4,
@@ -492,12 +361,12 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
             parser.error(f"--{name} must be at least 0 and finite, got {value}")
     if given.top_k > given.num_experts:
         parser.error(f"--top-k must be at most --num-experts, got {given.top_k} of {given.num_experts}")
+    if given.hidden_size % (2 * given.heads):
+        parser.error(f"--hidden-size must be a multiple of twice --heads, got {given.hidden_size} and {given.heads}")
     if given.router is None:
         given.router = "softmax_topk" if given.balance == "loss" else "sigmoid_topk"
     if given.balance == "bias" and given.router != "sigmoid_topk":
         parser.error(f"--balance bias needs --router sigmoid_topk, got {given.router}")
-    if given.hidden_size % (2 * given.heads):
-        parser.error(f"--hidden-size must be a multiple of twice --heads, got {given.hidden_size} and {given.heads}")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     if given.device == "auto":

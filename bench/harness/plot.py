@@ -26,7 +26,7 @@ WORDS = dict(zip(DIRECTIONS, ("forward", "forward+backward"), strict=True))
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     settings = {
         "font.family": "sans-serif",
         "font.size": 10,
@@ -96,7 +96,7 @@ def roofline(record: dict) -> Figure | None:
     if not dtypes:
         return None
     palette, bandwidth = colors(record), record["ceilings"]["bandwidth"]
-    with _style():
+    with style():
         figure = Figure(figsize=(max(8.4, 4.2 * len(dtypes)), 4.6), layout="constrained")
         axes = list(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0])
         for axis, dtype in zip(axes, dtypes, strict=True):
@@ -154,7 +154,7 @@ def against_dense(record: dict) -> Figure | None:
     if not groups:
         return None
     palette = colors(record)
-    with _style():
+    with style():
         bars = sum(len(others) for _, others in groups)
         figure = Figure(figsize=(8.4, 1.2 + 0.26 * bars + 0.24 * len(groups)), layout="constrained")
         axis = figure.subplots()
@@ -193,7 +193,7 @@ def scaling(record: dict) -> Figure | None:
     palette, numeric = colors(record), sweep["symbol"] != SKEW
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with _style():
+    with style():
         figure = Figure(figsize=(8.4, 0.7 + 3.3 * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis in axes[len(panels) :]:
@@ -228,7 +228,7 @@ def save(record: dict, folder: Path) -> list[Path]:
     """Write each figure that the run has as PNG and SVG."""
     written = []
     for name, draw in FIGURES.items():
-        with _style():
+        with style():
             figure = draw(record)
             for kind in ("png", "svg") if figure else ():
                 written.append(folder / f"{name}.{kind}")
@@ -239,7 +239,7 @@ def save(record: dict, folder: Path) -> list[Path]:
 def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element for a page: its ink and grid take the page's, its ids begin with ``name``."""
     stream = io.StringIO()
-    with _style():
+    with style():
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -7,7 +7,8 @@ A table stands between two comments, and what is there is replaced::
 
 ``python -m gossamer.bench.harness.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check``
 says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of
-``gossamer bench --json``; or ``kernels``, TFLOP/s of single kernels in the file of kernel variants.
+``gossamer bench --json``; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; or ``study``, the
+table of a study and what must be known to read it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/h100-kernels.md")
+from gossamer.bench.harness.study import markdown
+
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/h100-kernels.md", "docs/choosing-a-router.md")
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DIRECTIONS = {"forward": "forward", "both": "forward+backward"}
@@ -73,7 +76,7 @@ def kernels(results: dict) -> str:
     return _table(head, rows)
 
 
-KINDS: dict[str, Callable[[dict], str]] = {"layer": layer, "kernels": kernels}
+KINDS: dict[str, Callable[[dict], str]] = {"layer": layer, "kernels": kernels, "study": markdown}
 
 
 def rendered(text: str, root: Path) -> str:

@@ -107,6 +107,23 @@ def corpus(root):
     )
 
 
+def test_another_router_over_another_layer(tmp_path):
+    """A number of experts that varies, over two half layers a block; and single neurons, counted by rows of keys."""
+    for number in range(25):
+        (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
+    settings = TINY | {"--steps": 6, "--num-experts": 8}
+    for out, *given in (("a", "--router", "top_p", "--experts", "cartesian"), ("b", "--experts", "product_key")):
+        done = run("--out", tmp_path / out, "--data", tmp_path, *given, settings=settings)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / out / "metrics.json").read_text())
+        assert metrics["runs"][0]["valid_bits_per_byte"][-1] < metrics["runs"][0]["valid_bits_per_byte"][0]
+        counts = torch.tensor(metrics["routing"]["counts_step_layer_expert"])
+        assert counts.shape[:2] == (6, 4 if out == "a" else 2)
+        assert min(png_size(tmp_path / out / "expert_load.png")) > 500
+        per_token = counts.sum(2) / (4 * 48)
+        assert bool(((per_token >= 1) & (per_token <= 2)).all()) if out == "a" else bool((per_token == 32).all())
+
+
 def test_bias_balancing_on_own_files(tmp_path):
     for number in range(25):
         (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)

@@ -20,8 +20,13 @@ WRONG, REFUSED, SLOW, INTERRUPTED = 1, 2, 3, 130
 
 def bench(
     family: Annotated[
-        str, typer.Argument(help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...")
+        str,
+        typer.Argument(
+            help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...; "
+            "or study, before the name of a comparison of methods."
+        ),
     ] = "moe",
+    study: Annotated[str | None, typer.Argument(metavar="[NAME]", help="After study: routers.")] = None,
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, one to two minutes on two cores.")] = False,
     dtype: Annotated[
@@ -55,6 +60,10 @@ def bench(
     fail_below: Annotated[
         float | None, typer.Option(metavar="RATIO", help="Exit with 3 where we run below RATIO x the dense speed.")
     ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Of a study: how many seeds a case.")] = None,
+    cases: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Of a study: these cases, beside its baseline.")
+    ] = None,
 ) -> None:
     """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
 
@@ -66,7 +75,17 @@ def bench(
     from gossamer.bench.harness import files, report, runner
     from gossamer.bench.harness import sweep as sweep_
 
+    if family == "study":
+        given = {
+            "--shape": shape, "--dtype": dtype, "--sweep": sweep, "--csv": csv_file, "--html": html_file,
+            "--compare": compare, "--fail-below": fail_below,
+        }  # fmt: skip
+        others = [option for option, value in given.items() if value is not None]
+        return _study(study, quick, seeds, cases, json_file, plot_folder, others)
     try:
+        for option, value in (("a second name", study), ("--seeds", seeds), ("--cases", cases)):
+            if value is not None:
+                raise ValueError(f"{option} is for studies, as in gossamer bench study routers")
         if fail_below is not None and not fail_below > 0:
             raise ValueError(f"--fail-below must be above 0, got {fail_below:g}")
         if (plot_folder or html_file) is not None:
@@ -135,6 +154,55 @@ def bench(
         html_file.write_text(text, encoding="utf-8")
     report.say(console, sentence)
     _exit(console, results, fail_below)
+
+
+def _study(
+    name: str | None,
+    quick: bool,
+    seeds: int | None,
+    cases: str | None,
+    json_file: Path | None,
+    plot_folder: Path | None,
+    others: list[str],
+) -> None:
+    """Run a study; exit status as :func:`bench`."""
+    from gossamer.bench.harness import files, report, study_report
+    from gossamer.bench.harness import study as studies
+
+    try:
+        if others:
+            raise ValueError(f"{', '.join(others)} must not be given with a study")
+        if name is None:
+            raise ValueError(f"study needs a name, one of {', '.join(studies.names())}")
+        chosen = studies.study(name)
+        studies.check_seeds(seeds)
+        wanted = studies.chosen_cases(chosen, cases.split(",") if cases is not None else None)
+        if json_file is not None:
+            files.check_file("--json", json_file)
+        if plot_folder is not None:
+            _need_matplotlib("--plot")
+            files.check_folder("--plot", plot_folder)
+    except ValueError as error:
+        print(f"gossamer bench: {error}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from None
+    console = report.make_console()
+
+    def keep(found: dict) -> None:
+        if json_file is not None:
+            files.write_json(found, json_file)
+
+    with study_report.Bar(console) as bar:
+        record = studies.run(chosen, wanted, effort="quick" if quick else "full", seeds=seeds, report=bar, so_far=keep)
+    keep(record)
+    if plot_folder is not None:
+        from gossamer.bench.harness import study_plot
+
+        study_plot.save(record, plot_folder)
+    study_report.print_study(console, record)
+    if record["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+    if not record["cases"]:
+        raise typer.Exit(REFUSED)
 
 
 def _need_matplotlib(option: str) -> None:

@@ -1,4 +1,4 @@
-"""What the examples share: their text, their learning rate, and the smoothing of their curves."""
+"""What small trainings share: text of the standard library, windows of it, a learning rate, smoothed curves."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""The picture of a study: curves by group, and each metric of every case with its seeds."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gossamer.bench.harness.plot import DENSE_COLOR, INK, OTHERS, style
+from gossamer.bench.harness.study import values
+
+# The baseline is drawn in INK, the others in these in turns, then dashed.
+LINES = ("-", "--", ":")
+
+
+def _styles(cases: list[dict], baseline: str) -> dict[str, tuple[str, str]]:
+    """Colour and line of each case."""
+    others = [case["name"] for case in cases if case["name"] != baseline]
+    found = {
+        name: (OTHERS[number % len(OTHERS)], LINES[number // len(OTHERS) % len(LINES)])
+        for number, name in enumerate(others)
+    }
+    return {baseline: (INK, "-")} | found
+
+
+def _curves(axis: Axes, record: dict, cases: list[dict], styles: dict[str, tuple[str, str]]) -> None:
+    """A line a seed, all of a case alike."""
+    for case in cases:
+        color, line = styles[case["name"]]
+        for number, run in enumerate(case["runs"]):
+            label = case["name"] if number == 0 else None
+            # The first look is before training.
+            axis.plot(run["x"][1:], run["y"][1:], line, color=color, linewidth=1.1, alpha=0.85, label=label)
+    axis.set(xlabel=record["x_label"], ylabel=record["y_label"])
+    axis.legend(fontsize=8)
+
+
+def _dots(axis: Axes, record: dict, metric: dict, cases: list[dict], styles: dict[str, tuple[str, str]]) -> None:
+    """One line a case: its seeds as dots, their mean as a stroke; the baseline's range shaded."""
+    for place, case in enumerate(cases):
+        found, (color, _) = values(case, metric["name"]), styles[case["name"]]
+        if case["name"] == record["baseline"]:
+            axis.axvspan(min(found), max(found), color=DENSE_COLOR, alpha=0.25, linewidth=0)
+        axis.plot(found, [place] * len(found), "o", color=color, markersize=4, alpha=0.7)
+        axis.plot([statistics.fmean(found)], [place], "|", color=color, markersize=14)
+    axis.set_yticks(range(len(cases)), [case["name"] for case in cases])
+    axis.invert_yaxis()
+    axis.set_xlabel(metric["label"])
+
+
+def draw(record: dict) -> Figure:
+    """The curves of each group of cases in the first row, and below them a panel for each metric."""
+    groups = list(dict.fromkeys(case["group"] for case in record["cases"]))
+    by_group = {group: [case for case in record["cases"] if case["group"] == group] for group in groups}
+    base = [case for case in record["cases"] if case["name"] == record["baseline"]]
+    ordered = sorted(record["cases"], key=lambda case: statistics.fmean(values(case, record["headline"])))
+    metrics = record["metrics"]
+    columns = max(len(groups), 3)
+    lines = -(-len(metrics) // columns)
+    with style():
+        height = 4.2 + lines * (1.0 + 0.22 * len(ordered))
+        figure = Figure(figsize=(4.4 * columns, height), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[4.2, height - 4.2])
+        figure.suptitle(f"{record['title']} ({record['effort']} run)")
+        for axis, group in zip(above.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+            mine = by_group[group] + [case for case in base if case not in by_group[group]]
+            _curves(axis, record, mine, _styles(mine, record["baseline"]))
+            axis.set_title(group)
+        styles = _styles(ordered, record["baseline"])
+        axes = below.subplots(lines, columns, squeeze=False).flatten()
+        for axis, metric in zip(axes, metrics, strict=False):
+            _dots(axis, record, metric, ordered, styles)
+        for axis in axes[len(metrics) :]:
+            axis.remove()
+    return figure
+
+
+def save(record: dict, folder: Path) -> Path:
+    """Write the picture into a folder, named after the study."""
+    path = folder / f"{record['study']}.svg"
+    draw(record).savefig(path, metadata={"Date": None})
+    return path
