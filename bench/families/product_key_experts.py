@@ -129,10 +129,7 @@ def _training(
     def rows() -> torch.Tensor:
         return torch.cat([table.detach()[sampled] for table in (layer.input_weight, layer.output_weight)])
 
-    def safe(outputs: Outputs) -> Outputs:
-        return outputs | {"y": outputs["y"][problem.safe]}
-
-    return Training(name, role, forward, gate="truth", step=step, rows=rows, layout=safe)
+    return Training(name, role, forward, gate="truth", step=step, rows=rows)
 
 
 def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype) -> Outputs:
@@ -177,7 +174,8 @@ def build(request: Request) -> Case:
     initial = [layer.input_weight.detach()[rows], layer.output_weight.detach()[rows]]
 
     def gate() -> FloatGate:
-        return FloatGate(*(_expected(problem, initial, rows, dtype) for dtype in (torch.float64, torch.float32)))
+        truth, baseline = (_expected(problem, initial, rows, dtype) for dtype in (torch.float64, torch.float32))
+        return FloatGate(truth, baseline, {"y": lambda y: y[safe]})
 
     key_dim, chosen = layer.key_dim, tokens * heads * top_k
     retrieval = 2.0 * tokens * heads * key_dim * (dim + side)
@@ -200,8 +198,7 @@ def build(request: Request) -> Case:
         retrieval + 2 * products + (backward if both else 0),
         moved,
         {"truth": gate},
-        f"tokens whose choice is not close to a tie, {int(safe.sum())} of {tokens}"
-        + (", and their rows" if both else ""),
+        f"{int(safe.sum())} of {tokens} tokens, those without a near tie" + (", and their rows" if both else ""),
         f"{rows.numel()} distinct experts of {ids.numel()}",
     )
 
