@@ -216,10 +216,15 @@ _dispatch = define(
 )
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether a size may follow from its values: on the CPU, outside compilers, tracers and transformations."""
+    plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    return plain and not (is_compiling() or torch.jit.is_tracing() or _backend.transformed())
+
+
 def _buffer_rows(offsets: torch.Tensor, bound: int) -> int:
     """The rows that buffers get: the exact number where the host can read it, else ``bound``; kernels need one row."""
-    plain = type(offsets) is torch.Tensor and offsets.device.type == "cpu"
-    if not plain or is_compiling() or torch.jit.is_tracing() or _backend.transformed():
+    if not readable(offsets):
         return bound
     return max(offsets.tolist()[-1], 1)
 
