@@ -27,6 +27,7 @@ from gossamer.nn import (
     ProductQuantizedEmbedding,
     PrunedEmbedding,
     RandomBlockEmbedding,
+    SearchedDimensionEmbedding,
     SemanticIdEmbedding,
     Table,
     TensorTrainEmbedding,
@@ -67,6 +68,7 @@ METHODS = {
     "product_quantized": Method(ProductQuantizedEmbedding, ProductQuantizedEmbedding.from_table),
     "pruned": Method(PrunedEmbedding, PrunedEmbedding.from_table),
     "random_block": Method(RandomBlockEmbedding),
+    "searched_dimension": Method(SearchedDimensionEmbedding),
     "semantic_id": Method(SemanticIdEmbedding, needs=("codes",), sized=False),
     "tensor_train": Method(TensorTrainEmbedding),
 }

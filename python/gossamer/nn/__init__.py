@@ -25,6 +25,7 @@ from gossamer.nn.embeddings.residual_quantizer import (
     balanced_kmeans,
     unique_codes,
 )
+from gossamer.nn.embeddings.searched_dimension import SearchedDimensionEmbedding
 from gossamer.nn.embeddings.semantic_id import SemanticIdEmbedding
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
@@ -144,6 +145,7 @@ __all__ = [
     "RouterAround",
     "Routing",
     "Schedule",
+    "SearchedDimensionEmbedding",
     "SelfReferentialLinear",
     "SemanticIdEmbedding",
     "SharedExpert",
