@@ -153,6 +153,18 @@ def check_scale(name: str, scale: float | torch.Tensor) -> float:
     return scale
 
 
+def check_no_gradient(function: str, other: str, **tensors: torch.Tensor | None) -> None:
+    """No tensor of a step that changes its state in place may require a gradient; ``other`` is differentiable."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, but {function} has no derivative: use torch.no_grad(), or {other} with "
+                "T = 1"
+            )
+
+
 def check_same_device(**tensors: torch.Tensor | None) -> None:
     """All tensors given must lie on the first one's device."""
     if odd := _first_to_differ("device", tensors):

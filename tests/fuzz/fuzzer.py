@@ -227,7 +227,7 @@ def gradients(result: object, args: dict) -> list[torch.Tensor]:
         return []
     weights = [torch.linspace(0.5, 1.5, t.numel()).view(t.shape).to(t) for t in outputs]
     found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
-    return [torch.zeros(()) if g is None else g for g in found]
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
 def unnamed(error: Exception, names: set[str]) -> bool:

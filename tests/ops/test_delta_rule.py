@@ -432,6 +432,11 @@ def test_gates_of_the_models(any_backend, gate, lower_bound):
         ({"A_log": torch.zeros(3)}, ValueError, "A_log must have one value a head, H=4"),
         ({"A_log": torch.zeros(4), "dt_bias": torch.zeros(3)}, ValueError, "dt_bias must have shape"),
         ({"A_log": torch.zeros(4), "lower_bound": 1.0}, ValueError, "lower_bound must be below 0, got 1.0"),
+        ({"A_log": torch.zeros(4), "lower_bound": -math.inf}, ValueError, "lower_bound must be finite, got -inf"),
+        ({"A_log": torch.zeros(4), "lower_bound": [-5]}, TypeError, "lower_bound must be a number"),
+        ({"use_qk_l2norm": 1.5}, TypeError, "use_qk_l2norm must be a bool, got float"),
+        ({"output_final_state": None}, TypeError, "output_final_state must be a bool, got NoneType"),
+        ({"v": torch.zeros(2, 37, 4, 0)}, ValueError, "heads of q and v must have at least one channel"),
     ],
 )
 def test_bad_arguments(change, error, message):
@@ -452,8 +457,10 @@ def test_steps_refuse_what_they_cannot_change():
         delta_rule_step(**token, state=torch.zeros(2, 4, 7, 9).mT)
     with pytest.raises(ValueError, match="state must have shape"):
         delta_rule_step(**token, state=state[:1])
-    with pytest.raises(ValueError, match="has no derivative"):
+    with pytest.raises(ValueError, match="state requires a gradient, but delta_rule_step has no derivative"):
         delta_rule_step(**token, state=state.clone().requires_grad_())
+    with pytest.raises(TypeError, match="use_qk_l2norm must be a bool, got int"):
+        delta_rule_step(**token, state=state, use_qk_l2norm=1)
     with pytest.raises(ValueError, match=r"beta must be in \[0, 2\]"):
         delta_rule_step(**(token | {"beta": token["beta"] + 5}), state=state)
     assert not state.any()

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 
 from gossamer import _backend
 from gossamer._autocast import autocast
-from gossamer._checks import check_float, check_same_device, check_same_dtype, check_shape, check_tensor
+from gossamer._checks import (
+    check_flags,
+    check_float,
+    check_no_gradient,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from gossamer.ops._records import define
 from gossamer.ops._sequences import check_bounds, check_cu_seqlens, num_sequences
 
@@ -310,6 +318,7 @@ def causal_conv1d(
     check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must have shape (B, T, C), got {tuple(x.shape)}")
+    check_flags(output_final_state=output_final_state)
     x, initial_state = autocast(x, initial_state)
     backend = _backend.resolve("causal_conv1d", x)
     check_float("x", x, backend)
@@ -320,7 +329,7 @@ def causal_conv1d(
         count = num_sequences(x.shape[0], cu_seqlens)
         _check_state("initial_state", initial_state, x, count, weight.shape[1], symbols)
     check_same_device(x=x, weight=weight, bias=bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    args = CausalConv(x, weight, bias, initial_state, cu_seqlens, silu, bool(output_final_state))
+    args = CausalConv(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state)
     if backend == "reference":
         check_bounds(cu_seqlens, x.shape[1])
         y, state = causal_conv1d_reference(args)
@@ -363,8 +372,7 @@ def causal_conv1d_step(
     silu = _check_filter(x, weight, bias, activation)
     _check_state("state", state, x, x.shape[0], weight.shape[1], "(B, C, S)")
     check_same_device(x=x, state=state, weight=weight, bias=bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias)):
-        raise ValueError("causal_conv1d_step has no derivative: use torch.no_grad(), or causal_conv1d with T = 1")
+    check_no_gradient("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
     if backend != "reference":
         return _causal_conv1d_step(CausalConvStep(x, state, weight, bias, silu), backend)
     args = CausalConv(x.unsqueeze(1), weight, bias, state, None, silu, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ import torch
 from gossamer import _backend
 from gossamer._autocast import autocast
 from gossamer._checks import (
+    check_flags,
     check_float,
     check_index,
+    check_no_gradient,
     check_same_device,
     check_same_dtype,
     check_scale,
@@ -192,6 +195,7 @@ def _record(
     q, k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm, a_log, dt_bias, lower_bound
 ) -> DeltaRule:
     """The checked arguments; names in messages are those of the public functions."""
+    check_flags(output_final_state=output_final_state, use_qk_l2norm=use_qk_l2norm)
     _check_dims("q", q, 4, "(B, T, H_k, D_k)")
     b, t, key_heads, key_size = q.shape
     check_shape("k", k, (b, t, key_heads, key_size), "(B, T, H_k, D_k)")
@@ -200,7 +204,7 @@ def _record(
     if key_heads == 0 or heads == 0 or heads % key_heads:
         raise ValueError(f"the heads of v must be a multiple of those of q and k, got H={heads} and H_k={key_heads}")
     if key_size == 0 or value_size == 0:
-        raise ValueError(f"heads must have at least one channel, got D_k={key_size} and D_v={value_size}")
+        raise ValueError(f"heads of q and v must have at least one channel, got D_k={key_size} and D_v={value_size}")
     check_shape("beta", beta, (b, t, heads), "(B, T, H)")
     if g is not None:
         check_tensor("g", g)
@@ -226,9 +230,11 @@ def _record(
                 raise ValueError(f"dt_bias must have shape {symbols} with {expected}, got {tuple(dt_bias.shape)}")
             dt_bias = dt_bias.reshape(expected)
         if lower_bound is not None:
-            lower_bound = float(lower_bound)
+            lower_bound = float(check_scale("lower_bound", lower_bound))
             if not lower_bound < 0:
                 raise ValueError(f"lower_bound must be below 0, got {lower_bound}")
+            if lower_bound == -math.inf:
+                raise ValueError("lower_bound must be finite, got -inf")
     sequences = b
     if cu_seqlens is not None:
         check_index("cu_seqlens", cu_seqlens)
@@ -447,7 +453,12 @@ def delta_rule_step(
         TypeError, ValueError: as :func:`delta_rule` does; also where ``state`` is not contiguous, and where gradients
             are enabled and an argument requires one.
     """
-    if A_log is None and _is_plain_step(q, k, v, beta, state, g) and _backend.resolve("delta_rule", q) == "native":
+    if (
+        A_log is None
+        and type(use_qk_l2norm) is bool
+        and _is_plain_step(q, k, v, beta, state, g)
+        and _backend.resolve("delta_rule", q) == "native"
+    ):
         scale = q.shape[2] ** -0.5 if scale is None else float(check_scale("scale", scale))
         o = _kernels("native").step_of_tokens(q, k, v, beta, g, state, scale, use_qk_l2norm)
         torch.autograd.graph.increment_version(state)
@@ -471,8 +482,8 @@ def delta_rule_step(
     args = _record(*tokens, scale, state, False, None, use_qk_l2norm, A_log, dt_bias, lower_bound)
     backend = _backend.resolve("delta_rule", args.q)
     check_float("q", args.q, backend)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:8]):
-        raise ValueError("delta_rule_step has no derivative: use torch.no_grad(), or delta_rule with T = 1")
+    named = dict(zip(("q", "k", "v", "beta", "g", "A_log", "dt_bias", "state"), args[:8], strict=True))
+    check_no_gradient("delta_rule_step", "delta_rule", **named)
     if backend != "reference":
         return _delta_rule_step(args, backend).squeeze(1)
     if not torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_float, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_flags, check_float, check_same_device, check_shape, check_tensor
 from gossamer.ops._records import define
 
 # Undone steps round anew, which adds up over a segment at most; keeping a matrix for each costs memory.
@@ -192,6 +192,7 @@ def self_referential(
         TypeError: an argument is no tensor, a dtype is not supported, or dtypes do not fit.
         ValueError: shapes or devices do not fit.
     """
+    check_flags(output_final_shift=output_final_shift)
     check_tensor("x", x)
     check_shape("x", x, (None, None, None, None), "(B, T, H, d)")
     b, _, h, d = x.shape
@@ -209,7 +210,7 @@ def self_referential(
         raise ValueError("x must have at least one channel, got d = 0")
     check_same_device(x=x, weight=weight, shift=shift)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, shift))
-    args = SelfReferential(x, weight, shift, bool(output_final_shift), save, SEGMENT)
+    args = SelfReferential(x, weight, shift, output_final_shift, save, SEGMENT)
     if backend == "reference":
         y, final = self_referential_reference(args)
     else:
