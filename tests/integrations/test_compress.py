@@ -52,6 +52,7 @@ NEEDS = {
 }
 # These take what the method's own knob gives rather than the last byte.
 COARSE = {
+    "masked",
     "searched_dimension",
     "deep_hash",
     "product_quantized",

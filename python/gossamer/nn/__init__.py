@@ -14,6 +14,7 @@ from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
+from gossamer.nn.embeddings.masked import MaskedEmbedding, search_widths
 from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
 from gossamer.nn.embeddings.product_quantized import ProductQuantizedEmbedding
 from gossamer.nn.embeddings.pruned import PrunedEmbedding
@@ -128,6 +129,7 @@ __all__ = [
     "LoRAExperts",
     "LoRALinear",
     "LowRankLinear",
+    "MaskedEmbedding",
     "MixedDimensionEmbedding",
     "MixtureOfAttention",
     "MoE",
@@ -184,6 +186,7 @@ __all__ = [
     "router_losses",
     "router_z_loss",
     "routing_entropy_loss",
+    "search_widths",
     "selector_gates",
     "sequence_balance_loss",
     "sigmoid_probabilities",

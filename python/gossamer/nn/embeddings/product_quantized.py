@@ -171,7 +171,7 @@ class ProductQuantizedEmbedding(FusedTable):
             out = _WithGradientOf.apply(words.detach(), pieces)
             if self.regularization and torch.is_grad_enabled() and words.requires_grad and flat.numel():
                 distance = (words - pieces.detach()).square().sum(-1).mean()
-                out = _WithLoss.apply(out, self.regularization * distance)
+                out = with_loss(out, self.regularization * distance)
         else:
             responses = self._responses(pieces, flat)
             codes = responses.detach().argmax(-1)
@@ -305,6 +305,11 @@ class _WithGradientOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return None, gradient
+
+
+def with_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """``x``, whose backward pass also differentiates the scalar ``loss``, as if that had been added to the loss."""
+    return _WithLoss.apply(x, loss)
 
 
 class _WithLoss(torch.autograd.Function):

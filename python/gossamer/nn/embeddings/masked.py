@@ -1,0 +1,291 @@
+"""Tables that learn which rows to keep and how wide a field must be."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gossamer._checks import check_index, check_positive, check_shape
+from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.product_quantized import with_loss
+from gossamer.nn.embeddings.table import POOLINGS, check_budget
+from gossamer.optim import Optimizer
+
+
+class MaskedEmbedding(FusedTable):
+    """OptEmbed: rows below a trained norm are dropped, and only the first columns of a field are kept.
+
+    ``ê(x) = e(x)·1[‖e(x)‖₁ > t]``, of which the first ``width`` columns are kept and the others are zero. The step's
+    derivative at ``u = ‖e‖₁ − t`` is taken for ``2 − 4|u|`` up to |u| = 0.4, 0.4 up to 1, and 0 beyond, so that ``t``
+    is trained; a backward pass adds the gradient of ``regularization·exp(−t)``, which raises it. With
+    :attr:`sample_widths` each id of a call in training gets a random width, so that one table serves all widths for
+    :func:`search_widths`.
+
+    :meth:`freeze` stores the rows that are left in ``width`` columns, and 4 bytes an id that say where.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        width: columns that are kept; D by default. Set the attribute to another one at any time.
+        regularization: of the threshold; 10⁻⁵ in the paper.
+        mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: whether offsets hold the end of the last bag too.
+        device: of the parameters.
+        dtype: of the parameters.
+        optimizer: one of :mod:`gossamer.optim`, to fuse its step on the table into the backward pass. The threshold is
+            an ordinary parameter.
+
+    Attributes:
+        weight: ``(N, D)``, the parameter; ``(kept, width)`` once frozen. It starts uniform in ``±1/√N``.
+        threshold: ``t (1,)``, a parameter that starts at 0; None once frozen.
+        row_of_id: ``(N,)`` int32, the stored row of each id, −1 for those dropped, once frozen; else None.
+        sample_widths: whether widths are sampled in training.
+
+    Raises:
+        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, ``width`` is above D, ``regularization`` is negative, or the mode is unknown.
+
+    Source: Lyu et al., "OptEmbed: Learning Optimal Embedding Table for Click-through Rate Prediction", CIKM 2022.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        width: int | None = None,
+        *,
+        regularization: float = 1e-5,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        width = embedding_dim if width is None else width
+        check_positive(width=width)
+        if width > embedding_dim:
+            raise ValueError(f"width must be at most embedding_dim, {embedding_dim}, got {width}")
+        if not regularization >= 0:
+            raise ValueError(f"regularization must be at least 0, got {regularization}")
+        if mode not in POOLINGS:
+            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        self.num_embeddings, self.embedding_dim, self.width = num_embeddings, embedding_dim, width
+        self.regularization, self.sample_widths = regularization, False
+        self.mode, self.include_last_offset = mode, include_last_offset
+        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+        self.threshold = torch.nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.register_buffer("row_of_id", None)
+        self.reset_parameters()
+        self.attach(optimizer)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew, set the threshold back, and start the optimizer anew."""
+        bound = self.num_embeddings**-0.5
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        torch.nn.init.zeros_(self.threshold)
+        self._reset_state()
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``ê (..., D)`` of ``ids (...)``.
+
+        Raises:
+            TypeError: ``ids`` is not int32 or int64.
+            IndexError: on the CPU, an id outside ``[0, N)``.
+        """
+        check_index("ids", ids)
+        flat = ids.reshape(-1)
+        if self.frozen:
+            stored = self.row_of_id.index_select(0, flat)
+            # Dropped ids read the first row and are zeroed.
+            rows = torch.nn.functional.embedding(stored.clamp(min=0), self.weight) if len(self.weight) else None
+            if rows is None:
+                return self.weight.new_zeros((*ids.shape, self.embedding_dim))
+            rows = rows.masked_fill((stored < 0).unsqueeze(1), 0)
+            rows = torch.nn.functional.pad(rows, (0, self.embedding_dim - rows.shape[1]))
+            return rows.view(*ids.shape, self.embedding_dim)
+        rows = self.rows("weight", flat)
+        rows = rows * step_above(rows.abs().sum(1) - self.threshold).unsqueeze(1)
+        columns = torch.arange(self.embedding_dim, device=ids.device)
+        if self.training and self.sample_widths:
+            widths = torch.randint(1, self.embedding_dim + 1, (flat.numel(), 1), device=ids.device)
+            rows = rows * (columns < widths)
+        elif self.width < self.embedding_dim:
+            rows = rows * (columns < self.width)
+        if self.regularization and self.training and torch.is_grad_enabled() and self.threshold.requires_grad:
+            rows = with_loss(rows, self.regularization * (-self.threshold).exp().sum())
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def kept(self) -> torch.Tensor:
+        """Which rows are above the threshold now, ``(N,)`` bool."""
+        if self.frozen:
+            return self.row_of_id >= 0
+        return self.weight.detach().abs().sum(1) > self.threshold.detach()
+
+    @torch.no_grad()
+    def set_share(self, share: float) -> None:
+        """Set the threshold so that about this share of the rows, those of the largest norms, is kept.
+
+        Raises:
+            ValueError: ``share`` is not in (0, 1], or the table is frozen.
+        """
+        if not 0 < share <= 1 or self.frozen:
+            form = "a frozen table" if self.frozen else f"{share}"
+            raise ValueError(f"share must be in (0, 1], of a table in training, got {form}")
+        norms = self.weight.abs().sum(1)
+        dropped = self.num_embeddings - max(1, int(share * self.num_embeddings))
+        self.threshold.fill_(norms.kthvalue(dropped).values if dropped else norms.min() - 1)
+
+    def inference_nbytes(self) -> int:
+        """Bytes of the kept rows in :attr:`width` columns, and of where they are."""
+        if self.frozen:
+            return self.nbytes()
+        rows = self.num_embeddings if self.weight.is_meta else int(self.kept().sum())
+        return rows * self.width * self.weight.element_size() + 4 * self.num_embeddings
+
+    def freeze(self) -> MaskedEmbedding:
+        """Keep the rows above the threshold alone, in :attr:`width` columns."""
+        if not self.frozen:
+            kept = self.kept()
+            rows = torch.where(kept, kept.cumsum(0) - 1, -1).int()
+            self.detach_optimizer()
+            stored = self.weight.detach()[kept, : self.width].clone()
+            self.tables, self.threshold = (), None
+            self.weight = torch.nn.Parameter(stored, requires_grad=False)
+            self.row_of_id = rows
+            self.frozen = True
+        return self.eval()
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> MaskedEmbedding:
+        """The narrowest table whose rows fill ``nbytes`` bytes, with a threshold that drops those that do not fit.
+
+        Raises as :meth:`Table.from_budget`.
+        """
+        check_budget(nbytes)
+        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
+        if nbytes < (needed := 4 * num_embeddings + itemsize):
+            raise ValueError(
+                f"nbytes must be at least {needed} for {cls.__name__} with {num_embeddings} embeddings of "
+                f"{embedding_dim}, got {nbytes}"
+            )
+        left = nbytes - 4 * num_embeddings
+        width = min(embedding_dim, -(-left // (num_embeddings * itemsize)))
+        made = cls(num_embeddings, embedding_dim, width, **options)
+        if not made.weight.is_meta and (share := left / (num_embeddings * itemsize * width)) < 1:
+            made.set_share(share)
+        return made
+
+    @classmethod
+    def from_table(cls, weight: torch.Tensor, *, nbytes: int, **options: object) -> MaskedEmbedding:
+        """The table that a budget gives, starting from trained weights ``(N, D)``."""
+        check_shape("weight", weight, (None, None), "(N, D)")
+        made = cls.from_budget(*weight.shape, nbytes, **{"device": weight.device, "dtype": weight.dtype} | options)
+        with torch.no_grad():
+            share = float(made.kept().double().mean())
+            made.weight.copy_(weight)
+            made.set_share(max(share, 1 / len(weight)))
+        return made
+
+
+class _StepAbove(torch.autograd.Function):
+    """1 above 0 and 0 elsewhere, with OptEmbed's long-tailed derivative."""
+
+    @staticmethod
+    def forward(ctx, u: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(u)
+        return (u > 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        (u,) = ctx.saved_tensors
+        distance = u.abs()
+        slope = torch.where(distance <= 0.4, 2 - 4 * distance, torch.where(distance <= 1, 0.4, 0.0))
+        return gradient * slope
+
+
+def step_above(u: torch.Tensor) -> torch.Tensor:
+    """``1[u > 0]`` with the derivative ``2 − 4|u|`` up to 0.4, 0.4 up to 1 and 0 beyond."""
+    return _StepAbove.apply(u)
+
+
+def search_widths(
+    tables: Sequence[MaskedEmbedding],
+    score: Callable[[], float],
+    *,
+    rounds: int = 30,
+    keep: int = 15,
+    mutations: int = 10,
+    crossovers: int = 10,
+    mutation_probability: float = 0.1,
+    nbytes: int | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """Widths of the tables of a model by evolution, and set them.
+
+    A generation is the ``keep`` best widths so far, mutants of them, in which each table draws a new width with
+    ``mutation_probability``, and crossings of two, which take the tables up to a random one from the first.
+
+    Args:
+        tables: of a model that was trained with sampled widths.
+        score: of the model with the tables' present widths, on validation data; larger is better.
+        rounds: generations.
+        keep: how many survive one.
+        mutations: mutants of a generation.
+        crossovers: crossings of a generation.
+        mutation_probability: of a table.
+        nbytes: bound on what all tables serve; None for none.
+        seed: of all draws.
+
+    Returns:
+        The best widths found.
+
+    Raises:
+        ValueError: there is no table, a number is below 1, ``mutation_probability`` is not in [0, 1], or even one
+            column of each table is larger than ``nbytes``.
+
+    Source: as :class:`MaskedEmbedding`.
+    """
+    if not tables:
+        raise ValueError("tables must be at least one, got none")
+    check_positive(rounds=rounds, keep=keep, mutations=mutations, crossovers=crossovers)
+    if not 0 <= mutation_probability <= 1:
+        raise ValueError(f"mutation_probability must be in [0, 1], got {mutation_probability}")
+    draw = random.Random(seed)
+    scored: dict[tuple[int, ...], float] = {}
+
+    def place(widths: Sequence[int]) -> int:
+        for table, width in zip(tables, widths, strict=True):
+            table.width = width
+        return sum(table.inference_nbytes() for table in tables)
+
+    def consider(widths: tuple[int, ...]) -> None:
+        if widths not in scored and (place(widths) <= nbytes if nbytes is not None else place(widths) >= 0):
+            scored[widths] = score()
+
+    least = (1,) * len(tables)
+    if nbytes is not None and (needed := place(least)) > nbytes:
+        raise ValueError(f"nbytes must be at least {needed} for one column of each table, got {nbytes}")
+    consider(least)
+    for _ in range(keep):
+        consider(tuple(draw.randint(1, table.embedding_dim) for table in tables))
+    for _ in range(rounds):
+        best = sorted(scored, key=lambda widths: (-scored[widths], widths))[:keep]
+        for _ in range(mutations):
+            parent = draw.choice(best)
+            consider(
+                tuple(
+                    draw.randint(1, table.embedding_dim) if draw.random() < mutation_probability else width
+                    for table, width in zip(tables, parent, strict=True)
+                )
+            )
+        for _ in range(crossovers):
+            left, right = draw.choice(best), draw.choice(best)
+            cut = draw.randint(0, len(tables))
+            consider(left[:cut] + right[cut:])
+    found = min(scored, key=lambda widths: (-scored[widths], widths))
+    place(found)
+    return list(found)
