@@ -87,8 +87,9 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
     """Bytes of what comes in and of the logits' gradient; the logits themselves are read for shares of all experts."""
-    shares = not call["sigmoid"] and not call["renormalize"]
-    return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], call["logits"] if shares else None, result))
+    shares = not call["forward_sigmoid"] and not call["forward_renormalize"]
+    logits = call["forward_logits"] if shares else None
+    return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], logits, result))
 
 
 COSTS = {"gossamer::topk_routing": cost, "gossamer::topk_routing_backward": cost_backward}

@@ -120,7 +120,8 @@ def _save(ctx, args: TopkRouting, output):
     # Else the backward pass would be handed zeros as the gradient of ids.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    return args, *output
+    # A bias may be moved between forward and backward, which does not look at it.
+    return args._replace(bias=None), *output
 
 
 def _differentiate(ctx, args: TopkRouting, tensors, dweights: torch.Tensor | None, _):

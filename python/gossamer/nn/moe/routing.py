@@ -629,19 +629,20 @@ def limit_capacity(
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
     if priority not in PRIORITIES:
         raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
+    if capacity is not None:
+        check_positive(capacity=capacity)
+        if capacity_factor is not None:
+            raise ValueError(f"capacity_factor must be None beside a capacity, got {capacity_factor}")
+    elif capacity_factor is None:
+        raise TypeError("capacity_factor must be a number, got NoneType")
+    else:
+        check_capacity_factor(capacity_factor)
     check_index("expert_ids", routing.expert_ids)
     check_shape("expert_ids", routing.expert_ids, (None, None), "(T, K)")
     routing = routing.dispatched()
     check_dispatch(routing.dispatch)
     e = routing.num_experts
-    if capacity is not None:
-        check_positive(capacity=capacity)
-        if capacity_factor is not None:
-            raise ValueError(f"capacity_factor must be None beside a capacity, got {capacity_factor}")
-    else:
-        if capacity_factor is None:
-            raise TypeError("capacity_factor must be a number, got NoneType")
-        check_capacity_factor(capacity_factor)
+    if capacity is None:
         capacity = expert_capacity(routing.num_tokens, routing.top_k, e, capacity_factor)
     if capacity == 0:
         return routing
