@@ -34,16 +34,16 @@ class Feature(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The F features of bags over many tables, a column for each attribute of :class:`Feature`; none for one table.
+    """The F features of bags over many tables, as a list for each attribute of :class:`Feature`; none for one table.
 
     Attributes:
-        layout: the columns as ``(F, 6)`` int64 on the device, for kernels.
-        element: the first column, and so on.
-        row: see above.
-        rows: see above.
-        dim: see above.
-        column: see above.
-        mean: see above.
+        layout: the same as one tensor ``(F, 6)`` int64 on the device, for kernels.
+        element: each feature's :attr:`Feature.element`.
+        row: each feature's first row.
+        rows: rows of each feature's table.
+        dim: columns of each feature's table.
+        column: each feature's first column of the result.
+        mean: whether each feature's bags are averaged.
     """
 
     layout: torch.Tensor | None
@@ -71,7 +71,7 @@ ONE_TABLE = Features(None, [], [], [], [], [], [])
 
 
 class Bags(NamedTuple):
-    """Lists of ids, and how the table rows that they name are reduced.
+    """Lists of ids, and how the table rows they name are reduced.
 
     Attributes:
         index: ``(B, J)``, or ``(L,)`` with ``offsets``; int32 or int64.
@@ -116,7 +116,7 @@ class Bags(NamedTuple):
         return self.index.shape[0] if self.offsets is None else self.offsets.shape[0] - 1, table.shape[1]
 
     def numbers(self) -> torch.Tensor:
-        """The bag of each flat position of ``index``; with offsets, the number of bags for positions in none."""
+        """The bag of each flat position of ``index``; the number of bags for positions outside all of them."""
         positions = torch.arange(self.index.numel(), device=self.index.device)
         if self.offsets is None:
             return positions // max(self.index.shape[1], 1)
@@ -152,7 +152,7 @@ class Bags(NamedTuple):
 
 
 def check_offsets(index: torch.Tensor, offsets: torch.Tensor) -> None:
-    """Offsets must ascend within ``[0, L]``; reads values, so it is for the CPU."""
+    """Check that offsets ascend within ``[0, L]``. Reads values, so CPU only."""
     total = index.shape[0]
     before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
     bad = ((offsets < before) | (offsets > total)).nonzero()
@@ -164,14 +164,14 @@ def check_offsets(index: torch.Tensor, offsets: torch.Tensor) -> None:
 
 
 def check_weights_values(weights: torch.Tensor, live: torch.Tensor) -> None:
-    """Weights of ids that contribute must not be NaN; reads values, so it is for the CPU."""
+    """Check that no weight of a contributing id is NaN. Reads values, so CPU only."""
     bad = (weights.reshape(-1).isnan() & live).nonzero()
     if bad.numel():
         raise ValueError(f"weights must not be NaN, got nan at flat position {int(bad[0])}")
 
 
 def check_values(bags: Bags, num_rows: int) -> None:
-    """What the native kernels check of the values in the lists, for the reference on the CPU."""
+    """Make the checks of values that the native kernels make themselves; for the reference on the CPU."""
     if bags.offsets is not None:
         check_offsets(bags.index, bags.offsets)
     rows = torch.tensor(num_rows)
@@ -191,7 +191,7 @@ def check_values(bags: Bags, num_rows: int) -> None:
 
 
 def _rows_of_ids(rows: torch.Tensor, bags: Bags) -> torch.Tensor:
-    """For each id the rows of its feature's table, given ``rows (F,)``; outside every bag a great number."""
+    """For each id the rows of its feature's table, given ``rows (F,)``; outside all bags the largest integer."""
     repaired = bags._replace(offsets=_ascending(bags))
     feature = repaired.numbers() // max(bags.num_bags, 1)
     outside = torch.full((1,), torch.iinfo(bags.index.dtype).max, dtype=torch.int64, device=bags.index.device)
@@ -199,7 +199,7 @@ def _rows_of_ids(rows: torch.Tensor, bags: Bags) -> torch.Tensor:
 
 
 def _ascending(bags: Bags) -> torch.Tensor:
-    """The offsets brought into ``[0, L]``, and made to ascend."""
+    """The offsets clamped to ``[0, L]`` and made to ascend."""
     return bags.offsets.clamp(0, bags.index.shape[0]).cummax(0).values
 
 
@@ -209,14 +209,13 @@ def check_bags(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
     backend: str,
-    *,
     mode: str,
     padding_idx: int | None = None,
     include_last_offset: bool = True,
     bounds: str = "drop",
     bounds_count: torch.Tensor | None = None,
 ) -> Bags:
-    """Check the arguments that the primitives over one table share, by everything but their values."""
+    """Check the arguments that the primitives over one table share, except the values of ids and offsets."""
     check_float("table", table, backend)
     check_shape("table", table, (None, None), "(N, D)")
     check_index("index", index)
@@ -261,7 +260,7 @@ def check_weights(index: torch.Tensor, weights: torch.Tensor | None, backend: st
 
 
 def check_bounds(bounds: str, bounds_count: torch.Tensor | None, device: torch.device) -> None:
-    """The mode must be known, the counter an int64 tensor of one element on ``device``."""
+    """Check that the mode is known and the counter is an int64 tensor of one element on ``device``."""
     if bounds not in BOUNDS:
         raise ValueError(f"bounds must be one of {BOUNDS}, got {bounds!r}")
     if bounds_count is not None:
@@ -275,12 +274,12 @@ def check_bounds(bounds: str, bounds_count: torch.Tensor | None, device: torch.d
 
 
 def raises(index: torch.Tensor, backend: str) -> bool:
-    """Whether ``bounds="raise"`` raises here: where values can be read without stalling a stream."""
+    """Whether ``bounds="raise"`` raises here: only where reading values stalls no stream."""
     return index.device.type == "cpu" and backend in ("reference", "native")
 
 
 def apply_bounds(bags: Bags, num_rows: int, bounds: str, bounds_count: torch.Tensor | None, backend: str) -> Bags:
-    """Repair lists as the mode says, and count what was wrong; no value is read on the host.
+    """Repair lists as the bounds mode says and count what was wrong; no value is read on the host.
 
     Args:
         bags: the lists.

@@ -1,4 +1,4 @@
-"""The operators behind :mod:`gossamer.ops.block_sparse`, whose backward passes are again these two."""
+"""The two operators behind :mod:`gossamer.ops.block_sparse`; the backward pass of each is made of both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gossamer.ops.gather_reduce import sum_rows
 
 
 class BlockLists(NamedTuple):
-    """The blocks of a stored topology, whose list row by row is in the order of the values; see BlockTopology."""
+    """The block lists of a topology whose row-by-row list has the order of the values; see BlockTopology."""
 
     row_offsets: torch.Tensor
     column_indices: torch.Tensor
@@ -144,7 +144,7 @@ def _sdd_save(ctx, args: SampledProduct, output: torch.Tensor):
 
 
 def _sum_blocks(values: torch.Tensor, topology: BlockLists, along_rows: bool, backend: str) -> torch.Tensor:
-    """Sums over the columns of a block-sparse matrix, or over its rows: those of each block, then of each list."""
+    """Sum a block-sparse matrix over its columns, or over its rows: within each block, then over each list."""
     sums = values.sum(2 if along_rows else 1, dtype=accumulation_dtype(values.dtype))
     if along_rows:
         order = torch.arange(topology.column_indices.shape[0], dtype=torch.int32, device=values.device)
@@ -184,7 +184,7 @@ def _dsd_differentiate(ctx, args: BlockProduct, tensors, dy: torch.Tensor):
     if dy.dim() == 3:
         dy = side_by_side(dy, 0)
     if "values" in ctx.needs:
-        # The gradient of sᵀ is the transpose of that of s, so it too comes in the order of the stored blocks.
+        # The gradient of sᵀ is the transpose of that of s, so its blocks have the order of the stored ones.
         if args.transposed:
             operands = (side_by_side(args.b, 0) if ctx.b_parts else args.b, dy.t())
         else:

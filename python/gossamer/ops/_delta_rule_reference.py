@@ -51,7 +51,7 @@ class DeltaRule(NamedTuple):
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums and states of a dtype are held in: float64 for float64, else float32."""
+    """The dtype of sums and states: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -183,10 +183,10 @@ def _evaluate(args: DeltaRule, compute) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 def recurrent(args: DeltaRule) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The delta rule token by token: what the others are held against."""
+    """The delta rule token by token: the reference for all other implementations."""
     return _evaluate(args, _recurrent)
 
 
 def chunked(args: DeltaRule) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The delta rule in chunks of matrix products: what serves where there are no kernels."""
+    """The delta rule in chunks of matrix products, used where there are no kernels."""
     return _evaluate(args, _chunked)

@@ -1,4 +1,4 @@
-"""The lists of blocks of an expert layer's hidden activation, and the way of rows in and out of it, on the device."""
+"""The block lists of an expert layer's hidden activation and where its rows go, computed on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from gossamer import _backend
 from gossamer.ops._records import define
 
-# What the operator gives, in this order: fields of a BlockTopology.
+# The operator's results in order: fields of a BlockTopology.
 FIELDS = (
     "row_offsets",
     "column_indices",
@@ -51,7 +51,7 @@ class ExpertTopology(NamedTuple):
 
 
 class ExpertPlaces(NamedTuple):
-    """Arguments of the way of rows in and out of a topology.
+    """Arguments of the placement of dispatched rows in a topology.
 
     Attributes:
         offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
@@ -76,12 +76,12 @@ def _kernels(backend: str) -> ModuleType:
 
 
 def offsets_of(counts: torch.Tensor) -> torch.Tensor:
-    """``(n+1,)`` int32 of ``counts (n,)``: where each of the lists begins and the last one ends."""
+    """``(n+1,)`` int32: where each of n lists of ``counts (n,)`` begins, and where the last one ends."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
 def longest_first(offsets: torch.Tensor) -> torch.Tensor:
-    """The lists behind ``offsets`` from the longest to the shortest, equal ones in order, int32."""
+    """The numbers of the lists given by ``offsets``, longest first, equal ones in order; int32."""
     return torch.argsort(offsets.diff(), descending=True, stable=True).int()
 
 
@@ -141,7 +141,7 @@ def expert_places_reference(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Ten
     expert = torch.searchsorted(padded_offsets[1:], row, right=True).clamp(max=last)
     sorted_row = row - padded_offsets[expert] + offsets[expert]
     taken = (row < padded_offsets[-1]) & (sorted_row < offsets[expert + 1])
-    # One slot more than there are, for padding, so that indexing is always possible.
+    # One extra slot stands for padding, so that every index is valid.
     padded_slots = torch.cat([slots, slots.new_full((1,), num_slots)])
     slots_of_rows = padded_slots[torch.where(taken, sorted_row, num_slots)]
     rows_of_slots = slots.new_full((num_slots + 1,), padded_rows)
@@ -204,7 +204,7 @@ def expert_topology(offsets: torch.Tensor, rows: int, wide: int, bm: int) -> dic
 def expert_places(
     offsets: torch.Tensor, padded_offsets: torch.Tensor, slots: torch.Tensor, padded_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which slot lies in each padded row, and where each slot lies.
+    """The slot in each padded row, and the padded row of each slot.
 
     Arguments as those of :class:`ExpertPlaces`.
 

@@ -32,10 +32,10 @@ NAMES = ("dispatch.slots", "dispatch.rows", "dispatch.offsets")
 def check_groups(
     groups: Groups, num_rows: int, num_slots: int, num_experts: int, names: tuple[str, str, str] = NAMES
 ) -> None:
-    """The tensors must be contiguous int32 of the right shapes on one device, and on the CPU fit each other.
+    """Check that the tensors are contiguous int32 of the right shapes on one device and, on the CPU, consistent.
 
-    Offsets ascend from 0 to at most ``num_rows``, all slots are there once, and ``rows`` inverts them. Contents are
-    read where that waits for nothing: of ordinary tensors on the CPU.
+    Offsets must ascend from 0 to at most ``num_rows``, every slot must occur once, and ``rows`` must be the inverse of
+    ``slots``. Contents are read only from ordinary tensors on the CPU, where reading waits for nothing.
 
     Args:
         groups: what is checked.

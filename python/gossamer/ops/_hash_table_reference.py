@@ -1,4 +1,4 @@
-"""The operations of a hash table in plain Python: slot by slot what the native kernels do."""
+"""The operations of a hash table in plain Python; slot for slot the same as the native kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Prober:
 
     def __init__(self, storage: Storage, keys: torch.Tensor) -> None:
         self.partitions, self.size = storage.fill.shape[0], storage.partition_buckets
-        # Arrays share memory with the tensors: what is written here is written there.
+        # The arrays share memory with the tensors, so writes reach the table.
         arrays = {f.name: getattr(storage, f.name) for f in fields(storage) if f.name != "values"}
         self.a = {name: None if t is None else t.numpy() for name, t in arrays.items()}
         self.keys = keys.tolist()
@@ -112,7 +112,7 @@ class _Prober:
         return (-2 if stay and not evicts else -1), False
 
     def pin(self, slot: int, batch: Batch) -> None:
-        """Keep the batch from evicting a slot whose score does not say that it was touched."""
+        """Keep the batch from evicting a slot whose score does not show that the batch has touched it."""
         if batch.stamps:
             return
         bucket = self.a["buckets"][slot // BUCKET_SLOTS]
@@ -197,7 +197,7 @@ def insert(storage: Storage, batch: Batch) -> Served:
     new_keys = len({prober.keys[i] for i in missing})
     if not scored and new_keys > batch.room:
         return result(new_keys)
-    # Within partitions first: the native kernels do these in parallel, and what crosses partitions after them.
+    # Insertions within a partition come first, as in the native kernels, which run them in parallel.
     leaving = [i for i in missing if not insert_missing(i, True)]
     for i in leaving:
         insert_missing(i, False)
@@ -223,14 +223,14 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
     values[slots[made]] = 0 if rows is None else rows[made]
 
 
-# Elements that are drawn at a time.
+# Elements drawn at a time.
 _DRAWN = 1 << 22
 
 
 def uniform_rows(values: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
     """``values[slots]`` become uniform in ``(−bound, bound)``, as functions of key, column and seed; on any device."""
     first = torch.zeros(1, dtype=torch.int64, device=keys.device)
-    # A few rows at a time: bits and float64 take several times what the rows do.
+    # A few rows at a time, because bits and float64 values take several times the memory of the rows.
     rows = max(1, _DRAWN // values.shape[1])
     for some, at in zip(keys.long().split(rows), slots.split(rows), strict=True):
         bits = random_bits(seed, first, some, values.shape[1])

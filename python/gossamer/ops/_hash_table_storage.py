@@ -1,4 +1,4 @@
-"""What the kernels of a hash table share: its arrays, where a key may lie in them, a batch, and what became of it."""
+"""What the kernels of a hash table share: its arrays, the places of a key, a batch, and its outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 BUCKET_SLOTS = 16
 # How a full table makes room; see HashTable.
 POLICIES = ("lru", "lfu", "epoch_lru", "epoch_lfu", "score", None)
-# What became of a position of a batch, as csrc/hash_table_core.h has it.
+# The outcome at each position of a batch, numbered as in csrc/hash_table_core.h.
 REFUSED, HIT, INSERTED, REPLACED = range(4)
 
 _LEAST_BUCKETS = 64
@@ -128,7 +128,7 @@ class Batch(NamedTuple):
 
     @property
     def stamps(self) -> bool:
-        """Whether the stamp tells by itself what the batch has touched: no other batch sets that score."""
+        """Whether a score equal to the stamp proves that this batch touched the slot: no other batch sets it."""
         return self.policy in ("lru", "epoch_lru")
 
 

@@ -6,7 +6,7 @@ import torch
 
 
 def may_overwrite(saved: torch.Tensor) -> bool:
-    """Whether this backward pass frees its graph and nobody else holds ``saved``; never under a tracer.
+    """Whether this backward pass frees its graph and holds the only reference to ``saved``; never under a tracer.
 
     Nor where it is recorded itself: what overwrites has no derivative, and the other operator says so.
     """
@@ -16,5 +16,5 @@ def may_overwrite(saved: torch.Tensor) -> bool:
     count_users = getattr(torch._C, "_storage_Use_Count", None)
     if keeps_graph is None or count_users is None or keeps_graph():
         return False
-    # Its own users are the saved tensor and the storage object made here.
+    # Two references are expected: the saved tensor and the storage object made here.
     return count_users(saved.untyped_storage()._cdata) <= 2

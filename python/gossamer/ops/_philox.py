@@ -16,12 +16,12 @@ ROUNDS = 10
 
 
 def threshold(dropout: float) -> int:
-    """Words below it drop their element."""
+    """The threshold below which a random word drops its element."""
     return int(dropout * 2**32)
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of the product; int64 wraps around, which leaves its 64 bits right."""
+    """High and low word of the product; int64 wraps around, which keeps all 64 bits."""
     product = b * a
     return (product >> 32) & WORD, product & WORD
 

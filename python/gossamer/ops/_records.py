@@ -1,4 +1,4 @@
-"""Operators over records: a primitive's arguments are declared once, and handed down whole.
+"""Operators over records: a primitive's arguments are declared once and passed on as one object.
 
 A record is a ``NamedTuple`` whose annotations are types that torch's dispatcher knows: ``torch.Tensor``, ``int``,
 ``float``, ``bool``, ``str``, ``torch.dtype``, ``torch.SymInt`` for an int that a compiler may keep symbolic, lists of
@@ -63,7 +63,7 @@ def _field_types(record: type) -> dict[str, Any]:
 
 
 def _schema_type(hint: Any) -> str | None:
-    """What a schema calls a type; None where it has no name for it."""
+    """The name of a type in a schema, or None if it has none."""
     suffix = ""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         options = [option for option in typing.get_args(hint) if option is not type(None)]
@@ -84,7 +84,7 @@ def _tuple_getter(getter: type, keys: Sequence) -> Callable[[Any], tuple]:
 
 
 def _maker(record: type) -> Callable[[tuple], Any]:
-    """What makes a record from the tuple of its fields."""
+    """A function from the tuple of a record's fields to the record."""
     if dataclasses.is_dataclass(record):
         return lambda fields: record(*fields)
     return functools.partial(tuple.__new__, record)
@@ -130,7 +130,7 @@ class Layout:
         self.restore = self.restorer(range(len(self.paths)))
 
     def restorer(self, places: Sequence[int]) -> Callable[[tuple], Any]:
-        """What makes the record from a tuple whose item ``places[i]`` is the flat argument ``i``."""
+        """A function that makes the record from a tuple whose item ``places[i]`` is the flat argument ``i``."""
         steps: list[tuple[Callable, Callable]] = []
         self._add_steps(steps, list(places), len(places))
 
@@ -142,7 +142,7 @@ class Layout:
         return restore
 
     def _add_steps(self, steps: list, places: list[int], size: int) -> int:
-        """Add the steps that make this record, each from items of the tuple and of what former steps added to it.
+        """Add the steps that make this record; each reads the tuple, to which earlier steps have appended records.
 
         Takes the places of its flat arguments from the front of ``places``; returns where the record will be.
         """
@@ -164,7 +164,7 @@ class Layout:
 
 
 def _counting_changes(kernel: Callable, written: Callable[[Any], tuple]) -> Callable:
-    """A kernel after which whoever saved what it has written to, for a gradient, is told that it changed."""
+    """The kernel, followed by a count of the changes to what it wrote, which autograd checks in saved tensors."""
 
     @functools.wraps(kernel)
     def counted(args, backend):
@@ -176,7 +176,7 @@ def _counting_changes(kernel: Callable, written: Callable[[Any], tuple]) -> Call
 
 
 def _of_tensors(results: Any, values: tuple) -> Any:
-    """Results without None, which the dispatcher cannot hand over: empty tensors stand for it."""
+    """The results with empty tensors in place of None, which the dispatcher cannot return."""
     if not isinstance(results, tuple) or all(result is not None for result in results):
         return results
     like = next(value for value in values if isinstance(value, torch.Tensor))
@@ -251,7 +251,7 @@ class Operator:
         tensor_paths = self._tensor_paths
         other_places = [i for i in range(len(layout.paths)) if i not in self._tensor_places]
         others_of = _tuple_getter(attrgetter, [layout.paths[i] for i in other_places])
-        # Where each argument is among the tensors and then the others.
+        # The place of each argument in the tensors followed by the others.
         parted = self._tensor_places + other_places
         restore = layout.restorer([parted.index(i) for i in range(len(parted))])
         tensor_flags = _tuple_getter(itemgetter, self._tensor_places)
@@ -284,12 +284,12 @@ class Operator:
         register_autograd(self.name, differentiate, setup_context)
 
         class Direct(torch.autograd.Function):
-            """The same without the dispatcher, over the tensors that require a gradient, then what the rest needs."""
+            """The same without the dispatcher; its inputs are the tensors that require a gradient, then five others."""
 
             @staticmethod
             def forward(ctx, *inputs):
                 flags, kernel, tensors, args, backend = inputs[-5:]
-                # Without this a result that a kernel makes as a view of its own memory could not be changed in place.
+                # Otherwise autograd would refuse in-place changes of results that are views of a kernel's buffers.
                 with torch._C._AutoDispatchBelowADInplaceOrView():
                     output = kernel(args, backend)
                 ctx.names, ctx.needs = named(flags)

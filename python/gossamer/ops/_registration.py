@@ -18,12 +18,12 @@ from torch.autograd import _profiler_enabled
 
 _LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-# Each operator's autograd function, whose last argument is none of the operator's.
+# Each operator's autograd function; its last argument is the set of dispatch keys.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether the dispatcher would do nothing with these tensors but differentiate and call the kernel.
+    """Whether the dispatcher would only differentiate and call the kernel for these tensors.
 
     It does more under a mode, a transformation of torch.func, a trace or a profiler, and with tensors of other classes
     or devices. Not to be asked in compiled code.
@@ -35,14 +35,14 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda) or tensor.layout is not torch.strided:
             return False
-        # Tensors of zeros without memory, and views that say what their memory's sign is.
+        # Zero tensors have no memory, and negative views keep their sign beside it.
         if tensor.is_neg() or tensor._is_zerotensor():
             return False
     return True
 
 
 def check_strided(names: Iterable[str], values: Iterable[object]) -> None:
-    """No tensor may be sparse: a kernel follows strides."""
+    """Check that no tensor is sparse: kernels follow strides."""
     for name, value in zip(names, values, strict=False):
         if isinstance(value, Tensor) and value.layout is not torch.strided:
             raise TypeError(f"{name} must have the layout torch.strided, got {value.layout}")
@@ -69,7 +69,7 @@ def _first_tensor(args: tuple) -> Tensor | None:
 
 
 def on_its_device(kernel: Callable) -> Callable:
-    """The kernel with its tensors' device as the current one, whose stream launches go to."""
+    """The kernel, run with its tensors' device as the current one, so that launches go to its stream."""
 
     @functools.wraps(kernel)
     def launch(*args, **named):
@@ -113,7 +113,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     # The set of dispatch keys goes last, so that inputs keep their places in needs_input_grad.
     def forward(ctx, *args):
         *inputs, keyset = args
-        # Without this a result that a kernel makes as a view of its own memory could not be changed in place.
+        # Otherwise autograd would refuse in-place changes of results that are views of the kernel's own buffers.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return below_autograd(keyset, *inputs)
 

@@ -1,4 +1,4 @@
-"""Packs of sequences: how ``cu_seqlens`` is checked, and the sequences that it stands for."""
+"""Packed sequences: the checks of ``cu_seqlens`` and the number of sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One operand for every weight of a product: dense or quantised, with or without a low-rank update beside it."""
+"""One operand type for the weights of products: dense or quantised, with or without a low-rank update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
-# Values in a byte, where that is not one.
+# Values per byte, for formats with more than one.
 _PER_BYTE = {"int4": 2, "mxfp4": 2}
 
 
@@ -106,7 +106,7 @@ class Weight(NamedTuple):
         return group_size(self.data, self.scale, self.format)
 
     def with_values(self, values: torch.Tensor | None, bias: torch.Tensor | None) -> Weight:
-        """With a bias, and a dense weight with other values; a quantised one's ``values`` are None and stay."""
+        """With a bias and, if dense, other values; a quantised weight takes None for ``values`` and keeps its own."""
         if bias is None and (values is self.data or values is None):
             return self
         return self._replace(data=self.data if values is None else values, bias=bias)
@@ -116,16 +116,16 @@ class Weight(NamedTuple):
         return self if self.a is None else self._replace(a=self.a.to(dtype), b=self.b.to(dtype))
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """Its values without the update: those of a dense weight as they are, of codes rounded once to ``dtype``."""
+        """Its values without the update: a dense weight's unchanged, a quantised one's rounded once to ``dtype``."""
         return self.data if self.format == "dense" else DECODERS[self.format](self).to(dtype)
 
 
 def as_weight(name: str, weight: object, expected: tuple[int | None, ...], symbols: str) -> Weight:
-    """The operand of a tensor or a quantised weight of that shape; a quantised one must not ask for a gradient.
+    """The operand of a tensor or a quantised weight of that shape; a quantised one must not require a gradient.
 
     ``expected`` and ``symbols`` as those of :func:`gossamer._checks.check_shape`.
     """
-    # First, because looking for an attribute that a tensor has not takes half a microsecond.
+    # Tensors first: looking up an attribute that a tensor lacks takes half a microsecond.
     if isinstance(weight, torch.Tensor) or not hasattr(weight, "operand"):
         check_shape(name, weight, expected, symbols)
         return Weight(weight)
@@ -173,7 +173,7 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _e8m0(scale: torch.Tensor) -> torch.Tensor:
-    """Powers of two in float32: the byte is the exponent's; 2⁻¹²⁷ is below the normal numbers, and 255 NaN."""
+    """Powers of two in float32 from biased exponents; 0 is 2⁻¹²⁷, a subnormal number, and 255 is NaN."""
     power = (scale.int() << 23).view(torch.float32)
     return torch.where(scale == 0, 2.0**-E8M0_BIAS, torch.where(scale == E8M0_NAN, torch.nan, power))
 

@@ -78,7 +78,7 @@ def _differentiate(ctx, args: Activate, tensors, dact: torch.Tensor):
     if "preact" not in ctx.needs:
         return {}
     if torch.is_grad_enabled():
-        # A gradient of this gradient is wanted, which plain torch knows.
+        # Plain torch serves second derivatives.
         act = activate_reference(args.preact, args.activation, args.interleaved)
         (dpreact,) = torch.autograd.grad(act, args.preact, dact, create_graph=True)
     else:

@@ -34,7 +34,7 @@ from gossamer.ops.gather_reduce import gather_reduce
 
 @dataclass(frozen=True)
 class BlockSparseTensor:
-    """A matrix of which only some blocks are there.
+    """A matrix that stores only some of its blocks.
 
     Gradients reach it through ``values``, which may be a parameter. All its methods give new tensors or views.
 
@@ -58,12 +58,12 @@ class BlockSparseTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """The dtype of the values."""
         return self.values.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where values and topology lie."""
+        """The device of values and topology."""
         return self.values.device
 
     def t(self) -> BlockSparseTensor:
@@ -82,7 +82,7 @@ class BlockSparseTensor:
     def to_dense(self) -> torch.Tensor:
         """``(rows, cols)``, zero where there is no block; differentiable."""
         (rows, cols), (bm, bn) = self.topology.grid, self.topology.block
-        # Entries that are no blocks go to a block of their own, which is cut off.
+        # Entries past the last block go to an extra block, which is cut off.
         blocks = self.values.new_zeros(rows * cols + 1, bm, bn)
         blocks = blocks.index_copy(0, self.topology.flat_places(), _in_list_order(self))
         return blocks[: rows * cols].view(rows, cols, bm, bn).transpose(1, 2).reshape(self.shape)
@@ -106,7 +106,7 @@ class BlockSparseTensor:
         return BlockSparseTensor(blocks.index_select(0, topology.flat_places()), topology)
 
     def to_sparse_bsr(self) -> torch.Tensor:
-        """The matrix in torch's BSR layout. Blocks are counted for it, for which the host waits for the device."""
+        """The matrix in torch's BSR layout. Counting the blocks makes the host wait for the device."""
         topology = self.topology
         count = int(topology.row_offsets[-1])
         return torch.sparse_bsr_tensor(
@@ -188,7 +188,7 @@ def _finish(y: torch.Tensor, bias: torch.Tensor | None, activation: Activation |
 
 
 def _operands(backend: str, **named: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors, in autocast's dtype under it; checked to be of one supported dtype and on one device."""
+    """The tensors, in autocast's dtype if it is on; checked for one supported dtype and one device."""
     named = dict(zip(named, autocast(*named.values()), strict=True))
     check_float(*next(iter(named.items())), backend)
     check_same_dtype(**named)
@@ -404,7 +404,7 @@ def _sparse_product(
 ) -> torch.Tensor:
     """``act(s·b + bias)``, stored row after row; ``flipped`` with sᵀ for s, and column after column."""
     if topology.order is not None:
-        # The values are stored as those of the matrix that this one is a view of.
+        # The values have the layout of the matrix that this one is a transposed view of.
         topology, values, transposed = topology.transposed(), values.transpose(1, 2), not flipped
     else:
         transposed = flipped

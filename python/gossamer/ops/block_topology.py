@@ -1,4 +1,4 @@
-"""Which blocks of a block-sparse matrix are there, in both orders, on the device."""
+"""The places of a block-sparse matrix's blocks, row by row and column by column, on the device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _check_blocked(shape: object, block: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_grid(name: str, grid: tuple[int, int]) -> None:
-    """Block rows and block columns must have int32 indices, and places numbers that float64 holds."""
+    """Check that block rows and columns fit int32, and their product float64's integers."""
     if max(grid) > MAX_BLOCKS:
         raise ValueError(f"{name} must have at most {MAX_BLOCKS} block rows and block columns, got {tuple(grid)}")
     if grid[0] * grid[1] >= MAX_PLACES:
@@ -125,7 +125,7 @@ class BlockTopology:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """The device of the tensors."""
         return self.row_offsets.device
 
     def transposed(self) -> BlockTopology:
@@ -160,7 +160,7 @@ class BlockTopology:
     def to_mask(self) -> torch.Tensor:
         """``(rows/bm, cols/bn)`` bool: where there are blocks."""
         rows, cols = self.grid
-        # Entries past the last block are put into a place of their own, which is cut off.
+        # Entries past the last block go to an extra place, which is cut off.
         flat = self.flat_places()
         mask = torch.zeros(rows * cols + 1, dtype=torch.bool, device=self.device)
         return mask.index_fill(0, flat, True)[: rows * cols].view(rows, cols)
@@ -371,7 +371,7 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
 
     def places(mask: torch.Tensor) -> torch.Tensor:
         flat = mask.reshape(-1)
-        # What is no block is written to one place past the end, which is cut off.
+        # Entries without a block are written past the end, to a place that is cut off.
         at = torch.where(flat, flat.cumsum(0) - 1, nnz)
         empty = torch.full((nnz + 1,), flat.numel(), dtype=torch.int64, device=device)
         return empty.scatter(0, at, torch.arange(flat.numel(), device=device))[:nnz]
@@ -403,7 +403,7 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
 
 
 def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> BlockTopology:
-    """A topology on meta: torch computes prefix sums there by squares of their length, which overflow."""
+    """A topology on meta, made by shapes: torch's prefix sums on meta square their length, which overflows."""
     rows, cols = grid
 
     def indices(size: int) -> torch.Tensor:
@@ -426,7 +426,7 @@ def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> Blo
 
 
 def _tensors(t: BlockTopology) -> tuple[torch.Tensor, ...]:
-    """Those that native products follow."""
+    """The tensors that native products follow."""
     order = t.order_t if t.order is None else t.order
     rows, columns = (t.row_offsets, t.column_indices, t.row_indices), (t.column_offsets, t.row_indices_t)
     return *rows, *columns, t.column_indices_t, order
@@ -469,7 +469,7 @@ def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) ->
 
 
 def _check_contents(topology: BlockTopology) -> None:
-    """Both lists must have the same blocks, and ``order`` must say where each of one is in the other."""
+    """Check that both lists have the same blocks and that ``order`` maps one list to the other."""
     _check_list(topology, "row", "column", "")
     _check_list(topology, "column", "row", "_t")
     live = int(topology.row_offsets[-1])
@@ -523,13 +523,13 @@ def check_parts(topology: object) -> None:
 
 
 def _made(topology: BlockTopology) -> BlockTopology:
-    """A topology that is right by construction."""
+    """Make a topology whose contents need no check."""
     mark(topology, _tensors(topology))
     return topology
 
 
 def check_whole_blocks(name: str, size: int, wanted: int, block: int) -> None:
-    """A blocked dimension of a dense operand must have the size that the topology says."""
+    """Check that a blocked dimension of a dense operand has the topology's size."""
     if size == wanted:
         return
     hint = f": pad it with zeros to {wanted}" if wanted - block < size < wanted else ""

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution along sequences: what models run before a state update, and its update by one token."""
+"""Depthwise causal convolution along sequences, as linear-attention models have it, and its one-token update."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class CausalConvBackward(NamedTuple):
 
 
 class CausalConvGradients(NamedTuple):
-    """What flows back, written by the kernels; None where it is not wanted."""
+    """The gradients that the kernels write; None where not wanted."""
 
     x: torch.Tensor | None
     weight: torch.Tensor | None
@@ -223,7 +223,7 @@ def _differentiate(ctx, args: CausalConv, tensors, dy, dfinal_state):
     if not args.output_final_state:
         dfinal_state = None
     if torch.is_grad_enabled():
-        # A gradient of this gradient is wanted, which plain torch knows.
+        # Plain torch serves second derivatives.
         y, state = causal_conv1d_reference(args)
         outputs, above = ((y,), (dy,)) if dfinal_state is None else ((y, state), (dy, dfinal_state))
         leaves = [getattr(args, name) for name in wanted]

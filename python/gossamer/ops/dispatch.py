@@ -39,7 +39,7 @@ class Dispatch:
     num_experts: int
     max_rows: int | None = None
 
-    # The changes to its tensors when they were last looked through; None for never.
+    # The change count of its tensors at the last check of their contents; None if never checked.
     _checked: ClassVar[int | None] = None
 
     @property
@@ -69,7 +69,7 @@ class Dispatch:
 
 
 def _changes(dispatch: Dispatch) -> int:
-    """How often its tensors were changed in place; -1 of tensors of inference mode, whose changes nobody counts."""
+    """How often its tensors were changed in place; -1 for inference tensors, whose changes are not counted."""
     try:
         return dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version
     except (AttributeError, RuntimeError):
@@ -96,9 +96,9 @@ def check_is_dispatch(dispatch: object) -> None:
 
 
 def check_dispatch(dispatch: object) -> None:
-    """``dispatch`` must be a :class:`Dispatch` whose tensors fit each other: see :func:`check_groups`.
+    """``dispatch`` must be a :class:`Dispatch` with consistent tensors: see :func:`check_groups`.
 
-    Found right, it is not looked through again while its tensors stand.
+    Contents are checked once, and again after a tensor was changed in place.
     """
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
@@ -114,7 +114,7 @@ def check_dispatch(dispatch: object) -> None:
 
 
 def _trust(dispatch: Dispatch) -> None:
-    """Remember that its tensors are right as they are."""
+    """Mark its tensors as checked."""
     object.__setattr__(dispatch, "_checked", _changes(dispatch))
 
 
@@ -129,7 +129,7 @@ def check_max_rows(max_rows: int | None) -> None:
 
 
 def dx_rows(slots: torch.Tensor, rows: torch.Tensor, x_shape: torch.Size, x_div: int) -> tuple[torch.Tensor, bool]:
-    """The slots of the product that gives dX, and whether its rows, sorted by expert, are summed into rows of x."""
+    """The slots of the product that gives dX, and whether its sorted rows must then be summed into rows of x."""
     if x_div == 0:
         return slots[: x_shape[0]], False
     # A product in slot order fills a row for every slot, so it needs all of them.
@@ -190,8 +190,8 @@ def _kernels(backend: str) -> ModuleType:
 
 def _sort(args: ExpertSort, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     expert_ids, num_experts, max_rows = args
-    # The check reads values, so it can only stand inside the operator, where a traced call has them too.
-    # The native kernel finds negative ids on its way.
+    # The check reads values, so it runs inside the operator, where traced calls have values too. The native kernel
+    # finds negative ids itself.
     if backend != "native" and expert_ids.device.type == "cpu" and expert_ids.numel() and int(expert_ids.min()) < 0:
         _raise_negative(expert_ids)
     if backend == "reference":
@@ -223,7 +223,7 @@ def readable(tensor: torch.Tensor) -> bool:
 
 
 def _buffer_rows(offsets: torch.Tensor, bound: int) -> int:
-    """The rows that buffers get: the exact number where the host can read it, else ``bound``; kernels need one row."""
+    """Rows of buffers: the exact number, at least 1, where the host can read it, else ``bound``."""
     if not readable(offsets):
         return bound
     return max(offsets.tolist()[-1], 1)

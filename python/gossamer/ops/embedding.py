@@ -1,4 +1,4 @@
-"""Row lookup as ``torch.nn.functional.embedding`` has it, and what embedding layers need around it."""
+"""Row lookup as in ``torch.nn.functional.embedding``, and helpers of the embedding layers."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def embedding(
 
 
 def advise_huge_pages(table: torch.Tensor) -> None:
-    """Ask the system for huge pages under a table whose memory nobody has touched yet; scattered rows then cost less.
+    """Ask the system for huge pages under a table before its memory is first touched, which speeds scattered reads.
 
-    Nothing happens off the CPU, or where there are no native kernels.
+    Does nothing off the CPU or without native kernels.
     """
     if table.device.type == "cpu" and type(table.data) is torch.Tensor and _backend.native_unavailable() is None:
         from gossamer.cpu_kernels import hash_table

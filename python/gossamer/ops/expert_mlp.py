@@ -100,7 +100,7 @@ class ExpertMlp(NamedTuple):
     save: bool
 
     def inputs(self) -> dict[str, torch.Tensor | None]:
-        """What may want a gradient, by the names of :data:`GRADIENTS` and in their order."""
+        """The differentiable tensors by the names of :data:`GRADIENTS`, in that order."""
         up, down = self.gate_up, self.down
         parts = (up.data, up.bias, up.a, up.b, down.data, down.bias, down.a, down.b)
         return dict(zip(GRADIENTS, (self.x, self.weights, *parts), strict=True))
@@ -178,7 +178,7 @@ def _backward(args: ExpertMlpBackward, backend: str, overwrite: bool = False) ->
 
 
 def _empty_gradient(like: torch.Tensor) -> torch.Tensor:
-    """Room for a gradient, laid out as a weight is."""
+    """An uninitialised gradient with the layout of a weight."""
     if like.dim() == 3 and stored_transposed(like):
         return like.new_empty(like.shape[0], like.shape[2], like.shape[1]).transpose(1, 2)
     return like.new_empty(like.shape)
@@ -209,9 +209,9 @@ def _save(ctx, args: ExpertMlp, output: ExpertMlpOutput):
     if not args.save:
         raise RuntimeError("gossamer::expert_mlp needs save=True where a gradient is wanted")
     ctx.mark_non_differentiable(*(t for t in saved if t is not None))
-    # Else the backward pass would be handed (R, 2I) zeros as the gradient of preact.
+    # Otherwise autograd would make (R, 2I) zeros as the gradient of preact.
     ctx.set_materialize_grads(False)
-    # Detached aliases, so that the count of a storage's users tells whether someone else still holds preact.
+    # Detached aliases, so that the storage's reference count shows whether anything else still holds preact.
     return args, *(t if t is None else t.detach() for t in saved)
 
 

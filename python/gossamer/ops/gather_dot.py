@@ -46,7 +46,7 @@ _gather_dot_step = define("gather_dot_step", GatherDotStep, kernel=_forward, fak
 
 def _save(ctx, args: GatherDotStep, output: torch.Tensor):
     ctx.table, ctx.update, ctx.taken = args.dot.table, args.update, False
-    # The table is saved, with the check that nobody changed it, only where its values are wanted again.
+    # The table is saved, and so checked for changes, only where the backward pass reads its values.
     table = args.dot.table if "dot.dout" in ctx.needs else None
     update = args.update._replace(lr=None, step=None, state1=None, state2=None)
     return (args._replace(dot=args.dot._replace(table=table), update=update),)
@@ -63,7 +63,7 @@ def _differentiate(ctx, args: GatherDotStep, tensors, dweights: torch.Tensor):
     dot = args.dot
     gradients = {"handle": torch.zeros_like(args.handle)}
     if "dot.dout" in ctx.needs:
-        # Before the step: it wants the rows that the forward pass read.
+        # Before the step, because it needs the rows that the forward pass read.
         gradients["dot.dout"] = lookup.reduce_by_gradient(dot.table, dot.bags, dweights, dot.dout.dtype, ctx.backend)
     weighted = dot.bags._replace(weights=dweights)
     update_rows_(SparseUpdate(ctx.table, weighted, dot.dout, None, ctx.update), ctx.backend)
@@ -74,18 +74,8 @@ _gather_dot_step.differentiate(_save, _differentiate)
 
 
 def _checked(table, index, x, offsets, backend: str, padding_idx, include_last_offset, bounds, bounds_count) -> Bags:
-    bags = check_bags(
-        table,
-        index,
-        offsets,
-        None,
-        backend,
-        mode="sum",
-        padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
-        bounds=bounds,
-        bounds_count=bounds_count,
-    )
+    lists, how = (index, offsets, None), ("sum", padding_idx, include_last_offset, bounds, bounds_count)
+    bags = check_bags(table, *lists, backend, *how)
     check_shape("x", x, (bags.num_bags, table.shape[1]), "(B, D)")
     if not x.is_floating_point() or (x.dtype == torch.float64) != (table.dtype == torch.float64):
         raise TypeError(f"x must be floating, and float64 for a float64 table alone, got {x.dtype}")
@@ -114,11 +104,11 @@ def gather_dot(
         table: ``(N, D)`` float.
         index: ``(B, J)`` int32 or int64, or ``(L,)`` with ``offsets``, as for :func:`gather_reduce`.
         x: ``(B, D)``, of any floating dtype (float64 for a float64 table alone).
-        offsets: as for :func:`gather_reduce`, and so are the other arguments.
-        padding_idx: see above.
-        include_last_offset: see above.
-        bounds: see above.
-        bounds_count: see above.
+        offsets: as for :func:`gather_reduce`.
+        padding_idx: as for :func:`gather_reduce`.
+        include_last_offset: as for :func:`gather_reduce`.
+        bounds: as for :func:`gather_reduce`.
+        bounds_count: as for :func:`gather_reduce`.
 
     Returns:
         Products in the shape of ``index``, in float32 (float64 for float64); zero where an id contributes nothing.
@@ -156,24 +146,24 @@ def gather_dot_step(
 
     Args:
         table: ``(N, D)`` float, not requiring a gradient.
-        index: as for :func:`gather_dot`, and so are ``x``, ``offsets``, ``padding_idx`` and what follows it.
-        x: see above.
-        offsets: see above.
+        index: as for :func:`gather_dot`.
+        x: as for :func:`gather_dot`.
+        offsets: as for :func:`gather_dot`.
         handle: as for :func:`gather_reduce_step`.
         optimizer: one of :mod:`gossamer.optim`.
         state: what ``optimizer.state(N, D, device)`` made.
-        padding_idx: see above.
-        include_last_offset: see above.
-        bounds: see above.
-        bounds_count: see above.
+        padding_idx: as for :func:`gather_dot`.
+        include_last_offset: as for :func:`gather_dot`.
+        bounds: as for :func:`gather_dot`.
+        bounds_count: as for :func:`gather_dot`.
 
     Returns:
         As :func:`gather_dot`, differentiable in ``handle`` and ``x``.
 
     Raises:
-        TypeError: as :func:`gather_dot` and :func:`sparse_update_`.
-        ValueError: likewise; on the CPU, from the backward pass where the gradient of a product is NaN.
-        IndexError: likewise.
+        TypeError: as :func:`gather_dot` and :func:`sparse_update_` do.
+        ValueError: as they do; on the CPU, from the backward pass where the gradient of a product is NaN.
+        IndexError: as they do.
         RuntimeError: from the backward pass, when it runs a second time over one graph or with ``create_graph=True``.
     """
     check_tensor("table", table)

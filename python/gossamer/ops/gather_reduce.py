@@ -109,7 +109,7 @@ def gather_reduce_reference(table: torch.Tensor, bags: Bags, out_dtype: torch.dt
 
 
 def _counts(bag: torch.Tensor, num_bags: int, dtype: torch.dtype) -> torch.Tensor:
-    """Live ids of each bag, at least 1, so that empty bags divide zeros."""
+    """The number of live ids of each bag, at least 1, so that empty bags divide zero by one."""
     counts = torch.zeros(num_bags, dtype=dtype, device=bag.device)
     return counts.index_add(0, bag, counts.new_ones(bag.shape)).clamp(min=1)
 
@@ -117,7 +117,7 @@ def _counts(bag: torch.Tensor, num_bags: int, dtype: torch.dtype) -> torch.Tenso
 def _max_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
     """Columnwise maxima of the values of each bag: those of the first position that has them, zeros for empty bags."""
     position = _argmax_by_bag(values.detach(), bag, num_bags)
-    # A row more, of zeros, for where no id contributes: a result of the table for autograd even then.
+    # An extra row of zeros serves bags without ids, so that the result depends on the table for autograd even then.
     values = torch.cat([values, values.new_zeros(1, values.shape[1])])
     return values.gather(0, torch.where(position >= 0, position, values.shape[0] - 1))
 
@@ -170,7 +170,7 @@ def gather_max_reference(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _check(args: GatherReduce | GatherMax | GatherDot) -> None:
-    """Values in the lists, before the reference reads them."""
+    """Check the values in the lists before the reference reads them."""
     if raises(args.bags.index, "reference"):
         check_values(args.bags, args.table.shape[0])
 
@@ -184,7 +184,7 @@ def forward(args: GatherReduce, backend: str) -> torch.Tensor:
 
 
 def forward_fake(args: GatherReduce) -> torch.Tensor:
-    """What :func:`forward` gives, by its shape."""
+    """An empty tensor of the shape that :func:`forward` returns."""
     return args.table.new_empty(args.bags.result_shape(args.table), dtype=args.out_dtype)
 
 
@@ -201,7 +201,7 @@ def dot(args: GatherDot, backend: str) -> torch.Tensor:
 
 
 def dot_fake(args: GatherDot) -> torch.Tensor:
-    """What :func:`dot` gives, by its shape."""
+    """An empty tensor of the shape that :func:`dot` returns."""
     return args.dout.new_empty(args.bags.index.shape, dtype=args.dtype)
 
 
@@ -218,7 +218,7 @@ def forward_max(args: GatherMax, backend: str) -> tuple[torch.Tensor, torch.Tens
 
 
 def forward_max_fake(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`forward_max` gives, by its shape."""
+    """Empty tensors of the shapes that :func:`forward_max` returns."""
     out = args.table.new_empty(args.bags.result_shape(args.table), dtype=args.out_dtype)
     return out, out.new_empty(out.shape if args.need_argmax else (0, out.shape[1]), dtype=torch.int32)
 
@@ -258,7 +258,7 @@ def table_gradient(
     Duplicates are summed in position order. It is dense, or a coalesced sparse COO tensor.
     """
     wide = accumulation_dtype(dtype)
-    # Kernels sum in what they are given: float64, or else float32.
+    # Kernels accumulate in float64 only when they are given it.
     dout = dout.to(wide) if wide == torch.float64 else dout
     if bags.features.dim:
         total = torch.zeros(shape, dtype=wide, device=dout.device)
@@ -285,7 +285,7 @@ def _sum_sorted(dout, transposed, num_rows: int, dtype: torch.dtype, backend: st
 
 
 def _every_row(table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
-    """A limit that leaves no row out, where there are weights: those of bags with a limit may be NaN, as gradients."""
+    """A limit that excludes no row, if there are weights: only bags with a limit may have NaN weights."""
     return None if weights is None else torch.full((1,), table.shape[0], device=table.device)
 
 
@@ -351,7 +351,7 @@ def _differentiate_max(ctx, args: GatherMax, tensors, dout: torch.Tensor | None,
     (argmax,) = tensors
     num_rows, dim = ctx.shape
     wide = dout.to(accumulation_dtype(ctx.dtype))
-    # Empty bags add their zeros to a row of their own, which is cut off.
+    # Empty bags add their zeros to an extra row, which is cut off.
     rows = torch.where(argmax >= 0, _max_rows(argmax, args.bags), num_rows)
     at = rows * dim + torch.arange(dim, device=wide.device)
     dtable = wide.new_zeros((num_rows + 1) * dim)
@@ -382,7 +382,7 @@ def sum_slots(
 
     ``rows`` and ``offsets`` are a :class:`Dispatch`'s; dropped rows are never read.
     """
-    # Dropped slots have rows beyond the table where that has none for them.
+    # Rows of dropped slots may lie beyond the table.
     bags = Bags(rows.view(-1, top_k), weights=weights, limit=offsets[-1:], drop=True)
     return _gather_reduce(GatherReduce(table, bags, table.dtype), backend)
 
@@ -460,18 +460,8 @@ def gather_reduce(
     """
     check_tensor("table", table)
     backend = _backend.resolve("gather_reduce", table)
-    bags = check_bags(
-        table,
-        index,
-        offsets,
-        weights,
-        backend,
-        mode=mode,
-        padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
-        bounds=bounds,
-        bounds_count=bounds_count,
-    )
+    lists, how = (index, offsets, weights), (mode, padding_idx, include_last_offset, bounds, bounds_count)
+    bags = check_bags(table, *lists, backend, *how)
     out_dtype = checked_out_dtype(out_dtype, table, backend)
     if sparse_grad and mode == "max":
         raise ValueError("sparse_grad cannot be given with mode='max'")
@@ -504,7 +494,7 @@ def reduce_bags(
 
 
 def checked_out_dtype(out_dtype: torch.dtype | None, table: torch.Tensor, backend: str) -> torch.dtype:
-    """``out_dtype``, or the table's for None; it must be one that the table's backend writes."""
+    """``out_dtype``, or the table's if None; the backend must support it."""
     if out_dtype is None or out_dtype == table.dtype:
         return table.dtype
     if not isinstance(out_dtype, torch.dtype):

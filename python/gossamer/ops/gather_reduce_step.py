@@ -1,4 +1,4 @@
-"""Lookups whose backward pass takes an optimizer's step on the touched rows, in place of making a table's gradient."""
+"""Lookups whose backward pass takes an optimizer step on the touched rows instead of making the table's gradient."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ _gather_reduce_step = define(
 def _save(ctx, args: GatherReduceStep, output):
     ctx.mark_non_differentiable(output[1])
     ctx.table, ctx.update, ctx.taken = args.table, args.update, False
-    # The table is saved, with the check that nobody changed it, only where its values are wanted again. Otherwise steps
-    # that other lookups take before this one's are welcome.
+    # The table is saved, and so checked for changes, only where the backward pass reads its values. Otherwise other
+    # lookups of the same graph may take their steps first.
     table = args.table if "bags.weights" in ctx.needs else None
     update = args.update._replace(lr=None, step=None, state1=None, state2=None)
     return args._replace(table=table, update=update), output[1] if args.bags.mode == "max" else None
@@ -78,7 +78,7 @@ def _differentiate(ctx, args: GatherReduceStep, tensors, dout: torch.Tensor, _):
     (argmax,) = tensors
     gradients = {"handle": torch.zeros_like(args.handle)}
     if "bags.weights" in ctx.needs:
-        # Before the step: it wants the rows that the forward pass read.
+        # Before the step, because it needs the rows that the forward pass read.
         dot = lookup.GatherDot(dout, args.table, args.bags._replace(weights=None), args.bags.weights.dtype)
         gradients["bags.weights"] = lookup.gather_dot(dot, ctx.backend)
     update_rows_(SparseUpdate(ctx.table, args.bags, dout, argmax, ctx.update), ctx.backend)
@@ -89,7 +89,7 @@ _gather_reduce_step.differentiate(_save, _differentiate)
 
 
 def check_handle(handle: torch.Tensor, table: torch.Tensor) -> None:
-    """What makes a result differentiable must be floating and on the device of the table."""
+    """Check that ``handle`` is floating and on the device of the table."""
     check_tensor("handle", handle)
     if not handle.is_floating_point():
         raise TypeError(f"handle must be floating, got {handle.dtype}")
@@ -121,43 +121,33 @@ def gather_reduce_step(
 
     Args:
         table: ``(N, D)`` float, not requiring a gradient.
-        index: as for :func:`gather_reduce`, and so is every argument but the next three.
-        offsets: see above.
-        weights: see above; their gradient is taken before the step.
+        index: as for :func:`gather_reduce`.
+        offsets: as for :func:`gather_reduce`.
+        weights: as for :func:`gather_reduce`; their gradient is taken before the step.
         handle: any floating tensor that requires a gradient, such as ``torch.zeros(0, requires_grad=True)``, on the
             table's device: it is what makes the result differentiable. Its gradient is zero.
         optimizer: one of :mod:`gossamer.optim`.
         state: what ``optimizer.state(N, D, device)`` made.
-        mode: see above.
-        padding_idx: see above.
-        include_last_offset: see above.
-        bounds: see above.
-        bounds_count: see above.
-        out_dtype: see above.
+        mode: as for :func:`gather_reduce`.
+        padding_idx: as for :func:`gather_reduce`.
+        include_last_offset: as for :func:`gather_reduce`.
+        bounds: as for :func:`gather_reduce`.
+        bounds_count: as for :func:`gather_reduce`.
+        out_dtype: as for :func:`gather_reduce`.
 
     Returns:
         ``(B, D)``, differentiable in ``handle`` and ``weights``.
 
     Raises:
-        TypeError: as :func:`gather_reduce` and :func:`sparse_update_`.
-        ValueError: likewise.
-        IndexError: likewise.
+        TypeError: as :func:`gather_reduce` and :func:`sparse_update_` do.
+        ValueError: as they do.
+        IndexError: as they do.
         RuntimeError: from the backward pass, when it runs a second time over one graph or with ``create_graph=True``.
     """
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
-    bags = check_bags(
-        table,
-        index,
-        offsets,
-        weights,
-        backend,
-        mode=mode,
-        padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
-        bounds=bounds,
-        bounds_count=bounds_count,
-    )
+    lists, how = (index, offsets, weights), (mode, padding_idx, include_last_offset, bounds, bounds_count)
+    bags = check_bags(table, *lists, backend, *how)
     check_updatable("table", table)
     check_handle(handle, table)
     out_dtype = lookup.checked_out_dtype(out_dtype, table, backend)
@@ -187,24 +177,24 @@ def gather_reduce_tables_step(
     Args:
         storage: ``(E,)`` float, contiguous, not requiring a gradient.
         layout: the tables and features.
-        index: as for :func:`gather_reduce_tables`, and so are the other arguments but the next three.
-        offsets: see above.
-        weights: see above.
+        index: as for :func:`gather_reduce_tables`.
+        offsets: as for :func:`gather_reduce_tables`.
+        weights: as for :func:`gather_reduce_tables`.
         handle: as for :func:`gather_reduce_step`.
         optimizer: one of :mod:`gossamer.optim`, for all tables.
         state: what ``layout.state(optimizer, device)`` made.
-        bounds: see above.
-        bounds_count: see above.
-        out_dtype: see above.
+        bounds: as for :func:`gather_reduce_tables`.
+        bounds_count: as for :func:`gather_reduce_tables`.
+        out_dtype: as for :func:`gather_reduce_tables`.
 
     Returns:
         ``(B, ΣD_f)``, differentiable in ``handle`` and ``weights``.
 
     Raises:
-        TypeError: as :func:`gather_reduce_step`.
-        ValueError: likewise.
-        IndexError: likewise.
-        RuntimeError: likewise.
+        TypeError: as :func:`gather_reduce_step` does.
+        ValueError: as it does.
+        IndexError: as it does.
+        RuntimeError: as it does.
     """
     check_tensor("storage", storage)
     backend = _backend.resolve("sparse_update", storage)

@@ -15,7 +15,7 @@ from gossamer.ops.gather_reduce import checked_out_dtype, reduce_bags
 from gossamer.optim import Optimizer
 
 POOLINGS = ("sum", "mean")
-# Each table begins at a multiple of so many elements of the flat storage, so that its rows can be read in wide loads.
+# Each table begins at a multiple of this many elements of the flat storage, which allows wide loads.
 ALIGNMENT = 64
 
 
@@ -90,7 +90,7 @@ class TableLayout:
         self._on: dict[torch.device, Features] = {}
 
     def on(self, device: torch.device) -> Features:
-        """The features column by column, as kernels take them, with a tensor on a device; made once for each."""
+        """The features with their layout tensor on a device, made once per device."""
         if device not in self._on:
             layout = torch.tensor(self._features, dtype=torch.int64, device=device)
             self._on[device] = Features(layout, *map(list, zip(*self._features, strict=True)))
@@ -138,7 +138,7 @@ def check_tables(
     bounds: str,
     bounds_count: torch.Tensor | None,
 ) -> Bags:
-    """Check the arguments of the primitives over many tables; the lists are as the mode repairs them."""
+    """Check the arguments of the primitives over many tables; returns the lists as the bounds mode repairs them."""
     check_float("storage", storage, backend)
     if not isinstance(layout, TableLayout):
         raise TypeError(f"layout must be a TableLayout, got {type(layout).__name__}")

@@ -146,7 +146,7 @@ def _save(ctx, args: GroupedMatmul, output: torch.Tensor):
 def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
     groups, dy_div, gradients = args.groups, 0 if args.y_grouped else 1, {}
     if "x" in ctx.needs:
-        # The same product with the weight transposed; rows that one row of x fed are summed after it.
+        # The same product with the weight transposed, then a sum over the rows that share a row of x.
         slots, summed = dx_rows(groups.slots, groups.rows, ctx.x_shape, args.x_div)
         grouped, of_dx = summed or args.x_div == 0, Groups(slots, groups.rows, groups.offsets)
         dx = _grouped_matmul(GroupedMatmul(dy, args.weight, of_dx, dy_div, grouped, not args.transposed), ctx.backend)
@@ -160,7 +160,7 @@ def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
         if with_bias:
             gradients["weight.bias"] = dbias
     elif with_bias:
-        # A product with one column of ones: the bias gradient alone is rarely wanted, so it gets no kernel of its own.
+        # A product with a column of ones: the bias gradient alone is rarely wanted and has no kernel.
         ones = dy.new_ones(groups.slots.shape[0], 1)
         dbias, _ = _grouped_matmul_dweight(GroupedDweight(ones, dy, groups, 0, dy_div, False, False), ctx.backend)
         gradients["weight.bias"] = dbias.squeeze(-1)
@@ -173,7 +173,7 @@ _grouped_matmul.differentiate(_save, _differentiate)
 def rows_by_weight(
     x: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: bool, y_grouped: bool, backend: str
 ) -> torch.Tensor:
-    """``(R, N)`` of :func:`grouped_matmul` for arguments that are checked; rows in slot order unless ``y_grouped``."""
+    """``(R, N)`` of :func:`grouped_matmul` from checked arguments; rows in slot order unless ``y_grouped``."""
     x_div = 0 if x_grouped else dispatch.top_k
     groups = dispatch.groups if y_grouped else Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
     return _grouped_matmul(GroupedMatmul(x, weight, groups, x_div, y_grouped, False), backend)

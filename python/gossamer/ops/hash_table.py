@@ -1,4 +1,4 @@
-"""A table from any 64-bit key to a row of its own: batches of finds, inserts and evictions, reproducible."""
+"""A table that maps any 64-bit key to a row of its own: reproducible batches of finds, inserts and evictions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gossamer.ops._hash_table_storage import BUCKET_SLOTS, INSERTED, POLICIES, B
 from gossamer.ops.gather_reduce import gather_reduce
 
 EVICT = POLICIES
-# Policies that count touches, whose scores are increments.
+# Policies that count touches: given scores are added.
 _COUNTING = ("lfu", "epoch_lfu")
 _MAX_EPOCH = 2**31 - 1
-# Stamps of an lru table that came in go on from there.
+# The highest score that an import into an lru table may bring, since its clock goes on from there.
 _MOST_CLOCK = 2**62
 _LAST_SERIAL = 2**31 - 1
 
@@ -115,7 +115,7 @@ class HashTable:
         if self.device.type == "cuda" and (reason := _backend.cuda_kernels_unavailable()):
             raise ValueError(f"a hash table on {self.device} needs gossamer's CUDA kernels: {reason}")
         self._storage = self._allocate(capacity)
-        # With an index, whichever device is the current one later.
+        # The device with its index, so that it does not depend on the current device later.
         self.device = self._storage.values.device
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class HashTable:
         if self._serial == _LAST_SERIAL:
             self._storage.buckets[:, 1:].zero_()
             self._serial = 0
-        # Only a table without eviction needs to know, and on CUDA knowing stalls the stream.
+        # Only a table without eviction needs the count, and reading it on CUDA stalls the stream.
         room = self.capacity - len(self) if policy is None else 0
         batch = Batch(keys, scores, policy, stamp, self._serial + 1, room, marks, mark)
         too_many, counts, *found = self._kernels().insert(self._storage, batch)
@@ -447,7 +447,7 @@ class HashTable:
                     rows = self._insert(keys, None, None).rows
                     if self.evict is None or not (self._storage.fill > self._storage.quota).any():
                         break
-                    # A partition has more than its share: the next size spreads the keys in another way.
+                    # A partition got more than its share; the next size distributes the keys differently.
                     capacity += capacity // 16 + 1
             except BaseException:
                 self.__dict__.update(old)
@@ -484,7 +484,7 @@ class HashTable:
             return keys, self._gathered(rows), scores
 
     def import_(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
-        """Take in what :meth:`export` gave, with its scores; keys that are there are overwritten.
+        """Insert what :meth:`export` returned, with its scores; existing keys are overwritten.
 
         Where not all fit, those with the highest scores of their buckets stay.
 
@@ -512,7 +512,7 @@ class HashTable:
             stored = _joined([self._assign(*piece, policy) for piece in pieces])[0]
             if scores.numel() and self.evict in ("lru", "epoch_lru", "epoch_lfu"):
                 latest = int(scores.max())
-                # What is touched from now on is newer than what came in.
+                # Later touches must be newer than the imported scores.
                 self._clock = max(self._clock, latest if self.evict == "lru" else latest & 0xFFFFFFFF)
                 self._epoch = max(self._epoch, 0 if self.evict == "lru" else min(latest >> 32, _MAX_EPOCH))
             return stored
@@ -540,7 +540,7 @@ class HashTable:
         return values.detach()
 
     def _check_marks(self, name: str, array: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-        """One value for each slot, where kernels write without a look."""
+        """Check for one value per slot: kernels write without bounds checks."""
         check_tensor(name, array)
         check_shape(name, array, (self.values.shape[0],), "(slots,), one for each row of values")
         if array.dtype not in dtypes:
@@ -555,7 +555,7 @@ class HashTable:
         if rows.dtype != torch.int64:
             raise TypeError(f"rows must be int64, got {rows.dtype}")
         self._check_place("rows", rows)
-        # On CUDA the test would stall the stream.
+        # Not on CUDA, where the test would stall the stream.
         if rows.device.type == "cpu" and rows.numel():
             low, high = (int(row) for row in rows.aminmax())
             if low < least or high >= self.values.shape[0]:
@@ -577,7 +577,7 @@ class HashTable:
         if scores.dtype != torch.int64:
             raise TypeError(f"scores must be int64, got {scores.dtype}")
         self._check_place("scores", scores)
-        # On CUDA the test would stall the stream.
+        # Not on CUDA, where the test would stall the stream.
         if least is not None and scores.device.type == "cpu" and count and int(scores.min()) < least:
             raise ValueError(f"scores must be at least {least} with evict={self.evict!r}, got {int(scores.min())}")
         return scores

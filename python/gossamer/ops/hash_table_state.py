@@ -1,4 +1,4 @@
-"""All that decides what a hash table does next, as tensors, and back: a restored table goes on with the same bits."""
+"""Snapshots of a hash table as tensors: a restored table continues with the same bits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expected(table: HashTable, count: int) -> dict[str, tuple[torch.dtype, tuple
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], what: str
 ) -> None:
-    """Each wanted tensor must be there with its dtype and shape."""
+    """Check that each wanted tensor is present with its dtype and shape."""
     for name, (dtype, shape) in wanted.items():
         if name not in tensors:
             raise ValueError(f"{what} lacks the tensor {name!r}")
@@ -52,7 +52,7 @@ def check_tensors(
 
 
 def check(table: HashTable, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Check that a snapshot is one that ``table`` could have made.
+    """Check that a snapshot could have come from ``table``.
 
     Raises:
         ValueError: naming ``what`` and the rule, where it is not.
@@ -72,7 +72,7 @@ def check(table: HashTable, tensors: Mapping[str, torch.Tensor], what: str) -> N
     _, first, second = (torch.from_numpy(a).long() for a in digests_and_buckets(keys, reach.numel() // size, size))
     bucket = rows // BUCKET_SLOTS
     begin = second // size * size
-    # How far along its chain a key lies: round its partition, then through the others.
+    # The distance of a key along its chain, which goes round its partition and then through the others.
     inside = (bucket - second) % size
     distance = torch.where(bucket // size * size == begin, inside, (bucket - begin) % reach.numel())
     if not ((bucket == first) | (distance <= reach[second])).all():
@@ -80,7 +80,7 @@ def check(table: HashTable, tensors: Mapping[str, torch.Tensor], what: str) -> N
 
 
 def restore(table: HashTable, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make ``table`` what it was at a snapshot that :func:`check` has passed."""
+    """Restore ``table`` from a snapshot that :func:`check` has passed."""
     with table.lock:
         table.clear()
         storage, size = table._storage, table._storage.partition_buckets

@@ -1,4 +1,4 @@
-"""A linear layer with a low-rank update: the update inside the layer's own product, forward and backward."""
+"""A linear layer with a low-rank update that is fused into the layer's product, forward and backward."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class LowRankBackward(NamedTuple):
     factor_dtype: torch.dtype
 
 
-# What may want a gradient, in the order of the backward operator's results.
+# The differentiable arguments, in the order of the backward operator's results.
 GRADIENTS = ("x", "weight.data", "weight.a", "weight.b", "bias")
 
 
@@ -328,7 +328,7 @@ def low_rank_linear(
             x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
         )
     operand = operand._replace(a=a, b=b, factor=scale) if quantized else Weight(dense, a=a, b=b, factor=scale)
-    # A view has a node of its own in the graph, which costs as much as ten microseconds each way.
+    # A view would add a node to the graph, up to ten microseconds each way.
     rows = x if x.dim() == 2 else x.reshape(-1, c)
     y, _ = _low_rank_linear(LowRank(rows, operand, bias, seed, dropout), backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)

@@ -1,4 +1,4 @@
-"""Low-rank updates of many adapters in one batch, each row by its own."""
+"""Low-rank updates by many adapters in one batch; each row has its own adapter."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _expert_ids_fake(adapter_ids, num_adapters):
     return adapter_ids.new_empty(adapter_ids.numel(), 1)
 
 
-# Adapter ids as dispatch takes them: no adapter is the id A. The check reads values, so it stands inside an operator.
+# Adapter ids as dispatch takes them: A means no adapter. The check reads values, so it runs inside an operator.
 _adapter_expert_ids = register(
     "adapter_expert_ids(Tensor adapter_ids, int num_adapters) -> Tensor", _expert_ids, _expert_ids_fake
 )
@@ -164,7 +164,7 @@ class MultiLowRankBackward(NamedTuple):
     needs: list[str]
 
 
-# What may want a gradient, in the order of the backward operator's results.
+# The differentiable arguments, in the order of the backward operator's results.
 GRADIENTS = ("x", "a", "b")
 
 
@@ -270,7 +270,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, saved, *flat):
         out, args = _ADD_LAYOUT.restore(flat[:-1])
-        # mark_dirty counts the change that the operator has counted too.
+        # mark_dirty counts the change; the operator must not count it a second time.
         with torch._C._AutoDispatchBelowAutograd(), torch.autograd._unsafe_preserve_version_counter(out):
             s = torch.ops.gossamer.multi_low_rank_.default(*flat)
         ctx.mark_dirty(out)
@@ -283,7 +283,7 @@ class _InPlace(torch.autograd.Function):
             ctx.args = args._replace(**dict.fromkeys(tensors))
             ctx.names, ctx.backend = list(tensors), flat[-1]
             ctx.save_for_backward(s, *tensors.values())
-        # Not a result: autograd lets a function that writes to a view have no other.
+        # Not returned: autograd allows a function that writes to a view only one result.
         saved.append(s)
         return out
 
@@ -411,7 +411,7 @@ def multi_low_rank(
     if out.is_contiguous():
         _multi_low_rank_(MultiLowRankAdd(out, args), backend)
         return out
-    # Where rows do not lie end to end, the update goes through a copy, which keeps the bits of those without adapter.
+    # Rows that are not contiguous are updated through a copy, which keeps the bits of rows without an adapter.
     rows = out.contiguous()
     _multi_low_rank_(MultiLowRankAdd(rows, args), backend)
     return out.copy_(rows)

@@ -116,7 +116,7 @@ class QuantizedExpertWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.data.device
 
     @property

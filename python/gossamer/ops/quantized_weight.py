@@ -43,7 +43,7 @@ def _nf4_code() -> torch.Tensor:
 def dynamic_code() -> torch.Tensor:
     """``(256,)`` float32: the signed dynamic 8-bit map that double quantisation stores the block scales in."""
     values = [0.0, 1.0]
-    # It is kept: neither the mode nor the default device of whoever asks first may be in it.
+    # Cached, so it must not depend on the first caller's inference mode or default device.
     with torch.inference_mode(False), torch.device("cpu"):
         for exponent in range(7):
             edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -58,8 +58,30 @@ def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(values, midpoints, right=False)
 
 
+class _Decodable:
+    """What the formats share."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
+        return self.operand().dequantize(dtype)
+
+
+class _ByRow(_Decodable):
+    """A weight with one code per element, in ``values``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, C)``."""
+        return tuple(self.values.shape)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The values."""
+        return self.values
+
+
 @dataclass(frozen=True)
-class NF4Weight:
+class NF4Weight(_Decodable):
     """A weight ``(N, C)`` in NF4, laid out as bitsandbytes' ``Params4bit`` and ``QuantState`` are.
 
     With ``w`` flattened row by row, ``w[i] = code[q[i]]·scale[i // block_size]``. The scale of block ``k`` is
@@ -133,10 +155,6 @@ class NF4Weight:
         blocks = Blocks(self.code, *nested, self.block_size, self.nested_block_size, *self.shape)
         return Weight(self.packed, "nf4", self.absmax, blocks)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return self.operand().dequantize(dtype)
-
     @classmethod
     def quantize(cls, weight: torch.Tensor, *, block_size: int = 64, double: bool = True) -> NF4Weight:
         """Quantise ``weight (N, C)`` float, with the scales in 8 bits too when ``double``."""
@@ -163,7 +181,7 @@ class NF4Weight:
 
 
 @dataclass(frozen=True)
-class Int8Weight:
+class Int8Weight(_ByRow):
     """A weight ``(N, C)`` in int8 with a scale a row: ``w[n, c] = values[n, c]·absmax[n] / 127``.
 
     Attributes:
@@ -186,16 +204,6 @@ class Int8Weight:
         check_same_device(**{"Int8Weight.values": self.values, "Int8Weight.absmax": self.absmax})
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(N, C)``."""
-        return tuple(self.values.shape)
-
-    @property
-    def data(self) -> torch.Tensor:
-        """The values."""
-        return self.values
-
-    @property
     def state(self) -> list[torch.Tensor]:
         """The absmax."""
         return [self.absmax]
@@ -203,10 +211,6 @@ class Int8Weight:
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
         return Weight(self.values, "int8_absmax", self.absmax)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return self.operand().dequantize(dtype)
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Int8Weight:
@@ -219,7 +223,7 @@ class Int8Weight:
 
 
 @dataclass(frozen=True)
-class Float8Weight:
+class Float8Weight(_ByRow):
     """A weight ``(N, C)`` in fp8 (e4m3) with a scale a row or one for all: ``w[n, c] = values[n, c]·scale[n]``.
 
     Attributes:
@@ -248,16 +252,6 @@ class Float8Weight:
         check_same_device(**{"Float8Weight.values": self.values, "Float8Weight.scale": self.scale})
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(N, C)``."""
-        return tuple(self.values.shape)
-
-    @property
-    def data(self) -> torch.Tensor:
-        """The values."""
-        return self.values
-
-    @property
     def state(self) -> list[torch.Tensor]:
         """The scale."""
         return [self.scale]
@@ -265,10 +259,6 @@ class Float8Weight:
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
         return Weight(self.values, "fp8", self.scale)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
-        return self.operand().dequantize(dtype)
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, *, per_row: bool = True) -> Float8Weight:

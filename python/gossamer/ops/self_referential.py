@@ -1,4 +1,4 @@
-"""Self-referential weight matrices: a layer's weights change themselves while a sequence passes."""
+"""Self-referential weight matrices: a layer changes its own weights at every token of a sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gossamer import _backend
 from gossamer._checks import check_flags, check_float, check_same_device, check_shape, check_tensor
 from gossamer.ops._records import define
 
-# Undone steps round anew, which adds up over a segment at most; keeping a matrix for each costs memory.
+# Undoing a step rounds again; errors add up over at most one segment. Keeping a matrix per step would cost memory.
 SEGMENT = 256
 
 

@@ -1,4 +1,4 @@
-"""The transpose of gather_reduce fused with an optimizer's step on the touched rows alone."""
+"""The transpose of gather_reduce, fused with an optimizer step on the touched rows."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def sparse_update_reference_(args: SparseUpdate) -> None:
     for (feature, part), own in zip(bags.features.tables(table), bags.of_features(), strict=True):
         if feature.rows:
             columns = args.dout[:, feature.column : feature.column + feature.dim]
-            # A table without rows begins where the next one does.
+            # Tables without rows share their first element with the next table, so they are skipped.
             of_table = found.setdefault((feature.element, feature.row), [feature, part])
             of_table.append(_contributions(own, columns, None, feature.rows))
     for feature, part, *lists in found.values():
@@ -192,7 +192,7 @@ def check_state(
 
 
 def check_updatable(name: str, table: torch.Tensor) -> None:
-    """A table that steps write into must be no part of a graph, and each of its elements must lie somewhere else."""
+    """Check that a table to be stepped requires no gradient and that its elements do not overlap."""
     if table.requires_grad:
         raise ValueError(f"{name} must not require a gradient: the step is taken in place of one")
     if table.dim() == 2 and (
@@ -234,17 +234,17 @@ def sparse_update_(
 
     Args:
         table: ``(N, D)`` float, not requiring a gradient; rows may lie apart, columns not.
-        index: as for :func:`gather_reduce`, and so are ``offsets`` to ``bounds_count`` but for what follows.
+        index: as for :func:`gather_reduce`.
         dout: ``(B, D)``, the gradient of the result, of any floating dtype (float64 for a float64 table alone).
-        offsets: see above.
-        weights: see above.
+        offsets: as for :func:`gather_reduce`.
+        weights: as for :func:`gather_reduce`.
         optimizer: one of :mod:`gossamer.optim`.
         state: what ``optimizer.state(N, D, device)`` made; updated in place, its ``"step"`` by one.
-        mode: see above; for a maximum the table must still hold what the forward pass read.
-        padding_idx: see above.
-        include_last_offset: see above.
-        bounds: see above.
-        bounds_count: see above.
+        mode: as for :func:`gather_reduce`; for a maximum the table must still hold what the forward pass read.
+        padding_idx: as for :func:`gather_reduce`.
+        include_last_offset: as for :func:`gather_reduce`.
+        bounds: as for :func:`gather_reduce`.
+        bounds_count: as for :func:`gather_reduce`.
 
     Raises:
         TypeError: an argument is no tensor, a dtype is not supported or does not fit the table.
@@ -253,33 +253,20 @@ def sparse_update_(
         IndexError: on the CPU, an id outside ``[0, N)`` with ``bounds="raise"``. On any error table and state are
             unchanged.
     """
-    step_bags_(
-        table,
-        index,
-        dout,
-        offsets,
-        weights,
-        optimizer=optimizer,
-        state=state,
-        mode=mode,
-        padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
-        bounds=bounds,
-        bounds_count=bounds_count,
-    )
+    how = (mode, padding_idx, include_last_offset, bounds, bounds_count)
+    step_bags_(table, index, dout, offsets, weights, None, optimizer, state, *how)
 
 
 def step_bags_(
     table,
     index,
     dout,
-    offsets=None,
-    weights=None,
-    argmax=None,
-    *,
+    offsets,
+    weights,
+    argmax,
     optimizer,
     state,
-    mode="sum",
+    mode,
     padding_idx=None,
     include_last_offset=True,
     bounds="raise",
@@ -288,18 +275,8 @@ def step_bags_(
     """:func:`sparse_update_`, for a maximum with the positions that the forward pass found, or None."""
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
-    bags = check_bags(
-        table,
-        index,
-        offsets,
-        weights,
-        backend,
-        mode=mode,
-        padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
-        bounds=bounds,
-        bounds_count=bounds_count,
-    )
+    lists, how = (index, offsets, weights), (mode, padding_idx, include_last_offset, bounds, bounds_count)
+    bags = check_bags(table, *lists, backend, *how)
     check_updatable("table", table)
     _check_dout(dout, (bags.num_bags, table.shape[1]), table)
     update = check_state(optimizer, state, table)
@@ -335,19 +312,19 @@ def sparse_update_tables_(
     Args:
         storage: ``(E,)`` float, contiguous, not requiring a gradient.
         layout: the tables and features.
-        index: ``(L,)``, as for :func:`gather_reduce_tables`, and so are ``offsets``, ``weights`` and the bounds.
+        index: ``(L,)``, as for :func:`gather_reduce_tables`.
         dout: ``(B, ΣD_f)``, the gradient of its result.
-        offsets: see above.
-        weights: see above.
+        offsets: as for :func:`gather_reduce_tables`.
+        weights: as for :func:`gather_reduce_tables`.
         optimizer: one of :mod:`gossamer.optim`, for all tables.
         state: what ``layout.state(optimizer, device)`` made; updated in place.
-        bounds: see above.
-        bounds_count: see above.
+        bounds: as for :func:`gather_reduce_tables`.
+        bounds_count: as for :func:`gather_reduce_tables`.
 
     Raises:
-        TypeError: as :func:`sparse_update_`.
-        ValueError: likewise.
-        IndexError: likewise.
+        TypeError: as :func:`sparse_update_` does.
+        ValueError: as it does.
+        IndexError: as it does.
     """
     check_tensor("storage", storage)
     backend = _backend.resolve("sparse_update", storage)

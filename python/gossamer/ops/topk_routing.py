@@ -15,7 +15,8 @@ from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
-# Logits that a program of Triton's kernel holds, and experts of a token, for each of which the native one looks at all.
+# Most experts of the Triton kernel, whose program holds a token's logits, and most experts a token of the native one,
+# which scans all logits for each.
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
@@ -67,7 +68,7 @@ class TopkRouting(NamedTuple):
 
 
 class TopkRoutingBackward(NamedTuple):
-    """Arguments of its gradient: :class:`TopkRouting`, what that gave, and ``dweights (T, K)``."""
+    """Arguments of its gradient: those of :class:`TopkRouting`, its results, and ``dweights (T, K)``."""
 
     dweights: torch.Tensor
     weights: torch.Tensor
@@ -117,7 +118,7 @@ _topk_routing_backward = define(
 
 
 def _save(ctx, args: TopkRouting, output):
-    # Else the backward pass would be handed zeros as the gradient of ids.
+    # Otherwise autograd would make zeros as the gradient of ids.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     # A bias may be moved between forward and backward, which does not look at it.
@@ -129,7 +130,7 @@ def _differentiate(ctx, args: TopkRouting, tensors, dweights: torch.Tensor | Non
         return {}
     backward = TopkRoutingBackward(dweights, *tensors, args)
     if torch.is_grad_enabled():
-        # A gradient of this gradient is wanted, which plain torch knows.
+        # Plain torch serves second derivatives.
         return {"logits": topk_routing_backward_reference(backward)}
     return {"logits": _topk_routing_backward(backward, ctx.backend)}
 
@@ -138,9 +139,9 @@ _topk_routing.differentiate(_save, _differentiate)
 
 
 def topk_routing_backward_reference(args: TopkRoutingBackward) -> torch.Tensor:
-    """What flows back to ``logits (T, E)`` in plain torch, differentiable."""
+    """The gradient of ``logits (T, E)`` in plain torch, differentiable."""
     dweights, weights, ids, (logits, _, _, sigmoid, renormalize, _, _, scale) = args
-    # Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
+    # Slots without an expert and scores that underflow have weight 0 and pass no gradient.
     live = weights > 0
     dweights = torch.where(live, dweights, 0.0)
     if sigmoid:
@@ -198,7 +199,7 @@ def fused_topk(
     kernels for float32 logits: Triton's for up to 1024 experts, in groups for powers of two; native ones for up to 64
     experts a token.
     """
-    # The routers go with dispatch: another backend forced for that has no kernel here.
+    # A backend that is forced for other primitives may have no kernel here.
     backend = _backend.resolve("topk_routing", logits)
     if backend not in _FITS or logits.dtype != torch.float32 or not scale > 0:
         return None

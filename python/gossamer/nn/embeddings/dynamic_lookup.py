@@ -70,9 +70,9 @@ class Lookup(torch.autograd.Function):
                     offsets,
                     weights,
                     argmax,
-                    optimizer=layer.optimizer,
-                    state=layer.optimizer_state,
-                    mode=mode,
+                    layer.optimizer,
+                    layer.optimizer_state,
+                    mode,
                     bounds="drop",
                 )
                 layer.table.mark_rows(layer._changed, rows.reshape(-1), True)

@@ -61,6 +61,36 @@ def _lookup(layer: Embedding | EmbeddingBag, input: torch.Tensor) -> torch.Tenso
     return torch.where((input == layer.padding_idx).unsqueeze(-1), layer.weight[layer.padding_idx], rows)
 
 
+def _from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
+    """As in torch; with ``optimizer`` the table is trained, and ``freeze`` must not be given.
+
+    Raises:
+        ValueError: both ``freeze`` and ``optimizer`` are given.
+        AssertionError: ``embeddings`` is not 2-dimensional.
+    """
+    torchs = super(FusedStep, cls).from_pretrained
+    if optimizer is None:
+        return torchs(embeddings, freeze is None or freeze, *args, **kwargs)
+    if freeze:
+        raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
+    made = torchs(embeddings, False, *args, **kwargs)
+    _check_fused(optimizer, made.sparse)
+    made.attach(optimizer)
+    return made
+
+
+def _reset_parameters(self) -> None:
+    """As in torch; the optimizer's state is reset too."""
+    advise_huge_pages(self.weight)
+    super(FusedStep, self).reset_parameters()
+    self._reset_state()
+
+
+def _extra_repr(self) -> str:
+    """As in torch, with the optimizer."""
+    return super(FusedStep, self).extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
+
+
 class Embedding(FusedStep, torch.nn.Embedding, Table):
     """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
@@ -124,28 +154,9 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         )
         self.attach(optimizer)
 
-    @classmethod
-    def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
-        """As in torch; with ``optimizer`` the table is trained, and ``freeze`` must not be given.
-
-        Raises:
-            ValueError: both ``freeze`` and ``optimizer`` are given.
-            AssertionError: ``embeddings`` is not 2-dimensional.
-        """
-        if optimizer is None:
-            return super().from_pretrained(embeddings, freeze is None or freeze, *args, **kwargs)
-        if freeze:
-            raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
-        made = super().from_pretrained(embeddings, False, *args, **kwargs)
-        _check_fused(optimizer, made.sparse)
-        made.attach(optimizer)
-        return made
-
-    def reset_parameters(self) -> None:
-        """As in torch; the optimizer too starts anew."""
-        advise_huge_pages(self.weight)
-        super().reset_parameters()
-        self._reset_state()
+    from_pretrained = classmethod(_from_pretrained)
+    reset_parameters = _reset_parameters
+    extra_repr = _extra_repr
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of the table.
@@ -164,10 +175,6 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
 
     lookup = forward
 
-    def extra_repr(self) -> str:
-        """As in torch, with the optimizer."""
-        return super().extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
-
 
 class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
     """``torch.nn.EmbeddingBag`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
@@ -180,7 +187,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         embedding_dim: D.
         max_norm: rows of larger norm are scaled down to it, in place, when they are looked up.
         norm_type: p of that norm.
-        scale_grad_by_freq: see above; not with ``mode="max"``.
+        scale_grad_by_freq: divide a row's gradient by how often the batch lists the row; not with ``mode="max"``.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
         sparse: give a sparse gradient; not with ``mode="max"``.
         _weight: ``(N, D)``, the table to start from.
@@ -231,28 +238,9 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         )
         self.attach(optimizer)
 
-    @classmethod
-    def from_pretrained(cls, embeddings: torch.Tensor, freeze: bool | None = None, *args, optimizer=None, **kwargs):
-        """As in torch; with ``optimizer`` the table is trained, and ``freeze`` must not be given.
-
-        Raises:
-            ValueError: both ``freeze`` and ``optimizer`` are given.
-            AssertionError: ``embeddings`` is not 2-dimensional.
-        """
-        if optimizer is None:
-            return super().from_pretrained(embeddings, freeze is None or freeze, *args, **kwargs)
-        if freeze:
-            raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
-        made = super().from_pretrained(embeddings, False, *args, **kwargs)
-        _check_fused(optimizer, made.sparse)
-        made.attach(optimizer)
-        return made
-
-    def reset_parameters(self) -> None:
-        """As in torch; the optimizer too starts anew."""
-        advise_huge_pages(self.weight)
-        super().reset_parameters()
-        self._reset_state()
+    from_pretrained = classmethod(_from_pretrained)
+    reset_parameters = _reset_parameters
+    extra_repr = _extra_repr
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``, as :class:`Embedding` gives them."""
@@ -335,7 +323,3 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
             if type(first) is torch.Tensor and first != 0:
                 raise ValueError(f"offsets must begin at 0, where the first bag does, got {int(first)}")
         return input, offsets, weights, self.include_last_offset
-
-    def extra_repr(self) -> str:
-        """As in torch, with the optimizer."""
-        return super().extra_repr() + (f", optimizer={self.optimizer}" if self.optimizer else "")
