@@ -52,7 +52,7 @@ class Activation:
         for constant, value in (("alpha", self.alpha), ("limit", self.limit)):
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"activation {constant} must be a float, got {value!r}")
-        # Compared, since torch 2.10 compiles no call of math.isfinite of a number that it takes for a variable.
+        # By comparison: torch 2.10 cannot compile math.isfinite of a symbolic number.
         if not -math.inf < self.alpha < math.inf:
             raise ValueError(f"activation alpha must be finite, got {self.alpha}")
         if not self.limit > 0:
@@ -60,7 +60,7 @@ class Activation:
 
     @property
     def gate(self) -> str:
-        """The function of the gate, which kernels take by name; a gated activation shares its ungated twin's."""
+        """The function of the gate, by the name that kernels take; gated and ungated activations share it."""
         return ACTIVATIONS[self.name][0]
 
     @property
@@ -78,7 +78,7 @@ _NAMED = {name: Activation(name) for name in ACTIVATIONS}
 
 
 def check_interleaved(interleaved: bool, activation: Activation) -> None:
-    """``interleaved`` must be a bool, and true for a gated activation alone."""
+    """``interleaved`` must be a bool, and True only for a gated activation."""
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be a bool, got {interleaved!r}")
     if interleaved and not activation.gated:
@@ -115,7 +115,7 @@ def activate_reference(preact: torch.Tensor, activation: Activation, interleaved
     """:func:`gossamer.activate` in plain torch, differentiable, in any floating dtype."""
     gate, up = _split_gate_up(preact, interleaved) if activation.gated else (preact, None)
     if activation.name == "clamped_swiglu":
-        # At the limit itself a gradient passes, as in the kernels; through torch's clamp that depends on the version.
+        # Gradients pass at the limit itself, as in the kernels; with torch.clamp that depends on torch's version.
         limit = activation.limit
         gate = torch.where(gate > limit, limit, gate)
         up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))

@@ -1,4 +1,4 @@
-"""What ``torch.autocast`` does to the arguments of a product."""
+"""The casts of ``torch.autocast`` for products."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.compiler import is_compiling
 
 
 def autocast(*tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-    """Under ``torch.autocast`` the float tensors in its dtype, as ``nn.Linear`` takes them; otherwise as they are."""
-    # Asked first, because it takes a tenth of what asking for the device takes; a compiler may not trace it.
+    """The tensors, float ones cast to autocast's dtype where it is on, as in ``nn.Linear``."""
+    # The quickest test first; a compiler cannot trace it.
     if not is_compiling() and not _is_any_autocast_enabled():
         return tensors
     device_type = tensors[0].device.type
-    # Meta tensors have no autocast of their own, and asking for it raises.
+    # Meta tensors have no autocast; querying it raises.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)

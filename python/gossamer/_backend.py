@@ -14,8 +14,8 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-# A plain global, not a ContextVar: torch.compile guards on it, and it is read in the public function, never in a kernel
-# or in the backward pass, so the autograd threads need not see it.
+# A plain global, not a ContextVar: torch.compile guards on it. Only public functions read it, never kernels or backward
+# passes, so autograd's threads need not see it.
 _forced: str | None = None
 
 
@@ -58,7 +58,7 @@ def _why_no_cuda_kernels() -> str | None:
     return None
 
 
-# Found out once, at import: torch.compile cannot trace the machinery of imports, but reads constants.
+# Determined once, at import: torch.compile cannot trace imports, but reads constants.
 _NO_NATIVE = _why_no_native()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _NO_CUDA_KERNELS = _why_no_cuda_kernels()
@@ -112,7 +112,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of kernels. What it does not serve is left to compositions of other primitives, or to plain torch.
+    """A family of kernels. What it does not serve falls to compositions of other primitives, or to plain torch.
 
     Attributes:
         name: as :func:`backend` takes it.
@@ -143,7 +143,7 @@ _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _DENSE, _QUANTIZED = frozenset({"dense"}), frozenset({"quantized"})
 _UPDATED = frozenset({"dense", "dense + low rank"})
 _ANY = Served()
-# What the native and the Triton kernels serve alike.
+# Served by both the native and the Triton kernels.
 _COMMON = {
     "activate": _ANY,
     "block_sparse": _ANY,
@@ -232,7 +232,7 @@ def refuses(backend_name: str, primitive: str, x: torch.Tensor) -> str | None:
 
 
 def check_served(primitive: str, backend_name: str, x: torch.Tensor, quantized: bool = False) -> None:
-    """``x`` must be what the kernels of a primitive take, and quantised weights too where the call has them.
+    """Check that the kernels of a primitive take ``x``, and quantised weights if the call has them.
 
     A tracer does not ask; the kernels do when they run.
     """
@@ -276,7 +276,7 @@ def _default(primitive: str, device_type: str) -> str:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks at what is computed, for which kernels have no rules."""
+    """Whether torch.func or forward-mode differentiation is active, for which kernels have no rules."""
     if is_compiling():
         return False
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -290,7 +290,7 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     Raises:
         ValueError: the forced backend cannot serve this device, or kernels are forced under those.
     """
-    # Asked first, because it takes a sixth of what asking for the device's type takes.
+    # is_cpu first: it takes a sixth of the time of device.type.
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if device_type == "meta":
         return "native"

@@ -136,7 +136,7 @@ def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) ->
 
 
 def check_scale(name: str, scale: float | torch.Tensor) -> float:
-    """The number ``scale``, or that of a tensor on the CPU that wants no gradient, for it would get none."""
+    """``scale`` as a number; a tensor must lie on the CPU and require no gradient, since it would get none."""
     if isinstance(scale, torch.Tensor):
         if scale.requires_grad:
             raise ValueError(f"{name} must be a number, which has no gradient, got a tensor that requires one")

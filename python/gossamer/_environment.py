@@ -1,4 +1,4 @@
-"""What this process runs on: versions, devices, threads. ``gossamer info`` prints it, benchmarks store it."""
+"""The environment of this process: versions, devices, threads; printed by ``gossamer info``, stored by benchmarks."""
 
 from __future__ import annotations
 

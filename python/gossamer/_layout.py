@@ -6,12 +6,12 @@ import torch
 
 
 def stored_transposed(weight: torch.Tensor) -> bool:
-    """Whether ``weight (E, N, C)`` is a view of ``(E, C, N)`` storage, as its gradient then is too."""
+    """Whether ``weight (E, N, C)`` is a view of ``(E, C, N)`` storage; its gradient then has that layout too."""
     return weight.stride(1) == 1 and weight.stride(2) != 1
 
 
 def stored_by_columns(matrix: torch.Tensor) -> bool:
-    """Whether a matrix, or each of a stack, has contiguous columns and not rows, as its gradient then has."""
+    """Whether a matrix, or each of a stack, is stored by columns; its gradient then is too."""
     return matrix.stride(-2) == 1 and matrix.stride(-1) != 1
 
 
@@ -26,7 +26,7 @@ def side_by_side(parts: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def merged(operand: torch.Tensor, dim: int) -> torch.Tensor:
-    """An operand in parts along ``dim`` as one matrix where that is a view; any other as it is."""
+    """An operand in parts along ``dim`` as one matrix if strides allow a view, else unchanged."""
     if operand.dim() == 2 or operand.stride(0) != operand.shape[dim + 1] * operand.stride(dim + 1):
         return operand
     return side_by_side(operand, dim)

@@ -1,4 +1,4 @@
-"""Stochastic rounding by a counter-based generator: the bits depend on (seed, step, row, column) and on nothing else.
+"""Stochastic rounding by a counter-based generator: the bits depend only on (seed, step, row, column).
 
 With all arithmetic modulo 2⁶⁴ or 2³², ``γ = 0x9E3779B97F4A7C15`` and ``mix64`` the finalizer below::
 

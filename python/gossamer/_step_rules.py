@@ -1,4 +1,4 @@
-"""The rules of fused optimizer steps: what each is called, the state that it keeps and the numbers that it reads.
+"""The rules of fused optimizer steps: the name, state and numbers of each.
 
 Python's reference, the native kernels and the Triton kernels have one formula for each rule, under the same name.
 """
@@ -26,7 +26,7 @@ class Rule(NamedTuple):
     own_decay: bool = False
 
 
-# In the order of the codes that checkpoints hold, so new rules go to the end.
+# Checkpoints hold positions in this table, so new rules go to the end.
 RULES: dict[str, Rule] = {
     "sgd": Rule({"momentum_buffer": "full"}, ("beta1", "nesterov")),
     "adagrad": Rule({"sum": "full"}, ("eps",)),
@@ -42,7 +42,7 @@ DECAYS = ("gradient", "weights", "formula")
 
 
 class StepRule(NamedTuple):
-    """A rule with its numbers, as kernels take it; what a rule does not read keeps its default.
+    """A rule with its numbers, as kernels take it; numbers that the rule does not read keep their defaults.
 
     Attributes:
         name: of :data:`RULES`.

@@ -1,4 +1,4 @@
-"""Structures of index tensors that kernels follow: contents are checked once, for as long as the tensors stay the same.
+"""Structures of index tensors that kernels follow: contents are checked once, and again after a change in place.
 
 A structure is a frozen dataclass. What a function of the package makes is right by construction and only marked; what a
 user puts together is checked when it is first used, and again after one of its tensors was written to.
@@ -14,23 +14,23 @@ from torch.compiler import is_compiling
 from gossamer import _backend
 from gossamer._checks import check_tensor
 
-# The entry of a structure's ``__dict__`` that says at which version of its tensors they were right.
+# The entry of a structure's ``__dict__`` with the version of its tensors at their last check.
 MARK = "_checked_version"
 
 
 def version(tensors: Iterable[torch.Tensor]) -> int:
-    """A number that grows when one of the tensors is written to; inference tensors do not count that."""
+    """A number that grows when one of the tensors is written to; writes to inference tensors are not counted."""
     return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def mark(structure: object, tensors: Iterable[torch.Tensor]) -> None:
-    """Note that a structure's contents are right as its ``tensors`` are now."""
+    """Mark a structure as checked with its ``tensors`` as they are now."""
     if not is_compiling():
         structure.__dict__[MARK] = version(tensors)
 
 
 def is_marked(structure: object, tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether they were found to be right, and none of the ``tensors`` was written to since."""
+    """Whether the structure was checked and none of its ``tensors`` was written to since."""
     return structure.__dict__.get(MARK) == version(tensors)
 
 
@@ -48,7 +48,7 @@ def check_indices(name: str, tensor: object, size: int, symbols: str, first: str
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether the host can read a tensor's values at no cost: not on a GPU, and not where calls are traced."""
+    """Whether the host can read a tensor's values without waiting: on the CPU and outside traces."""
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
         return False
     return not (torch.jit.is_tracing() or _backend.transformed())
@@ -71,7 +71,7 @@ def check_range(name: str, indices: torch.Tensor, limit: int) -> None:
 
 
 def check_permutation(name: str, indices: torch.Tensor) -> None:
-    """Every number below its length must be there once."""
+    """Every number below the length must occur once."""
     check_range(name, indices, indices.shape[0])
     counts = torch.bincount(indices, minlength=indices.shape[0])
     if (counts != 1).any():

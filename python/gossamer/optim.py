@@ -61,7 +61,7 @@ class Optimizer:
     decoupled: ClassVar[bool] = False
 
     def __post_init__(self):
-        """Check every number, and keep what kernels take."""
+        """Check all numbers and build the rule that kernels take."""
         if isinstance(self.lr, torch.Tensor):
             if self.lr.numel() != 1 or not self.lr.is_floating_point() or self.lr.layout is not torch.strided:
                 raise TypeError(
@@ -85,7 +85,7 @@ class Optimizer:
         object.__setattr__(self, "_step_rule", self._rule_with_numbers())
 
     def _check_numbers(self) -> None:
-        """Check the numbers that are this optimizer's own."""
+        """Check the numbers that only this optimizer has."""
 
     def _numbers(self) -> dict[str, float | bool]:
         """The numbers of the rule's entry in RULES, for which attributes of their names stand."""
@@ -112,7 +112,7 @@ class Optimizer:
 
     @property
     def algorithm(self) -> int:
-        """The code by which checkpoints tell optimizers apart."""
+        """The code of this optimizer in checkpoints."""
         return tuple(RULES).index(self.rule)
 
     def state_kinds(self) -> dict[str, str]:
@@ -120,7 +120,7 @@ class Optimizer:
         return RULES[self.rule].states
 
     def initial_value(self) -> float:
-        """What state tensors start at."""
+        """The initial value of state tensors."""
         return 0.0
 
     def state(

@@ -1,4 +1,4 @@
-"""How tensors are handed to ``gossamer._C``."""
+"""The forms in which tensors are passed to ``gossamer._C``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = {
     torch.int32: 4,
     torch.int64: 5,
 }
-# Exponents of two in a byte, where a dtype of scales is asked for.
+# In place of a dtype code: scales that are exponents of two in a byte.
 E8M0 = -1
 
 
@@ -60,12 +60,12 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-# Past every column: one scale a row.
+# A shift past every column: one scale a row.
 _WHOLE_ROW = 62
 
 
 def quantized_stack(weight: Weight) -> tuple:
-    """Of a quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, size of the scales."""
+    """``(format, data, scale, scale dtype, (N, C), (row shift, column shift), size of the scales)`` of a stack."""
     form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
     code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
     if scale.dim() == 2:
@@ -81,19 +81,19 @@ def activation_form(activation: Activation, interleaved: bool) -> tuple[str, boo
     return activation.gate, activation.gated, interleaved, activation.alpha, activation.limit
 
 
-# Blocks of this size, a huge page, and more are kept when they are freed: the C library may return them to the system,
-# all of 32 MiB and also two of 2 MiB that are freed together, and the next step clears their pages again.
+# Freed blocks of at least a huge page are kept. The C library returns every block of 32 MiB to the system, and two
+# adjacent ones of 2 MiB, and the next step would pay for clearing their pages again.
 REUSED_BYTES = 2 << 20
 
 
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``torch.empty`` on huge pages where the system gives them, large ones from blocks that were freed before.
+    """``torch.empty``; large tensors come from freed blocks and lie on huge pages where the system has them.
 
     First touching fresh pages is slow: they are cleared one by one. See :func:`gossamer.empty_cache`.
     """
     count = math.prod(shape)
     if count * dtype.itemsize < REUSED_BYTES:
-        # Sizes one by one: torch takes twice as long over a tuple of them.
+        # Separate sizes: torch takes twice as long to read a tuple.
         return torch.empty(*shape, dtype=dtype, device="cpu")
     tensor = torch.from_dlpack(_C.take_pages(count * dtype.itemsize)).view(dtype).view(shape)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:

@@ -29,6 +29,6 @@ def activate(args: Activate) -> torch.Tensor:
 
 
 def activate_backward(args: ActivateBackward) -> torch.Tensor:
-    """What flows back to ``preact``; contiguous."""
+    """The gradient of ``preact``; contiguous."""
     preact = args.forward.preact
     return _launch(args.forward, unit_rows(args.dact), empty_huge(tuple(preact.shape), preact.dtype))

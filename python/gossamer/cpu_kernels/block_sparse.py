@@ -21,7 +21,7 @@ def _lists(
     live: torch.Tensor | None = None,
     live_across: torch.Tensor | None = None,
 ) -> _C.BlockLists:
-    """The list of a block-sparse matrix that a product goes by; contiguous int32."""
+    """The lists of blocks that a product follows; contiguous int32."""
     return _C.BlockLists(
         offsets=offsets.data_ptr(),
         indices=indices.data_ptr(),

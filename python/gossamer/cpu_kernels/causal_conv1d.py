@@ -17,13 +17,13 @@ def _cube(tensor: torch.Tensor | None) -> tuple[int, int, int, int, int]:
     """``(pointer, three strides, dtype code)``; pointer 0 for None."""
     if tensor is None:
         return 0, 0, 0, 0, 0
-    # A single channel is a row of channels whatever its stride.
+    # With one channel the stride along channels does not matter.
     strides = (*tensor.stride()[:2], 1 if tensor.shape[2] == 1 else tensor.stride(2))
     return tensor.data_ptr(), *strides, DTYPES[tensor.dtype]
 
 
 def _arguments(args: CausalConv) -> tuple[tuple, torch.Tensor | None]:
-    """What ``_C`` takes, and the offsets that it points to."""
+    """The arguments as ``_C`` takes them, and the offsets they point to."""
     offsets = None if args.cu_seqlens is None else args.cu_seqlens.to(torch.int64).contiguous()
     sequences = args.num_sequences, args.x.shape[1], 0 if offsets is None else offsets.data_ptr()
     sizes = args.x.shape[2], args.weight.shape[1], args.state_shape[2]
@@ -63,7 +63,7 @@ def causal_conv1d_backward(args: CausalConvBackward, found: CausalConvGradients)
 
 
 def causal_conv1d_step(args: CausalConvStep) -> torch.Tensor:
-    """``y (B, C)`` of the newest inputs; the state is moved on in place."""
+    """``y (B, C)`` of the newest inputs; the state is shifted in place."""
     x = unit_rows(args.x)
     y = torch.empty(x.shape, dtype=x.dtype)
     sizes = *x.shape, args.weight.shape[1], args.state.shape[2]

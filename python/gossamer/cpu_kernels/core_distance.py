@@ -1,4 +1,4 @@
-"""How far apart the cores are on which torch's threads run."""
+"""The distance between the cores that torch's threads run on."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _ABSENT = (0, 0, 0, 0, 0)
 
 
 def _heads(x: torch.Tensor | None) -> tuple[int, int, int, int, int]:
-    """``(pointer, batch stride, token stride, head stride, dtype code)``; channels follow each other."""
+    """``(pointer, batch stride, token stride, head stride, dtype code)``; channels are contiguous."""
     if x is None:
         return _ABSENT
     return x.data_ptr(), *x.stride()[:3], DTYPES[x.dtype]
@@ -31,7 +31,7 @@ def _pointer(x: torch.Tensor | None) -> int:
 
 
 class _Call:
-    """The arguments as ``_C`` takes them. Holds the tensors that pointers are of."""
+    """The arguments as ``_C`` takes them. Keeps the tensors behind the pointers alive."""
 
     def __init__(
         self,

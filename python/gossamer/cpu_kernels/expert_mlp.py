@@ -16,6 +16,7 @@ from gossamer.cpu_kernels._native import (
     empty_huge,
     groups,
     matrix,
+    pointer,
     quantized_stack,
     unit_rows,
     weights3,
@@ -30,18 +31,18 @@ _NO_UPDATE = (_ABSENT, _ABSENT, 0, 1.0, 0)
 
 
 def _product(weight: Weight, s: torch.Tensor | None) -> tuple:
-    """``(weight, bias, update)`` of one product, whose update's ``x·aᵀ`` is ``s``; quantised weights go beside it."""
+    """``(weight, bias, update)`` of one product; ``s`` is the update's ``x·aᵀ``. Quantised weights are passed apart."""
     stored = _ABSENT if weight.quantized else weights3(weight.data)
     if weight.a is None:
         return stored, matrix(weight.bias), _NO_UPDATE
-    update = weights3(weight.a), weights3(weight.b), weight.a.shape[1], weight.factor, 0 if s is None else s.data_ptr()
+    update = weights3(weight.a), weights3(weight.b), weight.a.shape[1], weight.factor, pointer(s)
     return stored, matrix(weight.bias), update
 
 
 def _layer(
     args: ExpertMlp, x: torch.Tensor, gate_up: Weight, down: Weight, preact: torch.Tensor | None, s1, s2
 ) -> _C.ExpertMlp:
-    """What forward and backward share; the tensors given must outlive the call."""
+    """The arguments that forward and backward share; the tensors given must outlive the call."""
     return _C.ExpertMlp(
         groups=groups(args.groups.slots, args.groups.offsets),
         sizes=(*x.shape, *down.shape[1:], args.weights.shape[1]),
@@ -50,7 +51,7 @@ def _layer(
         gate_up=_product(gate_up, s1),
         down=_product(down, s2),
         weights=matrix(args.weights),
-        preact=0 if preact is None else preact.data_ptr(),
+        preact=pointer(preact),
     )
 
 
@@ -63,7 +64,7 @@ def _low_rows(args: ExpertMlp, weight: Weight) -> torch.Tensor | None:
 
 
 def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
-    """``y``, and where ``args.save`` says so what the backward pass reads, unwritten in dropped rows."""
+    """``y`` and, with ``args.save``, what the backward pass reads, which is not written in dropped rows."""
     x = unit_rows(args.x)
     gate_up, down = args.gate_up.with_factors_in(x.dtype), args.down.with_factors_in(x.dtype)
     y = torch.empty((x.shape[0], down.shape[1]), dtype=x.dtype)
@@ -78,21 +79,17 @@ def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
     return y, preact, s1, s2
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGradients:
     """The gradients that ``args.needs`` names, None for others; laid out like the weights."""
     forward, needs = args.forward, args.needs
     x, dy, preact = unit_rows(forward.x), unit_rows(args.dy), args.preact.contiguous()
     gate_up, down = forward.gate_up.with_factors_in(x.dtype), forward.down.with_factors_in(x.dtype)
     factors = [f for w in (forward.gate_up, forward.down) for f in (w.a, w.b) if f is not None]
-    # In the widest of the factors' dtypes and that of x; what is narrower is rounded at the end.
+    # The widest dtype among the factors and x; narrower gradients are rounded at the end.
     factor_dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), x.dtype)
 
     def gradients(name: str, weight: Weight) -> tuple[tuple[torch.Tensor | None, ...], tuple]:
-        """The gradients of a weight, its bias and its factors, and how these are handed over."""
+        """Gradients of a weight, its bias and its factors, and the form in which ``_C`` takes them."""
         data = bias = a = b = None
         transposed = stored_transposed(weight.data)
         if f"{name}.data" in needs:
@@ -103,7 +100,7 @@ def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGr
             a = torch.empty(weight.a.shape, dtype=factor_dtype)
         if f"{name}.b" in needs:
             b = torch.empty(weight.b.shape, dtype=factor_dtype)
-        return (data, bias, a, b), ((_address(data), transposed), _address(bias), (_address(a), _address(b)))
+        return (data, bias, a, b), ((pointer(data), transposed), pointer(bias), (pointer(a), pointer(b)))
 
     dx = torch.empty(x.shape, dtype=x.dtype) if "x" in needs else None
     # Zeros, because dropped slots get no gradient.
@@ -115,7 +112,7 @@ def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGr
         _C.expert_mlp_backward(
             layer=_layer(forward, x, gate_up, down, preact, args.s1, args.s2),
             dy=matrix(dy),
-            dx=_address(dx),
+            dx=pointer(dx),
             gate_up=gate_up_places,
             down=down_places,
             dweights=matrix(dweights),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def native_bags(bags: Bags) -> tuple[_C.Bags, tuple]:
-    """The lists as the extension takes them, and what must stay alive beside them."""
+    """The lists as ``_C`` takes them, and the tensors that must outlive the call."""
     index, offsets, weights, limit, mode, padding_idx, drop, features = bags
     flat = index.reshape(-1).contiguous()
     if weights is not None:
@@ -42,22 +42,22 @@ def native_bags(bags: Bags) -> tuple[_C.Bags, tuple]:
 
 
 def native_table(table: torch.Tensor, bags: Bags) -> tuple[tuple[int, int, int, int], int, int]:
-    """The table with unit column stride as a matrix, its rows and its columns: the most of any with features."""
+    """``(matrix, rows, columns)`` of a table with unit column stride; with features the most columns of any."""
     if bags.features.dim:
-        # With features, kernels know where the rows of the flat storage lie.
+        # With features, kernels find the rows of the flat storage themselves.
         return (table.data_ptr(), 0, 1, DTYPES[table.dtype]), 0, max(bags.features.dim)
     return matrix(table), *table.shape
 
 
 def _kernel_dtype(table: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype beside the table's that kernels write or read where ``dtype`` is wanted."""
+    """The dtype that kernels read or write for ``dtype``: that of the table or of its sums."""
     if dtype == table.dtype:
         return dtype
     return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
 def as_kernel_dtype(table: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """``dout`` in a dtype that kernels read beside the table's, with contiguous rows."""
+    """``dout`` in a dtype that kernels take for this table, with contiguous rows."""
     return unit_rows(dout.to(_kernel_dtype(table, dout.dtype)))
 
 
@@ -77,7 +77,7 @@ def gather_reduce(args: GatherReduce) -> torch.Tensor:
 
 
 def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columnwise maxima ``(B, D)`` over the ids of each bag, zero in empty ones; errors as above.
+    """Columnwise maxima ``(B, D)`` over the ids of each bag, zero in empty ones; errors as for :func:`gather_reduce`.
 
     The second result is each maximum's position within its bag, int32, −1 in empty bags; ``(0, D)`` unless needed.
     """
@@ -102,7 +102,7 @@ def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
 def gather_dot(args: GatherDot) -> torch.Tensor:
     """``out[p] = ⟨dout[bag of p], table[index[p]]⟩``, shaped like the ids; zero where the id is skipped.
 
-    For a mean it is divided by the number of live ids in the bag. Errors as above.
+    For a mean it is divided by the number of live ids in the bag. Errors as for :func:`gather_reduce`.
     """
     table = unit_rows(args.table)
     dout = as_kernel_dtype(table, args.dout)

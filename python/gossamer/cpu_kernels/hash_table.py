@@ -1,4 +1,4 @@
-"""Launchers of the native hash table; the arrays and the meaning of results are those of the reference in ``ops``."""
+"""Launchers of the native hash table; arguments and results as in ``ops/_hash_table_reference.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for huge pages under memory that nobody has touched yet."""
+    """Ask for huge pages under memory before it is first touched."""
     _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
@@ -44,7 +44,7 @@ def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
 
 
 def insert(storage: Storage, batch: Batch) -> Served:
-    """Find or insert each key; as the reference."""
+    """Find or insert each key, as the reference does."""
     n = batch.keys.shape[0]
     scores = None if batch.scores is None else batch.scores.contiguous()
     slots, status = empty_huge((n,), torch.int64), torch.empty(n, dtype=torch.uint8, device="cpu")

@@ -15,32 +15,32 @@ if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
     from gossamer.ops.low_rank import BaseLinear, LowRank, LowRankBackward
 
-# Seed and least kept word of a dropout mask; None without dropout.
+# Seed and smallest kept word of a dropout mask; None without dropout.
 Mask = tuple[int, int] | None
 
 
-# Rows from which torch's product measured faster than ours: along a weight's rows, its columns, and for its gradient.
+# From this many rows on torch's product was measured faster: along a weight's rows, its columns, for its gradient.
 _FROM_ROWS = {
     ("avx2", torch.float32): {"rows": 2048, "columns": 96, "gradient": 1},
     ("avx512_bf16", torch.bfloat16): {"rows": 256, "columns": math.inf, "gradient": 1},
     ("amx", torch.bfloat16): {"rows": 512, "columns": 1, "gradient": 1},
     ("amx", torch.float16): {"rows": 192, "columns": 1, "gradient": 1},
-    # Of Intel, whose own library torch multiplies float32 with.
+    # On Intel processors, for which torch has Intel's own float32 products.
     ("amx", torch.float32): {"rows": 192, "columns": 1, "gradient": math.inf},
 }
 
 
 def _by_torch(dtype: torch.dtype, rows: int, product: str) -> bool:
-    """Whether a product, along a weight's ``"rows"``, its ``"columns"`` or for its ``"gradient"``, is torch's."""
+    """Whether torch computes a product: one along a weight's ``"rows"`` or ``"columns"``, or its ``"gradient"``."""
     isa = _C.isa()
     if (isa, dtype) in _FROM_ROWS:
         return rows >= _FROM_ROWS[isa, dtype][product]
-    # Kernels of another instruction set convert bfloat16, which torch need not on a processor that multiplies it.
+    # Kernels of lesser instruction sets convert bfloat16; torch multiplies it directly where the processor can.
     return isa == "generic" or (dtype == torch.bfloat16 and _C.multiplies_bfloat16())
 
 
 def _mask(seed: torch.Tensor | None, dropout: float) -> tuple[Mask, float]:
-    """The mask, and what kept elements are multiplied with."""
+    """The mask, and the factor of kept elements."""
     if seed is None:
         return None, 1.0
     return (int(seed) & (2**64 - 1), int(dropout * 2**32)), 1.0 / (1.0 - dropout)
@@ -51,7 +51,7 @@ def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``tensor.to(dtype)``, in less time where it has that dtype."""
+    """``tensor.to(dtype)``, which costs less time here if nothing changes."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -102,7 +102,7 @@ def _matmul(
 
     With ``a (r, D)``, ``left (M, r)`` is a result, ``left_factor · x · aᵀ``.
     """
-    # An empty sum is torch's as well: an empty x has no address.
+    # Also torch for an empty sum: an empty x has no address.
     by_torch = x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
     if by_torch:
         if a is not None:
@@ -135,11 +135,11 @@ def _matmul(
 
 
 def _weight_gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """``dyᵀ·x`` ``(N, C)``, as that of one expert with all rows."""
+    """``dyᵀ·x`` ``(N, C)``, as the weight gradient of one expert that has all rows."""
     x, dy = unit_rows(x), unit_rows(dy)
     (m, c), n = x.shape, dy.shape[1]
     dweight = empty_gradient((1, n, c), x.dtype, False)
-    slots = torch.empty(m, dtype=torch.int32)  # never read, but so many rows are worth their threads
+    slots = torch.empty(m, dtype=torch.int32)  # not read; its length decides the number of threads
     offsets = torch.tensor([0, m], dtype=torch.int32)
     _C.grouped_matmul_dweight(
         groups=groups(slots, offsets),
@@ -158,7 +158,7 @@ def _weight_gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 
 
 def base_linear(args: BaseLinear) -> torch.Tensor:
-    """``x·Wᵀ + bias``, by whichever of torch's product and ours is the faster."""
+    """``x·Wᵀ + bias``, by torch's product or the native one, whichever was measured faster."""
     return _matmul(unit_rows(args.x), args.weight, args.bias)
 
 
@@ -184,7 +184,7 @@ def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
     m, n = dy.shape
     mask, keep = _mask(seed, dropout)
     found = {}
-    # Sums of float64 are written as such, and rounded at the end.
+    # float64 sums are written unrounded, and rounded at the end.
     sums = torch.promote_types(factor_dtype, dy.dtype)
     want_x, want_a = "x" in needs, "weight.a" in needs
     if want_x or want_a:

@@ -20,7 +20,7 @@ def _factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _update(args: MultiLowRank, x: torch.Tensor, factors: list[torch.Tensor], s: torch.Tensor | None):
-    """What forward and backward share: ``x`` and ``factors`` are the record's, as the kernels take them."""
+    """The arguments that forward and backward share; ``x`` and ``factors`` in the form that kernels take."""
     a, b = factors
     return _C.MultiLowRank(
         adapters=groups(args.slots, args.offsets),
@@ -36,7 +36,7 @@ def _update(args: MultiLowRank, x: torch.Tensor, factors: list[torch.Tensor], s:
 
 
 def multi_low_rank(args: MultiLowRank, y: torch.Tensor, *, add: bool) -> torch.Tensor:
-    """Write ``scale[i]·x[m]·a[i]ᵀ·b[i]ᵀ`` to ``y[m]``, or add it to what is there.
+    """Write ``scale[i]·x[m]·a[i]ᵀ·b[i]ᵀ`` to ``y[m]``, or add it to ``y[m]``.
 
     Args:
         args: the record.
@@ -57,11 +57,11 @@ def multi_low_rank(args: MultiLowRank, y: torch.Tensor, *, add: bool) -> torch.T
 
 
 def multi_low_rank_backward(args: MultiLowRankBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``args.needs`` names, shaped and typed like what they belong to."""
+    """The gradients that ``args.needs`` names, with their arguments' shapes and dtypes."""
     forward, s, needs = args.forward, args.s, args.needs
     x, dy = unit_rows(forward.x), unit_rows(args.dy)
     factors = [_factor(factor, x.dtype) for factor in (forward.a, forward.b)]
-    # Sums of float64 are written as such, and rounded at the end.
+    # float64 sums are written unrounded, and rounded at the end.
     sums = torch.promote_types(forward.a.dtype, x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype) if "x" in needs else None
     da, db = (empty_huge(getattr(forward, name).shape, sums) if name in needs else None for name in ("a", "b"))

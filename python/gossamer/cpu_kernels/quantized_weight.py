@@ -1,4 +1,4 @@
-"""Launchers that turn frozen weights in few bits into floating point."""
+"""Launchers that decode quantised weights to floating point."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         data = data.contiguous()
         *parts, block_size, nested_block_size, _, _ = weight.blocks
         code, nested_absmax, nested_code, offset = (None if t is None else t.contiguous() for t in parts)
-        # With double quantisation the scales are codes themselves.
+        # With double quantisation the scales are codes too.
         single = nested_absmax is None
         args = _C.NF4Weight(
             packed=pointer(data),

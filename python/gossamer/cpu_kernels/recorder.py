@@ -1,4 +1,4 @@
-"""What native kernels record about themselves while they are profiled: time by stage, and memory."""
+"""Profiles of native kernels: time by stage, and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tensors are handed to the products on Hopper GPUs.
+"""The forms in which tensors are passed to the products on Hopper GPUs.
 
 The copy engine wants rows that start at multiples of 16 bytes. What does not lie so is copied first, which real sizes
 never need.
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gossamer._activation import Activation
 from gossamer._layout import stored_transposed
+from gossamer.cpu_kernels._native import groups as native_groups
 from gossamer.cuda_kernels._stream import where
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 class Operands:
-    """Keeps what was copied alive until the launch, and turns tensors into what ``gossamer._C`` takes."""
+    """Turns tensors into what ``gossamer._C`` takes, and keeps copies alive until the launch."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.bfloat16 = x.dtype == torch.bfloat16
@@ -73,13 +73,7 @@ class Operands:
 
 def routing(groups: Groups) -> tuple[int, int, int, int]:
     """``(slots, offsets, R, E)`` of a dispatch, whose tensors are contiguous int32."""
-    slots, _, offsets = groups
-    return slots.data_ptr(), offsets.data_ptr(), slots.shape[0], offsets.shape[0] - 1
-
-
-def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:
-    """``(function of the gate, gated, interleaved, alpha, limit)`` of an expert layer's activation."""
-    return activation.gate, activation.gated, interleaved, activation.alpha, activation.limit
+    return native_groups(groups.slots, groups.offsets)
 
 
 def with_depth(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Where CUDA kernels are launched."""
+"""The device and stream that CUDA kernels are launched on."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C, _backend
-from gossamer.cuda_kernels._hopper import Operands, activation_form, routing, with_depth
+from gossamer.cpu_kernels._native import activation_form
+from gossamer.cuda_kernels._hopper import Operands, routing, with_depth
 from gossamer.cuda_kernels.grouped_matmul import rows_times_weight, weight_gradient
 from gossamer.triton_kernels import expert_mlp as triton_forward
 from gossamer.triton_kernels import expert_mlp_backward as triton_backward
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _up_projection(args: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activation ``(R, I)`` of sorted rows, and where it is saved the pre-activation ``(R, 2I)``."""
+    """The activation ``(R, I)`` of sorted rows and, if saved, the pre-activation ``(R, 2I)``."""
     num_rows, wide = args.groups.slots.shape[0], args.gate_up.shape[1]
     inner = wide // args.activation.halves
     act = torch.empty(num_rows, inner, dtype=args.x.dtype, device=args.x.device)
@@ -52,7 +53,7 @@ def _updated(args: ExpertMlp) -> bool:
 
 
 def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
-    """``y``, and where ``args.save`` says so what the backward pass reads.
+    """``y`` and, with ``args.save``, what the backward pass reads.
 
     Raises:
         ValueError: no Hopper GPU, or neither float16 nor bfloat16.

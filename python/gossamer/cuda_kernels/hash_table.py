@@ -1,4 +1,4 @@
-"""Launchers of the CUDA hash table; the arrays and the meaning of results are those of the reference in ``ops``."""
+"""Launchers of the CUDA hash table; arguments and results as in ``ops/_hash_table_reference.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gossamer.cuda_kernels._stream import where
 if TYPE_CHECKING:
     from gossamer.ops._hash_table_storage import Batch, Served, Storage
 
-# The status of csrc/hash_table_core.h.
+# A status of csrc/hash_table_core.h.
 _REFUSED = 0
 
 
@@ -39,7 +39,7 @@ def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
 
 
 def insert(storage: Storage, batch: Batch) -> Served:
-    """Find or insert each key; as the reference, but for the counts: nobody waits for them."""
+    """Find or insert each key, as the reference does, but without counts, which would stall the stream."""
     keys, policy = batch.keys, batch.policy or "none"
     n, device = keys.shape[0], storage.digests.device
     scores = None if batch.scores is None else batch.scores.contiguous()
@@ -87,7 +87,7 @@ def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) ->
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Contiguous rows that start where the widest words may."""
+    """Contiguous rows, aligned for the widest loads."""
     rows = rows.contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
 
