@@ -169,7 +169,7 @@ def activate(args: Activate) -> torch.Tensor:
 
 
 def activate_backward(args: ActivateBackward) -> torch.Tensor:
-    """What flows back to ``preact``; contiguous."""
+    """The gradient of ``preact``; contiguous."""
     preact, dact = unit_columns(args.forward.preact), unit_columns(args.dact)
     out = torch.empty(preact.shape, dtype=preact.dtype, device=preact.device)
     return _launch(_activate_backward_kernel, args.forward, (dact, preact), out)

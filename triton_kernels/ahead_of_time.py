@@ -1,4 +1,4 @@
-"""Compiling a kernel for an architecture with no GPU there, and what the result needs of the machine.
+"""Compile kernels for an architecture without a GPU, and report the resources they need.
 
 A case is ``(kernel, signature, constexprs, options)``: types of the runtime arguments, with ``":16"`` after one that
 is divisible by 16, and tuples of types and of compile-time values for arguments in groups; values of the compile-time
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel needs.
+    """The resources of a compiled kernel.
 
     Attributes:
         registers: of a thread.
@@ -51,7 +51,7 @@ def compile_case(case: tuple, arch: int) -> Compiled:
 
 
 def _types(described: object, path: tuple[int, ...], attrs: dict, constants: dict) -> object:
-    """The type of an argument, or of each one of a group; what is said of it beside goes to attrs and constants."""
+    """The type of an argument, or of each in a group; alignment goes to attrs, values to constants."""
     if isinstance(described, tuple):
         types = [_types(part, (*path, i), attrs, constants) for i, part in enumerate(described)]
         # A kernel reads the parts of a named tuple by their names.
@@ -101,7 +101,7 @@ def _registers(compiled, arch: int) -> tuple[int, int]:
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
         if int(usage["STACK"]) + int(usage["LOCAL"]) == 0:
             return int(usage["REG"]), 0
-        # Some releases reserve a stack that nothing spills to; the assembler's report tells the two apart.
+        # Some releases reserve a stack without spills; the assembler's report tells them apart.
         ptx.write_text(compiled.asm["ptx"])
         target = re.search(r"^\.target (sm_\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", ptx, "-o", cubin]

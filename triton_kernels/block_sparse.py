@@ -50,16 +50,16 @@ def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
     while wide < min(n, 256):
         wide *= 2
     if itemsize == 4:
-        # Without matrix instructions a tile lives on registers.
+        # Without matrix instructions registers limit the tile.
         return Tile(min(wide, 64, 4096 // bm), bm, 16, 4, 3)
     large = takes_large_tiles(arch)
     wide = min(wide, 256 if large else 128)
-    # A block's index is loaded in the loop: indices run ahead of what they point to and take half of the stages.
+    # Block indices are loaded in the loop, ahead of the blocks, and take half of the pipeline stages.
     return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 8 if large else 6)
 
 
 class _Lists(NamedTuple):
-    """The blocks list by list; ``order`` None where that is the order of the values."""
+    """The blocks list by list; ``order`` is None if the values have the same order."""
 
     offsets: torch.Tensor
     indices: torch.Tensor
@@ -112,14 +112,14 @@ def _dsd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    # Rows with many blocks start first, whichever columns they are for, so that no long one is left at the end.
+    # Rows with many blocks start first in all columns, so that no long one runs alone at the end.
     n_tile, r = tile_coordinates(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_rows, GROUP_N)
     row = _clamp(tl.load(lists.schedule + r), num_rows)
     first = _clamp(tl.load(lists.offsets + row), nnz + 1)
     last = _clamp(tl.load(lists.offsets + row + 1), nnz + 1)
     n0 = n_tile * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    # Columns past the end are read from the tile's first and never stored, where that spares a mask.
+    # Columns past the end are read from the tile's first column, which saves a mask, and are never stored.
     n_read = tl.where(n < N, n, n0) if B_BY_COLUMNS else n
     MASK: tl.constexpr = "none" if (B_BY_COLUMNS or EVEN_N) else "rows"
     m = tl.arange(0, BM)
@@ -136,7 +136,7 @@ def _dsd_kernel(
                 part = k0 // strides.b_part
                 k0 -= part * strides.b_part
                 if B_TMA:
-                    # By columns the parts make one matrix of rows; what a tile reads of the next part is not stored.
+                    # By columns the parts form one matrix of rows; values read from the next part are not stored.
                     first_n = n0 + part * N
                 else:
                     source = b + part.to(tl.int64) * strides.bp
@@ -156,7 +156,7 @@ def _dsd_kernel(
                     w = tl.load(block + k[:, None] + m[None, :] * BN)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     else:
-        # A step takes the terms of several blocks, whose columns lie apart.
+        # A step takes terms of several blocks, whose columns are not adjacent.
         PER_STEP: tl.constexpr = BLOCK_K // BN
         kk = tl.arange(0, BLOCK_K)
         for j0 in range(first, last, PER_STEP):
@@ -246,7 +246,7 @@ def dsd(args: BlockProduct) -> torch.Tensor:
         VALUES_TMA=values_tma,
         B_TMA=b_tma,
         B_BY_COLUMNS=b_by_columns,
-        # Of columns it means nothing, and n may be the number of tokens.
+        # Not read by columns, where n may be the number of tokens: a constant saves compilations.
         EVEN_N=b_by_columns or n % tile.block_m == 0,
         BIAS_ROWS=by_columns,
         ACT=-1 if args.activation is None else gate_code(Activation(args.activation)),

@@ -22,7 +22,7 @@ from gossamer.triton_kernels.tiles import Tile
 if TYPE_CHECKING:
     from gossamer.ops._block_sparse_operators import SampledProduct
 
-# Offsets of block rows that a program of sdd looks at together when it looks for its own.
+# Row offsets that a program of sdd compares at once when it searches for its row.
 SEARCH = 1024
 
 
@@ -75,7 +75,7 @@ def _sdd_kernel(
     # The list of blocks is cut at every multiple of BLOCKS and where a row ends. Row r begins with piece
     # offsets[r] // BLOCKS + r, which needs no table; a piece may be empty.
     piece = tl.program_id(0)
-    # Lists made by hand may hold anything: what leaves the operands is cut off.
+    # Hand-made lists may hold any index; loads outside the operands are masked.
     live = tl.maximum(tl.minimum(tl.load(offsets_ptr + num_rows), nnz), 0)
     row = -1
     for r0 in range(0, num_rows, SEARCH_ROWS):
@@ -101,7 +101,7 @@ def _sdd_kernel(
             MASK: tl.constexpr = "none" if EVEN_K else "terms"
             offset = column.to(tl.int64) * strides.bn
             if strides.b_part is not None:
-                # A run of columns is in one part: without the hints its loads would not be vectors.
+                # A run of columns lies in one part; without the hints its loads would not be vectorised.
                 part = tl.max_constancy(column // strides.b_part, RUN)
                 within = tl.max_contiguous(tl.multiple_of(column - part * strides.b_part, RUN), RUN)
                 offset = part.to(tl.int64) * strides.bp + within.to(tl.int64) * strides.bn

@@ -1,4 +1,4 @@
-"""What the products with block-sparse matrices share: loads of dense operands, and stores with bias and activation."""
+"""Shared by the products with block-sparse matrices: loads of dense operands, stores with bias and activation."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def store_tile(
 ):
     """Stores an accumulator ``[COLUMNS, ROWS]``: those columns that are ``inside``, ``row`` and the rows after it."""
     if ACT >= 0 and COLUMNS * ROWS >= 256 * 128:
-        # One part after the other, so that what they compute does not spill.
+        # One part after the other, which avoids spills.
         left, right = column_halves(acc, COLUMNS, ROWS)
         a, b = column_halves(left, COLUMNS, ROWS // 2)
         c, d = column_halves(right, COLUMNS, ROWS // 2)
@@ -95,7 +95,7 @@ def store_tile(
 
 
 def described(operand: torch.Tensor, block: tuple[int, int], arch: int) -> tuple[object, bool, bool]:
-    """A 2-D operand as a kernel takes it, by descriptor where that can be; whether it is; and whether by its rows."""
+    """A 2-D operand as a kernel takes it, whether that is a descriptor, and whether it covers rows."""
     by_rows = operand.stride(1) == 1
     stored, shape = (operand, list(block)) if by_rows else (operand.t(), [block[1], block[0]])
     if can_describe(stored, arch):

@@ -16,11 +16,11 @@ TILE = 128
 # The most slots that one program sorts alone, without counts in memory, and its tile.
 SINGLE_SLOTS = 512
 SINGLE_TILE = 256
-# The most programs. Each adds up the counts of all, rather than wait for another launch that would: programs²·(E+1)
-# words from the second-level cache, which MOST_COUNTS bounds where there are many experts. Neither is timed yet.
+# The most programs. Each adds up the counts of all programs, which saves a launch but reads programs²·(E+1) words from
+# the L2 cache; MOST_COUNTS bounds that for many experts (not measured).
 SPANS = 256
 MOST_COUNTS = 1 << 24
-# Experts that a program follows at once, and the counts that it reads at a time, of at most AT_ONCE spans.
+# Experts that a program handles at once, and counts that it reads at a time, of at most AT_ONCE spans.
 MOST_EXPERTS = 2048
 COUNTS = 4096
 AT_ONCE = 32
@@ -40,7 +40,7 @@ def spans_at_once(chunk: int) -> int:
 
 
 def spans_of(num_rows: int, num_experts: int) -> tuple[int, int]:
-    """Programs, and tiles of each: one tile while that is no more than there may be programs."""
+    """``(programs, tiles of each)``: one tile each as long as the number of programs allows."""
     tiles = triton.cdiv(num_rows, TILE)
     most = min(SPANS, max(32, math.isqrt(MOST_COUNTS // (num_experts + 1))))
     tiles_per_span = triton.cdiv(tiles, most)
@@ -211,9 +211,9 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
 
 
 def _options(chunk: int, single: bool) -> dict[str, int]:
-    """Warps of a program that places, as many as keep its vectors of experts in registers, and the most of those.
+    """Warps and register limit of a placing program: enough warps to keep its vectors of experts in registers.
 
-    Left to itself the assembler spills a few bytes to fit more programs on a multiprocessor.
+    Without the limit the assembler spills a few bytes to fit more programs on a multiprocessor.
     """
     warps = 8 if single or chunk > 1024 else 4
     return {"num_warps": warps, "maxnreg": 96}

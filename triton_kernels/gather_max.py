@@ -62,7 +62,7 @@ def _gather_max_kernel(
             ids, live = load_ids(ids_ptr, j < end, num_rows, padding_idx, num_rows)
             mask = live[:, None] & in_row[None, :]
             row = tl.load(column_ptr + ids[:, None] * stride_tn, mask, other=0.0).to(tl.float32)
-            # NaN is the largest of all, and the first of several is kept.
+            # NaN counts as the largest; the first of equals is kept.
             greater = (row > largest) | ((row != row) & (largest == largest)) | (first_at < 0)
             largest = tl.where(mask & greater, row, largest)
             first_at = tl.where(mask & greater, (j - begin).to(tl.int32)[:, None], first_at)

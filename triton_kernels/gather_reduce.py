@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from gossamer.ops.gather_reduce import GatherDot, GatherReduce
 
 NUM_WARPS = 4
-# Bytes of one table row, or of several short ones side by side, that a program holds at a time: 16 for each thread.
+# Bytes of a table row, or of several short ones, that a program holds at a time: 16 a thread.
 TILE_BYTES = 16 * 32 * NUM_WARPS
 MAX_BAGS = 16
-# Rows in flight at once: all of a fixed-width bag up to so many; of a longer one, what divides it best.
+# Most rows in flight: all of a fixed-width bag up to this number; of a longer one, the number that divides it best.
 UNROLL = 8
 MAX_UNROLL = 10
 DOT_TILE_BYTES = 4 * TILE_BYTES
-# Table rows, their strides and dims are known to be whole multiples of so many bytes, up to a thread's load.
+# Largest alignment in bytes, a thread's load, that rows, strides and dims are tested for.
 LOAD_BYTES = 16
 # Columns of the layout of gossamer.ops' Features, one row a feature.
 ELEMENT, ROW, ROWS, DIM, COLUMN, POOLING, LAYOUT_COLUMNS = (tl.constexpr(i) for i in range(7))
@@ -71,7 +71,7 @@ def dims_of(table: torch.Tensor, bags: Bags) -> list[int]:
 
 
 def mean_dim(dims: list[int]) -> int:
-    """The dim that tiles fit: that of the mean feature, not of the largest."""
+    """The dim that tiles are made for: the mean over features, not the largest."""
     return -(-sum(dims) // len(dims))
 
 
@@ -104,7 +104,7 @@ def multiple(itemsize: int, *numbers: int) -> int:
 def bag_range(offsets_ptr, bag, in_batch, num_positions, width):
     """First and end position of each bag: within its row of ``width`` ids, or within the flat list."""
     if offsets_ptr is not None:
-        # Clamped, so that malformed offsets never lead outside the list.
+        # Clamped, so that malformed offsets stay inside the list.
         begin = tl.maximum(tl.load(offsets_ptr + bag, in_batch, other=0).to(tl.int64), 0)
         end = tl.minimum(tl.load(offsets_ptr + bag + 1, in_batch, other=0).to(tl.int64), num_positions)
     else:
@@ -138,7 +138,7 @@ def _add_row(
     ids, live = load_ids(ids_ptr, inside, num_rows, padding_idx, limit)
     rows = tl.load(column_ptr + ids[:, None] * stride_tn, live[:, None] & in_row[None, :], other=0.0).to(tl.float32)
     if weights_ptr is not None:
-        # Masked as the rows are: a skipped position may hold a NaN.
+        # Masked like the rows: a skipped position may hold NaN.
         rows *= tl.load(weights_ptr, live, other=0.0).to(tl.float32)[:, None]
     return total + rows, count + live.to(tl.int32)
 
@@ -191,7 +191,7 @@ def gather_reduce_kernel(
         averaged = tl.load(about_ptr + POOLING) == 1
         offsets_ptr += feature * num_bags
         stride_tn = dim
-    # As compile-time facts, these let a thread read and write VEC elements at once.
+    # Known at compile time, these let a thread read and write VEC elements at once.
     dim = dim // VEC * VEC
     stride_tn = stride_tn.to(tl.int64) // VEC * VEC
     stride_on = stride_on.to(tl.int64) // VEC * VEC
@@ -323,7 +323,7 @@ def gather_dot_kernel(
             row_ptr = table_ptr + ids[:, None] * stride_tn + column.to(tl.int64)[None, :] * stride_td
             row = tl.load(row_ptr, live[:, None] & in_row[None, :], other=0.0)
             total += row.to(tl.float32) * gradient.to(tl.float32)[None, :]
-        # Not total alone: a skipped position's zeros times an infinite gradient are NaN.
+        # Masked again, because a skipped position's zeros times an infinite gradient are NaN.
         dot = tl.where(live, tl.sum(total, 1), 0.0)
         if mean or layout_ptr is not None:
             dot = tl.div_rn(dot, tl.zeros_like(dot) + scale)
@@ -349,7 +349,7 @@ def _reduce(
         return out
     many = lists.layout is not None
     num_rows, dim = (0, 0) if many else table.shape
-    # In the storage of many tables rows follow each other.
+    # In a storage of many tables rows are adjacent.
     strides = (0, 1) if many else table.stride()
     width = 0 if lists.offsets is not None else lists.index.shape[1]
     at_once = unroll(width)
@@ -413,7 +413,7 @@ def gather_dot(args: GatherDot) -> torch.Tensor:
     dout, table, bags = args.dout, args.table, args.bags
     dims, many = dims_of(table, bags), bags.features.layout is not None
     ragged = bags.offsets is not None
-    # A ragged list may hold positions that lie in no bag.
+    # A ragged list may hold positions outside all bags.
     new = torch.zeros if ragged or max(dims) == 0 else torch.empty
     out = new(bags.index.shape, dtype=args.dtype, device=table.device)
     if out.numel() == 0 or bags.num_lists == 0 or max(dims) == 0:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
     from gossamer.ops.low_rank import LowRank, LowRankBackward
 
-# With more rows than this, a quantised weight would be decoded so often in the product that decoding it once before it,
-# into a matrix that lives as long as the product, is less work.
+# With more rows than this, decoding a quantised weight once into a temporary matrix takes less work than decoding it
+# again for every row tile of the product.
 DECODED_ROWS = 256
 
 
@@ -139,7 +139,7 @@ def _low_rank_matmul_kernel(
         inside = tl.where(r < rows, r, 0).to(tl.int64)[:, None]
         x_rows = x if X_TMA else x + inside * strides.x
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # The update: the rank is padded in registers, where it costs one instruction of the matrix units.
+        # The update: the rank is padded in registers, at the cost of one matrix instruction.
         for j0 in tl.range(0, tl.where(split == 0, rank, 0), BLOCK_R, num_stages=1):
             j = j0 + tl.arange(0, BLOCK_R)
             left = tl.load(to.left + inside * rank + j[None, :], j[None, :] < rank, other=0.0)

@@ -13,9 +13,9 @@ import triton.language as tl
 from gossamer.triton_kernels.common import TRITON_NAMES, aot_signature, dot_precision, multiprocessors, unit_columns
 
 SUM_BLOCK = 1024
-# Up to this rank the partial sums of a shared pass are fewer bytes than a second pass reads.
+# Up to this rank a shared pass writes fewer bytes of partial sums than a second pass would read.
 SHARED_PASS_RANK = 32
-# Programs for each multiprocessor, and the least of a sum that one is worth.
+# Programs per multiprocessor, and the smallest share of a sum that is worth a program.
 PROGRAMS = 2
 LEAST_DEPTH = 512
 
@@ -61,7 +61,7 @@ def _row_products_kernel(
     split = tl.program_id(2)
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # In blocks, so that the compiler knows how terms are aligned.
+    # Counted in blocks, so that the compiler knows the alignment of terms.
     last = tl.minimum((split + 1) * blocks, tl.cdiv(depth, BLOCK_K))
     big_rows = big_ptr + tl.where(r < rows, r, 0).to(tl.int64)[:, None] * stride_big
     small_columns = small_ptr + tl.where(j < rank, j, 0).to(tl.int64)[None, :] * stride_small_j
@@ -160,7 +160,7 @@ def sum_splits(parts: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
 
 
 def count_splits(tiles: int, depth: int, block: int, tensor: torch.Tensor) -> tuple[int, int]:
-    """Into how many splits a sum is cut so that each multiprocessor has work, and how many blocks each has."""
+    """``(splits, blocks of each)`` of a sum, with enough splits to occupy every multiprocessor."""
     wanted = max(1, PROGRAMS * multiprocessors(tensor) // tiles)
     wanted = min(wanted, triton.cdiv(depth, LEAST_DEPTH))
     blocks = triton.cdiv(depth, block)

@@ -11,10 +11,10 @@ import triton.language as tl
 if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
 
-# What a kernel's FORMAT says; DENSE is a weight in the dtype of the other operand.
+# Values of a kernel's FORMAT; DENSE is a weight in the dtype of the other operand.
 DENSE, FP8, INT8, INT4, MXFP4 = 0, 1, 2, 3, 4
 FORMAT_CODES = {"fp8": FP8, "fp8_block": FP8, "int8": INT8, "int4": INT4, "mxfp4": MXFP4}
-# Architectures that convert e4m3 by an instruction of their own.
+# Architectures with an instruction that converts e4m3.
 FP8_ARCH = 89
 
 
@@ -41,7 +41,7 @@ def _e2m1_values(code):
 
 @triton.jit
 def _e8m0_values(scale):
-    """e8m0 to float32: 0 is 2⁻¹²⁷, below the normal numbers, and 255 NaN."""
+    """e8m0 to float32; 0 is 2⁻¹²⁷, a subnormal number, and 255 is NaN."""
     bits = scale.to(tl.uint32)
     power = tl.where(bits == 0, 0x00400000, bits << 23)
     return tl.where(bits == 255, 0x7FC00000, power).to(tl.float32, bitcast=True)
@@ -110,7 +110,7 @@ def quantized_tile(
 
 
 class Codes(NamedTuple):
-    """How a kernel reads a weight: its FORMAT, and of a quantised one GROUP, ROW_SHIFT and NATIVE_FP8."""
+    """The constants by which a kernel reads a weight: FORMAT and, if quantised, GROUP, ROW_SHIFT and NATIVE_FP8."""
 
     format: int = DENSE
     group: int = 0
@@ -128,5 +128,5 @@ def codes_of(weight: Weight, arch: int) -> Codes:
 
 
 def stored_codes(weight: Weight, codes: Codes) -> torch.Tensor:
-    """The data of a stack as kernels take it: without instructions for e4m3 as bytes."""
+    """The data of a stack as kernels take it; e4m3 as bytes on hardware that cannot convert it."""
     return weight.data.view(torch.uint8) if codes.format == FP8 and not codes.native_fp8 else weight.data

@@ -1,4 +1,4 @@
-"""Frozen weights in few bits: tiles of them in floating point inside a product, and the whole of one.
+"""Decode quantised weights: tile by tile inside a product, or as a whole.
 
 A run is a power of two of adjacent elements that share a scale and begin at a multiple of it: a tile then loads one
 scale for each of its runs, and a byte for each pair of four-bit elements.
@@ -22,7 +22,7 @@ ROWS, COLUMNS = 16, 256
 
 
 class Stored(NamedTuple):
-    """A quantised weight as kernels take it: pointers, then strides and block sizes; what a format lacks is None."""
+    """A quantised weight as kernels take it: pointers, then strides and block sizes; None for what the format lacks."""
 
     data: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -130,7 +130,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     """The values of a quantised weight ``(N, C)`` in ``dtype``, not float64: products in float32, rounded once."""
     n, c = weight.shape
     out = torch.empty(n, c, dtype=dtype, device=weight.data.device)
-    # Of the second size of a grid there may be 65535.
+    # The second grid dimension is at most 65535.
     _dequantize_kernel[(triton.cdiv(n, ROWS), triton.cdiv(c, COLUMNS))](
         stored(weight),
         out,

@@ -26,7 +26,7 @@ RUNS_BLOCK = 1024
 
 
 class SortedRows(NamedTuple):
-    """Pointers to positions sorted by row, and to what makes their gradients; None for what is not there.
+    """Pointers to positions sorted by row and to the sources of their gradients; None where absent.
 
     Attributes:
         ids: the row of each position, sorted.
@@ -109,7 +109,7 @@ def _keys_kernel(
 
 @triton.jit
 def _starts(ids_ptr, position, num_positions):
-    """Where runs of equal ids begin."""
+    """Mark the positions where runs of equal ids begin."""
     inside = position < num_positions
     here = tl.load(ids_ptr + position, inside, other=-1)
     before = tl.load(ids_ptr + position - 1, inside & (position > 0), other=-1)

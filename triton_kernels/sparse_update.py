@@ -1,4 +1,4 @@
-"""The transpose of gather_reduce fused with an optimizer's step on the touched rows, duplicates summed in fixed order.
+"""The transpose of gather_reduce, fused with an optimizer step on the touched rows; duplicates summed in fixed order.
 
 Runs of at most PIECE positions are summed and stepped by one program, several runs at a time. The sums of longer ones'
 pieces go to memory and are added in order by the program that takes the row's step; no float is added atomically.
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 MAX_RUNS = 32
 UNROLL = 2
-# Left to itself the assembler spills a few bytes to fit more programs on a multiprocessor.
+# Without a limit the assembler spills a few bytes to fit more programs on a multiprocessor.
 STEP_REGISTERS = 128
-# A row is held whole, since steps may need its norm.
+# Rows are held whole, because steps may need their norm.
 MAX_DIM = 16384
 # Partial sums that a program adds at a time.
 LANES_TILE = 4096
@@ -57,7 +57,7 @@ _STRIDES = ["stride_tn", "stride_1n", "stride_2n", "stride_gb"]
 
 
 class Updated(NamedTuple):
-    """Pointers to the table and the states that a step changes, to its rate where a tensor gives it, and its number."""
+    """Pointers to the table and states that a step changes, to its number, and to its rate if that is a tensor."""
 
     table: torch.Tensor
     state1: torch.Tensor | None
@@ -68,7 +68,7 @@ class Updated(NamedTuple):
 
 @triton.jit
 def _state_ptrs(state_ptr, row, table_row, stride, column, TABLES: tl.constexpr, ROW_STATE: tl.constexpr):
-    """Where a state tensor keeps what belongs to rows: one value of each, or one of each element."""
+    """Offsets of rows in a state tensor with a value per row or per element."""
     if ROW_STATE:
         return state_ptr + row * stride
     elif TABLES:
@@ -107,7 +107,7 @@ def _step_rows(
         table_row = row * stride_tn
     mask = live[:, None] & (column[None, :] < dim)
     table_ptrs = to.table + table_row[:, None] + column.to(tl.int64)[None, :]
-    # Triton 3.6 has no functions that return None.
+    # Tested here, because Triton 3.6 compiles no function that returns None.
     state1_ptrs = None
     if to.state1 is not None:
         state1_ptrs = _state_ptrs(to.state1, row, table_row, stride_1n, column, tables, RULE.row_state1)
@@ -212,7 +212,7 @@ def _step_kernel(
             )
     else:
         num_runs = tl.load(totals_ptr)
-        # The last run may be that of positions which contribute nothing.
+        # The last run may hold the positions that contribute nothing.
         num_runs -= (tl.load(ids_ptr + num_positions - 1) == sentinel).to(num_runs.dtype)
         for tile in range(tl.program_id(0), tl.cdiv(num_runs, RUNS), tl.num_programs(0)):
             run = tile * RUNS + tl.arange(0, RUNS)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RuleForm(NamedTuple):
-    """What of a rule a kernel is compiled for.
+    """The parts of a rule that a kernel is compiled for.
 
     Attributes:
         name: of gossamer's RULES.
@@ -54,7 +54,7 @@ class Numbers(NamedTuple):
 
 
 def rule_form(rule: StepRule, dtype: torch.dtype) -> RuleForm:
-    """What a rule's step on a table of ``dtype`` is compiled for."""
+    """The compile-time parts of a rule's step on a table of ``dtype``."""
     return RuleForm(
         rule.name,
         rule.decay,
@@ -108,13 +108,13 @@ def random_bits(seed, step, rows, columns):
 
 @triton.jit
 def round_stochastically(x, bits, DTYPE: tl.constexpr):
-    """Float32 ``x`` as bfloat16 or float16: up or down with the probability that is right on average."""
+    """Float32 ``x`` rounded to bfloat16 or float16, up or down with the probability that makes the mean exact."""
     pattern = x.to(tl.uint32, bitcast=True)
     if DTYPE == tl.bfloat16:
         rounded = ((pattern + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         rounded = ((pattern + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        # Below the smallest normal number the grid is fixed.
+        # Below the smallest normal number the spacing is constant.
         units = tl.abs(x) * 16777216.0
         whole = tl.floor(units)
         up = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 < units - whole
@@ -163,7 +163,7 @@ def take_step(
     """
     weight_decay, eps, clip_value, clip_norm = numbers.weight_decay, numbers.eps, numbers.clip_value, numbers.clip_norm
     beta1, beta2 = numbers.beta1, numbers.beta2
-    # By comparisons, which leave NaN alone: a gradient gone wrong must not become a clipped one.
+    # By comparisons, which keep NaN: a NaN gradient must not become a clipped one.
     if RULE.clips_value:
         grad = tl.where(grad > clip_value, clip_value, tl.where(grad < -clip_value, -clip_value, grad))
     if RULE.clips_norm:
@@ -197,11 +197,11 @@ def take_step(
         before = tl.load(state1_ptrs, mask, other=0.0)
         after = before + grad * grad
         root = tl.sqrt_rn(after)
-        # Nothing changes at a rate of zero, by which the rule divides.
+        # The rule divides by the rate; at zero nothing changes.
         rate = lr + tl.zeros_like(grad)
         steps = rate != 0.0
         rate = tl.where(steps, rate, 1.0)
-        # √n' − √n without its cancellation.
+        # √n' − √n without cancellation.
         both = root + tl.sqrt_rn(before)
         grown = _divide(grad * grad, tl.where(both > 0, both, 1.0))
         z = tl.load(state2_ptrs, mask, other=0.0) + grad - _divide(grown, rate) * w
@@ -225,7 +225,7 @@ def take_step(
         correction = _correction(numbers.log_beta1, step).to(tl.float32) + tl.zeros_like(m)
         q = _divide(_divide(m, correction), tl.broadcast_to(denominator, m.shape))
         if RULE.name == "lamb":
-            # Where there is no element, 0/0 with an ε of zero.
+            # Padding elements would give 0/0 with an ε of zero.
             q = tl.where(mask, q + weight_decay * w, 0.0)
             norm_w, norm_q = _norm(w), _norm(q)
             known = (norm_w > 0) & (norm_q > 0)

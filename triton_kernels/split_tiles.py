@@ -1,4 +1,4 @@
-"""How a product of few rows, or one with quantised weights, is cut: a pure function of the problem and the device."""
+"""The split of products of few rows or with quantised weights, as a pure function of problem and device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from gossamer.triton_kernels.tiles import ITEM_BYTES, Tile, choose_block_m, shared_limit
 
 MOST_SPLITS = 16
-# Steps of a part at least: below, filling the pipeline costs more than the other multiprocessors bring.
+# Fewest steps of a part: below, filling the pipeline costs more than additional multiprocessors gain.
 LEAST_STEPS = 4
-# Rows over experts up to which weights' way from memory is what counts.
+# Mean rows an expert up to which reading the weights from memory limits the speed.
 DECODE_ROWS = 64
 
 
@@ -49,13 +49,13 @@ def choose_split(
 
 
 def decodes(num_rows: int, experts: int) -> bool:
-    """Whether so few rows meet an expert that reading weights is the work, and a product may be cut."""
+    """Whether experts have so few rows that reading weights limits the speed, so that splitting pays."""
     return num_rows <= DECODE_ROWS * min(experts, max(1, num_rows))
 
 
 def _tile(precision: str, bits: int, block_m: int, arch: int) -> Tile:
     if ITEM_BYTES[precision] == 4:
-        # Four warps would spill what decoding 64 x 64 takes.
+        # With four warps, decoding 64 x 64 would spill.
         return Tile(min(block_m, 64), 64, 32, 8 if block_m >= 64 and bits < 16 else 4, 2)
     if block_m < 128:
         # 4-bit rows of 64 columns are one sector of memory.

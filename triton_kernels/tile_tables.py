@@ -25,7 +25,7 @@ from gossamer.triton_kernels.tiles import FORMS, ITEM_BYTES, Problem, Tile, faul
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "measured_tiles"
 MOST_BYTES = 4 << 20
-# What a table of the user's must agree with: the kernels, and what compiles them.
+# A user's table is valid for these versions of the kernels and of Triton.
 PINNED = ("gossamer", "triton")
 _HEAD = ("schema", "device", "capability", "date", "versions", "commit", "command", "entries")
 _SIZES = ("rows", "experts", "n", "c")
@@ -34,7 +34,7 @@ _TIMES = ("milliseconds", "default_milliseconds")
 
 @dataclass(frozen=True)
 class Device:
-    """What tells one card's tables from another's.
+    """The identity of a card, by which tables are told apart.
 
     Attributes:
         name: as the driver calls it.
@@ -52,7 +52,7 @@ class Device:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") + ".json"
 
 
-# Stands for the device where Triton interprets its kernels; no launch looks for its table.
+# The device when Triton interprets its kernels; launches look for no table then.
 INTERPRETER = Device("Triton interpreter", 80, shared_limit(80))
 
 
@@ -100,7 +100,7 @@ def cache_folder() -> Path:
 
 
 def cuda_device(index: int) -> Device:
-    """What is known of a CUDA device."""
+    """The identity of a CUDA device."""
     found = torch.cuda.get_device_properties(index)
     arch = 10 * found.major + found.minor
     return Device(found.name, arch, getattr(found, "shared_memory_per_block_optin", 0) or shared_limit(arch))
@@ -114,7 +114,7 @@ def _source(path: Path, device: Device, pinned: bool) -> list[Source]:
 
 
 def shipped(device: Device) -> list[Source]:
-    """The table that ships for a device, if there is one."""
+    """The table shipped for a device, or None."""
     return _source(SHIPPED / device.file_name, device, pinned=False)
 
 
@@ -128,7 +128,7 @@ def _warn(source: Source) -> None:
 
 
 def read_if_valid(path: Path, device: Device) -> list[Entry]:
-    """The entries that a new table takes over from one that is there; none, with a warning, from a faulty one."""
+    """The entries that a new table takes over from an existing one; none, with a warning, if that is faulty."""
     entries = []
     for source in _source(path, device, pinned=True):
         if source.fault:
@@ -152,7 +152,7 @@ def table_of(device: Device) -> dict[tuple, Tile]:
 
 @functools.cache
 def device_table(index: int) -> dict[tuple, Tile]:
-    """The table of a CUDA device, read when it is first asked for."""
+    """The table of a CUDA device, read on first use."""
     return table_of(cuda_device(index))
 
 
@@ -243,7 +243,7 @@ def as_json(device: Device, entries: Iterable[Entry], provenance: dict) -> dict:
 
 
 def check_writable(path: Path) -> None:
-    """Find out whether :func:`write` can write, which makes the folder.
+    """Check that :func:`write` can write; creates the folder.
 
     Raises:
         OSError: it cannot.
@@ -256,7 +256,7 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, table: dict) -> None:
-    """Write a table so that a reader finds the old file or the new one, whole.
+    """Write a table atomically: a reader finds either the old file or the new one.
 
     Raises:
         OSError: the folder or the file cannot be written.

@@ -1,4 +1,4 @@
-"""Which tile a launch takes: a pure function of the problem, the architecture and a table of measured tiles.
+"""The choice of a launch's tile, a pure function of the problem, the architecture and a table of measured tiles.
 
 With no table, or no entry for the problem, a heuristic from the problem's shape and the architecture chooses.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-# Output columns of the up-projection per column that it stores: gate and up, but for an ungated activation.
+# Accumulated columns of the up-projection per stored column: gate and up, or one if ungated.
 ACTIVATION_FORMS = ("gated", "interleaved", "ungated")
 FORMS = {
     "grouped_matmul": ("gathered", "sorted"),
@@ -18,10 +18,10 @@ FORMS = {
 }
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
-# Bytes of shared memory that one program may have, by architecture; a card not listed has at least the least.
+# Bytes of shared memory of a program, by architecture; unlisted cards have at least the smallest of these.
 SHARED_BYTES = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
 LEAST_SHARED_BYTES = 99 * 1024
-# Accumulators of one thread; with as many again for addresses and operands, a tile of more of them spills.
+# Most accumulators of a thread; addresses and operands take as many registers again, and more would spill.
 MOST_ACCUMULATORS = 128
 
 
@@ -41,7 +41,7 @@ class Tile:
     persistent: bool = False
 
     def options(self) -> dict[str, int]:
-        """The launch options that are no kernel arguments."""
+        """The launch options that are not kernel arguments."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def constants(self) -> dict[str, int | bool]:
@@ -67,7 +67,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile is chosen for.
+    """A problem that a tile is chosen for.
 
     Attributes:
         kernel: a key of :data:`FORMS`.
@@ -89,7 +89,7 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, str, str, int, int, int, int]:
-        """What problems share that take one entry of a table."""
+        """The key shared by problems that use the same table entry."""
         return self.kernel, self.form, self.precision, row_bucket(self.mean_rows), self.experts, self.n, self.c
 
     @property
@@ -99,7 +99,7 @@ class Problem:
 
 
 def row_bucket(mean_rows: float) -> int:
-    """The least power of two, and no less than 16, that ``mean_rows`` does not pass: a changing T seldom changes it."""
+    """``mean_rows`` rounded up to a power of two, at least 16, so that it seldom changes with T."""
     bucket = 16
     while bucket < mean_rows:
         bucket *= 2
@@ -107,7 +107,7 @@ def row_bucket(mean_rows: float) -> int:
 
 
 def choose_block_m(mean_rows: float) -> int:
-    """Rows of a tile from the mean rows of an expert: small ones waste less of a half-empty tile."""
+    """Rows of a tile for the mean rows of an expert; smaller tiles waste less where experts have few rows."""
     return 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64 if mean_rows <= 96 else 128
 
 
@@ -139,7 +139,7 @@ def _down_backward(problem: Problem, arch: int) -> Tile:
         return Tile(min(block_m, 32), 64, 16, 4, 3)
     if block_m < 128:
         return Tile(block_m, 128, 64, 4, 3)
-    # Taking interleaved pairs apart costs registers, which a wide tile would spill.
+    # Separating interleaved pairs takes registers, and a wide tile would spill.
     return Tile(128, 256 if 90 <= arch < 100 and problem.form != "interleaved" else 128, 64, 8, 3)
 
 
@@ -147,7 +147,7 @@ def _dweight(problem: Problem, arch: int) -> Tile:
     if ITEM_BYTES[problem.precision] == 4:
         return Tile(64, 64, 32, 4, 3)
     if arch >= 90:
-        # Gathering in the loop, the row indices run ahead of the rows and take half of the stages.
+        # Row indices are loaded in the loop ahead of the rows and take half of the pipeline stages.
         return Tile(128, 256, 64, 8, 3 if problem.form == "padded" else 6)
     return Tile(128, 128, 64, 8, 3)
 
@@ -172,7 +172,7 @@ def choose(problem: Problem, arch: int, table: Mapping[tuple, Tile] | None = Non
         return tile
     tile = _HEURISTICS[problem.kernel](problem, arch)
     if shared_bytes(problem, tile) > shared_limit(arch):
-        # Newer than sm_90 is not larger: consumer cards have the shared memory of sm_89.
+        # Architectures above sm_90 may have less: consumer cards have the shared memory of sm_89.
         return _HEURISTICS[problem.kernel](problem, 80)
     return tile
 
@@ -196,8 +196,8 @@ def shared_limit(arch: int) -> int:
 
 
 def shared_bytes(problem: Problem, tile: Tile) -> int:
-    """Shared memory of the operands' pipeline stages; what an epilogue needs comes on top."""
-    # Indirect loads in the loop split the stages in two: indices ahead, then rows.
+    """Shared memory of the operands' pipeline stages, without that of the epilogue."""
+    # Indirect loads in the loop halve the stages: indices ahead, then rows.
     stages = (tile.num_stages + 1) // 2 if problem.form == "gathered" and _gathers_in_loop(problem) else tile.num_stages
     return stages * (tile.block_m + tile.block_n * problem.halves) * tile.block_k * ITEM_BYTES[problem.precision]
 
@@ -211,7 +211,7 @@ def _power_of_two(value: int, low: int, high: int) -> bool:
 
 
 def fault(problem: Problem, tile: Tile, shared: int) -> str | None:
-    """Why ``tile`` cannot serve ``problem`` on a device with ``shared`` bytes for a program, or None when it may."""
+    """Why ``tile`` cannot serve ``problem`` on a device with ``shared`` bytes a program, or None if it can."""
     sizes = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 128), "num_warps": (1, 16), "group_m": (1, 64)}
     for name, (low, high) in sizes.items():
         if not _power_of_two(getattr(tile, name), low, high):
