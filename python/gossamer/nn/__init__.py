@@ -1,5 +1,6 @@
 """Layers over the primitives."""
 
+from gossamer.nn import init
 from gossamer.nn.delta_rule.delta_net import DeltaNet
 from gossamer.nn.delta_rule.gated_delta_net import GatedDeltaNet
 from gossamer.nn.delta_rule.kimi_delta_attention import KimiDeltaAttention
@@ -175,6 +176,7 @@ __all__ = [
     "given_experts",
     "gshard_balance_loss",
     "importance_loss",
+    "init",
     "limit_capacity",
     "load_balance_loss",
     "load_loss",

@@ -1,0 +1,80 @@
+"""First values of tables."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer._checks import check_positive, check_shape
+
+SELECTIONS = ("uniform", "random", "variance")
+
+
+@torch.no_grad()
+def from_text_embeddings(
+    vectors: torch.Tensor,
+    embedding_dim: int,
+    *,
+    select: str = "variance",
+    standardize: bool = False,
+    std: float | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """A table from wide vectors of the items' texts: D of their columns, with nothing trained.
+
+    ``W = scale·Z[:, S]`` with D columns S of those that vary over the items, in ascending order:
+
+    - ``"uniform"``: spread evenly, ``S_i = ⌊i·C/D⌋`` of the C columns that vary;
+    - ``"random"``: drawn from a seed;
+    - ``"variance"``: those of the largest variance over the items, the first among equals.
+
+    Args:
+        vectors: Z, ``(N, D')`` floating, one row an item.
+        embedding_dim: D.
+        select: which columns.
+        standardize: whether each column gets mean 0 and variance 1 first.
+        std: standard deviation of all entries of the result; by default ``1/√(3N)``, that of entries uniform in
+            ``±1/√N``. NaN entries are an error.
+        seed: of ``"random"``.
+
+    Returns:
+        ``(N, D)`` in the dtype and on the device of ``vectors``, for ``weight.copy_`` or ``_weight=``.
+
+    Raises:
+        TypeError: ``vectors`` is no floating tensor.
+        ValueError: ``vectors`` has another shape or values that are not finite, fewer than D columns vary, ``select``
+            is unknown, or ``std`` is not positive.
+
+    Source: Zhang et al., "LLMInit: A Free Lunch from Large Language Models for Selective Initialization of
+    Recommendation", EMNLP 2025.
+    """
+    check_shape("vectors", vectors, (None, None), "(N, D')")
+    check_positive(embedding_dim=embedding_dim, rows=len(vectors))
+    if not vectors.is_floating_point():
+        raise TypeError(f"vectors must be floating point, got {vectors.dtype}")
+    if select not in SELECTIONS:
+        raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}")
+    if std is not None and not std > 0:
+        raise ValueError(f"std must be positive, got {std}")
+    if not bool(vectors.isfinite().all()):
+        raise ValueError("vectors must be finite, got NaN or infinity")
+    wide = vectors.double()
+    variance = wide.var(0, unbiased=False)
+    varying = (variance > 0).nonzero().flatten()
+    if len(varying) < embedding_dim:
+        raise ValueError(
+            f"vectors must have at least embedding_dim={embedding_dim} columns that vary over the items, got "
+            f"{len(varying)} of {vectors.shape[1]}"
+        )
+    if select == "uniform":
+        places = torch.arange(embedding_dim, device=vectors.device) * len(varying) // embedding_dim
+    elif select == "random":
+        order = torch.randperm(len(varying), generator=torch.Generator().manual_seed(seed), device="cpu")
+        places = order[:embedding_dim].to(vectors.device)
+    else:
+        places = variance[varying].argsort(descending=True, stable=True)[:embedding_dim]
+    columns = varying[places.sort().values]
+    chosen = wide[:, columns]
+    if standardize:
+        chosen = (chosen - chosen.mean(0)) / variance[columns].sqrt()
+    wanted = (3 * len(vectors)) ** -0.5 if std is None else std
+    return (chosen * (wanted / chosen.std(unbiased=False))).to(vectors.dtype)
