@@ -216,6 +216,17 @@ _dispatch = define(
 )
 
 
+def sort_ids(ids: torch.Tensor, bound: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions of ``ids (B, J)``, none negative, by a stable counting sort, and where each id's positions begin.
+
+    Returns:
+        ``(B·J,)`` and ``(bound + 1,)`` int32: positions of id ``i`` are ``[offsets[i]:offsets[i + 1]]`` of the first;
+        those of ids from ``bound`` on come last.
+    """
+    slots, _, offsets = _dispatch(ExpertSort(ids, bound, None), backend)
+    return slots, offsets
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Whether a size may follow from its values: on the CPU, outside compilers, tracers and transformations."""
     plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"

@@ -20,8 +20,9 @@ from gossamer.ops._bags import (
     check_weights_values,
     raises,
 )
+from gossamer.ops._groups import MAX_ROWS
 from gossamer.ops._records import define
-from gossamer.ops.dispatch import Dispatch
+from gossamer.ops.dispatch import Dispatch, sort_ids
 
 
 class GatherReduce(NamedTuple):
@@ -266,6 +267,8 @@ def table_gradient(
             columns = dout[:, feature.column : feature.column + feature.dim]
             part += _sum_sorted(columns, transpose_bags(own, feature.rows, wide), feature.rows, wide, backend)
         return total.to(dtype)
+    if not sparse and _counts_ids(bags, shape[0], backend):
+        return _sum_counted(dout, bags, shape[0], dtype, backend)
     ids, bag, factor = transposed = transpose_bags(bags, shape[0], wide)
     if not sparse:
         return _sum_sorted(dout, transposed, shape[0], dtype, backend)
@@ -281,6 +284,29 @@ def _sum_sorted(dout, transposed, num_rows: int, dtype: torch.dtype, backend: st
     """The gradient ``(num_rows, D)`` of a table from what :func:`transpose_bags` gives: each row's sum in order."""
     ids, bag, factor = transposed
     offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
+    return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor, _every_row(dout, factor)), dtype), backend)
+
+
+def _counts_ids(bags: Bags, num_rows: int, backend: str) -> bool:
+    """Whether a counting sort by id serves: on the CPU it takes a fraction of the time of torch's sort."""
+    return (
+        backend == "native"
+        and bags.offsets is None
+        and bags.mode == "sum"
+        and 0 < num_rows <= MAX_ROWS
+        and 0 < bags.index.numel() <= MAX_ROWS
+    )
+
+
+def _sum_counted(dout: torch.Tensor, bags: Bags, num_rows: int, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """:func:`_sum_sorted` for sums over bags of one size, by a counting sort."""
+    index, length = bags.index, bags.index.shape[1]
+    if bags.drop or bags.limit is not None or bags.padding_idx >= 0:
+        index = torch.where(bags.live(num_rows).view(index.shape), index, num_rows)
+    positions, offsets = sort_ids(index, num_rows, backend)
+    bag = positions.div(length, rounding_mode="floor") if length > 1 else positions
+    factor = None if bags.weights is None else bags.weights.reshape(-1).index_select(0, positions)
+    # Positions from the last offset on contribute nothing, and lie in no bag.
     return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor, _every_row(dout, factor)), dtype), backend)
 
 

@@ -174,9 +174,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
             first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
             places = [first + place for place in places]
         # Scores of the chosen alone are taken anew, so that the gradient has K numbers a query, and not two rows of √N.
-        logits = sum(
-            gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i], bounds="drop") for i in (0, 1)
-        )
+        first, second = (gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i]) for i in (0, 1))
+        logits = first + second
         return ids, logits
 
     def forward(
