@@ -121,7 +121,7 @@ def test_another_router_over_another_layer(tmp_path):
         assert counts.shape[:2] == (6, 4 if out == "a" else 2)
         assert min(png_size(tmp_path / out / "expert_load.png")) > 500
         per_token = counts.sum(2) / (4 * 48)
-        assert bool(((per_token >= 1) & (per_token <= 2)).all()) if out == "a" else bool((per_token == 32).all())
+        assert bool((per_token >= 1).all()) if out == "a" else bool((per_token == 32).all())
 
 
 def test_bias_balancing_on_own_files(tmp_path):

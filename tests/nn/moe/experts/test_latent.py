@@ -34,6 +34,7 @@ TestLatentExperts = ExpertsContract.over(
         "separate latents": latent(separate_latents=True, bias=True),
         "ungated": latent(activation="gelu", group_size=1),
         "quantised": latent("int8", bias=True),
+        "quantised separate latents": latent("int8", separate_latents=True, bias=True),
     }
 )
 
@@ -95,9 +96,10 @@ def test_projects_once_per_token_and_group(device):
     assert groups.weights[:4].sum(1).tolist() == [0 + 1 + 2, 9, 3, 8 + 11]
 
 
-def test_keeps_the_input_and_the_pre_activation(device):
+@pytest.mark.parametrize("separate", [False, True])
+def test_keeps_the_input_and_the_pre_activation(device, separate):
     """The backward pass gets latents and pre-activations, and neither activations nor outputs of experts."""
-    layer = LatentExperts(E, H, I, L, group_size=3, device=device)
+    layer = LatentExperts(E, H, I, L, group_size=3, separate_latents=separate, device=device)
     x = torch.randn(T, H, device=device, requires_grad=True)
     routing = Routing(*random_routing(T, E, 3, device), E).dispatched()
     rows = int(routing.dispatch.offsets[-1])
