@@ -51,8 +51,9 @@ def _dots(axis: Axes, record: dict, metric: dict, cases: list[dict], styles: dic
 
 
 def draw(record: dict) -> Figure:
-    """The curves of each group of cases in the first row, and below them a panel for each metric."""
-    groups = list(dict.fromkeys(case["group"] for case in record["cases"]))
+    """The curves of each group of cases above, where there are any, and below them a panel for each metric."""
+    curved = [case for case in record["cases"] if any(run["x"] for run in case["runs"])]
+    groups = list(dict.fromkeys(case["group"] for case in curved))
     by_group = {group: [case for case in record["cases"] if case["group"] == group] for group in groups}
     base = [case for case in record["cases"] if case["name"] == record["baseline"]]
     ordered = sorted(record["cases"], key=lambda case: statistics.fmean(values(case, record["headline"])))
@@ -60,11 +61,13 @@ def draw(record: dict) -> Figure:
     columns = max(len(groups), 3)
     lines = -(-len(metrics) // columns)
     with style():
-        height = 4.2 + lines * (1.0 + 0.22 * len(ordered))
-        figure = Figure(figsize=(4.4 * columns, height), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[4.2, height - 4.2])
+        curves, dots = 4.2 if curved else 0.0, lines * (1.0 + 0.22 * len(ordered))
+        figure = Figure(figsize=(4.4 * columns, 0.4 + curves + dots), layout="constrained")
+        *above, below = figure.subfigures(2, 1, height_ratios=[curves, dots]) if curved else [figure.subfigures()]
         figure.suptitle(f"{record['title']} ({record['effort']} run)")
-        for axis, group in zip(above.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for axis, group in zip(
+            above[0].subplots(1, len(groups), squeeze=False)[0] if above else [], groups, strict=True
+        ):
             mine = by_group[group] + [case for case in base if case not in by_group[group]]
             _curves(axis, record, mine, _styles(mine, record["baseline"]))
             axis.set_title(group)

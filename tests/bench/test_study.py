@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gossamer.bench.harness import study, study_plot
 from gossamer.bench.harness.study import Case, Metric, Outcome, Study, Unfit
-from gossamer.bench.studies import byte_lm, routers
+from gossamer.bench.studies import byte_lm, expert_compression, routers
 from gossamer.cli import app
 from gossamer.nn import Experts, MoE
 from gossamer.nn.moe.routers import ROUTERS
@@ -154,6 +154,20 @@ def test_every_case_trains_within_the_budget(name, small_text):
     assert outcome.y[0] == pytest.approx(8.0, abs=1e-4) and outcome.y[-1] < 8.0
     assert 0 < outcome.metrics["experts"] and outcome.metrics["load"] >= 1
     assert 0 <= outcome.metrics["dead"] < 1 and outcome.metrics["step_ms"] > 0
+
+
+@pytest.mark.parametrize("name", list(expert_compression.CASES))
+def test_every_compression_has_its_share(name, small_text, monkeypatch):
+    """Fewer parameters in every case, no more than the bases', and matrices nearer than none."""
+    monkeypatch.setattr(expert_compression, "corpus", routers.corpus)
+    expert_compression.trained.cache_clear()
+    sizes = byte_lm.Sizes(1, 32, 2, 16, 8, 2, 16)
+    settings = expert_compression.Settings(sizes, batch=4, steps=3, num_bases=2, fit_steps=60, eval_windows=4)
+    outcome = expert_compression.run(name, 0, settings, lambda share, note: None)
+    assert settings.share == 0.75 and outcome.metrics["share"] == pytest.approx(0.75, abs=0.03)
+    assert 0 < outcome.metrics["error"] < 0.5
+    with pytest.raises(Unfit, match="8 bases have no fewer parameters than 8 experts"):
+        expert_compression.run(name, 0, replace(settings, num_bases=8), lambda share, note: None)
 
 
 def test_a_run_is_the_same_twice(small_text):

@@ -26,7 +26,9 @@ def bench(
             "or study, before the name of a comparison of methods."
         ),
     ] = "moe",
-    study: Annotated[str | None, typer.Argument(metavar="[NAME]", help="After study: routers.")] = None,
+    study: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="After study: routers, expert_compression.")
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, one to two minutes on two cores.")] = False,
     dtype: Annotated[
