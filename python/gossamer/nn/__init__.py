@@ -14,6 +14,7 @@ from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.graph_clusters import GraphClusters, graph_clusters
 from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
 from gossamer.nn.embeddings.masked import MaskedEmbedding, search_widths
 from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
@@ -119,6 +120,7 @@ __all__ = [
     "FrequencyEmbedding",
     "FusedTable",
     "GatedDeltaNet",
+    "GraphClusters",
     "HashEmbedding",
     "HashRouter",
     "KeyValueCache",
@@ -174,6 +176,7 @@ __all__ = [
     "frequency_table",
     "frobenius_decay_",
     "given_experts",
+    "graph_clusters",
     "gshard_balance_loss",
     "importance_loss",
     "init",
