@@ -5,8 +5,10 @@ without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` f
 ``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. Those in ``csrc/cuda/hopper/`` use instructions of
 sm_90a and are compiled for it alone; where it is not among them, stubs stand in. No GPU is queried.
 
-The CPU's kernels are compiled once for every instruction set, and chosen from at run time. ``GOSSAMER_ISAS`` (such as
-``avx2;avx512``) names those to compile besides the generic ones, which are always there.
+The CPU's kernels are compiled once for each instruction set and chosen at run time. An install compiles the generic
+kernels and those for this machine's best instruction set; an editable install, which the tests use, compiles all.
+``GOSSAMER_ISAS`` decides otherwise: ``all`` (for wheels), ``native``, or names such as ``avx2;avx512``; the generic
+kernels are always compiled.
 """
 
 import glob
@@ -32,8 +34,13 @@ HOPPER_GENCODE = f"-gencode=arch=compute_{HOPPER_ARCH},code=sm_{HOPPER_ARCH}"
 HOPPER_SOURCES = "csrc/cuda/hopper/*.cu"
 # What else decides how the sources are compiled.
 ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
-# Of x86-64, each in csrc/cpu/isa_NAME.cpp.
-ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+# Of x86-64, each in csrc/cpu/isa_NAME.cpp, the best one last, and the flags of /proc/cpuinfo that it takes.
+ISAS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
 
 
 def find_nvcc():
@@ -118,6 +125,8 @@ class BuildExt(build_ext):
         flags = repr((ext.define_macros, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
         folder = f"objects.{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
         self.build_temp = os.path.join("build", folder, hashlib.sha256(flags.encode()).hexdigest()[:12])
+        # Objects are compiled where they are out of date; without force a library of other objects would be kept.
+        self.force = True
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
         if cuda_sources:
@@ -153,12 +162,40 @@ def assembles(instruction):
         return True
 
 
-def without_isas():
-    """The instruction sets that GOSSAMER_ISAS leaves out, and the one that the assembler does not know."""
-    wish = os.environ.get("GOSSAMER_ISAS") or "all"
+def native_isa(cpuinfo=Path("/proc/cpuinfo")):
+    """The best instruction set among the flags that the system lists for the processor; None where it lists none."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    if flags is None:
+        return None
+    best, there = "generic", set(flags[1].split())
+    for isa, needed in ISAS.items():  # each builds on the ones before it
+        if not needed <= there:
+            break
+        best = isa
+    return best
+
+
+def wanted_isas():
+    """The names that GOSSAMER_ISAS holds, with what ``native`` stands for on this machine."""
+    wish = os.environ.get("GOSSAMER_ISAS") or ("all" if {"editable_wheel", "develop"} & set(sys.argv) else "native")
     wanted = set(re.split(r"[;, ]+", wish)) - {""}
-    if not wanted or wanted - {"all", "generic", *ISAS}:
-        raise SystemExit(f"GOSSAMER_ISAS must be all, or some of {', '.join((*ISAS, 'generic'))}, got {wish!r}")
+    if not wanted or wanted - {"all", "native", "generic", *ISAS}:
+        raise SystemExit(f"GOSSAMER_ISAS must be all, native, or some of {', '.join((*ISAS, 'generic'))}, got {wish!r}")
+    if "native" in wanted:
+        wanted.remove("native")
+        if platform.machine() in ("x86_64", "AMD64"):
+            best = native_isa() or "all"
+            wanted.add("avx512_bf16" if best == "amx" and not assembles("tilerelease") else best)
+        else:
+            wanted.add("generic")
+    return wanted
+
+
+def without_isas(wanted):
+    """The instruction sets that are not wanted, and the one that the assembler does not know."""
     if "amx" in wanted:
         wanted.add("avx512_bf16")  # whose kernels it takes for all but some products
     left_out = [] if "all" in wanted else [isa for isa in ISAS if isa not in wanted]
@@ -170,11 +207,14 @@ def without_isas():
 
 def extension():
     """The description of ``gossamer._C``."""
-    left_out = without_isas()
+    wanted = wanted_isas()
+    left_out = without_isas(wanted)
     # bindings.cpp includes the files in csrc/bindings/.
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     sources = [source for source in sources if source not in {f"csrc/cpu/isa_{isa}.cpp" for isa in left_out}]
     macros = [(f"GOSSAMER_WITHOUT_{isa.upper()}", "1") for isa in left_out]
+    if "all" not in wanted and (native_isa() or "generic") in wanted - {"generic"}:
+        macros.append(("GOSSAMER_SPARE_GENERIC", "1"))
     libraries, library_dirs, link_args = [], [], ["-fopenmp"]
     nvcc = cuda_requested()
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))

@@ -44,6 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
   m.def("isa", [] { return gossamer::kernels().name; }, "The instruction set whose kernels are in use.");
+  py::list compiled;
+  for (const char* name : gossamer::compiled_isas()) compiled.append(py::str(name));
+  m.attr("compiled_isas") = py::tuple(compiled);
+  m.def("best_isa", &gossamer::best_isa, "The best instruction set that this processor runs, compiled or not.");
   m.def(
       "choose_isa",
       [](const std::string& name) {

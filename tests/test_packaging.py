@@ -221,16 +221,26 @@ def test_build_that_requires_cuda_fails_without_nvcc(build_script):
         build_script(GOSSAMER_CUDA="yes")
 
 
-def test_instruction_sets_are_those_wanted(build_script, tmp_path):
-    """All of them unless told otherwise; the generic one always, and the program knows which are missing."""
+def test_instruction_sets_are_those_wanted(build_script, tmp_path, monkeypatch):
+    """Those of this machine, or all for an editable install; the generic one always, and the program knows the rest."""
 
     def built(**environment):
         (extension,) = build_script(**environment)[1]["ext_modules"]
         isas = {name[len("csrc/cpu/isa_") : -len(".cpp")] for name in extension.sources if "/isa_" in name}
-        return isas, [name for name, _ in extension.define_macros]
+        return isas, [name for name, _ in extension.define_macros if name.startswith("GOSSAMER_WITHOUT_")]
 
     every = {p.stem.removeprefix("isa_") for p in (ROOT / "csrc" / "cpu").glob("isa_*.cpp")}
-    assert built() == built(GOSSAMER_ISAS="all") == (every, [])
+    assert built(GOSSAMER_ISAS="all") == (every, [])
+    monkeypatch.delenv("GOSSAMER_ISAS")
+    best = build_script()[0]["native_isa"]()
+    assert built() == built(GOSSAMER_ISAS="native")
+    if platform.machine() == "x86_64" and best is not None:
+        assert built()[0] == {"generic", best} | ({"avx512_bf16"} if best == "amx" else set())
+    monkeypatch.delenv("GOSSAMER_ISAS")
+    for command in ("editable_wheel", "develop"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["setup.py", command])
+            assert built() == (every, [])
     found = built(GOSSAMER_ISAS="avx2; avx512")
     assert found == ({"generic", "avx2", "avx512"}, ["GOSSAMER_WITHOUT_AVX512_BF16", "GOSSAMER_WITHOUT_AMX"])
     isas, macros = built(GOSSAMER_ISAS="generic")
@@ -244,8 +254,31 @@ def test_instruction_sets_are_those_wanted(build_script, tmp_path):
         isas, _ = built(CXX=str(old), GOSSAMER_ISAS="amx")
         assert isas == {"generic", "avx512_bf16", "amx"}
     for wish in ("avx2;sse", ","):
-        with pytest.raises(SystemExit, match=f"GOSSAMER_ISAS must be all, or some of avx2, .*, got '{wish}'"):
+        with pytest.raises(SystemExit, match=f"GOSSAMER_ISAS must be all, native, or some of avx2, .*, got '{wish}'"):
             build_script(GOSSAMER_ISAS=wish)
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    [
+        ("fpu sse2", "generic"),
+        ("fpu avx2 fma", "generic"),
+        ("fpu avx2 fma f16c", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw", "avx2"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl amx_tile amx_bf16", "avx512"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16", "avx512_bf16"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16", "amx"),
+    ],
+)
+def test_the_instruction_set_of_this_machine(build_script, tmp_path, flags, isa):
+    """By the flags that the system lists, of the first processor."""
+    listed = tmp_path / "cpuinfo"
+    listed.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n\nprocessor\t: 1\nflags\t\t: avx2\n")
+    native_isa = build_script()[0]["native_isa"]
+    assert native_isa(listed) == isa
+    assert native_isa(tmp_path / "absent") is None
+    listed.write_text("processor : 0\n")
+    assert native_isa(listed) is None
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")

@@ -1,4 +1,11 @@
 // The activation of rows and its gradient, of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/panel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Even and odd lanes of two vectors that follow each other.
 template <class S>
@@ -112,3 +119,6 @@ void activate_backward_rows(const ActivateArgs& a, int64_t begin, int64_t end) {
     });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // Activations of vectors and their derivatives. Included by isa_kernels.h; the formulas are those of _activation.py.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 template <class S>
 struct GateUp {
@@ -110,3 +116,6 @@ GOSSAMER_INLINE void visit_activation(const ActivationForm& form, F&& f) {
       return call(std::integral_constant<int, kClampedSilu>{}, std::true_type{});
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

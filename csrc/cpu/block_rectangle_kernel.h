@@ -3,6 +3,12 @@
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
 // it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces
 // there, for sums of outer products, for sums that leave out padding, and for those of tiles.
+#pragma once
+
+#include "cpu/block_sparse_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Groups of columns at the end of a thread's share that are given out in quarters.
 constexpr int64_t kQuarteredGroups = 1;
@@ -259,3 +265,6 @@ void outer_rectangles(const RectangleProductArgs& args, void* shared, int num_th
 void sampled_rectangles(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) { sampled_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

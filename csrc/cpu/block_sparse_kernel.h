@@ -3,6 +3,13 @@
 // Every value is a sum along depth in the order of its block row's list, with a fresh sum every segment_length() terms, and
 // for a sampled product whose operands are packed in pieces one for each piece: it does not depend on the threads, nor, but for
 // those pieces, on the other rows and columns.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/grouped_matmul_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Blocks of one list as a product reads them, in packed values: block j at base + place(j) · size, element (i, k) of it at
 // i·row + k·step.
@@ -318,3 +325,6 @@ void sampled_product(const SampledProductArgs& args, void* shared, int num_threa
     });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

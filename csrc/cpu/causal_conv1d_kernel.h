@@ -1,5 +1,12 @@
 // Depthwise causal convolution of one instruction set; see isa_kernels.h. Two layouts have kernels of their own: vectors of
 // channels, with rows of positions, and vectors of positions, with a row for each channel.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/panel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 constexpr int kMostHalo = kMostTaps - 1;
 // Positions that are computed together, whose inputs they share.
@@ -468,3 +475,6 @@ void causal_conv1d_step(const CausalConvStepArgs& a, int64_t begin, int64_t end)
     });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

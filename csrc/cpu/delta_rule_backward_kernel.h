@@ -6,6 +6,12 @@
 //   dQ̂ = dO Sᵀ,   dK̂ = −diag(β) G Sᵀ,   dK̃ = U dS'ᵀ.
 // The gradient of a log decay is the sum of what flows through the decays that it is part of: from earlier tokens to later ones,
 // from the start of the chunk, to its end, and over all of it.
+#pragma once
+
+#include "cpu/delta_rule_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Columns [first, last) of G, diag(β) G, dV and the gradient of the state before a chunk, from that behind it.
 template <class T, class S>
@@ -412,3 +418,6 @@ void delta_rule_backward(const DeltaRuleBackwardArgs& a, void* shared, int num_t
     });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

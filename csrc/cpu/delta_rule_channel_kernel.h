@@ -2,6 +2,12 @@
 //
 // A decay from token j to token i of a later block is that from j to the end of its block, over the blocks between, and from the
 // start of the block of i: each is a product of decays, and both sides of a matrix product take theirs.
+#pragma once
+
+#include "cpu/delta_rule_tile_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // K̂, Q̂, K̃ and the total.
 template <class S>
@@ -111,3 +117,6 @@ void decay_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, int64_t ro
     transpose_square(scratch.block, keys, kSixteen, size, scratch.right + b, stride);
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

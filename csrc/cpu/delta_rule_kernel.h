@@ -5,6 +5,12 @@
 // where L = tril(KKᵀ ⊙ D, −1) and P = tril(QKᵀ ⊙ D), D holds the decays between two tokens, and K̂ and Q̂ are decayed from the
 // start of the chunk, K̃ to its end. Decays are products of exponentials that are at most 1, never quotients. Every
 // column of U, O and S is computed alone: results do not depend on how threads share the columns.
+#pragma once
+
+#include "cpu/delta_rule_channel_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // The rows of q or k, each divided by its norm and multiplied with `scale`; 1 over the norms.
 template <class S>
@@ -316,3 +322,6 @@ void delta_rule(const DeltaRuleArgs& a, void* shared, int num_threads, Team team
     });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // One token of the delta rule, and gradients of raw gates; see delta_rule_kernel.h.
+#pragma once
+
+#include "cpu/delta_rule_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // q, k and the decays of one head and token.
 template <class S>
@@ -169,3 +175,6 @@ void gate_backward(const GateBackwardArgs& a, int64_t begin, int64_t end) {
     if ((a.sums == DType::kFloat64) == std::is_same_v<T, double>) gate_backward_heads<T>(a, begin, end);
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,5 +1,11 @@
 // What the kernels of the delta rule are made of: products on rows of a fixed distance, rows of tensors, and gates. Included by
 // isa_kernels.h.
+#pragma once
+
+#include "cpu/panel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 enum class Into { kSet, kAdd, kSubtract, kDecayed };
 
@@ -183,3 +189,6 @@ void store_rows(const S* from, int64_t from_stride, int64_t count, int64_t size,
     }
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // The gradients of expert_mlp of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/expert_mlp_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Activation columns first .. first+count of a chunk: d(pre-activation) over the pre-activation's panel, the weighted
 // activation, and the part of the routing-weight gradient; dact holds dy · W2.
@@ -467,3 +473,6 @@ class ExpertMlpBackward {
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

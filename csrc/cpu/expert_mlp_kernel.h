@@ -1,4 +1,12 @@
 // expert_mlp of one instruction set, and what its gradients share with it; see isa_kernels.h.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/gather_reduce_kernel.h"
+#include "cpu/expert_update_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // A chunk's rows: token and routing weight of each, zero past the end.
 template <class T>
@@ -251,3 +259,6 @@ void expert_mlp(const ExpertMlpForwardArgs& args, void* shared, int num_threads,
         [&](int64_t expert) { return expert_weight<T>(args.down, expert, args.output, args.inner); });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // Low-rank updates of expert weights, inside expert_mlp; see isa_kernels.h.
+#pragma once
+
+#include "cpu/grouped_matmul_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Rows of a factor that are one piece of work: few, so that every thread gets some of a small rank.
 constexpr int kRankUnit = 8;
@@ -72,3 +78,6 @@ void factor_gradient(WorkQueue& queue, Team team, int64_t unit, const Panel<P>& 
     }
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

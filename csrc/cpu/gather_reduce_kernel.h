@@ -1,4 +1,10 @@
 // gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Into the
 // second-level cache: a core waits for several times as many lines there as it can for the first level. Long rows fewer:
@@ -271,3 +277,6 @@ void gather_dot(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag) 
         args, first_bag, last_bag);
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

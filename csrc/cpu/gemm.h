@@ -2,6 +2,12 @@
 //
 // Every output value is summed along the depth in order, with a fresh sum every segment_of() values or every tile, regardless of
 // the other rows and columns. So a token's result depends neither on its place in a batch nor on the number of threads.
+#pragma once
+
+#include "cpu/panel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Depth of a block of a product in packed values, a multiple of every segment.
 constexpr int kDepth = 128;
@@ -414,3 +420,6 @@ void vector_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pa
     group_product_of<Read::kRows>(w, n + i, rows, unit, panel, to, c_stride, pack, add);
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,12 @@
 // grouped_matmul and its weight gradient of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/outer_product.h"
+#include "cpu/quantized_kernel.h"
+#include "cpu/rows_product.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Rows begin .. end of one expert's rows.
 struct Chunk {
@@ -214,3 +222,6 @@ void grouped_matmul(const GroupedMatmulArgs& args, void* shared, int num_threads
 void grouped_matmul_dweight(const GroupedDweightArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) { grouped_dweight<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

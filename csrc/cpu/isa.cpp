@@ -15,20 +15,25 @@ namespace gossamer {
 namespace {
 
 struct Build {
-  const Kernels* kernels;
+  const char* name;
+  const Kernels* kernels;  // null where an install leaves them out
   bool (*runs_here)();
 };
 
 #if defined(__x86_64__)
-[[maybe_unused]] bool runs_avx512() {
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
 
-[[maybe_unused]] bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // Linux saves tile registers only for processes that request them.
-[[maybe_unused]] bool runs_amx() {
+bool runs_amx() {
 #if defined(__linux__)
   constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -53,23 +58,39 @@ bool splits_vectors() {
 #endif
 }
 
-// Best first. GOSSAMER_WITHOUT_... leaves instruction sets out of an install.
-const Build kBuilds[] = {
 #if defined(__x86_64__)
-#ifndef GOSSAMER_WITHOUT_AMX
-    {&amx::kKernels, runs_amx},
-#endif
-#ifndef GOSSAMER_WITHOUT_AVX512_BF16
-    {&avx512_bf16::kKernels, runs_avx512_bf16},
+// GOSSAMER_WITHOUT_... leaves instruction sets out of an install.
+#ifndef GOSSAMER_WITHOUT_AVX2
+constexpr const Kernels* kAvx2 = &avx2::kKernels;
+#else
+constexpr const Kernels* kAvx2 = nullptr;
 #endif
 #ifndef GOSSAMER_WITHOUT_AVX512
-    {&avx512::kKernels, runs_avx512},
+constexpr const Kernels* kAvx512 = &avx512::kKernels;
+#else
+constexpr const Kernels* kAvx512 = nullptr;
 #endif
-#ifndef GOSSAMER_WITHOUT_AVX2
-    {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#ifndef GOSSAMER_WITHOUT_AVX512_BF16
+constexpr const Kernels* kAvx512Bf16 = &avx512_bf16::kKernels;
+#else
+constexpr const Kernels* kAvx512Bf16 = nullptr;
+#endif
+#ifndef GOSSAMER_WITHOUT_AMX
+constexpr const Kernels* kAmx = &amx::kKernels;
+#else
+constexpr const Kernels* kAmx = nullptr;
 #endif
 #endif
-    {&generic::kKernels, [] { return true; }},
+
+// Best first.
+constexpr Build kBuilds[] = {
+#if defined(__x86_64__)
+    {"amx", kAmx, runs_amx},
+    {"avx512_bf16", kAvx512Bf16, runs_avx512_bf16},
+    {"avx512", kAvx512, runs_avx512},
+    {"avx2", kAvx2, runs_avx2},
+#endif
+    {"generic", &generic::kKernels, [] { return true; }},
 };
 
 std::atomic<const Kernels*> chosen{nullptr};
@@ -92,12 +113,30 @@ bool choose_kernels(const char* name) {
   __builtin_cpu_init();
 #endif
   for (const Build& build : kBuilds) {
-    if ((name == nullptr || std::strcmp(name, build.kernels->name) == 0) && build.runs_here()) {
+    if (build.kernels != nullptr && (name == nullptr || std::strcmp(name, build.name) == 0) && build.runs_here()) {
       chosen.store(build.kernels, std::memory_order_release);
       return true;
     }
   }
   return false;
+}
+
+const char* best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  for (const Build& build : kBuilds) {
+    if (build.runs_here()) return build.name;
+  }
+  return "generic";
+}
+
+std::vector<const char*> compiled_isas() {
+  std::vector<const char*> names;
+  for (const Build& build : kBuilds) {
+    if (build.kernels != nullptr) names.push_back(build.name);
+  }
+  return names;
 }
 
 bool multiplies_bfloat16() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/activate.h"
 #include "cpu/block_sparse.h"
@@ -88,6 +89,12 @@ const Kernels& kernels();
 
 // Chooses kernels by name, or the best for null; returns false when this processor does not run them.
 bool choose_kernels(const char* name);
+
+// The name of the best instruction set that this processor runs, whether or not its kernels were compiled.
+const char* best_isa();
+
+// The names of the instruction sets whose kernels were compiled, best first.
+std::vector<const char*> compiled_isas();
 
 // Whether this processor has instructions that multiply bfloat16, which torch's own products use.
 bool multiplies_bfloat16();

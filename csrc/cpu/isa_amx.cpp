@@ -4,15 +4,15 @@
 #if defined(__x86_64__)
 #include "cpu/isa_avx512_bf16_target.h"
 
+#define GOSSAMER_ISA amx
 #define GOSSAMER_AMX 1
 
 // Only some of the kernels are another instruction set's: see with_tiles().
 #pragma GCC diagnostic ignored "-Wunused-function"
 
-namespace gossamer::amx {
-namespace {
 #include "cpu/isa_kernels.h"
-}  // namespace
+
+namespace gossamer::amx {
 
 namespace {
 

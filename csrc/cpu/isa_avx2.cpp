@@ -11,6 +11,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define GOSSAMER_ISA avx2
 #define GOSSAMER_VECTOR_BYTES 32
 #define GOSSAMER_F16C 1
 #define GOSSAMER_BF16_DOT 0
@@ -18,12 +19,11 @@
 #define GOSSAMER_TILE_ROWS 4
 #define GOSSAMER_TILE_VECTORS 3
 
-namespace gossamer::avx2 {
-namespace {
 #include "cpu/isa_kernels.h"
-}  // namespace
 
-const Kernels kKernels = {"avx2", GOSSAMER_KERNEL_TABLE};
+namespace gossamer::avx2 {
+
+const Kernels kKernels = {.name = "avx2", GOSSAMER_KERNEL_TABLE};
 
 }  // namespace gossamer::avx2
 

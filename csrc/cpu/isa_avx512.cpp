@@ -11,6 +11,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
+#define GOSSAMER_ISA avx512
 #define GOSSAMER_VECTOR_BYTES 64
 #define GOSSAMER_F16C 1
 #define GOSSAMER_BF16_DOT 0
@@ -18,12 +19,11 @@
 #define GOSSAMER_TILE_ROWS 8
 #define GOSSAMER_TILE_VECTORS 3
 
-namespace gossamer::avx512 {
-namespace {
 #include "cpu/isa_kernels.h"
-}  // namespace
 
-const Kernels kKernels = {"avx512", GOSSAMER_KERNEL_TABLE};
+namespace gossamer::avx512 {
+
+const Kernels kKernels = {.name = "avx512", GOSSAMER_KERNEL_TABLE};
 
 }  // namespace gossamer::avx512
 

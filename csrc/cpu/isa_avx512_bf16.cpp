@@ -4,14 +4,14 @@
 #if defined(__x86_64__)
 #include "cpu/isa_avx512_bf16_target.h"
 
+#define GOSSAMER_ISA avx512_bf16
 #define GOSSAMER_AMX 0
 
-namespace gossamer::avx512_bf16 {
-namespace {
 #include "cpu/isa_kernels.h"
-}  // namespace
 
-const Kernels kKernels = {"avx512_bf16", GOSSAMER_KERNEL_TABLE};
+namespace gossamer::avx512_bf16 {
+
+const Kernels kKernels = {.name = "avx512_bf16", GOSSAMER_KERNEL_TABLE};
 
 }  // namespace gossamer::avx512_bf16
 

@@ -1,4 +1,8 @@
 // The target of AVX-512 F, BW, DQ, VL and BF16, and the vectors that its kernels take: what its own and those of AMX start with.
+#pragma once
+
+#include "cpu/isa_begin.h"
+
 #include <immintrin.h>
 
 // Only now, so that inline functions of the standard headers stay runnable everywhere.

@@ -1,4 +1,12 @@
 // The products of low_rank of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/expert_update_kernel.h"
+#include "cpu/grouped_matmul_kernel.h"
+#include "cpu/philox_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Rows first .. last of a matrix of `depth` rows, `first` a multiple of kLanes, become rows of a panel.
 template <class T, class P>
@@ -433,3 +441,6 @@ void rank_product(const RankProductArgs& args, void* shared, int num_threads, Te
 void low_rank_matmul(const LowRankArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

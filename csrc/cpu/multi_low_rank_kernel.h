@@ -3,6 +3,12 @@
 // The products here are skinny: r columns from long rows, or long rows from r columns. Rows are read where they lie, a few
 // at a time; factors are packed with their narrow side along the depth or in the lanes, or, for a few rows, which would not
 // repay that, go through registers.
+#pragma once
+
+#include "cpu/grouped_matmul_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Packs w(n .. n+panel.width, k .. k+panel.depth): the weight's rows in lanes, its columns along the depth.
 template <class T, class S>
@@ -371,3 +377,6 @@ void multi_low_rank_backward(const MultiLowRankBackwardArgs& args, void* shared,
     MultiLowRank<typename decltype(tag)::type>(args, shared, num_threads, team).backward(args);
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // Sums over tokens: outer products of panels, which are weight gradients. Included by isa_kernels.h.
+#pragma once
+
+#include "cpu/tile_gemm.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Results of this many bytes are in no cache when they are written, nor when they are next read.
 constexpr int64_t kPastCaches = 16 << 20;
@@ -210,3 +216,6 @@ void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P
     });
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

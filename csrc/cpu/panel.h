@@ -7,6 +7,13 @@
 //
 // Panels hold what the products multiply: values of the accumulator's type or, where an instruction multiplies them, pairs of
 // bfloat16 that are neighbours along the sum. Depth then counts pairs, and a zero may complete the last one.
+#pragma once
+
+#include "cpu/tile_kernel.h"
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Vectors of a block: as many as leave registers for the sums of several rows.
 template <class S>
@@ -317,3 +324,6 @@ template <class T>
 GOSSAMER_INLINE Vec<Accumulator<T>> load_valid(const T* from, int valid) {
   return valid == kLanes<Accumulator<T>> ? load(from) : load_some(from, valid);
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

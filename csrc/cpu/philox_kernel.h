@@ -1,4 +1,10 @@
 // The dropout mask of the low-rank operators; see python/gossamer/ops/_philox.py. Included by isa_kernels.h.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 typedef uint64_t Words __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 constexpr int kWordLanes = GOSSAMER_VECTOR_BYTES / sizeof(uint64_t);
@@ -43,3 +49,6 @@ GOSSAMER_INLINE void keep_columns(const Dropout& dropout, int64_t row, int64_t f
     }
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // Retrieval by product keys of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/tile_gemm.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 constexpr float kMaskedKey = -std::numeric_limits<float>::infinity();
 
@@ -194,3 +200,6 @@ void product_key_search(const ProductKeySearchArgs& a, int64_t begin, int64_t en
     }
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

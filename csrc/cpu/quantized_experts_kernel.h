@@ -1,4 +1,10 @@
 // The expert products with quantised weights of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/expert_mlp_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 void quantized_grouped_matmul(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) {
@@ -16,3 +22,6 @@ void quantized_expert_mlp(const QuantizedMlpArgs& args, void* shared, int num_th
         [&](int64_t expert) { return QuantizedMatrix{&args.down_weights, expert, false}; });
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,10 @@
 // Quantised expert weights of one instruction set: decoding runs of a row, and products with them; see isa_kernels.h.
+#pragma once
+
+#include "cpu/tile_gemm.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // One expert's matrix, or its transpose: the rows that a product computes, and the depth that it sums over.
 struct QuantizedMatrix {
@@ -383,3 +389,6 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Pan
     }
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

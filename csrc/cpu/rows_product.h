@@ -1,5 +1,11 @@
 // Products with weights that are contiguous along their rows, with tokens in the rows of the result. Such a weight is packed without
 // a transposition, several groups of its rows side by side, so that each read is long. Included by isa_kernels.h.
+#pragma once
+
+#include "cpu/tile_gemm.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Values of a weight that rows_product() packs at a time. With tiles they span the whole depth and fit a second-level cache of a
 // megabyte; with vectors they are one part of the depth for several groups of columns.
@@ -170,3 +176,6 @@ void shared_rows_product(WorkQueue& queue, Team team, const Weight<T>& w, [[mayb
   // A quarter of the largest unit is a group.
   queue.each(team, w.num_rows, unit, product, unit == kRowGroups * kGroup ? 1 : 0);
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

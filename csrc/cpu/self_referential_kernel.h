@@ -1,4 +1,11 @@
 // The recurrence of self-referential weight matrices, of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/panel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // One head's matrix, rows padded with zeros to whole vectors, so that every loop along the columns is of whole vectors.
 template <class S>
@@ -232,3 +239,6 @@ void self_referential_backward(const SelfReferentialBackwardArgs& args, int64_t 
   if (args.dtype == DType::kFloat64) return self_referential_backward_typed<double>(args, begin, end);
   self_referential_backward_typed<float>(args, begin, end);
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

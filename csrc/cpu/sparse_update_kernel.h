@@ -1,4 +1,11 @@
 // Sums of the gradients of sorted rows, and the steps on them, of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/gather_reduce_kernel.h"
+#include "cpu/step_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Rows of the output's gradient, and of the table, are prefetched this many entries ahead.
 constexpr int64_t kDoutAhead = 4;
@@ -368,3 +375,6 @@ void update_rows(const UpdateArgs& args, const SortedIds& ids, int64_t begin, in
     update_range<typename decltype(table)::type, typename decltype(dout)::type>(args, ids, begin, end, scratch);
   });
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

@@ -1,4 +1,11 @@
 // One optimizer step on one row; see isa_kernels.h. Formulas: python/gossamer/optim.py.
+#pragma once
+
+#include "cpu/philox_kernel.h"
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 template <class P>
 GOSSAMER_INLINE Vec<Accumulator<P>> load_n(const P* from, int n) {
@@ -236,3 +243,6 @@ __attribute__((noinline)) void step_row(const StepRule& rule, int64_t number, T*
     }
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

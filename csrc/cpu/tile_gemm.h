@@ -1,4 +1,10 @@
 // Matrix products on panels by tiles, and the choice between them and those by vectors. Included by isa_kernels.h.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 #if GOSSAMER_AMX
 // c (+)= Σ_k left(i, k) · b[k] over whole tiles along the depth, for 16 · Rows rows and one block of Vecs vectors; strides are
@@ -123,3 +129,6 @@ void group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>&
     vector_group_product(w, n, count, panel, c, c_stride, pack, add);
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

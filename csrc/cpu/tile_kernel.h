@@ -3,6 +3,12 @@
 // A tile is 16 rows of 64 bytes. A left tile holds 16 rows of a matrix by 16 pairs along the sum, a right tile 16 rows of one
 // panel vector, a tile of sums 16 x 16 floats. The sums of two left by two right tiles stay in registers along the whole depth, so
 // each loaded tile is used twice.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // Whether products of P are made of tiles.
 template <class P>
@@ -120,3 +126,6 @@ struct TileSums {
 };
 
 #endif
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

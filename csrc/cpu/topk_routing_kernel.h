@@ -1,4 +1,11 @@
 // Routing of one instruction set; see isa_kernels.h.
+#pragma once
+
+#include "cpu/activation_kernel.h"
+#include "cpu/panel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 // What a masked expert has for a logit and a choice: below all others, but above what is no expert.
 constexpr float kMasked = std::numeric_limits<float>::lowest();
@@ -240,3 +247,6 @@ void topk_routing_backward(const TopkRoutingBackwardArgs& a, int64_t begin, int6
     }
   }
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

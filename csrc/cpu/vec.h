@@ -1,5 +1,10 @@
-// Vectors of one instruction set. Included once per isa_*.cpp, inside its namespace and under its target pragma, so it has
-// no include guard; built on the compilers' vector extension, so the same source serves every architecture.
+// Vectors of one instruction set, built on the compilers' vector extension: the same source serves every architecture.
+#pragma once
+
+#include "cpu/isa_target.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
 
 template <class S>
 struct VecTraits {
@@ -347,3 +352,6 @@ GOSSAMER_INLINE void prefetch_lines(const void* from, int64_t bytes) {
   for (int line = 0; line < known; line += 64) __builtin_prefetch(at + line, write, level);
   for (int64_t line = known; line < bytes; line += 64) __builtin_prefetch(at + line, write, level);
 }
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

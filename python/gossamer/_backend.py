@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -62,6 +63,24 @@ def _why_no_cuda_kernels() -> str | None:
 _NO_NATIVE = _why_no_native()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _NO_CUDA_KERNELS = _why_no_cuda_kernels()
+
+
+def missing_isa() -> str | None:
+    """The best instruction set of this processor where the extension was compiled without its kernels, else None."""
+    if _NO_NATIVE:
+        return None
+    native = importlib.import_module("gossamer._C")
+    best = native.best_isa()
+    return None if best in native.compiled_isas else best
+
+
+if _MISSING_ISA := missing_isa():
+    warnings.warn(
+        f"gossamer was compiled without kernels for {_MISSING_ISA}, the best instruction set of this processor; "
+        "install it here from source, or with GOSSAMER_ISAS=all, for faster ones",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def native_unavailable() -> str | None:

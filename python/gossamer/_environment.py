@@ -88,6 +88,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "native_isa": None if _backend.native_unavailable() else importlib.import_module("gossamer._C").isa(),
+        "missing_isa": _backend.missing_isa(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
     }

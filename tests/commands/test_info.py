@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -42,6 +44,40 @@ def test_it_names_commit_instructions_and_threads():
     assert (stored["native_isa"] is None) == (_backend.native_unavailable() is not None)
     assert f"{stored['threads']} threads\n" in text and stored["threads"] == torch.get_num_threads()
     assert f"tiles: yours are kept in {tile_tables.cache_folder()}\n" in text
+
+
+@pytest.mark.skipif(_backend.native_unavailable() is not None, reason="there are no native kernels")
+def test_a_build_that_lacks_the_best_instruction_set_says_so(monkeypatch):
+    """In one warning, when it is imported, and in what this prints."""
+    from gossamer import _C
+
+    assert _C.isa() in _C.compiled_isas and "generic" in _C.compiled_isas
+    monkeypatch.setattr(_C, "best_isa", lambda: "avx2048")
+    assert _backend.missing_isa() == "avx2048"
+    assert "compiled without kernels for avx2048, the best instruction set of this processor" in info()
+    assert json.loads(info("--json"))["missing_isa"] == "avx2048"
+    monkeypatch.setattr(_C, "best_isa", lambda: "generic")
+    assert _backend.missing_isa() is None and "compiled without" not in info()
+    assert json.loads(info("--json"))["missing_isa"] is None
+
+
+def test_the_warning_is_given_once_at_import():
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import gossamer._C
+    gossamer._C.best_isa = lambda: "avx2048"
+    import gossamer
+    import importlib, gossamer._backend
+    importlib.reload(gossamer._backend)
+found = [str(w.message) for w in caught if "avx2048" in str(w.message)]
+assert len(found) == 1 and found[0].startswith("gossamer was compiled without kernels for avx2048"), found
+"""
+    if _backend.native_unavailable():
+        pytest.skip("there are no native kernels")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_names_the_tables_in_use_and_why_one_is_not(h100):

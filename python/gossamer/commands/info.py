@@ -22,6 +22,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     print(f"system: {found['system']}")
     print(f"cpu: {found['cpu']}, {found['cores']} cores, {found['threads']} threads")
     print(f"instructions: {' '.join(found['isa']) or 'unknown'}; native kernels use {found['native_isa'] or 'none'}")
+    if missing := found["missing_isa"]:
+        print(f"compiled without kernels for {missing}, the best instruction set of this processor: install it here")
     for gpu in found["gpus"]:
         print(f"gpu: {gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.1f} GiB")
     print(f"cuda: torch built for {found['cuda'] or 'none'}, {len(found['gpus'])} devices")

@@ -1,0 +1,49 @@
+"""Every header of the native code compiles by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "tests" / "support" / "cuda_on_host"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+HEADERS = sorted(path for kind in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{kind}"))
+
+if COMPILER is None or not (ROOT / "csrc").is_dir():
+    pytest.skip("there is no C++ compiler, or no checkout", allow_module_level=True)
+
+
+def fault(text: str, *options: str) -> str:
+    """The first error of a source, parsed without code being made; empty where there is none."""
+    import pybind11
+
+    # Files with PTX are stood for by those of the model.
+    folders = [MODEL, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = ["-std=c++20", "-w", "-fopenmp", "-fsyntax-only", "-DGOSSAMER_WITH_CUDA=1", *(f"-I{f}" for f in folders)]
+    command = [COMPILER, *flags, *options, "-x", "c++", "-"]
+    done = subprocess.run(command, input=text, text=True, capture_output=True)
+    return "" if done.returncode == 0 else next((ln for ln in done.stderr.splitlines() if "error" in ln), done.stderr)
+
+
+def test_each_header_compiles_by_itself():
+    """Once, and a second time in the same source, which its guard makes nothing of."""
+    assert len(HEADERS) > 60
+
+    def check(path: Path) -> str:
+        include = f'#include "{path.relative_to(ROOT / "csrc")}"\n'
+        return fault(include + include)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(HEADERS, pool.map(check, HEADERS), strict=True))
+    assert {str(path.relative_to(ROOT)): error for path, error in found.items() if error} == {}
+
+
+def test_a_header_that_leans_on_others_is_found():
+    assert "error" in fault("inline int64_t twice(int64_t x) { return 2 * x; }\n")
