@@ -5,10 +5,10 @@ without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` f
 ``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. Those in ``csrc/cuda/hopper/`` use instructions of
 sm_90a and are compiled for it alone; where it is not among them, stubs stand in. No GPU is queried.
 
-The CPU's kernels are compiled once for each instruction set and chosen at run time. An install compiles the generic
-kernels and those for this machine's best instruction set; an editable install, which the tests use, compiles all.
-``GOSSAMER_ISAS`` decides otherwise: ``all`` (for wheels), ``native``, or names such as ``avx2;avx512``; the generic
-kernels are always compiled.
+The CPU's kernels, ``csrc/cpu/kernels/*.cpp``, are compiled once for each instruction set and chosen at run time. An
+install compiles the generic kernels and those for this machine's best instruction set; an editable install, which the
+tests use, compiles all. ``GOSSAMER_ISAS`` decides otherwise: ``all`` (for wheels), ``native``, or names such as
+``avx2;avx512``; the generic kernels are always compiled.
 """
 
 import glob
@@ -34,13 +34,19 @@ HOPPER_GENCODE = f"-gencode=arch=compute_{HOPPER_ARCH},code=sm_{HOPPER_ARCH}"
 HOPPER_SOURCES = "csrc/cuda/hopper/*.cu"
 # What else decides how the sources are compiled.
 ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
-# Of x86-64, each in csrc/cpu/isa_NAME.cpp, the best one last, and the flags of /proc/cpuinfo that it takes.
+# Instruction sets of x86-64, described by csrc/cpu/isa_NAME.h, the best one last, and their flags in /proc/cpuinfo.
 ISAS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx512_bf16"},
     "amx": {"amx_tile", "amx_bf16"},
 }
+# The files of csrc/cpu/kernels/, those that take longest to compile first, and those that have kernels for AMX.
+KERNELS = ("experts", "structured", "rows", "tables")
+AMX_KERNELS = ("experts", "structured")
+KERNEL_SOURCE = """#define GOSSAMER_TARGET "cpu/isa_{isa}.h"
+#include "cpu/kernels/{part}.cpp"
+"""
 
 
 def find_nvcc():
@@ -116,6 +122,18 @@ def nvcc_command(nvcc, source, target, gencodes):
     return [*command, "-MD", "-MF", str(target.with_suffix(".d"))]
 
 
+def kernel_sources(isas):
+    """Write a source for each instruction set and each file of kernels that it has; the paths of these."""
+    paths = [Path("build", "kernels", isa, f"{part}.cpp") for part in KERNELS for isa in isas]
+    paths = [path for path in paths if path.parent.name != "amx" or path.stem in AMX_KERNELS]
+    for path in paths:
+        text = KERNEL_SOURCE.format(isa=path.parent.name, part=path.stem)
+        if not path.is_file() or path.read_text() != text:  # a new file would be compiled again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return [str(path) for path in paths]
+
+
 class BuildExt(build_ext):
     """build_ext that compiles ``.cu`` files with nvcc, and goes on without the extension where nothing compiles it."""
 
@@ -128,7 +146,8 @@ class BuildExt(build_ext):
         # Objects are compiled where they are out of date; without force a library of other objects would be kept.
         self.force = True
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
-        ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
+        # Kernels first: they take longest.
+        ext.sources = [*kernel_sources(ext.isas), *(s for s in ext.sources if not s.endswith(".cu"))]
         if cuda_sources:
             ext.extra_objects = [*ext.extra_objects, *self.compile_cuda(cuda_sources)]
         super().build_extension(ext)
@@ -194,25 +213,26 @@ def wanted_isas():
     return wanted
 
 
-def without_isas(wanted):
-    """The instruction sets that are not wanted, and the one that the assembler does not know."""
-    if "amx" in wanted:
-        wanted.add("avx512_bf16")  # whose kernels it takes for all but some products
-    left_out = [] if "all" in wanted else [isa for isa in ISAS if isa not in wanted]
-    if "all" in wanted and platform.machine() in ("x86_64", "AMD64") and not assembles("tilerelease"):
-        print("the assembler does not know AMX; building without its kernels", file=sys.stderr)
-        left_out.append("amx")
-    return left_out
+def compiled_isas(wanted):
+    """The instruction sets to compile kernels for, best first: those wanted that machine and assembler know."""
+    isas = ["generic"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        if "amx" in wanted:
+            wanted = wanted | {"avx512_bf16"}  # whose kernels it takes for all but some products
+        isas += [isa for isa in ISAS if wanted & {isa, "all"}]
+        if "all" in wanted and not assembles("tilerelease"):
+            print("the assembler does not know AMX; building without its kernels", file=sys.stderr)
+            isas.remove("amx")
+    return isas[::-1]
 
 
 def extension():
     """The description of ``gossamer._C``."""
     wanted = wanted_isas()
-    left_out = without_isas(wanted)
+    isas = compiled_isas(wanted)
     # bindings.cpp includes the files in csrc/bindings/.
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    sources = [source for source in sources if source not in {f"csrc/cpu/isa_{isa}.cpp" for isa in left_out}]
-    macros = [(f"GOSSAMER_WITHOUT_{isa.upper()}", "1") for isa in left_out]
+    macros = [(f"GOSSAMER_WITHOUT_{isa.upper()}", "1") for isa in ISAS if isa not in isas]
     if "all" not in wanted and (native_isa() or "generic") in wanted - {"generic"}:
         macros.append(("GOSSAMER_SPARE_GENERIC", "1"))
     libraries, library_dirs, link_args = [], [], ["-fopenmp"]
@@ -244,6 +264,7 @@ def extension():
         extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-MMD"],
         extra_link_args=link_args,
     )
+    ext.isas = isas  # BuildExt adds the sources of their kernels
     ext.optional = os.environ.get("GOSSAMER_CUDA") != "1"
     return ext
 

@@ -226,10 +226,9 @@ def test_instruction_sets_are_those_wanted(build_script, tmp_path, monkeypatch):
 
     def built(**environment):
         (extension,) = build_script(**environment)[1]["ext_modules"]
-        isas = {name[len("csrc/cpu/isa_") : -len(".cpp")] for name in extension.sources if "/isa_" in name}
-        return isas, [name for name, _ in extension.define_macros if name.startswith("GOSSAMER_WITHOUT_")]
+        return set(extension.isas), [name for name, _ in extension.define_macros if name.startswith("GOSSAMER_WITHOUT_")]
 
-    every = {p.stem.removeprefix("isa_") for p in (ROOT / "csrc" / "cpu").glob("isa_*.cpp")}
+    every = {p.stem.removeprefix("isa_") for p in (ROOT / "csrc" / "cpu").glob("isa_*.h")} - {"begin", "end", "target"}
     assert built(GOSSAMER_ISAS="all") == (every, [])
     monkeypatch.delenv("GOSSAMER_ISAS")
     best = build_script()[0]["native_isa"]()
@@ -256,6 +255,24 @@ def test_instruction_sets_are_those_wanted(build_script, tmp_path, monkeypatch):
     for wish in ("avx2;sse", ","):
         with pytest.raises(SystemExit, match=f"GOSSAMER_ISAS must be all, native, or some of avx2, .*, got '{wish}'"):
             build_script(GOSSAMER_ISAS=wish)
+
+
+def test_kernels_have_a_source_for_each_instruction_set(build_script, tmp_path, monkeypatch):
+    """Of every file in csrc/cpu/kernels/; a second build finds the first one's sources untouched."""
+    functions, _ = build_script()
+    kernels = [path.stem for path in (ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")]
+    assert sorted(functions["KERNELS"]) == sorted(kernels) and set(functions["AMX_KERNELS"]) <= set(kernels)
+    monkeypatch.chdir(tmp_path)
+    found = functions["kernel_sources"](["amx", "avx512_bf16", "generic"])
+    expected = [(isa, kernel) for isa in ("avx512_bf16", "generic") for kernel in kernels]
+    expected += [("amx", kernel) for kernel in functions["AMX_KERNELS"]]
+    assert sorted((Path(path).parent.name, Path(path).stem) for path in found) == sorted(expected)
+    for path in found:
+        text = Path(path).read_text()
+        assert f'"cpu/isa_{Path(path).parent.name}.h"' in text and f'"cpu/kernels/{Path(path).name}"' in text
+        os.utime(path, (0, 0))
+    assert functions["kernel_sources"](["amx", "avx512_bf16", "generic"]) == found
+    assert {os.stat(path).st_mtime for path in found} == {0}
 
 
 @pytest.mark.parametrize(

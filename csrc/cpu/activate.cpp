@@ -12,7 +12,7 @@ constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 }  // namespace
 
 void activate(const ActivateArgs& args, int num_threads) {
-  const auto kernel = args.dact ? kernels().activate_backward : kernels().activate;
+  const auto kernel = args.dact ? kernels().rows.activate_backward : kernels().rows.activate;
   parallel_ranges(args.rows * args.inner, kValuesPerThread, num_threads,
                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

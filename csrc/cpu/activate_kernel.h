@@ -1,6 +1,7 @@
-// The activation of rows and its gradient, of one instruction set; see isa_kernels.h.
+// The activation of rows and its gradient, of one instruction set.
 #pragma once
 
+#include "cpu/activate.h"
 #include "cpu/activation_kernel.h"
 #include "cpu/panel.h"
 

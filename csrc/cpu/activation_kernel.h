@@ -1,6 +1,7 @@
-// Activations of vectors and their derivatives. Included by isa_kernels.h; the formulas are those of _activation.py.
+// Activations of vectors and their derivatives. The formulas are those of _activation.py.
 #pragma once
 
+#include "cpu/activate.h"
 #include "cpu/vec.h"
 
 namespace gossamer::GOSSAMER_ISA {

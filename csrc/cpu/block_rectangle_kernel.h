@@ -1,4 +1,4 @@
-// Products with block-sparse matrices whose blocks make rectangles, of one instruction set; see isa_kernels.h.
+// Products with block-sparse matrices whose blocks make rectangles, of one instruction set.
 //
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
 // it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces

@@ -109,12 +109,12 @@ void block_product(const BlockProductArgs& args, int num_threads) {
     // They are other sums, so whether they are chosen must not depend on n.
     const auto found = choose(64);
     if (!found.empty() && within_parts(args, found)) {
-      return run_team<OuterRectangleBuffers>(over(found), work, num_threads, kernels().outer_rectangles);
+      return run_team<OuterRectangleBuffers>(over(found), work, num_threads, kernels().structured.outer_rectangles);
     }
   }
   const auto found = choose(worth_of(args.dtype, args.n));
-  if (!found.empty()) return run_team<RectangleBuffers>(over(found), work, num_threads, kernels().rectangle_product);
-  run_team<BlockProductBuffers>(args, work, num_threads, kernels().block_product);
+  if (!found.empty()) return run_team<RectangleBuffers>(over(found), work, num_threads, kernels().structured.rectangle_product);
+  run_team<BlockProductBuffers>(args, work, num_threads, kernels().structured.block_product);
 }
 
 namespace {
@@ -148,7 +148,7 @@ void sampled_product(const SampledProductArgs& args, int num_threads) {
   const auto found = choose_rectangles(args.lists, args.bm, args.bn, worth_of(args.dtype, args.depth), args.cols, args.b.size);
   if (!found.empty() && args.depth <= kDeepest) {
     const SampledRectanglesArgs by_rectangles{args, found.data(), static_cast<int64_t>(found.size())};
-    return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().sampled_rectangles);
+    return run_team<RectangleBuffers>(by_rectangles, work, num_threads, kernels().structured.sampled_rectangles);
   }
   SampledProductArgs whole = args;
   Scratch rows;
@@ -157,7 +157,7 @@ void sampled_product(const SampledProductArgs& args, int num_threads) {
     whole.a = {rows.get(), args.depth, 1, args.dtype};
     whole.a_rows = nullptr;
   }
-  run_team<SampledProductBuffers>(whole, work, num_threads, kernels().sampled_product);
+  run_team<SampledProductBuffers>(whole, work, num_threads, kernels().structured.sampled_product);
 }
 
 }  // namespace gossamer

@@ -1,4 +1,4 @@
-// Products with block-sparse matrices of one instruction set; see isa_kernels.h.
+// Products with block-sparse matrices of one instruction set.
 //
 // Every value is a sum along depth in the order of its block row's list, with a fresh sum every segment_length() terms, and
 // for a sampled product whose operands are packed in pieces one for each piece: it does not depend on the threads, nor, but for
@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/activation_kernel.h"
+#include "cpu/block_sparse.h"
 #include "cpu/grouped_matmul_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {

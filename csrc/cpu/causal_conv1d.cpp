@@ -38,9 +38,9 @@ void causal_conv1d(const CausalConvForwardArgs& args, int num_threads) {
     // By rows, which are the longest runs of memory; by channels where there are few.
     const Team::Range all_rows{0, rows}, all_channels{0, args.channels};
     if (rows >= 16 * team.size) {
-      kernels().causal_conv1d(args, team.share(rows, 4), all_channels);
+      kernels().rows.causal_conv1d(args, team.share(rows, 4), all_channels);
     } else {
-      kernels().causal_conv1d(args, all_rows, team.share(args.channels, 64));
+      kernels().rows.causal_conv1d(args, all_rows, team.share(args.channels, 64));
     }
     if (!args.final_state) return;
     const auto [first, last] = team.share(states);
@@ -57,12 +57,12 @@ void causal_conv1d_backward(const CausalConvBackwardArgs& args, int num_threads)
   const bool wanted = args.dweight || args.dbias;
   const Scratch partial = allocate_scratch(wanted ? sums * (args.x.dtype == DType::kFloat64 ? 8 : 4) : 0);
   parallel_team(threads_for(args.rows() * args.channels, num_threads),
-                [&](Team team) { kernels().causal_conv1d_backward(args, wanted ? partial.get() : nullptr, team); });
+                [&](Team team) { kernels().rows.causal_conv1d_backward(args, wanted ? partial.get() : nullptr, team); });
 }
 
 void causal_conv1d_step(const CausalConvStepArgs& args, int num_threads) {
   parallel_ranges(args.batch * args.channels, kValuesPerThread, num_threads,
-                  [&](int64_t begin, int64_t end) { kernels().causal_conv1d_step(args, begin, end); });
+                  [&](int64_t begin, int64_t end) { kernels().rows.causal_conv1d_step(args, begin, end); });
 }
 
 }  // namespace gossamer

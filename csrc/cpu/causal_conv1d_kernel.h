@@ -1,8 +1,9 @@
-// Depthwise causal convolution of one instruction set; see isa_kernels.h. Two layouts have kernels of their own: vectors of
+// Depthwise causal convolution of one instruction set. Two layouts have kernels of their own: vectors of
 // channels, with rows of positions, and vectors of positions, with a row for each channel.
 #pragma once
 
 #include "cpu/activation_kernel.h"
+#include "cpu/causal_conv1d.h"
 #include "cpu/panel.h"
 
 namespace gossamer::GOSSAMER_ISA {

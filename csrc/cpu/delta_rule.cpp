@@ -22,10 +22,10 @@ void run(const Args& args, bool backward, int num_threads, Kernel kernel) {
 
 }  // namespace
 
-void delta_rule(const DeltaRuleArgs& args, int num_threads) { run(args, false, num_threads, kernels().delta_rule); }
+void delta_rule(const DeltaRuleArgs& args, int num_threads) { run(args, false, num_threads, kernels().rows.delta_rule); }
 
 void delta_rule_backward(const DeltaRuleBackwardArgs& args, int num_threads) {
-  run(args, true, num_threads, kernels().delta_rule_backward);
+  run(args, true, num_threads, kernels().rows.delta_rule_backward);
 }
 
 void delta_rule_step(const DeltaRuleArgs& args, int num_threads) {
@@ -33,11 +33,11 @@ void delta_rule_step(const DeltaRuleArgs& args, int num_threads) {
   constexpr int64_t kValues = 48 << 10;
   const int64_t grain = std::max<int64_t>(1, kValues / (args.key_size * args.value_size));
   parallel_ranges(args.batch * args.heads, grain, num_threads,
-                  [&](int64_t begin, int64_t end) { kernels().delta_rule_step(args, begin, end); });
+                  [&](int64_t begin, int64_t end) { kernels().rows.delta_rule_step(args, begin, end); });
 }
 
 void gate_backward(const GateBackwardArgs& args, int num_threads) {
-  parallel_ranges(args.heads, 1, num_threads, [&](int64_t begin, int64_t end) { kernels().gate_backward(args, begin, end); });
+  parallel_ranges(args.heads, 1, num_threads, [&](int64_t begin, int64_t end) { kernels().rows.gate_backward(args, begin, end); });
 }
 
 }  // namespace gossamer

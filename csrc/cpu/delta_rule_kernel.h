@@ -1,4 +1,4 @@
-// The delta rule of one instruction set; see isa_kernels.h.
+// The delta rule of one instruction set.
 //
 // A chunk of C tokens with keys K, queries Q and the state S before it is solved by
 //   (I + diag(β) L) U = diag(β) (V − K̂ S),   O = Q̂ S + P U,   S' = Diag(total) S + K̃ᵀ U,

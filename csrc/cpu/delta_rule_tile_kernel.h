@@ -1,7 +1,7 @@
-// What the kernels of the delta rule are made of: products on rows of a fixed distance, rows of tensors, and gates. Included by
-// isa_kernels.h.
+// What the kernels of the delta rule are made of: products on rows of a fixed distance, rows of tensors, and gates.
 #pragma once
 
+#include "cpu/delta_rule.h"
 #include "cpu/panel.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -14,10 +14,10 @@ void run(const Args& args, int num_threads, Kernel kernel) {
 
 }  // namespace
 
-void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads) { run(args, num_threads, kernels().expert_mlp); }
+void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads) { run(args, num_threads, kernels().experts.expert_mlp); }
 
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads) {
-  run(args, num_threads, kernels().expert_mlp_backward);
+  run(args, num_threads, kernels().experts.expert_mlp_backward);
 }
 
 }  // namespace gossamer

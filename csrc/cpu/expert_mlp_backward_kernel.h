@@ -1,4 +1,4 @@
-// The gradients of expert_mlp of one instruction set; see isa_kernels.h.
+// The gradients of expert_mlp of one instruction set.
 #pragma once
 
 #include "cpu/expert_mlp_kernel.h"

@@ -1,9 +1,10 @@
-// expert_mlp of one instruction set, and what its gradients share with it; see isa_kernels.h.
+// expert_mlp of one instruction set, and what its gradients share with it.
 #pragma once
 
 #include "cpu/activation_kernel.h"
-#include "cpu/gather_reduce_kernel.h"
+#include "cpu/expert_mlp.h"
 #include "cpu/expert_update_kernel.h"
+#include "cpu/gather_reduce_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {

@@ -1,4 +1,4 @@
-// Low-rank updates of expert weights, inside expert_mlp; see isa_kernels.h.
+// Low-rank updates of expert weights, inside expert_mlp.
 #pragma once
 
 #include "cpu/grouped_matmul_kernel.h"

@@ -96,17 +96,17 @@ BagsError check_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool ch
 
 void gather_reduce(const GatherArgs& args, int num_threads) {
   over_bags(args.bags, args.dim, num_threads,
-            [&](int64_t first, int64_t last) { kernels().gather_reduce(args, first, last); });
+            [&](int64_t first, int64_t last) { kernels().tables.gather_reduce(args, first, last); });
 }
 
 void gather_max(const GatherMaxArgs& args, int num_threads) {
   over_bags(args.bags, args.dim, num_threads,
-            [&](int64_t first, int64_t last) { kernels().gather_max(args, first, last); });
+            [&](int64_t first, int64_t last) { kernels().tables.gather_max(args, first, last); });
 }
 
 void gather_dot(const GatherDotArgs& args, int num_threads) {
   over_bags(args.bags, args.dim, num_threads,
-            [&](int64_t first, int64_t last) { kernels().gather_dot(args, first, last); });
+            [&](int64_t first, int64_t last) { kernels().tables.gather_dot(args, first, last); });
 }
 
 }  // namespace gossamer

@@ -1,6 +1,7 @@
-// gather_reduce, gather_max and gather_dot of one instruction set; see isa_kernels.h.
+// gather_reduce, gather_max and gather_dot of one instruction set.
 #pragma once
 
+#include "cpu/gather_reduce.h"
 #include "cpu/vec.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -1,4 +1,4 @@
-// Matrix products on panels. Included by isa_kernels.h.
+// Matrix products on panels.
 //
 // Every output value is summed along the depth in order, with a fresh sum every segment_of() values or every tile, regardless of
 // the other rows and columns. So a token's result depends neither on its place in a batch nor on the number of threads.

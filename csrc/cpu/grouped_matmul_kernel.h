@@ -1,6 +1,7 @@
-// grouped_matmul and its weight gradient of one instruction set; see isa_kernels.h.
+// grouped_matmul and its weight gradient of one instruction set.
 #pragma once
 
+#include "cpu/grouped_matmul.h"
 #include "cpu/outer_product.h"
 #include "cpu/quantized_kernel.h"
 #include "cpu/rows_product.h"

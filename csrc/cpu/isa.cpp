@@ -58,25 +58,60 @@ bool splits_vectors() {
 #endif
 }
 
+constexpr Kernels kGeneric{.name = "generic",
+                           .pairs = false,
+                           .tiles = false,
+                           .experts = generic::kExperts,
+                           .structured = generic::kStructured,
+                           .tables = generic::kTables,
+                           .rows = generic::kRows};
 #if defined(__x86_64__)
 // GOSSAMER_WITHOUT_... leaves instruction sets out of an install.
 #ifndef GOSSAMER_WITHOUT_AVX2
-constexpr const Kernels* kAvx2 = &avx2::kKernels;
+constexpr Kernels kAvx2Kernels{.name = "avx2",
+                               .pairs = false,
+                               .tiles = false,
+                               .experts = avx2::kExperts,
+                               .structured = avx2::kStructured,
+                               .tables = avx2::kTables,
+                               .rows = avx2::kRows};
+constexpr const Kernels* kAvx2 = &kAvx2Kernels;
 #else
 constexpr const Kernels* kAvx2 = nullptr;
 #endif
 #ifndef GOSSAMER_WITHOUT_AVX512
-constexpr const Kernels* kAvx512 = &avx512::kKernels;
+constexpr Kernels kAvx512Kernels{.name = "avx512",
+                                 .pairs = false,
+                                 .tiles = false,
+                                 .experts = avx512::kExperts,
+                                 .structured = avx512::kStructured,
+                                 .tables = avx512::kTables,
+                                 .rows = avx512::kRows};
+constexpr const Kernels* kAvx512 = &kAvx512Kernels;
 #else
 constexpr const Kernels* kAvx512 = nullptr;
 #endif
 #ifndef GOSSAMER_WITHOUT_AVX512_BF16
-constexpr const Kernels* kAvx512Bf16 = &avx512_bf16::kKernels;
+constexpr Kernels kAvx512Bf16Kernels{.name = "avx512_bf16",
+                                     .pairs = true,
+                                     .tiles = false,
+                                     .experts = avx512_bf16::kExperts,
+                                     .structured = avx512_bf16::kStructured,
+                                     .tables = avx512_bf16::kTables,
+                                     .rows = avx512_bf16::kRows};
+constexpr const Kernels* kAvx512Bf16 = &kAvx512Bf16Kernels;
 #else
 constexpr const Kernels* kAvx512Bf16 = nullptr;
 #endif
 #ifndef GOSSAMER_WITHOUT_AMX
-constexpr const Kernels* kAmx = &amx::kKernels;
+constexpr Kernels kAmxKernels{.name = "amx",
+                              .pairs = true,
+                              .tiles = true,
+                              .experts = amx::kExperts,
+                              .structured = amx::kStructured,
+                              .tables = avx512_bf16::kTables,
+                              .rows = avx512_bf16::kRows};
+constexpr const Kernels* kAmx = &kAmxKernels;
 #else
 constexpr const Kernels* kAmx = nullptr;
 #endif
@@ -90,7 +125,7 @@ constexpr Build kBuilds[] = {
     {"avx512", kAvx512, runs_avx512},
     {"avx2", kAvx2, runs_avx2},
 #endif
-    {"generic", &generic::kKernels, [] { return true; }},
+    {"generic", &kGeneric, [] { return true; }},
 };
 
 std::atomic<const Kernels*> chosen{nullptr};

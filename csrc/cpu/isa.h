@@ -4,43 +4,62 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/activate.h"
-#include "cpu/block_sparse.h"
-#include "cpu/causal_conv1d.h"
-#include "cpu/delta_rule.h"
-#include "cpu/expert_mlp.h"
-#include "cpu/gather_reduce.h"
-#include "cpu/grouped_matmul.h"
-#include "cpu/low_rank.h"
-#include "cpu/multi_low_rank.h"
 #include "cpu/parallel.h"
-#include "cpu/product_key_topk.h"
-#include "cpu/quantized_experts.h"
-#include "cpu/self_referential.h"
-#include "cpu/sparse_update.h"
-#include "cpu/topk_routing.h"
 
 namespace gossamer {
 
-// The vector kernels compiled for one instruction set. Kernels that take a Team are called by each of its threads, with shared
-// memory laid out for at most num_threads.
-struct Kernels {
-  const char* name;
-  bool pairs;  // whether products of bfloat16 multiply pairs
-  bool tiles;  // whether products with whole weights use tiles
-  void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
-  void (*gather_max)(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag);
-  void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
-  void (*sum_pieces)(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece);
-  void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
+// Declared alone, so that a change of one kernel's arguments leaves the other parts compiled.
+struct ActivateArgs;
+struct BlockProductArgs;
+struct CausalConvBackwardArgs;
+struct CausalConvForwardArgs;
+struct CausalConvStepArgs;
+struct DeltaRuleArgs;
+struct DeltaRuleBackwardArgs;
+struct ExpertMlpBackwardArgs;
+struct ExpertMlpForwardArgs;
+struct GateBackwardArgs;
+struct GatherArgs;
+struct GatherDotArgs;
+struct GatherMaxArgs;
+struct GroupedDweightArgs;
+struct GroupedMatmulArgs;
+struct LowRankArgs;
+struct MultiLowRankBackwardArgs;
+struct MultiLowRankForwardArgs;
+struct ProductKeySearchArgs;
+struct ProductKeyTopkArgs;
+struct ProductKeyTopkBackwardArgs;
+struct QuantizedMatmulArgs;
+struct QuantizedMlpArgs;
+struct RankProductArgs;
+struct RectangleProductArgs;
+struct SampledProductArgs;
+struct SampledRectanglesArgs;
+struct SelfReferentialArgs;
+struct SelfReferentialBackwardArgs;
+struct SortedIds;
+struct TopkRoutingArgs;
+struct TopkRoutingBackwardArgs;
+struct UpdateArgs;
+
+// The vector kernels of one instruction set, in parts that are compiled apart. Kernels that take a Team are called by each of its
+// threads, with shared memory laid out for at most num_threads.
+
+// Products with expert weights, dense and quantised: cpu/kernels/experts.cpp.
+struct ExpertKernels {
   void (*grouped_matmul)(const GroupedMatmulArgs& args, void* shared, int num_threads, Team team);
   void (*grouped_matmul_dweight)(const GroupedDweightArgs& args, void* shared, int num_threads, Team team);
-  void (*multi_low_rank)(const MultiLowRankForwardArgs& args, void* shared, int num_threads, Team team);
-  void (*multi_low_rank_backward)(const MultiLowRankBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp)(const ExpertMlpForwardArgs& args, void* shared, int num_threads, Team team);
   void (*expert_mlp_backward)(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_grouped_matmul)(const QuantizedMatmulArgs& args, void* shared, int num_threads, Team team);
   void (*quantized_expert_mlp)(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team);
+};
+
+// Products with low-rank and block-sparse weights: cpu/kernels/structured.cpp.
+struct StructuredKernels {
+  void (*multi_low_rank)(const MultiLowRankForwardArgs& args, void* shared, int num_threads, Team team);
+  void (*multi_low_rank_backward)(const MultiLowRankBackwardArgs& args, void* shared, int num_threads, Team team);
   void (*rank_product)(const RankProductArgs& args, void* shared, int num_threads, Team team);
   void (*low_rank_matmul)(const LowRankArgs& args, void* shared, int num_threads, Team team);
   void (*block_product)(const BlockProductArgs& args, void* shared, int num_threads, Team team);
@@ -48,6 +67,22 @@ struct Kernels {
   void (*rectangle_product)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
   void (*outer_rectangles)(const RectangleProductArgs& args, void* shared, int num_threads, Team team);
   void (*sampled_rectangles)(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team);
+};
+
+// Reading embedding tables and stepping on their rows, and retrieval by product keys: cpu/kernels/tables.cpp.
+struct TableKernels {
+  void (*gather_reduce)(const GatherArgs& args, int64_t first_bag, int64_t last_bag);
+  void (*gather_max)(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag);
+  void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
+  void (*sum_pieces)(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece);
+  void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
+  void (*product_key_topk)(const ProductKeyTopkArgs& args, int64_t begin, int64_t end);
+  void (*product_key_topk_backward)(const ProductKeyTopkBackwardArgs& args, int64_t begin, int64_t end);
+  void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);
+};
+
+// Work on rows of tokens, one by one or along a sequence: cpu/kernels/rows.cpp.
+struct RowKernels {
   void (*activate)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*activate_backward)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*topk_routing)(const TopkRoutingArgs& args, int64_t begin, int64_t end);
@@ -61,28 +96,46 @@ struct Kernels {
   void (*gate_backward)(const GateBackwardArgs& args, int64_t begin, int64_t end);
   void (*self_referential)(const SelfReferentialArgs& args, int64_t begin, int64_t end);
   void (*self_referential_backward)(const SelfReferentialBackwardArgs& args, int64_t begin, int64_t end);
-  void (*product_key_topk)(const ProductKeyTopkArgs& args, int64_t begin, int64_t end);
-  void (*product_key_topk_backward)(const ProductKeyTopkBackwardArgs& args, int64_t begin, int64_t end);
-  void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);
 };
 
+struct Kernels {
+  const char* name;
+  bool pairs;  // whether products of bfloat16 multiply pairs
+  bool tiles;  // whether products with whole weights use tiles
+  const ExpertKernels& experts;
+  const StructuredKernels& structured;
+  const TableKernels& tables;
+  const RowKernels& rows;
+};
+
+// What cpu/kernels/ defines for each instruction set that is compiled.
+#define GOSSAMER_PRODUCTS \
+  extern const ExpertKernels kExperts; \
+  extern const StructuredKernels kStructured;
+#define GOSSAMER_PARTS \
+  GOSSAMER_PRODUCTS \
+  extern const TableKernels kTables; \
+  extern const RowKernels kRows;
+
 namespace generic {
-extern const Kernels kKernels;
+GOSSAMER_PARTS
 }
 #if defined(__x86_64__)
 namespace avx2 {
-extern const Kernels kKernels;
+GOSSAMER_PARTS
 }
 namespace avx512 {
-extern const Kernels kKernels;
+GOSSAMER_PARTS
 }
 namespace avx512_bf16 {
-extern const Kernels kKernels;
+GOSSAMER_PARTS
 }
 namespace amx {
-extern const Kernels kKernels;
+GOSSAMER_PRODUCTS
 }
 #endif
+#undef GOSSAMER_PARTS
+#undef GOSSAMER_PRODUCTS
 
 // The kernels in use: the best that this processor runs, unless others were chosen.
 const Kernels& kernels();

@@ -1,4 +1,4 @@
-// What isa_*.cpp includes before it sets its target.
+// What kernels use of the standard library and of dtypes, included before a target is set.
 #pragma once
 
 #include <algorithm>

@@ -1,15 +1,9 @@
-// The instruction set that kernels are compiled for, as isa_*.cpp defines it: GOSSAMER_ISA is its namespace. The kernels
-// for any processor where nothing is defined: the baseline of x86-64, NEON on aarch64.
+// Sets the instruction set that kernels are compiled for, that of GOSSAMER_TARGET, or generic: GOSSAMER_ISA is its namespace.
+// Only kernels come after it: an inline function that all instruction sets share would be theirs alone.
 #pragma once
 
-#include "cpu/isa_begin.h"
-
-#ifndef GOSSAMER_ISA
-#define GOSSAMER_ISA generic
-#define GOSSAMER_VECTOR_BYTES 16
-#define GOSSAMER_F16C 0
-#define GOSSAMER_BF16_DOT 0
-#define GOSSAMER_AMX 0
-#define GOSSAMER_TILE_ROWS 4
-#define GOSSAMER_TILE_VECTORS 2
+#ifdef GOSSAMER_TARGET
+#include GOSSAMER_TARGET
+#else
+#include "cpu/isa_generic.h"
 #endif

@@ -1,8 +1,9 @@
-// The products of low_rank of one instruction set; see isa_kernels.h.
+// The products of low_rank of one instruction set.
 #pragma once
 
 #include "cpu/expert_update_kernel.h"
 #include "cpu/grouped_matmul_kernel.h"
+#include "cpu/low_rank.h"
 #include "cpu/philox_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {

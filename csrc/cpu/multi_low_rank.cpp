@@ -19,11 +19,11 @@ void run(const Args& args, int num_threads, Kernel kernel) {
 }  // namespace
 
 void multi_low_rank(const MultiLowRankForwardArgs& args, int num_threads) {
-  run(args, num_threads, kernels().multi_low_rank);
+  run(args, num_threads, kernels().structured.multi_low_rank);
 }
 
 void multi_low_rank_backward(const MultiLowRankBackwardArgs& args, int num_threads) {
-  run(args, num_threads, kernels().multi_low_rank_backward);
+  run(args, num_threads, kernels().structured.multi_low_rank_backward);
 }
 
 }  // namespace gossamer

@@ -1,4 +1,4 @@
-// Many low-rank updates and their gradients of one instruction set; see isa_kernels.h.
+// Many low-rank updates and their gradients of one instruction set.
 //
 // The products here are skinny: r columns from long rows, or long rows from r columns. Rows are read where they lie, a few
 // at a time; factors are packed with their narrow side along the depth or in the lanes, or, for a few rows, which would not
@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/grouped_matmul_kernel.h"
+#include "cpu/multi_low_rank.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {

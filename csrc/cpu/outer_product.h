@@ -1,4 +1,4 @@
-// Sums over tokens: outer products of panels, which are weight gradients. Included by isa_kernels.h.
+// Sums over tokens: outer products of panels, which are weight gradients.
 #pragma once
 
 #include "cpu/tile_gemm.h"

@@ -1,4 +1,4 @@
-// Packed matrices, the operands of the products. Included by isa_kernels.h.
+// Packed matrices, the operands of the products.
 //
 // A panel stores a matrix of `depth` rows and `width` columns as blocks of columns, each block row by row. A block is Vectors
 // vectors wide, kPanelWidth columns by default; the last block is as wide as it needs to be. Products sum along the depth and keep

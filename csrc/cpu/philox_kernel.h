@@ -1,6 +1,7 @@
-// The dropout mask of the low-rank operators; see python/gossamer/ops/_philox.py. Included by isa_kernels.h.
+// The dropout mask of the low-rank operators; see python/gossamer/ops/_philox.py.
 #pragma once
 
+#include "cpu/low_rank.h"
 #include "cpu/vec.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -1,6 +1,7 @@
-// Retrieval by product keys of one instruction set; see isa_kernels.h.
+// Retrieval by product keys of one instruction set.
 #pragma once
 
+#include "cpu/product_key_topk.h"
 #include "cpu/tile_gemm.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -1,7 +1,8 @@
-// The expert products with quantised weights of one instruction set; see isa_kernels.h.
+// The expert products with quantised weights of one instruction set.
 #pragma once
 
 #include "cpu/expert_mlp_kernel.h"
+#include "cpu/quantized_experts.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {

@@ -1,6 +1,7 @@
-// Quantised expert weights of one instruction set: decoding runs of a row, and products with them; see isa_kernels.h.
+// Quantised expert weights of one instruction set: decoding runs of a row, and products with them.
 #pragma once
 
+#include "cpu/quantized_experts.h"
 #include "cpu/tile_gemm.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -1,7 +1,8 @@
 // Products with weights that are contiguous along their rows, with tokens in the rows of the result. Such a weight is packed without
-// a transposition, several groups of its rows side by side, so that each read is long. Included by isa_kernels.h.
+// a transposition, several groups of its rows side by side, so that each read is long.
 #pragma once
 
+#include "cpu/memory.h"
 #include "cpu/tile_gemm.h"
 
 namespace gossamer::GOSSAMER_ISA {

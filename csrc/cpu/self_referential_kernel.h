@@ -1,8 +1,10 @@
-// The recurrence of self-referential weight matrices, of one instruction set; see isa_kernels.h.
+// The recurrence of self-referential weight matrices, of one instruction set.
 #pragma once
 
 #include "cpu/activation_kernel.h"
+#include "cpu/memory.h"
 #include "cpu/panel.h"
+#include "cpu/self_referential.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {

@@ -99,7 +99,7 @@ class Update {
     WorkQueue queue(taken_.get());
     queue.restart(team);
     team.barrier();
-    const Kernels& k = kernels();
+    const TableKernels& k = kernels().tables;
     queue.each(team, pieces_, 1, [&](int64_t begin, int64_t end) { k.sum_pieces(args_, ids_, begin, end); });
     team.barrier();
     queue.restart(team);

@@ -1,7 +1,8 @@
-// Sums of the gradients of sorted rows, and the steps on them, of one instruction set; see isa_kernels.h.
+// Sums of the gradients of sorted rows, and the steps on them, of one instruction set.
 #pragma once
 
 #include "cpu/gather_reduce_kernel.h"
+#include "cpu/sparse_update.h"
 #include "cpu/step_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -1,7 +1,8 @@
-// One optimizer step on one row; see isa_kernels.h. Formulas: python/gossamer/optim.py.
+// One optimizer step on one row. Formulas: python/gossamer/optim.py.
 #pragma once
 
 #include "cpu/philox_kernel.h"
+#include "cpu/sparse_update.h"
 #include "cpu/vec.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -1,4 +1,4 @@
-// Matrix products on panels by tiles, and the choice between them and those by vectors. Included by isa_kernels.h.
+// Matrix products on panels by tiles, and the choice between them and those by vectors.
 #pragma once
 
 #include "cpu/gemm.h"

@@ -1,4 +1,4 @@
-// Products of bfloat16 by the processor's tiles (AMX), where an instruction set has them. Included by isa_kernels.h.
+// Products of bfloat16 by the processor's tiles (AMX), where an instruction set has them.
 //
 // A tile is 16 rows of 64 bytes. A left tile holds 16 rows of a matrix by 16 pairs along the sum, a right tile 16 rows of one
 // panel vector, a tile of sums 16 x 16 floats. The sums of two left by two right tiles stay in registers along the whole depth, so

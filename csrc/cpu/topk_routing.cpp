@@ -17,10 +17,10 @@ void over_tokens(void (*kernel)(const Args&, int64_t, int64_t), const Args& args
 
 }  // namespace
 
-void topk_routing(const TopkRoutingArgs& args, int num_threads) { over_tokens(kernels().topk_routing, args, num_threads); }
+void topk_routing(const TopkRoutingArgs& args, int num_threads) { over_tokens(kernels().rows.topk_routing, args, num_threads); }
 
 void topk_routing_backward(const TopkRoutingBackwardArgs& args, int num_threads) {
-  over_tokens(kernels().topk_routing_backward, args, num_threads);
+  over_tokens(kernels().rows.topk_routing_backward, args, num_threads);
 }
 
 }  // namespace gossamer

@@ -1,8 +1,9 @@
-// Routing of one instruction set; see isa_kernels.h.
+// Routing of one instruction set.
 #pragma once
 
 #include "cpu/activation_kernel.h"
 #include "cpu/panel.h"
+#include "cpu/topk_routing.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -43,6 +44,20 @@ def test_each_header_compiles_by_itself():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(HEADERS, pool.map(check, HEADERS), strict=True))
     assert {str(path.relative_to(ROOT)): error for path, error in found.items() if error} == {}
+
+
+@pytest.mark.parametrize("part", sorted(path.stem for path in (ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")))
+def test_only_kernels_come_after_a_target(part):
+    """Of an inline function that several instruction sets compile the linker keeps one: any processor must run it."""
+    source = ROOT / "csrc" / "cpu" / "kernels" / f"{part}.cpp"
+    command = [COMPILER, "-std=c++20", "-fopenmp", "-E", f"-I{ROOT / 'csrc'}", str(source)]
+    done = subprocess.run(command, text=True, capture_output=True, check=True)
+    entered = re.findall(r'^# 1 "([^"<]+)" 1', done.stdout, re.M)
+    after = [Path(path) for path in entered[entered.index(str(ROOT / "csrc" / "cpu" / "isa_generic.h")) + 1 :]]
+    assert ROOT / "csrc" / "cpu" / "vec.h" in after
+    opening = "namespace gossamer::GOSSAMER_ISA {"
+    kernels = [path for path in after if ROOT in path.parents and opening in path.read_text()]
+    assert [str(path) for path in after if path not in kernels and path.name != "isa_end.h"] == []
 
 
 def test_a_header_that_leans_on_others_is_found():

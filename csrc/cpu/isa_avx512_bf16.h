@@ -1,4 +1,4 @@
-// The target of AVX-512 F, BW, DQ, VL and BF16, and the vectors that its kernels take: what its own and those of AMX start with.
+// The target of kernels for x86-64 with AVX-512 F, BW, DQ, VL and BF16.
 #pragma once
 
 #include "cpu/isa_begin.h"
@@ -12,6 +12,10 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
+#ifndef GOSSAMER_ISA
+#define GOSSAMER_ISA avx512_bf16
+#define GOSSAMER_AMX 0
+#endif
 #define GOSSAMER_VECTOR_BYTES 64
 #define GOSSAMER_F16C 1
 #define GOSSAMER_BF16_DOT 1

@@ -1,7 +1,8 @@
-// The kernels for x86-64 with AVX2, FMA and F16C.
+// The target of kernels for x86-64 with AVX2, FMA and F16C.
+#pragma once
+
 #include "cpu/isa_begin.h"
 
-#if defined(__x86_64__)
 #include <immintrin.h>
 
 // Only now, so that inline functions of the standard headers stay runnable everywhere.
@@ -12,22 +13,9 @@
 #endif
 
 #define GOSSAMER_ISA avx2
+#define GOSSAMER_AMX 0
 #define GOSSAMER_VECTOR_BYTES 32
 #define GOSSAMER_F16C 1
 #define GOSSAMER_BF16_DOT 0
-#define GOSSAMER_AMX 0
 #define GOSSAMER_TILE_ROWS 4
 #define GOSSAMER_TILE_VECTORS 3
-
-#include "cpu/isa_kernels.h"
-
-namespace gossamer::avx2 {
-
-const Kernels kKernels = {.name = "avx2", GOSSAMER_KERNEL_TABLE};
-
-}  // namespace gossamer::avx2
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif

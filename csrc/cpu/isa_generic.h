@@ -1,4 +1,6 @@
-// The kernels for any processor: the baseline of x86-64, NEON on aarch64.
+// The target of kernels for any processor: the baseline of x86-64, NEON on aarch64.
+#pragma once
+
 #include "cpu/isa_begin.h"
 
 // An install for a machine with a better instruction set compiles them in less time: it never chooses them by itself.
@@ -10,10 +12,10 @@
 #endif
 #endif
 
-#include "cpu/isa_kernels.h"
-
-namespace gossamer::generic {
-
-const Kernels kKernels = {.name = "generic", GOSSAMER_KERNEL_TABLE};
-
-}  // namespace gossamer::generic
+#define GOSSAMER_ISA generic
+#define GOSSAMER_VECTOR_BYTES 16
+#define GOSSAMER_F16C 0
+#define GOSSAMER_BF16_DOT 0
+#define GOSSAMER_AMX 0
+#define GOSSAMER_TILE_ROWS 4
+#define GOSSAMER_TILE_VECTORS 2

@@ -1,0 +1,30 @@
+// Lookups in tables, steps on rows and retrieval by product keys, for one instruction set: setup.py compiles it once for each.
+#include "cpu/isa_begin.h"
+#include "cpu/gather_reduce.h"
+#include "cpu/low_rank.h"
+#include "cpu/memory.h"
+#include "cpu/product_key_topk.h"
+#include "cpu/sparse_update.h"
+
+#include "cpu/isa_target.h"
+
+#include "cpu/gather_reduce_kernel.h"
+#include "cpu/product_key_topk_kernel.h"
+#include "cpu/sparse_update_kernel.h"
+
+namespace gossamer::GOSSAMER_ISA {
+
+const TableKernels kTables = {
+    .gather_reduce = gather_reduce,
+    .gather_max = gather_max,
+    .gather_dot = gather_dot,
+    .sum_pieces = sum_pieces,
+    .update_rows = update_rows,
+    .product_key_topk = product_key_topk,
+    .product_key_topk_backward = product_key_topk_backward,
+    .product_key_search = product_key_search,
+};
+
+}  // namespace gossamer::GOSSAMER_ISA
+
+#include "cpu/isa_end.h"
