@@ -52,7 +52,9 @@ PYBIND11_MODULE(_C, m) {
       "choose_isa",
       [](const std::string& name) {
         if (!gossamer::choose_kernels(name.empty() ? nullptr : name.c_str())) {
-          throw py::value_error("isa must be one that was compiled and that this processor runs, of amx, avx512_bf16, avx512, avx2 and generic, got " + name);
+          throw py::value_error(
+              "isa must be one that was compiled and that this processor runs, of amx, avx512_bf16, avx512, avx2 and generic, got " +
+              name);
         }
       },
       "Use the kernels of another instruction set, for tests; the empty string stands for the best one.");

@@ -39,10 +39,10 @@ struct Bucket {
 };
 
 struct Table {
-  uint8_t* digests;  // (slots,)
-  int64_t* keys;     // (slots,)
-  int64_t* scores;   // (slots,), null where nothing is evicted
-  Bucket* buckets;   // (slots / 16,)
+  uint8_t* digests;      // (slots,)
+  int64_t* keys;         // (slots,)
+  int64_t* scores;       // (slots,), null where nothing is evicted
+  Bucket* buckets;       // (slots / 16,)
   int32_t* fill;         // (partitions,) live slots
   const int32_t* quota;  // (partitions,) number of live slots from which a new key evicts
   int64_t num_partitions, partition_buckets;
@@ -252,8 +252,7 @@ struct Claim {
 
 // Returns the slot that a new key takes; with `stay`, within its partition.
 template <class Lanes>
-GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, int64_t score, bool stay,
-                        const Lanes& lanes) {
+GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, int64_t score, bool stay, const Lanes& lanes) {
   const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
   const bool evicts = batch.policy != Evict::kNone;
   const bool full = evicts && t.fill[place.partition] >= t.quota[place.partition];
@@ -287,7 +286,7 @@ GOSSAMER_HD Claim claim(const Table& t, const Batch& batch, const Place& place, 
 struct Results {
   int64_t* slots;
   uint8_t* status;
-  int64_t* victim_keys;    // null where nothing is evicted
+  int64_t* victim_keys;  // null where nothing is evicted
   int64_t* victim_scores;
 };
 

@@ -164,8 +164,9 @@ def test_one_version_everywhere():
     assert gossamer.__version__ == declared
 
 
-def test_one_ruff_everywhere():
-    (declared,) = re.findall(r'"(ruff[<>=][^"]+)"', (ROOT / "pyproject.toml").read_text())
+@pytest.mark.parametrize("tool", ["ruff", "clang-format"])
+def test_one_formatter_everywhere(tool):
+    (declared,) = re.findall(rf'"({tool}[<>=][^"]+)"', (ROOT / "pyproject.toml").read_text())
     assert f"pip install '{declared}'" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -226,7 +227,9 @@ def test_instruction_sets_are_those_wanted(build_script, tmp_path, monkeypatch):
 
     def built(**environment):
         (extension,) = build_script(**environment)[1]["ext_modules"]
-        return set(extension.isas), [name for name, _ in extension.define_macros if name.startswith("GOSSAMER_WITHOUT_")]
+        return set(extension.isas), [
+            name for name, _ in extension.define_macros if name.startswith("GOSSAMER_WITHOUT_")
+        ]
 
     every = {p.stem.removeprefix("isa_") for p in (ROOT / "csrc" / "cpu").glob("isa_*.h")} - {"begin", "end", "target"}
     assert built(GOSSAMER_ISAS="all") == (every, [])

@@ -35,15 +35,15 @@ Epilogue epilogue(const PyVector& bias, bool by_rows, const std::optional<std::s
 
 void register_block_sparse(py::module_& m) {
   py::class_<BlockLists>(m, "BlockLists", "The blocks of a matrix list by list, a list being a block row.")
-      .def(py::init([](uintptr_t offsets, uintptr_t indices, uintptr_t order, int64_t count, uintptr_t live,
-                       uintptr_t live_across) {
-             return BlockLists{.offsets = pointer<const int32_t>(offsets),
-                               .indices = pointer<const int32_t>(indices),
-                               .order = pointer<const int32_t>(order),
-                               .count = count,
-                               .live = pointer<const int32_t>(live),
-                               .live_across = pointer<const int32_t>(live_across)};
-           }),
+      .def(py::init(
+               [](uintptr_t offsets, uintptr_t indices, uintptr_t order, int64_t count, uintptr_t live, uintptr_t live_across) {
+                 return BlockLists{.offsets = pointer<const int32_t>(offsets),
+                                   .indices = pointer<const int32_t>(indices),
+                                   .order = pointer<const int32_t>(order),
+                                   .count = count,
+                                   .live = pointer<const int32_t>(live),
+                                   .live_across = pointer<const int32_t>(live_across)};
+               }),
            py::kw_only(), "offsets"_a, "indices"_a, "order"_a, "count"_a, "live"_a, "live_across"_a);
   py::class_<BlockProductArgs>(m, "BlockProduct", "y = act(s · b + bias), s block-sparse.")
       .def(py::init([](const BlockLists& lists, uintptr_t values, const PySizes& block, const PySizes& strides,
@@ -65,13 +65,12 @@ void register_block_sparse(py::module_& m) {
                                      .y_by_columns = y_by_columns,
                                      .y_part = y_part};
            }),
-           py::kw_only(), "lists"_a, "values"_a, "block"_a, "strides"_a, "b"_a, "depth"_a, "n"_a, "bias"_a,
-           "bias_by_rows"_a, "activation"_a, "y"_a, "y_by_columns"_a, "y_part"_a);
+           py::kw_only(), "lists"_a, "values"_a, "block"_a, "strides"_a, "b"_a, "depth"_a, "n"_a, "bias"_a, "bias_by_rows"_a,
+           "activation"_a, "y"_a, "y_by_columns"_a, "y_part"_a);
   py::class_<SampledProductArgs>(m, "SampledProduct", "act(a · b + bias) at the blocks of a topology.")
       .def(py::init([](const BlockLists& lists, uintptr_t rows_of, int64_t nnz, const PySizes& block, const PyMatrix& a,
-                       uintptr_t a_rows, int64_t num_a, const PyParted& b, int64_t depth, int64_t cols,
-                       const PyVector& bias, bool bias_by_rows, const std::optional<std::string>& activation,
-                       uintptr_t values) {
+                       uintptr_t a_rows, int64_t num_a, const PyParted& b, int64_t depth, int64_t cols, const PyVector& bias,
+                       bool bias_by_rows, const std::optional<std::string>& activation, uintptr_t values) {
              return SampledProductArgs{.dtype = matrix(a).dtype,
                                        .lists = lists,
                                        .rows_of = pointer<const int32_t>(rows_of),
@@ -87,8 +86,8 @@ void register_block_sparse(py::module_& m) {
                                        .epilogue = epilogue(bias, bias_by_rows, activation),
                                        .values = pointer<void>(values)};
            }),
-           py::kw_only(), "lists"_a, "rows_of"_a, "nnz"_a, "block"_a, "a"_a, "a_rows"_a, "num_a"_a, "b"_a, "depth"_a,
-           "cols"_a, "bias"_a, "bias_by_rows"_a, "activation"_a, "values"_a);
+           py::kw_only(), "lists"_a, "rows_of"_a, "nnz"_a, "block"_a, "a"_a, "a_rows"_a, "num_a"_a, "b"_a, "depth"_a, "cols"_a,
+           "bias"_a, "bias_by_rows"_a, "activation"_a, "values"_a);
   m.def(
       "choose_rectangles",
       [](const BlockLists& lists, const PySizes& block, int64_t across, int64_t size, int64_t part) {

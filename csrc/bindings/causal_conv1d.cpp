@@ -23,12 +23,14 @@ inline Sequences sequences(const PySequences& s) {
 
 inline int64_t checked_taps(int64_t taps) {
   if (taps >= 1 && taps <= kMostTaps) return taps;
-  throw py::value_error("gossamer._C: a convolution has 1 to " + std::to_string(kMostTaps) + " taps, got " + std::to_string(taps));
+  throw py::value_error("gossamer._C: a convolution has 1 to " + std::to_string(kMostTaps) + " taps, got " +
+                        std::to_string(taps));
 }
 
 inline CausalConvArgs causal_conv_args(const PyCausalConv& conv) {
   const auto& [x, weight, bias, initial, of, channels, taps, state_size, silu] = conv;
-  return {sequences(of), channels, checked_taps(taps), state_size, silu, cube(x), matrix(weight), row_matrix(bias), cube(initial)};
+  return {sequences(of), channels,       checked_taps(taps), state_size,   silu,
+          cube(x),       matrix(weight), row_matrix(bias),   cube(initial)};
 }
 
 void register_causal_conv1d(py::module_& m) {
@@ -44,8 +46,8 @@ void register_causal_conv1d(py::module_& m) {
       "causal_conv1d_backward",
       [](const PyCausalConv& conv, const PyCube& dy, const PyCube& dfinal_state, const PyCube& dx, const PyMatrix& dweight,
          const PyVector& dbias, const PyCube& dinitial_state, int num_threads) {
-        const CausalConvBackwardArgs args{causal_conv_args(conv), cube(dy), cube(dfinal_state), cube(dx),
-                                          matrix(dweight), row_matrix(dbias), cube(dinitial_state)};
+        const CausalConvBackwardArgs args{causal_conv_args(conv), cube(dy),          cube(dfinal_state),  cube(dx),
+                                          matrix(dweight),        row_matrix(dbias), cube(dinitial_state)};
         py::gil_scoped_release release;
         causal_conv1d_backward(args, num_threads);
       },
@@ -54,8 +56,8 @@ void register_causal_conv1d(py::module_& m) {
       "causal_conv1d_step",
       [](const PyMatrix& x, const PyMatrix& weight, const PyVector& bias, const PyCube& state, int64_t batch, int64_t channels,
          int64_t taps, int64_t state_size, bool silu, const PyMatrix& y, int num_threads) {
-        const CausalConvStepArgs args{batch, channels, checked_taps(taps), state_size, silu, matrix(x), matrix(weight),
-                                      row_matrix(bias), cube(state), matrix(y)};
+        const CausalConvStepArgs args{batch,     channels,       checked_taps(taps), state_size,  silu,
+                                      matrix(x), matrix(weight), row_matrix(bias),   cube(state), matrix(y)};
         py::gil_scoped_release release;
         causal_conv1d_step(args, num_threads);
       },

@@ -20,11 +20,13 @@ HeadArray head_array(const PyHeads& x) {
 // What gossamer.ops.delta_rule hands over: the record, with the output, the states and the kind of the decay.
 DeltaRuleArgs delta_rule_args(const std::tuple<PyHeads, PyHeads, PyHeads, PyHeads, PyHeads, PyHeads>& arrays,
                               const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t bounds,
-                              int64_t num_sequences, int decay, uintptr_t a_log, uintptr_t dt_bias, std::optional<double> lower_bound,
-                              double scale, bool l2norm, uintptr_t initial_state, uintptr_t final_state, uintptr_t checkpoints) {
+                              int64_t num_sequences, int decay, uintptr_t a_log, uintptr_t dt_bias,
+                              std::optional<double> lower_bound, double scale, bool l2norm, uintptr_t initial_state,
+                              uintptr_t final_state, uintptr_t checkpoints) {
   DeltaRuleArgs a{};
   const auto& [q, k, v, beta, g, o] = arrays;
-  a.q = head_array(q), a.k = head_array(k), a.v = head_array(v), a.beta = head_array(beta), a.g = head_array(g), a.o = head_array(o);
+  a.q = head_array(q), a.k = head_array(k), a.v = head_array(v), a.beta = head_array(beta), a.g = head_array(g),
+  a.o = head_array(o);
   a.dtype = a.q.dtype;
   std::tie(a.batch, a.tokens, a.key_heads, a.heads, a.key_size, a.value_size) = sizes;
   a.bounds = pointer<const int64_t>(bounds);
@@ -103,9 +105,19 @@ void register_delta_rule(py::module_& m) {
       [](int64_t batch, int64_t tokens, int64_t heads, int64_t channels, const PyHeads& g, const PyHeads& dg, uintptr_t a_log,
          uintptr_t dt_bias, std::optional<double> lower_bound, uintptr_t da_log, uintptr_t ddt_bias, int num_threads) {
         const HeadArray flow = head_array(dg);
-        const GateBackwardArgs args{flow.dtype, batch, tokens, heads, channels, head_array(g), flow, pointer<const void>(a_log),
-                                    pointer<const void>(dt_bias), lower_bound.has_value(), lower_bound.value_or(0),
-                                    pointer<void>(da_log), pointer<void>(ddt_bias)};
+        const GateBackwardArgs args{flow.dtype,
+                                    batch,
+                                    tokens,
+                                    heads,
+                                    channels,
+                                    head_array(g),
+                                    flow,
+                                    pointer<const void>(a_log),
+                                    pointer<const void>(dt_bias),
+                                    lower_bound.has_value(),
+                                    lower_bound.value_or(0),
+                                    pointer<void>(da_log),
+                                    pointer<void>(ddt_bias)};
         py::gil_scoped_release release;
         gate_backward(args, num_threads);
       },

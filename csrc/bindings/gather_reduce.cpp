@@ -34,19 +34,19 @@ void register_gather_reduce(py::module_& m) {
       .def(py::init([](const PyVector& index, const PyVector& offsets, const PyVector& weights, int64_t bag_size,
                        int64_t num_positions, int64_t num_bags, int64_t limit, std::string_view mode, int64_t padding_idx,
                        bool drop, uintptr_t features, int64_t num_features) {
-             return Bags{.index = index_array(index),
-                         .offsets = index_array(offsets),
-                         .weights = row_matrix(weights),
-                         .bag_size = bag_size,
-                         .num_positions = num_positions,
-                         .num_bags = num_bags,
-                         .limit = limit < 0 ? kAll : limit,
-                         .padding_idx = padding_idx,
-                         .mean = mode == "mean",
-                         .drop = drop,
-                         .features = pointer<const Feature>(features),
-                         .num_features = num_features};
-           }));
+        return Bags{.index = index_array(index),
+                    .offsets = index_array(offsets),
+                    .weights = row_matrix(weights),
+                    .bag_size = bag_size,
+                    .num_positions = num_positions,
+                    .num_bags = num_bags,
+                    .limit = limit < 0 ? kAll : limit,
+                    .padding_idx = padding_idx,
+                    .mean = mode == "mean",
+                    .drop = drop,
+                    .features = pointer<const Feature>(features),
+                    .num_features = num_features};
+      }));
   m.def(
       "gather_reduce",
       [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyMatrix& out, int num_threads) {
@@ -99,8 +99,8 @@ void register_gather_reduce(py::module_& m) {
         gather_dot(args, num_threads);
       },
       "out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.",
-      py::kw_only(), py::arg("dout"), py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"),
-      py::arg("out"), py::arg("num_threads"));
+      py::kw_only(), py::arg("dout"), py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("out"),
+      py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

@@ -9,8 +9,8 @@ void register_grouped_matmul(py::module_& m) {
   using py::arg;
   m.def(
       "grouped_matmul",
-      [](const PyGroups& g, int64_t n, int64_t c, const PyMatrix& x, int64_t x_div, const PyWeights& weight,
-         bool, const PyMatrix& bias, uintptr_t y, bool y_grouped, int num_threads) {
+      [](const PyGroups& g, int64_t n, int64_t c, const PyMatrix& x, int64_t x_div, const PyWeights& weight, bool,
+         const PyMatrix& bias, uintptr_t y, bool y_grouped, int num_threads) {
         const GroupedMatmulArgs args{.dtype = matrix(x).dtype,
                                      .groups = groups(g),
                                      .n = n,
@@ -42,8 +42,8 @@ void register_grouped_matmul(py::module_& m) {
         py::gil_scoped_release release;
         grouped_matmul_dweight(args, num_threads);
       },
-      "dweight[e] = sum over the rows of e of dy[g(r)]^T x[g'(r)], and dbias[e] = sum of dy[g(r)].", arg("groups"),
-      arg("n"), arg("c"), arg("x"), arg("x_div"), arg("dy"), arg("dy_div"), arg("dweight"), arg("transposed"), arg("dbias"),
+      "dweight[e] = sum over the rows of e of dy[g(r)]^T x[g'(r)], and dbias[e] = sum of dy[g(r)].", arg("groups"), arg("n"),
+      arg("c"), arg("x"), arg("x_div"), arg("dy"), arg("dy_div"), arg("dweight"), arg("transposed"), arg("dbias"),
       arg("num_threads"));
 }
 

@@ -61,8 +61,8 @@ void register_hash_table(py::module_& m) {
          double bound, int num_threads) {
         const IndexArray array = index_array(keys);
         py::gil_scoped_release release;
-        uniform_rows(pointer<void>(table), static_cast<DType>(dtype), dim, pointer<const int64_t>(slots), array, count,
-                     seed, bound, num_threads);
+        uniform_rows(pointer<void>(table), static_cast<DType>(dtype), dim, pointer<const int64_t>(slots), array, count, seed,
+                     bound, num_threads);
       },
       "table[slots[i]] = values in (-bound, bound) that follow from key, column and seed.");
   m.def(
@@ -72,8 +72,7 @@ void register_hash_table(py::module_& m) {
         if (item_bytes == 8) {
           mark_slots(pointer<int64_t>(array), pointer<const int64_t>(slots), count, value, num_threads);
         } else {
-          mark_slots(pointer<uint8_t>(array), pointer<const int64_t>(slots), count, static_cast<uint8_t>(value),
-                     num_threads);
+          mark_slots(pointer<uint8_t>(array), pointer<const int64_t>(slots), count, static_cast<uint8_t>(value), num_threads);
         }
       },
       "array[slots[i]] = value, -1 skipped, for items of 8 bytes or 1.");

@@ -28,8 +28,8 @@ void register_hash_table_cuda(py::module_& m) {
   m.def(
       "cuda_hash_table_find",
       [](const Table& table, const PyVector& keys, int64_t count, uintptr_t slots, int device, uintptr_t stream) {
-        raise_table(cuda::hash_table_find(table, hash_keys(keys, count), pointer<int64_t>(slots), device,
-                                          pointer<void>(stream)));
+        raise_table(
+            cuda::hash_table_find(table, hash_keys(keys, count), pointer<int64_t>(slots), device, pointer<void>(stream)));
       },
       "The slot of each key, -1 where it is absent.");
   m.def(
@@ -58,8 +58,7 @@ void register_hash_table_cuda(py::module_& m) {
       "Serve the keys of a sorted batch that are in the table or, in a second call, those that were not.");
   m.def(
       "cuda_gather_rows",
-      [](uintptr_t table, int64_t row_bytes, uintptr_t slots, int64_t count, uintptr_t out, int device,
-         uintptr_t stream) {
+      [](uintptr_t table, int64_t row_bytes, uintptr_t slots, int64_t count, uintptr_t out, int device, uintptr_t stream) {
         raise_table(cuda::gather_rows(pointer<const char>(table), row_bytes, pointer<const int64_t>(slots), count,
                                       pointer<char>(out), device, pointer<void>(stream)));
       },
@@ -75,8 +74,7 @@ void register_hash_table_cuda(py::module_& m) {
       "table[slots[i]] = rows[i], or zeros for no rows, where position i made its row.");
   m.def(
       "cuda_mark_slots",
-      [](uintptr_t array, int64_t item_bytes, uintptr_t slots, int64_t count, int64_t value, int device,
-         uintptr_t stream) {
+      [](uintptr_t array, int64_t item_bytes, uintptr_t slots, int64_t count, int64_t value, int device, uintptr_t stream) {
         raise_table(cuda::mark_slots(pointer<void>(array), item_bytes, pointer<const int64_t>(slots), count, value, device,
                                      pointer<void>(stream)));
       },

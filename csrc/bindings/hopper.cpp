@@ -123,8 +123,8 @@ void register_products(py::module_& m) {
   using py::arg;
   m.def(
       "hopper_grouped_matmul",
-      [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w,
-         uintptr_t bias, uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
+      [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w, uintptr_t bias,
+         uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
         const cuda::GroupedMatmulArgs args{.bfloat16 = bfloat16,
                                            .routing = routing(g),
                                            .n = n,
@@ -152,8 +152,8 @@ void register_products(py::module_& m) {
                                             .outer_stride = outer_stride};
         raise_of_hopper(cuda::grouped_matmul_dweight(args, where(at)));
       },
-      "Outer products summed over the rows of each expert.", arg("bfloat16"), arg("routing"), arg("a"), arg("b"),
-      arg("out"), arg("expert_stride"), arg("outer_stride"), arg("where"));
+      "Outer products summed over the rows of each expert.", arg("bfloat16"), arg("routing"), arg("a"), arg("b"), arg("out"),
+      arg("expert_stride"), arg("outer_stride"), arg("where"));
   m.def(
       "hopper_expert_up",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
@@ -177,8 +177,8 @@ void register_products(py::module_& m) {
   m.def(
       "hopper_expert_down_backward",
       [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
-         const PyActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial,
-         uintptr_t weights, bool weights_float32, const PyWhere& at) {
+         const PyActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial, uintptr_t weights,
+         bool weights_float32, const PyWhere& at) {
         const cuda::ExpertDownBackwardArgs args{.bfloat16 = bfloat16,
                                                 .routing = routing(g),
                                                 .inner = inner,
@@ -194,9 +194,9 @@ void register_products(py::module_& m) {
                                                 .weights_float32 = weights_float32};
         raise_of_hopper(cuda::expert_down_backward(args, where(at)));
       },
-      "The gradient through the down-projection and the activation.", arg("bfloat16"), arg("routing"), arg("inner"),
-      arg("c"), arg("dy"), arg("down"), arg("activation"), arg("preact"), arg("dpreact"), arg("act"), arg("partial"),
-      arg("weights"), arg("weights_float32"), arg("where"));
+      "The gradient through the down-projection and the activation.", arg("bfloat16"), arg("routing"), arg("inner"), arg("c"),
+      arg("dy"), arg("down"), arg("activation"), arg("preact"), arg("dpreact"), arg("act"), arg("partial"), arg("weights"),
+      arg("weights_float32"), arg("where"));
 }
 #endif
 

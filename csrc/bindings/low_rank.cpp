@@ -40,8 +40,8 @@ void register_low_rank(py::module_& m) {
   m.def(
       "low_rank_matmul",
       [](int64_t rows, int64_t columns, int64_t depth, int64_t rank, const PyMatrix& x, const PyMatrix& weight,
-         const PyVector& bias, const PyMatrix& a, const PyMatrix& left, const PyMatrix& right, const PyMatrix& y,
-         double factor, double left_factor, const PyDropout& mask, int num_threads) {
+         const PyVector& bias, const PyMatrix& a, const PyMatrix& left, const PyMatrix& right, const PyMatrix& y, double factor,
+         double left_factor, const PyDropout& mask, int num_threads) {
         const LowRankArgs args{.dtype = matrix(y).dtype,
                                .rows = rows,
                                .columns = columns,
@@ -60,8 +60,8 @@ void register_low_rank(py::module_& m) {
         py::gil_scoped_release release;
         low_rank_matmul(args, num_threads);
       },
-      py::kw_only(), "rows"_a, "columns"_a, "depth"_a, "rank"_a, "x"_a, "weight"_a, "bias"_a, "a"_a, "left"_a, "right"_a,
-      "y"_a, "factor"_a, "left_factor"_a, "mask"_a, "num_threads"_a,
+      py::kw_only(), "rows"_a, "columns"_a, "depth"_a, "rank"_a, "x"_a, "weight"_a, "bias"_a, "a"_a, "left"_a, "right"_a, "y"_a,
+      "factor"_a, "left_factor"_a, "mask"_a, "num_threads"_a,
       "y (rows, columns) = x · weightᵀ + bias + factor · drop(left · right); without x the last term is added to y. With a, "
       "left becomes left_factor · x · aᵀ.");
 }

@@ -39,12 +39,10 @@ py::capsule take_pages(int64_t bytes) {
 }  // namespace
 
 void register_memory(py::module_& m) {
+  m.def("core_distance", &core_distance, py::call_guard<py::gil_scoped_release>(),
+        "Seconds that a cache line takes from a thread to its neighbour and back; the mean over a team's pairs.");
   m.def(
-      "core_distance", &core_distance, py::call_guard<py::gil_scoped_release>(),
-      "Seconds that a cache line takes from a thread to its neighbour and back; the mean over a team's pairs.");
-  m.def(
-      "advise_huge_pages",
-      [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      "advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
       "Ask for huge pages under a fresh allocation.");
   m.def("take_pages", &take_pages, "A reusable block of at least so many bytes, as a DLPack capsule.");
   m.def(

@@ -38,8 +38,8 @@ void register_product_key_topk(py::module_& m) {
         return !bad;
       },
       "The highest sums of one score from each of two lists; returns whether all scores are numbers or -inf.", py::kw_only(),
-      py::arg("scores1"), py::arg("row_stride1"), py::arg("scores2"), py::arg("row_stride2"), py::arg("rows"),
-      py::arg("size1"), py::arg("size2"), py::arg("top_k"), py::arg("values"), py::arg("ids"), py::arg("num_threads"));
+      py::arg("scores1"), py::arg("row_stride1"), py::arg("scores2"), py::arg("row_stride2"), py::arg("rows"), py::arg("size1"),
+      py::arg("size2"), py::arg("top_k"), py::arg("values"), py::arg("ids"), py::arg("num_threads"));
   m.def(
       "product_key_topk_backward",
       [](uintptr_t dvalues, uintptr_t values, uintptr_t ids, int64_t rows, int64_t size1, int64_t size2, int64_t top_k,

@@ -9,11 +9,20 @@ void register_self_referential(py::module_& m) {
   using Args = SelfReferentialArgs;
   py::class_<Args>(m, "SelfReferential", "Arguments of self_referential: addresses, 0 for null, and sizes.")
       .def(py::init([](int dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t size, int64_t segment, uintptr_t x,
-                       uintptr_t weight, uintptr_t shift, uintptr_t y, uintptr_t final_shift, uintptr_t steps,
-                       uintptr_t kept) {
-             return Args{static_cast<DType>(dtype), batch,  tokens, heads, size, segment, pointer<void>(x),
-                         pointer<void>(weight), pointer<void>(shift), pointer<void>(y), pointer<void>(final_shift),
-                         pointer<void>(steps), pointer<void>(kept)};
+                       uintptr_t weight, uintptr_t shift, uintptr_t y, uintptr_t final_shift, uintptr_t steps, uintptr_t kept) {
+             return Args{static_cast<DType>(dtype),
+                         batch,
+                         tokens,
+                         heads,
+                         size,
+                         segment,
+                         pointer<void>(x),
+                         pointer<void>(weight),
+                         pointer<void>(shift),
+                         pointer<void>(y),
+                         pointer<void>(final_shift),
+                         pointer<void>(steps),
+                         pointer<void>(kept)};
            }),
            py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("size"),
            py::arg("segment"), py::arg("x"), py::arg("weight"), py::arg("shift") = 0, py::arg("y") = 0,

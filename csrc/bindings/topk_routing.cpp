@@ -26,8 +26,9 @@ void register_topk_routing(py::module_& m) {
       [](const PyRouter& router, int64_t n_group, int64_t topk_group, uintptr_t bias, uintptr_t ids, uintptr_t weights,
          int num_threads) {
         check_chosen("topk_group", topk_group);
-        const TopkRoutingArgs args{router_args(router), n_group, topk_group, pointer<const float>(bias), pointer<int64_t>(ids),
-                                   pointer<float>(weights)};
+        const TopkRoutingArgs args{
+            router_args(router),    n_group, topk_group, pointer<const float>(bias), pointer<int64_t>(ids),
+            pointer<float>(weights)};
         py::gil_scoped_release release;
         topk_routing(args, num_threads);
       },

@@ -110,7 +110,8 @@ void activate_backward_rows(const ActivateArgs& a, int64_t begin, int64_t end) {
     const auto* preact = static_cast<const T*>(a.preact.base);
     const auto* dact = static_cast<const T*>(a.dact.base);
     auto* out = static_cast<T*>(a.out);
-    const int64_t inner = a.inner, stride = a.preact.row_stride, dact_stride = a.dact.row_stride, wide = inner * a.form.halves();
+    const int64_t inner = a.inner, stride = a.preact.row_stride, dact_stride = a.dact.row_stride,
+                  wide = inner * a.form.halves();
     for_vectors<Accumulator<T>>(begin, end, inner, [&](int64_t row, int64_t i, int valid) {
       const GateUpRow<layout, const T> from{preact + row * stride, inner};
       const GateUpRow<layout, T> to{out + row * wide, inner};

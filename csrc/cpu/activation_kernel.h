@@ -99,9 +99,7 @@ GOSSAMER_INLINE void visit_activation(const ActivationForm& form, F&& f) {
   const auto call = [&](auto code, auto gated) {
     f(ActivationOf<code, gated, S>{static_cast<S>(form.alpha), static_cast<S>(form.limit)});
   };
-  const auto pick = [&](auto code) {
-    form.gated ? call(code, std::true_type{}) : call(code, std::false_type{});
-  };
+  const auto pick = [&](auto code) { form.gated ? call(code, std::true_type{}) : call(code, std::false_type{}); };
   switch (form.code) {
     case kSilu:
       return pick(std::integral_constant<int, kSilu>{});

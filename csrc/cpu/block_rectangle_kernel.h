@@ -128,11 +128,14 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
         return;
       }
     }
-    buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
-      fetch_results(n, last - n);
-      rectangle_tile(w, n, last - n, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
-      put_results(n, last - n);
-    }, quartered<P>(w, m, kQuarteredGroups));
+    buffers.queue.each(
+        team, a.n, kGroup,
+        [&](int64_t n, int64_t last) {
+          fetch_results(n, last - n);
+          rectangle_tile(w, n, last - n, panel, a.epilogue, n, row, own->c, c_stride, own->pack);
+          put_results(n, last - n);
+        },
+        quartered<P>(w, m, kQuarteredGroups));
   });
 }
 
@@ -236,34 +239,39 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
       places[i] = values + (a.lists.offsets[(row + i) / a.bm] * a.bm + (row + i) % a.bm) * a.bn;
     }
     team.barrier();
-    buffers.queue.each(team, columns, kGroup, [&](int64_t n, int64_t last) {
-      const int64_t count = last - n;
-      // A vector lies within a block, whose sides are powers of two.
-      const auto place = [&](int64_t i, int64_t at) { return places[i] + (at & -a.bn) * a.bm + (at & (a.bn - 1)); };
-      for (int64_t i = 0; i < m; ++i) prefetch_lines<1, Fetch::kWriteLater>(place(i, n), count * sizeof(T));
-      rectangle_tile(w, n, count, panel, a.epilogue, column + n, row, own->c, c_stride, own->pack);
-      for_transposed(own->c, c_stride, count, m, [&](int64_t i, int64_t at, Vec<S> v, int valid) {
-        store_valid(place(i, n + at), v, valid);
-      });
-      for (int64_t i = m; i < padded - row; ++i) {
-        for (int64_t at = 0; at < count; at += kLanes<S>) {
-          store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
-        }
-      }
-    }, quartered<P>(w, m, kQuarteredGroups));
+    buffers.queue.each(
+        team, columns, kGroup,
+        [&](int64_t n, int64_t last) {
+          const int64_t count = last - n;
+          // A vector lies within a block, whose sides are powers of two.
+          const auto place = [&](int64_t i, int64_t at) { return places[i] + (at & -a.bn) * a.bm + (at & (a.bn - 1)); };
+          for (int64_t i = 0; i < m; ++i) prefetch_lines<1, Fetch::kWriteLater>(place(i, n), count * sizeof(T));
+          rectangle_tile(w, n, count, panel, a.epilogue, column + n, row, own->c, c_stride, own->pack);
+          for_transposed(own->c, c_stride, count, m,
+                         [&](int64_t i, int64_t at, Vec<S> v, int valid) { store_valid(place(i, n + at), v, valid); });
+          for (int64_t i = m; i < padded - row; ++i) {
+            for (int64_t at = 0; at < count; at += kLanes<S>) {
+              store_valid(place(i, n + at), Vec<S>{}, static_cast<int>(std::min<int64_t>(kLanes<S>, count - at)));
+            }
+          }
+        },
+        quartered<P>(w, m, kQuarteredGroups));
   });
 }
 
 void rectangle_product(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
-  visit_values(args.dtype, [&](auto tag) { rectangle_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype,
+               [&](auto tag) { rectangle_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void outer_rectangles(const RectangleProductArgs& args, void* shared, int num_threads, Team team) {
-  visit_values(args.dtype, [&](auto tag) { outer_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype,
+               [&](auto tag) { outer_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void sampled_rectangles(const SampledRectanglesArgs& args, void* shared, int num_threads, Team team) {
-  visit_values(args.dtype, [&](auto tag) { sampled_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype,
+               [&](auto tag) { sampled_rectangles_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ struct BlockProductArgs {
   PartedMatrix b;                  // (depth, n), one of its strides 1
   int64_t depth, n;
   Epilogue epilogue;
-  void* y;          // contiguous (rows, n), or when y_by_columns (parts, n, y_part), y_part rows a part
+  void* y;  // contiguous (rows, n), or when y_by_columns (parts, n, y_part), y_part rows a part
   bool y_by_columns;
   int64_t y_part;
 
@@ -73,10 +73,10 @@ struct SampledProductArgs {
   BlockLists lists;
   const int32_t* rows_of;  // block row of each block
   int64_t nnz, bm, bn;
-  FloatMatrix a;           // (rows, depth), one of its strides 1; with a_rows (num_a, depth) with contiguous rows
-  const int32_t* a_rows;   // null, or the row of a for each row: zeros where it is none of num_a
+  FloatMatrix a;          // (rows, depth), one of its strides 1; with a_rows (num_a, depth) with contiguous rows
+  const int32_t* a_rows;  // null, or the row of a for each row: zeros where it is none of num_a
   int64_t num_a;
-  PartedMatrix b;          // (depth, cols), one of its strides 1
+  PartedMatrix b;  // (depth, cols), one of its strides 1
   int64_t depth, cols;
   Epilogue epilogue;
   void* values;  // (nnz, bm, bn) contiguous
@@ -108,7 +108,8 @@ struct SampledRectanglesArgs : SampledProductArgs {
 
 // The rectangles that the lists of blocks make, those of empty lists too, where products do better by them; none elsewhere.
 // `across` is the dimension that is not blocked; the blocked one of the dense operand has `size` places, `part` in a part.
-std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size, int64_t part);
+std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size,
+                                         int64_t part);
 
 void block_product(const BlockProductArgs& args, int num_threads);
 void sampled_product(const SampledProductArgs& args, int num_threads);

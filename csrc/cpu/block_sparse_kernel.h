@@ -26,8 +26,8 @@ struct BlockSource {
 // c (+)= Σ_j block(j)'s first Rows rows · the panel's rows at indices[j], over j = first .. last, for one block of Vecs
 // vectors of a panel. By rows a block's rows are contiguous, else its columns. bn and segment count packed values.
 template <int Rows, int Vecs, bool ByRows, class P>
-__attribute__((noinline)) void sparse_rows(const BlockSource<P>& s, const int32_t* indices, int64_t first, int64_t last,
-                                           int bn, int segment, const P* panel, bool fresh, SumOf<P>* c, int64_t c_stride) {
+__attribute__((noinline)) void sparse_rows(const BlockSource<P>& s, const int32_t* indices, int64_t first, int64_t last, int bn,
+                                           int segment, const P* panel, bool fresh, SumOf<P>* c, int64_t c_stride) {
   using S = SumOf<P>;
   constexpr int width = Vecs * kLanes<P>;
   const int64_t row = ByRows ? s.row : 1, step = ByRows ? 1 : s.step;
@@ -68,7 +68,8 @@ void pack_blocks(const BlockProductArgs& a, int64_t i0, int64_t rows, int64_t fi
     const T* from = values + a.lists.place(j) * a.bm * a.bn;
     if (a.col_stride == 1) {
       for (int64_t i = 0; i < rows; ++i, out += a.bn / terms) {
-        for (int64_t k = 0; k < a.bn; k += lanes * terms) store(out + k / terms, load_terms<P>(from + i * a.row_stride + k, a.bn - k));
+        for (int64_t k = 0; k < a.bn; k += lanes * terms)
+          store(out + k / terms, load_terms<P>(from + i * a.row_stride + k, a.bn - k));
       }
       continue;
     }
@@ -101,9 +102,8 @@ void finish(const Epilogue& epilogue, S* c, int64_t c_stride, int64_t row, int64
   }
   if (epilogue.activation < 0) return;
   const ActivationForm form{epilogue.activation, false, false, 0, 0};
-  visit_activation<S>(form, [&](auto activation) {
-    each([&](Vec<S> v, int64_t, int64_t) { return activation(GateUp<S>{v, v}).value; });
-  });
+  visit_activation<S>(
+      form, [&](auto activation) { each([&](Vec<S> v, int64_t, int64_t) { return activation(GateUp<S>{v, v}).value; }); });
 }
 
 // Packs the columns of b from `begin` on that a panel holds, each thread what it will work on first.
@@ -164,7 +164,8 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
             BlockSource<P> rows_of = s;
             rows_of.base += i * s.row;
             const auto form = by_rows ? sparse_rows<tile, vectors, true, P> : sparse_rows<tile, vectors, false, P>;
-            form(rows_of, a.lists.indices, from, to, bn, segment, panel.block(block), from == first, c + i * c_stride, c_stride);
+            form(rows_of, a.lists.indices, from, to, bn, segment, panel.block(block), from == first, c + i * c_stride,
+                 c_stride);
           });
         };
         if (in_place) {
@@ -183,9 +184,8 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
       finish<T>(a.epilogue, c, c_stride, row, group, begin + column, columns);
       if (a.y_by_columns) {
         T* to = y + a.y_offset(row, begin + column);
-        for_transposed(c, c_stride, group, columns, [&](int64_t t, int64_t i, Vec<S> v, int valid) {
-          store_valid(to + t * a.y_part + i, v, valid);
-        });
+        for_transposed(c, c_stride, group, columns,
+                       [&](int64_t t, int64_t i, Vec<S> v, int valid) { store_valid(to + t * a.y_part + i, v, valid); });
         return;
       }
       for (int64_t i = 0; i < group; ++i) {
@@ -232,7 +232,8 @@ GOSSAMER_INLINE void with_side(int64_t size, F&& f) {
 template <class T, class S>
 void add_rows(const T* from, int64_t stride, int64_t rows, int64_t width, S* c) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t t = 0; t < width; t += kLanes<S>) store(c + i * width + t, load(c + i * width + t) + load(from + i * stride + t));
+    for (int64_t t = 0; t < width; t += kLanes<S>)
+      store(c + i * width + t, load(c + i * width + t) + load(from + i * stride + t));
   }
 }
 
@@ -246,8 +247,8 @@ void store_rows(const S* c, int64_t rows, int64_t width, T* to, int64_t stride) 
 // c = Σ_k pa[k][row+i] · pb[k][column+j] for i < group and the columns of one block of pb; a part of both operands that
 // the first-level cache holds is worked on at a time.
 template <class P, int VecsA, int VecsB>
-void sampled_tile(const Panel<P, VecsA>& pa, int64_t row, const Panel<P, VecsB>& pb, int64_t column, int64_t group,
-                  int segment, SumOf<P>* c) {
+void sampled_tile(const Panel<P, VecsA>& pa, int64_t row, const Panel<P, VecsB>& pb, int64_t column, int64_t group, int segment,
+                  SumOf<P>* c) {
   constexpr int a_width = Panel<P, VecsA>::kWidth, width = Panel<P, VecsB>::kWidth;
   if (pa.depth == 0) std::fill(c, c + group * width, SumOf<P>{0});
   for (int64_t k = 0; k < pa.depth; k += kDepth) {
@@ -315,7 +316,8 @@ void sampled_product_typed(const SampledProductArgs& a, void* shared, int num_th
 }
 
 void block_product(const BlockProductArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) { block_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_float(args.dtype,
+              [&](auto tag) { block_product_typed<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 void sampled_product(const SampledProductArgs& args, void* shared, int num_threads, Team team) {

@@ -34,10 +34,10 @@ struct CausalConvArgs {
   Sequences sequences;
   int64_t channels, taps, state_size;
   bool silu;
-  FloatCube x;             // (B, T, C); channels or positions have stride 1
-  FloatMatrix weight;      // (C, W)
-  FloatMatrix bias;        // (1, C), or absent
-  FloatCube initial_state; // (N, C, S), or absent
+  FloatCube x;              // (B, T, C); channels or positions have stride 1
+  FloatMatrix weight;       // (C, W)
+  FloatMatrix bias;         // (1, C), or absent
+  FloatCube initial_state;  // (N, C, S), or absent
 
   int64_t rows() const { return sequences.begin(sequences.count); }
   bool along_channels() const { return x.strides[2] == 1; }

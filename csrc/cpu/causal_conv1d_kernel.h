@@ -242,7 +242,8 @@ void conv_rows_back(const ConvWeights<S>& w, int64_t taps, bool with_silu, const
 
 // What the final state adds to the gradients of a sequence's last inputs.
 template <class T>
-void add_final_state(const CausalConvBackwardArgs& a, int64_t n, Team::Range positions, int64_t first_channel, int64_t channels) {
+void add_final_state(const CausalConvBackwardArgs& a, int64_t n, Team::Range positions, int64_t first_channel,
+                     int64_t channels) {
   if (!a.dfinal_state || !a.dx) return;
   const int64_t before = a.sequences.size(n) - a.state_size;
   T* dx = a.sequence<T>(a.dx, n);
@@ -302,7 +303,9 @@ void conv_back_along_channels(const CausalConvBackwardArgs& a, Team::Range rows,
       for (int r = 0; r < together; ++r) {
         d[r] = p < size ? dy + (p + r) * a.dy.strides[1] : nullptr;
         const int64_t to = p + r - halo;
-        out[r] = to < 0 ? (from_state ? dhalo[to + kMostHalo] : nullptr) : to < first || !dx ? nullptr : dx + to * a.dx.strides[1];
+        out[r] = to < 0              ? (from_state ? dhalo[to + kMostHalo] : nullptr)
+                 : to < first || !dx ? nullptr
+                                     : dx + to * a.dx.strides[1];
       }
       conv_rows_back<kTaps, together>(w, a.taps, a.silu, ConvStepBack<T>{in, d, out, counted}, carried, recent, channels);
     };
@@ -341,9 +344,8 @@ void conv_back_along_positions(const CausalConvBackwardArgs& a, Team::Range rows
       // Gradients of the sums at positions [first, end), and zeros past the end.
       load_line(a, a.sequence<const T>(a.dy, n) + channel * a.dy.strides[2], n, channel, first, end, d);
       if (a.silu) {
-        for_lanes<S>(end - first, [&](int64_t i, auto) {
-          store(d + i, load(d + i) * silu_slope<S>(conv_line(w, a.taps, c, line, i)));
-        });
+        for_lanes<S>(end - first,
+                     [&](int64_t i, auto) { store(d + i, load(d + i) * silu_slope<S>(conv_line(w, a.taps, c, line, i))); });
       }
       for (int64_t i = end - first; i < last - first + halo; ++i) d[i] = 0;
       if (a.dweight || a.dbias) {
@@ -392,7 +394,8 @@ void store_conv_sums(const CausalConvBackwardArgs& a, const S* partial, Team::Ra
   const auto store_to = [&](const FloatMatrix& out, int64_t row, int64_t column, S value) {
     visit_float(out.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      from_scalar(static_cast<Accumulator<T>>(value), static_cast<T*>(out.base)[row * out.row_stride + column * out.col_stride]);
+      from_scalar(static_cast<Accumulator<T>>(value),
+                  static_cast<T*>(out.base)[row * out.row_stride + column * out.col_stride]);
     });
   };
   for (int64_t c = channels.begin; c < channels.end; ++c) {
@@ -411,7 +414,8 @@ void causal_conv1d_backward(const CausalConvBackwardArgs& a, void* partial, Team
     const auto [begin, end] = team.share(a.row_tiles() * blocks);
     alignas(64) ConvSums<S> sums;
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t tile = at / blocks, first = at % blocks * kConvChannels, channels = std::min(kConvChannels, a.channels - first);
+      const int64_t tile = at / blocks, first = at % blocks * kConvChannels,
+                    channels = std::min(kConvChannels, a.channels - first);
       const Team::Range rows{tile * kConvRows, std::min(a.rows(), (tile + 1) * kConvRows)};
       for (auto& row : sums) std::fill_n(row, channels, S{});
       if (a.along_channels()) {
@@ -451,7 +455,8 @@ void causal_conv1d_step(const CausalConvStepArgs& a, int64_t begin, int64_t end)
         auto* y = static_cast<T*>(a.y.base) + n * a.y.row_stride + first * a.y.col_stride;
         T* state = static_cast<T*>(a.state.base) + n * a.state.strides[0] + first * a.state.strides[1];
         visit_float(a.weight.dtype, [&](auto weight_tag) {
-          const auto* weight = static_cast<const typename decltype(weight_tag)::type*>(a.weight.base) + first * a.weight.row_stride;
+          const auto* weight =
+              static_cast<const typename decltype(weight_tag)::type*>(a.weight.base) + first * a.weight.row_stride;
           for (int64_t c = 0; c < count; ++c) {
             S sum = a.bias ? static_cast<S>(a.bias.at(0, first + c)) : S{0};
             const T* past = state + c * a.state.strides[1] + first_used * a.state.strides[2];

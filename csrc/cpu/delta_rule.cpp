@@ -37,7 +37,8 @@ void delta_rule_step(const DeltaRuleArgs& args, int num_threads) {
 }
 
 void gate_backward(const GateBackwardArgs& args, int num_threads) {
-  parallel_ranges(args.heads, 1, num_threads, [&](int64_t begin, int64_t end) { kernels().rows.gate_backward(args, begin, end); });
+  parallel_ranges(args.heads, 1, num_threads,
+                  [&](int64_t begin, int64_t end) { kernels().rows.gate_backward(args, begin, end); });
 }
 
 }  // namespace gossamer

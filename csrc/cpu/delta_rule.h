@@ -44,9 +44,9 @@ struct DeltaRuleArgs {
 
 struct DeltaRuleBackwardArgs : DeltaRuleArgs {
   HeadArray d_o;
-  const void* dfinal_state;              // null for zero
-  HeadArray dq, dk, dv, dbeta, dg;       // dg of the accumulator's type, with respect to log decays; absent if unwanted
-  void* dinitial_state;                  // null if unwanted
+  const void* dfinal_state;         // null for zero
+  HeadArray dq, dk, dv, dbeta, dg;  // dg of the accumulator's type, with respect to log decays; absent if unwanted
+  void* dinitial_state;             // null if unwanted
 };
 
 // What a raw gate passes on: dg becomes its gradient, and da_log and ddt_bias those of its parameters.
@@ -125,14 +125,14 @@ struct KeyChunk {
 // The tokens of a head.
 template <class S>
 struct HeadChunk {
-  S* beta;              // (64,)
-  S* decays;            // exp g: (64,), or (64, key stride)
+  S* beta;                 // (64,)
+  S* decays;               // exp g: (64,), or (64, key stride)
   S *k_in, *q_in, *k_out;  // K̂, Q̂ and K̃
-  S* total;             // of a head one value, of channels a row
-  S *between, *l, *p;   // D of heads, L and P (64, token stride)
-  S* inverse;           // of I + diag(β) L: its blocks of 16 on the diagonal
-  S *y, *o, *u;         // V − K̂ S, O and U (64, value stride)
-  S* state = nullptr;   // before the chunk (key size, value stride)
+  S* total;                // of a head one value, of channels a row
+  S *between, *l, *p;      // D of heads, L and P (64, token stride)
+  S* inverse;              // of I + diag(β) L: its blocks of 16 on the diagonal
+  S *y, *o, *u;            // V − K̂ S, O and U (64, value stride)
+  S* state = nullptr;      // before the chunk (key size, value stride)
 
   HeadChunk(Arena& arena, int64_t key_size, int64_t value_size, Gating decay) {
     const int64_t keys = row_stride<S>(key_size), values = row_stride<S>(value_size);
@@ -164,11 +164,11 @@ struct HeadChunk {
 // What one thread needs beside them.
 template <class S>
 struct DeltaScratch {
-  S* rows;      // (16, value stride)
-  S* left;      // (32, key stride): keys and queries of a block, decayed from its start
-  S* right;     // (key size, token stride): keys before a block, decayed to its start, as columns
-  S* running;   // (key size, 16)
-  S* block;     // (17, key stride): keys of a block, decayed to its end, and the decay over it
+  S* rows;     // (16, value stride)
+  S* left;     // (32, key stride): keys and queries of a block, decayed from its start
+  S* right;    // (key size, token stride): keys before a block, decayed to its start, as columns
+  S* running;  // (key size, 16)
+  S* block;    // (17, key stride): keys of a block, decayed to its end, and the decay over it
   DeltaScratch(Arena& arena, int64_t key_size, int64_t value_size, Gating decay) {
     const int64_t keys = row_stride<S>(key_size);
     rows = arena.take<S>(kSixteen * row_stride<S>(value_size));
@@ -197,16 +197,16 @@ struct HeadChunkGradient {
 // What one thread needs to turn those into gradients of the arguments.
 template <class S>
 struct GradientScratch {
-  S *state_t, *dstate_t;                // (value size, key stride)
-  S* u_t;                               // (value size, or 64 rows, token stride)
-  S *dp, *h;                            // (64, token stride)
-  S *dk_in, *dq_in, *dk_out;            // (64, key stride)
-  S *dq, *dk;                           // sums over the heads of a group
-  S *row_k, *column_k, *row_q;          // of channels: gradients of keys and queries by the products within the chunk
-  S* from_start;                        // (64, key stride) decays from the start of a block
-  S* to_end;                            // and to its end
-  S* block_total;                       // (4, key stride)
-  S *dg, *dbeta;                        // (64,) or (64, key stride)
+  S *state_t, *dstate_t;        // (value size, key stride)
+  S* u_t;                       // (value size, or 64 rows, token stride)
+  S *dp, *h;                    // (64, token stride)
+  S *dk_in, *dq_in, *dk_out;    // (64, key stride)
+  S *dq, *dk;                   // sums over the heads of a group
+  S *row_k, *column_k, *row_q;  // of channels: gradients of keys and queries by the products within the chunk
+  S* from_start;                // (64, key stride) decays from the start of a block
+  S* to_end;                    // and to its end
+  S* block_total;               // (4, key stride)
+  S *dg, *dbeta;                // (64,) or (64, key stride)
 
   GradientScratch(Arena& arena, int64_t key_size, int64_t value_size, Gating decay) {
     const int64_t keys = row_stride<S>(key_size), values = whole_blocks(value_size);
@@ -250,7 +250,9 @@ struct DeltaRuleBuffers {
 
   HeadChunk<S>& head(int64_t h, int64_t chunk) { return heads[h * chunks + chunk]; }
   S* state(int64_t h, int64_t chunk) { return states[h * (chunks + 1) + chunk]; }
-  HeadChunkGradient<S>& gradient(int64_t h, int64_t chunk) { return gradients[h * (dstate_turns - 1) + chunk % (dstate_turns - 1)]; }
+  HeadChunkGradient<S>& gradient(int64_t h, int64_t chunk) {
+    return gradients[h * (dstate_turns - 1) + chunk % (dstate_turns - 1)];
+  }
   S* dstate(int64_t h, int64_t chunk) { return dstates[h * dstate_turns + chunk % dstate_turns]; }
 };
 

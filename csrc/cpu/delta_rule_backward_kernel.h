@@ -20,10 +20,12 @@ void retreat(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, int64_t 
              const DeltaScratch<S>& scratch, const S* dstate, S* before) {
   constexpr int n = kLanes<S>;
   constexpr int64_t stride = kTokenStride<S>;
-  const int64_t keys = row_stride<S>(a.key_size), values = row_stride<S>(a.value_size), rows = whole_blocks(count), columns = last - first;
+  const int64_t keys = row_stride<S>(a.key_size), values = row_stride<S>(a.value_size), rows = whole_blocks(count),
+                columns = last - first;
   S *d_o = gradient.d_o + first, *g = gradient.g + first, *beta_g = gradient.beta_g + first, *temporary = scratch.rows + first;
   const int64_t size = std::min(last, a.value_size) - first;
-  const T* from = static_cast<const T*>(a.d_o.base) + unit.batch * a.d_o.batch_stride + token * a.d_o.token_stride + head * a.d_o.head_stride + first;
+  const T* from = static_cast<const T*>(a.d_o.base) + unit.batch * a.d_o.batch_stride + token * a.d_o.token_stride +
+                  head * a.d_o.head_stride + first;
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t c = 0; c < columns; c += n) {
       const int64_t left = t < count ? size - c : 0;
@@ -32,7 +34,8 @@ void retreat(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, int64_t 
     }
   }
   for (int64_t b = 0; b < rows; b += kSixteen) {
-    state_product<true, Into::kSet>(chunk.p + b * stride + b, stride, d_o + b * values, values, kSixteen, rows - b, columns, g + b * values, values);
+    state_product<true, Into::kSet>(chunk.p + b * stride + b, stride, d_o + b * values, values, kSixteen, rows - b, columns,
+                                    g + b * values, values);
   }
   state_product<false, Into::kAdd>(chunk.k_out, keys, dstate + first, values, rows, a.key_size, columns, g, values);
   for (int64_t b = rows - kSixteen; b >= 0; b -= kSixteen) {
@@ -41,21 +44,24 @@ void retreat(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, int64_t 
     }
     const int64_t later = b + kSixteen;
     if (later < rows) {
-      state_product<true, Into::kSubtract>(chunk.l + later * stride + b, stride, beta_g + later * values, values, kSixteen, rows - later, columns, temporary, values);
+      state_product<true, Into::kSubtract>(chunk.l + later * stride + b, stride, beta_g + later * values, values, kSixteen,
+                                           rows - later, columns, temporary, values);
     }
-    state_product<true, Into::kSet>(chunk.inverse + b * kSixteen, kSixteen, temporary, values, kSixteen, kSixteen, columns, g + b * values, values);
+    state_product<true, Into::kSet>(chunk.inverse + b * kSixteen, kSixteen, temporary, values, kSixteen, kSixteen, columns,
+                                    g + b * values, values);
     for (int64_t t = b; t < later; ++t) {
       for (int64_t c = 0; c < columns; c += n) store(beta_g + t * values + c, load(g + t * values + c) * chunk.beta[t]);
     }
   }
   if (a.dv) {
-    T* to = static_cast<T*>(a.dv.base) + unit.batch * a.dv.batch_stride + token * a.dv.token_stride + head * a.dv.head_stride + first;
+    T* to = static_cast<T*>(a.dv.base) + unit.batch * a.dv.batch_stride + token * a.dv.token_stride + head * a.dv.head_stride +
+            first;
     store_rows(beta_g, values, count, size, to, a.dv.token_stride);
   }
   if (before == nullptr) return;
   const int64_t state_rows = whole_blocks(a.key_size);
-  state_product<true, Into::kDecayed>(chunk.q_in, keys, d_o, values, state_rows, rows, columns, before + first, values, dstate + first, chunk.total,
-                                      a.decay == Gating::kByChannel ? 1 : 0);
+  state_product<true, Into::kDecayed>(chunk.q_in, keys, d_o, values, state_rows, rows, columns, before + first, values,
+                                      dstate + first, chunk.total, a.decay == Gating::kByChannel ? 1 : 0);
   state_product<true, Into::kSubtract>(chunk.k_in, keys, beta_g, values, state_rows, rows, columns, before + first, values);
 }
 
@@ -113,7 +119,8 @@ void gradients_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, const Hea
     }
   }
   if (!gated) return;
-  for (int64_t d = 0; d < a.key_size; ++d) total += dot(chunk.state + d * values, dstate + d * values, whole_blocks(a.value_size));
+  for (int64_t d = 0; d < a.key_size; ++d)
+    total += dot(chunk.state + d * values, dstate + d * values, whole_blocks(a.value_size));
   total *= chunk.total[0];
   // Sums over later i of what flows to them from each j; those of j before t belong to the decay of t.
   Vec<S> below[kChunkTokens / n] = {};
@@ -132,8 +139,8 @@ void gradients_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, const Hea
 
 // The same where each channel has a decay.
 template <class S>
-void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const HeadChunk<S>& chunk, const S* dstate, int64_t rows,
-                          const DeltaScratch<S>& scratch, const GradientScratch<S>& s) {
+void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const HeadChunk<S>& chunk, const S* dstate,
+                          int64_t rows, const DeltaScratch<S>& scratch, const GradientScratch<S>& s) {
   constexpr int n = kLanes<S>;
   constexpr int64_t stride = kTokenStride<S>;
   const int64_t keys = row_stride<S>(a.key_size), values = row_stride<S>(a.value_size), size = whole_blocks(a.key_size);
@@ -244,7 +251,8 @@ void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const 
     Vec<S> earlier{};
     for (int lane = 0; lane < n; ++lane) {
       const int64_t d = c + lane;
-      if (d < a.key_size) earlier[lane] = chunk.total[d] * dot(chunk.state + d * values, dstate + d * values, whole_blocks(a.value_size));
+      if (d < a.key_size)
+        earlier[lane] = chunk.total[d] * dot(chunk.state + d * values, dstate + d * values, whole_blocks(a.value_size));
     }
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t at = t * keys + c;
@@ -279,7 +287,7 @@ template <class S>
 void unnormalise_rows(S* d, const S* x, int64_t stride, int64_t rows, int64_t size, bool l2norm, S scale, const S* norms) {
   constexpr int n = kLanes<S>;
   for (int64_t t = 0; t < rows; ++t) {
-    S *dx = d + t * stride;
+    S* dx = d + t * stride;
     const S* row = x + t * stride;
     // x holds the scaled row: x̂ = x / scale, and d x̂ = scale · dx.
     const S along = l2norm && scale != S{0} ? dot(row, dx, size) / scale : S{0};
@@ -308,8 +316,10 @@ void chunk_gradients(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, 
     transpose_square(chunk.u, values, rows, value_size, s.u_t, stride);
     for (int64_t b = 0; b < rows; b += kSixteen) {
       const int64_t at = b * stride;
-      state_product<false, Into::kSet>(gradient.d_o + b * values, values, s.u_t, stride, kSixteen, a.value_size, b + kSixteen, s.dp + at, stride);
-      state_product<false, Into::kSet>(gradient.g + b * values, values, s.u_t, stride, kSixteen, a.value_size, b + kSixteen, s.h + at, stride);
+      state_product<false, Into::kSet>(gradient.d_o + b * values, values, s.u_t, stride, kSixteen, a.value_size, b + kSixteen,
+                                       s.dp + at, stride);
+      state_product<false, Into::kSet>(gradient.g + b * values, values, s.u_t, stride, kSixteen, a.value_size, b + kSixteen,
+                                       s.h + at, stride);
     }
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = i + 1; j < i / kSixteen * kSixteen + kSixteen; ++j) s.dp[i * stride + j] = S{0};
@@ -321,7 +331,8 @@ void chunk_gradients(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, 
     transpose_square(dstate, values, whole_blocks(a.key_size), value_size, s.dstate_t, keys);
     state_product<false, Into::kSet>(gradient.d_o, values, s.state_t, keys, rows, a.value_size, key_size, s.dq_in, keys);
     std::fill_n(s.dk_in, rows * keys, S{0});
-    state_product<false, Into::kSubtract>(gradient.beta_g, values, s.state_t, keys, rows, a.value_size, key_size, s.dk_in, keys);
+    state_product<false, Into::kSubtract>(gradient.beta_g, values, s.state_t, keys, rows, a.value_size, key_size, s.dk_in,
+                                          keys);
     state_product<false, Into::kSet>(chunk.u, values, s.dstate_t, keys, rows, a.value_size, key_size, s.dk_out, keys);
     if (a.decay == Gating::kByChannel) {
       gradients_by_channel(a, key, chunk, dstate, rows, scratch, s);
@@ -345,7 +356,8 @@ void chunk_gradients(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, 
   const auto finish = [&](const HeadArray& out, S* d, const S* x, S scale, const S* norms) {
     if (!out) return;
     unnormalise_rows(d, x, keys, rows, key_size, a.l2norm, scale, norms);
-    T* to = static_cast<T*>(out.base) + unit.batch * out.batch_stride + token * out.token_stride + unit.key_head * out.head_stride;
+    T* to =
+        static_cast<T*>(out.base) + unit.batch * out.batch_stride + token * out.token_stride + unit.key_head * out.head_stride;
     store_rows(d, keys, count, a.key_size, to, out.token_stride);
   };
   finish(a.dq, s.dq, key.q, static_cast<S>(a.scale), key.q_norm);
@@ -353,8 +365,9 @@ void chunk_gradients(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, 
 }
 
 template <class T>
-void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, DeltaRuleBuffers<Accumulator<T>>& memory,
-                              const DeltaScratch<Accumulator<T>>& scratch, const GradientScratch<Accumulator<T>>& gradients, Team team) {
+void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit,
+                              DeltaRuleBuffers<Accumulator<T>>& memory, const DeltaScratch<Accumulator<T>>& scratch,
+                              const GradientScratch<Accumulator<T>>& gradients, Team team) {
   using S = Accumulator<T>;
   const int64_t group = memory.group, num_chunks = (unit.end - unit.begin + kChunkTokens - 1) / kChunkTokens;
   const int64_t turns = memory.dstate_turns, whole = whole_blocks(a.value_size);
@@ -365,14 +378,16 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
   const ColumnPieces<S> pieces(a.value_size, group, team.size);
   const int64_t behind = num_chunks > 0 ? (num_chunks - 1) % kSpanChunks + 1 : 0;
   heads([&](int64_t h, int64_t head) {
-    load_state(state_at(static_cast<const S*>(a.dfinal_state), a, unit.sequence, head), a.key_size, a.value_size, memory.dstate(h, behind));
+    load_state(state_at(static_cast<const S*>(a.dfinal_state), a, unit.sequence, head), a.key_size, a.value_size,
+               memory.dstate(h, behind));
   });
   for (int64_t first = (num_chunks - 1) / kSpanChunks * kSpanChunks; first >= 0 && num_chunks > 0; first -= kSpanChunks) {
     const int64_t last = std::min(first + kSpanChunks, num_chunks), chunks = last - first;
     const auto token_of = [&](int64_t c) { return unit.begin + (first + c) * kChunkTokens; };
     const auto count_of = [&](int64_t c) { return std::min(kChunkTokens, unit.end - token_of(c)); };
     // The gradient of the state behind the span is that before the one that was worked on last.
-    for (int64_t h = 0; h < (last < num_chunks ? group : 0); ++h) std::swap(memory.dstates[h * turns], memory.dstates[h * turns + kSpanChunks % turns]);
+    for (int64_t h = 0; h < (last < num_chunks ? group : 0); ++h)
+      std::swap(memory.dstates[h * turns], memory.dstates[h * turns + kSpanChunks % turns]);
     heads([&](int64_t h, int64_t head) {
       const int64_t row = unit.first_checkpoint + first / kSpanChunks;
       load_state(state_at(static_cast<const S*>(a.checkpoints), a, row, head), a.key_size, a.value_size, memory.state(h, 0));
@@ -381,8 +396,8 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
     const auto back = [&](int64_t h, int64_t c, int64_t begin, int64_t end) {
       HeadChunk<S> chunk = memory.head(h, c);
       chunk.take_keys(memory.keys[c], a.decay);
-      retreat<T>(a, unit, unit.key_head * group + h, token_of(c), count_of(c), chunk, memory.gradient(h, c), begin, end, scratch,
-                 memory.dstate(h, c + 1), first + c > 0 || a.dinitial_state ? memory.dstate(h, c) : nullptr);
+      retreat<T>(a, unit, unit.key_head * group + h, token_of(c), count_of(c), chunk, memory.gradient(h, c), begin, end,
+                 scratch, memory.dstate(h, c + 1), first + c > 0 || a.dinitial_state ? memory.dstate(h, c) : nullptr);
     };
     if (team.size == 1) {
       for (int64_t c = chunks - 1; c >= 0; --c) {
@@ -403,7 +418,8 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
   }
   if (!a.dinitial_state) return;
   heads([&](int64_t h, int64_t head) {
-    store_state(memory.dstate(h, 0), a.key_size, a.value_size, state_at(static_cast<S*>(a.dinitial_state), a, unit.sequence, head));
+    store_state(memory.dstate(h, 0), a.key_size, a.value_size,
+                state_at(static_cast<S*>(a.dinitial_state), a, unit.sequence, head));
   });
 }
 
@@ -411,11 +427,12 @@ void delta_rule_backward(const DeltaRuleBackwardArgs& a, void* shared, int num_t
   visit_float(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using S = Accumulator<T>;
-    for_units<S>(a, true, shared, num_threads, team, [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena& arena, Team members) {
-      Arena own = arena;
-      const GradientScratch<S> gradients(own, a.key_size, a.value_size, a.decay);
-      delta_rule_backward_unit<T>(a, unit, memory, scratch, gradients, members);
-    });
+    for_units<S>(a, true, shared, num_threads, team,
+                 [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena& arena, Team members) {
+                   Arena own = arena;
+                   const GradientScratch<S> gradients(own, a.key_size, a.value_size, a.decay);
+                   delta_rule_backward_unit<T>(a, unit, memory, scratch, gradients, members);
+                 });
   });
 }
 

@@ -95,7 +95,8 @@ void diagonal_block(const S* decays, const S* k, const S* q, int64_t keys, int64
 }
 
 template <class S>
-void decay_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, int64_t rows, HeadChunk<S>& chunk, const DeltaScratch<S>& scratch) {
+void decay_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, int64_t rows, HeadChunk<S>& chunk,
+                      const DeltaScratch<S>& scratch) {
   constexpr int n = kLanes<S>;
   constexpr int64_t stride = kTokenStride<S>;
   const int64_t keys = row_stride<S>(a.key_size), size = whole_blocks(a.key_size);
@@ -106,13 +107,16 @@ void decay_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, int64_t ro
     diagonal_block(decays, k, q, keys, a.key_size, scratch.running, chunk.l + b * stride + b, chunk.p + b * stride + b);
     if (b > 0) {
       decay_from_start(decays, keys, size, k, q, scratch.left, left_q);
-      state_product<false, Into::kSet>(scratch.left, keys, scratch.right, stride, kSixteen, a.key_size, b, chunk.l + b * stride, stride);
-      state_product<false, Into::kSet>(left_q, keys, scratch.right, stride, kSixteen, a.key_size, b, chunk.p + b * stride, stride);
+      state_product<false, Into::kSet>(scratch.left, keys, scratch.right, stride, kSixteen, a.key_size, b, chunk.l + b * stride,
+                                       stride);
+      state_product<false, Into::kSet>(left_q, keys, scratch.right, stride, kSixteen, a.key_size, b, chunk.p + b * stride,
+                                       stride);
     }
     if (b + kSixteen == rows) break;
     decay_to_end(decays, keys, size, k, scratch.block, block_total);
     for (int64_t d = 0; d < a.key_size; ++d) {
-      for (int64_t j = 0; j < b; j += n) store(scratch.right + d * stride + j, load(scratch.right + d * stride + j) * block_total[d]);
+      for (int64_t j = 0; j < b; j += n)
+        store(scratch.right + d * stride + j, load(scratch.right + d * stride + j) * block_total[d]);
     }
     transpose_square(scratch.block, keys, kSixteen, size, scratch.right + b, stride);
   }

@@ -34,7 +34,8 @@ template <class T, class S>
 void prepare_keys(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t token, int64_t count, const KeyChunk<S>& chunk) {
   const int64_t keys = row_stride<S>(a.key_size), rows = whole_blocks(count);
   const auto load_head = [&](const HeadArray& x, S* to, S scale, S* norms) {
-    const T* from = static_cast<const T*>(x.base) + unit.batch * x.batch_stride + token * x.token_stride + unit.key_head * x.head_stride;
+    const T* from =
+        static_cast<const T*>(x.base) + unit.batch * x.batch_stride + token * x.token_stride + unit.key_head * x.head_stride;
     load_rows(from, x.token_stride, count, a.key_size, to, keys, rows);
     normalise_rows(to, keys, rows, a.key_size, a.l2norm, scale, norms);
   };
@@ -44,18 +45,22 @@ void prepare_keys(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t tok
   transpose_square(chunk.k, keys, rows, whole_blocks(a.key_size), chunk.kt, kTokenStride<S>);
   for (int64_t i = 0; i < rows; i += kSixteen) {
     const int64_t at = i * kTokenStride<S>;
-    state_product<false, Into::kSet>(chunk.k + i * keys, keys, chunk.kt, kTokenStride<S>, kSixteen, a.key_size, i + kSixteen, chunk.kk + at, kTokenStride<S>);
-    state_product<false, Into::kSet>(chunk.q + i * keys, keys, chunk.kt, kTokenStride<S>, kSixteen, a.key_size, i + kSixteen, chunk.qk + at, kTokenStride<S>);
+    state_product<false, Into::kSet>(chunk.k + i * keys, keys, chunk.kt, kTokenStride<S>, kSixteen, a.key_size, i + kSixteen,
+                                     chunk.kk + at, kTokenStride<S>);
+    state_product<false, Into::kSet>(chunk.q + i * keys, keys, chunk.kt, kTokenStride<S>, kSixteen, a.key_size, i + kSixteen,
+                                     chunk.qk + at, kTokenStride<S>);
   }
 }
 
 // β and the decays of a head's tokens; those past the last are 0 and 1.
 template <class T, class S>
-void load_gates(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, int64_t token, int64_t count, const HeadChunk<S>& chunk) {
+void load_gates(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, int64_t token, int64_t count,
+                const HeadChunk<S>& chunk) {
   constexpr int n = kLanes<S>;
   const int64_t rows = whole_blocks(count);
   with_rows<T>(a.beta, unit.batch, token, head, [&](const auto* from) {
-    for (int64_t t = 0; t < rows; ++t) chunk.beta[t] = t < count ? static_cast<S>(to_scalar(from[t * a.beta.token_stride])) : S{0};
+    for (int64_t t = 0; t < rows; ++t)
+      chunk.beta[t] = t < count ? static_cast<S>(to_scalar(from[t * a.beta.token_stride])) : S{0};
   });
   if (a.decay == Gating::kNone) {
     for (int64_t t = 0; t < rows; ++t) chunk.decays[t] = S{1};
@@ -65,7 +70,8 @@ void load_gates(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head,
   const DecayGate<S> gate = decay_gate_of<S>(a, head, by_channel ? a.key_size : 1);
   with_rows<T>(a.g, unit.batch, token, head, [&](const auto* from) {
     if (!by_channel) {
-      for (int64_t t = 0; t < rows; ++t) chunk.decays[t] = t < count ? static_cast<S>(to_scalar(from[t * a.g.token_stride])) : S{0};
+      for (int64_t t = 0; t < rows; ++t)
+        chunk.decays[t] = t < count ? static_cast<S>(to_scalar(from[t * a.g.token_stride])) : S{0};
       const Vec<S> shift = splat(gate.bias ? *gate.bias : S{0});
       for (int64_t t = 0; t < rows; t += n) store(chunk.decays + t, gate.decay(load(chunk.decays + t), shift));
       for (int64_t t = 0; t < rows; ++t) chunk.decays[t] = t < count ? head_decay_of(chunk.decays[t]) : S{1};
@@ -76,7 +82,9 @@ void load_gates(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head,
     for (int64_t t = 0; t < rows; ++t) {
       for (int64_t c = 0; c < a.key_size; c += n) {
         S* at = chunk.decays + t * keys + c;
-        const Vec<S> shift = gate.bias && t < count ? load_valid(gate.bias + c, static_cast<int>(std::min<int64_t>(n, a.key_size - c))) : Vec<S>{};
+        const Vec<S> shift = gate.bias && t < count
+                                 ? load_valid(gate.bias + c, static_cast<int>(std::min<int64_t>(n, a.key_size - c)))
+                                 : Vec<S>{};
         store(at, t < count ? decay_of<S>(gate.decay(load(at), shift)) : splat(S{1}));
       }
     }
@@ -145,10 +153,11 @@ void invert_blocks(int64_t rows, const HeadChunk<S>& chunk) {
 
 // Columns [first, last) of Y, U, O and the state behind a chunk, `first` a multiple of whole vectors.
 template <class T, class S>
-void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, int64_t token, int64_t count, const HeadChunk<S>& chunk,
-             int64_t first, int64_t last, const DeltaScratch<S>& scratch, bool outputs, S* next) {
+void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, int64_t token, int64_t count,
+             const HeadChunk<S>& chunk, int64_t first, int64_t last, const DeltaScratch<S>& scratch, bool outputs, S* next) {
   constexpr int n = kLanes<S>;
-  const int64_t keys = row_stride<S>(a.key_size), values = row_stride<S>(a.value_size), rows = whole_blocks(count), columns = last - first;
+  const int64_t keys = row_stride<S>(a.key_size), values = row_stride<S>(a.value_size), rows = whole_blocks(count),
+                columns = last - first;
   S *y = chunk.y + first, *u = chunk.u + first, *o = chunk.o + first, *temporary = scratch.rows + first;
   const S* state = chunk.state + first;
   // A block of columns of the state serves keys and queries while it is in the first-level cache.
@@ -157,7 +166,8 @@ void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, in
     state_product<false, Into::kSet>(chunk.k_in, keys, state + c, values, rows, a.key_size, width, y + c, values);
     if (outputs) state_product<false, Into::kSet>(chunk.q_in, keys, state + c, values, rows, a.key_size, width, o + c, values);
   }
-  const T* v = static_cast<const T*>(a.v.base) + unit.batch * a.v.batch_stride + token * a.v.token_stride + head * a.v.head_stride + first;
+  const T* v = static_cast<const T*>(a.v.base) + unit.batch * a.v.batch_stride + token * a.v.token_stride +
+               head * a.v.head_stride + first;
   const int64_t size = std::min(last, a.value_size) - first;
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t c = 0; c < columns; c += n) {
@@ -171,22 +181,28 @@ void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, in
     for (int64_t t = 0; t < kSixteen; ++t) {
       for (int64_t c = 0; c < columns; c += n) store(temporary + t * values + c, load(y + (b + t) * values + c));
     }
-    if (b > 0) state_product<false, Into::kSubtract>(chunk.l + b * kTokenStride<S>, kTokenStride<S>, u, values, kSixteen, b, columns, temporary, values);
+    if (b > 0)
+      state_product<false, Into::kSubtract>(chunk.l + b * kTokenStride<S>, kTokenStride<S>, u, values, kSixteen, b, columns,
+                                            temporary, values);
     for (int64_t t = 0; t < kSixteen; ++t) {
-      for (int64_t c = 0; c < columns; c += n) store(temporary + t * values + c, load(temporary + t * values + c) * chunk.beta[b + t]);
+      for (int64_t c = 0; c < columns; c += n)
+        store(temporary + t * values + c, load(temporary + t * values + c) * chunk.beta[b + t]);
     }
-    state_product<false, Into::kSet>(chunk.inverse + b * kSixteen, kSixteen, temporary, values, kSixteen, kSixteen, columns, u + b * values, values);
+    state_product<false, Into::kSet>(chunk.inverse + b * kSixteen, kSixteen, temporary, values, kSixteen, kSixteen, columns,
+                                     u + b * values, values);
   }
   if (outputs) {
     for (int64_t b = 0; b < rows; b += kSixteen) {
-      state_product<false, Into::kAdd>(chunk.p + b * kTokenStride<S>, kTokenStride<S>, u, values, kSixteen, b + kSixteen, columns, o + b * values, values);
+      state_product<false, Into::kAdd>(chunk.p + b * kTokenStride<S>, kTokenStride<S>, u, values, kSixteen, b + kSixteen,
+                                       columns, o + b * values, values);
     }
-    T* to = static_cast<T*>(a.o.base) + unit.batch * a.o.batch_stride + token * a.o.token_stride + head * a.o.head_stride + first;
+    T* to =
+        static_cast<T*>(a.o.base) + unit.batch * a.o.batch_stride + token * a.o.token_stride + head * a.o.head_stride + first;
     store_rows(o, values, count, size, to, a.o.token_stride);
   }
   if (next) {
-    state_product<true, Into::kDecayed>(chunk.k_out, keys, u, values, whole_blocks(a.key_size), rows, columns, next + first, values, state, chunk.total,
-                                        a.decay == Gating::kByChannel ? 1 : 0);
+    state_product<true, Into::kDecayed>(chunk.k_out, keys, u, values, whole_blocks(a.key_size), rows, columns, next + first,
+                                        values, state, chunk.total, a.decay == Gating::kByChannel ? 1 : 0);
   }
 }
 
@@ -271,7 +287,8 @@ void delta_rule_unit(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, DeltaRul
     team.barrier();
   };
   heads([&](int64_t h, int64_t head) {
-    load_state(state_at(static_cast<const S*>(a.initial_state), a, unit.sequence, head), a.key_size, a.value_size, memory.state(h, 0));
+    load_state(state_at(static_cast<const S*>(a.initial_state), a, unit.sequence, head), a.key_size, a.value_size,
+               memory.state(h, 0));
   });
   for (int64_t first = 0; first < num_chunks; first += memory.chunks) {
     const int64_t last = std::min(first + memory.chunks, num_chunks);
@@ -283,7 +300,8 @@ void delta_rule_unit(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, DeltaRul
     }
     forward_chunks<T>(a, unit, first, last, memory, scratch, true, last < num_chunks || a.final_state, team);
     if (last < num_chunks || a.final_state) {
-      for (int64_t h = 0; h < group; ++h) std::swap(memory.states[h * (memory.chunks + 1)], memory.states[h * (memory.chunks + 1) + last - first]);
+      for (int64_t h = 0; h < group; ++h)
+        std::swap(memory.states[h * (memory.chunks + 1)], memory.states[h * (memory.chunks + 1) + last - first]);
     }
   }
   if (!a.final_state) return;
@@ -311,15 +329,17 @@ void for_units(const DeltaRuleArgs& a, bool backward, void* shared, int num_thre
   }
   queue.restart(team);
   team.barrier();
-  queue.each(team, units, 1, [&](int64_t i, int64_t) { f(DeltaRuleUnit::of(a, i), memory, scratch, scratch_arena, Team{0, 1}); });
+  queue.each(team, units, 1,
+             [&](int64_t i, int64_t) { f(DeltaRuleUnit::of(a, i), memory, scratch, scratch_arena, Team{0, 1}); });
 }
 
 void delta_rule(const DeltaRuleArgs& a, void* shared, int num_threads, Team team) {
   visit_float(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    for_units<Accumulator<T>>(a, false, shared, num_threads, team, [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena, Team members) {
-      delta_rule_unit<T>(a, unit, memory, scratch, members);
-    });
+    for_units<Accumulator<T>>(a, false, shared, num_threads, team,
+                              [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena, Team members) {
+                                delta_rule_unit<T>(a, unit, memory, scratch, members);
+                              });
   });
 }
 

@@ -47,7 +47,8 @@ void load_step(const DeltaRuleArgs& a, int64_t batch, int64_t head, StepRows<S>&
     }
     load_rows(from, 0, 1, a.key_size, step.decays, whole, 1);
     for (int64_t c = 0; c < a.key_size; c += n) {
-      const Vec<S> shift = gate.bias ? load_valid(gate.bias + c, static_cast<int>(std::min<int64_t>(n, a.key_size - c))) : Vec<S>{};
+      const Vec<S> shift =
+          gate.bias ? load_valid(gate.bias + c, static_cast<int>(std::min<int64_t>(n, a.key_size - c))) : Vec<S>{};
       store(step.decays + c, decay_of<S>(gate.decay(load(step.decays + c), shift)));
     }
   });
@@ -58,7 +59,9 @@ template <int Vecs, class S>
 GOSSAMER_INLINE void step_columns(const DeltaRuleArgs& a, const StepRows<S>& step, S* state, const S* v, S* o, int last) {
   constexpr int n = kLanes<S>;
   const int64_t stride = a.value_size;
-  const auto load_at = [&](const S* from, int i) __attribute__((always_inline)) { return i + 1 < Vecs ? load(from + i * n) : load_valid(from + i * n, last); };
+  const auto load_at = [&](const S* from, int i) __attribute__((always_inline)) {
+    return i + 1 < Vecs ? load(from + i * n) : load_valid(from + i * n, last);
+  };
   Vec<S> read[Vecs] = {}, out[Vecs] = {};
   for (int64_t d = 0; d < a.key_size; ++d) {
     const S* row = state + d * stride;
@@ -128,7 +131,8 @@ void gate_backward_heads(const GateBackwardArgs& a, int64_t begin, int64_t end) 
   using S = Accumulator<T>;
   constexpr int n = kLanes<S>;
   const auto sums = std::make_unique<S[]>(4 * (a.channels + n));
-  S *rate_sum = sums.get(), *bias_sum = rate_sum + a.channels + n, *rate_part = bias_sum + a.channels + n, *bias_part = rate_part + a.channels + n;
+  S *rate_sum = sums.get(), *bias_sum = rate_sum + a.channels + n, *rate_part = bias_sum + a.channels + n,
+    *bias_part = rate_part + a.channels + n;
   const int64_t all = a.batch * a.tokens;
   for (int64_t head = begin; head < end; ++head) {
     const DecayGate<S> gate = decay_gate_of<S>(a, head, a.channels);
@@ -136,7 +140,9 @@ void gate_backward_heads(const GateBackwardArgs& a, int64_t begin, int64_t end) 
     for (int64_t first = 0; first < all; first += kChunkTokens) {
       std::fill_n(rate_part, 2 * (a.channels + n), S{0});
       for (int64_t i = first; i < std::min(first + kChunkTokens, all); ++i) {
-        const auto at = [&](const HeadArray& x) { return i / a.tokens * x.batch_stride + i % a.tokens * x.token_stride + head * x.head_stride; };
+        const auto at = [&](const HeadArray& x) {
+          return i / a.tokens * x.batch_stride + i % a.tokens * x.token_stride + head * x.head_stride;
+        };
         const T* g = static_cast<const T*>(a.g.base) + at(a.g);
         S* dg = static_cast<S*>(a.dg.base) + at(a.dg);
         for (int64_t c = 0; c < a.channels; c += n) {

@@ -54,8 +54,8 @@ void state_product(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t row
   if (depth > longest) {
     state_product<Transposed, into>(a, lda, b, ldb, rows, longest, columns, c, ldc, from, factor, factor_step);
     constexpr Into more = into == Into::kSubtract ? Into::kSubtract : Into::kAdd;
-    return state_product<Transposed, more>(a + (Transposed ? longest * lda : longest), lda, b + longest * ldb, ldb, rows, depth - longest,
-                                           columns, c, ldc);
+    return state_product<Transposed, more>(a + (Transposed ? longest * lda : longest), lda, b + longest * ldb, ldb, rows,
+                                           depth - longest, columns, c, ldc);
   }
   const int64_t vectors = (columns + lanes - 1) / lanes;
   for (int64_t v = 0; v < vectors;) {
@@ -174,7 +174,9 @@ void load_rows(const T* from, int64_t stride, int64_t count, int64_t size, S* to
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t c = 0; c < whole; c += n) {
       const int64_t left = t < count ? size - c : 0;
-      const Vec<S> v = left >= n ? load(from + t * stride + c) : left > 0 ? load_some(from + t * stride + c, static_cast<int>(left)) : Vec<S>{};
+      const Vec<S> v = left >= n  ? load(from + t * stride + c)
+                       : left > 0 ? load_some(from + t * stride + c, static_cast<int>(left))
+                                  : Vec<S>{};
       store(to + t * to_stride + c, v);
     }
   }

@@ -162,9 +162,8 @@ struct FloatMatrix {
   explicit operator bool() const { return base != nullptr; }
   double at(int64_t row, int64_t col) const {
     const int64_t i = row * row_stride + col * col_stride;
-    return visit_float(dtype, [&](auto tag) -> double {
-      return to_scalar(static_cast<const typename decltype(tag)::type*>(base)[i]);
-    });
+    return visit_float(
+        dtype, [&](auto tag) -> double { return to_scalar(static_cast<const typename decltype(tag)::type*>(base)[i]); });
   }
 };
 

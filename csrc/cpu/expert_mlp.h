@@ -24,12 +24,12 @@ struct ExpertMlpArgs {
   Groups groups;
   int64_t tokens, hidden, output, inner, top_k;
   ActivationForm activation;
-  FloatMatrix x;           // (T, H), column stride 1
-  ExpertWeights gate_up;   // (E, 2I, H)
-  ExpertWeights down;      // (E, O, I)
+  FloatMatrix x;                        // (T, H), column stride 1
+  ExpertWeights gate_up;                // (E, 2I, H)
+  ExpertWeights down;                   // (E, O, I)
   FloatMatrix gate_up_bias, down_bias;  // (E, 2I), (E, O), or absent
-  FloatMatrix weights;     // (T, K)
-  void* preact;            // (R, 2I) contiguous, or null in a forward that need not save it
+  FloatMatrix weights;                  // (T, K)
+  void* preact;                         // (R, 2I) contiguous, or null in a forward that need not save it
   ExpertUpdate gate_up_update, down_update;
 
   bool updated() const { return gate_up_update || down_update; }
@@ -58,7 +58,7 @@ struct ExpertMlpBackwardArgs : ExpertMlpArgs {
   FloatMatrix dy;  // (T, O), column stride 1
   void* dx;        // (T, H) contiguous, or null; so too the other results
   WeightGradient dgate_up, ddown;
-  FloatMatrix dweights;            // (T, K) contiguous, zeroed by the caller
+  FloatMatrix dweights;  // (T, K) contiguous, zeroed by the caller
   void *dgate_up_bias, *ddown_bias;
   UpdateGradient dgate_up_update, ddown_update;
   DType factor_dtype;  // of their factors' gradients: `dtype` or float32

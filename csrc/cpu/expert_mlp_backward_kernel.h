@@ -50,7 +50,8 @@ void activation_gradient_rows(const ExpertMlpBackwardArgs& a, const T* const* pr
           const T* from = preact[t + j] + first + i;
           T* to = dpreact.row(t + j) + first + i;
           const Vec<S> gate = load_valid(from, valid), w = splat(weight[t + j]);
-          const ActivationValue<S> value = activation(GateUp<S>{gate, a.activation.gated ? load_valid(from + up, valid) : gate});
+          const ActivationValue<S> value =
+              activation(GateUp<S>{gate, a.activation.gated ? load_valid(from + up, valid) : gate});
           const Vec<S> d = load_valid(dact + (t + j) * kGroup + i, valid);
           dot[j] += d * value.value;
           if (a.activation.gated) store_valid_sums(to + up, d * w * value.dup, valid);
@@ -100,8 +101,8 @@ class ExpertMlpBackward {
         dx(buffers.sum, args.dx, args.tokens, args.hidden) {
     bias_sums = std::make_unique<S[]>(a.wide() + a.output);
     if ((a.needs_dact() && down_by_rows()) || (a.dx && gate_up_by_rows())) rows_memory = RowsMemory<P>(buffers.chunk);
-    activation_by_rows = kTiled<P> && a.dx && down_by_rows() && gate_up_by_rows() && !a.activation.interleaved && !a.gate_up_update &&
-                         !a.down_update && !a.dgate_up_bias && !buffers.preact_r && !buffers.act_t;
+    activation_by_rows = kTiled<P> && a.dx && down_by_rows() && gate_up_by_rows() && !a.activation.interleaved &&
+                         !a.gate_up_update && !a.down_update && !a.dgate_up_bias && !buffers.preact_r && !buffers.act_t;
   }
 
   void run() {
@@ -275,10 +276,11 @@ class ExpertMlpBackward {
   // rows; or, where such a weight goes by rows, by_rows(i, count, c) with tokens as rows of kGroup values in c. before(i, end) comes
   // ahead of each piece of work.
   template <class Before, class F, class ByRows>
-  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows,
-               Before&& before, F&& f, ByRows&& by_rows) {
+  void product(WorkQueue& queue, const Weight<T>& w, const Panel<P>& columns, const PackedRows<P>& rows, Before&& before, F&& f,
+               ByRows&& by_rows) {
     if constexpr (kByRows<P>) {
-      if (goes_by_rows<P>(w, columns.width)) return shared_rows_product(queue, team, w, rows, columns, rows_memory, before, by_rows);
+      if (goes_by_rows<P>(w, columns.width))
+        return shared_rows_product(queue, team, w, rows, columns, rows_memory, before, by_rows);
     }
     const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
     queue.each(team, w.num_rows, kGroup, [&](int64_t i, int64_t end) {
@@ -403,7 +405,8 @@ class ExpertMlpBackward {
       }
       clock.lap(Stage::kDdown);
     }
-    factor_gradients(a.dgate_up_update, chunk, up_low.t, x_r, preact_t, up_low_r, buffers.up_a, buffers.up_b, buffers.up_update);
+    factor_gradients(a.dgate_up_update, chunk, up_low.t, x_r, preact_t, up_low_r, buffers.up_a, buffers.up_b,
+                     buffers.up_update);
     factor_gradients(a.ddown_update, chunk, down_low.t, act_r, dy_t, down_low_r, buffers.down_a, buffers.down_b,
                      buffers.down_update);
     if (a.dgate_up_bias) {
@@ -471,7 +474,8 @@ class ExpertMlpBackward {
 };
 
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {
-  visit_values(args.dtype, [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
+  visit_values(args.dtype,
+               [&](auto tag) { ExpertMlpBackward<typename decltype(tag)::type>(args, shared, num_threads, team).run(); });
 }
 
 }  // namespace

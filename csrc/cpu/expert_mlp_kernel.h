@@ -22,8 +22,7 @@ struct ChunkRows {
     for (int64_t i = 0; i < chunk.size(); ++i) {
       const int64_t slot = a.groups.slots[chunk.begin + i];
       token[i] = slot / a.top_k;
-      weight[i] = static_cast<S>(
-          weight_at(a.weights, token[i] * a.weights.row_stride + slot % a.top_k * a.weights.col_stride));
+      weight[i] = static_cast<S>(weight_at(a.weights, token[i] * a.weights.row_stride + slot % a.top_k * a.weights.col_stride));
     }
     for (int64_t i = chunk.size(); i < chunk.size() + kLanes<S>; ++i) weight[i] = 0;
   }
@@ -45,9 +44,7 @@ struct ExpertMlpThread {
 GOSSAMER_INLINE int64_t gate_row(const ExpertMlpArgs& a, int64_t i) {
   return a.activation.gated && a.activation.interleaved ? 2 * i : i;
 }
-GOSSAMER_INLINE int64_t up_row(const ExpertMlpArgs& a, int64_t i) {
-  return a.activation.interleaved ? 2 * i + 1 : a.inner + i;
-}
+GOSSAMER_INLINE int64_t up_row(const ExpertMlpArgs& a, int64_t i) { return a.activation.interleaved ? 2 * i + 1 : a.inner + i; }
 
 // The sums of tokens' rows, `width` values each: the result itself where it holds what is summed, else rows of their own.
 template <class T>
@@ -155,8 +152,8 @@ void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t firs
 
 // The layer with the weights that gate_up_of(expert) and down_of(expert) give.
 template <class T, class GateUpOf, class DownOf>
-void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team,
-                              GateUpOf&& gate_up_of, DownOf&& down_of) {
+void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team, GateUpOf&& gate_up_of,
+                              DownOf&& down_of) {
   using S = Accumulator<T>;
   using P = Operand<T>;
   Arena arena(shared);
@@ -200,29 +197,33 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     const auto gate_up = gate_up_of(chunk.expert);
     const int64_t wide = a.inner * a.activation.halves();
     const Weight<T> low_gate_up = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
-    buffers.inner.each(team, a.inner, kGroup, [&](int64_t i, int64_t end) {
-      const int64_t count = end - i;
-      S* up;
-      const int64_t step = preactivation(a, gate_up, chunk.expert, x, low_gate_up, up_low.c, i, count, c, &up, c_stride, pack) * c_stride;
-      clock.lap(Stage::kGateUp);
-      if (a.preact) {
-        save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
-        clock.lap(Stage::kSave);
-      }
-      visit_activation<S>(a.activation, [&](auto activation) {
-        const auto value = [&](int64_t row, int64_t t) {
-          const Vec<S> gate = load(c + row * step + t);
-          return activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value;
-        };
-        for (int64_t row = 0; row < count; row += kTerms<P>) {
-          for (int64_t t = 0; t < m; t += kLanes<S>) {
-            const Vec<S> next = kTerms<P> > 1 && row + 1 < count ? value(row + 1, t) : Vec<S>{};
-            store(act.at((i + row) / kTerms<P>, t), pack_lanes<P>(value(row, t), next));
+    buffers.inner.each(
+        team, a.inner, kGroup,
+        [&](int64_t i, int64_t end) {
+          const int64_t count = end - i;
+          S* up;
+          const int64_t step =
+              preactivation(a, gate_up, chunk.expert, x, low_gate_up, up_low.c, i, count, c, &up, c_stride, pack) * c_stride;
+          clock.lap(Stage::kGateUp);
+          if (a.preact) {
+            save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
+            clock.lap(Stage::kSave);
           }
-        }
-      });
-      clock.lap(Stage::kActivation);
-    }, quartered<P>(gate_up, m, 2));
+          visit_activation<S>(a.activation, [&](auto activation) {
+            const auto value = [&](int64_t row, int64_t t) {
+              const Vec<S> gate = load(c + row * step + t);
+              return activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value;
+            };
+            for (int64_t row = 0; row < count; row += kTerms<P>) {
+              for (int64_t t = 0; t < m; t += kLanes<S>) {
+                const Vec<S> next = kTerms<P> > 1 && row + 1 < count ? value(row + 1, t) : Vec<S>{};
+                store(act.at((i + row) / kTerms<P>, t), pack_lanes<P>(value(row, t), next));
+              }
+            }
+          });
+          clock.lap(Stage::kActivation);
+        },
+        quartered<P>(gate_up, m, 2));
     team.barrier();
     buffers.inner.restart(team);
     buffers.up_low.restart(team);
@@ -230,19 +231,22 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
     const auto w = down_of(chunk.expert);
     const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
-    buffers.output.each(team, a.output, kGroup, [&](int64_t h, int64_t end) {
-      const int64_t count = end - h;
-      // The rows that the product will be added to come into the cache while it is computed.
-      for (int64_t i = 0; i < m; ++i) {
-        prefetch_lines<1, Fetch::kWriteLater>(sums.at(own->rows.token[i], h), count * sizeof(S));
-      }
-      group_product(w, h, count, act, c, c_stride, pack);
-      if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
-      add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
-      clock.lap(Stage::kDown);
-      sums.add(c, c_stride, count, own->rows, m, true, h);
-      clock.lap(Stage::kCombine);
-    }, quartered<P>(w, m, 1));
+    buffers.output.each(
+        team, a.output, kGroup,
+        [&](int64_t h, int64_t end) {
+          const int64_t count = end - h;
+          // The rows that the product will be added to come into the cache while it is computed.
+          for (int64_t i = 0; i < m; ++i) {
+            prefetch_lines<1, Fetch::kWriteLater>(sums.at(own->rows.token[i], h), count * sizeof(S));
+          }
+          group_product(w, h, count, act, c, c_stride, pack);
+          if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
+          add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
+          clock.lap(Stage::kDown);
+          sums.add(c, c_stride, count, own->rows, m, true, h);
+          clock.lap(Stage::kCombine);
+        },
+        quartered<P>(w, m, 1));
   });
   team.barrier();
   clock.lap(Stage::kWait);

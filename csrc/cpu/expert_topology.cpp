@@ -57,7 +57,8 @@ bool expert_topology(const ExpertTopologyArgs& a, int num_threads) {
   const int64_t mean = std::max<int64_t>(1, live / a.experts);
   parallel_ranges(columns, std::max<int64_t>(1, kNumbersPerThread / mean), num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t column = begin; column < end; ++column) {
-      const int64_t e = column / wide, first = start[e], count = start[e + 1] - first, at = first * wide + column % wide * count;
+      const int64_t e = column / wide, first = start[e], count = start[e + 1] - first,
+                    at = first * wide + column % wide * count;
       a.column_offsets[column] = static_cast<int32_t>(at);
       for (int64_t i = 0; i < count; ++i) {
         a.row_indices_t[at + i] = static_cast<int32_t>(first + i);
@@ -78,20 +79,22 @@ int64_t expert_places(const ExpertPlacesArgs& a, int num_threads) {
   }
   const auto outside = [&](int32_t slot) { return slot < 0 || slot >= a.num_slots; };
   if (std::any_of(a.slots, a.slots + a.num_slots, outside)) return -2;
-  parallel_ranges(a.experts, std::max<int64_t>(1, kNumbersPerThread * a.experts / std::max<int64_t>(1, a.padded_rows)), num_threads,
-                  [&](int64_t first, int64_t last) {
-    for (int64_t e = first; e < last; ++e) {
-      const int64_t begin = a.offsets[e], count = a.offsets[e + 1] - begin, row = a.padded_offsets[e];
-      for (int64_t i = 0; i < count; ++i) {
-        const int32_t slot = a.slots[begin + i];
-        a.slots_of_rows[row + i] = slot;
-        a.rows_of_slots[slot] = static_cast<int32_t>(row + i);
-      }
-      std::fill(a.slots_of_rows + row + count, a.slots_of_rows + a.padded_offsets[e + 1], static_cast<int32_t>(a.num_slots));
-    }
-  });
+  parallel_ranges(a.experts, std::max<int64_t>(1, kNumbersPerThread * a.experts / std::max<int64_t>(1, a.padded_rows)),
+                  num_threads, [&](int64_t first, int64_t last) {
+                    for (int64_t e = first; e < last; ++e) {
+                      const int64_t begin = a.offsets[e], count = a.offsets[e + 1] - begin, row = a.padded_offsets[e];
+                      for (int64_t i = 0; i < count; ++i) {
+                        const int32_t slot = a.slots[begin + i];
+                        a.slots_of_rows[row + i] = slot;
+                        a.rows_of_slots[slot] = static_cast<int32_t>(row + i);
+                      }
+                      std::fill(a.slots_of_rows + row + count, a.slots_of_rows + a.padded_offsets[e + 1],
+                                static_cast<int32_t>(a.num_slots));
+                    }
+                  });
   std::fill(a.slots_of_rows + a.padded_offsets[a.experts], a.slots_of_rows + a.padded_rows, static_cast<int32_t>(a.num_slots));
-  for (int64_t i = a.offsets[a.experts]; i < a.num_slots; ++i) a.rows_of_slots[a.slots[i]] = static_cast<int32_t>(a.padded_rows);
+  for (int64_t i = a.offsets[a.experts]; i < a.num_slots; ++i)
+    a.rows_of_slots[a.slots[i]] = static_cast<int32_t>(a.padded_rows);
   return -1;
 }
 

@@ -25,8 +25,8 @@ LowRankPanels<P> low_rank_panels(const LowRankMemory<P>& memory, int64_t rank, i
 // low[j][token] = scale · Σ_k w(j, k) · x[k][token], for the r rows of a factor; without the scale also to `save` (·, r), a
 // token a row, where it is given.
 template <class T, class P, class S>
-void low_rank_rows(const Weight<T>& w, const Panel<P>& x, double scale, const LowRankPanels<P>& low, S* save,
-                   WorkQueue& queue, Team team, S* c, int64_t c_stride, P* pack) {
+void low_rank_rows(const Weight<T>& w, const Panel<P>& x, double scale, const LowRankPanels<P>& low, S* save, WorkQueue& queue,
+                   Team team, S* c, int64_t c_stride, P* pack) {
   queue.each(team, w.num_rows, kRankUnit, [&](int64_t j, int64_t end) {
     group_product(w, j, end - j, x, c, c_stride, pack);
     for (int64_t i = 0; i < end - j; ++i) {
@@ -72,7 +72,8 @@ void factor_gradient(WorkQueue& queue, Team team, int64_t unit, const Panel<P>& 
     using G = typename decltype(tag)::type;
     if constexpr (std::is_same_v<Accumulator<G>, SumOf<P>>) {
       G* to = static_cast<G*>(out) + chunk.expert * columns.depth * rows.width;
-      const GradientSink<G> sink{to, chunk.first && chunk.last ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last};
+      const GradientSink<G> sink{to,        chunk.first && chunk.last ? nullptr : partial, rows.width, rows.width, chunk.first,
+                                 chunk.last};
       queue.each(team, columns.depth, unit,
                  [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); });
     }

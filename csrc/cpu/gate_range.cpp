@@ -29,7 +29,8 @@ GateRange gate_range(const DeltaRuleArgs& args) {
   });
   if (args.decay == Gating::kNone || args.a_log) return range;
   const int64_t channels = args.decay == Gating::kByChannel ? args.key_size : 1;
-  each_value(args.g, args.batch, args.tokens, args.heads, channels, [&](auto g) { range.most_g = g > range.most_g ? g : range.most_g; });
+  each_value(args.g, args.batch, args.tokens, args.heads, channels,
+             [&](auto g) { range.most_g = g > range.most_g ? g : range.most_g; });
   return range;
 }
 

@@ -37,7 +37,7 @@ struct GatherArgs {
   int64_t num_rows, dim;
   Bags bags;
   FloatMatrix out;  // (B, D) of the table's dtype or what it is accumulated in
-  bool* outside;  // set where an id of a bag is none of the table's; or null
+  bool* outside;    // set where an id of a bag is none of the table's; or null
 };
 
 struct GatherMaxArgs {

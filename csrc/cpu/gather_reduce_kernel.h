@@ -42,8 +42,7 @@ struct LiveIds {
 };
 
 template <int kAtLeast = 1, class T, class Index>
-GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position,
-                                  int64_t bytes) {
+GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position, int64_t bytes) {
   // The processor's own prefetcher of ids comes late beside so many lines of rows: a third of the time was spent on them.
   __builtin_prefetch(live.ids + position + 64);
   // Of an id that is not there, some row: a branch would cost more than it saves.
@@ -73,8 +72,7 @@ struct BagTable {
 };
 
 template <class T>
-GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags,
-                                      int64_t bag) {
+GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, int64_t bag) {
   const T* base = static_cast<const T*>(table.base);
   if (!bags.features) return {base, table.row_stride, num_rows, dim, 0, bag, bags.mean};
   const int64_t each = bags.bags_per_feature();
@@ -136,7 +134,8 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
     const auto pass = [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value;
-      reduce_columns<kVectors, kWeighted>(from, a.bags.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes, a.outside);
+      reduce_columns<kVectors, kWeighted>(from, a.bags.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes,
+                                          a.outside);
       prefetch_bytes = 0;
       column += kVectors * kLanes<S>;
     };
@@ -267,15 +266,15 @@ void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) 
 
 void gather_max(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag) {
   visit_gather(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
-    max_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(out)::type>(
-        args, first_bag, last_bag);
+    max_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(out)::type>(args, first_bag,
+                                                                                                           last_bag);
   });
 }
 
 void gather_dot(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag) {
   visit_gather(args.table.dtype, args.dout.dtype, args.bags.index.wide, [&](auto table, auto index, auto dout) {
-    dot_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(dout)::type>(
-        args, first_bag, last_bag);
+    dot_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(dout)::type>(args, first_bag,
+                                                                                                            last_bag);
   });
 }
 

@@ -162,8 +162,8 @@ __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_
   auto lines = ahead;
   for (int k = 0; k < depth; k += segment) {
     Vec<S> sum[Rows][Vecs] = {};
-    accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>, std::min(segment, depth - k),
-                        lines);
+    accumulate<P, Half>(sum, a + k * AStep, ARow > 0 ? ARow : a_row, AStep, b + k * Vecs * kLanes<P>,
+                        std::min(segment, depth - k), lines);
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -205,7 +205,8 @@ int64_t num_tiles(const Panel<P>& panel, int64_t count) {
   const auto tiles = [&](int64_t rows) { return (count + rows - 1) / rows; };
   const int64_t blocks = panel.num_blocks();
   if (blocks == 0) return 0;
-  return (blocks - 1) * tiles(GOSSAMER_TILE_ROWS) + tiles(panel.block_vectors(blocks - 1) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS);
+  return (blocks - 1) * tiles(GOSSAMER_TILE_ROWS) +
+         tiles(panel.block_vectors(blocks - 1) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS);
 }
 
 // How a group of a weight's rows is read: in place, or packed in its own order of memory.
@@ -215,8 +216,8 @@ enum class Read { kInPlace, kRows, kColumns };
 // panel, both kDepth deep, share the first-level cache. Weights are read from memory once, so the next `unit` rows are prefetched
 // during the product.
 template <Read read, class T, class P>
-void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c,
-                      int64_t c_stride, P* pack, bool add) {
+void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride,
+                      P* pack, bool add) {
   constexpr bool columns = read == Read::kColumns;
   constexpr int a_row = read == Read::kInPlace ? 0 : columns ? 1 : kDepth;
   constexpr int64_t step = kDepth * kTerms<P>;
@@ -229,7 +230,10 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
     const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
     const int64_t next_rows = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
     const int64_t next_terms = std::min(step, w.depth - next_k);
-    const int64_t runs = columns ? next_terms : w.col_stride == 1 ? next_rows : 0, run_length = columns ? next_rows : next_terms;
+    const int64_t runs = columns             ? next_terms
+                         : w.col_stride == 1 ? next_rows
+                                             : 0,
+                  run_length = columns ? next_rows : next_terms;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
     auto ahead = LinesAhead::of(next, run_length, columns ? w.col_stride : w.row_stride, runs);
     ahead.share_among(num_tiles(panel, count));
@@ -250,9 +254,9 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
           ahead.fetch();
-          block_product<tile, vectors, a_row, columns ? kGroup : 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b,
-                                                                    depth, segment, !add && k == 0,
-                                                                    c + i * c_stride + block * kPanelWidth<P>, c_stride);
+          block_product<tile, vectors, a_row, columns ? kGroup : 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride,
+                                                                          b, depth, segment, !add && k == 0,
+                                                                          c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
       });
     }
@@ -343,8 +347,8 @@ GOSSAMER_INLINE void accumulate_few(Vec<SumOf<P>> (&sum)[Tokens], const Weight<T
 // group_product for a panel of Tokens tokens. accumulate(sum, i, rows, k, last) adds the terms k .. last of the weight rows
 // i .. i+rows, which are the lanes of sum[token].
 template <int Tokens, class P, class Accumulate>
-GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* c, int64_t c_stride,
-                                        Accumulate&& accumulate, bool add = false) {
+GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* c, int64_t c_stride, Accumulate&& accumulate,
+                                        bool add = false) {
   using S = SumOf<P>;
   constexpr int lanes = kLanes<S>;
   const int segment = segment_of<P>(depth) * kTerms<P>;
@@ -371,8 +375,8 @@ GOSSAMER_INLINE void few_tokens_product(int64_t count, int64_t depth, SumOf<P>* 
 
 // The same for a weight that is contiguous along its depth, or along its rows.
 template <int Tokens, bool Columns, class T, class P>
-__attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel,
-                                             SumOf<P>* c, int64_t c_stride, bool add) {
+__attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c,
+                                             int64_t c_stride, bool add) {
   const auto accumulate = [&](auto& sum, int64_t i, int rows, int64_t k, int64_t last) {
     constexpr int lanes = kLanes<SumOf<P>>;
     const int next_rows = static_cast<int>(std::clamp<int64_t>(w.num_rows - (n + i + lanes), 0, lanes));
@@ -392,8 +396,8 @@ GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {
 
 // group_product() by vectors.
 template <class T, class P>
-void vector_group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c,
-                          int64_t c_stride, P* pack, bool add) {
+void vector_group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride,
+                          P* pack, bool add) {
   const bool columns = runs_along_rows(w);
   if (panel.width <= kFewTokens && (columns || w.col_stride == 1)) {
     return with_few_tokens(panel.width, [&](auto tokens) {

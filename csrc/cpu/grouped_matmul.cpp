@@ -14,7 +14,9 @@ void run(const Args& args, int num_threads, Kernel kernel) {
 
 }  // namespace
 
-void grouped_matmul(const GroupedMatmulArgs& args, int num_threads) { run(args, num_threads, kernels().experts.grouped_matmul); }
+void grouped_matmul(const GroupedMatmulArgs& args, int num_threads) {
+  run(args, num_threads, kernels().experts.grouped_matmul);
+}
 
 void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads) {
   run(args, num_threads, kernels().experts.grouped_matmul_dweight);

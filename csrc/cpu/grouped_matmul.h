@@ -44,7 +44,7 @@ struct GroupedDweightArgs {
   Groups groups;
   int64_t n, c;
   GatheredRows x, dy;
-  void* dweight;    // (E, N, C) contiguous, or (E, C, N) when transposed
+  void* dweight;  // (E, N, C) contiguous, or (E, C, N) when transposed
   bool transposed;
   void* dbias;  // (E, N) contiguous, or null
 };

@@ -66,8 +66,7 @@ struct ThreadBuffers {
 };
 
 template <class S>
-void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count, S* c, int64_t c_stride,
-              int64_t tokens) {
+void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count, S* c, int64_t c_stride, int64_t tokens) {
   if (!bias) return;
   for (int64_t i = 0; i < count; ++i) {
     const S value = static_cast<S>(bias.at(expert, n + i));
@@ -110,17 +109,19 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
     if constexpr (may_go_by_rows) {
       if (by_rows) {
         const auto nothing = [](int64_t, int64_t) {};
-        shared_rows_product(buffers.queue, team, w, tile_rows, panel, rows_memory, nothing, [&](int64_t i, int64_t count, const S* c) {
-          alignas(64) S bias[kGroup] = {};
-          for (int64_t j = 0; a.bias && j < count; ++j) bias[j] = static_cast<S>(a.bias.at(chunk.expert, i + j));
-          for (int64_t t = 0; t < m; ++t) {
-            for (int64_t j = 0; j < count; j += kLanes<S>) {
-              const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, count - j));
-              const Vec<S> sum = load(c + t * kGroup + j);
-              store_valid(y_row(chunk.begin + t) + i + j, a.bias ? sum + load(bias + j) : sum, valid);
-            }
-          }
-        });
+        shared_rows_product(buffers.queue, team, w, tile_rows, panel, rows_memory, nothing,
+                            [&](int64_t i, int64_t count, const S* c) {
+                              alignas(64) S bias[kGroup] = {};
+                              for (int64_t j = 0; a.bias && j < count; ++j)
+                                bias[j] = static_cast<S>(a.bias.at(chunk.expert, i + j));
+                              for (int64_t t = 0; t < m; ++t) {
+                                for (int64_t j = 0; j < count; j += kLanes<S>) {
+                                  const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, count - j));
+                                  const Vec<S> sum = load(c + t * kGroup + j);
+                                  store_valid(y_row(chunk.begin + t) + i + j, a.bias ? sum + load(bias + j) : sum, valid);
+                                }
+                              }
+                            });
         return;
       }
     }
@@ -201,11 +202,14 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
     team.barrier();
     const bool whole = chunk.first && chunk.last;
     const GradientSink<T> sink{static_cast<T*>(a.dweight) + chunk.expert * n * c,
-                               std::is_same_v<T, S> || whole ? nullptr : buffers.partial, c, c, chunk.first, chunk.last,
+                               std::is_same_v<T, S> || whole ? nullptr : buffers.partial,
+                               c,
+                               c,
+                               chunk.first,
+                               chunk.last,
                                a.groups.num_experts * n * c * static_cast<int64_t>(sizeof(T)) > kPastCaches};
-    buffers.queue.each(team, n, kOuterRows<P>, [&](int64_t begin, int64_t end) {
-      outer_product(as_columns, begin, end, as_rows, sink);
-    });
+    buffers.queue.each(team, n, kOuterRows<P>,
+                       [&](int64_t begin, int64_t end) { outer_product(as_columns, begin, end, as_rows, sink); });
     if (!a.dbias) return;
     sum_tokens(dy_columns, static_cast<const S*>(nullptr), bias_rows.begin, bias_rows.end, chunk, bias.get(),
                static_cast<T*>(a.dbias) + chunk.expert * a.n);

@@ -356,8 +356,8 @@ void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int
   });
 }
 
-void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
-                const char* rows, int num_threads) {
+void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count, const char* rows,
+                int num_threads) {
   // A batch makes a row once.
   parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -388,8 +388,8 @@ void mark(T* array, const int64_t* slots, int64_t count, T value, int num_thread
 
 }  // namespace
 
-void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count,
-                  uint64_t seed, double bound, int num_threads) {
+void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count, uint64_t seed,
+                  double bound, int num_threads) {
   const uint64_t common = mix64(mix64(seed));
   visit_float(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -418,8 +418,7 @@ void mark_slots(uint8_t* array, const int64_t* slots, int64_t count, uint8_t val
   mark(array, slots, count, value, num_threads);
 }
 
-void scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, int64_t count, const char* rows,
-                  int num_threads) {
+void scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, int64_t count, const char* rows, int num_threads) {
   const int64_t stripe = std::max<int64_t>(64, (256 + row_bytes - 1) / row_bytes);
   parallel_team(threads_for(count, num_threads), [&](Team team) {
     each_owned(team, slots, count, stripe, [&](int64_t i) {

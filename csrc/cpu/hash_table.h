@@ -17,7 +17,7 @@ struct HashInsertArgs {
   hash_table::Results results;
   IndexArray keys;
   int64_t count;
-  int64_t room;  // new keys that may come where nothing is evicted
+  int64_t room;    // new keys that may come where nothing is evicted
   int64_t* marks;  // (slots,) or null: set to `mark` where the batch's rows are
   int64_t mark;
 };
@@ -37,13 +37,13 @@ HashInsertCounts hash_table_insert(const HashInsertArgs& args, int num_threads);
 void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int num_threads);
 
 // table[slots[i]] = rows[i], or zeros for null rows, where position i made its row.
-void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
-                const char* rows, int num_threads);
+void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count, const char* rows,
+                int num_threads);
 
 // table[slots[i]] = a row of `dim` values in (-bound, bound) that follow from keys[i], the column and the seed alone, as
 // ops/_rounding.py has it for step 0.
-void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count,
-                  uint64_t seed, double bound, int num_threads);
+void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count, uint64_t seed,
+                  double bound, int num_threads);
 
 // array[slots[i]] = value, -1 skipped.
 void mark_slots(int64_t* array, const int64_t* slots, int64_t count, int64_t value, int num_threads);

@@ -109,11 +109,11 @@ struct Kernels {
 };
 
 // What cpu/kernels/ defines for each instruction set that is compiled.
-#define GOSSAMER_PRODUCTS \
+#define GOSSAMER_PRODUCTS              \
   extern const ExpertKernels kExperts; \
   extern const StructuredKernels kStructured;
-#define GOSSAMER_PARTS \
-  GOSSAMER_PRODUCTS \
+#define GOSSAMER_PARTS               \
+  GOSSAMER_PRODUCTS                  \
   extern const TableKernels kTables; \
   extern const RowKernels kRows;
 

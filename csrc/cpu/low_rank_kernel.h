@@ -37,7 +37,8 @@ void pack_transposed_matrix(const FloatMatrix& m, const PackedRows<P>& to, int64
   const T* base = static_cast<const T*>(m.base);
   if (m.row_stride != 1) {
     const Weight<T> columns{base, 1, m.row_stride, to.tokens, last};
-    return pack_transposed(columns, 0, static_cast<int>(to.tokens), first, last - first, to.at(0, first / kTerms<P>), to.stride());
+    return pack_transposed(columns, 0, static_cast<int>(to.tokens), first, last - first, to.at(0, first / kTerms<P>),
+                           to.stride());
   }
   const auto columns = std::make_unique<const T*[]>(to.tokens);
   for (int64_t j = 0; j < to.tokens; ++j) columns[j] = base + j * m.col_stride;
@@ -110,7 +111,7 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
           ahead.fetch();
           block_product<tile, vectors, 1, kWide, half>(pack + i, 0, b, packed, segment, k == 0,
-                                                      c + i * c_stride + block * kPanelWidth<P>, c_stride);
+                                                       c + i * c_stride + block * kPanelWidth<P>, c_stride);
         });
       });
     }
@@ -136,7 +137,8 @@ void rank_product_by_rows(const RankProductArgs& a, const Weight<T>& big, LowRan
   const auto store = [&](auto tag, int64_t first, int64_t count, const S* sums) {
     using O = typename decltype(tag)::type;
     // The product is the transpose of what is asked for.
-    const FloatMatrix out{static_cast<O*>(a.out.base) + first * a.out.row_stride, a.out.col_stride, a.out.row_stride, a.out.dtype};
+    const FloatMatrix out{static_cast<O*>(a.out.base) + first * a.out.row_stride, a.out.col_stride, a.out.row_stride,
+                          a.out.dtype};
     store_product<O>(out, 0, a.rank, count, sums, kGroup, factor);
   };
   const auto nothing = [](int64_t, int64_t) {};
@@ -214,8 +216,9 @@ __attribute__((noinline)) void add_to_tile(const P* left, const P* b, int64_t de
 
 // The same by tiles for up to two tiles of rows, whose packed values are zero past the depth, as those of b are.
 template <int Vecs, class T, class P>
-void add_tiles([[maybe_unused]] const P* left, [[maybe_unused]] int rows, [[maybe_unused]] const P* b, [[maybe_unused]] int64_t depth,
-               [[maybe_unused]] float factor, [[maybe_unused]] T* y, [[maybe_unused]] int64_t y_stride, [[maybe_unused]] float* c) {
+void add_tiles([[maybe_unused]] const P* left, [[maybe_unused]] int rows, [[maybe_unused]] const P* b,
+               [[maybe_unused]] int64_t depth, [[maybe_unused]] float factor, [[maybe_unused]] T* y,
+               [[maybe_unused]] int64_t y_stride, [[maybe_unused]] float* c) {
 #if GOSSAMER_AMX
   constexpr int width = Vecs * kLanes<float>;
   const auto product = rows > kTileSide ? tile_product<2, Vecs> : tile_product<1, Vecs>;
@@ -225,7 +228,8 @@ void add_tiles([[maybe_unused]] const P* left, [[maybe_unused]] int rows, [[mayb
     T* to = y + i * y_stride;
     __builtin_prefetch(to + width, 1, 2);
 #pragma GCC unroll 4
-    for (int v = 0; v < width; v += kLanes<float>) store_sums(to + v, fma(load(c + i * width + v), splat(factor), load(to + v)));
+    for (int v = 0; v < width; v += kLanes<float>)
+      store_sums(to + v, fma(load(c + i * width + v), splat(factor), load(to + v)));
   }
 #endif
 }
@@ -264,7 +268,8 @@ void low_rank_update(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, 
       for (int64_t block = 0; block < (tiled > 0 ? whole : 0); ++block) {
         with_vectors<P>(right.block_vectors(block), [&](auto vectors) {
           T* to = y + block * kPanelWidth<P>;
-          add_tiles<vectors>(own.pack, static_cast<int>(tiled), right.block(block), right.depth, factor, to, a.y.row_stride, own.c);
+          add_tiles<vectors>(own.pack, static_cast<int>(tiled), right.block(block), right.depth, factor, to, a.y.row_stride,
+                             own.c);
         });
       }
     } else {
@@ -426,13 +431,16 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
   buffers.keep_own(team.thread);
   team.barrier();
   const bool by_rows = buffers.form == LowRankForm::kByRows;
-  buffers.chunks.each(team, by_rows ? a.rows : a.columns, buffers.chunk, [&](int64_t first, int64_t end) {
-    if (by_rows) {
-      low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, end, Team{0, 1});
-    } else {
-      low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
-    }
-  }, buffers.quartered);
+  buffers.chunks.each(
+      team, by_rows ? a.rows : a.columns, buffers.chunk,
+      [&](int64_t first, int64_t end) {
+        if (by_rows) {
+          low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, end, Team{0, 1});
+        } else {
+          low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
+        }
+      },
+      buffers.quartered);
 }
 
 void rank_product(const RankProductArgs& args, void* shared, int num_threads, Team team) {
@@ -440,7 +448,8 @@ void rank_product(const RankProductArgs& args, void* shared, int num_threads, Te
 }
 
 void low_rank_matmul(const LowRankArgs& args, void* shared, int num_threads, Team team) {
-  visit_values(args.dtype, [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype,
+               [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
 }
 
 }  // namespace

@@ -11,12 +11,12 @@ struct MultiLowRankArgs {
   DType dtype;
   Groups groups;  // rows by adapter; rows without one lie past the last group
   int64_t n, c, rank;
-  FloatMatrix x;         // (M, C), column stride 1, as all rows here
-  ExpertWeights a, b;    // (A, r, C) and (A, N, r), each contiguous along one of its last two dimensions
-  FloatMatrix scales;    // (1, A), or absent where `scale` is every adapter's
+  FloatMatrix x;       // (M, C), column stride 1, as all rows here
+  ExpertWeights a, b;  // (A, r, C) and (A, N, r), each contiguous along one of its last two dimensions
+  FloatMatrix scales;  // (1, A), or absent where `scale` is every adapter's
   double scale;
-  IndexArray ranks;      // (A,), or absent where every adapter has the rank r
-  void* s;               // (R, r) contiguous, x·aᵀ by adapter, in the accumulator's type; null in a forward that need not save it
+  IndexArray ranks;  // (A,), or absent where every adapter has the rank r
+  void* s;           // (R, r) contiguous, x·aᵀ by adapter, in the accumulator's type; null in a forward that need not save it
 
   int64_t rank_of(int64_t adapter) const { return ranks ? ranks[adapter] : rank; }
   double scale_of(int64_t adapter) const { return scales ? scales.at(0, adapter) : scale; }
@@ -28,10 +28,10 @@ struct MultiLowRankForwardArgs : MultiLowRankArgs {
 };
 
 struct MultiLowRankBackwardArgs : MultiLowRankArgs {
-  FloatMatrix dy;     // (M, N)
-  void* ds;           // (R, r) room, as s; null where neither dx nor da is wanted
-  FloatMatrix dx;     // (M, C), or null; so too the others
-  void *da, *db;      // (A, r, C) and (A, N, r) contiguous
+  FloatMatrix dy;      // (M, N)
+  void* ds;            // (R, r) room, as s; null where neither dx nor da is wanted
+  FloatMatrix dx;      // (M, C), or null; so too the others
+  void *da, *db;       // (A, r, C) and (A, N, r) contiguous
   DType factor_dtype;  // of da and db: `dtype` or float32
 };
 

@@ -47,7 +47,8 @@ GOSSAMER_INLINE void direct_sum(Vec<S> (&sum)[Rows], const Weight<T>& w, int64_t
     for (int i = 0; i < Rows; ++i) sum[i] = fma(splat(value(i, k)), weights, sum[i]);
   };
   if (w.col_stride != 1) {
-    for (int64_t k = first; k < last; ++k) add(k, load_lanes<S>(from + k * w.col_stride, static_cast<const T*>(nullptr), valid));
+    for (int64_t k = first; k < last; ++k)
+      add(k, load_lanes<S>(from + k * w.col_stride, static_cast<const T*>(nullptr), valid));
     return;
   }
   for (int64_t k = first; k < last; k += lanes) {
@@ -86,7 +87,7 @@ __attribute__((noinline)) void shrink_directly(const T* const* rows, int64_t cou
     for (int64_t n = 0; n < w.num_rows; n += lanes) {
       Vec<S> sum[Rows];
       direct_sum<S>(sum, w, n, static_cast<int>(std::min<int64_t>(lanes, w.num_rows - n)), first, last,
-                 [&](int i, int64_t k) { return values[i][k - first]; });
+                    [&](int i, int64_t k) { return values[i][k - first]; });
       for (int i = 0; i < Rows && i < count; ++i) {
         S* to = s + i * stride + n;
         store(to, first == 0 ? sum[i] : load(to) + sum[i]);
@@ -108,7 +109,7 @@ __attribute__((noinline)) void expand_directly(const S* s, int64_t stride, int64
     for (int64_t first = 0; first < w.depth; first += segment) {
       Vec<S> sum[Rows];
       direct_sum<S>(sum, w, n, valid, first, std::min<int64_t>(w.depth, first + segment),
-                 [&](int i, int64_t k) { return values[i][k]; });
+                    [&](int i, int64_t k) { return values[i][k]; });
 #pragma GCC unroll 8
       for (int i = 0; i < Rows; ++i) total[i] = first == 0 ? sum[i] : total[i] + sum[i];
     }
@@ -118,8 +119,7 @@ __attribute__((noinline)) void expand_directly(const S* s, int64_t stride, int64
 
 // s[i][j] = Σ_k rows[i][k] · w(j, k) for `count` rows; s has room for a multiple of 4 of them.
 template <class T, class S>
-void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64_t stride,
-            const MultiLowRankBuffers<T>& own) {
+void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64_t stride, const MultiLowRankBuffers<T>& own) {
   if (count <= kDirectRows) {
     return with_few_tokens<kDirectRows>(count, [&](auto few) { shrink_directly<few>(rows, count, w, s, stride, own); });
   }
@@ -151,8 +151,8 @@ void shrink(const T* const* rows, int64_t count, const Weight<T>& w, S* s, int64
 
 // Calls f(i, n, vector, valid lanes) over Σ_j s[i][j] · w(n, j) for `count` rows of s.
 template <class T, class S, class F>
-GOSSAMER_INLINE void expand(const S* s, int64_t stride, int64_t count, const Weight<T>& w,
-                            const MultiLowRankBuffers<T>& own, F&& f) {
+GOSSAMER_INLINE void expand(const S* s, int64_t stride, int64_t count, const Weight<T>& w, const MultiLowRankBuffers<T>& own,
+                            F&& f) {
   if (count <= kDirectRows) {
     return with_few_tokens<kDirectRows>(count, [&](auto few) { expand_directly<few, T, S>(s, stride, count, w, f); });
   }
@@ -305,7 +305,8 @@ class MultiLowRank {
       const int64_t live = begin == end ? 0 : rank;
       const S factor = Transposed ? static_cast<S>(a.scale_of(adapter)) : S{1};
       for (int64_t r = begin; r < end && live > 0; r += kFactorRows) {
-        add_rows(static_cast<const S*>(small), wide, r, std::min(end, r + kFactorRows), column, columns, rank, factor, r == begin);
+        add_rows(static_cast<const S*>(small), wide, r, std::min(end, r + kFactorRows), column, columns, rank, factor,
+                 r == begin);
       }
       G* to = out + adapter * a.rank * width;
       if constexpr (Transposed) {
@@ -374,9 +375,8 @@ void multi_low_rank(const MultiLowRankForwardArgs& args, void* shared, int num_t
 }
 
 void multi_low_rank_backward(const MultiLowRankBackwardArgs& args, void* shared, int num_threads, Team team) {
-  visit_float(args.dtype, [&](auto tag) {
-    MultiLowRank<typename decltype(tag)::type>(args, shared, num_threads, team).backward(args);
-  });
+  visit_float(args.dtype,
+              [&](auto tag) { MultiLowRank<typename decltype(tag)::type>(args, shared, num_threads, team).backward(args); });
 }
 
 }  // namespace

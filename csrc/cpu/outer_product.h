@@ -17,7 +17,8 @@ struct GradientSink {
   Accumulator<T>* partial;
   int64_t stride, width;
   bool first, last;
-  bool past_caches = false;  // whether to write past the caches: results too large for them would be read before being overwritten
+  bool past_caches =
+      false;  // whether to write past the caches: results too large for them would be read before being overwritten
 
   T* at(int64_t row, int64_t column) const { return out + row * stride + column; }
   Accumulator<T>* partial_at(int64_t row, int64_t column) const { return partial + row * width + column; }
@@ -115,8 +116,8 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
 // The same by tiles, for up to two tiles of rows; panels are zero-padded to whole tiles along the tokens.
 template <int Vecs, class T, class P>
 void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int64_t i, [[maybe_unused]] int rows,
-                       [[maybe_unused]] const P* b, [[maybe_unused]] const GradientSink<T>& sink, [[maybe_unused]] int64_t column,
-                       [[maybe_unused]] int64_t columns) {
+                       [[maybe_unused]] const P* b, [[maybe_unused]] const GradientSink<T>& sink,
+                       [[maybe_unused]] int64_t column, [[maybe_unused]] int64_t columns) {
 #if GOSSAMER_AMX
   constexpr int width = Vecs * kLanes<float>;
   alignas(64) float own[kGroup * width];
@@ -146,7 +147,7 @@ void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int6
       const int64_t vectors = a.block_vectors(block), stride = vectors * kLanes<P>;
       for (int64_t v = 0; v < vectors; ++v) {
         const char* left = reinterpret_cast<const char*>(a.block(block) + i * stride + v * kLanes<P>);
-        Sums::add(left, stride * sizeof(P), b + (block * kPanelWidth<P> + v * kLanes<P>) * width);
+        Sums::add(left, stride * sizeof(P), b + (block * kPanelWidth<P> + v * kLanes<P>)*width);
       }
     }
     Sums::store(own, own_stride);

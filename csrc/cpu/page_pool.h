@@ -38,7 +38,7 @@ class PagePool {
 
   std::mutex mutex_;
   std::unordered_map<void*, size_t> in_use_;
-  std::deque<Block> kept_;  // oldest first
+  std::deque<Block> kept_;       // oldest first
   std::deque<size_t> returned_;  // sizes of the last blocks returned to make room, oldest first
   size_t used_bytes_ = 0, most_used_ = 0, kept_bytes_ = 0;
   size_t learned_ = 0;  // bytes to hold beyond those that were in use at one time

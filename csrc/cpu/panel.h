@@ -240,7 +240,8 @@ struct PackedRows {
 
   void zero_past_terms() const {
     const int64_t used = packed_depth<P>(terms);
-    for (int64_t t = 0; t < tokens; ++t) std::memset(static_cast<void*>(at(t, used)), 0, (tile_depth<P>(terms) - used) * sizeof(P));
+    for (int64_t t = 0; t < tokens; ++t)
+      std::memset(static_cast<void*>(at(t, used)), 0, (tile_depth<P>(terms) - used) * sizeof(P));
   }
 };
 
@@ -298,9 +299,8 @@ GOSSAMER_INLINE void for_transposed(const S* c, int64_t c_stride, int64_t column
 // out[column][token] = c[token][column], tokens `out_stride` and columns c_stride apart; whole vectors of tokens are written.
 template <class S>
 void transpose_tokens(const S* c, int64_t c_stride, int64_t tokens, int64_t columns, S* out, int64_t out_stride) {
-  for_transposed(c, c_stride, tokens, columns, [&](int64_t column, int64_t token, Vec<S> v, int) {
-    store(out + column * out_stride + token, v);
-  });
+  for_transposed(c, c_stride, tokens, columns,
+                 [&](int64_t column, int64_t token, Vec<S> v, int) { store(out + column * out_stride + token, v); });
 }
 
 template <class T>

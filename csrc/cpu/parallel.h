@@ -64,7 +64,8 @@ class WorkQueue {
       const auto [begin, end] = Team{owner, team.size}.share(count, unit);
       const int64_t whole = std::max<int64_t>(0, (end - begin + unit - 1) / unit - quartered);
       while (true) {
-        const int64_t turn = taken_[owner * kStride].fetch_add(1, std::memory_order_relaxed), size = turn < whole ? unit : unit / 4;
+        const int64_t turn = taken_[owner * kStride].fetch_add(1, std::memory_order_relaxed),
+                      size = turn < whole ? unit : unit / 4;
         const int64_t at = begin + std::min(turn, whole) * unit + std::max<int64_t>(0, turn - whole) * size;
         if (at >= end) break;
         f(at, std::min(end, at + size));

@@ -18,8 +18,7 @@ void quantized_grouped_matmul(const QuantizedMatmulArgs& args, void* shared, int
 void quantized_expert_mlp(const QuantizedMlpArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) {
     expert_mlp_forward_typed<typename decltype(tag)::type>(
-        args, shared, num_threads, team,
-        [&](int64_t expert) { return QuantizedMatrix{&args.gate_up_weights, expert, false}; },
+        args, shared, num_threads, team, [&](int64_t expert) { return QuantizedMatrix{&args.gate_up_weights, expert, false}; },
         [&](int64_t expert) { return QuantizedMatrix{&args.down_weights, expert, false}; });
   });
 }

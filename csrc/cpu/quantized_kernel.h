@@ -14,9 +14,7 @@ struct QuantizedMatrix {
   bool transposed;
 
   int64_t depth() const { return transposed ? weights->rows : weights->columns; }
-  const uint8_t* row(int64_t n) const {
-    return weights->data + (expert * weights->rows + n) * weights->row_bytes();
-  }
+  const uint8_t* row(int64_t n) const { return weights->data + (expert * weights->rows + n) * weights->row_bytes(); }
   // The place of the scale of a row's first columns; the next ones' follow it.
   int64_t scales(int64_t n) const {
     return (expert * weights->scale_rows + (n >> weights->row_shift)) * weights->scale_columns;
@@ -308,7 +306,8 @@ GOSSAMER_INLINE void accumulate_codes(Vec<float> (&sum)[Tokens], const Quantized
 
 // accumulate_few() of decoded rows, from sums that are nothing yet; the same code for all formats.
 template <int Tokens, class P>
-__attribute__((noinline)) void accumulate_decoded(Vec<SumOf<P>> (&sum)[Tokens], const Weight<Term<P>>& rows, const Panel<P>& panel) {
+__attribute__((noinline)) void accumulate_decoded(Vec<SumOf<P>> (&sum)[Tokens], const Weight<Term<P>>& rows,
+                                                  const Panel<P>& panel) {
   accumulate_few<Tokens, false>(sum, rows, rows.base, static_cast<int>(rows.num_rows), 0, 0, rows.depth, panel);
 }
 

@@ -31,7 +31,8 @@ class RowsMemory {
  public:
   explicit RowsMemory(int64_t tokens = 0)
       : sums_size_((tokens + kTileSide - 1) / kTileSide * kTileSide * kGroup),
-        memory_(tokens == 0 ? Scratch() : allocate_scratch(kPack * sizeof(P) + (kTiled<P> ? 1 : kRowGroups) * sums_size_ * sizeof(S))) {}
+        memory_(tokens == 0 ? Scratch()
+                            : allocate_scratch(kPack * sizeof(P) + (kTiled<P> ? 1 : kRowGroups) * sums_size_ * sizeof(S))) {}
 
   P* pack(int64_t group = 0) const { return reinterpret_cast<P*>(memory_.get()) + group * kPackSize<P>; }
   // Sums of a group, kGroup of each token.
@@ -46,8 +47,8 @@ class RowsMemory {
 // kGroup values.
 template <class P>
 void tiles_of_rows([[maybe_unused]] const PackedRows<P>& rows, [[maybe_unused]] int64_t from, [[maybe_unused]] int64_t steps,
-                   [[maybe_unused]] const P* b, [[maybe_unused]] int vectors, [[maybe_unused]] bool fresh, [[maybe_unused]] float* c,
-                   [[maybe_unused]] LinesAhead& ahead) {
+                   [[maybe_unused]] const P* b, [[maybe_unused]] int vectors, [[maybe_unused]] bool fresh,
+                   [[maybe_unused]] float* c, [[maybe_unused]] LinesAhead& ahead) {
 #if GOSSAMER_AMX
   with_vectors<P>(vectors, [&](auto vectors) {
     for (int64_t t = 0; t < rows.tokens; t += 2 * kTileSide) {
@@ -134,8 +135,9 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& ro
       }
     }
     const bool more = k + step < w.depth;
-    auto ahead = more ? LinesAhead::of(w.base + n + (k + step) * w.col_stride, width, w.col_stride, std::min(step, w.depth - k - step))
-                      : LinesAhead::of(w.base + end, std::min(width, w.num_rows - end), w.col_stride, std::min(step, w.depth));
+    auto ahead =
+        more ? LinesAhead::of(w.base + n + (k + step) * w.col_stride, width, w.col_stride, std::min(step, w.depth - k - step))
+             : LinesAhead::of(w.base + end, std::min(width, w.num_rows - end), w.col_stride, std::min(step, w.depth));
     ahead.share_among(tiles * depth);
     for (int64_t at = 0; at < width; at += kGroup) {
       const Columns group = columns(at);

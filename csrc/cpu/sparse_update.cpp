@@ -105,8 +105,7 @@ class Update {
     queue.restart(team);
     team.barrier();
     double* scratch = scratch_ + team.thread * scratch_size();
-    queue.each(team, ids_.count, kUnit,
-               [&](int64_t begin, int64_t end) { k.update_rows(args_, ids_, begin, end, scratch); });
+    queue.each(team, ids_.count, kUnit, [&](int64_t begin, int64_t end) { k.update_rows(args_, ids_, begin, end, scratch); });
   }
 
  private:
@@ -168,8 +167,14 @@ class Update {
         long_runs_.push_back(run);
       }
     }
-    ids_ = {sorted, sizeof(Word) == 8, counts_[team.size], bag_of_, bag_scale_, long_runs_.data(),
-            static_cast<int64_t>(long_runs_.size()), partials_};
+    ids_ = {sorted,
+            sizeof(Word) == 8,
+            counts_[team.size],
+            bag_of_,
+            bag_scale_,
+            long_runs_.data(),
+            static_cast<int64_t>(long_runs_.size()),
+            partials_};
   }
 
   const UpdateArgs& args_;

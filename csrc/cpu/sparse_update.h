@@ -26,8 +26,7 @@ constexpr Named<Algorithm> kAlgorithms[] = {{"sgd", Algorithm::kSgd},
                                             {"partial_rowwise_adam", Algorithm::kPartialRowwiseAdam},
                                             {"lamb", Algorithm::kLamb},
                                             {"ftrl", Algorithm::kFtrl}};
-constexpr Named<Decay> kDecays[] = {
-    {"gradient", Decay::kGradient}, {"weights", Decay::kWeights}, {"formula", Decay::kFormula}};
+constexpr Named<Decay> kDecays[] = {{"gradient", Decay::kGradient}, {"weights", Decay::kWeights}, {"formula", Decay::kFormula}};
 
 // A rule with its numbers; see gossamer._step_rules.StepRule.
 struct StepRule {
@@ -65,8 +64,8 @@ struct StateArray {
 struct UpdateArgs {
   FloatMatrix table;  // (N, D), column stride 1; flat with features
   StateArray state1, state2;
-  int64_t num_rows, dim;       // all rows and the largest dim with features
-  FloatMatrix dout;            // (B, D), column stride 1, of the table's dtype or what it is accumulated in
+  int64_t num_rows, dim;  // all rows and the largest dim with features
+  FloatMatrix dout;       // (B, D), column stride 1, of the table's dtype or what it is accumulated in
   Bags bags;
   const int32_t* argmax;  // (B, D) contiguous, or null
   StepRule rule;

@@ -146,7 +146,8 @@ GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, i
   using S = Accumulator<T>;
   if (entry >= ids.count) return;
   const RowPlace place = place_of<Word>(a, ids, entry);
-  prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride), place.dim * sizeof(T));
+  prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride),
+                                               place.dim * sizeof(T));
   for (const StateArray* state : {&a.state1, &a.state2}) {
     if (state->base) {
       const int64_t bytes = state->per_row ? 1 : place.dim * sizeof(S);
@@ -320,7 +321,8 @@ bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t beg
 template <class T, class G>
 void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<T>;
-  if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end) : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
+  if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
+               : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
     return;
   }
   S* grad = static_cast<S*>(scratch);
@@ -332,8 +334,7 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
       sum_entries<S, G>(a, ids, i, stop, place.dim, grad);
     }
     T* w = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
-    step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, place), state_at<S>(a, a.state2, place), grad,
-                place.dim);
+    step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, place), state_at<S>(a, a.state2, place), grad, place.dim);
   });
 }
 

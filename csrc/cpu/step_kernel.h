@@ -115,9 +115,8 @@ GOSSAMER_INLINE void prepare_gradient(const StepRule& rule, const T* w, S* grad,
     }));
     if (norm > static_cast<S>(rule.clip_norm)) {
       const S scale = static_cast<S>(rule.clip_norm) / norm;
-      over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
-        store_n(grad + c, load_n(grad + c, n) * scale, n);
-      });
+      over_row<S>(dim,
+                  [&](int64_t c, int n) __attribute__((always_inline)) { store_n(grad + c, load_n(grad + c, n) * scale, n); });
     }
   }
   if (rule.weight_decay != 0 && rule.decay == Decay::kGradient) {
@@ -130,10 +129,12 @@ GOSSAMER_INLINE void prepare_gradient(const StepRule& rule, const T* w, S* grad,
 
 template <class S>
 GOSSAMER_INLINE S mean_square(const S* grad, int64_t dim) {
-  return sum_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
-           const Vec<S> g = load_n(grad + c, n);
-           return g * g;
-         }) / static_cast<S>(dim);
+  return sum_row<S>(dim,
+                    [&](int64_t c, int n) __attribute__((always_inline)) {
+                      const Vec<S> g = load_n(grad + c, n);
+                      return g * g;
+                    }) /
+         static_cast<S>(dim);
 }
 
 template <class T, class S>
@@ -158,9 +159,8 @@ GOSSAMER_INLINE void lamb(const StepRule& rule, T* w, S* m, S* v, S* grad, int64
   const S norm_q = std::sqrt(mean_square(grad, dim) * static_cast<S>(dim));
   const S trust = norm_w > 0 && norm_q > 0 ? norm_w / norm_q : S{1};
   const S step = static_cast<S>(rule.lr) * trust;
-  over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
-    write(c, load_n(w + c, n) - step * load_n(grad + c, n), n);
-  });
+  over_row<S>(dim, [&](int64_t c, int n)
+                       __attribute__((always_inline)) { write(c, load_n(w + c, n) - step * load_n(grad + c, n), n); });
 }
 
 // Takes the step on row `number`, whose summed gradient is `grad`; `state1` and `state2` are its states, or null.

@@ -35,8 +35,8 @@ __attribute__((noinline)) void tile_product(const char* left, int64_t left_strid
 // c (+)= left · panel from depth `from` on, for `count` rows of packed values, `stride` values apart; rows up to a multiple of 16 may
 // be read. The rest of the depth after whole tiles is added last.
 template <class P>
-void tiled_product(const P* left, int64_t stride, int count, const Panel<P>& panel, int64_t from, int depth, bool fresh, float* c,
-                   int64_t c_stride, [[maybe_unused]] LinesAhead ahead) {
+void tiled_product(const P* left, int64_t stride, int count, const Panel<P>& panel, int64_t from, int depth, bool fresh,
+                   float* c, int64_t c_stride, [[maybe_unused]] LinesAhead ahead) {
 #if GOSSAMER_AMX
   const int64_t steps = depth / kTileSide;
   ahead.share_among(steps * panel.num_blocks());
@@ -50,8 +50,8 @@ void tiled_product(const P* left, int64_t stride, int count, const Panel<P>& pan
       const int done = static_cast<int>(steps) * kTileSide;
       if (done == depth) return;
       for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
-        block_product<tile, vectors, 0, 1>(left + i * stride + done, stride, b + done * vectors * kLanes<P>, depth - done, kDepth,
-                                           fresh && done == 0, to + i * c_stride, c_stride);
+        block_product<tile, vectors, 0, 1>(left + i * stride + done, stride, b + done * vectors * kLanes<P>, depth - done,
+                                           kDepth, fresh && done == 0, to + i * c_stride, c_stride);
       });
     });
   }
@@ -80,8 +80,8 @@ void pack_transposed(const Weight<T>& w, int64_t n, int count, int64_t k, int64_
 
 // group_product() by tiles.
 template <class T, class P>
-void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, float* c, int64_t c_stride, P* pack,
-                         bool add) {
+void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Panel<P>& panel, float* c, int64_t c_stride,
+                         P* pack, bool add) {
   static_assert(kGroup == 2 * kTileSide);
   constexpr int64_t step = kDepth * kTerms<P>;
   for (int64_t i = 0; i < count; i += kGroup) {
@@ -93,7 +93,8 @@ void tiled_group_product(const Weight<T>& w, int64_t n, int64_t count, const Pan
     if (w.col_stride == 1 && rows % kTileSide == 0 && w.depth % (kTileSide * kTerms<P>) == 0 && w.row_stride % kTerms<P> == 0) {
       const int depth = static_cast<int>(packed_depth<P>(w.depth));
       const auto ahead = LinesAhead::of(next, w.depth, w.row_stride, next_rows);
-      tiled_product(reinterpret_cast<const P*>(from), w.row_stride / kTerms<P>, rows, panel, 0, depth, !add, to, c_stride, ahead);
+      tiled_product(reinterpret_cast<const P*>(from), w.row_stride / kTerms<P>, rows, panel, 0, depth, !add, to, c_stride,
+                    ahead);
       continue;
     }
     for (int64_t k = 0; k < w.depth; k += step) {

@@ -24,9 +24,9 @@ struct TopkRoutingArgs : RouterArgs {
 };
 
 struct TopkRoutingBackwardArgs : RouterArgs {
-  const int64_t* ids;                // (T, K), as the forward gave them
-  const float *weights, *dweights;   // (T, K)
-  float* dlogits;                    // (T, E)
+  const int64_t* ids;               // (T, K), as the forward gave them
+  const float *weights, *dweights;  // (T, K)
+  float* dlogits;                   // (T, E)
 };
 
 void topk_routing(const TopkRoutingArgs& args, int num_threads);

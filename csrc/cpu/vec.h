@@ -330,8 +330,8 @@ GOSSAMER_INLINE Vec<float> verf(Vec<float> x) {
   Vec<float> t = x < 0.0f ? -x : x;
   t = t > 4.0f ? splat(4.0f) : t;
   Vec<float> large = splat(1.39520608e-05f);
-  for (const float c : {-0.000329196857f, 0.00352458532f, -0.0229789534f, 0.104162702f, 0.637938417f, 1.12677134f,
-                        0.000502260482f}) {
+  for (const float c :
+       {-0.000329196857f, 0.00352458532f, -0.0229789534f, 0.104162702f, 0.637938417f, 1.12677134f, 0.000502260482f}) {
     large = large * t + c;
   }
   large = 1.0f - vexp(-large);

@@ -107,8 +107,8 @@ struct Warp {
     const int64_t bucket = in_first ? first : second, mine = bucket * kSlots + lane % kSlots;
     const int64_t own = t.scores[mine];
     const Bucket b = t.buckets[bucket];
-    const bool touched = stamps(batch.policy) ? own == batch.stamp
-                                              : b.serial == batch.serial && (b.pinned >> (lane % kSlots) & 1u);
+    const bool touched =
+        stamps(batch.policy) ? own == batch.stamp : b.serial == batch.serial && (b.pinned >> (lane % kSlots) & 1u);
     bool any = (in_first || second != first) && t.digests[mine] != 0 && !touched;
     int best = lane;
     int64_t lowest = own;
@@ -141,8 +141,7 @@ __global__ void __launch_bounds__(kThreads, 4) missing_kernel(Table t, HashBatch
     for (unsigned rest = __ballot_sync(kAll, missing); rest; rest &= rest - 1) {
       const int source = lowest_bit(rest);
       const int64_t its_key = __shfl_sync(kAll, key, source), its_position = __shfl_sync(kAll, position, source);
-      const bool served =
-          insert_missing(t, b.batch, b.results, its_position, its_key, place_of(t, its_key), true, Warp{lane});
+      const bool served = insert_missing(t, b.batch, b.results, its_position, its_key, place_of(t, its_key), true, Warp{lane});
       if (!served && lane == 0) {
         b.results.status[its_position] = kPending;
         atomicAdd(b.leaving, 1);
@@ -181,8 +180,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Word, class Index>
-__global__ void __launch_bounds__(kThreads) start_kernel(Word* table, Index row_words, const int64_t* slots,
-                                                         const uint8_t* status, Index words, const Word* rows) {
+__global__ void __launch_bounds__(kThreads)
+    start_kernel(Word* table, Index row_words, const int64_t* slots, const uint8_t* status, Index words, const Word* rows) {
   const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= words) return;
   const Index row = i / row_words;
@@ -191,8 +190,8 @@ __global__ void __launch_bounds__(kThreads) start_kernel(Word* table, Index row_
 }
 
 template <class Word, class Index>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(Word* table, Index row_words, const int64_t* slots,
-                                                           const int64_t* order, Index words, const Word* rows) {
+__global__ void __launch_bounds__(kThreads)
+    scatter_kernel(Word* table, Index row_words, const int64_t* slots, const int64_t* order, Index words, const Word* rows) {
   const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= words) return;
   const Index row = i / row_words, column = i - row * row_words;
@@ -238,8 +237,7 @@ const char* with_words(int64_t row_bytes, int64_t count, F&& f) {
 
 }  // namespace
 
-const char* hash_table_partitions(const Table& table, const HashKeys& keys, int32_t* partitions, int device,
-                                  void* stream) {
+const char* hash_table_partitions(const Table& table, const HashKeys& keys, int32_t* partitions, int device, void* stream) {
   return launch(partition_kernel, keys.count, device, stream, table, keys, partitions);
 }
 
@@ -266,8 +264,8 @@ const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slo
                         void* stream) {
   return with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
     using Word = decltype(word);
-    return launch(gather_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<const Word*>(table),
-                  row_words, slots, words, reinterpret_cast<Word*>(out));
+    return launch(gather_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<const Word*>(table), row_words,
+                  slots, words, reinterpret_cast<Word*>(out));
   });
 }
 
@@ -275,8 +273,8 @@ const char* start_rows(char* table, int64_t row_bytes, const int64_t* slots, con
                        const char* rows, int device, void* stream) {
   return with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
     using Word = decltype(word);
-    return launch(start_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<Word*>(table), row_words,
-                  slots, status, words, reinterpret_cast<const Word*>(rows));
+    return launch(start_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<Word*>(table), row_words, slots,
+                  status, words, reinterpret_cast<const Word*>(rows));
   });
 }
 
@@ -284,8 +282,8 @@ const char* scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, c
                          const char* rows, int device, void* stream) {
   return with_words(row_bytes, count, [&](auto word, auto row_words, auto words) {
     using Word = decltype(word);
-    return launch(scatter_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<Word*>(table),
-                  row_words, slots, order, words, reinterpret_cast<const Word*>(rows));
+    return launch(scatter_kernel<Word, decltype(words)>, words, device, stream, reinterpret_cast<Word*>(table), row_words,
+                  slots, order, words, reinterpret_cast<const Word*>(rows));
   });
 }
 

@@ -28,8 +28,7 @@ struct HashBatch {
 const char* hash_table_partitions(const hash_table::Table& table, const HashKeys& keys, int32_t* partitions, int device,
                                   void* stream);
 // slots[i] of key i, or -1.
-const char* hash_table_find(const hash_table::Table& table, const HashKeys& keys, int64_t* slots, int device,
-                            void* stream);
+const char* hash_table_find(const hash_table::Table& table, const HashKeys& keys, int64_t* slots, int device, void* stream);
 // For the recency policies and without eviction, where the order of touches does not matter: serves the keys that are in the table.
 // partitions[i] is the number of partitions for these, and the partition of each other key, whose status is kRefused.
 const char* hash_table_stamp(const hash_table::Table& table, const HashKeys& keys, const hash_table::Batch& batch,

@@ -104,8 +104,7 @@ __device__ __forceinline__ void stage_columns(uint8_t* staging, const float* acc
   for (int j = 0; j < kStagingColumns / 8; ++j) {
     const int unit = 2 * j + quarter / 2, within = quarter % 2 * 8;
     *reinterpret_cast<float2*>(staging + staging_offset(row, unit) + within) = make_float2(acc[4 * j], acc[4 * j + 1]);
-    *reinterpret_cast<float2*>(staging + staging_offset(row + 8, unit) + within) =
-        make_float2(acc[4 * j + 2], acc[4 * j + 3]);
+    *reinterpret_cast<float2*>(staging + staging_offset(row + 8, unit) + within) = make_float2(acc[4 * j + 2], acc[4 * j + 3]);
   }
 }
 

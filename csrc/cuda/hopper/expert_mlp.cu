@@ -58,8 +58,7 @@ const char* choose(const Params& params, const RoutingView& routing, const Where
 template <typename T>
 constexpr auto up = choose<Up<T>, PairedUp<T>, FewUp<T>, GluParams>;
 template <typename T>
-constexpr auto down_backward =
-    choose<DownBackward<T>, PairedDownBackward<T>, FewDownBackward<T>, GluBackwardParams>;
+constexpr auto down_backward = choose<DownBackward<T>, PairedDownBackward<T>, FewDownBackward<T>, GluBackwardParams>;
 
 }  // namespace
 
@@ -67,8 +66,7 @@ const char* expert_up(const ExpertUpArgs& args, const Where& where) {
   const bool halves = args.activation.gated && !args.activation.interleaved;
   const int64_t num_columns = divide_up(args.inner, args.activation.gated ? kUpColumns / 2 : kUpColumns);
   GluParams params{};
-  if (const char* error = product_of(params.product, args.bfloat16, args.routing, args.x, args.gate_up, args.c,
-                                     num_columns)) {
+  if (const char* error = product_of(params.product, args.bfloat16, args.routing, args.x, args.gate_up, args.c, num_columns)) {
     return error;
   }
   params.product.second_half = halves ? static_cast<int32_t>(args.inner) : 0;
@@ -86,13 +84,12 @@ int64_t expert_down_backward_columns(int64_t inner) { return divide_up(inner, kB
 const char* expert_down_backward(const ExpertDownBackwardArgs& args, const Where& where) {
   const int64_t num_columns = expert_down_backward_columns(args.inner);
   GluBackwardParams params{};
-  if (const char* error =
-          product_of(params.product, args.bfloat16, args.routing, args.dy, args.down, args.c, num_columns)) {
+  if (const char* error = product_of(params.product, args.bfloat16, args.routing, args.dy, args.down, args.c, num_columns)) {
     return error;
   }
   params.layout = layout_of(args.activation, args.inner);
-  params.layout.aligned = vectors_fit(args.preact, args.inner) && vectors_fit(args.dpreact, args.inner) &&
-                          vectors_fit(args.act, args.inner);
+  params.layout.aligned =
+      vectors_fit(args.preact, args.inner) && vectors_fit(args.dpreact, args.inner) && vectors_fit(args.act, args.inner);
   params.preact = args.preact;
   params.dpreact = args.dpreact;
   params.act = args.act;

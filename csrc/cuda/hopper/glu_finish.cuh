@@ -94,8 +94,8 @@ struct GluFinish {
   static __device__ void prepare(const Params&) {}
 
   template <typename, int kN>
-  static __device__ __forceinline__ void tile(const Params& p, const Tile& tile, const float (&acc)[kN / 2],
-                                              uint8_t* staging, int block_row) {
+  static __device__ __forceinline__ void tile(const Params& p, const Tile& tile, const float (&acc)[kN / 2], uint8_t* staging,
+                                              int block_row) {
     const PreactLayout& layout = p.layout;
     const int lane = threadIdx.x % kLanes, eighth = lane % 4;
     const int columns = layout.form.gated ? kN / 2 : kN;
@@ -114,8 +114,8 @@ struct GluFinish {
         const int half = item % 2, side = item / 2;
         const int row = staging_row(lane) + 8 * half;
         const int64_t r = int64_t{tile.row} + lane_row(block_row, half);
-        const int column = tile.column_tile * columns + (layout.form.gated ? piece : 2 * piece + side) * kStagingColumns +
-                           eighth * kVector;
+        const int column =
+            tile.column_tile * columns + (layout.form.gated ? piece : 2 * piece + side) * kStagingColumns + eighth * kVector;
         if (r >= tile.row_end || column >= layout.inner) continue;
         GatePair pair;
         if (layout.pairs()) {
@@ -165,13 +165,12 @@ struct GluBackwardFinish {
 
   static __device__ float weight(const Params& p, int64_t row) {
     const int32_t slot = __ldg(p.product.experts.slots + row);
-    return p.weights_float32 ? static_cast<const float*>(p.weights)[slot]
-                             : widen(static_cast<const T*>(p.weights)[slot]);
+    return p.weights_float32 ? static_cast<const float*>(p.weights)[slot] : widen(static_cast<const T*>(p.weights)[slot]);
   }
 
   template <typename, int kN>
-  static __device__ __forceinline__ void tile(const Params& p, const Tile& tile, const float (&acc)[kN / 2],
-                                              uint8_t* staging, int block_row) {
+  static __device__ __forceinline__ void tile(const Params& p, const Tile& tile, const float (&acc)[kN / 2], uint8_t* staging,
+                                              int block_row) {
     constexpr int kItems = 4 * (kN / kPieceColumns);
     const PreactLayout& layout = p.layout;
     const int lane = threadIdx.x % kLanes, eighth = lane % 4;
@@ -181,9 +180,7 @@ struct GluBackwardFinish {
     const float first_weight = first_inside ? weight(p, first) : 0.0f;
     const float second_weight = second_inside ? weight(p, second) : 0.0f;
     float first_dot = 0.0f, second_dot = 0.0f;
-    const auto column_of = [&](int item) {
-      return tile.column_tile * kN + item / 2 * kStagingColumns + eighth * kVector;
-    };
+    const auto column_of = [&](int item) { return tile.column_tile * kN + item / 2 * kStagingColumns + eighth * kVector; };
     const auto wanted = [&](int item) {
       return (item % 2 ? second_inside : first_inside) && column_of(item) < layout.inner && item < kItems;
     };

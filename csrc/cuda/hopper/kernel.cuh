@@ -114,9 +114,9 @@ __device__ __forceinline__ void multiply(float (&acc)[S::kBlocks][S::kBlockN / 2
     for (int k = 0; k < kPanel / kMmaK; ++k) {
 #pragma unroll
       for (int block = 0; block < S::kBlocks; ++block) {
-        mma<typename S::T, S::kBlockN, kMnA, kMnB>(
-            acc[block], a0 + stage + k * descriptor_step(!kMnA) + block * (kPanelBytes >> 4),
-            b0 + stage + k * descriptor_step(!kMnB), step + k > 0 ? 1 : 0);
+        mma<typename S::T, S::kBlockN, kMnA, kMnB>(acc[block],
+                                                   a0 + stage + k * descriptor_step(!kMnA) + block * (kPanelBytes >> 4),
+                                                   b0 + stage + k * descriptor_step(!kMnB), step + k > 0 ? 1 : 0);
       }
     }
     mma_commit();

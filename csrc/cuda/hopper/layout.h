@@ -16,11 +16,11 @@
 
 namespace gossamer::hopper {
 
-constexpr int kPanel = 64;           // rows of a panel, and its columns
-constexpr int kRowBytes = 128;       // of a panel
+constexpr int kPanel = 64;      // rows of a panel, and its columns
+constexpr int kRowBytes = 128;  // of a panel
 constexpr int kPanelBytes = kPanel * kRowBytes;
 constexpr int kChunkBytes = 16;
-constexpr int kMmaK = 16;            // depth of one wgmma of 16-bit elements
+constexpr int kMmaK = 16;  // depth of one wgmma of 16-bit elements
 constexpr int kAtomBytes = 8 * kRowBytes;
 
 // Byte of chunk `chunk` (0..7) of row `row` in a panel.

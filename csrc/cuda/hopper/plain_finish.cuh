@@ -40,8 +40,8 @@ struct PlainFinish {
   }
 
   template <typename, int kN>
-  static __device__ __forceinline__ void tile(const Params& p, const Tile& tile, const float (&acc)[kN / 2],
-                                              uint8_t* staging, int block_row) {
+  static __device__ __forceinline__ void tile(const Params& p, const Tile& tile, const float (&acc)[kN / 2], uint8_t* staging,
+                                              int block_row) {
     const auto row = [&](int half) -> T* {
       const int64_t r = int64_t{tile.row} + lane_row(block_row, half);
       return r < tile.row_end ? row_of(p, r) : nullptr;

@@ -96,8 +96,7 @@ struct RowProduct {
     }
   }
 
-  static __device__ __forceinline__ void multiply_tile(const Params& p, const Tile&,
-                                                       float (&acc)[S::kBlocks][S::kBlockN / 2],
+  static __device__ __forceinline__ void multiply_tile(const Params& p, const Tile&, float (&acc)[S::kBlocks][S::kBlockN / 2],
                                                        const Shared<S>& shared, Consumer<S>& consumer) {
     if (p.product.w_transposed) {
       multiply<S, false, true>(acc, shared, consumer, p.product.steps);

@@ -45,8 +45,7 @@ class RowSchedule {
       if (found.lane < kLanes) {
         const int32_t tiles = row_tiles(found.start, found.end);
         const TilePlace place = tile_place(index - (before_ + found.before) * num_columns_, tiles, num_columns_);
-        tile = {first_ + found.lane, found.start + place.row_tile * block_rows_, found.end, place.row_tile,
-                place.column_tile};
+        tile = {first_ + found.lane, found.start + place.row_tile * block_rows_, found.end, place.row_tile, place.column_tile};
         return true;
       }
       before_ += found.before;

@@ -64,8 +64,7 @@ struct WeightGradient {
       for (int i = 0; i < kCopies; ++i) {
         const bool inside = copier_row() + i * kRowsApart < row_end - row;
         const uint32_t bytes = inside ? chunk_bytes(rows, column) : 0;
-        copy_chunk(mine + panel * kPanelBytes + i * kRowsApart * kRowBytes, chunk(rows, source[i], column, bytes),
-                   bytes);
+        copy_chunk(mine + panel * kPanelBytes + i * kRowsApart * kRowBytes, chunk(rows, source[i], column, bytes), bytes);
       }
     }
   }
@@ -104,8 +103,8 @@ struct WeightGradient {
   }
 
   static __device__ __forceinline__ void multiply_tile(const Params&, const Tile& tile,
-                                                       float (&acc)[S::kBlocks][S::kBlockN / 2],
-                                                       const Shared<S>& shared, Consumer<S>& consumer) {
+                                                       float (&acc)[S::kBlocks][S::kBlockN / 2], const Shared<S>& shared,
+                                                       Consumer<S>& consumer) {
     // An expert without rows has no first step to initialise the accumulators.
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
@@ -121,8 +120,8 @@ struct WeightGradient {
       const int m = tile.row_tile * S::kBlockM + lane_row(block_row, half);
       return m < p.a.width ? static_cast<T*>(p.out) + tile.expert * p.stride_e + m * p.stride_m : nullptr;
     };
-    store_tile<T, S::kBlockN>(acc, staging, {row(0), row(1)}, nullptr, tile.column_tile * S::kBlockN, p.b.width,
-                              p.aligned, false);
+    store_tile<T, S::kBlockN>(acc, staging, {row(0), row(1)}, nullptr, tile.column_tile * S::kBlockN, p.b.width, p.aligned,
+                              false);
   }
 };
 

@@ -49,9 +49,7 @@ inline uint8_t* shared_pointer(uint32_t rank, uint32_t address, uint32_t bytes) 
   if (address < kSharedStart || address - kSharedStart + bytes > kSharedSize) fail("address outside shared memory");
   return memories[rank]->bytes + (address - kSharedStart);
 }
-inline uint8_t* shared_pointer(uint32_t address, uint32_t bytes) {
-  return shared_pointer(cluster_rank(), address, bytes);
-}
+inline uint8_t* shared_pointer(uint32_t address, uint32_t bytes) { return shared_pointer(cluster_rank(), address, bytes); }
 
 // The 128-byte swizzle of an address.
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
@@ -105,8 +103,8 @@ inline void copy_chunk(uint32_t to, const void* from, uint32_t bytes) {
   memset(at + bytes, 0, 16 - bytes);
 }
 
-inline void load_box_of(uint32_t rank, uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column,
-                        int32_t row, int32_t matrix) {
+inline void load_box_of(uint32_t rank, uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column, int32_t row,
+                        int32_t matrix) {
   if (to % 1024 != 0) fail("a box that lies badly");
   for (int r = 0; r < 64; ++r) {
     for (int c = 0; c < 64; ++c) {
@@ -120,12 +118,11 @@ inline void load_box_of(uint32_t rank, uint32_t to, const CUtensorMap* map, uint
   }
   change(rank, barrier, 0, -64 * 128);
 }
-inline void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column, int32_t row,
-                     int32_t matrix = 0) {
+inline void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column, int32_t row, int32_t matrix = 0) {
   load_box_of(cluster_rank(), to, map, barrier, column, row, matrix);
 }
-inline void load_box_to(uint16_t blocks, uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column,
-                        int32_t row, int32_t matrix) {
+inline void load_box_to(uint16_t blocks, uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column, int32_t row,
+                        int32_t matrix) {
   if (blocks >> memories.size() != 0) fail("a block outside the cluster");
   for (uint32_t rank = 0; rank < memories.size(); ++rank) {
     if (blocks >> rank & 1) load_box_of(rank, to, map, barrier, column, row, matrix);
