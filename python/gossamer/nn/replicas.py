@@ -1,4 +1,4 @@
-"""What a layer that changes by itself must know of the wrappers that copy or shard a model over processes."""
+"""Checks for layers that change themselves, under wrappers that replicate or shard a model over processes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is but this process's part of one, a ``DTensor``."""
-    # Imported where a model is sharded, and slowly.
+    """Whether a tensor is a shard, a ``DTensor``."""
+    # Slow to import, so only once a model is sharded.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-# Whether torch's compiler hands modules to functions that it evaluates; earlier ones than this release do not.
+# Whether torch.compile passes modules to functions that it evaluates while tracing; earlier releases do not.
 EVALUATES_MODULES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def evaluated_when_compiled(function: Callable) -> Callable:
-    """A function of modules that compilers call while they trace a forward pass; its result is a constant to them.
+    """Make a function of modules one that compilers call while tracing, taking its result as a constant.
 
     What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not. Where
     the compiler cannot, the function is left out of what it compiles, as if it gave None.
@@ -39,7 +39,7 @@ def evaluated_when_compiled(function: Callable) -> Callable:
 
 
 def check_alone(layer: nn.Module) -> None:
-    """Refuse a step in the backward pass of one of several copies of a layer, which would drift apart from the others.
+    """Refuse a step in the backward pass of a replica, which would diverge from the other copies.
 
     ``DistributedDataParallel`` averages gradients, and such a step leaves none. A layer that the model says is not to
     be kept equal, by naming its parameter, its buffers or itself in ``_ddp_params_and_buffers_to_ignore``, is let

@@ -9,7 +9,7 @@ from gossamer._checks import check_positive
 
 
 class Schedule:
-    """A share in [0, 1] for each step of training, such as that of the blocks that are there or that move.
+    """A share in [0, 1] for each training step, such as the share of blocks that are stored or regrown.
 
     A schedule keeps no state: :meth:`density` is a pure function of the step, so training that resumes at a step goes
     on as if it had never stopped.

@@ -29,7 +29,7 @@ class GatedDeltaNet(DeltaRuleLayer):
         self.gate_proj = self._linear(hidden_size, num_heads * self.value_head_dim)
 
     def decay(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The raw gate of each head, and what turns it into a decay."""
+        """The raw gate of each head, and the parameters that turn it into a decay."""
         return {"g": self.decay_proj(x), "A_log": self.A_log, "dt_bias": self.dt_bias}
 
     def gated(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

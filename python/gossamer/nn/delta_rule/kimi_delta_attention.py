@@ -33,7 +33,7 @@ class KimiDeltaAttention(DeltaRuleLayer):
         self.gate_up = self._linear(self.value_head_dim, num_heads * self.value_head_dim)
 
     def decay(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The raw gate of each head's channels, and what turns it into a decay."""
+        """The raw gate of each head's channels, and the parameters that turn it into a decay."""
         raw = self.decay_up(self.decay_down(x)).unflatten(-1, (self.num_heads, self.head_dim))
         return {"g": raw, "A_log": self.A_log, "dt_bias": self.dt_bias}
 

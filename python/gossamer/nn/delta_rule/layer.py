@@ -1,4 +1,4 @@
-"""What delta-rule layers share: projections, the short convolution, the state between calls, the norm of the output."""
+"""The base of delta-rule layers: projections, short convolution, state between calls, and output norm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 
 
 class DeltaRuleState(NamedTuple):
-    """What a delta-rule layer carries from one call to the next; a call updates it in place.
+    """The state of a delta-rule layer between calls, updated in place by each call.
 
     Attributes:
         conv: ``(B, C, W − 1)``, the last inputs of the convolution.
@@ -194,7 +194,7 @@ class DeltaRuleLayer(nn.Module):
         if state is None:
             return causal_conv1d(mixed, weight, activation="silu", cu_seqlens=cu_seqlens)[0]
         if one_token:
-            # The state is kept in the dtype of the weights; autocast's results are narrower.
+            # The state has the dtype of the weights; results under autocast are narrower.
             y = causal_conv1d_step(mixed[:, 0].to(state.conv.dtype), state.conv, weight, activation="silu")
             return y.unsqueeze(1).to(mixed.dtype)
         before = state.conv.to(mixed.dtype, copy=True)

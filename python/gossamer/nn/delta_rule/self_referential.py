@@ -64,7 +64,7 @@ class SelfReferentialLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Initialise all parameters again."""
         nn.init.normal_(self.weight, std=self.head_dim**-0.5)
         with torch.no_grad():
             self.weight[:, :, -4:] += self.rate_init

@@ -23,7 +23,7 @@ from gossamer.optim import Optimizer
 
 
 def _check_table(num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: object) -> None:
-    """What torch's constructor takes for granted."""
+    """Checks that torch's constructor does not make."""
     check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
     check_dtype("dtype", dtype)
     if padding_idx is not None and (not isinstance(padding_idx, int) or isinstance(padding_idx, bool)):
@@ -57,7 +57,7 @@ def _lookup(layer: Embedding | EmbeddingBag, input: torch.Tensor) -> torch.Tenso
         return graft(embedding(layer.weight, input), rows)
     if layer.padding_idx is None:
         return rows
-    # A bag would skip the padding row; here it is read as any other.
+    # A bag would skip the padding row; a lookup reads it like any other.
     return torch.where((input == layer.padding_idx).unsqueeze(-1), layer.weight[layer.padding_idx], rows)
 
 
@@ -95,9 +95,8 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
     """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
     With ``optimizer``, ``loss.backward()`` takes the step on the rows that were looked up; no gradient of the table's
-    size is ever made. ``weight`` then requires no gradient and other optimizers leave it alone; what freezes the table
-    is to set ``optimizer`` to None. Looking the table up twice before a backward pass takes two steps, one after the
-    other.
+    size is ever made. ``weight`` then requires no gradient and other optimizers leave it alone; set ``optimizer``
+    to None to freeze the table. Looking the table up twice before a backward pass takes two steps, one after the other.
 
     Args:
         num_embeddings: N.
@@ -114,7 +113,7 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
 
     Raises:
-        TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        TypeError: ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: ``optimizer`` with ``sparse`` or ``_freeze``.
         AssertionError: ``padding_idx`` or ``_weight`` does not fit, as in torch.
     """
@@ -198,7 +197,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
 
     Raises:
-        TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        TypeError: ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: ``optimizer`` with ``sparse``.
         AssertionError: ``padding_idx`` or ``_weight`` does not fit, as in torch.
     """
@@ -288,7 +287,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         return graft(gather_reduce(self.weight, *lists, weights, **how), stepping)
 
     def _lists(self, input, offsets, weights):
-        """Index, offsets, weights, and whether the last offset is there; torch's checks of how they go together."""
+        """Index, offsets, weights, and whether offsets include the last one, after torch's checks."""
         check_tensor("input", input)
         if weights is not None:
             check_tensor("per_sample_weights", weights)

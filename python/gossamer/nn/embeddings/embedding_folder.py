@@ -1,4 +1,4 @@
-"""Several dynamic embeddings, and what is trained beside them, in one folder: saved, shipped and followed as one."""
+"""A folder for several dynamic embeddings and the rest of a model: saved, shipped and followed as one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 
 _CHECKPOINT, _DELTA, _FORMAT, _MANIFEST = "joint checkpoint", "joint delta", 1, "manifest.json"
-# The number in the manifest of a folder whose first checkpoint is being written.
+# The checkpoint number in a manifest while the folder's first checkpoint is being written.
 _FIRST_PENDING = -1
 
 
 class DeltaGap(ValueError):
-    """The next delta is gone, or follows another one than was applied here: only a checkpoint leads on."""
+    """The next delta is missing or does not follow the one applied here; only a checkpoint can be loaded."""
 
 
 class Manifest(NamedTuple):
-    """What a folder's ``manifest.json`` says of its newest checkpoint.
+    """The contents of a folder's ``manifest.json``: its newest checkpoint.
 
     Attributes:
         sequence: number of the delta that the checkpoint stands at.
@@ -41,7 +41,7 @@ class Manifest(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What came with the layers' rows.
+    """The data saved beside the layers' rows.
 
     Attributes:
         tensors: by name, on the CPU.
@@ -117,7 +117,7 @@ class EmbeddingFolder:
         return {name: (files.part(tensors, f"layers/{name}/"), layers[name]) for name in layers}
 
     def save(self, tensors: Mapping[str, torch.Tensor] | None = None, info: dict | None = None) -> Path:
-        """Write a checkpoint, then the manifest that names it; then remove what nobody needs any more.
+        """Write a checkpoint, then the manifest that names it; then remove obsolete files.
 
         That is: older checkpoints than the ``keep`` newest, deltas before the oldest of these, deltas with higher
         numbers than :attr:`sequence` (of a run that got further before it was stopped), and files left unfinished.
@@ -132,7 +132,7 @@ class EmbeddingFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         before = read_manifest(self.path)
         if before is None:
-            # From here on a folder that holds a checkpoint holds a manifest.
+            # From here on every folder with a checkpoint has a manifest.
             self._write_manifest(_FIRST_PENDING, [], {})
         number = 0 if before is None else before.number + 1
         path = self.path / f"checkpoint-{number:08d}.safetensors"
@@ -157,7 +157,7 @@ class EmbeddingFolder:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def load(self, *, older: int = 0) -> Contents | None:
-        """Take over the newest checkpoint; training goes on from it with the same bits. None where there is none.
+        """Load the newest checkpoint, from which training continues bit for bit; returns None if there is none.
 
         Args:
             older: take the checkpoint that is this many before the newest, of the ``keep`` that are kept. The next
@@ -180,7 +180,7 @@ class EmbeddingFolder:
                 tensors, header = files.read(path, _CHECKPOINT)
                 break
             except (FileNotFoundError, ValueError) as error:
-                # A trainer may have replaced it in between; then the manifest is another one, too.
+                # A trainer may have replaced the file meanwhile; then the manifest has changed too.
                 if isinstance(error, ValueError) or read_manifest(self.path) == manifest:
                     if older + 1 == len(manifest.checkpoints):
                         raise
@@ -207,7 +207,7 @@ class EmbeddingFolder:
         *,
         with_state: bool = False,
     ) -> int:
-        """Write what changed in all layers since the last export; returns how many rows.
+        """Write the rows that changed in all layers since the last export; returns their number.
 
         When writing fails nothing has happened, and the next export holds these rows too.
 
@@ -232,7 +232,7 @@ class EmbeddingFolder:
         return sum(rows["keys"].numel() for rows, _ in parts.values())
 
     def apply_next(self) -> Contents | None:
-        """Take over the delta after :attr:`sequence` in all layers; None where there is none yet.
+        """Apply the delta after :attr:`sequence` to all layers; returns None if there is none yet.
 
         Raises:
             DeltaGap: it was removed, or follows another one; :meth:`load`, then go on.
@@ -267,7 +267,7 @@ class EmbeddingFolder:
 
 
 def _digest(header: Mapping[str, object]) -> str:
-    """Of all that a file holds: its header has the checksums of its tensors."""
+    """The checksum of a file's header, which holds those of its tensors."""
     return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Files of dynamic embeddings: safetensors that appear whole or not at all, and are checked before they are trusted."""
+"""Files of dynamic embeddings: safetensors that are written atomically and verified before use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _need_safetensors() -> None:
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> dict:
-    """Write a file in the place of what is there, which stays readable until the new one is complete on the disk.
+    """Replace a file atomically: the old one stays readable until the new one is complete on the disk.
 
     Returns:
         The header as :func:`read` will give it, with the tensors' checksums.
@@ -37,7 +37,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to; then that file takes the place of ``path``, once it is on the disk."""
+    """A temporary path to write to; once on the disk, that file replaces ``path``."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -50,7 +50,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with ``prefix``, by the rest of their names."""
+    """The tensors whose names begin with ``prefix``, by their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -61,7 +61,7 @@ def _header_checksum(header: Mapping[str, object]) -> int:
 def _checksum(tensor: torch.Tensor) -> int:
     flat = tensor.reshape(-1)
     if flat.stride(0) != 1:
-        # One element counts as contiguous with any stride, and cannot be viewed as bytes with another than one.
+        # A single element is contiguous with any stride, but can be viewed as bytes only with stride 1.
         flat = flat.clone(memory_format=torch.contiguous_format)
     return zlib.crc32(flat.view(torch.uint8).numpy())
 
@@ -75,7 +75,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and header of a file that :func:`write` made of this ``kind``.
+    """Read tensors and header of a file of this ``kind`` that :func:`write` made.
 
     Raises:
         FileNotFoundError: there is none.
@@ -108,7 +108,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
 
 
 def check_header(header: Mapping[str, object], wanted: Mapping[str, object], what: str) -> None:
-    """Each wanted entry must be in the header and equal."""
+    """Check that the header has each wanted entry with the same value."""
     for name, value in wanted.items():
         if header.get(name) != value:
             raise ValueError(f"{what} is of {name}={header.get(name)!r}, but this layer has {name}={value!r}")

@@ -1,4 +1,4 @@
-"""What tables share that are trained in their backward pass: an optimizer's state in buffers, and its checkpoints."""
+"""The base of tables trained in their backward pass: optimizer state in buffers, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PREFIX = "optimizer_"
 
 
 class FusedStep(torch.nn.Module):
-    """A module whose tables are trained, where it has an optimizer, by a step that its backward pass takes.
+    """A module whose tables, if it has an optimizer, are trained by a step in its backward pass.
 
     A table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
     ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
@@ -40,7 +40,7 @@ class FusedStep(torch.nn.Module):
     optimizer: Optimizer | None = None
 
     def attach(self, optimizer: Optimizer | None) -> None:
-        """Take charge of the optimizer, and make its state for every table.
+        """Set the optimizer and make its state for every table.
 
         Raises:
             TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
@@ -83,13 +83,13 @@ class FusedStep(torch.nn.Module):
         return gather_dot_step(getattr(self, table), ids, x, **how, **self._step(table))
 
     def detach_optimizer(self) -> None:
-        """Train the tables no more: drop the optimizer and its state."""
+        """Stop training the tables: drop the optimizer and its state."""
         self.optimizer = None
         for name in [name for name in self._buffers if name.startswith(_PREFIX)]:
             del self._buffers[name]
 
     def inference_nbytes(self) -> int:
-        """Bytes of all but the optimizer's state."""
+        """Bytes without the optimizer's state."""
         state = [b for name, b in self.named_buffers() if name.split(".")[-1].startswith(_PREFIX)]
         return self.nbytes() - bytes_of(state)
 
@@ -99,7 +99,7 @@ class FusedStep(torch.nn.Module):
         return super().freeze()
 
     def _fresh_state(self, table: str) -> dict[str, torch.Tensor]:
-        """What the optimizer starts from."""
+        """The optimizer's initial state."""
         weight = getattr(self, table)
         return self.optimizer.state(*weight.shape, weight.device, accumulation_dtype(weight.dtype))
 
@@ -114,18 +114,18 @@ class FusedStep(torch.nn.Module):
         return buffers | {_PREFIX + "algorithm": torch.tensor([self.optimizer.algorithm], device=device)}
 
     def _reset_state(self) -> None:
-        """Start the optimizer anew, also where storage came without values, as from ``to_empty()``."""
+        """Reset the optimizer's state, also when its storage is uninitialised, as after ``to_empty()``."""
         if self.optimizer is not None:
             for name, tensor in self._fresh_buffers().items():
                 self._buffers[name].copy_(tensor)
 
     def _new_handle(self) -> None:
-        # Not a parameter: it is what makes results differentiable, and nothing to train.
+        # Not a parameter: it only makes results differentiable.
         device = getattr(self, self.tables[0]).device
         self._handle = torch.zeros(0, device=device, requires_grad=True)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """As for any module, but the table is refused where ``fully_shard`` puts this process's part in its place."""
+        """As for any module; raises where ``fully_shard`` replaces the table by this process's shard."""
         if name in self.tables and self.optimizer is not None and is_sharded(value):
             raise ValueError(
                 f"optimizer must be None in a sharded model, got {type(self.optimizer).__name__}: the step of "
@@ -135,7 +135,7 @@ class FusedStep(torch.nn.Module):
         super().__setattr__(name, value)
 
     def _step(self, table: str | None = None) -> dict:
-        """The arguments of a lookup that step a table; refused in a copy that would drift apart from others.
+        """The arguments of a lookup that steps a table; raises in a replica, which would diverge from the others.
 
         And where the table is computed anew in each forward pass, so that a step would be lost.
         """
@@ -151,7 +151,7 @@ class FusedStep(torch.nn.Module):
         return {"handle": self._handle, "optimizer": self.optimizer, "state": state}
 
     def _apply(self, fn, recurse=True):
-        """As for any module, but a cast of the table leaves its state in the dtype that steps are computed in."""
+        """As for any module, but the optimizer's state keeps the dtype that steps are computed in."""
         states = {k: b for k, b in self._buffers.items() if k.startswith(_PREFIX)} if self.optimizer else {}
         super()._apply(fn, recurse)
         if self.optimizer is not None:
@@ -166,16 +166,16 @@ class FusedStep(torch.nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         problems = self._foreign(state_dict, prefix)
         if problems:
-            # Nothing is loaded, rather than a part of it.
+            # All or nothing is loaded.
             error_msgs.extend(problems)
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.optimizer is not None:
-            # Tensors that are assigned may lie on another device than those they replace.
+            # Assigned tensors may lie on another device than those they replace.
             self._new_handle()
 
     def _foreign(self, state_dict, prefix) -> list[str]:
-        """Why what ``state_dict`` holds is not this module's: another optimizer's state, or other sizes."""
+        """Why ``state_dict`` does not fit this module: another optimizer's state, or other sizes."""
         found = []
         key = prefix + _PREFIX + "algorithm"
         if self.optimizer is not None and key in state_dict and not state_dict[key].is_meta:
@@ -183,7 +183,7 @@ class FusedStep(torch.nn.Module):
             if code != self.optimizer.algorithm:
                 name = type(self.optimizer).__name__
                 found.append(f"{key} says that the state is another optimizer's than {name}'s (code {code})")
-        # Rows without state, or state for a table without optimizer, are what load_state_dict(strict=False) is for.
+        # Missing state, or state for a table without an optimizer, is left to load_state_dict(strict=False).
         mine = {prefix + name for name in self._buffers if name.startswith(_PREFIX)}
         given = {key for key in state_dict if key.startswith(prefix + _PREFIX)}
         if not found and mine and given and mine != given:

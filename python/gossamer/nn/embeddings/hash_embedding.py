@@ -1,4 +1,4 @@
-"""Tables of fewer rows than ids, which hashes share out."""
+"""Tables with fewer rows than ids, which share rows by hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables that look up which row an id has: own rows for frequent ids, one row a cluster."""
+"""Tables that map ids to rows by a stored list: rows of their own for frequent ids, or one row a cluster."""
 
 from __future__ import annotations
 

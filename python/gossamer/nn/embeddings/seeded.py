@@ -1,4 +1,4 @@
-"""Hashes that travel with a table: the seed that they are drawn from lies in its state."""
+"""Tables with random hashes, whose seed is part of their state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class SeededMaps(torch.nn.Module):
-    """A module whose maps are drawn from a seed, which its state holds, so that a loaded table finds its rows.
+    """A module whose maps follow from a seed in its state, so that a loaded table finds its rows.
 
     A subclass draws the maps in :meth:`_draw_maps` and ends its constructor with :meth:`_keep_seed`.
 
@@ -24,7 +24,7 @@ class SeededMaps(torch.nn.Module):
         self._draw_maps(seed)
 
     def _draw_maps(self, seed: int) -> None:
-        """Set the maps that a seed gives."""
+        """Set the maps that follow from a seed."""
         raise NotImplementedError(f"{type(self).__name__} must define _draw_maps(seed)")
 
     def reset_parameters(self) -> None:

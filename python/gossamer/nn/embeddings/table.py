@@ -22,7 +22,7 @@ def bytes_of(tensors) -> int:
 
 
 class Table(nn.Module):
-    """What turns ids into vectors: the base of all embedding tables.
+    """A map from ids to vectors: the base of all embedding tables.
 
     A subclass sets :attr:`num_embeddings` and :attr:`embedding_dim` and defines :meth:`lookup`; bags, sizes, budgets
     and :meth:`freeze` follow from it, and a subclass with a faster way, or with a knob for its size, overrides them.
@@ -95,7 +95,7 @@ class Table(nn.Module):
         return self.nbytes()
 
     def freeze(self) -> Table:
-        """Bring the table, in place, into the form that is served, and return it; it is not trained any more."""
+        """Convert the table in place to its serving form, which cannot be trained, and return it."""
         self.requires_grad_(False)
         self.frozen = True
         return self.eval()
@@ -135,7 +135,7 @@ def check_budget(nbytes: int) -> None:
 
 
 def fit_budget(nbytes: int, smallest: int, largest: int, size_of: Callable[[int], int], name: str) -> int:
-    """The largest knob in ``smallest .. largest`` whose ``size_of`` is within a budget; sizes grow with the knob.
+    """The largest parameter in ``smallest .. largest`` whose ``size_of`` is within a budget; sizes grow with it.
 
     Raises:
         TypeError: ``nbytes`` is no int.

@@ -1,4 +1,4 @@
-"""A linear layer whose weight has only some of its blocks."""
+"""A linear layer that stores only some blocks of its weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
 
 CRITERIA = ("magnitude", "magnitude_l1", "random")
-# Rows of the dense gradient that exist at one time while its blocks are scored.
+# Rows of the dense gradient held at a time while its blocks are scored.
 _TILE_ROWS = 256
 
 
@@ -24,7 +24,7 @@ def grid_of(out_features: int, in_features: int, block: tuple[int, int]) -> tupl
 
 
 def blocks_at(density: float, grid: tuple[int, int]) -> int:
-    """How many blocks a density is: at least one."""
+    """The number of blocks for a density, at least one."""
     return max(1, round(density * grid[0] * grid[1]))
 
 
@@ -76,7 +76,7 @@ def _observe(observed: list[tuple[torch.Tensor, torch.Tensor]], inputs: torch.Te
 
 
 class BlockSparseLinear(nn.Module):
-    """``y = x·Wᵀ + b`` with a weight of which only some blocks are there, in place of ``nn.Linear``.
+    """``y = x·Wᵀ + b`` with a block-sparse weight, in place of ``nn.Linear``.
 
     Only those blocks are stored, multiplied, and given gradients and optimizer state. Where they are stays as it is
     until :class:`PruneAndRegrow`, a loaded state or a new ``topology`` changes it. Sizes need not be whole blocks.
@@ -137,7 +137,7 @@ class BlockSparseLinear(nn.Module):
         blocks = torch.empty(topology.nnz_blocks, *topology.block, device=device, dtype=dtype)
         self.values = nn.Parameter(blocks)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # Pairs of input and output gradient while someone wants to know the gradient where no block is; else None.
+        # Pairs of input and output gradient while gradients of missing blocks are tracked; else None.
         self.observe_gradient(False)
         self.reset_parameters()
 
@@ -154,18 +154,18 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 f"topology must have as many blocks as it has room for, {topology.nnz_blocks}, got {found}"
             )
-        # A tensor of its own: a mask is a view of a longer one, which files of tensors do not take.
+        # Cloned: the mask is a view of a longer tensor, which safetensors does not store.
         self.register_buffer("block_mask", mask.to(device).clone())
         self._adopt(topology.to(device))
 
     def _adopt(self, topology: BlockTopology) -> None:
-        """Take a topology that says what ``block_mask`` says now."""
+        """Rebuild the topology from ``block_mask``."""
         self._topology, self._mask = topology, self.block_mask
         self._mask_version = _version(self.block_mask)
 
     @property
     def topology(self) -> BlockTopology:
-        """Where the blocks are, of a weight in whole blocks.
+        """The places of the blocks in the padded weight.
 
         It follows ``block_mask``, also where a checkpoint, an average of weights or another process's copy was written
         into that: what else is here tells only how many blocks there are. In what ``torch.compile`` has made it is that
@@ -184,7 +184,7 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def density(self) -> float:
-        """Share of the blocks that are there."""
+        """The share of blocks that are stored."""
         return self._topology.density
 
     @property
@@ -194,7 +194,7 @@ class BlockSparseLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the blocks that are there and the bias anew."""
+        """Initialise the stored blocks and the bias again."""
         bound = max(1.0, self.density * self.in_features) ** -0.5
         nn.init.uniform_(self.values, -bound, bound)
         if self.bias is not None:
@@ -204,7 +204,7 @@ class BlockSparseLinear(nn.Module):
         topology = self.topology.to(device)
         rows = topology.row_indices.unsqueeze(1) * bm + torch.arange(bm, device=device) < self.out_features
         cols = topology.column_indices.unsqueeze(1) * bn + torch.arange(bn, device=device) < self.in_features
-        # What lies past the edge is zero, gets no gradient, and so stays zero.
+        # Padding past the edge is zero and gets no gradient, so it stays zero.
         self.values.mul_(rows.unsqueeze(2) & cols.unsqueeze(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -230,14 +230,14 @@ class BlockSparseLinear(nn.Module):
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def observe_gradient(self, on: bool = True) -> None:
-        """Keep what :meth:`gradient_norms` needs from now on, or stop and forget it."""
+        """Start or stop keeping what :meth:`gradient_norms` reads; stopping discards it."""
         self._observed: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if on else None
-        # Only now: decorating loads the compiler, which an import must not.
+        # Decorated on first use: decorating loads the compiler, which an import must not.
         self._observe = torch.compiler.disable(_observe) if on else None
 
     @torch.no_grad()
     def gradient_norms(self) -> torch.Tensor | None:
-        """``‖G_b‖``, the Frobenius norm of each block of the dense gradient ``G = Σ dyᵀ·x``, there or not.
+        """``‖G_b‖``, the Frobenius norm of each block of the dense gradient ``G = Σ dyᵀ·x``, stored or not.
 
         It covers the backward passes since :meth:`observe_gradient`. A band of at most 256 rows of ``G`` exists at a
         time; ``G`` as a whole never does.
@@ -264,7 +264,7 @@ class BlockSparseLinear(nn.Module):
 
     @torch.no_grad()
     def change_topology(self, mask: torch.Tensor) -> torch.Tensor:
-        """Move to as many blocks at other places: those kept keep their values, new ones are zero.
+        """Change the places of the blocks, not their number: kept blocks keep their values, new ones are zero.
 
         Gradients, which belong to the old places, are dropped. Nothing is read on the host on CUDA.
 
@@ -298,7 +298,7 @@ class BlockSparseLinear(nn.Module):
         topology, unknown = self.topology, self.block_mask.is_meta
         super()._apply(fn, recurse)
         if unknown and not self.block_mask.is_meta:
-            # Memory without values: nobody has said which blocks. Any, as in the constructor, until a state is loaded.
+            # Uninitialised memory: any blocks, as in the constructor, until a state is loaded.
             topology = BlockTopology.random(topology.shape, topology.block, topology.density, balanced=True)
             self.block_mask.copy_(topology.to_mask())
         self._adopt(topology.to(self.block_mask.device))
@@ -371,7 +371,7 @@ class BlockSparseLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A dense ``nn.Linear`` with the same output: zeros where no block is, values and bias copied."""
+        """A dense ``nn.Linear`` with the same output: zeros for missing blocks, values and bias copied."""
         form = {"device": self.values.device, "dtype": self.values.dtype}
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **form)
         linear.weight.copy_(self.weight.to_dense()[: self.out_features, : self.in_features])
@@ -388,15 +388,15 @@ class BlockSparseLinear(nn.Module):
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to, as far as it counts that."""
+    """How often a tensor was written to; constant for tensors that do not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @evaluated_when_compiled
 def _follow_mask(layer: BlockSparseLinear) -> None:
-    """Have a layer's topology say what its mask says, where that is another tensor or was written to."""
+    """Rebuild a layer's topology if its mask was replaced or written to."""
     if torch.compiler.is_exporting():
-        # What is exported has the topology of now; its mask is a stand-in without values.
+        # Exports keep the current topology; their mask is a stand-in without values.
         return
     mask, values = layer.block_mask, layer.values
     if (mask is layer._mask and _version(mask) == layer._mask_version) or mask.is_meta:
@@ -421,7 +421,7 @@ def chosen_blocks(
 
 
 def move_blocks_(stored: torch.Tensor, source: torch.Tensor) -> None:
-    """Move what is stored by block, ``(nnz, ...)``, as :meth:`BlockSparseLinear.change_topology` says; new is zero."""
+    """Move values stored by block, ``(nnz, ...)``, to a changed topology; new blocks are zero."""
     new = (source < 0).view(-1, *[1] * (stored.dim() - 1))
     stored.copy_(stored.index_select(0, source.clamp(min=0)).masked_fill(new, 0))
 

@@ -1,4 +1,4 @@
-"""What the low-rank layers share: ranks and scales, initial factors, row norms, merging, optimizer groups."""
+"""Shared by the low-rank layers: ranks and scales, initial factors, row norms, merging, optimizer groups."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def spectral_split_(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scal
     root = math.sqrt(scale)
     a.copy_(v / root)
     b.copy_(u / root)
-    # The rounded factors are subtracted, so that the sum is the old weight again to one rounding.
+    # The rounded factors are subtracted, so that the sum equals the old weight up to one rounding.
     wide = weight.to(v.dtype)
     with no_autocast(weight.device):
         weight.copy_(wide - scale * (b.to(v.dtype) @ a.to(v.dtype)))
@@ -83,7 +83,7 @@ def spectral_split_(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scal
 
 @torch.no_grad()
 def draw_factors_(a: torch.Tensor, b: torch.Tensor, init: str) -> None:
-    """LoRA's start: ``b`` zero and ``a`` random, uniform in ±1/√I for ``"kaiming"``, N(0, 1/r²) for ``"gaussian"``."""
+    """LoRA's initial factors: ``b`` zero, ``a`` uniform in ±1/√I for ``"kaiming"``, N(0, 1/r²) for ``"gaussian"``."""
     if init == "gaussian":
         nn.init.normal_(a, std=1 / a.shape[-2])
     else:

@@ -48,7 +48,7 @@ class _Mergeable(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into ``weight``, summed in float32 and rounded once; the old weight is kept beside it.
+        """Fold the update into ``weight``, summed in float32 and rounded once; the old weight is kept.
 
         Raises:
             ValueError: the layer is merged already.
@@ -207,7 +207,7 @@ class LoRALinear(_Mergeable):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start the update anew; with ``init="spectral"`` the weight gives up its principal part each time."""
+        """Initialise the update again; ``init="spectral"`` moves the weight's principal part into it each time."""
         if self.init == "spectral":
             spectral_split_(self.weight, self.lora_A, self.lora_B, self.scale)
         else:
@@ -358,7 +358,7 @@ class LoRAEmbedding(_Mergeable):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start the update anew; with ``init="spectral"`` the table gives up its principal part each time."""
+        """Initialise the update again; ``init="spectral"`` moves the table's principal part into it each time."""
         if self.init == "spectral":
             # The table is the transpose of a linear layer's weight: A and B change places.
             spectral_split_(self.weight, self.lora_embedding_B.T, self.lora_embedding_A, self.scale)

@@ -144,7 +144,7 @@ class PruneAndRegrow:
 
     @property
     def schedule(self) -> Schedule:
-        """What gives f(t)."""
+        """The schedule f(t)."""
         if isinstance(self.anneal, Schedule):
             return self.anneal
         if self.anneal == "constant":
@@ -163,7 +163,7 @@ class PruneAndRegrow:
         return share
 
     def step(self, optimizer_step: Callable[[], object] | None = None) -> bool:
-        """The optimizer's step, or a move, or both, as the rule says.
+        """Take the optimizer's step, move blocks, or both, as the rule says.
 
         Args:
             optimizer_step: takes the place of ``optimizer.step``, such as ``lambda: scaler.step(optimizer)``.
@@ -206,7 +206,7 @@ class PruneAndRegrow:
             if growth is None:
                 continue
             blocks = layer.values.shape[0]
-            # A product such as 10 · 0.3 must not round across the integer that it stands for.
+            # Rounding of a product such as 10 · 0.3 must not change its integer part.
             exact = round(blocks * share, 9)
             count = min(math.ceil(exact) if self.rule == "dsl" else math.floor(exact), blocks)
             states = self._stored_by_block(layer)
@@ -240,7 +240,7 @@ class PruneAndRegrow:
         return {"steps": self._steps, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         self._steps = state["steps"]
         self._generator.set_state(state["generator"])
         self._observe()

@@ -15,7 +15,7 @@ from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
 
 
 def _agreed(name: str, given: int | None, role: str, module: nn.Module) -> int | None:
-    """A size that the layer is given and a module of a role has: they must agree where both are there."""
+    """A size given to the layer or set by a module; they must agree if both are set."""
     own = getattr(module, name, None)
     if given is not None and own is not None and own != given:
         raise ValueError(f"{role} must have {name} = {given}, got {own}")
@@ -201,7 +201,7 @@ class MoE(nn.Module):
 
     @staticmethod
     def _by_token(token_ids: torch.Tensor | None, num_tokens: int) -> dict[str, torch.Tensor]:
-        """The router's argument beside the tokens: nothing for routers that are modules of hidden states alone."""
+        """The router's keyword arguments: none without ``token_ids``, since plain modules take hidden states alone."""
         if token_ids is None:
             return {}
         check_tensor("token_ids", token_ids)

@@ -35,10 +35,10 @@ def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
 
 def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:
     """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups; ``scale`` is finite."""
-    # First of them what most are: an abstract class takes a microsecond to answer.
+    # float first: isinstance of an abstract class takes a microsecond.
     if not isinstance(scale, (float, numbers.Real)):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    # Compilers may make a symbol of the number, which comparisons take and math.isfinite does not.
+    # By comparison: compilers may make the number symbolic, which math.isfinite does not take.
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)

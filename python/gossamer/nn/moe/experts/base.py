@@ -10,7 +10,7 @@ from gossamer.nn.moe.routing import Routing, check_hidden, given_experts, limit_
 
 
 class ExpertLayer(nn.Module):
-    """What routed tokens are sent through: the base of all expert layers.
+    """A layer that routed tokens pass through: the base of all expert layers.
 
     An expert layer is a module with :attr:`num_experts` and :attr:`hidden_size` and with ``forward(x, routing)``, which
     returns ``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(x[t])``; slots without an expert add nothing. :class:`MoE`

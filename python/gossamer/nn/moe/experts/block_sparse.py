@@ -40,7 +40,7 @@ def _row_block(num_rows: int, num_experts: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class PaddedExperts:
-    """The topology of an expert layer's hidden activation, and the way of rows in and out.
+    """The topology of an expert layer's hidden activation, and the gather and scatter of its rows.
 
     Attributes:
         dispatch: the assignments.
@@ -68,9 +68,9 @@ class PaddedExperts:
         return BlockTopology.from_dispatch(self.dispatch, columns, self.topology.block, skip_padding=True)
 
     def tokens(self) -> torch.Tensor:
-        """The token of each padded row; for those of padding T, which is none."""
+        """The token of each padded row; T for padding."""
         top_k = self.dispatch.top_k
-        # A shift takes a tenth of a quotient's time.
+        # A shift takes a tenth of the time of a division.
         shift = top_k.bit_length() - 1
         whole = top_k == 1 << shift
         return self.slots >> shift if whole else torch.div(self.slots, top_k, rounding_mode="floor")
@@ -82,7 +82,7 @@ class PaddedExperts:
     def add_bias(self, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Padded rows ``(rows, H)`` plus the bias ``(E, H)`` of their experts."""
         height = self.topology.block[0]
-        # One expert a block row: so its rows are summed before blocks are, and fewer numbers are sorted.
+        # A block row has one expert: summing its rows first leaves fewer numbers to sort.
         blocks = torch.arange(self.topology.grid[0], device=rows.device) * height
         experts = torch.searchsorted(self.topology.padded_offsets[1:], blocks, right=True)
         biases = gather_reduce(bias, experts, bounds="drop")

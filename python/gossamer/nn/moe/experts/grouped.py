@@ -38,7 +38,7 @@ def float_weights(experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 class Experts(ExpertLayer):
-    """E feed-forward networks, of which each token meets K: :func:`gossamer.expert_mlp` with its parameters.
+    """E feed-forward networks, K of which serve each token: :func:`gossamer.expert_mlp` with its parameters.
 
     Names and layouts are those of transformers' expert modules, so their tensors load as they are.
 
@@ -121,7 +121,7 @@ class Experts(ExpertLayer):
         return self._up_name, "down_proj"
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, each expert's as ``nn.Linear`` does: uniform in ±1/√(inputs)."""
+        """Initialise all parameters again, each expert's as ``nn.Linear``: uniform in ±1/√(inputs)."""
         for name, inputs in ((self._up_name, self.hidden_size), ("down_proj", self.intermediate_size)):
             for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
                 if parameter is not None:

@@ -41,7 +41,7 @@ class QuantizedExpertStack(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        # A buffer takes any dtype that is copied into it: codes of another format would become numbers of this one.
+        # Copying into a buffer converts dtypes, which would turn codes of another format into numbers.
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
             if isinstance(given, torch.Tensor) and given.dtype != buffer.dtype:
@@ -61,7 +61,7 @@ class QuantizedExpertStack(nn.Module):
 
 
 def expert_weight(held: torch.Tensor | QuantizedExpertStack, transposed: bool) -> torch.Tensor | QuantizedExpertWeight:
-    """What an expert layer holds, as products take it: ``(E, N, C)``, a view where it is stored as ``(E, C, N)``."""
+    """An expert layer's weight as products take it, ``(E, N, C)``; a view of ``(E, C, N)`` storage if transposed."""
     if isinstance(held, QuantizedExpertStack):
         return held.weight()
     return held.transpose(1, 2) if transposed else held

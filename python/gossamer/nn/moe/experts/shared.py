@@ -1,4 +1,4 @@
-"""The expert that every token meets."""
+"""The shared expert, which serves every token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gossamer.ops.activate import activate
 
 
 class SharedExpert(nn.Module):
-    """A dense feed-forward network that every token meets, with gate and up in one product.
+    """A dense feed-forward network for every token, with gate and up in one product.
 
     Args:
         hidden_size: H.

@@ -11,7 +11,7 @@ from gossamer.nn.moe.routing import Routing
 
 
 class Router(nn.Module):
-    """What picks the experts of each token: the base of all routers.
+    """A rule that picks the experts of each token: the base of all routers.
 
     A router is a module with ``forward(x, *, token_ids=None)`` that returns a :class:`Routing`. K, the columns of its
     ``expert_ids``, is an upper bound: a slot without an expert holds an id ``>= num_experts`` and weight 0. Balance
