@@ -34,7 +34,7 @@ def _curves(axis: Axes, record: dict, cases: list[dict], styles: dict[str, tuple
             # The first look is before training.
             axis.plot(run["x"][1:], run["y"][1:], line, color=color, linewidth=1.1, alpha=0.85, label=label)
     axis.set(xlabel=record["x_label"], ylabel=record["y_label"])
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _dots(axis: Axes, record: dict, metric: dict, cases: list[dict], styles: dict[str, tuple[str, str]]) -> None:

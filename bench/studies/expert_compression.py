@@ -160,9 +160,9 @@ STUDY = Study(
     y_label="",
     cases=lambda: [Case(name, "compressed", note) for name, (_, note) in CASES.items()],
     settings={
-        "quick": Settings(Sizes(1, 64, 2, 32, 8, 2, 64), batch=8, steps=150, num_bases=2, fit_steps=400),
+        "quick": Settings(Sizes(1, 64, 2, 32, 8, 2, 64), batch=8, steps=100, num_bases=2, fit_steps=400),
         "full": Settings(Sizes(2, 128, 2, 64, 16, 4, 128), batch=16, steps=250, num_bases=2, fit_steps=3000),
     },
-    seeds={"quick": 2, "full": 3},
+    seeds={"quick": 3, "full": 3},
     run=run,
 )

@@ -173,9 +173,9 @@ STUDY = Study(
     y_label="validation bits per byte",
     cases=cases,
     settings={
-        "quick": Settings(Sizes(2, 64, 2, 64, 8, 2, 64), batch=8, steps=120, looks=3, eval_windows=32),
+        "quick": Settings(Sizes(2, 64, 2, 64, 8, 2, 64), batch=8, steps=80, looks=4, eval_windows=32),
         "full": Settings(Sizes(2, 96, 2, 96, 16, 2, 128), batch=16, steps=250, eval_windows=128),
     },
-    seeds={"quick": 2, "full": 3},
+    seeds={"quick": 3, "full": 3},
     run=train,
 )
