@@ -131,7 +131,7 @@ CASES = {
         "x_grouped must be a bool, got Tensor",
     ),
     "sparse_hidden": (lambda: nn.MoE(4, 4, 2, 1)(torch.ones(2, 4).to_sparse()), TypeError, "x must have the layout"),
-    "capacity": (lambda: nn.limit_capacity(routing(num_experts=float("nan")), 1.0), TypeError, "num_experts must be"),
+    "capacity": (lambda: routing(num_experts=float("nan")), TypeError, "num_experts must be"),
     "foreign_dispatch": (
         lambda: routing(dispatch=gossamer.dispatch(expert_ids(2, 2), 4)).dispatched(),
         ValueError,

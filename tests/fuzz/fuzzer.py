@@ -1,9 +1,9 @@
 """Hostile calls of everything public: no signal, no result that plain torch contradicts, no error without a name.
 
 ``python tests/fuzz/fuzzer.py --cases 50000`` runs so many, each a seed; ``--seed N --cases 1`` repeats one. A case
-takes a good call of one subject, spoils some of its arguments and runs it in a process of its own, a fork of one that
-has loaded everything. Subjects are functions of a ``random.Random`` that return what to call and its arguments by name;
-every file ``subjects_*.py`` beside this one has a tuple ``SUBJECTS`` of them.
+takes a good call of one subject, spoils some of its arguments and runs it in a fork of a process that has loaded
+everything, so that a signal ends that case alone. Subjects are functions of a ``random.Random`` that return what to
+call and its arguments by name; every file ``subjects_*.py`` beside this one has a tuple ``SUBJECTS`` of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from draws import FLOATS
@@ -39,6 +40,8 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.05, torc
 MEMORY = 6 << 30
 # Of one case, which takes milliseconds.
 SECONDS = 120
+# Cases of one fork, which takes as long as several cases.
+BATCH = 20
 
 
 def subjects() -> list[tuple[Callable, bool]]:
@@ -147,6 +150,11 @@ def tensors_of(result: object) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(result.values()))
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has numbers here, one after the other."""
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided
+
+
 def different(ours: object, theirs: object, args: object = ()) -> str | None:
     """The first difference between two results, or None; the rounding allowed is that of the coarsest of ``args``."""
     ours, theirs = list(tensors_of(ours)), list(tensors_of(theirs))
@@ -195,7 +203,7 @@ def copied(value: object) -> object:
 
     Tensors beyond the memory of a case are left as they are.
     """
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_sparse:
+    if isinstance(value, torch.Tensor) and on_cpu(value):
         memory = value.detach().untyped_storage().clone()
         again = torch.empty(0, dtype=value.dtype).set_(memory, value.storage_offset(), value.shape, value.stride())
         return again.requires_grad_(value.requires_grad)
@@ -277,7 +285,7 @@ def run(seed: int, known: list[tuple[Callable, bool]]) -> dict | None:
     try:
         theirs = attempt(call, again, "reference")
         # Infinities are sums of infinities of both signs in one order, and not in another.
-        if all(t.isfinite().all() for t in tensors_of([args, theirs]) if t.dtype in FLOATS and t.device.type == "cpu"):
+        if all(t.isfinite().all() for t in tensors_of([args, theirs]) if t.dtype in FLOATS and on_cpu(t)):
             wanted = gradients(theirs, again)
     except Exception as error:
         if "cannot serve" in str(error) or refused_by_torch(error) or on_meta:
@@ -287,7 +295,7 @@ def run(seed: int, known: list[tuple[Callable, bool]]) -> dict | None:
         return about | {"kind": "wrong result", "what": wrong}
     if not wanted:
         return None
-    changeable = [t for t in tensors_of(given) if t.numel() and t.device.type == "cpu" and not t.is_sparse]
+    changeable = [t for t in tensors_of(given) if t.numel() and on_cpu(t)]
     if rng.random() < 0.15 and changeable:
         about["spoiled"] = [*about["spoiled"], "overwritten before the backward pass"]
         overwrite(rng, rng.choice(changeable))
@@ -302,31 +310,41 @@ def run(seed: int, known: list[tuple[Callable, bool]]) -> dict | None:
     return None
 
 
-def isolated(case: Callable[[], dict | None], seed: int) -> dict | None:
-    """Run a case in a fork of this process, which must have no other threads; a death is a finding."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
+def isolated(case: Callable[[int], dict | None], seeds: Iterable[int]) -> Iterator[dict | None]:
+    """What a case finds for each of some seeds, run in forks of this process, which must have no other threads.
+
+    A death is the finding of the seed that it met, and the seeds after it go on in another fork.
+    """
+    seeds = list(seeds)
+    while seeds:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
             os.close(read)
-            signal.alarm(SECONDS)
-            found = json.dumps(case())
-            with os.fdopen(write, "w") as pipe:
-                pipe.write(found)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        found = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return {"seed": seed, "kind": "died", "what": f"signal {os.WTERMSIG(status)}"}
-    return json.loads(found) if found else {"seed": seed, "kind": "died", "what": "an error in the fuzzer itself"}
+            _run_in_fork(case, seeds, write)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            for line in pipe:
+                yield json.loads(line)
+                seeds.pop(0)
+        _, status = os.waitpid(child, 0)
+        if seeds:
+            signalled = os.WIFSIGNALED(status)
+            what = f"signal {os.WTERMSIG(status)}" if signalled else "an error in the fuzzer itself"
+            yield {"seed": seeds.pop(0), "kind": "died", "what": what}
+
+
+def _run_in_fork(case: Callable[[int], dict | None], seeds: list[int], write: int) -> NoReturn:
+    try:
+        with os.fdopen(write, "w") as pipe:
+            for seed in seeds:
+                signal.alarm(SECONDS)
+                print(json.dumps(case(seed)), file=pipe, flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
 
 
 def serve(first: int, last: int) -> None:
@@ -341,8 +359,9 @@ def serve(first: int, last: int) -> None:
     for module in pkgutil.iter_modules(gossamer.cpu_kernels.__path__, "gossamer.cpu_kernels."):
         importlib.import_module(module.name)
     gc.freeze()
-    for seed in range(first, last):
-        print(json.dumps(isolated(lambda seed=seed: run(seed, known), seed)), flush=True)
+    for batch in range(first, last, BATCH):
+        for found in isolated(lambda seed: run(seed, known), range(batch, min(batch + BATCH, last))):
+            print(json.dumps(found), flush=True)
 
 
 def fuzz(first: int, count: int, report: Callable[[dict], None] = lambda finding: None) -> list[dict]:

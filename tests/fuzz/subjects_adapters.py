@@ -84,9 +84,9 @@ def served(rng):
         return _serve(**args)
 
     call.__qualname__ = "serve_adapters"
-    # The last is what the model itself calls its ids.
-    call.signature = ["adapter", "indices"]
-    call.fixed = ("vocabulary", "hidden", "dtype")
+    call.signature = ["adapter"]
+    # What is the model's own.
+    call.fixed = ("vocabulary", "hidden", "dtype", "input_ids")
     return call, args
 
 

@@ -16,11 +16,11 @@ def test_hostile_calls_end_in_a_named_error_or_the_right_result():
 
 
 def test_a_process_that_dies_is_a_finding():
-    """And so is an error of the fuzzer itself."""
-    assert fuzzer.isolated(lambda: None, 1) is None
-    assert fuzzer.isolated(lambda: {"kind": "wrong result"}, 1) == {"kind": "wrong result"}
-    assert fuzzer.isolated(os.abort, 7) == {"seed": 7, "kind": "died", "what": "signal 6"}
-    assert fuzzer.isolated(lambda: 1 / 0, 8) == {"seed": 8, "kind": "died", "what": "an error in the fuzzer itself"}
+    """And so is an error of the fuzzer itself; the cases after it run."""
+    cases = {1: lambda: None, 2: os.abort, 3: lambda: {"kind": "wrong result"}, 4: lambda: 1 / 0, 5: lambda: None}
+    died = {"kind": "died", "what": "signal 6"}, {"kind": "died", "what": "an error in the fuzzer itself"}
+    wanted = [None, {"seed": 2, **died[0]}, {"kind": "wrong result"}, {"seed": 4, **died[1]}, None]
+    assert list(fuzzer.isolated(lambda seed: cases[seed](), cases)) == wanted
 
 
 def test_copies_keep_strides_and_share_no_memory():

@@ -172,7 +172,7 @@ def check_weights_values(weights: torch.Tensor, live: torch.Tensor) -> None:
 
 def check_values(bags: Bags, num_rows: int) -> None:
     """Make the checks of values that the native kernels make themselves; for the reference on the CPU."""
-    if bags.offsets is not None:
+    if bags.offsets is not None and bags.num_lists:
         check_offsets(bags.index, bags.offsets)
     rows = torch.tensor(num_rows)
     if bags.features.rows:

@@ -260,7 +260,7 @@ def _with_factors(name: str, weight: Weight, factors: LowRankFactors | None, fac
     check_shape(f"{name}[1]", b, (e, n, rank), "(E, N, r)")
     check_rank(rank, n, c)
     a, b = autocast(a, b)
-    check_factor_dtype(x, a, b)
+    check_factor_dtype(x, a, b, (f"{name}[0]", f"{name}[1]"))
     check_same_device(**{"x": x, f"{name}[0]": a, f"{name}[1]": b})
     return weight._replace(a=a, b=b, factor=factor)
 

@@ -67,11 +67,12 @@ def check_rank(rank: int, n: int, c: int) -> None:
         raise ValueError(f"the rank of a and b must be in [1, min(N, C)] with N={n}, C={c}, got {rank}")
 
 
-def check_factor_dtype(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``a`` and ``b`` share one dtype, that of ``x`` or float32."""
-    check_same_dtype(a=a, b=b)
+def check_factor_dtype(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, names: tuple[str, str] = ("a", "b")) -> None:
+    """``a`` and ``b``, which messages call ``names``, share one dtype, that of ``x`` or float32."""
+    if b.dtype != a.dtype:
+        raise TypeError(f"{names[1]} must have the dtype of {names[0]}, {a.dtype}, got {b.dtype}")
     if a.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"a and b must have the dtype of x, {x.dtype}, or torch.float32, got {a.dtype}")
+        raise TypeError(f"{' and '.join(names)} must have the dtype of x, {x.dtype}, or torch.float32, got {a.dtype}")
 
 
 class LowRank(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer._checks import check_float, check_shape, check_tensor
+from gossamer._checks import check_float, check_shape, check_strided, check_tensor
 from gossamer.ops._weights import BLOCK, E2M1, E8M0_BIAS, E8M0_NAN, INT4_GROUPS, INT4_ZERO, MX_GROUP, Weight
 
 FP8 = torch.float8_e4m3fn
@@ -153,6 +153,7 @@ class QuantizedExpertWeight:
         check_format(format)
         check_shape("weight", weight, (None, None, None), "(E, N, C)")
         check_float("weight", weight, "reference")
+        check_strided("weight", weight)
         if weight.numel() == 0:
             raise ValueError(f"weight must have at least one element, got {tuple(weight.shape)}")
         c = weight.shape[2]

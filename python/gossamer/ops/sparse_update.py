@@ -185,7 +185,7 @@ def check_state(
         if tensor.dim() == 2 and tensor.stride(1) != 1 and tensor.shape[1] > 1:
             raise ValueError(f"state[{name!r}] must have unit column stride, got strides {tensor.stride()}")
         found.append(tensor)
-    lr = optimizer.lr.reshape(1) if isinstance(optimizer.lr, torch.Tensor) else None
+    lr = optimizer.lr.detach().reshape(1) if isinstance(optimizer.lr, torch.Tensor) else None
     check_same_device(table=table, lr=lr, **{f"state[{name!r}]": t for name, t in state.items()})
     found += [None, None]
     return Update(optimizer.step_rule(), lr, step, found[0], found[1])

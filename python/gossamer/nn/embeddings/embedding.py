@@ -289,6 +289,8 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
     def _lists(self, input, offsets, weights):
         """Index, offsets, weights, and whether offsets include the last one, after torch's checks."""
         check_tensor("input", input)
+        if offsets is not None:
+            check_tensor("offsets", offsets)
         if weights is not None:
             check_tensor("per_sample_weights", weights)
             narrow = self.weight.dtype in (torch.float16, torch.bfloat16)

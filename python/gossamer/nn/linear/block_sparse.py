@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_input, check_positive, check_shape
+from gossamer._checks import check_flag, check_input, check_positive, check_shape
 from gossamer.nn.replicas import evaluated_when_compiled
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
@@ -122,6 +122,7 @@ class BlockSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features)
+        check_flag("bias", bias)
         self.in_features, self.out_features = in_features, out_features
         if topology is None:
             check_density(density)

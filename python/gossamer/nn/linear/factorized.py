@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_input, check_positive
+from gossamer._checks import check_flag, check_input, check_positive
 from gossamer.nn.linear.lora_factors import check_rank, spectral_factors
 
 
@@ -49,6 +49,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features)
+        check_flag("bias", bias)
         self._setup(nn.Linear(in_features, out_features, bias, device, dtype), rank, init)
 
     @classmethod

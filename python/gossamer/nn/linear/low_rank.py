@@ -132,6 +132,7 @@ class LoRALinear(_Mergeable):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(in_features=in_features, out_features=out_features)
+        check_flags(bias=bias)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
         self._setup(base, rank, alpha, dropout, rank_stabilized, dora, init)

@@ -28,7 +28,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gossamer._checks import check_number, check_positive, check_same_device, check_shape, check_tensor
+from gossamer._checks import (
+    check_number,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_strided,
+    check_tensor,
+)
 from gossamer.nn.moe.routing import Routing, token_entropy
 from gossamer.ops.dispatch import dispatch
 
@@ -37,6 +44,8 @@ CLUSTER_FORMS = ("within", "all", "gap")
 
 def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> list[Routing]:
     """One routing or several as a list, all with probabilities, or with logits, and the same E."""
+    if not isinstance(routing, (Routing, Sequence)):
+        raise TypeError(f"routing must be a Routing or a sequence of them, got {type(routing).__name__}")
     layers = [routing] if isinstance(routing, Routing) else list(routing)
     if not layers:
         raise ValueError("routing must hold at least one Routing, got none")
@@ -45,11 +54,24 @@ def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> li
             raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
         if layer.logits is None if logits else not layer.has_probabilities:
             raise ValueError("routing must have logits for a balance loss, got a routing by given ids")
+        if layer.logits is not None:
+            _check_logits(layer)
+        if isinstance(layer._probabilities, torch.Tensor):
+            check_shape("probabilities", layer._probabilities, (layer.num_tokens, layer.num_experts), "(T, E)")
         if layer.num_experts != layers[0].num_experts:
             raise ValueError(
                 f"routing must have one number of experts, got {layers[0].num_experts} and {layer.num_experts}"
             )
     return layers
+
+
+def _check_logits(routing: Routing) -> None:
+    """The logits of a routing made by hand."""
+    check_shape("logits", routing.logits, (routing.num_tokens, routing.num_experts), "(T, E)")
+    check_strided("logits", routing.logits)
+    if not routing.logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {routing.logits.dtype}")
+    check_same_device(expert_ids=routing.expert_ids, logits=routing.logits)
 
 
 def _kept(mask: torch.Tensor | None, routing: Routing) -> torch.Tensor | None:

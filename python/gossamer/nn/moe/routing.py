@@ -153,6 +153,13 @@ class Routing:
             probabilities = _probabilities
         if probabilities is None and logits is not None:
             probabilities = softmax_probabilities
+        if not (probabilities is None or callable(probabilities) or isinstance(probabilities, torch.Tensor)):
+            raise TypeError(f"probabilities must be a tensor or a function, got {type(probabilities).__name__}")
+        if not isinstance(num_experts, (int, torch.SymInt)):
+            raise TypeError(f"num_experts must be an int, got {type(num_experts).__name__}")
+        check_index("expert_ids", expert_ids)
+        check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
+        check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
         object.__setattr__(self, "expert_ids", expert_ids)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "num_experts", num_experts)
@@ -196,6 +203,8 @@ class Routing:
             raise ValueError("routing must have logits for probabilities, got a routing by given ids")
         if isinstance(self._probabilities, torch.Tensor):
             return self._probabilities
+        if self.logits is None:
+            raise ValueError("logits must be there for probabilities that are a function of them, got None")
         return self._probabilities(self.logits)
 
     @property
@@ -249,6 +258,7 @@ def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: i
 def _as_logits(logits: torch.Tensor) -> torch.Tensor:
     """``(..., E)`` of any floating dtype as ``(T, E)`` of at least float32."""
     check_tensor("logits", logits)
+    check_strided("logits", logits)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:

@@ -58,6 +58,8 @@ def flat_expert_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor,
     """
     check_shape("a", a, (None, None, None), "(E, r, C)")
     check_shape("b", b, (a.shape[0], None, a.shape[1]), "(E, N, r)")
+    for name, tensor in (("a", a), ("b", b)):
+        check_strided(name, tensor)
     num_experts, rank, columns = a.shape
     return a.reshape(num_experts * rank, columns), b.permute(1, 2, 0).reshape(b.shape[1], rank * num_experts)
 

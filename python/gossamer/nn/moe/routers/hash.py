@@ -21,6 +21,8 @@ def checked_table(name: str, table: torch.Tensor, num_experts: int, symbol: str)
         raise ValueError(f"{name} must have shape ({symbol},) or ({symbol}, K), got {tuple(table.shape)}")
     table = table.detach().clone()
     table = table.unsqueeze(1) if table.dim() == 1 else table
+    if table.shape[1] < 1:
+        raise ValueError(f"{name} must have at least one column, got shape {tuple(table.shape)}")
     check_selection(num_experts, table.shape[1])
     if table.device.type != "meta" and table.numel() and not (0 <= int(table.min()) <= int(table.max()) < num_experts):
         raise ValueError(
