@@ -84,7 +84,7 @@ def plain_layer(
 def _ours(problem: Problem) -> Training:
     layer = problem.layer
     if problem.both:
-        options = {"num_heads": layer.num_heads, "top_k": layer.top_k // layer.num_heads, "key_dim": layer.key_dim}
+        options = {"num_heads": layer.num_heads, "top_k": layer.top_k, "key_dim": layer.key_dim}
         fused = ProductKeyExperts(
             layer.hidden_size, layer.num_experts, **options, optimizer=optim.Adam(LR, eps=EPS), device=problem.x.device
         )
@@ -101,7 +101,7 @@ def _plain(problem: Problem) -> Training:
         optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True)
 
     def forward() -> torch.Tensor:
-        ids, scores = plain_route(layer, problem.x, layer.top_k // layer.num_heads)
+        ids, scores = plain_route(layer, problem.x, layer.top_k)
         return plain_layer(problem.x, ids, scores, *tables)
 
     name = "torch, gather and einsum" + (", Adam" if problem.both else "")
@@ -135,7 +135,7 @@ def _training(
 def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype) -> Outputs:
     """The result of safe tokens, and the sampled rows after a step, by plain torch over the touched rows alone."""
     layer, x = problem.layer, problem.x.to(dtype)
-    top_k = layer.top_k // layer.num_heads
+    top_k = layer.top_k
     _, scores = plain_route(layer, x, top_k)
     # The order in which equal experts come is that of float64 for both.
     ids = problem.ids.view(x.shape[0], layer.num_heads, top_k)

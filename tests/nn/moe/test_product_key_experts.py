@@ -52,7 +52,7 @@ def by_brute_force(layer, x):
     for head in range(layer.num_heads):
         keys = layer.keys[head % layer.keys.shape[0]]
         pairs = (queries[:, head, 0] @ keys[0].T).unsqueeze(2) + (queries[:, head, 1] @ keys[1].T).unsqueeze(1)
-        scores, ids = pairs.view(x.shape[0], side * side).topk(layer.top_k // layer.num_heads)
+        scores, ids = pairs.view(x.shape[0], side * side).topk(layer.top_k)
         weights = scores.softmax(1)
         hidden = F.gelu(torch.einsum("td,tkd->tk", x, layer.input_weight[ids]))
         y = y + torch.einsum("tk,tkd->td", weights * hidden, layer.output_weight[ids])

@@ -63,7 +63,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
             ±1/√(key_dim/2).
         query: ``nn.Linear(H, num_heads · key_dim)`` without bias.
         query_norm: ``nn.BatchNorm1d(num_heads · key_dim)`` or None.
-        top_k: experts of a token, ``num_heads · K``.
+        num_heads: as given, like ``top_k``, ``key_dim`` and ``activation``; a token has ``num_heads · K`` experts.
 
     Raises:
         TypeError: a size is no int, or ``activation`` or ``optimizer`` is something else.
@@ -105,7 +105,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.num_heads = num_heads
-        self.top_k = num_heads * top_k
+        self.top_k = top_k
         self.key_dim = key_dim
         self.input_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
         self.output_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
@@ -147,8 +147,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         with no_autocast(x.device):
             ids, logits = self._search(queries.to(torch.promote_types(queries.dtype, torch.float32)))
         return Routing(
-            ids.view(tokens.shape[0], self.top_k),
-            logits.softmax(-1).view(tokens.shape[0], self.top_k),
+            ids.view(tokens.shape[0], self.num_heads * self.top_k),
+            logits.softmax(-1).view(tokens.shape[0], self.num_heads * self.top_k),
             self.num_experts,
         )
 
@@ -168,7 +168,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         keys = self.keys.to(queries.dtype)
         groups, _, side, half = keys.shape
         halves = queries.split(half, 1)
-        ids = product_key_search(queries, keys, self.top_k // self.num_heads)
+        ids = product_key_search(queries, keys, self.top_k)
         places = [ids // side, ids % side]
         if groups > 1:
             first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
@@ -217,7 +217,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         """Sizes and options."""
         text = (
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, num_heads={self.num_heads}, "
-            f"top_k={self.top_k // self.num_heads}, key_dim={self.key_dim}, activation={self.activation.name!r}"
+            f"top_k={self.top_k}, key_dim={self.key_dim}, activation={self.activation.name!r}"
         )
         text += "" if self.keys.shape[0] == 1 else ", shared_keys=False"
         return text + (f", optimizer={self.optimizer}" if self.optimizer else "")
