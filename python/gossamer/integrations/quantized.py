@@ -11,7 +11,7 @@ from torch import nn
 from gossamer._checks import FLOAT_DTYPES
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
-from gossamer.nn import ExpertLayer, QuantizedExpertStack
+from gossamer.nn import QuantizedExpertStack
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
 
 ADAPTER = "quantized"
@@ -34,7 +34,7 @@ def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if (isinstance(module, ExpertLayer) and module.weight_stacks) or (foreign and foreign.is_experts(module))
+        if getattr(module, "weight_stacks", ()) or (foreign and foreign.is_experts(module))
     ]
     if not found:
         raise ValueError(
@@ -46,7 +46,7 @@ def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _weights(experts: nn.Module) -> tuple[tuple[str, ...], bool]:
     """Names of the weights of an experts module, and whether they are stored transposed."""
-    if isinstance(experts, ExpertLayer):
+    if hasattr(experts, "weight_stacks"):
         return experts.weight_stacks, getattr(experts, "transposed", False)
     up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     return (up, "down_proj"), experts.is_transposed
@@ -111,8 +111,9 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
     """Replace the expert weights of a model by quantised ones, in place, one matrix after the other.
 
     Works on :class:`gossamer.nn.Experts` (so :class:`gossamer.nn.MoE` and :class:`gossamer.nn.LoRAExperts`), on every
-    other :class:`gossamer.nn.ExpertLayer` that names ``weight_stacks``, and on the experts modules of transformers
-    models that use its experts interface, which :func:`gossamer.replace` then computes. A parameter such as
+    other :class:`gossamer.nn.ExpertLayer` that names ``weight_stacks``, on :class:`gossamer.nn.MixtureOfAttention`, and
+    on the experts modules of transformers models that use its experts interface, which :func:`gossamer.replace` then
+    computes. A parameter such as
     ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and ``gate_up_proj.scale``; its floats are
     freed. Routers, biases and everything else stay. Quantised experts are frozen; gradients of the activations, biases
     and low-rank factors go through them. It cannot be undone. A model of transformers keeps them through

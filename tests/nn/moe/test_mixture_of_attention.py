@@ -262,6 +262,23 @@ def test_state_dict_and_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_quantised(device):
+    """Both projections decoded inside the products: what the layer over the decoded weights computes."""
+    layer = make(head_dim=32, device=device)
+    decoded = copy.deepcopy(layer)
+    quantised = gossamer.quantize_experts(layer, "int8")
+    assert [m.name for m in quantised.modules] == [""] and quantised.after < 0.4 * quantised.before
+    with torch.no_grad():
+        for name in layer.weight_stacks:
+            getattr(decoded, name).copy_(getattr(layer, name).weight().dequantize())
+    x, found = states(device, torch.float32).requires_grad_(), []
+    for each in (layer, decoded):
+        y = each(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, each.kv_proj.weight])])
+    for a, b in zip(*found, strict=True):
+        assert_near(a, b)
+
+
 def test_few_tokens(device):
     layer = make(device=device, dtype=torch.float64)
     x = states(device)

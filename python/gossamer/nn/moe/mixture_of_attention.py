@@ -11,11 +11,13 @@ from torch import nn
 
 from gossamer._autocast import no_autocast
 from gossamer._checks import check_positive, check_shape, check_tensor, check_traceable
+from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.nn.moe.routers import router_class
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 
 
 class KeyValueCache:
@@ -55,12 +57,14 @@ class KeyValueCache:
         return room
 
 
-def output_by_slot(rows: torch.Tensor, weight: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
+def output_by_slot(
+    rows: torch.Tensor, weight: torch.Tensor | QuantizedExpertWeight, dispatch: Dispatch, weights: torch.Tensor
+) -> torch.Tensor:
     """``y[t] = Σ_k weights[t,k] · weight[e(t,k)] · rows[t,k]``: each slot by its expert's matrix, then summed.
 
     Args:
         rows: ``(T·K, C)``, a row a slot.
-        weight: ``(E, N, C)``.
+        weight: ``(E, N, C)``, a tensor or quantised.
         dispatch: of the T tokens.
         weights: ``(T, K)``.
 
@@ -105,7 +109,8 @@ class MixtureOfAttention(nn.Module):
         **router_options: of a router given by name.
 
     Attributes:
-        query_proj: ``(E, h·d, H)``, at first uniform in ±1/√H.
+        query_proj: ``(E, h·d, H)``, at first uniform in ±1/√H; :func:`gossamer.quantize_experts` quantises it and the
+            next.
         output_proj: ``(E, H, h·d)``, at first uniform in ±1/√(h·d).
         kv_proj: ``nn.Linear(H, 2·h·d)`` without bias: keys, then values.
         bias: ``(H,)``, zero at first, or None.
@@ -116,6 +121,9 @@ class MixtureOfAttention(nn.Module):
         ValueError: a size is below 1, K > E, the router is unknown or of other sizes, ``rope_theta`` is not positive,
             or d is odd with it.
     """
+
+    # What gossamer.quantize_experts quantises.
+    weight_stacks = ("query_proj", "output_proj")
 
     def __init__(
         self,
@@ -222,7 +230,7 @@ class MixtureOfAttention(nn.Module):
             )
         routing = routing.dispatched()
         past = 0 if cache is None else cache.length
-        q = grouped_matmul(tokens, self.query_proj, routing.dispatch)
+        q = grouped_matmul(tokens, expert_weight(self.query_proj, False), routing.dispatch)
         q = q.view(batch, length, routing.top_k * self.num_heads, self.head_dim)
         k, v = (t.view(batch, length, self.num_heads, self.head_dim) for t in self.kv_proj(x).chunk(2, -1))
         if self.rope_theta is not None:
@@ -231,7 +239,8 @@ class MixtureOfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         rows = self._attend(q, k, v, self._mask(attention_mask, x, past, k.shape[2]))
-        y = output_by_slot(rows, self.output_proj, routing.dispatch, routing.weights)
+        output = expert_weight(self.output_proj, False)
+        y = output_by_slot(rows, output, routing.dispatch, routing.weights)
         if self.bias is not None:
             y = y + self.bias
         if routing.residual is not None:
