@@ -231,6 +231,20 @@ def test_in_a_layer(device):
     assert_near(y, torch.einsum("tk,tkd->td", routing.weights * hidden, layer.output_weight[routing.expert_ids]))
 
 
+def test_frozen(device):
+    """Served without optimizer and norm, with the answers of evaluation."""
+    layer = make(device=device, dtype=torch.float64, optimizer=optim.Adam(0.1))
+    x = hidden_states(T, H, device=device, dtype=torch.float64)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+    expected, before = layer.eval()(x), layer.nbytes()
+    promised = layer.inference_nbytes()
+    assert layer.freeze() is layer
+    assert_near(layer(x), expected)
+    assert layer.query_norm is None and not any(p.requires_grad for p in layer.parameters())
+    assert layer.nbytes() <= promised < before / 2
+
+
 def test_few_tokens(device):
     layer = make(device=device)
     empty = hidden_states(0, H, device=device).requires_grad_()

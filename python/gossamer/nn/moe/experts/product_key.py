@@ -11,6 +11,7 @@ from gossamer._activation import Activation, as_activation
 from gossamer._autocast import no_autocast
 from gossamer._checks import check_positive, check_traceable
 from gossamer.nn.embeddings.fused_step import FusedStep
+from gossamer.nn.embeddings.table import bytes_of
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.routing import Routing, check_hidden
 from gossamer.ops.activate import activate
@@ -212,6 +213,27 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
             preact = self.dots("input_weight", ids, tokens, bounds="drop")
             factors = activate(preact, self.activation) * routing.weights.to(preact.dtype)
             return self.bags("output_weight", ids, weights=factors, bounds="drop", out_dtype=tokens.dtype)
+
+    def nbytes(self) -> int:
+        """Bytes that the layer holds now, optimizer state included."""
+        return bytes_of([*self.parameters(), *self.buffers()])
+
+    def freeze(self) -> ProductKeyExperts:
+        """Bring the layer, in place, into the form that is served, and return it; it is not trained any more.
+
+        The optimizer is dropped, and the norm of the queries becomes a part of their projection, by its running
+        statistics.
+        """
+        self.detach_optimizer()
+        norm, weight = self.query_norm, self.query.weight
+        if norm is not None:
+            scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+            folded = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+            with torch.no_grad():
+                folded.weight.copy_(weight.double() * scale.unsqueeze(1))
+                folded.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
+            self.query, self.query_norm = folded, None
+        return self.requires_grad_(False).eval()
 
     def extra_repr(self) -> str:
         """Sizes and options."""
