@@ -3,7 +3,7 @@
 import pytest
 import torch
 from expert_mlp_inputs import GRADIENT_OF as GRADIENTS_OF_PLAIN
-from helpers import OperatorLog, assert_same_bits, check, flat, make_dispatch, run, saved_tensors
+from helpers import OperatorLog, assert_same_bits, check, check_capture, flat, make_dispatch, run, saved_tensors
 
 import gossamer
 from gossamer._activation import ACTIVATIONS
@@ -389,19 +389,7 @@ def test_graph_capture(kernel_backend, device):
         y = function(**leaves)
         return y, *torch.autograd.grad(y, leaves.values(), dout)
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    ids.copy_(random_expert_ids(T, E, K, seed=5, dropped=0.3).to(device))
-    graph.replay()
-    for value, expected in zip(captured, step(), strict=True):
-        assert torch.equal(value, expected)
+    check_capture(step, lambda: ids.copy_(random_expert_ids(T, E, K, seed=5, dropped=0.3).to(device)))
 
 
 @pytest.mark.parametrize("rank", [16, 17, 31])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OperatorLog, assert_same_bits, check, run, saved_tensors
+from helpers import OperatorLog, assert_same_bits, check, check_capture, run, saved_tensors
 from multi_low_rank_inputs import NAMES, A, C, M, N, R, make_ids, make_inputs
 
 import gossamer
@@ -406,19 +406,7 @@ def test_no_synchronisation_and_graph_capture(kernel_backend, device):
         return y, *torch.autograd.grad(y, leaves, out)
 
     with gossamer.backend(kernel_backend):
-        step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        ids.copy_(make_ids(device=device, seed=7))
-        graph.replay()
-        for value, expected in zip(captured, step(), strict=True):
-            assert torch.equal(value, expected)
+        check_capture(step, lambda: ids.copy_(make_ids(device=device, seed=7)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

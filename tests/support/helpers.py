@@ -205,3 +205,23 @@ def huge_storage(num_elements: int, dtype: torch.dtype, device: str) -> torch.Te
 def flat(args: NamedTuple, backend: str) -> tuple:
     """The arguments of the operator over a record as its schema has them."""
     return (*Layout(type(args)).flatten(args), backend)
+
+
+def check_capture(step: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]], change: Callable[[], object]) -> None:
+    """``step()`` on CUDA never waits, and its graph, replayed after ``change()``, gives the bits of a call."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    change()
+    graph.replay()
+    expected = step()
+    if isinstance(captured, torch.Tensor):
+        captured, expected = (captured,), (expected,)
+    for value, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(value, wanted)
