@@ -280,18 +280,17 @@ def unavailable(name: str, device_type: str) -> str | None:
     return f"{family.title} run on {where}, not on {device_type}"
 
 
-# (primitive, type of device) -> the first family that has kernels for them.
+# (primitive, type of device) -> the first family that has kernels for them; plain torch where that cannot be used here.
 _PREFERRED: dict[tuple[str, str], str] = {}
 for _family in FAMILIES.values():
     for _name, _served in _family.primitives.items():
         if _served.by is None:
             for _device in _family.devices:
-                _PREFERRED.setdefault((_name, _device), _family.name)
+                _PREFERRED.setdefault((_name, _device), "reference" if _family.missing() else _family.name)
 
 
 def _default(primitive: str, device_type: str) -> str:
-    preferred = _PREFERRED.get((primitive, device_type), "reference")
-    return "reference" if preferred == "reference" or FAMILIES[preferred].missing() else preferred
+    return _PREFERRED.get((primitive, device_type), "reference")
 
 
 def transformed() -> bool:

@@ -296,7 +296,8 @@ def sdd(
     activation = _check_epilogue(bias, topology.shape[1], "(cols,)", activation)
     backend = _backend.resolve("block_sparse", a)
     a, b, bias = _operands(backend, a=a, b=b, bias=bias)
-    check_same_device(a=a, topology=topology.row_offsets)
+    if a.device != topology.row_offsets.device:
+        check_same_device(a=a, topology=topology.row_offsets)
     transposed = topology.order is not None
     most = torch.iinfo(torch.int32).max
     apart = backend != "native" or transposed or a.shape[0] > most or _needs_gradient(a, b, bias)

@@ -140,7 +140,8 @@ def _save(ctx, args: GroupedMatmul, output: torch.Tensor):
         weight = weight._replace(bias=None)
     if "weight.data" in ctx.needs and weight is args.weight:
         return (args,)
-    return (args._replace(x=args.x if "weight.data" in ctx.needs else None, weight=weight),)
+    x = args.x if "weight.data" in ctx.needs else None
+    return (GroupedMatmul(x, weight, args.groups, args.x_div, args.y_grouped, args.transposed),)
 
 
 def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
