@@ -166,7 +166,7 @@ def read(path: Path, device: Device, pinned: bool) -> list[Entry]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no table, is for another device or other versions, or holds what no tile may be.
+        ValueError: it is not a table, is for another device or other versions, or holds what no tile may be.
     """
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"its {size} bytes are more than {MOST_BYTES}")

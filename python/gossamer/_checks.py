@@ -89,7 +89,7 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...
 
 
 def check_shape_of(name: str, shape: tuple[int, ...], expected: tuple[int | None, ...], symbols: str) -> None:
-    """:func:`check_shape` of what has a shape, but is no tensor."""
+    """:func:`check_shape` of what has a shape, but is not a tensor."""
     if len(shape) == len(expected):
         for size, wanted in zip(shape, expected, strict=True):
             if wanted is not None and wanted != size:

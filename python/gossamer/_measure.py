@@ -114,7 +114,7 @@ def check(
 
     Raises:
         ImportError: the extra ``bench`` is not installed.
-        TypeError: ``module`` or ``replacement`` is no module.
+        TypeError: ``module`` or ``replacement`` is not a module.
         ValueError: without ``replacement``, :func:`gossamer.replace` finds nothing in ``module`` that it can switch;
             or what ``replacement`` builds does not take the weights of ``module``.
     """

@@ -57,7 +57,7 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
 
     Raises:
         ImportError: transformers is not installed or older than 5.
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: an adapter with an option that gossamer does not compute; under ``strict``, a module that cannot be
             switched (quantised experts, a LoRA layer over a convolution, a device or dtype without kernels), or
             nothing to switch at all.
@@ -80,7 +80,7 @@ def restore(model: torch.nn.Module) -> None:
     A layer that became block-sparse becomes dense again with its present blocks, and zeros where there are none.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: ``model`` was not switched, or is restored already; a module cannot be undone, such as quantised
             experts, and nothing is changed.
     """

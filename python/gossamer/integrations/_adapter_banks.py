@@ -184,7 +184,7 @@ def _check_experts(path: str, module: nn.Module) -> None:
     """The module must be one of transformers' experts modules, in a form that gossamer computes."""
     from gossamer.integrations.transformers import experts_obstacle, is_experts
 
-    reason = experts_obstacle(module) if is_experts(module) else "it is no experts module of transformers"
+    reason = experts_obstacle(module) if is_experts(module) else "it is not an experts module of transformers"
     if reason is not None:
         raise ValueError(f"adapters update parameters of {path}, a {type(module).__name__}: {reason}")
 

@@ -380,7 +380,7 @@ class ExpertsMixin(_Tuner):
         if type(base) is nn.Linear and self.parameter_name == "weight":
             return base_obstacle(base)
         if not is_experts(base):
-            return f"its module {type(base).__name__} is no experts module of transformers"
+            return f"its module {type(base).__name__} is not an experts module of transformers"
         targets = {"gate_up_proj", "up_proj", "down_proj"}
         if self.parameter_name not in targets or self.num_experts == 1:
             return f"its parameter {self.parameter_name} is none of {sorted(targets)}"

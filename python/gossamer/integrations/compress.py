@@ -199,7 +199,7 @@ def compress_embeddings(
         Bytes before, in training and when served, by layer and in all; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: the method is unknown or lacks an option; ``budget`` is not in ``(0, 1]``, or less than the method
             can reach, and the message says what it can; ``frequencies`` do not fit; there is no layer to compress.
             Nothing is changed then.

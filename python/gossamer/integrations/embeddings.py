@@ -83,7 +83,7 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
         What was switched.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: under ``strict``, there is none.
     """
     return swap(model, survey(model, strict))

@@ -131,7 +131,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
         What was quantised, with bytes before and after; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: the format or group size is unknown, no experts are inside, or, under ``strict``, a module's weights
             do not fit the format or are quantised already.
     """
@@ -252,7 +252,7 @@ def load_quantized_experts(
         What was loaded; ``used`` names the tensors, and the others are for ``load_state_dict(..., strict=False)``.
 
     Raises:
-        TypeError: ``model`` is no module, or a tensor has another dtype than its format.
+        TypeError: ``model`` is not a module, or a tensor has another dtype than its format.
         ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
     """
     experts = _experts(model)

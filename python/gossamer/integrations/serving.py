@@ -269,7 +269,7 @@ def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> Serv
         The :class:`ServedModel`. The factors are in the dtype and on the device of the layer they update.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``, ``adapters`` no mapping, or a name no str.
+        TypeError: ``model`` is not a ``torch.nn.Module``, ``adapters`` no mapping, or a name no str.
         ValueError: no adapters; a folder's file is missing, damaged, or a pickle; an option that cannot be served
             beside others (DoRA, saved modules, initialisations that change the base, ...), by name; a tensor that fits
             no module, or not by its size; a model that PEFT has wrapped, that serves adapters already, or that

@@ -40,7 +40,7 @@ def from_text_embeddings(
         ``(N, D)`` in the dtype and on the device of ``vectors``, for ``weight.copy_`` or ``_weight=``.
 
     Raises:
-        TypeError: ``vectors`` is no floating tensor.
+        TypeError: ``vectors`` is not a floating tensor.
         ValueError: ``vectors`` has another shape or values that are not finite, fewer than D columns vary, ``select``
             is unknown, or ``std`` is not positive.
 

@@ -32,7 +32,7 @@ class ConstantSchedule(Schedule):
     """``value`` at every step.
 
     Raises:
-        TypeError: ``value`` is no number.
+        TypeError: ``value`` is not a number.
         ValueError: it is outside [0, 1].
     """
 
@@ -52,7 +52,7 @@ class CosineSchedule(Schedule):
     """From ``first`` to ``last`` along half a cosine: ``last + (first − last)/2·(1 + cos(π·min(step/until, 1)))``.
 
     Raises:
-        TypeError: a share is no number, or ``until`` no int.
+        TypeError: a share is not a number, or ``until`` no int.
         ValueError: a share is outside [0, 1], or ``until`` below 1.
     """
 

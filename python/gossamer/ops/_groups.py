@@ -45,7 +45,7 @@ def check_groups(
         names: what messages call the three.
 
     Raises:
-        TypeError: one is no tensor, or of another dtype.
+        TypeError: one is not a tensor, or of another dtype.
         ValueError: a shape, strides, a device or contents do not fit.
     """
     sizes = (num_slots, "(T·K,)"), (num_slots, "(T·K,)"), (num_experts + 1, "(E+1,)")

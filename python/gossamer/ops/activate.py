@@ -106,7 +106,7 @@ def activate(
         ``(..., I)`` in the dtype of ``preact``. Differentiable, twice where it is asked for.
 
     Raises:
-        TypeError: ``preact`` is no tensor, its dtype is not supported, or ``interleaved`` is no bool.
+        TypeError: ``preact`` is not a tensor, its dtype is not supported, or ``interleaved`` is not a bool.
         ValueError: the activation is unknown, or ``interleaved`` without a gate; ``preact`` has no dimension, or its
             last size is odd for a gated activation.
     """

@@ -278,7 +278,7 @@ def sdd(
         in ``a``, ``b`` and ``bias``. Under ``torch.autocast`` in its dtype.
 
     Raises:
-        TypeError: an argument is no tensor or no topology, a dtype is not supported, or dtypes differ.
+        TypeError: an argument is not a tensor or a topology, a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit; for one short of whole blocks the message says what to pad to; or the
             activation is gated or unknown.
     """
@@ -341,7 +341,7 @@ def dsd(
         Differentiable in ``s.values``, ``b`` and ``bias``. Under ``torch.autocast`` in its dtype.
 
     Raises:
-        TypeError: an argument is no tensor or no :class:`BlockSparseTensor`, or dtypes are unsupported or differ.
+        TypeError: an argument is not a tensor or a :class:`BlockSparseTensor`, or dtypes are unsupported or differ.
         ValueError: as for :func:`sdd`.
     """
     _check_sparse("s", s)
@@ -375,7 +375,7 @@ def dds(
         Differentiable in ``a``, ``s.values`` and ``bias``. Under ``torch.autocast`` in its dtype.
 
     Raises:
-        TypeError: an argument is no tensor or no :class:`BlockSparseTensor`, or dtypes are unsupported or differ.
+        TypeError: an argument is not a tensor or a :class:`BlockSparseTensor`, or dtypes are unsupported or differ.
         ValueError: as for :func:`sdd`.
     """
     _check_sparse("s", s)

@@ -182,7 +182,7 @@ class BlockTopology:
                 number nothing is read on the host, as for masks that are edited while a model trains.
 
         Raises:
-            TypeError: ``mask`` is no bool tensor.
+            TypeError: ``mask`` is not a bool tensor.
             ValueError: wrong rank or block; ``nnz`` negative, or, on the CPU, less than the number of blocks. On CUDA,
                 where finding that would stop the stream, the last blocks of too many are left out.
         """
@@ -273,9 +273,9 @@ class BlockTopology:
                 gradient but zero come from there. See ``live_rows``.
 
         Raises:
-            TypeError: ``dispatch`` is none, or its offsets are not int32.
-            ValueError: wrong block, or ``ffn_size`` is no positive multiple of bn; on the CPU, offsets that decrease or
-                end beyond the slots.
+            TypeError: ``dispatch`` is not a Dispatch, or its offsets are not int32.
+            ValueError: wrong block, or ``ffn_size`` is not a positive multiple of bn; on the CPU, offsets that decrease
+                or end beyond the slots.
         """
         check_is_dispatch(dispatch)
         bm, bn = check_block(block)

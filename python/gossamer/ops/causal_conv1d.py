@@ -311,7 +311,7 @@ def causal_conv1d(
         and ``initial_state`` are cast to its dtype.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not supported, or dtypes do not fit.
+        TypeError: an argument is not a tensor, a dtype is not supported, or dtypes do not fit.
         ValueError: shapes or devices do not fit, W is outside 2 to 8, S is less than W − 1, or the activation is
             unknown; on the CPU also for ``cu_seqlens`` that does not ascend from 0 to T.
     """
@@ -360,7 +360,7 @@ def causal_conv1d_step(
         ``y (B, C)`` in the dtype of ``x``. Not differentiable.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not supported, or dtypes do not fit.
+        TypeError: an argument is not a tensor, a dtype is not supported, or dtypes do not fit.
         ValueError: shapes or devices do not fit, W is outside 2 to 8, S is less than W − 1, the activation is unknown,
             or gradients are enabled and an argument requires one.
     """

@@ -350,8 +350,8 @@ def delta_rule(
         ``q``, ``k`` and ``v`` are cast to its dtype.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not supported, or dtypes do not fit.
-        ValueError: shapes or devices do not fit, H is no multiple of H_k, ``lower_bound`` is not below 0; on the CPU
+        TypeError: an argument is not a tensor, a dtype is not supported, or dtypes do not fit.
+        ValueError: shapes or devices do not fit, H is not a multiple of H_k, ``lower_bound`` is not below 0; on the CPU
             also for ``beta`` outside [0, 2], ``g`` above 0, and ``cu_seqlens`` that does not ascend from 0 to T.
     """
     args = _record(

@@ -314,7 +314,7 @@ def expert_mlp(
         the routing weights are taken in its dtype.
 
     Raises:
-        TypeError: an argument is no tensor, no dispatch or no bool, a dtype is not supported, or dtypes differ.
+        TypeError: an argument is not a tensor, a dispatch or a bool, a dtype is not supported, or dtypes differ.
         ValueError: the activation is unknown, or ``interleaved`` without a gate; shapes or devices do not fit each
             other or the dispatch, a rank is 0 or beyond its matrix, a part of a quantised weight requires a gradient,
             or ``lora_scale`` is a tensor that requires one, has several elements or lies on a GPU.

@@ -115,7 +115,7 @@ def gather_dot(
         Differentiable in ``table`` (duplicates summed in position order) and ``x``.
 
     Raises:
-        TypeError: an argument is no tensor, or a dtype is not supported.
+        TypeError: an argument is not a tensor, or a dtype is not supported.
         ValueError: ranks, sizes, devices, modes or offsets do not fit.
         IndexError: on the CPU, an id outside ``[0, N)`` with ``bounds="raise"``.
     """

@@ -480,7 +480,7 @@ def gather_reduce(
         (duplicates summed in position order) and ``weights``.
 
     Raises:
-        TypeError: an argument is no tensor, or a dtype is not supported.
+        TypeError: an argument is not a tensor, or a dtype is not supported.
         ValueError: ranks, sizes, devices, modes or offsets do not fit; on the CPU, a weight that counts is NaN.
         IndexError: on the CPU, an id outside ``[0, N)`` with ``bounds="raise"``.
     """

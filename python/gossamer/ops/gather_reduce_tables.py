@@ -190,7 +190,7 @@ def gather_reduce_tables(
         (a dense gradient) and ``weights``.
 
     Raises:
-        TypeError: an argument is no tensor, or a dtype is not supported.
+        TypeError: an argument is not a tensor, or a dtype is not supported.
         ValueError: sizes, devices, modes or offsets do not fit; on the CPU, a weight that counts is NaN.
         IndexError: on the CPU, an id outside its table with ``bounds="raise"``.
     """

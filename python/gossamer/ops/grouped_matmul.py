@@ -195,7 +195,7 @@ def grouped_matmul_dweight(
         ``dweight (E, N, C)`` and ``dbias (E, N)`` or None; no gradient. Zero for experts without rows.
 
     Raises:
-        TypeError: an argument is no tensor or no dispatch, or dtypes do not fit.
+        TypeError: an argument is not a tensor or a dispatch, or dtypes do not fit.
         ValueError: shapes or devices do not fit.
     """
     check_dispatch(dispatch)
@@ -244,7 +244,7 @@ def grouped_matmul(
         quantised weight it is differentiable in ``x`` and ``bias``.
 
     Raises:
-        TypeError: an argument is no tensor or no dispatch, a dtype is not supported, or dtypes differ.
+        TypeError: an argument is not a tensor or a dispatch, a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit each other or the dispatch; a part of a quantised weight requires a
             gradient.
     """

@@ -293,7 +293,7 @@ def low_rank_linear(
         ``weight`` (unless quantised), ``a``, ``b`` and ``bias``. Under ``torch.autocast`` in its dtype.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not supported or dtypes differ, or the kind of ``weight`` or
+        TypeError: an argument is not a tensor, a dtype is not supported or dtypes differ, or the kind of ``weight`` or
             ``seed`` is unknown.
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix, ``dropout`` is outside [0, 1), or
             ``scale`` is a tensor that requires a gradient, has several elements or lies on a GPU.

@@ -65,7 +65,7 @@ class IdMaps:
         """Checked maps; the class says what each argument is.
 
         Raises:
-            TypeError: a number is no int.
+            TypeError: a number is not an int.
             ValueError: a number is out of its range, lists differ in length, or a divisor is given without a limit or
                 a prime, which would make the quotient one of 64-bit numbers without a sign.
         """

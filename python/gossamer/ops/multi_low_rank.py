@@ -84,7 +84,7 @@ def adapter_dispatch(adapter_ids: torch.Tensor, num_adapters: int) -> Dispatch:
         A :class:`gossamer.Dispatch` with one slot a row.
 
     Raises:
-        TypeError: ``adapter_ids`` is no int32 or int64 tensor.
+        TypeError: ``adapter_ids`` is not an int32 or int64 tensor.
         IndexError: on the CPU, an id outside ``[−1, A)``; on CUDA such a row has no adapter.
         ValueError: ``num_adapters < 1``.
     """
@@ -347,7 +347,7 @@ def multi_low_rank(
         Rows without an adapter are those of ``out``, bit for bit. Differentiable in ``x``, ``a``, ``b`` and ``out``.
 
     Raises:
-        TypeError: an argument is no tensor, or a dtype is not supported, or dtypes differ.
+        TypeError: an argument is not a tensor, or a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix.
         IndexError: on the CPU, an id outside ``[−1, A)`` or a rank outside ``[0, r]``; on CUDA such a row has no
             adapter, and such a rank is r.

@@ -256,7 +256,7 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
         ``values (..., K)`` and ``ids (..., K)`` int64. The values are differentiable in both scores.
 
     Raises:
-        TypeError: an argument is no floating tensor, dtypes differ, or K is no int.
+        TypeError: an argument is not a floating tensor, dtypes differ, or K is not an int.
         ValueError: shapes or devices differ, or K is below 1 or above N₁ or N₂; on the CPU, a score is NaN or +∞.
     """
     for name, scores in (("scores1", scores1), ("scores2", scores2)):

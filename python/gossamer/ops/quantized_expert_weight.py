@@ -60,7 +60,7 @@ class QuantizedExpertWeight:
         format: a key of the table.
 
     Raises:
-        TypeError: ``data`` or ``scale`` is no tensor of a dtype of its format.
+        TypeError: ``data`` or ``scale`` is not a tensor of a dtype of its format.
         ValueError: the format is unknown; shapes do not fit it; a tensor is not contiguous; devices differ.
     """
 
@@ -147,7 +147,7 @@ class QuantizedExpertWeight:
             group_size: of ``int4``: 32, 64 or 128, and C must be a multiple; of ``mxfp4`` 32.
 
         Raises:
-            TypeError: ``weight`` is no float tensor.
+            TypeError: ``weight`` is not a float tensor.
             ValueError: the format is unknown, ``weight`` has another rank or no element, or groups do not fit C.
         """
         check_format(format)

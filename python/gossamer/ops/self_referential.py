@@ -189,7 +189,7 @@ def self_referential(
         float64). Differentiable in all three.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not supported, or dtypes do not fit.
+        TypeError: an argument is not a tensor, a dtype is not supported, or dtypes do not fit.
         ValueError: shapes or devices do not fit.
     """
     check_flags(output_final_shift=output_final_shift)

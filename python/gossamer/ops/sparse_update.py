@@ -247,7 +247,7 @@ def sparse_update_(
         bounds_count: as for :func:`gather_reduce`.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not supported or does not fit the table.
+        TypeError: an argument is not a tensor, a dtype is not supported or does not fit the table.
         ValueError: ranks, sizes, devices, modes, offsets or the state do not fit; on the CPU, a weight that counts is
             NaN.
         IndexError: on the CPU, an id outside ``[0, N)`` with ``bounds="raise"``. On any error table and state are

@@ -127,7 +127,7 @@ def replicate(x: torch.Tensor, bins: torch.Tensor, num_outputs: int) -> torch.Te
         ``(M, num_outputs)``; zero from ``bins[-1]`` on.
 
     Raises:
-        TypeError: ``bins`` is no index tensor.
+        TypeError: ``bins`` is not an index tensor.
         ValueError: shapes or devices do not fit.
     """
     check_shape("x", x, (None, None), "(M, E)")
@@ -157,7 +157,7 @@ def topology(
         past the last expert name columns past the last.
 
     Raises:
-        TypeError: ``padded_bins`` is no index tensor.
+        TypeError: ``padded_bins`` is not an index tensor.
         ValueError: ``block_size`` is below 1.
     """
     check_index("padded_bins", padded_bins)

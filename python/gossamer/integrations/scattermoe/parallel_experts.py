@@ -111,7 +111,7 @@ class ParallelExperts(nn.Module):
         bias: ``(E, N)``, at first zero, or None.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is not an int.
         ValueError: a size is below 1.
     """
 

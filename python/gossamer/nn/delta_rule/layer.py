@@ -53,8 +53,8 @@ class DeltaRuleLayer(nn.Module):
         out_proj: ``nn.Linear(H·D_v, hidden_size)`` without bias.
 
     Raises:
-        TypeError: a size is no int.
-        ValueError: a size is below 1, ``conv_size`` is outside 2 to 8, or H is no multiple of ``num_key_heads``.
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, ``conv_size`` is outside 2 to 8, or H is not a multiple of ``num_key_heads``.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class DeltaRuleLayer(nn.Module):
             ``(B, T, hidden)`` in the dtype of ``x``, or autocast's.
 
         Raises:
-            TypeError: ``x`` is no tensor, or dtypes do not fit.
+            TypeError: ``x`` is not a tensor, or dtypes do not fit.
             ValueError: shapes do not fit, or both ``state`` and ``cu_seqlens`` are given.
         """
         check_tensor("x", x)

@@ -33,8 +33,8 @@ class SelfReferentialLinear(nn.Module):
         norm: ``nn.LayerNorm(hidden_size)``.
 
     Raises:
-        TypeError: a size is no int.
-        ValueError: a size is below 1, or ``hidden_size`` is no multiple of ``num_heads``.
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, or ``hidden_size`` is not a multiple of ``num_heads``.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SelfReferentialLinear(nn.Module):
                 place. No gradient flows through it.
 
         Raises:
-            TypeError: ``x`` is no tensor, or dtypes do not fit.
+            TypeError: ``x`` is not a tensor, or dtypes do not fit.
             ValueError: shapes do not fit.
         """
         check_tensor("x", x)

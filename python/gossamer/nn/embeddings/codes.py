@@ -62,7 +62,7 @@ class CodedRowsTable(SharedRowsTable):
         rare: the codes of the other ids, a buffer, or None.
 
     Raises:
-        TypeError: ``codes`` is no integer tensor; as the options'.
+        TypeError: ``codes`` is not an integer tensor; as the options'.
         ValueError: a size is below 1, or ``codes`` has another shape, negative numbers or some above their part.
     """
 

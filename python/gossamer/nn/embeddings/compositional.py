@@ -50,9 +50,9 @@ class CompositionalEmbedding(SharedRowsTable):
         paths: the networks of ``"path"``, :class:`gossamer.nn.Experts`.
 
     Raises:
-        TypeError: a modulus is no int.
+        TypeError: a modulus is not an int.
         ValueError: an argument is unknown or does not fit; ``moduli`` do not tell N ids apart: their product is below
-            N, or those of ``"chinese_remainder"`` share a factor; D is no multiple of k for ``"concat"``.
+            N, or those of ``"chinese_remainder"`` share a factor; D is not a multiple of k for ``"concat"``.
 
     Source: Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
     Systems", KDD 2020.

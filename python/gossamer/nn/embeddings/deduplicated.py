@@ -29,7 +29,7 @@ class DeduplicatedEmbedding(SharedRowsTable):
         stored: as given, int32, a buffer.
 
     Raises:
-        TypeError: ``stored`` is no integer tensor; as the options'.
+        TypeError: ``stored`` is not an integer tensor; as the options'.
         ValueError: a size is below 1, or ``stored`` has another shape or negative numbers.
 
     Source: the deduplication method of Zhang et al., "Experimental Analysis of Large-scale Learnable Vector Storage

@@ -44,7 +44,7 @@ class DeepHashEmbedding(SeededMaps, Table):
         layers: the network, ordinary parameters.
 
     Raises:
-        TypeError: a size or the seed is no int.
+        TypeError: a size or the seed is not an int.
         ValueError: a size is below 1, k is odd for ``"normal"``, or a name is unknown.
 
     Source: Kang et al., "Learning to Embed Categorical Features without Embedding Tables for Recommendation", KDD 2021.

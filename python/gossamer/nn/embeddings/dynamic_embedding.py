@@ -177,7 +177,7 @@ class DynamicEmbedding(Table):
             **options: of the class.
 
         Raises:
-            TypeError: ``nbytes`` is no int.
+            TypeError: ``nbytes`` is not an int.
             ValueError: not one row fits; the message says how many bytes it needs.
         """
         check_budget(nbytes)

@@ -44,7 +44,7 @@ class MaskedEmbedding(FusedTable):
         sample_widths: whether widths are sampled in training.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``width`` is above D, ``regularization`` is negative, or the mode is unknown.
 
     Source: Lyu et al., "OptEmbed: Learning Optimal Embedding Table for Click-through Rate Prediction", CIKM 2022.

@@ -33,7 +33,7 @@ class MixedDimensionEmbedding(FusedTable):
         projection: ``(D, d)``, or None where d is D. It starts uniform with variance 1/d, which keeps that of the rows.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``row_dim`` is above D, or the mode is unknown.
 
     Source: Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems",

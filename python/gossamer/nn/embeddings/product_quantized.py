@@ -54,9 +54,9 @@ class ProductQuantizedEmbedding(FusedTable):
         served: the table of codes once it is frozen, else None.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
-        ValueError: a size is below 1, D is no multiple of P, K is above 65,536, ``frequent`` or ``rare_codes`` do not
-            fit, or the variant or mode is unknown.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, D is not a multiple of P, K is above 65,536, ``frequent`` or ``rare_codes`` do
+            not fit, or the variant or mode is unknown.
 
     Source: Chen et al., "Differentiable Product Quantization for End-to-End Embedding Compression", ICML 2020; Kang et
     al., "Learning Multi-granular Quantized Embeddings for Large-Vocab Categorical Features", WWW 2020.

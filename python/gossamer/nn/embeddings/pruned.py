@@ -118,7 +118,7 @@ class PrunedEmbedding(FusedTable):
         served: :class:`SparseRows` once it is frozen, else None.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``density`` is not in (0, 1], a name is unknown, or ``frequencies`` have another
             shape.
 

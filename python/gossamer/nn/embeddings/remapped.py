@@ -88,7 +88,7 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         row_of_id: ``(N,)`` int32, a buffer.
 
     Raises:
-        TypeError: ``clusters`` is no integer tensor; as the options'.
+        TypeError: ``clusters`` is not an integer tensor; as the options'.
         ValueError: a size is below 1, or ``clusters`` has another shape or negative numbers.
 
     Source: Wu et al., "GraphHash: Graph Clustering Enables Parameter Efficiency in Recommender Systems", WWW 2025.

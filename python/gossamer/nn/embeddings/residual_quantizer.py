@@ -43,7 +43,7 @@ class ResidualQuantizer(nn.Module):
         codebooks: ``(L, K, d)``, a parameter.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is not an int.
         ValueError: a size is below 1, or ``commitment`` is negative.
 
     Source: Rajput et al., "Recommender Systems with Generative Retrieval", NeurIPS 2023; balanced codes: Deng et al.,

@@ -44,7 +44,7 @@ class SearchedDimensionEmbedding(FusedTable):
         tables: names of the tables, ``weight_<width>``; once chosen ``weight`` alone.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``candidates`` are none, not distinct or above D, ``temperature`` is not
             positive, or the mode is unknown.
 

@@ -31,7 +31,7 @@ class SemanticIdEmbedding(CodedRowsTable):
         sizes: rows of each level.
 
     Raises:
-        TypeError: ``codes`` is no integer tensor; as the options'.
+        TypeError: ``codes`` is not an integer tensor; as the options'.
         ValueError: a size is below 1, or ``codes`` has another shape, negative numbers, or some not below
             ``num_codes``.
 

@@ -35,8 +35,8 @@ class SharedRowsTable(FusedTable):
             entries of ``e(x)`` have the variance of numbers uniform in ``±1/√N``.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
-        ValueError: a size is below 1, the mode or operation is unknown, or D is no multiple of H for ``"concat"``.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        ValueError: a size is below 1, the mode or operation is unknown, or D is not a multiple of H for ``"concat"``.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ class Table(nn.Module):
             **options: of the class.
 
         Raises:
-            TypeError: ``nbytes`` is no int.
+            TypeError: ``nbytes`` is not an int.
             ValueError: no table of this kind is as small; the message says how small one can be.
         """
         check_budget(nbytes)
@@ -138,7 +138,7 @@ def fit_budget(nbytes: int, smallest: int, largest: int, size_of: Callable[[int]
     """The largest parameter in ``smallest .. largest`` whose ``size_of`` is within a budget; sizes grow with it.
 
     Raises:
-        TypeError: ``nbytes`` is no int.
+        TypeError: ``nbytes`` is not an int.
         ValueError: the smallest is larger than the budget; the message says how small ``name`` can be.
     """
     check_budget(nbytes)

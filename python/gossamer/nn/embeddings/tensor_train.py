@@ -42,7 +42,7 @@ class TensorTrainEmbedding(FusedTable):
         core3: ``(n_3, r_2·d_3)``.
 
     Raises:
-        TypeError: a size is no int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
         ValueError: a size is below 1, there are not three factors or two ranks, the product of ``row_factors`` is below
             N or that of ``dim_factors`` is not D, or the mode is unknown.
 

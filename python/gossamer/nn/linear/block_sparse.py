@@ -103,7 +103,7 @@ class BlockSparseLinear(nn.Module):
         block_mask: buffer ``(O/bm, I/bn)`` bool, where the blocks are. Saved, and loaded, with the values.
 
     Raises:
-        TypeError: a size is no int, a density no number, or a topology none.
+        TypeError: a size is not an int, a density no number, or a topology none.
         ValueError: a size below 1, a density outside (0, 1], a wrong block, or a topology of another shape.
     """
 
@@ -277,7 +277,7 @@ class BlockSparseLinear(nn.Module):
             by block, such as the state of an optimizer, moves by :func:`move_blocks_`.
 
         Raises:
-            TypeError: ``mask`` is no bool tensor.
+            TypeError: ``mask`` is not a bool tensor.
             ValueError: another shape or, on the CPU, another number of blocks.
         """
         check_shape("mask", mask, self._topology.grid, "(O/bm, I/bn)")
@@ -342,7 +342,7 @@ class BlockSparseLinear(nn.Module):
             generator: a CPU generator for ``"random"``.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``, or a density no number.
+            TypeError: ``linear`` is not an ``nn.Linear``, or a density no number.
             ValueError: a density outside (0, 1], a wrong block, an unknown criterion, or a mask of another shape.
         """
         if not isinstance(linear, nn.Linear):
@@ -441,7 +441,7 @@ def erk_densities(shapes: list[tuple[int, ...]], density: float) -> list[float]:
         One density a layer.
 
     Raises:
-        TypeError: ``density`` is no number.
+        TypeError: ``density`` is not a number.
         ValueError: it is outside (0, 1], or a shape is empty.
     """
     check_density(density)

@@ -32,7 +32,7 @@ class LowRankLinear(nn.Module):
         bias: ``(O,)`` or None.
 
     Raises:
-        TypeError: a size or the rank is no int.
+        TypeError: a size or the rank is not an int.
         ValueError: a size below 1, a rank outside its range, or an unknown init.
     """
 
@@ -57,7 +57,7 @@ class LowRankLinear(nn.Module):
         """The layer of rank r nearest to ``linear`` in the Frobenius norm (or its directions), with a copy of its bias.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear`` with a floating-point weight.
+            TypeError: ``linear`` is not an ``nn.Linear`` with a floating-point weight.
             ValueError: as the class does.
         """
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
@@ -120,7 +120,7 @@ def frobenius_decay_(module: nn.Module, decay: float) -> None:
         decay: λ, at least 0.
 
     Raises:
-        TypeError: ``module`` is no ``torch.nn.Module``.
+        TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: a negative ``decay``, or no such layer inside.
     """
     if not isinstance(module, nn.Module):

@@ -147,7 +147,7 @@ def lora_plus_groups(
         ``"name"``.
 
     Raises:
-        TypeError: ``module`` is no ``torch.nn.Module``.
+        TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: ``ratio`` below 1, a negative rate or decay, or no trainable parameter.
     """
     if not isinstance(module, nn.Module):

@@ -112,7 +112,7 @@ class LoRALinear(_Mergeable):
         lora_magnitude: ``(O,)`` or None.
 
     Raises:
-        TypeError: a size or the rank is no int.
+        TypeError: a size or the rank is not an int.
         ValueError: a size below 1, a rank outside its range, a dropout outside ``[0, 1)``, or an unknown init.
     """
 
@@ -147,7 +147,7 @@ class LoRALinear(_Mergeable):
             **options: ``alpha``, ``dropout``, ``rank_stabilized``, ``dora``, ``init`` of the class.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``, or its weight is of a dtype without kernels.
+            TypeError: ``linear`` is not an ``nn.Linear``, or its weight is of a dtype without kernels.
             ValueError: as the class does; its weight or bias is parametrised.
         """
         if not isinstance(linear, nn.Linear):
@@ -283,7 +283,7 @@ class LoRAEmbedding(_Mergeable):
         lora_magnitude: ``(D,)`` or None.
 
     Raises:
-        TypeError: a size or the rank is no int.
+        TypeError: a size or the rank is not an int.
         ValueError: a size below 1, a rank outside its range, or an unknown init.
     """
 
@@ -317,7 +317,7 @@ class LoRAEmbedding(_Mergeable):
             **options: ``alpha``, ``rank_stabilized``, ``dora``, ``init`` of the class.
 
         Raises:
-            TypeError: ``embedding`` is no plain ``nn.Embedding``, or an option is unknown.
+            TypeError: ``embedding`` is not a plain ``nn.Embedding``, or an option is unknown.
             ValueError: as the class does, or ``embedding`` has ``max_norm``, ``scale_grad_by_freq`` or ``sparse``.
         """
         if type(embedding) is not nn.Embedding:

@@ -197,7 +197,7 @@ def product_routing(first: Routing, second: Routing) -> Routing:
         A :class:`Routing` with K_A·K_B experts of a token, and where both have probabilities with their products.
 
     Raises:
-        TypeError: one is no Routing.
+        TypeError: one is not a Routing.
         ValueError: they are of different numbers of tokens.
     """
     for name, routing in (("first", first), ("second", second)):

@@ -183,7 +183,7 @@ def expert_counts(
         group: over whose ranks they are summed.
 
     Raises:
-        TypeError: ``routing`` is no Routing, or ``group`` no process group.
+        TypeError: ``routing`` is not a Routing, or ``group`` no process group.
         ValueError: a mask of another size or device.
     """
     if not isinstance(routing, Routing):
@@ -406,7 +406,7 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
         A scalar of the logits' dtype; 0 where no token counts.
 
     Raises:
-        TypeError: ``routing`` is no Routing, or ``batch_size`` no int.
+        TypeError: ``routing`` is not a Routing, or ``batch_size`` no int.
         ValueError: no logits, ``batch_size`` below 1 or not dividing T, or a mask of another size or device.
     """
     if not isinstance(routing, Routing):

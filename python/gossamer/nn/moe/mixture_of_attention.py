@@ -117,7 +117,7 @@ class MixtureOfAttention(nn.Module):
         router: the router.
 
     Raises:
-        TypeError: a size is no int, or ``router`` or ``attention`` is something else.
+        TypeError: a size is not an int, or ``router`` or ``attention`` is something else.
         ValueError: a size is below 1, K > E, the router is unknown or of other sizes, ``rope_theta`` is not positive,
             or d is odd with it.
     """

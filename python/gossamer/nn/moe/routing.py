@@ -442,7 +442,7 @@ def softmax_topk(
         A :class:`Routing` with a token's experts in descending order of probability.
 
     Raises:
-        TypeError: ``logits`` is no floating tensor, or a size is no int.
+        TypeError: ``logits`` is not a floating tensor, or a size is not an int.
         ValueError: K, ``n_group`` or ``topk_group`` do not fit E, or ``scale`` is not finite; on the CPU, a logit is
             NaN or +inf.
     """
@@ -514,7 +514,7 @@ def sigmoid_topk(
         A :class:`Routing` with a token's experts in descending order of ``r``.
 
     Raises:
-        TypeError: ``logits`` is no floating tensor, or a size is no int.
+        TypeError: ``logits`` is not a floating tensor, or a size is not an int.
         ValueError: sizes do not fit E; ``correction_bias`` has another shape or device; on the CPU, a logit is NaN or
             +inf, or the bias NaN.
     """
@@ -632,7 +632,7 @@ def limit_capacity(
         A :class:`Routing` with E for the ids of dropped slots, sorted by expert.
 
     Raises:
-        TypeError: ``routing`` is no Routing, ``capacity_factor`` no number or ``capacity`` no int.
+        TypeError: ``routing`` is not a Routing, ``capacity_factor`` no number or ``capacity`` no int.
         ValueError: it is not positive and finite, both are given, or ``priority`` is unknown.
     """
     if not isinstance(routing, Routing):

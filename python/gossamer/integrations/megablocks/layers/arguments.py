@@ -63,7 +63,7 @@ class Arguments:
         moe_zloss_in_fp32: whether it is taken in float32.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is not an int.
         ValueError: a size is below 1, K > E, an option is not served, or one of two names is neither.
     """
 

@@ -19,7 +19,7 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
         k: slots that share an input row.
 
     Raises:
-        TypeError: an argument holds something else, or ``k`` is no int.
+        TypeError: an argument holds something else, or ``k`` is not an int.
         ValueError: ranks or devices do not fit, or ``k`` does not divide R.
     """
     check_index("sorted_scattered_idxs", slots)

@@ -62,7 +62,7 @@ class BasisExperts(ExpertLayer):
         down_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
         ValueError: a size is below 1, ``nonlinearity`` or activation is unknown, or a ``capacity_factor`` that is not
             positive.
     """
@@ -257,7 +257,7 @@ class BasisExperts(ExpertLayer):
             A layer of the dtype and on the device of ``experts``.
 
         Raises:
-            TypeError: ``experts`` is no plain :class:`Experts`, or a number no int.
+            TypeError: ``experts`` is not a plain :class:`Experts`, or a number no int.
             ValueError: its weights are quantised; M > E; R beyond H or the rows of a group's stacked matrices; ``lr``
                 not positive; or as the class does.
         """

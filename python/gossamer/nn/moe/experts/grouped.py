@@ -20,7 +20,7 @@ def float_weights(experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """The weights of plain experts, whatever their layout: ``(E, 2I, H)`` gates first, ``(E, H, I)``, and both biases.
 
     Raises:
-        TypeError: ``experts`` is no plain :class:`Experts`.
+        TypeError: ``experts`` is not a plain :class:`Experts`.
         ValueError: they are quantised.
     """
     if type(experts) is not Experts:
@@ -64,7 +64,7 @@ class Experts(ExpertLayer):
         down_proj_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
         ValueError: a size is below 1, the activation or form is unknown, ``interleaved`` with an ungated activation, a
             ``capacity_factor`` that is not positive, or an I that is not in whole blocks.
     """

@@ -99,7 +99,7 @@ class LatentExperts(ExpertLayer):
         down_bias: ``(E, H)`` or ``(E, L)``, or None.
 
     Raises:
-        TypeError: a size is no int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
         ValueError: a size is below 1, ``group_size`` does not divide E, the activation is unknown, separate latents of
             an ungated activation, or a ``capacity_factor`` that is not positive.
     """
@@ -235,7 +235,7 @@ class LatentExperts(ExpertLayer):
             A layer of the dtype and on the device of ``experts``, with its activation, biases and capacity factor.
 
         Raises:
-            TypeError: ``experts`` is no plain :class:`Experts`.
+            TypeError: ``experts`` is not a plain :class:`Experts`.
             ValueError: its weights are quantised, the latent is larger than what it approximates, with a shared output
                 the layer has biases behind its down products, or as the class does.
         """

@@ -32,7 +32,7 @@ def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int)
     of expert e.
 
     Raises:
-        TypeError: a factor is no tensor, or ``num_experts`` no int.
+        TypeError: a factor is not a tensor, or ``num_experts`` no int.
         ValueError: the sizes do not fit each other or ``num_experts``, or that is below 1.
     """
     check_positive(num_experts=num_experts)
@@ -53,7 +53,7 @@ def flat_expert_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor,
     """The inverse of :func:`expert_factors`: PEFT's ``flat_a (E·r, C)`` and ``flat_b (N, r·E)``.
 
     Raises:
-        TypeError: a factor is no tensor.
+        TypeError: a factor is not a tensor.
         ValueError: ``a`` and ``b`` are not of shapes ``(E, r, C)`` and ``(E, N, r)``.
     """
     check_shape("a", a, (None, None, None), "(E, r, C)")
@@ -95,7 +95,7 @@ class LoRAExperts(Experts):
         gate_up_proj_lora_magnitude: ``(E, 2I)`` with ``dora``, else None; ``down_proj_lora_magnitude`` is ``(E, H)``.
 
     Raises:
-        TypeError: a size or the rank is no int.
+        TypeError: a size or the rank is not an int.
         ValueError: as :class:`Experts` does, a rank outside its range, an unknown init or target, or no target.
     """
 
@@ -127,7 +127,7 @@ class LoRAExperts(Experts):
             **options: ``alpha``, ``rank_stabilized``, ``dora``, ``init``, ``targets`` of the class.
 
         Raises:
-            TypeError: ``experts`` is no plain :class:`Experts`, or an option is unknown.
+            TypeError: ``experts`` is not a plain :class:`Experts`, or an option is unknown.
             ValueError: as the class does.
         """
         if type(experts) is not Experts:

@@ -67,8 +67,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         num_heads: as given, like ``top_k``, ``key_dim`` and ``activation``; a token has ``num_heads · K`` experts.
 
     Raises:
-        TypeError: a size is no int, or ``activation`` or ``optimizer`` is something else.
-        ValueError: a size is below 1, N is no square, K is above √N, ``key_dim`` is odd, or φ is gated.
+        TypeError: a size is not an int, or ``activation`` or ``optimizer`` is something else.
+        ValueError: a size is below 1, N is not a square, K is above √N, ``key_dim`` is odd, or φ is gated.
     """
 
     tables = ("input_weight", "output_weight")

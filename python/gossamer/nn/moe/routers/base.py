@@ -101,7 +101,7 @@ class RouterAround(Router):
         router: the other router.
 
     Raises:
-        TypeError: ``router`` is no Router.
+        TypeError: ``router`` is not a Router.
     """
 
     def __init__(self, router: Router) -> None:

@@ -39,7 +39,7 @@ def broadcast_uncertain(
         A :class:`Routing` with E slots.
 
     Raises:
-        TypeError: ``routing`` is no Routing, or an argument no number.
+        TypeError: ``routing`` is not a Routing, or an argument no number.
         ValueError: it has no probabilities, ``entropy`` is negative, ``slots`` below 1, or S does not divide T.
     """
     if not isinstance(routing, Routing):
@@ -79,7 +79,7 @@ class BroadcastUncertain(RouterAround):
         slots: uncertain tokens of a sequence that are broadcast.
 
     Raises:
-        TypeError: ``router`` is no Router, or an argument no number.
+        TypeError: ``router`` is not a Router, or an argument no number.
         ValueError: ``entropy`` is negative, or ``slots`` below 1.
     """
 

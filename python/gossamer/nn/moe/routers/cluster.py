@@ -53,7 +53,7 @@ class ClusterRouter(StepCount, LinearRouter):
         survivors: int64 buffer, the places within a cluster of the experts that take part.
 
     Raises:
-        TypeError: a size is no int, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, or ``capacity_factor`` no number.
         ValueError: a size is below 1, ``num_clusters`` does not divide E, or an option is out of range.
     """
 

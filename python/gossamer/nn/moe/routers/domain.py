@@ -23,7 +23,7 @@ class DomainRouter(RouterAround):
         router: for tokens without an id; over the same experts.
 
     Raises:
-        TypeError: ``table`` does not hold int32 or int64, or ``router`` is no Router.
+        TypeError: ``table`` does not hold int32 or int64, or ``router`` is not a Router.
         ValueError: ``table`` has another rank, no rows, or ids outside ``0 ... E-1``, or K > E.
     """
 

@@ -28,8 +28,8 @@ def selector_gates(
 
     A selector's m = ⌈log₂ n⌉ values are the bits of an expert's number, most significant first: with the
     :func:`smooth_step` q of each, expert i gets ``r_i = Π_b (q_b where bit b of i is 1, else 1 − q_b)``. The gates are
-    ``g_i = Σ_j α_j·r_ji`` with ``α = softmax(mixture)``. Where n is no power of two, codes from n on reach no expert,
-    and the gates of a token add up to less than one by what they take.
+    ``g_i = Σ_j α_j·r_ji`` with ``α = softmax(mixture)``. Where n is not a power of two, codes from n on reach no
+    expert, and the gates of a token add up to less than one by what they take.
 
     Args:
         codes: ``(T, k, m)`` floating.
@@ -54,7 +54,7 @@ class DSelectKRouter(LinearRouter):
 
     It begins with all experts and turns sparse in training, by the ``losses`` of its routings (see
     :func:`router_losses`): a token's ``"selector_entropy"``, ``−Σ_j Σ_i r_ji·log(r_ji + 1e-6)``, which saturates the
-    bits, and, where E is no power of two, ``"selector_unreachable"``, ``Σ_j 1/(1e-6 + Σ_i r_ji)``, which keeps codes
+    bits, and, where E is not a power of two, ``"selector_unreachable"``, ``Σ_j 1/(1e-6 + Σ_i r_ji)``, which keeps codes
     within the experts. The paper adds up the latter over the batch, so that its coefficient is here T times as large.
 
     Args:
@@ -72,7 +72,7 @@ class DSelectKRouter(LinearRouter):
             static. ``bias`` has as many rows; it is at first 0, and uniform in ±γ/100 if static.
 
     Raises:
-        TypeError: a size is no int, or ``gamma`` no number.
+        TypeError: a size is not an int, or ``gamma`` no number.
         ValueError: a size is below 1, or ``gamma`` is not positive and finite.
     """
 

@@ -41,7 +41,7 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
         A :class:`Routing` with E slots, slot e of expert e.
 
     Raises:
-        TypeError: ``logits`` is no floating tensor, or ``capacity_factor`` no number.
+        TypeError: ``logits`` is not a floating tensor, or ``capacity_factor`` no number.
         ValueError: ``capacity_factor`` is not positive and finite; on the CPU, a logit is NaN or +inf.
     """
     _check_factor(capacity_factor)
@@ -67,7 +67,7 @@ def expert_choice_threshold(logits: torch.Tensor, thresholds: torch.Tensor) -> R
         A :class:`Routing` with E slots, slot e of expert e.
 
     Raises:
-        TypeError: ``logits`` or ``thresholds`` is no floating tensor.
+        TypeError: ``logits`` or ``thresholds`` is not a floating tensor.
         ValueError: ``thresholds`` has another shape or device; on the CPU, a logit is NaN or +inf.
     """
     logits = _as_logits(logits)
@@ -103,7 +103,7 @@ class ExpertChoiceRouter(LinearRouter):
         thresholds: ``(E,)`` float32 buffer, 1/E at first, which stays float32 when the module is cast.
 
     Raises:
-        TypeError: a size is no int, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, or ``capacity_factor`` no number.
         ValueError: a size is below 1, or ``capacity_factor`` is not positive and finite.
     """
 

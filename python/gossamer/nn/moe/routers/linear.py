@@ -62,7 +62,7 @@ class LinearRouter(Router):
         bias: ``(E,)`` or None.
 
     Raises:
-        TypeError: a size is no int.
+        TypeError: a size is not an int.
         ValueError: a size is below 1, or K > E.
     """
 

@@ -87,7 +87,7 @@ class LearnedPermutation(StepCount, RouterAround):
         num_steps: training steps so far.
 
     Raises:
-        TypeError: ``router`` is no Router, or ``phase_steps`` or an iteration no int.
+        TypeError: ``router`` is not a Router, or ``phase_steps`` or an iteration no int.
         ValueError: one is below 1, a temperature is not positive, or ``noise`` is negative.
     """
 

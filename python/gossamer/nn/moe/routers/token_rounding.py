@@ -46,7 +46,7 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
         A :class:`Routing` with E slots, slot e of expert e. It depends on all tokens of the batch.
 
     Raises:
-        TypeError: ``routing`` is no Routing, or ``tile`` no int.
+        TypeError: ``routing`` is not a Routing, or ``tile`` no int.
         ValueError: it has no probabilities, ``tile`` is below 1 or ``mode`` unknown.
     """
     if not isinstance(routing, Routing):
@@ -93,7 +93,7 @@ class TokenRounding(RouterAround):
         mode: how counts are rounded.
 
     Raises:
-        TypeError: ``router`` is no Router, or ``tile`` no int.
+        TypeError: ``router`` is not a Router, or ``tile`` no int.
         ValueError: ``tile`` is below 1, or ``mode`` unknown.
     """
 

@@ -88,7 +88,7 @@ class TreeRouter(LinearRouter):
             leaves, in ±0.05. ``bias``, at first 0, has as many rows.
 
     Raises:
-        TypeError: a size is no int, or ``gamma`` no number.
+        TypeError: a size is not an int, or ``gamma`` no number.
         ValueError: a size is below 1, a tree has one leaf, or ``gamma`` is not positive and finite.
     """
 
