@@ -66,7 +66,7 @@ class MoE(nn.Module):
         shared_expert_gate: ``nn.Linear(H, 1)`` without bias, or None.
 
     Raises:
-        TypeError: a size is not an int, the router does not know an option, or ``router`` or ``experts`` has another type.
+        TypeError: a size is not an int, the router has no such option, or ``router`` or ``experts`` is something else.
         ValueError: a size is below 1, K > E, the name of the router or activation is unknown, groups do not fit,
             ``shared_gate`` without a shared expert, options beside a router or experts that are not made here, or a
             router or experts of other sizes.
