@@ -54,7 +54,7 @@ def sequence_bounds(cu_seqlens, t, batch, positions, sequences, STEPS: tl.conste
             low = tl.where(before & (middle < sequences), middle, low)
             high = tl.where(before, high, middle)
         start, end = tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
-        return low, clamped(start, positions + 1).to(tl.int32), clamped(end, positions + 1).to(tl.int32)
+        return low, clamped(start, positions).to(tl.int32), clamped(end, positions).to(tl.int32)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _whole_sequence(of, n, PACKED: tl.constexpr):
     """First position, end and batch of sequence ``n``."""
     if PACKED:
         start, end = tl.load(of.cu_seqlens + n), tl.load(of.cu_seqlens + n + 1)
-        return clamped(start, of.positions + 1).to(tl.int32), clamped(end, of.positions + 1).to(tl.int32), 0
+        return clamped(start, of.positions).to(tl.int32), clamped(end, of.positions).to(tl.int32), 0
     else:
         return n * 0, n * 0 + of.positions, n
 

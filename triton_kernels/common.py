@@ -120,16 +120,16 @@ TABLE_HEAD = 2
 
 
 @triton.jit
-def clamped(index, size):
-    """The nearest index in ``[0, size)``: structures made by hand may hold anything."""
-    return tl.maximum(tl.minimum(index, size - 1), 0)
+def clamped(index, most):
+    """The nearest index in ``[0, most]``: structures made by hand may hold anything."""
+    return tl.maximum(tl.minimum(index, most), 0)
 
 
 @triton.jit
 def group_range(offsets_ptr, group, num_rows):
     """First and end row of a group, both in ``[0, num_rows]``."""
     start, end = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
-    return clamped(start, num_rows + 1), clamped(end, num_rows + 1)
+    return clamped(start, num_rows), clamped(end, num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
@@ -151,9 +151,9 @@ def _row_tiles_kernel(
     live = tl.zeros((), tl.int64)
     for e0 in range(0, num_experts + 1, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
-        start = clamped(tl.load(offsets_ptr + e, e <= num_experts, other=0), num_rows + 1)
+        start = clamped(tl.load(offsets_ptr + e, e <= num_experts, other=0), num_rows)
         # The dropped tail is group E: from offsets[E] to the last row.
-        end = clamped(tl.load(offsets_ptr + e + 1, e < num_experts, other=0), num_rows + 1)
+        end = clamped(tl.load(offsets_ptr + e + 1, e < num_experts, other=0), num_rows)
         end = tl.where(e == num_experts, num_rows, end)
         size = tl.where(e <= num_experts, tl.maximum(end - start, 0), 0).to(tl.int64)
         tiles = (size + BLOCK_M - 1) // BLOCK_M
@@ -167,9 +167,9 @@ def _row_tiles_kernel(
         tl.store(table_ptr, tl.minimum(live, capacity).to(tl.int32))
         tl.store(table_ptr + 1, tl.minimum(total, capacity).to(tl.int32))
     inside = (tile < total) & (tile < capacity)
-    start = clamped(tl.load(offsets_ptr + expert, inside, other=0), num_rows + 1)
+    start = clamped(tl.load(offsets_ptr + expert, inside, other=0), num_rows)
     row = start + (tile - first_tile).to(tl.int32) * BLOCK_M
-    end = clamped(tl.load(offsets_ptr + expert + 1, inside & (expert < num_experts), other=0), num_rows + 1)
+    end = clamped(tl.load(offsets_ptr + expert + 1, inside & (expert < num_experts), other=0), num_rows)
     end = tl.where(expert == num_experts, num_rows, end)
     tl.store(table_ptr + 2 + tile, expert, inside)
     tl.store(table_ptr + 2 + capacity + tile, row, inside)

@@ -185,7 +185,7 @@ def _up_kernel(
         m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
         expert, row, row_end = row_tile(table_ptr, capacity, m)
         r = row + tl.arange(0, BLOCK_M)
-        x_index = clamped(tl.load(slots_ptr + tl.where(r < row_end, r, row)), num_slots) // X_DIV
+        x_index = clamped(tl.load(slots_ptr + tl.where(r < row_end, r, row)), num_slots - 1) // X_DIV
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
         n0 = n_tile * BLOCK_N
         acc = tl.zeros((BLOCK_M, WIDE), tl.float32)

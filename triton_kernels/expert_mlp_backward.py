@@ -172,7 +172,7 @@ def _down_backward_kernel(
         m, n_tile = tile_coordinates(tile, num_live, num_n, GROUP_M)
         expert, row, row_end = row_tile(table_ptr, capacity, m)
         r = row + tl.arange(0, BLOCK_M)
-        slot = clamped(tl.load(slots_ptr + tl.where(r < row_end, r, row)), num_slots)
+        slot = clamped(tl.load(slots_ptr + tl.where(r < row_end, r, row)), num_slots - 1)
         dy_rows = dy + (slot // DY_DIV).to(tl.int64)[:, None] * stride_dy
         n0 = n_tile * BLOCK_N
         width = 2 * I if GATED else I

@@ -56,7 +56,7 @@ def operand_form(x: torch.Tensor, dy: torch.Tensor, x_div: int, dy_div: int, fin
 def sorted_rows(slots_ptr, r, inside, num_slots, DIV: tl.constexpr):
     """Rows of an operand for sorted rows ``r``: ``r`` itself when DIV is 0."""
     if DIV > 0:
-        return clamped(tl.load(slots_ptr + r, inside, other=0), num_slots) // DIV
+        return clamped(tl.load(slots_ptr + r, inside, other=0), num_slots - 1) // DIV
     else:
         return r
 
@@ -86,7 +86,7 @@ def _padded_rows_kernel(
     if block < tl.load(table_ptr):
         expert, row, row_end = row_tile(table_ptr, capacity, block)
         if part == 0:
-            if row == clamped(tl.load(offsets_ptr + expert), num_rows + 1):
+            if row == clamped(tl.load(offsets_ptr + expert), num_rows):
                 tl.store(first_block_ptr + expert, block)
         i = part * ROWS + tl.arange(0, ROWS)
         x_index = sorted_rows(slots_ptr, row + i, row + i < row_end, num_slots, DIV)

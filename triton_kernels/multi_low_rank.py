@@ -98,7 +98,7 @@ def _shrink_kernel(
         r = row + tl.arange(0, BLOCK_M)
         inside = r < row_end
         if X_DIV > 0:
-            x_index = clamped(tl.load(slots_ptr + tl.where(inside, r, row)), num_slots) // X_DIV
+            x_index = clamped(tl.load(slots_ptr + tl.where(inside, r, row)), num_slots - 1) // X_DIV
         else:
             x_index = tl.where(inside, r, row)
         x_rows = x_ptr + x_index.to(tl.int64)[:, None] * stride_x
@@ -172,7 +172,7 @@ def _expand_kernel(
             w = tl.load(w_rows + j.to(tl.int64)[:, None] * stride_wj, w_mask, other=0.0)
             acc = tl.dot(s.to(w.dtype), w, acc, input_precision=PRECISION)
         acc *= _scale_of(scales_ptr, group, scale)
-        slot = clamped(tl.load(slots_ptr + r, inside, other=0), num_slots)
+        slot = clamped(tl.load(slots_ptr + r, inside, other=0), num_slots - 1)
         y_rows = y_ptr + slot.to(tl.int64)[:, None] * stride_y + n[None, :]
         mask = inside[:, None] & (n < N)[None, :]
         if ADD:
@@ -182,7 +182,7 @@ def _expand_kernel(
         if m < tl.load(table_ptr + 1):
             _, row, row_end = row_tile(table_ptr, capacity, m)
             r = row + tl.arange(0, BLOCK_M)
-            slot = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots)
+            slot = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots - 1)
             y_rows = y_ptr + slot.to(tl.int64)[:, None] * stride_y + n[None, :]
             zero = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
             tl.store(y_rows, zero, (r < row_end)[:, None] & (n < N)[None, :])
@@ -226,7 +226,7 @@ def _factor_gradient_kernel(
         r = r0 + tl.arange(0, BLOCK_K)
         inside = r < end
         if V_DIV > 0:
-            v_index = clamped(tl.load(slots_ptr + r, inside, other=0), num_slots) // V_DIV
+            v_index = clamped(tl.load(slots_ptr + r, inside, other=0), num_slots - 1) // V_DIV
         else:
             v_index = r
         v_rows = v_ptr + v_index.to(tl.int64)[:, None] * stride_v

@@ -43,7 +43,7 @@ def _weight_gradient_kernel(
             end = tl.load(offsets_ptr + e + 1, e < num_experts, other=2147483647)
             expert += tl.sum((end[None, :] <= row[:, None]).to(tl.int32), 1)
         dy_row = dy_ptr + (slot // TOP_K).to(tl.int64)[:, None] * stride_dy
-        bias_row = bias_ptr + clamped(expert, num_experts).to(tl.int64)[:, None] * H
+        bias_row = bias_ptr + clamped(expert, num_experts - 1).to(tl.int64)[:, None] * H
         for h0 in range(0, H, BLOCK_H):
             h = h0 + tl.arange(0, BLOCK_H)
             mask = live[:, None] & (h < H)[None, :]

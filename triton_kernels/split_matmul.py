@@ -104,7 +104,7 @@ def _split_matmul_kernel(
         # Rows past the group are read from its first row and never stored.
         inside = tl.where(r < row_end, r, row)
         if X_DIV > 0:
-            x_index = clamped(tl.load(slots_ptr + inside), num_slots) // X_DIV
+            x_index = clamped(tl.load(slots_ptr + inside), num_slots - 1) // X_DIV
         else:
             x_index = inside
         x_rows = x + x_index.to(tl.int64)[:, None] * stride_x
@@ -178,7 +178,7 @@ def _split_matmul_kernel(
             if part == 0:
                 acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, n < N, other=0.0).to(tl.float32)[None, :]
         if SCATTER:
-            y_index = clamped(tl.load(slots_ptr + inside), num_slots)
+            y_index = clamped(tl.load(slots_ptr + inside), num_slots - 1)
         else:
             y_index = r
         y_rows = y_part + y_index.to(tl.int64)[:, None] * N
@@ -190,7 +190,7 @@ def _split_matmul_kernel(
             _, row, row_end = row_tile(table_ptr, capacity, tile // num_n)
             r = row + tl.arange(0, BLOCK_M)
             if SCATTER:
-                y_index = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots)
+                y_index = clamped(tl.load(slots_ptr + r, r < row_end, other=0), num_slots - 1)
             else:
                 y_index = r
             n = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)

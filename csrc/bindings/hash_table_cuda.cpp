@@ -74,11 +74,12 @@ void register_hash_table_cuda(py::module_& m) {
       "table[slots[i]] = rows[i], or zeros for no rows, where position i made its row.");
   m.def(
       "cuda_mark_slots",
-      [](uintptr_t array, int64_t item_bytes, uintptr_t slots, int64_t count, int64_t value, int device, uintptr_t stream) {
-        raise_table(cuda::mark_slots(pointer<void>(array), item_bytes, pointer<const int64_t>(slots), count, value, device,
-                                     pointer<void>(stream)));
+      [](uintptr_t array, int64_t item_bytes, int64_t size, uintptr_t slots, int64_t count, int64_t value, int device,
+         uintptr_t stream) {
+        raise_table(cuda::mark_slots(pointer<void>(array), item_bytes, size, pointer<const int64_t>(slots), count, value,
+                                     device, pointer<void>(stream)));
       },
-      "array[slots[i]] = value, -1 skipped, for items of 8 bytes or 1.");
+      "array[slots[i]] = value, slots outside skipped, for `size` items of 8 bytes or 1.");
   m.def(
       "cuda_scatter_rows",
       [](uintptr_t table, int64_t row_bytes, uintptr_t slots, uintptr_t order, int64_t count, uintptr_t rows, int device,

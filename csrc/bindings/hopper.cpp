@@ -1,4 +1,6 @@
 // The products on Hopper GPUs, and, for tests on the host, the logic that their kernels share with it.
+#include <optional>
+
 #include "bindings/arguments.h"
 #include "bindings/names.h"
 #include "bindings/register.h"
@@ -59,15 +61,21 @@ void register_logic(py::module_ m) {
   m.def("ring_position", &ring_position, "Stage and parity after some uses of a ring.");
   m.def(
       "row_tiles",
-      [](const std::vector<int32_t>& offsets, int block_rows, int num_columns, int64_t block, int64_t blocks) {
-        return tiles(hopper::RowSchedule(offsets.data(), last(offsets), block_rows, num_columns), block, blocks);
+      [](const std::vector<int32_t>& offsets, int block_rows, int num_columns, int64_t block, int64_t blocks,
+         std::optional<int32_t> rows) {
+        const int32_t num_rows = rows.value_or(offsets.back());
+        return tiles(hopper::RowSchedule(offsets.data(), last(offsets), num_rows, block_rows, num_columns), block, blocks);
       },
-      "Tiles (expert, row, row end, row tile, column tile) of one block over ragged groups.");
+      py::arg("offsets"), py::arg("block_rows"), py::arg("num_columns"), py::arg("block"), py::arg("blocks"), py::arg("num_rows") = std::nullopt,
+      "Tiles (expert, row, row end, row tile, column tile) of one block over ragged groups of rows, by default all.");
   m.def(
       "weight_tiles",
-      [](const std::vector<int32_t>& offsets, int num_rows, int num_columns, int64_t block, int64_t blocks) {
-        return tiles(hopper::WeightSchedule(offsets.data(), last(offsets), num_rows, num_columns), block, blocks);
+      [](const std::vector<int32_t>& offsets, int row_tiles, int num_columns, int64_t block, int64_t blocks,
+         std::optional<int32_t> rows) {
+        const int32_t num_rows = rows.value_or(offsets.back());
+        return tiles(hopper::WeightSchedule(offsets.data(), last(offsets), num_rows, row_tiles, num_columns), block, blocks);
       },
+      py::arg("offsets"), py::arg("row_tiles"), py::arg("num_columns"), py::arg("block"), py::arg("blocks"), py::arg("num_rows") = std::nullopt,
       "Tiles of one block over one matrix per expert.");
   m.def(
       "glu_gradient",
@@ -85,7 +93,8 @@ void register_logic(py::module_ m) {
 }
 
 #ifdef GOSSAMER_WITH_CUDA
-// (slots, offsets, number of rows, number of experts) is PyGroups.
+// (slots, offsets, number of rows, number of experts, number of slots)
+using PyRouting = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
 // (pointer, rows, width, stride, divisor)
 using PyRows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
 // (pointer, experts, outer, inner, expert stride, outer stride, transposed)
@@ -93,9 +102,9 @@ using PyStoredWeight = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t,
 // (device, stream)
 using PyWhere = std::tuple<int, uintptr_t>;
 
-cuda::RoutingView routing(const PyGroups& g) {
-  const auto& [slots, offsets, num_rows, num_experts] = g;
-  return {pointer<const int32_t>(slots), pointer<const int32_t>(offsets), num_rows, num_experts};
+cuda::RoutingView routing(const PyRouting& g) {
+  const auto& [slots, offsets, num_rows, num_experts, num_slots] = g;
+  return {pointer<const int32_t>(slots), pointer<const int32_t>(offsets), num_rows, num_experts, num_slots};
 }
 
 cuda::RowsView rows(const PyRows& r) {
@@ -123,7 +132,7 @@ void register_products(py::module_& m) {
   using py::arg;
   m.def(
       "hopper_grouped_matmul",
-      [](bool bfloat16, const PyGroups& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w, uintptr_t bias,
+      [](bool bfloat16, const PyRouting& g, int64_t n, int64_t c, const PyRows& x, const PyStoredWeight& w, uintptr_t bias,
          uintptr_t y, bool scatter, bool zero_dropped, const PyWhere& at) {
         const cuda::GroupedMatmulArgs args{.bfloat16 = bfloat16,
                                            .routing = routing(g),
@@ -141,7 +150,7 @@ void register_products(py::module_& m) {
       arg("weight"), arg("bias"), arg("y"), arg("scatter"), arg("zero_dropped"), arg("where"));
   m.def(
       "hopper_grouped_matmul_dweight",
-      [](bool bfloat16, const PyGroups& g, const PyRows& a, const PyRows& b, uintptr_t out, int64_t expert_stride,
+      [](bool bfloat16, const PyRouting& g, const PyRows& a, const PyRows& b, uintptr_t out, int64_t expert_stride,
          int64_t outer_stride, const PyWhere& at) {
         const cuda::GroupedDweightArgs args{.bfloat16 = bfloat16,
                                             .routing = routing(g),
@@ -156,7 +165,7 @@ void register_products(py::module_& m) {
       arg("expert_stride"), arg("outer_stride"), arg("where"));
   m.def(
       "hopper_expert_up",
-      [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
+      [](bool bfloat16, const PyRouting& g, int64_t inner, int64_t c, const PyRows& x, const PyStoredWeight& gate_up,
          uintptr_t bias, const PyActivation& form, uintptr_t act, uintptr_t preact, const PyWhere& at) {
         const cuda::ExpertUpArgs args{.bfloat16 = bfloat16,
                                       .routing = routing(g),
@@ -176,7 +185,7 @@ void register_products(py::module_& m) {
         "Rows of partial sums of the routing-weight gradient.");
   m.def(
       "hopper_expert_down_backward",
-      [](bool bfloat16, const PyGroups& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
+      [](bool bfloat16, const PyRouting& g, int64_t inner, int64_t c, const PyRows& dy, const PyStoredWeight& down,
          const PyActivation& form, uintptr_t preact, uintptr_t dpreact, uintptr_t act, uintptr_t partial, uintptr_t weights,
          bool weights_float32, const PyWhere& at) {
         const cuda::ExpertDownBackwardArgs args{.bfloat16 = bfloat16,

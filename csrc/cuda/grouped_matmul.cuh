@@ -18,11 +18,12 @@ struct Where {
   void* stream;
 };
 
-// Rows of expert e are offsets[e] .. offsets[e+1]; row r is slot slots[r]. At least 1 row and expert, below 2^31.
+// Rows of expert e are offsets[e] .. offsets[e+1]; row r is slot slots[r] of num_slots. At least 1 row, slot and expert, below 2^31.
+// What the two hold is brought into range where it is read, for nobody has looked at it on the host.
 struct RoutingView {
   const int32_t* slots;
   const int32_t* offsets;
-  int64_t num_rows, num_experts;
+  int64_t num_rows, num_experts, num_slots;
 };
 
 // (num_rows, width), contiguous rows; data at a multiple of 16 bytes, stride a multiple of 8 elements. Sorted row r is

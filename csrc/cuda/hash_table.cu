@@ -201,9 +201,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) mark_kernel(T* array, const int64_t* slots, int64_t count, T value) {
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(T* array, int64_t size, const int64_t* slots, int64_t count, T value) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count && slots[i] >= 0) array[slots[i]] = value;
+  if (i < count && slots[i] >= 0 && slots[i] < size) array[slots[i]] = value;
 }
 
 // Launches at least `threads` threads, in blocks of kThreads or one smaller block. Returns null or a CUDA error message.
@@ -287,12 +288,12 @@ const char* scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, c
   });
 }
 
-const char* mark_slots(void* array, int64_t item_bytes, const int64_t* slots, int64_t count, int64_t value, int device,
-                       void* stream) {
+const char* mark_slots(void* array, int64_t item_bytes, int64_t size, const int64_t* slots, int64_t count, int64_t value,
+                       int device, void* stream) {
   if (item_bytes == 8) {
-    return launch(mark_kernel<int64_t>, count, device, stream, static_cast<int64_t*>(array), slots, count, value);
+    return launch(mark_kernel<int64_t>, count, device, stream, static_cast<int64_t*>(array), size, slots, count, value);
   }
-  return launch(mark_kernel<uint8_t>, count, device, stream, static_cast<uint8_t*>(array), slots, count,
+  return launch(mark_kernel<uint8_t>, count, device, stream, static_cast<uint8_t*>(array), size, slots, count,
                 static_cast<uint8_t>(value));
 }
 

@@ -43,9 +43,9 @@ const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slo
 // table[slots[i]] = rows[i], or zeros for null rows, where position i made its row.
 const char* start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
                        const char* rows, int device, void* stream);
-// array[slots[i]] = value for items of 8 bytes or 1; -1 skipped.
-const char* mark_slots(void* array, int64_t item_bytes, const int64_t* slots, int64_t count, int64_t value, int device,
-                       void* stream);
+// array[slots[i]] = value for `size` items of 8 bytes or 1; slots outside skipped.
+const char* mark_slots(void* array, int64_t item_bytes, int64_t size, const int64_t* slots, int64_t count, int64_t value,
+                       int device, void* stream);
 // table[slots[i]] = rows[order[i]] for the last i of each run of equal ascending slots; -1 skipped.
 const char* scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, const int64_t* order, int64_t count,
                          const char* rows, int device, void* stream);

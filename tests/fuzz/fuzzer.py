@@ -37,7 +37,7 @@ import gossamer.cpu_kernels
 ERRORS = (TypeError, ValueError, IndexError)
 # Relative RMS errors that separate rounding from wrong results.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-MEMORY = 6 << 30
+MEMORY = 3 << 30
 # Of one case, which takes milliseconds.
 SECONDS = 120
 # Cases of one fork, which takes as long as several cases.
@@ -131,7 +131,7 @@ def names_in(value: object) -> Iterator[str]:
     """Names that an error in a structure may speak of."""
     if is_dataclass(value):
         for field in fields(value):
-            yield field.name
+            yield field.name.lstrip("_")
             yield from names_in(getattr(value, field.name))
     elif isinstance(value, dict):
         yield from (key for key in value if isinstance(key, str))
@@ -162,12 +162,15 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
         return f"{len(ours)} tensors, not {len(theirs)}"
     norms = [float(t.detach().double().norm()) for t in theirs if t.dtype in FLOATS and t.device.type == "cpu"]
     largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
-    coarsest = max((TOLERANCE[t.dtype] for t in tensors_of(args) if t.dtype in TOLERANCE), default=0.0)
-    found = (differs(one, other, largest, coarsest) for one, other in zip(ours, theirs, strict=True))
+    dtypes = {t.dtype for t in [*tensors_of(args), *ours] if t.dtype in TOLERANCE}
+    coarsest = max(map(TOLERANCE.get, dtypes), default=0.0)
+    # Steps between the numbers next to zero, of which an intermediate result may be off by some.
+    grain = max((torch.finfo(dtype).tiny * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    found = (differs(one, other, largest, coarsest, 64 * grain) for one, other in zip(ours, theirs, strict=True))
     return next((f"tensor {place}: {wrong}" for place, wrong in enumerate(found) if wrong), None)
 
 
-def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: float) -> str | None:
+def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: float, grain: float) -> str | None:
     """How two tensors differ.
 
     Args:
@@ -175,6 +178,7 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: 
         theirs: what plain torch says.
         largest: the norm of the largest result, whose rounding may reach the others.
         coarsest: the least relative error that counts.
+        grain: the least absolute error of an element that counts.
     """
     if (ours.shape, ours.dtype, ours.device) != (theirs.shape, theirs.dtype, theirs.device):
         return (
@@ -193,7 +197,7 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: 
     finite &= one.isfinite()
     one, other = one[finite], other[finite]
     error, scale = float((one - other).norm()), float(other.norm())
-    if error <= max(TOLERANCE[ours.dtype], coarsest) * max(scale, largest / 100) + 1e-30:
+    if error <= coarsest * max(scale, largest / 100) + grain * one.numel() ** 0.5:
         return None
     return f"relative error {error / max(scale, 1e-30):.2g}"
 

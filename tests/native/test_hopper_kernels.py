@@ -10,14 +10,19 @@ from helpers import assert_same_bits, check, make_dispatch, run
 
 import gossamer
 from gossamer import _backend
-from gossamer._activation import ACTIVATIONS
-from gossamer.ops.expert_mlp import expert_mlp_reference
+from gossamer._activation import ACTIVATIONS, Activation
+from gossamer.ops._groups import Groups
+from gossamer.ops._weights import Weight
+from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward, expert_mlp_reference
 from gossamer.ops.grouped_matmul import grouped_matmul_reference
 
 if reason := _backend.native_unavailable() or _backend.triton_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 import cuda_model
+
+from gossamer.cuda_kernels.expert_mlp import expert_mlp, expert_mlp_backward
+from gossamer.cuda_kernels.grouped_matmul import rows_times_weight, weight_gradient
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ON_GPU = torch.cuda.is_available() and not (
@@ -102,6 +107,36 @@ def layer_inputs(t, e, k, h, i, dtype, *, halves=2, transposed=False, bias=True)
         for name in ("gate_up", "down"):
             inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     return {name: value.to(dtype) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_foreign_dispatches(paired, seed):
+    """Slots, rows and offsets that hold anything lead to no access outside: what lies around the tensors stays."""
+    draw = torch.Generator().manual_seed(seed)
+    t, k, e, n, c = 40, 2, 3, 24, 16
+    numbers = torch.tensor([-(2**31), -1, 0, 7, 79, 80, 81, 2**31 - 1])
+
+    def drawn(size):
+        return numbers[torch.randint(len(numbers), (size,), generator=draw)].int().to(DEVICE)
+
+    groups = Groups(drawn(t * k), drawn(t * k), drawn(e + 1))
+    around = torch.full((t * k + 200, 128), 7.0, dtype=HALF, device=DEVICE)
+    x, weight = around[100 : 100 + t, :c], torch.randn(e, n, c, device=DEVICE).to(HALF)
+    for x_div, scatter in ((k, True), (k, False), (0, False)):
+        rows = x if x_div else around[100 : 100 + t * k, :c]
+        y = rows_times_weight(rows, weight, None, groups, x_div, scatter, True)
+        assert y.shape == (t * k, n)
+    dy = torch.ones(t * k, n, dtype=HALF, device=DEVICE)
+    assert weight_gradient(x, dy, groups, k, 0, False).shape == (e, n, c)
+    weights = torch.rand(t, k, device=DEVICE).to(HALF)
+    gate_up, down = torch.randn(e, 2 * n, c, device=DEVICE).to(HALF), torch.randn(e, c, n, device=DEVICE).to(HALF)
+    args = ExpertMlp(x, Weight(gate_up), Weight(down), groups, weights, Activation("swiglu"), False, True)
+    y, preact, _, _ = expert_mlp(args)
+    backward = ExpertMlpBackward(
+        torch.ones_like(y), args, preact, None, None, ["x", "weights", "gate_up.data", "down.data"]
+    )
+    assert sum(g is not None for g in expert_mlp_backward(backward, True)) == 4
+    assert (around == 7).all()
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,19 @@ def test_weight_tiles_are_each_found_once_in_order():
                 assert logic.weight_tiles(offsets, rows, columns, block, blocks) == expected[block::blocks]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_tiles_stay_inside_the_rows_whatever_offsets_hold(seed):
+    """Every tile begins at a row that there is, and its group ends at one."""
+    generator, num_rows, experts = random.Random(seed), 300, 40
+    numbers = [-(2**31), -1, 0, 5, 299, 300, 301, 2**31 - 1]
+    offsets = [generator.choice(numbers) for _ in range(experts + 1)]
+    for expert, row, row_end, _, _ in logic.row_tiles(offsets, 64, 3, 0, 1, num_rows=num_rows):
+        assert 0 <= expert < experts and 0 <= row < row_end <= num_rows
+    tiles = logic.weight_tiles(offsets, 2, 2, 0, 1, num_rows=num_rows)
+    assert len(tiles) == 4 * experts
+    assert all(0 <= row <= row_end <= num_rows for _, row, row_end, _, _ in tiles)
+
+
 class Barrier:
     """An mbarrier: a wait for a parity returns when the phase before the current one has it."""
 

@@ -66,7 +66,8 @@ inline const char* encode_weight(CUtensorMap* map, bool bfloat16, const cuda::We
 }
 
 inline Experts experts_of(const cuda::RoutingView& view) {
-  return {view.slots, view.offsets, static_cast<int32_t>(view.num_rows), static_cast<int32_t>(view.num_experts)};
+  return {view.slots, view.offsets, static_cast<int32_t>(view.num_rows), static_cast<int32_t>(view.num_experts),
+          static_cast<int32_t>(view.num_slots)};
 }
 
 inline bool vectors_fit(const void* data, int64_t stride) {

@@ -16,8 +16,13 @@ struct Rows {
 struct Experts {
   const int32_t* slots;
   const int32_t* offsets;
-  int32_t num_rows, num_experts;
+  int32_t num_rows, num_experts, num_slots;
 };
+
+// The slot of a sorted row.
+__device__ __forceinline__ int32_t slot_of(const Experts& experts, int64_t row) {
+  return in_range(__ldg(experts.slots + row), experts.num_slots - 1);
+}
 
 __device__ __forceinline__ int32_t source_row(const Rows& rows, int32_t row, int32_t slot) {
   return rows.div == 0 ? row : static_cast<int32_t>(static_cast<uint32_t>(slot) / rows.div);

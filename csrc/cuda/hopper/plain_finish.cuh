@@ -20,7 +20,7 @@ struct PlainFinish {
   using Params = PlainParams;
 
   static __device__ T* row_of(const Params& p, int64_t row) {
-    const int64_t to = p.scatter ? __ldg(p.product.experts.slots + row) : row;
+    const int64_t to = p.scatter ? slot_of(p.product.experts, row) : row;
     return static_cast<T*>(p.y) + to * p.stride_y;
   }
 
@@ -30,7 +30,8 @@ struct PlainFinish {
     constexpr int kWarps = 2 * kWarpsPerGroup;
     const Experts& experts = p.product.experts;
     const int warp = threadIdx.x / kLanes - kWarpsPerGroup, lane = threadIdx.x % kLanes;
-    const int64_t first = __ldg(experts.offsets + experts.num_experts) + int64_t{blockIdx.x} * kWarps + warp;
+    const int32_t live = in_range(__ldg(experts.offsets + experts.num_experts), experts.num_rows);
+    const int64_t first = live + int64_t{blockIdx.x} * kWarps + warp;
     for (int64_t row = first; row < experts.num_rows; row += int64_t{gridDim.x} * kWarps) {
       T* to = row_of(p, row);
       for (int n = lane * kVector; n < p.n; n += kLanes * kVector) {

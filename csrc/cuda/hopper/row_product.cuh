@@ -25,7 +25,8 @@ struct RowProduct {
   using Params = typename Finish::Params;
 
   static __device__ RowSchedule schedule(const Params& p) {
-    return {p.product.experts.offsets, p.product.experts.num_experts, S::kTileRows, p.product.num_columns};
+    return {p.product.experts.offsets, p.product.experts.num_experts, p.product.experts.num_rows, S::kTileRows,
+            p.product.num_columns};
   }
 
   static __device__ int steps_of_every_tile(const Params& p) { return p.product.steps; }
@@ -49,7 +50,7 @@ struct RowProduct {
       for (int i = 0; i < kCopies; ++i) {
         // Rows past the group read its last row and are never stored; in a cluster this can be a whole tile.
         const int32_t row = tile.row + min(copier_row() + i * kRowsApart, tile.row_end - tile.row - 1);
-        source[i] = source_row(p.x, row, p.x.div == 0 ? 0 : __ldg(p.experts.slots + row));
+        source[i] = source_row(p.x, row, p.x.div == 0 ? 0 : slot_of(p.experts, row));
       }
     }
     for (int step = 0; step < p.steps; ++step) {

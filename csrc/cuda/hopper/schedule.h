@@ -12,6 +12,9 @@ namespace gossamer::hopper {
 constexpr int kGroupRows = 8;
 constexpr int kLanes = 32;
 
+// The nearest index in [0, most]: offsets and slots may hold anything.
+GOSSAMER_HD int32_t in_range(int32_t index, int32_t most) { return index < 0 ? 0 : index < most ? index : most; }
+
 struct TilePlace {
   int32_t row_tile, column_tile;
 };
@@ -35,8 +38,13 @@ struct Tile {
 // call. On the device all lanes of a warp call together and look at 32 experts at a time.
 class RowSchedule {
  public:
-  GOSSAMER_HD RowSchedule(const int32_t* offsets, int32_t num_experts, int32_t block_rows, int32_t num_columns)
-      : offsets_(offsets), num_experts_(num_experts), block_rows_(block_rows), num_columns_(num_columns) {}
+  GOSSAMER_HD RowSchedule(const int32_t* offsets, int32_t num_experts, int32_t num_rows, int32_t block_rows,
+                          int32_t num_columns)
+      : offsets_(offsets),
+        num_experts_(num_experts),
+        num_rows_(num_rows),
+        block_rows_(block_rows),
+        num_columns_(num_columns) {}
 
   // False past the last tile.
   GOSSAMER_HD bool seek(int64_t index, Tile& tile) {
@@ -61,8 +69,10 @@ class RowSchedule {
   };
 
   GOSSAMER_HD int32_t row_tiles(int32_t start, int32_t end) const {
-    return static_cast<int32_t>((static_cast<int64_t>(end) - start + block_rows_ - 1) / block_rows_);
+    return end <= start ? 0 : static_cast<int32_t>((static_cast<int64_t>(end) - start + block_rows_ - 1) / block_rows_);
   }
+
+  GOSSAMER_HD int32_t bound(int32_t offset) const { return in_range(offset, num_rows_); }
 
   GOSSAMER_HD bool reaches(int64_t index, int32_t tiles) const { return (before_ + tiles) * num_columns_ > index; }
 
@@ -72,8 +82,8 @@ class RowSchedule {
     const int lane = threadIdx.x % kLanes;
     const int32_t expert = first_ + lane;
     const bool inside = expert < num_experts_;
-    const int32_t start = inside ? __ldg(offsets_ + expert) : 0;
-    const int32_t end = inside ? __ldg(offsets_ + expert + 1) : 0;
+    const int32_t start = inside ? bound(__ldg(offsets_ + expert)) : 0;
+    const int32_t end = inside ? bound(__ldg(offsets_ + expert + 1)) : 0;
     const int32_t mine = row_tiles(start, end);
     __syncwarp();
     int32_t sum = mine;
@@ -88,7 +98,7 @@ class RowSchedule {
 #else
     int32_t sum = 0;
     for (int lane = 0; lane < kLanes && first_ + lane < num_experts_; ++lane) {
-      const int32_t start = offsets_[first_ + lane], end = offsets_[first_ + lane + 1];
+      const int32_t start = bound(offsets_[first_ + lane]), end = bound(offsets_[first_ + lane + 1]);
       const int32_t mine = row_tiles(start, end);
       if (reaches(index, sum + mine)) return {lane, sum, start, end};
       sum += mine;
@@ -98,7 +108,7 @@ class RowSchedule {
   }
 
   const int32_t* offsets_;
-  int32_t num_experts_, block_rows_, num_columns_;
+  int32_t num_experts_, num_rows_, block_rows_, num_columns_;
   int32_t first_ = 0;
   int64_t before_ = 0;
 };
@@ -106,21 +116,28 @@ class RowSchedule {
 // Tiles over one matrix per expert, empty ones too, whose sums run over the expert's rows.
 class WeightSchedule {
  public:
-  GOSSAMER_HD WeightSchedule(const int32_t* offsets, int32_t num_experts, int32_t num_rows, int32_t num_columns)
-      : offsets_(offsets), num_experts_(num_experts), num_rows_(num_rows), num_columns_(num_columns) {}
+  GOSSAMER_HD WeightSchedule(const int32_t* offsets, int32_t num_experts, int32_t num_rows, int32_t row_tiles,
+                             int32_t num_columns)
+      : offsets_(offsets),
+        num_experts_(num_experts),
+        num_rows_(num_rows),
+        row_tiles_(row_tiles),
+        num_columns_(num_columns) {}
 
   GOSSAMER_HD bool seek(int64_t index, Tile& tile) {
-    const int64_t tiles = static_cast<int64_t>(num_rows_) * num_columns_;
+    const int64_t tiles = static_cast<int64_t>(row_tiles_) * num_columns_;
     const int64_t expert = index / tiles;
     if (expert >= num_experts_) return false;
-    const TilePlace place = tile_place(index % tiles, num_rows_, num_columns_);
-    tile = {static_cast<int32_t>(expert), offsets_[expert], offsets_[expert + 1], place.row_tile, place.column_tile};
+    const TilePlace place = tile_place(index % tiles, row_tiles_, num_columns_);
+    const int32_t start = in_range(offsets_[expert], num_rows_);
+    const int32_t end = in_range(offsets_[expert + 1], num_rows_);
+    tile = {static_cast<int32_t>(expert), start, end < start ? start : end, place.row_tile, place.column_tile};
     return true;
   }
 
  private:
   const int32_t* offsets_;
-  int32_t num_experts_, num_rows_, num_columns_;
+  int32_t num_experts_, num_rows_, row_tiles_, num_columns_;
 };
 
 }  // namespace gossamer::hopper

@@ -26,7 +26,7 @@ struct WeightGradient {
   static constexpr int kCopies = kPanel / kRowsApart;
 
   static __device__ WeightSchedule schedule(const Params& p) {
-    return {p.experts.offsets, p.experts.num_experts, p.num_row_tiles, p.num_columns};
+    return {p.experts.offsets, p.experts.num_experts, p.experts.num_rows, p.num_row_tiles, p.num_columns};
   }
 
   static __device__ int steps_of_every_tile(const Params&) { return 0; }
@@ -42,7 +42,7 @@ struct WeightGradient {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int32_t first = tile.row + step * kPanel;
-      slots[i] = __ldg(p.experts.slots + first + min(copier_row() + i * kRowsApart, tile.row_end - first - 1));
+      slots[i] = slot_of(p.experts, first + min(copier_row() + i * kRowsApart, tile.row_end - first - 1));
     }
   }
 

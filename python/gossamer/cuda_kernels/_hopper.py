@@ -71,9 +71,9 @@ class Operands:
         return where(self.device)
 
 
-def routing(groups: Groups) -> tuple[int, int, int, int]:
-    """``(slots, offsets, R, E)`` of a dispatch, whose tensors are contiguous int32."""
-    return native_groups(groups.slots, groups.offsets)
+def routing(groups: Groups) -> tuple[int, int, int, int, int]:
+    """``(slots, offsets, R, E, T·K)`` of a dispatch, whose tensors are contiguous int32."""
+    return *native_groups(groups.slots, groups.offsets), groups.rows.shape[0]
 
 
 def with_depth(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,12 +104,13 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
 
 
 def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
-    """``array[slots] = value`` in place, −1 skipped; ``array (S,)`` int64 or bool, ``slots (n,)``."""
+    """``array[slots] = value`` in place, slots outside skipped; ``array (S,)`` int64 or bool, ``slots (n,)``."""
     if slots.numel():
         with torch.cuda.device(array.device):
             pointers = (slots.data_ptr(), slots.shape[0])
             stream = where(array.device)
-            _C.cuda_mark_slots(array.data_ptr(), array.element_size(), *pointers, int(value), *stream)
+            array_of = (array.data_ptr(), array.element_size(), array.shape[0])
+            _C.cuda_mark_slots(*array_of, *pointers, int(value), *stream)
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

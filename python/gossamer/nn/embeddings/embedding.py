@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from gossamer._checks import check_dtype, check_index, check_sizes, check_tensor
+from gossamer._checks import check_dtype, check_flags, check_index, check_sizes, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import Table
@@ -22,8 +22,11 @@ from gossamer.ops.gather_reduce_step import gather_reduce_step
 from gossamer.optim import Optimizer
 
 
-def _check_table(num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: object) -> None:
+def _check_table(
+    num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: object, **flags: object
+) -> None:
     """Checks that torch's constructor does not make."""
+    check_flags(**flags)
     check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
     check_dtype("dtype", dtype)
     if padding_idx is not None and (not isinstance(padding_idx, int) or isinstance(padding_idx, bool)):
@@ -134,7 +137,8 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         *,
         optimizer: Optimizer | None = None,
     ) -> None:
-        _check_table(num_embeddings, embedding_dim, padding_idx, dtype)
+        flags = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse, "_freeze": _freeze}
+        _check_table(num_embeddings, embedding_dim, padding_idx, dtype, **flags)
         _check_fused(optimizer, sparse)
         if optimizer is not None and _freeze:
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
@@ -219,7 +223,9 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         *,
         optimizer: Optimizer | None = None,
     ) -> None:
-        _check_table(num_embeddings, embedding_dim, padding_idx, dtype)
+        flags = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+        flags["include_last_offset"] = include_last_offset
+        _check_table(num_embeddings, embedding_dim, padding_idx, dtype, **flags)
         _check_fused(optimizer, sparse)
         super().__init__(
             num_embeddings,
