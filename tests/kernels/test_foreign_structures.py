@@ -17,6 +17,7 @@ if torch.cuda.is_available():
 
 import gossamer  # noqa: E402
 from gossamer._activation import Activation  # noqa: E402
+from gossamer.ops._expert_topology import ExpertPlaces, ExpertTopology  # noqa: E402
 from gossamer.ops._groups import Groups  # noqa: E402
 from gossamer.ops._weights import Weight  # noqa: E402
 from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward  # noqa: E402
@@ -169,9 +170,8 @@ def test_block_topologies(seed):
     """The lists of blocks and the places of rows, and products that follow such lists."""
     groups = foreign(seed)
     rows, wide, block = 4, 2, 16
-    sizes = triton_expert_topology.expert_topology(groups.offsets, _sizes(E, rows, wide), rows, wide, block)
-    padded_offsets = sizes[-1]
-    triton_expert_topology.expert_places(groups.offsets, padded_offsets, groups.slots, rows * block)
+    lists = triton_expert_topology.expert_topology(ExpertTopology(groups.offsets, rows, wide, block))
+    triton_expert_topology.expert_places(ExpertPlaces(groups.offsets, lists[-1], groups.slots, rows * block))
     draw = torch.Generator().manual_seed(seed)
     made = gossamer.BlockTopology.random((64, 96), 16, 0.5)
     tensors = {
@@ -195,12 +195,6 @@ def trust(topology):
     from gossamer.ops import block_topology
 
     topology.__dict__[block_topology.MARK] = block_topology._version(topology)
-
-
-def _sizes(experts, rows, wide):
-    from gossamer.ops._expert_topology import _sizes
-
-    return _sizes(experts, rows, wide)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
