@@ -6,7 +6,8 @@
 A sequence shows letters one at a time, asks for each one's label, and then tells it. Labels are drawn anew for each
 sequence, and in its second half every letter gets another label: a model has to learn from what it was told, and then
 to overwrite it. Letters are rendered in the twelve DejaVu faces that matplotlib ships; models train on Latin and Greek
-letters, and are measured on Armenian and Georgian ones. Nothing is downloaded.
+letters, and are measured on Armenian and Georgian ones. A sequence has one face, and moves a letter by up to a pixel
+each time. Nothing is downloaded.
 
 The models share everything but one part of each layer, which has about as many parameters in each of them:
 ``gossamer.nn.SelfReferentialLinear`` (``srwm``, Irie et al., 2022), ``gossamer.nn.DeltaNet`` (``delta``) or a
@@ -32,10 +33,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from shared import learning_rate, smooth
 from torch import nn
 
 import gossamer
+from gossamer.bench.studies.text import learning_rate, smooth
 
 try:
     import matplotlib
@@ -131,7 +132,10 @@ class Episodes:
 
 
 def draw(pool: torch.Tensor, batch: int, settings: Settings, generator: torch.Generator) -> Episodes:
-    """Sequences of letters from the pool; each half shows every letter of a sequence ``shots`` times, mixed."""
+    """Sequences of letters from the pool in one face each; each half shows every letter ``shots`` times, mixed.
+
+    Each time a letter is moved by up to a pixel in both directions.
+    """
     ways, shots = settings.ways, settings.shots
 
     def shuffled(rows: int, size: int) -> torch.Tensor:
@@ -146,8 +150,12 @@ def draw(pool: torch.Tensor, batch: int, settings: Settings, generator: torch.Ge
     labels = torch.where(half == 0, first.gather(1, order), second.gather(1, order))
     seen = F.one_hot(order, ways).unflatten(1, (2, -1)).cumsum(2).flatten(1, 2)
     told = seen.gather(2, order[..., None])[..., 0] - 1
-    face = torch.randint(pool.shape[1], order.shape, generator=generator)
-    return Episodes(pool[classes.gather(1, order), face], labels, half, told)
+    face = torch.randint(pool.shape[1], (batch, 1), generator=generator).expand_as(order)
+    images = F.pad(pool[classes.gather(1, order), face].unflatten(-1, (SIDE, SIDE)), (1, 1, 1, 1))
+    down, right = (torch.randint(3, (*order.shape, 1), generator=generator) + torch.arange(SIDE) for _ in range(2))
+    images = images.gather(2, down[..., None].expand(-1, -1, -1, SIDE + 2))
+    images = images.gather(3, right[..., None, :].expand(-1, -1, SIDE, -1))
+    return Episodes(images.flatten(2), labels, half, told)
 
 
 class FixedBlock(nn.Module):
@@ -320,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     given, settings = parse_arguments(arguments)
     console = Console()
     pools = letters(TRAINED), letters(HELD_OUT)
+    mean, deviation = pools[0].mean((0, 1)), pools[0].std((0, 1)) + 0.1
+    pools = tuple((pool - mean) / deviation for pool in pools)
     if settings.ways > min(map(len, pools)):
         console.print(f"--ways must be at most {min(map(len, pools))}, the letters of a pool", style="red")
         return 2
