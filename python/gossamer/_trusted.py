@@ -48,8 +48,8 @@ def check_indices(name: str, tensor: object, size: int, symbols: str, first: str
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether the host can read a tensor's values without waiting: on the CPU and outside traces."""
-    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+    """Whether the host can read a tensor's values without waiting: on the CPU, outside compilers and traces."""
+    if is_compiling() or type(tensor) is not torch.Tensor or not tensor.is_cpu:
         return False
     return not (torch.jit.is_tracing() or _backend.transformed())
 

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from gossamer import _backend
 from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._trusted import is_readable
 from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
 from gossamer.ops._records import define
 
@@ -227,15 +228,9 @@ def sort_ids(ids: torch.Tensor, bound: int, backend: str) -> tuple[torch.Tensor,
     return slots, offsets
 
 
-def readable(tensor: torch.Tensor) -> bool:
-    """Whether a size may follow from its values: on the CPU, outside compilers, tracers and transformations."""
-    plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-    return plain and not (is_compiling() or torch.jit.is_tracing() or _backend.transformed())
-
-
 def _buffer_rows(offsets: torch.Tensor, bound: int) -> int:
     """Rows of buffers: the exact number, at least 1, where the host can read it, else ``bound``."""
-    if not readable(offsets):
+    if not is_readable(offsets):
         return bound
     return max(offsets.tolist()[-1], 1)
 

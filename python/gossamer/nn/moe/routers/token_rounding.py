@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from gossamer._checks import check_positive
+from gossamer._trusted import is_readable
 from gossamer.nn.moe.routers.base import Router, RouterAround
 from gossamer.nn.moe.routing import Routing, dense_weights, route_where
-from gossamer.ops.dispatch import readable
 
 MODES = ("nearest", "up", "down")
 
@@ -61,7 +61,7 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
         counts = round_counts(chosen.sum(dim=0), tile, mode)
         # Those that chose the expert come first; −1/p is below all weights and keeps the order of small p.
         keys = torch.where(chosen, weights, -1 / probabilities)
-        most = int(counts.max()) if readable(counts) else num_tokens
+        most = int(counts.max()) if is_readable(counts) else num_tokens
         ranked = keys.topk(min(most, num_tokens), dim=0).values
         if ranked.shape[0]:
             lowest = ranked.gather(0, (counts - 1).clamp(0, ranked.shape[0] - 1).unsqueeze(0))
