@@ -11,7 +11,7 @@ import triton.language as tl
 from gossamer.triton_kernels.common import aot_signature
 
 if TYPE_CHECKING:
-    from gossamer.ops.topk_routing import TopkRouting, TopkRoutingBackward
+    from gossamer.ops.topk_routing import MassRouting, MassRoutingBackward, TopkRouting, TopkRoutingBackward
 
 LARGEST = torch.finfo(torch.float32).max
 EPSILON = 1e-20
@@ -169,6 +169,84 @@ def _topk_routing_backward_kernel(
     tl.store(dlogits_ptr + row * E + e[None, :], tl.where(finite, dlogits, 0.0), inside)
 
 
+@triton.jit
+def _ordered(bits):
+    """The bits of a float32 as an int32 that compares as it does, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "mass"])
+def _mass_routing_kernel(
+    logits_ptr,
+    ids_ptr,
+    weights_ptr,
+    num_tokens,
+    mass,
+    E: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EXCEED: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    row = t.to(tl.int64)[:, None]
+    x = tl.load(logits_ptr + row * E + e, (t < num_tokens)[:, None] & (e < E), other=float("-inf"))
+    # A sum with 0 makes one number of both zeros.
+    x = tl.where(e < E, _cleaned(x, LOWEST) + 0.0, float("-inf"))
+    top = tl.max(x, 1)[:, None]
+    total = tl.sum(tl.where(x > LOWEST, tl.exp(x - top), 0.0), 1)[:, None]
+    # Sorted with the expert in the low bits, so that of equal logits the lower expert comes first.
+    key = _ordered(x.to(tl.int32, bitcast=True)).to(tl.int64)
+    key = tl.sort((key << 32) | (BLOCK_E - 1 - e).to(tl.int64), descending=True)
+    ids = BLOCK_E - 1 - (key & 0xFFFFFFFF).to(tl.int32)
+    x = _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+    p = tl.where(x > LOWEST, tl.exp(x - top), 0.0) / tl.where(total > 0, total, 1.0)
+    before = tl.cumsum(p, 1) - p
+    live = (p > 0) & ((before <= mass) if EXCEED else (before < mass))
+    known = (t < num_tokens)[:, None] & (e < SLOTS)
+    tl.store(ids_ptr + row * SLOTS + e, tl.where(live, ids, E).to(tl.int64), known)
+    tl.store(weights_ptr + row * SLOTS + e, tl.where(live, p, 0.0), known)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "slots"])
+def _mass_routing_backward_kernel(
+    dweights_ptr,
+    logits_ptr,
+    weights_ptr,
+    ids_ptr,
+    dlogits_ptr,
+    num_tokens,
+    slots,
+    E: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    inside = (t < num_tokens)[:, None] & (e < E)
+    row = t.to(tl.int64)
+    dlogits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    mean = tl.zeros((BLOCK_T,), tl.float32)
+    for slot in range(slots):
+        at = row * slots + slot
+        weight = tl.load(weights_ptr + at, t < num_tokens, other=0.0)
+        # Slots without an expert weigh nothing and pass no gradient, whatever flows back to them.
+        value = tl.where(weight > 0, weight * tl.load(dweights_ptr + at, weight > 0, other=0.0), 0.0)
+        expert = tl.load(ids_ptr + at, weight > 0, other=E)
+        dlogits += tl.where(e == expert[:, None], value[:, None], 0.0)
+        mean += value
+    x = tl.load(logits_ptr + row[:, None] * E + e, inside, other=float("-inf"))
+    finite = (x == x) & (tl.abs(x) <= -LOWEST)
+    x = _cleaned(x, LOWEST)
+    score = tl.where(x == LOWEST, 0.0, tl.exp(x - tl.max(x, 1)[:, None]))
+    total = tl.sum(score, 1)
+    dlogits -= score * (mean / tl.where(total > 0, total, 1.0))[:, None]
+    tl.store(dlogits_ptr + row[:, None] * E + e, tl.where(finite, dlogits, 0.0), inside)
+
+
 def _blocks(num_experts: int) -> tuple[int, int]:
     """Tokens and experts of a program."""
     block_e = triton.next_power_of_2(num_experts)
@@ -238,6 +316,56 @@ def topk_routing_backward(args: TopkRoutingBackward) -> torch.Tensor:
     return dlogits
 
 
+def mass_routing(args: MassRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weights`` float32 and ``ids`` int64, ``(T, min(E, max_ranks))``."""
+    logits, num_experts = args.logits.contiguous(), args.num_experts
+    num_tokens, slots = logits.shape[0], min(num_experts, args.max_ranks)
+    ids = torch.empty(num_tokens, slots, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(num_tokens, slots, dtype=torch.float32, device=logits.device)
+    if num_tokens == 0:
+        return weights, ids
+    block_t, block_e = _blocks(num_experts)
+    _mass_routing_kernel[(triton.cdiv(num_tokens, block_t),)](
+        logits,
+        ids,
+        weights,
+        num_tokens,
+        args.mass,
+        E=num_experts,
+        SLOTS=slots,
+        EXCEED=args.exceed,
+        LOWEST=-LARGEST,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        num_warps=4,
+    )
+    return weights, ids
+
+
+def mass_routing_backward(args: MassRoutingBackward) -> torch.Tensor:
+    """``dlogits (T, E)``."""
+    num_tokens, num_experts = args.forward.logits.shape
+    dlogits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=args.dweights.device)
+    if num_tokens == 0:
+        return dlogits
+    block_t, block_e = _blocks(num_experts)
+    _mass_routing_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+        args.dweights.contiguous(),
+        args.forward.logits.contiguous(),
+        args.weights,
+        args.ids,
+        dlogits,
+        num_tokens,
+        args.ids.shape[1],
+        E=num_experts,
+        LOWEST=-LARGEST,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        num_warps=4,
+    )
+    return dlogits
+
+
 def aot_cases(arch: int) -> list[tuple]:
     """The default launches, for ahead-of-time compilation: (kernel, signature, constexprs, options) each."""
     cases = []
@@ -258,4 +386,12 @@ def aot_cases(arch: int) -> list[tuple]:
         signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
         backward = shared | {"RENORMALIZE": sigmoid}
         cases.append((_topk_routing_backward_kernel, signature, backward, {"num_warps": 4}))
+    for experts in (64, 256):
+        shared = {"E": experts, "LOWEST": -LARGEST} | dict(zip(("BLOCK_T", "BLOCK_E"), _blocks(experts), strict=True))
+        signature = aot_signature(torch.float32, "logits_ptr weights_ptr", "", "", "mass")
+        signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
+        cases.append((_mass_routing_kernel, signature, shared | {"SLOTS": experts, "EXCEED": True}, {"num_warps": 4}))
+        signature = aot_signature(torch.float32, "dweights_ptr logits_ptr weights_ptr dlogits_ptr", "", "", "")
+        signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32", "slots": "i32"}
+        cases.append((_mass_routing_backward_kernel, signature, shared, {"num_warps": 4}))
     return cases

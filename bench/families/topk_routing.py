@@ -92,7 +92,22 @@ def cost_backward(call: Mapping[str, object], result: object) -> Cost:
     return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], logits, result))
 
 
-COSTS = {"gossamer::topk_routing": cost, "gossamer::topk_routing_backward": cost_backward}
+def cost_mass(call: Mapping[str, object], result: object) -> Cost:
+    """Bytes of the logits and of the slots."""
+    return Cost(0.0, nbytes(call["logits"], *result))
+
+
+def cost_mass_backward(call: Mapping[str, object], result: object) -> Cost:
+    """Bytes of what comes in, the logits too, and of their gradient."""
+    return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], call["forward_logits"], result))
+
+
+COSTS = {
+    "gossamer::topk_routing": cost,
+    "gossamer::topk_routing_backward": cost_backward,
+    "gossamer::mass_routing": cost_mass,
+    "gossamer::mass_routing_backward": cost_mass_backward,
+}
 DIMENSIONS = {"tokens": "T", "experts": "E", "top-k": "K"}
 FAMILY = Family(
     "topk_routing",

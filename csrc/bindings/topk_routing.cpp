@@ -16,7 +16,8 @@ inline void check_chosen(const std::string& name, int64_t value) {
 
 inline RouterArgs router_args(const PyRouter& router) {
   const auto& [logits, row_stride, tokens, experts, top_k, sigmoid, renormalize, scale] = router;
-  check_chosen("top_k", top_k);
+  // Sigmoid scores of the chosen experts lie on the stack.
+  if (sigmoid) check_chosen("top_k", top_k);
   return {pointer<const float>(logits), row_stride, tokens, experts, top_k, sigmoid, renormalize, scale};
 }
 
@@ -25,6 +26,7 @@ void register_topk_routing(py::module_& m) {
       "topk_routing",
       [](const PyRouter& router, int64_t n_group, int64_t topk_group, uintptr_t bias, uintptr_t ids, uintptr_t weights,
          int num_threads) {
+        check_chosen("top_k", std::get<4>(router));
         check_chosen("topk_group", topk_group);
         const TopkRoutingArgs args{
             router_args(router),    n_group, topk_group, pointer<const float>(bias), pointer<int64_t>(ids),
@@ -33,6 +35,16 @@ void register_topk_routing(py::module_& m) {
         topk_routing(args, num_threads);
       },
       "The experts of each token and their weights, from float32 logits.");
+  m.def(
+      "mass_routing",
+      [](const PyRouter& router, int64_t num_experts, int64_t max_ranks, float mass, bool exceed, uintptr_t ids,
+         uintptr_t weights, int num_threads) {
+        const MassRule rule{num_experts, max_ranks, mass, exceed};
+        const TopkRoutingArgs args{router_args(router), 1, 1, nullptr, pointer<int64_t>(ids), pointer<float>(weights), &rule};
+        py::gil_scoped_release release;
+        topk_routing(args, num_threads);
+      },
+      "As many experts of each token as it takes until their probabilities reach a sum, and those, from float32 logits.");
   m.def(
       "topk_routing_backward",
       [](const PyRouter& router, uintptr_t ids, uintptr_t weights, uintptr_t dweights, uintptr_t dlogits, int num_threads) {

@@ -16,15 +16,26 @@ struct RouterArgs {
   float scale;
 };
 
+// A choice of experts until their probabilities reach a sum, by gossamer.nn.softmax_top_p (exceed) and softmax_threshold. The
+// router's `experts` are then the logits of a token, null experts' among them, and its `top_k` slots enough for any token.
+struct MassRule {
+  int64_t num_experts;  // logits from here on are of null experts, which get no slot
+  int64_t max_ranks;    // choices of a token, null ones among them
+  float mass;
+  bool exceed;  // whether the sum must pass the mass, or may equal it
+};
+
 struct TopkRoutingArgs : RouterArgs {
   int64_t n_group, topk_group;
   const float* bias;  // (E,) or null, of sigmoid scores
   int64_t* ids;       // (T, K)
   float* weights;     // (T, K)
+  // Null for top_k experts a token. Else groups and bias do not count, and slots without an expert have the id num_experts.
+  const MassRule* until = nullptr;
 };
 
 struct TopkRoutingBackwardArgs : RouterArgs {
-  const int64_t* ids;               // (T, K), as the forward gave them
+  const int64_t* ids;               // (T, K), as the forward gave them; any where the weight is 0
   const float *weights, *dweights;  // (T, K)
   float* dlogits;                   // (T, E)
 };

@@ -109,6 +109,20 @@ inline float exponentials(const float* x, int64_t experts, Vec<float> top, float
   return sum_lanes<float>(total);
 }
 
+// Whole vectors of x as the logits cleaned, masked behind the last one; the highest of them in some lane of what is returned.
+inline Vec<float> clean_row(const float* logits, int64_t experts, float* x) {
+  constexpr int n = kLanes<float>;
+  Vec<float> top = splat(kMasked);
+  for (int64_t e = 0; e < experts; e += n) {
+    const int valid = static_cast<int>(std::min<int64_t>(n, experts - e));
+    Vec<float> v = cleaned(logits + e, valid);
+    for (int lane = valid; lane < n; ++lane) v[lane] = kMasked;
+    store(x + e, v);
+    top = v > top ? v : top;
+  }
+  return top;
+}
+
 // Fills the token's scores: σ(x) and what its bias makes of it, or e^(x − highest), whose sum is returned, and x.
 inline float fill_scores(const TopkRoutingArgs& a, const float* logits, const TokenScores& token) {
   constexpr int n = kLanes<float>;
@@ -171,11 +185,34 @@ inline void route_token(const TopkRoutingArgs& a, int64_t t, const TokenScores& 
   for (int64_t k = 0; k < a.top_k; ++k) a.weights[t * a.top_k + k] = weights[k] / total * a.scale;
 }
 
+inline void route_until(const TopkRoutingArgs& a, int64_t t, const TokenScores& token) {
+  const MassRule& rule = *a.until;
+  const Vec<float> top = clean_row(a.logits + t * a.row_stride, a.experts, token.x);
+  const float total = exponentials(token.x, a.experts, top, token.score);
+  int64_t* ids = a.ids + t * a.top_k;
+  float *weights = a.weights + t * a.top_k, sum = 0;
+  int64_t at = 0;
+  for (int64_t rank = 0; rank < rule.max_ranks; ++rank) {
+    const int64_t e = highest_place(token.x, a.experts);
+    const float share = token.score[e] / total;
+    if (!(token.x[e] > kMasked) || !(share > 0)) break;
+    token.x[e] = kNoExpert;
+    if (e < rule.num_experts) {
+      ids[at] = e;
+      weights[at++] = share;
+    }
+    sum += share;
+    if (rule.exceed ? sum > rule.mass : sum >= rule.mass) break;
+  }
+  std::fill(ids + at, ids + a.top_k, rule.num_experts);
+  std::fill(weights + at, weights + a.top_k, 0.0f);
+}
+
 void topk_routing(const TopkRoutingArgs& a, int64_t begin, int64_t end) {
   const int64_t room = (a.experts + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
   const auto scores = std::make_unique<float[]>(3 * room);
   const TokenScores token{scores.get(), scores.get() + room, scores.get() + 2 * room};
-  for (int64_t t = begin; t < end; ++t) route_token(a, t, token);
+  for (int64_t t = begin; t < end; ++t) a.until ? route_until(a, t, token) : route_token(a, t, token);
 }
 
 // Finds what flows back to the chosen experts' logits. Where weights are shares of all experts, what is returned flows back to every
@@ -220,22 +257,14 @@ void topk_routing_backward(const TopkRoutingBackwardArgs& a, int64_t begin, int6
   constexpr int n = kLanes<float>;
   const int64_t room = (a.experts + n - 1) / n * n;
   const bool over_all = !a.sigmoid && !a.renormalize;
-  const auto scores = std::make_unique<float[]>(over_all ? 2 * room : 0);
-  float *x = scores.get(), *share_of = x + room;
-  float dpicked[kMostChosen];
+  const auto scores = std::make_unique<float[]>((over_all ? 2 * room : 0) + a.top_k);
+  float *dpicked = scores.get(), *x = dpicked + a.top_k, *share_of = x + room;
   for (int64_t t = begin; t < end; ++t) {
     const float* logits = a.logits + t * a.row_stride;
     float* to = a.dlogits + t * a.experts;
     const float to_all = chosen_gradients(a, t, dpicked);
     if (over_all) {
-      Vec<float> top = splat(kMasked);
-      for (int64_t e = 0; e < a.experts; e += n) {
-        const int valid = static_cast<int>(std::min<int64_t>(n, a.experts - e));
-        Vec<float> v = cleaned(logits + e, valid);
-        for (int lane = valid; lane < n; ++lane) v[lane] = kMasked;
-        store(x + e, v);
-        top = v > top ? v : top;
-      }
+      const Vec<float> top = clean_row(logits, a.experts, x);
       const float total = exponentials(x, a.experts, top, share_of), factor = total > 0 ? to_all / total : 0;
       // A constant stands for a logit that is not finite, and takes no gradient.
       for (int64_t e = 0; e < a.experts; ++e) to[e] = std::isfinite(logits[e]) ? share_of[e] * factor : 0;
@@ -243,6 +272,8 @@ void topk_routing_backward(const TopkRoutingBackwardArgs& a, int64_t begin, int6
       std::fill_n(to, a.experts, 0.0f);
     }
     for (int64_t k = 0; k < a.top_k; ++k) {
+      // A slot without an expert may have an id that no logit has.
+      if (!(a.weights[t * a.top_k + k] > 0)) continue;
       const int64_t e = a.ids[t * a.top_k + k];
       if (std::isfinite(logits[e])) to[e] += dpicked[k];
     }

@@ -5,7 +5,7 @@ import torch
 from helpers import OperatorLog, check, flat
 
 import gossamer
-from gossamer.nn import sigmoid_topk, softmax_topk
+from gossamer.nn import sigmoid_topk, softmax_threshold, softmax_top_p, softmax_topk
 from gossamer.ops import topk_routing as ops
 from gossamer.ops.topk_routing import MOST_CHOSEN
 
@@ -164,3 +164,104 @@ def test_a_bias_in_float64_counts_in_float64(any_backend, device):
     logits, bias = torch.tensor([[1.0, 1.0, 0.0]], device=device), torch.tensor([0, 1e-10, 0], device=device).double()
     with gossamer.backend(any_backend):
         assert sigmoid_topk(logits, 1, correction_bias=bias).expert_ids.tolist() == [[1]]
+
+
+# E, null experts, most ranks, whether the sum must pass the mass, the mass.
+MASSES = [
+    (12, 0, None, True, 0.3),
+    (5, 3, 4, False, 0.9),
+    (1, 0, None, True, 0.5),
+    (64, 0, 9, False, 0.9),
+    (70, 0, None, True, 1.0),
+]
+
+
+def until(logits, mass, null, most, exceed):
+    if exceed and not null:
+        return softmax_top_p(logits, mass, max_experts=most)
+    return softmax_threshold(logits, mass, max_experts=most, null_experts=null)
+
+
+@pytest.mark.parametrize(("experts", "null", "most", "exceed", "mass"), MASSES)
+def test_experts_until_a_mass(kernel_backend, device, experts, null, most, exceed, mass):
+    """The ids of plain torch, and weights and gradients as near to float64 as plain float32's."""
+    logits = torch.randn(19, experts + null, device=device) * 2
+    logits[3, 1:] = -INF
+    logits[4] = -INF
+    found = {}
+    for backend in (kernel_backend, "reference"):
+        with gossamer.backend(backend), OperatorLog() as log:
+            found[backend] = until(logits, mass, null, most, exceed)
+        # Triton has no kernel for null experts.
+        fused = backend != "reference" and not (null and backend == "triton")
+        assert [call[0] for call in log.calls] == ["mass_routing" if fused else "select_experts"]
+    ours, plain = found.values()
+    assert torch.equal(ours.expert_ids, plain.expert_ids)
+    assert not ours.weights[ours.expert_ids >= experts].any() and bool((ours.expert_ids[4] == experts).all())
+
+    def weights(backend):
+        def function(logits):
+            with gossamer.backend(backend):
+                return until(logits, mass, null, most, exceed).weights
+
+        return function
+
+    finite = torch.cat([logits[:3], logits[5:]])
+    check(weights(kernel_backend), weights("reference"), {"logits": finite})
+    masked = logits.clone().requires_grad_()
+    out = weights(kernel_backend)(masked)
+    # What flows back to a slot without an expert does not count, whatever it is.
+    out.backward(torch.where(out > 0, 1.0, NAN))
+    assert masked.grad.isfinite().all() and not masked.grad[4].any() and not masked.grad[3, 1:].any()
+
+
+def test_experts_until_a_mass_in_hard_cases(kernel_backend, device):
+    """Ties, both zeros among them; no token; strided rows on several threads; broken logits; second derivatives."""
+    with gossamer.backend(kernel_backend):
+        routed = softmax_threshold(torch.tensor([[0.0, -0.0, 0.0, -0.0, 0.0]], device=device), 0.5)
+        assert routed.expert_ids.tolist() == [[0, 1, 2, 5, 5]]
+        assert softmax_top_p(torch.zeros(0, 6, device=device), 0.5).num_tokens == 0
+        whole = 2 * torch.randn(1000 if kernel_backend == "native" else 50, 3, 37, device=device)
+        ours, again = (softmax_top_p(x, 0.7) for x in (whole[:, 1], whole[:, 1].contiguous()))
+        assert torch.equal(ours.expert_ids, again.expert_ids) and torch.equal(ours.weights, again.weights)
+    with gossamer.backend("reference"):
+        assert torch.equal(ours.expert_ids, softmax_top_p(whole[:, 1], 0.7).expert_ids)
+
+    kernel = ops._kernels(kernel_backend).mass_routing
+    logits = torch.randn(7, 16, device=device)
+    args = ops.MassRouting(logits, 0.8, True, 16, 16)
+    clean = kernel(args)
+    logits[1], logits[2, 3], logits[3, :9], logits[4, 1] = NAN, NAN, NAN, INF
+    weights, ids = kernel(args)
+    assert 0 <= ids.min() and ids.max() <= 16 and weights.isfinite().all() and not weights[1].any()
+    rest = [0, 5, 6]
+    assert torch.equal(weights[rest], clean[0][rest]) and torch.equal(ids[rest], clean[1][rest])
+    if device == "cpu":
+        with gossamer.backend(kernel_backend), pytest.raises(ValueError, match="logits must hold neither NaN nor"):
+            softmax_top_p(logits, 0.8)
+
+    logits, found = torch.randn(4, 7, device=device), []
+    for backend in (kernel_backend, "reference"):
+        leaf = logits.clone().requires_grad_()
+        with gossamer.backend(backend):
+            out = softmax_top_p(leaf, 0.8).weights
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_mass_operators_are_well_formed(kernel_backend, device):
+    logits = torch.randn(3, 8, device=device).requires_grad_()
+    args = ops.MassRouting(logits, 0.8, True, 8, 5)
+    torch.library.opcheck(torch.ops.gossamer.mass_routing.default, flat(args, kernel_backend))
+    weights, ids = torch.ops.gossamer.mass_routing.default(*flat(args, kernel_backend))
+    saved = (weights.detach(), ids, args._replace(logits=logits.detach()))
+    backward = ops.MassRoutingBackward(torch.randn(3, 5, device=device), *saved)
+    torch.library.opcheck(torch.ops.gossamer.mass_routing_backward.default, flat(backward, kernel_backend))
+
+
+def test_a_layer_of_varying_experts_is_three_operators(kernel_backend, device):
+    moe = gossamer.nn.MoE(32, 16, 8, router="top_p", top_p=0.5).to(device)
+    with gossamer.backend(kernel_backend), torch.no_grad(), OperatorLog() as log:
+        moe(torch.randn(5, 32, device=device))
+    assert [call[0] for call in log.calls] == ["mass_routing", "dispatch", "expert_mlp"]

@@ -10,7 +10,7 @@ from gossamer import _C
 from gossamer.cpu_kernels._native import pointer, unit_rows
 
 if TYPE_CHECKING:
-    from gossamer.ops.topk_routing import TopkRouting, TopkRoutingBackward
+    from gossamer.ops.topk_routing import MassRouting, MassRoutingBackward, TopkRouting, TopkRoutingBackward
 
 
 def _router(logits: torch.Tensor, args: TopkRouting) -> tuple:
@@ -42,6 +42,44 @@ def topk_routing_backward(args: TopkRoutingBackward) -> torch.Tensor:
     dlogits = torch.empty(*logits.shape, dtype=torch.float32)
     _C.topk_routing_backward(
         _router(logits, args.forward),
+        args.ids.data_ptr(),
+        args.weights.data_ptr(),
+        dweights.data_ptr(),
+        dlogits.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dlogits
+
+
+def _shares(logits: torch.Tensor, slots: int) -> tuple:
+    """The router of weights that are shares of all experts."""
+    return logits.data_ptr(), logits.stride(0), *logits.shape, slots, False, False, 1.0
+
+
+def mass_routing(args: MassRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weights`` float32 and ``ids`` int64, ``(T, min(E, max_ranks))``."""
+    logits, slots = unit_rows(args.logits), min(args.num_experts, args.max_ranks)
+    ids = torch.empty(logits.shape[0], slots, dtype=torch.int64)
+    weights = torch.empty(logits.shape[0], slots, dtype=torch.float32)
+    _C.mass_routing(
+        _shares(logits, slots),
+        args.num_experts,
+        args.max_ranks,
+        args.mass,
+        args.exceed,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return weights, ids
+
+
+def mass_routing_backward(args: MassRoutingBackward) -> torch.Tensor:
+    """``dlogits`` of the shape of the logits."""
+    logits, dweights = unit_rows(args.forward.logits), args.dweights.contiguous()
+    dlogits = torch.empty(*logits.shape, dtype=torch.float32)
+    _C.topk_routing_backward(
+        _shares(logits, args.ids.shape[1]),
         args.ids.data_ptr(),
         args.weights.data_ptr(),
         dweights.data_ptr(),

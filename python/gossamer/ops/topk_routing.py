@@ -108,7 +108,7 @@ def _backward(args: TopkRoutingBackward, backend: str) -> torch.Tensor:
     return _kernels(backend).topk_routing_backward(args)
 
 
-def _backward_fake(args: TopkRoutingBackward) -> torch.Tensor:
+def _backward_fake(args: TopkRoutingBackward | MassRoutingBackward) -> torch.Tensor:
     return args.forward.logits.new_empty(args.forward.logits.shape)
 
 
@@ -164,6 +164,95 @@ def topk_routing_backward_reference(args: TopkRoutingBackward) -> torch.Tensor:
         clean = torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
         dlogits = dlogits - clean.softmax(1) * mean
     return torch.where(finite, dlogits, 0.0)
+
+
+class MassRouting(NamedTuple):
+    """Arguments of a choice until probabilities reach a sum, by the rules of gossamer.nn.softmax_top_p and its like.
+
+    Attributes:
+        logits: ``(T, E + null experts)`` float32.
+        mass: the sum.
+        exceed: whether it must be passed, or may be equalled.
+        num_experts: E; logits behind the first E are of null experts, whose slots are left out.
+        max_ranks: most choices of a token, null experts among them.
+    """
+
+    logits: torch.Tensor
+    mass: float
+    exceed: bool
+    num_experts: int
+    max_ranks: int
+
+
+class MassRoutingBackward(NamedTuple):
+    """Arguments of its gradient: :class:`MassRouting`, what that gave, and ``dweights (T, min(E, max_ranks))``."""
+
+    dweights: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+    forward: MassRouting
+
+
+def _mass_forward(args: MassRouting, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    check_logits(args.logits, None)
+    return _kernels(backend).mass_routing(args)
+
+
+def _mass_fake(args: MassRouting) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (args.logits.shape[0], min(args.num_experts, args.max_ranks))
+    return args.logits.new_empty(shape), args.logits.new_empty(shape, dtype=torch.int64)
+
+
+_mass_routing = define(
+    "mass_routing", MassRouting, kernel=_mass_forward, fake=_mass_fake, returns="(Tensor weights, Tensor expert_ids)"
+)
+
+
+def _mass_backward(args: MassRoutingBackward, backend: str) -> torch.Tensor:
+    return _kernels(backend).mass_routing_backward(args)
+
+
+_mass_routing_backward = define(
+    "mass_routing_backward", MassRoutingBackward, kernel=_mass_backward, fake=_backward_fake, returns="Tensor"
+)
+
+
+def _save_mass(ctx, args: MassRouting, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    return args, *output
+
+
+def _differentiate_mass(ctx, args: MassRouting, tensors, dweights: torch.Tensor | None, _):
+    if dweights is None or "logits" not in ctx.needs:
+        return {}
+    weights, ids = tensors
+    if torch.is_grad_enabled():
+        # Slots without an expert weigh nothing, so that any id that exists may stand for theirs.
+        ids = ids.clamp(max=args.logits.shape[1] - 1)
+        plain = TopkRouting(args.logits, None, ids.shape[1], False, False, 1, 1, 1.0)
+        return {"logits": topk_routing_backward_reference(TopkRoutingBackward(dweights, weights, ids, plain))}
+    return {"logits": _mass_routing_backward(MassRoutingBackward(dweights, weights, ids, args), ctx.backend)}
+
+
+_mass_routing.differentiate(_save_mass, _differentiate_mass)
+
+
+def fused_mass(
+    logits: torch.Tensor, mass: float, *, exceed: bool, num_experts: int, max_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``expert_ids`` int64 and ``weights`` float32, both ``(T, min(E, max_ranks))``, or None where no kernel serves it.
+
+    The arguments are those of :class:`MassRouting`. A token's experts come first, and E and weight 0 stand for none.
+    There are kernels for float32 logits: Triton's for up to 1024 experts, none of them null; native ones for any.
+    """
+    backend = _backend.resolve("topk_routing", logits)
+    if backend not in _FITS or logits.dtype != torch.float32:
+        return None
+    if backend == "triton" and not num_experts == logits.shape[1] <= MOST_EXPERTS:
+        return None
+    weights, ids = _mass_routing(MassRouting(logits, mass, exceed, num_experts, max_ranks), backend)
+    return ids, weights
 
 
 def _power_of_two(value: int) -> bool:

@@ -22,7 +22,7 @@ from gossamer._checks import (
     check_tensor,
 )
 from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
-from gossamer.ops.topk_routing import EPSILON, check_logits, fused_topk, live_experts, select_experts
+from gossamer.ops.topk_routing import EPSILON, check_logits, fused_mass, fused_topk, live_experts, select_experts
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
@@ -388,12 +388,18 @@ def softmax_until(
     softmax_top_p and softmax_threshold.
     """
     logits = _as_logits(logits)
-    ids = select_experts(logits, logits, logits.shape[1] if max_experts is None else max_experts)
+    ranks = logits.shape[1] if max_experts is None else max_experts
+    if exceed and mass >= 1:
+        # Rounded sums may pass 1, which exact ones do not.
+        mass = math.inf
+    fused = fused_mass(logits, mass, exceed=exceed, num_experts=num_experts, max_ranks=ranks)
+    if fused is not None:
+        return Routing(*fused, num_experts, logits[:, :num_experts])
+    ids = select_experts(logits, logits, ranks)
     weights = _masked_softmax(logits).gather(1, ids)
     with torch.no_grad():
         before = F.pad(weights.cumsum(dim=1)[:, :-1], (1, 0))
-        # Rounded sums may pass 1, which exact ones do not.
-        beyond = (before > mass if mass < 1 else before < 0) if exceed else before >= mass
+        beyond = before > mass if exceed else before >= mass
         absent = beyond | (weights <= 0) | (ids >= num_experts)
         ids = ids.masked_fill(absent, num_experts)
         if logits.shape[1] > num_experts:
