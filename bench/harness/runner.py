@@ -52,6 +52,7 @@ FAMILIES = (
     "expert_mlp_lora",
     "product_key_experts",
     "mixture_of_attention",
+    "top_p_moe",
 )
 BUDGET = {"quick": 9.0, "full": 30.0}
 # A case, including its checks, may exceed its budget by this factor while its ratios are uncertain. A quick run of the
