@@ -14,6 +14,7 @@ from gossamer.integrations import (
     serve_adapters,
     sparsify,
 )
+from gossamer.ops._registration import key_compiled_code
 from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
@@ -37,6 +38,7 @@ from gossamer.ops.self_referential import self_referential
 from gossamer.ops.sparse_update import sparse_update_, sparse_update_tables_
 
 __version__ = "0.1.0"
+key_compiled_code(__version__)
 
 __all__ = [
     "Activation",

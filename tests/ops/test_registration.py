@@ -176,3 +176,25 @@ def test_layers_on_a_gpu_that_is_not_the_current_one():
             expected = layer.cpu()(x.cpu())
             torch.testing.assert_close(y.cpu(), expected, rtol=1e-3, atol=1e-4)
         assert torch.cuda.current_device() == 0
+
+
+def test_caches_of_compiled_code_know_the_operators(tmp_path, monkeypatch):
+    """Compiled again the code comes from the cache, and with another version or schema it does not."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+
+    def cached(version):
+        _registration.key_compiled_code(version)
+        torch.compiler.reset()
+        counters.clear()
+        torch.compile(gossamer.activate)(torch.randn(4, 6))
+        return counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
+
+    assert cached("1") == (0, 1)
+    assert torch.compiler.config.cache_key_tag.startswith("mine;gossamer-")
+    assert cached("1") == (1, 0)
+    assert cached("2") == (0, 1)
+    monkeypatch.setattr(_registration, "_SCHEMAS", [*_registration._SCHEMAS, "one_more(Tensor x) -> Tensor"])
+    assert cached("2") == (0, 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.compiler.config
 from torch import Tensor, is_grad_enabled
 from torch._C import (
     _any_requires_grad,
@@ -20,6 +22,8 @@ _LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # Each operator's autograd function; its last argument is the set of dispatch keys.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_SCHEMAS: list[str] = []
+_TAG = "gossamer-"
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:
@@ -82,6 +86,18 @@ def on_its_device(kernel: Callable) -> Callable:
     return launch
 
 
+def key_compiled_code(version: str) -> None:
+    """Add the operators' schemas and the package's version to the keys of what ``torch.compile`` caches.
+
+    Its caches on disk keep calls of operators by name and arguments. After an upgrade a call may look the same and
+    return something else.
+    """
+    digest = hashlib.sha256("\n".join([version, *sorted(_SCHEMAS)]).encode()).hexdigest()[:16]
+    config = torch.compiler.config
+    others = [part for part in config.cache_key_tag.split(";") if part and not part.startswith(_TAG)]
+    config.cache_key_tag = ";".join([*others, f"{_TAG}{digest}"])
+
+
 def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Define the operator ``gossamer::NAME(...)`` with one kernel for CPU and CUDA and its fake kernel.
 
@@ -97,6 +113,7 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         The operator.
     """
     name = schema.split("(", 1)[0]
+    _SCHEMAS.append(schema)
     kernel = on_its_device(kernel)
     torch.library.define(f"gossamer::{name}", schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"gossamer::{name}", ("CPU", "CUDA"), kernel)
