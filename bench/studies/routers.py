@@ -174,7 +174,7 @@ STUDY = Study(
     cases=cases,
     settings={
         "quick": Settings(Sizes(2, 64, 2, 64, 8, 2, 64), batch=8, steps=80, looks=4, eval_windows=32),
-        "full": Settings(Sizes(2, 96, 2, 96, 16, 2, 128), batch=16, steps=250, eval_windows=128),
+        "full": Settings(Sizes(2, 96, 2, 96, 16, 2, 128), batch=16, steps=200, eval_windows=128),
     },
     seeds={"quick": 3, "full": 3},
     run=train,
