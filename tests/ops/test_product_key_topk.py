@@ -269,6 +269,7 @@ def test_errors():
         ),
         ((scores, scores, 0), ValueError, "top_k must be at least 1, got 0"),
         ((scores, scores, 2.0), TypeError, "top_k must be an int, got float"),
+        ((scores.to_sparse(), scores, 2), TypeError, "scores1 must have the layout torch.strided"),
         ((torch.tensor(0.0), torch.tensor(0.0), 1), ValueError, r"scores1 must have shape \(..., N\), got \(\)"),
     ]:
         with pytest.raises(error, match=message):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_float, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_float, check_same_device, check_shape, check_tensor, last_size
 from gossamer._numerics import accumulation_dtype
 from gossamer.ops import gather_reduce as lookup
 from gossamer.ops._bags import Bags, apply_bounds, check_bags
@@ -77,6 +77,7 @@ def _checked(table, index, x, offsets, backend: str, padding_idx, include_last_o
     lists, how = (index, offsets, None), ("sum", padding_idx, include_last_offset, bounds, bounds_count)
     bags = check_bags(table, *lists, backend, *how)
     check_shape("x", x, (bags.num_bags, table.shape[1]), "(B, D)")
+    last_size("x", x, "(B, D)")
     if not x.is_floating_point() or (x.dtype == torch.float64) != (table.dtype == torch.float64):
         raise TypeError(f"x must be floating, and float64 for a float64 table alone, got {x.dtype}")
     check_float("x", x, backend)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_positive, check_same_device, check_same_dtype, check_tensor
+from gossamer._checks import check_positive, check_same_device, check_same_dtype, last_size
 from gossamer.ops._records import define
 
 # Scores of a list that a program of Triton's kernel holds, and pairs a row that the native one keeps.
@@ -260,11 +260,9 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
         ValueError: shapes or devices differ, or K is below 1 or above N₁ or N₂; on the CPU, a score is NaN or +∞.
     """
     for name, scores in (("scores1", scores1), ("scores2", scores2)):
-        check_tensor(name, scores)
+        last_size(name, scores, "(..., N)")
         if not scores.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {scores.dtype}")
-        if scores.dim() < 1:
-            raise ValueError(f"{name} must have shape (..., N), got ()")
     check_same_dtype(scores1=scores1, scores2=scores2)
     check_same_device(scores1=scores1, scores2=scores2)
     if scores1.shape[:-1] != scores2.shape[:-1]:

@@ -293,8 +293,10 @@ def test_errors():
     for options, error, message in [
         ({"top_k": 6}, ValueError, "top_k must be at most num_experts, got top_k=6, num_experts=5"),
         ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+        ({"causal": 1}, TypeError, "causal must be a bool, got int"),
         ({"head_dim": 3}, ValueError, "head_dim must be even for rotary position embeddings, got 3"),
-        ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive or None, got 0.0"),
+        ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive and finite, or None, got 0.0"),
+        ({"rope_theta": "10"}, TypeError, "rope_theta must be a number or None, got str"),
         ({"router": "best"}, ValueError, "router must be one of"),
         ({"router": 3}, TypeError, "router must be a str or an nn.Module, got int"),
         ({"router": TopPRouter(H, 4, 0.5)}, ValueError, "router must have num_experts = 5, got 4"),
@@ -305,6 +307,7 @@ def test_errors():
     layer, x = make(), torch.zeros(B, S, H)
     for call, error, message in [
         (lambda: layer(x[0]), ValueError, r"x must have shape \(B, S, H\), got \(7, 20\)"),
+        (lambda: layer(x, attention_mask=[1]), TypeError, "attention_mask must be a torch.Tensor, got list"),
         (lambda: layer(x, attention_mask=torch.ones(B, S - 1)), ValueError, r"attention_mask must have shape \(B, L\)"),
         (
             lambda: layer(x, position_ids=torch.zeros(S)),

@@ -290,6 +290,7 @@ def test_errors():
         ({"top_k": 8}, ValueError, "top_k must be at most the square root of num_experts, 7, got 8"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"num_heads": 1.0}, TypeError, "num_heads must be an int, got float"),
+        ({"query_norm": 1}, TypeError, "query_norm must be a bool, got int"),
         ({"key_dim": 7}, ValueError, "key_dim must be even, for two halves, got 7"),
         ({"activation": "swiglu"}, ValueError, "activation must be ungated for single neurons, got 'swiglu'"),
         ({"optimizer": "adam"}, TypeError, "optimizer must be one of gossamer.optim, got str"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -10,7 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_positive, check_shape, check_tensor, check_traceable
+from gossamer._checks import (
+    check_flags,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    check_traceable,
+)
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.nn.moe.routers import router_class
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
@@ -117,7 +126,8 @@ class MixtureOfAttention(nn.Module):
         router: the router.
 
     Raises:
-        TypeError: a size is not an int, or ``router`` or ``attention`` is something else.
+        TypeError: a size is not an int, a flag not a bool, or ``router``, ``attention`` or ``rope_theta`` something
+            else.
         ValueError: a size is below 1, K > E, the router is unknown or of other sizes, ``rope_theta`` is not positive,
             or d is odd with it.
     """
@@ -144,11 +154,14 @@ class MixtureOfAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, head_dim=head_dim)
+        check_flags(bias=bias, causal=causal)
         if top_k is not None:
             check_selection(num_experts, top_k)
         if rope_theta is not None:
-            if not rope_theta > 0:
-                raise ValueError(f"rope_theta must be positive or None, got {rope_theta}")
+            if isinstance(rope_theta, bool) or not isinstance(rope_theta, numbers.Real):
+                raise TypeError(f"rope_theta must be a number or None, got {type(rope_theta).__name__}")
+            if not 0 < rope_theta < math.inf:
+                raise ValueError(f"rope_theta must be positive and finite, or None, got {rope_theta}")
             if head_dim % 2:
                 raise ValueError(f"head_dim must be even for rotary position embeddings, got {head_dim}")
         if not callable(attention):
@@ -256,6 +269,7 @@ class MixtureOfAttention(nn.Module):
             position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)
         else:
             check_tensor("position_ids", position_ids)
+            check_same_device(x=tensors[0], position_ids=position_ids)
             if position_ids.shape not in ((batch, length), (1, length)):
                 raise ValueError(
                     f"position_ids must have shape (B, S) or (1, S) with B = {batch}, S = {length}, got "
@@ -278,6 +292,9 @@ class MixtureOfAttention(nn.Module):
         """What the attention function is told of who sees whom."""
         batch, length, _ = x.shape
         ordered = self.causal and length > 1
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask)
+            check_same_device(x=x, attention_mask=attention_mask)
         if attention_mask is None:
             if not ordered:
                 return {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_positive, check_traceable
+from gossamer._checks import check_flags, check_positive, check_traceable
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import bytes_of
 from gossamer.nn.moe.experts.base import ExpertLayer
@@ -67,7 +67,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         num_heads: as given, like ``top_k``, ``key_dim`` and ``activation``; a token has ``num_heads · K`` experts.
 
     Raises:
-        TypeError: a size is not an int, or ``activation`` or ``optimizer`` is something else.
+        TypeError: a size is not an int, a flag not a bool, or ``activation`` or ``optimizer`` something else.
         ValueError: a size is below 1, N is not a square, K is above √N, ``key_dim`` is odd, or φ is gated.
     """
 
@@ -92,6 +92,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         check_positive(
             hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, top_k=top_k, key_dim=key_dim
         )
+        check_flags(query_norm=query_norm, shared_keys=shared_keys)
         side = math.isqrt(num_experts)
         if side * side != num_experts:
             raise ValueError(f"num_experts must be a square, got {num_experts}")
