@@ -18,6 +18,7 @@
 #include "bindings/hash_table.cpp"
 #include "bindings/hopper.cpp"
 #include "bindings/low_rank.cpp"
+#include "bindings/map_ids.cpp"
 #include "bindings/memory.cpp"
 #include "bindings/multi_low_rank.cpp"
 #include "bindings/product_key_topk.cpp"
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_hash_table(m);
   gossamer::bindings::register_hopper(m);
   gossamer::bindings::register_low_rank(m);
+  gossamer::bindings::register_map_ids(m);
   gossamer::bindings::register_quantized_weight(m);
   gossamer::bindings::register_expert_topology(m);
   gossamer::bindings::register_block_sparse(m);

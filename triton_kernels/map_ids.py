@@ -79,9 +79,9 @@ def _map_ids_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _numbers(lists: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+def _numbers(maps: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """The maps as ``(H, 5)`` int64 on the device, kept, because every copy to a GPU waits for it."""
-    return torch.tensor(lists, device="cpu").T.contiguous().to(device)
+    return torch.tensor(maps, device="cpu").to(device)
 
 
 def _kind(maps: IdMaps) -> int:
@@ -96,10 +96,9 @@ def map_ids(args: MapIds) -> torch.Tensor:
     out = torch.empty((*ids.shape, maps.count), dtype=maps.dtype, device=ids.device)
     if out.numel() == 0:
         return out
-    fields = (maps.moduli, maps.divisors, maps.bases, maps.multipliers, maps.addends)
     _map_ids_kernel[(triton.cdiv(ids.numel(), BLOCK), maps.count)](
         ids,
-        _numbers(tuple(map(tuple, fields)), ids.device),
+        _numbers(tuple(maps.numbers()), ids.device),
         out,
         ids.numel(),
         maps.count,

@@ -20,6 +20,7 @@ void register_hash_table_cuda(pybind11::module_& m);
 void register_hopper(pybind11::module_& m);
 void register_delta_rule(pybind11::module_& m);
 void register_low_rank(pybind11::module_& m);
+void register_map_ids(pybind11::module_& m);
 void register_quantized_weight(pybind11::module_& m);
 void register_expert_topology(pybind11::module_& m);
 void register_block_sparse(pybind11::module_& m);

@@ -25,6 +25,7 @@ struct GatherMaxArgs;
 struct GroupedDweightArgs;
 struct GroupedMatmulArgs;
 struct LowRankArgs;
+struct MapIdsArgs;
 struct MultiLowRankBackwardArgs;
 struct MultiLowRankForwardArgs;
 struct ProductKeySearchArgs;
@@ -76,6 +77,7 @@ struct TableKernels {
   void (*gather_dot)(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag);
   void (*sum_pieces)(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece);
   void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
+  int64_t (*map_ids)(const MapIdsArgs& args, int64_t begin, int64_t end);
   void (*product_key_topk)(const ProductKeyTopkArgs& args, int64_t begin, int64_t end);
   void (*product_key_topk_backward)(const ProductKeyTopkBackwardArgs& args, int64_t begin, int64_t end);
   void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);

@@ -175,6 +175,7 @@ _COMMON = {
     "gather_reduce_tables": _ANY,
     "grouped_matmul": Served(weights=(_DENSE, _QUANTIZED), trained=_DENSE | _QUANTIZED),
     "low_rank": _ANY,
+    "map_ids": _ANY,
     "multi_low_rank": _ANY,
     "product_key_topk": _ANY,
     "sparse_update": _ANY,
@@ -202,7 +203,7 @@ FAMILIES: dict[str, Family] = {
             devices=("cuda",),
             dtypes=_FLOATS,
             missing=triton_unavailable,
-            primitives=_COMMON | {"map_ids": _ANY},
+            primitives=_COMMON,
             interpreter="TRITON_INTERPRET",
         ),
         Family(

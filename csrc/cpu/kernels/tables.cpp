@@ -2,6 +2,7 @@
 #include "cpu/isa_begin.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/low_rank.h"
+#include "cpu/map_ids.h"
 #include "cpu/memory.h"
 #include "cpu/product_key_topk.h"
 #include "cpu/sparse_update.h"
@@ -9,6 +10,7 @@
 #include "cpu/isa_target.h"
 
 #include "cpu/gather_reduce_kernel.h"
+#include "cpu/map_ids_kernel.h"
 #include "cpu/product_key_topk_kernel.h"
 #include "cpu/sparse_update_kernel.h"
 
@@ -20,6 +22,7 @@ const TableKernels kTables = {
     .gather_dot = gather_dot,
     .sum_pieces = sum_pieces,
     .update_rows = update_rows,
+    .map_ids = map_ids,
     .product_key_topk = product_key_topk,
     .product_key_topk_backward = product_key_topk_backward,
     .product_key_search = product_key_search,

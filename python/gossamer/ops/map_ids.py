@@ -116,6 +116,10 @@ class IdMaps:
         )
         return cls.of(moduli, bases=bases, multipliers=multipliers, addends=addends, prime=MERSENNE_61, mixed=True)
 
+    def numbers(self) -> list[tuple[int, int, int, int, int]]:
+        """Modulus, divisor, base, multiplier and addend of each map."""
+        return list(zip(self.moduli, self.divisors, self.bases, self.multipliers, self.addends, strict=True))
+
     @property
     def count(self) -> int:
         """H."""
@@ -183,7 +187,7 @@ def map_ids_reference(args: MapIds) -> torch.Tensor:
     x = _mix(ids) if maps.mixed else ids
     x = _unsigned_mod(x, maps.prime) if maps.prime else x
     rows = []
-    for m, q, base, a, b in zip(maps.moduli, maps.divisors, maps.bases, maps.multipliers, maps.addends, strict=True):
+    for m, q, base, a, b in maps.numbers():
         if maps.prime == MERSENNE_61:
             value = _mersenne_affine(x, a, b)
         else:

@@ -1,0 +1,31 @@
+#include "cpu/map_ids.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace gossamer {
+namespace {
+
+// Rows that a thread computes before a second is worth waking.
+constexpr int64_t kRowsPerThread = int64_t{1} << 14;
+
+}  // namespace
+
+int64_t map_ids(const MapIdsArgs& args, int num_threads) {
+  std::atomic<int64_t> outside{args.count};
+  parallel_ranges(args.count, std::max<int64_t>(1, kRowsPerThread / args.num_maps), num_threads,
+                  [&](int64_t begin, int64_t end) {
+                    const int64_t found = kernels().tables.map_ids(args, begin, end);
+                    if (found < 0) return;
+                    // The first of all threads, so that the message does not depend on their order.
+                    int64_t first = outside.load();
+                    while (found < first && !outside.compare_exchange_weak(first, found)) {
+                    }
+                  });
+  return outside.load() < args.count ? outside.load() : -1;
+}
+
+}  // namespace gossamer

@@ -1,0 +1,29 @@
+// Ids to rows by integer arithmetic.
+#pragma once
+
+#include <cstdint>
+
+namespace gossamer {
+
+// h(x) = base + ((multiplier·x + addend) mod prime) div divisor mod modulus.
+struct IdMap {
+  int64_t modulus, divisor, base, multiplier, addend;
+};
+
+struct MapIdsArgs {
+  const void* ids;  // (count), int32 or int64, contiguous
+  bool wide_ids;
+  int64_t count;
+  const IdMap* maps;
+  int64_t num_maps;
+  int64_t prime;  // 0 for none, below 2³¹, or 2⁶¹−1
+  int64_t limit;  // 0 for none; ids outside [0, limit) are errors
+  bool mixed;     // whether ids are mixed first
+  void* rows;     // (count, num_maps), int32 or int64, contiguous
+  bool wide_rows;
+};
+
+// The place of an id outside the limit, or -1 when all ids are inside.
+int64_t map_ids(const MapIdsArgs& args, int num_threads);
+
+}  // namespace gossamer
