@@ -112,7 +112,10 @@ RECIPES: dict[str, Recipe] = {
     "broadcast_uncertain": Recipe(
         lambda sizes, steps: _around(sizes), note="uncertain tokens go to all experts in training, which is paid for"
     ),
-    "learned_permutation": Recipe(lambda sizes, steps: _around(sizes, phase_steps=max(steps // 10, 1))),
+    "learned_permutation": Recipe(
+        lambda sizes, steps: _around(sizes, phase_steps=max(steps // 10, 1)),
+        note="all experts take part in its search, the first tenth of the steps, and are paid for",
+    ),
 }
 # Coefficients of the terms that routers bring themselves.
 OWN_TERMS = {
