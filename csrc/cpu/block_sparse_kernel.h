@@ -131,6 +131,82 @@ void pack_operand(const BlockProductArgs& a, const Panel<P>& panel, int64_t begi
   pack({panel.data + mine.begin * panel.depth, panel.depth, mine.end - mine.begin}, mine.begin, 0, a.depth);
 }
 
+// Whether a product's columns are so few that the rows of its blocks fill the lanes, each block being read once, in its own order.
+// The sums are those of sparse_rows(), bit for bit.
+template <class P>
+bool has_few_columns(const BlockProductArgs& a) {
+  constexpr int64_t lanes = kLanes<P>;
+  return a.n <= lanes && a.col_stride == 1 && a.bm % lanes == 0 && a.bn % (lanes * kTerms<P>) == 0;
+}
+
+// Packs this thread's share of the operand of few columns: x[k · Columns + column].
+template <int Columns, class T, class P>
+void pack_few_columns(const BlockProductArgs& a, P* x, Team team) {
+  const T* base = static_cast<const T*>(a.b.base);
+  const auto mine = team.share(a.depth, kLanes<P> * kTerms<P>);
+  a.b.for_parts(mine.begin, mine.end, a.b.row_stride, [&](int64_t first, int64_t last, int64_t shift) {
+    for (int column = 0; column < Columns; ++column) {
+      const T* from = base + column * a.b.col_stride + shift;
+      for (int64_t k = first; k < last; k += kTerms<P>) {
+        P& to = x[k / kTerms<P> * Columns + column];
+        to = column < a.n ? packed_value<P>(from + k * a.b.row_stride, a.b.row_stride, last - k) : P{};
+      }
+    }
+  });
+}
+
+// c[row][column] = kLanes rows from i0 on of a list, times the operand of pack_few_columns().
+template <int Columns, class T, class P>
+__attribute__((noinline)) void few_columns_product(const BlockProductArgs& a, int64_t list, int64_t i0, const P* x, SumOf<P>* c,
+                                                   int64_t c_stride) {
+  using S = SumOf<P>;
+  constexpr int lanes = kLanes<P>, step = lanes * kTerms<P>;
+  const int64_t first = a.lists.offsets[list], last = a.lists.offsets[list + 1], size = a.bm * a.bn;
+  const int segment = segment_of<P>((last - first) * a.bn);
+  const T* values = static_cast<const T*>(a.values) + i0 * a.row_stride;
+  Vec<S> total[Columns] = {}, sum[Columns] = {};
+  int terms = 0;
+  bool fresh = true;
+  const auto flush = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int t = 0; t < Columns; ++t) {
+      total[t] = fresh ? sum[t] : total[t] + sum[t];
+      sum[t] = Vec<S>{};
+    }
+    fresh = false;
+    terms = 0;
+  };
+  for (int64_t j = first; j < last; ++j) {
+    const T* block = values + a.lists.place(j) * size;
+    // What is read next: the same rows of the next block, or the next rows of the first one.
+    const T* next =
+        j + 1 < last ? values + a.lists.place(j + 1) * size : values + a.lists.place(first) * size + lanes * a.row_stride;
+    const P* factors = x + a.lists.indices[j] * (a.bn / kTerms<P>)*Columns;
+    for (int64_t k = 0; k < a.bn; k += step) {
+      Vec<P> v[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        __builtin_prefetch(next + i * a.row_stride + k, 0, 2);
+        v[i] = load_terms<P>(block + i * a.row_stride + k, step);
+      }
+      transpose<P>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+#pragma GCC unroll 16
+        for (int t = 0; t < Columns; ++t) sum[t] = fma(splat(factors[i * Columns + t]), v[i], sum[t]);
+      }
+      factors += lanes * Columns;
+      terms += lanes;
+      if (terms == segment) flush();
+    }
+  }
+  if (terms > 0) flush();
+  Vec<S> out[kLanes<S>] = {};
+  for (int t = 0; t < Columns; ++t) out[t] = total[t];
+  transpose<S>(out);
+  for (int i = 0; i < lanes; ++i) store(c + i * c_stride, out[i]);
+}
+
 template <class T>
 void block_product_typed(const BlockProductArgs& a, void* shared, int num_threads, Team team) {
   using S = Accumulator<T>;
@@ -147,6 +223,33 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
   alignas(64) S c[kGroup * c_stride];
   const int64_t group = group_rows(a.bm), groups = a.rows() / group;
   T* y = static_cast<T*>(a.y);
+  // The rows row .. row + count of c, which have `columns` columns from `column` on, become those of the result.
+  const auto put = [&](int64_t row, int64_t count, int64_t column, int64_t columns) {
+    finish<T>(a.epilogue, c, c_stride, row, count, column, columns);
+    if (a.y_by_columns) {
+      T* to = y + a.y_offset(row, column);
+      for_transposed(c, c_stride, count, columns,
+                     [&](int64_t t, int64_t i, Vec<S> v, int valid) { store_valid(to + t * a.y_part + i, v, valid); });
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t t = 0; t < columns; t += kLanes<S>) {
+        const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - t));
+        store_valid(y + a.y_offset(row + i, column + t), load(c + i * c_stride + t), valid);
+      }
+    }
+  };
+  if (has_few_columns<P>(a)) {
+    buffers.queue.restart(team);
+    with_few_tokens<kLanes<P>>(a.n, [&](auto columns) { pack_few_columns<columns, T>(a, buffers.panel, team); });
+    team.barrier();
+    buffers.queue.each(team, a.rows(), kLanes<P>, [&](int64_t row, int64_t) {
+      with_few_tokens<kLanes<P>>(
+          a.n, [&](auto columns) { few_columns_product<columns, T>(a, row / a.bm, row % a.bm, buffers.panel, c, c_stride); });
+      put(row, kLanes<P>, 0, a.n);
+    });
+    return;
+  }
   for (int64_t begin = 0; begin < a.n; begin += buffers.chunk) {
     const Panel<P> panel{buffers.panel, a.depth / terms, std::min(buffers.chunk, a.n - begin)};
     team.barrier();
@@ -181,19 +284,7 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
           from = to;
         } while (from < last);
       });
-      finish<T>(a.epilogue, c, c_stride, row, group, begin + column, columns);
-      if (a.y_by_columns) {
-        T* to = y + a.y_offset(row, begin + column);
-        for_transposed(c, c_stride, group, columns,
-                       [&](int64_t t, int64_t i, Vec<S> v, int valid) { store_valid(to + t * a.y_part + i, v, valid); });
-        return;
-      }
-      for (int64_t i = 0; i < group; ++i) {
-        for (int64_t t = 0; t < columns; t += kLanes<S>) {
-          const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - t));
-          store_valid(y + a.y_offset(row + i, begin + column + t), load(c + i * c_stride + t), valid);
-        }
-      }
+      put(row, group, begin + column, columns);
     });
   }
 }

@@ -198,6 +198,20 @@ def test_rows_do_not_depend_on_their_neighbours(kernel_backend, device):
         torch.testing.assert_close(part, whole[37:38])
 
 
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_few_rows_have_the_bits_of_many(isa, dtype, block):
+    """Few rows read each block once and in its own order: the bits that they have among many."""
+    t = topology_of("cpu", block, grid=(5, 7))
+    function, _ = functions("dds", t, backend="native")
+    inputs = make_inputs("dds", t, n=40, dtype=dtype)
+    whole = run(function, inputs)["out"]
+    for rows in (1, 2, 3, 7, 8, 16, 17):
+        for first in (0, 11):
+            part = run(function, inputs | {"a": inputs["a"][first : first + rows]})["out"]
+            assert torch.equal(part, whole[first : first + rows])
+
+
 def test_long_sums(device):
     """More terms than are packed at a time, in 16 bits too, where partial sums lie apart; the native kernels' own."""
     if device != "cpu":
