@@ -25,29 +25,4 @@ inline ExpertUpdate update(const PyUpdate& u) {
   return {expert_weights(a), expert_weights(b), rank, scale, pointer<void>(s)};
 }
 
-// (format, data, scale, scale dtype, (N, C), (row shift, column shift), (scale rows, scale columns))
-using PySizes = std::pair<int64_t, int64_t>;
-using PyQuantized = std::tuple<std::string_view, uintptr_t, uintptr_t, int, PySizes, PySizes, PySizes>;
-
-// Formats that differ in their scales alone share an enumerator.
-inline WeightFormat weight_format(std::string_view name) {
-  if (name == "fp8_block") return WeightFormat::kFp8;
-  static constexpr std::array<std::string_view, 4> kNames{"fp8", "int8", "int4", "mxfp4"};
-  return static_cast<WeightFormat>(place_of(name, kNames, "weight format"));
-}
-
-inline QuantizedWeights quantized_weights(const PyQuantized& w) {
-  const auto& [format, data, scale, scale_dtype, sizes, shifts, scales] = w;
-  return {.format = weight_format(format),
-          .data = pointer<const uint8_t>(data),
-          .scale = pointer<const void>(scale),
-          .scale_dtype = scale_dtype,
-          .rows = sizes.first,
-          .columns = sizes.second,
-          .row_shift = static_cast<int>(shifts.first),
-          .column_shift = static_cast<int>(shifts.second),
-          .scale_rows = scales.first,
-          .scale_columns = scales.second};
-}
-
 }  // namespace gossamer::bindings

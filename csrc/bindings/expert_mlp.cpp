@@ -4,6 +4,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/expert_arguments.h"
+#include "bindings/quantized_arguments.h"
 #include "bindings/register.h"
 
 namespace gossamer::bindings {

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "bindings/arguments.h"
+#include "bindings/quantized_arguments.h"
 #include "bindings/register.h"
 
 namespace gossamer::bindings {
@@ -40,8 +41,9 @@ void register_low_rank(py::module_& m) {
   m.def(
       "low_rank_matmul",
       [](int64_t rows, int64_t columns, int64_t depth, int64_t rank, const PyMatrix& x, const PyMatrix& weight,
-         const PyVector& bias, const PyMatrix& a, const PyMatrix& left, const PyMatrix& right, const PyMatrix& y, double factor,
-         double left_factor, const PyDropout& mask, int num_threads) {
+         const std::optional<PyQuantized>& quantized, const PyVector& bias, const PyMatrix& a, const PyMatrix& left,
+         const PyMatrix& right, const PyMatrix& y, double factor, double left_factor, const PyDropout& mask, int num_threads) {
+        const QuantizedWeights codes = quantized ? quantized_weights(*quantized) : QuantizedWeights{};
         const LowRankArgs args{.dtype = matrix(y).dtype,
                                .rows = rows,
                                .columns = columns,
@@ -56,14 +58,15 @@ void register_low_rank(py::module_& m) {
                                .y = matrix(y),
                                .factor = factor,
                                .left_factor = left_factor,
-                               .dropout = dropout(mask)};
+                               .dropout = dropout(mask),
+                               .quantized = quantized ? &codes : nullptr};
         py::gil_scoped_release release;
         low_rank_matmul(args, num_threads);
       },
-      py::kw_only(), "rows"_a, "columns"_a, "depth"_a, "rank"_a, "x"_a, "weight"_a, "bias"_a, "a"_a, "left"_a, "right"_a, "y"_a,
-      "factor"_a, "left_factor"_a, "mask"_a, "num_threads"_a,
+      py::kw_only(), "rows"_a, "columns"_a, "depth"_a, "rank"_a, "x"_a, "weight"_a, "quantized"_a, "bias"_a, "a"_a, "left"_a,
+      "right"_a, "y"_a, "factor"_a, "left_factor"_a, "mask"_a, "num_threads"_a,
       "y (rows, columns) = x · weightᵀ + bias + factor · drop(left · right); without x the last term is added to y. With a, "
-      "left becomes left_factor · x · aᵀ.");
+      "left becomes left_factor · x · aᵀ. A quantised weight takes the place of weight.");
 }
 
 }  // namespace gossamer::bindings

@@ -1,7 +1,7 @@
 #include "cpu/quantized_experts.h"
 
 #include "bindings/arguments.h"
-#include "bindings/expert_arguments.h"
+#include "bindings/quantized_arguments.h"
 #include "bindings/register.h"
 
 namespace gossamer::bindings {

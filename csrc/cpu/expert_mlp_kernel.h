@@ -105,11 +105,11 @@ struct TokenSums {
 };
 
 // The pre-activation of activation columns first .. first+count: gate rows in c, up rows at *up; returns their row step.
-// `low` holds x·aᵀ of an update, scaled, and low_w is its b.
-template <class W, class T, class P, class S>
-int64_t preactivation(const ExpertMlpArgs& a, const W& w, int64_t expert, const Panel<P>& x, const Weight<T>& low_w,
+// `x` is the weight's operand of as many tokens as `low` has, which holds x·aᵀ of an update, scaled; low_w is its b.
+template <class W, class X, class T, class P, class S>
+int64_t preactivation(const ExpertMlpArgs& a, const W& w, int64_t expert, const X& x, const Weight<T>& low_w,
                       const Panel<P>& low, int64_t first, int64_t count, S* c, S** up, int64_t c_stride, P* pack) {
-  const int64_t tokens = x.width;
+  const int64_t tokens = low.width;
   const auto part = [&](int64_t n, int64_t rows, S* to) {
     group_product(w, n, rows, x, to, c_stride, pack);
     if (a.gate_up_update) group_product(low_w, n, rows, low, to, c_stride, pack, true);
@@ -162,6 +162,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   P* pack = own->buffers.pack;
   S* c = own->buffers.c;
   const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
+  FewTokens<P> few = few_tokens_memory<P>(gate_up_of(0), std::max(a.hidden, a.inner));
   const auto packed = team.share(a.hidden, kPanelWidth<P>);
   const TokenSums<T> sums(buffers.sum, a.y, a.tokens, a.output);
   StageClock clock(a.updated() ? TimedKernel::kExpertMlpLora : TimedKernel::kExpertMlp, team.size);
@@ -195,6 +196,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     low_rows(a.gate_up_update, chunk, a.hidden, x, up_low, buffers.up_low);
     const auto gate_up = gate_up_of(chunk.expert);
+    const auto x_operand = few.operand(gate_up, x);
     const int64_t wide = a.inner * a.activation.halves();
     const Weight<T> low_gate_up = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
     buffers.inner.each(
@@ -203,7 +205,8 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
           const int64_t count = end - i;
           S* up;
           const int64_t step =
-              preactivation(a, gate_up, chunk.expert, x, low_gate_up, up_low.c, i, count, c, &up, c_stride, pack) * c_stride;
+              preactivation(a, gate_up, chunk.expert, x_operand, low_gate_up, up_low.c, i, count, c, &up, c_stride, pack) *
+              c_stride;
           clock.lap(Stage::kGateUp);
           if (a.preact) {
             save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
@@ -230,6 +233,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
     const auto w = down_of(chunk.expert);
+    const auto act_operand = few.operand(w, act);
     const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
     buffers.output.each(
         team, a.output, kGroup,
@@ -239,7 +243,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
           for (int64_t i = 0; i < m; ++i) {
             prefetch_lines<1, Fetch::kWriteLater>(sums.at(own->rows.token[i], h), count * sizeof(S));
           }
-          group_product(w, h, count, act, c, c_stride, pack);
+          group_product(w, h, count, act_operand, c, c_stride, pack);
           if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
           add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
           clock.lap(Stage::kDown);

@@ -8,6 +8,7 @@
 #include "cpu/grouped_matmul.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/quantized_weight.h"
 
 namespace gossamer {
 
@@ -37,7 +38,7 @@ struct LowRankArgs {
   DType dtype;
   int64_t rows, columns, depth, rank;
   FloatMatrix x;       // (rows, depth) with column stride 1, or absent
-  FloatMatrix weight;  // (columns, depth)
+  FloatMatrix weight;  // (columns, depth), or absent for a quantised one
   FloatMatrix bias;    // (1, columns), or absent
   FloatMatrix a;       // (rank, depth), one of its strides 1, or absent; not without x
   FloatMatrix left;    // (rows, rank) with column stride 1, or absent with rank 0
@@ -45,6 +46,7 @@ struct LowRankArgs {
   FloatMatrix y;       // (rows, columns) with column stride 1
   double factor, left_factor;
   Dropout dropout;
+  const QuantizedWeights* quantized = nullptr;  // (1, columns, depth), or null
 
   // What makes `left` of a.
   RankProductArgs left_product() const {

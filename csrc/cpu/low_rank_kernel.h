@@ -353,12 +353,12 @@ void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
 }
 
 // Rows first .. end of the result, worked on by a team.
-template <class T>
-void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers, ThreadBuffers<Operand<T>>& own, bool* kept,
-                      const T** rows, int64_t first, int64_t end, Team team) {
+template <class T, class W>
+void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Operand<T>>& buffers,
+                      ThreadBuffers<Operand<T>>& own, FewTokens<Operand<T>>& few, bool* kept, const T** rows, int64_t first,
+                      int64_t end, Team team) {
   using S = Accumulator<T>;
   using P = Operand<T>;
-  const Weight<T> weight{static_cast<const T*>(a.weight.base), a.weight.row_stride, a.weight.col_stride, a.columns, a.depth};
   const Weight<T> a_weight{static_cast<const T*>(a.a.base), a.a.row_stride, a.a.col_stride, a.rank, a.depth};
   const Weight<T> right{static_cast<const T*>(a.right.base), a.right.col_stride, a.right.row_stride, a.columns, a.rank};
   const int64_t m = end - first, c_stride = own.c_stride(buffers.chunk);
@@ -385,6 +385,7 @@ void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
   }
   if (a.left) pack(a.left, left, a.rank);
   team.barrier();
+  const auto x = few.operand(weight, panel);
   buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
     const int64_t count = last - n;
     // The rows of the result come into the cache while it is computed.
@@ -393,7 +394,7 @@ void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
     }
     S *base = own.c, *update = a.left ? own.c + kGroup * c_stride : base;
     if (a.left) group_product(right, n, count, left, update, c_stride, own.pack);
-    group_product(weight, n, count, panel, base, c_stride, own.pack);
+    group_product(weight, n, count, x, base, c_stride, own.pack);
     add_bias(a.bias, 0, n, count, base, c_stride, m);
     if (a.dropout.on) {
       for (int64_t i = 0; i < m; ++i) keep_columns(a.dropout, first + i, n, count, kept + i * kGroup);
@@ -411,18 +412,20 @@ void low_rank_rows_of(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
   });
 }
 
-template <class T>
-void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Team team) {
+template <class T, class W>
+void low_rank_matmul_of(const LowRankArgs& a, const W& weight, void* shared, int num_threads, Team team) {
   using P = Operand<T>;
   Arena arena(shared);
   LowRankBuffers<P> buffers(arena, a, num_threads);
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   const auto kept = std::make_unique<bool[]>(a.dropout.on ? std::max<int64_t>(buffers.chunk * kGroup, kPanelWidth<P>) + 64 : 0);
+  FewTokens<P> few = few_tokens_memory<P>(weight, a.depth);
   if (buffers.form == LowRankForm::kUpdate) return low_rank_update<T>(a, buffers, *own, kept.get(), team);
   if (buffers.form == LowRankForm::kShared) {
     for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
-      low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, std::min(a.rows, first + buffers.chunk), team);
+      const int64_t end = std::min(a.rows, first + buffers.chunk);
+      low_rank_rows_of<T>(a, weight, buffers, *own, few, kept.get(), rows.get(), first, end, team);
     }
     return;
   }
@@ -435,7 +438,7 @@ void low_rank_matmul_of(const LowRankArgs& a, void* shared, int num_threads, Tea
       team, by_rows ? a.rows : a.columns, buffers.chunk,
       [&](int64_t first, int64_t end) {
         if (by_rows) {
-          low_rank_rows_of<T>(a, buffers, *own, kept.get(), rows.get(), first, end, Team{0, 1});
+          low_rank_rows_of<T>(a, weight, buffers, *own, few, kept.get(), rows.get(), first, end, Team{0, 1});
         } else {
           low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
         }
@@ -448,8 +451,14 @@ void rank_product(const RankProductArgs& args, void* shared, int num_threads, Te
 }
 
 void low_rank_matmul(const LowRankArgs& args, void* shared, int num_threads, Team team) {
-  visit_values(args.dtype,
-               [&](auto tag) { low_rank_matmul_of<typename decltype(tag)::type>(args, shared, num_threads, team); });
+  visit_values(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.quantized)
+      return low_rank_matmul_of<T>(args, QuantizedMatrix{args.quantized, 0, false}, shared, num_threads, team);
+    const FloatMatrix& w = args.weight;
+    const Weight<T> weight{static_cast<const T*>(w.base), w.row_stride, w.col_stride, args.columns, args.depth};
+    low_rank_matmul_of<T>(args, weight, shared, num_threads, team);
+  });
 }
 
 }  // namespace

@@ -7,6 +7,32 @@
 
 namespace gossamer {
 
+// Layouts as in python/gossamer/ops/quantized_expert_weight.py; of kNf4, python/gossamer/ops/quantized_weight.py.
+enum class WeightFormat : int { kFp8 = 0, kInt8 = 1, kInt4 = 2, kMxfp4 = 3, kNf4 = 4 };
+
+// How scales are stored: as one of the floating dtypes, as the exponent bytes of e8m0, or as indices of a nested scale's code.
+constexpr int kE8M0 = -1, kNestedScale = -2;
+
+// A contiguous stack (E, N, C). The scale of (n, c) is at [n >> row_shift][c >> column_shift] of an expert's
+// (scale_rows, scale_columns); one in float32 is times `factor`.
+struct QuantizedWeights {
+  WeightFormat format;
+  const uint8_t* data;
+  const void* scale;
+  int scale_dtype;
+  int64_t rows, columns;
+  int row_shift, column_shift;
+  int64_t scale_rows, scale_columns;
+  float factor = 1.0f;
+  const float* code = nullptr;  // what NF4's codes stand for
+  // Of scale s at place i: nested_code[s] · nested_scale[i >> nested_shift] + offset.
+  const float *nested_code = nullptr, *nested_scale = nullptr;
+  float offset = 0;
+  int nested_shift = 0;
+
+  int64_t row_bytes() const { return format == WeightFormat::kFp8 || format == WeightFormat::kInt8 ? columns : columns / 2; }
+};
+
 // w[i] = code[q[i]] · scale[i / block_size] for `count` values, four bits each and the even ones high. The scale of block k is
 // scales[k], or with double quantisation nested_code[nested_index[k]] · scales[k / nested_block_size] + offset.
 struct NF4Args {

@@ -273,8 +273,8 @@ def on_device(weight, device):
     return type(weight)(**{**vars(weight), **tensors})
 
 
-# Rows of half a block, rows that end inside one, and more rows than are decoded within the product.
-@pytest.mark.parametrize(("m", "n", "c"), [(20, 40, 96), (20, 33, 45), (260, 16, 64)])
+# Few rows over whole blocks; rows of half a block, rows that end inside one, and more than are decoded in the product.
+@pytest.mark.parametrize(("m", "n", "c"), [(3, 47, 192), (20, 40, 96), (20, 33, 45), (260, 16, 64)])
 @pytest.mark.parametrize("kind", ["nf4", "nf4_single", "int8", "fp8_rows", "fp8"])
 def test_quantized(kernel_backend, dtype, device, kind, m, n, c):
     """Over each kind of frozen weight: the product and the gradients of all else."""
@@ -284,12 +284,29 @@ def test_quantized(kernel_backend, dtype, device, kind, m, n, c):
     function, _ = functions(kernel_backend, weight)
 
     def reference(x, a, b, bias):
-        dense = weight.dequantize().to(x.dtype)
-        if x.dtype == torch.float64:
-            dense = weight.dequantize(dtype).double()  # the truth has the weight that the product sees
-        return low_rank_linear_reference(x, dense, a, b, scale=0.7, bias=bias)
+        return low_rank_linear_reference(x, weight.dequantize().to(x.dtype), a, b, scale=0.7, bias=bias)
 
     check(function, reference, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4_single", "int8", "fp8_rows", "fp8"])
+def test_quantized_rows_do_not_depend_on_their_neighbours(isa, dtype, kind):
+    """A row over codes has the same bits alone, among few rows and among many, with any number of threads."""
+    if isa == "generic":
+        pytest.skip("torch multiplies there, over a dense weight")
+    weight, inputs = quantized_weights(70, 320)[kind], make_inputs("cpu", dtype, m=40, n=70, c=320)
+    del inputs["weight"]
+    function, _ = functions("native", weight)
+    with torch.no_grad():
+        whole = function(**inputs)
+        for rows in (1, 2, 3, 8, 16, 17):
+            assert torch.equal(function(**inputs | {"x": inputs["x"][:rows]}), whole[:rows])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        assert torch.equal(function(**inputs), whole)
+        assert torch.equal(function(**inputs | {"x": inputs["x"][:2]}), whole[:2])
+        torch.set_num_threads(threads)
 
 
 def test_quantized_in_float64(device):

@@ -315,7 +315,7 @@ def test_few_tokens_have_the_bits_of_many(isa, weight_format, c):
     for value in (weight, weight.dequantize()):
         with gossamer.backend("native"):
             all_tokens = gossamer.grouped_matmul(x, value, make_dispatch(many, 1, 1, "cpu"))
-            for few in (1, 2, 3, 4, 8):
+            for few in (1, 2, 3, 4, 8, 16):
                 y = gossamer.grouped_matmul(x[:few], value, make_dispatch(few, 1, 1, "cpu"))
                 assert torch.equal(y, all_tokens[:few])
         of_all.append(all_tokens)
@@ -323,14 +323,44 @@ def test_few_tokens_have_the_bits_of_many(isa, weight_format, c):
     with gossamer.backend("native"):
         low = x.bfloat16()
         all_tokens = gossamer.grouped_matmul(low, weight, make_dispatch(many, 1, 1, "cpu"))
-        for few in (1, 8, 17):
+        for few in (1, 2, 3, 8, 16, 17):
             y = gossamer.grouped_matmul(low[:few], weight, make_dispatch(few, 1, 1, "cpu"))
             assert torch.equal(y, all_tokens[:few])
     if weight_format.startswith("fp8"):
         weight.data.view(torch.uint8)[0, 3, 5] = 255
         with gossamer.backend("native"):
             y = gossamer.grouped_matmul(x[:2], weight, make_dispatch(2, 1, 1, "cpu"))
-        assert y.isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
+            bits = gossamer.grouped_matmul(low[:2], weight, make_dispatch(2, 1, 1, "cpu"))
+        for found in (y, bits):
+            assert found.isnan().any(0).any(0).nonzero().flatten().tolist() == [3]
+
+
+# Whole groups of rows and words of codes, and rows and words that end within one.
+@pytest.mark.parametrize(("n", "c"), [(64, 256), (37, 160)])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_codes_are_exact_in_bfloat16(isa, weight_format, n, c):
+    """Unit rows in bfloat16, few and many, give each weight as dequantised and rounded once: all codes but NaN."""
+    weight = random_codes(weight_format, n, c)
+    expected = weight.dequantize().bfloat16()[0].T
+    for rows in (1, 4, 16, c):
+        units = torch.eye(c, dtype=torch.bfloat16).split(rows)
+        with gossamer.backend("native"):
+            found = [gossamer.grouped_matmul(x, weight, make_dispatch(len(x), 1, 1, "cpu"))[:, 0] for x in units]
+        assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_threads_share_few_tokens(dtype):
+    """A decoding step's layer has the same bits with one thread and with three."""
+    gate_up, down = stack("int4", "cpu", n=256, c=128), stack("fp8", "cpu", n=128, c=128)
+    d, x, w = make_dispatch(3, E, K, "cpu"), torch.randn(3, 128).to(dtype), torch.rand(3, K)
+    function, _ = mlp("native", gate_up, down, d)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(function(x, w))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 def test_errors_of_quantising_and_products():

@@ -60,12 +60,16 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-# A shift past every column: one scale a row.
-_WHOLE_ROW = 62
+# Past every column: one scale a row. Past every row: one for all.
+_WHOLE_ROW = _ALL_ROWS = 62
+# Indices of a nested scale's code, where a dtype of scales is asked for.
+NESTED_SCALE = -2
+_NO_BLOCKS = (0, 0, 0, 0, 0)
+_LEAST_BLOCK = 32
 
 
 def quantized_stack(weight: Weight) -> tuple:
-    """``(format, data, scale, scale dtype, (N, C), (row shift, column shift), size of the scales)`` of a stack."""
+    """Of a quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, scales' size, blocks."""
     form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
     code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
     if scale.dim() == 2:
@@ -73,7 +77,30 @@ def quantized_stack(weight: Weight) -> tuple:
     else:
         shift = weight.group_size.bit_length() - 1
         shifts, scales = (shift if form == "fp8_block" else 0, shift), (scale.shape[1], scale.shape[2])
-    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales
+    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales, _NO_BLOCKS
+
+
+def quantized_matrix(weight: Weight) -> tuple | None:
+    """The same of a quantised matrix, as a stack of one; None for a layout that products do not read in place."""
+    scale, (n, c) = weight.scale, weight.shape
+    if not (weight.data.is_contiguous() and scale.is_contiguous()):
+        return None
+    data, address = weight.data.data_ptr(), scale.data_ptr()
+    if weight.format != "nf4":
+        one = scale.shape[0] != n
+        shifts = _ALL_ROWS if one else 0, _WHOLE_ROW
+        return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, (1 if one else n, 1), _NO_BLOCKS
+    code, nested_absmax, nested_code, offset, size, nested_size, _, _ = weight.blocks
+    parts = [t for t in (code, nested_absmax, nested_code) if t is not None]
+    # A row is made of whole blocks, of which a product's smallest step reads one at most.
+    fits = size >= _LEAST_BLOCK and size & (size - 1) == 0 and c % size == 0 and nested_size & (nested_size - 1) == 0
+    if not fits or not all(t.is_contiguous() for t in parts):
+        return None
+    shifts, scales = (0, size.bit_length() - 1), (n, c // size)
+    if nested_absmax is None:
+        return "nf4", data, address, DTYPES[torch.float32], (n, c), shifts, scales, (code.data_ptr(), 0, 0, 0, 0)
+    nested = nested_code.data_ptr(), nested_absmax.data_ptr(), offset.data_ptr(), nested_size.bit_length() - 1
+    return "nf4", data, address, NESTED_SCALE, (n, c), shifts, scales, (code.data_ptr(), *nested)
 
 
 def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:

@@ -21,7 +21,7 @@ def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
         product, stored, (_, n, c) = _C.grouped_matmul, weights3(data), data.shape
     else:
         product, stored = _C.quantized_grouped_matmul, quantized_stack(weight)
-        *_, sizes, _, _ = stored
+        sizes = stored[4]
         n, c = sizes[::-1] if args.transposed else sizes
     y = torch.empty(slots.shape[0], n, dtype=x.dtype)
     # By position: each argument by its name takes pybind11 a tenth of a microsecond more.

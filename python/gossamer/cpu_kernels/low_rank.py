@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import empty_gradient, groups, matrix, unit_rows, vector
+from gossamer.cpu_kernels._native import (
+    empty_gradient,
+    groups,
+    matrix,
+    quantized_matrix,
+    quantized_stack,
+    unit_rows,
+    vector,
+)
 from gossamer.cpu_kernels.quantized_weight import dequantize
 
 if TYPE_CHECKING:
@@ -47,7 +55,18 @@ def _mask(seed: torch.Tensor | None, dropout: float) -> tuple[Mask, float]:
 
 
 def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    if weight.data.dim() == 3:
+        return weight.dequantize(dtype)[0]
     return weight.data if weight.format == "dense" else dequantize(weight, dtype)
+
+
+def _in_place(weight: Weight, dtype: torch.dtype, rows: int) -> tuple | None:
+    """How our product reads the codes of a quantised weight; None where a dense weight is made of them first."""
+    if not weight.quantized or 0 in weight.shape:
+        return None
+    if weight.data.dim() == 3:
+        return quantized_stack(weight)
+    return None if _by_torch(dtype, rows, "rows") else quantized_matrix(weight)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +108,7 @@ def _rank_product(
 
 def _matmul(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight | torch.Tensor,
     bias: torch.Tensor | None,
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
@@ -102,8 +121,15 @@ def _matmul(
 
     With ``a (r, D)``, ``left (M, r)`` is a result, ``left_factor · x · aᵀ``.
     """
-    # Also torch for an empty sum: an empty x has no address.
-    by_torch = x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
+    quantized = None
+    if not isinstance(weight, torch.Tensor):
+        quantized = _in_place(weight, x.dtype, x.shape[0])
+        if quantized is None:
+            weight = _dense(weight, x.dtype)
+    # An empty sum is torch's as well: an empty x has no address.
+    by_torch = quantized is None and (
+        x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
+    )
     if by_torch:
         if a is not None:
             _rank_product(x, a.T, left, left_factor)
@@ -112,15 +138,16 @@ def _matmul(
         if left is None:
             return y
     else:
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    columns, depth = weight.shape
+        y = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype)
+    columns, depth = weight.shape[-2:]
     _C.low_rank_matmul(
         rows=x.shape[0],
         columns=columns,
         depth=depth,
         rank=0 if left is None else left.shape[1],
         x=matrix(None if by_torch else x),
-        weight=matrix(weight),
+        weight=matrix(None if quantized else weight),
+        quantized=quantized,
         bias=vector(bias),
         a=matrix(a),
         left=matrix(left),
@@ -169,11 +196,10 @@ def low_rank_linear(args: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     a, b, scale = _factor(weight.a, x.dtype), _factor(weight.b, x.dtype), weight.factor
     mask, keep = _mask(seed, dropout)
     s = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype)
-    dense = _dense(weight, x.dtype)
     if mask is not None:
         _rank_product(x, a.T, s, keep, mask)
-        return _matmul(x, dense, bias, s, b.T, scale), s
-    return _matmul(x, dense, bias, s, b.T, scale, a=a), s
+        return _matmul(x, weight, bias, s, b.T, scale), s
+    return _matmul(x, weight, bias, s, b.T, scale, a=a), s
 
 
 def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
