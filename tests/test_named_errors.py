@@ -39,7 +39,37 @@ def trained_offset():
     return low_rank(weight)
 
 
+def adapters(out):
+    factors = torch.randn(1, 1, 4), torch.randn(1, 3, 1)
+    return gossamer.multi_low_rank(torch.randn(2, 4), *factors, torch.zeros(2, dtype=torch.int64), scale=1.0, out=out)
+
+
+def stepped(optimizer, **state):
+    table = torch.ones(4, 3)
+    state = optimizer.state(4, 3) | state
+    gossamer.sparse_update_(table, torch.tensor([[1]]), torch.ones(1, 3), optimizer=optimizer, state=state)
+
+
+def delta_step(state):
+    q, v = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    return gossamer.delta_rule_step(q, q, v, torch.rand(1, 2), state)
+
+
 CASES = {
+    "overlapping_out": (lambda: adapters(torch.zeros(1, 3).expand(2, 3)), ValueError, "out must have each element"),
+    "overlapping_bias": (
+        lambda: nn.update_expert_bias(torch.zeros(1).expand(2), expert_ids(2, 1)[:, 0], 0.1),
+        ValueError,
+        "bias must have each element",
+    ),
+    "sparse_state": (
+        lambda: stepped(optim.Adagrad(lr=0.1), sum=torch.zeros(4, 3).to_sparse()),
+        TypeError,
+        r"state\['sum'\] must have the layout",
+    ),
+    "integer_hidden": (lambda: nn.MoE(4, 4, 2, 1)(expert_ids(2, 4)), TypeError, "x must be floating point"),
+    "step_state": (lambda: delta_step(torch.zeros(1, 2, 4, 4).long()), TypeError, "state must be torch.float32"),
+    "table_flags": (lambda: nn.EmbeddingBag(3, 2, sparse=PAIR), TypeError, "sparse must be a bool"),
     "size_beyond_int64": (lambda: nn.Experts(2, HUGE, 4), ValueError, "hidden_size must be at most"),
     "table_size": (lambda: nn.Embedding([1], 2), TypeError, "num_embeddings must be an int"),
     "table_dim": (lambda: nn.EmbeddingBag(3, PAIR), TypeError, "embedding_dim must be an int"),

@@ -71,6 +71,13 @@ def check_strided(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must have the layout torch.strided, got {tensor.layout}")
 
 
+def check_written(name: str, tensor: torch.Tensor) -> None:
+    """``tensor``, which is written to, must be dense, and no two of its elements may share a place by a stride of 0."""
+    check_strided(name, tensor)
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name} must have each element in a place of its own, got strides {tensor.stride()}")
+
+
 def check_padding_idx(padding_idx: int | None, num_rows: int) -> None:
     """``padding_idx`` must be None or an int in ``[-N, N)``."""
     if padding_idx is None:

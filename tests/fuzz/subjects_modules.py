@@ -136,7 +136,7 @@ def of_any_order(choose):
         made = choose(**args)
         count = (made.expert_ids < made.num_experts).sum(1)
         scores = made.logits.sigmoid() + (0.0 if args.get("correction_bias") is None else args["correction_bias"])
-        distinct = scores.isfinite().all() and (scores.sort().values.diff() != 0).all()
+        distinct = not scores.is_meta and scores.isfinite().all() and (scores.sort().values.diff() != 0).all()
         return (count, made.weights, made.probabilities) if distinct else (count,)
 
     call.__qualname__ = choose.__name__

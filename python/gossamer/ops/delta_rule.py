@@ -21,6 +21,7 @@ from gossamer._checks import (
     check_same_dtype,
     check_scale,
     check_shape,
+    check_strided,
     check_tensor,
 )
 from gossamer.ops import _delta_rule_reference
@@ -192,7 +193,20 @@ def _check_wide(dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
 
 
 def _record(
-    q, k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm, a_log, dt_bias, lower_bound
+    q,
+    k,
+    v,
+    beta,
+    g,
+    scale,
+    initial_state,
+    output_final_state,
+    cu_seqlens,
+    use_qk_l2norm,
+    a_log,
+    dt_bias,
+    lower_bound,
+    state_name="initial_state",
 ) -> DeltaRule:
     """The checked arguments; names in messages are those of the public functions."""
     check_flags(output_final_state=output_final_state, use_qk_l2norm=use_qk_l2norm)
@@ -224,6 +238,7 @@ def _record(
         a_log = a_log.reshape(heads)
         if dt_bias is not None:
             check_tensor("dt_bias", dt_bias)
+            check_strided("dt_bias", dt_bias)
             expected = (heads, key_size) if g.dim() == 4 else (heads,)
             if dt_bias.numel() != heads * (key_size if g.dim() == 4 else 1):
                 symbols = "(H, D_k) or (H·D_k,)" if g.dim() == 4 else "(H,)"
@@ -245,16 +260,15 @@ def _record(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         symbols = "(B, H, D_k, D_v)" if cu_seqlens is None else "(N, H, D_k, D_v)"
-        check_shape("initial_state", initial_state, (sequences, heads, key_size, value_size), symbols)
+        check_shape(state_name, initial_state, (sequences, heads, key_size, value_size), symbols)
     scale = key_size**-0.5 if scale is None else float(check_scale("scale", scale))
     q, k, v = autocast(q, k, v)
     check_same_dtype(q=q, k=k, v=v)
     _check_wide(q.dtype, beta=beta, g=g, A_log=a_log, dt_bias=dt_bias)
     if initial_state is not None and initial_state.dtype != accumulator(q.dtype):
-        raise TypeError(f"initial_state must be {accumulator(q.dtype)}, got {initial_state.dtype}")
-    check_same_device(
-        q=q, k=k, v=v, beta=beta, g=g, A_log=a_log, dt_bias=dt_bias, initial_state=initial_state, cu_seqlens=cu_seqlens
-    )
+        raise TypeError(f"{state_name} must be {accumulator(q.dtype)}, got {initial_state.dtype}")
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "A_log": a_log, "dt_bias": dt_bias}
+    check_same_device(**tensors, **{state_name: initial_state}, cu_seqlens=cu_seqlens)
     return DeltaRule(
         q,
         k,
@@ -479,7 +493,7 @@ def delta_rule_step(
     if not state.is_contiguous():
         raise ValueError(f"state must be contiguous, got strides {state.stride()} for shape {tuple(state.shape)}")
     tokens = (x if x is None else x.unsqueeze(1) for x in (q, k, v, beta, g))
-    args = _record(*tokens, scale, state, False, None, use_qk_l2norm, A_log, dt_bias, lower_bound)
+    args = _record(*tokens, scale, state, False, None, use_qk_l2norm, A_log, dt_bias, lower_bound, "state")
     backend = _backend.resolve("delta_rule", args.q)
     check_float("q", args.q, backend)
     named = dict(zip(("q", "k", "v", "beta", "g", "A_log", "dt_bias", "state"), args[:8], strict=True))

@@ -18,6 +18,7 @@ from gossamer._checks import (
     check_same_dtype,
     check_scale,
     check_shape,
+    check_written,
     last_size,
 )
 from gossamer.ops._records import Layout, define
@@ -362,6 +363,8 @@ def multi_low_rank(
     check_rank(rank, n, c)
     if out is not None:
         check_shape("out", out, (*x.shape[:-1], n), "(..., N)")
+        if not out.is_contiguous():
+            check_written("out", out)
     else:
         x, a, b = autocast(x, a, b)
     backend = _backend.resolve("multi_low_rank", x)

@@ -180,6 +180,8 @@ def check_state(
         check_shape(f"state[{name!r}]", tensor, expected, "that of the table" if kind == "full" else "one value a row")
         if tensor.dtype != wide:
             raise TypeError(f"state[{name!r}] must be {wide} for a table of {table.dtype}, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"state[{name!r}] must have the layout torch.strided, got {tensor.layout}")
         if layout is not None and not tensor.is_contiguous():
             raise ValueError(f"state[{name!r}] must be contiguous")
         if tensor.dim() == 2 and tensor.stride(1) != 1 and tensor.shape[1] > 1:

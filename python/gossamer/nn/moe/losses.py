@@ -35,6 +35,7 @@ from gossamer._checks import (
     check_shape,
     check_strided,
     check_tensor,
+    check_written,
 )
 from gossamer.nn.moe.routing import Routing, token_entropy
 from gossamer.ops.dispatch import dispatch
@@ -579,6 +580,7 @@ def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) ->
     check_shape("bias", bias, (None,), "(E,)")
     if bias.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"bias must be float32 or float64, got {bias.dtype}, in which small steps round away")
+    check_written("bias", bias)
     check_shape("counts", counts, tuple(bias.shape), "(E,)")
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")

@@ -29,6 +29,8 @@ def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
     """``x`` must have shape ``(..., H)``."""
     check_tensor("x", x)
     check_strided("x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have shape (..., H) with H = {hidden_size}, got {tuple(x.shape)}")
 
