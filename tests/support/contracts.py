@@ -249,6 +249,8 @@ class RouterContract(Contract):
 
     def test_compiles(self, make, device):
         router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
+        # Routers share a forward function, which torch compiles for so many of them at most.
+        torch._dynamo.reset()
         compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
         left, right = self.route(compiled, T, device), self.route(router, T, device)
         assert torch.equal(left.expert_ids, right.expert_ids)
@@ -368,6 +370,7 @@ class ExpertsContract(Contract):
         torch._dynamo.reset()
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
         ids, weights = random_routing(T, self.E, self.K, device)
+        torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         results = []
         for function in (compiled, layer):

@@ -116,9 +116,9 @@ def test_bad_factors():
         Experts(E, H, I, capacity_factor=0)
     with pytest.raises(ValueError, match="capacity_factor must be positive and finite, got inf"):
         MoE(H, I, E, K, capacity_factor=float("inf"))
-    with pytest.raises(TypeError, match="capacity_factor must be a number or None, got str"):
-        limit_capacity(Routing(torch.zeros(1, 1), torch.zeros(1, 1), E), "1")
     routing = Routing(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), E)
+    with pytest.raises(TypeError, match="capacity_factor must be a number or None, got str"):
+        limit_capacity(routing, "1")
     with pytest.raises(ValueError, match="capacity_factor must be None beside a capacity, got 2"):
         limit_capacity(routing, 2, capacity=3)
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):

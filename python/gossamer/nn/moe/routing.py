@@ -58,26 +58,26 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
         )
 
 
-def _clean(logits: torch.Tensor) -> torch.Tensor:
+def finite_logits(logits: torch.Tensor) -> torch.Tensor:
     """NaN and −inf to the lowest finite number, +inf to the highest, all with zero gradient."""
     limits = torch.finfo(logits.dtype)
     return torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
 
 
-def _masked_softmax(logits: torch.Tensor) -> torch.Tensor:
+def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension in which NaN and −inf get 0, even where nothing else is left."""
-    clean = _clean(logits)
+    clean = finite_logits(logits)
     return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
 
 
 def softmax_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """``softmax(logits)`` over the experts; masked ones have 0, as has all of a token whose experts are all masked."""
-    return _masked_softmax(logits)
+    return masked_softmax(logits)
 
 
 def sigmoid_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """``σ(logits)`` divided by its sum over the experts; masked ones have 0."""
-    scores = _clean(logits).sigmoid()
+    scores = finite_logits(logits).sigmoid()
     return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
 
 
@@ -217,7 +217,7 @@ class Routing:
 
     def with_experts(self, expert_ids: torch.Tensor, weights: torch.Tensor, **changed: object) -> Routing:
         """The same routing with other experts, not sorted yet; ``changed`` replaces other arguments of the class."""
-        return self._with(expert_ids=expert_ids, weights=weights, dispatch=None, **changed)
+        return self.replaced(expert_ids=expert_ids, weights=weights, dispatch=None, **changed)
 
     def dispatched(self) -> Routing:
         """The same routing with its ``dispatch``, so that several expert layers over one routing sort it once."""
@@ -225,9 +225,10 @@ class Routing:
             _check_fits(self, self.dispatch)
             return self
         max_rows = self.expert_ids.numel() if self.max_rows is None else self.max_rows
-        return self._with(dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows))
+        return self.replaced(dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows))
 
-    def _with(self, **changed: object) -> Routing:
+    def replaced(self, **changed: object) -> Routing:
+        """The same routing with other values of the class's arguments, ``dispatch`` among them."""
         arguments = {
             "expert_ids": self.expert_ids,
             "weights": self.weights,
@@ -257,7 +258,7 @@ def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: i
     return outside.unsqueeze(-1).expand(num_tokens, n_group, size).reshape(num_tokens, num_experts)
 
 
-def _as_logits(logits: torch.Tensor) -> torch.Tensor:
+def as_logits(logits: torch.Tensor) -> torch.Tensor:
     """``(..., E)`` of any floating dtype as ``(T, E)`` of at least float32."""
     check_tensor("logits", logits)
     check_strided("logits", logits)
@@ -310,7 +311,7 @@ def row_bound(routing: Routing, rows_per_token: float | None) -> Routing:
     """The routing with ``max_rows`` for ``rows_per_token`` experts a token in the mean; as it is for None."""
     if rows_per_token is None:
         return routing
-    return routing._with(max_rows=int(rows_per_token * routing.num_tokens) + 1)
+    return routing.replaced(max_rows=int(rows_per_token * routing.num_tokens) + 1)
 
 
 def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) -> Routing:
@@ -346,7 +347,7 @@ def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
         v: floating, of any shape.
         gamma: the width of the rise, positive.
     """
-    u = (_clean(v) / gamma).clamp(-0.5, 0.5)
+    u = (finite_logits(v) / gamma).clamp(-0.5, 0.5)
     return u * (1.5 - 2 * u * u) + 0.5
 
 
@@ -389,7 +390,7 @@ def softmax_until(
     beyond the first ``num_experts`` are of null experts: a slot that holds one has no expert. Checked arguments; see
     softmax_top_p and softmax_threshold.
     """
-    logits = _as_logits(logits)
+    logits = as_logits(logits)
     ranks = logits.shape[1] if max_experts is None else max_experts
     if exceed and mass >= 1:
         # Rounded sums may pass 1, which exact ones do not.
@@ -398,7 +399,7 @@ def softmax_until(
     if fused is not None:
         return Routing(*fused, num_experts, logits[:, :num_experts])
     ids = select_experts(logits, logits, ranks)
-    weights = _masked_softmax(logits).gather(1, ids)
+    weights = masked_softmax(logits).gather(1, ids)
     with torch.no_grad():
         before = F.pad(weights.cumsum(dim=1)[:, :-1], (1, 0))
         beyond = before > mass if exceed else before >= mass
@@ -454,7 +455,7 @@ def softmax_topk(
         ValueError: K, ``n_group`` or ``topk_group`` do not fit E, or ``scale`` is not finite; on the CPU, a logit is
             NaN or +inf.
     """
-    logits = _as_logits(logits)
+    logits = as_logits(logits)
     check_selection(logits.shape[1], top_k, n_group, topk_group, scale)
     check_flag("renormalize", renormalize)
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
@@ -464,15 +465,15 @@ def softmax_topk(
         ids = select_experts(logits, logits, top_k)
         picked, outside = logits.gather(1, ids), None
     else:
-        choice = _clean(logits.detach())
+        choice = finite_logits(logits.detach())
         outside = _outside_groups(choice, n_group, topk_group, best=1)
         ids = select_experts(logits, choice.masked_fill(outside, -math.inf), top_k)
         outside = outside.gather(1, ids)
         picked = logits.gather(1, ids).masked_fill(outside, -math.inf)
     if renormalize:
-        weights = _masked_softmax(picked)
+        weights = masked_softmax(picked)
     else:
-        weights = _masked_softmax(logits).gather(1, ids)
+        weights = masked_softmax(logits).gather(1, ids)
         if outside is not None:
             weights = weights.masked_fill(outside, 0.0)
     return Routing(ids, weights if scale == 1.0 else weights * scale, logits.shape[1], logits)
@@ -526,7 +527,7 @@ def sigmoid_topk(
         ValueError: sizes do not fit E; ``correction_bias`` has another shape or device; on the CPU, a logit is NaN or
             +inf, or the bias NaN.
     """
-    logits = _as_logits(logits)
+    logits = as_logits(logits)
     num_experts = logits.shape[1]
     check_selection(num_experts, top_k, n_group, topk_group, scale)
     if correction_bias is not None:
@@ -536,7 +537,7 @@ def sigmoid_topk(
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
     if (fused := fused_topk(logits, correction_bias, top_k, sigmoid=True, **options)) is not None:
         return Routing(*fused, num_experts, logits, probabilities=sigmoid_probabilities)
-    clean = _clean(logits)
+    clean = finite_logits(logits)
     scores = clean.sigmoid()
     with torch.no_grad():
         choice = scores

@@ -11,7 +11,7 @@ from torch import nn
 from gossamer._checks import check_positive
 from gossamer.nn.moe.routers.base import StepCount
 from gossamer.nn.moe.routers.linear import LinearRouter
-from gossamer.nn.moe.routing import Routing, _as_logits, check_capacity_factor, limit_capacity
+from gossamer.nn.moe.routing import Routing, as_logits, check_capacity_factor, limit_capacity
 from gossamer.ops.topk_routing import select_experts
 
 # What the balance of clusters is measured at, whatever temperature the gates learn.
@@ -141,7 +141,7 @@ class ClusterRouter(StepCount, LinearRouter):
 
     def route(self, scores: torch.Tensor) -> Routing:
         """The routing for projected tokens ``scores (T, projection_size)``."""
-        scores = _as_logits(scores)
+        scores = as_logits(scores)
         centroids = self.centroids.to(scores.dtype)
         cosines = F.normalize(scores, dim=1) @ F.normalize(centroids, dim=1).T
         logits = cosines / BALANCE_TEMPERATURE
@@ -158,7 +158,7 @@ class ClusterRouter(StepCount, LinearRouter):
         capacity = max(1, int(self.capacity_factor * (routing.num_tokens / self.num_experts)))
         limited = limit_capacity(routing, capacity=capacity)
         weights = weights.masked_fill(limited.expert_ids >= self.num_experts, 0.0)
-        return limited._with(weights=weights, residual=1 - weights.squeeze(1))
+        return limited.replaced(weights=weights, residual=1 - weights.squeeze(1))
 
     def extra_repr(self) -> str:
         """Sizes and options."""

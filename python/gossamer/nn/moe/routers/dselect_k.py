@@ -9,11 +9,11 @@ from gossamer._checks import check_positive
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import (
     Routing,
-    _as_logits,
-    _masked_softmax,
+    as_logits,
     check_gamma,
     check_hidden,
     check_rows_per_token,
+    masked_softmax,
     most_experts,
     route_gates,
     row_bound,
@@ -46,7 +46,7 @@ def selector_gates(
         one = picked * bit.unsqueeze(2)
         picked = torch.stack([picked * (1 - bit.unsqueeze(2)), one], dim=3).flatten(2)
     picked = picked[..., :num_experts]
-    return (_masked_softmax(mixture).unsqueeze(2) * picked).sum(dim=1), picked
+    return (masked_softmax(mixture).unsqueeze(2) * picked).sum(dim=1), picked
 
 
 class DSelectKRouter(LinearRouter):
@@ -132,7 +132,7 @@ class DSelectKRouter(LinearRouter):
 
     def route(self, scores: torch.Tensor) -> Routing:
         """The routing for ``scores (T, k·m + k)``: the bits of each selector, then the mixture."""
-        scores = _as_logits(scores)
+        scores = as_logits(scores)
         codes, mixture = scores.split([self.num_selectors * self.bits, self.num_selectors], dim=1)
         codes = codes.reshape(scores.shape[0], self.num_selectors, self.bits)
         gates, picked = selector_gates(codes, mixture, self.num_experts, self.gamma)

@@ -10,7 +10,7 @@ import torch
 
 from gossamer._checks import check_positive, check_same_device, check_shape
 from gossamer.nn.moe.routers.linear import LinearRouter
-from gossamer.nn.moe.routing import Routing, _as_logits, route_where, softmax_probabilities
+from gossamer.nn.moe.routing import Routing, as_logits, route_where, softmax_probabilities
 from gossamer.ops.topk_routing import choose_tokens, live_experts
 
 
@@ -45,7 +45,7 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
         ValueError: ``capacity_factor`` is not positive and finite; on the CPU, a logit is NaN or +inf.
     """
     _check_factor(capacity_factor)
-    logits = _as_logits(logits)
+    logits = as_logits(logits)
     num_tokens, num_experts = logits.shape
     capacity = min(num_tokens, max(1, int(capacity_factor * (num_tokens / num_experts))))
     probabilities = softmax_probabilities(logits)
@@ -70,7 +70,7 @@ def expert_choice_threshold(logits: torch.Tensor, thresholds: torch.Tensor) -> R
         TypeError: ``logits`` or ``thresholds`` is not a floating tensor.
         ValueError: ``thresholds`` has another shape or device; on the CPU, a logit is NaN or +inf.
     """
-    logits = _as_logits(logits)
+    logits = as_logits(logits)
     check_shape("thresholds", thresholds, (logits.shape[1],), "(E,)")
     if not thresholds.is_floating_point():
         raise TypeError(f"thresholds must be floating point, got {thresholds.dtype}")

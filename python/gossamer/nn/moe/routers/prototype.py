@@ -11,7 +11,7 @@ from gossamer._checks import check_positive
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import (
     Routing,
-    _as_logits,
+    as_logits,
     check_capacity_factor,
     check_finite_logits,
     limit_capacity,
@@ -55,7 +55,7 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
         ValueError: Z does not divide E, or ``capacity_factor`` is not positive and finite; on the CPU, a logit is NaN
             or +inf.
     """
-    logits = _as_logits(logits)
+    logits = as_logits(logits)
     num_tokens, num_experts = logits.shape
     _check_prototypes(num_experts, num_prototypes)
     check_capacity_factor(capacity_factor)
@@ -70,7 +70,7 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
     if capacity_factor is None or num_tokens == 0:
         return routing
     limited = limit_capacity(routing, capacity=math.ceil(capacity_factor * num_tokens / size))
-    return limited._with(weights=weights.masked_fill(limited.expert_ids >= num_experts, 0.0))
+    return limited.replaced(weights=weights.masked_fill(limited.expert_ids >= num_experts, 0.0))
 
 
 class PrototypeRouter(LinearRouter):

@@ -71,15 +71,9 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
             kept = kept & (counts > 0)
         else:
             kept = torch.zeros_like(chosen)
-    return route_where(
-        kept,
-        torch.where(chosen, weights, probabilities),
-        logits=routing.logits,
-        probabilities=routing._probabilities,
-        max_rows=num_tokens * min(routing.top_k, e) + e * (0 if mode == "down" else tile),
-        residual=routing.residual,
-        losses=routing.losses,
-    )
+    made = route_where(kept, torch.where(chosen, weights, probabilities))
+    max_rows = num_tokens * min(routing.top_k, e) + e * (0 if mode == "down" else tile)
+    return routing.with_experts(made.expert_ids, made.weights, max_rows=max_rows)
 
 
 class TokenRounding(RouterAround):

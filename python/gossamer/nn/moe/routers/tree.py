@@ -9,11 +9,11 @@ from gossamer._checks import check_positive
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import (
     Routing,
-    _as_logits,
-    _clean,
-    _masked_softmax,
+    as_logits,
     check_gamma,
     check_rows_per_token,
+    finite_logits,
+    masked_softmax,
     most_experts,
     route_gates,
     row_bound,
@@ -62,10 +62,10 @@ def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tupl
         Gates ``(T, n)`` that add up to one, and s ``(T, k, n)``.
     """
     reach = _reach(smooth_step(splits, gamma))
-    scores = _clean(leaves)
+    scores = finite_logits(leaves)
     unreached = (reach == 0) | (scores == torch.finfo(scores.dtype).min)
     scores = (scores + (reach + 1e-8).log()).masked_fill(unreached, -torch.inf)
-    return _masked_softmax(scores.flatten(1)).view(reach.shape).sum(dim=1), reach
+    return masked_softmax(scores.flatten(1)).view(reach.shape).sum(dim=1), reach
 
 
 class TreeRouter(LinearRouter):
@@ -130,7 +130,7 @@ class TreeRouter(LinearRouter):
 
     def route(self, scores: torch.Tensor) -> Routing:
         """The routing for ``scores (T, k·(2n − 1))``, laid out as :attr:`weight`."""
-        scores = _as_logits(scores)
+        scores = as_logits(scores)
         splits, leaves = scores.view(-1, self.num_trees, 2 * self.num_experts - 1).split(
             [self.num_experts - 1, self.num_experts], dim=2
         )
