@@ -325,8 +325,8 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
             raise ValueError("offsets has to be a 1D Tensor" + (" but got None" if offsets is None else ""))
         if input.dim() not in (1, 2):
             raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
-        if offsets is not None and offsets.device.type == "cpu" and offsets.numel() and not is_compiling():
+        if offsets is not None and offsets.is_cpu and offsets.numel() and not is_compiling():
             first = offsets[0]
-            if type(first) is torch.Tensor and first != 0:
-                raise ValueError(f"offsets must begin at 0, where the first bag does, got {int(first)}")
+            if type(first) is torch.Tensor and (start := first.item()):
+                raise ValueError(f"offsets must begin at 0, where the first bag does, got {start}")
         return input, offsets, weights, self.include_last_offset
