@@ -1,13 +1,14 @@
 """gossamer.quantize_experts and load_quantized_experts: whole models of transformers and gossamer's own layers."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 
 import gossamer
 from gossamer import QuantizedExpertWeight
-from gossamer.nn import QuantizedExpertStack
+from gossamer.nn import QuantizedExpertStack, QuantizedLinear
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -54,6 +55,10 @@ def dequantized(model):
                 dense = held.weight().dequantize()
                 dense = dense.transpose(1, 2).contiguous() if module.is_transposed else dense
                 setattr(module, name, torch.nn.Parameter(dense))
+    for parent in list(plain.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, QuantizedLinear):
+                setattr(parent, name, module.to_linear())
     gossamer.replace(plain)
     return plain
 
@@ -74,6 +79,50 @@ def test_a_model_computes_what_its_codes_say(make, weight_format):
     assert f"{report.before} to {report.after} bytes" in str(report)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dequantized(model)(ids).logits)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_linear_layers_too(weight_format):
+    """Attention and head by the same codes, a step and a prompt; routers and the head that is the embedding's stay."""
+    model, ids = qwen(), torch.randint(64, (2, 9))
+    report = gossamer.quantize_experts(model, weight_format, include_linears=True)
+    paths = {m.name for m in report.modules}
+    assert len(paths) == 2 * (1 + 4) + 1 and "lm_head" in paths and "model.layers.1.self_attn.q_proj" in paths
+    assert not report.skipped and report.after < report.before / 3
+    plain = dequantized(model)
+    assert not any(isinstance(m, QuantizedLinear) for m in plain.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+        torch.testing.assert_close(model(ids[:1, :1]).logits, plain(ids[:1, :1]).logits)
+    model = qwen()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    report = gossamer.quantize_experts(model, weight_format, include_linears=True)
+    assert [s.name for s in report.skipped] == ["lm_head"] and "another module's" in str(report)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_chosen_linear_layers_saved_and_loaded(tmp_path):
+    """A function chooses; a layer keeps its hooks; state and files hold the codes, and a part with gradients trains."""
+    model, ids, calls = qwen(), torch.randint(64, (1, 5)), []
+    layer = model.model.layers[0].self_attn.o_proj
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    report = gossamer.quantize_experts(model, "int4", include_linears=lambda name, _: name.endswith(("o_proj", "head")))
+    assert sum("experts" not in m.name for m in report.modules) == 3 and type(layer) is QuantizedLinear
+    expected = model(ids).logits
+    assert calls
+    expected.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
+    fresh = qwen()
+    report = gossamer.load_quantized_experts(fresh, model.state_dict())
+    assert len(report.used) == 2 * (2 * 2 + 3)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids).logits, expected)
+    importlib.import_module("gossamer.integrations.transformers")
+    model.save_pretrained(tmp_path)
+    found = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    assert type(found.lm_head) is QuantizedLinear and torch.equal(found(ids).logits, expected)
+    with pytest.raises(TypeError, match="include_linears must be a bool or a function, got str"):
+        gossamer.quantize_experts(model, "int8", include_linears="all")
 
 
 def test_saved_loaded_cast_and_moved(tmp_path):

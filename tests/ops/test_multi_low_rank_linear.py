@@ -7,7 +7,9 @@ from helpers import check
 from multi_low_rank_inputs import C, M, N, make_ids, make_inputs
 
 import gossamer
-from gossamer.ops.low_rank import base_linear
+from gossamer.ops._records import Layout
+from gossamer.ops._weights import Weight
+from gossamer.ops.low_rank import BaseLinear, base_linear
 from gossamer.ops.multi_low_rank import multi_low_rank_reference
 
 PRIMITIVE = "multi_low_rank"
@@ -65,8 +67,32 @@ def test_the_layers_product_is_sound(device, bias):
     if device == "cuda":
         pytest.skip("it is torch's on CUDA")
     x, weight = torch.randn(M, C, requires_grad=True), torch.randn(N, C, requires_grad=True)
-    args = (x, weight, torch.randn(N, requires_grad=True) if bias else None, "native")
-    torch.library.opcheck(torch.ops.gossamer.base_linear.default, args)
+    args = BaseLinear(x, Weight(weight), torch.randn(N, requires_grad=True) if bias else None)
+    torch.library.opcheck(torch.ops.gossamer.base_linear.default, (*Layout(BaseLinear).flatten(args), "native"))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_adapters_over_codes(kernel_backend, dtype, device, stacked):
+    """A batch of adapters over a layer that is held quantised, against float64, with the gradients of all else."""
+    inputs = make_inputs(device, dtype, out=False)
+    dense = torch.randn(N, C) / C**0.5
+    if stacked:
+        made = gossamer.QuantizedExpertWeight.quantize(dense.unsqueeze(0), "int8")
+        weight = gossamer.QuantizedExpertWeight(made.data.to(device), made.scale.to(device), "int8")
+        values = weight.dequantize(torch.float64)[0]
+    else:
+        weight = gossamer.Int8Weight.quantize(dense.to(device))
+        values = weight.dequantize(torch.float64)
+    ids = make_ids(M, device=device)
+
+    def function(x, a, b):
+        with gossamer.backend(kernel_backend):
+            return gossamer.multi_low_rank_linear(x, weight, a, b, ids, scale=1.5)
+
+    def reference(x, a, b):
+        return F.linear(x, values.to(x.dtype)) + multi_low_rank_reference(x, a, b, ids, scale=1.5)
+
+    check(function, reference, {k: inputs[k] for k in ("x", "a", "b")})
 
 
 def test_the_layers_product_of_nothing(kernel_backend, device, dtype):

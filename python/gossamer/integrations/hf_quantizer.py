@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.integrations import quantized
-from gossamer.nn import QuantizedExpertStack
+from gossamer.nn import QuantizedExpertStack, QuantizedLinear
 from gossamer.ops.quantized_expert_weight import FORMATS, MX_GROUP, QuantizedExpertWeight, check_format
 
 METHOD = "gossamer"
@@ -28,7 +28,7 @@ METHOD = "gossamer"
 # transformers splits experts by patterns of their parameters' names when it saves; none of them may match these.
 _FILE_NAME = {
     f"{weight}.{part}": f"quantized_{part}_{weight}"
-    for weight in ("gate_up_proj", "up_proj", "down_proj")
+    for weight in ("gate_up_proj", "up_proj", "down_proj", "weight")
     for part in ("data", "scale")
 }
 
@@ -151,6 +151,8 @@ class QuantizedExpertsQuantizer(HfQuantizer):
             values = stack.weight().dequantize(dtype or torch.float32)
             values = values.transpose(1, 2).contiguous() if getattr(module, "is_transposed", False) else values
             delattr(module, weight)
+            if isinstance(module, QuantizedLinear):
+                values, module.__class__ = values[0], nn.Linear
             module.register_parameter(weight, nn.Parameter(values, requires_grad=False))
         return model
 

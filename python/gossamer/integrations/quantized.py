@@ -1,9 +1,9 @@
-"""Quantising the experts of a model in place, and loading experts that checkpoints hold quantised."""
+"""Quantising the experts and linear layers of a model in place, and loading those that checkpoints hold quantised."""
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Mapping
+from collections import ChainMap, Counter
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from gossamer._checks import FLOAT_DTYPES
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
-from gossamer.nn import QuantizedExpertStack
+from gossamer.nn import QuantizedExpertStack, QuantizedLinear, Router
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
 
 ADAPTER = "quantized"
@@ -27,7 +27,11 @@ _EXPERT_NAMES = {
 _NOT_SYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
 
-def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+# What models call the linear maps that choose experts.
+_GATES = frozenset({"gate", "router"})
+
+
+def _experts(model: nn.Module, required: bool = True) -> list[tuple[str, nn.Module]]:
     """Every experts module, of gossamer or of transformers."""
     surgery.check_model(model)
     foreign = surgery.loaded_adapter("transformers")
@@ -36,12 +40,42 @@ def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if getattr(module, "weight_stacks", ()) or (foreign and foreign.is_experts(module))
     ]
-    if not found:
+    if not found and required:
         raise ValueError(
             "model must hold gossamer.nn.Experts or experts modules that use transformers' use_experts_implementation, "
             f"got none in {type(model).__name__}"
         )
     return found
+
+
+def _linears(model: nn.Module, chosen: bool | Callable[[str, nn.Linear], bool]) -> list[tuple[str, nn.Module]]:
+    """The plain linear layers to quantise: none that choose experts, or those for which ``chosen`` is true."""
+    if chosen is False:
+        return []
+    routers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Router))
+
+    def wanted(name: str, module: nn.Linear) -> bool:
+        if chosen is not True:
+            return chosen(name, module)
+        return name.rpartition(".")[2] not in _GATES and not f"{name}.".startswith(routers) and module.out_features > 1
+
+    return [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and wanted(name, m)]
+
+
+def _width(weight_format: str, group_size: int) -> int:
+    """What the number of input columns must be a multiple of."""
+    return {"int4": group_size, "mxfp4": MX_GROUP}.get(weight_format, 1)
+
+
+def _linear_obstacle(module: nn.Linear, uses: Counter, weight_format: str, group_size: int) -> str | None:
+    """Why a linear layer is left alone, or None."""
+    if uses[id(module.weight)] > 1:
+        return "its weight is another module's too"
+    if module.weight.dtype not in (*FLOAT_DTYPES, torch.float64):
+        return "weight is no float tensor"
+    if module.in_features % _width(weight_format, group_size):
+        return f"it has {module.in_features} input columns, no multiple of {_width(weight_format, group_size)}"
+    return None
 
 
 def _weights(experts: nn.Module) -> tuple[tuple[str, ...], bool]:
@@ -74,6 +108,9 @@ def hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
     if name in module._parameters:
         del module._parameters[name]
     module.add_module(name, QuantizedExpertStack(weight))
+    if type(module) is nn.Linear:
+        # In its place: hooks and whoever else holds the module keep it.
+        module.__class__ = QuantizedLinear
     surgery.mark(module, ADAPTER)
 
 
@@ -101,13 +138,20 @@ def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | N
         if not isinstance(held, torch.Tensor) or held.dtype not in (*FLOAT_DTYPES, torch.float64):
             return f"{name} is no float tensor"
         c = held.shape[1] if transposed else held.shape[2]
-        width = {"int4": group_size, "mxfp4": MX_GROUP}.get(weight_format, 1)
+        width = _width(weight_format, group_size)
         if c % width:
             return f"{name} has {c} input columns, no multiple of {width}"
     return None
 
 
-def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROUP, strict: bool = True) -> Quantization:
+def quantize_experts(
+    model: nn.Module,
+    format: str,
+    *,
+    group_size: int = MX_GROUP,
+    strict: bool = True,
+    include_linears: bool | Callable[[str, nn.Linear], bool] = False,
+) -> Quantization:
     """Replace the expert weights of a model by quantised ones, in place, one matrix after the other.
 
     Works on :class:`gossamer.nn.Experts` (so :class:`gossamer.nn.MoE` and :class:`gossamer.nn.LoRAExperts`), on every
@@ -126,22 +170,41 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
         group_size: of ``int4``: 32, 64 or 128.
         strict: whether a module that cannot be quantised is an error, and nothing is changed; otherwise it is left
             alone and named in the report.
+        include_linears: whether the model's ``nn.Linear`` layers (attention, shared experts, the head) become
+            :class:`gossamer.nn.QuantizedLinear` of the same format, but for those called ``gate`` or ``router``, those
+            within a router and those of one output; or a function of a layer's path and the layer that says which.
+            Layers that cannot, such as a head whose weight is the embedding's, are left alone and named in the report.
 
     Returns:
         What was quantised, with bytes before and after; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: the format or group size is unknown, no experts are inside, or, under ``strict``, a module's weights
-            do not fit the format or are quantised already.
+        TypeError: ``model`` is not a module, or ``include_linears`` neither a bool nor a function.
+        ValueError: the format or group size is unknown, nothing to quantise is inside, or, under ``strict``, an experts
+            module's weights do not fit the format or are quantised already.
     """
     check_format(format)
-    found = surgery.survey(_experts(model), lambda name, module: _obstacle(module, format, group_size))
+    if not isinstance(include_linears, bool) and not callable(include_linears):
+        raise TypeError(f"include_linears must be a bool or a function, got {type(include_linears).__name__}")
+    surgery.check_model(model)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    linears = surgery.survey(
+        _linears(model, include_linears), lambda name, module: _linear_obstacle(module, uses, format, group_size)
+    )
+    found = surgery.survey(
+        _experts(model, required=not linears.chosen), lambda name, module: _obstacle(module, format, group_size)
+    )
     if found.skipped and strict:
         raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
     # Before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
-    compute_by_gossamer(model)
+    if found.chosen:
+        compute_by_gossamer(model)
     done = []
+    for name, module in linears.chosen:
+        before, class_name = module.weight.nbytes, type(module).__name__
+        weight = QuantizedExpertWeight.quantize(module.weight.detach().unsqueeze(0), format, group_size=group_size)
+        hold(module, "weight", weight)
+        done.append(QuantizedModule(name, class_name, format, before, weight.nbytes))
     for name, module in found.chosen:
         names, transposed = _weights(module)
         before = after = 0
@@ -155,7 +218,7 @@ def quantize_experts(model: nn.Module, format: str, *, group_size: int = MX_GROU
             del weight, wide
         done.append(QuantizedModule(name, type(module).__name__, format, before, after))
     _keep_in_files(model)
-    return Quantization(tuple(done), found.skipped)
+    return Quantization(tuple(done), (*found.skipped, *linears.skipped))
 
 
 def _infer_format(data: torch.Tensor, scale: torch.Tensor) -> str:
@@ -235,7 +298,8 @@ def load_quantized_experts(
     The model's own expert weights may be on the meta device: they are dropped. For an experts module called ``P``, and
     each of its weights ``W`` (``gate_up_proj`` or ``up_proj``, and ``down_proj``), these names are known:
 
-    * ``P.W.data`` and ``P.W.scale``: the state of a model that :func:`gossamer.quantize_experts` made;
+    * ``P.W.data`` and ``P.W.scale``: the state of a model that :func:`gossamer.quantize_experts` made; linear layers
+      with such a ``weight`` become :class:`gossamer.nn.QuantizedLinear`;
     * ``P.quantized_data_W`` and ``P.quantized_scale_W``: its files, as ``save_pretrained`` of transformers writes them;
     * ``P.W_blocks`` and ``P.W_scales``: gpt-oss's mxfp4;
     * ``P.W`` and ``P.W_scale_inv``: fp8 as transformers holds it;
@@ -255,7 +319,9 @@ def load_quantized_experts(
         TypeError: ``model`` is not a module, or a tensor has another dtype than its format.
         ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
     """
-    experts = _experts(model)
+    surgery.check_model(model)
+    linears = any(key.endswith(("weight.data", "quantized_data_weight")) for key in tensors)
+    experts = _experts(model, required=not linears)
     file_names: dict[str, str] = {}
     if foreign := surgery.loaded_adapter("transformers"):
         file_names = foreign.quantized_file_names(model, tensors)
@@ -280,7 +346,19 @@ def load_quantized_experts(
                 weight = QuantizedExpertWeight(weight.data.to(device), weight.scale.to(device), weight.format)
             weights[weight_name] = weight
         loaded.append((name, module, weights))
-    compute_by_gossamer(model)
+    for name, module in model.named_modules():
+        key = f"{name}.weight" if name else "weight"
+        if type(module) not in (nn.Linear, QuantizedLinear) or f"{key}.data" not in tensors:
+            continue
+        weight = _read(tensors, f"{name}." if name else "", "weight", 1, used)
+        if weight.shape != (1, module.out_features, module.in_features):
+            shape = 1, module.out_features, module.in_features
+            raise ValueError(f"{key} must have shape (1, O, I) = {shape}, got {weight.shape}")
+        if device is not None:
+            weight = QuantizedExpertWeight(weight.data.to(device), weight.scale.to(device), weight.format)
+        loaded.append((name, module, {"weight": weight}))
+    if experts:
+        compute_by_gossamer(model)
     done = []
     for name, module, weights in loaded:
         before = sum(_nbytes(getattr(module, weight_name)) for weight_name in weights)

@@ -38,6 +38,7 @@ from gossamer.nn.linear.factorized import LowRankLinear, frobenius_decay_
 from gossamer.nn.linear.lora_factors import lora_plus_groups
 from gossamer.nn.linear.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.linear.prune_and_regrow import PruneAndRegrow
+from gossamer.nn.linear.quantized import QuantizedLinear
 from gossamer.nn.moe.cartesian import CartesianMoE, product_routing
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.basis import BasisExperts
@@ -143,6 +144,7 @@ __all__ = [
     "PruneAndRegrow",
     "PrunedEmbedding",
     "QuantizedExpertStack",
+    "QuantizedLinear",
     "RandomBlockEmbedding",
     "ResidualQuantization",
     "ResidualQuantizer",

@@ -16,6 +16,7 @@ from gossamer._checks import check_float, check_same_device, check_same_dtype, c
 from gossamer.ops._philox import drop
 from gossamer.ops._records import define
 from gossamer.ops._weights import Weight, as_weight
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
 
 
@@ -195,10 +196,16 @@ _low_rank_linear.differentiate(_save, _differentiate)
 
 
 class BaseLinear(NamedTuple):
-    """Arguments of a linear layer: ``x (M, C)``, ``weight (N, C)`` of any strides, ``bias (N,)`` or None."""
+    """Arguments of a linear layer.
+
+    Attributes:
+        x: ``(M, C)`` float.
+        weight: ``(N, C)`` of any strides, or quantised, a stack of one matrix too.
+        bias: ``(N,)`` or None.
+    """
 
     x: torch.Tensor
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None = None
 
 
@@ -207,22 +214,23 @@ def _base(args: BaseLinear, backend: str) -> torch.Tensor:
 
 
 def _base_fake(args: BaseLinear) -> torch.Tensor:
-    return args.x.new_empty(args.x.shape[0], args.weight.shape[0])
+    return args.x.new_empty(args.x.shape[0], args.weight.shape[-2])
 
 
 _base_linear = define("base_linear", BaseLinear, kernel=_base, fake=_base_fake, returns="Tensor")
 
 
 def _base_save(ctx, args: BaseLinear, output: torch.Tensor):
-    return (BaseLinear(args.x if "weight" in ctx.needs else None, args.weight if "x" in ctx.needs else None),)
+    x = args.x if "weight.data" in ctx.needs else None
+    return (BaseLinear(x, args.weight if "x" in ctx.needs else Weight(None)),)
 
 
 def _base_differentiate(ctx, args: BaseLinear, tensors, dy: torch.Tensor):
     found = {}
     if "x" in ctx.needs:
-        found["x"] = _base_linear(BaseLinear(dy, args.weight.T), ctx.backend)
-    if "weight" in ctx.needs:
-        found["weight"] = _base_linear(BaseLinear(dy.T, args.x.T), ctx.backend)
+        found["x"] = _base_linear(BaseLinear(dy, Weight(_matrix(args.weight, dy.dtype).T)), ctx.backend)
+    if "weight.data" in ctx.needs:
+        found["weight.data"] = _base_linear(BaseLinear(dy.T, Weight(args.x.T)), ctx.backend)
     if "bias" in ctx.needs:
         found["bias"] = dy.sum(0)
     return found
@@ -231,27 +239,50 @@ def _base_differentiate(ctx, args: BaseLinear, tensors, dy: torch.Tensor):
 _base_linear.differentiate(_base_save, _base_differentiate)
 
 
-def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _matrix(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The values ``(N, C)`` of a weight or of a stack of one."""
+    values = weight.dequantize(dtype)
+    return values if values.dim() == 2 else values.squeeze(0)
+
+
+def base_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight | QuantizedExpertWeight,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``x·Wᵀ + bias`` as :func:`low_rank_linear` computes it: where rows are few, faster than torch on the CPU.
+
+    On the CPU codes are decoded within the product: a row costs the reading of the codes.
 
     Args:
         x: ``(M, C)`` float.
-        weight: ``(N, C)``, the dtype of ``x``.
+        weight: ``(N, C)``, the dtype of ``x``; or quantised, as for :func:`low_rank_linear` or as a
+            :class:`gossamer.QuantizedExpertWeight` of one matrix, ``(1, N, C)``. Codes are frozen.
         bias: ``(N,)`` or None, the dtype of ``x``.
 
     Returns:
-        ``(M, N)`` in the dtype of ``x``, under ``torch.autocast`` in its dtype; differentiable. It is no view, because
-        autograd copies what is added in place to a view.
+        ``(M, N)`` in the dtype of ``x``, under ``torch.autocast`` in its dtype; differentiable in ``x``, ``bias`` and a
+        float ``weight``. It is no view, because autograd copies what is added in place to a view.
 
     Raises:
         TypeError: dtypes differ.
+        ValueError: the shape of a quantised ``weight`` does not fit ``x``, or it asks for a gradient.
     """
-    x, weight, bias = autocast(x, weight, bias)
-    check_same_dtype(x=x, weight=weight, bias=bias)
+    if isinstance(weight, torch.Tensor):
+        x, weight, bias = autocast(x, weight, bias)
+        check_same_dtype(x=x, weight=weight, bias=bias)
+        operand = Weight(weight)
+    else:
+        stacked = (1,) * (len(weight.shape) - 2)
+        c = last_size("x", x, "(M, C)")
+        operand = as_weight("weight", weight, (*stacked, None, c), "(1, N, C)" if stacked else "(N, C)")
+        x, bias = autocast(x, bias)
+        check_same_dtype(x=x, bias=bias)
+        check_same_device(x=x, weight=operand.data, bias=bias)
     backend = _backend.resolve("low_rank", x)
     if backend != "native":
-        return F.linear(x, weight, bias)
-    return _base_linear(BaseLinear(x, weight, bias), backend)
+        return F.linear(x, _matrix(operand, x.dtype), bias)
+    return _base_linear(BaseLinear(x, operand, bias), backend)
 
 
 def low_rank_linear(

@@ -25,6 +25,8 @@ from gossamer.ops._records import Layout, define
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
 from gossamer.ops.low_rank import base_linear, check_factor_dtype, check_rank
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
+from gossamer.ops.quantized_weight import QuantizedWeight
 
 
 def multi_low_rank_reference(
@@ -422,7 +424,7 @@ def multi_low_rank(
 
 def multi_low_rank_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight | QuantizedExpertWeight,
     a: torch.Tensor,
     b: torch.Tensor,
     adapter_ids: torch.Tensor | Dispatch,
@@ -438,7 +440,8 @@ def multi_low_rank_linear(
 
     Args:
         x: ``(..., C)`` float.
-        weight: ``(N, C)``, the dtype of ``x``.
+        weight: ``(N, C)``, the dtype of ``x``; or quantised, as for :func:`low_rank_linear`, or a
+            :class:`gossamer.QuantizedExpertWeight` of one matrix.
         a: ``(A, r, C)``, as for :func:`multi_low_rank`.
         b: ``(A, N, r)``, the dtype of ``a``.
         adapter_ids: the adapter of each row, as for :func:`multi_low_rank`; −1 means none.
@@ -447,24 +450,30 @@ def multi_low_rank_linear(
         ranks: ``(A,)`` int32 or int64 in ``[0, r]``, or None where all adapters have rank r.
 
     Returns:
-        ``(..., N)`` in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``a``, ``b`` and ``bias``. Under
-        ``torch.autocast`` in its dtype.
+        ``(..., N)`` in the dtype of ``x``. Differentiable in ``x``, a float ``weight``, ``a``, ``b`` and ``bias``.
+        Under ``torch.autocast`` in its dtype.
 
     Raises:
         TypeError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
         ValueError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
         IndexError: as :func:`multi_low_rank`.
     """
-    check_shape("weight", weight, (None, last_size("x", x, "(..., C)")), "(N, C)")
-    check_shape("b", b, (None, weight.shape[0], None), "(A, N, r)")
+    quantized = not isinstance(weight, torch.Tensor) and hasattr(weight, "operand")
+    if not quantized:
+        check_shape("weight", weight, (None, last_size("x", x, "(..., C)")), "(N, C)")
+    n = weight.shape[-2]
+    check_shape("b", b, (None, n, None), "(A, N, r)")
     if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],), "(N,)")
-    x, weight, a, b, bias = autocast(x, weight, a, b, bias)
-    check_same_device(x=x, weight=weight, bias=bias)
+        check_shape("bias", bias, (n,), "(N,)")
+    if quantized:
+        x, a, b, bias = autocast(x, a, b, bias)
+    else:
+        x, weight, a, b, bias = autocast(x, weight, a, b, bias)
+    check_same_device(x=x, weight=weight.data if quantized else weight, bias=bias)
     if not isinstance(adapter_ids, Dispatch):
         _check_ids(adapter_ids, x)
         adapter_ids = adapter_ids.reshape(-1)
     rows = x.reshape(-1, x.shape[-1])
     y = base_linear(rows, weight, bias)
     y = multi_low_rank(rows, a, b, adapter_ids, scale=scale, out=y, ranks=ranks)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], n)

@@ -1,0 +1,64 @@
+"""A linear layer whose weight is held in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
+from gossamer.ops.low_rank import base_linear
+from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with a frozen weight in few bits: ``y = x·decode(weight)ᵀ + bias``.
+
+    On the CPU codes are decoded within the product, so that a row costs the reading of the codes. Gradients of the
+    activations and of the bias go through it.
+
+    Args:
+        weight: a stack of one matrix, ``(1, O, I)``.
+        bias: ``(O,)`` float, or None.
+
+    Attributes:
+        weight: the :class:`gossamer.nn.QuantizedExpertStack`; the state holds ``weight.data`` and ``weight.scale``.
+        bias: the parameter, or None.
+
+    Raises:
+        ValueError: the stack holds more than one matrix, or the bias has another size.
+    """
+
+    def __init__(self, weight: QuantizedExpertWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        count, self.out_features, self.in_features = weight.shape
+        if count != 1:
+            raise ValueError(f"weight must have shape (1, O, I), got {weight.shape}")
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias must have shape (O,) = ({self.out_features},), got {tuple(bias.shape)}")
+        self.weight = QuantizedExpertStack(weight)
+        self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, format: str, *, group_size: int = MX_GROUP) -> QuantizedLinear:
+        """Quantise the weight of ``linear``, by :meth:`gossamer.QuantizedExpertWeight.quantize`; its bias is shared."""
+        weight = QuantizedExpertWeight.quantize(linear.weight.detach().unsqueeze(0), format, group_size=group_size)
+        return cls(weight, linear.bias)
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """A plain linear layer of the weight that the codes stand for."""
+        values = self.weight.weight().dequantize(dtype)[0]
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(values)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., O)`` for ``x (..., I)``."""
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = base_linear(rows, self.weight.weight(), self.bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
