@@ -22,6 +22,7 @@ from gossamer.bench.harness.case import (
     Request,
     Variant,
 )
+from gossamer.bench.harness.cold import copies, in_turn, passes
 from gossamer.bench.harness.cost import Cost, nbytes
 from gossamer.bench.harness.peers import Peer, gather
 from gossamer.ops.block_topology import BLOCK_SIZES
@@ -34,10 +35,15 @@ SHAPES = {
     "8192-128-90": (8192, 8192, 8192, 128, 90),
     "cpu-75": (1024, 2048, 2048, 32, 75),
     "cpu-90": (1024, 2048, 2048, 32, 90),
+    "decode-1-50": (1, 4096, 4096, 64, 50),
+    "decode-1-75": (1, 4096, 4096, 64, 75),
+    "decode-4-75": (4, 4096, 4096, 64, 75),
+    "decode-16-75": (16, 4096, 4096, 64, 75),
+    "decode-1-97": (1, 4096, 4096, 32, 97),
 }
 DIMENSIONS = {"rows": "M", "outputs": "N", "inputs": "K", "block": "BLOCK", "sparsity": "SPARSE"}
 DEFAULTS = {
-    "cpu": ("cpu-75", "cpu-90"),
+    "cpu": ("cpu-75", "cpu-90", "decode-1-50", "decode-1-75", "decode-4-75", "decode-16-75", "decode-1-97"),
     "cuda": ("4096-128-75", "4096-128-90", "4096-64-75", "8192-128-90"),
 }
 QUICK = {"cpu": "cpu-75", "cuda": "4096-128-75"}
@@ -137,6 +143,23 @@ PEERS = (
 )
 
 
+def _few_rows(problem: Problem, count: int) -> tuple[Variant, Variant]:
+    """The layer and the dense one, over weights that come from memory."""
+    x, full = problem.x, problem.weight.to_dense()
+
+    def product(values: torch.Tensor) -> torch.Tensor:
+        return gossamer.dds(x, BlockSparseTensor(values, problem.topology).t())
+
+    def variant(name: str, role: str, call, weight: torch.Tensor, gate: str | None) -> Variant:
+        forward = in_turn(call, copies(weight, torch.Tensor.clone, weight.nbytes, count))
+        return Variant(name, role, forward, gate=gate, bytes=float(weight.nbytes * count))
+
+    return (
+        variant("gossamer", OURS, product, problem.values, "truth"),
+        variant("dense linear", DENSE, lambda w: F.linear(x, w), full, None),
+    )
+
+
 def build(request: Request) -> Case:
     """``gossamer.dds(x, weight.t())`` beside the dense layer of the same shape, which computes all places."""
     problem, both = Problem(request), request.direction == "both"
@@ -155,6 +178,10 @@ def build(request: Request) -> Case:
     peers, skipped = gather(PEERS, request, problem)
     flops = 2.0 * problem.x.shape[0] * values.numel()
     moved = nbytes(problem.x, values, problem.dy) + 8.0 * problem.topology.nnz_blocks
+    count = 1 if both or problem.x.is_cuda else passes(values.nbytes, problem.x.shape[0])
+    if count > 1:
+        (ours, dense), peers = _few_rows(problem, count), []
+        flops, moved = flops * count, moved * count
     return Case(
         "block_sparse",
         request.shape,
@@ -172,7 +199,7 @@ def build(request: Request) -> Case:
             )
         },
         "every output, whole",
-        f"{request.skew} topology",
+        f"{request.skew} topology" + (f", {count} weights in turn" if count > 1 else ""),
     )
 
 

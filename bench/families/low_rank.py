@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from gossamer.bench.harness.case import (
     DENSE,
     DTYPES,
     OURS,
+    PEER,
     REFERENCE,
     Case,
     Family,
@@ -23,6 +25,7 @@ from gossamer.bench.harness.case import (
     Request,
     Variant,
 )
+from gossamer.bench.harness.cold import copies, in_turn, passes
 from gossamer.bench.harness.cost import Cost, nbytes
 from gossamer.bench.harness.peers import Peer, attribute, gather, import_module
 from gossamer.ops.low_rank import low_rank_linear_reference
@@ -35,9 +38,15 @@ SHAPES = {
     "square-64": (64, 4096, 4096, 16),
     "cpu": (1024, 2048, 2048, 16),
     "cpu-64": (64, 2048, 2048, 16),
+    "decode-1": (1, 4096, 4096, 16),
+    "decode-4": (4, 4096, 4096, 16),
+    "decode-16": (16, 4096, 4096, 16),
 }
 SYMBOLS = ("M", "N", "C", "r")
-DEFAULTS = {"cpu": ("cpu", "cpu-64"), "cuda": ("square", "wide", "square-2048", "square-64")}
+DEFAULTS = {
+    "cpu": ("cpu", "cpu-64", "decode-1", "decode-4", "decode-16"),
+    "cuda": ("square", "wide", "square-2048", "square-64"),
+}
 QUICK = {"cpu": "cpu", "cuda": "square"}
 DIMENSIONS = {"rows": "M", "rank": "r"}
 SCALE = 2.0
@@ -135,6 +144,70 @@ def _unfused(name: str, role: str, problem: Problem) -> Variant:
     return problem.variant(name, role, lambda x, a, b: call(x, problem.weight, a, b))
 
 
+# Frozen weights in few bits, with their updates, where rows are few.
+FORMATS = {
+    "int8": gossamer.Int8Weight.quantize,
+    "fp8": gossamer.Float8Weight.quantize,
+    "nf4": gossamer.NF4Weight.quantize,
+}
+
+
+def _tensors(weight) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
+
+
+def _copy(weight):
+    if isinstance(weight, torch.Tensor):
+        return weight.clone()
+    return type(weight)(**{**vars(weight), **{name: value.clone() for name, value in _tensors(weight).items()}})
+
+
+def torch_int4(weight: torch.Tensor, group: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight packed for torch's int4 product on the CPU, with scale and zero point of each group."""
+    n, c = weight.shape
+    grouped = weight.float().view(n, c // group, group)
+    scale = grouped.abs().amax(-1) / 7
+    codes = (grouped / scale.unsqueeze(-1)).round().clamp(-8, 7).add(8).view(n, c).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return packed, torch.stack([scale, torch.zeros_like(scale)], -1).to(weight.dtype).transpose(0, 1).contiguous()
+
+
+def _few_rows(problem: Problem, rows: torch.Tensor, count: int) -> tuple[list[Variant], dict]:
+    """The layer over each kind of frozen weight, each read from memory; and torch's own products without an update."""
+    x, variants, gates = problem.x, [], {}
+
+    def add(name: str, role: str, call, weight, copy, size: int, gate: str | None, note: str = "") -> None:
+        forward = in_turn(call, copies(weight, copy, size, count))
+        variants.append(Variant(name, role, forward, gate=gate, note=note, bytes=float(size * count)))
+
+    def layer(weight) -> torch.Tensor:
+        return gossamer.low_rank_linear(x, weight, problem.a, problem.b, scale=SCALE)
+
+    add("gossamer", OURS, layer, problem.weight, _copy, nbytes(problem.weight), "truth")
+    add("linear without update", DENSE, lambda w: F.linear(x, w), problem.weight, _copy, nbytes(problem.weight), None)
+    for name, quantize in FORMATS.items():
+        weight = quantize(problem.weight)
+        size = nbytes(*_tensors(weight).values())
+
+        def gate(weight=weight) -> FloatGate:
+            dense = [weight.dequantize(dtype) for dtype in (torch.float64, x.dtype)]
+            truth, plain = (dataclasses.replace(problem, weight=w) for w in dense)
+            return FloatGate(_outputs(truth, rows, False, torch.float64), _outputs(plain, rows, False, x.dtype))
+
+        gates[name] = gate
+        add(f"gossamer {name}", PEER, layer, weight, _copy, size, name)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        packed = torch_int4(problem.weight)
+        call = lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], 32, w[1])  # noqa: E731
+        copy = lambda w: tuple(t.clone() for t in w)  # noqa: E731
+        add("torch int4", PEER, call, packed, copy, nbytes(*packed), None, "groups of 32, no update")
+        int8 = FORMATS["int8"](problem.weight)
+        stored = int8.values, (int8.absmax / 127).to(x.dtype)
+        call8 = lambda w: torch.ops.aten._weight_int8pack_mm(x, w[0], w[1])  # noqa: E731
+        add("torch int8", PEER, call8, stored, copy, nbytes(*stored), None, "a scale a row, no update")
+    return variants, gates
+
+
 PEERS = (
     Peer("unfused", None, "torch", _unfused, REFERENCE),
     Peer("PEFT", "peft.tuners.lora.layer", "peft", peft),
@@ -147,6 +220,7 @@ def build(request: Request) -> Case:
     m, n, c, rank = (request.sizes[s] for s in SYMBOLS)
     problem, both = make_problem(request), request.direction == "both"
     whole = m * n * c <= WHOLE
+    count = passes(n * c // 2, m) if not both else 1
     rows = torch.arange(m, device=request.device)
     rows = rows if whole else rows[:: max(1, m // SAMPLE_ROWS)]
     weight = problem.weight
@@ -157,6 +231,10 @@ def build(request: Request) -> Case:
     if both:
         flops += 2.0 * m * (n * c + 2 * rank * (n + c))
         moved += nbytes(problem.x, problem.a, problem.b, problem.dy)
+    variants, gates = [ours, plain], {}
+    if count > 1:
+        variants, gates = _few_rows(problem, rows, count)
+        peers, flops, moved = [], flops * count, moved * count
     return Case(
         "low_rank",
         request.shape,
@@ -164,12 +242,13 @@ def build(request: Request) -> Case:
         request.dtype,
         request.device,
         request.direction,
-        (ours, plain, *peers),
+        (*variants, *peers),
         skipped,
         flops,
         moved,
-        {"truth": lambda: _gate(problem, rows, both)},
+        {"truth": lambda: _gate(problem, rows, both), **gates},
         "every output, whole" if whole else f"{len(rows)} rows of y and dx; da and db, whole",
+        f"{count} weights in turn" if count > 1 else "",
     )
 
 
@@ -200,8 +279,8 @@ def cost_backward(call: Mapping[str, object], result: object) -> Cost:
 
 def cost_base(call: Mapping[str, object], result: object) -> Cost:
     """The cost of the layer's own product."""
-    x, weight = call["x"], call["weight"]
-    return Cost(2.0 * x.shape[0] * weight.numel(), nbytes(x, weight, call["bias"], result))
+    x, read = call["x"], [call[name] for name in _WEIGHT]
+    return Cost(2.0 * x.numel() * result.shape[1], nbytes(x, *read, call["bias"], result))
 
 
 COSTS = {

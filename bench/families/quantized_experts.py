@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -10,12 +13,15 @@ from gossamer.bench.families.experts import DIMENSIONS, SHAPES, SYMBOLS, Problem
 from gossamer.bench.families.experts import sampled_outputs as plain_outputs
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Request, Variant
+from gossamer.bench.harness.cold import in_turn, passes
 from gossamer.ops.quantized_expert_weight import FORMATS
 
 # Decoding is what quantised weights are for; on a GPU the shapes of large models with few tokens.
 DECODE = {name: (64, *sizes[1:]) for name, sizes in SHAPES.items() if not name.startswith("cpu-")}
-QUANTIZED_SHAPES = {"cpu-decode": SHAPES["cpu-decode"], "cpu-small": SHAPES["cpu-small"], **DECODE}
-DEFAULTS = {"cpu": ("cpu-decode", "cpu-small"), "cuda": tuple(DECODE)}
+# Few rows whose experts come from memory.
+STEPS = {f"decode-{rows}": (rows, 1024, 512, 32, 4) for rows in (1, 4, 16)}
+QUANTIZED_SHAPES = {"cpu-decode": SHAPES["cpu-decode"], "cpu-small": SHAPES["cpu-small"], **STEPS, **DECODE}
+DEFAULTS = {"cpu": (*STEPS, "cpu-decode", "cpu-small"), "cuda": tuple(DECODE)}
 QUICK = {"cpu": "cpu-decode", "cuda": "olmoe"}
 
 
@@ -27,18 +33,58 @@ def _rule(sizes: dict[str, int]) -> str | None:
     return None
 
 
-def _variants(problem: Problem, dispatch: gossamer.Dispatch) -> tuple[list[Variant], dict, dict[str, int]]:
+def _first_experts(problem: Problem) -> Problem:
+    """The same problem with the experts that have rows before the others."""
+    return dataclasses.replace(problem, ids=torch.searchsorted(problem.ids.unique(), problem.ids))
+
+
+class Steps:
+    """A layer's calls on weights that no cache holds: other experts, then copies of the layer, in turn.
+
+    Args:
+        problem: with the experts that have rows before the others.
+        rows: how many there are.
+    """
+
+    def __init__(self, problem: Problem, rows: int) -> None:
+        e, used = problem.num_experts, int(problem.ids.max()) + 1
+        values = used * (problem.gate_up[0].numel() + problem.down[0].numel())
+        # Of the least format, so that all variants make as many calls.
+        self.count = 1 if problem.x.is_cuda else passes(values // 2, rows)
+        parts = e // used if self.count > 1 else 1
+        self._dispatches = [gossamer.dispatch(problem.ids + part * used, e) for part in range(parts)]
+        self.touched = used
+
+    def forward(self, layer, weights, copy):
+        """What calls ``layer(weights, dispatch)`` in turn; ``copy`` copies weights."""
+        distinct = passes(sum(w.nbytes for w in weights), 1) if self.count > 1 else 1
+        made = [weights, *(copy(weights) for _ in range(min(distinct, self.count) - 1))]
+        calls = itertools.cycle(itertools.product(made, self._dispatches))
+        return in_turn(lambda call: layer(*call), list(itertools.islice(calls, self.count)))
+
+
+def _clone(weights):
+    return tuple(
+        w.clone()
+        if isinstance(w, torch.Tensor)
+        else gossamer.QuantizedExpertWeight(w.data.clone(), w.scale.clone(), w.format)
+        for w in weights
+    )
+
+
+def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict[str, int]]:
     """A variant of each format with its own gate, whose truth has the weights that its codes stand for."""
     variants, gates, sizes = [], {}, {}
+
+    def layer(weights, dispatch: gossamer.Dispatch) -> torch.Tensor:
+        return gossamer.expert_mlp(problem.x, *weights, dispatch, problem.weights)
+
     sample = None
     for weight_format in FORMATS:
         gate_up, down = (
             gossamer.QuantizedExpertWeight.quantize(w, weight_format) for w in (problem.gate_up, problem.down)
         )
         sizes[weight_format] = (gate_up.nbytes + down.nbytes) // problem.num_experts
-
-        def forward(gate_up=gate_up, down=down) -> torch.Tensor:
-            return gossamer.expert_mlp(problem.x, gate_up, down, dispatch, problem.weights)
 
         def gate(gate_up=gate_up, down=down) -> FloatGate:
             def outputs(dtype: torch.dtype, accumulate: torch.dtype) -> dict[str, torch.Tensor]:
@@ -51,8 +97,9 @@ def _variants(problem: Problem, dispatch: gossamer.Dispatch) -> tuple[list[Varia
                 outputs(torch.float64, torch.float64), outputs(problem.x.dtype, torch.float32), sample.picks
             )
 
-        role = PEER if variants else OURS
-        variants.append(Variant(f"gossamer {weight_format}", role, forward, gate=weight_format))
+        role, moved = PEER if variants else OURS, float(steps.count * steps.touched * sizes[weight_format])
+        forward = steps.forward(layer, (gate_up, down), _clone)
+        variants.append(Variant(f"gossamer {weight_format}", role, forward, gate=weight_format, bytes=moved))
         gates[weight_format] = gate
     sample = make_sample(problem)
     return variants, gates, sizes
@@ -60,9 +107,9 @@ def _variants(problem: Problem, dispatch: gossamer.Dispatch) -> tuple[list[Varia
 
 def build(request: Request) -> Case:
     """Each format beside gossamer's layer in the dtype of x, and a dense layer of as many FLOPs."""
-    problem = make_problem(request)
-    dispatch = gossamer.dispatch(problem.ids, problem.num_experts)
-    variants, gates, sizes = _variants(problem, dispatch)
+    problem = _first_experts(make_problem(request))
+    steps = Steps(problem, request.sizes["T"])
+    variants, gates, sizes = _variants(problem, steps)
     (t, h), i, k = problem.x.shape, problem.down.shape[2], problem.top_k
     rows, up, out = problem.x.repeat_interleave(k, dim=0), problem.gate_up[0], problem.down[0]
 
@@ -70,14 +117,18 @@ def build(request: Request) -> Case:
         gate, linear = F.linear(rows, up).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * linear, out)
 
-    def whole() -> torch.Tensor:
-        return gossamer.expert_mlp(problem.x, problem.gate_up, problem.down, dispatch, problem.weights)
+    def layer(weights, dispatch: gossamer.Dispatch) -> torch.Tensor:
+        return gossamer.expert_mlp(problem.x, *weights, dispatch, problem.weights)
 
-    variants.append(Variant("equal-FLOP dense", DENSE, dense, gate=None))
-    variants.append(Variant(f"gossamer {request.dtype}", PEER, whole, gate=None, note="the same layer, not quantised"))
-    touched = int(problem.ids.unique().numel())
+    weights = problem.gate_up, problem.down
+    whole = steps.forward(layer, weights, _clone)
+    size = float(steps.count * steps.touched * sum(w[0].nbytes for w in weights))
+    variants.append(Variant("equal-FLOP dense", DENSE, in_turn(lambda _: dense(), range(steps.count)), gate=None))
+    variants.append(
+        Variant(f"gossamer {request.dtype}", PEER, whole, gate=None, note="the same layer, not quantised", bytes=size)
+    )
     first = next(iter(FORMATS))
-    moved = 2.0 * problem.x.nbytes + touched * sizes[first] + problem.weights.nbytes
+    moved = 2.0 * problem.x.nbytes + steps.touched * sizes[first] + problem.weights.nbytes
     return Case(
         "quantized_experts",
         request.shape,
@@ -87,11 +138,11 @@ def build(request: Request) -> Case:
         request.direction,
         tuple(variants),
         {},
-        6.0 * t * k * h * i,
-        moved,
+        6.0 * t * k * h * i * steps.count,
+        moved * steps.count,
         gates,
         make_sample(problem).words,
-        f"{request.skew} routing; bytes are those of {first}",
+        f"{request.skew} routing; bytes are those of {first}" + (f"; {steps.count} calls" if steps.count > 1 else ""),
     )
 
 

@@ -43,6 +43,7 @@ class Variant:
         gate: the key of the case's gate that judges it; None for one that computes another problem of equal size.
         note: a remark for the table.
         package: whose it is: the distribution of a peer, else gossamer, which answers for baselines too.
+        bytes: the fewest that its call can move, where its weights are stored as no other variant's are; else None.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Variant:
     gate: str | None = "truth"
     note: str = ""
     package: str = "gossamer"
+    bytes: float | None = None
 
     def call(self, direction: str) -> Outputs:
         """Run forward without recording a graph, or forward and backward; return the outputs by name."""

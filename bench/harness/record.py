@@ -37,6 +37,7 @@ class Row:
             None where it was not measured.
         timed_by: how the samples were taken; see :class:`gossamer.bench.harness.timing.Timed`.
         package: of the variant.
+        bytes: of one call of the variant; None where they are the case's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     host_seconds: float | None = None
     timed_by: str = ""
     package: str = "gossamer"
+    bytes: float | None = None
 
     @property
     def faulty(self) -> bool:
@@ -188,7 +190,7 @@ def _row_json(row: Row, result: CaseResult) -> dict:
         found |= {"median": row.median, "p20": quantile(row.seconds, 0.2), "p80": quantile(row.seconds, 0.8)}
         found |= {
             "flops_per_second": result.case.flops / row.median,
-            "bytes_per_second": result.case.bytes / row.median,
+            "bytes_per_second": (row.bytes or result.case.bytes) / row.median,
         }
         found |= {"fraction_of_ceiling": result.floor / row.median}
         found |= {"ratio_to_dense": row.times(dense) if dense else None}

@@ -122,13 +122,16 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
     ratio = "×dense" if dense is None or "dense" in dense.name else "×baseline"
     rate = "TFLOP/s" if case.flops else "GB/s"
     columns = ("variant", "ms (p20–p80)", rate, "attainable", f"{ratio} (90%)", "host ms", "peak MiB", "error")
+    # Weights of different sizes have different floors.
+    sized = any(row.bytes for row in result.rows)
+    columns = (*columns[:4], "GB/s", "of memory", *columns[4:]) if sized else columns
     # A narrow terminal shows fewer columns; files hold them all.
     shown = [i for i, column in enumerate(columns) if column not in _hidden(console.width)]
     table = named_table(*(columns[i] for i in shown), least=LEAST_NAME)
     for row in result.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
         if not row.seconds:
-            cells = (row.name, row.status, "", "", "", "", "", error)
+            cells = (row.name, row.status, *[""] * (len(columns) - 3), error)
             table.add_row(*(cells[i] for i in shown))
             continue
         times = f"{row.times(dense):.2f}" if dense else ""
@@ -138,7 +141,9 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
         share = f"{100 * result.floor / row.median:.0f}%"
         host = "" if row.host_seconds is None else digits(1e3 * row.host_seconds)
         peak = "" if row.peak_bytes is None else digits(row.peak_bytes / 2**20)
-        cells = (row.name, _milliseconds(row), _rate(result, row), share, times, host, peak, error)
+        moved = (row.bytes or case.bytes) / row.median
+        memory = (digits(moved / 1e9), f"{100 * moved / ceilings.bandwidth:.0f}%") if sized else ()
+        cells = (row.name, _milliseconds(row), _rate(result, row), share, *memory, times, host, peak, error)
         table.add_row(*(cells[i] for i in shown))
     say(console, case.title, style="bold")
     console.print(table)

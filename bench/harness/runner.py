@@ -374,4 +374,5 @@ def _first_calls(case: Case, variant: Variant, gates: dict, chosen: Family, requ
         # A benchmark of several systems goes on when one breaks: the row says how, and ours sets the exit status.
         reason = str(error).strip().splitlines() or [""]
         return Row(variant.name, variant.role, "failed", None, f"{type(error).__name__}: {reason[0]}")
-    return Row(variant.name, variant.role, "ok", verdict and verdict.error, variant.note, peak_bytes=peak)
+    error = verdict and verdict.error
+    return Row(variant.name, variant.role, "ok", error, variant.note, peak_bytes=peak, bytes=variant.bytes)
