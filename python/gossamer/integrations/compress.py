@@ -22,6 +22,7 @@ from gossamer.nn import (
     Embedding,
     EmbeddingBag,
     FrequencyEmbedding,
+    FusedTable,
     HashEmbedding,
     MaskedEmbedding,
     MixedDimensionEmbedding,
@@ -234,7 +235,8 @@ def compress_embeddings(
             raise ValueError(f"method {method!r} needs {', '.join(missing)} for {name!r}")
         if isinstance(module, nn.EmbeddingBag):
             own |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
-        if (optimizer := getattr(module, "optimizer", None)) is not None:
+        optimizer = getattr(module, "optimizer", None)
+        if optimizer is not None and issubclass(how.kind, FusedTable):
             own["optimizer"] = optimizer
         fields.append(_Field(name, module, how, own))
     if not fields:

@@ -14,6 +14,8 @@ from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
 from gossamer.optim import Optimizer
 
 VARIANTS = ("vq", "sx")
+# Responses that are held at a time, and most codewords that a budget is spent on: each id is compared with all of them.
+_RESPONSES, _MOST_CODES = 1 << 22, 1 << 12
 
 
 class ProductQuantizedEmbedding(FusedTable):
@@ -138,6 +140,14 @@ class ProductQuantizedEmbedding(FusedTable):
         beyond = torch.arange(self.num_codes, device=ids.device) >= self.rare_codes
         return found.masked_fill((ids >= self.frequent).view(-1, 1, 1) & beyond, -torch.inf)
 
+    def _best(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The codes ``(L, P)`` of the codewords that answer best, a part of the ids at a time: responses are many."""
+        size = max(1, _RESPONSES // (self.num_parts * self.num_codes))
+        if torch.compiler.is_compiling() or len(ids) <= size:
+            return self._responses(pieces, ids).argmax(-1)
+        parts = zip(pieces.split(size), ids.split(size), strict=True)
+        return torch.cat([self._responses(some, of).argmax(-1) for some, of in parts])
+
     def _words(self, codes: torch.Tensor) -> torch.Tensor:
         """The codewords ``(L, P, D/P)`` of ``codes (L, P)``."""
         return self.codewords[torch.arange(self.num_parts, device=codes.device), codes]
@@ -150,7 +160,7 @@ class ProductQuantizedEmbedding(FusedTable):
             return self.served.addresses(ids).view(*ids.shape, self.num_parts) - first
         flat = ids.reshape(-1)
         pieces = self._pieces(torch.nn.functional.embedding(flat, self.weight))
-        return self._responses(pieces, flat).argmax(-1).view(*ids.shape, self.num_parts)
+        return self._best(pieces, flat).view(*ids.shape, self.num_parts)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``.
@@ -166,7 +176,7 @@ class ProductQuantizedEmbedding(FusedTable):
         pieces = self._pieces(self.rows("weight", flat))
         if self.variant == "vq":
             with torch.no_grad():
-                codes = self._responses(pieces, flat).argmax(-1)
+                codes = self._best(pieces, flat)
             words = self._words(codes)
             out = _WithGradientOf.apply(words.detach(), pieces)
             if self.regularization and torch.is_grad_enabled() and words.requires_grad and flat.numel():
@@ -233,9 +243,9 @@ class ProductQuantizedEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> ProductQuantizedEmbedding:
-        """The table of the most bytes within a budget, over parts and codes; raises as :meth:`Table.from_budget`.
+        """The table of the most bytes within a budget, over parts and up to 4096 codes.
 
-        ``num_parts`` may be given.
+        ``num_parts`` may be given. Raises as :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         given = options.pop("num_parts", None)
@@ -246,7 +256,7 @@ class ProductQuantizedEmbedding(FusedTable):
         itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
         best, smallest = None, None
         for parts in splits:
-            for bits in range(1, 17):
+            for bits in range(1, code_bits(_MOST_CODES) + 1):
                 fixed = often * packed_width(parts, bits) + seldom * packed_width(parts, code_bits(rare)) + 4 * parts
                 word = embedding_dim * itemsize
                 least, most = max(2 ** (bits - 1) + 1, rare), min(2**bits, max(num_embeddings, 2))
