@@ -27,7 +27,7 @@ def bench(
         ),
     ] = "moe",
     study: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="After study: routers, expert_compression.")
+        str | None, typer.Argument(metavar="[NAME]", help="After study: routers, expert_compression, embedding_budget.")
     ] = None,
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, one to two minutes on two cores.")] = False,

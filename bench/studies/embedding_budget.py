@@ -1,0 +1,249 @@
+"""Compressed embedding tables in two click models, at shares of the dense tables' bytes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gossamer.bench.harness.study import Case, Metric, Outcome, Report, Study, Unfit
+from gossamer.bench.studies.clicks import FIELDS, MODELS, Population, auc, clicks
+from gossamer.integrations.compress import METHODS, compress_embeddings
+from gossamer.nn import MaskedEmbedding, PrunedEmbedding, SearchedDimensionEmbedding, graph_clusters
+
+DENSE = "dense"
+# Methods that start from trained tables take the place of dense ones after half of the training.
+LATE = ("deduplicated", "masked", "product_quantized", "pruned")
+# Without vectors of the items' content there are no semantic ids.
+CASES = [DENSE, *(name for name in METHODS if name != "semantic_id")]
+NOTES = {
+    "deduplicated": "starts from the dense tables half trained, in blocks of 8 rows",
+    "deep_hash": "256 hashes and three layers",
+    "masked": "starts from the dense tables half trained",
+    "product_quantized": "starts from the dense tables half trained, which training holds to its end",
+    "pruned": "starts from the dense tables half trained, which training holds to its end",
+    "searched_dimension": "searches for two fifths of the training, and then trains what it chose",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much there is to do.
+
+    Attributes:
+        population: how many ids there are.
+        dim: D.
+        batch: impressions of a step.
+        steps: of training.
+        eval_batches: of a validation.
+        budgets: shares of the dense tables' bytes; the first decides.
+        lr: of the tables.
+    """
+
+    population: Population
+    dim: int
+    batch: int
+    steps: int
+    eval_batches: int
+    budgets: tuple[float, ...]
+    lr: float = 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model at one budget gives."""
+
+    loss: float
+    auc: float
+    served: int
+    training: int
+    step_ms: float
+    lookup_us: float
+
+
+def options(method: str, budget: float, seed: int, settings: Settings) -> dict[str, object]:
+    """What a method is given beside the budget: how often ids occur in training, and who met whom.
+
+    Raises:
+        Unfit: its maps alone are larger than the budget.
+    """
+    if method == "deduplicated":
+        return {"block_rows": 8, "share": 0.9}
+    if method == "deep_hash":
+        return {"num_hashes": 256, "num_layers": 3}
+    if method not in ("frequency", "clustered"):
+        return {}
+    rows, source = settings.population.rows, clicks(settings.population, seed)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in FIELDS}
+    for batch in source.batches(0, settings.steps, settings.batch):
+        for name in FIELDS:
+            seen[name].append(batch.ids[name])
+    if method == "frequency":
+        counts = {n: torch.cat(seen[n]).flatten().bincount(minlength=rows[n]) for n in FIELDS}
+        return {"frequencies": {f"tables.{name}": count for name, count in counts.items()}}
+    found = {}
+    for name, partner in (("user", "item"), ("item", "user"), ("tags", "item"), ("history", "user")):
+        # A row takes 4·D bytes, the map 4 bytes an id, and the seed of the class 8.
+        most = int(rows[name] * (budget - 1 / settings.dim)) - 1
+        if most < 1:
+            raise Unfit(f"its maps hold 1/{settings.dim} of the dense bytes")
+        ids, others = torch.cat(seen[name]), torch.cat(seen[partner])[:, :1]
+        pairs = ids.flatten(), others.expand(-1, ids.shape[1]).flatten()
+        graph = graph_clusters(*pairs, rows[name], rows[partner], resolution=200.0, seed=seed)
+        # What γ gives beyond the budget is merged, the smallest clusters first.
+        found[f"tables.{name}"] = {"clusters": merged(graph.users, most)}
+    return {"field_options": found}
+
+
+def merged(clusters: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many clusters: the smallest beyond that share rows in turn."""
+    count = int(clusters.max()) + 1
+    if count <= most:
+        return clusters
+    order = clusters.bincount(minlength=count).argsort(descending=True, stable=True)
+    numbers = torch.empty_like(order).scatter_(0, order, torch.arange(count) % most)
+    return numbers[clusters]
+
+
+def train(kind: str, method: str, budget: float, seed: int, settings: Settings, report: Report) -> Result:
+    """One model with one method at one budget.
+
+    Raises:
+        Unfit: the method cannot reach the budget.
+    """
+    source = clicks(settings.population, seed)
+    torch.manual_seed(seed)
+    model = MODELS[kind](settings.population.rows, settings.dim, settings.lr)
+    start = settings.steps // 2 if method in LATE else 0
+    optimizers, training, milliseconds = None, 0, []
+    for step, batch in enumerate(source.batches(0, settings.steps, settings.batch)):
+        if step == start and method != DENSE:
+            given = options(method, budget, seed, settings)
+            try:
+                training = compress_embeddings(model, method, budget, min_rows=0, **given).training
+            except ValueError as error:
+                raise Unfit(str(error)) from error
+            for table in model.tables.values():
+                if isinstance(table, PrunedEmbedding):
+                    table.sparsify()
+                if isinstance(table, MaskedEmbedding):
+                    table.threshold.requires_grad_(False)
+            optimizers = None
+        if method == "searched_dimension" and step == settings.steps * 2 // 5:
+            for table in model.tables.values():
+                if isinstance(table, SearchedDimensionEmbedding):
+                    table.choose()
+            optimizers = None
+        if optimizers is None:
+            optimizers = _optimizers(model)
+        begin = time.perf_counter()
+        # Shares of widths learn from each fourth batch, all else from the others.
+        chosen = optimizers[1] if optimizers[1] is not None and step % 4 == 3 else optimizers[0]
+        chosen.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(model(batch.ids), batch.clicks).backward()
+        chosen.step()
+        milliseconds.append(1000 * (time.perf_counter() - begin))
+        if step % 50 == 0:
+            report(step / settings.steps, "")
+    held = [table.nbytes() for table in model.tables.values()]
+    for table in model.tables.values():
+        table.freeze()
+    model.eval()
+    scores, clicked = [], []
+    with torch.no_grad():
+        for batch in source.batches(10**6, settings.eval_batches, settings.batch):
+            scores.append(model(batch.ids))
+            clicked.append(batch.clicks)
+        scores, clicked = torch.cat(scores), torch.cat(clicked)
+        loss = float(nn.functional.binary_cross_entropy_with_logits(scores, clicked))
+        lookups = []
+        for batch in itertools.islice(source.batches(2 * 10**6, 12, 4096), 12):
+            begin = time.perf_counter()
+            for name, table in model.tables.items():
+                table(batch.ids[name])
+            lookups.append(1e6 * (time.perf_counter() - begin))
+    served = sum(table.nbytes() for table in model.tables.values())
+    return Result(
+        loss,
+        auc(scores, clicked),
+        served,
+        training or sum(held),
+        statistics.median(milliseconds),
+        statistics.median(lookups),
+    )
+
+
+def _optimizers(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+    """Adam over what no table steps by itself, and over the shares of searched widths."""
+    alphas = [p for name, p in model.named_parameters() if name.endswith("alpha") and p.requires_grad]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("alpha") and p.requires_grad]
+    return torch.optim.Adam(rest, lr=1e-3), torch.optim.Adam(alphas, lr=1e-2) if alphas else None
+
+
+def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
+    """A method at every budget that it reaches, in both models; the mean of the models."""
+    budgets = settings.budgets[:1] if name == DENSE else settings.budgets
+    dense = 4 * settings.dim * sum(settings.population.rows.values())
+    found: dict[float, list[Result]] = {}
+    for number, (budget, kind) in enumerate(itertools.product(budgets, MODELS)):
+
+        def note(share: float, text: str, number: int = number, budget: float = budget) -> None:
+            report((number + share) / (len(budgets) * len(MODELS)), f"budget {budget:g}")
+
+        try:
+            found.setdefault(budget, []).append(train(kind, name, budget, seed, settings, note))
+        except Unfit:
+            if budget == settings.budgets[0]:
+                raise
+            found.pop(budget, None)
+    reached = {budget: results for budget, results in found.items() if len(results) == len(MODELS)}
+    first = reached[settings.budgets[0]]
+
+    def mean(results: list[Result], field: str) -> float:
+        return statistics.fmean(getattr(result, field) for result in results)
+
+    points = sorted((mean(results, "served") / dense, mean(results, "loss")) for results in reached.values())
+    metrics = {
+        "loss": mean(first, "loss"),
+        "auc": mean(first, "auc"),
+        "served": mean(first, "served") / 1e6,
+        "training": mean(first, "training") / 1e6,
+        "step_ms": mean(first, "step_ms"),
+        "lookup_us": mean(first, "lookup_us"),
+        "least": min(share for share, _ in points),
+    }
+    # The picture leaves the first point of a curve out.
+    x, y = zip(points[0], *points, strict=True)
+    return Outcome(round(mean(first, "served") / 4), metrics, list(map(math.log10, x)), list(y))
+
+
+STUDY = Study(
+    name="embedding_budget",
+    title="Compressed embedding tables of click models",
+    question="Which compressed table predicts clicks best from a tenth of the dense tables' bytes?",
+    baseline=DENSE,
+    headline="loss",
+    metrics=(
+        Metric("loss", "log loss at a tenth", 4),
+        Metric("auc", "AUC at a tenth", 4),
+        Metric("served", "MB served at a tenth", 3),
+        Metric("training", "MB in training", 3),
+        Metric("step_ms", "ms a step", 2),
+        Metric("lookup_us", "us to look 4096 impressions up", 0),
+        Metric("least", "least share reached", 4),
+    ),
+    x_label="log10 of the share of the dense bytes",
+    y_label="validation log loss",
+    cases=lambda: [Case(name, "quality against bytes", NOTES.get(name, "")) for name in CASES],
+    run=run,
+    settings={
+        "quick": Settings(Population(6_000, 2_500, 700), 16, 256, 120, 8, (0.1, 0.5)),
+        "full": Settings(Population(600_000, 180_000, 40_000), 16, 1024, 1500, 40, (0.1, 0.5, 0.25, 0.01)),
+    },
+    seeds={"quick": 2, "full": 3},
+)
