@@ -66,7 +66,8 @@ void register_logic(py::module_ m) {
         const int32_t num_rows = rows.value_or(offsets.back());
         return tiles(hopper::RowSchedule(offsets.data(), last(offsets), num_rows, block_rows, num_columns), block, blocks);
       },
-      py::arg("offsets"), py::arg("block_rows"), py::arg("num_columns"), py::arg("block"), py::arg("blocks"), py::arg("num_rows") = std::nullopt,
+      py::arg("offsets"), py::arg("block_rows"), py::arg("num_columns"), py::arg("block"), py::arg("blocks"),
+      py::arg("num_rows") = std::nullopt,
       "Tiles (expert, row, row end, row tile, column tile) of one block over ragged groups of rows, by default all.");
   m.def(
       "weight_tiles",
@@ -75,8 +76,8 @@ void register_logic(py::module_ m) {
         const int32_t num_rows = rows.value_or(offsets.back());
         return tiles(hopper::WeightSchedule(offsets.data(), last(offsets), num_rows, row_tiles, num_columns), block, blocks);
       },
-      py::arg("offsets"), py::arg("row_tiles"), py::arg("num_columns"), py::arg("block"), py::arg("blocks"), py::arg("num_rows") = std::nullopt,
-      "Tiles of one block over one matrix per expert.");
+      py::arg("offsets"), py::arg("row_tiles"), py::arg("num_columns"), py::arg("block"), py::arg("blocks"),
+      py::arg("num_rows") = std::nullopt, "Tiles of one block over one matrix per expert.");
   m.def(
       "glu_gradient",
       [](std::string_view name, bool gated, float alpha, float limit, float dact, float gate, float up) {

@@ -201,8 +201,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    mark_kernel(T* array, int64_t size, const int64_t* slots, int64_t count, T value) {
+__global__ void __launch_bounds__(kThreads) mark_kernel(T* array, int64_t size, const int64_t* slots, int64_t count, T value) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < count && slots[i] >= 0 && slots[i] < size) array[slots[i]] = value;
 }

@@ -165,8 +165,7 @@ struct GluBackwardFinish {
 
   static __device__ float weight(const Params& p, int64_t row) {
     const int32_t slot = slot_of(p.product.experts, row);
-    return p.weights_float32 ? static_cast<const float*>(p.weights)[slot]
-                             : widen(static_cast<const T*>(p.weights)[slot]);
+    return p.weights_float32 ? static_cast<const float*>(p.weights)[slot] : widen(static_cast<const T*>(p.weights)[slot]);
   }
 
   template <typename, int kN>

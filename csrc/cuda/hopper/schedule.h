@@ -40,11 +40,7 @@ class RowSchedule {
  public:
   GOSSAMER_HD RowSchedule(const int32_t* offsets, int32_t num_experts, int32_t num_rows, int32_t block_rows,
                           int32_t num_columns)
-      : offsets_(offsets),
-        num_experts_(num_experts),
-        num_rows_(num_rows),
-        block_rows_(block_rows),
-        num_columns_(num_columns) {}
+      : offsets_(offsets), num_experts_(num_experts), num_rows_(num_rows), block_rows_(block_rows), num_columns_(num_columns) {}
 
   // False past the last tile.
   GOSSAMER_HD bool seek(int64_t index, Tile& tile) {
@@ -118,11 +114,7 @@ class WeightSchedule {
  public:
   GOSSAMER_HD WeightSchedule(const int32_t* offsets, int32_t num_experts, int32_t num_rows, int32_t row_tiles,
                              int32_t num_columns)
-      : offsets_(offsets),
-        num_experts_(num_experts),
-        num_rows_(num_rows),
-        row_tiles_(row_tiles),
-        num_columns_(num_columns) {}
+      : offsets_(offsets), num_experts_(num_experts), num_rows_(num_rows), row_tiles_(row_tiles), num_columns_(num_columns) {}
 
   GOSSAMER_HD bool seek(int64_t index, Tile& tile) {
     const int64_t tiles = static_cast<int64_t>(row_tiles_) * num_columns_;
