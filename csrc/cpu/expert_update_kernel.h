@@ -1,6 +1,7 @@
 // Low-rank updates of expert weights, inside expert_mlp.
 #pragma once
 
+#include "cpu/expert_mlp.h"
 #include "cpu/grouped_matmul_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {
