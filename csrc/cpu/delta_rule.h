@@ -9,6 +9,7 @@
 #include "cpu/dtype.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/recorder.h"
 
 namespace gossamer {
 

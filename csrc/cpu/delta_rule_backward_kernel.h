@@ -367,7 +367,7 @@ void chunk_gradients(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, 
 template <class T>
 void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit,
                               DeltaRuleBuffers<Accumulator<T>>& memory, const DeltaScratch<Accumulator<T>>& scratch,
-                              const GradientScratch<Accumulator<T>>& gradients, Team team) {
+                              const GradientScratch<Accumulator<T>>& gradients, Team team, StageClock& clock) {
   using S = Accumulator<T>;
   const int64_t group = memory.group, num_chunks = (unit.end - unit.begin + kChunkTokens - 1) / kChunkTokens;
   const int64_t turns = memory.dstate_turns, whole = whole_blocks(a.value_size);
@@ -392,7 +392,7 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
       const int64_t row = unit.first_checkpoint + first / kSpanChunks;
       load_state(state_at(static_cast<const S*>(a.checkpoints), a, row, head), a.key_size, a.value_size, memory.state(h, 0));
     });
-    forward_chunks<T>(a, unit, first, last, memory, scratch, false, false, team);
+    forward_chunks<T>(a, unit, first, last, memory, scratch, false, false, team, clock);
     const auto back = [&](int64_t h, int64_t c, int64_t begin, int64_t end) {
       HeadChunk<S> chunk = memory.head(h, c);
       chunk.take_keys(memory.keys[c], a.decay);
@@ -402,7 +402,9 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
     if (team.size == 1) {
       for (int64_t c = chunks - 1; c >= 0; --c) {
         for (int64_t h = 0; h < group; ++h) back(h, c, 0, whole);
+        clock.lap(Stage::kDstates);
         chunk_gradients<T>(a, unit, token_of(c), count_of(c), c, memory, scratch, gradients);
+        clock.lap(Stage::kGradients);
       }
       continue;
     }
@@ -410,10 +412,12 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
       const int64_t begin = i % pieces.pieces * pieces.width;
       for (int64_t c = chunks - 1; c >= 0; --c) back(i / pieces.pieces, c, begin, std::min(begin + pieces.width, whole));
     }
+    clock.lap(Stage::kDstates);
     team.barrier();
     for (int64_t c = team.thread; c < chunks; c += team.size) {
       chunk_gradients<T>(a, unit, token_of(c), count_of(c), c, memory, scratch, gradients);
     }
+    clock.lap(Stage::kGradients);
     team.barrier();
   }
   if (!a.dinitial_state) return;
@@ -427,12 +431,13 @@ void delta_rule_backward(const DeltaRuleBackwardArgs& a, void* shared, int num_t
   visit_float(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using S = Accumulator<T>;
-    for_units<S>(a, true, shared, num_threads, team,
-                 [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena& arena, Team members) {
-                   Arena own = arena;
-                   const GradientScratch<S> gradients(own, a.key_size, a.value_size, a.decay);
-                   delta_rule_backward_unit<T>(a, unit, memory, scratch, gradients, members);
-                 });
+    for_units<S>(
+        a, true, shared, num_threads, team,
+        [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena& arena, Team members, StageClock& clock) {
+          Arena own = arena;
+          const GradientScratch<S> gradients(own, a.key_size, a.value_size, a.decay);
+          delta_rule_backward_unit<T>(a, unit, memory, scratch, gradients, members, clock);
+        });
   });
 }
 

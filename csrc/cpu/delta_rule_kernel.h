@@ -243,11 +243,12 @@ struct ColumnPieces {
 // Chunks [first, last) of a unit from the states before the first: all that needs no gradients. A team's threads meet between stages.
 template <class T, class S>
 void forward_chunks(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t first, int64_t last, DeltaRuleBuffers<S>& memory,
-                    const DeltaScratch<S>& scratch, bool outputs, bool last_state, Team team) {
+                    const DeltaScratch<S>& scratch, bool outputs, bool last_state, Team team, StageClock& clock) {
   const int64_t group = memory.group, chunks = last - first;
   const auto token_of = [&](int64_t c) { return unit.begin + (first + c) * kChunkTokens; };
   const auto count_of = [&](int64_t c) { return std::min(kChunkTokens, unit.end - token_of(c)); };
   for (int64_t c = team.thread; c < chunks; c += team.size) prepare_keys<T>(a, unit, token_of(c), count_of(c), memory.keys[c]);
+  clock.lap(Stage::kKeys);
   team.barrier();
   for (int64_t i = team.thread; i < chunks * group; i += team.size) {
     const int64_t c = i / group, h = i % group, rows = whole_blocks(count_of(c));
@@ -260,6 +261,7 @@ void forward_chunks(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t f
     }
     invert_blocks(rows, chunk);
   }
+  clock.lap(Stage::kGates);
   team.barrier();
   // Each thread has its own views of the chunks, whose keys may be those of the group.
   const ColumnPieces<S> pieces(a.value_size, group, team.size);
@@ -274,12 +276,13 @@ void forward_chunks(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t f
                  c + 1 < chunks || last_state ? memory.state(h, c + 1) : nullptr);
     }
   }
+  clock.lap(Stage::kStates);
   team.barrier();
 }
 
 template <class T>
 void delta_rule_unit(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, DeltaRuleBuffers<Accumulator<T>>& memory,
-                     const DeltaScratch<Accumulator<T>>& scratch, Team team) {
+                     const DeltaScratch<Accumulator<T>>& scratch, Team team, StageClock& clock) {
   using S = Accumulator<T>;
   const int64_t group = memory.group, num_chunks = (unit.end - unit.begin + kChunkTokens - 1) / kChunkTokens;
   const auto heads = [&](auto&& f) {
@@ -298,7 +301,7 @@ void delta_rule_unit(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, DeltaRul
         store_state(memory.state(h, 0), a.key_size, a.value_size, state_at(static_cast<S*>(a.checkpoints), a, row, head));
       });
     }
-    forward_chunks<T>(a, unit, first, last, memory, scratch, true, last < num_chunks || a.final_state, team);
+    forward_chunks<T>(a, unit, first, last, memory, scratch, true, last < num_chunks || a.final_state, team, clock);
     if (last < num_chunks || a.final_state) {
       for (int64_t h = 0; h < group; ++h)
         std::swap(memory.states[h * (memory.chunks + 1)], memory.states[h * (memory.chunks + 1) + last - first]);
@@ -310,9 +313,10 @@ void delta_rule_unit(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, DeltaRul
   });
 }
 
-// Calls f(unit, memory, scratch, team) for each unit: each thread with memory of its own, or all of a team together.
+// Calls f(unit, memory, scratch, scratch_arena, team, clock) for each unit: each thread with memory of its own, or all of a team together.
 template <class S, class F>
 void for_units(const DeltaRuleArgs& a, bool backward, void* shared, int num_threads, Team team, F&& f) {
+  StageClock clock(backward ? TimedKernel::kDeltaRuleBackward : TimedKernel::kDeltaRule, team.size);
   const bool together = shares_units(a, num_threads);
   const DeltaRuleLayout<S> layout(a, backward, num_threads);
   Arena arena(shared);
@@ -324,22 +328,21 @@ void for_units(const DeltaRuleArgs& a, bool backward, void* shared, int num_thre
   const DeltaScratch<S> scratch(scratch_arena, a.key_size, a.value_size, a.decay);
   const int64_t units = a.num_sequences * a.key_heads;
   if (together) {
-    for (int64_t i = 0; i < units; ++i) f(DeltaRuleUnit::of(a, i), memory, scratch, scratch_arena, team);
+    for (int64_t i = 0; i < units; ++i) f(DeltaRuleUnit::of(a, i), memory, scratch, scratch_arena, team, clock);
     return;
   }
   queue.restart(team);
   team.barrier();
   queue.each(team, units, 1,
-             [&](int64_t i, int64_t) { f(DeltaRuleUnit::of(a, i), memory, scratch, scratch_arena, Team{0, 1}); });
+             [&](int64_t i, int64_t) { f(DeltaRuleUnit::of(a, i), memory, scratch, scratch_arena, Team{0, 1}, clock); });
 }
 
 void delta_rule(const DeltaRuleArgs& a, void* shared, int num_threads, Team team) {
   visit_float(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for_units<Accumulator<T>>(a, false, shared, num_threads, team,
-                              [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena, Team members) {
-                                delta_rule_unit<T>(a, unit, memory, scratch, members);
-                              });
+                              [&](const DeltaRuleUnit& unit, auto& memory, const auto& scratch, Arena, Team members,
+                                  StageClock& clock) { delta_rule_unit<T>(a, unit, memory, scratch, members, clock); });
   });
 }
 

@@ -7,11 +7,11 @@ namespace gossamer {
 namespace {
 
 constexpr size_t kKernels = static_cast<size_t>(TimedKernel::kCount), kStages = static_cast<size_t>(Stage::kCount);
-constexpr const char* kKernelNames[kKernels] = {"expert_mlp", "expert_mlp_backward", "expert_mlp_lora",
-                                                "expert_mlp_lora_backward"};
-constexpr const char* kStageNames[kStages] = {"zero",    "pack",     "gate_up",   "save", "activation", "down",
-                                              "combine", "dact",     "transpose", "dx",   "dgate_up",   "ddown",
-                                              "sums",    "low_rank", "round",     "wait"};
+constexpr const char* kKernelNames[kKernels] = {
+    "expert_mlp", "expert_mlp_backward", "expert_mlp_lora", "expert_mlp_lora_backward", "delta_rule", "delta_rule_backward"};
+constexpr const char* kStageNames[kStages] = {
+    "zero",  "pack", "gate_up",  "save",  "activation", "down",  "combine", "dact",    "transpose", "dx",  "dgate_up",
+    "ddown", "sums", "low_rank", "round", "keys",       "gates", "states",  "dstates", "gradients", "wait"};
 
 struct Recorded {
   std::mutex mutex;

@@ -10,7 +10,15 @@
 
 namespace gossamer {
 
-enum class TimedKernel { kExpertMlp, kExpertMlpBackward, kExpertMlpLora, kExpertMlpLoraBackward, kCount };
+enum class TimedKernel {
+  kExpertMlp,
+  kExpertMlpBackward,
+  kExpertMlpLora,
+  kExpertMlpLoraBackward,
+  kDeltaRule,
+  kDeltaRuleBackward,
+  kCount
+};
 
 enum class Stage {
   kZero,
@@ -28,6 +36,11 @@ enum class Stage {
   kSums,
   kLowRank,
   kRound,
+  kKeys,
+  kGates,
+  kStates,
+  kDstates,
+  kGradients,
   kWait,
   kCount
 };

@@ -227,6 +227,28 @@ def test_native_stages_are_recorded_only_when_asked_and_change_no_bit():
     assert taken[1] == -given[1] > 0 and taken[0] <= given[0]
 
 
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3])
+def test_stages_of_the_delta_rule(threads):
+    """Forward and backward, where each thread has heads of its own and where a team shares them."""
+    from gossamer.cpu_kernels.recorder import record
+
+    q, k = torch.randn(2, 1, 70, 1, 8)
+    v, beta = torch.randn(1, 70, 1, 8, requires_grad=True), torch.rand(1, 70, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        plain, _ = gossamer.delta_rule(q, k, v, beta)
+        with record() as recording:
+            o, _ = gossamer.delta_rule(q, k, v, beta)
+            o.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(o, plain)
+    forward, backward = (recording.stages[name].keys() - {"wait"} for name in ("delta_rule", "delta_rule_backward"))
+    assert forward == {"keys", "gates", "states"} and backward == forward | {"dstates", "gradients"}
+
+
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
     """One run of the command on the small layer, with all its files."""
