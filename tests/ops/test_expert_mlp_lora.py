@@ -356,7 +356,7 @@ def test_compiles_whole(device):
         (
             {"down_lora": (torch.ones(E, 2, I).half(), torch.ones(E, H, 2).half())},
             TypeError,
-            "a and b must have the dtype",
+            "must have the dtype of x",
         ),
     ],
 )
