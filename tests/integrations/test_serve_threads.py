@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gossamer
-from gossamer.integrations._calls import Slot, scope
+from gossamer.integrations._calls import Slot, _values, scope
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors")
@@ -256,3 +256,41 @@ def test_a_backward_pass_sees_what_its_caller_sees():
             assert slot.get() == "inner" and copy.copy(slot).get() is None
         assert slot.get() == "mine"
     assert slot.get() is None and seen == [None, "mine", None]
+
+
+class _Asks(torch.autograd.Function):
+    """Notes what a slot holds while it is differentiated, and in how far torch hands the caller's context on."""
+
+    @staticmethod
+    def forward(ctx, x, slot, seen):
+        ctx.slot, ctx.seen = slot, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        handed = torch._C._is_key_in_tls("context") and torch._C._get_obj_in_tls("context").get(_values, {})
+        ctx.seen.append((ctx.slot.get(), handed and handed.get(ctx.slot)))
+        return gradient, None, None
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["plain", "checkpointed"])
+def test_backward_from_another_thread_sees_that_threads_call(anew):
+    """Not the call of the forward pass: also in what autograd gives to threads of its own, and computes again."""
+    slot, seen, losses = Slot(), [], []
+    leaf = torch.ones(3, requires_grad=True)
+
+    def forward():
+        with scope():
+            slot.assign("forward")
+            ask = (lambda x: _Asks.apply(x, slot, seen)) if not anew else None
+            losses.append((ask(leaf) if ask else checkpoint(_Asks.apply, leaf, slot, seen, use_reentrant=False)).sum())
+
+    def backward():
+        with scope():
+            slot.assign("backward")
+            losses[0].backward()
+
+    in_threads([forward])
+    in_threads([backward])
+    assert seen == [("backward", "backward")] and torch.equal(leaf.grad, torch.ones(3))
+    assert slot.get() is None
