@@ -56,6 +56,20 @@ def delta_step(state):
 
 
 CASES = {
+    "boolean_scale": (
+        lambda: gossamer.low_rank_linear(
+            torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1), scale=True
+        ),
+        TypeError,
+        "scale must be a number, got True",
+    ),
+    "dispatch_top_k": (
+        lambda: routing(
+            dispatch=dataclasses.replace(gossamer.dispatch(expert_ids(3, 2), 4), top_k=PAIR),
+        ).dispatched(),
+        TypeError,
+        "top_k must be an int, got Tensor",
+    ),
     "overlapping_out": (lambda: adapters(torch.zeros(1, 3).expand(2, 3)), ValueError, "out must have each element"),
     "overlapping_bias": (
         lambda: nn.update_expert_bias(torch.zeros(1).expand(2), expert_ids(2, 1)[:, 0], 0.1),

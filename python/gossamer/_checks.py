@@ -155,7 +155,7 @@ def check_scale(name: str, scale: float | torch.Tensor) -> float:
                 "waited for"
             )
         return scale.item()
-    if not isinstance(scale, (float, numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scale, (float, numbers.Real, torch.SymFloat, torch.SymInt)) or isinstance(scale, bool):
         raise TypeError(f"{name} must be a number, got {scale!r}")
     return scale
 

@@ -31,7 +31,8 @@ def layer_call(make: Callable[..., torch.nn.Module], inputs: tuple[str, ...], po
         y = layer(*[value for _, value in values[:positional]], **dict(values[positional:]))
         outputs = y[0] if isinstance(y, tuple) else y
         gradients = []
-        if outputs.requires_grad:
+        # Gradients through infinities depend on the order of sums.
+        if outputs.requires_grad and (outputs.is_meta or outputs.isfinite().all()):
             leaves = [p for p in layer.parameters() if p.requires_grad]
             leaves += [v for v in given.values() if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf]
             gradients = torch.autograd.grad(outputs.double().square().sum(), leaves, allow_unused=True)

@@ -18,6 +18,7 @@ from gossamer._checks import (
     check_positive,
     check_same_device,
     check_shape,
+    check_sizes,
     check_strided,
     check_tensor,
 )
@@ -88,6 +89,8 @@ def _check_fits(routing: Routing, dispatch: Dispatch) -> None:
     """A routing's dispatch must be one of as many tokens, experts and experts a token."""
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
+    if not type(dispatch.num_tokens) is type(dispatch.top_k) is type(dispatch.num_experts) is int:
+        check_sizes(num_tokens=dispatch.num_tokens, top_k=dispatch.top_k, num_experts=dispatch.num_experts)
     (num_tokens, top_k), num_experts = routing.expert_ids.shape, routing.num_experts
     if dispatch.num_tokens != num_tokens or dispatch.top_k != top_k or dispatch.num_experts != num_experts:
         raise ValueError(
