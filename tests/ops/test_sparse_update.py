@@ -500,3 +500,17 @@ def test_operator_is_well_formed(any_backend, device):
     update = Update(optimizer.step_rule(), None, *optimizer.state(9, 5, device).values())
     args = SparseUpdate(table, Bags(index), dout, None, update)
     torch.library.opcheck(torch.ops.gossamer.sparse_update_.default, flat(args, any_backend))
+
+
+def test_ftrl_keeps_float64():
+    """Plain torch takes a learning rate that float32 does not hold as it is, for tables in float64."""
+    lr, gradient = 0.1, 2.0
+    table = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+    before, optimizer = table[1].clone(), optim.FTRL(lr)
+    state = optimizer.state(4, 3, dtype=torch.float64)
+    dout = torch.full((1, 3), gradient, dtype=torch.float64)
+    with gossamer.backend("reference"):
+        gossamer.sparse_update_(table, torch.tensor([[1]]), dout, optimizer=optimizer, state=state)
+    z = gradient - gradient / lr * before
+    torch.testing.assert_close(state["linear"][1], z, rtol=1e-14, atol=0)
+    torch.testing.assert_close(table[1], -z / ((1.0 + gradient) / lr), rtol=1e-14, atol=0)

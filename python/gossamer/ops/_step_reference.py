@@ -28,7 +28,9 @@ def _rowwise_adagrad(rule, w, grad, states, t, lr):
 
 
 def _ftrl(rule, w, grad, states, t, lr):
-    steps = torch.as_tensor(lr, device=w.device) != 0
+    # A number would become float32 beside a condition, whatever the table's dtype.
+    lr = torch.as_tensor(lr, dtype=w.dtype, device=w.device)
+    steps = lr != 0
     lr = torch.where(steps, lr, 1)
     n = states[0] + grad.square()
     z = states[1] + grad - (n.sqrt() - states[0].sqrt()) / lr * w
