@@ -233,6 +233,7 @@ def _record(
         if g is None:
             raise ValueError("A_log needs g, the raw gate")
         check_tensor("A_log", a_log)
+        check_strided("A_log", a_log)
         if a_log.numel() != heads:
             raise ValueError(f"A_log must have one value a head, H={heads}, got shape {tuple(a_log.shape)}")
         a_log = a_log.reshape(heads)

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from gossamer._checks import (
+    MAX_SIZE,
     check_number,
     check_positive,
     check_same_device,
@@ -416,7 +417,7 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     if not isinstance(batch_size, (int, torch.SymInt)) or isinstance(batch_size, bool):
         raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
     num_tokens, num_experts, top_k = routing.num_tokens, routing.num_experts, routing.top_k
-    if batch_size < 1 or num_tokens % batch_size:
+    if batch_size < 1 or batch_size > MAX_SIZE or num_tokens % batch_size:
         raise ValueError(f"batch_size must be at least 1 and divide T = {num_tokens}, got {batch_size}")
     kept = _kept(mask, routing)
     ids, probabilities = routing.expert_ids, routing.probabilities
