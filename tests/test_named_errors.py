@@ -81,6 +81,16 @@ CASES = {
         TypeError,
         r"state\['sum'\] must have the layout",
     ),
+    "overlapping_state": (
+        lambda: stepped(optim.Adagrad(lr=0.1), sum=torch.zeros(1, 3).expand(4, 3)),
+        ValueError,
+        r"state\['sum'\] must have rows that do not overlap",
+    ),
+    "sparse_correction": (
+        lambda: nn.sigmoid_topk(torch.randn(2, 4), 2, correction_bias=torch.zeros(4).to_sparse()),
+        TypeError,
+        "correction_bias must have the layout",
+    ),
     "integer_hidden": (lambda: nn.MoE(4, 4, 2, 1)(expert_ids(2, 4)), TypeError, "x must be floating point"),
     "step_state": (lambda: delta_step(torch.zeros(1, 2, 4, 4).long()), TypeError, "state must be torch.float32"),
     "table_flags": (lambda: nn.EmbeddingBag(3, 2, sparse=PAIR), TypeError, "sparse must be a bool"),

@@ -250,7 +250,13 @@ def unnamed(error: Exception, names: set[str]) -> bool:
 
 def refused_by_torch(error: Exception) -> bool:
     """Whether memory is too small, or autograd forbids what was asked for, in torch's own words."""
-    words = ("allocate", "bad_alloc", "a leaf Variable that requires grad", "modified by an inplace operation")
+    words = (
+        "allocate",
+        "bad_alloc",
+        "Storage size calculation overflowed",
+        "a leaf Variable that requires grad",
+        "modified by an inplace operation",
+    )
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 

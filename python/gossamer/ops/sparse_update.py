@@ -182,6 +182,8 @@ def check_state(
             raise TypeError(f"state[{name!r}] must be {wide} for a table of {table.dtype}, got {tensor.dtype}")
         if tensor.layout is not torch.strided:
             raise TypeError(f"state[{name!r}] must have the layout torch.strided, got {tensor.layout}")
+        if tensor.shape[0] > 1 and tensor.stride(0) < (tensor.shape[1] if tensor.dim() == 2 else 1):
+            raise ValueError(f"state[{name!r}] must have rows that do not overlap, got strides {tensor.stride()}")
         if layout is not None and not tensor.is_contiguous():
             raise ValueError(f"state[{name!r}] must be contiguous")
         if tensor.dim() == 2 and tensor.stride(1) != 1 and tensor.shape[1] > 1:

@@ -537,6 +537,7 @@ def sigmoid_topk(
     check_selection(num_experts, top_k, n_group, topk_group, scale)
     if correction_bias is not None:
         check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
+        check_strided("correction_bias", correction_bias)
         check_same_device(logits=logits, correction_bias=correction_bias)
     check_flag("renormalize", renormalize)
     options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
