@@ -12,14 +12,16 @@ import torch
 FEW_ROWS = 32
 # Several times a last-level cache.
 PAST_CACHES = 192 << 20
+# Below this a weight is read in less time than a call takes.
+SMALLEST = 1 << 20
 
 Weight = TypeVar("Weight")
 Result = TypeVar("Result")
 
 
 def passes(nbytes: int, rows: int) -> int:
-    """How many weights of ``nbytes`` pass every cache; 1 where rows are many and the weights count for less."""
-    return int(-(-PAST_CACHES // max(1, nbytes))) if rows <= FEW_ROWS else 1
+    """How many weights of ``nbytes`` pass every cache; 1 where rows are many or the weights are small."""
+    return int(-(-PAST_CACHES // nbytes)) if rows <= FEW_ROWS and nbytes >= SMALLEST else 1
 
 
 def copies(weight: Weight, copy: Callable[[Weight], Weight], nbytes: int, count: int) -> list[Weight]:
