@@ -10,7 +10,7 @@ import torch
 from gossamer._checks import check_index, check_positive, check_shape
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.product_quantized import with_loss
-from gossamer.nn.embeddings.table import POOLINGS, check_budget
+from gossamer.nn.embeddings.table import check_budget, check_mode
 from gossamer.optim import Optimizer
 
 
@@ -71,8 +71,7 @@ class MaskedEmbedding(FusedTable):
             raise ValueError(f"width must be at most embedding_dim, {embedding_dim}, got {width}")
         if not regularization >= 0:
             raise ValueError(f"regularization must be at least 0, got {regularization}")
-        if mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        check_mode(mode)
         self.num_embeddings, self.embedding_dim, self.width = num_embeddings, embedding_dim, width
         self.regularization, self.sample_widths = regularization, False
         self.mode, self.include_last_offset = mode, include_last_offset

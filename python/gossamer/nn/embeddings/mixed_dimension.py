@@ -8,7 +8,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget, fit_budget
+from gossamer.nn.embeddings.table import Table, check_budget, check_mode, fit_budget
 from gossamer.optim import Optimizer
 
 
@@ -56,8 +56,7 @@ class MixedDimensionEmbedding(FusedTable):
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, row_dim=row_dim)
         if row_dim > embedding_dim:
             raise ValueError(f"row_dim must be at most embedding_dim, {embedding_dim}, got {row_dim}")
-        if mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        check_mode(mode)
         self.num_embeddings, self.embedding_dim, self.row_dim = num_embeddings, embedding_dim, row_dim
         self.mode, self.include_last_offset = mode, include_last_offset
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, row_dim, device=device, dtype=dtype))

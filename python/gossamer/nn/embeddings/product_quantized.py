@@ -10,7 +10,7 @@ from gossamer._checks import check_index, check_positive, check_shape
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
-from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
+from gossamer.nn.embeddings.table import Table, check_budget, check_mode
 from gossamer.optim import Optimizer
 
 VARIANTS = ("vq", "sx")
@@ -91,8 +91,7 @@ class ProductQuantizedEmbedding(FusedTable):
             raise ValueError(f"num_codes must be at most 65536, got {num_codes}")
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
-        if mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        check_mode(mode)
         if (frequent is None) != (rare_codes is None):
             raise ValueError(f"frequent and rare_codes go together, got {frequent} and {rare_codes}")
         if frequent is not None:

@@ -9,7 +9,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
+from gossamer.nn.embeddings.table import Table, check_budget, check_mode
 from gossamer.optim import Optimizer
 
 
@@ -74,8 +74,7 @@ class SearchedDimensionEmbedding(FusedTable):
             raise ValueError(f"candidates must be different widths up to {embedding_dim}, got {candidates}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
-        if mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        check_mode(mode)
         self.num_embeddings, self.embedding_dim, self.candidates = num_embeddings, embedding_dim, candidates
         self.temperature, self.norm, self.noise = temperature, norm, noise
         self.mode, self.include_last_offset = mode, include_last_offset

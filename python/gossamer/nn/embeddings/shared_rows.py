@@ -6,7 +6,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import POOLINGS, Table, fit_budget
+from gossamer.nn.embeddings.table import Table, check_mode, fit_budget
 from gossamer.optim import Optimizer
 
 OPERATIONS = ("add", "mul", "concat")
@@ -55,8 +55,7 @@ class SharedRowsTable(FusedTable):
     ) -> None:
         super().__init__()
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_rows=num_rows)
-        if mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        check_mode(mode)
         if operation not in OPERATIONS:
             raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
         if operation == "concat" and embedding_dim % rows_per_id:

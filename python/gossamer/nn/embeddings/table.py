@@ -73,8 +73,7 @@ class Table(nn.Module):
             ValueError: the arguments do not fit each other or the mode.
             IndexError: on the CPU, an id outside the table.
         """
-        if self.mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {self.mode!r}")
+        check_mode(self.mode)
         rows = self.lookup(ids.reshape(-1))
         places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         return gather_reduce(
@@ -124,6 +123,12 @@ class Table(nn.Module):
                 f"{embedding_dim}, got {nbytes}"
             )
         return cls(num_embeddings, embedding_dim, **options)
+
+
+def check_mode(mode: str) -> None:
+    """``mode`` must be one of :data:`POOLINGS`."""
+    if mode not in POOLINGS:
+        raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
 
 
 def check_budget(nbytes: int) -> None:

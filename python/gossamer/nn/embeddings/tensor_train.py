@@ -9,7 +9,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import POOLINGS, fit_budget
+from gossamer.nn.embeddings.table import check_mode, fit_budget
 from gossamer.ops.map_ids import map_ids, radix_maps
 from gossamer.optim import Optimizer
 
@@ -78,8 +78,7 @@ class TensorTrainEmbedding(FusedTable):
             raise ValueError(f"row_factors must have a product of at least {num_embeddings}, got {n}")
         if math.prod(d) != embedding_dim:
             raise ValueError(f"dim_factors must have the product {embedding_dim}, got {d}")
-        if mode not in POOLINGS:
-            raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+        check_mode(mode)
         self.num_embeddings, self.embedding_dim, self.ranks = num_embeddings, embedding_dim, ranks
         self.row_factors, self.dim_factors = n, d
         self.mode, self.include_last_offset = mode, include_last_offset
