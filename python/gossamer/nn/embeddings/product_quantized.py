@@ -11,6 +11,7 @@ from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
 from gossamer.nn.embeddings.table import Table, check_budget, check_mode
+from gossamer.ops.embedding import graft
 from gossamer.optim import Optimizer
 
 VARIANTS = ("vq", "sx")
@@ -177,7 +178,7 @@ class ProductQuantizedEmbedding(FusedTable):
             with torch.no_grad():
                 codes = self._best(pieces, flat)
             words = self._words(codes)
-            out = _WithGradientOf.apply(words.detach(), pieces)
+            out = graft(words.detach(), pieces)
             if self.regularization and torch.is_grad_enabled() and words.requires_grad and flat.numel():
                 distance = (words - pieces.detach()).square().sum(-1).mean()
                 out = with_loss(out, self.regularization * distance)
@@ -185,7 +186,7 @@ class ProductQuantizedEmbedding(FusedTable):
             responses = self._responses(pieces, flat)
             codes = responses.detach().argmax(-1)
             mixture = torch.einsum("lpk,pkd->lpd", responses.softmax(-1), self.codewords)
-            out = _WithGradientOf.apply(self._words(codes).detach(), mixture)
+            out = graft(self._words(codes).detach(), mixture)
         return out.reshape(*ids.shape, self.embedding_dim)
 
     def forward(
@@ -302,18 +303,6 @@ class ProductQuantizedEmbedding(FusedTable):
                 # ⟨q, k⟩ − ‖k‖²/2 would choose the nearest; keys without the offset choose the nearest direction.
                 made.keys.copy_(made.codewords)
         return made
-
-
-class _WithGradientOf(torch.autograd.Function):
-    """One tensor's values with the gradient of another of its shape."""
-
-    @staticmethod
-    def forward(ctx, shown: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return shown.view_as(shown)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        return None, gradient
 
 
 def with_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
