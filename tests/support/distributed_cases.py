@@ -12,12 +12,25 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from contracts import assert_near
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gossamer
+from gossamer.nn import (
+    expert_counts,
+    gshard_balance_loss,
+    importance_loss,
+    load_balance_loss,
+    load_loss,
+    router_z_loss,
+    routing_entropy_loss,
+    slot_balance_loss,
+    softmax_top_p,
+    switch_balance_loss,
+)
 from gossamer.nn.replicas import EVALUATES_MODULES
 
 FOLDER = Path(sys.argv[1])
@@ -206,6 +219,30 @@ def tensor_and_expert_parallel_models_give_the_same_logits():
         torch.testing.assert_close(found, expected, msg=lambda m, at=str(plan): f"{at}: {m}")
 
 
+def losses_are_those_of_the_whole_batch():
+    """Of parts of one batch of different sizes and padding; the gradient is the mean of the processes' gradients."""
+    generator = torch.Generator().manual_seed(0)
+    logits, mask = 2 * torch.randn(30, 6, generator=generator, dtype=torch.float64), torch.arange(30) % 4 != 1
+    part = slice(0, 18) if RANK == 0 else slice(18, 30)
+
+    def losses_of(clean, mask, group):
+        routing, noisy = softmax_top_p(clean, 0.6), clean + 0.1 * clean.detach().roll(1, 1)
+        balance = (load_balance_loss, slot_balance_loss, switch_balance_loss, gshard_balance_loss, importance_loss)
+        losses = [loss(routing, mask=mask, group=group) for loss in (*balance, router_z_loss, routing_entropy_loss)]
+        losses.append(load_loss(clean, noisy, 0.5, 2, mask=mask, group=group))
+        return losses, expert_counts(routing, mask=mask, group=group)
+
+    mine, whole = logits[part].clone().requires_grad_(), logits.clone().requires_grad_()
+    found, counts = losses_of(mine, mask[part], dist.group.WORLD)
+    expected, expected_counts = losses_of(whole, mask, None)
+    assert torch.equal(counts, expected_counts)
+    for loss, truth in zip(found, expected, strict=True):
+        assert_near(loss.detach(), truth.detach())
+        (gradient,) = torch.autograd.grad(loss, mine, retain_graph=True)
+        (true_gradient,) = torch.autograd.grad(truth, whole, retain_graph=True)
+        assert_near(gradient / WORLD, true_gradient[part], slack=4096)
+
+
 CASES = (
     copies_have_the_gradients_of_the_whole_batch,
     shards_have_the_gradients_of_the_whole_batch,
@@ -215,6 +252,7 @@ CASES = (
     copies_move_the_same_blocks,
     blocks_of_shards_do_not_move,
     tensor_and_expert_parallel_models_give_the_same_logits,
+    losses_are_those_of_the_whole_batch,
 )
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from contracts import assert_near
 
 from gossamer.nn import (
@@ -17,7 +16,6 @@ from gossamer.nn import (
     load_balance_loss,
     load_loss,
     router_z_loss,
-    routing_entropy_loss,
     sequence_balance_loss,
     sigmoid_topk,
     slot_balance_loss,
@@ -214,48 +212,6 @@ def test_load_loss(device, top_k):
     assert_near(found.detach(), expected.detach())
     assert_near(*(torch.autograd.grad(loss, clean)[0] for loss in (found, expected)), slack=4096)
     assert float(load_loss(clean[:0].detach(), clean[:0].detach(), 1.0, top_k)) == 0
-
-
-def losses_of(routing, mask, group, clean):
-    own = {name: function(routing, mask=mask, group=group) for name, (function, *_) in FAMILY.items()}
-    noisy = clean + 0.1 * clean.detach().roll(1, 1)
-    return own | {
-        "z": router_z_loss(routing, mask=mask, group=group),
-        "entropy": routing_entropy_loss(routing, mask=mask, group=group),
-        "noisy load": load_loss(clean, noisy, 0.5, 2, mask=mask, group=group),
-    }
-
-
-def one_rank(rank, folder):
-    """Two ranks with parts of one batch, of different sizes and padding."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    logits = random_logits(30, 6, "cpu").double()
-    mask = torch.arange(30) % 4 != 1
-    part = slice(0, 18) if rank == 0 else slice(18, 30)
-    leaf = logits[part].clone().requires_grad_()
-    routing = softmax_top_p(leaf, 0.6)
-    found = {}
-    for name, loss in losses_of(routing, mask[part], dist.group.WORLD, leaf).items():
-        found[name] = loss.detach(), torch.autograd.grad(loss, leaf, retain_graph=True)[0]
-    found["counts"] = expert_counts(routing, mask=mask[part], group=dist.group.WORLD)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_ranks_share_the_batch(tmp_path):
-    """Both ranks return the whole batch's loss; its gradient is the mean of theirs, as data parallelism takes it."""
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    logits = random_logits(30, 6, "cpu").double().requires_grad_()
-    mask = torch.arange(30) % 4 != 1
-    routing = softmax_top_p(logits, 0.6)
-    for name, loss in losses_of(routing, mask, None, logits).items():
-        for value, _ in (rank[name] for rank in ranks):
-            assert_near(value, loss.detach())
-        (whole,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        assert_near(torch.cat([rank[name][1] for rank in ranks]) / 2, whole, slack=4096)
-    counts = expert_counts(routing, mask=mask)
-    assert all(torch.equal(rank["counts"], counts) for rank in ranks)
 
 
 def test_gradient_formulas(device):
