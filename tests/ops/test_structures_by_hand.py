@@ -157,6 +157,17 @@ def test_a_topology_by_hand_works_and_is_looked_at_again_when_it_changes():
             call()
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_products_keep_a_topology_by_hand(backend):
+    """A product over a transposed view that somebody gave expert offsets has that topology, no field left out."""
+    own = replace(topology().transposed(), padded_offsets=torch.tensor([0, 16, 80], dtype=torch.int32))
+    with gossamer.backend(backend):
+        product = gossamer.sdd(torch.ones(80, 3), torch.ones(3, 64), own)
+    assert product.topology is own and BlockSparseTensor.from_dense(product.to_dense(), own).topology is own
+    blocks = own.to_mask().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert torch.equal(product.to_dense(), 3.0 * blocks)
+
+
 @pytest.mark.parametrize("kind", [gossamer.NF4Weight, gossamer.Int8Weight, gossamer.Float8Weight])
 def test_quantised_weights_with_parts_elsewhere(kind):
     """A part on another device is refused when the weight is put together."""

@@ -99,7 +99,8 @@ class BlockSparseTensor:
         check_shape("dense", dense, topology.shape, "(rows, cols)")
         check_same_device(dense=dense, topology=topology.row_offsets)
         if topology.order is not None:
-            return BlockSparseTensor.from_dense(dense.t(), topology.transposed()).t()
+            stored = BlockSparseTensor.from_dense(dense.t(), topology.transposed())
+            return BlockSparseTensor(stored.values.transpose(1, 2), topology)
         (rows, cols), (bm, bn) = topology.grid, topology.block
         blocks = dense.reshape(rows, bm, cols, bn).transpose(1, 2).reshape(rows * cols, bm, bn)
         blocks = torch.cat([blocks, blocks.new_zeros(1, bm, bn)])
