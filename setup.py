@@ -287,6 +287,7 @@ setup(
         "gossamer.integrations.megablocks.layers",
         "gossamer.integrations.scattermoe",
         "gossamer.integrations.scattermoe.kernels",
+        "gossamer.parallel",
         "gossamer.cpu_kernels",
         "gossamer.cuda_kernels",
         "gossamer.triton_kernels",

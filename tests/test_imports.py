@@ -23,6 +23,7 @@ FORBIDDEN = {
     "optim": {"nn"} | APPLICATIONS,
     "nn": KERNELS | APPLICATIONS,
     "integrations": KERNELS | {"bench", "commands", "cli"},
+    "parallel": KERNELS | {"bench", "commands", "cli"},
 }
 
 
@@ -63,7 +64,7 @@ def test_imports_point_one_way(package):
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", ["integrations", "nn", "ops", "optim"])
+@pytest.mark.parametrize("package", ["integrations", "nn", "ops", "optim", "parallel"])
 def test_no_private_names_of_another_package(package):
     private = [
         f"{importer} imports {module}.{name}"

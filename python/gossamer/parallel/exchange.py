@@ -1,0 +1,511 @@
+"""Rows exchanged by all-to-all over a process group, differentiably, with their bytes counted."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gossamer._checks import check_sizes, check_strided, check_tensor
+
+# What raise_together raises again on every rank; other kinds of error become a RuntimeError.
+_KINDS = {kind.__name__: kind for kind in (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)}
+
+
+@dataclass
+class Flow:
+    """What one process sent under one label.
+
+    Attributes:
+        collectives: calls of a collective.
+        rows: rows sent to other ranks.
+        nbytes: bytes sent to other ranks, padding included.
+        seconds: time for which the host waited until the rows had come.
+    """
+
+    collectives: int = 0
+    rows: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Traffic:
+    """What one process sent while :func:`count_traffic` was active.
+
+    Attributes:
+        flows: a :class:`Flow` by label, in the order of first use. A backward pass adds ``" gradient"`` to the label
+            of its forward pass, and the sizes that are exchanged first are under ``" sizes"``.
+    """
+
+    flows: dict[str, Flow] = field(default_factory=dict)
+
+    @property
+    def collectives(self) -> int:
+        """Calls of a collective."""
+        return sum(flow.collectives for flow in self.flows.values())
+
+    @property
+    def rows(self) -> int:
+        """Rows sent to other ranks."""
+        return sum(flow.rows for flow in self.flows.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes sent to other ranks."""
+        return sum(flow.nbytes for flow in self.flows.values())
+
+    def add(self, label: str, *, collectives: int = 0, rows: int = 0, nbytes: int = 0, seconds: float = 0.0) -> None:
+        """Add to the flow of ``label``."""
+        flow = self.flows.setdefault(label, Flow())
+        flow.collectives += collectives
+        flow.rows += rows
+        flow.nbytes += nbytes
+        flow.seconds += seconds
+
+    def __str__(self) -> str:
+        lines = [
+            f"{label}: {flow.collectives} collectives, {flow.rows} rows, {flow.nbytes} bytes, {flow.seconds:.4f} s"
+            for label, flow in self.flows.items()
+        ]
+        return "\n".join(lines)
+
+
+# Seen from every thread, as backward passes run on threads of autograd.
+_counters: list[Traffic] = []
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this process sends to others by :class:`RowExchange` inside the ``with`` block.
+
+    >>> with gossamer.parallel.count_traffic() as traffic:
+    ...     loss = model(x).sum()
+    ...     loss.backward()
+    >>> traffic.flows["tokens"].nbytes, traffic.flows["tokens gradient"].nbytes
+    """
+    traffic = Traffic()
+    _counters.append(traffic)
+    try:
+        yield traffic
+    finally:
+        # By identity: two counters that have seen the same are equal.
+        _counters[:] = [counter for counter in _counters if counter is not traffic]
+
+
+def _count(label: str, **amounts: float) -> None:
+    for counter in _counters:
+        counter.add(label, **amounts)
+
+
+def check_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """``group``, or the default group for None.
+
+    Raises:
+        RuntimeError: torch.distributed has no default group.
+        TypeError: ``group`` is something else.
+        ValueError: this process is not in the group.
+    """
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("group must be a ProcessGroup before torch.distributed.init_process_group, got None")
+        return dist.group.WORLD
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must hold this process, got a group of others")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return group
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup, description: str = "") -> list[str]:
+    """Raise the error of the lowest rank that has one on every rank of ``group``; every rank must make the call.
+
+    The message is the error's own where all ranks have the same, and names the rank elsewhere.
+
+    Args:
+        error: what is wrong on this rank, or None.
+        group: over whose ranks to look.
+        description: of what this rank has.
+
+    Returns:
+        The ranks' descriptions.
+
+    Raises:
+        Exception: of the kind of ``error``, where any rank has one.
+    """
+    found: list[Any] = [None] * dist.get_world_size(group)
+    mine = None if error is None else (type(error).__name__, str(error))
+    dist.all_gather_object(found, (mine, description), group=group)
+    errors = [other for other, _ in found]
+    for rank, other in enumerate(errors):
+        if other is not None:
+            kind, message = other
+            raise _KINDS.get(kind, RuntimeError)(
+                message if errors.count(other) == len(errors) else f"rank {rank}: {message}"
+            ) from error
+    return [text for _, text in found]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tensors of one exchange lie in its records of bytes, one record a row.
+
+    Attributes:
+        dtypes: of each tensor.
+        tails: sizes of a row of each.
+        starts: first byte of each.
+        used: bytes of a record that hold something.
+        nbytes: of a record, a multiple of the widest element's.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    tails: tuple[torch.Size, ...]
+    starts: tuple[int, ...]
+    used: int
+    nbytes: int
+
+    @staticmethod
+    def of(tensors: Sequence[torch.Tensor]) -> _Layout:
+        # Wide elements first, so that every field is aligned without padding between them.
+        starts, end = [0] * len(tensors), 0
+        for index in sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size()):
+            starts[index] = end
+            end += tensors[index].shape[1:].numel() * tensors[index].element_size()
+        widest = max(tensor.element_size() for tensor in tensors)
+        return _Layout(
+            tuple(tensor.dtype for tensor in tensors),
+            tuple(tensor.shape[1:] for tensor in tensors),
+            tuple(starts),
+            end,
+            -(-end // widest) * widest,
+        )
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Records ``(N, nbytes)`` uint8 of tensors ``(N, ...)``."""
+        rows = tensors[0].shape[0]
+        if rows == 0:
+            # Without elements any strides count as contiguous, such as those of an expanded gradient.
+            return tensors[0].new_empty((0, self.nbytes), dtype=torch.uint8)
+        flat = [tensor.detach().reshape(rows, self.tails[i].numel()) for i, tensor in enumerate(tensors)]
+        if len(flat) == 1:
+            return flat[0].contiguous().view(torch.uint8)
+        records = flat[0].new_empty((rows, self.nbytes), dtype=torch.uint8)
+        records[:, self.used :].zero_()
+        for part, place in zip(flat, self._fields(records), strict=True):
+            place.copy_(part)
+        return records
+
+    def unpack(self, records: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of records, as views of them."""
+        places = zip(self._fields(records), self.tails, strict=True)
+        return [place.unflatten(1, tail) if tail else place.squeeze(1) for place, tail in places]
+
+    def _fields(self, records: torch.Tensor) -> list[torch.Tensor]:
+        """The matrix ``(N, elements of a row)`` of each tensor, a view of its bytes in the records."""
+        fields = []
+        for dtype, tail, start in zip(self.dtypes, self.tails, self.starts, strict=True):
+            width = tail.numel() * dtype.itemsize
+            # Records of no bytes have no stride that a wider element could take.
+            none = records.new_empty((records.shape[0], 0), dtype=dtype)
+            fields.append(records[:, start : start + width].view(dtype) if width else none)
+        return fields
+
+    def ghosts(self, like: torch.Tensor, rows: int, which: Sequence[int]) -> list[torch.Tensor]:
+        """Tensors of the right sizes over one element each, which stand for rows on their way."""
+        return [like.new_zeros((), dtype=self.dtypes[i]).expand(rows, *self.tails[i]) for i in which]
+
+
+class _Transfer:
+    """Rows on their way: a collective that was begun, and what it will have brought."""
+
+    def __init__(self, exchange: RowExchange, tensors: Sequence[torch.Tensor], label: str) -> None:
+        self.exchange, self.label = exchange, label
+        self.layout = _Layout.of(tensors)
+        self.gradients: _Transfer | None = None
+        self._received: list[torch.Tensor] | None = None
+        sent = self.layout.pack(tensors)
+        received = sent.new_empty((exchange.num_received, self.layout.nbytes))
+        self._work = None
+        self._buffers = (sent, received)
+        if self.layout.nbytes:
+            self._work = dist.all_to_all_single(
+                received,
+                sent,
+                list(exchange.received_sizes),
+                list(exchange.sent_sizes),
+                group=exchange.group,
+                async_op=True,
+            )
+            away = exchange.num_sent - exchange.sent_sizes[exchange.rank]
+            _count(label, collectives=1, rows=away, nbytes=away * self.layout.nbytes)
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors that came."""
+        if self._received is None:
+            begin = time.perf_counter()
+            if self._work is not None:
+                self._work.wait()
+            self._received = self.layout.unpack(self._buffers[1])
+            self._work = self._buffers = None
+            _count(self.label, seconds=time.perf_counter() - begin)
+        return self._received
+
+    def release(self) -> None:
+        """Forget the tensors, which autograd would keep with the graph."""
+        self._received = None
+
+
+class _Launch(torch.autograd.Function):
+    """The first half of an exchange in autograd's graph: its backward pass receives the gradients."""
+
+    @staticmethod
+    def forward(ctx, transfer, which, *tensors):
+        ctx.transfer = transfer
+        ghosts = transfer.layout.ghosts(tensors[0], transfer.exchange.num_received, which)
+        return tuple(ghosts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *ghosts):
+        transfer = ctx.transfer.gradients
+        gradients = transfer.wait()
+        transfer.release()
+        return None, None, *gradients
+
+
+class _Finish(torch.autograd.Function):
+    """The second half of an exchange in autograd's graph: its backward pass sends the gradients."""
+
+    @staticmethod
+    def forward(ctx, transfer, which, *ghosts):
+        ctx.transfer = transfer
+        received = transfer.wait()
+        return tuple(received[i] for i in which)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        there = ctx.transfer
+        back = _Transfer(there.exchange.reversed, gradients, there.label + " gradient")
+        there.gradients = back
+        ghosts = back.layout.ghosts(gradients[0], there.exchange.num_received, range(len(gradients)))
+        return None, None, *ghosts
+
+
+class Pending:
+    """Rows on their way, as :meth:`RowExchange.start` gives them; what is computed before :meth:`wait` overlaps them.
+
+    In a backward pass the gradients travel while autograd computes those of what lay between the two calls.
+    """
+
+    def __init__(self, transfer: _Transfer, which: list[int], ghosts: tuple[torch.Tensor, ...]) -> None:
+        self._transfer, self._which, self._ghosts = transfer, which, ghosts
+
+    def wait(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The rows received, ordered by the rank they come from and as sent within it; call it once."""
+        received = list(self._transfer.wait())
+        if self._which:
+            differentiable = _Finish.apply(self._transfer, self._which, *self._ghosts)
+            for index, tensor in zip(self._which, differentiable, strict=True):
+                received[index] = tensor
+        self._transfer.release()
+        return received[0] if len(received) == 1 else tuple(received)
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+@dataclass(frozen=True)
+class RowExchange:
+    """How many rows each rank sends to each other: an all-to-all that tensors can be sent by, and back.
+
+    Made by :meth:`of`, which tells the others the numbers of rows, or by :meth:`static`, where all know them. Then
+    ``exchange.send(x)`` brings rows to the ranks they are for, and ``exchange.reversed.send(y)`` brings rows back to
+    where they came from. Several tensors travel as one message, and each is differentiable in the floating ones. The
+    order of rows is fixed, so results are deterministic.
+
+    >>> exchange = RowExchange.of(sizes, group, ids)      # sizes[r] rows for rank r, in this order
+    >>> rows = table(exchange.send(ids))
+    >>> mine = exchange.reversed.send(rows)               # mine[i] is the row for ids[i]
+
+    Every rank of the group must make the same calls in the same order, backward passes included. A rank that ends
+    makes the others' calls raise torch's error: at once with gloo, else within the group's timeout.
+
+    Attributes:
+        sent_sizes: rows for each rank.
+        received_sizes: rows from each rank.
+        group: the process group.
+        rank: of this process in the group.
+    """
+
+    sent_sizes: tuple[int, ...]
+    received_sizes: tuple[int, ...]
+    group: dist.ProcessGroup
+    rank: int
+
+    @classmethod
+    def of(
+        cls,
+        sent_sizes: Sequence[int] | torch.Tensor,
+        group: dist.ProcessGroup | None,
+        *rows: torch.Tensor,
+        label: str = "rows",
+        error: Exception | None = None,
+    ) -> RowExchange:
+        """Tell each rank how many rows it will get, by one collective of two integers a rank.
+
+        The same collective compares what the ranks will send first, and tells whether a rank has found bad input: every
+        rank raises then, so that none waits for one that left.
+
+        Args:
+            sent_sizes: rows for each rank, ints or a ``(P,)`` integer tensor.
+            group: over P ranks; None for all.
+            *rows: the tensors to be sent first. Their dtypes, sizes of a row and need of gradients must be those of the
+                other ranks', and each must have as many rows as ``sent_sizes`` adds up to.
+            label: of what is counted by :func:`count_traffic`.
+            error: what this rank has found wrong; raised on every rank.
+
+        Raises:
+            TypeError: something is not an integer or a tensor.
+            ValueError: ``sent_sizes`` has not P sizes of at least 0, or the rows do not fit it or other ranks' rows.
+            Exception: of the kind of ``error`` where a rank gives one. All on every rank alike.
+        """
+        group = check_group(group)
+        world = dist.get_world_size(group)
+        device = rows[0].device if rows and isinstance(rows[0], torch.Tensor) else torch.device("cpu")
+        if isinstance(sent_sizes, torch.Tensor):
+            device = sent_sizes.device
+        sizes: torch.Tensor | None = None
+        if error is None:
+            try:
+                sizes = _checked_sizes(sent_sizes, world, device, rows)
+            except (TypeError, ValueError) as found:
+                error = found
+        description = "" if error is not None else _describe(rows)
+        # 0 tells of an error; descriptions have other numbers.
+        token = 0 if error is not None else zlib.crc32(description.encode()) + 1
+        told = torch.full((world, 2), token, dtype=torch.int64, device=device)
+        told[:, 0] = 0 if sizes is None else sizes
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told, group=group)
+        _count(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 16)
+        both = torch.stack([told, heard]).tolist()
+        if any(other != token for _, other in both[1]) or token == 0:
+            descriptions = raise_together(error, group, description)
+            listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
+            raise ValueError(f"rows must have one dtype, row size and need of gradients on all ranks, got {listed}")
+        sent, received = ([size for size, _ in side] for side in both)
+        return cls(tuple(sent), tuple(received), group, dist.get_rank(group))
+
+    @classmethod
+    def static(cls, rows_per_rank: int, group: dist.ProcessGroup | None) -> RowExchange:
+        """As many rows from every rank to every rank, which all know: nothing is told and nothing read on the host.
+
+        Args:
+            rows_per_rank: the same on every rank.
+            group: over P ranks; None for all.
+
+        Raises:
+            TypeError: ``rows_per_rank`` is not an int.
+            ValueError: it is negative.
+        """
+        group = check_group(group)
+        check_sizes(rows_per_rank=rows_per_rank)
+        sizes = (rows_per_rank,) * dist.get_world_size(group)
+        return cls(sizes, sizes, group, dist.get_rank(group))
+
+    @property
+    def num_sent(self) -> int:
+        """Rows that this rank sends, to itself too."""
+        return sum(self.sent_sizes)
+
+    @property
+    def num_received(self) -> int:
+        """Rows that this rank gets, from itself too."""
+        return sum(self.received_sizes)
+
+    @property
+    def reversed(self) -> RowExchange:
+        """The exchange that brings rows back."""
+        return RowExchange(self.received_sizes, self.sent_sizes, self.group, self.rank)
+
+    def start(self, *tensors: torch.Tensor, label: str = "rows") -> Pending:
+        """Begin to send the rows of ``tensors (num_sent, ...)``: one message for all of them.
+
+        Args:
+            *tensors: of any dtypes and sizes of a row, the same on every rank. Rows for rank 0 come first.
+            label: of what is counted by :func:`count_traffic`.
+
+        Raises:
+            RuntimeError: the collective fails, as when a rank has ended.
+            TypeError: something is not a strided tensor.
+            ValueError: there is none, numbers of rows do not fit, or devices differ.
+        """
+        if not tensors:
+            raise ValueError("tensors must be at least one, got none")
+        for tensor in tensors:
+            check_tensor("tensors", tensor)
+            check_strided("tensors", tensor)
+            if tensor.dim() < 1 or tensor.shape[0] != self.num_sent:
+                raise ValueError(f"tensors must have {self.num_sent} rows, got shape {tuple(tensor.shape)}")
+            if tensor.device != tensors[0].device:
+                raise ValueError(f"tensors must be on one device, got {tensors[0].device} and {tensor.device}")
+        transfer = _Transfer(self, tensors, label)
+        which = [index for index, tensor in enumerate(tensors) if _differentiable(tensor)]
+        ghosts = _Launch.apply(transfer, which, *(tensors[index] for index in which)) if which else ()
+        return Pending(transfer, which, ghosts)
+
+    def send(self, *tensors: torch.Tensor, label: str = "rows") -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Send the rows of ``tensors`` and return those received; see :meth:`start`.
+
+        Returns:
+            Tensors ``(num_received, ...)``, rows of rank 0 first; one tensor for one.
+        """
+        return self.start(*tensors, label=label).wait()
+
+
+def _checked_sizes(
+    sizes: Sequence[int] | torch.Tensor, world: int, device: torch.device, rows: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The sizes ``(P,)`` int64 on ``device``, checked but for the values of those that a device holds."""
+    for tensor in rows:
+        check_tensor("rows", tensor)
+        check_strided("rows", tensor)
+        if tensor.dim() < 1 or tensor.device != device:
+            raise ValueError(f"rows must have rows on {device}, got shape {tuple(tensor.shape)} on {tensor.device}")
+    if isinstance(sizes, torch.Tensor):
+        if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
+            raise TypeError(f"sent_sizes must hold integers, got {sizes.dtype}")
+        if tuple(sizes.shape) != (world,):
+            raise ValueError(f"sent_sizes must have P = {world} sizes, got shape {tuple(sizes.shape)}")
+        values = sizes.tolist() if device.type == "cpu" else None
+    else:
+        values = list(sizes)
+        check_sizes(**{f"sent_sizes[{rank}]": size for rank, size in enumerate(values)})
+        if len(values) != world:
+            raise ValueError(f"sent_sizes must have P = {world} sizes, got {len(values)}")
+        sizes = torch.tensor(values, dtype=torch.int64, device=device)
+    if values is not None:
+        if min(values) < 0:
+            raise ValueError(f"sent_sizes must be at least 0, got {values}")
+        for tensor in rows:
+            if tensor.shape[0] != sum(values):
+                raise ValueError(
+                    f"rows must be as many as sent_sizes add up to, {sum(values)}, got shape {tuple(tensor.shape)}"
+                )
+    return sizes.long()
+
+
+def _describe(rows: Sequence[torch.Tensor]) -> str:
+    parts = []
+    for tensor in rows:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        parts.append(f"{kind}{list(tensor.shape[1:])}" + (" with gradient" if _differentiable(tensor) else ""))
+    return " and ".join(parts) or "nothing"

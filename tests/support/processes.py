@@ -1,0 +1,62 @@
+"""Tests in several processes: a script of cases is run by each, and what failed comes back by case.
+
+The script ends with ``processes.main(CASES)``; a test module has ``processes.run(SCRIPT, world, folder)``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+
+
+def run(script, world, folder, timeout=300):
+    """What every process found, by case: an empty text or what failed."""
+    processes = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "HF_HUB_OFFLINE": "1"}
+        with (folder / f"{rank}.txt").open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, script, folder],
+                    env=os.environ | place | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [process.wait(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = "\n".join((folder / f"{rank}.txt").read_text()[-2000:] for rank in range(world))
+    assert codes == [0] * world, said
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def main(cases, timeout=30):
+    """Run all cases in this process, in the same order as the others, and write down what failed."""
+    folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    meeting = {"init_method": f"file://{folder}/meeting", "timeout": timedelta(seconds=timeout)}
+    dist.init_process_group("gloo", rank=rank, world_size=world, **meeting)
+    found = {}
+    for case in cases:
+        try:
+            case()
+            found[case.__name__] = ""
+        except Exception:
+            found[case.__name__] = f"rank {rank}: " + traceback.format_exc()
+            # Seen even where the others wait for what this process left out.
+            print(case.__name__, found[case.__name__], flush=True)
+        dist.barrier()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
