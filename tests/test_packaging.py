@@ -105,10 +105,10 @@ def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
     code = """
 import gossamer
 from gossamer import _backend
-print(gossamer.__file__, _backend.unavailable("native", "cpu"), gossamer._C.isa())
+print(gossamer.__file__, _backend.native_unavailable() or gossamer._C.isa())
 """
-    where, reason = installed_python(tmp_path / "installed", code).split(" ", 1)
-    assert where.startswith(str(tmp_path)) and reason == "None generic\n"
+    where, found = installed_python(tmp_path / "installed", code).split(" ", 1)
+    assert where.startswith(str(tmp_path)) and found == "generic\n"
 
 
 def test_install_without_a_compiler_works_and_says_so(source, tmp_path):
