@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from gossamer._backend import transformed
 from gossamer._checks import (
@@ -230,7 +231,13 @@ class Routing:
             _check_fits(self, self.dispatch)
             return self
         max_rows = self.expert_ids.numel() if self.max_rows is None else self.max_rows
-        return self.replaced(dispatch=dispatch(self.expert_ids, self.num_experts, max_rows=max_rows))
+        sorted_slots = dispatch(self.expert_ids, self.num_experts, max_rows=max_rows)
+        if is_compiling():
+            return self.replaced(dispatch=sorted_slots)
+        # Every layer of a model comes through here: a copy, since what was checked need not be checked again.
+        made = object.__new__(Routing)
+        made.__dict__.update(self.__dict__, dispatch=sorted_slots)
+        return made
 
     def replaced(self, **changed: object) -> Routing:
         """The same routing with other values of the class's arguments, ``dispatch`` among them."""
@@ -382,7 +389,7 @@ def padded(routing: Routing, num_slots: int) -> tuple[torch.Tensor, torch.Tensor
 
 def check_finite_logits(logits: torch.Tensor) -> None:
     """Refuse NaN and +inf on the CPU where values can be read, for rules that hand operators other shapes."""
-    if not torch.compiler.is_compiling() and not transformed():
+    if not is_compiling() and not transformed():
         check_logits(logits.detach(), None)
 
 
