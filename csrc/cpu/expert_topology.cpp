@@ -79,6 +79,9 @@ int64_t expert_places(const ExpertPlacesArgs& a, int num_threads) {
   }
   const auto outside = [&](int32_t slot) { return slot < 0 || slot >= a.num_slots; };
   if (std::any_of(a.slots, a.slots + a.num_slots, outside)) return -2;
+  // No loop below reaches rows before the first expert's, nor slots that are missing because others are there twice.
+  std::fill(a.slots_of_rows, a.slots_of_rows + a.padded_offsets[0], static_cast<int32_t>(a.num_slots));
+  std::fill(a.rows_of_slots, a.rows_of_slots + a.num_slots, static_cast<int32_t>(a.padded_rows));
   parallel_ranges(a.experts, std::max<int64_t>(1, kNumbersPerThread * a.experts / std::max<int64_t>(1, a.padded_rows)),
                   num_threads, [&](int64_t first, int64_t last) {
                     for (int64_t e = first; e < last; ++e) {
@@ -93,8 +96,6 @@ int64_t expert_places(const ExpertPlacesArgs& a, int num_threads) {
                     }
                   });
   std::fill(a.slots_of_rows + a.padded_offsets[a.experts], a.slots_of_rows + a.padded_rows, static_cast<int32_t>(a.num_slots));
-  for (int64_t i = a.offsets[a.experts]; i < a.num_slots; ++i)
-    a.rows_of_slots[a.slots[i]] = static_cast<int32_t>(a.padded_rows);
   return -1;
 }
 

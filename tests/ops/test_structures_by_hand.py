@@ -1,5 +1,7 @@
 """Structures that kernels follow, put together by hand: what is wrong with them is an error before any kernel runs."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,9 @@ import torch
 
 import gossamer
 from gossamer import BlockSparseTensor, BlockTopology, Dispatch
+from gossamer.ops import _groups, block_topology
+from gossamer.ops.block_topology import check_topology
+from gossamer.ops.dispatch import check_dispatch
 
 IDS = torch.tensor([[0, 2], [1, 0], [3, 4], [2, 1], [2, 2]])
 
@@ -122,6 +127,22 @@ TOPOLOGIES = {
     "order": ({"order_t": lambda t: t.flip(0)}, ValueError, r"topology\.order_t must say where each block"),
     "schedule": ({"row_schedule": lambda t: t + 1}, ValueError, r"topology\.row_schedule must be in \[0, 4\)"),
     "live_rows": ({"live_rows": lambda t: torch.zeros(3).int()}, ValueError, r"topology\.live_rows must have shape"),
+    "experts_list": ({"padded_offsets": lambda t: [0, 64]}, TypeError, r"padded_offsets must be a torch\.Tensor"),
+    "experts_dtype": (
+        {"padded_offsets": lambda t: torch.zeros(3)},
+        TypeError,
+        r"padded_offsets must be int32",
+    ),
+    "no_experts": (
+        {"padded_offsets": lambda t: torch.zeros(1).int()},
+        ValueError,
+        r"padded_offsets must have shape",
+    ),
+    "late_experts": (
+        {"padded_offsets": lambda t: torch.tensor([16, 64]).int()},
+        ValueError,
+        r"topology\.padded_offsets must ascend from 0 to at most 64, got 16 at position 0",
+    ),
 }
 
 
@@ -158,6 +179,27 @@ def test_a_topology_by_hand_works_and_is_looked_at_again_when_it_changes():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
+def test_places_of_structures_by_hand_are_all_written(backend):
+    """Slots that are there twice, and expert offsets that moved after they were checked: no result has other memory."""
+    dispatch = gossamer.dispatch(IDS, 4)
+    made = BlockTopology.from_dispatch(dispatch, 16, 16)
+    twice = replace(dispatch, slots=with_value(dispatch.slots, 1, int(dispatch.slots[0])))
+    moved = replace(made, padded_offsets=made.padded_offsets.clone())
+    with gossamer.backend(backend):
+        slots, rows = made.padded_places(twice)
+        assert rows[int(dispatch.slots[1])] == made.shape[0] and slots.min() >= 0 and slots.max() <= 10
+        before, _ = moved.padded_places(dispatch)
+        moved.padded_offsets[0] = 3
+        slots, rows = moved.padded_places(dispatch)
+    assert slots[:3].tolist() == [10, 10, 10] and sorted(slots[slots < 10].tolist()) == sorted(
+        before[before < 10].tolist()
+    )
+    made.padded_offsets[0] = 3
+    with pytest.raises(ValueError, match=r"topology\.padded_offsets must ascend from 0"):
+        made.padded_places(dispatch)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_products_keep_a_topology_by_hand(backend):
     """A product over a transposed view that somebody gave expert offsets has that topology, no field left out."""
     own = replace(topology().transposed(), padded_offsets=torch.tensor([0, 16, 80], dtype=torch.int32))
@@ -176,3 +218,35 @@ def test_quantised_weights_with_parts_elsewhere(kind):
         if isinstance(part, torch.Tensor):
             with pytest.raises(ValueError, match=r"must be on (the device|cpu|meta).*, got (meta|cpu)"):
                 replace(weight, **{name: part.to("meta")})
+
+
+@pytest.mark.parametrize("make", [lambda: gossamer.dispatch(IDS, 4), topology])
+def test_a_copy_remembers_no_check_of_the_original(make):
+    """A deep copy has tensors of its own, whose changes the original's version does not count, nor one of inference."""
+    with torch.inference_mode():
+        inside = copy.deepcopy(make())
+    outside = make()
+    for original in (outside, inside):
+        again = pickle.loads(pickle.dumps(original))
+        field = "slots" if isinstance(again, Dispatch) else "column_indices"
+        for structure in (copy.deepcopy(original), again):
+            call = consumers(structure)["grouped_matmul"] if isinstance(structure, Dispatch) else sample(structure)
+            call()
+            getattr(structure, field)[0] = 4000
+            with pytest.raises(ValueError, match=rf"{field} must be in \[0, .*4000"):
+                call()
+
+
+def sample(structure):
+    return lambda: gossamer.sdd(torch.ones(64, 3), torch.ones(3, 80), structure)
+
+
+@pytest.mark.parametrize("make", [lambda: gossamer.dispatch(IDS, 4), topology])
+def test_a_remembered_check_costs_no_error(make, monkeypatch):
+    """Inference tensors have no version: their structures are not looked at anew in each call."""
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode(), monkeypatch.context() as patch:
+            made = make()
+            patch.setattr(_groups, "check_tensor", lambda name, tensor: pytest.fail(name))
+            patch.setattr(block_topology, "check_block", lambda block: pytest.fail("block"))
+            check_dispatch(made) if isinstance(made, Dispatch) else check_topology(made.transposed())

@@ -42,12 +42,15 @@ class ExpertTopology(NamedTuple):
     wide: torch.SymInt
     bm: int
 
-    def new_lists(self) -> tuple[torch.Tensor, ...]:
-        """Room for the results, in the order of :data:`FIELDS`."""
+    def sizes(self) -> tuple[torch.SymInt, ...]:
+        """How many numbers the results have, in the order of :data:`FIELDS`."""
         experts, rows = self.offsets.shape[0] - 1, self.rows
         columns, blocks = experts * self.wide, rows * self.wide
-        sizes = rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1
-        return tuple(map(self.offsets.new_empty, sizes))
+        return rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1
+
+    def new_lists(self) -> tuple[torch.Tensor, ...]:
+        """Room for the results."""
+        return tuple(map(self.offsets.new_empty, self.sizes()))
 
 
 class ExpertPlaces(NamedTuple):
@@ -140,7 +143,7 @@ def expert_places_reference(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Ten
     row = torch.arange(padded_rows, device=slots.device)
     expert = torch.searchsorted(padded_offsets[1:], row, right=True).clamp(max=last)
     sorted_row = row - padded_offsets[expert] + offsets[expert]
-    taken = (row < padded_offsets[-1]) & (sorted_row < offsets[expert + 1])
+    taken = (row < padded_offsets[-1]) & (offsets[expert] <= sorted_row) & (sorted_row < offsets[expert + 1])
     # One extra slot stands for padding, so that every index is valid.
     padded_slots = torch.cat([slots, slots.new_full((1,), num_slots)])
     slots_of_rows = padded_slots[torch.where(taken, sorted_row, num_slots)]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
 from gossamer._trusted import (
-    MARK,
     check_indices,
     check_offsets,
     check_permutation,
     check_range,
+    copy_mark,
     is_readable,
     mark,
-    version,
+    pack,
+    state_without_mark,
 )
 from gossamer.ops._expert_topology import expert_places, expert_topology, longest_first, offsets_of
 from gossamer.ops.dispatch import Dispatch, check_is_dispatch
@@ -107,6 +109,12 @@ class BlockTopology:
     live_rows: torch.Tensor | None = None
     live_columns: torch.Tensor | None = None
 
+    # See gossamer._trusted; None before the first.
+    _last_check: ClassVar[tuple[int | None, torch.Tensor | None] | None] = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return state_without_mark(self)
+
     @property
     def grid(self) -> tuple[int, int]:
         """Block rows and block columns."""
@@ -146,8 +154,7 @@ class BlockTopology:
             live_rows=self.live_columns,
             live_columns=self.live_rows,
         )
-        if not is_compiling() and MARK in self.__dict__:
-            transposed.__dict__[MARK] = self.__dict__[MARK]
+        copy_mark(self, transposed)
         return transposed
 
     def to(self, device: torch.device | str) -> BlockTopology:
@@ -316,6 +323,7 @@ class BlockTopology:
     def padded_places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Both :meth:`padded_slots` and :meth:`padded_rows`, which are found together."""
         check_is_dispatch(dispatch)
+        check_topology(self)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
             raise ValueError("the topology must be the one that BlockTopology.from_dispatch made from dispatch")
         check_same_device(dispatch=dispatch.slots, topology=self.padded_offsets)
@@ -385,13 +393,10 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
     else:
         row_t, column_t = flat_t % rows, flat_t // rows
         order_t = torch.where(live, position[row_t.clamp(max=rows - 1), column_t.clamp(max=cols - 1)], own)
-    topology = BlockTopology(
-        (rows * block[0], cols * block[1]),
-        block,
+    lists = (
         row_offsets,
         torch.where(live, flat % max(cols, 1), cols).int(),
         torch.where(live, flat // max(cols, 1), rows).int(),
-        None,
         column_offsets,
         torch.where(live, row_t, rows).int(),
         torch.where(live, column_t, cols).int(),
@@ -399,7 +404,8 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
         longest_first(row_offsets),
         longest_first(column_offsets),
     )
-    return _made(topology)
+    lists = pack(lists)
+    return _made(BlockTopology((rows * block[0], cols * block[1]), block, *lists[:3], None, *lists[3:]))
 
 
 def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> BlockTopology:
@@ -432,17 +438,6 @@ def _tensors(t: BlockTopology) -> tuple[torch.Tensor, ...]:
     return *rows, *columns, t.column_indices_t, order
 
 
-def _version(t: BlockTopology) -> int:
-    """:func:`gossamer._trusted.version` of them, in less time, for each product asks."""
-    order = t.order_t if t.order is None else t.order
-    try:
-        rows = t.row_offsets._version + t.column_indices._version + t.row_indices._version
-        columns = t.column_offsets._version + t.row_indices_t._version + t.column_indices_t._version
-        return rows + columns + order._version
-    except RuntimeError:  # of inference tensors, which have none
-        return version(_tensors(t))
-
-
 def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) -> None:
     """The list that goes along ``rows``: blocks in order, each in the row whose list it is in."""
     offsets, indices, own = (
@@ -469,7 +464,9 @@ def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) ->
 
 
 def _check_contents(topology: BlockTopology) -> None:
-    """Check that both lists have the same blocks and that ``order`` maps one list to the other."""
+    """Check both lists, that they have the same blocks, ``order`` from one to the other, and the experts' rows."""
+    if topology.padded_offsets is not None:
+        check_offsets("topology.padded_offsets", topology.padded_offsets, topology.shape[0])
     _check_list(topology, "row", "column", "")
     _check_list(topology, "column", "row", "_t")
     live = int(topology.row_offsets[-1])
@@ -486,13 +483,31 @@ def _check_contents(topology: BlockTopology) -> None:
         raise ValueError(f"topology.{name} must say where each block of one list is in the other")
 
 
+def _is_remembered(topology: object) -> bool:
+    """Whether it was checked and none of its tensors was written to since; each product asks."""
+    try:
+        if (last := topology._last_check) is None:
+            return False
+        checked, counter = last
+        if checked is None:
+            return True
+        if counter is not None:
+            return checked == counter._version
+        t, order = topology, topology.order_t if topology.order is None else topology.order
+        rows = t.row_offsets._version + t.column_indices._version + t.row_indices._version
+        columns = t.column_offsets._version + t.row_indices_t._version + t.column_indices_t._version
+        return checked == rows + columns + order._version
+    except (AttributeError, RuntimeError):
+        return False  # another object, or some inference tensors among others
+
+
 def check_topology(topology: object) -> None:
     """``topology`` must be a :class:`BlockTopology`, whose tensors hold what it says; on the CPU their values too."""
+    if not is_dynamo_compiling() and _is_remembered(topology):
+        return
     if not isinstance(topology, BlockTopology):
         raise TypeError(f"topology must be a gossamer.BlockTopology, got {type(topology).__name__}")
     if is_compiling():
-        return
-    if MARK in topology.__dict__ and topology.__dict__[MARK] == _version(topology):
         return
     check_block(topology.block)
     rows, cols = _check_blocked(topology.shape, topology.block)
@@ -508,6 +523,9 @@ def check_topology(topology: object) -> None:
     for name, size in (("live_rows", rows), ("live_columns", cols)):
         if getattr(topology, name) is not None:
             sizes[name] = size, "as many as block " + name.removeprefix("live_")
+    if topology.padded_offsets is not None:
+        check_tensor("topology.padded_offsets", topology.padded_offsets)
+        sizes["padded_offsets"] = max(2, topology.padded_offsets.numel()), "(E+1,)"
     for name, (size, symbols) in sizes.items():
         tensor, device = getattr(topology, name), topology.row_offsets.device
         check_indices(f"topology.{name}", tensor, size, symbols, "topology.row_offsets", device)
@@ -518,7 +536,7 @@ def check_topology(topology: object) -> None:
 
 def check_parts(topology: object) -> None:
     """:func:`check_topology` of one that was never checked; products look whether its tensors were written to since."""
-    if is_compiling() or not isinstance(topology, BlockTopology) or MARK not in topology.__dict__:
+    if is_compiling() or not isinstance(topology, BlockTopology) or topology._last_check is None:
         check_topology(topology)
 
 

@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from gossamer import _backend
 from gossamer._checks import check_index, check_positive, check_shape
-from gossamer._trusted import is_readable
+from gossamer._trusted import is_readable, mark, remember, state_without_mark
 from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
 from gossamer.ops._records import define
 
@@ -40,8 +40,11 @@ class Dispatch:
     num_experts: int
     max_rows: int | None = None
 
-    # The change count of its tensors at the last check of their contents; None if never checked.
-    _checked: ClassVar[int | None] = None
+    # See gossamer._trusted; None before the first.
+    _last_check: ClassVar[tuple[int | None, torch.Tensor | None] | None] = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return state_without_mark(self)
 
     @property
     def num_rows(self) -> int:
@@ -69,14 +72,6 @@ class Dispatch:
         return self.offsets.diff()
 
 
-def _changes(dispatch: Dispatch) -> int:
-    """How often its tensors were changed in place; -1 for inference tensors, whose changes are not counted."""
-    try:
-        return dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version
-    except (AttributeError, RuntimeError):
-        return -1
-
-
 def _check_sizes(dispatch: Dispatch) -> None:
     check_positive(**{"dispatch.num_experts": dispatch.num_experts, "dispatch.top_k": dispatch.top_k})
     num_tokens = dispatch.num_tokens
@@ -101,29 +96,27 @@ def check_dispatch(dispatch: object) -> None:
 
     Contents are checked once, and again after a tensor was changed in place.
     """
+    # Small products take 20 microseconds and ask each time: what is remembered is looked at first and without a call.
+    if not is_dynamo_compiling():
+        try:
+            if (last := dispatch._last_check) is not None:
+                if (checked := last[0]) is None:
+                    return
+                if checked == dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version:
+                    return
+        except (AttributeError, RuntimeError):
+            pass  # of other objects, or of some inference tensors among others
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
     if is_compiling():
         return
-    # As _changes, without a call: small products ask for it, and take 20 microseconds.
-    try:
-        if dispatch._checked == dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version:
-            return
-    except (AttributeError, RuntimeError):
-        if dispatch._checked == _changes(dispatch):
-            return
     _check_sizes(dispatch)
     num_slots = dispatch.num_tokens * dispatch.top_k
     if dispatch.buffer_rows > num_slots:
         raise ValueError(f"dispatch.max_rows must be at most T·K={num_slots}, got {dispatch.max_rows}")
     groups = Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
     check_groups(groups, dispatch.buffer_rows, num_slots, dispatch.num_experts)
-    _trust(dispatch)
-
-
-def _trust(dispatch: Dispatch) -> None:
-    """Mark its tensors as checked."""
-    object.__setattr__(dispatch, "_checked", _changes(dispatch))
+    mark(dispatch, groups)
 
 
 def check_max_rows(max_rows: int | None) -> None:
@@ -292,5 +285,6 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
         bound = _buffer_rows(offsets, bound)
     made = Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)
     if not is_compiling():
-        _trust(made)
+        version = None if slots.is_inference() else slots._version + rows._version + offsets._version
+        remember(made, (version, None))
     return made
