@@ -1,0 +1,230 @@
+"""Measures the exchanges of a process group, fits a link to some of them, and predicts the others.
+
+The link's latency and bandwidth are fitted to all-to-alls of a few sizes. All-to-alls of other sizes, and all-gathers,
+reduce-scatters and all-reduces of any, are then predicted by :mod:`exchanges` and stand beside what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gossamer.parallel.planning.exchanges import Cluster, Link
+from gossamer.parallel.planning.files import integer, number, read_object
+
+ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-to-all", "all-gather", "reduce-scatter", "all-reduce"
+COLLECTIVES = (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE)
+# Bytes to each other process of the all-to-alls that the link is fitted to, and of those that it predicts.
+FITTED = (1 << 10, 1 << 14, 1 << 18, 1 << 22)
+PREDICTED = (1 << 12, 1 << 16, 1 << 20, 3 << 20)
+# Bytes in total of the other collectives.
+TOTALS = (1 << 14, 1 << 18, 1 << 22)
+REPEATS = (5, 200)
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One exchange of one size.
+
+    Attributes:
+        collective: a member of :data:`COLLECTIVES`.
+        nbytes: to each other process for an all-to-all; in total for the others.
+        fitted: whether the link is fitted to it.
+        seconds: the median over calls of the time that the slowest process took.
+        p20: the 20th percentile.
+        p80: the 80th.
+        calls: how many.
+    """
+
+    collective: str
+    nbytes: int
+    fitted: bool
+    seconds: float
+    p20: float
+    p80: float
+    calls: int
+
+
+def _call(collective: str, nbytes: int, group: dist.ProcessGroup | None, device: torch.device) -> Callable[[], object]:
+    """What makes one exchange, over float32 tensors."""
+    size = dist.get_world_size(group)
+    if collective == ALL_TO_ALL:
+        sent = torch.ones(size * nbytes // 4, device=device)
+        received = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(received, sent, group=group)
+    whole = torch.ones(nbytes // 4 // size * size, device=device)
+    part = torch.ones(whole.numel() // size, device=device)
+    if collective == ALL_GATHER:
+        return lambda: dist.all_gather_into_tensor(whole, part, group=group)
+    if collective == REDUCE_SCATTER:
+        return lambda: dist.reduce_scatter_tensor(part, whole, group=group)
+    return lambda: dist.all_reduce(whole, group=group)
+
+
+def time_exchange(
+    collective: str, nbytes: int, *, group: dist.ProcessGroup | None = None, budget: float = 0.5, fitted: bool = False
+) -> Sample:
+    """Time one exchange; every process of the group makes the same call and gets the same answer.
+
+    Args:
+        collective: a member of :data:`COLLECTIVES`.
+        nbytes: to each other process for an all-to-all; in total for the others.
+        group: of processes; None for all.
+        budget: about how many seconds to spend.
+        fitted: a note for the sample.
+
+    Raises:
+        ValueError: ``collective`` is unknown, or ``nbytes`` below 4 bytes for each process.
+    """
+    if collective not in COLLECTIVES:
+        raise ValueError(f"collective must be one of {', '.join(COLLECTIVES)}, got {collective!r}")
+    least = 4 * (1 if collective == ALL_TO_ALL else dist.get_world_size(group))
+    if nbytes < least:
+        raise ValueError(f"nbytes must be at least {least} for {collective}, got {nbytes}")
+    cuda = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    call = _call(collective, nbytes, group, device)
+
+    def slowest(count: int) -> list[float]:
+        """The time of each of ``count`` calls, that of the slowest process."""
+        seconds = []
+        for _ in range(count):
+            dist.barrier(group)
+            if cuda:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        times = torch.tensor(seconds, dtype=torch.float64, device=device)
+        dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
+        return times.tolist()
+
+    each = slowest(WARMUP)[-1]
+    calls = max(REPEATS[0], min(REPEATS[1], int(budget / each)))
+    times = sorted(slowest(calls))
+    return Sample(
+        collective, nbytes, fitted, statistics.median(times), times[calls // 5], times[-1 - calls // 5], calls
+    )
+
+
+def fit(samples: Sequence[Sample], processes: int) -> Link:
+    """The link of the alpha-beta model that is nearest to measured all-to-alls, by squares of relative errors.
+
+    Minimises ``sum_s ((p - 1) (alpha + m_s beta) / t_s - 1)^2`` over ``alpha >= 0`` and ``beta > 0``.
+
+    Raises:
+        ValueError: there are fewer than two sizes, or times that do not grow with the size.
+    """
+    rounds = processes - 1
+    rows = [(rounds / s.seconds, rounds * s.nbytes / s.seconds) for s in samples if s.collective == ALL_TO_ALL]
+    if len({s.nbytes for s in samples if s.collective == ALL_TO_ALL}) < 2:
+        raise ValueError("samples must hold all-to-alls of at least two sizes")
+    aa, ab, bb = sum(a * a for a, _ in rows), sum(a * b for a, b in rows), sum(b * b for _, b in rows)
+    a1, b1 = sum(a for a, _ in rows), sum(b for _, b in rows)
+    determinant = aa * bb - ab * ab
+    latency, inverse = (bb * a1 - ab * b1) / determinant, (aa * b1 - ab * a1) / determinant
+    if latency < 0:
+        latency, inverse = 0.0, b1 / bb
+    if inverse <= 0:
+        raise ValueError("samples must hold times that grow with the size")
+    return Link(latency, 1 / inverse)
+
+
+def predict(link: Link, collective: str, nbytes: int, processes: int) -> float:
+    """Seconds of an exchange between processes of one node."""
+    cluster = Cluster(processes, processes, link)
+    group = cluster.group(processes)
+    by_name = {
+        ALL_TO_ALL: cluster.all_to_all,
+        ALL_GATHER: cluster.all_gather,
+        REDUCE_SCATTER: cluster.reduce_scatter,
+        ALL_REDUCE: cluster.all_reduce,
+    }
+    return by_name[collective](group, nbytes)
+
+
+def measure(group: dist.ProcessGroup | None = None, *, seconds: float = 10.0) -> dict:
+    """Measure a process group: the fitted link, and each exchange measured and predicted, as plain values.
+
+    Every process of the group makes the call and gets the same answer.
+
+    Args:
+        group: of processes; None for all.
+        seconds: about how long it may take.
+
+    Raises:
+        ValueError: the group has one process, or ``seconds`` is not above 0.
+    """
+    processes = dist.get_world_size(group)
+    if processes < 2:
+        raise ValueError(f"group must have at least 2 processes, got {processes}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds:g}")
+    plan = [(ALL_TO_ALL, nbytes, nbytes in FITTED) for nbytes in sorted(FITTED + PREDICTED)]
+    plan += [(name, nbytes, False) for name in COLLECTIVES[1:] for nbytes in TOTALS]
+    budget = seconds / len(plan)
+    samples = [time_exchange(name, nbytes, group=group, budget=budget, fitted=f) for name, nbytes, f in plan]
+    link = fit([sample for sample in samples if sample.fitted], processes)
+    rows = []
+    for sample in samples:
+        predicted = predict(link, sample.collective, sample.nbytes, processes)
+        rows.append(asdict(sample) | {"predicted": predicted, "ratio": predicted / sample.seconds})
+    return {
+        "processes": processes,
+        "backend": dist.get_backend(group),
+        "threads": torch.get_num_threads(),
+        "link": asdict(link),
+        "samples": rows,
+    }
+
+
+def read_link(path: Path) -> Link:
+    """The link that a file of ``gossamer plan measure --json`` holds, of the run with most processes.
+
+    Raises:
+        ValueError: the file cannot be read or holds something else.
+    """
+    runs = read_object(path).get("runs")
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+        raise ValueError(f"{path} must be a file of gossamer plan measure --json: it holds no runs")
+    run = max(runs, key=lambda run: integer(str(path), "processes", run.get("processes"), 2, 2**20))
+    link = run.get("link")
+    if not isinstance(link, dict):
+        raise ValueError(f"{path} must be a file of gossamer plan measure --json: a run holds no link")
+    latency = link.get("latency")
+    return Link(
+        0.0 if latency == 0 else number(str(path), "latency", latency),
+        number(str(path), "bandwidth", link.get("bandwidth")),
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the processes that RANK and WORLD_SIZE describe; rank 0 writes the answer."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    dist.init_process_group("gloo")
+    try:
+        found = measure(seconds=chosen.seconds)
+        if dist.get_rank() == 0:
+            chosen.output.write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

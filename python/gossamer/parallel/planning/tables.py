@@ -1,0 +1,329 @@
+"""Ways to place embedding tables on a cluster: how long a step's lookups take and what each device holds.
+
+A description of tables is a JSON file::
+
+    {"tables": [{"name": "user", "rows": 10000000, "dim": 64, "bag": 1}, ...]}
+
+``bag`` is the number of ids a sample. Every device looks up a batch of its own and keeps the pooled rows of its
+samples.
+
+- ``replicate``: each device holds every row, and gathers the touched rows' gradients of all devices.
+- ``table``: a whole table on one device, the busiest table first onto the device with least to do. Ids go to the
+  table, pooled rows come back, and their gradients go to the table.
+- ``row``: each device holds an equal part of the rows of a table. The distinct ids of a batch go to their rows, and the
+  rows come back.
+- ``column``: each device holds some columns. Ids go to all devices, pooled columns come back.
+- ``mixed``: from the best of these, tables of one size after the other are moved to another placement where that brings
+  the memory under its limit or the time down.
+
+One exchange serves all tables that are placed alike. Ids are taken to be uniform, of which more are distinct than of
+any other; a step's lookups, backward pass and fused optimizer run at the measured rate.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gossamer import optim
+from gossamer.parallel.planning.exchanges import Cluster
+from gossamer.parallel.planning.files import integer
+from gossamer.parallel.planning.layouts import BYTES, Cost, grown
+from gossamer.parallel.planning.rates import TABLES, Rate, Rates
+
+REPLICATE, TABLE, ROW, COLUMN, MIXED = "replicate", "table", "row", "column", "mixed"
+PLACEMENTS = (REPLICATE, TABLE, ROW, COLUMN)
+OPTIMIZERS = {
+    "sgd": optim.SGD,
+    "adagrad": optim.Adagrad,
+    "rowwise_adagrad": optim.RowwiseAdagrad,
+    "adam": optim.Adam,
+    "partial_rowwise_adam": optim.PartialRowwiseAdam,
+    "ftrl": optim.FTRL,
+}
+# How a benchmark of tables calls the variant with each optimizer; those that are not there were not measured.
+VARIANTS = {"sgd": "gossamer SGD", "rowwise_adagrad": "gossamer row-wise Adagrad"}
+ID_BYTES = 8
+# A mixed placement of T tables is searched by about this many divided by T prices of T tables each.
+MOST_PRICES = 4096
+MOST_TABLES, MOST_ROWS, MOST_DIM, MOST_BAG = 2**14, 2**40, 2**16, 2**20
+
+
+@dataclass(frozen=True)
+class TableSize:
+    """One table.
+
+    Attributes:
+        name: of the table.
+        rows: how many.
+        dim: columns.
+        bag: ids a sample.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    bag: int
+
+
+def tables_of(where: str, values: dict) -> list[TableSize]:
+    """The tables that a description holds.
+
+    Raises:
+        ValueError: a table is described wrongly; the message names ``where``, the table and the rule.
+    """
+    described = values.get("tables")
+    if not isinstance(described, list) or not 1 <= len(described) <= MOST_TABLES:
+        raise ValueError(f"{where}: tables must be a list of 1 to {MOST_TABLES} tables")
+    found: dict[str, TableSize] = {}
+    for number, table in enumerate(described):
+        at = f"{where}: table {number}"
+        if not isinstance(table, dict):
+            raise ValueError(f"{at} must be an object, got {type(table).__name__}")
+        if unknown := table.keys() - {"name", "rows", "dim", "bag"}:
+            raise ValueError(f"{at} must hold name, rows, dim and bag, got {', '.join(sorted(unknown))[:60]} as well")
+        name = table.get("name")
+        if not isinstance(name, str) or not name or name in found:
+            raise ValueError(f"{at}: name must be a text that no other table has, got {str(name)[:60]!r}")
+        found[name] = TableSize(
+            name,
+            integer(at, "rows", table.get("rows"), 1, MOST_ROWS),
+            integer(at, "dim", table.get("dim"), 1, MOST_DIM),
+            integer(at, "bag", table.get("bag"), 1, MOST_BAG),
+        )
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What a device does in a step.
+
+    Attributes:
+        batch: samples of each device.
+        dtype: of the rows.
+        direction: ``"both"``, a training step, or ``"forward"``.
+        optimizer: a key of :data:`OPTIMIZERS`.
+    """
+
+    batch: int
+    dtype: str = "fp32"
+    direction: str = "both"
+    optimizer: str = "rowwise_adagrad"
+
+    def __post_init__(self) -> None:
+        """Check every choice."""
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        for name, value, allowed in (
+            ("dtype", self.dtype, BYTES),
+            ("direction", self.direction, ("both", "forward")),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward pass and an optimizer."""
+        return self.direction == "both"
+
+    def rate(self, rates: Rates) -> Rate:
+        """The rate of lookups that this work runs at.
+
+        Raises:
+            ValueError: it is neither given nor measured.
+        """
+        variant = VARIANTS.get(self.optimizer, f"gossamer {self.optimizer}") if self.trains else "gossamer"
+        return rates.get(TABLES, dtype=self.dtype, direction=self.direction, variant=variant)
+
+    def stored_bytes(self, rows: float, dim: float) -> float:
+        """Bytes of rows with the optimizer's states, which are float32."""
+        nbytes = rows * dim * BYTES[self.dtype]
+        if self.trains:
+            kinds = OPTIMIZERS[self.optimizer](lr=0.1).state_kinds().values()
+            nbytes += sum(4.0 * rows * (dim if kind == "full" else 1) for kind in kinds)
+        return nbytes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each table is.
+
+    Attributes:
+        name: a member of :data:`PLACEMENTS`, or ``"mixed"``.
+        devices: in total.
+        where: the placement of each table.
+        tables: their names, in the same order.
+    """
+
+    name: str
+    devices: int
+    where: tuple[str, ...]
+    tables: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.name != MIXED:
+            return self.name
+        counts = [f"{self.where.count(kind)} {kind}" for kind in PLACEMENTS if kind in self.where]
+        return f"mixed: {', '.join(counts)}"
+
+
+def distinct(rows: int, lookups: float) -> float:
+    """How many of ``rows`` rows ``lookups`` uniform ids meet, in the mean: ``R (1 - (1 - 1/R)^L)``."""
+    return rows if rows == 1 else rows * -math.expm1(lookups * math.log1p(-1.0 / rows))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one placement of one table asks of a device; messages are to each other device."""
+
+    work: float  # bytes of rows looked up
+    ids: float = 0.0
+    rows: float = 0.0
+    gathered: float = 0.0
+    memory: float = 0.0
+    buffers: float = 0.0
+
+
+def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
+    """The share of a device; of a table placed whole, that of the device that holds it."""
+    element = BYTES[work.dtype]
+    lookups = work.batch * table.bag
+    row = table.dim * element
+    pooled = work.batch * row
+    if kind == REPLICATE or devices == 1:
+        touched = distinct(table.rows, lookups) * (row + ID_BYTES) if work.trains and devices > 1 else 0.0
+        memory = work.stored_bytes(table.rows, table.dim)
+        return _Share(lookups * row, gathered=touched * devices, memory=memory, buffers=pooled + touched * devices)
+    if kind == TABLE:
+        memory = work.stored_bytes(table.rows, table.dim)
+        return _Share(devices * lookups * row, lookups * ID_BYTES, pooled, memory=memory, buffers=devices * pooled)
+    if kind == ROW:
+        own = distinct(table.rows, lookups)
+        memory = work.stored_bytes(-(-table.rows // devices), table.dim)
+        # The rows' device reads them, and the batch's device pools them.
+        buffers = own * row + pooled
+        return _Share(
+            (lookups + own) * row, own / devices * ID_BYTES, own / devices * row, memory=memory, buffers=buffers
+        )
+    columns = -(-table.dim // devices)
+    narrow = columns * element
+    memory = work.stored_bytes(table.rows, columns)
+    buffers = pooled + devices * work.batch * narrow
+    return _Share(devices * lookups * narrow, lookups * ID_BYTES, work.batch * narrow, memory=memory, buffers=buffers)
+
+
+def place_whole(loads: Sequence[float], devices: int) -> list[int]:
+    """A device for each table: the heaviest first, each onto the device with the least load so far."""
+    heap = [(0.0, device) for device in range(devices)]
+    places = [0] * len(loads)
+    for index in sorted(range(len(loads)), key=lambda index: (-loads[index], index)):
+        load, device = heapq.heappop(heap)
+        places[index] = device
+        heapq.heappush(heap, (load + loads[index], device))
+    return places
+
+
+def price(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate, placement: Placement) -> Cost:
+    """The cost of a placement for the device that takes longest, and the memory of the one that holds most."""
+    devices, group = cluster.devices, cluster.group(cluster.devices)
+    seconds: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    memory = {"tables": 0.0, "buffers": 0.0}
+    lookups = 0.0
+
+    def exchange(part: str, nbytes: float) -> None:
+        if nbytes:
+            seconds[part] = seconds.get(part, 0.0) + cluster.all_to_all(group, nbytes)
+            sent[part] = sent.get(part, 0.0) + nbytes * (devices - 1)
+
+    for kind in PLACEMENTS:
+        chosen = [table for table, where in zip(tables, placement.where, strict=True) if where == kind]
+        shares = [_share(table, kind, devices, work) for table in chosen]
+        if kind == TABLE and devices > 1:
+            held: dict[int, list[_Share]] = {}
+            for share, device in zip(shares, place_whole([share.work for share in shares], devices), strict=True):
+                held.setdefault(device, []).append(share)
+            by_device = list(held.values())
+        else:
+            by_device = [shares]
+
+        def most(name: str, by_device: list[list[_Share]] = by_device) -> float:
+            return max((sum(getattr(share, name) for share in held) for held in by_device), default=0.0)
+
+        lookups += most("work")
+        memory["tables"] += most("memory")
+        memory["buffers"] += most("buffers")
+        exchange("ids", most("ids"))
+        exchange("rows", most("rows"))
+        if work.trains:
+            exchange("gradients", most("rows"))
+            if gathered := most("gathered"):
+                seconds["gradients"] = seconds.get("gradients", 0.0) + cluster.all_gather(group, gathered)
+                sent["gradients"] = sent.get("gradients", 0.0) + gathered * (devices - 1) / devices
+    return Cost(placement, {"lookups": lookups / rate.value} | seconds, memory, sent)
+
+
+def placements(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate) -> list[Placement]:
+    """Every table placed alike, in each way that the cluster allows, and each table in the way that suits it."""
+    names, devices = tuple(table.name for table in tables), cluster.devices
+
+    def placement(name: str, where: Sequence[str]) -> Placement:
+        return Placement(name, devices, tuple(where), names)
+
+    found = [placement(REPLICATE, [REPLICATE] * len(tables))]
+    if devices == 1:
+        return found
+    uniform = [kind for kind in PLACEMENTS if kind != COLUMN or all(table.dim >= devices for table in tables)]
+    found += [placement(kind, [kind] * len(tables)) for kind in uniform if kind != REPLICATE]
+    if len(tables) > 1:
+        start = min(found, key=lambda one: _order(price(tables, cluster, work, rate, one), cluster))
+        mixed = _mixed(tables, cluster, work, rate, start)
+        if len(set(mixed.where)) > 1:
+            found.append(mixed)
+    return found
+
+
+def _order(cost: Cost, cluster: Cluster) -> tuple[bool, float, float]:
+    """What fits first, the quickest first; among equals what sends least."""
+    return not cost.fits(cluster), cost.step, sum(cost.sent.values())
+
+
+def _mixed(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate, start: Placement) -> Placement:
+    """Tables of one size are moved together, those with most rows to look up first."""
+
+    def badness(placement: Placement) -> tuple[float, float]:
+        cost = price(tables, cluster, work, rate, placement)
+        over = 0.0 if cluster.memory is None else max(0.0, cost.total_memory - cluster.memory)
+        return over, cost.step
+
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for index, table in enumerate(tables):
+        alike.setdefault((table.rows, table.dim, table.bag), []).append(index)
+    groups = sorted(alike.values(), key=lambda group: -sum(tables[i].dim * tables[i].bag for i in group))
+    best = replace(start, name=MIXED)
+    least = badness(best)
+    for group in groups[: max(8, MOST_PRICES // len(tables))]:
+        for kind in PLACEMENTS:
+            if kind == COLUMN and tables[group[0]].dim < cluster.devices:
+                continue
+            where = list(best.where)
+            for index in group:
+                where[index] = kind
+            moved = replace(best, where=tuple(where))
+            if (found := badness(moved)) < least:
+                best, least = moved, found
+    return best
+
+
+def plan(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate) -> list[Cost]:
+    """All placements: those that fit first, the quickest first."""
+    costs = [price(tables, cluster, work, rate, found) for found in placements(tables, cluster, work, rate)]
+    return sorted(costs, key=lambda cost: _order(cost, cluster))
+
+
+def growth(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate, most: int = 4096) -> list[dict]:
+    """Each placement at 1, 2, 4, ... ``most`` devices, with the same batch on every device."""
+    return grown(cluster, lambda resized: plan(tables, resized, work, rate), lambda c: c.layout.name, most)
