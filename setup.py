@@ -288,6 +288,7 @@ setup(
         "gossamer.integrations.scattermoe",
         "gossamer.integrations.scattermoe.kernels",
         "gossamer.parallel",
+        "gossamer.parallel.planning",
         "gossamer.cpu_kernels",
         "gossamer.cuda_kernels",
         "gossamer.triton_kernels",
@@ -301,6 +302,7 @@ setup(
     package_dir={"": "python", "gossamer.triton_kernels": "triton_kernels", "gossamer.bench": "bench"},
     package_data={
         "gossamer": ["py.typed"],
+        "gossamer.bench": ["results/*.json"],
         "gossamer.bench.families": ["*.json"],
         "gossamer.triton_kernels": ["measured_tiles/*.json"],
     },

@@ -94,6 +94,7 @@ def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
     assert any(re.fullmatch(r"gossamer/_C\..*so", name) for name in names)
     expected = (
         "bench/families/moe.py",
+        "bench/results/moe-cpu-small-epyc-2-cores.json",
         "triton_kernels/common.py",
         "cpu_kernels/dispatch.py",
         "nn/moe/layer.py",

@@ -20,7 +20,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _module in pkgutil.iter_modules(commands.__path__):
-    app.command()(getattr(importlib.import_module(f"gossamer.commands.{_module.name}"), _module.name))
+    _command = getattr(importlib.import_module(f"gossamer.commands.{_module.name}"), _module.name)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_module.name)
+    else:
+        app.command()(_command)
 
 
 def main() -> None:
