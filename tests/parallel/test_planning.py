@@ -62,7 +62,7 @@ def test_exchanges_take_what_they_do_by_hand():
     near, far = 2e-6 + 1e6 / 100e9, 10e-6 + 1e6 / 10e9
     assert cluster.all_to_all(everyone, 1e6) == pytest.approx(3 * near + 4 * far, rel=1e-12)
     by_node = (10e-6 + 4e6 / 10e9) + 3 * (2e-6 + 2e6 / 100e9)
-    assert cluster.all_to_all(everyone, 1e6, hierarchical=True) == pytest.approx(by_node, rel=1e-12)
+    assert cluster.all_to_all(everyone, 1e6, node_nbytes=4e6) == pytest.approx(by_node, rel=1e-12)
     gather = 3 * (2e-6 + 2e6 / 100e9) + (10e-6 + 1e6 / 10e9)
     assert cluster.all_gather(everyone, 8e6) == pytest.approx(gather, rel=1e-12)
     assert cluster.reduce_scatter(everyone, 8e6) == cluster.all_gather(everyone, 8e6)
@@ -77,10 +77,10 @@ def test_exchanges_take_what_they_do_by_hand():
 def test_by_node_saves_latencies_and_costs_bytes_within_nodes():
     cluster = Cluster(64, 8, INTRA, INTER)
     group = cluster.group(64)
-    small = [cluster.all_to_all(group, 64, hierarchical=h) for h in (False, True)]
+    small = [cluster.all_to_all(group, 64, node_nbytes=w) for w in (None, 8 * 64)]
     assert small[1] < small[0] / 5
     slow = Cluster(64, 8, Link(2e-6, 1e9), INTER)
-    large = [slow.all_to_all(group, 1e7, hierarchical=h) for h in (False, True)]
+    large = [slow.all_to_all(group, 1e7, node_nbytes=w) for w in (None, 8e7)]
     assert large[0] < large[1]
 
 
@@ -169,10 +169,10 @@ def test_parts_of_a_layout_by_hand():
     assert split.memory["parameters"] == 2 * (rest + 32 * expert)
     # A token meets a rank that holds one of 8 experts with probability 1/4, and travels four times a layer.
     rows = 1024 / 4
-    there, back = rows * (4096 * 2 + 2 * 12), rows * 4096 * 2
-    nbytes = there + 2 * back + rows * (4096 * 2 + 2 * 4)
+    # With one expert a rank, a row takes one id and one weight along, and brings back the weight's gradient.
+    nbytes = rows * (4 * 4096 * 2 + 8 + 4)
     assert split.sent["rows"] == pytest.approx(32 * 7 * nbytes, rel=1e-12)
-    assert split.seconds["rows"] == pytest.approx(32 * 7 * (4 * 2e-6 + nbytes / 100e9), rel=1e-12)
+    assert split.seconds["rows"] == pytest.approx(32 * 7 * (5 * 2e-6 + (nbytes + 16) / 100e9), rel=1e-12)
     # The rest is summed over 16 devices, each expert over the two that hold it, one on each node.
     dense = cluster.all_reduce(Group(16, 8), 2 * rest / 32) + cluster.all_reduce(Group(2, 1), 2 * expert)
     assert split.seconds["gradients"] == pytest.approx(32 * dense, rel=1e-9)
@@ -200,7 +200,23 @@ def test_rows_that_travel_are_those_of_a_drawn_routing():
     ids = torch.rand(4000, 32, generator=torch.Generator().manual_seed(0)).topk(4).indices
     pairs = sum(len(set(row) - {0}) for row in (ids // 4).tolist())
     # All-to-alls of every rank alike: here rank 0 sends to the seven others.
-    assert cost.sent["rows"] == pytest.approx(32 * pairs * (2 * 4096 * 2 + 4 * 12), rel=0.01)
+    assert cost.sent["rows"] == pytest.approx(32 * pairs * (2 * 4096 * 2 + 4 * 8), rel=0.01)
+
+
+def test_tokens_travel_once_to_a_node():
+    model, work = mixtral(), layouts.Workload(1024, 512, direction="forward")
+    cluster = Cluster(8, 4, INTRA, INTER)
+    flat, by_node = (
+        layouts.price(model, cluster, work, known_rates(), layouts.Layout(8, expert=8, hierarchical=h))
+        for h in (False, True)
+    )
+    there, back = 4096 * 2 + 8, 4096 * 2
+    # Two of eight experts are on the other node for one of them with probability 1 - (4 * 3) / (8 * 7).
+    node, device = 1024 * (1 - 12 / 56), 1024 / 4
+    assert by_node.sent["rows"] == pytest.approx(32 * (there + back) * (node + 3 * 2 * device), rel=1e-12)
+    assert flat.sent["rows"] == pytest.approx(32 * (there + back) * 7 * device, rel=1e-12)
+    far = [2 * 10e-6 + (there + back) * rows / 10e9 for rows in (node, 4 * device)]
+    assert by_node.seconds["rows"] < flat.seconds["rows"] and far[0] < far[1]
 
 
 def test_plans_keep_their_order():
@@ -361,15 +377,18 @@ def test_placements_by_hand():
     by_name = {cost.layout.name: cost for cost in tables.plan(sizes, cluster, work, rate)}
     row, lookups = 8 * 4, 100 * 5
     assert by_name["replicate"].memory["tables"] == 2 * 1000 * row
-    assert by_name["replicate"].seconds["lookups"] == pytest.approx(lookups * row / 1e9)
+    assert by_name["replicate"].seconds["lookups"] == pytest.approx(4 * lookups * row / 1e9)
+    assert by_name["replicate"].sent == {"ids": 3 * lookups * 8, "gradients": 3 * 2 * 100 * row}
     assert by_name["row"].memory["tables"] == by_name["column"].memory["tables"] == 2 * 1000 * row / 4
     met = tables.distinct(1000, 100) + tables.distinct(1000, 400)
-    assert by_name["row"].sent["ids"] == pytest.approx(3 / 4 * met * 8)
-    assert by_name["row"].sent["rows"] == by_name["row"].sent["gradients"] == pytest.approx(3 / 4 * met * row)
+    assert by_name["row"].sent["ids"] == pytest.approx(3 / 4 * lookups * 8)
+    assert by_name["row"].sent["rows"] == pytest.approx(3 / 4 * met * row)
+    # A bag of one id has a row on a given device with probability 1/4, a bag of four with 1 - (3/4)^4.
+    assert by_name["row"].sent["gradients"] == pytest.approx(3 * 100 * row * (1 / 4 + 1 - (3 / 4) ** 4))
     # Of the two tables the second has four times as much to do, for the samples of all four devices.
     assert by_name["table"].seconds["lookups"] == pytest.approx(4 * 400 * row / 1e9)
     assert by_name["table"].memory["tables"] == 1000 * row
-    assert by_name["table"].sent["ids"] == 3 * 400 * 8 and by_name["table"].sent["rows"] == 3 * 100 * row
+    assert by_name["table"].sent == {"ids": 3 * 400 * 8, "rows": 3 * 100 * row, "gradients": 3 * 100 * row}
     assert by_name["column"].sent["ids"] == 3 * lookups * 8
     assert by_name["column"].sent["rows"] == 3 * 2 * 100 * 2 * 4
     each = 3 * (2e-6 + 2 * 100 * 2 * 4 / 100e9)
@@ -381,7 +400,8 @@ def test_the_heaviest_table_goes_where_least_is():
 
 
 def test_mixed_placement_is_no_worse_and_fits_where_it_can():
-    sizes = [table(10**n, 32, 1 + n, f"t{n}") for n in range(1, 8)]
+    # Sixteen devices can divide the columns of every second table only.
+    sizes = [table(10**n, 32 if n % 2 else 8, 1 + n, f"t{n}") for n in range(1, 8)]
     work, rate = tables.Lookups(2048), rates.Rate(1e10, "given")
     for limit in (None, 0.5e9):
         cluster = Cluster(16, 8, INTRA, INTER, memory=limit)

@@ -9,14 +9,15 @@ between nodes:
 
 ====================================  ==============================================================================
 all-to-all, ``m`` bytes to each peer  ``(l-1) (a_i + m b_i) + (p-l) (a_e + m b_e)``
-the same, hierarchical                ``(n-1) (a_e + l m b_e) + (l-1) (a_i + n m b_i)``
+the same by node, ``w`` to each node  ``(n-1) (a_e + w b_e) + (l-1) (a_i + n m b_i)``
 all-gather of ``m`` bytes in total    ``(n-1) (a_e + m/p b_e) + (l-1) (a_i + m/l b_i)``
 reduce-scatter                        as the all-gather
 all-reduce                            reduce-scatter, then all-gather
 ====================================  ==============================================================================
 
-The all-to-all is a pairwise exchange. The hierarchical one first sends along each line of devices with the same place
-on their nodes, messages for a whole node together, then within nodes. With one node or one device a node the other rows
+The all-to-all is a pairwise exchange. By node, it first sends along each line of devices with the same place on their
+nodes what is meant for a whole node, ``w <= l m`` bytes where some of it is meant for several devices, then within
+nodes. With one node or one device a node the other rows
 are the ring algorithms; else a ring along each such line and a ring within each node. Thakur, Rabenseifner and Gropp
 2005, "Optimization of Collective Communication Operations in MPICH", derives the terms.
 """
@@ -115,14 +116,17 @@ class Cluster:
             raise ValueError(f"inter must be given for a group on {group.nodes} nodes")
         return self.inter
 
-    def all_to_all(self, group: Group, nbytes: float, *, hierarchical: bool = False) -> float:
-        """Seconds of an all-to-all in which each device sends ``nbytes`` to each other device of the group."""
+    def all_to_all(self, group: Group, nbytes: float, *, node_nbytes: float | None = None) -> float:
+        """Seconds of an all-to-all in which each device sends ``nbytes`` to each other device of the group.
+
+        With ``node_nbytes`` it goes by node, first that many bytes to each other node and then on to the devices.
+        """
         local, nodes = group.local, group.nodes
         if nodes == 1:
             return (local - 1) * self.intra.seconds(nbytes)
         between = self._between(group)
-        if hierarchical:
-            along = (nodes - 1) * between.seconds(local * nbytes)
+        if node_nbytes is not None:
+            along = (nodes - 1) * between.seconds(node_nbytes)
             return along + (local - 1) * self.intra.seconds(nodes * nbytes)
         return (local - 1) * self.intra.seconds(nbytes) + (group.size - local) * between.seconds(nbytes)
 
@@ -155,6 +159,6 @@ def met_parts(sizes: list[int], top_k: int) -> list[float]:
 
 
 def parts(total: int, ranks: int) -> list[int]:
-    """``total`` things over ``ranks``, consecutive ones together, the first ranks with one more."""
-    each, more = divmod(total, ranks)
-    return [each + (rank < more) for rank in range(ranks)]
+    """``total`` things over ``ranks``, consecutive ones together, as ``torch.chunk`` divides them."""
+    each = -(-total // ranks)
+    return [max(0, min(each, total - rank * each)) for rank in range(ranks)]

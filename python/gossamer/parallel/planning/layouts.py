@@ -24,8 +24,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of float32 state that each optimizer keeps for a parameter.
 STATES = {"sgd": 0, "momentum": 4, "adam": 8}
 STRATEGIES = ("data", "fsdp", "tensor", "expert")
-# An id of 8 bytes and a weight of 4 travel with a row for each expert that it may meet.
-ROUTE_BYTES = 12
+# An id and a weight travel with a row for each expert that it may meet, and the numbers of rows before the rows.
+ROUTE_BYTES, WEIGHT_BYTES, SIZE_BYTES = 8, 4, 16
 
 
 @dataclass(frozen=True)
@@ -303,22 +303,35 @@ def _held(model: Model, cluster: Cluster, layout: Layout) -> _Held:
     return _Held(dense, experts, (dense / split[0], experts / split[1]))
 
 
-def received_share(model: Model, layout: Layout) -> list[float]:
-    """For each rank of the experts, the probability that a token meets one of its experts."""
-    return met_parts(parts(model.experts, layout.expert), model.top_k)
+def met_ranks(model: Model, ranks: int) -> list[float]:
+    """For each of the ranks that divide the experts, the probability that a token meets one of its experts."""
+    return met_parts(parts(model.experts, ranks), model.top_k)
 
 
 def _add_rows(tally: _Tally, model: Model, cluster: Cluster, work: Workload, layout: Layout) -> None:
-    """Rows to the experts and back: one row for each (token, rank) pair, in both directions of both passes."""
+    """Rows to the experts and back: one row for each (token, rank) pair, in both directions of both passes.
+
+    By node, a token travels once to each node and there once to each device.
+    """
     group = cluster.group(layout.expert)
-    rows = work.tokens * max(received_share(model, layout)) * work.imbalance
-    forth = rows * (model.hidden * work.nbytes + model.top_k * ROUTE_BYTES)
-    back = rows * model.hidden * work.nbytes
+    row = model.hidden * work.nbytes
+    slots = min(model.top_k, -(-model.experts // layout.expert))
     # The gradient of the rows brings along that of their weights.
-    backward = (back, rows * (model.hidden * work.nbytes + 4 * model.top_k)) if work.trains else ()
-    for nbytes in (forth, back, *backward):
-        seconds = cluster.all_to_all(group, nbytes, hierarchical=layout.hierarchical)
-        tally.add("rows", seconds, nbytes * (layout.expert - 1), model.moe_layers)
+    messages = [row + ROUTE_BYTES * slots, row]
+    messages += [row, row + WEIGHT_BYTES * slots] if work.trains else []
+    rows = work.tokens * max(met_ranks(model, layout.expert)) * work.imbalance
+    if layout.hierarchical:
+        node_rows = work.tokens * max(met_ranks(model, group.nodes)) * work.imbalance
+    for nbytes in messages:
+        if layout.hierarchical:
+            seconds = cluster.all_to_all(group, rows * nbytes, node_nbytes=node_rows * nbytes)
+            sent = nbytes * ((group.nodes - 1) * node_rows + (group.local - 1) * group.nodes * rows)
+        else:
+            seconds = cluster.all_to_all(group, rows * nbytes)
+            sent = nbytes * (layout.expert - 1) * rows
+        tally.add("rows", seconds, sent, model.moe_layers)
+    by_node = group.local * SIZE_BYTES if layout.hierarchical else None
+    tally.add("rows", cluster.all_to_all(group, SIZE_BYTES, node_nbytes=by_node), 0.0, model.moe_layers)
 
 
 def _add_tensor(tally: _Tally, model: Model, cluster: Cluster, work: Workload, layout: Layout) -> None:
@@ -376,7 +389,7 @@ def activation_elements(model: Model, layout: Layout) -> tuple[float, float]:
     experts = 2.0 * model.top_k * model.intermediate
     if layout.expert > 1:
         # The rows that came, and the pre-activations of a device's share of all tokens.
-        rows = sum(received_share(model, layout)) * model.hidden
+        rows = sum(met_ranks(model, layout.expert)) * model.hidden
         return 4.0 * model.hidden + (experts + rows) / layout.tensor, heads + shared
     return 4.0 * model.hidden, heads + shared + experts
 

@@ -7,12 +7,13 @@ A description of tables is a JSON file::
 ``bag`` is the number of ids a sample. Every device looks up a batch of its own and keeps the pooled rows of its
 samples.
 
-- ``replicate``: each device holds every row, and gathers the touched rows' gradients of all devices.
+- ``replicate``: each device holds every row. Ids and gradients of pooled rows go to all devices, and each of them
+  updates its rows for the samples of all.
 - ``table``: a whole table on one device, the busiest table first onto the device with least to do. Ids go to the
   table, pooled rows come back, and their gradients go to the table.
-- ``row``: each device holds an equal part of the rows of a table. The distinct ids of a batch go to their rows, and the
-  rows come back.
-- ``column``: each device holds some columns. Ids go to all devices, pooled columns come back.
+- ``row``: each device holds an equal part of the rows of a table. Ids go to their rows, distinct rows come back, and
+  the gradients of pooled rows go to the devices that they have rows of.
+- ``column``: each device holds some columns. Ids go to all devices, pooled columns come back, their gradients go back.
 - ``mixed``: from the best of these, tables of one size after the other are moved to another placement where that brings
   the memory under its limit or the time down.
 
@@ -177,14 +178,23 @@ def distinct(rows: int, lookups: float) -> float:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one placement of one table asks of a device; messages are to each other device."""
+    """What one placement of one table asks of a device.
 
-    work: float  # bytes of rows looked up
+    Attributes:
+        work: bytes of rows looked up.
+        memory: bytes of rows and states.
+        buffers: bytes of what is received and of results.
+        ids: bytes of ids to each other device.
+        rows: bytes of rows or pooled rows to each other device.
+        gradients: bytes of gradients to each other device.
+    """
+
+    work: float
+    memory: float
+    buffers: float
     ids: float = 0.0
     rows: float = 0.0
-    gathered: float = 0.0
-    memory: float = 0.0
-    buffers: float = 0.0
+    gradients: float = 0.0
 
 
 def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
@@ -192,27 +202,27 @@ def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
     element = BYTES[work.dtype]
     lookups = work.batch * table.bag
     row = table.dim * element
-    pooled = work.batch * row
-    if kind == REPLICATE or devices == 1:
-        touched = distinct(table.rows, lookups) * (row + ID_BYTES) if work.trains and devices > 1 else 0.0
-        memory = work.stored_bytes(table.rows, table.dim)
-        return _Share(lookups * row, gathered=touched * devices, memory=memory, buffers=pooled + touched * devices)
+    pooled, ids = work.batch * row, lookups * ID_BYTES
+    whole = work.stored_bytes(table.rows, table.dim)
+    if devices == 1:
+        return _Share(lookups * row, whole, pooled)
+    if kind == REPLICATE:
+        if not work.trains:
+            return _Share(lookups * row, whole, pooled)
+        return _Share(devices * lookups * row, whole, devices * pooled, ids=ids, gradients=pooled)
     if kind == TABLE:
-        memory = work.stored_bytes(table.rows, table.dim)
-        return _Share(devices * lookups * row, lookups * ID_BYTES, pooled, memory=memory, buffers=devices * pooled)
+        return _Share(devices * lookups * row, whole, devices * pooled, ids, pooled, pooled)
     if kind == ROW:
         own = distinct(table.rows, lookups)
+        met = 1.0 - (1.0 - 1.0 / devices) ** table.bag
         memory = work.stored_bytes(-(-table.rows // devices), table.dim)
-        # The rows' device reads them, and the batch's device pools them.
-        buffers = own * row + pooled
-        return _Share(
-            (lookups + own) * row, own / devices * ID_BYTES, own / devices * row, memory=memory, buffers=buffers
-        )
+        # The device of the rows reads them, and the device of the samples pools them.
+        work_bytes, buffers = (lookups + own) * row, own * row + pooled
+        return _Share(work_bytes, memory, buffers, ids / devices, own / devices * row, met * pooled)
     columns = -(-table.dim // devices)
-    narrow = columns * element
-    memory = work.stored_bytes(table.rows, columns)
-    buffers = pooled + devices * work.batch * narrow
-    return _Share(devices * lookups * narrow, lookups * ID_BYTES, work.batch * narrow, memory=memory, buffers=buffers)
+    narrow = work.batch * columns * element
+    memory, buffers = work.stored_bytes(table.rows, columns), pooled + devices * narrow
+    return _Share(devices * table.bag * narrow, memory, buffers, ids, narrow, narrow)
 
 
 def place_whole(loads: Sequence[float], devices: int) -> list[int]:
@@ -259,10 +269,7 @@ def price(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Ra
         exchange("ids", most("ids"))
         exchange("rows", most("rows"))
         if work.trains:
-            exchange("gradients", most("rows"))
-            if gathered := most("gathered"):
-                seconds["gradients"] = seconds.get("gradients", 0.0) + cluster.all_gather(group, gathered)
-                sent["gradients"] = sent.get("gradients", 0.0) + gathered * (devices - 1) / devices
+            exchange("gradients", most("gradients"))
     return Cost(placement, {"lookups": lookups / rate.value} | seconds, memory, sent)
 
 
