@@ -17,8 +17,8 @@ samples.
 - ``mixed``: from the best of these, tables of one size after the other are moved to another placement where that brings
   the memory under its limit or the time down.
 
-One exchange serves all tables that are placed alike. Ids are taken to be uniform, of which more are distinct than of
-any other; a step's lookups, backward pass and fused optimizer run at the measured rate.
+One exchange each way serves all tables. Ids are taken to be uniform, of which more are distinct than of any other; a
+step's lookups, backward pass and fused optimizer run at the measured rate.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ OPTIMIZERS = {
 # How a benchmark of tables calls the variant with each optimizer; those that are not there were not measured.
 VARIANTS = {"sgd": "gossamer SGD", "rowwise_adagrad": "gossamer row-wise Adagrad"}
 ID_BYTES = 8
+# What is exchanged, each by one all-to-all for all tables.
+EXCHANGED = ("ids", "rows", "gradients")
 # A mixed placement of T tables is searched by about this many divided by T prices of T tables each.
 MOST_PRICES = 4096
 MOST_TABLES, MOST_ROWS, MOST_DIM, MOST_BAG = 2**14, 2**40, 2**16, 2**20
@@ -239,16 +241,7 @@ def place_whole(loads: Sequence[float], devices: int) -> list[int]:
 def price(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate, placement: Placement) -> Cost:
     """The cost of a placement for the device that takes longest, and the memory of the one that holds most."""
     devices, group = cluster.devices, cluster.group(cluster.devices)
-    seconds: dict[str, float] = {}
-    sent: dict[str, float] = {}
-    memory = {"tables": 0.0, "buffers": 0.0}
-    lookups = 0.0
-
-    def exchange(part: str, nbytes: float) -> None:
-        if nbytes:
-            seconds[part] = seconds.get(part, 0.0) + cluster.all_to_all(group, nbytes)
-            sent[part] = sent.get(part, 0.0) + nbytes * (devices - 1)
-
+    totals = dict.fromkeys(("work", "memory", "buffers", *EXCHANGED), 0.0)
     for kind in PLACEMENTS:
         chosen = [table for table, where in zip(tables, placement.where, strict=True) if where == kind]
         shares = [_share(table, kind, devices, work) for table in chosen]
@@ -259,18 +252,15 @@ def price(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Ra
             by_device = list(held.values())
         else:
             by_device = [shares]
-
-        def most(name: str, by_device: list[list[_Share]] = by_device) -> float:
-            return max((sum(getattr(share, name) for share in held) for held in by_device), default=0.0)
-
-        lookups += most("work")
-        memory["tables"] += most("memory")
-        memory["buffers"] += most("buffers")
-        exchange("ids", most("ids"))
-        exchange("rows", most("rows"))
-        if work.trains:
-            exchange("gradients", most("gradients"))
-    return Cost(placement, {"lookups": lookups / rate.value} | seconds, memory, sent)
+        for name in totals:
+            totals[name] += max((sum(getattr(share, name) for share in own) for own in by_device), default=0.0)
+    seconds, sent = {"lookups": totals["work"] / rate.value}, {}
+    for part in EXCHANGED:
+        if totals[part] and (part != "gradients" or work.trains):
+            seconds[part] = cluster.all_to_all(group, totals[part])
+            sent[part] = totals[part] * (devices - 1)
+    memory = {"tables": totals["memory"], "buffers": totals["buffers"]}
+    return Cost(placement, seconds, memory, sent)
 
 
 def placements(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate) -> list[Placement]:
