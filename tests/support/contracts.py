@@ -423,6 +423,30 @@ class ExpertsContract(Contract):
         (dx,) = torch.autograd.grad(y.sum(), [x])
         assert not y.any() and not dx.any()
 
+    def test_parts_add_up(self, make, device):
+        """Layers over a part of the experts each, as processes have them, add up to the whole one."""
+        layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
+        try:
+            stacks = layer.stacks()
+        except NotImplementedError as error:
+            assert f"{type(layer).__name__} must define stacks()" in str(error)
+            return
+        ids, weights = random_routing(T, self.E, 2, device, torch.float64)
+        x = hidden_states(T, H, device=device, dtype=torch.float64)
+        size = max(self.E // tensor.shape[0] for tensor in stacks.values())
+        total = 0
+        for first in range(0, self.E, size):
+            part = {
+                name: stack[first * stack.shape[0] // self.E : (first + size) * stack.shape[0] // self.E]
+                for name, stack in stacks.items()
+            }
+            away = (ids < first) | (ids >= first + size)
+            local, own = (ids - first).masked_fill(away, size), weights.masked_fill(away, 0.0)
+            slots = [Routing(local[:, k : k + 1], own[:, k : k + 1], size) for k in range(2)]
+            total = total + sum(layer.over(part, size)(x, slot) for slot in slots)
+        assert_near(total, layer(x, ids, weights))
+        assert layer.num_experts == self.E
+
     def test_inside_the_layer(self, make, device):
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
         moe = MoE(H, None, self.E, 2, experts=layer, device=device)

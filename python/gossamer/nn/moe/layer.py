@@ -187,17 +187,26 @@ class MoE(nn.Module):
         if self.top_k is not None and routing.top_k > self.top_k:
             raise ValueError(f"routing must have at most K = {self.top_k} experts per token, got {routing.top_k}")
         routing = routing.dispatched()
-        y = self.experts(tokens, routing)
+        shared = None
+        if self.shared_expert is not None and getattr(self.experts, "exchange", None) is not None:
+            # Computed while tokens travel.
+            y, shared = self.experts(tokens, routing, beside=lambda: self._shared(tokens))
+        else:
+            y = self.experts(tokens, routing)
+            if self.shared_expert is not None:
+                shared = self._shared(tokens)
         if routing.residual is not None:
             check_shape("routing.residual", routing.residual, (tokens.shape[0],), "(T,)")
             y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(tokens)
-            if self.shared_expert_gate is not None:
-                shared = self.shared_expert_gate(tokens).sigmoid() * shared
+        if shared is not None:
             y = y + shared
         y = y.view(x.shape)
         return (y, routing) if return_routing else y
+
+    def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The shared expert's output, gated where there is a gate."""
+        shared = self.shared_expert(tokens)
+        return shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared
 
     @staticmethod
     def _by_token(token_ids: torch.Tensor | None, num_tokens: int) -> dict[str, torch.Tensor]:

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
 import torch
 from torch import nn
 
 from gossamer._checks import check_traceable
 from gossamer.nn.moe.routing import Routing, check_hidden, given_experts, limit_capacity
+
+
+class ExpertExchange(Protocol):
+    """What computes a layer whose experts are in several processes; ``gossamer.parallel.shard_experts`` sets it."""
+
+    def __call__(
+        self,
+        layer: ExpertLayer,
+        x: torch.Tensor,
+        routing: Routing | torch.Tensor,
+        weights: torch.Tensor | None,
+        beside: Callable[[], Any] | None,
+    ) -> tuple[torch.Tensor, Any]:
+        """The layer's output for the arguments of its ``forward``, and what ``beside`` returns."""
+        ...
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A shallow copy of a module that holds other tensors under the names of its own; the module stays as it is."""
+    view = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    held = {kind: dict(module.__dict__[kind]) for kind in ("_parameters", "_buffers", "_modules")}
+    view.__dict__.update(held)
+    inside: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            inside.setdefault(head, {})[rest] = tensor
+        else:
+            held["_parameters" if head in held["_parameters"] else "_buffers"][head] = tensor
+    for head, part in inside.items():
+        held["_modules"][head] = _with_tensors(held["_modules"][head], part)
+    return view
 
 
 class ExpertLayer(nn.Module):
@@ -20,11 +56,13 @@ class ExpertLayer(nn.Module):
         num_experts: E.
         hidden_size: H.
         capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        exchange: brings tokens to experts in other processes; None where all are here.
     """
 
     num_experts: int
     hidden_size: int
     capacity_factor: float | None = None
+    exchange: ExpertExchange | None = None
 
     @property
     def weight_stacks(self) -> tuple[str, ...]:
@@ -36,23 +74,41 @@ class ExpertLayer(nn.Module):
         return ()
 
     def forward(
-        self, x: torch.Tensor, routing: Routing | torch.Tensor, weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        routing: Routing | torch.Tensor,
+        weights: torch.Tensor | None = None,
+        *,
+        beside: Callable[[], Any] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(x[t])``.
 
         Args:
             x: ``(..., H)``; T is the product of the leading sizes.
             routing: a :class:`Routing` of T tokens over E experts; or expert ids ``(T, K)``, with ``weights``.
             weights: ``(T, K)``, only with expert ids.
+            beside: called once, while tokens travel where experts are in other processes; what it returns is returned
+                beside y.
 
         Returns:
-            The shape of ``x``; its dtype, or autocast's.
+            The shape of ``x``; its dtype, or autocast's. With ``beside`` the pair of that and its result.
 
         Raises:
             RuntimeError: ``torch.jit.trace`` or ``torch.func.vmap`` records the call.
             TypeError: ``weights`` is missing beside ids or given beside a Routing, or dtypes do not fit.
             ValueError: shapes or devices do not fit, or the routing is over another number of experts.
         """
+        if self.exchange is not None:
+            y, other = self.exchange(self, x, routing, weights, beside)
+            return y if beside is None else (y, other)
+        tokens, routing = self.checked(x, routing, weights)
+        y = self.compute(tokens, routing.dispatched()).view(x.shape)
+        return y if beside is None else (y, beside())
+
+    def checked(
+        self, x: torch.Tensor, routing: Routing | torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing]:
+        """The arguments of :meth:`forward` as tokens ``(T, H)`` and their routing, checked and within capacity."""
         check_traceable(type(self).__name__)
         check_hidden(x, self.hidden_size)
         if isinstance(routing, Routing):
@@ -71,7 +127,36 @@ class ExpertLayer(nn.Module):
             raise ValueError(f"routing must be of the {tokens.shape[0]} tokens of x, got {routing.num_tokens}")
         if self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
-        return self.compute(tokens, routing.dispatched()).view(x.shape)
+        return tokens, routing
+
+    def stacks(self) -> dict[str, torch.Tensor]:
+        """What each expert has of its own: tensors with a part for every expert along dimension 0, by name.
+
+        Groups of neighbouring experts may share a part. Processes divide these tensors among them; parameters that
+        are not named here serve all experts, and every process has them whole. By default all parameters and buffers.
+
+        Raises:
+            NotImplementedError: one has no dimension of experts, and the layer does not say what it is.
+        """
+        found = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, tensor in found.items():
+            if tensor.dim() < 1 or tensor.shape[0] != self.num_experts:
+                raise NotImplementedError(
+                    f"{type(self).__name__} must define stacks(): {name} has shape {tuple(tensor.shape)}, without a "
+                    f"part for each of {self.num_experts} experts along dimension 0"
+                )
+        return found
+
+    def over(self, stacks: Mapping[str, torch.Tensor], num_experts: int) -> ExpertLayer:
+        """A layer over other experts, which shares everything but these tensors with this one.
+
+        Args:
+            stacks: as :meth:`stacks` gives them, of the other experts.
+            num_experts: how many those are.
+        """
+        view = _with_tensors(self, stacks)
+        view.num_experts, view.exchange = num_experts, None
+        return view
 
     def reorder(self, order: torch.Tensor) -> None:
         """Make expert ``order[i]`` expert i, in place, as :meth:`LearnedPermutation.absorb` does.

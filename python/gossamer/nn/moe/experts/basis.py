@@ -160,6 +160,10 @@ class BasisExperts(ExpertLayer):
         factor = self.factor if experts is None else self.factor[experts]
         return torch.cat([factor[:, half] @ mixed for half, mixed in enumerate(self._mixed(experts))], 1)
 
+    def stacks(self) -> dict[str, torch.Tensor]:
+        """All but the bases, which all experts share."""
+        return {name: parameter for name, parameter in self.named_parameters() if name != "bases"}
+
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         plan, experts = _busy(routing.dispatch)
         down, up_bias, down_bias = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -179,6 +180,19 @@ class LatentExperts(ExpertLayer):
     def weight_stacks(self) -> tuple[str, ...]:
         last = () if self.out_proj is None else ("out_proj",)
         return ("in_proj", *self._up_names, "down_proj", *last)
+
+    def stacks(self) -> dict[str, torch.Tensor]:
+        """All tensors, projections with a part for each group; but for those of one group over all experts."""
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        if self.group_size < self.num_experts:
+            return held
+        return {name: tensor for name, tensor in held.items() if name.split(".")[0] not in ("in_proj", "out_proj")}
+
+    def over(self, stacks: Mapping[str, torch.Tensor], num_experts: int) -> LatentExperts:
+        view = super().over(stacks, num_experts)
+        if self.group_size == self.num_experts:
+            view.group_size = num_experts
+        return view
 
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         if self.group_size == self.num_experts and isinstance(self.in_proj, torch.Tensor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -269,6 +271,26 @@ class LoRAExperts(Experts):
         if self._unmerged is not None:
             raise ValueError("load_state_dict needs an unmerged layer, got a merged one: call unmerge() first")
         super()._load_from_state_dict(*args, **kwargs)
+
+    def stacks(self) -> dict[str, torch.Tensor]:
+        """All tensors, the factors as :meth:`lora_factors` gives them: ``(E, r, C)`` and ``(E, N, r)``.
+
+        Raises:
+            ValueError: the layer is merged.
+        """
+        if self.merged:
+            raise ValueError("stacks needs an unmerged layer, got a merged one: call unmerge() first")
+        stacks = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name in self.targets:
+            stacks[f"{name}_lora_A"], stacks[f"{name}_lora_B"] = self.lora_factors(name)
+        return stacks
+
+    def over(self, stacks: Mapping[str, torch.Tensor], num_experts: int) -> LoRAExperts:
+        flat = dict(stacks)
+        for name in self.targets:
+            keys = f"{name}_lora_A", f"{name}_lora_B"
+            flat |= zip(keys, flat_expert_factors(*(stacks[key] for key in keys)), strict=True)
+        return super().over(flat, num_experts)
 
     def compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
         if self.merged:
