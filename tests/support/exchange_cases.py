@@ -173,7 +173,7 @@ def errors_are_the_same_everywhere():
     )
     found = KeyError("lost") if RANK else None
     all_ranks_raise(RuntimeError, "rank 1: ", lambda: raise_together(found, dist.group.WORLD))
-    assert raise_together(None, dist.group.WORLD, str(RANK)) == [str(rank) for rank in range(WORLD)]
+    assert raise_together(None, dist.group.WORLD, description=str(RANK)) == [str(rank) for rank in range(WORLD)]
 
 
 CASES = (

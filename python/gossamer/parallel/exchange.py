@@ -123,33 +123,36 @@ def check_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def raise_together(error: Exception | None, group: dist.ProcessGroup, description: str = "") -> list[str]:
-    """Raise the error of the lowest rank that has one on every rank of ``group``; every rank must make the call.
+def raise_together(error: Exception | None, *groups: dist.ProcessGroup, description: str = "") -> list[str]:
+    """Raise the error of the lowest rank that has one on every rank; every rank must make the call.
 
     The message is the error's own where all ranks have the same, and names the rank elsewhere.
 
     Args:
         error: what is wrong on this rank, or None.
-        group: over whose ranks to look.
+        *groups: over whose ranks to look: one, or those of each dimension of a mesh.
         description: of what this rank has.
 
     Returns:
-        The ranks' descriptions.
+        The ranks' descriptions, lowest rank first.
 
     Raises:
         Exception: of the kind of ``error``, where any rank has one.
     """
-    found: list[Any] = [None] * dist.get_world_size(group)
     mine = None if error is None else (type(error).__name__, str(error))
-    dist.all_gather_object(found, (mine, description), group=group)
-    errors = [other for other, _ in found]
-    for rank, other in enumerate(errors):
+    found = {dist.get_rank(): (mine, description)}
+    for group in groups:
+        heard: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(heard, found, group=group)
+        found = {rank: what for others in heard for rank, what in others.items()}
+    ordered = [(rank, *found[rank]) for rank in sorted(found)]
+    errors = [other for _, other, _ in ordered]
+    for rank, other, _ in ordered:
         if other is not None:
             kind, message = other
-            raise _KINDS.get(kind, RuntimeError)(
-                message if errors.count(other) == len(errors) else f"rank {rank}: {message}"
-            ) from error
-    return [text for _, text in found]
+            same = errors.count(other) == len(errors)
+            raise _KINDS.get(kind, RuntimeError)(message if same else f"rank {rank}: {message}") from error
+    return [text for *_, text in ordered]
 
 
 @dataclass(frozen=True)
@@ -343,12 +346,14 @@ class RowExchange:
         received_sizes: rows from each rank.
         group: the process group.
         rank: of this process in the group.
+        received_notes: from each rank, what it gave :meth:`of` as a note for this one.
     """
 
     sent_sizes: tuple[int, ...]
     received_sizes: tuple[int, ...]
     group: dist.ProcessGroup
     rank: int
+    received_notes: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -358,8 +363,9 @@ class RowExchange:
         *rows: torch.Tensor,
         label: str = "rows",
         error: Exception | None = None,
+        note: torch.Tensor | None = None,
     ) -> RowExchange:
-        """Tell each rank how many rows it will get, by one collective of two integers a rank.
+        """Tell each rank how many rows it will get, by one collective of three integers a rank.
 
         The same collective compares what the ranks will send first, and tells whether a rank has found bad input: every
         rank raises then, so that none waits for one that left.
@@ -371,6 +377,8 @@ class RowExchange:
                 other ranks', and each must have as many rows as ``sent_sizes`` adds up to.
             label: of what is counted by :func:`count_traffic`.
             error: what this rank has found wrong; raised on every rank.
+            note: ``(P,)`` int64, one more integer for each rank, which it finds in ``received_notes``. Every rank gives
+                one or none does.
 
         Raises:
             TypeError: something is not an integer or a tensor.
@@ -391,18 +399,20 @@ class RowExchange:
         description = "" if error is not None else _describe(rows)
         # 0 tells of an error; descriptions have other numbers.
         token = 0 if error is not None else zlib.crc32(description.encode()) + 1
-        told = torch.full((world, 2), token, dtype=torch.int64, device=device)
-        told[:, 0] = 0 if sizes is None else sizes
+        told = torch.full((world, 3), token, dtype=torch.int64, device=device)
+        told[:, 1] = 0 if sizes is None else sizes
+        told[:, 2] = 0 if note is None else note
         heard = torch.empty_like(told)
         dist.all_to_all_single(heard, told, group=group)
-        _count(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 16)
+        _count(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 24)
         both = torch.stack([told, heard]).tolist()
-        if any(other != token for _, other in both[1]) or token == 0:
-            descriptions = raise_together(error, group, description)
+        if any(other != token for other, *_ in both[1]) or token == 0:
+            descriptions = raise_together(error, group, description=description)
             listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
             raise ValueError(f"rows must have one dtype, row size and need of gradients on all ranks, got {listed}")
-        sent, received = ([size for size, _ in side] for side in both)
-        return cls(tuple(sent), tuple(received), group, dist.get_rank(group))
+        sent, received = (tuple(size for _, size, _ in side) for side in both)
+        notes = tuple(noted for *_, noted in both[1])
+        return cls(sent, received, group, dist.get_rank(group), notes)
 
     @classmethod
     def static(cls, rows_per_rank: int, group: dist.ProcessGroup | None) -> RowExchange:

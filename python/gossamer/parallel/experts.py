@@ -1,0 +1,713 @@
+"""Expert layers whose experts are spread over processes: tokens travel to the experts and back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gossamer._autocast import autocast
+from gossamer._checks import check_positive
+from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.routing import Routing
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.parallel.exchange import RowExchange, raise_together
+
+EXCHANGES = ("exact", "static")
+OVERFLOWS = ("drop", "raise")
+GRADIENTS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One hop of tokens: the ranks among which a block of experts is divided.
+
+    Attributes:
+        group: of the ranks; rank r has the r-th part.
+        size: P.
+        rank: of this process.
+        label: of the traffic.
+        capacity: rows from rank to rank of the static exchange, or None for the exact one.
+    """
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+    label: str
+    capacity: int | None = None
+
+
+class _Spread(torch.autograd.Function):
+    """The rows of tokens that travel, one a (token, rank) pair; what comes back for a token is summed in rank order."""
+
+    @staticmethod
+    def forward(ctx, tokens, index, places):
+        ctx.save_for_backward(places)
+        return gather_reduce(tokens, index, bounds="drop")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gather_reduce(gradient, ctx.saved_tensors[0], bounds="drop"), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The sum of a token's rows, in rank order: the transpose of :class:`_Spread`."""
+
+    @staticmethod
+    def forward(ctx, rows, index, places):
+        ctx.save_for_backward(index)
+        return gather_reduce(rows, places, bounds="drop")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gather_reduce(gradient, ctx.saved_tensors[0], bounds="drop"), None, None
+
+
+class _PickSlots(torch.autograd.Function):
+    """``weights.flatten()[slots]``, 0 for slots beyond; no slot is picked twice, so gradients need no sum."""
+
+    @staticmethod
+    def forward(ctx, weights, slots):
+        ctx.save_for_backward(slots)
+        ctx.shape = weights.shape
+        return F.pad(weights.flatten(), (0, 1))[slots]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (slots,) = ctx.saved_tensors
+        own = gradient.new_zeros(ctx.shape.numel() + 1)
+        own[slots.flatten()] = gradient.flatten()
+        return own[:-1].view(ctx.shape), None
+
+
+class _Share(torch.autograd.Function):
+    """The part of a stack that is here; its gradient is summed over replicas and scaled."""
+
+    @staticmethod
+    def forward(ctx, part, scale, replicas):
+        ctx.scale, ctx.replicas = scale, replicas
+        return part.view_as(part)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient * ctx.scale
+        if ctx.replicas is not None:
+            gradient = gradient.contiguous()
+            dist.all_reduce(gradient, group=ctx.replicas)
+        return gradient, None, None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows of T tokens travel to which of P ranks, and the slots of each row.
+
+    Attributes:
+        index: ``(N,)`` the token of each row, rank by rank, in token order within a rank; T where a row has none.
+        places: ``(T, P)`` the row of each (token, rank) pair; N where there is none.
+        slots: ``(N, S)`` flat slots of the routing that a row takes along; T·K for none.
+        sizes: ``(P,)`` int64 rows for each rank.
+        live: ``(P,)`` int64 slots with an expert that each rank gets.
+        dropped: pairs beyond the capacity, a scalar tensor; None without one.
+    """
+
+    index: torch.Tensor
+    places: torch.Tensor
+    slots: torch.Tensor
+    sizes: torch.Tensor
+    live: torch.Tensor
+    dropped: torch.Tensor | None
+
+
+def plan_rows(owners: torch.Tensor, num_ranks: int, num_slots: int, capacity: int | None = None) -> Plan:
+    """The rows of tokens whose slots belong to ``owners (T, K)``, ranks below ``num_ranks``; others have no expert.
+
+    A token has one row for each rank that it meets. With a ``capacity`` there are as many rows for each rank, the first
+    tokens' ones, and nothing is read on the host.
+
+    Args:
+        owners: ``(T, K)`` int64.
+        num_ranks: P.
+        num_slots: S, the most slots that a token has at one rank.
+        capacity: rows for each rank, or None for as many as there are.
+    """
+    num_tokens, top_k = owners.shape
+    device = owners.device
+    hit = torch.zeros((num_tokens, num_ranks + 1), dtype=torch.bool, device=device)
+    hit = hit.scatter_(1, owners.clamp(max=num_ranks), True)[:, :num_ranks].T
+    place = hit.long()
+    if capacity is None:
+        ranks, index = hit.nonzero(as_tuple=True)
+        place = place.flatten().cumsum(0).view(num_ranks, num_tokens) - 1
+        num_rows, dropped = index.numel(), None
+        sizes = hit.sum(1)
+    else:
+        place = place.cumsum(1) - 1
+        dropped = (hit & (place >= capacity)).sum()
+        hit = hit & (place < capacity)
+        num_rows = num_ranks * capacity
+        place = place + capacity * torch.arange(num_ranks, device=device).unsqueeze(1)
+        index = torch.full((num_rows + 1,), num_tokens, dtype=torch.int64, device=device)
+        tokens = torch.arange(num_tokens, device=device).expand(num_ranks, num_tokens)
+        index = index.scatter_(0, place.masked_fill(~hit, num_rows).flatten(), tokens.flatten())[:-1]
+        ranks = torch.arange(num_ranks, device=device).repeat_interleave(capacity, output_size=num_rows)
+        sizes = torch.full((num_ranks,), capacity, dtype=torch.int64, device=device)
+    places = place.masked_fill(~hit, num_rows).T.contiguous()
+    own = F.pad(owners, (0, 0, 0, 1), value=num_ranks)[index] == ranks.unsqueeze(1)
+    slots = index.unsqueeze(1) * top_k + torch.arange(top_k, device=device)
+    slots = slots.masked_fill(~own, num_tokens * top_k)
+    if num_slots < top_k:
+        # Slots with an expert are below T·K, so they come first, in their order.
+        slots = slots.sort(dim=1).values[:, :num_slots]
+    kept = own.sum(1)
+    live = torch.zeros(num_ranks, dtype=torch.int64, device=device).scatter_add_(0, ranks, kept)
+    return Plan(index, places, slots, sizes, live, dropped)
+
+
+def _merge_repeated(ids: torch.Tensor, weights: torch.Tensor, absent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token's ids each once, with the sum of their weights."""
+    first = (ids.unsqueeze(2) == ids.unsqueeze(1)).int().argmax(2)
+    weights = torch.zeros_like(weights).scatter_add(1, first, weights)
+    repeated = first != torch.arange(ids.shape[1], device=ids.device)
+    return ids.masked_fill(repeated, absent), weights.masked_fill(repeated, 0.0)
+
+
+def fit_slots(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids and weights ``(T, S)`` of a token in at most ``num_experts`` slots, as a dispatch takes them."""
+    if ids.shape[1] <= num_experts:
+        return ids, weights
+    ids, weights = _merge_repeated(ids, weights, num_experts)
+    order = (ids >= num_experts).int().argsort(dim=1, stable=True)[:, :num_experts]
+    return ids.gather(1, order), weights.gather(1, order)
+
+
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def exchange_tokens(
+    tokens: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    num_experts: int,
+    levels: Sequence[Level],
+    compute: Compute,
+    *,
+    beside: Callable[[], Any] | None = None,
+    overflow: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Any]:
+    """``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(tokens[t])``, the experts divided among the ranks of ``levels``.
+
+    A token is sent once to each rank that has experts of it, with the ids and weights of its slots there, and comes
+    back as the weighted sum over those experts; the ranks' sums are added in rank order. With several levels, as node
+    and device, it is sent once to each node, and there once to each device.
+
+    Args:
+        tokens: ``(T, H)``.
+        ids: ``(T, K)``; ``num_experts`` and more mean no expert.
+        weights: ``(T, K)`` floating.
+        num_experts: E; rank r of P of the first level has those from ``r·⌈E/P⌉`` on.
+        levels: outermost first.
+        compute: of rows ``(M, H)``, ids ``(M, S)`` int32 of this process's experts, ``⌈E/P⌉`` and more for none,
+            weights ``(M, S)``, and a bound on the slots that have an expert.
+        beside: called while rows travel.
+        overflow: a scalar int64, to which rows beyond a capacity are added.
+
+    Returns:
+        ``(T, H)``, and what ``beside`` returned.
+    """
+    level, share = levels[0], -(-num_experts // levels[0].size)
+    top_k = ids.shape[1]
+    num_slots = min(top_k, share)
+    ids = ids.long()
+    if num_slots < top_k:
+        ids, weights = _merge_repeated(ids, weights, num_experts)
+    absent = (ids < 0) | (ids >= num_experts)
+    owners = torch.div(ids, share, rounding_mode="floor").masked_fill(absent, level.size)
+    plan = plan_rows(owners, level.size, num_slots, level.capacity)
+    local = F.pad((ids % share).masked_fill(absent, share).int().flatten(), (0, 1), value=share)[plan.slots]
+    rows = _Spread.apply(tokens, plan.index, plan.places)
+    factors = _PickSlots.apply(weights, plan.slots)
+    if level.capacity is None:
+        exchange = RowExchange.of(
+            plan.sizes, level.group, rows, factors, local, label=f"{level.label} tokens", note=plan.live
+        )
+        max_rows = sum(exchange.received_notes)
+    else:
+        exchange = RowExchange.static(level.capacity, level.group)
+        max_rows = exchange.num_received * num_slots
+        if overflow is not None:
+            overflow += plan.dropped
+    pending = exchange.start(rows, factors, local, label=f"{level.label} tokens")
+    other = None if beside is None else beside()
+    rows, factors, local = pending.wait()
+    if len(levels) > 1:
+        rows, _ = exchange_tokens(rows, local, factors, share, levels[1:], compute, overflow=overflow)
+    else:
+        rows = compute(rows, local.contiguous(), factors.contiguous(), max_rows)
+    rows = exchange.reversed.send(rows, label=f"{level.label} outputs")
+    return _Collect.apply(rows, plan.index, plan.places), other
+
+
+def _tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+class ShardedExperts:
+    """How a layer's experts are divided: what :func:`shard_experts` sets as ``layer.exchange``.
+
+    Attributes:
+        mesh: the dimensions of the mesh that experts are divided over.
+        num_local_experts: of this process.
+        names: of the divided parameters and buffers.
+        overflow_count: (token, rank) pairs beyond a capacity so far, a scalar int64 on the layer's device.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        levels: tuple[Level, ...],
+        num_experts: int,
+        names: tuple[str, ...],
+        *,
+        overflow: str,
+        scale: float,
+        replicas: dist.ProcessGroup | None,
+    ) -> None:
+        self.mesh, self.levels, self.names = mesh, levels, names
+        self.overflow, self.scale, self.replicas = overflow, scale, replicas
+        self.num_local_experts = len(_part(num_experts, levels))
+        self.overflow_count: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict) -> ShardedExperts:
+        # Process groups belong to the process and cannot be copied.
+        copied = object.__new__(ShardedExperts)
+        copied.__dict__.update(self.__dict__)
+        if self.overflow_count is not None:
+            copied.overflow_count = self.overflow_count.clone()
+        return copied
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        layer: ExpertLayer,
+        x: torch.Tensor,
+        routing: Routing | torch.Tensor,
+        weights: torch.Tensor | None = None,
+        beside: Callable[[], Any] | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """The layer's output for ``x``, and what ``beside`` returns; see :func:`exchange_tokens`."""
+        try:
+            tokens, routing = layer.checked(x, routing, weights)
+        except (TypeError, ValueError) as error:
+            if self.levels[0].capacity is None:
+                # In the place of the sizes, so that the ranks that wait for them raise too.
+                device = torch.empty(0, device=self.mesh.device_type)
+                RowExchange.of([0] * self.levels[0].size, self.levels[0].group, device, error=error)
+            raise
+        # Products would cast as well; the narrower rows travel.
+        (tokens,) = autocast(tokens)
+        if self.levels[0].capacity is not None and self.overflow_count is None:
+            self.overflow_count = torch.zeros((), dtype=torch.int64, device=tokens.device)
+        y, other = exchange_tokens(
+            tokens,
+            routing.expert_ids,
+            routing.weights,
+            layer.num_experts,
+            self.levels,
+            functools.partial(self._compute, layer),
+            beside=beside,
+            overflow=self.overflow_count,
+        )
+        return y.view(x.shape), other
+
+    def _compute(
+        self, layer: ExpertLayer, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int
+    ) -> torch.Tensor:
+        stacks = {name: self._local(_tensor_at(layer, name)) for name in self.names}
+        if self.num_local_experts == 0:
+            # No row comes here, but the others' backward passes count on this process taking part in theirs, and data
+            # parallelism on a gradient of every parameter.
+            serving = [p for name, p in layer.named_parameters() if name not in stacks]
+            trained = [p for p in (*stacks.values(), *serving) if p.requires_grad]
+            return rows + sum(p.flatten()[:0].sum().to(rows.dtype) for p in trained)
+        ids, weights = fit_slots(ids, weights, self.num_local_experts)
+        routing = Routing(ids, weights, self.num_local_experts, max_rows=min(max_rows, ids.numel()))
+        return layer.over(stacks, self.num_local_experts).compute(rows, routing.dispatched())
+
+    def _local(self, stack: torch.Tensor) -> torch.Tensor:
+        local = stack.to_local() if isinstance(stack, DTensor) else stack
+        if not local.requires_grad or (self.scale == 1.0 and self.replicas is None):
+            return local
+        return _Share.apply(local, self.scale, self.replicas)
+
+
+def _part(size: int, levels: Sequence[Level]) -> range:
+    """The part of ``size`` entries that is here, as ``torch.chunk`` divides them at each level."""
+    part = range(size)
+    for level in levels:
+        share = -(-len(part) // level.size)
+        part = part[level.rank * share : (level.rank + 1) * share]
+    return part
+
+
+def _levels(mesh: DeviceMesh, dim: str | Sequence[str] | None) -> tuple[tuple[str, ...], DeviceMesh]:
+    """The names of the dimensions that experts are divided over, and the part of the mesh that they make."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed.DeviceMesh, got {type(mesh).__name__}")
+    names = mesh.mesh_dim_names
+    if dim is None:
+        if mesh.ndim != 1:
+            raise ValueError(f"dim must name a dimension of a mesh of {mesh.ndim} dimensions {names}, got None")
+        return (names[0] if names else "experts",), mesh
+    dims = (dim,) if isinstance(dim, str) else tuple(dim)
+    if not dims or len(set(dims)) != len(dims):
+        raise ValueError(f"dim must be a name, or names that differ, got {dim!r}")
+    for name in dims:
+        if not names or name not in names:
+            raise ValueError(f"dim must be among the mesh's dimensions {names}, got {name!r}")
+    return dims, mesh[dims if len(dims) > 1 else dims[0]]
+
+
+def expert_layers(module: nn.Module) -> list[tuple[str, ExpertLayer]]:
+    """The expert layers inside ``module`` by name; those inside another expert layer are that layer's."""
+    found: list[tuple[str, ExpertLayer]] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") if outer else name for outer, _ in found)
+        if isinstance(child, ExpertLayer) and not inside:
+            found.append((name, child))
+    return found
+
+
+def _sharded(module: nn.Module) -> list[tuple[str, ExpertLayer]]:
+    layers = [(n, layer) for n, layer in expert_layers(module) if isinstance(layer.exchange, ShardedExperts)]
+    if not layers:
+        raise ValueError(f"module must hold experts that shard_experts divided, got none in {type(module).__name__}")
+    return layers
+
+
+def _stacks_of(layer: ExpertLayer, sizes: Sequence[int], device_type: str) -> dict[str, torch.Tensor]:
+    """What to divide of a layer, checked."""
+    total, where = layer.num_experts, type(layer).__name__
+    ranks = functools.reduce(lambda a, b: a * b, sizes)
+    if layer.exchange is not None:
+        raise ValueError(f"module must hold experts that are not divided yet, got {where}")
+    if ranks > total:
+        raise ValueError(f"mesh must have at most as many ranks as experts, {total} of {where}, got {ranks}")
+    if len(sizes) > 1 and total % ranks:
+        raise ValueError(f"num_experts must be a multiple of {ranks} over dimensions of sizes {sizes}, got {total}")
+    try:
+        stacks = layer.stacks()
+    except NotImplementedError as error:
+        raise ValueError(f"module must hold experts that can be divided: {error}") from None
+    for name, tensor in stacks.items():
+        parts = tensor.shape[0]
+        if isinstance(tensor, DTensor):
+            raise ValueError(f"{where}.{name} must be a plain tensor, divided before any other wrapper, got a DTensor")
+        if tensor.device.type not in (device_type, "meta"):
+            raise ValueError(f"{where}.{name} must be on the mesh's devices, {device_type}, got {tensor.device}")
+        if parts != total and (parts % ranks or total % ranks):
+            raise ValueError(
+                f"{where}.{name} has {parts} parts for groups of experts, which {ranks} ranks must divide evenly"
+            )
+    return stacks
+
+
+def _divide(layer: ExpertLayer, stacks: dict[str, torch.Tensor], mesh: DeviceMesh, levels: tuple[Level, ...]) -> None:
+    """Put this process's part of each stack in the place of the whole."""
+    for name, stack in stacks.items():
+        part = _part(stack.shape[0], levels)
+        local = stack.detach()[part.start : part.stop].clone(memory_format=torch.contiguous_format)
+        whole = torch.empty(stack.shape, device="meta")
+        divided = DTensor.from_local(
+            local, mesh, [Shard(0)] * len(levels), run_check=False, shape=stack.shape, stride=whole.stride()
+        )
+        owner, _, leaf = name.rpartition(".")
+        module = layer.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(divided, requires_grad=module._parameters[leaf].requires_grad)
+        else:
+            module._buffers[leaf] = divided
+
+
+def _check_capacity(
+    exchange: str, capacity: int | Sequence[int] | None, overflow: str, levels: int
+) -> tuple[int | None, ...]:
+    """The capacity of each level."""
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}")
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow must be one of {OVERFLOWS}, got {overflow!r}")
+    if exchange == "exact":
+        if capacity is not None:
+            raise ValueError(f"capacity must be None for the exact exchange, got {capacity}")
+        return (None,) * levels
+    if capacity is None:
+        raise ValueError("capacity must be given for the static exchange, got None")
+    capacities = tuple(capacity) if isinstance(capacity, Sequence) else (capacity,) * levels
+    check_positive(**{f"capacity[{level}]": size for level, size in enumerate(capacities)})
+    if len(capacities) != levels:
+        raise ValueError(f"capacity must be one int or {levels}, one for each of dim, got {capacity}")
+    return capacities
+
+
+def shard_experts(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    dim: str | Sequence[str] | None = None,
+    *,
+    replicate: str | None = None,
+    exchange: str = "exact",
+    capacity: int | Sequence[int] | None = None,
+    overflow: str = "drop",
+    gradients: str = "mean",
+) -> nn.Module:
+    """Divide the experts of all expert layers inside ``module`` among the ranks of a mesh, in place.
+
+    Of E experts rank r of P keeps those from ``r·⌈E/P⌉`` on, as ``Shard(0)`` of a DTensor has them; the last ranks may
+    have fewer, or none. Every rank calls the layer with tokens of its own. A token travels once to each rank that has
+    experts of it, with ids and weights, and comes back as the weighted sum over those experts::
+
+        y[t] = Σ_r  Σ_{k: expert ids[t,k] on rank r}  weights[t,k] · expert_{ids[t,k]}(x[t])
+
+    The inner sums are taken where the experts are and rounded to the rows' dtype, the outer one in rank order. So
+    results are the same bits each time, and the same bits as on one device where all experts of a token are on one
+    rank; otherwise they differ by the rounding of at most P partial sums, as do the gradients of ``x``. Those of the
+    experts are sums over all tokens that came, in rank order.
+
+    >>> mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "expert"))
+    >>> gossamer.parallel.shard_experts(model, mesh, "expert", replicate="data")
+    >>> model = DistributedDataParallel(model)
+
+    The dense parameters, the router's among them, stay whole on every rank and are averaged over all ranks by
+    ``DistributedDataParallel``, which leaves the experts alone, or by ``fully_shard``. With ``gradients="mean"`` the
+    experts get the gradient of the mean of all ranks' losses too. Parameters that serve all experts, such as the bases
+    of :class:`BasisExperts`, are dense ones. For FSDP2, shard the experts by themselves over another dimension of the
+    same mesh, and the rest over all ranks::
+
+        shard_experts(model, mesh, "expert")
+        for block in model.blocks:
+            fully_shard(block.moe.experts, mesh=mesh["data"])   # an even number of experts a rank
+        fully_shard(model, mesh=mesh["data", "expert"]._flatten("all"))
+
+    Ranks may have different numbers of tokens, none included, with the exact exchange. Every rank must call the layers
+    in the same order, and take part in every backward pass.
+
+    Under ``torch.compile`` the exchange is not traced: each expert layer is a graph break, and what lies between is
+    compiled.
+
+    Args:
+        module: an expert layer, or a model with some, whole on every rank; a rank reads the experts that it keeps.
+        mesh: a DeviceMesh.
+        dim: the dimension of the mesh that experts are divided over; None for the only one. Several, as
+            ``("node", "device")``, for an exchange in as many hops: a token travels once to each node that has experts
+            of it, and there once to each device; E must then be a multiple of their ranks.
+        replicate: a dimension of the mesh along which experts are copied; their gradients are averaged over it in the
+            backward pass. None where there is none or FSDP2 shards the experts along it.
+        exchange: ``"exact"`` tells the numbers of rows first, and moves no others. ``"static"`` has buffers of
+            ``capacity`` rows for each pair of ranks, nothing is read on the host, and two collectives a direction
+            suffice.
+        capacity: rows from rank to rank of the static exchange, at most the tokens of a rank; one for each of ``dim``.
+        overflow: with the static exchange, rows beyond the capacity, the last tokens' ones, are always counted and left
+            out: such a token misses its experts on that rank. ``"drop"`` accepts it; with ``"raise"``
+            :func:`check_overflow` raises.
+        gradients: ``"mean"`` divides the experts' gradients by the number of ranks, as data parallelism does with the
+            others; ``"sum"`` leaves the gradient of the sum of all ranks' losses.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` or ``mesh`` is something else, or ``capacity`` no int.
+        ValueError: the mesh has not the dimension, there are more ranks than experts, a layer has experts that cannot
+            be divided (:class:`ProductKeyExperts`; uneven groups of :class:`LatentExperts`; merged adapters), a tensor
+            is on another device, experts are divided already, or an option is unknown. Every rank raises the same.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    dims, part = _levels(mesh, dim)
+    if replicate is not None and (replicate in dims or replicate not in (mesh.mesh_dim_names or ())):
+        raise ValueError(
+            f"replicate must be another of the mesh's dimensions {mesh.mesh_dim_names} than {dims}, got {replicate!r}"
+        )
+    capacities = _check_capacity(exchange, capacity, overflow, len(dims))
+    if gradients not in GRADIENTS:
+        raise ValueError(f"gradients must be one of {GRADIENTS}, got {gradients!r}")
+    groups = [part.get_group(axis) for axis in range(len(dims))]
+    levels = tuple(
+        Level(group, dist.get_world_size(group), dist.get_rank(group), name, size)
+        for group, name, size in zip(groups, dims, capacities, strict=True)
+    )
+    sizes = tuple(level.size for level in levels)
+    found, error, description = [], None, ""
+    try:
+        layers = expert_layers(module)
+        if not layers:
+            raise ValueError(f"module must hold gossamer's expert layers, got none in {type(module).__name__}")
+        found = [(name, layer, _stacks_of(layer, sizes, mesh.device_type)) for name, layer in layers]
+        description = repr([(n, k, tuple(s.shape), s.dtype) for n, _, own in found for k, s in own.items()])
+    except ValueError as problem:
+        error = problem
+    if len(set(raise_together(error, *groups, description=description))) > 1:
+        raise ValueError("module must have the same expert layers on every rank, got different ones")
+    copies = None if replicate is None else mesh[replicate].get_group()
+    ranks = functools.reduce(lambda a, b: a * b, sizes)
+    if copies is not None:
+        ranks *= dist.get_world_size(copies)
+    ignored = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, layer, stacks in found:
+        _divide(layer, stacks, part, levels)
+        layer.exchange = ShardedExperts(
+            part,
+            levels,
+            layer.num_experts,
+            tuple(stacks),
+            overflow=overflow,
+            scale=1 / ranks if gradients == "mean" else 1.0,
+            replicas=copies,
+        )
+        ignored += [f"{name}.{stack}" if name else stack for stack in stacks]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+    return module
+
+
+@torch.no_grad()
+def gather_experts(module: nn.Module) -> nn.Module:
+    """Undo :func:`shard_experts`, in place: every rank has all experts whole again, as before.
+
+    Every rank of the mesh must make the call.
+
+    Raises:
+        ValueError: no experts inside ``module`` are divided.
+    """
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, layer in _sharded(module):
+        names, old = layer.exchange.names, {key: _tensor_at(layer, key) for key in layer.exchange.names}
+        plain = layer.over({key: _whole(tensor) for key, tensor in old.items()}, layer.num_experts)
+        for key in names:
+            owner, _, leaf = key.rpartition(".")
+            held, tensor = layer.get_submodule(owner), _tensor_at(plain, key)
+            if leaf in held._parameters:
+                held._parameters[leaf] = nn.Parameter(tensor, requires_grad=old[key].requires_grad)
+            else:
+                held._buffers[leaf] = tensor
+            ignored.discard(f"{name}.{key}" if name else key)
+        layer.exchange = None
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
+    return module
+
+
+def _whole(tensor: DTensor) -> torch.Tensor:
+    """A DTensor on every rank; its parts travel as bytes, as not every dtype has collectives."""
+    local = tensor.to_local()
+    width = tensor.shape[1:].numel() * local.element_size()
+    if local.shape[0] and width:
+        bits = local.reshape(local.shape[0], -1).contiguous().view(torch.uint8)
+    else:
+        bits = local.new_empty((local.shape[0], width), dtype=torch.uint8)
+    whole = DTensor.from_local(
+        bits,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=torch.Size((tensor.shape[0], width)),
+        stride=(width, 1),
+    )
+    return whole.full_tensor().view(local.dtype).view(tensor.shape)
+
+
+def overflow_counts(module: nn.Module) -> dict[str, int]:
+    """How many (token, rank) rows of this rank were beyond the capacity so far, by layer; reads the device.
+
+    Raises:
+        ValueError: no experts inside ``module`` are divided.
+    """
+    counts = {name: layer.exchange.overflow_count for name, layer in _sharded(module)}
+    return {name: 0 if count is None else int(count) for name, count in counts.items()}
+
+
+def check_overflow(module: nn.Module) -> dict[str, int]:
+    """Add up over the ranks what was beyond the capacity of static exchanges since the last check.
+
+    Every rank of the mesh must make the call, such as once in a while between steps; it waits for the device.
+
+    Returns:
+        The number of (token, rank) rows left out, of all ranks that exchange with this one, by layer.
+
+    Raises:
+        RuntimeError: some were, of a layer with ``overflow="raise"``; on every rank.
+        ValueError: no experts inside ``module`` are divided.
+    """
+    found, strict = {}, {}
+    for name, layer in _sharded(module):
+        exchange = layer.exchange
+        total = torch.zeros((), dtype=torch.int64, device=exchange.mesh.device_type)
+        if exchange.overflow_count is not None:
+            total += exchange.overflow_count
+            exchange.overflow_count.zero_()
+        for level in exchange.levels:
+            dist.all_reduce(total, group=level.group)
+        found[name] = int(total)
+        if found[name] and exchange.overflow == "raise":
+            strict[name] = found[name], tuple(level.capacity for level in exchange.levels)
+    if strict:
+        listed = "; ".join(f"{n or '(the layer itself)'}: {count} with {size}" for n, (count, size) in strict.items())
+        raise RuntimeError(f"capacity must hold all rows of a static exchange; rows left out: {listed}")
+    return found
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[torch.Tensor] | torch.Tensor, max_norm: float) -> torch.Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` in the 2-norm where some parameters are divided experts.
+
+    The norm is that of all gradients, each expert's counted once: ``‖g‖² = ‖dense‖² + Σ_ranks ‖own experts‖²``. Dense
+    gradients must be the same on every rank, as after ``DistributedDataParallel``. Not for FSDP2, whose own does it.
+
+    Args:
+        parameters: of the model.
+        max_norm: to which a larger norm is scaled down.
+
+    Returns:
+        The norm before, a scalar, the same on every rank.
+    """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    dense: list[torch.Tensor] = []
+    divided: dict[DeviceMesh, list[torch.Tensor]] = {}
+    for gradient in (parameter.grad for parameter in parameters):
+        if isinstance(gradient, DTensor):
+            divided.setdefault(gradient.device_mesh, []).append(gradient.to_local())
+        elif gradient is not None:
+            dense.append(gradient)
+    every = [*dense, *(gradient for own in divided.values() for gradient in own)]
+    if not every:
+        return torch.zeros(())
+    total = _squares(dense, every[0])
+    for mesh, own in divided.items():
+        squares = _squares(own, every[0])
+        for axis in range(mesh.ndim):
+            dist.all_reduce(squares, group=mesh.get_group(axis))
+        total = total + squares
+    norm = total.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in every:
+        gradient.mul_(factor.to(gradient.dtype))
+    return norm
+
+
+def _squares(gradients: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The sum of squares, in float32 or wider."""
+    wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    zero = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return sum((gradient.square().sum() for gradient in wide), zero)
