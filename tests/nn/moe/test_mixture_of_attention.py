@@ -176,6 +176,22 @@ def test_masks_of_four_dimensions(device):
         assert_near(found, y[:, 5:6])
 
 
+def test_cache_follows_its_sequences(device):
+    """A cache whose sequences are copied, dropped and swapped goes on as if it had read them so."""
+    layer = make(device=device, dtype=torch.float64)
+    x = states(device, batch=3)
+    order = torch.tensor([2, 0, 2, 2], device=device)
+    cache, fresh = KeyValueCache(), KeyValueCache()
+    cache.reorder(order)
+    layer(x[:, :4], cache=cache)
+    layer(x[:, 4:5], cache=cache)  # room for tokens to come
+    cache.reorder(order.int())
+    layer(x[order, :5], cache=fresh)
+    following = x[:1, 5:].expand(4, -1, -1) * torch.arange(1, 5, device=device).view(4, 1, 1)
+    assert_near(layer(following, cache=cache), layer(following, cache=fresh))
+    assert cache.length == fresh.length == S
+
+
 def test_positions(device):
     """Positions count on from the cache; only their differences matter; others may be given."""
     layer = make(device=device, dtype=torch.float64)
@@ -327,3 +343,11 @@ def test_errors():
     layer(x, cache=cache)
     with pytest.raises(ValueError, match="keys must have shape those of the cache"):
         layer(x[:1], cache=cache)
+    for order, error, message in [
+        (torch.tensor([0, 2]), IndexError, "order must hold sequences of the cache, from 0 to 1, got 2"),
+        (torch.tensor([-1, 0]), IndexError, "order must hold .* got -1"),
+        (torch.tensor([[0]]), ValueError, r"order must have shape \(B',\) = .* got \(1, 1\)"),
+        (torch.tensor([0.0]), TypeError, "order must be"),
+    ]:
+        with pytest.raises(error, match=message):
+            cache.reorder(order)

@@ -14,6 +14,7 @@ from torch import nn
 from gossamer._autocast import no_autocast
 from gossamer._checks import (
     check_flags,
+    check_index,
     check_positive,
     check_same_device,
     check_shape,
@@ -59,6 +60,31 @@ class KeyValueCache:
         self.length = length
         keys, values = (room[:, :, :length] for room in self._room)
         return keys, values
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """Go on with sequences ``order (B',)`` of those so far: sequence i follows what ``order[i]`` was.
+
+        A sequence may occur several times, or not at all: beam search copies the beams that it keeps, and a prompt is
+        computed once for all that follow it.
+
+        Raises:
+            TypeError: ``order`` does not hold int32 or int64.
+            ValueError: it is not one-dimensional, or on another device than the keys.
+            IndexError: on the CPU, it holds a number of no sequence.
+        """
+        check_index("order", order)
+        check_shape("order", order, (None,), "(B',)")
+        if self._room is None:
+            return
+        check_same_device(keys=self._room[0], order=order)
+        batch = self._room[0].shape[0]
+        if order.is_cpu and order.numel():
+            least, most = (int(x) for x in order.aminmax())
+            if least < 0 or most >= batch:
+                raise IndexError(
+                    f"order must hold sequences of the cache, from 0 to {batch - 1}, got {least if least < 0 else most}"
+                )
+        self._room = tuple(room.index_select(0, order) for room in self._room)
 
     def _grown(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
         room = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
