@@ -27,6 +27,7 @@ from gossamer.nn import (
     load_loss,
     router_z_loss,
     routing_entropy_loss,
+    sequence_balance_loss,
     slot_balance_loss,
     softmax_top_p,
     switch_balance_loss,
@@ -223,6 +224,7 @@ def losses_are_those_of_the_whole_batch():
     """Of parts of one batch of different sizes and padding; the gradient is the mean of the processes' gradients."""
     generator = torch.Generator().manual_seed(0)
     logits, mask = 2 * torch.randn(30, 6, generator=generator, dtype=torch.float64), torch.arange(30) % 4 != 1
+    mask[:6] = False  # a sequence without a token that counts
     part = slice(0, 18) if RANK == 0 else slice(18, 30)
 
     def losses_of(clean, mask, group):
@@ -230,6 +232,7 @@ def losses_are_those_of_the_whole_batch():
         balance = (load_balance_loss, slot_balance_loss, switch_balance_loss, gshard_balance_loss, importance_loss)
         losses = [loss(routing, mask=mask, group=group) for loss in (*balance, router_z_loss, routing_entropy_loss)]
         losses.append(load_loss(clean, noisy, 0.5, 2, mask=mask, group=group))
+        losses.append(sequence_balance_loss(routing, clean.shape[0] // 6, mask=mask, group=group))
         return losses, expert_counts(routing, mask=mask, group=group)
 
     mine, whole = logits[part].clone().requires_grad_(), logits.clone().requires_grad_()

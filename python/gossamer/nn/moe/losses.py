@@ -391,7 +391,13 @@ def router_z_loss(
     return _global(total, group, total) / _global(rows, group, total)
 
 
-def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+def sequence_balance_loss(
+    routing: Routing,
+    batch_size: int,
+    *,
+    mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """The sequence-wise balance loss of DeepSeek-V3, ``mean_b Σ_e f_be·P_be``.
 
     In sequence b of S tokens, ``f_be = E / (K·S) · c_be`` with ``c_be`` its slots given to expert e, and ``P_be`` the
@@ -403,12 +409,13 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
         batch_size: number of sequences.
         mask: as in :func:`load_balance_loss`; S is then a sequence's number of tokens that count, and a sequence with
             none does not enter the mean.
+        group: of data-parallel ranks, over whose sequences the mean is taken; None for this one's.
 
     Returns:
         A scalar of the logits' dtype; 0 where no token counts.
 
     Raises:
-        TypeError: ``routing`` is not a Routing, or ``batch_size`` no int.
+        TypeError: ``routing`` is not a Routing, ``batch_size`` no int, or ``group`` no process group.
         ValueError: no logits, ``batch_size`` below 1 or not dividing T, or a mask of another size or device.
     """
     if not isinstance(routing, Routing):
@@ -433,10 +440,11 @@ def sequence_balance_loss(routing: Routing, batch_size: int, *, mask: torch.Tens
     counts = torch.zeros((batch_size, num_experts + 1), dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(1, ids, torch.ones_like(ids))[:, :num_experts]
     sums = probabilities.view(batch_size, num_tokens // batch_size, num_experts).sum(dim=1)
-    sequences = (lengths > 0).sum().clamp(min=1)
+    sequences = (lengths > 0).sum()
     lengths = lengths.clamp(min=1)
     fractions = (counts * num_experts).to(sums.dtype) / (lengths * top_k)
-    return (fractions * (sums / lengths)).sum() / sequences
+    total, sequences = (_global(part, group, sums) for part in ((fractions * (sums / lengths)).sum(), sequences))
+    return total / sequences.clamp(min=1)
 
 
 def routing_entropy_loss(
