@@ -83,6 +83,15 @@ def test_a_narrow_failure_is_confirmed_by_other_draws(off, cost, drawn, passes):
     assert len(set(seeds)) == len(seeds) == drawn
 
 
+def test_a_gate_may_allow_a_multiple_of_the_baselines_errors():
+    truth = torch.ones(64).double()
+    plain = truth.float() + 1e-5 * (torch.arange(64) == 3)
+    strict, lenient = (FloatGate({"y": truth}, {"y": plain}, multiple=m) for m in (1.0, 3.0))
+    for by, passes in ((1.0, (True, True)), (2.8, (False, True)), (3.2, (False, False)), (math.nan, (False, False))):
+        found = {"y": truth.float() + by * 1e-5 * (torch.arange(64) == 5)}
+        assert (not strict(found).failures, not lenient(found).failures) == passes
+
+
 def test_a_wrong_peer_is_shown_and_does_not_fail_the_run(device):
     """What gossamer or its baseline gets wrong fails it; what another package gets wrong is in the table alone."""
     right, ours = (Variant(role, role, lambda: torch.arange(4.0)) for role in (DENSE, OURS))
