@@ -119,6 +119,11 @@ class Optimizer:
         """State tensors beside ``"step"``, in the order kernels take them: ``"full"`` (N, D) or ``"row"`` (N,)."""
         return RULES[self.rule].states
 
+    def reads_rows(self) -> bool:
+        """Whether the step of an element depends on its whole row or on its column's number, not on it alone."""
+        row_states = "row" in self.state_kinds().values()
+        return row_states or self.rule == "lamb" or self.clip_norm is not None or self.stochastic_rounding
+
     def initial_value(self) -> float:
         """The initial value of state tensors."""
         return 0.0

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from gossamer._step_rules import StepRule
 
 
-def _sgd(rule, w, grad, states, t, lr):
+class RowSums(NamedTuple):
+    """What rules need of whole rows, of which the tensors may have some columns only.
+
+    Attributes:
+        columns: of a whole row.
+        sum_over: completes sums ``(n,)`` over the columns at hand to sums over whole rows; None where rows are whole.
+    """
+
+    columns: int = 0
+    sum_over: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of each row, ``(n,)``."""
+        return x.mean(1) if self.sum_over is None else self.sum_over(x.sum(1)) / self.columns
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The Euclidean norm of each row, ``(n, 1)``."""
+        if self.sum_over is None:
+            return x.norm(dim=1, keepdim=True)
+        return self.sum_over(x.square().sum(1)).sqrt().unsqueeze(1)
+
+
+def _sgd(rule, w, grad, states, t, lr, rows):
     if not states:
         return (w - lr * grad,)
     momentum = rule.beta1 * states[0] + grad
     return w - lr * (grad + rule.beta1 * momentum if rule.nesterov else momentum), momentum
 
 
-def _adagrad(rule, w, grad, states, t, lr):
+def _adagrad(rule, w, grad, states, t, lr, rows):
     total = states[0] + grad.square()
     return w - lr * grad / (total.sqrt() + rule.eps), total
 
 
-def _rowwise_adagrad(rule, w, grad, states, t, lr):
-    total = states[0] + grad.square().mean(1)
+def _rowwise_adagrad(rule, w, grad, states, t, lr, rows):
+    total = states[0] + rows.mean(grad.square())
     return w - lr * grad / (total.sqrt() + rule.eps).unsqueeze(1), total
 
 
-def _ftrl(rule, w, grad, states, t, lr):
+def _ftrl(rule, w, grad, states, t, lr, rows):
     # A number would become float32 beside a condition, whatever the table's dtype.
     lr = torch.as_tensor(lr, dtype=w.dtype, device=w.device)
     steps = lr != 0
@@ -50,24 +73,24 @@ def _moments(rule, grad, square, states, t):
     return m / correction1.to(m.dtype) / denominator, m, v
 
 
-def _adam(rule, w, grad, states, t, lr):
+def _adam(rule, w, grad, states, t, lr, rows):
     q, m, v = _moments(rule, grad, grad.square(), states, t)
     return w - lr * q, m, v
 
 
-def _partial_rowwise_adam(rule, w, grad, states, t, lr):
-    q, m, v = _moments(rule, grad, grad.square().mean(1), states, t)
+def _partial_rowwise_adam(rule, w, grad, states, t, lr, rows):
+    q, m, v = _moments(rule, grad, rows.mean(grad.square()), states, t)
     return w - lr * q, m, v
 
 
-def _lamb(rule, w, grad, states, t, lr):
+def _lamb(rule, w, grad, states, t, lr, rows):
     q, m, v = _moments(rule, grad, grad.square(), states, t)
     q = q + rule.weight_decay * w
-    norm_w, norm_q = w.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
+    norm_w, norm_q = rows.norm(w), rows.norm(q)
     return w - lr * (q * torch.where((norm_w > 0) & (norm_q > 0), norm_w / norm_q, 1)), m, v
 
 
-# (rule, w, grad, states, t, lr) -> (new w, *new states), by the names of gossamer._step_rules.RULES.
+# (rule, w, grad, states, t, lr, rows) -> (new w, *new states), by the names of gossamer._step_rules.RULES.
 FORMULAS = {
     "sgd": _sgd,
     "adagrad": _adagrad,
@@ -86,6 +109,7 @@ def step_reference(
     states: Sequence[torch.Tensor],
     t: torch.Tensor,
     lr: torch.Tensor | float,
+    rows: RowSums = RowSums(),
 ) -> tuple[torch.Tensor, ...]:
     """One step of an optimizer of :mod:`gossamer.optim` in plain torch, in the dtype of its arguments.
 
@@ -96,6 +120,7 @@ def step_reference(
         states: the states' rows, ``(n, D)`` or ``(n,)``.
         t: one int64 element, the number of this step, from 1.
         lr: η.
+        rows: how to sum over a whole row.
 
     Returns:
         The new rows and states.
@@ -103,10 +128,10 @@ def step_reference(
     if math.isfinite(rule.clip_value):
         grad = grad.clamp(-rule.clip_value, rule.clip_value)
     if math.isfinite(rule.clip_norm):
-        norm = grad.norm(dim=1, keepdim=True)
+        norm = rows.norm(grad)
         grad = grad * torch.where(norm > rule.clip_norm, rule.clip_norm / norm, 1)
     if rule.decay == "weights":
         w = w * (1 - lr * rule.weight_decay)
     elif rule.decay == "gradient":
         grad = grad + rule.weight_decay * w
-    return FORMULAS[rule.name](rule, w, grad, states, t, lr)
+    return FORMULAS[rule.name](rule, w, grad, states, t, lr, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from gossamer._rounding import random_bits, round_stochastically
 from gossamer._step_rules import StepRule
 from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_values, raises
 from gossamer.ops._records import define
-from gossamer.ops._step_reference import step_reference
+from gossamer.ops._step_reference import RowSums, step_reference
 from gossamer.ops.gather_reduce import GatherMax, gather_max
 from gossamer.ops.gather_reduce_tables import TableLayout, check_tables
 from gossamer.optim import Optimizer
@@ -88,15 +88,24 @@ def _contributions(
 
 def _step_rows(table, states, ids, values, first_row, update: Update) -> None:
     """Sum ``values (n, D)`` by ``ids (n,)`` and take the step on those rows of ``table (N, D)`` and its states."""
-    rule, t, wide = update.rule, update.step + 1, accumulation_dtype(table.dtype)
+    wide = accumulation_dtype(table.dtype)
     rows, inverse = torch.unique(ids, return_inverse=True)
     grad = torch.zeros(rows.shape[0], table.shape[1], dtype=wide, device=table.device)
     grad.index_add_(0, inverse, values.to(wide))
+    _step_distinct_rows(table, states, rows, grad, first_row, update)
+
+
+def _step_distinct_rows(
+    table, states, rows, grad, first_row, update: Update, first_column: int = 0, sums: RowSums = RowSums()
+) -> None:
+    """Take the step on distinct ``rows (n,)`` whose gradients are ``grad (n, D)``."""
+    rule, t, wide = update.rule, update.step + 1, accumulation_dtype(table.dtype)
     lr = rule.lr if update.lr is None else update.lr.to(wide)
     before = [state[rows] for state in states if state is not None]
-    new, *after = step_reference(rule, table[rows].to(wide), grad, before, t, lr)
+    new, *after = step_reference(rule, table[rows].to(wide), grad, before, t, lr, sums)
     if rule.rounds(table.dtype):
-        new = round_stochastically(new, random_bits(rule.seed, t, rows + first_row, new.shape[1]), table.dtype)
+        bits = random_bits(rule.seed, t, rows + first_row, first_column + new.shape[1])[:, first_column:]
+        new = round_stochastically(new, bits, table.dtype)
     table[rows] = new.to(table.dtype)
     for state, value in zip(states, after, strict=False):
         state[rows] = value
@@ -259,6 +268,49 @@ def sparse_update_(
     """
     how = (mode, padding_idx, include_last_offset, bounds, bounds_count)
     step_bags_(table, index, dout, offsets, weights, None, optimizer, state, *how)
+
+
+def step_rows_(
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    optimizer: Optimizer,
+    state: Mapping[str, torch.Tensor],
+    columns: int | None = None,
+    first_column: int = 0,
+    sum_over: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Take one optimizer step, in place, on distinct rows whose summed gradients are known; in plain torch.
+
+    ``table`` may be some columns of a wider one. What a rule reads of whole rows (the mean of squares of row-wise
+    states, norms of clipping and of trust ratios) is then completed by ``sum_over``.
+
+    Args:
+        table: ``(N, D)`` float, not requiring a gradient.
+        rows: ``(n,)`` int64, distinct and within ``[0, N)``.
+        gradient: ``(n, D)``, of the dtype that the table is accumulated in.
+        optimizer: one of :mod:`gossamer.optim`.
+        state: what ``optimizer.state(N, D, device)`` made; updated in place, its ``"step"`` by one.
+        columns: of the wide table; D by default.
+        first_column: of ``table`` in the wide one, which stochastic rounding goes by.
+        sum_over: takes sums ``(n,)`` over the columns at hand, and returns those over all columns.
+
+    Raises:
+        TypeError: an argument is not a tensor, or a dtype does not fit the table.
+        ValueError: sizes, devices or the state do not fit.
+    """
+    check_tensor("table", table)
+    check_updatable("table", table)
+    check_shape("gradient", gradient, (rows.shape[0], table.shape[1]), "(n, D)")
+    wide = accumulation_dtype(table.dtype)
+    if gradient.dtype != wide:
+        raise TypeError(f"gradient must be {wide} for a table of {table.dtype}, got {gradient.dtype}")
+    check_same_device(table=table, rows=rows, gradient=gradient)
+    update = check_state(optimizer, state, table)
+    sums = RowSums(table.shape[1] if columns is None else columns, sum_over)
+    _step_distinct_rows(table, (update.state1, update.state2), rows, gradient, 0, update, first_column, sums)
+    update.step.add_(1)
 
 
 def step_bags_(
