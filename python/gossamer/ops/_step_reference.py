@@ -33,6 +33,9 @@ class RowSums(NamedTuple):
         return self.sum_over(x.square().sum(1)).sqrt().unsqueeze(1)
 
 
+WHOLE_ROWS = RowSums()
+
+
 def _sgd(rule, w, grad, states, t, lr, rows):
     if not states:
         return (w - lr * grad,)
@@ -109,7 +112,7 @@ def step_reference(
     states: Sequence[torch.Tensor],
     t: torch.Tensor,
     lr: torch.Tensor | float,
-    rows: RowSums = RowSums(),
+    rows: RowSums = WHOLE_ROWS,
 ) -> tuple[torch.Tensor, ...]:
     """One step of an optimizer of :mod:`gossamer.optim` in plain torch, in the dtype of its arguments.
 

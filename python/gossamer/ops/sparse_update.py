@@ -16,7 +16,7 @@ from gossamer._rounding import random_bits, round_stochastically
 from gossamer._step_rules import StepRule
 from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_values, raises
 from gossamer.ops._records import define
-from gossamer.ops._step_reference import RowSums, step_reference
+from gossamer.ops._step_reference import WHOLE_ROWS, RowSums, step_reference
 from gossamer.ops.gather_reduce import GatherMax, gather_max
 from gossamer.ops.gather_reduce_tables import TableLayout, check_tables
 from gossamer.optim import Optimizer
@@ -96,7 +96,7 @@ def _step_rows(table, states, ids, values, first_row, update: Update) -> None:
 
 
 def _step_distinct_rows(
-    table, states, rows, grad, first_row, update: Update, first_column: int = 0, sums: RowSums = RowSums()
+    table, states, rows, grad, first_row, update: Update, first_column: int = 0, sums: RowSums = WHOLE_ROWS
 ) -> None:
     """Take the step on distinct ``rows (n,)`` whose gradients are ``grad (n, D)``."""
     rule, t, wide = update.rule, update.step + 1, accumulation_dtype(table.dtype)
