@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,9 @@ class Filter(Protocol):
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over a state that was checked."""
+
+    def merge(self, parts: Sequence[Mapping[str, torch.Tensor]], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take over what several filters of this kind know of the keys that ``keep`` chooses, as far as it is known."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,12 @@ class _CountFilter:
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         hash_table_state.restore(self.seen, tensors)
 
+    def merge(self, parts: Sequence[Mapping[str, torch.Tensor]], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.seen.clear()
+        for part in parts:
+            mine = keep(part["keys"])
+            self.seen.import_(*(part[name][mine].to(self.seen.device) for name in ("keys", "values", "scores")))
+
 
 class _SketchFilter:
     def __init__(self, description: FrequencyAdmission, device: torch.device) -> None:
@@ -147,6 +156,10 @@ class _SketchFilter:
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.lines.copy_(tensors["lines"])
 
+    def merge(self, parts: Sequence[Mapping[str, torch.Tensor]], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        # Cells do not say whose counts they hold, so those of other filters cannot be taken apart.
+        self.lines.zero_()
+
 
 class _ProbabilityFilter:
     def __init__(self, threshold: float, seed: int) -> None:
@@ -167,4 +180,7 @@ class _ProbabilityFilter:
         pass
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        pass
+
+    def merge(self, parts: Sequence[Mapping[str, torch.Tensor]], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -255,7 +255,7 @@ class DynamicEmbedding(Table):
         with self.table.lock:
             with torch.no_grad():
                 keys = ids.reshape(-1)
-                rows = (self._train_rows(keys) if training else self.table.rows(keys)).view(ids.shape)
+                rows = (self.train_rows(keys) if training else self.table.rows(keys)).view(ids.shape)
             if training:
                 handle = self._handle if self.optimizer is not None else self._handle.detach()
                 out = Lookup.apply(handle, weights, self, ids, rows, offsets)
@@ -279,7 +279,8 @@ class DynamicEmbedding(Table):
         mode = self.pooling or "sum"
         return gather_reduce(self.table.values, rows, offsets, weights, mode=mode, bounds="drop")
 
-    def _train_rows(self, keys: torch.Tensor) -> torch.Tensor:
+    def train_rows(self, keys: torch.Tensor) -> torch.Tensor:
+        """The rows ``(n,)`` of ``keys (n,)``, with new ones for those that are admitted and −1 for the others."""
         if self._filter is None:
             done = self._insert(keys)
             rows = done.rows
@@ -453,6 +454,67 @@ class DynamicEmbedding(Table):
             self._moves += 1
             if self._filter is not None:
                 self._filter.load(files.part(tensors, "filter."))
+
+    def merge(
+        self,
+        parts: Sequence[tuple[Mapping[str, torch.Tensor], Mapping[str, object]]],
+        keep: Callable[[torch.Tensor], torch.Tensor],
+        what: str = "the snapshots",
+    ) -> None:
+        """Replace all rows by those that ``keep`` chooses of other layers' snapshots: how ids move between processes.
+
+        Rows, optimizer states, ages, scores of eviction, exact counts of admission and what the next delta holds come
+        along; a sketch's counts begin anew. Counters add up. Where not all fit, those of the highest scores stay.
+
+        Args:
+            parts: pairs as :meth:`get_extra_state` gives them, of layers with the same dim, dtype, optimizer and seed,
+                no id in two of them.
+            keep: takes ids ``(n,)`` and returns ``(n,)`` bool.
+            what: the snapshots' name in errors.
+
+        Raises:
+            ValueError: a part is of another kind of layer; this one is unchanged.
+        """
+        for tensors, header in parts:
+            files.check_header(header, self._header(), what)
+            count = tensors["table.keys"].numel()
+            shapes = {"last_used": (torch.int64, (count,)), "changed": (torch.bool, (count,))}
+            table_state.check_tensors(tensors, shapes | self._state_shapes(count), what)
+        with self.table.lock:
+            self.table.clear()
+            self._last_used.zero_()
+            self._changed.zero_()
+            self._removed = []
+            counters = dict.fromkeys(asdict(self.counters), 0)
+            for tensors, header in parts:
+                self._take_rows(tensors, keep(tensors["table.keys"]))
+                self._removed.append(tensors["removed"][keep(tensors["removed"])].to(self.device))
+                counters = {name: count + header["counters"][name] for name, count in counters.items()}
+            for name in ("clock", "steps", "sequence"):
+                setattr(self, name, max((header[name] for _, header in parts), default=0))
+            if "step" in self.optimizer_state:
+                steps = [int(tensors["optimizer.step"]) for tensors, _ in parts]
+                self.optimizer_state["step"].fill_(max(steps, default=0))
+            self.counters = Counters(**counters)
+            self._moves += 1
+            if self._filter is not None:
+                self._filter.merge([files.part(tensors, "filter.") for tensors, _ in parts], keep)
+
+    def _take_rows(self, tensors: Mapping[str, torch.Tensor], mine: torch.Tensor) -> None:
+        """Insert the rows ``mine (n,)`` of a snapshot, with all that belongs to them."""
+
+        def taken(name: str) -> torch.Tensor:
+            return tensors[name][mine].to(self.device)
+
+        keys = taken("table.keys")
+        self.table.import_(keys, taken("table.values"), taken("table.scores"))
+        # Those that did not fit have no row.
+        rows = self.table.rows(keys)
+        at, rows = rows >= 0, rows[rows >= 0]
+        self._last_used[rows], self._changed[rows] = taken("last_used")[at], taken("changed")[at]
+        for name, state in self.optimizer_state.items():
+            if name != "step":
+                state[rows] = taken(f"optimizer.{name}")[at]
 
     def _state_shapes(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {

@@ -18,6 +18,23 @@ def _counts(rows, offsets) -> torch.Tensor:
     return up_to[offsets[1:].long()] - up_to[offsets[:-1].long()]
 
 
+def rows_now(layer, ids: torch.Tensor, rows: torch.Tensor, resizes: int) -> torch.Tensor:
+    """The rows that ``ids`` still have of those found before ids left; ``resizes`` is how often it had grown then."""
+    now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
+    if layer._resizes == resizes:
+        # Another id may have these rows by now.
+        return torch.where(now == rows, rows, -1)
+    # The table has grown, and every id has another row.
+    return torch.where(rows < 0, -1, now)
+
+
+def learn(layer, rows, dout, offsets, weights, argmax, mode: str) -> None:
+    """Take the optimizer's step on the rows that bags list, −1 for none."""
+    optimizer = (layer.optimizer, layer.optimizer_state)
+    step_bags_(layer.table.values, rows, dout, offsets, weights, argmax, *optimizer, mode, bounds="drop")
+    layer.table.mark_rows(layer._changed, rows.reshape(-1), True)
+
+
 class Lookup(torch.autograd.Function):
     """The lookup, whose backward pass takes the step on the rows that still belong to the ids."""
 
@@ -52,28 +69,10 @@ class Lookup(torch.autograd.Function):
                 if mode == "mean":
                     # Ids that have left counted in the forward pass.
                     mode, dout = "sum", dout / _counts(rows, offsets).clamp(min=1).unsqueeze(1)
-                now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
-                if layer._resizes == ctx.resizes:
-                    # Another id may have these rows by now.
-                    rows = torch.where(now == rows, rows, -1)
-                else:
-                    # The table has grown, and every id has another row.
-                    rows = torch.where(rows < 0, -1, now)
+                rows = rows_now(layer, ids, rows, ctx.resizes)
             if ctx.needs_input_grad[0]:
                 if ctx.stepped:
                     raise RuntimeError(STEP_TAKEN)
                 ctx.stepped = True
-                step_bags_(
-                    layer.table.values,
-                    rows,
-                    dout,
-                    offsets,
-                    weights,
-                    argmax,
-                    layer.optimizer,
-                    layer.optimizer_state,
-                    mode,
-                    bounds="drop",
-                )
-                layer.table.mark_rows(layer._changed, rows.reshape(-1), True)
+                learn(layer, rows, dout, offsets, weights, argmax, mode)
         return torch.zeros_like(layer._handle), dweights, None, None, None, None

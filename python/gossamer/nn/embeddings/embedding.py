@@ -276,7 +276,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
             NotImplementedError: ``per_sample_weights`` with another mode than ``"sum"``.
             IndexError: on the CPU, an id outside ``[0, N)``, where torch raises RuntimeError.
         """
-        index, offsets, weights, last = self._lists(input, offsets, per_sample_weights)
+        index, offsets, weights, last = bag_lists(self, input, offsets, per_sample_weights)
         if self.max_norm is not None:
             renorm_(self.weight, index, self.max_norm, self.norm_type)
         lists = (index, offsets)
@@ -292,41 +292,42 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         stepping = gather_reduce_step(self.weight, *lists, scaled, **how, **self._step())
         return graft(gather_reduce(self.weight, *lists, weights, **how), stepping)
 
-    def _lists(self, input, offsets, weights):
-        """Index, offsets, weights, and whether offsets include the last one, after torch's checks."""
-        check_tensor("input", input)
-        if offsets is not None:
-            check_tensor("offsets", offsets)
-        if weights is not None:
-            check_tensor("per_sample_weights", weights)
-            narrow = self.weight.dtype in (torch.float16, torch.bfloat16)
-            if weights.dtype != self.weight.dtype and not (narrow and weights.dtype == torch.float32):
-                wanted = f"the dtype of the table, {self.weight.dtype}{', or float32' if narrow else ''}"
-                raise TypeError(f"per_sample_weights must have {wanted}, got {weights.dtype}")
-        if weights is not None and weights.size() != input.size():
-            raise ValueError(
-                f"per_sample_weights must have the shape of input, {tuple(input.size())}, got {tuple(weights.size())}"
-            )
-        if self.mode not in ("sum", "mean", "max"):
-            raise ValueError(f"mode has to be one of sum, mean or max, got {self.mode!r}")
-        if self.mode == "max" and self.scale_grad_by_freq:
-            raise ValueError("max mode does not support scaling the gradient by the frequency")
-        if self.mode == "max" and self.sparse:
-            raise ValueError("max mode does not support sparse weights")
-        if weights is not None and self.mode != "sum":
-            raise NotImplementedError(f"per_sample_weights is only supported for mode='sum', got mode={self.mode!r}")
-        if input.dim() == 2 and offsets is not None:
-            raise ValueError("if input is 2D, then offsets has to be None, as its rows are the bags")
-        if input.is_nested:
-            if weights is not None and not weights.is_nested:
-                raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
-            return input.values(), input.offsets(), None if weights is None else weights.values(), True
-        if input.dim() == 1 and (offsets is None or offsets.dim() != 1):
-            raise ValueError("offsets has to be a 1D Tensor" + (" but got None" if offsets is None else ""))
-        if input.dim() not in (1, 2):
-            raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
-        if offsets is not None and offsets.is_cpu and offsets.numel() and not is_compiling():
-            first = offsets[0]
-            if type(first) is torch.Tensor and (start := first.item()):
-                raise ValueError(f"offsets must begin at 0, where the first bag does, got {start}")
-        return input, offsets, weights, self.include_last_offset
+
+def bag_lists(layer: EmbeddingBag, input, offsets, weights):
+    """Index, offsets, weights, and whether offsets include the last one, after the checks that torch makes."""
+    check_tensor("input", input)
+    if offsets is not None:
+        check_tensor("offsets", offsets)
+    if weights is not None:
+        check_tensor("per_sample_weights", weights)
+        narrow = layer.weight.dtype in (torch.float16, torch.bfloat16)
+        if weights.dtype != layer.weight.dtype and not (narrow and weights.dtype == torch.float32):
+            wanted = f"the dtype of the table, {layer.weight.dtype}{', or float32' if narrow else ''}"
+            raise TypeError(f"per_sample_weights must have {wanted}, got {weights.dtype}")
+    if weights is not None and weights.size() != input.size():
+        raise ValueError(
+            f"per_sample_weights must have the shape of input, {tuple(input.size())}, got {tuple(weights.size())}"
+        )
+    if layer.mode not in ("sum", "mean", "max"):
+        raise ValueError(f"mode has to be one of sum, mean or max, got {layer.mode!r}")
+    if layer.mode == "max" and layer.scale_grad_by_freq:
+        raise ValueError("max mode does not support scaling the gradient by the frequency")
+    if layer.mode == "max" and layer.sparse:
+        raise ValueError("max mode does not support sparse weights")
+    if weights is not None and layer.mode != "sum":
+        raise NotImplementedError(f"per_sample_weights is only supported for mode='sum', got mode={layer.mode!r}")
+    if input.dim() == 2 and offsets is not None:
+        raise ValueError("if input is 2D, then offsets has to be None, as its rows are the bags")
+    if input.is_nested:
+        if weights is not None and not weights.is_nested:
+            raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
+        return input.values(), input.offsets(), None if weights is None else weights.values(), True
+    if input.dim() == 1 and (offsets is None or offsets.dim() != 1):
+        raise ValueError("offsets has to be a 1D Tensor" + (" but got None" if offsets is None else ""))
+    if input.dim() not in (1, 2):
+        raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
+    if offsets is not None and offsets.is_cpu and offsets.numel() and not is_compiling():
+        first = offsets[0]
+        if type(first) is torch.Tensor and (start := first.item()):
+            raise ValueError(f"offsets must begin at 0, where the first bag does, got {start}")
+    return input, offsets, weights, layer.include_last_offset

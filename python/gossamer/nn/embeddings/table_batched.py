@@ -184,7 +184,7 @@ class TableBatchedEmbeddingBags(FusedTable):
         if not isinstance(indices, torch.Tensor):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
-            indices, offsets, per_sample_weights = self._keyed(indices)
+            indices, offsets, per_sample_weights = keyed_lists(self, indices)
         if offsets is None:
             raise TypeError("offsets must be a torch.Tensor, got NoneType")
         lists = (indices, offsets, per_sample_weights)
@@ -192,28 +192,6 @@ class TableBatchedEmbeddingBags(FusedTable):
         if self.optimizer is None:
             return gather_reduce_tables(self.weights, self.layout, *lists, **how)
         return gather_reduce_tables_step(self.weights, self.layout, *lists, **how, **self._step())
-
-    def _keyed(self, features):
-        """Ids, offsets and weights of a KeyedJaggedTensor, known by its methods."""
-        for method in ("keys", "values", "offsets", "weights_or_none", "stride"):
-            if not callable(getattr(features, method, None)):
-                raise TypeError(
-                    f"indices must be a torch.Tensor or a KeyedJaggedTensor, got {type(features).__name__} "
-                    f"without {method}()"
-                )
-        keys = list(features.keys())
-        if self.feature_names is not None and keys != self.feature_names:
-            raise ValueError(f"indices must have the keys {self.feature_names} in this order, got {keys}")
-        expected = self.layout.num_features
-        if len(keys) != expected:
-            raise ValueError(f"indices must have {expected} keys, one a feature, got {keys}")
-        offsets = features.offsets()
-        if offsets.shape[0] != expected * features.stride() + 1:
-            raise ValueError(
-                f"indices must have one batch size for all keys, got stride {features.stride()} and "
-                f"{offsets.shape[0]} offsets for {expected} keys"
-            )
-        return features.values(), offsets, features.weights_or_none()
 
     def _foreign(self, state_dict, prefix) -> list[str]:
         found = super()._foreign(state_dict, prefix)
@@ -229,3 +207,26 @@ class TableBatchedEmbeddingBags(FusedTable):
         parts = [f"specs={list(self.layout.specs)}", f"feature_table_map={list(self.layout.feature_table_map)}"]
         parts += [f"pooling={list(self.layout.pooling)}", f"weights_dtype={self.weights.dtype}"]
         return ", ".join(parts + ([f"optimizer={self.optimizer}"] if self.optimizer else []))
+
+
+def keyed_lists(layer: TableBatchedEmbeddingBags, features):
+    """Ids, offsets and weights of a KeyedJaggedTensor, known by its methods."""
+    for method in ("keys", "values", "offsets", "weights_or_none", "stride"):
+        if not callable(getattr(features, method, None)):
+            raise TypeError(
+                f"indices must be a torch.Tensor or a KeyedJaggedTensor, got {type(features).__name__} "
+                f"without {method}()"
+            )
+    keys = list(features.keys())
+    if layer.feature_names is not None and keys != layer.feature_names:
+        raise ValueError(f"indices must have the keys {layer.feature_names} in this order, got {keys}")
+    expected = layer.layout.num_features
+    if len(keys) != expected:
+        raise ValueError(f"indices must have {expected} keys, one a feature, got {keys}")
+    offsets = features.offsets()
+    if offsets.shape[0] != expected * features.stride() + 1:
+        raise ValueError(
+            f"indices must have one batch size for all keys, got stride {features.stride()} and "
+            f"{offsets.shape[0]} offsets for {expected} keys"
+        )
+    return features.values(), offsets, features.weights_or_none()
