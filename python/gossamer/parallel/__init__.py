@@ -12,17 +12,36 @@ from gossamer.parallel.experts import (
     overflow_counts,
     shard_experts,
 )
+from gossamer.parallel.placement import Lookups, TablePlan, measure_lookups, plan_tables
+from gossamer.parallel.tables import (
+    ShardedDynamicEmbedding,
+    ShardedEmbedding,
+    ShardedEmbeddingBag,
+    ShardedTableBatchedEmbeddingBags,
+    lookup,
+    shard_tables,
+)
 
 __all__ = [
     "Flow",
+    "Lookups",
     "Pending",
     "RowExchange",
+    "ShardedDynamicEmbedding",
+    "ShardedEmbedding",
+    "ShardedEmbeddingBag",
     "ShardedExperts",
+    "ShardedTableBatchedEmbeddingBags",
+    "TablePlan",
     "Traffic",
     "check_overflow",
     "clip_grad_norm_",
     "count_traffic",
     "gather_experts",
+    "lookup",
+    "measure_lookups",
     "overflow_counts",
+    "plan_tables",
     "shard_experts",
+    "shard_tables",
 ]

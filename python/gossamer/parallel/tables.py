@@ -1,0 +1,717 @@
+"""Embedding tables over several processes: by rows, whole, by columns, or as replicas, with fused optimizers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from gossamer._checks import check_index, check_same_device, check_shape
+from gossamer.nn import DynamicEmbedding, EmbeddingBag, TableBatchedEmbeddingBags
+from gossamer.nn.embeddings.embedding import bag_lists
+from gossamer.nn.embeddings.table_batched import keyed_lists
+from gossamer.ops.gather_reduce import check_lookup
+from gossamer.optim import Optimizer
+from gossamer.parallel.dynamic_shard import DynamicShard
+from gossamer.parallel.exchange import raise_together
+from gossamer.parallel.placement import (
+    KINDS,
+    Lookups,
+    Split,
+    TablePlan,
+    assign_owners,
+    join,
+    named_tables,
+    plan_tables,
+    table_infos,
+)
+from gossamer.parallel.shards import TableShard
+from gossamer.parallel.table_exchange import Request, look_up
+
+GRADIENTS = ("mean", "sum")
+
+
+class Prepared(NamedTuple):
+    """A call of a sharded table, before the exchange.
+
+    Attributes:
+        requests: what is looked up.
+        finish: makes the table's result of those of the requests.
+    """
+
+    requests: list[Request]
+    finish: Callable[[list[torch.Tensor]], torch.Tensor]
+
+
+class Sharded:
+    """What sharded tables have in common: a call of one is an exchange of its own.
+
+    Attributes:
+        group: over the ranks.
+        device: of the tables.
+        scale: of the gradients that rows get.
+    """
+
+    scale: float = 1.0
+
+    def prepare(self, *args: object, **keywords: object) -> Prepared:
+        """Check the arguments of a call and say what it looks up."""
+        raise NotImplementedError
+
+    def forward(self, *args: object, **keywords: object) -> torch.Tensor:
+        """As the table that was sharded; every rank must make the call, each with ids of its own."""
+        return lookup({"": self}, {"": (args, keywords)})[""]
+
+
+def lookup(
+    tables: Mapping[str, nn.Module], inputs: Mapping[str, tuple | torch.Tensor | tuple[tuple, dict]]
+) -> dict[str, torch.Tensor]:
+    """Look up several tables at once: the sharded ones of one mesh by one exchange each way, others one by one.
+
+    >>> bags = lookup(model.tables, {"user": (ids, offsets), "item": (other_ids, other_offsets)})
+
+    Args:
+        tables: by name, sharded or not, as an ``nn.ModuleDict`` has them.
+        inputs: what to call each with: a tensor, a tuple of arguments, or a pair of a tuple and a dict of keywords.
+
+    Returns:
+        The tables' results by name, in the order of ``inputs``.
+
+    Raises:
+        KeyError: a name is not among the tables.
+        Exception: what a table raises; for sharded ones on every rank, where one rank's arguments are wrong.
+    """
+    calls, results = {}, dict.fromkeys(inputs)
+    for name, given in inputs.items():
+        if isinstance(given, torch.Tensor) or not isinstance(given, tuple):
+            given = (given,)
+        if len(given) != 2 or not (isinstance(given[0], tuple) and isinstance(given[1], dict)):
+            given = (given, {})
+        calls[name] = given
+    groups: dict[tuple, list[str]] = {}
+    for name, (args, keywords) in calls.items():
+        table = tables[name]
+        if isinstance(table, Sharded):
+            groups.setdefault((id(table.group), table.scale), []).append(name)
+        else:
+            results[name] = table(*args, **keywords)
+    for names in groups.values():
+        prepared: dict[str, Prepared] = {}
+
+        def build(names: Sequence[str] = names, prepared: dict[str, Prepared] = prepared) -> list[Request]:
+            for name in names:
+                args, keywords = calls[name]
+                prepared[name] = tables[name].prepare(*args, **keywords)
+            return [request for name in names for request in prepared[name].requests]
+
+        first = tables[names[0]]
+        found = iter(look_up(build, first.group, first.device, first.scale))
+        for name in names:
+            own = [next(found) for _ in prepared[name].requests]
+            results[name] = prepared[name].finish(own)
+    return results
+
+
+def _check_ids(name: str, ids: torch.Tensor, num_rows: int | torch.Tensor) -> None:
+    """On the CPU, ids outside a table are an error; on CUDA none is raised, and such ids must not come."""
+    bad = ((ids < 0) | (ids >= num_rows)).nonzero()
+    if bad.numel():
+        position = int(bad[0])
+        size = int(num_rows if isinstance(num_rows, int) else num_rows.expand(ids.shape)[position])
+        raise IndexError(
+            f"{name} must be in [0, N) with N={size}, got {int(ids[position])} at flat position {position}"
+        )
+
+
+class _Bags(NamedTuple):
+    """Flat lists of ids that contribute."""
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    weights: torch.Tensor | None
+
+    def keep(self, kept: torch.Tensor) -> _Bags:
+        """Without the ids that ``kept (L,)`` is false for."""
+        if bool(kept.all()):
+            return self
+        bag = torch.repeat_interleave(self.lengths)[kept]
+        lengths = torch.bincount(bag, minlength=self.lengths.numel())
+        return _Bags(self.ids[kept], lengths, None if self.weights is None else self.weights[kept])
+
+
+def _flat(ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None, whole: bool) -> _Bags:
+    """Lists as :func:`gossamer.gather_reduce` takes them, flat and without ids outside all bags."""
+    if offsets is None:
+        rows, each = ids.shape
+        lengths = torch.full((rows,), each, dtype=torch.int64, device=ids.device)
+        return _Bags(ids.reshape(-1).long(), lengths, None if weights is None else weights.reshape(-1))
+    ends = offsets.long()
+    if not whole:
+        ends = torch.cat([ends, ends.new_full((1,), ids.shape[0])])
+    inside = slice(int(ends[0]), int(ends[-1]))
+    return _Bags(ids[inside].long(), ends.diff(), None if weights is None else weights[inside])
+
+
+class ShardedEmbedding(Sharded, TableShard):
+    """A :class:`gossamer.nn.Embedding` of which each process has a part; made by :func:`shard_tables`.
+
+    Calls, results and names in the ``state_dict`` are those of the layer. ``weight`` is this process's part.
+    """
+
+    padding_idx: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the table."""
+        return self.weight.device
+
+    def prepare(self, input: torch.Tensor) -> Prepared:
+        """A lookup of ids of any shape."""
+        check_index("input", input)
+        check_same_device(weight=self.weight, input=input)
+        ids = input.reshape(-1).long()
+        _check_ids("input", ids, self.num_embeddings)
+        trained = None if self.padding_idx is None else ids != self.padding_idx
+        request = Request(
+            self,
+            ids,
+            torch.ones_like(ids),
+            pooled=False,
+            trained=trained,
+            out_dtype=self.weight.dtype,
+            learns=torch.is_grad_enabled() and self.trained,
+        )
+        return Prepared([request], lambda rows: rows[0].view(*input.shape, self.embedding_dim))
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``."""
+        return self(ids)
+
+
+class ShardedEmbeddingBag(Sharded, TableShard):
+    """A :class:`gossamer.nn.EmbeddingBag` of which each process has a part; made by :func:`shard_tables`.
+
+    Calls, results and names in the ``state_dict`` are those of the layer. ``weight`` is this process's part.
+    """
+
+    padding_idx: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the table."""
+        return self.weight.device
+
+    def prepare(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> Prepared:
+        """A lookup of bags."""
+        check_index("input", input)
+        ids, offsets, weights, whole = bag_lists(self, input, offsets, per_sample_weights)
+        check_same_device(weight=self.weight, input=ids, offsets=offsets, per_sample_weights=weights)
+        if offsets is not None:
+            ends = offsets if whole else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
+            check_lookup(self.weight.detach(), ids, ends, weights, self.mode)
+        bags = _flat(ids, offsets, weights, whole)
+        _check_ids("input", bags.ids, self.num_embeddings)
+        if self.padding_idx is not None:
+            bags = bags.keep(bags.ids != self.padding_idx)
+        request = Request(
+            self,
+            bags.ids,
+            bags.lengths,
+            weights=bags.weights,
+            mode=self.mode,
+            out_dtype=self.weight.dtype,
+            learns=torch.is_grad_enabled() and self.trained,
+        )
+        return Prepared([request], lambda rows: rows[0])
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``, of which one at ``padding_idx`` learns nothing."""
+
+        def prepare(ids: torch.Tensor) -> Prepared:
+            return ShardedEmbedding.prepare(self, ids)
+
+        return _alone(self, prepare, ids)
+
+
+def _alone(table: Sharded, prepare: Callable[..., Prepared], *args: object) -> torch.Tensor:
+    """A call of one table by another way than :meth:`Sharded.forward`."""
+    found: list[Prepared] = []
+
+    def build() -> list[Request]:
+        found.append(prepare(*args))
+        return found[0].requests
+
+    results = look_up(build, table.group, table.device, table.scale)
+    return found[0].finish(results)
+
+
+class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
+    """A :class:`gossamer.nn.TableBatchedEmbeddingBags` of which each process has parts; made by :func:`shard_tables`.
+
+    Calls and results are those of the layer, all of whose tables share one exchange each way. In the ``state_dict``
+    table t is ``tables.t.weight`` with ``tables.t.optimizer_*`` beside it; the flat tensors of the layer that was
+    sharded can be loaded too.
+
+    Attributes:
+        tables: this process's part of each table.
+        layout: the :class:`gossamer.TableLayout` of the whole tables.
+        optimizer: of all tables; may be set to one with the same state, to change a number.
+    """
+
+    def __init__(self, layer: TableBatchedEmbeddingBags, splits: Sequence[Split], mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.layout, self.feature_names, self.mesh = layer.layout, layer.feature_names, mesh
+        self.output_dtype, self.bounds = layer.output_dtype, layer.bounds
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        states = layer.split_optimizer_states()
+        shards = []
+        for weight, state, split in zip(layer.split_embedding_weights(), states, splits, strict=True):
+            step = {} if layer.optimizer is None else {"step": layer.optimizer_step}
+            how = {"requires_grad": layer.weights.requires_grad, "options": {"by_position": True}}
+            shards.append(TableShard(weight, state | step, layer.optimizer, split, mesh, **how))
+        self.tables = nn.ModuleList(shards)
+        counter = None if layer.bounds_count is None else layer.bounds_count.clone()
+        self.register_buffer("bounds_count", counter, persistent=False)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Over the ranks."""
+        return self.mesh.get_group()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tables."""
+        return self.tables[0].weight.device
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """Of all tables."""
+        return self.tables[0].optimizer
+
+    @optimizer.setter
+    def optimizer(self, value: Optimizer | None) -> None:
+        for table in self.tables:
+            table.optimizer = value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """As of any module, for which a property is hidden by what modules keep."""
+        if name == "optimizer":
+            type(self).optimizer.fset(self, value)
+        else:
+            super().__setattr__(name, value)
+
+    def nbytes(self) -> int:
+        """Bytes on this rank."""
+        return sum(table.nbytes() for table in self.tables)
+
+    def inference_nbytes(self) -> int:
+        """Bytes on this rank without the optimizer's state."""
+        return sum(table.inference_nbytes() for table in self.tables)
+
+    def prepare(
+        self,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> Prepared:
+        """A lookup of the bags of every feature."""
+        if not isinstance(indices, torch.Tensor):
+            if offsets is not None or per_sample_weights is not None:
+                raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
+            indices, offsets, per_sample_weights = keyed_lists(self, indices)
+        if offsets is None:
+            raise TypeError("offsets must be a torch.Tensor, got NoneType")
+        features = self.layout.num_features
+        check_index("indices", indices)
+        check_index("offsets", offsets)
+        check_shape("offsets", offsets, (None,), "(F·B+1,)")
+        if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % features:
+            raise ValueError(f"offsets must have shape (F·B+1,) with F={features} features, got {tuple(offsets.shape)}")
+        wrong = 0
+        if self.bounds != "raise":
+            repaired = offsets.clamp(0, indices.shape[0]).cummax(0).values
+            wrong, offsets = (repaired != offsets).sum(), repaired
+        check_lookup(self.tables[0].weight.detach(), indices, offsets, per_sample_weights, "sum")
+        bags = _flat(indices, offsets, per_sample_weights, True)
+        each = (offsets.shape[0] - 1) // features
+        ends = offsets[::each].tolist() if each else [0] * (features + 1)
+        counts = [end - begin for begin, end in itertools.pairwise(ends)]
+        bags = self._bounded(bags, counts, wrong)
+        lengths = bags.lengths.view(features, each)
+        counts = lengths.sum(1).tolist()
+        ids = bags.ids.split(counts)
+        weights = None if bags.weights is None else bags.weights.split(counts)
+        requests, places = [], {}
+        for table, shard in enumerate(self.tables):
+            mine = [f for f, of in enumerate(self.layout.feature_table_map) if of == table]
+            if not mine:
+                continue
+            places |= {feature: (len(requests), place) for place, feature in enumerate(mine)}
+            requests.append(
+                Request(
+                    shard,
+                    torch.cat([ids[f] for f in mine]),
+                    torch.cat([lengths[f] for f in mine]),
+                    features=len(mine),
+                    weights=None if weights is None else torch.cat([weights[f] for f in mine]),
+                    mode=self.layout.pooling[table],
+                    out_dtype=self.output_dtype or shard.dtype,
+                    learns=torch.is_grad_enabled() and shard.trained,
+                )
+            )
+
+        def finish(results: list[torch.Tensor]) -> torch.Tensor:
+            columns = [results[r][place * each : (place + 1) * each] for r, place in map(places.get, range(features))]
+            return torch.cat(columns, 1)
+
+        return Prepared(requests, finish)
+
+    def _bounded(self, bags: _Bags, counts: Sequence[int], wrong: torch.Tensor | int) -> _Bags:
+        """The lists as the bounds mode has them."""
+        rows = torch.tensor([self.layout.specs[t][0] for t in self.layout.feature_table_map], device=bags.ids.device)
+        rows = rows.repeat_interleave(torch.tensor(counts, device=rows.device))
+        if self.bounds == "raise":
+            _check_ids("indices", bags.ids, rows)
+            return bags
+        outside = (bags.ids < 0) | (bags.ids >= rows)
+        self.bounds_count.add_(outside.sum() + wrong)
+        # A table without rows has none to clamp to.
+        if self.bounds == "clamp":
+            bags = bags._replace(ids=bags.ids.clamp(min=0).minimum((rows - 1).clamp(min=0)))
+            outside = rows == 0
+        return bags.keep(~outside)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        self._split_flat(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _split_flat(self, state_dict: dict, prefix: str) -> None:
+        """Replace the flat tensors of the unsharded layer by those of each table."""
+        if prefix + "weights" not in state_dict:
+            return
+        flat = {"weight": state_dict.pop(prefix + "weights")}
+        state_dict.pop(prefix + "table_specs", None)
+        for key in [key for key in state_dict if key.startswith(prefix + "optimizer_")]:
+            flat[key.removeprefix(prefix)] = state_dict.pop(key)
+        for name, tensor in flat.items():
+            shared = name in ("optimizer_step", "optimizer_algorithm")
+            parts = [tensor] * len(self.tables) if shared else self.layout.views(tensor)
+            for table, part in enumerate(parts):
+                state_dict[f"{prefix}tables.{table}.{name}"] = part
+
+    def lookup(self, ids: torch.Tensor, feature: int = 0) -> torch.Tensor:
+        """The vectors ``(..., D_f)`` of one feature's ``ids (...)``."""
+
+        def prepare() -> Prepared:
+            check_index("ids", ids)
+            features, table_of = self.layout.num_features, self.layout.feature_table_map
+            if not 0 <= feature < features:
+                raise ValueError(f"feature must be in [0, F) with F={features}, got {feature}")
+            shard = self.tables[table_of[feature]]
+            flat = ids.reshape(-1).long()
+            _check_ids("ids", flat, shard.num_embeddings)
+            learns = torch.is_grad_enabled() and shard.trained
+            dtype = self.output_dtype or shard.dtype
+            request = Request(shard, flat, torch.ones_like(flat), pooled=False, out_dtype=dtype, learns=learns)
+            return Prepared([request], lambda rows: rows[0].view(*ids.shape, shard.embedding_dim))
+
+        return _alone(self, prepare)
+
+
+class ShardedDynamicEmbedding(Sharded, DynamicShard):
+    """A :class:`gossamer.nn.DynamicEmbedding` whose ids lie on several processes; made by :func:`shard_tables`.
+
+    Under ``"row"`` an id belongs to the rank that its hash names; under ``"table"`` all belong to one. Each rank has
+    its share of the capacity and of what admission counts, and expires, evicts and ships its own ids. ``local`` is the
+    layer of this rank, for counters, deltas and files.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Of the table."""
+        return self.local.device
+
+    @property
+    def counters(self):
+        """What has happened to this rank's ids."""
+        return self.local.counters
+
+    @property
+    def pooling(self) -> str | None:
+        """``"sum"``, ``"mean"``, ``"max"``, or None for a row an id."""
+        return self.local.pooling
+
+    def prepare(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+        *,
+        weights: torch.Tensor | None = None,
+    ) -> Prepared:
+        """A lookup of bags, or of ids without pooling."""
+        if weights is not None and per_sample_weights is not None:
+            raise ValueError("weights must be None beside per_sample_weights, which it is another name of")
+        weights = per_sample_weights if weights is None else weights
+        if self.pooling is None and (offsets is not None or weights is not None):
+            raise ValueError("offsets and weights must be None without pooling")
+        check_index("ids", ids)
+        shape = ids.shape
+        if self.pooling is None:
+            ids = ids.reshape(-1, 1)
+        if ids.dtype != self.id_dtype:
+            raise TypeError(f"ids must have the table's key_dtype, {self.id_dtype}, got {ids.dtype}")
+        check_lookup(self.local.table.values, ids, offsets, weights, self.pooling or "sum")
+        if offsets is None and ids.dim() == 1:
+            ids, weights = ids.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
+        bags = _flat(ids, offsets, weights, True)
+        inserts = self.training and not self.local.frozen and torch.is_grad_enabled()
+        request = Request(
+            self,
+            bags.ids.to(self.id_dtype),
+            bags.lengths,
+            weights=bags.weights,
+            mode=self.pooling or "sum",
+            pooled=self.pooling is not None,
+            out_dtype=self.dtype,
+            learns=inserts and self.trained,
+            inserts=inserts,
+        )
+        if self.pooling is None:
+            return Prepared([request], lambda rows: rows[0].view(*shape, self.embedding_dim))
+        return Prepared([request], lambda rows: rows[0])
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``, zero for ids without a row."""
+
+        def prepare() -> Prepared:
+            check_index("ids", ids)
+            made = self.prepare(ids.reshape(-1, 1)) if self.pooling else self.prepare(ids.reshape(-1))
+            requests = [request._replace(pooled=False) for request in made.requests]
+            return Prepared(requests, lambda rows: rows[0].view(*ids.shape, self.embedding_dim))
+
+        return _alone(self, prepare)
+
+
+def _check_mesh(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
+    """The one-dimensional mesh of the ranks that share the tables."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
+    names = mesh.mesh_dim_names or ()
+    if dim is not None and dim not in names:
+        raise ValueError(f"mesh must have the dimension {dim!r}, got the dimensions {tuple(names)}")
+    if dim is None and mesh.ndim != 1:
+        raise ValueError(f"dim must name one of the mesh's dimensions {tuple(names)}, as it has {mesh.ndim}, got None")
+    if mesh.get_coordinate() is None:
+        raise ValueError("mesh must hold this process")
+    return mesh if mesh.ndim == 1 else mesh[dim]
+
+
+def _plan(model: nn.Module, plan: object, world: int, lookups: Mapping[str, Lookups] | None) -> TablePlan:
+    """The plan as a :class:`TablePlan` that names every table of the model."""
+    if isinstance(plan, str):
+        if plan != "auto":
+            raise ValueError(f"plan must be 'auto', a dict of {KINDS} by table, or a TablePlan, got {plan!r}")
+        return plan_tables(model, world, lookups=lookups)
+    infos = table_infos(model, lookups)
+    if isinstance(plan, TablePlan):
+        if plan.world != world:
+            raise ValueError(f"plan must be for the mesh's {world} ranks, got one for {plan.world}")
+        kinds = plan.kinds
+    elif isinstance(plan, Mapping):
+        # A batched module's name stands for all of its tables.
+        batched = {
+            name: [join(name, str(table)) for table in range(len(module.layout.specs))]
+            for name, module in named_tables(model).items()
+            if isinstance(module, TableBatchedEmbeddingBags)
+        }
+        kinds = {}
+        for name, kind in plan.items():
+            kinds |= dict.fromkeys(batched.get(name, [name]), kind)
+    else:
+        raise TypeError(f"plan must be a str, a dict or a TablePlan, got {type(plan).__name__}")
+    if unknown := sorted(set(kinds) - set(infos)):
+        raise ValueError(f"plan must name tables of the model, {sorted(infos)}, got {unknown}")
+    if absent := sorted(set(infos) - set(kinds)):
+        raise ValueError(f"plan must name every table of the model, got nothing for {absent}")
+    for name, kind in kinds.items():
+        if kind not in KINDS:
+            raise ValueError(f"plan[{name!r}] must be one of {KINDS}, got {kind!r}")
+        if kind not in infos[name].kinds:
+            raise ValueError(f"plan[{name!r}] must be one of {infos[name].kinds} for this kind of table, got {kind!r}")
+    if isinstance(plan, TablePlan):
+        return TablePlan(world, dict(kinds), dict(plan.owners), infos)
+    return assign_owners(infos, {name: kinds[name] for name in infos}, world)
+
+
+def _checked_plan(
+    model: nn.Module, mesh: DeviceMesh, plan: object, gradients: str, lookups: Mapping[str, Lookups] | None
+) -> TablePlan:
+    """The plan, after all checks that one rank can make alone."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if gradients not in GRADIENTS:
+        raise ValueError(f"gradients must be one of {GRADIENTS}, got {gradients!r}")
+    tables = named_tables(model)
+    if not tables:
+        raise ValueError("model must have a table that can be sharded, got none")
+    found = _plan(model, plan, mesh.size(), lookups)
+    devices = {name: _device(module) for name, module in tables.items()}
+    if len(set(devices.values())) > 1 or any(device.type != mesh.device_type for device in devices.values()):
+        kind, listed = mesh.device_type, {name: str(device) for name, device in devices.items()}
+        raise ValueError(
+            f"model must have all tables on one device of the mesh's type {mesh.device_type!r}, got {listed}"
+        )
+    for name in found.kinds:
+        found.split(name).check(name)
+    for name, module in tables.items():
+        kind = found.kinds.get(name)
+        if getattr(module, "max_norm", None) is not None and kind in ("column", "replicate"):
+            raise ValueError(f"plan[{name!r}] must be 'row' or 'table' for a table with max_norm, got {kind!r}")
+    return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    if isinstance(module, DynamicEmbedding):
+        return module.device
+    return next(module.parameters()).device
+
+
+def _shard(name: str, module: nn.Module, plan: TablePlan, mesh: DeviceMesh) -> nn.Module:
+    """The sharded form of one table module."""
+    if isinstance(module, DynamicEmbedding):
+        return ShardedDynamicEmbedding(module, plan.split(name), mesh)
+    if isinstance(module, TableBatchedEmbeddingBags):
+        splits = [plan.split(join(name, str(table))) for table in range(len(module.layout.specs))]
+        return ShardedTableBatchedEmbeddingBags(module, splits, mesh)
+    shared = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    if isinstance(module, EmbeddingBag):
+        made, shared = ShardedEmbeddingBag, (*shared, "mode", "include_last_offset")
+    else:
+        made = ShardedEmbedding
+    options = {option: getattr(module, option) for option in shared}
+    state = {}
+    if module.optimizer is not None:
+        state = {kind: getattr(module, f"optimizer_{kind}") for kind in ("step", *module.optimizer.state_kinds())}
+    how = {"requires_grad": module.weight.requires_grad, "options": options}
+    return made(module.weight, state, module.optimizer, plan.split(name), mesh, **how)
+
+
+def shard_tables(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    plan: str | Mapping[str, str] | TablePlan = "auto",
+    *,
+    dim: str | None = None,
+    gradients: str = "mean",
+    lookups: Mapping[str, Lookups] | None = None,
+) -> nn.Module:
+    """Spread the embedding tables of a model over the processes of a mesh; each then looks up ids of its own batch.
+
+    Every :class:`gossamer.nn.Embedding`, ``EmbeddingBag``, ``TableBatchedEmbeddingBags`` and ``DynamicEmbedding`` is
+    replaced by a layer that is called as before. Every process must make the same calls in the same order, backward
+    passes included, with a batch of any size. By table, the plan says how it lies:
+
+    - ``"row"``: a block of rows on each rank (of a dynamic table, the ids whose hash names the rank). Each distinct id
+      travels once to the rank of its row, and the row back; bags are pooled where they are asked for.
+    - ``"table"``: all of it on one rank, which pools. Ids travel there and one sum a bag comes back; without pooling,
+      distinct ids and their rows, as for ``"row"``.
+    - ``"column"``: a block of columns of all rows on each rank, which pools its columns of the bags of all ranks.
+    - ``"replicate"``: all of it on every rank. Nothing travels but ids and gradients in the backward pass.
+
+    A call sends the numbers of ids, the ids, and the rows, and its backward pass the gradients: four collectives,
+    however many tables a ``TableBatchedEmbeddingBags`` has, and for several modules that are looked up by
+    :func:`lookup`. A bag's gradient travels once to each rank that has an id of it.
+
+    **Bits.** Fused steps (``optimizer=``) are taken on the joined batch: rank 0's examples, then rank 1's, and so on.
+    Given the same gradients of the results, one step on P processes has the same bits as one process's step on
+    the joined batch for ``"row"``, ``"table"`` and ``"replicate"``, since rows are pooled and gradients are summed in
+    the order in which one process does; results have the same bits too. ``"column"`` has them where a rule works on
+    elements alone; where it reads whole rows (row-wise states, ``clip_norm``, LAMB, stochastic rounding), sums of each
+    rank's columns are added in the order of the ranks, by one more collective a table or two, and the step is right to
+    rounding. Exceptions: stochastic rounding of ``"row"`` draws other numbers, as each rank counts its rows from 0; a
+    dynamic table that is full evicts by rank; with ``gradients="mean"`` over a number of ranks that is no power of two
+    the division rounds. Gradients of a model's dense layers are averaged by whatever wraps them, in an order of its
+    own.
+
+    Without an optimizer a table's part gets its gradient in ``weight.grad``, right to rounding. The parts are named in
+    the model's ``_ddp_params_and_buffers_to_ignore``, so that DistributedDataParallel leaves them alone; give them to
+    ``fully_shard`` as ``ignored_params``.
+
+    The ``state_dict`` holds whole tables under their old names, as DTensors where ranks have parts, and
+    of dynamic tables groups of ids; torch.distributed.checkpoint saves and loads it for any number of processes and
+    any plan. :func:`gossamer.parallel.save_checkpoint` and :class:`gossamer.parallel.ShardedEmbeddingFolder` make this
+    safe against a kill.
+
+    Args:
+        model: changed in place; alike on all processes, with the same tables in them.
+        mesh: of the processes.
+        plan: ``"auto"`` for :func:`plan_tables`, one of the kinds above for each table by name (a batched module's name
+            stands for all its tables, ``"name.0"`` for one), or a :class:`TablePlan`.
+        dim: the dimension of the mesh over which tables are spread; needed where it has several. Processes along the
+            other dimensions have copies, and must get the same batches.
+        gradients: what rows learn from: the ``"mean"`` over the ranks of the gradients of their losses, as
+            DistributedDataParallel has it, so that a loss that is a mean over a batch is one over the joined batch; or
+            their ``"sum"``.
+        lookups: what :func:`measure_lookups` counted, for ``"auto"`` and for the ranks of whole tables.
+
+    Returns:
+        The model; the sharded table where the model itself is one.
+
+    Raises:
+        TypeError: an argument is none of these.
+        ValueError: on every rank alike: the mesh lacks the dimension, the plan leaves out a table or names what is
+            none, ranks are more than rows or columns, devices are mixed, or the ranks' models or plans differ.
+    """
+    mesh = _check_mesh(mesh, dim)
+    group, error, description = mesh.get_group(), None, ""
+    try:
+        found = _checked_plan(model, mesh, plan, gradients, lookups)
+        description = f"{gradients}, {found.kinds}, {found.owners}, {_describe(model)}"
+    except (TypeError, ValueError) as problem:
+        error = problem
+    descriptions = raise_together(error, group, description)
+    if different := [rank for rank, other in enumerate(descriptions) if other != descriptions[0]]:
+        raise ValueError(
+            f"model and plan must be the same on all ranks, got on rank 0: {descriptions[0]}; and on rank "
+            f"{different[0]}: {descriptions[different[0]]}"
+        )
+    scale = 1 / mesh.size() if gradients == "mean" else 1.0
+    replaced = {}
+    for name, module in named_tables(model).items():
+        replaced[id(module)] = _shard(name, module, found, mesh)
+        replaced[id(module)].scale = scale
+        replaced[id(module)].train(module.training)
+    if id(model) in replaced:
+        return replaced[id(model)]
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for prefix, parent in list(model.named_modules(remove_duplicate=False)):
+        for name, child in list(parent.named_children()):
+            if id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])
+                own = replaced[id(child)]
+                ignored += [join(join(prefix, name), key) for key, _ in [*own.named_parameters(), *own.named_buffers()]]
+    model._ddp_params_and_buffers_to_ignore = ignored
+    return model
+
+
+def _describe(model: nn.Module) -> str:
+    """What ranks compare of their tables."""
+    found = []
+    for name, module in named_tables(model).items():
+        optimizer = module.optimizer
+        # A learning rate in a tensor has no fixed value.
+        of = None if optimizer is None else (type(optimizer).__name__, optimizer.state_kinds())
+        dtype = module.table.value_dtype if isinstance(module, DynamicEmbedding) else next(module.parameters()).dtype
+        found.append((name, type(module).__name__, module.num_embeddings, module.embedding_dim, str(dtype), of))
+    return repr(found)
