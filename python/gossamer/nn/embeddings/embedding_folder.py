@@ -15,7 +15,8 @@ import torch
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 
-_CHECKPOINT, _DELTA, _FORMAT, _MANIFEST = "joint checkpoint", "joint delta", 1, "manifest.json"
+CHECKPOINT, DELTA = "joint checkpoint", "joint delta"
+_FORMAT, _MANIFEST = 1, "manifest.json"
 # The checkpoint number in a manifest while the folder's first checkpoint is being written.
 _FIRST_PENDING = -1
 
@@ -70,6 +71,7 @@ class EmbeddingFolder:
 
     Attributes:
         sequence: number of the delta exported or applied last.
+        lineage: the digest that the next delta names; None before the first checkpoint.
 
     Raises:
         TypeError, ValueError: an argument is none of these.
@@ -86,7 +88,7 @@ class EmbeddingFolder:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.path, self.layers, self.keep = Path(path), dict(layers), keep
-        self.sequence, self._lineage = 0, None
+        self.sequence, self.lineage = 0, None
         self._passed_over: set[str] = set()  # newer checkpoints than the one that was loaded
 
     @contextmanager
@@ -106,10 +108,15 @@ class EmbeddingFolder:
         for layer, (rows, _) in parts.items():
             packed |= {f"layers/{layer}/{name}": tensor for name, tensor in rows.items()}
         headers = {layer: header for layer, (_, header) in parts.items()}
-        own = {"format": _FORMAT, "sequence": self.sequence, "lineage": self._lineage}
+        own = {"format": _FORMAT, "sequence": self.sequence, "lineage": self.lineage}
         return packed, own | {"layers": headers, "info": info or {}}
 
-    def _unpack(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> dict:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object], what: str) -> dict:
+        """Tensors and header of each layer in a file's.
+
+        Raises:
+            ValueError: the file is of another format or of other layers.
+        """
         files.check_header(header, {"format": _FORMAT}, what)
         layers = header.get("layers")
         if not isinstance(layers, dict) or layers.keys() != self.layers.keys():
@@ -139,11 +146,11 @@ class EmbeddingFolder:
         with self._locked():
             parts = {name: layer._snapshot() for name, layer in self.layers.items()}
         packed, header = self._pack(parts, tensors, info)
-        header = files.write(path, packed, header | {"kind": _CHECKPOINT})
+        header = files.write(path, packed, header | {"kind": CHECKPOINT})
         older = [entry for entry in (before.checkpoints if before else []) if entry[0] not in self._passed_over]
         kept = [(path.name, self.sequence), *older][: self.keep]
         self._write_manifest(number, kept, info or {})
-        self._lineage = self._lineage or _digest(header)
+        self.lineage = self.lineage or digest(header)
         names = {name for name, _ in kept}
         stale = [p for p in self.path.glob("checkpoint-*.safetensors") if p.name not in names]
         stale += [p for n, p in self._deltas() if not kept[-1][1] < n <= self.sequence]
@@ -177,7 +184,7 @@ class EmbeddingFolder:
                 raise ValueError(f"older must be below {len(manifest.checkpoints)}, the checkpoints kept, got {older}")
             path = self.path / manifest.checkpoints[older][0]
             try:
-                tensors, header = files.read(path, _CHECKPOINT)
+                tensors, header = files.read(path, CHECKPOINT)
                 break
             except (FileNotFoundError, ValueError) as error:
                 # A trainer may have replaced the file meanwhile; then the manifest has changed too.
@@ -189,13 +196,13 @@ class EmbeddingFolder:
                         f"{error}; the checkpoint before it is {name} at number {sequence}: load(older={older + 1})"
                     ) from error
         what = f"checkpoint {path}"
-        parts = self._unpack(tensors, header, what)
+        parts = self.unpack(tensors, header, what)
         with self._locked():
             for name, part in parts.items():
                 self.layers[name]._check_snapshot(*part, f"{what}, layer {name!r}")
             for name, part in parts.items():
                 self.layers[name]._restore(*part)
-            self.sequence, self._lineage = header["sequence"], header["lineage"] or _digest(header)
+            self.sequence, self.lineage = header["sequence"], header["lineage"] or digest(header)
             self._passed_over = {name for name, _ in manifest.checkpoints[:older]}
         rows = sum(len(layer) for layer in self.layers.values())
         return Contents(files.part(tensors, "beside/"), header["info"], rows)
@@ -219,16 +226,16 @@ class EmbeddingFolder:
         Raises:
             ValueError: there is no checkpoint that the delta could follow.
         """
-        if self._lineage is None:
+        if self.lineage is None:
             raise ValueError("deltas follow a checkpoint: save() or load() one first")
         with self._locked():
             parts = {name: layer._delta(False, with_state) for name, layer in self.layers.items()}
             packed, header = self._pack(parts, tensors, info)
             number = self.sequence + 1
-            header = files.write(self._delta_path(number), packed, header | {"kind": _DELTA, "sequence": number})
+            header = files.write(self._delta_path(number), packed, header | {"kind": DELTA, "sequence": number})
             for name, (_, part) in parts.items():
                 self.layers[name]._shipped(part["sequence"])
-            self.sequence, self._lineage = number, _digest(header)
+            self.sequence, self.lineage = number, digest(header)
         return sum(rows["keys"].numel() for rows, _ in parts.values())
 
     def apply_next(self) -> Contents | None:
@@ -242,7 +249,7 @@ class EmbeddingFolder:
         """
         path = self._delta_path(self.sequence + 1)
         try:
-            tensors, header = files.read(path, _DELTA)
+            tensors, header = files.read(path, DELTA)
         except FileNotFoundError:
             manifest = read_manifest(self.path)
             if manifest is not None and manifest.sequence > self.sequence:
@@ -251,22 +258,27 @@ class EmbeddingFolder:
                 ) from None
             return None
         what = f"delta {path}"
-        parts = self._unpack(tensors, header, what)
-        if header["lineage"] != self._lineage:
+        parts = self.unpack(tensors, header, what)
+        if header["lineage"] != self.lineage:
             raise DeltaGap(f"{what} follows another number {self.sequence} than the one that was applied here")
+        with self._locked():
+            rows = self.apply_parts(parts, what)
+            self.sequence, self.lineage = header["sequence"], digest(header)
+        return Contents(files.part(tensors, "beside/"), header["info"], rows)
+
+    def apply_parts(self, parts: Mapping[str, tuple[dict, dict]], what: str) -> int:
+        """Apply a delta's tensors and header to each layer, once all fit; returns how many rows were set."""
         with self._locked():
             for name, part in parts.items():
                 self.layers[name]._check_delta(*part, f"{what}, layer {name!r}")
-            rows = sum(self.layers[name]._take_delta(*part) for name, part in parts.items())
-            self.sequence, self._lineage = header["sequence"], _digest(header)
-        return Contents(files.part(tensors, "beside/"), header["info"], rows)
+            return sum(self.layers[name]._take_delta(*part) for name, part in parts.items())
 
     def _deltas(self) -> list[tuple[int, Path]]:
         paths = self.path.glob("delta-*.safetensors")
         return [(int(p.stem.removeprefix("delta-")), p) for p in paths if p.stem.removeprefix("delta-").isdigit()]
 
 
-def _digest(header: Mapping[str, object]) -> str:
+def digest(header: Mapping[str, object]) -> str:
     """The checksum of a file's header, which holds those of its tensors."""
     return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
 

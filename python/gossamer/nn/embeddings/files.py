@@ -42,11 +42,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        _sync(part, os.O_RDWR)
+        sync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    _sync(path.parent, os.O_RDONLY)
+    sync(path.parent)
 
 
 def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -66,8 +66,9 @@ def _checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy())
 
 
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def sync(path: Path) -> None:
+    """Return once a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
