@@ -3,6 +3,8 @@
 It runs on the process groups, DeviceMesh and DTensor of torch.distributed: gloo on CPUs, NCCL on GPUs.
 """
 
+from gossamer.parallel.checkpoint import load_checkpoint, save_checkpoint
+from gossamer.parallel.embedding_folder import ShardedEmbeddingFolder
 from gossamer.parallel.exchange import Flow, Pending, RowExchange, Traffic, count_traffic
 from gossamer.parallel.experts import (
     ShardedExperts,
@@ -30,6 +32,7 @@ __all__ = [
     "ShardedDynamicEmbedding",
     "ShardedEmbedding",
     "ShardedEmbeddingBag",
+    "ShardedEmbeddingFolder",
     "ShardedExperts",
     "ShardedTableBatchedEmbeddingBags",
     "TablePlan",
@@ -38,10 +41,12 @@ __all__ = [
     "clip_grad_norm_",
     "count_traffic",
     "gather_experts",
+    "load_checkpoint",
     "lookup",
     "measure_lookups",
     "overflow_counts",
     "plan_tables",
+    "save_checkpoint",
     "shard_experts",
     "shard_tables",
 ]

@@ -123,7 +123,12 @@ def check_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def raise_together(error: Exception | None, *groups: dist.ProcessGroup, description: str = "") -> list[str]:
+def raise_together(
+    error: Exception | None,
+    *groups: dist.ProcessGroup,
+    description: str = "",
+    kinds: Sequence[type[Exception]] = (),
+) -> list[str]:
     """Raise the error of the lowest rank that has one on every rank; every rank must make the call.
 
     The message is the error's own where all ranks have the same, and names the rank elsewhere.
@@ -132,6 +137,7 @@ def raise_together(error: Exception | None, *groups: dist.ProcessGroup, descript
         error: what is wrong on this rank, or None.
         *groups: over whose ranks to look: one, or those of each dimension of a mesh.
         description: of what this rank has.
+        kinds: errors that are raised as they are, beside the usual built-in ones; others as the kind they derive from.
 
     Returns:
         The ranks' descriptions, lowest rank first.
@@ -139,7 +145,9 @@ def raise_together(error: Exception | None, *groups: dist.ProcessGroup, descript
     Raises:
         Exception: of the kind of ``error``, where any rank has one.
     """
-    mine = None if error is None else (type(error).__name__, str(error))
+    known = _KINDS | {kind.__name__: kind for kind in kinds}
+    names = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in known]
+    mine = None if error is None else (names[0] if names else "RuntimeError", str(error))
     found = {dist.get_rank(): (mine, description)}
     for group in groups:
         heard: list[Any] = [None] * dist.get_world_size(group)
@@ -151,7 +159,7 @@ def raise_together(error: Exception | None, *groups: dist.ProcessGroup, descript
         if other is not None:
             kind, message = other
             same = errors.count(other) == len(errors)
-            raise _KINDS.get(kind, RuntimeError)(message if same else f"rank {rank}: {message}") from error
+            raise known[kind](message if same else f"rank {rank}: {message}") from error
     return [text for *_, text in ordered]
 
 

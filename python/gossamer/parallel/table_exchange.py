@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from gossamer.ops.gather_reduce import gather_maxima, gather_reduce
 from gossamer.ops.gather_reduce_step import STEP_TAKEN
+from gossamer.ops.hash_table import HashTableFull
 from gossamer.parallel import messages
 from gossamer.parallel.dynamic_shard import DynamicShard
 from gossamer.parallel.exchange import RowExchange, raise_together
@@ -495,7 +496,7 @@ class Lookup:
         answers = [[status, *parts] for parts in answers]
         readers = messages.send(answers, expected, self.group, self.device, "table rows")
         if any([reader.take(torch.int64, 1).item() for reader in readers]):
-            raise_together(error, self.group)
+            raise_together(error, self.group, kinds=(HashTableFull,))
         return self.results(readers)
 
     def apply(self) -> list[torch.Tensor]:

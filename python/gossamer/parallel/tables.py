@@ -680,7 +680,7 @@ def shard_tables(
         description = f"{gradients}, {found.kinds}, {found.owners}, {_describe(model)}"
     except (TypeError, ValueError) as problem:
         error = problem
-    descriptions = raise_together(error, group, description)
+    descriptions = raise_together(error, group, description=description)
     if different := [rank for rank, other in enumerate(descriptions) if other != descriptions[0]]:
         raise ValueError(
             f"model and plan must be the same on all ranks, got on rank 0: {descriptions[0]}; and on rank "

@@ -1,0 +1,23 @@
+"""Checkpoints of sharded tables by four processes: other numbers of ranks, other plans, followed folders."""
+
+import re
+from pathlib import Path
+
+import processes
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "table_checkpoint_cases.py"
+CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What every process found, by case."""
+    return processes.run(SCRIPT, 4, tmp_path_factory.mktemp("table_checkpoints"))
+
+
+@processes.needs_gloo
+@pytest.mark.parametrize("case", CASES)
+def test_in_processes(results, case):
+    failures = [found[case] for found in results if found[case]]
+    assert not failures, "\n".join(failures)
