@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from gossamer._checks import check_positive
 from gossamer.nn.embeddings import files
@@ -78,6 +77,9 @@ def save_checkpoint(
         RuntimeError: a rank ended meanwhile; within the group's timeout.
         CheckpointException: of torch, on every rank, where writing failed on one.
     """
+    # Slow to import, so only where it is used.
+    import torch.distributed.checkpoint as dcp
+
     check_positive(keep=keep)
     folder, group = Path(folder), check_group(group)
 
@@ -132,6 +134,8 @@ def load_checkpoint(
         ValueError: there is no checkpoint so much older, or the manifest is corrupt; on every rank.
         CheckpointException: of torch, on every rank, where reading failed on one.
     """
+    import torch.distributed.checkpoint as dcp
+
     folder, group = Path(folder), check_group(group)
 
     def find() -> dict | None:

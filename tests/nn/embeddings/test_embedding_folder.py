@@ -167,7 +167,7 @@ def test_a_broken_delta_changes_no_layer(device, tmp_path):
     assert_same(server.layers, reference.layers)
     path.write_bytes(good)
     small = EmbeddingFolder(tmp_path, make(device) | {"item.id": DynamicEmbedding(3, 5, evict=None, device=device)})
-    small._lineage = server._lineage
+    small.lineage = server.lineage
     with pytest.raises(ValueError, match=r"delta .*, layer 'item.id' holds \d+ new rows for 5 free ones"):
         small.apply_next()
     assert len(small.layers["user"]) == 0 == small.sequence
