@@ -6,7 +6,7 @@ user puts together is checked when it is first used, and again after one of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch.compiler import is_compiling
@@ -14,56 +14,38 @@ from torch.compiler import is_compiling
 from gossamer import _backend
 from gossamer._checks import check_tensor
 
-# What a structure remembers of its last check: an entry of its ``__dict__`` that is no field, so that
-# ``dataclasses.replace`` leaves it out. It is a pair: the version of its tensors then; and the tensor that all of them
-# are views of, or None. Views share one version, which is then read alone.
-CHECKED = "_last_check"
+# What a structure remembers of its last check, the version of its tensors: an attribute that is no field, so that
+# ``dataclasses.replace`` leaves it out.
+CHECKED = "_checked_version"
+# In place of the version of inference tensors, which have none.
+UNCOUNTED = -1
 
 
-def version(tensors: Iterable[torch.Tensor]) -> int | None:
-    """A number that grows when one of the tensors is written to; None of inference tensors, which have none."""
+def version(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that grows when one of the tensors is written to; :data:`UNCOUNTED` if all are inference tensors."""
     total, counted = 0, False
     for tensor in tensors:
         if not tensor.is_inference():
             total, counted = total + tensor._version, True
-    return total if counted else None
+    return total if counted else UNCOUNTED
 
 
-def remember(structure: object, check: tuple[int | None, torch.Tensor | None]) -> None:
-    """Store what a structure remembers of a check."""
-    # Not by its __dict__: once that was asked for, Python reads all attributes more slowly.
-    object.__setattr__(structure, CHECKED, check)
-
-
-def mark(structure: object, tensors: Sequence[torch.Tensor]) -> None:
+def mark(structure: object, tensors: Iterable[torch.Tensor]) -> None:
     """Mark a structure as checked with its ``tensors`` as they are now."""
-    if is_compiling():
-        return
-    base = tensors[0]._base
-    if base is not None and any(tensor._base is not base for tensor in tensors):
-        base = None
-    remember(structure, (version(tensors if base is None else (base,)), base))
+    if not is_compiling():
+        # Not by its __dict__: once that was asked for, Python reads all attributes more slowly.
+        object.__setattr__(structure, CHECKED, version(tensors))
 
 
 def copy_mark(source: object, structure: object) -> None:
     """Mark a structure of the same tensors as checked if ``source`` is."""
-    if not is_compiling() and (known := getattr(source, CHECKED)) is not None:
-        remember(structure, known)
+    if not is_compiling():
+        object.__setattr__(structure, CHECKED, getattr(source, CHECKED))
 
 
 def state_without_mark(structure: object) -> dict[str, object]:
-    """What copies and pickles take: tensors are copied one by one, and no longer views of one."""
+    """What copies and pickles take: a copy's tensors have versions of their own."""
     return {name: value for name, value in structure.__dict__.items() if name != CHECKED}
-
-
-def pack(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The same lists of integers as views of one tensor where that is free: on the CPU, outside compiled code.
-
-    Kernels of GPUs are compiled for pointers to multiples of 16 bytes.
-    """
-    if is_compiling() or not all(tensor.is_cpu for tensor in tensors):
-        return tensors
-    return torch.cat(tensors).split_with_sizes([tensor.shape[0] for tensor in tensors])
 
 
 def check_indices(name: str, tensor: object, size: int, symbols: str, first: str, device: torch.device) -> None:

@@ -18,13 +18,7 @@ def expert_topology(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
     Raises:
         ValueError: ``offsets`` decrease, or need more than ``rows`` block rows.
     """
-    offsets, rows, wide, bm = args
-    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView):
-        # Compiled code, which calls through the dispatcher, wants tensors at multiples of 16 bytes.
-        found = args.new_lists()
-    else:
-        # Views share their version, which is what a topology remembers of its check.
-        found = offsets.new_empty(sum(args.sizes())).split_with_sizes(args.sizes())
+    (offsets, rows, wide, bm), found = args, args.new_lists()
     pointers = [t.data_ptr() for t in found]
     experts = offsets.shape[0] - 1
     if not _C.expert_topology(offsets.data_ptr(), experts, rows, wide, bm, pointers, torch.get_num_threads()):

@@ -42,15 +42,12 @@ class ExpertTopology(NamedTuple):
     wide: torch.SymInt
     bm: int
 
-    def sizes(self) -> tuple[torch.SymInt, ...]:
-        """How many numbers the results have, in the order of :data:`FIELDS`."""
+    def new_lists(self) -> tuple[torch.Tensor, ...]:
+        """Room for the results, in the order of :data:`FIELDS`."""
         experts, rows = self.offsets.shape[0] - 1, self.rows
         columns, blocks = experts * self.wide, rows * self.wide
-        return rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1
-
-    def new_lists(self) -> tuple[torch.Tensor, ...]:
-        """Room for the results."""
-        return tuple(map(self.offsets.new_empty, self.sizes()))
+        sizes = rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1
+        return tuple(map(self.offsets.new_empty, sizes))
 
 
 class ExpertPlaces(NamedTuple):

@@ -17,7 +17,6 @@ from gossamer._trusted import (
     copy_mark,
     is_readable,
     mark,
-    pack,
     state_without_mark,
 )
 from gossamer.ops._expert_topology import expert_places, expert_topology, longest_first, offsets_of
@@ -109,8 +108,8 @@ class BlockTopology:
     live_rows: torch.Tensor | None = None
     live_columns: torch.Tensor | None = None
 
-    # See gossamer._trusted; None before the first.
-    _last_check: ClassVar[tuple[int | None, torch.Tensor | None] | None] = None
+    # At its last check, see gossamer._trusted; None before the first.
+    _checked_version: ClassVar[int | None] = None
 
     def __getstate__(self) -> dict[str, object]:
         return state_without_mark(self)
@@ -404,7 +403,6 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
         longest_first(row_offsets),
         longest_first(column_offsets),
     )
-    lists = pack(lists)
     return _made(BlockTopology((rows * block[0], cols * block[1]), block, *lists[:3], None, *lists[3:]))
 
 
@@ -486,13 +484,9 @@ def _check_contents(topology: BlockTopology) -> None:
 def _is_remembered(topology: object) -> bool:
     """Whether it was checked and none of its tensors was written to since; each product asks."""
     try:
-        if (last := topology._last_check) is None:
-            return False
-        checked, counter = last
-        if checked is None:
-            return True
-        if counter is not None:
-            return checked == counter._version
+        checked = topology._checked_version
+        if checked is None or checked < 0:
+            return checked is not None
         t, order = topology, topology.order_t if topology.order is None else topology.order
         rows = t.row_offsets._version + t.column_indices._version + t.row_indices._version
         columns = t.column_offsets._version + t.row_indices_t._version + t.column_indices_t._version
@@ -536,7 +530,7 @@ def check_topology(topology: object) -> None:
 
 def check_parts(topology: object) -> None:
     """:func:`check_topology` of one that was never checked; products look whether its tensors were written to since."""
-    if is_compiling() or not isinstance(topology, BlockTopology) or topology._last_check is None:
+    if is_compiling() or not isinstance(topology, BlockTopology) or topology._checked_version is None:
         check_topology(topology)
 
 

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from gossamer import _backend
 from gossamer._checks import check_index, check_positive, check_shape
-from gossamer._trusted import is_readable, mark, remember, state_without_mark
+from gossamer._trusted import is_readable, mark, state_without_mark
 from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
 from gossamer.ops._records import define
 
@@ -40,8 +40,8 @@ class Dispatch:
     num_experts: int
     max_rows: int | None = None
 
-    # See gossamer._trusted; None before the first.
-    _last_check: ClassVar[tuple[int | None, torch.Tensor | None] | None] = None
+    # At its last check, see gossamer._trusted; None before the first.
+    _checked_version: ClassVar[int | None] = None
 
     def __getstate__(self) -> dict[str, object]:
         return state_without_mark(self)
@@ -99,8 +99,8 @@ def check_dispatch(dispatch: object) -> None:
     # Small products take 20 microseconds and ask each time: what is remembered is looked at first and without a call.
     if not is_dynamo_compiling():
         try:
-            if (last := dispatch._last_check) is not None:
-                if (checked := last[0]) is None:
+            if (checked := dispatch._checked_version) is not None:
+                if checked < 0:  # inference tensors, which have no version
                     return
                 if checked == dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version:
                     return
@@ -284,7 +284,5 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
         slots, rows, offsets = _dispatch(ExpertSort(expert_ids, num_experts, bound), backend)
         bound = _buffer_rows(offsets, bound)
     made = Dispatch(slots, rows, offsets, num_tokens, top_k, num_experts, None if bound == num_slots else bound)
-    if not is_compiling():
-        version = None if slots.is_inference() else slots._version + rows._version + offsets._version
-        remember(made, (version, None))
+    mark(made, (slots, rows, offsets))
     return made

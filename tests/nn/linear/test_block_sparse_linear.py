@@ -342,3 +342,10 @@ def test_files_of_models_and_parameters_on_meta(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "register_parameter", on_meta)
         assert other_layer("cpu").values.is_meta
+
+
+def test_a_layer_too_large_for_the_memory_is_refused_before_its_blocks_are_chosen(monkeypatch):
+    """Choosing blocks among 2²⁶ places takes seconds."""
+    monkeypatch.setattr(gossamer.BlockTopology, "random", lambda *args, **options: pytest.fail("chose blocks"))
+    with pytest.raises(RuntimeError, match="allocate"):
+        BlockSparseLinear(2**20, 2**30, block=128)

@@ -129,14 +129,18 @@ class BlockSparseLinear(nn.Module):
             block = check_block(block)
             grid = grid_of(out_features, in_features, block)
             shape = (grid[0] * block[0], grid[1] * block[1])
-            share = blocks_at(density, grid) / (grid[0] * grid[1])
-            topology = BlockTopology.random(shape, block, share, generator=generator, balanced=True)
+            count = blocks_at(density, grid)
         else:
             check_topology(topology)
+            block, count = topology.block, topology.nnz_blocks
         device = torch.get_default_device() if device is None else torch.device(device)
+        # Before the choice of blocks, so that a layer too large for the memory is refused at once.
+        values = torch.empty(count, *block, device=device, dtype=dtype)
+        if topology is None:
+            share = count / (grid[0] * grid[1])
+            topology = BlockTopology.random(shape, block, share, generator=generator, balanced=True)
         self._set_topology(topology, device)
-        blocks = torch.empty(topology.nnz_blocks, *topology.block, device=device, dtype=dtype)
-        self.values = nn.Parameter(blocks)
+        self.values = nn.Parameter(values)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         # Pairs of input and output gradient while gradients of missing blocks are tracked; else None.
         self.observe_gradient(False)
