@@ -220,6 +220,44 @@ def tensor_and_expert_parallel_models_give_the_same_logits():
         torch.testing.assert_close(found, expected, msg=lambda m, at=str(plan): f"{at}: {m}")
 
 
+def transformers_exchanges_tokens_by_gossamer():
+    """Of a batch a process under FSDP2, and of one batch that tensor parallelism shares."""
+    import transformers
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    transformers.logging.set_verbosity_error()
+    importlib.import_module("gossamer.integrations.transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    whole = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, num_experts=8, num_experts_per_tok=3))
+    if RANK == 0:
+        whole.save_pretrained(FOLDER / "exchanged")
+    dist.barrier()
+    batches = [torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(rank)) for rank in range(WORLD)]
+    layouts = {"fsdp": {"fsdp_size": WORLD}, "tp": {"tp_size": WORLD, "tp_plan": "auto"}}
+    for layout, plan in layouts.items():
+        mine = RANK if layout == "fsdp" else 0
+        whole.zero_grad()
+        expected = [whole(tokens, labels=tokens) for tokens in (batches if layout == "fsdp" else batches[:1])]
+        torch.stack([output.loss for output in expected]).mean().backward()
+        right = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        for experts in ("gossamer", "grouped_mm"):
+            at = f"{layout}, {experts}"
+            config = DistributedConfig(ep_size=WORLD, ep_implementation="gossamer", **plan)
+            model = AutoModelForCausalLM.from_pretrained(
+                FOLDER / "exchanged", experts_implementation=experts, distributed_config=config, dtype=torch.float32
+            )
+            output = model(batches[mine], labels=batches[mine])
+            output.loss.backward()
+            logits = output.logits.full_tensor() if hasattr(output.logits, "full_tensor") else output.logits
+            torch.testing.assert_close(logits, expected[mine].logits, msg=lambda m, at=at: f"{at}: {m}")
+            for name, parameter in model.named_parameters():
+                grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+                torch.testing.assert_close(grad, right[name], msg=lambda m, at=f"{at} {name}": f"{at}: {m}")
+
+
 def losses_are_those_of_the_whole_batch():
     """Of parts of one batch of different sizes and padding; the gradient is the mean of the processes' gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -255,6 +293,7 @@ CASES = (
     copies_move_the_same_blocks,
     blocks_of_shards_do_not_move,
     tensor_and_expert_parallel_models_give_the_same_logits,
+    transformers_exchanges_tokens_by_gossamer,
     losses_are_those_of_the_whole_batch,
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Mapping
 
 import torch
@@ -55,7 +56,8 @@ def dispatch_ids(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
     ids = top_k_index if top_k_index.dtype in INDEX_DTYPES else top_k_index.long()
     top_k = ids.shape[1]
     if top_k <= num_experts:
-        return dispatch(ids, num_experts)
+        # Of ranks that have some of the experts: rows of buffers for those slots alone.
+        return dispatch(ids, num_experts, max_rows=ids.numel())
     # Expert parallelism can leave a rank fewer experts than K. Ids from num_experts on are foreign whatever they are,
     # so they may be sorted as experts whose rows lie past the last offset kept.
     wide = dispatch(ids, top_k)
@@ -163,6 +165,9 @@ def _accept_name() -> None:
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 _accept_name()
+# Earlier releases of 5 have no plug for it, and some builds of torch have no process groups.
+if torch.distributed.is_available() and importlib.util.find_spec("transformers.distributed.expert_parallel"):
+    importlib.import_module("gossamer.integrations.expert_parallel")
 
 
 ADAPTER = "transformers"

@@ -1,0 +1,99 @@
+"""Hugging Face transformers 5: gossamer as an expert-parallel implementation.
+
+Importing :mod:`gossamer.integrations.transformers` registers it where transformers has such a plug, as 5.24 does. Then
+``DistributedConfig(ep_size=..., ep_implementation="gossamer")`` exchanges one row a (token, rank) in place of one a
+(token, expert). It serves gossamer's experts (``experts_implementation="gossamer"``) and transformers' own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+
+from gossamer.ops.gather_reduce import gather_reduce
+from gossamer.parallel.experts import Level, exchange_tokens
+
+NAME = "gossamer"
+
+
+class _SpreadSlots(torch.autograd.Function):
+    """Rows ``(M, H)`` once for each of their slots, which lie row by row; the gradients of a row's slots are summed."""
+
+    @staticmethod
+    def forward(ctx, rows, of_slot, offsets):
+        ctx.save_for_backward(offsets)
+        return rows.index_select(0, of_slot)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (offsets,) = ctx.saved_tensors
+        return gather_reduce(gradient, torch.arange(gradient.shape[0], device=gradient.device), offsets), None, None
+
+
+class GossamerEP(EPImplementation):
+    """Tokens to the ranks of their experts, once each, and back as weighted sums; see ``gossamer.parallel``.
+
+    The ranks of a tensor-parallel group share a batch: each sends its part of it, and the results are gathered.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.config = experts.config
+        group = ep_mesh.get_group()
+        self.level = Level(group, dist.get_world_size(group), dist.get_rank(group), "expert")
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``Σ_k top_k_weights[t,k]·expert_{top_k_index[t,k]}(hidden_states[t])`` of the batch that is here."""
+        shared, whole = self.tp_mesh.size() > 1, hidden_states.shape
+        if shared:
+            hidden_states, top_k_index, top_k_weights = (
+                self._own(tensor) for tensor in (hidden_states, top_k_index, top_k_weights)
+            )
+        y, _ = exchange_tokens(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.num_local_experts * self.level.size,
+            (self.level,),
+            self._compute,
+        )
+        if not shared:
+            return y
+        # Each rank has the gradient of the whole result and keeps that of its part.
+        stride = (whole[1], 1)
+        return DTensor.from_local(
+            y.contiguous(), self.tp_mesh, [Shard(0)], run_check=False, shape=whole, stride=stride
+        ).full_tensor()
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows for this rank of what the tensor-parallel group shares; gradients are gathered again."""
+        replicated = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
+        return replicated.redistribute(self.tp_mesh, [Shard(0)]).to_local()
+
+    def _compute(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int) -> torch.Tensor:
+        if getattr(self.config, "_experts_implementation", None) == NAME:
+            return self.experts_forward(rows, ids, weights).to(rows.dtype)
+        # Other implementations compute slots without an expert as well, so they get those with one alone.
+        present = ids < self.num_local_experts
+        offsets = torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0))
+        of_slot, slot = present.nonzero(as_tuple=True)
+        if of_slot.numel() == 0:
+            # Their kernels take no empty batch, and the backward pass must reach this process's parameters.
+            one = rows.sum(0, keepdim=True)
+            own = self.experts_forward(one, ids.new_zeros(1, 1, dtype=torch.int64), weights.new_ones(1, 1))
+            return rows + 0 * own.to(rows.dtype) + 0 * weights.sum().to(rows.dtype)
+        spread = _SpreadSlots.apply(rows, of_slot, offsets)
+        ones = weights.new_ones((of_slot.numel(), 1))
+        own = self.experts_forward(spread, ids[of_slot, slot].long().unsqueeze(1), ones)
+        every = torch.arange(of_slot.numel(), device=rows.device)
+        return gather_reduce(own.to(rows.dtype), every, offsets, weights[of_slot, slot])
+
+
+EPImplementationInterface.register(NAME, GossamerEP)
