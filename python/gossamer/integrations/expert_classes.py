@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from gossamer.integrations import surgery
+from gossamer.integrations import _class_swap, surgery
+from gossamer.integrations._class_swap import Swapped, undo, undo_obstacle
 from gossamer.integrations._gates import gated_activation
 from gossamer.integrations._report import Replacement, SwitchedModule
 from gossamer.integrations.transformers import compute_dtype, dispatch_ids, experts_forward
@@ -27,12 +28,13 @@ from gossamer.ops.grouped_matmul import grouped_matmul
 from gossamer.ops.product_key_topk import product_key_topk
 
 ADAPTER = "expert_classes"
+__all__ = ["ADAPTER", "holds_layers", "survey", "swap", "undo", "undo_obstacle"]
 
 
-class _Layout:
+class _Layout(Swapped):
     """What gossamer makes of a class of transformers, mixed in before it.
 
-    A subclass defines the methods that compute the layer. Its instances are pickled by the class below them.
+    A subclass defines the methods that compute the layer.
 
     Attributes:
         bypassed: paths of modules inside whose weights are read, while they themselves are not called.
@@ -52,8 +54,12 @@ class _Layout:
         """Whether the layer is one operator, and which activation or why not."""
         return _detail(module.act_fn)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _make, (_theirs(type(self)),), self.__dict__
+    @staticmethod
+    @functools.cache
+    def class_of(theirs: type) -> type | None:
+        """The subclass by which gossamer computes a class, or None where it has no layout of it."""
+        layout = LAYOUTS.get(_key(theirs))
+        return None if layout is None else type(theirs.__name__, (layout, theirs), {"__module__": __name__})
 
 
 def _detail(act_fn: Callable) -> tuple[bool, str]:
@@ -272,23 +278,6 @@ def _key(cls: type) -> tuple[str, str] | None:
     return (parts[2], cls.__name__) if parts[:2] == ["transformers", "models"] and len(parts) > 3 else None
 
 
-@functools.cache
-def _class_of(theirs: type) -> type | None:
-    """The subclass by which gossamer computes a class, or None where it has no layout of it."""
-    layout = LAYOUTS.get(_key(theirs))
-    return None if layout is None else type(theirs.__name__, (layout, theirs), {"__module__": __name__})
-
-
-def _theirs(cls: type) -> type:
-    """Transformers' class below one that gossamer made."""
-    return cls.__mro__[cls.__mro__.index(_Layout) + 1] if _Layout in cls.__mro__ else cls
-
-
-def _make(theirs: type) -> nn.Module:
-    ours = _class_of(theirs)
-    return ours.__new__(ours)
-
-
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         key = _key(type(module))
@@ -323,10 +312,7 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
 
 def survey(model: nn.Module, strict: bool) -> surgery.Survey:
     """Such expert layers inside ``model``; raises a ValueError when ``strict`` and one cannot be switched."""
-    found = surgery.survey(_layers(model), _obstacle)
-    if strict and found.skipped:
-        raise ValueError(f"model has expert layers that cannot be switched: {surgery.reasons(found.skipped)}")
-    return found
+    return _class_swap.survey(_layers(model), _obstacle, strict, "expert layers")
 
 
 def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
@@ -336,19 +322,5 @@ def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
         layout = LAYOUTS[_key(type(module))]
         switched.append(SwitchedModule(name, type(module).__name__, *layout.detail(module)))
         for part in (module, *(module.get_submodule(path) for path in layout.inside)):
-            surgery.mark(part, ADAPTER)
-            part.__class__ = _class_of(type(part)) or type(part)
+            _class_swap.switch(part, ADAPTER, _Layout)
     return Replacement(tuple(switched), found.skipped, "expert layers")
-
-
-def undo_obstacle(module: nn.Module, before: None) -> str | None:
-    """Why the layer cannot get transformers' class back, as when something else changed its class again."""
-    if isinstance(module, _Layout):
-        return None
-    return f"must have the class that replace gave it to be restored, got {type(module).__name__}"
-
-
-def undo(module: nn.Module, before: None) -> nn.Module:
-    """Give the layer transformers' class back."""
-    module.__class__ = _theirs(type(module))
-    return module

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from gossamer.integrations import surgery
+from gossamer.integrations import _class_swap, surgery
+from gossamer.integrations._class_swap import Swapped, undo, undo_obstacle
 from gossamer.integrations._report import Replacement, SwitchedModule
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 
 ADAPTER = "linear_attention"
+__all__ = ["ADAPTER", "holds_layers", "survey", "swap", "undo", "undo_obstacle"]
 
 
 def _no_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -215,30 +217,17 @@ def _with_functions(function: Callable, functions: dict[str, Callable]) -> Calla
     return made
 
 
-class _Computed:
-    """Mixed into the classes that gossamer makes, to recognise them and to pickle them by their base class."""
+class _Computed(Swapped):
+    """Mixed into the classes that gossamer makes."""
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _make, (_theirs(type(self)),), self.__dict__
-
-
-def _theirs(cls: type) -> type:
-    """Transformers' class below one that gossamer made."""
-    return cls.__mro__[2]
-
-
-def _make(theirs: type) -> nn.Module:
-    ours = _class_of(theirs)
-    return ours.__new__(ours)
-
-
-@functools.cache
-def _class_of(theirs: type) -> type | None:
-    """The subclass whose ``forward`` calls gossamer's functions, or None where it cannot be made."""
-    forward = _with_functions(theirs.forward, {name: _FUNCTIONS[name] for name in _calls(theirs)})
-    if forward is None:
-        return None
-    return type(theirs.__name__, (_Computed, theirs), {"forward": forward, "__module__": __name__})
+    @staticmethod
+    @functools.cache
+    def class_of(theirs: type) -> type | None:
+        """The subclass whose ``forward`` calls gossamer's functions, or None where it cannot be made."""
+        forward = _with_functions(theirs.forward, {name: _FUNCTIONS[name] for name in _calls(theirs)})
+        if forward is None:
+            return None
+        return type(theirs.__name__, (_Computed, theirs), {"forward": forward, "__module__": __name__})
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -256,7 +245,7 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
     """Why gossamer cannot compute this layer, or None when it can."""
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
-    if _class_of(type(module)) is None:
+    if _Computed.class_of(type(module)) is None:
         return "its forward is decorated in a way that cannot be looked into"
     parameter = next(module.parameters(), None)
     return None if parameter is None else surgery.tensor_obstacle("a weight", parameter)
@@ -264,10 +253,7 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
 
 def survey(model: nn.Module, strict: bool) -> surgery.Survey:
     """The delta-rule layers inside ``model``; raises a ValueError when ``strict`` and one cannot be switched."""
-    found = surgery.survey(_layers(model), _obstacle)
-    if strict and found.skipped:
-        raise ValueError(f"model has delta-rule layers that cannot be switched: {surgery.reasons(found.skipped)}")
-    return found
+    return _class_swap.survey(_layers(model), _obstacle, strict, "delta-rule layers")
 
 
 def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
@@ -275,21 +261,7 @@ def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
     switched = []
     for name, module in found.chosen:
         theirs = type(module)
-        surgery.mark(module, ADAPTER)
-        module.__class__ = _class_of(theirs)
+        _class_swap.switch(module, ADAPTER, _Computed)
         kind = "by channel" if any("kimi" in called for called in _calls(theirs)) else "by head"
         switched.append(SwitchedModule(name, theirs.__name__, True, f"delta rule gated {kind}"))
     return Replacement(tuple(switched), found.skipped, "delta-rule layers")
-
-
-def undo_obstacle(module: nn.Module, before: None) -> str | None:
-    """Why the layer cannot get transformers' class back, as when something else changed its class again."""
-    if isinstance(module, _Computed):
-        return None
-    return f"must have the class that replace gave it to be restored, got {type(module).__name__}"
-
-
-def undo(module: nn.Module, before: None) -> nn.Module:
-    """Give the layer transformers' class back."""
-    module.__class__ = _theirs(type(module))
-    return module
