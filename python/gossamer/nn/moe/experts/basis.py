@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from gossamer import _backend
-from gossamer._activation import Activation, as_activation
+from gossamer._activation import Activation
 from gossamer._checks import check_positive
-from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.split import split_mlp
-from gossamer.nn.moe.routing import Routing, check_capacity_factor
+from gossamer.nn.moe.routing import Routing
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.grouped_matmul import grouped_matmul
@@ -27,7 +27,7 @@ NONLINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class BasisExperts(ExpertLayer):
+class BasisExperts(FactoredExperts):
     """Experts whose gate and up matrices are ``W_e = A_e·ψ(Σ_j α_ej·B_j)`` over M basis matrices (MoBE).
 
     ``α_e = softmax(mix_e)`` over the bases, ``A_e (I, R)`` is the expert's own, and the bases ``B_j (R, H)`` are the
@@ -83,25 +83,12 @@ class BasisExperts(ExpertLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_bases=num_bases,
-        )
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         rank = intermediate_size if rank is None else rank
-        check_positive(rank=rank)
+        self._set_sizes(sizes | {"num_bases": num_bases, "rank": rank}, activation, capacity_factor)
         if nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity must be one of {tuple(NONLINEARITIES)}, got {nonlinearity!r}")
-        check_capacity_factor(capacity_factor)
-        self.activation = as_activation(activation)
-        self.num_experts = num_experts
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_bases = num_bases
-        self.rank = rank
         self.nonlinearity = nonlinearity
-        self.capacity_factor = capacity_factor
         halves = self.activation.halves
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -111,8 +98,7 @@ class BasisExperts(ExpertLayer):
         self.mix = parameter(num_experts, halves, num_bases)
         self.factor = parameter(num_experts, halves, intermediate_size, rank)
         self.down_proj = parameter(num_experts, hidden_size, intermediate_size)
-        self.register_parameter("up_bias", parameter(num_experts, halves * intermediate_size) if bias else None)
-        self.register_parameter("down_bias", parameter(num_experts, hidden_size) if bias else None)
+        self._add_biases(bias, self.down_proj)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -208,23 +194,7 @@ class BasisExperts(ExpertLayer):
     @torch.no_grad()
     def expand(self) -> Experts:
         """Plain experts with the matrices made once, for inference or as a start of further training."""
-        layer = Experts(
-            self.num_experts,
-            self.hidden_size,
-            self.intermediate_size,
-            activation=self.activation,
-            bias=self.up_bias is not None,
-            capacity_factor=self.capacity_factor,
-            device=self.bases.device,
-            dtype=self.bases.dtype,
-        )
-        up_name, down_name = layer.weight_stacks
-        getattr(layer, up_name).copy_(self.up_weight())
-        getattr(layer, down_name).copy_(self.down_proj)
-        if self.up_bias is not None:
-            getattr(layer, f"{up_name}_bias").copy_(self.up_bias)
-            getattr(layer, f"{down_name}_bias").copy_(self.down_bias)
-        return layer
+        return self._plain(self.up_weight(), self.down_proj, self.down_bias)
 
     @classmethod
     def from_experts(
@@ -269,19 +239,9 @@ class BasisExperts(ExpertLayer):
         check_positive(steps=steps, check_every=check_every)
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {lr}")
-        layer = cls(
-            experts.num_experts,
-            experts.hidden_size,
-            experts.intermediate_size,
-            num_bases,
-            rank=rank,
-            nonlinearity=nonlinearity,
-            activation=experts.activation,
-            bias=up_bias is not None,
-            capacity_factor=experts.capacity_factor,
-            device=up.device,
-            dtype=torch.promote_types(up.dtype, torch.float32),
-        )
+        sizes, options = sizes_and_options(experts, up)
+        options["dtype"] = torch.promote_types(up.dtype, torch.float32)
+        layer = cls(*sizes, num_bases, rank=rank, nonlinearity=nonlinearity, **options)
         if num_bases > layer.num_experts:
             raise ValueError(f"num_bases must be at most E = {layer.num_experts}, got {num_bases}")
         least = min(layer.hidden_size, layer.num_experts // num_bases * layer.intermediate_size)
@@ -297,9 +257,7 @@ class BasisExperts(ExpertLayer):
         with torch.no_grad():
             layer.factor.mul_(sigma[:, None, None])
             layer.down_proj.copy_(down)
-            if up_bias is not None:
-                layer.up_bias.copy_(up_bias)
-                layer.down_bias.copy_(down_bias)
+            layer._copy_biases(up_bias, down_bias)
         return layer.to(up.dtype)
 
     def _start_at_groups(self, target: torch.Tensor) -> None:

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._activation import Activation, as_activation
-from gossamer._checks import check_positive
-from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer._activation import Activation
+from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.nn.moe.experts.split import split_mlp
-from gossamer.nn.moe.routing import Routing, check_capacity_factor
+from gossamer.nn.moe.routing import Routing
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import gather_reduce
@@ -60,7 +59,7 @@ class TokenGroups:
         return TokenGroups(pairs, dispatch(experts, num_experts, max_rows=routing.dispatch.buffer_rows), weights)
 
 
-class LatentExperts(ExpertLayer):
+class LatentExperts(FactoredExperts):
     """Experts that work in a latent space, into which each group of them shares one projection (MoLE).
 
     Expert e of group g computes ``W2_e·act(W1_e·z)`` with ``z = B_g·x``, W1_e ``(2I, L)`` in place of ``(2I, H)``. The
@@ -122,29 +121,16 @@ class LatentExperts(ExpertLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            latent_size=latent_size,
-        )
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         group_size = num_experts if group_size is None else group_size
-        check_positive(group_size=group_size)
+        self._set_sizes(sizes | {"latent_size": latent_size, "group_size": group_size}, activation, capacity_factor)
         if num_experts % group_size:
             raise ValueError(
                 f"group_size must divide num_experts, got group_size={group_size}, num_experts={num_experts}"
             )
-        self.activation = as_activation(activation)
         if separate_latents and not self.activation.gated:
             raise ValueError(f"separate_latents needs a gated activation, got {self.activation.name!r}")
-        check_capacity_factor(capacity_factor)
-        self.num_experts = num_experts
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.latent_size = latent_size
-        self.group_size = group_size
         self.separate_latents = separate_latents
-        self.capacity_factor = capacity_factor
         groups, halves = num_experts // group_size, self.activation.halves
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -162,8 +148,7 @@ class LatentExperts(ExpertLayer):
         self.down_proj = parameter(num_experts, width, intermediate_size)
         out_proj = parameter(groups, hidden_size, latent_size) if shared_output else None
         self.register_parameter("out_proj", out_proj)
-        self.register_parameter("up_bias", parameter(num_experts, halves * intermediate_size) if bias else None)
-        self.register_parameter("down_bias", parameter(num_experts, width) if bias else None)
+        self._add_biases(bias, self.down_proj)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -256,20 +241,9 @@ class LatentExperts(ExpertLayer):
         up, down, up_bias, down_bias = float_weights(experts)
         if shared_output and down_bias is not None:
             raise ValueError("shared_output must be False for experts with biases, whose outputs have no latent")
-        layer = cls(
-            experts.num_experts,
-            experts.hidden_size,
-            experts.intermediate_size,
-            latent_size,
-            group_size=group_size,
-            shared_output=shared_output,
-            separate_latents=separate_latents,
-            activation=experts.activation,
-            bias=up_bias is not None,
-            capacity_factor=experts.capacity_factor,
-            device=up.device,
-            dtype=up.dtype,
-        )
+        sizes, options = sizes_and_options(experts, up)
+        options |= {"group_size": group_size, "shared_output": shared_output, "separate_latents": separate_latents}
+        layer = cls(*sizes, latent_size, **options)
         groups, kappa = layer.in_proj.shape[0], layer.group_size
         least = min(experts.hidden_size, kappa * up.shape[1] // len(layer._up_names))
         if shared_output:
@@ -290,9 +264,7 @@ class LatentExperts(ExpertLayer):
                 layer.down_proj.copy_(right.unflatten(1, (kappa, -1)).flatten(0, 1).mT)
             else:
                 layer.down_proj.copy_(down)
-            if up_bias is not None:
-                layer.up_bias.copy_(up_bias)
-                layer.down_bias.copy_(down_bias)
+            layer._copy_biases(up_bias, down_bias)
         return layer
 
     @torch.no_grad()
@@ -305,32 +277,16 @@ class LatentExperts(ExpertLayer):
         """
         if not all(isinstance(getattr(self, name), torch.Tensor) for name in self.weight_stacks):
             raise ValueError("to_experts needs float weights, got quantised ones")
-        layer = Experts(
-            self.num_experts,
-            self.hidden_size,
-            self.intermediate_size,
-            activation=self.activation,
-            bias=self.up_bias is not None,
-            capacity_factor=self.capacity_factor,
-            device=self.in_proj.device,
-            dtype=self.in_proj.dtype,
-        )
         parts = self.in_proj.chunk(len(self._up_names), 1)
         ups = [
             getattr(self, name) @ part.repeat_interleave(self.group_size, 0)
             for name, part in zip(self._up_names, parts, strict=True)
         ]
-        up_name, down_name = layer.weight_stacks
-        getattr(layer, up_name).copy_(torch.cat(ups, 1))
         out, bias = self.down_proj, self.down_bias
         if self.out_proj is not None:
             last = self.out_proj.repeat_interleave(self.group_size, 0)
             out, bias = last @ out, None if bias is None else (last @ bias.unsqueeze(2)).squeeze(2)
-        getattr(layer, down_name).copy_(out)
-        if bias is not None:
-            getattr(layer, f"{up_name}_bias").copy_(self.up_bias)
-            getattr(layer, f"{down_name}_bias").copy_(bias)
-        return layer
+        return self._plain(torch.cat(ups, 1), out, bias)
 
     def extra_repr(self) -> str:
         """Sizes and options."""
