@@ -293,6 +293,7 @@ setup(
         "gossamer.cuda_kernels",
         "gossamer.triton_kernels",
         "gossamer.bench",
+        "gossamer.bench.distributed",
         "gossamer.bench.families",
         "gossamer.bench.harness",
         "gossamer.bench.studies",

@@ -7,8 +7,9 @@ A table stands between two comments, and what is there is replaced::
 
 ``python -m gossamer.bench.harness.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check``
 says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of
-``gossamer bench --json``; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; or ``study``, the
-table of a study and what must be known to read it.
+``gossamer bench --json``; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; ``study``, the table
+of a study and what must be known to read it; ``exchanges``, predicted and measured exchanges; or ``parallel``, what
+several processes compute.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gossamer.bench.harness.study import markdown
+from gossamer.bench.harness import exchange_report, parallel, study
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/h100-kernels.md", "docs/choosing-a-router.md")
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -76,7 +77,13 @@ def kernels(results: dict) -> str:
     return _table(head, rows)
 
 
-KINDS: dict[str, Callable[[dict], str]] = {"layer": layer, "kernels": kernels, "study": markdown}
+KINDS: dict[str, Callable[[dict], str]] = {
+    "layer": layer,
+    "kernels": kernels,
+    "study": study.markdown,
+    "exchanges": exchange_report.markdown,
+    "parallel": parallel.markdown,
+}
 
 
 def rendered(text: str, root: Path) -> str:

@@ -22,12 +22,16 @@ def bench(
     family: Annotated[
         str,
         typer.Argument(
-            help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...; "
-            "or study, before the name of a comparison of methods."
+            help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...; study, before the "
+            "name of a comparison of methods; or parallel, before what several processes compute."
         ),
     ] = "moe",
     study: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="After study: routers, expert_compression, embedding_budget.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="After study: routers, expert_compression, embedding_budget. After parallel: experts.",
+        ),
     ] = None,
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, one to two minutes on two cores.")] = False,
@@ -66,6 +70,7 @@ def bench(
     cases: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Of a study: these cases, beside its baseline.")
     ] = None,
+    processes: Annotated[int | None, typer.Option(help="Of parallel: local gloo processes; 2 if not given.")] = None,
 ) -> None:
     """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
 
@@ -83,11 +88,22 @@ def bench(
             "--compare": compare, "--fail-below": fail_below,
         }  # fmt: skip
         others = [option for option, value in given.items() if value is not None]
+        if processes is not None:
+            others.append("--processes")
         return _study(study, quick, seeds, cases, json_file, plot_folder, others)
+    if family == "parallel":
+        given = {
+            "--sweep": sweep, "--csv": csv_file, "--plot": plot_folder, "--html": html_file, "--compare": compare,
+            "--fail-below": fail_below, "--seeds": seeds, "--cases": cases,
+        }  # fmt: skip
+        others = [option for option, value in given.items() if value is not None]
+        return _parallel(study, shape, quick, dtype, direction, processes, json_file, others)
     try:
         for option, value in (("a second name", study), ("--seeds", seeds), ("--cases", cases)):
             if value is not None:
                 raise ValueError(f"{option} is for studies, as in gossamer bench study routers")
+        if processes is not None:
+            raise ValueError("--processes is for several processes, as in gossamer bench parallel experts")
         if fail_below is not None and not fail_below > 0:
             raise ValueError(f"--fail-below must be above 0, got {fail_below:g}")
         if (plot_folder or html_file) is not None:
@@ -205,6 +221,38 @@ def _study(
         raise typer.Exit(INTERRUPTED)
     if not record["cases"]:
         raise typer.Exit(REFUSED)
+
+
+def _parallel(
+    name: str | None,
+    shape: str | None,
+    quick: bool,
+    dtype: str | None,
+    direction: str,
+    processes: int | None,
+    json_file: Path | None,
+    others: list[str],
+) -> None:
+    """Measure several processes; exit status as :func:`bench`."""
+    from gossamer.bench.harness import files, parallel, report
+
+    try:
+        if others:
+            raise ValueError(f"{', '.join(others)} must not be given with parallel")
+        request = parallel.request(name, shape, dtype, direction, 2 if processes is None else processes, quick)
+        if json_file is not None:
+            files.check_file("--json", json_file)
+    except ValueError as error:
+        print(f"gossamer bench: {error}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from None
+    try:
+        record = parallel.run(request)
+    except RuntimeError as error:
+        print(f"gossamer bench: {error}", file=sys.stderr)
+        raise typer.Exit(WRONG) from None
+    if json_file is not None:
+        files.write_json(record, json_file)
+    parallel.print_record(report.make_console(), record)
 
 
 def _need_matplotlib(option: str) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks over several processes; ``gossamer bench parallel`` runs them."""
