@@ -6,7 +6,8 @@ from pathlib import Path
 import processes
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "support" / "expert_parallel_cases.py"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+SCRIPT, LOST = SUPPORT / "expert_parallel_cases.py", SUPPORT / "lost_rank_cases.py"
 CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
 
 pytestmark = processes.needs_gloo
@@ -22,3 +23,11 @@ def results(request, tmp_path_factory):
 def test_in_processes(results, case):
     failures = [found[case] for found in results if found[case]]
     assert not failures, "\n".join(failures)
+
+
+def test_a_rank_that_is_lost(tmp_path):
+    """A rank that never calls is an error after the group's timeout of 2 s, and one that ended at once, not after 60."""
+    waited = processes.run(LOST, 2, tmp_path)[0]
+    assert set(waited) == {"late", "ended in a backward pass", "ended"}
+    for what, seconds in waited.items():
+        assert seconds is not None and seconds < 30, (what, seconds)
