@@ -3,6 +3,7 @@
     python examples/train_moe_lm.py --out runs/moe                    # the experts are gossamer.nn.MoE
     python examples/train_moe_lm.py --out runs/moe --experts both     # and again with a loop over experts, same seed
     python examples/train_moe_lm.py --out runs/moe --router top_p --experts latent      # any router, any expert layer
+    torchrun --nproc-per-node 2 examples/train_moe_lm.py --out runs/moe --expert-parallel     # experts over processes
 
 Nothing is downloaded. The default is one run of about 3 minutes on 2 CPU cores. It writes to the folder ``--out``:
 
@@ -10,6 +11,10 @@ Nothing is downloaded. The default is one run of about 3 minutes on 2 CPU cores.
 - ``expert_load.png``: how many slots each expert of each layer got, over training;
 - ``metrics.json``: settings, losses, times, and the routing counts themselves (per step and layer);
 - ``model.safetensors``: the weights, with the configuration in the file's metadata.
+
+With ``--expert-parallel`` each process has a part of every layer's experts and of the batch; the curve is that of one
+process on the whole batch. The first process reports and writes, and ``metrics.json`` has the bytes that it sent and
+the time that it waited, by part of the exchange.
 
 The validation loss has a floor to beat: the entropy of single bytes, which a model without context can reach.
 """
@@ -20,6 +25,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -30,10 +36,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import gossamer
+import gossamer.parallel
 from gossamer.bench.studies.byte_lm import (
     EXPERT_LAYERS,
     VOCABULARY,
@@ -118,11 +127,47 @@ class Run:
     eval_steps: list[int] = field(default_factory=list)
     valid_bits: list[float] = field(default_factory=list)
     counts: list[list[list[int]]] = field(default_factory=list)
+    exchange: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:
         """Median time of a step, the first few left out."""
         return statistics.median(self.step_ms[min(3, len(self.step_ms) - 1) :])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together; one by default."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def join(device: str) -> Ranks:
+        """Meet the other processes that torchrun started."""
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+
+    def share(self, model: ByteLM) -> nn.Module:
+        """Divide the model's experts in place, and copy the rest; the module to train by."""
+        if self.group is None:
+            return model
+        device = next(model.parameters()).device.type
+        gossamer.parallel.shard_experts(model, init_device_mesh(device, (self.size,), mesh_dim_names=("expert",)))
+        return nn.parallel.DistributedDataParallel(model)
+
+    def own(self, starts: torch.Tensor) -> torch.Tensor:
+        """The windows of the batch that are for this process."""
+        return starts.chunk(self.size)[self.rank]
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
 
 
 class LoopExperts(gossamer.nn.Experts):
@@ -176,10 +221,11 @@ def slots_of(routing: Routing) -> torch.Tensor:
 
 
 def train_one(
-    experts: str, train: torch.Tensor, valid: torch.Tensor, settings: Settings, progress: Progress
+    experts: str, train: torch.Tensor, valid: torch.Tensor, settings: Settings, progress: Progress, ranks: Ranks
 ) -> tuple[Run, ByteLM]:
-    """Train one model from the seed; data order and weights do not depend on ``experts``."""
+    """Train one model from the seed; data order and weights do not depend on ``experts`` or on how many processes."""
     model, run, recipe = build_model(settings, experts), Run(experts), recipe_of(settings.router)
+    trained = ranks.share(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(settings.seed)
     bar = progress.add_task(experts, total=settings.steps, note="")
@@ -187,35 +233,45 @@ def train_one(
     def evaluate(step: int) -> None:
         run.eval_steps.append(step)
         with autocast(settings):
-            bits = validate(model, valid, settings.eval_windows, settings.batch, settings.device)
+            bits = validate(model, valid, settings.eval_windows, settings.batch, settings.device, ranks.group)
         run.valid_bits.append(bits)
         progress.update(bar, note=f"{run.valid_bits[-1]:.3f} bits/byte")
         if not progress.console.is_terminal:
             progress.console.print(f"{experts}, step {step}: {run.valid_bits[-1]:.3f} bits per byte held out")
 
     evaluate(0)
+    traffic = gossamer.parallel.Traffic()
     for step in range(settings.steps):
         starts = torch.randint(train.numel() - settings.sequence, (settings.batch,), generator=generator)
-        batch = windows(train, starts, settings.sequence).to(settings.device)
+        batch = windows(train, ranks.own(starts), settings.sequence).to(settings.device)
         begin = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr)
-        with autocast(settings):
-            loss, routings = cross_entropy(model, batch)
-        total = loss + balance_terms(model, routings, recipe, settings.terms)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with gossamer.parallel.count_traffic() as sent:
+            with autocast(settings):
+                loss, routings = cross_entropy(trained, batch)
+            total = loss + balance_terms(model, routings, recipe, settings.terms, ranks.group)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+        gossamer.parallel.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        after_step(model, routings, settings.terms)
-        counts = torch.stack([slots_of(routing) for routing in routings])
+        after_step(model, routings, settings.terms, ranks.group)
+        counts = ranks.total(torch.stack([slots_of(routing) for routing in routings]))
         # Reading the loss waits for the device, so the step has really ended.
-        run.train_bits.append(float(loss.detach()) / math.log(2))
+        run.train_bits.append(float(ranks.total(loss.detach().clone())) / ranks.size / math.log(2))
         run.step_ms.append(1000 * (time.perf_counter() - begin))
         run.counts.append(counts.tolist())
+        for label, flow in sent.flows.items():
+            traffic.add(label, **asdict(flow))
         progress.advance(bar)
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
             evaluate(step + 1)
+    run.exchange = {
+        label: {"bytes_per_step": flow.nbytes / settings.steps, "ms_per_step": 1000 * flow.seconds / settings.steps}
+        for label, flow in traffic.flows.items()
+    }
+    if ranks.group is not None:
+        gossamer.parallel.gather_experts(model)
     return run, model
 
 
@@ -284,9 +340,10 @@ def plot_load(run: Run, settings: Settings, path: Path) -> None:
     plt.close(figure)
 
 
-def write_metrics(runs: list[Run], settings: Settings, corpus: dict[str, object], path: Path) -> None:
+def write_metrics(runs: list[Run], settings: Settings, corpus: dict[str, object], path: Path, ranks: int) -> None:
     """Settings, curves and routing counts as JSON."""
     machine = {"device": settings.device, "processor": platform.machine(), "threads": torch.get_num_threads()}
+    machine["processes"] = ranks
     if settings.device == "cuda":
         machine["device"] = torch.cuda.get_device_name()
     content = {
@@ -303,6 +360,7 @@ def write_metrics(runs: list[Run], settings: Settings, corpus: dict[str, object]
                 "step_ms": run.step_ms,
                 "eval_steps": run.eval_steps,
                 "valid_bits_per_byte": run.valid_bits,
+                "exchange": run.exchange,
             }
             for run in runs
         ],
@@ -337,6 +395,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         choices=sorted(ROUTERS),
         help="softmax_topk, or sigmoid_topk with --balance bias; hash goes by bytes, domain by their kind",
     )
+    parser.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="experts and batch divided among torchrun's processes",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="train on the *.py files of this folder instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the products, under autocast")
@@ -367,6 +430,15 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         given.router = "softmax_topk" if given.balance == "loss" else "sigmoid_topk"
     if given.balance == "bias" and given.router != "sigmoid_topk":
         parser.error(f"--balance bias needs --router sigmoid_topk, got {given.router}")
+    if given.expert_parallel:
+        world = int(os.environ.get("WORLD_SIZE", "0"))
+        if "RANK" not in os.environ:
+            parser.error("--expert-parallel needs processes: torchrun --nproc-per-node N examples/train_moe_lm.py ...")
+        if given.experts in ("eager", "both", "product_key"):
+            parser.error(f"--expert-parallel needs experts that processes can divide, got {given.experts}")
+        for name in ("batch", "eval_windows"):
+            if (value := getattr(given, name)) % world:
+                parser.error(f"--{name.replace('_', '-')} must be a multiple of {world} processes, got {value}")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     if given.device == "auto":
@@ -381,9 +453,28 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given, settings = parse_arguments(arguments)
-    console = Console()
     root = given.data or Path(sysconfig.get_paths()["stdlib"])
     train, valid = load_corpus(root)
+    ranks = Ranks.join(settings.device) if given.expert_parallel else Ranks()
+    # One process speaks and writes for all.
+    console = Console(quiet=ranks.rank > 0)
+    try:
+        return run_all(given, settings, root, train, valid, console, ranks)
+    finally:
+        if ranks.group is not None:
+            dist.destroy_process_group()
+
+
+def run_all(
+    given: argparse.Namespace,
+    settings: Settings,
+    root: Path,
+    train: torch.Tensor,
+    valid: torch.Tensor,
+    console: Console,
+    ranks: Ranks,
+) -> int:
+    """Train what was asked for and write the results; returns the exit status."""
     needed = settings.sequence + 2
     if min(train.numel(), valid.numel()) < needed:
         console.print(
@@ -392,7 +483,8 @@ def main(arguments: list[str] | None = None) -> int:
             style="red",
         )
         return 2
-    given.out.mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        given.out.mkdir(parents=True, exist_ok=True)
     unigram = unigram_bits(train, valid)
     console.print(
         f"{train.numel() / 1e6:.1f} MB to train on, {valid.numel() / 1e6:.1f} MB held out; bytes without context need "
@@ -402,18 +494,24 @@ def main(arguments: list[str] | None = None) -> int:
     runs: list[Run] = []
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
         for experts in ("eager", "gossamer") if given.experts == "both" else (given.experts,):
-            run, model = train_one(experts, train, valid, settings, progress)
+            run, model = train_one(experts, train, valid, settings, progress, ranks)
             runs.append(run)
+    if ranks.rank > 0:
+        return 0
     plot_loss(runs, unigram, given.out / "loss.png")
     plot_load(runs[-1], settings, given.out / "expert_load.png")
     corpus = {"train_bytes": train.numel(), "valid_bytes": valid.numel(), "unigram_bits_per_byte": unigram}
-    write_metrics(runs, settings, corpus, given.out / "metrics.json")
+    write_metrics(runs, settings, corpus, given.out / "metrics.json", ranks.size)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, given.out / "model.safetensors", metadata={"settings": json.dumps(asdict(settings))})
     for run in runs:
         console.print(
             f"{run.experts:>8}: {run.valid_bits[-1]:.3f} bits per byte held out, {run.median_ms:.1f} ms a step"
         )
+        for label, flow in run.exchange.items():
+            console.print(
+                f"{label}: {flow['bytes_per_step'] / 1e3:.1f} kB sent a step, {flow['ms_per_step']:.1f} ms of waiting"
+            )
     console.print(f"results in {given.out}")
     return 0
 

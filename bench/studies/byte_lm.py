@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -25,6 +26,7 @@ from gossamer.nn import (
     Router,
     Routing,
     cluster_variance_loss,
+    expert_counts,
     router_losses,
     router_z_loss,
     routing_entropy_loss,
@@ -396,8 +398,17 @@ class Balance:
     bias_rate: float = 1e-3
 
 
-def balance_terms(model: ByteLM, routings: Sequence[Routing], recipe: Recipe, balance: Balance) -> torch.Tensor | float:
-    """The mean of the layers' terms: one by one, or one layer's idle experts would make up for another's."""
+def balance_terms(
+    model: ByteLM,
+    routings: Sequence[Routing],
+    recipe: Recipe,
+    balance: Balance,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor | float:
+    """The mean of the layers' terms: one by one, or one layer's idle experts would make up for another's.
+
+    With ``group`` they are taken over the batches of its ranks, but for a router's own terms.
+    """
     by_loss = recipe.balanced and not (recipe.by_bias and balance.bias_rate)
     total: torch.Tensor | float = 0.0
     for layer, routing in zip(routed_layers(model), routings, strict=True):
@@ -405,24 +416,26 @@ def balance_terms(model: ByteLM, routings: Sequence[Routing], recipe: Recipe, ba
             total = total + OWN_TERMS[name] * term
         if recipe.by_cluster:
             router = layer.router
-            spread = cluster_variance_loss(routing, router.num_clusters, survivors=router.survivors)
+            spread = cluster_variance_loss(routing, router.num_clusters, survivors=router.survivors, group=group)
             total = total + balance.balance_weight * spread
         if by_loss and balance.balance_weight and routing.has_probabilities:
-            total = total + balance.balance_weight * slot_balance_loss(routing)
+            total = total + balance.balance_weight * slot_balance_loss(routing, group=group)
         if by_loss and balance.z_weight and routing.logits is not None:
-            total = total + balance.z_weight * router_z_loss(routing)
+            total = total + balance.z_weight * router_z_loss(routing, group=group)
         if recipe.varying:
-            total = total + balance.entropy_weight * routing_entropy_loss(routing)
+            total = total + balance.entropy_weight * routing_entropy_loss(routing, group=group)
     return total / len(routings)
 
 
-def after_step(model: ByteLM, routings: Sequence[Routing], balance: Balance) -> None:
-    """What follows an optimizer step: schedules, moving biases, and the thresholds of expert choice."""
+def after_step(
+    model: ByteLM, routings: Sequence[Routing], balance: Balance, group: dist.ProcessGroup | None = None
+) -> None:
+    """What follows an optimizer step: schedules, biases moved by all of ``group``, and thresholds of expert choice."""
     step_routers(model)
     for layer, routing in zip(routed_layers(model), routings, strict=True):
         router = getattr(layer, "router", None)
         if balance.bias_rate and (bias := getattr(router, "e_score_correction_bias", None)) is not None:
-            update_expert_bias(bias, routing.counts, balance.bias_rate)
+            update_expert_bias(bias, expert_counts(routing, group=group), balance.bias_rate)
         if isinstance(router, ExpertChoiceRouter):
             router.update_thresholds(routing, momentum=0.9)
 
@@ -434,16 +447,28 @@ def cross_entropy(model: ByteLM, batch: torch.Tensor) -> tuple[torch.Tensor, lis
 
 
 @torch.no_grad()
-def validate(model: ByteLM, valid: torch.Tensor, num_windows: int, batch: int, device: str = "cpu") -> float:
-    """Bits per byte on windows spread evenly over the validation bytes."""
+def validate(
+    model: ByteLM,
+    valid: torch.Tensor,
+    num_windows: int,
+    batch: int,
+    device: str = "cpu",
+    group: dist.ProcessGroup | None = None,
+) -> float:
+    """Bits per byte on windows spread evenly over the validation bytes, divided evenly among the ranks of ``group``."""
     model.eval()
     starts = torch.linspace(0, valid.numel() - model.sizes.sequence - 1, num_windows).long()
+    if group is not None:
+        starts, batch = starts[group.rank() :: group.size()], batch // group.size()
     losses = [
         cross_entropy(model, windows(valid, part, model.sizes.sequence).to(device))[0] * part.numel()
         for part in starts.split(batch)
     ]
     model.train()
-    return float(sum(losses)) / num_windows / math.log(2)
+    total = sum(losses)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return float(total) / num_windows / math.log(2)
 
 
 def router_names() -> list[str]:

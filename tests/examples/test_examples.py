@@ -32,10 +32,11 @@ TINY = {
 }
 
 
-def run(*arguments, settings=TINY):
-    """The finished process of the example."""
+def run(*arguments, settings=TINY, processes=0):
+    """The finished process of the example, or torchrun's with several."""
     flat = [str(part) for pair in settings.items() for part in pair]
-    command = [sys.executable, str(SCRIPT), *flat, *map(str, arguments)]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, *several, str(SCRIPT), *flat, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -139,9 +140,42 @@ def test_bias_balancing_on_own_files(tmp_path):
     assert metrics["runs"][0]["train_bits_per_byte"][-1] < 4
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no process groups")
+def test_two_processes_learn_what_one_does(tmp_path):
+    for number in range(25):
+        (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
+    settings = TINY | {"--steps": 8, "--eval-every": 4, "--layers": 1, "--device": "cpu"}
+    given = ("--data", tmp_path, "--balance", "bias")
+    found = []
+    for out, *parallel in (("one",), ("two", "--expert-parallel")):
+        done = run("--out", tmp_path / out, *given, *parallel, settings=settings, processes=2 * len(parallel))
+        assert done.returncode == 0, done.stderr
+        # One process speaks for both.
+        assert done.stdout.count("step 4:") == 1
+        weights = safetensors_torch.load_file(tmp_path / out / "model.safetensors")
+        found.append((json.loads((tmp_path / out / "metrics.json").read_text()), weights))
+    (one, alone), (two, divided) = found
+    assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
+    for curve in ("train_bits_per_byte", "valid_bits_per_byte"):
+        assert two["runs"][0][curve] == pytest.approx(one["runs"][0][curve], rel=1e-5)
+    assert two["routing"]["counts_step_layer_expert"][:4] == one["routing"]["counts_step_layer_expert"][:4]
+    assert alone.keys() == divided.keys()
+    for name, weight in alone.items():
+        assert divided[name].shape == weight.shape
+        assert float((divided[name] - weight).norm()) <= 1e-3 * float(weight.norm())
+    assert not one["runs"][0]["exchange"]
+    sent = two["runs"][0]["exchange"]
+    assert set(sent) == {f"expert {part}" for part in ("tokens sizes", "tokens", "outputs")} | {
+        f"expert {part} gradient" for part in ("tokens", "outputs")
+    }
+    # Half the tokens, each at most once to the other process, and back.
+    assert 0 < sent["expert outputs"]["bytes_per_step"] <= 4 * 48 * 32 * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--expert-parallel"], "--expert-parallel needs processes: torchrun --nproc-per-node N"),
         (["--top-k", "7"], "--top-k must be at most --num-experts, got 7 of 6"),
         (["--balance", "bias", "--router", "tree"], "--balance bias needs --router sigmoid_topk, got tree"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),

@@ -26,7 +26,7 @@ def test_in_processes(results, case):
 
 
 def test_a_rank_that_is_lost(tmp_path):
-    """A rank that never calls is an error after the group's timeout of 2 s, and one that ended at once, not after 60."""
+    """A rank that never calls is an error after the timeout of 2 s, and one that ended at once, not after 60."""
     waited = processes.run(LOST, 2, tmp_path)[0]
     assert set(waited) == {"late", "ended in a backward pass", "ended"}
     for what, seconds in waited.items():

@@ -1,4 +1,4 @@
-"""What two processes of tests/parallel/test_experts.py do, of which the second leaves: the first gets errors in time."""
+"""What two processes of tests/parallel/test_experts.py do: the second leaves, and the first gets errors in time."""
 
 import json
 import os

@@ -411,9 +411,11 @@ class RowExchange:
         told[:, 1] = 0 if sizes is None else sizes
         told[:, 2] = 0 if note is None else note
         heard = torch.empty_like(told)
+        begin = time.perf_counter()
         dist.all_to_all_single(heard, told, group=group)
-        _count(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 24)
         both = torch.stack([told, heard]).tolist()
+        waited = time.perf_counter() - begin
+        _count(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 24, seconds=waited)
         if any(other != token for other, *_ in both[1]) or token == 0:
             descriptions = raise_together(error, group, description=description)
             listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
