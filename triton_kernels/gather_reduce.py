@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer._row_codes import scale_stride
+
 if TYPE_CHECKING:
     from gossamer.ops._bags import Bags
     from gossamer.ops.gather_reduce import GatherDot, GatherReduce
@@ -31,7 +33,7 @@ LOAD_BYTES = 16
 # Columns of the layout of gossamer.ops' Features, one row a feature.
 ELEMENT, ROW, ROWS, DIM, COLUMN, POOLING, LAYOUT_COLUMNS = (tl.constexpr(i) for i in range(7))
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
 _SIZES = [
     "num_bags",
     "num_positions",
@@ -46,6 +48,7 @@ _SIZES = [
     "stride_ij",
     "stride_wb",
     "stride_wj",
+    "stride_s",
 ]
 _DOT_SIZES = [name for name in _SIZES if name not in ("blocks", "stride_on", "stride_wb", "stride_wj")] + ["stride_gb"]
 
@@ -128,15 +131,19 @@ def _add_row(
     in_row,
     ids_ptr,
     weights_ptr,
+    scale_ptr,
     inside,
     num_rows,
     padding_idx,
     limit,
     stride_tn,
+    stride_s,
 ):
-    """Add one table row of each bag, times its weight, in float32; and one to the count where the id counts."""
+    """Add one row of each bag, times its scale and weight, in float32; and one to the count where the id counts."""
     ids, live = load_ids(ids_ptr, inside, num_rows, padding_idx, limit)
     rows = tl.load(column_ptr + ids[:, None] * stride_tn, live[:, None] & in_row[None, :], other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        rows *= tl.load(scale_ptr + ids * stride_s, live, other=0.0)[:, None]
     if weights_ptr is not None:
         # Masked like the rows: a skipped position may hold NaN.
         rows *= tl.load(weights_ptr, live, other=0.0).to(tl.float32)[:, None]
@@ -146,6 +153,7 @@ def _add_row(
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["limit_ptr"])
 def gather_reduce_kernel(
     table_ptr,
+    scale_ptr,
     lists,
     limit_ptr,
     out_ptr,
@@ -163,6 +171,7 @@ def gather_reduce_kernel(
     stride_ij,
     stride_wb,
     stride_wj,
+    stride_s,
     MODE: tl.constexpr,
     WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -220,11 +229,13 @@ def gather_reduce_kernel(
                 in_row,
                 ids_ptr,
                 factors_ptr,
+                scale_ptr,
                 in_batch,
                 num_rows,
                 padding_idx,
                 limit,
                 stride_tn,
+                stride_s,
             )
     else:
         longest = tl.max(end - begin, 0)
@@ -241,11 +252,13 @@ def gather_reduce_kernel(
                     in_row,
                     ids_ptr,
                     factors_ptr,
+                    scale_ptr,
                     j < end,
                     num_rows,
                     padding_idx,
                     limit,
                     stride_tn,
+                    stride_s,
                 )
     if mean or layout_ptr is not None:
         number = tl.where(averaged, tl.maximum(count, 1), 1).to(tl.float32)
@@ -258,6 +271,7 @@ def gather_reduce_kernel(
 def gather_dot_kernel(
     dout_ptr,
     table_ptr,
+    scale_ptr,
     lists,
     limit_ptr,
     out_ptr,
@@ -273,6 +287,7 @@ def gather_dot_kernel(
     stride_td,
     stride_ib,
     stride_ij,
+    stride_s,
     MODE: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -325,6 +340,8 @@ def gather_dot_kernel(
             total += row.to(tl.float32) * gradient.to(tl.float32)[None, :]
         # Masked again, because a skipped position's zeros times an infinite gradient are NaN.
         dot = tl.where(live, tl.sum(total, 1), 0.0)
+        if scale_ptr is not None:
+            dot *= tl.load(scale_ptr + ids * stride_s, live, other=0.0)
         if mean or layout_ptr is not None:
             dot = tl.div_rn(dot, tl.zeros_like(dot) + scale)
         tl.store(out_ptr + bag * width + j, dot.to(out_ptr.dtype.element_ty), j < end)
@@ -343,6 +360,7 @@ def _reduce(
     dims: list[int],
     mode: str = "sum",
     padding_idx: int = -1,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the sums into ``out (B, ΣD)``, of features of ``dims`` where the lists have a layout."""
     if out.numel() == 0:
@@ -357,6 +375,7 @@ def _reduce(
     blocks = triton.cdiv(max(dims), block_d)
     gather_reduce_kernel[(len(dims) * triton.cdiv(out.shape[0], bags) * blocks,)](
         table,
+        scale,
         lists,
         limit,
         out,
@@ -371,6 +390,7 @@ def _reduce(
         out.stride(0),
         *flat_strides(lists.index),
         *(flat_strides(lists.weights) if lists.weights is not None else (0, 0)),
+        0 if scale is None else scale_stride(scale),
         MODE=mode,
         WIDTH=width if width <= at_once else 0,
         UNROLL=at_once,
@@ -390,7 +410,7 @@ def gather_reduce(args: GatherReduce) -> torch.Tensor:
     table, bags = args.table, args.bags
     dims = dims_of(table, bags)
     out = torch.empty(bags.num_bags, sum(dims), dtype=args.out_dtype, device=table.device)
-    return _reduce(out, table, lists_of(bags), bags.limit, dims, bags.mode, bags.padding_idx)
+    return _reduce(out, table, lists_of(bags), bags.limit, dims, bags.mode, bags.padding_idx, args.scale)
 
 
 def sum_slots(
@@ -425,6 +445,7 @@ def gather_dot(args: GatherDot) -> torch.Tensor:
     gather_dot_kernel[(bags.num_lists,)](
         dout,
         table,
+        args.scale,
         lists_of(bags),
         bags.limit,
         out,
@@ -437,6 +458,7 @@ def gather_dot(args: GatherDot) -> torch.Tensor:
         *dout.stride(),
         *strides,
         *flat_strides(bags.index),
+        0 if args.scale is None else scale_stride(args.scale),
         MODE=bags.mode,
         POSITIONS=positions,
         BLOCK_D=block_d,
@@ -450,7 +472,7 @@ def aot_cases(arch: int) -> list[tuple]:
     """Launches to compile ahead of time: the combine of an expert layer, ragged bags, and many tables."""
     sizes = dict.fromkeys(_SIZES + _DOT_SIZES, "i32")
     cases = []
-    for dtype in (torch.bfloat16, torch.float32) if arch == 90 else (torch.float32,):
+    for dtype in (torch.bfloat16, torch.float32, torch.int8) if arch == 90 else (torch.float32,):
         size, pointer = dtype.itemsize, f"*{_TYPES[dtype]}:16"
         for dim, form in ((2048, "fixed"), (128, "ragged"), (64, "tables")):
             width = 8 if form == "fixed" else 0
@@ -458,6 +480,8 @@ def aot_cases(arch: int) -> list[tuple]:
             lists = Lists("*i32:16", offsets, "*fp32:16", "*i64:16" if form == "tables" else None)
             bags, block_d = reduce_tile(dim, size)
             common = dict.fromkeys(("dout_ptr", "table_ptr", "out_ptr"), pointer) | {"lists": lists} | sizes
+            if dtype == torch.int8:
+                common |= dict.fromkeys(("dout_ptr", "out_ptr", "scale_ptr"), "*fp32:16")
             common |= {"limit_ptr": "*i32"} if form == "fixed" else {}
             positions, dot_d = dot_tile(dim, size, width or None)
             reduce = {"WIDTH": width, "UNROLL": UNROLL, "BAGS": bags, "BLOCK_D": block_d}

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer._row_codes import scale_stride
 from gossamer._step_rules import RULES
 from gossamer.triton_kernels.gather_reduce import DIM, ELEMENT, ROW, dims_of, multiple
 from gossamer.triton_kernels.row_gradients import (
@@ -32,11 +33,13 @@ from gossamer.triton_kernels.row_gradients import (
 from gossamer.triton_kernels.sparse_update_rules import (
     Numbers,
     RuleForm,
+    moved_scale,
     random_bits,
     round_stochastically,
     rule_form,
     rule_numbers,
     take_step,
+    to_codes,
 )
 
 if TYPE_CHECKING:
@@ -53,17 +56,18 @@ LANES_TILE = 4096
 PROGRAMS_PER_MULTIPROCESSOR = 16
 
 _INTS = ["num_positions", "num_bags", "sentinel", "width", "dim", "seed"]
-_STRIDES = ["stride_tn", "stride_1n", "stride_2n", "stride_gb"]
+_STRIDES = ["stride_tn", "stride_1n", "stride_2n", "stride_s", "stride_gb"]
 
 
 class Updated(NamedTuple):
-    """Pointers to the table and states that a step changes, to its number, and to its rate if that is a tensor."""
+    """Pointers to what a step changes, with the scales of codes, to its number, and to its rate if that is a tensor."""
 
     table: torch.Tensor
     state1: torch.Tensor | None
     state2: torch.Tensor | None
     lr: torch.Tensor | None
     step: torch.Tensor
+    scale: torch.Tensor | None
 
 
 @triton.jit
@@ -90,12 +94,13 @@ def _step_rows(
     to,
     strides,
     numbers,
+    scale_rate,
     seed,
     RULE: tl.constexpr,
     VEC: tl.constexpr,
 ):
     """Read rows ``row [R]``, step with ``grad [R, C]``, write them; ``first [R]`` is a sorted position of each."""
-    stride_tn, stride_1n, stride_2n = strides
+    stride_tn, stride_1n, stride_2n, stride_s = strides
     tables: tl.constexpr = rows.layout is not None
     if tables:
         about_ptr = about(first, live, rows, sizes[3])
@@ -118,8 +123,12 @@ def _step_rows(
     if to.lr is not None:
         rate = tl.load(to.lr).to(tl.float32)
     step = tl.load(to.step)
+    w = tl.load(table_ptrs, mask, other=0.0).to(tl.float32)
+    if to.scale is not None:
+        scale = tl.load(to.scale + row * stride_s, live, other=1.0)
+        w *= scale[:, None]
     new = take_step(
-        tl.load(table_ptrs, mask, other=0.0).to(tl.float32),
+        w,
         grad,
         live,
         mask,
@@ -131,7 +140,15 @@ def _step_rows(
         numbers,
         RULE,
     )
-    if RULE.rounds:
+    if to.scale is not None:
+        if RULE.learns_scale:
+            scale = moved_scale(new, grad, mask, scale, scale_rate, to.table.dtype.element_ty)
+            tl.store(to.scale + row * stride_s, scale, live)
+        bits = None
+        if RULE.rounds:
+            bits = random_bits(seed, step, row, column)
+        tl.store(table_ptrs, to_codes(new, scale, bits, to.table.dtype.element_ty), mask)
+    elif RULE.rounds:
         bits = random_bits(seed, step, row, column)
         tl.store(table_ptrs, round_stochastically(new, bits, to.table.dtype.element_ty), mask)
     else:
@@ -155,6 +172,8 @@ def _step_kernel(
     stride_tn,
     stride_1n,
     stride_2n,
+    stride_s,
+    scale_rate,
     stride_gb,
     stride_gd,
     RULE: tl.constexpr,
@@ -177,7 +196,7 @@ def _step_kernel(
         wide_1n = wide_1n // VEC * VEC
     if not RULE.row_state2:
         wide_2n = wide_2n // VEC * VEC
-    strides = (stride_tn.to(tl.int64) // VEC * VEC, wide_1n, wide_2n)
+    strides = (stride_tn.to(tl.int64) // VEC * VEC, wide_1n, wide_2n, stride_s)
     column = tl.arange(0, BLOCK_D)
     if LONG:
         window = tl.program_id(0).to(tl.int64)
@@ -206,6 +225,7 @@ def _step_kernel(
                 to,
                 strides,
                 numbers,
+                scale_rate,
                 seed,
                 RULE,
                 VEC,
@@ -241,6 +261,7 @@ def _step_kernel(
                 to,
                 strides,
                 numbers,
+                scale_rate,
                 seed,
                 RULE,
                 VEC,
@@ -287,7 +308,7 @@ def sparse_update_(args: SparseUpdate) -> None:
     update.step.add_(1)
     if num_positions == 0 or num_rows == 0 or bags.num_bags == 0 or dim == 0:
         return
-    to = Updated(table, update.state1, update.state2, update.lr, update.step)
+    to = Updated(table, update.state1, update.state2, update.lr, update.step, update.scale)
     changed = (table, update.state1, update.state2)
     full = [t.stride(0) for t in changed if not many and t is not None and t.dim() == 2]
     vec = multiple(min(table.element_size(), dout.element_size()), *dims, *full, dout.stride(0))
@@ -313,8 +334,10 @@ def sparse_update_(args: SparseUpdate) -> None:
             *sizes,
             rule.seed,
             *(0 if t is None else t.stride(0) for t in changed),
+            0 if update.scale is None else scale_stride(update.scale),
+            args.scale_rate,
             *dout.stride(),
-            RULE=rule_form(rule, table.dtype),
+            RULE=rule_form(rule, table.dtype, update.scale_lr > 0),
             LONG=long,
             PIECE=PIECE,
             LANES=max(1, LANES_TILE // block_d) if long else UNROLL,
@@ -325,15 +348,15 @@ def sparse_update_(args: SparseUpdate) -> None:
         )
 
 
-# Of each rule: whether it is compiled for a 16-bit table, for many tables, and for long runs.
+# Of each rule: the type of the table it is compiled for, whether for many tables, and whether for long runs.
 _AOT_FORMS = {
-    "sgd": (True, True, False),
-    "adagrad": (False, False, True),
-    "rowwise_adagrad": (False, False, False),
-    "adam": (True, True, True),
-    "partial_rowwise_adam": (True, False, False),
-    "lamb": (False, True, False),
-    "ftrl": (False, False, False),
+    "sgd": ("bf16", True, False),
+    "adagrad": ("fp32", False, True),
+    "rowwise_adagrad": ("i8", False, False),
+    "adam": ("bf16", True, True),
+    "partial_rowwise_adam": ("bf16", False, False),
+    "lamb": ("fp32", True, False),
+    "ftrl": ("fp32", False, False),
 }
 
 
@@ -341,20 +364,23 @@ def aot_cases(arch: int) -> list[tuple]:
     """Launches to compile ahead of time: each optimizer once, over one table and many, in short and long runs."""
     common = {"partial_ptr": "*fp32:16", "totals_ptr": "*i32:16", "runs_ptr": "*i32:16"}
     common |= dict.fromkeys(_INTS + _STRIDES, "i32") | {"stride_tn": "i64"}
-    common |= {"numbers": Numbers(*["fp32"] * len(Numbers._fields))}
+    common |= {"numbers": Numbers(*["fp32"] * len(Numbers._fields)), "scale_rate": "fp32"}
     block_runs, block_d, num_warps = step_tile(128)
     cases = []
     for name in RULES if arch == 90 else list(RULES)[:4]:
-        half, tables, long = _AOT_FORMS.get(name, (False, False, False))
-        states, pointer = list(RULES[name].states.values()), "*bf16:16" if half else "*fp32:16"
+        type_, tables, long = _AOT_FORMS.get(name, ("fp32", False, False))
+        codes, wide = type_ == "i8", type_ == "fp32"
+        states, pointer = list(RULES[name].states.values()), f"*{type_}:16"
         kinds = [*states, None, None]
-        to = Updated(pointer, *("*fp32:16" if kind else None for kind in kinds[:2]), None, "*i64:16")
+        scale = "*fp32:16" if codes else None
+        to = Updated(pointer, *("*fp32:16" if kind else None for kind in kinds[:2]), None, "*i64:16", scale)
         rows = [kind == "row" for kind in kinds[:2]]
         form = RuleForm(
-            name, "formula" if RULES[name].own_decay else "gradient", name == "sgd", True, True, *rows, half
+            name, "formula" if RULES[name].own_decay else "gradient", name == "sgd", True, True, *rows, not wide, codes
         )
         constants = {"stride_gd": 1, "RULE": form, "LONG": long, "PIECE": PIECE, "RUNS": 1 if long else block_runs}
-        constants |= {"LANES": LANES_TILE // block_d if long else UNROLL, "BLOCK_D": block_d, "VEC": 8 if half else 4}
-        signature = common | {"rows": sorted_types(pointer, tables), "to": to}
+        constants |= {"LANES": LANES_TILE // block_d if long else UNROLL, "BLOCK_D": block_d, "VEC": 4 if wide else 8}
+        dout = "*fp32:16" if codes else pointer
+        signature = common | {"rows": sorted_types(dout, tables), "to": to}
         cases.append((_step_kernel, signature, constants, step_options(num_warps, long)))
     return cases

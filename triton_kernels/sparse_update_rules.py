@@ -25,6 +25,7 @@ class RuleForm(NamedTuple):
         row_state1: whether the first state holds a value a row.
         row_state2: whether the second does.
         rounds: whether new rows are rounded stochastically.
+        learns_scale: whether the scales of rows of codes are trained.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RuleForm(NamedTuple):
     row_state1: bool
     row_state2: bool
     rounds: bool
+    learns_scale: bool = False
 
 
 class Numbers(NamedTuple):
@@ -53,7 +55,7 @@ class Numbers(NamedTuple):
     clip_norm: float
 
 
-def rule_form(rule: StepRule, dtype: torch.dtype) -> RuleForm:
+def rule_form(rule: StepRule, dtype: torch.dtype, learns_scale: bool = False) -> RuleForm:
     """The compile-time parts of a rule's step on a table of ``dtype``."""
     return RuleForm(
         rule.name,
@@ -63,6 +65,7 @@ def rule_form(rule: StepRule, dtype: torch.dtype) -> RuleForm:
         math.isfinite(rule.clip_norm),
         *rule.row_states,
         rule.rounds(dtype),
+        learns_scale,
     )
 
 
@@ -128,6 +131,48 @@ def round_stochastically(x, bits, DTYPE: tl.constexpr):
 @triton.jit
 def _divide(a, b):
     return tl.div_rn(a, b)
+
+
+@triton.jit
+def _code_limits(DTYPE: tl.constexpr):
+    """The lowest and the highest code in float32."""
+    if DTYPE == tl.int8:
+        return -128.0, 127.0
+    else:
+        return -32768.0, 32767.0
+
+
+@triton.jit
+def _nearest(v):
+    """The nearest whole numbers, halves to even, of magnitudes below 2²²."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def to_codes(w, scale, bits, DTYPE: tl.constexpr):
+    """Rows ``w [R, C]`` in units of ``scale [R]`` as codes, rounded by ``bits``, or to the nearest without them."""
+    low, high = _code_limits(DTYPE)
+    v = _divide(w, tl.broadcast_to(scale[:, None], w.shape))
+    v = tl.where(v == v, v, 0.0)
+    v = tl.where(v < low, low, tl.where(v > high, high, v))
+    if bits is None:
+        code = _nearest(v)
+    else:
+        whole = tl.floor(v)
+        up = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 < v - whole
+        code = whole + up.to(tl.float32)
+    return code.to(tl.int32).to(DTYPE)
+
+
+@triton.jit
+def moved_scale(w, grad, mask, scale, rate, DTYPE: tl.constexpr):
+    """The scales ``[R]`` after a step down the slope that gradients ``grad`` have in them at rows ``w``."""
+    low, high = _code_limits(DTYPE)
+    v = _divide(w, tl.broadcast_to(scale[:, None], w.shape))
+    by_scale = tl.where(v < low, low, tl.where(v > high, high, _nearest(v) - v))
+    moved = scale - rate * tl.sum(tl.where(mask, grad * by_scale, 0.0), 1)
+    # Scales of zero would divide by zero; NaN stays NaN.
+    return tl.where(moved < 9.5367431640625e-07, 9.5367431640625e-07, moved)
 
 
 @triton.jit

@@ -2,20 +2,22 @@
 
 "both" is forward, backward and the optimizer's step, which ours take inside the backward pass. The fewest bytes that it
 can move: each touched row read, read again and written, ids read once for each pass, results and their gradient once;
-row-wise Adagrad's four bytes a row are not counted.
+row-wise Adagrad's four bytes a row are not counted. One table of float32 numbers has one of 8-bit codes beside it,
+whose results are judged by the numbers that its codes stand for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 
 from gossamer.bench.families.embedding_peers import PEERS
 from gossamer.bench.families.tables import LR, SAMPLE, Problem, Training, training
-from gossamer.bench.harness.case import DENSE, DTYPES, OURS, Case, Family, FloatGate, Outputs, Request
+from gossamer.bench.harness.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, FloatGate, Outputs, Request
 from gossamer.bench.harness.peers import gather
-from gossamer.nn import Embedding, EmbeddingBag, TableBatchedEmbeddingBags
+from gossamer.nn import Embedding, EmbeddingBag, QuantizedEmbedding, TableBatchedEmbeddingBags
 from gossamer.optim import SGD, Optimizer, RowwiseAdagrad
 
 SHAPES = {
@@ -25,6 +27,7 @@ SHAPES = {
     "tables": (1_000_000, 128, 8192, 20, 8),
     "cpu-lookup": (1_000_000, 64, 65536, 1, 1),
     "cpu-bag": (1_000_000, 64, 8192, 20, 1),
+    "cpu-16": (1_000_000, 16, 4096, 20, 1),
     "cpu-tables": (100_000, 64, 2048, 10, 8),
 }
 SYMBOLS = ("N", "D", "B", "J", "T")
@@ -133,6 +136,39 @@ def dense_layer(problem: Problem, role: str) -> Training:
     return training(name, role, problem, forward, [layer.weight for layer in layers], None, step)
 
 
+def _quantized(problem: Problem, optimizer: Optimizer | None) -> list[Training]:
+    """Bags of a table of 8-bit codes: ours, and plain torch, which makes floats of the listed rows and steps them."""
+    ids, name = problem.ids[0], "int8 SGD" if optimizer else "int8"
+    layers = [QuantizedEmbedding.from_table(problem.tables[0], bits=8, optimizer=optimizer) for _ in range(2)]
+    codes, scale = layers[1].weight.detach(), layers[1].scale
+    bags = torch.arange(ids.shape[0], device=ids.device).repeat_interleave(ids.shape[1])
+
+    def forward() -> torch.Tensor:
+        return (codes[ids].float() * scale).sum(1)
+
+    def step(y: torch.Tensor) -> None:
+        rows, places = ids.flatten().unique(return_inverse=True)
+        grad = torch.zeros(len(rows), codes.shape[1], device=ids.device).index_add_(0, places, problem.dy[bags])
+        v = ((codes[rows].float() * scale - LR * grad) / scale).clamp_(-128, 127)
+        low = v.floor()
+        codes[rows] = (low + (torch.rand_like(v) < v - low)).to(torch.int8)
+
+    numbers = [layer.weight.detach() for layer in layers]
+    return [
+        training(f"gossamer {name}", OURS, problem, lambda: layers[0](ids), numbers[:1], "int8"),
+        training(f"plain torch {name}", REFERENCE, problem, forward, numbers[1:], "int8", step),
+    ]
+
+
+def _decoded(problem: Problem) -> Problem:
+    """The problem over the numbers that 8-bit codes of its tables stand for."""
+    tables = []
+    for table in problem.tables:
+        layer = QuantizedEmbedding.from_table(table, bits=8)
+        tables.append(layer.weight.detach().float() * layer.scale)
+    return dataclasses.replace(problem, tables=tables)
+
+
 def build(request: Request) -> Case:
     """gossamer.nn's embedding layers beside torch.nn's, FBGEMM's and TorchRec's."""
     n, d, bags, _, tables = (request.sizes[s] for s in SYMBOLS)
@@ -146,13 +182,15 @@ def build(request: Request) -> Case:
     ours = [_ours("gossamer SGD" if both else "gossamer", problem, sgd if both else None, "truth")]
     if both:
         ours.append(_ours("gossamer row-wise Adagrad", problem, adagrad, "row-wise"))
+    if tables == 1 and problem.ids.shape[2] > 1 and dtype == torch.float32:
+        ours += _quantized(problem, sgd if both else None)
     others, skipped = gather(PEERS, request, problem)
     touched = sum(int(part.unique().numel()) for part in ids)
     moved = float(touched * d * dtype.itemsize + ids.nbytes + dy.nbytes)
     if both:
         moved += 2 * touched * d * dtype.itemsize + ids.nbytes + dy.nbytes
 
-    def gate(optimizer: Optimizer) -> FloatGate:
+    def gate(optimizer: Optimizer | None, problem: Problem = problem) -> FloatGate:
         step = optimizer if both else None
         return FloatGate(step_outputs(problem, torch.float64, step), step_outputs(problem, dtype, step))
 
@@ -167,7 +205,12 @@ def build(request: Request) -> Case:
         skipped,
         1.0 * ids.numel() * d * (2 if both else 1),
         moved,
-        {"truth": lambda: gate(sgd), "row-wise": lambda: gate(adagrad)},
+        # The rows of codes after a step are rounded by chance, so their results alone are judged.
+        {
+            "truth": lambda: gate(sgd),
+            "row-wise": lambda: gate(adagrad),
+            "int8": lambda: gate(None, _decoded(problem)),
+        },
         f"the result, whole, and after a step the {SAMPLE} most listed rows of each table",
         f"ids of exponent {SKEWS[request.skew]:g}, {touched / ids.numel():.0%} of them distinct",
     )

@@ -19,14 +19,21 @@ from gossamer.nn import MaskedEmbedding, PrunedEmbedding, SearchedDimensionEmbed
 DENSE = "dense"
 # Methods that start from trained tables take the place of dense ones after half of the training.
 LATE = ("deduplicated", "masked", "product_quantized", "pruned")
+# Other forms of a method: its name, and options of its class.
+FORMS = {"quantized_learned": ("quantized", {"step": "learned"})}
+# Budgets of methods that a bit of the dense tables' 32 is too much for: the least they reach, and a half.
+COARSE = {"quantized": (0.26, 0.5), "quantized_learned": (0.32, 0.57)}
+GROUP, COARSE_GROUP = "quality against bytes", "at the least bytes that codes of 8 bits reach"
 # Without vectors of the items' content there are no semantic ids.
-CASES = [DENSE, *(name for name in METHODS if name != "semantic_id")]
+CASES = [DENSE, *(name for name in METHODS if name != "semantic_id"), *FORMS]
 NOTES = {
     "deduplicated": "starts from the dense tables half trained, in blocks of 8 rows",
     "deep_hash": "256 hashes and three layers",
     "masked": "starts from the dense tables half trained",
     "product_quantized": "starts from the dense tables half trained, which training holds to its end",
     "pruned": "starts from the dense tables half trained, which training holds to its end",
+    "quantized": "at 0.26 of the bytes, in codes of 8 bits",
+    "quantized_learned": "at 0.32 of the bytes, in codes of 8 bits with a step a row",
     "searched_dimension": "searches for two fifths of the training, and then trains what it chose",
 }
 
@@ -72,6 +79,8 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
     Raises:
         Unfit: its maps alone are larger than the budget.
     """
+    if method in FORMS:
+        return FORMS[method][1]
     if method == "deduplicated":
         return {"block_rows": 8, "share": 0.9}
     if method == "deep_hash":
@@ -125,7 +134,8 @@ def train(kind: str, method: str, budget: float, seed: int, settings: Settings, 
         if step == start and method != DENSE:
             given = options(method, budget, seed, settings)
             try:
-                training = compress_embeddings(model, method, budget, min_rows=0, **given).training
+                name = FORMS.get(method, (method,))[0]
+                training = compress_embeddings(model, name, budget, min_rows=0, **given).training
             except ValueError as error:
                 raise Unfit(str(error)) from error
             for table in model.tables.values():
@@ -187,7 +197,7 @@ def _optimizers(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Op
 
 def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
     """A method at every budget that it reaches, in both models; the mean of the models."""
-    budgets = settings.budgets[:1] if name == DENSE else settings.budgets
+    budgets = settings.budgets[:1] if name == DENSE else COARSE.get(name, settings.budgets)
     dense = 4 * settings.dim * sum(settings.population.rows.values())
     found: dict[float, list[Result]] = {}
     for number, (budget, kind) in enumerate(itertools.product(budgets, MODELS)):
@@ -198,11 +208,11 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
         try:
             found.setdefault(budget, []).append(train(kind, name, budget, seed, settings, note))
         except Unfit:
-            if budget == settings.budgets[0]:
+            if budget == budgets[0]:
                 raise
             found.pop(budget, None)
     reached = {budget: results for budget, results in found.items() if len(results) == len(MODELS)}
-    first = reached[settings.budgets[0]]
+    first = reached[budgets[0]]
 
     def mean(results: list[Result], field: str) -> float:
         return statistics.fmean(getattr(result, field) for result in results)
@@ -239,7 +249,7 @@ STUDY = Study(
     ),
     x_label="log10 of the share of the dense bytes",
     y_label="validation log loss",
-    cases=lambda: [Case(name, "quality against bytes", NOTES.get(name, "")) for name in CASES],
+    cases=lambda: [Case(name, COARSE_GROUP if name in COARSE else GROUP, NOTES.get(name, "")) for name in CASES],
     run=run,
     settings={
         "quick": Settings(Population(6_000, 2_500, 700), 16, 256, 120, 8, (0.1, 0.5)),

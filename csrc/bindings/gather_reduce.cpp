@@ -49,7 +49,8 @@ void register_gather_reduce(py::module_& m) {
       }));
   m.def(
       "gather_reduce",
-      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyMatrix& out, int num_threads) {
+      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const PyScales& scales, const Bags& bags, const PyMatrix& out,
+         int num_threads) {
         // Where it reads every id and no more, the sum itself finds those outside: looking through them takes 3% of it.
         const bool by_sum = !bags.drop && !bags.weights && dim > 0 && bags.limit >= num_rows;
         raise_bad_bags(bags, num_rows, !bags.drop && !by_sum, bags.limit == kAll, num_threads);
@@ -57,6 +58,7 @@ void register_gather_reduce(py::module_& m) {
         const GatherArgs args{.table = matrix(table),
                               .num_rows = num_rows,
                               .dim = dim,
+                              .scales = row_scales(scales),
                               .bags = bags,
                               .out = matrix(out),
                               .outside = by_sum ? &outside : nullptr};
@@ -86,21 +88,22 @@ void register_gather_reduce(py::module_& m) {
       py::arg("num_threads"));
   m.def(
       "gather_dot",
-      [](const PyMatrix& dout, const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const PyVector& out,
-         int num_threads) {
+      [](const PyMatrix& dout, const PyMatrix& table, int64_t num_rows, int64_t dim, const PyScales& scales, const Bags& bags,
+         const PyVector& out, int num_threads) {
         raise_bad_bags(bags, num_rows, !bags.drop, false, num_threads);
         const GatherDotArgs args{.dout = matrix(dout),
                                  .table = matrix(table),
                                  .num_rows = num_rows,
                                  .dim = dim,
+                                 .scales = row_scales(scales),
                                  .bags = bags,
                                  .out = row_matrix(out)};
         py::gil_scoped_release release;
         gather_dot(args, num_threads);
       },
       "out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.",
-      py::kw_only(), py::arg("dout"), py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("out"),
-      py::arg("num_threads"));
+      py::kw_only(), py::arg("dout"), py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("scales"), py::arg("bags"),
+      py::arg("out"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

@@ -10,7 +10,16 @@
 namespace gossamer {
 
 // Codes shared with python/gossamer/cpu_kernels/_native.py.
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 4, kInt64 = 5 };
+enum class DType : int {
+  kFloat32 = 0,
+  kFloat64 = 1,
+  kBFloat16 = 2,
+  kFloat16 = 3,
+  kInt32 = 4,
+  kInt64 = 5,
+  kInt8 = 6,
+  kInt16 = 7
+};
 
 struct BFloat16 {
   uint16_t bits;
@@ -112,7 +121,10 @@ inline size_t element_size(DType dtype) {
       return 8;
     case DType::kBFloat16:
     case DType::kFloat16:
+    case DType::kInt16:
       return 2;
+    case DType::kInt8:
+      return 1;
     default:
       return 4;
   }
@@ -137,6 +149,23 @@ decltype(auto) visit_float(DType dtype, F&& f) {
       return f(TypeTag<Float16>{});
     default:
       throw std::invalid_argument("gossamer._C: not a floating dtype code");
+  }
+}
+
+// Whether rows of a type are codes, which a scale makes numbers of.
+template <class T>
+constexpr bool kIsCode = std::is_integral_v<T>;
+
+// Calls f with a tag of the C++ type of a table's dtype: floating, or codes.
+template <class F>
+decltype(auto) visit_table(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kInt8:
+      return f(TypeTag<int8_t>{});
+    case DType::kInt16:
+      return f(TypeTag<int16_t>{});
+    default:
+      return visit_float(dtype, f);
   }
 }
 

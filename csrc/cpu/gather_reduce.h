@@ -32,9 +32,19 @@ struct Bags {
   int64_t bags_per_feature() const { return num_bags / num_features; }
 };
 
+// Scales of a table of codes: one a row, or one for all with stride 0. Absent for other tables.
+struct RowScales {
+  float* base = nullptr;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return base != nullptr; }
+  float& operator[](int64_t row) const { return base[row * stride]; }
+};
+
 struct GatherArgs {
   FloatMatrix table;  // (N, D), column stride 1; flat with features
   int64_t num_rows, dim;
+  RowScales scales;
   Bags bags;
   FloatMatrix out;  // (B, D) of the table's dtype or what it is accumulated in
   bool* outside;    // set where an id of a bag is none of the table's; or null
@@ -52,6 +62,7 @@ struct GatherDotArgs {
   FloatMatrix dout;   // (B, D), column stride 1, of the table's dtype or what it is accumulated in
   FloatMatrix table;  // (N, D), column stride 1; flat with features
   int64_t num_rows, dim;
+  RowScales scales;
   Bags bags;
   FloatMatrix out;  // one row of num_positions, zeroed by the caller where offsets may leave positions out
 };

@@ -69,6 +69,7 @@ struct BagTable {
   const T* rows;
   int64_t stride, num_rows, dim, column, row_of_output;
   bool mean;
+  RowScales scales = {};
 };
 
 template <class T>
@@ -78,6 +79,16 @@ GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows
   const int64_t each = bags.bags_per_feature();
   const Feature& f = bags.features[bag / each];
   return {base + f.element, f.dim, f.rows, f.dim, f.column, bag % each, f.mean != 0};
+}
+
+// What the codes of a row are multiplied with beside the weight; 1 for a row of numbers.
+template <class T>
+GOSSAMER_INLINE Accumulator<T> scale_of(const RowScales& scales, int64_t row) {
+  if constexpr (kIsCode<T>) {
+    return scales[row];
+  } else {
+    return 1;
+  }
 }
 
 // Sums kVectors vectors of columns (or, when some > 0, one vector of `some` columns) of one bag's rows.
@@ -92,15 +103,19 @@ GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& 
   Vec<S> sum[kVectors] = {};
   const int64_t ahead = gather_ahead(prefetch_bytes);
   for (int64_t p = begin; p < end; ++p) {
-    if (prefetch_bytes > 0) prefetch_row<kBytes>(table, from.stride, live, p + ahead, prefetch_bytes);
+    if (prefetch_bytes > 0) {
+      prefetch_row<kBytes>(table, from.stride, live, p + ahead, prefetch_bytes);
+      if constexpr (kIsCode<T>) prefetch_row(from.scales.base, from.scales.stride, live, p + ahead, 1);
+    }
     const int64_t id = live[p];
     if (id < 0) {
       if (outside && live.outside(p)) __atomic_store_n(outside, true, __ATOMIC_RELAXED);
       continue;
     }
     const T* row = table + id * from.stride;
-    if constexpr (kWeighted) {
-      const S weight = static_cast<S>(weight_at(weights, p));
+    if constexpr (kWeighted || kIsCode<T>) {
+      S weight = scale_of<T>(from.scales, id);
+      if constexpr (kWeighted) weight *= static_cast<S>(weight_at(weights, p));
       if (some > 0) {
         sum[0] += load_some(row, some) * weight;
       } else {
@@ -123,7 +138,8 @@ template <bool kWeighted, class T, class Index, class O>
 void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
-    const BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, bag);
+    BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, bag);
+    if constexpr (kIsCode<T>) from.scales = a.scales;
     const LiveIds<Index> live(a.bags, from.num_rows);
     const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
     O* out = static_cast<O*>(a.out.base) + from.row_of_output * a.out.row_stride + from.column;
@@ -225,6 +241,7 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
             sum[0] += load_some(row + column, some) * load_some(dout + column, some);
           }
           dot = sum_lanes<S>(sum[0] + sum[1]) / divisor;
+          if constexpr (kIsCode<T>) dot *= a.scales[id];
         }
         from_scalar(dot, out[p]);
       }
@@ -232,13 +249,16 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
   });
 }
 
-// Calls f with tags of a table's type, the index's, and the type of the other array, T or what T is accumulated in.
-template <class F>
+// Calls f with tags of a table's type, the index's, and the type of the other array, T or what T is accumulated in, as which
+// it is beside codes.
+template <bool kCodes, class F>
 GOSSAMER_INLINE void visit_gather(DType table, DType other, bool wide, F&& f) {
-  visit_float(table, [&](auto tag) {
+  const auto with_table = [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto with_index = [&](auto index) {
-      if constexpr (!std::is_same_v<T, Accumulator<T>>) {
+      if constexpr (kIsCode<T>) {
+        return f(tag, index, TypeTag<Accumulator<T>>{});
+      } else if constexpr (!std::is_same_v<T, Accumulator<T>>) {
         if (other != table) return f(tag, index, TypeTag<Accumulator<T>>{});
       }
       f(tag, index, tag);
@@ -248,11 +268,16 @@ GOSSAMER_INLINE void visit_gather(DType table, DType other, bool wide, F&& f) {
     } else {
       with_index(TypeTag<int32_t>{});
     }
-  });
+  };
+  if constexpr (kCodes) {
+    visit_table(table, with_table);
+  } else {
+    visit_float(table, with_table);
+  }
 }
 
 void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
-  visit_gather(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
+  visit_gather<true>(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
     using Table = typename decltype(table)::type;
     using Index = typename decltype(index)::type;
     using Out = typename decltype(out)::type;
@@ -265,14 +290,14 @@ void gather_reduce(const GatherArgs& args, int64_t first_bag, int64_t last_bag) 
 }
 
 void gather_max(const GatherMaxArgs& args, int64_t first_bag, int64_t last_bag) {
-  visit_gather(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
+  visit_gather<false>(args.table.dtype, args.out.dtype, args.bags.index.wide, [&](auto table, auto index, auto out) {
     max_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(out)::type>(args, first_bag,
                                                                                                            last_bag);
   });
 }
 
 void gather_dot(const GatherDotArgs& args, int64_t first_bag, int64_t last_bag) {
-  visit_gather(args.table.dtype, args.dout.dtype, args.bags.index.wide, [&](auto table, auto index, auto dout) {
+  visit_gather<true>(args.table.dtype, args.dout.dtype, args.bags.index.wide, [&](auto table, auto index, auto dout) {
     dot_bags<typename decltype(table)::type, typename decltype(index)::type, typename decltype(dout)::type>(args, first_bag,
                                                                                                             last_bag);
   });

@@ -109,7 +109,8 @@ class Update {
   }
 
  private:
-  int64_t scratch_size() const { return args_.dim + 64; }
+  // Of a table of codes also the row as numbers and, where its scale is trained, the gradient as it was.
+  int64_t scratch_size() const { return (args_.scales ? 2 * args_.dim : args_.dim) + 64; }
 
   // Whether ids were left out, once they are listed.
   bool leaves_out(Team team) const { return counts_[team.size] < positions_; }

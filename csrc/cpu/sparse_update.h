@@ -65,7 +65,9 @@ struct UpdateArgs {
   FloatMatrix table;  // (N, D), column stride 1; flat with features
   StateArray state1, state2;
   int64_t num_rows, dim;  // all rows and the largest dim with features
-  FloatMatrix dout;       // (B, D), column stride 1, of the table's dtype or what it is accumulated in
+  RowScales scales;
+  double scale_rate;  // what a scale moves by for a slope of one; 0 where scales are not trained
+  FloatMatrix dout;   // (B, D), column stride 1, of the table's dtype or what it is accumulated in
   Bags bags;
   const int32_t* argmax;  // (B, D) contiguous, or null
   StepRule rule;

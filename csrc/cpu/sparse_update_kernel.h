@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/gather_reduce_kernel.h"
+#include "cpu/row_codes_kernel.h"
 #include "cpu/sparse_update.h"
 #include "cpu/step_kernel.h"
 
@@ -148,6 +149,7 @@ GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, i
   const RowPlace place = place_of<Word>(a, ids, entry);
   prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride),
                                                place.dim * sizeof(T));
+  if constexpr (kIsCode<T>) __builtin_prefetch(&a.scales[place.row], 1);
   for (const StateArray* state : {&a.state1, &a.state2}) {
     if (state->base) {
       const int64_t bytes = state->per_row ? 1 : place.dim * sizeof(S);
@@ -317,13 +319,34 @@ bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t beg
   }
 }
 
+// The step on a row of codes: on the numbers they stand for, in `w`, which become codes again by the new scale. `w` has room
+// for the row and for the gradient as the rule is given it.
+template <class T>
+GOSSAMER_INLINE void step_codes(const UpdateArgs& a, const RowPlace& place, float* grad, float* w) {
+  T* codes = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
+  float& scale = a.scales[place.row];
+  const int64_t dim = place.dim;
+  const float before = scale;
+  over_row<float>(dim,
+                  [&](int64_t c, int n) __attribute__((always_inline)) { store_n(w + c, load_n(codes + c, n) * before, n); });
+  const bool learns = a.scale_rate != 0;
+  float* const given = w + dim;
+  if (learns) std::memcpy(given, grad, dim * sizeof(float));
+  step_row<float>(a.rule, place.row, w, state_at<float>(a, a.state1, place), state_at<float>(a, a.state2, place), grad, dim);
+  float after = before;
+  if (learns) scale = after = moved_scale<T>(w, given, dim, before, static_cast<float>(a.scale_rate));
+  write_codes<T>(a.rule, static_cast<uint64_t>(place.row), w, after, codes, dim);
+}
+
 // Entry for the rows whose runs begin in [begin, end).
 template <class T, class G>
 void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<T>;
-  if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
-               : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
-    return;
+  if constexpr (!kIsCode<T>) {
+    if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
+                 : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
+      return;
+    }
   }
   S* grad = static_cast<S*>(scratch);
   each_run<T, Any>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
@@ -333,8 +356,12 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
     } else {
       sum_entries<S, G>(a, ids, i, stop, place.dim, grad);
     }
-    T* w = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
-    step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, place), state_at<S>(a, a.state2, place), grad, place.dim);
+    if constexpr (kIsCode<T>) {
+      step_codes<T>(a, place, grad, grad + place.dim);
+    } else {
+      T* w = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
+      step_row<T>(a.rule, place.row, w, state_at<S>(a, a.state1, place), state_at<S>(a, a.state2, place), grad, place.dim);
+    }
   });
 }
 
@@ -357,9 +384,11 @@ void sum_range(const UpdateArgs& a, const SortedIds& ids, int64_t first_piece, i
 
 template <class F>
 GOSSAMER_INLINE void visit_update(const UpdateArgs& args, F&& f) {
-  visit_float(args.table.dtype, [&](auto table) {
+  visit_table(args.table.dtype, [&](auto table) {
     using T = typename decltype(table)::type;
-    if constexpr (!std::is_same_v<T, Accumulator<T>>) {
+    if constexpr (kIsCode<T>) {
+      return f(table, TypeTag<Accumulator<T>>{});
+    } else if constexpr (!std::is_same_v<T, Accumulator<T>>) {
       if (args.dout.dtype != args.table.dtype) return f(table, TypeTag<Accumulator<T>>{});
     }
     f(table, table);

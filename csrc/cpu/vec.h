@@ -134,6 +134,37 @@ GOSSAMER_INLINE void store(Float16* to, Vec<float> v) {
 }
 #endif
 
+// Codes widen to whole numbers, and whole numbers in their range become codes.
+typedef int8_t Codes8 __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 4)));
+typedef int16_t Codes16 __attribute__((vector_size(GOSSAMER_VECTOR_BYTES / 2)));
+
+GOSSAMER_INLINE Vec<float> load(const int8_t* from) {
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif GOSSAMER_F16C
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(load_bytes<Codes8>(from), Vec<float>);
+#endif
+}
+GOSSAMER_INLINE Vec<float> load(const int16_t* from) {
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif GOSSAMER_F16C
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(load_bytes<Codes16>(from), Vec<float>);
+#endif
+}
+GOSSAMER_INLINE void store(int8_t* to, Vec<float> v) {
+  const Codes8 out = __builtin_convertvector(__builtin_convertvector(v, VecTraits<float>::BitsVec), Codes8);
+  std::memcpy(to, &out, sizeof out);
+}
+GOSSAMER_INLINE void store(int16_t* to, Vec<float> v) {
+  const Codes16 out = __builtin_convertvector(__builtin_convertvector(v, VecTraits<float>::BitsVec), Codes16);
+  std::memcpy(to, &out, sizeof out);
+}
+
 // a·b + c with one rounding where the instruction set has it. Left to the compiler, some loops would fuse and others not, and sums
 // that promise equal bits would differ.
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64

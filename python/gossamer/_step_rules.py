@@ -57,7 +57,7 @@ class StepRule(NamedTuple):
         l2: λ2 of FTRL.
         clip_value: largest magnitude of a gradient element; infinity for none.
         clip_norm: largest norm of a row's gradient; infinity for none.
-        stochastic_rounding: whether float16 and bfloat16 rows are rounded stochastically.
+        stochastic_rounding: whether rows of 16-bit floats and of codes are rounded stochastically.
         seed: of the rounding.
     """
 
@@ -84,4 +84,4 @@ class StepRule(NamedTuple):
 
     def rounds(self, dtype: torch.dtype) -> bool:
         """Whether new rows of a table of ``dtype`` are rounded stochastically."""
-        return self.stochastic_rounding and dtype in (torch.float16, torch.bfloat16)
+        return self.stochastic_rounding and dtype in (torch.float16, torch.bfloat16, torch.int8, torch.int16)

@@ -39,8 +39,8 @@ class Optimizer:
         weight_decay: λ; the subclass says where it enters.
         clip_value: clamp every element of the summed gradient to ``[−clip_value, clip_value]``.
         clip_norm: then scale a row's gradient by ``min(1, clip_norm/‖G‖)``.
-        stochastic_rounding: round the new rows of float16 and bfloat16 tables up or down with the probability that
-            makes the result right on average; tables of 32 and 64 bits are not rounded at all.
+        stochastic_rounding: round the new rows of float16 and bfloat16 tables, and of tables of codes, up or down with
+            the probability that makes the result right on average; tables of 32 and 64 bits are not rounded at all.
         seed: of the rounding: the bits depend on (seed, step, row, column) alone. In ``[0, 2⁶³)``.
 
     Raises:

@@ -30,7 +30,10 @@ def test_area_under_the_curve():
     assert auc(scores, clicks) == (1 + 0.5 + 1 + 1) / 4
 
 
-@pytest.mark.parametrize("name", ["dense", "hash", "frequency", "clustered", "pruned", "searched_dimension"])
+NAMES = ["dense", "hash", "frequency", "clustered", "pruned", "searched_dimension", "quantized"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_cases(name):
     """A case trains both models, serves what it may, and gives every metric of the table."""
     outcome = STUDY.run(name, 0, SMALL, lambda share, note: None)

@@ -94,6 +94,50 @@ def sparse_update(rng):
     return unchanged_on_error(gossamer.sparse_update_, lambda args: _state_tensors(args, "table")), args
 
 
+def row_codes(rng):
+    """Lookups in tables of codes, and steps on them."""
+    rows, dim, codes = size(rng), size(rng), rng.choice((torch.int8, torch.int16))
+    lists, count = bags(rng, rows)
+    learned = rng.random() < 0.5
+    args = {"table": ids(rng, 200, rows, dim).to(codes), "scale": randn(rng, rows if learned else 1).abs() + 0.1}
+    args |= lists | {
+        "weights": rng.choice((None, randn(rng, *lists["index"].shape))),
+        "mode": rng.choice(("sum", "mean")),
+    }
+    args |= {"padding_idx": rng.choice((None, 0)), "bounds": rng.choice(("raise", "drop"))}
+    if rng.random() < 0.5:
+        return gossamer.gather_reduce, args | {"out_dtype": rng.choice((None, torch.float16))}
+    made = optimizer(rng)
+    args |= {"dout": randn(rng, count, dim), "optimizer": made, "state": made.state(rows, dim)}
+    args["scale_lr"] = 0.1 if learned else 0.0
+
+    def written(args):
+        return [args["scale"], *_state_tensors(args, "table")]
+
+    return unchanged_on_error(gossamer.sparse_update_, written), args
+
+
+def quantized_embedding(rng):
+    rows, dim = size(rng), size(rng)
+    args = {"num_embeddings": rows, "embedding_dim": dim, "bits": rng.choice((8, 16))}
+    args |= {
+        "mode": rng.choice(("sum", "mean", "max")),
+        "step": rng.choice(("fixed", "learned")),
+        "step_size": rng.choice((None, 0.1)),
+        "step_lr": 0.1,
+    }
+    args |= {"rounding": rng.choice(("stochastic", "nearest")), "optimizer": rng.choice((None, optimizer(rng)))}
+    args |= {"dtype": rng.choice((None, torch.float16, torch.bfloat16)), "include_last_offset": rng.random() < 0.5}
+    offsets = ragged(rng, size(rng, 0), 4)
+    inputs = {"ids": ids(rng, rows, int(offsets[-1]))}
+    inputs["offsets"] = offsets if args["include_last_offset"] else offsets[:-1]
+    if rng.random() < 0.4:
+        inputs = {"ids": ids(rng, rows, size(rng, 0), size(rng, 1, 4)), "offsets": None}
+    if args["mode"] == "sum" and rng.random() < 0.5:
+        inputs["per_sample_weights"] = randn(rng, *inputs["ids"].shape)
+    return _trained(nn.QuantizedEmbedding, ("ids", "offsets", "per_sample_weights")), args | inputs
+
+
 def layout_of(rng):
     specs = [(size(rng, 0 if i else 1, 12), size(rng, 1, 9)) for i in range(rng.randint(1, 3))]
     features = rng.choice((None, [rng.randrange(len(specs)) for _ in range(rng.randint(1, 3))]))
@@ -271,8 +315,10 @@ SUBJECTS = (
     sparse_update,
     table_layouts,
     many_tables,
+    row_codes,
     embedding_layers,
     embedding_layers,
+    quantized_embedding,
     batched_tables,
     dynamic_embedding,
     hash_table,

@@ -54,6 +54,7 @@ NEEDS = {
 COARSE = {
     "masked",
     "searched_dimension",
+    "quantized",
     "deep_hash",
     "product_quantized",
     "semantic_id",
@@ -83,7 +84,8 @@ def test_meets_the_budget(method):
             table.choose()
     y = model(ids)
     y.square().sum().backward()
-    assert all(p.grad is not None for table in tables for p in table.parameters())
+    # Codes are trained by an optimizer in the table alone.
+    assert all(p.grad is not None for table in tables for p in table.parameters() if p.is_floating_point())
     held = sum(table.freeze().nbytes() for table in tables) + 7 * 16 * 4
     assert held == report.served
     served = model.eval()(ids)

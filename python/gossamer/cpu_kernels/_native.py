@@ -21,6 +21,8 @@ DTYPES = {
     torch.float16: 3,
     torch.int32: 4,
     torch.int64: 5,
+    torch.int8: 6,
+    torch.int16: 7,
 }
 # In place of a dtype code: scales that are exponents of two in a byte.
 E8M0 = -1

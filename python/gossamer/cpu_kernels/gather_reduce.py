@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
+from gossamer._row_codes import scale_stride
 from gossamer.cpu_kernels._native import DTYPES, empty_huge, matrix, unit_rows, vector
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ def native_table(table: torch.Tensor, bags: Bags) -> tuple[tuple[int, int, int, 
     return matrix(table), *table.shape
 
 
+def native_scales(scale: torch.Tensor | None) -> tuple[int, int] | None:
+    """``(pointer, stride)`` of the scales of rows, stride 0 for one of all rows; None for None."""
+    return None if scale is None else (scale.data_ptr(), scale_stride(scale))
+
+
 def _kernel_dtype(table: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype that kernels read or write for ``dtype``: that of the table or of its sums."""
     if dtype == table.dtype:
@@ -72,7 +78,8 @@ def gather_reduce(args: GatherReduce) -> torch.Tensor:
     table = unit_rows(args.table)
     lists, _alive = native_bags(args.bags)
     out = empty_huge(args.bags.result_shape(table), _kernel_dtype(table, args.out_dtype))
-    _C.gather_reduce(*native_table(table, args.bags), lists, matrix(out), torch.get_num_threads())
+    scales = None if args.scale is None else native_scales(args.scale)
+    _C.gather_reduce(*native_table(table, args.bags), scales, lists, matrix(out), torch.get_num_threads())
     return out.to(args.out_dtype)
 
 
@@ -114,6 +121,7 @@ def gather_dot(args: GatherDot) -> torch.Tensor:
         table=place,
         num_rows=num_rows,
         dim=dim,
+        scales=native_scales(args.scale),
         bags=lists,
         out=vector(out),
         num_threads=torch.get_num_threads(),

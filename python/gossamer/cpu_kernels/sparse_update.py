@@ -9,7 +9,7 @@ import torch
 
 from gossamer import _C
 from gossamer.cpu_kernels._native import matrix
-from gossamer.cpu_kernels.gather_reduce import as_kernel_dtype, native_bags, native_table
+from gossamer.cpu_kernels.gather_reduce import as_kernel_dtype, native_bags, native_scales, native_table
 
 if TYPE_CHECKING:
     from gossamer._step_rules import StepRule
@@ -46,6 +46,8 @@ def sparse_update_(args: SparseUpdate) -> None:
         table=place,
         state1=_state(update.state1, per_row[0]),
         state2=_state(update.state2, per_row[1]),
+        scales=native_scales(update.scale),
+        scale_rate=args.scale_rate,
         num_rows=num_rows,
         dim=dim,
         dout=matrix(dout),

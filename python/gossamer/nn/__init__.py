@@ -20,6 +20,7 @@ from gossamer.nn.embeddings.masked import MaskedEmbedding, search_widths
 from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
 from gossamer.nn.embeddings.product_quantized import ProductQuantizedEmbedding
 from gossamer.nn.embeddings.pruned import PrunedEmbedding
+from gossamer.nn.embeddings.quantized import QuantizedEmbedding
 from gossamer.nn.embeddings.random_block import RandomBlockEmbedding
 from gossamer.nn.embeddings.remapped import ClusteredEmbedding, FrequencyEmbedding
 from gossamer.nn.embeddings.residual_quantizer import (
@@ -143,6 +144,7 @@ __all__ = [
     "PrototypeRouter",
     "PruneAndRegrow",
     "PrunedEmbedding",
+    "QuantizedEmbedding",
     "QuantizedExpertStack",
     "QuantizedLinear",
     "RandomBlockEmbedding",

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_float, check_index, check_padding_idx, check_same_device, check_shape, check_tensor
+from gossamer._checks import (
+    FLOAT_DTYPES,
+    check_float,
+    check_index,
+    check_padding_idx,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+from gossamer._row_codes import CODE_DTYPES, check_scale
 
 MODES = ("sum", "mean", "max")
 BOUNDS = ("raise", "clamp", "drop")
@@ -214,9 +223,11 @@ def check_bags(
     include_last_offset: bool = True,
     bounds: str = "drop",
     bounds_count: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> Bags:
     """Check the arguments that the primitives over one table share, except the values of ids and offsets."""
-    check_float("table", table, backend)
+    if scale is not None or table.dtype not in FLOAT_DTYPES:
+        check_rows(table, scale, backend)
     check_shape("table", table, (None, None), "(N, D)")
     check_index("index", index)
     if mode not in MODES:
@@ -230,6 +241,8 @@ def check_bags(
     check_weights(index, weights, backend)
     if weights is not None and mode == "max":
         raise ValueError("weights cannot be given with mode='max'")
+    if scale is not None and mode == "max":
+        raise ValueError("scale cannot be given with mode='max'")
     check_same_device(table=table, index=index, offsets=offsets, weights=weights)
     n = table.shape[0]
     check_padding_idx(padding_idx, n)
@@ -239,6 +252,16 @@ def check_bags(
         weights = None if weights is None else weights.unsqueeze(1)
     padding = -1 if padding_idx is None else padding_idx % n
     return Bags(index, offsets, weights, None, mode, padding, bounds != "raise")
+
+
+def check_rows(table: torch.Tensor, scale: torch.Tensor | None, backend: str) -> None:
+    """Check that a table is floating, or of codes with their scale."""
+    if scale is not None:
+        check_scale(table, scale)
+    elif table.dtype in CODE_DTYPES:
+        raise TypeError(f"scale must be given for a table of {table.dtype}, got None")
+    else:
+        check_float("table", table, backend)
 
 
 def _whole_offsets(index, offsets, include_last_offset):

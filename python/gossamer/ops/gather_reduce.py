@@ -11,6 +11,7 @@ import torch
 from gossamer import _backend
 from gossamer._checks import check_float_dtype, check_tensor
 from gossamer._numerics import accumulation_dtype
+from gossamer._row_codes import CODE_DTYPES, decode
 from gossamer.ops._bags import (
     Bags,
     apply_bounds,
@@ -29,16 +30,18 @@ class GatherReduce(NamedTuple):
     """Arguments of sums and means of table rows over bags.
 
     Attributes:
-        table: ``(N, D)`` float; with features the flat storage of their tables.
+        table: ``(N, D)`` float, or int8 or int16 with ``scale``; with features the flat storage of their tables.
         bags: the lists.
         out_dtype: of the result ``(B, D)``; with features ``(B, ΣD_f)``.
         sparse_grad: whether the table's gradient is sparse.
+        scale: ``(N,)`` or ``(1,)`` float32, what rows of codes are multiplied with; or None.
     """
 
     table: torch.Tensor
     bags: Bags
     out_dtype: torch.dtype
     sparse_grad: bool = False
+    scale: torch.Tensor | None = None
 
 
 class GatherMax(NamedTuple):
@@ -58,12 +61,14 @@ class GatherDot(NamedTuple):
         table: as in :class:`GatherReduce`.
         bags: the lists, their weights left out.
         dtype: of the result, which is shaped like the ids.
+        scale: as in :class:`GatherReduce`.
     """
 
     dout: torch.Tensor
     table: torch.Tensor
     bags: Bags
     dtype: torch.dtype
+    scale: torch.Tensor | None = None
 
 
 @functools.cache
@@ -84,7 +89,9 @@ def _max_kernels(backend: str) -> ModuleType:
     return gather_max
 
 
-def gather_reduce_reference(table: torch.Tensor, bags: Bags, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def gather_reduce_reference(
+    table: torch.Tensor, bags: Bags, out_dtype: torch.dtype | None = None, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """:func:`gather_reduce` in plain torch, differentiable, accumulated in float32 (float64 for float64).
 
     Ids outside the table contribute nothing.
@@ -97,7 +104,8 @@ def gather_reduce_reference(table: torch.Tensor, bags: Bags, out_dtype: torch.dt
     kept = bags.live(table.shape[0], numbers).nonzero().squeeze(1)
     bag = numbers[kept]
     accumulate = accumulation_dtype(table.dtype)
-    values = table.index_select(0, bags.index.reshape(-1)[kept].long()).to(accumulate)
+    rows = bags.index.reshape(-1)[kept].long()
+    values = decode(table.index_select(0, rows), scale, rows, accumulate)
     if bags.mode == "max":
         return _max_by_bag(values, bag, bags.num_bags).to(out_dtype)
     if bags.weights is not None:
@@ -149,7 +157,8 @@ def gather_dot_reference(args: GatherDot) -> torch.Tensor:
     flat = bags.index.reshape(-1).long()
     kept = bags.live(table.shape[0]).nonzero().squeeze(1)
     bag = bags.numbers()[kept]
-    dot = (args.dout[bag].to(wide) * table[flat[kept]].to(wide)).sum(1)
+    rows = decode(table[flat[kept]], args.scale, flat[kept], wide)
+    dot = (args.dout[bag].to(wide) * rows).sum(1)
     if bags.mode == "mean":
         dot = dot / _counts(bag, bags.num_bags, wide)[bag]
     out = torch.zeros(flat.shape, dtype=args.dtype, device=table.device)
@@ -180,7 +189,7 @@ def forward(args: GatherReduce, backend: str) -> torch.Tensor:
     """Sums and means outside autograd."""
     if backend == "reference":
         _check(args)
-        return gather_reduce_reference(args.table, args.bags, args.out_dtype)
+        return gather_reduce_reference(args.table, args.bags, args.out_dtype, args.scale)
     return _kernels(backend).gather_reduce(args)
 
 
@@ -327,7 +336,7 @@ def _differentiate(ctx, args: GatherReduce, tensors, dout: torch.Tensor):
     if "table" in ctx.needs:
         gradients["table"] = table_gradient(bags, dout, ctx.shape, ctx.dtype, ctx.backend, args.sparse_grad)
     if "bags.weights" in ctx.needs:
-        dot = GatherDot(dout, args.table, bags._replace(weights=None), bags.weights.dtype)
+        dot = GatherDot(dout, args.table, bags._replace(weights=None), bags.weights.dtype, args.scale)
         gradients["bags.weights"] = gather_dot(dot, ctx.backend)
     return gradients
 
@@ -344,7 +353,7 @@ def _save_dot(ctx, args: GatherDot, output: torch.Tensor):
 def _differentiate_dot(ctx, args: GatherDot, tensors, dweights: torch.Tensor):
     gradients = {}
     if "dout" in ctx.needs:
-        gradients["dout"] = reduce_by_gradient(args.table, args.bags, dweights, ctx.dtype, ctx.backend)
+        gradients["dout"] = reduce_by_gradient(args.table, args.bags, dweights, ctx.dtype, ctx.backend, args.scale)
     if "table" in ctx.needs:
         weighted = args.bags._replace(weights=dweights)
         gradients["table"] = table_gradient(weighted, args.dout, ctx.shape, ctx.table_dtype, ctx.backend)
@@ -355,11 +364,17 @@ gather_dot.differentiate(_save_dot, _differentiate_dot)
 
 
 def reduce_by_gradient(
-    table: torch.Tensor, bags: Bags, weights: torch.Tensor, out_dtype: torch.dtype, backend: str
+    table: torch.Tensor,
+    bags: Bags,
+    weights: torch.Tensor,
+    out_dtype: torch.dtype,
+    backend: str,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sums or means of table rows over bags, weighted by a gradient, which may hold NaN."""
     limit = _every_row(table, weights) if bags.limit is None else bags.limit
-    return _gather_reduce(GatherReduce(table, bags._replace(weights=weights, limit=limit), out_dtype), backend)
+    bags = bags._replace(weights=weights, limit=limit)
+    return _gather_reduce(GatherReduce(table, bags, out_dtype, scale=scale), backend)
 
 
 def _save_max(ctx, args: GatherMax, output):
@@ -446,6 +461,7 @@ def gather_reduce(
     bounds_count: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     sparse_grad: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reduce rows of a table over lists of ids: ``y[b] = Σ_j weights[b,j] · table[index[b,j]]``.
 
@@ -454,7 +470,7 @@ def gather_reduce(
     the first id of the bag that has it.
 
     Args:
-        table: ``(N, D)`` float.
+        table: ``(N, D)`` float; or int8 or int16, codes that ``scale`` makes numbers of as they are read.
         index: ``(B, J)`` int32 or int64, J ids a bag; ``(L,)`` with ``offsets``; or ``(L,)`` without, each id a bag of
             its own.
         offsets: ``(B+1,)`` int32 or int64, ascending: bag ``b`` holds ``index[offsets[b]:offsets[b+1]]``. With
@@ -471,13 +487,14 @@ def gather_reduce(
             ``[0, L]`` and made to ascend.
         bounds_count: a one-element int64 tensor on the table's device, to which the number of ids out of bounds and of
             offsets repaired is added wherever nothing is raised.
-        out_dtype: of the result; the table's by default. Sums are rounded to it once.
+        out_dtype: of the result; the table's by default, float32 for codes. Sums are rounded to it once.
         sparse_grad: give the table's gradient as a coalesced sparse COO tensor. Its size depends on the ids, so the
             backward pass waits for the device, and cannot be compiled or captured. Not with ``mode="max"``.
+        scale: ``(N,)`` or ``(1,)`` float32: row i stands for ``scale[i]·table[i]``. Not with ``mode="max"``.
 
     Returns:
         ``(B, D)``, accumulated in float32 (float64 for float64); empty bags are zero. Differentiable in ``table``
-        (duplicates summed in position order) and ``weights``.
+        (duplicates summed in position order) where it is floating, and ``weights``.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported.
@@ -487,13 +504,12 @@ def gather_reduce(
     check_tensor("table", table)
     backend = _backend.resolve("gather_reduce", table)
     lists, how = (index, offsets, weights), (mode, padding_idx, include_last_offset, bounds, bounds_count)
-    bags = check_bags(table, *lists, backend, *how)
+    bags = check_bags(table, *lists, backend, *how, scale)
     out_dtype = checked_out_dtype(out_dtype, table, backend)
     if sparse_grad and mode == "max":
         raise ValueError("sparse_grad cannot be given with mode='max'")
-    return reduce_bags(
-        table, apply_bounds(bags, table.shape[0], bounds, bounds_count, backend), out_dtype, backend, sparse_grad
-    )
+    bags = apply_bounds(bags, table.shape[0], bounds, bounds_count, backend)
+    return reduce_bags(table, bags, out_dtype, backend, sparse_grad, scale)
 
 
 def dot_bags(table: torch.Tensor, bags: Bags, x: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
@@ -506,13 +522,18 @@ def dot_bags(table: torch.Tensor, bags: Bags, x: torch.Tensor, dtype: torch.dtyp
 
 
 def reduce_bags(
-    table: torch.Tensor, bags: Bags, out_dtype: torch.dtype, backend: str, sparse_grad: bool = False
+    table: torch.Tensor,
+    bags: Bags,
+    out_dtype: torch.dtype,
+    backend: str,
+    sparse_grad: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`gather_reduce` of checked arguments, differentiable."""
-    args = GatherReduce(table, bags, out_dtype, sparse_grad)
+    args = GatherReduce(table, bags, out_dtype, sparse_grad, scale)
     if backend == "reference" and not sparse_grad:
         _check(args)
-        return gather_reduce_reference(table, bags, out_dtype)
+        return gather_reduce_reference(table, bags, out_dtype, scale)
     if bags.mode == "max":
         need_argmax = table.requires_grad and torch.is_grad_enabled()
         return gather_max(GatherMax(table, bags, out_dtype, need_argmax), backend)[0]
@@ -520,9 +541,11 @@ def reduce_bags(
 
 
 def checked_out_dtype(out_dtype: torch.dtype | None, table: torch.Tensor, backend: str) -> torch.dtype:
-    """``out_dtype``, or the table's if None; the backend must support it."""
-    if out_dtype is None or out_dtype == table.dtype:
-        return table.dtype
+    """``out_dtype``, or the table's, float32 for codes, if None; the backend must support it."""
+    if out_dtype is None:
+        return torch.float32 if table.dtype in CODE_DTYPES else table.dtype
+    if out_dtype == table.dtype and table.is_floating_point():
+        return out_dtype
     if not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"out_dtype must be a torch.dtype, got {type(out_dtype).__name__}")
     check_float_dtype("out_dtype", out_dtype, table.device, backend)

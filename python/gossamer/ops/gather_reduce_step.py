@@ -41,7 +41,8 @@ def _forward(args: GatherReduceStep, backend: str) -> tuple[torch.Tensor, torch.
     if args.bags.mode == "max":
         return lookup.forward_max(lookup.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True), backend)
     none = torch.empty(0, dtype=torch.int32, device=args.table.device)
-    return lookup.forward(lookup.GatherReduce(args.table, args.bags, args.out_dtype), backend), none
+    gather = lookup.GatherReduce(args.table, args.bags, args.out_dtype, scale=args.update.scale)
+    return lookup.forward(gather, backend), none
 
 
 def _forward_fake(args: GatherReduceStep) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,8 +63,8 @@ def _save(ctx, args: GatherReduceStep, output):
     ctx.table, ctx.update, ctx.taken = args.table, args.update, False
     # The table is saved, and so checked for changes, only where the backward pass reads its values. Otherwise other
     # lookups of the same graph may take their steps first.
-    table = args.table if "bags.weights" in ctx.needs else None
-    update = args.update._replace(lr=None, step=None, state1=None, state2=None)
+    table, scale = (args.table, args.update.scale) if "bags.weights" in ctx.needs else (None, None)
+    update = args.update._replace(lr=None, step=None, state1=None, state2=None, scale=scale)
     return args._replace(table=table, update=update), output[1] if args.bags.mode == "max" else None
 
 
@@ -79,7 +80,8 @@ def _differentiate(ctx, args: GatherReduceStep, tensors, dout: torch.Tensor, _):
     gradients = {"handle": torch.zeros_like(args.handle)}
     if "bags.weights" in ctx.needs:
         # Before the step, because it needs the rows that the forward pass read.
-        dot = lookup.GatherDot(dout, args.table, args.bags._replace(weights=None), args.bags.weights.dtype)
+        bags = args.bags._replace(weights=None)
+        dot = lookup.GatherDot(dout, args.table, bags, args.bags.weights.dtype, args.update.scale)
         gradients["bags.weights"] = lookup.gather_dot(dot, ctx.backend)
     update_rows_(SparseUpdate(ctx.table, args.bags, dout, argmax, ctx.update), ctx.backend)
     return gradients
@@ -111,6 +113,8 @@ def gather_reduce_step(
     bounds: str = "raise",
     bounds_count: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    scale: torch.Tensor | None = None,
+    scale_lr: float = 0.0,
 ) -> torch.Tensor:
     """:func:`gather_reduce` whose backward pass calls :func:`sparse_update_` instead of making the table's gradient.
 
@@ -120,7 +124,7 @@ def gather_reduce_step(
     backward pass takes the step, also one that asks for the gradient of ``weights`` alone.
 
     Args:
-        table: ``(N, D)`` float, not requiring a gradient.
+        table: ``(N, D)`` float, or int8 or int16 with ``scale``; not requiring a gradient.
         index: as for :func:`gather_reduce`.
         offsets: as for :func:`gather_reduce`.
         weights: as for :func:`gather_reduce`; their gradient is taken before the step.
@@ -134,6 +138,8 @@ def gather_reduce_step(
         bounds: as for :func:`gather_reduce`.
         bounds_count: as for :func:`gather_reduce`.
         out_dtype: as for :func:`gather_reduce`.
+        scale: as for :func:`gather_reduce`.
+        scale_lr: as for :func:`sparse_update_`.
 
     Returns:
         ``(B, D)``, differentiable in ``handle`` and ``weights``.
@@ -147,11 +153,11 @@ def gather_reduce_step(
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
     lists, how = (index, offsets, weights), (mode, padding_idx, include_last_offset, bounds, bounds_count)
-    bags = check_bags(table, *lists, backend, *how)
+    bags = check_bags(table, *lists, backend, *how, scale)
     check_updatable("table", table)
     check_handle(handle, table)
     out_dtype = lookup.checked_out_dtype(out_dtype, table, backend)
-    update = check_state(optimizer, state, table)
+    update = check_state(optimizer, state, table, scale=scale, scale_lr=scale_lr)
     bags = apply_bounds(bags, table.shape[0], bounds, bounds_count, backend)
     return _gather_reduce_step(GatherReduceStep(handle, table, bags, out_dtype, update), backend)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from gossamer import _backend
 from gossamer._checks import check_same_device, check_shape, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer._rounding import random_bits, round_stochastically
+from gossamer._row_codes import decode, encode, moved_scale, scale_rate, scale_slope, scales_of
 from gossamer._step_rules import StepRule
-from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_values, raises
+from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_rows, check_values, raises
 from gossamer.ops._records import define
 from gossamer.ops._step_reference import WHOLE_ROWS, RowSums, step_reference
 from gossamer.ops.gather_reduce import GatherMax, gather_max
@@ -32,6 +34,8 @@ class Update(NamedTuple):
         state1: the rule's first state, ``(N, D)``, or ``(N,)`` for a value a row; with features flat, ``(E,)`` or
             ``(N,)``; or None.
         state2: its second.
+        scale: ``(N,)`` or ``(1,)`` float32, what rows of codes are multiplied with; or None.
+        scale_lr: the learning rate of the scales; 0 where they are not trained.
     """
 
     rule: StepRule
@@ -39,13 +43,15 @@ class Update(NamedTuple):
     step: torch.Tensor
     state1: torch.Tensor | None
     state2: torch.Tensor | None
+    scale: torch.Tensor | None = None
+    scale_lr: float = 0.0
 
 
 class SparseUpdate(NamedTuple):
     """Arguments of a step on the rows that bags list.
 
     Attributes:
-        table: ``(N, D)`` float; with features the flat storage of their tables.
+        table: ``(N, D)`` float, or int8 or int16 with a scale; with features the flat storage of their tables.
         bags: the lists whose reduction is differentiated.
         dout: ``(B, D)`` float, the gradient of the result; with features ``(B, ΣD_f)``.
         argmax: for a maximum its positions, as gather_max gives them; else None.
@@ -57,6 +63,12 @@ class SparseUpdate(NamedTuple):
     dout: torch.Tensor
     argmax: torch.Tensor | None
     update: Update
+
+    @property
+    def scale_rate(self) -> float:
+        """What the scale of a row of codes moves by for a slope of one."""
+        update, (rows, dim) = self.update, self.dout.shape
+        return scale_rate(update.scale_lr, rows, dim, self.table.dtype) if update.scale_lr else 0.0
 
 
 @functools.cache
@@ -86,25 +98,42 @@ def _contributions(
     return bags.index.reshape(-1)[kept].long(), values
 
 
-def _step_rows(table, states, ids, values, first_row, update: Update) -> None:
+def _step_rows(table, states, ids, values, first_row, update: Update, rate: float = 0.0) -> None:
     """Sum ``values (n, D)`` by ``ids (n,)`` and take the step on those rows of ``table (N, D)`` and its states."""
     wide = accumulation_dtype(table.dtype)
     rows, inverse = torch.unique(ids, return_inverse=True)
     grad = torch.zeros(rows.shape[0], table.shape[1], dtype=wide, device=table.device)
     grad.index_add_(0, inverse, values.to(wide))
-    _step_distinct_rows(table, states, rows, grad, first_row, update)
+    _step_distinct_rows(table, states, rows, grad, first_row, update, rate=rate)
 
 
 def _step_distinct_rows(
-    table, states, rows, grad, first_row, update: Update, first_column: int = 0, sums: RowSums = WHOLE_ROWS
+    table,
+    states,
+    rows,
+    grad,
+    first_row,
+    update: Update,
+    first_column: int = 0,
+    sums: RowSums = WHOLE_ROWS,
+    rate: float = 0.0,
 ) -> None:
     """Take the step on distinct ``rows (n,)`` whose gradients are ``grad (n, D)``."""
     rule, t, wide = update.rule, update.step + 1, accumulation_dtype(table.dtype)
     lr = rule.lr if update.lr is None else update.lr.to(wide)
     before = [state[rows] for state in states if state is not None]
-    new, *after = step_reference(rule, table[rows].to(wide), grad, before, t, lr, sums)
+    bits = None
     if rule.rounds(table.dtype):
-        bits = random_bits(rule.seed, t, rows + first_row, first_column + new.shape[1])[:, first_column:]
+        bits = random_bits(rule.seed, t, rows + first_row, first_column + grad.shape[1])[:, first_column:]
+    new = decode(table[rows], update.scale, rows, wide)
+    new, *after = step_reference(rule, new, grad, before, t, lr, sums)
+    if update.scale is not None:
+        scale = scales_of(update.scale, rows)
+        if rate:
+            update.scale[rows] = moved_scale(scale.squeeze(1), scale_slope(new, grad, scale, table.dtype), rate)
+            scale = scales_of(update.scale, rows)
+        new = encode(new, scale, table.dtype, bits)
+    elif bits is not None:
         new = round_stochastically(new, bits, table.dtype)
     table[rows] = new.to(table.dtype)
     for state, value in zip(states, after, strict=False):
@@ -117,7 +146,7 @@ def sparse_update_reference_(args: SparseUpdate) -> None:
     states = (update.state1, update.state2)
     if not bags.features.dim:
         lists = _contributions(bags, args.dout, args.argmax, table.shape[0])
-        _step_rows(table, states, *lists, 0, update)
+        _step_rows(table, states, *lists, 0, update, args.scale_rate)
         update.step.add_(1)
         return
     found: dict[tuple, list] = {}
@@ -160,14 +189,19 @@ update_rows_ = define(
     kernel=_update,
     fake=_update_fake,
     returns="()",
-    mutates=("table", "update.step", "update.state1", "update.state2"),
+    mutates=("table", "update.step", "update.state1", "update.state2", "update.scale"),
 )
 
 
 def check_state(
-    optimizer: Optimizer, state: Mapping[str, torch.Tensor], table: torch.Tensor, layout: TableLayout | None = None
+    optimizer: Optimizer,
+    state: Mapping[str, torch.Tensor],
+    table: torch.Tensor,
+    layout: TableLayout | None = None,
+    scale: torch.Tensor | None = None,
+    scale_lr: float = 0.0,
 ) -> Update:
-    """Check that ``state`` is what ``optimizer`` needs for a step on ``table``."""
+    """Check that ``state`` is what ``optimizer`` needs for a step on ``table``, and the rate of its scales."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a gossamer.optim.Optimizer, got {type(optimizer).__name__}")
     kinds = optimizer.state_kinds()
@@ -201,7 +235,20 @@ def check_state(
     lr = optimizer.lr.detach().reshape(1) if isinstance(optimizer.lr, torch.Tensor) else None
     check_same_device(table=table, lr=lr, **{f"state[{name!r}]": t for name, t in state.items()})
     found += [None, None]
-    return Update(optimizer.step_rule(), lr, step, found[0], found[1])
+    _check_scale_lr(scale_lr, scale, table)
+    return Update(optimizer.step_rule(), lr, step, found[0], found[1], scale, float(scale_lr))
+
+
+def _check_scale_lr(scale_lr: float, scale: torch.Tensor | None, table: torch.Tensor) -> None:
+    if isinstance(scale_lr, bool) or not isinstance(scale_lr, (int, float)):
+        raise TypeError(f"scale_lr must be a number, got {type(scale_lr).__name__}")
+    if not 0 <= scale_lr < math.inf:
+        raise ValueError(f"scale_lr must be in [0, inf), got {scale_lr}")
+    if not scale_lr:
+        return
+    if scale is None or scale.shape[0] != table.shape[0] or (scale.shape[0] > 1 and scale.stride(0) < 1):
+        found = "no scale" if scale is None else f"shape {tuple(scale.shape)} with stride {scale.stride()}"
+        raise ValueError(f"scale must hold a value a row where scale_lr is not 0, got {found}")
 
 
 def check_updatable(name: str, table: torch.Tensor) -> None:
@@ -236,6 +283,8 @@ def sparse_update_(
     include_last_offset: bool = True,
     bounds: str = "raise",
     bounds_count: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    scale_lr: float = 0.0,
 ) -> None:
     """Take one optimizer step, in place, on the rows of ``table`` that :func:`gather_reduce` read.
 
@@ -245,8 +294,15 @@ def sparse_update_(
     of threads. Each touched row then gets exactly one step. No ``(L, D)`` gradient is formed, and no untouched row is
     read or written. A row is touched where a bag lists it, even if its gradient is zero.
 
+    With ``scale``, rows of codes q are read as ``w = Δ·q`` with the row's scale Δ, stepped to w' in float32, and
+    written as codes of ``clip(w'/Δ)``, to the nearest or, where the optimizer has ``stochastic_rounding``, so that the
+    mean is exact (:mod:`gossamer._row_codes`). With ``scale_lr`` η_Δ the row's scale moves first, as in ALPT:
+    ``Δ ← max(Δ − η_Δ/√(B·D·(2^(bits−1)−1))·Σ_j G_j·δ_j, 2⁻²⁰)``, where ``δ_j = round(w'_j/Δ) − w'_j/Δ``, or the end of
+    the range beyond which ``w'_j/Δ`` lies.
+
     Args:
-        table: ``(N, D)`` float, not requiring a gradient; rows may lie apart, columns not.
+        table: ``(N, D)`` float, or int8 or int16 with ``scale``; not requiring a gradient; rows may lie apart, columns
+            not.
         index: as for :func:`gather_reduce`.
         dout: ``(B, D)``, the gradient of the result, of any floating dtype (float64 for a float64 table alone).
         offsets: as for :func:`gather_reduce`.
@@ -258,6 +314,8 @@ def sparse_update_(
         include_last_offset: as for :func:`gather_reduce`.
         bounds: as for :func:`gather_reduce`.
         bounds_count: as for :func:`gather_reduce`.
+        scale: as for :func:`gather_reduce`; updated in place where it is trained.
+        scale_lr: η_Δ; above 0 it needs a scale a row.
 
     Raises:
         TypeError: an argument is not a tensor, a dtype is not supported or does not fit the table.
@@ -267,7 +325,7 @@ def sparse_update_(
             unchanged.
     """
     how = (mode, padding_idx, include_last_offset, bounds, bounds_count)
-    step_bags_(table, index, dout, offsets, weights, None, optimizer, state, *how)
+    step_bags_(table, index, dout, offsets, weights, None, optimizer, state, *how, scale, scale_lr)
 
 
 def step_rows_(
@@ -301,6 +359,7 @@ def step_rows_(
         ValueError: sizes, devices or the state do not fit.
     """
     check_tensor("table", table)
+    check_rows(table, None, _backend.resolve("sparse_update", table))
     check_updatable("table", table)
     check_shape("gradient", gradient, (rows.shape[0], table.shape[1]), "(n, D)")
     wide = accumulation_dtype(table.dtype)
@@ -327,15 +386,17 @@ def step_bags_(
     include_last_offset=True,
     bounds="raise",
     bounds_count=None,
+    scale=None,
+    scale_lr=0.0,
 ) -> None:
     """:func:`sparse_update_`, for a maximum with the positions that the forward pass found, or None."""
     check_tensor("table", table)
     backend = _backend.resolve("sparse_update", table)
     lists, how = (index, offsets, weights), (mode, padding_idx, include_last_offset, bounds, bounds_count)
-    bags = check_bags(table, *lists, backend, *how)
+    bags = check_bags(table, *lists, backend, *how, scale)
     check_updatable("table", table)
     _check_dout(dout, (bags.num_bags, table.shape[1]), table)
-    update = check_state(optimizer, state, table)
+    update = check_state(optimizer, state, table, scale=scale, scale_lr=scale_lr)
     bags = apply_bounds(bags, table.shape[0], bounds, bounds_count, backend)
     if mode == "max" and argmax is None:
         argmax = gather_max(GatherMax(table, bags, table.dtype, True), backend)[1]
