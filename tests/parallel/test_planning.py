@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gossamer.parallel.placement import TableInfo, TablePlan
 from gossamer.parallel.planning import layouts, measure, models, rates, tables
 from gossamer.parallel.planning.exchanges import Cluster, Group, Link, met_parts, parts
 from gossamer.parallel.planning.files import read_object
@@ -378,21 +379,34 @@ def test_placements_by_hand():
     row, lookups = 8 * 4, 100 * 5
     assert by_name["replicate"].memory["tables"] == 2 * 1000 * row
     assert by_name["replicate"].seconds["lookups"] == pytest.approx(4 * lookups * row / 1e9)
-    assert by_name["replicate"].sent == {"ids": 3 * lookups * 8, "gradients": 3 * 2 * 100 * row}
+    # An id and the length of a bag take four bytes each.
+    assert by_name["replicate"].sent == {"ids": 3 * (lookups + 200) * 4, "gradients": 3 * 2 * 100 * row}
     assert by_name["row"].memory["tables"] == by_name["column"].memory["tables"] == 2 * 1000 * row / 4
     met = tables.distinct(1000, 100) + tables.distinct(1000, 400)
-    assert by_name["row"].sent["ids"] == pytest.approx(3 / 4 * lookups * 8)
+    assert by_name["row"].sent["ids"] == pytest.approx(3 * ((met + lookups) / 4 + 200) * 4)
     assert by_name["row"].sent["rows"] == pytest.approx(3 / 4 * met * row)
     # A bag of one id has a row on a given device with probability 1/4, a bag of four with 1 - (3/4)^4.
     assert by_name["row"].sent["gradients"] == pytest.approx(3 * 100 * row * (1 / 4 + 1 - (3 / 4) ** 4))
     # Of the two tables the second has four times as much to do, for the samples of all four devices.
     assert by_name["table"].seconds["lookups"] == pytest.approx(4 * 400 * row / 1e9)
     assert by_name["table"].memory["tables"] == 1000 * row
-    assert by_name["table"].sent == {"ids": 3 * 400 * 8, "rows": 3 * 100 * row, "gradients": 3 * 100 * row}
-    assert by_name["column"].sent["ids"] == 3 * lookups * 8
+    assert by_name["table"].sent == {"ids": 3 * 500 * 4, "rows": 3 * 100 * row, "gradients": 3 * 100 * row}
+    assert by_name["column"].sent["ids"] == 3 * (lookups + 200) * 4
     assert by_name["column"].sent["rows"] == 3 * 2 * 100 * 2 * 4
     each = 3 * (2e-6 + 2 * 100 * 2 * 4 / 100e9)
     assert by_name["column"].seconds["rows"] == pytest.approx(each)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "replicate"])
+def test_tables_send_what_their_own_plan_says(kind):
+    world, batch, sizes = 4, 100, table(bag=3)
+    unique = tables.distinct(sizes.rows, batch * sizes.bag)
+    info = TableInfo(sizes.rows, sizes.dim, 0, lookups=batch * sizes.bag, unique=unique, bags=batch)
+    expected = TablePlan(world, {"t": kind}, {}, {"t": info}).sent_nbytes("t")
+    placement = tables.Placement(kind, world, (kind,), ("t",))
+    cluster, rate = Cluster(world, world, INTRA), rates.Rate(1e9, "given")
+    cost = tables.price([sizes], cluster, tables.Lookups(batch, optimizer="sgd"), rate, placement)
+    assert sum(cost.sent.values()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_heaviest_table_goes_where_least_is():

@@ -46,7 +46,8 @@ OPTIMIZERS = {
 }
 # How a benchmark of tables calls the variant with each optimizer; those that are not there were not measured.
 VARIANTS = {"sgd": "gossamer SGD", "rowwise_adagrad": "gossamer row-wise Adagrad"}
-ID_BYTES = 8
+# Of an id, and of the number of ids in a bag.
+ID_BYTES = 4
 # What is exchanged, each by one all-to-all for all tables.
 EXCHANGED = ("ids", "rows", "gradients")
 # A mixed placement of T tables is searched by about this many divided by T prices of T tables each.
@@ -204,27 +205,29 @@ def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
     element = BYTES[work.dtype]
     lookups = work.batch * table.bag
     row = table.dim * element
-    pooled, ids = work.batch * row, lookups * ID_BYTES
+    pooled, lists = work.batch * row, (lookups + work.batch) * ID_BYTES
     whole = work.stored_bytes(table.rows, table.dim)
     if devices == 1:
         return _Share(lookups * row, whole, pooled)
     if kind == REPLICATE:
         if not work.trains:
             return _Share(lookups * row, whole, pooled)
-        return _Share(devices * lookups * row, whole, devices * pooled, ids=ids, gradients=pooled)
+        return _Share(devices * lookups * row, whole, devices * pooled, ids=lists, gradients=pooled)
     if kind == TABLE:
-        return _Share(devices * lookups * row, whole, devices * pooled, ids, pooled, pooled)
+        return _Share(devices * lookups * row, whole, devices * pooled, lists, pooled, pooled)
     if kind == ROW:
         own = distinct(table.rows, lookups)
         met = 1.0 - (1.0 - 1.0 / devices) ** table.bag
         memory = work.stored_bytes(-(-table.rows // devices), table.dim)
         # The device of the rows reads them, and the device of the samples pools them.
         work_bytes, buffers = (lookups + own) * row, own * row + pooled
-        return _Share(work_bytes, memory, buffers, ids / devices, own / devices * row, met * pooled)
+        # Distinct ids for the rows, and the lists of bags where their gradients will follow.
+        ids = own / devices + (lookups / devices + work.batch if work.trains else 0.0)
+        return _Share(work_bytes, memory, buffers, ids * ID_BYTES, own / devices * row, met * pooled)
     columns = -(-table.dim // devices)
     narrow = work.batch * columns * element
     memory, buffers = work.stored_bytes(table.rows, columns), pooled + devices * narrow
-    return _Share(devices * table.bag * narrow, memory, buffers, ids, narrow, narrow)
+    return _Share(devices * table.bag * narrow, memory, buffers, lists, narrow, narrow)
 
 
 def place_whole(loads: Sequence[float], devices: int) -> list[int]:
