@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from gossamer.bench.harness.plot import OTHERS, OURS_COLOR, style
 
@@ -32,14 +33,23 @@ def draw(record: dict) -> Figure:
         for axis, label in ((times, "ms a step"), (sizes, "GiB a device")):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            for scale in (axis.xaxis, axis.yaxis):
+                scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set(xlabel="devices, the same work on each", ylabel=label)
         times.legend()
-        figure.suptitle(f"{Path(record['config']).name} on {record['device']}: the best layout of each kind")
+        figure.suptitle(f"{subject(record)} on {record['device']}: the best layout of each kind; hollow: does not fit")
     return figure
+
+
+def subject(record: dict) -> str:
+    """What the plan is of: the name of its file, or of its folder where all files are called config.json."""
+    path = Path(record["config"]).absolute()
+    return path.parent.name if path.name == "config.json" else path.stem
 
 
 def save(record: dict, folder: Path) -> Path:
     """Write the picture into a folder, named after the config."""
-    path = folder / f"plan-{Path(record['config']).stem}.svg"
+    path = folder / f"plan-{subject(record)}.svg"
     draw(record).savefig(path, metadata={"Date": None})
     return path
