@@ -229,3 +229,76 @@ def test_topologies_of_the_largest_masks_have_sizes(shape):
     """On meta, where a mask of 2⁵³ places is only its sizes."""
     topology = gossamer.BlockTopology.from_mask(empty_mask(*shape), 16, nnz=3)
     assert topology.grid == shape and topology.column_indices.shape == (3,)
+
+
+NUMBERS = {
+    "maps by hand": (lambda: gossamer.IdMaps([0], [1], [0], [1], [0], 0, 5), ValueError, r"moduli must be in \[1, "),
+    "maps of one length": (
+        lambda: gossamer.IdMaps([5], [1, 1], [0], [1], [0], 0, 5),
+        ValueError,
+        "divisors must have",
+    ),
+    "no maps": (lambda: gossamer.map_ids(torch.tensor([1]), [5]), TypeError, "maps must be gossamer.IdMaps, got list"),
+    "step": (lambda: nn.smooth_step(torch.tensor([1]), 1.0), TypeError, "v must be floating point, got torch.int64"),
+    "gamma": (lambda: nn.smooth_step(torch.ones(1), 0), ValueError, "gamma must be positive and finite, got 0"),
+    "codes": (
+        lambda: nn.selector_gates(torch.ones(2, 3, 1), torch.ones(2, 3), 4, 1.0),
+        ValueError,
+        "codes must have",
+    ),
+    "mixture": (
+        lambda: nn.selector_gates(torch.ones(2, 3, 2), None, 4, 1.0),
+        TypeError,
+        "mixture must be a torch",
+    ),
+    "leaves": (
+        lambda: nn.tree_gates(torch.ones(2, 1, 3), torch.ones(2, 1, 3), 1.0),
+        ValueError,
+        "leaves must have",
+    ),
+    "scores": (lambda: nn.softmax_probabilities(torch.tensor([1])), TypeError, "logits must be floating point"),
+    "widths": (lambda: nn.mixed_dimensions([5], base_dim=torch.ones(2)), TypeError, "base_dim must be a number"),
+    "ranks": (lambda: nn.TensorTrainEmbedding(5, 4, 2), TypeError, "ranks must be a sequence, got int"),
+    "moduli": (lambda: nn.CompositionalEmbedding(5, 4, True), TypeError, "moduli must be a sequence, got bool"),
+    "density": (lambda: nn.PrunedEmbedding(5, 4, (1,)), TypeError, "density must be a number, got tuple"),
+    "shapes": (lambda: nn.erk_densities(True, 0.5), TypeError, "shapes must be a sequence, got bool"),
+    "clusters": (lambda: nn.balanced_kmeans(torch.ones(3, 2), 0), ValueError, "num_codes must be at least 1, got 0"),
+    "noise": (
+        lambda: nn.load_loss(torch.ones(2, 3), torch.ones(2, 3), "a", 1),
+        TypeError,
+        "noise_std must be a",
+    ),
+    "frequencies": (
+        lambda: nn.frequency_table(torch.ones(3, device="meta"), 2),
+        ValueError,
+        "frequencies must have n",
+    ),
+    "router": (
+        lambda: nn.SoftmaxRouter(4, 2, 1)(torch.ones(3, 4, device="meta")),
+        ValueError,
+        "x must be on the device of the router, cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_and_lists(name):
+    """Of the functions that routers and tables are made with, and of maps by hand."""
+    call, error, message = NUMBERS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("layer", [nn.DeltaNet, nn.GatedDeltaNet, nn.KimiDeltaAttention])
+def test_no_sequences(layer):
+    """A batch of none gives none, and zero gradients."""
+    made = layer(8, 2, 4)
+    y = made(torch.ones(0, 5, 8))
+    y.sum().backward()
+    assert y.shape == (0, 5, 8) and all(not p.grad.any() for p in made.parameters())
+
+
+def test_codes_of_nobody_are_unique():
+    """Without levels, vectors are numbered; without vectors there is nothing to number."""
+    assert nn.unique_codes(torch.zeros(2, 0, dtype=torch.int64)).tolist() == [[0], [1]]
+    assert nn.unique_codes(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 4)

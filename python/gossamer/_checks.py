@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch._C import _are_functorch_transforms_active
@@ -69,6 +70,20 @@ def check_strided(name: str, tensor: torch.Tensor) -> None:
     """``tensor`` must be dense."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must have the layout torch.strided, got {tensor.layout}")
+
+
+def check_floating(name: str, tensor: object) -> None:
+    """``tensor`` must be a dense tensor of any floating dtype."""
+    check_tensor(name, tensor)
+    check_strided(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_sequence(name: str, value: object) -> None:
+    """``value`` must be a list or tuple, or another sequence that is no text."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence, got {type(value).__name__}")
 
 
 def check_written(name: str, tensor: torch.Tensor) -> None:

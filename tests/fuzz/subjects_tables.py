@@ -189,7 +189,7 @@ def embedding_layers(rng):
     args["dtype"] = rng.choice((None, torch.float16, torch.bfloat16, torch.float64))
     args["sparse"] = made is None and rng.random() < 0.3
     if rng.random() < 0.3:
-        return _trained(nn.Embedding, ("input",)), args | {"input": ids(rng, rows, *rng.choice(((5,), (2, 3), (0,))))}
+        return trained(nn.Embedding, ("input",)), args | {"input": ids(rng, rows, *rng.choice(((5,), (2, 3), (0,))))}
     mode = rng.choice(("sum", "mean", "max"))
     args |= {"mode": mode, "include_last_offset": rng.random() < 0.5, "sparse": args["sparse"] and mode != "max"}
     count = size(rng, 0)
@@ -200,7 +200,7 @@ def embedding_layers(rng):
         inputs = {"input": ids(rng, rows, count, size(rng, 1, 4)), "offsets": None}
     if mode == "sum" and rng.random() < 0.5:
         inputs["per_sample_weights"] = randn(rng, *inputs["input"].shape, dtype=args["dtype"])
-    return _trained(nn.EmbeddingBag, ("input", "offsets", "per_sample_weights")), args | inputs
+    return trained(nn.EmbeddingBag, ("input", "offsets", "per_sample_weights")), args | inputs
 
 
 def batched_tables(rng):
@@ -210,7 +210,7 @@ def batched_tables(rng):
     args |= {"pooling": list(layout.pooling), "optimizer": made, "bounds": rng.choice(("raise", "clamp", "drop"))}
     args |= {"weights_dtype": rng.choice(TABLE_FLOATS), "output_dtype": rng.choice((None, torch.float32))}
     inputs = {"indices": index, "offsets": offsets, "per_sample_weights": rng.choice((None, randn(rng, index.numel())))}
-    return _trained(nn.TableBatchedEmbeddingBags, tuple(inputs)), args | inputs
+    return trained(nn.TableBatchedEmbeddingBags, tuple(inputs)), args | inputs
 
 
 def dynamic_embedding(rng):
@@ -225,10 +225,10 @@ def dynamic_embedding(rng):
         lists = {"ids": ids(rng, 50, int(offsets[-1])) - 20, "offsets": offsets}
     if args["pooling"] in ("sum", "mean") and rng.random() < 0.5:
         lists["weights"] = randn(rng, *lists["ids"].shape)
-    return _trained(nn.DynamicEmbedding, ("ids", "offsets", "weights")), args | lists
+    return trained(nn.DynamicEmbedding, ("ids", "offsets", "weights")), args | lists
 
 
-def _trained(make, inputs):
+def trained(make, inputs):
     """Two training steps and a lookup of one layer, and what its tables hold afterwards."""
 
     def call(**args):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_flag, check_index, check_positive, check_sequence
 from gossamer.ops._records import define
 
 #: The prime of universal hashes over 64-bit ids.
@@ -26,8 +26,8 @@ class IdMaps:
 
     An id is a number of 64 bits: a negative one stands for itself plus 2⁶⁴. Without a prime the inner part is x itself.
     Multiples of consecutive ids can fall into few remainders; ``mixed`` puts ``mix(x)`` in the place of x, a bijection
-    of 64-bit numbers that leaves no such order (Mix13 of D. Stafford, with which SplitMix64 ends). The fields are lists
-    of H numbers; :meth:`of` makes them from what differs from the defaults.
+    of 64-bit numbers that leaves no such order (Mix13 of D. Stafford, with which SplitMix64 ends). The fields are
+    tuples of H numbers, made of any sequences; :meth:`of` makes them from what differs from the defaults.
 
     Attributes:
         moduli: m, at least 1.
@@ -38,6 +38,11 @@ class IdMaps:
         prime: p, below 2³¹ or 2⁶¹−1; 0 for none.
         limit: ids outside ``[0, limit)`` are errors; 0 for no limit.
         mixed: whether ids are mixed first; not with a limit.
+
+    Raises:
+        TypeError: a number is not an int.
+        ValueError: a number is out of its range, lists differ in length, or a divisor is given without a limit or a
+            prime, which would make the quotient one of 64-bit numbers without a sign.
     """
 
     moduli: list[int]
@@ -48,6 +53,35 @@ class IdMaps:
     prime: int
     limit: int
     mixed: bool = False
+
+    def __post_init__(self) -> None:
+        prime, limit = self.prime, self.limit
+        if any(not isinstance(number, int) or isinstance(number, bool) for number in (prime, limit)):
+            raise TypeError(f"prime and limit must be ints, got {prime!r} and {limit!r}")
+        check_flag("mixed", self.mixed)
+        if prime not in (0, MERSENNE_61) and not 2 <= prime < _NARROW:
+            raise ValueError(f"prime must be 0, below 2**31 or 2**61 - 1, got {prime}")
+        if not 0 <= limit < 2**63:
+            raise ValueError(f"limit must be in [0, 2**63), got {limit}")
+        ranges = {"moduli": (1, 2**62), "divisors": (1, 2**62), "bases": (0, 2**62)}
+        ranges |= {"multipliers": (1, prime or 2), "addends": (0, prime or 1)}
+        for name, (low, high) in ranges.items():
+            values = getattr(self, name)
+            check_sequence(name, values)
+            if len(values) != len(self.moduli):
+                count = len(self.moduli)
+                raise ValueError(f"{name} must have one number for each of the {count} moduli, got {len(values)}")
+            for value in values:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise TypeError(f"{name} must be ints, got {value!r}")
+                if not low <= value < high:
+                    raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+            object.__setattr__(self, name, tuple(values))  # what was checked stays as it is
+        check_positive(**{"the number of maps": len(self.moduli)})
+        if self.mixed and limit:
+            raise ValueError(f"limit must be 0 where ids are mixed, got {limit}")
+        if not prime and not limit and max(self.divisors) > 1:
+            raise ValueError(f"divisors must be 1 without a limit or a prime, got {list(self.divisors)}")
 
     @classmethod
     def of(
@@ -62,42 +96,11 @@ class IdMaps:
         limit: int = 0,
         mixed: bool = False,
     ) -> IdMaps:
-        """Checked maps; the class says what each argument is.
-
-        Raises:
-            TypeError: a number is not an int.
-            ValueError: a number is out of its range, lists differ in length, or a divisor is given without a limit or
-                a prime, which would make the quotient one of 64-bit numbers without a sign.
-        """
-        count = len(moduli)
-        lists = {
-            "moduli": (moduli, 1, 2**62),
-            "divisors": ([1] * count if divisors is None else divisors, 1, 2**62),
-            "bases": ([0] * count if bases is None else bases, 0, 2**62),
-            "multipliers": ([1] * count if multipliers is None else multipliers, 1, prime or 2),
-            "addends": ([0] * count if addends is None else addends, 0, prime or 1),
-        }
-        if not isinstance(prime, int) or not isinstance(limit, int):
-            raise TypeError(f"prime and limit must be ints, got {prime!r} and {limit!r}")
-        if prime not in (0, MERSENNE_61) and not 2 <= prime < _NARROW:
-            raise ValueError(f"prime must be 0, below 2**31 or 2**61 - 1, got {prime}")
-        if not 0 <= limit < 2**63:
-            raise ValueError(f"limit must be in [0, 2**63), got {limit}")
-        check_positive(**{"the number of maps": count})
-        for name, (values, low, high) in lists.items():
-            if len(values) != count:
-                raise ValueError(f"{name} must have one number for each of the {count} moduli, got {len(values)}")
-            for value in values:
-                if not isinstance(value, int) or isinstance(value, bool):
-                    raise TypeError(f"{name} must be ints, got {value!r}")
-                if not low <= value < high:
-                    raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
-        if mixed and limit:
-            raise ValueError(f"limit must be 0 where ids are mixed, got {limit}")
-        made = cls(*(list(values) for values, _, _ in lists.values()), prime, limit, mixed)
-        if not prime and not limit and max(made.divisors) > 1:
-            raise ValueError(f"divisors must be 1 without a limit or a prime, got {made.divisors}")
-        return made
+        """Maps with these numbers, and defaults for the others; the class says what each argument is."""
+        check_sequence("moduli", moduli)
+        defaults = ((divisors, 1), (bases, 0), (multipliers, 1), (addends, 0))
+        lists = ([default] * len(moduli) if given is None else given for given, default in defaults)
+        return cls(moduli, *lists, prime, limit, mixed)
 
     @classmethod
     def universal(cls, moduli: Sequence[int], *, seed: int, bases: Sequence[int] | None = None) -> IdMaps:
@@ -235,10 +238,12 @@ def map_ids(ids: torch.Tensor, maps: IdMaps) -> torch.Tensor:
         ``(*ids.shape, H)``, int32 where all rows fit, else int64.
 
     Raises:
-        TypeError: ``ids`` is not int32 or int64.
+        TypeError: ``ids`` is not int32 or int64, or ``maps`` no IdMaps.
         IndexError: on the CPU, an id outside ``[0, limit)``; on CUDA its rows are −1, which is no row of any table.
     """
     check_index("ids", ids)
+    if not isinstance(maps, IdMaps):
+        raise TypeError(f"maps must be gossamer.IdMaps, got {type(maps).__name__}")
     backend = _backend.resolve("map_ids", ids)
     found = _map_ids(MapIds(ids, maps), backend)
     if maps.limit and backend == "reference" and ids.device.type == "cpu" and not torch.compiler.is_compiling():

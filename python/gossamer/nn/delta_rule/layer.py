@@ -185,7 +185,7 @@ class DeltaRuleLayer(nn.Module):
                 state.recurrent.copy_(last.detach())
         normed = F.rms_norm(o.float() if o.dtype != torch.float64 else o, (self.value_head_dim,), eps=self.norm_eps)
         o = (normed * self.norm_weight).to(o.dtype)
-        return self.out_proj(self.gated(o, x).reshape(b, t, -1))
+        return self.out_proj(self.gated(o, x).flatten(2))
 
     def _convolved(
         self, mixed: torch.Tensor, state: DeltaRuleState | None, cu_seqlens: torch.Tensor | None, one_token: bool

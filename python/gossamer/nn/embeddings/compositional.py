@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import Table, fit_budget
 from gossamer.nn.moe.experts.grouped import Experts
@@ -158,6 +158,7 @@ def _checked_operation(partition: str, operation: str | None) -> str:
 
 
 def _check_moduli(num_embeddings: int, partition: str, moduli: Sequence[int]) -> None:
+    check_sequence("moduli", moduli)
     check_positive(**{f"moduli[{i}]": m for i, m in enumerate(moduli)})
     pairs = partition in ("quotient_remainder", "path")
     if pairs and len(moduli) != 2:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_flag, check_index, check_number, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table, check_budget, check_mode, fit_budget
 from gossamer.optim import Optimizer
@@ -130,19 +131,29 @@ def mixed_dimensions(
         powers: whether widths are rounded to powers of two.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: a size or ``base_dim`` is not positive, or ``alpha`` is negative.
 
     Source: as :class:`MixedDimensionEmbedding`.
     """
+    check_sequence("num_embeddings", num_embeddings)
     check_positive(**{f"num_embeddings[{i}]": n for i, n in enumerate(num_embeddings)})
+    check_number("base_dim", base_dim)
+    check_number("alpha", alpha)
+    check_flag("powers", powers)
+    if most is not None:
+        check_positive(most=most)
+    for name, number in (("base_dim", base_dim), ("alpha", alpha)):
+        if not number < math.inf:
+            raise ValueError(f"{name} must be finite, got {number}")
     if base_dim <= 0:
         raise ValueError(f"base_dim must be positive, got {base_dim}")
     if alpha < 0:
         raise ValueError(f"alpha must be at least 0, got {alpha}")
-    scale = base_dim * min(num_embeddings, default=1) ** alpha
+    least = min(num_embeddings, default=1)
     widths = []
     for n in num_embeddings:
-        width = max(1, round(scale * n**-alpha))
+        width = max(1, round(base_dim * (least / n) ** float(alpha)))
         if powers:
             width = 2 ** round(torch.tensor(float(width)).log2().item())
         widths.append(width if most is None else min(width, most))

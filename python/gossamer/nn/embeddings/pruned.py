@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_number, check_positive, check_shape
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
 from gossamer.optim import Optimizer
@@ -148,6 +148,8 @@ class PrunedEmbedding(FusedTable):
     ) -> None:
         super().__init__()
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_groups=num_groups)
+        check_number("density", density)
+        check_number("initial_threshold", initial_threshold)
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], got {density}")
         for name, value, known in (

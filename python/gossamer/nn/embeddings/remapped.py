@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_positive, check_same_device, check_shape
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -130,4 +130,6 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
 
 def rows_at(row_of_id: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The entries of a map ``(N,)`` at ``ids (...)``; IndexError for an id outside it."""
+    check_index("ids", ids)
+    check_same_device(row_of_id=row_of_id, ids=ids)
     return row_of_id.index_select(0, ids.reshape(-1)).view(ids.shape)

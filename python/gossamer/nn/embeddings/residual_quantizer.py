@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive, check_shape
+from gossamer._checks import check_floating, check_index, check_positive, check_shape, check_sizes
 
 
 class ResidualQuantization(NamedTuple):
@@ -149,6 +149,15 @@ def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return (words.square().sum(-1) - 2 * (x @ words.T)).argmin(-1)
 
 
+def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> None:
+    check_floating("x", x)
+    check_shape("x", x, (None, None), "(n, d)")
+    check_positive(num_codes=num_codes, steps=steps)
+    check_sizes(seed=seed)
+    if not len(x) or x.is_meta:
+        raise ValueError(f"x must have at least one vector, whose numbers are here, got {tuple(x.shape)} on {x.device}")
+
+
 def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """``count`` of the vectors drawn with a probability by their squared distance to those drawn before."""
     generator = torch.Generator().manual_seed(seed)
@@ -174,6 +183,7 @@ def _means(x: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor) -> torch
 
 def kmeans(x: torch.Tensor, num_codes: int, *, steps: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Centroids ``(K, d)`` and clusters ``(n,)`` of ``x (n, d)`` by Lloyd's algorithm from k-means++."""
+    _check_clusters(x, num_codes, steps, seed)
     centroids = _spread(x, num_codes, seed)
     chosen = nearest(x, centroids)
     for _ in range(steps):
@@ -193,7 +203,12 @@ def balanced_kmeans(
 
     Source: Deng et al., "OneRec: Unifying Retrieve and Rank with Generative Recommender and Iterative Preference
     Alignment", 2025.
+
+    Raises:
+        TypeError: ``x`` is not a floating tensor, or a number no int.
+        ValueError: ``x`` is not 2-D or has no vectors, or a number is too small.
     """
+    _check_clusters(x, num_codes, steps, seed)
     centroids = _spread(x, num_codes, seed)
     n = len(x)
     sizes = [n // num_codes + (k < n % num_codes) for k in range(num_codes)]
@@ -214,7 +229,10 @@ def balanced_kmeans(
 
 def unique_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes ``(n, L)`` with a last one that numbers the vectors that share the others, ``(n, L+1)``: all differ."""
+    check_index("codes", codes)
     check_shape("codes", codes, (None, None), "(n, L)")
+    if not codes.numel():
+        return torch.cat([codes, torch.arange(len(codes), device=codes.device, dtype=codes.dtype).unsqueeze(1)], 1)
     _, group = codes.unique(dim=0, return_inverse=True)
     order = group.argsort(stable=True)
     starts = torch.searchsorted(group[order], group[order])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_mode, fit_budget
 from gossamer.ops.map_ids import map_ids, radix_maps
@@ -67,6 +67,9 @@ class TensorTrainEmbedding(FusedTable):
     ) -> None:
         super().__init__()
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        for name, values in (("ranks", ranks), ("row_factors", row_factors), ("dim_factors", dim_factors)):
+            if values is not None or name == "ranks":
+                check_sequence(name, values)
         n = _three_rows(num_embeddings) if row_factors is None else tuple(row_factors)
         d = _three_factors(embedding_dim) if dim_factors is None else tuple(dim_factors)
         ranks = tuple(ranks)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_positive, check_shape
+from gossamer._checks import check_flag, check_input, check_positive, check_sequence, check_shape, check_sizes
 from gossamer.nn.replicas import evaluated_when_compiled
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
@@ -445,10 +445,14 @@ def erk_densities(shapes: list[tuple[int, ...]], density: float) -> list[float]:
         One density a layer.
 
     Raises:
-        TypeError: ``density`` is not a number.
+        TypeError: ``density`` is not a number, or ``shapes`` are no sequences of ints.
         ValueError: it is outside (0, 1], or a shape is empty.
     """
     check_density(density)
+    check_sequence("shapes", shapes)
+    for i, shape in enumerate(shapes):
+        check_sequence(f"shapes[{i}]", shape)
+        check_sizes(**{f"shapes[{i}][{dim}]": size for dim, size in enumerate(shape)})
     sizes = [math.prod(shape) for shape in shapes]
     if not all(sizes):
         raise ValueError(f"shapes must have elements, got {shapes}")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from gossamer._checks import (
     MAX_SIZE,
+    check_floating,
     check_number,
     check_positive,
     check_same_device,
@@ -76,16 +77,16 @@ def _check_logits(routing: Routing) -> None:
     check_same_device(expert_ids=routing.expert_ids, logits=routing.logits)
 
 
-def _kept(mask: torch.Tensor | None, routing: Routing) -> torch.Tensor | None:
-    """``mask`` as ``(T,)`` bool."""
+def _kept(mask: torch.Tensor | None, tokens: torch.Tensor, name: str = "routing") -> torch.Tensor | None:
+    """``mask`` as ``(T,)`` bool; ``tokens (T, ·)`` belong to the argument called ``name``."""
     if mask is None:
         return None
     check_tensor("mask", mask)
-    if mask.numel() != routing.num_tokens:
+    if mask.numel() != tokens.shape[0]:
         raise ValueError(
-            f"mask must have one value for each of T = {routing.num_tokens} tokens, got shape {tuple(mask.shape)}"
+            f"mask must have one value for each of T = {tokens.shape[0]} tokens, got shape {tuple(mask.shape)}"
         )
-    check_same_device(routing=routing.expert_ids, mask=mask)
+    check_same_device(**{name: tokens, "mask": mask})
     return mask.reshape(-1) != 0
 
 
@@ -163,7 +164,7 @@ def _totals(
 ) -> _Totals:
     counts, totals, rows = 0, 0, 0
     for layer in _layers(routing):
-        kept = _kept(mask, layer)
+        kept = _kept(mask, layer.expert_ids)
         probabilities = layer.probabilities
         if kept is not None:
             probabilities = probabilities.masked_fill(~kept.unsqueeze(1), 0.0)
@@ -190,7 +191,7 @@ def expert_counts(
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
-    counts = _counts(_kept(mask, routing), routing).long()
+    counts = _counts(_kept(mask, routing.expert_ids), routing).long()
     return _global(counts, group, counts)
 
 
@@ -336,21 +337,25 @@ def load_loss(
     """
     check_shape("logits", logits, (None, None), "(T, E)")
     check_shape("noisy_logits", noisy_logits, tuple(logits.shape), "(T, E)")
-    if not (logits.is_floating_point() and noisy_logits.is_floating_point()):
-        raise TypeError(f"logits must be floating point, got {logits.dtype} and {noisy_logits.dtype}")
+    check_floating("logits", logits)
+    check_floating("noisy_logits", noisy_logits)
+    check_same_device(logits=logits, noisy_logits=noisy_logits)
     check_positive(top_k=top_k)
+    if not isinstance(noise_std, torch.Tensor):
+        check_number("noise_std", noise_std)
+    else:
+        check_same_device(logits=logits, noise_std=noise_std)
+        if torch.broadcast_shapes(noise_std.shape, logits.shape) != logits.shape:
+            raise ValueError(f"noise_std must broadcast to {tuple(logits.shape)}, got {tuple(noise_std.shape)}")
     if top_k >= logits.shape[1]:
         raise ValueError(f"top_k must be below num_experts, got top_k={top_k}, num_experts={logits.shape[1]}")
     highest = noisy_logits.topk(top_k + 1, dim=1).values
     last, next_one = highest[:, top_k - 1 : top_k], highest[:, top_k:]
     bar = torch.where(noisy_logits > next_one, next_one, last)
     chances = torch.special.ndtr((logits - bar) / noise_std)
-    if mask is not None:
-        if mask.numel() != logits.shape[0]:
-            raise ValueError(
-                f"mask must have one value for each of T = {logits.shape[0]} tokens, got shape {tuple(mask.shape)}"
-            )
-        chances = chances.masked_fill((mask.reshape(-1, 1) == 0), 0.0)
+    kept = _kept(mask, logits, "logits")
+    if kept is not None:
+        chances = chances.masked_fill(~kept.unsqueeze(1), 0.0)
     load = chances.sum(dim=0)
     return _squared_variation(_global(load, group, load))
 
@@ -380,7 +385,7 @@ def router_z_loss(
     """
     total, rows = 0, 0
     for layer in _layers(routing, logits=True):
-        kept = _kept(mask, layer)
+        kept = _kept(mask, layer.expert_ids)
         ignored = (layer.logits == -math.inf).all(dim=-1)
         if kept is not None:
             ignored = ignored | ~kept
@@ -426,7 +431,7 @@ def sequence_balance_loss(
     num_tokens, num_experts, top_k = routing.num_tokens, routing.num_experts, routing.top_k
     if batch_size < 1 or batch_size > MAX_SIZE or num_tokens % batch_size:
         raise ValueError(f"batch_size must be at least 1 and divide T = {num_tokens}, got {batch_size}")
-    kept = _kept(mask, routing)
+    kept = _kept(mask, routing.expert_ids)
     ids, probabilities = routing.expert_ids, routing.probabilities
     # One more expert takes the slots that do not count.
     no_slot = (ids < 0) | (ids > num_experts)
@@ -474,7 +479,7 @@ def routing_entropy_loss(
     """
     total, rows = 0, 0
     for layer in _layers(routing):
-        kept = _kept(mask, layer)
+        kept = _kept(mask, layer.expert_ids)
         entropy = token_entropy(layer.probabilities)
         if kept is not None:
             entropy = entropy.masked_fill(~kept, 0.0)
@@ -557,7 +562,7 @@ def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
     for layer in layers:
         if not isinstance(layer, Routing):
             raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
-        kept = _kept(mask, layer)
+        kept = _kept(mask, layer.expert_ids)
         for name, term in layer.losses.items():
             if term.dim():
                 term = term if kept is None else term.masked_fill(~kept, 0.0)

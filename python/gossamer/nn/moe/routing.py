@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from gossamer._backend import transformed
 from gossamer._checks import (
     check_flag,
+    check_floating,
     check_index,
     check_positive,
     check_same_device,
@@ -74,11 +75,13 @@ def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 def softmax_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """``softmax(logits)`` over the experts; masked ones have 0, as has all of a token whose experts are all masked."""
+    check_floating("logits", logits)
     return masked_softmax(logits)
 
 
 def sigmoid_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """``σ(logits)`` divided by its sum over the experts; masked ones have 0."""
+    check_floating("logits", logits)
     scores = finite_logits(logits).sigmoid()
     return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
 
@@ -358,7 +361,13 @@ def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
     Args:
         v: floating, of any shape.
         gamma: the width of the rise, positive.
+
+    Raises:
+        TypeError: ``v`` is not floating, or ``gamma`` no number.
+        ValueError: ``gamma`` is not positive and finite.
     """
+    check_floating("v", v)
+    check_gamma(gamma)
     u = (finite_logits(v) / gamma).clamp(-0.5, 0.5)
     return u * (1.5 - 2 * u * u) + 0.5
 

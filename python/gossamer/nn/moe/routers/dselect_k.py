@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import (
     Routing,
@@ -39,7 +39,18 @@ def selector_gates(
 
     Returns:
         Gates ``(T, n)`` and r ``(T, k, n)``.
+
+    Raises:
+        TypeError: a tensor is not floating, or a number none.
+        ValueError: shapes or devices do not fit, or a number is not positive.
     """
+    check_positive(num_experts=num_experts)
+    check_gamma(gamma)
+    check_floating("codes", codes)
+    check_floating("mixture", mixture)
+    check_shape("codes", codes, (None, None, (num_experts - 1).bit_length()), "(T, k, ⌈log₂ n⌉)")
+    check_shape("mixture", mixture, codes.shape[:2], "(T, k)")
+    check_same_device(codes=codes, mixture=mixture)
     bits = smooth_step(codes, gamma)
     picked = torch.ones_like(mixture).unsqueeze(2)
     for bit in bits.unbind(dim=2):

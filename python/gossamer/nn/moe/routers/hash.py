@@ -61,6 +61,8 @@ def frequency_table(frequencies: torch.Tensor, num_experts: int, top_k: int = 1,
     """
     check_shape("frequencies", frequencies, (None,), "(V,)")
     check_selection(num_experts, top_k)
+    if frequencies.is_meta:
+        raise ValueError("frequencies must have numbers, got a tensor on meta")
     values = frequencies.detach().double().cpu()
     if not bool(((values >= 0) & (values < math.inf)).all()):
         raise ValueError(

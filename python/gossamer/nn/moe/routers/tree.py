@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import (
     Routing,
@@ -60,7 +60,17 @@ def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tupl
 
     Returns:
         Gates ``(T, n)`` that add up to one, and s ``(T, k, n)``.
+
+    Raises:
+        TypeError: a tensor is not floating, or ``gamma`` no number.
+        ValueError: shapes or devices do not fit, or ``gamma`` is not positive.
     """
+    check_gamma(gamma)
+    check_floating("splits", splits)
+    check_floating("leaves", leaves)
+    check_shape("splits", splits, (None, None, None), "(T, k, n − 1)")
+    check_shape("leaves", leaves, (*splits.shape[:2], splits.shape[2] + 1), "(T, k, n)")
+    check_same_device(splits=splits, leaves=leaves)
     reach = _reach(smooth_step(splits, gamma))
     scores = finite_logits(leaves)
     unreached = (reach == 0) | (scores == torch.finfo(scores.dtype).min)

@@ -1,0 +1,162 @@
+"""Routers, functions that route by logits, balance losses, and expert layers beyond two matrices an expert."""
+
+from __future__ import annotations
+
+import torch
+from draws import ids, randn, size
+from subjects_modules import layer_call, routing
+
+from gossamer import nn
+
+# Half precision would choose other experts for equal scores.
+WIDE = (torch.float32, torch.float64)
+
+
+def _softmax(rng, h, e, k):
+    return nn.SoftmaxRouter(h, e, k)
+
+
+ROUTERS = {
+    nn.TopPRouter: lambda rng, e: {"top_p": rng.choice((0.3, 0.9)), "max_experts": rng.choice((None, 1))},
+    nn.ThresholdRouter: lambda rng, e: {"threshold": 0.2, "max_experts": None, "null_experts": rng.choice((0, 1))},
+    nn.ExpertChoiceRouter: lambda rng, e: {"capacity_factor": rng.choice((0.5, 1.0))},
+    nn.PrototypeRouter: lambda rng, e: {"num_prototypes": rng.choice([p for p in (1, 2, 3) if e % p == 0])},
+    nn.SigmoidRouter: lambda rng, e: {"top_k": rng.randint(1, e), "renormalize": rng.random() < 0.5},
+    nn.SoftmaxRouter: lambda rng, e: {"top_k": rng.randint(1, e), "renormalize": rng.random() < 0.5, "scale": 2.0},
+    nn.TopKSoftmaxRouter: lambda rng, e: {"top_k": rng.randint(1, e), "bias": rng.random() < 0.5},
+    nn.ClusterRouter: lambda rng, e: {"num_clusters": 1, "dropout": 0.0, "projection_size": 4},
+    nn.DSelectKRouter: lambda rng, e: {"num_selectors": size(rng, 1, 3), "gamma": 1.0},
+    nn.TreeRouter: lambda rng, e: {"num_trees": size(rng, 1, 3), "gamma": 1.0},
+}
+AROUND = {
+    nn.BroadcastUncertain: lambda rng: {"entropy": 0.5, "slots": rng.choice((None, 2))},
+    nn.TokenRounding: lambda rng: {"tile": size(rng, 1, 8), "mode": rng.choice(("nearest", "up", "down"))},
+}
+
+
+def by_module(rng):
+    """A layer with one of the routers, and one around it."""
+    kind = rng.choice(sorted(ROUTERS, key=lambda kind: kind.__name__))
+    around = rng.choice((None, None, *sorted(AROUND, key=lambda kind: kind.__name__)))
+    h, e, t, dtype = size(rng, 1, 16), size(rng, 1, 6), size(rng, 0), rng.choice(WIDE)
+    args = {"hidden_size": h, "num_experts": e, "dtype": dtype, **ROUTERS[kind](rng, e)}
+    outer = {} if around is None else AROUND[around](rng)
+
+    def make(hidden_size, num_experts, dtype, **options):
+        own = {name: options.pop(name) for name in outer}
+        router = kind(hidden_size, num_experts, dtype=dtype, **options)
+        router = router if around is None else around(router, **own)
+        return nn.MoE(hidden_size, 8, router=router, dtype=dtype)
+
+    call = layer_call(make, ("x",))
+    call.__qualname__ = kind.__name__ if around is None else f"{around.__name__}({kind.__name__})"
+    call.signature = ["expert_ids", "weights", "logits"]
+    return call, args | outer | {"x": randn(rng, t, h, dtype=dtype)}
+
+
+def by_logits(rng):
+    t, e, kind = size(rng, 0), size(rng, 1, 6), rng.randrange(6)
+    args = {"logits": randn(rng, t, e, dtype=rng.choice(WIDE))}
+    if kind == 0:
+        args |= {"top_p": rng.choice((0.3, 0.9)), "max_experts": rng.choice((None, 1))}
+        return weights_of(nn.softmax_top_p), args
+    if kind == 1:
+        return weights_of(nn.softmax_threshold), args | {"threshold": 0.2, "max_experts": None, "null_experts": 0}
+    if kind == 2:
+        return weights_of(nn.expert_choice), args | {"capacity_factor": rng.choice((0.5, 1.0))}
+    if kind == 3:
+        return weights_of(nn.expert_choice_threshold), args | {"thresholds": randn(rng, e).sigmoid()}
+    if kind == 4:
+        return weights_of(nn.softmax_prototypes), args | {
+            "num_prototypes": 1,
+            "capacity_factor": rng.choice((None, 1.0)),
+        }
+    return rng.choice((nn.softmax_probabilities, nn.sigmoid_probabilities)), args
+
+
+def weights_of(route):
+    """What a function says of each token's experts together, whichever of equal ones it took first."""
+
+    def call(**args):
+        made = route(**args)
+        return (made.expert_ids < made.num_experts).sum(1), made.weights.sum(1), made.probabilities
+
+    call.__qualname__ = route.__name__
+    call.signature = ["capacity", "num_experts"]
+    return call
+
+
+def balance(rng):
+    t, e = size(rng, 0), size(rng, 1, 6)
+    k, mask = rng.randint(1, e), rng.choice((None, ids(rng, 2, t).bool()))
+    args = {"routing": routing(rng, t, e, k), "mask": mask}
+    kinds = (nn.switch_balance_loss, nn.gshard_balance_loss, nn.slot_balance_loss, nn.importance_loss)
+    kind = rng.randrange(8)
+    if kind < 4:
+        return kinds[kind], args | {"routing": nn.softmax_topk(randn(rng, t, e), k)}
+    if kind == 4:
+        return nn.routing_entropy_loss, args | {"routing": nn.softmax_topk(randn(rng, t, e), k)}
+    if kind == 5:
+        return nn.expert_counts, args
+    if kind == 6:
+        return nn.round_tokens, {"routing": nn.softmax_topk(randn(rng, t, e), k), "tile": 3, "mode": "nearest"}
+    logits = randn(rng, t, e)
+    args = {
+        "logits": logits,
+        "noisy_logits": logits + 0.1 * randn(rng, t, e),
+        "noise_std": rng.choice((0.5, logits.abs() + 0.1)),
+    }
+    return nn.load_loss, args | {"top_k": k, "mask": mask}
+
+
+def gates(rng):
+    t, kind = size(rng, 0), rng.randrange(3)
+    if kind == 0:
+        return nn.smooth_step, {"v": randn(rng, t, size(rng)), "gamma": 1.0}
+    e, n = size(rng, 2, 6), size(rng, 1, 3)
+    bits = (e - 1).bit_length()
+    if kind == 1:
+        args = {"codes": randn(rng, t, n, bits), "mixture": randn(rng, t, n)}
+        return nn.selector_gates, args | {"num_experts": e, "gamma": 1.0}
+    args = {"splits": randn(rng, t, n, e - 1), "leaves": randn(rng, t, n, e)}
+    return nn.tree_gates, args | {"gamma": 1.0}
+
+
+def expert_layers(rng):
+    """Experts that share a space or bases, by a routing."""
+    e, h, i, t = size(rng, 1, 6), size(rng, 1, 24), 16, size(rng, 0)
+    args = {"num_experts": e, "hidden_size": h, "intermediate_size": i, "bias": rng.random() < 0.3}
+    inputs = {"x": randn(rng, t, h), "routing": routing(rng, t, e, rng.randint(1, e))}
+    args |= {"activation": rng.choice(("swiglu", "gelu")), "capacity_factor": rng.choice((None, 0.7))}
+    if rng.random() < 0.5:
+        args |= {"num_bases": size(rng, 1, 4), "rank": rng.choice((None, 2)), "nonlinearity": "silu"}
+        return layer_call(nn.BasisExperts, ("x", "routing"), 2), args | inputs
+    args |= {"latent_size": size(rng, 1, 12), "group_size": rng.choice((None, 1)), "shared_output": rng.random() < 0.5}
+    args["separate_latents"] = rng.random() < 0.3
+    return layer_call(nn.LatentExperts, ("x", "routing"), 2), args | inputs
+
+
+def whole_layers(rng):
+    """Layers that route by themselves, and attention and fast weights along a sequence."""
+    h, t, kind = 4 * size(rng, 1, 6), size(rng, 0), rng.randrange(5)
+    if kind == 0:
+        args = {"hidden_size": h, "num_experts": rng.choice((1, 4, 9)), "num_heads": size(rng, 1, 3), "top_k": 1}
+        args |= {"key_dim": 4, "query_norm": False, "activation": rng.choice(("gelu", "silu"))}
+        return layer_call(nn.ProductKeyExperts, ("x",)), args | {"x": randn(rng, t, h)}
+    if kind == 1:
+        args = {"hidden_size": h, "intermediate_size": 8, "num_experts": 4, "top_k": rng.randint(1, 4)}
+        return layer_call(nn.CartesianMoE, ("x",)), args | {"x": randn(rng, t, h)}
+    x = randn(rng, size(rng, 0, 3), size(rng, 1, 20), h)
+    if kind == 2:
+        e = size(rng, 1, 4)
+        args = {"hidden_size": h, "num_experts": e, "top_k": rng.randint(1, e), "num_heads": size(rng, 1, 2)}
+        return layer_call(nn.MixtureOfAttention, ("x",)), args | {"head_dim": 8, "causal": rng.random() < 0.5, "x": x}
+    if kind == 3:
+        args = {"hidden_size": h, "num_heads": rng.choice((1, 2, 4)), "rate_init": -1.0}
+        return layer_call(nn.SelfReferentialLinear, ("x",)), args | {"input_softmax": rng.random() < 0.5, "x": x}
+    args = {"hidden_size": h, "num_heads": size(rng, 1, 2), "head_dim": size(rng, 1, 8), "conv_size": size(rng, 2, 4)}
+    layer = rng.choice((nn.DeltaNet, nn.GatedDeltaNet, nn.KimiDeltaAttention))
+    return layer_call(layer, ("x",)), args | {"x": x}
+
+
+SUBJECTS = (by_module, by_module, by_logits, balance, gates, expert_layers, whole_layers)
