@@ -23,7 +23,13 @@ from pathlib import Path
 
 from gossamer.bench.harness import exchange_report, parallel, study
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/h100-kernels.md", "docs/choosing-a-router.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/h100-kernels.md",
+    "docs/choosing-a-router.md",
+    "docs/parallel.md",
+)
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DIRECTIONS = {"forward": "forward", "both": "forward+backward"}
