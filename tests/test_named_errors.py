@@ -259,6 +259,12 @@ NUMBERS = {
     "scores": (lambda: nn.softmax_probabilities(torch.tensor([1])), TypeError, "logits must be floating point"),
     "widths": (lambda: nn.mixed_dimensions([5], base_dim=torch.ones(2)), TypeError, "base_dim must be a number"),
     "ranks": (lambda: nn.TensorTrainEmbedding(5, 4, 2), TypeError, "ranks must be a sequence, got int"),
+    "candidates": (lambda: nn.SearchedDimensionEmbedding(5, 4, 2), TypeError, "candidates must be a sequence, got int"),
+    "latents": (
+        lambda: nn.LatentExperts(2, 4, 8, 2, separate_latents=[1]),
+        TypeError,
+        "separate_latents must be a bool, got list",
+    ),
     "moduli": (lambda: nn.CompositionalEmbedding(5, 4, True), TypeError, "moduli must be a sequence, got bool"),
     "density": (lambda: nn.PrunedEmbedding(5, 4, (1,)), TypeError, "density must be a number, got tuple"),
     "shapes": (lambda: nn.erk_densities(True, 0.5), TypeError, "shapes must be a sequence, got bool"),

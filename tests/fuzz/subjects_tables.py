@@ -135,7 +135,7 @@ def quantized_embedding(rng):
         inputs = {"ids": ids(rng, rows, size(rng, 0), size(rng, 1, 4)), "offsets": None}
     if args["mode"] == "sum" and rng.random() < 0.5:
         inputs["per_sample_weights"] = randn(rng, *inputs["ids"].shape)
-    return _trained(nn.QuantizedEmbedding, ("ids", "offsets", "per_sample_weights")), args | inputs
+    return trained(nn.QuantizedEmbedding, ("ids", "offsets", "per_sample_weights")), args | inputs
 
 
 def layout_of(rng):

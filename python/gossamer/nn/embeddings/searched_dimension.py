@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_flags, check_index, check_number, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table, check_budget, check_mode
 from gossamer.optim import Optimizer
@@ -68,6 +68,9 @@ class SearchedDimensionEmbedding(FusedTable):
     ) -> None:
         super().__init__()
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_sequence("candidates", candidates)
+        check_number("temperature", temperature)
+        check_flags(norm=norm, noise=noise)
         candidates = tuple(candidates)
         check_positive(**{f"candidates[{i}]": width for i, width in enumerate(candidates)})
         if not candidates or len(set(candidates)) < len(candidates) or max(candidates) > embedding_dim:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._activation import Activation
+from gossamer._checks import check_flags
 from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
@@ -121,6 +122,7 @@ class LatentExperts(FactoredExperts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_flags(shared_output=shared_output, separate_latents=separate_latents)
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         group_size = num_experts if group_size is None else group_size
         self._set_sizes(sizes | {"latent_size": latent_size, "group_size": group_size}, activation, capacity_factor)
