@@ -214,6 +214,21 @@ def static_buffers_give_what_one_process_gives():
         }
 
 
+def own_tokens_may_stay():
+    """Computed while others travel, with fixed buffers or without; the shared expert runs beside what comes back."""
+    for kind in ("plain", "lora", "basis", "one each"):
+        for options in ({}, {"exchange": "static", "capacity": max(TOKENS)}):
+            traffic, _ = compare(
+                kind,
+                lambda layer, o=options: shard_experts(layer, mesh(), gradients="sum", overlap=True, **o),
+                "overlap",
+            )
+            assert traffic.flows["expert tokens"].collectives == 1
+    whole = Block()
+    y = whole(batch(RANK))[0]
+    near(shard_experts(copy.deepcopy(whole), mesh(), overlap=True)(batch(RANK))[0], y, "with a shared expert")
+
+
 def overflow_is_counted_and_left_out():
     torch.manual_seed(0)
     whole = Experts(WORLD, H, 8, dtype=torch.float64)
@@ -295,22 +310,22 @@ def joined_loss(model, step=0):
 
 
 def every_router_serves():
+    options = {"hash": {"vocabulary": 20}, "domain": {"num_domains": 4}}
     for name in sorted(ROUTERS):
         torch.manual_seed(0)
-        sizes = {"hash": {"vocabulary": 20}, "domain": {"num_domains": 4}}.get(name, {})
-        try:
-            whole = MoE(H, 8, 8, 2, router=name, dtype=torch.float64, **sizes)
-        except TypeError:
-            continue
-        layer = shard_experts(copy.deepcopy(whole), mesh(), gradients="sum")
-        x, token_ids = batch(RANK), torch.arange(6) % 4
-        given = {"token_ids": token_ids} if name in ("hash", "domain") else {}
-        try:
-            expected, routing = whole(x, return_routing=True, **given)
-        except TypeError:
-            continue
-        y = layer(x, routing=routing)
-        near(y, expected, name)
+        whole = MoE(H, 8, 8, 2, router=name, dtype=torch.float64, **options.get(name, {}))
+        layer = shard_experts(copy.deepcopy(whole).eval(), mesh(), gradients="sum")
+        given = {"token_ids": torch.arange(6) % 4} if name in options else {}
+        found = []
+        for moe in (whole.eval(), layer):
+            x = batch(RANK).requires_grad_()
+            moe(x, **given).square().sum().backward()
+            found.append((x.grad, [p.grad for p in moe.router.parameters()]))
+        near(found[1][0], found[0][0], name)
+        for mine, right in zip(found[1][1], found[0][1], strict=True):
+            assert (mine is None) == (right is None), name
+            if mine is not None:
+                near(mine, right, name)
 
 
 def ten_steps_of_copies_give_the_same_parameters():
@@ -383,7 +398,8 @@ def two_hops_give_what_one_process_gives():
     if WORLD < 4:
         return
     square = square_mesh("node", "device")
-    for options in ({}, {"exchange": "static", "capacity": (max(TOKENS), 4 * max(TOKENS))}):
+    static = {"exchange": "static", "capacity": (max(TOKENS), 4 * max(TOKENS))}
+    for options in ({}, static, {"overlap": True}):
         traffic, ids = compare(
             "transposed",
             lambda layer, o=options: shard_experts(layer, square, ("node", "device"), gradients="sum", **o),
@@ -508,6 +524,7 @@ def bad_input_is_refused_on_every_rank():
 CASES = (
     every_kind_gives_what_one_process_gives,
     static_buffers_give_what_one_process_gives,
+    own_tokens_may_stay,
     overflow_is_counted_and_left_out,
     one_rank_with_all_tokens_experts_gives_the_same_bits,
     repeated_experts_add_up,

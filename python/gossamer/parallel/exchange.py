@@ -425,12 +425,13 @@ class RowExchange:
         return cls(sent, received, group, dist.get_rank(group), notes)
 
     @classmethod
-    def static(cls, rows_per_rank: int, group: dist.ProcessGroup | None) -> RowExchange:
+    def static(cls, rows_per_rank: int, group: dist.ProcessGroup | None, *, to_self: bool = True) -> RowExchange:
         """As many rows from every rank to every rank, which all know: nothing is told and nothing read on the host.
 
         Args:
             rows_per_rank: the same on every rank.
             group: over P ranks; None for all.
+            to_self: whether a rank sends as many to itself, or none.
 
         Raises:
             TypeError: ``rows_per_rank`` is not an int.
@@ -438,8 +439,10 @@ class RowExchange:
         """
         group = check_group(group)
         check_sizes(rows_per_rank=rows_per_rank)
-        sizes = (rows_per_rank,) * dist.get_world_size(group)
-        return cls(sizes, sizes, group, dist.get_rank(group))
+        rank, sizes = dist.get_rank(group), [rows_per_rank] * dist.get_world_size(group)
+        if not to_self:
+            sizes[rank] = 0
+        return cls(tuple(sizes), tuple(sizes), group, rank)
 
     @property
     def num_sent(self) -> int:

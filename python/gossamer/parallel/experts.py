@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer._autocast import autocast
-from gossamer._checks import check_positive
+from gossamer._checks import check_flag, check_positive
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.gather_reduce import gather_reduce
@@ -131,7 +131,9 @@ class Plan:
     dropped: torch.Tensor | None
 
 
-def plan_rows(owners: torch.Tensor, num_ranks: int, num_slots: int, capacity: int | None = None) -> Plan:
+def plan_rows(
+    owners: torch.Tensor, num_ranks: int, num_slots: int, capacity: int | None = None, stays: int | None = None
+) -> Plan:
     """The rows of tokens whose slots belong to ``owners (T, K)``, ranks below ``num_ranks``; others have no expert.
 
     A token has one row for each rank that it meets. With a ``capacity`` there are as many rows for each rank, the first
@@ -142,11 +144,14 @@ def plan_rows(owners: torch.Tensor, num_ranks: int, num_slots: int, capacity: in
         num_ranks: P.
         num_slots: S, the most slots that a token has at one rank.
         capacity: rows for each rank, or None for as many as there are.
+        stays: a rank that gets no rows; its live slots are counted.
     """
     num_tokens, top_k = owners.shape
     device = owners.device
     hit = torch.zeros((num_tokens, num_ranks + 1), dtype=torch.bool, device=device)
     hit = hit.scatter_(1, owners.clamp(max=num_ranks), True)[:, :num_ranks].T
+    if stays is not None:
+        hit[stays] = False
     place = hit.long()
     if capacity is None:
         ranks, index = hit.nonzero(as_tuple=True)
@@ -157,13 +162,14 @@ def plan_rows(owners: torch.Tensor, num_ranks: int, num_slots: int, capacity: in
         place = place.cumsum(1) - 1
         dropped = (hit & (place >= capacity)).sum()
         hit = hit & (place < capacity)
-        num_rows = num_ranks * capacity
-        place = place + capacity * torch.arange(num_ranks, device=device).unsqueeze(1)
+        order = torch.arange(num_ranks, device=device)
+        sizes = torch.full_like(order, capacity) if stays is None else (order != stays).long() * capacity
+        num_rows = capacity * (num_ranks - (stays is not None))
+        place = place + (sizes.cumsum(0) - sizes).unsqueeze(1)
         index = torch.full((num_rows + 1,), num_tokens, dtype=torch.int64, device=device)
         tokens = torch.arange(num_tokens, device=device).expand(num_ranks, num_tokens)
         index = index.scatter_(0, place.masked_fill(~hit, num_rows).flatten(), tokens.flatten())[:-1]
-        ranks = torch.arange(num_ranks, device=device).repeat_interleave(capacity, output_size=num_rows)
-        sizes = torch.full((num_ranks,), capacity, dtype=torch.int64, device=device)
+        ranks = order.repeat_interleave(sizes, output_size=num_rows)
     places = place.masked_fill(~hit, num_rows).T.contiguous()
     own = F.pad(owners, (0, 0, 0, 1), value=num_ranks)[index] == ranks.unsqueeze(1)
     slots = index.unsqueeze(1) * top_k + torch.arange(top_k, device=device)
@@ -173,6 +179,8 @@ def plan_rows(owners: torch.Tensor, num_ranks: int, num_slots: int, capacity: in
         slots = slots.sort(dim=1).values[:, :num_slots]
     kept = own.sum(1)
     live = torch.zeros(num_ranks, dtype=torch.int64, device=device).scatter_add_(0, ranks, kept)
+    if stays is not None:
+        live[stays] = (owners == stays).sum()
     return Plan(index, places, slots, sizes, live, dropped)
 
 
@@ -206,6 +214,7 @@ def exchange_tokens(
     *,
     beside: Callable[[], Any] | None = None,
     overflow: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> tuple[torch.Tensor, Any]:
     """``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(tokens[t])``, the experts divided among the ranks of ``levels``.
 
@@ -223,6 +232,8 @@ def exchange_tokens(
             weights ``(M, S)``, and a bound on the slots that have an expert.
         beside: called while rows travel.
         overflow: a scalar int64, to which rows beyond a capacity are added.
+        overlap: whether the tokens of experts that are here stay, and are computed while others travel; of the last
+            level. ``compute`` is then called twice, first with all tokens.
 
     Returns:
         ``(T, H)``, and what ``beside`` returned.
@@ -235,29 +246,40 @@ def exchange_tokens(
         ids, weights = _merge_repeated(ids, weights, num_experts)
     absent = (ids < 0) | (ids >= num_experts)
     owners = torch.div(ids, share, rounding_mode="floor").masked_fill(absent, level.size)
-    plan = plan_rows(owners, level.size, num_slots, level.capacity)
-    local = F.pad((ids % share).masked_fill(absent, share).int().flatten(), (0, 1), value=share)[plan.slots]
+    stays = level.rank if overlap and len(levels) == 1 else None
+    plan = plan_rows(owners, level.size, num_slots, level.capacity, stays)
+    local = (ids % share).masked_fill(absent, share).int()
     rows = _Spread.apply(tokens, plan.index, plan.places)
     factors = _PickSlots.apply(weights, plan.slots)
+    parts = rows, factors, F.pad(local.flatten(), (0, 1), value=share)[plan.slots]
+    label = f"{level.label} tokens"
     if level.capacity is None:
-        exchange = RowExchange.of(
-            plan.sizes, level.group, rows, factors, local, label=f"{level.label} tokens", note=plan.live
-        )
-        max_rows = sum(exchange.received_notes)
+        exchange = RowExchange.of(plan.sizes, level.group, *parts, label=label, note=plan.live)
+        live = list(exchange.received_notes)
     else:
-        exchange = RowExchange.static(level.capacity, level.group)
-        max_rows = exchange.num_received * num_slots
+        exchange = RowExchange.static(level.capacity, level.group, to_self=stays is None)
+        live = [size * num_slots for size in exchange.received_sizes]
+        if stays is not None:
+            live[stays] = ids.numel()
         if overflow is not None:
             overflow += plan.dropped
-    pending = exchange.start(rows, factors, local, label=f"{level.label} tokens")
-    other = None if beside is None else beside()
+    pending = exchange.start(*parts, label=label)
+    y = other = None
+    if stays is not None:
+        elsewhere = owners != stays
+        y = compute(tokens, local.masked_fill(elsewhere, share), weights.masked_fill(elsewhere, 0.0), live.pop(stays))
+    elif beside is not None:
+        other = beside()
     rows, factors, local = pending.wait()
     if len(levels) > 1:
-        rows, _ = exchange_tokens(rows, local, factors, share, levels[1:], compute, overflow=overflow)
+        rows, _ = exchange_tokens(rows, local, factors, share, levels[1:], compute, overflow=overflow, overlap=overlap)
     else:
-        rows = compute(rows, local.contiguous(), factors.contiguous(), max_rows)
-    rows = exchange.reversed.send(rows, label=f"{level.label} outputs")
-    return _Collect.apply(rows, plan.index, plan.places), other
+        rows = compute(rows, local.contiguous(), factors.contiguous(), sum(live))
+    pending = exchange.reversed.start(rows, label=f"{level.label} outputs")
+    if stays is not None and beside is not None:
+        other = beside()
+    collected = _Collect.apply(pending.wait(), plan.index, plan.places)
+    return (collected if y is None else y + collected), other
 
 
 def _tensor_at(module: nn.Module, name: str) -> torch.Tensor:
@@ -283,11 +305,12 @@ class ShardedExperts:
         names: tuple[str, ...],
         *,
         overflow: str,
+        overlap: bool,
         scale: float,
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self.mesh, self.levels, self.names = mesh, levels, names
-        self.overflow, self.scale, self.replicas = overflow, scale, replicas
+        self.overflow, self.overlap, self.scale, self.replicas = overflow, overlap, scale, replicas
         self.num_local_experts = len(_part(num_experts, levels))
         self.overflow_count: torch.Tensor | None = None
 
@@ -330,6 +353,7 @@ class ShardedExperts:
             functools.partial(self._compute, layer),
             beside=beside,
             overflow=self.overflow_count,
+            overlap=self.overlap,
         )
         return y.view(x.shape), other
 
@@ -338,11 +362,11 @@ class ShardedExperts:
     ) -> torch.Tensor:
         stacks = {name: self._local(_tensor_at(layer, name)) for name in self.names}
         if self.num_local_experts == 0:
-            # No row comes here, but the others' backward passes count on this process taking part in theirs, and data
-            # parallelism on a gradient of every parameter.
+            # Zeros that depend on everything: the others' backward passes count on this process taking part in theirs,
+            # and data parallelism on a gradient of every parameter.
             serving = [p for name, p in layer.named_parameters() if name not in stacks]
-            trained = [p for p in (*stacks.values(), *serving) if p.requires_grad]
-            return rows + sum(p.flatten()[:0].sum().to(rows.dtype) for p in trained)
+            parts = [p for p in (rows, *stacks.values(), *serving) if p.requires_grad]
+            return torch.zeros_like(rows) + sum(p.flatten()[:0].sum().to(rows.dtype) for p in parts)
         ids, weights = fit_slots(ids, weights, self.num_local_experts)
         routing = Routing(ids, weights, self.num_local_experts, max_rows=min(max_rows, ids.numel()))
         return layer.over(stacks, self.num_local_experts).compute(rows, routing.dispatched())
@@ -472,6 +496,7 @@ def shard_experts(
     exchange: str = "exact",
     capacity: int | Sequence[int] | None = None,
     overflow: str = "drop",
+    overlap: bool = False,
     gradients: str = "mean",
 ) -> nn.Module:
     """Divide the experts of all expert layers inside ``module`` among the ranks of a mesh, in place.
@@ -485,7 +510,7 @@ def shard_experts(
     The inner sums are taken where the experts are and rounded to the rows' dtype, the outer one in rank order. So
     results are the same bits each time, and the same bits as on one device where all experts of a token are on one
     rank; otherwise they differ by the rounding of at most P partial sums, as do the gradients of ``x``. Those of the
-    experts are sums over all tokens that came, in rank order.
+    experts are sums over all tokens that came, in rank order. With ``overlap`` the own rank's part comes first.
 
     >>> mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "expert"))
     >>> gossamer.parallel.shard_experts(model, mesh, "expert", replicate="data")
@@ -523,6 +548,9 @@ def shard_experts(
         overflow: with the static exchange, rows beyond the capacity, the last tokens' ones, are always counted and left
             out: such a token misses its experts on that rank. ``"drop"`` accepts it; with ``"raise"``
             :func:`check_overflow` raises.
+        overlap: whether tokens whose experts are on their own rank are computed while the others travel, and added to
+            what comes back. It pays where the exchange takes long: each expert's matrices are then read twice a call,
+            and their gradients are sums of two. A shared expert is computed beside the exchange in any case.
         gradients: ``"mean"`` divides the experts' gradients by the number of ranks, as data parallelism does with the
             others; ``"sum"`` leaves the gradient of the sum of all ranks' losses.
 
@@ -543,6 +571,7 @@ def shard_experts(
             f"replicate must be another of the mesh's dimensions {mesh.mesh_dim_names} than {dims}, got {replicate!r}"
         )
     capacities = _check_capacity(exchange, capacity, overflow, len(dims))
+    check_flag("overlap", overlap)
     if gradients not in GRADIENTS:
         raise ValueError(f"gradients must be one of {GRADIENTS}, got {gradients!r}")
     groups = [part.get_group(axis) for axis in range(len(dims))]
@@ -575,6 +604,7 @@ def shard_experts(
             layer.num_experts,
             tuple(stacks),
             overflow=overflow,
+            overlap=overlap,
             scale=1 / ranks if gradients == "mean" else 1.0,
             replicas=copies,
         )
