@@ -464,6 +464,27 @@ def test_a_fit_finds_the_link_that_made_the_times():
         measure.fit(flat, 2)
 
 
+def test_two_hops_are_predicted_as_an_exchange_by_node():
+    link = Link(7e-6, 3e9)
+    # One message of two processes' bytes to the other node, one of both nodes' bytes within this one.
+    assert measure.predict(link, measure.TWO_HOPS, 1000, 4) == pytest.approx(2 * 7e-6 + 4000 / 3e9, rel=1e-12)
+    assert measure.predict(link, measure.ALL_TO_ALL, 1000, 4) == pytest.approx(3 * 7e-6 + 3000 / 3e9, rel=1e-12)
+
+
+def test_bytes_of_rows_are_those_that_processes_sent():
+    """Of the stored run of two processes, whose routing was drawn."""
+    stored = json.loads((RESULTS / "parallel-experts-gloo-epyc-2-cores.json").read_text())
+    run = stored["runs"][0]
+    sizes, processes = run["sizes"], run["processes"]
+    changes = {"num_hidden_layers": 1, "hidden_size": sizes["H"], "intermediate_size": sizes["I"]}
+    model = mixtral(**changes, num_local_experts=sizes["E"], num_experts_per_tok=sizes["K"])
+    for case in run["cases"]:
+        work = layouts.Workload(sizes["T"], sizes["T"], dtype=run["dtype"], direction=case["direction"])
+        layout = layouts.Layout(processes, expert=processes)
+        cost = layouts.price(model, Cluster(processes, processes, INTRA), work, known_rates(), layout)
+        assert cost.sent["rows"] == pytest.approx(case["variants"][0]["sent_bytes"], rel=0.01)
+
+
 def test_links_are_read_back(tmp_path):
     path = tmp_path / "links.json"
     runs = [{"processes": n, "link": {"latency": n * 1e-6, "bandwidth": n * 1e9}} for n in (4, 2)]

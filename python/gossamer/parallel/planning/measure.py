@@ -1,7 +1,8 @@
 """Measures the exchanges of a process group, fits a link to some of them, and predicts the others.
 
-The link's latency and bandwidth are fitted to all-to-alls of a few sizes. All-to-alls of other sizes, and all-gathers,
-reduce-scatters and all-reduces of any, are then predicted by :mod:`exchanges` and stand beside what was measured.
+The link's latency and bandwidth are fitted to all-to-alls of a few sizes. All-to-alls of other sizes, in one hop and in
+two, and all-gathers, reduce-scatters and all-reduces are then predicted by :mod:`exchanges` and stand beside what was
+measured.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import torch.distributed as dist
 from gossamer.parallel.planning.exchanges import Cluster, Link
 from gossamer.parallel.planning.files import integer, number, read_object
 
-ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-to-all", "all-gather", "reduce-scatter", "all-reduce"
-COLLECTIVES = (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE)
+ALL_TO_ALL, TWO_HOPS = "all-to-all", "all-to-all, two hops"
+ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
+COLLECTIVES = (ALL_TO_ALL, TWO_HOPS, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE)
+# Processes of a "node" of an exchange in two hops, whose nodes are all on this machine.
+LOCAL = 2
 # Bytes to each other process of the all-to-alls that the link is fitted to, and of those that it predicts.
 FITTED = (1 << 10, 1 << 14, 1 << 18, 1 << 22)
 PREDICTED = (1 << 12, 1 << 16, 1 << 20, 3 << 20)
@@ -54,9 +58,27 @@ class Sample:
     calls: int
 
 
-def _call(collective: str, nbytes: int, group: dist.ProcessGroup | None, device: torch.device) -> Callable[[], object]:
+def _call(
+    collective: str,
+    nbytes: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    hops: Sequence[dist.ProcessGroup],
+) -> Callable[[], object]:
     """What makes one exchange, over float32 tensors."""
     size = dist.get_world_size(group)
+    if collective == TWO_HOPS:
+        # What is for a node goes there together, and from there to its processes.
+        sent = torch.ones(size * nbytes // 4, device=device)
+        between, received = torch.empty_like(sent), torch.empty_like(sent)
+
+        def exchange() -> None:
+            dist.all_to_all_single(between, sent, group=hops[0])
+            nodes = size // LOCAL
+            ordered = between.view(nodes, LOCAL, -1).transpose(0, 1).reshape(-1)
+            dist.all_to_all_single(received, ordered, group=hops[1])
+
+        return exchange
     if collective == ALL_TO_ALL:
         sent = torch.ones(size * nbytes // 4, device=device)
         received = torch.empty_like(sent)
@@ -71,7 +93,13 @@ def _call(collective: str, nbytes: int, group: dist.ProcessGroup | None, device:
 
 
 def time_exchange(
-    collective: str, nbytes: int, *, group: dist.ProcessGroup | None = None, budget: float = 0.5, fitted: bool = False
+    collective: str,
+    nbytes: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    hops: Sequence[dist.ProcessGroup] = (),
+    budget: float = 0.5,
+    fitted: bool = False,
 ) -> Sample:
     """Time one exchange; every process of the group makes the same call and gets the same answer.
 
@@ -79,6 +107,7 @@ def time_exchange(
         collective: a member of :data:`COLLECTIVES`.
         nbytes: to each other process for an all-to-all; in total for the others.
         group: of processes; None for all.
+        hops: for two hops, the groups of this process across nodes and within its node.
         budget: about how many seconds to spend.
         fitted: a note for the sample.
 
@@ -87,12 +116,12 @@ def time_exchange(
     """
     if collective not in COLLECTIVES:
         raise ValueError(f"collective must be one of {', '.join(COLLECTIVES)}, got {collective!r}")
-    least = 4 * (1 if collective == ALL_TO_ALL else dist.get_world_size(group))
+    least = 4 * (1 if collective in (ALL_TO_ALL, TWO_HOPS) else dist.get_world_size(group))
     if nbytes < least:
         raise ValueError(f"nbytes must be at least {least} for {collective}, got {nbytes}")
     cuda = dist.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    call = _call(collective, nbytes, group, device)
+    call = _call(collective, nbytes, group, device, hops)
 
     def slowest(count: int) -> list[float]:
         """The time of each of ``count`` calls, that of the slowest process."""
@@ -142,7 +171,10 @@ def fit(samples: Sequence[Sample], processes: int) -> Link:
 
 
 def predict(link: Link, collective: str, nbytes: int, processes: int) -> float:
-    """Seconds of an exchange between processes of one node."""
+    """Seconds of an exchange between processes that one link joins, whatever their nodes."""
+    if collective == TWO_HOPS:
+        nodes = Cluster(processes, LOCAL, link, link)
+        return nodes.all_to_all(nodes.group(processes), nbytes, node_nbytes=LOCAL * nbytes)
     cluster = Cluster(processes, processes, link)
     group = cluster.group(processes)
     by_name = {
@@ -172,9 +204,17 @@ def measure(group: dist.ProcessGroup | None = None, *, seconds: float = 10.0) ->
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds:g}")
     plan = [(ALL_TO_ALL, nbytes, nbytes in FITTED) for nbytes in sorted(FITTED + PREDICTED)]
-    plan += [(name, nbytes, False) for name in COLLECTIVES[1:] for nbytes in TOTALS]
-    budget = seconds / len(plan)
-    samples = [time_exchange(name, nbytes, group=group, budget=budget, fitted=f) for name, nbytes, f in plan]
+    hops: list[dist.ProcessGroup] = []
+    if processes > LOCAL and processes % LOCAL == 0:
+        ranks = [dist.get_global_rank(group or dist.group.WORLD, rank) for rank in range(processes)]
+        lines = [ranks[place::LOCAL] for place in range(LOCAL)]
+        nodes = [ranks[at : at + LOCAL] for at in range(0, processes, LOCAL)]
+        # Every process makes every group, and keeps those that it is in.
+        hops = [dist.new_subgroups_by_enumeration(each)[0] for each in (lines, nodes)]
+        plan += [(TWO_HOPS, nbytes, False) for nbytes in PREDICTED]
+    plan += [(name, nbytes, False) for name in (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE) for nbytes in TOTALS]
+    common = {"group": group, "hops": hops, "budget": seconds / len(plan)}
+    samples = [time_exchange(name, nbytes, fitted=fitted, **common) for name, nbytes, fitted in plan]
     link = fit([sample for sample in samples if sample.fitted], processes)
     rows = []
     for sample in samples:
