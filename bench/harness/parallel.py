@@ -21,7 +21,7 @@ MODULES = {EXPERTS: "gossamer.bench.distributed.experts"}
 # Tokens of each process, hidden size, intermediate size, experts, and experts of a token.
 SYMBOLS = ("T", "H", "I", "E", "K")
 SHAPES = {"cpu-small": (1024, 1024, 512, 32, 4), "cpu-fine": (1024, 512, 256, 64, 8)}
-SECONDS = {True: 6.0, False: 24.0}
+SECONDS = {True: 6.0, False: 15.0}
 WORDS = {"forward": "forward", "both": "forward+backward"}
 HEAD = ("ms", "20th to 80th", "over ours", "MiB sent", "collectives")
 
