@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,13 +82,14 @@ def request(name: str | None, shape: str | None, dtype: str | None, direction: s
     return Request(name, shape, sizes, dtypes, directions, count, SECONDS[quick])
 
 
-def run(wanted: Request) -> dict:
-    """Start the processes for each dtype and return the record that is stored.
+def run(wanted: Request, so_far: Callable[[dict], None] = lambda record: None) -> dict:
+    """Start the processes for each dtype and return the record that is stored; ``so_far`` gets it after each dtype.
 
     Raises:
         RuntimeError: a process failed; a variant that is wrong is among the reasons.
     """
-    runs = []
+    runs: list[dict] = []
+    record = {"parallel": wanted.name, "shape": wanted.shape, "environment": environment(), "runs": runs}
     for dtype in wanted.dtypes:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "found.json")
@@ -95,7 +97,8 @@ def run(wanted: Request) -> dict:
             arguments += ["--directions", ",".join(wanted.directions), "--seconds", str(wanted.seconds)]
             processes.run(MODULES[wanted.name], arguments, wanted.processes, timeout=600)
             runs.append(json.loads(output.read_text()))
-    return {"parallel": wanted.name, "shape": wanted.shape, "environment": environment(), "runs": runs}
+        so_far(record)
+    return record
 
 
 def rows(case: dict) -> list[list[str]]:

@@ -102,7 +102,7 @@ def test_what_collectives_send_is_counted(alone):
     ],
 )
 def test_bad_options_are_explained_in_one_line(monkeypatch, arguments, message):
-    monkeypatch.setattr(parallel, "run", lambda request: pytest.fail("measured"))
+    monkeypatch.setattr(parallel, "run", lambda *given: pytest.fail("measured"))
     result = CliRunner().invoke(app, ["bench", "parallel", *arguments])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"gossamer bench: {message}") and result.stderr.count("\n") == 1

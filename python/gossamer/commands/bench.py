@@ -245,13 +245,16 @@ def _parallel(
     except ValueError as error:
         print(f"gossamer bench: {error}", file=sys.stderr)
         raise typer.Exit(REFUSED) from None
+
+    def keep(found: dict) -> None:
+        if json_file is not None:
+            files.write_json(found, json_file)
+
     try:
-        record = parallel.run(request)
+        record = parallel.run(request, keep)
     except RuntimeError as error:
         print(f"gossamer bench: {error}", file=sys.stderr)
         raise typer.Exit(WRONG) from None
-    if json_file is not None:
-        files.write_json(record, json_file)
     parallel.print_record(report.make_console(), record)
 
 
