@@ -30,7 +30,7 @@ from gossamer.bench.harness.traffic import SentBytes
 # Tokens and experts of each process that are checked, and in how many draws if need be.
 CHECKED_TOKENS, CHECKED_EXPERTS, DRAWS = 256, 2, 3
 
-OURS = ("gossamer", "gossamer static")
+OURS = ("gossamer", "gossamer static", "gossamer overlap")
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def variants(problem: Problem, mesh: DeviceMesh) -> list[Variant]:
         _ours(problem, mesh, OURS[0]),
         # As many rows for each pair of processes as there are tokens: nothing can be left out.
         _ours(problem, mesh, OURS[1], exchange="static", capacity=problem.sizes[0]),
+        _ours(problem, mesh, OURS[2], overlap=True),
         _theirs(problem, mesh, "transformers all_to_all", "grouped_mm", "all_to_all"),
         _theirs(problem, mesh, "transformers all_to_all, our experts", "gossamer", "all_to_all"),
     ]
