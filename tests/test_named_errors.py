@@ -9,6 +9,8 @@ import torch
 
 import gossamer
 from gossamer import nn, optim
+from gossamer.integrations import scattermoe
+from gossamer.integrations.megablocks import ops as megablocks
 
 HUGE = 2**63
 PAIR = torch.ones(2)
@@ -265,6 +267,23 @@ NUMBERS = {
         TypeError,
         "separate_latents must be a bool, got list",
     ),
+    "excluded": (
+        lambda: gossamer.sparsify(torch.nn.Linear(8, 8), 0.5, exclude=None),
+        TypeError,
+        "exclude must be names",
+    ),
+    "budget": (
+        lambda: gossamer.compress_embeddings(torch.nn.Embedding(9, 2), "hash", [1]),
+        TypeError,
+        "budget must be a number, got list",
+    ),
+    "steps": (lambda: nn.QuantizedEmbedding(5, 4, step_lr=None), TypeError, "step_lr must be a number, got NoneType"),
+    "ids": (lambda: nn.MaskedEmbedding(5, 4)([1]), TypeError, "ids must be a torch.Tensor, got list"),
+    "texts": (
+        lambda: nn.init.from_text_embeddings(torch.ones(0, 3), 2),
+        ValueError,
+        "vectors must have at least one row, got 0",
+    ),
     "moduli": (lambda: nn.CompositionalEmbedding(5, 4, True), TypeError, "moduli must be a sequence, got bool"),
     "density": (lambda: nn.PrunedEmbedding(5, 4, (1,)), TypeError, "density must be a number, got tuple"),
     "shapes": (lambda: nn.erk_densities(True, 0.5), TypeError, "shapes must be a sequence, got bool"),
@@ -308,3 +327,54 @@ def test_codes_of_nobody_are_unique():
     """Without levels, vectors are numbered; without vectors there is nothing to number."""
     assert nn.unique_codes(torch.zeros(2, 0, dtype=torch.int64)).tolist() == [[0], [1]]
     assert nn.unique_codes(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 4)
+
+
+def _scattered(**changes):
+    experts, slots, offsets = scattermoe.flatten_sort_count(torch.tensor([[0, 1], [1, 0]]), 2)
+    args = {"inputs": torch.ones(2, 3), "expert_weights": torch.ones(2, 3, 5), "k": 2, "sorted_expert_idxs": experts}
+    args |= {"sorted_scattered_idxs": slots, "expert_offsets": offsets, "gates": torch.ones(2, 2)}
+    return scattermoe.parallel_linear(**args | {name: change(args.get(name)) for name, change in changes.items()})
+
+
+SCATTERED = {
+    "sorted_scattered_idxs": (lambda t: t * 0, ValueError, "sorted_scattered_idxs must have every slot once"),
+    "expert_offsets": (lambda t: t.flip(0), ValueError, "expert_offsets must ascend to at most R=4, got"),
+    "inputs": (lambda t: t[:, :2], ValueError, r"inputs must have shape \(R/k, C\) = \(any, 3\), got \(2, 2\)"),
+    "expert_biases": (lambda t: torch.ones(5), ValueError, r"expert_biases must have shape \(E, N\)"),
+    "expert_weights": (
+        lambda t: t.to("meta"),
+        ValueError,
+        "expert_weights must be on the device of inp",
+    ),
+    "grouped_in": (lambda t: 1, TypeError, "grouped_in must be a bool, got int"),
+}
+
+
+@pytest.mark.parametrize("name", SCATTERED)
+def test_scattermoe_names_its_own_arguments(name):
+    """Not those of the product that it calls."""
+    change, error, message = SCATTERED[name]
+    with pytest.raises(error, match=message):
+        _scattered(**{name: change})
+
+
+def test_scattermoe_with_gates_of_no_slots():
+    """No tokens, and tokens without slots: zeros."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    weights, offsets = torch.ones(2, 3, 5), torch.zeros(2, dtype=torch.int64)
+    for tokens, slots in ((0, 2), (4, 0)):
+        y = scattermoe.parallel_linear(
+            torch.ones(0, 3), weights, max(slots, 1), empty, empty, offsets, gates=torch.ones(tokens, slots)
+        )
+        assert torch.equal(y, torch.zeros(tokens, 5))
+
+
+def test_megablocks_names_ids_that_are_none():
+    """Bins and slots outside their ranges would be read as other rows."""
+    bins, one = torch.tensor([1, 2]), torch.tensor([0, 1])
+    for name, bad in (("indices", {"indices": one + 1}), ("bin_ids", {"bin_ids": one - 1})):
+        args = {"indices": one, "bin_ids": one, "bins": bins, "padded_bins": bins, "top_k": 1} | bad
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 2\)"):
+            megablocks.padded_gather(torch.ones(2, 3), **args)
+    with pytest.raises(TypeError, match=r"padded_bins must be a torch\.Tensor, got NoneType"):
+        megablocks.padded_gather(torch.ones(2, 3), one, one, bins, None, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gossamer._checks import check_shape
+from gossamer._checks import check_flag, check_number, check_shape, check_sizes
 from gossamer.integrations import surgery
 from gossamer.integrations._report import CompressedTable, Compression
 from gossamer.nn import (
@@ -210,6 +210,9 @@ def compress_embeddings(
     surgery.check_model(model)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_number("budget", budget)
+    check_sizes(min_rows=min_rows)
+    check_flag("keep_original", keep_original)
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
     how = METHODS[method]

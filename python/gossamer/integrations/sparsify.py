@@ -240,6 +240,8 @@ def sparsify(
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
     if distribution == "global" and criterion == "random":
         raise ValueError("criterion must score blocks for distribution 'global', got 'random'")
+    if exclude is None:
+        raise TypeError("exclude must be names or patterns of names, got None")
     targets, skipped = _targets(model, _patterns("include", include), _patterns("exclude", exclude))
     if not targets:
         raise ValueError(f"model must hold linear layers to make block-sparse, got none in {type(model).__name__}")

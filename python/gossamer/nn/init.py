@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_positive, check_shape
+from gossamer._checks import check_positive, check_shape, check_sizes
 
 SELECTIONS = ("uniform", "random", "variance")
 
@@ -48,7 +48,10 @@ def from_text_embeddings(
     Recommendation", EMNLP 2025.
     """
     check_shape("vectors", vectors, (None, None), "(N, D')")
-    check_positive(embedding_dim=embedding_dim, rows=len(vectors))
+    check_positive(embedding_dim=embedding_dim)
+    check_sizes(seed=seed)
+    if not len(vectors):
+        raise ValueError("vectors must have at least one row, got 0")
     if not vectors.is_floating_point():
         raise TypeError(f"vectors must be floating point, got {vectors.dtype}")
     if select not in SELECTIONS:

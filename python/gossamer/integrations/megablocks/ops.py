@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._trusted import check_range, is_readable
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import gather_reduce
 
@@ -183,10 +184,15 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
         elif name == "bin_ids":
             check_index(name, tensor)
             check_shape(name, tensor, (indices.shape[0],), "(R,)")
-        elif tensor is not None:
+        elif name != "weights":
             check_index(name, tensor)
             check_shape(name, tensor, (None,), "(E,)")
     check_same_device(x=x, indices=indices, **others)
+    if not is_readable(indices):
+        return
+    check_range("indices", indices, indices.shape[0])
+    if "bin_ids" in others:
+        check_range("bin_ids", others["bin_ids"], others["bins"].shape[0])
 
 
 def _starts(bins: torch.Tensor) -> torch.Tensor:
@@ -246,6 +252,7 @@ def padded_gather(
     """
     check_shape("x", x, (None, None), "(T, D)")
     _check_rows(x, indices, top_k, bin_ids=bin_ids, bins=bins, padded_bins=padded_bins)
+    check_shape("padded_bins", padded_bins, tuple(bins.shape), "(E,), as bins")
     check_shape("x", x, (indices.shape[0] // top_k, None), "(T, D)")
     output_rows = int(padded_bins[-1]) if output_rows is None else output_rows
     return _spread(x, indices, _padded_rows(bin_ids, bins, padded_bins), output_rows, top_k)
@@ -280,6 +287,7 @@ def padded_scatter(
     """
     check_shape("x", x, (None, None), "(rows, D)")
     _check_rows(x, indices, top_k, bin_ids=bin_ids, weights=weights, bins=bins, padded_bins=padded_bins)
+    check_shape("padded_bins", padded_bins, tuple(bins.shape), "(E,), as bins")
     return _collect(x, indices, _padded_rows(bin_ids, bins, padded_bins), weights, top_k)
 
 
@@ -287,6 +295,7 @@ def gather(
     x: torch.Tensor, indices: torch.Tensor, bin_ids: torch.Tensor, bins: torch.Tensor, top_k: int
 ) -> torch.Tensor:
     """Rows of tokens ``(T, D)`` sorted by expert, without padding: ``(R, D)``."""
+    check_index("indices", indices)
     return padded_gather(x, indices, bin_ids, bins, bins, top_k, output_rows=indices.shape[0])
 
 
@@ -360,7 +369,7 @@ def binned_scatter(
         TypeError: dtypes do not fit.
         ValueError: shapes or devices do not fit.
     """
-    check_shape("x", x, (bins.shape[0], None, None), "(E, bin_size, D)")
     _check_rows(x, indices, top_k, weights=weights, bins=bins)
+    check_shape("x", x, (bins.shape[0], None, None), "(E, bin_size, D)")
     rows = _binned_rows(bins, indices.shape[0], x.shape[1])
     return _collect(x.flatten(0, 1), indices, rows, weights, top_k)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_index, check_positive, check_shape, check_tensor
+from gossamer._checks import check_flags, check_index, check_positive, check_same_device, check_shape
 from gossamer.integrations.scattermoe.kernels.ops import sorted_dispatch
+from gossamer.ops._registration import check_strided
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
@@ -73,10 +74,19 @@ def parallel_linear(
         TypeError: dtypes do not fit.
         ValueError: shapes or devices do not fit, or gates beside ``grouped_out``: they belong to slots.
     """
-    check_tensor("expert_weights", expert_weights)
     check_shape("expert_weights", expert_weights, (None, None, None), "(E, C, N)")
-    check_shape("expert_offsets", expert_offsets, (expert_weights.shape[0],), "(E,)")
+    num_experts, inner, outer = expert_weights.shape
+    check_shape("expert_offsets", expert_offsets, (num_experts,), "(E,)")
+    check_index("sorted_scattered_idxs", sorted_scattered_idxs)
     check_shape("sorted_expert_idxs", sorted_expert_idxs, tuple(sorted_scattered_idxs.shape), "(R,)")
+    check_flags(grouped_in=grouped_in, grouped_out=grouped_out)
+    check_shape("inputs", inputs, (None, inner), "(R/k, C)")
+    if expert_biases is not None:
+        check_shape("expert_biases", expert_biases, (num_experts, outer), "(E, N)")
+    floats = {"inputs": inputs, "expert_weights": expert_weights, "expert_biases": expert_biases, "gates": gates}
+    given = {name: tensor for name, tensor in floats.items() if isinstance(tensor, torch.Tensor)}
+    check_strided(given, given.values())
+    check_same_device(**given, expert_offsets=expert_offsets)
     routing = sorted_dispatch(sorted_scattered_idxs, expert_offsets, 1 if grouped_in else k)
     weight = expert_weights.transpose(1, 2)
     if gates is None:
@@ -87,8 +97,8 @@ def parallel_linear(
     check_shape("gates", gates, (None, None), "(T, k)")
     if gates.numel() != routing.num_rows:
         raise ValueError(f"gates must have one element for each of {routing.num_rows} slots, got {tuple(gates.shape)}")
-    rows = grouped_matmul(inputs, weight, routing, bias=expert_biases, x_grouped=grouped_in, y_grouped=True)
-    return combine_slots(rows, routing, gates)
+    products = grouped_matmul(inputs, weight, routing, bias=expert_biases, x_grouped=grouped_in, y_grouped=True)
+    return combine_slots(products, routing, gates) if gates.shape[1] else products.new_zeros(gates.shape[0], outer)
 
 
 class ParallelLinear:

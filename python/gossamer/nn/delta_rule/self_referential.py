@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive, check_shape, check_tensor
+from gossamer._checks import check_flag, check_number, check_positive, check_shape, check_tensor
 from gossamer.ops.self_referential import self_referential
 
 
@@ -50,6 +50,8 @@ class SelfReferentialLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, num_heads=num_heads)
+        check_number("rate_init", rate_init)
+        check_flag("input_softmax", input_softmax)
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_heads, got hidden_size={hidden_size}, num_heads={num_heads}"

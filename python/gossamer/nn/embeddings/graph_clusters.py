@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_number, check_positive, check_shape, check_sizes
 
 
 class GraphClusters(NamedTuple):
@@ -82,6 +82,13 @@ def graph_clusters(
     check_shape("items", items, tuple(users.shape), "(L,), as users")
     if not len(users):
         raise ValueError("users must hold at least one interaction, got 0")
+    if users.is_meta or items.is_meta:
+        raise ValueError("users and items must have numbers, got tensors on meta")
+    for name, number in (("resolution", resolution), ("tolerance", tolerance)):
+        check_number(name, number)
+    check_sizes(seed=seed)
+    if max_clusters is not None:
+        check_positive(max_clusters=max_clusters)
     if not resolution > 0:
         raise ValueError(f"resolution must be positive, got {resolution}")
     for name, ids, count in (("users", users, num_users), ("items", items, num_items)):
@@ -102,7 +109,6 @@ def graph_clusters(
     found = find(resolution)
     if max_clusters is None or found.num_clusters <= max_clusters:
         return found
-    check_positive(max_clusters=max_clusters)
     low, high = 0.0, resolution
     best = find(resolution * 1e-6)
     if best.num_clusters > max_clusters:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gossamer._checks import check_dtype, check_index, check_positive, check_shape
+from gossamer._checks import check_dtype, check_index, check_number, check_positive, check_shape
 from gossamer._row_codes import LEAST_SCALE, encode
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table, check_budget, check_mode
@@ -88,13 +88,15 @@ class QuantizedEmbedding(FusedTable):
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating, got {dtype}")
         check_mode(mode)
-        if isinstance(bits, bool) or bits not in BITS:
+        if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
             raise ValueError(f"bits must be 8 or 16, got {bits}")
         for name, value, known in (("step", step, STEPS), ("rounding", rounding, ROUNDINGS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if step_size is None:
             step_size = STEP_SIZE / 2 ** (bits - 8)
+        check_number("step_size", step_size)
+        check_number("step_lr", step_lr)
         if not LEAST_SCALE <= step_size < math.inf:
             raise ValueError(f"step_size must be in [2**-20, inf), got {step_size}")
         if not 0 <= step_lr < math.inf:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gossamer._checks import check_index
 from gossamer.ops.gather_reduce import gather_reduce
 
 POOLINGS = ("sum", "mean", "max")
@@ -74,6 +75,7 @@ class Table(nn.Module):
             IndexError: on the CPU, an id outside the table.
         """
         check_mode(self.mode)
+        check_index("ids", ids)
         rows = self.lookup(ids.reshape(-1))
         places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         return gather_reduce(

@@ -20,7 +20,8 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
 
     Raises:
         TypeError: an argument holds something else, or ``k`` is not an int.
-        ValueError: ranks or devices do not fit, or ``k`` does not divide R.
+        ValueError: ranks or devices do not fit, ``k`` does not divide R, or, on the CPU, a slot is not there once or
+            offsets fall or pass R.
     """
     check_index("sorted_scattered_idxs", slots)
     check_shape("sorted_scattered_idxs", slots, (None,), "(R,)")
@@ -38,7 +39,12 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
         raise ValueError(f"sorted_scattered_idxs must be in [0, R={num_rows}), got {got}")
     positions = torch.arange(num_rows, dtype=torch.int32, device=slots.device)
     rows = positions.scatter(0, slots.long(), positions)
-    offsets = torch.cat([expert_offsets.new_zeros(1), expert_offsets]).int()
+    if plain and not torch.equal(rows.index_select(0, slots), positions):
+        raise ValueError("sorted_scattered_idxs must have every slot once")
+    offsets = torch.cat([expert_offsets.new_zeros(1), expert_offsets])
+    if plain and (int(offsets[-1]) > num_rows or (offsets.diff() < 0).any()):
+        raise ValueError(f"expert_offsets must ascend to at most R={num_rows}, got {expert_offsets.tolist()}")
+    offsets = offsets.int()
     return Dispatch(slots.int(), rows, offsets, num_rows // k, k, expert_offsets.shape[0])
 
 
