@@ -185,3 +185,127 @@ def test_frequencies_must_fit():
         gossamer.compress_embeddings(Recommender(), "frequency", 0.5, frequencies=wrong)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         gossamer.compress_embeddings(3, "hash", 0.5)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("last", [True, False])
+def test_padding_in_bags(device, mode, last):
+    """Padding adds nothing, is not counted, and trains no row, as in the layer; a bag of nothing else is zero."""
+
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(300, 16, mode=mode, padding_idx=3, include_last_offset=last)
+
+    model = Bags().to(device)
+    gossamer.compress_embeddings(model, "frequency", 0.5, frequencies={"bag": torch.ones(300)})
+    table = model.bag.table
+    rows = table.lookup(torch.arange(300, device=device)).detach()
+    dense = nn.EmbeddingBag(300, 16, mode=mode, padding_idx=3, include_last_offset=last, _weight=rows)
+    ids = torch.tensor([3, 5, 7, 3, 3, 5, 3, 299], device=device)
+    offsets = torch.tensor([0, 3, 3, 5, 7, *([8] if last else [])], device=device)
+    assert_near(model.bag(ids, offsets), dense(ids, offsets).double())
+    assert not model.bag(ids, offsets)[[1, 2]].any()
+    assert_near(model.bag(ids.view(2, 4)), dense(ids.view(2, 4)).double())
+    if mode == "sum":
+        weights = torch.rand(8, device=device)
+        assert_near(model.bag(ids, offsets, weights), dense(ids, offsets, weights).double())
+    model.bag(ids, offsets).sum().backward()
+    touched = table.weight.grad.abs().sum(1).nonzero().flatten()
+    assert set(touched.tolist()) == set(table.addresses(torch.tensor([5, 7, 299], device=device)).tolist())
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"offsets must ascend within \[0, L\] with L=8, got 9"):
+            model.bag(ids, torch.tensor([0, 9]))
+
+
+class Grouped(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        specs, poolings = [(400, 16), (1000, 8), (20, 16)], ["sum", "mean", "sum"]
+        self.group = gossamer.nn.TableBatchedEmbeddingBags(specs, [1, 0, 2, 1], pooling=poolings, **options)
+
+
+def jagged(device):
+    """Ids of three bags of each of four features, some empty."""
+    offsets = torch.tensor([0, 2, 2, 3, 5, 6, 6, 7, 8, 9, 9, 12, 13], device=device)
+    ids = torch.tensor([999, 5, 7, 399, 0, 8, 1, 19, 2, 500, 999, 5, 6], device=device)
+    return ids, offsets
+
+
+def test_tables_of_one_group(device):
+    """Each table of a group is compressed by itself; those left as they are give what the group gave, by every call."""
+    model = Grouped(optimizer=gossamer.optim.SGD(lr=1.0), device=device)
+    ids, offsets = jagged(device)
+    before, weights = model.group(ids, offsets), torch.rand(13, device=device)
+    weighted = model.group(ids, offsets, weights)
+    report = gossamer.compress_embeddings(model, "hash", 0.5, min_rows=100, keep_original=True)
+    assert {table.name for table in report.tables} == {f"group.tables.{number}" for number in range(3)}
+    group = model.group
+    group.tables[1].weight.zero_()
+    after = group(ids, offsets)
+    # Columns of features 1 to 3 are those of tables 0, 2 and 1.
+    assert after.shape == before.shape == (3, 8 + 16 + 16 + 8)
+    assert torch.equal(after[:, 24:40], before[:, 24:40]) and not after[:, :8].any() and not after[:, 40:].any()
+    assert torch.equal(group(ids, offsets, weights)[:, 24:40], weighted[:, 24:40])
+    moved = group.tables[0].weight.clone()
+    after.sum().backward()
+    assert not torch.equal(group.tables[0].weight, moved)
+    assert (
+        type(group.tables[2]) is gossamer.nn.EmbeddingBag and group.tables[2].weight.untyped_storage().nbytes() < 2000
+    )
+    with pytest.raises(TypeError, match=r"offsets must be a torch\.Tensor, got NoneType"):
+        group(ids)
+    with pytest.raises(ValueError, match=r"offsets must have shape \(F·B\+1,\) with F=4, got \(12,\)"):
+        group(ids, offsets[:-1])
+    gossamer.restore(model)
+    assert type(model.group) is gossamer.nn.TableBatchedEmbeddingBags
+
+
+def test_groups_that_stay():
+    report = gossamer.compress_embeddings(nn.ModuleList([Grouped(), Grouped(bounds="drop")]), "hash", 0.5, min_rows=100)
+    assert [skipped.name for skipped in report.skipped] == ["1.group"]
+    assert report.skipped[0].reason == "it has bounds='drop', which tables do not compute"
+
+
+class Jagged:
+    """One feature of a batch, with the methods of TorchRec's JaggedTensor that a collection calls."""
+
+    def __init__(self, values, offsets):
+        self._values, self._offsets = values, offsets
+
+    def values(self):
+        return self._values
+
+    def offsets(self):
+        return self._offsets
+
+
+class EmbeddingBagCollection(nn.Module):
+    """Bags by the names of their tables, called as TorchRec's collection of that name calls them."""
+
+    def __init__(self, **rows):
+        super().__init__()
+        self.embedding_bags = nn.ModuleDict(
+            {name: nn.EmbeddingBag(n, 16, mode="sum", include_last_offset=True) for name, n in rows.items()}
+        )
+
+    def forward(self, features):
+        pooled = [
+            bag(input=features[name].values(), offsets=features[name].offsets(), per_sample_weights=None).float()
+            for name, bag in self.embedding_bags.items()
+        ]
+        return torch.cat(pooled, 1)
+
+
+def test_collections_of_torchrec(device):
+    """Their bags are called by keywords of torch.nn.EmbeddingBag, which what takes their place has."""
+    model = nn.Sequential(EmbeddingBagCollection(users=500, goods=800)).to(device)
+    ids, offsets = torch.tensor([3, 9, 3], device=device), torch.tensor([0, 1, 3], device=device)
+    features = {name: Jagged(ids, offsets) for name in ("users", "goods")}
+    report = gossamer.compress_embeddings(model, "quantized", 0.3)
+    assert {table.name for table in report.tables} == {"0.embedding_bags.users", "0.embedding_bags.goods"}
+    y = model(features)
+    bags = model[0].embedding_bags
+    assert y.shape == (2, 32)
+    assert torch.equal(y[:, 16:], bags["goods"].table(ids, offsets))
+    assert bags["goods"].num_embeddings == 800 and bags["goods"].mode == "sum"

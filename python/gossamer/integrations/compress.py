@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from gossamer._checks import check_flag, check_number, check_shape, check_sizes
 from gossamer.integrations import surgery
@@ -33,8 +34,11 @@ from gossamer.nn import (
     SearchedDimensionEmbedding,
     SemanticIdEmbedding,
     Table,
+    TableBatchedEmbeddingBags,
     TensorTrainEmbedding,
 )
+from gossamer.nn.embeddings.table_batched import keyed_lists
+from gossamer.ops._bags import check_offsets
 
 ADAPTER = "compress"
 # A share of the budget that may be left over; bisecting the share of each table ends below it.
@@ -109,8 +113,145 @@ class TableLookup(nn.Module):
         return rows.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
 
 
+class TableBags(nn.Module):
+    """A table in the place of ``torch.nn.EmbeddingBag``, with its arguments' names and its padding.
+
+    Args:
+        table: any :class:`gossamer.nn.Table`; with ``padding_idx`` one with ``include_last_offset``.
+        padding_idx: an id that adds nothing to a bag, is not counted by a mean, and gets no gradient.
+        include_last_offset: whether offsets hold the end of the last bag too.
+    """
+
+    def __init__(self, table: Table, padding_idx: int | None = None, include_last_offset: bool = False) -> None:
+        super().__init__()
+        self.table, self.padding_idx, self.include_last_offset = table, padding_idx, include_last_offset
+
+    @property
+    def num_embeddings(self) -> int:
+        """N."""
+        return self.table.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.table.embedding_dim
+
+    @property
+    def mode(self) -> str:
+        """How bags are pooled."""
+        return self.table.mode
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bags ``(B, D)``, as the layer gave them."""
+        if self.padding_idx is None:
+            return self.table(input, offsets, per_sample_weights)
+        if input.dim() == 2:
+            offsets = torch.arange(0, input.numel() + 1, max(input.shape[1], 1), device=input.device)[: len(input) + 1]
+        elif not self.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
+        ids = input.reshape(-1)
+        if ids.is_cpu and not is_compiling():
+            check_offsets(ids, offsets)
+        # Padding goes behind the last bag: no size depends on how much there is.
+        padding = ids == self.padding_idx
+        order = padding.to(torch.uint8).argsort(stable=True)
+        before = torch.cat([offsets.new_zeros(1), (~padding).cumsum(0).to(offsets.dtype)])
+        weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)[order]
+        return self.table(ids[order], before[offsets.long()], weights)
+
+
+class SeparateTables(nn.Module):
+    """Tables of their own in the place of :class:`gossamer.nn.TableBatchedEmbeddingBags`: the same call and result.
+
+    Where offsets lie on a GPU, a call reads F+1 of them on the host.
+
+    Args:
+        layer: whose tables, features and weights these are.
+
+    Attributes:
+        tables: a bag for each table of the layer.
+    """
+
+    def __init__(self, layer: TableBatchedEmbeddingBags) -> None:
+        super().__init__()
+        self.layout, self.feature_names, self.output_dtype = layer.layout, layer.feature_names, layer.output_dtype
+        options = {"include_last_offset": True, "optimizer": layer.optimizer}
+        self.tables = nn.ModuleList(
+            EmbeddingBag(*weight.shape, mode=pooling, _weight=weight, **options)
+            for weight, pooling in zip(layer.split_embedding_weights(), self.layout.pooling, strict=True)
+        )
+
+    def own(self) -> None:
+        """Give the bags that are still dense weights of their own, so that the layer's storage can go."""
+        for table in self.tables:
+            if isinstance(table, EmbeddingBag):
+                table.weight.data = table.weight.data.clone()
+
+    def forward(
+        self,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The bags of every feature ``(B, ΣD_f)``, as the layer gives them."""
+        if not isinstance(indices, torch.Tensor):
+            indices, offsets, per_sample_weights = keyed_lists(self, indices)
+        features = self.layout.num_features
+        if offsets is None:
+            raise TypeError("offsets must be a torch.Tensor, got NoneType")
+        if offsets.dim() != 1 or offsets.shape[0] % features != 1 % features:
+            raise ValueError(f"offsets must have shape (F·B+1,) with F={features}, got {tuple(offsets.shape)}")
+        batch = (offsets.shape[0] - 1) // features
+        bounds = offsets[:: max(batch, 1)].tolist() if batch else [0] * (features + 1)
+        pooled = []
+        for f, table in enumerate(self.layout.feature_table_map):
+            part, ends = slice(bounds[f], bounds[f + 1]), offsets[f * batch : (f + 1) * batch + 1] - bounds[f]
+            weights = None if per_sample_weights is None else per_sample_weights[part]
+            pooled.append(self.tables[table](indices[part], ends, weights))
+        result = torch.cat(pooled, 1)
+        return result if self.output_dtype is None else result.to(self.output_dtype)
+
+
+def _separate(model: nn.Module) -> dict[str, tuple[nn.Module, SeparateTables]]:
+    """By its path each group of tables that can be taken apart, and its tables; the model stays as it is."""
+    return {
+        name: (layer, SeparateTables(layer))
+        for name, layer in model.named_modules()
+        if type(layer) is TableBatchedEmbeddingBags and _group_obstacle(name, layer) is None
+    }
+
+
+def _group_obstacle(name: str, layer: TableBatchedEmbeddingBags) -> str | None:
+    if surgery.hooked(layer):
+        return "it has hooks or a forward of its own"
+    if not name:
+        return "it is the model itself, where no table can be put in its place"
+    if layer.bounds != "raise":
+        return f"it has bounds={layer.bounds!r}, which tables do not compute"
+    if any(rows == 0 for rows, _ in layer.layout.specs):
+        return "it has a table without rows"
+    return surgery.tensor_obstacle("its weights", layer.weights)
+
+
+def _named_by_torch(model: nn.Module) -> set[nn.Module]:
+    """Bags of TorchRec's EmbeddingBagCollection, which calls them by the names of torch.nn.EmbeddingBag's arguments."""
+    collections = [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "EmbeddingBagCollection" for kind in type(module).__mro__)
+    ]
+    return {bag for module in collections for bag in getattr(module, "embedding_bags", nn.ModuleDict()).values()}
+
+
 def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why a layer cannot become another table, or None when it can."""
+    if isinstance(module, TableBatchedEmbeddingBags):
+        return _group_obstacle(name, module) or f"{type(module).__name__} may compute something else than its base"
     if surgery.hooked(module):
         return "it has hooks or a forward of its own"
     if not name:
@@ -127,8 +268,6 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             return f"it has {option}={getattr(module, option)}, which tables do not compute"
-    if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
-        return f"it has padding_idx={module.padding_idx} in bags, which tables do not compute"
     return None
 
 
@@ -187,9 +326,11 @@ def compress_embeddings(
 
     Layers with fewer than ``min_rows`` rows, and those that the method would not make smaller, stay as they are and
     count in full. The others get one share of their bytes each, the largest with which all together fit the budget.
+    A ``TableBatchedEmbeddingBags`` is taken apart into its tables, whose paths end in ``.tables.0`` and so on.
 
     Args:
-        model: any module with ``torch.nn.Embedding`` or ``EmbeddingBag`` layers, or ours.
+        model: any module with ``torch.nn.Embedding`` or ``EmbeddingBag`` layers, ours, or TorchRec's collections of
+            them that are not sharded.
         method: a name of ``gossamer.integrations.compress.METHODS``.
         budget: bytes of all tables when served, codes and maps included, over those of the layers now; in ``(0, 1]``.
         frequencies: how often each id occurs, ``(N,)``, by the layer's path in the model; for methods that ask for it.
@@ -216,15 +357,19 @@ def compress_embeddings(
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
     how = METHODS[method]
+    groups = _separate(model)
     found = surgery.survey(
         (
             (name, module)
             for name, module in model.named_modules()
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            or (isinstance(module, TableBatchedEmbeddingBags) and name not in groups)
         ),
         functools.partial(_obstacle, model),
     )
     layers = dict(found.chosen)
+    for name, (_, apart) in groups.items():
+        layers |= {f"{name}.tables.{number}": table for number, table in enumerate(apart.tables)}
     _check_names("frequencies", frequencies, layers)
     _check_names("field_options", field_options, layers)
     fields, left = [], []
@@ -239,7 +384,9 @@ def compress_embeddings(
         if missing := [need for need in how.needs if need not in own]:
             raise ValueError(f"method {method!r} needs {', '.join(missing)} for {name!r}")
         if isinstance(module, nn.EmbeddingBag):
-            own |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
+            # A wrapper that leaves padding out gives the table all offsets.
+            last = module.include_last_offset or module.padding_idx is not None
+            own |= {"mode": module.mode, "include_last_offset": last}
         optimizer = getattr(module, "optimizer", None)
         if optimizer is not None and issubclass(how.kind, FusedTable):
             own["optimizer"] = optimizer
@@ -262,7 +409,7 @@ def compress_embeddings(
     else:
         allotted = {field: int(field.nbytes * wanted / sum(f.nbytes for f in fields)) for field in fields}
     tables = {field: field.table(nbytes) for field, nbytes in allotted.items()}
-    return _swap(model, method, tables, left, found.skipped, keep_original)
+    return _swap(model, method, tables, left, found.skipped, keep_original, list(groups.values()))
 
 
 def _check_names(argument: str, given: Mapping | None, layers: Mapping[str, nn.Module]) -> None:
@@ -297,13 +444,24 @@ def _allot(fields: list[_Field], wanted: int) -> dict[_Field, int] | None:
     return allotted
 
 
-def _swap(model, method, tables, left, skipped, keep_original) -> Compression:
-    new, rows = {}, []
+def _placed(module: nn.Module, table: Table, named: set[nn.Module]) -> nn.Module:
+    """What takes the place of a layer: the table itself where it is called as the layer is."""
+    if not isinstance(module, nn.EmbeddingBag):
+        return TableLookup(table, module.padding_idx)
+    if module.padding_idx is None and module not in named:
+        return table
+    return TableBags(table, module.padding_idx, module.include_last_offset)
+
+
+def _swap(model, method, tables, left, skipped, keep_original, groups) -> Compression:
+    new, rows, named = {}, [], _named_by_torch(model)
+    inside = {table for _, apart in groups for table in apart.tables}
     for field, table in tables.items():
         module = field.module
-        taken = table if isinstance(module, nn.EmbeddingBag) else TableLookup(table, module.padding_idx)
+        taken = _placed(module, table, named)
         taken.train(module.training)
-        surgery.mark(taken, ADAPTER, module if keep_original else None)
+        if module not in inside:
+            surgery.mark(taken, ADAPTER, module if keep_original else None)
         new[module] = taken
         rows.append(
             CompressedTable(field.name, type(table).__name__, field.nbytes, table.nbytes(), table.inference_nbytes())
@@ -311,6 +469,13 @@ def _swap(model, method, tables, left, skipped, keep_original) -> Compression:
     for name, module in left:
         nbytes = _weight_nbytes(module)
         rows.append(CompressedTable(name, type(module).__name__, nbytes, nbytes, nbytes))
+    for layer, apart in groups:
+        if any(table in new for table in apart.tables):
+            surgery.substitute(apart, new)
+            apart.own()
+            apart.train(layer.training)
+            surgery.mark(apart, ADAPTER, layer if keep_original else None)
+            new[layer] = apart
     surgery.substitute(model, new)
     return Compression(method, tuple(rows), skipped)
 

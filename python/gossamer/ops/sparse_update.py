@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_same_device, check_shape, check_tensor
+from gossamer._checks import check_number, check_same_device, check_shape, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer._rounding import random_bits, round_stochastically
 from gossamer._row_codes import decode, encode, moved_scale, scale_rate, scale_slope, scales_of
@@ -240,8 +240,7 @@ def check_state(
 
 
 def _check_scale_lr(scale_lr: float, scale: torch.Tensor | None, table: torch.Tensor) -> None:
-    if isinstance(scale_lr, bool) or not isinstance(scale_lr, (int, float)):
-        raise TypeError(f"scale_lr must be a number, got {type(scale_lr).__name__}")
+    check_number("scale_lr", scale_lr)
     if not 0 <= scale_lr < math.inf:
         raise ValueError(f"scale_lr must be in [0, inf), got {scale_lr}")
     if not scale_lr:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gossamer._checks import check_dtype, check_index, check_number, check_positive, check_shape
+from gossamer._checks import check_dtype, check_flags, check_index, check_number, check_positive, check_shape
 from gossamer._row_codes import LEAST_SCALE, encode
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table, check_budget, check_mode
@@ -58,7 +58,8 @@ class QuantizedEmbedding(FusedTable):
         scale: Δ, a float32 buffer ``(1,)`` or ``(N,)``, which stays float32 when the module is cast.
 
     Raises:
-        TypeError: a size is not an int, ``dtype`` not floating, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, a rate or step not a number, ``dtype`` not floating, or ``optimizer`` none of
+            :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``bits`` are other than 8 or 16, a name is unknown, ``step_size`` is not positive
             or ``step_lr`` negative.
 
@@ -88,7 +89,8 @@ class QuantizedEmbedding(FusedTable):
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating, got {dtype}")
         check_mode(mode)
-        if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
+        check_flags(include_last_offset=include_last_offset)
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
             raise ValueError(f"bits must be 8 or 16, got {bits}")
         for name, value, known in (("step", step, STEPS), ("rounding", rounding, ROUNDINGS)):
             if value not in known:
@@ -124,9 +126,9 @@ class QuantizedEmbedding(FusedTable):
         self.scale.fill_(self.step_size)
 
         def drawn(rows: slice) -> torch.Tensor:
-            shape = self.weight[rows].shape
-            numbers, bits = (torch.rand(shape, device=self.weight.device) for _ in range(2))
-            return encode((2 * numbers - 1) * bound, self.step_size, self.weight.dtype, (bits * 2**32).long())
+            numbers = torch.empty(self.weight[rows].shape, device=self.weight.device).uniform_(-bound, bound)
+            limits = torch.iinfo(self.weight.dtype)
+            return numbers.div_(self.step_size).add_(torch.rand_like(numbers)).floor_().clamp_(limits.min, limits.max)
 
         if not self.weight.is_meta:
             self._write(drawn)
@@ -159,6 +161,7 @@ class QuantizedEmbedding(FusedTable):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Bags, as :meth:`Table.forward`; codes of sums and means are decoded as they are read."""
+        check_index("ids", ids)
         if self.mode == "max":
             return Table.forward(self, ids, offsets, per_sample_weights)
         how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
