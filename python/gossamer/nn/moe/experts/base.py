@@ -172,3 +172,19 @@ class ExpertLayer(nn.Module):
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output ``(T, H)`` of ``tokens (T, H)``, by a routing that has its dispatch."""
         raise NotImplementedError(f"{type(self).__name__} must define compute(tokens, routing)")
+
+    def enter(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What all experts of a token take of it, which travels to them: the tokens themselves by default.
+
+        ``compute(tokens, routing)`` is ``leave(between(enter(tokens), routing))``. Both ends work token by token, with
+        parameters that serve all experts.
+        """
+        return tokens
+
+    def between(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The weighted sums over experts of what :meth:`enter` gives; sums over parts of the experts add up."""
+        return self.compute(rows, routing)
+
+    def leave(self, rows: torch.Tensor) -> torch.Tensor:
+        """The output of tokens from their sums over experts."""
+        return rows

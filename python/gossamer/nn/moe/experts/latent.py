@@ -130,6 +130,7 @@ class LatentExperts(FactoredExperts):
             raise ValueError(
                 f"group_size must divide num_experts, got group_size={group_size}, num_experts={num_experts}"
             )
+        self.one_group = group_size == num_experts
         if separate_latents and not self.activation.gated:
             raise ValueError(f"separate_latents needs a gated activation, got {self.activation.name!r}")
         self.separate_latents = separate_latents
@@ -171,23 +172,36 @@ class LatentExperts(FactoredExperts):
     def stacks(self) -> dict[str, torch.Tensor]:
         """All tensors, projections with a part for each group; but for those of one group over all experts."""
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        if self.group_size < self.num_experts:
+        if not self.one_group:
             return held
         return {name: tensor for name, tensor in held.items() if name.split(".")[0] not in ("in_proj", "out_proj")}
 
     def over(self, stacks: Mapping[str, torch.Tensor], num_experts: int) -> LatentExperts:
         view = super().over(stacks, num_experts)
-        if self.group_size == self.num_experts:
+        if self.one_group:
             view.group_size = num_experts
         return view
 
+    @property
+    def _latents_enter(self) -> bool:
+        """Whether tokens have one latent each, whatever experts they meet."""
+        return self.one_group and isinstance(self.in_proj, torch.Tensor)
+
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
-        if self.group_size == self.num_experts and isinstance(self.in_proj, torch.Tensor):
-            y = self._experts(F.linear(tokens, self.in_proj[0]), routing.dispatch, routing.weights)
-            return y if self.out_proj is None else F.linear(y, self.out_proj[0])
+        return self.leave(self.between(self.enter(tokens), routing))
+
+    def enter(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(tokens, self.in_proj[0]) if self._latents_enter else tokens
+
+    def leave(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows, self.out_proj[0]) if self._latents_enter and self.out_proj is not None else rows
+
+    def between(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+        if self._latents_enter:
+            return self._experts(rows, routing.dispatch, routing.weights)
         groups = TokenGroups.of(routing, self.group_size)
         pairs = groups.pairs
-        z = grouped_matmul(tokens, expert_weight(self.in_proj, False), pairs, y_grouped=True)
+        z = grouped_matmul(rows, expert_weight(self.in_proj, False), pairs, y_grouped=True)
         y = self._experts(z, groups.experts, groups.weights)
         if self.out_proj is not None:
             y = grouped_matmul(y, expert_weight(self.out_proj, False), pairs, x_grouped=True, y_grouped=True)
