@@ -94,6 +94,7 @@ KINDS = {
     "lora": (5, lambda **f: trained(LoRAExperts(5, H, 8, 2, **f))),
     "dora": (8, lambda **f: trained(LoRAExperts(8, H, 8, 2, dora=True, **f))),
     "latent": (5, lambda **f: LatentExperts(5, H, 8, 4, **f)),
+    "latent, wide output": (5, lambda **f: LatentExperts(5, H, 8, 4, shared_output=False, bias=True, **f)),
     "latent groups": (8, lambda **f: LatentExperts(8, H, 8, 4, group_size=2, bias=True, **f)),
     "separate latents": (8, lambda **f: LatentExperts(8, H, 8, 4, group_size=2, separate_latents=True, **f)),
     "basis": (5, lambda **f: BasisExperts(5, H, 8, 3, **f)),
@@ -184,11 +185,13 @@ def every_kind_gives_what_one_process_gives():
         away = sum(rank != RANK for _, rank in pairs)
         slots = min(ids.shape[1], share)
         size = 4 if "int8" in kind else 8
+        # Latents travel where all experts have the same.
+        there, back = {"latent": (4, 4), "latent, wide output": (4, H)}.get(kind, (H, H))
         flow = traffic.flows["expert tokens"]
         assert (flow.collectives, flow.rows) == (1, away)
         # One row a (token, rank) pair, and for each slot its id and weight, in whole words.
-        assert flow.nbytes == away * -(-(H * size + slots * (size + 4)) // size) * size
-        assert traffic.flows["expert outputs gradient"].nbytes == away * H * size
+        assert flow.nbytes == away * -(-(there * size + slots * (size + 4)) // size) * size
+        assert traffic.flows["expert outputs gradient"].nbytes == away * back * size
         assert traffic.flows["expert outputs"].rows == traffic.flows["expert tokens gradient"].rows
         assert list(traffic.flows) == [
             "expert tokens sizes",

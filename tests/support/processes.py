@@ -42,7 +42,7 @@ def run(script, world, folder, timeout=300):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def main(cases, timeout=30):
+def main(cases, timeout=120):
     """Run all cases in this process, in the same order as the others, and write down what failed."""
     folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)

@@ -341,7 +341,7 @@ class ShardedExperts:
                 RowExchange.of([0] * self.levels[0].size, self.levels[0].group, device, error=error)
             raise
         # Products would cast as well; the narrower rows travel.
-        (tokens,) = autocast(tokens)
+        (tokens,) = autocast(layer.enter(tokens))
         if self.levels[0].capacity is not None and self.overflow_count is None:
             self.overflow_count = torch.zeros((), dtype=torch.int64, device=tokens.device)
         y, other = exchange_tokens(
@@ -355,27 +355,32 @@ class ShardedExperts:
             overflow=self.overflow_count,
             overlap=self.overlap,
         )
-        return y.view(x.shape), other
+        return layer.leave(y).view(x.shape), other
 
     def _compute(
         self, layer: ExpertLayer, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int
     ) -> torch.Tensor:
         stacks = {name: self._local(_tensor_at(layer, name)) for name in self.names}
-        if self.num_local_experts == 0:
-            # Zeros that depend on everything: the others' backward passes count on this process taking part in theirs,
-            # and data parallelism on a gradient of every parameter.
-            serving = [p for name, p in layer.named_parameters() if name not in stacks]
-            parts = [p for p in (rows, *stacks.values(), *serving) if p.requires_grad]
-            return torch.zeros_like(rows) + sum(p.flatten()[:0].sum().to(rows.dtype) for p in parts)
-        ids, weights = fit_slots(ids, weights, self.num_local_experts)
-        routing = Routing(ids, weights, self.num_local_experts, max_rows=min(max_rows, ids.numel()))
-        return layer.over(stacks, self.num_local_experts).compute(rows, routing.dispatched())
+        num_experts = self.num_local_experts
+        if num_experts == 0:
+            # One expert of zeros that no slot has: the others' backward passes count on this process taking part.
+            stacks, num_experts = {name: _one_of_zeros(stack) for name, stack in stacks.items()}, 1
+            ids = torch.ones_like(ids)
+        ids, weights = fit_slots(ids, weights, num_experts)
+        routing = Routing(ids, weights, num_experts, max_rows=min(max_rows, ids.numel()))
+        return layer.over(stacks, num_experts).between(rows, routing.dispatched())
 
     def _local(self, stack: torch.Tensor) -> torch.Tensor:
         local = stack.to_local() if isinstance(stack, DTensor) else stack
         if not local.requires_grad or (self.scale == 1.0 and self.replicas is None):
             return local
         return _Share.apply(local, self.scale, self.replicas)
+
+
+def _one_of_zeros(empty: torch.Tensor) -> torch.Tensor:
+    """A stack of one part from one of none, on which its gradient depends."""
+    zeros = empty.new_zeros((1, *empty.shape[1:]))
+    return torch.cat([empty, zeros]) if empty.requires_grad else zeros
 
 
 def _part(size: int, levels: Sequence[Level]) -> range:
@@ -516,11 +521,14 @@ def shard_experts(
     >>> gossamer.parallel.shard_experts(model, mesh, "expert", replicate="data")
     >>> model = DistributedDataParallel(model)
 
+    Where all experts read one latent of a token (:class:`LatentExperts` with one group), the latent travels, and the
+    shared projections are computed by the token's rank.
+
     The dense parameters, the router's among them, stay whole on every rank and are averaged over all ranks by
     ``DistributedDataParallel``, which leaves the experts alone, or by ``fully_shard``. With ``gradients="mean"`` the
     experts get the gradient of the mean of all ranks' losses too. Parameters that serve all experts, such as the bases
-    of :class:`BasisExperts`, are dense ones. For FSDP2, shard the experts by themselves over another dimension of the
-    same mesh, and the rest over all ranks::
+    of :class:`BasisExperts` and those projections, are dense ones. For FSDP2, shard the experts by
+    themselves over another dimension of the same mesh, and the rest over all ranks::
 
         shard_experts(model, mesh, "expert")
         for block in model.blocks:
