@@ -204,6 +204,23 @@ def test_rows_that_travel_are_those_of_a_drawn_routing():
     assert cost.sent["rows"] == pytest.approx(32 * pairs * (2 * 4096 * 2 + 4 * 8), rel=0.01)
 
 
+def test_uneven_parts_are_as_slow_as_the_largest():
+    model, work = mixtral(num_local_experts=12), layouts.Workload(1024, 512)
+    assert parts(12, 8) == [2, 2, 2, 2, 2, 2, 0, 0]
+    even, uneven = (
+        layouts.price(model, Cluster(8, 8, INTRA), work, known_rates(), layouts.Layout(8, expert=e)) for e in (4, 8)
+    )
+    # Two of twelve experts in place of one and a half.
+    assert uneven.seconds["experts"] == pytest.approx(even.seconds["experts"] * 2 / 1.5, rel=1e-12)
+    busy = layouts.Workload(1024, 512, imbalance=1.5)
+    skewed = layouts.price(model, Cluster(8, 8, INTRA), busy, known_rates(), layouts.Layout(8, expert=4))
+    assert skewed.seconds["experts"] == pytest.approx(1.5 * even.seconds["experts"], rel=1e-12)
+    assert skewed.sent["rows"] == pytest.approx(1.5 * even.sent["rows"], rel=1e-12)
+    # In two hops experts are divided evenly.
+    nodes = layouts.plan(model, Cluster(8, 4, INTRA, INTER), work, known_rates())
+    assert not any(cost.layout.hierarchical for cost in nodes if cost.layout.expert == 8)
+
+
 def test_tokens_travel_once_to_a_node():
     model, work = mixtral(), layouts.Workload(1024, 512, direction="forward")
     cluster = Cluster(8, 4, INTRA, INTER)
@@ -511,6 +528,7 @@ def test_links_are_read_back(tmp_path):
         (lambda: Cluster(16, 8, INTRA), "inter must be given for 16 devices on nodes of 8"),
         (lambda: Cluster(1, 1, INTRA, memory=0.0), "memory must be above 0 bytes, got 0.0"),
         (lambda: layouts.Workload(0, 1), "tokens must be at least 1, got 0"),
+        (lambda: layouts.Workload(8, 9), "sequence must be from 1 to the 8 tokens of a device, got 9"),
         (lambda: layouts.Workload(1, 1, dtype="int8"), "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (lambda: layouts.Workload(1, 1, imbalance=0.5), "imbalance must be finite and at least 1, got 0.5"),
         (lambda: tables.Lookups(0), "batch must be at least 1, got 0"),

@@ -54,9 +54,10 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Check every choice."""
-        for name, value in (("tokens", self.tokens), ("sequence", self.sequence)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        if not 1 <= self.sequence <= self.tokens:
+            raise ValueError(f"sequence must be from 1 to the {self.tokens} tokens of a device, got {self.sequence}")
         for name, value, allowed in (
             ("dtype", self.dtype, BYTES),
             ("direction", self.direction, ("both", "forward")),
@@ -214,7 +215,8 @@ def layouts(model: Model, cluster: Cluster) -> Iterator[Layout]:
                 continue
             if expert == 1 and model.intermediate % tensor:
                 continue
-            several = cluster.group(expert).nodes > 1 and cluster.group(expert).local > 1
+            group = cluster.group(expert)
+            several = group.nodes > 1 and group.local > 1 and model.experts % expert == 0
             seen = set()
             for shard in ("none", "all", "node"):
                 layout = Layout(cluster.devices, tensor, expert, shard)
@@ -260,8 +262,10 @@ def price(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, lay
     passes = 3.0 if work.trains else 1.0
     dense = model.dense_products + model.score_products(work.sequence)
     tally.add("dense", passes * 2 * work.tokens * dense / rates.dense.value)
-    imbalance = work.imbalance if layout.expert > 1 else 1.0
-    experts = passes * 2 * work.tokens * model.expert_products * imbalance / rates.experts.value
+    experts = passes * 2 * work.tokens * model.expert_products / rates.experts.value
+    if layout.expert > 1:
+        # The rank with most experts gets their share of all rows.
+        experts *= work.imbalance * max(parts(model.experts, layout.expert)) * layout.expert / model.experts
     tally.add("experts", experts)
     if layout.expert > 1:
         _add_rows(tally, model, cluster, work, layout)
@@ -296,7 +300,8 @@ def _held(model: Model, cluster: Cluster, layout: Layout) -> _Held:
     whole = model.norm_parameters + model.moe_layers * model.router_parameters
     dense = whole + (model.dense_total - whole) / layout.tensor
     if layout.expert > 1:
-        experts = float(model.moe_layers * -(-model.experts // layout.expert) * model.expert_parameters)
+        most = max(parts(model.experts, layout.expert))
+        experts = float(model.moe_layers * most * model.expert_parameters)
     else:
         experts = model.expert_total / layout.tensor
     split = [shards(cluster, layout, *part) for part in _copied(layout)]
