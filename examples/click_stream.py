@@ -58,6 +58,16 @@ class Events:
     clicks: torch.Tensor
     truth: torch.Tensor
 
+    def share(self, rank: int, ranks: int) -> Events:
+        """The impressions of one of several processes that share the batch."""
+        each = len(self.clicks) // ranks
+        own = slice(rank * each, (rank + 1) * each)
+        ids = {}
+        for name, (values, offsets) in self.ids.items():
+            ends = offsets[own.start : own.stop + 1]
+            ids[name] = values[ends[0] : ends[-1]], ends - ends[0]
+        return Events(self.dense[own], ids, self.clicks[own], self.truth[own])
+
 
 def mix(values: np.ndarray, salt: int = 0) -> np.ndarray:
     """A hash of uint64: the finalizer of SplitMix64 behind a salted step."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from click_stream import DENSE, FEATURES, ClickStream, Events
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from gossamer.nn import DynamicEmbedding, EmbeddingBag, FrequencyAdmission
+from gossamer.nn import DynamicEmbedding, EmbeddingBag, EmbeddingFolder, FrequencyAdmission, read_manifest
 from gossamer.optim import RowwiseAdagrad
+from gossamer.parallel import ShardedDynamicEmbedding, ShardedEmbeddingFolder, count_traffic, lookup, shard_tables
 
 TABLES = ("dynamic", "unfiltered", "hashing")
 SHARES = {"user": 0.35, "item": 0.25, "tags": 0.1, "history": 0.3}  # of all rows
@@ -113,6 +119,8 @@ def table_bytes(table: nn.Module) -> int:
     """Memory of a table with its optimizer's state, and of a dynamic one's keys and filter."""
     if isinstance(table, EmbeddingBag):
         return sum(tensor.nbytes for tensor in (table.weight, *table.buffers()))
+    # Of a sharded table, what is on this process.
+    table = getattr(table, "local", table)
     values, counts = table.table.values, 0 if table.admission is None else table.admission.capacity
     state = sum(tensor.nbytes for tensor in table.optimizer_state.values())
     return int(values.nbytes + state + values.shape[0] * ROW_BYTES + counts * SLOTS * (4 + KEY_BYTES))
@@ -139,38 +147,105 @@ class DLRM(nn.Module):
     def forward(self, events: Events) -> torch.Tensor:
         """Logits of a click, ``(B,)``."""
         x = self.bottom(events.dense.to(self.first.device))
-        bags = [self.tables[name](*(part.to(x.device) for part in events.ids[name])) for name in FEATURES]
-        vectors = torch.stack([x, *bags], 1)
+        ids = {name: tuple(part.to(x.device) for part in events.ids[name]) for name in FEATURES}
+        # All at once: sharded tables then share one exchange.
+        vectors = torch.stack([x, *lookup(self.tables, ids).values()], 1)
         products = torch.bmm(vectors, vectors.mT)[:, self.first, self.second]
         return self.top(torch.cat([x, products], 1)).squeeze(1)
 
 
-class Trainer:
-    """A model, its optimizers, and what it measured in the steps so far: all that has to survive."""
+def open_folder(path: Path, layers: Mapping[str, nn.Module]) -> EmbeddingFolder | ShardedEmbeddingFolder:
+    """The folder of a run: of sharded layers, and of a server that follows a sharded run, one with shards."""
+    sharded = any(isinstance(layer, ShardedDynamicEmbedding) for layer in layers.values())
+    kind = ShardedEmbeddingFolder if sharded or (path / "shards.json").exists() else EmbeddingFolder
+    return kind(path, layers)
 
-    def __init__(self, settings: Settings) -> None:
+
+def newest(path: Path):
+    """The newest checkpoint of a folder, with its ``info`` and ``sequence``; None before the first."""
+    committed = ShardedEmbeddingFolder.committed_in(path)
+    return committed[0] if committed else read_manifest(path)
+
+
+class Trainer:
+    """A model, its optimizers, and what it measured in the steps so far: all that has to survive.
+
+    With a mesh the tables are spread over its processes, each of which trains on its share of every batch.
+    """
+
+    def __init__(self, settings: Settings, mesh: DeviceMesh | None = None, plan: str = "auto") -> None:
         self.settings, self.stream = settings, settings.stream()
         self.model = DLRM(settings)
+        self.group = None if mesh is None else mesh.get_group()
+        self.rank, self.ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+        if mesh is not None:
+            shard_tables(self.model, mesh, plan if plan == "auto" else {f"tables.{name}": plan for name in FEATURES})
         parts = ((name, getattr(self.model, name)) for name in ("bottom", "top"))
         self.dense = {k: p for name, part in parts for k, p in part.named_parameters(prefix=name)}
         self.optimizer = torch.optim.Adam(list(self.dense.values()), lr=settings.lr)
         self.step, self.seconds = 0, 0.0
         self.measured: list[list[float]] = []
+        self.table_bytes = sum(table_bytes(table) for table in self.model.tables.values())
+        # Of this process: seconds, bytes sent and collectives by part of a step, since it started.
+        self.parts: dict[str, list[float]] = {}
+        self.started = 0
 
     @property
-    def dynamic(self) -> dict[str, DynamicEmbedding]:
+    def dynamic(self) -> dict[str, DynamicEmbedding | ShardedDynamicEmbedding]:
         """The dynamic tables by name; none with hashing."""
-        return {name: table for name, table in self.model.tables.items() if isinstance(table, DynamicEmbedding)}
+        kinds = (DynamicEmbedding, ShardedDynamicEmbedding)
+        return {name: table for name, table in self.model.tables.items() if isinstance(table, kinds)}
+
+    def _spend(self, part: str, begin: float, nbytes: float = 0, collectives: int = 0) -> None:
+        """Add what a part of a step has taken."""
+        spent = self.parts.setdefault(part, [0.0, 0.0, 0.0])
+        for index, amount in enumerate((time.perf_counter() - begin, nbytes, collectives)):
+            spent[index] += amount
+
+    def _average_gradients(self) -> None:
+        """Make the dense gradients those of the joined batch."""
+        begin = time.perf_counter()
+        flat = torch.cat([parameter.grad.view(-1) for parameter in self.dense.values()])
+        dist.all_reduce(flat, group=self.group)
+        for parameter, part in zip(
+            self.dense.values(), flat.div_(self.ranks).split([p.numel() for p in self.dense.values()]), strict=True
+        ):
+            parameter.grad.copy_(part.view_as(parameter))
+        # A ring sends all but one part twice.
+        self._spend("dense gradients", begin, 2 * flat.nbytes * (self.ranks - 1) / self.ranks, 1)
+
+    def _gather(self, logits: torch.Tensor, numbers: list[float]) -> tuple[torch.Tensor, list[float]]:
+        """The logits of the joined batch, and sums of numbers over the processes."""
+        if self.group is None:
+            return logits, numbers
+        begin = time.perf_counter()
+        mine = torch.cat([logits.double(), torch.tensor(numbers, dtype=torch.float64, device=logits.device)])
+        every = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(every, mine, group=self.group)
+        self._spend("measures", begin, mine.nbytes * (self.ranks - 1), 1)
+        count = len(logits)
+        return torch.cat([each[:count] for each in every]), sum(each[count:] for each in every).tolist()
 
     def train_step(self) -> None:
         """Predict the next events, then learn from them; predictions are measured before they are learned from."""
+        begin = time.perf_counter()
         events = self.stream.events(self.step)
+        own = events.share(self.rank, self.ranks)
+        self._spend("events", begin)
         for table in self.dynamic.values():
             table.advance_clock(self.step)
-        logits, clicks = self.model(events), events.clicks.to(self.settings.device)
-        loss = F.binary_cross_entropy_with_logits(logits, clicks)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        computing = time.perf_counter()
+        with count_traffic() as traffic:
+            logits, clicks = self.model(own), own.clicks.to(self.settings.device)
+            loss = F.binary_cross_entropy_with_logits(logits, clicks)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        waited = sum(flow.seconds for flow in traffic.flows.values())
+        self._spend("forward and backward", computing + waited)
+        for label, flow in traffic.flows.items():
+            self._spend(label, time.perf_counter() - flow.seconds, flow.nbytes, flow.collectives)
+        if self.group is not None:
+            self._average_gradients()
         self.optimizer.step()
         if self.step % 10 == 9:
             for table in self.dynamic.values():
@@ -178,19 +253,18 @@ class Trainer:
         counters = [table.counters for table in self.dynamic.values()]
         counted = [sum(getattr(c, name) for c in counters) for name in MEASURES[5:]]
         rows = sum(len(table) for table in self.dynamic.values())
-        areas = [auc(logits.detach().cpu(), events.clicks), auc(events.truth, events.clicks)]
-        self.measured.append([*areas, loss.item(), events.clicks.mean().item(), rows, *counted])
+        held = sum(table_bytes(table) for table in self.model.tables.values())
+        logits, numbers = self._gather(logits.detach(), [loss.item() / self.ranks, held, rows, *counted])
+        loss, self.table_bytes, *counted = numbers
+        areas = [auc(logits.cpu(), events.clicks), auc(events.truth, events.clicks)]
+        self.measured.append([*areas, loss, events.clicks.mean().item(), *counted])
+        self._spend("step", begin)
         self.step += 1
 
     def recent(self, steps: int) -> dict[str, float]:
         """The mean of each measure over the last steps; the last value of those that count."""
         last = torch.tensor(self.measured[-steps:], dtype=torch.float64)
         return dict(zip(MEASURES, [*last[:, :4].mean(0).tolist(), *last[-1, 4:].tolist()], strict=True))
-
-    @property
-    def table_bytes(self) -> int:
-        """Memory of all tables."""
-        return sum(table_bytes(table) for table in self.model.tables.values())
 
     @torch.no_grad()
     def score(self, events: Events) -> torch.Tensor:
@@ -234,4 +308,4 @@ class Trainer:
             self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         if "measured" in tensors:
             self.measured = tensors["measured"].tolist()
-        self.step = step
+        self.step = self.started = step

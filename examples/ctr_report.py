@@ -70,7 +70,7 @@ def plot_tables(runs: list[Trainer], path: Path) -> None:
     for run in runs:
         rows, color = column(run, "rows"), COLORS[run.settings.tables]
         axes[0, 0].plot(range(1, len(rows) + 1), rows, color=color, label=run.settings.tables)
-        axes[0, 0].axhline(sum(t.table.capacity for t in run.dynamic.values()), color="0.6", linestyle=":", linewidth=1)
+        axes[0, 0].axhline(sum(t.num_embeddings for t in run.dynamic.values()), color="0.6", linestyle=":", linewidth=1)
     axes[0, 0].set(xlabel="step", ylabel="rows in all tables", title="Table size (dotted: capacity)")
     axes[0, 0].set_ylim(0, None)
     axes[0, 0].legend(frameon=False, loc="lower right", fontsize=8)
@@ -96,11 +96,33 @@ def result_table(runs: list[Trainer], tail: int) -> Table:
     table.add_row("the click rate alone", "0.5000", f"{entropy:.4f}", "", "", "")
     for run in runs:
         last = run.recent(tail)
-        rows = sum(len(t) if t in run.dynamic.values() else t.num_embeddings for t in run.model.tables.values())
+        rows = int(last["rows"]) if run.dynamic else sum(t.num_embeddings for t in run.model.tables.values())
         speed = f"{run.settings.batch * run.step / run.seconds:.0f}" if run.seconds else ""
         memory = f"{run.table_bytes / 1e6:.2f}"
         table.add_row(run.settings.tables, f"{last['auc']:.4f}", f"{last['logloss']:.4f}", memory, str(rows), speed)
     table.add_row("the hidden numbers", f"{frame['ceiling']:.4f}", "", "", "", "")
+    return table
+
+
+def parts_of_a_step(run: Trainer) -> dict[str, dict[str, float]]:
+    """Milliseconds, bytes sent and collectives of the first process by part of a step, in the mean."""
+    steps = max(run.step - run.started, 1)
+    names = ("ms", "bytes", "collectives")
+    scales = (1000 / steps, 1 / steps, 1 / steps)
+    return {
+        part: {name: amount * scale for name, amount, scale in zip(names, spent, scales, strict=True)}
+        for part, spent in run.parts.items()
+    }
+
+
+def parts_table(run: Trainer) -> Table:
+    """What a step of several processes takes, by part."""
+    table = Table(title=f"A step of process 0 of {run.ranks}")
+    table.add_column("part")
+    for name in ("ms", "bytes sent", "collectives"):
+        table.add_column(name, justify="right")
+    for part, spent in parts_of_a_step(run).items():
+        table.add_row(part, f"{spent['ms']:.2f}", f"{spent['bytes']:.0f}", f"{spent['collectives']:.0f}")
     return table
 
 
@@ -126,6 +148,8 @@ def write_metrics(runs: list[Trainer], served: dict | None, tail: int, path: Pat
                 "settings": asdict(run.settings),
                 "steps": run.step,
                 "seconds": run.seconds,
+                "processes": run.ranks,
+                "parts_of_a_step": parts_of_a_step(run),
                 "table_bytes": run.table_bytes,
                 "tail": run.recent(tail),
                 "by_step": {name: column(run, name) for name in MEASURES},

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from click_stream import HELD_OUT
-from ctr_model import Settings, Trainer, auc
+from ctr_model import Settings, Trainer, auc, newest, open_folder
 
-from gossamer.nn import DeltaGap, EmbeddingFolder, read_manifest
+from gossamer.nn import DeltaGap
 
 STALENESS = (0, 1, 3, 9)  # intervals between two deltas, by which what is served is older than what it is asked
 
@@ -27,14 +27,14 @@ class Server:
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        manifest = read_manifest(path)
+        manifest = newest(path)
         if manifest is None:
             raise ValueError(f"{path} holds no checkpoint")
         settings = Settings(**manifest.info["settings"])
         if settings.tables == "hashing":
             raise ValueError(f"{path} holds fixed tables, which have no deltas to follow")
         self.say, self.model = say, Trainer(settings)
-        self.folder = EmbeddingFolder(path, self.model.dynamic)
+        self.folder = open_folder(path, self.model.dynamic)
         self.aucs: dict[int, list[float]] = {distance: [] for distance in STALENESS}
         self.lags: list[float] = []
         self.applied = self.rows = self.refused = 0
@@ -62,7 +62,7 @@ class Server:
 
     def _checkpoint_ahead(self) -> bool:
         try:
-            manifest = read_manifest(self.folder.path)
+            manifest = newest(self.folder.path)
         except ValueError:
             return False
         return manifest is not None and manifest.sequence > self.folder.sequence

@@ -4,11 +4,13 @@
     python examples/online_ctr.py --out runs/ctr --with-server     # and start the process below beside it
     python examples/online_ctr.py --serve runs/ctr/dynamic         # follow a trainer's deltas, and score
     python examples/online_ctr.py --out runs/ctr --compare         # also fixed tables of as many bytes, ids modulo size
+    torchrun --nproc-per-node 2 examples/online_ctr.py --out runs/ctr-2 --shard    # ids over two processes
 
 A DLRM predicts the clicks of a made-up stream, batch after batch, and learns from each after predicting it. Its ids
 are born and die (click_stream.py), so the tables are gossamer.nn.DynamicEmbedding: a row for an id once it was seen
 a few times, gone again when the id is. Nothing is downloaded. The default is one run of some 2 minutes on 2 CPU cores.
-It writes to the folder ``--out``:
+With --shard each process has its part of the ids and trains on its part of every batch; any number goes on where
+another number was stopped. It writes to the folder ``--out``:
 
 - ``dynamic/`` (with ``--tables``, that name): checkpoints and deltas, as gossamer.nn.EmbeddingFolder keeps them. A
   trainer that was killed, even by SIGKILL, goes on from there when it is started again, and ends with the same bits;
@@ -22,18 +24,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from ctr_model import TABLES, Settings, Trainer
+import torch.distributed as dist
+from ctr_model import TABLES, Settings, Trainer, newest, open_folder
 from ctr_server import Server
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from gossamer.nn import EmbeddingFolder, read_manifest
+from gossamer.nn import EmbeddingFolder
+from gossamer.parallel import ShardedEmbeddingFolder
 
 try:
     import safetensors  # noqa: F401
@@ -51,18 +58,22 @@ SIZES = {
 }  # fmt: skip
 RATES = {"size": (1.0, 0.25), "pace": (1.0, 2.0), "lr": (5e-3, 5e-3), "embedding-lr": (0.4, 0.4)}
 SERVED = "serving.json"
+Folder = EmbeddingFolder | ShardedEmbeddingFolder
 
 
 class CannotResume(ValueError):
     """The folder holds a run with other settings, or no checkpoint that can be read."""
 
 
-def resume(trainer: Trainer, folder: EmbeddingFolder) -> bool:
+def resume(trainer: Trainer, folder: Folder) -> bool:
     """Go on from the folder's checkpoint, if there is one."""
     try:
-        manifest = read_manifest(folder.path)
+        manifest = newest(folder.path)
         if manifest is None:
             return False
+        sharded = isinstance(folder, ShardedEmbeddingFolder)
+        if (trainer.group is not None) != sharded or sharded == hasattr(manifest, "checkpoints"):
+            raise CannotResume(f"{folder.path} holds a run with{'out' if trainer.ranks > 1 else ''} --shard")
         mine, theirs = asdict(trainer.settings), manifest.info.get("settings", {})
         for name in mine:
             if mine[name] != theirs.get(name):
@@ -118,7 +129,9 @@ class Display:
         self.progress.remove_task(bar)
 
 
-def train(trainer: Trainer, folder: EmbeddingFolder, given: argparse.Namespace, display: Display) -> None:
+def train(
+    trainer: Trainer, folder: EmbeddingFolder | ShardedEmbeddingFolder, given: argparse.Namespace, display: Display
+) -> None:
     """Steps up to ``given.steps``, with deltas and checkpoints on the way."""
     facts = {"steps": given.steps, "delta_every": given.delta_every}
 
@@ -126,7 +139,7 @@ def train(trainer: Trainer, folder: EmbeddingFolder, given: argparse.Namespace, 
         own = {"step": trainer.step, "settings": asdict(trainer.settings), "seconds": trainer.seconds}
         folder.save(trainer.tensors(), facts | own)
 
-    if not resume(trainer, folder):
+    if not resume(trainer, folder) or getattr(folder, "resharded", False):
         save()
     elif trainer.step < given.steps:
         display.console.print(f"{trainer.settings.tables}: goes on at step {trainer.step} of {folder.path}")
@@ -172,7 +185,7 @@ def serve(path: Path, patience: float, console: Console) -> int:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
-    while read_manifest(path) is None and time.monotonic() < deadline:
+    while newest(path) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
         server = Server(path, say)
@@ -200,6 +213,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     parser.add_argument("--tables", choices=TABLES, default="dynamic", help="default dynamic")
     parser.add_argument("--compare", action="store_true", help="a run with each kind of tables on the same stream")
     parser.add_argument("--with-server", action="store_true", help="start a process that serves the dynamic tables")
+    plans = ("auto", "row", "table")
+    text = "spread the tables over the processes of torchrun: auto (by bytes, the default), by rows or whole"
+    parser.add_argument("--shard", choices=plans, nargs="?", const="auto", metavar="PLAN", help=text)
     parser.add_argument("--quick", action="store_true", help="a small run of some 20 s")
     parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="a server waits so long for news")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -231,6 +247,14 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         parser.error(f"--out must be a folder, got the file {given.out}")
     if given.with_server and given.tables == "hashing" and not given.compare:
         parser.error("--with-server needs dynamic tables: fixed ones have no deltas to follow")
+    if given.shard is not None:
+        ranks = int(os.environ.get("WORLD_SIZE", 0))
+        if not ranks:
+            parser.error("--shard needs the processes of torchrun --nproc-per-node N")
+        if given.compare or given.tables == "hashing":
+            parser.error("--shard needs dynamic tables, and no --compare")
+        if given.batch % ranks:
+            parser.error(f"--batch must be a multiple of the {ranks} processes, got {given.batch}")
     return given, Settings(**{name: getattr(given, name) for name in Settings.__dataclass_fields__})
 
 
@@ -239,18 +263,33 @@ def main(arguments: list[str] | None = None) -> int:
     given, settings = parse_arguments(arguments)
     # One is as fast as two on steps as small as these, and leaves a core to the server.
     torch.set_num_threads(given.threads)
-    console = Console()
     if settings is None:
-        return serve(given.serve, given.patience, console)
+        return serve(given.serve, given.patience, Console())
+    if given.shard is None:
+        return run(given, settings, Console())
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if given.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # A process that ends lets the others wait no longer than this.
+    dist.init_process_group("nccl" if given.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
+    try:
+        mesh = init_device_mesh(given.device, (ranks,), mesh_dim_names=("tables",))
+        return run(given, settings, Console(quiet=rank > 0), mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(given: argparse.Namespace, settings: Settings, console: Console, mesh: DeviceMesh | None = None) -> int:
+    """Train, and report; returns the exit status."""
     # Late, so that a server or a run that is killed early does not wait for them.
     import ctr_report
 
     display, runs, served = Display(console), [], None
     for tables in TABLES if given.compare else (given.tables,):
-        trainer = Trainer(replace(settings, tables=tables))
+        trainer = Trainer(replace(settings, tables=tables), mesh, given.shard)
         path = given.out / tables
-        folder = EmbeddingFolder(path, trainer.dynamic)
-        serving = given.with_server and trainer.dynamic and not runs
+        folder = open_folder(path, trainer.dynamic)
+        serving = given.with_server and trainer.dynamic and not runs and trainer.rank == 0
         try:
             with server_beside(path, given.patience, console) if serving else nullcontext():
                 train(trainer, folder, given, display)
@@ -260,11 +299,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not runs and (path / SERVED).is_file():
             served = json.loads((path / SERVED).read_text(encoding="utf-8"))
         runs.append(trainer)
+    if trainer.rank > 0:
+        return 0
     tail = max(given.steps // 4, 1)
     ctr_report.plot_auc(runs, served, given.out / "auc.png")
     ctr_report.plot_tables(runs, given.out / "tables.png")
     ctr_report.write_metrics(runs, served, tail, given.out / "metrics.json")
     console.print(ctr_report.result_table(runs, tail))
+    if trainer.ranks > 1:
+        console.print(ctr_report.parts_table(trainer))
     if served:
         console.print(ctr_report.staleness_table(served))
     console.print(f"results in {given.out}")

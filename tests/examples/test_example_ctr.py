@@ -281,6 +281,36 @@ def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path
     assert "holds a run with --threshold 2, not 5" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_have_the_curve_of_one(example, tmp_path):
+    """Sharded over the processes of torchrun, followed by a server, and gone on with by one process."""
+    settings = {"steps": 30, "capacity": 4000, "checkpoint_every": 10}
+    assert example.online_ctr.main(arguments(tmp_path / "one", **settings | {"steps": 35})) == 0
+
+    def launch(processes, *more, **changed):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+        line = arguments(tmp_path / "many", "--shard", "row", "--device", "cpu", *more, **settings | changed)
+        done = subprocess.run(
+            [*command, EXAMPLES / "online_ctr.py", *line], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    said = launch(2, "--with-server")
+    # One process alone says how far they are.
+    assert said.count("dynamic, step 30: AUC") == 1 and said.count("A step of process 0 of 2") == 1
+    launch(1, steps=35)
+    assert sorted(path.name for path in (tmp_path / "many" / "dynamic").glob("*-of-*")) == ["0-of-1"]
+    one, many = (json.loads((tmp_path / name / "metrics.json").read_text())["runs"][0] for name in ("one", "many"))
+    for name in ("ceiling", "clicks", "rows", "inserted", "evicted", "expired", "rejected"):
+        assert one["by_step"][name] == many["by_step"][name], name
+    assert not any(one["by_step"]["evicted"]) and any(one["by_step"]["expired"])
+    for name in ("auc", "logloss"):
+        assert many["by_step"][name] == pytest.approx(one["by_step"][name], rel=1e-3), name
+    served = json.loads((tmp_path / "many" / "dynamic" / "serving.json").read_text())
+    assert served["step"] == 30 and served["deltas_refused"] == 0
+
+
 @pytest.mark.parametrize(
     ("changed", "more", "message"),
     [
@@ -291,6 +321,8 @@ def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path
         ({"tables": "cuckoo"}, [], "invalid choice: 'cuckoo'"),
         ({"tables": "hashing"}, ["--with-server"], "--with-server needs dynamic tables"),
         ({}, ["--serve", "x"], "argument --serve: not allowed with argument --out"),
+        ({}, ["--shard"], "--shard needs the processes of torchrun"),
+        ({}, ["--shard", "column"], "argument --shard: invalid choice: 'column'"),
     ],
 )
 def test_bad_arguments_are_named(example, changed, more, message, tmp_path, capsys):

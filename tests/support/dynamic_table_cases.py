@@ -1,5 +1,8 @@
 """What the processes of tests/parallel/test_dynamic_tables.py do: sharded tables of ids that come and go, and files."""
 
+import sys
+from pathlib import Path
+
 import processes
 import torch
 import torch.distributed as dist
@@ -151,7 +154,33 @@ def a_full_shard_is_an_error_on_every_rank():
     raises(ValueError, "plan[''] must be one of ('row', 'table')", shard_tables, dynamic(), mesh(), {"": "column"})
 
 
+def the_click_example_steps_as_one_process():
+    """A DLRM's tables have the bits of one process that trains on the joined batch; its dense layers are rounded."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+    from ctr_model import FEATURES, Settings, Trainer
+
+    sizes = {"batch": 64, "dim": 16, "capacity": 4000, "threshold": 2, "expire_after": 50}
+    settings = Settings("dynamic", **sizes, size=0.05, pace=1.0, lr=5e-3, embedding_lr=0.4, seed=0, device="cpu")
+    for plan in ("row", "table"):
+        one, shared = Trainer(settings), Trainer(settings, mesh(), plan)
+        one.step = shared.step = 3
+        for trainer in (one, shared):
+            for table in trainer.dynamic.values():
+                # Rows for all, so that one step trains them.
+                own = getattr(table, "local", table)
+                own._filter.threshold = 1
+            trainer.train_step()
+        for name in FEATURES:
+            expected = content([one.dynamic[name]])
+            assert content(everywhere(shared.dynamic[name].local)) == expected and len(expected) > 30, (plan, name)
+        for name, parameter in one.dense.items():
+            torch.testing.assert_close(shared.dense[name], parameter)
+        assert one.measured[0][4:] == shared.measured[0][4:] and one.measured[0][0] == shared.measured[0][0]
+        assert shared.parts["table rows"][1] > 0 and shared.parts["step"][0] > 0
+
+
 CASES = (
+    the_click_example_steps_as_one_process,
     ids_learn_as_in_one_process,
     a_trained_table_is_sharded,
     a_full_shard_is_an_error_on_every_rank,

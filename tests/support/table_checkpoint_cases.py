@@ -59,7 +59,7 @@ def step(tables, number):
     """One step on the ranks' shares of a batch of this number, which is the same whatever the number of ranks."""
     rank, world = (tables["bag"].rank, tables["bag"].mesh.size()) if hasattr(tables["bag"], "mesh") else (0, 1)
     generator = torch.Generator().manual_seed(number)
-    mine = slice(8 // world * rank, 8 // world * (rank + 1))
+    mine = slice(8 * rank // world, 8 * (rank + 1) // world)
     ids = torch.randint(0, 9, (8, 5), generator=generator)[mine]
     many = torch.randint(0, 9, (2, 8, 5), generator=generator)[:, mine].reshape(-1)
     dynamic = torch.randint(0, 50, (8, 5), generator=generator)[mine] * 7919

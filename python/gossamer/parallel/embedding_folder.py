@@ -116,12 +116,17 @@ class ShardedEmbeddingFolder:
         return found[0]
 
     def committed(self) -> list[Committed]:
-        """The checkpoints that all processes have saved, newest first.
+        """:meth:`committed_in` this folder."""
+        return self.committed_in(self.path)
+
+    @staticmethod
+    def committed_in(path: str | os.PathLike) -> list[Committed]:
+        """The checkpoints in a folder that all processes have saved, newest first.
 
         Raises:
             ValueError: the manifest is corrupt.
         """
-        path = self.path / _MANIFEST
+        path = Path(path) / _MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             files.check_header(content, {"format": _FORMAT}, str(path))
