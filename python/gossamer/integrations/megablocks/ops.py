@@ -343,6 +343,8 @@ def binned_gather(
     check_shape("x", x, (None, None), "(T, D)")
     _check_rows(x, indices, top_k, bins=bins)
     check_shape("x", x, (indices.shape[0] // top_k, None), "(T, D)")
+    if not isinstance(bin_size, int) or isinstance(bin_size, bool):
+        raise TypeError(f"bin_size must be an int, got {type(bin_size).__name__}")
     if bin_size < 0:
         raise ValueError(f"bin_size must not be negative, got {bin_size}")
     rows = _binned_rows(bins, indices.shape[0], bin_size)

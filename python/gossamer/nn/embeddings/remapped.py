@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_same_device, check_shape
+from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_sizes
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -47,6 +47,10 @@ class FrequencyEmbedding(SharedRowsTable):
     ) -> None:
         check_positive(num_embeddings=num_embeddings, num_rows=num_rows)
         check_shape("frequencies", frequencies, (num_embeddings,), "(N,)")
+        if frequencies.is_meta or frequencies.layout is not torch.strided:
+            raise ValueError(f"frequencies must have dense numbers, got {frequencies.layout} on {frequencies.device}")
+        if own is not None:
+            check_sizes(own=own)
         if not bool((frequencies >= 0).all() & frequencies.isfinite().all()):
             raise ValueError("frequencies must be finite and at least 0")
         if own is None:

@@ -231,6 +231,8 @@ def unique_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes ``(n, L)`` with a last one that numbers the vectors that share the others, ``(n, L+1)``: all differ."""
     check_index("codes", codes)
     check_shape("codes", codes, (None, None), "(n, L)")
+    if codes.is_meta:
+        raise ValueError("codes must have numbers, got a tensor on meta")
     if not codes.numel():
         return torch.cat([codes, torch.arange(len(codes), device=codes.device, dtype=codes.dtype).unsqueeze(1)], 1)
     _, group = codes.unique(dim=0, return_inverse=True)
