@@ -80,6 +80,12 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
+def check_has_numbers(name: str, tensor: torch.Tensor) -> None:
+    """``tensor``, whose numbers are looked at, must not lie on meta."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have numbers, got a tensor on meta")
+
+
 def check_sequence(name: str, value: object) -> None:
     """``value`` must be a list or tuple, or another sequence that is no text."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):

@@ -139,3 +139,10 @@ def test_bad_types():
         IdMaps.of([2.0])
     with pytest.raises(TypeError, match=r"ids must be int32 or int64, got torch\.float32"):
         map_ids(torch.zeros(3), CASES["universal"])
+
+
+def test_a_limit_beyond_the_dtype_of_ids(any_backend, device):
+    """Ids of 32 bits are all below it."""
+    maps = IdMaps.of([7], limit=2**31)
+    with gossamer.backend(any_backend):
+        assert map_ids(torch.tensor([86, 2**31 - 1], dtype=torch.int32, device=device), maps).tolist() == [[2], [1]]

@@ -349,7 +349,7 @@ def compress_embeddings(
             Nothing is changed then.
     """
     surgery.check_model(model)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     check_number("budget", budget)
     check_sizes(min_rows=min_rows)

@@ -257,6 +257,7 @@ def raise_outside(ids: torch.Tensor, limit: int) -> None:
     Raises:
         IndexError: one is not; the message names it and its place.
     """
+    ids = ids.long()  # a limit beyond int32 would wrap
     outside = ((ids < 0) | (ids >= limit)).reshape(-1)
     if outside.any():
         place = int(outside.nonzero()[0])

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape, check_tensor
+from gossamer._checks import check_has_numbers, check_index, check_positive, check_shape, check_tensor
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import check_budget
 
@@ -42,6 +42,7 @@ class DeduplicatedEmbedding(SharedRowsTable):
         check_positive(num_embeddings=num_embeddings, block_rows=block_rows)
         check_shape("stored", stored, (-(-num_embeddings // block_rows),), "(ceil(N / block_rows),)")
         check_index("stored", stored)
+        check_has_numbers("stored", stored)
         lowest, highest = (int(number) for number in stored.aminmax())
         if lowest < 0:
             raise ValueError(f"stored must be at least 0, got {lowest}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_same_device, check_shape, check_sizes
+from gossamer._checks import check_has_numbers, check_index, check_positive, check_same_device, check_shape, check_sizes
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -111,6 +111,7 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         check_positive(num_embeddings=num_embeddings)
         check_shape("clusters", clusters, (num_embeddings,), "(N,)")
         check_index("clusters", clusters)
+        check_has_numbers("clusters", clusters)
         lowest, highest = (int(number) for number in clusters.aminmax())
         if lowest < 0:
             raise ValueError(f"clusters must be at least 0, got {lowest}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gossamer._checks import check_floating, check_index, check_positive, check_shape, check_sizes
+from gossamer._checks import check_floating, check_has_numbers, check_index, check_positive, check_shape, check_sizes
 
 
 class ResidualQuantization(NamedTuple):
@@ -231,8 +231,7 @@ def unique_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes ``(n, L)`` with a last one that numbers the vectors that share the others, ``(n, L+1)``: all differ."""
     check_index("codes", codes)
     check_shape("codes", codes, (None, None), "(n, L)")
-    if codes.is_meta:
-        raise ValueError("codes must have numbers, got a tensor on meta")
+    check_has_numbers("codes", codes)
     if not codes.numel():
         return torch.cat([codes, torch.arange(len(codes), device=codes.device, dtype=codes.dtype).unsqueeze(1)], 1)
     _, group = codes.unique(dim=0, return_inverse=True)

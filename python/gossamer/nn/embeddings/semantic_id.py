@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_has_numbers, check_index, check_positive, check_shape
 from gossamer.nn.embeddings.codes import CodedRowsTable
 
 
@@ -62,6 +62,7 @@ class SemanticIdEmbedding(CodedRowsTable):
             codes = torch.stack(
                 [codes[:, : level + 1].unique(dim=0, return_inverse=True)[1] for level in range(levels)], 1
             )
+        check_has_numbers("codes", codes)
         sizes = [int(level.max()) + 1 for level in codes.unbind(1)]
         if num_codes is not None:
             check_positive(num_codes=num_codes)

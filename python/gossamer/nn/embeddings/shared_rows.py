@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_index, check_positive, check_same_device
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table, check_mode, fit_budget
 from gossamer.optim import Optimizer
@@ -95,6 +95,7 @@ class SharedRowsTable(FusedTable):
             IndexError: on the CPU, an id that the table does not know.
         """
         check_index("ids", ids)
+        check_same_device(weight=self.weight, ids=ids)
         rows = self.addresses(ids)
         if self.rows_per_id == 1:
             return self.rows("weight", rows)
@@ -112,6 +113,7 @@ class SharedRowsTable(FusedTable):
     ) -> torch.Tensor:
         """Bags, as :meth:`Table.forward`. Sums and concatenations are pooled as they are read, and never stored."""
         check_index("ids", ids)
+        check_same_device(weight=self.weight, ids=ids)
         lists = (ids, offsets, per_sample_weights)
         if self.rows_per_id == 1:
             how = {"mode": self.mode, "include_last_offset": self.include_last_offset}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_positive
+from gossamer._checks import MAX_SIZE, check_positive
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
 from gossamer.nn.moe.routing import Routing, check_hidden
@@ -203,6 +203,9 @@ def product_routing(first: Routing, second: Routing) -> Routing:
     for name, routing in (("first", first), ("second", second)):
         if not isinstance(routing, Routing):
             raise TypeError(f"{name} must be a Routing, got {type(routing).__name__}")
+        check_positive(**{f"{name}.num_experts": routing.num_experts})
+    if first.num_experts * second.num_experts > MAX_SIZE:
+        raise ValueError(f"first and second must have at most {MAX_SIZE} pairs of experts")
     if first.num_tokens != second.num_tokens:
         raise ValueError(
             f"first and second must be of the same tokens, got {first.num_tokens} and {second.num_tokens} of them"

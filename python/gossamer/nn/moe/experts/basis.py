@@ -86,7 +86,7 @@ class BasisExperts(FactoredExperts):
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         rank = intermediate_size if rank is None else rank
         self._set_sizes(sizes | {"num_bases": num_bases, "rank": rank}, activation, capacity_factor)
-        if nonlinearity not in NONLINEARITIES:
+        if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity must be one of {tuple(NONLINEARITIES)}, got {nonlinearity!r}")
         self.nonlinearity = nonlinearity
         halves = self.activation.halves

@@ -52,6 +52,7 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
     _check_rounding(tile, mode)
+    check_positive(**{"routing.num_experts": routing.num_experts})
     e, num_tokens = routing.num_experts, routing.num_tokens
     probabilities = routing.probabilities.to(routing.weights.dtype)
     weights = dense_weights(routing)
