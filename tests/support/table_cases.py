@@ -5,11 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import gossamer
 from gossamer.nn import Embedding, EmbeddingBag, TableBatchedEmbeddingBags
 from gossamer.optim import FTRL, LAMB, SGD, Adagrad, Adam, AdamW, PartialRowwiseAdam, RowwiseAdagrad
-from gossamer.parallel import count_traffic, lookup, shard_tables
+from gossamer.parallel import count_traffic, lookup, measure_lookups, shard_tables
 
 N, D = 37, 16
 # Examples of each rank: unequal, and none.
@@ -313,6 +314,37 @@ def bad_input_is_an_error_on_every_rank():
             raise AssertionError("ranks differ in what they look up")
 
 
+def compiled_models_break_at_tables():
+    """A compiled model takes the same steps, under DistributedDataParallel too."""
+    rank = dist.get_rank()
+    results = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager"), DistributedDataParallel):
+        torch.manual_seed(0)
+        table = EmbeddingBag(N, D, mode="sum", optimizer=ADAGRAD)
+        model = shard_tables(nn.Sequential(table, nn.Linear(D, 3)), mesh(), {"0": "row"})
+        wrapped = wrap(model)
+        for step in range(2):
+            out = wrapped(torch.arange(6).view(2, 3) + rank + step)
+            out.square().mean().backward()
+        results.append((out.detach(), model[0].weight.detach()))
+    for out, weight in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(weight, results[0][1])
+
+
+def what_ranks_count_is_added_up():
+    """Each rank meets another table most often; all have the same plan."""
+    tables = nn.ModuleDict({name: EmbeddingBag(64, 8, mode="sum") for name in "abcd"})
+    with measure_lookups(tables) as lookups:
+        for index, name in enumerate("abcd"):
+            tables[name](torch.arange(60 if index % 4 == dist.get_rank() else 2).view(1, -1))
+    shard_tables(tables, mesh(), lookups=lookups)
+    plans = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, [table.split for table in tables.values()])
+    assert all(plan == plans[0] for plan in plans)
+    hot = [split.owner for split in plans[0][: dist.get_world_size()]]
+    assert all(split.kind == "table" for split in plans[0]) and len(set(hot)) == dist.get_world_size()
+
+
 CASES = (
     rows_and_whole_tables_have_the_bits_of_one_process,
     columns_learn_by_whole_rows,
@@ -321,6 +353,8 @@ CASES = (
     tables_behind_one_lookup,
     one_exchange_serves_all_tables,
     bad_input_is_an_error_on_every_rank,
+    compiled_models_break_at_tables,
+    what_ranks_count_is_added_up,
 )
 
 if __name__ == "__main__":

@@ -163,6 +163,10 @@ class DynamicShard(Table):
     def __len__(self) -> int:
         return len(self.local)
 
+    def extra_repr(self) -> str:
+        """The part of this rank, and how ids lie."""
+        return f"by {self.split.kind}: {self.local.extra_repr()}"
+
     def advance_clock(self, now: int) -> None:
         """As :meth:`gossamer.nn.DynamicEmbedding.advance_clock`, on every rank alike."""
         self.local.advance_clock(now)

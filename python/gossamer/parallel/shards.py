@@ -101,6 +101,13 @@ class TableShard(FusedTable):
         """Whether lookups change the table or give it a gradient, in their backward pass."""
         return self.optimizer is not None or self.weight.requires_grad
 
+    def extra_repr(self) -> str:
+        """The whole table, how it lies, and what of it is here."""
+        own = self.piece
+        part = f"rows {own.row} to {own.row + own.rows}, columns {own.column} to {own.column + own.columns}"
+        optimizer = f", optimizer={self.optimizer}" if self.optimizer else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}, by {self.split.kind}: {part}{optimizer}"
+
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows ``(n, columns here)`` of local ids, scaled down to the table's largest norm first."""
         if self.max_norm is not None:

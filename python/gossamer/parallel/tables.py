@@ -63,11 +63,13 @@ class Sharded:
         """Check the arguments of a call and say what it looks up."""
         raise NotImplementedError
 
+    @torch.compiler.disable
     def forward(self, *args: object, **keywords: object) -> torch.Tensor:
         """As the table that was sharded; every rank must make the call, each with ids of its own."""
         return lookup({"": self}, {"": (args, keywords)})[""]
 
 
+@torch.compiler.disable
 def lookup(
     tables: Mapping[str, nn.Module], inputs: Mapping[str, tuple | torch.Tensor | tuple[tuple, dict]]
 ) -> dict[str, torch.Tensor]:
@@ -118,7 +120,7 @@ def lookup(
 
 
 def _check_ids(name: str, ids: torch.Tensor, num_rows: int | torch.Tensor) -> None:
-    """On the CPU, ids outside a table are an error; on CUDA none is raised, and such ids must not come."""
+    """Raise IndexError where an id is outside its table; the exchange reads sizes on the host in any case."""
     bad = ((ids < 0) | (ids >= num_rows)).nonzero()
     if bad.numel():
         position = int(bad[0])
@@ -243,6 +245,7 @@ class ShardedEmbeddingBag(Sharded, TableShard):
         return _alone(self, prepare, ids)
 
 
+@torch.compiler.disable
 def _alone(table: Sharded, prepare: Callable[..., Prepared], *args: object) -> torch.Tensor:
     """A call of one table by another way than :meth:`Sharded.forward`."""
     found: list[Prepared] = []
@@ -644,6 +647,8 @@ def shard_tables(
     the division rounds. Gradients of a model's dense layers are averaged by whatever wraps them, in an order of its
     own.
 
+    Under ``torch.compile`` a lookup is a graph break.
+
     Without an optimizer a table's part gets its gradient in ``weight.grad``, right to rounding. The parts are named in
     the model's ``_ddp_params_and_buffers_to_ignore``, so that DistributedDataParallel leaves them alone; give them to
     ``fully_shard`` as ``ignored_params``.
@@ -663,7 +668,8 @@ def shard_tables(
         gradients: what rows learn from: the ``"mean"`` over the ranks of the gradients of their losses, as
             DistributedDataParallel has it, so that a loss that is a mean over a batch is one over the joined batch; or
             their ``"sum"``.
-        lookups: what :func:`measure_lookups` counted, for ``"auto"`` and for the ranks of whole tables.
+        lookups: what :func:`measure_lookups` counted, for ``"auto"`` and for the ranks of whole tables; each rank gives
+            its own, of which the mean decides.
 
     Returns:
         The model; the sharded table where the model itself is one.
@@ -675,6 +681,7 @@ def shard_tables(
     """
     mesh = _check_mesh(mesh, dim)
     group, error, description = mesh.get_group(), None, ""
+    lookups = _of_all_ranks(lookups, group)
     try:
         found = _checked_plan(model, mesh, plan, gradients, lookups)
         description = f"{gradients}, {found.kinds}, {found.owners}, {_describe(model)}"
@@ -703,6 +710,18 @@ def shard_tables(
                 ignored += [join(join(prefix, name), key) for key, _ in [*own.named_parameters(), *own.named_buffers()]]
     model._ddp_params_and_buffers_to_ignore = ignored
     return model
+
+
+def _of_all_ranks(lookups: Mapping[str, Lookups] | None, group: dist.ProcessGroup) -> dict[str, Lookups] | None:
+    """What the ranks have counted in the mean of their calls; None where none has."""
+    counted: list[Mapping[str, Lookups] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counted, lookups, group=group)
+    found: dict[str, Lookups] = {}
+    for name, each in ((name, each) for of_rank in counted for name, each in (of_rank or {}).items()):
+        total = found.setdefault(name, Lookups())
+        for field in ("calls", "lookups", "unique", "bags"):
+            setattr(total, field, getattr(total, field) + getattr(each, field))
+    return found or None
 
 
 def _describe(model: nn.Module) -> str:
