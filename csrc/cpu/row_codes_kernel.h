@@ -41,15 +41,15 @@ GOSSAMER_INLINE void write_codes(const StepRule& rule, uint64_t number, const fl
   });
 }
 
-// The scale after a step down its slope Σ_j g_j·δ_j.
+// δ_j of v, units of a scale: what rounding adds, or the end of the range beyond which v lies.
 template <class T>
-GOSSAMER_INLINE float moved_scale(const float* w, const float* grad, int64_t dim, float scale, float rate) {
-  const float slope = sum_row<float>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
-    const Vec<float> v = load_n(w + c, n) / scale;
-    Vec<float> by_scale = v < kLowestCode<T> ? splat(kLowestCode<T>) : nearest(v) - v;
-    by_scale = v > kHighestCode<T> ? splat(kHighestCode<T>) : by_scale;
-    return load_n(grad + c, n) * by_scale;
-  });
+GOSSAMER_INLINE Vec<float> by_scale(Vec<float> v) {
+  const Vec<float> inside = v < kLowestCode<T> ? splat(kLowestCode<T>) : nearest(v) - v;
+  return v > kHighestCode<T> ? splat(kHighestCode<T>) : inside;
+}
+
+// The scale after a step down its slope Σ_j g_j·δ_j; NaN stays NaN.
+GOSSAMER_INLINE float moved_scale(float scale, float rate, float slope) {
   const float moved = scale - rate * slope;
   return moved < kLeastScale ? kLeastScale : moved;
 }

@@ -205,14 +205,38 @@ GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t
   }
 }
 
+// w = keep · w − step · grad(v) for the vectors v of a row of codes, whose scale moves first where it is trained.
+template <int kVectors, class T, class F>
+GOSSAMER_INLINE void descend_codes(const UpdateArgs& a, int64_t row, T* codes, float keep, float step, F&& grad) {
+  const float before = a.scales[row];
+  float scale = before;
+  Vec<float> w[kVectors];
+  for (int v = 0; v < kVectors; ++v) w[v] = keep * (load(codes + v * kLanes<float>) * before) - step * grad(v);
+  if (a.scale_rate != 0) {
+    Vec<float> slopes = {};
+    for (int v = 0; v < kVectors; ++v) slopes += grad(v) * by_scale<T>(w[v] / before);
+    a.scales[row] = scale = moved_scale(before, static_cast<float>(a.scale_rate), sum_lanes<float>(slopes));
+  }
+  const bool stochastic = a.rule.stochastic_rounding;
+  const uint64_t key = stochastic ? mix64(a.rule.step_key + static_cast<uint64_t>(row) * kGolden) : 0;
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t column = v * kLanes<float>;
+    store(codes + column, round_to_code<T>(w[v] / scale, stochastic, rounding_bits(key, column)));
+  }
+}
+
 // w = keep · w − step · grad(v) for the vectors v of a row.
 template <int kVectors, class T, class F>
 GOSSAMER_INLINE void descend(const UpdateArgs& a, int64_t row, Accumulator<T> keep, Accumulator<T> step, F&& grad) {
   T* w = static_cast<T*>(a.table.base) + row * a.table.row_stride;
-  const RowWriter<T> write(a.rule, w, static_cast<uint64_t>(row));
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t column = v * kLanes<Accumulator<T>>;
-    write(column, keep * load(w + column) - step * grad(v), kLanes<Accumulator<T>>);
+  if constexpr (kIsCode<T>) {
+    descend_codes<kVectors>(a, row, w, keep, step, grad);
+  } else {
+    const RowWriter<T> write(a.rule, w, static_cast<uint64_t>(row));
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t column = v * kLanes<Accumulator<T>>;
+      write(column, keep * load(w + column) - step * grad(v), kLanes<Accumulator<T>>);
+    }
   }
 }
 
@@ -324,29 +348,31 @@ bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t beg
 template <class T>
 GOSSAMER_INLINE void step_codes(const UpdateArgs& a, const RowPlace& place, float* grad, float* w) {
   T* codes = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
-  float& scale = a.scales[place.row];
   const int64_t dim = place.dim;
-  const float before = scale;
+  const float before = a.scales[place.row];
+  float scale = before;
   over_row<float>(dim,
                   [&](int64_t c, int n) __attribute__((always_inline)) { store_n(w + c, load_n(codes + c, n) * before, n); });
   const bool learns = a.scale_rate != 0;
   float* const given = w + dim;
   if (learns) std::memcpy(given, grad, dim * sizeof(float));
   step_row<float>(a.rule, place.row, w, state_at<float>(a, a.state1, place), state_at<float>(a, a.state2, place), grad, dim);
-  float after = before;
-  if (learns) scale = after = moved_scale<T>(w, given, dim, before, static_cast<float>(a.scale_rate));
-  write_codes<T>(a.rule, static_cast<uint64_t>(place.row), w, after, codes, dim);
+  if (learns) {
+    const float slope = sum_row<float>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
+      return load_n(given + c, n) * by_scale<T>(load_n(w + c, n) / before);
+    });
+    a.scales[place.row] = scale = moved_scale(before, static_cast<float>(a.scale_rate), slope);
+  }
+  write_codes<T>(a.rule, static_cast<uint64_t>(place.row), w, scale, codes, dim);
 }
 
 // Entry for the rows whose runs begin in [begin, end).
 template <class T, class G>
 void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<T>;
-  if constexpr (!kIsCode<T>) {
-    if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
-                 : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
-      return;
-    }
+  if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
+               : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
+    return;
   }
   S* grad = static_cast<S*>(scratch);
   each_run<T, Any>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {

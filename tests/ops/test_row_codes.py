@@ -102,7 +102,7 @@ def stepped(backend, table, scale, batches, optimizer, scale_lr=0.0):
     return {"table": table, "scale": scale, **state}
 
 
-def exact_problem(codes, device, rows=50, dim=37):
+def exact_problem(codes, device, dim, rows=50):
     """Codes, scales and gradients whose steps of plain descent at a rate of 1/4 are exact in float32."""
     limits = torch.iinfo(codes)
     table = torch.randint(limits.min // 2, limits.max // 2, (rows, dim)).to(device, codes)
@@ -112,11 +112,20 @@ def exact_problem(codes, device, rows=50, dim=37):
     return table, scale, index, dout
 
 
-@CODES
-@pytest.mark.parametrize("rounding", [True, False], ids=["stochastic", "nearest"])
-def test_steps_round_as_documented(kernel_backend, device, codes, rounding):
+# Columns that fill vectors of the processor are stepped in registers, others from memory.
+@pytest.mark.parametrize(
+    ("codes", "rounding", "dim"),
+    [
+        (torch.int8, True, 37),
+        (torch.int8, True, 32),
+        (torch.int8, False, 16),
+        (torch.int16, True, 128),
+        (torch.int16, False, 37),
+    ],
+)
+def test_steps_round_as_documented(kernel_backend, device, codes, rounding, dim):
     """The reference's codes to the bit, one row in more pieces than one; rows that are not listed stay."""
-    table, scale, index, dout = exact_problem(codes, device)
+    table, scale, index, dout = exact_problem(codes, device, dim)
     for seed in (0, 2**63 - 1):
         optimizer = optim.SGD(0.25, stochastic_rounding=rounding, seed=seed)
         batches = [(index, dout, None, None)] * 2
@@ -135,6 +144,7 @@ def test_steps_round_as_documented(kernel_backend, device, codes, rounding):
         optim.SGD(0.1, momentum=0.9),
         optim.Adagrad(0.1, clip_value=0.3),
         optim.RowwiseAdagrad(0.1, weight_decay=0.1),
+        optim.RowwiseAdagrad(0.1, weight_decay=0.1, decoupled=True),
         optim.Adam(0.1),
         optim.PartialRowwiseAdam(0.1, clip_norm=1.0),
         optim.LAMB(0.1, weight_decay=0.1),
@@ -144,20 +154,21 @@ def test_steps_round_as_documented(kernel_backend, device, codes, rounding):
 )
 def test_every_optimizer(kernel_backend, device, codes, optimizer):
     """Rows are, to the nearest code, those of a float table that starts from the same numbers, and so are states."""
-    table, scale = table_of(20, 33, codes, device)
-    table //= 2
-    index, offsets = ragged([3, 0, 5, 1], 20, device, torch.int64)
-    dout, weights = torch.randn(4, 33, device=device), torch.rand(9, device=device)
-    found = stepped(kernel_backend, table, scale, [(index, dout, offsets, weights)], optimizer)
-    truth, numbers = optimizer.state(20, 33, device, torch.float64), table.double() * scale.double().unsqueeze(1)
-    lists = (index, dout.double(), offsets, weights.double())
-    gossamer.sparse_update_(numbers, *lists, optimizer=optimizer, state=truth)
-    units = numbers / scale.double().unsqueeze(1)
-    # Half a code, and what float32 arithmetic moves it by.
     limits = torch.iinfo(codes)
-    assert bool(((found["table"].double() - units.clamp(limits.min, limits.max)).abs() <= 0.5 + 2e-2).all())
-    for name in optimizer.state_kinds():
-        assert errors(found[name], truth[name])[1] < 1e-5
+    for dim, weights in ((33, torch.rand(9, device=device)), (32, None)):
+        table, scale = table_of(20, dim, codes, device)
+        table //= 2
+        index, offsets = ragged([3, 0, 5, 1], 20, device, torch.int64)
+        dout = torch.randn(4, dim, device=device)
+        found = stepped(kernel_backend, table, scale, [(index, dout, offsets, weights)], optimizer)
+        truth, numbers = optimizer.state(20, dim, device, torch.float64), table.double() * scale.double().unsqueeze(1)
+        lists = (index, dout.double(), offsets, None if weights is None else weights.double())
+        gossamer.sparse_update_(numbers, *lists, optimizer=optimizer, state=truth)
+        units = (numbers / scale.double().unsqueeze(1)).clamp(limits.min, limits.max)
+        # Half a code, and what float32 arithmetic moves it by.
+        assert bool(((found["table"].double() - units).abs() <= 0.5 + 2e-2).all())
+        for name in optimizer.state_kinds():
+            assert errors(found[name], truth[name])[1] < 1e-5
 
 
 def moved_scales(table, scale, grad, rate, wide):
@@ -171,17 +182,17 @@ def moved_scales(table, scale, grad, rate, wide):
     return new, (scale - rate * slope).clamp(min=2**-20)
 
 
-@CODES
-def test_learned_scales(kernel_backend, device, codes):
+@pytest.mark.parametrize(("codes", "dim"), [(torch.int8, 37), (torch.int8, 16), (torch.int16, 64)])
+def test_learned_scales(kernel_backend, device, codes, dim):
     """Scales move down their slope before rows are rounded by them, as plain float64 arithmetic says."""
-    table, scale, index, dout = exact_problem(codes, device)
+    table, scale, index, dout = exact_problem(codes, device, dim)
     table[3] = torch.iinfo(codes).max
     optimizer = optim.SGD(0.25, stochastic_rounding=True, seed=5)
     for lr in (1e-3, 1e3):
         found = stepped(kernel_backend, table, scale, [(index, dout, None, None)], optimizer, lr)
-        grad = torch.zeros(50, 37, dtype=torch.float64, device=device).index_add(0, index.flatten(), dout.double())
+        grad = torch.zeros(50, dim, dtype=torch.float64, device=device).index_add(0, index.flatten(), dout.double())
         limits = torch.iinfo(codes)
-        rate = lr / math.sqrt(index.shape[0] * 37 * limits.max)
+        rate = lr / math.sqrt(index.shape[0] * dim * limits.max)
         new, expected = moved_scales(table, scale, grad, rate, torch.float64)
         listed = torch.zeros(50, dtype=torch.bool, device=device).index_fill(0, index.flatten(), True)
         baseline = moved_scales(table, scale, grad, rate, torch.float32)[1]
