@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,6 +25,20 @@ class ExpertExchange(Protocol):
     ) -> tuple[torch.Tensor, Any]:
         """The layer's output for the arguments of its ``forward``, and what ``beside`` returns."""
         ...
+
+
+class Columns(NamedTuple):
+    """Where a stack has the intermediate size, as tensor parallelism divides it.
+
+    Attributes:
+        shape: of the stack with I as a dimension of its own; gate and up are another.
+        dim: that of I; None for what is added once, behind the products over I.
+        merged: the first of two dimensions that are one in the stack, or None.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None
+    merged: int | None = None
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -146,6 +160,14 @@ class ExpertLayer(nn.Module):
                     f"part for each of {self.num_experts} experts along dimension 0"
                 )
         return found
+
+    def columns(self) -> dict[str, Columns]:
+        """Where each of :meth:`stacks` has the intermediate size: slices of all along it give outputs that add up.
+
+        Raises:
+            NotImplementedError: the layer does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define columns() to be divided along I")
 
     def over(self, stacks: Mapping[str, torch.Tensor], num_experts: int) -> ExpertLayer:
         """A layer over other experts, which shares everything but these tensors with this one.

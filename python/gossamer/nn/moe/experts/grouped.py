@@ -7,7 +7,7 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation, check_interleaved
 from gossamer._checks import check_flags, check_positive
-from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.experts.block_sparse import best_block, block_sparse_mlp
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.nn.moe.routing import Routing, check_capacity_factor
@@ -126,6 +126,26 @@ class Experts(ExpertLayer):
             for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
+
+    def columns(self) -> dict[str, Columns]:
+        """Rows of gate and of up, and columns of down; the down bias has no part along I.
+
+        Raises:
+            NotImplementedError: the layer has low-rank updates, or an expert weight is quantised.
+        """
+        if type(self) is not Experts or next(self.children(), None) is not None:
+            raise NotImplementedError(f"{type(self).__name__} must hold plain float experts to be divided along I")
+        e, h, i, halves = self.num_experts, self.hidden_size, self.intermediate_size, self.activation.halves
+        pair, place = ((i, halves), 0) if self.interleaved else ((halves, i), 1)
+        up = Columns((e, h, *pair), 2 + place, 2) if self.transposed else Columns((e, *pair, h), 1 + place, 1)
+        found = {
+            self._up_name: up,
+            "down_proj": Columns((e, i, h), 1) if self.transposed else Columns((e, h, i), 2),
+        }
+        if self.down_proj_bias is not None:
+            found[f"{self._up_name}_bias"] = Columns((e, *pair), 1 + place, 1)
+            found["down_proj_bias"] = Columns((e, h), None)
+        return found
 
     @torch.no_grad()
     def reorder(self, order: torch.Tensor) -> None:
