@@ -4,6 +4,7 @@ Each function is a case, of which every process runs all in the same order.
 """
 
 import copy
+import functools
 import os
 import sys
 from pathlib import Path
@@ -415,6 +416,56 @@ def two_hops_give_what_one_process_gives():
             assert traffic.flows["node tokens"].rows == len(away)
 
 
+SLICED = {
+    "plain": lambda: Experts(4, H, 8, dtype=torch.float64),
+    "interleaved": lambda: Experts(4, H, 8, bias=True, interleaved=True, dtype=torch.float64),
+    "transposed": lambda: Experts(4, H, 8, bias=True, transposed=True, dtype=torch.float64),
+    "both": lambda: Experts(4, H, 8, interleaved=True, transposed=True, dtype=torch.float64),
+    "ungated": lambda: Experts(4, H, 8, activation="gelu", bias=True, dtype=torch.float64),
+}
+
+
+def slices_of_experts_add_up():
+    """The intermediate size is divided along one dimension of the mesh, and experts along the other."""
+    square = square_mesh("tensor", "expert")
+    place = RANK % (WORLD // 2)
+    for name, make in SLICED.items():
+        torch.manual_seed(0)
+        whole = make()
+        layer = shard_experts(copy.deepcopy(whole), square, "expert", tensor="tensor", gradients="sum")
+        for rank in range(WORLD // 2):
+            x, ids, weights = inputs(rank, 4, 2)
+            leaves = x.requires_grad_(), weights.requires_grad_()
+            y = whole(x, Routing(ids, weights, 4))
+            loss_of(y, rank).backward()
+            if rank == place:
+                expected = y.detach(), *(leaf.grad for leaf in leaves)
+        x, ids, weights = inputs(place, 4, 2)
+        leaves = x.requires_grad_(), weights.requires_grad_()
+        y = layer(x, Routing(ids, weights, 4))
+        loss_of(y, place).backward()
+        for what, found, right in zip(
+            ("y", "x", "weights"), (y, *(leaf.grad for leaf in leaves)), expected, strict=True
+        ):
+            near(found, right, f"{name}: {what}")
+        right = {key: parameter.grad for key, parameter in whole.named_parameters()}
+        for key, parameter in layer.named_parameters():
+            assert parameter.numel() == right[key].numel()
+            near(parameter.grad.full_tensor().reshape(right[key].shape), right[key], f"{name}: {key}")
+        norms = clip_grad_norm_(layer.parameters(), 1e9), nn.utils.clip_grad_norm_(whole.parameters(), 1e9)
+        near(norms[0], norms[1], f"{name}: norm")
+        gather_experts(layer)
+        for key, parameter in layer.named_parameters():
+            assert torch.equal(parameter, dict(whole.named_parameters())[key]), f"{name}: {key}"
+    lora = LoRAExperts(4, H, 8, 2)
+    divide = functools.partial(shard_experts, mesh=square, dim="expert", tensor="tensor")
+    all_ranks_raise(ValueError, "LoRAExperts must hold plain float experts", lambda: divide(lora))
+    all_ranks_raise(ValueError, "intermediate_size must be a multiple of 2", lambda: divide(Experts(4, H, 7)))
+    all_ranks_raise(
+        ValueError, "tensor must be another", lambda: shard_experts(lora, square, "expert", tensor="expert")
+    )
+
+
 def recomputed_activations_give_the_same_gradients():
     plain, model = Block(), Block()
     for m in (plain, model):
@@ -536,6 +587,7 @@ CASES = (
     copies_along_another_dimension,
     fully_sharded_along_another_dimension,
     two_hops_give_what_one_process_gives,
+    slices_of_experts_add_up,
     recomputed_activations_give_the_same_gradients,
     compiled_models_break_at_the_exchange,
     biases_move_alike_everywhere,

@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer._autocast import autocast
 from gossamer._checks import check_flag, check_positive
-from gossamer.nn.moe.experts.base import ExpertLayer
+from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.parallel.exchange import RowExchange, raise_together
@@ -108,6 +108,37 @@ class _Share(torch.autograd.Function):
             gradient = gradient.contiguous()
             dist.all_reduce(gradient, group=ctx.replicas)
         return gradient, None, None
+
+
+class _Copied(torch.autograd.Function):
+    """What all ranks of a group have; each contributes to its gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over the ranks of a group, which all of them go on with alike."""
+
+    @staticmethod
+    def forward(ctx, part, group):
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 @dataclass(frozen=True)
@@ -294,6 +325,7 @@ class ShardedExperts:
         mesh: the dimensions of the mesh that experts are divided over.
         num_local_experts: of this process.
         names: of the divided parameters and buffers.
+        slices: the ranks among which the intermediate size is divided, or None.
         overflow_count: (token, rank) pairs beyond a capacity so far, a scalar int64 on the layer's device.
     """
 
@@ -308,9 +340,12 @@ class ShardedExperts:
         overlap: bool,
         scale: float,
         replicas: dist.ProcessGroup | None,
+        slices: Level | None,
+        columns: dict[str, Columns],
     ) -> None:
         self.mesh, self.levels, self.names = mesh, levels, names
         self.overflow, self.overlap, self.scale, self.replicas = overflow, overlap, scale, replicas
+        self.slices, self.columns = slices, columns
         self.num_local_experts = len(_part(num_experts, levels))
         self.overflow_count: torch.Tensor | None = None
 
@@ -342,12 +377,15 @@ class ShardedExperts:
             raise
         # Products would cast as well; the narrower rows travel.
         (tokens,) = autocast(layer.enter(tokens))
+        weights = routing.weights
+        if self.slices is not None:
+            tokens, weights = (_Copied.apply(tensor, self.slices.group) for tensor in (tokens, weights))
         if self.levels[0].capacity is not None and self.overflow_count is None:
             self.overflow_count = torch.zeros((), dtype=torch.int64, device=tokens.device)
         y, other = exchange_tokens(
             tokens,
             routing.expert_ids,
-            routing.weights,
+            weights,
             layer.num_experts,
             self.levels,
             functools.partial(self._compute, layer),
@@ -355,12 +393,14 @@ class ShardedExperts:
             overflow=self.overflow_count,
             overlap=self.overlap,
         )
+        if self.slices is not None:
+            y = _Summed.apply(y, self.slices.group)
         return layer.leave(y).view(x.shape), other
 
     def _compute(
         self, layer: ExpertLayer, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int
     ) -> torch.Tensor:
-        stacks = {name: self._local(_tensor_at(layer, name)) for name in self.names}
+        stacks = {name: self._local(name, _tensor_at(layer, name)) for name in self.names}
         num_experts = self.num_local_experts
         if num_experts == 0:
             # One expert of zeros that no slot has: the others' backward passes count on this process taking part.
@@ -370,11 +410,19 @@ class ShardedExperts:
         routing = Routing(ids, weights, num_experts, max_rows=min(max_rows, ids.numel()))
         return layer.over(stacks, num_experts).between(rows, routing.dispatched())
 
-    def _local(self, stack: torch.Tensor) -> torch.Tensor:
+    def _local(self, name: str, stack: torch.Tensor) -> torch.Tensor:
+        """The part of a stack that is here, as the layer has it."""
         local = stack.to_local() if isinstance(stack, DTensor) else stack
-        if not local.requires_grad or (self.scale == 1.0 and self.replicas is None):
+        if local.requires_grad and (self.scale != 1.0 or self.replicas is not None):
+            local = _Share.apply(local, self.scale, self.replicas)
+        if self.slices is None:
             return local
-        return _Share.apply(local, self.scale, self.replicas)
+        columns = self.columns[name]
+        if columns.dim is None:
+            # The first rank adds it for all.
+            local = _Copied.apply(local, self.slices.group)
+            return local if self.slices.rank == 0 else local * 0
+        return local if columns.merged is None else local.flatten(columns.merged, columns.merged + 1)
 
 
 def _one_of_zeros(empty: torch.Tensor) -> torch.Tensor:
@@ -407,6 +455,8 @@ def _levels(mesh: DeviceMesh, dim: str | Sequence[str] | None) -> tuple[tuple[st
     for name in dims:
         if not names or name not in names:
             raise ValueError(f"dim must be among the mesh's dimensions {names}, got {name!r}")
+    if list(dims) != [name for name in names if name in dims]:
+        raise ValueError(f"dim must be in the order of the mesh's dimensions {names}, got {dim!r}")
     return dims, mesh[dims if len(dims) > 1 else dims[0]]
 
 
@@ -454,14 +504,52 @@ def _stacks_of(layer: ExpertLayer, sizes: Sequence[int], device_type: str) -> di
     return stacks
 
 
-def _divide(layer: ExpertLayer, stacks: dict[str, torch.Tensor], mesh: DeviceMesh, levels: tuple[Level, ...]) -> None:
-    """Put this process's part of each stack in the place of the whole."""
+def _columns_of(layer: ExpertLayer, slices: Level | None) -> dict[str, Columns]:
+    """Where to divide a layer along its intermediate size, checked; nowhere without ``slices``."""
+    if slices is None:
+        return {}
+    try:
+        columns = layer.columns()
+    except NotImplementedError as error:
+        raise ValueError(f"module must hold experts that can be divided along {slices.label!r}: {error}") from None
+    for name, (shape, dim, _) in columns.items():
+        if dim is not None and shape[dim] % slices.size:
+            raise ValueError(
+                f"intermediate_size must be a multiple of {slices.size}, the ranks of {slices.label!r}, got "
+                f"{shape[dim]} of {name}"
+            )
+    return columns
+
+
+def _divide(
+    layer: ExpertLayer,
+    stacks: dict[str, torch.Tensor],
+    mesh: DeviceMesh,
+    levels: tuple[Level, ...],
+    slices: Level | None,
+    columns: dict[str, Columns],
+) -> None:
+    """Put the part of each stack that is here in the place of the whole."""
     for name, stack in stacks.items():
         part = _part(stack.shape[0], levels)
-        local = stack.detach()[part.start : part.stop].clone(memory_format=torch.contiguous_format)
-        whole = torch.empty(stack.shape, device="meta")
+        whole = stack.detach()
+        placements: list[Shard | Replicate] = [Shard(0)] * len(levels)
+        local = whole[part.start : part.stop]
+        if slices is not None:
+            shape, dim, _ = columns[name]
+            whole = whole.reshape(shape)
+            local = whole[part.start : part.stop]
+            across = Replicate() if dim is None else Shard(dim)
+            placements = [across if name == slices.label else Shard(0) for name in mesh.mesh_dim_names]
+            if dim is not None:
+                local = local.chunk(slices.size, dim)[slices.rank]
         divided = DTensor.from_local(
-            local, mesh, [Shard(0)] * len(levels), run_check=False, shape=stack.shape, stride=whole.stride()
+            local.clone(memory_format=torch.contiguous_format),
+            mesh,
+            placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=torch.empty(whole.shape, device="meta").stride(),
         )
         owner, _, leaf = name.rpartition(".")
         module = layer.get_submodule(owner)
@@ -497,6 +585,7 @@ def shard_experts(
     mesh: DeviceMesh,
     dim: str | Sequence[str] | None = None,
     *,
+    tensor: str | None = None,
     replicate: str | None = None,
     exchange: str = "exact",
     capacity: int | Sequence[int] | None = None,
@@ -532,7 +621,7 @@ def shard_experts(
 
         shard_experts(model, mesh, "expert")
         for block in model.blocks:
-            fully_shard(block.moe.experts, mesh=mesh["data"])   # an even number of experts a rank
+            fully_shard(block.moe.experts, mesh=mesh["data"])   # as many experts on every rank, none shared
         fully_shard(model, mesh=mesh["data", "expert"]._flatten("all"))
 
     Ranks may have different numbers of tokens, none included, with the exact exchange. Every rank must call the layers
@@ -547,6 +636,9 @@ def shard_experts(
         dim: the dimension of the mesh that experts are divided over; None for the only one. Several, as
             ``("node", "device")``, for an exchange in as many hops: a token travels once to each node that has experts
             of it, and there once to each device; E must then be a multiple of their ranks.
+        tensor: a dimension of the mesh along which the intermediate size of each expert is divided, as tensor
+            parallelism does; its ranks have the same tokens and routing, and add up what their slices give. Of float
+            :class:`Experts` alone, whose parameters then have I as a dimension of its own: ``(E, 2, I, H)``.
         replicate: a dimension of the mesh along which experts are copied; their gradients are averaged over it in the
             backward pass. None where there is none or FSDP2 shards the experts along it.
         exchange: ``"exact"`` tells the numbers of rows first, and moves no others. ``"static"`` has buffers of
@@ -574,10 +666,14 @@ def shard_experts(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     dims, part = _levels(mesh, dim)
-    if replicate is not None and (replicate in dims or replicate not in (mesh.mesh_dim_names or ())):
-        raise ValueError(
-            f"replicate must be another of the mesh's dimensions {mesh.mesh_dim_names} than {dims}, got {replicate!r}"
-        )
+    taken = list(dims)
+    for option, name in (("tensor", tensor), ("replicate", replicate)):
+        if name is None:
+            continue
+        if name in taken or name not in (mesh.mesh_dim_names or ()):
+            others = f"{option} must be another of the mesh's dimensions {mesh.mesh_dim_names} than {tuple(taken)}"
+            raise ValueError(f"{others}, got {name!r}")
+        taken.append(name)
     capacities = _check_capacity(exchange, capacity, overflow, len(dims))
     check_flag("overlap", overlap)
     if gradients not in GRADIENTS:
@@ -588,13 +684,22 @@ def shard_experts(
         for group, name, size in zip(groups, dims, capacities, strict=True)
     )
     sizes = tuple(level.size for level in levels)
+    slices = None
+    if tensor is not None:
+        group = mesh[tensor].get_group()
+        slices = Level(group, dist.get_world_size(group), dist.get_rank(group), tensor)
+        groups.append(group)
+        part = mesh[tuple(name for name in mesh.mesh_dim_names if name in (*dims, tensor))]
     found, error, description = [], None, ""
     try:
         layers = expert_layers(module)
         if not layers:
             raise ValueError(f"module must hold gossamer's expert layers, got none in {type(module).__name__}")
-        found = [(name, layer, _stacks_of(layer, sizes, mesh.device_type)) for name, layer in layers]
-        description = repr([(n, k, tuple(s.shape), s.dtype) for n, _, own in found for k, s in own.items()])
+        found = [
+            (name, layer, _stacks_of(layer, sizes, mesh.device_type), _columns_of(layer, slices))
+            for name, layer in layers
+        ]
+        description = repr([(n, k, tuple(s.shape), s.dtype) for n, _, own, _ in found for k, s in own.items()])
     except ValueError as problem:
         error = problem
     if len(set(raise_together(error, *groups, description=description))) > 1:
@@ -604,8 +709,8 @@ def shard_experts(
     if copies is not None:
         ranks *= dist.get_world_size(copies)
     ignored = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-    for name, layer, stacks in found:
-        _divide(layer, stacks, part, levels)
+    for name, layer, stacks, columns in found:
+        _divide(layer, stacks, part, levels, slices, columns)
         layer.exchange = ShardedExperts(
             part,
             levels,
@@ -615,6 +720,8 @@ def shard_experts(
             overlap=overlap,
             scale=1 / ranks if gradients == "mean" else 1.0,
             replicas=copies,
+            slices=slices,
+            columns=columns,
         )
         ignored += [f"{name}.{stack}" if name else stack for stack in stacks]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
@@ -633,7 +740,7 @@ def gather_experts(module: nn.Module) -> nn.Module:
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, layer in _sharded(module):
         names, old = layer.exchange.names, {key: _tensor_at(layer, key) for key in layer.exchange.names}
-        plain = layer.over({key: _whole(tensor) for key, tensor in old.items()}, layer.num_experts)
+        plain = layer.over({key: _whole(tensor, key, layer.exchange) for key, tensor in old.items()}, layer.num_experts)
         for key in names:
             owner, _, leaf = key.rpartition(".")
             held, tensor = layer.get_submodule(owner), _tensor_at(plain, key)
@@ -647,8 +754,11 @@ def gather_experts(module: nn.Module) -> nn.Module:
     return module
 
 
-def _whole(tensor: DTensor) -> torch.Tensor:
-    """A DTensor on every rank; its parts travel as bytes, as not every dtype has collectives."""
+def _whole(tensor: DTensor, name: str, exchange: ShardedExperts) -> torch.Tensor:
+    """A DTensor on every rank, as the layer had it; parts of experts travel as bytes, as not all dtypes have sums."""
+    if exchange.slices is not None:
+        merged, whole = exchange.columns[name].merged, tensor.full_tensor()
+        return whole if merged is None else whole.flatten(merged, merged + 1)
     local = tensor.to_local()
     width = tensor.shape[1:].numel() * local.element_size()
     if local.shape[0] and width:
@@ -722,19 +832,20 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor] | torch.Tensor, max_norm:
     """
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     dense: list[torch.Tensor] = []
-    divided: dict[DeviceMesh, list[torch.Tensor]] = {}
+    divided: dict[tuple[DeviceMesh, tuple[int, ...]], list[torch.Tensor]] = {}
     for gradient in (parameter.grad for parameter in parameters):
         if isinstance(gradient, DTensor):
-            divided.setdefault(gradient.device_mesh, []).append(gradient.to_local())
+            axes = tuple(axis for axis, placement in enumerate(gradient.placements) if placement.is_shard())
+            divided.setdefault((gradient.device_mesh, axes), []).append(gradient.to_local())
         elif gradient is not None:
             dense.append(gradient)
     every = [*dense, *(gradient for own in divided.values() for gradient in own)]
     if not every:
         return torch.zeros(())
     total = _squares(dense, every[0])
-    for mesh, own in divided.items():
+    for (mesh, axes), own in divided.items():
         squares = _squares(own, every[0])
-        for axis in range(mesh.ndim):
+        for axis in axes:
             dist.all_reduce(squares, group=mesh.get_group(axis))
         total = total + squares
     norm = total.sqrt()
