@@ -104,6 +104,8 @@ def notes(record: dict, shown: int) -> list[str]:
     for name, rate in record["rates"].items():
         meaning, unit, scale, _ = MEANING[name]
         lines.append(f"{meaning}: {digits(rate['value'] / scale)} {unit} ({rate['source']}).")
+    if record["plan"] == "model" and "memory" not in record["rates"]:
+        lines.append("Weights take no time to read: --memory-rate was neither given nor measured.")
     fitting = sum(layout["fits"] for layout in record["layouts"])
     count = f"{fitting} of {len(record['layouts'])} layouts fit" if limit else f"{len(record['layouts'])} layouts"
     lines.append(f"{count}; {shown} shown, the quickest first. Nothing overlaps in these times.")

@@ -51,7 +51,7 @@ def mixtral(**changes):
     return models.model_of("config.json", values | changes)
 
 
-def known_rates(value=1e14, memory=1e12):
+def known_rates(value=1e14, memory=1e14):
     rate = rates.Rate(value, "given")
     return layouts.ModelRates(rate, rate, rates.Rate(memory, "given"))
 
@@ -148,13 +148,27 @@ def test_one_device_computes_and_sends_nothing():
     dense = 6 * 1024 * (32 * (attention + 4096 * 8 + 32 * 256 * 513 / 2) + 32000 * 4096)
     assert cost.seconds["experts"] == pytest.approx(experts / 1e14, rel=1e-12)
     assert cost.seconds["dense"] == pytest.approx(dense / 1e14, rel=1e-12)
-    assert cost.seconds["optimizer"] == pytest.approx(46_702_792_704 * 22 / 1e12, rel=1e-12)
+    assert cost.seconds["optimizer"] == pytest.approx(46_702_792_704 * 22 / 1e14, rel=1e-12)
     assert cost.memory["parameters"] == cost.memory["gradients"] == 2 * 46_702_792_704
     assert cost.memory["optimizer"] == 8 * 46_702_792_704
     assert cost.memory["logits"] == 1024 * 32000 * 6
     # Norms, queries, keys, values and attention's result, and two experts' pre-activations, of every layer.
     kept = 4 * 4096 + 2 * 32 * 128 + 2 * 8 * 128 + 2 * 2 * 14336
     assert cost.memory["activations"] == 1024 * 32 * 2 * kept
+
+
+def test_few_tokens_wait_for_weights():
+    model, work, cluster = mixtral(), layouts.Workload(1, 1, direction="forward"), Cluster(4, 4, INTRA)
+    quick = known_rates(value=1e15)
+    costs = [layouts.price(model, cluster, work, quick, layouts.Layout(4, expert=e)) for e in (1, 4)]
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert costs[0].seconds["experts"] == pytest.approx(2 * experts / 1e14, rel=1e-12)
+    assert costs[1].seconds["experts"] == pytest.approx(2 * experts / 4 / 1e14, rel=1e-12)
+    assert costs[0].seconds["dense"] == pytest.approx(2 * model.dense_products / 1e14, rel=1e-12)
+    unknown = layouts.ModelRates.of(rates.Rates(RESULTS, "H100"), model, work)
+    assert unknown.memory is None
+    bare = layouts.price(model, cluster, work, unknown, layouts.Layout(4))
+    assert bare.seconds["experts"] == pytest.approx(2 * 32 * 2 * 3 * 4096 * 14336 / unknown.experts.value, rel=1e-12)
 
 
 def test_parts_of_a_layout_by_hand():

@@ -6,9 +6,10 @@ devices by their width. Parameters, gradients and optimizer states can also be s
 copies: over all of them (FSDP) or over those on a node (hybrid). Every device has ``tokens`` tokens of a batch of its
 own, so the batch grows with the cluster.
 
-The time is that of the products at measured rates, of the exchanges by :mod:`exchanges`, and of the optimizer's pass
-over memory, one after the other: nothing overlaps. Norms, activations, the loss and the dispatch outside the measured
-rate are not counted. Routing is taken to be uniform; ``imbalance`` is the load of the busiest device over the mean one.
+The time is that of the products at measured rates, or of reading their weights where few tokens meet them, of the
+exchanges by :mod:`exchanges`, and of the optimizer's pass over memory, one after the other: nothing overlaps. Norms,
+activations, the loss and the dispatch outside the measured rate are not counted. Routing is taken to be uniform;
+``imbalance`` is the load of the busiest device over the mean one.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ class ModelRates:
     Attributes:
         experts: FLOP/s of expert layers.
         dense: FLOP/s of other products.
-        memory: bytes/s of an optimizer's pass; None where there is none.
+        memory: bytes/s of a copy, at which weights are read and an optimizer passes over them; None for a forward pass
+            where it is neither given nor measured: weights then take no time to read.
     """
 
     experts: Rate
@@ -193,7 +195,9 @@ class ModelRates:
         sizes = {"H": model.hidden, "I": model.intermediate}
         experts = rates.get(EXPERTS, dtype=work.dtype, direction=work.direction, sizes=sizes)
         dense = rates.get(DENSE, dtype=work.dtype, direction=work.direction, sizes=sizes)
-        memory = rates.get(MEMORY, dtype=work.dtype, direction=work.direction) if work.trains else None
+        memory = None
+        if work.trains or rates.has(MEMORY, dtype=work.dtype, direction=work.direction):
+            memory = rates.get(MEMORY, dtype=work.dtype, direction=work.direction)
         return ModelRates(experts, dense, memory)
 
 
@@ -260,18 +264,26 @@ def price(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, lay
     tally = _Tally()
     # A training step does the products of the forward pass, and twice as many in the backward pass.
     passes = 3.0 if work.trains else 1.0
+    held = _held(model, cluster, layout)
+
+    def products(count: float, rate: Rate, weights: float) -> float:
+        """Seconds of products with ``count`` multiply-adds a token, or of reading their weights if that is longer."""
+        seconds = passes * 2 * work.tokens * count / rate.value
+        # The backward pass reads the weights and writes their gradients.
+        read = 0.0 if rates.memory is None else passes * weights * work.nbytes / rates.memory.value
+        return max(seconds, read)
+
     dense = model.dense_products + model.score_products(work.sequence)
-    tally.add("dense", passes * 2 * work.tokens * dense / rates.dense.value)
-    experts = passes * 2 * work.tokens * model.expert_products / rates.experts.value
+    tally.add("dense", products(dense, rates.dense, model.dense_products / layout.tensor))
+    busiest = 1.0
     if layout.expert > 1:
         # The rank with most experts gets their share of all rows.
-        experts *= work.imbalance * max(parts(model.experts, layout.expert)) * layout.expert / model.experts
-    tally.add("experts", experts)
+        busiest = work.imbalance * max(parts(model.experts, layout.expert)) * layout.expert / model.experts
+    tally.add("experts", products(busiest * model.expert_products, rates.experts, held.experts))
     if layout.expert > 1:
         _add_rows(tally, model, cluster, work, layout)
     if layout.tensor > 1:
         _add_tensor(tally, model, cluster, work, layout)
-    held = _held(model, cluster, layout)
     _add_copies(tally, model, cluster, work, layout, held)
     if work.trains:
         # Gradient and weight are read and the weight is written; each state is read and written.

@@ -110,12 +110,7 @@ class Rates:
         meaning, unit, _, option = MEANING[name]
         if name in self.given:
             return Rate(self.given[name], option)
-        found = []
-        for run in self._device_runs():
-            try:
-                found += _measured(run, name, dtype, direction, variant)
-            except (KeyError, TypeError, AttributeError, StopIteration, IndexError, ZeroDivisionError) as error:
-                raise ValueError(f"{self.folder / run.name} holds no results that can be read: {error!r}") from None
+        found = self._found(name, dtype, direction, variant)
         if not found:
             what = {EXPERTS: f"{meaning} in {dtype}, {WORDS[direction]}", DENSE: f"{meaning} in {dtype}"}
             what[TABLES] = what[EXPERTS] + (f", of {variant}" if variant else "")
@@ -131,6 +126,20 @@ class Rates:
 
         best = min(found, key=lambda rate: (distance(rate), -rate.value, rate.run.name))
         return Rate(best.value, f"{best.run.name}: {best.words}")
+
+    def has(self, name: str, *, dtype: str, direction: str) -> bool:
+        """Whether :meth:`get` has a rate of that name."""
+        return name in self.given or bool(self._found(name, dtype, direction, None))
+
+    def _found(self, name: str, dtype: str, direction: str, variant: str | None) -> list[_Found]:
+        """What all runs of the device measured of a rate."""
+        found: list[_Found] = []
+        for run in self._device_runs():
+            try:
+                found += _measured(run, name, dtype, direction, variant)
+            except (KeyError, TypeError, AttributeError, StopIteration, IndexError, ZeroDivisionError) as error:
+                raise ValueError(f"{self.folder / run.name} holds no results that can be read: {error!r}") from None
+        return found
 
     def _device_runs(self) -> list[_Run]:
         if self._runs is not None:
