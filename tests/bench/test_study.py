@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from gossamer.bench.harness import study, study_plot
 from gossamer.bench.harness.study import Case, Metric, Outcome, Study, Unfit
-from gossamer.bench.studies import byte_lm, expert_compression, routers
+from gossamer.bench.studies import byte_lm, decode, expert_compression, routers
 from gossamer.cli import app
 from gossamer.nn import Experts, MoE
 from gossamer.nn.moe.routers import ROUTERS
+from gossamer.ops.quantized_expert_weight import FORMATS
 
 
 @dataclass(frozen=True)
@@ -214,3 +215,25 @@ def test_the_model_is_the_examples():
     """Its experts lie where the example's files have them."""
     model = byte_lm.ByteLM(byte_lm.Sizes(1, 16, 2, 8, 4, 2, 16))
     assert isinstance(model.blocks[0].moe, MoE) and "blocks.0.moe.experts.gate_up_proj" in model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["transformers eager", "gossamer", "gossamer int8"])
+def test_decoding(name):
+    """The parts of a step sum to it, and the logits are the model's up to rounding or the format's error."""
+    pytest.importorskip("transformers")
+    settings = decode.Settings(64, 32, 4, 2, 1, 2, 96, "float32", prompt=5, prefills=1, steps=2)
+    outcome = decode.run(name, 0, settings, lambda share, note: None)
+    found = outcome.metrics
+    parts = [found[part] for part in (*decode.PARTS, "framework")]
+    assert sum(parts) == pytest.approx(1) and all(0 < part < 1 for part in parts)
+    assert found["decode"] == pytest.approx(1e3 / found["step_ms"]) and found["prefill"] > 0
+    model = decode.make_model(0, settings)
+    whole = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 1e6
+    if name.endswith("int8"):
+        assert 1e-4 < found["error"] < 0.05 and found["megabytes"] < 0.6 * whole
+    else:
+        assert found["error"] < 1e-5 and found["megabytes"] == pytest.approx(whole)
+
+
+def test_decoding_times_every_format():
+    assert {case.name for case in decode.cases() if case.group == "quantised"} == {f"gossamer {f}" for f in FORMATS}

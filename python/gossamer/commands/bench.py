@@ -22,15 +22,15 @@ def bench(
     family: Annotated[
         str,
         typer.Argument(
-            help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...; study, before the "
-            "name of a comparison of methods; or parallel, before what several processes compute."
+            help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...; decode, a whole "
+            "model; study, before the name of a comparison of methods; parallel, before what several processes compute."
         ),
     ] = "moe",
     study: Annotated[
         str | None,
         typer.Argument(
             metavar="[NAME]",
-            help="After study: routers, expert_compression, embedding_budget. After parallel: experts.",
+            help="After study: routers, expert_compression, embedding_budget, decode. After parallel: experts.",
         ),
     ] = None,
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
@@ -82,6 +82,8 @@ def bench(
     from gossamer.bench.harness import files, report, runner
     from gossamer.bench.harness import sweep as sweep_
 
+    if family == "decode" and study is None:
+        family, study = "study", "decode"
     if family == "study":
         given = {
             "--shape": shape, "--dtype": dtype, "--sweep": sweep, "--csv": csv_file, "--html": html_file,
