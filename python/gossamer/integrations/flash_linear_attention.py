@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 
@@ -20,61 +21,70 @@ _IRRELEVANT = {"chunk_size", "chunk_indices", "cu_seqlens_cpu", "disable_recompu
 _REFUSED = ("cp_context", "use_graph", "return_intermediate_states", "ssm_state_indices", "num_accepted_tokens")
 
 
-def _wide(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in a dtype that stands beside ``dtype`` in :func:`gossamer.delta_rule`."""
     wide = torch.promote_types(dtype, torch.float32)
-    return x if x is None or x.dtype in (dtype, wide) else x.to(wide)
+    return x if x.dtype in (dtype, wide) else x.to(wide)
 
 
-def _compute(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: torch.Tensor | None = None,
-    dt_bias: torch.Tensor | None = None,
-    lower_bound: float | None = None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An operator of flash-linear-attention by its argument names; shapes are those of :func:`gossamer.delta_rule`.
+class _Call(NamedTuple):
+    """A call of an operator of flash-linear-attention, by its argument names.
 
-    With ``state_v_first`` states are ``(N, H, D_v, D_k)``; raw ``beta`` becomes σ(beta), or 2σ(beta) with
-    ``allow_neg_eigval``; a gate without ``A_log`` is ``lower_bound·σ(g + dt_bias)``.
+    Shapes are those of :func:`gossamer.delta_rule`; with ``state_v_first`` states are ``(N, H, D_v, D_k)``. Raw
+    ``beta`` becomes σ(beta), or 2σ(beta) with ``allow_neg_eigval``; a gate without ``A_log`` is
+    ``lower_bound·σ(g + dt_bias)``.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    if use_beta_sigmoid_in_kernel:
-        beta = beta.to(wide).sigmoid() * (2 if allow_neg_eigval else 1)
-    gate = {}
-    if use_gate_in_kernel:
-        a_log = torch.zeros(v.shape[2], dtype=wide) if A_log is None else A_log
-        gate = {"A_log": _wide(a_log, q.dtype), "dt_bias": _wide(dt_bias, q.dtype), "lower_bound": lower_bound}
-    state = None if initial_state is None else initial_state.to(wide)
-    o, last = delta_rule(
-        q,
-        k,
-        v,
-        _wide(beta, q.dtype),
-        g=_wide(g, q.dtype),
-        scale=scale,
-        initial_state=state.mT if state is not None and state_v_first else state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        use_qk_l2norm=use_qk_l2norm_in_kernel,
-        **gate,
-    )
-    return o, last.mT.contiguous() if last is not None and state_v_first else last
 
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+    scale: float | None = None
+    initial_state: torch.Tensor | None = None
+    output_final_state: bool = False
+    use_qk_l2norm_in_kernel: bool = False
+    use_gate_in_kernel: bool = False
+    A_log: torch.Tensor | None = None
+    dt_bias: torch.Tensor | None = None
+    lower_bound: float | None = None
+    use_beta_sigmoid_in_kernel: bool = False
+    allow_neg_eigval: bool = False
+    state_v_first: bool = False
+    cu_seqlens: torch.Tensor | None = None
 
-_SERVED = frozenset(inspect.signature(_compute).parameters)
+    def gate(self) -> dict[str, object]:
+        """The arguments of the gate, where ``g`` is raw."""
+        if not self.use_gate_in_kernel:
+            return {}
+        dtype = self.q.dtype
+        a_log = torch.zeros(self.v.shape[2]) if self.A_log is None else self.A_log
+        dt_bias = None if self.dt_bias is None else _wide(self.dt_bias, dtype)
+        return {"A_log": _wide(a_log, dtype), "dt_bias": dt_bias, "lower_bound": self.lower_bound}
+
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output and the final state by :func:`gossamer.delta_rule`."""
+        dtype = self.q.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        beta, state = self.beta, self.initial_state
+        if self.use_beta_sigmoid_in_kernel:
+            beta = beta.to(wide).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        if state is not None:
+            state = state.to(wide).mT if self.state_v_first else state.to(wide)
+        o, last = delta_rule(
+            self.q,
+            self.k,
+            self.v,
+            _wide(beta, dtype),
+            g=_wide(self.g, dtype),
+            scale=self.scale,
+            initial_state=state,
+            output_final_state=self.output_final_state,
+            cu_seqlens=self.cu_seqlens,
+            use_qk_l2norm=self.use_qk_l2norm_in_kernel,
+            **self.gate(),
+        )
+        return o, last.mT.contiguous() if last is not None and self.state_v_first else last
 
 
 def _options(entry_point: object, args: tuple, kwargs: dict) -> dict[str, object]:
@@ -90,7 +100,7 @@ def _obstacle(given: dict[str, object]) -> str | None:
     if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in given.values()):
         return "gossamer serves tensors on the CPU"
     refused = [name for name in _REFUSED if given.get(name) not in (None, False)]
-    unknown = sorted(given.keys() - _SERVED - _IRRELEVANT - set(_REFUSED) - {"inplace_final_state", "out"})
+    unknown = sorted(given.keys() - set(_Call._fields) - _IRRELEVANT - set(_REFUSED) - {"inplace_final_state", "out"})
     if refused or unknown:
         return f"gossamer does not serve {', '.join([*refused, *unknown])}"
     return None
@@ -152,4 +162,4 @@ def register() -> tuple[str, ...]:
 
 
 def _served(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _compute(**{name: value for name, value in given.items() if name in _SERVED})
+    return _Call(**{name: value for name, value in given.items() if name in _Call._fields}).compute()
