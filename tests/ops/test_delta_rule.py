@@ -10,7 +10,7 @@ from helpers import check, check_draws
 import gossamer
 from gossamer import delta_rule, delta_rule_step
 from gossamer.ops import _delta_rule_reference as plain
-from gossamer.ops.delta_rule import _GRADIENTS, CHECKPOINT_TOKENS, _record
+from gossamer.ops.delta_rule import _GRADIENTS, CHECKPOINT_TOKENS, _checked
 from gossamer.testing import assert_close, errors
 
 GATES = ["plain", "head", "channel"]
@@ -46,11 +46,8 @@ def evaluate(compute, given, **options):
     scale, l2norm, a_log, dt_bias, lower_bound, cu_seqlens = (options.pop(name, None) for name in names)
     assert not options
     operands = [given.get(name) for name in ("q", "k", "v", "beta", "g")]
-    return compute(
-        _record(
-            *operands, scale, given.get("initial_state"), True, cu_seqlens, bool(l2norm), a_log, dt_bias, lower_bound
-        )
-    )
+    operands += [a_log, dt_bias, given.get("initial_state"), cu_seqlens]
+    return compute(_checked(plain.DeltaRule(*operands, scale, lower_bound, bool(l2norm), True)))
 
 
 def test_worked_values():
@@ -253,7 +250,7 @@ def test_operators_and_compiled(kernel_backend, device, gate):
         pytest.skip("a minute in Triton's interpreter, and the same operators")
     given = {name: x.to(device).requires_grad_() for name, x in draw(gate, b=1, t=9, heads=2).items()}
     operands = [given.get(name) for name in ("q", "k", "v", "beta", "g")]
-    args = _record(*operands, None, given["initial_state"], True, None, True, None, None, None)
+    args = _checked(plain.DeltaRule(*operands, None, None, given["initial_state"], None, None, None, True, True))
     flat = (*args, CHECKPOINT_TOKENS[kernel_backend], kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.delta_rule.default, flat)
     with torch.no_grad():
@@ -263,7 +260,8 @@ def test_operators_and_compiled(kernel_backend, device, gate):
     gradients = (*plain_args, kept, torch.ones_like(o), torch.ones_like(state), wanted, kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.delta_rule_backward.default, gradients)
     token = [None if x is None else x[:, :1].detach() for x in operands]
-    step = _record(*token, None, given["initial_state"].detach().clone(), False, None, True, None, None, None)
+    state = given["initial_state"].detach().clone()
+    step = _checked(plain.DeltaRule(*token, None, None, state, None, None, None, True, False))
     torch.library.opcheck(torch.ops.gossamer.delta_rule_step.default, (*step, kernel_backend))
 
     def call(given):

@@ -192,23 +192,10 @@ def _check_wide(dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
             raise TypeError(f"{name} must have {allowed}, got {tensor.dtype}")
 
 
-def _record(
-    q,
-    k,
-    v,
-    beta,
-    g,
-    scale,
-    initial_state,
-    output_final_state,
-    cu_seqlens,
-    use_qk_l2norm,
-    a_log,
-    dt_bias,
-    lower_bound,
-    state_name="initial_state",
-) -> DeltaRule:
-    """The checked arguments; names in messages are those of the public functions."""
+def _checked(args: DeltaRule, state_name: str = "initial_state") -> DeltaRule:
+    """The arguments as given, checked and completed; names in messages are those of the public functions."""
+    q, k, v, beta, g, a_log, dt_bias, initial_state, cu_seqlens = args[:9]
+    scale, lower_bound, use_qk_l2norm, output_final_state = args[9:]
     check_flags(output_final_state=output_final_state, use_qk_l2norm=use_qk_l2norm)
     _check_dims("q", q, 4, "(B, T, H_k, D_k)")
     b, t, key_heads, key_size = q.shape
@@ -270,21 +257,7 @@ def _record(
         raise TypeError(f"{state_name} must be {accumulator(q.dtype)}, got {initial_state.dtype}")
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "A_log": a_log, "dt_bias": dt_bias}
     check_same_device(**tensors, **{state_name: initial_state}, cu_seqlens=cu_seqlens)
-    return DeltaRule(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        a_log,
-        dt_bias,
-        initial_state,
-        cu_seqlens,
-        scale,
-        lower_bound,
-        use_qk_l2norm,
-        output_final_state,
-    )
+    return DeltaRule(q, k, v, beta, g, a_log, dt_bias, initial_state, cu_seqlens, scale, lower_bound, *args[11:])
 
 
 def check_pack(args: DeltaRule) -> None:
@@ -369,21 +342,8 @@ def delta_rule(
         ValueError: shapes or devices do not fit, H is not a multiple of H_k, ``lower_bound`` is not below 0; on the CPU
             also for ``beta`` outside [0, 2], ``g`` above 0, and ``cu_seqlens`` that does not ascend from 0 to T.
     """
-    args = _record(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm,
-        A_log,
-        dt_bias,
-        lower_bound,
-    )
+    operands = (q, k, v, beta, g, A_log, dt_bias, initial_state, cu_seqlens)
+    args = _checked(DeltaRule(*operands, scale, lower_bound, use_qk_l2norm, output_final_state))
     backend = _backend.resolve("delta_rule", args.q)
     check_float("q", args.q, backend)
     if backend == "reference":
@@ -494,7 +454,7 @@ def delta_rule_step(
     if not state.is_contiguous():
         raise ValueError(f"state must be contiguous, got strides {state.stride()} for shape {tuple(state.shape)}")
     tokens = (x if x is None else x.unsqueeze(1) for x in (q, k, v, beta, g))
-    args = _record(*tokens, scale, state, False, None, use_qk_l2norm, A_log, dt_bias, lower_bound, "state")
+    args = _checked(DeltaRule(*tokens, A_log, dt_bias, state, None, scale, lower_bound, use_qk_l2norm, False), "state")
     backend = _backend.resolve("delta_rule", args.q)
     check_float("q", args.q, backend)
     named = dict(zip(("q", "k", "v", "beta", "g", "A_log", "dt_bias", "state"), args[:8], strict=True))
