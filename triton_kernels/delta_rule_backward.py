@@ -27,11 +27,12 @@ from gossamer.triton_kernels.delta_rule_chunks import (
     decay_from_start,
     decay_over,
     decay_to_end,
+    k_rows,
     lower_square,
-    normed_rows,
     num_slots,
     per_head,
     prepare,
+    q_rows,
     rows,
     sequence,
     square,
@@ -50,7 +51,7 @@ def _added_gradient(
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What flows back through rows ``d`` of the state after a chunk to what its tokens add."""
-    k = normed_rows(of.k, of.k_norm, r, r < end, head // GROUP, d, H // GROUP, DK)
+    k = k_rows(of, r, r < end, head, d, H, GROUP, DK)
     return tl.dot(k * decay_to_end(of, r, end, head, d, H, DK, GATE), dstate, input_precision=PRECISION)
 
 
@@ -61,12 +62,12 @@ def _moved_back(
 ):  # fmt: skip
     """The gradient of rows ``d`` of the state before a chunk from that after it."""
     decay = decay_from_start(of, r, live, head, d, H, DK, GATE)
-    k = normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK) * decay
+    k = k_rows(of, r, live, head, d, H, GROUP, DK) * decay
     dstate *= decay_over(of, r, live, head, d, H, DK, GATE)[:, None]
     dstate -= tl.dot(tl.trans(k), f, input_precision=PRECISION)
     # Between the two products the keys' registers are free for the queries.
     tl.debug_barrier()
-    q = normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK) * decay
+    q = q_rows(of, r, live, head, d, H, GROUP, DK) * decay
     return tl.dot(tl.trans(q), do, dstate, input_precision=PRECISION)
 
 

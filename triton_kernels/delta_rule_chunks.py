@@ -100,12 +100,23 @@ def rows(ptr, r, live, head, d, HEADS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def normed_rows(ptr, norm_ptr, r, live, head, d, HEADS: tl.constexpr, D: tl.constexpr):
-    """The same of q or k, normalised where that is asked for."""
+def _normed_rows(ptr, norm_ptr, r, live, head, d, HEADS: tl.constexpr, D: tl.constexpr):
     x = rows(ptr, r, live, head, d, HEADS, D)
     if norm_ptr is not None:
         x *= tl.load(norm_ptr + r.to(tl.int64) * HEADS + head, live, other=0.0)[:, None]
     return x
+
+
+@triton.jit
+def q_rows(of, r, live, head, d, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr):
+    """Rows of q for a value head, normalised where that is asked for."""
+    return _normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK)
+
+
+@triton.jit
+def k_rows(of, r, live, head, d, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr):
+    """The same of k."""
+    return _normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK)
 
 
 @triton.jit
@@ -191,8 +202,8 @@ def state_tile(ptr, slot, head, d, e, H: tl.constexpr, DK: tl.constexpr, DV: tl.
 def decayed_left(of, r, live, head, d, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr):
     """Q and k of a block's rows with the decay from its start."""
     decay = decay_from_start(of, r, live, head, d, H, DK, GATE)
-    q = normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK)
-    k = normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK)
+    q = q_rows(of, r, live, head, d, H, GROUP, DK)
+    k = k_rows(of, r, live, head, d, H, GROUP, DK)
     return q * decay, k * decay
 
 
@@ -233,8 +244,8 @@ def _diagonal_by_channel(
     kk, qk = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
     for k0 in range(0, DK, BLOCK_K):
         d = k0 + tl.arange(0, BLOCK_K)
-        q = normed_rows(of.q, of.q_norm, r, r < end, head // GROUP, d, H // GROUP, DK)
-        k = normed_rows(of.k, of.k_norm, r, r < end, head // GROUP, d, H // GROUP, DK)
+        q = q_rows(of, r, r < end, head, d, H, GROUP, DK)
+        k = k_rows(of, r, r < end, head, d, H, GROUP, DK)
         sums = tl.zeros((BLOCK, BLOCK_K), tl.float32)
         for step in range(0, BLOCK):
             j = BLOCK - 1 - step
@@ -274,7 +285,7 @@ def _products_kernel(
             d = k0 + tl.arange(0, BLOCK_K)
             q, k = decayed_left(of, r, r < end, head, d, H, GROUP, DK, GATE)
             s = first + j * BLOCK + a
-            right = normed_rows(of.k, of.k_norm, s, s < end, head // GROUP, d, H // GROUP, DK)
+            right = k_rows(of, s, s < end, head, d, H, GROUP, DK)
             if GATE > 0:
                 block_end = tl.minimum(end, first + (j + 1) * BLOCK)
                 right *= decay_to_end(of, s, block_end, head, d, H, DK, GATE)
@@ -291,8 +302,8 @@ def _products_kernel(
         kk, qk = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
         for k0 in range(0, DK, BLOCK_K):
             d = k0 + tl.arange(0, BLOCK_K)
-            q = normed_rows(of.q, of.q_norm, r, r < end, head // GROUP, d, H // GROUP, DK)
-            k = normed_rows(of.k, of.k_norm, r, r < end, head // GROUP, d, H // GROUP, DK)
+            q = q_rows(of, r, r < end, head, d, H, GROUP, DK)
+            k = k_rows(of, r, r < end, head, d, H, GROUP, DK)
             kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
             qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
         if GATE == 1:

@@ -29,11 +29,12 @@ from gossamer.triton_kernels.delta_rule_chunks import (
     decay_from_start,
     decay_over,
     decay_to_end,
+    k_rows,
     lower_square,
-    normed_rows,
     num_slots,
     per_head,
     prepare,
+    q_rows,
     rows,
     sequence,
     squares,
@@ -72,7 +73,7 @@ def _read(
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk's keys read of rows ``d`` of the state before it."""
-    k = normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK)
+    k = k_rows(of, r, live, head, d, H, GROUP, DK)
     return tl.dot(k * decay_from_start(of, r, live, head, d, H, DK, GATE), state, input_precision=PRECISION)
 
 
@@ -82,7 +83,7 @@ def _moved(
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows ``d`` of the state after a chunk that ends at ``end``: decayed, and with what its tokens add."""
-    k = normed_rows(of.k, of.k_norm, r, r < end, head // GROUP, d, H // GROUP, DK)
+    k = k_rows(of, r, r < end, head, d, H, GROUP, DK)
     k *= decay_to_end(of, r, end, head, d, H, DK, GATE)
     state *= decay_over(of, r, r < end, head, d, H, DK, GATE)[:, None]
     return tl.dot(tl.trans(k), added, state, input_precision=PRECISION)
@@ -183,7 +184,7 @@ def _outputs_kernel(
     o = tl.zeros((CHUNK, BLOCK_V), tl.float32)
     for k0 in range(0, DK, BLOCK_K):
         d = k0 + tl.arange(0, BLOCK_K)
-        q = normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK)
+        q = q_rows(of, r, live, head, d, H, GROUP, DK)
         q *= decay_from_start(of, r, live, head, d, H, DK, GATE)
         at, inside = state_tile(states_ptr, slot, head, d, e, H, DK, DV)
         state = tl.load(at, inside, other=0.0).to(tl.float32)

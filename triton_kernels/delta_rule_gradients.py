@@ -31,11 +31,12 @@ from gossamer.triton_kernels.delta_rule_chunks import (
     decay_over,
     decay_to_end,
     decayed_left,
-    normed_rows,
+    k_rows,
     num_slots,
     one_row,
     pair_decays,
     per_head,
+    q_rows,
     rows,
     square,
     state_tile,
@@ -98,8 +99,8 @@ def _through_states_kernel(
     tl.store(dq_ptr + at, dq, inside)
     tl.store(dk_ptr + at, left + right, inside)
     if GATE > 0:
-        q = normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK)
-        k = normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK)
+        q = q_rows(of, r, live, head, d, H, GROUP, DK)
+        k = k_rows(of, r, live, head, d, H, GROUP, DK)
         # Each log decay acts on what is read after it, on what was added before it, and on the state.
         over *= decay_over(of, r, live, head, d, H, DK, GATE)
         after, before = q * dq + k * left + tl.where((r == end - 1)[:, None], over[None, :], 0.0), k * right
@@ -164,7 +165,7 @@ def _across_gradient(
         q, k = decayed_left(of, r, r < end, head, d, H, GROUP, DK, 2)
         for j in range(0, i):
             s = first + j * BLOCK + a
-            key = normed_rows(of.k, of.k_norm, s, s < end, head // GROUP, d, H // GROUP, DK)
+            key = k_rows(of, s, s < end, head, d, H, GROUP, DK)
             key *= decay_to_end(of, s, tl.minimum(end, first + (j + 1) * BLOCK), head, d, H, DK, 2)
             key *= decay_between(of, first, later, j, end, head, d, H, DK, 2, BLOCK)
             dqk = tl.load(square(dqk_ptr, slot, head, later * BLOCK, j * BLOCK, H, CHUNK, BLOCK))
@@ -203,13 +204,13 @@ def _through_squares_kernel(
     r = first + i * BLOCK + a
     live = r < end
     d = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    q = normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK)
-    k = normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK)
+    q = q_rows(of, r, live, head, d, H, GROUP, DK)
+    k = k_rows(of, r, live, head, d, H, GROUP, DK)
     dq, left = tl.zeros((BLOCK, BLOCK_K), tl.float32), tl.zeros((BLOCK, BLOCK_K), tl.float32)
     right = tl.zeros((BLOCK, BLOCK_K), tl.float32)
     for j in range(0, i):
         s = first + j * BLOCK + a
-        key = normed_rows(of.k, of.k_norm, s, s < end, head // GROUP, d, H // GROUP, DK)
+        key = k_rows(of, s, s < end, head, d, H, GROUP, DK)
         if GATE > 0:
             key *= decay_to_end(of, s, tl.minimum(end, first + (j + 1) * BLOCK), head, d, H, DK, GATE)
             key *= decay_between(of, first, i, j, end, head, d, H, DK, GATE, BLOCK)
