@@ -13,7 +13,6 @@ from gossamer.nn.moe.routing import (
     check_gamma,
     check_rows_per_token,
     finite_logits,
-    masked_softmax,
     most_experts,
     route_gates,
     row_bound,
@@ -73,9 +72,13 @@ def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tupl
     check_same_device(splits=splits, leaves=leaves)
     reach = _reach(smooth_step(splits, gamma))
     scores = finite_logits(leaves)
-    unreached = (reach == 0) | (scores == torch.finfo(scores.dtype).min)
-    scores = (scores + (reach + 1e-8).log()).masked_fill(unreached, -torch.inf)
-    return masked_softmax(scores.flatten(1)).view(reach.shape).sum(dim=1), reach
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill((reach == 0) | (scores == lowest), -torch.inf)
+    # exp(a + log(s + 1e-8)) is exp(a)·(s + 1e-8).
+    top = scores.detach().flatten(1).amax(dim=1).clamp(min=lowest).view(-1, 1, 1)
+    shares = (scores - top).exp() * (reach + 1e-8)
+    total = shares.sum(dim=(1, 2)).clamp(min=torch.finfo(scores.dtype).tiny)
+    return shares.sum(dim=1) / total.unsqueeze(1), reach
 
 
 class TreeRouter(LinearRouter):
