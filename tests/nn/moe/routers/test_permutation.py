@@ -7,6 +7,7 @@ import torch
 from contracts import RouterContract, assert_near
 
 from gossamer.nn import (
+    DSelectKRouter,
     LearnedPermutation,
     MoE,
     Routing,
@@ -14,7 +15,9 @@ from gossamer.nn import (
     TreeRouter,
     router_losses,
     step_routers,
+    tree_gates,
 )
+from gossamer.nn.moe.routers.dselect_k import selector_gates
 from gossamer.nn.moe.routers.permutation import best_assignment, sinkhorn
 
 GATES = [0.237309, 0.264972, 0.381301, 0.116418]
@@ -179,6 +182,12 @@ def test_it_finds_the_experts_that_fit(device):
         ),
         (lambda r: LearnedPermutation(r, 5, iterations=(1, 0)), ValueError, "iterations must be at least 1, got 0"),
         (lambda r: LearnedPermutation(r, 5, noise=-1), ValueError, "noise must be at least 0 and finite, got -1"),
+        (
+            lambda r: LearnedPermutation(r, 5, per_part=True),
+            ValueError,
+            "router must have gates in parts for per_part, as TreeRouter has, got SoftmaxRouter",
+        ),
+        (lambda r: LearnedPermutation(r, 5, per_part=1), TypeError, "per_part must be a bool"),
         (lambda r: LearnedPermutation(None, 5), TypeError, r"router must be a gossamer\.nn\.Router"),
     ],
 )
@@ -187,11 +196,14 @@ def test_errors(call, error, message):
         call(SoftmaxRouter(8, 4, 2))
 
 
-def around(steps, kind=None):
+def around(steps, per_part=False):
     def make(num_experts, hidden_size, **factory):
-        inner = kind or SoftmaxRouter
-        inner = inner(hidden_size, num_experts, min(2, num_experts), **factory)
-        router = LearnedPermutation(inner, 3, temperatures=(1.0, 0.5), iterations=(5, 9), **factory)
+        if per_part:
+            inner = DSelectKRouter(hidden_size, num_experts, 2, 1.0, **factory)
+        else:
+            inner = SoftmaxRouter(hidden_size, num_experts, min(2, num_experts), **factory)
+        options = {"temperatures": (1.0, 0.5), "iterations": (5, 9), "per_part": per_part}
+        router = LearnedPermutation(inner, 3, **options, **factory)
         for _ in range(steps):
             router.step()
         return router
@@ -200,6 +212,7 @@ def around(steps, kind=None):
 
 
 TestSearching = RouterContract.over(begin=around(0), later=around(2))
+TestByPart = RouterContract.over(searching=around(1, per_part=True))
 
 
 class TestFixed(RouterContract.over(fixed=around(3))):
@@ -214,6 +227,60 @@ class TestFixed(RouterContract.over(fixed=around(3))):
             gradients.append(router.router.weight.grad.clone())
             assert router.log_weights.grad is None
         assert_near(*gradients)
+
+
+def by_part(kind, gates_of, device, temperatures):
+    """A router, its permutation by part, scores, and the gates that each part gives, by the functions of scores."""
+    torch.manual_seed(9)
+    inner = kind(16, 5, 3, 1.0, device=device, dtype=torch.float64)
+    router = LearnedPermutation(inner, 2, temperatures=temperatures, per_part=True, device=device, dtype=torch.float64)
+    x = torch.randn(6, 16, device=device, dtype=torch.float64)
+    scores = inner.logits(3 * x)
+    parts = []
+    gates_of(scores, lambda given: parts.append(given) or given)
+    return router, 3 * x, parts[0]
+
+
+def of_trees(scores, arrange):
+    return tree_gates(*scores.view(6, 3, 9).split([4, 5], dim=2), 1.0, arrange)[0]
+
+
+def of_selectors(scores, arrange):
+    return selector_gates(scores[:, :9].view(6, 3, 3), scores[:, 9:], 5, 1.0, arrange)[0]
+
+
+@pytest.mark.parametrize(("kind", "gates_of"), [(TreeRouter, of_trees), (DSelectKRouter, of_selectors)])
+def test_a_permutation_for_each_part(device, kind, gates_of):
+    """Each tree's or selector's gates times its own matrix, then by its own assignment, which experts cannot absorb."""
+    router, x, parts = by_part(kind, gates_of, device, (0.3, 0.2))
+    matrix = router.matrix()
+    assert matrix.shape == router.log_weights.shape == (3, 5, 5)
+    for r in range(3):
+        assert_near(matrix[r], sinkhorn(router.log_weights[r].detach() / 0.3, 20))
+    mixed = torch.stack([parts[:, r] @ matrix[r] for r in range(3)], 1)
+    routing = router(x)
+    shares = 1.0 if kind is TreeRouter else router.router.logits(x)[:, 9:].softmax(1).unsqueeze(2)
+    gates = (shares * mixed).sum(1)
+    total = gates.sum(1, keepdim=True)
+    assert_near(routing.weights, gates / total if kind is TreeRouter else gates)
+    assert_near(routing.probabilities, gates / total)
+    assert_near(routing.losses["permutation"], -sum(
+        (p * (p + 1e-6).log()).sum() for p in (matrix, matrix / matrix.sum(2, keepdim=True))
+    ))  # fmt: skip
+    routing.weights.cos().sum().backward()
+    assert bool((router.log_weights.grad != 0).flatten(1).any(1).all())
+    for _ in range(2):
+        step_routers(router)
+    assert router.permutation.shape == (3, 5) and len({tuple(row) for row in router.permutation.tolist()}) > 1
+    moved = torch.zeros_like(parts)
+    for r in range(3):
+        moved[:, r, router.permutation[r]] = parts[:, r]
+    gates = (shares * moved).sum(1)
+    fixed = router(x)
+    assert_near(fixed.weights, gates / gates.sum(1, keepdim=True) if kind is TreeRouter else gates)
+    assert "permutation" not in fixed.losses and len(fixed.losses) > 0
+    with pytest.raises(NotImplementedError, match="experts cannot absorb 3 permutations, one for each part"):
+        router.absorb(MoE(16, 8, router=router, device=device).experts)
 
 
 def test_around_trees(device):

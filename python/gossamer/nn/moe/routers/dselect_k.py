@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -22,7 +24,11 @@ from gossamer.nn.moe.routing import (
 
 
 def selector_gates(
-    codes: torch.Tensor, mixture: torch.Tensor, num_experts: int, gamma: float
+    codes: torch.Tensor,
+    mixture: torch.Tensor,
+    num_experts: int,
+    gamma: float,
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gates of k selectors over n experts (DSelect-k, Hazimeh et al., 2021), and what each selector gives.
 
@@ -36,6 +42,8 @@ def selector_gates(
         mixture: ``(T, k)`` floating.
         num_experts: n.
         gamma: width of the smooth step, positive.
+        arrange: maps what each selector gives ``(T, k, n)`` to the experts, before they are added up; None for expert
+            i to expert i.
 
     Returns:
         Gates ``(T, n)`` and r ``(T, k, n)``.
@@ -57,7 +65,8 @@ def selector_gates(
         one = picked * bit.unsqueeze(2)
         picked = torch.stack([picked * (1 - bit.unsqueeze(2)), one], dim=3).flatten(2)
     picked = picked[..., :num_experts]
-    return (masked_softmax(mixture).unsqueeze(2) * picked).sum(dim=1), picked
+    arranged = picked if arrange is None else arrange(picked)
+    return (masked_softmax(mixture).unsqueeze(2) * arranged).sum(dim=1), picked
 
 
 class DSelectKRouter(LinearRouter):
@@ -79,6 +88,7 @@ class DSelectKRouter(LinearRouter):
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
+        num_parts: k, the parts that the gates are a sum of.
         weight: ``(k·m + k, H)``: the selectors' bits, at first uniform in ±γ/100, and the mixture, in ±1/√H; None if
             static. ``bias`` has as many rows; it is at first 0, and uniform in ±γ/100 if static.
 
@@ -103,7 +113,7 @@ class DSelectKRouter(LinearRouter):
         check_gamma(gamma)
         check_rows_per_token(rows_per_token)
         bits = (num_experts - 1).bit_length()
-        self.num_selectors = num_selectors
+        self.num_selectors = self.num_parts = num_selectors
         self.gamma = gamma
         self.bits = bits
         self.static = static
@@ -141,12 +151,15 @@ class DSelectKRouter(LinearRouter):
         wide = torch.promote_types(torch.promote_types(x.dtype, self.bias.dtype), torch.float32)
         return self.bias.to(wide).expand(x.reshape(-1, self.hidden_size).shape[0], -1)
 
-    def route(self, scores: torch.Tensor) -> Routing:
-        """The routing for ``scores (T, k·m + k)``: the bits of each selector, then the mixture."""
+    def route(self, scores: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Routing:
+        """The routing for ``scores (T, k·m + k)``: the bits of each selector, then the mixture.
+
+        ``arrange`` is that of :func:`selector_gates`.
+        """
         scores = as_logits(scores)
         codes, mixture = scores.split([self.num_selectors * self.bits, self.num_selectors], dim=1)
         codes = codes.reshape(scores.shape[0], self.num_selectors, self.bits)
-        gates, picked = selector_gates(codes, mixture, self.num_experts, self.gamma)
+        gates, picked = selector_gates(codes, mixture, self.num_experts, self.gamma, arrange)
         total = gates.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         losses = None
         if self.training:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_flags, check_positive
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.routers.base import Router, RouterAround, StepCount
 from gossamer.nn.moe.routing import Routing, dense_weights, route_where
 
 
 def sinkhorn(scores: torch.Tensor, iterations: int) -> torch.Tensor:
-    """``exp`` of ``scores (n, n)`` normalised in turn by rows and by columns, ``iterations`` times, in float64."""
+    """``exp`` of ``scores (..., n, n)`` normalised in turn by rows and by columns, ``iterations`` times, in float64."""
     scores = scores.double()
     for _ in range(iterations):
-        scores = scores - scores.logsumexp(dim=1, keepdim=True)
-        scores = scores - scores.logsumexp(dim=0, keepdim=True)
+        scores = scores - scores.logsumexp(dim=-1, keepdim=True)
+        scores = scores - scores.logsumexp(dim=-2, keepdim=True)
     return scores.exp()
 
 
@@ -72,23 +72,28 @@ class LearnedPermutation(StepCount, RouterAround):
 
     Call :func:`step_routers` after each optimizer step. In the phase, tokens go to every expert that P gives weight.
 
+    With ``per_part`` each tree of a :class:`TreeRouter`, or each selector of a :class:`DSelectKRouter`, has a
+    permutation of its own, which stays: experts cannot absorb several.
+
     Args:
         router: over E experts.
         phase_steps: training steps of the search.
         temperatures: τ at its beginning and end.
         iterations: of Sinkhorn, at its beginning and end.
         noise: ν, of the Gumbel noise in training.
+        per_part: whether each of the R parts that the router's gates are a sum of is permuted by itself.
         device: of Λ.
         dtype: of Λ.
 
     Attributes:
-        log_weights: Λ ``(E, E)``, at first uniform in ±0.05.
-        assignment: ``(E,)`` int64 buffer, π once the phase is over.
+        log_weights: Λ ``(E, E)``, at first uniform in ±0.05; ``(R, E, E)`` with ``per_part``.
+        assignment: ``(E,)`` int64 buffer, π once the phase is over; ``(R, E)`` with ``per_part``.
         num_steps: training steps so far.
 
     Raises:
-        TypeError: ``router`` is not a Router, or ``phase_steps`` or an iteration no int.
-        ValueError: one is below 1, a temperature is not positive, or ``noise`` is negative.
+        TypeError: ``router`` is not a Router, ``phase_steps`` or an iteration no int, or ``per_part`` no bool.
+        ValueError: one is below 1, a temperature is not positive, ``noise`` is negative, or ``per_part`` of a router
+            without parts.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class LearnedPermutation(StepCount, RouterAround):
         temperatures: Sequence[float] = (1e-3, 1e-7),
         iterations: Sequence[int] = (20, 150),
         noise: float = 0.0,
+        per_part: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,13 +118,20 @@ class LearnedPermutation(StepCount, RouterAround):
             check_positive(iterations=count)
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be at least 0 and finite, got {noise}")
-        self.top_k = self.num_experts
+        check_flags(per_part=per_part)
+        if per_part and not hasattr(router, "num_parts"):
+            raise ValueError(
+                f"router must have gates in parts for per_part, as TreeRouter has, got {type(router).__name__}"
+            )
+        self.top_k = router.top_k if per_part else self.num_experts
+        self.per_part = per_part
         self.phase_steps = phase_steps
         self.temperatures = tuple(temperatures)
         self.iterations = tuple(iterations)
         self.noise = noise
-        self.log_weights = nn.Parameter(torch.empty(self.num_experts, self.num_experts, device=device, dtype=dtype))
-        self.register_buffer("assignment", torch.arange(self.num_experts, device=device))
+        e, parts = self.num_experts, (router.num_parts,) if per_part else ()
+        self.log_weights = nn.Parameter(torch.empty(*parts, e, e, device=device, dtype=dtype))
+        self.register_buffer("assignment", torch.arange(e, device=device).expand(*parts, e).clone())
         self.count_steps(device)
         self.reset_parameters()
 
@@ -147,7 +160,7 @@ class LearnedPermutation(StepCount, RouterAround):
         return self.num_steps < self.phase_steps
 
     def matrix(self) -> torch.Tensor:
-        """P ``(E, E)`` float64 at this step, differentiable.
+        """P, as Λ is shaped, float64 at this step, differentiable.
 
         Raises:
             ValueError: the phase is over.
@@ -168,7 +181,7 @@ class LearnedPermutation(StepCount, RouterAround):
 
     @property
     def permutation(self) -> torch.Tensor:
-        """π ``(E,)``: output i drives expert π(i).
+        """π ``(E,)``, or ``(R, E)``: output i drives expert π(i).
 
         Raises:
             ValueError: the phase is not over yet.
@@ -184,7 +197,8 @@ class LearnedPermutation(StepCount, RouterAround):
         """Count a training step; the last one of the phase fixes the assignment."""
         if self.num_steps == self.phase_steps - 1:
             training, self.training = self.training, False  # without noise
-            self.assignment.copy_(best_assignment(self.matrix()))
+            found = [best_assignment(part) for part in self.matrix().view(-1, self.num_experts, self.num_experts)]
+            self.assignment.copy_(torch.stack(found).view_as(self.assignment))
             self.training = training
         super().step()
 
@@ -201,9 +215,11 @@ class LearnedPermutation(StepCount, RouterAround):
 
         Raises:
             ValueError: the phase is not over yet, or they are not E experts.
-            NotImplementedError: the layer cannot be reordered.
+            NotImplementedError: the layer cannot be reordered, or there is a permutation for each part.
         """
         permutation = self.permutation
+        if self.per_part:
+            raise NotImplementedError(f"experts cannot absorb {len(permutation)} permutations, one for each part")
         if experts.num_experts != self.num_experts:
             raise ValueError(f"experts must be {self.num_experts}, got {experts.num_experts}")
         experts.reorder(permutation)
@@ -211,6 +227,10 @@ class LearnedPermutation(StepCount, RouterAround):
 
     def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
         """The routing of ``x (..., H)``."""
+        if self.per_part:
+            matrix = self.matrix() if self.searching else None
+            routing = self.router.route(self.router.logits(x), lambda parts: self._arranged(parts, matrix))
+            return routing.replaced(losses={**routing.losses, **self._entropy(matrix, routing.weights.dtype)})
         routing = self.router(x, token_ids=token_ids)
         e = self.num_experts
         changed = {}
@@ -230,15 +250,24 @@ class LearnedPermutation(StepCount, RouterAround):
         if routing.has_probabilities:
             mixed = routing.probabilities @ matrix.to(routing.probabilities.dtype)
             changed["probabilities"] = mixed / mixed.sum(dim=1, keepdim=True).clamp(min=tiny)
-        losses = dict(routing.losses)
-        if self.training:
-            rows = matrix / matrix.sum(dim=1, keepdim=True)
-            entropy = -sum((p * (p + 1e-6).log()).sum() for p in (matrix, rows))
-            losses["permutation"] = entropy.to(own.dtype)
+        losses = {**routing.losses, **self._entropy(matrix, own.dtype)}
         return route_where(
             gates.detach() > 0, gates, logits=routing.logits, residual=routing.residual, losses=losses, **changed
         )
 
+    def _arranged(self, parts: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
+        """``parts (T, R, E)`` by output in the order of the experts."""
+        if matrix is not None:
+            return torch.einsum("tre,ref->trf", parts, matrix.to(parts.dtype))
+        return parts.gather(2, torch.argsort(self.assignment, dim=1).expand_as(parts))
+
+    def _entropy(self, matrix: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The loss of the search, of P and of P with normalised rows, in training."""
+        if matrix is None or not self.training:
+            return {}
+        rows = matrix / matrix.sum(dim=-1, keepdim=True)
+        return {"permutation": -sum((p * (p + 1e-6).log()).sum() for p in (matrix, rows)).to(dtype)}
+
     def extra_repr(self) -> str:
         """Options and the step."""
-        return f"phase_steps={self.phase_steps}, num_steps={self.num_steps}"
+        return f"phase_steps={self.phase_steps}, num_steps={self.num_steps}, per_part={self.per_part}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -44,7 +46,12 @@ def _reach(splits: torch.Tensor) -> torch.Tensor:
     return torch.cat([level, shallow], dim=-1)
 
 
-def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+def tree_gates(
+    splits: torch.Tensor,
+    leaves: torch.Tensor,
+    gamma: float,
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gates of k soft trees over n experts (COMET, Ibrahim et al., 2023), and how far each leaf is reached.
 
     A split of value v sends ``S(v)`` of what comes to it left and the rest right, with :func:`smooth_step` S; leaf l of
@@ -56,6 +63,8 @@ def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tupl
         splits: ``(T, k, n − 1)`` floating, nodes as in a heap.
         leaves: ``(T, k, n)`` floating, from left to right.
         gamma: width of the smooth step, positive.
+        arrange: maps the gates of each tree ``(T, k, n)`` to the experts, before they are added up; None for leaf l to
+            expert l.
 
     Returns:
         Gates ``(T, n)`` that add up to one, and s ``(T, k, n)``.
@@ -77,6 +86,8 @@ def tree_gates(splits: torch.Tensor, leaves: torch.Tensor, gamma: float) -> tupl
     # exp(a + log(s + 1e-8)) is exp(a)·(s + 1e-8).
     top = scores.detach().flatten(1).amax(dim=1).clamp(min=lowest).view(-1, 1, 1)
     shares = (scores - top).exp() * (reach + 1e-8)
+    if arrange is not None:
+        shares = arrange(shares)
     total = shares.sum(dim=(1, 2)).clamp(min=torch.finfo(scores.dtype).tiny)
     return shares.sum(dim=1) / total.unsqueeze(1), reach
 
@@ -97,6 +108,7 @@ class TreeRouter(LinearRouter):
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
+        num_parts: k, the parts that the gates are a sum of.
         weight: ``(k·(2n − 1), H)``: tree after tree, of each the n − 1 splits, at first uniform in ±γ/100, and the n
             leaves, in ±0.05. ``bias``, at first 0, has as many rows.
 
@@ -118,7 +130,7 @@ class TreeRouter(LinearRouter):
     ) -> None:
         _check_trees(num_experts, num_trees, gamma)
         check_rows_per_token(rows_per_token)
-        self.num_trees = num_trees
+        self.num_trees = self.num_parts = num_trees
         self.gamma = gamma
         self.rows_per_token = rows_per_token
         rows = num_trees * (2 * num_experts - 1)
@@ -141,13 +153,13 @@ class TreeRouter(LinearRouter):
             rows[:, self.num_experts - 1 :].uniform_(-0.05, 0.05)
         nn.init.zeros_(self.bias)
 
-    def route(self, scores: torch.Tensor) -> Routing:
-        """The routing for ``scores (T, k·(2n − 1))``, laid out as :attr:`weight`."""
+    def route(self, scores: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Routing:
+        """The routing for ``scores (T, k·(2n − 1))``, laid out as :attr:`weight`; ``arrange`` as in tree_gates."""
         scores = as_logits(scores)
         splits, leaves = scores.view(-1, self.num_trees, 2 * self.num_experts - 1).split(
             [self.num_experts - 1, self.num_experts], dim=2
         )
-        gates, reach = tree_gates(splits, leaves, self.gamma)
+        gates, reach = tree_gates(splits, leaves, self.gamma, arrange)
         losses = {"tree_entropy": -(reach * (reach + 1e-6).log()).sum(dim=(1, 2))} if self.training else None
         return row_bound(
             route_gates(scores, gates, self.top_k, probabilities=gates, losses=losses), self.rows_per_token
