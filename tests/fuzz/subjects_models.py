@@ -112,7 +112,7 @@ def padded_places(rng):
     topology = gossamer.BlockTopology.from_dispatch(dispatch, 16 * size(rng, 1, 2), 16)
 
     def call(topology, dispatch):
-        return topology.padded_places(dispatch)
+        return gossamer.BlockTopology.padded_places(topology, dispatch)
 
     call.__qualname__ = "padded_places"
     call.fixed = () if rng.random() < 0.5 else ("topology",)

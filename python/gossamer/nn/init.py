@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_positive, check_shape, check_sizes
+from gossamer._checks import check_flag, check_positive, check_shape, check_sizes
 
 SELECTIONS = ("uniform", "random", "variance")
 
@@ -50,6 +50,7 @@ def from_text_embeddings(
     check_shape("vectors", vectors, (None, None), "(N, D')")
     check_positive(embedding_dim=embedding_dim)
     check_sizes(seed=seed)
+    check_flag("standardize", standardize)
     if not len(vectors):
         raise ValueError("vectors must have at least one row, got 0")
     if not vectors.is_floating_point():

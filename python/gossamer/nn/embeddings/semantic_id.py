@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_has_numbers, check_index, check_positive, check_shape
+from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_shape
 from gossamer.nn.embeddings.codes import CodedRowsTable
 
 
@@ -52,8 +52,10 @@ class SemanticIdEmbedding(CodedRowsTable):
         check_positive(num_embeddings=num_embeddings)
         check_shape("codes", codes, (num_embeddings, None), "(N, L)")
         check_index("codes", codes)
+        check_has_numbers("codes", codes)
+        check_flag("prefixes", prefixes)
         levels = codes.shape[1]
-        check_positive(**{"the number of levels": levels})
+        check_positive(**{"the number of levels of codes": levels})
         if int(codes.min()) < 0:
             raise ValueError(f"codes must be at least 0, got {int(codes.min())}")
         if prefixes:
@@ -62,7 +64,6 @@ class SemanticIdEmbedding(CodedRowsTable):
             codes = torch.stack(
                 [codes[:, : level + 1].unique(dim=0, return_inverse=True)[1] for level in range(levels)], 1
             )
-        check_has_numbers("codes", codes)
         sizes = [int(level.max()) + 1 for level in codes.unbind(1)]
         if num_codes is not None:
             check_positive(num_codes=num_codes)
