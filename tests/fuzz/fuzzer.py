@@ -38,7 +38,7 @@ ERRORS = (TypeError, ValueError, IndexError)
 # Relative RMS errors that separate rounding from wrong results.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.4}
 MEMORY = 3 << 30
-# Of one case, which takes milliseconds.
+# Processor time of one case, which takes milliseconds; a case that waits may take ten times as long.
 SECONDS = 120
 # Cases of one fork, which takes as long as several cases.
 BATCH = 20
@@ -348,7 +348,8 @@ def _run_in_fork(case: Callable[[int], dict | None], seeds: list[int], write: in
     try:
         with os.fdopen(write, "w") as pipe:
             for seed in seeds:
-                signal.alarm(SECONDS)
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                signal.alarm(10 * SECONDS)
                 print(json.dumps(case(seed)), file=pipe, flush=True)
     except BaseException:
         traceback.print_exc()

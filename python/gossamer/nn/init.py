@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_flag, check_positive, check_shape, check_sizes
+from gossamer._checks import check_flag, check_floating, check_positive, check_shape, check_sizes
 
 SELECTIONS = ("uniform", "random", "variance")
 
@@ -53,8 +53,7 @@ def from_text_embeddings(
     check_flag("standardize", standardize)
     if not len(vectors):
         raise ValueError("vectors must have at least one row, got 0")
-    if not vectors.is_floating_point():
-        raise TypeError(f"vectors must be floating point, got {vectors.dtype}")
+    check_floating("vectors", vectors)
     if select not in SELECTIONS:
         raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}")
     if std is not None and not std > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_positive, check_sizes
 
 
 class Schedule:
@@ -68,5 +68,6 @@ class CosineSchedule(Schedule):
 
     def density(self, step: int) -> float:
         """The share at ``step``."""
+        check_sizes(step=step)
         along = (1 + math.cos(math.pi * min(step / self.until, 1.0))) / 2
         return self.last + (self.first - self.last) * along

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_floating, check_index, check_same_device, check_shape, check_tensor
 from gossamer._trusted import check_range, is_readable
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import gather_reduce
@@ -180,6 +180,7 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
         raise ValueError(f"top_k must be an int that divides the R = {indices.shape[0]} rows, got {top_k!r}")
     for name, tensor in others.items():
         if name == "weights" and tensor is not None:
+            check_floating(name, tensor)
             check_shape(name, tensor, (indices.shape[0],), "(R,)")
         elif name == "bin_ids":
             check_index(name, tensor)

@@ -11,7 +11,7 @@ from torch import nn
 
 from gossamer import _backend
 from gossamer._activation import Activation
-from gossamer._checks import check_positive
+from gossamer._checks import check_flag, check_positive
 from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.split import split_mlp
@@ -86,6 +86,7 @@ class BasisExperts(FactoredExperts):
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         rank = intermediate_size if rank is None else rank
         self._set_sizes(sizes | {"num_bases": num_bases, "rank": rank}, activation, capacity_factor)
+        check_flag("bias", bias)
         if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity must be one of {tuple(NONLINEARITIES)}, got {nonlinearity!r}")
         self.nonlinearity = nonlinearity

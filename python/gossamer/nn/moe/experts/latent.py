@@ -122,7 +122,7 @@ class LatentExperts(FactoredExperts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_flags(shared_output=shared_output, separate_latents=separate_latents)
+        check_flags(bias=bias, shared_output=shared_output, separate_latents=separate_latents)
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         group_size = num_experts if group_size is None else group_size
         self._set_sizes(sizes | {"latent_size": latent_size, "group_size": group_size}, activation, capacity_factor)

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from gossamer._checks import check_positive, check_same_device, check_shape
+from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, route_where, softmax_probabilities
 from gossamer.ops.topk_routing import choose_tokens, live_experts
@@ -72,8 +72,7 @@ def expert_choice_threshold(logits: torch.Tensor, thresholds: torch.Tensor) -> R
     """
     logits = as_logits(logits)
     check_shape("thresholds", thresholds, (logits.shape[1],), "(E,)")
-    if not thresholds.is_floating_point():
-        raise TypeError(f"thresholds must be floating point, got {thresholds.dtype}")
+    check_floating("thresholds", thresholds)
     check_same_device(logits=logits, thresholds=thresholds)
     probabilities = softmax_probabilities(logits)
     live = live_experts(logits, probabilities.detach(), thresholds.detach().to(logits.dtype))
