@@ -236,7 +236,7 @@ def own_tokens_may_stay():
 def overflow_is_counted_and_left_out():
     torch.manual_seed(0)
     whole = Experts(WORLD, H, 8, dtype=torch.float64)
-    x, ids = random(4, H, seed=RANK), torch.full((4, 1), WORLD - 1)
+    x, ids = random(4, H, seed=RANK), torch.zeros(4, 1, dtype=torch.int64)
     weights = torch.ones(4, 1, dtype=torch.float64)
     for policy in ("drop", "raise"):
         layer = shard_experts(copy.deepcopy(whole), mesh(), exchange="static", capacity=3, overflow=policy)

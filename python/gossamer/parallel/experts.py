@@ -624,8 +624,8 @@ def shard_experts(
             fully_shard(block.moe.experts, mesh=mesh["data"])   # as many experts on every rank, none shared
         fully_shard(model, mesh=mesh["data", "expert"]._flatten("all"))
 
-    Ranks may have different numbers of tokens, none included, with the exact exchange. Every rank must call the layers
-    in the same order, and take part in every backward pass.
+    Ranks may have different numbers of tokens, none included. Every rank must call the layers in the same order, and
+    take part in every backward pass.
 
     Under ``torch.compile`` the exchange is not traced: each expert layer is a graph break, and what lies between is
     compiled.
