@@ -2,7 +2,7 @@
 
 Every variant has the same experts, the same tokens on each process and the same routing. Outputs and gradients are
 checked against one process's in float64, by the rule of :mod:`gossamer.testing`, before anything is timed; variants
-then take turns. The time of a call is that of the slowest process.
+then take turns. The time of a call is that of the slowest process; a ratio is the median of those within rounds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gossamer.bench.harness.traffic import SentBytes
 
 # Tokens and experts of each process that are checked, and in how many draws if need be.
 CHECKED_TOKENS, CHECKED_EXPERTS, DRAWS = 256, 2, 3
+LEAST_ROUNDS = 6
 
 OURS = ("gossamer", "gossamer static", "gossamer overlap")
 
@@ -237,33 +238,36 @@ def measure(sizes: tuple[int, ...], dtype: str, directions: tuple[str, ...], sec
             with SentBytes() as traffic[variant.name]:
                 call(variant, given, direction)
         times: dict[str, list[float]] = {variant.name: [] for variant in found}
-        begin, rounds = time.perf_counter(), 0
-        going = True
+        begin, rounds, going = time.perf_counter(), 0, True
         while going:
-            for variant in found:
+            # The first of a round differs from round to round, so that what slows the machine for a while slows all.
+            turn = rounds % len(found)
+            for variant in found[turn:] + found[:turn]:
                 dist.barrier()
                 start = time.perf_counter()
                 call(variant, given, direction)
                 times[variant.name].append(time.perf_counter() - start)
             rounds += 1
             # The first process says when to stop.
-            more = torch.tensor(rounds < 5 or time.perf_counter() - begin < seconds / len(directions))
+            more = torch.tensor(rounds < LEAST_ROUNDS or time.perf_counter() - begin < seconds / len(directions))
             dist.broadcast(more, 0)
             going = bool(more)
+        # Of each round, the time of the slowest process; the first round warms up.
+        slowest = torch.tensor([times[variant.name][1:] for variant in found], dtype=torch.float64)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
         rows = []
-        for variant in found:
-            slowest = torch.tensor(times[variant.name], dtype=torch.float64)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        for variant, sampled in zip(found, slowest.tolist(), strict=True):
             counted = torch.tensor([traffic[variant.name].nbytes, traffic[variant.name].collectives])
             dist.all_reduce(counted, dist.ReduceOp.MAX)
-            ordered = sorted(slowest.tolist()[1:])  # the first round warms up
+            ordered = sorted(sampled)
             rows.append(
                 {
                     "name": variant.name,
                     "median": statistics.median(ordered),
                     "p20": ordered[len(ordered) // 5],
                     "p80": ordered[-1 - len(ordered) // 5],
-                    "calls": len(ordered),
+                    "ratio": statistics.median(a / b for a, b in zip(sampled, slowest[0].tolist(), strict=True)),
+                    "seconds": sampled,
                     "sent_bytes": int(counted[0]),
                     "collectives": int(counted[1]),
                 }
