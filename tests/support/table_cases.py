@@ -1,5 +1,7 @@
 """What the processes of tests/parallel/test_tables.py do: sharded tables against one process on the joined batch."""
 
+import copy
+
 import processes
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import gossamer
-from gossamer.nn import Embedding, EmbeddingBag, TableBatchedEmbeddingBags
+from gossamer.nn import DynamicEmbedding, Embedding, EmbeddingBag, TableBatchedEmbeddingBags
 from gossamer.optim import FTRL, LAMB, SGD, Adagrad, Adam, AdamW, PartialRowwiseAdam, RowwiseAdagrad
 from gossamer.parallel import count_traffic, lookup, measure_lookups, shard_tables
 
@@ -331,6 +333,32 @@ def compiled_models_break_at_tables():
         assert torch.equal(out, results[0][0]) and torch.equal(weight, results[0][1])
 
 
+def tables_that_no_process_could_hold():
+    """Parts of tables on the meta device are made where they lie; rows of all ranks differ, replicas do not."""
+    for kind in ("row", "column", "table", "replicate"):
+        with torch.device("meta"):
+            bags = EmbeddingBag(N, D, mode="sum", optimizer=ADAGRAD, padding_idx=3)
+            many = TableBatchedEmbeddingBags([(N, 8), (9, 8)], optimizer=ADAGRAD)
+        model = nn.ModuleDict({"bag": bags, "many": many, "free": DynamicEmbedding(8, 400, device="meta")})
+        kinds = {"bag": kind, "many": kind, "free": "row"}
+        shard_tables(model, mesh(), kinds)
+        assert model["bag"].weight.is_meta and model["free"].device.type == "cpu"
+        torch.manual_seed(dist.get_rank())
+        model.to_empty(device="cpu")
+        for layer in (model["bag"], model["many"]):
+            layer.reset_parameters()
+        table, second = whole(model["bag"]), whole(model["many"].tables[0])
+        assert table.shape == (N, D) and not table[3].any()
+        assert len(table.unique(dim=0)) == N and len(table.unique(dim=1).T) == D
+        assert 0.8 < table.std() < 1.2 and 0 < second.abs().max() <= N**-0.5
+        assert (whole(model["bag"], "optimizer_sum") == 0.01).all()
+        copied = copy.deepcopy(model)
+        out = model["bag"](torch.tensor([[1, 2]]))
+        assert torch.equal(out[0], table[1] + table[2])
+        out.sum().backward()
+        assert torch.equal(whole(copied["bag"]), table) and not torch.equal(whole(model["bag"]), table)
+
+
 def what_ranks_count_is_added_up():
     """Each rank meets another table most often; all have the same plan."""
     tables = nn.ModuleDict({name: EmbeddingBag(64, 8, mode="sum") for name in "abcd"})
@@ -355,6 +383,7 @@ CASES = (
     bad_input_is_an_error_on_every_rank,
     compiled_models_break_at_tables,
     what_ranks_count_is_added_up,
+    tables_that_no_process_could_hold,
 )
 
 if __name__ == "__main__":

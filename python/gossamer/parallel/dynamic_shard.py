@@ -14,6 +14,7 @@ from gossamer._rounding import mix64
 from gossamer.nn import DynamicEmbedding, FrequencyAdmission, Table
 from gossamer.nn.embeddings.dynamic_lookup import learn, rows_now
 from gossamer.parallel.placement import Split
+from gossamer.parallel.shards import copy_beside
 
 # Ids are dealt to this many groups by hash, and groups to ranks in order. Checkpoints hold groups, so that any number
 # of processes finds its own; many numbers of ranks divide it.
@@ -72,13 +73,15 @@ class DynamicShard(Table):
             initializer=layer.initializer,
             dtype=layer.table.value_dtype,
             key_dtype=layer.table.key_dtype,
-            device=layer.device,
+            device=mesh.device_type if layer.device.type == "meta" else layer.device,
             seed=layer.seed,
         )
         # No submodule: its rows go into checkpoints by groups of ids.
         self.__dict__["local"] = local
-        state = layer.get_extra_state()
-        local.merge([(state["tensors"], state["header"])], self.mine)
+        # A layer on the meta device has no ids yet.
+        if layer.device.type != "meta":
+            state = layer.get_extra_state()
+            local.merge([(state["tensors"], state["header"])], self.mine)
         if self.rank:
             # What happened before is counted once.
             local.counters = type(local.counters)()
@@ -166,6 +169,9 @@ class DynamicShard(Table):
     def extra_repr(self) -> str:
         """The part of this rank, and how ids lie."""
         return f"by {self.split.kind}: {self.local.extra_repr()}"
+
+    def __deepcopy__(self, memo: dict) -> DynamicShard:
+        return copy_beside(self, memo)
 
     def advance_clock(self, now: int) -> None:
         """As :meth:`gossamer.nn.DynamicEmbedding.advance_clock`, on every rank alike."""

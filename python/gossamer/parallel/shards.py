@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -23,6 +24,14 @@ def factor_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
+def copy_beside(module: torch.nn.Module, memo: dict) -> torch.nn.Module:
+    """A deep copy of a module over the same mesh, whose process groups cannot be copied."""
+    memo[id(module.mesh)] = module.mesh
+    copied = memo[id(module)] = object.__new__(type(module))
+    copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in module.__dict__.items()})
+    return copied
+
+
 class TableShard(FusedTable):
     """The rows or columns that this rank has of one table, as a parameter ``weight`` and buffers of its optimizer.
 
@@ -30,6 +39,8 @@ class TableShard(FusedTable):
         split: how the table lies over the ranks.
         rank: of this process.
         mesh: one-dimensional, over the ranks.
+        bound: of the uniform values that the table starts with; None for normal ones.
+        padding_idx: a row that starts at zero; None for none.
     """
 
     def __init__(
@@ -47,7 +58,7 @@ class TableShard(FusedTable):
         self.split, self.mesh, self.rank = split, mesh, mesh.get_local_rank()
         self.num_embeddings, self.embedding_dim = split.rows, split.columns
         self.piece = split.piece(self.rank)
-        self.max_norm = self.norm_type = None
+        self.max_norm = self.norm_type = self.padding_idx = self.bound = None
         self.scale_grad_by_freq = self.sparse = self.by_position = False
         for name, value in (options or {}).items():
             setattr(self, name, value)
@@ -100,6 +111,27 @@ class TableShard(FusedTable):
     def trained(self) -> bool:
         """Whether lookups change the table or give it a gradient, in their backward pass."""
         return self.optimizer is not None or self.weight.requires_grad
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the table anew, as the layer that was sharded draws it, and start the optimizer anew.
+
+        Every rank must make the call; the numbers of rank 0's generator decide, so replicas are alike and parts differ.
+        """
+        seed = [int(torch.randint(2**62, ()))]
+        dist.broadcast_object_list(seed, src=dist.get_global_rank(self.group, 0), group=self.group)
+        own = torch.Generator(self.weight.device).manual_seed(seed[0] + self.piece.row + self.piece.column)
+        if self.bound is None:
+            self.weight.normal_(generator=own)
+        else:
+            self.weight.uniform_(-self.bound, self.bound, generator=own)
+        padding = self.padding_idx
+        if padding is not None and self.piece.row <= padding < self.piece.row + self.piece.rows:
+            self.weight[padding - self.piece.row] = 0
+        self._reset_state()
+
+    def __deepcopy__(self, memo: dict) -> TableShard:
+        return copy_beside(self, memo)
 
     def extra_repr(self) -> str:
         """The whole table, how it lies, and what of it is here."""

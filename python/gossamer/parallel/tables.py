@@ -30,7 +30,7 @@ from gossamer.parallel.placement import (
     plan_tables,
     table_infos,
 )
-from gossamer.parallel.shards import TableShard
+from gossamer.parallel.shards import TableShard, copy_beside
 from gossamer.parallel.table_exchange import Request, look_up
 
 GRADIENTS = ("mean", "sum")
@@ -165,8 +165,6 @@ class ShardedEmbedding(Sharded, TableShard):
     Calls, results and names in the ``state_dict`` are those of the layer. ``weight`` is this process's part.
     """
 
-    padding_idx: int | None = None
-
     @property
     def device(self) -> torch.device:
         """Of the table."""
@@ -200,8 +198,6 @@ class ShardedEmbeddingBag(Sharded, TableShard):
 
     Calls, results and names in the ``state_dict`` are those of the layer. ``weight`` is this process's part.
     """
-
-    padding_idx: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -280,7 +276,8 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
         shards = []
         for weight, state, split in zip(layer.split_embedding_weights(), states, splits, strict=True):
             step = {} if layer.optimizer is None else {"step": layer.optimizer_step}
-            how = {"requires_grad": layer.weights.requires_grad, "options": {"by_position": True}}
+            options = {"by_position": True, "bound": max(split.rows, 1) ** -0.5}
+            how = {"requires_grad": layer.weights.requires_grad, "options": options}
             shards.append(TableShard(weight, state | step, layer.optimizer, split, mesh, **how))
         self.tables = nn.ModuleList(shards)
         counter = None if layer.bounds_count is None else layer.bounds_count.clone()
@@ -312,6 +309,16 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
             type(self).optimizer.fset(self, value)
         else:
             super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict) -> ShardedTableBatchedEmbeddingBags:
+        return copy_beside(self, memo)
+
+    def reset_parameters(self) -> None:
+        """Draw every table anew, uniform in ``±1/√rows``, and start the optimizer anew; on every rank."""
+        if self.bounds_count is not None:
+            self.bounds_count.zero_()
+        for table in self.tables:
+            table.reset_parameters()
 
     def nbytes(self) -> int:
         """Bytes on this rank."""
@@ -570,7 +577,9 @@ def _checked_plan(
         raise ValueError("model must have a table that can be sharded, got none")
     found = _plan(model, plan, mesh.size(), lookups)
     devices = {name: _device(module) for name, module in tables.items()}
-    if len(set(devices.values())) > 1 or any(device.type != mesh.device_type for device in devices.values()):
+    if len(set(devices.values())) > 1 or any(
+        device.type not in (mesh.device_type, "meta") for device in devices.values()
+    ):
         kind, listed = mesh.device_type, {name: str(device) for name, device in devices.items()}
         raise ValueError(
             f"model must have all tables on one device of the mesh's type {mesh.device_type!r}, got {listed}"
@@ -648,6 +657,10 @@ def shard_tables(
     own.
 
     Under ``torch.compile`` a lookup is a graph break.
+
+    A model of tables that no process can hold is made under ``torch.device("meta")`` (a dynamic table with
+    ``device="meta"``). Its parts then come to be by ``model.to_empty(device=...)`` and each layer's
+    ``reset_parameters()``; those of dynamic tables exist at once.
 
     Without an optimizer a table's part gets its gradient in ``weight.grad``, right to rounding. The parts are named in
     the model's ``_ddp_params_and_buffers_to_ignore``, so that DistributedDataParallel leaves them alone; give them to
