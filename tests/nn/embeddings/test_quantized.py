@@ -97,6 +97,10 @@ def test_from_trained_rows(device, bits, step):
     assert found.abs().max().item() == pytest.approx(rows.abs().max().item(), rel=1e-6)
     assert QuantizedEmbedding.from_table(rows, nbytes=50 * 12 + 4).bits == 8
     assert QuantizedEmbedding.from_table(rows.half(), bits=bits, step_size=0.1).dtype == torch.float16
+    # Far below a step that leaves room to grow, rows are rounded so that their mean stays.
+    trained = QuantizedEmbedding.from_table(0.002 * rows.abs(), bits=8, step=step, optimizer=optim.SGD(0.1))
+    assert bool((trained.scale == torch.tensor(0.01)).all()) and set(trained.weight.unique().tolist()) == {0, 1}
+    assert trained.weight.double().mean().item() == pytest.approx(0.2 * rows.abs().mean().item(), rel=0.3)
     with pytest.raises(ValueError, match="weight must be finite, got NaN or infinity"):
         QuantizedEmbedding.from_table(torch.full((3, 2), torch.nan), bits=8)
 

@@ -211,13 +211,13 @@ class QuantizedEmbedding(FusedTable):
 
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int | None = None, **options: object) -> QuantizedEmbedding:
-        """A table that starts from trained weights ``(N, D)``, rounded to the nearest.
+        """A table that starts from weights ``(N, D)``, rounded to the nearest or, with an optimizer, as steps round.
 
         Args:
             weight: finite, floating.
             nbytes: as for :meth:`from_budget`; None where ``bits`` say the size.
             **options: of the class. Without ``step_size`` the largest entry, of each row for learned steps, gets the
-                largest code: vectors do not grow beyond it in training.
+                largest code. Vectors do not grow beyond that, so with an optimizer Δ is at least the class's first one.
 
         Raises:
             TypeError: ``weight`` is not floating, and as the class does.
@@ -235,11 +235,15 @@ class QuantizedEmbedding(FusedTable):
             largest = weight.abs().amax(1) if made.step == "learned" else weight.abs().max().view(1)
             if not largest.isfinite().all():
                 raise ValueError("weight must be finite, got NaN or infinity")
-            made.scale.copy_((largest.float() / torch.iinfo(made.weight.dtype).max).clamp(min=LEAST_SCALE))
+            least = LEAST_SCALE if made.optimizer is None else made.step_size
+            made.scale.copy_((largest.float() / torch.iinfo(made.weight.dtype).max).clamp(min=least))
 
         def rounded(rows: slice) -> torch.Tensor:
+            part, bits = weight[rows].float(), None
             scale = made.scale if made.scale.shape[0] == 1 else made.scale[rows]
-            return encode(weight[rows].float(), scale.unsqueeze(1), made.weight.dtype)
+            if made.optimizer is not None and made.rounding == "stochastic":
+                bits = torch.randint(2**32, part.shape, device=part.device)
+            return encode(part, scale.unsqueeze(1), made.weight.dtype, bits)
 
         made._write(rounded)
         return made
