@@ -13,6 +13,7 @@ CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What every process found, by case."""
+    pytest.importorskip("safetensors")
     return processes.run(SCRIPT, 4, tmp_path_factory.mktemp("table_checkpoints"))
 
 

@@ -255,8 +255,13 @@ def one_exchange_serves_all_tables():
     assert traffic.flows["table rows"].nbytes == rows + 8 * len(others)
     gradients = 2 * row * sum(bags[r] for r in others) + (sums if rank != tables["c"].split.owner else 0)
     assert traffic.flows["table gradients"].nbytes == gradients
-    found = [lookup(tables, {name: ids})[name] for name in names]
-    assert all(torch.isfinite(part).all() for part in found)
+    # A frozen table beside one that learns.
+    tables["b"].freeze()
+    out = lookup(tables, dict.fromkeys(names, ids))
+    assert out["a"].requires_grad and out["c"].requires_grad and not out["b"].requires_grad
+    before = [whole(tables[name]).clone() for name in names]
+    (out["a"] + out["c"]).sum().backward()
+    assert [torch.equal(whole(tables[name]), old) for name, old in zip(names, before, strict=True)] == [0, 1, 0]
 
 
 def raises(kind, words, function, *args, **keywords):

@@ -79,6 +79,11 @@ class TableShard(FusedTable):
     dynamic = False
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the rows."""
         return self.weight.dtype

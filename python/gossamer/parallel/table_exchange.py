@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,8 +107,8 @@ class _Served:
         counts: bags of each rank and feature whose gradients come.
         weights: of the ids.
         unique: distinct ids of each rank, for rows.
-        argmax: where the maxima lie, for sums.
-        rows: of a dynamic table.
+        argmax: where the maxima lie, but for rows.
+        rows: what a dynamic table remembers of its ids' rows.
     """
 
     ids: torch.Tensor | None = None
@@ -280,7 +281,13 @@ class Lookup:
         sent: list[list[torch.Tensor]] = [[] for _ in range(self.world)]
         for asked, served in zip(self.asked, self.served, strict=True):
             request, shard = asked.request, asked.request.shard
-            if self.rank not in shard.split.holders() or request.way == "nothing":
+            if self.rank not in shard.split.holders():
+                continue
+            if request.way == "nothing":
+                if request.learns and request.mode == "max":
+                    # Other lookups may have changed the table by the time of the backward pass.
+                    lists = (served.ids, _offsets(served.lengths), None)
+                    _, served.argmax = shard.pool(*lists, request.mode, request.out_dtype)
                 continue
             if request.way == "rows":
                 sizes = [part.numel() for part in served.unique]
@@ -312,7 +319,7 @@ class Lookup:
         found = [0] * self.world
         for asked, served in zip(self.asked, self.served, strict=True):
             request, shard = asked.request, asked.request.shard
-            if self.rank not in shard.split.holders() or request.way == "nothing":
+            if request.way == "nothing" or self.rank not in shard.split.holders():
                 continue
             columns = shard.split.piece(self.rank).columns
             for rank in range(self.world):
@@ -463,8 +470,6 @@ class Lookup:
             weights, mode = scale if weights is None else weights.to(dtype) * scale, "sum"
         if maxima:
             argmax = _by_feature(maxima, served.counts)
-        elif mode == "max" and not rows and argmax is None:
-            _, argmax = shard.pool(served.ids, _offsets(served.lengths), None, "max", request.out_dtype)
         return shard.learn(served.ids, _offsets(served.lengths), dout, weights, argmax, mode, served)
 
     def weight_gradient(self, asked: _Asked, dout: torch.Tensor) -> torch.Tensor:
@@ -517,8 +522,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, lookup, handle, *inputs):
-        ctx.lookup = lookup
-        return tuple(lookup.run())
+        ctx.lookup, results = lookup, lookup.run()
+        requests = [asked.request for asked in lookup.asked]
+        frozen = [not (r.learns or (r.weights is not None and r.weights.requires_grad)) for r in requests]
+        ctx.mark_non_differentiable(*itertools.compress(results, frozen))
+        return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -82,7 +82,8 @@ def lookup(
         inputs: what to call each with: a tensor, a tuple of arguments, or a pair of a tuple and a dict of keywords.
 
     Returns:
-        The tables' results by name, in the order of ``inputs``.
+        The tables' results by name, in the order of ``inputs``. All of them should take part in the loss: one that does
+        not counts as having a gradient of zeros.
 
     Raises:
         KeyError: a name is not among the tables.
@@ -165,11 +166,6 @@ class ShardedEmbedding(Sharded, TableShard):
     Calls, results and names in the ``state_dict`` are those of the layer. ``weight`` is this process's part.
     """
 
-    @property
-    def device(self) -> torch.device:
-        """Of the table."""
-        return self.weight.device
-
     def prepare(self, input: torch.Tensor) -> Prepared:
         """A lookup of ids of any shape."""
         check_index("input", input)
@@ -198,11 +194,6 @@ class ShardedEmbeddingBag(Sharded, TableShard):
 
     Calls, results and names in the ``state_dict`` are those of the layer. ``weight`` is this process's part.
     """
-
-    @property
-    def device(self) -> torch.device:
-        """Of the table."""
-        return self.weight.device
 
     def prepare(
         self,
