@@ -38,7 +38,7 @@ from gossamer.nn import (
     TensorTrainEmbedding,
 )
 from gossamer.nn.embeddings.table_batched import keyed_lists
-from gossamer.ops._bags import check_offsets
+from gossamer.ops.gather_reduce import check_offsets
 
 ADAPTER = "compress"
 # A share of the budget that may be left over; bisecting the share of each table ends below it.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_flags, check_index, check_positive, check_same_device, check_shape
+from gossamer._checks import check_flags, check_index, check_positive, check_same_device, check_shape, check_strided
 from gossamer.integrations.scattermoe.kernels.ops import sorted_dispatch
-from gossamer.ops._registration import check_strided
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
@@ -85,7 +84,8 @@ def parallel_linear(
         check_shape("expert_biases", expert_biases, (num_experts, outer), "(E, N)")
     floats = {"inputs": inputs, "expert_weights": expert_weights, "expert_biases": expert_biases, "gates": gates}
     given = {name: tensor for name, tensor in floats.items() if isinstance(tensor, torch.Tensor)}
-    check_strided(given, given.values())
+    for name, tensor in given.items():
+        check_strided(name, tensor)
     check_same_device(**given, expert_offsets=expert_offsets)
     routing = sorted_dispatch(sorted_scattered_idxs, expert_offsets, 1 if grouped_in else k)
     weight = expert_weights.transpose(1, 2)
