@@ -192,3 +192,22 @@ class _Graft(torch.autograd.Function):
 def graft(shown: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """``shown``, whose gradient reaches ``hidden`` too."""
     return _Graft.apply(shown, hidden)
+
+
+class _WithLoss(torch.autograd.Function):
+    """A tensor whose backward pass also differentiates a scalar, as if that had been added to the loss."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (loss,) = ctx.saved_tensors
+        return gradient, torch.ones_like(loss)
+
+
+def with_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """``x``, whose backward pass also differentiates the scalar ``loss``, as if that had been added to the loss."""
+    return _WithLoss.apply(x, loss)

@@ -9,8 +9,8 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_shape
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.product_quantized import with_loss
 from gossamer.nn.embeddings.table import check_budget, check_mode
+from gossamer.ops.embedding import with_loss
 from gossamer.optim import Optimizer
 
 

@@ -11,7 +11,7 @@ from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
 from gossamer.nn.embeddings.table import Table, check_budget, check_mode
-from gossamer.ops.embedding import graft
+from gossamer.ops.embedding import graft, with_loss
 from gossamer.optim import Optimizer
 
 VARIANTS = ("vq", "sx")
@@ -303,22 +303,3 @@ class ProductQuantizedEmbedding(FusedTable):
                 # ⟨q, k⟩ − ‖k‖²/2 would choose the nearest; keys without the offset choose the nearest direction.
                 made.keys.copy_(made.codewords)
         return made
-
-
-def with_loss(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """``x``, whose backward pass also differentiates the scalar ``loss``, as if that had been added to the loss."""
-    return _WithLoss.apply(x, loss)
-
-
-class _WithLoss(torch.autograd.Function):
-    """A tensor whose backward pass also differentiates a scalar, as if that had been added to the loss."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(loss)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        (loss,) = ctx.saved_tensors
-        return gradient, torch.ones_like(loss)
