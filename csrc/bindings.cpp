@@ -13,6 +13,7 @@
 #include "bindings/dispatch.cpp"
 #include "bindings/expert_mlp.cpp"
 #include "bindings/expert_topology.cpp"
+#include "bindings/gather_compose.cpp"
 #include "bindings/gather_reduce.cpp"
 #include "bindings/grouped_matmul.cpp"
 #include "bindings/hash_table.cpp"
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_hopper(m);
   gossamer::bindings::register_low_rank(m);
   gossamer::bindings::register_map_ids(m);
+  gossamer::bindings::register_gather_compose(m);
   gossamer::bindings::register_quantized_weight(m);
   gossamer::bindings::register_expert_topology(m);
   gossamer::bindings::register_block_sparse(m);

@@ -35,6 +35,31 @@ def _fold(x):
 
 
 @triton.jit
+def map_row(ids, numbers_ptr, prime, KIND: tl.constexpr, MIXED: tl.constexpr):
+    """The rows of int64 ids by the map whose five numbers lie at the pointer."""
+    modulus = tl.load(numbers_ptr).to(tl.uint64)
+    divisor = tl.load(numbers_ptr + 1).to(tl.uint64)
+    base = tl.load(numbers_ptr + 2)
+    x = ids.to(tl.uint64)
+    if MIXED:
+        x = _mix(x)
+    if KIND != NO_PRIME:
+        multiplier = tl.load(numbers_ptr + 3).to(tl.uint64)
+        addend = tl.load(numbers_ptr + 4).to(tl.uint64)
+        if KIND == NARROW:
+            p = tl.full((1,), prime, tl.int64).to(tl.uint64)
+            x = ((x % p) * multiplier + addend) % p
+        else:
+            x = _fold(_fold(x))
+            # The upper half of a product counts from 2⁶⁴, which is 8 modulo 2⁶¹−1.
+            low, high = x * multiplier, tl.umulhi(x, multiplier)
+            x = _fold((low & 0x1FFFFFFFFFFFFFFF) + (low >> 61) + high * 8)
+            x = _fold(_fold(x + addend))
+            x = tl.where(x >= 0x1FFFFFFFFFFFFFFF, x - 0x1FFFFFFFFFFFFFFF, x)
+    return (x // divisor % modulus).to(tl.int64) + base
+
+
+@triton.jit
 def _map_ids_kernel(
     ids_ptr,
     maps_ptr,
@@ -52,39 +77,20 @@ def _map_ids_kernel(
     inside = at < count
     ids = tl.load(ids_ptr + at, inside, other=0).to(tl.int64)
     j = tl.program_id(1)
-    numbers = maps_ptr + j * 5
-    modulus = tl.load(numbers).to(tl.uint64)
-    divisor = tl.load(numbers + 1).to(tl.uint64)
-    base = tl.load(numbers + 2)
-    x = ids.to(tl.uint64)
-    if MIXED:
-        x = _mix(x)
-    if KIND != NO_PRIME:
-        multiplier = tl.load(numbers + 3).to(tl.uint64)
-        addend = tl.load(numbers + 4).to(tl.uint64)
-        if KIND == NARROW:
-            p = tl.full((1,), prime, tl.int64).to(tl.uint64)
-            x = ((x % p) * multiplier + addend) % p
-        else:
-            x = _fold(_fold(x))
-            # The upper half of a product counts from 2⁶⁴, which is 8 modulo 2⁶¹−1.
-            low, high = x * multiplier, tl.umulhi(x, multiplier)
-            x = _fold((low & 0x1FFFFFFFFFFFFFFF) + (low >> 61) + high * 8)
-            x = _fold(_fold(x + addend))
-            x = tl.where(x >= 0x1FFFFFFFFFFFFFFF, x - 0x1FFFFFFFFFFFFFFF, x)
-    row = (x // divisor % modulus).to(tl.int64) + base
+    row = map_row(ids, maps_ptr + j * 5, prime, KIND, MIXED)
     if LIMITED:
         row = tl.where((ids >= 0) & (ids < limit), row, -1)
     tl.store(out_ptr + at * num_maps + j, row.to(out_ptr.dtype.element_ty), inside)
 
 
 @functools.lru_cache(maxsize=256)
-def _numbers(maps: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+def map_numbers(maps: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """The maps as ``(H, 5)`` int64 on the device, kept, because every copy to a GPU waits for it."""
     return torch.tensor(maps, device="cpu").to(device)
 
 
-def _kind(maps: IdMaps) -> int:
+def map_kind(maps: IdMaps) -> int:
+    """Which arithmetic the maps need, a number for kernels."""
     if not maps.prime:
         return NO_PRIME.value
     return (NARROW if maps.prime < 2**31 else MERSENNE).value
@@ -98,13 +104,13 @@ def map_ids(args: MapIds) -> torch.Tensor:
         return out
     _map_ids_kernel[(triton.cdiv(ids.numel(), BLOCK), maps.count)](
         ids,
-        _numbers(tuple(maps.numbers()), ids.device),
+        map_numbers(tuple(maps.numbers()), ids.device),
         out,
         ids.numel(),
         maps.count,
         maps.prime,
         maps.limit,
-        KIND=_kind(maps),
+        KIND=map_kind(maps),
         MIXED=maps.mixed,
         LIMITED=maps.limit > 0,
         BLOCK=BLOCK,

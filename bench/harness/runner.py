@@ -38,6 +38,7 @@ FAMILIES = (
     "gather_reduce",
     "sparse_update",
     "embedding",
+    "compressed_embedding",
     "hash_table",
     "dynamic_embedding",
     "low_rank",

@@ -1,5 +1,4 @@
-#include <array>
-#include <vector>
+#include "bindings/map_ids.h"
 
 #include "bindings/arguments.h"
 #include "bindings/register.h"
@@ -8,18 +7,12 @@
 namespace gossamer::bindings {
 
 void register_map_ids(py::module_& m) {
+  py::class_<MapList>(m, "IdMaps", "Maps of ids to rows.")
+      .def(py::init<const std::vector<std::array<int64_t, 5>>&, int64_t, int64_t, bool>());
   m.def(
       "map_ids",
-      [](uintptr_t ids, bool wide_ids, int64_t count, const std::vector<std::array<int64_t, 5>>& numbers, int64_t prime,
-         int64_t limit, bool mixed, uintptr_t rows, bool wide_rows, int num_threads) {
-        std::vector<IdMap> maps;
-        maps.reserve(numbers.size());
-        for (const auto& [modulus, divisor, base, multiplier, addend] : numbers) {
-          maps.push_back({modulus, divisor, base, multiplier, addend});
-        }
-        const MapIdsArgs args{
-            pointer<const void>(ids), wide_ids, count, maps.data(), static_cast<int64_t>(maps.size()), prime, limit, mixed,
-            pointer<void>(rows),      wide_rows};
+      [](uintptr_t ids, bool wide_ids, int64_t count, const MapList& maps, uintptr_t rows, bool wide_rows, int num_threads) {
+        const MapIdsArgs args{pointer<const void>(ids), wide_ids, count, maps.get(), pointer<void>(rows), wide_rows};
         py::gil_scoped_release release;
         return map_ids(args, num_threads);
       },

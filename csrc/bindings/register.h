@@ -9,6 +9,7 @@ void register_memory(pybind11::module_& m);
 void register_recorder(pybind11::module_& m);
 void register_dispatch(pybind11::module_& m);
 void register_dispatch_cuda(pybind11::module_& m);
+void register_gather_compose(pybind11::module_& m);
 void register_gather_reduce(pybind11::module_& m);
 void register_sparse_update(pybind11::module_& m);
 void register_grouped_matmul(pybind11::module_& m);

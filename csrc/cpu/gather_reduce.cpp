@@ -9,15 +9,6 @@
 namespace gossamer {
 namespace {
 
-// Cuts the bags so that every thread gets about as many positions, and calls f(first bag, last bag).
-template <class F>
-void over_bags(const Bags& bags, int64_t dim, int num_threads, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(dim, 1));
-  if (bags.num_bags == 0) return;
-  parallel_ranges(bag_cost(bags, bags.num_bags), grain, num_threads,
-                  [&](int64_t begin, int64_t end) { f(bag_at(bags, begin), bag_at(bags, end)); });
-}
-
 // The first position in [begin, end) whose id is not below num_rows, or -1.
 template <class Index>
 int64_t first_outside(const Bags& bags, int64_t begin, int64_t end, int64_t num_rows) {

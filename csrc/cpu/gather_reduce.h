@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/dtype.h"
+#include "cpu/parallel.h"
 
 namespace gossamer {
 
@@ -48,6 +49,7 @@ struct GatherArgs {
   Bags bags;
   FloatMatrix out;  // (B, D) of the table's dtype or what it is accumulated in
   bool* outside;    // set where an id of a bag is none of the table's; or null
+  const struct ComposeArgs* composed = nullptr;  // in place of all of these, where an id has several rows
 };
 
 struct GatherMaxArgs {
@@ -100,6 +102,15 @@ inline int64_t bag_at(const Bags& bags, int64_t cost) {
     }
   }
   return low;
+}
+
+// Cuts the bags so that every thread gets about as many positions, and calls f(first bag, last bag).
+template <class F>
+void over_bags(const Bags& bags, int64_t dim, int num_threads, F&& f) {
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(dim, 1));
+  if (bags.num_bags == 0) return;
+  parallel_ranges(bag_cost(bags, bags.num_bags), grain, num_threads,
+                  [&](int64_t begin, int64_t end) { f(bag_at(bags, begin), bag_at(bags, end)); });
 }
 
 }  // namespace gossamer

@@ -16,7 +16,7 @@ constexpr int64_t kRowsPerThread = int64_t{1} << 14;
 
 int64_t map_ids(const MapIdsArgs& args, int num_threads) {
   std::atomic<int64_t> outside{args.count};
-  parallel_ranges(args.count, std::max<int64_t>(1, kRowsPerThread / args.num_maps), num_threads,
+  parallel_ranges(args.count, std::max<int64_t>(1, kRowsPerThread / args.by.count), num_threads,
                   [&](int64_t begin, int64_t end) {
                     const int64_t found = kernels().tables.map_ids(args, begin, end);
                     if (found < 0) return;

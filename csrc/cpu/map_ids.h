@@ -10,16 +10,20 @@ struct IdMap {
   int64_t modulus, divisor, base, multiplier, addend;
 };
 
+struct IdMaps {
+  const IdMap* maps;
+  int64_t count;
+  int64_t prime;  // 0 for none, below 2³¹, or 2⁶¹−1
+  int64_t limit;  // 0 for none; ids outside [0, limit) are errors
+  bool mixed;     // whether ids are mixed first
+};
+
 struct MapIdsArgs {
   const void* ids;  // (count), int32 or int64, contiguous
   bool wide_ids;
   int64_t count;
-  const IdMap* maps;
-  int64_t num_maps;
-  int64_t prime;  // 0 for none, below 2³¹, or 2⁶¹−1
-  int64_t limit;  // 0 for none; ids outside [0, limit) are errors
-  bool mixed;     // whether ids are mixed first
-  void* rows;     // (count, num_maps), int32 or int64, contiguous
+  IdMaps by;
+  void* rows;  // (count, maps), int32 or int64, contiguous
   bool wide_rows;
 };
 

@@ -6,6 +6,7 @@
 
 #include "cpu/isa_begin.h"
 #include "cpu/map_ids.h"
+#include "cpu/vec.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {
@@ -85,34 +86,29 @@ inline uint64_t largest_of(const uint64_t* x, int64_t count) {
   return largest;
 }
 
-// The place of the first id outside the limit, or -1.
-template <class Id, class Row>
-int64_t map_block(const MapIdsArgs& a, int64_t begin, int64_t count) {
-  const Id* ids = static_cast<const Id*>(a.ids) + begin;
-  uint64_t x[kIdsPerBlock], value[kIdsPerBlock];
-  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+// Calls f(j, rows without the base) for each map from the first on of at most kIdsPerBlock ids, all inside the limit. Overwrites x.
+template <class F>
+GOSSAMER_INLINE void map_block(const IdMaps& by, int64_t first_map, uint64_t* x, int64_t count, F&& f) {
+  uint64_t value[kIdsPerBlock];
   uint64_t largest = largest_of(x, count);
-  if (a.limit > 0 && largest >= static_cast<uint64_t>(a.limit)) {
-    return begin + (std::find_if(x, x + count, [&](uint64_t id) { return id >= static_cast<uint64_t>(a.limit); }) - x);
-  }
-  if (a.mixed) {
+  if (by.mixed) {
     for (int64_t i = 0; i < count; ++i) x[i] = mixed_id(x[i]);
     largest = ~uint64_t{0};
   }
-  if (static_cast<uint64_t>(a.prime) == kMersenne61) {
+  if (static_cast<uint64_t>(by.prime) == kMersenne61) {
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t sum = (x[i] & kMersenne61) + (x[i] >> 61);
       x[i] = sum >= kMersenne61 ? sum - kMersenne61 : sum;
     }
-  } else if (a.prime > 0) {
-    reduce(x, count, largest, a.prime);
+  } else if (by.prime > 0) {
+    reduce(x, count, largest, by.prime);
   }
-  if (a.prime > 0) largest = static_cast<uint64_t>(a.prime) - 1;
-  for (int64_t j = 0; j < a.num_maps; ++j) {
-    const IdMap& map = a.maps[j];
+  if (by.prime > 0) largest = static_cast<uint64_t>(by.prime) - 1;
+  for (int64_t j = first_map; j < by.count; ++j) {
+    const IdMap& map = by.maps[j];
     uint64_t most = largest;
-    if (a.prime > 0) {
-      affine(x, value, count, map, a.prime);
+    if (by.prime > 0) {
+      affine(x, value, count, map, by.prime);
     } else {
       std::copy_n(x, count, value);
     }
@@ -121,17 +117,27 @@ int64_t map_block(const MapIdsArgs& a, int64_t begin, int64_t count) {
       most /= static_cast<uint64_t>(map.divisor);
     }
     if (most >= static_cast<uint64_t>(map.modulus)) reduce(value, count, most, map.modulus);
-    Row* to = static_cast<Row*>(a.rows) + begin * a.num_maps + j;
-    for (int64_t i = 0; i < count; ++i) to[i * a.num_maps] = static_cast<Row>(static_cast<int64_t>(value[i]) + map.base);
+    f(j, value);
   }
-  return -1;
 }
 
+// The place of the first id outside the limit, or -1.
 template <class Id, class Row>
 int64_t map_range(const MapIdsArgs& a, int64_t begin, int64_t end) {
+  uint64_t x[kIdsPerBlock];
   for (int64_t at = begin; at < end; at += kIdsPerBlock) {
-    const int64_t outside = map_block<Id, Row>(a, at, std::min(kIdsPerBlock, end - at));
-    if (outside >= 0) return outside;
+    const int64_t count = std::min(kIdsPerBlock, end - at);
+    const Id* ids = static_cast<const Id*>(a.ids) + at;
+    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+    const auto limit = static_cast<uint64_t>(a.by.limit);
+    if (limit > 0 && largest_of(x, count) >= limit) {
+      return at + (std::find_if(x, x + count, [&](uint64_t id) { return id >= limit; }) - x);
+    }
+    map_block(a.by, 0, x, count, [&](int64_t j, const uint64_t* value) __attribute__((always_inline)) {
+      Row* to = static_cast<Row*>(a.rows) + at * a.by.count + j;
+      const int64_t base = a.by.maps[j].base;
+      for (int64_t i = 0; i < count; ++i) to[i * a.by.count] = static_cast<Row>(static_cast<int64_t>(value[i]) + base);
+    });
   }
   return -1;
 }

@@ -22,7 +22,10 @@ from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
+from gossamer.ops.gather_compose import Parts, gather_compose
+from gossamer.ops.gather_compose_step import gather_compose_step
 from gossamer.ops.gather_dot import gather_dot, gather_dot_step
+from gossamer.ops.gather_matmul import gather_matmul
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import gather_reduce_step, gather_reduce_tables_step
 from gossamer.ops.gather_reduce_tables import TableLayout, gather_reduce_tables
@@ -51,6 +54,7 @@ __all__ = [
     "IdMaps",
     "Int8Weight",
     "NF4Weight",
+    "Parts",
     "QuantizedExpertWeight",
     "TableLayout",
     "activate",
@@ -67,8 +71,11 @@ __all__ = [
     "dsd",
     "empty_cache",
     "expert_mlp",
+    "gather_compose",
+    "gather_compose_step",
     "gather_dot",
     "gather_dot_step",
+    "gather_matmul",
     "gather_reduce",
     "gather_reduce_step",
     "gather_reduce_tables",

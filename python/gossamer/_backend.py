@@ -171,6 +171,8 @@ _COMMON = {
     "dispatch": _ANY,
     "expert_mlp": Served(weights=(_UPDATED, _QUANTIZED), trained=_UPDATED),
     "expert_topology": _ANY,
+    "gather_compose": _ANY,
+    "gather_matmul": _ANY,
     "gather_reduce": _ANY,
     "gather_reduce_tables": _ANY,
     "grouped_matmul": Served(weights=(_DENSE, _QUANTIZED), trained=_DENSE | _QUANTIZED),

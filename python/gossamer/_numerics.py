@@ -8,3 +8,8 @@ import torch
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums of ``dtype`` numbers are kept in: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_dtype(num_rows: int) -> torch.dtype:
+    """The dtype in which numbers of so many rows are stored."""
+    return torch.int32 if num_rows < 2**31 else torch.int64

@@ -36,6 +36,8 @@ def test_kernels_compile_within_limits(rows):
         "block_sparse",
         "block_sparse_sampled",
         "gather_reduce",
+        "gather_compose",
+        "gather_matmul",
         "gather_max",
         "sparse_update",
         "grouped_matmul",

@@ -1,5 +1,6 @@
 // Lookups in tables, steps on rows and retrieval by product keys, for one instruction set: setup.py compiles it once for each.
 #include "cpu/isa_begin.h"
+#include "cpu/gather_compose.h"
 #include "cpu/gather_reduce.h"
 #include "cpu/low_rank.h"
 #include "cpu/map_ids.h"
@@ -9,6 +10,7 @@
 
 #include "cpu/isa_target.h"
 
+#include "cpu/gather_compose_kernel.h"
 #include "cpu/gather_reduce_kernel.h"
 #include "cpu/map_ids_kernel.h"
 #include "cpu/product_key_topk_kernel.h"
@@ -17,7 +19,7 @@
 namespace gossamer::GOSSAMER_ISA {
 
 const TableKernels kTables = {
-    .gather_reduce = gather_reduce,
+    .gather_reduce = gather_rows,
     .gather_max = gather_max,
     .gather_dot = gather_dot,
     .sum_pieces = sum_pieces,

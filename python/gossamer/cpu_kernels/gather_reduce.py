@@ -55,7 +55,7 @@ def native_scales(scale: torch.Tensor | None) -> tuple[int, int] | None:
     return None if scale is None else (scale.data_ptr(), scale_stride(scale))
 
 
-def _kernel_dtype(table: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+def kernel_dtype(table: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype that kernels read or write for ``dtype``: that of the table or of its sums."""
     if dtype == table.dtype:
         return dtype
@@ -64,7 +64,7 @@ def _kernel_dtype(table: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def as_kernel_dtype(table: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     """``dout`` in a dtype that kernels take for this table, with contiguous rows."""
-    return unit_rows(dout.to(_kernel_dtype(table, dout.dtype)))
+    return unit_rows(dout.to(kernel_dtype(table, dout.dtype)))
 
 
 def gather_reduce(args: GatherReduce) -> torch.Tensor:
@@ -77,7 +77,7 @@ def gather_reduce(args: GatherReduce) -> torch.Tensor:
     """
     table = unit_rows(args.table)
     lists, _alive = native_bags(args.bags)
-    out = empty_huge(args.bags.result_shape(table), _kernel_dtype(table, args.out_dtype))
+    out = empty_huge(args.bags.result_shape(table), kernel_dtype(table, args.out_dtype))
     scales = None if args.scale is None else native_scales(args.scale)
     _C.gather_reduce(*native_table(table, args.bags), scales, lists, matrix(out), torch.get_num_threads())
     return out.to(args.out_dtype)
@@ -92,7 +92,7 @@ def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
     lists, _alive = native_bags(args.bags)
     place, num_rows, dim = native_table(table, args.bags)
     shape = args.bags.result_shape(table)
-    out = empty_huge(shape, _kernel_dtype(table, args.out_dtype))
+    out = empty_huge(shape, kernel_dtype(table, args.out_dtype))
     argmax = torch.empty(shape if args.need_argmax else (0, dim), dtype=torch.int32)
     _C.gather_max(
         table=place,

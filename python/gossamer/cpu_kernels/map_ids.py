@@ -9,7 +9,12 @@ import torch
 from gossamer import _C
 
 if TYPE_CHECKING:
-    from gossamer.ops.map_ids import MapIds
+    from gossamer.ops.map_ids import IdMaps, MapIds
+
+
+def native_maps(maps: IdMaps) -> _C.IdMaps:
+    """The maps as ``_C`` takes them."""
+    return _C.IdMaps(maps.numbers(), maps.prime, maps.limit, maps.mixed)
 
 
 def map_ids(args: MapIds) -> torch.Tensor:
@@ -24,10 +29,7 @@ def map_ids(args: MapIds) -> torch.Tensor:
         ids.data_ptr(),
         ids.dtype == torch.int64,
         ids.numel(),
-        maps.numbers(),
-        maps.prime,
-        maps.limit,
-        maps.mixed,
+        native_maps(maps),
         rows.data_ptr(),
         rows.dtype == torch.int64,
         torch.get_num_threads(),

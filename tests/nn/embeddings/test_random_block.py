@@ -5,8 +5,8 @@ import torch
 from contracts import TrainedTableContract, assert_near
 
 from gossamer.nn import RandomBlockEmbedding
-from gossamer.nn.embeddings.random_block import block_maps
-from gossamer.ops.map_ids import map_ids
+from gossamer.nn.embeddings.random_block import block_parts
+from gossamer.ops.gather_compose import composed_rows
 
 
 def case(**how):
@@ -25,9 +25,9 @@ class TestRandomBlock(
 
 def test_published_places():
     """Twenty weights, blocks of two, r = (17, 13, 11)."""
-    places = map_ids(torch.arange(3), block_maps(20, 4, 2, False, [17, 13, 11]))
+    places = composed_rows(torch.arange(3), block_parts(20, 4, 2, False, [17, 13, 11]), 20)
     assert places.tolist() == [[17, 18, 11, 12], [9, 10, 3, 4], [1, 2, 14, 15]]
-    wrapped = map_ids(torch.arange(2), block_maps(20, 4, 2, True, [19, 13, 11]))
+    wrapped = composed_rows(torch.arange(2), block_parts(20, 4, 2, True, [19, 13, 11]), 20)
     assert wrapped.tolist() == [[19, 0, 12, 13], [10, 11, 3, 4]]
 
 

@@ -9,6 +9,8 @@ import torch
 
 from gossamer._checks import check_index, check_shape
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.ops.gather_compose import PACKED_BITS, Parts
+from gossamer.ops.map_ids import IdMaps
 
 
 def code_bits(num_codes: int) -> int:
@@ -27,19 +29,6 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     stream = ((codes.long().unsqueeze(-1) >> places) & 1).flatten(1)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
     return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
-
-
-def unpack_codes(packed: torch.Tensor, parts: int, bits: int) -> torch.Tensor:
-    """What :func:`pack_codes` packed: ``(N, P)`` int32."""
-    if bits == 8:
-        return packed.int()
-    # A code of up to 16 bits lies in three bytes.
-    width = packed.shape[1]
-    wide = torch.nn.functional.pad(packed, (0, 2)).int()
-    first = torch.arange(parts, device=packed.device) * bits
-    byte, shift = first // 8, (first % 8).int()
-    window = wide[:, byte] | wide[:, (byte + 1).clamp(max=width)] << 8 | wide[:, (byte + 2).clamp(max=width)] << 16
-    return (window >> shift) & (2**bits - 1)
 
 
 class CodedRowsTable(SharedRowsTable):
@@ -95,29 +84,15 @@ class CodedRowsTable(SharedRowsTable):
                 lowest, highest = part.amin(), (part - torch.tensor(limits, device=part.device)).amax()
                 if int(lowest) < 0 or int(highest) >= 0:
                     raise ValueError(f"codes must be in [0, size) of their part with sizes {tuple(limits)}")
-            stored = pack_codes(part, bits) if bits <= 16 else part.int()
+            stored = pack_codes(part, bits) if bits <= PACKED_BITS else part.int()
             self.register_buffer(name, stored.to(device))
-        first = torch.tensor([0, *itertools.accumulate(sizes)][:-1], dtype=torch.int32, device=device)
-        self.register_buffer("_first", first, persistent=False)
+        self._maps = IdMaps.of(sizes, bases=[0, *itertools.accumulate(sizes)][:-1])
 
-    def _codes_at(self, name: str, places: torch.Tensor) -> torch.Tensor:
-        stored = getattr(self, name).index_select(0, places)
-        bits = self._bits[name == "rare"]
-        return unpack_codes(stored, len(self.sizes), bits) if bits <= 16 else stored
-
-    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of ``ids (...)``, ``(..., P)``; ``ids.shape`` where P is 1."""
-        flat = ids.reshape(-1)
-        if self.rare is None:
-            codes = self._codes_at("codes", flat)
-        else:
-            # An id outside the table is one outside the codes of the rare ones.
-            often = (flat >= 0) & (flat < self.frequent)
-            codes = self._codes_at("rare", (flat - self.frequent).masked_fill(often, 0))
-            if self.frequent:
-                codes = torch.where(often.unsqueeze(1), self._codes_at("codes", flat.masked_fill(~often, 0)), codes)
-        rows = codes + self._first
-        return rows.view(ids.shape) if self.rows_per_id == 1 else rows.view(*ids.shape, self.rows_per_id)
+    def parts(self) -> Parts:
+        """A row for each of the P codes of an id."""
+        bits = [b if b <= PACKED_BITS else 32 for b in self._bits]
+        stored = {"coded": len(self.sizes), "codes": self.codes, "rare": self.rare, "bits": bits}
+        return Parts.of(self.embedding_dim, self.operation, self._maps, **stored)
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> CodedRowsTable:

@@ -12,6 +12,7 @@ from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import Table, fit_budget
 from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.ops.gather_compose import Parts
 from gossamer.ops.map_ids import IdMaps, map_ids, radix_maps
 
 PARTITIONS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "path")
@@ -86,16 +87,16 @@ class CompositionalEmbedding(SharedRowsTable):
         else:
             self._maps = radix_maps(moduli, limit=num_embeddings)
 
-    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of :attr:`weight` for the classes of ``ids (...)``, ``(..., k)``."""
-        return map_ids(ids, self._maps)
+    def parts(self) -> Parts:
+        """A row of :attr:`weight` for each of the k classes of an id."""
+        return Parts.of(self.embedding_dim, self.operation, self._maps)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``; raises as :meth:`Table.forward`."""
         if self.partition != "path":
             return super().lookup(ids)
         check_index("ids", ids)
-        row, network = self.addresses(ids).unbind(-1)
+        row, network = map_ids(ids, self._maps).unbind(-1)
         rows = self.rows("weight", row)
         return self.paths(rows, (network - self.moduli[0]).reshape(-1, 1), rows.new_ones(ids.numel(), 1))
 

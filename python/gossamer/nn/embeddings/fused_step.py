@@ -8,6 +8,8 @@ from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.table import Table, bytes_of
 from gossamer.nn.replicas import check_alone, is_sharded
 from gossamer.ops.embedding import embedding
+from gossamer.ops.gather_compose import Parts, gather_compose
+from gossamer.ops.gather_compose_step import gather_compose_step
 from gossamer.ops.gather_dot import gather_dot, gather_dot_step
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import gather_reduce_step
@@ -29,7 +31,7 @@ class FusedStep(torch.nn.Module):
     optimizer raise a ``ValueError``, unless they are told to leave it alone.
 
     A subclass names its parameters in :attr:`tables`, calls :meth:`attach` once they are there, and reads them by
-    :meth:`rows`, :meth:`bags` and :meth:`dots`.
+    :meth:`rows`, :meth:`bags`, :meth:`dots` and :meth:`composed`.
 
     Attributes:
         tables: names of the parameters ``(rows, columns)`` that the optimizer steps.
@@ -81,6 +83,20 @@ class FusedStep(torch.nn.Module):
         if self.optimizer is None:
             return gather_dot(getattr(self, table), ids, x, **how)
         return gather_dot_step(getattr(self, table), ids, x, **how, **self._step(table))
+
+    def composed(
+        self,
+        table: str,
+        ids: torch.Tensor,
+        parts: Parts,
+        offsets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        **how: object,
+    ) -> torch.Tensor:
+        """:func:`gossamer.gather_compose` of one of :attr:`tables`; with an optimizer, backward steps its rows."""
+        if self.optimizer is None:
+            return gather_compose(getattr(self, table), ids, parts, offsets, weights, **how)
+        return gather_compose_step(getattr(self, table), ids, parts, offsets, weights, **how, **self._step(table))
 
     def detach_optimizer(self) -> None:
         """Stop training the tables: drop the optimizer and its state."""

@@ -6,6 +6,7 @@ import torch
 
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.ops.gather_compose import Parts
 from gossamer.ops.map_ids import IdMaps, map_ids
 
 
@@ -74,6 +75,6 @@ class DoubleHashEmbedding(SeededMaps, SharedRowsTable):
     def _draw_maps(self, seed: int) -> None:
         self._maps = IdMaps.universal([self.num_rows] * 2, seed=seed)
 
-    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+    def parts(self) -> Parts:
         """Both hashes."""
-        return map_ids(ids, self._maps)
+        return Parts.of(self.embedding_dim, self.operation, self._maps)

@@ -208,7 +208,7 @@ class ProductQuantizedEmbedding(FusedTable):
         codes = often * packed_width(self.num_parts, code_bits(self.num_codes))
         if often < self.num_embeddings:
             codes += (self.num_embeddings - often) * packed_width(self.num_parts, code_bits(self.rare_codes))
-        return self.codewords.numel() * self.codewords.element_size() + codes + 4 * self.num_parts
+        return self.codewords.numel() * self.codewords.element_size() + codes
 
     def freeze(self) -> ProductQuantizedEmbedding:
         """Keep codes and codewords alone."""
@@ -257,7 +257,7 @@ class ProductQuantizedEmbedding(FusedTable):
         best, smallest = None, None
         for parts in splits:
             for bits in range(1, code_bits(_MOST_CODES) + 1):
-                fixed = often * packed_width(parts, bits) + seldom * packed_width(parts, code_bits(rare)) + 4 * parts
+                fixed = often * packed_width(parts, bits) + seldom * packed_width(parts, code_bits(rare))
                 word = embedding_dim * itemsize
                 least, most = max(2 ** (bits - 1) + 1, rare), min(2**bits, max(num_embeddings, 2))
                 if most < least:

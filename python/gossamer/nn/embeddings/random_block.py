@@ -8,7 +8,8 @@ from gossamer._checks import check_positive
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import fit_budget
-from gossamer.ops.map_ids import IdMaps, map_ids
+from gossamer.ops.gather_compose import Parts
+from gossamer.ops.map_ids import IdMaps
 
 #: A prime below 2³¹, above what hashed places are taken modulo it.
 _PRIME = 2_147_483_647
@@ -65,11 +66,11 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
     def _draw_maps(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         constants = torch.randint(1, _PRIME, (3,), generator=generator, device="cpu").tolist()
-        self._maps = block_maps(self.num_rows, self.embedding_dim, self.block_size, self.wrap, constants)
+        self._parts = block_parts(self.num_rows, self.embedding_dim, self.block_size, self.wrap, constants)
 
-    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """The places of the D weights of each id."""
-        return map_ids(ids, self._maps)
+    def parts(self) -> Parts:
+        """The blocks of an id."""
+        return self._parts
 
     @classmethod
     def from_budget(
@@ -87,13 +88,12 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
         return cls(num_embeddings, embedding_dim, weights, **options)
 
 
-def block_maps(num_weights: int, embedding_dim: int, block_size: int, wrap: bool, constants: list[int]) -> IdMaps:
-    """The place of each of the D entries of a vector, for the constants ``[r1, r2, r3]``."""
+def block_parts(num_weights: int, embedding_dim: int, block_size: int, wrap: bool, constants: list[int]) -> Parts:
+    """The blocks that a vector is cut from, for the constants ``[r1, r2, r3]``."""
     r1, r2, r3 = constants
-    blocks, within = zip(*(divmod(i, block_size) for i in range(embedding_dim)), strict=True)
-    starts = [(r1 + r2 * block) % _PRIME for block in blocks]
-    shared = {"multipliers": [r3] * embedding_dim, "prime": _PRIME}
-    if wrap:
-        addends = [(start + i) % _PRIME for start, i in zip(starts, within, strict=True)]
-        return IdMaps.of([num_weights] * embedding_dim, addends=addends, **shared)
-    return IdMaps.of([num_weights - block_size + 1] * embedding_dim, addends=starts, bases=list(within), **shared)
+    count = -(-embedding_dim // block_size)
+    starts = [(r1 + r2 * block) % _PRIME for block in range(count)]
+    # Blocks that wrap are placed below the prime, and their elements taken modulo M.
+    moduli = [_PRIME if wrap else num_weights - block_size + 1] * count
+    maps = IdMaps.of(moduli, multipliers=[r3] * count, addends=starts, prime=_PRIME)
+    return Parts.of(embedding_dim, "concat", maps, block=block_size, wrap=wrap)

@@ -7,7 +7,8 @@ import torch
 from gossamer._checks import check_has_numbers, check_index, check_positive, check_same_device, check_shape, check_sizes
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.ops.map_ids import IdMaps, map_ids
+from gossamer.ops.gather_compose import Parts
+from gossamer.ops.map_ids import IdMaps
 
 
 class FrequencyEmbedding(SharedRowsTable):
@@ -120,12 +121,21 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         self._keep_seed(seed, self.weight.device)
 
     def _draw_maps(self, seed: int) -> None:
-        self._maps = IdMaps.universal([self.num_rows], seed=seed)
+        hashed = IdMaps.universal([self.num_rows], seed=seed)
+        # The first part is read from the clusters.
+        numbers = {"multipliers": [1, *hashed.multipliers], "addends": [0, *hashed.addends]}
+        self._maps = IdMaps.of([self.num_rows] * 2, **numbers, prime=hashed.prime, mixed=hashed.mixed)
+
+    def parts(self) -> Parts | None:
+        """The row of an id's cluster beside the hashed one, with ``double``."""
+        if self.rows_per_id == 1:
+            return None
+        codes = {"coded": 1, "codes": self.row_of_id.unsqueeze(1), "bits": [32]}
+        return Parts.of(self.embedding_dim, self.operation, self._maps, **codes)
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """:attr:`row_of_id` at ``ids``, with ``double`` beside the hash."""
-        rows = rows_at(self.row_of_id, ids)
-        return rows if self.rows_per_id == 1 else torch.stack([rows, map_ids(ids, self._maps).squeeze(-1)], -1)
+        return rows_at(self.row_of_id, ids) if self.rows_per_id == 1 else super().addresses(ids)
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> ClusteredEmbedding:

@@ -7,16 +7,16 @@ import torch
 from gossamer._checks import check_index, check_positive, check_same_device
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import Table, check_mode, fit_budget
+from gossamer.ops.gather_compose import OPERATIONS, Parts, composed_rows
 from gossamer.optim import Optimizer
-
-OPERATIONS = ("add", "mul", "concat")
 
 
 class SharedRowsTable(FusedTable):
     """A table of M rows where an id's vector is composed of H of them: ``e(x) = ω_h weight[addresses(x)_h]``.
 
     ω is the sum, the product or the concatenation, for which rows have D/H columns. A subclass says which rows by
-    :meth:`addresses`. Rows that several ids share get the sum of their gradients, and an optimizer steps each once.
+    :meth:`parts`, which kernels decode as they read ids, or by :meth:`addresses` where an id has one. Rows that several
+    ids share get the sum of their gradients, and an optimizer steps each once.
 
     Args:
         num_embeddings: N, the number of ids.
@@ -83,9 +83,16 @@ class SharedRowsTable(FusedTable):
         torch.nn.init.uniform_(self.weight, -bound, bound)
         self._reset_state()
 
+    def parts(self) -> Parts | None:
+        """How the H rows of an id are found; None where a subclass says the one row by :meth:`addresses`."""
+        return None
+
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows ``(*ids.shape, H)`` of ``ids``; ``ids.shape`` where H is 1."""
-        raise NotImplementedError(f"{type(self).__name__} must define addresses(ids)")
+        """The rows ``(*ids.shape, H)`` of ``ids``; ``ids.shape`` where :meth:`parts` is None."""
+        parts = self.parts()
+        if parts is None:
+            raise NotImplementedError(f"{type(self).__name__} must define parts() or addresses(ids)")
+        return composed_rows(ids, parts, self.num_rows)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``.
@@ -96,14 +103,9 @@ class SharedRowsTable(FusedTable):
         """
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
-        rows = self.addresses(ids)
-        if self.rows_per_id == 1:
-            return self.rows("weight", rows)
-        if self.operation == "add":
-            found = self.bags("weight", rows.reshape(-1, self.rows_per_id))
-            return found.view(*ids.shape, self.embedding_dim)
-        found = self.rows("weight", rows)
-        return found.prod(-2) if self.operation == "mul" else found.flatten(-2)
+        if (parts := self.parts()) is None:
+            return self.rows("weight", self.addresses(ids))
+        return self.composed("weight", ids.reshape(-1), parts).view(*ids.shape, self.embedding_dim)
 
     def forward(
         self,
@@ -111,41 +113,16 @@ class SharedRowsTable(FusedTable):
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`. Sums and concatenations are pooled as they are read, and never stored."""
+        """Bags, as :meth:`Table.forward`. Rows are found, combined and pooled as ids are read; no vector is stored."""
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
         lists = (ids, offsets, per_sample_weights)
-        if self.rows_per_id == 1:
-            how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-            return self.bags("weight", self.addresses(ids), offsets, per_sample_weights, **how)
-        if self.operation == "concat":
-            return self._joined(*lists)
-        if self.operation == "add" and self.mode != "max":
-            return self._summed(*lists)
-        return Table.forward(self, *lists)
-
-    def _summed(self, ids, offsets, weights):
-        """Bags of the H rows of each id; the mean of a bag of ids is H times that of its rows."""
-        times = self.rows_per_id
-        rows = self.addresses(ids).flatten(-2)
-        weights = None if weights is None else weights.repeat_interleave(times, -1)
-        ends = None if offsets is None else offsets * times
         how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-        pooled = self.bags("weight", rows, ends, weights, **how)
-        return pooled * times if self.mode == "mean" else pooled
-
-    def _joined(self, ids, offsets, weights):
-        """The bags of the first of the H rows, then those of the second: each is pooled by itself."""
-        rows, times = self.addresses(ids).movedim(-1, 0), self.rows_per_id
-        if weights is not None:
-            weights = weights.expand(times, *weights.shape).flatten(0, 1)
-        ends = None
-        if offsets is not None:
-            starts = offsets[:-1] if self.include_last_offset else offsets
-            ends = (starts + torch.arange(times, device=ids.device).unsqueeze(1) * ids.shape[0]).flatten()
-        how = {"mode": self.mode, "include_last_offset": False}
-        pooled = self.bags("weight", rows.flatten(0, 1), ends, weights, **how)
-        return pooled.view(times, -1, pooled.shape[-1]).movedim(0, 1).flatten(1)
+        if (parts := self.parts()) is None:
+            return self.bags("weight", self.addresses(ids), offsets, per_sample_weights, **how)
+        if self.mode == "max":
+            return Table.forward(self, *lists)
+        return self.composed("weight", ids, parts, offsets, per_sample_weights, **how)
 
     def extra_repr(self) -> str:
         """Sizes and mode, and the optimizer where there is one."""

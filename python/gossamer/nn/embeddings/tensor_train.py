@@ -9,8 +9,10 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import check_mode, fit_budget
-from gossamer.ops.map_ids import map_ids, radix_maps
+from gossamer.nn.embeddings.table import Table, check_mode, fit_budget
+from gossamer.ops.gather_compose import Parts
+from gossamer.ops.gather_matmul import gather_matmul, pairs_of
+from gossamer.ops.map_ids import IdMaps, map_ids
 from gossamer.optim import Optimizer
 
 
@@ -21,7 +23,8 @@ class TensorTrainEmbedding(FusedTable):
     ``e(x) = G_1[i_1]·G_2[i_2]·G_3[i_3]``, where ``G_1[i]`` is ``(d_1, r_1)``, ``G_2[i]`` is ``(r_1, d_2·r_2)`` and
     ``G_3[i]`` is ``(r_2, d_3)``; the entry ``(a, b, c)`` of the product is entry ``(a·d_2 + b)·d_3 + c`` of ``e(x)``.
 
-    Where a batch has more ids than there are pairs ``(i_1, i_2)``, the first product is computed once a pair.
+    Where a batch has more ids than there are pairs ``(i_1, i_2)``, the first product is computed once a pair. The
+    second is added up over a bag as it is computed.
 
     Args:
         num_embeddings: N.
@@ -88,9 +91,7 @@ class TensorTrainEmbedding(FusedTable):
         columns = (d[0] * ranks[0], ranks[0] * d[1] * ranks[1], ranks[1] * d[2])
         for name, rows, width in zip(self.tables, n, columns, strict=True):
             setattr(self, name, torch.nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype)))
-        # The last digit is the lowest, and digits begin at 0 in each core.
-        self._maps = radix_maps(n[::-1], limit=num_embeddings)
-        self._first_rows = [n[2] + n[1], n[2], 0]
+        self._maps = IdMaps.of(n, divisors=[n[1] * n[2], n[2], 1], limit=num_embeddings)
         self.reset_parameters()
         self.attach(optimizer)
 
@@ -112,24 +113,53 @@ class TensorTrainEmbedding(FusedTable):
             IndexError: on the CPU, an id outside ``[0, N)``.
         """
         check_index("ids", ids)
-        (n1, n2, _), (d1, d2, d3), r2 = self.row_factors, self.dim_factors, self.ranks[1]
-        third, second, first = map_ids(ids.reshape(-1), self._maps).unbind(-1)
-        i1, i2 = first - self._first_rows[0], second - self._first_rows[1]
-        count = ids.numel()
+        return self._multiplied(ids.reshape(-1, 1)).view(*ids.shape, self.embedding_dim)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bags, as :meth:`Table.forward`. Vectors are multiplied and pooled as ids are read, and never stored."""
+        check_index("ids", ids)
+        if self.mode == "max":
+            return Table.forward(self, ids, offsets, per_sample_weights)
+        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
+        return self._multiplied(ids, offsets, per_sample_weights, **how)
+
+    def _multiplied(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Bags of products of cores."""
+        (n1, n2, n3), (d1, d2, _), (r1, r2) = self.row_factors, self.dim_factors, self.ranks
+        core1, core2, core3 = self._cores(ids)
+        count, columns = ids.numel(), d1 * d2 * r2
         if count > n1 * n2:
             everyone = torch.arange(n1 * n2, device=ids.device)
-            pairs = self._pairs(everyone // n2, everyone % n2)
-            left = pairs.index_select(0, i1 * n2 + i2)
+            pairs = gather_matmul(core1, core2, everyone, _two(columns, (n1, n2), (n2, 1), n1 * n2), r1)
+            last = _two(self.embedding_dim, (n1 * n2, n3), (n3, 1), self.num_embeddings)
         else:
-            left = self._pairs(i1, i2)
-        right = self.rows("core3", third).view(count, r2, d3)
-        return torch.bmm(left.view(count, d1 * d2, r2), right).view(*ids.shape, self.embedding_dim)
+            both = _two(columns, (n1, n2), (n2 * n3, n3), self.num_embeddings)
+            pairs = gather_matmul(core1, core2, ids.reshape(-1), both, r1)
+            # A pair an id, in the ids' order.
+            places = torch.arange(count, device=ids.device)
+            third = map_ids(ids.reshape(-1), self._maps)[:, 2]
+            last = pairs_of(torch.stack([places, third], 1), self.embedding_dim)
+            ids = places.view(ids.shape)
+        return gather_matmul(pairs, core3, ids, last, r2, *lists, **how)
 
-    def _pairs(self, i1: torch.Tensor, i2: torch.Tensor) -> torch.Tensor:
-        """``G_1[i_1]·G_2[i_2]``, ``(L, d_1·d_2·r_2)``."""
-        (d1, d2, _), (r1, r2) = self.dim_factors, self.ranks
-        left = self.rows("core1", i1).view(-1, d1, r1)
-        return torch.bmm(left, self.rows("core2", i2).view(-1, r1, d2 * r2)).flatten(1)
+    def _cores(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The cores; with an optimizer copies of the rows that ids choose, which backward steps."""
+        if self.optimizer is None:
+            return [getattr(self, name) for name in self.tables]
+        digits = map_ids(ids.reshape(-1), self._maps)
+        found = []
+        for name, rows, digit in zip(self.tables, self.row_factors, digits.unbind(1), strict=True):
+            # Ids that CUDA could not refuse have no digits, and touch a row that is not there.
+            touched = torch.zeros(rows + 1, dtype=torch.bool, device=ids.device)
+            touched = touched.index_fill(0, torch.where(digit < 0, rows, digit).long(), True)[:rows]
+            chosen = torch.where(touched, torch.arange(rows, device=ids.device), -1)
+            found.append(self.bags(name, chosen.unsqueeze(1), bounds="drop"))
+        return found
 
     def extra_repr(self) -> str:
         """Sizes, ranks and mode, and the optimizer where there is one."""
@@ -157,6 +187,11 @@ class TensorTrainEmbedding(FusedTable):
         n, d = _three_rows(num_embeddings), _three_factors(embedding_dim)
         knob = fit_budget(nbytes, 2, 2 * max(n[0] * d[0], n[2] * d[2]), size_of, name)
         return cls(num_embeddings, embedding_dim, ranks(knob), **options)
+
+
+def _two(dim: int, moduli: tuple[int, int], divisors: tuple[int, int], limit: int) -> Parts:
+    """The two matrices that quotients of an id choose."""
+    return Parts.of(dim, "matmul", IdMaps.of(moduli, divisors=divisors, limit=limit))
 
 
 def _three_rows(num_embeddings: int) -> tuple[int, int, int]:

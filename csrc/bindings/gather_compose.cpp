@@ -1,0 +1,117 @@
+#include "cpu/gather_compose.h"
+
+#include <string>
+#include <string_view>
+
+#include "bindings/arguments.h"
+#include "bindings/bags.h"
+#include "bindings/map_ids.h"
+#include "bindings/register.h"
+
+namespace gossamer::bindings {
+
+// (pointer, ids, bytes of a row, bits)
+using PyCodes = std::tuple<uintptr_t, int64_t, int64_t, int>;
+
+static CodeList code_list(const PyCodes& codes) {
+  const auto& [bytes, num_ids, width, bits] = codes;
+  return {pointer<const uint8_t>(bytes), num_ids, width, bits};
+}
+
+// Runs the call with the lock released, and raises what it could not read.
+static void compose(const ComposeArgs& args, bool check_weights, int num_threads) {
+  const auto known = args.parts.num_ids() > 0 ? args.parts.num_ids() : std::numeric_limits<int64_t>::max();
+  raise_bad_bags(args.bags, known, false, check_weights, num_threads);
+  {
+    py::gil_scoped_release release;
+    gather_compose(args, num_threads);
+  }
+  if (*args.fault == static_cast<int32_t>(PartsFault::kId)) raise_bad_bags(args.bags, known, true, false, num_threads);
+  if (*args.fault == static_cast<int32_t>(PartsFault::kCode)) {
+    throw py::index_error("codes must be below the number of rows of their part");
+  }
+}
+
+void register_gather_compose(py::module_& m) {
+  struct OwnedParts {
+    MapList maps;
+    int64_t num_coded;
+    CodeList often, seldom;
+    Composition composition;
+    int64_t columns;
+    bool blocks, wrap;
+
+    Parts get() const { return {maps.get(), num_coded, often, seldom, composition, columns, blocks, wrap}; }
+  };
+  py::class_<OwnedParts>(m, "Parts", "Which rows an id's vector is composed of.")
+      .def(py::init([](const MapList& maps, int64_t num_coded, const PyCodes& often, const PyCodes& seldom,
+                       std::string_view operation, int64_t columns, bool blocks, bool wrap) {
+        const auto composition = operation == "add"      ? Composition::kAdd
+                                 : operation == "mul"    ? Composition::kMultiply
+                                 : operation == "concat" ? Composition::kConcatenate
+                                                         : Composition::kMatmul;
+        return OwnedParts{maps, num_coded, code_list(often), code_list(seldom), composition, columns, blocks, wrap};
+      }));
+  m.def(
+      "gather_compose",
+      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const OwnedParts& parts, const PyMatrix& out,
+         int num_threads) {
+        int32_t fault = 0;
+        const ComposeArgs args{.table = matrix(table),
+                               .num_rows = num_rows,
+                               .dim = dim,
+                               .bags = bags,
+                               .parts = parts.get(),
+                               .out = matrix(out),
+                               .fault = &fault};
+        compose(args, true, num_threads);
+      },
+      "out[b] = sum or mean over the live ids of bag b of weight · the vector that the id's rows compose.");
+  m.def(
+      "gather_matmul",
+      [](const PyMatrix& left, int64_t num_rows, int64_t dim, int64_t inner, int64_t width, const PyMatrix& right,
+         int64_t second_rows, const Bags& bags, const OwnedParts& parts, const PyMatrix& out, int num_threads) {
+        int32_t fault = 0;
+        const ComposeArgs args{.table = matrix(left),
+                               .num_rows = num_rows,
+                               .dim = dim,
+                               .bags = bags,
+                               .parts = parts.get(),
+                               .out = matrix(out),
+                               .fault = &fault,
+                               .second = matrix(right),
+                               .second_rows = second_rows,
+                               .inner = inner,
+                               .width = width};
+        compose(args, true, num_threads);
+      },
+      "out[b] = sum or mean over the live ids of bag b of weight · the product of the matrices that the id chooses.",
+      py::kw_only(), py::arg("left"), py::arg("num_rows"), py::arg("dim"), py::arg("inner"), py::arg("width"), py::arg("right"),
+      py::arg("second_rows"), py::arg("bags"), py::arg("parts"), py::arg("out"), py::arg("num_threads"));
+  m.def(
+      "compose_gradient",
+      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const OwnedParts& parts, const PyMatrix& dout,
+         const PyVector& rows, uintptr_t part_gradients, const PyVector& weight_gradients, int num_threads) {
+        int32_t fault = 0;
+        const IndexArray to = index_array(rows);
+        const ComposeGradient gradient{.dout = matrix(dout),
+                                       .rows = const_cast<void*>(to.base),
+                                       .wide_rows = to.wide,
+                                       .part_gradients = pointer<void>(part_gradients),
+                                       .weight_gradients = row_matrix(weight_gradients)};
+        compose({.table = matrix(table),
+                 .num_rows = num_rows,
+                 .dim = dim,
+                 .bags = bags,
+                 .parts = parts.get(),
+                 .out = {},
+                 .gradient = &gradient,
+                 .fault = &fault},
+                false, num_threads);
+      },
+      "The rows of each position's parts, the gradients of factors, and those of weights.", py::kw_only(), py::arg("table"),
+      py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("parts"), py::arg("dout"), py::arg("rows"),
+      py::arg("part_gradients"), py::arg("weight_gradients"), py::arg("num_threads"));
+}
+
+}  // namespace gossamer::bindings

@@ -1,0 +1,65 @@
+// Sums and means over lists of ids whose vectors are composed of several rows of a table, or of blocks of an array.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+#include "cpu/gather_reduce.h"
+#include "cpu/map_ids.h"
+
+namespace gossamer {
+
+// A matrix product has two parts: a row of the table is a matrix (m, k), and one of a second table is (k, n).
+enum class Composition { kAdd, kMultiply, kConcatenate, kMatmul };
+
+// Codes of ids, `width` bytes an id, packed lowest bit first.
+struct CodeList {
+  const uint8_t* bytes;
+  int64_t num_ids, width;
+  int bits;
+};
+
+// Which rows an id's vector is composed of. A map gives the row of a part; of a coded part it gives the first row and, by
+// its modulus, how many there are, and a code says which; codes beyond them or the table are faults.
+struct Parts {
+  IdMaps maps;
+  int64_t num_coded;       // parts with codes, which come first
+  CodeList often, seldom;  // codes of the first ids, and of those that follow
+  Composition composition;
+  int64_t columns;  // of a part, of which a concatenation may cut the last
+  bool blocks;      // parts are so many consecutive elements of one array, at places that maps give
+  bool wrap;        // blocks go on at the beginning of the array, and their places are taken modulo its size
+
+  // Ids below are known; 0 where all are.
+  int64_t num_ids() const { return num_coded > 0 ? often.num_ids + seldom.num_ids : maps.limit; }
+};
+
+// What a call met that it could not read; the first of them that a thread says is kept.
+enum class PartsFault : int32_t { kNone, kId, kCode };
+
+// What the gradient of composed vectors is made of, for each position.
+struct ComposeGradient {
+  FloatMatrix dout;  // (B, D) of the accumulator's dtype, column stride 1, or absent
+  // The row of each part, -1 where the id contributes nothing; elements where parts are blocks.
+  void* rows;  // (L, H), (L, D) for blocks, or null
+  bool wide_rows;
+  void* part_gradients;          // (L, H, C) of the accumulator's dtype, for products; or null
+  FloatMatrix weight_gradients;  // one row of num_positions, or absent; the bags are then without weights
+};
+
+struct ComposeArgs {
+  FloatMatrix table;      // (M, C), column stride 1; (M, 1) contiguous where parts are blocks
+  int64_t num_rows, dim;  // M, D
+  Bags bags;              // without limit and features
+  Parts parts;
+  FloatMatrix out;                            // (B, D), of the table's dtype or what it is accumulated in
+  const ComposeGradient* gradient = nullptr;  // what is written in place of the result
+  int32_t* fault;
+  FloatMatrix second{};  // of a matrix product, of the table's dtype, column stride 1
+  int64_t second_rows = int64_t{1} << 62;
+  int64_t inner = 0, width = 0;  // k and n of a matrix product; m is D/n
+};
+
+void gather_compose(const ComposeArgs& args, int num_threads);
+
+}  // namespace gossamer

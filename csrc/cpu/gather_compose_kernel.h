@@ -1,0 +1,513 @@
+// Sums of composed rows and their gradient, of one instruction set.
+//
+// Ids are decoded to rows a block at a time, one block ahead of the rows that are read, so that these can be prefetched.
+#pragma once
+
+#include "cpu/isa_begin.h"
+#include "cpu/gather_compose.h"
+
+#include "cpu/isa_target.h"
+
+#include "cpu/gather_reduce_kernel.h"
+#include "cpu/map_ids_kernel.h"
+#include "cpu/vec.h"
+
+namespace gossamer::GOSSAMER_ISA {
+namespace {
+
+// Tables up to this many bytes stay in the second-level cache, and their rows are not prefetched.
+constexpr int64_t kCachedBytes = int64_t{1} << 18;
+
+// `n` lanes of S: a vector, a part of one, or a number.
+template <class S, int n>
+struct LanesOf {
+  typedef S type __attribute__((vector_size(n * sizeof(S))));
+};
+template <class S>
+struct LanesOf<S, 1> {
+  using type = S;
+};
+
+template <int n, class T>
+GOSSAMER_INLINE auto load_lanes_of(const T* from) {
+  using S = Accumulator<T>;
+  if constexpr (n == kLanes<S>) {
+    return load(from);
+  } else if constexpr (std::is_same_v<T, S>) {
+    typename LanesOf<S, n>::type v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  } else if constexpr (n == 1) {
+    return static_cast<S>(to_scalar(*from));
+  } else {
+    typename LanesOf<S, n>::type v;
+    for (int i = 0; i < n; ++i) v[i] = to_scalar(from[i]);
+    return v;
+  }
+}
+
+template <class S, class V>
+GOSSAMER_INLINE void store_lanes_of(S* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <int n>
+using Count = std::integral_constant<int, n>;
+
+// Calls f(lanes, vectors, column) for the vectors, parts of vectors and numbers that cover `dim` columns of elements T. Those of
+// 16 bits are widened one by one in parts of vectors, so they have fewer of them.
+template <class T, class F>
+GOSSAMER_INLINE void cover(int64_t dim, F&& f) {
+  using S = Accumulator<T>;
+  constexpr int n = kLanes<S>;
+  int64_t column = 0;
+  const auto take = [&](auto lanes, auto vectors) __attribute__((always_inline)) {
+    constexpr int size = decltype(lanes)::value * decltype(vectors)::value;
+    for (; column + size <= dim; column += size) f(lanes, vectors, column);
+  };
+  if constexpr (std::is_same_v<T, S>) take(Count<n>{}, Count<4>{});
+  take(Count<n>{}, Count<1>{});
+  if constexpr (n > 8 && std::is_same_v<T, S>) take(Count<8>{}, Count<1>{});
+  if constexpr (n > 4) take(Count<4>{}, Count<1>{});
+  if constexpr (n > 2 && std::is_same_v<T, S>) take(Count<2>{}, Count<1>{});
+  take(Count<1>{}, Count<1>{});
+}
+
+// A ring of decoded positions: the row of each part, and the weight.
+template <class S>
+class PartRows {
+ public:
+  PartRows(const ComposeArgs& args, int64_t begin, int64_t end)
+      : args_(args),
+        parts_(args.parts),
+        begin_(begin),
+        end_(end),
+        decoded_(begin),
+        num_ids_(static_cast<uint64_t>(parts_.num_ids())),
+        array_(parts_.wrap ? args.num_rows : 1) {
+    // Rows of many parts would leave the first-level cache.
+    block_ = kIdsPerBlock;
+    while (block_ > 32 && block_ * parts_.maps.count > 2048) block_ /= 2;
+    slots_ = 2 * block_;
+    ring_.reset(new int64_t[slots_ * parts_.maps.count]);
+    weights_.reset(new S[slots_]);
+    if (!args.bags.weights) std::fill_n(weights_.get(), slots_, S{1});
+  }
+
+  // Decodes ahead of position p; returns the end of the positions from p on, up to `end`, that can be read.
+  int64_t reach(int64_t p, int64_t end) {
+    while (decoded_ < end_ && decoded_ + block_ <= p + slots_) decode();
+    return std::min(end, decoded_);
+  }
+
+  int64_t num_parts() const { return parts_.maps.count; }
+  // The row of a part at a position: -1 where its id contributes nothing, below that for a block to be read element by element.
+  int64_t row(int64_t part, int64_t p) const { return ring_[part * slots_ + slot(p)]; }
+  // The same of some position at or behind p, for prefetching.
+  int64_t later(int64_t part, int64_t p) const { return row(part, std::min(p, decoded_ - 1)); }
+  S weight(int64_t p) const { return weights_[slot(p)]; }
+
+  // Element i of a block whose row is -2 or below.
+  int64_t element(int64_t row, int64_t i) const {
+    const int64_t place = -2 - row + i;
+    return (place >= parts_.maps.prime ? place - parts_.maps.prime : place) % args_.num_rows;
+  }
+
+  bool live(uint64_t id) const {
+    return (num_ids_ == 0 || id < num_ids_) && static_cast<int64_t>(id) != args_.bags.padding_idx;
+  }
+
+  // Ids of a whole bag that contribute.
+  int64_t count(int64_t begin, int64_t end) const {
+    int64_t found = 0;
+    for (int64_t p = begin; p < end; ++p) found += live(static_cast<uint64_t>(args_.bags.index[p]));
+    return found;
+  }
+
+ private:
+  int64_t slot(int64_t p) const { return (p - begin_) & (slots_ - 1); }
+
+  void say(PartsFault fault) {
+    if (args_.fault) __atomic_store_n(args_.fault, static_cast<int32_t>(fault), __ATOMIC_RELAXED);
+  }
+
+  void read_ids(int64_t at, int64_t count, uint64_t* x) const {
+    if (args_.bags.index.wide) {
+      std::copy_n(static_cast<const uint64_t*>(args_.bags.index.base) + at, count, x);
+    } else {
+      const int32_t* ids = static_cast<const int32_t*>(args_.bags.index.base) + at;
+      for (int64_t i = 0; i < count; ++i) x[i] = static_cast<uint64_t>(int64_t{ids[i]});
+    }
+  }
+
+  void decode() {
+    uint64_t x[kIdsPerBlock];
+    int64_t skipped[kIdsPerBlock], num_skipped = 0;
+    const int64_t at = decoded_, count = std::min(block_, end_ - at), to = slot(at);
+    read_ids(at, count, x);
+    if (args_.bags.padding_idx >= 0 || (num_ids_ > 0 && largest_of(x, count) >= num_ids_)) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (live(x[i])) continue;
+        if (num_ids_ > 0 && x[i] >= num_ids_ && !args_.bags.drop) say(PartsFault::kId);
+        skipped[num_skipped++] = i;
+        x[i] = 0;
+      }
+    }
+    if (args_.bags.weights) {
+      visit_float(args_.bags.weights.dtype, [&](auto tag) {
+        const auto* from = static_cast<const typename decltype(tag)::type*>(args_.bags.weights.base) + at;
+        for (int64_t i = 0; i < count; ++i) weights_[to + i] = static_cast<S>(to_scalar(from[i]));
+      });
+    }
+    if (parts_.num_coded > 0) {
+      read_codes(x, count, to);
+      prefetch_codes(at + count);
+    }
+    if (parts_.num_coded < parts_.maps.count) {
+      map_block(parts_.maps, parts_.num_coded, x, count,
+                [&](int64_t part, const uint64_t* value) __attribute__((always_inline)) {
+                  const int64_t base = parts_.maps.maps[part].base;
+                  int64_t* rows = &ring_[part * slots_ + to];
+                  if (parts_.wrap) {
+                    place_blocks(value, count, rows);
+                  } else {
+                    for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<int64_t>(value[i]) + base;
+                  }
+                });
+    }
+    for (int64_t i = 0; i < num_skipped; ++i) {
+      for (int64_t part = 0; part < parts_.maps.count; ++part) ring_[part * slots_ + to + skipped[i]] = -1;
+    }
+    decoded_ += count;
+  }
+
+  // Blocks that start at these places before they are taken modulo the array's size.
+  void place_blocks(const uint64_t* value, int64_t count, int64_t* rows) const {
+    const bool takes = array_.takes(static_cast<uint64_t>(parts_.maps.prime));
+    for (int64_t i = 0; i < count; ++i) {
+      const auto place = static_cast<int64_t>(value[i]);
+      const int64_t start = takes ? array_.remainder(place) : place % args_.num_rows;
+      const bool whole = place + parts_.columns <= parts_.maps.prime && start + parts_.columns <= args_.num_rows;
+      rows[i] = whole ? start : -2 - place;
+    }
+  }
+
+  const CodeList& list_of(uint64_t& id) const {
+    if (id < static_cast<uint64_t>(parts_.often.num_ids)) return parts_.often;
+    id -= static_cast<uint64_t>(parts_.often.num_ids);
+    return parts_.seldom;
+  }
+
+  void read_codes(const uint64_t* x, int64_t count, int64_t to) {
+    bool bad = false;
+    for (int64_t part = 0; part < parts_.num_coded; ++part) {
+      const IdMap& map = parts_.maps.maps[part];
+      const int64_t rows = parts_.composition == Composition::kMatmul && part == 1 ? args_.second_rows : args_.num_rows;
+      bad |= read_part(x, count, part, map.base, std::min(map.modulus, rows - map.base), &ring_[part * slots_ + to]);
+    }
+    if (bad) say(PartsFault::kCode);
+  }
+
+  // The rows of one part; whether a code is not below `size`.
+  bool read_part(const uint64_t* x, int64_t count, int64_t part, int64_t base, int64_t size, int64_t* rows) const {
+    const CodeList& list = parts_.often;
+    if (list.bits == 8 && parts_.seldom.num_ids == 0) {
+      const uint8_t* codes = list.bytes + part;
+      for (int64_t i = 0; i < count; ++i) rows[i] = base + codes[x[i] * list.width];
+      if (size >= 256) return false;
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        uint64_t id = x[i];
+        const CodeList& own = list_of(id);
+        rows[i] = base + static_cast<int64_t>(code_at(own, static_cast<int64_t>(id), part));
+      }
+    }
+    bool bad = false;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool beyond = rows[i] - base >= size;
+      bad |= beyond;
+      rows[i] = beyond ? base : rows[i];
+    }
+    return bad;
+  }
+
+  static uint64_t code_at(const CodeList& list, int64_t id, int64_t part) {
+    const int64_t bit = part * list.bits, byte = bit / 8;
+    const uint8_t* row = list.bytes + id * list.width;
+    // A code lies in five bytes; those behind the list are not read.
+    const int64_t left = (list.num_ids - id) * list.width - byte;
+    uint64_t window = 0;
+    if (left >= 8) {
+      std::memcpy(&window, row + byte, 8);
+    } else {
+      std::memcpy(&window, row + byte, left);
+    }
+    return (window >> (bit % 8)) & ((uint64_t{1} << list.bits) - 1);
+  }
+
+  // Into the second-level cache, as prefetch_row does.
+  void prefetch_codes(int64_t at) const {
+    const int64_t count = std::min(block_, end_ - at);
+    if (count <= 0) return;
+    uint64_t x[kIdsPerBlock];
+    read_ids(at, count, x);
+    for (int64_t i = 0; i < count; ++i) {
+      if (x[i] >= num_ids_) continue;
+      const CodeList& list = list_of(x[i]);
+      __builtin_prefetch(list.bytes + static_cast<int64_t>(x[i]) * list.width, 0, 2);
+    }
+  }
+
+  const ComposeArgs& args_;
+  const Parts& parts_;
+  int64_t begin_, end_, decoded_, block_, slots_;
+  uint64_t num_ids_;
+  Divisor array_;
+  std::unique_ptr<int64_t[]> ring_;
+  std::unique_ptr<S[]> weights_;
+};
+
+template <class T>
+GOSSAMER_INLINE void prefetch_part(const ComposeArgs& a, const PartRows<Accumulator<T>>& rows, int64_t part, int64_t p,
+                                   int64_t bytes) {
+  const int64_t row = std::max<int64_t>(rows.later(part, p), 0);
+  prefetch_lines<1, Fetch::kReadLater>(static_cast<const T*>(a.table.base) + row * a.table.row_stride, bytes);
+}
+
+// Adds the composed vectors of positions [p, until), times their weights, to sums of all D columns.
+template <bool kMultiply, class T, class S = Accumulator<T>>
+void add_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+  const int64_t parts = rows.num_parts(), stride = a.table.row_stride, ahead = gather_ahead(fetched);
+  cover<T>(a.dim, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+    constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+    using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
+    const T* table = static_cast<const T*>(a.table.base) + column;
+    V sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&sum[v], sums + column + v * n, sizeof(V));
+    for (int64_t q = p; q < until; ++q) {
+      if (fetched > 0 && column == 0) {
+        for (int64_t part = 0; part < parts; ++part) prefetch_part<T>(a, rows, part, q + ahead, fetched);
+      }
+      const int64_t first = rows.row(0, q);
+      if (first < 0) continue;
+      V found[kVectors];
+      for (int v = 0; v < kVectors; ++v) found[v] = load_lanes_of<n>(table + first * stride + v * n);
+      for (int64_t part = 1; part < parts; ++part) {
+        const T* row = table + rows.row(part, q) * stride;
+        for (int v = 0; v < kVectors; ++v) {
+          const V more = load_lanes_of<n>(row + v * n);
+          found[v] = kMultiply ? found[v] * more : found[v] + more;
+        }
+      }
+      const S weight = rows.weight(q);
+      for (int v = 0; v < kVectors; ++v) sum[v] += found[v] * weight;
+    }
+    for (int v = 0; v < kVectors; ++v) store_lanes_of(sums + column + v * n, sum[v]);
+  });
+}
+
+// The same of concatenated vectors, one part after the other.
+template <class T, class S = Accumulator<T>>
+void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+  const int64_t stride = a.table.row_stride, ahead = gather_ahead(fetched);
+  const T* base = static_cast<const T*>(a.table.base);
+  for (int64_t part = 0; part < rows.num_parts(); ++part) {
+    const int64_t begin = part * a.parts.columns;
+    cover<T>(std::min(a.parts.columns, a.dim - begin),
+             [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+               constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+               using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
+               V sum[kVectors];
+               for (int v = 0; v < kVectors; ++v) std::memcpy(&sum[v], sums + begin + column + v * n, sizeof(V));
+               for (int64_t q = p; q < until; ++q) {
+                 if (fetched > 0 && column == 0) prefetch_part<T>(a, rows, part, q + ahead, fetched);
+                 const int64_t row = rows.row(part, q);
+                 if (__builtin_expect(row >= 0, 1)) {
+                   const T* from = base + row * stride + column;
+                   const S weight = rows.weight(q);
+                   for (int v = 0; v < kVectors; ++v) sum[v] += load_lanes_of<n>(from + v * n) * weight;
+                 } else if (row < -1) {
+                   T apart[kVectors * n];
+                   for (int i = 0; i < kVectors * n; ++i) apart[i] = base[rows.element(row, column + i)];
+                   for (int v = 0; v < kVectors; ++v) sum[v] += load_lanes_of<n>(apart + v * n) * rows.weight(q);
+                 }
+               }
+               for (int v = 0; v < kVectors; ++v) store_lanes_of(sums + begin + column + v * n, sum[v]);
+             });
+  }
+}
+
+// The same of products of two small matrices, kRows rows of the first at a time.
+template <int kRows, class T, class S = Accumulator<T>>
+void add_product_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, int64_t first,
+                      S* sums) {
+  const int64_t depth = a.inner, width = a.width, ahead = gather_ahead(fetched);
+  const T* left_base = static_cast<const T*>(a.table.base) + first * depth;
+  cover<T>(width, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+    constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+    using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
+    const T* right_base = static_cast<const T*>(a.second.base) + column;
+    S* to = sums + first * width + column;
+    V sum[kRows][kVectors];
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) std::memcpy(&sum[i][v], to + i * width + v * n, sizeof(V));
+    }
+    for (int64_t q = p; q < until; ++q) {
+      if (fetched > 0 && first == 0 && column == 0) prefetch_part<T>(a, rows, 0, q + ahead, fetched);
+      const int64_t row = rows.row(0, q);
+      if (row < 0) continue;
+      const T* left = left_base + row * a.table.row_stride;
+      const T* right = right_base + rows.row(1, q) * a.second.row_stride;
+      V found[kRows][kVectors] = {};
+      for (int64_t r = 0; r < depth; ++r) {
+        V term[kVectors];
+        for (int v = 0; v < kVectors; ++v) term[v] = load_lanes_of<n>(right + r * width + v * n);
+        for (int i = 0; i < kRows; ++i) {
+          const S factor = static_cast<S>(to_scalar(left[i * depth + r]));
+          for (int v = 0; v < kVectors; ++v) found[i][v] += term[v] * factor;
+        }
+      }
+      const S weight = rows.weight(q);
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += found[i][v] * weight;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) store_lanes_of(to + i * width + v * n, sum[i][v]);
+    }
+  });
+}
+
+template <class T, class S = Accumulator<T>>
+void add_products(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+  const int64_t height = a.dim / a.width;
+  int64_t first = 0;
+  for (; first + 4 <= height; first += 4) add_product_rows<4, T>(a, rows, p, until, fetched, first, sums);
+  for (; first < height; ++first) add_product_rows<1, T>(a, rows, p, until, fetched, first, sums);
+}
+
+template <class T, class S = Accumulator<T>>
+void add_composed(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+  switch (a.parts.composition) {
+    case Composition::kAdd:
+      return add_rows<false, T>(a, rows, p, until, fetched, sums);
+    case Composition::kMultiply:
+      return add_rows<true, T>(a, rows, p, until, fetched, sums);
+    case Composition::kConcatenate:
+      return add_joined<T>(a, rows, p, until, fetched, sums);
+    case Composition::kMatmul:
+      return add_products<T>(a, rows, p, until, fetched, sums);
+  }
+}
+
+template <class T>
+void compose_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
+  using S = Accumulator<T>;
+  if (first_bag >= last_bag) return;
+  const Bags& bags = a.bags;
+  PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1));
+  const int64_t row_bytes = a.parts.columns * static_cast<int64_t>(sizeof(T));
+  const int64_t fetched = a.num_rows * a.table.row_stride * static_cast<int64_t>(sizeof(T)) > kCachedBytes ? row_bytes : 0;
+  std::vector<S> sums(a.dim);
+  for (int64_t bag = first_bag; bag < last_bag; ++bag) {
+    const int64_t begin = bags.begin(bag), end = bags.end(bag);
+    std::fill(sums.begin(), sums.end(), S{0});
+    for (int64_t p = begin; p < end;) {
+      const int64_t until = rows.reach(p, end);
+      add_composed<T>(a, rows, p, until, fetched, sums.data());
+      p = until;
+    }
+    const S divisor = bags.mean ? static_cast<S>(std::max<int64_t>(rows.count(begin, end), 1)) : S{1};
+    const auto write = [&](auto* out) {
+      for (int64_t c = 0; c < a.dim; ++c) from_scalar(sums[c] / divisor, out[c]);
+    };
+    if (a.out.dtype == a.table.dtype) {
+      write(static_cast<T*>(a.out.base) + bag * a.out.row_stride);
+    } else {
+      write(static_cast<S*>(a.out.base) + bag * a.out.row_stride);
+    }
+  }
+}
+
+// The gradient of each factor of a product: `dout`, times the position's factor, times the other rows.
+template <class T, class S = Accumulator<T>>
+void factor_gradients(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, const S* dout, S factor, S* to) {
+  const T* table = static_cast<const T*>(a.table.base);
+  for (int64_t part = 0; part < rows.num_parts(); ++part, to += a.dim) {
+    cover<T>(a.dim, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+      constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t c = column + v * n;
+        auto found = load_lanes_of<n>(dout + c) * factor;
+        for (int64_t other = 0; other < rows.num_parts(); ++other) {
+          if (other != part) found *= load_lanes_of<n>(table + rows.row(other, p) * a.table.row_stride + c);
+        }
+        store_lanes_of(to + c, found);
+      }
+    });
+  }
+}
+
+template <class T>
+void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
+  using S = Accumulator<T>;
+  if (first_bag >= last_bag) return;
+  const ComposeGradient& g = *a.gradient;
+  const Bags& bags = a.bags;
+  const Parts& parts = a.parts;
+  PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1));
+  const int64_t num_parts = parts.maps.count;
+  std::vector<S> sums(a.dim);
+  const auto write_rows = [&](int64_t p, auto* to) {
+    if (!parts.blocks) {
+      to += p * num_parts;
+      for (int64_t part = 0; part < num_parts; ++part) to[part] = rows.row(part, p);
+      return;
+    }
+    to += p * a.dim;
+    for (int64_t c = 0; c < a.dim; ++c) {
+      const int64_t row = rows.row(c / parts.columns, p), i = c % parts.columns;
+      to[c] = row < -1 ? rows.element(row, i) : row < 0 ? -1 : row + i;
+    }
+  };
+  for (int64_t bag = first_bag; bag < last_bag; ++bag) {
+    const int64_t begin = bags.begin(bag), end = bags.end(bag);
+    const S divisor = bags.mean ? static_cast<S>(std::max<int64_t>(rows.count(begin, end), 1)) : S{1};
+    const S* dout = static_cast<const S*>(g.dout.base) + bag * g.dout.row_stride;
+    for (int64_t p = begin; p < end;) {
+      const int64_t until = rows.reach(p, end);
+      for (; p < until; ++p) {
+        if (g.rows && g.wide_rows) write_rows(p, static_cast<int64_t*>(g.rows));
+        if (g.rows && !g.wide_rows) write_rows(p, static_cast<int32_t*>(g.rows));
+        if (rows.row(0, p) == -1) continue;
+        if (g.part_gradients) {
+          S* to = static_cast<S*>(g.part_gradients) + p * num_parts * a.dim;
+          factor_gradients<T>(a, rows, p, dout, rows.weight(p) / divisor, to);
+        }
+        if (g.weight_gradients) {
+          std::fill(sums.begin(), sums.end(), S{0});
+          add_composed<T>(a, rows, p, p + 1, 0, sums.data());
+          S dots[8] = {};
+          for (int64_t c = 0; c < a.dim; ++c) dots[c % 8] += sums[c] * dout[c];
+          const S dot = ((dots[0] + dots[4]) + (dots[2] + dots[6])) + ((dots[1] + dots[5]) + (dots[3] + dots[7]));
+          visit_float(g.weight_gradients.dtype, [&](auto tag) {
+            from_scalar(dot / divisor, static_cast<typename decltype(tag)::type*>(g.weight_gradients.base)[p]);
+          });
+        }
+      }
+    }
+  }
+}
+
+// gather_reduce of a row an id, or of composed ones.
+void gather_rows(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
+  if (!args.composed) return gather_reduce(args, first_bag, last_bag);
+  const ComposeArgs& a = *args.composed;
+  visit_float(a.table.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    a.gradient ? gradient_of_bags<T>(a, first_bag, last_bag) : compose_bags<T>(a, first_bag, last_bag);
+  });
+}
+
+}  // namespace
+}  // namespace gossamer::GOSSAMER_ISA

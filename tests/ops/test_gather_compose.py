@@ -1,0 +1,316 @@
+"""gossamer.gather_compose: sums of composed vectors and their gradients against float64, however rows are found."""
+
+import pytest
+import torch
+from helpers import assert_same_bits, check, flat, ragged, run
+
+import gossamer
+from gossamer.nn.embeddings.codes import pack_codes
+from gossamer.ops.gather_compose import (
+    ComposeGradient,
+    GatherCompose,
+    Parts,
+    checked_compose,
+    gather_compose_reference,
+)
+from gossamer.ops.gather_compose_step import GatherComposeStep
+from gossamer.ops.map_ids import IdMaps, radix_maps
+from gossamer.ops.sparse_update import check_state
+
+N = 30
+PRIME = 2**31 - 1
+
+
+def digits(dim, operation, moduli):
+    return Parts.of(dim, operation, radix_maps(moduli, limit=N)), (sum(moduli), dim if operation != "concat" else None)
+
+
+def coded(dim, operation, bits, count, columns, device, rare_bits=0, hashed=False):
+    """Codes of N ids, of which the last ten are rare where those have bits of their own."""
+    generator = torch.Generator().manual_seed(bits)
+    frequent = N - 10 if rare_bits else N
+    packed = []
+    for ids, width in ((frequent, bits), (N - frequent, rare_bits)):
+        codes = torch.randint(2 ** min(max(width, 1), 10) - 1, (ids, count), generator=generator).to(device)
+        packed.append(codes.int() if width == 32 else pack_codes(codes, width) if width else None)
+    size = 2 ** min(bits, 10) - 1
+    moduli, bases = [size] * count, [size * part for part in range(count)]
+    maps = IdMaps.of(moduli, bases=bases)
+    if hashed:
+        maps = IdMaps.of([*moduli, 7], bases=[*bases, 0], multipliers=[1] * count + [9], prime=PRIME, mixed=True)
+    rows = size * count
+    more = {"coded": count, "codes": packed[0], "rare": packed[1], "bits": [bits, rare_bits]}
+    return Parts.of(dim, operation, maps, **more), (rows, columns)
+
+
+def blocks(dim, size, wrap):
+    """Blocks of an array of 23 elements, which other blocks and the ends of the array cut."""
+    count = -(-dim // size)
+    modulus = PRIME if wrap else 23 - size + 1
+    # The second block of ids 0 .. 4 crosses the prime.
+    addends = [5, PRIME - 2, 17, 100, 11, 9][:count]
+    maps = IdMaps.of([modulus] * count, multipliers=[1 if wrap else 77] * count, addends=addends, prime=PRIME)
+    return Parts.of(dim, "concat", maps, block=size, wrap=wrap), (23, 1)
+
+
+# Whole vectors, parts of vectors and single columns; two, three and many parts; each way to find rows.
+CASES = {
+    "added digits": lambda device: digits(16, "add", [7, 5]),
+    "multiplied digits": lambda device: digits(37, "mul", [7, 5]),
+    "three multiplied": lambda device: digits(8, "mul", [4, 3, 3]),
+    "joined digits": lambda device: (digits(10, "concat", [7, 5])[0], (12, 5)),
+    "many columns": lambda device: digits(150, "mul", [7, 5]),
+    "two hashes of any id": lambda device: (Parts.of(16, "add", IdMaps.universal([11, 11], seed=3)), (11, 16)),
+    "bytes": lambda device: coded(16, "concat", 8, 4, 4, device),
+    "five bits, three for rare ids": lambda device: coded(14, "concat", 5, 7, 2, device, rare_bits=3),
+    "thirteen bits": lambda device: coded(24, "add", 13, 3, 24, device),
+    "whole numbers and a hash": lambda device: coded(9, "add", 32, 1, 9, device, hashed=True),
+    "blocks": lambda device: blocks(10, 4, False),
+    "blocks that wrap": lambda device: blocks(11, 2, True),
+    "blocks of one": lambda device: blocks(6, 1, True),
+}
+CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def functions(ids, parts, offsets=None, *, backend, mode="sum"):
+    """The function under test and its reference, closed over the lists, of table and weights."""
+
+    def function(table, weights=None):
+        with gossamer.backend(backend):
+            return gossamer.gather_compose(table, ids, parts, offsets, weights, mode=mode)
+
+    def reference(table, weights=None):
+        bags = checked_compose(table, ids, parts, offsets, weights, mode, True, "reference")
+        return gather_compose_reference(GatherCompose(table, bags, parts, table.dtype))
+
+    return function, reference
+
+
+def spelt_out(table, ids, parts):
+    """The vector of each id by the formula, in Python's integers."""
+    maps, rows = parts.maps, []
+    for x in ids.tolist():
+        found = []
+        for part, (m, q, base, a, b) in enumerate(maps.numbers()):
+            if part < parts.coded:
+                stored, bits, at = parts.codes, parts.bits[0], x
+                if x >= parts.codes.shape[0]:
+                    stored, bits, at = parts.rare, parts.bits[1], x - parts.codes.shape[0]
+                row = stored[at].tolist()
+                number = row[part] if bits == 32 else sum(byte << 8 * i for i, byte in enumerate(row)) >> part * bits
+                found.append(base + number % 2**bits)
+                continue
+            value = x % 2**64
+            if maps.mixed:
+                value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+                value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+                value = value ^ (value >> 31)
+            value = (a * value + b) % maps.prime if maps.prime else value
+            found.append(value // q % m + base)
+        if parts.block:
+            places = [found[i // parts.block] + i % parts.block for i in range(parts.dim)]
+            found = [place % maps.prime % len(table) if parts.wrap else place for place in places]
+        chosen = table[torch.tensor(found, device=table.device)]
+        how = {"add": lambda rows: rows.sum(0), "mul": lambda rows: rows.prod(0), "concat": torch.flatten}
+        rows.append(how[parts.operation](chosen))
+    return torch.stack(rows)
+
+
+@CASE
+def test_formula(any_backend, device, case):
+    """Single ids, against Python's integers."""
+    parts, shape = case(device)
+    table, ids = torch.randn(shape, device=device), torch.arange(N, device=device)
+    with gossamer.backend(any_backend):
+        found = gossamer.gather_compose(table, ids, parts)
+    torch.testing.assert_close(found, spelt_out(table, ids, parts), rtol=1e-6, atol=1e-7)
+
+
+@CASE
+def test_fixed_width(kernel_backend, device, case):
+    """Bags of J ids: the sum and the gradients of table and weights."""
+    parts, shape = case(device)
+    ids = torch.randint(N, (13, 5), device=device)
+    inputs = {"table": torch.randn(shape, device=device), "weights": torch.randn(13, 5, device=device)}
+    check(*functions(ids, parts, backend=kernel_backend), inputs)
+
+
+@CASE
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_ragged(kernel_backend, device, case, mode):
+    """Empty bags, one longer than the blocks of ids that are decoded, and ids outside all bags, which are not read."""
+    parts, shape = case(device)
+    longest = 600 if kernel_backend == "native" else 30
+    ids, offsets = ragged([0, 3, 1, 0, longest, 9, 0], N, device, torch.int32)
+    ids, offsets = torch.cat([ids[:4], ids, ids[:3]]), offsets + 4
+    inputs = {"table": torch.randn(shape, device=device)}
+    if mode == "sum":
+        inputs["weights"] = torch.randn(ids.shape[0], device=device)
+    check(*functions(ids, parts, offsets, backend=kernel_backend, mode=mode), inputs)
+
+
+@pytest.mark.parametrize("case", ["multiplied digits", "bytes", "blocks that wrap", "added digits"])
+def test_dtypes(kernel_backend, dtype, device, case):
+    """Rows of 16 bits are widened as they are read; sums are rounded once."""
+    parts, shape = CASES[case](device)
+    inputs = {"table": torch.randn(shape, device=device, dtype=dtype)}
+    check(*functions(torch.randint(N, (7, 3), device=device), parts, backend=kernel_backend), inputs)
+
+
+@pytest.mark.parametrize("case", ["three multiplied", "joined digits", "blocks"])
+def test_finite_differences(device, case):
+    """Both gradients, and theirs, in float64."""
+    parts, shape = CASES[case](device)
+    ids, offsets = ragged([2, 0, 3], N, device)
+    table = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    weights = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)
+
+    def function(table, weights):
+        return gossamer.gather_compose(table, ids, parts, offsets, weights)
+
+    assert torch.autograd.gradcheck(function, (table, weights))
+    assert torch.autograd.gradgradcheck(function, (table, weights))
+
+
+@CASE
+def test_same_bits(device, case):
+    """The same bits for any number of threads, whatever else is in the batch, forward and backward."""
+    parts, shape = case(device)
+    ids, offsets = ragged([700, 0, 5, 1300, 90], N, device)
+    table = torch.randn(shape, device=device)
+    dout = torch.randn(5, parts.dim, device=device)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        function = functions(ids, parts, offsets, backend="native" if device == "cpu" else "triton")[0]
+        results.append(run(function, {"table": table}, ["table"], dout))
+        alone = gossamer.gather_compose(table, ids[705:2005].unsqueeze(0), parts)
+        assert torch.equal(alone[0], results[-1]["out"][3])
+    torch.set_num_threads(threads)
+    for more in results[1:]:
+        assert_same_bits(results[0], more)
+
+
+def test_large_tables(device):
+    """Tables beyond the second-level cache, whose rows are fetched ahead."""
+    maps = IdMaps.of([70_000, 3], bases=[0, 70_000], limit=10**6)
+    parts, ids = Parts.of(8, "mul", maps), torch.randint(10**6, (50, 20), device=device)
+    inputs = {"table": torch.randn(70_003, 8, device=device)}
+    check(*functions(ids, parts, backend="native" if device == "cpu" else "triton"), inputs)
+
+
+@pytest.mark.parametrize("case", ["multiplied digits", "joined digits", "blocks that wrap", "bytes"])
+@pytest.mark.parametrize("long", [False, True])
+def test_step(any_backend, device, case, long):
+    """One step of plain gradient descent in the backward pass, by the gradient of the plain lookup."""
+    parts, shape = CASES[case](device)
+    ids, offsets = (
+        ragged([2, 0, 300 if any_backend == "native" else 20], N, device)
+        if long
+        else (torch.randint(9, (3, 4), device=device), None)
+    )
+    table = torch.randn(shape, device=device)
+    weights = torch.randn(ids.shape, device=device)
+    dout = torch.randn(3, parts.dim, device=device)
+    optimizer = gossamer.optim.SGD(lr=0.5)
+    with gossamer.backend(any_backend):
+        plain = run(
+            functions(ids, parts, offsets, backend=any_backend)[0],
+            {"table": table, "weights": weights},
+            ["table", "weights"],
+            dout,
+        )
+        stepped, given = table.clone(), weights.clone().requires_grad_()
+        state = optimizer.state(*shape, device)
+        handle = torch.zeros(0, device=device, requires_grad=True)
+        y = gossamer.gather_compose_step(
+            stepped, ids, parts, offsets, given, handle=handle, optimizer=optimizer, state=state
+        )
+        assert torch.equal(y, plain["out"])
+        y.backward(dout)
+    assert torch.equal(given.grad, plain["weights"]) and state["step"].item() == 1
+    torch.testing.assert_close(stepped, table - 0.5 * plain["table"], rtol=1e-5, atol=1e-6)
+    untouched = plain["table"] == 0
+    assert torch.equal(stepped[untouched], table[untouched])
+
+
+@pytest.mark.parametrize("bad", [-1, N, 2**40])
+def test_ids_outside(any_backend, device, bad):
+    parts, shape = CASES["multiplied digits"](device)
+    table, ids = torch.randn(shape, device=device), torch.tensor([[3, bad, 4]], device=device)
+    with gossamer.backend(any_backend):
+        if device == "cpu" and any_backend != "triton":
+            with pytest.raises(IndexError, match=rf"must be in \[0, N\) with N=30, got {bad} at (flat )?position 1"):
+                gossamer.gather_compose(table, ids, parts)
+        else:
+            good = gossamer.gather_compose(table, ids[:, ::2], parts)
+            assert torch.equal(gossamer.gather_compose(table, ids, parts), good)
+
+
+def test_codes_outside(device):
+    """A code above its part, as a damaged file may hold, reads nothing beyond the table."""
+    parts, shape = CASES["bytes"](device)
+    table = torch.randn(shape, device=device)
+    parts.codes[7, 3] = 255
+    if device == "cpu":
+        with pytest.raises(IndexError, match="codes must be below the number of rows of their part"):
+            gossamer.gather_compose(table, torch.arange(N), parts)
+    else:
+        assert gossamer.gather_compose(table, torch.arange(N, device=device), parts).isfinite().all()
+
+
+def test_bad_arguments(device):
+    parts, shape = CASES["multiplied digits"](device)
+    table, ids = torch.randn(shape, device=device), torch.zeros(2, 3, dtype=torch.int64, device=device)
+    for wrong, message in (
+        ({"mode": "max"}, "mode must be 'sum' or 'mean' for composed rows, got 'max'"),
+        ({"parts": parts._replace(dim=9)}, r"parts must have the dim 37 of 2 rows of 37, got 9"),
+        ({"table": table[:-1]}, r"table must have at least 12 rows, which the maps reach, got 11"),
+        ({"parts": parts._replace(operation="max")}, r"operation must be one of \('add', 'mul', 'concat'\), got 'max'"),
+        ({"parts": parts._replace(block=37)}, r"table must have shape \(M, 1\) for blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gossamer.gather_compose(**{"table": table, "ids": ids, "parts": parts} | wrong)
+    with pytest.raises(TypeError, match="must be int32 or int64"):
+        gossamer.gather_compose(table, ids.float(), parts)
+    with pytest.raises(TypeError, match=r"parts must be gossamer\.Parts with maps, got int"):
+        gossamer.gather_compose(table, ids, 3)
+
+
+def test_bad_codes(device):
+    """Codes that do not hold what they should would be read beyond their end."""
+    parts, shape = CASES["bytes"](device)
+    table, ids = torch.randn(shape, device=device), torch.zeros(2, 3, dtype=torch.int64, device=device)
+    for wrong, error, message in (
+        ({"codes": parts.codes[:, :3]}, ValueError, r"parts\.codes must hold 4 codes of 8 bits, got \(30, 3\)"),
+        ({"codes": parts.codes[:0]}, ValueError, r"parts\.codes must have codes of at least one id"),
+        ({"codes": None}, ValueError, r"parts\.codes must be given for coded parts"),
+        ({"codes": parts.codes.int()}, TypeError, r"parts\.codes must be uint8 .*, got torch\.int32 with 8"),
+        ({"coded": 5}, ValueError, r"parts\.coded must be in \[0, 4\], the number of maps, got 5"),
+    ):
+        with pytest.raises(error, match=message):
+            gossamer.gather_compose(table, ids, parts._replace(**wrong))
+    wrapped, shape = CASES["blocks that wrap"](device)
+    maps = IdMaps.of([PRIME] * 6, bases=[1] * 6, prime=PRIME)
+    with pytest.raises(ValueError, match="parts that wrap must be blocks placed below their prime"):
+        gossamer.gather_compose(torch.randn(shape, device=device), ids, wrapped._replace(maps=maps))
+
+
+@pytest.mark.parametrize("case", ["multiplied digits", "five bits, three for rare ids"])
+def test_operators(any_backend, device, case):
+    parts, shape = CASES[case](device)
+    ids, offsets = ragged([2, 0, 3], N, device)
+    table = torch.randn(shape, device=device, requires_grad=True)
+    bags = checked_compose(table, ids, parts, offsets, None, "mean", True, any_backend)
+    dout = torch.randn(3, parts.dim, device=device)
+    compose = GatherCompose(table, bags, parts, table.dtype)
+    torch.library.opcheck(torch.ops.gossamer.gather_compose.default, flat(compose, any_backend))
+    gradient = ComposeGradient(dout, table.detach(), bags, parts, parts.operation == "mul", False)
+    torch.library.opcheck(torch.ops.gossamer.compose_gradient.default, flat(gradient, any_backend))
+    if any_backend == "reference":
+        handle = torch.zeros(0, device=device, requires_grad=True)
+        optimizer = gossamer.optim.SGD(lr=0.5)
+        update = check_state(optimizer, optimizer.state(*shape, device), table.detach())
+        step = GatherComposeStep(handle, compose._replace(table=table.detach()), update)
+        tests = ("test_schema", "test_faketensor")  # its backward pass changes the table
+        torch.library.opcheck(torch.ops.gossamer.gather_compose_step.default, flat(step, any_backend), test_utils=tests)
