@@ -312,6 +312,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(sizes, chosen.dtype, tuple(chosen.directions.split(",")), chosen.seconds)
         if dist.get_rank() == 0:
             chosen.output.write_text(json.dumps(found))
+        # No process leaves while another still waits for its part of a collective.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

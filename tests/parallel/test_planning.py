@@ -504,7 +504,7 @@ def test_two_hops_are_predicted_as_an_exchange_by_node():
 
 def test_bytes_of_rows_are_those_that_processes_sent():
     """Of the stored run of two processes, whose routing was drawn."""
-    stored = json.loads((RESULTS / "parallel-experts-gloo-epyc-2-cores.json").read_text())
+    stored = json.loads((RESULTS / "parallel-experts-fp32-gloo-epyc-2-cores.json").read_text())
     run = stored["runs"][0]
     sizes, processes = run["sizes"], run["processes"]
     changes = {"num_hidden_layers": 1, "hidden_size": sizes["H"], "intermediate_size": sizes["I"]}

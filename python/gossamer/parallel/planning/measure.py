@@ -262,6 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(seconds=chosen.seconds)
         if dist.get_rank() == 0:
             chosen.output.write_text(json.dumps(found))
+        # No process leaves while another still waits for its part of a collective.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
