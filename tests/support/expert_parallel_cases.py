@@ -535,6 +535,21 @@ def checkpoints_serve_another_number_of_processes():
         same_parameters(whole, other)
 
 
+def experts_too_large_for_one_process_are_never_whole():
+    """Made on the meta device, divided, then given memory and loaded."""
+    torch.manual_seed(0)
+    whole = Experts(5, H, 8)
+    folder = FOLDER / "large"
+    dcp.save(shard_experts(copy.deepcopy(whole), mesh()).state_dict(), checkpoint_id=folder)
+    layer = shard_experts(Experts(5, H, 8, device="meta"), mesh()).to_empty(device="cpu")
+    state = layer.state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    layer.load_state_dict(state)
+    same_parameters(whole, layer)
+    x, ids, weights = inputs(RANK, 5, 2, torch.float32)
+    near(layer(x, ids, weights), whole(x, ids, weights), "y")
+
+
 def all_ranks_raise(kind, words, function):
     try:
         function()
@@ -593,6 +608,7 @@ CASES = (
     biases_move_alike_everywhere,
     autocast_sends_narrow_rows,
     checkpoints_serve_another_number_of_processes,
+    experts_too_large_for_one_process_are_never_whole,
     bad_input_is_refused_on_every_rank,
 )
 

@@ -631,7 +631,8 @@ def shard_experts(
     compiled.
 
     Args:
-        module: an expert layer, or a model with some, whole on every rank; a rank reads the experts that it keeps.
+        module: an expert layer, or a model with some, whole on every rank; a rank reads the experts that it keeps. On
+            the meta device nothing is: divide, then ``to_empty`` and load a checkpoint.
         mesh: a DeviceMesh.
         dim: the dimension of the mesh that experts are divided over; None for the only one. Several, as
             ``("node", "device")``, for an exchange in as many hops: a token travels once to each node that has experts
