@@ -15,7 +15,7 @@ import torch
 
 from gossamer.bench.families.embedding_peers import PEERS
 from gossamer.bench.families.tables import LR, SAMPLE, Problem, Training, training
-from gossamer.bench.harness.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, FloatGate, Outputs, Request
+from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Outputs, Request
 from gossamer.bench.harness.peers import gather
 from gossamer.nn import Embedding, EmbeddingBag, QuantizedEmbedding, TableBatchedEmbeddingBags
 from gossamer.optim import SGD, Optimizer, RowwiseAdagrad
@@ -156,7 +156,7 @@ def _quantized(problem: Problem, optimizer: Optimizer | None) -> list[Training]:
     numbers = [layer.weight.detach() for layer in layers]
     return [
         training(f"gossamer {name}", OURS, problem, lambda: layers[0](ids), numbers[:1], "int8"),
-        training(f"plain torch {name}", REFERENCE, problem, forward, numbers[1:], "int8", step),
+        training(f"plain torch {name}", PEER, problem, forward, numbers[1:], "int8", step),
     ]
 
 
