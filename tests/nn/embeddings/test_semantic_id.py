@@ -173,3 +173,9 @@ def test_bad_vectors():
         made.fit(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="num_codes must be at least 1, got 0"):
         ResidualQuantizer(3, 2, 0)
+
+
+def test_more_codes_than_the_memory_holds():
+    """Refused before they are drawn one after the other."""
+    with pytest.raises(RuntimeError, match="allocate"):
+        balanced_kmeans(torch.ones(3, 2), 2**42)

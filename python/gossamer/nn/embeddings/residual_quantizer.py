@@ -160,6 +160,7 @@ def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> N
 
 def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """``count`` of the vectors drawn with a probability by their squared distance to those drawn before."""
+    words = x.new_empty(count, x.shape[1])  # before the draws: more than the memory holds are refused at once
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(x), (1,), generator=generator))
     chosen, distance = [first], (x - x[first]).square().sum(-1)
@@ -171,7 +172,7 @@ def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
             pick = int(torch.randint(len(x), (1,), generator=generator))
         chosen.append(pick)
         distance = torch.minimum(distance, (x - x[pick]).square().sum(-1))
-    return x[chosen].clone()
+    return words.copy_(x[chosen])
 
 
 def _means(x: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
