@@ -139,7 +139,9 @@ def dense_layer(problem: Problem, role: str) -> Training:
 def _quantized(problem: Problem, optimizer: Optimizer | None) -> list[Training]:
     """Bags of a table of 8-bit codes: ours, and plain torch, which makes floats of the listed rows and steps them."""
     ids, name = problem.ids[0], "int8 SGD" if optimizer else "int8"
-    layers = [QuantizedEmbedding.from_table(problem.tables[0], bits=8, optimizer=optimizer) for _ in range(2)]
+    # The steps come later: a table that starts with them is rounded by chance.
+    layers = [QuantizedEmbedding.from_table(problem.tables[0], bits=8) for _ in range(2)]
+    layers[0].attach(optimizer)
     codes, scale = layers[1].weight.detach(), layers[1].scale
     bags = torch.arange(ids.shape[0], device=ids.device).repeat_interleave(ids.shape[1])
 
