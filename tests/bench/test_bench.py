@@ -317,6 +317,7 @@ def test_a_profile_of_block_sparse_layers_has_a_reference_with_a_backward_pass(d
 # Cases of a family that has not two dtypes in two directions.
 COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
 COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing", "product_key_experts"), 2)
+COUNTS["compressed_embedding"] = 2
 
 
 def requests_of(family: Family, device: str, **options) -> list[Request]:
