@@ -178,6 +178,15 @@ def test_a_topology_by_hand_works_and_is_looked_at_again_when_it_changes():
             call()
 
 
+@pytest.mark.parametrize("moved", ["slots", "offsets"])
+def test_places_of_a_dispatch_with_a_part_on_meta(moved):
+    """They were memory that nobody wrote to."""
+    good = gossamer.dispatch(IDS, 4)
+    made = BlockTopology.from_dispatch(good, 16, 16)
+    with pytest.raises(ValueError, match=r"dispatch\.offsets must be on the device of dispatch\.slots, "):
+        made.padded_places(replace(good, **{moved: getattr(good, moved).to("meta")}))
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_places_of_structures_by_hand_are_all_written(backend):
     """Slots that are there twice, and expert offsets that moved after they were checked: no result has other memory."""

@@ -89,6 +89,9 @@ def check_is_dispatch(dispatch: object) -> None:
     _check_sizes(dispatch)
     check_shape("dispatch.slots", dispatch.slots, (dispatch.num_rows,), "(T·K,)")
     check_shape("dispatch.offsets", dispatch.offsets, (dispatch.num_experts + 1,), "(E+1,)")
+    if dispatch.offsets.device != dispatch.slots.device:
+        at, found = dispatch.slots.device, dispatch.offsets.device
+        raise ValueError(f"dispatch.offsets must be on the device of dispatch.slots, {at}, got {found}")
 
 
 def check_dispatch(dispatch: object) -> None:
