@@ -346,6 +346,7 @@ SCATTERED = {
         ValueError,
         "expert_weights must be on the device of inp",
     ),
+    "k": (lambda k: 2**63, ValueError, "k must be at most 9223372036854775807, got 9223372036854775808"),
     "grouped_in": (lambda t: 1, TypeError, "grouped_in must be a bool, got int"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import MAX_SIZE, check_index, check_same_device, check_shape, check_tensor
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.grouped_matmul import grouped_matmul, grouped_matmul_dweight
@@ -31,6 +31,8 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
     if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     num_rows = slots.shape[0]
+    if k > MAX_SIZE:
+        raise ValueError(f"k must be at most {MAX_SIZE}, got {k}")
     if k < 1 or num_rows % k:
         raise ValueError(f"k must be at least 1 and divide the R = {num_rows} rows, got {k}")
     plain = type(slots) is torch.Tensor and slots.is_cpu and not torch.compiler.is_compiling()
