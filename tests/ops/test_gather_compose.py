@@ -234,6 +234,21 @@ def test_step(any_backend, device, case, long):
     assert torch.equal(stepped[untouched], table[untouched])
 
 
+@CASE
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_bags(device, case, listed):
+    """Results and gradients of no bags, and of no ids."""
+    parts, shape = case(device)
+    table = torch.randn(shape, device=device, requires_grad=True)
+    ids = torch.empty(0 if listed else (0, 3), dtype=torch.int64, device=device)
+    for offsets in (torch.zeros(1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)) if listed else (None,):
+        offsets = None if offsets is None else offsets.to(device)
+        y = gossamer.gather_compose(table, ids, parts, offsets)
+        assert y.shape == (0 if offsets is None else offsets.shape[0] - 1, parts.dim) and not y.any()
+        y.sum().backward()
+    assert not table.grad.any()
+
+
 @pytest.mark.parametrize("bad", [-1, N, 2**40])
 def test_ids_outside(any_backend, device, bad):
     parts, shape = CASES["multiplied digits"](device)

@@ -320,7 +320,7 @@ def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tupl
             return Bags(rows.view(count, length * times), weights=weights, drop=drop), dout
         rows = rows.view(count, length, times).transpose(1, 2).reshape(count * times, length)
         weights = None if weights is None else weights.repeat_interleave(times, 0)
-        return Bags(rows, weights=weights, drop=drop), dout.reshape(count * times, -1)
+        return Bags(rows, weights=weights, drop=drop), dout.reshape(count * times, parts.dim // times)
     offsets = bags.offsets.long()
     if parts.operation == "add":
         weights = None if weights is None else weights.repeat_interleave(times)
@@ -330,7 +330,7 @@ def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tupl
     starts = offsets[:-1] + torch.arange(times, device=offsets.device).unsqueeze(1) * length
     starts = torch.cat([starts.flatten(), starts.new_full((1,), times * length)])
     weights = None if weights is None else weights.repeat(times)
-    dout = dout.view(bags.num_bags, times, -1).transpose(0, 1).flatten(0, 1)
+    dout = dout.view(bags.num_bags, times, parts.dim // times).transpose(0, 1).flatten(0, 1)
     return Bags(rows.T.flatten(), starts, weights, drop=True), dout
 
 

@@ -109,7 +109,7 @@ def _sum_by_row(by, rows, first, second, inner: int, factor, dtype, num_rows: in
 
 def _transposed(matrices: torch.Tensor, rows: int) -> torch.Tensor:
     """Each row of a table as a matrix of so many rows, transposed."""
-    return matrices.view(matrices.shape[0], rows, -1).transpose(1, 2).flatten(1)
+    return matrices.view(matrices.shape[0], rows, matrices.shape[1] // rows).transpose(1, 2).flatten(1)
 
 
 def _save(ctx, args: GatherMatmul, output: torch.Tensor):
