@@ -298,6 +298,11 @@ NUMBERS = {
         ValueError,
         "frequencies must have n",
     ),
+    "noises": (
+        lambda: nn.load_loss(torch.ones(0, 4), torch.ones(0, 4), torch.ones(0, 2), 1),
+        ValueError,
+        r"noise_std must broadcast to \(0, 4\), got \(0, 2\)",
+    ),
     "router": (
         lambda: nn.SoftmaxRouter(4, 2, 1)(torch.ones(3, 4, device="meta")),
         ValueError,
@@ -377,5 +382,7 @@ def test_megablocks_names_ids_that_are_none():
         args = {"indices": one, "bin_ids": one, "bins": bins, "padded_bins": bins, "top_k": 1} | bad
         with pytest.raises(ValueError, match=rf"{name} must be in \[0, 2\)"):
             megablocks.padded_gather(torch.ones(2, 3), **args)
+    with pytest.raises(ValueError, match=r"padded_bins must ascend from 0 or more, got \[5, 2\]"):
+        megablocks.padded_gather(torch.ones(2, 3), one, one, bins, torch.tensor([5, 2]), 1)
     with pytest.raises(TypeError, match=r"padded_bins must be a torch\.Tensor, got NoneType"):
         megablocks.padded_gather(torch.ones(2, 3), one, one, bins, None, 1)

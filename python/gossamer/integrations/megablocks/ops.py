@@ -192,6 +192,9 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
     if not is_readable(indices):
         return
     check_range("indices", indices, indices.shape[0])
+    for name in ("bins", "padded_bins"):
+        if name in others and (others[name].diff(prepend=others[name].new_zeros(1)) < 0).any():
+            raise ValueError(f"{name} must ascend from 0 or more, got {others[name].tolist()}")
     if "bin_ids" in others:
         check_range("bin_ids", others["bin_ids"], others["bins"].shape[0])
 

@@ -345,8 +345,10 @@ def load_loss(
         check_number("noise_std", noise_std)
     else:
         check_same_device(logits=logits, noise_std=noise_std)
-        if torch.broadcast_shapes(noise_std.shape, logits.shape) != logits.shape:
-            raise ValueError(f"noise_std must broadcast to {tuple(logits.shape)}, got {tuple(noise_std.shape)}")
+        wide, given = logits.shape, noise_std.shape
+        pairs = zip(reversed(given), reversed(wide), strict=False)
+        if len(given) > 2 or any(one not in (1, size) for one, size in pairs):
+            raise ValueError(f"noise_std must broadcast to {tuple(wide)}, got {tuple(given)}")
     if top_k >= logits.shape[1]:
         raise ValueError(f"top_k must be below num_experts, got top_k={top_k}, num_experts={logits.shape[1]}")
     highest = noisy_logits.topk(top_k + 1, dim=1).values
