@@ -47,8 +47,8 @@ struct GatherArgs {
   int64_t num_rows, dim;
   RowScales scales;
   Bags bags;
-  FloatMatrix out;  // (B, D) of the table's dtype or what it is accumulated in
-  bool* outside;    // set where an id of a bag is none of the table's; or null
+  FloatMatrix out;                               // (B, D) of the table's dtype or what it is accumulated in
+  bool* outside;                                 // set where an id of a bag is none of the table's; or null
   const struct ComposeArgs* composed = nullptr;  // in place of all of these, where an id has several rows
 };
 
