@@ -61,7 +61,7 @@ void register_gather_reduce(py::module_& m) {
                               .scales = row_scales(scales),
                               .bags = bags,
                               .out = matrix(out),
-                              .outside = by_sum ? &outside : nullptr};
+                              .suspect = by_sum ? &outside : nullptr};
         {
           py::gil_scoped_release release;
           gather_reduce(args, num_threads);

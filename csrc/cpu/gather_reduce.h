@@ -48,7 +48,7 @@ struct GatherArgs {
   RowScales scales;
   Bags bags;
   FloatMatrix out;                               // (B, D) of the table's dtype or what it is accumulated in
-  bool* outside;                                 // set where an id of a bag is none of the table's; or null
+  bool* suspect;                                 // set where an id of a bag is none of the table's, or a weight is NaN; or null
   const struct ComposeArgs* composed = nullptr;  // in place of all of these, where an id has several rows
 };
 

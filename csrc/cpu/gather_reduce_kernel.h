@@ -7,10 +7,53 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
+// The first n lanes, the others zero: by a mask where there is one, else whole vectors are spared the way through memory.
+template <class T>
+GOSSAMER_INLINE Vec<Accumulator<T>> load_first(const T* from, int n) {
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  const uint32_t lanes = (1u << n) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), from);
+  } else if constexpr (sizeof(T) == 1) {
+    return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(lanes), from)));
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from);
+    if constexpr (std::is_same_v<T, int16_t>) return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(bits));
+    if constexpr (std::is_same_v<T, BFloat16>) return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    if constexpr (std::is_same_v<T, Float16>) return (Vec<float>)_mm512_cvtph_ps(bits);
+  }
+#else
+  return n == kLanes<Accumulator<T>> ? load(from) : load_some(from, n);
+#endif
+}
+
+template <class T>
+GOSSAMER_INLINE void store_first(T* to, Vec<Accumulator<T>> v, int n) {
+  if (n == kLanes<Accumulator<T>>) return store(to, v);
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  const uint32_t lanes = (1u << n) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), (__m512)v);
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(lanes), (__m512d)v);
+  } else if constexpr (sizeof(T) == 1) {
+    store_some(to, v, n);
+  } else {
+    T buffer[kLanes<float>];
+    store(buffer, v);
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes), load_bytes<__m256i>(buffer));
+  }
+#else
+  store_some(to, v, n);
+#endif
+}
+
 // Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Into the
 // second-level cache: a core waits for several times as many lines there as it can for the first level. Long rows fewer:
 // more lines than it can wait for at once gain nothing.
-GOSSAMER_INLINE int64_t gather_ahead(int64_t row_bytes) {
+GOSSAMER_INLINE constexpr int64_t gather_ahead(int64_t row_bytes) {
   return std::clamp<int64_t>(8192 / std::max<int64_t>(row_bytes, 1), 4, 32);
 }
 
@@ -91,79 +134,290 @@ GOSSAMER_INLINE Accumulator<T> scale_of(const RowScales& scales, int64_t row) {
   }
 }
 
-// Sums kVectors vectors of columns (or, when some > 0, one vector of `some` columns) of one bag's rows.
-template <int kVectors, bool kWeighted, class T, class Index, class O>
-GOSSAMER_INLINE void reduce_columns(const BagTable<T>& from, const FloatMatrix& weights, const LiveIds<Index>& live,
-                                    int64_t begin, int64_t end, int64_t column, int some, Accumulator<T> divisor, O* out,
-                                    int64_t prefetch_bytes, bool* outside) {
+// Positions whose ids and weights are looked at together.
+constexpr int64_t kChunk = 256;
+
+// The lists of ids that one thread reduces. Ids are checked in vectors ahead of the bags; the sums then check none of a bag whose
+// ids all count, and read others from a copy without those that do not.
+template <class T, class Index, bool kWeighted>
+class Lists {
   using S = Accumulator<T>;
-  const T* table = from.rows + column;
-  // A pass of `some` columns of one vector has at least one of them.
-  constexpr int kBytes = kVectors == 1 ? 1 : kVectors * kLanes<S> * static_cast<int>(sizeof(T));
-  Vec<S> sum[kVectors] = {};
-  const int64_t ahead = gather_ahead(prefetch_bytes);
-  for (int64_t p = begin; p < end; ++p) {
-    if (prefetch_bytes > 0) {
-      prefetch_row<kBytes>(table, from.stride, live, p + ahead, prefetch_bytes);
-      if constexpr (kIsCode<T>) prefetch_row(from.scales.base, from.scales.stride, live, p + ahead, 1);
-    }
-    const int64_t id = live[p];
-    if (id < 0) {
-      if (outside && live.outside(p)) __atomic_store_n(outside, true, __ATOMIC_RELAXED);
-      continue;
-    }
-    const T* row = table + id * from.stride;
-    if constexpr (kWeighted || kIsCode<T>) {
-      S weight = scale_of<T>(from.scales, id);
-      if constexpr (kWeighted) weight *= static_cast<S>(weight_at(weights, p));
-      if (some > 0) {
-        sum[0] += load_some(row, some) * weight;
-      } else {
-        for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kLanes<S>) * weight;
+  using Unsigned = std::make_unsigned_t<Index>;
+  typedef Unsigned Ids __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+  static constexpr int kIds = GOSSAMER_VECTOR_BYTES / sizeof(Index);
+
+ public:
+  // Ids that count and their weights.
+  struct Run {
+    const Index* ids;
+    const S* weights;
+    int64_t count;
+    bool in_place;  // whether those of all consecutive positions
+  };
+
+  Lists(const Bags& bags, int64_t num_rows, bool* suspect) : live_(bags, num_rows), weights_(bags.weights), suspect_(suspect) {}
+
+  int64_t end() const { return live_.end; }
+
+  // The positions from `begin` to `end`, at most kChunk, until the next call. Where the run is not in place, fetch(id) was called for
+  // the ids `ahead` of them.
+  template <class F>
+  inline __attribute__((always_inline)) Run run(int64_t begin, int64_t end, int64_t ahead, const F& fetch) {
+    if (begin < from_ || end > until_) check(begin, end);
+    if (end > until_) return live_run(begin, end, ahead, fetch);
+    return {live_.ids + begin, kWeighted ? weights_at(begin, end) : nullptr, end - begin, true};
+  }
+
+ private:
+  // Finds how many of the positions from `begin` count without a gap: at least up to `end` if all of them do.
+  __attribute__((noinline)) void check(int64_t begin, int64_t end) {
+    const int64_t stop = std::min(live_.end, std::max(end, begin + kChunk));
+    constexpr auto largest = static_cast<uint64_t>(std::numeric_limits<Index>::max()) + 1;
+    const auto limit = static_cast<Unsigned>(std::min(live_.limit, largest));
+    const auto padding = static_cast<Unsigned>(live_.padding_idx);
+    constexpr int64_t together = 8 * kIds;
+    from_ = until_ = begin;
+    for (; until_ + together <= stop && sound_weights(until_, until_ + together); until_ += together) {
+      auto bad = Ids{} > Ids{};
+      for (int64_t i = 0; i < together; i += kIds) {
+        __builtin_prefetch(live_.ids + until_ + 2 * kChunk + i);
+        const Ids ids = load_bytes<Ids>(live_.ids + until_ + i);
+        bad |= ids >= limit;
+        if (live_.padding_idx >= 0) bad |= ids == padding;
       }
-    } else if (some > 0) {
-      sum[0] += load_some(row, some);
+      Index any = 0;
+      for (int i = 0; i < kIds; ++i) any |= bad[i];
+      if (any) break;
+    }
+    while (until_ < stop && live_[until_] >= 0 && sound_weights(until_, until_ + 1)) ++until_;
+  }
+
+  // Whether no weight is NaN, where that is asked for.
+  bool sound_weights(int64_t begin, int64_t end) const {
+    if (!kWeighted || !suspect_) return true;
+    return visit_float(weights_.dtype, [&](auto tag) {
+      const auto* from = static_cast<const typename decltype(tag)::type*>(weights_.base);
+      int nan = 0;
+      for (int64_t p = begin; p < end; ++p) {
+        const auto weight = to_scalar(from[p]);
+        nan |= weight != weight;
+      }
+      return nan == 0;
+    });
+  }
+
+  const S* weights_at(int64_t begin, int64_t end) {
+    if (weights_.dtype == (sizeof(S) == 8 ? DType::kFloat64 : DType::kFloat32)) {
+      return static_cast<const S*>(weights_.base) + begin;
+    }
+    visit_float(weights_.dtype, [&](auto tag) {
+      using W = typename decltype(tag)::type;
+      const W* from = static_cast<const W*>(weights_.base) + begin;
+      if constexpr (std::is_same_v<Accumulator<W>, S>) {
+        for (int64_t i = 0; i < end - begin; i += kLanes<S>) {
+          store(own_weights_ + i, load_first(from + i, static_cast<int>(std::min<int64_t>(kLanes<S>, end - begin - i))));
+        }
+      } else {
+        for (int64_t i = 0; i < end - begin; ++i) own_weights_[i] = static_cast<S>(to_scalar(from[i]));
+      }
+    });
+    return own_weights_;
+  }
+
+  template <class F>
+  __attribute__((noinline)) Run live_run(int64_t begin, int64_t end, int64_t ahead, const F& fetch) {
+    int64_t count = 0;
+    bool suspect = false;
+    for (int64_t p = begin; p < end; ++p) {
+      if (p + ahead < live_.end) fetch(live_.ids[p + ahead]);
+      own_ids_[count] = live_.ids[p];
+      if constexpr (kWeighted) {
+        own_weights_[count] = static_cast<S>(weight_at(weights_, p));
+        suspect |= own_weights_[count] != own_weights_[count];
+      }
+      count += live_[p] >= 0;
+      suspect |= live_.outside(p);
+    }
+    if (suspect && suspect_) __atomic_store_n(suspect_, true, __ATOMIC_RELAXED);
+    return {own_ids_, own_weights_, count, false};
+  }
+
+  LiveIds<Index> live_;
+  int64_t from_ = 0, until_ = 0;
+  FloatMatrix weights_;
+  bool* suspect_;
+  Index own_ids_[kChunk];
+  S own_weights_[kChunk];
+};
+
+// Rows of more bytes are long.
+constexpr int64_t kLongRow = 2048;
+
+// A table, and bags of ids of its rows.
+template <class T>
+struct BagRange {
+  BagTable<T> from;  // of the first bag
+  int64_t first_bag, last_bag;
+  bool near;  // whether most rows are found in the nearer caches
+};
+
+// Whether the nearer caches hold most of the rows that ids name: all rows fit, or a sample of the ids repeats itself.
+template <class Index>
+bool rows_are_near(const Index* ids, int64_t count, int64_t table_bytes) {
+  constexpr int64_t kNearBytes = int64_t{1} << 20, kSamples = 128, kSlots = 512, kLeast = kSamples / 8;
+  if (table_bytes <= kNearBytes) return true;
+  if (count < 16 * kSamples) return false;
+  Index seen[kSlots];
+  std::fill(seen, seen + kSlots, static_cast<Index>(-1));
+  int64_t repeated = 0;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Of a place that differs within bags of any length.
+    const Index id = ids[i * (count / kSamples) + i % 13];
+    Index& slot = seen[static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u >> 55];
+    repeated += slot == id;
+    slot = id;
+  }
+  return repeated >= kLeast;
+}
+
+// Sums kVectors vectors of columns of rows of bags. The last of them has `last` lanes; of eight, all.
+template <int kVectors, bool kWeighted, class T, class Index, class O>
+__attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Index, kWeighted>& lists, const BagRange<T>& range,
+                                              int64_t column, int last, O* out) {
+  using S = Accumulator<T>;
+  constexpr int kBytes = kVectors * kLanes<S> * static_cast<int>(sizeof(T));
+  constexpr bool kWhole = kVectors == 8;
+  // The first pass over rows of several fetches them whole, but for long ones, of which every pass fetches its own columns.
+  const int64_t row_bytes = range.from.dim * static_cast<int64_t>(sizeof(T));
+  const bool own = row_bytes <= kBytes || row_bytes > kLongRow;
+  const int64_t fetch_bytes = own ? kBytes : row_bytes;
+  const int64_t ahead = own           ? gather_ahead(kBytes)
+                        : column == 0 ? gather_ahead(row_bytes)
+                                      : std::numeric_limits<int64_t>::max() / 2;
+  const T* table = range.from.rows + column;
+  const int64_t stride = range.from.stride;
+  const RowScales scales = range.from.scales;
+  // Of an id that does not count, the address is not one of the table, but nothing is read from there.
+  const auto place = [=](Index id) __attribute__((always_inline)) {
+    const uint64_t element = static_cast<uint64_t>(int64_t{id}) * static_cast<uint64_t>(stride);
+    return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(table) + element * sizeof(T));
+  };
+  // Rows that the nearer caches hold are fetched into the first level, where fewer lines can be waited for.
+  const bool near = kBytes <= 256 && range.near;
+  const auto fetch = [=](Index id) __attribute__((always_inline)) {
+    if (near) {
+      prefetch_lines<kBytes, Fetch::kRead>(place(id), kBytes);
     } else {
-      for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kLanes<S>);
+      prefetch_lines<kBytes, Fetch::kReadLater>(place(id), fetch_bytes);
+    }
+    if constexpr (kIsCode<T>) {
+      const uint64_t number = static_cast<uint64_t>(int64_t{id}) * static_cast<uint64_t>(scales.stride);
+      prefetch_lines<1, Fetch::kReadLater>(
+          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(scales.base) + number * sizeof(float)), 1);
+    }
+  };
+  int64_t begin = a.bags.begin(range.first_bag);
+  out += range.from.row_of_output * a.out.row_stride + range.from.column + column;
+  for (int64_t bag = range.first_bag; bag < range.last_bag; ++bag, out += a.out.row_stride) {
+    const int64_t end = a.bags.end(bag);
+    // Long bags come in several runs. The first is looked up before there are sums that the call would have to spare.
+    int64_t stop = std::min(end, begin + kChunk), live = 0;
+    auto run = lists.run(begin, stop, ahead, fetch);
+    Vec<S> sum[kVectors] = {};
+    while (true) {
+      const auto add = [&](int64_t i) __attribute__((always_inline)) {
+        const T* row = table + int64_t{run.ids[i]} * stride;
+        [[maybe_unused]] S weight = scale_of<T>(scales, run.ids[i]);
+        if constexpr (kWeighted) weight *= run.weights[i];
+        for (int v = 0; v < kVectors; ++v) {
+          const T* from = row + v * kLanes<S>;
+          const Vec<S> value = kWhole || v + 1 < kVectors ? load(from) : load_first(from, last);
+          if constexpr (kWeighted || kIsCode<T>) {
+            sum[v] = fma(value, splat(weight), sum[v]);
+          } else {
+            sum[v] += value;
+          }
+        }
+      };
+      const auto fetch_and_add = [&](int64_t i) __attribute__((always_inline)) {
+        fetch(run.ids[i + ahead]);
+        add(i);
+      };
+      int64_t i = 0;
+      if (run.in_place) {
+        const int64_t fetched = std::min(run.count, lists.end() - ahead - begin);
+        if constexpr (kVectors == 1) {
+          for (; i + 4 <= fetched; i += 4) {
+            fetch_and_add(i);
+            fetch_and_add(i + 1);
+            fetch_and_add(i + 2);
+            fetch_and_add(i + 3);
+          }
+        }
+        for (; i < fetched; ++i) fetch_and_add(i);
+      }
+      for (; i < run.count; ++i) add(i);
+      live += run.count;
+      begin = stop;
+      if (__builtin_expect(begin == end, 1)) break;
+      stop = std::min(end, begin + kChunk);
+      run = lists.run(begin, stop, ahead, fetch);
+    }
+    if (range.from.mean) {
+      for (int v = 0; v < kVectors; ++v) sum[v] /= static_cast<S>(std::max<int64_t>(live, 1));
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      if (kWhole || v + 1 < kVectors) {
+        store(out + v * kLanes<S>, sum[v]);
+      } else {
+        store_first(out + v * kLanes<S>, sum[v], last);
+      }
     }
   }
-  if (some > 0) {
-    store_some(out + column, sum[0] / divisor, some);
-  } else {
-    for (int v = 0; v < kVectors; ++v) store(out + column + v * kLanes<S>, sum[v] / divisor);
+}
+
+template <bool kWeighted, class T, class Index, class O>
+void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
+  constexpr int n = kLanes<Accumulator<T>>;
+  Lists<T, Index, kWeighted> lists(a.bags, range.from.num_rows, a.suspect);
+  const int64_t dim = range.from.dim;
+  // Rows of more columns than one pass sums are reduced bag by bag, so that a later pass finds the ids in the caches.
+  const int64_t step = dim <= 4 * n || dim == 8 * n ? range.last_bag - range.first_bag : 1;
+  BagRange<T> part = range;
+  for (int64_t bag = range.first_bag; bag < range.last_bag; bag += step) {
+    part.from.row_of_output = range.from.row_of_output + bag - range.first_bag;
+    part.first_bag = bag;
+    part.last_bag = bag + step;
+    int64_t column = 0;
+    const auto pass = [&](auto vectors) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::value;
+      const int last = static_cast<int>(std::min<int64_t>(n, dim - column - (kVectors - 1) * n));
+      reduce_columns<kVectors>(a, lists, part, column, last, static_cast<O*>(a.out.base));
+      column += kVectors * n;
+    };
+    while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{});
+    while (column + 3 * n < dim) pass(std::integral_constant<int, 4>{});
+    if (column + 2 * n < dim) {
+      pass(std::integral_constant<int, 3>{});
+    } else if (column + n < dim) {
+      pass(std::integral_constant<int, 2>{});
+    } else if (column < dim) {
+      pass(std::integral_constant<int, 1>{});
+    }
   }
 }
 
 template <bool kWeighted, class T, class Index, class O>
 void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
-  using S = Accumulator<T>;
-  for (int64_t bag = first_bag; bag < last_bag; ++bag) {
-    BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, bag);
+  const int64_t each = a.bags.features ? a.bags.bags_per_feature() : a.bags.num_bags;
+  while (first_bag < last_bag) {
+    const int64_t stop = std::min(last_bag, (first_bag / each + 1) * each);
+    BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, first_bag);
     if constexpr (kIsCode<T>) from.scales = a.scales;
-    const LiveIds<Index> live(a.bags, from.num_rows);
-    const int64_t begin = a.bags.begin(bag), end = a.bags.end(bag), dim = from.dim;
-    O* out = static_cast<O*>(a.out.base) + from.row_of_output * a.out.row_stride + from.column;
-    S divisor = 1;
-    if (from.mean) divisor = static_cast<S>(std::max<int64_t>(live.count(begin, end), 1));
-    int64_t column = 0;
-    // The first pass over a bag fetches whole rows ahead, later passes find them in cache.
-    int64_t prefetch_bytes = dim * static_cast<int64_t>(sizeof(T));
-    const auto pass = [&](auto vectors) __attribute__((always_inline)) {
-      constexpr int kVectors = decltype(vectors)::value;
-      reduce_columns<kVectors, kWeighted>(from, a.bags.weights, live, begin, end, column, 0, divisor, out, prefetch_bytes,
-                                          a.outside);
-      prefetch_bytes = 0;
-      column += kVectors * kLanes<S>;
-    };
-    while (column + 8 * kLanes<S> <= dim) pass(std::integral_constant<int, 8>{});
-    if (column + 4 * kLanes<S> <= dim) pass(std::integral_constant<int, 4>{});
-    if (column + 2 * kLanes<S> <= dim) pass(std::integral_constant<int, 2>{});
-    if (column + kLanes<S> <= dim) pass(std::integral_constant<int, 1>{});
-    if (column < dim) {
-      const int some = static_cast<int>(dim - column);
-      reduce_columns<1, kWeighted>(from, a.bags.weights, live, begin, end, column, some, divisor, out, prefetch_bytes,
-                                   a.outside);
-    }
+    const int64_t begin = a.bags.begin(first_bag), bytes = from.num_rows * from.dim * static_cast<int64_t>(sizeof(T));
+    const bool near = rows_are_near(static_cast<const Index*>(a.bags.index.base) + begin, a.bags.end(stop - 1) - begin, bytes);
+    reduce_range<kWeighted, T, Index, O>(a, {from, first_bag, stop, near});
+    first_bag = stop;
   }
 }
 
@@ -238,7 +492,7 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
           }
           for (; column < dim; column += kLanes<S>) {
             const int some = static_cast<int>(dim - column < kLanes<S> ? dim - column : kLanes<S>);
-            sum[0] += load_some(row + column, some) * load_some(dout + column, some);
+            sum[0] += load_first(row + column, some) * load_first(dout + column, some);
           }
           dot = sum_lanes<S>(sum[0] + sum[1]) / divisor;
           if constexpr (kIsCode<T>) dot *= a.scales[id];

@@ -9,6 +9,7 @@ import gossamer
 from gossamer import _backend
 from gossamer.ops._bags import Bags
 from gossamer.ops.gather_reduce import GatherDot, GatherReduce, gather_reduce_reference, sum_slots
+from gossamer.testing import assert_close
 
 
 def functions(index, offsets=None, *, backend, padding_idx=None, num_rows=None):
@@ -480,3 +481,56 @@ def test_no_synchronisation_and_graph_capture(kernel_backend, device):
 
     with gossamer.backend(kernel_backend):
         check_capture(step, lambda: index.copy_(torch.randint(50, (20, 8), device=device)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_long_bags_with_ids_that_do_not_count(mode, dtype):
+    """Bags of several runs of ids, in some of which the padding id stands, at their ends and within."""
+    torch.manual_seed(5)
+    index, offsets = ragged([700, 0, 256, 3, 600], 50, "cpu", torch.int64)
+    index[torch.tensor([0, 300, 301, 699, 900, 1500])] = 7
+    weights = torch.randn(index.shape[0], dtype=dtype) if mode == "sum" else None
+    table = torch.randn(50, 24, dtype=dtype)
+    bags = Bags(index, offsets, weights, mode=mode, padding_idx=7)
+    truth = gather_reduce_reference(
+        table.double(), bags._replace(weights=None if weights is None else weights.double())
+    )
+    found = gossamer.gather_reduce(table, index, offsets, weights, mode=mode, padding_idx=7)
+    assert_close(found, truth, gather_reduce_reference(table, bags), mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hot", [False, True])
+def test_every_width(dtype, hot):
+    """Whole vectors, parts of one, and both, with rows that a sample of the ids finds near and others."""
+    torch.manual_seed(6)
+    num_rows = 9 if hot else 40_000
+    index = torch.randint(num_rows, (300, 8))
+    for dim in (1, 4, 8, 15, 17, 31, 33, 48, 63, 65, 100, 127, 129, 200):
+        table = torch.randn(num_rows, dim, dtype=dtype)
+        truth = gather_reduce_reference(table.double(), Bags(index))
+        found = gossamer.gather_reduce(table, index)
+        assert_close(found, truth, gather_reduce_reference(table, Bags(index)), f"D={dim}")
+
+
+@pytest.mark.parametrize("place", [3, 63, 64, 700, 1499])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_wrong_ids_and_weights_are_found_anywhere(place, weights_dtype):
+    """An id outside the table, and a NaN weight unless its id does not count, at their first position."""
+    index, offsets = torch.randint(1, 50, (1500,)), torch.tensor([0, 20, 800, 1500])
+    table, weights = torch.randn(50, 8, dtype=weights_dtype), torch.ones(1500, dtype=weights_dtype)
+    wrong = index.clone()
+    wrong[place] = 50
+    for w in (None, weights):
+        with pytest.raises(IndexError, match=f"got 50 at flat position {place}$"):
+            gossamer.gather_reduce(table, wrong, offsets, w)
+    weights[place] = torch.nan
+    with pytest.raises(ValueError, match=f"weights must not be NaN, got nan at flat position {place}$"):
+        gossamer.gather_reduce(table, index, offsets, weights)
+    with pytest.raises(ValueError, match=f"got nan at flat position {place}$"):
+        gossamer.gather_reduce(table, index, offsets, weights, bounds="drop")
+    index[place] = 0
+    found = gossamer.gather_reduce(table, index, offsets, weights, padding_idx=0)
+    assert found.isfinite().all()
+    assert torch.equal(found, gossamer.gather_reduce(table, index, offsets, weights.nan_to_num(1), padding_idx=0))
