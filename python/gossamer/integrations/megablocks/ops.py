@@ -173,7 +173,7 @@ def topology(
 
 def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: torch.Tensor | None) -> None:
     """The arguments that all movers of rows have; ``x`` and integers of one device."""
-    check_tensor("x", x)
+    check_floating("x", x)
     check_index("indices", indices)
     check_shape("indices", indices, (None,), "(R,)")
     if not isinstance(top_k, int) or top_k < 1 or indices.shape[0] % top_k:
