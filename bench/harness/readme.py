@@ -6,10 +6,10 @@ A table stands between two comments, and what is there is replaced::
     <!-- end -->
 
 ``python -m gossamer.bench.harness.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check``
-says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of
-``gossamer bench --json``; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; ``study``, the table
-of a study and what must be known to read it; ``exchanges``, predicted and measured exchanges; or ``parallel``, what
-several processes compute.
+says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of ``gossamer
+bench --json``; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; ``study``, the table of a study
+and what must be known to read it; ``budgets``, its cases at each budget; ``exchanges``, predicted and measured
+exchanges; or ``parallel``, what several processes compute.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gossamer.bench.harness import exchange_report, parallel, study
+from gossamer.bench.harness import exchange_report, parallel, study, study_points
 
 DOCUMENTS = (
     "README.md",
     "docs/benchmarks.md",
     "docs/h100-kernels.md",
     "docs/choosing-a-router.md",
+    "docs/compressed-embeddings.md",
     "docs/parallel.md",
 )
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -87,6 +88,7 @@ KINDS: dict[str, Callable[[dict], str]] = {
     "layer": layer,
     "kernels": kernels,
     "study": study.markdown,
+    "budgets": study_points.markdown,
     "exchanges": exchange_report.markdown,
     "parallel": parallel.markdown,
 }

@@ -11,6 +11,7 @@ import pkgutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from gossamer._environment import environment
 from gossamer.bench import studies
@@ -59,12 +60,14 @@ class Outcome:
         metrics: by name.
         x: of its curve, such as what training has cost so far.
         y: of its curve.
+        points: numbers at several settings of the case, such as budgets, by setting and name.
     """
 
     parameters: int
     metrics: dict[str, float]
     x: list[float] = field(default_factory=list)
     y: list[float] = field(default_factory=list)
+    points: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Unfit(Exception):
@@ -92,6 +95,8 @@ class Study:
         settings: by effort, ``"quick"`` and ``"full"``: what :attr:`run` is given.
         seeds: by effort, how many there are.
         run: ``run(case name, seed, settings, report)``. It raises :class:`Unfit` where the case cannot be made.
+        load: ``load(settings, folder)``, the settings with the data of a folder, for a study that needs some. It raises
+            ``ValueError`` where there is no folder or it does not hold them.
     """
 
     name: str
@@ -106,6 +111,7 @@ class Study:
     settings: Mapping[str, object]
     seeds: Mapping[str, int]
     run: Callable[[str, int, object, Report], Outcome]
+    load: Callable[[object, Path | None], object] | None = None
 
 
 def names() -> list[str]:
@@ -142,12 +148,26 @@ def chosen_cases(chosen: Study, wanted: Iterable[str] | None) -> list[Case]:
     return [case for case in cases if case.name in wanted or case.name == chosen.baseline]
 
 
+def loaded(chosen: Study, effort: str, folder: Path | None) -> object:
+    """The settings of an effort, with the data of a folder where the study takes some.
+
+    Raises:
+        ValueError: the study needs a folder and has none, or takes none and has one, or the folder does not fit.
+    """
+    if chosen.load is not None:
+        return chosen.load(chosen.settings[effort], folder)
+    if folder is not None:
+        raise ValueError(f"--data must not be given with study {chosen.name}, which makes its own")
+    return chosen.settings[effort]
+
+
 def run(
     chosen: Study,
     cases: Sequence[Case],
     *,
     effort: str = "full",
     seeds: int | None = None,
+    settings: object | None = None,
     report: Callable[[str, float, str], None] = lambda case, done, note: None,
     so_far: Callable[[dict], None] = lambda record: None,
 ) -> dict:
@@ -158,10 +178,12 @@ def run(
         cases: of it, from :func:`chosen_cases`.
         effort: ``"quick"`` or ``"full"``.
         seeds: how many; None for the study's own number.
+        settings: from :func:`loaded`; None for those of the effort.
         report: called while a run goes on, with its case and seed, the share of all work that is done, and a note.
         so_far: called with the record after every run.
     """
-    settings, count = chosen.settings[effort], chosen.seeds[effort] if seeds is None else seeds
+    settings = loaded(chosen, effort, None) if settings is None else settings
+    count = chosen.seeds[effort] if seeds is None else seeds
     record = {
         "study": chosen.name,
         "effort": effort,
@@ -172,7 +194,7 @@ def run(
         "metrics": [asdict(metric) for metric in chosen.metrics],
         "x_label": chosen.x_label,
         "y_label": chosen.y_label,
-        "settings": asdict(settings),
+        "settings": asdict(chosen.settings[effort]),
         "environment": environment(),
         "cases": [asdict(case) | {"parameters": 0, "runs": []} for case in cases],
         "left_out": [],
@@ -195,7 +217,8 @@ def run(
                     record["cases"].remove(case)
                 else:
                     case["parameters"] = outcome.parameters
-                    case["runs"].append({"seed": seed, "metrics": outcome.metrics, "x": outcome.x, "y": outcome.y})
+                    stored = {"seed": seed, "metrics": outcome.metrics, "x": outcome.x, "y": outcome.y}
+                    case["runs"].append(stored | ({"points": outcome.points} if outcome.points else {}))
                     so_far(record)
                 done += 1
     except KeyboardInterrupt:
@@ -220,7 +243,11 @@ def verdict(record: dict, case: dict) -> str:
     base = next((c for c in record["cases"] if c["name"] == record["baseline"]), None)
     if base is None or case is base:
         return BASELINE if case is base else WITHIN
-    ours, theirs = values(case, record["headline"]), values(base, record["headline"])
+    return difference(values(case, record["headline"]), values(base, record["headline"]))
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The rule of :func:`verdict` on the seeds of two cases, of which less is better."""
     if min(len(ours), len(theirs)) < SEEDS:
         return WITHIN
     within = max(max(ours) - min(ours), max(theirs) - min(theirs))

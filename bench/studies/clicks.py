@@ -115,6 +115,28 @@ class Clicks:
         """Some batches in order."""
         return (self.batch(number, size) for number in range(first, first + count))
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of the table of each field."""
+        return self.population.rows
+
+    @property
+    def partners(self) -> dict[str, str]:
+        """The field whose ids each field's ids are clustered by."""
+        return {"user": "item", "item": "user", "tags": "item", "history": "user"}
+
+    def training(self, seed: int, steps: int, size: int) -> Iterator[Batch]:
+        """The impressions of a run; no two seeds share any."""
+        return self.batches(seed * 10**7, steps, size)
+
+    def validation(self, count: int, size: int) -> Iterator[Batch]:
+        """Impressions that no run trains on, the same for all."""
+        return self.batches(-(10**6), count, size)
+
+    def requests(self, count: int, size: int) -> Iterator[Batch]:
+        """Impressions to time lookups with."""
+        return self.batches(-2 * 10**6, count, size)
+
 
 def tables(rows: dict[str, int], dim: int, lr: float) -> nn.ModuleDict:
     """A dense table a field, trained in the backward pass."""

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from gossamer.bench.harness import study_points
 from gossamer.bench.harness.study import Unfit
 from gossamer.bench.studies.clicks import FIELDS, Clicks, Population, auc
 from gossamer.bench.studies.embedding_budget import CASES, STUDY, merged
@@ -52,6 +53,55 @@ def test_budgets_that_maps_alone_exceed():
 
 def test_learns_what_is_planted():
     """More training tells clicks apart better."""
-    longer = dataclasses.replace(SMALL, steps=150, batch=256)
-    short, long = (STUDY.run("dense", 0, s, lambda share, note: None).metrics["auc"] for s in (SMALL, longer))
+    shorter = dataclasses.replace(SMALL, batch=256, eval_batches=20)
+    longer = dataclasses.replace(shorter, steps=150)
+    short, long = (STUDY.run("dense", 0, s, lambda share, note: None).metrics["auc"] for s in (shorter, longer))
     assert long > max(short, 0.6)
+
+
+def test_budgets_reached_and_missed():
+    """A case keeps the numbers of every budget that it reaches; bytes are counted in the frozen tables."""
+    few = dataclasses.replace(SMALL, steps=4, budgets=(0.5, 0.0001))
+    outcome = STUDY.run("hash", 0, few, lambda share, note: None)
+    assert set(outcome.points) == {"0.5"} and 0.49 < outcome.points["0.5"]["share"] <= 0.5
+    assert outcome.points["0.5"]["loss"] == outcome.metrics["loss"]
+    with pytest.raises(Unfit, match="budget must be at least"):
+        STUDY.run("hash", 0, dataclasses.replace(few, budgets=(0.0001, 0.5)), lambda share, note: None)
+
+
+def record(losses):
+    """A stored study: of each case and budget the losses of its seeds."""
+    cases = []
+    for name, points in losses.items():
+        runs = [
+            {
+                "metrics": {"loss": next(iter(points.values()))[seed]},
+                "points": {
+                    b: {"loss": values[seed], "share": 1.0 if b == "all" else 0.99 * float(b)}
+                    for b, values in points.items()
+                },
+            }
+            for seed in range(3)
+        ]
+        cases.append({"name": name, "note": "", "runs": runs})
+    metrics = [{"name": "loss", "label": "log loss", "digits": 2}]
+    return {"headline": "loss", "baseline": "dense", "metrics": metrics, "cases": cases}
+
+
+def test_table_of_budgets():
+    """Only gaps wider than the seeds' ranges are named, against dense and against the least at a budget."""
+    text = study_points.markdown(
+        record({
+            "dense": {"all": (0.50, 0.51, 0.52)},
+            "low": {"0.1": (0.60, 0.61, 0.62), "0.5": (0.51, 0.52, 0.53)},
+            "near": {"0.1": (0.61, 0.62, 0.64)},
+            "high": {"0.1": (0.70, 0.71, 0.72)},
+            "codes": {"0.26": (0.50, 0.51, 0.52), "0.32": (0.4, 0.4, 0.4)},
+        })
+    )  # fmt: skip
+    assert "| dense | 0.51 (0.50 to 0.52), baseline at 1 |  |  |  |\n" in text
+    assert "| low | 0.52 (0.51 to 0.53) |  | 0.61 (0.60 to 0.62), worse |  |\n" in text
+    assert "| codes |  | at 0.26: 0.51 (0.50 to 0.52) |  |  |\n" in text
+    assert "At 1/10, the least mean is low's. Not told apart from it: near. Worse than it: high.\n" in text
+    assert "At 1/2, the least mean is low's. Not told apart from it: none. Worse than it: none.\n" in text
+    assert "At 1/4" not in text and "between 0.990 and 0.990 of the budget" in text

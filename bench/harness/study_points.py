@@ -1,0 +1,95 @@
+"""The table of a study whose cases were run at several budgets: the headline at each, and what it tells apart."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from gossamer.bench.harness.study import BASELINE, BETTER, WITHIN, WORSE, difference, spread
+
+# Budgets are columns; another budget of a case stands in the nearest of them, with its own number.
+COLUMNS = {"1/2": 0.5, "1/4": 0.25, "1/10": 0.1, "1/100": 0.01}
+
+
+def columns(case: dict) -> dict[str, str]:
+    """The budget of a case that stands in each column, the nearest to it where several would."""
+    found: dict[str, str] = {}
+    for label in case["runs"][0]["points"]:
+        if not _is_number(label):
+            continue
+        column = min(COLUMNS, key=lambda name: abs(math.log(float(label) / COLUMNS[name])))
+        if column not in found or _distance(label, column) < _distance(found[column], column):
+            found[column] = label
+    return found
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return float(label) > 0
+    except ValueError:
+        return False
+
+
+def _distance(label: str, column: str) -> float:
+    return abs(math.log(float(label) / COLUMNS[column]))
+
+
+def at(case: dict, label: str, metric: str) -> list[float]:
+    """A metric of every run of a stored case at one of its budgets."""
+    return [run["points"][label][metric] for run in case["runs"] if label in run["points"]]
+
+
+def markdown(record: dict) -> str:
+    """The headline of each case at each budget, and which cases are not told apart from the least."""
+    headline = record["headline"]
+    metric = next(metric for metric in record["metrics"] if metric["name"] == headline)
+    base = next(case for case in record["cases"] if case["name"] == record["baseline"])
+    base_values = [run["metrics"][headline] for run in base["runs"]]
+    others = [case for case in record["cases"] if case is not base]
+    lines = []
+    for case in others:
+        cells, chosen = [], columns(case)
+        for column in COLUMNS:
+            if column not in chosen:
+                cells.append("")
+                continue
+            label = chosen[column]
+            found = at(case, label, headline)
+            said = difference(found, base_values)
+            text = spread(found, metric["digits"]) + ("" if said == WITHIN else f", {said}")
+            cells.append(text if float(label) == COLUMNS[column] else f"at {label}: {text}")
+        lines.append([case["name"] + (" *" if case["note"] else ""), *cells])
+    lines.sort(key=lambda line: line[0])
+    lines.insert(0, [base["name"], f"{spread(base_values, metric['digits'])}, {BASELINE} at 1", *[""] * 3])
+    head = [metric["label"], *(f"{column} of the bytes" for column in COLUMNS)]
+    table = [head, ["---", *["--:"] * len(COLUMNS)], *lines]
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in table) + "\n"
+    shares = [
+        point["share"] / float(label)
+        for case in others
+        for run in case["runs"]
+        for label, point in run["points"].items()
+        if _is_number(label)
+    ]
+    text += (
+        f"“{BETTER}” and “{WORSE}” are against {base['name']}, where the nearest seeds of both are further apart than "
+        "either's own; where neither stands, the seeds do not tell the two apart. Bytes counted in the frozen tables "
+        f"were between {min(shares):.3f} and {max(shares):.3f} of the budget.\n"
+    )
+    for column in COLUMNS:
+        at_column = {
+            case["name"]: at(case, chosen[column], headline)
+            for case in others
+            if column in (chosen := columns(case)) and float(chosen[column]) == COLUMNS[column]
+        }
+        if not at_column:
+            continue
+        least = min(at_column, key=lambda name: statistics.fmean(at_column[name]))
+        same = sorted(name for name in at_column if difference(at_column[name], at_column[least]) != WORSE)
+        same.remove(least)
+        worse = sorted(set(at_column) - set(same) - {least})
+        text += (
+            f"\nAt {column}, the least mean is {least}'s. Not told apart from it: {', '.join(same) or 'none'}. "
+            f"Worse than it: {', '.join(worse) or 'none'}.\n"
+        )
+    return text
