@@ -30,7 +30,8 @@ def bench(
         str | None,
         typer.Argument(
             metavar="[NAME]",
-            help="After study: routers, expert_compression, embedding_budget, decode. After parallel: experts.",
+            help="After study: routers, expert_compression, embedding_budget, movielens_budget, decode. "
+            "After parallel: experts.",
         ),
     ] = None,
     shape: Annotated[str | None, typer.Option(help="A named shape, or its sizes, such as T,H,I,E,K.")] = None,
@@ -70,6 +71,9 @@ def bench(
     cases: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Of a study: these cases, beside its baseline.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of study movielens_budget: where the ratings are.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="Of parallel: local gloo processes; 2 if not given.")] = None,
 ) -> None:
     """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
@@ -92,16 +96,16 @@ def bench(
         others = [option for option, value in given.items() if value is not None]
         if processes is not None:
             others.append("--processes")
-        return _study(study, quick, seeds, cases, json_file, plot_folder, others)
+        return _study(study, quick, seeds, cases, data, json_file, plot_folder, others)
     if family == "parallel":
         given = {
             "--sweep": sweep, "--csv": csv_file, "--plot": plot_folder, "--html": html_file, "--compare": compare,
-            "--fail-below": fail_below, "--seeds": seeds, "--cases": cases,
+            "--fail-below": fail_below, "--seeds": seeds, "--cases": cases, "--data": data,
         }  # fmt: skip
         others = [option for option, value in given.items() if value is not None]
         return _parallel(study, shape, quick, dtype, direction, processes, json_file, others)
     try:
-        for option, value in (("a second name", study), ("--seeds", seeds), ("--cases", cases)):
+        for option, value in (("a second name", study), ("--seeds", seeds), ("--cases", cases), ("--data", data)):
             if value is not None:
                 raise ValueError(f"{option} is for studies, as in gossamer bench study routers")
         if processes is not None:
@@ -181,6 +185,7 @@ def _study(
     quick: bool,
     seeds: int | None,
     cases: str | None,
+    data: Path | None,
     json_file: Path | None,
     plot_folder: Path | None,
     others: list[str],
@@ -197,6 +202,8 @@ def _study(
         chosen = studies.study(name)
         studies.check_seeds(seeds)
         wanted = studies.chosen_cases(chosen, cases.split(",") if cases is not None else None)
+        effort = "quick" if quick else "full"
+        settings = studies.loaded(chosen, effort, data)
         if json_file is not None:
             files.check_file("--json", json_file)
         if plot_folder is not None:
@@ -212,7 +219,7 @@ def _study(
             files.write_json(found, json_file)
 
     with study_report.Bar(console) as bar:
-        record = studies.run(chosen, wanted, effort="quick" if quick else "full", seeds=seeds, report=bar, so_far=keep)
+        record = studies.run(chosen, wanted, effort=effort, seeds=seeds, settings=settings, report=bar, so_far=keep)
     keep(record)
     if plot_folder is not None:
         from gossamer.bench.harness import study_plot
