@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from gossamer.bench.harness.plot import DENSE_COLOR, INK, OTHERS, style
 from gossamer.bench.harness.study import values
+from gossamer.bench.harness.study_points import budget_points
 
 # The baseline is drawn in INK, the others in these in turns, then dashed.
 LINES = ("-", "--", ":")
+MARKS = "osD^v<>P*X"
 
 
 def _styles(cases: list[dict], baseline: str) -> dict[str, tuple[str, str]]:
@@ -80,8 +82,42 @@ def draw(record: dict) -> Figure:
     return figure
 
 
+def draw_budgets(record: dict) -> Figure:
+    """The headline of each case at its budgets against the bytes served, and at the least budgets against lookup time.
+
+    Marks are means of the seeds, upright strokes their range; the baseline's range is shaded.
+    """
+    metric = next(metric for metric in record["metrics"] if metric["name"] == record["headline"])
+    styles = _styles(record["cases"], record["baseline"])
+    with style():
+        figure = Figure(figsize=(12.5, 5.6), layout="constrained")
+        by_bytes, by_time = figure.subplots(1, 2)
+        for place, case in enumerate(record["cases"]):
+            color, line = styles[case["name"]]
+            look = {"color": color, "marker": MARKS[place % len(MARKS)], "markersize": 5, "linewidth": 1.1}
+            points = sorted(budget_points(case), key=lambda point: point["share"])
+            x, y = ([point[key] for point in points] for key in ("share", "mean"))
+            by_bytes.plot(x, y, line, label=case["name"], **look)
+            for point in points:
+                by_bytes.plot([point["share"]] * 2, point["range"], color=color, linewidth=0.8)
+            # Every case once, at the budget nearest a tenth.
+            point = min(points, key=lambda point: abs(point["share"] - 0.1))
+            by_time.plot([point["lookup_us"]], [point["mean"]], **look)
+            by_time.plot([point["lookup_us"]] * 2, point["range"], color=color, linewidth=0.8)
+            if case["name"] == record["baseline"]:
+                for axis in (by_bytes, by_time):
+                    axis.axhspan(*point["range"], color=DENSE_COLOR, alpha=0.25, linewidth=0)
+        by_bytes.set(xscale="log", xlabel="bytes served over the dense tables'", ylabel=metric["label"])
+        by_time.set(xscale="log", xlabel="us of thread to look 4096 impressions up, at a tenth or next to it")
+        figure.legend(*by_bytes.get_legend_handles_labels(), fontsize=8, loc="outside right center")
+        figure.suptitle(f"{record['title']} ({record['effort']} run)")
+    return figure
+
+
 def save(record: dict, folder: Path) -> Path:
-    """Write the picture into a folder, named after the study."""
+    """Write the picture into a folder, named after the study, and one of its budgets where it has some."""
     path = folder / f"{record['study']}.svg"
     draw(record).savefig(path, metadata={"Date": None})
+    if any(run.get("points") for case in record["cases"] for run in case["runs"]):
+        draw_budgets(record).savefig(folder / f"{record['study']}-budgets.svg", metadata={"Date": None})
     return path

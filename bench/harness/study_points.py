@@ -9,6 +9,8 @@ from gossamer.bench.harness.study import BASELINE, BETTER, WITHIN, WORSE, differ
 
 # Budgets are columns; another budget of a case stands in the nearest of them, with its own number.
 COLUMNS = {"1/2": 0.5, "1/4": 0.25, "1/10": 0.1, "1/100": 0.01}
+# Cases that leave more of a budget empty are named.
+FULL = 0.99
 
 
 def columns(case: dict) -> dict[str, str]:
@@ -39,6 +41,22 @@ def at(case: dict, label: str, metric: str) -> list[float]:
     return [run["points"][label][metric] for run in case["runs"] if label in run["points"]]
 
 
+def _filled(case: dict) -> list[float]:
+    """The bytes counted over the budget, at each budget of each run."""
+    found = (run["points"].items() for run in case["runs"])
+    return [point["share"] / float(label) for points in found for label, point in points if _is_number(label)]
+
+
+def budget_points(case: dict) -> list[dict]:
+    """``share``, ``lookup_us``, and ``mean`` and ``range`` of the loss at each budget of a case, over its seeds."""
+    found = []
+    for label in case["runs"][0]["points"]:
+        losses = at(case, label, "loss")
+        means = {name: statistics.fmean(at(case, label, name)) for name in ("share", "lookup_us")}
+        found.append(means | {"mean": statistics.fmean(losses), "range": (min(losses), max(losses))})
+    return found
+
+
 def markdown(record: dict) -> str:
     """The headline of each case at each budget, and which cases are not told apart from the least."""
     headline = record["headline"]
@@ -64,18 +82,15 @@ def markdown(record: dict) -> str:
     head = [metric["label"], *(f"{column} of the bytes" for column in COLUMNS)]
     table = [head, ["---", *["--:"] * len(COLUMNS)], *lines]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in table) + "\n"
-    shares = [
-        point["share"] / float(label)
-        for case in others
-        for run in case["runs"]
-        for label, point in run["points"].items()
-        if _is_number(label)
-    ]
     text += (
         f"“{BETTER}” and “{WORSE}” are against {base['name']}, where the nearest seeds of both are further apart than "
-        "either's own; where neither stands, the seeds do not tell the two apart. Bytes counted in the frozen tables "
-        f"were between {min(shares):.3f} and {max(shares):.3f} of the budget.\n"
+        "either's own; where neither stands, the seeds do not tell the two apart. "
     )
+    least = {case["name"]: min(_filled(case)) for case in others}
+    most = max(max(_filled(case)) for case in others)
+    small = [f"{name} ({share:.2f})" for name, share in sorted(least.items()) if share < FULL]
+    text += f"Bytes counted in the frozen tables are at most {most:.3f} of the budget, and at least {FULL}"
+    text += (f", but for {', '.join(small)} at the least" if small else "") + ".\n"
     for column in COLUMNS:
         at_column = {
             case["name"]: at(case, chosen[column], headline)
@@ -84,12 +99,12 @@ def markdown(record: dict) -> str:
         }
         if not at_column:
             continue
-        least = min(at_column, key=lambda name: statistics.fmean(at_column[name]))
-        same = sorted(name for name in at_column if difference(at_column[name], at_column[least]) != WORSE)
-        same.remove(least)
-        worse = sorted(set(at_column) - set(same) - {least})
+        best = min(at_column, key=lambda name: statistics.fmean(at_column[name]))
+        same = sorted(name for name in at_column if difference(at_column[name], at_column[best]) != WORSE)
+        same.remove(best)
+        worse = sorted(set(at_column) - set(same) - {best})
         text += (
-            f"\nAt {column}, the least mean is {least}'s. Not told apart from it: {', '.join(same) or 'none'}. "
+            f"\nAt {column}, the least mean is {best}'s. Not told apart from it: {', '.join(same) or 'none'}. "
             f"Worse than it: {', '.join(worse) or 'none'}.\n"
         )
     return text

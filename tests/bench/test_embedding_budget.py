@@ -77,7 +77,11 @@ def record(losses):
             {
                 "metrics": {"loss": next(iter(points.values()))[seed]},
                 "points": {
-                    b: {"loss": values[seed], "share": 1.0 if b == "all" else 0.99 * float(b)}
+                    b: {
+                        "loss": values[seed],
+                        "share": 1.0 if b == "all" else (0.8 if name == "codes" else 0.995) * float(b),
+                        "lookup_us": 7.0,
+                    }
                     for b, values in points.items()
                 },
             }
@@ -88,20 +92,34 @@ def record(losses):
     return {"headline": "loss", "baseline": "dense", "metrics": metrics, "cases": cases}
 
 
+LOSSES = {
+    "dense": {"all": (0.50, 0.51, 0.52)},
+    "low": {"0.1": (0.60, 0.61, 0.62), "0.5": (0.51, 0.52, 0.53)},
+    "near": {"0.1": (0.61, 0.62, 0.64)},
+    "high": {"0.1": (0.70, 0.71, 0.72)},
+    "codes": {"0.26": (0.50, 0.51, 0.52), "0.32": (0.4, 0.4, 0.4)},
+}
+
+
 def test_table_of_budgets():
     """Only gaps wider than the seeds' ranges are named, against dense and against the least at a budget."""
-    text = study_points.markdown(
-        record({
-            "dense": {"all": (0.50, 0.51, 0.52)},
-            "low": {"0.1": (0.60, 0.61, 0.62), "0.5": (0.51, 0.52, 0.53)},
-            "near": {"0.1": (0.61, 0.62, 0.64)},
-            "high": {"0.1": (0.70, 0.71, 0.72)},
-            "codes": {"0.26": (0.50, 0.51, 0.52), "0.32": (0.4, 0.4, 0.4)},
-        })
-    )  # fmt: skip
+    text = study_points.markdown(record(LOSSES))
     assert "| dense | 0.51 (0.50 to 0.52), baseline at 1 |  |  |  |\n" in text
     assert "| low | 0.52 (0.51 to 0.53) |  | 0.61 (0.60 to 0.62), worse |  |\n" in text
     assert "| codes |  | at 0.26: 0.51 (0.50 to 0.52) |  |  |\n" in text
     assert "At 1/10, the least mean is low's. Not told apart from it: near. Worse than it: high.\n" in text
     assert "At 1/2, the least mean is low's. Not told apart from it: none. Worse than it: none.\n" in text
-    assert "At 1/4" not in text and "between 0.990 and 0.990 of the budget" in text
+    assert "At 1/4" not in text
+    assert "at most 0.995 of the budget, and at least 0.99, but for codes (0.80) at the least." in text
+
+
+def test_picture_of_budgets():
+    """Each case's means stand at the bytes that were counted; dense is one mark at all of them."""
+    pytest.importorskip("matplotlib")
+    from gossamer.bench.harness import study_plot
+
+    figure = study_plot.draw_budgets(record(LOSSES) | {"title": "Tables", "effort": "quick"})
+    lines = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
+    assert set(lines) == set(LOSSES) and list(lines["dense"].get_xdata()) == [1.0]
+    assert list(lines["low"].get_xdata()) == pytest.approx([0.0995, 0.4975])
+    assert list(lines["low"].get_ydata()) == pytest.approx([0.61, 0.52])
