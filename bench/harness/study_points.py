@@ -84,7 +84,8 @@ def markdown(record: dict) -> str:
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in table) + "\n"
     text += (
         f"“{BETTER}” and “{WORSE}” are against {base['name']}, where the nearest seeds of both are further apart than "
-        "either's own; where neither stands, the seeds do not tell the two apart. "
+        "either's own; where neither stands, the seeds do not tell the two apart. An "
+        "empty cell is a budget that the method does not reach, or was not asked to. "
     )
     least = {case["name"]: min(_filled(case)) for case in others}
     most = max(max(_filled(case)) for case in others)
