@@ -66,6 +66,7 @@ struct TokenSums {
 
   void zero(Team team) const {
     const auto mine = team.share(tokens * stride);
+    if (mine.begin == mine.end) return;  // no tokens, no memory
     std::memset(static_cast<void*>(base + mine.begin), 0, (mine.end - mine.begin) * sizeof(S));
   }
 

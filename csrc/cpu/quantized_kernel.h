@@ -139,7 +139,7 @@ struct CodeRows {
     const QuantizedWeights& weights = *w.weights;
     const int64_t size = weights.scale_dtype < 0 ? 1 : element_size(static_cast<DType>(weights.scale_dtype));
     const bool more = group + count < weights.scale_columns;
-    const int64_t ahead = more ? group + count : (kRows >> weights.row_shift) * weights.scale_columns;
+    const int64_t ahead = more ? group + count : (int64_t{kRows} >> weights.row_shift) * weights.scale_columns;
     const char* base = static_cast<const char*>(weights.scale) + ahead * size;
     for (int i = 0; i < kRows; ++i) __builtin_prefetch(base + scales[i] * size, 0, 2);
     const auto gather = [&](auto load_at) __attribute__((always_inline)) {
