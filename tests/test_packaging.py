@@ -19,13 +19,15 @@ import setuptools
 
 import gossamer
 
-SEARCH_PATH = os.environ.get("PATH", "")
+# As it was before any test ran: libraries write to it, and a compiler that they name need not link C++.
+ENVIRONMENT = dict(os.environ)
+SEARCH_PATH = ENVIRONMENT.get("PATH", "")
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
 
 
 def run(*command: str, cwd: Path = ROOT, ok: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "GOSSAMER_CUDA")}
+    clean = {k: v for k, v in ENVIRONMENT.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "GOSSAMER_CUDA")}
     done = subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True)
     assert done.returncode == 0 or not ok, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -75,7 +77,7 @@ def test_sdist_holds_all_sources(sdist):
 
 
 def test_wheel_from_sdist_has_native_kernels(source, tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(ENVIRONMENT.get("CXX", "c++"), path=SEARCH_PATH)
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     # What is tested is that the sources are there and fit together: unoptimised they compile in a fifth of the time,
