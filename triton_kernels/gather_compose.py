@@ -51,6 +51,18 @@ class PartLists(NamedTuple):
     rare_width: int
 
 
+class PartForm(NamedTuple):
+    """What kernels are compiled for: H, of which the first are coded, bits of codes, and the arithmetic of the maps."""
+
+    parts: int
+    coded: int
+    bits: int
+    rare_bits: int
+    kind: int
+    mixed: bool
+    wrap: bool
+
+
 @triton.jit
 def _code(codes_ptr, ids, there, width, part, BITS: tl.constexpr):
     """Codes of ``BITS`` bits of a part, from rows of ``width`` bytes."""
@@ -63,39 +75,31 @@ def _code(codes_ptr, ids, there, width, part, BITS: tl.constexpr):
 
 
 @triton.jit
-def _coded_row(ids, live, part, lists, BITS: tl.constexpr, RARE_BITS: tl.constexpr):
+def _coded_row(ids, live, part, lists, FORM: tl.constexpr):
     """The row of a coded part for each id that counts."""
+    bits: tl.constexpr = FORM.bits
+    rare_bits: tl.constexpr = FORM.rare_bits
     often = live & (ids < lists.frequent)
-    row = _code(lists.codes, ids, often, lists.code_width, part, BITS)
+    row = _code(lists.codes, ids, often, lists.code_width, part, bits)
     if lists.rare is not None:
         seldom = live & (ids >= lists.frequent)
-        row += _code(lists.rare, ids - lists.frequent, seldom, lists.rare_width, part, RARE_BITS)
+        row += _code(lists.rare, ids - lists.frequent, seldom, lists.rare_width, part, rare_bits)
     return row + tl.load(lists.maps + part * 5 + 2)
 
 
 @triton.jit
-def part_row(
-    ids,
-    live,
-    part,
-    lists,
-    prime,
-    PARTS: tl.constexpr,
-    CODED: tl.constexpr,
-    BITS: tl.constexpr,
-    RARE_BITS: tl.constexpr,
-    KIND: tl.constexpr,
-    MIXED: tl.constexpr,
-):
-    """The row of a part for each id that counts; of the ``PARTS`` the first ``CODED`` are read from codes."""
-    if CODED == 0:
-        row = map_row(ids, lists.maps + part * 5, prime, KIND, MIXED)
-    elif CODED == PARTS:
-        row = _coded_row(ids, live, part, lists, BITS, RARE_BITS)
-    elif part < CODED:
-        row = _coded_row(ids, live, part, lists, BITS, RARE_BITS)
+def part_row(ids, live, part, lists, prime, FORM: tl.constexpr):
+    """The row of a part for each id that counts."""
+    kind: tl.constexpr = FORM.kind
+    mixed: tl.constexpr = FORM.mixed
+    if FORM.coded == 0:
+        row = map_row(ids, lists.maps + part * 5, prime, kind, mixed)
+    elif FORM.coded == FORM.parts:
+        row = _coded_row(ids, live, part, lists, FORM)
+    elif part < FORM.coded:
+        row = _coded_row(ids, live, part, lists, FORM)
     else:
-        row = map_row(ids, lists.maps + part * 5, prime, KIND, MIXED)
+        row = map_row(ids, lists.maps + part * 5, prime, kind, mixed)
     return row
 
 
@@ -122,13 +126,7 @@ def gather_compose_kernel(
     stride_wj,
     MODE: tl.constexpr,
     OPERATION: tl.constexpr,
-    PARTS: tl.constexpr,
-    CODED: tl.constexpr,
-    BITS: tl.constexpr,
-    RARE_BITS: tl.constexpr,
-    KIND: tl.constexpr,
-    MIXED: tl.constexpr,
-    WRAP: tl.constexpr,
+    FORM: tl.constexpr,
     UNROLL: tl.constexpr,
     BAGS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -136,10 +134,11 @@ def gather_compose_kernel(
     """``BAGS`` bags by ``BLOCK_D`` columns, one of ``blocks`` of a row, or of a part of a concatenation."""
     program = tl.program_id(0)
     index_ptr, offsets_ptr, weights_ptr = lists.index, lists.offsets, lists.weights
+    number_of_parts: tl.constexpr = FORM.parts
     own = 0
     if OPERATION == "concat":
-        own = program // blocks % PARTS
-        bag = (program // (blocks * PARTS)).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+        own = program // blocks % number_of_parts
+        bag = (program // (blocks * number_of_parts)).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     else:
         bag = (program // blocks).to(tl.int64) * BAGS + tl.arange(0, BAGS)
     column = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -158,9 +157,9 @@ def gather_compose_kernel(
                 live &= (ids >= 0) & (ids < parts.num_ids)
             ids = tl.where(live, ids, 0)
             if OPERATION == "concat":
-                row = part_row(ids, live, own, parts, prime, PARTS, CODED, BITS, RARE_BITS, KIND, MIXED)
+                row = part_row(ids, live, own, parts, prime, FORM)
                 place = row[:, None] * stride_tn + at
-                if WRAP:
+                if FORM.wrap:
                     place = row[:, None] + at
                     place = tl.where(place >= prime, place - prime, place) % num_rows
                     read = live
@@ -169,8 +168,8 @@ def gather_compose_kernel(
                 found = tl.load(table_ptr + place, read[:, None] & in_row[None, :], other=0.0).to(tl.float32)
             else:
                 found = tl.full((BAGS, BLOCK_D), 1.0 if OPERATION == "mul" else 0.0, tl.float32)
-                for part in tl.static_range(PARTS):
-                    row = part_row(ids, live, part, parts, prime, PARTS, CODED, BITS, RARE_BITS, KIND, MIXED)
+                for part in tl.static_range(number_of_parts):
+                    row = part_row(ids, live, part, parts, prime, FORM)
                     read = live & (row < num_rows)
                     mask = read[:, None] & in_row[None, :]
                     more = tl.load(table_ptr + row[:, None] * stride_tn + at, mask, other=0.0).to(tl.float32)
@@ -204,6 +203,13 @@ def part_lists(parts: Parts, device: torch.device) -> PartLists:
     return PartLists(maps, codes, rare, parts.num_ids, frequent, code_width, rare_width)
 
 
+def part_form(parts: Parts) -> PartForm:
+    """What kernels are compiled for these parts."""
+    bits, rare_bits = [*parts.bits, 0, 0][:2]
+    maps = parts.maps
+    return PartForm(maps.count, parts.coded, bits, rare_bits, map_kind(maps), maps.mixed, parts.wrap)
+
+
 def gather_compose(args: GatherCompose) -> torch.Tensor:
     """``out[b]``, the sum or mean over the known ids of bag ``b`` of their composed vectors, in position order."""
     table, bags, parts = args.table, args.bags, args.parts
@@ -214,7 +220,6 @@ def gather_compose(args: GatherCompose) -> torch.Tensor:
     columns = parts.block or table.shape[1]
     count, block_d = reduce_tile(columns, table.element_size())
     blocks = triton.cdiv(columns, block_d)
-    bits = [*parts.bits, 0, 0]
     each = parts.maps.count if parts.operation == "concat" else 1
     gather_compose_kernel[(triton.cdiv(out.shape[0], count) * blocks * each,)](
         table,
@@ -236,13 +241,7 @@ def gather_compose(args: GatherCompose) -> torch.Tensor:
         *(flat_strides(bags.weights) if bags.weights is not None else (0, 0)),
         MODE=bags.mode,
         OPERATION=parts.operation,
-        PARTS=parts.maps.count,
-        CODED=parts.coded,
-        BITS=bits[0],
-        RARE_BITS=bits[1],
-        KIND=map_kind(parts.maps),
-        MIXED=parts.maps.mixed,
-        WRAP=parts.wrap,
+        FORM=part_form(parts),
         UNROLL=UNROLL,
         BAGS=count,
         BLOCK_D=block_d,
@@ -258,14 +257,14 @@ def aot_cases(arch: int) -> list[tuple]:
     known = PartLists("*i64:16", None, None, "i64", "i64", "i32", "i32")
     coded = known._replace(codes="*u8", rare="*u8")
     cases = []
-    for operation, number, part_pointers, more in (
-        ("mul", 2, known, {"CODED": 0, "KIND": 0, "WRAP": False}),
-        ("concat", 4, coded, {"CODED": 4, "BITS": 8, "RARE_BITS": 6, "KIND": 0, "WRAP": False}),
-        ("concat", 4, known, {"CODED": 0, "KIND": 1, "WRAP": True}),
+    for operation, part_pointers, form in (
+        ("mul", known, PartForm(2, 0, 0, 0, 0, False, False)),
+        ("concat", coded, PartForm(4, 4, 8, 6, 0, False, False)),
+        ("concat", known, PartForm(4, 0, 0, 0, 1, False, True)),
     ):
         bags, block_d = reduce_tile(16, 4)
         signature = {"table_ptr": "*fp32:16", "out_ptr": "*fp32:16", "lists": lists, "parts": part_pointers} | sizes
-        constants = {"MODE": "sum", "OPERATION": operation, "PARTS": number, "MIXED": False, "UNROLL": UNROLL}
-        constants |= {"BITS": 0, "RARE_BITS": 0, "BAGS": bags, "BLOCK_D": block_d} | more
+        constants = {"MODE": "sum", "OPERATION": operation, "FORM": form, "UNROLL": UNROLL}
+        constants |= {"BAGS": bags, "BLOCK_D": block_d}
         cases.append((gather_compose_kernel, signature, constants, {"num_warps": NUM_WARPS}))
     return cases

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.triton_kernels.gather_compose import PartLists, part_lists, part_row
+from gossamer.triton_kernels.gather_compose import PartForm, PartLists, part_form, part_lists, part_row
 from gossamer.triton_kernels.gather_reduce import Lists, bag_range, flat_strides, lists_of
-from gossamer.triton_kernels.map_ids import map_kind
 
 if TYPE_CHECKING:
     from gossamer.ops.gather_matmul import GatherMatmul
@@ -63,10 +62,7 @@ def gather_matmul_kernel(
     stride_wb,
     stride_wj,
     MODE: tl.constexpr,
-    CODED: tl.constexpr,
-    BITS: tl.constexpr,
-    KIND: tl.constexpr,
-    MIXED: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -84,8 +80,8 @@ def gather_matmul_kernel(
         if parts.num_ids > 0:
             live &= (ids >= 0) & (ids < parts.num_ids)
         ids = tl.where(live, ids, 0)
-        first = part_row(ids, live, 0, parts, prime, 2, CODED, BITS, 0, KIND, MIXED)
-        second = part_row(ids, live, 1, parts, prime, 2, CODED, BITS, 0, KIND, MIXED)
+        first = part_row(ids, live, 0, parts, prime, FORM)
+        second = part_row(ids, live, 1, parts, prime, FORM)
         in_left = (live & (first < left_rows))[:, None] & (row < m)[:, None]
         in_right = (live & (second < right_rows))[:, None] & (column < n)[None, :]
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -142,10 +138,7 @@ def gather_matmul(args: GatherMatmul) -> torch.Tensor:
         *flat_strides(bags.index),
         *(flat_strides(bags.weights) if bags.weights is not None else (0, 0)),
         MODE=bags.mode,
-        CODED=parts.coded,
-        BITS=parts.bits[0] if parts.coded else 0,
-        KIND=map_kind(parts.maps),
-        MIXED=parts.maps.mixed,
+        FORM=part_form(parts),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
@@ -163,7 +156,7 @@ def aot_cases(arch: int) -> list[tuple]:
     for (m, n), parts, coded in (((4, 4), digits, 0), ((2, 32), digits, 0), ((16, 4), digits._replace(codes="*u8"), 2)):
         block_m, block_n = tile(m, n)
         pointers = dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), "*fp32:16")
-        constants = {"MODE": "sum", "CODED": coded, "BITS": 32, "KIND": 0, "MIXED": False}
+        constants = {"MODE": "sum", "FORM": PartForm(2, coded, 32, 0, 0, False, False)}
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K}
         cases.append(
             (

@@ -48,7 +48,6 @@ _SIZES = [
     "stride_ij",
     "stride_wb",
     "stride_wj",
-    "stride_s",
 ]
 _DOT_SIZES = [name for name in _SIZES if name not in ("blocks", "stride_on", "stride_wb", "stride_wj")] + ["stride_gb"]
 
@@ -60,6 +59,18 @@ class Lists(NamedTuple):
     offsets: torch.Tensor | None
     weights: torch.Tensor | None
     layout: torch.Tensor | None
+
+
+class Scales(NamedTuple):
+    """Scales of rows of codes, and elements from one row's to the next's."""
+
+    each: torch.Tensor  # "values" is an attribute of Triton's own tuples
+    stride: int
+
+
+def scales_of(scale: torch.Tensor | None) -> Scales | None:
+    """The scales of a table of codes as kernels take them; None for a table of floats."""
+    return None if scale is None else Scales(scale, scale_stride(scale))
 
 
 def lists_of(bags: Bags) -> Lists:
@@ -131,19 +142,18 @@ def _add_row(
     in_row,
     ids_ptr,
     weights_ptr,
-    scale_ptr,
+    scales,
     inside,
     num_rows,
     padding_idx,
     limit,
     stride_tn,
-    stride_s,
 ):
     """Add one row of each bag, times its scale and weight, in float32; and one to the count where the id counts."""
     ids, live = load_ids(ids_ptr, inside, num_rows, padding_idx, limit)
     rows = tl.load(column_ptr + ids[:, None] * stride_tn, live[:, None] & in_row[None, :], other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        rows *= tl.load(scale_ptr + ids * stride_s, live, other=0.0)[:, None]
+    if scales is not None:
+        rows *= tl.load(scales.each + ids * scales.stride, live, other=0.0)[:, None]
     if weights_ptr is not None:
         # Masked like the rows: a skipped position may hold NaN.
         rows *= tl.load(weights_ptr, live, other=0.0).to(tl.float32)[:, None]
@@ -153,7 +163,7 @@ def _add_row(
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["limit_ptr"])
 def gather_reduce_kernel(
     table_ptr,
-    scale_ptr,
+    scales,
     lists,
     limit_ptr,
     out_ptr,
@@ -171,7 +181,6 @@ def gather_reduce_kernel(
     stride_ij,
     stride_wb,
     stride_wj,
-    stride_s,
     MODE: tl.constexpr,
     WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -229,13 +238,12 @@ def gather_reduce_kernel(
                 in_row,
                 ids_ptr,
                 factors_ptr,
-                scale_ptr,
+                scales,
                 in_batch,
                 num_rows,
                 padding_idx,
                 limit,
                 stride_tn,
-                stride_s,
             )
     else:
         longest = tl.max(end - begin, 0)
@@ -252,13 +260,12 @@ def gather_reduce_kernel(
                     in_row,
                     ids_ptr,
                     factors_ptr,
-                    scale_ptr,
+                    scales,
                     j < end,
                     num_rows,
                     padding_idx,
                     limit,
                     stride_tn,
-                    stride_s,
                 )
     if mean or layout_ptr is not None:
         number = tl.where(averaged, tl.maximum(count, 1), 1).to(tl.float32)
@@ -271,7 +278,7 @@ def gather_reduce_kernel(
 def gather_dot_kernel(
     dout_ptr,
     table_ptr,
-    scale_ptr,
+    scales,
     lists,
     limit_ptr,
     out_ptr,
@@ -287,7 +294,6 @@ def gather_dot_kernel(
     stride_td,
     stride_ib,
     stride_ij,
-    stride_s,
     MODE: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -340,8 +346,8 @@ def gather_dot_kernel(
             total += row.to(tl.float32) * gradient.to(tl.float32)[None, :]
         # Masked again, because a skipped position's zeros times an infinite gradient are NaN.
         dot = tl.where(live, tl.sum(total, 1), 0.0)
-        if scale_ptr is not None:
-            dot *= tl.load(scale_ptr + ids * stride_s, live, other=0.0)
+        if scales is not None:
+            dot *= tl.load(scales.each + ids * scales.stride, live, other=0.0)
         if mean or layout_ptr is not None:
             dot = tl.div_rn(dot, tl.zeros_like(dot) + scale)
         tl.store(out_ptr + bag * width + j, dot.to(out_ptr.dtype.element_ty), j < end)
@@ -375,7 +381,7 @@ def _reduce(
     blocks = triton.cdiv(max(dims), block_d)
     gather_reduce_kernel[(len(dims) * triton.cdiv(out.shape[0], bags) * blocks,)](
         table,
-        scale,
+        scales_of(scale),
         lists,
         limit,
         out,
@@ -390,7 +396,6 @@ def _reduce(
         out.stride(0),
         *flat_strides(lists.index),
         *(flat_strides(lists.weights) if lists.weights is not None else (0, 0)),
-        0 if scale is None else scale_stride(scale),
         MODE=mode,
         WIDTH=width if width <= at_once else 0,
         UNROLL=at_once,
@@ -445,7 +450,7 @@ def gather_dot(args: GatherDot) -> torch.Tensor:
     gather_dot_kernel[(bags.num_lists,)](
         dout,
         table,
-        args.scale,
+        scales_of(args.scale),
         lists_of(bags),
         bags.limit,
         out,
@@ -458,7 +463,6 @@ def gather_dot(args: GatherDot) -> torch.Tensor:
         *dout.stride(),
         *strides,
         *flat_strides(bags.index),
-        0 if args.scale is None else scale_stride(args.scale),
         MODE=bags.mode,
         POSITIONS=positions,
         BLOCK_D=block_d,
@@ -481,7 +485,7 @@ def aot_cases(arch: int) -> list[tuple]:
             bags, block_d = reduce_tile(dim, size)
             common = dict.fromkeys(("dout_ptr", "table_ptr", "out_ptr"), pointer) | {"lists": lists} | sizes
             if dtype == torch.int8:
-                common |= dict.fromkeys(("dout_ptr", "out_ptr", "scale_ptr"), "*fp32:16")
+                common |= dict.fromkeys(("dout_ptr", "out_ptr"), "*fp32:16") | {"scales": Scales("*fp32:16", "i32")}
             common |= {"limit_ptr": "*i32"} if form == "fixed" else {}
             positions, dot_d = dot_tile(dim, size, width or None)
             reduce = {"WIDTH": width, "UNROLL": UNROLL, "BAGS": bags, "BLOCK_D": block_d}

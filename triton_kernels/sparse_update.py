@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer._row_codes import scale_stride
 from gossamer._step_rules import RULES
-from gossamer.triton_kernels.gather_reduce import DIM, ELEMENT, ROW, dims_of, multiple
+from gossamer.triton_kernels.gather_reduce import DIM, ELEMENT, ROW, Scales, dims_of, multiple, scales_of
 from gossamer.triton_kernels.row_gradients import (
     PIECE,
     TILE,
@@ -56,7 +55,7 @@ LANES_TILE = 4096
 PROGRAMS_PER_MULTIPROCESSOR = 16
 
 _INTS = ["num_positions", "num_bags", "sentinel", "width", "dim", "seed"]
-_STRIDES = ["stride_tn", "stride_1n", "stride_2n", "stride_s", "stride_gb"]
+_STRIDES = ["stride_tn", "stride_1n", "stride_2n", "stride_gb"]
 
 
 class Updated(NamedTuple):
@@ -67,7 +66,7 @@ class Updated(NamedTuple):
     state2: torch.Tensor | None
     lr: torch.Tensor | None
     step: torch.Tensor
-    scale: torch.Tensor | None
+    scale: Scales | None
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def _step_rows(
     VEC: tl.constexpr,
 ):
     """Read rows ``row [R]``, step with ``grad [R, C]``, write them; ``first [R]`` is a sorted position of each."""
-    stride_tn, stride_1n, stride_2n, stride_s = strides
+    stride_tn, stride_1n, stride_2n = strides
     tables: tl.constexpr = rows.layout is not None
     if tables:
         about_ptr = about(first, live, rows, sizes[3])
@@ -125,7 +124,8 @@ def _step_rows(
     step = tl.load(to.step)
     w = tl.load(table_ptrs, mask, other=0.0).to(tl.float32)
     if to.scale is not None:
-        scale = tl.load(to.scale + row * stride_s, live, other=1.0)
+        scale_ptrs = to.scale.each + row * to.scale.stride
+        scale = tl.load(scale_ptrs, live, other=1.0)
         w *= scale[:, None]
     new = take_step(
         w,
@@ -143,7 +143,7 @@ def _step_rows(
     if to.scale is not None:
         if RULE.learns_scale:
             scale = moved_scale(new, grad, mask, scale, scale_rate, to.table.dtype.element_ty)
-            tl.store(to.scale + row * stride_s, scale, live)
+            tl.store(scale_ptrs, scale, live)
         bits = None
         if RULE.rounds:
             bits = random_bits(seed, step, row, column)
@@ -172,7 +172,6 @@ def _step_kernel(
     stride_tn,
     stride_1n,
     stride_2n,
-    stride_s,
     scale_rate,
     stride_gb,
     stride_gd,
@@ -196,7 +195,7 @@ def _step_kernel(
         wide_1n = wide_1n // VEC * VEC
     if not RULE.row_state2:
         wide_2n = wide_2n // VEC * VEC
-    strides = (stride_tn.to(tl.int64) // VEC * VEC, wide_1n, wide_2n, stride_s)
+    strides = (stride_tn.to(tl.int64) // VEC * VEC, wide_1n, wide_2n)
     column = tl.arange(0, BLOCK_D)
     if LONG:
         window = tl.program_id(0).to(tl.int64)
@@ -308,7 +307,7 @@ def sparse_update_(args: SparseUpdate) -> None:
     update.step.add_(1)
     if num_positions == 0 or num_rows == 0 or bags.num_bags == 0 or dim == 0:
         return
-    to = Updated(table, update.state1, update.state2, update.lr, update.step, update.scale)
+    to = Updated(table, update.state1, update.state2, update.lr, update.step, scales_of(update.scale))
     changed = (table, update.state1, update.state2)
     full = [t.stride(0) for t in changed if not many and t is not None and t.dim() == 2]
     vec = multiple(min(table.element_size(), dout.element_size()), *dims, *full, dout.stride(0))
@@ -334,7 +333,6 @@ def sparse_update_(args: SparseUpdate) -> None:
             *sizes,
             rule.seed,
             *(0 if t is None else t.stride(0) for t in changed),
-            0 if update.scale is None else scale_stride(update.scale),
             args.scale_rate,
             *dout.stride(),
             RULE=rule_form(rule, table.dtype, update.scale_lr > 0),
@@ -372,7 +370,7 @@ def aot_cases(arch: int) -> list[tuple]:
         codes, wide = type_ == "i8", type_ == "fp32"
         states, pointer = list(RULES[name].states.values()), f"*{type_}:16"
         kinds = [*states, None, None]
-        scale = "*fp32:16" if codes else None
+        scale = Scales("*fp32:16", "i32") if codes else None
         to = Updated(pointer, *("*fp32:16" if kind else None for kind in kinds[:2]), None, "*i64:16", scale)
         rows = [kind == "row" for kind in kinds[:2]]
         form = RuleForm(
