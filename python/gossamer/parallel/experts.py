@@ -46,27 +46,17 @@ class Level:
     capacity: int | None = None
 
 
-class _Spread(torch.autograd.Function):
-    """The rows of tokens that travel, one a (token, rank) pair; what comes back for a token is summed in rank order."""
+class _SumRows(torch.autograd.Function):
+    """``y[b] = Σ rows[lists[b]]``; ``transposed`` lists for each row the sums that it is part of.
+
+    By the tokens of a plan's rows it spreads tokens over the rows that travel, one a (token, rank) pair; by the places
+    of a token's rows it adds up what comes back, in rank order.
+    """
 
     @staticmethod
-    def forward(ctx, tokens, index, places):
-        ctx.save_for_backward(places)
-        return gather_reduce(tokens, index, bounds="drop")
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return gather_reduce(gradient, ctx.saved_tensors[0], bounds="drop"), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """The sum of a token's rows, in rank order: the transpose of :class:`_Spread`."""
-
-    @staticmethod
-    def forward(ctx, rows, index, places):
-        ctx.save_for_backward(index)
-        return gather_reduce(rows, places, bounds="drop")
+    def forward(ctx, rows, lists, transposed):
+        ctx.save_for_backward(transposed)
+        return gather_reduce(rows, lists, bounds="drop")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -280,7 +270,7 @@ def exchange_tokens(
     stays = level.rank if overlap and len(levels) == 1 else None
     plan = plan_rows(owners, level.size, num_slots, level.capacity, stays)
     local = (ids % share).masked_fill(absent, share).int()
-    rows = _Spread.apply(tokens, plan.index, plan.places)
+    rows = _SumRows.apply(tokens, plan.index, plan.places)
     factors = _PickSlots.apply(weights, plan.slots)
     parts = rows, factors, F.pad(local.flatten(), (0, 1), value=share)[plan.slots]
     label = f"{level.label} tokens"
@@ -309,7 +299,7 @@ def exchange_tokens(
     pending = exchange.reversed.start(rows, label=f"{level.label} outputs")
     if stays is not None and beside is not None:
         other = beside()
-    collected = _Collect.apply(pending.wait(), plan.index, plan.places)
+    collected = _SumRows.apply(pending.wait(), plan.places, plan.index)
     return (collected if y is None else y + collected), other
 
 
