@@ -12,7 +12,7 @@ from gossamer._checks import check_float, check_tensor
 from gossamer.ops import gather_compose as lookup
 from gossamer.ops._records import define
 from gossamer.ops.gather_reduce import checked_out_dtype
-from gossamer.ops.gather_reduce_step import STEP_TAKEN, check_handle
+from gossamer.ops.gather_reduce_step import begin_step, check_handle
 from gossamer.ops.sparse_update import SparseUpdate, Update, check_state, check_updatable, update_rows_
 from gossamer.optim import Optimizer
 
@@ -55,13 +55,7 @@ def _save(ctx, args: GatherComposeStep, output: torch.Tensor):
 
 
 def _differentiate(ctx, args: GatherComposeStep, tensors, dout: torch.Tensor):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the backward pass of a lookup with a fused optimizer step cannot be differentiated (create_graph=True)"
-        )
-    if ctx.taken:
-        raise RuntimeError(STEP_TAKEN)
-    ctx.taken = True
+    begin_step(ctx, "a lookup")
     compose = args.compose._replace(table=ctx.table)
     gradients = {"handle": torch.zeros_like(args.handle)}
     # Before the step, because they need the rows that the forward pass read.

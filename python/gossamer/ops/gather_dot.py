@@ -13,7 +13,7 @@ from gossamer._numerics import accumulation_dtype
 from gossamer.ops import gather_reduce as lookup
 from gossamer.ops._bags import Bags, apply_bounds, check_bags
 from gossamer.ops._records import define
-from gossamer.ops.gather_reduce_step import STEP_TAKEN, check_handle
+from gossamer.ops.gather_reduce_step import begin_step, check_handle
 from gossamer.ops.sparse_update import SparseUpdate, Update, check_state, check_updatable, update_rows_
 from gossamer.optim import Optimizer
 
@@ -53,13 +53,7 @@ def _save(ctx, args: GatherDotStep, output: torch.Tensor):
 
 
 def _differentiate(ctx, args: GatherDotStep, tensors, dweights: torch.Tensor):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the backward pass of products with a fused optimizer step cannot be differentiated (create_graph=True)"
-        )
-    if ctx.taken:
-        raise RuntimeError(STEP_TAKEN)
-    ctx.taken = True
+    begin_step(ctx, "products")
     dot = args.dot
     gradients = {"handle": torch.zeros_like(args.handle)}
     if "dot.dout" in ctx.needs:

@@ -19,6 +19,21 @@ from gossamer.optim import Optimizer
 STEP_TAKEN = "the fused optimizer step of this lookup has been taken; its graph cannot run backward a second time"
 
 
+def begin_step(ctx, what: str) -> None:
+    """Check in the backward pass of ``what`` that its one step can be taken, and note in ``ctx.taken`` that it is.
+
+    Raises:
+        RuntimeError: a graph of the backward pass is recorded, or the step was taken before.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the backward pass of {what} with a fused optimizer step cannot be differentiated (create_graph=True)"
+        )
+    if ctx.taken:
+        raise RuntimeError(STEP_TAKEN)
+    ctx.taken = True
+
+
 class GatherReduceStep(NamedTuple):
     """Arguments of a lookup whose backward pass takes a step.
 
@@ -69,13 +84,7 @@ def _save(ctx, args: GatherReduceStep, output):
 
 
 def _differentiate(ctx, args: GatherReduceStep, tensors, dout: torch.Tensor, _):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the backward pass of a lookup with a fused optimizer step cannot be differentiated (create_graph=True)"
-        )
-    if ctx.taken:
-        raise RuntimeError(STEP_TAKEN)
-    ctx.taken = True
+    begin_step(ctx, "a lookup")
     (argmax,) = tensors
     gradients = {"handle": torch.zeros_like(args.handle)}
     if "bags.weights" in ctx.needs:
