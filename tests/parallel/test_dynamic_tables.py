@@ -1,13 +1,12 @@
 """Sharded dynamic embeddings in two processes against one on the joined batch."""
 
-import re
 from pathlib import Path
 
 import processes
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "dynamic_table_cases.py"
-CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
+CASES = processes.cases_of(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Rows exchanged by two and four processes: order, gradients, bytes, errors."""
 
-import re
 from pathlib import Path
 
 import processes
@@ -9,7 +8,7 @@ import pytest
 from gossamer.parallel import RowExchange, count_traffic
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "exchange_cases.py"
-CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
+CASES = processes.cases_of(SCRIPT)
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -1,6 +1,5 @@
 """Experts divided among two and four processes, against one process with all of them."""
 
-import re
 from pathlib import Path
 
 import processes
@@ -12,7 +11,7 @@ from gossamer.parallel.experts import fit_slots, plan_rows
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SCRIPT, LOST = SUPPORT / "expert_parallel_cases.py", SUPPORT / "lost_rank_cases.py"
-CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
+CASES = processes.cases_of(SCRIPT)
 
 pytestmark = processes.needs_gloo
 

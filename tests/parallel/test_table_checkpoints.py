@@ -1,13 +1,12 @@
 """Checkpoints of sharded tables by four processes: other numbers of ranks, other plans, followed folders."""
 
-import re
 from pathlib import Path
 
 import processes
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "table_checkpoint_cases.py"
-CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
+CASES = processes.cases_of(SCRIPT)
 
 
 @pytest.fixture(scope="module")

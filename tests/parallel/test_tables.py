@@ -1,6 +1,5 @@
 """Sharded tables in two and four processes: the bits of one, traffic, errors; and the planner."""
 
-import re
 from pathlib import Path
 
 import processes
@@ -13,7 +12,7 @@ from gossamer.optim import Adagrad, RowwiseAdagrad
 from gossamer.parallel import measure_lookups, plan_tables
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "table_cases.py"
-CASES = re.findall(r"^    (\w+),$", SCRIPT.read_text().partition("CASES = (")[2].partition(")")[0], re.MULTILINE)
+CASES = processes.cases_of(SCRIPT)
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -1,15 +1,14 @@
 """What two processes of tests/nn/test_distributed.py do; run with RANK and WORLD_SIZE set and a folder as argument.
 
-Each function is a case, of which every process runs all in the same order; what failed is written to a file by rank.
+Each function is a case.
 """
 
 import importlib
-import json
 import os
 import sys
-import traceback
 from pathlib import Path
 
+import processes
 import torch
 import torch.distributed as dist
 from contracts import assert_near
@@ -298,20 +297,5 @@ CASES = (
 )
 
 
-def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{FOLDER}/meeting", rank=RANK, world_size=WORLD)
-    found = {}
-    for case in CASES:
-        try:
-            case()
-            found[case.__name__] = ""
-        except Exception:
-            found[case.__name__] = traceback.format_exc()
-        dist.barrier()
-    (FOLDER / f"{RANK}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    processes.main(CASES, timeout=300)

@@ -8,6 +8,7 @@ import os
 import processes
 import torch
 import torch.distributed as dist
+from processes import all_ranks_raise
 
 from gossamer.parallel import RowExchange, count_traffic
 from gossamer.parallel.exchange import raise_together
@@ -34,19 +35,6 @@ def part_for(rows, sender, receiver, sizes=SIZES):
 def expected(*tail, sizes=SIZES, dtype=torch.float32):
     """What this rank receives."""
     return torch.cat([part_for(rows_of(r, *tail, sizes=sizes, dtype=dtype), r, RANK, sizes) for r in range(WORLD)])
-
-
-def all_ranks_raise(kind, words, function):
-    """The error, which all ranks have alike."""
-    try:
-        function()
-    except kind as error:
-        found = [None] * WORLD
-        dist.all_gather_object(found, str(error))
-        assert words in str(error), str(error)
-        assert len(set(found)) == 1, found
-        return
-    raise AssertionError(f"{words!r} was not raised")
 
 
 def rows_arrive_in_order():

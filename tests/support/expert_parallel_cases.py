@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from contracts import assert_near
+from processes import all_ranks_raise
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -548,18 +549,6 @@ def experts_too_large_for_one_process_are_never_whole():
     same_parameters(whole, layer)
     x, ids, weights = inputs(RANK, 5, 2, torch.float32)
     near(layer(x, ids, weights), whole(x, ids, weights), "y")
-
-
-def all_ranks_raise(kind, words, function):
-    try:
-        function()
-    except kind as error:
-        found = [None] * WORLD
-        dist.all_gather_object(found, str(error))
-        assert words in str(error), str(error)
-        assert len(set(found)) == 1, found
-        return
-    raise AssertionError(f"{words!r} was not raised")
 
 
 def bad_input_is_refused_on_every_rank():

@@ -1,10 +1,12 @@
 """Tests in several processes: a script of cases is run by each, and what failed comes back by case.
 
-The script ends with ``processes.main(CASES)``; a test module has ``processes.run(SCRIPT, world, folder)``.
+The script ends with ``processes.main(CASES)``; a test module has ``processes.cases_of(SCRIPT)`` and
+``processes.run(SCRIPT, world, folder)``.
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,12 @@ import torch
 import torch.distributed as dist
 
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+
+
+def cases_of(script):
+    """The names in the tuple ``CASES`` of a script, which is not imported: it needs its process group."""
+    listed = script.read_text().partition("CASES = (")[2].partition(")")[0]
+    return re.findall(r"^    (\w+),$", listed, re.MULTILINE)
 
 
 def run(script, world, folder, timeout=300, killed=()):
@@ -61,3 +69,16 @@ def main(cases, timeout=120):
         dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def all_ranks_raise(kind, words, function, *args, **keywords):
+    """Every rank raises this kind of error, by one message that has these words."""
+    try:
+        function(*args, **keywords)
+    except kind as error:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, str(error))
+        assert words in str(error), str(error)
+        assert len(set(found)) == 1, found
+        return
+    raise AssertionError(f"{words!r} was not raised")

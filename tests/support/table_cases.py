@@ -5,6 +5,7 @@ import copy
 import processes
 import torch
 import torch.distributed as dist
+from processes import all_ranks_raise as raises
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -262,18 +263,6 @@ def one_exchange_serves_all_tables():
     before = [whole(tables[name]).clone() for name in names]
     (out["a"] + out["c"]).sum().backward()
     assert [torch.equal(whole(tables[name]), old) for name, old in zip(names, before, strict=True)] == [0, 1, 0]
-
-
-def raises(kind, words, function, *args, **keywords):
-    """Every rank raises this; returns the message."""
-    try:
-        function(*args, **keywords)
-    except kind as error:
-        said = [None] * dist.get_world_size()
-        dist.all_gather_object(said, str(error))
-        assert words in said[0] and len(set(said)) == 1, said
-        return
-    raise AssertionError(f"nothing raised: {words}")
 
 
 def bad_input_is_an_error_on_every_rank():
