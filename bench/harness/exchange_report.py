@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import rich.console
 
+from gossamer.bench.harness.markdown import markdown_table
 from gossamer.bench.harness.report import say
 from gossamer.bench.harness.text import digits, named_table
 
@@ -60,6 +61,5 @@ def markdown(record: dict) -> str:
     """The same for a document."""
     parts = []
     for run in record["runs"]:
-        lines = [list(HEAD), ["---", *["--:"] * (len(HEAD) - 1)], *rows(run)]
-        parts.append("".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n" + sentence(run) + "\n")
+        parts.append(markdown_table(HEAD, rows(run)) + "\n" + sentence(run) + "\n")
     return "\n".join(parts)

@@ -14,6 +14,7 @@ import rich.console
 from gossamer._environment import environment
 from gossamer.bench.harness import processes
 from gossamer.bench.harness.case import DIRECTIONS, DTYPES
+from gossamer.bench.harness.markdown import markdown_table
 from gossamer.bench.harness.report import say
 from gossamer.bench.harness.text import digits, named_table
 
@@ -150,8 +151,6 @@ def markdown(record: dict) -> str:
     parts = []
     for run in record["runs"]:
         for case in run["cases"]:
-            lines = [["", *HEAD], ["---", *["--:"] * len(HEAD)], *rows(case)]
-            table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-            parts.append(f"{title(run, case)}:\n\n{table}")
+            parts.append(f"{title(run, case)}:\n\n{markdown_table(['', *HEAD], rows(case))}")
         parts.append(sentence(run) + "\n")
     return "\n".join(parts)

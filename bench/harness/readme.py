@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gossamer.bench.harness import exchange_report, parallel, study, study_points
+from gossamer.bench.harness.markdown import markdown_table
 
 DOCUMENTS = (
     "README.md",
@@ -47,8 +48,7 @@ KERNELS = {
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    return markdown_table(head, rows, labels=len(head)).replace("| --- ", "|---").replace("--- |", "---|")
 
 
 def _digits(value: float) -> str:

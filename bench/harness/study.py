@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gossamer._environment import environment
 from gossamer.bench import studies
+from gossamer.bench.harness.markdown import markdown_table
 
 BETTER, WORSE, WITHIN, BASELINE = "better", "worse", "within the spread", "baseline"
 # Fewer of a case say nothing about a difference.
@@ -315,5 +316,4 @@ def check_seeds(seeds: int | None) -> None:
 def markdown(record: dict) -> str:
     """The table and what stands under it, for a document."""
     head, lines = rows(record)
-    table = [head, ["---", "---", *["--:"] * (len(head) - 2)], *lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table) + "\n" + "\n\n".join(notes(record)) + "\n"
+    return markdown_table(head, lines, labels=2) + "\n" + "\n\n".join(notes(record)) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from gossamer.bench.harness.markdown import markdown_table
 from gossamer.bench.harness.study import BASELINE, BETTER, WITHIN, WORSE, difference, spread
 
 # Budgets are columns; another budget of a case stands in the nearest of them, with its own number.
@@ -80,8 +81,7 @@ def markdown(record: dict) -> str:
     lines.sort(key=lambda line: line[0])
     lines.insert(0, [base["name"], f"{spread(base_values, metric['digits'])}, {BASELINE} at 1", *[""] * 3])
     head = [metric["label"], *(f"{column} of the bytes" for column in COLUMNS)]
-    table = [head, ["---", *["--:"] * len(COLUMNS)], *lines]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in table) + "\n"
+    text = markdown_table(head, lines) + "\n"
     text += (
         f"“{BETTER}” and “{WORSE}” are against {base['name']}, where the nearest seeds of both are further apart than "
         "either's own; where neither stands, the seeds do not tell the two apart. An "
