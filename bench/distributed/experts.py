@@ -8,7 +8,6 @@ then take turns. The time of a call is that of the slowest process; a ratio is t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from gossamer.bench.harness.case import DTYPES, FloatGate
 from gossamer.bench.harness.parallel import SYMBOLS
 from gossamer.bench.harness.timing import keep_freed_memory
 from gossamer.bench.harness.traffic import SentBytes
+from gossamer.parallel.planning.measure import write_answer
 
 # Tokens and experts of each process that are checked, and in how many draws if need be.
 CHECKED_TOKENS, CHECKED_EXPERTS, DRAWS = 256, 2, 3
@@ -306,16 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     keep_freed_memory(torch.device("cpu"))
-    dist.init_process_group("gloo")
-    try:
-        sizes = tuple(map(int, chosen.sizes.split(",")))
-        found = measure(sizes, chosen.dtype, tuple(chosen.directions.split(",")), chosen.seconds)
-        if dist.get_rank() == 0:
-            chosen.output.write_text(json.dumps(found))
-        # No process leaves while another still waits for its part of a collective.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    sizes, directions = tuple(map(int, chosen.sizes.split(","))), tuple(chosen.directions.split(","))
+    write_answer(chosen.output, lambda: measure(sizes, chosen.dtype, directions, chosen.seconds))
 
 
 if __name__ == "__main__":

@@ -249,6 +249,19 @@ def read_link(path: Path) -> Link:
     )
 
 
+def write_answer(output: Path, compute: Callable[[], object]) -> None:
+    """Compute in the gloo processes that RANK and WORLD_SIZE describe; rank 0 writes its answer as JSON."""
+    dist.init_process_group("gloo")
+    try:
+        found = compute()
+        if dist.get_rank() == 0:
+            output.write_text(json.dumps(found))
+        # No process leaves while another still waits for its part of a collective.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure the processes that RANK and WORLD_SIZE describe; rank 0 writes the answer."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -257,15 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    dist.init_process_group("gloo")
-    try:
-        found = measure(seconds=chosen.seconds)
-        if dist.get_rank() == 0:
-            chosen.output.write_text(json.dumps(found))
-        # No process leaves while another still waits for its part of a collective.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    write_answer(chosen.output, lambda: measure(seconds=chosen.seconds))
 
 
 if __name__ == "__main__":
