@@ -37,7 +37,7 @@ from gossamer.nn import (
     TableBatchedEmbeddingBags,
     TensorTrainEmbedding,
 )
-from gossamer.nn.embeddings.table_batched import keyed_lists
+from gossamer.nn.embeddings.table_batched import feature_lists
 from gossamer.ops.gather_reduce import check_offsets
 
 ADAPTER = "compress"
@@ -83,7 +83,23 @@ METHODS = {
 }
 
 
-class TableLookup(nn.Module):
+class _InPlace(nn.Module):
+    """A table in the place of another layer, whose sizes it tells."""
+
+    table: Table
+
+    @property
+    def num_embeddings(self) -> int:
+        """N."""
+        return self.table.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.table.embedding_dim
+
+
+class TableLookup(_InPlace):
     """A table in the place of ``torch.nn.Embedding``: calling it looks ids up.
 
     Args:
@@ -95,16 +111,6 @@ class TableLookup(nn.Module):
         super().__init__()
         self.table, self.padding_idx = table, padding_idx
 
-    @property
-    def num_embeddings(self) -> int:
-        """N."""
-        return self.table.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        """D."""
-        return self.table.embedding_dim
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The vectors ``(*input.shape, D)``."""
         rows = self.table.lookup(input)
@@ -113,7 +119,7 @@ class TableLookup(nn.Module):
         return rows.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
 
 
-class TableBags(nn.Module):
+class TableBags(_InPlace):
     """A table in the place of ``torch.nn.EmbeddingBag``, with its arguments' names and its padding.
 
     Args:
@@ -125,16 +131,6 @@ class TableBags(nn.Module):
     def __init__(self, table: Table, padding_idx: int | None = None, include_last_offset: bool = False) -> None:
         super().__init__()
         self.table, self.padding_idx, self.include_last_offset = table, padding_idx, include_last_offset
-
-    @property
-    def num_embeddings(self) -> int:
-        """N."""
-        return self.table.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        """D."""
-        return self.table.embedding_dim
 
     @property
     def mode(self) -> str:
@@ -199,11 +195,8 @@ class SeparateTables(nn.Module):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The bags of every feature ``(B, ΣD_f)``, as the layer gives them."""
-        if not isinstance(indices, torch.Tensor):
-            indices, offsets, per_sample_weights = keyed_lists(self, indices)
+        indices, offsets, per_sample_weights = feature_lists(self, indices, offsets, per_sample_weights)
         features = self.layout.num_features
-        if offsets is None:
-            raise TypeError("offsets must be a torch.Tensor, got NoneType")
         if offsets.dim() != 1 or offsets.shape[0] % features != 1 % features:
             raise ValueError(f"offsets must have shape (F·B+1,) with F={features}, got {tuple(offsets.shape)}")
         batch = (offsets.shape[0] - 1) // features

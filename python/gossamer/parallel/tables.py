@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from gossamer._checks import check_index, check_same_device, check_shape
 from gossamer.nn import DynamicEmbedding, EmbeddingBag, TableBatchedEmbeddingBags
 from gossamer.nn.embeddings.embedding import bag_lists
-from gossamer.nn.embeddings.table_batched import keyed_lists
+from gossamer.nn.embeddings.table_batched import feature_lists
 from gossamer.ops.gather_reduce import check_lookup
 from gossamer.optim import Optimizer
 from gossamer.parallel.dynamic_shard import DynamicShard
@@ -326,12 +326,7 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
         per_sample_weights: torch.Tensor | None = None,
     ) -> Prepared:
         """A lookup of the bags of every feature."""
-        if not isinstance(indices, torch.Tensor):
-            if offsets is not None or per_sample_weights is not None:
-                raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
-            indices, offsets, per_sample_weights = keyed_lists(self, indices)
-        if offsets is None:
-            raise TypeError("offsets must be a torch.Tensor, got NoneType")
+        indices, offsets, per_sample_weights = feature_lists(self, indices, offsets, per_sample_weights)
         features = self.layout.num_features
         check_index("indices", indices)
         check_index("offsets", offsets)

@@ -181,13 +181,7 @@ class TableBatchedEmbeddingBags(FusedTable):
             ValueError: sizes do not fit, or the keys of a KeyedJaggedTensor are not the features.
             IndexError: on the CPU, an id outside its table with ``bounds="raise"``.
         """
-        if not isinstance(indices, torch.Tensor):
-            if offsets is not None or per_sample_weights is not None:
-                raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
-            indices, offsets, per_sample_weights = keyed_lists(self, indices)
-        if offsets is None:
-            raise TypeError("offsets must be a torch.Tensor, got NoneType")
-        lists = (indices, offsets, per_sample_weights)
+        lists = feature_lists(self, indices, offsets, per_sample_weights)
         how = {"bounds": self.bounds, "bounds_count": self.bounds_count, "out_dtype": self.output_dtype}
         if self.optimizer is None:
             return gather_reduce_tables(self.weights, self.layout, *lists, **how)
@@ -209,7 +203,18 @@ class TableBatchedEmbeddingBags(FusedTable):
         return ", ".join(parts + ([f"optimizer={self.optimizer}"] if self.optimizer else []))
 
 
-def keyed_lists(layer: TableBatchedEmbeddingBags, features):
+def feature_lists(layer: torch.nn.Module, indices, offsets, per_sample_weights) -> tuple:
+    """Ids, offsets and weights of a call of a layer with :class:`TableBatchedEmbeddingBags`' arguments."""
+    if not isinstance(indices, torch.Tensor):
+        if offsets is not None or per_sample_weights is not None:
+            raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
+        return _keyed_lists(layer, indices)
+    if offsets is None:
+        raise TypeError("offsets must be a torch.Tensor, got NoneType")
+    return indices, offsets, per_sample_weights
+
+
+def _keyed_lists(layer: torch.nn.Module, features) -> tuple:
     """Ids, offsets and weights of a KeyedJaggedTensor, known by its methods."""
     for method in ("keys", "values", "offsets", "weights_or_none", "stride"):
         if not callable(getattr(features, method, None)):
