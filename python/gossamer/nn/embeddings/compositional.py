@@ -10,7 +10,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.nn.embeddings.table import Table, fit_budget
+from gossamer.nn.embeddings.table import Table
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.map_ids import IdMaps, map_ids, radix_maps
@@ -100,21 +100,15 @@ class CompositionalEmbedding(SharedRowsTable):
         rows = self.rows("weight", row)
         return self.paths(rows, (network - self.moduli[0]).reshape(-1, 1), rows.new_ones(ids.numel(), 1))
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`."""
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Networks are run on vectors; rows are pooled as they are read."""
         kind = Table if self.partition == "path" else SharedRowsTable
-        return kind.forward(self, ids, offsets, per_sample_weights)
+        return kind._pool(self, ids, *lists, **how)
 
     def extra_repr(self) -> str:
         """Sizes, partition and mode, and the optimizer where there is one."""
         how = f"partition={self.partition!r}" + (f", operation={self.operation!r}" if self.partition != "path" else "")
-        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
-        return f"{self.num_embeddings}, {self.embedding_dim}, {list(self.moduli)}, {how}{rest}"
+        return self._repr(f"{list(self.moduli)}", how)
 
     @classmethod
     def from_budget(
@@ -134,9 +128,6 @@ class CompositionalEmbedding(SharedRowsTable):
             moduli = _moduli(num_embeddings, partition, first)
             return cls(num_embeddings, embedding_dim, moduli, partition=partition, **options | more)
 
-        def size_of(first: int) -> int:
-            return make(first, device="meta").inference_nbytes()
-
         first = _balanced(num_embeddings, partition)
         if partition == "path":
             # A network is larger than a row, so fewer of them are smallest.
@@ -144,8 +135,7 @@ class CompositionalEmbedding(SharedRowsTable):
             network = costs.inference_nbytes() - num_embeddings * embedding_dim * costs.weight.element_size()
             row = embedding_dim * costs.weight.element_size()
             first = min(num_embeddings, math.ceil(math.sqrt(num_embeddings * network / row)))
-        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
-        return make(fit_budget(nbytes, first, num_embeddings, size_of, name))
+        return cls._fit((num_embeddings, embedding_dim), nbytes, (first, num_embeddings), make)
 
 
 def _checked_operation(partition: str, operation: str | None) -> str:

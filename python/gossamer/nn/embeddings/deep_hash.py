@@ -9,7 +9,7 @@ from torch import nn
 
 from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.seeded import SeededMaps
-from gossamer.nn.embeddings.table import POOLINGS, Table, fit_budget
+from gossamer.nn.embeddings.table import Table
 from gossamer.ops.map_ids import IdMaps, map_ids
 
 DISTRIBUTIONS = ("uniform", "normal")
@@ -68,20 +68,15 @@ class DeepHashEmbedding(SeededMaps, Table):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, hidden_size=hidden_size)
-        check_positive(num_hashes=num_hashes, num_layers=num_layers, num_values=num_values - 1)
-        for name, value, known in (
-            ("distribution", distribution, DISTRIBUTIONS),
-            ("norm", norm, tuple(NORMS)),
-            ("mode", mode, POOLINGS),
-        ):
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
+        check_positive(hidden_size=hidden_size, num_hashes=num_hashes, num_layers=num_layers, num_values=num_values - 1)
+        for name, value, known in (("distribution", distribution, DISTRIBUTIONS), ("norm", norm, tuple(NORMS))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if distribution == "normal" and num_hashes % 2:
             raise ValueError(f"num_hashes must be even for distribution='normal', got {num_hashes}")
-        self.num_embeddings, self.embedding_dim, self.hidden_size = num_embeddings, embedding_dim, hidden_size
-        self.num_hashes, self.num_values, self.distribution = num_hashes, num_values, distribution
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.hidden_size, self.num_hashes = hidden_size, num_hashes
+        self.num_values, self.distribution = num_values, distribution
         factory = {"device": device, "dtype": dtype}
         layers, inputs = [], num_hashes
         for _ in range(num_layers):
@@ -124,10 +119,7 @@ class DeepHashEmbedding(SeededMaps, Table):
 
     def extra_repr(self) -> str:
         """Sizes, distribution and mode."""
-        return (
-            f"{self.num_embeddings}, {self.embedding_dim}, num_hashes={self.num_hashes}, "
-            f"distribution={self.distribution!r}, mode={self.mode!r}"
-        )
+        return self._repr(f"num_hashes={self.num_hashes}", f"distribution={self.distribution!r}")
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DeepHashEmbedding:
@@ -136,12 +128,11 @@ class DeepHashEmbedding(SeededMaps, Table):
         Raises as :meth:`Table.from_budget`.
         """
 
-        def size_of(width: int) -> int:
-            return cls(num_embeddings, embedding_dim, width, **options | {"device": "meta"}).inference_nbytes()
+        def make(width: int, **more: object) -> DeepHashEmbedding:
+            return cls(num_embeddings, embedding_dim, width, **options | more)
 
-        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
         widest = max(1, math.isqrt(num_embeddings * embedding_dim))
-        return cls(num_embeddings, embedding_dim, fit_budget(nbytes, 1, widest, size_of, name), **options)
+        return cls._fit((num_embeddings, embedding_dim), nbytes, (1, widest), make)
 
 
 def hash_features(hashes: torch.Tensor, num_values: int, distribution: str) -> torch.Tensor:

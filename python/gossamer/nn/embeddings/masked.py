@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import check_budget, check_mode
+from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import with_loss
 from gossamer.optim import Optimizer
 
@@ -64,17 +64,14 @@ class MaskedEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         width = embedding_dim if width is None else width
         check_positive(width=width)
         if width > embedding_dim:
             raise ValueError(f"width must be at most embedding_dim, {embedding_dim}, got {width}")
         if not regularization >= 0:
             raise ValueError(f"regularization must be at least 0, got {regularization}")
-        check_mode(mode)
-        self.num_embeddings, self.embedding_dim, self.width = num_embeddings, embedding_dim, width
-        self.regularization, self.sample_widths = regularization, False
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.width, self.regularization, self.sample_widths = width, regularization, False
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
         self.threshold = torch.nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.register_buffer("row_of_id", None)
@@ -165,12 +162,8 @@ class MaskedEmbedding(FusedTable):
         Raises as :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
-        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
-        if nbytes < (needed := 4 * num_embeddings + itemsize):
-            raise ValueError(
-                f"nbytes must be at least {needed} for {cls.__name__} with {num_embeddings} embeddings of "
-                f"{embedding_dim}, got {nbytes}"
-            )
+        itemsize = item_nbytes(options)
+        cls._check_fits((num_embeddings, embedding_dim), nbytes, 4 * num_embeddings + itemsize)
         left = nbytes - 4 * num_embeddings
         width = min(embedding_dim, -(-left // (num_embeddings * itemsize)))
         made = cls(num_embeddings, embedding_dim, width, **options)
@@ -181,8 +174,7 @@ class MaskedEmbedding(FusedTable):
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int, **options: object) -> MaskedEmbedding:
         """The table that a budget gives, starting from trained weights ``(N, D)``."""
-        check_shape("weight", weight, (None, None), "(N, D)")
-        made = cls.from_budget(*weight.shape, nbytes, **{"device": weight.device, "dtype": weight.dtype} | options)
+        made = cls._fit_weights(weight, nbytes, options)
         with torch.no_grad():
             share = float(made.kept().double().mean())
             made.weight.copy_(weight)

@@ -9,7 +9,7 @@ import torch
 
 from gossamer._checks import check_flag, check_index, check_number, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import Table, check_budget, check_mode, fit_budget
+from gossamer.nn.embeddings.table import check_budget
 from gossamer.optim import Optimizer
 
 
@@ -54,12 +54,11 @@ class MixedDimensionEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, row_dim=row_dim)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
+        check_positive(row_dim=row_dim)
         if row_dim > embedding_dim:
             raise ValueError(f"row_dim must be at most embedding_dim, {embedding_dim}, got {row_dim}")
-        check_mode(mode)
-        self.num_embeddings, self.embedding_dim, self.row_dim = num_embeddings, embedding_dim, row_dim
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.row_dim = row_dim
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, row_dim, device=device, dtype=dtype))
         projection = torch.empty(embedding_dim, row_dim, device=device, dtype=dtype)
         self.register_parameter("projection", None if row_dim == embedding_dim else torch.nn.Parameter(projection))
@@ -83,22 +82,15 @@ class MixedDimensionEmbedding(FusedTable):
         check_index("ids", ids)
         return self._projected(self.rows("weight", ids))
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`; sums and means are projected once a bag."""
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Sums and means are projected once a bag."""
         if self.mode == "max" and self.projection is not None:
-            return Table.forward(self, ids, offsets, per_sample_weights)
-        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-        return self._projected(self.bags("weight", ids, offsets, per_sample_weights, **how))
+            return super()._pool(ids, *lists, **how)
+        return self._projected(self.bags("weight", ids, *lists, **how))
 
     def extra_repr(self) -> str:
         """Sizes and mode, and the optimizer where there is one."""
-        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
-        return f"{self.num_embeddings}, {self.embedding_dim}, row_dim={self.row_dim}{rest}"
+        return self._repr(f"row_dim={self.row_dim}")
 
     @classmethod
     def from_budget(
@@ -106,16 +98,14 @@ class MixedDimensionEmbedding(FusedTable):
     ) -> MixedDimensionEmbedding:
         """The table of the widest rows, D at most, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
 
-        def size_of(width: int) -> int:
-            return cls(num_embeddings, embedding_dim, width, **options | {"device": "meta"}).inference_nbytes()
+        def make(width: int, **more: object) -> MixedDimensionEmbedding:
+            return cls(num_embeddings, embedding_dim, width, **options | more)
 
-        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
         check_budget(nbytes)
         # Without its projection the full width may be smaller than one column less.
-        if size_of(embedding_dim) <= nbytes:
-            return cls(num_embeddings, embedding_dim, embedding_dim, **options)
-        width = fit_budget(nbytes, 1, max(embedding_dim - 1, 1), size_of, name)
-        return cls(num_embeddings, embedding_dim, width, **options)
+        if make(embedding_dim, device="meta").inference_nbytes() <= nbytes:
+            return make(embedding_dim)
+        return cls._fit((num_embeddings, embedding_dim), nbytes, (1, max(embedding_dim - 1, 1)), make)
 
 
 def mixed_dimensions(

@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
-from gossamer.nn.embeddings.table import Table, check_budget, check_mode
+from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import graft, with_loss
 from gossamer.optim import Optimizer
 
@@ -83,16 +83,14 @@ class ProductQuantizedEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(
-            num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_codes=num_codes, num_parts=num_parts
-        )
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
+        check_positive(num_codes=num_codes, num_parts=num_parts)
         if embedding_dim % num_parts:
             raise ValueError(f"embedding_dim must be a multiple of num_parts, {num_parts}, got {embedding_dim}")
         if num_codes > 2**16:
             raise ValueError(f"num_codes must be at most 65536, got {num_codes}")
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
-        check_mode(mode)
         if (frequent is None) != (rare_codes is None):
             raise ValueError(f"frequent and rare_codes go together, got {frequent} and {rare_codes}")
         if frequent is not None:
@@ -103,10 +101,8 @@ class ProductQuantizedEmbedding(FusedTable):
                 raise ValueError(f"rare_codes must be at most num_codes, {num_codes}, got {rare_codes}")
         if not regularization >= 0:
             raise ValueError(f"regularization must be at least 0, got {regularization}")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.num_codes, self.num_parts, self.variant = num_codes, num_parts, variant
         self.frequent, self.rare_codes, self.regularization = frequent, rare_codes, regularization
-        self.mode, self.include_last_offset = mode, include_last_offset
         factory = {"device": device, "dtype": dtype}
         books = (num_parts, num_codes, embedding_dim // num_parts)
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
@@ -189,16 +185,9 @@ class ProductQuantizedEmbedding(FusedTable):
             out = graft(self._words(codes).detach(), mixture)
         return out.reshape(*ids.shape, self.embedding_dim)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`; once frozen they are pooled as codes are read."""
-        if self.served is not None:
-            return self.served(ids, offsets, per_sample_weights)
-        return Table.forward(self, ids, offsets, per_sample_weights)
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Once frozen, bags are pooled as codes are read."""
+        return super()._pool(ids, *lists, **how) if self.served is None else self.served(ids, *lists)
 
     def inference_nbytes(self) -> int:
         """Bytes of codewords and packed codes."""
@@ -253,8 +242,8 @@ class ProductQuantizedEmbedding(FusedTable):
         rare = options.get("rare_codes") or 1
         often = num_embeddings if options.get("frequent") is None else options["frequent"]
         seldom = num_embeddings - often
-        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
-        best, smallest = None, None
+        itemsize = item_nbytes(options)
+        best, smallest = None, math.inf
         for parts in splits:
             for bits in range(1, code_bits(_MOST_CODES) + 1):
                 fixed = often * packed_width(parts, bits) + seldom * packed_width(parts, code_bits(rare))
@@ -262,15 +251,11 @@ class ProductQuantizedEmbedding(FusedTable):
                 least, most = max(2 ** (bits - 1) + 1, rare), min(2**bits, max(num_embeddings, 2))
                 if most < least:
                     continue
-                smallest = min(smallest or math.inf, fixed + least * word)
+                smallest = min(smallest, fixed + least * word)
                 codes = min(most, (nbytes - fixed) // word)
                 if codes >= least and (best is None or (fixed + codes * word, bits) > best[0]):
                     best = (fixed + codes * word, bits), parts, codes
-        if best is None:
-            raise ValueError(
-                f"nbytes must be at least {smallest} for {cls.__name__} with {num_embeddings} embeddings of "
-                f"{embedding_dim}, got {nbytes}"
-            )
+        cls._check_fits((num_embeddings, embedding_dim), nbytes, smallest)
         return cls(num_embeddings, embedding_dim, best[2], best[1], **options)
 
     @classmethod
@@ -289,9 +274,7 @@ class ProductQuantizedEmbedding(FusedTable):
         Raises:
             ValueError: as :meth:`from_budget`.
         """
-        check_shape("weight", weight, (None, None), "(N, D)")
-        options = {"device": weight.device, "dtype": weight.dtype} | options
-        made = cls.from_budget(*weight.shape, nbytes, **options)
+        made = cls._fit_weights(weight, nbytes, options)
         with torch.no_grad():
             made.weight.copy_(weight)
             pieces = made._pieces(weight.float())

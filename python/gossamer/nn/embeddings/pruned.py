@@ -6,7 +6,7 @@ import torch
 
 from gossamer._checks import check_index, check_number, check_positive, check_shape
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import POOLINGS, Table, check_budget
+from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
 
 CRITERIA = ("magnitude", "group_scales", "thresholds")
@@ -147,21 +147,17 @@ class PrunedEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_groups=num_groups)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
+        check_positive(num_groups=num_groups)
         check_number("density", density)
         check_number("initial_threshold", initial_threshold)
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], got {density}")
-        for name, value, known in (
-            ("criterion", criterion, CRITERIA),
-            ("threshold_shape", threshold_shape, SHAPES),
-            ("mode", mode, POOLINGS),
-        ):
+        for name, value, known in (("criterion", criterion, CRITERIA), ("threshold_shape", threshold_shape, SHAPES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        self.num_embeddings, self.embedding_dim, self.density = num_embeddings, embedding_dim, density
-        self.criterion, self.num_groups, self.initial_threshold = criterion, num_groups, initial_threshold
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.density, self.criterion = density, criterion
+        self.num_groups, self.initial_threshold = num_groups, initial_threshold
         factory = {"device": device, "dtype": dtype}
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
         scales = thresholds = groups = None
@@ -225,17 +221,11 @@ class PrunedEmbedding(FusedTable):
             return self.served.lookup(flat).view(*ids.shape, self.embedding_dim)
         return self._judged(self.rows("weight", flat), flat).view(*ids.shape, self.embedding_dim)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`; a table of plain magnitudes is pooled as it is read."""
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """A table of plain magnitudes is pooled as it is read."""
         if self.served is None and self.mask is None and self.criterion == "magnitude":
-            how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-            return self.bags("weight", ids, offsets, per_sample_weights, **how)
-        return Table.forward(self, ids, offsets, per_sample_weights)
+            return self.bags("weight", ids, *lists, **how)
+        return super()._pool(ids, *lists, **how)
 
     def sparsity(self, step: int) -> float:
         """The share of zeros that :meth:`prune` leaves at a step: ``(1 − density)·(1 − 0.99^(step/100))``."""
@@ -316,13 +306,9 @@ class PrunedEmbedding(FusedTable):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> PrunedEmbedding:
         """The table of the most entries that fit ``nbytes`` bytes when served; raises as :meth:`Table.from_budget`."""
         check_budget(nbytes)
-        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
-        kept, _ = kept_entries(num_embeddings, embedding_dim, nbytes, itemsize)
-        if kept < 1:
-            raise ValueError(
-                f"nbytes must be at least {_sparse_nbytes(num_embeddings, embedding_dim, 1, itemsize)} for "
-                f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}, got {nbytes}"
-            )
+        sizes, itemsize = (num_embeddings, embedding_dim), item_nbytes(options)
+        cls._check_fits(sizes, nbytes, _sparse_nbytes(*sizes, 1, itemsize))
+        kept, _ = kept_entries(*sizes, nbytes, itemsize)
         # Half an entry more, so that rounding the share down gives this number again.
         most = num_embeddings * embedding_dim
         return cls(num_embeddings, embedding_dim, min(1.0, (kept + 0.5) / most), **options)
@@ -330,8 +316,7 @@ class PrunedEmbedding(FusedTable):
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int, **options: object) -> PrunedEmbedding:
         """The table that a budget gives, starting from trained weights ``(N, D)``."""
-        check_shape("weight", weight, (None, None), "(N, D)")
-        made = cls.from_budget(*weight.shape, nbytes, **{"device": weight.device, "dtype": weight.dtype} | options)
+        made = cls._fit_weights(weight, nbytes, options)
         with torch.no_grad():
             made.weight.copy_(weight)
         return made

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gossamer._checks import check_dtype, check_flags, check_index, check_number, check_positive, check_shape
+from gossamer._checks import check_dtype, check_index, check_number, check_shape
 from gossamer._row_codes import LEAST_SCALE, encode
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import Table, check_budget, check_mode
+from gossamer.nn.embeddings.table import check_budget
 from gossamer.optim import Optimizer
 
 BITS = {8: torch.int8, 16: torch.int16}
@@ -84,12 +84,10 @@ class QuantizedEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         check_dtype("dtype", dtype)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating, got {dtype}")
-        check_mode(mode)
-        check_flags(include_last_offset=include_last_offset)
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
             raise ValueError(f"bits must be 8 or 16, got {bits}")
         for name, value, known in (("step", step, STEPS), ("rounding", rounding, ROUNDINGS)):
@@ -103,9 +101,8 @@ class QuantizedEmbedding(FusedTable):
             raise ValueError(f"step_size must be in [2**-20, inf), got {step_size}")
         if not 0 <= step_lr < math.inf:
             raise ValueError(f"step_lr must be in [0, inf), got {step_lr}")
-        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
-        self.step, self.step_size, self.step_lr, self.rounding = step, float(step_size), float(step_lr), rounding
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.bits, self.step, self.rounding = bits, step, rounding
+        self.step_size, self.step_lr = float(step_size), float(step_lr)
         self.dtype = dtype or torch.get_default_dtype()
         codes = torch.empty(num_embeddings, embedding_dim, device=device, dtype=BITS[bits])
         self.weight = torch.nn.Parameter(codes, requires_grad=False)
@@ -154,18 +151,12 @@ class QuantizedEmbedding(FusedTable):
         found = self.bags("weight", ids.reshape(-1), scale=self.scale, out_dtype=self.dtype)
         return found.view(*ids.shape, self.embedding_dim)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`; codes of sums and means are decoded as they are read."""
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Codes of sums and means are decoded as they are read."""
         check_index("ids", ids)
         if self.mode == "max":
-            return Table.forward(self, ids, offsets, per_sample_weights)
-        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-        return self.bags("weight", ids, offsets, per_sample_weights, scale=self.scale, out_dtype=self.dtype, **how)
+            return super()._pool(ids, *lists, **how)
+        return self.bags("weight", ids, *lists, scale=self.scale, out_dtype=self.dtype, **how)
 
     def _step(self, table: str | None = None) -> dict:
         return super()._step(table) | {"scale_lr": self.step_lr if self.step == "learned" else 0.0}
@@ -188,8 +179,7 @@ class QuantizedEmbedding(FusedTable):
 
     def extra_repr(self) -> str:
         """Sizes, bits, the kind of step and the mode, and the optimizer where there is one."""
-        sizes = f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, step={self.step!r}, mode={self.mode!r}"
-        return sizes + (f", optimizer={self.optimizer}" if self.optimizer else "")
+        return self._repr(f"bits={self.bits}", f"step={self.step!r}")
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> QuantizedEmbedding:
@@ -198,16 +188,14 @@ class QuantizedEmbedding(FusedTable):
         With ``bits`` among the options there is that one size.
         """
         check_budget(nbytes)
-        sizes = {}
-        for bits in (options["bits"],) if "bits" in options else sorted(BITS, reverse=True):
-            made = {"bits": bits, "device": "meta"}
-            sizes[bits] = cls(num_embeddings, embedding_dim, **options | made).inference_nbytes()
-            if sizes[bits] <= nbytes:
-                return cls(num_embeddings, embedding_dim, **options | {"bits": bits})
-        raise ValueError(
-            f"nbytes must be at least {min(sizes.values())} for {cls.__name__} with {num_embeddings} embeddings of "
-            f"{embedding_dim}, got {nbytes}"
-        )
+
+        def make(bits: int, **more: object) -> QuantizedEmbedding:
+            return cls(num_embeddings, embedding_dim, **options | {"bits": bits} | more)
+
+        choices = (options["bits"],) if "bits" in options else BITS
+        sizes = {bits: make(bits, device="meta").inference_nbytes() for bits in choices}
+        cls._check_fits((num_embeddings, embedding_dim), nbytes, min(sizes.values()))
+        return make(max(bits for bits, size in sizes.items() if size <= nbytes))
 
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int | None = None, **options: object) -> QuantizedEmbedding:

@@ -7,7 +7,6 @@ import torch
 from gossamer._checks import check_positive
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.nn.embeddings.table import fit_budget
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.map_ids import IdMaps
 
@@ -79,13 +78,12 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
         """The array of the most weights, up to N·D, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
         options = {"block_size": 16} | options
 
-        def size_of(weights: int) -> int:
-            return cls(num_embeddings, embedding_dim, weights, **options | {"device": "meta"}).inference_nbytes()
+        def make(weights: int, **more: object) -> RandomBlockEmbedding:
+            return cls(num_embeddings, embedding_dim, weights, **options | more)
 
-        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
-        largest = max(num_embeddings * embedding_dim, options["block_size"])
-        weights = fit_budget(nbytes, options["block_size"], largest, size_of, name)
-        return cls(num_embeddings, embedding_dim, weights, **options)
+        least = options["block_size"]
+        largest = max(num_embeddings * embedding_dim, least)
+        return cls._fit((num_embeddings, embedding_dim), nbytes, (least, largest), make)
 
 
 def block_parts(num_weights: int, embedding_dim: int, block_size: int, wrap: bool, constants: list[int]) -> Parts:

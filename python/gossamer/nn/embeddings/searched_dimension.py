@@ -9,7 +9,7 @@ import torch
 
 from gossamer._checks import check_flags, check_index, check_number, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import Table, check_budget, check_mode
+from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
 
 
@@ -67,7 +67,7 @@ class SearchedDimensionEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         check_sequence("candidates", candidates)
         check_number("temperature", temperature)
         check_flags(norm=norm, noise=noise)
@@ -77,10 +77,7 @@ class SearchedDimensionEmbedding(FusedTable):
             raise ValueError(f"candidates must be different widths up to {embedding_dim}, got {candidates}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
-        check_mode(mode)
-        self.num_embeddings, self.embedding_dim, self.candidates = num_embeddings, embedding_dim, candidates
-        self.temperature, self.norm, self.noise = temperature, norm, noise
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.candidates, self.temperature, self.norm, self.noise = candidates, temperature, norm, noise
         self.chosen: int | None = None
         factory = {"device": device, "dtype": dtype}
         self.tables = tuple(f"weight_{width}" for width in candidates)
@@ -151,15 +148,6 @@ class SearchedDimensionEmbedding(FusedTable):
             total = total + share * part
         return total.view(*ids.shape, self.embedding_dim)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`."""
-        return Table.forward(self, ids, offsets, per_sample_weights)
-
     def _best(self) -> int:
         """The width of the largest α; the first candidate's where there are no values."""
         return self.candidates[0 if self.alpha.is_meta else int(self.alpha.argmax())]
@@ -211,9 +199,7 @@ class SearchedDimensionEmbedding(FusedTable):
 
     def extra_repr(self) -> str:
         """Sizes, candidates and mode, and the optimizer where there is one."""
-        widths = f"candidates={self.candidates}" if self.chosen is None else f"chosen={self.chosen}"
-        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
-        return f"{self.num_embeddings}, {self.embedding_dim}, {widths}{rest}"
+        return self._repr(f"candidates={self.candidates}" if self.chosen is None else f"chosen={self.chosen}")
 
     @classmethod
     def from_budget(
@@ -225,15 +211,11 @@ class SearchedDimensionEmbedding(FusedTable):
         """
         check_budget(nbytes)
         widths = options.pop("candidates", None) or [w for w in (2, 4, 8, 16) if w <= embedding_dim] or [embedding_dim]
-        itemsize = torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()
+        itemsize = item_nbytes(options)
 
         def size_of(width: int) -> int:
             return itemsize * (num_embeddings * width + embedding_dim * (width + 1))
 
+        cls._check_fits((num_embeddings, embedding_dim), nbytes, min(map(size_of, widths)))
         fitting = sorted((width for width in widths if size_of(width) <= nbytes), reverse=True)
-        if not fitting:
-            raise ValueError(
-                f"nbytes must be at least {min(map(size_of, widths))} for {cls.__name__} with {num_embeddings} "
-                f"embeddings of {embedding_dim}, got {nbytes}"
-            )
         return cls(num_embeddings, embedding_dim, fitting, **options)

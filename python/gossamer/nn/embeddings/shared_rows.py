@@ -6,7 +6,6 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_same_device
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import Table, check_mode, fit_budget
 from gossamer.ops.gather_compose import OPERATIONS, Parts, composed_rows
 from gossamer.optim import Optimizer
 
@@ -54,8 +53,8 @@ class SharedRowsTable(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_rows=num_rows)
-        check_mode(mode)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
+        check_positive(num_rows=num_rows)
         if operation not in OPERATIONS:
             raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
         if operation == "concat" and embedding_dim % rows_per_id:
@@ -63,9 +62,7 @@ class SharedRowsTable(FusedTable):
                 f"embedding_dim must be a multiple of {rows_per_id}, the number of rows that are joined, got "
                 f"{embedding_dim}"
             )
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.num_rows, self.rows_per_id, self.operation = num_rows, rows_per_id, operation
-        self.mode, self.include_last_offset = mode, include_last_offset
         columns = embedding_dim // rows_per_id if operation == "concat" else embedding_dim
         self.weight = torch.nn.Parameter(torch.empty(num_rows, columns, device=device, dtype=dtype))
         self.reset_parameters()
@@ -107,34 +104,25 @@ class SharedRowsTable(FusedTable):
             return self.rows("weight", self.addresses(ids))
         return self.composed("weight", ids.reshape(-1), parts).view(*ids.shape, self.embedding_dim)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`. Rows are found, combined and pooled as ids are read; no vector is stored."""
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Rows are found, combined and pooled as ids are read; vectors are stored for maxima alone."""
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
-        lists = (ids, offsets, per_sample_weights)
-        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
         if (parts := self.parts()) is None:
-            return self.bags("weight", self.addresses(ids), offsets, per_sample_weights, **how)
+            return self.bags("weight", self.addresses(ids), *lists, **how)
         if self.mode == "max":
-            return Table.forward(self, *lists)
-        return self.composed("weight", ids, parts, offsets, per_sample_weights, **how)
+            return super()._pool(ids, *lists, **how)
+        return self.composed("weight", ids, parts, *lists, **how)
 
     def extra_repr(self) -> str:
         """Sizes and mode, and the optimizer where there is one."""
-        sizes = f"{self.num_embeddings}, {self.embedding_dim}, num_rows={self.num_rows}, mode={self.mode!r}"
-        return sizes + (f", optimizer={self.optimizer}" if self.optimizer else "")
+        return self._repr(f"num_rows={self.num_rows}")
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> SharedRowsTable:
         """The table of the most rows, N at most, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
 
-        def size_of(rows: int) -> int:
-            return cls(num_embeddings, embedding_dim, rows, **options | {"device": "meta"}).inference_nbytes()
+        def make(rows: int, **more: object) -> SharedRowsTable:
+            return cls(num_embeddings, embedding_dim, rows, **options | more)
 
-        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
-        return cls(num_embeddings, embedding_dim, fit_budget(nbytes, 1, num_embeddings, size_of, name), **options)
+        return cls._fit((num_embeddings, embedding_dim), nbytes, (1, num_embeddings), make)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer._checks import check_index
+from gossamer._checks import check_flags, check_index, check_positive, check_shape
 from gossamer.ops.gather_reduce import gather_reduce
 
 POOLINGS = ("sum", "mean", "max")
@@ -28,6 +28,9 @@ class Table(nn.Module):
     A subclass sets :attr:`num_embeddings` and :attr:`embedding_dim` and defines :meth:`lookup`; bags, sizes, budgets
     and :meth:`freeze` follow from it, and a subclass with a faster way, or with a knob for its size, overrides them.
     :class:`FusedTable` is a table whose parameters are trained in the backward pass.
+
+    The library's own tables set their common attributes by :meth:`_set_up`, pool bags in :meth:`_pool`, and find the
+    knob that fits a budget by :meth:`_fit`.
 
     Attributes:
         num_embeddings: N, the number of ids.
@@ -74,18 +77,15 @@ class Table(nn.Module):
             ValueError: the arguments do not fit each other or the mode.
             IndexError: on the CPU, an id outside the table.
         """
+        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
+        return self._pool(ids, offsets, per_sample_weights, **how)
+
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """:meth:`forward` with ``mode`` and ``include_last_offset`` in ``how``: the vectors of all ids, then bags."""
         check_mode(self.mode)
         check_index("ids", ids)
         rows = self.lookup(ids.reshape(-1))
-        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        return gather_reduce(
-            rows,
-            places,
-            offsets,
-            per_sample_weights,
-            mode=self.mode,
-            include_last_offset=self.include_last_offset,
-        )
+        return gather_reduce(rows, torch.arange(ids.numel(), device=ids.device).view(ids.shape), *lists, **how)
 
     def nbytes(self) -> int:
         """Bytes that the table holds now, optimizer state included: parameters and buffers, codes, maps and scales."""
@@ -119,12 +119,67 @@ class Table(nn.Module):
         """
         check_budget(nbytes)
         needed = cls(num_embeddings, embedding_dim, **options | {"device": "meta"}).inference_nbytes()
-        if needed > nbytes:
-            raise ValueError(
-                f"nbytes must be at least {needed} for {cls.__name__} with {num_embeddings} embeddings of "
-                f"{embedding_dim}, got {nbytes}"
-            )
+        cls._check_fits((num_embeddings, embedding_dim), nbytes, needed)
         return cls(num_embeddings, embedding_dim, **options)
+
+    def _set_up(self, num_embeddings: int, embedding_dim: int, mode: str, include_last_offset: bool) -> None:
+        """Set the attributes that all tables have, after their checks."""
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_mode(mode)
+        check_flags(include_last_offset=include_last_offset)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    def _repr(self, *own: str) -> str:
+        """:meth:`extra_repr` with what a kind of table adds: sizes and mode, and the optimizer where there is one."""
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}", *own, f"mode={self.mode!r}"]
+        if (optimizer := getattr(self, "optimizer", None)) is not None:
+            parts.append(f"optimizer={optimizer}")
+        return ", ".join(parts)
+
+    @classmethod
+    def _check_fits(cls, sizes: tuple[int, int], nbytes: int, needed: int) -> None:
+        """A budget must be at least what the smallest table for N ids of D columns needs."""
+        if nbytes < needed:
+            raise ValueError(
+                f"nbytes must be at least {needed} for {cls.__name__} with {sizes[0]} embeddings of {sizes[1]}, "
+                f"got {nbytes}"
+            )
+
+    @classmethod
+    def _fit(cls, sizes: tuple[int, int], nbytes: int, knobs: tuple[int, int], make: Callable[..., Table]) -> Table:
+        """The table of the largest knob within a range that fits a budget; tables grow with the knob.
+
+        Args:
+            sizes: N and D.
+            nbytes: the budget.
+            knobs: the smallest and the largest.
+            make: from a knob, and options in place of those given, to the table.
+
+        Raises:
+            TypeError: ``nbytes`` is not an int.
+            ValueError: the table of the smallest knob is larger than the budget.
+        """
+
+        def size_of(knob: int) -> int:
+            return make(knob, device="meta").inference_nbytes()
+
+        check_budget(nbytes)
+        smallest, largest = knobs
+        cls._check_fits(sizes, nbytes, size_of(smallest))
+        while smallest < largest:
+            middle = (smallest + largest + 1) // 2
+            if size_of(middle) <= nbytes:
+                smallest = middle
+            else:
+                largest = middle - 1
+        return make(smallest)
+
+    @classmethod
+    def _fit_weights(cls, weight: torch.Tensor, nbytes: int, options: dict[str, object]) -> Table:
+        """The table that a budget gives for trained weights ``(N, D)``, on their device and in their dtype."""
+        check_shape("weight", weight, (None, None), "(N, D)")
+        return cls.from_budget(*weight.shape, nbytes, **{"device": weight.device, "dtype": weight.dtype} | options)
 
 
 def check_mode(mode: str) -> None:
@@ -141,20 +196,6 @@ def check_budget(nbytes: int) -> None:
         raise ValueError(f"nbytes must be at least 1, got {nbytes}")
 
 
-def fit_budget(nbytes: int, smallest: int, largest: int, size_of: Callable[[int], int], name: str) -> int:
-    """The largest parameter in ``smallest .. largest`` whose ``size_of`` is within a budget; sizes grow with it.
-
-    Raises:
-        TypeError: ``nbytes`` is not an int.
-        ValueError: the smallest is larger than the budget; the message says how small ``name`` can be.
-    """
-    check_budget(nbytes)
-    if (needed := size_of(smallest)) > nbytes:
-        raise ValueError(f"nbytes must be at least {needed} for {name}, got {nbytes}")
-    while smallest < largest:
-        middle = (smallest + largest + 1) // 2
-        if size_of(middle) <= nbytes:
-            smallest = middle
-        else:
-            largest = middle - 1
-    return smallest
+def item_nbytes(options: dict[str, object]) -> int:
+    """Bytes of a number of a table with these options."""
+    return torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()

@@ -9,7 +9,6 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import Table, check_mode, fit_budget
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.gather_matmul import gather_matmul, pairs_of
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -69,7 +68,7 @@ class TensorTrainEmbedding(FusedTable):
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         for name, values in (("ranks", ranks), ("row_factors", row_factors), ("dim_factors", dim_factors)):
             if values is not None or name == "ranks":
                 check_sequence(name, values)
@@ -84,10 +83,7 @@ class TensorTrainEmbedding(FusedTable):
             raise ValueError(f"row_factors must have a product of at least {num_embeddings}, got {n}")
         if math.prod(d) != embedding_dim:
             raise ValueError(f"dim_factors must have the product {embedding_dim}, got {d}")
-        check_mode(mode)
-        self.num_embeddings, self.embedding_dim, self.ranks = num_embeddings, embedding_dim, ranks
-        self.row_factors, self.dim_factors = n, d
-        self.mode, self.include_last_offset = mode, include_last_offset
+        self.ranks, self.row_factors, self.dim_factors = ranks, n, d
         columns = (d[0] * ranks[0], ranks[0] * d[1] * ranks[1], ranks[1] * d[2])
         for name, rows, width in zip(self.tables, n, columns, strict=True):
             setattr(self, name, torch.nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype)))
@@ -115,18 +111,10 @@ class TensorTrainEmbedding(FusedTable):
         check_index("ids", ids)
         return self._multiplied(ids.reshape(-1, 1)).view(*ids.shape, self.embedding_dim)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Bags, as :meth:`Table.forward`. Vectors are multiplied and pooled as ids are read, and never stored."""
+    def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
+        """Vectors are multiplied and pooled as ids are read, and never stored; those of maxima are."""
         check_index("ids", ids)
-        if self.mode == "max":
-            return Table.forward(self, ids, offsets, per_sample_weights)
-        how = {"mode": self.mode, "include_last_offset": self.include_last_offset}
-        return self._multiplied(ids, offsets, per_sample_weights, **how)
+        return super()._pool(ids, *lists, **how) if self.mode == "max" else self._multiplied(ids, *lists, **how)
 
     def _multiplied(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
         """Bags of products of cores."""
@@ -163,8 +151,7 @@ class TensorTrainEmbedding(FusedTable):
 
     def extra_repr(self) -> str:
         """Sizes, ranks and mode, and the optimizer where there is one."""
-        rest = f", mode={self.mode!r}" + (f", optimizer={self.optimizer}" if self.optimizer else "")
-        return f"{self.num_embeddings}, {self.embedding_dim}, ranks={self.ranks}, rows={self.row_factors}{rest}"
+        return self._repr(f"ranks={self.ranks}", f"rows={self.row_factors}")
 
     @classmethod
     def from_budget(
@@ -175,18 +162,12 @@ class TensorTrainEmbedding(FusedTable):
         Raises as :meth:`Table.from_budget`.
         """
 
-        def ranks(knob: int) -> tuple[int, int]:
-            return (knob + 1) // 2, knob // 2
+        def make(ranks: int, **more: object) -> TensorTrainEmbedding:
+            return cls(num_embeddings, embedding_dim, ((ranks + 1) // 2, ranks // 2), **options | more)
 
-        def size_of(knob: int) -> int:
-            table = cls(num_embeddings, embedding_dim, ranks(knob), **options | {"device": "meta"})
-            return table.inference_nbytes()
-
-        name = f"{cls.__name__} with {num_embeddings} embeddings of {embedding_dim}"
         # A rank above the product of the sizes on either side of it adds nothing.
         n, d = _three_rows(num_embeddings), _three_factors(embedding_dim)
-        knob = fit_budget(nbytes, 2, 2 * max(n[0] * d[0], n[2] * d[2]), size_of, name)
-        return cls(num_embeddings, embedding_dim, ranks(knob), **options)
+        return cls._fit((num_embeddings, embedding_dim), nbytes, (2, 2 * max(n[0] * d[0], n[2] * d[2])), make)
 
 
 def _two(dim: int, moduli: tuple[int, int], divisors: tuple[int, int], limit: int) -> Parts:
