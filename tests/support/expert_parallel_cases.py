@@ -567,6 +567,10 @@ def bad_input_is_refused_on_every_rank():
     all_ranks_raise(ValueError, "in_proj has 3 parts for groups", lambda: shard_experts(odd, m))
     other = Experts(5 + (RANK == 1), H, 8)
     all_ranks_raise(ValueError, "the same expert layers on every rank", lambda: shard_experts(other, m))
+    apart = Experts(5, H, 8)
+    if RANK == WORLD - 1:
+        apart.down_proj = nn.Parameter(apart.down_proj.to("meta"))
+    all_ranks_raise(ValueError, "Experts must have all experts on one device", lambda: shard_experts(apart, m))
     lost = Experts(5, H, 8) if RANK else nn.Linear(2, 2)
     all_ranks_raise(ValueError, "rank 0: module must hold gossamer's", lambda: shard_experts(lost, m))
     all_ranks_raise(ValueError, "must hold experts that shard_experts divided", lambda: gather_experts(layer))

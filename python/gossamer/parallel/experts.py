@@ -481,6 +481,9 @@ def _stacks_of(layer: ExpertLayer, sizes: Sequence[int], device_type: str) -> di
         stacks = layer.stacks()
     except NotImplementedError as error:
         raise ValueError(f"module must hold experts that can be divided: {error}") from None
+    devices = {name: str(tensor.device) for name, tensor in stacks.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{where} must have all experts on one device, got {devices}")
     for name, tensor in stacks.items():
         parts = tensor.shape[0]
         if isinstance(tensor, DTensor):
