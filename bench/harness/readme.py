@@ -7,9 +7,9 @@ A table stands between two comments, and what is there is replaced::
 
 ``python -m gossamer.bench.harness.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check``
 says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of ``gossamer
-bench --json``; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; ``study``, the table of a study
-and what must be known to read it; ``budgets``, its cases at each budget; ``exchanges``, predicted and measured
-exchanges; or ``parallel``, what several processes compute.
+bench --json``; ``sweep``, milliseconds and peak memory as one size grows; ``kernels``, TFLOP/s of single kernels in
+the file of kernel variants; ``study``, the table of a study and what must be known to read it; ``budgets``, its cases
+at each budget; ``exchanges``, predicted and measured exchanges; or ``parallel``, what several processes compute.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ DOCUMENTS = (
     "docs/h100-kernels.md",
     "docs/choosing-a-router.md",
     "docs/compressed-embeddings.md",
+    "docs/linear-attention.md",
     "docs/parallel.md",
 )
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -69,6 +70,31 @@ def layer(results: dict) -> str:
     return _table(["ms", *names], rows)
 
 
+def sweep(results: dict) -> str:
+    """Median milliseconds in each direction, and peak MiB in the last, of the variants of one dtype at each size."""
+    swept, cases = results["sweep"], results["cases"]
+    if len({case["dtype"] for case in cases}) != 1:
+        raise ValueError("a sweep's table is of one dtype")
+    directions = list(dict.fromkeys(case["direction"] for case in cases))
+    found = {
+        (case["sizes"][swept["symbol"]], case["direction"], v["name"]): v
+        for case in cases
+        for v in case["variants"]
+        if v["status"] == "ok"
+    }
+    names = list(dict.fromkeys(name for *_, name in found))
+    head = [f"{name}, {DIRECTIONS[each]}, ms" for each in directions for name in names]
+    rows = [
+        [
+            f"{size:,}",
+            *(_digits(1e3 * found[size, each, name]["median"]) for each in directions for name in names),
+            *(_digits(found[size, directions[-1], name]["peak_bytes"] / 2**20) for name in names),
+        ]
+        for size in swept["values"]
+    ]
+    return _table([swept["dimension"], *head, *(f"{name}, MiB" for name in names)], rows)
+
+
 def kernels(results: dict) -> str:
     """TFLOP/s of the variant of each kernel that the results quote, by the better of its two medians."""
     head = ["TFLOP/s", *(SHAPES[shape] for shape in results["shapes_T_H_I_E_K"])]
@@ -86,6 +112,7 @@ def kernels(results: dict) -> str:
 
 KINDS: dict[str, Callable[[dict], str]] = {
     "layer": layer,
+    "sweep": sweep,
     "kernels": kernels,
     "study": study.markdown,
     "budgets": study_points.markdown,
