@@ -33,6 +33,8 @@ KEY_DIM = 128
 LR, EPS = 0.1, 1.0
 # Scores closer than this, relative to their spread, may be ranked either way in float32.
 CLOSE = 1e-4
+# Tokens whose expected results are computed at once.
+TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,10 @@ def _training(
 
 
 def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype) -> Outputs:
-    """The result of safe tokens, and the sampled rows after a step, by plain torch over the touched rows alone."""
+    """The result of safe tokens, and the sampled rows after a step, by plain torch over the touched rows alone.
+
+    Some tokens at a time: what all of them gather would take as much memory in float64 as the tables do.
+    """
     layer, x = problem.layer, problem.x.to(dtype)
     top_k = layer.top_k
     _, scores = plain_route(layer, x, top_k)
@@ -141,12 +146,19 @@ def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor,
     ids = problem.ids.view(x.shape[0], layer.num_heads, top_k)
     places = torch.searchsorted(rows, ids)
     tables = [table.to(dtype).requires_grad_(problem.both) for table in initial]
-    y = plain_layer(x, places, scores, *tables)
-    found = {"y": y.detach()[problem.safe]}
+    sums = [torch.zeros_like(table) for table in tables] if problem.both else []
+    y = torch.empty_like(x)
+    for some in torch.arange(x.shape[0], device=x.device).split(TOKENS):
+        part = plain_layer(x[some], places[some], scores[some], *tables)
+        y[some] = part.detach()
+        if problem.both:
+            gradients = torch.autograd.grad(part, tables, problem.dy[some].to(dtype))
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += gradient
+    found = {"y": y[problem.safe]}
     if problem.both:
-        gradients = torch.autograd.grad(y, tables, problem.dy.to(dtype))
         at = torch.searchsorted(rows, problem.sampled())
-        stepped = [t.detach() - LR * g / (g.abs() + EPS) for t, g in zip(tables, gradients, strict=True)]
+        stepped = [t.detach() - LR * g / (g.abs() + EPS) for t, g in zip(tables, sums, strict=True)]
         found["rows"] = torch.cat([table[at] for table in stepped])
     return found
 
