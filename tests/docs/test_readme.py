@@ -67,22 +67,21 @@ def test_every_document_with_measured_tables_is_listed():
     assert sorted(p.relative_to(ROOT).as_posix() for p in marked) == sorted(readme.DOCUMENTS)
 
 
-def test_the_table_of_a_sweep(tmp_path):
-    case = lambda tokens, direction, scale: {
-        "sizes": {"T": tokens},
-        "direction": direction,
-        "dtype": "fp32",
-        "variants": [
-            {"name": "a", "status": "ok", "median": tokens * scale * 1e-6, "peak_bytes": tokens * 1024},
-            {"name": "b", "status": "ok", "median": tokens * scale * 2e-6, "peak_bytes": tokens * 4096},
-        ],
-    }
-    cases = [case(tokens, direction, scale) for tokens in (1024, 4096) for direction, scale in (("forward", 1), ("both", 3))]
+def test_the_table_of_a_sweep():
+    def case(tokens, direction, scale):
+        times = {"a": tokens * scale * 1e-6, "b": tokens * scale * 2e-6}
+        variants = [
+            {"name": name, "status": "ok", "median": time, "peak_bytes": tokens * size}
+            for (name, time), size in zip(times.items(), (1024, 4096), strict=True)
+        ]
+        return {"sizes": {"T": tokens}, "direction": direction, "dtype": "fp32", "variants": variants}
+
+    directions = (("forward", 1), ("both", 3))
+    cases = [case(tokens, direction, scale) for tokens in (1024, 4096) for direction, scale in directions]
     found = {"sweep": {"dimension": "tokens", "symbol": "T", "values": [1024, 4096]}, "cases": cases}
     head, _, first, second = readme.sweep(found).splitlines()
-    assert head == (
-        "| tokens | a, forward, ms | b, forward, ms | a, forward+backward, ms | b, forward+backward, ms | a, MiB | b, MiB |"
-    )
+    times = " | ".join(f"{name}, {words}, ms" for words in ("forward", "forward+backward") for name in "ab")
+    assert head == f"| tokens | {times} | a, MiB | b, MiB |"
     assert first == "| 1,024 | 1.02 | 2.05 | 3.07 | 6.14 | 1.00 | 4.00 |"
     assert second == "| 4,096 | 4.10 | 8.19 | 12 | 25 | 4.00 | 16 |"
     cases[0]["dtype"] = "bf16"
