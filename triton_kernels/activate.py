@@ -18,7 +18,7 @@ from gossamer.triton_kernels.common import aot_signature, gate_code, unit_column
 if TYPE_CHECKING:
     from gossamer.ops.activate import Activate, ActivateBackward
 
-# Eight values a thread, 16 bytes of a 16-bit type.
+# Eight values per thread, 16 bytes of a 16-bit type.
 BLOCK, WARPS = 1024, 4
 
 

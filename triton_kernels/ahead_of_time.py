@@ -92,7 +92,7 @@ def flat_types(signature: dict) -> list[str]:
 
 
 def _registers(compiled, arch: int) -> tuple[int, int]:
-    """Registers a thread, and bytes a thread that they spill to local memory."""
+    """Registers per thread, and bytes a thread that they spill to local memory."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])

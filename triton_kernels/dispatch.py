@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Slots of one tile. Ranks within a tile cost TILE comparisons a slot, counts cost E+1 words a span.
+# Slots of one tile. Ranks within a tile cost TILE comparisons per slot, counts cost E+1 words a span.
 TILE = 128
 # The most slots that one program sorts alone, without counts in memory, and its tile.
 SINGLE_SLOTS = 512

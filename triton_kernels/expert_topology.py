@@ -107,7 +107,7 @@ def _blocks_kernel(
     entry = tl.where(here, at, 0).to(tl.int32)
     row, c = entry // wide, entry % wide
     inside = row < live
-    # Both lists have as many entries an expert, so entry i belongs to the same one in either.
+    # Both lists have as many entries per expert, so entry i belongs to the same one in either.
     expert = tl.minimum(_upper_bound(padded_offsets_ptr + 1, experts, row * bm, STEPS), experts - 1)
     start = tl.load(padded_offsets_ptr + expert) // bm
     blocks = tl.load(padded_offsets_ptr + expert + 1) // bm - start

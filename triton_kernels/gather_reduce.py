@@ -1,8 +1,9 @@
 """Weighted sums and means of gathered table rows, of one table or of many, and the dot products behind their weights.
 
 Floor: each touched row read once, ids, offsets and weights read once, ``B·D`` elements written (``gather_dot``: read).
-Rows are read 16 bytes a thread; ``UNROLL`` rows of each of a program's bags are in flight at once, and several programs
-share a multiprocessor, so that ids of one are on their way while rows of another are. Nothing is kept in shared memory.
+Rows are read 16 bytes per thread; ``UNROLL`` rows of each of a program's bags are in flight at once, and several
+programs share a multiprocessor, so that ids of one are on their way while rows of another are. Nothing is kept in
+shared memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAX_UNROLL = 10
 DOT_TILE_BYTES = 4 * TILE_BYTES
 # Largest alignment in bytes, a thread's load, that rows, strides and dims are tested for.
 LOAD_BYTES = 16
-# Columns of the layout of gossamer.ops' Features, one row a feature.
+# Columns of the layout of gossamer.ops' Features, one row per feature.
 ELEMENT, ROW, ROWS, DIM, COLUMN, POOLING, LAYOUT_COLUMNS = (tl.constexpr(i) for i in range(7))
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
@@ -90,7 +91,7 @@ def mean_dim(dims: list[int]) -> int:
 
 
 def reduce_tile(dim: int, itemsize: int) -> tuple[int, int]:
-    """Bags and columns of one program of ``gather_reduce``: ``itemsize`` bytes an element, 16 bytes a thread."""
+    """Bags and columns of one program of ``gather_reduce``: ``itemsize`` bytes per element, 16 bytes per thread."""
     block_d = max(16, min(triton.next_power_of_2(dim), TILE_BYTES // itemsize))
     return min(MAX_BAGS, TILE_BYTES // (block_d * itemsize)), block_d
 

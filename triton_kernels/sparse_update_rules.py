@@ -22,7 +22,7 @@ class RuleForm(NamedTuple):
         nesterov: Nesterov's momentum.
         clips_value: whether gradient elements are clipped.
         clips_norm: whether a row's gradient is.
-        row_state1: whether the first state holds a value a row.
+        row_state1: whether the first state holds a value per row.
         row_state2: whether the second does.
         rounds: whether new rows are rounded stochastically.
         learns_scale: whether the scales of rows of codes are trained.
@@ -203,8 +203,8 @@ def take_step(
     """The new rows ``[R, C]`` after one step on rows ``w`` with summed gradients ``grad``; the new states are stored.
 
     ``mask [R, C]`` says which elements there are; ``w`` and ``grad`` are zero elsewhere. ``live [R]`` says which rows
-    there are, ``dim [R, 1]`` is their dim in float32. State pointers have the shape of rows, or ``[R]`` for one value a
-    row.
+    there are, ``dim [R, 1]`` is their dim in float32. State pointers have the shape of rows, or ``[R]`` for one value
+    per row.
     """
     weight_decay, eps, clip_value, clip_norm = numbers.weight_decay, numbers.eps, numbers.clip_value, numbers.clip_norm
     beta1, beta2 = numbers.beta1, numbers.beta2

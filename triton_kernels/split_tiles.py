@@ -9,7 +9,7 @@ from gossamer.triton_kernels.tiles import ITEM_BYTES, Tile, choose_block_m, shar
 MOST_SPLITS = 16
 # Fewest steps of a part: below, filling the pipeline costs more than additional multiprocessors gain.
 LEAST_STEPS = 4
-# Mean rows an expert up to which reading the weights from memory limits the speed.
+# Mean rows per expert up to which reading the weights from memory limits the speed.
 DECODE_ROWS = 64
 
 

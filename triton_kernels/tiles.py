@@ -211,7 +211,7 @@ def _power_of_two(value: int, low: int, high: int) -> bool:
 
 
 def fault(problem: Problem, tile: Tile, shared: int) -> str | None:
-    """Why ``tile`` cannot serve ``problem`` on a device with ``shared`` bytes a program, or None if it can."""
+    """Why ``tile`` cannot serve ``problem`` on a device with ``shared`` bytes per program, or None if it can."""
     sizes = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 128), "num_warps": (1, 16), "group_m": (1, 64)}
     for name, (low, high) in sizes.items():
         if not _power_of_two(getattr(tile, name), low, high):

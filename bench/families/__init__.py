@@ -1,1 +1,1 @@
-"""The benchmark families, one module a primitive or layer, and what several of them share."""
+"""The benchmark families, one module per primitive or layer, and what several of them share."""

@@ -31,7 +31,7 @@ SYMBOLS = ("N", "D", "B", "J")
 SHAPES = {"million": (1_000_000, 16, 4096, 20), "small": (10_000, 16, 512, 20)}
 DEFAULTS = {"cpu": ("million",), "cuda": ("million",)}
 QUICK = {"cpu": "million", "cuda": "million"}
-# Codewords a part, and weights of an array by ids.
+# Codewords per part, and weights of an array by ids.
 CODES, PARTS, SHARE, RANK = 256, 4, 10, 16
 PRIMITIVES = ("gather_compose", "gather_matmul")
 

@@ -27,7 +27,7 @@ from gossamer.bench.harness.peers import Peer, Unavailable, attribute, gather, i
 from gossamer.ops import _delta_rule_reference as plain
 
 # B sequences of T tokens (N > 1: one batch of N sequences in a pack), HK key heads and H value heads of D channels, G
-# decays a head: 0 without, 1, or D for one a channel. T = 1 is decoding.
+# decays per head: 0 without, 1, or D for one a channel. T = 1 is decoding.
 SYMBOLS = ("B", "T", "HK", "H", "D", "G", "N")
 SHAPES = {
     "qwen3-next": (1, 8192, 16, 32, 128, 1, 1),

@@ -1,7 +1,7 @@
 """The hash table's calls on keys that are there, and at load 1 on new ones, beside a static table's row lookup.
 
 The fewest bytes that a call can move for each key: the key, its bucket's digests, the key in the bucket, and the row,
-read and written. The case's title says how many these are, so that GB/s over them are billions of keys a second.
+read and written. The case's title says how many these are, so that GB/s over them are billions of keys per second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gossamer
 from gossamer.bench.families.embedding import SKEWS, draw_ranks
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, Outputs, Request, Variant, Verdict
 
-# Capacity, columns, keys a call, percent of the capacity that is filled.
+# Capacity, columns, keys per call, percent of the capacity that is filled.
 SHAPES = {
     "half": (134_217_728, 8, 1_048_576, 50),
     "three-quarters": (134_217_728, 8, 1_048_576, 75),

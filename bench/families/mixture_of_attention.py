@@ -14,7 +14,7 @@ from gossamer.bench.harness.case import DENSE, DTYPES, OURS, Case, Family, Float
 from gossamer.nn.moe.mixture_of_attention import output_by_slot
 from gossamer.testing import random_expert_ids
 
-# Tokens, hidden size, columns of an expert's queries (heads times their size), experts, experts a token.
+# Tokens, hidden size, columns of an expert's queries (heads times their size), experts, experts per token.
 SYMBOLS = ("T", "H", "W", "E", "K")
 SHAPES = {
     "jetmoe": (4096, 2048, 2048, 8, 2),

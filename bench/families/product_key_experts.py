@@ -18,7 +18,7 @@ from gossamer.bench.families.tables import SAMPLE, Training
 from gossamer.bench.harness.case import DENSE, OURS, Case, Family, FloatGate, Outputs, Request
 from gossamer.nn import ProductKeyExperts
 
-# Tokens, hidden size, experts, heads, experts a head.
+# Tokens, hidden size, experts, heads, experts per head.
 SYMBOLS = ("T", "D", "N", "h", "K")
 SHAPES = {
     "peer": (1024, 256, 1024**2, 8, 16),

@@ -1,7 +1,7 @@
 """An expert layer whose tokens take experts until a probability is reached, beside one of as many fixed ones.
 
-Both route by the same logits, which are given, so that they differ in the number of experts a token alone: K for each,
-and K in the mean over the tokens, or just below, where it varies.
+Both route by the same logits, which are given, so that they differ in the number of experts per token alone: K for
+each, and K on average over the tokens, or just below, where it varies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gossamer.bench.families.experts import rule
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, Case, Family, FloatGate, Outputs, Request, Variant
 from gossamer.nn import Routing, softmax_top_p, softmax_topk
 
-# Tokens, hidden and intermediate size, experts, experts of a token in the mean.
+# Tokens, hidden and intermediate size, experts, experts of a token on average.
 SYMBOLS = ("T", "H", "I", "E", "K")
 SHAPES = {
     "olmoe": (16384, 2048, 1024, 64, 8),
@@ -33,7 +33,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _mass(logits: torch.Tensor, mean: int) -> float:
-    """The p, in thousandths, at which tokens take ``mean`` experts in the mean, or just fewer."""
+    """The p, in thousandths, at which tokens take ``mean`` experts on average, or just fewer."""
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2

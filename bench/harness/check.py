@@ -302,7 +302,7 @@ def made_by(function: Callable, original: torch.nn.Module) -> tuple[object, bool
 
 
 def take_weights(made: torch.nn.Module, original: torch.nn.Module) -> None:
-    """Give a module that was built anew the original's weights.
+    """Give a module that was built again the original's weights.
 
     Raises:
         ValueError: it has others.

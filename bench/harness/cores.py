@@ -23,7 +23,7 @@ class Cores:
 
     A hypervisor that moves its guests, or a scheduler that moves threads, can leave two threads on cores that share no
     cache for seconds at a time. Calls whose threads share data then take half as long again; others are unaffected.
-    Busy threads stay where they are, and threads that wake up are placed anew.
+    Busy threads stay where they are, and threads that wake up are placed again.
 
     Args:
         measure: returns the present distance in any unit; 0 if unknown.

@@ -122,7 +122,7 @@ KINDS: dict[str, Callable[[dict], str]] = {
 
 
 def rendered(text: str, root: Path) -> str:
-    """``text`` with each marked table made anew from its file under ``root``.
+    """``text`` with each marked table made again from its file under ``root``.
 
     Raises:
         ValueError: an unknown kind, a marker without an end, or a file that holds no such results.

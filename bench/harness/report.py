@@ -69,7 +69,7 @@ def say(console: rich.console.Console, text: str, style: str | None = None) -> N
 
 
 class Progress:
-    """A status line: live on a terminal, under what ``console`` prints; else one line a case on standard error."""
+    """A status line: live on a terminal, under what ``console`` prints; else one line per case on standard error."""
 
     def __init__(self, console: rich.console.Console) -> None:
         # Two consoles on one terminal would overwrite each other.

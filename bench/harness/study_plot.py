@@ -40,7 +40,7 @@ def _curves(axis: Axes, record: dict, cases: list[dict], styles: dict[str, tuple
 
 
 def _dots(axis: Axes, record: dict, metric: dict, cases: list[dict], styles: dict[str, tuple[str, str]]) -> None:
-    """One line a case: its seeds as dots, their mean as a stroke; the baseline's range shaded."""
+    """One line per case: its seeds as dots, their mean as a stroke; the baseline's range shaded."""
     for place, case in enumerate(cases):
         found, (color, _) = values(case, metric["name"]), styles[case["name"]]
         if case["name"] == record["baseline"]:

@@ -71,7 +71,7 @@ class Recipe:
         options: of its ``from_top_k``, given the sizes and the expected number of steps.
         varying: whether it finds by itself how many experts a token gets; K says nothing to it then.
         balanced: whether a balance loss and a z-loss train it.
-        by_bias: whether a moving bias balances it, in the place of those losses where that moves at all.
+        by_bias: whether a moving bias balances it, in place of those losses where that moves at all.
         by_cluster: whether MoEC's loss balances it.
         note: what a reader must know to compare it.
     """
@@ -208,7 +208,7 @@ def _cartesian(sizes: Sizes, router: str, steps: int) -> CartesianMoE:
     )
 
 
-# Of product-key experts: heads, experts a head, and the size of a query.
+# Of product-key experts: heads, experts per head, and the size of a query.
 HEADS, CHOSEN, KEY_DIM = 4, 8, 32
 
 

@@ -177,7 +177,7 @@ class DeepFM(nn.Module):
     """A factorisation machine beside an MLP over one set of vectors.
 
     Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", IJCAI 2017. The
-    linear term is one of the vectors instead of one an id, so that the tables hold all there is to know of an id.
+    linear term is one of the vectors instead of one per id, so that the tables hold all there is to know of an id.
     """
 
     def __init__(self, rows: dict[str, int], dim: int, lr: float) -> None:

@@ -82,7 +82,7 @@ class Settings:
         eval_batches: of a validation.
         budgets: shares of the dense tables' bytes; the first decides.
         lr: of the tables.
-        source: impressions in the place of planted ones.
+        source: impressions in place of planted ones.
     """
 
     population: Population | None
@@ -137,7 +137,7 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
     found = {}
     for name in rows:
         partner = source.partners[name]
-        # A row takes 4·D bytes, the map 4 bytes an id, and the seed of the class 8.
+        # A row takes 4·D bytes, the map 4 bytes per id, and the seed of the class 8.
         most = int(rows[name] * (budget - 1 / settings.dim)) - 1
         if most < 1:
             raise Unfit(f"its maps hold 1/{settings.dim} of the dense bytes")

@@ -125,7 +125,7 @@ class MovieLens:
         return Batch({name: ids[which] for name, ids in self._all.ids.items()}, self._all.clicks[which])
 
     def training(self, seed: int, steps: int, size: int) -> Iterator[Batch]:
-        """Steps through the ratings that are not for validation, in an order of the seed, anew when all were seen."""
+        """Steps through the ratings that are not for validation, in an order of the seed, again when all were seen."""
         draw = torch.Generator().manual_seed(seed + 1)
         left = self._rest[:0]
         for _ in range(steps):

@@ -13,7 +13,7 @@ namespace gossamer::bindings {
 
 namespace {
 
-// (pointer, row stride, whether it has a value a row)
+// (pointer, row stride, whether it has a value per row)
 using PyState = std::tuple<uintptr_t, int64_t, bool>;
 
 StateArray state_array(const PyState& state) {

@@ -1,8 +1,8 @@
 // Products with block-sparse matrices whose blocks make rectangles, of one instruction set.
 //
 // A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
-// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, but for a sampled product that comes in pieces
-// there, for sums of outer products, for sums that leave out padding, and for those of tiles.
+// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, except for a sampled product that comes in
+// pieces there, for sums of outer products, for sums that leave out padding, and for those of tiles.
 #pragma once
 
 #include "cpu/block_sparse_kernel.h"
@@ -234,7 +234,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
       const auto mine = team.share(m, kPanelWidth<P>);
       pack_as_rows(panel, rows.get(), a.depth, mine.begin, mine.end);
     }
-    // Where rows lie in the first block column; in another one as far behind for all of them. A division a row and chunk.
+    // Where rows lie in the first block column; in another one as far behind for all of them. A division per row and chunk.
     for (int64_t i = 0; i < padded - row; ++i) {
       places[i] = values + (a.lists.offsets[(row + i) / a.bm] * a.bm + (row + i) % a.bm) * a.bn;
     }

@@ -55,7 +55,7 @@ struct BlockProductArgs {
   PartedMatrix b;                  // (depth, n), one of its strides 1
   int64_t depth, n;
   Epilogue epilogue;
-  void* y;  // contiguous (rows, n), or when y_by_columns (parts, n, y_part), y_part rows a part
+  void* y;  // contiguous (rows, n), or when y_by_columns (parts, n, y_part), y_part rows per part
   bool y_by_columns;
   int64_t y_part;
 

@@ -129,7 +129,7 @@ struct HeadChunk {
   S* beta;                 // (64,)
   S* decays;               // exp g: (64,), or (64, key stride)
   S *k_in, *q_in, *k_out;  // K̂, Q̂ and K̃
-  S* total;                // of a head one value, of channels a row
+  S* total;                // of a head one value, of channels per row
   S *between, *l, *p;      // D of heads, L and P (64, token stride)
   S* inverse;              // of I + diag(β) L: its blocks of 16 on the diagonal
   S *y, *o, *u;            // V − K̂ S, O and U (64, value stride)

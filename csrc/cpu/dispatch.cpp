@@ -8,7 +8,7 @@
 namespace gossamer {
 namespace {
 
-// Below this many slots a thread, starting it costs more than it saves.
+// Below this many slots per thread, starting it costs more than it saves.
 constexpr int64_t kSlotsPerThread = 8192;
 
 template <class Id>

@@ -5,9 +5,9 @@
 
 namespace gossamer {
 
-// The matrix has `rows` block rows of bm rows, and `wide` block columns an expert. Expert e, whose sorted rows are
-// offsets[e] .. offsets[e+1], has the blocks of its own columns in as many block rows as its rows fill, one expert after the
-// other. What no block needs says that it is none: block row `rows`, block column experts · wide.
+// The matrix has `rows` block rows of bm rows, and `wide` block columns per expert. Expert e, whose sorted rows are offsets[e]
+// .. offsets[e+1], has the blocks of its own columns in as many block rows as its rows fill, one expert after the other. What
+// no block needs says that it is none: block row `rows`, block column experts · wide.
 struct ExpertTopologyArgs {
   const int32_t* offsets;  // (E+1,)
   int64_t experts, rows, wide, bm;

@@ -12,7 +12,7 @@ namespace gossamer {
 // A matrix product has two parts: a row of the table is a matrix (m, k), and one of a second table is (k, n).
 enum class Composition { kAdd, kMultiply, kConcatenate, kMatmul };
 
-// Codes of ids, `width` bytes an id, packed lowest bit first.
+// Codes of ids, `width` bytes per id, packed lowest bit first.
 struct CodeList {
   const uint8_t* bytes;
   int64_t num_ids, width;

@@ -1,6 +1,6 @@
 // Sums of composed rows and their gradient, of one instruction set.
 //
-// Ids are decoded to rows a block at a time, one block ahead of the rows that are read, so that these can be prefetched.
+// Ids are decoded to rows per block at a time, one block ahead of the rows that are read, so that these can be prefetched.
 #pragma once
 
 #include "cpu/isa_begin.h"
@@ -499,7 +499,7 @@ void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
   }
 }
 
-// gather_reduce of a row an id, or of composed ones.
+// gather_reduce of a row per id, or of composed ones.
 void gather_rows(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
   if (!args.composed) return gather_reduce(args, first_bag, last_bag);
   const ComposeArgs& a = *args.composed;

@@ -33,7 +33,7 @@ struct Bags {
   int64_t bags_per_feature() const { return num_bags / num_features; }
 };
 
-// Scales of a table of codes: one a row, or one for all with stride 0. Absent for other tables.
+// Scales of a table of codes: one per row, or one for all with stride 0. Absent for other tables.
 struct RowScales {
   float* base = nullptr;
   int64_t stride = 0;
@@ -81,7 +81,7 @@ void gather_reduce(const GatherArgs& args, int num_threads);
 void gather_max(const GatherMaxArgs& args, int num_threads);
 void gather_dot(const GatherDotArgs& args, int num_threads);
 
-// Elements a thread should have to do before it is worth starting.
+// Elements per thread should have to do before it is worth starting.
 constexpr int64_t kElementsPerThread = 16384;
 
 // Cost of the bags before `bag` in positions; an empty bag costs about one, as its row of the output is still written.

@@ -55,8 +55,8 @@ void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads);
 // Rows of the largest chunks are a multiple of this, so that blocks of three vectors are full in any instruction set.
 constexpr int64_t kChunkUnit = 48;
 
-// An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache
-// where that leaves enough of them: each chunk reads the expert's weights anew.
+// An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache where
+// that leaves enough of them: each chunk reads the expert's weights again.
 inline int64_t chunk_rows(int64_t width, size_t element_size, int64_t panel_bytes = 768 << 10) {
   const int64_t rows = panel_bytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size));
   return std::clamp<int64_t>(rows, 2 * kChunkUnit, 512) / kChunkUnit * kChunkUnit;
@@ -92,7 +92,7 @@ constexpr int64_t panel_or_rows_size(int64_t terms, int64_t rows) {
   return kTerms<P> > 1 ? std::max(panel, packed_rows_size<P>(terms, rows)) : panel;
 }
 
-// How many threads a call with this many multiplications is worth.
+// How many threads per call with this many multiplications is worth.
 inline int useful_threads(double multiplications, int num_threads) {
   constexpr double kPerThread = 65536;
   return static_cast<int>(std::clamp<double>(multiplications / kPerThread, 1, num_threads));

@@ -15,7 +15,7 @@ namespace {
 
 using namespace hash_table;
 
-// Below this many keys a thread, starting it costs more than it saves.
+// Below this many keys per thread, starting it costs more than it saves.
 constexpr int64_t kKeysPerThread = 4096;
 // The new keys of a batch are cut into at most this many groups of whole partitions.
 constexpr int64_t kMaxGroups = 256;

@@ -10,7 +10,7 @@ namespace {
 constexpr int kCodes = kLanes<float>;
 typedef int32_t SignedInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 
-// The next kCodes bytes, one a lane. Compilers make scalars of vectors that are no longer than a register of theirs.
+// The next kCodes bytes, one per lane. Compilers make scalars of vectors that are no longer than a register of theirs.
 GOSSAMER_INLINE UInts unsigned_bytes(const uint8_t* from) {
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
   return (UInts)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -83,7 +83,7 @@ struct QuantizedMatrix {
     }
   }
 
-  // The next `count` scales, at most one a lane; zeros follow.
+  // The next `count` scales, at most one per lane; zeros follow.
   __attribute__((noinline)) Vec<float> scale_run(int64_t at, int count) const {
     if (weights->scale_dtype == kNestedScale) return nested(at, count);
     alignas(64) float found[kLanes<float>] = {};

@@ -188,7 +188,7 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
       for (int v = 0; v < vectors; ++v) {
         __builtin_prefetch(step.rows[v * lanes + i % lanes] + step.ahead + i / lanes * 64, 0, 2);
         const UInts word = step.words[v * words_of_step + i];
-        // Loaded anew for each vector, as an operand of the product: kept values would not leave registers for the sums.
+        // Loaded again for each vector, as an operand of the product: kept values would not leave registers for the sums.
         const P* factors = values;
         asm volatile("" : "+r"(factors));
         const auto add = [&](int place, Vec<P> weights) __attribute__((always_inline)) {

@@ -54,7 +54,7 @@ inline uint64_t mix64(uint64_t z) {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
 
-// A state of the dtype that the table is accumulated in: like the table, or a value a row. Its base is null for none.
+// A state of the dtype that the table is accumulated in: like the table, or a value per row. Its base is null for none.
 struct StateArray {
   void* base;
   int64_t row_stride;

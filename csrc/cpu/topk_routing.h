@@ -30,7 +30,7 @@ struct TopkRoutingArgs : RouterArgs {
   const float* bias;  // (E,) or null, of sigmoid scores
   int64_t* ids;       // (T, K)
   float* weights;     // (T, K)
-  // Null for top_k experts a token. Else groups and bias do not count, and slots without an expert have the id num_experts.
+  // Null for top_k experts per token. Else groups and bias do not count, and slots without an expert have the id num_experts.
   const MassRule* until = nullptr;
 };
 

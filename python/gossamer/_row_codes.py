@@ -1,4 +1,4 @@
-"""Table rows kept as integer codes: ``row = scale · codes``, with a scale a row or one for the table.
+"""Table rows kept as integer codes: ``row = scale · codes``, with a scale per row or one for the table.
 
 A float32 w becomes the code of ``v = w/scale``, clipped to the range of the dtype: the nearest integer, halves to even,
 or by stochastic rounding the one above ``⌊v⌋`` where the fraction of v exceeds ``(u div 2⁸)·2⁻²⁴`` with the uniform

@@ -15,8 +15,8 @@ class Rule(NamedTuple):
     """An entry of :data:`RULES`.
 
     Attributes:
-        states: the state tensors by name, at most two: ``"full"`` for a value an element, ``(N, D)``, or ``"row"`` for
-            a value a row, ``(N,)``.
+        states: the state tensors by name, at most two: ``"full"`` for a value per element, ``(N, D)``, or ``"row"`` for
+            a value per row, ``(N,)``.
         numbers: the fields of :class:`StepRule` that its formula reads beside ``lr``.
         own_decay: whether weight decay is a part of the formula, or none; otherwise it comes before the formula.
     """
@@ -78,7 +78,7 @@ class StepRule(NamedTuple):
 
     @property
     def row_states(self) -> tuple[bool, bool]:
-        """Whether the first and the second state tensor hold a value a row."""
+        """Whether the first and the second state tensor hold a value per row."""
         kinds = [*RULES[self.name].states.values(), None, None]
         return kinds[0] == "row", kinds[1] == "row"
 

@@ -209,7 +209,7 @@ class Adagrad(Optimizer):
 
 @dataclass(frozen=True)
 class RowwiseAdagrad(Adagrad):
-    """Adagrad with one accumulator a row (as in DLRM): ``s ← s + mean_j(g²)`` and ``w ← w − η·g/(√s + ε)``.
+    """Adagrad with one accumulator per row (as in DLRM): ``s ← s + mean_j(g²)`` and ``w ← w − η·g/(√s + ε)``.
 
     ``g = G + λw``; with ``decoupled``, ``g = G`` and ``w ← (1 − ηλ)·w`` beforehand.
 
@@ -268,7 +268,7 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class PartialRowwiseAdam(Adam):
-    """Adam with one second moment a row, ``v ← β2·v + (1−β2)·mean_j(G²)``, and decoupled weight decay."""
+    """Adam with one second moment per row, ``v ← β2·v + (1−β2)·mean_j(G²)``, and decoupled weight decay."""
 
     rule = "partial_rowwise_adam"
     decoupled = True

@@ -1,12 +1,12 @@
 """Compile the Triton kernels ahead of time, with no GPU, and show what each needs of the machine.
 
 ``python tests/support/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers
-and spilled bytes a thread and shared memory a program, with violated limits marked; the exit status is 1 when there are
-any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB of
-shared memory, the first case of each kernel and format of weights; with no module all of them. ``--brief`` leaves out
-cases that differ from one before them in neither tile, format nor dtype, such as another activation or layout, and but
-for sm_90 in dtype alone; and takes for sm_89 what the same case needs on sm_80: as much shared memory, and nearly as
-many registers.
+and spilled bytes per thread and shared memory a program, with violated limits marked; the exit status is 1 when there
+are any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB
+of shared memory, the first case of each kernel and format of weights; with no module all of them. ``--brief`` leaves
+out cases that differ from one before them in neither tile, format nor dtype, such as another activation or layout, and
+but for sm_90 in dtype alone; and takes for sm_89 what the same case needs on sm_80: as much shared memory, and nearly
+as many registers.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 

@@ -322,7 +322,7 @@ class ExpertsContract(Contract):
     E, K = 5, 3
 
     def test_output(self, make, device):
-        """One row a token in the shape of x, the weighted sum of what each of its experts gives; none gives zeros."""
+        """One row per token in the shape of x, the weighted sum of what each of its experts gives; none gives zeros."""
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
         assert (layer.num_experts, layer.hidden_size) == (self.E, H)
         ids, weights = random_routing(12, self.E, self.K, device, torch.float64)
@@ -366,7 +366,7 @@ class ExpertsContract(Contract):
         assert torch.equal(first(x, ids, weights), second(x, ids, weights))
 
     def test_compiles(self, make, device):
-        # All cases compile one method of their base class, each time anew.
+        # All cases compile one method of their base class, each time again.
         torch._dynamo.reset()
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
         ids, weights = random_routing(T, self.E, self.K, device)

@@ -1,8 +1,9 @@
 """Compile the CUDA kernels for Hopper, with no GPU, and show what each needs of the machine.
 
-``python tests/support/cuda_resources.py`` prints, for each kernel, registers and spilled bytes a thread, shared memory
-a block, and how many wgmma (HGMMA) and local-memory instructions its machine code has, with violated limits marked; the
-exit status is 1 when there are any. What is compiled is kept in ``build/cuda_resources`` until a source changes.
+``python tests/support/cuda_resources.py`` prints, for each kernel, registers and spilled bytes per thread, shared
+memory a block, and how many wgmma (HGMMA) and local-memory instructions its machine code has, with violated limits
+marked; the exit status is 1 when there are any. What is compiled is kept in ``build/cuda_resources`` until a source
+changes.
 """
 
 from __future__ import annotations

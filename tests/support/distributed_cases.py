@@ -63,7 +63,7 @@ class Routed(nn.Module):
 
 
 LAYERS = {
-    # Five tokens a process with two experts each leave some of sixteen without rows in one process or both.
+    # Five tokens per process with two experts each leave some of sixteen without rows in one process or both.
     "MoE": lambda: gossamer.nn.MoE(32, 48, 16, 2),
     "MoE by blocks": lambda: gossamer.nn.MoE(32, 48, 16, 2, form="block_sparse", shared_intermediate_size=32),
     "LoRAExperts": Routed,

@@ -27,7 +27,7 @@ TIMEOUT = 60
 
 
 def meet(ranks):
-    """Begin anew with the ranks that are left."""
+    """Begin again with the ranks that are left."""
     if dist.is_initialized():
         dist.destroy_process_group()
     where = {"init_method": f"file://{FOLDER}/meeting-of-{ranks}", "timeout": timedelta(seconds=TIMEOUT)}

@@ -15,7 +15,7 @@ VOCABULARY = 61
 
 
 def llama(num_hidden_layers=2):
-    """Sizes that are no multiples of a block; grouped keys."""
+    """Sizes that are not multiples of a block; grouped keys."""
     sizes = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=num_hidden_layers, **sizes))
 
@@ -49,7 +49,7 @@ def wrapped(name, device, *, dtype=None, autocast_adapter_dtype=True, **options)
 
 @torch.no_grad()
 def drawn(model):
-    """The model with every low-rank factor drawn anew."""
+    """The model with every low-rank factor drawn again."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             scale = 0.2 * parameter.square().mean().sqrt() if "magnitude" in name else 0.2

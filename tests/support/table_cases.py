@@ -234,7 +234,7 @@ def weights_of(parts, joined, rank):
 
 
 def one_exchange_serves_all_tables():
-    """Four collectives a step, a distinct id and row once a rank, a bag's gradient once a rank."""
+    """Four collectives per step, a distinct id and row once a rank, a bag's gradient once a rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     names = ("a", "b", "c")

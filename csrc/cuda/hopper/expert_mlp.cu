@@ -13,12 +13,12 @@ using Up = RowProduct<Shape<T, 128, 256, 4, false, true>, GluFinish<T>>;
 // The epilogue moves more data than the product, so it must overlap the next product.
 template <typename T>
 using DownBackward = RowProduct<Shape<T, 128, 128, 6, true, true>, GluBackwardFinish<T>>;
-// For many rows an expert.
+// For many rows per expert.
 template <typename T>
 using PairedUp = RowProduct<Shape<T, 128, 256, 4, false, true, 2>, GluFinish<T>>;
 template <typename T>
 using PairedDownBackward = RowProduct<Shape<T, 128, 128, 6, true, true, 2>, GluBackwardFinish<T>>;
-// For few rows an expert.
+// For few rows per expert.
 template <typename T>
 using FewUp = RowProduct<Shape<T, 64, 256, 4, true, true>, GluFinish<T>>;
 template <typename T>

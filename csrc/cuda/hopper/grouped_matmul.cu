@@ -17,12 +17,12 @@ using Wide = RowProduct<Shape<T, 128, 256, 4, false, false>, PlainFinish<T>>;
 // For short sums, or where 192 columns waste less, ping-pong: the stores of one tile overlap the product of the next.
 template <typename T>
 using Alternating = RowProduct<Shape<T, 128, 192, 4, true, false>, PlainFinish<T>>;
-// For many rows an expert.
+// For many rows per expert.
 template <typename T>
 using PairedGathered = RowProduct<Shape<T, 128, 256, 4, false, true, 2>, PlainFinish<T>>;
 template <typename T>
 using PairedWide = RowProduct<Shape<T, 128, 256, 4, false, false, 2>, PlainFinish<T>>;
-// For few rows an expert.
+// For few rows per expert.
 template <typename T>
 using FewGathered = RowProduct<Shape<T, 64, 256, 4, true, true>, PlainFinish<T>>;
 template <typename T>

@@ -62,7 +62,7 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-# Past every column: one scale a row. Past every row: one for all.
+# Past every column: one scale per row. Past every row: one for all.
 _WHOLE_ROW = _ALL_ROWS = 62
 # Indices of a nested scale's code, where a dtype of scales is asked for.
 NESTED_SCALE = -2

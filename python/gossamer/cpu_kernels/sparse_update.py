@@ -22,7 +22,7 @@ def _native_rule(rule: StepRule) -> _C.StepRule:
 
 
 def _state(state: torch.Tensor | None, per_row: bool) -> tuple[int, int, bool]:
-    """``(pointer, row stride, whether it has a value a row)``; pointer 0 for None."""
+    """``(pointer, row stride, whether it has a value per row)``; pointer 0 for None."""
     return (0, 0, False) if state is None else (state.data_ptr(), state.stride(0), per_row)
 
 

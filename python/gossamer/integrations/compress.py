@@ -84,7 +84,7 @@ METHODS = {
 
 
 class _InPlace(nn.Module):
-    """A table in the place of another layer, whose sizes it tells."""
+    """A table in place of another layer, whose sizes it tells."""
 
     table: Table
 
@@ -100,7 +100,7 @@ class _InPlace(nn.Module):
 
 
 class TableLookup(_InPlace):
-    """A table in the place of ``torch.nn.Embedding``: calling it looks ids up.
+    """A table in place of ``torch.nn.Embedding``: calling it looks ids up.
 
     Args:
         table: any :class:`gossamer.nn.Table`.
@@ -120,7 +120,7 @@ class TableLookup(_InPlace):
 
 
 class TableBags(_InPlace):
-    """A table in the place of ``torch.nn.EmbeddingBag``, with its arguments' names and its padding.
+    """A table in place of ``torch.nn.EmbeddingBag``, with its arguments' names and its padding.
 
     Args:
         table: any :class:`gossamer.nn.Table`; with ``padding_idx`` one with ``include_last_offset``.
@@ -162,7 +162,7 @@ class TableBags(_InPlace):
 
 
 class SeparateTables(nn.Module):
-    """Tables of their own in the place of :class:`gossamer.nn.TableBatchedEmbeddingBags`: the same call and result.
+    """Tables of their own in place of :class:`gossamer.nn.TableBatchedEmbeddingBags`: the same call and result.
 
     Where offsets lie on a GPU, a call reads F+1 of them on the host.
 

@@ -89,7 +89,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
-        """Put an empty stack in the place of each weight that the checkpoint holds quantised."""
+        """Put an empty stack in place of each weight that the checkpoint holds quantised."""
         if not self.pre_quantized:
             return model
         for path, held in self.quantization_config.experts.items():

@@ -104,7 +104,7 @@ def _nbytes(held: torch.Tensor | nn.Module) -> int:
 
 
 def hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
-    """Put ``weight`` in the place of the module's parameter or stack ``name``."""
+    """Put ``weight`` in place of the module's parameter or stack ``name``."""
     if name in module._parameters:
         del module._parameters[name]
     module.add_module(name, QuantizedExpertStack(weight))

@@ -120,7 +120,7 @@ class ServedModel(nn.Module):
     def add_adapters(self, adapters: Mapping[str, str | Path]) -> None:
         """Serve more adapters, by new names. Calls that are running keep those they began with.
 
-        The factors of all adapters are laid out anew, beside the old ones, which go when the last call of theirs ends.
+        The factors of all adapters are laid out again, beside the old ones, which go when the last call of theirs ends.
 
         Args:
             adapters: as in :func:`serve_adapters`.

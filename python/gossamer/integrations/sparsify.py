@@ -228,7 +228,7 @@ def sparsify(
         What was done, with parameters and FLOPs before and after; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is not a module, a pattern no str, or ``density`` no number.
+        TypeError: ``model`` is not a module, a pattern no str, or ``density`` is not a number.
         ValueError: a density outside (0, 1], a wrong block, an unknown name, a pattern that names no linear layer, no
             layer at all, or layers that cannot become block-sparse: of classes derived from Linear, with tied weights,
             hooks, or a dtype or device without kernels. The message says how to exclude them.

@@ -125,7 +125,7 @@ def marked(model: nn.Module, *adapters: str) -> list[tuple[str, nn.Module, str]]
 
 
 def substitute(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` in the place of each module, wherever the model holds it."""
+    """Put ``new[module]`` in place of each module, wherever the model holds it."""
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module in new:

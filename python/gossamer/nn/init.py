@@ -28,7 +28,7 @@ def from_text_embeddings(
     - ``"variance"``: those of the largest variance over the items, the first among equals.
 
     Args:
-        vectors: Z, ``(N, D')`` floating, one row an item.
+        vectors: Z, ``(N, D')`` floating, one row per item.
         embedding_dim: D.
         select: which columns.
         standardize: whether each column gets mean 0 and variance 1 first.

@@ -52,7 +52,7 @@ class CosineSchedule(Schedule):
     """From ``first`` to ``last`` along half a cosine: ``last + (first − last)/2·(1 + cos(π·min(step/until, 1)))``.
 
     Raises:
-        TypeError: a share is not a number, or ``until`` no int.
+        TypeError: a share is not a number, or ``until`` is not an int.
         ValueError: a share is outside [0, 1], or ``until`` below 1.
     """
 

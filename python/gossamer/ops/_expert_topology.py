@@ -101,7 +101,7 @@ def expert_topology_reference(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
     row_offsets = (torch.arange(rows + 1, device=device).minimum(live) * wide).int()
     owned = expert.clamp(max=experts - 1)
     live_rows = (counts[owned] - (row - starts[owned]) * bm).clamp(0, bm)
-    # Column by column: `wide` columns an expert, each with one block a block row of the expert.
+    # Column by column: `wide` columns per expert, each with one block a block row of the expert.
     column_starts = starts * wide
     entry = torch.arange(rows * wide, device=device)
     owner = torch.searchsorted(column_starts[1:], entry, right=True)

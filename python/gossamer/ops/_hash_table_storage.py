@@ -29,7 +29,7 @@ class Storage:
         buckets: ``(S/16, 3)`` int32: the longest chain from a bucket, the last batch that pinned slots of it, which.
         fill: ``(P,)`` int32, live slots.
         quota: ``(P,)`` int32, live slots from which on a new key evicts.
-        values: ``(S, D)``, one row a slot.
+        values: ``(S, D)``, one row per slot.
     """
 
     digests: torch.Tensor

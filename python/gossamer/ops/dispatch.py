@@ -258,7 +258,7 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
         The :class:`Dispatch` that :func:`grouped_matmul` and :func:`expert_mlp` take.
 
     Raises:
-        TypeError: ``expert_ids`` is not an int32 or int64 tensor, or ``num_experts`` or ``max_rows`` no int.
+        TypeError: ``expert_ids`` is not an int32 or int64 tensor, or ``num_experts`` or ``max_rows`` is not an int.
         ValueError: wrong rank, K > E, ``num_experts < 1``, ``max_rows < 0``, 2³¹ slots or more, or (on the CPU) a
             negative id or more than ``max_rows`` slots with an expert.
     """

@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     Attributes:
         dim: D of the vector.
         operation: how H rows make it: ``"add"`` and ``"mul"``, of rows of D columns, or ``"concat"``.
-        maps: one a part, the rows of an id. Of a coded part, the first row (``bases``) and their number (``moduli``).
+        maps: one per part, the rows of an id. Of a coded part, the first row (``bases``) and their number (``moduli``).
         coded: how many parts, the first ones, have their row from a code that each id has, added to the first row.
         codes: ``(F, ...)``, codes of the first F ids: bytes that hold ``coded`` codes each, packed lowest bit first, or
             int32 ``(F, coded)``; None where no part is coded.

@@ -471,8 +471,8 @@ def gather_reduce(
 
     Args:
         table: ``(N, D)`` float; or int8 or int16, codes that ``scale`` makes numbers of as they are read.
-        index: ``(B, J)`` int32 or int64, J ids a bag; ``(L,)`` with ``offsets``; or ``(L,)`` without, each id a bag of
-            its own.
+        index: ``(B, J)`` int32 or int64, J ids per bag; ``(L,)`` with ``offsets``; or ``(L,)`` without, each id a bag
+            of its own.
         offsets: ``(B+1,)`` int32 or int64, ascending: bag ``b`` holds ``index[offsets[b]:offsets[b+1]]``. With
             ``include_last_offset=False`` it is ``(B,)``, as in ``torch.nn.functional.embedding_bag``. None for
             ``(B, J)``.

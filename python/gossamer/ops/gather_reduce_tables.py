@@ -33,12 +33,12 @@ class TableLayout:
     Args:
         specs: ``(rows, dim)`` of each table.
         feature_table_map: the table of each feature; by default feature t reads table t.
-        pooling: ``"sum"`` or ``"mean"``, one for all tables or one a table.
+        pooling: ``"sum"`` or ``"mean"``, one for all tables or one per table.
 
     Attributes:
         specs: as given.
         feature_table_map: as given, filled in.
-        pooling: one a table.
+        pooling: one per table.
         num_features: F.
         num_rows: rows of all tables; table t's begin at ``row_offsets[t]`` in this linear numbering.
         row_offsets: ``(T+1,)`` ints.
@@ -97,7 +97,7 @@ class TableLayout:
         return self._on[device]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The tables in a flat tensor: ``(N_t, D_t)`` views of E elements, ``(N_t,)`` ones of a value a row.
+        """The tables in a flat tensor: ``(N_t, D_t)`` views of E elements, ``(N_t,)`` ones of a value per row.
 
         Args:
             flat: ``(E,)`` or ``(num_rows,)``, contiguous.

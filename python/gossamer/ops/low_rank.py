@@ -262,7 +262,7 @@ def base_linear(
 
     Returns:
         ``(M, N)`` in the dtype of ``x``, under ``torch.autocast`` in its dtype; differentiable in ``x``, ``bias`` and a
-        float ``weight``. It is no view, because autograd copies what is added in place to a view.
+        float ``weight``. It is not a view, because autograd copies what is added in place to a view.
 
     Raises:
         TypeError: dtypes differ.

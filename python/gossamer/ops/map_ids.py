@@ -25,9 +25,9 @@ class IdMaps:
     """H maps of ids to rows: ``h(x) = base + ((a·x + b) mod p) div q mod m``, all in exact integers.
 
     An id is a number of 64 bits: a negative one stands for itself plus 2⁶⁴. Without a prime the inner part is x itself.
-    Multiples of consecutive ids can fall into few remainders; ``mixed`` puts ``mix(x)`` in the place of x, a bijection
-    of 64-bit numbers that leaves no such order (Mix13 of D. Stafford, with which SplitMix64 ends). The fields are
-    tuples of H numbers, made of any sequences; :meth:`of` makes them from what differs from the defaults.
+    Multiples of consecutive ids can fall into few remainders; ``mixed`` puts ``mix(x)`` in place of x, a bijection of
+    64-bit numbers that leaves no such order (Mix13 of D. Stafford, with which SplitMix64 ends). The fields are tuples
+    of H numbers, made of any sequences; :meth:`of` makes them from what differs from the defaults.
 
     Attributes:
         moduli: m, at least 1.

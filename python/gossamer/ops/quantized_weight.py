@@ -182,7 +182,7 @@ class NF4Weight(_Decodable):
 
 @dataclass(frozen=True)
 class Int8Weight(_ByRow):
-    """A weight ``(N, C)`` in int8 with a scale a row: ``w[n, c] = values[n, c]·absmax[n] / 127``.
+    """A weight ``(N, C)`` in int8 with a scale per row: ``w[n, c] = values[n, c]·absmax[n] / 127``.
 
     Attributes:
         values: ``(N, C)`` int8.
@@ -224,7 +224,7 @@ class Int8Weight(_ByRow):
 
 @dataclass(frozen=True)
 class Float8Weight(_ByRow):
-    """A weight ``(N, C)`` in fp8 (e4m3) with a scale a row or one for all: ``w[n, c] = values[n, c]·scale[n]``.
+    """A weight ``(N, C)`` in fp8 (e4m3) with a scale per row or one for all: ``w[n, c] = values[n, c]·scale[n]``.
 
     Attributes:
         values: ``(N, C)`` float8_e4m3fn.

@@ -31,7 +31,7 @@ class Update(NamedTuple):
         rule: the rule with its numbers.
         lr: one element that takes the place of the rule's ``lr``, or None.
         step: ``(1,)`` int64, the steps taken before this one.
-        state1: the rule's first state, ``(N, D)``, or ``(N,)`` for a value a row; with features flat, ``(E,)`` or
+        state1: the rule's first state, ``(N, D)``, or ``(N,)`` for a value per row; with features flat, ``(E,)`` or
             ``(N,)``; or None.
         state2: its second.
         scale: ``(N,)`` or ``(1,)`` float32, what rows of codes are multiplied with; or None.
@@ -314,7 +314,7 @@ def sparse_update_(
         bounds: as for :func:`gather_reduce`.
         bounds_count: as for :func:`gather_reduce`.
         scale: as for :func:`gather_reduce`; updated in place where it is trained.
-        scale_lr: η_Δ; above 0 it needs a scale a row.
+        scale_lr: η_Δ; above 0 it needs a scale per row.
 
     Raises:
         TypeError: an argument is not a tensor, a dtype is not supported or does not fit the table.

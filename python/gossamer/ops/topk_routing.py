@@ -15,7 +15,7 @@ from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
 EPSILON = 1e-20
-# Most experts of the Triton kernel, whose program holds a token's logits, and most experts a token of the native one,
+# Most experts of the Triton kernel, whose program holds a token's logits, and most experts per token of the native one,
 # which scans all logits for each.
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
@@ -286,7 +286,7 @@ def fused_topk(
 
     The rules are those of gossamer.nn.softmax_topk and sigmoid_topk, whose checked arguments these are. There are
     kernels for float32 logits: Triton's for up to 1024 experts, in groups for powers of two; native ones for up to 64
-    experts a token.
+    experts per token.
     """
     # A backend that is forced for other primitives may have no kernel here.
     backend = _backend.resolve("topk_routing", logits)

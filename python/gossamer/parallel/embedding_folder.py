@@ -28,7 +28,7 @@ class Committed(NamedTuple):
 
     Attributes:
         shards: how many processes saved it.
-        names: of its files, one a process.
+        names: of its files, one per process.
         sequence: number of the delta that it stands at.
         info: what was given to :meth:`ShardedEmbeddingFolder.save`.
     """
@@ -48,7 +48,7 @@ class ShardedEmbeddingFolder:
     follows alone.
 
     Any number of processes can load and follow what another number saved. Each then reads all parts and takes its own
-    ids (exact counts of admission come along, a sketch's begin anew), and exports deltas again after its first
+    ids (exact counts of admission come along, a sketch's start over), and exports deltas again after its first
     :meth:`save`.
 
     Args:

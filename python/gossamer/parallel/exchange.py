@@ -165,7 +165,7 @@ def raise_together(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tensors of one exchange lie in its records of bytes, one record a row.
+    """Where the tensors of one exchange lie in its records of bytes, one record per row.
 
     Attributes:
         dtypes: of each tensor.
@@ -373,7 +373,7 @@ class RowExchange:
         error: Exception | None = None,
         note: torch.Tensor | None = None,
     ) -> RowExchange:
-        """Tell each rank how many rows it will get, by one collective of three integers a rank.
+        """Tell each rank how many rows it will get, by one collective of three integers per rank.
 
         The same collective compares what the ranks will send first, and tells whether a rank has found bad input: every
         rank raises then, so that none waits for one that left.

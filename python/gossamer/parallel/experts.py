@@ -522,7 +522,7 @@ def _divide(
     slices: Level | None,
     columns: dict[str, Columns],
 ) -> None:
-    """Put the part of each stack that is here in the place of the whole."""
+    """Put the part of each stack that is here in place of the whole."""
     for name, stack in stacks.items():
         part = _part(stack.shape[0], levels)
         whole = stack.detach()
@@ -652,7 +652,7 @@ def shard_experts(
         ``module``.
 
     Raises:
-        TypeError: ``module`` or ``mesh`` is something else, or ``capacity`` no int.
+        TypeError: ``module`` or ``mesh`` is something else, or ``capacity`` is not an int.
         ValueError: the mesh has not the dimension, there are more ranks than experts, a layer has experts that cannot
             be divided (:class:`ProductKeyExperts`; uneven groups of :class:`LatentExperts`; merged adapters), a tensor
             is on another device, experts are divided already, or an option is unknown. Every rank raises the same.

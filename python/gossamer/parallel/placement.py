@@ -41,7 +41,7 @@ class Piece:
         return self.rows * self.columns
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The piece of a whole table ``(N, D)``, or of a tensor ``(N,)`` of a value a row."""
+        """The piece of a whole table ``(N, D)``, or of a tensor ``(N,)`` of a value per row."""
         rows = whole[self.row : self.row + self.rows]
         return rows if whole.dim() == 1 else rows[:, self.column : self.column + self.columns]
 
@@ -368,10 +368,10 @@ def assign_owners(tables: Mapping[str, TableInfo], kinds: Mapping[str, str], wor
 def plan_tables(model: nn.Module, world: int, *, lookups: Mapping[str, Lookups] | None = None) -> TablePlan:
     """Place the tables of a model on ``world`` ranks, so that none holds more than its share of bytes plus 5%.
 
-    Tables go whole, which sends least (a sum a bag each way, and no row), the largest first, each to the rank that has
-    fewest bytes and lookups. While a rank holds more than 1.05 times the mean, the largest whole table is split by rows
-    instead; while one looks up more than 1.25 times the mean, that with most lookups on the busiest rank. The result
-    depends on the arguments alone, so every rank that calls this has the same.
+    Tables go whole, which sends least (a sum per bag each way, and no row), the largest first, each to the rank that
+    has fewest bytes and lookups. While a rank holds more than 1.05 times the mean, the largest whole table is split by
+    rows instead; while one looks up more than 1.25 times the mean, that with most lookups on the busiest rank. The
+    result depends on the arguments alone, so every rank that calls this has the same.
 
     Args:
         model: with :class:`gossamer.nn.Embedding`, ``EmbeddingBag``, ``TableBatchedEmbeddingBags`` (whose tables are

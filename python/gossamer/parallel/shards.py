@@ -119,7 +119,7 @@ class TableShard(FusedTable):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the table anew, as the layer that was sharded draws it, and start the optimizer anew.
+        """Redraw the table, as the layer that was sharded draws it, and reset the optimizer.
 
         Every rank must make the call; the numbers of rank 0's generator decide, so replicas are alike and parts differ.
         """
@@ -254,7 +254,7 @@ class TableShard(FusedTable):
     # Checkpoints hold the whole table under the names of the module that was sharded.
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter or buffer of the whole table, () for those that have no value a row."""
+        """The shape of a parameter or buffer of the whole table, () for those that have no value per row."""
         kinds = {} if self.optimizer is None else self.optimizer.state_kinds()
         kind = "full" if name == "weight" else kinds.get(name.removeprefix("optimizer_"))
         return {"full": (self.split.rows, self.split.columns), "row": (self.split.rows,)}.get(kind, ())

@@ -305,7 +305,7 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
         return copy_beside(self, memo)
 
     def reset_parameters(self) -> None:
-        """Draw every table anew, uniform in ``±1/√rows``, and start the optimizer anew; on every rank."""
+        """Redraw every table, uniform in ``±1/√rows``, and reset the optimizer; on every rank."""
         if self.bounds_count is not None:
             self.bounds_count.zero_()
         for table in self.tables:
@@ -444,7 +444,7 @@ class ShardedDynamicEmbedding(Sharded, DynamicShard):
 
     @property
     def pooling(self) -> str | None:
-        """``"sum"``, ``"mean"``, ``"max"``, or None for a row an id."""
+        """``"sum"``, ``"mean"``, ``"max"``, or None for a row per id."""
         return self.local.pooling
 
     def prepare(
@@ -622,7 +622,7 @@ def shard_tables(
 
     - ``"row"``: a block of rows on each rank (of a dynamic table, the ids whose hash names the rank). Each distinct id
       travels once to the rank of its row, and the row back; bags are pooled where they are asked for.
-    - ``"table"``: all of it on one rank, which pools. Ids travel there and one sum a bag comes back; without pooling,
+    - ``"table"``: all of it on one rank, which pools. Ids travel there and one sum per bag comes back; without pooling,
       distinct ids and their rows, as for ``"row"``.
     - ``"column"``: a block of columns of all rows on each rank, which pools its columns of the bags of all ranks.
     - ``"replicate"``: all of it on every rank. Nothing travels but ids and gradients in the backward pass.
@@ -632,14 +632,14 @@ def shard_tables(
     :func:`lookup`. A bag's gradient travels once to each rank that has an id of it.
 
     **Bits.** Fused steps (``optimizer=``) are taken on the joined batch: rank 0's examples, then rank 1's, and so on.
-    Given the same gradients of the results, one step on P processes has the same bits as one process's step on
-    the joined batch for ``"row"``, ``"table"`` and ``"replicate"``, since rows are pooled and gradients are summed in
-    the order in which one process does; results have the same bits too. ``"column"`` has them where a rule works on
+    Given the same gradients of the results, one step on P processes has the same bits as one process's step on the
+    joined batch for ``"row"``, ``"table"`` and ``"replicate"``, since rows are pooled and gradients are summed in the
+    order in which one process does; results have the same bits too. ``"column"`` has them where a rule works on
     elements alone; where it reads whole rows (row-wise states, ``clip_norm``, LAMB, stochastic rounding), sums of each
-    rank's columns are added in the order of the ranks, by one more collective a table or two, and the step is right to
-    rounding. Exceptions: stochastic rounding of ``"row"`` draws other numbers, as each rank counts its rows from 0; a
-    dynamic table that is full evicts by rank; with ``gradients="mean"`` over a number of ranks that is no power of two
-    the division rounds. Gradients of a model's dense layers are averaged by whatever wraps them, in an order of its
+    rank's columns are added in the order of the ranks, by one more collective per table or two, and the step is right
+    to rounding. Exceptions: stochastic rounding of ``"row"`` draws other numbers, as each rank counts its rows from 0;
+    a dynamic table that is full evicts by rank; with ``gradients="mean"`` over a number of ranks that is not a power of
+    two the division rounds. Gradients of a model's dense layers are averaged by whatever wraps them, in an order of its
     own.
 
     Under ``torch.compile`` a lookup is a graph break.
@@ -712,7 +712,7 @@ def shard_tables(
 
 
 def _of_all_ranks(lookups: Mapping[str, Lookups] | None, group: dist.ProcessGroup) -> dict[str, Lookups] | None:
-    """What the ranks have counted in the mean of their calls; None where none has."""
+    """What the ranks have counted on average of their calls; None where none has."""
     counted: list[Mapping[str, Lookups] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(counted, lookups, group=group)
     found: dict[str, Lookups] = {}

@@ -1,6 +1,6 @@
 """MegaBlocks' operators by name: sorting, counting, and moving rows between tokens and experts.
 
-T tokens of D columns, ``top_k`` slots a token, R = T·top_k. ``indices (R,)`` holds the flat slot of each sorted row,
+T tokens of D columns, ``top_k`` slots per token, R = T·top_k. ``indices (R,)`` holds the flat slot of each sorted row,
 ``bin_ids (R,)`` its expert, ``bins (E,)`` the rows up to the end of each expert, ``padded_bins (E,)`` the same with
 experts padded. Moving rows is differentiable, in rows and weights, by :func:`gossamer.gather_reduce`.
 """
@@ -58,7 +58,7 @@ def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
     """How often each of ``0 ... max_val - 1`` is in ``x``; other values are not counted.
 
     Args:
-        x: ``(R,)``, or ``(M, R)`` for one histogram a row; int16, int32 or int64.
+        x: ``(R,)``, or ``(M, R)`` for one histogram per row; int16, int32 or int64.
         max_val: at least 1.
 
     Returns:
@@ -95,7 +95,7 @@ def round_up(x: torch.Tensor, value: int) -> torch.Tensor:
     """Each element of int32 ``x`` rounded up to a multiple of ``value``.
 
     Raises:
-        TypeError: ``x`` is not int32, or ``value`` no int.
+        TypeError: ``x`` is not int32, or ``value`` is not an int.
         ValueError: ``value`` is below 1.
     """
     check_tensor("x", x)
@@ -243,7 +243,7 @@ def padded_gather(
         bin_ids: ``(R,)``.
         bins: ``(E,)``.
         padded_bins: ``(E,)``.
-        top_k: slots a token.
+        top_k: slots per token.
         output_rows: rows of the result, at least ``padded_bins[-1]``. None reads that number, for which the host waits
             for the device.
 
@@ -280,7 +280,7 @@ def padded_scatter(
         weights: ``(R,)`` floating in slot order, or None for ones.
         bins: ``(E,)``.
         padded_bins: ``(E,)``.
-        top_k: slots a token.
+        top_k: slots per token.
 
     Returns:
         ``(T, D)`` in the dtype of ``x``, accumulated in float32 (float64 for float64).
@@ -328,14 +328,14 @@ def _binned_rows(bins: torch.Tensor, num_rows: int, bin_size: int) -> torch.Tens
 def binned_gather(
     x: torch.Tensor, indices: torch.Tensor, bins: torch.Tensor, bin_size: int, top_k: int
 ) -> torch.Tensor:
-    """Rows of tokens in one bin of equal size an expert; an expert's rows past the size of its bin are dropped.
+    """Rows of tokens in one bin of equal size per expert; an expert's rows past the size of its bin are dropped.
 
     Args:
         x: ``(T, D)`` float.
         indices: ``(R,)``, as described above.
         bins: ``(E,)``.
         bin_size: rows of a bin, the capacity of an expert.
-        top_k: slots a token.
+        top_k: slots per token.
 
     Returns:
         ``(E, bin_size, D)``, zero where an expert has fewer rows.
@@ -366,7 +366,7 @@ def binned_scatter(
         indices: ``(R,)``, as described above.
         weights: ``(R,)`` floating in slot order, or None for ones.
         bins: ``(E,)``.
-        top_k: slots a token.
+        top_k: slots per token.
 
     Returns:
         ``(T, D)`` in the dtype of ``x``, accumulated in float32 (float64 for float64).

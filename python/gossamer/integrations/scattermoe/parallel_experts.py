@@ -140,7 +140,7 @@ class ParallelExperts(nn.Module):
         return f"num_experts={self.num_experts}, input_size={self.input_size}, output_size={self.output_size}"
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew and set the bias to zero."""
+        """Redraw the weight and set the bias to zero."""
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -1,1 +1,1 @@
-"""Embedding tables, one file a kind."""
+"""Embedding tables, one file per kind."""

@@ -1,4 +1,4 @@
-"""Small integers, several a row, in as few bits as they need, and tables that rows are chosen from by them."""
+"""Small integers, several per row, in as few bits as they need, and tables that rows are chosen from by them."""
 
 from __future__ import annotations
 

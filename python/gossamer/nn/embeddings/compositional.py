@@ -31,7 +31,7 @@ class CompositionalEmbedding(SharedRowsTable):
     are concatenated. Sums and products are distinct for almost all values of the rows, concatenations wherever the rows
     of each table are.
 
-    With ``"path"`` there are two parts as for quotient and remainder, and the second is a small network a class:
+    With ``"path"`` there are two parts as for quotient and remainder, and the second is a small network per class:
     ``e(x) = V_c·relu(U_c·W[x mod m_1] + a_c) + b_c`` with ``c = x div m_1``. The networks are ordinary parameters,
     which ``optimizer`` does not step.
 
@@ -106,7 +106,7 @@ class CompositionalEmbedding(SharedRowsTable):
         return kind._pool(self, ids, *lists, **how)
 
     def extra_repr(self) -> str:
-        """Sizes, partition and mode, and the optimizer where there is one."""
+        """Sizes, partition and mode, and the optimizer, if any."""
         how = f"partition={self.partition!r}" + (f", operation={self.operation!r}" if self.partition != "path" else "")
         return self._repr(f"{list(self.moduli)}", how)
 

@@ -89,7 +89,7 @@ class DeepHashEmbedding(SeededMaps, Table):
         self._maps = IdMaps.universal([self.num_values] * self.num_hashes, seed=seed)
 
     def reset_parameters(self) -> None:
-        """Draw the network's parameters anew."""
+        """Redraw the network's parameters."""
         self.seed.fill_(self._seed)
         for layer in self.layers:
             if hasattr(layer, "reset_parameters"):

@@ -464,7 +464,7 @@ class DynamicEmbedding(Table):
         """Replace all rows by those that ``keep`` chooses of other layers' snapshots: how ids move between processes.
 
         Rows, optimizer states, ages, scores of eviction, exact counts of admission and what the next delta holds come
-        along; a sketch's counts begin anew. Counters add up. Where not all fit, those of the highest scores stay.
+        along; a sketch's counts start over. Counters add up. Where not all fit, those of the highest scores stay.
 
         Args:
             parts: pairs as :meth:`get_extra_state` gives them, of layers with the same dim, dtype, optimizer and seed,

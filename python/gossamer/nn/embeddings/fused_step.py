@@ -45,7 +45,7 @@ class FusedStep(torch.nn.Module):
         """Set the optimizer and make its state for every table.
 
         Raises:
-            TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+            TypeError: ``optimizer`` is not one of :mod:`gossamer.optim`.
         """
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be one of gossamer.optim, got {type(optimizer).__name__}")
@@ -153,7 +153,7 @@ class FusedStep(torch.nn.Module):
     def _step(self, table: str | None = None) -> dict:
         """The arguments of a lookup that steps a table; raises in a replica, which would diverge from the others.
 
-        And where the table is computed anew in each forward pass, so that a step would be lost.
+        And where the table is computed again in each forward pass, so that a step would be lost.
         """
         check_alone(self)
         table = table or self.tables[0]

@@ -44,7 +44,7 @@ class MaskedEmbedding(FusedTable):
         sample_widths: whether widths are sampled in training.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``width`` is above D, ``regularization`` is negative, or the mode is unknown.
 
     Source: Lyu et al., "OptEmbed: Learning Optimal Embedding Table for Click-through Rate Prediction", CIKM 2022.
@@ -79,7 +79,7 @@ class MaskedEmbedding(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw the table anew, set the threshold back, and start the optimizer anew."""
+        """Redraw the table, set the threshold back, and reset the optimizer."""
         bound = self.num_embeddings**-0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         torch.nn.init.zeros_(self.threshold)

@@ -34,7 +34,7 @@ class MixedDimensionEmbedding(FusedTable):
         projection: ``(D, d)``, or None where d is D. It starts uniform with variance 1/d, which keeps that of the rows.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``row_dim`` is above D, or the mode is unknown.
 
     Source: Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems",
@@ -66,7 +66,7 @@ class MixedDimensionEmbedding(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, and start the optimizer anew."""
+        """Redraw the parameters and reset the optimizer."""
         bound = self.num_embeddings**-0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         if self.projection is not None:
@@ -89,7 +89,7 @@ class MixedDimensionEmbedding(FusedTable):
         return self._projected(self.bags("weight", ids, *lists, **how))
 
     def extra_repr(self) -> str:
-        """Sizes and mode, and the optimizer where there is one."""
+        """Sizes and mode, and the optimizer, if any."""
         return self._repr(f"row_dim={self.row_dim}")
 
     @classmethod

@@ -57,7 +57,7 @@ class ProductQuantizedEmbedding(FusedTable):
         served: the table of codes once it is frozen, else None.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, D is not a multiple of P, K is above 65,536, ``frequent`` or ``rare_codes`` do
             not fit, or the variant or mode is unknown.
 
@@ -113,7 +113,7 @@ class ProductQuantizedEmbedding(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, and start the optimizer anew."""
+        """Redraw the parameters and reset the optimizer."""
         bound = self.num_embeddings**-0.5
         for parameter in (self.weight, self.codewords, self.keys):
             if parameter is not None:

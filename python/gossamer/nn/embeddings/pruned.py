@@ -19,8 +19,8 @@ class SparseRows(torch.nn.Module):
     Args:
         kept: ``(N, D)`` bool.
         dense: ``(N, D)``, whose values are kept.
-        by_row: whether the first entry of each row is stored, 4 bytes a row, instead of the row of each entry, 4 bytes
-            an entry: see :func:`kept_entries`.
+        by_row: whether the first entry of each row is stored, 4 bytes per row, instead of the row of each entry, 4
+            bytes per entry: see :func:`kept_entries`.
 
     Attributes:
         values: ``(K,)``, row after row.
@@ -118,7 +118,7 @@ class PrunedEmbedding(FusedTable):
         served: :class:`SparseRows` once it is frozen, else None.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``density`` is not in (0, 1], a name is unknown, or ``frequencies`` have another
             shape.
 
@@ -178,7 +178,7 @@ class PrunedEmbedding(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw the table anew, set scales and thresholds back, forget the mask, and start the optimizer anew."""
+        """Redraw the table, set scales and thresholds back, forget the mask, and reset the optimizer."""
         bound = self.num_embeddings**-0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         if self.scales is not None:

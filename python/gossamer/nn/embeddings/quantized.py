@@ -24,18 +24,18 @@ _AT_ONCE = 1 << 22
 
 
 class QuantizedEmbedding(FusedTable):
-    """A table of b-bit codes, ``e(x) = Δ·q[x]``, trained without a master copy: an optimizer's step rounds it anew.
+    """A table of b-bit codes, ``e(x) = Δ·q[x]``, trained without a master copy: an optimizer's step rounds it again.
 
     The optimizer reads a touched row as ``w = Δ·q``, steps it in float32 to ``w'`` and writes ``clip(w'/Δ)`` rounded up
     or down with the probability that makes the mean exact. ``rounding="nearest"`` stands still once steps are below
     Δ/2. Codes have no gradient: without ``optimizer`` the table is fixed.
 
     - ``step="fixed"``: one Δ for the table.
-    - ``step="learned"``: a Δ a row, which moves before the row is rounded (ALPT):
-      ``Δ ← max(Δ − step_lr/√(B·D·(2^(b−1)−1))·Σ_j g_j·δ_j, 2⁻²⁰)`` with B bags, ``δ_j = round(w'_j/Δ) − w'_j/Δ`` and,
-      where ``w'_j/Δ`` lies beyond the range, the end of the range. g is the gradient that steps the row. The paper
-      takes it anew at ``round(w'/Δ)·Δ``, in a second pass over the batch that costs as much again: the same g where no
-      step of the batch reaches Δ/2.
+    - ``step="learned"``: a Δ a row, which moves before the row is rounded (ALPT): ``Δ ← max(Δ −
+      step_lr/√(B·D·(2^(b−1)−1))·Σ_j g_j·δ_j, 2⁻²⁰)`` with B bags, ``δ_j = round(w'_j/Δ) − w'_j/Δ`` and, where
+      ``w'_j/Δ`` lies beyond the range, the end of the range. g is the gradient that steps the row. The paper takes it
+      again at ``round(w'/Δ)·Δ``, in a second pass over the batch that costs as much again: the same g where no step of
+      the batch reaches Δ/2.
 
     Args:
         num_embeddings: N.
@@ -58,8 +58,8 @@ class QuantizedEmbedding(FusedTable):
         scale: Δ, a float32 buffer ``(1,)`` or ``(N,)``, which stays float32 when the module is cast.
 
     Raises:
-        TypeError: a size is not an int, a rate or step not a number, ``dtype`` not floating, or ``optimizer`` none of
-            :mod:`gossamer.optim`.
+        TypeError: a size is not an int, a rate or step not a number, ``dtype`` not floating, or ``optimizer`` is not
+            one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``bits`` are other than 8 or 16, a name is unknown, ``step_size`` is not positive
             or ``step_lr`` negative.
 
@@ -118,7 +118,7 @@ class QuantizedEmbedding(FusedTable):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Draw the codes anew, set the steps back, and start the optimizer anew."""
+        """Redraw the codes, set the steps back, and reset the optimizer."""
         bound = self.num_embeddings**-0.5
         self.scale.fill_(self.step_size)
 
@@ -178,7 +178,7 @@ class QuantizedEmbedding(FusedTable):
         return found
 
     def extra_repr(self) -> str:
-        """Sizes, bits, the kind of step and the mode, and the optimizer where there is one."""
+        """Sizes, bits, the kind of step and the mode, and the optimizer, if any."""
         return self._repr(f"bits={self.bits}", f"step={self.step!r}")
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Tables that map ids to rows by a stored list: rows of their own for frequent ids, or one row a cluster."""
+"""Tables that map ids to rows by a stored list: rows of their own for frequent ids, or one row per cluster."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def balanced_kmeans(
     Alignment", 2025.
 
     Raises:
-        TypeError: ``x`` is not a floating tensor, or a number no int.
+        TypeError: ``x`` is not a floating tensor, or a number is not an int.
         ValueError: ``x`` is not 2-D or has no vectors, or a number is too small.
     """
     _check_clusters(x, num_codes, steps, seed)

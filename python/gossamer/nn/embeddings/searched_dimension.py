@@ -44,7 +44,7 @@ class SearchedDimensionEmbedding(FusedTable):
         tables: names of the tables, ``weight_<width>``; once chosen ``weight`` alone.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, ``candidates`` are none, not distinct or above D, ``temperature`` is not
             positive, or the mode is unknown.
 
@@ -95,7 +95,7 @@ class SearchedDimensionEmbedding(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw tables and projections anew, and start shares, statistics and the optimizer anew."""
+        """Redraw tables and projections, and start shares, statistics and the optimizer again."""
         bound = self.num_embeddings**-0.5
         for name, parameter in self.named_parameters():
             if name.startswith("weight"):
@@ -157,8 +157,8 @@ class SearchedDimensionEmbedding(FusedTable):
 
         Args:
             width: one of the candidates.
-            restart: whether its table is drawn anew, as the paper trains it; else it goes on from the searched one. Its
-                projection goes on in either case, and the bias starts at 0.
+            restart: whether its table is drawn again, as the paper trains it; else it goes on from the searched one.
+                Its projection goes on in either case, and the bias starts at 0.
 
         Raises:
             ValueError: a candidate was chosen before, or ``width`` is none of them.
@@ -198,7 +198,7 @@ class SearchedDimensionEmbedding(FusedTable):
         return super().freeze()
 
     def extra_repr(self) -> str:
-        """Sizes, candidates and mode, and the optimizer where there is one."""
+        """Sizes, candidates and mode, and the optimizer, if any."""
         return self._repr(f"candidates={self.candidates}" if self.chosen is None else f"chosen={self.chosen}")
 
     @classmethod

@@ -34,7 +34,7 @@ class SharedRowsTable(FusedTable):
             entries of ``e(x)`` have the variance of numbers uniform in ``±1/√N``.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, the mode or operation is unknown, or D is not a multiple of H for ``"concat"``.
     """
 
@@ -69,7 +69,7 @@ class SharedRowsTable(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw the rows anew, and start the optimizer anew."""
+        """Redraw the rows and reset the optimizer."""
         variance = 1 / (3 * self.num_embeddings)
         if self.operation == "add":
             variance /= self.rows_per_id
@@ -115,7 +115,7 @@ class SharedRowsTable(FusedTable):
         return self.composed("weight", ids, parts, *lists, **how)
 
     def extra_repr(self) -> str:
-        """Sizes and mode, and the optimizer where there is one."""
+        """Sizes and mode, and the optimizer, if any."""
         return self._repr(f"num_rows={self.num_rows}")
 
     @classmethod

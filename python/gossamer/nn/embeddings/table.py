@@ -131,7 +131,7 @@ class Table(nn.Module):
         self.mode, self.include_last_offset = mode, include_last_offset
 
     def _repr(self, *own: str) -> str:
-        """:meth:`extra_repr` with what a kind of table adds: sizes and mode, and the optimizer where there is one."""
+        """:meth:`extra_repr` with what a kind of table adds: sizes and mode, and the optimizer, if any."""
         parts = [f"{self.num_embeddings}, {self.embedding_dim}", *own, f"mode={self.mode!r}"]
         if (optimizer := getattr(self, "optimizer", None)) is not None:
             parts.append(f"optimizer={optimizer}")

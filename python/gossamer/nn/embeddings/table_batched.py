@@ -25,7 +25,7 @@ class TableBatchedEmbeddingBags(FusedTable):
     Args:
         specs: ``(rows, dim)`` of each table.
         feature_table_map: the table of each feature; by default feature t reads table t.
-        pooling: ``"sum"`` or ``"mean"``, one for all tables or one a table.
+        pooling: ``"sum"`` or ``"mean"``, one for all tables or one per table.
         optimizer: one of :mod:`gossamer.optim` for all tables, or None for a dense gradient.
         weights_dtype: of the tables: float32, float16 or bfloat16 (float64 on the CPU).
         output_dtype: of the result; that of the tables by default.
@@ -41,7 +41,7 @@ class TableBatchedEmbeddingBags(FusedTable):
         bounds_count: with ``bounds`` other than ``"raise"``, a buffer that counts ids and offsets out of bounds.
 
     Raises:
-        TypeError: ``optimizer`` is none of :mod:`gossamer.optim`.
+        TypeError: ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: sizes, map, poolings, names or bounds do not fit.
     """
 
@@ -88,7 +88,7 @@ class TableBatchedEmbeddingBags(FusedTable):
         return self.layout.state(self.optimizer, self.weights.device, accumulation_dtype(self.weights.dtype))
 
     def reset_parameters(self) -> None:
-        """Draw every table anew, uniform in ``±1/√rows``, and start the optimizer anew; between tables is zero."""
+        """Redraw every table, uniform in ``±1/√rows``, and reset the optimizer; between tables is zero."""
         with torch.no_grad():
             self.table_specs.copy_(torch.tensor(self.layout.specs))
             if self.bounds_count is not None:

@@ -44,7 +44,7 @@ class TensorTrainEmbedding(FusedTable):
         core3: ``(n_3, r_2·d_3)``.
 
     Raises:
-        TypeError: a size is not an int, or ``optimizer`` none of :mod:`gossamer.optim`.
+        TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
         ValueError: a size is below 1, there are not three factors or two ranks, the product of ``row_factors`` is below
             N or that of ``dim_factors`` is not D, or the mode is unknown.
 
@@ -92,7 +92,7 @@ class TensorTrainEmbedding(FusedTable):
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
-        """Draw the cores anew, and start the optimizer anew."""
+        """Redraw the cores and reset the optimizer."""
         std = (1 / (3 * self.num_embeddings * math.prod(self.ranks))) ** (1 / 6)
         with torch.no_grad():
             for name in self.tables:
@@ -128,7 +128,7 @@ class TensorTrainEmbedding(FusedTable):
         else:
             both = _two(columns, (n1, n2), (n2 * n3, n3), self.num_embeddings)
             pairs = gather_matmul(core1, core2, ids.reshape(-1), both, r1)
-            # A pair an id, in the ids' order.
+            # A pair per id, in the ids' order.
             places = torch.arange(count, device=ids.device)
             third = map_ids(ids.reshape(-1), self._maps)[:, 2]
             last = pairs_of(torch.stack([places, third], 1), self.embedding_dim)
@@ -150,7 +150,7 @@ class TensorTrainEmbedding(FusedTable):
         return found
 
     def extra_repr(self) -> str:
-        """Sizes, ranks and mode, and the optimizer where there is one."""
+        """Sizes, ranks and mode, and the optimizer, if any."""
         return self._repr(f"ranks={self.ranks}", f"rows={self.row_factors}")
 
     @classmethod

@@ -103,7 +103,7 @@ class BlockSparseLinear(nn.Module):
         block_mask: buffer ``(O/bm, I/bn)`` bool, where the blocks are. Saved, and loaded, with the values.
 
     Raises:
-        TypeError: a size is not an int, a density no number, or a topology none.
+        TypeError: a size is not an int, a density is not a number, or a topology none.
         ValueError: a size below 1, a density outside (0, 1], a wrong block, or a topology of another shape.
     """
 
@@ -346,7 +346,7 @@ class BlockSparseLinear(nn.Module):
             generator: a CPU generator for ``"random"``.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``, or a density no number.
+            TypeError: ``linear`` is not an ``nn.Linear``, or a density is not a number.
             ValueError: a density outside (0, 1], a wrong block, an unknown criterion, or a mask of another shape.
         """
         if not isinstance(linear, nn.Linear):
@@ -442,7 +442,7 @@ def erk_densities(shapes: list[tuple[int, ...]], density: float) -> list[float]:
         density: of all weights together, in (0, 1].
 
     Returns:
-        One density a layer.
+        One density per layer.
 
     Raises:
         TypeError: ``density`` is not a number, or ``shapes`` are no sequences of ints.

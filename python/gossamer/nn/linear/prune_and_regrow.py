@@ -84,7 +84,7 @@ class PruneAndRegrow:
         seed: of the choices of ``"set"``, which are the same on every device.
 
     Raises:
-        TypeError: ``model`` is something else, or a number no int.
+        TypeError: ``model`` is something else, or a number is not an int.
         ValueError: there is no such layer, a number is out of range, a name is unknown, a layer's values are sharded,
             or a rule that follows the gradient while several processes train: each would see its own batch's and move
             elsewhere.

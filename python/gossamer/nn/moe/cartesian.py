@@ -57,8 +57,7 @@ class CartesianHalf(nn.Module):
 
 
 class CartesianMoE(nn.Module):
-    """Two mixture-of-experts layers of E small experts each, in the place of one layer: E² pairs of experts
-    (CartesianMoE).
+    """Two mixture-of-experts layers of E small experts each, in place of one layer: E² pairs of experts (CartesianMoE).
 
     ``h = x + M_A(norm_A(x))`` and ``y = h + M_B(norm_B(h))``: a token that meets K experts of each half goes through K²
     pairs (i, j), and every expert is shared by the E pairs that it is in. After CartesianMoE (Su et al., 2025). Two
@@ -151,7 +150,7 @@ class CartesianMoE(nn.Module):
 
         Args:
             x: ``(..., H)``.
-            token_ids: one integer a token, for routers that go by them.
+            token_ids: one integer per token, for routers that go by them.
             return_routing: whether to return both halves' routings too; :func:`product_routing` makes one of them.
 
         Returns:

@@ -37,8 +37,8 @@ class MoE(nn.Module):
 
     Args:
         hidden_size: H.
-        intermediate_size: I of each routed expert; None beside an ``experts`` module.
-        num_experts: E; None beside an ``experts`` module, which says it.
+        intermediate_size: I of each routed expert; None with an ``experts`` module.
+        num_experts: E; None with an ``experts`` module, which says it.
         top_k: K, the most experts of a token; None for what the router gives, where it does without.
         router: a :class:`Router`, or the name of one to make, of ``gossamer.nn.moe.routers.ROUTERS``; a module from
             hidden states ``(T, H)`` to a :class:`Routing`; or None, and every call is given its routing.
@@ -162,7 +162,7 @@ class MoE(nn.Module):
         Args:
             x: ``(..., H)``; T is the product of the leading sizes.
             routing: takes the place of the router's, as one by another layer.
-            token_ids: one integer a token, in any shape of T elements, for routers that go by them.
+            token_ids: one integer per token, in any shape of T elements, for routers that go by them.
             return_routing: whether to return the :class:`Routing` too, for balance losses and bias updates.
 
         Returns:

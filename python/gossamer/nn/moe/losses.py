@@ -186,7 +186,7 @@ def expert_counts(
         group: over whose ranks they are summed.
 
     Raises:
-        TypeError: ``routing`` is not a Routing, or ``group`` no process group.
+        TypeError: ``routing`` is not a Routing, or ``group`` is not a process group.
         ValueError: a mask of another size or device.
     """
     if not isinstance(routing, Routing):
@@ -219,7 +219,7 @@ def load_balance_loss(
         A scalar of the logits' dtype; 0 where no token counts.
 
     Raises:
-        TypeError: ``routing`` is something else, or ``group`` no process group.
+        TypeError: ``routing`` is something else, or ``group`` is not a process group.
         ValueError: no routing, one without logits, different numbers of experts, or a mask of another size or device.
     """
     totals = _totals(routing, mask, group)
@@ -254,7 +254,7 @@ def switch_balance_loss(
 ) -> torch.Tensor:
     """The balance loss of Switch Transformer, ``E · Σ_e f_e·P_e``, with f of first choices alone: balanced at 1.
 
-    A token's first choice is its expert of the largest weight. XMoE balances several experts a token by it.
+    A token's first choice is its expert of the largest weight. XMoE balances several experts per token by it.
 
     Args:
         routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
@@ -332,7 +332,7 @@ def load_loss(
         A scalar; 0 where no token counts.
 
     Raises:
-        TypeError: logits are no floating tensors, or ``top_k`` no int.
+        TypeError: logits are no floating tensors, or ``top_k`` is not an int.
         ValueError: shapes differ, or K is not from 1 to E − 1.
     """
     check_shape("logits", logits, (None, None), "(T, E)")
@@ -422,7 +422,7 @@ def sequence_balance_loss(
         A scalar of the logits' dtype; 0 where no token counts.
 
     Raises:
-        TypeError: ``routing`` is not a Routing, ``batch_size`` no int, or ``group`` no process group.
+        TypeError: ``routing`` is not a Routing, ``batch_size`` is not an int, or ``group`` is not a process group.
         ValueError: no logits, ``batch_size`` below 1 or not dividing T, or a mask of another size or device.
     """
     if not isinstance(routing, Routing):
@@ -520,7 +520,7 @@ def cluster_variance_loss(
         group: of data-parallel ranks.
 
     Raises:
-        TypeError: ``routing`` is something else, or ``num_clusters`` no int.
+        TypeError: ``routing`` is something else, or ``num_clusters`` is not an int.
         ValueError: as :func:`load_balance_loss`; ``num_clusters`` does not divide E, or ``form`` is unknown.
     """
     check_positive(num_clusters=num_clusters)

@@ -98,7 +98,7 @@ def output_by_slot(
     """``y[t] = Σ_k weights[t,k] · weight[e(t,k)] · rows[t,k]``: each slot by its expert's matrix, then summed.
 
     Args:
-        rows: ``(T·K, C)``, a row a slot.
+        rows: ``(T·K, C)``, a row per slot.
         weight: ``(E, N, C)``, a tensor or quantised.
         dispatch: of the T tokens.
         weights: ``(T, K)``.
@@ -129,7 +129,7 @@ class MixtureOfAttention(nn.Module):
     Args:
         hidden_size: H.
         num_experts: E.
-        top_k: K; None beside a ``router`` module.
+        top_k: K; None with a ``router`` module.
         num_heads: h, heads of keys and values, and of each expert's queries.
         head_dim: d.
         router: as in :class:`MoE`: a name, or a module from hidden states to a :class:`Routing`.
@@ -216,7 +216,7 @@ class MixtureOfAttention(nn.Module):
         return router
 
     def reset_parameters(self) -> None:
-        """Draw the projections of the experts anew, and set the bias to zero."""
+        """Redraw the projections of the experts, and set the bias to zero."""
         for weight in (self.query_proj, self.output_proj):
             nn.init.uniform_(weight, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
         if self.bias is not None:

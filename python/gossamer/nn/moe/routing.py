@@ -90,7 +90,7 @@ SCORES = {"softmax": softmax_probabilities, "sigmoid": sigmoid_probabilities}
 
 
 def _check_fits(routing: Routing, dispatch: Dispatch) -> None:
-    """A routing's dispatch must be one of as many tokens, experts and experts a token."""
+    """A routing's dispatch must be one of as many tokens, experts and experts per token."""
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
     if not type(dispatch.num_tokens) is type(dispatch.top_k) is type(dispatch.num_experts) is int:
@@ -120,8 +120,8 @@ class Routing:
         max_rows: bound on the slots that have an expert, which sizes the buffers of expert layers on CUDA and in
             compiled code; None for T·K. On the CPU they have the exact size. See :func:`gossamer.dispatch`.
         residual: ``(T,)`` weights of the tokens themselves: :class:`MoE` adds ``residual[t] · x[t]``. None for nothing.
-        losses: terms of the router's own by name, without coefficients, differentiable: ``(T,)``, one value a token, or
-            a scalar. :func:`router_losses` averages them.
+        losses: terms of the router's own by name, without coefficients, differentiable: ``(T,)``, one value per token,
+            or a scalar. :func:`router_losses` averages them.
 
     Attributes:
         expert_ids: as given, like ``weights``, ``num_experts``, ``logits``, ``dispatch``, ``max_rows``, ``residual``
@@ -323,7 +323,7 @@ def check_rows_per_token(rows_per_token: float | None) -> None:
 
 
 def row_bound(routing: Routing, rows_per_token: float | None) -> Routing:
-    """The routing with ``max_rows`` for ``rows_per_token`` experts a token in the mean; as it is for None."""
+    """The routing with ``max_rows`` for ``rows_per_token`` experts per token on average; as it is for None."""
     if rows_per_token is None:
         return routing
     return routing.replaced(max_rows=int(rows_per_token * routing.num_tokens) + 1)
@@ -384,7 +384,7 @@ def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
         gamma: the width of the rise, positive.
 
     Raises:
-        TypeError: ``v`` is not floating, or ``gamma`` no number.
+        TypeError: ``v`` is not floating, or ``gamma`` is not a number.
         ValueError: ``gamma`` is not positive and finite.
     """
     check_floating("v", v)
@@ -683,7 +683,7 @@ def limit_capacity(
         A :class:`Routing` with E for the ids of dropped slots, sorted by expert.
 
     Raises:
-        TypeError: ``routing`` is not a Routing, ``capacity_factor`` no number or ``capacity`` no int.
+        TypeError: ``routing`` is not a Routing, ``capacity_factor`` is not a number or ``capacity`` is not an int.
         ValueError: it is not positive and finite, both are given, or ``priority`` is unknown.
     """
     if not isinstance(routing, Routing):

@@ -34,7 +34,7 @@ class Link:
 
     Attributes:
         latency: seconds from the start of a message of no bytes to its arrival.
-        bandwidth: bytes a second in each direction.
+        bandwidth: bytes per second in each direction.
     """
 
     latency: float

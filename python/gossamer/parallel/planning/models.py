@@ -108,7 +108,7 @@ class Model:
         return self.moe_layers * self.top_k * 3 * self.hidden * self.intermediate
 
     def score_products(self, sequence: int) -> float:
-        """Multiply-adds of a token with the keys and values before it, in the mean over a causal sequence."""
+        """Multiply-adds of a token with the keys and values before it, on average over a causal sequence."""
         widths = self.attention.key_width + self.attention.value_width
         return self.layers * self.attention.heads * widths * (sequence + 1) / 2
 

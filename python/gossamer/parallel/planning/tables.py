@@ -175,7 +175,7 @@ class Placement:
 
 
 def distinct(rows: int, lookups: float) -> float:
-    """How many of ``rows`` rows ``lookups`` uniform ids meet, in the mean: ``R (1 - (1 - 1/R)^L)``."""
+    """How many of ``rows`` rows ``lookups`` uniform ids meet, on average: ``R (1 - (1 - 1/R)^L)``."""
     return rows if rows == 1 else rows * -math.expm1(lookups * math.log1p(-1.0 / rows))
 
 

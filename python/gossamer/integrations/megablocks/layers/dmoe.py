@@ -38,7 +38,7 @@ class dMoE(MoE):
         shared_expert: with ``up_proj``, ``gate_proj`` (``mlp_type="glu"``) and ``down_proj``, or None.
 
     Raises:
-        ValueError: an option that is not served, by its name; with ``mlp_impl="sparse"``, an f that is no multiple
+        ValueError: an option that is not served, by its name; with ``mlp_impl="sparse"``, an f that is not a multiple
             of 16.
     """
 

@@ -1,1 +1,1 @@
-"""Expert layers: what a routed token is sent through, one file a kind."""
+"""Expert layers: what a routed token is sent through, one file per kind."""

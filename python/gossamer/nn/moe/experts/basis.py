@@ -62,7 +62,8 @@ class BasisExperts(FactoredExperts):
         down_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` is not a
+            number.
         ValueError: a size is below 1, ``nonlinearity`` or activation is unknown, or a ``capacity_factor`` that is not
             positive.
     """
@@ -104,7 +105,7 @@ class BasisExperts(FactoredExperts):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, so that the matrices have the size that ``nn.Linear`` gives its own.
+        """Redraw all parameters, so that the matrices have the size that ``nn.Linear`` gives its own.
 
         Each expert starts near one basis, by logits that give it a weight of a half.
         """
@@ -158,7 +159,7 @@ class BasisExperts(FactoredExperts):
             for held in (self.down_proj, self.up_bias, self.down_bias)
         )
         count = self.num_experts if experts is None else experts.numel()
-        # Both ways cost 2·R·H FLOPs a row and half, and one 2·I·R more, the other 2·I·R·H an expert.
+        # Both ways cost 2·R·H FLOPs per row and half, and one 2·I·R more, the other 2·I·R·H an expert.
         few = plan.buffer_rows * (self.rank + self.intermediate_size * self.rank / self.hidden_size) < (
             plan.buffer_rows * self.intermediate_size + count * self.intermediate_size * self.rank
         )
@@ -232,7 +233,7 @@ class BasisExperts(FactoredExperts):
             A layer of the dtype and on the device of ``experts``.
 
         Raises:
-            TypeError: ``experts`` is not a plain :class:`Experts`, or a number no int.
+            TypeError: ``experts`` is not a plain :class:`Experts`, or a number is not an int.
             ValueError: its weights are quantised; M > E; R beyond H or the rows of a group's stacked matrices; ``lr``
                 not positive; or as the class does.
         """

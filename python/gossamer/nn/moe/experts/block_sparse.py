@@ -56,7 +56,7 @@ class PaddedExperts:
 
     @staticmethod
     def of(dispatch: Dispatch, ffn_size: int, block: tuple[int, int] | None = None) -> PaddedExperts:
-        """For hidden activations of ``ffn_size`` columns an expert, in blocks that suit the sizes."""
+        """For hidden activations of ``ffn_size`` columns per expert, in blocks that suit the sizes."""
         if block is None:
             rows = _row_block(dispatch.buffer_rows, dispatch.num_experts, dispatch.slots.device)
             block = (rows, best_block("ffn_size", ffn_size))
@@ -64,7 +64,7 @@ class PaddedExperts:
         return PaddedExperts(dispatch, topology, *topology.padded_places(dispatch))
 
     def widened(self, columns: int) -> BlockTopology:
-        """The topology of as many rows with ``columns`` columns an expert."""
+        """The topology of as many rows with ``columns`` columns per expert."""
         return BlockTopology.from_dispatch(self.dispatch, columns, self.topology.block, skip_padding=True)
 
     def tokens(self) -> torch.Tensor:

@@ -21,7 +21,7 @@ class FactoredExperts(ExpertLayer):
         intermediate_size: I.
         activation: of the experts.
         up_bias: ``(E, 2I)``, or ``(E, I)`` with an ungated activation; or None.
-        down_bias: one row an expert, or None.
+        down_bias: one row per expert, or None.
     """
 
     intermediate_size: int

@@ -64,7 +64,8 @@ class Experts(ExpertLayer):
         down_proj_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` is not a
+            number.
         ValueError: a size is below 1, the activation or form is unknown, ``interleaved`` with an ungated activation, a
             ``capacity_factor`` that is not positive, or an I that is not in whole blocks.
     """

@@ -100,7 +100,8 @@ class LatentExperts(FactoredExperts):
         down_bias: ``(E, H)`` or ``(E, L)``, or None.
 
     Raises:
-        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` is not a
+            number.
         ValueError: a size is below 1, ``group_size`` does not divide E, the activation is unknown, separate latents of
             an ungated activation, or a ``capacity_factor`` that is not positive.
     """
@@ -155,7 +156,7 @@ class LatentExperts(FactoredExperts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, each matrix as ``nn.Linear`` does: uniform in ±1/√(inputs)."""
+        """Redraw all parameters, each matrix as ``nn.Linear`` does: uniform in ±1/√(inputs)."""
         inputs = {
             "in_proj": self.hidden_size,
             **dict.fromkeys((*self._up_names, "up_bias", "out_proj"), self.latent_size),

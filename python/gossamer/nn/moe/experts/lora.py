@@ -34,7 +34,7 @@ def expert_factors(flat_a: torch.Tensor, flat_b: torch.Tensor, num_experts: int)
     of expert e.
 
     Raises:
-        TypeError: a factor is not a tensor, or ``num_experts`` no int.
+        TypeError: a factor is not a tensor, or ``num_experts`` is not an int.
         ValueError: the sizes do not fit each other or ``num_experts``, or that is below 1.
     """
     check_positive(num_experts=num_experts)
@@ -213,7 +213,7 @@ class LoRAExperts(Experts):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start the updates anew; with ``init="spectral"`` each matrix gives up its principal part each time."""
+        """Start the updates again; with ``init="spectral"`` each matrix gives up its principal part each time."""
         for name in self.targets:
             a, b = self.lora_factors(name)
             if self.init == "spectral":

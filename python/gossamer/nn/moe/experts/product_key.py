@@ -26,7 +26,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
 
     Each head makes a query of two halves; a sub-key of each half names an expert, ``e = a·√N + b``, whose score is
     ``⟨q¹, C¹_a⟩ + ⟨q², C²_b⟩``. The K highest scores are found exactly by :func:`gossamer.product_key_topk` among √N
-    sub-keys a half, and their softmax weighs the experts:
+    sub-keys per half, and their softmax weighs the experts:
 
     ``y = Σ_heads Σ_k softmax(scores)_k · φ(⟨u_k, x⟩) · v_k``.
 
@@ -46,8 +46,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
     Args:
         hidden_size: H.
         num_experts: N, a square.
-        num_heads: queries a token.
-        top_k: K, experts a head, at most √N.
+        num_heads: queries per token.
+        top_k: K, experts per head, at most √N.
         key_dim: size of a query, even.
         activation: φ, an ungated name of :class:`gossamer.Activation`, or one with its constants.
         query_norm: whether queries are batch-normalised over the tokens of a call in training, and by running
@@ -130,12 +130,12 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
                 parameter.uniform_(-(inputs**-0.5), inputs**-0.5)
 
     def reset_parameters(self) -> None:
-        """Draw tables and sub-keys anew; the optimizer too starts anew."""
+        """Redraw tables and sub-keys; the optimizer too starts anew."""
         self._draw()
         self._reset_state()
 
     def route(self, x: torch.Tensor) -> Routing:
-        """The experts of hidden states ``x (..., H)`` and their weights, ``num_heads · K`` a token, head by head.
+        """The experts of hidden states ``x (..., H)`` and their weights, ``num_heads · K`` per token, head by head.
 
         Queries and scores are taken in float32 (float64 for float64). An expert may be listed by several heads.
 
@@ -175,7 +175,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         if groups > 1:
             first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
             places = [first + place for place in places]
-        # Scores of the chosen alone are taken anew, so that the gradient has K numbers a query, and not two rows of √N.
+        # Scores of the chosen alone are taken again, so that the gradient has K numbers a query, and not two rows of
+        # √N.
         first, second = (gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i]) for i in (0, 1))
         logits = first + second
         return ids, logits

@@ -9,7 +9,7 @@ from gossamer.ops.quantized_expert_weight import FORMATS, QuantizedExpertWeight
 
 
 class QuantizedExpertStack(nn.Module):
-    """Holds a :class:`gossamer.QuantizedExpertWeight` in the place of an expert layer's parameter.
+    """Holds a :class:`gossamer.QuantizedExpertWeight` in place of an expert layer's parameter.
 
     Codes and scales are buffers, saved with the state; they move with the module and keep their dtypes when it is cast.
 

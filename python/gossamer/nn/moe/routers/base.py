@@ -66,7 +66,7 @@ class Router(nn.Module):
 
     @classmethod
     def from_top_k(cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object) -> Router:
-        """The router that :class:`MoE` makes by name: with K experts a token, or as each class says.
+        """The router that :class:`MoE` makes by name: with K experts per token, or as each class says.
 
         Args:
             hidden_size: H.

@@ -28,10 +28,10 @@ class ClusterRouter(StepCount, LinearRouter):
     (:attr:`Routing.residual`). What balance losses see is ``softmax(cos/0.07)``; :func:`cluster_variance_loss` is the
     paper's.
 
-    The E experts form clusters of ``L = E / num_clusters`` neighbours. In training only
-    ``int((1 − dropout)·L)`` experts of each, but one at least, take part: the same of every cluster, drawn anew each
-    ``resample_every`` steps. Call :func:`step_routers` after each optimizer step. The draws depend on ``seed`` and the
-    step alone, so that data-parallel ranks make the same.
+    The E experts form clusters of ``L = E / num_clusters`` neighbours. In training only ``int((1 − dropout)·L)``
+    experts of each, but one at least, take part: the same of every cluster, drawn again each ``resample_every`` steps.
+    Call :func:`step_routers` after each optimizer step. The draws depend on ``seed`` and the step alone, so that
+    data-parallel ranks make the same.
 
     Args:
         hidden_size: H.
@@ -53,7 +53,7 @@ class ClusterRouter(StepCount, LinearRouter):
         survivors: int64 buffer, the places within a cluster of the experts that take part.
 
     Raises:
-        TypeError: a size is not an int, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, or ``capacity_factor`` is not a number.
         ValueError: a size is below 1, ``num_clusters`` does not divide E, or an option is out of range.
     """
 
@@ -112,13 +112,13 @@ class ClusterRouter(StepCount, LinearRouter):
         num_clusters: int | None = None,
         **options: object,
     ) -> ClusterRouter:
-        """With one expert a token, whatever K; ``num_clusters`` is by default the largest divisor of E up to 8."""
+        """With one expert per token, whatever K; ``num_clusters`` is by default the largest divisor of E up to 8."""
         if num_clusters is None:
             num_clusters = math.gcd(num_experts, 8)
         return cls(hidden_size, num_experts, num_clusters, **options)
 
     def reset_parameters(self) -> None:
-        """Draw the projection and the centroids anew, and set the temperature back."""
+        """Redraw the projection and the centroids, and set the temperature back."""
         super().reset_parameters()
         if "centroids" not in self._parameters:
             return

@@ -93,7 +93,7 @@ class DSelectKRouter(LinearRouter):
             static. ``bias`` has as many rows; it is at first 0, and uniform in ±γ/100 if static.
 
     Raises:
-        TypeError: a size is not an int, or ``gamma`` no number.
+        TypeError: a size is not an int, or ``gamma`` is not a number.
         ValueError: a size is below 1, or ``gamma`` is not positive and finite.
     """
 
@@ -133,7 +133,7 @@ class DSelectKRouter(LinearRouter):
         return cls(hidden_size, num_experts, top_k, gamma, **options)
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew."""
+        """Redraw weight and bias."""
         codes = self.num_selectors * self.bits
         nn.init.zeros_(self.bias)
         with torch.no_grad():

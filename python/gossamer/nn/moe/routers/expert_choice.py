@@ -35,13 +35,13 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
 
     Args:
         logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
-        capacity_factor: experts of a token in the mean; positive.
+        capacity_factor: experts of a token on average; positive.
 
     Returns:
         A :class:`Routing` with E slots, slot e of expert e.
 
     Raises:
-        TypeError: ``logits`` is not a floating tensor, or ``capacity_factor`` no number.
+        TypeError: ``logits`` is not a floating tensor, or ``capacity_factor`` is not a number.
         ValueError: ``capacity_factor`` is not positive and finite; on the CPU, a logit is NaN or +inf.
     """
     _check_factor(capacity_factor)
@@ -57,7 +57,7 @@ def expert_choice_threshold(logits: torch.Tensor, thresholds: torch.Tensor) -> R
     """The experts whose probability of a token reaches their own threshold: expert choice token by token, causal.
 
     With an expert's threshold at the least probability that it took in training, as
-    :meth:`ExpertChoiceRouter.update_thresholds` follows it, the loads are those of :func:`expert_choice` in the mean.
+    :meth:`ExpertChoiceRouter.update_thresholds` follows it, the loads are those of :func:`expert_choice` on average.
 
     Args:
         logits: as in :func:`expert_choice`.
@@ -93,7 +93,7 @@ class ExpertChoiceRouter(LinearRouter):
     Args:
         hidden_size: H.
         num_experts: E.
-        capacity_factor: experts of a token in the mean; 2 in the paper.
+        capacity_factor: experts of a token on average; 2 in the paper.
         causal: whether tokens are routed one by one, by :attr:`thresholds`.
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
@@ -102,7 +102,7 @@ class ExpertChoiceRouter(LinearRouter):
         thresholds: ``(E,)`` float32 buffer, 1/E at first, which stays float32 when the module is cast.
 
     Raises:
-        TypeError: a size is not an int, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, or ``capacity_factor`` is not a number.
         ValueError: a size is below 1, or ``capacity_factor`` is not positive and finite.
     """
 
@@ -123,7 +123,7 @@ class ExpertChoiceRouter(LinearRouter):
     def from_top_k(
         cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object
     ) -> ExpertChoiceRouter:
-        """With K as the experts of a token in the mean."""
+        """With K as the experts of a token on average."""
         check_positive(top_k=top_k)
         return cls(hidden_size, num_experts, top_k, **options)
 
@@ -168,7 +168,7 @@ class ExpertChoiceRouter(LinearRouter):
         return expert_choice(logits, self.capacity_factor)
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew and set the thresholds back."""
+        """Redraw the weight and set the thresholds back."""
         super().reset_parameters()
         if "thresholds" in self._buffers:
             self.thresholds.fill_(1 / self.num_experts)

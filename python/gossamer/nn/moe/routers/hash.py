@@ -56,7 +56,7 @@ def frequency_table(frequencies: torch.Tensor, num_experts: int, top_k: int = 1,
         seed: of the random order.
 
     Raises:
-        TypeError: a size is not an int, or ``frequencies`` no tensor.
+        TypeError: a size is not an int, or ``frequencies`` is not a tensor.
         ValueError: a size is out of range, or ``frequencies`` is not ``(V,)``, finite and at least 0.
     """
     check_shape("frequencies", frequencies, (None,), "(V,)")

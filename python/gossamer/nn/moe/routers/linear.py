@@ -53,7 +53,7 @@ class LinearRouter(Router):
         upcast: whether the product is taken in float32, whatever the dtypes of the hidden states and the weight and
             under autocast too (the wide copies are not kept for the backward pass). Otherwise it is taken in the hidden
             states' dtype, as in Mixtral and Qwen3-MoE, and its result upcast.
-        num_logits: rows of the linear map, for rules that take others than one logit an expert; None for E.
+        num_logits: rows of the linear map, for rules that take others than one logit per expert; None for E.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -91,7 +91,7 @@ class LinearRouter(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew."""
+        """Redraw weight and bias."""
         bound = self.hidden_size**-0.5
         for parameter in (self.weight, self.bias):
             if parameter is not None:
@@ -230,7 +230,7 @@ class SigmoidRouter(LinearRouter):
         self.register_buffer("e_score_correction_bias", bias)
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew and set the correction bias to zero."""
+        """Redraw the weight and set the correction bias to zero."""
         super().reset_parameters()
         if "e_score_correction_bias" in self._buffers:
             self.e_score_correction_bias.zero_()

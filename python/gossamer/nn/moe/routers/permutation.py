@@ -91,7 +91,7 @@ class LearnedPermutation(StepCount, RouterAround):
         num_steps: training steps so far.
 
     Raises:
-        TypeError: ``router`` is not a Router, ``phase_steps`` or an iteration no int, or ``per_part`` no bool.
+        TypeError: ``router`` is not a Router, ``phase_steps`` or an iteration no int, or ``per_part`` is not a bool.
         ValueError: one is below 1, a temperature is not positive, ``noise`` is negative, or ``per_part`` of a router
             without parts.
     """
@@ -151,7 +151,7 @@ class LearnedPermutation(StepCount, RouterAround):
         return cls(inner, phase_steps, **options, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw Λ anew."""
+        """Redraw Λ."""
         nn.init.uniform_(self.log_weights, -0.05, 0.05)
 
     @property
@@ -208,7 +208,7 @@ class LearnedPermutation(StepCount, RouterAround):
 
         >>> moe.router = moe.router.absorb(moe.experts)
 
-        What optimizers keep of the experts' parameters stays where it was: begin it anew.
+        What optimizers keep of the experts' parameters stays where it was: begin it again.
 
         Args:
             experts: with E experts, and :meth:`ExpertLayer.reorder`.

@@ -51,7 +51,8 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
         A :class:`Routing` with the expert of prototype z in slot z, whose probabilities are ``p^z / Z``.
 
     Raises:
-        TypeError: ``logits`` is not a floating tensor, ``num_prototypes`` no int, or ``capacity_factor`` no number.
+        TypeError: ``logits`` is not a floating tensor, ``num_prototypes`` is not an int, or ``capacity_factor`` is not
+            a number.
         ValueError: Z does not divide E, or ``capacity_factor`` is not positive and finite; on the CPU, a logit is NaN
             or +inf.
     """
@@ -86,7 +87,7 @@ class PrototypeRouter(LinearRouter):
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Raises:
-        TypeError: a size is not an int, or ``capacity_factor`` no number.
+        TypeError: a size is not an int, or ``capacity_factor`` is not a number.
         ValueError: a size is below 1, Z does not divide E, or ``capacity_factor`` is not positive and finite.
     """
 

@@ -45,7 +45,7 @@ def softmax_threshold(
         ``probabilities`` are those of the E experts alone.
 
     Raises:
-        TypeError: ``logits`` is not a floating tensor, ``threshold`` no number, or a size no int.
+        TypeError: ``logits`` is not a floating tensor, ``threshold`` is not a number, or a size no int.
         ValueError: ``threshold`` is outside (0, 1], ``max_experts`` outside 1 to ``E + null_experts``, or E below 1; on
             the CPU, a logit is NaN or +inf.
     """
@@ -81,7 +81,7 @@ class ThresholdRouter(LinearRouter):
         weight: ``(E + null_experts, H)``; ``bias`` has as many rows.
 
     Raises:
-        TypeError: a size is not an int, or ``threshold`` or ``rows_per_token`` no number.
+        TypeError: a size is not an int, or ``threshold`` or ``rows_per_token`` is not a number.
         ValueError: a size is out of range, or ``threshold`` is outside (0, 1].
     """
 

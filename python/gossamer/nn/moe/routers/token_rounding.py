@@ -37,7 +37,7 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
     Selection has no gradient. Where all counts are multiples already, it is the routing itself.
 
     Args:
-        routing: with probabilities, of weights that add up to one a token in the paper, such as a
+        routing: with probabilities, of weights that add up to one per token in the paper, such as a
             :class:`SoftmaxRouter` with ``renormalize``.
         tile: rows of a tile of the grouped products.
         mode: ``"nearest"`` (half to even), ``"up"`` or ``"down"``.
@@ -46,7 +46,7 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
         A :class:`Routing` with E slots, slot e of expert e. It depends on all tokens of the batch.
 
     Raises:
-        TypeError: ``routing`` is not a Routing, or ``tile`` no int.
+        TypeError: ``routing`` is not a Routing, or ``tile`` is not an int.
         ValueError: it has no probabilities, ``tile`` is below 1 or ``mode`` unknown.
     """
     if not isinstance(routing, Routing):
@@ -88,7 +88,7 @@ class TokenRounding(RouterAround):
         mode: how counts are rounded.
 
     Raises:
-        TypeError: ``router`` is not a Router, or ``tile`` no int.
+        TypeError: ``router`` is not a Router, or ``tile`` is not an int.
         ValueError: ``tile`` is below 1, or ``mode`` unknown.
     """
 

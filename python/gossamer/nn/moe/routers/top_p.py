@@ -34,7 +34,7 @@ def softmax_top_p(logits: torch.Tensor, top_p: float, *, max_experts: int | None
         A :class:`Routing` with a token's experts in descending order of probability, then slots without an expert.
 
     Raises:
-        TypeError: ``logits`` is not a floating tensor, ``top_p`` no number or ``max_experts`` no int.
+        TypeError: ``logits`` is not a floating tensor, ``top_p`` is not a number or ``max_experts`` is not an int.
         ValueError: ``top_p`` is outside (0, 1], or ``max_experts`` outside 1 to E; on the CPU, a logit is NaN or +inf.
     """
     check_share("top_p", top_p)
@@ -56,7 +56,7 @@ class TopPRouter(LinearRouter):
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Raises:
-        TypeError: a size is not an int, or ``top_p`` or ``rows_per_token`` no number.
+        TypeError: a size is not an int, or ``top_p`` or ``rows_per_token`` is not a number.
         ValueError: a size is below 1, ``top_p`` is outside (0, 1], or ``max_experts`` outside 1 to E.
     """
 

@@ -70,7 +70,7 @@ def tree_gates(
         Gates ``(T, n)`` that add up to one, and s ``(T, k, n)``.
 
     Raises:
-        TypeError: a tensor is not floating, or ``gamma`` no number.
+        TypeError: a tensor is not floating, or ``gamma`` is not a number.
         ValueError: shapes or devices do not fit, or ``gamma`` is not positive.
     """
     check_gamma(gamma)
@@ -113,7 +113,7 @@ class TreeRouter(LinearRouter):
             leaves, in ±0.05. ``bias``, at first 0, has as many rows.
 
     Raises:
-        TypeError: a size is not an int, or ``gamma`` no number.
+        TypeError: a size is not an int, or ``gamma`` is not a number.
         ValueError: a size is below 1, a tree has one leaf, or ``gamma`` is not positive and finite.
     """
 
@@ -146,7 +146,7 @@ class TreeRouter(LinearRouter):
         return cls(hidden_size, num_experts, top_k, gamma, **options)
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+        """Redraw the weight."""
         with torch.no_grad():
             rows = self.weight.view(self.num_trees, 2 * self.num_experts - 1, self.hidden_size)
             rows[:, : self.num_experts - 1].uniform_(-self.gamma / 100, self.gamma / 100)
