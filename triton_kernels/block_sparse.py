@@ -45,8 +45,7 @@ __all__ = ["aot_cases", "dsd", "dsd_tile", "sdd"]
 
 
 def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
-    """Tile of ``dsd``: ``block_m`` columns of the dense operand by a block's ``bm`` rows, ``block_k`` terms per step.
-    """
+    """Tile of ``dsd``: ``block_m`` columns of the dense operand by ``bm`` rows of a block, ``block_k`` terms a step."""
     wide = 16
     while wide < min(n, 256):
         wide *= 2
