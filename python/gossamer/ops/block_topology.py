@@ -231,7 +231,7 @@ class BlockTopology:
                 then follow the topology's order, not that of the arguments.
 
         Raises:
-            TypeError: indices are no int32 or int64 tensors.
+            TypeError: indices are not int32 or int64 tensors.
             ValueError: shapes, devices, or the first block that is out of range, out of order or there twice.
         """
         check_index("rows", rows)

@@ -248,7 +248,7 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
     Sums beyond the largest finite number are that number.
 
     Args:
-        scores1: ``(..., N₁)`` floating, taken in float32 (float64 stays).
+        scores1: ``(..., N₁)`` floating, converted to float32 (float64 stays).
         scores2: ``(..., N₂)``, of the leading sizes and dtype of ``scores1``.
         top_k: K, at most N₁ and N₂.
 

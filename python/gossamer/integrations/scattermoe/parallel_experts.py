@@ -118,7 +118,7 @@ class ParallelExperts(nn.Module):
 
     Attributes:
         weight: ``(E, N, C)``, at first normal with deviation 0.02.
-        bias: ``(E, N)``, at first zero, or None.
+        bias: ``(E, N)``, initially zero, or None.
 
     Raises:
         TypeError: a size is not an int.

@@ -43,7 +43,7 @@ class CodedRowsTable(SharedRowsTable):
         frequent: how many of the first ids have codes of all bits; the codes of the others are below ``rare_codes``,
             and packed in the bits that those need. All by default.
         rare_codes: see above.
-        **options: as of :class:`SharedRowsTable`.
+        **options: as in :class:`SharedRowsTable`.
 
     Attributes:
         weight: ``(Σ sizes, D)``, or ``(Σ sizes, D/P)`` with ``"concat"``.
@@ -51,7 +51,7 @@ class CodedRowsTable(SharedRowsTable):
         rare: the codes of the other ids, a buffer, or None.
 
     Raises:
-        TypeError: ``codes`` is not an integer tensor; as the options'.
+        TypeError: ``codes`` is not an integer tensor; as for the options.
         ValueError: a size is below 1, or ``codes`` has another shape, negative numbers or some above their part.
     """
 

@@ -42,7 +42,7 @@ class CompositionalEmbedding(SharedRowsTable):
         partition: one of the four.
         operation: ``"mul"``, which is the default, ``"add"`` or ``"concat"``; not with ``"path"``.
         path_width: hidden width of the networks of ``"path"``.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: the k tables, one below the other: ``(Σm_j, D)``; ``(Σm_j, D/k)`` with ``"concat"``, ``(m_1, D)`` with
@@ -92,7 +92,7 @@ class CompositionalEmbedding(SharedRowsTable):
         return Parts.of(self.embedding_dim, self.operation, self._maps)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """The vectors ``(..., D)`` of ``ids (...)``; raises as :meth:`Table.forward`."""
+        """The vectors ``(..., D)`` of ``ids (...)``; raises the errors of :meth:`Table.forward`."""
         if self.partition != "path":
             return super().lookup(ids)
         check_index("ids", ids)
@@ -120,7 +120,9 @@ class CompositionalEmbedding(SharedRowsTable):
         partition: str = "quotient_remainder",
         **options: object,
     ) -> CompositionalEmbedding:
-        """The table with the largest first part that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+        """The table with the largest first part that fits ``nbytes`` bytes; raises the errors of
+        :meth:`Table.from_budget`.
+        """
         if partition not in PARTITIONS:
             raise ValueError(f"partition must be one of {PARTITIONS}, got {partition!r}")
 

@@ -22,14 +22,14 @@ class DeduplicatedEmbedding(SharedRowsTable):
         embedding_dim: D.
         stored: ``(⌈N/ρ⌉,)`` int32 or int64, the stored block of each block of ids.
         block_rows: ρ.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(K·ρ, D)``, the parameter: K stored blocks.
         stored: as given, int32, a buffer.
 
     Raises:
-        TypeError: ``stored`` is not an integer tensor; as the options'.
+        TypeError: ``stored`` is not an integer tensor; as for the options.
         ValueError: a size is below 1, or ``stored`` has another shape or negative numbers.
 
     Source: the deduplication method of Zhang et al., "Experimental Analysis of Large-scale Learnable Vector Storage

@@ -125,7 +125,7 @@ class DeepHashEmbedding(SeededMaps, Table):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DeepHashEmbedding:
         """The network of the widest hidden layers, up to the bytes of a dense table, that fits ``nbytes`` bytes.
 
-        Raises as :meth:`Table.from_budget`.
+        Raises the errors of :meth:`Table.from_budget`.
         """
 
         def make(width: int, **more: object) -> DeepHashEmbedding:

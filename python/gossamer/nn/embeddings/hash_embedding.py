@@ -20,13 +20,13 @@ class HashEmbedding(SharedRowsTable):
         num_embeddings: N.
         embedding_dim: D.
         num_rows: M.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(M, D)``, the parameter.
 
     Raises:
-        TypeError: as the options'.
+        TypeError: as for the options.
         ValueError: a size is below 1, or an option does not fit.
 
     Source: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
@@ -53,13 +53,13 @@ class DoubleHashEmbedding(SeededMaps, SharedRowsTable):
         embedding_dim: D.
         num_rows: M.
         seed: of a and b of both hashes; the state holds it.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(M, D)``, the parameter.
 
     Raises:
-        TypeError: as the options'.
+        TypeError: as for the options.
         ValueError: a size is below 1, or an option does not fit.
 
     Source: Zhang et al., "Model Size Reduction Using Frequency Based Double Hashing for Recommender Systems", RecSys

@@ -159,7 +159,7 @@ class MaskedEmbedding(FusedTable):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> MaskedEmbedding:
         """The narrowest table whose rows fill ``nbytes`` bytes, with a threshold that drops those that do not fit.
 
-        Raises as :meth:`Table.from_budget`.
+        Raises the errors of :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         itemsize = item_nbytes(options)

@@ -78,7 +78,7 @@ class MixedDimensionEmbedding(FusedTable):
         return rows if self.projection is None else torch.nn.functional.linear(rows, self.projection)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """The vectors ``(..., D)`` of ``ids (...)``; raises as :meth:`Table.forward`."""
+        """The vectors ``(..., D)`` of ``ids (...)``; raises the errors of :meth:`Table.forward`."""
         check_index("ids", ids)
         return self._projected(self.rows("weight", ids))
 
@@ -96,7 +96,9 @@ class MixedDimensionEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> MixedDimensionEmbedding:
-        """The table of the widest rows, D at most, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+        """The table of the widest rows, D at most, that fits ``nbytes`` bytes; raises the errors of
+        :meth:`Table.from_budget`.
+        """
 
         def make(width: int, **more: object) -> MixedDimensionEmbedding:
             return cls(num_embeddings, embedding_dim, width, **options | more)

@@ -30,7 +30,7 @@ class ProductQuantizedEmbedding(FusedTable):
     - ``"sx"``: ``c = argmax_k ⟨q^p, K^p_k⟩`` with keys of their own; the gradient is that of the mixture
       ``Σ_k softmax_k(⟨q^p, K^p_k⟩)·V^p_k``.
 
-    :meth:`freeze` keeps codes, of ``⌈log2 K⌉`` bits each, and codewords: the same vectors to the last bit. With
+    :meth:`freeze` keeps codes, of ``⌈log2 K⌉`` bits each, and codewords: the same vectors bit for bit. With
     ``frequent`` ids below it choose among all K codewords and the others among the first ``rare_codes``, in fewer bits
     (MGQE); ids are then sorted by descending frequency.
 
@@ -234,7 +234,7 @@ class ProductQuantizedEmbedding(FusedTable):
     ) -> ProductQuantizedEmbedding:
         """The table of the most bytes within a budget, over parts and up to 4096 codes.
 
-        ``num_parts`` may be given. Raises as :meth:`Table.from_budget`.
+        ``num_parts`` may be given. Raises the errors of :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         given = options.pop("num_parts", None)

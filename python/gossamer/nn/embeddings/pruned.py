@@ -304,7 +304,9 @@ class PrunedEmbedding(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> PrunedEmbedding:
-        """The table of the most entries that fit ``nbytes`` bytes when served; raises as :meth:`Table.from_budget`."""
+        """The table of the most entries that fit ``nbytes`` bytes when served; raises the errors of
+        :meth:`Table.from_budget`.
+        """
         check_budget(nbytes)
         sizes, itemsize = (num_embeddings, embedding_dim), item_nbytes(options)
         cls._check_fits(sizes, nbytes, _sparse_nbytes(*sizes, 1, itemsize))

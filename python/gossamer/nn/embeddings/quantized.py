@@ -183,7 +183,8 @@ class QuantizedEmbedding(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> QuantizedEmbedding:
-        """The table of 16 bits if it fits ``nbytes`` bytes, else that of 8; raises as :meth:`Table.from_budget`.
+        """The table of 16 bits if it fits ``nbytes`` bytes, else that of 8; raises the errors of
+        :meth:`Table.from_budget`.
 
         With ``bits`` among the options there is that one size.
         """

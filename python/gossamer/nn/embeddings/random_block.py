@@ -31,13 +31,13 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
         block_size: Z, at most M.
         wrap: which form.
         seed: of r1, r2 and r3; the state holds it.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(M, 1)``, the parameter. It starts uniform in ``±1/√N``.
 
     Raises:
-        TypeError: as the options'.
+        TypeError: as for the options.
         ValueError: a size is below 1, ``block_size`` is above M, or an option does not fit.
 
     Source: Desai et al., "Random Offset Block Embedding Array (ROBE) for CriteoTB Benchmark MLPerf DLRM Model", MLSys
@@ -75,7 +75,9 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> RandomBlockEmbedding:
-        """The array of the most weights, up to N·D, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+        """The array of the most weights, up to N·D, that fits ``nbytes`` bytes; raises the errors of
+        :meth:`Table.from_budget`.
+        """
         options = {"block_size": 16} | options
 
         def make(weights: int, **more: object) -> RandomBlockEmbedding:

@@ -21,14 +21,14 @@ class FrequencyEmbedding(SharedRowsTable):
         frequencies: ``(N,)``, how often each id occurs. Those of the highest have rows of their own, the lower id first
             among equals.
         own: how many; by default a tenth of N, but M/2 at most.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(M, D)``, the parameter: rows of frequent ids by descending frequency, then shared rows.
         row_of_id: ``(N,)`` int32, a buffer.
 
     Raises:
-        TypeError: as the options'.
+        TypeError: as for the options.
         ValueError: a size is below 1, ``frequencies`` have another shape, are negative or not finite, or ``own`` is not
             in ``[0, M]``, or is M while some ids have no row of their own.
 
@@ -77,7 +77,7 @@ class FrequencyEmbedding(SharedRowsTable):
 class ClusteredEmbedding(SeededMaps, SharedRowsTable):
     """Ids of one cluster share a row: ``e(x) = weight[cluster(x)]``, or with a second row that a hash chooses.
 
-    With ``double`` the vector is ``weight[cluster(x)] + weight[h(x)]``, with a hash as of :class:`DoubleHashEmbedding`,
+    With ``double`` the vector is ``weight[cluster(x)] + weight[h(x)]``, with a hash as in :class:`DoubleHashEmbedding`,
     which tells the ids of a cluster apart.
 
     Args:
@@ -86,14 +86,14 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         clusters: ``(N,)`` int32 or int64 in ``[0, M)``, the cluster of each id.
         double: whether there is a second row.
         seed: of the second row's hash; the state holds it.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(M, D)``, the parameter, where M is the largest cluster id and one.
         row_of_id: ``(N,)`` int32, a buffer.
 
     Raises:
-        TypeError: ``clusters`` is not an integer tensor; as the options'.
+        TypeError: ``clusters`` is not an integer tensor; as for the options.
         ValueError: a size is below 1, or ``clusters`` has another shape or negative numbers.
 
     Source: Wu et al., "GraphHash: Graph Clustering Enables Parameter Efficiency in Recommender Systems", WWW 2025.

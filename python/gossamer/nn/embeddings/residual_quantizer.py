@@ -83,7 +83,7 @@ class ResidualQuantizer(nn.Module):
             loss = loss + self.commitment * (left - words.detach()).square().sum(-1).mean()
             left, total = left - words.detach(), total + words
             codes.append(chosen)
-        # x − x.detach() is zero, so the value is the codewords' sum to the last bit.
+        # x − x.detach() is zero, so the value is the codewords' sum bit for bit.
         return ResidualQuantization(total.detach() + (x - x.detach()), torch.stack(codes, -1), loss)
 
     @torch.no_grad()

@@ -207,7 +207,8 @@ class SearchedDimensionEmbedding(FusedTable):
     ) -> SearchedDimensionEmbedding:
         """The table that searches among the candidates that fit ``nbytes`` bytes when served.
 
-        It starts with the widest of them as the one that would be chosen. Raises as :meth:`Table.from_budget`.
+        It starts with the widest of them as the one that would be chosen. Raises the errors of
+        :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         widths = options.pop("candidates", None) or [w for w in (2, 4, 8, 16) if w <= embedding_dim] or [embedding_dim]

@@ -22,7 +22,7 @@ class SemanticIdEmbedding(CodedRowsTable):
         num_codes: codes of a level, for all levels; by default one more than the largest of each. Not with
             ``prefixes``.
         prefixes: whether rows are chosen by prefixes.
-        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as of any table.
+        **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
         weight: ``(M, D)``, the parameter: the tables of the levels, one below the other.
@@ -31,7 +31,7 @@ class SemanticIdEmbedding(CodedRowsTable):
         sizes: rows of each level.
 
     Raises:
-        TypeError: ``codes`` is not an integer tensor; as the options'.
+        TypeError: ``codes`` is not an integer tensor; as for the options.
         ValueError: a size is below 1, or ``codes`` has another shape, negative numbers, or some not below
             ``num_codes``.
 

@@ -120,7 +120,9 @@ class SharedRowsTable(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> SharedRowsTable:
-        """The table of the most rows, N at most, that fits ``nbytes`` bytes; raises as :meth:`Table.from_budget`."""
+        """The table of the most rows, N at most, that fits ``nbytes`` bytes; raises the errors of
+        :meth:`Table.from_budget`.
+        """
 
         def make(rows: int, **more: object) -> SharedRowsTable:
             return cls(num_embeddings, embedding_dim, rows, **options | more)

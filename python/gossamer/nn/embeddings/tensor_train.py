@@ -159,7 +159,7 @@ class TensorTrainEmbedding(FusedTable):
     ) -> TensorTrainEmbedding:
         """The table of the highest ranks, equal or the first one above the second, that fits ``nbytes`` bytes.
 
-        Raises as :meth:`Table.from_budget`.
+        Raises the errors of :meth:`Table.from_budget`.
         """
 
         def make(ranks: int, **more: object) -> TensorTrainEmbedding:

@@ -445,7 +445,7 @@ def erk_densities(shapes: list[tuple[int, ...]], density: float) -> list[float]:
         One density per layer.
 
     Raises:
-        TypeError: ``density`` is not a number, or ``shapes`` are no sequences of ints.
+        TypeError: ``density`` is not a number, or ``shapes`` are not sequences of ints.
         ValueError: it is outside (0, 1], or a shape is empty.
     """
     check_density(density)

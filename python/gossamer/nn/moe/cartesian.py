@@ -1,4 +1,4 @@
-"""Two mixture-of-experts layers in a row, whose pairs of experts make the product of both (CartesianMoE)."""
+"""Two mixture-of-experts layers in sequence, whose experts combine to pairs (CartesianMoE)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gossamer.nn.moe.routing import Routing, check_hidden
 class CartesianHalf(nn.Module):
     """One of the two layers: ``x + M(norm(x))``, ``M(u) = Σ_k w_k·expert_k(u)``.
 
-    Beside a shared expert ``M(u) = β₀·Σ_k w_k·expert_k(u) + β₁·shared(u)`` with ``β = softmax(mix(u))``.
+    With a shared expert, ``M(u) = β₀·Σ_k w_k·expert_k(u) + β₁·shared(u)`` with ``β = softmax(mix(u))``.
 
     Attributes:
-        norm: of the input.
+        norm: RMS norm of the input.
         moe: the :class:`MoE`.
         shared_expert: :class:`SharedExpert` or None.
         mix: ``nn.Linear(H, 2)``, or None without a shared expert.
@@ -45,7 +45,7 @@ class CartesianHalf(nn.Module):
             self.mix = nn.Linear(hidden_size, 2, **factory)
 
     def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
-        """The residual stream behind this half, and the routing of its experts."""
+        """The residual stream after this half, and the routing of its experts."""
         u = self.norm(x)
         y, routing = self.moe(u, token_ids=token_ids, return_routing=True)
         if self.shared_expert is not None:
@@ -57,14 +57,14 @@ class CartesianHalf(nn.Module):
 
 
 class CartesianMoE(nn.Module):
-    """Two mixture-of-experts layers of E small experts each, in place of one layer: E² pairs of experts (CartesianMoE).
+    """Two layers of E small experts each that replace one layer, giving E² pairs of experts (CartesianMoE).
 
-    ``h = x + M_A(norm_A(x))`` and ``y = h + M_B(norm_B(h))``: a token that meets K experts of each half goes through K²
-    pairs (i, j), and every expert is shared by the E pairs that it is in. After CartesianMoE (Su et al., 2025). Two
-    halves of E experts with I/2 have the parameters of E experts with I, and K of each half the FLOPs of K plain ones;
-    the halves depend on each other, so there are two rounds of routing, sorting and combining.
+    ``h = x + M_A(norm_A(x))`` and ``y = h + M_B(norm_B(h))``: a token that meets K experts in each half uses K² pairs
+    (i, j), and every expert belongs to E pairs. After CartesianMoE (Su et al., 2025). Two halves of E experts with I/2
+    have as many parameters as E experts with I, and K experts in each half cost the FLOPs of K plain ones. The second
+    half depends on the first, so there are two rounds of routing, sorting and combining.
 
-    Unlike :class:`MoE` it holds its norms and adds to the stream itself: it takes the residual stream and returns it.
+    Unlike :class:`MoE` it contains its norms and the residual additions: it takes the residual stream and returns it.
 
     >>> layer = gossamer.nn.CartesianMoE(1024, 256, num_experts=16, top_k=2, shared_intermediate_size=256)
     >>> x, routings = layer(x, return_routing=True)
@@ -72,27 +72,27 @@ class CartesianMoE(nn.Module):
 
     Args:
         hidden_size: H.
-        intermediate_size: I of an expert of either half; None beside ``experts`` modules.
+        intermediate_size: I of an expert of either half; None with ``experts`` modules.
         num_experts: E of either half.
         top_k: K of either half.
-        router: as of :class:`MoE`, by name; or a pair of router modules.
-        experts: None, a ``form`` as of :class:`MoE`, or a pair of expert layers.
+        router: a name as in :class:`MoE`, or a pair of router modules.
+        experts: None, a ``form`` as in :class:`MoE`, or a pair of expert layers.
         activation: of all experts.
         bias: whether the routed experts' products have biases.
-        shared_intermediate_size: I of a shared expert in each half, whose part is mixed in by learned shares; None for
-            none.
-        capacity_factor: of the routed experts; not beside expert layers.
+        shared_intermediate_size: I of a shared expert in each half, mixed in with learned weights; None for no shared
+            expert.
+        capacity_factor: capacity factor of the routed experts; not allowed with expert layers.
         eps: of the norms.
         device: of the parameters.
         dtype: of the parameters.
-        **router_options: of routers given by name. Weights are renormalised if not said otherwise and K > 1.
+        **router_options: options of routers given by name. Weights are renormalised by default if K > 1.
 
     Attributes:
         halves: two :class:`CartesianHalf`.
 
     Raises:
-        TypeError: as :class:`MoE`, or a pair of modules is something else.
-        ValueError: as :class:`MoE`, or a pair has another length.
+        TypeError: as in :class:`MoE`, or a pair does not hold modules.
+        ValueError: as in :class:`MoE`, or a pair does not have two elements.
     """
 
     def __init__(
@@ -146,12 +146,12 @@ class CartesianMoE(nn.Module):
     def forward(
         self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None, return_routing: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[Routing, Routing]]:
-        """The residual stream ``x (..., H)`` behind both halves.
+        """The residual stream ``(..., H)`` after both halves.
 
         Args:
             x: ``(..., H)``.
-            token_ids: one integer per token, for routers that go by them.
-            return_routing: whether to return both halves' routings too; :func:`product_routing` makes one of them.
+            token_ids: one integer per token, for routers that use them.
+            return_routing: whether to return both halves' routings too; :func:`product_routing` combines them.
 
         Returns:
             ``y`` of the shape of ``x``; with ``return_routing`` the pair ``(y, (first, second))``.
@@ -168,7 +168,7 @@ class CartesianMoE(nn.Module):
 
 
 def _pair(name: str, given: object) -> tuple:
-    """One for each half: a name or None twice, or the two modules given."""
+    """One value per half: a name or None twice, or the two given modules."""
     if given is None or isinstance(given, str):
         return given, given
     if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList):
@@ -183,21 +183,22 @@ def _pair(name: str, given: object) -> tuple:
 
 
 def product_routing(first: Routing, second: Routing) -> Routing:
-    """The routing over pairs of experts that two routings of the same tokens make: pair ``i·E_B + j``, weight
-    ``w_i·v_j``.
+    """The routing over pairs of experts from two routings of the same tokens: pair ``i·E_B + j``, weight ``w_i·v_j``.
 
-    It says which of the ``E_A·E_B`` pairs a token went through, for their load and balance; no layer computes it.
+    It tells which of the ``E_A·E_B`` pairs each token used, for statistics of load and balance; no layer computes with
+    it.
 
     Args:
         first: of T tokens, K_A experts each out of E_A.
         second: of the same tokens, K_B out of E_B.
 
     Returns:
-        A :class:`Routing` with K_A·K_B experts of a token, and where both have probabilities with their products.
+        A :class:`Routing` with K_A·K_B experts per token; its probabilities are the products of both, if both have
+        some.
 
     Raises:
         TypeError: one is not a Routing.
-        ValueError: they are of different numbers of tokens.
+        ValueError: they have different numbers of tokens.
     """
     for name, routing in (("first", first), ("second", second)):
         if not isinstance(routing, Routing):

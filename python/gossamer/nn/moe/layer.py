@@ -15,7 +15,7 @@ from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
 
 
 def _agreed(name: str, given: int | None, role: str, module: nn.Module) -> int | None:
-    """A size given to the layer or set by a module; they must agree if both are set."""
+    """A size that the layer or a module sets; they must agree if both set it."""
     own = getattr(module, name, None)
     if given is not None and own is not None and own != given:
         raise ValueError(f"{role} must have {name} = {given}, got {own}")
@@ -25,39 +25,40 @@ def _agreed(name: str, given: int | None, role: str, module: nn.Module) -> int |
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer: ``y = Σ_k w_k · expert_k(x)``, plus a shared expert if asked for.
 
-    A token that its router lets pass adds itself, times :attr:`Routing.residual`. The layer keeps no state from a call:
-    balance losses, and the router's own, are functions of the routing that ``return_routing`` gives.
+    If the routing has a :attr:`Routing.residual`, the layer adds ``residual[t] · x[t]``. The layer keeps no state from
+    a call: balance losses, and losses of the router, are functions of the routing that ``return_routing`` returns.
 
     >>> moe = gossamer.nn.MoE(1024, 512, num_experts=64, top_k=8, router="softmax_topk", renormalize=True)
     >>> y, routing = moe(x, return_routing=True)
     >>> loss = task_loss(y) + 0.01 * gossamer.nn.load_balance_loss(routing)
 
-    Routers and expert layers are roles: any :class:`Router`, or module that is called as one, goes with any
+    Routers and expert layers are roles: any :class:`Router`, or module with the same call, works with any
     :class:`ExpertLayer`.
 
     Args:
         hidden_size: H.
         intermediate_size: I of each routed expert; None with an ``experts`` module.
-        num_experts: E; None with an ``experts`` module, which says it.
-        top_k: K, the most experts of a token; None for what the router gives, where it does without.
+        num_experts: E; None with an ``experts`` module, which defines it.
+        top_k: K, the maximum number of experts per token; None for routers that define it themselves.
         router: a :class:`Router`, or the name of one to make, of ``gossamer.nn.moe.routers.ROUTERS``; a module from
-            hidden states ``(T, H)`` to a :class:`Routing`; or None, and every call is given its routing.
+            hidden states ``(T, H)`` to a :class:`Routing`; or None if every call is given its routing.
         experts: a module with ``num_experts``, ``hidden_size`` and ``forward(x, routing)``, such as an
-            :class:`ExpertLayer`; or the ``form`` of an :class:`Experts` to make.
+            :class:`ExpertLayer`; or the ``form`` of the :class:`Experts` to create.
         activation: of all experts; a name of :class:`gossamer.Activation`, or one with its constants.
         bias: whether the experts' products have biases.
         interleaved: whether the routed experts' gate and up alternate along 2I.
         transposed: whether the routed experts' matrices are stored as ``(E, in, out)``.
         shared_intermediate_size: I of the shared expert, or None for no shared expert.
         shared_gate: whether the shared expert's output is multiplied by ``σ(x·w_g)``, as in Qwen2-MoE.
-        capacity_factor: of the routed experts; see :func:`limit_capacity`. The routing that a call returns is the
-            router's, before anything is dropped.
+        capacity_factor: of the routed experts; see :func:`limit_capacity`. A call returns the router's routing, before
+            slots are dropped.
         form: ``"grouped"`` or ``"block_sparse"``: how :class:`Experts` computes the routed experts; like
-            ``interleaved``, ``transposed`` and ``capacity_factor``, not beside an ``experts`` module.
+            ``interleaved``, ``transposed`` and ``capacity_factor``, not allowed with an ``experts`` module.
         device: of the parameters.
         dtype: of the parameters.
-        **router_options: of a router given by name, such as ``renormalize``, ``n_group``, ``scale`` or ``upcast``; see
-            the router's ``from_top_k`` and class. The logits' bias is here ``router_bias``.
+        **router_options: options of a router given by name, such as ``renormalize``, ``n_group``, ``scale`` or
+            ``upcast``; see the router's ``from_top_k`` and class. The bias of the logits is called ``router_bias``
+            here.
 
     Attributes:
         router: the router, or None.
@@ -68,7 +69,7 @@ class MoE(nn.Module):
     Raises:
         TypeError: a size is not an int, the router has no such option, or ``router`` or ``experts`` is something else.
         ValueError: a size is below 1, K > E, the name of the router or activation is unknown, groups do not fit,
-            ``shared_gate`` without a shared expert, options beside a router or experts that are not made here, or a
+            ``shared_gate`` without a shared expert, options for a router or experts that were given as modules, or a
             router or experts of other sizes.
     """
 
@@ -100,7 +101,7 @@ class MoE(nn.Module):
         if isinstance(router, nn.Module):
             num_experts = _agreed("num_experts", num_experts, "router", router)
             top_k = getattr(router, "top_k", None) if top_k is None else top_k
-        # What is made by name says itself whether it does without K.
+        # Classes created by name check themselves whether they need K.
         without = top_k is None and isinstance(router, (str, nn.Module))
         check_selection(num_experts, num_experts if without else top_k)
         if shared_gate and shared_intermediate_size is None:
@@ -161,8 +162,8 @@ class MoE(nn.Module):
 
         Args:
             x: ``(..., H)``; T is the product of the leading sizes.
-            routing: takes the place of the router's, as one by another layer.
-            token_ids: one integer per token, in any shape of T elements, for routers that go by them.
+            routing: replaces the router's routing, for example with that of another layer.
+            token_ids: one integer per token, in any shape of T elements, for routers that use them.
             return_routing: whether to return the :class:`Routing` too, for balance losses and bias updates.
 
         Returns:
@@ -189,7 +190,7 @@ class MoE(nn.Module):
         routing = routing.dispatched()
         shared = None
         if self.shared_expert is not None and getattr(self.experts, "exchange", None) is not None:
-            # Computed while tokens travel.
+            # The shared expert is computed while tokens travel.
             y, shared = self.experts(tokens, routing, beside=lambda: self._shared(tokens))
         else:
             y = self.experts(tokens, routing)
@@ -204,7 +205,7 @@ class MoE(nn.Module):
         return (y, routing) if return_routing else y
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The shared expert's output, gated where there is a gate."""
+        """The shared expert's output, gated if there is a gate."""
         shared = self.shared_expert(tokens)
         return shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared
 

@@ -332,7 +332,7 @@ def load_loss(
         A scalar; 0 where no token counts.
 
     Raises:
-        TypeError: logits are no floating tensors, or ``top_k`` is not an int.
+        TypeError: logits are not floating tensors, or ``top_k`` is not an int.
         ValueError: shapes differ, or K is not from 1 to E − 1.
     """
     check_shape("logits", logits, (None, None), "(T, E)")

@@ -144,11 +144,11 @@ class MixtureOfAttention(nn.Module):
         **router_options: of a router given by name.
 
     Attributes:
-        query_proj: ``(E, h·d, H)``, at first uniform in ±1/√H; :func:`gossamer.quantize_experts` quantises it and the
+        query_proj: ``(E, h·d, H)``, initially uniform in ±1/√H; :func:`gossamer.quantize_experts` quantises it and the
             next.
-        output_proj: ``(E, H, h·d)``, at first uniform in ±1/√(h·d).
+        output_proj: ``(E, H, h·d)``, initially uniform in ±1/√(h·d).
         kv_proj: ``nn.Linear(H, 2·h·d)`` without bias: keys, then values.
-        bias: ``(H,)``, zero at first, or None.
+        bias: ``(H,)``, zero initially, or None.
         router: the router.
 
     Raises:

@@ -188,7 +188,7 @@ class Routing:
 
     @property
     def top_k(self) -> int:
-        """K, the most experts of a token."""
+        """K, the maximum number of experts per token."""
         return self.expert_ids.shape[1]
 
     @property
@@ -300,7 +300,7 @@ def check_share(name: str, value: float) -> None:
 
 
 def most_experts(num_experts: int, max_experts: int | None) -> int:
-    """The most experts of a token: ``max_experts``, which is checked, or E."""
+    """The maximum number of experts per token: ``max_experts``, which is checked, or E."""
     check_positive(num_experts=num_experts)
     if max_experts is None:
         return num_experts
@@ -481,7 +481,7 @@ def softmax_topk(
     touched; ``Routing.logits`` keeps such values as they came.
 
     Args:
-        logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
+        logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
         top_k: K, at most E.
         renormalize: whether a token's weights add up to ``scale``.
         n_group: groups that the experts form; divides E.
@@ -552,7 +552,7 @@ def sigmoid_topk(
     masked group ranks last, and ``correction_bias = -inf`` masks an expert for every token.
 
     Args:
-        logits: ``(..., E)``, floating, taken in float32 (float64 stays).
+        logits: ``(..., E)``, floating, converted to float32 (float64 stays).
         top_k: K, at most ``E / n_group · topk_group``.
         correction_bias: ``(E,)`` floating, or None.
         n_group: groups that the experts form; divides E.

@@ -15,7 +15,7 @@ class ParallelDroplessMLP(ParallelMLP):
 
     Attributes:
         mlp: parameters of the experts, by block-sparse products or grouped ones as ``args.mlp_impl`` says.
-        bias: ``(d,)``, at first zero, or None.
+        bias: ``(d,)``, initially zero, or None.
     """
 
     def _make_experts(self, args: Arguments) -> nn.Module:

@@ -24,7 +24,7 @@ class ParallelMLP(_records.Recording):
 
     Attributes:
         mlp: parameters of the experts.
-        bias: ``(d,)``, at first zero, or None.
+        bias: ``(d,)``, initially zero, or None.
     """
 
     def __init__(self, args: Arguments) -> None:

@@ -1,1 +1,1 @@
-"""Expert layers: what a routed token is sent through, one file per kind."""
+"""Expert layers, which compute the routed tokens: one file per kind."""

@@ -13,7 +13,7 @@ from gossamer.nn.moe.routing import Routing, check_hidden, given_experts, limit_
 
 
 class ExpertExchange(Protocol):
-    """What computes a layer whose experts are in several processes; ``gossamer.parallel.shard_experts`` sets it."""
+    """Computes a layer whose experts are in several processes; ``gossamer.parallel.shard_experts`` sets it."""
 
     def __call__(
         self,
@@ -28,12 +28,12 @@ class ExpertExchange(Protocol):
 
 
 class Columns(NamedTuple):
-    """Where a stack has the intermediate size, as tensor parallelism divides it.
+    """The dimension of a stack that tensor parallelism divides: the intermediate size I.
 
     Attributes:
-        shape: of the stack with I as a dimension of its own; gate and up are another.
-        dim: that of I; None for what is added once, behind the products over I.
-        merged: the first of two dimensions that are one in the stack, or None.
+        shape: shape of the stack with I as a separate dimension; gate and up form another dimension.
+        dim: the dimension of I; None for a tensor that is added once, after the products over I.
+        merged: the first of two dimensions that the stack stores as one, or None.
     """
 
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Columns(NamedTuple):
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A shallow copy of a module that holds other tensors under the names of its own; the module stays as it is."""
+    """A shallow copy of a module in which some names hold other tensors; the module itself is not changed."""
     view = object.__new__(type(module))
     view.__dict__.update(module.__dict__)
     held = {kind: dict(module.__dict__[kind]) for kind in ("_parameters", "_buffers", "_modules")}
@@ -64,13 +64,13 @@ class ExpertLayer(nn.Module):
 
     An expert layer is a module with :attr:`num_experts` and :attr:`hidden_size` and with ``forward(x, routing)``, which
     returns ``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(x[t])``; slots without an expert add nothing. :class:`MoE`
-    asks for no more. A subclass of this one defines :meth:`compute` alone, behind checks and capacity.
+    needs nothing else. A subclass of this class only defines :meth:`compute`; checks and capacity come before it.
 
     Attributes:
         num_experts: E.
         hidden_size: H.
         capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
-        exchange: brings tokens to experts in other processes; None where all are here.
+        exchange: sends tokens to experts in other processes; None if all experts are in this process.
     """
 
     num_experts: int
@@ -82,8 +82,8 @@ class ExpertLayer(nn.Module):
     def weight_stacks(self) -> tuple[str, ...]:
         """Names of the parameters ``(E, N, C)`` that may be quantised.
 
-        They are what :func:`gossamer.quantize_experts` quantises; a layer that names none is left alone. They are
-        stored as ``(E, C, N)`` where the layer has a true attribute ``transposed``.
+        :func:`gossamer.quantize_experts` quantises these; it skips a layer that names none. If the layer has a true
+        attribute ``transposed``, they are stored as ``(E, C, N)``.
         """
         return ()
 
@@ -101,15 +101,15 @@ class ExpertLayer(nn.Module):
             x: ``(..., H)``; T is the product of the leading sizes.
             routing: a :class:`Routing` of T tokens over E experts; or expert ids ``(T, K)``, with ``weights``.
             weights: ``(T, K)``, only with expert ids.
-            beside: called once, while tokens travel where experts are in other processes; what it returns is returned
-                beside y.
+            beside: a function that is called once, while tokens travel if experts are in other processes; its result is
+                returned together with y.
 
         Returns:
-            The shape of ``x``; its dtype, or autocast's. With ``beside`` the pair of that and its result.
+            The shape of ``x``; its dtype, or autocast's. With ``beside``, a pair of that and the function's result.
 
         Raises:
             RuntimeError: ``torch.jit.trace`` or ``torch.func.vmap`` records the call.
-            TypeError: ``weights`` is missing beside ids or given beside a Routing, or dtypes do not fit.
+            TypeError: ``weights`` is missing with ids or given with a Routing, or dtypes do not fit.
             ValueError: shapes or devices do not fit, or the routing is over another number of experts.
         """
         if self.exchange is not None:
@@ -144,13 +144,14 @@ class ExpertLayer(nn.Module):
         return tokens, routing
 
     def stacks(self) -> dict[str, torch.Tensor]:
-        """What each expert has of its own: tensors with a part for every expert along dimension 0, by name.
+        """The tensors that have one part per expert along dimension 0, by name.
 
-        Groups of neighbouring experts may share a part. Processes divide these tensors among them; parameters that
-        are not named here serve all experts, and every process has them whole. By default all parameters and buffers.
+        Groups of neighbouring experts may share a part. Processes divide these tensors among themselves. All other
+        parameters are shared by all experts, and every process holds them whole. By default all parameters and buffers
+        are divided.
 
         Raises:
-            NotImplementedError: one has no dimension of experts, and the layer does not say what it is.
+            NotImplementedError: a tensor has no dimension of experts, and the layer does not override this method.
         """
         found = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, tensor in found.items():
@@ -162,19 +163,20 @@ class ExpertLayer(nn.Module):
         return found
 
     def columns(self) -> dict[str, Columns]:
-        """Where each of :meth:`stacks` has the intermediate size: slices of all along it give outputs that add up.
+        """The dimension of the intermediate size in each of :meth:`stacks`: the outputs of slices along it add up to
+        the layer's output.
 
         Raises:
-            NotImplementedError: the layer does not say.
+            NotImplementedError: the layer does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define columns() to be divided along I")
 
     def over(self, stacks: Mapping[str, torch.Tensor], num_experts: int) -> ExpertLayer:
-        """A layer over other experts, which shares everything but these tensors with this one.
+        """A layer over other experts that shares everything except these tensors with this layer.
 
         Args:
             stacks: as :meth:`stacks` gives them, of the other experts.
-            num_experts: how many those are.
+            num_experts: their number.
         """
         view = _with_tensors(self, stacks)
         view.num_experts, view.exchange = num_experts, None
@@ -192,21 +194,23 @@ class ExpertLayer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define reorder(order)")
 
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The output ``(T, H)`` of ``tokens (T, H)``, by a routing that has its dispatch."""
+        """The output ``(T, H)`` for ``tokens (T, H)`` and a routing that has its dispatch."""
         raise NotImplementedError(f"{type(self).__name__} must define compute(tokens, routing)")
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What all experts of a token take of it, which travels to them: the tokens themselves by default.
+        """The input that all experts of a token share, and that is sent to them: by default the tokens themselves.
 
-        ``compute(tokens, routing)`` is ``leave(between(enter(tokens), routing))``. Both ends work token by token, with
-        parameters that serve all experts.
+        ``compute(tokens, routing)`` is ``leave(between(enter(tokens), routing))``. ``enter`` and ``leave`` work token
+        by token, with parameters that all experts share.
         """
         return tokens
 
     def between(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The weighted sums over experts of what :meth:`enter` gives; sums over parts of the experts add up."""
+        """The weighted sums over experts, computed from :meth:`enter`'s result; sums over disjoint sets of experts add
+        up.
+        """
         return self.compute(rows, routing)
 
     def leave(self, rows: torch.Tensor) -> torch.Tensor:
-        """The output of tokens from their sums over experts."""
+        """The output of each token, from its sum over experts."""
         return rows

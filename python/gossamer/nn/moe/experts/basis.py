@@ -31,14 +31,14 @@ class BasisExperts(FactoredExperts):
     """Experts whose gate and up matrices are ``W_e = A_e·ψ(Σ_j α_ej·B_j)`` over M basis matrices (MoBE).
 
     ``α_e = softmax(mix_e)`` over the bases, ``A_e (I, R)`` is the expert's own, and the bases ``B_j (R, H)`` are the
-    layer's; ψ acts on each element of the mixed matrix. Gate and up have bases of their own. The down matrices are
-    plain. After Mixture of Basis Experts (Chen et al., 2025).
+    layer's; ψ acts on each element of the mixed matrix. Gate and up have separate bases. The down matrices are plain.
+    After Mixture of Basis Experts (Chen et al., 2025).
 
-    With R = I, as there, a matrix has ``I·R + M·R·H/E + M`` parameters for ``I·H`` of a plain one: fewer parameters
-    where ``I/H + M/E < 1``, which is what the layer is for. It saves no FLOPs. Matrices are made of the bases at each
-    call, for the experts that have tokens; a matrix costs ``2·M·R·H`` FLOPs and as many bytes as a plain expert's, for
-    the time of the call (of the step, where gradients are wanted). Where every call meets most experts and memory
-    allows it, :meth:`expand` once.
+    With R = I, as in the paper, a matrix has ``I·R + M·R·H/E + M`` parameters instead of the ``I·H`` of a plain one:
+    fewer if ``I/H + M/E < 1``. Use the layer to save parameters; it saves no FLOPs. Each call computes the matrices of
+    the experts that have tokens. A matrix costs ``2·M·R·H`` FLOPs, and as many bytes as a plain expert's until the call
+    ends (or the step, if gradients are needed). If most experts have tokens in every call and memory allows it, call
+    :meth:`expand` once.
 
     Args:
         num_experts: E.
@@ -47,7 +47,7 @@ class BasisExperts(FactoredExperts):
         num_bases: M.
         rank: R, rows of a basis; I if None.
         nonlinearity: ψ: ``"silu"``, ``"tanh"`` or ``"identity"``.
-        activation: of the experts; a name of :class:`gossamer.Activation`, or one with its constants.
+        activation: activation of the experts; a name of :class:`gossamer.Activation`, or one with its constants.
         bias: whether the experts' products have biases.
         capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
         device: of the parameters.
@@ -62,8 +62,8 @@ class BasisExperts(FactoredExperts):
         down_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` is not a
-            number.
+        TypeError: a size is not an int, ``activation`` is neither a str nor an Activation, or ``capacity_factor`` is
+            not a number.
         ValueError: a size is below 1, ``nonlinearity`` or activation is unknown, or a ``capacity_factor`` that is not
             positive.
     """
@@ -107,7 +107,7 @@ class BasisExperts(FactoredExperts):
     def reset_parameters(self) -> None:
         """Redraw all parameters, so that the matrices have the size that ``nn.Linear`` gives its own.
 
-        Each expert starts near one basis, by logits that give it a weight of a half.
+        Each expert starts near one basis: its logits give that basis a weight of a half.
         """
         for name, inputs in (
             ("bases", self.hidden_size),
@@ -124,7 +124,8 @@ class BasisExperts(FactoredExperts):
             chosen.view(-1, 1, 1).expand(-1, self.mix.shape[1], 1),
             self.mix.new_full((self.num_experts, self.mix.shape[1], 1), math.log(max(self.num_bases - 1, 1))),
         )
-        # A random factor of variance v gives the product R·v times the variance of ψ of the mixture, which is measured.
+        # With a random factor of variance v, the product has R·v times the variance of ψ(mixture), which is measured
+        # here.
         for half in range(self.factor.shape[1]):
             sample = NONLINEARITIES[self.nonlinearity](self._mixtures(self.mix[:1, half : half + 1], half))
             wanted = (3 * self.hidden_size) ** -0.5
@@ -138,18 +139,18 @@ class BasisExperts(FactoredExperts):
         return (alpha @ self.bases[half].flatten(1)).unflatten(1, self.bases.shape[2:])
 
     def _mixed(self, experts: torch.Tensor | None) -> list[torch.Tensor]:
-        """``ψ(Σ_j α_ej·B_j) (E', R, H)`` of each half, for all experts or those given."""
+        """``ψ(Σ_j α_ej·B_j) (E', R, H)`` of each half, for all experts or the given ones."""
         mix = self.mix if experts is None else self.mix[experts]
         psi = NONLINEARITIES[self.nonlinearity]
         return [psi(self._mixtures(mix[:, half : half + 1], half)) for half in range(mix.shape[1])]
 
     def up_weight(self, experts: torch.Tensor | None = None) -> torch.Tensor:
-        """The gate and up matrices ``(E', 2I, H)`` that the experts, or those of the ids given, are made of."""
+        """The gate and up matrices ``(E', 2I, H)`` of all experts, or of those with the given ids."""
         factor = self.factor if experts is None else self.factor[experts]
         return torch.cat([factor[:, half] @ mixed for half, mixed in enumerate(self._mixed(experts))], 1)
 
     def stacks(self) -> dict[str, torch.Tensor]:
-        """All but the bases, which all experts share."""
+        """All tensors except the bases, which all experts share."""
         return {name: parameter for name, parameter in self.named_parameters() if name != "bases"}
 
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -159,7 +160,8 @@ class BasisExperts(FactoredExperts):
             for held in (self.down_proj, self.up_bias, self.down_bias)
         )
         count = self.num_experts if experts is None else experts.numel()
-        # Both ways cost 2·R·H FLOPs per row and half, and one 2·I·R more, the other 2·I·R·H an expert.
+        # Both ways cost 2·R·H FLOPs per row and half. One of them costs another 2·I·R per row, the other 2·I·R·H per
+        # expert.
         few = plan.buffer_rows * (self.rank + self.intermediate_size * self.rank / self.hidden_size) < (
             plan.buffer_rows * self.intermediate_size + count * self.intermediate_size * self.rank
         )
@@ -189,13 +191,15 @@ class BasisExperts(FactoredExperts):
         )
 
     def _trains(self, tokens: torch.Tensor, routing: Routing) -> bool:
-        """Whether a gradient is wanted, for which expert_mlp keeps less than a chain of products does."""
+        """Whether a gradient is needed; then expert_mlp saves less memory for the backward pass than separate products
+        do.
+        """
         parts = (tokens, routing.weights, *self.parameters())
         return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
 
     @torch.no_grad()
     def expand(self) -> Experts:
-        """Plain experts with the matrices made once, for inference or as a start of further training."""
+        """Plain experts with the matrices computed once, for inference or as the start of further training."""
         return self._plain(self.up_weight(), self.down_proj, self.down_bias)
 
     @classmethod
@@ -211,23 +215,24 @@ class BasisExperts(FactoredExperts):
         check_every: int = 200,
         progress: Callable[[int, float], None] | None = None,
     ) -> BasisExperts:
-        """Fit the bases to trained experts, whose down matrices and biases are taken as they are.
+        """Fit the bases to trained experts; their down matrices and biases are copied.
 
-        All of A, B and α are trained by Adam at a constant rate on the mean squared error to ``W/σ``, σ being the root
-        mean square deviation of the stacked matrices, for gate and up apart; every ``check_every`` steps the error is
-        looked at, and the best state is what the layer gets, σ folded into A. It starts from M groups of neighbouring
-        experts: a basis is the first R right singular vectors of a group's stacked matrices, A the expert's part of the
-        left ones, and an expert's logit of its group's basis is 1.
+        All of A, B and α are trained by Adam at a constant rate on the mean squared error to ``W/σ``, where σ is the
+        root mean square deviation of the stacked matrices, separately for gate and up. Every ``check_every`` steps the
+        error is computed; the layer gets the best state, with σ folded into A. The fit starts from M groups of
+        neighbouring
+        experts: a basis holds the first R right singular vectors of a group's stacked matrices, A the expert's part of
+        the left ones, and an expert's logit for its group's basis is 1.
 
         Args:
-            experts: whose weights to approximate; they are not changed.
+            experts: experts to approximate; they are not changed.
             num_bases: M, at most E.
             rank: R; I if None.
             nonlinearity: ψ.
-            steps: of Adam. The paper takes 10,000 to 30,000.
-            lr: its rate.
-            check_every: steps between two looks.
-            progress: called with the step and the error relative to the weights' own size at each look.
+            steps: number of Adam steps. The paper uses 10,000 to 30,000.
+            lr: learning rate of Adam.
+            check_every: steps between two computations of the error.
+            progress: called at each computation of the error with the step and the error relative to the weights' norm.
 
         Returns:
             A layer of the dtype and on the device of ``experts``.
@@ -283,7 +288,7 @@ class BasisExperts(FactoredExperts):
         check_every: int,
         progress: Callable[[int, float], None] | None,
     ) -> None:
-        """Train A, B and α on the mean squared error to ``target (E, 2, I, H)``, and keep the best state looked at."""
+        """Train A, B and α on the mean squared error to ``target (E, 2, I, H)``, and keep the best state found."""
         trained = [self.bases, self.mix, self.factor]
         optimizer = torch.optim.Adam(trained, lr=lr)
         wanted, size = target.flatten(1, 2), target.square().mean()
@@ -316,7 +321,9 @@ class BasisExperts(FactoredExperts):
 
 
 def _busy(plan: Dispatch) -> tuple[Dispatch, torch.Tensor | None]:
-    """The dispatch over the experts that have rows, and their ids; as it came, and None, where the host cannot know."""
+    """The dispatch over the experts that have rows, and their ids; the given dispatch and None if the host cannot know
+    them.
+    """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _backend.transformed()
     if plan.offsets.device.type != "cpu" or traced:
         return plan, None

@@ -19,7 +19,7 @@ def best_block(name: str, size: int) -> int:
     """The largest block that divides ``size``.
 
     Raises:
-        ValueError: none does.
+        ValueError: no block divides it.
     """
     for block in reversed(BLOCK_SIZES):
         if size % block == 0:
@@ -28,9 +28,9 @@ def best_block(name: str, size: int) -> int:
 
 
 def _row_block(num_rows: int, num_experts: int, device: torch.device) -> int:
-    """Rows of a block: half of an expert's mean rows or less, so that padding stays below that; on the CPU the fewest.
+    """Rows of a block: at most half of an expert's mean rows, which bounds the padding; on the CPU the smallest size.
 
-    There an expert's blocks, which make a rectangle, are computed as one matrix, whatever their height.
+    The CPU computes an expert's blocks, which form a rectangle, as one matrix, so their height does not matter.
     """
     if device.type == "cpu":
         return BLOCK_SIZES[0]
@@ -45,8 +45,8 @@ class PaddedExperts:
     Attributes:
         dispatch: the assignments.
         topology: ``(padded rows, E·ffn)``.
-        slots: the slot that lies in each padded row, as of :meth:`BlockTopology.padded_slots`.
-        rows: the padded row of each slot, as of :meth:`BlockTopology.padded_rows`.
+        slots: the slot in each padded row, as in :meth:`BlockTopology.padded_slots`.
+        rows: the padded row of each slot, as in :meth:`BlockTopology.padded_rows`.
     """
 
     dispatch: Dispatch
@@ -56,7 +56,7 @@ class PaddedExperts:
 
     @staticmethod
     def of(dispatch: Dispatch, ffn_size: int, block: tuple[int, int] | None = None) -> PaddedExperts:
-        """For hidden activations of ``ffn_size`` columns per expert, in blocks that suit the sizes."""
+        """The topology for hidden activations of ``ffn_size`` columns per expert, with blocks chosen by the sizes."""
         if block is None:
             rows = _row_block(dispatch.buffer_rows, dispatch.num_experts, dispatch.slots.device)
             block = (rows, best_block("ffn_size", ffn_size))
@@ -64,7 +64,7 @@ class PaddedExperts:
         return PaddedExperts(dispatch, topology, *topology.padded_places(dispatch))
 
     def widened(self, columns: int) -> BlockTopology:
-        """The topology of as many rows with ``columns`` columns per expert."""
+        """The topology with the same rows and ``columns`` columns per expert."""
         return BlockTopology.from_dispatch(self.dispatch, columns, self.topology.block, skip_padding=True)
 
     def tokens(self) -> torch.Tensor:
@@ -82,7 +82,7 @@ class PaddedExperts:
     def add_bias(self, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Padded rows ``(rows, H)`` plus the bias ``(E, H)`` of their experts."""
         height = self.topology.block[0]
-        # A block row has one expert: summing its rows first leaves fewer numbers to sort.
+        # A block row belongs to one expert: summing its rows first leaves fewer values to sort.
         blocks = torch.arange(self.topology.grid[0], device=rows.device) * height
         experts = torch.searchsorted(self.topology.padded_offsets[1:], blocks, right=True)
         biases = gather_reduce(bias, experts, bounds="drop")
@@ -98,15 +98,15 @@ class PaddedExperts:
 
 
 def _activate_blocks(values: torch.Tensor, activation: Activation, interleaved: bool, wide: int) -> torch.Tensor:
-    """Blocks ``(nnz, bm, bn)`` of pre-activations, ``wide`` blocks a block row, as blocks of activations."""
+    """Turn blocks ``(nnz, bm, bn)`` of pre-activations, ``wide`` per block row, into blocks of activations."""
     if not activation.gated:
         return activate(values, activation)
     nnz, bm, bn = values.shape
     if interleaved:
-        # Two neighbouring blocks have the left and the right half of one block's gate and up.
+        # Two neighbouring blocks hold the left and the right half of the gate and up of one output block.
         halves = activate(values, activation, interleaved=True)
         return halves.view(nnz // 2, 2, bm, bn // 2).transpose(1, 2).reshape(nnz // 2, bm, bn)
-    # The gates of a block row lie before its ups, as those of one long row do.
+    # The gates of a block row come before its ups, as in one long row.
     return activate(values.view(nnz // wide, wide * bm * bn), activation).view(nnz // 2, bm, bn)
 
 
@@ -123,7 +123,7 @@ def block_sparse_mlp(
     interleaved: bool = False,
     block: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """What :func:`gossamer.expert_mlp` computes, by block-sparse products; arguments as there.
+    """:func:`gossamer.expert_mlp` computed by block-sparse products, with the same arguments.
 
     The pre-activation of all experts is one block-sparse matrix ``(padded rows, E·2I)``, after MegaBlocks (Gale et al.,
     2023): SDD, the activation on its blocks, DSD.

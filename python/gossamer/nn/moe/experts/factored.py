@@ -1,4 +1,6 @@
-"""What layers that hold experts' matrices as factors share: sizes, biases, and the way from plain experts and back."""
+"""Shared parts of layers that store experts' matrices as factors: sizes, biases, conversion from and to plain
+experts.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from gossamer.nn.moe.routing import check_capacity_factor
 
 
 class FactoredExperts(ExpertLayer):
-    """The base of layers whose experts are feed-forward networks with matrices made of factors.
+    """The base of layers whose experts are feed-forward networks with factorised matrices.
 
     Attributes:
         intermediate_size: I.
@@ -39,7 +41,7 @@ class FactoredExperts(ExpertLayer):
         self.capacity_factor = capacity_factor
 
     def _add_biases(self, bias: bool, like: torch.Tensor) -> None:
-        """Register the biases of the up and of the down products, whose matrices ``like (E, N, C)`` are."""
+        """Register the biases of the up and down products, for matrices of the shapes of ``like (E, N, C)``."""
         shapes = {"up_bias": self.activation.halves * self.intermediate_size, "down_bias": like.shape[1]}
         for name, width in shapes.items():
             self.register_parameter(name, nn.Parameter(like.new_empty(self.num_experts, width)) if bias else None)
@@ -52,7 +54,9 @@ class FactoredExperts(ExpertLayer):
 
     @torch.no_grad()
     def _plain(self, up: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor | None) -> Experts:
-        """Plain experts with matrices ``(E, 2I, H)`` and ``(E, H, I)`` and this layer's biases, the last as given."""
+        """Plain experts with matrices ``(E, 2I, H)`` and ``(E, H, I)`` and this layer's biases, the down bias as
+        given.
+        """
         layer = Experts(
             self.num_experts,
             self.hidden_size,
@@ -73,7 +77,9 @@ class FactoredExperts(ExpertLayer):
 
 
 def sizes_and_options(experts: Experts, up: torch.Tensor) -> tuple[tuple[int, int, int], dict[str, object]]:
-    """E, H and I of plain experts, and the options of a layer in their place, its dtype and device those of ``up``."""
+    """E, H and I of plain experts, and the options of a layer that replaces them, with the dtype and device of
+    ``up``.
+    """
     sizes = (experts.num_experts, experts.hidden_size, experts.intermediate_size)
     options = {
         "activation": experts.activation,

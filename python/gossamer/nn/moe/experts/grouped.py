@@ -38,9 +38,9 @@ def float_weights(experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 class Experts(ExpertLayer):
-    """E feed-forward networks, K of which serve each token: :func:`gossamer.expert_mlp` with its parameters.
+    """E feed-forward networks, K of which are applied to each token: :func:`gossamer.expert_mlp` with its parameters.
 
-    Names and layouts are those of transformers' expert modules, so their tensors load as they are.
+    Names and layouts are those of transformers' expert modules, so their tensors load unchanged.
 
     Args:
         num_experts: E.
@@ -58,16 +58,16 @@ class Experts(ExpertLayer):
 
     Attributes:
         gate_up_proj: ``(E, 2I, H)``, or ``(E, H, 2I)`` when transposed. With an ungated activation it is called
-            ``up_proj`` and has I in place of 2I.
+            ``up_proj`` and has I instead of 2I.
         down_proj: ``(E, H, I)``, or ``(E, I, H)`` when transposed.
         gate_up_proj_bias: ``(E, 2I)`` or None; ``up_proj_bias`` with an ungated activation.
         down_proj_bias: ``(E, H)`` or None.
 
     Raises:
-        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` is not a
-            number.
+        TypeError: a size is not an int, ``activation`` is neither a str nor an Activation, or ``capacity_factor`` is
+            not a number.
         ValueError: a size is below 1, the activation or form is unknown, ``interleaved`` with an ungated activation, a
-            ``capacity_factor`` that is not positive, or an I that is not in whole blocks.
+            ``capacity_factor`` that is not positive, or I is not a multiple of the block size.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Experts(ExpertLayer):
                     nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
     def columns(self) -> dict[str, Columns]:
-        """Rows of gate and of up, and columns of down; the down bias has no part along I.
+        """I is the rows of gate and up, and the columns of down; the down bias has no dimension of I.
 
         Raises:
             NotImplementedError: the layer has low-rank updates, or an expert weight is quantised.
@@ -161,7 +161,7 @@ class Experts(ExpertLayer):
             parameter.copy_(parameter.index_select(0, order))
 
     def compute(self, tokens: torch.Tensor, routing: Routing, **updates: object) -> torch.Tensor:
-        """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank ones of expert_mlp."""
+        """The layer's output ``(T, H)`` for ``tokens (T, H)``; ``updates`` are the low-rank updates of expert_mlp."""
         gate_up = expert_weight(getattr(self, self._up_name), self.transposed)
         down = expert_weight(self.down_proj, self.transposed)
         compute = expert_mlp if self.form == "grouped" else block_sparse_mlp

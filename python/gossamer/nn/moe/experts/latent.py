@@ -24,10 +24,10 @@ from gossamer.ops.grouped_matmul import grouped_matmul
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The groups of experts that each token meets, each group once however many of its experts are chosen.
+    """The groups of experts that each token meets; a group counts once however many of its experts are chosen.
 
     Attributes:
-        pairs: the (token, group) pairs sorted by group; J of a token.
+        pairs: the (token, group) pairs sorted by group; J per token.
         experts: the experts of each pair; its tokens are the rows of ``pairs``.
         weights: ``(P, K)`` routing weights of a pair's experts.
     """
@@ -46,12 +46,12 @@ class TokenGroups:
         absent = (ids < 0) | (ids >= num_experts)
         groups = torch.where(absent, num_groups, torch.div(ids, group_size, rounding_mode="floor"))
         groups, order = groups.sort(dim=1, stable=True)
-        # Which of its token's different groups each slot has: those without an expert come behind all others.
+        # The index of each slot's group among the distinct groups of its token; slots without an expert come last.
         place = F.pad(groups[:, 1:] != groups[:, :-1], (1, 0)).cumsum(1)
         of_pair = groups.new_full((num_tokens, top_k + 1), num_groups).scatter(1, place, groups)[:, :most]
         pairs = dispatch(of_pair, num_groups, max_rows=num_tokens * most)
         slots = order + torch.arange(0, num_slots, top_k, device=ids.device).unsqueeze(1)
-        # A slot beyond the last one stands for none.
+        # A slot past the last one means "no group".
         mine = slots.new_full((num_tokens, top_k + 1, top_k), num_slots)
         mine = mine.scatter(1, place.unsqueeze(1), slots.unsqueeze(1))[:, :most].reshape(-1, top_k)
         mine = mine[pairs.row_slots.long()]
@@ -61,20 +61,20 @@ class TokenGroups:
 
 
 class LatentExperts(FactoredExperts):
-    """Experts that work in a latent space, into which each group of them shares one projection (MoLE).
+    """Experts that work in a latent space; the experts of a group share the projection into it (MoLE).
 
-    Expert e of group g computes ``W2_e·act(W1_e·z)`` with ``z = B_g·x``, W1_e ``(2I, L)`` in place of ``(2I, H)``. The
-    projection runs once for each token and group that it meets, however many experts of the group it has. With
-    ``shared_output`` experts write into the latent space too, W2_e ``(L, I)``, and ``C_g (H, L)`` is applied once to
-    the weighted sum of a group's experts. After Mixture of Latent Experts (Liu et al., 2025); one group over all
-    experts with both projections is the latent layer of Nemotron-H models.
+    Expert e of group g computes ``W2_e·act(W1_e·z)`` with ``z = B_g·x``, where W1_e is ``(2I, L)`` instead of ``(2I,
+    H)``. The projection runs once for each token and each of its groups, however many experts of the group the token
+    has. With ``shared_output`` the outputs of experts are in the latent space too: W2_e is ``(L, I)``, and ``C_g (H,
+    L)`` is applied once to the weighted sum of a group's experts. After Mixture of Latent Experts (Liu et al., 2025);
+    one group over all experts with both projections is the latent layer of Nemotron-H models.
 
-    With ``separate_latents`` the gate and the up half have a latent each, as the paper writes them:
-    ``W_gate = A_g·B_g`` and ``W_up = A_u·B_u``. It is computed as one latent of 2L columns with zeros in the weights.
+    With ``separate_latents`` the gate and the up half each have their own latent, as in the paper: ``W_gate = A_g·B_g``
+    and ``W_up = A_u·B_u``. It is computed as one latent of 2L columns with zeros in the weights.
 
-    It pays where H is large beside L: an expert then has L/H of a plain one's parameters and FLOPs, and all of a group
-    ``(1 or 2)·L·H`` more. With small groups, or few experts of a group per token, the projections cost what the experts
-    save.
+    Use it if H is much larger than L: an expert then has L/H of a plain one's parameters and FLOPs, and each group adds
+    ``(1 or 2)·L·H``. With small groups, or few experts of a group per token, the projections cost as much as the
+    experts save.
 
     Args:
         num_experts: E.
@@ -82,8 +82,8 @@ class LatentExperts(FactoredExperts):
         intermediate_size: I.
         latent_size: L.
         group_size: κ, neighbouring experts that share projections; divides E. None for all of them.
-        shared_output: whether experts write into the latent space, and a shared projection leads out of it.
-        separate_latents: whether gate and up have a latent each; only with a gated activation.
+        shared_output: whether experts' outputs are in the latent space, followed by a shared projection out of it.
+        separate_latents: whether gate and up have separate latents; only with a gated activation.
         activation: a name of :class:`gossamer.Activation`, or one with its constants.
         bias: whether the experts' own products have biases.
         capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
@@ -100,8 +100,8 @@ class LatentExperts(FactoredExperts):
         down_bias: ``(E, H)`` or ``(E, L)``, or None.
 
     Raises:
-        TypeError: a size is not an int, ``activation`` neither str nor Activation, or ``capacity_factor`` is not a
-            number.
+        TypeError: a size is not an int, ``activation`` is neither a str nor an Activation, or ``capacity_factor`` is
+            not a number.
         ValueError: a size is below 1, ``group_size`` does not divide E, the activation is unknown, separate latents of
             an ungated activation, or a ``capacity_factor`` that is not positive.
     """
@@ -171,7 +171,9 @@ class LatentExperts(FactoredExperts):
         return ("in_proj", *self._up_names, "down_proj", *last)
 
     def stacks(self) -> dict[str, torch.Tensor]:
-        """All tensors, projections with a part for each group; but for those of one group over all experts."""
+        """All tensors, where projections have one part per group; without the projections if one group holds all
+        experts.
+        """
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         if not self.one_group:
             return held
@@ -185,7 +187,7 @@ class LatentExperts(FactoredExperts):
 
     @property
     def _latents_enter(self) -> bool:
-        """Whether tokens have one latent each, whatever experts they meet."""
+        """Whether each token has a single latent, whatever its experts."""
         return self.one_group and isinstance(self.in_proj, torch.Tensor)
 
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -216,7 +218,8 @@ class LatentExperts(FactoredExperts):
             if not all(isinstance(stack, torch.Tensor) for stack in (*ups, down)):
                 biases = {"up_bias": self.up_bias, "down_bias": self.down_bias}
                 return split_mlp(z, ups, down, plan, weights, activation=self.activation, **biases)
-            # One product with zeros beside each half takes less time and memory than two, whose results are joined.
+            # One product with zeros next to each half takes less time and memory than two products whose results are
+            # joined.
             gate, up = ups
             ups = (torch.cat([F.pad(gate, (0, self.latent_size)), F.pad(up, (self.latent_size, 0))], 1),)
         biases = {"gate_up_bias": self.up_bias, "down_bias": self.down_bias}
@@ -232,28 +235,29 @@ class LatentExperts(FactoredExperts):
         shared_output: bool = True,
         separate_latents: bool = False,
     ) -> LatentExperts:
-        """The nearest layer of that size to trained experts: group by group the least squared error of the weights.
+        """The layer of that size nearest to trained experts: per group the smallest squared error of the weights.
 
-        A group's input matrices stacked into ``(κ·2I, H)`` (gate and up apart with separate latents) have the singular
-        value decomposition ``U·S·Vᵀ``; B is the first L rows of Vᵀ, and the experts' own factors are the blocks of the
-        first L columns of ``U·S``. For the output, matrices side by side ``(H, κ·I)`` give the left vectors. By Eckart
-        and Young no other factors have a smaller ``Σ_e ‖W_e − A_e·B‖²``; they are exact where the stacked matrix has
-        rank L or less. The decomposition is in float32 (float64 of float64).
+        A group's input matrices, stacked into ``(κ·2I, H)`` (gate and up separately with separate latents), have the
+        singular value decomposition ``U·S·Vᵀ``; B is the first L rows of Vᵀ, and the experts' own factors are the
+        blocks of the first L columns of ``U·S``. For a shared output, C is the left singular vectors of the matrices
+        side by side, ``(H, κ·I)``. By the Eckart–Young theorem no other factors have a smaller ``Σ_e ‖W_e − A_e·B‖²``;
+        they are exact where the stacked matrix has rank L or less. The decomposition is in float32 (float64 of
+        float64).
 
         Args:
             experts: whose weights to approximate; they are not changed.
-            latent_size: L, at most H and the rows of the stacked matrices.
-            group_size: as of the class, like the others.
-            shared_output: see there.
-            separate_latents: see there.
+            latent_size: L, at most H and at most the rows of the stacked matrices.
+            group_size: as in the class, like the remaining arguments.
+            shared_output: as in the class.
+            separate_latents: as in the class.
 
         Returns:
             A layer of the dtype and on the device of ``experts``, with its activation, biases and capacity factor.
 
         Raises:
             TypeError: ``experts`` is not a plain :class:`Experts`.
-            ValueError: its weights are quantised, the latent is larger than what it approximates, with a shared output
-                the layer has biases behind its down products, or as the class does.
+            ValueError: its weights are quantised, the latent is larger than the matrix it approximates,
+                ``shared_output`` with experts that have down biases, or as in the class.
         """
         up, down, up_bias, down_bias = float_weights(experts)
         if shared_output and down_bias is not None:
@@ -286,8 +290,8 @@ class LatentExperts(FactoredExperts):
 
     @torch.no_grad()
     def to_experts(self) -> Experts:
-        """Plain experts that compute the same, their matrices multiplied out: ``W1_e = A_e·B_g`` and
-        ``W2_e = C_g·D_e``.
+        """Plain experts that compute the same, with the factors multiplied out: ``W1_e = A_e·B_g`` and ``W2_e =
+        C_g·D_e``.
 
         Raises:
             ValueError: the weights are quantised.

@@ -69,12 +69,12 @@ def flat_expert_factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor,
 class LoRAExperts(Experts):
     """:class:`Experts` with a low-rank update of each expert's matrices, never formed: ``(x·A_eᵀ)·B_eᵀ``.
 
-    The update of gate_up comes before the activation, that of down after it. The factors are laid out as in
-    PEFT's adapters of ``target_parameters``, under names of their own; see :func:`expert_factors`. The
-    experts' own matrices and biases are frozen unless asked to train. There is no dropout, as there.
+    The update of gate_up comes before the activation, that of down after it. The factors are laid out as in PEFT's
+    adapters of ``target_parameters``, under other names; see :func:`expert_factors`. The experts' own matrices and
+    biases are frozen unless you set them to train. As in PEFT, there is no dropout.
 
-    With ``dora`` every row of an expert's updated matrix is given a length of its own (DoRA, Liu et al., 2024), which
-    PEFT has not on experts: the products are then separate ones, and their rows are scaled between them.
+    With ``dora`` every row of an expert's updated matrix gets a trained norm (DoRA, Liu et al., 2024), which PEFT does
+    not support for experts. The layer then runs separate products and scales rows between them.
 
     Args:
         num_experts: E.
@@ -83,10 +83,10 @@ class LoRAExperts(Experts):
         rank: r of each expert, at least 1 and at most the smaller side of every matrix with an update.
         alpha: α; ``rank`` when None.
         rank_stabilized: whether the scale is α/√r instead of α/r.
-        dora: whether there are magnitudes.
+        dora: whether rows have trained magnitudes.
         init: ``"kaiming"`` or ``"gaussian"``: A is random and B zero; ``"spectral"``: both are the principal part of
-            each expert's matrix, which keeps the rest.
-        targets: which matrices are updated, of ``"gate_up_proj"`` (``"up_proj"`` with an ungated activation) and
+            each expert's matrix, which keeps the residual.
+        targets: the matrices to update, out of ``"gate_up_proj"`` (``"up_proj"`` with an ungated activation) and
             ``"down_proj"``.
         **options: ``activation``, ``bias``, ``interleaved``, ``transposed``, ``capacity_factor``, ``device``,
             ``dtype`` of :class:`Experts`.
@@ -213,7 +213,9 @@ class LoRAExperts(Experts):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start the updates again; with ``init="spectral"`` each matrix gives up its principal part each time."""
+        """Initialise the updates again; with ``init="spectral"`` each call moves the principal part out of each
+        matrix.
+        """
         for name in self.targets:
             a, b = self.lora_factors(name)
             if self.init == "spectral":
@@ -235,7 +237,7 @@ class LoRAExperts(Experts):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the updates into the matrices, summed in float32 and rounded once; the old ones are kept beside them.
+        """Fold the updates into the matrices, summed in float32 and rounded once; the old matrices are kept.
 
         Raises:
             ValueError: the layer is merged already.
@@ -251,7 +253,7 @@ class LoRAExperts(Experts):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the matrices from before :meth:`merge` back.
+        """Restore the matrices from before :meth:`merge`.
 
         Raises:
             ValueError: the layer is not merged.

@@ -1,4 +1,4 @@
-"""Single-neuron experts by the million, found by product keys: PEER."""
+"""Millions of single-neuron experts, found by product keys (PEER)."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from gossamer.optim import Optimizer
 
 
 class ProductKeyExperts(FusedStep, ExpertLayer):
-    """A feed-forward layer of N single-neuron experts ``v_e · φ(⟨u_e, x⟩)``, of which each head of a token meets K.
+    """A feed-forward layer of N single-neuron experts ``v_e · φ(⟨u_e, x⟩)``; each head of a token chooses K of them.
 
-    Each head makes a query of two halves; a sub-key of each half names an expert, ``e = a·√N + b``, whose score is
-    ``⟨q¹, C¹_a⟩ + ⟨q², C²_b⟩``. The K highest scores are found exactly by :func:`gossamer.product_key_topk` among √N
-    sub-keys per half, and their softmax weighs the experts:
+    Each head makes a query of two halves; a pair of sub-keys, one per half, identifies an expert, ``e = a·√N + b``,
+    whose score is ``⟨q¹, C¹_a⟩ + ⟨q², C²_b⟩``. :func:`gossamer.product_key_topk` finds the K highest scores exactly
+    among √N sub-keys per half, and their softmax gives the weights:
 
     ``y = Σ_heads Σ_k softmax(scores)_k · φ(⟨u_k, x⟩) · v_k``.
 
     He, "Mixture of a Million Experts", 2024. An expert that several heads choose counts as often as it is chosen, and
     its gradients are summed.
 
-    With ``optimizer`` both tables are trained inside ``loss.backward()``, on the rows that were chosen alone; no
-    gradient of a table's size exists. See :class:`gossamer.nn.Embedding`. Without one they get dense gradients, as any
+    With ``optimizer`` both tables are trained inside ``loss.backward()``, on the chosen rows only; no gradient of a
+    table's size exists. See :class:`gossamer.nn.Embedding`. Without ``optimizer`` they get dense gradients, like any
     parameter.
 
     >>> ffn = gossamer.nn.ProductKeyExperts(256, 1024**2, num_heads=8, top_k=16, optimizer=gossamer.optim.Adam(1e-3))
     >>> y = ffn(x)
 
-    It is a whole layer, called with hidden states alone. Called with a routing it is an :class:`ExpertLayer` as others
-    are, and leaves its own queries out.
+    Called with hidden states only, it is a complete layer with its own routing. Called with a routing it works like any
+    other :class:`ExpertLayer`, and does not use its queries.
 
     Args:
         hidden_size: H.
@@ -51,16 +51,16 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         key_dim: size of a query, even.
         activation: φ, an ungated name of :class:`gossamer.Activation`, or one with its constants.
         query_norm: whether queries are batch-normalised over the tokens of a call in training, and by running
-            statistics in evaluation. Padding tokens count; a call in training needs two tokens.
-        shared_keys: whether all heads use one set of sub-keys, as in the paper, instead of each its own.
+            statistics in evaluation. Padding tokens count; a call in training needs at least two tokens.
+        shared_keys: whether all heads use one set of sub-keys, as in the paper, instead of one set per head.
         optimizer: one of :mod:`gossamer.optim` for both tables, or None.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
-        input_weight: ``(N, H)``, the rows ``u``; at first uniform in ±1/√H.
-        output_weight: ``(N, H)``, the rows ``v``; at first uniform in ±1/√num_heads.
-        keys: ``(G, 2, √N, key_dim/2)``, G being 1 for shared keys, else the number of heads; at first uniform in
+        input_weight: ``(N, H)``, the rows ``u``; initially uniform in ±1/√H.
+        output_weight: ``(N, H)``, the rows ``v``; initially uniform in ±1/√num_heads.
+        keys: ``(G, 2, √N, key_dim/2)``, G being 1 for shared keys, else the number of heads; initially uniform in
             ±1/√(key_dim/2).
         query: ``nn.Linear(H, num_heads · key_dim)`` without bias.
         query_norm: ``nn.BatchNorm1d(num_heads · key_dim)`` or None.
@@ -137,11 +137,11 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
     def route(self, x: torch.Tensor) -> Routing:
         """The experts of hidden states ``x (..., H)`` and their weights, ``num_heads · K`` per token, head by head.
 
-        Queries and scores are taken in float32 (float64 for float64). An expert may be listed by several heads.
+        Queries and scores are computed in float32 (float64 for float64). Several heads may list the same expert.
 
         Raises:
-            ValueError: the size of ``x`` does not fit, or one token is to be batch-normalised in training; on the CPU,
-                a query is not finite.
+            ValueError: the size of ``x`` does not fit, or a call in training with batch normalisation has only one
+                token; on the CPU, a query is not finite.
         """
         check_hidden(x, self.hidden_size)
         tokens = x.reshape(-1, self.hidden_size)
@@ -175,8 +175,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         if groups > 1:
             first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
             places = [first + place for place in places]
-        # Scores of the chosen alone are taken again, so that the gradient has K numbers a query, and not two rows of
-        # √N.
+        # The scores of the chosen experts are computed again, so that the gradient has K values per query instead of
+        # two rows of √N.
         first, second = (gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i]) for i in (0, 1))
         logits = first + second
         return ids, logits
@@ -188,8 +188,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
 
         Args:
             x: ``(..., H)``; T is the product of the leading sizes.
-            routing: in place of what the layer's own queries find; as for any :class:`ExpertLayer`. An expert may be
-                listed several times by a token.
+            routing: replaces the routing by the layer's own queries; as for any :class:`ExpertLayer`. A token may list
+                an expert several times.
             weights: ``(T, K)``, only with expert ids for ``routing``.
 
         Returns:
@@ -221,9 +221,9 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         return bytes_of([*self.parameters(), *self.buffers()])
 
     def freeze(self) -> ProductKeyExperts:
-        """Bring the layer, in place, into the form that is served, and return it; it is not trained any more.
+        """Convert the layer in place to its serving form, which cannot be trained, and return it.
 
-        The optimizer is dropped, and the norm of the queries becomes a part of their projection, by its running
+        The optimizer is dropped, and the queries' batch norm is folded into their projection, with its running
         statistics.
         """
         self.detach_optimizer()

@@ -9,7 +9,7 @@ from gossamer.ops.quantized_expert_weight import FORMATS, QuantizedExpertWeight
 
 
 class QuantizedExpertStack(nn.Module):
-    """Holds a :class:`gossamer.QuantizedExpertWeight` in place of an expert layer's parameter.
+    """Holds a :class:`gossamer.QuantizedExpertWeight` instead of an expert layer's parameter.
 
     Codes and scales are buffers, saved with the state; they move with the module and keep their dtypes when it is cast.
 
@@ -41,7 +41,7 @@ class QuantizedExpertStack(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        # Copying into a buffer converts dtypes, which would turn codes of another format into numbers.
+        # Copying into a buffer converts dtypes, which would reinterpret codes of another format as numbers.
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
             if isinstance(given, torch.Tensor) and given.dtype != buffer.dtype:
@@ -61,7 +61,9 @@ class QuantizedExpertStack(nn.Module):
 
 
 def expert_weight(held: torch.Tensor | QuantizedExpertStack, transposed: bool) -> torch.Tensor | QuantizedExpertWeight:
-    """An expert layer's weight as products take it, ``(E, N, C)``; a view of ``(E, C, N)`` storage if transposed."""
+    """An expert layer's weight in the layout that products take, ``(E, N, C)``; a view of ``(E, C, N)`` storage if
+    transposed.
+    """
     if isinstance(held, QuantizedExpertStack):
         return held.weight()
     return held.transpose(1, 2) if transposed else held

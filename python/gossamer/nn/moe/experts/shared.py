@@ -1,4 +1,4 @@
-"""The shared expert, which serves every token."""
+"""The shared expert, which every token uses."""
 
 from __future__ import annotations
 

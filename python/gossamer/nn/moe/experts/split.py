@@ -1,4 +1,4 @@
-"""Experts whose gate and up have inputs of their own, as products on a dispatch."""
+"""Experts whose gate and up have separate inputs, computed as products on a dispatch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def split_mlp(
     down_bias: torch.Tensor | None = None,
     x_grouped: bool = False,
 ) -> torch.Tensor:
-    """What :func:`gossamer.expert_mlp` computes, where gate and up each read a part of the columns of ``x``.
+    """:func:`gossamer.expert_mlp` for experts whose gate and up each read a part of the columns of ``x``.
 
     The backward pass keeps the pre-activation, the activation and the experts' outputs, ``(R, 2I)``, ``(R, I)`` and
-    ``(R, O)``, where expert_mlp keeps the first alone.
+    ``(R, O)``, where expert_mlp keeps only the first.
 
     Args:
         x: ``(T, halves·L)``, the gate's L columns first; ``(R, halves·L)`` by expert when ``x_grouped``.

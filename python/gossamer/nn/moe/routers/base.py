@@ -29,7 +29,7 @@ class Router(nn.Module):
 
     Attributes:
         num_experts: E.
-        top_k: K, the most experts of a token.
+        top_k: K, the maximum number of experts per token.
     """
 
     num_experts: int
@@ -89,7 +89,7 @@ class Router(nn.Module):
         Args:
             x: hidden states ``(..., H)``; T is the product of the leading sizes. The last of those is the position in a
                 sequence, for routers that look at sequences.
-            token_ids: ``(T,)`` integers, for routers that go by them.
+            token_ids: ``(T,)`` integers, for routers that use them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, *, token_ids=None)")
 

@@ -48,7 +48,7 @@ class ClusterRouter(StepCount, LinearRouter):
 
     Attributes:
         weight: ``(projection_size, H)``, W.
-        centroids: ``(E, projection_size)``, at first orthogonal with gain 0.1.
+        centroids: ``(E, projection_size)``, initially orthogonal with gain 0.1.
         temperature: τ, a scalar parameter.
         survivors: int64 buffer, the places within a cluster of the experts that take part.
 

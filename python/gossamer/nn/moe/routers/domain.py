@@ -59,7 +59,7 @@ class DomainRouter(RouterAround):
             token_ids: T int32 or int64 domain ids below D; a negative one stands for none. None for no ids.
 
         Raises:
-            TypeError: ``token_ids`` are no int32 or int64.
+            TypeError: ``token_ids`` are not int32 or int64.
             ValueError: they are not T.
             IndexError: on the CPU, an id of D or above.
         """

@@ -82,15 +82,15 @@ class DSelectKRouter(LinearRouter):
         num_experts: E = n.
         num_selectors: k.
         gamma: width of the smooth step; 1 in the paper.
-        max_experts: most experts of a token, the highest gates; None for E.
+        max_experts: maximum number of experts per token, the highest gates; None for E.
         static: whether codes and mixture are parameters themselves, the same for all tokens.
         rows_per_token: as in :class:`TopPRouter`.
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
         num_parts: k, the parts that the gates are a sum of.
-        weight: ``(k·m + k, H)``: the selectors' bits, at first uniform in ±γ/100, and the mixture, in ±1/√H; None if
-            static. ``bias`` has as many rows; it is at first 0, and uniform in ±γ/100 if static.
+        weight: ``(k·m + k, H)``: the selectors' bits, initially uniform in ±γ/100, and the mixture, in ±1/√H; None if
+            static. ``bias`` has as many rows; it is initially 0, and uniform in ±γ/100 if static.
 
     Raises:
         TypeError: a size is not an int, or ``gamma`` is not a number.

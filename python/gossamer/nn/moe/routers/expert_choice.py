@@ -34,7 +34,7 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
         causal. A language model trained by it cannot be decoded by it; see :func:`expert_choice_threshold`.
 
     Args:
-        logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
+        logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
         capacity_factor: experts of a token on average; positive.
 
     Returns:
@@ -99,7 +99,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     Attributes:
         causal: as given; ``eval()`` warns where it is False.
-        thresholds: ``(E,)`` float32 buffer, 1/E at first, which stays float32 when the module is cast.
+        thresholds: ``(E,)`` float32 buffer, 1/E initially, which stays float32 when the module is cast.
 
     Raises:
         TypeError: a size is not an int, or ``capacity_factor`` is not a number.

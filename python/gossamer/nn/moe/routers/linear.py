@@ -58,7 +58,7 @@ class LinearRouter(Router):
         dtype: of the parameters.
 
     Attributes:
-        weight: ``(E, H)``, at first uniform in ±1/√H as in ``nn.Linear``; ``num_logits`` in place of E.
+        weight: ``(E, H)``, initially uniform in ±1/√H as in ``nn.Linear``; ``num_logits`` in place of E.
         bias: ``(E,)`` or None.
 
     Raises:
@@ -200,7 +200,7 @@ class SigmoidRouter(LinearRouter):
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
-        e_score_correction_bias: ``(E,)`` float32 buffer, zero at first and saved with the state. It stays float32 when
+        e_score_correction_bias: ``(E,)`` float32 buffer, zero initially and saved with the state. It stays float32 when
             the module is cast, because :func:`gossamer.nn.update_expert_bias` moves it in steps that bfloat16 loses.
     """
 

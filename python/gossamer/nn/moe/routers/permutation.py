@@ -86,7 +86,7 @@ class LearnedPermutation(StepCount, RouterAround):
         dtype: of Λ.
 
     Attributes:
-        log_weights: Λ ``(E, E)``, at first uniform in ±0.05; ``(R, E, E)`` with ``per_part``.
+        log_weights: Λ ``(E, E)``, initially uniform in ±0.05; ``(R, E, E)`` with ``per_part``.
         assignment: ``(E,)`` int64 buffer, π once the phase is over; ``(R, E)`` with ``per_part``.
         num_steps: training steps so far.
 

@@ -42,7 +42,7 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
     at most Z. The rules for ties, −inf, +inf and NaN are those of :func:`softmax_topk` in each prototype.
 
     Args:
-        logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
+        logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
         num_prototypes: Z, which divides E.
         capacity_factor: γ, which makes each expert serve its first ``⌈γ·T/F⌉`` tokens, the rest having no expert in
             that prototype; None drops nothing.

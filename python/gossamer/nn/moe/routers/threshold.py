@@ -35,9 +35,9 @@ def softmax_threshold(
     :func:`softmax_top_p`.
 
     Args:
-        logits: ``(..., E + null_experts)``, floating, taken in float32 (float64 stays).
+        logits: ``(..., E + null_experts)``, floating, converted to float32 (float64 stays).
         threshold: above 0, at most 1.
-        max_experts: most slots of a token, those of null experts among them; None for ``E + null_experts``.
+        max_experts: maximum number of slots per token, including those of null experts; None for ``E + null_experts``.
         null_experts: number of null experts.
 
     Returns:
@@ -45,7 +45,7 @@ def softmax_threshold(
         ``probabilities`` are those of the E experts alone.
 
     Raises:
-        TypeError: ``logits`` is not a floating tensor, ``threshold`` is not a number, or a size no int.
+        TypeError: ``logits`` is not a floating tensor, ``threshold`` is not a number, or a size is not an int.
         ValueError: ``threshold`` is outside (0, 1], ``max_experts`` outside 1 to ``E + null_experts``, or E below 1; on
             the CPU, a logit is NaN or +inf.
     """
@@ -72,7 +72,7 @@ class ThresholdRouter(LinearRouter):
         hidden_size: H.
         num_experts: E.
         threshold: above 0, at most 1; 0.9 in the paper.
-        max_experts: most slots of a token, those of null experts among them; None for ``E + null_experts``.
+        max_experts: maximum number of slots per token, including those of null experts; None for ``E + null_experts``.
         null_experts: experts beside the E ones that do nothing.
         rows_per_token: as in :class:`TopPRouter`.
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.

@@ -26,9 +26,9 @@ def softmax_top_p(logits: torch.Tensor, top_p: float, *, max_experts: int | None
     experts are all masked has none.
 
     Args:
-        logits: ``(..., E)``, floating, taken in float32 (float64 stays); T is the product of the leading sizes.
+        logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
         top_p: above 0, at most 1.
-        max_experts: most experts of a token; None for E.
+        max_experts: maximum number of experts per token; None for E.
 
     Returns:
         A :class:`Routing` with a token's experts in descending order of probability, then slots without an expert.
@@ -50,7 +50,7 @@ class TopPRouter(LinearRouter):
         hidden_size: H.
         num_experts: E.
         top_p: above 0, at most 1; 0.4 in the paper.
-        max_experts: most experts of a token; None for E.
+        max_experts: maximum number of experts per token; None for E.
         rows_per_token: bound on the mean number of experts of a token, which sizes the buffers of expert layers on CUDA
             and in compiled code (``max_rows`` of :class:`Routing`); None for ``max_experts``.
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
@@ -80,7 +80,7 @@ class TopPRouter(LinearRouter):
     def from_top_k(
         cls, hidden_size: int, num_experts: int, top_k: int | None = None, *, top_p: float = 0.4, **options: object
     ) -> TopPRouter:
-        """With K as the most experts of a token."""
+        """With K as the maximum number of experts per token."""
         return cls(hidden_size, num_experts, top_p, top_k, **options)
 
     def route(self, logits: torch.Tensor) -> Routing:

@@ -103,14 +103,15 @@ class TreeRouter(LinearRouter):
         num_experts: E = n, the leaves of each tree; at least 2.
         num_trees: k.
         gamma: width of the smooth step.
-        max_experts: most experts of a token, the highest gates; None for E, which a tree needs until it is saturated.
+        max_experts: maximum number of experts per token, the highest gates; None for E, which a tree needs until it is
+            saturated.
         rows_per_token: as in :class:`TopPRouter`.
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
         num_parts: k, the parts that the gates are a sum of.
-        weight: ``(k·(2n − 1), H)``: tree after tree, of each the n − 1 splits, at first uniform in ±γ/100, and the n
-            leaves, in ±0.05. ``bias``, at first 0, has as many rows.
+        weight: ``(k·(2n − 1), H)``: tree after tree, of each the n − 1 splits, initially uniform in ±γ/100, and the n
+            leaves, in ±0.05. ``bias``, initially 0, has as many rows.
 
     Raises:
         TypeError: a size is not an int, or ``gamma`` is not a number.
