@@ -1,9 +1,9 @@
-"""Balance terms of mixture-of-experts layers: pure functions of routings, and the bias update that needs no loss.
+"""Balance losses of mixture-of-experts layers, as pure functions of routings, and the bias update that needs no loss.
 
-Counts carry no gradient; it flows through the probabilities alone. Coefficients are the caller's.
+Counts carry no gradient; it flows only through the probabilities. The caller multiplies by coefficients.
 
 The family of Switch Transformer and GShard multiplies each expert's share of the work by its mean probability. Its
-members differ by what they count and by a constant, here for T tokens, K experts each, E in all:
+members differ in what they count and in a constant; here for T tokens with K of E experts each:
 
 ===========================  ==========================================  ==============
 function                     formula                                     value balanced
@@ -15,8 +15,9 @@ function                     formula                                     value b
 ===========================  ==========================================  ==============
 
 Under data parallelism each rank sees a part of the batch. With ``group``, counts, sums of probabilities and numbers of
-tokens are added over its ranks, so that every rank returns the loss of the whole batch; its gradient, averaged over the
-ranks as ``DistributedDataParallel`` does, is that of this loss. Every rank of the group must make the call.
+tokens are added over its ranks, so that every rank returns the loss of the whole batch. Averaging the gradients over
+the ranks, as ``DistributedDataParallel`` does, gives the gradient of this loss. Every rank of the group must make the
+call.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _check_logits(routing: Routing) -> None:
 
 
 def _kept(mask: torch.Tensor | None, tokens: torch.Tensor, name: str = "routing") -> torch.Tensor | None:
-    """``mask`` as ``(T,)`` bool; ``tokens (T, ·)`` belong to the argument called ``name``."""
+    """``mask`` as ``(T,)`` bool for ``tokens (T, ·)``, checked for the argument ``name``."""
     if mask is None:
         return None
     check_tensor("mask", mask)
@@ -104,7 +105,7 @@ def _counts(mask: torch.Tensor | None, routing: Routing) -> torch.Tensor:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks of a group; what flows back is summed too, since each rank's result holds every part."""
+    """The sum over the ranks of a group; gradients are summed too, since each rank's result contains every part."""
 
     @staticmethod
     def forward(ctx, part, group):
@@ -121,7 +122,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _global(part: torch.Tensor | int, group: dist.ProcessGroup | None, like: torch.Tensor) -> torch.Tensor | int:
-    """``part`` summed over the ranks of ``group``; as it is where there is none."""
+    """``part`` summed over the ranks of ``group``; unchanged without a group."""
     if group is None:
         return part
     if not isinstance(group, dist.ProcessGroup):
@@ -132,7 +133,7 @@ def _global(part: torch.Tensor | int, group: dist.ProcessGroup | None, like: tor
 
 
 class _Totals(NamedTuple):
-    """Of the tokens that count, of all layers and ranks: slots of each expert, probabilities of each, tokens."""
+    """Totals over the tokens that count, in all layers and ranks: slots and probabilities per expert, and tokens."""
 
     counts: torch.Tensor
     probabilities: torch.Tensor
@@ -150,7 +151,7 @@ class _Totals(NamedTuple):
 
 
 def _first_choices(routing: Routing) -> Routing:
-    """The routing with each token's slot of the largest weight alone."""
+    """The routing reduced to each token's slot of the largest weight."""
     best = routing.weights.detach().argmax(dim=1, keepdim=True)
     return routing.with_experts(routing.expert_ids.gather(1, best), routing.weights.gather(1, best), max_rows=None)
 
@@ -183,7 +184,7 @@ def expert_counts(
     Args:
         routing: of any router.
         mask: as in :func:`load_balance_loss`.
-        group: over whose ranks they are summed.
+        group: process group over whose ranks they are summed.
 
     Raises:
         TypeError: ``routing`` is not a Routing, or ``group`` is not a process group.
@@ -205,15 +206,16 @@ def load_balance_loss(
 
     ``f_e = c_e / T`` is the number of slots given to expert e per token, and ``P_e`` the mean over tokens of
     :attr:`Routing.probabilities`. Perfect balance gives K; :func:`slot_balance_loss` divides by it. With K = 1 it is
-    Switch's own. Several layers are averaged before the product, as if their tokens were one batch, which is how
-    transformers' models compute it. The gradient in logit (t, j) of a softmax router is
-    ``E/T · p_tj · (f_j − Σ_e p_te·f_e)``.
+    the loss of Switch Transformer. Several layers are averaged before the product, as if their tokens were one batch,
+    as in transformers' models. The gradient in logit (t, j) of a softmax router is ``E/T · p_tj · (f_j − Σ_e
+    p_te·f_e)``.
 
     Args:
         routing: of one layer, or a sequence of all layers' routings, with probabilities.
         mask: one value per token, in any shape of T elements such as ``(batch, sequence)``; tokens at 0 or False
             (padding) do not count. None counts all.
-        group: of data-parallel ranks, over all of which the fractions and probabilities are taken; None for this one.
+        group: group of data-parallel ranks over which fractions and probabilities are computed; None for this rank
+            only.
 
     Returns:
         A scalar of the logits' dtype; 0 where no token counts.
@@ -234,7 +236,8 @@ def slot_balance_loss(
 ) -> torch.Tensor:
     """The balance loss of MegaBlocks and Megatron-LM, ``E/(K·T) · Σ_e c_e·P_e``: balanced at 1 for any K.
 
-    K·T is the number of slots that have an expert, so that it serves routings of a varying number of experts.
+    K·T is the number of slots that have an expert, so the loss also works for routings with a varying number of
+    experts.
 
     Args:
         routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
@@ -252,9 +255,9 @@ def switch_balance_loss(
     mask: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The balance loss of Switch Transformer, ``E · Σ_e f_e·P_e``, with f of first choices alone: balanced at 1.
+    """The balance loss of Switch Transformer, ``E · Σ_e f_e·P_e``, with f from first choices only: balanced at 1.
 
-    A token's first choice is its expert of the largest weight. XMoE balances several experts per token by it.
+    A token's first choice is its expert of the largest weight. XMoE uses it for several experts per token.
 
     Args:
         routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
@@ -316,13 +319,13 @@ def load_loss(
 ) -> torch.Tensor:
     """The load loss of Shazeer et al. (2017): ``CV²`` of a smooth estimate of how many tokens each expert gets.
 
-    Of a router that takes the K highest of ``noisy_logits = logits + noise_std · n`` with n standard normal. Expert e
-    would be among them, were its own noise drawn again, with probability ``Φ((logits_te − h_te) / noise_std)``, where
-    h is the K-th highest noisy logit of the other experts; the estimate is the sum over tokens.
+    It is for routers that take the K highest of ``noisy_logits = logits + noise_std · n`` with n standard normal. If
+    only the noise of expert e were drawn again, e would be among the K with probability ``Φ((logits_te − h_te) /
+    noise_std)``, where h is the K-th highest noisy logit of the other experts; the estimate is the sum over tokens.
 
     Args:
         logits: ``(T, E)`` floating, without noise.
-        noisy_logits: ``(T, E)``, with the noise by which the experts were picked.
+        noisy_logits: ``(T, E)``, with the noise with which the experts were chosen.
         noise_std: positive, a number or a tensor that broadcasts to ``(T, E)``.
         top_k: K, below E.
         mask: as in :func:`load_balance_loss`.
@@ -391,7 +394,7 @@ def router_z_loss(
         ignored = (layer.logits == -math.inf).all(dim=-1)
         if kept is not None:
             ignored = ignored | ~kept
-        # Filled before the logarithm: behind it, its gradient at −inf would still be NaN.
+        # Filled before the logarithm: if filled after it, the gradient at −inf would still be NaN.
         lse = layer.logits.masked_fill(ignored.unsqueeze(1), 0.0).logsumexp(dim=-1)
         total = total + lse.square().masked_fill(ignored, 0.0).sum()
         rows = rows + _rows(kept, layer)
@@ -435,7 +438,7 @@ def sequence_balance_loss(
         raise ValueError(f"batch_size must be at least 1 and divide T = {num_tokens}, got {batch_size}")
     kept = _kept(mask, routing.expert_ids)
     ids, probabilities = routing.expert_ids, routing.probabilities
-    # One more expert takes the slots that do not count.
+    # An additional expert takes the slots that do not count.
     no_slot = (ids < 0) | (ids > num_experts)
     if kept is None:
         lengths = torch.full((batch_size, 1), num_tokens // batch_size, device=ids.device)
@@ -501,21 +504,21 @@ def cluster_variance_loss(
     mask: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The loss of MoEC (Xie et al., 2023), ``N · (Σ_e m_e·c_e + μ·V)``: balance, and little variance within a cluster.
+    """The loss of MoEC (Xie et al., 2023), ``N · (Σ_e m_e·c_e + μ·V)``, for balance and low variance within clusters.
 
-    Over N experts in clusters of neighbours: ``c_e`` is the fraction of tokens whose first choice is e, plus 1e-6, and
+    For N experts in clusters of neighbours, ``c_e`` is the fraction of tokens whose first choice is e, plus 1e-6, and
     ``m_e`` the mean of its probabilities. V is the mean over clusters of the unbiased variance of m within each; it is
     small where a token's probability is flat over a cluster.
 
     Args:
         routing: as in :func:`load_balance_loss`.
-        num_clusters: which divides E.
-        survivors: the places within a cluster of the experts that take part, as ``ClusterRouter.survivors`` in
+        num_clusters: number of clusters; divides E.
+        survivors: positions within a cluster of the experts that take part, such as ``ClusterRouter.survivors`` in
             training; None for all.
         variance_weight: μ.
-        form: ``"within"``; ``"all"``, V over all experts at once; or ``"gap"``, V within over ``exp(Δ)``, with Δ
-            between the two largest clusters' means of probability.
-        mean: whether m is a mean over tokens; else the sum, as released, with which V grows as T².
+        form: ``"within"``; ``"all"``, V over all experts at once; or ``"gap"``, V of ``"within"`` divided by
+            ``exp(Δ)``, where Δ is the difference of the two largest mean probabilities of clusters.
+        mean: whether m is a mean over tokens; else the sum, as in the released code, with which V grows as T².
         mask: as in :func:`load_balance_loss`, like ``group``.
         group: of data-parallel ranks.
 
@@ -538,7 +541,7 @@ def cluster_variance_loss(
         chosen, means = chosen[:, survivors], means[:, survivors]
     weights = means if mean else means * totals.rows
     over = weights.reshape(1, -1) if form == "all" else weights
-    # One expert has no variance, which torch calls NaN.
+    # The variance of a single expert would be NaN in torch.
     variance = over.var(dim=1).mean() if over.shape[1] > 1 else over.new_zeros(())
     if form == "gap" and num_clusters > 1:
         largest = means.mean(dim=1).topk(2).values
@@ -547,7 +550,7 @@ def cluster_variance_loss(
 
 
 def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """What routers themselves want minimised (:attr:`Routing.losses`) by name, without coefficients.
+    """The routers' own loss terms (:attr:`Routing.losses`) by name, without coefficients.
 
     Terms with one value a token are averaged over the tokens that count; the layers' terms of one name are added up.
 
@@ -576,9 +579,9 @@ def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
 def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) -> torch.Tensor:
     """Move a correction bias towards balance, in place: ``b_e += rate · sign(mean(c) − c_e)``.
 
-    The balancing without an auxiliary loss of Wang et al. (2024) and DeepSeek-V3: call it after each training step with
-    that step's counts, of the whole batch. :func:`expert_counts` leaves padding out, and sums over the ranks of data
-    parallelism, so that all move their bias alike. The comparison is exact, in integers; there is no gradient. It may
+    This is the auxiliary-loss-free balancing of Wang et al. (2024) and DeepSeek-V3. Call it after each training step
+    with the counts of that step's whole batch. :func:`expert_counts` excludes padding and sums over data-parallel
+    ranks, so that all ranks move their bias equally. The comparison is exact, in integers; there is no gradient. It may
     run between a forward pass and its backward pass.
 
     Args:

@@ -33,8 +33,8 @@ from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 class KeyValueCache:
     """The keys and values that a layer has seen, for decoding; a call of the layer appends to it.
 
-    Room grows by doubling. No gradient flows through it. Its size depends neither on the number of experts nor on how
-    many a token has.
+    Its storage grows by doubling. No gradient flows through it. Its size depends neither on the number of experts nor
+    on K.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,11 @@ class KeyValueCache:
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``keys`` and ``values (B, h, S, d)``; returns views of all so far, ``(B, h, length, d)``.
+        """Append ``keys`` and ``values (B, h, S, d)``; return views of all keys and values so far, ``(B, h, length,
+        d)``.
 
         Raises:
-            ValueError: the other sizes are not those of what is there.
+            ValueError: the other sizes differ from those in the cache.
         """
         length = self.length + keys.shape[2]
         if self._room is None:
@@ -62,15 +63,15 @@ class KeyValueCache:
         return keys, values
 
     def reorder(self, order: torch.Tensor) -> None:
-        """Go on with sequences ``order (B',)`` of those so far: sequence i follows what ``order[i]`` was.
+        """Select sequences ``order (B',)``: the new sequence i continues the old sequence ``order[i]``.
 
-        A sequence may occur several times, or not at all: beam search copies the beams that it keeps, and a prompt is
-        computed once for all that follow it.
+        A sequence may occur several times, or not at all: beam search copies the beams that it keeps, and several
+        continuations can share one prompt.
 
         Raises:
             TypeError: ``order`` does not hold int32 or int64.
             ValueError: it is not one-dimensional, or on another device than the keys.
-            IndexError: on the CPU, it holds a number of no sequence.
+            IndexError: on the CPU, it holds a number that is not that of a sequence.
         """
         check_index("order", order)
         check_shape("order", order, (None,), "(B',)")
@@ -95,12 +96,13 @@ class KeyValueCache:
 def output_by_slot(
     rows: torch.Tensor, weight: torch.Tensor | QuantizedExpertWeight, dispatch: Dispatch, weights: torch.Tensor
 ) -> torch.Tensor:
-    """``y[t] = Σ_k weights[t,k] · weight[e(t,k)] · rows[t,k]``: each slot by its expert's matrix, then summed.
+    """``y[t] = Σ_k weights[t,k] · weight[e(t,k)] · rows[t,k]``: each slot is multiplied by its expert's matrix, then
+    summed.
 
     Args:
         rows: ``(T·K, C)``, a row per slot.
         weight: ``(E, N, C)``, a tensor or quantised.
-        dispatch: of the T tokens.
+        dispatch: dispatch of the T tokens.
         weights: ``(T, K)``.
 
     Returns:
@@ -113,14 +115,14 @@ def output_by_slot(
 
 
 class MixtureOfAttention(nn.Module):
-    """Self-attention with routed queries: expert e has a query and an output projection, all share keys and values.
+    """Self-attention with routed queries: each expert has a query and an output projection; all share keys and values.
 
-    A token's slot k is served by expert ``e_k``, whose h heads attend as ordinary ones:
+    Slot k of a token uses expert ``e_k``, whose h heads attend like ordinary heads:
 
     ``q_k = W_q[e_k] · x``, ``a_k = softmax(q_k·Kᵀ/√d)·V``, ``y = Σ_k w_k · W_o[e_k] · a_k``.
 
-    The weights multiply at the output alone. Tan et al., "Scattered Mixture-of-Experts Implementation", 2024; Shen et
-    al., "JetMoE", 2024. Projections are :func:`gossamer.grouped_matmul`, which gathers and scatters the rows itself.
+    The weights multiply only the output. Tan et al., "Scattered Mixture-of-Experts Implementation", 2024; Shen et al.,
+    "JetMoE", 2024. Projections are :func:`gossamer.grouped_matmul`, which gathers and scatters the rows itself.
 
     >>> layer = gossamer.nn.MixtureOfAttention(1024, num_experts=8, top_k=2, num_heads=16, head_dim=64)
     >>> y, routing = layer(x, return_routing=True)
@@ -135,17 +137,17 @@ class MixtureOfAttention(nn.Module):
         router: as in :class:`MoE`: a name, or a module from hidden states to a :class:`Routing`.
         bias: whether one output bias is added, as in JetMoE.
         rope_theta: base of the rotary position embedding of queries and keys (halves rotated, as in Llama), or None.
-        causal: whether a token attends only to itself and those before it.
-        attention: called as ``attention(q, k, v)`` with ``(B, heads, S, d)`` each, and as
-            ``torch.nn.functional.scaled_dot_product_attention``, the default, is with ``is_causal=True`` or
-            ``attn_mask=`` where the call has one: any function of torch, or a ``functools.partial`` of one.
+        causal: whether a token attends only to itself and earlier tokens.
+        attention: a function called as ``attention(q, k, v)`` with ``(B, heads, S, d)`` each, with ``is_causal=True``
+            or ``attn_mask=`` if needed, like the default ``torch.nn.functional.scaled_dot_product_attention``; any such
+            function of torch, or a ``functools.partial`` of one.
         device: of the parameters.
         dtype: of the parameters.
         **router_options: of a router given by name.
 
     Attributes:
-        query_proj: ``(E, h·d, H)``, initially uniform in ±1/√H; :func:`gossamer.quantize_experts` quantises it and the
-            next.
+        query_proj: ``(E, h·d, H)``, initially uniform in ±1/√H; :func:`gossamer.quantize_experts` quantises it and
+            ``output_proj``.
         output_proj: ``(E, H, h·d)``, initially uniform in ±1/√(h·d).
         kv_proj: ``nn.Linear(H, 2·h·d)`` without bias: keys, then values.
         bias: ``(H,)``, zero initially, or None.
@@ -158,7 +160,7 @@ class MixtureOfAttention(nn.Module):
             or d is odd with it.
     """
 
-    # What gossamer.quantize_experts quantises.
+    # The parameters that gossamer.quantize_experts quantises.
     weight_stacks = ("query_proj", "output_proj")
 
     def __init__(
@@ -236,12 +238,13 @@ class MixtureOfAttention(nn.Module):
 
         Args:
             x: ``(B, S, H)``; with a cache the tokens that follow those in it.
-            attention_mask: ``(B, L)``, false or 0 at padding, of all L tokens, those in the cache too; padding sees
-                itself, so that its outputs are finite, and nothing else sees it. Or ``(B or 1, heads or 1, S, L)`` as
-                ``scaled_dot_product_attention`` takes it, the order of time and all.
-            position_ids: ``(B, S)`` or ``(1, S)`` for the rotary embedding; None counts on from the cache.
-            cache: keys and values so far, to which those of ``x`` are appended.
-            routing: takes the place of the router's, of ``B·S`` tokens.
+            attention_mask: ``(B, L)``, false or 0 at padding, for all L tokens including those in the cache. A padding
+                token attends only to itself, so that its output is finite, and no other token attends to it. Or ``(B or
+                1, heads or 1, S, L)`` as ``scaled_dot_product_attention`` takes it; it must then include the causal
+                mask.
+            position_ids: ``(B, S)`` or ``(1, S)`` for the rotary embedding; None continues after the cache.
+            cache: earlier keys and values, to which those of ``x`` are appended.
+            routing: replaces the router's routing; of ``B·S`` tokens.
             return_routing: whether to return the :class:`Routing` too, for balance losses.
 
         Returns:
@@ -288,7 +291,7 @@ class MixtureOfAttention(nn.Module):
         return (y, routing) if return_routing else y
 
     def _rotated(self, position_ids: torch.Tensor | None, past: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """``tensors (B, S, heads, d)`` by the angles of their positions."""
+        """``tensors (B, S, heads, d)`` rotated by the angles of their positions."""
         batch, length, _, dim = tensors[0].shape
         device, wide = tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)
         if position_ids is None:
@@ -315,7 +318,7 @@ class MixtureOfAttention(nn.Module):
     def _mask(
         self, attention_mask: torch.Tensor | None, x: torch.Tensor, past: int, total: int
     ) -> dict[str, torch.Tensor | bool]:
-        """What the attention function is told of who sees whom."""
+        """The keyword arguments that tell the attention function which tokens see which."""
         batch, length, _ = x.shape
         ordered = self.causal and length > 1
         if attention_mask is not None:
@@ -343,7 +346,7 @@ class MixtureOfAttention(nn.Module):
         top_k = heads // self.num_heads
         mask = how.get("attn_mask")
         if length == 1 and (mask is None or mask.dim() < 4 or mask.shape[1] == 1):
-            # One position: the slots are queries of one head, and keys and values are read once.
+            # With one position, the slots are queries of one head, so that keys and values are read once.
             q = q.view(batch, top_k, self.num_heads, dim).transpose(1, 2)
             out = self.attention(q, k, v, **how).transpose(1, 2)
         else:

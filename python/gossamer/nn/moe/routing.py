@@ -1,4 +1,4 @@
-"""Routing: which experts serve a token and with which weights, as functions of logits or of given ids."""
+"""Routings: the experts of each token and their weights, as functions of logits or of given ids."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
 
 
 def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:
-    """K experts must exist inside the ``topk_group`` chosen ones of ``n_group`` equal groups; ``scale`` is finite."""
-    # float first: isinstance of an abstract class takes a microsecond.
+    """Check that ``topk_group`` of ``n_group`` equal groups contain at least K experts, and that ``scale`` is
+    finite.
+    """
+    # float is checked first: isinstance with an abstract class takes a microsecond.
     if not isinstance(scale, (float, numbers.Real)):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    # By comparison: compilers may make the number symbolic, which math.isfinite does not take.
+    # Compared instead of math.isfinite, which does not accept the symbolic numbers of compilers.
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
@@ -62,19 +64,19 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
 
 
 def finite_logits(logits: torch.Tensor) -> torch.Tensor:
-    """NaN and −inf to the lowest finite number, +inf to the highest, all with zero gradient."""
+    """Replace NaN and −inf by the lowest finite number and +inf by the highest, with zero gradient."""
     limits = torch.finfo(logits.dtype)
     return torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
 
 
 def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension in which NaN and −inf get 0, even where nothing else is left."""
+    """Softmax over the last dimension in which NaN and −inf get 0, even if all values are NaN or −inf."""
     clean = finite_logits(logits)
     return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
 
 
 def softmax_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """``softmax(logits)`` over the experts; masked ones have 0, as has all of a token whose experts are all masked."""
+    """``softmax(logits)`` over the experts; masked experts have 0, also if all experts of a token are masked."""
     check_floating("logits", logits)
     return masked_softmax(logits)
 
@@ -90,7 +92,7 @@ SCORES = {"softmax": softmax_probabilities, "sigmoid": sigmoid_probabilities}
 
 
 def _check_fits(routing: Routing, dispatch: Dispatch) -> None:
-    """A routing's dispatch must be one of as many tokens, experts and experts per token."""
+    """A routing's dispatch must have the routing's numbers of tokens, experts, and experts per token."""
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
     if not type(dispatch.num_tokens) is type(dispatch.top_k) is type(dispatch.num_experts) is int:
@@ -105,23 +107,25 @@ def _check_fits(routing: Routing, dispatch: Dispatch) -> None:
 
 @dataclass(frozen=True, eq=False, init=False)
 class Routing:
-    """The experts of T tokens: what a router returns and expert layers and balance losses take.
+    """The experts of T tokens: the result of a router, and the input of expert layers and balance losses.
 
     Args:
-        expert_ids: ``(T, K)`` int64 or int32, K being the most experts that a token has. An id ``>= num_experts`` means
-            "no expert".
+        expert_ids: ``(T, K)`` int64 or int32, where K is the maximum number of experts per token. An id ``>=
+            num_experts`` means "no expert".
         weights: ``(T, K)`` routing weights, float32 (float64 for float64 logits); 0 where there is no expert.
         num_experts: E.
-        logits: ``(T, E)`` float32 (or float64) as the router computed them, or None where there are none.
+        logits: ``(T, E)`` float32 (or float64) as the router computed them, or None.
         score: deprecated; ``"softmax"`` or ``"sigmoid"`` stand for those ``probabilities``.
         dispatch: the assignments sorted by expert, or None until :meth:`dispatched` sorts them.
-        probabilities: what balance losses average, ``(T, E)``, adding up to one over a token's experts; or a function
-            that computes it from the logits, called when a loss asks. None with logits stands for their softmax.
-        max_rows: bound on the slots that have an expert, which sizes the buffers of expert layers on CUDA and in
-            compiled code; None for T·K. On the CPU they have the exact size. See :func:`gossamer.dispatch`.
+        probabilities: ``(T, E)`` scores that add up to one over a token's experts, which balance losses average; or a
+            function that computes them from the logits, called when a loss needs them. None with logits means their
+            softmax.
+        max_rows: upper bound on the number of slots that have an expert, which sets the size of expert layers' buffers
+            on CUDA and in compiled code; None for T·K. On the CPU buffers have the exact size. See
+            :func:`gossamer.dispatch`.
         residual: ``(T,)`` weights of the tokens themselves: :class:`MoE` adds ``residual[t] · x[t]``. None for nothing.
-        losses: terms of the router's own by name, without coefficients, differentiable: ``(T,)``, one value per token,
-            or a scalar. :func:`router_losses` averages them.
+        losses: the router's own loss terms by name, without coefficients, differentiable: ``(T,)``, one value per
+            token, or a scalar. :func:`router_losses` averages them.
 
     Attributes:
         expert_ids: as given, like ``weights``, ``num_experts``, ``logits``, ``dispatch``, ``max_rows``, ``residual``
@@ -167,7 +171,7 @@ class Routing:
         if not isinstance(num_experts, (int, torch.SymInt)):
             raise TypeError(f"num_experts must be an int, got {type(num_experts).__name__}")
         check_index("expert_ids", expert_ids)
-        # One comparison finds what is right; the checks say what is wrong.
+        # One comparison accepts valid arguments; the checks that follow only word the error.
         if not isinstance(weights, torch.Tensor) or len(expert_ids.shape) != 2 or weights.shape != expert_ids.shape:
             check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
             check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
@@ -203,12 +207,12 @@ class Routing:
 
     @property
     def probabilities(self) -> torch.Tensor:
-        """``(T, E)`` scores that add up to one over a token's experts, differentiable: what balance losses average.
+        """``(T, E)`` differentiable scores that add up to one over a token's experts; balance losses average them.
 
-        The router says what they are. A function of the logits is called at each access.
+        The router defines them. If it gave a function of the logits, each access calls it.
 
         Raises:
-            ValueError: this routing has none.
+            ValueError: this routing has no probabilities.
         """
         if self._probabilities is None:
             raise ValueError("routing must have logits for probabilities, got a routing by given ids")
@@ -225,7 +229,7 @@ class Routing:
         return next((name for name, known in SCORES.items() if known is self._probabilities), "softmax")
 
     def with_experts(self, expert_ids: torch.Tensor, weights: torch.Tensor, **changed: object) -> Routing:
-        """The same routing with other experts, not sorted yet; ``changed`` replaces other arguments of the class."""
+        """The same routing with other experts, not yet sorted; ``changed`` replaces other arguments of the class."""
         return self.replaced(expert_ids=expert_ids, weights=weights, dispatch=None, **changed)
 
     def dispatched(self) -> Routing:
@@ -237,13 +241,13 @@ class Routing:
         sorted_slots = dispatch(self.expert_ids, self.num_experts, max_rows=max_rows)
         if is_compiling():
             return self.replaced(dispatch=sorted_slots)
-        # Every layer of a model comes through here: a copy, since what was checked need not be checked again.
+        # Every layer of a model calls this, so the object is copied without checking its arguments again.
         made = object.__new__(Routing)
         made.__dict__.update(self.__dict__, dispatch=sorted_slots)
         return made
 
     def replaced(self, **changed: object) -> Routing:
-        """The same routing with other values of the class's arguments, ``dispatch`` among them."""
+        """The same routing with other values for arguments of the class, including ``dispatch``."""
         arguments = {
             "expert_ids": self.expert_ids,
             "weights": self.weights,
@@ -259,7 +263,7 @@ class Routing:
 
 
 def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
-    """``(T, E)`` bool, true outside the ``topk_group`` groups whose ``best`` highest choices have the largest sum.
+    """``(T, E)`` bool, true outside the ``topk_group`` groups with the largest sums of their ``best`` highest choices.
 
     A masked expert (−inf) adds nothing to its group's sum, and a wholly masked group ranks last.
     """
@@ -285,8 +289,8 @@ def as_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """``(T,)`` entropies ``−Σ_e p·log p`` in nats of ``probabilities (T, E)``; where p = 0 it adds nothing."""
-    # Clamped: the gradient of p·log p at 0 is infinite, and NaN times the zero that follows it.
+    """``(T,)`` entropies ``−Σ_e p·log p`` in nats of ``probabilities (T, E)``; p = 0 adds nothing."""
+    # Clamped, because the gradient of p·log p at 0 is infinite, and infinity times the zero after it is NaN.
     logarithms = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
     return -(probabilities * logarithms).sum(dim=-1)
 
@@ -323,14 +327,16 @@ def check_rows_per_token(rows_per_token: float | None) -> None:
 
 
 def row_bound(routing: Routing, rows_per_token: float | None) -> Routing:
-    """The routing with ``max_rows`` for ``rows_per_token`` experts per token on average; as it is for None."""
+    """The routing with ``max_rows`` for ``rows_per_token`` experts per token on average; unchanged for None."""
     if rows_per_token is None:
         return routing
     return routing.replaced(max_rows=int(rows_per_token * routing.num_tokens) + 1)
 
 
 def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) -> Routing:
-    """The routing with expert e in slot e where ``live (T, E)`` is true, with its column of ``weights (T, E)``."""
+    """The routing with expert e in slot e where ``live (T, E)`` is true, weighted by its column of ``weights (T,
+    E)``.
+    """
     num_experts = live.shape[1]
     experts = torch.arange(num_experts, device=live.device)
     ids = torch.where(live, experts, num_experts)
@@ -340,9 +346,9 @@ def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) 
 def route_gates(
     scores: torch.Tensor, gates: torch.Tensor, max_experts: int | None = None, **arguments: object
 ) -> Routing:
-    """The experts whose gate is positive, or the ``max_experts`` highest of them, by ``gates (T, E)``.
+    """The experts with a positive gate in ``gates (T, E)``, or the ``max_experts`` highest of them.
 
-    ``scores (T, any)`` are what the gates come from, which must be numbers on the CPU.
+    The gates were computed from ``scores (T, any)``, which must not be NaN on the CPU.
     """
     if max_experts is None or max_experts == gates.shape[1]:
         return route_where(live_experts(scores.detach(), gates.detach()), gates, **arguments)
@@ -354,7 +360,7 @@ def route_gates(
 
 
 class _SmoothStep(torch.autograd.Function):
-    """The cubic of :func:`smooth_step` in place on one buffer; the backward pass keeps ``v`` alone."""
+    """The cubic of :func:`smooth_step`, in place on one buffer; only ``v`` is saved for the backward pass."""
 
     @staticmethod
     def forward(v, gamma):
@@ -369,7 +375,7 @@ class _SmoothStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         (v,) = ctx.saved_tensors
-        # At the ends the slope is 0 exactly, as it is for what was clamped to them.
+        # The slope is exactly 0 at the ends, and so for all clamped values.
         u = torch.nan_to_num(v / ctx.gamma, nan=-0.5).clamp(-0.5, 0.5)
         return d * (1.5 - 6 * u * u) / ctx.gamma, None
 
@@ -377,7 +383,7 @@ class _SmoothStep(torch.autograd.Function):
 def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
     """``S(v)``, 0 up to −γ/2, 1 from γ/2 on, between them ``−2v³/γ³ + 3v/(2γ) + 1/2``; its derivative is continuous.
 
-    NaN and −inf give 0, +inf gives 1. The ends are exact, so that what is saturated is so in every dtype.
+    NaN and −inf give 0, +inf gives 1. The ends are exact, so that a saturated value is saturated in every dtype.
 
     Args:
         v: floating, of any shape.
@@ -410,14 +416,14 @@ def dense_weights(routing: Routing) -> torch.Tensor:
 
 
 def padded(routing: Routing, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(T, num_slots)`` ids and weights of a routing, with slots without an expert behind its own."""
+    """``(T, num_slots)`` ids and weights of a routing, padded with slots without an expert."""
     missing = num_slots - routing.top_k
     ids = F.pad(routing.expert_ids, (0, missing), value=routing.num_experts)
     return ids.long(), F.pad(routing.weights, (0, missing))
 
 
 def check_finite_logits(logits: torch.Tensor) -> None:
-    """Refuse NaN and +inf on the CPU where values can be read, for rules that hand operators other shapes."""
+    """Reject NaN and +inf on the CPU if values can be read, for rules that pass other shapes to the operators."""
     if not is_compiling() and not transformed():
         check_logits(logits.detach(), None)
 
@@ -425,16 +431,16 @@ def check_finite_logits(logits: torch.Tensor) -> None:
 def softmax_until(
     logits: torch.Tensor, mass: float, *, exceed: bool, num_experts: int, max_experts: int | None = None
 ) -> Routing:
-    """The most probable experts of each token, as many as it takes until their probabilities add up to ``mass``.
+    """The most probable experts of each token, as many as their probabilities need to add up to ``mass``.
 
-    With ``exceed`` the last one takes the sum beyond ``mass``, else to it at least. Weights are probabilities. Logits
-    beyond the first ``num_experts`` are of null experts: a slot that holds one has no expert. Checked arguments; see
-    softmax_top_p and softmax_threshold.
+    With ``exceed`` the sum must be greater than ``mass``, else at least ``mass``. Weights are probabilities. Logits
+    beyond the first ``num_experts`` belong to null experts: a slot that holds one has no expert. Arguments are checked
+    by the callers, softmax_top_p and softmax_threshold.
     """
     logits = as_logits(logits)
     ranks = logits.shape[1] if max_experts is None else max_experts
     if exceed and mass >= 1:
-        # Rounded sums may pass 1, which exact ones do not.
+        # Rounded sums may exceed 1, unlike exact ones.
         mass = math.inf
     fused = fused_mass(logits, mass, exceed=exceed, num_experts=num_experts, max_ranks=ranks)
     if fused is not None:
@@ -465,20 +471,20 @@ def softmax_topk(
 ) -> Routing:
     """The K experts of highest softmax probability: ``w = scale · softmax(logits)[ids]``, as in OLMoE.
 
-    With ``renormalize`` a token's weights are divided by their sum (Mixtral, Qwen3-MoE), which is the softmax over the
-    chosen logits and is computed as such: experts not chosen get exactly zero gradient. At K = 1 the renormalised
-    weight is constant, so that a task loss cannot train the router.
+    With ``renormalize`` a token's weights are divided by their sum (Mixtral, Qwen3-MoE). This equals the softmax over
+    the chosen logits and is computed as such, so experts not chosen get exactly zero gradient. At K = 1 the
+    renormalised weight is constant, so that a task loss cannot train the router.
 
-    With ``n_group > 1`` only the ``topk_group`` groups of E / n_group neighbouring experts with the most probable
-    single expert take part (DeepSeek-V2).
+    With ``n_group > 1`` only the ``topk_group`` groups (of E / n_group neighbouring experts each) whose best expert is
+    most probable take part (DeepSeek-V2).
 
-    Of experts with equal scores the kernels take the lower one first. Plain torch, which serves float64 logits and
-    what the kernels do not, promises no order.
+    Among experts with equal scores the kernels take the lower id first. Plain torch, which computes float64 logits and
+    cases without a kernel, guarantees no order.
 
     A logit of −inf masks its expert. Where a token has fewer than K unmasked experts, its other slots hold distinct
-    masked experts with weight 0. NaN and +inf are errors on the CPU. On CUDA, where nothing is read back, NaN is taken
-    as −inf and +inf as the largest finite number, so that ids stay distinct and in range and other tokens are not
-    touched; ``Routing.logits`` keeps such values as they came.
+    masked experts with weight 0. NaN and +inf are errors on the CPU. On CUDA, where values are not read back, NaN is
+    treated as −inf and +inf as the largest finite number, so that ids stay distinct and in range and other tokens are
+    not affected; ``Routing.logits`` keeps the original values.
 
     Args:
         logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
@@ -523,7 +529,7 @@ def softmax_topk(
 def topk_softmax(logits: torch.Tensor, top_k: int) -> Routing:
     """The K highest logits, and their softmax as weights: ``w = softmax(logits[ids])``, as in gpt-oss and Mixtral.
 
-    The same as :func:`softmax_topk` with ``renormalize=True``, whose arguments, errors and rules for −inf and NaN hold.
+    The same as :func:`softmax_topk` with ``renormalize=True``, with the same errors and rules for −inf and NaN.
 
     Args:
         logits: ``(..., E)``, floating.
@@ -542,7 +548,7 @@ def sigmoid_topk(
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> Routing:
-    """Selection by biased sigmoid scores inside the best groups, weights from the unbiased ones, as in DeepSeek-V3.
+    """Selection by biased sigmoid scores inside the best groups, and weights from unbiased scores, as in DeepSeek-V3.
 
     ``s = σ(logits)`` and ``r = s + correction_bias``. A group of E / n_group neighbouring experts scores the sum of its
     two highest ``r``; inside the ``topk_group`` best groups the K highest ``r`` are chosen, and
@@ -589,7 +595,7 @@ def sigmoid_topk(
         if n_group > 1:
             choice = choice.masked_fill(_outside_groups(choice, n_group, topk_group, best=2), -math.inf)
         ids = select_experts(logits, choice, top_k)
-        # Not "== -inf": a NaN from the bias must not pass either.
+        # Not "== -inf", because a NaN from the bias must not pass either.
         unavailable = ~(choice.gather(1, ids) > -math.inf)
     weights = scores.gather(1, ids).masked_fill(unavailable, 0.0)
     if renormalize:
@@ -607,7 +613,7 @@ def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Ten
         weights: ``(T, K)`` floating, or None for 1/K each.
 
     Returns:
-        A :class:`Routing` without logits, so without probabilities and balance losses.
+        A :class:`Routing` without logits, and therefore without probabilities and balance losses.
 
     Raises:
         TypeError: ``expert_ids`` does not hold int32 or int64, or ``weights`` is not floating.
@@ -628,7 +634,7 @@ def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Ten
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, capacity_factor: float) -> int:
-    """``C = int(capacity_factor · K·T/E)``, the slots that one expert serves; 0 stands for no limit."""
+    """``C = int(capacity_factor · K·T/E)``, the slots that one expert serves; 0 means no limit."""
     return int(capacity_factor * (top_k * num_tokens / num_experts))
 
 
@@ -646,7 +652,7 @@ PRIORITIES = ("token", "choice", "probability")
 
 
 def _places(routing: Routing, priority: str) -> torch.Tensor:
-    """``(T, K)`` places of a routing's slots among those of their expert, first come first."""
+    """``(T, K)`` positions of a routing's slots among the slots of their expert, in token order."""
     tokens, top_k, e = routing.num_tokens, routing.top_k, routing.num_experts
     ids = routing.expert_ids.clamp(0, e)
     if priority == "token":
@@ -665,19 +671,19 @@ def _places(routing: Routing, priority: str) -> torch.Tensor:
 def limit_capacity(
     routing: Routing, capacity_factor: float | None = None, *, capacity: int | None = None, priority: str = "token"
 ) -> Routing:
-    """Drop the slots that pass their expert's capacity ``C = int(capacity_factor · K·T/E)``, as GShard and Switch do.
+    """Drop the slots beyond their expert's capacity ``C = int(capacity_factor · K·T/E)``, as GShard and Switch do.
 
-    An expert serves its first C slots; the rest become "no expert". The other slots' weights stay as they are, and a
-    token whose slots are all dropped gets zeros. Where ``capacity_factor`` makes C 0, as with fewer tokens than
-    experts, nothing is dropped. Nothing is read on the host. What a token gets depends on the others of its batch.
+    An expert serves its first C slots; the others become "no expert". Weights of the remaining slots do not change, and
+    a token whose slots are all dropped gets zeros. If ``capacity_factor`` gives C = 0, as with fewer tokens than
+    experts, nothing is dropped. Nothing is read on the host. A token's result depends on the other tokens of its batch.
 
     Args:
         routing: a router's.
         capacity_factor: positive; 1 gives each expert room for its equal share.
-        capacity: C itself, at least 1, in place of a factor.
-        priority: which slots come first: ``"token"``, in token order, within a token in slot order; ``"choice"``, all
-            tokens' first slots before any second one, as in GShard and XMoE; ``"probability"``, that too, but tokens in
-            descending order of their largest weight: batch-prioritised routing (Riquelme et al., 2021).
+        capacity: C itself, at least 1, instead of a factor.
+        priority: the order of slots: ``"token"``, by token, within a token by slot; ``"choice"``, all tokens' first
+            slots before any second slot, as in GShard and XMoE; ``"probability"``, like ``"choice"`` with tokens in
+            descending order of their largest weight (batch-prioritised routing, Riquelme et al., 2021).
 
     Returns:
         A :class:`Routing` with E for the ids of dropped slots, sorted by expert.

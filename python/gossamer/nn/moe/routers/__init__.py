@@ -1,4 +1,4 @@
-"""Routers: one file a method, and the short names that :class:`gossamer.nn.MoE` knows them by."""
+"""Routers, one file per method, and their short names for :class:`gossamer.nn.MoE`."""
 
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routers.broadcast import BroadcastUncertain
@@ -36,10 +36,10 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def router_class(name: str) -> type[Router]:
-    """The router of a short name.
+    """The router class with a short name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name not in ROUTERS:
         raise ValueError(f"router must be one of {sorted(ROUTERS)}, a module or None, got {name!r}")

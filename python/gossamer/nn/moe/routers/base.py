@@ -11,12 +11,12 @@ from gossamer.nn.moe.routing import Routing
 
 
 class Router(nn.Module):
-    """A rule that picks the experts of each token: the base of all routers.
+    """A rule that chooses the experts of each token: the base of all routers.
 
     A router is a module with ``forward(x, *, token_ids=None)`` that returns a :class:`Routing`. K, the columns of its
     ``expert_ids``, is an upper bound: a slot without an expert holds an id ``>= num_experts`` and weight 0. Balance
-    losses average the ``probabilities`` that the router gives the routing. Expert layers and losses ask for nothing
-    else, so :class:`MoE` takes any router. :class:`LinearRouter` is the base of those that rank a linear map's logits.
+    losses average the ``probabilities`` that the router gives the routing. Expert layers and losses need nothing else,
+    so :class:`MoE` takes any router. :class:`LinearRouter` is the base of routers that rank the logits of a linear map.
 
     >>> class Nearest(gossamer.nn.Router):
     ...     def __init__(self, centres):
@@ -38,7 +38,7 @@ class Router(nn.Module):
     _wide_buffers: tuple[str, ...] = ()
 
     def __new__(cls, *args: object, **options: object) -> Router:
-        """A module; a :class:`LinearRouter` where the sizes of one are given."""
+        """A module; a :class:`LinearRouter` if the sizes of one are given."""
         if cls is Router and (args or options):
             from gossamer.nn.moe.routers.linear import LinearRouter
 
@@ -66,20 +66,21 @@ class Router(nn.Module):
 
     @classmethod
     def from_top_k(cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object) -> Router:
-        """The router that :class:`MoE` makes by name: with K experts per token, or as each class says.
+        """The router that :class:`MoE` creates by name: with K experts per token, or as the class defines.
 
         Args:
             hidden_size: H.
             num_experts: E.
-            top_k: K; None where the class does without.
-            **options: of the class, and ``device`` and ``dtype``.
+            top_k: K; None if the class does not need it.
+            **options: options of the class, and ``device`` and ``dtype``.
         """
         return cls(hidden_size, num_experts, top_k, **options)
 
     def step(self) -> None:
-        """Advance what follows the steps of training, such as a schedule; :func:`step_routers` calls it. Nothing here.
+        """Advance state that follows training steps, such as a schedule; :func:`step_routers` calls it. Does nothing
+        here.
 
-        It stands apart from ``forward``, which may run again for one step: in evaluation, over micro-batches, or where
+        It is separate from ``forward``, which may run several times per step: in evaluation, for micro-batches, or when
         activations are recomputed.
         """
 
@@ -87,15 +88,15 @@ class Router(nn.Module):
         """The routing of T tokens.
 
         Args:
-            x: hidden states ``(..., H)``; T is the product of the leading sizes. The last of those is the position in a
-                sequence, for routers that look at sequences.
+            x: hidden states ``(..., H)``; T is the product of the leading sizes. For routers that look at sequences,
+                the last leading dimension is the position.
             token_ids: ``(T,)`` integers, for routers that use them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, *, token_ids=None)")
 
 
 class RouterAround(Router):
-    """The base of routers that change what another one gives.
+    """The base of routers that change the routing of another router.
 
     Args:
         router: the other router.
@@ -114,12 +115,12 @@ class RouterAround(Router):
 
     @classmethod
     def from_top_k(cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object) -> Router:
-        """Around the router of the name ``router``, ``"softmax_topk"`` by default, of K and ``router_options``."""
+        """Wrap the router named ``router``, by default ``"softmax_topk"``, made with K and ``router_options``."""
         return cls(cls.inner(hidden_size, num_experts, top_k, options), **options)
 
     @staticmethod
     def inner(hidden_size: int, num_experts: int, top_k: int | None, options: dict[str, object]) -> Router:
-        """The router to stand around, by what :meth:`from_top_k` takes; its own options leave ``options``."""
+        """The router to wrap, from the arguments of :meth:`from_top_k`; its options are removed from ``options``."""
         from gossamer.nn.moe.routers import router_class
 
         factory = {name: options.pop(name, None) for name in ("device", "dtype")}
@@ -128,10 +129,10 @@ class RouterAround(Router):
 
 
 class StepCount:
-    """What counts training steps, for routers that follow them: a buffer that is saved, and its value on the host."""
+    """Counts training steps for routers that depend on them: a saved buffer, and its value on the host."""
 
     def count_steps(self, device: torch.device | str | None) -> None:
-        """Begin at 0; called by the constructor."""
+        """Start at 0; called by the constructor."""
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.num_steps = 0
 
@@ -147,7 +148,7 @@ class StepCount:
 
 
 def step_routers(module: nn.Module) -> None:
-    """Call :meth:`Router.step` of every router of ``module``, as after each optimizer step."""
+    """Call :meth:`Router.step` of every router in ``module``; do this after each optimizer step."""
     for child in module.modules():
         if isinstance(child, Router):
             child.step()

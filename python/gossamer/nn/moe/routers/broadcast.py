@@ -23,17 +23,17 @@ def _check_broadcast(entropy: float, slots: int | None) -> None:
 def broadcast_uncertain(
     routing: Routing, entropy: float, *, slots: int | None = None, sequence_length: int | None = None
 ) -> Routing:
-    """The routing with tokens of an undecided router sent to all experts (GW-MoE, Wu et al., 2024).
+    """The routing with uncertain tokens sent to all experts (GW-MoE, Wu et al., 2024).
 
     A token is uncertain where ``−Σ_e p_e·log(p_e + 1e-5) >= entropy``, in nats, of its probabilities p. It then gets
-    every expert with weight p_e; all others keep what they have. Of each sequence the first ``slots`` uncertain tokens
-    count alone.
+    every expert with weight p_e; other tokens keep their experts. In each sequence only the first ``slots`` uncertain
+    tokens are sent to all experts.
 
     Args:
         routing: with probabilities.
-        entropy: at least 0; log E is that of a router that has no opinion. 1.6 for 8 experts in the paper.
-        slots: uncertain tokens of a sequence that are broadcast; None for all.
-        sequence_length: S, of sequences that follow each other; None for one of T tokens.
+        entropy: threshold, at least 0; a uniform router has entropy log E. The paper uses 1.6 for 8 experts.
+        slots: number of uncertain tokens per sequence that are broadcast; None for all.
+        sequence_length: S, the length of the consecutive sequences; None for one sequence of T tokens.
 
     Returns:
         A :class:`Routing` with E slots.
@@ -69,14 +69,15 @@ def broadcast_uncertain(
 
 
 class BroadcastUncertain(RouterAround):
-    """:func:`broadcast_uncertain` of what another router gives, in training; in evaluation that itself, at no cost.
+    """Applies :func:`broadcast_uncertain` to another router in training; in evaluation it returns that router's
+    routing.
 
     The sequences are those of the hidden states ``(..., S, H)`` that the router is called with; ``(T, H)`` is one.
 
     Args:
-        router: with probabilities; top-1 by raw probabilities in the paper.
+        router: a router with probabilities; top-1 by raw probabilities in the paper.
         entropy: as in :func:`broadcast_uncertain`, like ``slots``.
-        slots: uncertain tokens of a sequence that are broadcast.
+        slots: number of uncertain tokens per sequence that are broadcast.
 
     Raises:
         TypeError: ``router`` is not a Router, or an argument no number.
@@ -100,7 +101,9 @@ class BroadcastUncertain(RouterAround):
         entropy: float | None = None,
         **options: object,
     ) -> Router:
-        """Around a router of K experts; ``entropy`` is by default the share of log E that the paper takes for 8."""
+        """Wrap a router of K experts; by default ``entropy`` is the fraction of log E that the paper uses for 8
+        experts.
+        """
         if entropy is None:
             entropy = 0.77 * torch.tensor(float(num_experts)).log().item()
         return super().from_top_k(hidden_size, num_experts, top_k, entropy=entropy, **options)

@@ -14,7 +14,7 @@ from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, check_capacity_factor, limit_capacity
 from gossamer.ops.topk_routing import select_experts
 
-# What the balance of clusters is measured at, whatever temperature the gates learn.
+# The temperature of the probabilities for balance losses, independent of the gates' learnt temperature.
 BALANCE_TEMPERATURE = 0.07
 LEAST_TEMPERATURE = 1e-4
 
@@ -22,35 +22,34 @@ LEAST_TEMPERATURE = 1e-4
 class ClusterRouter(StepCount, LinearRouter):
     """The nearest expert by cosine, mixed with the token itself (MoEC, Xie et al., 2023).
 
-    Tokens are projected to few dimensions, ``h = W·x``, and compared with a centroid of each expert:
-    ``cos_e = ⟨h, c_e⟩ / (‖h‖·‖c_e‖)``. A token goes to the expert of the largest one with the gate
-    ``α = σ(cos/τ)``, where τ is learnt, and keeps ``1 − α`` of itself: the layer gives ``α·expert(x) + (1 − α)·x``
-    (:attr:`Routing.residual`). What balance losses see is ``softmax(cos/0.07)``; :func:`cluster_variance_loss` is the
-    paper's.
+    Tokens are projected to a few dimensions, ``h = W·x``, and compared with a centroid per expert: ``cos_e = ⟨h, c_e⟩ /
+    (‖h‖·‖c_e‖)``. A token goes to the expert with the largest cosine, with the gate ``α = σ(cos/τ)``, where τ is
+    learnt. It keeps ``1 − α`` of itself: the layer returns ``α·expert(x) + (1 − α)·x`` (:attr:`Routing.residual`).
+    Balance losses use ``softmax(cos/0.07)``; :func:`cluster_variance_loss` is the loss of the paper.
 
     The E experts form clusters of ``L = E / num_clusters`` neighbours. In training only ``int((1 − dropout)·L)``
-    experts of each, but one at least, take part: the same of every cluster, drawn again each ``resample_every`` steps.
-    Call :func:`step_routers` after each optimizer step. The draws depend on ``seed`` and the step alone, so that
-    data-parallel ranks make the same.
+    experts of each cluster, at least one, take part. Their positions are the same in every cluster and are drawn again
+    every ``resample_every`` steps. Call :func:`step_routers` after each optimizer step. The draws depend only on
+    ``seed`` and the step, so data-parallel ranks make the same draws.
 
     Args:
         hidden_size: H.
         num_experts: E.
-        num_clusters: which divides E.
+        num_clusters: number of clusters; divides E.
         dropout: share of each cluster that is left out in training; at least 0, below 1.
         resample_every: training steps with the same survivors.
-        capacity_factor: which makes each expert serve its first ``int(capacity_factor · T/E)`` tokens, at least one;
-            the rest pass unchanged. None drops nothing.
+        capacity_factor: each expert serves its first ``int(capacity_factor · T/E)`` tokens, at least one; other tokens
+            pass unchanged. None drops nothing.
         projection_size: dimensions of h.
-        temperature: τ at first; its gates never take less than 1e-4.
-        seed: of the survivors.
+        temperature: initial τ; gates use at least 1e-4.
+        seed: seed of the draws.
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
         weight: ``(projection_size, H)``, W.
         centroids: ``(E, projection_size)``, initially orthogonal with gain 0.1.
         temperature: τ, a scalar parameter.
-        survivors: int64 buffer, the places within a cluster of the experts that take part.
+        survivors: int64 buffer, the positions within a cluster of the experts that take part.
 
     Raises:
         TypeError: a size is not an int, or ``capacity_factor`` is not a number.
@@ -112,7 +111,7 @@ class ClusterRouter(StepCount, LinearRouter):
         num_clusters: int | None = None,
         **options: object,
     ) -> ClusterRouter:
-        """With one expert per token, whatever K; ``num_clusters`` is by default the largest divisor of E up to 8."""
+        """With one expert per token, whatever K is; by default ``num_clusters`` is the largest divisor of E up to 8."""
         if num_clusters is None:
             num_clusters = math.gcd(num_experts, 8)
         return cls(hidden_size, num_experts, num_clusters, **options)
@@ -123,7 +122,7 @@ class ClusterRouter(StepCount, LinearRouter):
         if "centroids" not in self._parameters:
             return
         with torch.no_grad():
-            # The factorisation behind it is one of float32.
+            # Orthogonal initialisation needs a factorisation, which is computed in float32.
             self.centroids.copy_(nn.init.orthogonal_(torch.empty_like(self.centroids, dtype=torch.float32), gain=0.1))
             self.temperature.fill_(self._first_temperature)
 

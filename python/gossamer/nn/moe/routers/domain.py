@@ -1,4 +1,4 @@
-"""Experts by domain or label, with a learned router where none is given."""
+"""Experts by domain or label, with a learned router for tokens without one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from gossamer.nn.moe.routing import Routing, padded
 
 
 class DomainRouter(RouterAround):
-    """Experts by the domain or label id of a token, and by another router where the id is not given.
+    """Chooses experts by a token's domain or label id, and by another router if the id is missing.
 
-    ``token_ids`` are domain ids. A token of domain d gets the K experts ``table[d]`` with weight 1/K each, as where
-    experts are trained by domain (Meta-DMoE, Zhong et al., 2022) or label; a negative id, or no ids at all, leaves the
-    token to ``router``. In training that router learns from the ids given: the routing's ``losses["domain"]`` is
-    ``−log Σ_{e in table[d]} p_e`` of its probabilities for each token with an id, and 0 for the others.
+    ``token_ids`` are domain ids. A token of domain d gets the K experts ``table[d]`` with weight 1/K each, for experts
+    that are trained by domain (Meta-DMoE, Zhong et al., 2022) or label; with a negative id, or without ids, ``router``
+    routes the token. In training that router learns from the given ids: the routing's ``losses["domain"]`` is ``−log
+    Σ_{e in table[d]} p_e`` of its probabilities for each token with an id, and 0 for the others.
 
     Args:
         table: ``(D,)`` or ``(D, K)`` int32 or int64, the experts of each of D domains; saved with the state.
-        router: for tokens without an id; over the same experts.
+        router: router for tokens without an id; over the same experts.
 
     Raises:
         TypeError: ``table`` does not hold int32 or int64, or ``router`` is not a Router.
@@ -45,7 +45,9 @@ class DomainRouter(RouterAround):
         num_domains: int | None = None,
         **options: object,
     ) -> Router:
-        """With K experts a domain, those of domain d from ``d·K`` on, modulo E; ``num_domains`` is E by default."""
+        """With K experts per domain: domain d has the K experts from ``d·K`` on, modulo E; ``num_domains`` is E by
+        default.
+        """
         domains = num_experts if num_domains is None else num_domains
         width = 1 if top_k is None else top_k
         table = torch.arange(domains * width, device=options.get("device")).view(domains, width) % num_experts
@@ -56,12 +58,12 @@ class DomainRouter(RouterAround):
 
         Args:
             x: hidden states.
-            token_ids: T int32 or int64 domain ids below D; a negative one stands for none. None for no ids.
+            token_ids: T int32 or int64 domain ids below D; a negative value means "no id". None for no ids.
 
         Raises:
             TypeError: ``token_ids`` are not int32 or int64.
-            ValueError: they are not T.
-            IndexError: on the CPU, an id of D or above.
+            ValueError: their number is not T.
+            IndexError: on the CPU, an id is D or larger.
         """
         routing = self.router(x)
         if token_ids is None:

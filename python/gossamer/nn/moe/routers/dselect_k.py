@@ -30,26 +30,25 @@ def selector_gates(
     gamma: float,
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gates of k selectors over n experts (DSelect-k, Hazimeh et al., 2021), and what each selector gives.
+    """The gates of k selectors over n experts (DSelect-k, Hazimeh et al., 2021), and the output of each selector.
 
-    A selector's m = ⌈log₂ n⌉ values are the bits of an expert's number, most significant first: with the
-    :func:`smooth_step` q of each, expert i gets ``r_i = Π_b (q_b where bit b of i is 1, else 1 − q_b)``. The gates are
-    ``g_i = Σ_j α_j·r_ji`` with ``α = softmax(mixture)``. Where n is not a power of two, codes from n on reach no
-    expert, and the gates of a token add up to less than one by what they take.
+    A selector's m = ⌈log₂ n⌉ values encode the bits of an expert's number, most significant first. With q the
+    :func:`smooth_step` of each value, expert i gets ``r_i = Π_b (q_b where bit b of i is 1, else 1 − q_b)``. The gates
+    are ``g_i = Σ_j α_j·r_ji`` with ``α = softmax(mixture)``. If n is not a power of two, codes from n on belong to no
+    expert, and the gates of a token add up to less than one.
 
     Args:
         codes: ``(T, k, m)`` floating.
         mixture: ``(T, k)`` floating.
         num_experts: n.
         gamma: width of the smooth step, positive.
-        arrange: maps what each selector gives ``(T, k, n)`` to the experts, before they are added up; None for expert
-            i to expert i.
+        arrange: maps the selectors' outputs ``(T, k, n)`` to experts before they are summed; None for the identity.
 
     Returns:
         Gates ``(T, n)`` and r ``(T, k, n)``.
 
     Raises:
-        TypeError: a tensor is not floating, or a number none.
+        TypeError: a tensor is not floating, or an argument is not a number.
         ValueError: shapes or devices do not fit, or a number is not positive.
     """
     check_positive(num_experts=num_experts)
@@ -72,10 +71,11 @@ def selector_gates(
 class DSelectKRouter(LinearRouter):
     """:func:`selector_gates` over a linear map.
 
-    It begins with all experts and turns sparse in training, by the ``losses`` of its routings (see
+    It starts with all experts and becomes sparse in training, through the ``losses`` of its routings (see
     :func:`router_losses`): a token's ``"selector_entropy"``, ``−Σ_j Σ_i r_ji·log(r_ji + 1e-6)``, which saturates the
     bits, and, where E is not a power of two, ``"selector_unreachable"``, ``Σ_j 1/(1e-6 + Σ_i r_ji)``, which keeps codes
-    within the experts. The paper adds up the latter over the batch, so that its coefficient is here T times as large.
+    within the experts. The paper sums the latter over the batch, so a coefficient from the paper must be multiplied by
+    T here.
 
     Args:
         hidden_size: H.
@@ -83,12 +83,12 @@ class DSelectKRouter(LinearRouter):
         num_selectors: k.
         gamma: width of the smooth step; 1 in the paper.
         max_experts: maximum number of experts per token, the highest gates; None for E.
-        static: whether codes and mixture are parameters themselves, the same for all tokens.
+        static: whether codes and mixture are parameters, the same for all tokens, instead of functions of the token.
         rows_per_token: as in :class:`TopPRouter`.
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
-        num_parts: k, the parts that the gates are a sum of.
+        num_parts: k, the number of parts whose sum gives the gates.
         weight: ``(k·m + k, H)``: the selectors' bits, initially uniform in ±γ/100, and the mixture, in ±1/√H; None if
             static. ``bias`` has as many rows; it is initially 0, and uniform in ±γ/100 if static.
 

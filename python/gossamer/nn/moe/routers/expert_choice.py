@@ -22,20 +22,21 @@ def _check_factor(capacity_factor: float) -> None:
 
 
 def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
-    """Each expert takes its C most probable tokens (expert choice, Zhou et al., 2022): the load is equal by itself.
+    """Each expert takes its C most probable tokens (expert choice, Zhou et al., 2022), so loads are equal without a
+    loss.
 
-    ``p = softmax(logits)`` over the experts; expert e takes the C highest of column e, the earlier ones of equal
-    tokens, with ``C = int(capacity_factor · T/E)`` but at least 1 and at most T; the weight is ``p_te``. A token may
-    get any number of experts from none to E. A masked expert (−inf) is never chosen. The rules for +inf and NaN are
+    ``p = softmax(logits)`` over the experts; expert e takes the C highest entries of column e (the earlier token among
+    equal ones), with ``C = int(capacity_factor · T/E)`` but at least 1 and at most T; the weight is ``p_te``. A token
+    may get any number of experts from none to E. A masked expert (−inf) is never chosen. The rules for +inf and NaN are
     those of :func:`softmax_topk`.
 
     Warning:
-        What a token gets depends on all others of the batch, those after it in its sequence too: the rule is not
-        causal. A language model trained by it cannot be decoded by it; see :func:`expert_choice_threshold`.
+        The experts of a token depend on all other tokens of the batch, also on later ones of its sequence: the rule is
+        not causal. A language model trained with it cannot be decoded with it; see :func:`expert_choice_threshold`.
 
     Args:
         logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
-        capacity_factor: experts of a token on average; positive.
+        capacity_factor: average number of experts per token; positive.
 
     Returns:
         A :class:`Routing` with E slots, slot e of expert e.
@@ -54,10 +55,10 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
 
 
 def expert_choice_threshold(logits: torch.Tensor, thresholds: torch.Tensor) -> Routing:
-    """The experts whose probability of a token reaches their own threshold: expert choice token by token, causal.
+    """The experts for which a token's probability reaches their threshold: a causal form of expert choice.
 
-    With an expert's threshold at the least probability that it took in training, as
-    :meth:`ExpertChoiceRouter.update_thresholds` follows it, the loads are those of :func:`expert_choice` on average.
+    If an expert's threshold is the lowest probability that it accepted in training, as
+    :meth:`ExpertChoiceRouter.update_thresholds` tracks it, the loads equal those of :func:`expert_choice` on average.
 
     Args:
         logits: as in :func:`expert_choice`.
@@ -83,7 +84,7 @@ class ExpertChoiceRouter(LinearRouter):
     """:func:`expert_choice` over a linear map; with ``causal``, :func:`expert_choice_threshold`.
 
     Warning:
-        The choice over a batch is not causal. For autoregressive decoding follow the thresholds in training, and then
+        The choice over a batch is not causal. For autoregressive decoding, update the thresholds in training, and then
         set ``causal``:
 
         >>> y, routing = moe(x, return_routing=True)
@@ -93,12 +94,12 @@ class ExpertChoiceRouter(LinearRouter):
     Args:
         hidden_size: H.
         num_experts: E.
-        capacity_factor: experts of a token on average; 2 in the paper.
+        capacity_factor: average number of experts per token; 2 in the paper.
         causal: whether tokens are routed one by one, by :attr:`thresholds`.
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
-        causal: as given; ``eval()`` warns where it is False.
+        causal: as given; ``eval()`` warns if it is False.
         thresholds: ``(E,)`` float32 buffer, 1/E initially, which stays float32 when the module is cast.
 
     Raises:
@@ -123,12 +124,12 @@ class ExpertChoiceRouter(LinearRouter):
     def from_top_k(
         cls, hidden_size: int, num_experts: int, top_k: int | None = None, **options: object
     ) -> ExpertChoiceRouter:
-        """With K as the experts of a token on average."""
+        """With K experts per token on average."""
         check_positive(top_k=top_k)
         return cls(hidden_size, num_experts, top_k, **options)
 
     def train(self, mode: bool = True) -> ExpertChoiceRouter:
-        """As of any module, with a warning where evaluation will not be causal."""
+        """As for any module, with a warning if evaluation will not be causal."""
         if self.training and not mode and not self.causal:
             warnings.warn(
                 "ExpertChoiceRouter looks at all tokens of a batch, later ones of a sequence too, which is not causal: "
@@ -140,10 +141,11 @@ class ExpertChoiceRouter(LinearRouter):
 
     @torch.no_grad()
     def update_thresholds(self, routing: Routing, momentum: float = 0.99) -> None:
-        """Follow the least weight that each expert took: ``threshold = momentum · threshold + (1 − momentum) · least``.
+        """Track the lowest weight that each expert accepted: ``threshold = momentum · threshold + (1 − momentum) ·
+        least``.
 
         Args:
-            routing: of a training step, by this router. Experts that took no token keep their threshold.
+            routing: of a training step, by this router. Experts without tokens keep their threshold.
             momentum: at least 0, below 1.
 
         Raises:
@@ -162,7 +164,7 @@ class ExpertChoiceRouter(LinearRouter):
         self.thresholds.lerp_(least.to(self.thresholds.dtype), 1 - momentum)
 
     def route(self, logits: torch.Tensor) -> Routing:
-        """:func:`expert_choice` of ``logits (T, E)``, or :func:`expert_choice_threshold` where ``causal``."""
+        """:func:`expert_choice` of ``logits (T, E)``, or :func:`expert_choice_threshold` if ``causal``."""
         if self.causal:
             return expert_choice_threshold(logits, self.thresholds)
         return expert_choice(logits, self.capacity_factor)

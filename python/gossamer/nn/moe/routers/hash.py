@@ -43,17 +43,17 @@ def check_ids(token_ids: torch.Tensor, low: int, high: int, symbol: str) -> None
 
 
 def frequency_table(frequencies: torch.Tensor, num_experts: int, top_k: int = 1, *, seed: int = 0) -> torch.Tensor:
-    """Experts by token id, ``(V, K)`` int64, that share out the frequencies: the most frequent ids first, each to the K
-    experts that have least so far.
+    """Experts by token id, ``(V, K)`` int64, with balanced loads: ids in descending order of frequency each go to the K
+    experts with the lowest load so far.
 
-    Ids and experts that are equal are taken in a random order. Equal frequencies give each expert V·K/E ids, rounded up
-    or down. No expert has more than the mean load, plus the frequency of one id.
+    Ties between ids and between experts are broken at random. Equal frequencies give each expert V·K/E ids, rounded up
+    or down. No expert's load exceeds the mean by more than the frequency of one id.
 
     Args:
         frequencies: ``(V,)`` numbers of at least 0, such as counts of ids in a corpus.
         num_experts: E.
         top_k: K, at most E.
-        seed: of the random order.
+        seed: seed of the random order.
 
     Raises:
         TypeError: a size is not an int, or ``frequencies`` is not a tensor.
@@ -86,7 +86,7 @@ def frequency_table(frequencies: torch.Tensor, num_experts: int, top_k: int = 1,
 class HashRouter(Router):
     """Experts by token id, from a fixed table (hash layers, Roller et al., 2021); every slot weighs 1/K.
 
-    :meth:`balanced` and :meth:`by_frequency` make the table.
+    :meth:`balanced` and :meth:`by_frequency` create the table.
 
     Args:
         table: ``(V,)`` or ``(V, K)`` int32 or int64, the experts of each of V token ids; saved with the state.
@@ -112,7 +112,7 @@ class HashRouter(Router):
 
     @classmethod
     def by_frequency(cls, frequencies: torch.Tensor, num_experts: int, top_k: int = 1, *, seed: int = 0) -> HashRouter:
-        """With the table that shares ``frequencies (V,)`` out evenly; see :func:`frequency_table`."""
+        """With a table that balances ``frequencies (V,)``; see :func:`frequency_table`."""
         return cls(frequency_table(frequencies, num_experts, top_k, seed=seed), num_experts)
 
     @classmethod

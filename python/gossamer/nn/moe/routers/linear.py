@@ -1,4 +1,4 @@
-"""Routers as modules: a linear map from hidden states to logits, and a rule that picks experts from them."""
+"""Routers with a linear map from hidden states to logits, and a rule that chooses experts from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gossamer.nn.moe.routing import (
 
 
 class _WideLinear(torch.autograd.Function):
-    """``x·Wᵀ`` in a wider dtype that keeps x and W for the backward pass in their own: the wide copies are not kept."""
+    """``x·Wᵀ`` in a wider dtype; for the backward pass x and W are saved in their own dtypes, not as wide copies."""
 
     @staticmethod
     def forward(x, weight, dtype):
@@ -41,7 +41,7 @@ class _WideLinear(torch.autograd.Function):
 
 
 class LinearRouter(Router):
-    """A linear map from hidden states to logits, and a rule that picks experts from them.
+    """A linear map from hidden states to logits, and a rule that chooses experts from them.
 
     A subclass defines the rule, ``route(logits) -> Routing``.
 
@@ -53,7 +53,7 @@ class LinearRouter(Router):
         upcast: whether the product is taken in float32, whatever the dtypes of the hidden states and the weight and
             under autocast too (the wide copies are not kept for the backward pass). Otherwise it is taken in the hidden
             states' dtype, as in Mixtral and Qwen3-MoE, and its result upcast.
-        num_logits: rows of the linear map, for rules that take others than one logit per expert; None for E.
+        num_logits: rows of the linear map, for rules that do not use one logit per expert; None for E.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -1,4 +1,4 @@
-"""Which expert each output of a router drives, learnt by Sinkhorn and then fixed."""
+"""A permutation from a router's outputs to experts, learnt with Sinkhorn iterations and then fixed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from gossamer.nn.moe.routing import Routing, dense_weights, route_where
 
 
 def sinkhorn(scores: torch.Tensor, iterations: int) -> torch.Tensor:
-    """``exp`` of ``scores (..., n, n)`` normalised in turn by rows and by columns, ``iterations`` times, in float64."""
+    """``exp(scores)`` of ``scores (..., n, n)``, normalised alternately by rows and by columns ``iterations`` times, in
+    float64.
+    """
     scores = scores.double()
     for _ in range(iterations):
         scores = scores - scores.logsumexp(dim=-1, keepdim=True)
@@ -24,7 +26,7 @@ def sinkhorn(scores: torch.Tensor, iterations: int) -> torch.Tensor:
 
 
 def best_assignment(profit: torch.Tensor) -> torch.Tensor:
-    """``(n,)`` int64 on the CPU: the permutation π that makes ``Σ_i profit[i, π(i)]`` largest (Hungarian method)."""
+    """``(n,)`` int64 on the CPU: the permutation π that maximises ``Σ_i profit[i, π(i)]`` (Hungarian method)."""
     cost = -profit.detach().double().cpu()
     n = cost.shape[0]
     # Column 0 is the root of each search; rows are counted from 1 so that 0 means none.
@@ -61,33 +63,34 @@ def best_assignment(profit: torch.Tensor) -> torch.Tensor:
 
 
 class LearnedPermutation(StepCount, RouterAround):
-    """A router whose outputs are permuted over the experts as is learnt (Ibrahim et al., COMET, 2023).
+    """A router whose outputs are assigned to experts by a learnt permutation (Ibrahim et al., COMET, 2023).
 
     For a phase of ``phase_steps`` training steps, a token's weights g over the E outputs of ``router`` become ``g·P``,
-    divided so that their sum stays, with ``P = sinkhorn((Λ + ν·Gumbel)/τ)``; log τ falls and the iterations grow
-    linearly over the phase. ``losses["permutation"]`` of the routings, the entropy of P and of P with normalised rows,
-    makes it hard. At the end of the phase the assignment π of the largest ``Σ_i P[i, π(i)]`` takes its place, and
-    Λ gets no gradient any more: output i drives expert π(i). :meth:`absorb` then moves the experts, so that nothing is
-    left to compute.
+    rescaled to the same sum, with ``P = sinkhorn((Λ + ν·Gumbel)/τ)``; log τ decreases and the number of iterations
+    grows linearly over the phase. ``losses["permutation"]`` of the routings, the entropy of P and of P with normalised
+    rows, drives P to a permutation. At the end of the phase the assignment π with the largest ``Σ_i P[i, π(i)]``
+    replaces P, and Λ no longer gets a gradient: output i drives expert π(i). :meth:`absorb` then reorders the experts,
+    so that the permutation costs nothing.
 
-    Call :func:`step_routers` after each optimizer step. In the phase, tokens go to every expert that P gives weight.
+    Call :func:`step_routers` after each optimizer step. During the phase, tokens go to every expert to which P gives
+    weight.
 
-    With ``per_part`` each tree of a :class:`TreeRouter`, or each selector of a :class:`DSelectKRouter`, has a
-    permutation of its own, which stays: experts cannot absorb several.
+    With ``per_part`` each tree of a :class:`TreeRouter`, or each selector of a :class:`DSelectKRouter`, has its own
+    permutation, which cannot be absorbed.
 
     Args:
-        router: over E experts.
-        phase_steps: training steps of the search.
-        temperatures: τ at its beginning and end.
-        iterations: of Sinkhorn, at its beginning and end.
-        noise: ν, of the Gumbel noise in training.
-        per_part: whether each of the R parts that the router's gates are a sum of is permuted by itself.
+        router: a router over E experts.
+        phase_steps: number of training steps of the phase.
+        temperatures: τ at the beginning and end of the phase.
+        iterations: number of Sinkhorn iterations at the beginning and end.
+        noise: ν, the scale of the Gumbel noise in training.
+        per_part: whether each of the R parts whose sum gives the router's gates has its own permutation.
         device: of Λ.
         dtype: of Λ.
 
     Attributes:
         log_weights: Λ ``(E, E)``, initially uniform in ±0.05; ``(R, E, E)`` with ``per_part``.
-        assignment: ``(E,)`` int64 buffer, π once the phase is over; ``(R, E)`` with ``per_part``.
+        assignment: ``(E,)`` int64 buffer, π after the phase; ``(R, E)`` with ``per_part``.
         num_steps: training steps so far.
 
     Raises:
@@ -156,11 +159,11 @@ class LearnedPermutation(StepCount, RouterAround):
 
     @property
     def searching(self) -> bool:
-        """Whether the phase lasts."""
+        """Whether the phase is still running."""
         return self.num_steps < self.phase_steps
 
     def matrix(self) -> torch.Tensor:
-        """P, as Λ is shaped, float64 at this step, differentiable.
+        """P at the current step, float64 with the shape of Λ, differentiable.
 
         Raises:
             ValueError: the phase is over.
@@ -204,17 +207,18 @@ class LearnedPermutation(StepCount, RouterAround):
 
     @torch.no_grad()
     def absorb(self, experts: ExpertLayer) -> Router:
-        """Move the experts to where their outputs are, in place, and return the router within, which now does alone.
+        """Reorder the experts in place by the permutation, and return the wrapped router, which then needs no
+        permutation.
 
         >>> moe.router = moe.router.absorb(moe.experts)
 
-        What optimizers keep of the experts' parameters stays where it was: begin it again.
+        Optimizer state of the experts' parameters is not reordered: create the optimizer again.
 
         Args:
-            experts: with E experts, and :meth:`ExpertLayer.reorder`.
+            experts: a layer of E experts that defines :meth:`ExpertLayer.reorder`.
 
         Raises:
-            ValueError: the phase is not over yet, or they are not E experts.
+            ValueError: the phase is not over, or the layer does not have E experts.
             NotImplementedError: the layer cannot be reordered, or there is a permutation for each part.
         """
         permutation = self.permutation
@@ -256,7 +260,7 @@ class LearnedPermutation(StepCount, RouterAround):
         )
 
     def _arranged(self, parts: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
-        """``parts (T, R, E)`` by output in the order of the experts."""
+        """``parts (T, R, E)``, ordered by output, in the order of the experts."""
         if matrix is not None:
             return torch.einsum("tre,ref->trf", parts, matrix.to(parts.dtype))
         return parts.gather(2, torch.argsort(self.assignment, dim=1).expand_as(parts))

@@ -1,4 +1,4 @@
-"""Expert prototyping: the best expert of each of several groups."""
+"""Expert prototyping: the best expert of each group."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
     """The most probable expert of each prototype, ``k`` top-1 (M6-T, Yang et al., 2021).
 
     The E experts form Z prototypes of ``F = E/Z`` neighbours. In prototype z, ``p^z = softmax(logits_z)`` over its F
-    experts, the choice is its largest, and that is the weight, not divided by anything: a token's Z weights add up to
-    at most Z. The rules for ties, −inf, +inf and NaN are those of :func:`softmax_topk` in each prototype.
+    experts, the largest is chosen and is the weight, without normalisation: a token's Z weights add up to at most Z.
+    The rules for ties, −inf, +inf and NaN are those of :func:`softmax_topk` in each prototype.
 
     Args:
         logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
-        num_prototypes: Z, which divides E.
-        capacity_factor: γ, which makes each expert serve its first ``⌈γ·T/F⌉`` tokens, the rest having no expert in
-            that prototype; None drops nothing.
+        num_prototypes: Z; divides E.
+        capacity_factor: γ: each expert serves its first ``⌈γ·T/F⌉`` tokens; other tokens have no expert in that
+            prototype. None drops nothing.
 
     Returns:
         A :class:`Routing` with the expert of prototype z in slot z, whose probabilities are ``p^z / Z``.

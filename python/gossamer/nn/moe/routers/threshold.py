@@ -1,4 +1,4 @@
-"""XMoE: experts until their probabilities reach a threshold, some of which may do nothing."""
+"""XMoE: as many experts as it takes to reach a probability threshold, optionally with null experts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _check_null_experts(null_experts: int) -> None:
 def softmax_threshold(
     logits: torch.Tensor, threshold: float, *, max_experts: int | None = None, null_experts: int = 0
 ) -> Routing:
-    """The fewest experts whose softmax probabilities add up to ``threshold`` at least (XMoE, Yang et al., 2024).
+    """The fewest experts whose softmax probabilities add up to at least ``threshold`` (XMoE, Yang et al., 2024).
 
     In descending order of ``p = softmax(logits)``, a rank is kept while the sum of those before it is below
-    ``threshold``; the first always is. Weights are the probabilities themselves. The last ``null_experts`` logits are
-    of null experts, whose output is zero: they take probability and a slot, which then has no expert. A token that
-    chooses null experts alone costs nothing. The rules for ties, −inf, +inf and NaN are those of
+    ``threshold``; the first always is. Weights are the probabilities themselves. The last ``null_experts`` logits
+    belong to null experts, whose output is zero: they take probability and a slot, which then has no expert. A token
+    that chooses only null experts costs nothing. The rules for ties, −inf, +inf and NaN are those of
     :func:`softmax_top_p`.
 
     Args:
@@ -65,15 +65,15 @@ def softmax_threshold(
 class ThresholdRouter(LinearRouter):
     """:func:`softmax_threshold` over a linear map: XMoE, made for many small experts.
 
-    XMoE bounds an expert's load with all first choices before any second: ``limit_capacity(routing, capacity=C,
-    priority="choice")`` with ``C = max(4, ⌈factor · T/E⌉)``.
+    XMoE bounds an expert's load, serving all first choices before any second choice: ``limit_capacity(routing,
+    capacity=C, priority="choice")`` with ``C = max(4, ⌈factor · T/E⌉)``.
 
     Args:
         hidden_size: H.
         num_experts: E.
         threshold: above 0, at most 1; 0.9 in the paper.
         max_experts: maximum number of slots per token, including those of null experts; None for ``E + null_experts``.
-        null_experts: experts beside the E ones that do nothing.
+        null_experts: number of additional experts that do nothing.
         rows_per_token: as in :class:`TopPRouter`.
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
@@ -112,7 +112,7 @@ class ThresholdRouter(LinearRouter):
     def from_top_k(
         cls, hidden_size: int, num_experts: int, top_k: int | None = None, *, threshold: float = 0.9, **options: object
     ) -> ThresholdRouter:
-        """With K as the most slots of a token."""
+        """With at most K slots per token."""
         return cls(hidden_size, num_experts, threshold, top_k, **options)
 
     def route(self, logits: torch.Tensor) -> Routing:

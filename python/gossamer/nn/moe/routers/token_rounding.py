@@ -19,7 +19,7 @@ def _check_rounding(tile: int, mode: str) -> None:
 
 
 def round_counts(counts: torch.Tensor, tile: int, mode: str) -> torch.Tensor:
-    """Integers rounded to multiples of ``tile``: the nearest, the even one of two; or the next ``up`` or ``down``."""
+    """Integers rounded to multiples of ``tile``: to the nearest (ties to the even multiple), or always up or down."""
     below, rest = counts // tile, counts % tile
     if mode == "up":
         below = below + (rest > 0)
@@ -31,19 +31,20 @@ def round_counts(counts: torch.Tensor, tile: int, mode: str) -> torch.Tensor:
 def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") -> Routing:
     """The routing with each expert's number of tokens made a multiple of ``tile`` (SonicMoE, Guo et al., 2025).
 
-    An expert that f tokens chose gets f̂ of them, f rounded but at most T: first those that chose it, by descending
-    weight, then the others by descending probability. So one with f̂ < f loses its weakest tokens, and one with f̂ > f
-    takes the most probable others. Weights stay what the routing gave; a token taken besides weighs its probability.
-    Selection has no gradient. Where all counts are multiples already, it is the routing itself.
+    An expert that f tokens chose gets f̂ tokens, where f̂ is f rounded but at most T: first those that chose it, by
+    descending weight, then others by descending probability. So an expert with f̂ < f loses its tokens of lowest
+    weight, and one with f̂ > f takes the most probable additional tokens. Chosen tokens keep their weights; the weight
+    of an additional token is its probability. The selection has no gradient. If all counts are multiples already, the
+    routing is returned unchanged.
 
     Args:
-        routing: with probabilities, of weights that add up to one per token in the paper, such as a
+        routing: a routing with probabilities. In the paper a token's weights add up to one, as with a
             :class:`SoftmaxRouter` with ``renormalize``.
         tile: rows of a tile of the grouped products.
         mode: ``"nearest"`` (half to even), ``"up"`` or ``"down"``.
 
     Returns:
-        A :class:`Routing` with E slots, slot e of expert e. It depends on all tokens of the batch.
+        A :class:`Routing` with E slots, slot e of expert e. A token's experts depend on all tokens of the batch.
 
     Raises:
         TypeError: ``routing`` is not a Routing, or ``tile`` is not an int.
@@ -60,14 +61,14 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
         ids = routing.expert_ids.clamp(max=e).long()
         chosen = torch.zeros(num_tokens, e + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)[:, :e]
         counts = round_counts(chosen.sum(dim=0), tile, mode)
-        # Those that chose the expert come first; −1/p is below all weights and keeps the order of small p.
+        # Tokens that chose the expert come first; for others −1/p is below all weights and keeps the order of small p.
         keys = torch.where(chosen, weights, -1 / probabilities)
         most = int(counts.max()) if is_readable(counts) else num_tokens
         ranked = keys.topk(min(most, num_tokens), dim=0).values
         if ranked.shape[0]:
             lowest = ranked.gather(0, (counts - 1).clamp(0, ranked.shape[0] - 1).unsqueeze(0))
             above, level = keys > lowest, keys == lowest
-            # Of equal tokens the first ones are kept.
+            # Among equal tokens the first ones are kept.
             kept = above | (level & (level.cumsum(dim=0) <= counts - above.sum(dim=0)))
             kept = kept & (counts > 0)
         else:
@@ -78,14 +79,14 @@ def round_tokens(routing: Routing, tile: int = 128, *, mode: str = "nearest") ->
 
 
 class TokenRounding(RouterAround):
-    """:func:`round_tokens` of what another router gives, in training; in evaluation that itself.
+    """Applies :func:`round_tokens` to another router in training; in evaluation it returns that router's routing.
 
     >>> router = TokenRounding(SoftmaxRouter(1024, 64, 8, renormalize=True), tile=128)
 
     Args:
-        router: with probabilities.
+        router: a router with probabilities.
         tile: as in :func:`round_tokens`, like ``mode``.
-        mode: how counts are rounded.
+        mode: rounding of the counts.
 
     Raises:
         TypeError: ``router`` is not a Router, or ``tile`` is not an int.

@@ -20,10 +20,10 @@ def softmax_top_p(logits: torch.Tensor, top_p: float, *, max_experts: int | None
     """The fewest experts whose softmax probabilities add up to more than ``top_p`` (Huang et al., 2024).
 
     A token's experts are the ranks, in descending order of ``p = softmax(logits)``, up to and including the first at
-    which the running sum exceeds ``top_p``; all of them where none does. Weights are the probabilities themselves:
-    ``w = p[ids]``. How many there are has no gradient; :func:`routing_entropy_loss` keeps the number small. The rules
-    for ties, −inf, +inf and NaN are those of :func:`softmax_topk`, but masked experts take no slot: a token whose
-    experts are all masked has none.
+    which the running sum exceeds ``top_p``; all experts if it never does. Weights are the probabilities themselves: ``w
+    = p[ids]``. Their number has no gradient; :func:`routing_entropy_loss` keeps it small. The rules for ties, −inf,
+    +inf and NaN are those of :func:`softmax_topk`, but masked experts take no slot: a token whose experts are all
+    masked has none.
 
     Args:
         logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
@@ -51,8 +51,8 @@ class TopPRouter(LinearRouter):
         num_experts: E.
         top_p: above 0, at most 1; 0.4 in the paper.
         max_experts: maximum number of experts per token; None for E.
-        rows_per_token: bound on the mean number of experts of a token, which sizes the buffers of expert layers on CUDA
-            and in compiled code (``max_rows`` of :class:`Routing`); None for ``max_experts``.
+        rows_per_token: upper bound on the mean number of experts per token, which sets the size of buffers of expert
+            layers on CUDA and in compiled code (``max_rows`` of :class:`Routing`); None for ``max_experts``.
         **options: ``bias``, ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Raises:
@@ -80,7 +80,7 @@ class TopPRouter(LinearRouter):
     def from_top_k(
         cls, hidden_size: int, num_experts: int, top_k: int | None = None, *, top_p: float = 0.4, **options: object
     ) -> TopPRouter:
-        """With K as the maximum number of experts per token."""
+        """With at most K experts per token."""
         return cls(hidden_size, num_experts, top_p, top_k, **options)
 
     def route(self, logits: torch.Tensor) -> Routing:

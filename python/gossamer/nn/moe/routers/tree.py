@@ -30,10 +30,10 @@ def _check_trees(num_experts: int, num_trees: int, gamma: float) -> None:
 
 
 def _reach(splits: torch.Tensor) -> torch.Tensor:
-    """``(T, k, n)`` from the shares ``(T, k, n − 1)`` that go left at each split: what comes to each leaf.
+    """The share ``(T, k, n)`` that reaches each leaf, from the shares ``(T, k, n − 1)`` that go left at each split.
 
-    Nodes are numbered as in a heap, children of i being 2i + 1 and 2i + 2; leaves are in order from left to right, so
-    those of the last level come before those of the level above.
+    Nodes are numbered as in a heap: the children of i are 2i + 1 and 2i + 2. Leaves are ordered from left to right, so
+    leaves of the last level come before those of the level above it.
     """
     level, shallow = torch.ones_like(splits[..., :1]), splits[..., :0]
     begin, count = 0, splits.shape[-1]
@@ -52,19 +52,19 @@ def tree_gates(
     gamma: float,
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gates of k soft trees over n experts (COMET, Ibrahim et al., 2023), and how far each leaf is reached.
+    """The gates of k soft trees over n experts (COMET, Ibrahim et al., 2023), and the share that reaches each leaf.
 
-    A split of value v sends ``S(v)`` of what comes to it left and the rest right, with :func:`smooth_step` S; leaf l of
-    tree j is reached by the product s_jl along its path, and has a score a_jl. The gates are one softmax over all
-    leaves, ``g_jl ∝ exp(a_jl + log(s_jl + 1e-8))``, 0 where s_jl is 0, summed over the trees. Where all splits are
-    saturated each tree picks one leaf, so that at most k gates are positive.
+    A split of value v sends a share ``S(v)`` of its input left and the rest right, where S is :func:`smooth_step`. The
+    share that reaches leaf l of tree j is the product s_jl along its path, and the leaf has a score a_jl. The gates are
+    one softmax over all leaves, ``g_jl ∝ exp(a_jl + log(s_jl + 1e-8))``, 0 where s_jl is 0, summed over the trees. If
+    all splits are saturated, each tree chooses one leaf, so at most k gates are positive.
 
     Args:
         splits: ``(T, k, n − 1)`` floating, nodes as in a heap.
         leaves: ``(T, k, n)`` floating, from left to right.
         gamma: width of the smooth step, positive.
-        arrange: maps the gates of each tree ``(T, k, n)`` to the experts, before they are added up; None for leaf l to
-            expert l.
+        arrange: maps the gates of each tree ``(T, k, n)`` to experts before they are summed; None for leaf l to expert
+            l.
 
     Returns:
         Gates ``(T, n)`` that add up to one, and s ``(T, k, n)``.
@@ -95,8 +95,8 @@ def tree_gates(
 class TreeRouter(LinearRouter):
     """:func:`tree_gates` over a linear map: the router of COMET.
 
-    It begins with all experts and turns sparse in training, by ``losses["tree_entropy"]`` of its routings (see
-    :func:`router_losses`), ``−Σ_j Σ_l s_jl·log(s_jl + 1e-6)`` a token, which saturates the splits.
+    It starts with all experts and becomes sparse in training, through ``losses["tree_entropy"]`` of its routings (see
+    :func:`router_losses`): ``−Σ_j Σ_l s_jl·log(s_jl + 1e-6)`` per token, which saturates the splits.
 
     Args:
         hidden_size: H.
@@ -109,7 +109,7 @@ class TreeRouter(LinearRouter):
         **options: ``upcast``, ``device``, ``dtype`` of :class:`LinearRouter`.
 
     Attributes:
-        num_parts: k, the parts that the gates are a sum of.
+        num_parts: k, the number of parts whose sum gives the gates.
         weight: ``(k·(2n − 1), H)``: tree after tree, of each the n − 1 splits, initially uniform in ±γ/100, and the n
             leaves, in ±0.05. ``bias``, initially 0, has as many rows.
 
