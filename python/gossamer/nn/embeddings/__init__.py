@@ -1,1 +1,1 @@
-"""Embedding tables, one file per kind."""
+"""Embedding tables, one file per kind of table."""

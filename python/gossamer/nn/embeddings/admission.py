@@ -1,4 +1,4 @@
-"""Which ids a dynamic embedding gives a row at all: most ids of a stream are seen once or twice and never again."""
+"""Admission filters of dynamic embeddings: most ids of a stream occur once or twice and should not get a row."""
 
 from __future__ import annotations
 
@@ -18,39 +18,44 @@ _SEED = 0x5BF0_3635
 
 
 class Filter(Protocol):
-    """Decides about keys that have no row; has a state of its own."""
+    """Decides whether keys without a row get one; has its own state."""
 
     def judge(self, keys: torch.Tensor, counts: torch.Tensor, step: int) -> torch.Tensor:
-        """Who is admitted, of distinct ``keys (n,)`` with ``counts (n,)`` occurrences in a step: ``(n,)`` bool."""
+        """``(n,)`` bool: which of the distinct ``keys (n,)``, with ``counts (n,)`` occurrences in a step, are
+        admitted.
+        """
 
     def note(self, keys: torch.Tensor, counts: torch.Tensor, admitted: torch.Tensor) -> None:
-        """Remember those occurrences, and that the admitted have a row now."""
+        """Record these occurrences, and that admitted keys now have a row."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state, as tensors."""
 
     def check(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-        """Raise ValueError unless ``tensors`` is such a state."""
+        """Raise ValueError unless ``tensors`` is a valid state."""
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over a state that was checked."""
+        """Load a state that was checked."""
 
     def merge(self, parts: Sequence[Mapping[str, torch.Tensor]], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Take over what several filters of this kind know of the keys that ``keep`` chooses, as far as it is known."""
+        """Merge what several filters of this kind store about the keys that ``keep`` selects, as far as it can be
+        separated.
+        """
 
 
 @dataclass(frozen=True)
 class FrequencyAdmission:
-    """Give a key a row once it has been seen ``threshold`` times, occurrences within a batch included.
+    """Give a key a row once it has occurred ``threshold`` times, including occurrences within a batch.
 
-    Counts are exact in a table of ``capacity`` keys that forgets those seen longest ago; with ``sketch`` they are those
-    of a count-min sketch (Cormode and Muthukrishnan, 2005) of 4 lines of ``capacity`` bytes, which takes no key's
-    memory and never counts too low, but may count colliding keys together. Monolith (Liu et al., 2022) filters so.
+    Counts are exact, in a table of ``capacity`` keys that evicts the least recently seen ones. With ``sketch`` they
+    come from a count-min sketch (Cormode and Muthukrishnan, 2005) of 4 lines of ``capacity`` bytes, which needs no
+    memory per key and never counts too low, but may count colliding keys together. Monolith (Liu et al., 2022) uses
+    this filter.
 
     Args:
         threshold: occurrences; at most 255 with a sketch.
-        capacity: keys that are counted exactly, or bytes of a line of the sketch.
-        sketch: which of the two.
+        capacity: number of keys that are counted exactly, or bytes per line of the sketch.
+        sketch: whether to use the sketch.
     """
 
     threshold: int
@@ -131,7 +136,7 @@ class _SketchFilter:
         self.lines = torch.zeros(4, description.capacity, dtype=torch.uint8, device=device)
 
     def _sums(self, keys: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The cells of the keys, each once, their counts with ``counts`` added, and which of them are whose."""
+        """The distinct cells of the keys, their counts after adding ``counts``, and the cells of each key."""
         width = self.lines.shape[1]
         lines = torch.arange(4, device=keys.device).unsqueeze(1)
         cells = mix64(keys.long() ^ mix64((lines + 1) * _SEED)).remainder(width) + lines * width
@@ -157,7 +162,7 @@ class _SketchFilter:
         self.lines.copy_(tensors["lines"])
 
     def merge(self, parts: Sequence[Mapping[str, torch.Tensor]], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # Cells do not say whose counts they hold, so those of other filters cannot be taken apart.
+        # A cell does not record whose counts it holds, so counts of other filters cannot be separated.
         self.lines.zero_()
 
 

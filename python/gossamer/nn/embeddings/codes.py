@@ -1,4 +1,4 @@
-"""Small integers, several per row, in as few bits as they need, and tables that rows are chosen from by them."""
+"""Codes: rows of small integers packed in few bits, and tables whose rows are chosen by them."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 class CodedRowsTable(SharedRowsTable):
-    """A table whose rows are chosen by codes that each id has: the served form of learnt codes, and semantic ids.
+    """A table whose rows are chosen by the codes of an id: the serving form of learnt codes and of semantic ids.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         codes: ``(N, P)`` int32 or int64 at least 0.
-        sizes: rows of each of the P parts of the table, above their codes.
+        sizes: number of rows of each of the P parts of the table; larger than every code of the part.
         operation: how rows are composed: ``"add"``, ``"mul"`` or ``"concat"``.
-        frequent: how many of the first ids have codes of all bits; the codes of the others are below ``rare_codes``,
-            and packed in the bits that those need. All by default.
-        rare_codes: see above.
+        frequent: number of ids, from the first, whose codes use all bits; the codes of the other ids are below
+            ``rare_codes`` and are packed in fewer bits. All by default.
+        rare_codes: upper bound on the codes of the other ids.
         **options: as in :class:`SharedRowsTable`.
 
     Attributes:
         weight: ``(Σ sizes, D)``, or ``(Σ sizes, D/P)`` with ``"concat"``.
-        codes: ``(frequent, ...)``, a buffer: bytes in as few bits as the largest part needs, int32 above 16 bits.
+        codes: ``(frequent, ...)``, a buffer: codes packed into bytes, with as many bits as the largest part needs;
+            int32 above 16 bits.
         rare: the codes of the other ids, a buffer, or None.
 
     Raises:
@@ -96,5 +97,5 @@ class CodedRowsTable(SharedRowsTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> CodedRowsTable:
-        """The table of the ``codes`` given, which have one size: it fits, or it does not."""
+        """The table of the given ``codes``, whose size is fixed: it fits or raises an error."""
         return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)

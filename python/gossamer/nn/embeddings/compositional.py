@@ -1,4 +1,4 @@
-"""Tables whose ids are told apart by several small tables together."""
+"""Tables that compose the vector of an id from rows of several small tables."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ PARTITIONS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "path")
 
 
 class CompositionalEmbedding(SharedRowsTable):
-    """The vector of an id composed of one row from each of k small tables, which tell all ids apart together.
+    """The vector of an id is composed of one row from each of k small tables; together they distinguish all ids.
 
-    A partition sends id x to class ``p_j(x)`` of ``m_j``, for j = 1 .. k, so that no two ids share all their classes:
+    A partition maps id x to class ``p_j(x)`` of ``m_j``, for j = 1 .. k, such that no two ids share all classes:
 
     - ``"quotient_remainder"``, two parts: ``x mod m_1`` and ``x div m_1``;
     - ``"mixed_radix"``: the digits of x, ``x div ∏_{i<j} m_i mod m_j``;
-    - ``"chinese_remainder"``: ``x mod m_j`` for moduli without common factors.
+    - ``"chinese_remainder"``: ``x mod m_j`` for coprime moduli.
 
-    ``e(x)`` is the sum, the product or the concatenation of the rows ``W_j[p_j(x)]``, which have D/k columns where they
-    are concatenated. Sums and products are distinct for almost all values of the rows, concatenations wherever the rows
-    of each table are.
+    ``e(x)`` is the sum, the product or the concatenation of the rows ``W_j[p_j(x)]``, which have D/k columns for
+    concatenation. Sums and products of different ids differ for almost all values of the rows, concatenations whenever
+    the rows of each table differ.
 
-    With ``"path"`` there are two parts as for quotient and remainder, and the second is a small network per class:
-    ``e(x) = V_c·relu(U_c·W[x mod m_1] + a_c) + b_c`` with ``c = x div m_1``. The networks are ordinary parameters,
-    which ``optimizer`` does not step.
+    With ``"path"`` there are two parts as for quotient and remainder, and the second part is one small network per
+    class: ``e(x) = V_c·relu(U_c·W[x mod m_1] + a_c) + b_c`` with ``c = x div m_1``. The networks are ordinary
+    parameters, which ``optimizer`` does not step.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         moduli: ``m_1 .. m_k``; by default of about equal size, two of them, three for ``"mixed_radix"``.
-        partition: one of the four.
+        partition: one of the four names.
         operation: ``"mul"``, which is the default, ``"add"`` or ``"concat"``; not with ``"path"``.
         path_width: hidden width of the networks of ``"path"``.
         **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
-        weight: the k tables, one below the other: ``(Σm_j, D)``; ``(Σm_j, D/k)`` with ``"concat"``, ``(m_1, D)`` with
-            ``"path"``. The entries of ``e(x)`` start with the variance of numbers uniform in ``±1/√N``.
+        weight: the k tables, stacked: ``(Σm_j, D)``; ``(Σm_j, D/k)`` with ``"concat"``, ``(m_1, D)`` with ``"path"``.
+            The entries of ``e(x)`` start with the variance of numbers uniform in ``±1/√N``.
         moduli: the sizes of the tables.
         paths: the networks of ``"path"``, :class:`gossamer.nn.Experts`.
 
     Raises:
         TypeError: a modulus is not an int.
-        ValueError: an argument is unknown or does not fit; ``moduli`` do not tell N ids apart: their product is below
+        ValueError: an argument is unknown or does not fit; ``moduli`` do not distinguish N ids: their product is below
             N, or those of ``"chinese_remainder"`` share a factor; D is not a multiple of k for ``"concat"``.
 
     Source: Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
@@ -132,7 +132,7 @@ class CompositionalEmbedding(SharedRowsTable):
 
         first = _balanced(num_embeddings, partition)
         if partition == "path":
-            # A network is larger than a row, so fewer of them are smallest.
+            # A network is larger than a row, so the smallest table has the fewest networks.
             costs = make(num_embeddings, device="meta")
             network = costs.inference_nbytes() - num_embeddings * embedding_dim * costs.weight.element_size()
             row = embedding_dim * costs.weight.element_size()
@@ -168,7 +168,7 @@ def _check_moduli(num_embeddings: int, partition: str, moduli: Sequence[int]) ->
 
 
 def _root(value: int, degree: int) -> int:
-    """The smallest integer whose power of that degree is at least ``value``."""
+    """The smallest integer whose ``degree``-th power is at least ``value``."""
     root = max(1, round(value ** (1 / degree)))
     while root**degree < value:
         root += 1
@@ -178,12 +178,12 @@ def _root(value: int, degree: int) -> int:
 
 
 def _balanced(num_embeddings: int, partition: str) -> int:
-    """The first modulus where all are about equal."""
+    """The first modulus if all moduli are about equal."""
     return _root(num_embeddings, 3 if partition == "mixed_radix" else 2)
 
 
 def _moduli(num_embeddings: int, partition: str, first: int) -> list[int]:
-    """Moduli that tell N ids apart, given the first: the fewest rows in the others."""
+    """Moduli that distinguish N ids, given the first one, with the fewest rows in the others."""
     rest = -(-num_embeddings // first)
     if partition == "mixed_radix":
         second = _root(rest, 2)

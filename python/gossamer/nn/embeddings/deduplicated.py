@@ -1,4 +1,4 @@
-"""Tables without blocks of rows that are nearly the same as others."""
+"""Tables that store nearly equal blocks of rows only once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gossamer.nn.embeddings.table import check_budget
 
 
 class DeduplicatedEmbedding(SharedRowsTable):
-    """A table whose blocks of ρ rows are stored once where they are alike: row ``stored[x div ρ]·ρ + x mod ρ``.
+    """A table that stores similar blocks of ρ rows once: id x reads row ``stored[x div ρ]·ρ + x mod ρ``.
 
-    :meth:`from_table` finds the blocks of a trained table that are alike. Trained further, a stored block gets the
-    gradients of all places that it stands for.
+    :meth:`from_table` finds similar blocks of a trained table. In further training, a stored block gets the gradients
+    of all blocks that it represents.
 
     Args:
         num_embeddings: N.
@@ -70,26 +70,26 @@ class DeduplicatedEmbedding(SharedRowsTable):
         seed: int = 0,
         **options: object,
     ) -> DeduplicatedEmbedding:
-        """A trained table ``(N, D)`` with blocks that are alike stored once.
+        """A trained table ``(N, D)`` with similar blocks stored once.
 
         Blocks are visited by ascending third quartile of their magnitudes, so that those of rarely trained rows come
-        first. A block takes the place of an earlier one when at least ``share`` of their entries differ by
-        ``tolerance`` or less. Two blocks are compared where they have one of ``bands`` hashes in common,
-        ``⌈(a·v + b)/(9·tolerance)⌉`` with a normal and b uniform. With ``nbytes`` merging ends once the table fits.
+        first. A block replaces an earlier one if at least ``share`` of their entries differ by ``tolerance`` or less.
+        Two blocks are compared if they share one of ``bands`` hashes, ``⌈(a·v + b)/(9·tolerance)⌉`` with a normal and b
+        uniform. With ``nbytes``, merging stops once the table fits.
 
         Args:
             weight: ``(N, D)``.
             block_rows: ρ.
-            nbytes: the budget, or None to merge all that are alike.
-            tolerance: by which entries that count as equal may differ.
-            share: of the entries, in ``(0, 1]``.
-            bands: how many hashes.
+            nbytes: the budget, or None to merge all similar blocks.
+            tolerance: the largest difference at which two entries count as equal.
+            share: required share of equal entries, in ``(0, 1]``.
+            bands: number of hashes.
             seed: of the hashes.
             **options: of the class.
 
         Raises:
-            ValueError: ``share`` or ``tolerance`` does not fit, or the table with all like blocks merged is larger than
-                ``nbytes``; the message says how large it is.
+            ValueError: ``share`` or ``tolerance`` does not fit, or the table is larger than ``nbytes`` with all similar
+                blocks merged; the message gives its size.
         """
         check_tensor("weight", weight)
         check_shape("weight", weight, (None, None), "(N, D)")
@@ -127,12 +127,12 @@ class DeduplicatedEmbedding(SharedRowsTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> DeduplicatedEmbedding:
-        """The table of the ``stored`` blocks given, which have one size: it fits, or it does not."""
+        """The table of the given ``stored`` blocks, whose size is fixed: it fits or raises an error."""
         return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
 
 
 def _merge(blocks: torch.Tensor, tolerance: float, share: float, bands: int, seed: int, enough):
-    """The number of the stored block of each of ``blocks``, and which blocks are stored."""
+    """The number of the stored block for each of ``blocks``, and the list of stored blocks."""
     generator = torch.Generator().manual_seed(seed)
     width = 9 * tolerance
     directions = torch.randn(blocks.shape[1], bands, generator=generator)

@@ -17,12 +17,13 @@ NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class DeepHashEmbedding(SeededMaps, Table):
-    """DHE: ``e(x) = MLP(u(x))``, where ``u(x)`` are k numbers that universal hashes ``h_j(x)`` of the id below m give.
+    """DHE: ``e(x) = MLP(u(x))``, where the k numbers ``u(x)`` come from universal hashes ``h_j(x)`` in ``[0, m)``.
 
-    ``u_j = 2·h_j/(m − 1) − 1``, or with ``distribution="normal"`` two standard normal numbers of each two hashes by Box
-    and Muller, ``√(−2 ln a)·cos 2πb`` and ``√(−2 ln a)·sin 2πb`` with ``a = (h + ½)/m`` and so b. Each hidden layer is
-    a linear map, a norm and Mish. Size and cost do not depend on N, and an id costs a run of the network, so its place
-    is where memory is much scarcer than time. Ids of 64 bits are taken; frozen, each id of a call is computed once.
+    ``u_j = 2·h_j/(m − 1) − 1``, or with ``distribution="normal"`` each two hashes give two standard normal numbers by
+    the Box–Muller transform, ``√(−2 ln a)·cos 2πb`` and ``√(−2 ln a)·sin 2πb``, where a and b are ``(h + ½)/m`` of the
+    two. Each hidden layer is a linear map, a norm and Mish. Size and cost do not depend on N, but every id costs one
+    evaluation of the network: use it where memory is much scarcer than time. Ids may have 64 bits. A frozen table
+    computes each distinct id of a call once.
 
     Args:
         num_embeddings: N.
@@ -32,16 +33,16 @@ class DeepHashEmbedding(SeededMaps, Table):
         num_layers: hidden layers.
         num_values: m.
         distribution: of the entries of ``u(x)``: ``"uniform"`` in [−1, 1] or ``"normal"``.
-        norm: ``"batch"``, over all ids of a call as often as they occur, or ``"layer"``, which leaves a vector
-            independent of what else is looked up in training.
-        seed: of the hashes; the state holds it.
+        norm: ``"batch"``, over all ids of a call with their repetitions, or ``"layer"``, with which a vector does not
+            depend on the other ids of a call in training.
+        seed: seed of the hashes; part of the state.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
-        layers: the network, ordinary parameters.
+        layers: the network, with ordinary parameters.
 
     Raises:
         TypeError: a size or the seed is not an int.
@@ -106,7 +107,7 @@ class DeepHashEmbedding(SeededMaps, Table):
 
         Raises:
             TypeError: ``ids`` is not int32 or int64.
-            ValueError: the norm is over one id in training.
+            ValueError: batch normalisation over a single id in training.
         """
         check_index("ids", ids)
         flat = ids.reshape(-1)
@@ -123,7 +124,7 @@ class DeepHashEmbedding(SeededMaps, Table):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DeepHashEmbedding:
-        """The network of the widest hidden layers, up to the bytes of a dense table, that fits ``nbytes`` bytes.
+        """The network with the widest hidden layers that fits ``nbytes`` bytes, at most the bytes of a dense table.
 
         Raises the errors of :meth:`Table.from_budget`.
         """

@@ -1,4 +1,6 @@
-"""Embeddings of ids that come and go: a row for each id, made at first sight, trained, expired, evicted and shipped."""
+"""Embeddings of ids that appear and disappear: rows are created when an id is admitted, trained, expired, evicted and
+exported.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,14 @@ _CHECKPOINT, _DELTA, _FORMAT = "checkpoint", "delta", 1
 
 @dataclass
 class Counters:
-    """What has happened to ids since the layer was made.
+    """Counts of events since the layer was created.
 
     Attributes:
-        inserted: rows made.
-        evicted: rows that a full table gave to another id.
-        expired: rows dropped for their age.
-        rejected: ids, with repeats, that looked for a row in training and were not admitted.
-        refused: ids, with repeats, that were admitted but found the table full of their own batch.
+        inserted: rows created.
+        evicted: rows that a full table reassigned to another id.
+        expired: rows removed because of their age.
+        rejected: ids, with repeats, that had no row in training and were not admitted.
+        refused: ids, with repeats, that were admitted but found the table full with ids of the same batch.
     """
 
     inserted: int = 0
@@ -46,36 +48,37 @@ class Counters:
 class DynamicEmbedding(Table):
     """An embedding table without a vocabulary: any integer is an id, and no two ids share a row.
 
-    In training (``layer.train()`` and gradients enabled) an id without a row gets one when ``admission`` lets it; its
-    values depend on the id and ``seed`` alone, so neither on when nor in which order ids came. The backward pass takes
-    the optimizer's step on the touched rows. In evaluation nothing changes. Ids without a row contribute zeros, and
-    do not count in a mean.
+    In training (``layer.train()`` and gradients enabled) an id without a row gets one when ``admission`` accepts it.
+    The row's initial values depend only on the id and ``seed``, not on the time or order of ids. The backward pass
+    takes the optimizer's step on the touched rows. In evaluation the table does not change. Ids without a row
+    contribute zeros, and do not count in a mean.
 
-    The table lives outside the parameters: ``state_dict`` carries it as extra state. :meth:`save` and :meth:`load` are
-    checkpoints after which training goes on with the same bits; :meth:`export_delta` and :meth:`apply_delta` ship what
-    changed since the last export. Calls may come from several threads, one at a time goes through. ``to()`` leaves the
-    table where ``device`` put it, and ``torch.compile`` does not trace the layer.
+    The table lives outside the parameters: ``state_dict`` carries it as extra state. :meth:`save` and :meth:`load`
+    write and read checkpoints from which training continues bit for bit; :meth:`export_delta` and :meth:`apply_delta`
+    transfer the changes since the last export. Several threads may call the layer; a lock admits one at a time.
+    ``to()`` does not move the table from ``device``, and ``torch.compile`` does not trace the layer.
 
-    Admission, expiry and shipping are those of Monolith (Liu et al., 2022, arXiv 2209.07663).
+    Admission, expiry and deltas follow Monolith (Liu et al., 2022, arXiv 2209.07663).
 
     Args:
         dim: D.
-        capacity: most rows, see :class:`gossamer.HashTable`.
-        pooling: ``"sum"``, ``"mean"`` or ``"max"`` over bags of ids, or None for a row each.
-        optimizer: one of :mod:`gossamer.optim`; its state lies beside the rows. None: rows stay as they were made.
+        capacity: maximum number of rows, see :class:`gossamer.HashTable`.
+        pooling: ``"sum"``, ``"mean"`` or ``"max"`` over bags of ids, or None for one row per id.
+        optimizer: one of :mod:`gossamer.optim`; its state is stored with the rows. None: rows keep their initial
+            values.
         admission: a :class:`FrequencyAdmission` or :class:`ProbabilisticAdmission`; None admits every id.
         expire_after: :meth:`expire` drops rows not used in training for this long, in the unit of
             :meth:`advance_clock`; None for never.
         evict: what a full table does, see :class:`gossamer.HashTable`; not ``"score"``.
         initializer: a bound a for uniform values in (−a, a), by default D^(−1/2); or a function of ``keys (n,)`` and D
-            that returns ``(n, D)`` float32 and depends on nothing else.
+            that returns ``(n, D)`` float32 and depends only on its arguments.
         dtype: float32, float16 or bfloat16.
         key_dtype: int64 or int32.
-        device: where the table lies.
-        seed: of values and of probabilistic admission, in ``[0, 2⁶³)``.
+        device: device of the table.
+        seed: seed of initial values and of probabilistic admission, in ``[0, 2⁶³)``.
 
     Raises:
-        TypeError, ValueError: an argument is none of these.
+        TypeError, ValueError: an argument is invalid.
     """
 
     include_last_offset = True
@@ -138,7 +141,7 @@ class DynamicEmbedding(Table):
 
     @property
     def num_embeddings(self) -> int:
-        """The most ids that have a row at one time."""
+        """The maximum number of ids that have a row at one time."""
         return self.table.capacity
 
     @property
@@ -147,28 +150,30 @@ class DynamicEmbedding(Table):
         return self.dim
 
     def _held(self) -> list[torch.Tensor]:
-        """Every tensor of the served form."""
+        """Every tensor of the serving form."""
         stored = [t for t in vars(self.table._storage).values() if isinstance(t, torch.Tensor)]
         return [*stored, self._last_used, self._changed, *self._removed]
 
     def nbytes(self) -> int:
-        """Bytes that the layer holds now: keys, rows, ages, optimizer state, and what admission counts."""
+        """Bytes that the layer holds now: keys, rows, ages, optimizer state, and admission counts."""
         counted = {} if self._filter is None else self._filter.state()
         return bytes_of([*self._held(), *self.optimizer_state.values(), *counted.values()])
 
     def inference_nbytes(self) -> int:
-        """Bytes that the layer holds once :meth:`freeze` was called: keys, rows and ages."""
+        """Bytes that the layer holds after :meth:`freeze`: keys, rows and ages."""
         return bytes_of(self._held())
 
     def freeze(self) -> DynamicEmbedding:
-        """Serve from now on: drop the optimizer's state and admission; no id gets a row but by :meth:`apply_delta`."""
+        """Convert to the serving form: drop the optimizer's state and admission; only :meth:`apply_delta` adds rows
+        from now on.
+        """
         self.optimizer = self.admission = self._filter = None
         self.optimizer_state = {}
         return super().freeze()
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DynamicEmbedding:
-        """The layer with room for the most ids, N or fewer, in at most ``nbytes`` bytes.
+        """The layer with room for as many ids as fit in ``nbytes`` bytes, at most N.
 
         Args:
             num_embeddings: N.
@@ -178,7 +183,7 @@ class DynamicEmbedding(Table):
 
         Raises:
             TypeError: ``nbytes`` is not an int.
-            ValueError: not one row fits; the message says how many bytes it needs.
+            ValueError: not even one row fits; the message gives the number of bytes that it needs.
         """
         check_budget(nbytes)
 
@@ -209,7 +214,7 @@ class DynamicEmbedding(Table):
         *,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Look ids up, and in training make rows for those that are admitted.
+        """Look up ids, and in training create rows for admitted ids.
 
         Args:
             ids: ``(B, J)``, or ``(L,)`` with ``offsets``, in ``key_dtype``; of any shape without pooling.
@@ -223,9 +228,9 @@ class DynamicEmbedding(Table):
         Raises:
             HashTableFull: with ``evict=None``, the new ids do not fit; table and filter are unchanged.
             TypeError, ValueError: an argument is not as above, or, on the CPU, offsets do not ascend within ``[0, L]``
-                or a weight is NaN; no id got a row. Or it trains under ``DistributedDataParallel``, whose copies would
-                each know other ids.
-            RuntimeError: from the backward pass, when it runs a second time over one graph.
+                or a weight is NaN; no id got a row. Or the layer trains under ``DistributedDataParallel``, whose copies
+                would each have different ids.
+            RuntimeError: in the backward pass, if it runs twice over one graph.
         """
         if weights is not None and per_sample_weights is not None:
             raise ValueError("weights must be None beside per_sample_weights, which it is another name of")
@@ -264,7 +269,7 @@ class DynamicEmbedding(Table):
         return out
 
     def _apply(self, fn, recurse=True):
-        """Casts reach the table, which stays where ``device`` put it; its optimizer's state stays in float32."""
+        """Casts apply to the table, which stays on its device; the optimizer's state stays in float32."""
         moved = fn(torch.empty(0, dtype=self.table.value_dtype, device=self.device))
         if moved.is_meta and self.device.type != "meta":
             raise ValueError(
@@ -296,7 +301,7 @@ class DynamicEmbedding(Table):
             try:
                 self._start_rows(done.rows[done.inserted], fresh)
             except BaseException:
-                # An initializer that fails leaves no row behind that it did not make.
+                # If the initializer fails, rows without values are removed again.
                 self.table.erase(fresh)
                 raise
         self.counters.inserted += inserted
@@ -308,7 +313,7 @@ class DynamicEmbedding(Table):
         return self.table.insert_rows(keys, marks=self._last_used, mark=self.clock)
 
     def _admit(self, keys: torch.Tensor) -> tuple[torch.Tensor, Inserted, torch.Tensor]:
-        """The keys that the filter lets have a row, what inserting them did, and the rows of all, −1 for the others."""
+        """The admitted keys, the result of inserting them, and the rows of all keys, −1 for keys without a row."""
         absent = self.table.rows(keys) < 0
         if not absent.any():
             done = self._insert(keys)
@@ -319,7 +324,7 @@ class DynamicEmbedding(Table):
         served[absent] = admitted[inverse]
         keys = keys[served]
         done = self._insert(keys)
-        # Only now: where the table is full, the filter too is as it was.
+        # Recorded after the insertion, so that a full table leaves the filter unchanged too.
         self._filter.note(fresh, counts, admitted)
         rows = torch.full(served.shape, -1, device=self.device)
         rows[served] = done.rows
@@ -340,14 +345,14 @@ class DynamicEmbedding(Table):
         self._changed[rows] = True
 
     def reserve(self, capacity: int) -> None:
-        """Make room for at least ``capacity`` ids; all that belongs to their rows goes with them."""
+        """Make room for at least ``capacity`` ids; everything stored with the rows moves along."""
         with self.table.lock:
             before, rows = self.table._storage, self.table.live_rows()
             keys = before.keys[rows].to(self.table.key_dtype)
             self.table.reserve(capacity)
             if self.table._storage is before:
                 return
-            # As many slots as before may do, and rows have moved all the same.
+            # The number of slots may be the same as before, but rows have moved anyway.
             slots, moved = self.table.values.shape[0], self.table.rows(keys)
 
             def spread(old: torch.Tensor, start: float) -> torch.Tensor:
@@ -363,7 +368,7 @@ class DynamicEmbedding(Table):
             self._resizes += 1
 
     def advance_clock(self, now: int) -> None:
-        """Set the clock that ages rows to ``now``, the newest time seen in the data; it never goes back."""
+        """Set the clock that ages rows to ``now``, the newest time in the data; it never goes back."""
         self.clock = max(self.clock, int(now))
 
     def expire(self) -> int:
@@ -461,19 +466,21 @@ class DynamicEmbedding(Table):
         keep: Callable[[torch.Tensor], torch.Tensor],
         what: str = "the snapshots",
     ) -> None:
-        """Replace all rows by those that ``keep`` chooses of other layers' snapshots: how ids move between processes.
+        """Replace all rows by the rows of other layers' snapshots that ``keep`` selects; this moves ids between
+        processes.
 
-        Rows, optimizer states, ages, scores of eviction, exact counts of admission and what the next delta holds come
-        along; a sketch's counts start over. Counters add up. Where not all fit, those of the highest scores stay.
+        Rows, optimizer states, ages, eviction scores, exact admission counts and the contents of the next delta are
+        taken over; a sketch's counts start over. Counters are added. If not all rows fit, those with the highest scores
+        are kept.
 
         Args:
             parts: pairs as :meth:`get_extra_state` gives them, of layers with the same dim, dtype, optimizer and seed,
                 no id in two of them.
             keep: takes ids ``(n,)`` and returns ``(n,)`` bool.
-            what: the snapshots' name in errors.
+            what: name of the snapshots in error messages.
 
         Raises:
-            ValueError: a part is of another kind of layer; this one is unchanged.
+            ValueError: a part belongs to another kind of layer; this layer is unchanged.
         """
         for tensors, header in parts:
             files.check_header(header, self._header(), what)
@@ -501,14 +508,14 @@ class DynamicEmbedding(Table):
                 self._filter.merge([files.part(tensors, "filter.") for tensors, _ in parts], keep)
 
     def _take_rows(self, tensors: Mapping[str, torch.Tensor], mine: torch.Tensor) -> None:
-        """Insert the rows ``mine (n,)`` of a snapshot, with all that belongs to them."""
+        """Insert the rows ``mine (n,)`` of a snapshot, with everything stored with them."""
 
         def taken(name: str) -> torch.Tensor:
             return tensors[name][mine].to(self.device)
 
         keys = taken("table.keys")
         self.table.import_(keys, taken("table.values"), taken("table.scores"))
-        # Those that did not fit have no row.
+        # Keys that did not fit have no row.
         rows = self.table.rows(keys)
         at, rows = rows >= 0, rows[rows >= 0]
         self._last_used[rows], self._changed[rows] = taken("last_used")[at], taken("changed")[at]
@@ -523,45 +530,45 @@ class DynamicEmbedding(Table):
         }
 
     def get_extra_state(self) -> dict[str, object]:
-        """All of the layer, for ``state_dict``."""
+        """The complete state of the layer, for ``state_dict``."""
         tensors, header = self._snapshot()
         return {"tensors": tensors, "header": header}
 
     def set_extra_state(self, state: dict[str, object]) -> None:
-        """Take over what :meth:`get_extra_state` gave, if it fits."""
+        """Load the result of :meth:`get_extra_state`, if it fits."""
         self._check_snapshot(state["tensors"], state["header"], "the state_dict")
         self._restore(state["tensors"], state["header"])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint: rows, optimizer state, ages, filters, what the next delta holds, counters.
+        """Write a checkpoint: rows, optimizer state, ages, filters, contents of the next delta, counters.
 
-        The file appears whole, in place of what was there; when writing fails, that is still there.
+        The file is replaced atomically; if writing fails, the old file stays.
         """
         tensors, header = self._snapshot()
         files.write(path, tensors, header | {"kind": _CHECKPOINT})
 
     def load(self, path: str | os.PathLike) -> None:
-        """Take over a checkpoint. Training goes on as if it had never stopped, with the same bits.
+        """Load a checkpoint. Training continues as if it had never stopped, bit for bit.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is truncated, corrupt, no checkpoint, or one of a layer with another dim, dtype, capacity,
-                optimizer, eviction, admission or seed; the message says which, and the layer is unchanged.
+            ValueError: it is truncated, corrupt, not a checkpoint, or belongs to a layer with another dim, dtype,
+                capacity, optimizer, eviction, admission or seed; the message says which, and the layer is unchanged.
         """
         tensors, header = files.read(path, _CHECKPOINT)
         self._check_snapshot(tensors, header, f"checkpoint {path}")
         self._restore(tensors, header)
 
     def export_delta(self, path: str | os.PathLike, *, full: bool = False, with_state: bool = False) -> int:
-        """Write the rows that changed, and the ids that left, since the last export; returns how many rows.
+        """Write the rows that changed and the ids that were removed since the last export; return the number of rows.
 
-        Deltas are numbered: :attr:`sequence` is that of the last one. When writing fails, what was there stays, and the
-        next export holds this one's rows too.
+        Deltas are numbered: :attr:`sequence` is the number of the last one. If writing fails, an old file stays, and
+        the next export includes these rows.
 
         Args:
             path: the file.
-            full: write all rows; such a delta can be applied at any time, and replaces what was there.
-            with_state: write optimizer state and ages too, for another trainer to go on from.
+            full: write all rows; such a delta can be applied at any time, and replaces all rows of the receiver.
+            with_state: write optimizer state and ages too, so that another trainer can continue from it.
         """
         with self.table.lock:
             tensors, header = self._delta(full, with_state)
@@ -589,11 +596,11 @@ class DynamicEmbedding(Table):
         self.sequence = sequence
 
     def apply_delta(self, path: str | os.PathLike) -> int:
-        """Take over a delta that another layer exported; returns how many rows it set.
+        """Apply a delta that another layer exported; return the number of rows that it set.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is truncated, corrupt, no delta, of another dim, dtype or optimizer, or not the one after
+            ValueError: it is truncated, corrupt, not a delta, has another dim, dtype or optimizer, or does not follow
                 :attr:`sequence`; the layer is unchanged.
             HashTableFull: with ``evict=None``, its rows do not fit; the layer is unchanged.
         """
@@ -648,7 +655,7 @@ class DynamicEmbedding(Table):
             if with_state:
                 for name, state in self.optimizer_state.items():
                     state[... if name == "step" else rows] = found[f"optimizer.{name}"][... if name == "step" else at]
-            # What came as a delta is not this layer's to ship.
+            # Rows that came from a delta are not exported by this layer.
             self._shipped(header["sequence"])
             return rows.numel()
 

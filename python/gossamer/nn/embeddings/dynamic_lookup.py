@@ -10,7 +10,7 @@ from gossamer.ops.sparse_update import step_bags_
 
 
 def _counts(rows, offsets) -> torch.Tensor:
-    """How many rows each bag has that are there."""
+    """The number of present rows in each bag."""
     there = rows >= 0
     if offsets is None:
         return there.sum(1)
@@ -19,17 +19,19 @@ def _counts(rows, offsets) -> torch.Tensor:
 
 
 def rows_now(layer, ids: torch.Tensor, rows: torch.Tensor, resizes: int) -> torch.Tensor:
-    """The rows that ``ids`` still have of those found before ids left; ``resizes`` is how often it had grown then."""
+    """The rows that still belong to ``ids``, out of those found earlier; ``resizes`` counts how often the table had
+    grown then.
+    """
     now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
     if layer._resizes == resizes:
-        # Another id may have these rows by now.
+        # The rows may belong to other ids by now.
         return torch.where(now == rows, rows, -1)
     # The table has grown, and every id has another row.
     return torch.where(rows < 0, -1, now)
 
 
 def learn(layer, rows, dout, offsets, weights, argmax, mode: str) -> None:
-    """Take the optimizer's step on the rows that bags list, −1 for none."""
+    """Take the optimizer's step on the rows that bags list; −1 means no row."""
     optimizer = (layer.optimizer, layer.optimizer_state)
     step_bags_(layer.table.values, rows, dout, offsets, weights, argmax, *optimizer, mode, bounds="drop")
     layer.table.mark_rows(layer._changed, rows.reshape(-1), True)
@@ -41,7 +43,7 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, handle, weights, layer, ids, rows, offsets):
         ctx.layer, ctx.moves, ctx.resizes, ctx.stepped = layer, layer._moves, layer._resizes, False
-        # Other lookups may step these rows, or other ids have them, before this one's backward pass.
+        # Before this lookup's backward pass, other lookups may step these rows, or the rows may be given to other ids.
         read = argmax = None
         if layer.pooling == "max":
             out, argmax = gather_maxima(layer.table.values, rows, offsets)
@@ -67,7 +69,7 @@ class Lookup(torch.autograd.Function):
         with layer.table.lock:
             if layer._moves != ctx.moves:
                 if mode == "mean":
-                    # Ids that have left counted in the forward pass.
+                    # The forward pass also counted ids that have been removed since.
                     mode, dout = "sum", dout / _counts(rows, offsets).clamp(min=1).unsqueeze(1)
                 rows = rows_now(layer, ids, rows, ctx.resizes)
             if ctx.needs_input_grad[0]:

@@ -43,7 +43,7 @@ def _check_fused(optimizer: Optimizer | None, sparse: bool) -> None:
 
 
 def _lookup(layer: Embedding | EmbeddingBag, input: torch.Tensor) -> torch.Tensor:
-    """``torch.nn.Embedding``'s lookup in the table of either layer."""
+    """``torch.nn.Embedding``'s lookup, for both layers."""
     check_index("input", input)
     if layer.max_norm is not None:
         renorm_(layer.weight, input, layer.max_norm, layer.norm_type)
@@ -98,8 +98,8 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
     """``torch.nn.Embedding`` over :func:`gossamer.gather_reduce`: the same arguments, parameters and answers.
 
     With ``optimizer``, ``loss.backward()`` takes the step on the rows that were looked up; no gradient of the table's
-    size is ever made. ``weight`` then requires no gradient and other optimizers leave it alone; set ``optimizer``
-    to None to freeze the table. Looking the table up twice before a backward pass takes two steps, one after the other.
+    size is ever allocated. ``weight`` then requires no gradient, so other optimizers ignore it; set ``optimizer`` to
+    None to freeze the table. Looking the table up twice before a backward pass takes two steps, one after the other.
 
     Args:
         num_embeddings: N.
@@ -108,7 +108,7 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         max_norm: rows of larger norm are scaled down to it, in place, when they are looked up.
         norm_type: p of that norm.
         scale_grad_by_freq: divide a row's gradient by how often the batch lists the row.
-        sparse: give a sparse gradient.
+        sparse: return a sparse gradient.
         _weight: ``(N, D)``, the table to start from.
         _freeze: whether ``weight`` requires no gradient.
         device: of the table.
@@ -192,10 +192,10 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
         norm_type: p of that norm.
         scale_grad_by_freq: divide a row's gradient by how often the batch lists the row; not with ``mode="max"``.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        sparse: give a sparse gradient; not with ``mode="max"``.
+        sparse: return a sparse gradient; not with ``mode="max"``.
         _weight: ``(N, D)``, the table to start from.
         include_last_offset: whether ``offsets`` ends with the number of ids.
-        padding_idx: a row that starts at zero, adds nothing, is not counted by a mean, and gets no gradient.
+        padding_idx: a row that starts at zero, adds nothing, does not count in a mean, and gets no gradient.
         device: of the table.
         dtype: of the table.
         optimizer: one of :mod:`gossamer.optim`, to fuse its step into the backward pass.
@@ -266,11 +266,11 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
 
         Returns:
             ``(B, D)``; empty bags are zero. With ``include_last_offset`` the last bag ends at the last offset in every
-            mode; torch's does so only in sums without ``padding_idx``, and runs to the end of ``input`` elsewhere.
+            mode; in torch it does so only in sums without ``padding_idx``, and otherwise runs to the end of ``input``.
 
         Raises:
-            TypeError: a dtype is not supported, or that of the weights is not the table's (float32 goes beside 16-bit
-                tables, too).
+            TypeError: a dtype is not supported, or the weights have another dtype than the table (16-bit tables also
+                take float32 weights).
             ValueError: the arguments do not fit each other or the mode; in eager mode on the CPU, offsets that do not
                 begin at 0.
             NotImplementedError: ``per_sample_weights`` with another mode than ``"sum"``.
@@ -294,7 +294,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
 
 
 def bag_lists(layer: EmbeddingBag, input, offsets, weights):
-    """Index, offsets, weights, and whether offsets include the last one, after the checks that torch makes."""
+    """Index, offsets, weights, and whether offsets include the last one, after the same checks as in torch."""
     check_tensor("input", input)
     if offsets is not None:
         check_tensor("offsets", offsets)

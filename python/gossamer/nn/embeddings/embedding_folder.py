@@ -1,4 +1,4 @@
-"""A folder for several dynamic embeddings and the rest of a model: saved, shipped and followed as one."""
+"""A folder that stores several dynamic embeddings and the other tensors of a model together: checkpoints and deltas."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _FIRST_PENDING = -1
 
 
 class DeltaGap(ValueError):
-    """The next delta is missing or does not follow the one applied here; only a checkpoint can be loaded."""
+    """The next delta is missing or does not follow the last applied one; load a checkpoint to continue."""
 
 
 class Manifest(NamedTuple):
     """The contents of a folder's ``manifest.json``: its newest checkpoint.
 
     Attributes:
-        sequence: number of the delta that the checkpoint stands at.
-        info: what was given to :meth:`EmbeddingFolder.save`.
-        checkpoints: ``(file name, sequence)`` of those kept, newest first.
-        number: how many were saved before.
+        sequence: number of the last delta that the checkpoint includes.
+        info: the ``info`` given to :meth:`EmbeddingFolder.save`.
+        checkpoints: ``(file name, sequence)`` of the kept checkpoints, newest first.
+        number: number of checkpoints saved before.
     """
 
     sequence: int
@@ -42,12 +42,12 @@ class Manifest(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The data saved beside the layers' rows.
+    """The data saved together with the layers' rows.
 
     Attributes:
         tensors: by name, on the CPU.
         info: the dict that was given.
-        rows: how many rows were set, in all layers.
+        rows: number of rows that were set in all layers.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -56,21 +56,21 @@ class Contents(NamedTuple):
 
 
 class EmbeddingFolder:
-    """A folder that one trainer writes, to resume from, and any number of servers follow.
+    """A folder that one trainer writes and resumes from, and that any number of servers read.
 
-    A checkpoint or delta is one file for all layers and for the tensors beside them (dense weights, their optimizer's
-    state), so these always belong together. It appears whole; ``manifest.json``, replaced last, names the newest
-    checkpoint; so a process killed at any moment leaves a folder to resume from. Deltas are numbered, and each names
-    its predecessor by a digest of that one's contents: a trainer that resumes and repeats the same steps writes the
-    same deltas again, which its servers have and need not notice; one that goes another way is told from it.
+    A checkpoint or delta is one file for all layers and additional tensors (dense weights, their optimizer's state), so
+    they always match. Files are written atomically, and ``manifest.json``, replaced last, names the newest checkpoint,
+    so a process killed at any moment leaves a folder to resume from. Deltas are numbered, and each names its
+    predecessor by a digest of its contents. A trainer that resumes and repeats the same steps writes the same deltas
+    again, so its servers are not affected; if it takes different steps, servers detect it.
 
     Args:
         path: the folder, made by the first :meth:`save`.
-        layers: by name, which must not hold ``/``. Their deltas are this folder's to export.
-        keep: checkpoints to keep, with the deltas after the oldest, for servers that are behind.
+        layers: layers by name; a name must not contain ``/``. Only this folder may export their deltas.
+        keep: number of checkpoints to keep, with the deltas after the oldest one, for servers that are behind.
 
     Attributes:
-        sequence: number of the delta exported or applied last.
+        sequence: number of the last delta exported or applied.
         lineage: the digest that the next delta names; None before the first checkpoint.
 
     Raises:
@@ -126,12 +126,12 @@ class EmbeddingFolder:
     def save(self, tensors: Mapping[str, torch.Tensor] | None = None, info: dict | None = None) -> Path:
         """Write a checkpoint, then the manifest that names it; then remove obsolete files.
 
-        That is: older checkpoints than the ``keep`` newest, deltas before the oldest of these, deltas with higher
-        numbers than :attr:`sequence` (of a run that got further before it was stopped), and files left unfinished.
+        Obsolete files are checkpoints older than the ``keep`` newest, deltas before the oldest of these, deltas with
+        higher numbers than :attr:`sequence` (from a run that got further before it was stopped), and unfinished files.
 
         Args:
-            tensors: what to save beside the layers.
-            info: what else; anything that JSON holds. The manifest has it too.
+            tensors: additional tensors to save, by name.
+            info: additional data that JSON can represent; also stored in the manifest.
 
         Returns:
             The checkpoint's path.
@@ -139,7 +139,7 @@ class EmbeddingFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         before = read_manifest(self.path)
         if before is None:
-            # From here on every folder with a checkpoint has a manifest.
+            # From here on, every folder that has a checkpoint also has a manifest.
             self._write_manifest(_FIRST_PENDING, [], {})
         number = 0 if before is None else before.number + 1
         path = self.path / f"checkpoint-{number:08d}.safetensors"
@@ -167,12 +167,12 @@ class EmbeddingFolder:
         """Load the newest checkpoint, from which training continues bit for bit; returns None if there is none.
 
         Args:
-            older: take the checkpoint that is this many before the newest, of the ``keep`` that are kept. The next
-                :meth:`save` drops those that were passed over.
+            older: load the checkpoint this many before the newest, out of the ``keep`` kept ones. The next :meth:`save`
+                removes the newer ones.
 
         Raises:
-            ValueError: the manifest or the checkpoint is corrupt, or of other layers, or there is no checkpoint so much
-                older; nothing was changed. The message names an older checkpoint where there is one.
+            ValueError: the manifest or the checkpoint is corrupt, or of other layers, or ``older`` exceeds the kept
+                checkpoints; nothing was changed. The message names an older checkpoint if there is one.
         """
         if older < 0:
             raise ValueError(f"older must be at least 0, got {older}")
@@ -187,7 +187,7 @@ class EmbeddingFolder:
                 tensors, header = files.read(path, CHECKPOINT)
                 break
             except (FileNotFoundError, ValueError) as error:
-                # A trainer may have replaced the file meanwhile; then the manifest has changed too.
+                # A trainer may have replaced the file in the meantime; then the manifest has changed too.
                 if isinstance(error, ValueError) or read_manifest(self.path) == manifest:
                     if older + 1 == len(manifest.checkpoints):
                         raise
@@ -216,11 +216,11 @@ class EmbeddingFolder:
     ) -> int:
         """Write the rows that changed in all layers since the last export; returns their number.
 
-        When writing fails nothing has happened, and the next export holds these rows too.
+        If writing fails, nothing changes, and the next export includes these rows.
 
         Args:
-            tensors: what to ship beside them, whole.
-            info: what else; anything that JSON holds.
+            tensors: additional tensors to export, complete.
+            info: additional data that JSON can represent.
             with_state: write optimizer state and ages too.
 
         Raises:
@@ -242,9 +242,9 @@ class EmbeddingFolder:
         """Apply the delta after :attr:`sequence` to all layers; returns None if there is none yet.
 
         Raises:
-            DeltaGap: it was removed, or follows another one; :meth:`load`, then go on.
-            ValueError: it is truncated, corrupt or of other layers; no layer was changed. A later checkpoint leads past
-                it.
+            DeltaGap: the delta was removed, or does not follow the last applied one; call :meth:`load` and continue.
+            ValueError: it is truncated, corrupt or of other layers; no layer was changed. Loading a later checkpoint
+                skips it.
             HashTableFull: a layer with ``evict=None`` has no room for its rows; no layer was changed.
         """
         path = self._delta_path(self.sequence + 1)
@@ -267,7 +267,7 @@ class EmbeddingFolder:
         return Contents(files.part(tensors, "beside/"), header["info"], rows)
 
     def apply_parts(self, parts: Mapping[str, tuple[dict, dict]], what: str) -> int:
-        """Apply a delta's tensors and header to each layer, once all fit; returns how many rows were set."""
+        """Apply a delta's tensors and header to all layers if all fit; return the number of rows that were set."""
         with self._locked():
             for name, part in parts.items():
                 self.layers[name]._check_delta(*part, f"{what}, layer {name!r}")
@@ -279,7 +279,7 @@ class EmbeddingFolder:
 
 
 def digest(header: Mapping[str, object]) -> str:
-    """The checksum of a file's header, which holds those of its tensors."""
+    """The checksum of a file's header, which contains the checksums of its tensors."""
     return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -287,7 +287,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest | None:
     """The manifest of an :class:`EmbeddingFolder`; None before the first checkpoint.
 
     Raises:
-        ValueError: it is no such manifest, or is missing beside checkpoints.
+        ValueError: the file is not such a manifest, or it is missing although there are checkpoints.
     """
     path = Path(path) / _MANIFEST
     try:
