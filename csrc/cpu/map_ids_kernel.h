@@ -1,7 +1,7 @@
 // Ids to rows, for one instruction set.
 //
-// A block of ids passes through each step in turn, in loops that the compiler turns into vectors. Remainders are taken by
-// multiplying with a reciprocal in double precision, where the quotient is small enough to be off by one at most.
+// A block of ids passes through each step in turn, in loops that the compiler turns into vectors. Quotients are taken by
+// multiplying with a reciprocal in double precision, where they are small enough to be off by one at most.
 #pragma once
 
 #include "cpu/isa_begin.h"
@@ -12,7 +12,7 @@ namespace gossamer::GOSSAMER_ISA {
 namespace {
 
 constexpr int64_t kIdsPerBlock = 256;
-constexpr uint64_t kMersenne61 = (uint64_t{1} << 61) - 1;
+constexpr uint64_t kMersenne31 = (uint64_t{1} << 31) - 1, kMersenne61 = (uint64_t{1} << 61) - 1;
 // Quotients below this are exact but for one.
 constexpr double kLargestQuotient = 0x1p50;
 
@@ -30,39 +30,81 @@ struct Divisor {
 
   explicit Divisor(int64_t value) : value(value), reciprocal(1.0 / static_cast<double>(value)) {}
 
-  // Whether numbers up to `largest` have quotients that the reciprocal gives.
+  // Whether near() is exact for numbers up to `largest`. With a half added, a number is half a divisor's part away from the whole
+  // quotients on both sides, and two roundings move it by less.
+  static bool is_exact(uint64_t largest) { return largest < uint64_t{1} << 50; }
+
+  // Whether numbers up to `largest` have quotients that near() gives, but for one.
   bool takes(uint64_t largest) const {
     return largest < uint64_t{1} << 63 && static_cast<double>(largest) * reciprocal < kLargestQuotient;
   }
 
+  int64_t near(int64_t x) const { return static_cast<int64_t>((static_cast<double>(x) + 0.5) * reciprocal); }
+
   int64_t quotient(int64_t x) const {
-    const int64_t near = static_cast<int64_t>(static_cast<double>(x) * reciprocal), rest = x - near * value;
-    return near - (rest < 0) + (rest >= value);
+    const int64_t found = near(x), rest = x - found * value;
+    return found - (rest < 0) + (rest >= value);
   }
 
   int64_t remainder(int64_t x) const {
-    int64_t rest = x - static_cast<int64_t>(static_cast<double>(x) * reciprocal) * value;
+    int64_t rest = x - near(x) * value;
     rest += rest < 0 ? value : 0;
     return rest - (rest >= value ? value : 0);
   }
 };
 
-inline void reduce(uint64_t* x, int64_t count, uint64_t largest, int64_t modulus) {
+// Remainders of numbers up to `largest`.
+inline void reduce(const uint64_t* x, uint64_t* to, int64_t count, uint64_t largest, int64_t modulus) {
   const Divisor by(modulus);
-  if (by.takes(largest)) {
-    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<uint64_t>(by.remainder(static_cast<int64_t>(x[i])));
+  if (Divisor::is_exact(largest)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = x[i] - static_cast<uint64_t>(by.near(static_cast<int64_t>(x[i])) * modulus);
+  } else if (by.takes(largest)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint64_t>(by.remainder(static_cast<int64_t>(x[i])));
   } else {
-    for (int64_t i = 0; i < count; ++i) x[i] %= static_cast<uint64_t>(modulus);
+    for (int64_t i = 0; i < count; ++i) to[i] = x[i] % static_cast<uint64_t>(modulus);
   }
 }
 
-inline void divide(uint64_t* x, int64_t count, uint64_t largest, int64_t divisor) {
+// Quotients.
+inline void divide(const uint64_t* x, uint64_t* to, int64_t count, uint64_t largest, int64_t divisor) {
   const Divisor by(divisor);
-  if (by.takes(largest)) {
-    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<uint64_t>(by.quotient(static_cast<int64_t>(x[i])));
+  if (Divisor::is_exact(largest)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint64_t>(by.near(static_cast<int64_t>(x[i])));
+  } else if (by.takes(largest)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint64_t>(by.quotient(static_cast<int64_t>(x[i])));
   } else {
-    for (int64_t i = 0; i < count; ++i) x[i] /= static_cast<uint64_t>(divisor);
+    for (int64_t i = 0; i < count; ++i) to[i] = x[i] / static_cast<uint64_t>(divisor);
   }
+}
+
+// Both, of numbers for which quotients are exact.
+inline void split(const uint64_t* x, uint64_t* remainders, uint64_t* quotients, int64_t count, int64_t divisor) {
+  const Divisor by(divisor);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t quotient = by.near(static_cast<int64_t>(x[i]));
+    quotients[i] = static_cast<uint64_t>(quotient);
+    remainders[i] = x[i] - static_cast<uint64_t>(quotient * divisor);
+  }
+}
+
+// Numbers modulo 2^31−1 or 2^61−1 by adding up their digits in that base and one.
+template <int kBits>
+inline void reduce_mersenne(uint64_t* x, int64_t count) {
+  constexpr uint64_t prime = (uint64_t{1} << kBits) - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    uint64_t sum = (x[i] & prime) + (x[i] >> kBits);
+    if constexpr (kBits < 32) sum = (sum & prime) + (sum >> kBits), sum = (sum & prime) + (sum >> kBits);
+    x[i] = sum >= prime ? sum - prime : sum;
+  }
+}
+
+// Numbers up to `largest` modulo a prime.
+inline void reduce_prime(uint64_t* x, int64_t count, uint64_t largest, int64_t prime) {
+  if (static_cast<uint64_t>(prime) == kMersenne61) return reduce_mersenne<61>(x, count);
+  if (static_cast<uint64_t>(prime) == kMersenne31) return reduce_mersenne<31>(x, count);
+  uint64_t from[kIdsPerBlock];
+  std::copy_n(x, count, from);
+  reduce(from, x, count, largest, prime);
 }
 
 // (multiplier·x + addend) mod prime of numbers below it.
@@ -77,7 +119,7 @@ inline void affine(const uint64_t* x, uint64_t* to, int64_t count, const IdMap& 
     return;
   }
   for (int64_t i = 0; i < count; ++i) to[i] = x[i] * a + b;
-  reduce(to, count, static_cast<uint64_t>(prime) * static_cast<uint64_t>(prime), prime);
+  reduce_prime(to, count, static_cast<uint64_t>(prime) * static_cast<uint64_t>(prime), prime);
 }
 
 inline uint64_t largest_of(const uint64_t* x, int64_t count) {
@@ -89,35 +131,51 @@ inline uint64_t largest_of(const uint64_t* x, int64_t count) {
 // Calls f(j, rows without the base) for each map from the first on of at most kIdsPerBlock ids, all inside the limit. Overwrites x.
 template <class F>
 GOSSAMER_INLINE void map_block(const IdMaps& by, int64_t first_map, uint64_t* x, int64_t count, F&& f) {
-  uint64_t value[kIdsPerBlock];
+  // Each step reads one of these and writes another, so that its loop becomes one of vectors.
+  uint64_t value[kIdsPerBlock], quotients[kIdsPerBlock], rest[2][kIdsPerBlock];
   uint64_t largest = largest_of(x, count);
   if (by.mixed) {
     for (int64_t i = 0; i < count; ++i) x[i] = mixed_id(x[i]);
     largest = ~uint64_t{0};
   }
-  if (static_cast<uint64_t>(by.prime) == kMersenne61) {
-    for (int64_t i = 0; i < count; ++i) {
-      const uint64_t sum = (x[i] & kMersenne61) + (x[i] >> 61);
-      x[i] = sum >= kMersenne61 ? sum - kMersenne61 : sum;
-    }
-  } else if (by.prime > 0) {
-    reduce(x, count, largest, by.prime);
+  if (by.prime > 0) {
+    reduce_prime(x, count, largest, by.prime);
+    largest = static_cast<uint64_t>(by.prime) - 1;
   }
-  if (by.prime > 0) largest = static_cast<uint64_t>(by.prime) - 1;
+  bool carried =
+      false;  // whether rest[j % 2] holds the quotients by divisor and modulus of the map before, the divisor of this one
+  uint64_t most_carried = 0;
   for (int64_t j = first_map; j < by.count; ++j) {
     const IdMap& map = by.maps[j];
+    const uint64_t* from = x;
     uint64_t most = largest;
     if (by.prime > 0) {
       affine(x, value, count, map, by.prime);
-    } else {
-      std::copy_n(x, count, value);
+      from = value;
     }
-    if (map.divisor > 1) {
-      divide(value, count, most, map.divisor);
+    if (carried) {
+      from = rest[j % 2];
+      most = most_carried;
+    } else if (map.divisor > 1) {
+      divide(from, quotients, count, most, map.divisor);
+      from = quotients;
       most /= static_cast<uint64_t>(map.divisor);
     }
-    if (most >= static_cast<uint64_t>(map.modulus)) reduce(value, count, most, map.modulus);
-    f(j, value);
+    carried = false;
+    if (most >= static_cast<uint64_t>(map.modulus)) {
+      const bool continued =
+          by.prime == 0 && j + 1 < by.count && static_cast<__int128>(map.divisor) * map.modulus == by.maps[j + 1].divisor;
+      uint64_t* to = from == value ? quotients : value;
+      if (continued && Divisor::is_exact(most)) {
+        split(from, to, rest[(j + 1) % 2], count, map.modulus);
+        carried = true;
+        most_carried = most / static_cast<uint64_t>(map.modulus);
+      } else {
+        reduce(from, to, count, most, map.modulus);
+      }
+      from = to;
+    }
+    f(j, from);
   }
 }
 
