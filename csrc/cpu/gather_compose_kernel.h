@@ -16,7 +16,9 @@ namespace gossamer::GOSSAMER_ISA {
 namespace {
 
 // Tables up to this many bytes stay in the second-level cache, and their rows are not prefetched.
-constexpr int64_t kCachedBytes = int64_t{1} << 18;
+constexpr int64_t kCachedBytes = int64_t{3} << 18;
+// Decoded rows that can be read ahead of any position.
+constexpr int64_t kRowsAhead = 32;
 
 // `n` lanes of S: a vector, a part of one, or a number.
 template <class S, int n>
@@ -73,39 +75,44 @@ GOSSAMER_INLINE void cover(int64_t dim, F&& f) {
   take(Count<1>{}, Count<1>{});
 }
 
-// A ring of decoded positions: the row of each part, and the weight.
+// A ring of decoded positions: the row of each part, times `scale`, and the weight.
 template <class S>
 class PartRows {
  public:
-  PartRows(const ComposeArgs& args, int64_t begin, int64_t end)
+  PartRows(const ComposeArgs& args, int64_t begin, int64_t end, int64_t scale = 1)
       : args_(args),
         parts_(args.parts),
         begin_(begin),
         end_(end),
         decoded_(begin),
+        scale_(scale),
         num_ids_(static_cast<uint64_t>(parts_.num_ids())),
         array_(parts_.wrap ? args.num_rows : 1) {
     // Rows of many parts would leave the first-level cache.
     block_ = kIdsPerBlock;
     while (block_ > 32 && block_ * parts_.maps.count > 2048) block_ /= 2;
     slots_ = 2 * block_;
-    ring_.reset(new int64_t[slots_ * parts_.maps.count]);
+    pitch_ = slots_ + kRowsAhead;
+    ring_.reset(new int64_t[pitch_ * parts_.maps.count]());
     weights_.reset(new S[slots_]);
     if (!args.bags.weights) std::fill_n(weights_.get(), slots_, S{1});
   }
 
-  // Decodes ahead of position p; returns the end of the positions from p on, up to `end`, that can be read.
+  // Decodes ahead of position p; returns the end of the positions from p on, up to `end`, that can be read and lie in a row.
   int64_t reach(int64_t p, int64_t end) {
     while (decoded_ < end_ && decoded_ + block_ <= p + slots_) decode();
-    return std::min(end, decoded_);
+    return std::min({end, decoded_, p + slots_ - slot(p)});
   }
 
   int64_t num_parts() const { return parts_.maps.count; }
   // The row of a part at a position: -1 where its id contributes nothing, below that for a block to be read element by element.
-  int64_t row(int64_t part, int64_t p) const { return ring_[part * slots_ + slot(p)]; }
+  int64_t row(int64_t part, int64_t p) const { return ring_[part * pitch_ + slot(p)]; }
   // The same of some position at or behind p, for prefetching.
   int64_t later(int64_t part, int64_t p) const { return row(part, std::min(p, decoded_ - 1)); }
   S weight(int64_t p) const { return weights_[slot(p)]; }
+  // The same of the positions from p on, up to what reach() returned; kRowsAhead behind them are rows of the part too.
+  const int64_t* rows(int64_t part, int64_t p) const { return &ring_[part * pitch_ + slot(p)]; }
+  const S* weights(int64_t p) const { return &weights_[slot(p)]; }
 
   // Element i of a block whose row is -2 or below.
   int64_t element(int64_t row, int64_t i) const {
@@ -166,17 +173,22 @@ class PartRows {
     if (parts_.num_coded < parts_.maps.count) {
       map_block(parts_.maps, parts_.num_coded, x, count,
                 [&](int64_t part, const uint64_t* value) __attribute__((always_inline)) {
-                  const int64_t base = parts_.maps.maps[part].base;
-                  int64_t* rows = &ring_[part * slots_ + to];
+                  const int64_t base = parts_.maps.maps[part].base, scale = scale_;
+                  int64_t* rows = &ring_[part * pitch_ + to];
                   if (parts_.wrap) {
                     place_blocks(value, count, rows);
                   } else {
-                    for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<int64_t>(value[i]) + base;
+                    for (int64_t i = 0; i < count; ++i) rows[i] = (static_cast<int64_t>(value[i]) + base) * scale;
                   }
                 });
     }
     for (int64_t i = 0; i < num_skipped; ++i) {
-      for (int64_t part = 0; part < parts_.maps.count; ++part) ring_[part * slots_ + to + skipped[i]] = -1;
+      for (int64_t part = 0; part < parts_.maps.count; ++part) ring_[part * pitch_ + to + skipped[i]] = -1;
+    }
+    if (to == 0) {
+      for (int64_t part = 0; part < parts_.maps.count; ++part) {
+        std::copy_n(&ring_[part * pitch_], kRowsAhead, &ring_[part * pitch_ + slots_]);
+      }
     }
     decoded_ += count;
   }
@@ -199,34 +211,58 @@ class PartRows {
   }
 
   void read_codes(const uint64_t* x, int64_t count, int64_t to) {
+    const CodeList& list = parts_.often;
+    const bool windows = parts_.seldom.num_ids == 0 && list.num_ids * list.width >= 8;
+    uint64_t window[kIdsPerBlock];
+    int64_t held = -1;  // first byte that the windows hold of an id's codes
     bool bad = false;
     for (int64_t part = 0; part < parts_.num_coded; ++part) {
       const IdMap& map = parts_.maps.maps[part];
-      const int64_t rows = parts_.composition == Composition::kMatmul && part == 1 ? args_.second_rows : args_.num_rows;
-      bad |= read_part(x, count, part, map.base, std::min(map.modulus, rows - map.base), &ring_[part * slots_ + to]);
+      const int64_t all = parts_.composition == Composition::kMatmul && part == 1 ? args_.second_rows : args_.num_rows;
+      const int64_t size = std::min(map.modulus, all - map.base), bit = part * list.bits;
+      int64_t* rows = &ring_[part * pitch_ + to];
+      if (!windows) {
+        bad |= read_part(x, count, part, map.base, size, rows);
+        continue;
+      }
+      if (held < 0 || bit + list.bits > 8 * held + 64) {
+        held = bit / 8;
+        read_windows(x, count, held, window);
+      }
+      // All in variables of its own: rows could be any of the numbers that others hold.
+      const auto shift = static_cast<int>(bit - 8 * held);
+      const int64_t mask = (int64_t{1} << list.bits) - 1, base = map.base, scale = scale_;
+      int64_t largest = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const auto code = static_cast<int64_t>(window[i] >> shift) & mask;
+        largest = std::max(largest, code);
+        rows[i] = (base + std::min(code, size - 1)) * scale;
+      }
+      bad |= largest >= size;
     }
     if (bad) say(PartsFault::kCode);
   }
 
-  // The rows of one part; whether a code is not below `size`.
-  bool read_part(const uint64_t* x, int64_t count, int64_t part, int64_t base, int64_t size, int64_t* rows) const {
+  // Of each id eight bytes of its codes; behind the end of the list there are zeros.
+  void read_windows(const uint64_t* x, int64_t count, int64_t byte, uint64_t* window) const {
     const CodeList& list = parts_.often;
-    if (list.bits == 8 && parts_.seldom.num_ids == 0) {
-      const uint8_t* codes = list.bytes + part;
-      for (int64_t i = 0; i < count; ++i) rows[i] = base + codes[x[i] * list.width];
-      if (size >= 256) return false;
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        uint64_t id = x[i];
-        const CodeList& own = list_of(id);
-        rows[i] = base + static_cast<int64_t>(code_at(own, static_cast<int64_t>(id), part));
-      }
+    const int64_t last = list.num_ids * list.width - 8;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = static_cast<int64_t>(x[i]) * list.width + byte, from = std::min(at, last);
+      std::memcpy(&window[i], list.bytes + from, 8);
+      window[i] >>= 8 * (at - from);
     }
+  }
+
+  // The rows of one part where there are two lists; whether a code is not below `size`.
+  bool read_part(const uint64_t* x, int64_t count, int64_t part, int64_t base, int64_t size, int64_t* rows) const {
     bool bad = false;
     for (int64_t i = 0; i < count; ++i) {
-      const bool beyond = rows[i] - base >= size;
-      bad |= beyond;
-      rows[i] = beyond ? base : rows[i];
+      uint64_t id = x[i];
+      const CodeList& own = list_of(id);
+      const auto code = static_cast<int64_t>(code_at(own, static_cast<int64_t>(id), part));
+      bad |= code >= size;
+      rows[i] = (base + (code >= size ? 0 : code)) * scale_;
     }
     return bad;
   }
@@ -260,7 +296,7 @@ class PartRows {
 
   const ComposeArgs& args_;
   const Parts& parts_;
-  int64_t begin_, end_, decoded_, block_, slots_;
+  int64_t begin_, end_, decoded_, scale_, block_, slots_, pitch_;
   uint64_t num_ids_;
   Divisor array_;
   std::unique_ptr<int64_t[]> ring_;
@@ -274,67 +310,118 @@ GOSSAMER_INLINE void prefetch_part(const ComposeArgs& a, const PartRows<Accumula
   prefetch_lines<1, Fetch::kReadLater>(static_cast<const T*>(a.table.base) + row * a.table.row_stride, bytes);
 }
 
-// Adds the composed vectors of positions [p, until), times their weights, to sums of all D columns.
-template <bool kMultiply, class T, class S = Accumulator<T>>
+// Calls f(whether there are weights).
+template <class F>
+GOSSAMER_INLINE void visit_weighted(const ComposeArgs& a, F&& f) {
+  if (a.bags.weights) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
+}
+
+// Adds the composed vectors of positions [p, until), times their weights, to sums of all D columns; kParts is 0 for any number.
+template <bool kMultiply, int kParts, class T, class S = Accumulator<T>>
 void add_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
-  const int64_t parts = rows.num_parts(), stride = a.table.row_stride, ahead = gather_ahead(fetched);
+  const int64_t parts = kParts > 0 ? kParts : rows.num_parts(), stride = a.table.row_stride, ahead = gather_ahead(fetched);
+  const S* weights = rows.weights(p);
+  const int64_t* row[kParts > 0 ? kParts : 1];
+  for (int part = 0; part < kParts; ++part) row[part] = rows.rows(part, p);
+  if (kParts == 0) row[0] = rows.rows(0, p);
   cover<T>(a.dim, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
     constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
     using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
     const T* table = static_cast<const T*>(a.table.base) + column;
     V sum[kVectors];
     for (int v = 0; v < kVectors; ++v) std::memcpy(&sum[v], sums + column + v * n, sizeof(V));
-    for (int64_t q = p; q < until; ++q) {
-      if (fetched > 0 && column == 0) {
-        for (int64_t part = 0; part < parts; ++part) prefetch_part<T>(a, rows, part, q + ahead, fetched);
-      }
-      const int64_t first = rows.row(0, q);
-      if (first < 0) continue;
-      V found[kVectors];
-      for (int v = 0; v < kVectors; ++v) found[v] = load_lanes_of<n>(table + first * stride + v * n);
-      for (int64_t part = 1; part < parts; ++part) {
-        const T* row = table + rows.row(part, q) * stride;
+    visit_weighted(a, [&](auto weighted) __attribute__((always_inline)) {
+      constexpr bool kWeighted = decltype(weighted)::value;
+      for (int64_t i = 0; i < until - p; ++i) {
+        if (fetched > 0 && column == 0) {
+          for (int64_t part = 0; part < parts; ++part) prefetch_part<T>(a, rows, part, p + i + ahead, fetched);
+        }
+        if (row[0][i] < 0) continue;
+        const T* from = table + row[0][i] * stride;
+        V found[kVectors];
+        for (int v = 0; v < kVectors; ++v) found[v] = load_lanes_of<n>(from + v * n);
+        for (int64_t part = 1; part < parts; ++part) {
+          from = table + (kParts > 0 ? row[part] : rows.rows(part, p))[i] * stride;
+          for (int v = 0; v < kVectors; ++v) {
+            const V more = load_lanes_of<n>(from + v * n);
+            found[v] = kMultiply ? found[v] * more : found[v] + more;
+          }
+        }
         for (int v = 0; v < kVectors; ++v) {
-          const V more = load_lanes_of<n>(row + v * n);
-          found[v] = kMultiply ? found[v] * more : found[v] + more;
+          if constexpr (kWeighted) {
+            sum[v] += found[v] * weights[i];
+          } else {
+            sum[v] += found[v];
+          }
         }
       }
-      const S weight = rows.weight(q);
-      for (int v = 0; v < kVectors; ++v) sum[v] += found[v] * weight;
-    }
+    });
     for (int v = 0; v < kVectors; ++v) store_lanes_of(sums + column + v * n, sum[v]);
   });
 }
 
-// The same of concatenated vectors, one part after the other.
-template <class T, class S = Accumulator<T>>
-void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+// The same of concatenated vectors, for kParts parts of equal `columns` from `first` on.
+template <int kParts, class T, class S = Accumulator<T>>
+void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, int64_t first,
+                int64_t columns, S* sums) {
   const int64_t stride = a.table.row_stride, ahead = gather_ahead(fetched);
   const T* base = static_cast<const T*>(a.table.base);
-  for (int64_t part = 0; part < rows.num_parts(); ++part) {
-    const int64_t begin = part * a.parts.columns;
-    cover<T>(std::min(a.parts.columns, a.dim - begin),
-             [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
-               constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
-               using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
-               V sum[kVectors];
-               for (int v = 0; v < kVectors; ++v) std::memcpy(&sum[v], sums + begin + column + v * n, sizeof(V));
-               for (int64_t q = p; q < until; ++q) {
-                 if (fetched > 0 && column == 0) prefetch_part<T>(a, rows, part, q + ahead, fetched);
-                 const int64_t row = rows.row(part, q);
-                 if (__builtin_expect(row >= 0, 1)) {
-                   const T* from = base + row * stride + column;
-                   const S weight = rows.weight(q);
-                   for (int v = 0; v < kVectors; ++v) sum[v] += load_lanes_of<n>(from + v * n) * weight;
-                 } else if (row < -1) {
-                   T apart[kVectors * n];
-                   for (int i = 0; i < kVectors * n; ++i) apart[i] = base[rows.element(row, column + i)];
-                   for (int v = 0; v < kVectors; ++v) sum[v] += load_lanes_of<n>(apart + v * n) * rows.weight(q);
-                 }
-               }
-               for (int v = 0; v < kVectors; ++v) store_lanes_of(sums + begin + column + v * n, sum[v]);
-             });
-  }
+  const S* weights = rows.weights(p);
+  const int64_t* row[kParts];
+  for (int part = 0; part < kParts; ++part) row[part] = rows.rows(first + part, p);
+  sums += first * a.parts.columns;
+  cover<T>(columns, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+    constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+    using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
+    V sum[kParts][kVectors];
+    const auto each = [&](auto&& f) __attribute__((always_inline)) {
+      for (int part = 0; part < kParts; ++part) {
+        for (int v = 0; v < kVectors; ++v) f(sum[part][v], sums + part * columns + column + v * n);
+      }
+    };
+    each([](V& own, S* at) { std::memcpy(&own, at, sizeof(V)); });
+    visit_weighted(a, [&](auto weighted) __attribute__((always_inline)) {
+      constexpr bool kWeighted = decltype(weighted)::value;
+      const auto add = [&](int part, int64_t i, const T* from) __attribute__((always_inline)) {
+        for (int v = 0; v < kVectors; ++v) {
+          if constexpr (kWeighted) {
+            sum[part][v] += load_lanes_of<n>(from + v * n) * weights[i];
+          } else {
+            sum[part][v] += load_lanes_of<n>(from + v * n);
+          }
+        }
+      };
+      for (int64_t i = 0; i < until - p; ++i) {
+        for (int part = 0; part < kParts; ++part) {
+          if (fetched > 0 && column == 0) prefetch_part<T>(a, rows, first + part, p + i + ahead, fetched);
+          const int64_t at = row[part][i];
+          if (__builtin_expect(at >= 0, 1)) {
+            add(part, i, base + at * stride + column);
+          } else if (at < -1) {
+            T apart[kVectors * n];
+            for (int c = 0; c < kVectors * n; ++c) apart[c] = base[rows.element(at, column + c)];
+            add(part, i, apart);
+          }
+        }
+      }
+    });
+    each([](V& own, S* at) { store_lanes_of(at, own); });
+  });
+}
+
+// All parts, four at a time: their sums are independent of each other, and a pass reads the weights once.
+template <class T, class S = Accumulator<T>>
+void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+  const int64_t parts = rows.num_parts(), columns = a.parts.columns, whole = a.dim / columns;
+  int64_t part = 0;
+  for (; part + 4 <= whole; part += 4) add_joined<4, T>(a, rows, p, until, fetched, part, columns, sums);
+  for (; part + 2 <= whole; part += 2) add_joined<2, T>(a, rows, p, until, fetched, part, columns, sums);
+  for (; part < whole; ++part) add_joined<1, T>(a, rows, p, until, fetched, part, columns, sums);
+  if (part < parts) add_joined<1, T>(a, rows, p, until, fetched, part, a.dim - part * columns, sums);
 }
 
 // The same of products of two small matrices, kRows rows of the first at a time.
@@ -388,11 +475,15 @@ void add_products(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int6
 
 template <class T, class S = Accumulator<T>>
 void add_composed(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
+  const int64_t parts = rows.num_parts();
   switch (a.parts.composition) {
     case Composition::kAdd:
-      return add_rows<false, T>(a, rows, p, until, fetched, sums);
+      if (parts == 1) return add_rows<false, 1, T>(a, rows, p, until, fetched, sums);
+      if (parts == 2) return add_rows<false, 2, T>(a, rows, p, until, fetched, sums);
+      return add_rows<false, 0, T>(a, rows, p, until, fetched, sums);
     case Composition::kMultiply:
-      return add_rows<true, T>(a, rows, p, until, fetched, sums);
+      if (parts == 2) return add_rows<true, 2, T>(a, rows, p, until, fetched, sums);
+      return add_rows<true, 0, T>(a, rows, p, until, fetched, sums);
     case Composition::kConcatenate:
       return add_joined<T>(a, rows, p, until, fetched, sums);
     case Composition::kMatmul:
@@ -400,10 +491,161 @@ void add_composed(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int6
   }
 }
 
+// Vectors of kVectors vectors: rows of one part, or sums or products of those of kParts.
+template <bool kMultiply, int kParts, int kVectors, class T>
+struct Combined {
+  using S = Accumulator<T>;
+  using V = Vec<S>;
+  static constexpr int kRows = kParts, kSums = kVectors, kBytes = kVectors * kLanes<S> * sizeof(T);
+  static constexpr bool kAnywhere = false;  // whether rows begin anywhere in a line
+
+  // Calls f(v, vector) for the vectors that the rows of position i compose.
+  template <class F>
+  GOSSAMER_INLINE void each(const T* table, const int64_t* const (&row)[kParts], int64_t i, F&& f) {
+    for (int v = 0; v < kVectors; ++v) {
+      V found = load(table + row[0][i] + v * kLanes<S>);
+      for (int part = 1; part < kParts; ++part) {
+        const V more = load(table + row[part][i] + v * kLanes<S>);
+        found = kMultiply ? found * more : found + more;
+      }
+      f(v, found);
+    }
+  }
+};
+
+// Vectors of kParts rows of n columns one behind the other.
+template <int kParts, int n, class T>
+struct Joined {
+  using S = Accumulator<T>;
+  using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
+  static constexpr int kRows = kParts, kSums = kParts, kBytes = n * sizeof(T);
+  static constexpr bool kAnywhere = true;
+
+  template <class F>
+  GOSSAMER_INLINE void each(const T* table, const int64_t* const (&row)[kParts], int64_t i, F&& f) {
+    for (int part = 0; part < kParts; ++part) f(part, load_lanes_of<n>(table + row[part][i]));
+  }
+};
+
+// Adds `count` positions from p on, which reach() gave, to sums in registers.
+template <class Form, bool kWeighted, bool kFetch, class T, class S = Accumulator<T>>
+GOSSAMER_INLINE void add_short(const T* table, const PartRows<S>& rows, int64_t p, int64_t count,
+                               typename Form::V (&sum)[Form::kSums]) {
+  constexpr int64_t ahead = std::min(kRowsAhead, gather_ahead(Form::kBytes));
+  const int64_t* row[Form::kRows];
+  for (int part = 0; part < Form::kRows; ++part) row[part] = rows.rows(part, p);
+  [[maybe_unused]] const S* weights = rows.weights(p);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (kFetch) {
+      for (int part = 0; part < Form::kRows; ++part) {
+        // Rows of ids that are skipped may lie before the table, but are not read.
+        const char* from = reinterpret_cast<const char*>(table + row[part][i + ahead]);
+        for (int byte = 0; byte < Form::kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+        if constexpr (Form::kAnywhere) __builtin_prefetch(from + Form::kBytes - 1, 0, 2);
+      }
+    }
+    if (row[0][i] < 0) continue;
+    Form::each(table, row, i, [&](int v, typename Form::V found) __attribute__((always_inline)) {
+      if constexpr (kWeighted) {
+        sum[v] += found * weights[i];
+      } else {
+        sum[v] += found;
+      }
+    });
+  }
+}
+
+// Bags of vectors that stay in registers while they are summed.
+template <class Form, bool kWeighted, bool kFetch, class T>
+void compose_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
+  using S = Accumulator<T>;
+  using V = typename Form::V;
+  const Bags& bags = a.bags;
+  const T* table = static_cast<const T*>(a.table.base);
+  PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1), a.table.row_stride);
+  constexpr int n = sizeof(V) / sizeof(S);
+  for (int64_t bag = first_bag; bag < last_bag; ++bag) {
+    const int64_t begin = bags.begin(bag), end = bags.end(bag);
+    V sum[Form::kSums] = {};
+    for (int64_t p = begin; p < end;) {
+      const int64_t until = rows.reach(p, end);
+      add_short<Form, kWeighted, kFetch>(table, rows, p, until - p, sum);
+      p = until;
+    }
+    if (bags.mean) {
+      const S divisor = static_cast<S>(std::max<int64_t>(rows.count(begin, end), 1));
+      for (auto& v : sum) v /= divisor;
+    }
+    const auto write = [&](auto* out) __attribute__((always_inline)) {
+      for (int v = 0; v < Form::kSums; ++v) {
+        if constexpr (std::is_same_v<decltype(out), S*>) {
+          store_lanes_of(out + v * n, sum[v]);
+        } else {
+          store(out + v * n, sum[v]);
+        }
+      }
+    };
+    if (a.out.dtype == a.table.dtype) {
+      write(static_cast<T*>(a.out.base) + bag * a.out.row_stride);
+    } else {
+      write(static_cast<S*>(a.out.base) + bag * a.out.row_stride);
+    }
+  }
+}
+
+template <class Form, class T>
+bool compose_as(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
+  const int64_t bytes = a.num_rows * a.table.row_stride * static_cast<int64_t>(sizeof(T));
+  const auto with = [&](auto weighted) {
+    constexpr bool kWeighted = decltype(weighted)::value;
+    if (bytes > kCachedBytes) return compose_short<Form, kWeighted, true, T>(a, first_bag, last_bag);
+    compose_short<Form, kWeighted, false, T>(a, first_bag, last_bag);
+  };
+  a.bags.weights ? with(std::true_type{}) : with(std::false_type{});
+  return true;
+}
+
+// Calls compose_short where it serves; false where it does not.
+template <class T>
+bool compose_as_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
+  using S = Accumulator<T>;
+  constexpr int n = kLanes<S>;
+  const Parts& parts = a.parts;
+  const int64_t count = parts.maps.count;
+  if (parts.composition == Composition::kConcatenate) {
+    // A block that is broken is not in a row.
+    if constexpr (std::is_same_v<T, S>) {
+      if (parts.wrap || count * parts.columns != a.dim) return false;
+      if (count == 4 && parts.columns == 4) return compose_as<Joined<4, 4, T>, T>(a, first_bag, last_bag);
+      if constexpr (n >= 8) {
+        if (count == 2 && parts.columns == 8) return compose_as<Joined<2, 8, T>, T>(a, first_bag, last_bag);
+      }
+      if (count == 1 && parts.columns == n) return compose_as<Joined<1, n, T>, T>(a, first_bag, last_bag);
+      if (count == 2 && parts.columns == n) return compose_as<Joined<2, n, T>, T>(a, first_bag, last_bag);
+    }
+    return false;
+  }
+  const auto of_size = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    if (parts.composition == Composition::kAdd) {
+      if (count == 1) return compose_as<Combined<false, 1, kVectors, T>, T>(a, first_bag, last_bag);
+      if (count == 2) return compose_as<Combined<false, 2, kVectors, T>, T>(a, first_bag, last_bag);
+    } else if (parts.composition == Composition::kMultiply) {
+      if (count == 2) return compose_as<Combined<true, 2, kVectors, T>, T>(a, first_bag, last_bag);
+    }
+    return false;
+  };
+  if (a.dim == n) return of_size(std::integral_constant<int, 1>{});
+  if (a.dim == 2 * n) return of_size(std::integral_constant<int, 2>{});
+  if (a.dim == 4 * n) return of_size(std::integral_constant<int, 4>{});
+  return false;
+}
+
 template <class T>
 void compose_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
-  if (first_bag >= last_bag) return;
+  if (first_bag >= last_bag || compose_as_short<T>(a, first_bag, last_bag)) return;
   const Bags& bags = a.bags;
   PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1));
   const int64_t row_bytes = a.parts.columns * static_cast<int64_t>(sizeof(T));

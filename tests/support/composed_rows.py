@@ -34,7 +34,7 @@ def coded(dim, operation, bits, count, columns, device, rare_bits=0, hashed=Fals
 
 
 def blocks(dim, size, wrap):
-    """Blocks of an array of 23 elements, which other blocks and the ends of the array cut."""
+    """Blocks of an array of 23 elements, which other blocks and, where they wrap, the ends of the array cut."""
     count = -(-dim // size)
     modulus = PRIME if wrap else 23 - size + 1
     # The second block of ids 0 .. 4 crosses the prime.
@@ -45,10 +45,13 @@ def blocks(dim, size, wrap):
 
 # Whole vectors, parts of vectors and single columns; two, three and many parts; each way to find rows.
 CASES = {
+    "one row": lambda device: digits(16, "add", [30]),
     "added digits": lambda device: digits(16, "add", [7, 5]),
+    "multiplied in registers": lambda device: digits(32, "mul", [7, 5]),
     "multiplied digits": lambda device: digits(37, "mul", [7, 5]),
     "three multiplied": lambda device: digits(8, "mul", [4, 3, 3]),
     "joined digits": lambda device: (digits(10, "concat", [7, 5])[0], (12, 5)),
+    "joined halves": lambda device: (digits(16, "concat", [7, 5])[0], (12, 8)),
     "many columns": lambda device: digits(150, "mul", [7, 5]),
     "two hashes of any id": lambda device: (Parts.of(16, "add", IdMaps.universal([11, 11], seed=3)), (11, 16)),
     "bytes": lambda device: coded(16, "concat", 8, 4, 4, device),
@@ -56,6 +59,8 @@ CASES = {
     "thirteen bits": lambda device: coded(24, "add", 13, 3, 24, device),
     "whole numbers and a hash": lambda device: coded(9, "add", 32, 1, 9, device, hashed=True),
     "blocks": lambda device: blocks(10, 4, False),
+    "whole blocks": lambda device: blocks(8, 4, False),
+    "one block": lambda device: blocks(16, 16, False),
     "blocks that wrap": lambda device: blocks(11, 2, True),
     "blocks of one": lambda device: blocks(6, 1, True),
 }
