@@ -91,12 +91,13 @@ void register_gather_compose(py::module_& m) {
   m.def(
       "compose_gradient",
       [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const OwnedParts& parts, const PyMatrix& dout,
-         const PyVector& rows, uintptr_t part_gradients, const PyVector& weight_gradients, int num_threads) {
+         const PyVector& rows, bool elements, uintptr_t part_gradients, const PyVector& weight_gradients, int num_threads) {
         int32_t fault = 0;
         const IndexArray to = index_array(rows);
         const ComposeGradient gradient{.dout = matrix(dout),
                                        .rows = const_cast<void*>(to.base),
                                        .wide_rows = to.wide,
+                                       .elements = elements,
                                        .part_gradients = pointer<void>(part_gradients),
                                        .weight_gradients = row_matrix(weight_gradients)};
         compose({.table = matrix(table),
@@ -111,7 +112,7 @@ void register_gather_compose(py::module_& m) {
       },
       "The rows of each position's parts, the gradients of factors, and those of weights.", py::kw_only(), py::arg("table"),
       py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("parts"), py::arg("dout"), py::arg("rows"),
-      py::arg("part_gradients"), py::arg("weight_gradients"), py::arg("num_threads"));
+      py::arg("elements"), py::arg("part_gradients"), py::arg("weight_gradients"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

@@ -59,7 +59,7 @@ void register_sparse_update(py::module_& m) {
       "sparse_update",
       [](const PyMatrix& table, const PyState& state1, const PyState& state2, int64_t num_rows, int64_t dim,
          const PyScales& scales, double scale_rate, const PyMatrix& dout, const Bags& bags, uintptr_t argmax,
-         const StepRule& rule, int64_t step, int num_threads) {
+         const StepRule& rule, int64_t step, bool blocks, int num_threads) {
         raise_bad_bags(bags, num_rows, !bags.drop, true, num_threads);
         const UpdateArgs args{.table = matrix(table),
                               .state1 = state_array(state1),
@@ -71,14 +71,15 @@ void register_sparse_update(py::module_& m) {
                               .dout = matrix(dout),
                               .bags = bags,
                               .argmax = pointer<const int32_t>(argmax),
-                              .rule = rule.at(step)};
+                              .rule = rule.at(step),
+                              .blocks = blocks};
         py::gil_scoped_release release;
         sparse_update(args, num_threads);
       },
       "One optimizer step on the rows that bags list, with the gradients of duplicates summed first.", py::kw_only(),
       py::arg("table"), py::arg("state1"), py::arg("state2"), py::arg("num_rows"), py::arg("dim"), py::arg("scales"),
       py::arg("scale_rate"), py::arg("dout"), py::arg("bags"), py::arg("argmax"), py::arg("rule"), py::arg("step"),
-      py::arg("num_threads"));
+      py::arg("blocks"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

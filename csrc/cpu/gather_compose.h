@@ -40,9 +40,9 @@ enum class PartsFault : int32_t { kNone, kId, kCode };
 // What the gradient of composed vectors is made of, for each position.
 struct ComposeGradient {
   FloatMatrix dout;  // (B, D) of the accumulator's dtype, column stride 1, or absent
-  // The row of each part, -1 where the id contributes nothing; elements where parts are blocks.
-  void* rows;  // (L, H), (L, D) for blocks, or null
-  bool wide_rows;
+  // The row of each part, -1 where the id contributes nothing; of blocks the first element, or all D elements.
+  void* rows;  // (L, H), (L, D) for elements, or null
+  bool wide_rows, elements;
   void* part_gradients;          // (L, H, C) of the accumulator's dtype, for products; or null
   FloatMatrix weight_gradients;  // one row of num_positions, or absent; the bags are then without weights
 };

@@ -701,7 +701,7 @@ void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
   const int64_t num_parts = parts.maps.count;
   std::vector<S> sums(a.dim);
   const auto write_rows = [&](int64_t p, auto* to) {
-    if (!parts.blocks) {
+    if (!g.elements) {
       to += p * num_parts;
       for (int64_t part = 0; part < num_parts; ++part) to[part] = rows.row(part, p);
       return;

@@ -93,7 +93,7 @@ class Update {
     Entry<Word>* const listed = leaves_out(team) ? other_ : entries_;
     Entry<Word>* const room = leaves_out(team) ? entries_ : other_;
     const Entry<Word>* sorted = radix_sort(listed, room, counts_[team.size], bits, histograms_, team);
-    find_long_runs(sorted, team);
+    if (!args_.blocks) find_long_runs(sorted, team);
     team.barrier();
     if (team.thread == 0) collect(sorted, team);
     WorkQueue queue(taken_.get());
@@ -109,8 +109,11 @@ class Update {
   }
 
  private:
-  // Of a table of codes also the row as numbers and, where its scale is trained, the gradient as it was.
-  int64_t scratch_size() const { return (args_.scales ? 2 * args_.dim : args_.dim) + 64; }
+  // Of a table of codes also the row as numbers and, where its scale is trained, the gradient as it was; of blocks the sums of
+  // those that overlap.
+  int64_t scratch_size() const {
+    return (args_.scales || args_.blocks ? 2 * args_.dim : args_.dim) + (args_.blocks ? kBlockSums : 0) + 64;
+  }
 
   // Whether ids were left out, once they are listed.
   bool leaves_out(Team team) const { return counts_[team.size] < positions_; }

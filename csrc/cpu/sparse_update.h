@@ -71,7 +71,13 @@ struct UpdateArgs {
   Bags bags;
   const int32_t* argmax;  // (B, D) contiguous, or null
   StepRule rule;
+  // Whether row i is the block of the elements i .. i+D−1 of an array (N+D−1), so that rows overlap. Table and states have row
+  // stride 1, and the rule's rows are single elements.
+  bool blocks = false;
 };
+
+// Elements beside a block whose sums a thread holds before it steps on them.
+constexpr int64_t kBlockSums = 1024;
 
 // The ids that contribute, sorted by (linear) row, stably. An entry's source is its bag where neither weights nor argmax
 // need its position, else its position.

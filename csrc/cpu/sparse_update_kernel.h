@@ -408,6 +408,80 @@ void sum_range(const UpdateArgs& a, const SortedIds& ids, int64_t first_piece, i
   }
 }
 
+// Steps on `count` elements of an array whose rows are single elements, with their gradients in `grad`.
+template <class T>
+GOSSAMER_INLINE void step_elements(const UpdateArgs& a, int64_t first, int64_t count, Accumulator<T>* grad) {
+  using S = Accumulator<T>;
+  const StepRule& rule = a.rule;
+  T* w = static_cast<T*>(a.table.base) + first;
+  const auto state = [&](const StateArray& array) { return array.base ? static_cast<S*>(array.base) + first : nullptr; };
+  S *state1 = state(a.state1), *state2 = state(a.state2);
+  StepRule each = rule;
+  // Of a row of one element, these rules have the value of that element for a row's; the mean of one square is the square.
+  if (rule.algorithm == Algorithm::kPartialRowwiseAdam) each.algorithm = Algorithm::kAdam;
+  const bool rows_of_one = rule.algorithm == Algorithm::kLamb || rule.clip_norm <= std::numeric_limits<double>::max() ||
+                           (sizeof(T) == 2 && rule.stochastic_rounding);
+  if (rows_of_one) {
+    for (int64_t i = 0; i < count; ++i) {
+      step_row<T>(rule, first + i, w + i, state1 ? state1 + i : nullptr, state2 ? state2 + i : nullptr, grad + i, 1);
+    }
+  } else if (rule.algorithm == Algorithm::kRowwiseAdagrad) {
+    prepare_gradient(rule, w, grad, count);
+    const RowWriter<T> write(rule, w, 0);
+    const S lr = static_cast<S>(rule.lr), eps = static_cast<S>(rule.eps);
+    const S keep = rule.decay == Decay::kWeights ? static_cast<S>(1 - rule.lr * rule.weight_decay) : S{1};
+    over_row<S>(count, [&](int64_t c, int n) __attribute__((always_inline)) {
+      const Vec<S> g = load_n(grad + c, n), sum = load_n(state1 + c, n) + g * g;
+      store_n(state1 + c, sum, n);
+      write(c, keep * load_n(w + c, n) - lr / (vsqrt(sum) + eps) * g, n);
+    });
+  } else {
+    step_row<T>(each, first, w, state1, state2, grad, count);
+  }
+}
+
+// Sums overlapping blocks, and steps on their elements. Entries are sorted by the blocks' first elements; those from `begin` to `end`
+// stand for the elements from the first of `begin` to that of `end`, to which blocks that begin before may reach.
+template <class T, class G>
+void update_block_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, Accumulator<T>* sums) {
+  using S = Accumulator<T>;
+  const int64_t dim = a.dim, room = kBlockSums + 2 * dim;
+  const auto start = [&](int64_t entry) { return static_cast<int64_t>(entry_at(ids, entry).row); };
+  const int64_t first = start(begin), last = end < ids.count ? start(end) : std::numeric_limits<int64_t>::max();
+  // Blocks of one first element are all the business of the range in which they end.
+  int64_t entry = begin;
+  while (entry > 0 && start(entry - 1) > first - dim) --entry;
+  int64_t base = first, covered = first;  // sums hold the elements from base on, of which blocks cover those below `covered`
+  std::fill_n(sums, room, S{0});
+  const auto step_below = [&](int64_t stop) {
+    if (stop > base) step_elements<T>(a, base, stop - base, sums);
+    const int64_t kept = covered - stop;
+    if (kept > 0) std::copy_n(sums + (stop - base), kept, sums);
+    std::fill(sums + std::max<int64_t>(kept, 0), sums + (covered - base), S{0});
+    base = stop;
+  };
+  for (; entry < ids.count; ++entry) {
+    const int64_t at = start(entry);
+    if (at >= last) break;
+    const int64_t from = std::max(at, first), to = std::min(at + dim, last);
+    if (from > covered) {
+      step_below(covered);
+      base = covered = from;
+    } else if (to - base > room) {
+      step_below(from);
+    }
+    prefetch_addend<G>(a, ids, entry + kDoutAhead, dim * static_cast<int64_t>(sizeof(G)));
+    const Addend<G> part = addend<S, G>(a, ids, entry);
+    const G* dout = part.dout + (from - at);
+    S* sum = sums + (from - base);
+    over_row<S>(to - from, [&](int64_t c, int n) __attribute__((always_inline)) {
+      store_n(sum + c, load_n(sum + c, n) + load_n(dout + c, n) * static_cast<S>(part.factor), n);
+    });
+    covered = std::max(covered, to);
+  }
+  step_below(covered);
+}
+
 template <class F>
 GOSSAMER_INLINE void visit_update(const UpdateArgs& args, F&& f) {
   visit_table(args.table.dtype, [&](auto table) {
@@ -429,7 +503,12 @@ void sum_pieces(const UpdateArgs& args, const SortedIds& ids, int64_t first_piec
 
 void update_rows(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
   visit_update(args, [&](auto table, auto dout) {
-    update_range<typename decltype(table)::type, typename decltype(dout)::type>(args, ids, begin, end, scratch);
+    using T = typename decltype(table)::type;
+    using G = typename decltype(dout)::type;
+    if constexpr (!kIsCode<T>) {
+      if (args.blocks) return update_block_range<T, G>(args, ids, begin, end, static_cast<Accumulator<T>*>(scratch));
+    }
+    update_range<T, G>(args, ids, begin, end, scratch);
   });
 }
 

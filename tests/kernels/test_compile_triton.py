@@ -37,6 +37,7 @@ def test_kernels_compile_within_limits(rows):
         "block_sparse_sampled",
         "gather_reduce",
         "gather_compose",
+        "gather_compose_gradient",
         "gather_matmul",
         "gather_max",
         "sparse_update",

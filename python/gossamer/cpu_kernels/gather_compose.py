@@ -97,13 +97,13 @@ def compose_gradient(args: ComposeGradient) -> tuple[torch.Tensor, torch.Tensor 
     table, dout = _table(args.table, args.parts), unit_rows(args.dout)
     lists, _alive = native_bags(args.bags)
     parts, _kept = _native_parts(args.parts, table.shape[1])
-    count, places, dim = args.bags.index.numel(), args.parts.places, args.parts.dim
+    count, dim = args.bags.index.numel(), args.parts.dim
     dtype = rows_dtype(table.shape[0])
     # Positions outside all bags are not written.
-    rows = empty_huge((count, places), dtype)
+    rows = empty_huge((count, args.parts.listed), dtype)
     if args.bags.offsets is not None:
         rows.fill_(-1)
-    factors = empty_huge((count, places, dim), dout.dtype) if args.factors else None
+    factors = empty_huge((count, args.parts.maps.count, dim), dout.dtype) if args.factors else None
     weights = torch.zeros(count, dtype=dout.dtype) if args.weights else None
     _C.compose_gradient(
         table=matrix(table),
@@ -113,6 +113,7 @@ def compose_gradient(args: ComposeGradient) -> tuple[torch.Tensor, torch.Tensor 
         parts=parts,
         dout=matrix(dout),
         rows=(rows.data_ptr(), 1, DTYPES[dtype]),
+        elements=args.parts.block > 0 and not args.parts.whole_blocks,
         part_gradients=0 if factors is None else factors.data_ptr(),
         weight_gradients=vector(weights),
         num_threads=torch.get_num_threads(),

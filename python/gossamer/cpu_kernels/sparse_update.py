@@ -38,6 +38,9 @@ def sparse_update_(args: SparseUpdate) -> None:
     argmax = None if args.argmax is None else args.argmax.contiguous()
     lists, _alive = native_bags(args.bags)
     place, num_rows, dim = native_table(args.table, args.bags)
+    if args.blocks:
+        dim = dout.shape[1]
+        num_rows = max(num_rows - dim + 1, 0)
     if features.dim:
         num_rows = max(map(sum, zip(features.row, features.rows, strict=True)))
     rule = update.rule if update.lr is None else update.rule._replace(lr=float(update.lr))
@@ -55,6 +58,7 @@ def sparse_update_(args: SparseUpdate) -> None:
         argmax=0 if argmax is None else argmax.data_ptr(),
         rule=_native_rule(rule),
         step=int(update.step) + 1,
+        blocks=args.blocks,
         num_threads=torch.get_num_threads(),
     )
     update.step.add_(1)

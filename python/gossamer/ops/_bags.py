@@ -160,6 +160,34 @@ class Bags(NamedTuple):
             yield Bags(self.index, offsets, self.weights, mode="mean" if mean else "sum", drop=self.drop)
 
 
+def bags_of_columns(bags: Bags, rows: torch.Tensor, dout: torch.Tensor, drop: bool) -> tuple[Bags, torch.Tensor]:
+    """Bags for each of H columns of ``rows (L, H)``, and the columns of ``dout (B, H·C)`` that belong to them.
+
+    Rows of positions that lie in no bag must be −1.
+    """
+    times, weights = rows.shape[1], bags.weights
+    columns = dout.shape[1] // times
+    if bags.offsets is None:
+        count, length = bags.index.shape
+        rows = rows.view(count, length, times).transpose(1, 2).reshape(count * times, length)
+        weights = None if weights is None else weights.repeat_interleave(times, 0)
+        return Bags(rows, weights=weights, drop=drop), dout.reshape(count * times, columns)
+    length, offsets = bags.index.shape[0], bags.offsets.long()
+    # The bags of one column follow those of the one before. Positions outside all bags have no rows and may lie in any.
+    starts = offsets[:-1] + torch.arange(times, device=offsets.device).unsqueeze(1) * length
+    starts = torch.cat([starts.flatten(), starts.new_full((1,), times * length)])
+    weights = None if weights is None else weights.repeat(times)
+    dout = dout.view(bags.num_bags, times, columns).transpose(0, 1).flatten(0, 1)
+    return Bags(rows.T.flatten(), starts, weights, drop=True), dout
+
+
+def elements_of_blocks(bags: Bags, dout: torch.Tensor) -> tuple[Bags, torch.Tensor]:
+    """Bags of the elements of blocks of D that begin at the ids, and the gradient of each, given ``dout (B, D)``."""
+    first = bags.index.reshape(-1, 1)
+    elements = first + torch.arange(dout.shape[1], device=dout.device, dtype=first.dtype)
+    return bags_of_columns(bags, torch.where(first < 0, first, elements), dout, bags.drop)
+
+
 def check_offsets(index: torch.Tensor, offsets: torch.Tensor) -> None:
     """Check that offsets ascend within ``[0, L]``. Reads values, so CPU only."""
     total = index.shape[0]

@@ -11,10 +11,19 @@ import torch
 from gossamer import _backend
 from gossamer._checks import check_float, check_same_device, check_shape, check_tensor
 from gossamer._numerics import accumulation_dtype, rows_dtype
-from gossamer.ops._bags import Bags, check_bags, check_offsets, check_weights_values, raises
+from gossamer.ops._bags import (
+    Bags,
+    bags_of_columns,
+    check_bags,
+    check_offsets,
+    check_weights_values,
+    elements_of_blocks,
+    raises,
+)
 from gossamer.ops._records import define
 from gossamer.ops.gather_reduce import checked_out_dtype, table_gradient
 from gossamer.ops.map_ids import IdMaps, MapIds, map_ids_reference, raise_outside
+from gossamer.ops.sparse_update import sum_blocks
 
 OPERATIONS = ("add", "mul", "concat")
 # Codes of more bits than these are stored as int32.
@@ -79,6 +88,16 @@ class Parts(NamedTuple):
     def places(self) -> int:
         """Rows that an id reads: H, or D elements of an array."""
         return self.dim if self.block else self.maps.count
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether parts are blocks of one size of which none is broken by the array's end."""
+        return self.block > 0 and not self.wrap and (self.maps.count == 1 or self.dim % self.block == 0)
+
+    @property
+    def listed(self) -> int:
+        """What the gradient lists of an id: H rows or first elements of whole blocks, or the D elements of others."""
+        return self.maps.count if self.whole_blocks else self.places
 
 
 class GatherCompose(NamedTuple):
@@ -151,14 +170,20 @@ def _codes_at(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
     return found[0]
 
 
+def _decoded(flat: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """The rows ``(L, H)`` of known ids ``(L,)`` in plain torch, or the places of their blocks."""
+    maps = parts.maps
+    rows = map_ids_reference(MapIds(flat, maps)).long() if parts.coded < maps.count else None
+    if not parts.coded:
+        return rows
+    first = torch.tensor(maps.bases[: parts.coded], device=flat.device)
+    coded = _codes_at(parts, flat).long() + first
+    return coded if rows is None else torch.cat([coded, rows[:, parts.coded :]], 1)
+
+
 def part_rows(ids: torch.Tensor, parts: Parts, num_rows: int) -> torch.Tensor:
     """The rows ``(*ids.shape, H)`` of known ids in plain torch, or the elements ``(*ids.shape, D)`` of their blocks."""
-    flat, maps = ids.reshape(-1).long(), parts.maps
-    rows = map_ids_reference(MapIds(flat, maps)).long() if parts.coded < maps.count else None
-    if parts.coded:
-        first = torch.tensor(maps.bases[: parts.coded], device=ids.device)
-        coded = _codes_at(parts, flat).long() + first
-        rows = coded if rows is None else torch.cat([coded, rows[:, parts.coded :]], 1)
+    rows, maps = _decoded(ids.reshape(-1).long(), parts), parts.maps
     if parts.block:
         within = torch.arange(parts.dim, device=ids.device) % parts.block
         rows = rows.repeat_interleave(parts.block, 1)[:, : parts.dim] + within
@@ -245,14 +270,18 @@ _gather_compose = define("gather_compose", GatherCompose, kernel=forward, fake=f
 
 
 def compose_gradient_reference(args: ComposeGradient) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Rows of each position, −1 where it contributes nothing, gradients of factors and of weights, in plain torch."""
+    """What :attr:`Parts.listed` says of each position, −1 where it contributes nothing, and gradients, in plain torch.
+
+    The gradients are those of factors and of weights.
+    """
     bags, parts, table = args.bags, args.parts, args.table
     live, wide = live_positions(bags, parts), args.dout.dtype
     ids = torch.where(live, bags.index.reshape(-1).long(), 0)
-    rows = part_rows(ids, parts, table.shape[0])
-    shown = rows.masked_fill(~live.unsqueeze(1), -1).to(rows_dtype(table.shape[0]))
+    listed = _decoded(ids, parts) if parts.whole_blocks else part_rows(ids, parts, table.shape[0])
+    shown = listed.masked_fill(~live.unsqueeze(1), -1).to(rows_dtype(table.shape[0]))
     if not (args.factors or args.weights):
         return shown, None, None
+    rows = part_rows(ids, parts, table.shape[0])
     bag = bags.numbers().clamp(max=max(bags.num_bags - 1, 0))
     dout = args.dout[bag] if bags.num_bags else args.dout.new_zeros(len(ids), parts.dim)
     if bags.mode == "mean":
@@ -267,16 +296,29 @@ def compose_gradient_reference(args: ComposeGradient) -> tuple[torch.Tensor, tor
     return shown, dout.unsqueeze(1) * torch.stack(others, 1), None
 
 
-def _gradient(args: ComposeGradient, backend: str) -> tuple:
+@functools.cache
+def _gradient_kernels(backend: str) -> ModuleType:
     if backend == "native":
-        return _kernels(backend).compose_gradient(args)
-    return compose_gradient_reference(args)
+        from gossamer.cpu_kernels import gather_compose as gather_compose_gradient
+    else:
+        from gossamer.triton_kernels import gather_compose_gradient
+    return gather_compose_gradient
+
+
+def _gradient(args: ComposeGradient, backend: str) -> tuple:
+    if backend == "reference":
+        return compose_gradient_reference(args)
+    if backend == "native":
+        return _gradient_kernels(backend).compose_gradient(args)
+    bags = args.bags
+    counts = counts_of(bags, live_positions(bags, args.parts), args.dout.dtype) if bags.mode == "mean" else None
+    return _gradient_kernels(backend).compose_gradient(args, counts)
 
 
 def _gradient_fake(args: ComposeGradient) -> tuple:
     count, parts, dout = args.bags.index.numel(), args.parts, args.dout
-    rows = dout.new_empty(count, parts.places, dtype=rows_dtype(args.table.shape[0]))
-    factors = dout.new_empty(count, parts.places, parts.dim) if args.factors else None
+    rows = dout.new_empty(count, parts.listed, dtype=rows_dtype(args.table.shape[0]))
+    factors = dout.new_empty(count, parts.maps.count, parts.dim) if args.factors else None
     return rows, factors, dout.new_empty(count) if args.weights else None
 
 
@@ -303,7 +345,10 @@ def _gradient_parts(args: ComposeGradient, backend: str) -> tuple:
 
 
 def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tuple[Bags, torch.Tensor]:
-    """The gradient of the table as that of a sum over bags of its rows: the lists, and a gradient for each bag."""
+    """The gradient of the table as that of a sum over bags of its rows: the lists, and a gradient for each bag.
+
+    Of whole blocks the lists hold first elements.
+    """
     bags, parts, wide = args.bags, args.parts, accumulation_dtype(args.table.dtype)
     dout, mul = dout.to(wide), parts.operation == "mul"
     rows, factors, _ = _gradient_parts(ComposeGradient(dout, args.table, bags, parts, mul, False), backend)
@@ -312,26 +357,22 @@ def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tupl
         return Bags(rows.reshape(-1, 1), drop=drop), factors.flatten(0, 1)
     if bags.mode == "mean":
         dout = dout / counts_of(bags, rows[:, 0] >= 0, wide).unsqueeze(1)
-    times, weights = parts.places, bags.weights
+    times, weights = parts.listed, bags.weights
+    if parts.operation != "add":
+        return bags_of_columns(bags, rows, dout, drop)
     if bags.offsets is None:
         count, length = bags.index.shape
-        if parts.operation == "add":
-            weights = None if weights is None else weights.repeat_interleave(times, 1)
-            return Bags(rows.view(count, length * times), weights=weights, drop=drop), dout
-        rows = rows.view(count, length, times).transpose(1, 2).reshape(count * times, length)
-        weights = None if weights is None else weights.repeat_interleave(times, 0)
-        return Bags(rows, weights=weights, drop=drop), dout.reshape(count * times, parts.dim // times)
-    offsets = bags.offsets.long()
-    if parts.operation == "add":
-        weights = None if weights is None else weights.repeat_interleave(times)
-        return Bags(rows.flatten(), offsets * times, weights, drop=drop), dout
-    # Bags of the first part, then those of the second; positions outside all bags have no rows, so they may lie in any.
-    length = bags.index.shape[0]
-    starts = offsets[:-1] + torch.arange(times, device=offsets.device).unsqueeze(1) * length
-    starts = torch.cat([starts.flatten(), starts.new_full((1,), times * length)])
-    weights = None if weights is None else weights.repeat(times)
-    dout = dout.view(bags.num_bags, times, parts.dim // times).transpose(0, 1).flatten(0, 1)
-    return Bags(rows.T.flatten(), starts, weights, drop=True), dout
+        weights = None if weights is None else weights.repeat_interleave(times, 1)
+        return Bags(rows.view(count, length * times), weights=weights, drop=drop), dout
+    weights = None if weights is None else weights.repeat_interleave(times)
+    return Bags(rows.flatten(), bags.offsets.long() * times, weights, drop=drop), dout
+
+
+def block_gradient(bags: Bags, dout: torch.Tensor, table: torch.Tensor, backend: str) -> torch.Tensor:
+    """The gradient of an array ``(M, 1)`` from lists of first elements of blocks of D and ``dout (B, D)``."""
+    if torch.is_grad_enabled():
+        return table_gradient(*elements_of_blocks(bags, dout), table.shape, table.dtype, backend)
+    return sum_blocks(bags, dout, table, backend)
 
 
 def weight_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> torch.Tensor:
@@ -350,7 +391,10 @@ def _differentiate(ctx, args: GatherCompose, tensors, dout: torch.Tensor):
     gradients = {}
     if "table" in ctx.needs:
         bags, values = row_gradients(args, dout, ctx.backend)
-        gradients["table"] = table_gradient(bags, values, args.table.shape, args.table.dtype, ctx.backend)
+        if args.parts.whole_blocks:
+            gradients["table"] = block_gradient(bags, values, args.table, ctx.backend)
+        else:
+            gradients["table"] = table_gradient(bags, values, args.table.shape, args.table.dtype, ctx.backend)
     if "bags.weights" in ctx.needs:
         gradients["bags.weights"] = weight_gradients(args, dout, ctx.backend)
     return gradients

@@ -62,7 +62,8 @@ def _differentiate(ctx, args: GatherComposeStep, tensors, dout: torch.Tensor):
     if "compose.bags.weights" in ctx.needs:
         gradients["compose.bags.weights"] = lookup.weight_gradients(compose, dout, ctx.backend)
     bags, values = lookup.row_gradients(compose, dout, ctx.backend)
-    update_rows_(SparseUpdate(ctx.table, bags, values, None, ctx.update), ctx.backend)
+    update = SparseUpdate(ctx.table, bags, values, None, ctx.update, compose.parts.whole_blocks)
+    update_rows_(update, ctx.backend)
     return gradients
 
 

@@ -16,12 +16,12 @@ from gossamer._numerics import accumulation_dtype
 from gossamer._rounding import random_bits, round_stochastically
 from gossamer._row_codes import decode, encode, moved_scale, scale_rate, scale_slope, scales_of
 from gossamer._step_rules import StepRule
-from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_rows, check_values, raises
+from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_rows, check_values, elements_of_blocks, raises
 from gossamer.ops._records import define
 from gossamer.ops._step_reference import WHOLE_ROWS, RowSums, step_reference
 from gossamer.ops.gather_reduce import GatherMax, gather_max
 from gossamer.ops.gather_reduce_tables import TableLayout, check_tables
-from gossamer.optim import Optimizer
+from gossamer.optim import SGD, Optimizer
 
 
 class Update(NamedTuple):
@@ -56,6 +56,7 @@ class SparseUpdate(NamedTuple):
         dout: ``(B, D)`` float, the gradient of the result; with features ``(B, ΣD_f)``.
         argmax: for a maximum its positions, as gather_max gives them; else None.
         update: the step.
+        blocks: whether ids name the first of D consecutive elements of an array ``(M, 1)``, each a row of the rule.
     """
 
     table: torch.Tensor
@@ -63,6 +64,7 @@ class SparseUpdate(NamedTuple):
     dout: torch.Tensor
     argmax: torch.Tensor | None
     update: Update
+    blocks: bool = False
 
     @property
     def scale_rate(self) -> float:
@@ -171,6 +173,9 @@ def sparse_update_reference_(args: SparseUpdate) -> None:
 
 
 def _update(args: SparseUpdate, backend: str) -> None:
+    if args.blocks and not (backend == "native" and args.table.stride(0) == 1):
+        bags, dout = elements_of_blocks(args.bags, args.dout)
+        args = args._replace(bags=bags, dout=dout, blocks=False)
     if backend == "reference":
         if raises(args.bags.index, backend):
             check_values(args.bags, args.table.shape[0])
@@ -191,6 +196,16 @@ update_rows_ = define(
     returns="()",
     mutates=("table", "update.step", "update.state1", "update.state2", "update.scale"),
 )
+
+
+def sum_blocks(bags: Bags, dout: torch.Tensor, table: torch.Tensor, backend: str) -> torch.Tensor:
+    """The gradient of an array ``(M, 1)`` of which bags list first elements of blocks of D, given ``dout (B, D)``."""
+    total = torch.zeros(table.shape, dtype=accumulation_dtype(table.dtype), device=table.device)
+    step = torch.zeros(1, dtype=torch.int64, device=table.device)
+    # From zero, a step of plain gradient descent against the gradient.
+    update = Update(SGD(lr=1.0).step_rule()._replace(lr=-1.0), None, step, None, None)
+    update_rows_(SparseUpdate(total, bags, dout, None, update, True), backend)
+    return total.to(table.dtype)
 
 
 def check_state(
