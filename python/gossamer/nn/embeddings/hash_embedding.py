@@ -36,6 +36,10 @@ class HashEmbedding(SharedRowsTable):
         super().__init__(num_embeddings, embedding_dim, num_rows, **options)
         self._maps = IdMaps.of([num_rows])
 
+    def parts(self) -> Parts:
+        """The row ``x mod M``."""
+        return Parts.of(self.embedding_dim, self.operation, self._maps)
+
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """``ids mod M``."""
         return map_ids(ids, self._maps).squeeze(-1)

@@ -60,7 +60,7 @@ class FrequencyEmbedding(SharedRowsTable):
         if own < 0 or shared < 0 or (shared == 0 and own < num_embeddings):
             raise ValueError(f"own must be in [0, {num_rows}], and below that unless all ids have a row, got {own}")
         super().__init__(num_embeddings, embedding_dim, num_rows, **options)
-        self.own = own
+        self.own, self._maps = own, IdMaps.of([num_rows])
         if self.weight.is_meta:
             rows = self.weight.new_empty(num_embeddings, dtype=torch.int32)
         else:
@@ -68,6 +68,10 @@ class FrequencyEmbedding(SharedRowsTable):
             rows = own + torch.arange(num_embeddings) % max(shared, 1)
             rows[frequent] = torch.arange(own)
         self.register_buffer("row_of_id", rows.int().to(self.weight.device))
+
+    def parts(self) -> Parts:
+        """The row that is listed for an id."""
+        return Parts.of(self.embedding_dim, self.operation, self._maps, **listed_row(self.row_of_id))
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """:attr:`row_of_id` at ``ids``."""
@@ -121,17 +125,17 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         self._keep_seed(seed, self.weight.device)
 
     def _draw_maps(self, seed: int) -> None:
+        if self.rows_per_id == 1:
+            self._maps = IdMaps.of([self.num_rows])
+            return
         hashed = IdMaps.universal([self.num_rows], seed=seed)
         # The first part is read from the clusters.
         numbers = {"multipliers": [1, *hashed.multipliers], "addends": [0, *hashed.addends]}
         self._maps = IdMaps.of([self.num_rows] * 2, **numbers, prime=hashed.prime, mixed=hashed.mixed)
 
-    def parts(self) -> Parts | None:
-        """The row of an id's cluster beside the hashed one, with ``double``."""
-        if self.rows_per_id == 1:
-            return None
-        codes = {"coded": 1, "codes": self.row_of_id.unsqueeze(1), "bits": [32]}
-        return Parts.of(self.embedding_dim, self.operation, self._maps, **codes)
+    def parts(self) -> Parts:
+        """The row of an id's cluster, with ``double`` beside the hashed one."""
+        return Parts.of(self.embedding_dim, self.operation, self._maps, **listed_row(self.row_of_id))
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """:attr:`row_of_id` at ``ids``, with ``double`` beside the hash."""
@@ -141,6 +145,11 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> ClusteredEmbedding:
         """The table of the ``clusters`` given, which have one size: it fits, or it does not."""
         return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
+
+
+def listed_row(row_of_id: torch.Tensor) -> dict[str, object]:
+    """What :class:`Parts` takes for a first part whose row is an entry of a map ``(N,)``."""
+    return {"coded": 1, "codes": row_of_id.unsqueeze(1), "bits": [32]}
 
 
 def rows_at(row_of_id: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

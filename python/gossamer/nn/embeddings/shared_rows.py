@@ -85,11 +85,12 @@ class SharedRowsTable(FusedTable):
         return None
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows ``(*ids.shape, H)`` of ``ids``; ``ids.shape`` where :meth:`parts` is None."""
+        """The rows ``(*ids.shape, H)`` of ``ids``; ``ids.shape`` where H is 1."""
         parts = self.parts()
         if parts is None:
             raise NotImplementedError(f"{type(self).__name__} must define parts() or addresses(ids)")
-        return composed_rows(ids, parts, self.num_rows)
+        rows = composed_rows(ids, parts, self.num_rows)
+        return rows.squeeze(-1) if self.rows_per_id == 1 else rows
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``.
@@ -108,7 +109,8 @@ class SharedRowsTable(FusedTable):
         """Rows are found, combined and pooled as ids are read; vectors are stored for maxima alone."""
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
-        if (parts := self.parts()) is None:
+        parts = self.parts()
+        if parts is None or (self.mode == "max" and self.rows_per_id == 1):
             return self.bags("weight", self.addresses(ids), *lists, **how)
         if self.mode == "max":
             return super()._pool(ids, *lists, **how)
