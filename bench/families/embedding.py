@@ -136,7 +136,7 @@ def dense_layer(problem: Problem, role: str) -> Training:
     return training(name, role, problem, forward, [layer.weight for layer in layers], None, step)
 
 
-def _quantized(problem: Problem, optimizer: Optimizer | None) -> list[Training]:
+def quantized_bags(problem: Problem, optimizer: Optimizer | None, lr: float = LR) -> list[Training]:
     """Bags of a table of 8-bit codes: ours, and plain torch, which makes floats of the listed rows and steps them."""
     ids, name = problem.ids[0], "int8 SGD" if optimizer else "int8"
     # The steps come later: a table that starts with them is rounded by chance.
@@ -151,7 +151,7 @@ def _quantized(problem: Problem, optimizer: Optimizer | None) -> list[Training]:
     def step(y: torch.Tensor) -> None:
         rows, places = ids.flatten().unique(return_inverse=True)
         grad = torch.zeros(len(rows), codes.shape[1], device=ids.device).index_add_(0, places, problem.dy[bags])
-        v = ((codes[rows].float() * scale - LR * grad) / scale).clamp_(-128, 127)
+        v = ((codes[rows].float() * scale - lr * grad) / scale).clamp_(-128, 127)
         low = v.floor()
         codes[rows] = (low + (torch.rand_like(v) < v - low)).to(torch.int8)
 
@@ -162,7 +162,7 @@ def _quantized(problem: Problem, optimizer: Optimizer | None) -> list[Training]:
     ]
 
 
-def _decoded(problem: Problem) -> Problem:
+def decoded(problem: Problem) -> Problem:
     """The problem over the numbers that 8-bit codes of its tables stand for."""
     tables = []
     for table in problem.tables:
@@ -185,7 +185,7 @@ def build(request: Request) -> Case:
     if both:
         ours.append(_ours("gossamer row-wise Adagrad", problem, adagrad, "row-wise"))
     if tables == 1 and problem.ids.shape[2] > 1 and dtype == torch.float32:
-        ours += _quantized(problem, sgd if both else None)
+        ours += quantized_bags(problem, sgd if both else None)
     others, skipped = gather(PEERS, request, problem)
     touched = sum(int(part.unique().numel()) for part in ids)
     moved = float(touched * d * dtype.itemsize + ids.nbytes + dy.nbytes)
@@ -211,7 +211,7 @@ def build(request: Request) -> Case:
         {
             "truth": lambda: gate(sgd),
             "row-wise": lambda: gate(adagrad),
-            "int8": lambda: gate(None, _decoded(problem)),
+            "int8": lambda: gate(None, decoded(problem)),
         },
         f"the result, whole, and after a step the {SAMPLE} most listed rows of each table",
         f"ids of exponent {SKEWS[request.skew]:g}, {touched / ids.numel():.0%} of them distinct",

@@ -167,6 +167,13 @@ def build(request: Request) -> Case:
     )
 
 
+def elements(call: Mapping[str, object]) -> int:
+    """Distinct elements of the blocks that the ids begin."""
+    first = call["bags_index"].reshape(-1, 1)
+    within = torch.arange(call["dout"].shape[1], device=first.device)
+    return (first[first[:, 0] >= 0] + within).unique().numel()
+
+
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The bytes of a step: lists and gradients read, touched rows and their states read and written.
 
@@ -174,7 +181,7 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
     """
     if call["bags_features_element"]:
         return Cost()
-    _, rows = touched(call)
+    rows = elements(call) if call["blocks"] else touched(call)[1]
     tables = (call["table"], call["update_state1"], call["update_state2"])
     row = sum(nbytes(t) / t.shape[0] for t in tables if t is not None and t.shape[0])
     lists = nbytes(call["bags_index"], call["dout"], call["bags_offsets"], call["bags_weights"], call["argmax"])
