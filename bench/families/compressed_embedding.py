@@ -355,11 +355,17 @@ def cost_matmul(call: Mapping[str, object], result: torch.Tensor) -> Cost:
     return Cost(float(positions * m * n * (2 * k + 1 + (args.bags.weights is not None))), lists + rows + nbytes(result))
 
 
+def cost_map(call: Mapping[str, object], result: torch.Tensor) -> Cost:
+    """Ids are read and rows written, by integer arithmetic."""
+    return Cost(0.0, nbytes(call["ids"], result))
+
+
 COSTS = {
     "gossamer::gather_compose": cost,
     "gossamer::gather_compose_step": cost_step,
     "gossamer::compose_gradient": cost_gradient,
     "gossamer::gather_matmul": cost_matmul,
+    "gossamer::map_ids": cost_map,
 }
 FAMILY = Family(
     "compressed_embedding",
