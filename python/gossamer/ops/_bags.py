@@ -1,4 +1,4 @@
-"""Lists of ids as the primitives over tables take them: their record, checks, and bounds modes."""
+"""Lists of ids for the primitives over tables: their record, checks, and bounds modes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ BOUNDS = ("raise", "clamp", "drop")
 
 
 class Feature(NamedTuple):
-    """What one feature reads in a flat storage of many tables, and where its columns of the result lie.
+    """The part of a flat storage of many tables that one feature reads, and its columns in the result.
 
     Attributes:
         element: its table's first element.
-        row: its table's first row, rows of all tables counted on.
+        row: its table's first row, numbered over all tables.
         rows: rows of its table.
         dim: columns of its table.
         column: its first column of the result.
-        mean: 1 where its bags are averaged, 0 where they are summed.
+        mean: 1 if its bags are averaged, 0 if they are summed.
     """
 
     element: int
@@ -43,7 +43,7 @@ class Feature(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The F features of bags over many tables, as a list for each attribute of :class:`Feature`; none for one table.
+    """The F features of bags over many tables, as one list per attribute of :class:`Feature`; empty for a single table.
 
     Attributes:
         layout: the same as one tensor ``(F, 6)`` int64 on the device, for kernels.
@@ -74,7 +74,7 @@ class Features(NamedTuple):
             yield feature, storage[feature.element : feature.element + size].view(feature.rows, feature.dim)
 
 
-# The column of the layout that has each feature's rows.
+# The column of the layout that holds each feature's rows.
 _ROWS = Feature._fields.index("rows")
 ONE_TABLE = Features(None, [], [], [], [], [], [])
 
@@ -87,11 +87,11 @@ class Bags(NamedTuple):
         offsets: ``(B+1,)`` int32 or int64: bag b holds the positions from ``offsets[b]`` to ``offsets[b+1]``. With
             features ``(F·B+1,)``: bag ``f·B + b`` holds ids of feature f, and reduces to its columns of row b.
         weights: like ``index``, float, or None for ones.
-        limit: one element, or None: ids from it on contribute nothing, and their rows are never read.
-        mode: ``"sum"``, ``"mean"`` or ``"max"``; with features, ``"sum"``, for each has its own.
+        limit: one element, or None: ids of this value and above contribute nothing, and their rows are never read.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``; with features, ``"sum"``, since each feature has its own mode.
         padding_idx: an id that contributes nothing; −1 for none.
-        drop: whether ids outside the table contribute nothing; otherwise they raise where values can be read.
-        features: of many tables; :data:`ONE_TABLE` for one.
+        drop: whether ids outside the table contribute nothing; otherwise they raise an error if values can be read.
+        features: the features of many tables; :data:`ONE_TABLE` for a single table.
     """
 
     index: torch.Tensor
@@ -130,7 +130,7 @@ class Bags(NamedTuple):
         if self.offsets is None:
             return positions // max(self.index.shape[1], 1)
         bag = torch.searchsorted(self.offsets.contiguous(), positions, right=True) - 1
-        # Positions before the first bag have -1 here, those behind the last one B.
+        # Positions before the first bag get -1 here, positions after the last bag get B.
         return bag % self.offsets.numel()
 
     def begins(self) -> torch.Tensor:
@@ -142,7 +142,7 @@ class Bags(NamedTuple):
     def live(self, num_rows: int | torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
         """Which flat positions lie in a bag and contribute to it, reading a table of ``num_rows``.
 
-        ``numbers`` are those of the bags, where they are known.
+        ``numbers`` are the bags' :meth:`numbers`, if known.
         """
         flat = self.index.reshape(-1)
         live = (flat >= 0) & (flat < num_rows)
@@ -153,7 +153,7 @@ class Bags(NamedTuple):
         return live if self.limit is None else live & (flat < self.limit)
 
     def of_features(self) -> Iterator[Bags]:
-        """The bags of each feature as bags over its table alone; their offsets count within the whole list."""
+        """The bags of each feature as bags over its table only; their offsets refer to the whole list."""
         num_bags = self.num_bags
         for f, mean in enumerate(self.features.mean):
             offsets = self.offsets[f * num_bags : (f + 1) * num_bags + 1]
@@ -208,7 +208,7 @@ def check_weights_values(weights: torch.Tensor, live: torch.Tensor) -> None:
 
 
 def check_values(bags: Bags, num_rows: int) -> None:
-    """Make the checks of values that the native kernels make themselves; for the reference on the CPU."""
+    """Check values as the native kernels do; for the reference on the CPU."""
     if bags.offsets is not None and bags.num_lists:
         check_offsets(bags.index, bags.offsets)
     rows = torch.tensor(num_rows)
@@ -228,7 +228,9 @@ def check_values(bags: Bags, num_rows: int) -> None:
 
 
 def _rows_of_ids(rows: torch.Tensor, bags: Bags) -> torch.Tensor:
-    """For each id the rows of its feature's table, given ``rows (F,)``; outside all bags the largest integer."""
+    """For each id the number of rows of its feature's table, given ``rows (F,)``; the largest integer outside all
+    bags.
+    """
     repaired = bags._replace(offsets=_ascending(bags))
     feature = repaired.numbers() // max(bags.num_bags, 1)
     outside = torch.full((1,), torch.iinfo(bags.index.dtype).max, dtype=torch.int64, device=bags.index.device)
@@ -325,20 +327,20 @@ def check_bounds(bounds: str, bounds_count: torch.Tensor | None, device: torch.d
 
 
 def raises(index: torch.Tensor, backend: str) -> bool:
-    """Whether ``bounds="raise"`` raises here: only where reading values stalls no stream."""
+    """Whether ``bounds="raise"`` raises here: only if reading values does not stall a stream."""
     return index.device.type == "cpu" and backend in ("reference", "native")
 
 
 def apply_bounds(bags: Bags, num_rows: int, bounds: str, bounds_count: torch.Tensor | None, backend: str) -> Bags:
-    """Repair lists as the bounds mode says and count what was wrong; no value is read on the host.
+    """Correct lists according to the bounds mode and count the corrections; no value is read on the host.
 
     Args:
         bags: the lists.
         num_rows: N; with features, each has its own.
-        bounds: ``"clamp"`` brings ids into ``[0, N−1]``; ``"drop"`` and ``"raise"`` leave them to the kernels. All but
-            ``"raise"`` clamp offsets into ``[0, L]`` and make them ascend.
+        bounds: ``"clamp"`` brings ids into ``[0, N−1]``; ``"drop"`` and ``"raise"`` leave ids to the kernels. All modes
+            except ``"raise"`` clamp offsets into ``[0, L]`` and make them ascend.
         bounds_count: incremented by the ids outside ``[0, N)`` and the offsets that changed.
-        backend: which kernels follow.
+        backend: the kernels that will run.
     """
     index, offsets = bags.index, bags.offsets
     if bounds == "raise" and (bounds_count is None or raises(index, backend)):

@@ -1,4 +1,4 @@
-"""The two operators behind :mod:`gossamer.ops.block_sparse`; the backward pass of each is made of both."""
+"""The two operators of :mod:`gossamer.ops.block_sparse`; the backward pass of each uses both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gossamer.ops.gather_reduce import sum_rows
 
 
 class BlockLists(NamedTuple):
-    """The block lists of a topology whose row-by-row list has the order of the values; see BlockTopology."""
+    """The block lists of a topology whose row-by-row list is in the order of the values; see BlockTopology."""
 
     row_offsets: torch.Tensor
     column_indices: torch.Tensor
@@ -30,19 +30,19 @@ class BlockLists(NamedTuple):
 
 
 class SampledProduct(NamedTuple):
-    """Arguments of ``act(a·b + bias)`` at the blocks of a topology, zero from the last block on.
+    """Arguments of ``act(a·b + bias)`` at the blocks of a topology; entries after the last block are zero.
 
     Attributes:
         a: ``(rows, K)`` float; ``(T, K)`` with ``a_rows``.
-        b: ``(K, cols)``, or in parts side by side, ``(G, K, cols/G)``, whole blocks each.
+        b: ``(K, cols)``, or G parts side by side, ``(G, K, cols/G)``, each of whole blocks.
         bias: ``(cols,)``, ``(rows,)`` when ``bias_rows``, or None.
         topology: where the blocks are.
         bm: rows of a block.
         bn: columns of a block.
         bias_rows: whether the bias runs along rows.
         activation: name of an ungated :class:`gossamer.Activation`, or None.
-        a_rows: ``(rows,)`` int32, the row of ``a`` for each row, zeros where it is none; None for ``a`` as it is.
-            Native kernels alone gather rows, and there is no gradient.
+        a_rows: ``(rows,)`` int32, the row of ``a`` for each row of the result, zeros if it is out of range; None to use
+            ``a`` unchanged. Only native kernels gather rows, and there is no gradient.
     """
 
     a: torch.Tensor
@@ -61,12 +61,13 @@ class BlockProduct(NamedTuple):
 
     Attributes:
         values: ``(nnz, bm, bn)`` float.
-        b: ``(depth, N)``, or in parts one below the other, ``(G, depth/G, N)``, whole blocks each.
+        b: ``(depth, N)``, or G stacked parts, ``(G, depth/G, N)``, each of whole blocks.
         bias: ``(N,)``, ``(rows,)`` when ``by_columns``, or None.
         topology: where the blocks are.
         transposed: whether the left operand is the transpose of ``s``.
         by_columns: whether the result, or each part of it, is stored column after column.
-        parts: of the result, ``(parts, rows/parts, N)``, whole blocks each; 0 for a plain matrix ``(rows, N)``.
+        parts: number of parts of the result, ``(parts, rows/parts, N)``, each of whole blocks; 0 for a plain matrix
+            ``(rows, N)``.
         activation: name of an ungated :class:`gossamer.Activation`, or None.
     """
 
@@ -184,7 +185,7 @@ def _dsd_differentiate(ctx, args: BlockProduct, tensors, dy: torch.Tensor):
     if dy.dim() == 3:
         dy = side_by_side(dy, 0)
     if "values" in ctx.needs:
-        # The gradient of sᵀ is the transpose of that of s, so its blocks have the order of the stored ones.
+        # The gradient of sᵀ is the transpose of the gradient of s, so its blocks are in the stored order.
         if args.transposed:
             operands = (side_by_side(args.b, 0) if ctx.b_parts else args.b, dy.t())
         else:

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Added to the sum of squares under the root of the norm of q and k.
+# Added to the sum of squares before the square root in the norm of q and k.
 L2_EPS = 1e-6
-# Tokens of a chunk, and of a block of it: decays by channel are taken relative to the start of a block.
+# Tokens of a chunk, and of a block within it: per-channel decays are relative to the start of a block.
 CHUNK, BLOCK = 64, 16
 
 
 class DeltaRule(NamedTuple):
-    """What the delta rule takes, as checked; handed whole to fakes, autograd, the references and the kernels.
+    """The checked arguments of the delta rule, passed as one record to fakes, autograd, the references and the kernels.
 
-    ``delta_rule_step`` takes the same record with T = 1 and the state that it changes as ``initial_state``.
+    ``delta_rule_step`` uses the same record with T = 1 and with the state that it updates as ``initial_state``.
     """
 
     q: torch.Tensor  # (B, T, H_k, D_k)
@@ -36,7 +36,7 @@ class DeltaRule(NamedTuple):
 
     @property
     def by_channel(self) -> bool:
-        """Whether each channel of the keys has a decay of its own."""
+        """Whether each channel of the keys has its own decay."""
         return self.g is not None and self.g.dim() == 4
 
     @property
@@ -98,9 +98,9 @@ def _recurrent(q, k, v, beta, g, state):
 
 
 def _sums_between(g: torch.Tensor, dim: int) -> torch.Tensor:
-    """``s[i, j]``, the sum of ``g`` over ``j < t <= i`` along ``dim``, for which ``i`` and ``j`` stand there.
+    """``s[i, j]``, the sum of ``g`` over ``j < t <= i`` along ``dim``; ``i`` and ``j`` replace that dimension.
 
-    Sums alone, no differences: −inf stays −inf, and no sum is larger than what it is made of.
+    Computed by sums only, without differences: −inf stays −inf, and a sum of nonpositive terms stays nonpositive.
     """
     size = g.shape[dim]
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
@@ -134,7 +134,7 @@ def _chunked(q, k, v, beta, g, state):
     padding = -length % CHUNK
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, CHUNK)) for x in (q, k, v))
     beta = F.pad(beta, (0, padding)).unflatten(2, (-1, CHUNK)).unsqueeze(-1)
-    # Decays from the entry of the chunk, to its end, and over all of it.
+    # Decays from the start of the chunk, to its end, and over the whole chunk.
     entry = exit = total = None
     if g is None:
         ours, theirs = (k @ k.mT).tril(-1), (q @ k.mT).tril()

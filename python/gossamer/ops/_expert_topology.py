@@ -1,4 +1,4 @@
-"""The block lists of an expert layer's hidden activation and where its rows go, computed on the device."""
+"""The block lists of an expert layer's hidden activation and the positions of its rows, computed on the device."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ExpertTopology(NamedTuple):
 
     Attributes:
         offsets: ``(E+1,)`` int32, of a :class:`gossamer.Dispatch`.
-        rows: block rows, no fewer than the rows of all experts fill.
-        wide: block columns of an expert.
+        rows: number of block rows, at least as many as the rows of all experts fill.
+        wide: number of block columns per expert.
         bm: rows of a block.
     """
 
@@ -43,7 +43,7 @@ class ExpertTopology(NamedTuple):
     bm: int
 
     def new_lists(self) -> tuple[torch.Tensor, ...]:
-        """Room for the results, in the order of :data:`FIELDS`."""
+        """Uninitialised results, in the order of :data:`FIELDS`."""
         experts, rows = self.offsets.shape[0] - 1, self.rows
         columns, blocks = experts * self.wide, rows * self.wide
         sizes = rows + 1, blocks, blocks, columns + 1, blocks, blocks, blocks, rows, columns, rows, experts + 1
@@ -101,7 +101,7 @@ def expert_topology_reference(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
     row_offsets = (torch.arange(rows + 1, device=device).minimum(live) * wide).int()
     owned = expert.clamp(max=experts - 1)
     live_rows = (counts[owned] - (row - starts[owned]) * bm).clamp(0, bm)
-    # Column by column: `wide` columns per expert, each with one block a block row of the expert.
+    # Column by column: `wide` columns per expert, each with one block per block row of the expert.
     column_starts = starts * wide
     entry = torch.arange(rows * wide, device=device)
     owner = torch.searchsorted(column_starts[1:], entry, right=True)
@@ -141,7 +141,7 @@ def expert_places_reference(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Ten
     expert = torch.searchsorted(padded_offsets[1:], row, right=True).clamp(max=last)
     sorted_row = row - padded_offsets[expert] + offsets[expert]
     taken = (row < padded_offsets[-1]) & (offsets[expert] <= sorted_row) & (sorted_row < offsets[expert + 1])
-    # One extra slot stands for padding, so that every index is valid.
+    # An extra slot represents padding, so that every index is valid.
     padded_slots = torch.cat([slots, slots.new_full((1,), num_slots)])
     slots_of_rows = padded_slots[torch.where(taken, sorted_row, num_slots)]
     rows_of_slots = slots.new_full((num_slots + 1,), padded_rows)
@@ -213,8 +213,8 @@ def expert_places(
 
     Raises:
         TypeError: a tensor is not int32.
-        ValueError: on the CPU, an expert has more rows than ``padded_offsets`` gives it. On CUDA, where finding that
-            would stop the stream, its other rows have no place.
+        ValueError: on the CPU, an expert has more rows than ``padded_offsets`` gives it. On CUDA, where checking would
+            stall the stream, the excess rows get no position.
     """
     _check_int32(offsets=offsets, padded_offsets=padded_offsets, slots=slots)
     backend = _backend.resolve("expert_topology", slots)

@@ -1,4 +1,4 @@
-"""Ragged groups of rows as operators take them."""
+"""The record of ragged groups of rows that operators take."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def check_groups(
     """Check that the tensors are contiguous int32 of the right shapes on one device and, on the CPU, consistent.
 
     Offsets must ascend from 0 to at most ``num_rows``, every slot must occur once, and ``rows`` must be the inverse of
-    ``slots``. Contents are read only from ordinary tensors on the CPU, where reading waits for nothing.
+    ``slots``. Contents are read only from ordinary tensors on the CPU, where reading does not wait for a device.
 
     Args:
         groups: what is checked.
-        num_rows: of buffers of sorted rows.
+        num_rows: number of rows of buffers of sorted rows.
         num_slots: T·K.
         num_experts: E.
-        names: what messages call the three.
+        names: names of the three tensors in error messages.
 
     Raises:
-        TypeError: one is not a tensor, or of another dtype.
+        TypeError: one is not a tensor, or has another dtype.
         ValueError: a shape, strides, a device or contents do not fit.
     """
     sizes = (num_slots, "(T·K,)"), (num_slots, "(T·K,)"), (num_experts + 1, "(E+1,)")

@@ -1,4 +1,4 @@
-"""The operations of a hash table in plain Python; slot for slot the same as the native kernels."""
+"""The operations of a hash table in plain Python; every slot is the same as with the native kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REACH, _SERIAL, _PINNED = range(3)
 
 
 class _Prober:
-    """Views of a storage as arrays, and the places of a batch of keys in it."""
+    """Views of a storage as arrays, and the positions of a batch of keys in it."""
 
     def __init__(self, storage: Storage, keys: torch.Tensor) -> None:
         self.partitions, self.size = storage.fill.shape[0], storage.partition_buckets
@@ -38,7 +38,9 @@ class _Prober:
         self.digest, self.first, self.second = digests_and_buckets(keys, self.partitions, self.size)
 
     def chain(self, i: int) -> Iterator[tuple[int, int]]:
-        """``(j, bucket)`` for the buckets after key i's second: round its partition, then the whole table."""
+        """``(j, bucket)`` for the buckets after key i's second bucket: first around its partition, then the whole
+        table.
+        """
         begin = int(self.second[i]) // self.size * self.size
         local = int(self.second[i]) - begin
         for j in range(1, self.size):
@@ -47,12 +49,12 @@ class _Prober:
             yield j, (begin + j) % (self.partitions * self.size)
 
     def slots_with(self, bucket: int, digest: int) -> list[int]:
-        """The slots of a bucket that have a digest; 0 for the empty ones."""
+        """The slots of a bucket with a given digest; digest 0 finds the empty slots."""
         begin = bucket * BUCKET_SLOTS
         return [begin + int(s) for s in (self.a["digests"][begin : begin + BUCKET_SLOTS] == digest).nonzero()[0]]
 
     def find(self, i: int, stay: bool = False) -> int:
-        """The slot of key i, −1 where absent, −2 where it would leave the partition it must ``stay`` in."""
+        """The slot of key i; −1 if absent, −2 if the search would leave the partition although it must ``stay``."""
         reach = int(self.a["buckets"][self.second[i], _REACH])
         for bucket in (int(self.first[i]), int(self.second[i]), *self.chain_to(i, reach, stay)):
             for slot in self.slots_with(bucket, int(self.digest[i])):
@@ -68,7 +70,9 @@ class _Prober:
             yield bucket
 
     def victim(self, buckets: list[int], batch: Batch) -> int:
-        """The live slot of the buckets with the lowest score that the batch has not touched, or −1; first of equals."""
+        """The live slot of the buckets with the lowest score that the batch has not touched, the first of equal ones;
+        or −1.
+        """
         best = -1
         for bucket in buckets:
             own = self.a["buckets"][bucket, _SERIAL] == batch.serial
@@ -84,7 +88,9 @@ class _Prober:
         return best
 
     def claim(self, i: int, batch: Batch, score: int, stay: bool) -> tuple[int, bool]:
-        """``(slot, evicts)`` for a new key; −1 refused, −2 no room in the partition that it must ``stay`` in."""
+        """``(slot, evicts)`` for a new key; slot −1 means refused, −2 means no room in the partition in which it must
+        ``stay``.
+        """
         first, second = int(self.first[i]), int(self.second[i])
         evicts = batch.policy is not None
         full = evicts and bool(self.a["fill"][first // self.size] >= self.a["quota"][first // self.size])
@@ -141,7 +147,7 @@ def _score(batch: Batch, given: int | None, old: int | None) -> int:
 
 
 def insert(storage: Storage, batch: Batch) -> Served:
-    """Find or insert each key: first those that are there, then the others in the order of the batch.
+    """Find or insert each key: first the present keys, then the others in the order of the batch.
 
     The storage is changed in place.
     """
@@ -210,7 +216,7 @@ def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) ->
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """``values[slots] = rows`` in place, −1 skipped; of equal slots the last position stays."""
+    """``values[slots] = rows`` in place, skipping −1; of equal slots the last one wins."""
     last = {slot: i for i, slot in enumerate(slots.tolist()) if slot >= 0}
     if last:
         to, source = (torch.tensor(list(places), device="cpu") for places in (last, last.values()))
@@ -218,17 +224,19 @@ def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) 
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """``values[slots] = rows`` in place where a position made its row, zeros for None."""
+    """``values[slots] = rows`` in place for positions that created their row; None means zeros."""
     made = status >= INSERTED
     values[slots[made]] = 0 if rows is None else rows[made]
 
 
-# Elements drawn at a time.
+# Number of elements drawn at a time.
 _DRAWN = 1 << 22
 
 
 def uniform_rows(values: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
-    """``values[slots]`` become uniform in ``(−bound, bound)``, as functions of key, column and seed; on any device."""
+    """Set ``values[slots]`` to values uniform in ``(−bound, bound)`` that depend on key, column and seed only; on any
+    device.
+    """
     first = torch.zeros(1, dtype=torch.int64, device=keys.device)
     # A few rows at a time, because bits and float64 values take several times the memory of the rows.
     rows = max(1, _DRAWN // values.shape[1])

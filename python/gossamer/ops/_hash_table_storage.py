@@ -1,4 +1,4 @@
-"""What the kernels of a hash table share: its arrays, the places of a key, a batch, and its outcome."""
+"""Definitions that a hash table's kernels share: its arrays, the positions of a key, a batch, and its outcome."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 BUCKET_SLOTS = 16
-# How a full table makes room; see HashTable.
+# Eviction policies of a full table; see HashTable.
 POLICIES = ("lru", "lfu", "epoch_lru", "epoch_lfu", "score", None)
 # The outcome at each position of a batch, numbered as in csrc/hash_table_core.h.
 REFUSED, HIT, INSERTED, REPLACED = range(4)
@@ -26,9 +26,10 @@ class Storage:
         digests: ``(S,)`` uint8, 0 where a slot is empty.
         keys: ``(S,)`` int64.
         scores: ``(S,)`` int64, or None where nothing is evicted.
-        buckets: ``(S/16, 3)`` int32: the longest chain from a bucket, the last batch that pinned slots of it, which.
+        buckets: ``(S/16, 3)`` int32 per bucket: the longest chain that starts there, the last batch that pinned slots
+            in it, and those slots.
         fill: ``(P,)`` int32, live slots.
-        quota: ``(P,)`` int32, live slots from which on a new key evicts.
+        quota: ``(P,)`` int32, the number of live slots from which a new key evicts another.
         values: ``(S, D)``, one row per slot.
     """
 
@@ -49,7 +50,7 @@ class Storage:
     def allocate(
         cls, capacity: int, scored: bool, values: tuple[int, torch.dtype], device: torch.device, empty=None
     ) -> Storage:
-        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` makes its arrays, if given."""
+        """An empty table for ``capacity`` keys with a twelfth more slots; ``empty`` allocates its arrays, if given."""
         dim, dtype = values
         wanted = -(-(capacity + capacity // 12) // BUCKET_SLOTS)
         partitions = max(1, wanted // _LEAST_BUCKETS)
@@ -76,7 +77,7 @@ class Storage:
         )
 
     def clear(self) -> None:
-        """Forget every key."""
+        """Remove all keys."""
         self.digests.zero_()
         self.buckets.zero_()
         self.fill.zero_()
@@ -111,10 +112,10 @@ class Batch(NamedTuple):
         scores: ``(n,)`` int64 or None: increments of the frequency policies, scores of ``"score"``.
         policy: of :data:`POLICIES`.
         stamp: the score that the recency policies set; the epoch's bits for ``"epoch_lfu"``.
-        serial: a number that the buckets have not seen, in int32.
-        room: how many new keys may come where nothing is evicted.
-        marks: ``(slots,)`` int64 or None: set to ``mark`` where the batch's rows are.
-        mark: what to set.
+        serial: an int32 number that no earlier batch used.
+        room: number of new keys allowed if nothing is evicted.
+        marks: ``(slots,)`` int64 or None: set to ``mark`` at the batch's rows.
+        mark: the value to set.
     """
 
     keys: torch.Tensor
@@ -128,18 +129,20 @@ class Batch(NamedTuple):
 
     @property
     def stamps(self) -> bool:
-        """Whether a score equal to the stamp proves that this batch touched the slot: no other batch sets it."""
+        """Whether a score equal to the stamp proves that this batch touched the slot, because no other batch sets
+        it.
+        """
         return self.policy in ("lru", "epoch_lru")
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """What :meth:`HashTable.insert_rows` did with each key of a batch of n.
+    """The result of :meth:`HashTable.insert_rows` for each key of a batch of n.
 
     Attributes:
         rows: ``(n,)`` int64, rows of :attr:`HashTable.values`; −1 for a refused key.
-        status: ``(n,)`` uint8, what the kernels say of each position.
-        victim_keys: ``(n,)`` int64, the key that the position evicted, where it did; None where none can have.
+        status: ``(n,)`` uint8, the kernels' outcome for each position.
+        victim_keys: ``(n,)`` int64, the key that the position evicted, if any; None if no eviction is possible.
         victim_scores: ``(n,)`` int64, that key's score; or None.
         known: the counts, where they are known.
     """
@@ -152,7 +155,7 @@ class Inserted:
 
     @property
     def inserted(self) -> torch.Tensor:
-        """``(n,)`` bool, whether this position made the row; once for each new key."""
+        """``(n,)`` bool, whether this position created the row; true once for each new key."""
         return self.status >= INSERTED
 
     @property
@@ -168,6 +171,6 @@ class Inserted:
         return int(self.inserted.sum()), int(self.evicted.sum()), int((self.rows < 0).sum())
 
 
-# What a kernel family's ``insert`` gives: how many distinct new keys there are where that is more than the batch has
-# room for, and then nothing is inserted, else −1; the counts, rows, status and victims of :class:`Inserted`.
+# The result of a kernel family's ``insert``: first the number of distinct new keys if it exceeds the batch's room, in
+# which case nothing is inserted, else −1; then the counts, rows, status and victims of :class:`Inserted`.
 Served = tuple[int, tuple[int, int, int] | None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]

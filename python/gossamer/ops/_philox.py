@@ -1,8 +1,8 @@
 """The dropout mask of the low-rank operators, a pure function of the seed and of an element's row and column.
 
-Philox4x32-10 (Salmon et al., 2011) with the seed's low and high half as key. The counter is
-``(column // 4, 0, row mod 2³², row // 2³²)``; word ``column % 4`` of its result decides: the element is kept where the
-word is at least ``floor(p·2³²)``. Every kernel computes the same bits, whatever its tiles, so no mask is ever stored.
+Philox4x32-10 (Salmon et al., 2011) with the seed's low and high half as key. The counter is ``(column // 4, 0, row mod
+2³², row // 2³²)``; word ``column % 4`` of its result decides: the element is kept if the word is at least
+``floor(p·2³²)``. Every kernel computes the same bits, whatever its tiles, so no mask is ever stored.
 """
 
 from __future__ import annotations

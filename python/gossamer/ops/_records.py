@@ -1,22 +1,22 @@
-"""Operators over records: a primitive's arguments are declared once and passed on as one object.
+"""Operators over records: a primitive's arguments are declared once and passed as one object.
 
 A record is a ``NamedTuple`` whose annotations are types that torch's dispatcher knows: ``torch.Tensor``, ``int``,
 ``float``, ``bool``, ``str``, ``torch.dtype``, ``torch.SymInt`` for an int that a compiler may keep symbolic, lists of
 these, any of them ``| None``, or another record or frozen dataclass. :func:`define` writes the flat schema from it, so
-that the fake kernel, autograd and the kernel families all take the record itself, and a gradient is named by the field
-that it belongs to.
+that the fake kernel, autograd and the kernel families all take the record itself, and gradients are identified by field
+name.
 
 A primitive's file has, in this order (``ops/gather_reduce.py`` is an example with nested records, ``ops/activate.py``
 one without):
 
-1. the record, whose docstring gives shapes and dtypes; what several primitives take together, such as the lists of ids
-   of :class:`gossamer.ops._bags.Bags`, is a record of its own in it;
+1. the record, whose docstring gives shapes and dtypes; arguments that several primitives share, such as the lists of
+   ids of :class:`gossamer.ops._bags.Bags`, are a nested record;
 2. ``_kernels(backend)``, which imports a family's module by its name;
 3. the kernel ``(args, backend)`` and the fake ``(args)``, handed to :func:`define`;
 4. ``save`` and ``backward`` for :meth:`Operator.differentiate`;
 5. the public function: its checks, the record, one call.
 
-A field called ``forward`` is the record of a forward pass as its backward pass keeps it: its tensors may be None.
+A field called ``forward`` is the record of a forward pass as saved for its backward pass: its tensors may be None.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _schema_type(hint: Any) -> str | None:
 
 
 def _tuple_getter(getter: type, keys: Sequence) -> Callable[[Any], tuple]:
-    """``operator.attrgetter`` or ``itemgetter`` of any number of keys, always to a tuple."""
+    """``operator.attrgetter`` or ``itemgetter`` for any number of keys, always returning a tuple."""
     if len(keys) > 1:
         return getter(*keys)
     if not keys:
@@ -91,7 +91,7 @@ def _maker(record: type) -> Callable[[tuple], Any]:
 
 
 class Layout:
-    """How a record becomes the flat arguments of an operator, and these a record again.
+    """Converts a record to the flat arguments of an operator and back.
 
     Args:
         record: a ``NamedTuple`` class, or a frozen dataclass.
@@ -103,7 +103,7 @@ class Layout:
         restore: from a tuple of flat arguments to the record.
 
     Raises:
-        TypeError: a field has a type that no schema has.
+        TypeError: a field has a type that schemas do not support.
     """
 
     def __init__(self, record: type) -> None:
@@ -144,14 +144,14 @@ class Layout:
     def _add_steps(self, steps: list, places: list[int], size: int) -> int:
         """Add the steps that make this record; each reads the tuple, to which earlier steps have appended records.
 
-        Takes the places of its flat arguments from the front of ``places``; returns where the record will be.
+        Takes the positions of its flat arguments from the front of ``places``; returns the position of the record.
         """
         fields = [places.pop(0) if inner is None else inner._add_steps(steps, places, size) for inner in self._parts]
         steps.append((_tuple_getter(itemgetter, fields), _maker(self._record)))
         return size + len(steps) - 1
 
     def schema(self, mutates: Iterable[str]) -> str:
-        """The flat arguments as a schema lists them, those of ``mutates`` marked as written to."""
+        """The flat arguments in schema syntax, with those of ``mutates`` marked as written to."""
         aliases = {path: chr(ord("a") + i) for i, path in enumerate(mutates)}
         if unknown := set(aliases) - set(self.paths):
             raise TypeError(f"mutates names no fields: {sorted(unknown)}")
@@ -176,7 +176,7 @@ def _counting_changes(kernel: Callable, written: Callable[[Any], tuple]) -> Call
 
 
 def _of_tensors(results: Any, values: tuple) -> Any:
-    """The results with empty tensors in place of None, which the dispatcher cannot return."""
+    """The results with empty tensors instead of None, which the dispatcher cannot return."""
     if not isinstance(results, tuple) or all(result is not None for result in results):
         return results
     like = next(value for value in values if isinstance(value, torch.Tensor))
@@ -192,8 +192,8 @@ def _walk(args: Any, steps: tuple[str, ...]) -> Any:
 class Operator:
     """An operator whose arguments are one record; made by :func:`define`.
 
-    Calling it with a record and the name of the backend that serves the call runs it under autograd. Where torch's
-    dispatcher would do no more than differentiate and call the kernel, the record goes to the kernel as it is.
+    Calling it with a record and the name of a backend runs it under autograd. If torch's dispatcher would only
+    differentiate and call the kernel, the record is passed directly to the kernel.
     """
 
     def __init__(self, name: str, record: type, kernel: Callable, fake: Callable, returns: str, mutates: tuple) -> None:
@@ -221,7 +221,7 @@ class Operator:
 
     def __call__(self, args: Any, backend: str) -> Any:
         if is_compiling():
-            # torch.compile traces getattr, but no operator.attrgetter.
+            # torch.compile traces getattr, but not operator.attrgetter.
             return self._dispatched(*[_walk(args, steps) for steps in self._steps], backend)
         tensors = self._tensors(args)
         given = [tensor for tensor in tensors if tensor is not None]
@@ -239,19 +239,21 @@ class Operator:
         """Give the operator a backward pass.
 
         Args:
-            save: ``(ctx, args, output) -> (args, *tensors)``, called after the forward pass: the record that the
-                backward pass is handed, with None in place of tensors that it does not want, and other tensors that it
-                is handed. ``ctx`` is autograd's, with the attribute ``needs``: names of what wants a gradient.
-            backward: ``(ctx, args, tensors, *gradients of outputs) -> {name: gradient}``, of what ``ctx.needs`` names.
-                What it leaves out, or maps to None, gets no gradient. ``ctx.backend`` is the forward pass's.
+            save: ``(ctx, args, output) -> (args, *tensors)``, called after the forward pass: the record for the
+                backward pass, with None instead of tensors that it does not need, and additional tensors for it.
+                ``ctx`` is autograd's context, with the attribute ``needs``: the names of the fields that need a
+                gradient.
+            backward: ``(ctx, args, tensors, *gradients of outputs) -> {name: gradient}`` for the names in
+                ``ctx.needs``. Names that are missing or mapped to None get no gradient. ``ctx.backend`` is the backend
+                of the forward pass.
 
-        Names are fields of the record, those of a nested one as ``"outer.inner"``.
+        Names are fields of the record, or ``"outer.inner"`` for a field of a nested record.
         """
         layout, tensors_of, num_tensors = self._layout, self._tensors, len(self._tensor_places)
         tensor_paths = self._tensor_paths
         other_places = [i for i in range(len(layout.paths)) if i not in self._tensor_places]
         others_of = _tuple_getter(attrgetter, [layout.paths[i] for i in other_places])
-        # The place of each argument in the tensors followed by the others.
+        # The position of each argument in the list of tensors followed by other arguments.
         parted = self._tensor_places + other_places
         restore = layout.restorer([parted.index(i) for i in range(len(parted))])
         tensor_flags = _tuple_getter(itemgetter, self._tensor_places)
@@ -284,7 +286,9 @@ class Operator:
         register_autograd(self.name, differentiate, setup_context)
 
         class Direct(torch.autograd.Function):
-            """The same without the dispatcher; its inputs are the tensors that require a gradient, then five others."""
+            """The same operator without the dispatcher; its inputs are the tensors that require a gradient, then five
+            others.
+            """
 
             @staticmethod
             def forward(ctx, *inputs):
@@ -301,7 +305,7 @@ class Operator:
                 by_name = found(ctx, gradients)
                 return *map(by_name.get, ctx.names), None, None, None, None, None
 
-        # torch.autograd.Function.apply without its transformations of torch.func, which the caller has excluded.
+        # torch.autograd.Function.apply without support for torch.func transformations, which the caller has excluded.
         apply = super(torch.autograd.Function, Direct).apply
 
         def direct(kernel, tensors, args, backend):
@@ -319,14 +323,15 @@ def define(
     Args:
         name: of the operator.
         record: the ``NamedTuple`` of its arguments. The schema has them flat, then ``str backend``.
-        kernel: ``(args, backend) -> tensors``, for CPU and CUDA; the first tensor's device is the current one in it.
-            Where it has no result of several to give it returns None, which through the dispatcher is an empty tensor.
+        kernel: ``(args, backend) -> tensors``, for CPU and CUDA; it runs with the first tensor's device as the current
+            device. With several results, it may return None for one of them, which the dispatcher turns into an empty
+            tensor.
         fake: ``args -> tensors``, the shape-only implementation.
         returns: the results as a schema lists them, such as ``"(Tensor y, Tensor preact)"``.
-        mutates: names of the fields that the kernel writes to, whose changes are counted for autograd. Such an operator
-            has no derivative.
+        mutates: names of the fields that the kernel writes to; their version counters are incremented for autograd.
+            Such an operator has no derivative.
 
     Raises:
-        TypeError: a field has a type that no schema has, or ``mutates`` names none.
+        TypeError: a field has a type that schemas do not support, or ``mutates`` names an unknown field.
     """
     return Operator(name, record, kernel, fake, returns, tuple(mutates))

@@ -29,8 +29,8 @@ _TAG = "gossamer-"
 def is_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether the dispatcher would only differentiate and call the kernel for these tensors.
 
-    It does more under a mode, a transformation of torch.func, a trace or a profiler, and with tensors of other classes
-    or devices. Not to be asked in compiled code.
+    It does more under a mode, a torch.func transformation, a trace or a profiler, and for tensors of other classes or
+    devices. Must not be called in compiled code.
     """
     if _profiler_enabled() or _len_torch_function_stack() or _len_torch_dispatch_stack():
         return False
@@ -39,7 +39,7 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda) or tensor.layout is not torch.strided:
             return False
-        # Zero tensors have no memory, and negative views keep their sign beside it.
+        # Zero tensors have no memory, and negative views store their sign outside the memory.
         if tensor.is_neg() or tensor._is_zerotensor():
             return False
     return True
@@ -53,7 +53,7 @@ def check_strided(names: Iterable[str], values: Iterable[object]) -> None:
 
 
 def _is_simple(schema: torch.FunctionSchema) -> bool:
-    """Whether an operator has no lists of tensors and no keyword-only arguments, and changes none."""
+    """Whether an operator has no lists of tensors and no keyword-only arguments, and mutates no argument."""
     lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in (*schema.arguments, *schema.returns))
     return not (lists or schema.is_mutable or any(a.kwarg_only for a in schema.arguments))
 
@@ -73,7 +73,7 @@ def _first_tensor(args: tuple) -> Tensor | None:
 
 
 def on_its_device(kernel: Callable) -> Callable:
-    """The kernel, run with its tensors' device as the current one, so that launches go to its stream."""
+    """Run the kernel with its tensors' device as the current device, so that launches go to its stream."""
 
     @functools.wraps(kernel)
     def launch(*args, **named):
@@ -87,10 +87,10 @@ def on_its_device(kernel: Callable) -> Callable:
 
 
 def key_compiled_code(version: str) -> None:
-    """Add the operators' schemas and the package's version to the keys of what ``torch.compile`` caches.
+    """Add the operators' schemas and the package's version to the cache keys of ``torch.compile``.
 
-    Its caches on disk keep calls of operators by name and arguments. After an upgrade a call may look the same and
-    return something else.
+    Its disk caches store operator calls by name and arguments. After an upgrade, the same call may return something
+    else.
     """
     digest = hashlib.sha256("\n".join([version, *sorted(_SCHEMAS)]).encode()).hexdigest()[:16]
     config = torch.compiler.config
@@ -106,7 +106,8 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
 
     Args:
         schema: name and signature, such as ``"dispatch(Tensor expert_ids) -> Tensor"``.
-        kernel: the implementation, tensors in and tensors out; its first tensor's device is the current one in it.
+        kernel: the implementation, tensors in and tensors out; it runs with its first tensor's device as the current
+            device.
         fake: the shape-only implementation for meta and fake tensors.
 
     Returns:
@@ -150,12 +151,12 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Give ``gossamer::NAME`` a backward pass.
 
-    It does what ``torch.library.register_autograd`` does for an operator without lists of tensors and keyword-only
-    arguments that changes none. That one looks the default values of all arguments up in each call, which takes 30
-    microseconds.
+    It does the same as ``torch.library.register_autograd`` for an operator that has no lists of tensors, has no
+    keyword-only arguments and mutates none. ``register_autograd`` looks up the default values of all arguments at each
+    call, which takes 30 microseconds.
 
     Args:
-        name: of the operator, registered before.
+        name: name of the operator, which must be registered already.
         backward: ``(ctx, *gradients of outputs) -> gradients of inputs``.
         setup_context: ``(ctx, inputs, output)``, called after the forward pass.
     """

@@ -21,7 +21,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int) -> None:
 
 
 def check_bounds(cu_seqlens: torch.Tensor | None, length: int) -> None:
-    """On the CPU ``cu_seqlens`` must ascend from 0 to ``length``. Reads values, so it stands inside operators."""
+    """On the CPU ``cu_seqlens`` must ascend from 0 to ``length``. Reads values, so it is called inside operators."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     bounds = cu_seqlens.tolist()

@@ -12,11 +12,11 @@ from gossamer._step_rules import StepRule
 
 
 class RowSums(NamedTuple):
-    """What rules need of whole rows, of which the tensors may have some columns only.
+    """Sums over whole rows for rules that need them, when the tensors hold only some of the columns.
 
     Attributes:
-        columns: of a whole row.
-        sum_over: completes sums ``(n,)`` over the columns at hand to sums over whole rows; None where rows are whole.
+        columns: number of columns of a whole row.
+        sum_over: turns sums ``(n,)`` over the local columns into sums over whole rows; None if rows are whole.
     """
 
     columns: int = 0
@@ -54,7 +54,7 @@ def _rowwise_adagrad(rule, w, grad, states, t, lr, rows):
 
 
 def _ftrl(rule, w, grad, states, t, lr, rows):
-    # A number would become float32 beside a condition, whatever the table's dtype.
+    # With a condition, torch.where would turn a Python number into float32, whatever the table's dtype.
     lr = torch.as_tensor(lr, dtype=w.dtype, device=w.device)
     steps = lr != 0
     lr = torch.where(steps, lr, 1)

@@ -24,16 +24,16 @@ _PER_BYTE = {"int4": 2, "mxfp4": 2}
 
 
 class Blocks(NamedTuple):
-    """What decodes the blocks of an ``nf4`` weight; see :class:`gossamer.NF4Weight`.
+    """The tables that decode the blocks of an ``nf4`` weight; see :class:`gossamer.NF4Weight`.
 
     Attributes:
         code: ``(16,)`` float32.
-        nested_absmax: ``(⌈blocks/nested_block_size⌉,)`` float32 where the scales are quantised too, as the next two.
+        nested_absmax: ``(⌈blocks/nested_block_size⌉,)`` float32 if the scales are quantised too, like the next two.
         nested_code: ``(256,)`` float32.
         offset: one float32.
         block_size: elements that share a scale.
         nested_block_size: scales that share a nested scale.
-        rows: N, which the packed values do not show.
+        rows: N, which cannot be derived from the packed values.
         columns: C.
     """
 
@@ -51,18 +51,18 @@ NO_BLOCKS = Blocks()
 
 
 class Weight(NamedTuple):
-    """A weight ``(N, C)``, or a stack ``(E, N, C)``, whatever it is stored as: ``decode(data) + factor·b·a``.
+    """A weight ``(N, C)``, or a stack ``(E, N, C)``, in any storage format: ``decode(data) + factor·b·a``.
 
     Attributes:
-        data: the values, of any strides, where ``format`` is ``"dense"``; else the codes.
+        data: the values, of any strides, if ``format`` is ``"dense"``; else the codes.
         format: ``"dense"``, a format of :class:`gossamer.QuantizedExpertWeight`, or of a matrix ``"nf4"``, ``"fp8"``
             or ``"int8_absmax"`` (:class:`gossamer.Int8Weight`).
-        scale: of the codes; of ``"nf4"`` the absmax of its blocks.
-        blocks: more of what decodes ``"nf4"``.
+        scale: scale of the codes; for ``"nf4"`` the absmax of its blocks.
+        blocks: the tables that decode ``"nf4"``.
         a: ``(..., r, C)`` of the low-rank update, or None where there is none.
         b: ``(..., N, r)``.
-        factor: of the update.
-        bias: ``(N,)`` or ``(E, N)``, what is added to the weight's products, or None.
+        factor: factor of the update.
+        bias: ``(N,)`` or ``(E, N)``, added to the weight's products; or None.
     """
 
     data: torch.Tensor
@@ -106,7 +106,7 @@ class Weight(NamedTuple):
         return group_size(self.data, self.scale, self.format)
 
     def with_values(self, values: torch.Tensor | None, bias: torch.Tensor | None) -> Weight:
-        """With a bias and, if dense, other values; a quantised weight takes None for ``values`` and keeps its own."""
+        """The weight with a bias and, if dense, with other values; for a quantised weight ``values`` is None."""
         if bias is None and (values is self.data or values is None):
             return self
         return self._replace(data=self.data if values is None else values, bias=bias)

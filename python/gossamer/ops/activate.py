@@ -78,7 +78,7 @@ def _differentiate(ctx, args: Activate, tensors, dact: torch.Tensor):
     if "preact" not in ctx.needs:
         return {}
     if torch.is_grad_enabled():
-        # Plain torch serves second derivatives.
+        # Second derivatives are computed in plain torch.
         act = activate_reference(args.preact, args.activation, args.interleaved)
         (dpreact,) = torch.autograd.grad(act, args.preact, dact, create_graph=True)
     else:
@@ -94,8 +94,8 @@ def activate(
 ) -> torch.Tensor:
     """The activation of an expert layer by itself: ``act(g)·u`` of the gate and up halves, or ``act(g)``.
 
-    One pass over the pre-activation each way; the backward pass keeps it and nothing else. The formulas are those of
-    :class:`gossamer.Activation`, computed in float32 (float64 for float64) and rounded once.
+    Forward and backward each take one pass over the pre-activation, which is all that is saved for the backward pass.
+    The formulas are those of :class:`gossamer.Activation`, computed in float32 (float64 for float64) and rounded once.
 
     Args:
         preact: ``(..., 2I)`` float, or ``(..., I)`` for an ungated activation.
@@ -103,7 +103,7 @@ def activate(
         interleaved: whether gate and up alternate along 2I (gate even, up odd) instead of lying one after the other.
 
     Returns:
-        ``(..., I)`` in the dtype of ``preact``. Differentiable, twice where it is asked for.
+        ``(..., I)`` in the dtype of ``preact``. Differentiable, also twice.
 
     Raises:
         TypeError: ``preact`` is not a tensor, its dtype is not supported, or ``interleaved`` is not a bool.

@@ -36,10 +36,10 @@ from gossamer.ops.gather_reduce import gather_reduce
 class BlockSparseTensor:
     """A matrix that stores only some of its blocks.
 
-    Gradients reach it through ``values``, which may be a parameter. All its methods give new tensors or views.
+    Gradients flow through ``values``, which may be a parameter. All methods return new tensors or views.
 
     Attributes:
-        values: ``(nnz, bm, bn)`` float, in the order that the topology says; zero from its last block on.
+        values: ``(nnz, bm, bn)`` float, in the order of the topology; entries after its last block are zero.
         topology: where the blocks are.
     """
 
@@ -67,7 +67,7 @@ class BlockSparseTensor:
         return self.values.device
 
     def t(self) -> BlockSparseTensor:
-        """The transposed matrix, a view: nothing is moved."""
+        """The transposed matrix, as a view."""
         return BlockSparseTensor(self.values.transpose(1, 2), self.topology.transposed())
 
     def detach(self) -> BlockSparseTensor:
@@ -92,8 +92,8 @@ class BlockSparseTensor:
         """The blocks of ``dense (rows, cols)`` that the topology has; differentiable.
 
         Raises:
-            TypeError: no tensor, or no topology.
-            ValueError: another shape or device than the topology's.
+            TypeError: an argument is not a tensor or not a topology.
+            ValueError: the shape or device differs from the topology's.
         """
         check_topology(topology)
         check_shape("dense", dense, topology.shape, "(rows, cols)")
@@ -120,7 +120,7 @@ class BlockSparseTensor:
 
     @staticmethod
     def from_sparse_bsr(tensor: torch.Tensor) -> BlockSparseTensor:
-        """A matrix in torch's BSR layout, its blocks copied only where a row has them out of order.
+        """A block-sparse matrix from torch's BSR layout; blocks are copied only if a row has them out of order.
 
         Raises:
             TypeError: ``tensor`` is not in that layout.
@@ -214,7 +214,9 @@ def _check_epilogue(
 def _check_operand(
     name: str, operand: torch.Tensor, dim: int, symbols: str, topology: BlockTopology, topology_dim: int
 ) -> None:
-    """A dense operand, blocked along ``dim``: a matrix, or parts of whole blocks ``(G, ·, ·)`` that make one."""
+    """Check a dense operand that is blocked along ``dim``: a matrix, or parts of whole blocks ``(G, ·, ·)`` that form
+    one.
+    """
     size, block = topology.shape[topology_dim], topology.block[topology_dim]
     what = f"{('rows', 'columns')[dim]} of {name}"
     if isinstance(operand, torch.Tensor) and operand.dim() == 3:
@@ -237,7 +239,7 @@ def _needs_gradient(*operands: torch.Tensor | None) -> bool:
 def _with_activation(
     product: Callable[[str | None], torch.Tensor], activation: Activation | None, operands: tuple
 ) -> torch.Tensor:
-    """The product with its activation: in the kernel, or after it where the pre-activation is wanted by a gradient."""
+    """The product with its activation: in the kernel, or after it if a gradient needs the pre-activation."""
     if activation is None:
         return product(None)
     if _needs_gradient(*operands):
@@ -263,16 +265,16 @@ def sdd(
 
     Args:
         a: ``(rows, K)`` float, of any strides: a transposed operand is given as ``a.t()``. ``rows`` and ``cols`` are
-            the topology's, K is any size. ``(T, K)`` where ``rows`` says which of its rows are meant.
-        b: ``(K, cols)``, dtype and device of ``a``; or in G parts of whole blocks, ``(G, K, cols/G)`` of any strides,
-            which are taken side by side: the weights of G experts, say. A transposed view's product copies them.
+            the topology's, K is any size. ``(T, K)`` if ``rows`` selects its rows.
+        b: ``(K, cols)``, dtype and device of ``a``; or G parts of whole blocks, ``(G, K, cols/G)`` of any strides,
+            placed side by side, such as the weights of G experts. A product with a transposed view copies them.
         topology: which blocks.
         bias: ``(cols,)``, added to the blocks, or None.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"``, applied to the blocks; None for
-            none. Inside the kernel unless a gradient is wanted, which needs what goes into it.
-        rows: ``(rows,)`` int32 or int64: the row of ``a`` that is multiplied for each row of the topology, zeros where
-            it is outside ``[0, T)``; None for ``a`` as it is. Native kernels gather them themselves where no gradient
-            is wanted.
+            none. It is applied inside the kernel unless a gradient is needed, because the gradient needs the
+            pre-activation.
+        rows: ``(rows,)`` int32 or int64: the row of ``a`` that is multiplied for each row of the topology, zeros if it
+            is outside ``[0, T)``; None to use ``a`` unchanged. Native kernels gather the rows if no gradient is needed.
 
     Returns:
         The blocks, in the layout of the topology's values. Accumulated in float32 (float64 for float64). Differentiable
@@ -280,8 +282,8 @@ def sdd(
 
     Raises:
         TypeError: an argument is not a tensor or a topology, a dtype is not supported, or dtypes differ.
-        ValueError: shapes or devices do not fit; for one short of whole blocks the message says what to pad to; or the
-            activation is gated or unknown.
+        ValueError: shapes or devices do not fit (for a size that is not in whole blocks, the message gives the padded
+            size), or the activation is gated or unknown.
     """
     check_topology(topology)
     check_shape("a", a, (None, None), "(rows, K)" if rows is None else "(T, K)")
@@ -309,7 +311,7 @@ def sdd(
     if rows is not None and rows.dtype == torch.int64:
         rows = rows.clamp(-1, most)
     a_rows = None if rows is None else rows.to(torch.int32)
-    # A transposed view's values are those of the transposed product, in which the bias runs along rows.
+    # For a transposed view, the values come from the transposed product, in which the bias runs along rows.
     operands = (_whole(b, 1).t(), a.t()) if transposed else (a, b)
     stored = _stored(topology)
 
@@ -404,9 +406,9 @@ def _sparse_product(
     flipped: bool,
     backend: str,
 ) -> torch.Tensor:
-    """``act(s·b + bias)``, stored row after row; ``flipped`` with sᵀ for s, and column after column."""
+    """``act(s·b + bias)``, stored row by row; with ``flipped``, uses sᵀ instead of s and stores column by column."""
     if topology.order is not None:
-        # The values have the layout of the matrix that this one is a transposed view of.
+        # The values are laid out for the matrix of which this one is a transposed view.
         topology, values, transposed = topology.transposed(), values.transpose(1, 2), not flipped
     else:
         transposed = flipped

@@ -1,4 +1,4 @@
-"""The places of a block-sparse matrix's blocks, row by row and column by column, on the device."""
+"""The positions of a block-sparse matrix's blocks, row by row and column by column, on the device."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _check_grid(name: str, grid: tuple[int, int]) -> None:
 
 @dataclass(frozen=True)
 class BlockTopology:
-    """The places of the blocks of a matrix: device tensors, which no product reads on the host, and ints.
+    """The positions of the blocks of a matrix, as ints and as device tensors that no product reads on the host.
 
     Blocks are listed row by row, and in a row by column. A :class:`BlockSparseTensor`'s ``values`` hold them in that
     order; those of a transposed view hold them in the order of the matrix that it is a view of. ``nnz`` may be an upper
@@ -76,7 +76,7 @@ class BlockTopology:
         row_offsets: ``(rows/bm + 1,)`` int32; the blocks of block row ``r`` are ``row_offsets[r]:row_offsets[r+1]``.
         column_indices: ``(nnz,)`` int32, the block column of each block.
         row_indices: ``(nnz,)`` int32, the block row of each block.
-        order: ``(nnz,)`` int32, where in ``values`` each block lies; None when that is the order of this list.
+        order: ``(nnz,)`` int32, the position of each block in ``values``; None if that is the order of this list.
         column_offsets: ``(cols/bn + 1,)`` int32, the same for the list that goes column by column, each by row.
         row_indices_t: ``(nnz,)`` int32, the block row of each block of that list.
         column_indices_t: ``(nnz,)`` int32, the block column of each.
@@ -85,11 +85,12 @@ class BlockTopology:
         column_schedule: ``(cols/bn,)`` int32, block columns likewise.
         padded_offsets: ``(E+1,)`` int32, made by :meth:`from_dispatch`: rows of expert ``e`` begin at element row
             ``padded_offsets[e]``. None for other topologies.
-        live_rows: ``(rows/bm,)`` int32, how many rows of each block row count, one at least of a row with blocks; the
-            others, at its end, are padding, which products may leave out. What they give there is zero or what the
-            formula says, and must get no gradient but zero; what they sum over rows may have it or not, so that it must
-            be finite, and zero in one factor. None where all count. See ``skip_padding`` of :meth:`from_dispatch`.
-        live_columns: likewise of block columns, in a transposed view.
+        live_rows: ``(rows/bm,)`` int32, the number of rows of each block row that count, at least one for a row with
+            blocks. The other rows, at its end, are padding that products may skip. A product's result in padding is
+            either zero or the value of the formula, and its gradient there must be zero. A sum over rows may or may not
+            include padding, so padding must be finite, and zero in one of the factors. None if all rows count. See
+            ``skip_padding`` of :meth:`from_dispatch`.
+        live_columns: the same for block columns, in a transposed view.
     """
 
     shape: tuple[int, int]
@@ -108,7 +109,7 @@ class BlockTopology:
     live_rows: torch.Tensor | None = None
     live_columns: torch.Tensor | None = None
 
-    # At its last check, see gossamer._trusted; None before the first.
+    # Versions of the tensors at the last check, see gossamer._trusted; None before the first check.
     _checked_version: ClassVar[int | None] = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -121,7 +122,7 @@ class BlockTopology:
 
     @property
     def nnz_blocks(self) -> int:
-        """Blocks that ``values`` has room for, an upper bound of those that are there."""
+        """Number of blocks that ``values`` has room for; an upper bound on the number of blocks."""
         return self.column_indices.shape[0]
 
     @property
@@ -136,7 +137,7 @@ class BlockTopology:
         return self.row_offsets.device
 
     def transposed(self) -> BlockTopology:
-        """The topology of the transposed matrix over the same values: the two lists change places, nothing is moved."""
+        """The topology of the transposed matrix over the same values: the two lists are swapped, and no values move."""
         transposed = BlockTopology(
             (self.shape[1], self.shape[0]),
             (self.block[1], self.block[0]),
@@ -157,7 +158,7 @@ class BlockTopology:
         return transposed
 
     def to(self, device: torch.device | str) -> BlockTopology:
-        """The topology on another device; itself where it is there already."""
+        """The topology on another device; the same object if it is there already."""
         if torch.device(device) == self.device:
             return self
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -184,13 +185,13 @@ class BlockTopology:
         Args:
             mask: ``(rows/bm, cols/bn)`` bool, on the device where the topology is wanted.
             block: ``(bm, bn)``, or one size for both.
-            nnz: how many blocks to make room for. None counts them, for which the host waits for the device; with a
-                number nothing is read on the host, as for masks that are edited while a model trains.
+            nnz: number of blocks to make room for. None counts them, and the host waits for the device. With a number
+                nothing is read on the host; use this for masks that change while a model trains.
 
         Raises:
             TypeError: ``mask`` is not a bool tensor.
             ValueError: wrong rank or block; ``nnz`` negative, or, on the CPU, less than the number of blocks. On CUDA,
-                where finding that would stop the stream, the last blocks of too many are left out.
+                where checking would stall the stream, blocks beyond ``nnz`` are left out.
         """
         check_shape("mask", mask, (None, None), "(rows/bm, cols/bn)")
         if mask.dtype != torch.bool:
@@ -227,7 +228,7 @@ class BlockTopology:
             cols: ``(nnz,)`` like ``rows``, block columns.
             shape: ``(rows, cols)`` in elements.
             block: ``(bm, bn)``, or one size for both.
-            sort: whether to take the blocks in any order; otherwise one out of order is an error. A tensor's values
+            sort: whether to accept blocks in any order; otherwise a block out of order is an error. A tensor's values
                 then follow the topology's order, not that of the arguments.
 
         Raises:
@@ -267,16 +268,16 @@ class BlockTopology:
     ) -> BlockTopology:
         """The topology of an expert layer's hidden activation: each row has the I columns of its expert, of E·I.
 
-        The rows of each expert are padded to whole blocks: expert ``e`` has its rows from ``padded_offsets[e]`` on.
-        Made on the device with nothing read on the host: ``rows`` is the most that any routing of so many slots needs.
-        MegaBlocks, Gale et al., arXiv:2211.15841.
+        The rows of each expert are padded to whole blocks: expert ``e`` has its rows from ``padded_offsets[e]`` on. It
+        is computed on the device, and nothing is read on the host: ``rows`` is the maximum for any routing with this
+        number of slots. MegaBlocks, Gale et al., arXiv:2211.15841.
 
         Args:
             dispatch: from :func:`gossamer.dispatch`. Dropped slots get no row.
             ffn_size: I, a multiple of bn.
             block: ``(bm, bn)``, or one size for both.
-            skip_padding: whether products may leave out the rows of padding: nothing will be read there, nor will a
-                gradient but zero come from there. See ``live_rows``.
+            skip_padding: whether products may skip padded rows. You must then not read results there, and gradients
+                there must be zero. See ``live_rows``.
 
         Raises:
             TypeError: ``dispatch`` is not a Dispatch, or its offsets are not int32.
@@ -306,7 +307,7 @@ class BlockTopology:
         return _made(BlockTopology((rows * bm, experts * ffn_size), (bm, bn), order=None, **lists))
 
     def padded_slots(self, dispatch: Dispatch) -> torch.Tensor:
-        """``(rows,)`` int32: the slot ``t·K + k`` that lies in each padded row, R for padding. For gathering tokens.
+        """``(rows,)`` int32: the slot ``t·K + k`` of each padded row, R for padding. For gathering tokens.
 
         ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
         """
@@ -345,7 +346,8 @@ class BlockTopology:
             block: ``(bm, bn)``, or one size for both.
             density: share of the places that get a block, from 0 to 1.
             generator: a CPU generator to draw from.
-            balanced: whether all block rows have equally many blocks, or one more; otherwise any choice is as likely.
+            balanced: whether the numbers of blocks of block rows differ by at most one; otherwise all choices are
+                equally likely.
             device: where the topology is wanted. Draws are made on the CPU, so they are the same on every device.
 
         Raises:
@@ -407,7 +409,9 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
 
 
 def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> BlockTopology:
-    """A topology on meta, made by shapes: torch's prefix sums on meta square their length, which overflows."""
+    """A topology on meta, made from shapes only, because torch's prefix sums on meta square their length, which
+    overflows.
+    """
     rows, cols = grid
 
     def indices(size: int) -> torch.Tensor:
@@ -437,7 +441,7 @@ def _tensors(t: BlockTopology) -> tuple[torch.Tensor, ...]:
 
 
 def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) -> None:
-    """The list that goes along ``rows``: blocks in order, each in the row whose list it is in."""
+    """Check the list along ``rows``: blocks are in order, and each is in the row whose list contains it."""
     offsets, indices, own = (
         getattr(topology, name) for name in (f"{rows}_offsets", f"{across}_indices{suffix}", f"{rows}_indices{suffix}")
     )
@@ -482,7 +486,7 @@ def _check_contents(topology: BlockTopology) -> None:
 
 
 def _is_remembered(topology: object) -> bool:
-    """Whether it was checked and none of its tensors was written to since; each product asks."""
+    """Whether it was checked and none of its tensors was written to since; every product calls this."""
     try:
         checked = topology._checked_version
         if checked is None or checked < 0:
@@ -496,7 +500,7 @@ def _is_remembered(topology: object) -> bool:
 
 
 def check_topology(topology: object) -> None:
-    """``topology`` must be a :class:`BlockTopology`, whose tensors hold what it says; on the CPU their values too."""
+    """Check that ``topology`` is a :class:`BlockTopology` with valid tensors; on the CPU their values too."""
     if not is_dynamo_compiling() and _is_remembered(topology):
         return
     if not isinstance(topology, BlockTopology):
@@ -529,7 +533,7 @@ def check_topology(topology: object) -> None:
 
 
 def check_parts(topology: object) -> None:
-    """:func:`check_topology` of one that was never checked; products look whether its tensors were written to since."""
+    """Check a topology that was never checked; products only look whether its tensors were written to since."""
     if is_compiling() or not isinstance(topology, BlockTopology) or topology._checked_version is None:
         check_topology(topology)
 

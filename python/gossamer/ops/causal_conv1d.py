@@ -1,4 +1,4 @@
-"""Depthwise causal convolution along sequences, as linear-attention models have it, and its one-token update."""
+"""Depthwise causal convolution along sequences, as used by linear-attention models, and its one-token update."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CausalConv(NamedTuple):
 
     @property
     def along_channels(self) -> bool:
-        """Whether channels lie side by side; if not, positions do."""
+        """Whether channels are contiguous; otherwise positions are."""
         return lies_along_channels(self.x)
 
 
@@ -89,7 +89,7 @@ class CausalConvGradients(NamedTuple):
 
 
 class CausalConvStep(NamedTuple):
-    """Arguments of one position: ``x (B, C)``, ``state (B, C, S)``, which is moved on, and the filter."""
+    """Arguments of one position: ``x (B, C)``, ``state (B, C, S)``, which is updated, and the filter."""
 
     x: torch.Tensor
     state: torch.Tensor
@@ -99,7 +99,7 @@ class CausalConvStep(NamedTuple):
 
 
 def lies_along_channels(x: torch.Tensor) -> bool:
-    """Whether the kernels see ``x (B, T, C)`` as rows of channels: unless only its positions lie side by side."""
+    """Whether the kernels read ``x (B, T, C)`` as rows of channels: unless only its positions are contiguous."""
     return x.stride(2) == 1 or x.shape[2] == 1 or x.stride(1) != 1
 
 
@@ -286,17 +286,17 @@ def causal_conv1d(
     r"""Convolve each channel with its own few taps, looking back along the sequence.
 
     ``y[t, c] = act(bias[c] + Σ_i weight[c, i] · x[t − (W − 1) + i, c])``, where inputs before the first are those of
-    ``initial_state``, or zeros. One pass over ``x``, with sums in float32 (float64 for float64) and one rounding; the
-    backward pass keeps the arguments alone.
+    ``initial_state``, or zeros. It takes one pass over ``x``, with sums in float32 (float64 for float64) and one
+    rounding; only the arguments are saved for the backward pass.
 
-    The kernels read ``x`` along channels or along positions, whichever has stride 1, and write ``y`` likewise: an input
-    ``(B, C, T)``, as ``torch.nn.functional.conv1d`` takes it, is given as ``x.transpose(1, 2)`` without a copy, and the
-    result's ``transpose(1, 2)`` is contiguous. Other strides are copied.
+    The kernels read ``x`` along channels or along positions, whichever has stride 1, and write ``y`` in the same
+    layout: an input ``(B, C, T)``, as ``torch.nn.functional.conv1d`` takes it, is given as ``x.transpose(1, 2)``
+    without a copy, and the result's ``transpose(1, 2)`` is contiguous. Other strides are copied.
 
     Args:
         x: ``(B, T, C)`` float.
-        weight: ``(C, W)`` with W from 2 to 8, the dtype of ``x`` or float32; the last tap meets the newest input. That
-            of a depthwise ``torch.nn.Conv1d`` is ``conv.weight.squeeze(1)``.
+        weight: ``(C, W)`` with W from 2 to 8, the dtype of ``x`` or float32; the last tap multiplies the newest input.
+            For a depthwise ``torch.nn.Conv1d`` it is ``conv.weight.squeeze(1)``.
         bias: ``(C,)``, the dtype of ``weight``; or None.
         activation: ``"silu"`` (or ``"swish"``, its other name), or None.
         initial_state: ``(B, C, S)`` in the dtype of ``x``, the S ≥ W − 1 inputs before the first, oldest first;
@@ -307,8 +307,8 @@ def causal_conv1d(
 
     Returns:
         ``y (B, T, C)`` in the dtype of ``x``, and the final state in the shape of ``initial_state`` (S = W − 1 without
-        one) or None. Differentiable in all float tensors, twice where it is asked for. Under ``torch.autocast`` ``x``
-        and ``initial_state`` are cast to its dtype.
+        one) or None. Differentiable in all float tensors, also twice. Under ``torch.autocast`` ``x`` and
+        ``initial_state`` are cast to its dtype.
 
     Raises:
         TypeError: an argument is not a tensor, a dtype is not supported, or dtypes do not fit.
@@ -346,12 +346,12 @@ def causal_conv1d_step(
     *,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """One position of :func:`causal_conv1d`, with the state moved on in place: decoding.
+    """One position of :func:`causal_conv1d`, for decoding; the state is updated in place.
 
     Args:
         x: ``(B, C)`` float, the newest input of each sequence.
-        state: ``(B, C, S)`` in the dtype of ``x``, the S ≥ W − 1 inputs before it, oldest first. Its oldest is dropped,
-            and ``x`` becomes its newest.
+        state: ``(B, C, S)`` in the dtype of ``x``, the S ≥ W − 1 inputs before it, oldest first. The oldest input is
+            dropped, and ``x`` becomes the newest.
         weight: ``(C, W)`` with W from 2 to 8, the dtype of ``x`` or float32.
         bias: ``(C,)``, the dtype of ``weight``; or None.
         activation: ``"silu"`` or ``"swish"``, or None.

@@ -29,7 +29,7 @@ from gossamer.ops._delta_rule_reference import DeltaRule, accumulator
 from gossamer.ops._records import define
 from gossamer.ops._registration import is_plain
 
-# Tokens between the states that the forward pass of a family keeps for the backward pass.
+# Number of tokens between the states that a family's forward pass saves for the backward pass.
 CHECKPOINT_TOKENS = {"native": 256, "triton": 0}
 
 
@@ -41,10 +41,11 @@ class DeltaRuleForward(NamedTuple):
 
     @property
     def checkpoint_shape(self) -> tuple[int, int, int, int]:
-        """Of the states that are kept, those before tokens ``0, checkpoint_tokens, ...`` of each sequence.
+        """The shape of the saved states, which are those before tokens ``0, checkpoint_tokens, ...`` of each sequence.
 
-        Sequence n of a pack, which begins at token b, has its own from row ``b // checkpoint_tokens + n`` on, of a
-        batch from ``n·ceil(T / checkpoint_tokens)`` on. No row is written past a sequence's last.
+        Sequence n of a pack, which begins at token b, has its states from row ``b // checkpoint_tokens + n`` on;
+        sequence n of a batch from row ``n·ceil(T / checkpoint_tokens)`` on. Rows after a sequence's last state are not
+        written.
         """
         b, t = self.args.q.shape[:2]
         if not self.checkpoint_tokens:
@@ -56,21 +57,21 @@ class DeltaRuleForward(NamedTuple):
         return rows, *self.args.state_shape[1:]
 
 
-# Dtypes of the operands, and what sums and states of each are held in.
+# Dtypes of the operands, and the dtype of sums and states for each.
 _WIDE = {dtype: accumulator(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
-# What has a gradient, in the order of the operator's results.
+# The fields that have gradients, in the order of the operator's results.
 _GRADIENTS = ("q", "k", "v", "beta", "g", "a_log", "dt_bias", "initial_state")
 
 
 class DeltaRuleBackward(NamedTuple):
-    """Arguments of the gradients: those of the forward pass, and what it kept and gets back.
+    """Arguments of the gradients: those of the forward pass, its saved states, and the gradients of its results.
 
     Attributes:
-        forward: the forward pass's.
-        checkpoints: the states that it kept.
+        forward: the arguments of the forward pass.
+        checkpoints: the states that it saved.
         d_o: the gradient of its output.
         dfinal_state: that of the final state, or None.
-        wanted: which gradients are, in the order of q, k, v, beta, g, a_log, dt_bias and initial_state.
+        wanted: which gradients are needed, in the order of q, k, v, beta, g, a_log, dt_bias and initial_state.
     """
 
     forward: DeltaRuleForward
@@ -270,7 +271,9 @@ def check_pack(args: DeltaRule) -> None:
 
 
 def check_values(args: DeltaRule) -> None:
-    """On the CPU: beta in [0, 2], no log decay above 0, and :func:`check_pack`. The native kernels look themselves."""
+    """On the CPU: beta in [0, 2], no log decay above 0, and :func:`check_pack`. The native kernels make these checks
+    themselves.
+    """
     check_pack(args)
     if not args.q.is_cpu or not args.beta.numel():
         return
@@ -297,27 +300,27 @@ def delta_rule(
     dt_bias: torch.Tensor | None = None,
     lower_bound: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Linear attention whose state is corrected by each token, the delta rule.
+    r"""Linear attention by the delta rule: each token corrects the state.
 
     For each head, with its state ``S (D_k, D_v)`` and ``α_t = exp(g_t)``::
 
         S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t−1} + β_t k_t v_tᵀ        o_t = scale · S_tᵀ q_t
 
-    Without ``g`` this is DeltaNet (Schlag et al., 2021; in chunks by Yang et al., 2024), with a decay for each head
-    Gated DeltaNet (Yang et al., 2025), with one for each channel of the keys Kimi Delta Attention (Kimi Team, 2025).
-    Chunks of tokens are computed by matrix products. The cost is linear in T. The backward pass keeps the arguments and
-    a state for every few chunks, and computes the rest again. Decays are multiplied as exponentials of sums that are at
-    most 0: long products do not overflow, and ``g = −inf`` empties the state.
+    Without ``g`` this is DeltaNet (Schlag et al., 2021; in chunks by Yang et al., 2024), with one decay per head it is
+    Gated DeltaNet (Yang et al., 2025), and with one per key channel Kimi Delta Attention (Kimi Team, 2025). Chunks of
+    tokens are computed by matrix products. The cost is linear in T. For the backward pass the arguments and a state for
+    every few chunks are saved, and the rest is computed again. Products of decays are exponentials of sums that are at
+    most 0: long products do not overflow, and ``g = −inf`` clears the state.
 
     With ``A_log``, ``g`` is a raw gate, from which the decay is ``−exp(A_log)·softplus(g + dt_bias)``, or with
     ``lower_bound`` ``lower_bound·sigmoid(exp(A_log)·(g + dt_bias))``.
 
     Args:
         q: ``(B, T, H_k, D_k)`` float.
-        k: the shape and dtype of ``q``. Keys should have at most unit length: the state grows without bound where
+        k: the shape and dtype of ``q``. Keys should have at most unit norm: the state grows without bound where
             ``β·|k|²`` is above 2.
-        v: ``(B, T, H, D_v)``, the dtype of ``q``. H is a multiple of H_k: each key head serves H/H_k value heads that
-            follow each other.
+        v: ``(B, T, H, D_v)``, the dtype of ``q``. H is a multiple of H_k: each key head is shared by H/H_k consecutive
+            value heads.
         beta: ``(B, T, H)`` in [0, 2], the dtype of ``q`` or float32.
         g: ``(B, T, H)`` or ``(B, T, H, D_k)``, at most 0 (any number with ``A_log``), the dtype of ``q`` or float32; or
             None.
@@ -330,7 +333,7 @@ def delta_rule(
         use_qk_l2norm: whether ``q`` and ``k`` are divided by ``sqrt(Σ x² + 1e-6)`` first.
         A_log: ``(H,)``, or of any shape with H values; needs ``g``.
         dt_bias: ``(H,)``, by channel ``(H, D_k)`` or ``(H·D_k,)``; or None.
-        lower_bound: below 0, of the sigmoid form; or None.
+        lower_bound: a number below 0 for the sigmoid form; or None.
 
     Returns:
         ``o (B, T, H, D_v)`` in the dtype of ``q``, and the final state in the shape and dtype of ``initial_state`` or
@@ -358,9 +361,9 @@ def delta_rule(
 
 
 def _is_plain_step(q, k, v, beta, state, g) -> bool:
-    """Whether a look at each operand is all that its checks and the dispatcher would do.
+    """Whether the full checks and the dispatcher would do nothing beyond these simple comparisons.
 
-    A step takes less time than they do.
+    A step takes less time than the full checks.
     """
     operands = (q, k, v, beta, state) if g is None else (q, k, v, beta, state, g)
     if (
@@ -406,7 +409,7 @@ def delta_rule_step(
     dt_bias: torch.Tensor | None = None,
     lower_bound: float | None = None,
 ) -> torch.Tensor:
-    """One token of :func:`delta_rule`, with the state changed in place: decoding.
+    """One token of :func:`delta_rule`, for decoding; the state is updated in place.
 
     Args:
         q: ``(B, H_k, D_k)`` float.
@@ -416,7 +419,7 @@ def delta_rule_step(
         state: ``(B, H, D_k, D_v)`` float32 (float64 for float64), contiguous; becomes the state after the token.
         g: ``(B, H)`` or ``(B, H, D_k)`` or None, as in :func:`delta_rule`.
         scale: the factor of the output, ``D_k**-0.5`` when None.
-        use_qk_l2norm: as in :func:`delta_rule`, and so are the rest.
+        use_qk_l2norm: as in :func:`delta_rule`, like the remaining arguments.
         A_log: ``(H,)``.
         dt_bias: ``(H,)`` or ``(H, D_k)``.
         lower_bound: below 0 or None.
@@ -425,8 +428,8 @@ def delta_rule_step(
         ``o (B, H, D_v)`` in the dtype of ``q``. Not differentiable.
 
     Raises:
-        TypeError, ValueError: as :func:`delta_rule` does; also where ``state`` is not contiguous, and where gradients
-            are enabled and an argument requires one.
+        TypeError, ValueError: as in :func:`delta_rule`; also if ``state`` is not contiguous, or if gradients are
+            enabled and an argument requires one.
     """
     if (
         A_log is None
