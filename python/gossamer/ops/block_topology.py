@@ -63,10 +63,10 @@ def _check_grid(name: str, grid: tuple[int, int]) -> None:
 class BlockTopology:
     """The positions of the blocks of a matrix, as ints and as device tensors that no product reads on the host.
 
-    Blocks are listed row by row, and in a row by column. A :class:`BlockSparseTensor`'s ``values`` hold them in that
-    order; those of a transposed view hold them in the order of the matrix that it is a view of. ``nnz`` may be an upper
-    bound: entries of both lists from ``row_offsets[-1]`` on are no blocks. Their row and column are ``rows/bm`` and
-    ``cols/bn``, nobody computes them, and their values are zero.
+    Blocks are listed row by row, and within a row by column. A :class:`BlockSparseTensor`'s ``values`` hold them in
+    that order; the values of a transposed view are in the order of the original matrix. ``nnz`` may be an upper
+    bound: entries of both lists from ``row_offsets[-1]`` on are not blocks. Their row and column are ``rows/bm`` and
+    ``cols/bn``, they are not computed, and their values are zero.
 
     Made by :meth:`from_mask`, :meth:`from_indices`, :meth:`from_dispatch` and :meth:`random`.
 

@@ -25,11 +25,11 @@ class Dispatch:
         slots: ``(R,)`` int32; ``slots[r] = t·K + k`` is the flat slot of sorted row ``r``.
         rows: ``(R,)`` int32, the inverse; ``rows[slots[r]] = r``.
         offsets: ``(E+1,)`` int32; rows of expert ``e`` are ``offsets[e]:offsets[e+1]``, and rows from ``offsets[E]`` on
-            are dropped ones (``expert_id >= E``), in slot order.
+            are dropped (``expert_id >= E``), in slot order.
         num_tokens: T.
         top_k: K.
         num_experts: E.
-        max_rows: rows of buffers sorted by expert, at least ``offsets[E]``; None for R.
+        max_rows: number of rows of expert-sorted buffers, at least ``offsets[E]``; None for R.
     """
 
     slots: torch.Tensor
@@ -40,7 +40,7 @@ class Dispatch:
     num_experts: int
     max_rows: int | None = None
 
-    # At its last check, see gossamer._trusted; None before the first.
+    # Versions of the tensors at the last check, see gossamer._trusted; None before the first check.
     _checked_version: ClassVar[int | None] = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -53,17 +53,17 @@ class Dispatch:
 
     @property
     def buffer_rows(self) -> int:
-        """Rows of buffers sorted by expert: R, or what :func:`dispatch` made of its ``max_rows``."""
+        """Number of rows of expert-sorted buffers: R, or the number that :func:`dispatch` chose from ``max_rows``."""
         return self.num_rows if self.max_rows is None else self.max_rows
 
     @property
     def row_slots(self) -> torch.Tensor:
-        """``(buffer_rows,)`` int32: the slots of the rows that buffers have."""
+        """``(buffer_rows,)`` int32: the slot of each buffer row."""
         return self.slots if self.max_rows is None else self.slots[: self.max_rows]
 
     @property
     def groups(self) -> Groups:
-        """Its tensors as operators on rows sorted by expert take them."""
+        """Its tensors as the record for operators on expert-sorted rows."""
         return Groups(self.row_slots, self.rows, self.offsets)
 
     @property
@@ -83,7 +83,9 @@ def _check_sizes(dispatch: Dispatch) -> None:
 
 
 def check_is_dispatch(dispatch: object) -> None:
-    """``dispatch`` must be a :class:`Dispatch` with tensors of its shapes, for callers that check their contents."""
+    """Check that ``dispatch`` is a :class:`Dispatch` with tensors of the right shapes; the caller checks their
+    contents.
+    """
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
     _check_sizes(dispatch)
@@ -99,7 +101,7 @@ def check_dispatch(dispatch: object) -> None:
 
     Contents are checked once, and again after a tensor was changed in place.
     """
-    # Small products take 20 microseconds and ask each time: what is remembered is looked at first and without a call.
+    # Small products take 20 microseconds and run this check each time, so the stored result is compared first, inline.
     if not is_dynamo_compiling():
         try:
             if (checked := dispatch._checked_version) is not None:
@@ -133,10 +135,10 @@ def check_max_rows(max_rows: int | None) -> None:
 
 
 def dx_rows(slots: torch.Tensor, rows: torch.Tensor, x_shape: torch.Size, x_div: int) -> tuple[torch.Tensor, bool]:
-    """The slots of the product that gives dX, and whether its sorted rows must then be summed into rows of x."""
+    """The slots for the product that gives dX, and whether its sorted rows must then be summed into rows of x."""
     if x_div == 0:
         return slots[: x_shape[0]], False
-    # A product in slot order fills a row for every slot, so it needs all of them.
+    # A product in slot order writes a row for every slot, so it needs all slots.
     return slots, x_div > 1 or slots.shape[0] < rows.shape[0]
 
 
@@ -194,7 +196,7 @@ def _kernels(backend: str) -> ModuleType:
 
 def _sort(args: ExpertSort, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     expert_ids, num_experts, max_rows = args
-    # The check reads values, so it runs inside the operator, where traced calls have values too. The native kernel
+    # The check reads values, so it runs inside the operator, where values exist in traced calls too. The native kernel
     # finds negative ids itself.
     if backend != "native" and expert_ids.device.type == "cpu" and expert_ids.numel() and int(expert_ids.min()) < 0:
         _raise_negative(expert_ids)
@@ -221,7 +223,7 @@ _dispatch = define(
 
 
 def sort_ids(ids: torch.Tensor, bound: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions of ``ids (B, J)``, none negative, by a stable counting sort, and where each id's positions begin.
+    """Flat positions of nonnegative ``ids (B, J)`` in a stable counting sort, and the start of each id's positions.
 
     Returns:
         ``(B·J,)`` and ``(bound + 1,)`` int32: positions of id ``i`` are ``[offsets[i]:offsets[i + 1]]`` of the first;
@@ -241,11 +243,11 @@ def _buffer_rows(offsets: torch.Tensor, bound: int) -> int:
 def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None = None) -> Dispatch:
     """Sort (token, expert) assignments by expert with a counting sort on the device; nothing is read on the host.
 
-    Expert layers compute and keep buffers of :attr:`Dispatch.buffer_rows` rows, T·K by default. Where many slots have
-    no expert, give ``max_rows``: buffers then have as many rows as there are slots with an expert on the CPU, and
-    ``max_rows`` rows on CUDA and in compiled code. On CUDA, slots beyond ``max_rows``, which are the last ones in the
-    order of experts, are dropped: ``offsets`` leave them out, they add nothing to any result and get zero gradient.
-    ``(expert_ids < num_experts).sum() - offsets[E]`` counts them.
+    Expert layers compute and keep buffers of :attr:`Dispatch.buffer_rows` rows, T·K by default. If many slots have no
+    expert, give ``max_rows``: buffers then have one row per slot with an expert on the CPU, and ``max_rows`` rows on
+    CUDA and in compiled code. On CUDA, slots beyond ``max_rows``, which are the last ones in the order of experts, are
+    dropped: ``offsets`` leave them out, they add nothing to any result and get zero gradient. ``(expert_ids <
+    num_experts).sum() - offsets[E]`` counts them.
 
     Args:
         expert_ids: ``(T, K)`` int32 or int64, the experts of each token. An id ``>= num_experts`` means "no expert":

@@ -15,7 +15,7 @@ from gossamer.ops.gather_reduce import GatherReduce, forward, table_gradient
 
 
 def _occurrences(index: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """How often each row is listed in ``index``, at least 1; ids outside the table are not counted."""
+    """Number of times that ``index`` lists each row, at least 1; ids outside the table are not counted."""
     inside = (index >= 0) & (index < num_rows)
     counts = torch.zeros(num_rows + 1, dtype=torch.int64, device=index.device)
     rows = torch.where(inside, index, num_rows).reshape(-1).long()
@@ -24,7 +24,9 @@ def _occurrences(index: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def inverse_frequency(index: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """For each id one over how often it is listed in ``index``, shaped like it; 1 for ids outside the table."""
+    """For each id the inverse of its number of occurrences in ``index``, shaped like ``index``; 1 for ids outside the
+    table.
+    """
     if num_rows == 0:
         return torch.ones(index.shape, dtype=dtype, device=index.device)
     inside = (index >= 0) & (index < num_rows)
@@ -93,7 +95,7 @@ def embedding(
     Args:
         table: ``(N, D)`` float.
         index: int32 or int64 of any shape.
-        padding_idx: a row that gets no gradient, though it is read as any other; negative counts from the end.
+        padding_idx: a row that is read but gets no gradient; a negative value counts from the end.
         scale_grad_by_freq: divide a row's gradient by how often ``index`` lists the row.
         sparse_grad: give the table's gradient as a coalesced sparse COO tensor; see :func:`gossamer.gather_reduce`.
 
@@ -117,7 +119,7 @@ def embedding(
 
 
 def advise_huge_pages(table: torch.Tensor) -> None:
-    """Ask the system for huge pages under a table before its memory is first touched, which speeds scattered reads.
+    """Request huge pages for a table before its memory is first touched, which speeds up scattered reads.
 
     Does nothing off the CPU or without native kernels.
     """
@@ -130,8 +132,8 @@ def advise_huge_pages(table: torch.Tensor) -> None:
 def renorm_(table: torch.Tensor, index: torch.Tensor, max_norm: float, norm_type: float) -> None:
     """Scale rows of ``table`` listed in ``index`` whose p-norm exceeds ``max_norm`` down to it, in place.
 
-    ``row ← row · max_norm / (‖row‖_p + 10⁻⁷)``, as ``torch.embedding_renorm_``, which this is on the CPU; on other
-    devices it does not wait for the device. Not recorded by autograd.
+    ``row ← row · max_norm / (‖row‖_p + 10⁻⁷)``, as ``torch.embedding_renorm_``, which is called on the CPU; on other
+    devices this function does not wait for the device. Not recorded by autograd.
 
     Args:
         table: ``(N, D)`` float.
@@ -154,7 +156,7 @@ def renorm_(table: torch.Tensor, index: torch.Tensor, max_norm: float, norm_type
 
 
 class _FrequencyScaled(torch.autograd.Function):
-    """The table itself, whose gradient is divided row by row by how often the row is listed."""
+    """The table itself; the gradient of each row is divided by the row's number of occurrences."""
 
     @staticmethod
     def forward(ctx, table, index):
@@ -178,7 +180,7 @@ def scale_gradient_by_frequency(table: torch.Tensor, index: torch.Tensor) -> tor
 
 
 class _Graft(torch.autograd.Function):
-    """The first of two tensors of equal shape; its gradient goes to both."""
+    """Returns the first of two tensors of equal shape; the gradient goes to both."""
 
     @staticmethod
     def forward(ctx, shown, hidden):
@@ -190,7 +192,7 @@ class _Graft(torch.autograd.Function):
 
 
 def graft(shown: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """``shown``, whose gradient reaches ``hidden`` too."""
+    """``shown``; its gradient is passed to ``hidden`` too."""
     return _Graft.apply(shown, hidden)
 
 

@@ -87,7 +87,7 @@ class ExpertMlp(NamedTuple):
         weights: ``(T, K)`` routing weights.
         activation: which, with its constants.
         interleaved: whether gate and up alternate along 2I.
-        save: whether the backward pass will want what the forward pass knows.
+        save: whether to save intermediate results for the backward pass.
     """
 
     x: torch.Tensor
@@ -113,7 +113,7 @@ class ExpertMlpBackward(NamedTuple):
         dy: ``(T, O)``.
         forward: the arguments of the forward pass.
         preact: the pre-activation ``(R, 2I)`` of sorted rows.
-        s1: ``x·aᵀ (R, r)`` of the update of W1, in float32 or float64; None where it has none.
+        s1: ``x·aᵀ (R, r)`` of the update of W1, in float32 or float64; None without an update.
         s2: ``act·aᵀ (R, r)`` of the update of W2.
         needs: of :data:`GRADIENTS`.
     """
@@ -126,7 +126,7 @@ class ExpertMlpBackward(NamedTuple):
     needs: list[str]
 
 
-# y, and where it is saved the pre-activation, s1 and s2 as in ExpertMlpBackward.
+# y, and, if saved, the pre-activation, s1 and s2 as in ExpertMlpBackward.
 ExpertMlpOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 # In the order of GRADIENTS, None where not needed.
 ExpertMlpGradients = tuple[torch.Tensor | None, ...]
@@ -193,7 +193,7 @@ _GRADIENT_NAMES = ", ".join(f"Tensor d{name.replace('.', '_')}" for name in GRAD
 _expert_mlp_backward = define(
     "expert_mlp_backward", ExpertMlpBackward, kernel=_backward, fake=_backward_fake, returns=f"({_GRADIENT_NAMES})"
 )
-# The same with d(preact) written over preact, which is as large as all other activations together.
+# The same, with d(preact) written over preact, which is as large as all other activations together.
 _expert_mlp_backward_ = define(
     "expert_mlp_backward_",
     ExpertMlpBackward,
@@ -211,7 +211,7 @@ def _save(ctx, args: ExpertMlp, output: ExpertMlpOutput):
     ctx.mark_non_differentiable(*(t for t in saved if t is not None))
     # Otherwise autograd would make (R, 2I) zeros as the gradient of preact.
     ctx.set_materialize_grads(False)
-    # Detached aliases, so that the storage's reference count shows whether anything else still holds preact.
+    # Detached aliases, so that the storage's reference count shows whether anything else holds preact.
     return args, *(t if t is None else t.detach() for t in saved)
 
 
@@ -240,7 +240,7 @@ def _product(rows: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: 
 
 
 def _composed(args: ExpertMlp, dispatch: Dispatch, backend: str) -> torch.Tensor:
-    """The layer as products on its dispatch, for weights that a family's fused kernels do not take."""
+    """The layer as separate products on its dispatch, for weights that a family's fused kernels do not support."""
     hidden = _product(args.x, args.gate_up, dispatch, False, backend)
     act = activate(hidden, args.activation, interleaved=args.interleaved)
     out = _product(act, args.down, dispatch, True, backend)
@@ -283,9 +283,9 @@ def expert_mlp(
     """The feed-forward layer of every token's experts: ``y[t] = Σ_k weights[t,k]·(act(x[t]·W1ᵀ + b1)·W2ᵀ + b2)``.
 
     W1, b1, W2 and b2 are those of expert ``expert_ids[t,k]``. W2 may have another number O of rows than ``x`` has
-    columns. The backward pass keeps ``x``, the pre-activation ``(R, 2I)`` and the routing, and recomputes the rest,
-    after SonicMoE (Guo et al., 2025); the routing-weight gradient is ``⟨dy·W2, act⟩``, so the expert outputs are not
-    kept. Dropped slots add nothing and get zero gradient.
+    columns. For the backward pass ``x``, the pre-activation ``(R, 2I)`` and the routing are saved and the rest is
+    recomputed, after SonicMoE (Guo et al., 2025). The routing-weight gradient is ``⟨dy·W2, act⟩``, so the expert
+    outputs are not saved. Dropped slots add nothing and get zero gradient.
 
     With low-rank factors (LoRA, Hu et al., 2021) the product ``v·W1ᵀ`` becomes ``v·W1ᵀ + lora_scale·(v·A1ᵀ)·B1ᵀ`` with
     the factors of the same expert, and ``v·W2ᵀ`` likewise; no expert's ``B·A`` is ever formed.
@@ -295,9 +295,9 @@ def expert_mlp(
         gate_up: ``(E, 2I, H)``, or ``(E, I, H)`` for an ungated activation. Transposed storage ``(E, H, 2I)`` is given
             as ``gate_up.transpose(1, 2)`` and is not copied; so too for ``down``.
         down: ``(E, O, I)``, O being H in most layers. Either may be a frozen :class:`gossamer.QuantizedExpertWeight` of
-            that shape, dequantised inside the kernels. Where a gradient of another argument is wanted beside one, the
-            layer is a composition of :func:`gossamer.grouped_matmul` that keeps the pre-activation and the activation;
-            it rounds them, so that the last bits of its result are not those of the same call without gradients.
+            that shape, dequantised inside the kernels. If another argument needs a gradient, a layer with such a weight
+            runs as separate :func:`gossamer.grouped_matmul` products that save the pre-activation and the activation;
+            these are rounded, so the last bits of the result differ from the same call without gradients.
         dispatch: from :func:`gossamer.dispatch`, with the same T and E.
         weights: ``(T, K)`` routing weights; the dtype of ``x``, or float32.
         activation: a name of :class:`gossamer.Activation`, or one with its constants.
@@ -310,8 +310,8 @@ def expert_mlp(
         lora_scale: the factor of both low-rank updates.
 
     Returns:
-        ``(T, O)`` in the dtype of ``x``. Accumulated in float32 (float64 for float64). Under ``torch.autocast`` all but
-        the routing weights are taken in its dtype.
+        ``(T, O)`` in the dtype of ``x``. Accumulated in float32 (float64 for float64). Under ``torch.autocast``
+        everything except the routing weights is cast to its dtype.
 
     Raises:
         TypeError: an argument is not a tensor, a dispatch or a bool, a dtype is not supported, or dtypes differ.
@@ -330,7 +330,7 @@ def expert_mlp(
     _, o, inner = second.shape
     symbols = f"(E, {'2I' if activation.gated else 'I'}, H)"
     if o != h:
-        # W1 then says what I is: a W2 of the wrong shape is likelier than one that was meant to have other rows.
+        # I is taken from W1, because a W2 of the wrong shape is likelier than an intended different number of rows.
         inner = as_weight("gate_up", gate_up, (e, None, h), symbols).shape[1] // activation.halves
         as_weight("down", down, (e, None, inner), "(E, O, I)")
     wide = activation.halves * inner
@@ -379,7 +379,7 @@ def expert_mlp(
     parts = (x, weights, up_values, gate_up_bias, first.a, first.b, down_values, down_bias, second.a, second.b)
     save = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
     args = ExpertMlp(x, first, second, dispatch.groups, weights, activation, interleaved, save)
-    # Rows of no columns have products all the same, the biases, which the fused kernels leave out.
+    # Rows without columns still have products, namely the biases, which the fused kernels leave out.
     if h == 0 < o or not _backend.serves_weights(backend, "expert_mlp", (first.kind, second.kind), save):
         return _composed(args, dispatch, backend)
     y, *_ = _expert_mlp(args, backend)

@@ -26,7 +26,7 @@ from gossamer.ops.map_ids import IdMaps, MapIds, map_ids_reference, raise_outsid
 from gossamer.ops.sparse_update import sum_blocks
 
 OPERATIONS = ("add", "mul", "concat")
-# Codes of more bits than these are stored as int32.
+# Codes with more bits than this are stored as int32.
 PACKED_BITS = 16
 
 
@@ -44,21 +44,22 @@ def unpack_codes(packed: torch.Tensor, parts: int, bits: int) -> torch.Tensor:
 
 
 class Parts(NamedTuple):
-    """Which rows of a table ``(M, C)`` an id's vector is composed of, and how.
+    """The rows of a table ``(M, C)`` that compose an id's vector, and the operation.
 
     Attributes:
         dim: D of the vector.
-        operation: how H rows make it: ``"add"`` and ``"mul"``, of rows of D columns, or ``"concat"``.
-        maps: one per part, the rows of an id. Of a coded part, the first row (``bases``) and their number (``moduli``).
-        coded: how many parts, the first ones, have their row from a code that each id has, added to the first row.
+        operation: how H rows are combined: ``"add"`` or ``"mul"`` of rows of D columns, or ``"concat"``.
+        maps: one per part, giving the row of an id. For a coded part, ``bases`` is its first row and ``moduli`` its
+            number of rows.
+        coded: number of leading parts whose row is a code stored for each id, added to the part's first row.
         codes: ``(F, ...)``, codes of the first F ids: bytes that hold ``coded`` codes each, packed lowest bit first, or
             int32 ``(F, coded)``; None where no part is coded.
-        rare: the same of the ids that follow, or None.
+        rare: the same for the ids that follow, or None.
         bits: of a code of ``codes`` and of ``rare``, 32 where they are int32.
-        block: 0, or Z where parts are blocks of Z consecutive elements of an array ``(M, 1)`` at the places that maps
-            give; concatenated, and the last cut at D.
-        wrap: whether blocks go on at the array's beginning. Maps then give places below their prime p, element i of a
-            block being ``(place + i) mod p mod M``.
+        block: 0, or Z if parts are blocks of Z consecutive elements of an array ``(M, 1)``, at the positions that the
+            maps give; blocks are concatenated and cut off at D.
+        wrap: whether blocks continue at the start of the array. Maps then give positions below their prime p, and
+            element i of a block is at ``(position + i) mod p mod M``.
     """
 
     dim: int
@@ -73,20 +74,20 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, dim: int, operation: str, maps: IdMaps, **more: object) -> Parts:
-        """Parts with what is not given left out."""
+        """Parts with defaults for the arguments that are not given."""
         rest = {"coded": 0, "codes": None, "rare": None, "bits": [], "block": 0, "wrap": False}
         return cls(dim, operation, maps, **rest | more)
 
     @property
     def num_ids(self) -> int:
-        """Ids below it are known; 0 where all are."""
+        """Ids below this number are valid; 0 if all are."""
         if self.codes is None:
             return self.maps.limit
         return self.codes.shape[0] + (0 if self.rare is None else self.rare.shape[0])
 
     @property
     def places(self) -> int:
-        """Rows that an id reads: H, or D elements of an array."""
+        """Number of rows that an id reads: H, or D elements of an array."""
         return self.dim if self.block else self.maps.count
 
     @property
@@ -117,7 +118,7 @@ class GatherCompose(NamedTuple):
 
 
 class ComposeGradient(NamedTuple):
-    """Arguments of what the gradient of composed vectors is made of.
+    """Arguments of the gradients of composed vectors.
 
     Attributes:
         dout: ``(B, D)`` of the accumulator's dtype.
@@ -125,7 +126,7 @@ class ComposeGradient(NamedTuple):
         bags: the lists of ids.
         parts: what an id's vector is composed of.
         factors: whether the gradients of a product's factors are wanted.
-        weights: whether those of the bags' weights are, which are left out of ``bags``.
+        weights: whether the gradients of the bags' weights are wanted; the weights are left out of ``bags``.
     """
 
     dout: torch.Tensor
@@ -195,7 +196,7 @@ def composed_rows(ids: torch.Tensor, parts: Parts, num_rows: int) -> torch.Tenso
     """:func:`part_rows` of any ids.
 
     Raises:
-        IndexError: on the CPU, an id that the parts do not know.
+        IndexError: on the CPU, an id that is not valid for the parts.
     """
     if parts.num_ids and ids.is_cpu and not torch.compiler.is_compiling():
         raise_outside(ids, parts.num_ids)
@@ -219,7 +220,7 @@ def counts_of(bags: Bags, live: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def pooled(
     values: torch.Tensor, kept: torch.Tensor, live: torch.Tensor, bags: Bags, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Weighted sums or means over bags of vectors ``(K, D)`` of the positions ``kept``, which are those of ``live``."""
+    """Weighted sums or means over bags of the vectors ``(K, D)`` of the positions ``kept``, where ``live`` is true."""
     if bags.weights is not None:
         values = values * bags.weights.reshape(-1)[kept].to(values.dtype).unsqueeze(1)
     out = torch.zeros(bags.num_bags, values.shape[1], dtype=values.dtype, device=values.device)
@@ -338,14 +339,14 @@ def rows_of_positions(bags: Bags, parts: Parts, table: torch.Tensor, backend: st
 
 
 def _gradient_parts(args: ComposeGradient, backend: str) -> tuple:
-    """The same, differentiable where a graph of the backward pass is recorded."""
+    """The same, differentiable if a graph of the backward pass is recorded."""
     if torch.is_grad_enabled() and (args.factors or args.weights):
         return compose_gradient_reference(args)
     return _compose_gradient(args, backend)
 
 
 def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tuple[Bags, torch.Tensor]:
-    """The gradient of the table as that of a sum over bags of its rows: the lists, and a gradient for each bag.
+    """The table's gradient in the form of a sum over bags of its rows: the lists, and one gradient per bag.
 
     Of whole blocks the lists hold first elements.
     """
@@ -404,12 +405,12 @@ _gather_compose.differentiate(_save, _differentiate)
 
 
 def check_parts(parts: object, ids: torch.Tensor, num_rows: int) -> None:
-    """Parts must be such that kernels read nothing outside their codes and, of rows that maps give, of a table.
+    """Check that kernels stay inside the codes and, for rows given by maps, inside the table.
 
     Raises:
-        TypeError: they are no :class:`Parts`, or codes have another dtype.
-        ValueError: codes are missing, have too few bytes for their bits, or are of no id; blocks that wrap have maps
-            that reach beyond their prime.
+        TypeError: ``parts`` is not a :class:`Parts`, or codes have another dtype.
+        ValueError: codes are missing, have too few bytes for their bits, or are empty; blocks that wrap have maps that
+            exceed their prime.
     """
     if not isinstance(parts, Parts) or not isinstance(parts.maps, IdMaps):
         raise TypeError(f"parts must be gossamer.Parts with maps, got {type(parts).__name__}")
@@ -477,8 +478,8 @@ def gather_compose(
 ) -> torch.Tensor:
     """Reduce composed vectors over lists of ids: ``y[b] = Σ_j weights[b,j] · ω_h table[row_h(ids[b,j])]``.
 
-    ω is the sum, the product or the concatenation of the H rows of an id, which maps of ids or stored codes choose.
-    They are decoded, combined and added up in one pass: neither rows nor vectors are stored.
+    ω is the sum, product or concatenation of the H rows of an id, which are chosen by maps of ids or by stored codes.
+    Rows are decoded, combined and added in one pass: neither rows nor vectors are stored.
 
     Args:
         table: ``(M, C)`` float.
@@ -496,10 +497,10 @@ def gather_compose(
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported.
-        ValueError: ranks, sizes, devices, modes or offsets do not fit; the maps reach rows that the table lacks; on the
-            CPU, a weight is NaN.
-        IndexError: on the CPU, an id that the maps or codes do not know, or a code above its part. On CUDA such ids
-            contribute nothing.
+        ValueError: ranks, sizes, devices, modes or offsets do not fit; the maps give rows that the table does not have;
+            on the CPU, a weight is NaN.
+        IndexError: on the CPU, an id outside the maps or codes, or a code outside its part. On CUDA such ids contribute
+            nothing.
     """
     check_tensor("table", table)
     backend = _backend.resolve("gather_compose", table)

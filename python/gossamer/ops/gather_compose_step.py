@@ -48,7 +48,7 @@ _gather_compose_step = define(
 def _save(ctx, args: GatherComposeStep, output: torch.Tensor):
     compose = args.compose
     ctx.table, ctx.update, ctx.taken = compose.table, args.update, False
-    # The table is saved, and so checked for changes, only where the backward pass reads its values.
+    # The table is saved, and therefore checked for changes, only if the backward pass reads its values.
     reads = compose.parts.operation == "mul" or "compose.bags.weights" in ctx.needs
     update = args.update._replace(lr=None, step=None, state1=None, state2=None)
     return (args._replace(compose=compose._replace(table=compose.table if reads else None), update=update),)
@@ -58,7 +58,7 @@ def _differentiate(ctx, args: GatherComposeStep, tensors, dout: torch.Tensor):
     begin_step(ctx, "a lookup")
     compose = args.compose._replace(table=ctx.table)
     gradients = {"handle": torch.zeros_like(args.handle)}
-    # Before the step, because they need the rows that the forward pass read.
+    # These come before the step, because they need the rows that the forward pass read.
     if "compose.bags.weights" in ctx.needs:
         gradients["compose.bags.weights"] = lookup.weight_gradients(compose, dout, ctx.backend)
     bags, values = lookup.row_gradients(compose, dout, ctx.backend)
@@ -84,11 +84,10 @@ def gather_compose_step(
     include_last_offset: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """:func:`gather_compose` whose backward pass takes an optimizer's step instead of making the table's gradient.
+    """:func:`gather_compose` whose backward pass takes an optimizer step instead of computing the table's gradient.
 
-    A row's gradient is the sum over all ids that it is a part of; each touched row gets one step, as
-    :func:`gossamer.sparse_update_` takes it. Everything that :func:`gossamer.gather_reduce_step` says of its step holds
-    here.
+    A row's gradient is the sum over all ids that use it; each touched row gets one step, as in
+    :func:`gossamer.sparse_update_`. The remarks on the step in :func:`gossamer.gather_reduce_step` apply here too.
 
     Args:
         table: ``(M, C)`` float, not requiring a gradient.
@@ -98,7 +97,7 @@ def gather_compose_step(
         weights: as for :func:`gather_compose`; their gradient is taken before the step.
         handle: as for :func:`gossamer.gather_reduce_step`.
         optimizer: one of :mod:`gossamer.optim`.
-        state: what ``optimizer.state(M, C, device)`` made.
+        state: the state created by ``optimizer.state(M, C, device)``.
         mode: as for :func:`gather_compose`.
         include_last_offset: as for :func:`gather_compose`.
         out_dtype: as for :func:`gather_compose`.

@@ -46,7 +46,7 @@ _gather_dot_step = define("gather_dot_step", GatherDotStep, kernel=_forward, fak
 
 def _save(ctx, args: GatherDotStep, output: torch.Tensor):
     ctx.table, ctx.update, ctx.taken = args.dot.table, args.update, False
-    # The table is saved, and so checked for changes, only where the backward pass reads its values.
+    # The table is saved, and therefore checked for changes, only if the backward pass reads its values.
     table = args.dot.table if "dot.dout" in ctx.needs else None
     update = args.update._replace(lr=None, step=None, state1=None, state2=None)
     return (args._replace(dot=args.dot._replace(table=table), update=update),)
@@ -92,8 +92,8 @@ def gather_dot(
 ) -> torch.Tensor:
     """Multiply each row with the table rows that its bag lists: ``z[b,j] = ⟨x[b], table[index[b,j]]⟩``.
 
-    It is what :func:`gather_reduce` is the transpose of: the gradient of its weights, and the hidden layer of experts
-    that are single neurons (He, "Mixture of a Million Experts", 2024).
+    It is the transpose of :func:`gather_reduce`: the gradient of its weights, and the hidden layer of single-neuron
+    experts (He, "Mixture of a Million Experts", 2024).
 
     Args:
         table: ``(N, D)`` float.
@@ -134,10 +134,10 @@ def gather_dot_step(
     bounds: str = "raise",
     bounds_count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """:func:`gather_dot` whose backward pass takes an optimizer's step instead of making the table's gradient.
+    """:func:`gather_dot` whose backward pass takes an optimizer step instead of computing the table's gradient.
 
     A row's gradient is ``G = Σ dz[b,j]·x[b]`` over its occurrences; the step is that of :func:`sparse_update_`, taken
-    once the gradient of ``x`` is known. Everything that :func:`gather_reduce_step` says of its step holds here.
+    once the gradient of ``x`` is known. The remarks on the step in :func:`gather_reduce_step` apply here too.
 
     Args:
         table: ``(N, D)`` float, not requiring a gradient.
@@ -146,7 +146,7 @@ def gather_dot_step(
         offsets: as for :func:`gather_dot`.
         handle: as for :func:`gather_reduce_step`.
         optimizer: one of :mod:`gossamer.optim`.
-        state: what ``optimizer.state(N, D, device)`` made.
+        state: the state created by ``optimizer.state(N, D, device)``.
         padding_idx: as for :func:`gather_dot`.
         include_last_offset: as for :func:`gather_dot`.
         bounds: as for :func:`gather_dot`.

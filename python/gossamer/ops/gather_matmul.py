@@ -62,7 +62,7 @@ def _kernels(backend: str) -> ModuleType:
 
 
 def _products(args: GatherMatmul, rows: torch.Tensor) -> torch.Tensor:
-    """The products ``(L, M·N)`` of the matrices that ``rows (L, 2)`` name."""
+    """The products ``(L, M·N)`` of the matrices in ``rows (L, 2)``."""
     m, k, n = args.sizes
     wide = accumulation_dtype(args.left.dtype)
     left = args.left[rows[:, 0]].to(wide).view(-1, m, k)
@@ -108,7 +108,7 @@ def _sum_by_row(by, rows, first, second, inner: int, factor, dtype, num_rows: in
 
 
 def _transposed(matrices: torch.Tensor, rows: int) -> torch.Tensor:
-    """Each row of a table as a matrix of so many rows, transposed."""
+    """Each row of a table as a matrix with ``rows`` rows, transposed."""
     return matrices.view(matrices.shape[0], rows, matrices.shape[1] // rows).transpose(1, 2).flatten(1)
 
 
@@ -166,9 +166,9 @@ def gather_matmul(
 ) -> torch.Tensor:
     """Reduce products of matrices over lists of ids: ``y[b] = Σ_j weights[b,j] · left[l(i)] · right[r(i)]``, i the id.
 
-    Rows of the tables are matrices ``(M, K)`` and ``(K, N)``, stored row by row; ``parts`` says which two an id
-    multiplies. Products are added up in registers: none is stored. The gradients of both tables are sums of the same
-    kind, over the positions of each row.
+    Rows of the tables are matrices ``(M, K)`` and ``(K, N)``, stored row by row; ``parts`` gives the two matrices that
+    an id multiplies. Products are added in registers and never stored. The gradients of both tables are sums of the
+    same kind, over the positions of each row.
 
     Args:
         left: ``(N1, M·K)`` float.
@@ -209,7 +209,7 @@ def gather_matmul(
     dim, count = left.shape[1] // inner * (right.shape[1] // inner), parts.maps.count
     if parts.operation != "matmul" or count != 2 or parts.coded == 1 or parts.dim != dim or parts.block:
         raise ValueError(f"parts must have operation='matmul', two maps and dim {dim}, got {parts}")
-    # Codes are held against the tables as they are read.
+    # Codes are checked against the tables when they are read.
     tables = {"left": left, "right": right} if not parts.coded else {}
     for (name, table), base, modulus in zip(tables.items(), parts.maps.bases, parts.maps.moduli, strict=False):
         if base + modulus > table.shape[0]:

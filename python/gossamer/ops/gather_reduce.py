@@ -34,7 +34,7 @@ class GatherReduce(NamedTuple):
         bags: the lists.
         out_dtype: of the result ``(B, D)``; with features ``(B, ΣD_f)``.
         sparse_grad: whether the table's gradient is sparse.
-        scale: ``(N,)`` or ``(1,)`` float32, what rows of codes are multiplied with; or None.
+        scale: ``(N,)`` or ``(1,)`` float32 factors of rows of codes; or None.
     """
 
     table: torch.Tensor
@@ -45,7 +45,9 @@ class GatherReduce(NamedTuple):
 
 
 class GatherMax(NamedTuple):
-    """Arguments of columnwise maxima: as :class:`GatherReduce`, and whether to say where each maximum was found."""
+    """Arguments of columnwise maxima: as in :class:`GatherReduce`, and whether to return the position of each
+    maximum.
+    """
 
     table: torch.Tensor
     bags: Bags
@@ -124,15 +126,15 @@ def _counts(bag: torch.Tensor, num_bags: int, dtype: torch.dtype) -> torch.Tenso
 
 
 def _max_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
-    """Columnwise maxima of the values of each bag: those of the first position that has them, zeros for empty bags."""
+    """Columnwise maxima of each bag's values, taken at the first position of the maximum; zeros for empty bags."""
     position = _argmax_by_bag(values.detach(), bag, num_bags)
-    # An extra row of zeros serves bags without ids, so that the result depends on the table for autograd even then.
+    # Bags without ids read an extra row of zeros, so that the result depends on the table for autograd even then.
     values = torch.cat([values, values.new_zeros(1, values.shape[1])])
     return values.gather(0, torch.where(position >= 0, position, values.shape[0] - 1))
 
 
 def _argmax_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
-    """For each bag and column the first of its rows in ``values`` with the largest value, NaN above all, or −1."""
+    """For each bag and column the first row in ``values`` with the largest value, where NaN is the largest; or −1."""
     at = bag.unsqueeze(1).expand_as(values)
     nan = values.isnan()
     largest = values.new_full((num_bags, values.shape[1]), -torch.inf).scatter_reduce(0, at, values, "amax")
@@ -148,7 +150,7 @@ def gather_dot_reference(args: GatherDot) -> torch.Tensor:
     """``⟨dout[bag of p], table[index[p]]⟩``, over the bag's live ids for a mean, in plain torch, differentiable."""
     table, bags = args.table, args.bags
     if bags.features.dim:
-        # Positions outside a feature's bags get zeros from it.
+        # Positions outside a feature's bags get zeros for that feature.
         return sum(
             gather_dot_reference(GatherDot(args.dout[:, f.column : f.column + f.dim], part, own, args.dtype))
             for (f, part), own in zip(bags.features.tables(table), bags.of_features(), strict=True)
@@ -268,7 +270,7 @@ def table_gradient(
     Duplicates are summed in position order. It is dense, or a coalesced sparse COO tensor.
     """
     wide = accumulation_dtype(dtype)
-    # Kernels accumulate in float64 only when they are given it.
+    # Kernels accumulate in float64 only for float64 inputs.
     dout = dout.to(wide) if wide == torch.float64 else dout
     if bags.features.dim:
         total = torch.zeros(shape, dtype=wide, device=dout.device)
@@ -290,14 +292,14 @@ def table_gradient(
 
 
 def _sum_sorted(dout, transposed, num_rows: int, dtype: torch.dtype, backend: str) -> torch.Tensor:
-    """The gradient ``(num_rows, D)`` of a table from what :func:`transpose_bags` gives: each row's sum in order."""
+    """The gradient ``(num_rows, D)`` of a table from the result of :func:`transpose_bags`: each row's sum in order."""
     ids, bag, factor = transposed
     offsets = torch.searchsorted(ids, torch.arange(num_rows + 1, device=ids.device))
     return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor, _every_row(dout, factor)), dtype), backend)
 
 
 def _counts_ids(bags: Bags, num_rows: int, backend: str) -> bool:
-    """Whether a counting sort by id serves: on the CPU it takes a fraction of the time of torch's sort."""
+    """Whether a counting sort by id can be used: on the CPU it takes a fraction of the time of torch's sort."""
     return (
         backend == "native"
         and bags.offsets is None
@@ -315,7 +317,7 @@ def _sum_counted(dout: torch.Tensor, bags: Bags, num_rows: int, dtype: torch.dty
     positions, offsets = sort_ids(index, num_rows, backend)
     bag = positions.div(length, rounding_mode="floor") if length > 1 else positions
     factor = None if bags.weights is None else bags.weights.reshape(-1).index_select(0, positions)
-    # Positions from the last offset on contribute nothing, and lie in no bag.
+    # Positions from the last offset on contribute nothing and are in no bag.
     return _gather_reduce(GatherReduce(dout, Bags(bag, offsets, factor, _every_row(dout, factor)), dtype), backend)
 
 
@@ -392,7 +394,7 @@ def _differentiate_max(ctx, args: GatherMax, tensors, dout: torch.Tensor | None,
     (argmax,) = tensors
     num_rows, dim = ctx.shape
     wide = dout.to(accumulation_dtype(ctx.dtype))
-    # Empty bags add their zeros to an extra row, which is cut off.
+    # Empty bags add their zeros to an extra row, which is dropped.
     rows = torch.where(argmax >= 0, _max_rows(argmax, args.bags), num_rows)
     at = rows * dim + torch.arange(dim, device=wide.device)
     dtable = wide.new_zeros((num_rows + 1) * dim)
@@ -404,7 +406,7 @@ gather_max.differentiate(_save_max, _differentiate_max)
 
 
 def _max_rows(argmax: torch.Tensor, bags: Bags) -> torch.Tensor:
-    """The table row behind each maximum of ``argmax (B, D)``, as gather_max gives it; anything where it is −1."""
+    """The table row of each maximum in ``argmax (B, D)`` from gather_max; arbitrary where argmax is −1."""
     flat = bags.index.reshape(-1).long()
     if flat.numel() == 0:
         return torch.zeros_like(argmax, dtype=torch.int64)
@@ -423,7 +425,7 @@ def sum_slots(
 
     ``rows`` and ``offsets`` are a :class:`Dispatch`'s; dropped rows are never read.
     """
-    # Rows of dropped slots may lie beyond the table.
+    # Rows of dropped slots may be outside the table.
     bags = Bags(rows.view(-1, top_k), weights=weights, limit=offsets[-1:], drop=True)
     return _gather_reduce(GatherReduce(table, bags, table.dtype), backend)
 
@@ -431,7 +433,7 @@ def sum_slots(
 def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor) -> torch.Tensor:
     """Sum the expert-sorted ``table (R, D)`` into rows of slots: ``y[t] = Σ_k weights[t,k]·table[row of slot (t,k)]``.
 
-    ``weights (T', K')`` may cut the R slots of ``dispatch`` otherwise than its T and K do. Dropped slots add nothing.
+    ``weights (T', K')`` may divide the R slots of ``dispatch`` differently from its T and K. Dropped slots add nothing.
     """
     backend = _backend.resolve("gather_reduce", table)
     top_k = weights.shape[1]
@@ -444,7 +446,9 @@ def combine_slots(table: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor
 def sum_rows(
     table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor, out_dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
-    """Sums of the rows ``index`` of ``table (N, D)`` over the lists behind ``offsets``, as :func:`gather_reduce`'s."""
+    """Sums of the rows ``index`` of ``table (N, D)`` over the lists given by ``offsets``, as in
+    :func:`gather_reduce`.
+    """
     return _gather_reduce(GatherReduce(table, Bags(index, offsets), out_dtype), backend)
 
 
@@ -466,35 +470,35 @@ def gather_reduce(
     """Reduce rows of a table over lists of ids: ``y[b] = Σ_j weights[b,j] · table[index[b,j]]``.
 
     A mean divides that sum by the number of ids in the bag that contribute, weighted or not; its gradients are exactly
-    those of this formula. A maximum is taken column by column, NaN counting as the largest, and its gradient goes to
-    the first id of the bag that has it.
+    those of this formula. A maximum is taken column by column, where NaN counts as the largest, and its gradient goes
+    to the first id of the bag that attains it.
 
     Args:
-        table: ``(N, D)`` float; or int8 or int16, codes that ``scale`` makes numbers of as they are read.
-        index: ``(B, J)`` int32 or int64, J ids per bag; ``(L,)`` with ``offsets``; or ``(L,)`` without, each id a bag
-            of its own.
+        table: ``(N, D)`` float; or int8 or int16 codes, which are multiplied by ``scale`` as they are read.
+        index: ``(B, J)`` int32 or int64, J ids per bag; ``(L,)`` with ``offsets``; or ``(L,)`` without, where each id
+            is its own bag.
         offsets: ``(B+1,)`` int32 or int64, ascending: bag ``b`` holds ``index[offsets[b]:offsets[b+1]]``. With
             ``include_last_offset=False`` it is ``(B,)``, as in ``torch.nn.functional.embedding_bag``. None for
             ``(B, J)``.
         weights: like ``index``, float, or None for ones; any floating dtype. Not with ``mode="max"``.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        padding_idx: an id that contributes nothing, is not counted by a mean, and gets no gradient; negative counts
-            from the end.
+        padding_idx: an id that contributes nothing, does not count in a mean, and gets no gradient; a negative value
+            counts from the end.
         include_last_offset: whether ``offsets`` ends with L.
-        bounds: what becomes of ids outside ``[0, N)``. ``"raise"``: an error on the CPU; on CUDA, where raising would
+        bounds: treatment of ids outside ``[0, N)``. ``"raise"``: an error on the CPU; on CUDA, where raising would
             stall the stream, they contribute nothing. ``"clamp"``: they are read as 0 or N−1, and trained as such.
-            ``"drop"``: they contribute nothing, like ``padding_idx``. With the last two, offsets are brought into
-            ``[0, L]`` and made to ascend.
-        bounds_count: a one-element int64 tensor on the table's device, to which the number of ids out of bounds and of
-            offsets repaired is added wherever nothing is raised.
-        out_dtype: of the result; the table's by default, float32 for codes. Sums are rounded to it once.
-        sparse_grad: give the table's gradient as a coalesced sparse COO tensor. Its size depends on the ids, so the
+            ``"drop"``: they contribute nothing, like ``padding_idx``. ``"clamp"`` and ``"drop"`` also bring offsets
+            into ``[0, L]`` and make them ascend.
+        bounds_count: a one-element int64 tensor on the table's device, to which the number of out-of-bounds ids and
+            corrected offsets is added if no error is raised.
+        out_dtype: dtype of the result; by default the table's, or float32 for codes. Sums are rounded to it once.
+        sparse_grad: return the table's gradient as a coalesced sparse COO tensor. Its size depends on the ids, so the
             backward pass waits for the device, and cannot be compiled or captured. Not with ``mode="max"``.
         scale: ``(N,)`` or ``(1,)`` float32: row i stands for ``scale[i]·table[i]``. Not with ``mode="max"``.
 
     Returns:
         ``(B, D)``, accumulated in float32 (float64 for float64); empty bags are zero. Differentiable in ``table``
-        (duplicates summed in position order) where it is floating, and ``weights``.
+        (duplicates summed in position order) if it is floating, and in ``weights``.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported.
@@ -559,7 +563,9 @@ def check_lookup(
     weights: torch.Tensor | None,
     mode: str,
 ) -> None:
-    """Raise what :func:`gather_reduce` with ``bounds="drop"`` would, for callers that change a table before reading."""
+    """Raise the errors of :func:`gather_reduce` with ``bounds="drop"``, for callers that change a table before reading
+    it.
+    """
     backend = _backend.resolve("gather_reduce", table)
     check_bags(table, index, offsets, weights, backend, mode=mode)
     if index.device.type != "cpu":
@@ -573,7 +579,8 @@ def check_lookup(
 def gather_maxima(
     table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`gather_reduce` with ``mode="max"`` and ``bounds="drop"`` outside autograd, and where the maxima lie.
+    """:func:`gather_reduce` with ``mode="max"`` and ``bounds="drop"`` outside autograd, and the positions of the
+    maxima.
 
     Returns:
         ``(B, D)``, and the position of each maximum within its bag, ``(B, D)`` int32, -1 in empty bags.

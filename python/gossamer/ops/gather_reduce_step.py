@@ -20,7 +20,7 @@ STEP_TAKEN = "the fused optimizer step of this lookup has been taken; its graph 
 
 
 def begin_step(ctx, what: str) -> None:
-    """Check in the backward pass of ``what`` that its one step can be taken, and note in ``ctx.taken`` that it is.
+    """Check in the backward pass of ``what`` that its single step can be taken, and record it in ``ctx.taken``.
 
     Raises:
         RuntimeError: a graph of the backward pass is recorded, or the step was taken before.
@@ -67,7 +67,7 @@ def _forward_fake(args: GatherReduceStep) -> tuple[torch.Tensor, torch.Tensor]:
     return lookup.forward_fake(lookup.GatherReduce(args.table, args.bags, args.out_dtype)), none
 
 
-# The lookup, and the maxima's positions where there are any. The backward pass updates table, step and states.
+# The lookup, and the positions of maxima, if any. The backward pass updates table, step and states.
 _gather_reduce_step = define(
     "gather_reduce_step", GatherReduceStep, kernel=_forward, fake=_forward_fake, returns="(Tensor, Tensor)"
 )
@@ -76,7 +76,7 @@ _gather_reduce_step = define(
 def _save(ctx, args: GatherReduceStep, output):
     ctx.mark_non_differentiable(output[1])
     ctx.table, ctx.update, ctx.taken = args.table, args.update, False
-    # The table is saved, and so checked for changes, only where the backward pass reads its values. Otherwise other
+    # The table is saved, and therefore checked for changes, only if the backward pass reads its values. Otherwise other
     # lookups of the same graph may take their steps first.
     table, scale = (args.table, args.update.scale) if "bags.weights" in ctx.needs else (None, None)
     update = args.update._replace(lr=None, step=None, state1=None, state2=None, scale=scale)
@@ -88,7 +88,7 @@ def _differentiate(ctx, args: GatherReduceStep, tensors, dout: torch.Tensor, _):
     (argmax,) = tensors
     gradients = {"handle": torch.zeros_like(args.handle)}
     if "bags.weights" in ctx.needs:
-        # Before the step, because it needs the rows that the forward pass read.
+        # This comes before the step, because it needs the rows that the forward pass read.
         bags = args.bags._replace(weights=None)
         dot = lookup.GatherDot(dout, args.table, bags, args.bags.weights.dtype, args.update.scale)
         gradients["bags.weights"] = lookup.gather_dot(dot, ctx.backend)
@@ -129,8 +129,8 @@ def gather_reduce_step(
 
     The step happens when the gradient of the result is known, inside ``loss.backward()``; table and state are updated
     in place and the table gets no ``.grad``. Looking one table up twice before a backward pass takes two steps, one
-    after the other. Nothing happens where no graph is recorded or the result takes no part in the loss; any other
-    backward pass takes the step, also one that asks for the gradient of ``weights`` alone.
+    after the other. Nothing happens if no graph is recorded or the loss does not depend on the result. Any other
+    backward pass takes the step, also one that only computes the gradient of ``weights``.
 
     Args:
         table: ``(N, D)`` float, or int8 or int16 with ``scale``; not requiring a gradient.
@@ -138,9 +138,9 @@ def gather_reduce_step(
         offsets: as for :func:`gather_reduce`.
         weights: as for :func:`gather_reduce`; their gradient is taken before the step.
         handle: any floating tensor that requires a gradient, such as ``torch.zeros(0, requires_grad=True)``, on the
-            table's device: it is what makes the result differentiable. Its gradient is zero.
+            table's device, which makes the result differentiable. Its gradient is zero.
         optimizer: one of :mod:`gossamer.optim`.
-        state: what ``optimizer.state(N, D, device)`` made.
+        state: the state created by ``optimizer.state(N, D, device)``.
         mode: as for :func:`gather_reduce`.
         padding_idx: as for :func:`gather_reduce`.
         include_last_offset: as for :func:`gather_reduce`.
@@ -197,7 +197,7 @@ def gather_reduce_tables_step(
         weights: as for :func:`gather_reduce_tables`.
         handle: as for :func:`gather_reduce_step`.
         optimizer: one of :mod:`gossamer.optim`, for all tables.
-        state: what ``layout.state(optimizer, device)`` made.
+        state: the state created by ``layout.state(optimizer, device)``.
         bounds: as for :func:`gather_reduce_tables`.
         bounds_count: as for :func:`gather_reduce_tables`.
         out_dtype: as for :func:`gather_reduce_tables`.

@@ -28,7 +28,7 @@ def _are_ints(values: Sequence) -> bool:
 
 
 class TableLayout:
-    """Where each of T tables lies in a flat storage, and which of them each of F features reads.
+    """The position of each of T tables in a flat storage, and the table that each of F features reads.
 
     Args:
         specs: ``(rows, dim)`` of each table.
@@ -49,7 +49,7 @@ class TableLayout:
         max_dim: the largest D_f.
 
     Raises:
-        TypeError: an argument is none of these.
+        TypeError: an argument has another type.
         ValueError: sizes are negative, or the map or the poolings do not fit the tables.
     """
 
@@ -97,13 +97,13 @@ class TableLayout:
         return self._on[device]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The tables in a flat tensor: ``(N_t, D_t)`` views of E elements, ``(N_t,)`` ones of a value per row.
+        """The tables in a flat tensor: views ``(N_t, D_t)`` of E elements, or ``(N_t,)`` of one value per row.
 
         Args:
             flat: ``(E,)`` or ``(num_rows,)``, contiguous.
 
         Raises:
-            ValueError: it has neither size.
+            ValueError: its size is neither E nor ``num_rows``.
         """
         check_tensor("flat", flat)
         check_strided("flat", flat)
@@ -118,7 +118,7 @@ class TableLayout:
     def state(
         self, optimizer: Optimizer, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> dict[str, torch.Tensor]:
-        """Fresh optimizer state: as :meth:`Optimizer.state`, but flat, ``(E,)`` and ``(num_rows,)``."""
+        """Initial optimizer state: as :meth:`Optimizer.state`, but flat, ``(E,)`` and ``(num_rows,)``."""
         rows = optimizer.state(self.num_rows, 1, device, dtype)
         shapes = {"full": (self.num_elements,), "row": (self.num_rows,)}
         kinds = optimizer.state_kinds()
@@ -138,7 +138,7 @@ def check_tables(
     bounds: str,
     bounds_count: torch.Tensor | None,
 ) -> Bags:
-    """Check the arguments of the primitives over many tables; returns the lists as the bounds mode repairs them."""
+    """Check the arguments of the primitives over many tables; return the lists as corrected by the bounds mode."""
     check_float("storage", storage, backend)
     if not isinstance(layout, TableLayout):
         raise TypeError(f"layout must be a TableLayout, got {type(layout).__name__}")
@@ -176,13 +176,13 @@ def gather_reduce_tables(
     Bag ``f·B + b`` holds ids of the table of feature f and gives columns ``Σ_{g<f} D_g`` to ``Σ_{g≤f} D_g`` of row b.
 
     Args:
-        storage: ``(E,)`` float, contiguous: every table where the layout says.
+        storage: ``(E,)`` float, contiguous: all tables at the positions of the layout.
         layout: the tables and features.
         index: ``(L,)`` int32 or int64, ids within their tables, feature-major: all bags of feature 0, then of 1.
         offsets: ``(F·B+1,)`` int32 or int64, ascending.
         weights: ``(L,)`` float, or None for ones.
         bounds: as for :func:`gather_reduce`.
-        bounds_count: likewise.
+        bounds_count: as for :func:`gather_reduce`.
         out_dtype: of the result; the storage's by default.
 
     Returns:

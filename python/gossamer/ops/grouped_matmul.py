@@ -48,12 +48,12 @@ def grouped_matmul_reference(
 
 
 class GroupedMatmul(NamedTuple):
-    """Arguments of ``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, the bias being the weight's.
+    """Arguments of ``y[r] = x[g(r)] · weight[e(r)]ᵀ + bias[e(r)]``, where the bias is part of the weight.
 
     Attributes:
         x: ``(·, C)``, or ``(·, N)`` when ``transposed``.
         weight: ``(E, N, C)``.
-        groups: rows by expert; those behind the last group become zero.
+        groups: rows by expert; rows after the last group become zero.
         x_div: row ``r`` reads row ``r`` of ``x`` when 0, else row ``slots[r] // x_div``: K in token order, 1 in slot
             order.
         y_grouped: rows of the result sorted by expert, else in slot order.
@@ -147,7 +147,7 @@ def _save(ctx, args: GroupedMatmul, output: torch.Tensor):
 def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
     groups, dy_div, gradients = args.groups, 0 if args.y_grouped else 1, {}
     if "x" in ctx.needs:
-        # The same product with the weight transposed, then a sum over the rows that share a row of x.
+        # The same product with the weight transposed, followed by a sum over the rows that share a row of x.
         slots, summed = dx_rows(groups.slots, groups.rows, ctx.x_shape, args.x_div)
         grouped, of_dx = summed or args.x_div == 0, Groups(slots, groups.rows, groups.offsets)
         dx = _grouped_matmul(GroupedMatmul(dy, args.weight, of_dx, dy_div, grouped, not args.transposed), ctx.backend)
@@ -161,7 +161,7 @@ def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
         if with_bias:
             gradients["weight.bias"] = dbias
     elif with_bias:
-        # A product with a column of ones: the bias gradient alone is rarely wanted and has no kernel.
+        # Computed as a product with a column of ones: the bias gradient alone is rarely needed and has no kernel.
         ones = dy.new_ones(groups.slots.shape[0], 1)
         dbias, _ = _grouped_matmul_dweight(GroupedDweight(ones, dy, groups, 0, dy_div, False, False), ctx.backend)
         gradients["weight.bias"] = dbias.squeeze(-1)
@@ -183,7 +183,7 @@ def rows_by_weight(
 def grouped_matmul_dweight(
     x: torch.Tensor, dy: torch.Tensor, dispatch: Dispatch, *, with_bias: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight gradients of :func:`grouped_matmul` alone: ``dweight[e] = Σ_r dy[r]ᵀ·x[r]``, ``dbias[e] = Σ_r dy[r]``.
+    """Only the weight gradients of :func:`grouped_matmul`: ``dweight[e] = Σ_r dy[r]ᵀ·x[r]``, ``dbias[e] = Σ_r dy[r]``.
 
     Args:
         x: ``(R, C)``, sorted by expert; R is :attr:`Dispatch.buffer_rows`.

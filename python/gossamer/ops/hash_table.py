@@ -1,4 +1,4 @@
-"""A table that maps any 64-bit key to a row of its own: reproducible batches of finds, inserts and evictions."""
+"""A table that gives each 64-bit key its own row, with reproducible batches of finds, inserts and evictions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from gossamer.ops._hash_table_storage import BUCKET_SLOTS, INSERTED, POLICIES, B
 from gossamer.ops.gather_reduce import gather_reduce
 
 EVICT = POLICIES
-# Policies that count touches: given scores are added.
+# Policies that count touches and add given scores.
 _COUNTING = ("lfu", "epoch_lfu")
 _MAX_EPOCH = 2**31 - 1
-# The highest score that an import into an lru table may bring, since its clock goes on from there.
+# The highest score that an import into an lru table may contain, since its clock continues from there.
 _MOST_CLOCK = 2**62
 _LAST_SERIAL = 2**31 - 1
 
 
 class HashTableFull(ValueError):
-    """Keys were refused because a table without eviction has no room for them; the table is as it was."""
+    """Keys were refused because a table without eviction has no room for them; the table is unchanged."""
 
 
 @functools.cache
@@ -50,43 +50,44 @@ def _joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
 class HashTable:
     """A hash table in which every key owns a row of ``dim`` values, and no two keys ever share one.
 
-    All calls take batches of keys, ``(n,)`` in ``key_dtype``; every value of that dtype is a legal key, and a batch may
-    hold one key many times. A batch is handled as if its keys came one after another: first those that are in the
-    table, then the others in their order, so the result depends neither on threads nor on their timing. What it has
-    touched a batch does not evict. Calls that take or give values go through a batch in pieces of ``capacity // 4``
-    keys, so that later keys evict earlier ones; :meth:`rows` takes it whole, and refuses what does not fit beside the
-    batch's own.
+    All calls take batches of keys, ``(n,)`` in ``key_dtype``; every value of that dtype is a valid key, and a batch may
+    contain a key many times. A batch is processed as if its keys came one after another: first the keys that are in the
+    table, then the others in order, so the result does not depend on threads or their timing. A batch does not evict
+    keys that it has touched itself. Calls that take or return values process a batch in pieces of ``capacity // 4``
+    keys, so later keys may evict earlier ones; :meth:`rows` processes the whole batch at once, and refuses keys that do
+    not fit next to the batch's other keys.
 
-    Keys lie in buckets of 16 slots with a one-byte digest each, in two buckets per key, in partitions of about a
-    thousand slots. When a key's partition has its share of ``capacity``, the lowest score in the key's two buckets is
-    evicted (the first of equals). A table of up to about 1800 keys is one partition, so it evicts nothing before it is
-    full; in larger ones partitions fill unevenly, and the first evictions come at some 90 % load.
+    Keys are stored in buckets of 16 slots, each with a one-byte digest. A key has two candidate buckets, and buckets
+    belong to partitions of about a thousand slots. When a key's partition holds its share of ``capacity``, the key with
+    the lowest score in the two buckets is evicted (the first of equal ones). A table of up to about 1800 keys is one
+    partition, so it evicts nothing before it is full. In larger tables partitions fill unevenly, and the first
+    evictions occur at about 90 % load.
 
     Scores by ``evict``:
 
     - ``"lru"``: the number of the last call that touched the key.
-    - ``"lfu"``: how often it was touched, or the sum of the ``scores`` given.
-    - ``"epoch_lru"``, ``"epoch_lfu"``: the same in the lower 32 bits, below :attr:`epoch` · 2³²: what an older
-      epoch touched last goes first. Counts carry over into the next epoch and saturate at 2³² − 1.
-    - ``"score"``: what the caller gave last; a new key below every candidate's score is refused.
+    - ``"lfu"``: the number of touches, or the sum of the given ``scores``.
+    - ``"epoch_lru"``, ``"epoch_lfu"``: the same in the lower 32 bits, with :attr:`epoch` in the upper bits: keys last
+      touched in an older epoch are evicted first. Counts carry over into the next epoch and saturate at 2³² − 1.
+    - ``"score"``: the last score given by the caller; a new key whose score is below every candidate's is refused.
     - ``None``: nothing is evicted; a batch that does not fit raises :class:`HashTableFull` and changes nothing.
 
     ``find``, ``contains``, ``rows`` without ``insert``, and ``export`` do not touch. Calls may come from several
     threads: each holds the table's lock. Not traced by ``torch.compile``.
 
     Args:
-        dim: D, values of a row.
-        capacity: most keys held at a time, at least 1. Without eviction too; :meth:`reserve` raises it.
+        dim: D, number of values per row.
+        capacity: maximum number of keys, at least 1, also without eviction; :meth:`reserve` raises it.
         key_dtype: ``torch.int64`` or ``torch.int32``.
         value_dtype: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
-        device: where the table lies.
+        device: device of the table.
         evict: the policy above.
 
     Raises:
         TypeError: a dtype is not supported.
         ValueError: ``dim`` or ``capacity`` is below 1, or ``evict`` is not a known policy.
 
-    The two-choice buckets with digests beside scores are those of HierarchicalKV (arXiv 2603.17168).
+    The two-choice buckets with digests and scores follow HierarchicalKV (arXiv 2603.17168).
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class HashTable:
         return _kernels(_backend.resolve("hash_table", self._storage.digests))
 
     def cast_(self, value_dtype: torch.dtype) -> None:
-        """Keep the values in another dtype from now on, rounded once; keys and rows stay.
+        """Convert the values to another dtype, rounding once; keys and rows do not change.
 
         Raises:
             TypeError: ``value_dtype`` is not float32, float16 or bfloat16.
@@ -157,12 +158,12 @@ class HashTable:
 
     @property
     def values(self) -> torch.Tensor:
-        """The value storage, ``(slots, D)``; rows of keys are where :meth:`rows` says, the others are undefined."""
+        """The value storage, ``(slots, D)``; :meth:`rows` gives the rows of keys; other rows are undefined."""
         return self._storage.values
 
     @property
     def load_factor(self) -> float:
-        """Keys held, as a part of ``capacity``."""
+        """Number of keys as a fraction of ``capacity``."""
         return len(self) / self.capacity
 
     @property
@@ -177,7 +178,7 @@ class HashTable:
         self._epoch = value
 
     def _pieces(self, *tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
-        """The tensors in pieces of a size that the table takes without evicting what the same piece brought."""
+        """The tensors in pieces so small that the table does not evict keys of the same piece."""
         count = tensors[0].shape[0]
         size = max(self.capacity // 4, 1) if self.evict is not None else max(count, 1)
         for begin in range(0, max(count, 1), size):
@@ -203,15 +204,15 @@ class HashTable:
         return Inserted(*found, counts)
 
     def rows(self, keys: torch.Tensor, insert: bool = False, scores: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of :attr:`values` that belong to the keys, for ``gather_reduce`` and ``sparse_update_`` to work on.
+        """Rows of :attr:`values` that belong to the keys, for use with ``gather_reduce`` and ``sparse_update_``.
 
         Args:
             keys: ``(n,)``.
-            insert: whether absent keys get a row of zeros; otherwise, or when refused, theirs is −1.
+            insert: whether absent keys get a row of zeros; otherwise, or if refused, their row is −1.
             scores: as in :meth:`insert_or_assign`; only with ``insert``.
 
         Returns:
-            ``(n,)`` int64. Rows stay where they are until their key leaves, or :meth:`reserve` moves all.
+            ``(n,)`` int64. A row is valid until its key is removed or :meth:`reserve` moves all rows.
 
         Raises:
             HashTableFull: with ``evict=None``, the new keys do not fit.
@@ -232,9 +233,10 @@ class HashTable:
         marks: torch.Tensor | None = None,
         mark: int = 0,
     ) -> Inserted:
-        """:meth:`rows` with ``insert``, and what it did for it: new rows hold zeros, victims' values are gone.
+        """:meth:`rows` with ``insert``, returning the outcome per key: new rows hold zeros, and values of evicted keys
+        are lost.
 
-        ``marks (slots,)``, contiguous int64 beside :attr:`values`, is set to ``mark`` where the batch's rows are.
+        ``marks (slots,)``, contiguous int64 parallel to :attr:`values`, is set to ``mark`` at the batch's rows.
         """
         keys = self._check_keys(keys)
         scores = self._check_scores(scores, keys.shape[0])
@@ -249,11 +251,11 @@ class HashTable:
             return done
 
     def start_uniform(self, rows: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
-        """Set rows to values that are uniform in ``(−bound, bound)`` and follow from key, column and seed alone.
+        """Set rows to values uniform in ``(−bound, bound)`` that depend only on key, column and seed.
 
         Args:
             rows: ``(n,)`` int64, distinct rows of :attr:`values`.
-            keys: ``(n,)``, whose they are.
+            keys: ``(n,)``, the keys of the rows.
             seed: in ``[0, 2⁶³)``.
             bound: at least 0.
         """
@@ -264,7 +266,7 @@ class HashTable:
         kernels.uniform_rows(self.values, rows, keys, seed, float(bound))
 
     def mark_rows(self, array: torch.Tensor, rows: torch.Tensor, value: int) -> None:
-        """``array[rows] = value``, in place, for an array beside :attr:`values`.
+        """``array[rows] = value``, in place, for an array parallel to :attr:`values`.
 
         Args:
             array: ``(slots,)`` int64 or bool, contiguous.
@@ -297,12 +299,12 @@ class HashTable:
 
         Args:
             keys: ``(n,)``.
-            values: ``(n, D)`` for absent keys, of which the first occurrence counts; None for zeros.
+            values: ``(n, D)`` for absent keys, where a key's first occurrence counts; None for zeros.
             scores: as in :meth:`insert_or_assign`.
 
         Returns:
-            ``(values (n, D), inserted (n,) bool)``; ``inserted`` is true at the position that made the row, and values
-            of refused keys are zeros.
+            ``(values (n, D), inserted (n,) bool)``; ``inserted`` is true at the position that created the row, and
+            values of refused keys are zeros.
 
         Raises:
             HashTableFull: with ``evict=None``, the new keys do not fit.
@@ -328,7 +330,7 @@ class HashTable:
     def insert_or_assign(
         self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Set the values of the keys; of one key's several, the last stays.
+        """Set the values of the keys; if a key occurs several times, its last value is kept.
 
         Args:
             keys: ``(n,)``.
@@ -337,7 +339,7 @@ class HashTable:
                 ``"lfu"`` and ``"epoch_lfu"``; else None.
 
         Returns:
-            ``(n,)`` bool: which were stored; the others were refused.
+            ``(n,)`` bool: true for stored keys; the others were refused.
 
         Raises:
             HashTableFull: with ``evict=None``, the new keys do not fit.
@@ -357,9 +359,9 @@ class HashTable:
     def accum_or_assign(
         self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Add to the values of the keys that are there, and insert the others with theirs.
+        """Add to the values of present keys, and insert absent keys with the given values.
 
-        One key's several are summed in their order, in float32, and rounded once. Arguments, result and errors as in
+        Values of the same key are summed in order, in float32, and rounded once. Arguments, result and errors as in
         :meth:`insert_or_assign`.
         """
         keys = self._check_keys(keys)
@@ -384,11 +386,11 @@ class HashTable:
     def insert_and_evict(
         self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """:meth:`insert_or_assign`, returning what is no longer, or not, in the table.
+        """:meth:`insert_or_assign` that also returns the evicted and the refused keys.
 
         Returns:
-            ``(keys (m,), values (m, D), scores (m,) int64)`` of the keys evicted and of those refused, in the order of
-            the positions that did it. So before and after, table and results together hold the same keys.
+            ``(keys (m,), values (m, D), scores (m,) int64)`` of evicted and refused keys, in the order of the positions
+            that caused it. No key is lost: each is in the table or in the result.
         """
         keys = self._check_keys(keys)
         values = self._check_values(values, keys.shape[0])
@@ -412,7 +414,7 @@ class HashTable:
         )
 
     def erase(self, keys: torch.Tensor) -> torch.Tensor:
-        """Remove keys; ``(n,)`` bool says which were there."""
+        """Remove keys; return ``(n,)`` bool, which keys were present."""
         with self.lock:
             rows = self.rows(keys)
             slots = rows[rows >= 0].unique()
@@ -447,7 +449,7 @@ class HashTable:
                     rows = self._insert(keys, None, None).rows
                     if self.evict is None or not (self._storage.fill > self._storage.quota).any():
                         break
-                    # A partition got more than its share; the next size distributes the keys differently.
+                    # A partition got more keys than its share; the next larger size distributes the keys differently.
                     capacity += capacity // 16 + 1
             except BaseException:
                 self.__dict__.update(old)
@@ -460,7 +462,7 @@ class HashTable:
     def export(
         self, predicate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Copies of what the table holds, ordered by row.
+        """Copies of the table's contents, ordered by row.
 
         Args:
             predicate: called with ``keys (m,)`` and ``scores (m,)`` of all, returns ``(m,)`` bool, which to export.
@@ -469,7 +471,7 @@ class HashTable:
             ``(keys (m,), values (m, D), scores (m,) int64)``; scores are zeros with ``evict=None``.
 
         Raises:
-            ValueError: the predicate's result is no such tensor.
+            ValueError: the predicate's result is not such a tensor.
         """
         with self.lock:
             rows = self.live_rows()
@@ -486,19 +488,19 @@ class HashTable:
     def import_(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
         """Insert what :meth:`export` returned, with its scores; existing keys are overwritten.
 
-        Where not all fit, those with the highest scores of their buckets stay.
+        If not all keys fit, those with the highest scores in their buckets are kept.
 
         Args:
-            keys: ``(n,)``, of which equal ones count as the last.
+            keys: ``(n,)``; of equal keys the last one counts.
             values: ``(n, D)``.
             scores: ``(n,)`` int64, or None for zeros.
 
         Returns:
-            ``(n,)`` bool: which were stored.
+            ``(n,)`` bool: true for stored keys.
 
         Raises:
             HashTableFull: with ``evict=None``, the new keys do not fit.
-            TypeError, ValueError: an argument is not what the table takes, or a score none that its policy gives.
+            TypeError, ValueError: an argument does not fit the table, or a score is not valid for its policy.
         """
         keys = self._check_keys(keys)
         values = self._check_values(values, keys.shape[0])

@@ -55,7 +55,7 @@ def check(table: HashTable, tensors: Mapping[str, torch.Tensor], what: str) -> N
     """Check that a snapshot could have come from ``table``.
 
     Raises:
-        ValueError: naming ``what`` and the rule, where it is not.
+        ValueError: it could not; the message names ``what`` and the rule.
     """
     count = tensors["rows"].numel() if "rows" in tensors else 0
     check_tensors(tensors, expected(table, count), what)
@@ -72,7 +72,7 @@ def check(table: HashTable, tensors: Mapping[str, torch.Tensor], what: str) -> N
     _, first, second = (torch.from_numpy(a).long() for a in digests_and_buckets(keys, reach.numel() // size, size))
     bucket = rows // BUCKET_SLOTS
     begin = second // size * size
-    # The distance of a key along its chain, which goes round its partition and then through the others.
+    # The distance of a key along its chain, which runs around its partition and then through the others.
     inside = (bucket - second) % size
     distance = torch.where(bucket // size * size == begin, inside, (bucket - begin) % reach.numel())
     if not ((bucket == first) | (distance <= reach[second])).all():

@@ -69,7 +69,7 @@ def check_rank(rank: int, n: int, c: int) -> None:
 
 
 def check_factor_dtype(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, names: tuple[str, str] = ("a", "b")) -> None:
-    """``a`` and ``b``, which messages call ``names``, share one dtype, that of ``x`` or float32."""
+    """Check that ``a`` and ``b``, called ``names`` in messages, have one dtype: that of ``x`` or float32."""
     if b.dtype != a.dtype:
         raise TypeError(f"{names[1]} must have the dtype of {names[0]}, {a.dtype}, got {b.dtype}")
     if a.dtype not in (x.dtype, torch.float32):
@@ -100,8 +100,9 @@ class LowRankBackward(NamedTuple):
     Attributes:
         dy: ``(M, N)``.
         s: ``drop(x)·aᵀ`` ``(M, r)``, for the gradient of b.
-        forward: x for the gradients of weight and a, weight and a for that of x, b for those of x and a; else None.
-        needs: names of what wants a gradient, among :data:`GRADIENTS`.
+        forward: the tensors that the needed gradients read (x for weight and a; weight and a for x; b for x and a);
+            else None.
+        needs: names of the needed gradients, among :data:`GRADIENTS`.
         factor_dtype: of the gradients of a and b.
     """
 
@@ -162,7 +163,7 @@ def _backward_fake(args: LowRankBackward) -> tuple[torch.Tensor, ...]:
     )
 
 
-# Each empty unless it is wanted.
+# Each is empty unless it is needed.
 _low_rank_linear_backward = define(
     "low_rank_linear_backward",
     LowRankBackward,
@@ -200,7 +201,7 @@ class BaseLinear(NamedTuple):
 
     Attributes:
         x: ``(M, C)`` float.
-        weight: ``(N, C)`` of any strides, or quantised, a stack of one matrix too.
+        weight: ``(N, C)`` of any strides, or quantised; also a stack of one matrix.
         bias: ``(N,)`` or None.
     """
 
@@ -250,9 +251,9 @@ def base_linear(
     weight: torch.Tensor | QuantizedWeight | QuantizedExpertWeight,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x·Wᵀ + bias`` as :func:`low_rank_linear` computes it: where rows are few, faster than torch on the CPU.
+    """``x·Wᵀ + bias`` as :func:`low_rank_linear` computes it: for few rows, faster than torch on the CPU.
 
-    On the CPU codes are decoded within the product: a row costs the reading of the codes.
+    On the CPU codes are decoded within the product: a row costs as much time as reading the codes.
 
     Args:
         x: ``(M, C)`` float.
@@ -299,8 +300,8 @@ def low_rank_linear(
     """A linear layer with a low-rank update: ``y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ``.
 
     This is LoRA (Hu et al., 2021); with a quantised ``weight``, QLoRA (Dettmers et al., 2023). The update is summed
-    into the layer's own product, and so is its part of the gradient of ``x``. The backward pass keeps ``x`` and
-    ``drop(x)·Aᵀ`` ``(M, r)``; gradients that nobody wants are not computed.
+    into the layer's own product, and likewise its part of the gradient of ``x``. Only ``x`` and ``drop(x)·Aᵀ`` ``(M,
+    r)`` are saved for the backward pass, and only the needed gradients are computed.
 
     ``drop`` zeroes an element with probability ``dropout`` and divides the others by ``1 − dropout``. The mask is a
     function of the seed and the element's row and column by Philox4x32-10 (Salmon et al., 2011), the same on every
@@ -360,7 +361,7 @@ def low_rank_linear(
             x, weight if quantized else dense, a, b, scale=scale, bias=bias, dropout=dropout, seed=seed
         )
     operand = operand._replace(a=a, b=b, factor=scale) if quantized else Weight(dense, a=a, b=b, factor=scale)
-    # A view would add a node to the graph, up to ten microseconds each way.
+    # A view would add a graph node, which costs up to ten microseconds forward and backward.
     rows = x if x.dim() == 2 else x.reshape(-1, c)
     y, _ = _low_rank_linear(LowRank(rows, operand, bias, seed, dropout), backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)

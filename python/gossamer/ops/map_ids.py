@@ -1,4 +1,4 @@
-"""Ids to rows by arithmetic: hashes, digits and remainders, as compressed tables and hash routers look them up."""
+"""Ids to rows by arithmetic: hashes, digits and remainders, for compressed tables and hash routers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ class IdMaps:
     """H maps of ids to rows: ``h(x) = base + ((a·x + b) mod p) div q mod m``, all in exact integers.
 
     An id is a number of 64 bits: a negative one stands for itself plus 2⁶⁴. Without a prime the inner part is x itself.
-    Multiples of consecutive ids can fall into few remainders; ``mixed`` puts ``mix(x)`` in place of x, a bijection of
-    64-bit numbers that leaves no such order (Mix13 of D. Stafford, with which SplitMix64 ends). The fields are tuples
-    of H numbers, made of any sequences; :meth:`of` makes them from what differs from the defaults.
+    Multiples of consecutive ids can fall into few remainders. With ``mixed``, x is replaced by ``mix(x)``, a bijection
+    of 64-bit numbers that removes such regularity (Mix13 of D. Stafford, the final step of SplitMix64). The fields are
+    tuples of H numbers, converted from any sequences; :meth:`of` takes only the arguments that differ from the
+    defaults.
 
     Attributes:
         moduli: m, at least 1.
         divisors: q, at least 1.
-        bases: what is added last, at least 0: where the part of a table begins that a map chooses from.
+        bases: added last, at least 0: the first row of the part of a table from which a map chooses.
         multipliers: a, in ``[1, p)``; all 1 without a prime.
         addends: b, in ``[0, p)``; all 0 without a prime.
         prime: p, below 2³¹ or 2⁶¹−1; 0 for none.
@@ -96,7 +97,7 @@ class IdMaps:
         limit: int = 0,
         mixed: bool = False,
     ) -> IdMaps:
-        """Maps with these numbers, and defaults for the others; the class says what each argument is."""
+        """Maps with these arguments, as described for the class, and defaults for the others."""
         check_sequence("moduli", moduli)
         defaults = ((divisors, 1), (bases, 0), (multipliers, 1), (addends, 0))
         lists = ([default] * len(moduli) if given is None else given for given, default in defaults)
@@ -106,8 +107,8 @@ class IdMaps:
     def universal(cls, moduli: Sequence[int], *, seed: int, bases: Sequence[int] | None = None) -> IdMaps:
         """Hashes ``(a·mix(x) + b) mod p mod m`` with p = 2⁶¹−1 and a and b drawn from a seed.
 
-        Over the seeds two ids meet in a map with a probability of about 1/m, but for those few pairs among all numbers
-        of 64 bits whose mixed values differ by a multiple of p.
+        Over random seeds, two ids collide in a map with a probability of about 1/m, except for the few pairs of 64-bit
+        numbers whose mixed values differ by a multiple of p.
 
         Raises:
             ValueError: as :meth:`of`.
@@ -130,7 +131,7 @@ class IdMaps:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows: int32 where all fit."""
+        """The dtype of the rows: int32 if all rows fit."""
         largest = max(base + modulus for base, modulus in zip(self.bases, self.moduli, strict=True))
         return torch.int32 if largest <= _NARROW else torch.int64
 
@@ -148,13 +149,13 @@ class MapIds(NamedTuple):
 
 
 def _unsigned_mod(x: torch.Tensor, modulus: int) -> torch.Tensor:
-    """Int64 numbers, taken for 64 bits without a sign, modulo one below 2⁶²."""
+    """Int64 numbers, read as unsigned, modulo a number below 2⁶²."""
     rest = x.remainder(modulus)
     return torch.where(x < 0, (rest + 2**64 % modulus) % modulus, rest)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Mix13 of int64 numbers, taken for 64 bits without a sign; products wrap."""
+    """Mix13 of int64 numbers, read as unsigned; products wrap."""
 
     def down(x: torch.Tensor, bits: int) -> torch.Tensor:
         return x ^ ((x >> bits) & (2 ** (64 - bits) - 1))
@@ -165,14 +166,15 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fold(x: torch.Tensor) -> torch.Tensor:
-    """A number below 2⁶³ to one that is equal modulo 2⁶¹−1 and at most 3 above it."""
+    """Reduce a number below 2⁶³ to one that is equal modulo 2⁶¹−1 and exceeds it by at most 3."""
     return (x & MERSENNE_61) + (x >> 61)
 
 
 def _mersenne_affine(x: torch.Tensor, multiplier: int, addend: int) -> torch.Tensor:
     """``(a·x + b) mod (2⁶¹−1)`` of ``x`` below it, by products of 31-bit halves.
 
-    2⁶² is 2 there, and a middle product of 2³¹ splits at bit 30, above which it counts from 2⁶¹, which is 1.
+    Modulo 2⁶¹−1, 2⁶² equals 2. The middle product, which has the factor 2³¹, is split at bit 30; its upper part has the
+    factor 2⁶¹, which equals 1.
     """
     low_bits = _NARROW - 1
     x1, x0 = x >> 31, x & low_bits
@@ -227,19 +229,19 @@ _map_ids = define("map_ids", MapIds, kernel=_forward, fake=_fake, returns="Tenso
 def map_ids(ids: torch.Tensor, maps: IdMaps) -> torch.Tensor:
     """The rows that H maps give each id: ``h_j(x) = base_j + ((a_j·x + b_j) mod p) div q_j mod m_j``.
 
-    Remainders and quotients are the digits of an id in mixed radix; with a prime they are universal hashes. Where the
-    maps say so, ids are mixed first.
+    Remainders and quotients are the digits of an id in mixed radix; with a prime they are universal hashes. If
+    ``maps.mixed`` is set, ids are mixed first.
 
     Args:
         ids: int32 or int64, of any shape.
         maps: :class:`IdMaps`.
 
     Returns:
-        ``(*ids.shape, H)``, int32 where all rows fit, else int64.
+        ``(*ids.shape, H)``, int32 if all rows fit, else int64.
 
     Raises:
         TypeError: ``ids`` is not int32 or int64, or ``maps`` no IdMaps.
-        IndexError: on the CPU, an id outside ``[0, limit)``; on CUDA its rows are −1, which is no row of any table.
+        IndexError: on the CPU, an id outside ``[0, limit)``; on CUDA its rows are −1, which is not a row of any table.
     """
     check_index("ids", ids)
     if not isinstance(maps, IdMaps):
@@ -255,7 +257,7 @@ def raise_outside(ids: torch.Tensor, limit: int) -> None:
     """Every id must be in ``[0, limit)``.
 
     Raises:
-        IndexError: one is not; the message names it and its place.
+        IndexError: an id is outside; the message gives the id and its position.
     """
     ids = ids.long()  # a limit beyond int32 would wrap
     outside = ((ids < 0) | (ids >= limit)).reshape(-1)

@@ -70,21 +70,22 @@ def _expert_ids_fake(adapter_ids, num_adapters):
     return adapter_ids.new_empty(adapter_ids.numel(), 1)
 
 
-# Adapter ids as dispatch takes them: A means no adapter. The check reads values, so it runs inside an operator.
+# Adapter ids in the form that dispatch takes, where A means no adapter. The check reads values, so it runs inside an
+# operator.
 _adapter_expert_ids = register(
     "adapter_expert_ids(Tensor adapter_ids, int num_adapters) -> Tensor", _expert_ids, _expert_ids_fake
 )
 
 
 def adapter_dispatch(adapter_ids: torch.Tensor, num_adapters: int) -> Dispatch:
-    """Sort rows by adapter, once for every layer of a model: :func:`multi_low_rank` takes the result for the ids.
+    """Sort rows by adapter, once for all layers of a model; :func:`multi_low_rank` takes the result instead of ids.
 
     Args:
         adapter_ids: ``(...)`` int32 or int64 in ``[−1, A)``, the adapter of each row; −1 means none.
         num_adapters: A, at least 1.
 
     Returns:
-        A :class:`gossamer.Dispatch` with one slot a row.
+        A :class:`gossamer.Dispatch` with one slot per row.
 
     Raises:
         TypeError: ``adapter_ids`` is not an int32 or int64 tensor.
@@ -111,7 +112,7 @@ def _check_ids(adapter_ids: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def _check_ranks(ranks: torch.Tensor | None, rank: int) -> None:
-    """On the CPU a rank outside ``[0, r]`` is an error. Reads values, so it stands inside the operators."""
+    """On the CPU a rank outside ``[0, r]`` is an error. Reads values, so it is called inside the operators."""
     if ranks is None or ranks.device.type != "cpu" or not bool(((ranks < 0) | (ranks > rank)).any()):
         return
     adapter = int(((ranks < 0) | (ranks > rank)).nonzero()[0])
@@ -127,10 +128,10 @@ class MultiLowRank(NamedTuple):
         b: ``(A, N, r)``, the dtype of ``a``.
         slots: ``(M,)`` int32, the rows sorted by adapter, as ``offsets`` from a dispatch.
         offsets: ``(A+1,)`` int32.
-        scales: ``(A,)`` float, or None where ``scale`` is every adapter's.
-        ranks: ``(A,)`` int, or None where every adapter has rank r.
-        scale: see ``scales``.
-        save: whether the backward pass will want ``x·aᵀ``.
+        scales: ``(A,)`` float, or None if all adapters use ``scale``.
+        ranks: ``(A,)`` int, or None if every adapter has rank r.
+        scale: the scale of all adapters if ``scales`` is None.
+        save: whether to save ``x·aᵀ`` for the backward pass.
     """
 
     x: torch.Tensor
@@ -157,7 +158,7 @@ class MultiLowRankBackward(NamedTuple):
     Attributes:
         dy: ``(M, N)``.
         s: the ``x·aᵀ`` that the forward pass saved.
-        forward: whole.
+        forward: the complete arguments of the forward pass.
         needs: names of what wants a gradient, among :data:`GRADIENTS`.
     """
 
@@ -268,7 +269,7 @@ _ADD_LAYOUT = Layout(MultiLowRankAdd)
 
 
 class _InPlace(torch.autograd.Function):
-    """Autograd of the in-place operator, which :meth:`Operator.differentiate` does not serve."""
+    """Autograd of the in-place operator, which :meth:`Operator.differentiate` does not support."""
 
     @staticmethod
     def forward(ctx, saved, *flat):
@@ -331,8 +332,8 @@ def multi_low_rank(
     step. Rows are sorted by adapter on the device, nothing is read on the host, and no shape depends on the ids, so the
     ids may change between replays of a CUDA graph. An adapter without rows gets a zero gradient.
 
-    Adapters of different ranks lie side by side in factors as wide as the largest: adapter ``i`` is
-    ``a[i, :ranks[i]]`` and ``b[i, :, :ranks[i]]``, what lies beyond is not read and gets zero gradient.
+    Adapters of different ranks are stored in factors as wide as the largest rank: adapter ``i`` is ``a[i, :ranks[i]]``
+    and ``b[i, :, :ranks[i]]``; elements beyond its rank are not read and get zero gradient.
 
     Args:
         x: ``(..., C)`` float.
@@ -340,14 +341,14 @@ def multi_low_rank(
             for the products while its gradient is not.
         b: ``(A, N, r)``, the dtype of ``a``.
         adapter_ids: ``(...)`` int32 or int64 in ``[−1, A)``, the shape of ``x`` but its last dimension; −1 means no
-            adapter. Or what :func:`gossamer.adapter_dispatch` made of them.
+            adapter. Or the result of :func:`gossamer.adapter_dispatch` for them.
         scale: the factor of the update: one number, or ``(A,)`` float32, an adapter's each. Not differentiable.
         out: ``(..., N)`` in the dtype of ``x``, to which the update is added in place, or None for zeros.
         ranks: ``(A,)`` int32 or int64 in ``[0, r]``, on the device of ``x``, or None where all adapters have rank r.
 
     Returns:
-        ``(..., N)`` in the dtype of ``x``, accumulated in float32 (float64 for float64); ``out`` itself where given.
-        Rows without an adapter are those of ``out``, bit for bit. Differentiable in ``x``, ``a``, ``b`` and ``out``.
+        ``(..., N)`` in the dtype of ``x``, accumulated in float32 (float64 for float64); ``out`` itself if given. Rows
+        without an adapter equal those of ``out``, bit for bit. Differentiable in ``x``, ``a``, ``b`` and ``out``.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported, or dtypes differ.
@@ -416,7 +417,7 @@ def multi_low_rank(
     if out.is_contiguous():
         _multi_low_rank_(MultiLowRankAdd(out, args), backend)
         return out
-    # Rows that are not contiguous are updated through a copy, which keeps the bits of rows without an adapter.
+    # Non-contiguous rows are updated through a copy, which keeps the bits of rows without an adapter.
     rows = out.contiguous()
     _multi_low_rank_(MultiLowRankAdd(rows, args), backend)
     return out.copy_(rows)
@@ -433,10 +434,11 @@ def multi_low_rank_linear(
     bias: torch.Tensor | None = None,
     ranks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer with a low-rank update of each row's own: ``y[m] = x[m]·Wᵀ + bias + scale[i]·x[m]·a[i]ᵀ·b[i]ᵀ``.
+    """A linear layer with a separate low-rank update for each row: ``y[m] = x[m]·Wᵀ + bias +
+    scale[i]·x[m]·a[i]ᵀ·b[i]ᵀ``.
 
-    :func:`multi_low_rank` over the layer's own product, which on the CPU is taken by the faster of torch's kernels and
-    ours.
+    :func:`multi_low_rank` added to the layer's own product, which on the CPU runs on the faster of torch's kernels and
+    gossamer's.
 
     Args:
         x: ``(..., C)`` float.

@@ -13,7 +13,7 @@ from gossamer import _backend
 from gossamer._checks import check_positive, check_same_device, check_same_dtype, last_size
 from gossamer.ops._records import define
 
-# Scores of a list that a program of Triton's kernel holds, and pairs a row that the native one keeps.
+# Maximum number of scores per list in a program of the Triton kernel, and of pairs per row in the native kernel.
 MOST_SCORES, MOST_CHOSEN = 4096, 64
 
 
@@ -71,7 +71,9 @@ def _kernels(backend: str) -> ModuleType:
 
 
 def _side(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K highest scores of each row, NaN as −∞ and +∞ as the largest number, and their places, the lower first."""
+    """The K highest scores of each row and their positions, lower positions first among equal scores; NaN counts as −∞
+    and +∞ as the largest number.
+    """
     clean = torch.nan_to_num(scores, nan=-math.inf, posinf=torch.finfo(scores.dtype).max, neginf=-math.inf)
     values, places = clean.sort(dim=1, descending=True, stable=True)
     return values[:, :top_k], places[:, :top_k]
@@ -84,7 +86,8 @@ def product_key_topk_reference(args: ProductKeyTopk) -> tuple[torch.Tensor, torc
     most = torch.finfo(sums.dtype).max
     masked = (best1 == -math.inf).unsqueeze(2) | (best2 == -math.inf).unsqueeze(1)
     sums = sums.clamp(-most, most).masked_fill(masked.flatten(1), -math.inf)
-    # Rows of the square are places in the first list's order: a stable sort takes the lower rank of equal sums first.
+    # Rows of the square are positions in the first list's order, so a stable sort takes the lower rank of equal sums
+    # first.
     values, at = sums.sort(dim=1, descending=True, stable=True)
     values, at = values[:, : args.top_k], at[:, : args.top_k]
     first, second = places1.gather(1, at // args.top_k), places2.gather(1, at % args.top_k)
@@ -92,14 +95,14 @@ def product_key_topk_reference(args: ProductKeyTopk) -> tuple[torch.Tensor, torc
 
 
 def _check_values(args: ProductKeyTopk) -> None:
-    """On the CPU scores must hold neither NaN nor +∞. It reads values, so it stands inside the operator."""
+    """On the CPU scores must hold neither NaN nor +∞. It reads values, so it is called inside the operator."""
     for name, scores in (("scores1", args.scores1), ("scores2", args.scores2)):
         if scores.device.type == "cpu" and scores.numel() and not float(scores.max()) < math.inf:
             raise_not_a_score(name, scores)
 
 
 def raise_not_a_score(name: str, scores: torch.Tensor) -> None:
-    """Say where ``scores (R, N)`` hold NaN or +∞."""
+    """Raise an error that gives the position of a NaN or +∞ in ``scores (R, N)``."""
     row, place = (int(i) for i in (scores.isnan() | scores.isposinf()).nonzero()[0])
     raise ValueError(
         f"{name} must hold neither NaN nor +inf (-inf masks a key), got {float(scores[row, place])} at row {row}, "
@@ -138,7 +141,7 @@ def product_key_topk_backward_reference(args: ProductKeyTopkBackward) -> tuple[t
     gradients = []
     for size, places in zip(args.sizes, _places(args), strict=True):
         gradient = dvalues.new_zeros(dvalues.shape[0], size)
-        # Pair by pair: a row may list one place several times, and sums must have an order on every device.
+        # Summed pair by pair: a row may list a position several times, and sums need a fixed order on every device.
         for k in range(dvalues.shape[1]):
             gradient = gradient.scatter_add(1, places[:, k : k + 1], dvalues[:, k : k + 1])
         gradients.append(gradient)
@@ -214,7 +217,7 @@ def _scores(args: ProductKeySearch) -> list[torch.Tensor]:
 
 def _search_forward(args: ProductKeySearch, backend: str) -> torch.Tensor:
     found = _kernels(backend).product_key_search(args)
-    # A score that is none is an error, of which this finds the place.
+    # Find the position of an invalid score for the error message.
     return product_key_topk(*_scores(args), args.top_k)[1] if found is None else found
 
 
@@ -235,17 +238,18 @@ _FITS = {
 def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K highest sums ``scores1[a] + scores2[b]`` over all pairs, and their ids ``a·N₂ + b``.
 
-    The search is exact: a pair whose place in one list's order is i and in the other's j is preceded by ``(i+1)(j+1)``
-    pairs, itself among them, so that only pairs of the K highest scores of each list can be among the K highest sums,
-    and of these the ones with ``(i+1)(j+1) ≤ K``. Sources: Lample et al., "Large Memory Layers with Product Keys",
-    2019; He, "Mixture of a Million Experts", 2024.
+    The search is exact: if a pair has rank i in one list and rank j in the other, at least ``(i+1)(j+1)`` pairs,
+    including itself, have a sum at least as high. So only pairs of the K highest scores of each list with ``(i+1)(j+1)
+    ≤ K`` can be among the K highest sums. Sources: Lample et al., "Large Memory Layers with Product Keys", 2019; He,
+    "Mixture of a Million Experts", 2024.
 
-    Pairs come in descending order of their sums. Equal scores of a list rank by the lower index; of pairs with equal
-    sums, as rounded, the one whose first score ranks higher comes first, then the one whose second does.
+    Pairs come in descending order of their sums. Equal scores of a list rank by index, lower first. Among pairs with
+    equal (rounded) sums, the one with the higher-ranked first score comes first, then the one with the higher-ranked
+    second score.
 
     A score of −∞ masks its pairs: they come last, with the value −∞ and distinct ids, and pass no gradient. NaN and +∞
-    are errors on the CPU. On CUDA, where nothing is read back, NaN is taken as −∞ and +∞ as the largest finite number.
-    Sums beyond the largest finite number are that number.
+    are errors on the CPU. On CUDA, where values are not read back, NaN is treated as −∞ and +∞ as the largest finite
+    number. Sums beyond the largest finite number are that number.
 
     Args:
         scores1: ``(..., N₁)`` floating, converted to float32 (float64 stays).
@@ -308,7 +312,7 @@ def product_key_search(queries: torch.Tensor, keys: torch.Tensor, top_k: int) ->
     args = ProductKeySearch(queries.detach(), keys.detach(), top_k)
     backend = _backend.resolve("product_key_topk", queries)
     if backend == "native" and queries.dtype == torch.float32 and top_k <= MOST_CHOSEN:
-        # Scores that stay in the cache until they are ranked; plain products would write and read all of them.
+        # Scores stay in the cache until they are ranked; plain products would write and read all of them.
         return _product_key_search(args, backend)
     with torch.no_grad():
         return product_key_topk(*_scores(args), top_k)[1]

@@ -1,4 +1,4 @@
-"""Frozen stacks of expert weights in 8 or 4 bits: formats, quantisers, and what checkpoints hold."""
+"""Frozen stacks of expert weights in 8 or 4 bits: formats, quantisers, and conversion from checkpoints."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class QuantizedExpertWeight:
     ``mxfp4``      ``(E, N, C/2)`` uint8       ``(E, N, C/32)`` uint8        ``e2m1(code)·2^(scale[n, c // 32] − 127)``
     =============  ==========================  ============================  ====================================
 
-    e4m3 is ``torch.float8_e4m3fn``; groups of ``int4`` have g = 32, 64 or 128 columns.
-    Of two values in a byte the one of even ``c`` has the low four bits. Scales are float32, bfloat16 or float16, those
-    of ``mxfp4`` e8m0: ``0`` is ``2⁻¹²⁷`` and ``255`` NaN, which makes its whole group NaN. e4m3's ``0x7F`` and ``0xFF``
-    are NaN; it has no infinity. ``mxfp4`` is the OCP microscaling format (2023), ``fp8_block`` DeepSeek-V3's (2024).
+    e4m3 is ``torch.float8_e4m3fn``; groups of ``int4`` have g = 32, 64 or 128 columns. Of the two values in a byte, the
+    one with even ``c`` has the low four bits. Scales are float32, bfloat16 or float16, those of ``mxfp4`` e8m0: ``0``
+    is ``2⁻¹²⁷`` and ``255`` NaN, which makes its whole group NaN. e4m3's ``0x7F`` and ``0xFF`` are NaN; it has no
+    infinity. ``mxfp4`` is the OCP microscaling format (2023), ``fp8_block`` DeepSeek-V3's (2024).
 
-    Products take the weight as :meth:`dequantize` gives it, in the dtype of their other operand or more exactly.
+    Products use the values of :meth:`dequantize`, in the dtype of their other operand or more exactly.
 
     Attributes:
         data: the codes, contiguous.
@@ -111,7 +111,7 @@ class QuantizedExpertWeight:
 
     @property
     def group_size(self) -> int:
-        """Columns that share a scale; C where a row has one scale."""
+        """Number of columns that share a scale; C if a row has one scale."""
         return self.operand().group_size
 
     @property
@@ -134,12 +134,12 @@ class QuantizedExpertWeight:
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP) -> QuantizedExpertWeight:
-        """Quantise ``weight (E, N, C)``, each group's largest magnitude reaching the format's largest value.
+        """Quantise ``weight (E, N, C)``, mapping each group's largest magnitude to the format's largest value.
 
         ``fp8`` and ``fp8_block`` divide by ``absmax / 448``, ``int8`` by ``absmax / 127``, ``int4`` by ``absmax / 7``
-        rounded to bfloat16; ``mxfp4`` takes the least power of two that ``absmax`` does not pass 6 times. Values go to
-        the nearest code, ties to even. A value that is not finite leaves nothing finite where its scale reaches. One
-        expert is worked on at a time.
+        rounded to bfloat16; ``mxfp4`` uses the smallest power of two with ``absmax`` at most 6 times it. Values are
+        rounded to the nearest code, ties to even. A value that is not finite makes all values that share its scale
+        non-finite. Experts are processed one at a time.
 
         Args:
             weight: float; of any strides.
@@ -188,7 +188,7 @@ class QuantizedExpertWeight:
         Args:
             weight: the stacked values.
             scale: ``(E, ⌈N/128⌉, ⌈C/128⌉)`` for blocks; ``(E, N)`` or ``(E, N, 1)`` a row; ``(E,)``, ``(E, 1)`` or
-                ``(E, 1, 1)`` a matrix. Where two readings fit, blocks go before rows.
+                ``(E, 1, 1)`` a matrix. If two interpretations fit, blocks take precedence over rows.
         """
         check_shape("weight", weight, (None, None, None), "(E, N, C)")
         check_tensor("scale", scale)
@@ -220,7 +220,7 @@ class QuantizedExpertWeight:
 
 
 def concatenate(parts: Sequence[QuantizedExpertWeight]) -> QuantizedExpertWeight:
-    """One stack from several of one format, below each other along N, such as gate and up.
+    """Concatenate stacks of one format along N, such as gate and up.
 
     Raises:
         ValueError: formats differ, or a part but the last ends inside a block of ``fp8_block``.
@@ -283,7 +283,7 @@ def _quantize_mxfp4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     code = torch.zeros_like(magnitude, dtype=torch.int32)
     for i in range(7):
         middle = (E2M1[i] + E2M1[i + 1]) / 2
-        # Halfway goes to the code with an even last bit.
+        # Ties go to the code with an even last bit.
         code += ((magnitude > middle) if i % 2 == 0 else (magnitude >= middle)).int()
     code += 8 * torch.signbit(scaled).int()
     scale = torch.where(largest.isfinite(), power + E8M0_BIAS, E8M0_NAN)

@@ -53,13 +53,13 @@ def dynamic_code() -> torch.Tensor:
 
 
 def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """The index of the nearest entry of the ascending ``code``; halfway goes down."""
+    """The index of the nearest entry of the ascending ``code``; ties go to the lower entry."""
     midpoints = (code[1:] + code[:-1]) / 2
     return torch.bucketize(values, midpoints, right=False)
 
 
 class _Decodable:
-    """What the formats share."""
+    """Methods that the formats share."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
@@ -82,7 +82,7 @@ class _ByRow(_Decodable):
 
 @dataclass(frozen=True)
 class NF4Weight(_Decodable):
-    """A weight ``(N, C)`` in NF4, laid out as bitsandbytes' ``Params4bit`` and ``QuantState`` are.
+    """A weight ``(N, C)`` in NF4, with the layout of bitsandbytes' ``Params4bit`` and ``QuantState``.
 
     With ``w`` flattened row by row, ``w[i] = code[q[i]]·scale[i // block_size]``. The scale of block ``k`` is
     ``absmax[k]``; with double quantisation ``nested_code[absmax[k]]·nested_absmax[k // nested_block_size] + offset``.

@@ -12,7 +12,8 @@ from gossamer import _backend
 from gossamer._checks import check_flags, check_float, check_same_device, check_shape, check_tensor
 from gossamer.ops._records import define
 
-# Undoing a step rounds again; errors add up over at most one segment. Keeping a matrix per step would cost memory.
+# Undoing a step rounds again, so errors accumulate over at most one segment. Saving a matrix per step would need too
+# much memory.
 SEGMENT = 256
 
 
@@ -24,8 +25,8 @@ class SelfReferential(NamedTuple):
         weight: ``(H, d, 3d + 4)``.
         shift: ``(B, H, d, 3d + 4)`` in the accumulator's dtype, or None.
         output_final_shift: whether the last shift is wanted.
-        save: whether a backward pass will come.
-        segment: tokens from one matrix that is kept for the backward pass to the next.
+        save: whether to save for a backward pass.
+        segment: number of tokens between two matrices that are saved for the backward pass.
     """
 
     x: torch.Tensor
@@ -42,9 +43,9 @@ class SelfReferentialBackward(NamedTuple):
     Attributes:
         dy: ``(B, T, H, d)``.
         dfinal: the gradient of the last shift, or None.
-        steps: what the forward pass kept of each token.
-        kept: the matrices that it kept.
-        forward: its arguments.
+        steps: the values that the forward pass saved for each token.
+        kept: the matrices that the forward pass saved.
+        forward: the arguments of the forward pass.
     """
 
     dy: torch.Tensor
@@ -167,21 +168,21 @@ def self_referential(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Weight matrices that modify themselves (SRWM; Irie, Schlag, Csordás and Schmidhuber, 2022).
 
-    For each head a matrix ``W (d, 3d + 4)``, whose columns are those of an output, a query, a key and four rates.
-    It starts a sequence as ``weight + shift``; at each token, with ``W`` as the token before it left it::
+    Each head has a matrix ``W (d, 3d + 4)`` whose columns produce an output, a query, a key and four rates. A sequence
+    starts with ``W = weight + shift``; each token uses the ``W`` left by the previous token and updates it::
 
         [y, q, k, β] = Wᵀx        q ← softmax(q), k ← softmax(k), β ← σ(β)
         W ← W + k (β̄ ⊙ Wᵀ(q − k))ᵀ
 
-    where β̄ repeats each of the four rates over the columns of its block. So the matrix decides what it learns, and how
-    fast, by its own outputs. The update is not linear in W: tokens follow each other, heads and sequences do not.
-    The backward pass undoes steps from a matrix that was kept every 256 tokens.
+    where β̄ repeats each of the four rates over the columns of its block. So the matrix decides by its own outputs what
+    it learns, and how fast. The update is not linear in W, so tokens are computed one after another; heads and
+    sequences run in parallel. The backward pass undoes steps, starting from matrices that were saved every 256 tokens.
 
     Args:
         x: ``(B, T, H, d)`` float.
         weight: ``(H, d, 3d + 4)``, the dtype of ``x`` or float32: the trained start of every sequence.
-        shift: ``(B, H, d, 3d + 4)`` float32 (float64 for float64), what an earlier part of the sequence changed; None
-            for zero.
+        shift: ``(B, H, d, 3d + 4)`` float32 (float64 for float64), the change made by an earlier part of the sequence;
+            None for zero.
         output_final_shift: whether the change after the last token is returned.
 
     Returns:

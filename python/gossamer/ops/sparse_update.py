@@ -25,17 +25,17 @@ from gossamer.optim import SGD, Optimizer
 
 
 class Update(NamedTuple):
-    """An optimizer's rule, and the tensors beside the table that its step changes or reads.
+    """An optimizer's rule, and the tensors besides the table that its step changes or reads.
 
     Attributes:
         rule: the rule with its numbers.
-        lr: one element that takes the place of the rule's ``lr``, or None.
+        lr: a one-element tensor that replaces the rule's ``lr``, or None.
         step: ``(1,)`` int64, the steps taken before this one.
         state1: the rule's first state, ``(N, D)``, or ``(N,)`` for a value per row; with features flat, ``(E,)`` or
             ``(N,)``; or None.
-        state2: its second.
-        scale: ``(N,)`` or ``(1,)`` float32, what rows of codes are multiplied with; or None.
-        scale_lr: the learning rate of the scales; 0 where they are not trained.
+        state2: the rule's second state, or None.
+        scale: ``(N,)`` or ``(1,)`` float32 factors of rows of codes; or None.
+        scale_lr: the learning rate of the scales; 0 if they are not trained.
     """
 
     rule: StepRule
@@ -54,7 +54,7 @@ class SparseUpdate(NamedTuple):
         table: ``(N, D)`` float, or int8 or int16 with a scale; with features the flat storage of their tables.
         bags: the lists whose reduction is differentiated.
         dout: ``(B, D)`` float, the gradient of the result; with features ``(B, ΣD_f)``.
-        argmax: for a maximum its positions, as gather_max gives them; else None.
+        argmax: for a maximum, its positions from gather_max; else None.
         update: the step.
         blocks: whether ids name the first of D consecutive elements of an array ``(M, 1)``, each a row of the rule.
     """
@@ -68,7 +68,7 @@ class SparseUpdate(NamedTuple):
 
     @property
     def scale_rate(self) -> float:
-        """What the scale of a row of codes moves by for a slope of one."""
+        """The change of a code row's scale for a slope of one."""
         update, (rows, dim) = self.update, self.dout.shape
         return scale_rate(update.scale_lr, rows, dim, self.table.dtype) if update.scale_lr else 0.0
 
@@ -85,7 +85,7 @@ def _kernels(backend: str) -> ModuleType:
 def _contributions(
     bags: Bags, dout: torch.Tensor, argmax: torch.Tensor | None, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of one table that contribute, in position order, and what each adds to its row's gradient."""
+    """The contributing ids of one table, in position order, and each one's part of its row's gradient."""
     wide = accumulation_dtype(dout.dtype)
     kept = bags.live(num_rows).nonzero().squeeze(1)
     bag = bags.numbers()[kept]
@@ -308,27 +308,27 @@ def sparse_update_(
     of threads. Each touched row then gets exactly one step. No ``(L, D)`` gradient is formed, and no untouched row is
     read or written. A row is touched where a bag lists it, even if its gradient is zero.
 
-    With ``scale``, rows of codes q are read as ``w = Δ·q`` with the row's scale Δ, stepped to w' in float32, and
-    written as codes of ``clip(w'/Δ)``, to the nearest or, where the optimizer has ``stochastic_rounding``, so that the
-    mean is exact (:mod:`gossamer._row_codes`). With ``scale_lr`` η_Δ the row's scale moves first, as in ALPT:
-    ``Δ ← max(Δ − η_Δ/√(B·D·(2^(bits−1)−1))·Σ_j G_j·δ_j, 2⁻²⁰)``, where ``δ_j = round(w'_j/Δ) − w'_j/Δ``, or the end of
-    the range beyond which ``w'_j/Δ`` lies.
+    With ``scale``, a row of codes q is read as ``w = Δ·q`` with the row's scale Δ, stepped to w' in float32, and
+    written as the codes of ``clip(w'/Δ)``, rounded to nearest or, with ``stochastic_rounding``, such that the expected
+    value is exact (:mod:`gossamer._row_codes`). With ``scale_lr`` η_Δ the row's scale moves first, as in ALPT: ``Δ ←
+    max(Δ − η_Δ/√(B·D·(2^(bits−1)−1))·Σ_j G_j·δ_j, 2⁻²⁰)``, where ``δ_j = round(w'_j/Δ) − w'_j/Δ``, or the end of the
+    range beyond which ``w'_j/Δ`` lies.
 
     Args:
-        table: ``(N, D)`` float, or int8 or int16 with ``scale``; not requiring a gradient; rows may lie apart, columns
-            not.
+        table: ``(N, D)`` float, or int8 or int16 with ``scale``; not requiring a gradient; rows may have any stride,
+            columns must be contiguous.
         index: as for :func:`gather_reduce`.
         dout: ``(B, D)``, the gradient of the result, of any floating dtype (float64 for a float64 table alone).
         offsets: as for :func:`gather_reduce`.
         weights: as for :func:`gather_reduce`.
         optimizer: one of :mod:`gossamer.optim`.
         state: what ``optimizer.state(N, D, device)`` made; updated in place, its ``"step"`` by one.
-        mode: as for :func:`gather_reduce`; for a maximum the table must still hold what the forward pass read.
+        mode: as for :func:`gather_reduce`; for a maximum the table must still hold the values of the forward pass.
         padding_idx: as for :func:`gather_reduce`.
         include_last_offset: as for :func:`gather_reduce`.
         bounds: as for :func:`gather_reduce`.
         bounds_count: as for :func:`gather_reduce`.
-        scale: as for :func:`gather_reduce`; updated in place where it is trained.
+        scale: as for :func:`gather_reduce`; updated in place if it is trained.
         scale_lr: η_Δ; above 0 it needs a scale per row.
 
     Raises:
@@ -355,8 +355,8 @@ def step_rows_(
 ) -> None:
     """Take one optimizer step, in place, on distinct rows whose summed gradients are known; in plain torch.
 
-    ``table`` may be some columns of a wider one. What a rule reads of whole rows (the mean of squares of row-wise
-    states, norms of clipping and of trust ratios) is then completed by ``sum_over``.
+    ``table`` may be some columns of a wider one. Values that a rule computes over whole rows (mean squares of row-wise
+    states, norms for clipping and trust ratios) are then completed by ``sum_over``.
 
     Args:
         table: ``(N, D)`` float, not requiring a gradient.
@@ -364,9 +364,9 @@ def step_rows_(
         gradient: ``(n, D)``, of the dtype that the table is accumulated in.
         optimizer: one of :mod:`gossamer.optim`.
         state: what ``optimizer.state(N, D, device)`` made; updated in place, its ``"step"`` by one.
-        columns: of the wide table; D by default.
-        first_column: of ``table`` in the wide one, which stochastic rounding goes by.
-        sum_over: takes sums ``(n,)`` over the columns at hand, and returns those over all columns.
+        columns: number of columns of the wide table; D by default.
+        first_column: position of ``table``'s first column in the wide table, which stochastic rounding depends on.
+        sum_over: takes sums ``(n,)`` over the local columns, and returns the sums over all columns.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype does not fit the table.
@@ -438,7 +438,7 @@ def sparse_update_tables_(
 ) -> None:
     """:func:`sparse_update_` for the tables of :func:`gather_reduce_tables`, in one launch.
 
-    A table that several features read gets one step a row, with what all of them add to it.
+    A row that several features read gets one step with the sum of their gradients.
 
     Args:
         storage: ``(E,)`` float, contiguous, not requiring a gradient.

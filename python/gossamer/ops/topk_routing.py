@@ -1,4 +1,4 @@
-"""Experts and routing weights from logits as one operator, where one kernel does it all."""
+"""Experts and routing weights from logits as one operator, computed by one kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gossamer import _backend
 from gossamer.ops._records import define
 from gossamer.ops._registration import register
 
-# Keeps the normalisation of sigmoid scores finite where all K of them underflow, as DeepSeek-V3 does.
+# Keeps the normalisation of sigmoid scores finite if all K of them underflow, as in DeepSeek-V3.
 EPSILON = 1e-20
 # Most experts of the Triton kernel, whose program holds a token's logits, and most experts per token of the native one,
 # which scans all logits for each.
@@ -21,7 +21,7 @@ MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
 def _raise_not_a_logit(logits: torch.Tensor) -> None:
-    """Say where ``logits (T, E)`` hold NaN or +inf."""
+    """Raise an error that gives the position of NaN or +inf in ``logits (T, E)``."""
     bad = logits.isnan() | logits.isposinf()
     token, expert = (int(i) for i in bad.nonzero()[0])
     raise ValueError(
@@ -33,7 +33,7 @@ def _raise_not_a_logit(logits: torch.Tensor) -> None:
 def check_logits(logits: torch.Tensor, biased: torch.Tensor | None) -> None:
     """On the CPU ``logits`` must hold neither NaN nor +inf, and a bias, or what it was added to, no NaN.
 
-    It reads values, so it can only stand inside an operator, where a compiled call has them too.
+    It reads values, so it must be called inside an operator, where values exist in compiled calls too.
     """
     if logits.device.type != "cpu" or logits.numel() == 0:
         return
@@ -121,7 +121,7 @@ def _save(ctx, args: TopkRouting, output):
     # Otherwise autograd would make zeros as the gradient of ids.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    # A bias may be moved between forward and backward, which does not look at it.
+    # The bias may change between forward and backward pass; the backward pass does not read it.
     return args._replace(bias=None), *output
 
 
@@ -130,7 +130,7 @@ def _differentiate(ctx, args: TopkRouting, tensors, dweights: torch.Tensor | Non
         return {}
     backward = TopkRoutingBackward(dweights, *tensors, args)
     if torch.is_grad_enabled():
-        # Plain torch serves second derivatives.
+        # Second derivatives are computed in plain torch.
         return {"logits": topk_routing_backward_reference(backward)}
     return {"logits": _topk_routing_backward(backward, ctx.backend)}
 
@@ -167,14 +167,15 @@ def topk_routing_backward_reference(args: TopkRoutingBackward) -> torch.Tensor:
 
 
 class MassRouting(NamedTuple):
-    """Arguments of a choice until probabilities reach a sum, by the rules of gossamer.nn.softmax_top_p and its like.
+    """Arguments of choosing experts until probabilities reach a sum, by the rules of gossamer.nn.softmax_top_p and
+    softmax_threshold.
 
     Attributes:
         logits: ``(T, E + null experts)`` float32.
         mass: the sum.
-        exceed: whether it must be passed, or may be equalled.
-        num_experts: E; logits behind the first E are of null experts, whose slots are left out.
-        max_ranks: most choices of a token, null experts among them.
+        exceed: whether the sum must be exceeded, or may be equalled.
+        num_experts: E; logits after the first E belong to null experts, whose slots are left out.
+        max_ranks: maximum number of choices per token, including null experts.
     """
 
     logits: torch.Tensor
@@ -228,7 +229,7 @@ def _differentiate_mass(ctx, args: MassRouting, tensors, dweights: torch.Tensor 
         return {}
     weights, ids = tensors
     if torch.is_grad_enabled():
-        # Slots without an expert weigh nothing, so that any id that exists may stand for theirs.
+        # Slots without an expert have weight 0, so any valid id may replace theirs.
         ids = ids.clamp(max=args.logits.shape[1] - 1)
         plain = TopkRouting(args.logits, None, ids.shape[1], False, False, 1, 1, 1.0)
         return {"logits": topk_routing_backward_reference(TopkRoutingBackward(dweights, weights, ids, plain))}
@@ -241,9 +242,10 @@ _mass_routing.differentiate(_save_mass, _differentiate_mass)
 def fused_mass(
     logits: torch.Tensor, mass: float, *, exceed: bool, num_experts: int, max_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``expert_ids`` int64 and ``weights`` float32, both ``(T, min(E, max_ranks))``, or None where no kernel serves it.
+    """``expert_ids`` int64 and ``weights`` float32, both ``(T, min(E, max_ranks))``, or None if there is no kernel for
+    it.
 
-    The arguments are those of :class:`MassRouting`. A token's experts come first, and E and weight 0 stand for none.
+    The arguments are those of :class:`MassRouting`. A token's experts come first; id E and weight 0 mean no expert.
     There are kernels for float32 logits: Triton's for up to 1024 experts, none of them null; native ones for any.
     """
     backend = _backend.resolve("topk_routing", logits)
@@ -267,7 +269,7 @@ def _fits_native(experts: int, top_k: int, n_group: int, topk_group: int) -> boo
     return max(top_k, topk_group) <= MOST_CHOSEN
 
 
-# Backends with a kernel -> whether it serves these sizes.
+# Backends with a kernel -> whether it supports these sizes.
 _FITS = {"triton": _fits_triton, "native": _fits_native}
 
 
@@ -282,13 +284,13 @@ def fused_topk(
     topk_group: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``expert_ids (T, K)`` int64 and ``weights (T, K)`` float32 by one kernel, or None where none serves the call.
+    """``expert_ids (T, K)`` int64 and ``weights (T, K)`` float32 by one kernel, or None if no kernel supports the call.
 
     The rules are those of gossamer.nn.softmax_topk and sigmoid_topk, whose checked arguments these are. There are
     kernels for float32 logits: Triton's for up to 1024 experts, in groups for powers of two; native ones for up to 64
     experts per token.
     """
-    # A backend that is forced for other primitives may have no kernel here.
+    # A backend that was forced for other primitives may have no kernel for this one.
     backend = _backend.resolve("topk_routing", logits)
     if backend not in _FITS or logits.dtype != torch.float32 or not scale > 0:
         return None
@@ -322,7 +324,7 @@ def _choose_kernel(logits, scores, capacity):
     check_logits(logits, None)
     if capacity == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    # Among equal scores the first tokens are taken, which topk does not promise.
+    # Among equal scores the first tokens are taken, which topk does not guarantee.
     lowest = scores.topk(capacity, dim=0).values[-1]
     above, level = scores > lowest, scores == lowest
     chosen = above | (level & (level.cumsum(0) <= capacity - above.sum(0)))
