@@ -25,7 +25,7 @@ __all__ = [
     "sparsify",
 ]
 
-# The libraries whose layers are switched unasked, and the adapters that do it.
+# The libraries whose layers are switched by default, and the adapters that do it.
 _ADAPTERS = (
     ("peft", "peft"),
     ("transformers", "transformers"),
@@ -35,22 +35,24 @@ _ADAPTERS = (
 
 
 def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = True) -> Replacement:
-    """Switch the expert layers of a Hugging Face transformers 5 model, and a PEFT model's LoRA layers, to gossamer.
+    """Switch the expert layers of a Hugging Face transformers 5 model, and the LoRA layers of a PEFT model, to
+    gossamer.
 
-    Weights, their names and the ``state_dict`` stay as they are: only the function that computes a layer changes.
-    Expert layers change as with ``model.set_experts_implementation("gossamer")``, which also works once
-    ``gossamer.integrations.transformers`` has been imported; LoRA layers as :mod:`gossamer.integrations.peft` says;
-    embedding layers as :mod:`gossamer.integrations.embeddings` says. Expert layers that ask for no implementation, such
-    as JetMoE's experts and its mixture of attention, are computed as :mod:`gossamer.integrations.expert_classes` says,
-    which names what is left. :func:`restore` undoes all.
+    Weights, their names and the ``state_dict`` stay unchanged: only the function that computes a layer changes. Expert
+    layers change as with ``model.set_experts_implementation("gossamer")``, which also works once
+    ``gossamer.integrations.transformers`` has been imported. LoRA layers change as described in
+    :mod:`gossamer.integrations.peft`, embedding layers as in :mod:`gossamer.integrations.embeddings`. Expert layers
+    without a setting for their implementation, such as JetMoE's experts and its mixture of attention, change as in
+    :mod:`gossamer.integrations.expert_classes`, which names the layers it cannot change. :func:`restore` undoes all of
+    this.
 
     Args:
-        model: a ``PreTrainedModel``, a ``PeftModel``, or any module with such models or their modules inside.
+        model: a ``PreTrainedModel``, a ``PeftModel``, or any module that contains such models or their modules.
         embeddings: whether to switch every ``torch.nn.Embedding`` and ``torch.nn.EmbeddingBag`` too. Then a
             model without other layers to switch is accepted.
-        strict: whether a module that cannot be switched is an error (nothing is changed then); otherwise it is left
-            alone and named in the report. An embedding layer of a derived class, whose ``forward`` may be its own, is
-            always left alone and named.
+        strict: whether a module that cannot be switched is an error (then nothing is changed); otherwise it is left
+            unchanged and listed in the report. An embedding layer of a derived class, which may define its own
+            ``forward``, is always left unchanged and listed.
 
     Returns:
         What was switched and how each layer will be computed; ``print`` it.
@@ -67,7 +69,7 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
         loaded = (surgery.loaded_adapter(library, name) for library, name in _ADAPTERS)
         adapters += [adapter for adapter in loaded if adapter and adapter.holds_layers(model)]
     if not adapters:
-        # Its survey raises an error that says what is missing: transformers, a model, or experts in it.
+        # Its survey raises an error that names what is missing: transformers, a model, or experts in it.
         adapters = [importlib.import_module("gossamer.integrations.transformers")]
     surveys = [adapter.survey(model, strict) for adapter in adapters]
     reports = [adapter.swap(model, found) for adapter, found in zip(adapters, surveys, strict=True)]
@@ -77,12 +79,12 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
 def restore(model: torch.nn.Module) -> None:
     """Undo :func:`replace` and :func:`sparsify`: every layer is computed again by the implementation it had before.
 
-    A layer that became block-sparse becomes dense again with its present blocks, and zeros where there are none.
+    A block-sparse layer becomes dense again, with its current blocks and zeros elsewhere.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: ``model`` was not switched, or is restored already; a module cannot be undone, such as quantised
-            experts, and nothing is changed.
+        ValueError: ``model`` was not switched, or is restored already; a module, such as quantised experts, cannot be
+            restored; then nothing is changed.
     """
     surgery.check_model(model)
     if not surgery.undo(model):

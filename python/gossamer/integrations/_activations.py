@@ -1,4 +1,4 @@
-"""Recognising torch's activation functions among those that expert layers fuse."""
+"""Recognise torch's activation functions that expert layers can fuse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def activation_name(function: object) -> str | None:
-    """Name of the ungated :class:`gossamer.Activation` that ``function`` is, or None where it is none of them.
+    """Name of the ungated :class:`gossamer.Activation` equal to ``function``, or None.
 
     Args:
         function: a function of torch, a ``functools.partial`` of ``F.gelu`` with its approximation, or a module.

@@ -23,7 +23,7 @@ class Call:
     """The requests of one call: the adapter of each, sorted once for each number of rows.
 
     Attributes:
-        ids: of the requests' adapters in the table, −1 for none.
+        ids: ids of the requests' adapters in the table, −1 for none.
         table: the adapters as they were when the call began.
     """
 
@@ -33,15 +33,15 @@ class Call:
         self._sorted: dict[tuple[int, torch.device], tuple[torch.Tensor, Dispatch]] = {}
 
     def note(self, shape: torch.Size) -> None:
-        """Learn how many rows a whole batch has, from what is known to be ``(batch, length, ...)``."""
+        """Record the number of rows of a whole batch, from a tensor known to be ``(batch, length, ...)``."""
         if len(shape) > 1 and shape[0] % self.ids.shape[0] == 0:
             self._counts |= {shape[0], shape[:2].numel()}
 
     def rows(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, Dispatch]:
-        """The adapter ``(M,)`` of each of M rows, those of a request adjacent, and the rows sorted by it.
+        """The adapter ``(M,)`` of each of M rows, where a request's rows are adjacent, and the rows sorted by adapter.
 
         Raises:
-            ValueError: the rows are not those of whole requests, one after the other.
+            ValueError: the rows do not consist of whole requests in order.
         """
         count, requests = shape.numel(), self.ids.shape[0]
         key = (count, device)
@@ -64,7 +64,7 @@ class Call:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that the module computes in, which bitsandbytes' layers keep apart from their weight."""
+    """The dtype in which the module computes; bitsandbytes' layers store it separately from their weight."""
     dtype = next(module.parameters(recurse=False)).dtype
     if dtype.is_floating_point and dtype.itemsize >= 2:
         return dtype
@@ -72,7 +72,9 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _fitted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with a rank no larger than its matrix: a larger one is replaced by the product itself."""
+    """The same product with a rank no larger than the matrix: factors of a larger rank are replaced by their
+    product.
+    """
     rank, (n, c) = a.shape[0], (b.shape[0], a.shape[1])
     if rank <= min(n, c):
         return a, b
@@ -100,7 +102,7 @@ class Bank(nn.Module):
         pairs = [None if f is None else _fitted(f.a, f.b) for f in factors]
         ranks = [0 if p is None else p[0].shape[0] for p in pairs]
         some, rank = next(p for p in pairs if p is not None), max(ranks)
-        # A table's A is stored by row, so that an id reads adjacent elements.
+        # For a table, A is stored row by row, so that an id reads adjacent elements.
         a = [None if p is None else p[0].T if self.table else p[0] for p in pairs]
         shape = (some[0].shape[1], rank) if self.table else (rank, some[0].shape[1])
         scales = [0.0 if f is None else f.scale for f in factors]
@@ -114,7 +116,7 @@ class Bank(nn.Module):
         }
         if any(f is not None and f.bias is not None for f in factors):
             biases = [None if f is None or f.bias is None else f.bias.float() * f.scale for f in factors]
-            # The last row is that of the id -1.
+            # The last row is for the id -1.
             buffers["bias"] = _wide([*biases, None], (some[1].shape[0],), dtype)
         for name, buffer in buffers.items():
             self.register_buffer(name, None if buffer is None else buffer.to(device), persistent=False)
@@ -126,7 +128,7 @@ class Bank(nn.Module):
         return self._updated(call, args[0] if args else next(iter(kwargs.values())), y)
 
     def forward(self, call: Call, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        """The forward of a plain linear layer; its argument is named as there, for callers that pass it by keyword."""
+        """The forward of a plain linear layer, with the same argument name for callers that pass it by keyword."""
         rows = input.reshape(-1, input.shape[-1])
         y = base_linear(rows, module.weight, module.bias).view(*input.shape[:-1], module.out_features)
         return self._updated(call, input, y)
@@ -181,7 +183,7 @@ class ExpertsBank(nn.Module):
 
 
 def _check_experts(path: str, module: nn.Module) -> None:
-    """The module must be one of transformers' experts modules, in a form that gossamer computes."""
+    """Check that the module is an experts module of transformers in a form that gossamer supports."""
     from gossamer.integrations.transformers import experts_obstacle, is_experts
 
     reason = experts_obstacle(module) if is_experts(module) else "it is not an experts module of transformers"
@@ -191,10 +193,10 @@ def _check_experts(path: str, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """All adapters served at one time. A table is never changed: calls that begin later get a new one.
+    """All adapters served at one time. A table never changes: later calls get a new one.
 
     Attributes:
-        factors: of each adapter, by name, as they were read.
+        factors: the factors of each adapter, by name, as they were read.
         banks: the factors of all adapters side by side, by the path of the module they update.
     """
 
@@ -203,12 +205,12 @@ class Table:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters, in the order of the banks."""
+        """Names of the adapters, in the order of the banks."""
         return tuple(self.factors)
 
 
 def make_table(modules: Mapping[str, nn.Module], factors: Mapping[str, AdapterFactors]) -> Table:
-    """Lay the factors of all adapters side by side, for the modules by path."""
+    """Arrange the factors of all adapters side by side, per module path."""
     updated: dict[str, set[str]] = {}
     for path, parameter in sorted({key for of_adapter in factors.values() for key in of_adapter}, key=str):
         updated.setdefault(path, set()).update([] if parameter is None else [parameter])

@@ -13,7 +13,7 @@ from torch import nn
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
-# Options that are served whatever their value: they only say where factors are, how large, or how they were trained.
+# Options supported with any value: they only affect which layers have factors, their sizes, or how they were trained.
 _SERVED = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
     *("target_parameters", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -92,7 +92,7 @@ def _read_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _alpha(config: dict[str, object], path: str) -> float:
-    """α of a module: that of the first pattern matching the end of its path, as PEFT picks it, else the adapter's."""
+    """α of a module: from the first pattern that matches the end of its path, as in PEFT, else the adapter's."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return float(alpha)
@@ -107,7 +107,9 @@ def _targeted(config: dict[str, object], path: str, module: nn.Module) -> list[s
 
 
 def _sizes(name: str, path: str, module: nn.Module, parameter: str | None) -> tuple[int, int, int]:
-    """Experts, inputs and outputs of what is updated: a linear layer, a table (N inputs) or an experts' parameter."""
+    """Number of experts, inputs and outputs of an updated module: a linear layer, a table (N inputs) or an experts'
+    parameter.
+    """
     if parameter is not None:
         weight = getattr(module, parameter)
         if weight.dim() != 3:
@@ -141,13 +143,13 @@ def read_adapter(name: str, folder: Path, modules: dict[str, nn.Module]) -> dict
     """One adapter's factors by (module path, parameter of an experts module or None), all sizes checked.
 
     Args:
-        name: of the adapter, for messages.
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: name of the adapter, for messages.
+        folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         modules: the model's modules by path.
 
     Raises:
-        ValueError: a file is missing, damaged or a pickle; an option cannot be served; a tensor has no module, no
-            partner, or another size than its module needs.
+        ValueError: a file is missing, damaged or a pickle; an option cannot be served; a tensor belongs to no module,
+            lacks its partner, or has the wrong size for its module.
     """
     config, weights = _read_config(name, folder), _read_weights(name, folder)
     parts: dict[tuple[str, str | None], dict[str, torch.Tensor]] = {}

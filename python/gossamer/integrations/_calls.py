@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 _values: ContextVar[Mapping[Slot, object]] = ContextVar("gossamer_calls", default=MappingProxyType({}))
-# Under this key torch hands the contextvars of the thread that called backward() to the threads of autograd.
+# Under this key torch passes the contextvars of the thread that called backward() to autograd's threads.
 _BACKWARD_CONTEXT = "context"
 
 
@@ -20,11 +20,11 @@ class _Local(threading.local):
 
 
 class Slot:
-    """A place for one value of the running call; None where there is no such call.
+    """Holds one value of the running call; None outside calls.
 
-    Each thread, and each task of asyncio, sees the value that it was given. A backward pass sees the value of the
-    thread that called it, also where autograd runs it in threads of its own. Code traced by ``torch.compile`` sees that
-    of its thread, and is traced again for another value. Copies of a slot, and unpickled ones, are new slots.
+    Each thread and each asyncio task sees its own value. A backward pass sees the value of the thread that called it,
+    even if autograd runs it in other threads. Code traced by ``torch.compile`` sees the value of its thread, and is
+    traced again for another value. Copied and unpickled slots are new slots.
     """
 
     def __init__(self) -> None:
@@ -63,12 +63,12 @@ def scope() -> Iterator[None]:
 
 
 def in_backward() -> bool:
-    """Whether this code runs inside a backward pass, as it does where gradient checkpointing recomputes a layer."""
+    """Whether this code runs inside a backward pass, as when gradient checkpointing recomputes a layer."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Running:
-    """Counts running calls, so that a change can wait for them to end or be refused while they run."""
+    """Counts running calls, so that a change can wait for them to end, or fail while they run."""
 
     def __init__(self) -> None:
         self._changed, self._changing = threading.Condition(), threading.Lock()
@@ -82,11 +82,11 @@ class Running:
         """Run the block as one call of a kind.
 
         Args:
-            kind: anything that compares.
-            refused_beside: the error for calls of another kind that are running; empty to run beside them.
+            kind: any comparable value.
+            refused_beside: the error message if calls of another kind are running; empty to allow them.
 
         Raises:
-            ValueError: ``refused_beside``.
+            ValueError: with the message ``refused_beside``.
         """
         with self._changed:
             if refused_beside and any(other != kind for other in self._calls):
@@ -101,11 +101,11 @@ class Running:
 
     @contextlib.contextmanager
     def none(self) -> Iterator[None]:
-        """Run the block when no call is running; calls that begin meanwhile wait for it."""
+        """Run the block when no call is running; calls that start in the meantime wait for it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._calls)
             yield
 
     def change(self) -> threading.Lock:
-        """A lock for changes that calls may run beside: one change at a time."""
+        """A lock for changes that may happen during calls: one change at a time."""
         return self._changing

@@ -1,7 +1,7 @@
-"""Modules of other people's models that are given a subclass of their own class, and get their class back.
+"""Give modules of other models a subclass of their class, and restore their class.
 
-Adapters that switch modules so derive the mixin of their subclasses from :class:`Swapped`, and take
-:func:`undo_obstacle` and :func:`undo` as theirs.
+Adapters that work this way derive the mixin of their subclasses from :class:`Swapped`, and use :func:`undo_obstacle`
+and :func:`undo`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from gossamer.integrations import surgery
 
 
 class Swapped:
-    """The mixin that marks a subclass as gossamer's; it stands right before the class that the module had.
+    """The mixin that marks a subclass as gossamer's; it comes directly before the module's original class.
 
-    Instances are pickled by that class, since the subclass is made when it is needed.
+    Instances are pickled with the original class, since the subclass is created on demand.
     """
 
     @staticmethod
     def class_of(theirs: type) -> type | None:
-        """The subclass by which gossamer computes a class, or None where there is none."""
+        """The subclass with which gossamer computes a class, or None."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -35,7 +35,7 @@ def _make(mixin: type[Swapped], theirs: type) -> nn.Module:
 
 
 def original(cls: type) -> type:
-    """The class below one that gossamer made; any other class itself."""
+    """The original class of a class that gossamer created; any other class itself."""
     return cls.__mro__[cls.__mro__.index(Swapped) + 1] if Swapped in cls.__mro__ else cls
 
 
@@ -50,7 +50,7 @@ def survey(
 
 
 def switch(module: nn.Module, adapter: str, mixin: type[Swapped]) -> None:
-    """Give the module the subclass of its class, and note that ``adapter`` did."""
+    """Give the module the subclass of its class, and record ``adapter`` as the adapter that did."""
     surgery.mark(module, adapter)
     module.__class__ = mixin.class_of(type(module)) or type(module)
 

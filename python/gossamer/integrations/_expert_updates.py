@@ -1,4 +1,4 @@
-"""Low-rank updates of the matrices of an experts module, of one adapter or of one for each token."""
+"""Low-rank updates of an experts module's matrices, by one adapter or by one adapter per token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def adapter_slots(
 ) -> Dispatch:
     """The slots ``(T, K)`` sorted by adapter and expert, group ``adapter·E + expert``.
 
-    Tokens without an adapter, −1 in ``adapter_ids (T,)``, and ids from E on are dropped.
+    Tokens without an adapter (−1 in ``adapter_ids (T,)``) and ids of E and above are dropped.
     """
     groups, adapter = num_adapters * num_experts, adapter_ids.unsqueeze(1)
     slots = adapter * num_experts + top_k_index
@@ -30,8 +30,8 @@ class ExpertUpdate:
 
     Attributes:
         a: ``(G, r, C)``.
-        b: ``(G, N, r)``, with the scale in it.
-        dispatch: the slots by group, or None where the groups are the experts.
+        b: ``(G, N, r)``, with the scale included.
+        dispatch: the slots by group, or None if the groups are the experts.
     """
 
     a: torch.Tensor
@@ -40,11 +40,13 @@ class ExpertUpdate:
 
     @property
     def fusible(self) -> bool:
-        """Whether :func:`gossamer.expert_mlp` takes the update: one adapter, of a rank within its matrix."""
+        """Whether :func:`gossamer.expert_mlp` can compute the update: one adapter whose rank does not exceed its
+        matrix.
+        """
         return self.dispatch is None and self.a.shape[1] <= min(self.a.shape[2], self.b.shape[1])
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair that :func:`gossamer.expert_mlp` takes beside an ``x`` of ``dtype``."""
+        """The pair of factors that :func:`gossamer.expert_mlp` takes with an ``x`` of ``dtype``."""
         keep = self.a.dtype == self.b.dtype and self.a.dtype in (dtype, torch.float32)
         return (self.a, self.b) if keep else (self.a.to(dtype), self.b.to(dtype))
 

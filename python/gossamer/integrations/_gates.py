@@ -1,4 +1,4 @@
-"""Recognising which fused activation an experts module of transformers computes between its two products."""
+"""Recognise the fused activation that a transformers experts module computes between its two products."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class Gate:
 
 
 class _Term:
-    """A value that records how it is computed. Operations that no formula of the table needs raise an error.
+    """A symbolic value that records how it is computed. Operations that no formula of the table needs raise an error.
 
-    Factors and summands are sorted, the names of attributes apart, so that a formula has one text.
+    Factors and summands are sorted, ignoring attribute names, so that each formula has a unique text.
     """
 
     __hash__ = None
@@ -152,7 +152,7 @@ class _GateUp:
 
 
 class _Self:
-    """Stands in for the experts module: its activation function, and any attribute by its name."""
+    """Replaces the experts module: provides its activation function, and a term for every attribute."""
 
     __slots__ = ()
 
@@ -202,10 +202,10 @@ _gates: dict[type, Gate] = {}
 
 @torch.compiler.assume_constant_result
 def gate_of(cls: type) -> Gate:
-    """What ``cls._apply_gate`` computes, read once a class by calling it with terms instead of tensors.
+    """The formula of ``cls._apply_gate``, found once per class by calling it with symbolic terms instead of tensors.
 
-    Its formula is looked up in the table; one that is not there, or that does anything else than arithmetic on gate,
-    up, ``act_fn`` and attributes, is ``"custom"``.
+    The formula is looked up in the table. If it is missing there, or the function does anything except arithmetic on
+    gate, up, ``act_fn`` and attributes, the kind is ``"custom"``.
     """
     function = cls._apply_gate
     gate = _gates.get(cls)
@@ -219,7 +219,7 @@ def gate_of(cls: type) -> Gate:
 
 
 def _act_name(act_fn: object) -> str | None:
-    """Name of the ungated activation that ``act_fn`` is, or None."""
+    """Name of the ungated activation equal to ``act_fn``, or None."""
     name = activation_name(act_fn)
     # A hook must see the activation, which a fused kernel never writes.
     if name is not None or not isinstance(act_fn, nn.Module) or hooked(act_fn):
@@ -228,7 +228,7 @@ def _act_name(act_fn: object) -> str | None:
 
 
 def gated_activation(act_fn: object) -> Activation | None:
-    """The fused activation that ``act_fn(gate)·up`` is, or None."""
+    """The fused activation equal to ``act_fn(gate)·up``, or None."""
     name = _GATED.get(_act_name(act_fn))
     return None if name is None else Activation(name)
 
@@ -238,13 +238,14 @@ def _number(value: object) -> bool:
 
 
 def fused_activation(experts: nn.Module) -> tuple[Activation | None, bool, str]:
-    """The fused activation an experts module computes now.
+    """The fused activation that an experts module currently computes.
 
     Args:
         experts: an instance of a class decorated with ``use_experts_implementation``.
 
     Returns:
-        ``(activation, interleaved, reason)``; ``activation`` is None where no fused one fits, and ``reason`` says why.
+        ``(activation, interleaved, reason)``; ``activation`` is None if no fused activation matches, and ``reason``
+        says why.
     """
     if getattr(experts, "has_post_expert_norm", False):
         return None, False, "a norm follows each expert"

@@ -1,4 +1,4 @@
-"""Which linear layers of models the products can read."""
+"""Which linear layers of a model gossamer's products support."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def plain(tensor: torch.Tensor | None) -> bool:
-    """Whether the tensor is absent or one that the kernels read: no wrapper, and a float on their devices."""
+    """Whether the tensor is None or readable by the kernels: a plain float tensor on a supported device."""
     return tensor is None or (
         not is_traceable_wrapper_subclass(tensor)
         and tensor.device.type in ("cpu", "cuda", "meta")
@@ -22,5 +22,5 @@ def plain(tensor: torch.Tensor | None) -> bool:
 
 
 def plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is the product of its weight, and nothing else."""
+    """Whether calling the module computes the product with its weight and nothing else."""
     return type(module) in LINEAR and not hooked(module) and plain(module.weight) and plain(module.bias)

@@ -6,7 +6,8 @@ import dataclasses
 
 from peft.tuners.lora.config import LoraConfig
 
-# What LoraConfig may set. The last two lines change no layer's forward pass: they choose layers or initial values.
+# Supported options of LoraConfig. The last two lines do not affect a forward pass: they choose layers or initial
+# values.
 SUPPORTED = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
     *("rank_pattern", "alpha_pattern", "target_parameters", "bias", "modules_to_save", "trainable_token_indices"),
@@ -18,10 +19,10 @@ SUPPORTED = (
 
 
 def check_config(adapter_name: str, config: object) -> None:
-    """An adapter's config must set no option that gossamer does not compute.
+    """Check that an adapter's config sets only supported options.
 
     Raises:
-        ValueError: naming the adapter and each such option.
+        ValueError: with the adapter's name and each unsupported option.
     """
     if type(config) is not LoraConfig:
         kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with their forward pass on gossamer's operators; parameters, names and methods stay PEFT's."""
+"""PEFT's LoRA layers with a forward pass on gossamer's operators; parameters, names and methods remain PEFT's."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def base_obstacle(base: nn.Module) -> str | None:
 def _requests(
     names: tuple[str, ...], known: tuple[str, ...], repeats: int, device: torch.device, inference: bool
 ) -> tuple[torch.Tensor, Dispatch]:
-    """The adapter of each row, ``repeats`` rows a request, and the rows sorted by it.
+    """The adapter of each row, with ``repeats`` rows per request, and the rows sorted by adapter.
 
-    ``inference`` says whether the tensors are made in inference mode, which autograd does not take.
+    ``inference``: whether the tensors are created in inference mode, which autograd does not accept.
     """
     index = {name: position for position, name in enumerate(known)}
     ids = torch.tensor([index.get(name, -1) for name in names]).repeat_interleave(repeats).to(device)
@@ -80,7 +80,7 @@ def _requests(
 
 
 def _stack(parts: list[torch.Tensor], rank: int, dim: int) -> torch.Tensor:
-    """Factors side by side, each as wide as the largest rank."""
+    """The stacked factors, each padded to the largest rank."""
     padding = [0, 0] * (-dim - 1)
     return torch.stack([F.pad(part, (*padding, 0, rank - part.shape[dim])) for part in parts])
 
@@ -94,13 +94,15 @@ class _Tuner:
     """What the layers share: which adapters a call uses, and batches that mix them.
 
     Attributes:
-        gossamer_names: the adapter of each request of the running call, where it mixes them.
+        gossamer_names: the adapter of each request of the running call, if it mixes adapters.
     """
 
     gossamer_names = Slot()
 
     def register_forward_pre_hook(self, hook: Callable, **options: object) -> object:
-        """Turn the hook by which PEFT names adapters, shared by all threads, into names that belong to the call."""
+        """Replace the hook with which PEFT passes adapter names, which all threads share, by names that belong to the
+        call.
+        """
         if isinstance(hook, functools.partial) and hook.func is _adapter_names_pre_forward_hook:
             self.gossamer_names.assign(hook.keywords["adapter_names"])
             return RemovableHandle(OrderedDict())
@@ -115,7 +117,7 @@ class _Tuner:
         return super()._replicate_for_data_parallel()
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
-        """As PEFT's; refuses what gossamer does not compute before anything is added."""
+        """As in PEFT; raises an error for unsupported options before anything is added."""
         if (config := kwargs.get("config")) is not None:
             check_config(adapter_name, config)
         super().update_layer(adapter_name, *args, **kwargs)
@@ -130,14 +132,14 @@ class _Tuner:
         return names
 
     def _watched(self, name: str) -> bool:
-        """Whether calling a factor of the adapter, or its dropout, does more than its class's forward."""
+        """Whether calling a factor of the adapter, or its dropout, does more than the forward of its class."""
         parts = [part[name] for part in (self.lora_A, self.lora_B, self.lora_dropout) if name in part]
         return any(isinstance(part, nn.Module) and hooked(part) for part in parts)
 
     def _mixed_bank(
         self, names: list[str], factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The adapters that a batch meets, their stacked factors, scales and ranks; None when it meets none here."""
+        """The adapters of a batch in this layer, their stacked factors, scales and ranks; None if there are none."""
         known = tuple(sorted({name for name in names if name in factors}))
         if not known:
             return None
@@ -156,12 +158,12 @@ class _Tuner:
 
 @functools.lru_cache(maxsize=64)
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, inference: bool) -> torch.Tensor:
-    """The values as a tensor, cached, because every copy to a GPU waits for it."""
+    """The values as a tensor, cached because every copy to a GPU waits for the GPU."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _factors(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors in a dtype that the operators take beside ``x``: its own or float32."""
+    """The factors in a dtype that the operators accept with ``x``: its dtype or float32."""
     if a.dtype == b.dtype and a.dtype in (x.dtype, torch.float32) and x.dtype != torch.float64:
         return a, b
     return a.to(x.dtype), b.to(x.dtype)
@@ -233,7 +235,7 @@ class LinearMixin(_Tuner):
         else:
             bias, dropout = self._bias(active, x.dtype), self._dropout(active[0])
             y = low_rank_linear(x, weight, a, b, scale=scale, bias=bias, dropout=dropout)
-        # bitsandbytes gives back the dtype it was given, under autocast too.
+        # bitsandbytes returns the dtype of its input, under autocast too.
         return y.to(given) if isinstance(weight, NF4Weight) else y
 
     def _dora(
@@ -279,7 +281,9 @@ class LinearMixin(_Tuner):
         factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
         foreign: bool,
     ) -> torch.Tensor:
-        """The base layer's ``y`` with each request's update; ``foreign`` where the layer itself was called for it."""
+        """The base layer's ``y`` with each request's update; ``foreign`` if ``y`` came from calling the layer
+        itself.
+        """
         found = self._mixed_bank(names, factors)
         if found is None:
             return y
@@ -288,7 +292,7 @@ class LinearMixin(_Tuner):
         if len(rates) > 1:
             raise ValueError(f"lora_dropout must be one value for the adapters of a mixed batch, got {sorted(rates)}")
         if foreign and (hooked(self.base_layer) or (y._is_view() and torch.is_grad_enabled())):
-            # Other code may hold the result, or autograd may forbid changing it in place.
+            # Other code may hold the result, or autograd may not allow changing it in place.
             y = y.clone()
         repeats = y.shape[:-1].numel() // max(len(names), 1)
         ids, routing = _requests(tuple(names), known, repeats, x.device, torch.is_inference_mode_enabled())
@@ -323,7 +327,7 @@ class EmbeddingMixin(_Tuner):
         return y.to(dtype)
 
     def _scaled(self, update: torch.Tensor, scale: float) -> torch.Tensor:
-        """``update`` times the scale, and times that of base layers which scale their output themselves."""
+        """``update`` times the scale, and times the scale of base layers that scale their own output."""
         update, embed_scale = update * scale, self._get_embed_scale()
         return update if embed_scale is None else update * embed_scale.to(update.dtype)
 
@@ -387,7 +391,7 @@ class ExpertsMixin(_Tuner):
         return f"its {type(base).__name__} has hooks" if hooked(base) else experts_obstacle(base)
 
     def _check_forward_args(self, x: torch.Tensor, *args: object, **kwargs: object) -> None:
-        """PEFT's ParamWrapper mixes no adapters in a batch; here the rows of a request lie one behind the other."""
+        """PEFT's ParamWrapper does not mix adapters in a batch; here the rows of a request are adjacent."""
         names = kwargs.get("adapter_names")
         if names is not None and self.merged:
             raise ValueError("adapter_names must be None while adapters are merged: call unmerge_adapter() first")
@@ -441,7 +445,7 @@ class ExpertsMixin(_Tuner):
         return low_rank_linear(x, base.weight, *_factors(x, a, b), scale=1.0, bias=base.bias)
 
     def _update(self) -> ExpertUpdate | None:
-        """The active adapters' updates as one, their ranks side by side."""
+        """The active adapters' updates as one update, with their ranks concatenated."""
         active = self._active()
         if not active:
             return None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SwitchedModule:
-    """One module that gossamer computes now.
+    """A module that gossamer now computes.
 
     Attributes:
         name: its path in the model.
         class_name: of the module.
         fused: whether the whole layer is one operator.
-        detail: the fused activation or operator, or why the general way is taken.
+        detail: the fused activation or operator, or the reason for not fusing.
     """
 
     name: str
@@ -24,7 +24,7 @@ class SwitchedModule:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """One module left alone, and why."""
+    """A module left unchanged, and the reason."""
 
     name: str
     class_name: str
@@ -139,9 +139,9 @@ class Compression:
     """What :func:`gossamer.compress_embeddings` did.
 
     Attributes:
-        method: by its name.
-        tables: all layers that count in the budget, those too that stay as they were.
-        skipped: layers that are no part of it, and why.
+        method: name of the method.
+        tables: all layers that count in the budget, including unchanged ones.
+        skipped: layers that do not count, with reasons.
     """
 
     method: str

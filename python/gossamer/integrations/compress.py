@@ -1,4 +1,4 @@
-"""Embedding layers of any model under one budget in bytes."""
+"""Compress the embedding layers of any model to a common budget in bytes."""
 
 from __future__ import annotations
 
@@ -41,20 +41,21 @@ from gossamer.nn.embeddings.table_batched import feature_lists
 from gossamer.ops.gather_reduce import check_offsets
 
 ADAPTER = "compress"
-# A share of the budget that may be left over; bisecting the share of each table ends below it.
+# Unused fraction of the budget at which bisecting the share of each table stops.
 _SLACK = 1e-4
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a table is made of an embedding layer.
+    """How an embedding layer is turned into a table.
 
     Attributes:
         kind: its class.
-        from_table: what makes it from trained weights, ``(weight, nbytes=..., **options)``; None where it starts anew.
-        needs: names of options that it cannot do without; ``frequencies`` are handed on by the table's name.
-        sized: whether ``kind.from_budget`` says on the device meta what a budget gives. Otherwise every table gets the
-            same share of its bytes.
+        from_table: constructor from trained weights, ``(weight, nbytes=..., **options)``; None if the table starts from
+            new values.
+        needs: names of required options; ``frequencies`` are looked up by the table's name.
+        sized: whether ``kind.from_budget`` on the meta device gives the size for a budget. Otherwise every table gets
+            the same share of its bytes.
     """
 
     kind: type[Table]
@@ -84,7 +85,7 @@ METHODS = {
 
 
 class _InPlace(nn.Module):
-    """A table in place of another layer, whose sizes it tells."""
+    """A table that replaces another layer and has its sizes."""
 
     table: Table
 
@@ -100,7 +101,7 @@ class _InPlace(nn.Module):
 
 
 class TableLookup(_InPlace):
-    """A table in place of ``torch.nn.Embedding``: calling it looks ids up.
+    """A table that replaces ``torch.nn.Embedding``: calling it looks up ids.
 
     Args:
         table: any :class:`gossamer.nn.Table`.
@@ -120,11 +121,11 @@ class TableLookup(_InPlace):
 
 
 class TableBags(_InPlace):
-    """A table in place of ``torch.nn.EmbeddingBag``, with its arguments' names and its padding.
+    """A table that replaces ``torch.nn.EmbeddingBag``, with the same argument names and padding.
 
     Args:
         table: any :class:`gossamer.nn.Table`; with ``padding_idx`` one with ``include_last_offset``.
-        padding_idx: an id that adds nothing to a bag, is not counted by a mean, and gets no gradient.
+        padding_idx: an id that adds nothing to a bag, does not count in a mean, and gets no gradient.
         include_last_offset: whether offsets hold the end of the last bag too.
     """
 
@@ -143,7 +144,7 @@ class TableBags(_InPlace):
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Bags ``(B, D)``, as the layer gave them."""
+        """Bags ``(B, D)``, as in the replaced layer."""
         if self.padding_idx is None:
             return self.table(input, offsets, per_sample_weights)
         if input.dim() == 2:
@@ -153,7 +154,7 @@ class TableBags(_InPlace):
         ids = input.reshape(-1)
         if ids.is_cpu and not is_compiling():
             check_offsets(ids, offsets)
-        # Padding goes behind the last bag: no size depends on how much there is.
+        # Padding is moved after the last bag, so that no size depends on its amount.
         padding = ids == self.padding_idx
         order = padding.to(torch.uint8).argsort(stable=True)
         before = torch.cat([offsets.new_zeros(1), (~padding).cumsum(0).to(offsets.dtype)])
@@ -162,12 +163,12 @@ class TableBags(_InPlace):
 
 
 class SeparateTables(nn.Module):
-    """Tables of their own in place of :class:`gossamer.nn.TableBatchedEmbeddingBags`: the same call and result.
+    """Separate tables that replace a :class:`gossamer.nn.TableBatchedEmbeddingBags`, with the same call and result.
 
-    Where offsets lie on a GPU, a call reads F+1 of them on the host.
+    If offsets are on a GPU, a call reads F+1 of them on the host.
 
     Args:
-        layer: whose tables, features and weights these are.
+        layer: the layer to replace.
 
     Attributes:
         tables: a bag for each table of the layer.
@@ -183,7 +184,7 @@ class SeparateTables(nn.Module):
         )
 
     def own(self) -> None:
-        """Give the bags that are still dense weights of their own, so that the layer's storage can go."""
+        """Give the bags that are still dense their own weights, so that the layer's storage can be freed."""
         for table in self.tables:
             if isinstance(table, EmbeddingBag):
                 table.weight.data = table.weight.data.clone()
@@ -211,7 +212,7 @@ class SeparateTables(nn.Module):
 
 
 def _separate(model: nn.Module) -> dict[str, tuple[nn.Module, SeparateTables]]:
-    """By its path each group of tables that can be taken apart, and its tables; the model stays as it is."""
+    """Each group of tables that can be separated, by its path, and its separate tables; the model is not changed."""
     return {
         name: (layer, SeparateTables(layer))
         for name, layer in model.named_modules()
@@ -288,7 +289,7 @@ class _Field:
 
     @functools.cached_property
     def smallest(self) -> int:
-        """Bytes of the smallest table, as the refusal of a smaller one says."""
+        """Bytes of the smallest table, taken from the error for a smaller budget."""
         try:
             return self.table(1, device="meta").inference_nbytes()
         except ValueError as refusal:
@@ -297,7 +298,7 @@ class _Field:
             return int(size[1])
 
     def size(self, share: float) -> int:
-        """Bytes that a share of its own bytes gives: the smallest table at least, its own at most."""
+        """Bytes for a share of its own bytes, at least the smallest table and at most its own bytes."""
         nbytes = max(int(share * self.nbytes), self.smallest)
         if nbytes >= self.nbytes:
             return self.nbytes
@@ -315,21 +316,22 @@ def compress_embeddings(
     keep_original: bool = False,
     **options: object,
 ) -> Compression:
-    """Replace a model's embedding layers, in place, by tables that all together serve in ``budget`` of their bytes.
+    """Replace a model's embedding layers, in place, by tables that together take ``budget`` of their bytes when served.
 
-    Layers with fewer than ``min_rows`` rows, and those that the method would not make smaller, stay as they are and
-    count in full. The others get one share of their bytes each, the largest with which all together fit the budget.
-    A ``TableBatchedEmbeddingBags`` is taken apart into its tables, whose paths end in ``.tables.0`` and so on.
+    Layers with fewer than ``min_rows`` rows, and those that the method would not make smaller, stay unchanged and count
+    in full. All others get the same share of their bytes, the largest share with which everything fits the budget. A
+    ``TableBatchedEmbeddingBags`` is taken apart into its tables, whose paths end in ``.tables.0`` and so on.
 
     Args:
-        model: any module with ``torch.nn.Embedding`` or ``EmbeddingBag`` layers, ours, or TorchRec's collections of
-            them that are not sharded.
+        model: any module with ``torch.nn.Embedding`` or ``EmbeddingBag`` layers, gossamer's, or unsharded TorchRec
+            collections of them.
         method: a name of ``gossamer.integrations.compress.METHODS``.
         budget: bytes of all tables when served, codes and maps included, over those of the layers now; in ``(0, 1]``.
-        frequencies: how often each id occurs, ``(N,)``, by the layer's path in the model; for methods that ask for it.
-        min_rows: layers of fewer rows are left as they are.
+        frequencies: number of occurrences of each id, ``(N,)``, by the layer's path in the model; for methods that need
+            it.
+        min_rows: layers with fewer rows are left unchanged.
         field_options: options of the class by the layer's path, such as ``clusters``.
-        keep_original: whether the layers stay with their tables in memory, for :func:`gossamer.restore`.
+        keep_original: whether to keep the original layers in memory, for :func:`gossamer.restore`.
         **options: of the table's class, for all layers.
 
     Returns:
@@ -337,9 +339,9 @@ def compress_embeddings(
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: the method is unknown or lacks an option; ``budget`` is not in ``(0, 1]``, or less than the method
-            can reach, and the message says what it can; ``frequencies`` do not fit; there is no layer to compress.
-            Nothing is changed then.
+        ValueError: the method is unknown or lacks an option; ``budget`` is not in ``(0, 1]``, or is less than the
+            method can reach (the message gives the smallest budget); ``frequencies`` do not fit; there is no layer to
+            compress. Nothing is changed then.
     """
     surgery.check_model(model)
     if not isinstance(method, str) or method not in METHODS:
@@ -377,7 +379,7 @@ def compress_embeddings(
         if missing := [need for need in how.needs if need not in own]:
             raise ValueError(f"method {method!r} needs {', '.join(missing)} for {name!r}")
         if isinstance(module, nn.EmbeddingBag):
-            # A wrapper that leaves padding out gives the table all offsets.
+            # A wrapper that removes padding passes all offsets to the table.
             last = module.include_last_offset or module.padding_idx is not None
             own |= {"mode": module.mode, "include_last_offset": last}
         optimizer = getattr(module, "optimizer", None)
@@ -415,7 +417,7 @@ def _weight_nbytes(module: nn.Module) -> int:
 
 
 def _allot(fields: list[_Field], wanted: int) -> dict[_Field, int] | None:
-    """Bytes of each table that becomes smaller, for ``wanted`` in all; None where all the smallest are more."""
+    """Bytes of each table that becomes smaller, for ``wanted`` in total; None if even the smallest tables exceed it."""
 
     def total(share: float) -> int:
         return sum(field.size(share) for field in fields)
@@ -431,14 +433,14 @@ def _allot(fields: list[_Field], wanted: int) -> dict[_Field, int] | None:
     allotted = {}
     for field, nbytes in sorted(sizes.items(), key=lambda item: -item[0].nbytes):
         if nbytes < field.nbytes:
-            # What rounding leaves over goes to the largest first.
+            # The remainder of rounding goes to the largest tables first.
             allotted[field] = min(nbytes + spare, field.nbytes - 1)
             spare -= field.table(allotted[field], device="meta").inference_nbytes() - nbytes
     return allotted
 
 
 def _placed(module: nn.Module, table: Table, named: set[nn.Module]) -> nn.Module:
-    """What takes the place of a layer: the table itself where it is called as the layer is."""
+    """The replacement of a layer: the table itself if it has the same call as the layer, else a wrapper."""
     if not isinstance(module, nn.EmbeddingBag):
         return TableLookup(table, module.padding_idx)
     if module.padding_idx is None and module not in named:
@@ -479,5 +481,5 @@ def undo_obstacle(module: nn.Module, before: nn.Module | None) -> str | None:
 
 
 def undo(module: nn.Module, before: nn.Module) -> nn.Module:
-    """The layer that the table took the place of."""
+    """The layer that the table replaced."""
     return before

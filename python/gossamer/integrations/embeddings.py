@@ -1,4 +1,4 @@
-"""Embedding layers of any model, computed by gossamer: modules of ``torch.nn`` become ours where they stand."""
+"""Embedding layers of any model, computed by gossamer: ``torch.nn`` modules get gossamer's classes in place."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
     """Turn every ``torch.nn.Embedding`` and ``EmbeddingBag`` inside ``model`` into gossamer's, in place.
 
     The module objects stay, with their parameters, ties, hooks and names: only their class changes, to a subclass with
-    another ``forward``. Instances of other classes derived from torch's are left alone and named.
+    another ``forward``. Instances of other classes derived from torch's are left unchanged and listed.
 
     Args:
         model: any module.
@@ -90,9 +90,9 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
 
 
 def restore(model: torch.nn.Module) -> bool:
-    """Undo :func:`replace`; whether there was something to undo.
+    """Undo :func:`replace`; return whether there was something to undo.
 
     Raises:
-        ValueError: a module has got another class since, as from a parametrization; nothing is undone.
+        ValueError: the class of a module was changed since, as by a parametrization; nothing is undone.
     """
     return surgery.undo(model, ADAPTER)

@@ -1,7 +1,7 @@
-"""Expert layers of transformers that ask for no experts implementation: each class by a forward of its own.
+"""Expert layers of transformers that do not use its experts interface: a forward for each class.
 
-A layer gets a subclass of its own class, which computes the same from the same parameters. Classes of which gossamer
-has no layout are named with the reason.
+A layer gets a subclass of its class that computes the same from the same parameters. Classes that gossamer does not
+support are listed with the reason.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["ADAPTER", "holds_layers", "survey", "swap", "undo", "undo_obstacle"]
 
 
 class _Layout(Swapped):
-    """What gossamer makes of a class of transformers, mixed in before it.
+    """The mixin that gossamer puts before a class of transformers.
 
     A subclass defines the methods that compute the layer.
 
     Attributes:
-        bypassed: paths of modules inside whose weights are read, while they themselves are not called.
-        inside: paths of modules inside that are switched with the layer.
+        bypassed: paths of inner modules whose weights are read without calling them.
+        inside: paths of inner modules that are switched together with the layer.
     """
 
     bypassed: ClassVar[tuple[str, ...]] = ()
@@ -46,7 +46,7 @@ class _Layout(Swapped):
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:
-        """Why this module cannot be computed, beyond what is asked of every one."""
+        """Why this module cannot be computed, in addition to the checks for every module."""
         return None
 
     @classmethod
@@ -57,7 +57,7 @@ class _Layout(Swapped):
     @staticmethod
     @functools.cache
     def class_of(theirs: type) -> type | None:
-        """The subclass by which gossamer computes a class, or None where it has no layout of it."""
+        """The subclass with which gossamer computes a class, or None if the class is not supported."""
         layout = LAYOUTS.get(_key(theirs))
         return None if layout is None else type(theirs.__name__, (layout, theirs), {"__module__": __name__})
 
@@ -79,7 +79,7 @@ def _feed_forward(
     weights: torch.Tensor,
     act_fn: Callable,
 ) -> torch.Tensor:
-    """``Σ_k weights · down · (act_fn(gate) · up)``, fused where the activation is known; in the dtype of ``x``."""
+    """``Σ_k weights · down · (act_fn(gate) · up)``, fused if the activation is known; in the dtype of ``x``."""
     dtype = compute_dtype(gate_up)
     rows = x.to(dtype)
     gate_up, down, weights = gate_up.to(dtype), down.to(dtype), _weights(weights, dtype)
@@ -92,7 +92,9 @@ def _feed_forward(
 
 
 class _JetMoeGating(_Layout):
-    """The chosen experts and their weights first, and what their callers record, the logits, in its place."""
+    """Returns the chosen experts and their weights first, and the logits, which callers record, in their usual
+    position.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, torch.Tensor]:
         logits = self.layer(hidden_states).float()
@@ -171,7 +173,7 @@ class _LongcatFlashExperts(_Layout):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        # Experts past the routed ones give back what they get.
+        # Experts after the routed ones return their input.
         experts = self.num_routed_experts
         routing = dispatch_ids(top_k_index, experts)
         gate_up = self.gate_up_proj[:experts]
@@ -181,7 +183,7 @@ class _LongcatFlashExperts(_Layout):
 
 
 class _Step3p7Experts(_Layout):
-    """Its layout is that of the classes that ask for an implementation, and without a limit so is its activation."""
+    """The layout equals that of the experts interface; so does the activation if there is no limit."""
 
     has_bias = is_transposed = False
 
@@ -199,7 +201,7 @@ class _Step3p7Experts(_Layout):
 
 
 class _Llama4Moe(_Layout):
-    """Scores weigh what experts get. An expert that is not chosen has score 0 and gives 0, so it is left out."""
+    """Scores scale the experts' inputs. An expert that is not chosen has score 0 and output 0, so it is skipped."""
 
     bypassed = ("experts",)
 
@@ -211,7 +213,7 @@ class _Llama4Moe(_Layout):
         x = hidden_states.reshape(-1, self.hidden_dim)
         scores, logits = self.router(x)
         ids = logits.topk(self.top_k, dim=1).indices
-        # Each slot is a token of its own, since its input is scaled by its score.
+        # Each slot is treated as a separate token, since its input is scaled by its score.
         rows = (x.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)).view(-1, self.hidden_dim)
         routing = dispatch(ids.view(-1, 1), self.num_experts)
         ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=x.device)
@@ -262,13 +264,13 @@ LAYOUTS: dict[tuple[str, str], type[_Layout]] = {
     ("step3p7", "Step3p7Experts"): _Step3p7Experts,
 }
 _SEPARATE = "its experts are modules of their own, whose weights form no stack"
-# Why a class of experts is left alone.
+# The reason why a class of experts is not supported.
 LEFT: dict[tuple[str, str], str] = {
     ("nllb_moe", "NllbMoeExperts"): _SEPARATE,
     ("switch_transformers", "SwitchTransformersExperts"): _SEPARATE,
     ("vitpose_backbone", "VitPoseNaiveMoe"): _SEPARATE,
 }
-# Layers that are switched with those that they are inside of.
+# Layers that are switched together with the layer that contains them.
 _INSIDE = {("jetmoe", "JetMoeTopKGating")}
 
 
@@ -316,7 +318,7 @@ def survey(model: nn.Module, strict: bool) -> surgery.Survey:
 
 
 def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
-    """Give the chosen layers the classes by which gossamer computes them."""
+    """Give the chosen layers gossamer's classes."""
     switched = []
     for name, module in found.chosen:
         layout = LAYOUTS[_key(type(module))]

@@ -1,8 +1,9 @@
 """Hugging Face transformers 5: gossamer as an expert-parallel implementation.
 
-Importing :mod:`gossamer.integrations.transformers` registers it where transformers has such a plug, as 5.24 does. Then
-``DistributedConfig(ep_size=..., ep_implementation="gossamer")`` exchanges one row a (token, rank) in place of one a
-(token, expert). It serves gossamer's experts (``experts_implementation="gossamer"``) and transformers' own.
+Importing :mod:`gossamer.integrations.transformers` registers it if transformers supports such implementations, as 5.24
+does. Then ``DistributedConfig(ep_size=..., ep_implementation="gossamer")`` exchanges one row per (token, rank) instead
+of one per (token, expert). It works with gossamer's experts (``experts_implementation="gossamer"``) and transformers'
+own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NAME = "gossamer"
 
 
 class _SpreadSlots(torch.autograd.Function):
-    """Rows ``(M, H)`` once for each of their slots, which lie row by row; the gradients of a row's slots are summed."""
+    """Repeats rows ``(M, H)`` once per slot, in row order; the gradients of a row's slots are summed."""
 
     @staticmethod
     def forward(ctx, rows, of_slot, offsets):
@@ -36,7 +37,7 @@ class _SpreadSlots(torch.autograd.Function):
 
 
 class GossamerEP(EPImplementation):
-    """Tokens to the ranks of their experts, once each, and back as weighted sums; see ``gossamer.parallel``.
+    """Sends each token once to each rank that holds its experts, and returns weighted sums; see ``gossamer.parallel``.
 
     The ranks of a tensor-parallel group share a batch: each sends its part of it, and the results are gathered.
     """
@@ -50,7 +51,7 @@ class GossamerEP(EPImplementation):
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """``Σ_k top_k_weights[t,k]·expert_{top_k_index[t,k]}(hidden_states[t])`` of the batch that is here."""
+        """``Σ_k top_k_weights[t,k]·expert_{top_k_index[t,k]}(hidden_states[t])`` of the local batch."""
         shared, whole = self.tp_mesh.size() > 1, hidden_states.shape
         if shared:
             hidden_states, top_k_index, top_k_weights = (
@@ -66,26 +67,26 @@ class GossamerEP(EPImplementation):
         )
         if not shared:
             return y
-        # Each rank has the gradient of the whole result and keeps that of its part.
+        # Each rank has the gradient of the whole result and keeps the part of its own rows.
         stride = (whole[1], 1)
         return DTensor.from_local(
             y.contiguous(), self.tp_mesh, [Shard(0)], run_check=False, shape=whole, stride=stride
         ).full_tensor()
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows for this rank of what the tensor-parallel group shares; gradients are gathered again."""
+        """This rank's rows of the batch that the tensor-parallel group shares; gradients are gathered again."""
         replicated = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
         return replicated.redistribute(self.tp_mesh, [Shard(0)]).to_local()
 
     def _compute(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int) -> torch.Tensor:
         if getattr(self.config, "_experts_implementation", None) == NAME:
             return self.experts_forward(rows, ids, weights).to(rows.dtype)
-        # Other implementations compute slots without an expert as well, so they get those with one alone.
+        # Other implementations also compute slots without an expert, so they are given only slots with an expert.
         present = ids < self.num_local_experts
         offsets = torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0))
         of_slot, slot = present.nonzero(as_tuple=True)
         if of_slot.numel() == 0:
-            # Their kernels take no empty batch, and the backward pass must reach this process's parameters.
+            # Their kernels do not accept an empty batch, and the backward pass must reach this process's parameters.
             one = rows.sum(0, keepdim=True)
             own = self.experts_forward(one, ids.new_zeros(1, 1, dtype=torch.int64), weights.new_ones(1, 1))
             return rows + 0 * own.to(rows.dtype) + 0 * weights.sum().to(rows.dtype)

@@ -1,7 +1,7 @@
 """flash-linear-attention's operators on the CPU: gossamer as a backend in that package's own registry.
 
-Its kernels are Triton's, and need an accelerator. Its registry (``fla.backends``) lets another package serve calls of
-``chunk_gated_delta_rule``, ``chunk_kda`` and the forward pass of ``fused_recurrent_kda``. ``chunk_delta_rule``,
+Its own kernels are written in Triton and need an accelerator. Its registry (``fla.backends``) lets another package
+compute ``chunk_gated_delta_rule``, ``chunk_kda`` and the forward pass of ``fused_recurrent_kda``. ``chunk_delta_rule``,
 ``fused_recurrent_delta_rule`` and ``fused_recurrent_gated_delta_rule`` are not open to backends: call
 :func:`gossamer.delta_rule` instead.
 """
@@ -16,13 +16,13 @@ import torch
 
 from gossamer.ops.delta_rule import delta_rule
 
-# What changes no value, and what is refused unless it is absent.
+# Arguments that do not affect values, and arguments that must be absent.
 _IRRELEVANT = {"chunk_size", "chunk_indices", "cu_seqlens_cpu", "disable_recompute", "safe_gate", "max_num_seqs"}
 _REFUSED = ("cp_context", "use_graph", "return_intermediate_states", "ssm_state_indices", "num_accepted_tokens")
 
 
 def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in a dtype that stands beside ``dtype`` in :func:`gossamer.delta_rule`."""
+    """The tensor in a dtype that :func:`gossamer.delta_rule` accepts together with ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
     return x if x.dtype in (dtype, wide) else x.to(wide)
 
@@ -54,7 +54,7 @@ class _Call(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
 
     def gate(self) -> dict[str, object]:
-        """The arguments of the gate, where ``g`` is raw."""
+        """The arguments of the gate, if ``g`` is raw."""
         if not self.use_gate_in_kernel:
             return {}
         dtype = self.q.dtype
@@ -88,7 +88,7 @@ class _Call(NamedTuple):
 
 
 def _options(entry_point: object, args: tuple, kwargs: dict) -> dict[str, object]:
-    """The arguments of a call by name, those that it leaves out as well."""
+    """The arguments of a call by name, including defaults."""
     bound = inspect.signature(entry_point).bind(*args, **kwargs)
     bound.apply_defaults()
     given = dict(bound.arguments)
@@ -96,7 +96,7 @@ def _options(entry_point: object, args: tuple, kwargs: dict) -> dict[str, object
 
 
 def _obstacle(given: dict[str, object]) -> str | None:
-    """Why gossamer does not serve a call, or None."""
+    """Why gossamer does not compute a call, or None."""
     if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in given.values()):
         return "gossamer serves tensors on the CPU"
     refused = [name for name in _REFUSED if given.get(name) not in (None, False)]
@@ -108,12 +108,12 @@ def _obstacle(given: dict[str, object]) -> str | None:
 
 @functools.cache
 def register() -> tuple[str, ...]:
-    """Have flash-linear-attention compute its gated delta rules on the CPU by gossamer, forward and backward.
+    """Make flash-linear-attention compute its gated delta rules on the CPU with gossamer, forward and backward.
 
-    Calls with tensors elsewhere go where they went before. The environment variable ``FLA_GOSSAMER=0`` turns this off.
+    Calls on other devices are not affected. The environment variable ``FLA_GOSSAMER=0`` turns this off.
 
     Returns:
-        The names of the operators that are served.
+        The names of the operators that gossamer computes.
 
     Raises:
         ImportError: flash-linear-attention (its package ``fla-core``) is not installed, or has no registry
@@ -134,7 +134,7 @@ def register() -> tuple[str, ...]:
         backend_type, env_var, priority = "gossamer", "FLA_GOSSAMER", 4
 
         def verify(self, function_name: str, *args: object, **kwargs: object) -> tuple[bool, str | None]:
-            """Whether a call is served, and why not."""
+            """Whether gossamer computes a call, and if not, why."""
             if function_name not in options:
                 return False, "gossamer serves whole operators"
             obstacle = _obstacle(options[function_name](args, kwargs))

@@ -1,8 +1,8 @@
-"""Quantised experts in the files of transformers: ``save_pretrained`` and ``from_pretrained`` keep them as they are.
+"""Quantised experts in transformers' files: ``save_pretrained`` and ``from_pretrained`` keep them quantised.
 
 Importing this module (``gossamer.integrations.transformers`` does) registers the quantisation method ``"gossamer"``
-with transformers. :func:`gossamer.quantize_experts` and :func:`gossamer.load_quantized_experts` name it in the config
-of a transformers model, which is saved with codes and scales from then on, and loaded without making floats of them.
+with transformers. :func:`gossamer.quantize_experts` and :func:`gossamer.load_quantized_experts` set it in the config of
+a transformers model, which is then saved with codes and scales, and loaded without converting them to floats.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
     loaded.
 
     Args:
-        format: what to quantise to, a format of :class:`gossamer.QuantizedExpertWeight`; None in files.
-        group_size: of ``int4``.
-        experts: what a file holds: by the path of each weight its ``format``, the shapes of its ``data`` and ``scale``,
-            and ``scale_dtype``.
+        format: the target format, one of :class:`gossamer.QuantizedExpertWeight`; None in files.
+        group_size: group size of ``int4``.
+        experts: description of a file's experts: for the path of each weight its ``format``, the shapes of its ``data``
+            and ``scale``, and ``scale_dtype``.
 
     Raises:
         ValueError: an unknown format, or neither a format nor experts.
@@ -84,7 +84,7 @@ def _described(model: nn.Module) -> QuantizedExpertsConfig:
 
 @register_quantizer(METHOD)
 class QuantizedExpertsQuantizer(HfQuantizer):
-    """Builds stacks of quantised experts before a checkpoint is read, and names their tensors in files."""
+    """Creates stacks of quantised experts before a checkpoint is read, and maps their tensors to names in files."""
 
     requires_calibration = False
 
@@ -143,7 +143,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        # transformers passes on what a config says, which may be a name.
+        # transformers passes the value of the config, which may be a name.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, stack in _stacks(model).items():
             parent, _, weight = path.rpartition(".")
@@ -167,7 +167,9 @@ class QuantizedExpertsQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True: transformers' Trainer accepts the model without adapters, for routers and attention can be trained."""
+        """True: transformers' Trainer accepts the model without adapters, since routers and attention can be
+            trained.
+        """
         return True
 
     @property
@@ -177,7 +179,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at this path, where the model may be a part of the one that the path belongs to, or contain it."""
+    """The module at this path; the model may be a part of the model to which the path belongs, or contain it."""
     modules = dict(model.named_modules())
     ends = (name for name in modules if name and (name.endswith(f".{path}") or path.endswith(f".{name}")))
     return modules.get(path) or modules.get(next(ends, None))
@@ -200,7 +202,7 @@ def keep_quantized_in_files(model: nn.Module) -> None:
         if other is not None and not isinstance(other, QuantizedExpertsQuantizer):
             part.save_pretrained = functools.partial(_refuse_to_save, str(other.quantization_config.quant_method))
             continue
-        # A part shares the config of the whole model, which comes first, and finds its experts by the ends of paths.
+        # A part shares the config of the whole model, which is visited first, and finds its experts by path suffixes.
         if id(part.config) not in described:
             described.add(id(part.config))
             part.config.quantization_config = _described(part)

@@ -2,9 +2,9 @@
 
 transformers writes each such layer (the gated delta nets of Qwen3-Next and its relatives, Kimi delta attention and its
 relatives) as a ``forward`` that calls functions of its own module: a chunked and a recurrent state update, a causal
-convolution and its one-step form. Where flash-linear-attention and causal-conv1d are not installed these are plain
-torch. The layer gets a subclass of its class whose ``forward`` is the same code, decorators included, with gossamer's
-functions under those names. Projections, norms, caches and hooks stay as they are.
+convolution and its one-step form. Without flash-linear-attention and causal-conv1d, these are plain torch. The layer
+gets a subclass of its class whose ``forward`` is the same code, including decorators, with gossamer's functions under
+those names. Projections, norms, caches and hooks stay unchanged.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def _update_state(
     cu_seqlens: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`gossamer.delta_rule` in the form that transformers calls; the state may be updated in place.
+    """:func:`gossamer.delta_rule` with the signature that transformers calls; the state may be updated in place.
 
-    Shapes are those of :func:`gossamer.delta_rule`. ``chunk_size`` is gossamer's own choice.
+    Shapes are those of :func:`gossamer.delta_rule`. ``chunk_size`` is ignored; gossamer chooses its own.
     """
     if cu_seqlens is None:
         cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -57,7 +57,7 @@ def _update_state(
         state = state.to(wide)
     one_token = query.shape[1] == 1 and output_final_state and cu_seqlens is None
     if one_token and state is not None and state.is_contiguous() and _no_gradient(query, key, value, g, beta, state):
-        # The caller hands over the cache's state and stores what it gets back there, so it may change in place.
+        # The caller passes the cache's state and stores the result there, so the state may change in place.
         o = delta_rule_step(
             query[:, 0], key[:, 0], value[:, 0], beta[:, 0], state, g=g[:, 0], use_qk_l2norm=use_qk_l2norm_in_kernel
         )
@@ -76,7 +76,7 @@ def _update_state(
 
 
 def _begins(seq_idx: torch.Tensor) -> torch.Tensor:
-    """``cu_seqlens`` of a batch of one from the number of the sequence of each position ``(1, T)``."""
+    """``cu_seqlens`` of a batch of one, from the sequence number of each position ``(1, T)``."""
     changes = (seq_idx[0].diff() != 0).nonzero().squeeze(1) + 1
     ends = torch.tensor([seq_idx.shape[1]], device=seq_idx.device)
     return torch.cat([ends.new_zeros(1), changes, ends])
@@ -103,7 +103,7 @@ def _convolve(
     cu_seqlens: torch.Tensor | None = None,
     **kwargs: object,
 ) -> torch.Tensor:
-    """:func:`gossamer.causal_conv1d` in the form that transformers calls.
+    """:func:`gossamer.causal_conv1d` with the signature that transformers calls.
 
     Args:
         hidden_states: ``(B, C, T)``.
@@ -111,7 +111,7 @@ def _convolve(
         bias: ``(C,)`` or None.
         activation: a name of transformers' ``ACT2FN`` or None.
         seq_idx: ``(1, T)``, the number of the sequence that each position of a pack belongs to; or None.
-        cu_seqlens: the same as begins and end, which come before ``seq_idx``.
+        cu_seqlens: the same as sequence boundaries; takes precedence over ``seq_idx``.
         **kwargs: ``cu_seq_lens_q`` is another name of ``cu_seqlens``.
     """
     if cu_seqlens is None:
@@ -168,7 +168,7 @@ def _convolve_step(
     return y.to(hidden_states.dtype)
 
 
-# What transformers' layers call, by the names that the functions have in their modules.
+# The functions that transformers' layers call, by their names in transformers' modules.
 _STATE_UPDATES = {
     "torch_chunk_gated_delta_rule": _update_state,
     "torch_recurrent_gated_delta_rule": _update_state,
@@ -193,14 +193,14 @@ def _calls(cls: type) -> set[str]:
 def _with_functions(function: Callable, functions: dict[str, Callable]) -> Callable | None:
     """``function`` with other functions under these global names; None where a decorator cannot be inspected.
 
-    Its decorators are rebuilt around it; each is found by the closure cell that holds what it wraps.
+    Its decorators are rebuilt around it; each is found through the closure cell that holds the wrapped function.
     """
     if not isinstance(function, types.FunctionType):
         return None
     scope, cells = function.__globals__, function.__closure__
     wrapped = function.__dict__.get("__wrapped__")
     if wrapped is None:
-        # torch.compile looks globals up in the module of that name, where it would find transformers' functions.
+        # torch.compile looks up globals in the module of that name, where it would find transformers' functions.
         scope = {name: value for name, value in scope.items() if name != "__name__"} | functions
     else:
         inner = _with_functions(wrapped, functions)

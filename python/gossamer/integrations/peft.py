@@ -1,11 +1,11 @@
 """PEFT: the LoRA layers of a ``PeftModel`` computed by gossamer, with PEFT's own modules, names, saving and loading.
 
-:func:`gossamer.replace` exchanges the class of each tuner layer for a subclass with another ``forward``, in place. What
-the layer holds stays PEFT's: adapters are added, switched, disabled, merged, saved and loaded by PEFT.
+:func:`gossamer.replace` exchanges the class of each tuner layer for a subclass with another ``forward``, in place. The
+layer's contents remain PEFT's: PEFT adds, switches, disables, merges, saves and loads adapters.
 
 Options of ``LoraConfig`` that are computed: ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora``, ``use_dora``,
-``lora_bias``, ``fan_in_fan_out``, ``rank_pattern``, ``alpha_pattern``, ``target_parameters``; and all that only say
-where adapters go or how they start: :data:`SUPPORTED`. Every other one is refused by name when it is set.
+``lora_bias``, ``fan_in_fan_out``, ``rank_pattern``, ``alpha_pattern``, ``target_parameters``; and all options that only
+choose layers or initial values: :data:`SUPPORTED`. Setting any other option raises an error that names it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LoraModel(peft_model.LoraModel):
         with contextlib.ExitStack() as stack:
             stack.enter_context(scope())
             if foreign is not None:
-                # PEFT passes names to these by hooks, which would run in the calls of all threads.
+                # PEFT passes names to these modules through hooks, which would run in the calls of all threads.
                 call = None if kwargs.get("adapter_names") is None else object()
                 message = (
                     f"a call with adapter_names must not overlap another call of the model: its {foreign} is PEFT's, "
@@ -88,7 +88,7 @@ _CLASSES: dict[type, type] = {
 
 
 def _quantized_classes() -> None:
-    """Add the layers over bitsandbytes' bases, whose module PEFT imports only where bitsandbytes is installed."""
+    """Add the layers over bitsandbytes' base layers; PEFT imports their module only if bitsandbytes is installed."""
     bnb = sys.modules.get("peft.tuners.lora.bnb")
     for name in ("Linear4bit", "Linear8bitLt"):
         theirs = getattr(bnb, name, None)
@@ -137,7 +137,9 @@ def _detail(layer: nn.Module) -> tuple[bool, str]:
 
 
 def survey(model: nn.Module, strict: bool) -> surgery.Survey:
-    """PEFT's tuner layers in ``model``; a ValueError for options, or under ``strict`` layers, not computed."""
+    """PEFT's tuner layers in ``model``; a ValueError for unsupported options, or under ``strict`` for unsupported
+    layers.
+    """
     surgery.check_model(model)
     _quantized_classes()
     _check_configs(model)
@@ -182,7 +184,7 @@ def undo(layer: nn.Module, before: None) -> nn.Module:
 def replace(model: nn.Module, *, strict: bool = True) -> Replacement:
     """Exchange the forward of every LoRA layer in ``model``; :func:`gossamer.replace` calls it for PEFT models.
 
-    Another call switches layers that were added since.
+    Call it again to switch layers that were added later.
 
     Args:
         model: a ``PeftModel``, or any module with PEFT's tuner layers inside.
@@ -209,11 +211,11 @@ def _adapters_of(module: nn.Module) -> set[str]:
 
 @contextlib.contextmanager
 def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
-    """Let each row of a batch meet its own adapter inside the ``with`` block, in training too.
+    """Apply to each row of a batch its own adapter inside the ``with`` block, in training too.
 
-    PEFT's ``adapter_names`` does that for inference alone. Here gradients reach every adapter of the batch, so several
-    train in one step: make them trainable with ``peft_model.base_model.set_adapter([...])``. With gradient
-    checkpointing the backward pass computes layers again, so it belongs inside the block. The names are those of the
+    PEFT's ``adapter_names`` does this for inference only. Here every adapter of the batch gets gradients, so several
+    adapters train in one step: make them trainable with ``peft_model.base_model.set_adapter([...])``. With gradient
+    checkpointing the backward pass recomputes layers, so it must be inside the block too. The names are those of the
     block's thread: other threads may run the model with other names, or none, at the same time.
 
     Args:

@@ -1,4 +1,4 @@
-"""Quantising the experts and linear layers of a model in place, and loading those that checkpoints hold quantised."""
+"""Quantise the experts and linear layers of a model in place, and load quantised ones from checkpoints."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight
 
 ADAPTER = "quantized"
 
-# What checkpoints call an expert's gate, up and down matrices.
+# Names of an expert's gate, up and down matrices in checkpoints.
 _EXPERT_NAMES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "up_proj": (("up_proj",), ("w3",)),
     "down_proj": (("down_proj",), ("w2",)),
 }
 
-# What compressed-tensors stores beside 4 bits with zero points of their own, or with columns in another order.
+# Tensors that compressed-tensors stores for 4 bits with separate zero points, or with reordered columns.
 _NOT_SYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
 
-# What models call the linear maps that choose experts.
+# Names of the linear maps that choose experts.
 _GATES = frozenset({"gate", "router"})
 
 
@@ -63,12 +63,12 @@ def _linears(model: nn.Module, chosen: bool | Callable[[str, nn.Linear], bool]) 
 
 
 def _width(weight_format: str, group_size: int) -> int:
-    """What the number of input columns must be a multiple of."""
+    """The number of which the input columns must be a multiple."""
     return {"int4": group_size, "mxfp4": MX_GROUP}.get(weight_format, 1)
 
 
 def _linear_obstacle(module: nn.Linear, uses: Counter, weight_format: str, group_size: int) -> str | None:
-    """Why a linear layer is left alone, or None."""
+    """Why a linear layer is left unchanged, or None."""
     if uses[id(module.weight)] > 1:
         return "its weight is another module's too"
     if module.weight.dtype not in (*FLOAT_DTYPES, torch.float64):
@@ -109,7 +109,7 @@ def hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
         del module._parameters[name]
     module.add_module(name, QuantizedExpertStack(weight))
     if type(module) is nn.Linear:
-        # In its place: hooks and whoever else holds the module keep it.
+        # Changed in place, so that hooks and other references to the module stay valid.
         module.__class__ = QuantizedLinear
     surgery.mark(module, ADAPTER)
 
@@ -125,7 +125,7 @@ def undo(module: nn.Module, before: None) -> nn.Module:
 
 
 def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | None:
-    """Why the module's weights cannot be quantised so, or None when they can."""
+    """Why the module's weights cannot be quantised to this format, or None when they can."""
     names, transposed = _weights(module)
     if type(module).__name__ == "LoRAExperts" and getattr(module, "dora", False):
         return "row lengths of DoRA need the weight itself"
@@ -152,28 +152,29 @@ def quantize_experts(
     strict: bool = True,
     include_linears: bool | Callable[[str, nn.Linear], bool] = False,
 ) -> Quantization:
-    """Replace the expert weights of a model by quantised ones, in place, one matrix after the other.
+    """Replace the expert weights of a model by quantised ones, in place, one matrix at a time.
 
     Works on :class:`gossamer.nn.Experts` (so :class:`gossamer.nn.MoE` and :class:`gossamer.nn.LoRAExperts`), on every
     other :class:`gossamer.nn.ExpertLayer` that names ``weight_stacks``, on :class:`gossamer.nn.MixtureOfAttention`, and
     on the experts modules of transformers models that use its experts interface, which :func:`gossamer.replace` then
-    computes. A parameter such as
-    ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and ``gate_up_proj.scale``; its floats are
-    freed. Routers, biases and everything else stay. Quantised experts are frozen; gradients of the activations, biases
-    and low-rank factors go through them. It cannot be undone. A model of transformers keeps them through
-    ``save_pretrained`` and ``from_pretrained``, which needs ``import gossamer.integrations.transformers``.
+    computes. A parameter such as ``gate_up_proj`` becomes a module with the buffers ``gate_up_proj.data`` and
+    ``gate_up_proj.scale``; the float weights are freed. Routers, biases and everything else stay unchanged. Quantised
+    experts are frozen, but gradients of activations, biases and low-rank factors pass through them. This cannot be
+    undone. A model of transformers keeps them through ``save_pretrained`` and ``from_pretrained``, which needs ``import
+    gossamer.integrations.transformers``.
 
     Args:
         model: any module with experts inside.
         format: ``"fp8"``, ``"fp8_block"``, ``"int8"``, ``"int4"`` or ``"mxfp4"``; see
             :class:`gossamer.QuantizedExpertWeight`.
         group_size: of ``int4``: 32, 64 or 128.
-        strict: whether a module that cannot be quantised is an error, and nothing is changed; otherwise it is left
-            alone and named in the report.
+        strict: whether a module that cannot be quantised is an error (then nothing is changed); otherwise it is left
+            unchanged and listed in the report.
         include_linears: whether the model's ``nn.Linear`` layers (attention, shared experts, the head) become
-            :class:`gossamer.nn.QuantizedLinear` of the same format, but for those called ``gate`` or ``router``, those
-            within a router and those of one output; or a function of a layer's path and the layer that says which.
-            Layers that cannot, such as a head whose weight is the embedding's, are left alone and named in the report.
+            :class:`gossamer.nn.QuantizedLinear` of the same format, except those called ``gate`` or ``router``, those
+            within a router and those with one output; or a function of a layer's path and the layer that returns
+            whether to quantise it. Layers that cannot be quantised, such as a head that shares the embedding's weight,
+            are left unchanged and listed in the report.
 
     Returns:
         What was quantised, with bytes before and after; ``print`` it.
@@ -196,7 +197,7 @@ def quantize_experts(
     )
     if found.skipped and strict:
         raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
-    # Before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
+    # This comes before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
     if found.chosen:
         compute_by_gossamer(model)
     done = []
@@ -232,7 +233,9 @@ def _infer_format(data: torch.Tensor, scale: torch.Tensor) -> str:
 def _per_expert(
     tensors: Mapping[str, torch.Tensor], prefix: str, name: str, num_experts: int, used: list[str]
 ) -> QuantizedExpertWeight | None:
-    """A stack made from separate quantised matrices of each expert, gate and up apart; None where there are none."""
+    """A stack made from separate quantised matrices of each expert, with gate and up separate; None if there are
+    none.
+    """
     for parts in _EXPERT_NAMES.get(name, ()):
         packed = f"{prefix}0.{parts[0]}.weight_packed" in tensors
         weight = "weight_packed" if packed else "weight"
@@ -253,7 +256,7 @@ def _per_expert(
                         f"tensors must hold experts of one shape and dtype: {keys[0]} is {tuple(values[0].shape)} "
                         f"{values[0].dtype}, {key} is {tuple(value.shape)} {value.dtype}"
                     )
-            # Through bytes, because torch does not stack every 8-bit type.
+            # Viewed as bytes, because torch does not stack every 8-bit type.
             if values[0].dtype.itemsize == 1:
                 return torch.stack([v.contiguous().view(torch.uint8) for v in values]).view(values[0].dtype)
             return torch.stack(values)
@@ -267,7 +270,7 @@ def _per_expert(
 
 
 def _pair(tensors: Mapping[str, torch.Tensor], used: list[str], first: str, second: str) -> tuple[torch.Tensor, ...]:
-    """Two tensors that are only meaningful together."""
+    """Two tensors that must both be present."""
     for name, other in ((first, second), (second, first)):
         if name not in tensors:
             raise ValueError(f"tensors must hold {name} beside {other}")
@@ -293,7 +296,7 @@ def _read(
 def load_quantized_experts(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
 ) -> Quantization:
-    """Give a model's experts the quantised weights that a checkpoint holds, without making floats of them.
+    """Load the quantised expert weights of a checkpoint into a model, without converting them to floats.
 
     The model's own expert weights may be on the meta device: they are dropped. For an experts module called ``P``, and
     each of its weights ``W`` (``gate_up_proj`` or ``up_proj``, and ``down_proj``), these names are known:
@@ -302,18 +305,19 @@ def load_quantized_experts(
       with such a ``weight`` become :class:`gossamer.nn.QuantizedLinear`;
     * ``P.quantized_data_W`` and ``P.quantized_scale_W``: its files, as ``save_pretrained`` of transformers writes them;
     * ``P.W_blocks`` and ``P.W_scales``: gpt-oss's mxfp4;
-    * ``P.W`` and ``P.W_scale_inv``: fp8 as transformers holds it;
+    * ``P.W`` and ``P.W_scale_inv``: fp8 in the layout of transformers;
     * ``P.e.gate_proj.weight`` with ``.weight_scale_inv`` or ``.weight_scale``, and so on for each expert e: fp8 as in
       DeepSeek-V3, in blocks, rows or matrices; ``w1``, ``w3``, ``w2`` are gate, up and down too;
     * ``P.e.gate_proj.weight_packed`` with ``.weight_scale``: symmetric int4 of compressed-tensors.
 
     Args:
         model: any module with experts inside, as in :func:`gossamer.quantize_experts`.
-        tensors: names as in the model's ``state_dict``; a mapping that reads from files will do.
-        device: where the stacks go; None for where they are.
+        tensors: tensors by their names in the model's ``state_dict``; may be a mapping that reads from files.
+        device: device of the stacks; None to leave them where they are.
 
     Returns:
-        What was loaded; ``used`` names the tensors, and the others are for ``load_state_dict(..., strict=False)``.
+        A report of what was loaded. ``used`` lists the tensors; load the others with ``load_state_dict(...,
+        strict=False)``.
 
     Raises:
         TypeError: ``model`` is not a module, or a tensor has another dtype than its format.

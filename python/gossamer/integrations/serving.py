@@ -25,17 +25,17 @@ def _first_tensor(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None
 
 
 class _Route:
-    """What a served module asks for the running call, and for its adapters' factors."""
+    """Gives a served module the running call and its adapters' factors."""
 
     def __init__(self, slot: Slot, path: str) -> None:
         self.slot, self.path = slot, path
         self.had_gradients = False
 
     def bank(self) -> tuple[Call | None, Bank | ExpertsBank | None]:
-        """The running call and the factors that it adds here; None and None outside of calls.
+        """The running call and the factors to add here; (None, None) outside calls.
 
         Raises:
-            ValueError: a backward pass computes the layer again, after the call whose requests it needs.
+            ValueError: a backward pass recomputes the layer, after the end of the call whose requests it needs.
         """
         call = self.slot.get()
         if call is None:
@@ -63,7 +63,7 @@ def _served_hook(
 
 
 def _note_rows(slot: Slot, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
-    """Learn the batch's rows from arguments that hold tokens; others, such as image patches, may have other rows."""
+    """Record the batch's rows from arguments that hold tokens; others, such as image patches, may have other rows."""
     if (call := slot.get()) is None:
         return
     for tensor in (_first_tensor(args, kwargs), *(kwargs.get(name) for name in _TOKENS)):
@@ -72,10 +72,10 @@ def _note_rows(slot: Slot, model: nn.Module, args: tuple, kwargs: dict[str, obje
 
 
 class ServedModel(nn.Module):
-    """A model that serves many LoRA adapters in one batch, each request by its own; made by :func:`serve_adapters`.
+    """A model that serves many LoRA adapters in one batch, one per request; made by :func:`serve_adapters`.
 
-    Threads may call one served model at the same time, while others add and remove adapters: which adapters a call has
-    belongs to the call.
+    Threads may call one served model at the same time, while others add and remove adapters: each call has its own
+    adapters.
 
     Attributes:
         model: the model itself. Called directly it computes without adapters.
@@ -96,7 +96,7 @@ class ServedModel(nn.Module):
             raise
 
     def _use(self, table: Table) -> None:
-        """Use this table in calls that begin from now on."""
+        """Use this table in calls that start from now on."""
         modules = dict(self.model.named_modules())
         for path, bank in table.banks.items():
             if f"{path}." in self._handles or path in self._replaced:
@@ -114,13 +114,13 @@ class ServedModel(nn.Module):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """What requests may name now."""
+        """The names that requests may currently use."""
         return self._table.names
 
     def add_adapters(self, adapters: Mapping[str, str | Path]) -> None:
-        """Serve more adapters, by new names. Calls that are running keep those they began with.
+        """Serve more adapters, under new names. Running calls keep the adapters they started with.
 
-        The factors of all adapters are laid out again, beside the old ones, which go when the last call of theirs ends.
+        The factors of all adapters are stored again; the old factors are freed when the last call that uses them ends.
 
         Args:
             adapters: as in :func:`serve_adapters`.
@@ -142,7 +142,7 @@ class ServedModel(nn.Module):
             self._use(make_table(modules, {**self._table.factors, **read}))
 
     def remove_adapters(self, names: Iterable[str]) -> None:
-        """Serve these adapters no longer. Calls that are running keep them to their end.
+        """Stop serving these adapters. Running calls keep them until they end.
 
         Raises:
             TypeError: ``names`` is a str, or holds something else.
@@ -190,17 +190,17 @@ class ServedModel(nn.Module):
     ) -> object:
         with self._running.call(), scope():
             self._slot.assign(self._begin(adapters, args, kwargs))
-            # An encoder may be called before the model is.
+            # An encoder may be called before the model.
             _note_rows(self._slot, self.model, args, kwargs)
             return function(*args, **kwargs)
 
     def forward(self, *args: object, adapters: Sequence[str | None], **kwargs: object) -> object:
-        """The model's output, each request by its own adapter.
+        """The model's output, computing each request with its own adapter.
 
         Args:
-            *args: of the model; the first tensor's first dimension is the batch.
+            *args: arguments of the model; the first tensor's first dimension is the batch.
             adapters: the name of each request's adapter, or None for none.
-            **kwargs: of the model.
+            **kwargs: arguments of the model.
 
         Raises:
             TypeError: ``adapters`` is a str or holds something else than str and None.
@@ -209,7 +209,7 @@ class ServedModel(nn.Module):
         return self._run(self.model, adapters, args, kwargs)
 
     def generate(self, *args: object, adapters: Sequence[str | None], **kwargs: object) -> object:
-        """The model's ``generate``, each request by its own adapter; its beams and returned sequences share it.
+        """The model's ``generate``, with one adapter per request, shared by its beams and returned sequences.
 
         Raises:
             TypeError: as :meth:`forward`.
@@ -218,7 +218,7 @@ class ServedModel(nn.Module):
         return self._run(self.model.generate, adapters, args, kwargs)
 
     def close(self) -> None:
-        """Take the adapters off the model again, once the calls that are running have ended; it is then as it was.
+        """Remove the adapters from the model once running calls have ended, which restores it.
 
         Raises:
             ValueError: called from inside a call, as by a streamer.
@@ -247,13 +247,13 @@ def _check_adapters(adapters: object) -> None:
 
 
 def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> ServedModel:
-    """Serve many LoRA adapters over one transformers model: every request of a batch names its own, or none.
+    """Serve many LoRA adapters over one transformers model: each request of a batch names its adapter, or none.
 
-    The adapters of a layer lie side by side, whatever their ranks, and a batch's rows are sorted by adapter once for
-    the whole model; each layer then adds ``scale·(x·Aᵀ)·Bᵀ`` of every row's adapter in one
+    The adapters of a layer are stored side by side, whatever their ranks, and a batch's rows are sorted by adapter once
+    for the whole model; each layer then adds ``scale·(x·Aᵀ)·Bᵀ`` of every row's adapter in one
     :func:`gossamer.multi_low_rank` (after Punica, Chen et al., 2023, and S-LoRA, Sheng et al., 2023). The model's
     weights are shared and unchanged. PEFT need not be installed. Threads may share the served model, and
-    :meth:`ServedModel.add_adapters` and :meth:`ServedModel.remove_adapters` work meanwhile.
+    :meth:`ServedModel.add_adapters` and :meth:`ServedModel.remove_adapters` work while calls run.
 
     >>> served = gossamer.serve_adapters(model, {"sql": "adapters/sql", "chat": "adapters/chat"})
     >>> served.generate(input_ids=ids, adapters=["chat", None, "sql"], max_new_tokens=32)

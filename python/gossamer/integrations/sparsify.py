@@ -36,8 +36,8 @@ class SparsifiedModule:
         name: its path in the model.
         shape: ``(O, I)``.
         block: ``(bm, bn)``.
-        blocks: how many are there.
-        places: how many there could be.
+        blocks: number of stored blocks.
+        places: number of blocks of the dense weight.
         parameters: of the layer, before and after.
         flops: of one row through the product, before and after.
     """
@@ -56,7 +56,7 @@ class Sparsification:
     """What :func:`gossamer.sparsify` did; ``print`` it.
 
     Attributes:
-        layers: those that are block-sparse now.
+        layers: the layers that are now block-sparse.
         skipped: linear layers left dense, and why.
         model_parameters: of the whole model, before and after.
     """
@@ -67,12 +67,12 @@ class Sparsification:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """Of the layers that became block-sparse, before and after."""
+        """Parameters of the layers that became block-sparse, before and after."""
         return tuple(sum(layer.parameters[i] for layer in self.layers) for i in (0, 1))
 
     @property
     def flops(self) -> tuple[int, int]:
-        """Of one row through each of them, before and after."""
+        """FLOPs of one row through each of these layers, before and after."""
         return tuple(sum(layer.flops[i] for layer in self.layers) for i in (0, 1))
 
     def __str__(self) -> str:
@@ -126,7 +126,7 @@ def _patterns(argument: str, given: str | Iterable[str] | None) -> list[str] | N
 def _targets(
     model: nn.Module, include: list[str] | None, exclude: list[str]
 ) -> tuple[dict[str, nn.Module], list[SkippedModule]]:
-    """The linear layers asked for by name, and those not asked for; raises for a pattern that names none."""
+    """The selected linear layers, and the others; raises an error for a pattern that matches none."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for argument, patterns in (("include", include or []), ("exclude", exclude)):
         for pattern in patterns:
@@ -182,7 +182,7 @@ def undo_obstacle(layer: nn.Module, before: None) -> str | None:
 
 
 def undo(layer: BlockSparseLinear, before: None) -> nn.Module:
-    """The dense layer of its blocks as they are now, with zeros between them."""
+    """The dense layer with the current blocks, and zeros elsewhere."""
     linear = layer.to_linear()
     linear.weight.requires_grad_(layer.values.requires_grad)
     if linear.bias is not None:
@@ -207,20 +207,20 @@ def sparsify(
 ) -> Sparsification:
     """Turn the linear layers of a model into :class:`gossamer.nn.BlockSparseLinear`, in place.
 
-    Each keeps its best blocks with their values, and its bias; the parameter ``weight`` becomes ``values``. Make an
-    optimizer afterwards. :meth:`gossamer.nn.BlockSparseLinear.to_linear` goes back to a dense layer, and
-    :func:`gossamer.restore` does so in the whole model: absent blocks are zeros then.
+    Each layer keeps its best blocks with their values, and its bias; the parameter ``weight`` becomes ``values``, so
+    create the optimizer afterwards. :meth:`gossamer.nn.BlockSparseLinear.to_linear` converts back to a dense layer with
+    zeros for missing blocks, and :func:`gossamer.restore` does so for the whole model.
 
     Args:
-        model: any module; it is changed. Nothing is changed where an error is raised.
+        model: any module; it is changed in place, unless an error is raised.
         density: share of the blocks that stay, in (0, 1].
         block: ``(bm, bn)``, each 16, 32, 64 or 128, or one size for both.
         include: names of layers, or patterns such as ``"layers.*.mlp.*"``; None for all linear layers.
-        exclude: likewise, left dense.
+        exclude: names or patterns of layers that stay dense.
         criterion: ``"magnitude"``, ``"magnitude_l1"`` or ``"random"``; see
             :meth:`gossamer.nn.BlockSparseLinear.from_linear`.
         distribution: ``"uniform"``, each layer at ``density``; ``"erk"``, small layers denser and all together at
-            ``density`` (see :func:`gossamer.nn.erk_densities`; layers that would be full stay as they are); or
+            ``density`` (see :func:`gossamer.nn.erk_densities`; layers that would be full stay unchanged); or
             ``"global"``, the best blocks of all layers together.
         generator: a CPU generator for ``"random"``.
 

@@ -246,7 +246,7 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
     Expert layers compute and keep buffers of :attr:`Dispatch.buffer_rows` rows, T·K by default. If many slots have no
     expert, give ``max_rows``: buffers then have one row per slot with an expert on the CPU, and ``max_rows`` rows on
     CUDA and in compiled code. On CUDA, slots beyond ``max_rows``, which are the last ones in the order of experts, are
-    dropped: ``offsets`` leave them out, they add nothing to any result and get zero gradient. ``(expert_ids <
+    dropped: ``offsets`` exclude them, they add nothing to any result and get zero gradient. ``(expert_ids <
     num_experts).sum() - offsets[E]`` counts them.
 
     Args:

@@ -1,7 +1,7 @@
-"""A home for code written against MegaBlocks (Gale et al., 2023): its layers, options and operators over gossamer's.
+"""MegaBlocks' layers, options and operators (Gale et al., 2023), implemented with gossamer.
 
-``from gossamer.integrations.megablocks.layers.dmoe import dMoE`` takes the place of
-``from megablocks.layers.dmoe import dMoE``, and so on. Parameters keep their names and layouts, so checkpoints load.
+``from gossamer.integrations.megablocks.layers.dmoe import dMoE`` replaces ``from megablocks.layers.dmoe import dMoE``,
+and so on. Parameters keep their names and layouts, so checkpoints load.
 
 A layer in training notes what its balance loss needs: one note a layer, replaced by its next call and gone with the
 layer, so nothing grows where a step forgets to clear. Within a step::

@@ -15,7 +15,7 @@ from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import gather_reduce
 
 _SORTED_DTYPES = (torch.int16, torch.int32, torch.int64)
-# A counting sort of that many keys beats a comparison sort; a table of more would be long.
+# Up to this many distinct keys, a counting sort is faster than a comparison sort; its table would be too long for more.
 _MAX_COUNTING_BITS = 12
 
 
@@ -26,14 +26,14 @@ def _check_integers(name: str, x: torch.Tensor) -> None:
 
 
 def sort(x: torch.Tensor, end_bit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort integers that are not negative by their lowest ``end_bit`` bits, stably.
+    """Stable sort of nonnegative integers by their lowest ``end_bit`` bits.
 
     Args:
         x: ``(R,)`` int16, int32 or int64.
         end_bit: bits to sort by; None for all.
 
     Returns:
-        The sorted values and where each was, both in the dtype of ``x``.
+        The sorted values and their original positions, both in the dtype of ``x``.
 
     Raises:
         TypeError: ``x`` is of another dtype.
@@ -55,7 +55,7 @@ def sort(x: torch.Tensor, end_bit: int | None = None) -> tuple[torch.Tensor, tor
 
 
 def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
-    """How often each of ``0 ... max_val - 1`` is in ``x``; other values are not counted.
+    """The number of occurrences of each of ``0 ... max_val - 1`` in ``x``; other values are not counted.
 
     Args:
         x: ``(R,)``, or ``(M, R)`` for one histogram per row; int16, int32 or int64.
@@ -74,7 +74,7 @@ def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
     rows = x.long() if x.dim() == 2 else x.long().unsqueeze(0)
     inside = (rows >= 0) & (rows < max_val)
     counts = torch.zeros(rows.shape[0], max_val + 1, dtype=torch.int32, device=x.device)
-    # What is out of range is counted apart, and cut off.
+    # Values out of range are counted separately, and dropped.
     counts.scatter_add_(1, rows.masked_fill(~inside, max_val), torch.ones_like(rows, dtype=torch.int32))
     counts = counts[:, :max_val]
     return counts if x.dim() == 2 else counts.squeeze(0)
@@ -107,12 +107,12 @@ def round_up(x: torch.Tensor, value: int) -> torch.Tensor:
 
 
 def repeat(x: torch.Tensor, tiling: tuple[int, ...]) -> torch.Tensor:
-    """``x.repeat(*tiling)``; ``x`` itself where that is one copy."""
+    """``x.repeat(*tiling)``; ``x`` itself for a single copy."""
     return x if all(times == 1 for times in tiling) else x.repeat(*tiling)
 
 
 def sum(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """``x.sum(dim)``; a view where that has one element."""
+    """``x.sum(dim)``; a view if the dimension has one element."""
     return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)
 
 
@@ -154,8 +154,8 @@ def topology(
         output_block_columns: block columns of one expert.
 
     Returns:
-        ``(output_block_rows · output_block_columns,)`` int32, so that no number of experts overflows it. Block rows
-        past the last expert name columns past the last.
+        ``(output_block_rows · output_block_columns,)`` int32, which does not overflow for any number of experts. Block
+        rows after the last expert have columns after the last.
 
     Raises:
         TypeError: ``padded_bins`` is not an index tensor.
@@ -172,7 +172,7 @@ def topology(
 
 
 def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: torch.Tensor | None) -> None:
-    """The arguments that all movers of rows have; ``x`` and integers of one device."""
+    """Check the arguments common to the functions that move rows: ``x`` and integers on one device."""
     check_floating("x", x)
     check_index("indices", indices)
     check_shape("indices", indices, (None,), "(R,)")
@@ -200,12 +200,12 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
 
 
 def _starts(bins: torch.Tensor) -> torch.Tensor:
-    """Where each bin begins, of ``bins (E,)`` that say where it ends."""
+    """The start of each bin, from ``bins (E,)``, which hold the ends."""
     return torch.cat([bins.new_zeros(1), bins[:-1]])
 
 
 def _padded_rows(bin_ids: torch.Tensor, bins: torch.Tensor, padded_bins: torch.Tensor) -> torch.Tensor:
-    """``(R,)`` int64: where each sorted row lies among padded ones."""
+    """``(R,)`` int64: the position of each sorted row among the padded rows."""
     experts = bin_ids.long()
     ranks = torch.arange(bin_ids.shape[0], device=bin_ids.device) - _starts(bins)[experts]
     return ranks + _starts(padded_bins)[experts]
@@ -244,8 +244,8 @@ def padded_gather(
         bins: ``(E,)``.
         padded_bins: ``(E,)``.
         top_k: slots per token.
-        output_rows: rows of the result, at least ``padded_bins[-1]``. None reads that number, for which the host waits
-            for the device.
+        output_rows: rows of the result, at least ``padded_bins[-1]``. None reads that number, and the host waits for
+            the device.
 
     Returns:
         ``(output_rows, D)``.
@@ -316,7 +316,7 @@ def scatter(
 
 
 def _binned_rows(bins: torch.Tensor, num_rows: int, bin_size: int) -> torch.Tensor:
-    """``(R,)`` int64: where each sorted row lies in ``(E, bin_size)`` places, or E·bin_size past its bin's size."""
+    """``(R,)`` int64: the position of each sorted row in ``(E, bin_size)``, or E·bin_size if it exceeds its bin."""
     row = torch.arange(num_rows, dtype=bins.dtype, device=bins.device)
     expert = torch.searchsorted(bins, row, right=True)
     known = expert.clamp(max=max(bins.shape[0] - 1, 0))

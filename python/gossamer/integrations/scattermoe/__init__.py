@@ -1,7 +1,7 @@
-"""A home for code written against ScatterMoE (Tan et al., 2024): its names and call shapes over gossamer's primitives.
+"""ScatterMoE's functions and layers (Tan et al., 2024), implemented with gossamer's primitives.
 
-``import gossamer.integrations.scattermoe as scattermoe`` takes the place of ``import scattermoe``; the submodules have
-the same names. Parameters keep their names and layouts, so state dicts load.
+``import gossamer.integrations.scattermoe as scattermoe`` replaces ``import scattermoe``; the submodules have the same
+names. Parameters keep their names and layouts, so state dicts load.
 """
 
 from gossamer.integrations.scattermoe import kernels, mlp, parallel_experts

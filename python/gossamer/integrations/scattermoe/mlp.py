@@ -15,7 +15,7 @@ from gossamer.ops.expert_mlp import expert_mlp
 
 
 class _FeedForward(nn.Module):
-    """Two :class:`ParallelExperts` with something between them.
+    """Two :class:`ParallelExperts` with an activation between them.
 
     Attributes:
         experts: from inputs to hidden.
@@ -73,7 +73,8 @@ class _FeedForward(nn.Module):
 
 
 class MLP(_FeedForward):
-    """E networks ``W2·act(W1·x)``. With ``nn.Identity()`` for activation and a rank for hidden size, a mixture of LoRA.
+    """E networks ``W2·act(W1·x)``. With ``nn.Identity()`` as activation and a rank as hidden size, it is a mixture of
+    LoRA.
 
     An activation that :func:`gossamer.expert_mlp` knows makes the whole layer one operator.
 
@@ -83,7 +84,7 @@ class MLP(_FeedForward):
         num_experts: E.
         top_k: k.
         bias: whether both products have biases.
-        activation: a function or module; None is none at all.
+        activation: a function or module; None for no activation.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class MLP(_FeedForward):
         """As the base class says."""
         products = (self.experts, self.output_experts)
         name = activation_name(self.activation)
-        # A product of another class, or one that is watched, must be called.
+        # A product of another class, or one with hooks, must be called as a module.
         if name is None or any(type(product) is not ParallelExperts or hooked(product) for product in products):
             return super().forward(x, expert_p, expert_idxs)
         up, down = products

@@ -50,8 +50,8 @@ def parallel_linear(
 ) -> torch.Tensor:
     """Each sorted row r times its expert's matrix: ``Z[r] = X[i(r)]·W[e(r)] + b[e(r)]``, summed by gates if given.
 
-    ``i(r)`` is r for grouped inputs, else ``sorted_scattered_idxs[r] // k``: k is the slots of a token where inputs are
-    in token order, and 1 where they are in slot order. With gates ``O[t] = Σ_j gates[t,j]·Z[t,j]``.
+    ``i(r)`` is r for grouped inputs, else ``sorted_scattered_idxs[r] // k``: k is the number of slots per token if
+    inputs are in token order, and 1 if they are in slot order. With gates ``O[t] = Σ_j gates[t,j]·Z[t,j]``.
 
     Args:
         inputs: ``(R/k, C)``, or ``(R, C)`` with ``grouped_in``.
@@ -66,12 +66,12 @@ def parallel_linear(
         grouped_out: whether the result stays sorted by expert; otherwise it is in slot order.
 
     Returns:
-        ``(R, N)``, or ``(T', N)`` with gates; differentiable in inputs, weights, biases and gates. Rows of no expert
-        are zero.
+        ``(R, N)``, or ``(T', N)`` with gates; differentiable in inputs, weights, biases and gates. Rows without an
+        expert are zero.
 
     Raises:
         TypeError: dtypes do not fit.
-        ValueError: shapes or devices do not fit, or gates beside ``grouped_out``: they belong to slots.
+        ValueError: shapes or devices do not fit, or gates with ``grouped_out``, since gates belong to slots.
     """
     check_shape("expert_weights", expert_weights, (None, None, None), "(E, C, N)")
     num_experts, inner, outer = expert_weights.shape
@@ -102,13 +102,13 @@ def parallel_linear(
 
 
 class ParallelLinear:
-    """:func:`parallel_linear` under the name that ScatterMoE's autograd function has; ``apply`` is all it is for."""
+    """:func:`parallel_linear` under the name of ScatterMoE's autograd function; it only provides ``apply``."""
 
     apply = staticmethod(parallel_linear)
 
 
 class ParallelExperts(nn.Module):
-    """E linear maps, of which each row meets one: :func:`parallel_linear` with its parameters.
+    """E linear maps, one of which is applied to each row: :func:`parallel_linear` with its parameters.
 
     Args:
         num_experts: E.

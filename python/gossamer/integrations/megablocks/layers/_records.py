@@ -1,4 +1,4 @@
-"""What layers note for the losses of a step: one note a layer, kept by the layer itself."""
+"""The records that layers keep for the losses of a step: one record per layer, stored in the layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _layers: weakref.WeakSet[Recording] = weakref.WeakSet()
 
 
 class Recording(nn.Module):
-    """A layer whose last call leaves something for a loss.
+    """A layer whose last call stores a record for a loss.
 
-    The note of a layer is replaced by its next call, gone with the layer, and gone when it is cleared: what is kept is
-    bounded by one step, and nothing outlives the model. Copies of a layer start without one.
+    A layer's record is replaced by its next call, and removed when it is cleared or the layer is deleted: the records
+    never exceed one step, and none outlives the model. Copies of a layer start without a record.
     """
 
     def __init__(self) -> None:
@@ -43,18 +43,20 @@ def _found(kind: type[Recording], model: nn.Module | None) -> list[Recording]:
 
 
 def records(kind: type[Recording], model: nn.Module | None = None) -> list[object]:
-    """The notes of all layers of a kind, or of those inside ``model``; in the order that the layers were made in."""
+    """The records of all layers of a kind, or of those inside ``model``, in the order in which the layers were
+    created.
+    """
     return [layer._record for layer in _found(kind, model) if layer._record is not None]
 
 
 def clear(kind: type[Recording], model: nn.Module | None = None) -> None:
-    """Forget them."""
+    """Remove these records."""
     for layer in _found(kind, model):
         layer._record = None
 
 
 def cast_if_autocast_enabled(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in autocast's dtype where it is on: rows are moved in it, which saves bandwidth."""
+    """``x`` in autocast's dtype if autocast is on: moving rows in it saves bandwidth."""
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

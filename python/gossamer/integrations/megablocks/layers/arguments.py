@@ -35,36 +35,36 @@ class Arguments:
         activation_fn: a function of torch or any other; those that :func:`gossamer.expert_mlp` knows are fused.
         moe_num_experts: E.
         moe_top_k: k.
-        moe_capacity_factor: of :class:`MoE`: an expert serves ``int(factor·k·T/E)`` slots; 0 for as many as come.
+        moe_capacity_factor: for :class:`MoE`: an expert serves ``int(factor·k·T/E)`` slots; 0 means no limit.
         moe_normalize_expert_weights: p of the norm that a token's weights are divided by, or None.
         moe_loss_weight: λ of the balance loss; with 0 nothing is recorded.
-        moe_jitter_eps: in training the router sees ``x·u`` with u uniform in ``1 ± eps``; None for none.
-        moe_lbl_in_fp32: whether the balance loss is taken in float32.
+        moe_jitter_eps: in training the router gets ``x·u`` with u uniform in ``1 ± eps``; None for no jitter.
+        moe_lbl_in_fp32: whether the balance loss is computed in float32.
         moe_expert_model_parallelism: must be False: there is one device.
         expert_parallel_group: must be None.
         pipeline_model_parallel_size: stages that the layers are spread over, for the balance loss.
         num_layers_per_virtual_pipeline_stage: layers of this stage, or None.
-        memory_optimized_mlp: of no effect: the fused layer always keeps as little.
+        memory_optimized_mlp: no effect: the fused layer always saves as little.
         mlp_type: ``"mlp"`` or ``"glu"``; ``"glu"`` for :class:`dMoE` only.
-        mlp_impl: of :class:`dMoE`: ``"sparse"`` for block-sparse products, ``"grouped"`` for grouped ones.
+        mlp_impl: for :class:`dMoE`: ``"sparse"`` for block-sparse products, ``"grouped"`` for grouped ones.
         fp16: whether parameters are float16.
-        bf16: whether they are bfloat16, without ``fp16``; with neither they are of torch's default dtype.
+        bf16: whether they are bfloat16, without ``fp16``; with neither they have torch's default dtype.
         device: of the parameters; the current GPU, or the CPU where there is none.
         init_method: fills the router's weight and w1, v1 in place.
         output_layer_init_method: fills w2 in place.
         uniform_expert_assignment: whether slots go to experts in turn, for measurements.
-        shared_expert: whether a dense network is added, which every token meets.
+        shared_expert: whether to add a dense network that every token uses.
         fc_cls: class of its linear layers.
-        fc_kwargs: further options of theirs.
-        remat_act_fn: of no effect.
+        fc_kwargs: further options of the linear layers.
+        remat_act_fn: no effect.
         shared_expert_hidden_size: its hidden size; ``ffn_hidden_size`` by default.
         shared_expert_weighted_sum: whether it is averaged with the k experts instead of added.
-        moe_zloss_weight: of the router z-loss; with 0 nothing is recorded.
-        moe_zloss_in_fp32: whether it is taken in float32.
+        moe_zloss_weight: weight of the router z-loss; with 0 nothing is recorded.
+        moe_zloss_in_fp32: whether it is computed in float32.
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: a size is below 1, K > E, an option is not served, or one of two names is neither.
+        ValueError: a size is below 1, K > E, an option is not supported, or a named choice is unknown.
     """
 
     hidden_size: int = 1024
@@ -109,19 +109,19 @@ class Arguments:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the parameters; None is torch's default."""
+        """The dtype of the parameters; None means torch's default."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else None
 
     @property
     def layers_recorded(self) -> int:
-        """Layers whose balance loss is one of this pipeline stage."""
+        """Number of layers whose balance loss belongs to this pipeline stage."""
         if self.num_layers_per_virtual_pipeline_stage is not None:
             return self.num_layers_per_virtual_pipeline_stage
         return self.num_layers // self.pipeline_model_parallel_size
 
 
 def check_arguments(args: Arguments) -> None:
-    """What :class:`Arguments` says of its options; called again by the layers, for options that were changed."""
+    """Check the options of :class:`Arguments`; layers call it again, since options may have been changed."""
     names = ("hidden_size", "ffn_hidden_size", "num_layers", "pipeline_model_parallel_size")
     check_positive(**{name: getattr(args, name) for name in names})
     try:

@@ -1,4 +1,4 @@
-"""MegaBlocks' experts without a gate, and its shared expert: parameters in its names and layouts."""
+"""MegaBlocks' experts without a gate, and its shared expert, with MegaBlocks' parameter names and layouts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def _parameter(args: Arguments, *shape: int) -> nn.Parameter:
 
 
 def _sorted_dispatch(x: torch.Tensor, tokens_per_expert: torch.Tensor, args: Arguments) -> Dispatch:
-    """The dispatch of rows that are sorted by expert already."""
+    """The dispatch of rows that are already sorted by expert."""
     check_index("tokens_per_expert", tokens_per_expert)
     check_shape("tokens_per_expert", tokens_per_expert, (args.moe_num_experts,), "(E,)")
     check_shape("x", x, (None, args.hidden_size), "(R, d)")
     check_same_device(x=x, tokens_per_expert=tokens_per_expert)
-    # Rows past the last expert's are nobody's.
+    # Rows after the last expert's rows belong to no expert.
     ends = tokens_per_expert.cumsum(0)
     ids = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
     return sort_by_expert(ids.unsqueeze(1), args.moe_num_experts)
 
 
 class MLP(nn.Module):
-    """Experts with one matrix each way, as :class:`~gossamer.integrations.megablocks.layers.moe.MoE` stores them.
+    """Experts with an up and a down matrix, as :class:`~gossamer.integrations.megablocks.layers.moe.MoE` stores them.
 
     Args:
         args: options.
@@ -53,7 +53,7 @@ class MLP(nn.Module):
         args.output_layer_init_method(self.w2)
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(E, f, d)`` and ``(E, d, f)``: both as :func:`gossamer.expert_mlp` takes them, without a copy."""
+        """``(E, f, d)`` and ``(E, d, f)``: both in the layout of :func:`gossamer.expert_mlp`, without a copy."""
         return self.w1.transpose(1, 2), self.w2.transpose(1, 2)
 
     def forward(
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
 
 class GroupedMLP(MLP):
-    """Experts with one matrix each way, as dMoE stores them, by grouped products.
+    """Experts with an up and a down matrix, as dMoE stores them, computed by grouped products.
 
     Attributes:
         w1: ``(E·f, d)``.
@@ -143,7 +143,7 @@ class SparseMLP(GroupedMLP):
 
 
 class SharedMLP(nn.Module):
-    """The dense network that every token meets.
+    """The dense network that every token uses.
 
     Args:
         args: options.

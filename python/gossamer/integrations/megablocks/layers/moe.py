@@ -1,4 +1,4 @@
-"""MegaBlocks' layer with a capacity, its base of all layers, and their balance loss."""
+"""MegaBlocks' layer with a capacity, the base of all its layers, and their balance loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gossamer.integrations.megablocks.layers.mlp import MLP
 from gossamer.integrations.megablocks.layers.router import LearnedRouter
 from gossamer.nn.moe.routing import Routing, expert_capacity, limit_capacity
 
-# Notes that a caller made itself, which no layer owns; only clear_load_balancing_loss forgets them.
+# Records saved by callers, which belong to no layer; only clear_load_balancing_loss removes them.
 _saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
@@ -42,7 +42,7 @@ class ParallelMLP(_records.Recording):
         return MLP(args)
 
     def expert_capacity(self, tokens: int) -> int:
-        """Slots that an expert serves among ``tokens``; 0 for as many as come."""
+        """Number of slots that an expert serves for ``tokens``; 0 means no limit."""
         return expert_capacity(tokens, self.top_k, self.num_experts, self.args.moe_capacity_factor)
 
     def _limit(self, routing: Routing) -> Routing:
@@ -52,7 +52,7 @@ class ParallelMLP(_records.Recording):
     def forward_once(
         self, x: torch.Tensor, expert_weights: torch.Tensor, top_experts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :meth:`forward` computes before the bias, for subclasses to change and others to call.
+        """The part of :meth:`forward` before the bias, which subclasses may override.
 
         Args:
             x: ``(..., d)``.
@@ -136,18 +136,18 @@ class MoE(nn.Module):
 
 
 def save_load_balancing_loss(loss: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Note ``(tokens_per_expert (E,), scores (T, E))`` of a layer of your own, until the next clear.
+    """Record ``(tokens_per_expert (E,), scores (T, E))`` of your own layer, until the next clear.
 
-    Gossamer's layers note theirs by themselves. A note that is never cleared stays, with its graph.
+    Gossamer's layers record theirs automatically. A record that is never cleared stays in memory, with its graph.
     """
     _saved.append(loss)
 
 
 def get_load_balancing_loss(model: nn.Module | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The notes of the last calls in training: ``(tokens_per_expert (E,), scores (T, E))`` of each layer.
+    """The records of the last calls in training: ``(tokens_per_expert (E,), scores (T, E))`` of each layer.
 
-    Layers come in the order that they were made in, each with its last call since the last clear; then what
-    :func:`save_load_balancing_loss` was given.
+    Layers come in the order in which they were created, each with its last call since the last clear, followed by the
+    records of :func:`save_load_balancing_loss`.
 
     Args:
         model: the layers inside it; None for all in the process, as in MegaBlocks.
@@ -156,7 +156,9 @@ def get_load_balancing_loss(model: nn.Module | None = None) -> list[tuple[torch.
 
 
 def clear_load_balancing_loss(model: nn.Module | None = None) -> None:
-    """Forget the notes of the layers inside ``model``, or of all, with their graphs. Call it after every step."""
+    """Remove the records of the layers inside ``model``, or of all layers, with their graphs. Call it after every
+    step.
+    """
     _records.clear(ParallelMLP, model)
     if model is None:
         _saved.clear()
@@ -173,8 +175,8 @@ def batched_load_balancing_loss(args: Arguments, model: nn.Module | None = None)
         model: the layers inside it; None for all in the process.
 
     Raises:
-        ValueError: another number of layers than ``args`` says has been called in training since the last clear, or
-            their sizes differ.
+        ValueError: the number of layers called in training since the last clear differs from ``args``, or their sizes
+            differ.
     """
     if args.moe_loss_weight == 0:
         return 0.0

@@ -10,7 +10,7 @@ from gossamer.integrations.megablocks.layers.arguments import Arguments
 
 
 class LearnedRouter(_records.Recording):
-    """The k experts of highest softmax probability, weighted by it; taken in the dtype of the hidden states.
+    """The k experts of highest softmax probability, weighted by it; computed in the dtype of the hidden states.
 
     Args:
         args: options.
@@ -53,14 +53,14 @@ class LearnedRouter(_records.Recording):
 
 
 def batched_router_zloss(args: Arguments, model: nn.Module | None = None) -> torch.Tensor:
-    """``moe_zloss_weight · mean_t (log Σ_e exp l_te)²`` of each router that noted its logits: one value a router.
+    """``moe_zloss_weight · mean_t (log Σ_e exp l_te)²`` of each router that recorded its logits: one value per router.
 
     Args:
         args: options.
         model: the routers inside it; None for all in the process.
 
     Raises:
-        ValueError: ``moe_zloss_weight`` is 0, with which nothing is noted, or no router noted anything.
+        ValueError: ``moe_zloss_weight`` is 0, so that nothing is recorded, or no router recorded logits.
     """
     if not args.moe_zloss_weight:
         raise ValueError("moe_zloss_weight must not be 0 for a router z-loss, got 0")
@@ -73,5 +73,5 @@ def batched_router_zloss(args: Arguments, model: nn.Module | None = None) -> tor
 
 
 def clear_router_zloss(model: nn.Module | None = None) -> None:
-    """Forget the logits that routers noted: those inside ``model``, or all in the process."""
+    """Remove the logits recorded by the routers inside ``model``, or by all in the process."""
     _records.clear(LearnedRouter, model)

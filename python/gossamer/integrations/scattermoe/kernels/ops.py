@@ -20,8 +20,8 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
 
     Raises:
         TypeError: an argument holds something else, or ``k`` is not an int.
-        ValueError: ranks or devices do not fit, ``k`` does not divide R, or, on the CPU, a slot is not there once or
-            offsets fall or pass R.
+        ValueError: ranks or devices do not fit, ``k`` does not divide R, or, on the CPU, a slot does not occur exactly
+            once, or offsets decrease or exceed R.
     """
     check_index("sorted_scattered_idxs", slots)
     check_shape("sorted_scattered_idxs", slots, (None,), "(R,)")
@@ -76,7 +76,7 @@ def scatter2scatter(
     Args:
         X: ``(R/k, C)``; ``(R, C)`` with ``x_grouped``.
         W: ``(E, C, N)``, a transposed view of ``(E, N, C)`` is not copied; the dtype of ``X``.
-        sorted_expert_idxs: ``(R,)`` ascending; rows of E and more are no expert's, and give zeros.
+        sorted_expert_idxs: ``(R,)`` ascending; ids of E and above mean no expert; their rows are zero.
         sorted_scattered_idxs: ``(R,)``, the flat slot of each sorted row.
         k: slots that share a row of ``X``; 1 for input in slot order.
         b: ``(E, N)`` or None.
@@ -142,7 +142,7 @@ def group(
 def group_bwd_W(
     DY: torch.Tensor, X: torch.Tensor, expert_offsets: torch.Tensor, E: int, has_bias: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``DW[e] = Σ_r X[r]ᵀ·DY[r]`` and ``Db[e] = Σ_r DY[r]`` over the rows of each expert, which are sorted.
+    """``DW[e] = Σ_r X[r]ᵀ·DY[r]`` and ``Db[e] = Σ_r DY[r]`` over the sorted rows of each expert.
 
     Args:
         DY: ``(R, N)``.

@@ -10,12 +10,12 @@ from gossamer.ops.grouped_matmul import grouped_matmul
 
 
 def single2scatter(X: torch.Tensor, W: torch.Tensor, expert_idxs: torch.Tensor) -> torch.Tensor:
-    """``Y[j] = X[j]·W[expert_idxs[0, j]]`` for the k experts of one token, where ``X`` of one row is that row for all.
+    """``Y[j] = X[j]·W[expert_idxs[0, j]]`` for the k experts of one token; a single row of ``X`` is used for all.
 
     Args:
         X: ``(1, C)`` or ``(k, C)``.
         W: ``(E, C, N)``; a transposed view of ``(E, N, C)`` is not copied; the dtype of ``X``.
-        expert_idxs: ``(1, k)`` int32 or int64; ids of E and more are no expert's, and give zeros.
+        expert_idxs: ``(1, k)`` int32 or int64; ids of E and above mean no expert; their rows are zero.
 
     Returns:
         ``(k, N)``, differentiable in ``X`` and ``W``; ScatterMoE's has no gradients.
