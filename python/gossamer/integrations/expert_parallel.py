@@ -74,7 +74,7 @@ class GossamerEP(EPImplementation):
         ).full_tensor()
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of the batch that the tensor-parallel group shares; gradients are gathered again."""
+        """The local rows of the batch that the tensor-parallel group shares; gradients are gathered again."""
         replicated = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
         return replicated.redistribute(self.tp_mesh, [Shard(0)]).to_local()
 

@@ -168,7 +168,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """True: transformers' Trainer accepts the model without adapters, since routers and attention can be
-            trained.
+        trained.
         """
         return True
 

@@ -1,4 +1,4 @@
-"""Checkpoints by torch.distributed.checkpoint that a kill at any moment leaves whole."""
+"""Checkpoints by torch.distributed.checkpoint that stay intact if a process is killed at any moment."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MANIFEST, _FORMAT = "checkpoints.json", 1
 
 
 def _entries(folder: Path) -> list[dict]:
-    """The committed checkpoints of a folder, newest first; none where nothing was committed yet.
+    """The committed checkpoints of a folder, newest first; empty if nothing was committed yet.
 
     Raises:
-        ValueError: the manifest is none, or is missing beside checkpoints.
+        ValueError: the manifest is invalid, or is missing although there are checkpoints.
     """
     path = folder / _MANIFEST
     try:
@@ -35,7 +35,7 @@ def _entries(folder: Path) -> list[dict]:
 
 
 def _from_first(group: dist.ProcessGroup, find) -> object:
-    """What ``find()`` returns on the first rank, on all ranks; or what it raises."""
+    """Call ``find()`` on the first rank, and return its result, or raise its error, on all ranks."""
     found, error = [None], None
     if dist.get_rank(group) == 0:
         try:
@@ -57,15 +57,16 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of all ranks to a new subfolder, then commit it; every rank must make the call.
 
-    ``torch.distributed.checkpoint.save`` writes the parts, each rank its own. The checkpoint counts once the first rank
-    has replaced the folder's ``checkpoints.json``, by renaming a file that is complete on the disk; older ones than the
-    ``keep`` newest are removed after that. So a process killed at any moment loses nothing that was committed before.
+    ``torch.distributed.checkpoint.save`` writes the parts, each rank its own. The checkpoint is committed when the
+    first rank replaces the folder's ``checkpoints.json``, by renaming a file that is complete on disk. Checkpoints
+    older than the ``keep`` newest are removed after that. So if a process is killed at any moment, committed
+    checkpoints stay intact.
 
     Args:
         state: what to save, by name: modules and optimizers (anything with ``state_dict`` and ``load_state_dict``),
             tensors, or dicts of these.
-        folder: on a file system that all ranks share.
-        info: what else; anything that JSON holds, the first rank's.
+        folder: a folder on a file system that all ranks share.
+        info: additional data that JSON can represent; the first rank's is saved.
         keep: checkpoints to keep.
         group: the ranks; None for all.
 
@@ -74,8 +75,8 @@ def save_checkpoint(
 
     Raises:
         ValueError: ``keep`` is below 1, or the manifest is corrupt; on every rank.
-        RuntimeError: a rank ended meanwhile; within the group's timeout.
-        CheckpointException: of torch, on every rank, where writing failed on one.
+        RuntimeError: a rank ended during the call; raised within the group's timeout.
+        CheckpointException: torch's error, on every rank, if writing failed on one.
     """
     # Slow to import, so only where it is used.
     import torch.distributed.checkpoint as dcp
@@ -88,7 +89,7 @@ def save_checkpoint(
         before = _entries(folder)
         number = 1 + max([int(each["name"].rpartition("-")[2]) for each in before], default=-1)
         name = f"checkpoint-{number:08d}"
-        # What an interrupted call has left.
+        # Remains of an interrupted call.
         shutil.rmtree(folder / name, ignore_errors=True)
         return name, before
 
@@ -124,15 +125,15 @@ def load_checkpoint(
     Args:
         state: as for :func:`save_checkpoint`, of the same names; modules and tensors are changed in place.
         folder: as given to :func:`save_checkpoint`.
-        older: take the checkpoint that is this many before the newest, of those kept.
+        older: load the checkpoint this many before the newest, out of the kept ones.
         group: the ranks; None for all.
 
     Returns:
-        The ``info`` that was saved; None where nothing was committed yet, and ``state`` is as it was.
+        The saved ``info``; None if nothing was committed yet, and ``state`` is unchanged.
 
     Raises:
-        ValueError: there is no checkpoint so much older, or the manifest is corrupt; on every rank.
-        CheckpointException: of torch, on every rank, where reading failed on one.
+        ValueError: ``older`` exceeds the kept checkpoints, or the manifest is corrupt; on every rank.
+        CheckpointException: torch's error, on every rank, if reading failed on one.
     """
     import torch.distributed.checkpoint as dcp
 

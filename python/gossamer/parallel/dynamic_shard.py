@@ -1,4 +1,4 @@
-"""The ids that one rank has of a table without a vocabulary."""
+"""One rank's share of the ids of a table without a vocabulary."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gossamer.nn.embeddings.dynamic_lookup import learn, rows_now
 from gossamer.parallel.placement import Split
 from gossamer.parallel.shards import copy_beside
 
-# Ids are dealt to this many groups by hash, and groups to ranks in order. Checkpoints hold groups, so that any number
-# of processes finds its own; many numbers of ranks divide it.
+# Ids are assigned to this many groups by hash, and groups to ranks in order. Checkpoints store groups, so that any
+# number of processes can find its ids; the number has many divisors.
 HASH_GROUPS = 480
 _SALT = 0x2545F4914F6CDD1D
 
@@ -33,7 +33,7 @@ def rank_of(ids: torch.Tensor, world: int) -> torch.Tensor:
 
 
 class _Rows(NamedTuple):
-    """Rows of a dynamic table that a lookup made or found, and how often ids had left or it had grown then."""
+    """Rows of a dynamic table that a lookup created or found, and the counts of removals and growths at that time."""
 
     rows: torch.Tensor
     moves: int
@@ -41,17 +41,17 @@ class _Rows(NamedTuple):
 
 
 class DynamicShard(Table):
-    """The ids that this rank has of a :class:`gossamer.nn.DynamicEmbedding`.
+    """This rank's share of the ids of a :class:`gossamer.nn.DynamicEmbedding`.
 
     Attributes:
-        local: the layer that has them.
-        split: how ids lie over the ranks: by hash for ``"row"``, or all on one rank for ``"table"``.
+        local: the layer that holds them.
+        split: distribution of ids over ranks: by hash for ``"row"``, or all on one rank for ``"table"``.
         rank: of this process.
         mesh: one-dimensional, over the ranks.
     """
 
     dynamic = True
-    # A step in the backward pass makes no gradient of a parameter.
+    # A step in the backward pass computes no parameter gradient.
     parameter = None
 
     def __init__(self, layer: DynamicEmbedding, split: Split, mesh: DeviceMesh) -> None:
@@ -76,20 +76,20 @@ class DynamicShard(Table):
             device=mesh.device_type if layer.device.type == "meta" else layer.device,
             seed=layer.seed,
         )
-        # No submodule: its rows go into checkpoints by groups of ids.
+        # Not a submodule, because its rows go into checkpoints by groups of ids.
         self.__dict__["local"] = local
         # A layer on the meta device has no ids yet.
         if layer.device.type != "meta":
             state = layer.get_extra_state()
             local.merge([(state["tensors"], state["header"])], self.mine)
         if self.rank:
-            # What happened before is counted once.
+            # Earlier events are counted on one rank only.
             local.counters = type(local.counters)()
         self.train(layer.training)
 
     @property
     def num_embeddings(self) -> int:
-        """The most ids that have a row at one time, on all ranks."""
+        """The maximum number of ids that have a row at one time, on all ranks."""
         return self.split.rows
 
     @property
@@ -140,11 +140,13 @@ class DynamicShard(Table):
         return rank_of(ids, self.split.world) == self.rank
 
     def local_ids(self, ids: torch.Tensor, rank: int) -> torch.Tensor:
-        """Ids as ``rank`` knows them."""
+        """Ids in the numbering of ``rank``."""
         return ids
 
     def serve(self, ids: torch.Tensor, served, inserts: bool) -> list[torch.Tensor]:
-        """Rows of ids, zeros for those without one, and which have one; before that rows for the ids that want one."""
+        """Rows of ids, with zeros for ids without a row, and which ids have one; first creates rows for admitted
+        ids.
+        """
         local = self.local
         with local.table.lock, torch.no_grad():
             if inserts:
@@ -161,13 +163,13 @@ class DynamicShard(Table):
             learn(local, rows, dout, offsets, weights, argmax, mode)
 
     def learn_nothing(self) -> None:
-        """A rank that holds no ids has no step to count."""
+        """Nothing: a rank that holds no ids has no step to count."""
 
     def __len__(self) -> int:
         return len(self.local)
 
     def extra_repr(self) -> str:
-        """The part of this rank, and how ids lie."""
+        """This rank's part, and the distribution of ids."""
         return f"by {self.split.kind}: {self.local.extra_repr()}"
 
     def __deepcopy__(self, memo: dict) -> DynamicShard:
@@ -182,7 +184,7 @@ class DynamicShard(Table):
         return self.local.expire()
 
     def erase(self, ids: torch.Tensor) -> torch.Tensor:
-        """Drop the rows that this rank has of ``ids (n,)``; ``(n,)`` bool says which it had."""
+        """Remove this rank's rows of ``ids (n,)``; return ``(n,)`` bool, which of them had a row here."""
         return self.local.erase(ids)
 
     def train(self, mode: bool = True) -> DynamicShard:
@@ -220,7 +222,7 @@ class DynamicShard(Table):
         tensors, header = self.local._snapshot()
         parts = _by_group({name: tensor.cpu() for name, tensor in tensors.items()})
         for index, group in enumerate(self._groups()):
-            # Counters of a rank are added up by those that load, so they are in one of its groups.
+            # Loading adds up the counters of ranks, so they are stored in one group of each rank.
             counters = header["counters"] if index == 0 else dict.fromkeys(header["counters"], 0)
             destination[f"{prefix}ids.{group:03d}"] = _to_bytes(parts[group], header | {"counters": counters})
 
@@ -243,7 +245,7 @@ class DynamicShard(Table):
             self.local.counters = type(self.local.counters)()
 
 
-# Of a snapshot, what lies by row: the others lie by their own ids, or belong to the layer.
+# Names of a snapshot's tensors that are stored by row; the others have their own ids or belong to the layer.
 _LAYER = ("optimizer.step", "table.reach", "table.clock", "table.rows", "filter.reach", "filter.clock", "filter.rows")
 
 
@@ -270,7 +272,7 @@ def _by_group(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tenso
 
 
 def _to_bytes(tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> bytes:
-    """A group of ids as bytes, which checkpoints take whatever their number."""
+    """A group of ids as bytes, which checkpoints accept in any number."""
     described, parts = {}, []
     for name, tensor in tensors.items():
         described[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
@@ -280,10 +282,10 @@ def _to_bytes(tensors: Mapping[str, torch.Tensor], header: Mapping[str, object])
 
 
 def _from_bytes(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """What :func:`_to_bytes` was given.
+    """The inverse of :func:`_to_bytes`.
 
     Raises:
-        ValueError: the bytes are no such group.
+        ValueError: the bytes are not such a group.
     """
     try:
         begin = 8 + int.from_bytes(data[:8], "little")

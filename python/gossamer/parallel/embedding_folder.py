@@ -1,4 +1,4 @@
-"""A folder for dynamic embeddings whose ids lie on several processes: a part for each, followed as one."""
+"""A folder for dynamic embeddings whose ids are distributed over processes, with one part per process."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Committed(NamedTuple):
     """One checkpoint of all processes.
 
     Attributes:
-        shards: how many processes saved it.
-        names: of its files, one per process.
-        sequence: number of the delta that it stands at.
-        info: what was given to :meth:`ShardedEmbeddingFolder.save`.
+        shards: number of processes that saved it.
+        names: names of its files, one per process.
+        sequence: number of the last delta that it includes.
+        info: the ``info`` given to :meth:`ShardedEmbeddingFolder.save`.
     """
 
     shards: int
@@ -40,29 +40,29 @@ class Committed(NamedTuple):
 
 
 class ShardedEmbeddingFolder:
-    """:class:`gossamer.nn.EmbeddingFolder` for sharded layers: every process writes and reads the ids that it has.
+    """:class:`gossamer.nn.EmbeddingFolder` for sharded layers: every process writes and reads its own ids.
 
-    Each of W processes keeps an ``EmbeddingFolder`` of its own, ``r-of-W``. A checkpoint counts once ``shards.json``,
-    replaced last, names the files of all; so a process killed at any moment leaves the one before it. A delta counts
-    once every process has written its part. Every process must make the same calls; only a server of unsharded layers
-    follows alone.
+    Each of W processes has its own ``EmbeddingFolder``, ``r-of-W``. A checkpoint is committed when ``shards.json``,
+    replaced last, names the files of all processes; if a process is killed at any moment, the previous checkpoint stays
+    valid. A delta is complete once every process has written its part. Every process must make the same calls, except a
+    server of unsharded layers, which reads on its own.
 
-    Any number of processes can load and follow what another number saved. Each then reads all parts and takes its own
-    ids (exact counts of admission come along, a sketch's start over), and exports deltas again after its first
-    :meth:`save`.
+    Another number of processes can load the checkpoints and apply the deltas. Each process then reads all parts and
+    takes its own ids (exact admission counts are kept, a sketch's counts start over), and exports deltas again after
+    its first :meth:`save`.
 
     Args:
         path: the folder, on a file system that all processes share.
-        layers: by name, which must not hold ``/``: all sharded over one mesh, or, to follow from a single process, none
-            of them.
+        layers: layers by name, without ``/`` in names: all sharded over one mesh, or, to read from a single process,
+            all unsharded.
         keep: checkpoints to keep, with the deltas after the oldest.
 
     Attributes:
-        sequence: number of the delta exported or applied last.
-        resharded: whether what was loaded had been saved by another number of processes, and is not saved yet.
+        sequence: number of the last delta exported or applied.
+        resharded: whether the loaded state was saved by another number of processes and has not been saved since.
 
     Raises:
-        TypeError, ValueError: an argument is none of these.
+        TypeError, ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ShardedEmbeddingFolder:
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
         self.shards = 1 if self._group is None else dist.get_world_size(self._group)
         local = {name: layer if self._group is None else layer.local for name, layer in layers.items()}
-        # One more than are kept in common: this process may have saved one that others did not.
+        # One more than the common number, since this process may have saved a checkpoint that others have not.
         self._own = EmbeddingFolder(self._part(self.rank, self.shards), local, keep=keep + 1)
         self._lineages: dict[int, str | None] = {}
         self._saved_shards = self.shards
@@ -97,7 +97,7 @@ class ShardedEmbeddingFolder:
         return self.path / f"{rank}-of-{shards}"
 
     def _together(self, call: Callable[[], object]) -> object:
-        """The result of a call of this process alone, once no process has failed in its own."""
+        """Make a local call, and return its result if the calls of all processes succeeded."""
         if self._group is None:
             return call()
         result = error = None
@@ -109,7 +109,7 @@ class ShardedEmbeddingFolder:
         return result
 
     def _first(self, call: Callable[[], object]) -> object:
-        """What the first process finds, on all of them."""
+        """The first process's result, on all processes."""
         found = [self._together(call if self.rank == 0 else lambda: None)]
         if self._group is not None:
             dist.broadcast_object_list(found, src=dist.get_global_rank(self._group, 0), group=self._group)
@@ -140,11 +140,11 @@ class ShardedEmbeddingFolder:
         """Write a checkpoint of all processes, then commit it; then remove obsolete files.
 
         Args:
-            tensors: what to save beside the layers, the same on every process; the first writes it.
+            tensors: additional tensors to save, the same on every process; the first process writes them.
             info: what else; anything that JSON holds.
 
         Raises:
-            ValueError: the layers are unsharded, so that this process only follows.
+            ValueError: the layers are unsharded, so this process only reads.
         """
         if self._group is None:
             raise ValueError("layers must be sharded to be saved here; gossamer.nn.EmbeddingFolder saves others")
@@ -154,7 +154,7 @@ class ShardedEmbeddingFolder:
         dist.all_gather_object(names, mine, group=self._group)
 
         def commit() -> None:
-            # Those of other numbers of processes are superseded by the first of this one.
+            # Checkpoints of other numbers of processes are superseded by the first one of this number.
             older = [each for each in before if each.shards == self.shards]
             kept = [Committed(self.shards, names, self.sequence, info or {}), *older][: self.keep]
             content = {"format": _FORMAT, "checkpoints": [each._asdict() for each in kept]}
@@ -171,16 +171,17 @@ class ShardedEmbeddingFolder:
     def load(self, *, older: int = 0) -> Contents | None:
         """Load the newest checkpoint that all processes saved; returns None if there is none.
 
-        With as many processes as saved it, training goes on with the same bits.
+        With the same number of processes that saved it, training continues bit for bit.
 
         Args:
             older: take the checkpoint that is this many before the newest, of those kept.
 
         Returns:
-            What was saved beside the layers, and the rows of this process.
+            The additional data, and the number of this process's rows.
 
         Raises:
-            ValueError: manifest or files are corrupt, of other layers, or there is none so much older.
+            ValueError: manifest or files are corrupt or belong to other layers, or ``older`` exceeds the kept
+                checkpoints.
         """
         kept = self._first(self.committed)
         if not kept and not older:
@@ -202,7 +203,7 @@ class ShardedEmbeddingFolder:
         return contents
 
     def _load_all(self, chosen: Committed) -> Contents:
-        """Take this process's ids out of the files of all processes that saved."""
+        """Load this process's ids from the files of all processes that saved."""
         parts: dict[str, list] = {name: [] for name in self._own.layers}
         lineages, beside = {}, {}
         for shard in range(chosen.shards):
@@ -228,7 +229,7 @@ class ShardedEmbeddingFolder:
         """Write this process's rows that changed; returns their number.
 
         Args:
-            tensors: what to ship beside them, the same on every process; the first writes it.
+            tensors: additional tensors, the same on every process; the first process writes them.
             info: what else; anything that JSON holds.
             with_state: write optimizer state and ages too.
 
@@ -247,7 +248,7 @@ class ShardedEmbeddingFolder:
         """Apply the delta after :attr:`sequence` to all layers; returns None until every process has written its part.
 
         Raises:
-            DeltaGap: it was removed, or follows another one; :meth:`load`, then go on.
+            DeltaGap: the delta was removed, or does not follow the last applied one; call :meth:`load` and continue.
             ValueError: it is truncated, corrupt or of other layers.
             HashTableFull: a layer with ``evict=None`` has no room for its rows.
         """
@@ -297,7 +298,7 @@ def _all(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _joined(parts: list[tuple[dict, dict]], keep: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict, dict]:
-    """One delta of the ids that ``keep`` chooses out of those of several processes."""
+    """One delta with the ids that ``keep`` selects from the deltas of several processes."""
     found: dict[str, list[torch.Tensor]] = {}
     for tensors, _ in parts:
         rows, removed = keep(tensors["keys"]), keep(tensors["removed"])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from gossamer._checks import check_sizes, check_strided, check_tensor
 
-# What raise_together raises again on every rank; other kinds of error become a RuntimeError.
+# Errors that raise_together raises with their own type on every rank; other errors become a RuntimeError.
 _KINDS = {kind.__name__: kind for kind in (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)}
 
 
@@ -26,7 +26,7 @@ class Flow:
         collectives: calls of a collective.
         rows: rows sent to other ranks.
         nbytes: bytes sent to other ranks, padding included.
-        seconds: time for which the host waited until the rows had come.
+        seconds: time that the host waited for rows to arrive.
     """
 
     collectives: int = 0
@@ -40,8 +40,8 @@ class Traffic:
     """What one process sent while :func:`count_traffic` was active.
 
     Attributes:
-        flows: a :class:`Flow` by label, in the order of first use. A backward pass adds ``" gradient"`` to the label
-            of its forward pass, and the sizes that are exchanged first are under ``" sizes"``.
+        flows: a :class:`Flow` by label, in the order of first use. A backward pass adds ``" gradient"`` to the label of
+            its forward pass, and sizes exchanged before the rows are counted under the label plus ``" sizes"``.
     """
 
     flows: dict[str, Flow] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Traffic:
         return "\n".join(lines)
 
 
-# Seen from every thread, as backward passes run on threads of autograd.
+# Visible to every thread, as backward passes run on autograd's threads.
 _counters: list[Traffic] = []
 
 
@@ -95,7 +95,7 @@ def count_traffic() -> Iterator[Traffic]:
     try:
         yield traffic
     finally:
-        # By identity: two counters that have seen the same are equal.
+        # Compared by identity, since two counters with the same counts are equal.
         _counters[:] = [counter for counter in _counters if counter is not traffic]
 
 
@@ -131,19 +131,20 @@ def raise_together(
 ) -> list[str]:
     """Raise the error of the lowest rank that has one on every rank; every rank must make the call.
 
-    The message is the error's own where all ranks have the same, and names the rank elsewhere.
+    The message is the error's own if all ranks have the same; otherwise it names the rank.
 
     Args:
-        error: what is wrong on this rank, or None.
-        *groups: over whose ranks to look: one, or those of each dimension of a mesh.
-        description: of what this rank has.
-        kinds: errors that are raised as they are, beside the usual built-in ones; others as the kind they derive from.
+        error: the error on this rank, or None.
+        *groups: the groups of ranks: one, or one per dimension of a mesh.
+        description: description of this rank's state.
+        kinds: error types to keep, in addition to the usual built-in ones; other errors are raised as one of their base
+            types.
 
     Returns:
         The ranks' descriptions, lowest rank first.
 
     Raises:
-        Exception: of the kind of ``error``, where any rank has one.
+        Exception: of the type of ``error``, if any rank has one.
     """
     known = _KINDS | {kind.__name__: kind for kind in kinds}
     names = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in known]
@@ -165,14 +166,14 @@ def raise_together(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tensors of one exchange lie in its records of bytes, one record per row.
+    """The layout of an exchange's tensors in records of bytes, one record per row.
 
     Attributes:
-        dtypes: of each tensor.
-        tails: sizes of a row of each.
-        starts: first byte of each.
-        used: bytes of a record that hold something.
-        nbytes: of a record, a multiple of the widest element's.
+        dtypes: dtype of each tensor.
+        tails: sizes of a row of each tensor.
+        starts: first byte of each tensor.
+        used: number of used bytes of a record.
+        nbytes: bytes of a record, a multiple of the widest element's.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -183,7 +184,7 @@ class _Layout:
 
     @staticmethod
     def of(tensors: Sequence[torch.Tensor]) -> _Layout:
-        # Wide elements first, so that every field is aligned without padding between them.
+        # Wide elements come first, so that every field is aligned without padding.
         starts, end = [0] * len(tensors), 0
         for index in sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size()):
             starts[index] = end
@@ -201,7 +202,7 @@ class _Layout:
         """Records ``(N, nbytes)`` uint8 of tensors ``(N, ...)``."""
         rows = tensors[0].shape[0]
         if rows == 0:
-            # Without elements any strides count as contiguous, such as those of an expanded gradient.
+            # A tensor without elements counts as contiguous with any strides, such as those of an expanded gradient.
             return tensors[0].new_empty((0, self.nbytes), dtype=torch.uint8)
         flat = [tensor.detach().reshape(rows, self.tails[i].numel()) for i, tensor in enumerate(tensors)]
         if len(flat) == 1:
@@ -222,18 +223,18 @@ class _Layout:
         fields = []
         for dtype, tail, start in zip(self.dtypes, self.tails, self.starts, strict=True):
             width = tail.numel() * dtype.itemsize
-            # Records of no bytes have no stride that a wider element could take.
+            # Records without bytes have no stride that a wider element could use.
             none = records.new_empty((records.shape[0], 0), dtype=dtype)
             fields.append(records[:, start : start + width].view(dtype) if width else none)
         return fields
 
     def ghosts(self, like: torch.Tensor, rows: int, which: Sequence[int]) -> list[torch.Tensor]:
-        """Tensors of the right sizes over one element each, which stand for rows on their way."""
+        """Placeholder tensors of the right sizes, with one element of storage each, for rows in transit."""
         return [like.new_zeros((), dtype=self.dtypes[i]).expand(rows, *self.tails[i]) for i in which]
 
 
 class _Transfer:
-    """Rows on their way: a collective that was begun, and what it will have brought."""
+    """Rows in transit: a started collective and its result."""
 
     def __init__(self, exchange: RowExchange, tensors: Sequence[torch.Tensor], label: str) -> None:
         self.exchange, self.label = exchange, label
@@ -257,7 +258,7 @@ class _Transfer:
             _count(label, collectives=1, rows=away, nbytes=away * self.layout.nbytes)
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors that came."""
+        """The received tensors."""
         if self._received is None:
             begin = time.perf_counter()
             if self._work is not None:
@@ -268,7 +269,7 @@ class _Transfer:
         return self._received
 
     def release(self) -> None:
-        """Forget the tensors, which autograd would keep with the graph."""
+        """Drop the tensors, which autograd would otherwise keep with the graph."""
         self._received = None
 
 
@@ -310,9 +311,10 @@ class _Finish(torch.autograd.Function):
 
 
 class Pending:
-    """Rows on their way, as :meth:`RowExchange.start` gives them; what is computed before :meth:`wait` overlaps them.
+    """Rows in transit, returned by :meth:`RowExchange.start`; computations before :meth:`wait` overlap with the
+    transfer.
 
-    In a backward pass the gradients travel while autograd computes those of what lay between the two calls.
+    In a backward pass the gradients travel while autograd computes the gradients of those computations.
     """
 
     def __init__(self, transfer: _Transfer, which: list[int], ghosts: tuple[torch.Tensor, ...]) -> None:
@@ -335,26 +337,26 @@ def _differentiable(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class RowExchange:
-    """How many rows each rank sends to each other: an all-to-all that tensors can be sent by, and back.
+    """The numbers of rows that ranks send to each other: an all-to-all that sends tensors, and sends them back.
 
-    Made by :meth:`of`, which tells the others the numbers of rows, or by :meth:`static`, where all know them. Then
-    ``exchange.send(x)`` brings rows to the ranks they are for, and ``exchange.reversed.send(y)`` brings rows back to
-    where they came from. Several tensors travel as one message, and each is differentiable in the floating ones. The
-    order of rows is fixed, so results are deterministic.
+    Created by :meth:`of`, which tells the other ranks the numbers of rows, or by :meth:`static`, if all ranks know
+    them. Then ``exchange.send(x)`` sends rows to their ranks, and ``exchange.reversed.send(y)`` sends rows back.
+    Several tensors travel as one message; floating tensors are differentiable. The order of rows is fixed, so results
+    are deterministic.
 
     >>> exchange = RowExchange.of(sizes, group, ids)      # sizes[r] rows for rank r, in this order
     >>> rows = table(exchange.send(ids))
     >>> mine = exchange.reversed.send(rows)               # mine[i] is the row for ids[i]
 
-    Every rank of the group must make the same calls in the same order, backward passes included. A rank that ends
-    makes the others' calls raise torch's error: at once with gloo, else within the group's timeout.
+    Every rank of the group must make the same calls in the same order, backward passes included. If a rank ends, the
+    others' calls raise torch's error: immediately with gloo, else within the group's timeout.
 
     Attributes:
         sent_sizes: rows for each rank.
         received_sizes: rows from each rank.
         group: the process group.
         rank: of this process in the group.
-        received_notes: from each rank, what it gave :meth:`of` as a note for this one.
+        received_notes: the note that each rank gave to :meth:`of` for this one.
     """
 
     sent_sizes: tuple[int, ...]
@@ -373,10 +375,10 @@ class RowExchange:
         error: Exception | None = None,
         note: torch.Tensor | None = None,
     ) -> RowExchange:
-        """Tell each rank how many rows it will get, by one collective of three integers per rank.
+        """Tell each rank how many rows it will get, with one collective of three integers per rank.
 
-        The same collective compares what the ranks will send first, and tells whether a rank has found bad input: every
-        rank raises then, so that none waits for one that left.
+        The same collective compares the tensors that ranks will send first, and reports bad input on any rank: then
+        every rank raises, so that none waits for a rank that left.
 
         Args:
             sent_sizes: rows for each rank, ints or a ``(P,)`` integer tensor.
@@ -384,14 +386,14 @@ class RowExchange:
             *rows: the tensors to be sent first. Their dtypes, sizes of a row and need of gradients must be those of the
                 other ranks', and each must have as many rows as ``sent_sizes`` adds up to.
             label: of what is counted by :func:`count_traffic`.
-            error: what this rank has found wrong; raised on every rank.
-            note: ``(P,)`` int64, one more integer for each rank, which it finds in ``received_notes``. Every rank gives
-                one or none does.
+            error: an error found on this rank; raised on every rank.
+            note: ``(P,)`` int64, an additional integer for each rank, which it gets in ``received_notes``. Either all
+                ranks give a note or none does.
 
         Raises:
             TypeError: something is not an integer or a tensor.
             ValueError: ``sent_sizes`` has not P sizes of at least 0, or the rows do not fit it or other ranks' rows.
-            Exception: of the kind of ``error`` where a rank gives one. All on every rank alike.
+            Exception: of the type of ``error``, if a rank gives one. All errors are raised on every rank.
         """
         group = check_group(group)
         world = dist.get_world_size(group)
@@ -405,7 +407,7 @@ class RowExchange:
             except (TypeError, ValueError) as found:
                 error = found
         description = "" if error is not None else _describe(rows)
-        # 0 tells of an error; descriptions have other numbers.
+        # 0 signals an error; descriptions have other numbers.
         token = 0 if error is not None else zlib.crc32(description.encode()) + 1
         told = torch.full((world, 3), token, dtype=torch.int64, device=device)
         told[:, 1] = 0 if sizes is None else sizes
@@ -426,12 +428,13 @@ class RowExchange:
 
     @classmethod
     def static(cls, rows_per_rank: int, group: dist.ProcessGroup | None, *, to_self: bool = True) -> RowExchange:
-        """As many rows from every rank to every rank, which all know: nothing is told and nothing read on the host.
+        """The same number of rows from every rank to every rank: no sizes are exchanged, and nothing is read on the
+        host.
 
         Args:
             rows_per_rank: the same on every rank.
             group: over P ranks; None for all.
-            to_self: whether a rank sends as many to itself, or none.
+            to_self: whether a rank also sends this many rows to itself.
 
         Raises:
             TypeError: ``rows_per_rank`` is not an int.
@@ -460,7 +463,7 @@ class RowExchange:
         return RowExchange(self.received_sizes, self.sent_sizes, self.group, self.rank)
 
     def start(self, *tensors: torch.Tensor, label: str = "rows") -> Pending:
-        """Begin to send the rows of ``tensors (num_sent, ...)``: one message for all of them.
+        """Start sending the rows of ``tensors (num_sent, ...)``, as one message for all of them.
 
         Args:
             *tensors: of any dtypes and sizes of a row, the same on every rank. Rows for rank 0 come first.
@@ -469,7 +472,7 @@ class RowExchange:
         Raises:
             RuntimeError: the collective fails, as when a rank has ended.
             TypeError: something is not a strided tensor.
-            ValueError: there is none, numbers of rows do not fit, or devices differ.
+            ValueError: no tensor is given, numbers of rows do not fit, or devices differ.
         """
         if not tensors:
             raise ValueError("tensors must be at least one, got none")
@@ -489,7 +492,7 @@ class RowExchange:
         """Send the rows of ``tensors`` and return those received; see :meth:`start`.
 
         Returns:
-            Tensors ``(num_received, ...)``, rows of rank 0 first; one tensor for one.
+            Tensors ``(num_received, ...)``, rows of rank 0 first; a single tensor for a single argument.
         """
         return self.start(*tensors, label=label).wait()
 
@@ -497,7 +500,7 @@ class RowExchange:
 def _checked_sizes(
     sizes: Sequence[int] | torch.Tensor, world: int, device: torch.device, rows: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The sizes ``(P,)`` int64 on ``device``, checked but for the values of those that a device holds."""
+    """The sizes ``(P,)`` int64 on ``device``, checked except for values that are on a device."""
     for tensor in rows:
         check_tensor("rows", tensor)
         check_strided("rows", tensor)

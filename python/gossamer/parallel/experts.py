@@ -1,4 +1,4 @@
-"""Expert layers whose experts are spread over processes: tokens travel to the experts and back."""
+"""Expert layers whose experts are distributed over processes: tokens travel to the experts and back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Level:
         size: P.
         rank: of this process.
         label: of the traffic.
-        capacity: rows from rank to rank of the static exchange, or None for the exact one.
+        capacity: rows per pair of ranks for the static exchange, or None for the exact one.
     """
 
     group: dist.ProcessGroup
@@ -47,10 +47,10 @@ class Level:
 
 
 class _SumRows(torch.autograd.Function):
-    """``y[b] = Σ rows[lists[b]]``; ``transposed`` lists for each row the sums that it is part of.
+    """``y[b] = Σ rows[lists[b]]``; ``transposed`` lists, for each row, the sums that contain it.
 
-    By the tokens of a plan's rows it spreads tokens over the rows that travel, one a (token, rank) pair; by the places
-    of a token's rows it adds up what comes back, in rank order.
+    With the tokens of a plan's rows it copies tokens to the rows that travel, one per (token, rank) pair; with the
+    positions of a token's rows it adds up the returned rows, in rank order.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class _SumRows(torch.autograd.Function):
 
 
 class _PickSlots(torch.autograd.Function):
-    """``weights.flatten()[slots]``, 0 for slots beyond; no slot is picked twice, so gradients need no sum."""
+    """``weights.flatten()[slots]``, 0 for slots beyond; no slot occurs twice, so gradients need no sum."""
 
     @staticmethod
     def forward(ctx, weights, slots):
@@ -83,7 +83,7 @@ class _PickSlots(torch.autograd.Function):
 
 
 class _Share(torch.autograd.Function):
-    """The part of a stack that is here; its gradient is summed over replicas and scaled."""
+    """The local part of a stack; its gradient is summed over replicas and scaled."""
 
     @staticmethod
     def forward(ctx, part, scale, replicas):
@@ -101,7 +101,7 @@ class _Share(torch.autograd.Function):
 
 
 class _Copied(torch.autograd.Function):
-    """What all ranks of a group have; each contributes to its gradient."""
+    """A value that all ranks of a group share; every rank contributes to its gradient."""
 
     @staticmethod
     def forward(ctx, tensor, group):
@@ -117,7 +117,7 @@ class _Copied(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over the ranks of a group, which all of them go on with alike."""
+    """The sum over the ranks of a group, which all ranks then use in the same way."""
 
     @staticmethod
     def forward(ctx, part, group):
@@ -133,12 +133,12 @@ class _Summed(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows of T tokens travel to which of P ranks, and the slots of each row.
+    """The rows of T tokens that travel to each of P ranks, and the slots of each row.
 
     Attributes:
         index: ``(N,)`` the token of each row, rank by rank, in token order within a rank; T where a row has none.
-        places: ``(T, P)`` the row of each (token, rank) pair; N where there is none.
-        slots: ``(N, S)`` flat slots of the routing that a row takes along; T·K for none.
+        places: ``(T, P)`` the row of each (token, rank) pair; N if there is none.
+        slots: ``(N, S)`` flat slots of the routing that belong to a row; T·K for none.
         sizes: ``(P,)`` int64 rows for each rank.
         live: ``(P,)`` int64 slots with an expert that each rank gets.
         dropped: pairs beyond the capacity, a scalar tensor; None without one.
@@ -157,14 +157,14 @@ def plan_rows(
 ) -> Plan:
     """The rows of tokens whose slots belong to ``owners (T, K)``, ranks below ``num_ranks``; others have no expert.
 
-    A token has one row for each rank that it meets. With a ``capacity`` there are as many rows for each rank, the first
-    tokens' ones, and nothing is read on the host.
+    A token has one row for each rank that holds any of its experts. With a ``capacity`` there are exactly that many
+    rows for each rank, filled with the first tokens, and nothing is read on the host.
 
     Args:
         owners: ``(T, K)`` int64.
         num_ranks: P.
-        num_slots: S, the most slots that a token has at one rank.
-        capacity: rows for each rank, or None for as many as there are.
+        num_slots: S, the maximum number of slots of a token on one rank.
+        capacity: number of rows for each rank, or None for the exact number.
         stays: a rank that gets no rows; its live slots are counted.
     """
     num_tokens, top_k = owners.shape
@@ -206,7 +206,7 @@ def plan_rows(
 
 
 def _merge_repeated(ids: torch.Tensor, weights: torch.Tensor, absent: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token's ids each once, with the sum of their weights."""
+    """The distinct ids of each token, with the sums of their weights."""
     first = (ids.unsqueeze(2) == ids.unsqueeze(1)).int().argmax(2)
     weights = torch.zeros_like(weights).scatter_add(1, first, weights)
     repeated = first != torch.arange(ids.shape[1], device=ids.device)
@@ -214,7 +214,7 @@ def _merge_repeated(ids: torch.Tensor, weights: torch.Tensor, absent: int) -> tu
 
 
 def fit_slots(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids and weights ``(T, S)`` of a token in at most ``num_experts`` slots, as a dispatch takes them."""
+    """Ids and weights ``(T, S)`` in at most ``num_experts`` slots, as a dispatch requires."""
     if ids.shape[1] <= num_experts:
         return ids, weights
     ids, weights = _merge_repeated(ids, weights, num_experts)
@@ -240,24 +240,24 @@ def exchange_tokens(
     """``y[t] = Σ_k weights[t,k] · expert_{ids[t,k]}(tokens[t])``, the experts divided among the ranks of ``levels``.
 
     A token is sent once to each rank that has experts of it, with the ids and weights of its slots there, and comes
-    back as the weighted sum over those experts; the ranks' sums are added in rank order. With several levels, as node
-    and device, it is sent once to each node, and there once to each device.
+    back as the weighted sum over those experts; the ranks' sums are added in rank order. With several levels, such as
+    node and device, it is sent once to each node, and within the node once to each device.
 
     Args:
         tokens: ``(T, H)``.
-        ids: ``(T, K)``; ``num_experts`` and more mean no expert.
+        ids: ``(T, K)``; ids of ``num_experts`` and above mean no expert.
         weights: ``(T, K)`` floating.
         num_experts: E; rank r of P of the first level has those from ``r·⌈E/P⌉`` on.
         levels: outermost first.
-        compute: of rows ``(M, H)``, ids ``(M, S)`` int32 of this process's experts, ``⌈E/P⌉`` and more for none,
-            weights ``(M, S)``, and a bound on the slots that have an expert.
+        compute: a function of rows ``(M, H)``, ids ``(M, S)`` int32 of this process's experts (``⌈E/P⌉`` and above mean
+            no expert), weights ``(M, S)``, and an upper bound on the slots that have an expert.
         beside: called while rows travel.
         overflow: a scalar int64, to which rows beyond a capacity are added.
-        overlap: whether the tokens of experts that are here stay, and are computed while others travel; of the last
-            level. ``compute`` is then called twice, first with all tokens.
+        overlap: whether tokens of local experts stay, and are computed while others travel; for the last level.
+            ``compute`` is then called twice, first with all tokens.
 
     Returns:
-        ``(T, H)``, and what ``beside`` returned.
+        ``(T, H)``, and the result of ``beside``.
     """
     level, share = levels[0], -(-num_experts // levels[0].size)
     top_k = ids.shape[1]
@@ -309,11 +309,11 @@ def _tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 
 
 class ShardedExperts:
-    """How a layer's experts are divided: what :func:`shard_experts` sets as ``layer.exchange``.
+    """The division of a layer's experts, which :func:`shard_experts` sets as ``layer.exchange``.
 
     Attributes:
         mesh: the dimensions of the mesh that experts are divided over.
-        num_local_experts: of this process.
+        num_local_experts: number of this process's experts.
         names: of the divided parameters and buffers.
         slices: the ranks among which the intermediate size is divided, or None.
         overflow_count: (token, rank) pairs beyond a capacity so far, a scalar int64 on the layer's device.
@@ -356,16 +356,16 @@ class ShardedExperts:
         weights: torch.Tensor | None = None,
         beside: Callable[[], Any] | None = None,
     ) -> tuple[torch.Tensor, Any]:
-        """The layer's output for ``x``, and what ``beside`` returns; see :func:`exchange_tokens`."""
+        """The layer's output for ``x``, and the result of ``beside``; see :func:`exchange_tokens`."""
         try:
             tokens, routing = layer.checked(x, routing, weights)
         except (TypeError, ValueError) as error:
             if self.levels[0].capacity is None:
-                # In the place of the sizes, so that the ranks that wait for them raise too.
+                # Sent instead of the sizes, so that the ranks that wait for them raise too.
                 device = torch.empty(0, device=self.mesh.device_type)
                 RowExchange.of([0] * self.levels[0].size, self.levels[0].group, device, error=error)
             raise
-        # Products would cast as well; the narrower rows travel.
+        # The products would cast too, but casting first makes the rows that travel narrower.
         (tokens,) = autocast(layer.enter(tokens))
         weights = routing.weights
         if self.slices is not None:
@@ -393,7 +393,8 @@ class ShardedExperts:
         stacks = {name: self._local(name, _tensor_at(layer, name)) for name in self.names}
         num_experts = self.num_local_experts
         if num_experts == 0:
-            # One expert of zeros that no slot has: the others' backward passes count on this process taking part.
+            # An expert of zeros that no slot uses, because the backward passes of other ranks need this process to take
+            # part.
             stacks, num_experts = {name: _one_of_zeros(stack) for name, stack in stacks.items()}, 1
             ids = torch.ones_like(ids)
         ids, weights = fit_slots(ids, weights, num_experts)
@@ -401,7 +402,7 @@ class ShardedExperts:
         return layer.over(stacks, num_experts).between(rows, routing.dispatched())
 
     def _local(self, name: str, stack: torch.Tensor) -> torch.Tensor:
-        """The part of a stack that is here, as the layer has it."""
+        """The local part of a stack, in the form of the layer."""
         local = stack.to_local() if isinstance(stack, DTensor) else stack
         if local.requires_grad and (self.scale != 1.0 or self.replicas is not None):
             local = _Share.apply(local, self.scale, self.replicas)
@@ -409,20 +410,20 @@ class ShardedExperts:
             return local
         columns = self.columns[name]
         if columns.dim is None:
-            # The first rank adds it for all.
+            # Only the first rank adds it.
             local = _Copied.apply(local, self.slices.group)
             return local if self.slices.rank == 0 else local * 0
         return local if columns.merged is None else local.flatten(columns.merged, columns.merged + 1)
 
 
 def _one_of_zeros(empty: torch.Tensor) -> torch.Tensor:
-    """A stack of one part from one of none, on which its gradient depends."""
+    """A stack with one part of zeros made from an empty stack, so that autograd connects the two."""
     zeros = empty.new_zeros((1, *empty.shape[1:]))
     return torch.cat([empty, zeros]) if empty.requires_grad else zeros
 
 
 def _part(size: int, levels: Sequence[Level]) -> range:
-    """The part of ``size`` entries that is here, as ``torch.chunk`` divides them at each level."""
+    """The local part of ``size`` entries, divided at each level like ``torch.chunk``."""
     part = range(size)
     for level in levels:
         share = -(-len(part) // level.size)
@@ -431,7 +432,7 @@ def _part(size: int, levels: Sequence[Level]) -> range:
 
 
 def _levels(mesh: DeviceMesh, dim: str | Sequence[str] | None) -> tuple[tuple[str, ...], DeviceMesh]:
-    """The names of the dimensions that experts are divided over, and the part of the mesh that they make."""
+    """The names of the dimensions over which experts are divided, and their sub-mesh."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a torch.distributed.DeviceMesh, got {type(mesh).__name__}")
     names = mesh.mesh_dim_names
@@ -468,7 +469,7 @@ def _sharded(module: nn.Module) -> list[tuple[str, ExpertLayer]]:
 
 
 def _stacks_of(layer: ExpertLayer, sizes: Sequence[int], device_type: str) -> dict[str, torch.Tensor]:
-    """What to divide of a layer, checked."""
+    """The tensors of a layer to divide, checked."""
     total, where = layer.num_experts, type(layer).__name__
     ranks = functools.reduce(lambda a, b: a * b, sizes)
     if layer.exchange is not None:
@@ -498,7 +499,7 @@ def _stacks_of(layer: ExpertLayer, sizes: Sequence[int], device_type: str) -> di
 
 
 def _columns_of(layer: ExpertLayer, slices: Level | None) -> dict[str, Columns]:
-    """Where to divide a layer along its intermediate size, checked; nowhere without ``slices``."""
+    """The dimensions for dividing a layer along its intermediate size, checked; empty without ``slices``."""
     if slices is None:
         return {}
     try:
@@ -588,74 +589,75 @@ def shard_experts(
 ) -> nn.Module:
     """Divide the experts of all expert layers inside ``module`` among the ranks of a mesh, in place.
 
-    Of E experts rank r of P keeps those from ``r·⌈E/P⌉`` on, as ``Shard(0)`` of a DTensor has them; the last ranks may
-    have fewer, or none. Every rank calls the layer with tokens of its own. A token travels once to each rank that has
-    experts of it, with ids and weights, and comes back as the weighted sum over those experts::
+    With E experts on P ranks, rank r keeps the experts from ``r·⌈E/P⌉`` on, like ``Shard(0)`` of a DTensor; the last
+    ranks may have fewer, or none. Every rank calls the layer with its own tokens. A token travels once to each rank
+    that holds any of its experts, with ids and weights, and comes back as the weighted sum over those experts::
 
         y[t] = Σ_r  Σ_{k: expert ids[t,k] on rank r}  weights[t,k] · expert_{ids[t,k]}(x[t])
 
-    The inner sums are taken where the experts are and rounded to the rows' dtype, the outer one in rank order. So
-    results are the same bits each time, and the same bits as on one device where all experts of a token are on one
-    rank; otherwise they differ by the rounding of at most P partial sums, as do the gradients of ``x``. Those of the
-    experts are sums over all tokens that came, in rank order. With ``overlap`` the own rank's part comes first.
+    The inner sums are computed on the experts' ranks and rounded to the rows' dtype; the outer sum is in rank order. So
+    results are reproducible bit for bit. They have the same bits as on one device if all experts of a token are on one
+    rank; otherwise they differ by the rounding of at most P partial sums, as do the gradients of ``x``. Gradients of
+    experts are sums over all received tokens, in rank order. With ``overlap`` the own rank's part comes first.
 
     >>> mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "expert"))
     >>> gossamer.parallel.shard_experts(model, mesh, "expert", replicate="data")
     >>> model = DistributedDataParallel(model)
 
-    Where all experts read one latent of a token (:class:`LatentExperts` with one group), the latent travels, and the
-    shared projections are computed by the token's rank.
+    If all experts read the same latent of a token (:class:`LatentExperts` with one group), the latent travels, and the
+    shared projections are computed on the token's rank.
 
-    The dense parameters, the router's among them, stay whole on every rank and are averaged over all ranks by
-    ``DistributedDataParallel``, which leaves the experts alone, or by ``fully_shard``. With ``gradients="mean"`` the
-    experts get the gradient of the mean of all ranks' losses too. Parameters that serve all experts, such as the bases
-    of :class:`BasisExperts` and those projections, are dense ones. For FSDP2, shard the experts by
-    themselves over another dimension of the same mesh, and the rest over all ranks::
+    Dense parameters, including the router's, stay whole on every rank. Their gradients are averaged over all ranks by
+    ``DistributedDataParallel``, which ignores the experts, or by ``fully_shard``. With ``gradients="mean"`` the experts
+    also get the gradient of the mean of all ranks' losses. Parameters that all experts share, such as the bases of
+    :class:`BasisExperts` and the shared projections, count as dense. For FSDP2, shard the experts separately over
+    another dimension of the same mesh, and the rest over all ranks::
 
         shard_experts(model, mesh, "expert")
         for block in model.blocks:
             fully_shard(block.moe.experts, mesh=mesh["data"])   # as many experts on every rank, none shared
         fully_shard(model, mesh=mesh["data", "expert"]._flatten("all"))
 
-    Ranks may have different numbers of tokens, none included. Every rank must call the layers in the same order, and
+    Ranks may have different numbers of tokens, including none. Every rank must call the layers in the same order, and
     take part in every backward pass.
 
-    Under ``torch.compile`` the exchange is not traced: each expert layer is a graph break, and what lies between is
+    ``torch.compile`` does not trace the exchange: each expert layer is a graph break, and the code between layers is
     compiled.
 
     Args:
-        module: an expert layer, or a model with some, whole on every rank; a rank reads the experts that it keeps. On
-            the meta device nothing is: divide, then ``to_empty`` and load a checkpoint.
+        module: an expert layer, or a model with some, whole on every rank; each rank reads only the experts that it
+            keeps. For a module on the meta device nothing is read: divide it, then call ``to_empty`` and load a
+            checkpoint.
         mesh: a DeviceMesh.
-        dim: the dimension of the mesh that experts are divided over; None for the only one. Several, as
-            ``("node", "device")``, for an exchange in as many hops: a token travels once to each node that has experts
-            of it, and there once to each device; E must then be a multiple of their ranks.
-        tensor: a dimension of the mesh along which the intermediate size of each expert is divided, as tensor
-            parallelism does; its ranks have the same tokens and routing, and add up what their slices give. Of float
-            :class:`Experts` alone, whose parameters then have I as a dimension of its own: ``(E, 2, I, H)``.
-        replicate: a dimension of the mesh along which experts are copied; their gradients are averaged over it in the
-            backward pass. None where there is none or FSDP2 shards the experts along it.
-        exchange: ``"exact"`` tells the numbers of rows first, and moves no others. ``"static"`` has buffers of
-            ``capacity`` rows for each pair of ranks, nothing is read on the host, and two collectives a direction
+        dim: the mesh dimension over which experts are divided; None for the only one. Several, such as ``("node",
+            "device")``, give an exchange in several hops: a token travels once to each node that holds any of its
+            experts, and within the node once to each device; E must then be a multiple of the number of ranks.
+        tensor: a mesh dimension along which the intermediate size of each expert is divided, as in tensor parallelism;
+            its ranks have the same tokens and routing, and add up the results of their slices. Only for float
+            :class:`Experts`, whose parameters then have I as a separate dimension: ``(E, 2, I, H)``.
+        replicate: a mesh dimension along which experts are copied; their gradients are averaged over it in the backward
+            pass. None without copies, or if FSDP2 shards the experts along it.
+        exchange: ``"exact"`` exchanges the numbers of rows first, and sends exactly these rows. ``"static"`` sends
+            ``capacity`` rows for each pair of ranks; nothing is read on the host, and two collectives per direction
             suffice.
-        capacity: rows from rank to rank of the static exchange, at most the tokens of a rank; one for each of ``dim``.
-        overflow: with the static exchange, rows beyond the capacity, the last tokens' ones, are always counted and left
-            out: such a token misses its experts on that rank. ``"drop"`` accepts it; with ``"raise"``
+        capacity: rows per pair of ranks in the static exchange, at most the tokens of a rank; one for each of ``dim``.
+        overflow: in the static exchange, rows beyond the capacity, which belong to the last tokens, are counted and
+            left out: such a token skips its experts on that rank. ``"drop"`` accepts it; with ``"raise"``
             :func:`check_overflow` raises.
         overlap: whether tokens whose experts are on their own rank are computed while the others travel, and added to
-            what comes back. It pays where the exchange takes long: each expert's matrices are then read twice a call,
-            and their gradients are sums of two. A shared expert is computed beside the exchange in any case.
-        gradients: ``"mean"`` divides the experts' gradients by the number of ranks, as data parallelism does with the
-            others; ``"sum"`` leaves the gradient of the sum of all ranks' losses.
+            the returned rows. Use it if the exchange takes long: each expert's matrices are then read twice per call,
+            and their gradients are sums of two parts. A shared expert is computed during the exchange in any case.
+        gradients: ``"mean"`` divides the experts' gradients by the number of ranks, as data parallelism does for other
+            parameters; ``"sum"`` gives the gradient of the sum of all ranks' losses.
 
     Returns:
         ``module``.
 
     Raises:
         TypeError: ``module`` or ``mesh`` is something else, or ``capacity`` is not an int.
-        ValueError: the mesh has not the dimension, there are more ranks than experts, a layer has experts that cannot
-            be divided (:class:`ProductKeyExperts`; uneven groups of :class:`LatentExperts`; merged adapters), a tensor
-            is on another device, experts are divided already, or an option is unknown. Every rank raises the same.
+        ValueError: the mesh lacks the dimension, there are more ranks than experts, a layer has experts that cannot be
+            divided (:class:`ProductKeyExperts`; uneven groups of :class:`LatentExperts`; merged adapters), a tensor is
+            on another device, experts are divided already, or an option is unknown. Every rank raises the same.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -724,7 +726,7 @@ def shard_experts(
 
 @torch.no_grad()
 def gather_experts(module: nn.Module) -> nn.Module:
-    """Undo :func:`shard_experts`, in place: every rank has all experts whole again, as before.
+    """Undo :func:`shard_experts`, in place: every rank holds all experts again.
 
     Every rank of the mesh must make the call.
 
@@ -749,7 +751,9 @@ def gather_experts(module: nn.Module) -> nn.Module:
 
 
 def _whole(tensor: DTensor, name: str, exchange: ShardedExperts) -> torch.Tensor:
-    """A DTensor on every rank, as the layer had it; parts of experts travel as bytes, as not all dtypes have sums."""
+    """The whole tensor of a DTensor, on every rank; parts of experts travel as bytes, since not all dtypes support
+    sums.
+    """
     if exchange.slices is not None:
         merged, whole = exchange.columns[name].merged, tensor.full_tensor()
         return whole if merged is None else whole.flatten(merged, merged + 1)
@@ -771,7 +775,7 @@ def _whole(tensor: DTensor, name: str, exchange: ShardedExperts) -> torch.Tensor
 
 
 def overflow_counts(module: nn.Module) -> dict[str, int]:
-    """How many (token, rank) rows of this rank were beyond the capacity so far, by layer; reads the device.
+    """The number of this rank's (token, rank) rows beyond the capacity so far, by layer; reads the device.
 
     Raises:
         ValueError: no experts inside ``module`` are divided.
@@ -781,15 +785,15 @@ def overflow_counts(module: nn.Module) -> dict[str, int]:
 
 
 def check_overflow(module: nn.Module) -> dict[str, int]:
-    """Add up over the ranks what was beyond the capacity of static exchanges since the last check.
+    """Sum over the ranks the rows beyond the capacity of static exchanges since the last check.
 
-    Every rank of the mesh must make the call, such as once in a while between steps; it waits for the device.
+    Every rank of the mesh must make the call, for example every few hundred steps; it waits for the device.
 
     Returns:
-        The number of (token, rank) rows left out, of all ranks that exchange with this one, by layer.
+        The number of (token, rank) rows left out, over all ranks that exchange with this one, by layer.
 
     Raises:
-        RuntimeError: some were, of a layer with ``overflow="raise"``; on every rank.
+        RuntimeError: rows were left out in a layer with ``overflow="raise"``; on every rank.
         ValueError: no experts inside ``module`` are divided.
     """
     found, strict = {}, {}
@@ -812,14 +816,14 @@ def check_overflow(module: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[torch.Tensor] | torch.Tensor, max_norm: float) -> torch.Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` in the 2-norm where some parameters are divided experts.
+    """``torch.nn.utils.clip_grad_norm_`` with the 2-norm, for parameters that include divided experts.
 
-    The norm is that of all gradients, each expert's counted once: ``‖g‖² = ‖dense‖² + Σ_ranks ‖own experts‖²``. Dense
-    gradients must be the same on every rank, as after ``DistributedDataParallel``. Not for FSDP2, whose own does it.
+    The norm is over all gradients, counting each expert once: ``‖g‖² = ‖dense‖² + Σ_ranks ‖own experts‖²``. Dense
+    gradients must be the same on every rank, as after ``DistributedDataParallel``. Not for FSDP2, which has its own.
 
     Args:
         parameters: of the model.
-        max_norm: to which a larger norm is scaled down.
+        max_norm: the maximum norm, to which larger norms are scaled down.
 
     Returns:
         The norm before, a scalar, the same on every rank.

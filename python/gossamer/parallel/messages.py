@@ -13,7 +13,7 @@ _WORD = 8
 
 
 def words(numel: int, dtype: torch.dtype) -> int:
-    """Words of 8 bytes that so many elements take in a message."""
+    """Number of 8-byte words that ``count`` elements take in a message."""
     return -(-numel * dtype.itemsize // _WORD)
 
 
@@ -26,7 +26,7 @@ def pack(messages: Sequence[Sequence[torch.Tensor]], device: torch.device) -> to
             count = words(part.numel(), part.dtype)
             if count:
                 room = buffer[at : at + count]
-                # What a part leaves of its last word holds nothing of this process's memory.
+                # Padding in the last word of a part is zeroed, so that it does not contain this process's memory.
                 room[-1:].zero_()
                 room.view(part.dtype)[: part.numel()].copy_(part.detach().reshape(-1))
             at += count
@@ -34,7 +34,7 @@ def pack(messages: Sequence[Sequence[torch.Tensor]], device: torch.device) -> to
 
 
 class Reader:
-    """Takes the tensors of a message out of it, in the order in which they were packed."""
+    """Reads the tensors of a message, in the order in which they were packed."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.buffer, self.at = buffer, 0
@@ -62,9 +62,9 @@ def send(
     device: torch.device,
     label: str,
 ) -> list[Reader]:
-    """Send a message to every rank and return readers of those that came, by one collective.
+    """Send a message to every rank with one collective, and return readers of the received messages.
 
-    Where ``received_words`` is None, a collective before it tells the sizes; otherwise all know them.
+    If ``received_words`` is None, another collective exchanges the sizes first.
     """
     sizes, buffer = sizes_of(messages), pack(messages, device)
     if received_words is None:

@@ -1,4 +1,6 @@
-"""How tables lie over the ranks of a mesh dimension, and a planner that places them by bytes and lookups."""
+"""The distribution of tables over the ranks of a mesh dimension, and a planner that places them by bytes and
+lookups.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Piece:
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """First element and length of a part, as ``torch.chunk`` and ``Shard`` cut; the last may be short or empty."""
+    """First element and length of a part, divided as in ``torch.chunk`` and ``Shard``; the last parts may be short or
+    empty.
+    """
     each = -(-size // parts)
     begin = min(index * each, size)
     return begin, min(each, size - begin)
@@ -55,7 +59,7 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Split:
-    """How one table lies over the ranks.
+    """The distribution of one table over the ranks.
 
     Attributes:
         kind: ``"row"``: each rank has a block of rows; ``"column"``: a block of columns; ``"table"``: rank ``owner``
@@ -73,7 +77,7 @@ class Split:
     owner: int = 0
 
     def piece(self, rank: int) -> Piece:
-        """What a rank holds."""
+        """The piece that a rank holds."""
         if self.kind == "row":
             return Piece(*chunk(self.rows, self.world, rank), 0, self.columns)
         if self.kind == "column":
@@ -82,11 +86,11 @@ class Split:
         return Piece(0, rows, 0, self.columns)
 
     def holders(self) -> list[int]:
-        """The ranks that hold something."""
+        """The ranks that hold a part of the table."""
         return [rank for rank in range(self.world) if self.piece(rank).numel]
 
     def check(self, name: str) -> None:
-        """Raise ValueError where there are more ranks than rows or columns to give each one."""
+        """Raise ValueError if there are more ranks than rows or columns."""
         if self.kind == "row" and self.rows < self.world:
             raise ValueError(
                 f"plan[{name!r}] must not be 'row' for a table of {self.rows} rows over {self.world} "
@@ -101,16 +105,16 @@ class Split:
 
 @dataclass(frozen=True)
 class TableInfo:
-    """What the planner knows of a table.
+    """The planner's data about a table.
 
     Attributes:
-        rows: N; of a dynamic table its capacity.
+        rows: N; for a dynamic table its capacity.
         columns: D.
-        nbytes: with the optimizer's state.
-        lookups: ids of one step of one process, with repeats; 0 where nobody measured them.
-        unique: distinct ones.
+        nbytes: bytes including the optimizer's state.
+        lookups: ids of one step of one process, with repeats; 0 if not measured.
+        unique: distinct ids.
         bags: bags of one step of one process.
-        kinds: the kinds of sharding that it takes.
+        kinds: the kinds of sharding that the table supports.
     """
 
     rows: int
@@ -124,13 +128,13 @@ class TableInfo:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where every table of a model goes: :func:`gossamer.parallel.shard_tables` takes it as its plan.
+    """The placement of every table of a model, which :func:`gossamer.parallel.shard_tables` takes as its plan.
 
     Attributes:
         world: ranks.
         kinds: ``"row"``, ``"table"``, ``"column"`` or ``"replicate"`` by the table's name.
         owners: the rank of each table of kind ``"table"``.
-        tables: what is known of each.
+        tables: data about each table.
     """
 
     world: int
@@ -161,7 +165,7 @@ class TablePlan:
         found = [0.0] * self.world
         for name, info in self.tables.items():
             for rank, part in enumerate(self._parts(name)):
-                # A replica serves its own process; a rank with columns looks every id up.
+                # A replica looks up the ids of its own process; a rank with columns looks up every id.
                 if self.kinds[name] == "replicate":
                     found[rank] += info.lookups
                 elif self.kinds[name] == "column":
@@ -173,7 +177,7 @@ class TablePlan:
     def sent_nbytes(self, name: str, element: int = 4) -> float:
         """Bytes that one process sends to others in a step for a table: ids, rows or sums, and their gradients.
 
-        An estimate from the measured lookups, for tables of ``element`` bytes a value; gradients are as wide.
+        An estimate from the measured lookups, for tables and gradients of ``element`` bytes per value.
         """
         info, kind, away = self.tables[name], self.kinds[name], (self.world - 1) / self.world
         each = info.lookups / info.bags if info.bags else 0.0
@@ -210,7 +214,7 @@ def named_tables(model: nn.Module) -> dict[str, nn.Module]:
     """The tables of a model that can be sharded, by their names in it; the model itself has the name ``""``.
 
     Raises:
-        ValueError: a subclass of one of them looks up in its own way, which shards would not know.
+        ValueError: a subclass of one of these overrides the lookup, which shards could not reproduce.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, SHARDABLE)}
     for name, module in found.items():
@@ -224,10 +228,10 @@ def named_tables(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def table_infos(model: nn.Module, lookups: Mapping[str, Lookups] | None = None) -> dict[str, TableInfo]:
-    """What the planner knows of a model's tables; those of a batched module are ``"module.0"``, ``"module.1"``, ...
+    """The planner's data about a model's tables; tables of a batched module are ``"module.0"``, ``"module.1"``, ...
 
     Raises:
-        ValueError: ``lookups`` is of tables that the model does not have.
+        ValueError: ``lookups`` names tables that the model does not have.
     """
     found: dict[str, TableInfo] = {}
     for name, module in named_tables(model).items():
@@ -270,13 +274,13 @@ def join(prefix: str, name: str) -> str:
 
 @dataclass
 class Lookups:
-    """What :func:`measure_lookups` counts of a table.
+    """The counts of :func:`measure_lookups` for a table.
 
     Attributes:
-        calls: of its module.
+        calls: number of calls of its module.
         lookups: ids, with repeats.
-        unique: distinct ids of each call, added up.
-        bags: bags, or ids where each is looked up alone.
+        unique: distinct ids, summed over calls.
+        bags: bags, or ids if each is looked up alone.
     """
 
     calls: int = 0
@@ -293,7 +297,7 @@ class Lookups:
 
 @contextlib.contextmanager
 def measure_lookups(model: nn.Module) -> Iterator[dict[str, Lookups]]:
-    """Count what the forward passes in the ``with`` block look up in each table, for :func:`plan_tables`.
+    """Count the lookups in each table by forward passes in the ``with`` block, for :func:`plan_tables`.
 
     >>> with measure_lookups(model) as lookups:
     ...     for batch in few_batches:
@@ -335,7 +339,9 @@ def measure_lookups(model: nn.Module) -> Iterator[dict[str, Lookups]]:
 
 
 def _owners(tables: Mapping[str, TableInfo], kinds: Mapping[str, str], world: int) -> dict[str, int]:
-    """Ranks for the tables that go whole, the largest first, each where bytes and lookups are lowest so far."""
+    """Ranks for tables that are placed whole: the largest first, each on the rank with the fewest bytes and lookups so
+    far.
+    """
     total = max(sum(info.nbytes for info in tables.values()), 1) / world
     looked = max(sum(info.lookups for info in tables.values()), 1e-9)
     nbytes, lookups, owners = [0.0] * world, [0.0] * world, {}
@@ -350,7 +356,7 @@ def _owners(tables: Mapping[str, TableInfo], kinds: Mapping[str, str], world: in
         def load(rank: int, info: TableInfo = info) -> tuple[float, float]:
             held = nbytes[rank] + info.nbytes / total
             ids = lookups[rank] + world * info.lookups / looked
-            # Bytes are bounded; within the bound, lookups decide.
+            # Bytes have a bound; within it, lookups decide.
             return max(held / SLACK, 1.0), max(held, ids)
 
         rank = min(range(world), key=lambda rank: (*load(rank), rank))
@@ -361,30 +367,31 @@ def _owners(tables: Mapping[str, TableInfo], kinds: Mapping[str, str], world: in
 
 
 def assign_owners(tables: Mapping[str, TableInfo], kinds: Mapping[str, str], world: int) -> TablePlan:
-    """The plan with these kinds of sharding, whole tables where bytes and lookups are lowest."""
+    """The plan with these kinds of sharding, placing whole tables where bytes and lookups are lowest."""
     return TablePlan(world, dict(kinds), _owners(tables, kinds, world), dict(tables))
 
 
 def plan_tables(model: nn.Module, world: int, *, lookups: Mapping[str, Lookups] | None = None) -> TablePlan:
     """Place the tables of a model on ``world`` ranks, so that none holds more than its share of bytes plus 5%.
 
-    Tables go whole, which sends least (a sum per bag each way, and no row), the largest first, each to the rank that
-    has fewest bytes and lookups. While a rank holds more than 1.05 times the mean, the largest whole table is split by
-    rows instead; while one looks up more than 1.25 times the mean, that with most lookups on the busiest rank. The
-    result depends on the arguments alone, so every rank that calls this has the same.
+    Tables are placed whole at first, which sends least (one sum per bag in each direction, and no rows): the largest
+    first, each on the rank with the fewest bytes and lookups. While a rank holds more than 1.05 times the mean, the
+    largest whole table is split by rows instead. While a rank looks up more than 1.25 times the mean, the table with
+    the most lookups on the busiest rank is split. The result depends only on the arguments, so every rank gets the same
+    plan.
 
     Args:
-        model: with :class:`gossamer.nn.Embedding`, ``EmbeddingBag``, ``TableBatchedEmbeddingBags`` (whose tables are
-            placed one by one) or ``DynamicEmbedding``. It may lie on the meta device.
+        model: a model with :class:`gossamer.nn.Embedding`, ``EmbeddingBag``, ``TableBatchedEmbeddingBags`` (whose
+            tables are placed one by one) or ``DynamicEmbedding``. It may be on the meta device.
         world: ranks.
-        lookups: what :func:`measure_lookups` counted; without it bytes alone decide.
+        lookups: the counts of :func:`measure_lookups`; without them only bytes decide.
 
     Returns:
-        The plan; ``print`` it for a report of bytes, lookups and traffic by table and rank.
+        The plan; ``print`` it to see bytes, lookups and traffic by table and rank.
 
     Raises:
         TypeError: ``world`` is not an int.
-        ValueError: the model has no such table, or ``lookups`` is of others.
+        ValueError: the model has no such table, or ``lookups`` names others.
     """
     check_positive(world=world)
     tables = table_infos(model, lookups)

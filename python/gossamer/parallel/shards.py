@@ -1,4 +1,4 @@
-"""The part of a table that one rank holds: what it serves to lookups of all ranks, its steps and its checkpoints."""
+"""The part of a table that one rank holds: lookups for all ranks, steps and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gossamer.parallel.placement import Split
 
 
 def factor_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of weights that carry a mean's division: as exact as the kernels' own."""
+    """The dtype of weights that include a mean's division: as exact as in the kernels."""
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
@@ -33,13 +33,13 @@ def copy_beside(module: torch.nn.Module, memo: dict) -> torch.nn.Module:
 
 
 class TableShard(FusedTable):
-    """The rows or columns that this rank has of one table, as a parameter ``weight`` and buffers of its optimizer.
+    """This rank's rows or columns of one table, as a parameter ``weight`` and the optimizer's buffers.
 
     Attributes:
-        split: how the table lies over the ranks.
+        split: distribution of the table over the ranks.
         rank: of this process.
         mesh: one-dimensional, over the ranks.
-        bound: of the uniform values that the table starts with; None for normal ones.
+        bound: bound of the table's uniform initial values; None for normal ones.
         padding_idx: a row that starts at zero; None for none.
     """
 
@@ -75,12 +75,12 @@ class TableShard(FusedTable):
         """Over the ranks."""
         return self.mesh.get_group()
 
-    # Whether ids come and go.
+    # Whether ids are added and removed.
     dynamic = False
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the table."""
         return self.weight.device
 
     @property
@@ -90,26 +90,26 @@ class TableShard(FusedTable):
 
     @property
     def id_dtype(self) -> torch.dtype:
-        """Of ids on their way."""
+        """The dtype of ids in messages."""
         return torch.int32 if self.split.rows < 2**31 else torch.int64
 
     @property
     def parameter(self) -> torch.nn.Parameter | None:
-        """The weight, where lookups give it a gradient."""
+        """The weight, if lookups give it a gradient."""
         return self.weight if self.optimizer is None and self.weight.requires_grad else None
 
     def owner_of(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """The rank of each id's row; None where all ranks that hold something have something of it."""
+        """The rank of each id's row; None if all holding ranks have a part of every row."""
         if self.split.kind != "row":
             return None
         return ids // self.split.piece(0).rows
 
     def local_ids(self, ids: torch.Tensor, rank: int) -> torch.Tensor:
-        """Ids as a rank counts its rows."""
+        """Ids in the numbering of a rank's rows."""
         return (ids - self.split.piece(rank).row).to(self.id_dtype)
 
     def serve(self, ids: torch.Tensor, served: object, inserts: bool) -> list[torch.Tensor]:
-        """What is sent of local ids: their rows."""
+        """The data to send for local ids: their rows."""
         return [self.rows_of(ids)]
 
     @property
@@ -121,7 +121,7 @@ class TableShard(FusedTable):
     def reset_parameters(self) -> None:
         """Redraw the table, as the layer that was sharded draws it, and reset the optimizer.
 
-        Every rank must make the call; the numbers of rank 0's generator decide, so replicas are alike and parts differ.
+        Every rank must make the call. Values come from rank 0's generator, so replicas are equal and parts differ.
         """
         seed = [int(torch.randint(2**62, ()))]
         dist.broadcast_object_list(seed, src=dist.get_global_rank(self.group, 0), group=self.group)
@@ -139,14 +139,14 @@ class TableShard(FusedTable):
         return copy_beside(self, memo)
 
     def extra_repr(self) -> str:
-        """The whole table, how it lies, and what of it is here."""
+        """The whole table, its distribution, and the local part."""
         own = self.piece
         part = f"rows {own.row} to {own.row + own.rows}, columns {own.column} to {own.column + own.columns}"
         optimizer = f", optimizer={self.optimizer}" if self.optimizer else ""
         return f"{self.num_embeddings}, {self.embedding_dim}, by {self.split.kind}: {part}{optimizer}"
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows ``(n, columns here)`` of local ids, scaled down to the table's largest norm first."""
+        """Rows ``(n, local columns)`` of local ids, first scaled down to the table's maximum norm."""
         if self.max_norm is not None:
             renorm_(self.weight, ids, self.max_norm, self.norm_type)
         return self.weight.detach().index_select(0, ids.long())
@@ -159,7 +159,7 @@ class TableShard(FusedTable):
         mode: str,
         out_dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sums, means or maxima ``(B, columns here)`` of bags of local ids, and where the maxima lie."""
+        """Sums, means or maxima ``(B, local columns)`` of bags of local ids, and the positions of maxima."""
         if self.max_norm is not None:
             renorm_(self.weight, ids, self.max_norm, self.norm_type)
         table = self.weight.detach()
@@ -180,13 +180,13 @@ class TableShard(FusedTable):
         """Take the optimizer's step on the rows that bags list, or, without one, return the gradient of ``weight``.
 
         Args:
-            ids: local ids, in the order in which one process would meet them.
+            ids: local ids, in the order in which a single process would read them.
             offsets: ``(B+1,)``.
-            dout: ``(B, columns here)``.
+            dout: ``(B, local columns)``.
             weights: like ``ids``, or None.
             argmax: for a maximum, its positions.
             mode: of the bags.
-            served: what was remembered of the lookup; unused here.
+            served: saved data of the lookup; unused here.
         """
         if self.scale_grad_by_freq:
             scale = inverse_frequency(ids, self.weight.shape[0], accumulation_dtype(self.weight.dtype))
@@ -198,14 +198,14 @@ class TableShard(FusedTable):
             self._step_columns(ids, offsets, dout, weights, argmax, mode, state)
         else:
             if weights is None and self.by_position:
-                # The kernel of many tables multiplies by every weight, where that of one table adds plain rows.
+                # The kernel for many tables multiplies by weights even where the kernel for one table adds plain rows.
                 weights = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
             lists = (ids, dout, offsets, weights, argmax)
             step_bags_(self.weight.detach(), *lists, self.optimizer, state, mode)
         return None
 
     def learn_nothing(self) -> torch.Tensor | None:
-        """Count the step of a lookup on a rank that holds nothing of the table."""
+        """Count the step of a lookup on a rank that holds no part of the table."""
         if self.optimizer is None:
             return torch.zeros_like(self.weight)
         self.optimizer_step += 1
@@ -224,7 +224,7 @@ class TableShard(FusedTable):
             return torch.autograd.grad(pooled, leaf, dout.to(pooled.dtype))[0]
 
     def _step_columns(self, ids, offsets, dout, weights, argmax, mode, state) -> None:
-        """A step that reads whole rows, of which each rank has columns: sums over a row are added up over the ranks."""
+        """A step that needs whole rows when each rank holds columns: sums over a row are added over the ranks."""
         wide = accumulation_dtype(self.weight.dtype)
         ids, order = ids.long().sort(stable=True)
         counts = offsets.diff()
@@ -242,7 +242,7 @@ class TableShard(FusedTable):
         gradient = gather_reduce(values, order, ends) if len(order) else values.new_zeros(0, dout.shape[1])
 
         def over_ranks(sums: torch.Tensor) -> torch.Tensor:
-            # Gathered and added in the order of the ranks, so that all have the same bits.
+            # Gathered and added in rank order, so that all ranks get the same bits.
             parts = [torch.empty_like(sums) for _ in range(self.split.world)]
             dist.all_gather(parts, sums.contiguous(), group=self.group)
             return torch.stack(parts).sum(0)
@@ -251,16 +251,16 @@ class TableShard(FusedTable):
         how = {"columns": self.split.columns, "first_column": first, "sum_over": over_ranks}
         step_rows_(self.weight.detach(), rows, gradient, optimizer=self.optimizer, state=state, **how)
 
-    # Checkpoints hold the whole table under the names of the module that was sharded.
+    # Checkpoints hold the whole table under the names of the original module.
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter or buffer of the whole table, () for those that have no value per row."""
+        """The shape of a parameter or buffer for the whole table; () if it has no value per row."""
         kinds = {} if self.optimizer is None else self.optimizer.state_kinds()
         kind = "full" if name == "weight" else kinds.get(name.removeprefix("optimizer_"))
         return {"full": (self.split.rows, self.split.columns), "row": (self.split.rows,)}.get(kind, ())
 
     def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """A local tensor as checkpoints take it: a DTensor, a plain one that all ranks have alike, or nothing."""
+        """A local tensor in checkpoint form: a DTensor, a plain tensor that is equal on all ranks, or nothing."""
         kind, shape = self.split.kind, self._whole_shape(name)
         if kind == "table":
             return tensor if self.rank == self.split.owner else None
@@ -289,7 +289,7 @@ class TableShard(FusedTable):
             if given is not None:
                 own[prefix + name] = self._local(name, given)
             elif self.split.kind == "table" and self.rank != self.split.owner:
-                # Another rank has the table; nothing of it is missing here.
+                # Another rank holds the table, so nothing is missing here.
                 own[prefix + name] = getattr(self, name)
         others = {key: value for key, value in state_dict.items() if key not in own and key.startswith(prefix)}
         super()._load_from_state_dict(others | own, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)

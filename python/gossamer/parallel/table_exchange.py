@@ -22,7 +22,7 @@ from gossamer.parallel.shards import TableShard, factor_dtype
 
 
 class Request(NamedTuple):
-    """What one process looks up in one table. All ids contribute: those that do not were left out of the lists.
+    """One process's lookup in one table. All ids contribute; others were removed from the lists.
 
     Attributes:
         shard: the part of the table that this process holds.
@@ -31,10 +31,10 @@ class Request(NamedTuple):
         features: F.
         weights: ``(L,)`` float, or None for ones.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        pooled: whether bags are asked for; else every id has a bag of its own.
+        pooled: whether bags are pooled; otherwise every id is its own bag.
         trained: ``(L,)`` bool, ids whose rows learn; None for all.
         out_dtype: of the result.
-        learns: whether its backward pass changes the table or makes its gradient.
+        learns: whether the backward pass changes the table or computes its gradient.
         inserts: whether ids without a row get one, in a dynamic table.
     """
 
@@ -52,14 +52,14 @@ class Request(NamedTuple):
 
     @property
     def way(self) -> str:
-        """What travels: ``"rows"``, ``"sums"`` of bags, or ``"nothing"`` but gradients, for replicas."""
+        """The kind of data sent: ``"rows"``, ``"sums"`` of bags, or ``"nothing"`` except gradients, for replicas."""
         if self.shard.split.kind == "replicate":
             return "nothing"
         weighs = self.weights is not None and self.weights.requires_grad
         return "rows" if self.shard.dynamic or not self.pooled or self.shard.split.kind == "row" or weighs else "sums"
 
     def describe(self) -> str:
-        """What all ranks must have alike."""
+        """The data that must be equal on all ranks."""
         weights = None if self.weights is None else (self.weights.dtype, self.weights.requires_grad)
         own = (self.shard.split, self.features, self.mode, self.pooled, self.out_dtype, self.inserts)
         return repr((own, weights, self.learns, self.way))
@@ -72,18 +72,18 @@ class Request(NamedTuple):
 
 @dataclass
 class _Asked:
-    """What this process remembers of a request: what it sent to whom, and what its own backward pass needs.
+    """Saved data of a request: what was sent to each rank, and what the local backward pass needs.
 
     Attributes:
         request: the request.
         offsets: ``(F·B+1,)`` of its bags.
-        sent: distinct rows asked of each rank, for rows.
-        place: ``(L,)`` the position of each id among the rows that come.
-        bags: ``(F·B,)`` bool for each rank: which bags it has learning ids of.
+        sent: distinct rows requested from each rank, for ``"rows"``.
+        place: ``(L,)`` the position of each id among the received rows.
+        bags: ``(F·B,)`` bool per rank: the bags of which it holds trained ids.
         within: for each rank, the position of each id within its bag there, −1 for other ranks' ids; for maxima.
-        rows: what came, ``(U, D)``.
+        rows: the received rows, ``(U, D)``.
         counts: ids of each bag that a mean counts.
-        argmax: where the maxima lie.
+        argmax: positions of the maxima.
     """
 
     request: Request
@@ -99,16 +99,16 @@ class _Asked:
 
 @dataclass
 class _Served:
-    """What this process remembers of the ids that all ranks asked of its shard.
+    """Saved data of the ids that all ranks requested from this process's shard.
 
     Attributes:
         ids: local ids or keys in the order of one process: by feature, then by rank, then as listed.
         lengths: of the bags, likewise, for each rank and feature.
-        counts: bags of each rank and feature whose gradients come.
+        counts: number of bags per rank and feature whose gradients are received.
         weights: of the ids.
-        unique: distinct ids of each rank, for rows.
-        argmax: where the maxima lie, but for rows.
-        rows: what a dynamic table remembers of its ids' rows.
+        unique: distinct ids of each rank, for ``"rows"``.
+        argmax: positions of the maxima, except for ``"rows"``.
+        rows: saved data of a dynamic table about its ids' rows.
     """
 
     ids: torch.Tensor | None = None
@@ -121,7 +121,9 @@ class _Served:
 
 
 def _by_feature(parts: Sequence[torch.Tensor], counts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Lists of all ranks in one process's order: ``counts[rank][feature]`` elements of ``parts[rank]`` at a time."""
+    """Lists of all ranks in the order of a single process: ``counts[rank][feature]`` elements of ``parts[rank]`` at a
+    time.
+    """
     if len(counts[0]) == 1:
         return torch.cat(list(parts))
     pieces = [part.split(list(each)) for part, each in zip(parts, counts, strict=True)]
@@ -172,7 +174,9 @@ class Lookup:
         return sent
 
     def _ask_rows(self, asked: _Asked, sent: list[list[torch.Tensor]]) -> None:
-        """Each distinct id once to each rank that has something of its row; then, to learn, the lists of bags."""
+        """Send each distinct id once to each rank that holds a part of its row; for training, also the lists of
+        bags.
+        """
         request, shard = asked.request, asked.request.shard
         unique, inverse = torch.unique(request.ids, return_inverse=True)
         owner = shard.owner_of(unique)
@@ -213,10 +217,10 @@ class Lookup:
                 sent[rank].append(request.weights[chosen])
 
     def read_ids(self, readers: Sequence[Reader]) -> None:
-        """Take in what all ranks ask of this one.
+        """Read the requests of all ranks to this one.
 
         Raises:
-            ValueError: some rank looks up something else in this call.
+            ValueError: the ranks look up different things in this call.
         """
         text = "".join(asked.request.describe() for asked in self.asked)
         mine = zlib.crc32(text.encode())
@@ -265,7 +269,7 @@ class Lookup:
         if weights:
             served.weights = _by_feature(weights, counts)
         if request.way == "rows":
-            # Gradients come of those bags alone that have an id here.
+            # Gradients are received only for bags that have an id here.
             kept = [each > 0 for each in lengths]
             served.counts = [each.sum(1).tolist() for each in kept]
             lengths = [each[keep] for each, keep in zip(lengths, kept, strict=True)]
@@ -306,7 +310,7 @@ class Lookup:
 
     @staticmethod
     def _blocks(counts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """First bag and bags of each feature and rank, in the order in which they lie."""
+        """First bag and number of bags of each feature and rank, in storage order."""
         blocks, begin = [], 0
         for feature in range(len(counts[0])):
             for each in counts:
@@ -350,7 +354,7 @@ class Lookup:
         return found
 
     def results(self, readers: Sequence[Reader]) -> list[torch.Tensor]:
-        """The results of all requests, pooled here where rows came."""
+        """The results of all requests, pooled here if rows were received."""
         return [self._result(asked, readers) for asked in self.asked]
 
     def _result(self, asked: _Asked, readers: Sequence[Reader]) -> torch.Tensor:
@@ -392,7 +396,7 @@ class Lookup:
     # Backward: gradients.
 
     def gradients(self, douts: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """The message to each rank: of each bag that it has ids of, the gradient of its columns."""
+        """The message to each rank: for each bag with ids on that rank, the gradient of the rank's columns."""
         sent: list[list[torch.Tensor]] = [[] for _ in range(self.world)]
         for asked, dout in zip(self.asked, douts, strict=True):
             request, split = asked.request, asked.request.shard.split
@@ -415,7 +419,7 @@ class Lookup:
 
     @staticmethod
     def _argmax_at(asked: _Asked, rank: int) -> torch.Tensor:
-        """Where maxima lie in the bags as ``rank`` has them, −1 where another rank has the maximum."""
+        """Positions of maxima in the bags of ``rank``, −1 where another rank has the maximum."""
         bags, within = asked.bags[rank], asked.within[rank]
         begins, argmax = asked.offsets[:-1][bags].unsqueeze(1), asked.argmax[bags]
         return torch.where(argmax >= 0, within[(begins + argmax).clamp(min=0)], -1)
@@ -463,7 +467,7 @@ class Lookup:
                 maxima.append(reader.take(torch.int32, bags, columns))
         dout = _by_feature(douts, served.counts)
         if counts:
-            # A bag counts its ids on all ranks: as weights, one over that number.
+            # A mean counts a bag's ids on all ranks: the weights are the inverse of that number.
             dtype = factor_dtype(self.device)
             scale = 1 / _by_feature(counts, served.counts).clamp(min=1).to(dtype)
             scale = torch.repeat_interleave(scale, served.lengths)
@@ -480,20 +484,20 @@ class Lookup:
             again = gather_reduce(asked.rows, asked.place, asked.offsets, leaf, **how)
             return torch.autograd.grad(again, leaf, dout)[0]
 
-    # The whole of it.
+    # The complete exchange.
 
     def run(self) -> list[torch.Tensor]:
         """Exchange ids, then rows and sums; returns the results of all requests.
 
         Raises:
-            Exception: of its kind, on every rank, where a rank cannot serve, as :class:`gossamer.HashTableFull`.
+            Exception: the error of a rank that cannot answer, such as :class:`gossamer.HashTableFull`, on every rank.
         """
         self.read_ids(messages.send(self.ids(), None, self.group, self.device, "table ids"))
         error = None
         try:
             answers = self.answer()
         except Exception as found:
-            # The others wait for an answer, and learn from it that there is none.
+            # The others wait for an answer, so the error is sent as the answer.
             error = found
             answers = [[torch.zeros(words, dtype=torch.int64, device=self.device)] for words in self.answered_words()]
         status = torch.tensor([error is not None], dtype=torch.int64, device=self.device)
@@ -518,7 +522,7 @@ class Lookup:
 
 
 class _Differentiable(torch.autograd.Function):
-    """A lookup whose backward pass sends the gradients to the ranks that have the rows, which learn."""
+    """A lookup whose backward pass sends gradients to the ranks that hold the rows, which take their steps."""
 
     @staticmethod
     def forward(ctx, lookup, handle, *inputs):
@@ -554,10 +558,10 @@ def look_up(
     """Look up the requests that ``build`` returns, by one exchange over all ranks of ``group``.
 
     Args:
-        build: makes this rank's requests; where it raises on one rank, the same is raised on all.
+        build: creates this rank's requests; if it raises on one rank, all ranks raise the same error.
         group: the ranks, all of which make the call.
         device: of all tables.
-        scale: of the gradients that rows get.
+        scale: factor of the rows' gradients.
 
     Returns:
         For each request ``(F·B, D)``, differentiable.

@@ -41,7 +41,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         requests: what is looked up.
-        finish: makes the table's result of those of the requests.
+        finish: computes the table's result from the results of the requests.
     """
 
     requests: list[Request]
@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
 
 
 class Sharded:
-    """What sharded tables have in common: a call of one is an exchange of its own.
+    """The base of sharded tables; each call of one is a separate exchange.
 
     Attributes:
         group: over the ranks.
@@ -60,12 +60,12 @@ class Sharded:
     scale: float = 1.0
 
     def prepare(self, *args: object, **keywords: object) -> Prepared:
-        """Check the arguments of a call and say what it looks up."""
+        """Check the arguments of a call and return its lookups."""
         raise NotImplementedError
 
     @torch.compiler.disable
     def forward(self, *args: object, **keywords: object) -> torch.Tensor:
-        """As the table that was sharded; every rank must make the call, each with ids of its own."""
+        """As in the original table; every rank must make the call, with its own ids."""
         return lookup({"": self}, {"": (args, keywords)})[""]
 
 
@@ -73,21 +73,22 @@ class Sharded:
 def lookup(
     tables: Mapping[str, nn.Module], inputs: Mapping[str, tuple | torch.Tensor | tuple[tuple, dict]]
 ) -> dict[str, torch.Tensor]:
-    """Look up several tables at once: the sharded ones of one mesh by one exchange each way, others one by one.
+    """Look up several tables at once: sharded tables of one mesh with one exchange in each direction, others one by
+    one.
 
     >>> bags = lookup(model.tables, {"user": (ids, offsets), "item": (other_ids, other_offsets)})
 
     Args:
         tables: by name, sharded or not, as an ``nn.ModuleDict`` has them.
-        inputs: what to call each with: a tensor, a tuple of arguments, or a pair of a tuple and a dict of keywords.
+        inputs: the arguments for each: a tensor, a tuple of arguments, or a pair of a tuple and a dict of keywords.
 
     Returns:
-        The tables' results by name, in the order of ``inputs``. All of them should take part in the loss: one that does
-        not counts as having a gradient of zeros.
+        The tables' results by name, in the order of ``inputs``. The loss should use all of them; an unused result gets
+        a gradient of zeros.
 
     Raises:
         KeyError: a name is not among the tables.
-        Exception: what a table raises; for sharded ones on every rank, where one rank's arguments are wrong.
+        Exception: the errors of a table; for sharded tables on every rank if one rank's arguments are wrong.
     """
     calls, results = {}, dict.fromkeys(inputs)
     for name, given in inputs.items():
@@ -121,7 +122,7 @@ def lookup(
 
 
 def _check_ids(name: str, ids: torch.Tensor, num_rows: int | torch.Tensor) -> None:
-    """Raise IndexError where an id is outside its table; the exchange reads sizes on the host in any case."""
+    """Raise IndexError if an id is outside its table; the exchange reads sizes on the host in any case."""
     bad = ((ids < 0) | (ids >= num_rows)).nonzero()
     if bad.numel():
         position = int(bad[0])
@@ -139,7 +140,7 @@ class _Bags(NamedTuple):
     weights: torch.Tensor | None
 
     def keep(self, kept: torch.Tensor) -> _Bags:
-        """Without the ids that ``kept (L,)`` is false for."""
+        """Only the ids for which ``kept (L,)`` is true."""
         if bool(kept.all()):
             return self
         bag = torch.repeat_interleave(self.lengths)[kept]
@@ -234,7 +235,7 @@ class ShardedEmbeddingBag(Sharded, TableShard):
 
 @torch.compiler.disable
 def _alone(table: Sharded, prepare: Callable[..., Prepared], *args: object) -> torch.Tensor:
-    """A call of one table by another way than :meth:`Sharded.forward`."""
+    """A call of a single table other than :meth:`Sharded.forward`."""
     found: list[Prepared] = []
 
     def build() -> list[Request]:
@@ -248,9 +249,9 @@ def _alone(table: Sharded, prepare: Callable[..., Prepared], *args: object) -> t
 class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
     """A :class:`gossamer.nn.TableBatchedEmbeddingBags` of which each process has parts; made by :func:`shard_tables`.
 
-    Calls and results are those of the layer, all of whose tables share one exchange each way. In the ``state_dict``
-    table t is ``tables.t.weight`` with ``tables.t.optimizer_*`` beside it; the flat tensors of the layer that was
-    sharded can be loaded too.
+    Calls and results are those of the layer; all of its tables share one exchange in each direction. In the
+    ``state_dict`` table t is ``tables.t.weight`` with ``tables.t.optimizer_*``; the flat tensors of the original layer
+    can be loaded too.
 
     Attributes:
         tables: this process's part of each table.
@@ -295,7 +296,7 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
             table.optimizer = value
 
     def __setattr__(self, name: str, value: object) -> None:
-        """As of any module, for which a property is hidden by what modules keep."""
+        """As for any module, but sets properties, which ``nn.Module`` would hide."""
         if name == "optimizer":
             type(self).optimizer.fset(self, value)
         else:
@@ -373,7 +374,7 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
         return Prepared(requests, finish)
 
     def _bounded(self, bags: _Bags, counts: Sequence[int], wrong: torch.Tensor | int) -> _Bags:
-        """The lists as the bounds mode has them."""
+        """The lists after applying the bounds mode."""
         rows = torch.tensor([self.layout.specs[t][0] for t in self.layout.feature_table_map], device=bags.ids.device)
         rows = rows.repeat_interleave(torch.tensor(counts, device=rows.device))
         if self.bounds == "raise":
@@ -381,7 +382,7 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
             return bags
         outside = (bags.ids < 0) | (bags.ids >= rows)
         self.bounds_count.add_(outside.sum() + wrong)
-        # A table without rows has none to clamp to.
+        # A table without rows has no row to clamp to.
         if self.bounds == "clamp":
             bags = bags._replace(ids=bags.ids.clamp(min=0).minimum((rows - 1).clamp(min=0)))
             outside = rows == 0
@@ -427,9 +428,9 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
 class ShardedDynamicEmbedding(Sharded, DynamicShard):
     """A :class:`gossamer.nn.DynamicEmbedding` whose ids lie on several processes; made by :func:`shard_tables`.
 
-    Under ``"row"`` an id belongs to the rank that its hash names; under ``"table"`` all belong to one. Each rank has
-    its share of the capacity and of what admission counts, and expires, evicts and ships its own ids. ``local`` is the
-    layer of this rank, for counters, deltas and files.
+    With ``"row"`` an id belongs to the rank given by its hash; with ``"table"`` all ids belong to one rank. Each rank
+    has its share of the capacity and of the admission counts, and expires, evicts and exports its own ids. ``local`` is
+    the layer of this rank, for counters, deltas and files.
     """
 
     @property
@@ -439,7 +440,7 @@ class ShardedDynamicEmbedding(Sharded, DynamicShard):
 
     @property
     def counters(self):
-        """What has happened to this rank's ids."""
+        """Counts of events for this rank's ids."""
         return self.local.counters
 
     @property
@@ -525,7 +526,7 @@ def _plan(model: nn.Module, plan: object, world: int, lookups: Mapping[str, Look
             raise ValueError(f"plan must be for the mesh's {world} ranks, got one for {plan.world}")
         kinds = plan.kinds
     elif isinstance(plan, Mapping):
-        # A batched module's name stands for all of its tables.
+        # The name of a batched module means all of its tables.
         batched = {
             name: [join(name, str(table)) for table in range(len(module.layout.specs))]
             for name, module in named_tables(model).items()
@@ -614,69 +615,68 @@ def shard_tables(
     gradients: str = "mean",
     lookups: Mapping[str, Lookups] | None = None,
 ) -> nn.Module:
-    """Spread the embedding tables of a model over the processes of a mesh; each then looks up ids of its own batch.
+    """Distribute the embedding tables of a model over the processes of a mesh; each process then looks up its own
+    batch.
 
     Every :class:`gossamer.nn.Embedding`, ``EmbeddingBag``, ``TableBatchedEmbeddingBags`` and ``DynamicEmbedding`` is
     replaced by a layer that is called as before. Every process must make the same calls in the same order, backward
-    passes included, with a batch of any size. By table, the plan says how it lies:
+    passes included, with a batch of any size. The plan gives the distribution of each table:
 
-    - ``"row"``: a block of rows on each rank (of a dynamic table, the ids whose hash names the rank). Each distinct id
-      travels once to the rank of its row, and the row back; bags are pooled where they are asked for.
-    - ``"table"``: all of it on one rank, which pools. Ids travel there and one sum per bag comes back; without pooling,
-      distinct ids and their rows, as for ``"row"``.
+    - ``"row"``: a block of rows on each rank (for a dynamic table, the ids whose hash gives the rank). Each distinct id
+      travels once to the rank of its row, and the row back; bags are pooled on the requesting rank.
+    - ``"table"``: the whole table on one rank, which pools. Ids travel there and one sum per bag comes back; without
+      pooling, distinct ids and their rows, as for ``"row"``.
     - ``"column"``: a block of columns of all rows on each rank, which pools its columns of the bags of all ranks.
-    - ``"replicate"``: all of it on every rank. Nothing travels but ids and gradients in the backward pass.
+    - ``"replicate"``: the whole table on every rank. Only ids and gradients travel, in the backward pass.
 
     A call sends the numbers of ids, the ids, and the rows, and its backward pass the gradients: four collectives,
     however many tables a ``TableBatchedEmbeddingBags`` has, and for several modules that are looked up by
-    :func:`lookup`. A bag's gradient travels once to each rank that has an id of it.
+    :func:`lookup`. A bag's gradient travels once to each rank that holds one of its ids.
 
-    **Bits.** Fused steps (``optimizer=``) are taken on the joined batch: rank 0's examples, then rank 1's, and so on.
-    Given the same gradients of the results, one step on P processes has the same bits as one process's step on the
-    joined batch for ``"row"``, ``"table"`` and ``"replicate"``, since rows are pooled and gradients are summed in the
-    order in which one process does; results have the same bits too. ``"column"`` has them where a rule works on
-    elements alone; where it reads whole rows (row-wise states, ``clip_norm``, LAMB, stochastic rounding), sums of each
-    rank's columns are added in the order of the ranks, by one more collective per table or two, and the step is right
-    to rounding. Exceptions: stochastic rounding of ``"row"`` draws other numbers, as each rank counts its rows from 0;
-    a dynamic table that is full evicts by rank; with ``gradients="mean"`` over a number of ranks that is not a power of
-    two the division rounds. Gradients of a model's dense layers are averaged by whatever wraps them, in an order of its
-    own.
+    **Bits.** Fused steps (``optimizer=``) use the joined batch: rank 0's examples, then rank 1's, and so on. Given the
+    same gradients of the results, one step on P processes has the same bits as one process's step on the joined batch
+    for ``"row"``, ``"table"`` and ``"replicate"``, since rows are pooled and gradients are summed in the order of a
+    single process; results have the same bits too. ``"column"`` has the same bits for rules that work on single
+    elements. For rules that read whole rows (row-wise states, ``clip_norm``, LAMB, stochastic rounding), sums of each
+    rank's columns are added in rank order, with one or two more collectives per table, and the step agrees to rounding.
+    Exceptions: stochastic rounding of ``"row"`` draws other numbers, as each rank counts its rows from 0; a full
+    dynamic table evicts per rank; with ``gradients="mean"`` and a number of ranks that is not a power of two, the
+    division rounds. The model's data-parallel wrapper averages the gradients of dense layers in its own order.
 
     Under ``torch.compile`` a lookup is a graph break.
 
-    A model of tables that no process can hold is made under ``torch.device("meta")`` (a dynamic table with
-    ``device="meta"``). Its parts then come to be by ``model.to_empty(device=...)`` and each layer's
-    ``reset_parameters()``; those of dynamic tables exist at once.
+    Create a model whose tables fit no single process under ``torch.device("meta")`` (a dynamic table with
+    ``device="meta"``). Afterwards allocate and initialise its parts with ``model.to_empty(device=...)`` and each
+    layer's ``reset_parameters()``; parts of dynamic tables are created immediately.
 
-    Without an optimizer a table's part gets its gradient in ``weight.grad``, right to rounding. The parts are named in
-    the model's ``_ddp_params_and_buffers_to_ignore``, so that DistributedDataParallel leaves them alone; give them to
+    Without an optimizer a table's part gets its gradient in ``weight.grad``, equal up to rounding. The parts are listed
+    in the model's ``_ddp_params_and_buffers_to_ignore``, so that DistributedDataParallel ignores them; pass them to
     ``fully_shard`` as ``ignored_params``.
 
-    The ``state_dict`` holds whole tables under their old names, as DTensors where ranks have parts, and
-    of dynamic tables groups of ids; torch.distributed.checkpoint saves and loads it for any number of processes and
-    any plan. :func:`gossamer.parallel.save_checkpoint` and :class:`gossamer.parallel.ShardedEmbeddingFolder` make this
-    safe against a kill.
+    The ``state_dict`` holds whole tables under their original names, as DTensors if ranks hold parts, and groups of ids
+    for dynamic tables; torch.distributed.checkpoint saves and loads it for any number of processes and any plan.
+    :func:`gossamer.parallel.save_checkpoint` and :class:`gossamer.parallel.ShardedEmbeddingFolder` make this safe if a
+    process is killed.
 
     Args:
-        model: changed in place; alike on all processes, with the same tables in them.
+        model: the model, changed in place; it must have the same tables on all processes.
         mesh: of the processes.
         plan: ``"auto"`` for :func:`plan_tables`, one of the kinds above for each table by name (a batched module's name
-            stands for all its tables, ``"name.0"`` for one), or a :class:`TablePlan`.
-        dim: the dimension of the mesh over which tables are spread; needed where it has several. Processes along the
-            other dimensions have copies, and must get the same batches.
-        gradients: what rows learn from: the ``"mean"`` over the ranks of the gradients of their losses, as
-            DistributedDataParallel has it, so that a loss that is a mean over a batch is one over the joined batch; or
-            their ``"sum"``.
-        lookups: what :func:`measure_lookups` counted, for ``"auto"`` and for the ranks of whole tables; each rank gives
-            its own, of which the mean decides.
+            means all its tables, ``"name.0"`` one of them), or a :class:`TablePlan`.
+        dim: the mesh dimension over which tables are distributed; required if there are several. Processes along the
+            other dimensions hold copies, and must get the same batches.
+        gradients: the gradients of rows: ``"mean"``, the mean over the ranks' losses, as in DistributedDataParallel, so
+            that a mean loss per batch becomes a mean over the joined batch; or ``"sum"``.
+        lookups: the counts of :func:`measure_lookups`, for ``"auto"`` and for the placement of whole tables; each rank
+            passes its own, and the mean is used.
 
     Returns:
         The model; the sharded table where the model itself is one.
 
     Raises:
         TypeError: an argument is none of these.
-        ValueError: on every rank alike: the mesh lacks the dimension, the plan leaves out a table or names what is
-            none, ranks are more than rows or columns, devices are mixed, or the ranks' models or plans differ.
+        ValueError: on every rank alike: the mesh lacks the dimension, the plan leaves out a table or names an unknown
+            one, there are more ranks than rows or columns, devices are mixed, or the ranks' models or plans differ.
     """
     mesh = _check_mesh(mesh, dim)
     group, error, description = mesh.get_group(), None, ""
@@ -712,7 +712,7 @@ def shard_tables(
 
 
 def _of_all_ranks(lookups: Mapping[str, Lookups] | None, group: dist.ProcessGroup) -> dict[str, Lookups] | None:
-    """What the ranks have counted on average of their calls; None where none has."""
+    """The mean of the ranks' counts; None if no rank has counts."""
     counted: list[Mapping[str, Lookups] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(counted, lookups, group=group)
     found: dict[str, Lookups] = {}
@@ -724,7 +724,7 @@ def _of_all_ranks(lookups: Mapping[str, Lookups] | None, group: dist.ProcessGrou
 
 
 def _describe(model: nn.Module) -> str:
-    """What ranks compare of their tables."""
+    """The description of the tables that ranks compare."""
     found = []
     for name, module in named_tables(model).items():
         optimizer = module.optimizer
