@@ -30,6 +30,7 @@ for tokens in 1 16 64; do
     --json "$out/quantized-decode-$tokens-$device.json"
 done
 gossamer bench topk_routing --device cuda --json "$out/topk_routing-$device.json"
+gossamer bench tree_routing --device cuda --json "$out/tree_routing-$device.json"
 for family in multi_low_rank expert_mlp_lora activate; do
   gossamer bench "$family" --dtype bf16 --device cuda --json "$out/$family-$device.json"
 done

@@ -29,6 +29,7 @@
 #include "bindings/self_referential.cpp"
 #include "bindings/sparse_update.cpp"
 #include "bindings/topk_routing.cpp"
+#include "bindings/tree_routing.cpp"
 #ifdef GOSSAMER_WITH_CUDA
 #include "bindings/dispatch_cuda.cpp"
 #include "bindings/hash_table_cuda.cpp"
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
   gossamer::bindings::register_block_sparse(m);
   gossamer::bindings::register_activate(m);
   gossamer::bindings::register_topk_routing(m);
+  gossamer::bindings::register_tree_routing(m);
   gossamer::bindings::register_causal_conv1d(m);
   gossamer::bindings::register_delta_rule(m);
   gossamer::bindings::register_self_referential(m);

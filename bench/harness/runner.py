@@ -46,6 +46,7 @@ FAMILIES = (
     "expert_topology",
     "dispatch",
     "topk_routing",
+    "tree_routing",
     "activate",
     "causal_conv1d",
     "multi_low_rank",

@@ -42,6 +42,8 @@ struct SelfReferentialBackwardArgs;
 struct SortedIds;
 struct TopkRoutingArgs;
 struct TopkRoutingBackwardArgs;
+struct TreeRoutingArgs;
+struct TreeRoutingBackwardArgs;
 struct UpdateArgs;
 
 // The vector kernels of one instruction set, in parts that are compiled apart. Kernels that take a Team are called by each of its
@@ -89,6 +91,8 @@ struct RowKernels {
   void (*activate_backward)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*topk_routing)(const TopkRoutingArgs& args, int64_t begin, int64_t end);
   void (*topk_routing_backward)(const TopkRoutingBackwardArgs& args, int64_t begin, int64_t end);
+  void (*tree_routing)(const TreeRoutingArgs& args, int64_t begin, int64_t end);
+  void (*tree_routing_backward)(const TreeRoutingBackwardArgs& args, int64_t begin, int64_t end);
   void (*causal_conv1d)(const CausalConvForwardArgs& args, Team::Range rows, Team::Range channels);
   void (*causal_conv1d_backward)(const CausalConvBackwardArgs& args, void* partial, Team team);
   void (*causal_conv1d_step)(const CausalConvStepArgs& args, int64_t begin, int64_t end);

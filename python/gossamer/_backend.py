@@ -182,6 +182,7 @@ _COMMON = {
     "product_key_topk": _ANY,
     "sparse_update": _ANY,
     "topk_routing": _ANY,
+    "tree_routing": _ANY,
 }
 _HOPPER_PRODUCT = Served(weights=(_DENSE,), trained=_DENSE, refuses=lambda x: hopper_refuses(x))
 _HOPPER_LAYER = replace(_HOPPER_PRODUCT, weights=(_UPDATED,), trained=_UPDATED)
@@ -222,6 +223,7 @@ FAMILIES: dict[str, Family] = {
                 "hash_table": _ANY,
                 "product_key_topk": _BY_TRITON,
                 "topk_routing": _BY_TRITON,
+                "tree_routing": _BY_TRITON,
             },
         ),
     )

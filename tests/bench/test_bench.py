@@ -316,7 +316,8 @@ def test_a_profile_of_block_sparse_layers_has_a_reference_with_a_backward_pass(d
 
 # Cases of a family that has not two dtypes in two directions.
 COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
-COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "topk_routing", "product_key_experts"), 2)
+COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "product_key_experts"), 2)
+COUNTS |= dict.fromkeys(("topk_routing", "tree_routing"), 2)
 COUNTS["compressed_embedding"] = 2
 
 

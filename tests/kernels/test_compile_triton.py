@@ -46,6 +46,7 @@ def test_kernels_compile_within_limits(rows):
         "split_matmul",
         "multi_low_rank",
         "topk_routing",
+        "tree_routing",
         "product_key_topk",
         "activate",
         "map_ids",

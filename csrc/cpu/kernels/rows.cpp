@@ -6,6 +6,7 @@
 #include "cpu/memory.h"
 #include "cpu/self_referential.h"
 #include "cpu/topk_routing.h"
+#include "cpu/tree_routing.h"
 
 #include "cpu/isa_target.h"
 
@@ -15,6 +16,7 @@
 #include "cpu/delta_rule_step_kernel.h"
 #include "cpu/self_referential_kernel.h"
 #include "cpu/topk_routing_kernel.h"
+#include "cpu/tree_routing_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {
 
@@ -23,6 +25,8 @@ const RowKernels kRows = {
     .activate_backward = activate_backward_rows,
     .topk_routing = topk_routing,
     .topk_routing_backward = topk_routing_backward,
+    .tree_routing = tree_routing,
+    .tree_routing_backward = tree_routing_backward,
     .causal_conv1d = causal_conv1d,
     .causal_conv1d_backward = causal_conv1d_backward,
     .causal_conv1d_step = causal_conv1d_step,

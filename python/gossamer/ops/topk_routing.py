@@ -30,6 +30,18 @@ def _raise_not_a_logit(logits: torch.Tensor) -> None:
     )
 
 
+def finite_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Replace NaN and −inf by the lowest finite number and +inf by the highest, with zero gradient."""
+    limits = torch.finfo(logits.dtype)
+    return torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
+
+
+def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension in which NaN and −inf get 0, even if all values are NaN or −inf."""
+    clean = finite_logits(logits)
+    return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
+
+
 def check_logits(logits: torch.Tensor, biased: torch.Tensor | None) -> None:
     """On the CPU ``logits`` must hold neither NaN nor +inf, and a bias, or what it was added to, no NaN.
 

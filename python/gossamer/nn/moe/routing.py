@@ -25,7 +25,17 @@ from gossamer._checks import (
     check_tensor,
 )
 from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
-from gossamer.ops.topk_routing import EPSILON, check_logits, fused_mass, fused_topk, live_experts, select_experts
+from gossamer.ops.topk_routing import (
+    EPSILON,
+    check_logits,
+    finite_logits,
+    fused_mass,
+    fused_topk,
+    live_experts,
+    masked_softmax,
+    select_experts,
+)
+from gossamer.ops.tree_routing import PartGates, smooth_steps
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
@@ -61,18 +71,6 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
             f"top_k must be at most num_experts / n_group * topk_group = {reachable}, the experts of the chosen "
             f"groups, got top_k={top_k}"
         )
-
-
-def finite_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Replace NaN and −inf by the lowest finite number and +inf by the highest, with zero gradient."""
-    limits = torch.finfo(logits.dtype)
-    return torch.nan_to_num(logits, nan=limits.min, posinf=limits.max, neginf=limits.min)
-
-
-def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension in which NaN and −inf get 0, even if all values are NaN or −inf."""
-    clean = finite_logits(logits)
-    return clean.softmax(dim=-1).masked_fill(clean == torch.finfo(clean.dtype).min, 0.0)
 
 
 def softmax_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -359,25 +357,11 @@ def route_gates(
     return Routing(ids.masked_fill(absent, num_experts), weights.masked_fill(absent, 0.0), num_experts, **arguments)
 
 
-class _SmoothStep(torch.autograd.Function):
-    """The cubic of :func:`smooth_step`, in place on one buffer; only ``v`` is saved for the backward pass."""
-
-    @staticmethod
-    def forward(v, gamma):
-        u = torch.nan_to_num(v / gamma, nan=-0.5).clamp_(-0.5, 0.5)
-        return (u * u).mul_(-2).add_(1.5).mul_(u).add_(0.5)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        v, ctx.gamma = inputs
-        ctx.save_for_backward(v)
-
-    @staticmethod
-    def backward(ctx, d):
-        (v,) = ctx.saved_tensors
-        # The slope is exactly 0 at the ends, and so for all clamped values.
-        u = torch.nan_to_num(v / ctx.gamma, nan=-0.5).clamp(-0.5, 0.5)
-        return d * (1.5 - 6 * u * u) / ctx.gamma, None
+def route_parts(scores: torch.Tensor, parts: PartGates, max_experts: int, **arguments: object) -> Routing:
+    """The experts that a kernel has chosen by the gates of parts, or those of :func:`route_gates`."""
+    if parts.expert_ids is None:
+        return route_gates(scores, parts.gates, max_experts, **arguments)
+    return Routing(parts.expert_ids, parts.weights, parts.gates.shape[1], **arguments)
 
 
 def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -395,7 +379,7 @@ def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
     """
     check_floating("v", v)
     check_gamma(gamma)
-    return _SmoothStep.apply(v, gamma)
+    return smooth_steps(v, gamma)[0]
 
 
 def check_gamma(gamma: float) -> None:

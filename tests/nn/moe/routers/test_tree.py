@@ -5,7 +5,7 @@ import torch
 from contracts import RouterContract, assert_near, differences
 
 from gossamer.nn import MoE, TreeRouter, router_losses, smooth_step, tree_gates
-from gossamer.nn.moe.routers.tree import _reach
+from gossamer.ops.tree_routing import tree_reach
 
 
 def test_smooth_step(device):
@@ -48,7 +48,8 @@ def recursion(shares, node, reach, out):
 @pytest.mark.parametrize("leaves", [2, 3, 5, 8, 11])
 def test_leaves_from_left_to_right(device, leaves):
     shares = torch.rand(4, 2, leaves - 1, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
-    reach = _reach(shares.to(device))
+    shares = shares.to(device)
+    reach = tree_reach(shares, 1 - shares)
     for t in range(4):
         for j in range(2):
             expected = []

@@ -15,12 +15,11 @@ from gossamer.nn.moe.routing import (
     check_gamma,
     check_hidden,
     check_rows_per_token,
-    masked_softmax,
     most_experts,
-    route_gates,
+    route_parts,
     row_bound,
-    smooth_step,
 )
+from gossamer.ops.tree_routing import TreeRouting, tree_routing
 
 
 def selector_gates(
@@ -58,14 +57,12 @@ def selector_gates(
     check_shape("codes", codes, (None, None, (num_experts - 1).bit_length()), "(T, k, ⌈log₂ n⌉)")
     check_shape("mixture", mixture, codes.shape[:2], "(T, k)")
     check_same_device(codes=codes, mixture=mixture)
-    bits = smooth_step(codes, gamma)
-    picked = torch.ones_like(mixture).unsqueeze(2)
-    for bit in bits.unbind(dim=2):
-        one = picked * bit.unsqueeze(2)
-        picked = torch.stack([picked * (1 - bit.unsqueeze(2)), one], dim=3).flatten(2)
-    picked = picked[..., :num_experts]
-    arranged = picked if arrange is None else arrange(picked)
-    return (masked_softmax(mixture).unsqueeze(2) * arranged).sum(dim=1), picked
+    scores = torch.cat([codes.flatten(1), mixture], dim=1)
+    args = TreeRouting(
+        scores, codes.shape[1], num_experts, gamma, coded=True, top_k=0, keep_reach=True, keep_sums=False
+    )
+    found = tree_routing(args, arrange)
+    return found.gates, found.reach
 
 
 class DSelectKRouter(LinearRouter):
@@ -157,16 +154,17 @@ class DSelectKRouter(LinearRouter):
         ``arrange`` is that of :func:`selector_gates`.
         """
         scores = as_logits(scores)
-        codes, mixture = scores.split([self.num_selectors * self.bits, self.num_selectors], dim=1)
-        codes = codes.reshape(scores.shape[0], self.num_selectors, self.bits)
-        gates, picked = selector_gates(codes, mixture, self.num_experts, self.gamma, arrange)
+        form = self.num_selectors, self.num_experts, self.gamma
+        args = TreeRouting(scores, *form, coded=True, top_k=self.top_k, keep_reach=False, keep_sums=self.training)
+        parts = tree_routing(args, arrange)
+        gates = parts.gates
         total = gates.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         losses = None
         if self.training:
-            losses = {"selector_entropy": -(picked * (picked + 1e-6).log()).sum(dim=(1, 2))}
+            losses = {"selector_entropy": parts.sums[..., 0].sum(dim=1)}
             if self.num_experts != 2**self.bits:
-                losses["selector_unreachable"] = (1 / (1e-6 + picked.sum(dim=2))).sum(dim=1)
-        routing = route_gates(scores, gates, self.top_k, probabilities=gates / total, losses=losses)
+                losses["selector_unreachable"] = (1 / (1e-6 + parts.sums[..., 1])).sum(dim=1)
+        routing = route_parts(scores, parts, self.top_k, probabilities=gates / total, losses=losses)
         return row_bound(routing, self.rows_per_token)
 
     def extra_repr(self) -> str:

@@ -14,12 +14,11 @@ from gossamer.nn.moe.routing import (
     as_logits,
     check_gamma,
     check_rows_per_token,
-    finite_logits,
     most_experts,
-    route_gates,
+    route_parts,
     row_bound,
-    smooth_step,
 )
+from gossamer.ops.tree_routing import TreeRouting, tree_routing
 
 
 def _check_trees(num_experts: int, num_trees: int, gamma: float) -> None:
@@ -27,23 +26,6 @@ def _check_trees(num_experts: int, num_trees: int, gamma: float) -> None:
     if num_experts < 2:
         raise ValueError(f"num_experts must be at least 2, the leaves of a tree, got {num_experts}")
     check_gamma(gamma)
-
-
-def _reach(splits: torch.Tensor) -> torch.Tensor:
-    """The share ``(T, k, n)`` that reaches each leaf, from the shares ``(T, k, n − 1)`` that go left at each split.
-
-    Nodes are numbered as in a heap: the children of i are 2i + 1 and 2i + 2. Leaves are ordered from left to right, so
-    leaves of the last level come before those of the level above it.
-    """
-    level, shallow = torch.ones_like(splits[..., :1]), splits[..., :0]
-    begin, count = 0, splits.shape[-1]
-    while begin < count:
-        inner = min(level.shape[-1], count - begin)
-        parents, left = level[..., :inner], splits[..., begin : begin + inner]
-        shallow = level[..., inner:]
-        begin += level.shape[-1]
-        level = torch.stack([parents * left, parents * (1 - left)], dim=-1).flatten(-2)
-    return torch.cat([level, shallow], dim=-1)
 
 
 def tree_gates(
@@ -79,24 +61,19 @@ def tree_gates(
     check_shape("splits", splits, (None, None, None), "(T, k, n − 1)")
     check_shape("leaves", leaves, (*splits.shape[:2], splits.shape[2] + 1), "(T, k, n)")
     check_same_device(splits=splits, leaves=leaves)
-    reach = _reach(smooth_step(splits, gamma))
-    scores = finite_logits(leaves)
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill((reach == 0) | (scores == lowest), -torch.inf)
-    # exp(a + log(s + 1e-8)) is exp(a)·(s + 1e-8).
-    top = scores.detach().flatten(1).amax(dim=1).clamp(min=lowest).view(-1, 1, 1)
-    shares = (scores - top).exp() * (reach + 1e-8)
-    if arrange is not None:
-        shares = arrange(shares)
-    total = shares.sum(dim=(1, 2)).clamp(min=torch.finfo(scores.dtype).tiny)
-    return shares.sum(dim=1) / total.unsqueeze(1), reach
+    parts, experts = leaves.shape[1:]
+    scores = torch.cat([splits, leaves], dim=2).flatten(1)
+    args = TreeRouting(scores, parts, experts, gamma, coded=False, top_k=0, keep_reach=True, keep_sums=False)
+    found = tree_routing(args, arrange)
+    return found.gates, found.reach
 
 
 class TreeRouter(LinearRouter):
     """:func:`tree_gates` over a linear map: the router of COMET.
 
     It starts with all experts and becomes sparse in training, through ``losses["tree_entropy"]`` of its routings (see
-    :func:`router_losses`): ``−Σ_j Σ_l s_jl·log(s_jl + 1e-6)`` per token, which saturates the splits.
+    :func:`router_losses`): ``−Σ_j Σ_l s_jl·log(s_jl + 1e-6)`` per token, which saturates the splits. For float32 scores
+    one kernel computes gates, choice and entropy; the one for GPUs takes up to 1024 experts.
 
     Args:
         hidden_size: H.
@@ -157,14 +134,12 @@ class TreeRouter(LinearRouter):
     def route(self, scores: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Routing:
         """The routing for ``scores (T, k·(2n − 1))``, laid out as :attr:`weight`; ``arrange`` as in tree_gates."""
         scores = as_logits(scores)
-        splits, leaves = scores.view(-1, self.num_trees, 2 * self.num_experts - 1).split(
-            [self.num_experts - 1, self.num_experts], dim=2
-        )
-        gates, reach = tree_gates(splits, leaves, self.gamma, arrange)
-        losses = {"tree_entropy": -(reach * (reach + 1e-6).log()).sum(dim=(1, 2))} if self.training else None
-        return row_bound(
-            route_gates(scores, gates, self.top_k, probabilities=gates, losses=losses), self.rows_per_token
-        )
+        form = self.num_trees, self.num_experts, self.gamma
+        args = TreeRouting(scores, *form, coded=False, top_k=self.top_k, keep_reach=False, keep_sums=self.training)
+        parts = tree_routing(args, arrange)
+        losses = {"tree_entropy": parts.sums[..., 0].sum(dim=1)} if self.training else None
+        routing = route_parts(scores, parts, self.top_k, probabilities=parts.gates, losses=losses)
+        return row_bound(routing, self.rows_per_token)
 
     def extra_repr(self) -> str:
         """Sizes and options."""
