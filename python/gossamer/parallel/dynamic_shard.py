@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
 
 
 class DynamicShard(Table):
-    """This rank's share of the ids of a :class:`gossamer.nn.DynamicEmbedding`.
+    """A rank's share of the ids of a :class:`gossamer.nn.DynamicEmbedding`.
 
     Attributes:
         local: the layer that holds them.
@@ -169,7 +169,7 @@ class DynamicShard(Table):
         return len(self.local)
 
     def extra_repr(self) -> str:
-        """This rank's part, and the distribution of ids."""
+        """The local part, and the distribution of ids."""
         return f"by {self.split.kind}: {self.local.extra_repr()}"
 
     def __deepcopy__(self, memo: dict) -> DynamicShard:

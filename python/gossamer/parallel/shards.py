@@ -33,7 +33,7 @@ def copy_beside(module: torch.nn.Module, memo: dict) -> torch.nn.Module:
 
 
 class TableShard(FusedTable):
-    """This rank's rows or columns of one table, as a parameter ``weight`` and the optimizer's buffers.
+    """A rank's rows or columns of one table, as a parameter ``weight`` and the optimizer's buffers.
 
     Attributes:
         split: distribution of the table over the ranks.
