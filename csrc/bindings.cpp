@@ -5,7 +5,7 @@
 #include "bindings/register.h"
 #include "cpu/isa.h"
 
-// One translation unit: reading pybind11 takes a compiler longer than all that any of these files adds.
+// All bindings are one translation unit, because parsing pybind11 takes longer than compiling any of these files.
 #include "bindings/activate.cpp"
 #include "bindings/block_sparse.cpp"
 #include "bindings/causal_conv1d.cpp"

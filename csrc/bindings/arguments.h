@@ -1,4 +1,4 @@
-// How Python hands over arrays: tuples of plain numbers, as python/gossamer/cpu_kernels/_native.py writes them.
+// Arrays as Python passes them: tuples of plain numbers, written by python/gossamer/cpu_kernels/_native.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,7 +26,7 @@ using PyGroups = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 // (pointer, expert stride, row stride, column stride)
 using PyWeights = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
-// Raises what CUDA said, where it said something.
+// Raises CUDA's error message, if there is one.
 inline void raise_cuda(const char* what, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("gossamer ") + what + ": CUDA error: " + error);
 }

@@ -1,4 +1,4 @@
-// The lists of ids as Python hands them over, and the errors in them.
+// The lists of ids as Python passes them, and errors for invalid ones.
 #pragma once
 
 #include <optional>
@@ -17,7 +17,7 @@ inline RowScales row_scales(const PyScales& scales) {
   return {reinterpret_cast<float*>(pointer), stride};
 }
 
-// Checks the lists with the lock released, and raises what is wrong with them.
+// Checks the lists without holding the GIL, and raises an error if they are invalid.
 void raise_bad_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool check_weights, int num_threads);
 
 }  // namespace gossamer::bindings

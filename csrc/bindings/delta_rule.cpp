@@ -17,7 +17,7 @@ HeadArray head_array(const PyHeads& x) {
   return {reinterpret_cast<void*>(pointer), batch, token, head, static_cast<DType>(dtype)};
 }
 
-// What gossamer.ops.delta_rule hands over: the record, with the output, the states and the kind of the decay.
+// The arguments from gossamer.ops.delta_rule: the record, with the output, the states and the kind of decay.
 DeltaRuleArgs delta_rule_args(const std::tuple<PyHeads, PyHeads, PyHeads, PyHeads, PyHeads, PyHeads>& arrays,
                               const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t bounds,
                               int64_t num_sequences, int decay, uintptr_t a_log, uintptr_t dt_bias,
@@ -44,7 +44,7 @@ DeltaRuleArgs delta_rule_args(const std::tuple<PyHeads, PyHeads, PyHeads, PyHead
   return a;
 }
 
-// Raises what is wrong with the values of β and g, before anything is written.
+// Raises an error for invalid values of β and g, before anything is written.
 void check_gates(const DeltaRuleArgs& a) {
   GateRange range;
   {

@@ -1,4 +1,4 @@
-// How Python hands over an expert layer.
+// The arguments of an expert layer as Python passes them.
 #pragma once
 
 #include "bindings/arguments.h"

@@ -18,7 +18,7 @@ static CodeList code_list(const PyCodes& codes) {
   return {pointer<const uint8_t>(bytes), num_ids, width, bits};
 }
 
-// Runs the call with the lock released, and raises what it could not read.
+// Runs the call without holding the GIL, and raises an error for ids or codes that it could not read.
 static void compose(const ComposeArgs& args, bool check_weights, int num_threads) {
   const auto known = args.parts.num_ids() > 0 ? args.parts.num_ids() : std::numeric_limits<int64_t>::max();
   raise_bad_bags(args.bags, known, false, check_weights, num_threads);

@@ -1,4 +1,4 @@
-// How Python hands over a hash table and a batch of its keys.
+// A hash table and a batch of keys as Python passes them.
 #pragma once
 
 #include <stdexcept>
@@ -11,7 +11,7 @@
 
 namespace gossamer::bindings {
 
-// The policy of that name in ops/_hash_table_storage.py, "none" for None.
+// The policy with this name in ops/_hash_table_storage.py; "none" for None.
 inline hash_table::Evict evict(std::string_view name) {
   using hash_table::Evict;
   constexpr std::pair<std::string_view, Evict> kPolicies[] = {

@@ -1,4 +1,4 @@
-// The products on Hopper GPUs, and, for tests on the host, the logic that their kernels share with it.
+// The products on Hopper GPUs, and the logic that their kernels share with tests on the host.
 #include <optional>
 
 #include "bindings/arguments.h"
@@ -18,7 +18,7 @@ namespace {
 
 using PyTile = std::tuple<int, int, int, int, int>;
 
-// The tiles of block `block` of `blocks`, as its warps find them.
+// The tiles that the warps of block `block` of `blocks` find.
 template <class Schedule>
 std::vector<PyTile> tiles(Schedule schedule, int64_t block, int64_t blocks) {
   std::vector<PyTile> found;

@@ -1,4 +1,4 @@
-// Maps of ids to rows as Python hands them over.
+// Maps of ids to rows as Python passes them.
 #pragma once
 
 #include <array>
@@ -19,7 +19,7 @@ class MapList {
     }
   }
 
-  // Valid as long as this list.
+  // Valid as long as this list exists.
   IdMaps get() const { return {maps_.data(), static_cast<int64_t>(maps_.size()), prime_, limit_, mixed_}; }
 
  private:

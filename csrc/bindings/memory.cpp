@@ -11,7 +11,7 @@ namespace gossamer::bindings {
 
 namespace {
 
-// A block of the page pool as a DLPack capsule of bytes, which goes back to the pool with its last owner.
+// A block of the page pool as a DLPack capsule of bytes; it returns to the pool when its last owner is gone.
 py::capsule take_pages(int64_t bytes) {
   struct Owner {
     DLManagedTensor managed;

@@ -1,4 +1,4 @@
-// What Python names and kernels number.
+// Names used in Python and the numbers that kernels use for them.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@ namespace py = pybind11;
 // (function of the gate, gated, interleaved, alpha, limit)
 using PyActivation = std::tuple<std::string_view, bool, bool, double, double>;
 
-// The place of a name in a list whose order is that of an enumeration.
+// The index of a name in a list that follows the order of an enumeration.
 template <size_t kCount>
 int place_of(std::string_view name, const std::array<std::string_view, kCount>& names, const char* what) {
   for (size_t i = 0; i < kCount; ++i) {

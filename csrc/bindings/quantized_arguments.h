@@ -1,4 +1,4 @@
-// How Python hands over quantised weights.
+// Quantised weights as Python passes them.
 #pragma once
 
 #include "bindings/arguments.h"
@@ -13,7 +13,7 @@ using PyBlocks = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int>;
 // (format, data, scale, scale dtype, (N, C), (row shift, column shift), (scale rows, scale columns), blocks)
 using PyQuantized = std::tuple<std::string_view, uintptr_t, uintptr_t, int, PySizes, PySizes, PySizes, PyBlocks>;
 
-// Formats that differ in their scales alone share an enumerator.
+// Formats that differ only in their scales share an enumerator.
 inline WeightFormat weight_format(std::string_view name) {
   if (name == "fp8_block") return WeightFormat::kFp8;
   if (name == "int8_absmax") return WeightFormat::kInt8;

@@ -21,7 +21,7 @@ StateArray state_array(const PyState& state) {
   return {reinterpret_cast<void*>(pointer), row_stride, per_row};
 }
 
-// The value of that name.
+// The enumerator with this name.
 template <class T, size_t kCount>
 T named(const char* what, const Named<T> (&table)[kCount], std::string_view name) {
   for (const Named<T>& entry : table) {

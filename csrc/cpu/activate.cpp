@@ -6,7 +6,7 @@
 namespace gossamer {
 namespace {
 
-// Values that a thread computes before a second is worth waking.
+// Number of values above which a second thread is worth waking.
 constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 
 }  // namespace

@@ -21,7 +21,7 @@ struct ActivateArgs {
   int64_t rows, inner;
   FloatMatrix preact;  // (R, 2I), or (R, I) when not gated; column stride 1
   FloatMatrix dact;    // (R, I), column stride 1; absent in a forward
-  void* out;           // act(preact) (R, I), or what flows back to preact; contiguous
+  void* out;           // act(preact) (R, I), or the gradient of preact; contiguous
 };
 
 void activate(const ActivateArgs& args, int num_threads);

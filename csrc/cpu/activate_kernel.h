@@ -8,7 +8,7 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Even and odd lanes of two vectors that follow each other.
+// Even and odd lanes of two consecutive vectors.
 template <class S>
 GOSSAMER_INLINE GateUp<S> deinterleaved(Vec<S> a, Vec<S> b) {
   return [&]<size_t... I>(std::index_sequence<I...>) {
@@ -16,7 +16,7 @@ GOSSAMER_INLINE GateUp<S> deinterleaved(Vec<S> a, Vec<S> b) {
   }(std::make_index_sequence<kLanes<S>>{});
 }
 
-// Lanes of `gate` and `up` in turn: those of their lower halves, or of their upper ones.
+// Alternating lanes of `gate` and `up`, from their lower or from their upper halves.
 template <bool kUpper, class S>
 GOSSAMER_INLINE Vec<S> interleaved(Vec<S> gate, Vec<S> up) {
   constexpr size_t n = sizeof(Vec<S>) / sizeof(S);
@@ -25,10 +25,10 @@ GOSSAMER_INLINE Vec<S> interleaved(Vec<S> gate, Vec<S> up) {
   }(std::make_index_sequence<n>{});
 }
 
-// Where the gate and the up of a value lie in a row.
+// The positions of a value's gate and up in a row.
 enum class Layout { kGateAlone, kHalves, kInTurn };
 
-// A row of pre-activations, or of what flows back to them, of `inner` values.
+// A row of pre-activations or of their gradients, for `inner` values.
 template <Layout kLayout, class T>
 struct GateUpRow {
   using S = Accumulator<std::remove_const_t<T>>;
@@ -36,7 +36,7 @@ struct GateUpRow {
   T* base;
   int64_t inner;
 
-  // `valid` values from the i-th.
+  // `valid` values, starting with the i-th.
   GateUp<S> load_from(int64_t i, int valid) const {
     if constexpr (kLayout == Layout::kGateAlone) {
       return {load_valid(base + i, valid), Vec<S>{}};

@@ -17,18 +17,18 @@ struct ActivationValue {
   Vec<S> value, dgate, dup;  // act(g, u) and its derivatives
 };
 
-// The exponents beyond which e^z is no normal float or double.
+// The exponents beyond which e^z is not a normal float or double.
 template <class S>
 constexpr S kMostExponent = sizeof(S) == 4 ? 87 : 708;
 
-// e^z for z <= 0; zero where the result is no normal number.
+// e^z for z <= 0; zero if the result is not a normal number.
 template <class S>
 GOSSAMER_INLINE Vec<S> falling_exp(Vec<S> z) {
   return z < -kMostExponent<S> ? Vec<S>{} : vexp(z);
 }
 
-// σ(z), and 1 − σ(z) computed without cancellation. Results below the normal numbers are zero: vexp saturates there, and its value
-// would show in a product with a large gate.
+// σ(z), and 1 − σ(z) computed without cancellation. Results below the normal numbers become zero: vexp saturates there, and its
+// value would matter in a product with a large gate.
 template <class S>
 struct Logistic {
   Vec<S> value, rest;

@@ -1,8 +1,8 @@
-// Products with block-sparse matrices whose blocks make rectangles, of one instruction set.
+// Products with block-sparse matrices whose blocks form rectangles, for one instruction set.
 //
-// A rectangle is a dense matrix: its rows go into vector lanes, a panel of them at a time, and the dense operand is read where
-// it lies, once a panel. The sums are those of block_sparse_kernel.h, bit for bit, except for a sampled product that comes in
-// pieces there, for sums of outer products, for sums that leave out padding, and for those of tiles.
+// A rectangle is a dense matrix: its rows go into vector lanes, one panel at a time, and the dense operand is read in place,
+// once per panel. The sums have the bits of block_sparse_kernel.h, except for sampled products that are computed in pieces
+// there, sums of outer products, sums without padding, and sums by tiles.
 #pragma once
 
 #include "cpu/block_sparse_kernel.h"
@@ -10,10 +10,10 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Groups of columns at the end of a thread's share that are given out in quarters.
+// Number of groups of columns at the end of a thread's share that are distributed in quarters.
 constexpr int64_t kQuarteredGroups = 1;
 
-// Calls f(rectangle, first row, last row, end of the padding behind them) for pieces of at most `limit` rows that count.
+// Calls f(rectangle, first row, last row, end of the padding after them) for pieces of at most `limit` rows without padding.
 template <class Args, class F>
 GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
   for (const Rectangle* r = a.rectangles; r < a.rectangles + a.num_rectangles; ++r) {
@@ -24,8 +24,8 @@ GOSSAMER_INLINE void for_rectangle_rows(const Args& a, int64_t limit, F&& f) {
   }
 }
 
-// Packs rows begin .. end of a rectangle's blocks with the rows in lanes, or as they are on the left of tiles, each thread some of its
-// block columns.
+// Packs rows begin .. end of a rectangle's blocks with the rows in lanes, or unchanged as the left operand of tiles; each
+// thread packs some block columns.
 template <class T, class P>
 void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin, int64_t end, const Panel<P>& panel,
                     const PackedRows<P>* left, const T** rows, Team team) {
@@ -52,15 +52,15 @@ void pack_rectangle(const BlockProductArgs& a, const Rectangle& r, int64_t begin
   }
 }
 
-// The bias and activation of columns n .. n + count and `width` rows from `row` on of the result, whose rows are the lanes of c: a bias
-// by rows of the result runs along them.
+// Applies bias and activation to columns n .. n + count and `width` rows from `row` on of the result, whose rows are the lanes
+// of c; a bias by rows runs along the lanes.
 template <class T, class S>
 void finish_tile(const Epilogue& epilogue, int64_t n, int64_t count, int64_t row, int64_t width, S* c, int64_t c_stride) {
   finish<T>({epilogue.bias, !epilogue.bias_by_rows, epilogue.activation}, c, c_stride, n, count, row, width);
 }
 
-// c = the product of a panel with `count` rows of a weight, which have the columns n and on of the result, its bias and
-// activation applied; the panel's first row is `row`.
+// c = the product of a panel, whose first row is `row`, with `count` rows of a weight, which give columns n and on of the
+// result, with bias and activation applied.
 template <class T, class P, class S>
 void rectangle_tile(const Weight<T>& w, int64_t at, int64_t count, const Panel<P>& panel, const Epilogue& epilogue, int64_t n,
                     int64_t row, S* c, int64_t c_stride, P* pack) {
@@ -77,7 +77,8 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(std::max(a.max_depth(), buffers.chunk));
   T* y = static_cast<T*>(a.y);
-  // Tiles have the rectangle's rows on the left where those of the dense operand are contiguous, and blocks are whole vectors.
+  // Tiles take the rectangle's rows as the left operand if rows of the dense operand are contiguous and blocks are whole
+  // vectors.
   const bool whole_vectors = a.col_stride == 1 && a.bn % (kLanes<P> * kTerms<P>) == 0;
   const auto by_rows_at = [&](int64_t rows) {
     return (!kTiled<P> || whole_vectors) && goes_by_rows<P>(Weight<T>{nullptr, a.b.col_stride, a.b.row_stride, a.n, 0}, rows);
@@ -94,7 +95,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     const PackedRows<P> left{buffers.panel, depth, m};
     pack_rectangle(a, r, row, end, panel, kTiled<P> && by_rows ? &left : nullptr, rows.get(), team);
     team.barrier();
-    // What the results will be written to comes into the cache while they are computed.
+    // The destination is fetched into the cache while the results are computed.
     const auto fetch_results = [&](int64_t n, int64_t count) {
       for (int64_t i = 0; i < m && !a.y_by_columns; ++i) {
         prefetch_lines<1, Fetch::kWriteLater>(y + a.y_offset(row + i, n), count * sizeof(T));
@@ -102,7 +103,7 @@ void rectangle_product_typed(const RectangleProductArgs& a, void* shared, int nu
     };
     const auto put_results = [&](int64_t n, int64_t count) {
       if (a.y_by_columns) {
-        // Parts are of whole blocks, so none ends within a vector.
+        // Parts consist of whole blocks, so none ends within a vector.
         for (int64_t t = 0; t < m; t += kLanes<S>) {
           T* to = y + a.y_offset(row + t, n);
           const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, m - t));
@@ -221,7 +222,7 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
     const Weight<T> w{b, a.b.col_stride, a.b.row_stride, columns, a.depth};
     team.barrier();
     buffers.queue.restart(team);
-    // Of a single column, or of no rows to name, the strides are anything.
+    // For a single column, or without row indices, the strides are arbitrary.
     if (a.a_rows || a.a.col_stride == 1) {
       for (int64_t i = 0; i < m; ++i) {
         const int64_t from = a.a_rows ? a.a_rows[row + i] : row + i;
@@ -234,7 +235,8 @@ void sampled_rectangles_typed(const SampledRectanglesArgs& a, void* shared, int 
       const auto mine = team.share(m, kPanelWidth<P>);
       pack_as_rows(panel, rows.get(), a.depth, mine.begin, mine.end);
     }
-    // Where rows lie in the first block column; in another one as far behind for all of them. A division per row and chunk.
+    // Positions of rows in the first block column; other block columns have the same offset for all rows. This costs one
+    // division per row and chunk.
     for (int64_t i = 0; i < padded - row; ++i) {
       places[i] = values + (a.lists.offsets[(row + i) / a.bm] * a.bm + (row + i) % a.bm) * a.bn;
     }

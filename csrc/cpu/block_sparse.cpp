@@ -12,10 +12,10 @@ namespace gossamer {
 
 namespace {
 
-// How many of a block's rows or columns to compute; a block of padding alone is computed too.
+// Number of rows or columns of a block to compute; a block that is only padding is computed too.
 int64_t live_of(int32_t live, int64_t size) { return live > 0 && live < size ? live : size; }
 
-// Of `count` block columns from `column` on, those that are no padding, which is known at their end alone.
+// The columns of `count` block columns from `column` on without padding, which occurs only at their end.
 int64_t live_columns(const BlockLists& lists, int64_t column, int64_t count, int64_t bn) {
   if (!lists.live_across || count == 0) return count * bn;
   const int32_t* live = lists.live_across + column;
@@ -27,9 +27,9 @@ int64_t live_columns(const BlockLists& lists, int64_t column, int64_t count, int
 
 std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size,
                                          int64_t part) {
-  // Threads meet twice a rectangle, which a million multiplications make up for.
+  // Threads synchronise twice per rectangle, which pays off from a million multiplications on.
   constexpr double kLeastWork = 1 << 20;
-  // The dense operand is read for every rectangle; elsewhere it is packed once.
+  // The dense operand is read for every rectangle; without rectangles it is packed once.
   constexpr double kMostReads = 2;
   std::vector<Rectangle> found;
   double work = 0, live = 0, read = 0;
@@ -59,8 +59,8 @@ std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, in
 
 namespace {
 
-// The dimension that is not blocked, as the choice of rectangles sees it. Tiles, of which rectangles are made, have sums of their own:
-// whether rectangles are chosen must not depend on how many rows share the product.
+// The size of the unblocked dimension for the choice of rectangles. With tiles, rectangles have different sums, so the choice
+// must not depend on how many rows share the product.
 int64_t worth_of(DType dtype, int64_t across) {
   constexpr int64_t kAlways = int64_t{1} << 40;
   return kernels().tiles && dtype == DType::kBFloat16 ? kAlways : across;
@@ -96,7 +96,7 @@ int64_t RectangleProductArgs::max_rows() const {
 }
 
 void block_product(const BlockProductArgs& args, int num_threads) {
-  // Packing and storing count too: a matrix with few blocks still has rows.
+  // Packing and storing count as work too, since a matrix with few blocks still has rows.
   const double blocks = args.lists.offsets[args.lists.count];
   const double work = args.n * (blocks * args.bm * args.bn + args.depth + args.rows());
   const auto choose = [&](int64_t across) {
@@ -106,7 +106,7 @@ void block_product(const BlockProductArgs& args, int num_threads) {
     return RectangleProductArgs{args, rectangles.data(), static_cast<int64_t>(rectangles.size())};
   };
   if (may_sum_outer_products(args)) {
-    // They are other sums, so whether they are chosen must not depend on n.
+    // These sums differ, so the choice must not depend on n.
     const auto found = choose(64);
     if (!found.empty() && within_parts(args, found)) {
       return run_team<OuterRectangleBuffers>(over(found), work, num_threads, kernels().structured.outer_rectangles);
@@ -119,7 +119,7 @@ void block_product(const BlockProductArgs& args, int num_threads) {
 
 namespace {
 
-// The rows that a_rows names, one below the other.
+// The rows that a_rows selects, stacked.
 Scratch gathered_rows(const SampledProductArgs& args, int num_threads) {
   constexpr int64_t kBytesPerThread = int64_t{1} << 16;
   const int64_t size = element_size(args.dtype), bytes = args.depth * size, stride = args.a.row_stride * size;

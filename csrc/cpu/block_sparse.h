@@ -8,10 +8,10 @@
 
 namespace gossamer {
 
-// The blocks of a matrix list by list, a list being a block row: those of list r are offsets[r] .. offsets[r+1], at block
-// columns indices[j], and block j lies at values[order[j]], or at values[j] where there is no order. Only the first live[r] rows
-// of list r count, and the first live_across[c] columns of block column c, or all where there are no such numbers: the rest is
-// padding, whose products may be left out, zero in their place. Numbers that make no sense stand for all.
+// The blocks of a matrix as one list per block row: list r holds blocks offsets[r] .. offsets[r+1], at block columns
+// indices[j]; block j is stored at values[order[j]], or at values[j] without an order. Only the first live[r] rows of list r
+// and the first live_across[c] columns of block column c count, or all if these arrays are absent. The rest is padding, whose
+// products may be skipped and set to zero. Numbers out of range mean all.
 struct BlockLists {
   const int32_t *offsets, *indices, *order;
   int64_t count;
@@ -20,14 +20,14 @@ struct BlockLists {
   int64_t place(int64_t j) const { return order ? order[j] : j; }
 };
 
-// A dense operand whose blocked dimension lies in parts of whole blocks, `stride` apart; one part where it is a plain matrix.
+// A dense operand whose blocked dimension is stored in parts of whole blocks, `stride` apart; a plain matrix is one part.
 struct PartedMatrix : FloatMatrix {
   int64_t size, stride;
 
-  // Where place i of that dimension lies, its places `step` apart in a part.
+  // The offset of index i of that dimension; indices are `step` apart within a part.
   int64_t offset(int64_t i, int64_t step) const { return i / size * stride + i % size * step; }
 
-  // Calls f(begin, end, shift) for the places of each part among first .. last: place i of them lies at i·step + shift.
+  // Calls f(begin, end, shift) for the indices of each part within first .. last; index i is at i·step + shift.
   template <class F>
   void for_parts(int64_t first, int64_t last, int64_t step, F&& f) const {
     for (int64_t i = first; i < last;) {
@@ -38,7 +38,7 @@ struct PartedMatrix : FloatMatrix {
   }
 };
 
-// What becomes of a product before it is stored.
+// The operations on a product before it is stored.
 struct Epilogue {
   FloatMatrix bias;  // one row with column stride 1, or absent
   bool bias_by_rows;
@@ -50,7 +50,7 @@ struct BlockProductArgs {
   DType dtype;
   BlockLists lists;
   const void* values;
-  int64_t bm, bn;                  // of s as it is read: where it is a transposed view, the stored block's exchanged
+  int64_t bm, bn;                  // of s as it is read: for a transposed view, the stored block's sizes are swapped
   int64_t row_stride, col_stride;  // within a block; one of them is 1
   PartedMatrix b;                  // (depth, n), one of its strides 1
   int64_t depth, n;
@@ -60,21 +60,21 @@ struct BlockProductArgs {
   int64_t y_part;
 
   int64_t rows() const { return lists.count * bm; }
-  // Where y(row, column) lies.
+  // The address of y(row, column).
   int64_t y_offset(int64_t row, int64_t column) const {
     if (!y_by_columns) return row * n + column;
     return (row / y_part * n + column) * y_part + row % y_part;
   }
 };
 
-// values[j] = act(a · b + bias) at block j of the lists, which have no order; zero from the last one on.
+// values[j] = act(a · b + bias) at block j of the lists, which have no order; zero after the last block.
 struct SampledProductArgs {
   DType dtype;
   BlockLists lists;
   const int32_t* rows_of;  // block row of each block
   int64_t nnz, bm, bn;
   FloatMatrix a;          // (rows, depth), one of its strides 1; with a_rows (num_a, depth) with contiguous rows
-  const int32_t* a_rows;  // null, or the row of a for each row: zeros where it is none of num_a
+  const int32_t* a_rows;  // null, or the row of a for each row; zeros if it is outside num_a
   int64_t num_a;
   PartedMatrix b;  // (depth, cols), one of its strides 1
   int64_t depth, cols;
@@ -84,8 +84,8 @@ struct SampledProductArgs {
   int64_t rows() const { return lists.count * bm; }
 };
 
-// Lists first .. last, all of which have the blocks of columns column .. column+count. `rows` rows and `depth` columns of these,
-// in elements, are no padding.
+// Lists first .. last, all of which have the blocks of columns column .. column+count. `rows` rows and `depth` columns of them,
+// in elements, are not padding.
 struct Rectangle {
   int64_t first, last, column, count, rows, depth;
 };
@@ -106,18 +106,19 @@ struct SampledRectanglesArgs : SampledProductArgs {
   int64_t max_depth() const { return depth; }
 };
 
-// The rectangles that the lists of blocks make, those of empty lists too, where products do better by them; none elsewhere.
-// `across` is the dimension that is not blocked; the blocked one of the dense operand has `size` places, `part` in a part.
+// The rectangles that the lists of blocks form, including those of empty lists, if products are faster with them; otherwise
+// none. `across` is the unblocked dimension; the blocked dimension of the dense operand has `size` indices, `part` of them per
+// part.
 std::vector<Rectangle> choose_rectangles(const BlockLists& lists, int64_t bm, int64_t bn, int64_t across, int64_t size,
                                          int64_t part);
 
 void block_product(const BlockProductArgs& args, int num_threads);
 void sampled_product(const SampledProductArgs& args, int num_threads);
 
-// How much of an operand is packed at a time: enough for every thread to work on, little enough for a last-level cache.
+// Amount of an operand packed at a time: enough work for every thread, and small enough for a last-level cache.
 constexpr int64_t kPackedBytes = 16 << 20;
 
-// Rows of a block row that are worked on together.
+// Number of rows of a block row that are processed together.
 inline int64_t group_rows(int64_t bm) { return std::min<int64_t>(bm, 32); }
 
 // The shared memory of a call, for products of P.
@@ -154,7 +155,7 @@ struct SampledProductBuffers {
     queue = take_queue(arena, num_threads);
     a = arena.take<P>(panel_size(packed_depth<P>(chunk), args.rows()));
     b = arena.take<P>(panel_size(packed_depth<P>(chunk), args.cols));
-    // Partial sums need a place of their own where the result's type cannot hold them.
+    // Partial sums need separate memory if the result's type cannot hold them.
     const bool apart = pieces > 1 && sizeof(S) > element_size(args.dtype);
     partial = arena.take<S>(apart ? args.nnz * args.bm * args.bn : 0);
   }
@@ -175,11 +176,11 @@ struct RectangleBuffers {
   }
 };
 
-// Terms of a sum of outer products that are packed at a time, and columns of the dense operand. Constants: sums must not depend
-// on sizes across them.
+// Number of terms of a sum of outer products that are packed at a time, and of columns of the dense operand. They are
+// constants, because sums must not depend on the sizes of the result.
 constexpr int64_t kOuterTerms = 288, kOuterColumns = 4096;
 
-// The same for sums of outer products, whose results lie in rows of n values or of a rectangle's.
+// The same for sums of outer products, whose results are rows of n values or of a rectangle's width.
 template <class P>
 struct OuterRectangleBuffers {
   using S = SumOf<P>;

@@ -1,8 +1,8 @@
 // Products with block-sparse matrices of one instruction set.
 //
-// Every value is a sum along depth in the order of its block row's list, with a fresh sum every segment_length() terms, and
-// for a sampled product whose operands are packed in pieces one for each piece: it does not depend on the threads, nor, but for
-// those pieces, on the other rows and columns.
+// Every value is a sum along the depth in the order of its block row's list. A new partial sum starts every segment_length()
+// terms, and, in a sampled product whose operands are packed in pieces, at each piece. So a value does not depend on the
+// threads and, except for these pieces, not on other rows and columns.
 #pragma once
 
 #include "cpu/activation_kernel.h"
@@ -12,8 +12,8 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Blocks of one list as a product reads them, in packed values: block j at base + place(j) · size, element (i, k) of it at
-// i·row + k·step.
+// The blocks of one list as a product reads them, in packed values: block j is at base + place(j) · size, and its element (i,
+// k) at i·row + k·step.
 template <class P>
 struct BlockSource {
   const P* base;
@@ -23,8 +23,8 @@ struct BlockSource {
   const P* at(int64_t j) const { return base + (order ? order[j] : j - origin) * size; }
 };
 
-// c (+)= Σ_j block(j)'s first Rows rows · the panel's rows at indices[j], over j = first .. last, for one block of Vecs
-// vectors of a panel. By rows a block's rows are contiguous, else its columns. bn and segment count packed values.
+// c (+)= Σ_j block(j)'s first Rows rows · the panel's rows at indices[j], over j = first .. last, for one block of Vecs vectors
+// of a panel. With ByRows a block's rows are contiguous, otherwise its columns. bn and segment count packed values.
 template <int Rows, int Vecs, bool ByRows, class P>
 __attribute__((noinline)) void sparse_rows(const BlockSource<P>& s, const int32_t* indices, int64_t first, int64_t last, int bn,
                                            int segment, const P* panel, bool fresh, SumOf<P>* c, int64_t c_stride) {
@@ -59,7 +59,7 @@ __attribute__((noinline)) void sparse_rows(const BlockSource<P>& s, const int32_
   if (terms > 0 || fresh) flush();
 }
 
-// Packs rows i0 .. i0+rows of the blocks first .. last, each in its own order of memory.
+// Packs rows i0 .. i0+rows of the blocks first .. last, each in its memory order.
 template <class T, class P>
 void pack_blocks(const BlockProductArgs& a, int64_t i0, int64_t rows, int64_t first, int64_t last, P* out) {
   constexpr int64_t lanes = kLanes<P>, terms = kTerms<P>;
@@ -106,7 +106,7 @@ void finish(const Epilogue& epilogue, S* c, int64_t c_stride, int64_t row, int64
       form, [&](auto activation) { each([&](Vec<S> v, int64_t, int64_t) { return activation(GateUp<S>{v, v}).value; }); });
 }
 
-// Packs the columns of b from `begin` on that a panel holds, each thread what it will work on first.
+// Packs a panel's columns of b from `begin` on; each thread packs what it will use first.
 template <class T, class P>
 void pack_operand(const BlockProductArgs& a, const Panel<P>& panel, int64_t begin, const T** rows, Team team) {
   const T* base = static_cast<const T*>(a.b.base);
@@ -131,8 +131,8 @@ void pack_operand(const BlockProductArgs& a, const Panel<P>& panel, int64_t begi
   pack({panel.data + mine.begin * panel.depth, panel.depth, mine.end - mine.begin}, mine.begin, 0, a.depth);
 }
 
-// Whether a product's columns are so few that the rows of its blocks fill the lanes, each block being read once, in its own order.
-// The sums are those of sparse_rows(), bit for bit.
+// Whether a product has so few columns that rows of blocks should fill the lanes, reading each block once in its memory order.
+// The sums have the bits of sparse_rows().
 template <class P>
 bool has_few_columns(const BlockProductArgs& a) {
   constexpr int64_t lanes = kLanes<P>;
@@ -178,7 +178,7 @@ __attribute__((noinline)) void few_columns_product(const BlockProductArgs& a, in
   };
   for (int64_t j = first; j < last; ++j) {
     const T* block = values + a.lists.place(j) * size;
-    // What is read next: the same rows of the next block, or the next rows of the first one.
+    // The data to read next: the same rows of the next block, or the next rows of the first block.
     const T* next =
         j + 1 < last ? values + a.lists.place(j + 1) * size : values + a.lists.place(first) * size + lanes * a.row_stride;
     const P* factors = x + a.lists.indices[j] * (a.bn / kTerms<P>)*Columns;
@@ -212,7 +212,7 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
   using S = Accumulator<T>;
   using P = Operand<T>;
   constexpr int64_t c_stride = kPanelWidth<P>, terms = kTerms<P>;
-  // Terms that are packed at a time: a multiple of every segment and block.
+  // Number of terms packed at a time: a multiple of every segment and block.
   constexpr int64_t packed_terms = 256;
   Arena arena(shared);
   BlockProductBuffers<P> buffers(arena, a, num_threads);
@@ -223,7 +223,7 @@ void block_product_typed(const BlockProductArgs& a, void* shared, int num_thread
   alignas(64) S c[kGroup * c_stride];
   const int64_t group = group_rows(a.bm), groups = a.rows() / group;
   T* y = static_cast<T*>(a.y);
-  // The rows row .. row + count of c, which have `columns` columns from `column` on, become those of the result.
+  // Stores rows row .. row + count of c, which have `columns` columns from `column` on, in the result.
   const auto put = [&](int64_t row, int64_t count, int64_t column, int64_t columns) {
     finish<T>(a.epilogue, c, c_stride, row, count, column, columns);
     if (a.y_by_columns) {
@@ -374,7 +374,7 @@ void sampled_product_typed(const SampledProductArgs& a, void* shared, int num_th
   S* partial = nullptr;
   if constexpr (!std::is_same_v<T, S>) partial = buffers.partial;
   zero_tail<T>(a, team);
-  // About a hundred thousand multiplications of vectors in a unit, so that the queue costs nothing.
+  // About a hundred thousand vector multiplications per unit, so that the queue's cost is negligible.
   const int64_t unit = std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, size * buffers.chunk / kLanes<S>) / 8);
   for (int64_t begin = 0; begin == 0 || begin < a.depth; begin += buffers.chunk) {
     const int64_t depth = std::min(buffers.chunk, a.depth - begin);

@@ -7,14 +7,14 @@
 namespace gossamer {
 namespace {
 
-// Values that a thread computes before a second is worth waking.
+// Number of values above which a second thread is worth waking.
 constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 
 int threads_for(int64_t values, int num_threads) {
   return static_cast<int>(std::clamp<int64_t>(values / kValuesPerThread, 1, num_threads));
 }
 
-// The last S of a sequence's initial state (zeros where there is none) and its inputs.
+// The last S values of a sequence's initial state (zeros if there is none) followed by its inputs.
 template <class T>
 void store_final_state(const CausalConvForwardArgs& a, int64_t n, int64_t c) {
   const int64_t length = a.sequences.size(n), size = a.state_size;
@@ -35,7 +35,7 @@ void store_final_state(const CausalConvForwardArgs& a, int64_t n, int64_t c) {
 void causal_conv1d(const CausalConvForwardArgs& args, int num_threads) {
   const int64_t rows = args.rows(), states = args.sequences.count * args.channels;
   parallel_team(threads_for(rows * args.channels, num_threads), [&](Team team) {
-    // By rows, which are the longest runs of memory; by channels where there are few.
+    // Divided by rows, which are the longest runs of memory, or by channels if there are few rows.
     const Team::Range all_rows{0, rows}, all_channels{0, args.channels};
     if (rows >= 16 * team.size) {
       kernels().rows.causal_conv1d(args, team.share(rows, 4), all_channels);

@@ -10,8 +10,8 @@ namespace gossamer {
 
 constexpr int kMostTaps = 8;
 
-// The rows that one partial sum of the weight's gradient is over, and the channels of a block: a block of a few rows stays
-// in the first-level cache.
+// The number of rows of one partial sum of the weight's gradient, and the channels of a block; a block of a few rows stays in
+// the first-level cache.
 constexpr int64_t kConvRows = 256, kConvChannels = 512;
 
 // A floating array of three dimensions with strides in elements; base may be null for an absent argument.
@@ -44,7 +44,7 @@ struct CausalConvArgs {
   int64_t row_tiles() const { return (rows() + kConvRows - 1) / kConvRows; }
   int64_t channel_blocks() const { return (channels + kConvChannels - 1) / kConvChannels; }
 
-  // Where the positions of a sequence begin in an array like x.
+  // The start of a sequence's positions in an array like x.
   template <class T>
   T* sequence(const FloatCube& array, int64_t n) const {
     return static_cast<T*>(array.base) + (sequences.offsets ? sequences.begin(n) * array.strides[1] : n * array.strides[0]);
@@ -65,7 +65,7 @@ struct CausalConvBackwardArgs : CausalConvArgs {
   FloatCube dinitial_state;  // (N, C, S), or absent
 };
 
-// One position of B sequences. The state is read, then moved on by one.
+// One position of B sequences. The state is read, then advanced by one input.
 struct CausalConvStepArgs {
   int64_t batch, channels, taps, state_size;
   bool silu;

@@ -1,5 +1,5 @@
-// Depthwise causal convolution of one instruction set. Two layouts have kernels of their own: vectors of
-// channels, with rows of positions, and vectors of positions, with a row for each channel.
+// Depthwise causal convolution for one instruction set. Two layouts have separate kernels: vectors of channels, with rows of
+// positions, and vectors of positions, with one row per channel.
 #pragma once
 
 #include "cpu/activation_kernel.h"
@@ -10,9 +10,9 @@ namespace gossamer::GOSSAMER_ISA {
 namespace {
 
 constexpr int kMostHalo = kMostTaps - 1;
-// Positions that are computed together, whose inputs they share.
+// Number of positions that are computed together and share inputs.
 constexpr int kConvTogether = 4;
-// Positions after which sums over positions are added to the tile's.
+// Number of positions after which sums over positions are added to the tile's sums.
 constexpr int64_t kConvChain = 32;
 
 // u·σ(u), and its derivative times `slope`.
@@ -51,7 +51,7 @@ GOSSAMER_INLINE T before_first(const CausalConvArgs& a, int64_t n, int64_t c, in
   return a.initial_state ? a.initial_state.at<T>(n, c, a.state_size + position) : T{};
 }
 
-// The inputs of a block of channels by position, those before a sequence's first from its initial state.
+// The inputs of a block of channels by position; positions before the start of a sequence come from its initial state.
 template <class T>
 struct ConvRowsOf {
   alignas(64) T halo[kMostHalo][kConvChannels];
@@ -78,7 +78,7 @@ GOSSAMER_INLINE void for_lanes(int64_t channels, F&& f) {
   if (c < channels) f(c, static_cast<int>(channels - c));
 }
 
-// The number of taps as a constant where models have it, or 0.
+// The number of taps as a constant if it is common in models, or 0.
 template <class F>
 void visit_taps(int64_t taps, F&& f) {
   if (taps == 3) return f(std::integral_constant<int, 3>{});
@@ -86,7 +86,7 @@ void visit_taps(int64_t taps, F&& f) {
   f(std::integral_constant<int, 0>{});
 }
 
-// kRows outputs that follow each other, from the inputs in[0] .. in[taps - 1 + kRows - 1], oldest first.
+// kRows consecutive outputs, from the inputs in[0] .. in[taps - 1 + kRows - 1], oldest first.
 template <int kTaps, int kRows, class T, class S>
 void conv_rows(const ConvWeights<S>& w, int64_t taps, bool with_silu, const T* const* in, T* const* out, int64_t channels) {
   const int count = kTaps ? kTaps : static_cast<int>(taps);
@@ -125,7 +125,7 @@ void conv_along_channels(const CausalConvForwardArgs& a, Team::Range rows, int64
   });
 }
 
-// Inputs of a channel at positions that follow each other, in the accumulator's type; whole vectors may be loaded from any.
+// Inputs of a channel at consecutive positions, in the accumulator's type; whole vectors may be loaded at any position.
 template <class S>
 using ConvLine = S[kMostHalo + kConvRows + kMostHalo + 64 / sizeof(S)];
 
@@ -182,12 +182,12 @@ void causal_conv1d(const CausalConvForwardArgs& a, Team::Range rows, Team::Range
   });
 }
 
-// Sums over a tile's rows of what flows back to taps and bias, [i][c]; those of the bias lie after those of the taps.
+// Sums over a tile's rows of the gradients of taps and bias, [i][c]; the bias comes after the taps.
 template <class S>
 using ConvSums = S[kMostTaps + 1][kConvChannels];
 
-// What a step back computes: kRows gradients of the sums before the activation, from dy (null for zeros, past a sequence's
-// end), and as many of the inputs `taps - 1` positions before them, each where `dx` is not null.
+// One step of the backward pass: computes kRows gradients of the sums before the activation, from dy (null for zeros, past a
+// sequence's end), and as many gradients of the inputs `taps - 1` positions earlier, where `dx` is not null.
 template <class T>
 struct ConvStepBack {
   const T *const *x, *const *dy;
@@ -240,7 +240,7 @@ void conv_rows_back(const ConvWeights<S>& w, int64_t taps, bool with_silu, const
   });
 }
 
-// What the final state adds to the gradients of a sequence's last inputs.
+// The final state's part of the gradients of a sequence's last inputs.
 template <class T>
 void add_final_state(const CausalConvBackwardArgs& a, int64_t n, Team::Range positions, int64_t first_channel,
                      int64_t channels) {
@@ -255,7 +255,7 @@ void add_final_state(const CausalConvBackwardArgs& a, int64_t n, Team::Range pos
   }
 }
 
-// What flows back to a sequence's initial state: `halo(position, channel)` through the sums, and the final state's share.
+// The gradient of a sequence's initial state: `halo(position, channel)` from the sums, plus the final state's part.
 template <class T, class F>
 void store_dinitial(const CausalConvBackwardArgs& a, int64_t n, int64_t first_channel, int64_t channels, F&& halo) {
   const int64_t size = a.state_size, length = a.sequences.size(n);
@@ -277,7 +277,7 @@ void conv_back_along_channels(const CausalConvBackwardArgs& a, Team::Range rows,
   alignas(64) S carried[kMostHalo][kConvChannels];
   alignas(64) ConvSums<S> recent;
   for (auto& row : recent) std::fill_n(row, channels, S{});
-  // Sums of sums: a chain of additions as long as a tile would round more than torch's own.
+  // Added in two levels, because a chain of additions as long as a tile would round more than torch does.
   const auto collect = [&] {
     for (int64_t i = 0; i <= a.taps; ++i) {
       for_lanes<S>(channels, [&](int64_t c, auto) {
@@ -316,7 +316,7 @@ void conv_back_along_channels(const CausalConvBackwardArgs& a, Team::Range rows,
     }
     for (; p < last; ++p) compute(std::integral_constant<int, 1>{}, p, true);
     collect();
-    // The last inputs of the piece flow into sums after it, which are counted there.
+    // The last inputs of the piece also contribute to sums after it, which are counted there.
     if (a.dx || from_state) {
       for (; p < last + halo; ++p) compute(std::integral_constant<int, 1>{}, p, false);
     }
@@ -428,7 +428,7 @@ void causal_conv1d_backward(const CausalConvBackwardArgs& a, void* partial, Team
         std::copy_n(sums[i], channels, static_cast<S*>(partial) + (tile * (a.taps + 1) + i) * a.channels + first);
       }
     }
-    // Sequences without positions, which no tile holds.
+    // Sequences without positions, which are in no tile.
     if (a.dinitial_state) {
       const auto [first, last] = team.share(a.sequences.count);
       for (int64_t n = first; n < last; ++n) {

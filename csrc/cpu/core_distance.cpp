@@ -22,7 +22,7 @@ struct alignas(64) Line {
   std::atomic<uint32_t> turns{0};
 };
 
-// Passes the line back and forth until `until`; the other thread takes the odd turns. Returns false when it gave up.
+// Passes the cache line back and forth until `until`; the other thread takes the odd turns. Returns false if it gave up.
 bool pass(std::atomic<uint32_t>& turns, uint32_t from, uint32_t until, Clock::time_point deadline) {
   for (uint32_t turn = from; turn < until; turn += 2) {
     for (int spins = 1; turns.load(std::memory_order_acquire) != turn; ++spins) {

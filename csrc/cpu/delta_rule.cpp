@@ -6,7 +6,7 @@
 namespace gossamer {
 namespace {
 
-// Multiplications of a call, for the number of threads that it is worth.
+// Number of multiplications of a call, which determines the number of threads.
 double work_of(const DeltaRuleArgs& a) {
   return static_cast<double>(a.batch * a.tokens * a.heads) * static_cast<double>(3 * a.key_size * a.value_size);
 }
@@ -29,7 +29,7 @@ void delta_rule_backward(const DeltaRuleBackwardArgs& args, int num_threads) {
 }
 
 void delta_rule_step(const DeltaRuleArgs& args, int num_threads) {
-  // A thread is worth waking for some hundred kilobytes of states.
+  // Each thread should have some hundred kilobytes of states to process.
   constexpr int64_t kValues = 48 << 10;
   const int64_t grain = std::max<int64_t>(1, kValues / (args.key_size * args.value_size));
   parallel_ranges(args.batch * args.heads, grain, num_threads,

@@ -13,7 +13,7 @@
 
 namespace gossamer {
 
-// An array of batches, tokens and heads, with strides in elements, whose channels follow each other.
+// An array of batches, tokens and heads, with strides in elements and contiguous channels.
 struct HeadArray {
   void* base;
   int64_t batch_stride, token_stride, head_stride;
@@ -28,19 +28,19 @@ enum class Gating { kNone, kByHead, kByChannel };
 struct DeltaRuleArgs {
   DType dtype;  // of q, k, v and o
   int64_t batch, tokens, key_heads, heads, key_size, value_size;
-  // Where sequences begin among the tokens of a batch of one, and the last one ends; null where a batch is a sequence.
+  // The starts of sequences among the tokens of a batch of one, and the end of the last; null if each batch is a sequence.
   const int64_t* bounds;
   int64_t num_sequences;
   HeadArray q, k, v, beta, g, o;  // g absent without a decay
   Gating decay;
-  const void *a_log, *dt_bias;  // (heads,), and as g has channels, of a raw gate; null without
+  const void *a_log, *dt_bias;  // (heads,), and in the shape of g's channels, for a raw gate; else null
   bool sigmoid;
   double lower_bound;
   double scale;
   bool l2norm;
   const void* initial_state;  // (sequences, heads, key_size, value_size), null for zero
-  void* final_state;          // null where nobody wants it
-  void* checkpoints;          // (rows, heads, key_size, value_size), null where nobody wants them
+  void* final_state;          // null if not wanted
+  void* checkpoints;          // (rows, heads, key_size, value_size), null if not wanted
 };
 
 struct DeltaRuleBackwardArgs : DeltaRuleArgs {
@@ -50,7 +50,7 @@ struct DeltaRuleBackwardArgs : DeltaRuleArgs {
   void* dinitial_state;             // null if unwanted
 };
 
-// What a raw gate passes on: dg becomes its gradient, and da_log and ddt_bias those of its parameters.
+// Converts dg to the gradient of a raw gate, and computes da_log and ddt_bias, the gradients of its parameters.
 struct GateBackwardArgs {
   DType sums;  // the accumulator's
   int64_t batch, tokens, heads, channels;
@@ -61,12 +61,12 @@ struct GateBackwardArgs {
   void *da_log, *ddt_bias;  // ddt_bias null without dt_bias
 };
 
-// Tokens of a chunk, and of a block of one.
+// Number of tokens of a chunk, and of a block within a chunk.
 constexpr int64_t kChunkTokens = 64, kBlockTokens = 16;
-// Chunks between the states that the forward pass keeps for the backward pass.
+// Number of chunks between the states that the forward pass saves for the backward pass.
 constexpr int64_t kSpanChunks = 4;
 
-// A key head of a sequence, whose heads one thread or one team computes.
+// A key head of a sequence; one thread or one team computes its value heads.
 struct DeltaRuleUnit {
   int64_t sequence, key_head, batch, begin, end, first_checkpoint;
 
@@ -94,7 +94,7 @@ inline bool shares_units(const DeltaRuleArgs& a, int num_threads) {
 constexpr int64_t kSixteen = 16;
 constexpr int64_t whole_blocks(int64_t n) { return (n + kSixteen - 1) / kSixteen * kSixteen; }
 
-// The distance of rows: an odd number of lines of 64 bytes, so that they do not all fall into the same sets of the first-level cache.
+// The stride of rows: an odd number of 64-byte lines, so that rows do not all map to the same sets of the first-level cache.
 template <class S>
 constexpr int64_t row_stride(int64_t size) {
   constexpr int64_t line = 64 / sizeof(S);
@@ -129,7 +129,7 @@ struct HeadChunk {
   S* beta;                 // (64,)
   S* decays;               // exp g: (64,), or (64, key stride)
   S *k_in, *q_in, *k_out;  // K̂, Q̂ and K̃
-  S* total;                // of a head one value, of channels per row
+  S* total;                // one value per head, or one per row with channel decays
   S *between, *l, *p;      // D of heads, L and P (64, token stride)
   S* inverse;              // of I + diag(β) L: its blocks of 16 on the diagonal
   S *y, *o, *u;            // V − K̂ S, O and U (64, value stride)
@@ -154,7 +154,7 @@ struct HeadChunk {
     u = arena.take<S>(kChunkTokens * values);
   }
 
-  // Without decays the keys and queries of the chunk are those of the group.
+  // Without decays the chunk's keys and queries are those of the group.
   void take_keys(const KeyChunk<S>& key, Gating decay) {
     if (decay != Gating::kNone) return;
     k_in = k_out = key.k;
@@ -162,7 +162,7 @@ struct HeadChunk {
   }
 };
 
-// What one thread needs beside them.
+// A thread's additional memory.
 template <class S>
 struct DeltaScratch {
   S* rows;     // (16, value stride)
@@ -182,10 +182,10 @@ struct DeltaScratch {
   }
 };
 
-// What the backward pass adds to a head's chunk.
+// Additional data of a head's chunk for the backward pass.
 template <class S>
 struct HeadChunkGradient {
-  S *d_o, *g, *beta_g;  // (64, value stride); g is what flows to diag(β) (V − K̂ S)
+  S *d_o, *g, *beta_g;  // (64, value stride); g is the gradient of diag(β) (V − K̂ S)
 
   HeadChunkGradient(Arena& arena, int64_t value_size) {
     const int64_t values = row_stride<S>(value_size);
@@ -195,7 +195,7 @@ struct HeadChunkGradient {
   }
 };
 
-// What one thread needs to turn those into gradients of the arguments.
+// A thread's memory for turning these into gradients of the arguments.
 template <class S>
 struct GradientScratch {
   S *state_t, *dstate_t;        // (value size, key stride)
@@ -226,15 +226,15 @@ struct GradientScratch {
   }
 };
 
-// The memory of a thread, or of a team that shares each unit: chunks of a span, a head's after that of the one before it.
+// The memory of a thread, or of a team that shares each unit: the chunks of a span, head after head.
 template <class S>
 struct DeltaRuleBuffers {
   int64_t group, chunks;  // heads of a key head; chunks that are in memory at a time
   std::vector<KeyChunk<S>> keys;
   std::vector<HeadChunk<S>> heads;
   std::vector<HeadChunkGradient<S>> gradients;
-  std::vector<S*> states;   // of a head, before each chunk of the span and behind the last: chunks + 1
-  std::vector<S*> dstates;  // as many, or two that take turns
+  std::vector<S*> states;   // of a head, before each chunk of the span and after the last: chunks + 1
+  std::vector<S*> dstates;  // as many, or two used alternately
   int64_t dstate_turns = 0;
 
   DeltaRuleBuffers(Arena& arena, const DeltaRuleArgs& a, int64_t chunks_, int64_t gradient_chunks)

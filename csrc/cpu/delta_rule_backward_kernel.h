@@ -1,11 +1,11 @@
-// Gradients of the delta rule; see delta_rule_kernel.h, whose stages a span of chunks goes through again.
+// Gradients of the delta rule; each span of chunks first repeats the stages of delta_rule_kernel.h.
 //
-// From dS' behind a chunk and dO:
+// From dS' after a chunk and dO:
 //   dU = Pᵀ dO + K̃ dS',   G = (I + diag(β) L)⁻ᵀ dU,   dS = Diag(total) dS' + Q̂ᵀ dO − K̂ᵀ diag(β) G,   dV = diag(β) G,
 //   dP = tril(dO Uᵀ),   dL = −diag(β) tril(G Uᵀ, −1),   dβ = rowsum(G ⊙ (V − K̂ S − L U)),
 //   dQ̂ = dO Sᵀ,   dK̂ = −diag(β) G Sᵀ,   dK̃ = U dS'ᵀ.
-// The gradient of a log decay is the sum of what flows through the decays that it is part of: from earlier tokens to later ones,
-// from the start of the chunk, to its end, and over all of it.
+// The gradient of a log decay sums the gradients of all decays that contain it: from earlier to later tokens, from the start of
+// the chunk, to its end, and over the whole chunk.
 #pragma once
 
 #include "cpu/delta_rule_kernel.h"
@@ -13,7 +13,8 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Columns [first, last) of G, diag(β) G, dV and the gradient of the state before a chunk, from that behind it.
+// Columns [first, last) of G, diag(β) G, dV and the gradient of the state before a chunk, from the gradient of the state after
+// it.
 template <class T, class S>
 void retreat(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, int64_t head, int64_t token, int64_t count,
              const HeadChunk<S>& chunk, const HeadChunkGradient<S>& gradient, int64_t first, int64_t last,
@@ -73,7 +74,7 @@ GOSSAMER_INLINE S dot(const S* a, const S* b, int64_t size) {
   return sum_lanes<S>(sum);
 }
 
-// What flows to keys, queries and decays through L, P, K̂, Q̂ and K̃ where a token has one decay. In s.h stand sums G Uᵀ.
+// The gradients of keys, queries and decays through L, P, K̂, Q̂ and K̃ with one decay per token. s.h holds the sums G Uᵀ.
 template <class S>
 void gradients_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, const HeadChunk<S>& chunk, const S* dstate, int64_t rows,
                        const GradientScratch<S>& s) {
@@ -81,7 +82,7 @@ void gradients_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, const Hea
   constexpr int64_t stride = kTokenStride<S>;
   const int64_t keys = row_stride<S>(a.key_size), values = row_stride<S>(a.value_size), size = whole_blocks(a.key_size);
   const bool gated = a.decay != Gating::kNone;
-  // X(i, j), what flows through the decay from j to i, in s.u_t, which is no longer needed.
+  // X(i, j), the gradient through the decay from j to i, stored in s.u_t, which is no longer needed.
   S* flow = s.u_t;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t last = i / kSixteen * kSixteen + kSixteen;
@@ -122,7 +123,7 @@ void gradients_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, const Hea
   for (int64_t d = 0; d < a.key_size; ++d)
     total += dot(chunk.state + d * values, dstate + d * values, whole_blocks(a.value_size));
   total *= chunk.total[0];
-  // Sums over later i of what flows to them from each j; those of j before t belong to the decay of t.
+  // Sums over later i for each j; the sums for j before t belong to the decay of t.
   Vec<S> below[kChunkTokens / n] = {};
   S earlier{0}, later{0};
   for (int64_t t = 0; t < rows; ++t) s.dg[t] = total + (earlier += t > 0 ? to_end[t - 1] : S{0});
@@ -137,7 +138,7 @@ void gradients_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, const Hea
   }
 }
 
-// The same where each channel has a decay.
+// The same with one decay per channel.
 template <class S>
 void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const HeadChunk<S>& chunk, const S* dstate,
                           int64_t rows, const DeltaScratch<S>& scratch, const GradientScratch<S>& s) {
@@ -150,7 +151,7 @@ void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const 
     for (int64_t j = i; j < last; ++j) s.h[i * stride + j] = S{0};
   }
   for (S* sums : {s.row_q, s.row_k, s.column_k}) std::fill_n(sums, rows * keys, S{0});
-  // Earlier blocks, by products: s.to_end holds their keys decayed to the start of the block at hand.
+  // Earlier blocks, by products: s.to_end holds their keys decayed to the start of the current block.
   for (int64_t b = 0; b < rows; b += kSixteen) {
     const S* decays = chunk.decays + b * keys;
     if (b > 0) {
@@ -172,8 +173,8 @@ void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const 
       for (int64_t c = 0; c < size; c += n) store(s.to_end + t * keys + c, load(s.to_end + t * keys + c) * load(total + c));
     }
   }
-  // Later blocks, the last first: column_k sums what flows back to the start of the block at hand, and s.dg what flows over a block
-  // from those before it to those behind it.
+  // Later blocks, the last first: column_k sums the gradients at the start of the current block, and s.dg those across a block,
+  // from earlier to later ones.
   S* left_q = scratch.left + kSixteen * keys;
   std::fill_n(s.dg, rows * keys, S{0});
   for (int64_t b = rows - kSixteen; b > 0; b -= kSixteen) {
@@ -206,7 +207,7 @@ void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const 
       }
     }
   }
-  // A block with itself: lanes are channels.
+  // The block with itself: lanes are channels.
   for (int64_t b = 0; b < rows; b += kSixteen) {
     for (int64_t c = 0; c < size; c += n) {
       const int64_t start = b * keys + c;
@@ -247,7 +248,7 @@ void gradients_by_channel(const DeltaRuleArgs& a, const KeyChunk<S>& key, const 
     }
   }
   for (int64_t c = 0; c < size; c += n) {
-    // What flows over the chunk belongs to all decays, and what flows to its end to those behind a token.
+    // The gradient across the whole chunk belongs to all decays, and the gradient to its end to the decays after a token.
     Vec<S> earlier{};
     for (int lane = 0; lane < n; ++lane) {
       const int64_t d = c + lane;
@@ -296,7 +297,7 @@ void unnormalise_rows(S* d, const S* x, int64_t stride, int64_t rows, int64_t si
   }
 }
 
-// Gradients of a chunk's arguments but v, the heads of the group one after the other.
+// Gradients of a chunk's arguments except v, for the heads of the group one after another.
 template <class T, class S>
 void chunk_gradients(const DeltaRuleBackwardArgs& a, const DeltaRuleUnit& unit, int64_t token, int64_t count, int64_t c,
                      DeltaRuleBuffers<S>& memory, const DeltaScratch<S>& scratch, const GradientScratch<S>& s) {
@@ -385,7 +386,7 @@ void delta_rule_backward_unit(const DeltaRuleBackwardArgs& a, const DeltaRuleUni
     const int64_t last = std::min(first + kSpanChunks, num_chunks), chunks = last - first;
     const auto token_of = [&](int64_t c) { return unit.begin + (first + c) * kChunkTokens; };
     const auto count_of = [&](int64_t c) { return std::min(kChunkTokens, unit.end - token_of(c)); };
-    // The gradient of the state behind the span is that before the one that was worked on last.
+    // The gradient of the state after this span is that of the state before the previously processed span.
     for (int64_t h = 0; h < (last < num_chunks ? group : 0); ++h)
       std::swap(memory.dstates[h * turns], memory.dstates[h * turns + kSpanChunks % turns]);
     heads([&](int64_t h, int64_t head) {

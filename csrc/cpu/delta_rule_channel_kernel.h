@@ -1,7 +1,7 @@
-// The products within a chunk where each channel of the keys has a decay of its own; see delta_rule_kernel.h.
+// The products within a chunk with one decay per key channel; see delta_rule_kernel.h.
 //
-// A decay from token j to token i of a later block is that from j to the end of its block, over the blocks between, and from the
-// start of the block of i: each is a product of decays, and both sides of a matrix product take theirs.
+// The decay from token j to token i of a later block is the product of three decays: from j to the end of its block, across the
+// blocks between, and from the start of i's block. Each operand of a matrix product takes its own factor.
 #pragma once
 
 #include "cpu/delta_rule_tile_kernel.h"
@@ -30,7 +30,7 @@ void decay_rows(const DeltaRuleArgs& a, const KeyChunk<S>& key, int64_t rows, co
   }
 }
 
-// The rows of a block times the decays from its start, those of each token included.
+// The rows of a block times the decays from its start, including each token's own.
 template <class S>
 void decay_from_start(const S* decays, int64_t keys, int64_t size, const S* k, const S* q, S* k_to, S* q_to) {
   constexpr int n = kLanes<S>;
@@ -44,7 +44,7 @@ void decay_from_start(const S* decays, int64_t keys, int64_t size, const S* k, c
   }
 }
 
-// The rows of a block times the decays to its end, that of each token excluded; then the decay over the block.
+// The rows of a block times the decays to its end, excluding each token's own; then the decay across the block.
 template <class S>
 void decay_to_end(const S* decays, int64_t keys, int64_t size, const S* k, S* to, S* total) {
   constexpr int n = kLanes<S>;

@@ -3,8 +3,8 @@
 // A chunk of C tokens with keys K, queries Q and the state S before it is solved by
 //   (I + diag(β) L) U = diag(β) (V − K̂ S),   O = Q̂ S + P U,   S' = Diag(total) S + K̃ᵀ U,
 // where L = tril(KKᵀ ⊙ D, −1) and P = tril(QKᵀ ⊙ D), D holds the decays between two tokens, and K̂ and Q̂ are decayed from the
-// start of the chunk, K̃ to its end. Decays are products of exponentials that are at most 1, never quotients. Every
-// column of U, O and S is computed alone: results do not depend on how threads share the columns.
+// start of the chunk, K̃ to its end. Decays are products of exponentials that are at most 1, never quotients. Every column of
+// U, O and S is computed independently: results do not depend on how threads share the columns.
 #pragma once
 
 #include "cpu/delta_rule_channel_kernel.h"
@@ -108,7 +108,7 @@ void decay_by_head(const DeltaRuleArgs& a, const KeyChunk<S>& key, int64_t rows,
     for (int64_t j = 0; j < last; j += n) {
       const int64_t at = i * stride + j;
       store(chunk.l + at, load(d + j) * load(key.kk + at));
-      // What lies above the diagonal is a product of 0 and what may overflow.
+      // Values above the diagonal would be 0 times a value that may overflow.
       store(chunk.p + at, load(d + j) * load(key.qk + at));
     }
     for (int64_t j = i + 1; j < last; ++j) chunk.l[i * stride + j] = chunk.p[i * stride + j] = S{0};
@@ -151,7 +151,7 @@ void invert_blocks(int64_t rows, const HeadChunk<S>& chunk) {
   }
 }
 
-// Columns [first, last) of Y, U, O and the state behind a chunk, `first` a multiple of whole vectors.
+// Columns [first, last) of Y, U, O and the state after a chunk; `first` is a multiple of whole vectors.
 template <class T, class S>
 void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, int64_t token, int64_t count,
              const HeadChunk<S>& chunk, int64_t first, int64_t last, const DeltaScratch<S>& scratch, bool outputs, S* next) {
@@ -160,7 +160,7 @@ void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, in
                 columns = last - first;
   S *y = chunk.y + first, *u = chunk.u + first, *o = chunk.o + first, *temporary = scratch.rows + first;
   const S* state = chunk.state + first;
-  // A block of columns of the state serves keys and queries while it is in the first-level cache.
+  // A block of the state's columns is used for keys and queries while it is in the first-level cache.
   for (int64_t c = 0; c < columns; c += GOSSAMER_TILE_VECTORS * n) {
     const int64_t width = std::min<int64_t>(GOSSAMER_TILE_VECTORS * n, columns - c);
     state_product<false, Into::kSet>(chunk.k_in, keys, state + c, values, rows, a.key_size, width, y + c, values);
@@ -206,7 +206,7 @@ void advance(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t head, in
   }
 }
 
-// The state of a sequence and head between memory and a buffer, whose rows and columns past its size are zero.
+// Copies the state of a sequence and head between memory and a buffer, whose rows and columns past the state's size are zero.
 template <class S>
 void load_state(const S* from, int64_t key_size, int64_t value_size, S* to) {
   const int64_t values = row_stride<S>(value_size), rows = whole_blocks(key_size);
@@ -226,7 +226,7 @@ GOSSAMER_INLINE auto state_at(S* states, const DeltaRuleArgs& a, int64_t row, in
   return states ? states + (row * a.heads + head) * a.key_size * a.value_size : nullptr;
 }
 
-// A team's share of a unit: pieces of columns, so many that each thread has one.
+// A team's share of a unit: as many pieces of columns as threads.
 template <class S>
 struct ColumnPieces {
   int64_t width, pieces;
@@ -240,7 +240,8 @@ struct ColumnPieces {
   }
 };
 
-// Chunks [first, last) of a unit from the states before the first: all that needs no gradients. A team's threads meet between stages.
+// The forward computation of chunks [first, last) of a unit, from the states before the first. A team's threads synchronise
+// between stages.
 template <class T, class S>
 void forward_chunks(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t first, int64_t last, DeltaRuleBuffers<S>& memory,
                     const DeltaScratch<S>& scratch, bool outputs, bool last_state, Team team, StageClock& clock) {
@@ -263,7 +264,7 @@ void forward_chunks(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, int64_t f
   }
   clock.lap(Stage::kGates);
   team.barrier();
-  // Each thread has its own views of the chunks, whose keys may be those of the group.
+  // Each thread has its own views of the chunks, which may share the group's keys.
   const ColumnPieces<S> pieces(a.value_size, group, team.size);
   for (int64_t i = team.thread; i < group * pieces.pieces; i += team.size) {
     const int64_t h = i / pieces.pieces, begin = i % pieces.pieces * pieces.width;
@@ -313,7 +314,8 @@ void delta_rule_unit(const DeltaRuleArgs& a, const DeltaRuleUnit& unit, DeltaRul
   });
 }
 
-// Calls f(unit, memory, scratch, scratch_arena, team, clock) for each unit: each thread with memory of its own, or all of a team together.
+// Calls f(unit, memory, scratch, scratch_arena, team, clock) for each unit: each thread alone with its own memory, or a whole
+// team together.
 template <class S, class F>
 void for_units(const DeltaRuleArgs& a, bool backward, void* shared, int num_threads, Team team, F&& f) {
   StageClock clock(backward ? TimedKernel::kDeltaRuleBackward : TimedKernel::kDeltaRule, team.size);

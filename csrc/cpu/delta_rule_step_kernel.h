@@ -54,7 +54,7 @@ void load_step(const DeltaRuleArgs& a, int64_t batch, int64_t head, StepRows<S>&
   });
 }
 
-// Columns of a state that are read once from memory: what they hold for the key, then their update and the output.
+// Columns of a state, read from memory once: their product with the key, then their update and the output.
 template <int Vecs, class S>
 GOSSAMER_INLINE void step_columns(const DeltaRuleArgs& a, const StepRows<S>& step, S* state, const S* v, S* o, int last) {
   constexpr int n = kLanes<S>;
@@ -125,7 +125,7 @@ void delta_rule_step(const DeltaRuleArgs& a, int64_t begin, int64_t end) {
   visit_float(a.dtype, [&](auto tag) { step_heads<typename decltype(tag)::type>(a, begin, end); });
 }
 
-// Gradients of the raw gates of heads [begin, end) from those of log decays. Sums over tokens are made of sums of 64.
+// Gradients of the raw gates of heads [begin, end) from those of log decays. Sums over tokens are added up from sums of 64.
 template <class T>
 void gate_backward_heads(const GateBackwardArgs& a, int64_t begin, int64_t end) {
   using S = Accumulator<T>;

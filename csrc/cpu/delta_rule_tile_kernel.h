@@ -1,4 +1,4 @@
-// What the kernels of the delta rule are made of: products on rows of a fixed distance, rows of tensors, and gates.
+// Building blocks of the delta rule's kernels: products on rows with a fixed stride, rows of tensors, and gates.
 #pragma once
 
 #include "cpu/delta_rule.h"
@@ -44,12 +44,12 @@ __attribute__((noinline)) void state_tile(const S* a, int64_t lda, const S* b, i
   }
 }
 
-// The same for `rows` rows, a multiple of 8, and `columns` columns, whose last vector is computed whole.
+// The same for `rows` rows, a multiple of 8, and `columns` columns, rounded up to whole vectors.
 template <bool Transposed, Into into, class S>
 void state_product(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t rows, int64_t depth, int64_t columns, S* c,
                    int64_t ldc, const S* from = nullptr, const S* factor = nullptr, int64_t factor_step = 0) {
   constexpr int tile = GOSSAMER_TILE_ROWS, lanes = kLanes<S>;
-  // Chains of more additions in float would lose more than the products of plain torch do.
+  // Longer chains of float additions would be less accurate than plain torch's products.
   constexpr int64_t longest = 128;
   if (depth > longest) {
     state_product<Transposed, into>(a, lda, b, ldb, rows, longest, columns, c, ldc, from, factor, factor_step);
@@ -100,7 +100,7 @@ void transpose_square(const S* from, int64_t from_stride, int64_t rows, int64_t 
   }
 }
 
-// exp of a log decay, exactly 0 for −inf and what is next to it.
+// exp of a log decay, exactly 0 for −inf and very negative values.
 template <class S>
 constexpr S kLeastLogDecay = sizeof(S) == 4 ? S(-87) : S(-708);
 template <class S>
@@ -108,7 +108,7 @@ GOSSAMER_INLINE Vec<S> decay_of(Vec<S> g) {
   return g < kLeastLogDecay<S> ? Vec<S>{} : vexp(g);
 }
 
-// The same of a head, whose error all of a state shares from token to token: rounded once.
+// The same for a head's decay, rounded only once, because its error accumulates over tokens in the whole state.
 template <class S>
 S head_decay_of(S g) {
   return g < kLeastLogDecay<S> ? S{0} : static_cast<S>(std::exp(static_cast<double>(g)));
@@ -131,7 +131,7 @@ GOSSAMER_INLINE V vsigmoid(V x) {
   return (x < 0 ? y : V{} + 1) / (y + 1);
 }
 
-// What makes the log decays of a head.
+// Parameters of a head's log decays.
 template <class S>
 struct DecayGate {
   bool raw, sigmoid;
@@ -153,7 +153,7 @@ DecayGate<S> decay_gate_of(const A& a, int64_t head, int64_t channels) {
           bias ? bias + head * channels : nullptr};
 }
 
-// Calls f with the rows of one head as their type: T, or that of sums.
+// Calls f with the rows of one head in their type: T, or the type of sums.
 template <class T, class F>
 GOSSAMER_INLINE void with_rows(const HeadArray& x, int64_t batch, int64_t token, int64_t head, F&& f) {
   using S = Accumulator<T>;
@@ -166,7 +166,7 @@ GOSSAMER_INLINE void with_rows(const HeadArray& x, int64_t batch, int64_t token,
   }
 }
 
-// `count` rows of `size` values, with zeros behind them up to `rows` whole rows.
+// Copies `count` rows of `size` values, followed by zeros up to `rows` whole rows.
 template <class S, class T>
 void load_rows(const T* from, int64_t stride, int64_t count, int64_t size, S* to, int64_t to_stride, int64_t rows) {
   constexpr int n = kLanes<S>;

@@ -23,7 +23,7 @@ int64_t sort_slots(const DispatchArgs& a, int num_threads) {
 
 #pragma omp parallel num_threads(threads)
   {
-    // The team may be smaller than asked for, so the ranges follow its real size.
+    // The team may be smaller than requested, so ranges depend on its actual size.
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t begin = num_slots * thread / team, end = num_slots * (thread + 1) / team;
     int32_t* count = counts.data() + thread * buckets;
@@ -46,7 +46,7 @@ int64_t sort_slots(const DispatchArgs& a, int num_threads) {
 #pragma omp single
     {
       negative = std::any_of(first_negative.begin(), first_negative.end(), [](int64_t s) { return s >= 0; });
-      // Each (expert, thread) pair's count becomes the place of its first slot.
+      // Each (expert, thread) pair's count becomes the position of its first slot.
       int32_t place = 0;
       for (int64_t e = 0; e < buckets; ++e) {
         a.offsets[e] = place;

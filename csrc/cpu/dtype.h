@@ -53,7 +53,7 @@ constexpr int64_t packed_depth(int64_t terms) {
   return (terms + kTerms<P> - 1) / kTerms<P>;
 }
 
-// Rows of the AMX tiles that multiply pairs, and packed values along their depth.
+// Rows of the AMX tiles that multiply pairs, and number of packed values along their depth.
 constexpr int kTileSide = 16;
 
 // Packed values along a sum, zero-padded to whole tiles.
@@ -82,7 +82,8 @@ inline float to_scalar(BFloat16 value) { return bits_to_float(uint32_t{value.bit
 inline float to_scalar(Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  // The scale turns half's exponent bias into float's and normalises subnormals; infinity and NaN need theirs put back.
+  // Scaling converts half's exponent bias to float's and normalises subnormals; exponents of infinity and NaN are restored
+  // separately.
   const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
   return bits_to_float(sign | (magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : float_to_bits(scaled)));
 }
@@ -152,7 +153,7 @@ decltype(auto) visit_float(DType dtype, F&& f) {
   }
 }
 
-// Whether rows of a type are codes, which a scale makes numbers of.
+// Whether rows of a type are codes, which are multiplied by a scale.
 template <class T>
 constexpr bool kIsCode = std::is_integral_v<T>;
 

@@ -9,7 +9,7 @@
 
 namespace gossamer {
 
-// A low-rank update of the experts' weights (E, N, C): scale · b·a; absent where the rank is 0.
+// A low-rank update of the experts' weights (E, N, C): scale · b·a; absent if the rank is 0.
 struct ExpertUpdate {
   ExpertWeights a, b;  // (E, r, C), (E, N, r)
   int64_t rank;
@@ -39,7 +39,7 @@ struct ExpertMlpForwardArgs : ExpertMlpArgs {
   void* y;  // (T, O) contiguous
 };
 
-// A weight gradient, or null: contiguous, with the last two dimensions exchanged when transposed.
+// A weight gradient, or null: contiguous, with the last two dimensions swapped when transposed.
 struct WeightGradient {
   void* base;
   bool transposed;
@@ -56,12 +56,12 @@ struct UpdateGradient {
 
 struct ExpertMlpBackwardArgs : ExpertMlpArgs {
   FloatMatrix dy;  // (T, O), column stride 1
-  void* dx;        // (T, H) contiguous, or null; so too the other results
+  void* dx;        // (T, H) contiguous, or null, like the other results
   WeightGradient dgate_up, ddown;
   FloatMatrix dweights;  // (T, K) contiguous, zeroed by the caller
   void *dgate_up_bias, *ddown_bias;
   UpdateGradient dgate_up_update, ddown_update;
-  DType factor_dtype;  // of their factors' gradients: `dtype` or float32
+  DType factor_dtype;  // dtype of the factors' gradients: `dtype` or float32
 
   int64_t wide() const { return inner * activation.halves(); }
   bool needs_dpreact() const { return dx || dgate_up || dgate_up_bias || dgate_up_update; }
@@ -72,13 +72,13 @@ struct ExpertMlpBackwardArgs : ExpertMlpArgs {
 void expert_mlp(const ExpertMlpForwardArgs& args, int num_threads);
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads);
 
-// The distance of rows of sums in a call's own memory: whole cache lines, and an odd number of them, for the same columns of
-// many tokens are worked on together, which rows a power of two apart would put into the same few sets of the caches.
+// The stride of rows of sums in a call's memory: an odd number of whole cache lines. The same columns of many tokens are
+// processed together, and with a power of two as stride they would share a few cache sets.
 inline int64_t sum_stride(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
 
-// Memory of an update's low-rank rows, or of what flows back to them: sums with tokens as columns, and as they are packed for
-// products with factors and for sums over tokens, which is the same where P is what sums are. Then saved rows with tokens
-// as rows, and partial gradients of the factors.
+// Memory for an update's low-rank rows, or their gradients: sums with tokens as columns, and packed forms for products with
+// factors and for sums over tokens (the same memory if P is the type of sums); then saved rows with tokens as rows, and partial
+// gradients of the factors.
 template <class P>
 struct LowRankMemory {
   using S = SumOf<P>;
@@ -105,9 +105,9 @@ struct LowRankMemory {
   }
 };
 
-// The shared memory of a call, for products of P. Panels are named by what they hold and by where the tokens are: `_c` has
-// tokens as columns, for products with weights; `_t` tokens as terms and `_r` tokens as rows, for the two sides of a sum
-// over tokens. The others hold sums, with tokens as columns; where P is what sums are, they are `_c` and `_t` too.
+// The shared memory of a call, for products of P. Panels are named after their contents and the position of tokens: `_c` has
+// tokens as columns, for products with weights; `_t` tokens as terms and `_r` tokens as rows, for the two sides of a sum over
+// tokens. The others hold sums, with tokens as columns; if P is the type of sums, they also serve as `_c` and `_t`.
 template <class P>
 struct ExpertMlpBuffers {
   using S = SumOf<P>;

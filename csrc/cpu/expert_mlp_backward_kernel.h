@@ -1,4 +1,4 @@
-// The gradients of expert_mlp of one instruction set.
+// The gradients of expert_mlp for one instruction set.
 #pragma once
 
 #include "cpu/expert_mlp_kernel.h"
@@ -32,8 +32,8 @@ void activation_gradient(const ExpertMlpBackwardArgs& a, const Panel<S>& preact,
   });
 }
 
-// The same for tokens as rows: `preact` holds what was saved, dact's rows are kGroup values, and gradients and weighted activations
-// go where tiles read them.
+// The same with tokens as rows: `preact` holds the saved values, dact's rows are kGroup values, and gradients and weighted
+// activations are stored where tiles read them.
 template <class T, class P, class S>
 void activation_gradient_rows(const ExpertMlpBackwardArgs& a, const T* const* preact, const PackedRows<P>& dpreact,
                               const Panel<P>& act_r, int64_t first, int64_t count, const S* dact, const S* weight,
@@ -197,8 +197,8 @@ class ExpertMlpBackward {
     if (a.ddown_bias) zero_empty<T>(a.groups, a.ddown_bias, 1, a.output, Team{0, 1});
   }
 
-  // Calls f for the ranges of pre-activation rows, of whole pairs, that belong to this thread: mostly those whose activation it
-  // computes, so that they stay in its caches.
+  // Calls f for this thread's ranges of pre-activation rows, in whole pairs: mostly those whose activation it computes, so that
+  // they stay in its caches.
   template <class F>
   void for_own_preact(F&& f) const {
     const auto mine = team.share(a.inner, kGroup);
@@ -249,7 +249,8 @@ class ExpertMlpBackward {
     }
   }
 
-  // What activation_gradient_rows() has left: d(pre-activation) for the sum over tokens, and zeros where tiles read past its end.
+  // The remaining work after activation_gradient_rows(): d(pre-activation) for the sum over tokens, and zeros where tiles read
+  // past its end.
   void gradient_by_terms() {
     if constexpr (kTiled<P>) {
       const int64_t m = preact_rows.tokens;
@@ -265,7 +266,8 @@ class ExpertMlpBackward {
     }
   }
 
-  // Whether products with a weight's transpose have tokens in the rows of the result: transposing results costs less than weights.
+  // Whether products with a weight's transpose have tokens in the rows of the result, since transposing results costs less than
+  // transposing weights.
   bool down_by_rows() const { return kByRows<P> && runs_along_rows(transposed_down(0)); }
   bool gate_up_by_rows() const { return kByRows<P> && runs_along_rows(transposed_gate_up(0)); }
 
@@ -295,7 +297,7 @@ class ExpertMlpBackward {
     transpose_tokens(c, kGroup, tokens, count, own->buffers.c, own->buffers.c_stride(buffers.chunk));
   }
 
-  // What flows back through a product's update: scale · columns · b.
+  // The gradient through a product's update: scale · columns · b.
   void low_gradient(const ExpertUpdate& update, const Chunk& chunk, int64_t n, const Panel<P>& columns,
                     const LowRankPanels<P>& low, WorkQueue& queue) {
     const Weight<T> w = expert_weight_t<T>(update.b, chunk.expert, n, update.rank);
@@ -330,7 +332,7 @@ class ExpertMlpBackward {
     };
     const auto with_dact = [&](int64_t i, int64_t count) { activate(i, count, own->buffers.c); };
     if (a.needs_dact()) {
-      // What the activation's gradient reads row by row comes while the product is computed.
+      // The rows that the activation's gradient will read are fetched while the product is computed.
       const auto fetch_saved = [&](int64_t i, int64_t end) {
         if (!activation_by_rows) return;
         for (int64_t t = 0; t < chunk.size(); ++t) {

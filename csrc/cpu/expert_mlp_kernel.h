@@ -1,4 +1,4 @@
-// expert_mlp of one instruction set, and what its gradients share with it.
+// expert_mlp for one instruction set, and code shared with its gradients.
 #pragma once
 
 #include "cpu/activation_kernel.h"
@@ -33,7 +33,7 @@ struct ChunkRows {
   }
 };
 
-// What a thread needs for itself.
+// A thread's own memory.
 template <class T>
 struct ExpertMlpThread {
   ThreadBuffers<Operand<T>> buffers;
@@ -46,7 +46,7 @@ GOSSAMER_INLINE int64_t gate_row(const ExpertMlpArgs& a, int64_t i) {
 }
 GOSSAMER_INLINE int64_t up_row(const ExpertMlpArgs& a, int64_t i) { return a.activation.interleaved ? 2 * i + 1 : a.inner + i; }
 
-// The sums of tokens' rows, `width` values each: the result itself where it holds what is summed, else rows of their own.
+// The sums of tokens' rows, `width` values each: the result itself if its type can hold sums, else separate rows.
 template <class T>
 struct TokenSums {
   using S = Accumulator<T>;
@@ -66,7 +66,7 @@ struct TokenSums {
 
   void zero(Team team) const {
     const auto mine = team.share(tokens * stride);
-    if (mine.begin == mine.end) return;  // no tokens, no memory
+    if (mine.begin == mine.end) return;  // without tokens there is no memory
     std::memset(static_cast<void*>(base + mine.begin), 0, (mine.end - mine.begin) * sizeof(S));
   }
 
@@ -171,7 +171,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   buffers.inner.restart(team);
   buffers.up_low.restart(team);
   clock.lap(Stage::kZero);
-  // The low-rank rows of a product, which all threads need before they go on to it.
+  // The low-rank rows of a product, which all threads need before they start it.
   const auto low_rows = [&](const ExpertUpdate& update, const Chunk& chunk, int64_t depth, const Panel<P>& rows,
                             const LowRankPanels<P>& low, WorkQueue& queue) {
     if (!update) return;
@@ -240,7 +240,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
         team, a.output, kGroup,
         [&](int64_t h, int64_t end) {
           const int64_t count = end - h;
-          // The rows that the product will be added to come into the cache while it is computed.
+          // The rows to which the product will be added are fetched into the cache while it is computed.
           for (int64_t i = 0; i < m; ++i) {
             prefetch_lines<1, Fetch::kWriteLater>(sums.at(own->rows.token[i], h), count * sizeof(S));
           }

@@ -9,7 +9,7 @@
 namespace gossamer {
 namespace {
 
-// Numbers that a thread writes before a second is worth waking.
+// Number of written values above which a second thread is worth waking.
 constexpr int64_t kNumbersPerThread = int64_t{1} << 16;
 
 }  // namespace
@@ -35,7 +35,7 @@ bool expert_topology(const ExpertTopologyArgs& a, int num_threads) {
   parallel_ranges(a.rows, grain, num_threads, [&](int64_t begin, int64_t end) {
     int64_t e = std::upper_bound(start.begin() + 1, start.end(), begin) - start.begin() - 1;
     for (int64_t row = begin; row < end; ++row) {
-      // Rows with blocks all have as many.
+      // All rows with blocks have the same number of blocks.
       a.row_schedule[row] = static_cast<int32_t>(row);
       a.row_offsets[row] = static_cast<int32_t>(std::min(row, live) * wide);
       while (e < a.experts && row >= start[e + 1]) ++e;
@@ -79,7 +79,7 @@ int64_t expert_places(const ExpertPlacesArgs& a, int num_threads) {
   }
   const auto outside = [&](int32_t slot) { return slot < 0 || slot >= a.num_slots; };
   if (std::any_of(a.slots, a.slots + a.num_slots, outside)) return -2;
-  // No loop below reaches rows before the first expert's, nor slots that are missing because others are there twice.
+  // The following loops do not reach rows before the first expert's, nor slots that are missing because others occur twice.
   std::fill(a.slots_of_rows, a.slots_of_rows + a.padded_offsets[0], static_cast<int32_t>(a.num_slots));
   std::fill(a.rows_of_slots, a.rows_of_slots + a.num_slots, static_cast<int32_t>(a.padded_rows));
   parallel_ranges(a.experts, std::max<int64_t>(1, kNumbersPerThread * a.experts / std::max<int64_t>(1, a.padded_rows)),

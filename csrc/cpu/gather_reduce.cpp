@@ -43,7 +43,7 @@ int64_t first_nan(const Bags& bags, int64_t begin, int64_t end, int64_t num_rows
   });
 }
 
-// Ids that one thread looks through before a second is worth waking: it does so at the speed of memory.
+// Number of ids above which a second thread is worth waking for checks, which run at memory speed.
 constexpr int64_t kIdsPerThread = int64_t{1} << 18;
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace gossamer {
 namespace {
 
-// Rows that a thread computes before a second is worth waking.
+// Number of rows above which a second thread is worth waking.
 constexpr int64_t kRowsPerThread = int64_t{1} << 14;
 
 }  // namespace
@@ -20,7 +20,7 @@ int64_t map_ids(const MapIdsArgs& args, int num_threads) {
                   [&](int64_t begin, int64_t end) {
                     const int64_t found = kernels().tables.map_ids(args, begin, end);
                     if (found < 0) return;
-                    // The first of all threads, so that the message does not depend on their order.
+                    // The lowest position over all threads, so that the message does not depend on their order.
                     int64_t first = outside.load();
                     while (found < first && !outside.compare_exchange_weak(first, found)) {
                     }

@@ -8,7 +8,7 @@
 namespace gossamer {
 namespace {
 
-// Scores that a thread looks at before a second is worth waking.
+// Number of scores above which a second thread is worth waking.
 constexpr int64_t kScoresPerThread = int64_t{1} << 14;
 
 int64_t rows_per_thread(int64_t scores) { return std::max<int64_t>(1, kScoresPerThread / std::max<int64_t>(scores, 1)); }
@@ -26,7 +26,7 @@ void product_key_topk_backward(const ProductKeyTopkBackwardArgs& args, int num_t
 }
 
 void product_key_search(const ProductKeySearchArgs& args, int num_threads) {
-  // A thread packs the keys for itself, which takes as long as the scores of a few queries.
+  // Each thread packs its own copy of the keys, which takes as long as the scores of a few queries.
   const int64_t grain = std::max<int64_t>(16, rows_per_thread(2 * args.side * args.groups));
   parallel_ranges(args.rows / args.groups, grain, num_threads,
                   [&](int64_t begin, int64_t end) { kernels().tables.product_key_search(args, begin, end); });

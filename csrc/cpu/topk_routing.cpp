@@ -6,7 +6,7 @@
 namespace gossamer {
 namespace {
 
-// Logits that a thread looks at before a second is worth waking.
+// Number of logits above which a second thread is worth waking.
 constexpr int64_t kLogitsPerThread = int64_t{1} << 14;
 
 template <class Args>
