@@ -1,4 +1,4 @@
-// The functions of the gate of an expert layer, as every kernel numbers them; Python and the bindings name them.
+// The gate functions of an expert layer, with the numbers that every kernel uses; Python and the bindings use names.
 #pragma once
 
 namespace gossamer {

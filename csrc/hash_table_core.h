@@ -1,9 +1,9 @@
 // Probing of the hash table, shared by host and device: where a key may be, and which slot a new key takes.
 //
-// Slots form buckets of 16, and buckets form partitions of equal size. A key has two home buckets in one partition. When both are
-// full, probing continues from the second one around its partition and, if nothing is evicted, over the whole table. A bucket
-// records how far such chains reach, so that a search knows where to stop. Each slot has a one-byte digest, which distinguishes
-// most keys and is zero for an empty slot; so every key is legal.
+// Slots form buckets of 16, and buckets form partitions of equal size. A key has two home buckets in one partition. When both
+// are full, probing continues from the second one around its partition and, if nothing is evicted, over the whole table. A
+// bucket records how far such chains reach, so that a search knows where to stop. Each slot has a one-byte digest, which
+// distinguishes most keys and is zero for an empty slot; so every key is valid.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ enum Status : uint8_t { kRefused = 0, kHit = 1, kInserted = 2, kReplaced = 3 };
 struct Bucket {
   uint32_t reach;   // longest chain of a key whose second bucket this is
   uint32_t serial;  // batch that `pinned` belongs to
-  uint32_t pinned;  // slots that this batch has touched and must not evict, if scores do not show it
+  uint32_t pinned;  // slots that this batch has touched and must not evict, if scores do not record it
 };
 
 struct Table {
@@ -163,10 +163,10 @@ GOSSAMER_HD int64_t find(const Table& t, int64_t key, const Place& place, bool s
   return last < reach ? kLeaves : kAbsent;
 }
 
-// Whether the score alone shows what the batch has touched, since no other batch sets the same one.
+// Whether the score alone shows that the batch touched a slot, since no other batch sets the same score.
 GOSSAMER_HD bool stamps(Evict policy) { return policy == Evict::kLru || policy == Evict::kEpochLru; }
 
-// Keeps the batch from evicting a slot that it touched, where its score does not show it.
+// Prevents the batch from evicting a slot that it touched, if the score does not show it.
 GOSSAMER_HD void pin(const Table& t, const Batch& batch, int64_t slot) {
   if (stamps(batch.policy)) return;
   Bucket& bucket = t.buckets[slot / kSlots];
@@ -179,7 +179,7 @@ GOSSAMER_HD void pin(const Table& t, const Batch& batch, int64_t slot) {
 
 GOSSAMER_HD int64_t add_saturating(int64_t a, int64_t b, int64_t most) { return b > most - a ? most : a + b; }
 
-// The score that a position of the batch brings, or its increment.
+// The score of a position of the batch, or its increment.
 GOSSAMER_HD int64_t given_score(const Batch& batch, int64_t position) { return batch.scores ? batch.scores[position] : 1; }
 
 // The score of a new key, or of one that had `old`.
@@ -222,7 +222,7 @@ GOSSAMER_HD void find_victim(const Table& t, const Batch& batch, int64_t bucket,
   }
 }
 
-// The inserting thread or, on a GPU, warp, whose lanes share the search for a victim and read everything else alike; see
+// The inserting thread or, on a GPU, warp, whose lanes share the search for a victim and otherwise all read the same data; see
 // cuda/hash_table.cu.
 struct OneThread {
   GOSSAMER_HD bool leads() const { return true; }

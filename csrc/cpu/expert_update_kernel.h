@@ -7,11 +7,11 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Rows of a factor that are one piece of work: few, so that every thread gets some of a small rank.
+// Number of a factor's rows per piece of work: few, so that every thread gets some even for a small rank.
 constexpr int kRankUnit = 8;
 
-// Where the low-rank rows of a chunk go, r rows of tokens: sums with tokens as columns, and packed for products with a
-// factor (`c`) and for sums over tokens (`t`), each of which may be absent or the same memory as the sums.
+// Destinations of a chunk's r low-rank rows: sums with tokens as columns, and packed forms for products with a factor (`c`) and
+// for sums over tokens (`t`), each of which may be absent or share memory with the sums.
 template <class P>
 struct LowRankPanels {
   Panel<SumOf<P>> sums;
@@ -23,8 +23,8 @@ LowRankPanels<P> low_rank_panels(const LowRankMemory<P>& memory, int64_t rank, i
   return {{memory.sums, rank, tokens}, {memory.c, packed_depth<P>(rank), tokens}, {memory.t, rank, packed_depth<P>(tokens)}};
 }
 
-// low[j][token] = scale · Σ_k w(j, k) · x[k][token], for the r rows of a factor; without the scale also to `save` (·, r), a
-// token a row, where it is given.
+// low[j][token] = scale · Σ_k w(j, k) · x[k][token], for the r rows of a factor; also stored without the scale in `save` (·,
+// r), one row per token, if given.
 template <class T, class P, class S>
 void low_rank_rows(const Weight<T>& w, const Panel<P>& x, double scale, const LowRankPanels<P>& low, S* save, WorkQueue& queue,
                    Team team, S* c, int64_t c_stride, P* pack) {

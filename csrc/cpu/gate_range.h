@@ -1,11 +1,11 @@
-// What values β and the log decays of the delta rule have.
+// The range of β and of the log decays of the delta rule.
 #pragma once
 
 #include "cpu/delta_rule.h"
 
 namespace gossamer {
 
-// The least and the largest β and the largest log decay, with 0 among each; NaN is none of them.
+// The smallest and largest β and the largest log decay, each including 0; NaN is ignored.
 struct GateRange {
   double least_beta, most_beta, most_g;
 };

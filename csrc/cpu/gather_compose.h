@@ -9,7 +9,7 @@
 
 namespace gossamer {
 
-// A matrix product has two parts: a row of the table is a matrix (m, k), and one of a second table is (k, n).
+// A matrix product has two parts: a row of the table is a matrix (m, k), and a row of a second table is a matrix (k, n).
 enum class Composition { kAdd, kMultiply, kConcatenate, kMatmul };
 
 // Codes of ids, `width` bytes per id, packed lowest bit first.
@@ -19,28 +19,28 @@ struct CodeList {
   int bits;
 };
 
-// Which rows an id's vector is composed of. A map gives the row of a part; of a coded part it gives the first row and, by
-// its modulus, how many there are, and a code says which; codes beyond them or the table are faults.
+// The rows that compose an id's vector. A map gives the row of a part. For a coded part, the map gives the first row and its
+// modulus the number of rows, and a code selects one; codes outside this range or the table are faults.
 struct Parts {
   IdMaps maps;
   int64_t num_coded;       // parts with codes, which come first
   CodeList often, seldom;  // codes of the first ids, and of those that follow
   Composition composition;
-  int64_t columns;  // of a part, of which a concatenation may cut the last
-  bool blocks;      // parts are so many consecutive elements of one array, at places that maps give
-  bool wrap;        // blocks go on at the beginning of the array, and their places are taken modulo its size
+  int64_t columns;  // of a part; a concatenation may cut off the last part
+  bool blocks;      // parts are `columns` consecutive elements of one array, at positions given by maps
+  bool wrap;        // blocks continue at the start of the array, and their positions are taken modulo its size
 
-  // Ids below are known; 0 where all are.
+  // Ids below this number are valid; 0 if all are.
   int64_t num_ids() const { return num_coded > 0 ? often.num_ids + seldom.num_ids : maps.limit; }
 };
 
-// What a call met that it could not read; the first of them that a thread says is kept.
+// A fault that a call found; the first one reported by a thread is kept.
 enum class PartsFault : int32_t { kNone, kId, kCode };
 
-// What the gradient of composed vectors is made of, for each position.
+// The parts of the gradient of composed vectors, for each position.
 struct ComposeGradient {
   FloatMatrix dout;  // (B, D) of the accumulator's dtype, column stride 1, or absent
-  // The row of each part, -1 where the id contributes nothing; of blocks the first element, or all D elements.
+  // The row of each part, -1 if the id contributes nothing; for blocks the first element, or all D elements.
   void* rows;  // (L, H), (L, D) for elements, or null
   bool wide_rows, elements;
   void* part_gradients;          // (L, H, C) of the accumulator's dtype, for products; or null
@@ -53,9 +53,9 @@ struct ComposeArgs {
   Bags bags;              // without limit and features
   Parts parts;
   FloatMatrix out;                            // (B, D), of the table's dtype or what it is accumulated in
-  const ComposeGradient* gradient = nullptr;  // what is written in place of the result
+  const ComposeGradient* gradient = nullptr;  // written instead of the result
   int32_t* fault;
-  FloatMatrix second{};  // of a matrix product, of the table's dtype, column stride 1
+  FloatMatrix second{};  // second table of a matrix product, of the table's dtype, column stride 1
   int64_t second_rows = int64_t{1} << 62;
   int64_t inner = 0, width = 0;  // k and n of a matrix product; m is D/n
 };

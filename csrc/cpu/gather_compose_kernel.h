@@ -1,6 +1,6 @@
-// Sums of composed rows and their gradient, of one instruction set.
+// Sums of composed rows and their gradient, for one instruction set.
 //
-// Ids are decoded to rows per block at a time, one block ahead of the rows that are read, so that these can be prefetched.
+// Ids are decoded to rows one block at a time, a block ahead of the rows being read, so that these can be prefetched.
 #pragma once
 
 #include "cpu/isa_begin.h"
@@ -17,10 +17,10 @@ namespace {
 
 // Tables up to this many bytes stay in the second-level cache, and their rows are not prefetched.
 constexpr int64_t kCachedBytes = int64_t{3} << 18;
-// Decoded rows that can be read ahead of any position.
+// Number of decoded rows that can be read ahead of any position.
 constexpr int64_t kRowsAhead = 32;
 
-// `n` lanes of S: a vector, a part of one, or a number.
+// `n` lanes of S: a vector, a part of one, or a single number.
 template <class S, int n>
 struct LanesOf {
   typedef S type __attribute__((vector_size(n * sizeof(S))));
@@ -88,7 +88,7 @@ class PartRows {
         scale_(scale),
         num_ids_(static_cast<uint64_t>(parts_.num_ids())),
         array_(parts_.wrap ? args.num_rows : 1) {
-    // Rows of many parts would leave the first-level cache.
+    // Rows of many parts would not fit the first-level cache.
     block_ = kIdsPerBlock;
     while (block_ > 32 && block_ * parts_.maps.count > 2048) block_ /= 2;
     slots_ = 2 * block_;
@@ -107,10 +107,11 @@ class PartRows {
   int64_t num_parts() const { return parts_.maps.count; }
   // The row of a part at a position: -1 where its id contributes nothing, below that for a block to be read element by element.
   int64_t row(int64_t part, int64_t p) const { return ring_[part * pitch_ + slot(p)]; }
-  // The same of some position at or behind p, for prefetching.
+  // The same for a position at or after p, for prefetching.
   int64_t later(int64_t part, int64_t p) const { return row(part, std::min(p, decoded_ - 1)); }
   S weight(int64_t p) const { return weights_[slot(p)]; }
-  // The same of the positions from p on, up to what reach() returned; kRowsAhead behind them are rows of the part too.
+  // The same for the positions from p on, up to the result of reach(); the kRowsAhead entries after them are also rows of the
+  // part.
   const int64_t* rows(int64_t part, int64_t p) const { return &ring_[part * pitch_ + slot(p)]; }
   const S* weights(int64_t p) const { return &weights_[slot(p)]; }
 
@@ -124,7 +125,7 @@ class PartRows {
     return (num_ids_ == 0 || id < num_ids_) && static_cast<int64_t>(id) != args_.bags.padding_idx;
   }
 
-  // Ids of a whole bag that contribute.
+  // Number of contributing ids of a whole bag.
   int64_t count(int64_t begin, int64_t end) const {
     int64_t found = 0;
     for (int64_t p = begin; p < end; ++p) found += live(static_cast<uint64_t>(args_.bags.index[p]));
@@ -229,7 +230,7 @@ class PartRows {
         held = bit / 8;
         read_windows(x, count, held, window);
       }
-      // All in variables of its own: rows could be any of the numbers that others hold.
+      // Uses local variables only, because stores to rows may alias other members.
       const auto shift = static_cast<int>(bit - 8 * held);
       const int64_t mask = (int64_t{1} << list.bits) - 1, base = map.base, scale = scale_;
       int64_t largest = 0;
@@ -243,7 +244,7 @@ class PartRows {
     if (bad) say(PartsFault::kCode);
   }
 
-  // Of each id eight bytes of its codes; behind the end of the list there are zeros.
+  // Eight bytes of codes for each id; bytes past the end of the list are zero.
   void read_windows(const uint64_t* x, int64_t count, int64_t byte, uint64_t* window) const {
     const CodeList& list = parts_.often;
     const int64_t last = list.num_ids * list.width - 8;
@@ -254,7 +255,7 @@ class PartRows {
     }
   }
 
-  // The rows of one part where there are two lists; whether a code is not below `size`.
+  // The rows of one part with two lists of codes; returns whether a code is not below `size`.
   bool read_part(const uint64_t* x, int64_t count, int64_t part, int64_t base, int64_t size, int64_t* rows) const {
     bool bad = false;
     for (int64_t i = 0; i < count; ++i) {
@@ -270,7 +271,7 @@ class PartRows {
   static uint64_t code_at(const CodeList& list, int64_t id, int64_t part) {
     const int64_t bit = part * list.bits, byte = bit / 8;
     const uint8_t* row = list.bytes + id * list.width;
-    // A code lies in five bytes; those behind the list are not read.
+    // A code spans at most five bytes; bytes past the list are not read.
     const int64_t left = (list.num_ids - id) * list.width - byte;
     uint64_t window = 0;
     if (left >= 8) {
@@ -281,7 +282,7 @@ class PartRows {
     return (window >> (bit % 8)) & ((uint64_t{1} << list.bits) - 1);
   }
 
-  // Into the second-level cache, as prefetch_row does.
+  // Prefetched into the second-level cache, like prefetch_row.
   void prefetch_codes(int64_t at) const {
     const int64_t count = std::min(block_, end_ - at);
     if (count <= 0) return;
@@ -413,7 +414,7 @@ void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_
   });
 }
 
-// All parts, four at a time: their sums are independent of each other, and a pass reads the weights once.
+// All parts, four at a time: their sums are independent, and one pass reads the weights once.
 template <class T, class S = Accumulator<T>>
 void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
   const int64_t parts = rows.num_parts(), columns = a.parts.columns, whole = a.dim / columns;
@@ -539,7 +540,7 @@ GOSSAMER_INLINE void add_short(const T* table, const PartRows<S>& rows, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (kFetch) {
       for (int part = 0; part < Form::kRows; ++part) {
-        // Rows of ids that are skipped may lie before the table, but are not read.
+        // Addresses of skipped ids may be before the table, but are not read.
         const char* from = reinterpret_cast<const char*>(table + row[part][i + ahead]);
         for (int byte = 0; byte < Form::kBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
         if constexpr (Form::kAnywhere) __builtin_prefetch(from + Form::kBytes - 1, 0, 2);
@@ -606,7 +607,7 @@ bool compose_as(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   return true;
 }
 
-// Calls compose_short where it serves; false where it does not.
+// Calls compose_short if it applies; otherwise returns false.
 template <class T>
 bool compose_as_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
@@ -614,7 +615,7 @@ bool compose_as_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
   const Parts& parts = a.parts;
   const int64_t count = parts.maps.count;
   if (parts.composition == Composition::kConcatenate) {
-    // A block that is broken is not in a row.
+    // A block that wraps around is not contiguous.
     if constexpr (std::is_same_v<T, S>) {
       if (parts.wrap || count * parts.columns != a.dim) return false;
       if (count == 4 && parts.columns == 4) return compose_as<Joined<4, 4, T>, T>(a, first_bag, last_bag);
@@ -741,7 +742,7 @@ void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
   }
 }
 
-// gather_reduce of a row per id, or of composed ones.
+// gather_reduce with one row per id, or with composed rows.
 void gather_rows(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
   if (!args.composed) return gather_reduce(args, first_bag, last_bag);
   const ComposeArgs& a = *args.composed;

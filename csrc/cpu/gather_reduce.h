@@ -8,14 +8,14 @@
 
 namespace gossamer {
 
-// What a feature reads in a flat storage of many tables; as ops/_bags.py has it.
+// The part of a flat storage of many tables that a feature reads; see ops/_bags.py.
 struct Feature {
   int64_t element, row, rows, dim, column, mean;
 };
 
-// Bag b holds the positions offsets[b] .. offsets[b+1], or b·bag_size .. (b+1)·bag_size where there are no offsets.
-// An id outside the table, from `limit` on, or equal to padding_idx, contributes nothing, and its table row is not read.
-// With features, bag f·B + b is one of feature f, of whose table its ids are.
+// Bag b holds the positions offsets[b] .. offsets[b+1], or b·bag_size .. (b+1)·bag_size without offsets. An id outside the
+// table, not below `limit`, or equal to padding_idx, contributes nothing, and its table row is not read. With features, bag f·B
+// + b belongs to feature f, and its ids refer to that feature's table.
 struct Bags {
   IndexArray index;
   IndexArray offsets;
@@ -23,7 +23,7 @@ struct Bags {
   int64_t bag_size;
   int64_t num_positions, num_bags;
   int64_t limit, padding_idx;
-  bool mean;  // without features: each says for itself
+  bool mean;  // without features; each feature has its own
   bool drop;  // whether ids outside the table are skipped; otherwise they are errors
   const Feature* features = nullptr;
   int64_t num_features = 0;
@@ -48,8 +48,8 @@ struct GatherArgs {
   RowScales scales;
   Bags bags;
   FloatMatrix out;                               // (B, D) of the table's dtype or what it is accumulated in
-  bool* suspect;                                 // set where an id of a bag is none of the table's, or a weight is NaN; or null
-  const struct ComposeArgs* composed = nullptr;  // in place of all of these, where an id has several rows
+  bool* suspect;                                 // set if a bag's id is outside the table or a weight is NaN; or null
+  const struct ComposeArgs* composed = nullptr;  // replaces all of these if an id has several rows
 };
 
 struct GatherMaxArgs {
@@ -66,31 +66,31 @@ struct GatherDotArgs {
   int64_t num_rows, dim;
   RowScales scales;
   Bags bags;
-  FloatMatrix out;  // one row of num_positions, zeroed by the caller where offsets may leave positions out
+  FloatMatrix out;  // one row of num_positions, zeroed by the caller if offsets may leave out positions
 };
 
-// What is wrong with the lists; kind is kNothing when they are sound.
+// The error in the lists; kind is kNothing if they are valid.
 struct BagsError {
   enum Kind { kNothing = 0, kIndex = 1, kOffset = 2, kWeight = 3 } kind;
   int64_t position, value, num_rows;
 };
 
-// Checks offsets; ids, where asked; and, where asked and given, that no weight of an id that counts is NaN.
+// Checks offsets; ids, if requested; and, if requested and given, that no weight of a contributing id is NaN.
 BagsError check_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool check_weights, int num_threads);
 void gather_reduce(const GatherArgs& args, int num_threads);
 void gather_max(const GatherMaxArgs& args, int num_threads);
 void gather_dot(const GatherDotArgs& args, int num_threads);
 
-// Elements per thread should have to do before it is worth starting.
+// Number of elements per thread from which starting it is worthwhile.
 constexpr int64_t kElementsPerThread = 16384;
 
-// Cost of the bags before `bag` in positions; an empty bag costs about one, as its row of the output is still written.
+// Cost of the bags before `bag`, in positions; an empty bag costs about one, as its output row is still written.
 inline int64_t bag_cost(const Bags& bags, int64_t bag) {
   if (bags.num_bags == 0) return 0;
   return (bag < bags.num_bags ? bags.begin(bag) : bags.end(bag - 1)) - bags.begin(0) + bag;
 }
 
-// The first bag before which lie at least `cost` positions.
+// The first bag whose preceding bags cost at least `cost`.
 inline int64_t bag_at(const Bags& bags, int64_t cost) {
   int64_t low = 0, high = bags.num_bags;
   while (low < high) {

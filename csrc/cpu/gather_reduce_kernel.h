@@ -1,4 +1,4 @@
-// gather_reduce, gather_max and gather_dot of one instruction set.
+// gather_reduce, gather_max and gather_dot for one instruction set.
 #pragma once
 
 #include "cpu/gather_reduce.h"
@@ -7,7 +7,7 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// The first n lanes, the others zero: by a mask where there is one, else whole vectors are spared the way through memory.
+// The first n lanes, the others zero: loaded with a mask if there are masks; otherwise only partial vectors go through memory.
 template <class T>
 GOSSAMER_INLINE Vec<Accumulator<T>> load_first(const T* from, int n) {
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
@@ -50,9 +50,9 @@ GOSSAMER_INLINE void store_first(T* to, Vec<Accumulator<T>> v, int n) {
 #endif
 }
 
-// Rows this many positions ahead are prefetched: table rows are scattered, so no hardware prefetcher finds them. Into the
-// second-level cache: a core waits for several times as many lines there as it can for the first level. Long rows fewer:
-// more lines than it can wait for at once gain nothing.
+// Rows this many positions ahead are prefetched, since hardware prefetchers do not find scattered rows. They go into the
+// second-level cache, where a core can wait for several times as many lines as in the first level. Fewer long rows are
+// prefetched: more lines than the core can wait for at once gain nothing.
 GOSSAMER_INLINE constexpr int64_t gather_ahead(int64_t row_bytes) {
   return std::clamp<int64_t>(8192 / std::max<int64_t>(row_bytes, 1), 4, 32);
 }
@@ -86,9 +86,9 @@ struct LiveIds {
 
 template <int kAtLeast = 1, class T, class Index>
 GOSSAMER_INLINE void prefetch_row(const T* table, int64_t stride, const LiveIds<Index>& live, int64_t position, int64_t bytes) {
-  // The processor's own prefetcher of ids comes late beside so many lines of rows: a third of the time was spent on them.
+  // With so many row lines in flight, the hardware prefetcher fetches ids too late: they took a third of the time.
   __builtin_prefetch(live.ids + position + 64);
-  // Of an id that is not there, some row: a branch would cost more than it saves.
+  // For an invalid id, any row is prefetched: a branch would cost more than it saves.
   const int64_t id = live.ids[std::min(position, live.end - 1)];
   prefetch_lines<kAtLeast, Fetch::kReadLater>(table + (static_cast<uint64_t>(id) < live.limit ? id : 0) * stride, bytes);
 }
@@ -106,7 +106,7 @@ GOSSAMER_INLINE double weight_at(const FloatMatrix& weights, int64_t position) {
   }
 }
 
-// The table that bags read and the columns they write: one for all, or each feature's.
+// The table that bags read and the columns that they write: the same for all bags, or one per feature.
 template <class T>
 struct BagTable {
   const T* rows;
@@ -124,7 +124,7 @@ GOSSAMER_INLINE BagTable<T> bag_table(const FloatMatrix& table, int64_t num_rows
   return {base + f.element, f.dim, f.rows, f.dim, f.column, bag % each, f.mean != 0};
 }
 
-// What the codes of a row are multiplied with beside the weight; 1 for a row of numbers.
+// The factor of a row's codes in addition to the weight; 1 for a row of floats.
 template <class T>
 GOSSAMER_INLINE Accumulator<T> scale_of(const RowScales& scales, int64_t row) {
   if constexpr (kIsCode<T>) {
@@ -134,11 +134,11 @@ GOSSAMER_INLINE Accumulator<T> scale_of(const RowScales& scales, int64_t row) {
   }
 }
 
-// Positions whose ids and weights are looked at together.
+// Number of positions whose ids and weights are checked together.
 constexpr int64_t kChunk = 256;
 
-// The lists of ids that one thread reduces. Ids are checked in vectors ahead of the bags; the sums then check none of a bag whose
-// ids all count, and read others from a copy without those that do not.
+// The lists of ids that one thread reduces. Ids are checked in vectors ahead of the bags. Sums then need no checks for a bag
+// whose ids all contribute; for other bags they read a copy without the ids that do not.
 template <class T, class Index, bool kWeighted>
 class Lists {
   using S = Accumulator<T>;
@@ -147,20 +147,20 @@ class Lists {
   static constexpr int kIds = GOSSAMER_VECTOR_BYTES / sizeof(Index);
 
  public:
-  // Ids that count and their weights.
+  // Contributing ids and their weights.
   struct Run {
     const Index* ids;
     const S* weights;
     int64_t count;
-    bool in_place;  // whether those of all consecutive positions
+    bool in_place;  // whether these are consecutive positions of the list
   };
 
   Lists(const Bags& bags, int64_t num_rows, bool* suspect) : live_(bags, num_rows), weights_(bags.weights), suspect_(suspect) {}
 
   int64_t end() const { return live_.end; }
 
-  // The positions from `begin` to `end`, at most kChunk, until the next call. Where the run is not in place, fetch(id) was called for
-  // the ids `ahead` of them.
+  // The positions from `begin` to `end`, at most kChunk, valid until the next call. If the run is not in place, fetch(id) was
+  // called for the ids `ahead` of them.
   template <class F>
   inline __attribute__((always_inline)) Run run(int64_t begin, int64_t end, int64_t ahead, const F& fetch) {
     if (begin < from_ || end > until_) check(begin, end);
@@ -169,7 +169,7 @@ class Lists {
   }
 
  private:
-  // Finds how many of the positions from `begin` count without a gap: at least up to `end` if all of them do.
+  // Finds how many positions from `begin` on contribute without a gap, at least up to `end` if all of them do.
   __attribute__((noinline)) void check(int64_t begin, int64_t end) {
     const int64_t stop = std::min(live_.end, std::max(end, begin + kChunk));
     constexpr auto largest = static_cast<uint64_t>(std::numeric_limits<Index>::max()) + 1;
@@ -192,7 +192,7 @@ class Lists {
     while (until_ < stop && live_[until_] >= 0 && sound_weights(until_, until_ + 1)) ++until_;
   }
 
-  // Whether no weight is NaN, where that is asked for.
+  // Whether no weight is NaN, if that is to be checked.
   bool sound_weights(int64_t begin, int64_t end) const {
     if (!kWeighted || !suspect_) return true;
     return visit_float(weights_.dtype, [&](auto tag) {
@@ -250,18 +250,18 @@ class Lists {
   S own_weights_[kChunk];
 };
 
-// Rows of more bytes are long.
+// Rows with more bytes than this are long.
 constexpr int64_t kLongRow = 2048;
 
 // A table, and bags of ids of its rows.
 template <class T>
 struct BagRange {
-  BagTable<T> from;  // of the first bag
+  BagTable<T> from;  // position of the first bag
   int64_t first_bag, last_bag;
-  bool near;  // whether most rows are found in the nearer caches
+  bool near;  // whether most rows are in the nearer caches
 };
 
-// Whether the nearer caches hold most of the rows that ids name: all rows fit, or a sample of the ids repeats itself.
+// Whether the nearer caches hold most of the rows being read: all rows fit, or a sample of the ids has many repeats.
 template <class Index>
 bool rows_are_near(const Index* ids, int64_t count, int64_t table_bytes) {
   constexpr int64_t kNearBytes = int64_t{1} << 20, kSamples = 128, kSlots = 512, kLeast = kSamples / 8;
@@ -271,7 +271,7 @@ bool rows_are_near(const Index* ids, int64_t count, int64_t table_bytes) {
   std::fill(seen, seen + kSlots, static_cast<Index>(-1));
   int64_t repeated = 0;
   for (int64_t i = 0; i < kSamples; ++i) {
-    // Of a place that differs within bags of any length.
+    // Sampled at positions that vary within bags of any length.
     const Index id = ids[i * (count / kSamples) + i % 13];
     Index& slot = seen[static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u >> 55];
     repeated += slot == id;
@@ -287,7 +287,8 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
   using S = Accumulator<T>;
   constexpr int kBytes = kVectors * kLanes<S> * static_cast<int>(sizeof(T));
   constexpr bool kWhole = kVectors == 8;
-  // The first pass over rows of several fetches them whole, but for long ones, of which every pass fetches its own columns.
+  // With several passes over the columns, the first pass prefetches whole rows; for long rows every pass prefetches its own
+  // columns.
   const int64_t row_bytes = range.from.dim * static_cast<int64_t>(sizeof(T));
   const bool own = row_bytes <= kBytes || row_bytes > kLongRow;
   const int64_t fetch_bytes = own ? kBytes : row_bytes;
@@ -297,12 +298,12 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
   const T* table = range.from.rows + column;
   const int64_t stride = range.from.stride;
   const RowScales scales = range.from.scales;
-  // Of an id that does not count, the address is not one of the table, but nothing is read from there.
+  // For an id that does not contribute, the address may be outside the table, but it is not read.
   const auto place = [=](Index id) __attribute__((always_inline)) {
     const uint64_t element = static_cast<uint64_t>(int64_t{id}) * static_cast<uint64_t>(stride);
     return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(table) + element * sizeof(T));
   };
-  // Rows that the nearer caches hold are fetched into the first level, where fewer lines can be waited for.
+  // Rows in the nearer caches are prefetched into the first level, for which fewer lines can be in flight.
   const bool near = kBytes <= 256 && range.near;
   const auto fetch = [=](Index id) __attribute__((always_inline)) {
     if (near) {
@@ -320,7 +321,8 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
   out += range.from.row_of_output * a.out.row_stride + range.from.column + column;
   for (int64_t bag = range.first_bag; bag < range.last_bag; ++bag, out += a.out.row_stride) {
     const int64_t end = a.bags.end(bag);
-    // Long bags come in several runs. The first is looked up before there are sums that the call would have to spare.
+    // Long bags consist of several runs. The first run is found before the sums exist, so that the call need not save their
+    // registers.
     int64_t stop = std::min(end, begin + kChunk), live = 0;
     auto run = lists.run(begin, stop, ahead, fetch);
     Vec<S> sum[kVectors] = {};
@@ -503,8 +505,8 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
   });
 }
 
-// Calls f with tags of a table's type, the index's, and the type of the other array, T or what T is accumulated in, as which
-// it is beside codes.
+// Calls f with tags of the table's type, the index's type, and the other array's type: T or T's accumulator, and always the
+// accumulator for codes.
 template <bool kCodes, class F>
 GOSSAMER_INLINE void visit_gather(DType table, DType other, bool wide, F&& f) {
   const auto with_table = [&](auto tag) {

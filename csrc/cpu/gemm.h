@@ -1,7 +1,8 @@
 // Matrix products on panels.
 //
-// Every output value is summed along the depth in order, with a fresh sum every segment_of() values or every tile, regardless of
-// the other rows and columns. So a token's result depends neither on its place in a batch nor on the number of threads.
+// Every output value is summed along the depth in order, with a new partial sum every segment_of() values or every tile,
+// regardless of other rows and columns. So a token's result depends neither on its position in a batch nor on the number of
+// threads.
 #pragma once
 
 #include "cpu/panel.h"
@@ -101,7 +102,7 @@ struct Weight {
   int64_t num_rows, depth;
 };
 
-// One packed value: `terms` terms from `from` on, `stride` apart, and zero for those past the last.
+// One packed value: `terms` terms from `from` on, `stride` apart, and zeros for missing terms.
 template <class P, class T>
 GOSSAMER_INLINE P packed_value(const T* from, [[maybe_unused]] int64_t stride, [[maybe_unused]] int64_t terms) {
   if constexpr (std::is_same_v<P, BFloat16Pair>) {
@@ -154,7 +155,7 @@ template <class P>
 constexpr int kPackSize = kDepth * kGroup;
 
 // c (+)= Σ_k a(i, k) · b[k] for a tile of Rows rows and one block of Vecs vectors, a(i, k) at a[i·ARow + k·AStep], or at
-// a[i·a_row + k] where ARow is 0. Each form is a function of its own so that its sums stay in registers.
+// a[i·a_row + k] where ARow is 0. Each form is a separate function, so that its sums stay in registers.
 template <int Rows, int Vecs, int ARow, int AStep, bool Half = false, class P, class Ahead = NothingAhead>
 __attribute__((noinline)) void block_product(const P* a, [[maybe_unused]] int64_t a_row, const P* b, int depth, int segment,
                                              bool first, SumOf<P>* c, int64_t c_stride, Ahead&& ahead = {}) {
@@ -209,7 +210,7 @@ int64_t num_tiles(const Panel<P>& panel, int64_t count) {
          tiles(panel.block_vectors(blocks - 1) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS);
 }
 
-// How a group of a weight's rows is read: in place, or packed in its own order of memory.
+// How a group of a weight's rows is read: in place, or packed in its memory order.
 enum class Read { kInPlace, kRows, kColumns };
 
 // c[i][token] (+)= Σ_k w(n+i, k) · panel[k][token] for i < count <= kGroup. A part of the weight's group and a block of the

@@ -1,4 +1,4 @@
-// Matrix products over ragged groups of rows, and what all expert kernels share: rows by expert, weights by expert.
+// Matrix products over ragged groups of rows, and types that all expert kernels share: rows and weights by expert.
 #pragma once
 
 #include <cstdint>
@@ -55,27 +55,28 @@ void grouped_matmul_dweight(const GroupedDweightArgs& args, int num_threads);
 // Rows of the largest chunks are a multiple of this, so that blocks of three vectors are full in any instruction set.
 constexpr int64_t kChunkUnit = 48;
 
-// An expert's rows are worked on in chunks whose packed rows, at most `width` values each, stay in the second-level cache where
-// that leaves enough of them: each chunk reads the expert's weights again.
+// An expert's rows are processed in chunks whose packed rows, at most `width` values each, stay in the second-level cache if
+// that leaves enough rows, since each chunk reads the expert's weights again.
 inline int64_t chunk_rows(int64_t width, size_t element_size, int64_t panel_bytes = 768 << 10) {
   const int64_t rows = panel_bytes / std::max<int64_t>(1, width * static_cast<int64_t>(element_size));
   return std::clamp<int64_t>(rows, 2 * kChunkUnit, 512) / kChunkUnit * kChunkUnit;
 }
 
-// Rows of smaller ones are a multiple of this: whole vectors.
+// Rows of smaller chunks are a multiple of this: whole vectors.
 constexpr int64_t kEvenUnit = 16;
 
-// Rows of the chunks that `rows` are cut into: alike, for a small one at the end would read the weights for little.
+// Rows per chunk when dividing `rows`: equal, since a small last chunk would read the weights for few rows.
 inline int64_t even_chunk(int64_t rows, int64_t limit, int64_t unit = kEvenUnit) {
   const int64_t pieces = std::max<int64_t>(1, (rows + limit - 1) / limit);
   return ((rows + pieces - 1) / pieces + unit - 1) / unit * unit;
 }
 
-// Values in a panel of any instruction set: the packed dimension is rounded up, and tiles may read a little past the end.
+// Number of values in a panel for any instruction set: the packed dimension is rounded up, and tiles may read slightly past the
+// end.
 constexpr int64_t panel_size(int64_t depth, int64_t width) { return depth * ((width + 31) / 32 * 32) + 512; }
 
-// Packed values from one row to the next of rows that tiles read: whole tiles, and an odd number of them, or the rows of a tile would
-// share a few sets of the first-level cache.
+// Stride in packed values of rows that tiles read: an odd number of whole tiles, since otherwise the rows of a tile would share
+// a few sets of the first-level cache.
 template <class P>
 constexpr int64_t packed_row_stride(int64_t terms) {
   return ((packed_depth<P>(terms) + kTileSide - 1) / kTileSide | 1) * kTileSide;
@@ -85,14 +86,14 @@ constexpr int64_t packed_rows_size(int64_t terms, int64_t rows) {
   return (rows + kTileSide - 1) / kTileSide * kTileSide * packed_row_stride<P>(terms);
 }
 
-// Values for rows of tokens either as columns of a panel or as tiles read them on the left.
+// Number of values for rows of tokens, either as columns of a panel or as the left operand of tiles.
 template <class P>
 constexpr int64_t panel_or_rows_size(int64_t terms, int64_t rows) {
   const int64_t panel = panel_size(packed_depth<P>(terms), rows);
   return kTerms<P> > 1 ? std::max(panel, packed_rows_size<P>(terms, rows)) : panel;
 }
 
-// How many threads per call with this many multiplications is worth.
+// The number of threads worth using for this many multiplications.
 inline int useful_threads(double multiplications, int num_threads) {
   constexpr double kPerThread = 65536;
   return static_cast<int>(std::clamp<double>(multiplications / kPerThread, 1, num_threads));

@@ -1,4 +1,4 @@
-// grouped_matmul and its weight gradient of one instruction set.
+// grouped_matmul and its weight gradient for one instruction set.
 #pragma once
 
 #include "cpu/grouped_matmul.h"
@@ -53,7 +53,7 @@ Weight<T> expert_weight_t(const ExpertWeights& w, int64_t expert, int64_t rows, 
   return {static_cast<const T*>(w.base) + expert * w.expert_stride, w.col_stride, w.row_stride, cols, rows};
 }
 
-// A thread's own memory: the tile of weights in hand and the products of up to two groups of rows.
+// A thread's own memory: the current tile of weights and the products of up to two groups of rows.
 template <class P>
 struct ThreadBuffers {
   using S = SumOf<P>;
@@ -61,7 +61,7 @@ struct ThreadBuffers {
   alignas(64) P pack[kPackSize<P>];
   alignas(64) S c[2 * kGroup * (kMaxChunk + kLanes<S>)];
 
-  // Rows of c lie an odd number of vectors apart, so that a tile's rows do not share a cache set.
+  // Rows of c are an odd number of vectors apart, so that a tile's rows do not share a cache set.
   static int64_t c_stride(int64_t chunk) { return ((chunk + kLanes<S> - 1) / kLanes<S> | 1) * kLanes<S>; }
 };
 
@@ -152,8 +152,8 @@ void zero_empty(const Groups& groups, void* gradient, int64_t rows, int64_t cols
   }
 }
 
-// Sums over the tokens of a panel with tokens as columns, each token times its factor (1 where there are none; factors
-// are zero past the last token), for the rows first .. last: partial[i] carries them from chunk to chunk.
+// Sums over the tokens of a panel with tokens as columns, each token times its factor (1 without factors; factors are zero past
+// the last token), for the rows first .. last: partial[i] carries them from chunk to chunk.
 template <class T, class S>
 void sum_tokens(const Panel<S>& panel, const S* factors, int64_t first, int64_t last, const Chunk& chunk, S* partial,
                 T* gradient) {

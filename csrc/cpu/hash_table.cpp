@@ -28,7 +28,7 @@ inline void prefetch_bytes(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
-// A search on its way: each step fetches what the next one reads, which arrives while other searches take theirs.
+// A search in progress: each step prefetches the data of the next step, which arrives while other searches take their steps.
 struct Flight {
   int64_t key;
   Place place;
@@ -63,7 +63,7 @@ struct Flight {
   }
 };
 
-// Calls serve(i, slot) for keys [begin, end), in order. What lies at the slot in `beside`, if anything, is fetched too.
+// Calls serve(i, slot) for keys [begin, end), in order. If `beside` is given, its entry at the slot is prefetched too.
 template <class Serve>
 void search(const Table& t, const int64_t* beside, IndexArray keys, int64_t begin, int64_t end, Serve&& serve) {
   constexpr int64_t kApart = 12, kRing = 64;
@@ -159,7 +159,7 @@ class Groups {
     counts_[group] = counts;
   }
 
-  // What became of all positions; those that left their partitions are served here, in order.
+  // The outcome of all positions; positions that left their partitions are processed here, in order.
   HashInsertCounts finish(const HashInsertArgs& a) {
     HashInsertCounts sum;
     for (const HashInsertCounts& some : counts_) {
@@ -184,7 +184,7 @@ class Groups {
     if (a.marks && status != kRefused) a.marks[a.results.slots[position]] = a.mark;
   }
 
-  // The positions that could not be served within their partition, in order.
+  // The positions that could not be processed within their partition, in order.
   std::vector<int64_t> leaving() const {
     std::vector<int64_t> all;
     for (const auto& some : leaving_) all.insert(all.end(), some.begin(), some.end());
@@ -192,7 +192,7 @@ class Groups {
     return all;
   }
 
-  // Keys in flight at a time: enough for the misses of one to hide those of the others.
+  // Number of keys in flight: enough that their cache misses overlap.
   static constexpr int64_t kBlock = 32;
 
   static void fetch(const Table& t, const Place& place, bool pins) {
@@ -203,8 +203,8 @@ class Groups {
     if (pins) prefetch(&t.buckets[first]);
   }
 
-  // What a claim reads or writes next: in a full partition all scores and keys of both buckets, for the victim may be any
-  // of them, else the slot it will take.
+  // Prefetches the data of a claim: in a full partition all scores and keys of both buckets, since any may be the victim;
+  // otherwise the slot that it will take.
   static void fetch_slots(const Table& t, const Place& place) {
     const int64_t first = first_bucket(t, place), second = second_bucket(t, place);
     if (t.scores && t.fill[place.partition] >= t.quota[place.partition]) {
@@ -237,8 +237,8 @@ class Groups {
   int shift_ = 0;
 };
 
-// Calls f(i) for the positions whose slots are this thread's: one slot has one thread, which goes in order of positions.
-// Stripes are whole buckets.
+// Calls f(i) for the positions whose slots belong to this thread, in order of positions; each slot has one thread. Stripes are
+// whole buckets.
 template <class F>
 void each_owned(Team team, const int64_t* slots, int64_t count, int64_t stripe, F&& f) {
   for (int64_t i = 0; i < count; ++i) {
@@ -252,7 +252,7 @@ void set_shared(T* at, T value) {
   __atomic_store_n(at, value, __ATOMIC_RELAXED);
 }
 
-// Marks the rows of keys that were there.
+// Marks the rows of keys that were present.
 void mark_present(const HashInsertArgs& a, int threads) {
   parallel_ranges(a.count, kKeysPerThread, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -261,7 +261,7 @@ void mark_present(const HashInsertArgs& a, int threads) {
   });
 }
 
-// Serves the keys that are in the table, and marks their rows where `marks` is set; returns the positions of the others.
+// Processes the keys that are in the table, and marks their rows if `marks` is set; returns the positions of the others.
 Positions serve_present(const HashInsertArgs& a, bool marks, int threads) {
   Positions missing{Numbers(a.count)};
   std::vector<Team::Range> found(threads);
@@ -312,7 +312,7 @@ void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t
 }
 
 HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
-  // A batch that may not fit marks nothing before it is known to.
+  // A batch that may not fit marks nothing until it is known to fit.
   const bool may_fail = a.batch.policy == Evict::kNone && a.count > a.room;
   const int all_threads = threads_for(a.count, num_threads);
   const Positions missing = serve_present(a, a.marks && !may_fail, all_threads);
@@ -334,7 +334,7 @@ HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {
     for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups.size();) groups.insert_missing(a, g);
   });
   counts = groups.finish(a);
-  // Where nobody looks at the victims, nobody has touched their memory.
+  // Memory of victims is only touched if victims are requested.
   for (int64_t i = 0; counts.evicted > 0 && i < a.count; ++i) {
     if (a.results.status[i] != kReplaced) a.results.victim_keys[i] = a.results.victim_scores[i] = 0;
   }
@@ -358,7 +358,7 @@ void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int
 
 void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count, const char* rows,
                 int num_threads) {
-  // A batch makes a row once.
+  // A batch creates a row only once.
   parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end && status[i + kAhead] >= kInserted) {

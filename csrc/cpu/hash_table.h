@@ -17,31 +17,31 @@ struct HashInsertArgs {
   hash_table::Results results;
   IndexArray keys;
   int64_t count;
-  int64_t room;    // new keys that may come where nothing is evicted
-  int64_t* marks;  // (slots,) or null: set to `mark` where the batch's rows are
+  int64_t room;    // number of new keys allowed if nothing is evicted
+  int64_t* marks;  // (slots,) or null: set to `mark` at the batch's rows
   int64_t mark;
 };
 
 struct HashInsertCounts {
-  // Distinct keys that are new when these are more than there is room for, with nothing inserted; else -1.
+  // The number of distinct new keys if it exceeds the room, in which case nothing is inserted; else -1.
   int64_t too_many = -1;
   // Positions.
   int64_t inserted = 0, evicted = 0, refused = 0;
 };
 
-// Finds or inserts each key: first those that are there, then the others in the order of the batch. Victims are written
-// where any key was evicted, zeros at the positions that evicted none.
+// Finds or inserts each key: first the present keys, then the others in the order of the batch. If any key was evicted, victims
+// are written, with zeros at positions that evicted none.
 HashInsertCounts hash_table_insert(const HashInsertArgs& args, int num_threads);
 
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.
 void gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int num_threads);
 
-// table[slots[i]] = rows[i], or zeros for null rows, where position i made its row.
+// table[slots[i]] = rows[i], or zeros for null rows, for positions i that created their row.
 void start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count, const char* rows,
                 int num_threads);
 
-// table[slots[i]] = a row of `dim` values in (-bound, bound) that follow from keys[i], the column and the seed alone, as
-// ops/_rounding.py has it for step 0.
+// table[slots[i]] = a row of `dim` values in (-bound, bound) that depend only on keys[i], the column and the seed, as in
+// ops/_rounding.py for step 0.
 void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, IndexArray keys, int64_t count, uint64_t seed,
                   double bound, int num_threads);
 
@@ -49,7 +49,7 @@ void uniform_rows(void* table, DType dtype, int64_t dim, const int64_t* slots, I
 void mark_slots(int64_t* array, const int64_t* slots, int64_t count, int64_t value, int num_threads);
 void mark_slots(uint8_t* array, const int64_t* slots, int64_t count, uint8_t value, int num_threads);
 
-// table[slots[i]] = rows[i], -1 skipped; of equal slots the last position stays.
+// table[slots[i]] = rows[i], skipping -1; of equal slots the last position wins.
 void scatter_rows(char* table, int64_t row_bytes, const int64_t* slots, int64_t count, const char* rows, int num_threads);
 
 }  // namespace gossamer

@@ -16,7 +16,7 @@ namespace {
 
 struct Build {
   const char* name;
-  const Kernels* kernels;  // null where an install leaves them out
+  const Kernels* kernels;  // null if the install leaves them out
   bool (*runs_here)();
 };
 
@@ -44,7 +44,7 @@ bool runs_amx() {
 }
 #endif
 
-// Zen 4 does, among the processors measured.
+// Of the processors measured, Zen 4 does.
 bool splits_vectors() {
 #if defined(__x86_64__)
   constexpr unsigned kAmd = 0x68747541, kZen4 = 0x19;  // "Auth" of the vendor's name; Zen 3, of the same family, has no AVX-512

@@ -8,7 +8,7 @@
 
 namespace gossamer {
 
-// Declared alone, so that a change of one kernel's arguments leaves the other parts compiled.
+// Only declared here, so that changing one kernel's arguments does not recompile the other parts.
 struct ActivateArgs;
 struct BlockProductArgs;
 struct CausalConvBackwardArgs;
@@ -46,8 +46,8 @@ struct TreeRoutingArgs;
 struct TreeRoutingBackwardArgs;
 struct UpdateArgs;
 
-// The vector kernels of one instruction set, in parts that are compiled apart. Kernels that take a Team are called by each of its
-// threads, with shared memory laid out for at most num_threads.
+// The vector kernels of one instruction set, in parts that are compiled separately. Kernels that take a Team are called by each
+// of its threads, with shared memory laid out for at most num_threads.
 
 // Products with expert weights, dense and quantised: cpu/kernels/experts.cpp.
 struct ExpertKernels {
@@ -85,7 +85,7 @@ struct TableKernels {
   void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);
 };
 
-// Work on rows of tokens, one by one or along a sequence: cpu/kernels/rows.cpp.
+// Operations on rows of tokens, one by one or along a sequence: cpu/kernels/rows.cpp.
 struct RowKernels {
   void (*activate)(const ActivateArgs& args, int64_t begin, int64_t end);
   void (*activate_backward)(const ActivateArgs& args, int64_t begin, int64_t end);
@@ -114,7 +114,7 @@ struct Kernels {
   const RowKernels& rows;
 };
 
-// What cpu/kernels/ defines for each instruction set that is compiled.
+// Defined in cpu/kernels/ for each instruction set that is compiled.
 #define GOSSAMER_PRODUCTS              \
   extern const ExpertKernels kExperts; \
   extern const StructuredKernels kStructured;

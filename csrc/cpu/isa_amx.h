@@ -5,5 +5,5 @@
 #define GOSSAMER_AMX 1
 #include "cpu/isa_avx512_bf16.h"
 
-// Kernels of other values than bfloat16 are another instruction set's: see tiled_table.h.
+// Kernels for types other than bfloat16 come from another instruction set: see tiled_table.h.
 #pragma GCC diagnostic ignored "-Wunused-function"

@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-// Only now, so that inline functions of the standard headers stay runnable everywhere.
+// Set after the standard headers, so that their inline functions run on every processor.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-// What kernels use of the standard library and of dtypes, included before a target is set.
+// Headers that kernels use, included before a target is set.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The end of what isa_target.h has begun: Clang asks for it.
+// Ends the region that isa_target.h begins; Clang requires this.
 #if defined(__clang__) && GOSSAMER_VECTOR_BYTES > 16
 #pragma clang attribute pop
 #endif

@@ -3,7 +3,8 @@
 
 #include "cpu/isa_begin.h"
 
-// An install for a machine with a better instruction set compiles them in less time: it never chooses them by itself.
+// An install for a machine with a better instruction set compiles these with less optimisation, since it never chooses them by
+// default.
 #if defined(__GNUC__) && !defined(__clang__)
 #ifdef GOSSAMER_SPARE_GENERIC
 #pragma GCC optimize("O1")

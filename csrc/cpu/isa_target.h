@@ -1,5 +1,5 @@
-// Sets the instruction set that kernels are compiled for, that of GOSSAMER_TARGET, or generic: GOSSAMER_ISA is its namespace.
-// Only kernels come after it: an inline function that all instruction sets share would be theirs alone.
+// Sets the instruction set for which kernels are compiled, that of GOSSAMER_TARGET or generic; GOSSAMER_ISA is its namespace.
+// Only kernels may follow: a shared inline function would be compiled for this instruction set.
 #pragma once
 
 #ifdef GOSSAMER_TARGET

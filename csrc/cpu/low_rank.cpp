@@ -6,7 +6,7 @@
 namespace gossamer {
 
 void rank_product(const RankProductArgs& args, int num_threads) {
-  // A skinny product is as much reading as multiplying.
+  // A skinny product costs as much for reading as for multiplying.
   const double work = static_cast<double>(args.rows) * args.depth * static_cast<double>(args.rank + 16);
   run_team<LowRankBuffers>(args, work, num_threads, kernels().structured.rank_product);
 }

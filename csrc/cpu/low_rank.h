@@ -1,4 +1,5 @@
-// Products of a linear layer with a low-rank update: skinny ones over the rank, and the layer's own with the update in it.
+// Products of a linear layer with a low-rank update: skinny products over the rank, and the layer's own product including the
+// update.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +13,15 @@
 
 namespace gossamer {
 
-// Elements whose word of Philox4x32-10 is below `threshold` are dropped. What the others are multiplied with is a factor of
-// the whole product, so that no element is rounded.
+// Elements whose word of Philox4x32-10 is below `threshold` are dropped. The scaling of kept elements is a factor of the whole
+// product, so that no element is rounded.
 struct Dropout {
   bool on;
   uint64_t seed, threshold;
 };
 
-// out[i][j] = factor · Σ_k big(i, k) · small(k, j). Dropout is of big, whose element (i, k) is of row k and column i of the
-// mask when that is transposed.
+// out[i][j] = factor · Σ_k big(i, k) · small(k, j). Dropout applies to big; element (i, k) belongs to row k and column i of the
+// mask if the mask is transposed.
 struct RankProductArgs {
   DType dtype;  // of big and small
   int64_t rows, depth, rank;
@@ -33,7 +34,7 @@ struct RankProductArgs {
 };
 
 // y[i][j] = Σ_k x(i, k) · weight(j, k) + bias[j] + factor · drop(Σ_k left(i, k) · right(k, j)). Without x the last term is
-// added to what y holds; without left it is not there. With a, left is a result: left(i, j) = left_factor · Σ_k x(i, k) · a(j, k).
+// added to y; without left there is no last term. With a, left is a result: left(i, j) = left_factor · Σ_k x(i, k) · a(j, k).
 struct LowRankArgs {
   DType dtype;
   int64_t rows, columns, depth, rank;
@@ -48,7 +49,7 @@ struct LowRankArgs {
   Dropout dropout;
   const QuantizedWeights* quantized = nullptr;  // (1, columns, depth), or null
 
-  // What makes `left` of a.
+  // The factor with which `left` is computed from a.
   RankProductArgs left_product() const {
     return {dtype, rows, depth, rank, x, {a.base, a.col_stride, a.row_stride, dtype}, left, left_factor, {}, false};
   }
@@ -57,17 +58,17 @@ struct LowRankArgs {
 void rank_product(const RankProductArgs& args, int num_threads);
 void low_rank_matmul(const LowRankArgs& args, int num_threads);
 
-// Rows that are contiguous in a skinny product's sum, of which so many are worked on together.
+// Number of rows processed together that are contiguous along a skinny product's sum.
 constexpr int kWide = 256;
 
-// Rows that are worked on together: `most`, or fewer where that leaves threads without work.
+// Number of rows processed together: `most`, or fewer if that would leave threads without work.
 inline int64_t rank_unit(int64_t rows, int num_threads, int64_t most) {
   return std::clamp<int64_t>(rows / (num_threads * 4) / 8 * 8, 8, most);
 }
 
-// How threads share a product: the weight's rows, for which they pack rows of x together; or, where rows are many, rows of x
-// or, of a weight that is contiguous along its rows, those, with memory of their own, in caches of their own, and no waiting.
-// Without x, the rows of y.
+// How threads share a product: by the weight's rows, after packing rows of x together; or, with many rows, by rows of x or by
+// columns of a weight that is contiguous along its rows, each thread with its own memory and caches and without waiting.
+// Without x, by the rows of y.
 enum class LowRankForm { kShared, kByRows, kByColumns, kUpdate };
 
 inline LowRankForm low_rank_form(const LowRankArgs& a, int num_threads) {
@@ -105,7 +106,7 @@ struct LowRankBuffers {
     const int64_t whole = form == LowRankForm::kByColumns ? a.columns : a.rows, share = (whole + copies - 1) / copies;
     // Processors that multiply pairs have second-level caches of a megabyte and more.
     constexpr int64_t bytes = kTerms<P> > 1 ? 1 << 20 : 768 << 10;
-    // The last of several chunks of a thread is worked on in quarters, which are whole vectors.
+    // The last of a thread's several chunks is processed in quarters, which are whole vectors.
     const int64_t unit = form == LowRankForm::kShared ? kEvenUnit : 4 * kEvenUnit;
     chunk = even_chunk(share, chunk_rows(a.depth + a.rank, sizeof(P) / kTerms<P>, bytes), unit);
     quartered = share > chunk ? 1 : 0;
@@ -120,7 +121,7 @@ struct LowRankBuffers {
     }
   }
 
-  // The part of one thread that shares its work with no other.
+  // The part of a thread that works alone.
   void keep_own(int thread) {
     queue = queue.of(thread);
     left_queue = left_queue.of(thread);

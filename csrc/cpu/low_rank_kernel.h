@@ -18,7 +18,7 @@ void pack_matrix(const FloatMatrix& m, int64_t depth, const Panel<P>& panel, int
     for (int64_t j = 0; j < panel.width; ++j) columns[j] = base + j * m.col_stride;
     return pack_as_columns(panel, columns.get(), first, last);
   }
-  // Rows of a whole matrix are pages apart: the lines to come are fetched, and their pages looked up, early enough.
+  // Rows of a whole matrix are pages apart: the next lines, and their page-table entries, are prefetched early enough.
   constexpr int64_t ahead = 16;
   for (int64_t k = first; k < last; k += kTerms<P>) {
     const T* row = base + k * m.row_stride;
@@ -45,7 +45,7 @@ void pack_transposed_matrix(const FloatMatrix& m, const PackedRows<P>& to, int64
   copy_rows(to, columns.get(), first, last);
 }
 
-// A copy of rows first .. first + count of `big` without what dropout drops.
+// A copy of rows first .. first + count of `big`, with dropped elements zero.
 template <class T>
 Weight<T> drop_rows(const RankProductArgs& a, int64_t first, int64_t count, T* out, bool* kept) {
   const T* big = static_cast<const T*>(a.big.base) + first * a.big.row_stride;
@@ -85,9 +85,9 @@ void store_product(const FloatMatrix& out, int64_t first, int64_t count, int64_t
   }
 }
 
-// group_product of rows that are contiguous in n, for a panel of a rank's few columns. What counts is how the rows come from
-// memory, at the stride of a whole matrix, often a power of two: few at a time, or they would evict each other from sets of
-// the cache, and a long piece of each.
+// group_product of rows that are contiguous in n, for a panel of a rank's few columns. The memory access decides the speed:
+// rows are a whole matrix's stride apart, often a power of two, so a long piece of few rows is read at a time; more rows would
+// evict each other from cache sets.
 template <class T, class P>
 void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& panel, SumOf<P>* c, int64_t c_stride, P* pack) {
   constexpr int depth = kPackSize<P> / kWide;
@@ -95,7 +95,7 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
   const int segment = std::min(depth, segment_of<P>(w.depth));
   for (int64_t k = 0; k < w.depth; k += step) {
     const int64_t terms = std::min(step, w.depth - k);
-    // The next lines come while these are worked on, some with each tile.
+    // The next lines are prefetched while these are processed, some with each tile.
     const bool more = k + step < w.depth;
     const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
     const int64_t length = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, count);
@@ -118,7 +118,8 @@ void wide_product(const Weight<T>& w, int64_t n, int count, const Panel<P>& pane
   }
 }
 
-// rank_product() of rows that are contiguous in a skinny product's sum: they are the columns, and the rank's few rows are on the left.
+// rank_product() for rows that are contiguous along a skinny product's sum: they are the columns, and the rank's few rows are
+// the left operand.
 template <class T, class P>
 void rank_product_by_rows(const RankProductArgs& a, const Weight<T>& big, LowRankBuffers<P>& buffers, Team team) {
   using S = Accumulator<T>;
@@ -136,7 +137,7 @@ void rank_product_by_rows(const RankProductArgs& a, const Weight<T>& big, LowRan
   const S factor = static_cast<S>(a.factor);
   const auto store = [&](auto tag, int64_t first, int64_t count, const S* sums) {
     using O = typename decltype(tag)::type;
-    // The product is the transpose of what is asked for.
+    // The product is the transpose of the requested result.
     const FloatMatrix out{static_cast<O*>(a.out.base) + first * a.out.row_stride, a.out.col_stride, a.out.row_stride,
                           a.out.dtype};
     store_product<O>(out, 0, a.rank, count, sums, kGroup, factor);
@@ -184,7 +185,7 @@ void rank_product_of(const RankProductArgs& a, void* shared, int num_threads, Te
   });
 }
 
-// The sum of a tile of the layer's product and its update, which takes the update's place: `count` rows of `width` values.
+// Replaces the update by its sum with a tile of the layer's product: `count` rows of `width` values.
 template <class S>
 void add_update(const LowRankArgs& a, const S* base, S* update, int64_t c_stride, int64_t count, int64_t width) {
   if (!a.left) return;
@@ -323,7 +324,7 @@ void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
   for (int64_t j = 0; j < (a.bias ? m : 0); ++j) bias[j] = static_cast<S>(a.bias.at(0, first + j));
   for (int64_t i = 0; i < a.rows; i += kGroup) {
     const int64_t count = std::min<int64_t>(kGroup, a.rows - i);
-    // The rows of the result come into the cache while they are computed.
+    // The result's rows are fetched into the cache while they are computed.
     for (int64_t r = 0; r < count; ++r) {
       prefetch_lines<1, Fetch::kWriteLater>(static_cast<T*>(a.y.base) + (i + r) * a.y.row_stride + first, m * sizeof(T));
     }
@@ -388,7 +389,7 @@ void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Oper
   const auto x = few.operand(weight, panel);
   buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
     const int64_t count = last - n;
-    // The rows of the result come into the cache while it is computed.
+    // The result's rows are fetched into the cache while it is computed.
     for (int64_t i = 0; i < m; ++i) {
       prefetch_lines<1, Fetch::kWriteLater>(static_cast<T*>(a.y.base) + (first + i) * a.y.row_stride + n, count * sizeof(T));
     }

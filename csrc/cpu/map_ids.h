@@ -27,7 +27,7 @@ struct MapIdsArgs {
   bool wide_rows;
 };
 
-// The place of an id outside the limit, or -1 when all ids are inside.
+// The position of an id outside the limit, or -1 if all ids are inside.
 int64_t map_ids(const MapIdsArgs& args, int num_threads);
 
 }  // namespace gossamer

@@ -1,7 +1,7 @@
 // Ids to rows, for one instruction set.
 //
-// A block of ids passes through each step in turn, in loops that the compiler turns into vectors. Quotients are taken by
-// multiplying with a reciprocal in double precision, where they are small enough to be off by one at most.
+// A block of ids passes through each step in turn, in loops that the compiler turns into vectors. Quotients are computed by
+// multiplying with a reciprocal in double precision if they are small enough that the result is off by at most one.
 #pragma once
 
 #include "cpu/isa_begin.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kIdsPerBlock = 256;
 constexpr uint64_t kMersenne31 = (uint64_t{1} << 31) - 1, kMersenne61 = (uint64_t{1} << 61) - 1;
-// Quotients below this are exact but for one.
+// Quotients below this are off by at most one.
 constexpr double kLargestQuotient = 0x1p50;
 
 // Mix13, a bijection of 64-bit numbers.
@@ -23,18 +23,18 @@ inline uint64_t mixed_id(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// A divisor with what its quotients are computed by.
+// A divisor and the constants with which its quotients are computed.
 struct Divisor {
   int64_t value;
   double reciprocal;
 
   explicit Divisor(int64_t value) : value(value), reciprocal(1.0 / static_cast<double>(value)) {}
 
-  // Whether near() is exact for numbers up to `largest`. With a half added, a number is half a divisor's part away from the whole
-  // quotients on both sides, and two roundings move it by less.
+  // Whether near() is exact for numbers up to `largest`. After adding a half, the real quotient is at least 1/(2·divisor) away
+  // from the nearest integers, and two roundings move it by less.
   static bool is_exact(uint64_t largest) { return largest < uint64_t{1} << 50; }
 
-  // Whether numbers up to `largest` have quotients that near() gives, but for one.
+  // Whether near() is off by at most one for numbers up to `largest`.
   bool takes(uint64_t largest) const {
     return largest < uint64_t{1} << 63 && static_cast<double>(largest) * reciprocal < kLargestQuotient;
   }
@@ -77,7 +77,7 @@ inline void divide(const uint64_t* x, uint64_t* to, int64_t count, uint64_t larg
   }
 }
 
-// Both, of numbers for which quotients are exact.
+// Both, for numbers with exact quotients.
 inline void split(const uint64_t* x, uint64_t* remainders, uint64_t* quotients, int64_t count, int64_t divisor) {
   const Divisor by(divisor);
   for (int64_t i = 0; i < count; ++i) {
@@ -131,7 +131,7 @@ inline uint64_t largest_of(const uint64_t* x, int64_t count) {
 // Calls f(j, rows without the base) for each map from the first on of at most kIdsPerBlock ids, all inside the limit. Overwrites x.
 template <class F>
 GOSSAMER_INLINE void map_block(const IdMaps& by, int64_t first_map, uint64_t* x, int64_t count, F&& f) {
-  // Each step reads one of these and writes another, so that its loop becomes one of vectors.
+  // Each step reads one of these and writes another, so that its loop can be vectorised.
   uint64_t value[kIdsPerBlock], quotients[kIdsPerBlock], rest[2][kIdsPerBlock];
   uint64_t largest = largest_of(x, count);
   if (by.mixed) {
@@ -179,7 +179,7 @@ GOSSAMER_INLINE void map_block(const IdMaps& by, int64_t first_map, uint64_t* x,
   }
 }
 
-// The place of the first id outside the limit, or -1.
+// The position of the first id outside the limit, or -1.
 template <class Id, class Row>
 int64_t map_range(const MapIdsArgs& a, int64_t begin, int64_t end) {
   uint64_t x[kIdsPerBlock];

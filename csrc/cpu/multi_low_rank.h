@@ -9,13 +9,13 @@ namespace gossamer {
 
 struct MultiLowRankArgs {
   DType dtype;
-  Groups groups;  // rows by adapter; rows without one lie past the last group
+  Groups groups;  // rows by adapter; rows without an adapter come after the last group
   int64_t n, c, rank;
   FloatMatrix x;       // (M, C), column stride 1, as all rows here
   ExpertWeights a, b;  // (A, r, C) and (A, N, r), each contiguous along one of its last two dimensions
-  FloatMatrix scales;  // (1, A), or absent where `scale` is every adapter's
+  FloatMatrix scales;  // (1, A), or absent if all adapters use `scale`
   double scale;
-  IndexArray ranks;  // (A,), or absent where every adapter has the rank r
+  IndexArray ranks;  // (A,), or absent if every adapter has rank r
   void* s;           // (R, r) contiguous, x·aᵀ by adapter, in the accumulator's type; null in a forward that need not save it
 
   int64_t rank_of(int64_t adapter) const { return ranks ? ranks[adapter] : rank; }
@@ -24,13 +24,13 @@ struct MultiLowRankArgs {
 
 struct MultiLowRankForwardArgs : MultiLowRankArgs {
   FloatMatrix y;  // (M, N)
-  bool add;       // to what y holds; else rows without adapter become zero
+  bool add;       // whether to add to y; otherwise rows without an adapter become zero
 };
 
 struct MultiLowRankBackwardArgs : MultiLowRankArgs {
   FloatMatrix dy;      // (M, N)
-  void* ds;            // (R, r) room, as s; null where neither dx nor da is wanted
-  FloatMatrix dx;      // (M, C), or null; so too the others
+  void* ds;            // (R, r) scratch, as s; null if neither dx nor da is wanted
+  FloatMatrix dx;      // (M, C), or null, like the others
   void *da, *db;       // (A, r, C) and (A, N, r) contiguous
   DType factor_dtype;  // of da and db: `dtype` or float32
 };
@@ -38,7 +38,7 @@ struct MultiLowRankBackwardArgs : MultiLowRankArgs {
 void multi_low_rank(const MultiLowRankForwardArgs& args, int num_threads);
 void multi_low_rank_backward(const MultiLowRankBackwardArgs& args, int num_threads);
 
-// A thread works on at most this many rows of one adapter at a time: enough to read its factors seldom, few enough that
+// A thread processes at most this many rows of one adapter at a time: enough that factors are read rarely, few enough that
 // every thread gets some.
 constexpr int64_t kAdapterUnit = 32;
 inline int64_t adapter_chunk(int64_t num_rows, int num_threads) {
@@ -46,11 +46,11 @@ inline int64_t adapter_chunk(int64_t num_rows, int num_threads) {
   return std::clamp<int64_t>((share + kAdapterUnit - 1) / kAdapterUnit * kAdapterUnit, kAdapterUnit, 4 * kAdapterUnit);
 }
 
-// Values of a factor that are packed at a time; with the rows in hand they stay in the second-level cache.
+// Number of a factor's values packed at a time; together with the current rows they fit the second-level cache.
 constexpr int64_t kFactorPack = 64 << 10;
-// Columns of a factor's gradient that are one piece of work.
+// Number of columns of a factor's gradient per piece of work.
 constexpr int64_t kFactorColumns = 192;
-// Rows that a factor's gradient sums before it adds to its total.
+// Number of rows that are summed before adding to the total of a factor's gradient.
 constexpr int64_t kFactorRows = 64;
 
 // Memory of one thread of a call.

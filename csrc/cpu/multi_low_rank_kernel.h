@@ -1,8 +1,8 @@
-// Many low-rank updates and their gradients of one instruction set.
+// Many low-rank updates and their gradients for one instruction set.
 //
-// The products here are skinny: r columns from long rows, or long rows from r columns. Rows are read where they lie, a few
-// at a time; factors are packed with their narrow side along the depth or in the lanes, or, for a few rows, which would not
-// repay that, go through registers.
+// The products here are skinny: r columns from long rows, or long rows from r columns. Rows are read in place, a few at a time.
+// Factors are packed with their narrow side along the depth or in the lanes; for a few rows packing does not pay, and factors
+// are used in registers.
 #pragma once
 
 #include "cpu/grouped_matmul_kernel.h"
@@ -30,7 +30,7 @@ GOSSAMER_INLINE int64_t factor_span(int64_t narrow, int64_t unit) {
   return std::max<int64_t>(1, kFactorPack / (narrow * unit)) * unit;
 }
 
-// Up to so many rows of an adapter do not repay packing its factors.
+// Up to this many rows of an adapter, packing its factors does not pay.
 constexpr int kDirectRows = 8;
 
 // sum[i] = Σ_k value(i, k) · w(n .. n+lanes, k) for first <= k < last, in order, as block_product sums; `valid` of these rows of

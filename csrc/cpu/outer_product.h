@@ -6,11 +6,11 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Results of this many bytes are in no cache when they are written, nor when they are next read.
+// Results of this many bytes are not in a cache when they are written, nor when they are next read.
 constexpr int64_t kPastCaches = 16 << 20;
 
-// Where a weight gradient goes: straight to `out`, or, when the expert's rows come in several chunks, first into
-// `partial`, whose rows are `width` values (and which is null where `out` itself can hold partial sums).
+// Destination of a weight gradient: directly `out`, or, if the expert's rows come in several chunks, first `partial`, whose
+// rows are `width` values (null if `out` itself can hold partial sums).
 template <class T>
 struct GradientSink {
   T* out;
@@ -33,8 +33,8 @@ constexpr int kOuterRows = kTiled<P> ? 2 * kGroup : kGroup;
 template <class P>
 constexpr int64_t kOuterBlocks = (kDepth + kPanelWidth<P> - 1) / kPanelWidth<P>;
 
-// to = before + Σ_token a[i][token] · b[token] over the blocks first .. last of a, rounded to what `to` holds; `before` may be
-// null. Each form is a function of its own so that its sums stay in registers.
+// to = before + Σ_token a[i][token] · b[token] over the blocks first .. last of a, rounded to the type of `to`; `before` may be
+// null. Each form is a separate function, so that its sums stay in registers.
 template <int Rows, int Vecs, class P, class O>
 __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b,
                                             const SumOf<P>* before, int64_t before_stride, O* to, int64_t to_stride) {
@@ -86,7 +86,7 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
   }
   if (!whole) {
     std::fill_n(own, Rows * width, S{0});
-    // Earlier sums come first here too, so that a value's bits do not depend on its place in a tile.
+    // Earlier sums are added first here too, so that a value's bits do not depend on its position in a tile.
     if (!sink.first) {
       each([&](S* sum, int64_t row, int64_t at, int valid) {
         store(sum, sink.partial ? load_valid(sink.partial_at(row, at), valid) : load_valid(sink.at(row, at), valid));

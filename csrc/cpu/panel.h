@@ -15,7 +15,7 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Vectors of a block: as many as leave registers for the sums of several rows.
+// Vectors per block: as many as leave enough registers for the sums of several rows.
 template <class S>
 constexpr int kBlockVectors = kTiled<S> ? 2 : GOSSAMER_TILE_VECTORS;
 template <class S>
@@ -82,7 +82,8 @@ GOSSAMER_INLINE V interleave_high(V a, V b, std::index_sequence<I...>) {
 }
 
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
-// transpose() of words, mostly by instructions that work within quarters of a vector, of which a processor does more in a cycle.
+// transpose() of words, mostly with instructions that work within quarters of a vector, of which a processor executes more per
+// cycle.
 template <class V>
 GOSSAMER_INLINE void transpose_words(V (&v)[16]) {
   __m512 pairs[16];

@@ -49,7 +49,7 @@ class WorkQueue {
   WorkQueue() = default;
   explicit WorkQueue(std::atomic<int64_t>* taken) : taken_(taken) {}
 
-  // For a thread that shares its work with no other.
+  // For a thread that works alone.
   WorkQueue of(int thread) const { return WorkQueue(taken_ + thread * kStride); }
 
   // Called by every thread, with a barrier before the first each() and between an each() and the next restart().

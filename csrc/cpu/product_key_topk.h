@@ -5,7 +5,7 @@
 
 namespace gossamer {
 
-// The most pairs that a row keeps, as ops/product_key_topk.py says.
+// The maximum number of pairs per row, as in ops/product_key_topk.py.
 constexpr int64_t kMostPairs = 64;
 
 struct ProductKeyTopkArgs {
@@ -13,7 +13,7 @@ struct ProductKeyTopkArgs {
   int64_t row_stride1, row_stride2, rows, size1, size2, top_k;
   float* values;  // (R, K)
   int64_t* ids;   // (R, K), a · N2 + b
-  bool* bad;      // set where a score is NaN or +inf; the results are then of no use
+  bool* bad;      // set if a score is NaN or +inf; the results are then invalid
 };
 
 struct ProductKeyTopkBackwardArgs {
@@ -23,7 +23,7 @@ struct ProductKeyTopkBackwardArgs {
   float *dscores1, *dscores2;  // (R, N1), (R, N2)
 };
 
-// Query r is of group r % groups, and a score of list i the product of its half i with a sub-key of that group.
+// Query r belongs to group r % groups; a score of list i is the product of its half i with a sub-key of that group.
 struct ProductKeySearchArgs {
   const float* queries;  // (R, 2 · half), rows of row_stride
   int64_t row_stride, rows;

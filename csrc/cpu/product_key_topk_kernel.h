@@ -22,7 +22,7 @@ GOSSAMER_INLINE uint32_t lane_bits(Mask<float> mask) {
 #endif
 }
 
-// The highest of the values shown so far in descending order, the first one shown of equal ones.
+// The highest of the values seen so far, in descending order; of equal values the first one seen.
 struct Ranking {
   int64_t size, filled = 0;
   float value[kMostPairs];
@@ -44,8 +44,8 @@ struct Ranking {
   }
 };
 
-// A number that at least `wanted` of the values, whole vectors of them, reach, and few more where they are evenly spread. Halving the
-// range a few times takes a tenth of the time of finding the exact one.
+// A bound that at least `wanted` of the values (whole vectors of them) reach, and few more if they are evenly spread. Halving
+// the range a few times takes a tenth of the time of finding the exact bound.
 inline float reached_by(const float* values, int64_t sets, int64_t wanted) {
   constexpr int n = kLanes<float>;
   Vec<float> low = load(values), high = low;
@@ -75,8 +75,9 @@ inline float reached_by(const float* values, int64_t sets, int64_t wanted) {
 
 // Ranks the `count` scores; returns whether all are numbers or -inf.
 //
-// What K of the maxima of disjoint parts reach, at least K scores reach, and few more do: one pass finds such a bound, and another the
-// scores that reach it, which alone are ranked. At four times K parts about 1.2 K of evenly spread scores do.
+// If K of the maxima of disjoint parts reach a bound, then at least K scores reach it, and few more. One pass finds such a
+// bound, another collects the scores that reach it, and only these are ranked. With 4·K parts, about 1.2·K of evenly spread
+// scores reach it.
 inline bool rank_scores(const float* scores, int64_t count, Ranking& best) {
   constexpr int n = kLanes<float>;
   constexpr int64_t most_sets = 4 * kMostPairs / n;
@@ -115,8 +116,8 @@ inline bool rank_scores(const float* scores, int64_t count, Ranking& best) {
   return numbers;
 }
 
-// The highest sums of two ranked lists. A pair of ranks i and j is preceded by (i+1)·(j+1) - 1 others, so most are never looked at.
-// Pairs are shown in order of their ranks: of equal sums the lower ranks come first.
+// The highest sums of two ranked lists. A pair of ranks i and j is preceded by (i+1)·(j+1) - 1 others, so most are never looked
+// at. Pairs are visited in order of their ranks, so of equal sums the lower ranks come first.
 inline void rank_pairs(const Ranking& first, const Ranking& second, Ranking& pairs) {
   constexpr float kMost = std::numeric_limits<float>::max();
   const int64_t k = pairs.size;
@@ -130,8 +131,8 @@ inline void rank_pairs(const Ranking& first, const Ranking& second, Ranking& pai
   }
 }
 
-// The K highest pairs of one row of each list, `values` being null where they are not wanted. Where a score is NaN or +inf nothing is
-// ranked, and false is returned.
+// The K highest pairs of one row of each list, `values` is null if they are not wanted. If a score is NaN or +inf, nothing is
+// ranked and false is returned.
 inline bool search_pairs(const float* scores1, int64_t size1, const float* scores2, int64_t size2, int64_t top_k, float* values,
                          int64_t* ids) {
   Ranking first(top_k), second(top_k), pairs(top_k);

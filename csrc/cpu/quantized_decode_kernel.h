@@ -10,7 +10,7 @@ namespace {
 constexpr int kCodes = kLanes<float>;
 typedef int32_t SignedInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 
-// The next kCodes bytes, one per lane. Compilers make scalars of vectors that are no longer than a register of theirs.
+// The next kCodes bytes, one per lane. Compilers split vectors that are not longer than one of their registers into scalars.
 GOSSAMER_INLINE UInts unsigned_bytes(const uint8_t* from) {
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
   return (UInts)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -41,7 +41,7 @@ struct QuantizedMatrix {
 
   int64_t depth() const { return transposed ? weights->rows : weights->columns; }
   const uint8_t* row(int64_t n) const { return weights->data + (expert * weights->rows + n) * weights->row_bytes(); }
-  // The place of the scale of a row's first columns; the next ones' follow it.
+  // The position of the scale of a row's first columns; the scales of later columns follow.
   int64_t scales(int64_t n) const {
     return (expert * weights->scale_rows + (n >> weights->row_shift)) * weights->scale_columns;
   }
@@ -62,7 +62,7 @@ struct QuantizedMatrix {
         return to_scalar(static_cast<const Float16*>(w.scale)[at]);
     }
   }
-  // Calls f(load) with what loads kLanes scales from a place on; double quantisation has none.
+  // Calls f(load) with a function that loads kLanes scales from a position on; not for double quantisation.
   template <class F>
   inline __attribute__((always_inline)) void with_scale_loader(F&& f) const {
     const void* scales = weights->scale;
@@ -96,7 +96,7 @@ struct QuantizedMatrix {
   }
 
  private:
-  // Scales that are codes themselves.
+  // Scales that are stored as codes.
   Vec<float> nested(int64_t at, int count) const {
     const QuantizedWeights& w = *weights;
     const uint8_t* codes = static_cast<const uint8_t*>(w.scale) + at;
@@ -139,7 +139,7 @@ constexpr int kCodeBits = Format == WeightFormat::kFp8 || Format == WeightFormat
 template <WeightFormat Format>
 constexpr bool kHighFirst = Format == WeightFormat::kNf4;
 
-// What the codes of a format of four bits stand for; empty for eight bits, which are computed.
+// The values of the codes of a four-bit format; empty for eight-bit formats, whose values are computed.
 template <WeightFormat Format>
 class Codebook {
  public:
@@ -152,7 +152,7 @@ class Codebook {
     }
   }
 
-  // The values of the codes in the lowest four bits of the lanes, whatever the others are.
+  // The values of the codes in the lowest four bits of the lanes; other bits are ignored.
   inline __attribute__((always_inline)) Vec<float> at(UInts codes) const {
 #if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
     return (Vec<float>)_mm512_permutexvar_ps((__m512i)codes, _mm512_load_ps(values_));
@@ -168,7 +168,7 @@ class Codebook {
   }
 
 #if GOSSAMER_BF16_DOT
-  // The same of 16-bit lanes, rounded to bfloat16, which only the values of NF4 need.
+  // The same for 16-bit lanes, rounded to bfloat16; only NF4's values need the rounding.
   inline __attribute__((always_inline)) UInts terms_at(Terms codes) const {
     return (UInts)_mm512_permutexvar_epi16((__m512i)codes, _mm512_load_si512(terms_));
   }
@@ -190,7 +190,7 @@ class Codebook {
 
 constexpr uint32_t kSignBit = 0x80000000u;
 
-// The e4m3 number in the highest eight bits, whatever the others are; kNormal says that none is NaN, zero or subnormal.
+// The e4m3 number in the highest eight bits; other bits are ignored. With kNormal, none is NaN, zero or subnormal.
 template <bool kNormal = false>
 GOSSAMER_INLINE Vec<float> e4m3_value(UInts high) {
   const UInts magnitude = (high >> 4) & (0x7fu << 20);
@@ -352,8 +352,8 @@ GOSSAMER_INLINE void visit_format(WeightFormat format, F&& f) {
   }
 }
 
-// Whether products take the codes themselves, which the type of their terms holds, and scale sums: the rounding of scaled weights is
-// saved, and so is its time. Others take scaled weights, as dequantised.
+// Whether products use the codes themselves, which the type of their terms can hold, and scale the sums instead: this saves
+// rounding scaled weights, and its time. Other products use scaled weights, as dequantised.
 template <class P>
 constexpr bool kScalesSums = GOSSAMER_BF16_DOT && std::is_same_v<P, BFloat16Pair> && !kTiled<P>;
 
@@ -366,7 +366,8 @@ GOSSAMER_INLINE void store_decoded(T* to, Vec<float> v, int count) {
   }
 }
 
-// Columns c .. c+count of row n, c a multiple of a scale's: the codes alone, or with their scales.
+// Columns c .. c+count of row n, where c is a multiple of the columns of a scale: only the codes, or multiplied by their
+// scales.
 template <WeightFormat Format, bool kScaled, class T>
 GOSSAMER_INLINE void decode_run(const QuantizedMatrix& w, const Codebook<Format>& book, int64_t n, int64_t c, int64_t count,
                                 T* out) {

@@ -1,8 +1,8 @@
-// Products with quantised weights of one instruction set.
+// Products with quantised weights for one instruction set.
 //
-// Codes are decoded in registers where tokens are few, and into a tile of weights where they are many. Where kScalesSums holds, sums
-// are those of the codes themselves, each segment times the scale of its columns: a fresh sum every segment_columns(). A token's sums
-// are the same either way.
+// Codes are decoded in registers for few tokens, and into a tile of weights for many. With kScalesSums, sums are over the codes
+// themselves, and each segment of segment_columns() is multiplied by the scale of its columns. A token's sums are the same
+// either way.
 #pragma once
 
 #include "cpu/memory.h"
@@ -12,12 +12,12 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Tokens up to which codes are decoded with weight rows in the lanes: as many as leave registers for a vector of rows.
+// Maximum number of tokens for decoding with weight rows in the lanes: as many as leave registers for a vector of rows.
 constexpr int kFewQuantized = GOSSAMER_VECTOR_BYTES / sizeof(float);
-// Which products do so: tiles multiply as many rows at a time, and float64 has no use for it.
+// Which products do so: tiles multiply as many rows at a time anyway, and float64 does not need it.
 template <class P>
 constexpr bool kDecodesFew = !kTiled<P> && !std::is_same_v<P, double>;
-// Vectors of rows, which hide the latency of each other's additions.
+// Number of vectors of rows, which hide the latency of each other's additions.
 template <int Tokens>
 constexpr int kCodeVectors = Tokens < kFewQuantized ? 2 : 1;
 
@@ -27,7 +27,7 @@ GOSSAMER_INLINE int64_t quartered(const QuantizedMatrix&, int64_t tokens, int64_
   return tokens <= kFewQuantized || kTiled<P> ? 0 : units;
 }
 
-// Columns that are summed before the sum is added to the others.
+// Number of columns that are summed before the sum is added to the total.
 template <class P>
 int64_t segment_columns(const QuantizedMatrix& w) {
   if constexpr (kScalesSums<P>) return int64_t{1} << std::min(w.weights->column_shift, 8);
@@ -38,12 +38,12 @@ int64_t segment_columns(const QuantizedMatrix& w) {
 template <class P>
 constexpr int64_t kTileColumns = kDepth * kTerms<P>;
 
-// Columns of codes that are brought into the lanes together: a word of each of kLanes rows, as many times.
+// Number of columns of codes that are brought into the lanes together: a word of each of kLanes rows, kLanes times.
 template <WeightFormat Format>
 constexpr int kCodeColumns = kLanes<float> * kWordBits / kCodeBits<Format>;
 
-// A product's other operand: the tokens as columns of a panel and, where they are few, value by value along the depth those of all
-// tokens, `few_tokens` of them, without the panel's padding.
+// A product's other operand: the tokens as columns of a panel and, if there are few, also the values of all `few_tokens` tokens
+// for each index along the depth, without the panel's padding.
 template <class P>
 struct QuantizedOperand {
   Panel<P> panel;
@@ -88,13 +88,13 @@ class FewTokens {
   Scratch memory_;
 };
 
-// Memory for the products of a weight, of which only quantised ones need some.
+// Memory for the products of a weight; only quantised weights need it.
 template <class P, class W>
 FewTokens<P> few_tokens_memory(const W&, int64_t depth) {
   return std::is_same_v<W, QuantizedMatrix> && kDecodesFew<P> ? FewTokens<P>(depth) : FewTokens<P>();
 }
 
-// Consecutive rows of a matrix, as many vectors of them; the last one again where there are fewer.
+// Consecutive rows of a matrix, kVectors vectors of them; missing rows repeat the last one.
 template <int Vectors>
 struct CodeRows {
   static constexpr int kLanesOf = kLanes<float>, kRows = Vectors * kLanesOf;
@@ -160,7 +160,7 @@ struct CodeRows {
 // One step along the depth of few_tokens_product(): columns 0 .. count of it, `run` of which share a scale and a segment at most.
 template <class P>
 struct CodeStep {
-  const UInts* words;          // of one vector of rows after the other
+  const UInts* words;          // of the vectors of rows, one after another
   const uint8_t* const* rows;  // where they come from
   int64_t ahead;               // bytes from there to what is read next
   const P* x;
@@ -169,7 +169,7 @@ struct CodeStep {
   bool last;
 };
 
-// Adds a step to total[vector][token]. Sums of an unfinished segment are kept in `open`.
+// Adds a step to total[vector][token]. Sums of an unfinished segment stay in `open`.
 template <WeightFormat Format, int Tokens, class P>
 __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Codebook<Format>& book, Vec<SumOf<P>>* total,
                                              Vec<SumOf<P>>* open) {
@@ -188,7 +188,8 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
       for (int v = 0; v < vectors; ++v) {
         __builtin_prefetch(step.rows[v * lanes + i % lanes] + step.ahead + i / lanes * 64, 0, 2);
         const UInts word = step.words[v * words_of_step + i];
-        // Loaded again for each vector, as an operand of the product: kept values would not leave registers for the sums.
+        // Loaded again for each vector, as an operand of the product: keeping the values would leave too few registers for the
+        // sums.
         const P* factors = values;
         asm volatile("" : "+r"(factors));
         const auto add = [&](int place, Vec<P> weights) __attribute__((always_inline)) {
@@ -237,7 +238,7 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
   for (int i = 0; i < vectors * Tokens; ++i) open[i] = sum[i / Tokens][i % Tokens];
 }
 
-// c[row][token] = the products of the rows n .. n+count with Tokens tokens, which lie at x value by value.
+// c[row][token] = the products of the rows n .. n+count with Tokens tokens, stored at x index by index along the depth.
 template <WeightFormat Format, int Tokens, class P>
 void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, const P* x, SumOf<P>* c, int64_t c_stride) {
   using S = SumOf<P>;
@@ -261,7 +262,7 @@ void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, c
         scaled_to = std::min(at + lanes, w.weights->scale_columns);
         rows.gather_scales(w, at, static_cast<int>(scaled_to - at), scales);
       }
-      // Far enough for memory to answer: two steps on, in these rows or the next ones.
+      // Far enough ahead for memory to answer: two steps, in these rows or the next.
       const int64_t place = k + 2 * columns, past = place - (depth + columns - 1) / columns * columns;
       const int64_t ahead = past < 0 ? place * bits / 8 : height * w.weights->row_bytes() + past * bits / 8;
       add_code_step<Format, Tokens, P>({words, rows.row, ahead, x + k / kTerms<P> * Tokens, scales, last - k, run, segment,
@@ -278,7 +279,7 @@ void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, c
   }
 }
 
-// Whether the totals of a tile stay in registers beside its sums, as they should where segments are short, and the tiles for which
+// Whether a tile's totals stay in registers together with its sums, which helps if segments are short, and the tiles for which
 // they do.
 template <int Rows, int Vecs>
 constexpr bool kKeepsTotals = 2 * Rows * Vecs + Vecs < 30;

@@ -1,4 +1,4 @@
-// Frozen weights in few bits, in floating point again.
+// Dequantisation of frozen weights in few bits.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct QuantizedWeights {
   int64_t scale_rows, scale_columns;
   float factor = 1.0f;
   const float* code = nullptr;  // what NF4's codes stand for
-  // Of scale s at place i: nested_code[s] · nested_scale[i >> nested_shift] + offset.
+  // For scale s at position i: nested_code[s] · nested_scale[i >> nested_shift] + offset.
   const float *nested_code = nullptr, *nested_scale = nullptr;
   float offset = 0;
   int nested_shift = 0;

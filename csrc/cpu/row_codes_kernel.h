@@ -1,4 +1,4 @@
-// Rows of codes in steps: numbers become codes, and scales learn. Formulas: python/gossamer/_row_codes.py.
+// Optimizer steps on rows of codes: rounding values to codes, and training scales. Formulas: python/gossamer/_row_codes.py.
 #pragma once
 
 #include "cpu/step_kernel.h"
@@ -31,7 +31,7 @@ GOSSAMER_INLINE Vec<float> round_to_code(Vec<float> v, bool stochastic, UInts u)
   return draw < v - whole ? whole + 1.0f : whole;
 }
 
-// Row `number` as codes of a scale.
+// Rounds row `number` to codes of a scale.
 template <class T>
 GOSSAMER_INLINE void write_codes(const StepRule& rule, uint64_t number, const float* w, float scale, T* codes, int64_t dim) {
   const bool stochastic = rule.stochastic_rounding;

@@ -35,7 +35,7 @@ class RowsMemory {
                             : allocate_scratch(kPack * sizeof(P) + (kTiled<P> ? 1 : kRowGroups) * sums_size_ * sizeof(S))) {}
 
   P* pack(int64_t group = 0) const { return reinterpret_cast<P*>(memory_.get()) + group * kPackSize<P>; }
-  // Sums of a group, kGroup of each token.
+  // Sums of a group, kGroup per token.
   S* sums(int64_t group = 0) const { return reinterpret_cast<S*>(memory_.get() + kPack * sizeof(P)) + group * sums_size_; }
 
  private:

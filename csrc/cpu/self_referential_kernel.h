@@ -1,4 +1,4 @@
-// The recurrence of self-referential weight matrices, of one instruction set.
+// The recurrence of self-referential weight matrices for one instruction set.
 #pragma once
 
 #include "cpu/activation_kernel.h"
@@ -19,7 +19,7 @@ struct PaddedMatrix {
 
   S* row(int64_t i) const { return base + i * stride; }
 
-  // Row by row from dense rows, with those of `more` added unless it is null.
+  // Loads dense rows and adds those of `more` unless it is null.
   void load_rows(const S* from, const S* more) const {
     for (int64_t i = 0; i < rows; ++i) {
       S* to = row(i);
@@ -28,7 +28,7 @@ struct PaddedMatrix {
     }
   }
 
-  // To dense rows, less those of `base_rows` unless it is null.
+  // Stores dense rows, minus those of `base_rows` unless it is null.
   void store_rows(S* to, const S* base_rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t v = 0; v < columns; ++v) {
@@ -196,7 +196,7 @@ void self_referential_backward_typed(const SelfReferentialBackwardArgs& args, in
       std::fill_n(m.gradient.base, d * m.stride, S(0));
     }
     for (int64_t segment = args.segments(); segment-- > 0;) {
-      // Steps are undone from a kept matrix: so rounding adds up over one segment at most.
+      // Steps are undone starting from a saved matrix, so rounding accumulates over at most one segment.
       m.w.load_rows(at(args.kept, (problem * args.segments() + segment) * matrix), nullptr);
       const int64_t first = segment * args.segment, last = std::min(args.tokens, first + args.segment);
       for (int64_t t = last; t-- > first;) {

@@ -6,7 +6,8 @@
 
 namespace gossamer {
 
-// B sequences of T rows each, or those that `offsets` cuts the rows of a batch of one into. Rows are counted through all of
+// B sequences of T rows each, or the sequences into which `offsets` divides the rows of a batch of one. Rows are counted
+// through all of
 // them: sequence n holds rows begin(n) to begin(n + 1).
 struct Sequences {
   int64_t count, length;

@@ -15,7 +15,7 @@
 namespace gossamer {
 namespace {
 
-// Sorted entries that a thread takes at a time.
+// Number of sorted entries that a thread takes at a time.
 constexpr int64_t kUnit = 2048;
 
 // Which ids of the lists contribute, as linear rows.
@@ -81,7 +81,7 @@ class Update {
     means_ = bags.mean;
     for (int64_t f = 0; f < bags.num_features; ++f) means_ |= bags.features[f].mean != 0;
     if (means_) workspace_.reserve(bag_scale_, bags.num_bags);
-    // In doubles: enough for the vectors of either type, and a vector to spare.
+    // In doubles: enough for vectors of either type, plus one vector.
     workspace_.reserve(scratch_, num_threads * scratch_size());
     workspace_.allocate();
   }
@@ -109,8 +109,8 @@ class Update {
   }
 
  private:
-  // Of a table of codes also the row as numbers and, where its scale is trained, the gradient as it was; of blocks the sums of
-  // those that overlap.
+  // For a table of codes also the row as floats and, if its scale is trained, the original gradient; for blocks the sums of
+  // overlapping ones.
   int64_t scratch_size() const {
     return (args_.scales || args_.blocks ? 2 * args_.dim : args_.dim) + (args_.blocks ? kBlockSums : 0) + 64;
   }
@@ -118,8 +118,8 @@ class Update {
   // Whether ids were left out, once they are listed.
   bool leaves_out(Team team) const { return counts_[team.size] < positions_; }
 
-  // Writes the entries of this thread's bags where they begin if no id before them is left out; where one is, behind those of
-  // lower threads in the other array.
+  // Writes the entries of this thread's bags at their position without skipped ids; if earlier ids are skipped, after the
+  // entries of lower threads in the other array.
   void list(Team team) {
     const Bags& bags = args_.bags;
     const auto [low, high] = team.share(bag_cost(bags, bags.num_bags));
@@ -155,7 +155,7 @@ class Update {
     const auto after = [](Word row, const Entry<Word>& entry) { return row < entry.row; };
     for (int64_t i = begin; i < end; i += kPiece) {
       const Word row = sorted[i].row;
-      // The first multiple within a run speaks for it.
+      // The thread with the first multiple within a run handles the run.
       if (i >= kPiece && sorted[i - kPiece].row == row) continue;
       const int64_t first = std::lower_bound(sorted, sorted + i, row, before) - sorted;
       if (first + kPiece >= count || sorted[first + kPiece].row != row) continue;

@@ -38,7 +38,7 @@ struct StepRule {
   double l1, l2, clip_value, clip_norm;
   bool stochastic_rounding;
   uint64_t seed;
-  // Of step t, as at(t) fills them in: 1 − β1ᵗ, 1 − β2ᵗ, and what the rounding's generator has in common for all rows.
+  // Values for step t, set by at(t): 1 − β1ᵗ, 1 − β2ᵗ, and the part of the rounding generator's state that all rows share.
   double correction1 = 0, correction2 = 0;
   uint64_t step_key = 0;
 
@@ -54,7 +54,8 @@ inline uint64_t mix64(uint64_t z) {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
 
-// A state of the dtype that the table is accumulated in: like the table, or a value per row. Its base is null for none.
+// A state in the dtype in which the table is accumulated: shaped like the table, or one value per row. Its base is null if
+// there is no state.
 struct StateArray {
   void* base;
   int64_t row_stride;
@@ -66,7 +67,7 @@ struct UpdateArgs {
   StateArray state1, state2;
   int64_t num_rows, dim;  // all rows and the largest dim with features
   RowScales scales;
-  double scale_rate;  // what a scale moves by for a slope of one; 0 where scales are not trained
+  double scale_rate;  // change of a scale for a slope of one; 0 if scales are not trained
   FloatMatrix dout;   // (B, D), column stride 1, of the table's dtype or what it is accumulated in
   Bags bags;
   const int32_t* argmax;  // (B, D) contiguous, or null
@@ -76,18 +77,18 @@ struct UpdateArgs {
   bool blocks = false;
 };
 
-// Elements beside a block whose sums a thread holds before it steps on them.
+// Number of elements next to a block whose sums a thread holds before it steps on them.
 constexpr int64_t kBlockSums = 1024;
 
-// The ids that contribute, sorted by (linear) row, stably. An entry's source is its bag where neither weights nor argmax
-// need its position, else its position.
+// The ids that contribute, sorted by (linear) row, stably. An entry's source is its bag if neither weights nor argmax need its
+// position, else its position.
 template <class Word>
 struct Entry {
   Word row, source;
 };
 
-// Runs of one row longer than this are summed in pieces of so many entries, whose sums are then added in order. So the sum
-// of a run depends on nothing but the run, and one row that takes half of a batch keeps all threads busy.
+// Runs of one row longer than this are summed in pieces of this many entries, whose sums are then added in order. So a run's
+// sum depends only on the run, and a row with half of a batch's entries keeps all threads busy.
 constexpr int64_t kPiece = 128;
 
 struct LongRun {
@@ -98,8 +99,8 @@ struct SortedIds {
   const void* entries;
   bool wide;  // Entry<uint64_t>, else Entry<uint32_t>
   int64_t count;
-  const int64_t* bag_of;    // the bag of each position, or null where sources are bags
-  const double* bag_scale;  // 1 over the bag's ids that contribute, or null where no feature takes a mean
+  const int64_t* bag_of;    // the bag of each position, or null if sources are bags
+  const double* bag_scale;  // 1 over the number of the bag's contributing ids, or null if no feature takes a mean
   const LongRun* long_runs;
   int64_t num_long_runs;
   void* partials;  // (pieces, dim) sums in the accumulator's type

@@ -1,4 +1,4 @@
-// Sums of the gradients of sorted rows, and the steps on them, of one instruction set.
+// Sums of the gradients of sorted rows, and optimizer steps on them, for one instruction set.
 #pragma once
 
 #include "cpu/gather_reduce_kernel.h"
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kDoutAhead = 4;
 constexpr int64_t kRowAhead = 24;
 
-// What one entry adds to its row: a row of dout times a factor.
+// An entry's contribution to its row: a row of dout times a factor.
 template <class G>
 struct Addend {
   const G* dout;
@@ -22,7 +22,7 @@ struct Addend {
   int32_t local;
 };
 
-// The entry at a place: of that width or, for Any, of the width that the ids have.
+// The entry at a position: of the given width or, for Any, of the ids' width.
 struct Any {};
 template <class Word = Any>
 GOSSAMER_INLINE Entry<uint64_t> entry_at(const SortedIds& ids, int64_t place) {
@@ -115,7 +115,7 @@ __attribute__((noinline)) void sum_entries(const UpdateArgs& a, const SortedIds&
   }
 }
 
-// Where a row and its states lie.
+// The addresses of a row and its states.
 struct RowPlace {
   int64_t row, local, element, dim;
 
@@ -195,7 +195,7 @@ GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t
     const uint64_t row = row_at(i);
     int64_t stop = i + 1;
     while (stop < ids.count && row_at(stop) == row) ++stop;
-    // Every entry once, up to those of a run of ordinary length.
+    // Every entry is visited once, up to the end of a run of ordinary length.
     for (int64_t ahead = i; ahead < std::min(stop, i + kPiece); ++ahead) {
       const int64_t next = ahead + kRowAhead;
       if (next < ids.count && row_at(next) != row_at(next - 1)) prefetch_place<T, Word, kRowBytes>(a, ids, next);
@@ -240,8 +240,8 @@ GOSSAMER_INLINE void descend(const UpdateArgs& a, int64_t row, Accumulator<T> ke
   }
 }
 
-// Row-wise Adagrad's steps on rows of kVectors vectors, several at a time: of one alone, the sum of its lanes, the root and
-// the quotient are a chain that takes longer than all else.
+// Row-wise Adagrad's steps on rows of kVectors vectors, several at a time: for a single row, the dependent chain of lane sum,
+// root and quotient takes longer than everything else.
 template <int kVectors, class T>
 class AdagradRows {
  public:
@@ -319,7 +319,7 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
   if (adagrad) adagrad_rows.step();
 }
 
-// Calls update_short_rows where it serves; false where it does not.
+// Calls update_short_rows if it applies; otherwise returns false.
 template <class T, class G, class Word>
 bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end) {
   using S = Accumulator<T>;
@@ -343,8 +343,8 @@ bool update_as_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t beg
   }
 }
 
-// The step on a row of codes: on the numbers they stand for, in `w`, which become codes again by the new scale. `w` has room
-// for the row and for the gradient as the rule is given it.
+// The step on a row of codes: decodes the row into `w`, steps it, and rounds it to codes of the new scale. `w` has room for the
+// row and for the gradient passed to the rule.
 template <class T>
 GOSSAMER_INLINE void step_codes(const UpdateArgs& a, const RowPlace& place, float* grad, float* w) {
   T* codes = static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride);
@@ -417,7 +417,7 @@ GOSSAMER_INLINE void step_elements(const UpdateArgs& a, int64_t first, int64_t c
   const auto state = [&](const StateArray& array) { return array.base ? static_cast<S*>(array.base) + first : nullptr; };
   S *state1 = state(a.state1), *state2 = state(a.state2);
   StepRule each = rule;
-  // Of a row of one element, these rules have the value of that element for a row's; the mean of one square is the square.
+  // For rows of one element, a row's value equals the element's value in these rules: the mean of one square is the square.
   if (rule.algorithm == Algorithm::kPartialRowwiseAdam) each.algorithm = Algorithm::kAdam;
   const bool rows_of_one = rule.algorithm == Algorithm::kLamb || rule.clip_norm <= std::numeric_limits<double>::max() ||
                            (sizeof(T) == 2 && rule.stochastic_rounding);
@@ -448,7 +448,7 @@ void update_block_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin
   const int64_t dim = a.dim, room = kBlockSums + 2 * dim;
   const auto start = [&](int64_t entry) { return static_cast<int64_t>(entry_at(ids, entry).row); };
   const int64_t first = start(begin), last = end < ids.count ? start(end) : std::numeric_limits<int64_t>::max();
-  // Blocks of one first element are all the business of the range in which they end.
+  // Blocks with the same first element all belong to the range in which they end.
   int64_t entry = begin;
   while (entry > 0 && start(entry - 1) > first - dim) --entry;
   int64_t base = first, covered = first;  // sums hold the elements from base on, of which blocks cover those below `covered`

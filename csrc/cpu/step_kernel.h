@@ -68,7 +68,7 @@ GOSSAMER_INLINE Vec<float> round_to(Float16, Vec<float> x, UInts u) {
   const Vec<float> rounded = (Vec<float>)((bits + (u & 0x1fffu)) & 0xffffe000u);
   const Vec<float> magnitude = (Vec<float>)(bits & 0x7fffffffu);
   const Ints small = magnitude < 0x1p-14f;
-  // Zero where it is not wanted: converting large numbers to integers is undefined.
+  // Zero if not wanted, because converting large numbers to integers is undefined.
   const Vec<float> grid = small ? magnitude * 0x1p24f : Vec<float>{};
   const Vec<float> whole = __builtin_convertvector(__builtin_convertvector(grid, Ints), Vec<float>);
   const Vec<float> draw = __builtin_convertvector((Ints)(u >> 8), Vec<float>) * 0x1p-24f;
@@ -78,7 +78,7 @@ GOSSAMER_INLINE Vec<float> round_to(Float16, Vec<float> x, UInts u) {
   return (bits & 0x7f800000u) == 0x7f800000u ? x : finite;
 }
 
-// Writes new weights, rounded as the rule says.
+// Writes new weights, rounded according to the rule.
 template <class T>
 struct RowWriter {
   T* row;
@@ -97,7 +97,7 @@ struct RowWriter {
   }
 };
 
-// Clips a row's gradient in place and adds weight decay to it where the rule says so.
+// Clips a row's gradient in place and adds weight decay to it if the rule requires it.
 template <class T, class S>
 GOSSAMER_INLINE void prepare_gradient(const StepRule& rule, const T* w, S* grad, int64_t dim) {
   if (rule.clip_value <= std::numeric_limits<double>::max()) {
@@ -143,7 +143,7 @@ GOSSAMER_INLINE void lamb(const StepRule& rule, T* w, S* m, S* v, S* grad, int64
   const S rest1 = static_cast<S>(1 - rule.beta1), rest2 = static_cast<S>(1 - rule.beta2);
   const S correct1 = static_cast<S>(1 / rule.correction1), correct2 = static_cast<S>(1 / std::sqrt(rule.correction2));
   const S decay = static_cast<S>(rule.weight_decay);
-  // The gradient's place takes q.
+  // q overwrites the gradient.
   over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
     const Vec<S> g = load_n(grad + c, n);
     const Vec<S> first = b1 * load_n(m + c, n) + rest1 * g;
@@ -197,7 +197,7 @@ __attribute__((noinline)) void step_row(const StepRule& rule, int64_t number, T*
     case Algorithm::kRowwiseAdagrad: {
       *state1 += mean_square(grad, dim);
       const S step = lr / (std::sqrt(*state1) + eps);
-      // Of a zero gradient at a zero sum with ε = 0, the quotient is not a number in the formula either.
+      // For a zero gradient at a zero sum with ε = 0, the quotient is NaN in the formula too.
       return over_row<S>(dim, [&](int64_t c, int n) __attribute__((always_inline)) {
         write(c, keep * load_n(w + c, n) - step * load_n(grad + c, n), n);
       });

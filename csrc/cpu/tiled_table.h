@@ -1,5 +1,5 @@
-// Entries of the kernel tables of an instruction set that may have tiles. Those of AMX multiply bfloat16 alone: products of
-// other values, and kernels that use no tiles, are those of avx512_bf16.
+// Entries of the kernel tables of an instruction set that may have tiles. AMX only multiplies bfloat16: products of other
+// types, and kernels without tiles, come from avx512_bf16.
 #pragma once
 
 #include "cpu/tile_kernel.h"

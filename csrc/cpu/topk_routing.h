@@ -5,7 +5,7 @@
 
 namespace gossamer {
 
-// The most experts of a token, and groups that it may use, as ops/topk_routing.py says: each takes a look at all.
+// The maximum number of experts per token and of groups, as in ops/topk_routing.py: each choice scans all scores.
 constexpr int64_t kMostChosen = 64;
 
 // The rules of gossamer.nn.softmax_topk and sigmoid_topk.
@@ -17,10 +17,10 @@ struct RouterArgs {
 };
 
 // A choice of experts until their probabilities reach a sum, by gossamer.nn.softmax_top_p (exceed) and softmax_threshold. The
-// router's `experts` are then the logits of a token, null experts' among them, and its `top_k` slots enough for any token.
+// router's `experts` then counts a token's logits, including those of null experts, and `top_k` slots suffice for any token.
 struct MassRule {
-  int64_t num_experts;  // logits from here on are of null experts, which get no slot
-  int64_t max_ranks;    // choices of a token, null ones among them
+  int64_t num_experts;  // logits from here on belong to null experts, which get no slot
+  int64_t max_ranks;    // choices per token, including null experts
   float mass;
   bool exceed;  // whether the sum must pass the mass, or may equal it
 };
@@ -30,7 +30,8 @@ struct TopkRoutingArgs : RouterArgs {
   const float* bias;  // (E,) or null, of sigmoid scores
   int64_t* ids;       // (T, K)
   float* weights;     // (T, K)
-  // Null for top_k experts per token. Else groups and bias do not count, and slots without an expert have the id num_experts.
+  // Null for top_k experts per token. Otherwise groups and bias are not used, and slots without an expert have the id
+  // num_experts.
   const MassRule* until = nullptr;
 };
 

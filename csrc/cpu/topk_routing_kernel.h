@@ -8,13 +8,13 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// What a masked expert has for a logit and a choice: below all others, but above what is no expert.
+// The logit and choice of a masked expert: below all other experts, but above padding.
 constexpr float kMasked = std::numeric_limits<float>::lowest();
 constexpr float kNoExpert = -std::numeric_limits<float>::infinity();
-// Keeps the normalisation of sigmoid scores finite where all of them underflow, as ops/topk_routing.py says.
+// Keeps the normalisation of sigmoid scores finite where all of them underflow, as in ops/topk_routing.py.
 constexpr float kScoreEpsilon = 1e-20f;
 
-// The place of the highest of whole vectors of values, the first of equal ones.
+// The position of the highest value in whole vectors of values, the first of equal ones.
 inline int64_t highest_place(const float* values, int64_t count) {
   constexpr int n = kLanes<float>;
   Vec<float> best = load(values);
@@ -39,7 +39,7 @@ inline int64_t highest_place(const float* values, int64_t count) {
   return place;
 }
 
-// The highest of the values shown so far, in descending order; the first one shown of equal ones.
+// The highest of the values seen so far, in descending order; of equal values the first one seen.
 struct Highest {
   int64_t size;
   float value[kMostChosen];
@@ -62,7 +62,7 @@ struct Highest {
   }
 };
 
-// The token's logits cleaned, its scores and what experts are chosen by; each with room for whole vectors.
+// The token's cleaned logits, its scores, and the values by which experts are chosen; each with room for whole vectors.
 struct TokenScores {
   float *x, *score, *choice;
 };
@@ -89,7 +89,7 @@ inline void mask_groups(const TopkRoutingArgs& a, float* choice) {
   }
 }
 
-// A token's logits as they count: NaN and what lies below all numbers as a masked expert's, infinity as the largest number.
+// Cleans a token's logits: NaN and −inf become a masked expert's logit, +inf the largest finite number.
 GOSSAMER_INLINE Vec<float> cleaned(const float* logits, int valid) {
   Vec<float> x = load_valid(logits, valid);
   x = x > kMasked ? x : splat(kMasked);
@@ -123,7 +123,7 @@ inline Vec<float> clean_row(const float* logits, int64_t experts, float* x) {
   return top;
 }
 
-// Fills the token's scores: σ(x) and what its bias makes of it, or e^(x − highest), whose sum is returned, and x.
+// Fills the token's scores and choices: σ(x) and its biased value, or e^(x − highest), whose sum is returned, and x.
 inline float fill_scores(const TopkRoutingArgs& a, const float* logits, const TokenScores& token) {
   constexpr int n = kLanes<float>;
   Vec<float> top = splat(kMasked);
@@ -215,14 +215,14 @@ void topk_routing(const TopkRoutingArgs& a, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) a.until ? route_until(a, t, token) : route_token(a, t, token);
 }
 
-// Finds what flows back to the chosen experts' logits. Where weights are shares of all experts, what is returned flows back to every
-// logit, times its expert's share.
+// Computes the gradients of the chosen experts' logits. If weights are shares among all experts, the returned value times an
+// expert's share is also part of every logit's gradient.
 inline float chosen_gradients(const TopkRoutingBackwardArgs& a, int64_t t, float* dpicked) {
   const int64_t* ids = a.ids + t * a.top_k;
   const float *weights = a.weights + t * a.top_k, *dweights = a.dweights + t * a.top_k, *logits = a.logits + t * a.row_stride;
   float sum = 0, total = kScoreEpsilon;
   for (int64_t k = 0; k < a.top_k; ++k) {
-    // Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
+    // Slots without an expert and slots whose score underflows have weight 0 and pass no gradient.
     const bool live = weights[k] > 0;
     dpicked[k] = live ? dweights[k] : 0;
     if (!a.sigmoid) sum += dpicked[k] * weights[k];
@@ -266,13 +266,13 @@ void topk_routing_backward(const TopkRoutingBackwardArgs& a, int64_t begin, int6
     if (over_all) {
       const Vec<float> top = clean_row(logits, a.experts, x);
       const float total = exponentials(x, a.experts, top, share_of), factor = total > 0 ? to_all / total : 0;
-      // A constant stands for a logit that is not finite, and takes no gradient.
+      // A logit that is not finite was replaced by a constant, so it gets no gradient.
       for (int64_t e = 0; e < a.experts; ++e) to[e] = std::isfinite(logits[e]) ? share_of[e] * factor : 0;
     } else {
       std::fill_n(to, a.experts, 0.0f);
     }
     for (int64_t k = 0; k < a.top_k; ++k) {
-      // A slot without an expert may have an id that no logit has.
+      // A slot without an expert may have an id without a logit.
       if (!(a.weights[t * a.top_k + k] > 0)) continue;
       const int64_t e = a.ids[t * a.top_k + k];
       if (std::isfinite(logits[e])) to[e] += dpicked[k];

@@ -18,8 +18,8 @@ struct Where {
   void* stream;
 };
 
-// Rows of expert e are offsets[e] .. offsets[e+1]; row r is slot slots[r] of num_slots. At least 1 row, slot and expert, below 2^31.
-// What the two hold is brought into range where it is read, for nobody has looked at it on the host.
+// Rows of expert e are offsets[e] .. offsets[e+1]; row r is slot slots[r] of num_slots. At least 1 row, slot and expert, below
+// 2^31. Values of offsets and slots are brought into range when they are read, because the host has not checked them.
 struct RoutingView {
   const int32_t* slots;
   const int32_t* offsets;

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 4) missing_kernel(Table t, HashBatch
   }
 }
 
-// One warp looks for the pending positions in order, and one lane serves them.
+// One warp finds the pending positions in order, and one lane processes them.
 __global__ void __launch_bounds__(kWarp) finish_kernel(Table t, HashBatch b) {
   if (*b.leaving == 0) return;
   const int lane = threadIdx.x;

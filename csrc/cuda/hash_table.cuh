@@ -33,14 +33,14 @@ const char* hash_table_find(const hash_table::Table& table, const HashKeys& keys
 // partitions[i] is the number of partitions for these, and the partition of each other key, whose status is kRefused.
 const char* hash_table_stamp(const hash_table::Table& table, const HashKeys& keys, const hash_table::Batch& batch,
                              const hash_table::Results& results, int32_t* partitions, int device, void* stream);
-// Serves the keys that are in the table; the others have status kRefused then.
+// Processes the keys that are in the table; afterwards the others have status kRefused.
 const char* hash_table_present(const hash_table::Table& table, const HashBatch& batch, int device, void* stream);
-// Serves the other keys, one warp per partition, and then those whose search leaves its partition.
+// Processes the other keys, one warp per partition, and then those whose search leaves its partition.
 const char* hash_table_missing(const hash_table::Table& table, const HashBatch& batch, int device, void* stream);
 // out[i] = table[slots[i]], zeros for -1; rows are bytes.
 const char* gather_rows(const char* table, int64_t row_bytes, const int64_t* slots, int64_t count, char* out, int device,
                         void* stream);
-// table[slots[i]] = rows[i], or zeros for null rows, where position i made its row.
+// table[slots[i]] = rows[i], or zeros for null rows, for positions i that created their row.
 const char* start_rows(char* table, int64_t row_bytes, const int64_t* slots, const uint8_t* status, int64_t count,
                        const char* rows, int device, void* stream);
 // array[slots[i]] = value for `size` items of 8 bytes or 1; slots outside skipped.

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/hopper/ where sm_90a is not compiled for.
+// Replaces csrc/cuda/hopper/ in builds without sm_90a.
 #include "cuda/expert_mlp.cuh"
 #include "cuda/grouped_matmul.cuh"
 

@@ -27,7 +27,7 @@ GOSSAMER_HD float exponential(float x) {
 #endif
 }
 
-// Good to 2^-21, which no 16-bit result shows.
+// Accurate to 2^-21, which is invisible in 16-bit results.
 GOSSAMER_HD float sigmoid(float x) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(1.0f, 1.0f + __expf(-x));
@@ -71,7 +71,7 @@ GOSSAMER_HD Slope activate(float g, const ActivationForm& form) {
   }
 }
 
-// What the activated gate is multiplied with, and its derivative.
+// The factor of the activated gate, and its derivative.
 template <int kCode>
 GOSSAMER_HD Slope up_factor(float u, const ActivationForm& form) {
   if constexpr (kCode != kClampedSilu) return {u, 1.0f};
@@ -103,7 +103,7 @@ GOSSAMER_HD void with_code(int code, Body&& body) {
   }
 }
 
-// The outputs of an activation for one gate and up value, and what the gradient `dact` of the output makes of them.
+// The outputs of an activation for one gate and up value, and their gradients for the output's gradient `dact`.
 struct GluGradient {
   float act, dgate, dup;
 };

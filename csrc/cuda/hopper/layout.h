@@ -63,8 +63,8 @@ GOSSAMER_HD constexpr uint32_t staging_offset(int row, int unit) {
 // The row that a lane reads, less 8 in the second half; its columns are 8 * (lane % 4) and on.
 GOSSAMER_HD constexpr int staging_row(int lane) { return ((lane >> 3) & 3) | ((lane >> 2 & 1) << 2); }
 
-// Shared memory of a block: panels start at multiples of 1024, which the start of dynamic shared memory need not be; two
-// pieces of staging for each of eight warps; two barriers a stage, and two for the turns.
+// Shared memory of a block: panels start at multiples of 1024, which the start of dynamic shared memory need not be; two pieces
+// of staging for each of eight warps; two barriers per stage, and two for the turns.
 constexpr int kSharedLimit = 232448;
 constexpr int kConsumerWarps = 8;
 constexpr int kWarpStaging = 2 * kStagingBytes;

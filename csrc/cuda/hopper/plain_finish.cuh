@@ -24,7 +24,7 @@ struct PlainFinish {
     return static_cast<T*>(p.y) + to * p.stride_y;
   }
 
-  // Rows that no expert has become zero, a warp at a time.
+  // Rows without an expert become zero, one warp at a time.
   static __device__ void prepare(const Params& p) {
     if (!p.zero_dropped) return;
     constexpr int kWarps = 2 * kWarpsPerGroup;

@@ -1,4 +1,4 @@
-// Rows of ragged groups times their expert's weight: loads and products. A Finish decides what becomes of a tile.
+// Rows of ragged groups times their expert's weight: loads and products. A Finish processes the finished tile.
 #pragma once
 
 #include "cuda/hopper/epilogue.cuh"

@@ -8,7 +8,7 @@
 
 namespace gossamer::hopper {
 
-// Row tiles that pass over all column tiles together, so that they and one weight tile stay in L2.
+// Number of row tiles that pass over all column tiles together, so that they and one weight tile stay in L2.
 constexpr int kGroupRows = 8;
 constexpr int kLanes = 32;
 

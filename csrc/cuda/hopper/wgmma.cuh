@@ -55,7 +55,7 @@ namespace gossamer::hopper {
                : GOSSAMER_OPERANDS_##R                                                                 \
                : "l"(a), "l"(b), "r"(add), "n"(kMnA ? 1 : 0), "n"(kMnB ? 1 : 0))
 
-// `add` 0 writes D, 1 adds to it. kMnA and kMnB say whether M of A, and N of B, is what lies contiguous.
+// `add` 0 writes D, 1 adds to it. kMnA and kMnB: whether M of A, and N of B, is the contiguous dimension.
 template <typename T, int kN, bool kMnA, bool kMnB>
 __device__ __forceinline__ void mma(float (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t add) {
   static_assert(kN == 128 || kN == 192 || kN == 256);
