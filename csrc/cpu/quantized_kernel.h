@@ -94,7 +94,7 @@ FewTokens<P> few_tokens_memory(const W&, int64_t depth) {
   return std::is_same_v<W, QuantizedMatrix> && kDecodesFew<P> ? FewTokens<P>(depth) : FewTokens<P>();
 }
 
-// Consecutive rows of a matrix, kVectors vectors of them; missing rows repeat the last one.
+// Consecutive rows of a matrix, `Vectors` vectors of them; missing rows repeat the last one.
 template <int Vectors>
 struct CodeRows {
   static constexpr int kLanesOf = kLanes<float>, kRows = Vectors * kLanesOf;

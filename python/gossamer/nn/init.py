@@ -1,4 +1,4 @@
-"""First values of tables."""
+"""Initial values of tables."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def from_text_embeddings(
     std: float | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
-    """A table from wide vectors of the items' texts: D of their columns, with nothing trained.
+    """A table from wide text vectors of the items, by selecting D of their columns, without training.
 
-    ``W = scale·Z[:, S]`` with D columns S of those that vary over the items, in ascending order:
+    ``W = scale·Z[:, S]`` with D columns S, in ascending order, out of those that vary over the items:
 
     - ``"uniform"``: spread evenly, ``S_i = ⌊i·C/D⌋`` of the C columns that vary;
     - ``"random"``: drawn from a seed;
-    - ``"variance"``: those of the largest variance over the items, the first among equals.
+    - ``"variance"``: those with the largest variance over the items; among equal ones the first.
 
     Args:
         vectors: Z, ``(N, D')`` floating, one row per item.
         embedding_dim: D.
-        select: which columns.
+        select: how columns are selected.
         standardize: whether each column gets mean 0 and variance 1 first.
         std: standard deviation of all entries of the result; by default ``1/√(3N)``, that of entries uniform in
             ``±1/√N``. NaN entries are an error.
-        seed: of ``"random"``.
+        seed: seed of ``"random"``.
 
     Returns:
         ``(N, D)`` in the dtype and on the device of ``vectors``, for ``weight.copy_`` or ``_weight=``.

@@ -1,4 +1,4 @@
-"""Checks for layers that change themselves, under wrappers that replicate or shard a model over processes."""
+"""Checks for layers with a step in their backward pass, under wrappers that replicate or shard a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a shard, a ``DTensor``."""
-    # Slow to import, so only once a model is sharded.
+    # Imported only for sharded models, because the import is slow.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
@@ -22,10 +22,10 @@ EVALUATES_MODULES = tuple(int(part) for part in torch.__version__.split(".")[:2]
 
 
 def evaluated_when_compiled(function: Callable) -> Callable:
-    """Make a function of modules one that compilers call while tracing, taking its result as a constant.
+    """Make compilers call a function of modules while tracing, and treat its result as a constant.
 
-    What ``torch.compiler.assume_constant_result`` makes of it; that loads the compiler, which an import must not. Where
-    the compiler cannot, the function is left out of what it compiles, as if it gave None.
+    Applies ``torch.compiler.assume_constant_result`` on first use, because that loads the compiler, which an import
+    must not do. If the compiler does not support it, compiled code skips the function, as if it returned None.
     """
     if EVALUATES_MODULES:
         function._dynamo_marked_constant = True
@@ -39,11 +39,10 @@ def evaluated_when_compiled(function: Callable) -> Callable:
 
 
 def check_alone(layer: nn.Module) -> None:
-    """Refuse a step in the backward pass of a replica, which would diverge from the other copies.
+    """Raise an error for a step in the backward pass of a replica, which would diverge from the other copies.
 
-    ``DistributedDataParallel`` averages gradients, and such a step leaves none. A layer that the model says is not to
-    be kept equal, by naming its parameter, its buffers or itself in ``_ddp_params_and_buffers_to_ignore``, is let
-    through.
+    ``DistributedDataParallel`` averages gradients, and such a step leaves none. A layer is exempt if the model lists
+    its parameter, its buffers or the layer itself in ``_ddp_params_and_buffers_to_ignore``.
 
     Raises:
         ValueError: the layer is called in the forward pass of ``DistributedDataParallel`` over several processes.

@@ -1,4 +1,4 @@
-"""The role of a schedule, and those that pruning uses."""
+"""The role of a schedule, and the schedules that pruning uses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gossamer._checks import check_positive, check_sizes
 class Schedule:
     """A share in [0, 1] for each training step, such as the share of blocks that are stored or regrown.
 
-    A schedule keeps no state: :meth:`density` is a pure function of the step, so training that resumes at a step goes
-    on as if it had never stopped.
+    A schedule keeps no state: :meth:`density` is a pure function of the step, so training that resumes at a step
+    continues as if it had never stopped.
     """
 
     def density(self, step: int) -> float:

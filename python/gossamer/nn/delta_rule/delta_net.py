@@ -11,6 +11,6 @@ class DeltaNet(DeltaRuleLayer):
     ``S_t = (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ`` and ``o_t = S_tᵀ q_t / √D_k``, normalised by head. Arguments and
     attributes are those of :class:`DeltaRuleLayer`.
 
-    Use it where associations must be overwritten exactly, and sequences are short enough that nothing else need be
+    Use it where associations must be overwritten exactly and sequences are so short that nothing else need be
     forgotten; :class:`GatedDeltaNet` forgets faster.
     """

@@ -26,7 +26,7 @@ class DeltaRuleState(NamedTuple):
 
 
 class DeltaRuleLayer(nn.Module):
-    """A linear-attention layer whose state follows the delta rule; subclasses choose the decay and the output's gate.
+    """A linear-attention layer whose state follows the delta rule; subclasses define the decay and the output gate.
 
     ``q, k, v = SiLU(conv(x·W_qkvᵀ))`` with a causal depthwise convolution, ``β = σ(x·W_βᵀ)``, then
     :func:`gossamer.delta_rule` with L2-normalised ``q`` and ``k``, an RMS norm over each head's output, and the output
@@ -135,7 +135,7 @@ class DeltaRuleLayer(nn.Module):
 
         Args:
             x: ``(B, T, hidden)`` float.
-            state: from :meth:`initial_state` or an earlier call: the sequences go on from there, and it is updated in
+            state: from :meth:`initial_state` or an earlier call; the sequences continue from it, and it is updated in
                 place. No gradient flows through it.
             cu_seqlens: ``(N + 1,)``, for a pack of N sequences in a batch of one.
             mask: ``(B, T)``, false or 0 at padding, whose inputs are taken as zeros. Padding belongs before a

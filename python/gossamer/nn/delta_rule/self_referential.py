@@ -15,10 +15,10 @@ class SelfReferentialLinear(nn.Module):
     """A self-referential weight matrix in a residual block (Irie, Schlag, Csordás and Schmidhuber, 2022).
 
     ``y = LayerNorm(x + dropout(srwm(x)·Wᵀ))`` with :func:`gossamer.self_referential` over H heads of ``d = hidden/H``
-    channels. Every sequence starts with its own copy of the trained matrix, which then changes itself; carried state is
-    the shift from the trained start. Tokens follow each other, so the cost is that of T dependent steps: use it where
-    learning within a sequence matters more than throughput, and :class:`DeltaNet` where keys and values can be computed
-    for all tokens at once.
+    channels. Every sequence starts with its own copy of the trained matrix, which then changes itself; the state
+    between calls is the shift from the trained matrix. The T steps depend on one another: use it where learning within
+    a sequence matters more than throughput, and :class:`DeltaNet` where keys and values can be computed for all tokens
+    at once.
 
     Args:
         hidden_size: of the inputs and outputs.
@@ -87,7 +87,7 @@ class SelfReferentialLinear(nn.Module):
 
         Args:
             x: ``(B, T, hidden)`` float.
-            state: from :meth:`initial_state` or an earlier call: the sequences go on from there, and it is updated in
+            state: from :meth:`initial_state` or an earlier call; the sequences continue from it, and it is updated in
                 place. No gradient flows through it.
 
         Raises:

@@ -37,7 +37,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path to write to; once on the disk, that file replaces ``path``."""
+    """A temporary path to write to; once the file is on disk, it replaces ``path``."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -67,7 +67,7 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or a folder's list of files, is on the disk."""
+    """Return once a file, or a folder's list of files, is on disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -79,7 +79,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
     """Read tensors and header of a file of this ``kind`` that :func:`write` made.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         ValueError: it is truncated, corrupt, or of another kind.
     """
     _need_safetensors()

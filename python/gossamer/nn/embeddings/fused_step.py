@@ -21,21 +21,22 @@ _PREFIX = "optimizer_"
 class FusedStep(torch.nn.Module):
     """A module whose tables, if it has an optimizer, are trained by a step in its backward pass.
 
-    A table is a parameter that requires no gradient, so it moves, casts, ties and saves as any other, while its
-    ``.grad`` stays None and an optimizer over ``model.parameters()`` leaves it alone. The state lies in buffers named
-    ``optimizer_step``, ``optimizer_sum`` and so on, which the ``state_dict`` holds beside the table; where there are
-    several tables, ``optimizer_<table>_step`` and so on.
+    A table is a parameter that requires no gradient, so it can be moved, cast, tied and saved like any other, while its
+    ``.grad`` stays None and an optimizer over ``model.parameters()`` ignores it. The optimizer state is in buffers
+    named ``optimizer_step``, ``optimizer_sum`` and so on, which are part of the ``state_dict``; with several tables
+    they are ``optimizer_<table>_step`` and so on.
 
-    A step is taken on the gradients as they come, which a loss scaler cannot unscale and ``clip_grad_norm_`` not clip,
-    and on those of this process. ``DistributedDataParallel`` and ``fully_shard`` over a table with an
-    optimizer raise a ``ValueError``, unless they are told to leave it alone.
+    A step uses the gradients as they arrive in the backward pass, before a loss scaler could unscale them or
+    ``clip_grad_norm_`` clip them, and only those of this process. ``DistributedDataParallel`` and ``fully_shard`` over
+    a table with an optimizer raise a ``ValueError``, unless they are told to ignore it.
 
-    A subclass names its parameters in :attr:`tables`, calls :meth:`attach` once they are there, and reads them by
+    A subclass lists its parameters in :attr:`tables`, calls :meth:`attach` after creating them, and reads them with
     :meth:`rows`, :meth:`bags`, :meth:`dots` and :meth:`composed`.
 
     Attributes:
         tables: names of the parameters ``(rows, columns)`` that the optimizer steps.
-        optimizer: one of :mod:`gossamer.optim`, or None. May be set to one with the same state, to change a number.
+        optimizer: one of :mod:`gossamer.optim`, or None. May be set to another one with the same state, to change a
+            hyperparameter.
     """
 
     tables: tuple[str, ...] = ("weight",)
@@ -141,7 +142,7 @@ class FusedStep(torch.nn.Module):
         self._handle = torch.zeros(0, device=device, requires_grad=True)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """As for any module; raises where ``fully_shard`` replaces the table by this process's shard."""
+        """As for any module; raises an error if ``fully_shard`` replaces the table by this process's shard."""
         if name in self.tables and self.optimizer is not None and is_sharded(value):
             raise ValueError(
                 f"optimizer must be None in a sharded model, got {type(self.optimizer).__name__}: the step of "
@@ -151,9 +152,10 @@ class FusedStep(torch.nn.Module):
         super().__setattr__(name, value)
 
     def _step(self, table: str | None = None) -> dict:
-        """The arguments of a lookup that steps a table; raises in a replica, which would diverge from the others.
+        """The arguments of a lookup that steps a table; raises an error in a replica, which would diverge from the
+        others.
 
-        And where the table is computed again in each forward pass, so that a step would be lost.
+        Also raises an error if the table is computed again in each forward pass, so that a step would be lost.
         """
         check_alone(self)
         table = table or self.tables[0]
@@ -182,12 +184,12 @@ class FusedStep(torch.nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         problems = self._foreign(state_dict, prefix)
         if problems:
-            # All or nothing is loaded.
+            # Either everything is loaded or nothing.
             error_msgs.extend(problems)
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.optimizer is not None:
-            # Assigned tensors may lie on another device than those they replace.
+            # Assigned tensors may be on another device than those they replace.
             self._new_handle()
 
     def _foreign(self, state_dict, prefix) -> list[str]:

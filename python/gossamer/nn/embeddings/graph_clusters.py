@@ -1,4 +1,4 @@
-"""Clusters of ids that meet the same partners: what a clustered table shares rows by."""
+"""Clusters of ids with the same interaction partners, for tables that share one row per cluster."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class GraphClusters(NamedTuple):
 
     Attributes:
         users: ``(U,)`` int64, the cluster of each user, numbered from 0 without gaps.
-        items: ``(I,)`` int64, of each item, numbered by themselves.
-        modularity: of users and items in their common clusters.
-        resolution: by which they were found.
+        items: ``(I,)`` int64, the cluster of each item, numbered separately.
+        modularity: modularity of the clusters that users and items have in common.
+        resolution: the γ with which they were found.
     """
 
     users: torch.Tensor
@@ -26,7 +26,7 @@ class GraphClusters(NamedTuple):
 
     @property
     def num_clusters(self) -> int:
-        """Clusters of both sides together: rows of both tables."""
+        """Number of clusters of both sides: the rows of both tables."""
         return sum(int(side.max()) + 1 if len(side) else 0 for side in (self.users, self.items))
 
 
@@ -41,21 +41,22 @@ def graph_clusters(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> GraphClusters:
-    """Clusters of users and items by the Louvain algorithm on the graph of who met what.
+    """Clusters of users and items by the Louvain algorithm on the graph of their interactions.
 
     They maximise ``Q = (1/w)·Σ_ui (A_ui − γ·d_u·d_i/w)·1[c_u = c_i]``, the modularity of a bipartite graph, with A the
-    interactions, w their number and d the degrees. More clusters come of a larger γ. Ids without an interaction share
-    one cluster. The algorithm is scikit-network's.
+    interactions, w their number and d the degrees. A larger γ gives more clusters. Ids without an interaction share one
+    cluster. The implementation is scikit-network's.
 
     Args:
-        users: ``(L,)`` int32 or int64, the user of each interaction; one that repeats weighs more.
+        users: ``(L,)`` int32 or int64, the user of each interaction; repeated interactions weigh more.
         items: ``(L,)``, its item.
         num_users: U.
         num_items: I.
         resolution: γ, positive.
-        max_clusters: the largest γ up to ``resolution`` is sought that gives this many clusters of both sides at most.
-        tolerance: by which Q must rise for a level of the algorithm to count.
-        seed: of the order in which ids are visited.
+        max_clusters: maximum number of clusters of both sides; the largest γ up to ``resolution`` that satisfies it is
+            used.
+        tolerance: minimum increase of Q for another level of the algorithm.
+        seed: seed of the order in which ids are visited.
 
     Returns:
         :class:`GraphClusters`, for :class:`gossamer.nn.ClusteredEmbedding`.
@@ -63,8 +64,8 @@ def graph_clusters(
     Raises:
         ImportError: scikit-network is not installed: ``pip install 'gossamer[graphs]'``.
         TypeError: ids are not int32 or int64.
-        ValueError: ids do not go together, there is no interaction, ``resolution`` is not positive, or even one cluster
-            a connected part is more than ``max_clusters``.
+        ValueError: numbers of users and items differ, there is no interaction, ``resolution`` is not positive, or even
+            one cluster per connected component exceeds ``max_clusters``.
         IndexError: an id is out of range.
 
     Source: Wu et al., "GraphHash: Graph Clustering Enables Parameter Efficiency in Recommender Systems", WWW 2025;
@@ -125,7 +126,7 @@ def graph_clusters(
 
 
 def _renumbered(labels: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """Labels from 0 in the order of their values, those of ids without an interaction behind all others."""
+    """Labels renumbered from 0 in the order of their values; ids without an interaction come last."""
     numbers = torch.empty_like(labels)
     _, numbers[live] = labels[live].unique(return_inverse=True)
     numbers[~live] = numbers[live].max() + 1 if bool(live.any()) else 0
@@ -133,7 +134,7 @@ def _renumbered(labels: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
 
 def _modularity(matrix, rows: torch.Tensor, columns: torch.Tensor, gamma: float) -> float:
-    """Q of labels of both sides."""
+    """Q for the labels of both sides."""
     weight = float(matrix.data.sum())
     row, column = torch.from_numpy(matrix.row).long(), torch.from_numpy(matrix.col).long()
     data = torch.from_numpy(matrix.data).double()

@@ -1,4 +1,4 @@
-"""Tables with fewer rows than ids, which share rows by hashes."""
+"""Tables with fewer rows than ids, in which ids share rows by hashes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gossamer.ops.map_ids import IdMaps, map_ids
 
 
 class HashEmbedding(SharedRowsTable):
-    """The vector of id x is row ``x mod M`` of M: ids that leave the same remainder share it.
+    """The vector of id x is row ``x mod M`` of M rows: ids with the same remainder share a row.
 
-    With M at least N it is the dense table. Ids of 64 bits are taken, also such as are not below ``num_embeddings``,
-    which only sets the scale of the first rows: a negative id stands for itself plus 2⁶⁴.
+    With M at least N it is the dense table. Any 64-bit id is valid, also above ``num_embeddings``, which only sets the
+    scale of the initial rows; a negative id x is treated as x + 2⁶⁴.
 
     Args:
         num_embeddings: N.
@@ -48,15 +48,15 @@ class HashEmbedding(SharedRowsTable):
 class DoubleHashEmbedding(SeededMaps, SharedRowsTable):
     """The vector of id x is ``weight[h1(x)] + weight[h2(x)]``, with two universal hashes into the same M rows.
 
-    ``h(x) = ((a·mix(x) + b) mod (2⁶¹−1)) mod M``, as :meth:`gossamer.IdMaps.universal` draws them. Two ids share their
-    vector only where they have both rows in common: about N²/M² pairs of N ids, where one hash has N²/2M. Where both
-    hashes of an id are one row, it counts twice. Ids of 64 bits are taken, as by :class:`HashEmbedding`.
+    ``h(x) = ((a·mix(x) + b) mod (2⁶¹−1)) mod M``, as drawn by :meth:`gossamer.IdMaps.universal`. Two ids share their
+    vector only if they have both rows in common: about N²/M² pairs of N ids, compared with N²/2M for one hash. If both
+    hashes of an id give the same row, it counts twice. Any 64-bit id is valid, as in :class:`HashEmbedding`.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         num_rows: M.
-        seed: of a and b of both hashes; the state holds it.
+        seed: seed of a and b of both hashes; part of the state.
         **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:

@@ -17,19 +17,19 @@ from gossamer.optim import Optimizer
 class MaskedEmbedding(FusedTable):
     """OptEmbed: rows below a trained norm are dropped, and only the first columns of a field are kept.
 
-    ``ê(x) = e(x)·1[‖e(x)‖₁ > t]``, of which the first ``width`` columns are kept and the others are zero. The step's
-    derivative at ``u = ‖e‖₁ − t`` is taken for ``2 − 4|u|`` up to |u| = 0.4, 0.4 up to 1, and 0 beyond, so that ``t``
-    is trained; a backward pass adds the gradient of ``regularization·exp(−t)``, which raises it. With
-    :attr:`sample_widths` each id of a call in training gets a random width, so that one table serves all widths for
+    ``ê(x) = e(x)·1[‖e(x)‖₁ > t]``, with the first ``width`` columns kept and the others zero. To train ``t``, the
+    derivative of the step function at ``u = ‖e‖₁ − t`` is defined as ``2 − 4|u|`` up to |u| = 0.4, 0.4 up to 1, and 0
+    beyond; a backward pass adds the gradient of ``regularization·exp(−t)``, which raises ``t``. With
+    :attr:`sample_widths` each id of a call in training gets a random width, so that the table works with all widths in
     :func:`search_widths`.
 
-    :meth:`freeze` stores the rows that are left in ``width`` columns, and 4 bytes an id that say where.
+    :meth:`freeze` stores the remaining rows in ``width`` columns, and 4 bytes per id for their positions.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
-        width: columns that are kept; D by default. Set the attribute to another one at any time.
-        regularization: of the threshold; 10⁻⁵ in the paper.
+        width: number of kept columns; D by default. The attribute can be changed at any time.
+        regularization: coefficient of the threshold's regularisation; 10⁻⁵ in the paper.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
         device: of the parameters.
@@ -96,7 +96,7 @@ class MaskedEmbedding(FusedTable):
         flat = ids.reshape(-1)
         if self.frozen:
             stored = self.row_of_id.index_select(0, flat)
-            # Dropped ids read the first row and are zeroed.
+            # Dropped ids read the first row, and the result is set to zero.
             rows = torch.nn.functional.embedding(stored.clamp(min=0), self.weight) if len(self.weight) else None
             if rows is None:
                 return self.weight.new_zeros((*ids.shape, self.embedding_dim))
@@ -116,14 +116,14 @@ class MaskedEmbedding(FusedTable):
         return rows.view(*ids.shape, self.embedding_dim)
 
     def kept(self) -> torch.Tensor:
-        """Which rows are above the threshold now, ``(N,)`` bool."""
+        """Which rows are currently above the threshold, ``(N,)`` bool."""
         if self.frozen:
             return self.row_of_id >= 0
         return self.weight.detach().abs().sum(1) > self.threshold.detach()
 
     @torch.no_grad()
     def set_share(self, share: float) -> None:
-        """Set the threshold so that about this share of the rows, those of the largest norms, is kept.
+        """Set the threshold so that about this share of the rows, those with the largest norms, is kept.
 
         Raises:
             ValueError: ``share`` is not in (0, 1], or the table is frozen.
@@ -136,14 +136,14 @@ class MaskedEmbedding(FusedTable):
         self.threshold.fill_(norms.kthvalue(dropped).values if dropped else norms.min() - 1)
 
     def inference_nbytes(self) -> int:
-        """Bytes of the kept rows in :attr:`width` columns, and of where they are."""
+        """Bytes of the kept rows in :attr:`width` columns, and of their positions."""
         if self.frozen:
             return self.nbytes()
         rows = self.num_embeddings if self.weight.is_meta else int(self.kept().sum())
         return rows * self.width * self.weight.element_size() + 4 * self.num_embeddings
 
     def freeze(self) -> MaskedEmbedding:
-        """Keep the rows above the threshold alone, in :attr:`width` columns."""
+        """Keep only the rows above the threshold, in :attr:`width` columns."""
         if not self.frozen:
             kept = self.kept()
             rows = torch.where(kept, kept.cumsum(0) - 1, -1).int()
@@ -157,7 +157,7 @@ class MaskedEmbedding(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> MaskedEmbedding:
-        """The narrowest table whose rows fill ``nbytes`` bytes, with a threshold that drops those that do not fit.
+        """The narrowest table whose rows fill ``nbytes`` bytes, with a threshold that drops rows that do not fit.
 
         Raises the errors of :meth:`Table.from_budget`.
         """
@@ -173,7 +173,7 @@ class MaskedEmbedding(FusedTable):
 
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int, **options: object) -> MaskedEmbedding:
-        """The table that a budget gives, starting from trained weights ``(N, D)``."""
+        """The table for a budget, starting from trained weights ``(N, D)``."""
         made = cls._fit_weights(weight, nbytes, options)
         with torch.no_grad():
             share = float(made.kept().double().mean())
@@ -215,21 +215,21 @@ def search_widths(
     nbytes: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Widths of the tables of a model by evolution, and set them.
+    """Search the widths of a model's tables by evolution, and set them.
 
-    A generation is the ``keep`` best widths so far, mutants of them, in which each table draws a new width with
-    ``mutation_probability``, and crossings of two, which take the tables up to a random one from the first.
+    A generation consists of the ``keep`` best settings so far, mutants of them, in which each table draws a new width
+    with ``mutation_probability``, and crossovers of two, which take the tables up to a random one from the first.
 
     Args:
-        tables: of a model that was trained with sampled widths.
-        score: of the model with the tables' present widths, on validation data; larger is better.
-        rounds: generations.
-        keep: how many survive one.
-        mutations: mutants of a generation.
-        crossovers: crossings of a generation.
-        mutation_probability: of a table.
-        nbytes: bound on what all tables serve; None for none.
-        seed: of all draws.
+        tables: the tables of a model that was trained with sampled widths.
+        score: returns the model's score with the tables' current widths, on validation data; larger is better.
+        rounds: number of generations.
+        keep: number of survivors of a generation.
+        mutations: number of mutants per generation.
+        crossovers: number of crossovers per generation.
+        mutation_probability: probability that a table's width mutates.
+        nbytes: bound on the served bytes of all tables; None for no bound.
+        seed: seed of all draws.
 
     Returns:
         The best widths found.
@@ -238,7 +238,7 @@ def search_widths(
         ValueError: there is no table, a number is below 1, ``mutation_probability`` is not in [0, 1], or even one
             column of each table is larger than ``nbytes``.
 
-    Source: as :class:`MaskedEmbedding`.
+    Source: as in :class:`MaskedEmbedding`.
     """
     if not tables:
         raise ValueError("tables must be at least one, got none")

@@ -1,4 +1,4 @@
-"""Narrow tables with a projection to the width that a model wants, and the rule that chooses their widths."""
+"""Narrow tables with a projection to the model's width, and the rule that chooses their widths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gossamer.optim import Optimizer
 class MixedDimensionEmbedding(FusedTable):
     """Rows of d columns, projected to D: ``e(x) = weight[x]·P``.
 
-    Bags are pooled before they are projected, so a bag costs one projection. Where d is D there is none.
+    Bags are pooled before they are projected, so a bag costs one projection. If d equals D there is no projection.
 
     Args:
         num_embeddings: N.
@@ -96,7 +96,7 @@ class MixedDimensionEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> MixedDimensionEmbedding:
-        """The table of the widest rows, D at most, that fits ``nbytes`` bytes; raises the errors of
+        """The table with the widest rows, at most D, that fits ``nbytes`` bytes; raises the errors of
         :meth:`Table.from_budget`.
         """
 
@@ -104,7 +104,7 @@ class MixedDimensionEmbedding(FusedTable):
             return cls(num_embeddings, embedding_dim, width, **options | more)
 
         check_budget(nbytes)
-        # Without its projection the full width may be smaller than one column less.
+        # Without a projection, the full width may take fewer bytes than one column less.
         if make(embedding_dim, device="meta").inference_nbytes() <= nbytes:
             return make(embedding_dim)
         return cls._fit((num_embeddings, embedding_dim), nbytes, (1, max(embedding_dim - 1, 1)), make)
@@ -119,7 +119,7 @@ def mixed_dimensions(
         num_embeddings: n_f, the rows of each table.
         base_dim: d_0, the width of the smallest table.
         alpha: α, the temperature: 0 gives all tables one width.
-        most: no width is above it.
+        most: upper bound on the widths.
         powers: whether widths are rounded to powers of two.
 
     Raises:

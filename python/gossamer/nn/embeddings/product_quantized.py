@@ -1,4 +1,4 @@
-"""Tables that learn to be codes of a few shared pieces."""
+"""Tables that learn a representation by codes of a few shared pieces."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from gossamer.ops.embedding import graft, with_loss
 from gossamer.optim import Optimizer
 
 VARIANTS = ("vq", "sx")
-# Responses that are held at a time, and most codewords that a budget is spent on: each id is compared with all of them.
+# Maximum number of responses held at a time, and of codewords chosen for a budget, since each id is compared with all
+# codewords.
 _RESPONSES, _MOST_CODES = 1 << 22, 1 << 12
 
 
 class ProductQuantizedEmbedding(FusedTable):
-    """DPQ: a vector is P pieces, each one of K codewords that the ids share, and the choice is trained with the rest.
+    """DPQ: a vector consists of P pieces, each one of K shared codewords; the choice of codewords is trained too.
 
-    In training a dense table of queries is there, whose pieces ``q^p`` choose codewords ``V^p_c``:
+    Training uses a dense table of queries, whose pieces ``q^p`` choose codewords ``V^p_c``:
 
-    - ``"vq"``: the nearest, ``c = argmin_k ‖q^p − V^p_k‖²``. The query gets the gradient of the output as it is, and
-      the codewords that of ``regularization·mean‖V^p_c − sg(q^p)‖²``, sg being stop-gradient, which a backward pass
-      through the table adds by itself.
-    - ``"sx"``: ``c = argmax_k ⟨q^p, K^p_k⟩`` with keys of their own; the gradient is that of the mixture
-      ``Σ_k softmax_k(⟨q^p, K^p_k⟩)·V^p_k``.
+    - ``"vq"``: the nearest, ``c = argmin_k ‖q^p − V^p_k‖²``. The query gets the gradient of the output unchanged, and
+      the codewords the gradient of ``regularization·mean‖V^p_c − sg(q^p)‖²``, sg being stop-gradient, which a backward
+      pass through the table adds automatically.
+    - ``"sx"``: ``c = argmax_k ⟨q^p, K^p_k⟩`` with separate keys; the gradient is that of the mixture ``Σ_k
+      softmax_k(⟨q^p, K^p_k⟩)·V^p_k``.
 
-    :meth:`freeze` keeps codes, of ``⌈log2 K⌉`` bits each, and codewords: the same vectors bit for bit. With
-    ``frequent`` ids below it choose among all K codewords and the others among the first ``rare_codes``, in fewer bits
-    (MGQE); ids are then sorted by descending frequency.
+    :meth:`freeze` keeps codes, of ``⌈log2 K⌉`` bits each, and codewords, which give the same vectors bit for bit. With
+    ``frequent``, ids below it choose among all K codewords and the others among the first ``rare_codes``, in fewer bits
+    (MGQE); ids must then be sorted by descending frequency.
 
     Args:
         num_embeddings: N.
@@ -40,8 +41,8 @@ class ProductQuantizedEmbedding(FusedTable):
         num_codes: K.
         num_parts: P, a divisor of D.
         variant: ``"vq"`` or ``"sx"``.
-        frequent: how many ids choose among all codewords; None for all.
-        rare_codes: codewords of the others.
+        frequent: number of ids that choose among all codewords; None for all.
+        rare_codes: number of codewords for the other ids.
         regularization: of ``"vq"``.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
@@ -51,7 +52,7 @@ class ProductQuantizedEmbedding(FusedTable):
             keys are ordinary parameters.
 
     Attributes:
-        weight: ``(N, D)``, the queries, a parameter in training alone. It starts uniform in ``±1/√N``.
+        weight: ``(N, D)``, the queries, a parameter in training only. It starts uniform in ``±1/√N``.
         codewords: ``(P, K, D/P)``, a parameter, which starts as the queries do.
         keys: ``(P, K, D/P)``, a parameter with ``"sx"`` in training.
         served: the table of codes once it is frozen, else None.
@@ -124,7 +125,7 @@ class ProductQuantizedEmbedding(FusedTable):
         return rows.view(-1, self.num_parts, self.embedding_dim // self.num_parts)
 
     def _responses(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """How well each codeword answers each piece, ``(L, P, K)``; those that an id may not choose are −∞."""
+        """The score of each codeword for each piece, ``(L, P, K)``; −∞ for codewords that an id may not choose."""
         if self.variant == "sx":
             found = torch.einsum("lpd,pkd->lpk", pieces, self.keys)
         else:
@@ -137,7 +138,9 @@ class ProductQuantizedEmbedding(FusedTable):
         return found.masked_fill((ids >= self.frequent).view(-1, 1, 1) & beyond, -torch.inf)
 
     def _best(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The codes ``(L, P)`` of the codewords that answer best, a part of the ids at a time: responses are many."""
+        """The codes ``(L, P)`` of the codewords with the best scores, for a part of the ids at a time to bound
+        memory.
+        """
         size = max(1, _RESPONSES // (self.num_parts * self.num_codes))
         if torch.compiler.is_compiling() or len(ids) <= size:
             return self._responses(pieces, ids).argmax(-1)
@@ -150,7 +153,7 @@ class ProductQuantizedEmbedding(FusedTable):
 
     @torch.no_grad()
     def choose(self, ids: torch.Tensor) -> torch.Tensor:
-        """The codes ``(*ids.shape, P)`` that ``ids`` have now."""
+        """The current codes ``(*ids.shape, P)`` of ``ids``."""
         if self.served is not None:
             first = torch.arange(self.num_parts, device=ids.device) * self.num_codes
             return self.served.addresses(ids).view(*ids.shape, self.num_parts) - first
@@ -200,7 +203,7 @@ class ProductQuantizedEmbedding(FusedTable):
         return self.codewords.numel() * self.codewords.element_size() + codes
 
     def freeze(self) -> ProductQuantizedEmbedding:
-        """Keep codes and codewords alone."""
+        """Keep only codes and codewords."""
         if self.served is None:
             n, chunk = self.num_embeddings, 1 << 16
             ids = torch.arange(n, device=self.weight.device)
@@ -232,7 +235,7 @@ class ProductQuantizedEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> ProductQuantizedEmbedding:
-        """The table of the most bytes within a budget, over parts and up to 4096 codes.
+        """The largest table within a budget, searched over parts and up to 4096 codes.
 
         ``num_parts`` may be given. Raises the errors of :meth:`Table.from_budget`.
         """
@@ -262,13 +265,13 @@ class ProductQuantizedEmbedding(FusedTable):
     def from_table(
         cls, weight: torch.Tensor, *, nbytes: int, steps: int = 10, seed: int = 0, **options: object
     ) -> ProductQuantizedEmbedding:
-        """The table that a budget gives, with a trained one ``(N, D)`` as queries and codewords by k-means.
+        """The table for a budget, with trained weights ``(N, D)`` as queries and codewords from k-means.
 
         Args:
             weight: ``(N, D)``.
             nbytes: the budget.
-            steps: of k-means.
-            seed: of its first centroids.
+            steps: number of k-means steps.
+            seed: seed of the initial centroids.
             **options: of the class.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Tables most of whose entries are zero: trained dense, served as the entries that are left."""
+"""Tables with mostly zero entries: trained dense, served as their nonzero entries."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SHAPES = ("table", "column", "row", "entry")
 
 
 class SparseRows(torch.nn.Module):
-    """Rows of which few entries are kept, as buffers.
+    """Rows with few kept entries, stored in buffers.
 
     Args:
-        kept: ``(N, D)`` bool.
-        dense: ``(N, D)``, whose values are kept.
-        by_row: whether the first entry of each row is stored, 4 bytes per row, instead of the row of each entry, 4
-            bytes per entry: see :func:`kept_entries`.
+        kept: ``(N, D)`` bool, the entries to keep.
+        dense: ``(N, D)``, the values.
+        by_row: whether to store the first entry of each row, 4 bytes per row, instead of the row of each entry, 4 bytes
+            per entry: see :func:`kept_entries`.
 
     Attributes:
-        values: ``(K,)``, row after row.
+        values: ``(K,)``, row by row.
         columns: ``(K,)`` uint8 for D up to 256, else int32.
-        rows: ``(N+1,)`` int32, where each row begins, or the row of each entry, ``(K,)`` int32.
+        rows: ``(N+1,)`` int32, the first entry of each row, or ``(K,)`` int32, the row of each entry.
     """
 
     def __init__(self, kept: torch.Tensor, dense: torch.Tensor, by_row: bool) -> None:
@@ -58,7 +58,7 @@ class SparseRows(torch.nn.Module):
         if not self.values.numel():
             return self.values.new_zeros(ids.shape[0], self.num_columns)
         values = self.values.index_select(0, places).view(live.shape)
-        # Places beyond a row's last entry go to a column that is cut off.
+        # Positions beyond a row's last entry go to an extra column, which is dropped.
         columns = self.columns.index_select(0, places).long().view(live.shape).masked_fill(~live, self.num_columns)
         wide = values.new_zeros(ids.shape[0], self.num_columns + 1)
         return wide.scatter(1, columns, values)[:, :-1]
@@ -78,31 +78,31 @@ def _sparse_nbytes(num_embeddings: int, embedding_dim: int, kept: int, itemsize:
 
 
 class PrunedEmbedding(FusedTable):
-    """A dense table in training, of which the largest entries are served.
+    """A dense table in training whose largest entries are served.
 
-    What ids look up in training depends on how entries are judged:
+    The looked-up values in training depend on the criterion:
 
-    - ``"magnitude"``: ``ê = e``. :meth:`prune` sets the smallest entries to zero as training goes on, a share of
-      ``R·(1 − 0.99^(t/100))`` of all at step t with ``R = 1 − density``; they may grow again until the next time
+    - ``"magnitude"``: ``ê = e``. :meth:`prune` sets the smallest entries to zero during training, a share of ``R·(1 −
+      0.99^(t/100))`` of all entries at step t with ``R = 1 − density``; they may grow again until the next call
       (DeepLight).
-    - ``"group_scales"``: ``ê = α_g ⊙ e`` with a vector ``α_g`` for each of G groups of ids of like frequency. Train
-      :attr:`scales` on validation data, with :meth:`clip_scales` after each step (AutoSrh).
-    - ``"thresholds"``: ``ê = sign(e)·relu(|e| − σ(s))`` with trained ``s``, one for the table, a column, a row or an
-      entry (PEP).
+    - ``"group_scales"``: ``ê = α_g ⊙ e`` with a vector ``α_g`` for each of G groups of ids with similar frequency.
+      Train :attr:`scales` on validation data, with :meth:`clip_scales` after each step (AutoSrh).
+    - ``"thresholds"``: ``ê = sign(e)·relu(|e| − σ(s))`` with trained ``s``, one per table, column, row or entry (PEP).
 
-    :meth:`sparsify` then keeps the share ``density`` of largest ``|ê|`` and training goes on among them. :meth:`freeze`
-    stores the kept entries with their columns, and where rows begin or, where few entries a row are left, each entry's
-    row; rows are read from that form.
+    :meth:`sparsify` then keeps the share ``density`` of entries with the largest ``|ê|``, and training continues with
+    only these. :meth:`freeze` stores the kept entries with their columns, and either row starts or, if few entries per
+    row remain, each entry's row; lookups read this form.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         density: share of the N·D entries that are served, in (0, 1].
-        criterion: one of the three.
-        frequencies: ``(N,)``, how often each id occurs, for ``"group_scales"``; None where ids are in descending order.
+        criterion: one of these names.
+        frequencies: ``(N,)``, number of occurrences of each id, for ``"group_scales"``; None if ids are in descending
+            order of frequency.
         num_groups: G.
         threshold_shape: ``"table"``, ``"column"``, ``"row"`` or ``"entry"``.
-        initial_threshold: of ``s``. σ(−15) is 3·10⁻⁷; far below, its gradient vanishes.
+        initial_threshold: initial ``s``. σ(−15) is 3·10⁻⁷; for much smaller values its gradient vanishes.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
         device: of the parameters.
@@ -190,7 +190,7 @@ class PrunedEmbedding(FusedTable):
 
     @property
     def num_kept(self) -> int:
-        """Entries that are served."""
+        """Number of served entries."""
         return max(1, int(self.density * self.num_embeddings * self.embedding_dim))
 
     def _judged(self, rows: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -233,10 +233,10 @@ class PrunedEmbedding(FusedTable):
 
     @torch.no_grad()
     def prune(self, step: int) -> None:
-        """Set the smallest entries to zero, as many as :meth:`sparsity` says of the step.
+        """Set the smallest entries to zero, as many as :meth:`sparsity` gives for the step.
 
         Raises:
-            ValueError: the criterion is another than ``"magnitude"``, or the table is frozen.
+            ValueError: the criterion is not ``"magnitude"``, or the table is frozen.
         """
         if self.criterion != "magnitude" or self.frozen:
             raise ValueError(f"prune is for tables in training by 'magnitude', got {self._form()}")
@@ -245,10 +245,10 @@ class PrunedEmbedding(FusedTable):
 
     @torch.no_grad()
     def clip_scales(self) -> None:
-        """Bring scales into [0, 1].
+        """Clamp scales to [0, 1].
 
         Raises:
-            ValueError: the criterion is another than ``"group_scales"``.
+            ValueError: the criterion is not ``"group_scales"``.
         """
         if self.scales is None:
             raise ValueError(f"clip_scales is for criterion='group_scales', got {self._form()}")
@@ -256,12 +256,12 @@ class PrunedEmbedding(FusedTable):
 
     @torch.no_grad()
     def sparsify(self, restart_from: torch.Tensor | None = None) -> None:
-        """Keep the share ``density`` of the largest entries of ``ê``, and train among them from now on.
+        """Keep the share ``density`` of the largest entries of ``ê``, and train only these from now on.
 
         Scales and thresholds are folded into the table and dropped.
 
         Args:
-            restart_from: ``(N, D)``, values that the kept entries start from again, such as the table's first ones.
+            restart_from: ``(N, D)``, values to which the kept entries are reset, such as the table's initial values.
 
         Raises:
             ValueError: ``restart_from`` has another shape, or the table is frozen.
@@ -285,13 +285,13 @@ class PrunedEmbedding(FusedTable):
         return "a frozen one" if self.frozen else f"criterion={self.criterion!r}"
 
     def inference_nbytes(self) -> int:
-        """Bytes of the kept entries with their places."""
+        """Bytes of the kept entries with their positions."""
         if self.served is not None:
             return self.nbytes()
         return _sparse_nbytes(self.num_embeddings, self.embedding_dim, self.num_kept, self.weight.element_size())
 
     def freeze(self) -> PrunedEmbedding:
-        """Keep the entries that are served alone; :meth:`sparsify` first where it was not called."""
+        """Keep only the served entries; calls :meth:`sparsify` first if it was not called."""
         if self.served is None:
             if self.mask is None:
                 self.sparsify()
@@ -304,14 +304,14 @@ class PrunedEmbedding(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> PrunedEmbedding:
-        """The table of the most entries that fit ``nbytes`` bytes when served; raises the errors of
+        """The table with the most entries that fits ``nbytes`` bytes when served; raises the errors of
         :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         sizes, itemsize = (num_embeddings, embedding_dim), item_nbytes(options)
         cls._check_fits(sizes, nbytes, _sparse_nbytes(*sizes, 1, itemsize))
         kept, _ = kept_entries(*sizes, nbytes, itemsize)
-        # Half an entry more, so that rounding the share down gives this number again.
+        # Half an entry is added, so that rounding the share down gives this number again.
         most = num_embeddings * embedding_dim
         return cls(num_embeddings, embedding_dim, min(1.0, (kept + 0.5) / most), **options)
 
@@ -325,7 +325,7 @@ class PrunedEmbedding(FusedTable):
 
 
 def _largest(magnitudes: torch.Tensor, count: int) -> torch.Tensor:
-    """A mask of the ``count`` largest entries, the first among equals."""
+    """A mask of the ``count`` largest entries; among equal entries the first."""
     flat = magnitudes.reshape(-1)
     if count >= flat.numel():
         return torch.ones_like(magnitudes, dtype=torch.bool)

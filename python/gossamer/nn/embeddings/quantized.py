@@ -17,34 +17,34 @@ from gossamer.optim import Optimizer
 BITS = {8: torch.int8, 16: torch.int16}
 STEPS = ("fixed", "learned")
 ROUNDINGS = ("stochastic", "nearest")
-# Of 8 bits; those of 16 bits have a range as wide.
+# For 8 bits; 16 bits use a smaller step with the same range.
 STEP_SIZE = 0.01
-# Elements that are drawn or rounded at a time, so that no table of the dense size is ever made.
+# Number of elements drawn or rounded at a time, so that no float table of full size is allocated.
 _AT_ONCE = 1 << 22
 
 
 class QuantizedEmbedding(FusedTable):
-    """A table of b-bit codes, ``e(x) = Δ·q[x]``, trained without a master copy: an optimizer's step rounds it again.
+    """A table of b-bit codes, ``e(x) = Δ·q[x]``, trained without a master copy: every optimizer step rounds to codes.
 
-    The optimizer reads a touched row as ``w = Δ·q``, steps it in float32 to ``w'`` and writes ``clip(w'/Δ)`` rounded up
-    or down with the probability that makes the mean exact. ``rounding="nearest"`` stands still once steps are below
-    Δ/2. Codes have no gradient: without ``optimizer`` the table is fixed.
+    The optimizer reads a touched row as ``w = Δ·q``, steps it in float32 to ``w'`` and writes ``clip(w'/Δ)``, rounded
+    up or down at random such that the expected value is exact. With ``rounding="nearest"``, steps smaller than Δ/2 have
+    no effect. Codes have no gradient: without ``optimizer`` the table is fixed.
 
     - ``step="fixed"``: one Δ for the table.
-    - ``step="learned"``: a Δ a row, which moves before the row is rounded (ALPT): ``Δ ← max(Δ −
+    - ``step="learned"``: one Δ per row, which is updated before the row is rounded (ALPT): ``Δ ← max(Δ −
       step_lr/√(B·D·(2^(b−1)−1))·Σ_j g_j·δ_j, 2⁻²⁰)`` with B bags, ``δ_j = round(w'_j/Δ) − w'_j/Δ`` and, where
-      ``w'_j/Δ`` lies beyond the range, the end of the range. g is the gradient that steps the row. The paper takes it
-      again at ``round(w'/Δ)·Δ``, in a second pass over the batch that costs as much again: the same g where no step of
-      the batch reaches Δ/2.
+      ``w'_j/Δ`` is outside the range, the end of the range. g is the gradient of the row's step. The paper computes it
+      again at ``round(w'/Δ)·Δ``, in a second pass over the batch of equal cost; g is the same if no step of the batch
+      reaches Δ/2.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         bits: b, 8 or 16.
         step: ``"fixed"`` or ``"learned"``.
-        step_size: the first Δ; 0.01 for 8 bits and 0.01/2⁸ for 16 by default, so that vectors reach ±1.28.
+        step_size: the initial Δ; 0.01 for 8 bits and 0.01/2⁸ for 16 by default, so that vectors reach ±1.28.
         step_lr: learning rate of learned steps.
-        rounding: ``"stochastic"``, by the optimizer's ``seed``, or ``"nearest"``; it takes the place of the optimizer's
+        rounding: ``"stochastic"``, by the optimizer's ``seed``, or ``"nearest"``; it overrides the optimizer's
             ``stochastic_rounding``.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
@@ -112,7 +112,7 @@ class QuantizedEmbedding(FusedTable):
         self.attach(optimizer)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """As for any fused table, but an optimizer rounds as the table says."""
+        """As for any fused table, but the table sets the optimizer's rounding."""
         if name == "optimizer" and isinstance(value, Optimizer):
             value = dataclasses.replace(value, stochastic_rounding=self.rounding == "stochastic")
         super().__setattr__(name, value)
@@ -183,10 +183,10 @@ class QuantizedEmbedding(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> QuantizedEmbedding:
-        """The table of 16 bits if it fits ``nbytes`` bytes, else that of 8; raises the errors of
+        """The table with 16 bits if it fits ``nbytes`` bytes, else with 8 bits; raises the errors of
         :meth:`Table.from_budget`.
 
-        With ``bits`` among the options there is that one size.
+        With ``bits`` among the options, only that size is considered.
         """
         check_budget(nbytes)
 
@@ -200,13 +200,14 @@ class QuantizedEmbedding(FusedTable):
 
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int | None = None, **options: object) -> QuantizedEmbedding:
-        """A table that starts from weights ``(N, D)``, rounded to the nearest or, with an optimizer, as steps round.
+        """A table that starts from weights ``(N, D)``, rounded to nearest or, with an optimizer, as its steps round.
 
         Args:
             weight: finite, floating.
-            nbytes: as for :meth:`from_budget`; None where ``bits`` say the size.
-            **options: of the class. Without ``step_size`` the largest entry, of each row for learned steps, gets the
-                largest code. Vectors do not grow beyond that, so with an optimizer Δ is at least the class's first one.
+            nbytes: as for :meth:`from_budget`; None if ``bits`` determine the size.
+            **options: of the class. Without ``step_size``, the largest entry (of each row with learned steps) gets the
+                largest code. Since vectors cannot grow beyond that, Δ is at least the class's default with an
+                optimizer.
 
         Raises:
             TypeError: ``weight`` is not floating, and as the class does.

@@ -10,27 +10,28 @@ from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.map_ids import IdMaps
 
-#: A prime below 2³¹, above what hashed places are taken modulo it.
+#: A prime below 2³¹; hashed positions are taken modulo it first.
 _PRIME = 2_147_483_647
 
 
 class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
-    """ROBE: blocks of an id's vector lie at hashed places of one array of M weights, and may overlap any others.
+    """ROBE: blocks of an id's vector are at hashed positions of one array of M weights, and may overlap other blocks.
 
     ``e(x)_i = weight[a(x, i div Z) + i mod Z]`` with blocks of Z weights and, in the two published forms,
 
-    - ``wrap=False``: ``a(x, k) = ((r1 + r2·k + r3·x) mod p) mod (M − Z + 1)``: no block crosses the end;
-    - ``wrap=True``: ``e(x)_i = weight[((r1 + r2·(i div Z) + r3·x + i mod Z) mod p) mod M]``: blocks go on at the start.
+    - ``wrap=False``: ``a(x, k) = ((r1 + r2·k + r3·x) mod p) mod (M − Z + 1)``: no block crosses the end of the array;
+    - ``wrap=True``: ``e(x)_i = weight[((r1 + r2·(i div Z) + r3·x + i mod Z) mod p) mod M]``: blocks continue at the
+      start of the array.
 
-    p is 2³¹−1. Weights that several ids share, or one id with itself, get the sum of their gradients.
+    p is 2³¹−1. Weights that occur several times, in different ids or within one, get the sum of their gradients.
 
     Args:
-        num_embeddings: N. Ids below p are told apart; larger ones are taken modulo it.
+        num_embeddings: N. Ids below p are distinct; larger ones are taken modulo p.
         embedding_dim: D.
         num_weights: M.
         block_size: Z, at most M.
         wrap: which form.
-        seed: of r1, r2 and r3; the state holds it.
+        seed: seed of r1, r2 and r3; part of the state.
         **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
@@ -75,7 +76,7 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> RandomBlockEmbedding:
-        """The array of the most weights, up to N·D, that fits ``nbytes`` bytes; raises the errors of
+        """The array with the most weights, at most N·D, that fits ``nbytes`` bytes; raises the errors of
         :meth:`Table.from_budget`.
         """
         options = {"block_size": 16} | options
@@ -89,11 +90,11 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
 
 
 def block_parts(num_weights: int, embedding_dim: int, block_size: int, wrap: bool, constants: list[int]) -> Parts:
-    """The blocks that a vector is cut from, for the constants ``[r1, r2, r3]``."""
+    """The blocks of a vector, for the constants ``[r1, r2, r3]``."""
     r1, r2, r3 = constants
     count = -(-embedding_dim // block_size)
     starts = [(r1 + r2 * block) % _PRIME for block in range(count)]
-    # Blocks that wrap are placed below the prime, and their elements taken modulo M.
+    # Wrapping blocks have positions below the prime, and their elements are taken modulo M.
     moduli = [_PRIME if wrap else num_weights - block_size + 1] * count
     maps = IdMaps.of(moduli, multipliers=[r3] * count, addends=starts, prime=_PRIME)
     return Parts.of(embedding_dim, "concat", maps, block=block_size, wrap=wrap)

@@ -1,4 +1,4 @@
-"""Tables that map ids to rows by a stored list: rows of their own for frequent ids, or one row per cluster."""
+"""Tables that map ids to rows by a stored list: separate rows for frequent ids, or one row per cluster."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gossamer.ops.map_ids import IdMaps
 
 
 class FrequencyEmbedding(SharedRowsTable):
-    """Frequent ids have rows of their own, and the others share the rest: row ``own + x mod (M − own)``.
+    """Frequent ids have their own rows, and the others share the remaining ones: row ``own + x mod (M − own)``.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         num_rows: M.
-        frequencies: ``(N,)``, how often each id occurs. Those of the highest have rows of their own, the lower id first
-            among equals.
-        own: how many; by default a tenth of N, but M/2 at most.
+        frequencies: ``(N,)``, number of occurrences of each id. The most frequent ids get their own rows; among equal
+            ones the lower ids.
+        own: number of ids with their own rows; by default a tenth of N, but at most M/2.
         **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
@@ -81,19 +81,19 @@ class FrequencyEmbedding(SharedRowsTable):
 class ClusteredEmbedding(SeededMaps, SharedRowsTable):
     """Ids of one cluster share a row: ``e(x) = weight[cluster(x)]``, or with a second row that a hash chooses.
 
-    With ``double`` the vector is ``weight[cluster(x)] + weight[h(x)]``, with a hash as in :class:`DoubleHashEmbedding`,
-    which tells the ids of a cluster apart.
+    With ``double`` the vector is ``weight[cluster(x)] + weight[h(x)]``; the hash, as in :class:`DoubleHashEmbedding`,
+    distinguishes the ids of a cluster.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         clusters: ``(N,)`` int32 or int64 in ``[0, M)``, the cluster of each id.
-        double: whether there is a second row.
-        seed: of the second row's hash; the state holds it.
+        double: whether to add a second, hashed row.
+        seed: seed of the second row's hash; part of the state.
         **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
-        weight: ``(M, D)``, the parameter, where M is the largest cluster id and one.
+        weight: ``(M, D)``, the parameter, where M is the largest cluster id plus one.
         row_of_id: ``(N,)`` int32, a buffer.
 
     Raises:
@@ -143,7 +143,7 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> ClusteredEmbedding:
-        """The table of the ``clusters`` given, which have one size: it fits, or it does not."""
+        """The table of the given ``clusters``, whose size is fixed: it fits or raises an error."""
         return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
 
 

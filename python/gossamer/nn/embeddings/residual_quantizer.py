@@ -1,4 +1,4 @@
-"""Codes of vectors, level by level on what the levels before left over."""
+"""Residual quantisation: codes of vectors, where each level encodes the residual of the previous levels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gossamer._checks import check_floating, check_has_numbers, check_index, che
 
 
 class ResidualQuantization(NamedTuple):
-    """What :class:`ResidualQuantizer` makes of vectors.
+    """The result of :class:`ResidualQuantizer` for vectors.
 
     Attributes:
-        values: ``(..., d)``, the sum of the codewords; its gradient goes to the vectors as it is.
+        values: ``(..., d)``, the sum of the codewords; its gradient is passed unchanged to the vectors.
         codes: ``(..., L)`` int64.
         loss: ``Σ_l mean‖sg(r_l) − C^l‖² + β·mean‖r_l − sg(C^l)‖²`` over levels, sg being stop-gradient.
     """
@@ -28,14 +28,14 @@ class ResidualQuantization(NamedTuple):
 class ResidualQuantizer(nn.Module):
     """Semantic ids: L codes of K codewords each, ``c_l = argmin_k ‖r_l − C^l_k‖²`` and ``r_{l+1} = r_l − C^l_{c_l}``.
 
-    ``r_0`` is the vector. :meth:`fit` starts the codebooks by k-means, level by level; they are trained further by the
-    loss of :meth:`forward`, and :meth:`reseed_dead_codes` puts codewords that no vector chose onto vectors again.
+    ``r_0`` is the vector. :meth:`fit` initialises the codebooks by k-means, level by level; the loss of :meth:`forward`
+    trains them further, and :meth:`reseed_dead_codes` moves codewords that no vector chooses onto residuals.
 
     Args:
         dim: d.
         num_levels: L.
         num_codes: K.
-        commitment: β, how strongly vectors are drawn to their codewords.
+        commitment: β, the weight of the term that pulls vectors towards their codewords.
         device: of the codebooks.
         dtype: of the codebooks.
 
@@ -92,23 +92,23 @@ class ResidualQuantizer(nn.Module):
         return self(x).codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """The sums ``(..., d)`` of the codewords that ``codes (..., L)`` name."""
+        """The sums ``(..., d)`` of the codewords selected by ``codes (..., L)``."""
         check_shape("codes", codes, (*codes.shape[:-1], self.num_levels), "(..., L)")
         return sum(book[code] for book, code in zip(self.codebooks, codes.unbind(-1), strict=True))
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor, *, steps: int = 20, seed: int = 0, balanced: bool = False) -> torch.Tensor:
-        """Codebooks by k-means on ``x (n, d)``, each level on what the levels before left over.
+        """Fit codebooks by k-means on ``x (n, d)``, each level on the residuals of the previous levels.
 
         Args:
             x: at least one vector.
-            steps: of k-means, at most; it ends when no assignment changes.
-            seed: of the first centroids, which are drawn far apart (k-means++).
-            balanced: whether the clusters of a level have one size, up to one vector: see :func:`balanced_kmeans`.
+            steps: maximum number of k-means steps; it stops when no assignment changes.
+            seed: seed of the initial centroids, which are drawn far apart (k-means++).
+            balanced: whether the cluster sizes of a level differ by at most one: see :func:`balanced_kmeans`.
 
         Returns:
-            The codes ``(n, L)`` int64 that fitting ended with. New vectors, and those of balanced clusters too, are
-            encoded by the nearest codeword.
+            The codes ``(n, L)`` int64 at the end of fitting. :meth:`encode` always uses the nearest codeword, also
+            after balanced clustering.
 
         Raises:
             ValueError: ``x`` has another shape, or no vector.
@@ -127,7 +127,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def reseed_dead_codes(self, x: torch.Tensor, *, seed: int = 0) -> int:
-        """Put codewords that no vector of ``x (n, d)`` chooses onto residuals drawn from it; how many there were."""
+        """Move codewords that no vector of ``x (n, d)`` chooses onto residuals drawn from it; return their number."""
         check_shape("x", x, (None, self.dim), "(n, d)")
         generator = torch.Generator().manual_seed(seed)
         left, dead = x.to(self.codebooks.dtype), 0
@@ -144,7 +144,7 @@ class ResidualQuantizer(nn.Module):
 
 
 def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """The nearest of ``words (K, d)`` to each of ``x (..., d)``, the first among equals."""
+    """The nearest of ``words (K, d)`` to each of ``x (..., d)``; among equal ones the first."""
     # ‖x‖² is the same for all words.
     return (words.square().sum(-1) - 2 * (x @ words.T)).argmin(-1)
 
@@ -159,7 +159,7 @@ def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> N
 
 
 def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """``count`` of the vectors drawn with a probability by their squared distance to those drawn before."""
+    """Draw ``count`` vectors with probabilities proportional to their squared distance to those drawn before."""
     words = x.new_empty(count, x.shape[1])  # before the draws: more than the memory holds are refused at once
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(x), (1,), generator=generator))
@@ -198,9 +198,11 @@ def kmeans(x: torch.Tensor, num_codes: int, *, steps: int = 20, seed: int = 0) -
 def balanced_kmeans(
     x: torch.Tensor, num_codes: int, *, steps: int = 20, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`kmeans`, with clusters of one size: ``⌈n/K⌉`` vectors, the last ones less one where K leaves a rest.
+    """As :func:`kmeans`, with clusters of equal size: ``⌈n/K⌉`` vectors, or one less in the last ones if K does not
+    divide n.
 
-    Clusters choose in turn: each takes the nearest vectors that none before it took, until no assignment changes.
+    Clusters choose in turn: each takes the nearest vectors that no earlier cluster took. This repeats until no
+    assignment changes.
 
     Source: Deng et al., "OneRec: Unifying Retrieve and Rank with Generative Recommender and Iterative Preference
     Alignment", 2025.
@@ -229,7 +231,9 @@ def balanced_kmeans(
 
 
 def unique_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes ``(n, L)`` with a last one that numbers the vectors that share the others, ``(n, L+1)``: all differ."""
+    """Codes ``(n, L+1)`` from codes ``(n, L)``, with a last code that numbers vectors with equal codes, so that all
+    differ.
+    """
     check_index("codes", codes)
     check_shape("codes", codes, (None, None), "(n, L)")
     check_has_numbers("codes", codes)

@@ -1,4 +1,4 @@
-"""Tables that search their own width."""
+"""Tables whose width is searched during training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from gossamer.optim import Optimizer
 
 
 class SearchedDimensionEmbedding(FusedTable):
-    """AutoDim: tables of several widths side by side, mixed by trained shares, of which the best one is kept.
+    """AutoDim: tables of several widths, mixed with trained shares; in the end the best one is kept.
 
-    While it searches, ``e(x) = Σ_j p_j·BN(A_j·W_j[x])`` over the candidates, where ``W_j`` has ``d_j`` columns, ``A_j``
-    is ``(D, d_j)``, BN normalises over the ids of a call as often as they occur, without scale and shift, and
-    ``p = softmax((ln α + g)/τ)`` with Gumbel noise g in training. Train :attr:`alpha` on validation batches and
-    all else on training batches, and lower :attr:`temperature` by :meth:`temperature_at`.
+    During the search, ``e(x) = Σ_j p_j·BN(A_j·W_j[x])`` over the candidates, where ``W_j`` has ``d_j`` columns, ``A_j``
+    is ``(D, d_j)``, BN normalises over the ids of a call with their repetitions, without scale and shift, and ``p =
+    softmax((ln α + g)/τ)`` with Gumbel noise g in training. Train :attr:`alpha` on validation batches and everything
+    else on training batches, and lower :attr:`temperature` with :meth:`temperature_at`.
 
-    :meth:`choose` keeps the candidate of the largest α: from then on ``e(x) = A·W[x] + b`` with a table that starts
-    anew, as the paper retrains, or goes on from the searched one. Searching holds the bytes of all candidates; it is a
-    way to a small table and not to small training.
+    :meth:`choose` keeps the candidate with the largest α: from then on ``e(x) = A·W[x] + b``, with a table that starts
+    from new values, as in the paper, or continues from the searched one. The search holds the bytes of all candidates:
+    it gives a small table, but does not save memory in training.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
-        candidates: the widths ``d_j``, none above D.
-        temperature: τ in the beginning.
-        norm: whether candidates are normalised.
-        noise: whether shares are perturbed in training.
+        candidates: the widths ``d_j``, at most D.
+        temperature: initial τ.
+        norm: whether candidates are batch-normalised.
+        noise: whether shares are perturbed by noise in training.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
         device: of the parameters.
@@ -41,7 +41,7 @@ class SearchedDimensionEmbedding(FusedTable):
     Attributes:
         alpha: ``(C,)``, a parameter: ln α, which starts at 0; None once a candidate is chosen.
         chosen: the width that was chosen, or None.
-        tables: names of the tables, ``weight_<width>``; once chosen ``weight`` alone.
+        tables: names of the tables, ``weight_<width>``; only ``weight`` once a width is chosen.
 
     Raises:
         TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
@@ -153,12 +153,12 @@ class SearchedDimensionEmbedding(FusedTable):
         return self.candidates[0 if self.alpha.is_meta else int(self.alpha.argmax())]
 
     def choose(self, width: int | None = None, *, restart: bool = True) -> int:
-        """Keep one candidate, by default that of the largest α, and drop the others; its width.
+        """Keep one candidate, by default the one with the largest α, and drop the others; return its width.
 
         Args:
             width: one of the candidates.
-            restart: whether its table is drawn again, as the paper trains it; else it goes on from the searched one.
-                Its projection goes on in either case, and the bias starts at 0.
+            restart: whether its table is initialised again, as in the paper; otherwise it continues from the searched
+                one. Its projection continues in either case, and the bias starts at 0.
 
         Raises:
             ValueError: a candidate was chosen before, or ``width`` is none of them.
@@ -184,7 +184,7 @@ class SearchedDimensionEmbedding(FusedTable):
         return width
 
     def inference_nbytes(self) -> int:
-        """Bytes of the chosen candidate, or of the one that would be chosen now."""
+        """Bytes of the chosen candidate, or of the one that would currently be chosen."""
         if self.chosen is not None:
             return super().inference_nbytes()
         width = self._best()
@@ -192,7 +192,7 @@ class SearchedDimensionEmbedding(FusedTable):
         return numbers * self.alpha.element_size()
 
     def freeze(self) -> SearchedDimensionEmbedding:
-        """As any table; one that still searches keeps its best candidate first, as trained so far."""
+        """As for any table; if the search is not finished, the currently best candidate is kept first."""
         if self.chosen is None:
             self.choose(restart=False)
         return super().freeze()
@@ -207,8 +207,7 @@ class SearchedDimensionEmbedding(FusedTable):
     ) -> SearchedDimensionEmbedding:
         """The table that searches among the candidates that fit ``nbytes`` bytes when served.
 
-        It starts with the widest of them as the one that would be chosen. Raises the errors of
-        :meth:`Table.from_budget`.
+        Initially the widest of them would be chosen. Raises the errors of :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         widths = options.pop("candidates", None) or [w for w in (2, 4, 8, 16) if w <= embedding_dim] or [embedding_dim]

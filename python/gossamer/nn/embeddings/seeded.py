@@ -6,7 +6,7 @@ import torch
 
 
 class SeededMaps(torch.nn.Module):
-    """A module whose maps follow from a seed in its state, so that a loaded table finds its rows.
+    """A module whose maps are derived from a seed in its state, so that a loaded table finds its rows.
 
     A subclass draws the maps in :meth:`_draw_maps` and ends its constructor with :meth:`_keep_seed`.
 
@@ -24,11 +24,11 @@ class SeededMaps(torch.nn.Module):
         self._draw_maps(seed)
 
     def _draw_maps(self, seed: int) -> None:
-        """Set the maps that follow from a seed."""
+        """Set the maps derived from a seed."""
         raise NotImplementedError(f"{type(self).__name__} must define _draw_maps(seed)")
 
     def reset_parameters(self) -> None:
-        """As the class that this one is mixed into, and the seed, which storage without values may have lost."""
+        """As in the main class; also restores the seed, which uninitialised storage may have lost."""
         if "seed" in self._buffers:
             self.seed.fill_(self._seed)
         super().reset_parameters()

@@ -11,21 +11,21 @@ from gossamer.nn.embeddings.codes import CodedRowsTable
 class SemanticIdEmbedding(CodedRowsTable):
     """The vector of an item as the sum of a row for each of its codes: ``e(x) = Σ_l T_l[c_l(x)]``.
 
-    Items with codes in common have a part of their vectors in common. With ``prefixes`` the row of level l is chosen by
-    all codes up to it, so that a code means something else after another one: ``e(x) = Σ_l T_l[c_1(x) .. c_l(x)]``, a
-    row for every prefix that occurs. :class:`gossamer.nn.ResidualQuantizer` makes codes of item vectors.
+    Items with common codes share a part of their vectors. With ``prefixes`` the row of level l is chosen by all codes
+    up to l, so that the meaning of a code depends on the codes before it: ``e(x) = Σ_l T_l[c_1(x) .. c_l(x)]``, with
+    one row for every prefix that occurs. :class:`gossamer.nn.ResidualQuantizer` computes codes from item vectors.
 
     Args:
         num_embeddings: N, the number of items.
         embedding_dim: D.
         codes: ``(N, L)`` int32 or int64, at least 0.
-        num_codes: codes of a level, for all levels; by default one more than the largest of each. Not with
-            ``prefixes``.
+        num_codes: number of codes per level, the same for all levels; by default one more than the largest code of each
+            level. Not with ``prefixes``.
         prefixes: whether rows are chosen by prefixes.
         **options: ``mode``, ``include_last_offset``, ``device``, ``dtype`` and ``optimizer``, as for any table.
 
     Attributes:
-        weight: ``(M, D)``, the parameter: the tables of the levels, one below the other.
+        weight: ``(M, D)``, the parameter: the stacked tables of the levels.
         codes: the codes, or with ``prefixes`` the numbers of the prefixes, a buffer, in as few bits as the largest
             level needs; int32 above 16 bits.
         sizes: rows of each level.

@@ -1,4 +1,4 @@
-"""What tables have in common whose vectors are composed of rows that several ids share."""
+"""The base of tables whose vectors are composed of rows that several ids share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gossamer.optim import Optimizer
 class SharedRowsTable(FusedTable):
     """A table of M rows where an id's vector is composed of H of them: ``e(x) = ω_h weight[addresses(x)_h]``.
 
-    ω is the sum, the product or the concatenation, for which rows have D/H columns. A subclass says which rows by
-    :meth:`parts`, which kernels decode as they read ids, or by :meth:`addresses` where an id has one. Rows that several
-    ids share get the sum of their gradients, and an optimizer steps each once.
+    ω is the sum, the product or the concatenation, for which rows have D/H columns. A subclass defines the rows by
+    :meth:`parts`, which kernels decode as they read ids, or by :meth:`addresses` if an id has one row. Rows that
+    several ids share get the sum of their gradients, and an optimizer steps each once.
 
     Args:
         num_embeddings: N, the number of ids.
@@ -74,14 +74,14 @@ class SharedRowsTable(FusedTable):
         if self.operation == "add":
             variance /= self.rows_per_id
         elif self.operation == "mul":
-            # The variance of a product is that of its factors multiplied.
+            # The variance of a product is the product of its factors' variances.
             variance **= 1 / self.rows_per_id
         bound = (3 * variance) ** 0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         self._reset_state()
 
     def parts(self) -> Parts | None:
-        """How the H rows of an id are found; None where a subclass says the one row by :meth:`addresses`."""
+        """How the H rows of an id are found; None if a subclass gives the single row by :meth:`addresses`."""
         return None
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class SharedRowsTable(FusedTable):
 
         Raises:
             TypeError: ``ids`` is not int32 or int64.
-            IndexError: on the CPU, an id that the table does not know.
+            IndexError: on the CPU, an id outside the table.
         """
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
@@ -122,7 +122,7 @@ class SharedRowsTable(FusedTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> SharedRowsTable:
-        """The table of the most rows, N at most, that fits ``nbytes`` bytes; raises the errors of
+        """The table with the most rows, at most N, that fits ``nbytes`` bytes; raises the errors of
         :meth:`Table.from_budget`.
         """
 

@@ -26,7 +26,7 @@ class Table(nn.Module):
     """A map from ids to vectors: the base of all embedding tables.
 
     A subclass sets :attr:`num_embeddings` and :attr:`embedding_dim` and defines :meth:`lookup`; bags, sizes, budgets
-    and :meth:`freeze` follow from it, and a subclass with a faster way, or with a knob for its size, overrides them.
+    and :meth:`freeze` are built on it. A subclass overrides them if it has a faster way or an adjustable size.
     :class:`FusedTable` is a table whose parameters are trained in the backward pass.
 
     The library's own tables set their common attributes by :meth:`_set_up`, pool bags in :meth:`_pool`, and find the
@@ -105,7 +105,7 @@ class Table(nn.Module):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> Table:
         """The best table of this kind that serves N ids in at most ``nbytes`` bytes.
 
-        This kind has one size: it fits, or it does not.
+        The size of this kind is fixed: it fits or raises an error.
 
         Args:
             num_embeddings: N.
@@ -115,7 +115,7 @@ class Table(nn.Module):
 
         Raises:
             TypeError: ``nbytes`` is not an int.
-            ValueError: no table of this kind is as small; the message says how small one can be.
+            ValueError: no table of this kind is as small; the message gives the smallest size.
         """
         check_budget(nbytes)
         needed = cls(num_embeddings, embedding_dim, **options | {"device": "meta"}).inference_nbytes()

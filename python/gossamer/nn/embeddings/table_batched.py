@@ -20,7 +20,7 @@ class TableBatchedEmbeddingBags(FusedTable):
 
     Each of B examples has one bag of ids for each feature; ``y[b] = [pool_f(table_{m(f)}[ids of (f, b)])]_f``, side by
     side. With ``optimizer`` the backward pass takes its step on the rows that were looked up, a row that several
-    features read getting one; :class:`Embedding` says what becomes of the parameter then.
+    features read getting one; :class:`Embedding` describes the parameter in this case.
 
     Args:
         specs: ``(rows, dim)`` of each table.
@@ -30,11 +30,11 @@ class TableBatchedEmbeddingBags(FusedTable):
         weights_dtype: of the tables: float32, float16 or bfloat16 (float64 on the CPU).
         output_dtype: of the result; that of the tables by default.
         feature_names: names of the features, which the keys of a KeyedJaggedTensor must then be.
-        bounds: what becomes of ids outside their table; see :func:`gossamer.gather_reduce`.
+        bounds: treatment of ids outside their table; see :func:`gossamer.gather_reduce`.
         device: of the tables.
 
     Attributes:
-        weights: the parameter, ``(E,)``: the tables where ``layout`` says. Rows start uniform in ``±1/√rows``.
+        weights: the parameter, ``(E,)``: the tables at the positions of ``layout``. Rows start uniform in ``±1/√rows``.
         layout: the :class:`gossamer.TableLayout`.
         num_embeddings: rows of all tables.
         embedding_dim: D where all tables have the same, else None.
@@ -115,7 +115,7 @@ class TableBatchedEmbeddingBags(FusedTable):
         return tables
 
     def lookup(self, ids: torch.Tensor, feature: int = 0) -> torch.Tensor:
-        """The vectors ``(..., D_f)`` of one feature's ``ids (...)``, with its table's step where it is trained.
+        """The vectors ``(..., D_f)`` of one feature's ``ids (...)``, with its table's step if it is trained.
 
         Raises:
             TypeError: ``ids`` is not int32 or int64.
@@ -127,7 +127,7 @@ class TableBatchedEmbeddingBags(FusedTable):
         if not 0 <= feature < features:
             raise ValueError(f"feature must be in [0, F) with F={features}, got {feature}")
         bags = ids.numel()
-        # One id in each bag of the feature, none in those of the others.
+        # One id in each bag of the feature, and none in bags of other features.
         positions = torch.arange(features * bags + 1, device=ids.device) - feature * bags
         rows = self(ids.reshape(-1), positions.clamp(0, bags))
         dims = [self.layout.specs[table][1] for table in tables]

@@ -22,8 +22,8 @@ class TensorTrainEmbedding(FusedTable):
     ``e(x) = G_1[i_1]·G_2[i_2]·G_3[i_3]``, where ``G_1[i]`` is ``(d_1, r_1)``, ``G_2[i]`` is ``(r_1, d_2·r_2)`` and
     ``G_3[i]`` is ``(r_2, d_3)``; the entry ``(a, b, c)`` of the product is entry ``(a·d_2 + b)·d_3 + c`` of ``e(x)``.
 
-    Where a batch has more ids than there are pairs ``(i_1, i_2)``, the first product is computed once a pair. The
-    second is added up over a bag as it is computed.
+    If a batch has more ids than there are pairs ``(i_1, i_2)``, the first product is computed once per pair. The second
+    product is summed over a bag as it is computed.
 
     Args:
         num_embeddings: N.
@@ -136,13 +136,13 @@ class TensorTrainEmbedding(FusedTable):
         return gather_matmul(pairs, core3, ids, last, r2, *lists, **how)
 
     def _cores(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """The cores; with an optimizer copies of the rows that ids choose, which backward steps."""
+        """The cores; with an optimizer, copies of the rows that ids choose, which the backward pass steps."""
         if self.optimizer is None:
             return [getattr(self, name) for name in self.tables]
         digits = map_ids(ids.reshape(-1), self._maps)
         found = []
         for name, rows, digit in zip(self.tables, self.row_factors, digits.unbind(1), strict=True):
-            # Ids that CUDA could not refuse have no digits, and touch a row that is not there.
+            # Invalid ids, which raise no error on CUDA, have no digits and refer to a row outside the cores.
             touched = torch.zeros(rows + 1, dtype=torch.bool, device=ids.device)
             touched = touched.index_fill(0, torch.where(digit < 0, rows, digit).long(), True)[:rows]
             chosen = torch.where(touched, torch.arange(rows, device=ids.device), -1)
@@ -157,7 +157,8 @@ class TensorTrainEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> TensorTrainEmbedding:
-        """The table of the highest ranks, equal or the first one above the second, that fits ``nbytes`` bytes.
+        """The table with the highest ranks that fits ``nbytes`` bytes; ranks are equal, or the first is one above the
+        second.
 
         Raises the errors of :meth:`Table.from_budget`.
         """
@@ -171,12 +172,12 @@ class TensorTrainEmbedding(FusedTable):
 
 
 def _two(dim: int, moduli: tuple[int, int], divisors: tuple[int, int], limit: int) -> Parts:
-    """The two matrices that quotients of an id choose."""
+    """The two matrices chosen by quotients of an id."""
     return Parts.of(dim, "matmul", IdMaps.of(moduli, divisors=divisors, limit=limit))
 
 
 def _three_rows(num_embeddings: int) -> tuple[int, int, int]:
-    """Three about equal sizes whose product is at least N."""
+    """Three nearly equal sizes whose product is at least N."""
     first = math.ceil(round(num_embeddings ** (1 / 3), 9))
     rest = -(-num_embeddings // first)
     second = math.ceil(math.sqrt(rest))

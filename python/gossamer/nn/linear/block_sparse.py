@@ -14,7 +14,7 @@ from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
 
 CRITERIA = ("magnitude", "magnitude_l1", "random")
-# Rows of the dense gradient held at a time while its blocks are scored.
+# Number of rows of the dense gradient held at a time while its blocks are scored.
 _TILE_ROWS = 256
 
 
@@ -49,7 +49,7 @@ def block_scores(weight: torch.Tensor, block: tuple[int, int], criterion: str = 
         weight: ``(O, I)``; the last blocks of a row or column may be cut.
         block: ``(bm, bn)``.
         criterion: ``"magnitude"``, the Frobenius norm ``‖W_b‖`` over ``√(bm·bn)``; or ``"magnitude_l1"``, the mean of
-            ``|w|``. The two can disagree: a lone large weight counts more in the first.
+            ``|w|``. The two can disagree: a single large weight counts more in the first.
 
     Returns:
         ``(O/bm, I/bn)`` float32, rounded up.
@@ -62,7 +62,7 @@ def block_scores(weight: torch.Tensor, block: tuple[int, int], criterion: str = 
 
 
 def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """A mask of the ``count`` highest scores, of equal ones the first; of the shape of ``scores``."""
+    """A mask of the ``count`` highest scores, in the shape of ``scores``; among equal scores the first."""
     order = scores.flatten().argsort(descending=True, stable=True)[:count]
     return (
         torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device).index_fill(0, order, True).view_as(scores)
@@ -78,8 +78,9 @@ def _observe(observed: list[tuple[torch.Tensor, torch.Tensor]], inputs: torch.Te
 class BlockSparseLinear(nn.Module):
     """``y = x·Wᵀ + b`` with a block-sparse weight, in place of ``nn.Linear``.
 
-    Only those blocks are stored, multiplied, and given gradients and optimizer state. Where they are stays as it is
-    until :class:`PruneAndRegrow`, a loaded state or a new ``topology`` changes it. Sizes need not be whole blocks.
+    Only the blocks are stored and multiplied, and only they have gradients and optimizer state. Their positions are
+    fixed until :class:`PruneAndRegrow`, a loaded state or a new ``topology`` changes them. Sizes need not be multiples
+    of the block size.
 
     >>> layer = gossamer.nn.BlockSparseLinear(1024, 1024, density=1 / 8, block=64)
     >>> layer = gossamer.nn.BlockSparseLinear.from_linear(linear, density=1 / 8, block=64)
@@ -90,8 +91,8 @@ class BlockSparseLinear(nn.Module):
         bias: whether there is one.
         density: share of the blocks, in (0, 1], at random and spread evenly over the block rows; at least one block.
         block: ``(bm, bn)``, each 16, 32, 64 or 128, or one size for both.
-        topology: which blocks, in place of a random choice; of the weight's shape in whole blocks. ``density`` and
-            ``block`` are not read then.
+        topology: the blocks, instead of a random choice; with the weight's shape in whole blocks. ``density`` and
+            ``block`` are then ignored.
         generator: a CPU generator that the random choice is drawn from.
         device: of parameters.
         dtype: of parameters.
@@ -100,7 +101,7 @@ class BlockSparseLinear(nn.Module):
         values: parameter ``(nnz, bm, bn)``, the blocks row by row. At first uniform in ``±1/√n``, n the mean number of
             inputs that an output has.
         bias: parameter ``(O,)`` or None.
-        block_mask: buffer ``(O/bm, I/bn)`` bool, where the blocks are. Saved, and loaded, with the values.
+        block_mask: buffer ``(O/bm, I/bn)`` bool, the positions of the blocks. Saved and loaded with the values.
 
     Raises:
         TypeError: a size is not an int, a density is not a number, or a topology none.
@@ -134,7 +135,7 @@ class BlockSparseLinear(nn.Module):
             check_topology(topology)
             block, count = topology.block, topology.nnz_blocks
         device = torch.get_default_device() if device is None else torch.device(device)
-        # Before the choice of blocks, so that a layer too large for the memory is refused at once.
+        # Allocated before choosing blocks, so that a layer too large for the memory fails immediately.
         values = torch.empty(count, *block, device=device, dtype=dtype)
         if topology is None:
             share = count / (grid[0] * grid[1])
@@ -170,11 +171,11 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def topology(self) -> BlockTopology:
-        """The places of the blocks in the padded weight.
+        """The positions of the blocks in the padded weight.
 
-        It follows ``block_mask``, also where a checkpoint, an average of weights or another process's copy was written
-        into that: what else is here tells only how many blocks there are. In what ``torch.compile`` has made it is that
-        of the compilation, or of the last time before it that the layer was called, with torch older than 2.13.
+        It is derived from ``block_mask``, also after a checkpoint, averaged weights or another process's copy was
+        written into the mask; everything else only determines the number of blocks. In compiled code it is the topology
+        at compilation or, with torch older than 2.13, at the layer's last call before it.
 
         Raises:
             ValueError: on the CPU, ``block_mask`` has not as many blocks as ``values``.
@@ -204,7 +205,7 @@ class BlockSparseLinear(nn.Module):
         nn.init.uniform_(self.values, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        # Parameters may be on the meta device where buffers are not.
+        # Parameters may be on the meta device while buffers are not.
         (bm, bn), device = self.block, self.values.device
         topology = self.topology.to(device)
         rows = topology.row_indices.unsqueeze(1) * bm + torch.arange(bm, device=device) < self.out_features
@@ -235,9 +236,9 @@ class BlockSparseLinear(nn.Module):
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def observe_gradient(self, on: bool = True) -> None:
-        """Start or stop keeping what :meth:`gradient_norms` reads; stopping discards it."""
+        """Start or stop recording data for :meth:`gradient_norms`; stopping discards it."""
         self._observed: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if on else None
-        # Decorated on first use: decorating loads the compiler, which an import must not.
+        # Decorated on first use, because decorating loads the compiler, which an import must not do.
         self._observe = torch.compiler.disable(_observe) if on else None
 
     @torch.no_grad()
@@ -269,16 +270,16 @@ class BlockSparseLinear(nn.Module):
 
     @torch.no_grad()
     def change_topology(self, mask: torch.Tensor) -> torch.Tensor:
-        """Change the places of the blocks, not their number: kept blocks keep their values, new ones are zero.
+        """Change the positions of the blocks, not their number: kept blocks keep their values, new ones are zero.
 
-        Gradients, which belong to the old places, are dropped. Nothing is read on the host on CUDA.
+        Gradients, which belong to the old positions, are dropped. On CUDA nothing is read on the host.
 
         Args:
             mask: ``(O/bm, I/bn)`` bool with as many blocks as now.
 
         Returns:
-            ``(nnz,)`` int64: for each block its old position in ``values``, or −1 for a new one. What else is stored
-            by block, such as the state of an optimizer, moves by :func:`move_blocks_`.
+            ``(nnz,)`` int64: for each block its old position in ``values``, or −1 for a new one. Use
+            :func:`move_blocks_` to move other data stored by block, such as optimizer state.
 
         Raises:
             TypeError: ``mask`` is not a bool tensor.
@@ -303,7 +304,7 @@ class BlockSparseLinear(nn.Module):
         topology, unknown = self.topology, self.block_mask.is_meta
         super()._apply(fn, recurse)
         if unknown and not self.block_mask.is_meta:
-            # Uninitialised memory: any blocks, as in the constructor, until a state is loaded.
+            # The memory is uninitialised, so arbitrary blocks are used, as in the constructor, until a state is loaded.
             topology = BlockTopology.random(topology.shape, topology.block, topology.density, balanced=True)
             self.block_mask.copy_(topology.to_mask())
         self._adopt(topology.to(self.block_mask.device))
@@ -335,7 +336,7 @@ class BlockSparseLinear(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> BlockSparseLinear:
-        """A layer with some blocks of a dense one, its values and bias copied.
+        """A layer with some blocks of a dense layer; values and bias are copied.
 
         Args:
             linear: ``nn.Linear``.

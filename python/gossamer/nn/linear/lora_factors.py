@@ -13,7 +13,7 @@ from gossamer._numerics import accumulation_dtype
 
 INITS = ("kaiming", "gaussian", "spectral")
 
-# Elements of a weight that a norm or a merge holds in float32 at a time.
+# Number of a weight's elements that a norm or a merge holds in float32 at a time.
 _CHUNK = 1 << 22
 
 

@@ -61,7 +61,7 @@ class _Mergeable(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weight from before :meth:`merge` back.
+        """Restore the weight from before :meth:`merge`.
 
         Raises:
             ValueError: the layer is not merged.
@@ -86,16 +86,16 @@ class LoRALinear(_Mergeable):
     """A linear layer with a low-rank update: ``y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ`` (LoRA, Hu et al., 2021).
 
     ``scale`` is α/r, or α/√r with ``rank_stabilized`` (rsLoRA, Kalajdzievski, 2023). With ``dora`` the rows of the
-    updated weight are given lengths of their own (DoRA, Liu et al., 2024):
-    ``y = g ⊙ (x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ) + bias`` with ``g[o] = magnitude[o] / ‖(W + scale·B·A)[o]‖``, whose
-    denominator is a constant in the backward pass, as there. W and the bias are frozen unless asked to train.
+    updated weight have trained norms (DoRA, Liu et al., 2024): ``y = g ⊙ (x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ) + bias`` with
+    ``g[o] = magnitude[o] / ‖(W + scale·B·A)[o]‖``, whose denominator is a constant in the backward pass, as in the
+    paper. W and the bias are frozen unless you set them to train.
 
     Args:
         in_features: I.
         out_features: O.
         rank: r, in ``[1, min(I, O)]``.
         alpha: α; ``rank`` when None, so that the scale of LoRA is 1.
-        dropout: the probability with which elements of x are dropped on their way to A, while training.
+        dropout: the probability with which elements of x are dropped before A, in training.
         rank_stabilized: whether the scale is α/√r.
         dora: whether there is a ``magnitude``.
         init: ``"kaiming"`` or ``"gaussian"``: A is random and B zero; ``"spectral"``: both are the principal part of W,
@@ -238,7 +238,7 @@ class LoRALinear(_Mergeable):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the update folded in; this layer stays as it is."""
+        """A plain ``nn.Linear`` with the update folded in; this layer is not changed."""
         bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, bias, self.weight.device, self.weight.dtype)
         with torch.no_grad():
@@ -260,9 +260,9 @@ class LoRALinear(_Mergeable):
 class LoRAEmbedding(_Mergeable):
     """An embedding table with a low-rank update: ``y = W[ids] + scale·A[ids]·Bᵀ``.
 
-    With ``dora`` the columns of the updated table are given lengths of their own:
-    ``y = g ⊙ (W[ids] + scale·A[ids]·Bᵀ)`` with ``g[d] = magnitude[d] / ‖(W + scale·A·Bᵀ)[:, d]‖``. The update starts at
-    zero with A zero and B drawn from N(0, 1), as in LoRA for tables; there is no dropout.
+    With ``dora`` the columns of the updated table have trained norms: ``y = g ⊙ (W[ids] + scale·A[ids]·Bᵀ)`` with
+    ``g[d] = magnitude[d] / ‖(W + scale·A·Bᵀ)[:, d]‖``. The update starts at zero with A zero and B drawn from N(0, 1),
+    as in LoRA for tables; there is no dropout.
 
     Args:
         num_embeddings: N.
@@ -361,7 +361,7 @@ class LoRAEmbedding(_Mergeable):
     def reset_lora_parameters(self) -> None:
         """Initialise the update again; ``init="spectral"`` moves the table's principal part into it each time."""
         if self.init == "spectral":
-            # The table is the transpose of a linear layer's weight: A and B change places.
+            # The table is the transpose of a linear layer's weight, so A and B are swapped.
             spectral_split_(self.weight, self.lora_embedding_B.T, self.lora_embedding_A, self.scale)
         else:
             nn.init.zeros_(self.lora_embedding_A)

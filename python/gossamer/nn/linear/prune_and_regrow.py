@@ -13,8 +13,8 @@ from gossamer.nn.linear.block_sparse import BlockSparseLinear, highest, move_blo
 from gossamer.nn.replicas import is_sharded
 from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
-# rule -> (fraction at the start, at the end; whether new blocks follow the gradient; whether the weights' own step of
-# that iteration is left out)
+# rule -> (fraction at the start and at the end; whether new blocks follow the gradient; whether the optimizer's step of
+# that iteration is skipped)
 RULES: dict[str, tuple[float, float, bool, bool]] = {
     "set": (0.3, 0.0, False, True),
     "rigl": (0.3, 0.0, True, True),
@@ -25,7 +25,8 @@ RULES: dict[str, tuple[float, float, bool, bool]] = {
 def moved_mask(mask: torch.Tensor, norms: torch.Tensor, growth: torch.Tensor, count: int) -> torch.Tensor:
     """Drop the ``count`` blocks of smallest norm, then grow as many of highest growth score.
 
-    Every block that is not kept can be grown, one just dropped too. Of equal scores the first is dropped, or grown.
+    Every block that is not kept can be grown, including one just dropped. Among equal scores the first is dropped, or
+    grown.
 
     Args:
         mask: bool, where the blocks are.
@@ -60,11 +61,11 @@ class PruneAndRegrow:
     ``"dsl"``    k = ⌈n·f(t)⌉, grown by ``‖G_b‖``, after the optimizer's step (DSL, Wang et al.); f from 0.5 to 0.005
     ===========  ==========================================================================================
 
-    In ``"set"`` and ``"rigl"`` the move takes the place of the optimizer's step of that iteration. A block dropped and
-    grown at once keeps its values. State of the optimizer stored by block moves along: blocks kept keep their moments,
-    new ones start at zero. No dense weight, moment or lasting dense gradient is held: norms of ``G_b`` come of bands of
-    ``dyᵀ·x``, in steps that move blocks only, for which inputs and output gradients are kept until the step's end.
-    Frozen layers, and those that no backward pass reached in such a step, stay as they are.
+    In ``"set"`` and ``"rigl"`` the move replaces the optimizer's step of that iteration. A block that is dropped and
+    grown in one move keeps its values. Optimizer state stored by block moves along: kept blocks keep their moments, new
+    ones start at zero. No dense weight, moment or lasting dense gradient is stored: norms of ``G_b`` are computed from
+    bands of ``dyᵀ·x``, only in steps that move blocks, and for these inputs and output gradients are kept until the end
+    of the step. Frozen layers, and layers that no backward pass reached in such a step, stay unchanged.
 
     >>> moves = gossamer.nn.PruneAndRegrow(model, optimizer, rule="rigl", every=100, until=25_000)
     >>> for batch in batches:
@@ -73,21 +74,21 @@ class PruneAndRegrow:
     ...     moves.step()  # in place of optimizer.step()
 
     Args:
-        model: a module with such layers inside, or an iterable of layers.
-        optimizer: steps their parameters.
+        model: a module that contains such layers, or an iterable of layers.
+        optimizer: the optimizer of their parameters.
         rule: ``"set"``, ``"rigl"`` or ``"dsl"``.
-        every: steps from one move to the next.
-        until: the step from on which nothing moves.
+        every: number of steps between moves.
+        until: the step from which on nothing moves.
         fraction: f_0, in [0, 1]; the rule's by default.
         final_fraction: f_end, in [0, 1]; the rule's by default.
         anneal: ``"cosine"``; ``"constant"`` for f_0 throughout; or a :class:`Schedule` whose ``density(t)`` is f(t).
-        seed: of the choices of ``"set"``, which are the same on every device.
+        seed: seed of the choices of ``"set"``, which are the same on every device.
 
     Raises:
         TypeError: ``model`` is something else, or a number is not an int.
         ValueError: there is no such layer, a number is out of range, a name is unknown, a layer's values are sharded,
-            or a rule that follows the gradient while several processes train: each would see its own batch's and move
-            elsewhere.
+            or a rule that follows the gradient is used with several processes, which would move different blocks, since
+            each sees only its own batch's gradient.
     """
 
     def __init__(
@@ -163,11 +164,11 @@ class PruneAndRegrow:
         return share
 
     def step(self, optimizer_step: Callable[[], object] | None = None) -> bool:
-        """Take the optimizer's step, move blocks, or both, as the rule says.
+        """Take the optimizer's step, move blocks, or both, depending on the rule.
 
         Args:
-            optimizer_step: takes the place of ``optimizer.step``, such as ``lambda: scaler.step(optimizer)``.
-                Where "set" and "rigl" move blocks it is not called, and ``scaler.update()`` must not be either.
+            optimizer_step: replaces ``optimizer.step``, such as ``lambda: scaler.step(optimizer)``. When "set" or
+                "rigl" moves blocks it is not called, and ``scaler.update()`` must not be called either.
 
         Returns:
             Whether blocks moved.
@@ -191,7 +192,7 @@ class PruneAndRegrow:
 
     @torch.no_grad()
     def move(self) -> None:
-        """Move the blocks of every layer now, by the share of the coming step; :meth:`step` does it when it is due.
+        """Move the blocks of every layer now, by the share of the next step; :meth:`step` calls it when it is due.
 
         Raises:
             ValueError: the rule follows the gradient and the step is not one that observed it, the optimizer keeps
@@ -236,7 +237,7 @@ class PruneAndRegrow:
         return torch.rand(layer.block_mask.shape, generator=self._generator, device="cpu").to(layer.values.device)
 
     def state_dict(self) -> dict[str, object]:
-        """Steps taken, and the state of the random choices. Where the blocks are is in the model's state."""
+        """The number of steps and the state of the random choices. The positions of blocks are in the model's state."""
         return {"steps": self._steps, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:

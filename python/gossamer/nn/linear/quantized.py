@@ -13,8 +13,8 @@ from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight
 class QuantizedLinear(nn.Module):
     """A linear layer with a frozen weight in few bits: ``y = x·decode(weight)ᵀ + bias``.
 
-    On the CPU codes are decoded within the product, so that a row costs the reading of the codes. Gradients of the
-    activations and of the bias go through it.
+    On the CPU codes are decoded within the product, so a row costs as much time as reading the codes. Activations and
+    the bias get gradients.
 
     Args:
         weight: a stack of one matrix, ``(1, O, I)``.
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
         return cls(weight, linear.bias)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """A plain linear layer of the weight that the codes stand for."""
+        """A plain linear layer with the dequantised weight."""
         values = self.weight.weight().dequantize(dtype)[0]
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(values)
