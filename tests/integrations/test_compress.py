@@ -1,5 +1,7 @@
 """A model's embedding layers under one budget in bytes."""
 
+import re
+
 import pytest
 import torch
 from contracts import assert_near
@@ -177,6 +179,20 @@ def test_bad_arguments_change_nothing(method, budget, arguments, message):
     with pytest.raises(ValueError, match=message):
         gossamer.compress_embeddings(model, method, budget, **arguments)
     assert all(type(m) in (nn.Embedding, nn.EmbeddingBag) for m in model.modules() if hasattr(m, "num_embeddings"))
+
+
+def test_a_budget_missed_by_a_hair_names_one_that_is_enough():
+    """Not one that rounds to what was given, nor far more."""
+
+    def named(budget):
+        with pytest.raises(ValueError, match="budget must be at least") as caught:
+            gossamer.compress_embeddings(Recommender(), "compositional", budget)
+        return float(re.search(r"at least (\S+)", str(caught.value))[1])
+
+    least = named(0.001)
+    short = least * (1 - 1e-4)
+    assert short < named(short) == least
+    gossamer.compress_embeddings(Recommender(), "compositional", least)
 
 
 def test_frequencies_must_fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -397,10 +398,8 @@ def compress_embeddings(
     if how.sized:
         allotted = _allot(fields, wanted)
         if allotted is None:
-            least = before - sum(field.nbytes - field.size(0.0) for field in fields)
-            raise ValueError(
-                f"budget must be at least {least / before:.4g} for method {method!r} in this model, got {budget}"
-            )
+            least = _least_budget(before - sum(field.nbytes - field.size(0.0) for field in fields), before)
+            raise ValueError(f"budget must be at least {least} for method {method!r} in this model, got {budget}")
     else:
         allotted = {field: int(field.nbytes * wanted / sum(f.nbytes for f in fields)) for field in fields}
     tables = {field: field.table(nbytes) for field, nbytes in allotted.items()}
@@ -410,6 +409,14 @@ def compress_embeddings(
 def _check_names(argument: str, given: Mapping | None, layers: Mapping[str, nn.Module]) -> None:
     if unknown := set(given or {}) - set(layers):
         raise ValueError(f"{argument} must be of layers {', '.join(layers)}, got {', '.join(sorted(unknown))}")
+
+
+def _least_budget(least: int, before: int) -> float:
+    """A budget that gives ``least`` of ``before`` bytes, of six digits, rounded up so that it is enough."""
+    context = decimal.Context(prec=6, rounding=decimal.ROUND_CEILING)
+    found = context.divide(least, before)
+    # The share of bytes is cut to an integer, and so may be one short of an exact quotient.
+    return float(found if int(float(found) * before) >= least else context.divide(least + 1, before))
 
 
 def _weight_nbytes(module: nn.Module) -> int:
