@@ -7,6 +7,7 @@ A method takes the whole suite by one line in its own test file, whose name begi
 
 import copy
 import functools
+import inspect
 import re
 
 import pytest
@@ -532,6 +533,16 @@ class TableContract(Contract):
         rows = table.lookup(ids).detach().double() * weights.double().unsqueeze(1)
         sums = torch.zeros(6, self.D, dtype=torch.float64, device=device).index_add(0, bags, rows)
         assert_near(self.pooled(table, ids, offsets, weights), sums)
+
+    def test_shapes_are_refused_by_name(self, make, device):
+        """By the names of the layer's arguments, not by those of the primitives behind it."""
+        table = self.make(make, device)
+        ids, offsets, _ = bag_lists(self.N, device)
+        name = next(iter(inspect.signature(table.forward).parameters))
+        with pytest.raises(ValueError, match=rf"\b{name}\b .*(shape|1D or 2D)"):
+            table(ids.view(2, 2, 3))
+        with pytest.raises(ValueError, match=rf"weights must have .*shape .*{name}"):
+            table(ids, offsets, torch.ones(5, device=device))
 
     def test_same_bits_twice(self, make, device):
         table = self.make(make, device)

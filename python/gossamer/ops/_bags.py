@@ -254,26 +254,30 @@ def check_bags(
     bounds: str = "drop",
     bounds_count: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    name: str = "index",
 ) -> Bags:
-    """Check the arguments that the primitives over one table share, except the values of ids and offsets."""
+    """Check the arguments that the primitives over one table share, except the values of ids and offsets.
+
+    ``name`` is what the caller's argument ``index`` is called.
+    """
     if scale is not None or table.dtype not in FLOAT_DTYPES:
         check_rows(table, scale, backend)
     check_shape("table", table, (None, None), "(N, D)")
-    check_index("index", index)
+    check_index(name, index)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if offsets is None:
         if index.dim() not in (1, 2):
-            raise ValueError(f"index must have shape (B, J) or (L,) when offsets is None, got {tuple(index.shape)}")
+            raise ValueError(f"{name} must have shape (B, J) or (L,) when offsets is None, got {tuple(index.shape)}")
     else:
-        check_shape("index", index, (None,), "(L,) when offsets is given")
+        check_shape(name, index, (None,), "(L,) when offsets is given")
         offsets = _whole_offsets(index, offsets, include_last_offset)
-    check_weights(index, weights, backend)
+    check_weights(index, weights, backend, name)
     if weights is not None and mode == "max":
         raise ValueError("weights cannot be given with mode='max'")
     if scale is not None and mode == "max":
         raise ValueError("scale cannot be given with mode='max'")
-    check_same_device(table=table, index=index, offsets=offsets, weights=weights)
+    check_same_device(**{"table": table, name: index, "offsets": offsets, "weights": weights})
     n = table.shape[0]
     check_padding_idx(padding_idx, n)
     check_bounds(bounds, bounds_count, index.device)
@@ -304,12 +308,12 @@ def _whole_offsets(index, offsets, include_last_offset):
     return offsets
 
 
-def check_weights(index: torch.Tensor, weights: torch.Tensor | None, backend: str) -> None:
-    """Per-sample weights are floating and shaped like ``index``."""
+def check_weights(index: torch.Tensor, weights: torch.Tensor | None, backend: str, name: str = "index") -> None:
+    """Per-sample weights are floating and shaped like the ids, which are called ``name``."""
     if weights is not None:
         check_tensor("weights", weights)
         check_float("weights", weights, backend)
-        check_shape("weights", weights, tuple(index.shape), "that of index")
+        check_shape("weights", weights, tuple(index.shape), f"that of {name}")
 
 
 def check_bounds(bounds: str, bounds_count: torch.Tensor | None, device: torch.device) -> None:

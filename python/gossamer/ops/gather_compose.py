@@ -445,7 +445,7 @@ def checked_compose(table, ids, parts: Parts, offsets, weights, mode, include_la
     """Check the arguments of :func:`gather_compose`, except the values of ids and offsets; their bags."""
     if mode == "max":
         raise ValueError("mode must be 'sum' or 'mean' for composed rows, got 'max'")
-    bags = check_bags(table, ids, offsets, weights, backend, mode, None, include_last_offset, "raise")
+    bags = check_bags(table, ids, offsets, weights, backend, mode, None, include_last_offset, "raise", name="ids")
     check_parts(parts, bags.index, table.shape[0])
     check_same_device(table=table, codes=parts.codes, rare=parts.rare)
     if parts.operation not in OPERATIONS:

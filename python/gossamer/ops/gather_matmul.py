@@ -199,7 +199,7 @@ def gather_matmul(
     check_positive(inner=inner)
     if mode == "max":
         raise ValueError("mode must be 'sum' or 'mean' for products, got 'max'")
-    bags = check_bags(left, ids, offsets, weights, backend, mode, None, include_last_offset, "raise")
+    bags = check_bags(left, ids, offsets, weights, backend, mode, None, include_last_offset, "raise", name="ids")
     check_parts(parts, bags.index, left.shape[0])
     check_same_device(left=left, right=right, codes=parts.codes, rare=parts.rare)
     if right.dtype != left.dtype:

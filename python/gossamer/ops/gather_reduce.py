@@ -562,12 +562,15 @@ def check_lookup(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
     mode: str,
+    name: str = "index",
 ) -> None:
     """Raise the errors of :func:`gather_reduce` with ``bounds="drop"``, for callers that change a table before reading
     it.
+
+    ``name`` is what the caller's argument ``index`` is called.
     """
     backend = _backend.resolve("gather_reduce", table)
-    check_bags(table, index, offsets, weights, backend, mode=mode)
+    check_bags(table, index, offsets, weights, backend, mode=mode, name=name)
     if index.device.type != "cpu":
         return
     if offsets is not None:

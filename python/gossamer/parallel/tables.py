@@ -25,6 +25,7 @@ from gossamer.parallel.placement import (
     Split,
     TablePlan,
     assign_owners,
+    check_lookups,
     join,
     named_tables,
     plan_tables,
@@ -208,7 +209,7 @@ class ShardedEmbeddingBag(Sharded, TableShard):
         check_same_device(weight=self.weight, input=ids, offsets=offsets, per_sample_weights=weights)
         if offsets is not None:
             ends = offsets if whole else torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
-            check_lookup(self.weight.detach(), ids, ends, weights, self.mode)
+            check_lookup(self.weight.detach(), ids, ends, weights, self.mode, "input")
         bags = _flat(ids, offsets, weights, whole)
         _check_ids("input", bags.ids, self.num_embeddings)
         if self.padding_idx is not None:
@@ -338,7 +339,7 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
         if self.bounds != "raise":
             repaired = offsets.clamp(0, indices.shape[0]).cummax(0).values
             wrong, offsets = (repaired != offsets).sum(), repaired
-        check_lookup(self.tables[0].weight.detach(), indices, offsets, per_sample_weights, "sum")
+        check_lookup(self.tables[0].weight.detach(), indices, offsets, per_sample_weights, "sum", "indices")
         bags = _flat(indices, offsets, per_sample_weights, True)
         each = (offsets.shape[0] - 1) // features
         ends = offsets[::each].tolist() if each else [0] * (features + 1)
@@ -468,7 +469,7 @@ class ShardedDynamicEmbedding(Sharded, DynamicShard):
             ids = ids.reshape(-1, 1)
         if ids.dtype != self.id_dtype:
             raise TypeError(f"ids must have the table's key_dtype, {self.id_dtype}, got {ids.dtype}")
-        check_lookup(self.local.table.values, ids, offsets, weights, self.pooling or "sum")
+        check_lookup(self.local.table.values, ids, offsets, weights, self.pooling or "sum", "ids")
         if offsets is None and ids.dim() == 1:
             ids, weights = ids.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         bags = _flat(ids, offsets, weights, True)
@@ -505,6 +506,8 @@ def _check_mesh(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
     names = mesh.mesh_dim_names or ()
+    if dim is not None and not isinstance(dim, str):
+        raise TypeError(f"dim must be a str or None, got {type(dim).__name__}")
     if dim is not None and dim not in names:
         raise ValueError(f"mesh must have the dimension {dim!r}, got the dimensions {tuple(names)}")
     if dim is None and mesh.ndim != 1:
@@ -559,6 +562,7 @@ def _checked_plan(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if gradients not in GRADIENTS:
         raise ValueError(f"gradients must be one of {GRADIENTS}, got {gradients!r}")
+    check_lookups(lookups)
     tables = named_tables(model)
     if not tables:
         raise ValueError("model must have a table that can be sharded, got none")

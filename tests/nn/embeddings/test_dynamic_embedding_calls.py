@@ -36,7 +36,7 @@ def rows_of(layer, device):
             "weights must not be NaN, got nan at flat position 2",
         ),
         (lambda layer, to: layer(to([[11, 12, 13]]), weights=to([1.0])), ValueError, "weights must have shape"),
-        (lambda layer, to: layer(to([[[11]], [[12]]])), ValueError, "index must have shape"),
+        (lambda layer, to: layer(to([[[11]], [[12]]])), ValueError, "ids must have shape"),
         (lambda layer, to: layer([11, 12]), TypeError, "ids must be a torch.Tensor"),
     ],
 )

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.compiler import is_exporting
 
-from gossamer._checks import FLOAT_DTYPES, check_index, check_number
+from gossamer._checks import FLOAT_DTYPES, check_index, check_number, check_seed
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.dynamic_lookup import Lookup
-from gossamer.nn.embeddings.table import Table, bytes_of, check_budget
+from gossamer.nn.embeddings.table import Table, bytes_of, check_budget, check_lists
 from gossamer.nn.replicas import check_alone
 from gossamer.ops import hash_table_state as table_state
 from gossamer.ops.gather_reduce import check_lookup, gather_reduce
@@ -91,7 +91,7 @@ class DynamicEmbedding(Table):
         pooling: str | None = "sum",
         optimizer: Optimizer | None = None,
         admission: FrequencyAdmission | ProbabilisticAdmission | None = None,
-        expire_after: int | None = None,
+        expire_after: float | None = None,
         evict: str | None = "lru",
         initializer: float | Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -114,10 +114,7 @@ class DynamicEmbedding(Table):
             check_number("expire_after", expire_after)
         if not callable(initializer) and initializer is not None:
             check_number("initializer", initializer)
-        if not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        check_seed(seed)
         if expire_after is not None and not expire_after > 0:
             raise ValueError(f"expire_after must be above 0 or None, got {expire_after}")
         if evict == "score":
@@ -252,8 +249,8 @@ class DynamicEmbedding(Table):
                 "torch.export cannot record DynamicEmbedding, whose table changes outside the program: export the "
                 "layers behind it, and give them what it looks up"
             )
-        check_index("ids", ids)
-        check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum")
+        check_lists(ids, offsets, weights)
+        check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum", "ids")
         training = self.training and not self.frozen and torch.is_grad_enabled()
         if training:
             check_alone(self)

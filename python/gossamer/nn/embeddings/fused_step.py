@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer._numerics import accumulation_dtype
-from gossamer.nn.embeddings.table import Table, bytes_of
+from gossamer.nn.embeddings.table import Table, bytes_of, check_lists
 from gossamer.nn.replicas import check_alone, is_sharded
 from gossamer.ops.embedding import embedding
 from gossamer.ops.gather_compose import Parts, gather_compose
@@ -75,6 +75,7 @@ class FusedStep(torch.nn.Module):
         **how: object,
     ) -> torch.Tensor:
         """:func:`gossamer.gather_reduce` of one of :attr:`tables`; with an optimizer, backward steps its rows."""
+        check_lists(ids, offsets, weights)
         if self.optimizer is None:
             return gather_reduce(getattr(self, table), ids, offsets, weights, **how)
         return gather_reduce_step(getattr(self, table), ids, offsets, weights, **how, **self._step(table))

@@ -83,7 +83,7 @@ class Table(nn.Module):
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
         """:meth:`forward` with ``mode`` and ``include_last_offset`` in ``how``: the vectors of all ids, then bags."""
         check_mode(self.mode)
-        check_index("ids", ids)
+        check_lists(ids, *lists)
         rows = self.lookup(ids.reshape(-1))
         return gather_reduce(rows, torch.arange(ids.numel(), device=ids.device).view(ids.shape), *lists, **how)
 
@@ -186,6 +186,16 @@ def check_mode(mode: str) -> None:
     """``mode`` must be one of :data:`POOLINGS`."""
     if mode not in POOLINGS:
         raise ValueError(f"mode must be one of {POOLINGS}, got {mode!r}")
+
+
+def check_lists(ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+    """Check the shapes of bags by the names that tables give them; primitives check the rest, and speak of an index."""
+    check_index("ids", ids)
+    if ids.dim() != 1 and (ids.dim() != 2 or offsets is not None):
+        wanted = "(B, J), or (L,) with offsets" if offsets is None else "(L,) with offsets"
+        raise ValueError(f"ids must have shape {wanted}, got {tuple(ids.shape)}")
+    if weights is not None:
+        check_shape("per_sample_weights", weights, tuple(ids.shape), "that of ids")
 
 
 def check_budget(nbytes: int) -> None:

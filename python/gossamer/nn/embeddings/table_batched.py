@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_dtype, check_index
+from gossamer._checks import check_dtype, check_index, check_shape
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget
@@ -209,8 +209,12 @@ def feature_lists(layer: torch.nn.Module, indices, offsets, per_sample_weights) 
         if offsets is not None or per_sample_weights is not None:
             raise ValueError("offsets and per_sample_weights must not be given beside a KeyedJaggedTensor")
         return _keyed_lists(layer, indices)
+    check_index("indices", indices)
+    check_shape("indices", indices, (None,), "(L,)")
     if offsets is None:
         raise TypeError("offsets must be a torch.Tensor, got NoneType")
+    if per_sample_weights is not None:
+        check_shape("per_sample_weights", per_sample_weights, tuple(indices.shape), "that of indices")
     return indices, offsets, per_sample_weights
 
 

@@ -9,6 +9,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
+from gossamer.nn.embeddings.table import check_lists
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.gather_matmul import gather_matmul, pairs_of
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -113,7 +114,7 @@ class TensorTrainEmbedding(FusedTable):
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
         """Vectors are multiplied and pooled as ids are read, and never stored; those of maxima are."""
-        check_index("ids", ids)
+        check_lists(ids, *lists)
         return super()._pool(ids, *lists, **how) if self.mode == "max" else self._multiplied(ids, *lists, **how)
 
     def _multiplied(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
