@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -54,16 +55,83 @@ def check_flags(**flags: object) -> None:
         check_flag(name, value)
 
 
-def check_number(name: str, value: object) -> None:
-    """``value`` must be a real number, and no bool."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    finite: bool = False,
+    optional: bool = False,
+) -> None:
+    """``value`` must be a real number, no bool and no NaN, within the bounds given; with ``optional`` it may be None.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        least: the least value allowed.
+        above: what the value must be above.
+        most: the most allowed.
+        below: what the value must be below.
+        finite: whether infinities are refused.
+        optional: whether None is allowed.
+    """
+    if value is None and optional:
+        return
+    # float first: isinstance of an abstract class takes a microsecond.
+    if not isinstance(value, (float, numbers.Real)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
+    # By comparisons: compilers may make the number symbolic, which math's functions do not take.
+    if (
+        value != value
+        or (least is not None and not value >= least)
+        or (above is not None and not value > above)
+        or (most is not None and not value <= most)
+        or (below is not None and not value < below)
+        or (finite and not -math.inf < value < math.inf)
+    ):
+        raise ValueError(f"{name} must be {_bounds_in_words(least, above, most, below, finite)}, got {value}")
+
+
+def _bounds_in_words(
+    least: float | None, above: float | None, most: float | None, below: float | None, finite: bool
+) -> str:
+    if least is not None and most is not None:
+        return f"from {least} to {most}"
+    words = [] if least is None else [f"at least {least}"]
+    if above is not None:
+        words.append("positive" if above == 0 and most is None and below is None else f"above {above}")
+    words += [f"{word} {bound}" for word, bound in (("at most", most), ("below", below)) if bound is not None]
+    words += ["finite"] if finite else []
+    return " and ".join(words) or "a number"
+
+
+def check_seed(seed: object, name: str = "seed") -> None:
+    """``seed`` must be an int in ``[0, 2**63)``."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{name} must be an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must be in [0, 2**63), got {seed}")
 
 
 def check_dtype(name: str, value: object) -> None:
     """``value`` must be a torch.dtype or None."""
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
+
+
+def check_device(name: str, value: object) -> None:
+    """``value`` must be a torch.device, what names one, or None."""
+    if value is None or isinstance(value, torch.device):
+        return
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a torch.device or its name, got {type(value).__name__}")
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}: {error}") from None
 
 
 def check_strided(name: str, tensor: torch.Tensor) -> None:

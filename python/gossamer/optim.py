@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gossamer._checks import check_seed
 from gossamer._step_rules import RULES, StepRule
 
 
@@ -77,10 +78,7 @@ class Optimizer:
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), 0)
         _check_flag("stochastic_rounding", self.stochastic_rounding)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        check_seed(self.seed)
         self._check_numbers()
         object.__setattr__(self, "_step_rule", self._rule_with_numbers())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_flag, check_floating, check_positive, check_shape, check_sizes
+from gossamer._checks import check_flag, check_floating, check_number, check_positive, check_seed, check_shape
 
 SELECTIONS = ("uniform", "random", "variance")
 
@@ -49,15 +49,14 @@ def from_text_embeddings(
     """
     check_shape("vectors", vectors, (None, None), "(N, D')")
     check_positive(embedding_dim=embedding_dim)
-    check_sizes(seed=seed)
+    check_seed(seed)
+    check_number("std", std, above=0, optional=True)
     check_flag("standardize", standardize)
     if not len(vectors):
         raise ValueError("vectors must have at least one row, got 0")
     check_floating("vectors", vectors)
     if select not in SELECTIONS:
         raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}")
-    if std is not None and not std > 0:
-        raise ValueError(f"std must be positive, got {std}")
     if not bool(vectors.isfinite().all()):
         raise ValueError("vectors must be finite, got NaN or infinity")
     wide = vectors.double()

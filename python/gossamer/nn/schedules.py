@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gossamer._checks import check_positive, check_sizes
+from gossamer._checks import check_number, check_positive, check_sizes
 
 
 class Schedule:
@@ -18,13 +18,6 @@ class Schedule:
     def density(self, step: int) -> float:
         """The share at ``step``, counted from 0."""
         raise NotImplementedError(f"{type(self).__name__} must define density(step)")
-
-
-def _check_share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class ConstantSchedule(Schedule):
 
     def __post_init__(self) -> None:
         """Check the share."""
-        _check_share("value", self.value)
+        check_number("value", self.value, least=0, most=1)
 
     def density(self, step: int) -> float:
         """``value``."""
@@ -62,8 +55,8 @@ class CosineSchedule(Schedule):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        _check_share("first", self.first)
-        _check_share("last", self.last)
+        check_number("first", self.first, least=0, most=1)
+        check_number("last", self.last, least=0, most=1)
         check_positive(until=self.until)
 
     def density(self, step: int) -> float:

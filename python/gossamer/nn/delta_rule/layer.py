@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_positive, check_shape, check_tensor
+from gossamer._checks import check_flag, check_input, check_number, check_positive, check_shape, check_tensor
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 
@@ -82,6 +82,8 @@ class DeltaRuleLayer(nn.Module):
             value_head_dim=value_head_dim,
             conv_size=conv_size,
         )
+        check_flag("negative_eigenvalues", negative_eigenvalues)
+        check_number("norm_eps", norm_eps, least=0, finite=True)
         if num_heads % num_key_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_key_heads, got num_heads={num_heads}, "
@@ -150,6 +152,7 @@ class DeltaRuleLayer(nn.Module):
         """
         check_tensor("x", x)
         check_shape("x", x, (None, None, self.hidden_size), "(B, T, hidden)")
+        check_input(x, self.hidden_size, self.qkv_proj.weight)
         if state is not None and cu_seqlens is not None:
             raise ValueError("state and cu_seqlens exclude each other: a pack starts from zeros")
         if mask is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -52,10 +50,9 @@ class SelfReferentialLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, num_heads=num_heads)
-        check_number("rate_init", rate_init)
+        check_number("rate_init", rate_init, finite=True)
+        check_number("dropout", dropout, least=0, most=1)
         check_flag("input_softmax", input_softmax)
-        if not math.isfinite(rate_init):
-            raise ValueError(f"rate_init must be finite, got {rate_init}")
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_heads, got hidden_size={hidden_size}, num_heads={num_heads}"

@@ -93,9 +93,7 @@ class ProbabilisticAdmission:
 
     def __post_init__(self):
         """Check the number."""
-        check_number("threshold", self.threshold)
-        if not self.threshold >= 1:
-            raise ValueError(f"threshold must be at least 1, got {self.threshold}")
+        check_number("threshold", self.threshold, least=1)
 
     def build(self, device: torch.device, key_dtype: torch.dtype, seed: int) -> Filter:
         """The filter, which has no state."""

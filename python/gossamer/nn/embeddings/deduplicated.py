@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from gossamer._checks import check_has_numbers, check_index, check_positive, check_shape, check_tensor
+from gossamer._checks import (
+    check_has_numbers,
+    check_index,
+    check_number,
+    check_positive,
+    check_seed,
+    check_shape,
+    check_tensor,
+)
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import check_budget
 
@@ -94,10 +100,9 @@ class DeduplicatedEmbedding(SharedRowsTable):
         check_tensor("weight", weight)
         check_shape("weight", weight, (None, None), "(N, D)")
         check_positive(block_rows=block_rows, bands=bands)
-        if not 0 < share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {share}")
-        if not (math.isfinite(tolerance) and tolerance > 0):
-            raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
+        check_number("share", share, above=0, most=1)
+        check_number("tolerance", tolerance, above=0, finite=True)
+        check_seed(seed)
         if nbytes is not None:
             check_budget(nbytes)
         n, d = weight.shape

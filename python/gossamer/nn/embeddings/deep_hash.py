@@ -70,7 +70,9 @@ class DeepHashEmbedding(SeededMaps, Table):
     ) -> None:
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
-        check_positive(hidden_size=hidden_size, num_hashes=num_hashes, num_layers=num_layers, num_values=num_values - 1)
+        check_positive(hidden_size=hidden_size, num_hashes=num_hashes, num_layers=num_layers, num_values=num_values)
+        if num_values < 2:
+            raise ValueError(f"num_values must be at least 2, got {num_values}")
         for name, value, known in (("distribution", distribution, DISTRIBUTIONS), ("norm", norm, tuple(NORMS))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from gossamer._checks import check_dtype, check_flags, check_index, check_sizes, check_tensor
+from gossamer._checks import check_dtype, check_flags, check_index, check_number, check_sizes, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import Table
@@ -23,12 +23,20 @@ from gossamer.optim import Optimizer
 
 
 def _check_table(
-    num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: object, **flags: object
+    num_embeddings: int,
+    embedding_dim: int,
+    padding_idx: int | None,
+    max_norm: float | None,
+    norm_type: float,
+    dtype: object,
+    **flags: object,
 ) -> None:
     """Checks that torch's constructor does not make."""
     check_flags(**flags)
     check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
     check_dtype("dtype", dtype)
+    check_number("max_norm", max_norm, optional=True)
+    check_number("norm_type", norm_type)
     if padding_idx is not None and (not isinstance(padding_idx, int) or isinstance(padding_idx, bool)):
         raise TypeError(f"padding_idx must be an int or None, got {type(padding_idx).__name__}")
 
@@ -138,7 +146,7 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         optimizer: Optimizer | None = None,
     ) -> None:
         flags = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse, "_freeze": _freeze}
-        _check_table(num_embeddings, embedding_dim, padding_idx, dtype, **flags)
+        _check_table(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, dtype, **flags)
         _check_fused(optimizer, sparse)
         if optimizer is not None and _freeze:
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
@@ -225,7 +233,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
     ) -> None:
         flags = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
         flags["include_last_offset"] = include_last_offset
-        _check_table(num_embeddings, embedding_dim, padding_idx, dtype, **flags)
+        _check_table(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, dtype, **flags)
         _check_fused(optimizer, sparse)
         super().__init__(
             num_embeddings,
@@ -295,7 +303,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
 
 def bag_lists(layer: EmbeddingBag, input, offsets, weights):
     """Index, offsets, weights, and whether offsets include the last one, after the same checks as in torch."""
-    check_tensor("input", input)
+    check_index("input", input)
     if offsets is not None:
         check_tensor("offsets", offsets)
     if weights is not None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from gossamer._checks import check_flag, check_has_numbers, check_positive, check_sizes, check_strided, check_tensor
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 
@@ -78,6 +79,11 @@ class EmbeddingFolder:
     """
 
     def __init__(self, path: str | os.PathLike, layers: Mapping[str, DynamicEmbedding], *, keep: int = 2) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers must be a mapping, got {type(layers).__name__}")
+        check_positive(keep=keep)
         for name, layer in layers.items():
             if not isinstance(layer, DynamicEmbedding):
                 raise TypeError(f"layers[{name!r}] must be a DynamicEmbedding, got {type(layer).__name__}")
@@ -85,8 +91,6 @@ class EmbeddingFolder:
                 raise ValueError(f"names of layers must not hold '/', got {name!r}")
         if len({id(layer) for layer in layers.values()}) != len(layers):
             raise ValueError("layers must be distinct")
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
         self.path, self.layers, self.keep = Path(path), dict(layers), keep
         self.sequence, self.lineage = 0, None
         self._passed_over: set[str] = set()  # newer checkpoints than the one that was loaded
@@ -104,6 +108,13 @@ class EmbeddingFolder:
     def _pack(
         self, parts: Mapping[str, tuple[dict, dict]], tensors: Mapping[str, torch.Tensor] | None, info: dict | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        files.check_info(info)
+        if tensors is not None and not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors must be a mapping or None, got {type(tensors).__name__}")
+        for name, tensor in (tensors or {}).items():
+            check_tensor(f"tensors[{name!r}]", tensor)
+            check_strided(f"tensors[{name!r}]", tensor)
+            check_has_numbers(f"tensors[{name!r}]", tensor)
         packed = {f"beside/{name}": tensor for name, tensor in (tensors or {}).items()}
         for layer, (rows, _) in parts.items():
             packed |= {f"layers/{layer}/{name}": tensor for name, tensor in rows.items()}
@@ -174,8 +185,7 @@ class EmbeddingFolder:
             ValueError: the manifest or the checkpoint is corrupt, or of other layers, or ``older`` exceeds the kept
                 checkpoints; nothing was changed. The message names an older checkpoint if there is one.
         """
-        if older < 0:
-            raise ValueError(f"older must be at least 0, got {older}")
+        check_sizes(older=older)
         while True:
             manifest = read_manifest(self.path)
             if manifest is None:
@@ -226,6 +236,7 @@ class EmbeddingFolder:
         Raises:
             ValueError: there is no checkpoint that the delta could follow.
         """
+        check_flag("with_state", with_state)
         if self.lineage is None:
             raise ValueError("deltas follow a checkpoint: save() or load() one first")
         with self._locked():

@@ -18,6 +18,16 @@ def _need_safetensors() -> None:
         raise ImportError("files of a DynamicEmbedding need the package safetensors: pip install 'gossamer[embedding]'")
 
 
+def check_info(info: object) -> None:
+    """``info`` must be None or a mapping that JSON can hold."""
+    if info is not None and not isinstance(info, Mapping):
+        raise TypeError(f"info must be a mapping or None, got {type(info).__name__}")
+    try:
+        json.dumps(dict(info or {}))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"info must be what JSON holds: {error}") from None
+
+
 def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> dict:
     """Replace a file atomically: the old one stays readable until the new one is complete on the disk.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_index, check_number, check_positive, check_shape, check_sizes
+from gossamer._checks import check_index, check_number, check_positive, check_seed, check_shape
 
 
 class GraphClusters(NamedTuple):
@@ -85,13 +85,11 @@ def graph_clusters(
         raise ValueError("users must hold at least one interaction, got 0")
     if users.is_meta or items.is_meta:
         raise ValueError("users and items must have numbers, got tensors on meta")
-    for name, number in (("resolution", resolution), ("tolerance", tolerance)):
-        check_number(name, number)
-    check_sizes(seed=seed)
+    check_number("resolution", resolution, above=0)
+    check_number("tolerance", tolerance)
+    check_seed(seed)
     if max_clusters is not None:
         check_positive(max_clusters=max_clusters)
-    if not resolution > 0:
-        raise ValueError(f"resolution must be positive, got {resolution}")
     for name, ids, count in (("users", users, num_users), ("items", items, num_items)):
         lowest, highest = (int(number) for number in ids.aminmax())
         if lowest < 0 or highest >= count:

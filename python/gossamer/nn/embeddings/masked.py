@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_index, check_number, check_positive, check_seed, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import with_loss
@@ -69,8 +69,7 @@ class MaskedEmbedding(FusedTable):
         check_positive(width=width)
         if width > embedding_dim:
             raise ValueError(f"width must be at most embedding_dim, {embedding_dim}, got {width}")
-        if not regularization >= 0:
-            raise ValueError(f"regularization must be at least 0, got {regularization}")
+        check_number("regularization", regularization, least=0)
         self.width, self.regularization, self.sample_widths = width, regularization, False
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
         self.threshold = torch.nn.Parameter(torch.empty(1, device=device, dtype=dtype))
@@ -128,6 +127,7 @@ class MaskedEmbedding(FusedTable):
         Raises:
             ValueError: ``share`` is not in (0, 1], or the table is frozen.
         """
+        check_number("share", share)
         if not 0 < share <= 1 or self.frozen:
             form = "a frozen table" if self.frozen else f"{share}"
             raise ValueError(f"share must be in (0, 1], of a table in training, got {form}")
@@ -235,16 +235,26 @@ def search_widths(
         The best widths found.
 
     Raises:
+        TypeError: ``tables`` are not :class:`MaskedEmbedding`, ``score`` is not callable or gives no number, or an
+            argument is no number.
         ValueError: there is no table, a number is below 1, ``mutation_probability`` is not in [0, 1], or even one
             column of each table is larger than ``nbytes``.
 
     Source: as in :class:`MaskedEmbedding`.
     """
+    check_sequence("tables", tables)
     if not tables:
         raise ValueError("tables must be at least one, got none")
+    for table in tables:
+        if not isinstance(table, MaskedEmbedding):
+            raise TypeError(f"tables must be of gossamer.nn.MaskedEmbedding, got {type(table).__name__}")
+    if not callable(score):
+        raise TypeError(f"score must be callable, got {type(score).__name__}")
+    if nbytes is not None:
+        check_budget(nbytes)
     check_positive(rounds=rounds, keep=keep, mutations=mutations, crossovers=crossovers)
-    if not 0 <= mutation_probability <= 1:
-        raise ValueError(f"mutation_probability must be in [0, 1], got {mutation_probability}")
+    check_number("mutation_probability", mutation_probability, least=0, most=1)
+    check_seed(seed)
     draw = random.Random(seed)
     scored: dict[tuple[int, ...], float] = {}
 
@@ -256,9 +266,11 @@ def search_widths(
     def consider(widths: tuple[int, ...]) -> None:
         if widths not in scored and (place(widths) <= nbytes if nbytes is not None else place(widths) >= 0):
             scored[widths] = score()
+            check_number("score", scored[widths])
 
-    least = (1,) * len(tables)
+    before, least = [table.width for table in tables], (1,) * len(tables)
     if nbytes is not None and (needed := place(least)) > nbytes:
+        place(before)
         raise ValueError(f"nbytes must be at least {needed} for one column of each table, got {nbytes}")
     consider(least)
     for _ in range(keep):

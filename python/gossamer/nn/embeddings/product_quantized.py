@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_index, check_number, check_positive
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
@@ -100,8 +100,7 @@ class ProductQuantizedEmbedding(FusedTable):
                 raise ValueError(f"frequent must be in [0, N] with N={num_embeddings}, got {frequent}")
             if rare_codes > num_codes:
                 raise ValueError(f"rare_codes must be at most num_codes, {num_codes}, got {rare_codes}")
-        if not regularization >= 0:
-            raise ValueError(f"regularization must be at least 0, got {regularization}")
+        check_number("regularization", regularization, least=0)
         self.num_codes, self.num_parts, self.variant = num_codes, num_parts, variant
         self.frequent, self.rare_codes, self.regularization = frequent, rare_codes, regularization
         factory = {"device": device, "dtype": dtype}

@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gossamer._checks import check_floating, check_has_numbers, check_index, check_positive, check_shape, check_sizes
+from gossamer._checks import (
+    check_floating,
+    check_has_numbers,
+    check_index,
+    check_number,
+    check_positive,
+    check_seed,
+    check_shape,
+)
 
 
 class ResidualQuantization(NamedTuple):
@@ -62,8 +70,7 @@ class ResidualQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, num_levels=num_levels, num_codes=num_codes)
-        if not commitment >= 0:
-            raise ValueError(f"commitment must be at least 0, got {commitment}")
+        check_number("commitment", commitment, least=0)
         self.dim, self.num_levels, self.num_codes, self.commitment = dim, num_levels, num_codes, commitment
         self.codebooks = nn.Parameter(torch.empty(num_levels, num_codes, dim, device=device, dtype=dtype))
         nn.init.normal_(self.codebooks, std=dim**-0.5)
@@ -153,7 +160,7 @@ def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> N
     check_floating("x", x)
     check_shape("x", x, (None, None), "(n, d)")
     check_positive(num_codes=num_codes, steps=steps)
-    check_sizes(seed=seed)
+    check_seed(seed)
     if not len(x) or x.is_meta:
         raise ValueError(f"x must have at least one vector, whose numbers are here, got {tuple(x.shape)} on {x.device}")
 

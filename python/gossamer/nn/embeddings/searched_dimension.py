@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -69,14 +68,12 @@ class SearchedDimensionEmbedding(FusedTable):
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         check_sequence("candidates", candidates)
-        check_number("temperature", temperature)
+        check_number("temperature", temperature, above=0, finite=True)
         check_flags(norm=norm, noise=noise)
         candidates = tuple(candidates)
         check_positive(**{f"candidates[{i}]": width for i, width in enumerate(candidates)})
         if not candidates or len(set(candidates)) < len(candidates) or max(candidates) > embedding_dim:
             raise ValueError(f"candidates must be different widths up to {embedding_dim}, got {candidates}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.candidates, self.temperature, self.norm, self.noise = candidates, temperature, norm, noise
         self.chosen: int | None = None
         factory = {"device": device, "dtype": dtype}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gossamer._checks import check_seed
+
 
 class SeededMaps(torch.nn.Module):
     """A module whose maps are derived from a seed in its state, so that a loaded table finds its rows.
@@ -15,10 +17,7 @@ class SeededMaps(torch.nn.Module):
     """
 
     def _keep_seed(self, seed: int, device: torch.device) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        check_seed(seed)
         self._seed = seed
         self.register_buffer("seed", torch.tensor([seed], device=device))
         self._draw_maps(seed)

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_positive, check_sequence, check_shape, check_sizes
+from gossamer._checks import (
+    check_flag,
+    check_input,
+    check_number,
+    check_positive,
+    check_sequence,
+    check_shape,
+    check_sizes,
+)
 from gossamer.nn.replicas import evaluated_when_compiled
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
@@ -30,10 +38,7 @@ def blocks_at(density: float, grid: tuple[int, int]) -> int:
 
 def check_density(density: float) -> None:
     """A density must be a number in (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)):
-        raise TypeError(f"density must be a number, got {type(density).__name__}")
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
+    check_number("density", density, above=0, most=1)
 
 
 def padded_to_blocks(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

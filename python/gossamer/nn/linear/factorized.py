@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_positive
+from gossamer._checks import check_flag, check_input, check_number, check_positive
 from gossamer.nn.linear.lora_factors import check_rank, spectral_factors
 
 
@@ -125,8 +125,7 @@ def frobenius_decay_(module: nn.Module, decay: float) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if not decay >= 0:
-        raise ValueError(f"decay must be at least 0, got {decay}")
+    check_number("decay", decay, least=0)
     layers = [m for m in module.modules() if isinstance(m, LowRankLinear)]
     if not layers:
         raise ValueError(f"module must hold a LowRankLinear, got none in {type(module).__name__}")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_number
+from gossamer._checks import check_number, check_scale
 from gossamer._numerics import accumulation_dtype
 
 INITS = ("kaiming", "gaussian", "spectral")
@@ -27,11 +27,9 @@ def check_rank(rank: int, rows: int, columns: int, name: str = "rank") -> None:
 
 def checked_alpha(alpha: float | None, rank: int) -> float:
     """α, by default r; it must be finite."""
-    check_number("rank" if alpha is None else "alpha", rank if alpha is None else alpha)
-    alpha = float(rank if alpha is None else alpha)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    return alpha
+    name, value = ("rank", rank) if alpha is None else ("alpha", alpha)
+    check_number(name, value, finite=True)
+    return float(value)
 
 
 def check_dropout(dropout: float) -> None:
@@ -152,11 +150,10 @@ def lora_plus_groups(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if not ratio >= 1:
-        raise ValueError(f"ratio must be at least 1, got {ratio}")
+    check_number("ratio", ratio, least=1)
     for name, value in (("lr", lr), ("embedding_lr", embedding_lr), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+        # torch's optimizers take rates in tensors, too.
+        check_number(name, check_scale(name, value), least=0)
     groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "embedding": [], "lora_B": [], "lora_B_no_decay": []}
     seen: set[int] = set()
     for owner_name, owner in module.named_modules():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_number, check_positive, check_seed
 from gossamer.nn.linear.block_sparse import BlockSparseLinear, highest, move_blocks_
 from gossamer.nn.replicas import is_sharded
 from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
@@ -105,7 +106,7 @@ class PruneAndRegrow:
         seed: int = 0,
     ) -> None:
         check_positive(every=every, until=until)
-        if rule not in RULES:
+        if not isinstance(rule, str) or rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
         if not isinstance(anneal, Schedule) and anneal not in ("cosine", "constant"):
             if not isinstance(anneal, str):
@@ -117,8 +118,12 @@ class PruneAndRegrow:
         self.fraction = first if fraction is None else fraction
         self.final_fraction = last if final_fraction is None else final_fraction
         for name in ("fraction", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), least=0, most=1)
+        check_seed(seed)
+        if not isinstance(model, (nn.Module, Iterable)):
+            raise TypeError(f"model must be a torch.nn.Module or layers of one, got {type(model).__name__}")
+        if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "state"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         modules = model.modules() if isinstance(model, nn.Module) else model
         self.layers = [layer for layer in modules if isinstance(layer, BlockSparseLinear)]
         if not self.layers:
@@ -159,7 +164,7 @@ class PruneAndRegrow:
             ValueError: a schedule of one's own gives a share outside [0, 1].
         """
         share = self.schedule.density(t)
-        if not 0 <= share <= 1:
+        if not isinstance(share, numbers.Real) or not 0 <= share <= 1:
             raise ValueError(f"anneal must give shares from 0 to 1, got {share} at step {t}")
         return share
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gossamer._checks import check_dtype, check_floating, check_same_device, check_shape, last_size
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.ops.low_rank import base_linear
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight
@@ -25,27 +26,35 @@ class QuantizedLinear(nn.Module):
         bias: the parameter, or None.
 
     Raises:
-        ValueError: the stack holds more than one matrix, or the bias has another size.
+        TypeError: ``weight`` is no :class:`gossamer.QuantizedExpertWeight`, or ``bias`` no floating tensor.
+        ValueError: the stack holds more than one matrix, or the bias has another size or device.
     """
 
     def __init__(self, weight: QuantizedExpertWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
+        if not isinstance(weight, QuantizedExpertWeight):
+            raise TypeError(f"weight must be a gossamer.QuantizedExpertWeight, got {type(weight).__name__}")
         count, self.out_features, self.in_features = weight.shape
         if count != 1:
             raise ValueError(f"weight must have shape (1, O, I), got {weight.shape}")
-        if bias is not None and tuple(bias.shape) != (self.out_features,):
-            raise ValueError(f"bias must have shape (O,) = ({self.out_features},), got {tuple(bias.shape)}")
+        if bias is not None:
+            check_floating("bias", bias)
+            check_shape("bias", bias, (self.out_features,), "(O,)")
+            check_same_device(weight=weight.data, bias=bias)
         self.weight = QuantizedExpertStack(weight)
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: str, *, group_size: int = MX_GROUP) -> QuantizedLinear:
         """Quantise the weight of ``linear``, by :meth:`gossamer.QuantizedExpertWeight.quantize`; its bias is shared."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight = QuantizedExpertWeight.quantize(linear.weight.detach().unsqueeze(0), format, group_size=group_size)
         return cls(weight, linear.bias)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain linear layer with the dequantised weight."""
+        check_dtype("dtype", dtype)
         values = self.weight.weight().dequantize(dtype)[0]
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(values)
@@ -55,7 +64,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., O)`` for ``x (..., I)``."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        rows = x if isinstance(x, torch.Tensor) and x.dim() == 2 else x.reshape(-1, last_size("x", x, "(..., I)"))
         y = base_linear(rows, self.weight.weight(), self.bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 

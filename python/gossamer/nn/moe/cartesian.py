@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import MAX_SIZE, check_positive
+from gossamer._checks import MAX_SIZE, check_number, check_positive
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
 from gossamer.nn.moe.routing import Routing, check_hidden
@@ -115,6 +115,9 @@ class CartesianMoE(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size)
+        if shared_intermediate_size is not None:
+            check_positive(shared_intermediate_size=shared_intermediate_size)
+        check_number("eps", eps, least=0, finite=True, optional=True)
         factory = {"device": device, "dtype": dtype}
         if router == "softmax_topk" and top_k != 1:
             router_options.setdefault("renormalize", True)

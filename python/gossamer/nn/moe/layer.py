@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_shape, check_tensor, check_traceable
+from gossamer._checks import check_positive, check_shape, check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.routers import router_class
@@ -106,6 +106,8 @@ class MoE(nn.Module):
         check_selection(num_experts, num_experts if without else top_k)
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("shared_gate needs a shared expert, got shared_intermediate_size=None")
+        if shared_intermediate_size is not None:
+            check_positive(shared_intermediate_size=shared_intermediate_size)
         factory = {"device": device, "dtype": dtype}
         self.hidden_size = hidden_size
         self.num_experts = num_experts

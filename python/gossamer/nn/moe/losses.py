@@ -604,9 +604,7 @@ def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) ->
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
     check_same_device(bias=bias, counts=counts)
-    check_number("rate", rate)
-    if not 0 <= rate < math.inf:
-        raise ValueError(f"rate must be at least 0 and finite, got {rate}")
+    check_number("rate", rate, least=0, finite=True)
     with torch.no_grad():
         counts = counts.long()
         direction = (counts.sum() - counts.numel() * counts).sign()

@@ -17,6 +17,7 @@ from gossamer._checks import (
     check_flag,
     check_floating,
     check_index,
+    check_number,
     check_positive,
     check_same_device,
     check_shape,
@@ -53,7 +54,7 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
     finite.
     """
     # float is checked first: isinstance with an abstract class takes a microsecond.
-    if not isinstance(scale, (float, numbers.Real)):
+    if not isinstance(scale, (float, numbers.Real)) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number, got {scale!r}")
     # Compared instead of math.isfinite, which does not accept the symbolic numbers of compilers.
     if not -math.inf < scale < math.inf:
@@ -295,10 +296,7 @@ def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def check_share(name: str, value: float) -> None:
     """``value`` must be a number above 0 and at most 1."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    check_number(name, value, above=0, most=1)
 
 
 def most_experts(num_experts: int, max_experts: int | None) -> int:
@@ -316,12 +314,7 @@ def most_experts(num_experts: int, max_experts: int | None) -> int:
 
 def check_rows_per_token(rows_per_token: float | None) -> None:
     """A bound on the mean number of experts of a token must be a positive, finite number, or None."""
-    if rows_per_token is None:
-        return
-    if not isinstance(rows_per_token, numbers.Real) or isinstance(rows_per_token, bool):
-        raise TypeError(f"rows_per_token must be a number or None, got {type(rows_per_token).__name__}")
-    if not 0 < rows_per_token < math.inf:
-        raise ValueError(f"rows_per_token must be positive and finite, got {rows_per_token}")
+    check_number("rows_per_token", rows_per_token, above=0, finite=True, optional=True)
 
 
 def row_bound(routing: Routing, rows_per_token: float | None) -> Routing:
@@ -384,10 +377,7 @@ def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
 
 def check_gamma(gamma: float) -> None:
     """The width of a smooth step must be a positive, finite number."""
-    if not isinstance(gamma, numbers.Real) or isinstance(gamma, bool):
-        raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
-    if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+    check_number("gamma", gamma, above=0, finite=True)
 
 
 def dense_weights(routing: Routing) -> torch.Tensor:
@@ -624,12 +614,7 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, capacity_fact
 
 def check_capacity_factor(capacity_factor: float | None) -> None:
     """A capacity factor must be a positive, finite number, or None."""
-    if capacity_factor is None:
-        return
-    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, (int, float)):
-        raise TypeError(f"capacity_factor must be a number or None, got {type(capacity_factor).__name__}")
-    if not 0 < capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor must be positive and finite, got {capacity_factor}")
+    check_number("capacity_factor", capacity_factor, above=0, finite=True, optional=True)
 
 
 PRIORITIES = ("token", "choice", "probability")

@@ -11,7 +11,7 @@ from torch import nn
 
 from gossamer import _backend
 from gossamer._activation import Activation
-from gossamer._checks import check_flag, check_positive
+from gossamer._checks import check_flag, check_number, check_positive
 from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.split import split_mlp
@@ -244,8 +244,7 @@ class BasisExperts(FactoredExperts):
         """
         up, down, up_bias, down_bias = float_weights(experts)
         check_positive(steps=steps, check_every=check_every)
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {lr}")
+        check_number("lr", lr, above=0, finite=True)
         sizes, options = sizes_and_options(experts, up)
         options["dtype"] = torch.promote_types(up.dtype, torch.float32)
         layer = cls(*sizes, num_bases, rank=rank, nonlinearity=nonlinearity, **options)

@@ -41,6 +41,6 @@ def router_class(name: str) -> type[Router]:
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in ROUTERS:
+    if not isinstance(name, str) or name not in ROUTERS:
         raise ValueError(f"router must be one of {sorted(ROUTERS)}, a module or None, got {name!r}")
     return ROUTERS[name]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_number, check_positive
 from gossamer.nn.moe.routers.base import Router, RouterAround
 from gossamer.nn.moe.routing import Routing, padded
 
 
 def _check_broadcast(entropy: float, slots: int | None) -> None:
-    if not isinstance(entropy, numbers.Real) or isinstance(entropy, bool):
-        raise TypeError(f"entropy must be a number, got {type(entropy).__name__}")
-    if not entropy >= 0:
-        raise ValueError(f"entropy must be at least 0, got {entropy}")
+    check_number("entropy", entropy, least=0)
     if slots is not None:
         check_positive(slots=slots)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_number, check_positive, check_seed
 from gossamer.nn.moe.routers.base import StepCount
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, check_capacity_factor, limit_capacity
@@ -82,10 +82,9 @@ class ClusterRouter(StepCount, LinearRouter):
             raise ValueError(
                 f"num_clusters must divide num_experts, got num_clusters={num_clusters}, num_experts={num_experts}"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        check_number("dropout", dropout, least=0, below=1)
+        check_number("temperature", temperature, above=0, finite=True)
+        check_seed(seed)
         check_capacity_factor(capacity_factor)
         factory = {"device": device, "dtype": dtype}
         super().__init__(hidden_size, num_experts, 1, num_logits=projection_size, **options, **factory)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 
 import torch
 
-from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
+from gossamer._checks import check_floating, check_number, check_positive, check_same_device, check_shape
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, route_where, softmax_probabilities
 from gossamer.ops.topk_routing import choose_tokens, live_experts
 
 
 def _check_factor(capacity_factor: float) -> None:
-    if not isinstance(capacity_factor, numbers.Real) or isinstance(capacity_factor, bool):
-        raise TypeError(f"capacity_factor must be a number, got {type(capacity_factor).__name__}")
-    if not 0 < capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor must be positive and finite, got {capacity_factor}")
+    check_number("capacity_factor", capacity_factor, above=0, finite=True)
 
 
 def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
@@ -151,8 +147,7 @@ class ExpertChoiceRouter(LinearRouter):
         Raises:
             ValueError: ``momentum`` is out of range, or the routing is of another number of experts or slots.
         """
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+        check_number("momentum", momentum, least=0, below=1)
         if routing.num_experts != self.num_experts or routing.top_k != self.num_experts:
             raise ValueError(
                 f"routing must have a slot for each of {self.num_experts} experts, got {routing.top_k} slots of "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_positive
+from gossamer._checks import check_flag, check_positive
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import (
     Routing,
@@ -81,11 +81,13 @@ class LinearRouter(Router):
         super().__init__()
         check_positive(hidden_size=hidden_size)
         check_selection(num_experts, top_k)
+        rows = num_experts if num_logits is None else num_logits
+        check_positive(num_logits=rows)
+        check_flag("upcast", upcast)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.upcast = upcast
-        rows = num_experts if num_logits is None else num_logits
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()

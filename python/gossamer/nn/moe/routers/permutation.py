@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from gossamer._checks import check_flags, check_positive
+from gossamer._checks import check_flags, check_number, check_positive, check_sequence
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.routers.base import Router, RouterAround, StepCount
 from gossamer.nn.moe.routing import Routing, dense_weights, route_where
@@ -113,14 +113,17 @@ class LearnedPermutation(StepCount, RouterAround):
     ) -> None:
         super().__init__(router)
         check_positive(phase_steps=phase_steps)
+        check_sequence("temperatures", temperatures)
+        for temperature in temperatures:
+            check_number("temperatures", temperature)
         if len(temperatures) != 2 or not all(0 < t < math.inf for t in temperatures):
             raise ValueError(f"temperatures must be two positive, finite numbers, got {tuple(temperatures)}")
+        check_sequence("iterations", iterations)
         if len(iterations) != 2:
             raise ValueError(f"iterations must be two ints, got {tuple(iterations)}")
         for count in iterations:
             check_positive(iterations=count)
-        if not 0 <= noise < math.inf:
-            raise ValueError(f"noise must be at least 0 and finite, got {noise}")
+        check_number("noise", noise, least=0, finite=True)
         check_flags(per_part=per_part)
         if per_part and not hasattr(router, "num_parts"):
             raise ValueError(
