@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 import gossamer
+from gossamer._checks import check_flags, check_seed
 from gossamer.bench.harness.flatten import floats, synchronise, tensors
-from gossamer.bench.harness.profile import medians, module_subject
+from gossamer.bench.harness.profile import check_keywords, medians, module_subject
 from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
 
 # Draws of the baseline's error: a single draw of a few rounding errors says little.
@@ -346,6 +347,9 @@ def check(
     """:func:`gossamer.check`."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_flags(backward=backward, speed=speed)
+    check_seed(seed)
+    check_keywords(kwargs)
     progress("making the replacement")
     candidate = _replacement(module, replacement)
     call = _Call(inputs, dict(kwargs or {}), backward, seed)

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from gossamer import _backend
+from gossamer._checks import check_flags
 from gossamer._environment import environment
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, REFERENCE, Case, Family, Request, Variant
 from gossamer.bench.harness.ceilings import Ceilings, measure
@@ -352,6 +353,8 @@ def check_writable(option: str, path: str | os.PathLike, suffixes: Sequence[str]
     Raises:
         ValueError: it cannot be written, or its name does not end in one of ``suffixes``.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{option} must be a str or a path, got {type(path).__name__}")
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise ValueError(f"{option} must end in {' or '.join(suffixes)}, got {str(path)!r}")
@@ -360,6 +363,12 @@ def check_writable(option: str, path: str | os.PathLike, suffixes: Sequence[str]
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {str(path.parent)!r}")
     check_file(option, path)
+
+
+def check_keywords(kwargs: Mapping[str, object] | None) -> None:
+    """``kwargs`` must be a mapping of names to arguments, or None."""
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)):
+        raise TypeError(f"kwargs must be a mapping of names to arguments, or None, got {type(kwargs).__name__}")
 
 
 def profile(
@@ -380,6 +389,8 @@ def profile(
         raise TypeError(f"reference must be a torch.nn.Module or another callable, got {type(reference).__name__}")
     if not (isinstance(budget, (int, float)) and math.isfinite(budget) and budget > 0):
         raise ValueError(f"budget must be a positive number of seconds, got {budget!r}")
+    check_flags(backward=backward, memory=memory)
+    check_keywords(kwargs)
     if trace is not None:
         check_writable("trace", trace, (".json", ".gz"))
     if plot is not None:

@@ -365,7 +365,7 @@ def serve(first: int, last: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     known = subjects()
     # What calls load when they need it, once for all forks.
-    for name in ("sympy", "torch.fx.experimental.symbolic_shapes"):
+    for name in ("sympy", "torch.fx.experimental.symbolic_shapes", "gossamer.bench.harness.check"):
         importlib.import_module(name)
     for module in pkgutil.iter_modules(gossamer.cpu_kernels.__path__, "gossamer.cpu_kernels."):
         importlib.import_module(module.name)

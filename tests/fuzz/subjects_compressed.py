@@ -133,6 +133,131 @@ def choices(rng):
     return tensors_from(nn.erk_densities), {"shapes": shapes, "density": rng.choice((0.1, 1.0))}
 
 
+def searched_widths(rng):
+    """Tables of widths that evolution finds."""
+    rows, dim = size(rng, 2), size(rng, 1, 9)
+    torch.manual_seed(2)
+    tables = [nn.MaskedEmbedding(rows, dim) for _ in range(size(rng, 1, 3))]
+    args = {"tables": tables, "rounds": size(rng, 1, 3), "keep": size(rng, 1, 3), "mutations": size(rng, 1, 3)}
+    args |= {"crossovers": size(rng, 1, 3), "mutation_probability": 0.3, "seed": 3}
+    args |= {"nbytes": rng.choice((None, 4 * rows * dim * len(tables))), "score": lambda: -sum(t.width for t in tables)}
+
+    def call(**args):
+        before = [table.width for table in tables]
+        try:
+            return torch.tensor(nn.search_widths(**args))
+        except ValueError:
+            if [table.width for table in tables] != before:
+                raise AssertionError("an error left the tables changed") from None
+            raise
+
+    call.__qualname__ = "search_widths"
+    # Many generations are many, whatever they cost.
+    call.fixed = ("rounds", "keep", "mutations", "crossovers")
+    return call, args
+
+
+def _parts(rng, ids_known, dim, count, limit_rows):
+    """Maps of ids to rows of one table or of a part each, or codes, as :class:`gossamer.Parts`; and the rows needed."""
+    moduli = [rng.randint(1, limit_rows) for _ in range(count)]
+    bases = [sum(moduli[:part]) for part in range(count)]
+    divisors = [rng.randint(1, 3) for _ in range(count)]
+    maps = gossamer.IdMaps.of(moduli, divisors=divisors, bases=bases, limit=ids_known)
+    more = {}
+    if rng.random() < 0.4:
+        coded = count
+        codes = torch.stack([ids(rng, modulus, ids_known) for modulus in moduli], 1).int()
+        more = {"coded": coded, "codes": codes, "bits": [32]}
+    return maps, more, sum(moduli)
+
+
+def _lists(rng, known):
+    """Lists of ids below ``known``, behind offsets or not, with weights or without."""
+    lists, _ = bags(rng, known)
+    found = {"ids": lists["index"], "offsets": lists["offsets"], "mode": rng.choice(("sum", "mean"))}
+    return found | {"weights": rng.choice((None, randn(rng, *lists["index"].shape)))}
+
+
+def _composed(make, operation):
+    """A call that takes the fields of the parts one by one."""
+
+    def call(dim, operation, maps, coded, codes, rare, bits, block, wrap, **args):
+        parts = gossamer.Parts(dim, operation, maps, coded, codes, rare, bits, block, wrap)
+        return make(parts=parts, **args)
+
+    call.__qualname__ = operation
+    # Of the step: what products of factors and gradients are checked as.
+    call.signature = ["parts", "index"]
+    return call
+
+
+def _fields(parts):
+    return dict(zip(parts._fields, parts, strict=True))
+
+
+def gather_compose(rng):
+    """Vectors of several rows, pooled; or a step on the rows."""
+    known, columns, count, dtype = size(rng, 2), size(rng, 1, 9), rng.randint(1, 3), rng.choice(FLOATS)
+    operation = rng.choice(("add", "mul", "concat"))
+    maps, more, rows = _parts(rng, known, columns, count, 8)
+    dim = columns * count if operation == "concat" else columns
+    args = {"table": randn(rng, rows, columns, dtype=dtype), **_lists(rng, known)}
+    args |= _fields(gossamer.Parts.of(dim, operation, maps, **more))
+    args["out_dtype"] = rng.choice((None, torch.float32))
+    if rng.random() < 0.5:
+        return differentiated(_composed(gossamer.gather_compose, "gather_compose")), args
+    made = optimizer(rng)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    args |= {"optimizer": made, "state": made.state(rows, columns, dtype=wide)}
+    step = _composed(gossamer.gather_compose_step, "gather_compose_step")
+
+    def call(**args):
+        handle = torch.ones((), requires_grad=True)
+        y = step(**args, handle=handle)
+        if y.requires_grad and y.numel() and not y.is_meta:
+            y.double().square().sum().backward()
+        return y.detach(), args["table"], *args["state"].values()
+
+    call.__qualname__ = "gather_compose_step"
+    call.signature = [*step.signature, "weights", "table"]
+    return call, args
+
+
+def gather_matmul(rng):
+    """Products of two matrices of each id, pooled."""
+    known, dtype = size(rng, 2), rng.choice(FLOATS)
+    m, inner, n = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 6)
+    maps, more, _ = _parts(rng, known, 1, 2, 6)
+    moduli = list(maps.moduli)
+    maps = gossamer.IdMaps.of(moduli, divisors=list(maps.divisors), limit=known)
+    args = {
+        "left": randn(rng, moduli[0], m * inner, dtype=dtype),
+        "right": randn(rng, moduli[1], inner * n, dtype=dtype),
+    }
+    args |= {"inner": inner, **_lists(rng, known), **_fields(gossamer.Parts.of(m * n, "matmul", maps, **more))}
+    return differentiated(_composed(gossamer.gather_matmul, "gather_matmul")), args
+
+
+def differentiated(call):
+    """The call's result and its gradients in all floating tensors, some of which are strided or expanded."""
+
+    def both(**args):
+        given = {}
+        for name, value in args.items():
+            wanted = isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout is torch.strided
+            given[name] = value.detach().requires_grad_() if wanted else value
+        y = call(**given)
+        leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+        if not y.requires_grad or y.is_meta or not y.isfinite().all():
+            return (y.detach(),)
+        gradients = torch.autograd.grad(y.double().square().sum(), leaves, allow_unused=True)
+        return y.detach(), *(g for g in gradients if g is not None)
+
+    both.__qualname__ = call.__qualname__
+    both.signature = call.signature
+    return both
+
+
 def tensors_from(function):
     """The function, whose list of numbers becomes a tensor."""
 
@@ -143,4 +268,16 @@ def tensors_from(function):
     return call
 
 
-SUBJECTS = (compressed, compressed, frozen, gather_dot, product_keys, mapped, choices)
+SUBJECTS = (
+    compressed,
+    compressed,
+    frozen,
+    gather_compose,
+    gather_compose,
+    gather_matmul,
+    gather_dot,
+    product_keys,
+    mapped,
+    searched_widths,
+    choices,
+)

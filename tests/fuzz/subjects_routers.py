@@ -54,6 +54,50 @@ def by_module(rng):
     return call, args | outer | {"x": randn(rng, t, h, dtype=dtype)}
 
 
+def by_domain(rng):
+    """A layer whose tokens go by domains, where these are given."""
+    h, e, t, domains = size(rng, 1, 16), size(rng, 1, 6), size(rng, 0), size(rng, 1, 5)
+    k = rng.randint(1, e)
+    args = {"table": ids(rng, e, domains, k) if rng.random() < 0.7 else ids(rng, e, domains)}
+    args |= {"router": nn.SoftmaxRouter(h, e, rng.randint(1, e)), "x": randn(rng, t, h)}
+    args["token_ids"] = rng.choice((None, ids(rng, domains + 1, t) - 1))
+
+    def make(table, router):
+        return nn.MoE(h, 8, router=nn.DomainRouter(table, router))
+
+    call = layer_call(make, ("x", "token_ids"))
+    call.__qualname__ = "DomainRouter"
+    call.signature = ["expert_ids", "weights", "logits"]
+    return call, args
+
+
+def permuted(rng):
+    """A phase of a learned permutation, and the experts moved after it."""
+    h, e, t = size(rng, 1, 16), size(rng, 2, 6), size(rng, 0)
+    router = rng.choice((nn.SoftmaxRouter(h, e, 1), nn.TreeRouter(h, e, 2, 1.0), nn.DSelectKRouter(h, e, 2, 1.0)))
+    args = {"router": router, "phase_steps": size(rng, 1, 4), "temperatures": rng.choice(((1e-3, 1e-7), [1.0, 0.1]))}
+    args |= {"iterations": (size(rng, 1, 5), size(rng, 1, 5)), "noise": rng.choice((0.0, 0.3))}
+    args |= {"per_part": not isinstance(router, nn.SoftmaxRouter) and rng.random() < 0.4, "x": randn(rng, t, h)}
+
+    def call(x, **options):
+        permutation = nn.LearnedPermutation(**options)
+        layer = nn.MoE(h, 8, router=permutation)
+        found = []
+        for _ in range(5):
+            y = layer(x)
+            found.append(y.detach())
+            if y.requires_grad and not y.is_meta:
+                y.double().square().sum().backward()
+            nn.step_routers(layer)
+        if not permutation.per_part and not permutation.searching:
+            layer.router = permutation.absorb(layer.experts)
+        return *found, layer(x).detach()
+
+    call.__qualname__ = "LearnedPermutation"
+    call.signature = ["expert_ids", "weights", "logits"]
+    return call, args
+
+
 def by_logits(rng):
     t, e, kind = size(rng, 0), size(rng, 1, 6), rng.randrange(6)
     args = {"logits": randn(rng, t, e, dtype=rng.choice(WIDE))}
@@ -161,4 +205,49 @@ def whole_layers(rng):
     return layer_call(layer, ("x",)), args | {"x": x}
 
 
-SUBJECTS = (by_module, by_module, by_logits, balance, gates, expert_layers, whole_layers)
+def decoded(rng):
+    """A delta-rule layer along a sequence, in one call, in two, and token by token."""
+    kind = rng.choice((nn.DeltaNet, nn.GatedDeltaNet, nn.KimiDeltaAttention))
+    b, t, h, heads = size(rng, 0, 3), size(rng, 1, 9), size(rng, 1, 12), rng.randint(1, 2)
+    args = {"hidden_size": h, "num_heads": 2 * heads, "head_dim": size(rng, 1, 8), "num_key_heads": heads}
+    args |= {"value_head_dim": rng.choice((None, 3)), "conv_size": size(rng, 2, 5), "norm_eps": 1e-5}
+    args |= {"negative_eigenvalues": rng.random() < 0.5, "dtype": rng.choice(WIDE)}
+    pack = rng.random() < 0.3
+    args |= {"x": randn(rng, 1 if pack else b, t, h, dtype=args["dtype"]), "mask": None, "batch_size": b}
+    args["cu_seqlens"] = torch.tensor([0, rng.randint(0, t), t]) if pack else None
+    if not pack and rng.random() < 0.3:
+        args["mask"] = ids(rng, 2, b, t).bool()
+    at, stepped = rng.randint(0, t), rng.random() < 0.5
+
+    def call(x, mask, cu_seqlens, batch_size, **options):
+        layer = kind(**options)
+        whole = layer(x, mask=mask, cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None or mask is not None:
+            return whole.detach()
+        state = layer.initial_state(batch_size)
+        with torch.no_grad():
+            cuts = [1] * x.shape[1] if stepped else [at, x.shape[1] - at]
+            parts = [layer(part, state=state) for part in x.split(cuts, 1)]
+            again = torch.cat(parts, 1)
+            if not again.is_meta and again.isfinite().all() and not torch.allclose(whole, again, 1e-2, 1e-3):
+                raise AssertionError("a sequence in parts gives another result")
+        return whole.detach(), again, *state
+
+    call.__qualname__ = kind.__name__
+    # What the operators call their inputs.
+    call.signature = ["q", "k", "v", "beta", "g", "state", "conv", "recurrent", "weight"]
+    return call, args
+
+
+SUBJECTS = (
+    by_module,
+    by_module,
+    by_domain,
+    permuted,
+    by_logits,
+    balance,
+    gates,
+    expert_layers,
+    whole_layers,
+    decoded,
+)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES
+from gossamer._checks import FLOAT_DTYPES, check_device
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear, Router
@@ -324,6 +324,9 @@ def load_quantized_experts(
         ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
     """
     surgery.check_model(model)
+    if not hasattr(tensors, "keys") or not hasattr(tensors, "__getitem__"):
+        raise TypeError(f"tensors must be a mapping of names to tensors, got {type(tensors).__name__}")
+    check_device("device", device)
     linears = any(key.endswith(("weight.data", "quantized_data_weight")) for key in tensors)
     experts = _experts(model, required=not linears)
     file_names: dict[str, str] = {}

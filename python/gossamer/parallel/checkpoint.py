@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_positive, check_sizes
 from gossamer.nn.embeddings import files
 from gossamer.parallel.exchange import check_group, raise_together
 
@@ -45,6 +45,13 @@ def _from_first(group: dist.ProcessGroup, find) -> object:
     raise_together(error, group)
     dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
     return found[0]
+
+
+def _check_state(state: object, folder: object) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise TypeError(f"state must be a mapping of names to what is saved, got {type(state).__name__}")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder must be a str or a path, got {type(folder).__name__}")
 
 
 def save_checkpoint(
@@ -82,6 +89,8 @@ def save_checkpoint(
     import torch.distributed.checkpoint as dcp
 
     check_positive(keep=keep)
+    _check_state(state, folder)
+    files.check_info(info)
     folder, group = Path(folder), check_group(group)
 
     def begin() -> tuple[str, list[dict]]:
@@ -137,6 +146,8 @@ def load_checkpoint(
     """
     import torch.distributed.checkpoint as dcp
 
+    _check_state(state, folder)
+    check_sizes(older=older)
     folder, group = Path(folder), check_group(group)
 
     def find() -> dict | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_positive, check_sizes
 from gossamer.nn import DeltaGap, DynamicEmbedding, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.embedding_folder import CHECKPOINT, DELTA, Contents, digest
@@ -73,6 +73,10 @@ class ShardedEmbeddingFolder:
         keep: int = 2,
     ) -> None:
         check_positive(keep=keep)
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers must be a mapping, got {type(layers).__name__}")
         kinds = {type(layer) for layer in layers.values()}
         if kinds not in ({ShardedDynamicEmbedding}, {DynamicEmbedding}):
             names = sorted(kind.__name__ for kind in kinds)
@@ -183,6 +187,7 @@ class ShardedEmbeddingFolder:
             ValueError: manifest or files are corrupt or belong to other layers, or ``older`` exceeds the kept
                 checkpoints.
         """
+        check_sizes(older=older)
         kept = self._first(self.committed)
         if not kept and not older:
             return None

@@ -250,6 +250,7 @@ def table_infos(model: nn.Module, lookups: Mapping[str, Lookups] | None = None) 
         else:
             nbytes = bytes_of([*module.parameters(), *module.buffers()])
             found[name] = TableInfo(module.num_embeddings, module.embedding_dim, nbytes)
+    check_lookups(lookups)
     for name, measured in (lookups or {}).items():
         if name not in found:
             raise ValueError(f"lookups must be of the model's tables {sorted(found)}, got {name!r}")
@@ -293,6 +294,15 @@ class Lookups:
         self.lookups += ids.numel()
         self.unique += ids.unique().numel()
         self.bags += bags
+
+
+def check_lookups(lookups: object) -> None:
+    """``lookups`` must be a mapping of tables' names to :class:`Lookups`, or None."""
+    if lookups is not None and not isinstance(lookups, Mapping):
+        raise TypeError(f"lookups must be a mapping of tables to Lookups, got {type(lookups).__name__}")
+    for name, measured in (lookups or {}).items():
+        if not isinstance(measured, Lookups):
+            raise TypeError(f"lookups[{name!r}] must be gossamer.parallel.Lookups, got {type(measured).__name__}")
 
 
 @contextlib.contextmanager
@@ -393,6 +403,8 @@ def plan_tables(model: nn.Module, world: int, *, lookups: Mapping[str, Lookups] 
         TypeError: ``world`` is not an int.
         ValueError: the model has no such table, or ``lookups`` names others.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_positive(world=world)
     tables = table_infos(model, lookups)
     if not tables:
