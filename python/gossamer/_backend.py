@@ -1,4 +1,4 @@
-"""Which kernels serve a call: chosen by device, or forced with :func:`backend` in tests and benchmarks."""
+"""The choice of kernels for a call: by device, or forced with :func:`backend` in tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def cuda_kernels_unavailable() -> str | None:
 
 
 def hopper_refuses(x: torch.Tensor) -> str | None:
-    """Why the CUDA kernels for Hopper GPUs cannot multiply operands like ``x``, or None when they can."""
+    """The reason why the CUDA kernels for Hopper GPUs cannot multiply operands like ``x``, or None when they can."""
     if not x.is_cuda:
         return f"its kernels run on cuda, not on {x.device.type}"
     if not importlib.import_module("gossamer._C").with_hopper:
@@ -113,14 +113,16 @@ def hopper_refuses(x: torch.Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Served:
-    """What a family's kernels of one primitive take.
+    """The weights and operands that a family's kernels of one primitive accept.
 
     Attributes:
         weights: the kinds of weights (:attr:`gossamer.ops._weights.Weight.kind`), in sets of those that one call may
-            mix; a primitive without weights has none.
-        trained: the kinds beside which gradients are computed.
-        refuses: why its kernels cannot serve operands like a tensor, beyond what is asked of the whole family.
-        by: the family whose kernels run, where this one has none of its own but can be forced all the same.
+            mix; empty for a primitive without weights.
+        trained: the kinds of weights that may be present when gradients are computed.
+        refuses: returns why the kernels cannot serve operands like a given tensor, or None when they can. It covers
+            only what the requirements of the whole family do not; None if there is nothing more to check.
+        by: if this family has no kernels of its own for the primitive but can be forced all the same, the family whose
+            kernels run instead; else None.
     """
 
     weights: tuple[frozenset[str], ...] = ()
@@ -131,15 +133,15 @@ class Served:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of kernels. What it does not serve falls to compositions of other primitives, or to plain torch.
+    """A family of kernels. Primitives that it does not serve are composed of other primitives, or run in plain torch.
 
     Attributes:
-        name: as :func:`backend` takes it.
-        title: what messages call its kernels.
+        name: the name that :func:`backend` takes.
+        title: the name of its kernels in messages.
         devices: types of device that it serves.
         dtypes: floating dtypes that it serves.
-        missing: why it cannot be used on this machine, or None when it can.
-        primitives: what it serves, by the primitive's name.
+        missing: returns why it cannot be used on this machine, or None when it can.
+        primitives: name of a primitive -> what its kernels accept.
         interpreter: the environment variable that, set to 1, lets it serve the CPU too.
     """
 
@@ -152,7 +154,7 @@ class Family:
     interpreter: str | None = None
 
     def runs_on(self, device_type: str) -> bool:
-        """Whether it serves tensors on a type of device."""
+        """Whether it serves tensors on this type of device."""
         if device_type in self.devices:
             return True
         return self.interpreter is not None and device_type == "cpu" and os.environ.get(self.interpreter) == "1"
@@ -237,12 +239,14 @@ def primitives() -> tuple[str, ...]:
 
 
 def takes(backend_name: str, dtype: torch.dtype) -> bool:
-    """Whether a backend computes in a floating dtype; plain torch in any."""
+    """Whether a backend computes in a floating dtype; plain torch computes in all of them."""
     return backend_name == "reference" or dtype in FAMILIES[backend_name].dtypes
 
 
 def serves_weights(backend_name: str, primitive: str, kinds: Iterable[str], trains: bool) -> bool:
-    """Whether one call of a family's kernels takes weights of these kinds, ``trains`` where a gradient is wanted."""
+    """Whether one call of a family's kernels takes weights of these kinds; ``trains`` says that a gradient is
+    wanted.
+    """
     served, kinds = FAMILIES[backend_name].primitives[primitive], frozenset(kinds)
     return any(kinds <= mixed for mixed in served.weights) and (not trains or kinds <= served.trained)
 
@@ -256,9 +260,9 @@ def refuses(backend_name: str, primitive: str, x: torch.Tensor) -> str | None:
 
 
 def check_served(primitive: str, backend_name: str, x: torch.Tensor, quantized: bool = False) -> None:
-    """Check that the kernels of a primitive take ``x``, and quantised weights if the call has them.
+    """Check that the kernels of a primitive accept ``x``, and quantised weights if the call has them.
 
-    A tracer does not ask; the kernels do when they run.
+    Nothing is checked while a compiler traces the call; the kernels check when they run.
     """
     if backend_name == "reference":
         return
@@ -285,7 +289,8 @@ def unavailable(name: str, device_type: str) -> str | None:
     return f"{family.title} run on {where}, not on {device_type}"
 
 
-# (primitive, type of device) -> the first family that has kernels for them; plain torch where that cannot be used here.
+# (primitive, type of device) -> the first family with kernels for the pair, or plain torch if that family cannot be
+# used here.
 _PREFERRED: dict[tuple[str, str], str] = {}
 for _family in FAMILIES.values():
     for _name, _served in _family.primitives.items():
@@ -299,7 +304,7 @@ def _default(primitive: str, device_type: str) -> str:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is active, for which kernels have no rules."""
+    """Whether torch.func or forward-mode differentiation is active; kernels have no rules for either."""
     if is_compiling():
         return False
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -311,7 +316,8 @@ def resolve(primitive: str, tensor: torch.Tensor) -> str:
     Plain torch serves under torch.func and forward-mode differentiation, where kernels would give no tangents.
 
     Raises:
-        ValueError: the forced backend cannot serve this device, or kernels are forced under those.
+        ValueError: the forced backend cannot serve this device, or kernels are forced under torch.func or forward-mode
+            differentiation.
     """
     # is_cpu first: it takes a sixth of the time of device.type.
     device_type = "cpu" if tensor.is_cpu else tensor.device.type

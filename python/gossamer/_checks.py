@@ -1,4 +1,4 @@
-"""Argument checks shared by the primitives: each raises before any launch, naming argument, rule and values."""
+"""Argument checks shared by the primitives. Each raises before any kernel starts and names argument, rule and value."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def check_number(
     finite: bool = False,
     optional: bool = False,
 ) -> None:
-    """``value`` must be a real number, no bool and no NaN, within the bounds given; with ``optional`` it may be None.
+    """``value`` must be a real number within the bounds given, not a bool or NaN; with ``optional`` it may be None.
 
     Args:
-        name: of the argument.
-        value: what was given.
+        name: name of the argument.
+        value: value of the argument.
         least: the least value allowed.
-        above: what the value must be above.
-        most: the most allowed.
-        below: what the value must be below.
+        above: the value must be greater than this.
+        most: the greatest value allowed.
+        below: the value must be less than this.
         finite: whether infinities are refused.
         optional: whether None is allowed.
     """
@@ -83,7 +83,7 @@ def check_number(
     # float first: isinstance of an abstract class takes a microsecond.
     if not isinstance(value, (float, numbers.Real)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
-    # By comparisons: compilers may make the number symbolic, which math's functions do not take.
+    # Comparisons only: compilers may make the number symbolic, and functions of math do not take symbols.
     if (
         value != value
         or (least is not None and not value >= least)
@@ -149,19 +149,19 @@ def check_floating(name: str, tensor: object) -> None:
 
 
 def check_has_numbers(name: str, tensor: torch.Tensor) -> None:
-    """``tensor``, whose numbers are looked at, must not lie on meta."""
+    """``tensor``, whose values are read, must not be on the meta device."""
     if tensor.is_meta:
         raise ValueError(f"{name} must have numbers, got a tensor on meta")
 
 
 def check_sequence(name: str, value: object) -> None:
-    """``value`` must be a list or tuple, or another sequence that is no text."""
+    """``value`` must be a list, a tuple or another sequence, but not a string."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(f"{name} must be a sequence, got {type(value).__name__}")
 
 
 def check_written(name: str, tensor: torch.Tensor) -> None:
-    """``tensor``, which is written to, must be dense, and no two of its elements may share a place by a stride of 0."""
+    """``tensor``, which is written to, must be dense, and no stride of 0 may put two of its elements in one place."""
     check_strided(name, tensor)
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{name} must have each element in a place of its own, got strides {tensor.stride()}")
@@ -185,7 +185,7 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...
 
 
 def check_shape_of(name: str, shape: tuple[int, ...], expected: tuple[int | None, ...], symbols: str) -> None:
-    """:func:`check_shape` of what has a shape, but is not a tensor."""
+    """:func:`check_shape` for something that has a shape but is not a tensor."""
     if len(shape) == len(expected):
         for size, wanted in zip(shape, expected, strict=True):
             if wanted is not None and wanted != size:
@@ -197,7 +197,7 @@ def check_shape_of(name: str, shape: tuple[int, ...], expected: tuple[int | None
 
 
 def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
-    """The last size of ``tensor``, which must have one; ``symbols`` is the documented shape."""
+    """The size of the last dimension of ``tensor``, which must have one; ``symbols`` is the documented shape."""
     check_tensor(name, tensor)
     if tensor.dim() < 1:
         raise ValueError(f"{name} must have shape {symbols}, got {tuple(tensor.shape)}")
@@ -206,7 +206,7 @@ def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
 
 
 def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor) -> None:
-    """``x (..., C)`` must fit a layer of that many columns with that weight; under autocast in any floating dtype."""
+    """``x (..., C)`` must fit a layer with C = ``columns`` and this weight; under autocast any floating dtype does."""
     last_size("x", x, "(..., C)")
     check_shape("x", x, (*x.shape[:-1], columns), "(..., C)")
     if not x.is_floating_point():
@@ -218,7 +218,7 @@ def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor) -> None:
 
 
 def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) -> tuple | None:
-    """The name of the first tensor given, its attribute, and the name and attribute of the first that has another."""
+    """The name and attribute of the first tensor given, and those of the first one whose attribute differs."""
     first = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -232,7 +232,7 @@ def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) ->
 
 
 def check_scale(name: str, scale: float | torch.Tensor) -> float:
-    """``scale`` as a number; a tensor must lie on the CPU and require no gradient, since it would get none."""
+    """``scale`` as a number; a tensor must be on the CPU, and must not require a gradient, since it would get none."""
     if isinstance(scale, torch.Tensor):
         if scale.requires_grad:
             raise ValueError(f"{name} must be a number, which has no gradient, got a tensor that requires one")
@@ -262,7 +262,7 @@ def check_no_gradient(function: str, other: str, **tensors: torch.Tensor | None)
 
 
 def check_same_device(**tensors: torch.Tensor | None) -> None:
-    """All tensors given must lie on the first one's device."""
+    """All tensors given must be on the first one's device."""
     if odd := _first_to_differ("device", tensors):
         first_name, device, name, found = odd
         raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {found}")
@@ -299,10 +299,10 @@ def check_index(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_traceable(name: str) -> None:
-    """Refuse tracers that cannot record the layer called ``name``: ``torch.jit.trace`` and ``torch.func.vmap``.
+    """Raise under ``torch.jit.trace`` and ``torch.func.vmap``, which cannot record the layer called ``name``.
 
     Raises:
-        RuntimeError: one of them looks at what is computed; the message says what to do instead.
+        RuntimeError: one of the two is active; the message says what to use instead.
     """
     if torch.compiler.is_compiling():
         return

@@ -31,7 +31,7 @@ ISA_FLAGS = (
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None; of torch as it names itself."""
+    """The installed version of a distribution, or None; for torch, the version that torch itself reports."""
     if package == "torch":
         return str(torch.__version__)
     try:
@@ -51,7 +51,9 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code is in, with ``+changes`` where files differ from it; None elsewhere."""
+    """The commit of the checkout that holds this code, with ``+changes`` if files differ from it; None outside a
+    checkout.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
@@ -95,7 +97,7 @@ def environment() -> dict:
 
 
 def served_by() -> dict[str, dict[str, dict]]:
-    """Device type -> primitive -> which backend serves it here, and why each other one does not.
+    """Device type -> primitive -> the backend that serves it here, and the reason why each other one does not.
 
     A device that this machine lacks is not listed.
     """
@@ -117,7 +119,9 @@ def _serving(primitive: str, device: str) -> dict:
 
 
 def tile_tables() -> dict:
-    """Where the user's tables of tiles are, and which tables serve each GPU: entries, or why one is ignored."""
+    """The folder of the user's tile tables, and the tables in use for each GPU: their entries, or why one is
+    ignored.
+    """
     from gossamer.triton_kernels import tile_tables
 
     tables = []

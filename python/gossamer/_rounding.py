@@ -1,6 +1,7 @@
 """Stochastic rounding by a counter-based generator: the bits depend only on (seed, step, row, column).
 
-With all arithmetic modulo 2⁶⁴ or 2³², ``γ = 0x9E3779B97F4A7C15`` and ``mix64`` the finalizer below::
+All arithmetic is modulo 2⁶⁴ or 2³², ``γ`` is ``0x9E3779B97F4A7C15``, and ``mix64`` and ``mix32`` are the functions of
+this module::
 
     k = mix64(mix64(mix64(seed) + step·γ) + row·γ)
     u(column) = mix32((low32(k) + column·0x9E3779B9) XOR high32(k))
@@ -8,7 +9,7 @@ With all arithmetic modulo 2⁶⁴ or 2³², ``γ = 0x9E3779B97F4A7C15`` and ``m
 ``step`` counts from 1, ``row`` is the row in its table (the linear row where there are many tables), and u a uniform
 32-bit number. A float32 x becomes bfloat16 by adding ``u mod 2¹⁶`` to its bits and cutting off the low 16, float16 by
 adding ``u mod 2¹³`` and cutting off 13; below 2⁻¹⁴, where float16 has a fixed grid, x in units of 2⁻²⁴ is rounded up,
-in magnitude, where its fraction exceeds ``(u div 2⁸)·2⁻²⁴``. Infinity and NaN stay what they are.
+in magnitude, where its fraction exceeds ``(u div 2⁸)·2⁻²⁴``. Infinity and NaN are kept.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def random_bits(seed: int, step: torch.Tensor, rows: torch.Tensor, dim: int) -> 
 
 
 def round_stochastically(x: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Float32 ``x`` in ``dtype``, bfloat16 or float16, rounded as the module says by ``bits`` of its shape."""
+    """Float32 ``x`` rounded to ``dtype``, bfloat16 or float16, by ``bits`` of the same shape, as the module
+    describes.
+    """
     pattern = x.view(torch.int32).long() & _LOW
     if dtype == torch.bfloat16:
         rounded = ((pattern + (bits & 0xFFFF)) & 0xFFFF0000).to(torch.int32).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Table rows kept as integer codes: ``row = scale · codes``, with a scale per row or one for the table.
+"""Table rows stored as integer codes: ``row = scale · codes``, with one scale per row or one for the whole table.
 
 A float32 w becomes the code of ``v = w/scale``, clipped to the range of the dtype: the nearest integer, halves to even,
 or by stochastic rounding the one above ``⌊v⌋`` where the fraction of v exceeds ``(u div 2⁸)·2⁻²⁴`` with the uniform
@@ -17,7 +17,7 @@ LEAST_SCALE = 2.0**-20
 
 
 def check_scale(table: torch.Tensor, scale: torch.Tensor) -> None:
-    """Check that a table holds codes and that ``scale`` is one for all its rows, or one for each."""
+    """Check that a table holds codes, and that ``scale`` holds one scale for all its rows or one for each."""
     check_tensor("scale", scale)
     if table.dtype not in CODE_DTYPES:
         raise TypeError(f"table must be int8 or int16 when scale is given, got {table.dtype}")
@@ -32,17 +32,19 @@ def check_scale(table: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 def scale_stride(scale: torch.Tensor) -> int:
-    """Elements from the scale of one row to that of the next: 0 where all rows have one."""
+    """Elements from the scale of one row to that of the next: 0 if all rows share one."""
     return scale.stride(0) if scale.shape[0] > 1 else 0
 
 
 def scales_of(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The scales ``(n, 1)`` of ``rows (n,)``, or ``(1, 1)`` where all rows have one."""
+    """The scales ``(n, 1)`` of ``rows (n,)``, or ``(1, 1)`` if all rows share one."""
     return (scale if scale.shape[0] == 1 else scale.index_select(0, rows)).unsqueeze(1)
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What ``codes (n, D)`` of ``rows (n,)`` stand for in ``dtype``; themselves where there is no scale."""
+    """The values in ``dtype`` that ``codes (n, D)`` of ``rows (n,)`` stand for; without a scale, the codes
+    themselves.
+    """
     values = codes.to(dtype)
     return values if scale is None else values * scales_of(scale, rows)
 
@@ -50,7 +52,7 @@ def decode(codes: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor, 
 def encode(
     x: torch.Tensor, scale: torch.Tensor | float, dtype: torch.dtype, bits: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The codes of float32 ``x``, rounded stochastically by uniform 32-bit ``bits``, or to the nearest."""
+    """The codes of float32 ``x``: rounded stochastically by uniform 32-bit ``bits``, or without them to the nearest."""
     limits = torch.iinfo(dtype)
     v = x / scale
     v = torch.where(v.isnan(), 0, v).clamp(limits.min, limits.max)
@@ -73,7 +75,7 @@ def scale_slope(w: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, dtype:
 
 
 def scale_rate(scale_lr: float, num_bags: int, dim: int, dtype: torch.dtype) -> float:
-    """What a scale moves by for a slope of one: ``scale_lr / √(B·D·(2^(bits−1) − 1))``."""
+    """The distance that a scale moves for a slope of one: ``scale_lr / √(B·D·(2^(bits−1) − 1))``."""
     return scale_lr / max(num_bags * dim * torch.iinfo(dtype).max, 1) ** 0.5
 
 

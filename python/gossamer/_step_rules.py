@@ -1,6 +1,6 @@
 """The rules of fused optimizer steps: the name, state and numbers of each.
 
-Python's reference, the native kernels and the Triton kernels have one formula for each rule, under the same name.
+The reference in Python, the native kernels and the Triton kernels each have one formula per rule, under its name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ class Rule(NamedTuple):
     Attributes:
         states: the state tensors by name, at most two: ``"full"`` for a value per element, ``(N, D)``, or ``"row"`` for
             a value per row, ``(N,)``.
-        numbers: the fields of :class:`StepRule` that its formula reads beside ``lr``.
-        own_decay: whether weight decay is a part of the formula, or none; otherwise it comes before the formula.
+        numbers: the fields of :class:`StepRule` that its formula reads in addition to ``lr``.
+        own_decay: True if the formula itself handles weight decay, or has none; False if the decay is applied before
+            the formula.
     """
 
     states: dict[str, str]
@@ -36,19 +37,19 @@ RULES: dict[str, Rule] = {
     "lamb": Rule({"exp_avg": "full", "exp_avg_sq": "full"}, ("beta1", "beta2", "eps"), own_decay=True),
     "ftrl": Rule({"accumulator": "full", "linear": "full"}, ("beta1", "l1", "l2"), own_decay=True),
 }
-# How weight decay λ enters: λ·w is added to the gradient; or w shrinks by 1 − lr·λ before the step; or as the rule's
-# own formula says.
+# The three ways in which weight decay λ enters: λ·w is added to the gradient; w is multiplied by 1 − lr·λ before the
+# step; or the rule's own formula has it.
 DECAYS = ("gradient", "weights", "formula")
 
 
 class StepRule(NamedTuple):
-    """A rule with its numbers, as kernels take it; numbers that the rule does not read keep their defaults.
+    """A rule with its numbers, as passed to kernels; numbers that the rule does not read keep their defaults.
 
     Attributes:
-        name: of :data:`RULES`.
-        lr: learning rate; unused where a tensor gives it.
+        name: a key of :data:`RULES`.
+        lr: learning rate; not read if a tensor holds it.
         weight_decay: λ.
-        decay: of :data:`DECAYS`.
+        decay: a member of :data:`DECAYS`.
         beta1: momentum of SGD, β1 of Adam and its relatives, β of FTRL.
         beta2: β2.
         eps: ε.
@@ -58,7 +59,7 @@ class StepRule(NamedTuple):
         clip_value: largest magnitude of a gradient element; infinity for none.
         clip_norm: largest norm of a row's gradient; infinity for none.
         stochastic_rounding: whether rows of 16-bit floats and of codes are rounded stochastically.
-        seed: of the rounding.
+        seed: seed of the rounding.
     """
 
     name: str
@@ -78,7 +79,7 @@ class StepRule(NamedTuple):
 
     @property
     def row_states(self) -> tuple[bool, bool]:
-        """Whether the first and the second state tensor hold a value per row."""
+        """Whether the first, and whether the second, state tensor holds a value per row."""
         kinds = [*RULES[self.name].states.values(), None, None]
         return kinds[0] == "row", kinds[1] == "row"
 

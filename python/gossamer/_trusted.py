@@ -1,7 +1,8 @@
-"""Structures of index tensors that kernels follow: contents are checked once, and again after a change in place.
+"""Structures of index tensors that kernels rely on: their contents are checked once, and again after a change in place.
 
-A structure is a frozen dataclass. What a function of the package makes is right by construction and only marked; what a
-user puts together is checked when it is first used, and again after one of its tensors was written to.
+A structure is a frozen dataclass. A structure made by a function of the package is right by construction, so it is only
+marked as checked. A structure that a user puts together is checked when it is first used, and again after one of its
+tensors was written to.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch.compiler import is_compiling
 from gossamer import _backend
 from gossamer._checks import check_tensor
 
-# What a structure remembers of its last check, the version of its tensors: an attribute that is no field, so that
+# The attribute in which a structure remembers the version of its tensors at the last check. It is not a field, so
 # ``dataclasses.replace`` leaves it out.
 CHECKED = "_checked_version"
-# In place of the version of inference tensors, which have none.
+# Stands for the version of inference tensors, which have none.
 UNCOUNTED = -1
 
 
@@ -33,18 +34,18 @@ def version(tensors: Iterable[torch.Tensor]) -> int:
 def mark(structure: object, tensors: Iterable[torch.Tensor]) -> None:
     """Mark a structure as checked with its ``tensors`` as they are now."""
     if not is_compiling():
-        # Not by its __dict__: once that was asked for, Python reads all attributes more slowly.
+        # Not through __dict__: once that was read, Python reads all attributes more slowly.
         object.__setattr__(structure, CHECKED, version(tensors))
 
 
 def copy_mark(source: object, structure: object) -> None:
-    """Mark a structure of the same tensors as checked if ``source`` is."""
+    """Mark a structure that has the tensors of ``source`` as checked if ``source`` is."""
     if not is_compiling():
         object.__setattr__(structure, CHECKED, getattr(source, CHECKED))
 
 
 def state_without_mark(structure: object) -> dict[str, object]:
-    """What copies and pickles take: a copy's tensors have versions of their own."""
+    """The state for copies and pickles: without the mark, since a copy's tensors have versions of their own."""
     return {name: value for name, value in structure.__dict__.items() if name != CHECKED}
 
 

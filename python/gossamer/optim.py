@@ -29,20 +29,21 @@ def _check_flag(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What every optimizer has. ``G`` below is a touched row's gradient, summed over its duplicates and then clipped.
+    """The base of all optimizers. In their formulas ``G`` is a touched row's gradient, summed over duplicates, then
+    clipped.
 
-    Rows that a batch does not touch change neither in weights nor in state: moments do not decay without a touch. ``t``
-    counts the steps taken with a state, whichever rows they touched.
+    A row that a batch does not touch keeps its weights and its state: its moments do not decay. ``t`` counts the steps
+    taken with a state, whichever rows they touched.
 
     Args:
         lr: learning rate η, a float or a one-element floating tensor on the table's device, which is never read on the
             host: scheduling it costs no synchronisation and no recompilation.
-        weight_decay: λ; the subclass says where it enters.
+        weight_decay: λ; each subclass says where it enters.
         clip_value: clamp every element of the summed gradient to ``[−clip_value, clip_value]``.
         clip_norm: then scale a row's gradient by ``min(1, clip_norm/‖G‖)``.
         stochastic_rounding: round the new rows of float16 and bfloat16 tables, and of tables of codes, up or down with
             the probability that makes the result right on average; tables of 32 and 64 bits are not rounded at all.
-        seed: of the rounding: the bits depend on (seed, step, row, column) alone. In ``[0, 2⁶³)``.
+        seed: seed of the rounding, in ``[0, 2⁶³)``; the random bits depend only on (seed, step, row, column).
 
     Raises:
         ValueError: a number lies outside its range.
@@ -57,7 +58,7 @@ class Optimizer:
     stochastic_rounding: bool = False
     seed: int = 0
 
-    # The rule's name in gossamer._step_rules.RULES.
+    # The rule's key in gossamer._step_rules.RULES.
     rule: ClassVar[str]
     decoupled: ClassVar[bool] = False
 
@@ -86,7 +87,7 @@ class Optimizer:
         """Check the numbers that only this optimizer has."""
 
     def _numbers(self) -> dict[str, float | bool]:
-        """The numbers of the rule's entry in RULES, for which attributes of their names stand."""
+        """The numbers that the rule's entry in RULES names, read from this optimizer's attributes of the same names."""
         return {name: getattr(self, name) for name in RULES[self.rule].numbers}
 
     def _rule_with_numbers(self) -> StepRule:
@@ -105,20 +106,24 @@ class Optimizer:
         )
 
     def step_rule(self) -> StepRule:
-        """The rule and its numbers as kernels take them."""
+        """The rule and its numbers, as passed to kernels."""
         return self._step_rule
 
     @property
     def algorithm(self) -> int:
-        """The code of this optimizer in checkpoints."""
+        """The number that stands for this optimizer in checkpoints."""
         return tuple(RULES).index(self.rule)
 
     def state_kinds(self) -> dict[str, str]:
-        """State tensors beside ``"step"``, in the order kernels take them: ``"full"`` (N, D) or ``"row"`` (N,)."""
+        """State tensors other than ``"step"``, in the order that kernels take them: ``"full"`` (N, D) or ``"row"``
+        (N,).
+        """
         return RULES[self.rule].states
 
     def reads_rows(self) -> bool:
-        """Whether the step of an element depends on its whole row or on its column's number, not on it alone."""
+        """Whether the step of an element depends on its whole row, or on its column's index, and not on the element
+        alone.
+        """
         row_states = "row" in self.state_kinds().values()
         return row_states or self.rule == "lamb" or self.clip_norm is not None or self.stochastic_rounding
 
@@ -138,12 +143,13 @@ class Optimizer:
         Args:
             num_rows: N.
             dim: D.
-            device: that of the table.
+            device: the table's device.
             dtype: float32; float64 for a float64 table.
 
         Returns:
-            ``"step"``, ``(1,)`` int64, and what :meth:`state_kinds` names. Any of the latter may be replaced by a view
-            with other row strides, so that rows of a larger storage can hold weights and state side by side.
+            ``"step"``, ``(1,)`` int64, and the tensors that :meth:`state_kinds` names. Each of the latter may be
+            replaced by a view with another row stride, so that rows of a larger storage can hold weights and state side
+            by side.
         """
         shapes = {"full": (num_rows, dim), "row": (num_rows,)}
         state = {"step": torch.zeros(1, dtype=torch.int64, device=device)}
@@ -178,7 +184,7 @@ class SGD(Optimizer):
         return {"beta1": self.momentum, "nesterov": self.nesterov}
 
     def state_kinds(self) -> dict[str, str]:
-        """The momentum, where there is one."""
+        """The momentum, if there is one."""
         return super().state_kinds() if self.momentum else {}
 
 
@@ -188,7 +194,7 @@ class Adagrad(Optimizer):
 
     Args:
         eps: ε.
-        initial_accumulator: what s starts at.
+        initial_accumulator: the initial value of s.
     """
 
     eps: float = 1e-10
@@ -201,7 +207,7 @@ class Adagrad(Optimizer):
         _check("initial_accumulator", self.initial_accumulator, 0)
 
     def initial_value(self) -> float:
-        """The accumulator's first value."""
+        """The accumulator's initial value."""
         return float(self.initial_accumulator)
 
 
@@ -213,7 +219,7 @@ class RowwiseAdagrad(Adagrad):
 
     Args:
         eps: ε.
-        decoupled: how λ enters.
+        decoupled: whether weight decay is decoupled from the gradient, as above.
     """
 
     eps: float = 1e-8
@@ -276,7 +282,7 @@ class PartialRowwiseAdam(Adam):
 class LAMB(Adam):
     """LAMB (You et al., 2020) with the trust ratio of each row: ``q = m̂/(√v̂ + ε) + λw``, ``w ← w − η·(‖w‖/‖q‖)·q``.
 
-    Moments are those of Adam with ``g = G``. The ratio is 1 where either norm is zero.
+    The moments are those of Adam with ``g = G``. The ratio is 1 if either norm is zero.
     """
 
     eps: float = 1e-6
@@ -291,7 +297,7 @@ class FTRL(Optimizer):
     ``n' = n + G²``, ``z ← z + G − (√n' − √n)/η·w``, and ``w ← 0`` where ``|z| ≤ λ1``, else
     ``w ← −(z − sign(z)·λ1)/((β + √n')/η + λ2)``. Weights are a function of the state (n, z), so a table should start at
     zero: with β > 0 the first touch replaces other values. With η = 0 nothing changes, neither weights nor state.
-    ``weight_decay`` must be 0: λ2 is it.
+    ``weight_decay`` must be 0, since λ2 takes its place.
 
     Args:
         beta: β.

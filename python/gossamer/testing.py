@@ -1,4 +1,4 @@
-"""Tools for tests of sparse layers: errors against float64 truth, and routings that are hard on kernels."""
+"""Tools for testing sparse layers: errors against float64 truth, and routings that are hard on kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def errors(value: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
         truth: same shape, float64 for a meaningful answer.
 
     Returns:
-        ``(rms, max)``; infinity when they differ by NaN or infinity; absolute errors when ``truth`` is zero.
+        ``(rms, max)``. Both are infinite when the two differ by NaN or infinity, and absolute errors when ``truth`` is
+        zero.
     """
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     if value.shape != truth.shape:
@@ -32,19 +33,19 @@ def errors(value: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
 
 
 def assert_close(actual: torch.Tensor, truth: torch.Tensor, baseline: torch.Tensor, name: str = "result") -> None:
-    """Assert that ``actual`` is as near to ``truth`` as ``baseline`` is, with a small slack.
+    """Assert that ``actual`` is as close to ``truth`` as ``baseline`` is, up to a small slack.
 
     The rule: relative RMS error at most 1.25 times the baseline's plus a quarter of the dtype's epsilon, maximum error
     at most 1.5 times the baseline's plus two epsilons (over the RMS of ``truth``).
 
     Args:
-        actual: what is tested.
+        actual: the tensor under test.
         truth: the float64 reference on the same (upcast) inputs.
         baseline: the plain-torch computation in the dtype of ``actual``.
-        name: how the message calls it.
+        name: the name of the tensor in the message.
 
     Raises:
-        AssertionError: with all four errors.
+        AssertionError: ``actual`` breaks the rule; the message gives all four errors.
     """
     if actual.dtype != baseline.dtype or actual.shape != truth.shape:
         raise AssertionError(
@@ -81,8 +82,8 @@ def random_expert_ids(
             ``"few"``, only the first K experts are used.
         popularity: ``(E,)`` relative popularity of each expert, in place of ``skew``.
         dropped: fraction of slots given the id E, "no expert".
-        seed: of the generator.
-        device: where the result lies.
+        seed: seed of the generator.
+        device: device of the result.
     """
     generator = torch.Generator().manual_seed(seed)
     known = {
