@@ -7,21 +7,24 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_flag, check_index, check_number, check_positive, check_sequence
-from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import check_budget
+from gossamer._checks import check_flag, check_index, check_number, check_positive, check_sequence, check_sizes
+from gossamer.nn.embeddings.narrow_rows import NarrowRowsTable, fit_narrow, narrow_nbytes
+from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
 
 
-class MixedDimensionEmbedding(FusedTable):
-    """Rows of d columns, projected to D: ``e(x) = weight[x]·P``.
+class MixedDimensionEmbedding(NarrowRowsTable):
+    """Rows of d columns, projected to D: ``e(x) = weight[x]·projectionᵀ``.
 
-    Bags are pooled before they are projected, so a bag costs one projection. If d equals D there is no projection.
+    The first ``wide_rows`` ids may have one column more, ``e(x) = (weight[x], extra[x])·projectionᵀ``. This is the
+    paper's blocks of rows with widths of their own if ids are sorted by descending frequency, and meets a byte budget
+    to a row. Bags are pooled before they are projected, so a bag costs one projection. If d is D there is none.
 
     Args:
         num_embeddings: N.
         embedding_dim: D.
         row_dim: d, at most D. :func:`mixed_dimensions` chooses it for the tables of a model.
+        wide_rows: number of ids, from the first, with one column more; 0 if d is D.
         mode: how bags are pooled: ``"sum"``, ``"mean"`` or ``"max"``.
         include_last_offset: whether offsets hold the end of the last bag too.
         device: of the parameters.
@@ -31,11 +34,14 @@ class MixedDimensionEmbedding(FusedTable):
 
     Attributes:
         weight: ``(N, d)``. It starts uniform in ``±1/√N``.
-        projection: ``(D, d)``, or None where d is D. It starts uniform with variance 1/d, which keeps that of the rows.
+        extra: ``(wide_rows, 1)``, which starts as ``weight`` does, or None.
+        projection: ``(D, d)``, ``(D, d + 1)`` with ``extra``, or None if d is D. It starts uniform with variance one
+            over its number of columns, which keeps the variance of the rows.
 
     Raises:
         TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
-        ValueError: a size is below 1, ``row_dim`` is above D, or the mode is unknown.
+        ValueError: a size is below 1, ``row_dim`` is above D, ``wide_rows`` is above N or given with d = D, or the mode
+            is unknown.
 
     Source: Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems",
     ISIT 2021.
@@ -47,6 +53,7 @@ class MixedDimensionEmbedding(FusedTable):
         embedding_dim: int,
         row_dim: int,
         *,
+        wide_rows: int = 0,
         mode: str = "sum",
         include_last_offset: bool = False,
         device: torch.device | str | None = None,
@@ -56,41 +63,46 @@ class MixedDimensionEmbedding(FusedTable):
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         check_positive(row_dim=row_dim)
+        check_sizes(wide_rows=wide_rows)
         if row_dim > embedding_dim:
             raise ValueError(f"row_dim must be at most embedding_dim, {embedding_dim}, got {row_dim}")
+        if wide_rows > (most := num_embeddings if row_dim < embedding_dim else 0):
+            raise ValueError(f"wide_rows must be at most {most} with row_dim={row_dim}, got {wide_rows}")
         self.row_dim = row_dim
-        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, row_dim, device=device, dtype=dtype))
-        projection = torch.empty(embedding_dim, row_dim, device=device, dtype=dtype)
-        self.register_parameter("projection", None if row_dim == embedding_dim else torch.nn.Parameter(projection))
+        factory = {"device": device, "dtype": dtype}
+        self._set_rows(
+            torch.empty(num_embeddings, row_dim, **factory),
+            torch.empty(wide_rows, 1, **factory) if wide_rows else None,
+            torch.empty(embedding_dim, row_dim + (wide_rows > 0), **factory) if row_dim < embedding_dim else None,
+        )
         self.reset_parameters()
         self.attach(optimizer)
 
     def reset_parameters(self) -> None:
         """Redraw the parameters and reset the optimizer."""
         bound = self.num_embeddings**-0.5
-        torch.nn.init.uniform_(self.weight, -bound, bound)
+        for name in self.tables:
+            torch.nn.init.uniform_(getattr(self, name), -bound, bound)
         if self.projection is not None:
-            bound = (3 / self.row_dim) ** 0.5
+            bound = (3 / self.projection.shape[1]) ** 0.5
             torch.nn.init.uniform_(self.projection, -bound, bound)
         self._reset_state()
-
-    def _projected(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.projection is None else torch.nn.functional.linear(rows, self.projection)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The vectors ``(..., D)`` of ``ids (...)``; raises the errors of :meth:`Table.forward`."""
         check_index("ids", ids)
-        return self._projected(self.rows("weight", ids))
+        return self._vectors(ids)
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
         """Sums and means are projected once a bag."""
         if self.mode == "max" and self.projection is not None:
             return super()._pool(ids, *lists, **how)
-        return self._projected(self.bags("weight", ids, *lists, **how))
+        return self._bags(ids, *lists, **how)
 
     def extra_repr(self) -> str:
         """Sizes and mode, and the optimizer, if any."""
-        return self._repr(f"row_dim={self.row_dim}")
+        wide = [f"wide_rows={self.wide_rows}"] if self.wide_rows else []
+        return self._repr(f"row_dim={self.row_dim}", *wide)
 
     @classmethod
     def from_budget(
@@ -98,16 +110,19 @@ class MixedDimensionEmbedding(FusedTable):
     ) -> MixedDimensionEmbedding:
         """The table with the widest rows, at most D, that fits ``nbytes`` bytes; raises the errors of
         :meth:`Table.from_budget`.
+
+        The bytes that whole columns leave over give the first rows one column more.
         """
-
-        def make(width: int, **more: object) -> MixedDimensionEmbedding:
-            return cls(num_embeddings, embedding_dim, width, **options | more)
-
         check_budget(nbytes)
-        # Without a projection, the full width may take fewer bytes than one column less.
-        if make(embedding_dim, device="meta").inference_nbytes() <= nbytes:
-            return make(embedding_dim)
-        return cls._fit((num_embeddings, embedding_dim), nbytes, (1, max(embedding_dim - 1, 1)), make)
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        sizes, itemsize = (num_embeddings, embedding_dim), item_nbytes(options)
+        # Without its projection the full width may be smaller than one column less.
+        full = itemsize * num_embeddings * embedding_dim
+        if full <= nbytes:
+            return cls(*sizes, embedding_dim, **options)
+        cls._check_fits(sizes, nbytes, min(full, narrow_nbytes(*sizes, 1, 0, itemsize)))
+        width, wide_rows = fit_narrow(sizes, nbytes, itemsize, embedding_dim - 1)
+        return cls(*sizes, width, **{"wide_rows": wide_rows} | options)
 
 
 def mixed_dimensions(

@@ -122,6 +122,11 @@ class Table(nn.Module):
         cls._check_fits((num_embeddings, embedding_dim), nbytes, needed)
         return cls(num_embeddings, embedding_dim, **options)
 
+    @classmethod
+    def size_within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> int:
+        """Bytes that the table of :meth:`from_budget` serves, computed without making it; same arguments and errors."""
+        return cls.from_budget(num_embeddings, embedding_dim, nbytes, **options | {"device": "meta"}).inference_nbytes()
+
     def _set_up(self, num_embeddings: int, embedding_dim: int, mode: str, include_last_offset: bool) -> None:
         """Set the attributes that all tables have, after their checks."""
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -160,10 +165,13 @@ class Table(nn.Module):
             TypeError: ``nbytes`` is not an int.
             ValueError: the table of the smallest knob is larger than the budget.
         """
+        return make(cls._largest(sizes, nbytes, knobs, lambda knob: make(knob, device="meta").inference_nbytes()))
 
-        def size_of(knob: int) -> int:
-            return make(knob, device="meta").inference_nbytes()
-
+    @classmethod
+    def _largest(
+        cls, sizes: tuple[int, int], nbytes: int, knobs: tuple[int, int], size_of: Callable[[int], int]
+    ) -> int:
+        """The largest knob within a range whose bytes fit a budget, as :meth:`_fit`."""
         check_budget(nbytes)
         smallest, largest = knobs
         cls._check_fits(sizes, nbytes, size_of(smallest))
@@ -173,7 +181,7 @@ class Table(nn.Module):
                 smallest = middle
             else:
                 largest = middle - 1
-        return make(smallest)
+        return smallest
 
     @classmethod
     def _fit_weights(cls, weight: torch.Tensor, nbytes: int, options: dict[str, object]) -> Table:
