@@ -5,7 +5,7 @@ import torch
 from contracts import TrainedTableContract, assert_near
 
 import gossamer
-from gossamer.nn import SearchedDimensionEmbedding
+from gossamer.nn import SearchedDimensionEmbedding, choose_widths
 
 
 def case(chosen=None, **how):
@@ -102,6 +102,42 @@ def test_choosing():
         table.shares()
 
 
+def budgeted(n, nbytes, alpha):
+    table = SearchedDimensionEmbedding.from_budget(n, 8, nbytes, norm=False, noise=False)
+    table.alpha.data.copy_(torch.tensor(alpha))
+    return table
+
+
+def test_a_budget_is_filled():
+    """Columns that fit, a last one of some rows; frozen without a choice, the first columns of a wider candidate."""
+    nbytes = 4 * (3 * 100 + 40 + 8 * 5)
+    table = budgeted(100, nbytes, [0.0, 1.0, 0.0])
+    assert table.candidates == (2, 4, 8) and table.inference_nbytes() == nbytes
+    searched, projection = table.weight_4.clone(), table.projection_4.clone()
+    assert table.freeze().nbytes() == nbytes and table.wide_rows == 40
+    rows = searched * torch.tensor([1.0, 1.0, 1.0, 0.0])
+    rows[:40] = searched[:40]
+    assert_near(table.lookup(torch.arange(100)), (rows @ projection.T).double())
+
+
+def test_budgets_of_several_tables():
+    """The table whose wider candidates promise more for their bytes gets them; together the budget is filled."""
+    nbytes = 4 * (100 * 3 + 8 * 4 - 20)
+    tables = [budgeted(100, nbytes, [0.0, 0.1, 0.2]), budgeted(100, nbytes, [0.0, 2.0, 3.0])]
+    widths = choose_widths(tables)
+    # A column alone is 116 numbers, four are 440: 60 rows and a column of the projection are left.
+    assert widths == [1, 4] and [t.wide_rows for t in tables] == [0, 60]
+    assert [t.chosen for t in tables] == widths and sum(t.inference_nbytes() for t in tables) == 2 * nbytes
+    with pytest.raises(ValueError, match="tables must search, got one that chose the width 1"):
+        choose_widths(tables)
+    with pytest.raises(ValueError, match=r"nbytes must be at least 464 for one column of each table, got 400"):
+        choose_widths([budgeted(100, nbytes, [0.0] * 3)], 400)
+    with pytest.raises(ValueError, match="nbytes must be given where a table has no budget, got None"):
+        choose_widths([SearchedDimensionEmbedding(10, 8, (2, 4))])
+    with pytest.raises(ValueError, match="tables must be at least one, got none"):
+        choose_widths([])
+
+
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
@@ -119,5 +155,5 @@ def test_bad_candidates(candidates, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"temperature must be positive and finite, got 0\.0"):
         SearchedDimensionEmbedding(10, 8, (2,), temperature=0.0)
-    with pytest.raises(ValueError, match=r"width must be one of the candidates \(2,\), got 3"):
+    with pytest.raises(ValueError, match=r"width must be one of the candidates \(2,\) without a budget, got 3"):
         SearchedDimensionEmbedding(10, 8, (2,)).choose(3)
