@@ -9,7 +9,7 @@ from torch import nn
 
 from gossamer._checks import check_index, check_positive
 from gossamer.nn.embeddings.seeded import SeededMaps
-from gossamer.nn.embeddings.table import Table
+from gossamer.nn.embeddings.table import Table, item_nbytes
 from gossamer.ops.map_ids import IdMaps, map_ids
 
 DISTRIBUTIONS = ("uniform", "normal")
@@ -128,14 +128,45 @@ class DeepHashEmbedding(SeededMaps, Table):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DeepHashEmbedding:
         """The network with the widest hidden layers that fits ``nbytes`` bytes, at most the bytes of a dense table.
 
-        Raises the errors of :meth:`Table.from_budget`.
+        ``num_hashes`` is then the least number: bytes that are too few for a wider layer go into more hashes. Raises
+        the errors of :meth:`Table.from_budget`.
         """
+        options |= cls._within(num_embeddings, embedding_dim, nbytes, **options)
+        return cls(num_embeddings, embedding_dim, **options)
 
-        def make(width: int, **more: object) -> DeepHashEmbedding:
-            return cls(num_embeddings, embedding_dim, width, **options | more)
+    @classmethod
+    def size_within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> int:
+        """As :meth:`Table.size_within`."""
+        found = cls._within(num_embeddings, embedding_dim, nbytes, **options)
+        return _network_nbytes(embedding_dim, found["hidden_size"], found["num_hashes"], options)
 
-        widest = max(1, math.isqrt(num_embeddings * embedding_dim))
-        return cls._fit((num_embeddings, embedding_dim), nbytes, (1, widest), make)
+    @classmethod
+    def _within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> dict[str, int]:
+        """The ``hidden_size`` and ``num_hashes`` that fill a budget."""
+        # The narrowest network checks the options.
+        hashes = cls(num_embeddings, embedding_dim, 1, **options | {"device": "meta"}).num_hashes
+
+        def size_of(width: int) -> int:
+            return _network_nbytes(embedding_dim, width, hashes, options)
+
+        sizes, widest = (num_embeddings, embedding_dim), max(1, math.isqrt(num_embeddings * embedding_dim))
+        width = cls._largest(sizes, nbytes, (1, widest), size_of)
+        if width < widest:
+            # A hash is one input of the first layer; normal numbers come in pairs.
+            more = (nbytes - size_of(width)) // (width * item_nbytes(options))
+            hashes += more - (more % 2 if options.get("distribution") == "normal" else 0)
+        return {"hidden_size": width, "num_hashes": hashes}
+
+
+def _network_nbytes(embedding_dim: int, width: int, hashes: int, options: dict[str, object]) -> int:
+    """Bytes of a network of hidden layers of one width with their norms, and of the seed."""
+    layers = options.get("num_layers", 5)
+    batch = options.get("norm", "batch") == "batch"
+    # Weights, bias, and scale and shift of the norm, to which batch norms add a mean and a variance.
+    numbers = (hashes + 1 + (layers - 1) * (width + 1) + layers * (4 if batch else 2)) * width
+    numbers += embedding_dim * (width + 1)
+    # Each batch norm counts batches in int64, the dtype of the seed.
+    return numbers * item_nbytes(options) + 8 * (layers * batch + 1)
 
 
 def hash_features(hashes: torch.Tensor, num_values: int, distribution: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,11 +10,14 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.table import check_lists
+from gossamer.nn.embeddings.table import check_budget, check_lists, item_nbytes
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.gather_matmul import gather_matmul, pairs_of
 from gossamer.ops.map_ids import IdMaps, map_ids
 from gossamer.optim import Optimizer
+
+# The share of a budget from which on it counts as full.
+_FULL = 0.99
 
 
 class TensorTrainEmbedding(FusedTable):
@@ -158,18 +162,46 @@ class TensorTrainEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> TensorTrainEmbedding:
-        """The table with the highest ranks that fits ``nbytes`` bytes; ranks are equal, or the first is one above the
-        second.
+        """The table of the highest ranks that fits ``nbytes`` bytes; raises the errors of :meth:`Table.from_budget`.
 
-        Raises the errors of :meth:`Table.from_budget`.
+        Ranks are equal, or the first is one above the second. If that leaves more than a hundredth over, they are up to
+        two and a half lower and ``row_factors``, unless given, less equal; if that does not help, one rank is up to
+        twice the other.
         """
+        check_budget(nbytes)
+        sizes, itemsize = (num_embeddings, embedding_dim), item_nbytes(options)
+        # A table of the lowest ranks checks the options.
+        smallest = cls(*sizes, (1, 1), **options | {"device": "meta"})
+        n, d = smallest.row_factors, smallest.dim_factors
 
-        def make(ranks: int, **more: object) -> TensorTrainEmbedding:
-            return cls(num_embeddings, embedding_dim, ((ranks + 1) // 2, ranks // 2), **options | more)
+        def size_of(n: tuple[int, ...], ranks: tuple[int, int]) -> int:
+            return itemsize * (n[0] * d[0] * ranks[0] + n[1] * ranks[0] * d[1] * ranks[1] + n[2] * ranks[1] * d[2])
 
         # A rank above the product of the sizes on either side of it adds nothing.
-        n, d = _three_rows(num_embeddings), _three_factors(embedding_dim)
-        return cls._fit((num_embeddings, embedding_dim), nbytes, (2, 2 * max(n[0] * d[0], n[2] * d[2])), make)
+        most = n[0] * d[0], n[2] * d[2]
+
+        def equal(knob: int) -> tuple[int, int]:
+            return min((knob + 1) // 2, most[0]), min(knob // 2, most[1])
+
+        knob = cls._largest(sizes, nbytes, (2, 2 * max(most)), lambda knob: size_of(n, equal(knob)))
+        choices = [(n, equal(knob))]
+        if size_of(*choices[0]) < _FULL * nbytes and options.get("row_factors") is None:
+            rows = [_three_rows(num_embeddings, second) for second in range(max(1, n[1] // 2), 2 * n[1])]
+            choices += itertools.product(rows, [equal(lower) for lower in range(max(2, knob - 5), knob + 1)])
+        if max(size for choice in choices if (size := size_of(*choice)) <= nbytes) < _FULL * nbytes:
+            for first in range(max(1, knob // 3), min(knob, most[0]) + 1):
+                second = (nbytes // itemsize - n[0] * d[0] * first) // (n[1] * first * d[1] + n[2] * d[2])
+                second = min(second, most[1], 2 * first)
+                if second >= max(1, first // 2):
+                    choices.append((n, (first, second)))
+
+        def fullest(choice: tuple[tuple[int, ...], tuple[int, int]]) -> tuple[float, ...]:
+            """Fuller budgets first; of those full to a hundredth, equal ranks, then high ranks."""
+            (rows, ranks), size = choice, size_of(*choice)
+            return min(size, _FULL * nbytes), ranks[0] - ranks[1] in (0, 1), sum(ranks), -max(rows), size
+
+        rows, ranks = max((choice for choice in choices if size_of(*choice) <= nbytes), key=fullest)
+        return cls(*sizes, ranks, **options | {"row_factors": rows})
 
 
 def _two(dim: int, moduli: tuple[int, int], divisors: tuple[int, int], limit: int) -> Parts:
@@ -177,12 +209,14 @@ def _two(dim: int, moduli: tuple[int, int], divisors: tuple[int, int], limit: in
     return Parts.of(dim, "matmul", IdMaps.of(moduli, divisors=divisors, limit=limit))
 
 
-def _three_rows(num_embeddings: int) -> tuple[int, int, int]:
-    """Three nearly equal sizes whose product is at least N."""
-    first = math.ceil(round(num_embeddings ** (1 / 3), 9))
-    rest = -(-num_embeddings // first)
-    second = math.ceil(math.sqrt(rest))
-    return first, second, -(-rest // second)
+def _three_rows(num_embeddings: int, second: int | None = None) -> tuple[int, int, int]:
+    """Three about equal sizes whose product is at least N, or two beside a given second one."""
+    if second is None:
+        first = math.ceil(round(num_embeddings ** (1 / 3), 9))
+        second = math.ceil(math.sqrt(-(-num_embeddings // first)))
+    else:
+        first = math.ceil(math.sqrt(-(-num_embeddings // second)))
+    return first, second, -(-num_embeddings // (first * second))
 
 
 def _three_factors(value: int) -> tuple[int, int, int]:
