@@ -139,6 +139,18 @@ def test_budgets(share):
     assert table.freeze().nbytes() <= wanted
 
 
+def test_a_budget_holds_after_training():
+    """Frozen, the largest rows are left that the budget has room for, however many are above the threshold by then."""
+    for threshold in (-1.0, 100.0):
+        table = MaskedEmbedding.from_budget(50, 4, 4 * 50 + 4 * 20)
+        norms = table.weight.detach().abs().sum(1)
+        table.threshold.data.fill_(threshold)
+        assert table.freeze().nbytes() == 280
+        assert set(norms.topk(20).indices.tolist()) == set(table.kept().nonzero().flatten().tolist())
+    with pytest.raises(ValueError, match="count must be at most 10, of a table in training, got 11"):
+        MaskedEmbedding(10, 4).keep_largest(11)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="width must be at most embedding_dim, 4, got 5"):
         MaskedEmbedding(10, 4, 5)

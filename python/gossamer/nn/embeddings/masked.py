@@ -23,7 +23,9 @@ class MaskedEmbedding(FusedTable):
     :attr:`sample_widths` each id of a call in training gets a random width, so that the table works with all widths in
     :func:`search_widths`.
 
-    :meth:`freeze` stores the remaining rows in ``width`` columns, and 4 bytes per id for their positions.
+    :meth:`freeze` stores the rows that are left in ``width`` columns, and 4 bytes an id that say where. Of a
+    table of :meth:`from_budget` these are the :attr:`num_kept` rows of the largest norms, whatever training made of the
+    threshold; :meth:`keep_largest` sets the threshold to that earlier.
 
     Args:
         num_embeddings: N.
@@ -42,6 +44,7 @@ class MaskedEmbedding(FusedTable):
         threshold: ``t (1,)``, a parameter that starts at 0; None once frozen.
         row_of_id: ``(N,)`` int32, the stored row of each id, −1 for those dropped, once frozen; else None.
         sample_widths: whether widths are sampled in training.
+        num_kept: number of rows that a table of :meth:`from_budget` serves; else None.
 
     Raises:
         TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
@@ -71,6 +74,7 @@ class MaskedEmbedding(FusedTable):
             raise ValueError(f"width must be at most embedding_dim, {embedding_dim}, got {width}")
         check_number("regularization", regularization, least=0)
         self.width, self.regularization, self.sample_widths = width, regularization, False
+        self.num_kept: int | None = None
         self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
         self.threshold = torch.nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.register_buffer("row_of_id", None)
@@ -131,20 +135,36 @@ class MaskedEmbedding(FusedTable):
         if not 0 < share <= 1 or self.frozen:
             form = "a frozen table" if self.frozen else f"{share}"
             raise ValueError(f"share must be in (0, 1], of a table in training, got {form}")
-        norms = self.weight.abs().sum(1)
-        dropped = self.num_embeddings - max(1, int(share * self.num_embeddings))
+        self.keep_largest(max(1, int(share * self.num_embeddings)))
+
+    @torch.no_grad()
+    def keep_largest(self, count: int) -> None:
+        """Set the threshold so that ``count`` rows, those of the largest norms, are kept; fewer if norms are equal.
+
+        Raises:
+            ValueError: ``count`` is not in [1, N], or the table is frozen.
+        """
+        check_positive(count=count)
+        if count > self.num_embeddings or self.frozen:
+            form = "a frozen table" if self.frozen else f"{count}"
+            raise ValueError(f"count must be at most {self.num_embeddings}, of a table in training, got {form}")
+        norms, dropped = self.weight.abs().sum(1), self.num_embeddings - count
         self.threshold.fill_(norms.kthvalue(dropped).values if dropped else norms.min() - 1)
 
     def inference_nbytes(self) -> int:
         """Bytes of the kept rows in :attr:`width` columns, and of their positions."""
         if self.frozen:
             return self.nbytes()
-        rows = self.num_embeddings if self.weight.is_meta else int(self.kept().sum())
+        rows = self.num_kept
+        if rows is None:
+            rows = self.num_embeddings if self.weight.is_meta else int(self.kept().sum())
         return rows * self.width * self.weight.element_size() + 4 * self.num_embeddings
 
     def freeze(self) -> MaskedEmbedding:
         """Keep only the rows above the threshold, in :attr:`width` columns."""
         if not self.frozen:
+            if self.num_kept is not None:
+                self.keep_largest(self.num_kept)
             kept = self.kept()
             rows = torch.where(kept, kept.cumsum(0) - 1, -1).int()
             self.detach_optimizer()
@@ -161,24 +181,42 @@ class MaskedEmbedding(FusedTable):
 
         Raises the errors of :meth:`Table.from_budget`.
         """
+        width, kept = cls._within(num_embeddings, embedding_dim, nbytes, options)
+        made = cls(num_embeddings, embedding_dim, width, **options)
+        made.num_kept = kept
+        if not made.weight.is_meta:
+            made.keep_largest(kept)
+        return made
+
+    @classmethod
+    def size_within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> int:
+        """As :meth:`Table.size_within`."""
+        width, kept = cls._within(num_embeddings, embedding_dim, nbytes, options)
+        return 4 * num_embeddings + kept * width * item_nbytes(options)
+
+    @classmethod
+    def _within(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, options: dict[str, object]
+    ) -> tuple[int, int]:
+        """The fewest columns whose rows fill a budget, and the number of rows that fit it."""
         check_budget(nbytes)
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         itemsize = item_nbytes(options)
         cls._check_fits((num_embeddings, embedding_dim), nbytes, 4 * num_embeddings + itemsize)
-        left = nbytes - 4 * num_embeddings
-        width = min(embedding_dim, -(-left // (num_embeddings * itemsize)))
-        made = cls(num_embeddings, embedding_dim, width, **options)
-        if not made.weight.is_meta and (share := left / (num_embeddings * itemsize * width)) < 1:
-            made.set_share(share)
-        return made
+        left = (nbytes - 4 * num_embeddings) // itemsize
+        width = min(embedding_dim, -(-left // num_embeddings))
+        return width, min(num_embeddings, left // width)
 
     @classmethod
     def from_table(cls, weight: torch.Tensor, *, nbytes: int, **options: object) -> MaskedEmbedding:
         """The table for a budget, starting from trained weights ``(N, D)``."""
         made = cls._fit_weights(weight, nbytes, options)
         with torch.no_grad():
-            share = float(made.kept().double().mean())
             made.weight.copy_(weight)
-            made.set_share(max(share, 1 / len(weight)))
+            if not made.weight.is_meta:
+                made.keep_largest(made.num_kept)
+                # Rows of equal norms are dropped together.
+                made.num_kept = int(made.kept().sum())
         return made
 
 
