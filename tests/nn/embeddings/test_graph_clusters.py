@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from gossamer.nn import ClusteredEmbedding, graph_clusters
+from gossamer.nn import ClusteredEmbedding, graph_clusters, resize_clusters
 from gossamer.nn.embeddings.graph_clusters import _modularity
 
 ROWS = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 1, 1]])
@@ -76,3 +76,27 @@ def test_bad_arguments(arguments, error, message):
     given = {"users": torch.tensor([0, 1]), "items": torch.tensor([0, 1]), "num_users": 3, "num_items": 3} | arguments
     with pytest.raises(error, match=message):
         graph_clusters(**given)
+
+
+def test_another_number_of_clusters():
+    """The smallest join the others in turn; the largest are cut, and their ids take turns."""
+    given = torch.tensor([0, 1, 1, 5, 3, 3])
+    assert resize_clusters(given, 2).tolist() == [0, 0, 0, 1, 1, 1]
+    assert resize_clusters(given, 4).tolist() == [0, 1, 1, 3, 2, 2]
+    one = resize_clusters(torch.tensor([7, 7, 7, 7, 2, 7, 7]), 3)
+    assert one.tolist() == [1, 2, 1, 2, 0, 1, 2]
+    generator = torch.Generator().manual_seed(0)
+    many = torch.randint(0, 40, (1000,), generator=generator) ** 2
+    for count in (1, 17, 40, 41, 333, 700, 1000):
+        resized = resize_clusters(many, count)
+        assert resized.unique().tolist() == list(range(count))
+        if count >= 40:
+            # No new cluster has ids of two old ones, and none is more than one larger than needed.
+            pairs = torch.stack([resized, many]).unique(dim=1)
+            assert pairs.shape[1] == count
+            sizes, pieces = (torch.bincount(t) for t in (many, pairs[1]))
+            assert resized.bincount().max() <= (sizes[sizes > 0] / pieces[pieces > 0]).ceil().max()
+    with pytest.raises(ValueError, match="count must be at most the number of ids, 6, got 7"):
+        resize_clusters(given, 7)
+    with pytest.raises(ValueError, match="clusters must be at least 0, got -1"):
+        resize_clusters(torch.tensor([0, -1]), 1)

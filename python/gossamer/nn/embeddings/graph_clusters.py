@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_index, check_number, check_positive, check_seed, check_shape
+from gossamer._checks import check_has_numbers, check_index, check_number, check_positive, check_seed, check_shape
 
 
 class GraphClusters(NamedTuple):
@@ -121,6 +121,53 @@ def graph_clusters(
         else:
             high = middle
     return best
+
+
+def resize_clusters(clusters: torch.Tensor, count: int) -> torch.Tensor:
+    """Merge or split clusters so that there are ``count`` of them, numbered from 0 without gaps: ``(N,)`` int64.
+
+    If there are more, the smallest beyond ``count`` are merged into the others, one each in turn. If there are fewer,
+    the largest are split into pieces of about one size and their ids assigned to the pieces in turn. Ids that nothing
+    tells apart, such as those without an interaction, then share rows as under a hash.
+
+    Args:
+        clusters: ``(N,)`` int32 or int64, at least 0.
+        count: at most N.
+
+    Raises:
+        TypeError: ``clusters`` is not an integer tensor, or ``count`` no int.
+        ValueError: ``clusters`` is not 1-D, is empty or negative, or ``count`` is not in [1, N].
+    """
+    check_index("clusters", clusters)
+    check_shape("clusters", clusters, (None,), "(N,)")
+    check_has_numbers("clusters", clusters)
+    check_positive(count=count)
+    n = len(clusters)
+    if count > n:
+        raise ValueError(f"count must be at most the number of ids, {n}, got {count}")
+    if int(clusters.min()) < 0:
+        raise ValueError(f"clusters must be at least 0, got {int(clusters.min())}")
+    _, numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)
+    if len(sizes) > count:
+        order = sizes.argsort(descending=True, stable=True)
+        turns = torch.arange(len(sizes), device=order.device) % count
+        return torch.empty_like(order).scatter_(0, order, turns)[numbers]
+    # The smallest size of a piece that gives at most ``count`` pieces.
+    low, high = 1, n
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if int((-(-sizes // middle)).sum()) <= count else (middle + 1, high)
+    pieces = -(-sizes // low)
+    if low > 1:
+        # Pieces smaller by one are too many: only the largest clusters get them, until ``count`` is reached.
+        order = sizes.argsort(descending=True, stable=True)
+        room = (-(-sizes // (low - 1)) - pieces)[order]
+        before = room.cumsum(0) - room
+        pieces[order] += (count - pieces.sum() - before).clamp(min=0).minimum(room)
+    order = numbers.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(n, device=order.device) - (sizes.cumsum(0) - sizes)[numbers[order]]
+    return (pieces.cumsum(0) - pieces)[numbers] + place % pieces[numbers]
 
 
 def _renumbered(labels: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

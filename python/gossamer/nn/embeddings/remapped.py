@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from gossamer._checks import check_has_numbers, check_index, check_positive, check_same_device, check_shape, check_sizes
+from gossamer.nn.embeddings.graph_clusters import resize_clusters
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
+from gossamer.nn.embeddings.table import item_nbytes
 from gossamer.ops.gather_compose import Parts
 from gossamer.ops.map_ids import IdMaps
 
@@ -143,8 +145,31 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
 
     @classmethod
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> ClusteredEmbedding:
-        """The table of the given ``clusters``, whose size is fixed: it fits or raises an error."""
-        return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
+        """The table of the most rows, N at most, that fits ``nbytes`` bytes, for the given ``clusters``.
+
+        :func:`resize_clusters` merges or splits them to that number. Raises the errors of :meth:`Table.from_budget`.
+        """
+        rows = cls._rows_within(num_embeddings, embedding_dim, nbytes, options)
+        clusters = options.pop("clusters")
+        check_shape("clusters", clusters, (num_embeddings,), "(N,)")
+        return cls(num_embeddings, embedding_dim, resize_clusters(clusters, rows), **options)
+
+    @classmethod
+    def size_within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> int:
+        """As :meth:`Table.size_within`."""
+        rows = cls._rows_within(num_embeddings, embedding_dim, nbytes, options)
+        return _clustered_nbytes(num_embeddings, embedding_dim, rows, options)
+
+    @classmethod
+    def _rows_within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, options: dict[str, object]) -> int:
+        sizes = num_embeddings, embedding_dim
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        return cls._largest(sizes, nbytes, (1, num_embeddings), lambda rows: _clustered_nbytes(*sizes, rows, options))
+
+
+def _clustered_nbytes(num_embeddings: int, embedding_dim: int, rows: int, options: dict[str, object]) -> int:
+    """Bytes of the rows, the map and the seed of a clustered table."""
+    return rows * embedding_dim * item_nbytes(options) + 4 * num_embeddings + 8
 
 
 def listed_row(row_of_id: torch.Tensor) -> dict[str, object]:
