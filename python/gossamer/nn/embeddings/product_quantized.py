@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -234,31 +235,31 @@ class ProductQuantizedEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> ProductQuantizedEmbedding:
-        """The largest table within a budget, searched over parts and up to 4096 codes.
+        """The table of the longest codes that fills a budget to a hundredth, over parts and up to 4096 codes.
 
-        ``num_parts`` may be given. Raises the errors of :meth:`Table.from_budget`.
+        Of equally long codes, those with nearest to 8 bits a part are taken. Unless ``frequent`` is given, the first
+        ids may get wider codes than the others, as many ids as fill the budget. ``num_parts`` may be given. Raises the
+        errors of :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         given = options.pop("num_parts", None)
         splits = [given] if given else [p for p in range(1, embedding_dim + 1) if embedding_dim % p == 0]
-        rare = options.get("rare_codes") or 1
-        often = num_embeddings if options.get("frequent") is None else options["frequent"]
-        seldom = num_embeddings - often
-        itemsize = item_nbytes(options)
+        often, rare = options.get("frequent"), options.get("rare_codes") or 1
+        word = embedding_dim * item_nbytes(options)
         best, smallest = None, math.inf
         for parts in splits:
             for bits in range(1, code_bits(_MOST_CODES) + 1):
-                fixed = often * packed_width(parts, bits) + seldom * packed_width(parts, code_bits(rare))
-                word = embedding_dim * itemsize
-                least, most = max(2 ** (bits - 1) + 1, rare), min(2**bits, max(num_embeddings, 2))
-                if most < least:
-                    continue
-                smallest = min(smallest, fixed + least * word)
-                codes = min(most, (nbytes - fixed) // word)
-                if codes >= least and (best is None or (fixed + codes * word, bits) > best[0]):
-                    best = (fixed + codes * word, bits), parts, codes
-        cls._check_fits((num_embeddings, embedding_dim), nbytes, smallest)
-        return cls(num_embeddings, embedding_dim, best[2], best[1], **options)
+                for served, found in _fillings(num_embeddings, nbytes, word, parts, bits, often, rare):
+                    if served > nbytes:
+                        smallest = min(smallest, served)
+                        continue
+                    order = min(served, 0.99 * nbytes), parts * bits, -abs(bits - 8), served
+                    if best is None or order > best[0]:
+                        best = order, found
+        if best is None:
+            cls._check_fits((num_embeddings, embedding_dim), nbytes, smallest)
+        return cls(num_embeddings, embedding_dim, **options | best[1])
 
     @classmethod
     def from_table(
@@ -288,3 +289,33 @@ class ProductQuantizedEmbedding(FusedTable):
                 # ⟨q, k⟩ − ‖k‖²/2 would choose the nearest; keys without the offset choose the nearest direction.
                 made.keys.copy_(made.codewords)
         return made
+
+
+def _fillings(
+    n: int, nbytes: int, word: int, parts: int, bits: int, often: int | None, rare: int
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Bytes and options of tables with ``bits`` a part and as many codewords as fit a budget, or the fewest.
+
+    ``often`` is the number of ids with these codes. Without it there are also tables whose first ids have wider codes.
+    """
+    wide = packed_width(parts, bits)
+    frequent = n if often is None else often
+    codes = frequent * wide + (n - frequent) * packed_width(parts, code_bits(rare))
+    least, most = max(2 ** (bits - 1) + 1, rare), min(2**bits, max(n, 2))
+    if most < least:
+        return
+    count = min(most, max(least, (nbytes - codes) // word))
+    yield codes + count * word, {"num_parts": parts, "num_codes": count}
+    if often is not None:
+        return
+    # Only codes of more bytes use bytes that are left over.
+    more = next((m for m in range(bits + 1, code_bits(_MOST_CODES) + 1) if packed_width(parts, m) > wide), None)
+    if more is None:
+        return
+    step = packed_width(parts, more) - wide
+    for count in {2**more, 3 * 2**more // 4, 2 ** (more - 1) + 1}:
+        left = nbytes - n * wide - count * word
+        frequent = min(n - 1, left // step)
+        if frequent >= 1 and max(count, 2**bits) <= n:
+            served = n * wide + count * word + frequent * step
+            yield served, {"num_parts": parts, "num_codes": count, "frequent": frequent, "rare_codes": 2**bits}
