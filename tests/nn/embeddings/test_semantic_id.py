@@ -148,6 +148,32 @@ def test_published_bytes():
     assert 4 * 3 * 256 * 32 == 98_304
 
 
+def test_codes_of_trained_rows():
+    """Vectors start near the rows, nearer with more bytes; groups of like rows share their first code."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(600) % 8
+    rows = torch.randn(8, 8, generator=generator)[group] + 0.05 * torch.randn(600, 8, generator=generator)
+    ids, errors = torch.arange(600), []
+    for nbytes in (2000, 6000):
+        table = SemanticIdEmbedding.from_table(rows, nbytes=nbytes)
+        assert 0.99 * nbytes < table.inference_nbytes() <= nbytes
+        assert table.inference_nbytes() == SemanticIdEmbedding.size_within(600, 8, nbytes)
+        errors.append((table.lookup(ids) - rows).square().mean() / rows.square().mean())
+    assert errors[1] < errors[0] < 0.002
+    few = SemanticIdEmbedding.from_table(rows, nbytes=2000, num_levels=1, num_codes=8)
+    assert few.sizes == (8,) and len(torch.stack([few.addresses(ids).view(600), group]).unique(dim=1).T) == 8
+    given = SemanticIdEmbedding.from_table(rows, nbytes=4000, codes=torch.zeros(600, 2, dtype=torch.int64))
+    assert given.sizes == (1, 1)
+    with pytest.raises(
+        ValueError, match=r"nbytes must be at least \d+ for SemanticIdEmbedding with 600 embeddings of 8"
+    ):
+        SemanticIdEmbedding.from_table(rows, nbytes=90)
+    with pytest.raises(ValueError, match="prefixes must be False without codes, got True"):
+        SemanticIdEmbedding.from_table(rows, nbytes=4000, prefixes=True)
+    with pytest.raises(ValueError, match=r"codes must be given to SemanticIdEmbedding\.from_budget, got None"):
+        SemanticIdEmbedding.from_budget(600, 8, 4000)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,9 @@ from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.ops.gather_compose import PACKED_BITS, Parts
 from gossamer.ops.map_ids import IdMaps
 
+# Rows of codes packed at a time: packing takes eight bytes per bit.
+_PACKED_AT_ONCE = 1 << 16
+
 
 def code_bits(num_codes: int) -> int:
     """Bits of a code below ``num_codes``."""
@@ -25,6 +28,10 @@ def packed_width(parts: int, bits: int) -> int:
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes ``(N, P)`` below ``2**bits``, at most 16 bits each, as bytes ``(N, ceil(P·bits/8))``, lowest bit first."""
+    return torch.cat([_packed(part, bits) for part in codes.split(_PACKED_AT_ONCE)])
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     places = torch.arange(bits, device=codes.device)
     stream = ((codes.long().unsqueeze(-1) >> places) & 1).flatten(1)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
@@ -99,3 +106,10 @@ class CodedRowsTable(SharedRowsTable):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> CodedRowsTable:
         """The table of the given ``codes``, whose size is fixed: it fits or raises an error."""
         return super(SharedRowsTable, cls).from_budget(num_embeddings, embedding_dim, nbytes, **options)
+
+
+def coded_nbytes(num_embeddings: int, dim: int, parts: int, num_codes: int, itemsize: int) -> int:
+    """Bytes of ``parts`` tables of ``num_codes`` rows of ``dim`` columns, and of the codes of N ids."""
+    bits = code_bits(num_codes)
+    width = packed_width(parts, bits) if bits <= PACKED_BITS else 4 * parts
+    return num_embeddings * width + parts * num_codes * dim * itemsize

@@ -18,6 +18,9 @@ from gossamer._checks import (
     check_shape,
 )
 
+# Distances held at a time.
+_DISTANCES = 1 << 22
+
 
 class ResidualQuantization(NamedTuple):
     """The result of :class:`ResidualQuantizer` for vectors.
@@ -151,9 +154,13 @@ class ResidualQuantizer(nn.Module):
 
 
 def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """The nearest of ``words (K, d)`` to each of ``x (..., d)``; among equal ones the first."""
+    """The nearest of ``words (K, d)`` to each of ``x (..., d)``, the first among equals."""
+    lengths = words.square().sum(-1)
     # ‖x‖² is the same for all words.
-    return (words.square().sum(-1) - 2 * (x @ words.T)).argmin(-1)
+    size = max(1, _DISTANCES // len(words))
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [flat] if torch.compiler.is_compiling() or len(flat) <= size else flat.split(size)
+    return torch.cat([(lengths - 2 * (part @ words.T)).argmin(-1) for part in parts]).view(x.shape[:-1])
 
 
 def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> None:

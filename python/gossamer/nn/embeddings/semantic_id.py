@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_shape
-from gossamer.nn.embeddings.codes import CodedRowsTable
+from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, coded_nbytes
+from gossamer.nn.embeddings.residual_quantizer import ResidualQuantizer
+from gossamer.nn.embeddings.table import check_budget, item_nbytes
+
+# The published number of levels, and the most levels and codes within a budget: k-means compares each row with all
+# codes of a level.
+_LEVELS, _MOST_LEVELS, _MOST_CODES = 3, 32, 1 << 12
 
 
 class SemanticIdEmbedding(CodedRowsTable):
@@ -71,3 +79,94 @@ class SemanticIdEmbedding(CodedRowsTable):
                 raise ValueError(f"codes must be below num_codes={num_codes}, got {max(sizes) - 1}")
             sizes = [num_codes] * levels
         super().__init__(num_embeddings, embedding_dim, codes, sizes, **options)
+
+    @classmethod
+    def from_budget(
+        cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
+    ) -> SemanticIdEmbedding:
+        """The table of the given ``codes``, whose size is fixed: it fits or raises an error.
+
+        :meth:`from_table` makes codes. Raises the errors of :meth:`Table.from_budget`, and ``ValueError`` without
+        ``codes``.
+        """
+        if options.get("codes") is None:
+            raise ValueError(
+                f"codes must be given to {cls.__name__}.from_budget, got None; from_table makes them from rows"
+            )
+        return super().from_budget(num_embeddings, embedding_dim, nbytes, **options)
+
+    @classmethod
+    def size_within(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> int:
+        """As :meth:`Table.size_within`; without ``codes``, for the table of :meth:`from_table`."""
+        sizes = num_embeddings, embedding_dim
+        if options.get("codes") is not None:
+            return super().size_within(*sizes, nbytes, **options)
+        return coded_nbytes(*sizes, *cls._levels_within(sizes, nbytes, options), item_nbytes(options))
+
+    @classmethod
+    def from_table(
+        cls, weight: torch.Tensor, *, nbytes: int, steps: int = 10, seed: int = 0, **options: object
+    ) -> SemanticIdEmbedding:
+        """The table that fills a budget, with codes and rows from the residual k-means of trained rows.
+
+        The vector of an id starts as the sum of its codewords, close to its row. The number of levels is the nearest to
+        the published three with which at most 4096 codes a level fill the budget. k-means uses at most 64 rows per
+        codeword.
+
+        Args:
+            weight: ``(N, D)``.
+            nbytes: the budget.
+            steps: of k-means.
+            seed: of its first centroids.
+            **options: of the class, and ``num_levels`` to fix L. With ``codes`` the rows start as in
+                :meth:`from_budget`.
+
+        Raises:
+            ValueError: as :meth:`from_budget`.
+        """
+        check_shape("weight", weight, (None, None), "(N, D)")
+        check_positive(steps=steps)
+        if options.get("codes") is not None:
+            return cls._fit_weights(weight, nbytes, options)
+        options = {"device": weight.device, "dtype": weight.dtype} | options
+        levels, count = cls._levels_within(weight.shape, nbytes, options)
+        rows = weight.detach().float()
+        quantizer = ResidualQuantizer(rows.shape[1], levels, count, device=rows.device)
+        sample = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: 64 * count]
+        quantizer.fit(rows[sample.to(rows.device)], steps=steps, seed=seed)
+        codes = torch.cat([quantizer.encode(part) for part in rows.split(1 << 16)])
+        rest = {name: value for name, value in options.items() if name not in ("num_codes", "num_levels", "prefixes")}
+        made = cls(*weight.shape, codes, num_codes=count, **rest)
+        with torch.no_grad():
+            made.weight.copy_(quantizer.codebooks.detach().flatten(0, 1))
+        return made
+
+    @classmethod
+    def _levels_within(cls, sizes: tuple[int, int], nbytes: int, options: dict[str, object]) -> tuple[int, int]:
+        """The number of levels, and of codes of each, that fill a budget."""
+        check_budget(nbytes)
+        check_positive(num_embeddings=sizes[0], embedding_dim=sizes[1])
+        if options.get("prefixes"):
+            raise ValueError("prefixes must be False without codes, got True")
+        fixed = {name: options[name] for name in ("num_levels", "num_codes") if options.get(name) is not None}
+        check_positive(**fixed)
+        most, word = max(2, min(sizes[0], _MOST_CODES)), sizes[1] * item_nbytes(options)
+        best, smallest = None, math.inf
+        for levels in [fixed["num_levels"]] if "num_levels" in fixed else range(1, _MOST_LEVELS + 1):
+            for bits in range(1, code_bits(most) + 1):
+                low, high = (2 ** (bits - 1) + 1, min(2**bits, most))
+                if "num_codes" in fixed:
+                    low = high = fixed["num_codes"]
+                least = coded_nbytes(*sizes, levels, low, item_nbytes(options))
+                if low <= high:
+                    smallest = min(smallest, least)
+                if least > nbytes or low > high:
+                    continue
+                codes = min(high, low + (nbytes - least) // (levels * word))
+                served = least + (codes - low) * levels * word
+                order = min(served, 0.995 * nbytes), -abs(levels - _LEVELS), served
+                if best is None or order > best[0]:
+                    best = order, levels, codes
+        if best is None:
+            cls._check_fits(sizes, nbytes, smallest)
+        return best[1:]
