@@ -56,6 +56,21 @@ def test_finds_planted_blocks():
     assert torch.equal(DeduplicatedEmbedding.from_table(weight, block_rows=8).stored, table.stored)
 
 
+def test_tolerance_that_a_budget_needs():
+    """Without a tolerance it is doubled until the table fits: here to that of the noise, of which kinds are left."""
+    kind, weight = planted()
+    weight = weight.view(40, 8, 4) + torch.linspace(-0.03, 0.03, 40).view(40, 1, 1)
+    weight = weight.flatten(0, 1)
+    nbytes = 10 * 8 * 4 * 4 + 4 * 40
+    with pytest.raises(ValueError, match="with all blocks merged that are alike"):
+        DeduplicatedEmbedding.from_table(weight, nbytes=nbytes)
+    table = DeduplicatedEmbedding.from_table(weight, nbytes=nbytes, tolerance=None)
+    assert table.inference_nbytes() == nbytes
+    assert len(torch.stack([table.stored.long(), kind]).T.unique(dim=0)) == 10
+    with pytest.raises(ValueError, match="tolerance must be given without nbytes, got None"):
+        DeduplicatedEmbedding.from_table(weight, tolerance=None)
+
+
 def test_budget_of_a_trained_table():
     """Merging ends where the budget is met, and says what it can where it never is."""
     _, weight = planted()

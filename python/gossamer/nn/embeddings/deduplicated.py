@@ -68,9 +68,9 @@ class DeduplicatedEmbedding(SharedRowsTable):
         cls,
         weight: torch.Tensor,
         *,
-        block_rows: int,
         nbytes: int | None = None,
-        tolerance: float = 0.01,
+        block_rows: int = 8,
+        tolerance: float | None = 0.01,
         share: float = 0.7,
         bands: int = 90,
         seed: int = 0,
@@ -85,9 +85,10 @@ class DeduplicatedEmbedding(SharedRowsTable):
 
         Args:
             weight: ``(N, D)``.
-            block_rows: ρ.
             nbytes: the budget, or None to merge all similar blocks.
-            tolerance: the largest difference at which two entries count as equal.
+            block_rows: ρ. A block costs 4 bytes; larger blocks have fewer similar ones.
+            tolerance: the largest difference at which two entries count as equal; None for the least of 0.01, 0.02,
+                0.04 and so on with which the table fits ``nbytes``.
             share: required share of equal entries, in ``(0, 1]``.
             bands: number of hashes.
             seed: of the hashes.
@@ -101,10 +102,13 @@ class DeduplicatedEmbedding(SharedRowsTable):
         check_shape("weight", weight, (None, None), "(N, D)")
         check_positive(block_rows=block_rows, bands=bands)
         check_number("share", share, above=0, most=1)
-        check_number("tolerance", tolerance, above=0, finite=True)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, above=0, finite=True)
         check_seed(seed)
         if nbytes is not None:
             check_budget(nbytes)
+        elif tolerance is None:
+            raise ValueError("tolerance must be given without nbytes, got None")
         n, d = weight.shape
         count = -(-n // block_rows)
         flat = weight.new_zeros(count * block_rows, d, dtype=torch.float32)
@@ -114,7 +118,16 @@ class DeduplicatedEmbedding(SharedRowsTable):
         def size(kept: int) -> int:
             return kept * block_rows * d * weight.element_size() + 4 * count
 
-        stored, kept = _merge(flat, tolerance, share, bands, seed, lambda k: nbytes is not None and size(k) <= nbytes)
+        def enough(kept: int) -> bool:
+            return nbytes is not None and size(kept) <= nbytes
+
+        step = 0.01 if tolerance is None else tolerance
+        stored, kept = _merge(flat, step, share, bands, seed, enough)
+        # With the whole range of values as the tolerance all blocks are similar.
+        widest = 2 * float(flat.abs().max()) if tolerance is None else 0.0
+        while step < widest and not enough(len(kept)):
+            step *= 2
+            stored, kept = _merge(flat, step, share, bands, seed, enough)
         if nbytes is not None and size(len(kept)) > nbytes:
             raise ValueError(
                 f"nbytes must be at least {size(len(kept))} for {cls.__name__} with all blocks merged that are alike, "
