@@ -30,7 +30,10 @@ TABLES = {
         "num_codes": 4,
         "prefixes": rng.random() < 0.5,
     },
-    nn.MixedDimensionEmbedding: lambda rng, rows, dim: {"row_dim": size(rng, 1, dim)},
+    nn.MixedDimensionEmbedding: lambda rng, rows, dim: {
+        "row_dim": size(rng, 1, dim),
+        "wide_rows": rng.choice((0, size(rng, 1, rows))),
+    },
     nn.TensorTrainEmbedding: lambda rng, rows, dim: {"ranks": (size(rng, 1, 4), size(rng, 1, 4))},
     nn.MaskedEmbedding: lambda rng, rows, dim: {"width": rng.choice((None, size(rng, 1, dim)))},
     nn.PrunedEmbedding: lambda rng, rows, dim: {
@@ -116,7 +119,7 @@ def mapped(rng):
 
 def choices(rng):
     """Functions that tables and routers are made with."""
-    rows, kind = size(rng, 2), rng.randrange(5)
+    rows, kind = size(rng, 2), rng.randrange(7)
     if kind == 0:
         codes = rng.randint(1, rows)
         return nn.balanced_kmeans, {"x": randn(rng, rows, size(rng)), "num_codes": codes, "steps": 3, "seed": 1}
@@ -129,10 +132,18 @@ def choices(rng):
         return nn.frequency_table, args | {"seed": 2}
     if kind == 3:
         return nn.unique_codes, {"codes": ids(rng, 4, rows, size(rng, 1, 3))}
+    if kind == 4:
+        return nn.resize_clusters, {"clusters": ids(rng, 9, rows), "count": rng.randint(1, rows)}
+    if kind == 5:
+        return widths, {"nbytes": rng.randint(600, 3000), "rows": rows, "dim": size(rng, 1, 9)}
     shapes = [(32 * size(rng), 32 * size(rng)) for _ in range(size(rng, 1, 3))]
     return tensors_from(nn.erk_densities), {"shapes": shapes, "density": rng.choice((0.1, 1.0))}
 
 
+def widths(nbytes, rows, dim):
+    """The widths of two tables that search."""
+    tables = [nn.SearchedDimensionEmbedding.from_budget(count, dim, nbytes) for count in (rows, 2 * rows)]
+    return torch.tensor(nn.choose_widths(tables, nbytes))
 def searched_widths(rng):
     """Tables of widths that evolution finds."""
     rows, dim = size(rng, 2), size(rng, 1, 9)

@@ -43,28 +43,59 @@ class Recommender(nn.Module):
 PATHS = {"bags.users": 2000, "bags.goods": 3000, "bags.shops": 400, "history": 1000}
 NEEDS = {
     "deep_hash": {"num_hashes": 64, "norm": "layer"},
-    "semantic_id": {
-        "field_options": {
-            name: {"codes": torch.arange(n).view(-1, 1) // torch.tensor([32, 1]) % 32} for name, n in PATHS.items()
-        }
-    },
     "clustered": {"field_options": {name: {"clusters": torch.arange(n) % (n // 4)} for name, n in PATHS.items()}},
     "deduplicated": {"block_rows": 8},
     "frequency": {"frequencies": {name: torch.arange(n) for name, n in PATHS.items()}},
 }
-# These take what the method's own knob gives rather than the last byte.
-COARSE = {
-    "masked",
-    "searched_dimension",
-    "quantized",
-    "deep_hash",
-    "product_quantized",
-    "semantic_id",
-    "clustered",
-    "deduplicated",
-    "mixed_dimension",
-    "tensor_train",
+# Two sizes a table, and blocks of 512 bytes.
+COARSE = {"quantized", "deduplicated"}
+
+
+class TwoFields(nn.Module):
+    """Fields so large that a row, a rank or a codeword is far less than a hundredth of a tenth of their bytes."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.users, self.goods = (
+            nn.EmbeddingBag(n, 16, mode="mean", _weight=0.1 * torch.randn(n, 16, generator=generator))
+            for n in (5000, 1500)
+        )
+        self.weekday = nn.Embedding(7, 16)
+
+
+FREQUENCIES = {"users": torch.arange(5000), "goods": torch.arange(1500)}
+OPTIONS = {
+    "clustered": {"field_options": {name: {"clusters": count // 9} for name, count in FREQUENCIES.items()}},
+    "deduplicated": {"block_rows": 4, "tolerance": 0.3, "bands": 4},
+    "deep_hash": {"num_hashes": 32, "num_layers": 2},
+    "product_quantized": {"steps": 1},
+    "semantic_id": {"steps": 1},
 }
+# Codes of 8 and of 16 bits have these sizes alone; at more than a quarter thousands of codewords are sought.
+BUDGETS = {"quantized": (0.251, 0.501), "product_quantized": (0.25, 0.1)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fills_the_budget(method):
+    """What frozen tables hold, codes, maps and scales too, is within a hundredth of the budget, and as reported."""
+    for budget in BUDGETS.get(method, (0.4, 0.1)):
+        model = TwoFields()
+        before = sum(p.numel() * 4 for p in model.parameters())
+        options = {"frequencies": FREQUENCIES} | OPTIONS.get(method, {})
+        report = gossamer.compress_embeddings(model, method, budget, **options)
+        assert report.budget == int(budget * before) and "of the budget of" not in str(report)
+        held = sum(table.freeze().nbytes() for table in (model.users, model.goods)) + 7 * 16 * 4
+        assert held == report.served
+        assert 0.99 * budget * before < held <= budget * before
+
+
+def test_budgets_between_two_sizes():
+    """A report names a budget that no sizes of the method fill, and counts layers that stay."""
+    model = TwoFields()
+    report = gossamer.compress_embeddings(model, "quantized", 0.5, min_rows=2000)
+    assert "0.8474 of the budget of 208224 bytes: no larger tables of this method fit" in str(report)
+    assert report.before == sum(t.before for t in report.tables) == 4 * 16 * 6507 and len(report.tables) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -82,8 +113,8 @@ def test_meets_the_budget(method):
     for table in tables:
         if method == "pruned":
             table.sparsify()
-        if method == "searched_dimension":
-            table.choose()
+    if method == "searched_dimension":
+        gossamer.nn.choose_widths(tables)
     y = model(ids)
     y.square().sum().backward()
     # Codes are trained by an optimizer in the table alone.
@@ -97,6 +128,30 @@ def test_meets_the_budget(method):
     else:
         assert torch.equal(served, y)
     assert method in str(report) and "weekday: Embedding, 448 to 448" in str(report)
+
+
+def test_codes_that_are_given():
+    """Tables of given codes have one size each, whatever their shares of the budget are."""
+    model = Recommender()
+    codes = {name: {"codes": torch.arange(n).view(-1, 1) // torch.tensor([32, 1]) % 32} for name, n in PATHS.items()}
+    report = gossamer.compress_embeddings(model, "semantic_id", 0.5, field_options=codes)
+    sizes = {table.name: table.served for table in report.tables}
+    assert sizes["history"] == 64 * 64 + 1000 * 2 and sizes["bags.users"] == 64 * 64 + 2000 * 2
+    with pytest.raises(ValueError, match=r"budget must be at least 0\.069\d* for method 'semantic_id' in this model"):
+        gossamer.compress_embeddings(Recommender(), "semantic_id", 0.05, field_options=codes)
+
+
+def test_blocks_that_are_alike_in_some_fields():
+    """A field without like blocks stays as it is, and the others give what it does not."""
+    model = Recommender()
+    with torch.no_grad():
+        model.bags["shops"].weight.copy_(torch.randn(400, 16, generator=torch.Generator().manual_seed(1)))
+    report = gossamer.compress_embeddings(model, "deduplicated", 0.4)
+    kinds = {table.name: table.class_name for table in report.tables}
+    assert kinds["bags.shops"] == "EmbeddingBag" and kinds["bags.users"] == "DeduplicatedEmbedding"
+    assert report.served <= 0.4 * report.before == 0.4 * sum(table.before for table in report.tables)
+    with pytest.raises(ValueError, match=r"budget must be at least 0\.26\d* for method 'deduplicated' in this model"):
+        gossamer.compress_embeddings(Recommender(), "deduplicated", 0.2)
 
 
 def test_padding_and_small_fields_stay(device):
@@ -169,7 +224,7 @@ def test_layers_left_alone_are_named():
         ("hash", 0.0, {}, r"budget must be in \(0, 1\], got 0\.0"),
         ("hash", 1.5, {}, r"budget must be in \(0, 1\], got 1\.5"),
         ("compositional", 0.001, {}, r"budget must be at least 0\.0\d+ for method 'compositional' .*, got 0\.001"),
-        ("frequency", 0.5, {}, "method 'frequency' needs frequencies for 'bags.users'"),
+        ("frequency", 0.5, {}, "method 'frequency' needs frequencies for 'bags.users', by frequencies"),
         ("frequency", 0.5, {"frequencies": {"nobody": torch.ones(3)}}, "frequencies must be of layers .*, got nobody"),
         ("hash", 0.5, {"min_rows": 10**6}, "model must hold embedding layers of at least min_rows=1000000 rows"),
     ],

@@ -139,14 +139,16 @@ class Compression:
     """What :func:`gossamer.compress_embeddings` did.
 
     Attributes:
-        method: name of the method.
-        tables: all layers that count in the budget, including unchanged ones.
-        skipped: layers that do not count, with reasons.
+        method: by its name.
+        tables: all layers that count in the budget, those too that stay as they were.
+        skipped: layers that are no part of it, and why.
+        budget: bytes that all tables may serve.
     """
 
     method: str
     tables: tuple[CompressedTable, ...]
     skipped: tuple[SkippedModule, ...] = ()
+    budget: int = 0
 
     @property
     def before(self) -> int:
@@ -168,6 +170,11 @@ class Compression:
             f"{self.method}: {self.before} bytes to {self.served} when served ({self.served / self.before:.4f}), "
             f"{self.training} in training"
         ]
+        if self.served < 0.99 * self.budget:
+            lines.append(
+                f"  {self.served / self.budget:.4f} of the budget of {self.budget} bytes: no larger tables of this "
+                "method fit in what is left"
+            )
         lines += [
             f"  {t.name or '(the model itself)'}: {t.class_name}, {t.before} to {t.served}, {t.training} in training"
             for t in self.tables

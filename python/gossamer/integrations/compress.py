@@ -52,35 +52,38 @@ class Method:
 
     Attributes:
         kind: its class.
-        from_table: constructor from trained weights, ``(weight, nbytes=..., **options)``; None if the table starts from
-            new values.
-        needs: names of required options; ``frequencies`` are looked up by the table's name.
-        sized: whether ``kind.from_budget`` on the meta device gives the size for a budget. Otherwise every table gets
-            the same share of its bytes.
+        from_table: what makes it from trained weights, ``(weight, nbytes=..., **options)``; None where it starts anew.
+        needs: names of options that it cannot do without; ``frequencies`` are handed on by the table's name.
+        sized: whether ``kind.size_within`` says what a budget gives. Otherwise the weights decide: every table gets the
+            same share of its bytes, and those that cannot be as small what they need.
+        starting: names of options of ``from_table`` that ``kind`` does not have.
     """
 
     kind: type[Table]
     from_table: Callable[..., Table] | None = None
     needs: tuple[str, ...] = ()
     sized: bool = True
+    starting: tuple[str, ...] = ()
 
 
 METHODS = {
-    "clustered": Method(ClusteredEmbedding, needs=("clusters",), sized=False),
+    "clustered": Method(ClusteredEmbedding, needs=("clusters",)),
     "compositional": Method(CompositionalEmbedding),
-    "deduplicated": Method(DeduplicatedEmbedding, DeduplicatedEmbedding.from_table, needs=("block_rows",), sized=False),
+    "deduplicated": Method(DeduplicatedEmbedding, DeduplicatedEmbedding.from_table, sized=False),
     "deep_hash": Method(DeepHashEmbedding),
     "double_hash": Method(DoubleHashEmbedding),
     "frequency": Method(FrequencyEmbedding, needs=("frequencies",)),
     "hash": Method(HashEmbedding),
     "masked": Method(MaskedEmbedding, MaskedEmbedding.from_table),
     "mixed_dimension": Method(MixedDimensionEmbedding),
-    "product_quantized": Method(ProductQuantizedEmbedding, ProductQuantizedEmbedding.from_table),
+    "product_quantized": Method(
+        ProductQuantizedEmbedding, ProductQuantizedEmbedding.from_table, starting=("steps", "seed")
+    ),
     "pruned": Method(PrunedEmbedding, PrunedEmbedding.from_table),
     "quantized": Method(QuantizedEmbedding, QuantizedEmbedding.from_table),
     "random_block": Method(RandomBlockEmbedding),
     "searched_dimension": Method(SearchedDimensionEmbedding),
-    "semantic_id": Method(SemanticIdEmbedding, needs=("codes",), sized=False),
+    "semantic_id": Method(SemanticIdEmbedding, SemanticIdEmbedding.from_table, starting=("steps", "seed")),
     "tensor_train": Method(TensorTrainEmbedding),
 }
 
@@ -280,30 +283,42 @@ class _Field:
         """Bytes of its weight."""
         return _weight_nbytes(self.module)
 
-    def table(self, nbytes: int, **more: object) -> Table:
+    def table(self, nbytes: int) -> Table:
         """The table that a budget gives."""
         weight = self.module.weight
-        options = {"device": weight.device, "dtype": weight.dtype} | self.options | more
-        if self.how.from_table is not None and options["device"] != "meta":
+        options = {"device": weight.device, "dtype": weight.dtype} | self.options
+        if self.how.from_table is not None:
             return self.how.from_table(weight.detach(), nbytes=nbytes, **options)
         return self.how.kind.from_budget(*weight.shape, nbytes, **options)
+
+    def within(self, nbytes: int) -> int:
+        """Bytes that the table of a budget serves."""
+        weight = self.module.weight
+        options = {name: value for name, value in self.options.items() if name not in self.how.starting}
+        return self.how.kind.size_within(*weight.shape, nbytes, **{"dtype": weight.dtype} | options)
 
     @functools.cached_property
     def smallest(self) -> int:
         """Bytes of the smallest table, taken from the error for a smaller budget."""
         try:
-            return self.table(1, device="meta").inference_nbytes()
+            return self.within(1)
         except ValueError as refusal:
-            if (size := re.search(r"nbytes must be at least (\d+)", str(refusal))) is None:
+            if (size := _least(refusal)) is None:
                 raise
-            return int(size[1])
+            return size
 
     def size(self, share: float) -> int:
         """Bytes for a share of its own bytes, at least the smallest table and at most its own bytes."""
         nbytes = max(int(share * self.nbytes), self.smallest)
         if nbytes >= self.nbytes:
             return self.nbytes
-        return min(self.nbytes, self.table(nbytes, device="meta").inference_nbytes())
+        return min(self.nbytes, self.within(nbytes))
+
+
+def _least(refusal: ValueError) -> int | None:
+    """The bytes that a refusal of a budget names."""
+    size = re.search(r"nbytes must be at least (\d+)", str(refusal))
+    return None if size is None else int(size[1])
 
 
 def compress_embeddings(
@@ -378,7 +393,8 @@ def compress_embeddings(
             own["frequencies"] = frequencies[name]
             check_shape(f"frequencies[{name!r}]", frequencies[name], (module.num_embeddings,), "(N,)")
         if missing := [need for need in how.needs if need not in own]:
-            raise ValueError(f"method {method!r} needs {', '.join(missing)} for {name!r}")
+            where = "frequencies" if "frequencies" in missing else "field_options"
+            raise ValueError(f"method {method!r} needs {', '.join(missing)} for {name!r}, by {where}")
         if isinstance(module, nn.EmbeddingBag):
             # A wrapper that removes padding passes all offsets to the table.
             last = module.include_last_offset or module.padding_idx is not None
@@ -393,17 +409,21 @@ def compress_embeddings(
             f"model must hold embedding layers of at least min_rows={min_rows} rows, got none in "
             f"{type(model).__name__}{': ' + why if why else ''}"
         )
-    before = sum(field.nbytes for field in fields) + sum(_weight_nbytes(module) for _, module in left)
-    wanted = int(budget * before) - sum(_weight_nbytes(module) for _, module in left)
+    small = sum(_weight_nbytes(module) for _, module in left)
+    before = sum(field.nbytes for field in fields) + small
+    wanted = int(budget * before) - small
     if how.sized:
         allotted = _allot(fields, wanted)
-        if allotted is None:
-            least = _least_budget(before - sum(field.nbytes - field.size(0.0) for field in fields), before)
-            raise ValueError(f"budget must be at least {least} for method {method!r} in this model, got {budget}")
+        least = before - sum(field.nbytes - field.size(0.0) for field in fields) if allotted is None else 0
+        tables = None if allotted is None else {field: field.table(nbytes) for field, nbytes in allotted.items()}
     else:
-        allotted = {field: int(field.nbytes * wanted / sum(f.nbytes for f in fields)) for field in fields}
-    tables = {field: field.table(nbytes) for field, nbytes in allotted.items()}
-    return _swap(model, method, tables, left, found.skipped, keep_original, list(groups.values()))
+        tables, least = _made_in_turn(fields, wanted)
+        least += small
+    if tables is None:
+        least = _least_budget(least, before)
+        raise ValueError(f"budget must be at least {least} for method {method!r} in this model, got {budget}")
+    left += [(field.name, field.module) for field in fields if field not in tables]
+    return _swap(model, method, int(budget * before), tables, left, found.skipped, keep_original, list(groups.values()))
 
 
 def _check_names(argument: str, given: Mapping | None, layers: Mapping[str, nn.Module]) -> None:
@@ -442,8 +462,34 @@ def _allot(fields: list[_Field], wanted: int) -> dict[_Field, int] | None:
         if nbytes < field.nbytes:
             # The remainder of rounding goes to the largest tables first.
             allotted[field] = min(nbytes + spare, field.nbytes - 1)
-            spare -= field.table(allotted[field], device="meta").inference_nbytes() - nbytes
+            spare -= field.within(allotted[field]) - nbytes
     return allotted
+
+
+def _made_in_turn(fields: list[_Field], wanted: int) -> tuple[dict[_Field, Table] | None, int]:
+    """Tables whose sizes show as they are made, or None; and then the least bytes that all fields need.
+
+    Where some need more than their share, the others share what is left; layers that would not be smaller stay.
+    """
+    needed: dict[_Field, int] = {}
+    while sum(needed.values()) <= wanted or len(needed) < len(fields):
+        rest = wanted - sum(needed.values())
+        whole = sum(field.nbytes for field in fields if field not in needed)
+        tables = {}
+        for field in fields:
+            if needed.get(field) == field.nbytes:
+                continue
+            share = needed[field] if field in needed else max(rest * field.nbytes // whole, 1)
+            try:
+                tables[field] = field.table(share)
+            except ValueError as refusal:
+                if field in needed or (least := _least(refusal)) is None:
+                    raise
+                needed[field] = min(least, field.nbytes)
+                break
+        else:
+            return tables, 0
+    return None, sum(needed.values())
 
 
 def _placed(module: nn.Module, table: Table, named: set[nn.Module]) -> nn.Module:
@@ -455,7 +501,7 @@ def _placed(module: nn.Module, table: Table, named: set[nn.Module]) -> nn.Module
     return TableBags(table, module.padding_idx, module.include_last_offset)
 
 
-def _swap(model, method, tables, left, skipped, keep_original, groups) -> Compression:
+def _swap(model, method, budget, tables, left, skipped, keep_original, groups) -> Compression:
     new, rows, named = {}, [], _named_by_torch(model)
     inside = {table for _, apart in groups for table in apart.tables}
     for field, table in tables.items():
@@ -479,7 +525,7 @@ def _swap(model, method, tables, left, skipped, keep_original, groups) -> Compre
             surgery.mark(apart, ADAPTER, layer if keep_original else None)
             new[layer] = apart
     surgery.substitute(model, new)
-    return Compression(method, tuple(rows), skipped)
+    return Compression(method, tuple(rows), skipped, budget)
 
 
 def undo_obstacle(module: nn.Module, before: nn.Module | None) -> str | None:

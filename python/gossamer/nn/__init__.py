@@ -14,7 +14,7 @@ from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 from gossamer.nn.embeddings.embedding import Embedding, EmbeddingBag
 from gossamer.nn.embeddings.embedding_folder import DeltaGap, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.graph_clusters import GraphClusters, graph_clusters
+from gossamer.nn.embeddings.graph_clusters import GraphClusters, graph_clusters, resize_clusters
 from gossamer.nn.embeddings.hash_embedding import DoubleHashEmbedding, HashEmbedding
 from gossamer.nn.embeddings.masked import MaskedEmbedding, search_widths
 from gossamer.nn.embeddings.mixed_dimension import MixedDimensionEmbedding, mixed_dimensions
@@ -29,7 +29,7 @@ from gossamer.nn.embeddings.residual_quantizer import (
     balanced_kmeans,
     unique_codes,
 )
-from gossamer.nn.embeddings.searched_dimension import SearchedDimensionEmbedding
+from gossamer.nn.embeddings.searched_dimension import SearchedDimensionEmbedding, choose_widths
 from gossamer.nn.embeddings.semantic_id import SemanticIdEmbedding
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.embeddings.table_batched import TableBatchedEmbeddingBags
@@ -170,6 +170,7 @@ __all__ = [
     "TreeRouter",
     "balanced_kmeans",
     "broadcast_uncertain",
+    "choose_widths",
     "cluster_variance_loss",
     "erk_densities",
     "expert_choice",
@@ -191,6 +192,7 @@ __all__ = [
     "mixed_dimensions",
     "product_routing",
     "read_manifest",
+    "resize_clusters",
     "round_tokens",
     "router_losses",
     "router_z_loss",
