@@ -17,36 +17,50 @@ from torch import nn
 from gossamer.bench.harness.study import Case, Metric, Outcome, Report, Study, Unfit
 from gossamer.bench.studies.clicks import MODELS, Batch, Population, auc, clicks
 from gossamer.integrations.compress import METHODS, compress_embeddings
-from gossamer.nn import MaskedEmbedding, PrunedEmbedding, SearchedDimensionEmbedding, graph_clusters
+from gossamer.nn import (
+    MaskedEmbedding,
+    PrunedEmbedding,
+    SearchedDimensionEmbedding,
+    choose_widths,
+    graph_clusters,
+    resize_clusters,
+)
 
 DENSE = "dense"
 # Methods that start from trained tables take the place of dense ones after half of the training.
-LATE = ("deduplicated", "masked", "product_quantized", "pruned")
+LATE = ("deduplicated", "masked", "product_quantized", "pruned", "semantic_id")
 # Other forms of a method: its name, and options of its class.
 FORMS = {"quantized_learned": ("quantized", {"step": "learned"})}
-# Budgets of methods that do not reach a tenth.
-COARSE = {
-    "deduplicated": (0.55, 0.75),
-    "masked": (0.25, 0.5),
-    "quantized": (0.26, 0.5),
-    "quantized_learned": (0.32, 0.57),
-    "searched_dimension": (0.25, 0.5),
-}
+# Budgets of methods that do not reach a tenth, and of one whose codes do not fill a half.
+OTHERS = {"quantized": (0.26, 0.51), "quantized_learned": (0.32, 0.57), "product_quantized": (0.1, 0.25)}
+# Blocks of a table in which like ones are sought, at most.
+BLOCKS = 4000
+# Resolutions beyond which clusters are not sought.
+FINEST = 1e5
 # Tables of fewer rows stay as they are.
 MIN_ROWS = 64
 GROUP, COARSE_GROUP = "at a tenth of the bytes", "at more bytes, which a method's codes or maps need"
-# Without vectors of the items' content there are no semantic ids.
-CASES = [DENSE, *(name for name in METHODS if name != "semantic_id"), *FORMS]
+CASES = [DENSE, *METHODS, *FORMS]
 NOTES = {
-    "deduplicated": "starts from the dense tables half trained, in blocks of 8 rows",
+    "clustered": "in clusters of who met what in training, of a resolution that gives as many as fit",
+    "deduplicated": "starts from the dense tables half trained, in up to 4000 blocks of 4 rows or more, with the "
+    "tolerance that the budget needs",
     "deep_hash": "256 hashes and three layers",
     "masked": "starts from the dense tables half trained",
-    "product_quantized": "starts from the dense tables half trained, which training holds to its end",
+    "product_quantized": "starts from the dense tables half trained, which training holds to its end; not asked for a "
+    "half, which its codes of a million ids do not fill",
     "pruned": "starts from the dense tables half trained, which training holds to its end",
     "quantized": "at 0.26 of the bytes, in codes of 8 bits",
     "quantized_learned": "at 0.32 of the bytes, in codes of 8 bits with a step a row",
-    "searched_dimension": "searches for two fifths of the training, and then trains what it chose",
+    "searched_dimension": "searches for two fifths of the training, shares the budget out by that, and then trains "
+    "what it chose",
+    "semantic_id": "starts from the dense tables half trained: its codes and rows are their residual k-means",
 }
+
+
+def group(name: str) -> str:
+    """The group of a case."""
+    return GROUP if OTHERS.get(name, (0.1,))[0] == 0.1 else COARSE_GROUP
 
 
 class Source(Protocol):
@@ -119,44 +133,55 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
     """
     if method in FORMS:
         return FORMS[method][1]
-    if method == "deduplicated":
-        return {"block_rows": 8, "share": 0.9}
     if method == "deep_hash":
         return {"num_hashes": 256, "num_layers": 3}
-    if method not in ("frequency", "clustered"):
-        return {}
     source = settings.impressions()
     rows = {name: count for name, count in source.rows.items() if count >= MIN_ROWS}
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
-    for batch in _training(source, seed, settings.steps, settings.batch):
-        for name in rows:
-            seen[name].append(batch.ids[name])
+    if method == "deduplicated":
+        own = {f"tables.{name}": {"block_rows": max(4, -(-count // BLOCKS))} for name, count in rows.items()}
+        return {"tolerance": None, "bands": 16, "field_options": own}
+    met = source, seed, settings.steps, settings.batch
     if method == "frequency":
-        counts = {n: torch.cat(seen[n]).flatten().bincount(minlength=rows[n]) for n in rows}
+        counts = {name: _met(*met, name).bincount(minlength=count) for name, count in rows.items()}
         return {"frequencies": {f"tables.{name}": count for name, count in counts.items()}}
+    if method != "clustered":
+        return {}
     found = {}
     for name in rows:
-        partner = source.partners[name]
         # A row takes 4·D bytes, the map 4 bytes per id, and the seed of the class 8.
         most = int(rows[name] * (budget - 1 / settings.dim)) - 1
         if most < 1:
             raise Unfit(f"its maps hold 1/{settings.dim} of the dense bytes")
-        ids, others = torch.cat(seen[name]), torch.cat(seen[partner])[:, :1]
-        pairs = ids.flatten(), others.expand(-1, ids.shape[1]).flatten()
-        graph = graph_clusters(*pairs, rows[name], rows[partner], resolution=200.0, seed=seed)
-        # What γ gives beyond the budget is merged, the smallest clusters first.
-        found[f"tables.{name}"] = {"clusters": merged(graph.users, most)}
+        found[f"tables.{name}"] = {"clusters": clusters_of(*met, name, most)}
     return {"field_options": found}
 
 
-def merged(clusters: torch.Tensor, most: int) -> torch.Tensor:
-    """At most so many clusters: the smallest beyond that share rows in turn."""
-    count = int(clusters.max()) + 1
-    if count <= most:
-        return clusters
-    order = clusters.bincount(minlength=count).argsort(descending=True, stable=True)
-    numbers = torch.empty_like(order).scatter_(0, order, torch.arange(count) % most)
-    return numbers[clusters]
+def clusters_of(source: Source, seed: int, steps: int, size: int, name: str, most: int) -> torch.Tensor:
+    """As many clusters of a field's ids as fit: of a resolution that gives at least so many, the smallest joined.
+
+    Where even the finest gives fewer, for too few ids have met anybody, the largest are cut.
+    """
+    resolution = 200.0
+    while True:
+        found = _clusters(source, seed, steps, size, name, resolution)
+        if int(found.max()) + 1 >= most or resolution > FINEST:
+            return resize_clusters(found, most)
+        resolution *= 4
+
+
+@functools.lru_cache(32)
+def _clusters(source: Source, seed: int, steps: int, size: int, name: str, resolution: float) -> torch.Tensor:
+    """Clusters of a field's ids by whom they met in training."""
+    partner = source.partners[name]
+    ids, others = (_met(source, seed, steps, size, field) for field in (name, partner))
+    # An id of a bag meets the first of its partner's.
+    others = others.view(steps * size, -1)[:, :1].expand(-1, len(ids) // (steps * size)).flatten()
+    return graph_clusters(ids, others, source.rows[name], source.rows[partner], resolution=resolution, seed=seed).users
+
+
+def _met(source: Source, seed: int, steps: int, size: int, name: str) -> torch.Tensor:
+    """A field's ids in training, in order."""
+    return torch.cat([batch.ids[name] for batch in _training(source, seed, steps, size)]).flatten()
 
 
 def train(kind: str, method: str, budget: float, seed: int, settings: Settings, report: Report) -> Result:
@@ -185,9 +210,7 @@ def train(kind: str, method: str, budget: float, seed: int, settings: Settings, 
                     table.threshold.requires_grad_(False)
             optimizers = None
         if method == "searched_dimension" and step == settings.steps * 2 // 5:
-            for table in model.tables.values():
-                if isinstance(table, SearchedDimensionEmbedding):
-                    table.choose()
+            choose_widths([t for t in model.tables.values() if isinstance(t, SearchedDimensionEmbedding)])
             optimizers = None
         if optimizers is None:
             optimizers = _optimizers(model)
@@ -253,7 +276,7 @@ def _optimizers(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Op
 
 def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
     """A method at every budget that it reaches, in both models; the mean of the models."""
-    budgets = settings.budgets[:1] if name == DENSE else COARSE.get(name, settings.budgets)
+    budgets = settings.budgets[:1] if name == DENSE else OTHERS.get(name, settings.budgets)
     dense = 4 * settings.dim * sum(settings.impressions().rows.values())
     found: dict[float, list[Result]] = {}
     unreached: dict[float, str] = {}
@@ -312,7 +335,7 @@ STUDY = Study(
     ),
     x_label="log10 of the share of the dense bytes",
     y_label="validation log loss",
-    cases=lambda: [Case(name, COARSE_GROUP if name in COARSE else GROUP, NOTES.get(name, "")) for name in CASES],
+    cases=lambda: [Case(name, group(name), NOTES.get(name, "")) for name in CASES],
     run=run,
     settings={
         "quick": Settings(Population(6_000, 2_500, 700), 16, 256, 120, 8, (0.1, 0.5, 0.25, 0.01)),
