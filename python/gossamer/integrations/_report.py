@@ -139,10 +139,10 @@ class Compression:
     """What :func:`gossamer.compress_embeddings` did.
 
     Attributes:
-        method: by its name.
-        tables: all layers that count in the budget, those too that stay as they were.
-        skipped: layers that are no part of it, and why.
-        budget: bytes that all tables may serve.
+        method: name of the method.
+        tables: all layers that count in the budget, including unchanged ones.
+        skipped: layers that do not count, with reasons.
+        budget: the budget of all tables in bytes.
     """
 
     method: str
@@ -173,7 +173,7 @@ class Compression:
         if self.served < 0.99 * self.budget:
             lines.append(
                 f"  {self.served / self.budget:.4f} of the budget of {self.budget} bytes: no larger tables of this "
-                "method fit in what is left"
+                "method fit"
             )
         lines += [
             f"  {t.name or '(the model itself)'}: {t.class_name}, {t.before} to {t.served}, {t.training} in training"

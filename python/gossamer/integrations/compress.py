@@ -52,10 +52,11 @@ class Method:
 
     Attributes:
         kind: its class.
-        from_table: what makes it from trained weights, ``(weight, nbytes=..., **options)``; None where it starts anew.
-        needs: names of options that it cannot do without; ``frequencies`` are handed on by the table's name.
-        sized: whether ``kind.size_within`` says what a budget gives. Otherwise the weights decide: every table gets the
-            same share of its bytes, and those that cannot be as small what they need.
+        from_table: constructor from trained weights, ``(weight, nbytes=..., **options)``; None if the table starts from
+            new values.
+        needs: names of required options; ``frequencies`` are looked up by the table's name.
+        sized: whether ``kind.size_within`` gives the size for a budget. Otherwise the weights decide: every table gets
+            the same share of its bytes, or what it needs at least.
         starting: names of options of ``from_table`` that ``kind`` does not have.
     """
 
@@ -292,7 +293,7 @@ class _Field:
         return self.how.kind.from_budget(*weight.shape, nbytes, **options)
 
     def within(self, nbytes: int) -> int:
-        """Bytes that the table of a budget serves."""
+        """Bytes that the table for a budget serves."""
         weight = self.module.weight
         options = {name: value for name, value in self.options.items() if name not in self.how.starting}
         return self.how.kind.size_within(*weight.shape, nbytes, **{"dtype": weight.dtype} | options)
@@ -316,7 +317,7 @@ class _Field:
 
 
 def _least(refusal: ValueError) -> int | None:
-    """The bytes that a refusal of a budget names."""
+    """The number of bytes that an error about a budget names."""
     size = re.search(r"nbytes must be at least (\d+)", str(refusal))
     return None if size is None else int(size[1])
 
@@ -467,9 +468,9 @@ def _allot(fields: list[_Field], wanted: int) -> dict[_Field, int] | None:
 
 
 def _made_in_turn(fields: list[_Field], wanted: int) -> tuple[dict[_Field, Table] | None, int]:
-    """Tables whose sizes show as they are made, or None; and then the least bytes that all fields need.
+    """Tables whose sizes are known only once they are made; or None and the least bytes that all fields need.
 
-    Where some need more than their share, the others share what is left; layers that would not be smaller stay.
+    If fields need more than their share, the others share the rest. Layers that would not become smaller are left out.
     """
     needed: dict[_Field, int] = {}
     while sum(needed.values()) <= wanted or len(needed) < len(fields):

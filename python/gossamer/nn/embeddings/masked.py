@@ -23,9 +23,9 @@ class MaskedEmbedding(FusedTable):
     :attr:`sample_widths` each id of a call in training gets a random width, so that the table works with all widths in
     :func:`search_widths`.
 
-    :meth:`freeze` stores the rows that are left in ``width`` columns, and 4 bytes an id that say where. Of a
-    table of :meth:`from_budget` these are the :attr:`num_kept` rows of the largest norms, whatever training made of the
-    threshold; :meth:`keep_largest` sets the threshold to that earlier.
+    :meth:`freeze` stores the remaining rows in ``width`` columns, and 4 bytes per id for their positions. In a table of
+    :meth:`from_budget` these are the :attr:`num_kept` rows with the largest norms, whatever the threshold is by then;
+    :meth:`keep_largest` sets the threshold to that.
 
     Args:
         num_embeddings: N.

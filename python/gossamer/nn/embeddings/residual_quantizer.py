@@ -154,7 +154,7 @@ class ResidualQuantizer(nn.Module):
 
 
 def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """The nearest of ``words (K, d)`` to each of ``x (..., d)``, the first among equals."""
+    """The nearest of ``words (K, d)`` to each of ``x (..., d)``, among equal ones the first."""
     lengths = words.square().sum(-1)
     # ‖x‖² is the same for all words.
     size = max(1, _DISTANCES // len(words))

@@ -13,18 +13,18 @@ from gossamer.optim import Optimizer
 
 
 class SearchedDimensionEmbedding(NarrowRowsTable):
-    """AutoDim: tables of several widths side by side, mixed by trained shares, of which the best one is kept.
+    """AutoDim: tables of several widths, mixed with trained shares; in the end the best one is kept.
 
     During the search, ``e(x) = Σ_j p_j·BN(A_j·W_j[x])`` over the candidates, where ``W_j`` has ``d_j`` columns, ``A_j``
     is ``(D, d_j)``, BN normalises over the ids of a call with their repetitions, without scale and shift, and ``p =
     softmax((ln α + g)/τ)`` with Gumbel noise g in training. Train :attr:`alpha` on validation batches and everything
     else on training batches, and lower :attr:`temperature` with :meth:`temperature_at`.
 
-    :meth:`choose` keeps the candidate of the largest α: from then on ``e(x) = A·W[x] + b`` with a table that starts
-    anew, as in the paper's retraining, or continues from the searched one. A table with a :attr:`budget` keeps as many
+    :meth:`choose` keeps the candidate with the largest α: from then on ``e(x) = A·W[x] + b``, with a table that starts
+    from new values, as in the paper, or continues from the searched one. A table with a :attr:`budget` keeps as many
     columns as fit, the last one for some rows only; :func:`choose_widths` divides the budgets of several tables among
-    them by the results of their searches. Searching holds the bytes of all candidates: it reduces the serving size, not
-    the training size.
+    them by the results of their searches. The search holds the bytes of all candidates: it gives a small table, but
+    does not save memory in training.
 
     Args:
         num_embeddings: N.
@@ -43,7 +43,7 @@ class SearchedDimensionEmbedding(NarrowRowsTable):
         alpha: ``(C,)``, a parameter: ln α, which starts at 0; None once a candidate is chosen.
         chosen: the width that was chosen, or None.
         budget: bytes to serve, of a table of :meth:`from_budget`; else None.
-        tables: names of the tables, ``weight_<width>``; once chosen ``weight`` alone.
+        tables: names of the tables, ``weight_<width>``; only the chosen rows afterwards.
 
     Raises:
         TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
