@@ -144,6 +144,8 @@ def widths(nbytes, rows, dim):
     """The widths of two tables that search."""
     tables = [nn.SearchedDimensionEmbedding.from_budget(count, dim, nbytes) for count in (rows, 2 * rows)]
     return torch.tensor(nn.choose_widths(tables, nbytes))
+
+
 def searched_widths(rng):
     """Tables of widths that evolution finds."""
     rows, dim = size(rng, 2), size(rng, 1, 9)
