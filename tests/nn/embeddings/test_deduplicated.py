@@ -93,7 +93,7 @@ def test_a_tail_that_is_no_whole_block():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"share": 0.0}, r"share must be in \(0, 1\], got 0\.0"),
+        ({"share": 0.0}, r"share must be above 0 and at most 1, got 0\.0"),
         ({"tolerance": 0.0}, r"tolerance must be positive and finite, got 0\.0"),
         ({"block_rows": 0}, "block_rows must be at least 1, got 0"),
     ],
