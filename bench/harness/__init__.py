@@ -1,1 +1,1 @@
-"""What runs, times, checks, profiles and reports benchmark cases; :mod:`gossamer.bench.harness.runner` runs them."""
+"""Runs, times, checks, profiles and reports benchmark cases; start reading at :mod:`gossamer.bench.harness.runner`."""

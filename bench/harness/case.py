@@ -1,4 +1,4 @@
-"""What a benchmark declares: a family of shapes, a case with its variants, and the gate that a variant must pass."""
+"""The parts of a benchmark: a family of shapes, a case with its variants, and the gate that a variant must pass."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Variant:
     """One way to compute a case.
 
     Attributes:
-        name: how tables call it.
+        name: its name in tables.
         role: ``"ours"``, ``"dense"``, ``"reference"`` or ``"peer"``.
         forward: computes the result ``y``, or several, from tensors it holds.
-        leaves: name of a gradient -> the tensor it is taken for, such as ``{"dx": x}``.
-        dy: the gradient of ``y`` that the backward pass starts from; None where there is none.
-        layout: brings outputs from this variant's layout into the truth's.
-        gate: the key of the case's gate that judges it; None for one that computes another problem of equal size.
+        leaves: name of a gradient -> the tensor whose gradient it is, such as ``{"dx": x}``.
+        dy: the gradient of ``y`` that the backward pass starts from; None without a backward pass.
+        layout: converts outputs from this variant's layout into the truth's.
+        gate: the key of the case's gate that judges it; None for a variant that computes another problem of equal size.
         note: a remark for the table.
-        package: whose it is: the distribution of a peer, else gossamer, which answers for baselines too.
-        bytes: the fewest that its call can move, where its weights are stored as no other variant's are; else None.
+        package: the distribution it comes from: a peer's, else gossamer, which answers for baselines too.
+        bytes: the fewest bytes that its call can move, if it alone stores its weights in this way; else None.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Variant:
         return torch.autograd.grad(y, list(self.leaves.values()), self.dy)
 
     def bare(self, direction: str) -> Callable[[], object]:
-        """Return what is timed: :meth:`call` without its bookkeeping. Forward alone needs ``torch.no_grad``."""
+        """Return the function to time: :meth:`call` without bookkeeping. Forward alone needs ``torch.no_grad``."""
         if direction == "forward":
             return self.forward
         return lambda: self.backward(self.forward())
@@ -87,18 +87,18 @@ def _named(result: torch.Tensor | tuple[torch.Tensor, ...]) -> Outputs:
     return {f"y{i}": value for i, value in enumerate(result)}
 
 
-# Errors above this multiple of the baseline's cannot be rounding noise.
+# An error above this multiple of the baseline's cannot be rounding noise.
 WILD = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate found.
+    """The finding of a gate.
 
     Attributes:
         error: the largest relative RMS error among the outputs.
-        failures: a message for each wrong one.
-        narrow: the outputs among them whose errors are no larger than luck may bring about.
+        failures: a message for each wrong output.
+        narrow: the wrong outputs whose errors are small enough to be chance.
     """
 
     error: float
@@ -121,7 +121,7 @@ class FloatGate:
         truth: outputs in float64.
         baseline: outputs of the plain computation in the case's dtype.
         picks: name -> the part of an output that truth and baseline hold; all of it if absent.
-        multiple: errors up to this multiple of the baseline's pass too; for other people's forms that round more often.
+        multiple: errors up to this multiple of the baseline's pass too; for peers whose formulas round more often.
     """
 
     truth: Mapping[str, torch.Tensor]
@@ -176,12 +176,12 @@ class Case:
         device: where it runs.
         direction: ``"forward"`` or ``"both"``, forward and backward.
         variants: ours first, then the dense baseline, references and peers.
-        skipped: name of a variant -> why it is not there.
-        flops: floating-point operations of one call; 0 where bytes are all that counts.
+        skipped: name of a variant -> why it was left out.
+        flops: floating-point operations of one call; 0 if only bytes count.
         bytes: the fewest bytes that one call can move: each input read once, each output written once.
         gates: key -> a function that makes the gate, called once and only when a variant needs it.
-        checked: what part of the outputs the gates look at, in words.
-        routing: how work is spread, in words.
+        checked: the part of the outputs that the gates compare, in words.
+        routing: the distribution of the work, in words.
     """
 
     family: str
@@ -200,7 +200,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """One line that names the case."""
+        """The name of the case, in one line."""
         sizes = " ".join(f"{symbol}={size}" for symbol, size in self.sizes.items())
         direction = "forward" if self.direction == "forward" else "forward+backward"
         parts = [self.family, self.shape, f"({sizes})", self.dtype, direction]
@@ -209,7 +209,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Request:
-    """What a family builds a case from.
+    """The choices from which a family builds a case.
 
     Attributes:
         shape: name of the shape.
@@ -217,9 +217,9 @@ class Request:
         dtype: a key of :data:`DTYPES`, or ``"int"``.
         device: where it runs.
         direction: a member of :data:`DIRECTIONS`.
-        skew: how ids are spread, one of the family's ``skews``.
-        peers: names of the family's peers to measure beside ours and dense; None for all that are there.
-        seed: of what is drawn.
+        skew: the distribution of ids, one of the family's ``skews``.
+        peers: names of the family's peers to measure in addition to ours and dense; None for all that are installed.
+        seed: seed of the random numbers.
     """
 
     shape: str
@@ -244,7 +244,7 @@ def exact_case(
     plain_name: str,
     read: float,
 ) -> Case:
-    """A case without floating point: integers that must be those of the same in plain torch, its baseline.
+    """A case without floating point: its integers must equal those of its baseline, the same in plain torch.
 
     ``read`` is the bytes of the inputs.
     """
@@ -277,15 +277,15 @@ class Family:
         defaults: device type -> shapes of a full run.
         quick: device type -> the shape of a quick run.
         build: makes a case.
-        dtypes: those that it can be asked for; one that does not compute in floating point has ``("int",)``.
-        directions: those that it can be asked for.
-        skews: how ids can be spread.
-        dimensions: name of what a sweep can vary -> its symbol; each symbol can be named as well.
-        work: symbols that are brought down to :data:`HOST_SIZE` when host latency is measured: those whose size is work
-            for the kernels, and not a number of things that the host walks through. All, if empty.
+        dtypes: the dtypes on offer; ``("int",)`` for a family that does not compute in floating point.
+        directions: the directions on offer.
+        skews: the distributions of ids on offer.
+        dimensions: name of a dimension that a sweep can vary -> its symbol; a symbol can be named as well.
+        work: symbols that are reduced to :data:`HOST_SIZE` when host latency is measured: those whose size is work for
+            the kernels, not the length of a loop on the host. If empty, all symbols.
         peers: references and other people's systems, which ``build`` adds by
             :func:`gossamer.bench.harness.peers.gather`.
-        rule: says what is wrong with sizes that do not go together, or None.
+        rule: returns what is wrong with sizes that do not go together, or None.
     """
 
     name: str
@@ -306,7 +306,8 @@ class Family:
         """The sizes of a shape given by name or as ``"16,64,32,8,2"``.
 
         Raises:
-            ValueError: no such name, not as many positive numbers as there are symbols, or sizes against the rule.
+            ValueError: there is no such name, there are not as many positive numbers as symbols, or the sizes break the
+                rule.
         """
         if shape in self.shapes:
             return dict(zip(self.symbols, self.shapes[shape], strict=True))

@@ -13,7 +13,8 @@ from gossamer.bench.harness.timing import SETTLE_LIMIT, clock, settle
 GEMM_SIZES = {"cuda": (8192,), "cpu": (256, 512, 1024, 2048)}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 SAMPLES = {"cuda": 20, "cpu": 7}
-# A product of this many seconds needs only two samples: some processors take a minute for the largest in bfloat16.
+# A product that takes this many seconds needs only two samples: some processors take a minute for the largest in
+# bfloat16.
 LONG = 0.2
 
 
@@ -24,8 +25,8 @@ class Ceilings:
     Attributes:
         gemm: dtype -> FLOP/s of a square product, the weight stored either way.
         copy: bytes per second, read and written.
-        read: bytes per second of a sum over all threads, on the CPU; None elsewhere.
-        slow_gemm: dtype -> FLOP/s of the product with the weight stored the slower way, where that was measured.
+        read: bytes per second that a sum over all threads reads, on the CPU; None elsewhere.
+        slow_gemm: dtype -> FLOP/s of the product with the weight stored the slower way, if that was measured.
     """
 
     gemm: dict[str, float]
@@ -45,7 +46,7 @@ class Ceilings:
         return Ceilings(gemm, max(self.copy, other.copy), self.read and max(self.read, other.read), slow_gemm)
 
     def torch_seconds(self, case: Case) -> float:
-        """The time of torch's products for the case's FLOPs; a backward pass has weights stored either way."""
+        """The time of torch's products for the case's FLOPs; a backward pass has weights stored in both ways."""
         if not case.flops:
             return 0.0
         fast = self.gemm[case.dtype]

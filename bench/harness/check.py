@@ -1,4 +1,4 @@
-"""A layer and its replacement side by side: errors against float64, gradients, determinism, and then speed."""
+"""Compares a layer with its replacement: errors against float64, gradients, determinism, and then speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gossamer.bench.harness.flatten import floats, synchronise, tensors
 from gossamer.bench.harness.profile import check_keywords, medians, module_subject
 from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
 
-# Draws of the baseline's error: a single draw of a few rounding errors says little.
+# Number of draws of the baseline's error: a single draw of a few rounding errors says little.
 DRAWS = 8
 TIMING_BUDGET = 3.0
 
@@ -25,12 +25,12 @@ RESULT, INPUT_GRADIENT, PARAMETER_GRADIENT = "result", "input gradient", "parame
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One tensor that both give.
+    """One tensor that both modules compute.
 
     Attributes:
-        name: its path in the result, the input's, or the parameter's name.
+        name: its path in the result or the inputs, or the parameter's name.
         kind: ``"result"``, ``"input gradient"`` or ``"parameter gradient"``.
-        error: relative RMS error of the replacement against float64; None where it was not compared so.
+        error: relative RMS error of the replacement against float64; None if it was not compared with float64.
         worst: its maximum error over the RMS of the truth.
         original_error: relative RMS error of the original in its own dtype.
         original_worst: its maximum error.
@@ -53,7 +53,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckSpeed:
-    """Median seconds of both for one direction."""
+    """Median seconds of the two modules in one direction."""
 
     direction: str
     original: float
@@ -65,12 +65,12 @@ class CheckReport:
     """The findings of :func:`gossamer.check`; ``print`` shows them.
 
     Attributes:
-        title: one line that names both.
+        title: the names of both, in one line.
         rows: every tensor that was compared.
         not_compared: parameters that only one of the two has.
         deterministic: whether the replacement gave the same bits twice.
         original_deterministic: whether the original did.
-        speed: empty unless ``ok``, or if it was not asked for.
+        speed: the times; empty unless ``ok``, and if none were asked for.
     """
 
     title: str
@@ -143,7 +143,8 @@ def _drawn(shape: torch.Size, name: str, seed: int, like: torch.Tensor) -> torch
 def _run(module: Callable, call: _Call, dtype_of: Mapping[str, torch.dtype] | None = None) -> dict[str, dict]:
     """Kind -> name -> tensor, or None for a gradient that does not exist.
 
-    ``dtype_of`` rounds an output's gradient to the dtype that the original has, so that float64 starts from the same.
+    ``dtype_of`` rounds an output's gradient to the dtype of the original's output, so that the float64 run starts from
+    the same numbers.
     """
     fresh, given = call.leaves()
     torch.manual_seed(call.seed)
@@ -226,7 +227,8 @@ def _row(
 def _rows(actual: Mapping, baseline: Mapping, truth: Mapping, bounds: Mapping) -> list[CheckRow]:
     rows = []
     for kind in baseline:
-        # Parameters that only one of the two has are listed apart: a replacement may store its weights differently.
+        # Parameters that only one of the two has are listed separately: a replacement may store its weights
+        # differently.
         either = dict.fromkeys([*baseline[kind], *actual[kind]])
         names = [n for n in either if kind != PARAMETER_GRADIENT or (n in baseline[kind] and n in actual[kind])]
         for name in names:
@@ -303,10 +305,10 @@ def made_by(function: Callable, original: torch.nn.Module) -> tuple[object, bool
 
 
 def take_weights(made: torch.nn.Module, original: torch.nn.Module) -> None:
-    """Give a module that was built again the original's weights.
+    """Load the original's weights into a newly built module.
 
     Raises:
-        ValueError: it has others.
+        ValueError: the names or shapes of its weights differ from the original's.
     """
     try:
         made.load_state_dict(original.state_dict())

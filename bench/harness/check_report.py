@@ -14,7 +14,7 @@ from gossamer.bench.harness.check import PARAMETER_GRADIENT, CheckReport, CheckR
 from gossamer.bench.harness.profile_report import WIDTH
 from gossamer.bench.harness.text import digits, named_table
 
-# A model has hundreds of parameters: at most this many correct ones are shown, largest errors first.
+# A model has hundreds of parameters: at most this many correct ones are shown, those with the largest errors first.
 MOST_PARAMETERS = 16
 # Width of a tensor's name in characters.
 MOST_NAME = 40
@@ -31,7 +31,7 @@ def _relative(row: CheckRow) -> float:
 
 
 def _chosen(rows: tuple[CheckRow, ...]) -> tuple[list[CheckRow], int]:
-    """Rows to show, in order, and how many right ones are left out."""
+    """The rows to show, in order, and the number of right ones left out."""
     parameters = [row for row in rows if row.kind == PARAMETER_GRADIENT and row.ok]
     kept = {id(row) for row in sorted(parameters, key=_relative, reverse=True)[:MOST_PARAMETERS]}
     shown = [row for row in rows if row not in parameters or id(row) in kept]

@@ -1,4 +1,4 @@
-"""Targets of ``gossamer check``: a module by its import path or its Hugging Face name, and its inputs."""
+"""Finds the targets of ``gossamer check``: a module by its import path or its Hugging Face name, and its inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKEN_SHAPE = (2, 32)
 
 
 def attribute(path: str, option: str) -> object:
-    """What ``package.module:attribute`` names; the current folder is looked in too, as with ``python -m``.
+    """The object that ``package.module:attribute`` names; the current folder is searched too, as with ``python -m``.
 
     Raises:
         ValueError: there is no such module or attribute, or importing it fails.
@@ -67,8 +67,8 @@ def load_module(path: str) -> torch.nn.Module:
 def load_replacement(path: str, original: torch.nn.Module) -> torch.nn.Module:
     """The replacement at ``package.module:attribute``.
 
-    An instance is taken as it is. A callable that needs an argument is given a copy of the original. One that needs
-    none builds a module that is given the original's weights, which must have the same names and shapes.
+    An instance is used as it is. A callable that needs an argument is called with a copy of the original. One that
+    needs none builds a module, and the original's weights are loaded into it, so names and shapes must match.
     """
     found = attribute(path, "--replacement")
     if isinstance(found, torch.nn.Module):
@@ -92,7 +92,7 @@ def load_replacement(path: str, original: torch.nn.Module) -> torch.nn.Module:
 
 
 def settings(given: Sequence[str]) -> dict[str, object]:
-    """``["hidden_size=64"]`` as ``{"hidden_size": 64}``; values are JSON, and text where they are not."""
+    """``["hidden_size=64"]`` as ``{"hidden_size": 64}``; a value that is not JSON is taken as text."""
     found: dict[str, object] = {}
     for item in given:
         key, equals, value = item.partition("=")
@@ -156,7 +156,7 @@ def load_hugging_face(
     try:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build().parameters())
-        # Weights and gradients of the original and its copy, and of the float64 run.
+        # Weights and gradients of the original, of its copy, and of the float64 run.
         need = parameters * (4 * dtype.itemsize + 2 * 8)
         if need > _free_bytes(device):
             raise ValueError(
@@ -247,7 +247,7 @@ def gather(
     """Everything that the command line names.
 
     Raises:
-        ValueError: something of it cannot be had.
+        ValueError: the module, the replacement or an input cannot be loaded or built.
     """
     kwargs: dict[str, object] = {}
     by_path = ":" in module

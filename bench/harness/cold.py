@@ -1,4 +1,4 @@
-"""Cases of few rows, whose weights come from memory: as many copies of them are read in turn as no cache holds."""
+"""Cases with few rows, whose weights must come from memory: calls take turns with copies, more than any cache holds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TypeVar
 
 import torch
 
-# Rows up to which a case is one of decoding, whose floor is the bytes of the weights.
+# A case with at most this many rows counts as decoding, whose floor is the bytes of the weights.
 FEW_ROWS = 32
 # Several times a last-level cache.
 PAST_CACHES = 192 << 20
-# Below this a weight is read in less time than a call takes.
+# A weight smaller than this is read in less time than a call takes.
 SMALLEST = 1 << 20
 
 Weight = TypeVar("Weight")
@@ -20,12 +20,12 @@ Result = TypeVar("Result")
 
 
 def passes(nbytes: int, rows: int) -> int:
-    """How many weights of ``nbytes`` pass every cache; 1 where rows are many or the weights are small."""
+    """The number of weights of ``nbytes`` that exceed every cache; 1 if rows are many or the weights are small."""
     return int(-(-PAST_CACHES // nbytes)) if rows <= FEW_ROWS and nbytes >= SMALLEST else 1
 
 
 def copies(weight: Weight, copy: Callable[[Weight], Weight], nbytes: int, count: int) -> list[Weight]:
-    """``count`` weights of ``nbytes`` to read in turn, of which only as many are distinct as no cache holds."""
+    """``count`` weights of ``nbytes`` to read in turn, only as many of them distinct as exceed every cache."""
     distinct = min(count, passes(nbytes, 1))
     found = [weight, *(copy(weight) for _ in range(distinct - 1))]
     return list(itertools.islice(itertools.cycle(found), count))

@@ -1,4 +1,4 @@
-"""A run against an earlier one, and against a limit."""
+"""Compares a run with an earlier one, and with a limit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from gossamer.bench.harness.record import Results
 
-# Changes of the median up to this share count as no change, even if the spreads do not overlap.
+# A change of the median by at most this share counts as none, even if the ranges do not overlap.
 NOISE = 0.02
 
 
 @dataclass(frozen=True)
 class Change:
-    """One variant of one case, then and now.
+    """One variant of one case in the earlier run and in this one.
 
     Attributes:
         case: which case.
@@ -35,7 +35,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``"faster"``, ``"slower"``; ``"same"`` where the ranges p20 to p80 meet or the medians are within 2%."""
+        """``"faster"`` or ``"slower"``; ``"same"`` if the ranges p20 to p80 overlap or medians are within 2%."""
         apart = self.now[0] > self.then[2] or self.then[0] > self.now[2]
         if not apart or abs(self.ratio - 1) <= NOISE:
             return "same"

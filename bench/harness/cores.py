@@ -1,4 +1,4 @@
-"""The distance between the cores that run a benchmark's threads, and a way to bring them together."""
+"""Measures the distance between the cores that run a benchmark's threads, and waits until they are near each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from gossamer import _backend
 
-# Cores count as near when a cache line takes at most this multiple of the best time seen to travel between them.
+# Cores count as near if a cache line travels between them in at most this multiple of the best time seen.
 NEAR = 2.5
 # Seconds of one sleep.
 NAP = 0.02
@@ -22,11 +22,11 @@ class Cores:
     """The distance of the cores that run torch's threads, measured repeatedly.
 
     A hypervisor that moves its guests, or a scheduler that moves threads, can leave two threads on cores that share no
-    cache for seconds at a time. Calls whose threads share data then take half as long again; others are unaffected.
-    Busy threads stay where they are, and threads that wake up are placed again.
+    cache for seconds at a time. Calls whose threads share data then take half as long again; other calls are
+    unaffected. Busy threads stay where they are, and threads that wake up are placed again.
 
     Args:
-        measure: returns the present distance in any unit; 0 if unknown.
+        measure: returns the current distance in any unit; 0 if unknown.
 
     Attributes:
         least: the least distance so far.
@@ -46,7 +46,7 @@ class Cores:
         return cls(core_distance)
 
     def distance(self) -> float:
-        """Return the present distance."""
+        """Return the current distance."""
         found = self._measure()
         self.least = min(self.least, found)
         return found
@@ -56,7 +56,7 @@ class Cores:
         return distance <= NEAR * self.least
 
     def look(self) -> None:
-        """Look for the least distance for half a second, unless distances are unknown."""
+        """Search for the least distance for half a second, unless distances are unknown."""
         if self.distance() > 0:
             for _ in range(LOOKS):
                 time.sleep(NAP)

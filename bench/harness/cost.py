@@ -1,4 +1,4 @@
-"""FLOPs and least bytes of operators, from the arguments that they are called with."""
+"""FLOPs and least bytes of operators, computed from the arguments of a call."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Cost:
 
     Attributes:
         flops: floating-point operations.
-        bytes: the fewest bytes: what is read and what is written, each once, be it in memory or in a cache.
+        bytes: the fewest bytes that the call can move: everything read and everything written, counted once, in memory
+            or in a cache.
         parts: key of a stage, or name of a kernel -> the cost of that part of the call.
-        label: how tables call a part; its key if empty.
+        label: the name of a part in tables; its key if empty.
     """
 
     flops: float | None = None
@@ -45,7 +46,7 @@ def _sum(a: float | None, b: float | None) -> float | None:
 
 
 def nbytes(*tensors: object) -> float:
-    """Bytes of the tensors among ``tensors``, elements that an expanded dimension repeats counted once."""
+    """Bytes of the tensors among ``tensors``; elements that an expanded dimension repeats count once."""
     return float(sum(_elements(t) * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
 
 
@@ -79,11 +80,11 @@ def declared() -> dict[str, CostFunction]:
     return {op: function for module in modules for op, function in getattr(module, "COSTS", {}).items()}
 
 
-# Operators that read only the rows they are asked for: they move the ids and the result's size twice.
+# Operators that read only the rows requested: they move the ids, and the size of the result twice.
 _GATHERS = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::take"}
-# Operators that touch their result, or what they write, only where the ids point.
+# Operators that write only at the places to which the ids point.
 _SCATTERS = {"aten::index_add_": "source", "aten::index_put_": "values", "aten::_index_put_impl_": "values"}
-# Operators that read a table at data-dependent places that the arguments do not reveal.
+# Operators that read a table at places that depend on the data and cannot be seen in the arguments.
 _OPAQUE = {"aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::_embedding_bag_dense_backward"}
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 

@@ -35,7 +35,7 @@ def rows(run: dict) -> list[list[str]]:
 
 
 def sentence(run: dict) -> str:
-    """The fitted link, and how far predictions are from what was measured."""
+    """The fitted link, and how far predictions are from measurements."""
     link, held = run["link"], [s for s in run["samples"] if not s["fitted"]]
     same = [s["ratio"] for s in held if s["collective"].startswith("all-to-all")]
     others = [s["ratio"] for s in held if not s["collective"].startswith("all-to-all")]

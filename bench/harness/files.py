@@ -1,4 +1,4 @@
-"""Results as files: checks that a path can be written, JSON, and CSV."""
+"""Writes results as JSON and CSV, and checks beforehand that a path can be written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def write_json(record: dict, path: Path) -> None:
-    """Write every sample of a run; a reader sees the file as it was or the whole new one."""
+    """Write every sample of a run. A reader sees either the old file or the whole new one."""
     text = json.dumps(record, indent=1) + "\n"
     if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing can replace
         path.write_text(text, encoding="utf-8")

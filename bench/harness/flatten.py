@@ -1,4 +1,4 @@
-"""The tensors in what modules take and return."""
+"""Finds the tensors in the arguments and results of modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def tensors(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """(path, tensor) for every tensor in nested tuples, lists and mappings, in order; other objects are passed over."""
+    """(path, tensor) for every tensor in nested tuples, lists and mappings, in order; other objects are skipped."""
     if isinstance(value, torch.Tensor):
         yield path or "0", value
     elif isinstance(value, Mapping):

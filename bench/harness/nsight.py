@@ -1,4 +1,4 @@
-"""The command line that profiles one kernel of a layer with Nsight Compute."""
+"""Composes the command line that profiles one kernel of a layer with Nsight Compute."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _modules(name: str, seen: dict[str, ModuleType]) -> None:
 
 @functools.cache
 def triton_kernels(primitives: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the Triton kernels that serve primitives, those of the primitives they are made of included."""
+    """Names of the Triton kernels that serve primitives, including those of the primitives that these are made of."""
     seen: dict[str, ModuleType] = {}
     for primitive in primitives:
         _modules(f"{_PACKAGE}.{primitive}", seen)
@@ -47,7 +47,7 @@ def primitives(chosen: Family) -> tuple[str, ...]:
 def command_line(
     chosen: Family, kernel: str, *, shape: str | None, dtype: str | None, direction: str, skew: str
 ) -> str:
-    """What to type on a machine with a GPU to have one launch of ``kernel`` looked at, quoted for a shell.
+    """The command, quoted for a shell, that profiles one launch of ``kernel`` on a machine with a GPU.
 
     Raises:
         ValueError: the layer has no such kernel, Triton is missing, or the shape, dtype, direction or skew is unknown.

@@ -48,7 +48,7 @@ def _table(head: Iterable[str], rows: Iterable[str]) -> str:
 
 
 def _interval(variant: dict) -> str:
-    """The ends of the ratio's interval, where the results have one and it is more than a point."""
+    """The ends of the ratio's interval, if the results have one and it is wider than a point."""
     low, high = variant.get("ratio_interval") or (1.0, 1.0)
     return "" if low == high else f' <span class="soft">({low:.2f}–{high:.2f})</span>'
 
@@ -139,9 +139,9 @@ def render(
 
     Args:
         record: the run, as :meth:`gossamer.bench.harness.record.Results.as_json` gives it.
-        sentence: what the run comes to, in words.
-        changes: against an earlier run; None where there is none.
-        differences: what the two were not measured alike on.
+        sentence: the result of the run, in words.
+        changes: changes since an earlier run; None without one.
+        differences: the conditions in which the two runs differed.
         earlier: name of the earlier run.
     """
     families = ", ".join(dict.fromkeys(case["family"] for case in record["cases"]))

@@ -1,4 +1,4 @@
-"""Runs the benchmarks of several processes, and shows what they found."""
+"""Runs the benchmarks that need several processes, and shows their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gossamer.bench.harness.text import digits, named_table
 
 EXPERTS = "experts"
 MODULES = {EXPERTS: "gossamer.bench.distributed.experts"}
-# Tokens of each process, hidden size, intermediate size, experts, and experts of a token.
+# Tokens per process, hidden size, intermediate size, experts, and experts per token.
 SYMBOLS = ("T", "H", "I", "E", "K")
 SHAPES = {"cpu-small": (1024, 1024, 512, 32, 4), "cpu-fine": (1024, 512, 256, 64, 8)}
 SECONDS = {True: 6.0, False: 15.0}
@@ -30,16 +30,16 @@ HEAD = ("ms", "20th to 80th", "over ours", "MiB sent", "collectives")
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure.
+    """The choices for one run.
 
     Attributes:
         name: a key of :data:`MODULES`.
         shape: name of the shape, or its sizes.
-        sizes: of each of :data:`SYMBOLS`.
+        sizes: the size of each of :data:`SYMBOLS`.
         dtypes: keys of :data:`DTYPES`.
         directions: of :data:`DIRECTIONS`.
-        processes: how many.
-        seconds: about how long to time each dtype.
+        processes: number of processes.
+        seconds: approximate time to spend on each dtype.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Request:
 
 
 def request(name: str | None, shape: str | None, dtype: str | None, direction: str, count: int, quick: bool) -> Request:
-    """Check what was asked for.
+    """Check the choices.
 
     Raises:
-        ValueError: a name, size or dtype is unknown, or transformers is not there to compare with.
+        ValueError: a name, size or dtype is unknown, or transformers, which the run compares with, is missing.
     """
     if name not in MODULES:
         raise ValueError(f"parallel needs a name, one of {', '.join(MODULES)}, got {name!r}")
@@ -87,7 +87,7 @@ def run(wanted: Request, so_far: Callable[[dict], None] = lambda record: None) -
     """Start the processes for each dtype and return the record that is stored; ``so_far`` gets it after each dtype.
 
     Raises:
-        RuntimeError: a process failed; a variant that is wrong is among the reasons.
+        RuntimeError: a process failed, for example because a variant is wrong.
     """
     runs: list[dict] = []
     record = {"parallel": wanted.name, "shape": wanted.shape, "environment": environment(), "runs": runs}
@@ -126,7 +126,7 @@ def title(run: dict, case: dict) -> str:
 
 
 def sentence(run: dict) -> str:
-    """What one row for each (token, other process) pair takes."""
+    """The bytes of one row for each pair of a token and another process."""
     size = digits(run["one_row_a_rank_bytes"] / 2**20)
     return (
         f"One row for each (token, other process) pair takes {size} MiB one way. Bytes are those of the process that "

@@ -1,4 +1,4 @@
-"""References and other people's systems: found by import, skipped by name where they are absent."""
+"""References and other people's systems: found by import, and listed as skipped if they are absent."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gossamer.bench.harness.case import DTYPES, PEER, Request, Variant
 
 
 class Unavailable(Exception):
-    """Why a variant cannot run here."""
+    """A variant cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A reference or another system, which a family lists in its ``peers``.
+    """A reference or another system, as a family lists it in its ``peers``.
 
     Attributes:
-        name: how tables call it; ``--peers`` takes it in lower case with hyphens, or its first words.
-        module: what is imported to find it; None for what is always there.
+        name: its name in tables; ``--peers`` takes the name, or its first words, in lower case with hyphens.
+        module: the module whose import shows that it is installed; None if it needs no other package.
         package: the distribution to install.
-        adapt: makes the variant from whatever the family's ``build`` hands to :func:`gather`, under the name and role
-            given; raises :class:`Unavailable` where the installed version or the shape does not do.
+        adapt: makes the variant of the given name and role from the arguments that the family's ``build`` passes to
+            :func:`gather`; raises :class:`Unavailable` if the installed version or the shape does not serve.
         role: ``"peer"`` or ``"reference"``.
         cuda_only: whether it runs on CUDA only.
         half_only: whether it computes in 16 bits only.
@@ -45,7 +45,7 @@ class Peer:
         return slug(self.name)
 
     def unavailable(self, device: torch.device, dtype: str) -> str | None:
-        """Why it cannot run in ``dtype`` on ``device``, or None."""
+        """The reason why it cannot run in ``dtype`` on ``device``, or None when it can."""
         if self.module is not None:
             try:
                 import_module(self.module, self.package)
@@ -91,12 +91,12 @@ def attribute(module: object, name: str, package: str) -> object:
 
 
 def gather(peers: Iterable[Peer], request: Request, *arguments: object) -> tuple[list[Variant], dict[str, str]]:
-    """The variants of the peers that a request wants and that are there, and why each other one is not.
+    """The variants of the peers that are both requested and available, and why each other one is not.
 
     Args:
         peers: the family's.
-        request: what the case is built from.
-        arguments: handed to each peer's ``adapt`` after its name and role.
+        request: the request that the case is built from.
+        arguments: passed to each peer's ``adapt`` after its name and role.
     """
     variants, skipped = [], {}
     for peer in peers:
@@ -112,14 +112,15 @@ def gather(peers: Iterable[Peer], request: Request, *arguments: object) -> tuple
 
 
 def choose(peers: tuple[Peer, ...], wanted: str) -> tuple[str, ...] | None:
-    """The names of the peers that ``--peers`` asks for; None for all that are there.
+    """The names of the peers that ``--peers`` asks for; None for all that are installed.
 
     Args:
         peers: the family's.
-        wanted: ``"all"``, ``"none"``, or slugs between commas; ``"transformers"`` is each peer whose slug begins so.
+        wanted: ``"all"``, ``"none"``, or slugs between commas; ``"transformers"`` means each peer whose slug begins
+            with it.
 
     Raises:
-        ValueError: a name that the family does not know.
+        ValueError: the family has no peer of that name.
     """
     if wanted == "all":
         return None
@@ -136,10 +137,10 @@ def choose(peers: tuple[Peer, ...], wanted: str) -> tuple[str, ...] | None:
 
 
 def require(peers: tuple[Peer, ...], requests: Iterable[Request]) -> None:
-    """Make sure that a peer asked for by name can run in at least one of the cases.
+    """Check that every peer requested by name can run in at least one of the cases.
 
     Raises:
-        ValueError: one cannot.
+        ValueError: one of them cannot.
     """
     requests = list(requests)
     for peer in peers:

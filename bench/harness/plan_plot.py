@@ -43,7 +43,7 @@ def draw(record: dict) -> Figure:
 
 
 def subject(record: dict) -> str:
-    """What the plan is of: the name of its file, or of its folder where all files are called config.json."""
+    """The name of what is planned: that of its file, or of its folder if the file is called config.json."""
     path = Path(record["config"]).absolute()
     return path.parent.name if path.name == "config.json" else path.stem
 

@@ -1,4 +1,4 @@
-"""Plans of layouts as plain values for JSON, and on the terminal."""
+"""Shows plans of layouts, as plain values for JSON and on the terminal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _record(
 
 
 def print_plan(console: rich.console.Console, record: dict, top: int) -> None:
-    """The best layouts, and what the numbers rest on."""
+    """Print the best layouts and the sources of their numbers."""
     chosen = record["layouts"][:top]
     parts = list(dict.fromkeys(part for layout in chosen for part in layout["seconds"]))
     limited = record["cluster"]["memory"] is not None
@@ -81,7 +81,7 @@ def print_plan(console: rich.console.Console, record: dict, top: int) -> None:
 
 
 def notes(record: dict, shown: int) -> list[str]:
-    """What stands under the table: the problem, the cluster, each rate's source, and what is not in the numbers."""
+    """The notes under the table: the problem, the cluster, the source of each rate, and the costs left out."""
     cluster, work = record["cluster"], record["work"]
     if record["plan"] == "model":
         model = record["model"]

@@ -17,7 +17,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from gossamer.bench.harness.case import DENSE, DIRECTIONS, OURS
 from gossamer.bench.harness.sweep import SKEW, position
 
-# Readable on white and on black. Ink and grid are placeholders, so that a page can set them by its colour scheme.
+# Colours that are readable on white and on black. Ink and grid are placeholders that a page replaces to fit its colour
+# scheme.
 OURS_COLOR, DENSE_COLOR = "#2f81f7", "#8b949e"
 OTHERS = ("#e3873c", "#2da44e", "#a371f7", "#d6568f", "#b58a1b", "#1b9aaa", "#c4432b", "#6e7bd9")
 INK, GRID = "#24292f", "#d9dee4"
@@ -50,7 +51,7 @@ def style() -> Iterator[None]:
 
 
 def colors(record: dict) -> dict[str, str]:
-    """A colour for each variant of a run: one for ours, one for dense, and the others' in order."""
+    """A colour for each variant of a run: one for ours, one for dense, and one after the other for the rest."""
     found: dict[str, str] = {}
     others = iter(OTHERS * 4)
     for case in record["cases"]:
@@ -90,7 +91,7 @@ def _plain(value: float, _: object = None) -> str:
 
 
 def roofline(record: dict) -> Figure | None:
-    """FLOP/s over FLOPs a byte, under what the ceilings of the run allow; None where no case counts FLOPs."""
+    """FLOP/s against FLOPs per byte, below the ceilings of the run; None if no case counts FLOPs."""
     cases = [case for case in record["cases"] if case["flops"] and _timed(case)]
     dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
     if not dtypes:
@@ -142,7 +143,7 @@ def roofline(record: dict) -> Figure | None:
 
 
 def against_dense(record: dict) -> Figure | None:
-    """Speed of each variant over the dense baseline's, a group of bars a case; None for a sweep or no baseline."""
+    """Speed of each variant over the dense baseline's, bars grouped by case; None for a sweep or without a baseline."""
     if record["sweep"]:
         return None
     groups = []
@@ -180,7 +181,9 @@ def against_dense(record: dict) -> Figure | None:
 
 
 def scaling(record: dict) -> Figure | None:
-    """Time against what the sweep varies, a panel for each dtype and direction; None where the run is no sweep."""
+    """Time against the size that the sweep varies, one panel per dtype and direction; None for a run without a
+    sweep.
+    """
     sweep = record["sweep"]
     if not sweep:
         return None
@@ -237,7 +240,7 @@ def save(record: dict, folder: Path) -> list[Path]:
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element for a page: its ink and grid take the page's, its ids begin with ``name``."""
+    """The figure as an SVG element for a page: ink and grid take the page's colours, and ids begin with ``name``."""
     stream = io.StringIO()
     with style():
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

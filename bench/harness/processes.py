@@ -16,8 +16,8 @@ def run(module: str, arguments: Sequence[str], count: int, *, timeout: float) ->
     """Run ``python -m module arguments`` in ``count`` processes, with the environment that torchrun would give each.
 
     Raises:
-        RuntimeError: a process failed, or not all ended within ``timeout`` seconds; the message holds the end of what
-            the first of them wrote. The others are killed.
+        RuntimeError: a process failed, or not all ended within ``timeout`` seconds; the message holds the end of the
+            output of the first of them. The others are killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -33,20 +33,21 @@ PROFILE_BUDGET, TIMING_BUDGET = 1.5, 3.0
 MAX_CALLS = 20
 MIN_TURNS = 3
 
-# Gradients that belong to activations; a training step updates the other leaves.
+# Names of gradients of activations; a training step updates all other leaves.
 ACTIVATIONS = ("dx", "dweights")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A profiled subject: one way to compute a layer.
+    """The subject of a profile: one way to compute a layer.
 
     Attributes:
-        name: how tables call it.
+        name: its name in tables.
         forward: computes the result.
-        backward: from the result, computes the gradients and returns them in the order of ``leaves``; a fused optimizer
-            takes its step there. None for a forward pass alone.
-        parameters: what a training step updates, by name; its gradients are those of the same names in ``leaves``.
+        backward: computes the gradients from the result and returns them in the order of ``leaves``; a fused optimizer
+            takes its step in it. None for a forward pass alone.
+        parameters: the tensors that a training step updates, by name; their gradients have the same names in
+            ``leaves``.
         leaves: names of the gradients.
     """
 
@@ -57,11 +58,11 @@ class Subject:
     leaves: tuple[str, ...]
 
     def phases(self) -> tuple[str, ...]:
-        """Names of what :meth:`run` goes through."""
+        """The names of the phases of :meth:`run`."""
         return ("forward",) if self.backward is None else ("forward", "backward")
 
     def run(self, phase: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
-        """One call; ``phase`` is entered around each phase."""
+        """Make one call; the context ``phase`` is entered around each phase."""
         with torch.set_grad_enabled(self.backward is not None):
             with phase("forward"):
                 y = self.forward()
@@ -125,10 +126,10 @@ class SubjectTime:
     """How long a subject's calls took.
 
     Attributes:
-        name: of the subject.
+        name: name of the subject.
         seconds: median of calls without the profiler.
-        profiled_seconds: mean of calls under it, phase by phase; what rows are shares of.
-        calls: how many were profiled.
+        profiled_seconds: mean of calls under the profiler, phase by phase; the shares of rows refer to it.
+        calls: number of profiled calls.
         launches: kernels and copies that one call starts on the device; None on the CPU.
     """
 
@@ -144,12 +145,12 @@ class ProfileResult:
     """The findings of :func:`gossamer.profile`; ``print`` shows them.
 
     Attributes:
-        title: one line that names what was profiled.
-        device: where.
-        subjects: how long each took.
-        rows: operators, and stages or kernels within them, subject by subject and phase by phase.
-        memory: of a training step, one for each subject; empty for a forward pass alone.
-        ceilings: what the machine reached in the same run.
+        title: the name of the profiled layer, in one line.
+        device: the device it ran on.
+        subjects: the time of each subject.
+        rows: operators, and the stages or kernels within them, by subject and phase.
+        memory: memory of a training step for each subject; empty for a forward pass alone.
+        ceilings: the rates that the machine reached in the same run.
         environment: versions, devices and threads.
     """
 
@@ -183,7 +184,7 @@ def _dtype_names(called: Mapping[tuple[str, str], Mapping[str, Called]]) -> list
 
 
 def _count(subject: Subject, phase_costs: dict[tuple[str, str], Mapping[str, Called]]) -> None:
-    """Run once under a recorder per phase, so that an operator's calls are attributed to their phase."""
+    """Run once, with one recorder per phase, so that an operator's calls are attributed to their phase."""
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -212,7 +213,7 @@ def _stages(device: torch.device, into: dict[str, dict[str, tuple[float, int]]])
 
 
 def medians(calls: Mapping[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, float]:
-    """Return median wall-clock seconds, host and device, of warmed-up calls that take turns."""
+    """Return median wall-clock seconds of warmed-up calls, host and device together; subjects take turns."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget
     for turn in itertools.count():
@@ -239,13 +240,13 @@ def run(
     """Profile subjects in one run.
 
     Args:
-        title: one line that names what they compute.
+        title: the name of the layer that they compute, in one line.
         subjects: ours first; all on ``device``.
         device: where they run.
         trace: file for the trace of all profiled calls, as Chrome and Perfetto read it.
-        memory: whether to draw up the memory of a training step.
+        memory: whether to record the memory of a training step.
         budget: seconds of profiled calls for each subject.
-        progress: told in words what is going on.
+        progress: called with a sentence on what is being done.
     """
     costs: dict[tuple[str, str], Mapping[str, Called]] = {}
     calls = {}
@@ -303,7 +304,7 @@ def run(
 def single_request(
     chosen: Family, device: torch.device | str, *, shape: str | None, dtype: str | None, direction: str, skew: str
 ) -> Request:
-    """One case: the quick shape unless another is named, and float32 on the CPU or bfloat16 on CUDA.
+    """The request for one case: by default the quick shape, in float32 on the CPU or bfloat16 on CUDA.
 
     Raises:
         ValueError: an unknown shape, dtype, direction or skew.
@@ -321,14 +322,14 @@ def single_request(
 
 
 def run_bare(subject: Subject, device: torch.device, calls: int) -> None:
-    """Run a subject with nothing measured, for another program's profiler."""
+    """Run a subject without measuring anything, for another program's profiler."""
     for _ in range(calls):
         subject.run()
     synchronise(device)
 
 
 def case_subjects(case: Case, against: str | None = None) -> list[Subject]:
-    """Ours, and the variant to hold it against: by name, else the first reference, else the dense baseline.
+    """Ours and the variant to compare it with: the one named, else the first reference, else the dense baseline.
 
     Raises:
         ValueError: there is no such variant.
@@ -348,7 +349,7 @@ def case_subjects(case: Case, against: str | None = None) -> list[Subject]:
 
 
 def check_writable(option: str, path: str | os.PathLike, suffixes: Sequence[str] = ()) -> None:
-    """A file that a long run will write at its end.
+    """Check a file that a long run will write at its end, and return its path.
 
     Raises:
         ValueError: it cannot be written, or its name does not end in one of ``suffixes``.

@@ -1,4 +1,4 @@
-"""From torch.profiler's events to rows: operators, the stages or kernels within them, and what is outside."""
+"""Turns torch.profiler's events into rows: operators, their stages or kernels, and kernels outside any operator."""
 
 from __future__ import annotations
 
@@ -36,21 +36,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Where time went, for one call of the subject.
+    """The time of one operator, stage or kernel in one call of the subject.
 
     Attributes:
-        subject: whose.
+        subject: name of the subject.
         phase: ``"forward"`` or ``"backward"``.
-        name: of the operator, or of a stage or kernel within one.
-        part_of: the operator that it is a part of; None for one itself.
-        seconds: on the device, and on the CPU wall-clock. The mean over calls; for a stage that threads share, over
-            them too.
-        share: of the subject's whole call.
-        calls: of the operator or kernel, or pieces of a stage's work over all threads, in one call of the subject.
-        bytes: the fewest that it can move, each input read and each result written once; None where unknown.
-        flops: None where unknown.
-        fraction: of the ceiling that is nearer, the product's FLOP/s or the bandwidth; None where neither is known.
-        bound: that ceiling, ``"compute"`` or ``"memory"``.
+        name: name of the operator, or of a stage or kernel within one.
+        part_of: the operator that the stage or kernel is a part of; None for an operator.
+        seconds: time on the device, or on the CPU wall-clock time. The mean over calls; for a stage that threads share,
+            also over the threads.
+        share: share of the subject's whole call.
+        calls: calls of the operator or kernel, or pieces of a stage's work over all threads, in one call of the
+            subject.
+        bytes: the fewest bytes that it can move, each input read and each result written once; None if unknown.
+        flops: floating-point operations; None if unknown.
+        fraction: its rate over the nearer of the two ceilings, the product's FLOP/s or the bandwidth; None if neither
+            rate is known.
+        bound: the nearer ceiling, ``"compute"`` or ``"memory"``.
     """
 
     subject: str
@@ -67,7 +69,7 @@ class KernelRow:
 
 
 class Event(Protocol):
-    """What is used of ``torch.autograd.profiler_util.FunctionEvent``; times in microseconds."""
+    """The fields of ``torch.autograd.profiler_util.FunctionEvent`` that are used; times in microseconds."""
 
     name: str
     time_range: object
@@ -84,7 +86,7 @@ class _Operator:
 
 
 class _Spans:
-    """The phases in time."""
+    """When each phase began and ended."""
 
     def __init__(self, events: Iterable[Event]) -> None:
         found = ((e, Phase.parse(e.name)) for e in events if str(e.device_type).endswith("CPU"))
@@ -100,7 +102,7 @@ class _Spans:
 
 
 def _outermost(event: Event, names: Iterable[str]) -> Event | None:
-    """The outermost of the event and what encloses it that is one of ``names``."""
+    """The outermost event with one of ``names`` among the event and those that enclose it."""
     found, at = None, event
     while at is not None:
         if at.name in names:
@@ -117,7 +119,7 @@ def _operators(
     for event in events:
         if not str(event.device_type).endswith("CPU") or (where := spans.at(event.time_range.start)) is None:
             continue
-        # An annotation spans what is in it: its time on the device, where it has one, is its kernels'.
+        # An annotation spans the events within it, so its time on the device, if it has one, is that of its kernels.
         if Phase.parse(event.name):
             continue
         outer = _outermost(event, costs.get(where, {}))
@@ -127,7 +129,8 @@ def _operators(
             if not on_device:
                 operator.seconds += event.cpu_time_total * 1e-6
         if on_device and event.kernels:
-            # What no operator launched, such as a kernel of somebody's autograd.Function, stands under its own name.
+            # A kernel that no operator launched, such as one of somebody's autograd.Function, gets a row under its own
+            # name.
             name = outer.name if outer is not None else event.name
             operator = found[where].setdefault(name, _Operator())
             operator.calls += outer is None
@@ -139,14 +142,14 @@ def _operators(
 
 
 def bandwidth(ceilings: Ceilings) -> float:
-    """Bytes per second: the largest that was measured."""
+    """The largest bandwidth measured, in bytes per second."""
     return max(ceilings.copy, getattr(ceilings, "read", None) or 0.0)
 
 
 def fraction(
     cost: Cost, seconds: float, dtype: torch.dtype | None, ceilings: Ceilings
 ) -> tuple[float | None, str | None]:
-    """The larger of FLOP/s over the product's and bytes per second over the bandwidth, and which it is."""
+    """The larger of FLOP/s over the product's and bytes per second over the bandwidth, and the name of that ceiling."""
     rates = []
     if seconds > 0:
         name = next((key for key, value in DTYPES.items() if value == dtype), None)
@@ -169,13 +172,13 @@ def kernel_rows(
     """Rows in the order of subjects, phases and time, and each subject's seconds by phase.
 
     Args:
-        events: of the profiler; ``calls`` calls of each subject, annotated by :class:`Phase`.
-        subjects: names.
-        calls: profiled calls of each.
+        events: events of the profiler over ``calls`` calls of each subject, annotated by :class:`Phase`.
+        subjects: names of the subjects.
+        calls: number of profiled calls of each subject.
         costs: (subject, phase) -> operator -> its calls and costs in one call of the subject.
         stages: (subject, phase) -> native kernel -> stage -> seconds and pieces, over all profiled calls.
-        ceilings: of the machine.
-        device: where the subjects ran.
+        ceilings: ceilings of the machine.
+        device: device that the subjects ran on.
     """
     spans = _Spans(events)
     operators = _operators(events, spans, costs, device.type == "cuda")
@@ -193,7 +196,8 @@ def kernel_rows(
                 if operator.seconds <= 0:
                     continue
                 called = costs[subject, phase].get(name)
-                # A count that differs from the recorded call's means that costs would be put on other calls.
+                # If the number of calls differs from the recorded call's, the costs would be attributed to the wrong
+                # calls.
                 agrees = called is not None and called.calls * calls[subject] == operator.calls
                 cost = called.cost if agrees else Cost()
                 dtype = called.dtype if called else None
@@ -208,7 +212,7 @@ def kernel_rows(
 
 
 def launches(rows: Sequence[KernelRow], subject: str, device: torch.device) -> float | None:
-    """Kernels and copies that one call of a subject starts on a device; None on the CPU, whose parts are stages."""
+    """The number of kernels and copies that one call starts on a device; None on the CPU, where parts are stages."""
     if device.type == "cpu":
         return None
     return sum(row.calls for row in rows if row.subject == subject and row.part_of is not None)

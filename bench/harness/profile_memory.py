@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from gossamer.bench.harness.profile import Subject
 
 STEP_PHASES = ("forward", "backward", "step")
-# As torch's profiler numbers them.
+# The numbers that torch's profiler gives to device types.
 _DEVICE_TYPE = {"cpu": 0, "cuda": 1}
 
 
 @dataclass(frozen=True)
 class MemoryPhase:
-    """One phase of the step: when, and bytes above the step's start at its peak and at its end."""
+    """One phase of the step: its times, and the bytes above the step's start at the phase's peak and at its end."""
 
     name: str
     start: float
@@ -39,12 +39,12 @@ class MemoryPhase:
 
 @dataclass(frozen=True)
 class MemoryTimeline:
-    """A training step's memory.
+    """The memory of a training step.
 
     Attributes:
-        subject: whose.
-        seconds: when the bytes changed, from the step's start.
-        bytes: what was allocated from then on, above what was allocated when the step began.
+        subject: name of the subject.
+        seconds: times at which the bytes changed, counted from the step's start.
+        bytes: bytes allocated from each of these times on, less those allocated when the step began.
         phases: forward, backward, and step.
     """
 
@@ -89,7 +89,7 @@ def _step(subject: Subject, copies: list[torch.Tensor], optimizer: torch.optim.O
 
 @contextlib.contextmanager
 def _own_memory(device: torch.device) -> Iterator[list[tuple[int, int]]]:
-    """(nanoseconds, bytes) of what native kernels take beside torch's allocator; filled when the block ends."""
+    """(nanoseconds, bytes) of memory that native kernels take outside torch's allocator; filled when the block ends."""
     events: list[tuple[int, int]] = []
     if device.type != "cpu" or _backend.native_unavailable():
         yield events
@@ -104,8 +104,8 @@ def _own_memory(device: torch.device) -> Iterator[list[tuple[int, int]]]:
 def timeline(subject: Subject, device: torch.device) -> MemoryTimeline:
     """Run one training step of a warmed-up subject under the profiler's record of allocations.
 
-    On CUDA this is what torch's allocator hands out; on the CPU what its allocator and gossamer's own hand out. What
-    other libraries take for themselves is in neither.
+    On CUDA it counts the bytes that torch's allocator hands out, on the CPU those that torch's and gossamer's
+    allocators hand out. Memory that other libraries allocate themselves is not counted.
     """
     copies, optimizer = _optimizer(subject)
     clock: dict[str, int] = {}
@@ -134,7 +134,7 @@ def timeline(subject: Subject, device: torch.device) -> MemoryTimeline:
 def _assemble(
     name: str, events: list[dict], own: list[tuple[int, int]], clock: dict[str, int], device_type: int
 ) -> MemoryTimeline:
-    """The timeline from a trace's events, times in microseconds, and our own, in nanoseconds of another clock."""
+    """Build the timeline from a trace's events, in microseconds, and from our own, in nanoseconds of another clock."""
     spans = {
         e["name"].split("|")[1]: (e["ts"], e["ts"] + e["dur"])
         for e in events
@@ -148,7 +148,7 @@ def _assemble(
     ]
     last = (max(end for _, end in spans.values()) - origin) * 1e-6
     changes = [change for change in changes if 0 <= change[0] <= last]
-    # The two clocks agree to microseconds only, and what is freed last is freed just before the end.
+    # The two clocks agree only to microseconds, and the last memory is freed just before the end.
     changes += [(min(max((at - clock["forward"]) * 1e-9, 0.0), last), float(count)) for at, count in own]
     changes.sort(key=lambda change: change[0])
     times, levels, level = [0.0], [0.0], 0.0

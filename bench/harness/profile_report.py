@@ -17,7 +17,7 @@ from gossamer.bench.harness.profile_memory import MemoryTimeline
 from gossamer.bench.harness.text import digits, named_table
 
 WIDTH = 100
-# Operators below this share of the subject's call are added up in one row.
+# Operators that take less than this share of the subject's call are added up in one row.
 SMALL = 0.005
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 72
@@ -32,7 +32,7 @@ def _ms(seconds: float) -> str:
 
 
 def _scaled(value: float | None, unit: float) -> str:
-    """Unknown is shown as unknown; nothing as nothing."""
+    """The value in ``unit``: ``?`` if it is unknown, empty if it is zero."""
     if value is None:
         return "?"
     return "" if value == 0 else digits(value / unit) if value / unit >= 0.01 else "<0.01"
@@ -80,7 +80,7 @@ def _phase_rows(table: rich.table.Table, rows: Sequence[KernelRow]) -> None:
     shown = [r for r in rows if r.part_of is None and (r.share >= SMALL or r.name.startswith("gossamer::"))]
     for row in shown:
         parts = [r for r in rows if r.part_of == row.name]
-        # One kernel of an operator is the operator.
+        # An operator with a single kernel needs no row for the kernel.
         if len(parts) == 1:
             name = f"  {row.name}: {parts[0].name}"
             parts = []
@@ -115,12 +115,12 @@ def _phase_table(result: ProfileResult, phase: str) -> rich.table.Table:
 
 
 def sparkline(timeline: MemoryTimeline, most: float, width: int = SPARK_WIDTH) -> str:
-    """The step's bytes in ``width`` characters: time evenly within a phase, the most bytes in each bit of it.
+    """The step's bytes in ``width`` characters, each of which shows the most bytes in an equal part of its phase.
 
     Args:
-        timeline: of one subject.
-        most: bytes that a full block stands for.
-        width: characters, with the bars between the phases.
+        timeline: timeline of one subject.
+        most: bytes that a full block character stands for.
+        width: number of characters, including the bars between phases.
     """
     whole = sum(p.end - p.start for p in timeline.phases) or 1.0
     free = width - (len(timeline.phases) - 1)
@@ -226,7 +226,8 @@ def plot_memory(result: ProfileResult, path: str | os.PathLike) -> None:
         axis.step([1e3 * t for t in times], [b / 2**20 for b in levels], where="post", linewidth=1)
         for i, phase in enumerate(timeline.phases):
             axis.axvline(1e3 * phase.start, color="grey", linewidth=0.6)
-            # A short phase leaves no room beside its label, so each has a line of its own above all curves.
+            # A short phase leaves no room for a label beside another's, so each label has a line of its own above all
+            # curves.
             right = phase.start < 0.85 * end
             axis.annotate(
                 phase.name,

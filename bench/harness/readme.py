@@ -1,15 +1,15 @@
 """Writes the tables of measured numbers into documents, from the JSON files that the documents name.
 
-A table stands between two comments, and what is there is replaced::
+A table stands between two comments; everything between them is replaced::
 
     <!-- measured: bench/results/FILE.json KIND -->
     <!-- end -->
 
 ``python -m gossamer.bench.harness.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check``
 says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of ``gossamer
-bench --json``; ``sweep``, milliseconds and peak memory as one size grows; ``kernels``, TFLOP/s of single kernels in
-the file of kernel variants; ``study``, the table of a study and what must be known to read it; ``budgets``, its cases
-at each budget; ``exchanges``, predicted and measured exchanges; or ``parallel``, what several processes compute.
+bench --json``; ``sweep``, milliseconds and peak memory as one size grows; ``kernels``, TFLOP/s of single kernels in the
+file of kernel variants; ``study``, the table of a study and the notes needed to read it; ``budgets``, its cases at each
+budget; ``exchanges``, predicted and measured exchanges; or ``parallel``, the results of several processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DIRECTIONS = {"forward": "forward", "both": "forward+backward"}
 SHAPES = {"fine": "fine-grained", "olmoe": "OLMoE", "qwen3": "Qwen3-30B-A3B", "mixtral": "Mixtral"}
-# Kernel -> how the table calls it, and multiply-adds over R·H·I.
+# Kernel -> its name in the table, and its multiply-adds divided by R·H·I.
 KERNELS = {
     "up": ("up-projection, gathered, GLU, pre-activation stored", 2),
     "down": ("down-projection", 1),
@@ -57,7 +57,7 @@ def _digits(value: float) -> str:
 
 
 def layer(results: dict) -> str:
-    """Median milliseconds of each case, a row, and each variant that was timed in all of them, a column."""
+    """Median milliseconds: one row per case, one column per variant that was timed in all of them."""
     cases = results["cases"]
     if len({(case["family"], case["shape"]) for case in cases}) != 1:
         raise ValueError("a layer's table is of one family at one shape")
@@ -71,7 +71,7 @@ def layer(results: dict) -> str:
 
 
 def sweep(results: dict) -> str:
-    """Median milliseconds in each direction, and peak MiB in the last, of the variants of one dtype at each size."""
+    """Median milliseconds per direction, and peak MiB in the last one, of the variants of one dtype at each size."""
     swept, cases = results["sweep"], results["cases"]
     if len({case["dtype"] for case in cases}) != 1:
         raise ValueError("a sweep's table is of one dtype")
@@ -96,7 +96,7 @@ def sweep(results: dict) -> str:
 
 
 def kernels(results: dict) -> str:
-    """TFLOP/s of the variant of each kernel that the results quote, by the better of its two medians."""
+    """TFLOP/s of the variant of each kernel that the results quote, from the better of its two medians."""
     head = ["TFLOP/s", *(SHAPES[shape] for shape in results["shapes_T_H_I_E_K"])]
     rows = []
     for kernel, quoted in results["quoted"].items():
@@ -122,7 +122,7 @@ KINDS: dict[str, Callable[[dict], str]] = {
 
 
 def rendered(text: str, root: Path) -> str:
-    """``text`` with each marked table made again from its file under ``root``.
+    """``text`` with each marked table rebuilt from its file under ``root``.
 
     Raises:
         ValueError: an unknown kind, a marker without an end, or a file that holds no such results.
@@ -144,7 +144,7 @@ def rendered(text: str, root: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m gossamer.bench.harness.readme", description=__doc__.split("\n", 1)[0]
     )

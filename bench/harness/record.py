@@ -1,4 +1,4 @@
-"""The results of a benchmark run, also as plain values for JSON."""
+"""The results of a benchmark run, and their form as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ class Row:
     """The result of one variant.
 
     Attributes:
-        name: of the variant.
-        role: of the variant.
+        name: name of the variant.
+        role: role of the variant.
         status: ``"ok"``; ``"wrong"``, the gate failed; or ``"failed"``, it raised.
-        error: largest relative RMS error against float64; None where it was not judged.
-        message: why it is wrong or failed, or a remark.
+        error: largest relative RMS error against float64; None if no gate judged it.
+        message: the reason why it is wrong or failed, or a remark.
         seconds: every sample; empty unless ok.
-        rounds: the round in which each was taken.
-        near: whether the cores were near each other then, which a host that moves its guests' cores may change.
-        peak_bytes: memory at the peak of a call; None where it was not measured.
-        host_seconds: on CUDA, what the host needs to issue a call; on the CPU, what a call costs with next to no work.
-            None where it was not measured.
-        timed_by: how the samples were taken; see :class:`gossamer.bench.harness.timing.Timed`.
-        package: of the variant.
-        bytes: of one call of the variant; None where they are the case's.
+        rounds: the round in which each sample was taken.
+        near: for each sample, whether the threads' cores were near each other; a host that moves its guests changes
+            that.
+        peak_bytes: memory at the peak of a call; None if it was not measured.
+        host_seconds: on CUDA, the time the host needs to issue a call; on the CPU, the time of a call with next to no
+            work. None if it was not measured.
+        timed_by: the method by which samples were taken; see :class:`gossamer.bench.harness.timing.Timed`.
+        package: package of the variant.
+        bytes: least bytes of one call of the variant; None if they are the case's.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Row:
 
     @property
     def faulty(self) -> bool:
-        """Whether this fails the run: a wrong result of gossamer or its baseline, or a failure of gossamer."""
+        """Whether this fails the run: a result of gossamer or its baseline is wrong, or gossamer raised an error."""
         wrong = self.status == "wrong" and self.package == "gossamer"
         return wrong or (self.status == "failed" and self.role == OURS)
 
@@ -66,9 +67,10 @@ class Row:
         return quantile(self.seconds, 0.5)
 
     def times(self, other: Row) -> float:
-        """Time over that of another variant, both of them timed: see :func:`gossamer.bench.harness.timing.ratio`.
+        """Time over that of another variant, if both were timed: see :func:`gossamer.bench.harness.timing.ratio`.
 
-        Of the rounds in which cores were near each other for both, if there are ``NEAR_ROUNDS``, else of all.
+        Uses only the rounds in which the cores were near each other for both, if there are ``NEAR_ROUNDS`` of them;
+        else all.
         """
         return ratio(*self._partners(other))
 
@@ -89,15 +91,15 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case without its tensors, the request it was built from, and its results.
+    """The results of a case, with the case itself (without its tensors) and the request it was built from.
 
     Attributes:
-        case: without variants and gates.
-        rows: one a variant.
+        case: the case, without variants and gates.
+        rows: one row per variant.
         floor: the least seconds that the ceilings allow.
-        request: what the case was built from.
-        core_distance: seconds that a cache line took between the threads' cores and back when they were nearest so far
-            in this run; 0 where that was not measured.
+        request: the request that the case was built from.
+        core_distance: seconds of a cache line's round trip between the threads' cores, at their nearest so far in this
+            run; 0 if it was not measured.
     """
 
     case: Case
@@ -112,16 +114,16 @@ class CaseResult:
 
     @property
     def speed_of_dense(self) -> float | None:
-        """Our speed over the dense baseline's, 1 over the ratio of times; None where either has no time."""
+        """Our speed over the dense baseline's, 1 over the ratio of times; None if either has no time."""
         ours, dense = self.row(OURS), self.row(DENSE)
         return 1 / ours.times(dense) if ours and dense else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """All cases of a run, the machine they were measured on, and the cases that were left out and why.
+    """All cases of a run, the machine that they were measured on, and the cases left out, with the reasons.
 
-    Those of an interrupted run are the cases that had finished.
+    If a run was interrupted, they hold the cases that had finished.
     """
 
     environment: dict
@@ -140,7 +142,7 @@ class Results:
     def slowing(self) -> float | None:
         """The mean of :func:`gossamer.bench.harness.timing.slowing` over the calls timed: how busy the machine was.
 
-        None where none has twice the samples that are quiet at least.
+        None if no call has enough samples: twice the least number of quiet ones.
         """
         rows = [row for result in self.cases for row in result.rows if len(row.seconds) >= 2 * QUIET_ROUNDS]
         found = [slowing(row.seconds) for row in rows]

@@ -25,7 +25,7 @@ from gossamer.bench.harness.timing import IDLE, NEAR_ROUNDS, quantile
 
 # Least width of a name; numbers are never cut.
 LEAST_NAME = 10
-# Columns where the output is not a terminal: a file or a filter wants each row in one line.
+# Width in columns if the output is not a terminal, where each row is to stay on one line.
 UNLIMITED = 1 << 15
 
 
@@ -38,7 +38,7 @@ def make_console() -> rich.console.Console:
 
 
 class UntilClosed:
-    """A stream whose reader may go away: the results still have to be written to files."""
+    """A stream whose reader may close it: the run goes on, since the results still have to be written to files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: TextIO | None = stream
@@ -54,22 +54,22 @@ class UntilClosed:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def write(self, text: str) -> int:
-        """Pass text on while there is a reader."""
+        """Write the text while there is a reader."""
         self._attempt(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Likewise."""
+        """Flush while there is a reader."""
         self._attempt(lambda stream: stream.flush())
 
 
 def say(console: rich.console.Console, text: str, style: str | None = None) -> None:
-    """Print sentences: wrapped on a terminal, otherwise one line each."""
+    """Print sentences: wrapped on a terminal, one line each elsewhere."""
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
 class Progress:
-    """A status line: live on a terminal, under what ``console`` prints; else one line per case on standard error."""
+    """A status line: live below the output of ``console`` on a terminal; else one line per case on standard error."""
 
     def __init__(self, console: rich.console.Console) -> None:
         # Two consoles on one terminal would overwrite each other.
@@ -162,7 +162,7 @@ def print_case(console: rich.console.Console, result: CaseResult, ceilings: Ceil
 
 
 def _ceilings(result: CaseResult, ceilings: Ceilings) -> str:
-    """Describe the ceilings measured in this run and the attainable time of the case."""
+    """Describe the ceilings measured in this run, and the least time that they allow for the case."""
     case, gemm = result.case, ceilings.gemm.get(result.case.dtype)
     parts = [f"{gemm / 1e12:.3g} TFLOP/s for a large {case.dtype} product"] if gemm else []
     parts.append(f"{ceilings.copy / 1e9:.3g} GB/s for a copy")
@@ -197,7 +197,7 @@ def _method(result: CaseResult) -> str:
 
 
 def _times(ours: Row, other: Row) -> str:
-    """Return how we compare: faster or slower only where the 90% interval of the ratio leaves out 1."""
+    """Compare our time with another in words: faster or slower only if the 90% interval of the ratio excludes 1."""
     ratio, (low, high) = ours.times(other), ours.times_interval(other)
     if low <= 1 <= high:
         return f"not measurably different from (×{low:.2f}–{high:.2f})"
@@ -213,7 +213,7 @@ def _times_of_dense(ours: Row, dense: Row) -> str:
 
 
 def compare(result: CaseResult) -> str:
-    """One sentence: ours against each reference, and against dense; empty where ours has no time."""
+    """One sentence that compares ours with each reference and with dense; empty if ours has no time."""
     ours, dense = result.row(OURS), result.row(DENSE)
     if ours is None:
         return ""
@@ -232,12 +232,12 @@ def _span(ratios: list[float], form: str) -> str:
 
 
 def _hidden(width: int) -> tuple[str, ...]:
-    """The columns that a console of that width does not show."""
+    """The columns that a console of this width hides."""
     return ("host ms", "peak MiB", "attainable")[: 3 if width < 85 else 2 if width < 105 else 0]
 
 
 def print_sweep(console: rich.console.Console, record: dict) -> None:
-    """Print median milliseconds against what the sweep varies, a table for each dtype and direction."""
+    """Print median milliseconds against the dimension that the sweep varies, in one table per dtype and direction."""
     sweep, cases = record["sweep"], record["cases"]
     for dtype, direction in dict.fromkeys((case["dtype"], case["direction"]) for case in cases):
         mine = [case for case in cases if (case["dtype"], case["direction"]) == (dtype, direction)]
@@ -254,7 +254,7 @@ def print_sweep(console: rich.console.Console, record: dict) -> None:
 def print_changes(
     console: rich.console.Console, changes: list[Change], differences: Iterable[str], earlier: str
 ) -> None:
-    """Print what has changed since an earlier run, and what was not measured alike."""
+    """Print the changes since an earlier run, and the conditions in which the two runs differed."""
     for line in differences:
         say(console, f"warning: not measured alike: {line}", style="yellow")
     if not changes:
@@ -270,7 +270,7 @@ def print_changes(
 
 
 def summary(results: Results) -> str:
-    """The last sentence: ours against each baseline over all cases, or what is wrong."""
+    """The last sentence: ours compared with each baseline over all cases, or the failures."""
     if not results.correct:
         bad = [f"{row.name} ({result.case.title})" for result in results.cases for row in result.rows if row.faulty]
         return f"Wrong or failed: {'; '.join(bad)}."

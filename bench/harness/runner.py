@@ -1,4 +1,4 @@
-"""Runs benchmark cases: the gate first, then peak memory and host latency, then time, every variant in turns."""
+"""Runs benchmark cases: gates first, then peak memory and host latency, then times, with variants taking turns."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ BUDGET = {"quick": 9.0, "full": 30.0}
 # A case, including its checks, may exceed its budget by this factor while its ratios are uncertain. A quick run of the
 # layer, four cases, should end within two minutes.
 STRETCH = 2.8
-# Longest call of torch, in seconds, for a case whose dtype was not requested.
+# A case whose dtype was not requested is left out if torch's call takes more than this many seconds.
 PATIENCE = {"quick": 1.5, "full": 10.0}
-# Draws of a case that narrowly fails a gate, if it has at most this many bytes.
+# How often a case that narrowly fails a gate is drawn, if it has at most this many bytes.
 DRAWS, DRAWN_BYTES = 5, 64 << 20
 # Seconds to wait for near cores before the ceilings are measured.
 GATHERING_SECONDS = 2.0
@@ -83,10 +83,10 @@ def family(name: str) -> Family:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device; auto is CUDA where there is one.
+    """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device; auto is CUDA if there is a CUDA device, else the CPU.
 
     Raises:
-        ValueError: another name, or CUDA where there is none.
+        ValueError: another name, or ``"cuda"`` without a CUDA device.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
@@ -153,18 +153,18 @@ def run(
     so_far: Callable[[Results], None] = lambda results: None,
     sweep: Mapping[str, object] | None = None,
 ) -> Results:
-    """Run cases of one family; a keyboard interrupt ends the run with the cases that had finished.
+    """Run cases of one family. After a keyboard interrupt the results hold the cases that had finished.
 
     Args:
         chosen: the family.
         wanted: the cases, all on one device; see :func:`requests`.
         budget: seconds of timing for a case, shared by its variants.
         patience: a case is left out if its FLOPs take torch longer than this many seconds.
-        stage: told in words which case begins.
-        progress: told in words what is going on.
-        finished: given each case's result as it comes.
-        so_far: given the results each time that cases finish, as those of a run that was interrupted then.
-        sweep: what the cases sweep over, to be kept with the results; see :mod:`gossamer.bench.harness.sweep`.
+        stage: called with the name of each case when it begins.
+        progress: called with a sentence on what is being done.
+        finished: called with each case's result as soon as there is one.
+        so_far: called each time that cases finish, with the results that a run interrupted at that time would have.
+        sweep: the sweep that the cases belong to, stored with the results; see :mod:`gossamer.bench.harness.sweep`.
     """
     device, start = wanted[0].device, time.perf_counter()
     keep_freed_memory(device)
@@ -232,9 +232,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def judge_fairly(case: Case, variant: Variant, gates: dict, chosen: Family, request: Request) -> Verdict | None:
-    """:func:`judge`, but where outputs of a small case just fail, those count that do so in most of several draws.
+    """:func:`judge`, except that a narrow failure of a small case counts only if most of several draws fail so.
 
-    The largest of a few rounding errors is luck, whoever made them. What is wrong is so in every draw, or by more.
+    The largest of a few rounding errors is a matter of chance for any implementation. A wrong result fails in every
+    draw, or by more.
     """
     verdict = judge(case, variant, gates)
     if verdict is None or len(verdict.narrow) < len(verdict.failures) or case.bytes > DRAWN_BYTES:
@@ -250,7 +251,7 @@ def judge_fairly(case: Case, variant: Variant, gates: dict, chosen: Family, requ
 
 
 def judge(case: Case, variant: Variant, gates: dict) -> Verdict | None:
-    """The verdict on one variant, or None for one with no gate; ``gates`` keeps the gates already made."""
+    """The verdict on one variant, or None for one without a gate; ``gates`` keeps the gates already made."""
     if variant.gate is None:
         variant.call(case.direction)
         return None
@@ -265,9 +266,9 @@ def grad_mode(direction: str) -> AbstractContextManager:
 
 
 class _Checked:
-    """A case whose variants have been checked and are timed in one or more visits.
+    """A case whose variants have been checked, and are timed in one or more visits.
 
-    They are warmed up in the first: checks of other cases give memory back to the system.
+    Variants are warmed up in the first visit, since checks of other cases give memory back to the system.
     """
 
     def __init__(
@@ -308,7 +309,7 @@ class _Checked:
         self._turns = Turns(samplers, self._budget, compared, self._cores)
 
     def result(self, ceilings: Ceilings, progress: Callable[[str], None]) -> CaseResult:
-        """What was found, with the host's latency."""
+        """The result of the case, with the host's latency."""
         progress(f"{self.case.title}: host latency")
         host = {name: found.host for name, found in self._timed.items()}
         if self.case.device.type == "cpu":
@@ -331,8 +332,8 @@ def _take_turns(
 ) -> None:
     """Time several cases held in memory together, in turns.
 
-    The performance counter is ``until`` when the rounds for uncertain ratios end; each visit of each case has its share
-    of the time up to then.
+    Extra rounds for uncertain ratios end when the performance counter reaches ``until``; each visit of each case has
+    its share of the time until then.
     """
     start, visits = time.perf_counter(), VISITS if len(cases) > 1 else 1
     for visit in range(visits):
@@ -358,7 +359,7 @@ def _host_latency(chosen: Family, request: Request) -> dict[str, float]:
                 call()
                 sample = timer.prepare(call).sample
             except Exception:
-                # Another system may refuse such small sizes; its row then shows no host latency.
+                # A peer may refuse such small sizes; its row then shows no host latency.
                 continue
             settle(sample, SETTLE_LIMIT[case.device.type])
             found[variant.name] = quantile([sample() for _ in range(HOST_SAMPLES)], 0.5)
@@ -373,7 +374,8 @@ def _first_calls(case: Case, variant: Variant, gates: dict, chosen: Family, requ
             return Row(variant.name, variant.role, "wrong", *found, package=variant.package)
         peak = peak_memory(lambda: variant.call(case.direction), case.device)
     except Exception as error:
-        # A benchmark of several systems goes on when one breaks: the row says how, and ours sets the exit status.
+        # If one of several systems breaks, the benchmark goes on: its row says how, and only a failure of ours sets the
+        # exit status.
         reason = str(error).strip().splitlines() or [""]
         return Row(variant.name, variant.role, "failed", None, f"{type(error).__name__}: {reason[0]}")
     error = verdict and verdict.error

@@ -1,7 +1,7 @@
-"""Studies: methods that do one job, trained or built several times each from other seeds, and what may be said of them.
+"""Studies: methods for the same task, each trained or built from several seeds, and the differences that these prove.
 
 A study is a :class:`Study` in a file of ``bench/studies/``: its cases, what one run of a case measures, and how much
-there is to do. The rest is here: running, storing, telling a difference from the spread of seeds, and the picture.
+there is to do. This module does the rest: it runs and stores them, and tells a difference from the spread of seeds.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gossamer.bench import studies
 from gossamer.bench.harness.markdown import markdown_table
 
 BETTER, WORSE, WITHIN, BASELINE = "better", "worse", "within the spread", "baseline"
-# Fewer of a case say nothing about a difference.
+# With fewer seeds of a case, nothing is said about a difference.
 SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that every run gives.
+    """A number that every run returns.
 
     Attributes:
-        name: its key in a run's ``metrics``.
-        label: with its unit.
-        digits: after the point.
+        name: its key in the ``metrics`` of a run.
+        label: its name in tables, with its unit.
+        digits: digits after the decimal point.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Case:
     """One method of a study.
 
     Attributes:
-        name: what it is called.
-        group: cases of one group are drawn in one panel.
-        note: what a reader must know to compare it, or nothing.
+        name: its name.
+        group: its group; the cases of a group are drawn in one panel.
+        note: what a reader must know to compare it with other cases; may be empty.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a case gives.
+    """The result of one run of a case.
 
     Attributes:
-        parameters: of what was trained.
-        metrics: by name.
-        x: of its curve, such as what training has cost so far.
-        y: of its curve.
-        points: numbers at several settings of the case, such as budgets, by setting and name.
+        parameters: number of parameters trained.
+        metrics: metric by name.
+        x: x values of its curve, such as the cost of training so far.
+        y: y values of its curve.
+        points: numbers at several settings of the case, such as budgets: setting -> name -> number.
     """
 
     parameters: int
@@ -75,7 +75,7 @@ class Unfit(Exception):
     """A case cannot be built as the study needs it; the message says why."""
 
 
-# What a run reports while it goes on: the share that is done, and a note.
+# Called while a run goes on, with the share of the work done and a note.
 Report = Callable[[float, str], None]
 
 
@@ -84,20 +84,20 @@ class Study:
     """A comparison.
 
     Attributes:
-        name: of ``gossamer bench study NAME``.
-        title: of the picture.
-        question: what it asks, in a sentence.
-        baseline: the case that the others are held against.
-        headline: the metric that decides, of which less is better.
-        metrics: all of them, in the order of the table.
-        x_label: of the curves.
-        y_label: of the curves.
-        cases: what there is to compare, asked when the study begins.
-        settings: by effort, ``"quick"`` and ``"full"``: what :attr:`run` is given.
-        seeds: by effort, how many there are.
-        run: ``run(case name, seed, settings, report)``. It raises :class:`Unfit` where the case cannot be made.
-        load: ``load(settings, folder)``, the settings with the data of a folder, for a study that needs some. It raises
-            ``ValueError`` where there is no folder or it does not hold them.
+        name: the NAME of ``gossamer bench study NAME``.
+        title: title of the picture.
+        question: the question it answers, in a sentence.
+        baseline: the case that the others are compared with.
+        headline: the metric that decides; less is better.
+        metrics: all metrics, in the order of the table.
+        x_label: label of the curves' x axis.
+        y_label: label of the curves' y axis.
+        cases: returns the cases; called when the study begins.
+        settings: effort, ``"quick"`` or ``"full"`` -> the settings that :attr:`run` gets.
+        seeds: effort -> number of seeds.
+        run: ``run(case name, seed, settings, report)``. It raises :class:`Unfit` if the case cannot be built.
+        load: for a study that needs data, ``load(settings, folder)`` returns the settings with the data of a folder. It
+            raises ``ValueError`` if there is no folder, or if the folder does not hold the data.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Study:
 
 
 def names() -> list[str]:
-    """The studies that there are."""
+    """The names of all studies."""
     found = (importlib.import_module(f"{studies.__name__}.{m.name}") for m in pkgutil.iter_modules(studies.__path__))
     return sorted(module.STUDY.name for module in found if hasattr(module, "STUDY"))
 
@@ -134,7 +134,7 @@ def study(name: str) -> Study:
 
 
 def chosen_cases(chosen: Study, wanted: Iterable[str] | None) -> list[Case]:
-    """The cases of a study, or those of the names given and the baseline.
+    """All cases of a study, or those of the given names and the baseline.
 
     Raises:
         ValueError: a name is unknown.
@@ -150,10 +150,11 @@ def chosen_cases(chosen: Study, wanted: Iterable[str] | None) -> list[Case]:
 
 
 def loaded(chosen: Study, effort: str, folder: Path | None) -> object:
-    """The settings of an effort, with the data of a folder where the study takes some.
+    """The settings of an effort, with the data of a folder if the study takes data.
 
     Raises:
-        ValueError: the study needs a folder and has none, or takes none and has one, or the folder does not fit.
+        ValueError: the study needs a folder and none is given, or takes none and one is given, or the folder does not
+            hold the data.
     """
     if chosen.load is not None:
         return chosen.load(chosen.settings[effort], folder)
@@ -172,15 +173,15 @@ def run(
     report: Callable[[str, float, str], None] = lambda case, done, note: None,
     so_far: Callable[[dict], None] = lambda record: None,
 ) -> dict:
-    """Run every case from every seed, seed after seed, and return the record that is stored.
+    """Run all cases from the first seed, then all from the next, and return the record that is stored.
 
     Args:
         chosen: the study.
-        cases: of it, from :func:`chosen_cases`.
+        cases: cases of the study, from :func:`chosen_cases`.
         effort: ``"quick"`` or ``"full"``.
-        seeds: how many; None for the study's own number.
-        settings: from :func:`loaded`; None for those of the effort.
-        report: called while a run goes on, with its case and seed, the share of all work that is done, and a note.
+        seeds: number of seeds; None for the study's own number.
+        settings: settings from :func:`loaded`; None for those of the effort.
+        report: called while a run goes on, with its case and seed, the share of all work done, and a note.
         so_far: called with the record after every run.
     """
     settings = loaded(chosen, effort, None) if settings is None else settings
@@ -234,12 +235,12 @@ def values(case: dict, metric: str) -> list[float]:
 
 
 def verdict(record: dict, case: dict) -> str:
-    """What the headline says of a case beside the baseline.
+    """Whether the headline metric tells a case from the baseline.
 
-    ``"better"`` or ``"worse"`` where the nearest seeds of the two are further apart than either's seeds among
-    themselves are, and there are at least :data:`SEEDS` of each; else ``"within the spread"``. Of three normal draws
-    and three more of the same distribution, 1 pair in 130 is called different by chance; ranges without overlap would
-    be 1 in 10.
+    ``"better"`` or ``"worse"`` if the gap between the two cases' ranges of seeds is wider than either range, and each
+    case has at least :data:`SEEDS` seeds; else ``"within the spread"``. If both cases have three seeds from the same
+    normal distribution, this rule calls 1 pair in 130 different by chance; to ask only that ranges do not overlap would
+    call 1 in 10 different.
     """
     base = next((c for c in record["cases"] if c["name"] == record["baseline"]), None)
     if base is None or case is base:
@@ -248,7 +249,7 @@ def verdict(record: dict, case: dict) -> str:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The rule of :func:`verdict` on the seeds of two cases, of which less is better."""
+    """The rule of :func:`verdict`, applied to the values of two cases' seeds; less is better."""
     if min(len(ours), len(theirs)) < SEEDS:
         return WITHIN
     within = max(max(ours) - min(ours), max(theirs) - min(theirs))
@@ -258,14 +259,14 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def spread(numbers: Sequence[float], digits: int) -> str:
-    """The mean, and the least and the greatest where there are several that differ."""
+    """The mean, and also the least and the greatest value if they differ."""
     mean = f"{statistics.fmean(numbers):.{digits}f}"
     low, high = f"{min(numbers):.{digits}f}", f"{max(numbers):.{digits}f}"
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def rows(record: dict) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a stored study's table: of each group the best first, by the mean of the headline."""
+    """The head and lines of a stored study's table; each group begins with the best mean of the headline."""
     metrics = record["metrics"]
     head = ["", "against the baseline", *(metric["label"] for metric in metrics), "parameters"]
     groups = list(dict.fromkeys(case["group"] for case in record["cases"]))
@@ -286,7 +287,7 @@ def rows(record: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(record: dict) -> list[str]:
-    """What stands under the table: the rule, the cases' notes, and what was left out and why."""
+    """The notes under the table: the rule, the cases' notes, and the cases left out, with the reasons."""
     counts = sorted({len(case["runs"]) for case in record["cases"]})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
     rule = "only where the nearest seeds of both are further apart than either's own"
@@ -302,7 +303,7 @@ def notes(record: dict) -> list[str]:
 
 
 def environment_line(record: dict) -> str:
-    """On what it ran."""
+    """The machine and versions that it ran on, in one line."""
     where = record["environment"]
     return f"{where.get('cpu') or 'unknown processor'}, {where['threads']} threads, torch {where['versions']['torch']}"
 
@@ -314,6 +315,6 @@ def check_seeds(seeds: int | None) -> None:
 
 
 def markdown(record: dict) -> str:
-    """The table and what stands under it, for a document."""
+    """The table and the notes under it, for a document."""
     head, lines = rows(record)
     return markdown_table(head, lines, labels=2) + "\n" + "\n\n".join(notes(record)) + "\n"

@@ -1,4 +1,4 @@
-"""The picture of a study: curves by group, and each metric of every case with its seeds."""
+"""Draws the picture of a study: curves by group, and each metric of every case with its seeds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gossamer.bench.harness.plot import DENSE_COLOR, INK, OTHERS, style
 from gossamer.bench.harness.study import values
 from gossamer.bench.harness.study_points import budget_points
 
-# The baseline is drawn in INK, the others in these in turns, then dashed.
+# The baseline is drawn in INK, the other cases in these colours in turn, and dashed once all are used.
 LINES = ("-", "--", ":")
 MARKS = "osD^v<>P*X"
 
 
 def _styles(cases: list[dict], baseline: str) -> dict[str, tuple[str, str]]:
-    """Colour and line of each case."""
+    """The colour and line style of each case."""
     others = [case["name"] for case in cases if case["name"] != baseline]
     found = {
         name: (OTHERS[number % len(OTHERS)], LINES[number // len(OTHERS) % len(LINES)])
@@ -28,19 +28,19 @@ def _styles(cases: list[dict], baseline: str) -> dict[str, tuple[str, str]]:
 
 
 def _curves(axis: Axes, record: dict, cases: list[dict], styles: dict[str, tuple[str, str]]) -> None:
-    """A line a seed, all of a case alike."""
+    """Draw one line per seed; all lines of a case look alike."""
     for case in cases:
         color, line = styles[case["name"]]
         for number, run in enumerate(case["runs"]):
             label = case["name"] if number == 0 else None
-            # The first look is before training.
+            # The first point is from before training.
             axis.plot(run["x"][1:], run["y"][1:], line, color=color, linewidth=1.1, alpha=0.85, label=label)
     axis.set(xlabel=record["x_label"], ylabel=record["y_label"])
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _dots(axis: Axes, record: dict, metric: dict, cases: list[dict], styles: dict[str, tuple[str, str]]) -> None:
-    """One line per case: its seeds as dots, their mean as a stroke; the baseline's range shaded."""
+    """Draw one line per case: its seeds as dots, their mean as a stroke, and the baseline's range shaded."""
     for place, case in enumerate(cases):
         found, (color, _) = values(case, metric["name"]), styles[case["name"]]
         if case["name"] == record["baseline"]:
@@ -53,7 +53,7 @@ def _dots(axis: Axes, record: dict, metric: dict, cases: list[dict], styles: dic
 
 
 def draw(record: dict) -> Figure:
-    """The curves of each group of cases above, where there are any, and below them a panel for each metric."""
+    """Draw the curves of each group of cases, if there are any, and below them a panel for each metric."""
     curved = [case for case in record["cases"] if any(run["x"] for run in case["runs"])]
     groups = list(dict.fromkeys(case["group"] for case in curved))
     by_group = {group: [case for case in record["cases"] if case["group"] == group] for group in groups}
@@ -83,7 +83,7 @@ def draw(record: dict) -> Figure:
 
 
 def draw_budgets(record: dict) -> Figure:
-    """The headline of each case at its budgets against the bytes served, and at the least budgets against lookup time.
+    """Draw each case's headline at its budgets against bytes served, and at the least budgets against lookup time.
 
     Marks are means of the seeds, upright strokes their range; the baseline's range is shaded.
     """
@@ -100,7 +100,7 @@ def draw_budgets(record: dict) -> Figure:
             by_bytes.plot(x, y, line, label=case["name"], **look)
             for point in points:
                 by_bytes.plot([point["share"]] * 2, point["range"], color=color, linewidth=0.8)
-            # Every case once, at the budget nearest a tenth.
+            # Every case once, at the budget nearest to a tenth.
             point = min(points, key=lambda point: abs(point["share"] - 0.1))
             by_time.plot([point["lookup_us"]], [point["mean"]], **look)
             by_time.plot([point["lookup_us"]] * 2, point["range"], color=color, linewidth=0.8)
@@ -115,7 +115,7 @@ def draw_budgets(record: dict) -> Figure:
 
 
 def save(record: dict, folder: Path) -> Path:
-    """Write the picture into a folder, named after the study, and one of its budgets where it has some."""
+    """Write the picture, named after the study, into a folder; and one of the budgets if the study has any."""
     path = folder / f"{record['study']}.svg"
     draw(record).savefig(path, metadata={"Date": None})
     if any(run.get("points") for case in record["cases"] for run in case["runs"]):

@@ -1,4 +1,4 @@
-"""The table of a study whose cases were run at several budgets: the headline at each, and what it tells apart."""
+"""The table of a study run at several budgets: the headline at each, and which cases it tells apart."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import statistics
 from gossamer.bench.harness.markdown import markdown_table
 from gossamer.bench.harness.study import BASELINE, BETTER, WITHIN, WORSE, difference, spread
 
-# Budgets are columns; another budget of a case stands in the nearest of them, with its own number.
+# The columns are these budgets. A case with another budget stands in the nearest column, with its budget beside the
+# value.
 COLUMNS = {"1/2": 0.5, "1/4": 0.25, "1/10": 0.1, "1/100": 0.01}
-# Cases that leave more of a budget empty are named.
+# A case that leaves more than this share of a budget unused is named.
 FULL = 0.99
 
 
 def columns(case: dict) -> dict[str, str]:
-    """The budget of a case that stands in each column, the nearest to it where several would."""
+    """The budget of a case that stands in each column; if several would, the one nearest to the column's."""
     found: dict[str, str] = {}
     for label in case["runs"][0]["points"]:
         if not _is_number(label):
@@ -43,7 +44,7 @@ def at(case: dict, label: str, metric: str) -> list[float]:
 
 
 def _filled(case: dict) -> list[float]:
-    """The bytes counted over the budget, at each budget of each run."""
+    """The bytes counted divided by the budget, at each budget of each run."""
     found = (run["points"].items() for run in case["runs"])
     return [point["share"] / float(label) for points in found for label, point in points if _is_number(label)]
 
@@ -59,7 +60,7 @@ def budget_points(case: dict) -> list[dict]:
 
 
 def markdown(record: dict) -> str:
-    """The headline of each case at each budget, and which cases are not told apart from the least."""
+    """The headline of each case at each budget, and the cases that are not told apart from the best."""
     headline = record["headline"]
     metric = next(metric for metric in record["metrics"] if metric["name"] == headline)
     base = next(case for case in record["cases"] if case["name"] == record["baseline"])

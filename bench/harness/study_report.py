@@ -1,4 +1,4 @@
-"""A study on the terminal: its progress, and its table with what stands under it."""
+"""Shows a study on the terminal: its progress, and its table with notes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gossamer.bench.harness.study import notes, rows
 
 
 class Bar:
-    """A progress bar over all runs of a study, live on a terminal; else one line a run on standard error."""
+    """A progress bar over all runs of a study, live on a terminal; elsewhere one line per run on standard error."""
 
     def __init__(self, console: rich.console.Console) -> None:
         shown = console if console.is_terminal else rich.console.Console(stderr=True)
@@ -38,7 +38,7 @@ class Bar:
         return self
 
     def __call__(self, run: str, share: float, note: str) -> None:
-        """Show how much is done, within which run, and what it has reached."""
+        """Show the share done, the current run, and its note."""
         if self._bar:
             self._bar.update(self._task, completed=share, description=run, note=note)
         elif run != self._run:
@@ -54,7 +54,7 @@ class Bar:
 
 
 def print_study(console: rich.console.Console, record: dict) -> None:
-    """The question, the table, and what must be known to read it."""
+    """Print the question, the table, and the notes needed to read it."""
     say(console, record["question"])
     head, lines = rows(record)
     table = rich.table.Table(box=None, pad_edge=False)

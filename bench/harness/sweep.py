@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from gossamer.bench.harness.case import Family, Request
 
 SKEW = "skew"
-# Multiples of the shape's size that are used when the command gives no values.
+# Multiples of the shape's size, used when the command gives no values.
 FACTORS = (0.25, 0.5, 1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep varies.
+    """The size, or the distribution of ids, that a sweep varies.
 
     Attributes:
-        dimension: its name, such as ``"tokens"``.
-        symbol: its symbol; ``"skew"`` for the spread of ids.
-        values: in order.
+        dimension: name of the dimension, such as ``"tokens"``.
+        symbol: its symbol; ``"skew"`` for the distribution of ids.
+        values: its values, in order.
     """
 
     dimension: str
@@ -31,11 +31,12 @@ def parse(chosen: Family, text: str, base: Request) -> Sweep:
 
     Args:
         chosen: the family, which names its dimensions; each symbol of its shapes can be named as well.
-        text: what the command line gave.
-        base: the case whose other sizes stay; without values, its size times :data:`FACTORS` as the rule allows.
+        text: the argument on the command line.
+        base: the case whose other sizes are kept. If no values are given, they are its size times :data:`FACTORS`, as
+            far as the rule allows.
 
     Raises:
-        ValueError: an unknown dimension, or values that are none or do not go with the other sizes.
+        ValueError: the dimension is unknown, or a value is not one or does not fit the other sizes.
     """
     dimension, given, listed = text.partition("=")
     known = {**chosen.dimensions, **{symbol: symbol for symbol in chosen.symbols}}

@@ -1,4 +1,4 @@
-"""Time of a call on the CPU and on CUDA, its host latency and peak memory, and the interleaving of several calls."""
+"""Measures the time, host latency and peak memory of a call on the CPU and on CUDA, and interleaves several calls."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from gossamer.bench.harness.cores import Cores
 Call = Callable[[], object]
 
 # Samples of a call: at least MIN_ROUNDS. While the ratio is uncertain (an interval wider than PRECISE, or fewer than
-# ENOUGH_ROUNDS quiet rounds) sampling continues up to ROUNDS samples or ROUNDS_SECONDS. With so few quiet rounds the
-# interval is their whole range, which is rarely narrow by chance.
+# ENOUGH_ROUNDS quiet rounds) sampling continues up to ROUNDS samples or ROUNDS_SECONDS. Even with as few rounds as that
+# the interval is reliable: it is their whole range, which is rarely narrow by chance.
 MIN_ROUNDS, ROUNDS, ROUNDS_SECONDS, MAX_ROUNDS = 3, 30, 12.0, 500
 ENOUGH_ROUNDS, PRECISE = 7, 1.03
-# Samples per round of a call that takes less than a third of the time of those it is compared with.
+# Samples per round of a call that takes less than a third of the time of the calls it is compared with.
 SHORT_SAMPLES = 3
 # Ratios use only rounds with near cores if there are at least this many.
 NEAR_ROUNDS = 5
-# A ratio uses this share of the rounds, the quietest for its two calls, and at least this many.
+# A ratio uses the quietest rounds of its two calls: this share of all rounds, but at least this many.
 QUIET_SHARE, QUIET_ROUNDS = 0.2, 5
 # The machine counts as idle if median samples exceed the shortest ones by at most this share.
 IDLE = 0.05
-# Time to wait for near cores, as a share of the budget and in addition to it.
+# Time to wait for near cores, as a share of the budget; it comes in addition to the budget.
 GATHERING_SHARE = 0.4
 # Calls shorter than this, in seconds, are called once before a sample, since a pause leaves the caches cold.
 BRIEF_CALL = 0.01
-# Share of the time for the calls whose ratio matters.
+# Share of the budget for the calls whose ratio counts.
 COMPARED_SHARE = 0.5
 HOST_SAMPLES = 9
 # Least seconds of a sample on the CPU; a shorter call is repeated within it.
 CPU_SAMPLE = 1e-4
-# Medians of this many samples are compared to see whether the machine has settled.
+# The machine has settled if the medians of two windows of this many samples agree.
 SETTLE_WINDOW, SETTLE_TOLERANCE = 5, 0.02
 SETTLE_LIMIT = {"cuda": 1.0, "cpu": 0.1}
 
@@ -52,8 +52,8 @@ class Timed:
         method: ``"wall clock"``, ``"events"`` or ``"graph replay"``; ``"events, host included"`` where the host is
             slower than the device and the call cannot be captured.
         sample: takes one sample, in seconds.
-        host: seconds that the host needs to issue the call; None on the CPU, where the call is the host's work.
-        first: seconds of a call while it was made ready.
+        host: seconds that the host needs to issue the call; None on the CPU, where the host does the whole call.
+        first: seconds of one call during preparation.
     """
 
     method: str
@@ -63,7 +63,7 @@ class Timed:
 
 
 class CpuClock:
-    """Wall-clock time by the monotonic performance counter, less its own cost."""
+    """Measures wall-clock time by the monotonic performance counter, and subtracts the counter's own cost."""
 
     def __init__(self) -> None:
         self._empty = 0.0
@@ -93,10 +93,10 @@ def launch_bound(host: float, device: float) -> bool:
 
 
 class CudaClock:
-    """Device time between two events, over an L2 cache that was just overwritten.
+    """Measures device time between two events, starting from an L2 cache that was just overwritten.
 
-    Overwriting the cache also gives the host a head start of tens of microseconds. Where the host may issue a call no
-    faster than the device runs it, the call is captured, and the replay of the graph is timed.
+    Overwriting the cache also gives the host a head start of tens of microseconds. If the device may nevertheless have
+    to wait for the host, the call is captured, and the replay of its graph is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,9 +126,10 @@ class CudaClock:
         return quantile(samples, 0.5)
 
     def _waits(self, call: Call) -> bool:
-        """Whether the call waits for the device, as someone else's may: it cannot be captured.
+        """Whether the call waits for the device, as a peer's may; such a call cannot be captured.
 
-        It is found out without a capture, since one that fails leaves its stream and random numbers in a state.
+        The check does not try a capture, since one that fails leaves its stream and the random number generator
+        unusable.
         """
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -142,7 +143,7 @@ class CudaClock:
         return False
 
     def _capture(self, call: Call) -> torch.cuda.CUDAGraph | None:
-        # Autograd's backward runs on its forward's stream, so both are warmed up on the stream that captures.
+        # A backward pass runs on the stream of its forward pass, so both are warmed up on the stream that captures.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -155,7 +156,8 @@ class CudaClock:
             with torch.cuda.graph(graph, stream=stream):
                 call()
         except RuntimeError:
-            # The call cannot be captured for a reason other than a wait. A capture that fails to end leaves its stream.
+            # The call cannot be captured, for a reason other than a wait. If the capture did not end, its stream is
+            # left behind.
             torch.cuda.set_stream(before)
             torch.cuda.synchronize(self._device)
             return None
@@ -174,14 +176,14 @@ class CudaClock:
 
 
 def clock(device: torch.device) -> CpuClock | CudaClock:
-    """The clock for a device."""
+    """The clock for this device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
 def settle(sample: Callable[[], float], limit: float) -> bool:
-    """Take samples until the medians of the last two windows agree, or ``limit`` seconds are spent.
+    """Take samples until the medians of the last two windows agree or ``limit`` seconds have passed.
 
-    Clocks that still rise or fall, and caches and pages that are still being filled, show as a drift of the medians.
+    The medians drift while clock rates change and while caches and pages are being filled.
 
     Returns:
         Whether they agreed.
@@ -201,20 +203,21 @@ Samples = dict[int, float]
 
 
 class Turns:
-    """Several calls that are timed in turns, so that a change in the machine's speed meets all of them alike.
+    """Times several calls in turns, so that a change in the machine's speed affects all of them alike.
 
-    Each has a turn a round; the order turns from round to round. A call that has had its time sits out.
+    Each call has one turn per round, and the order rotates from round to round. A call whose time is used up sits out.
 
     Args:
-        samplers: name -> takes one sample of a call that is warmed up.
-        budget: seconds for all together, half of them for those compared.
-        compared: the calls whose ratio counts. They share their time and sit out together, so that every sample of
-            one has its partner in the same round.
-        cores: those that run the calls. A sample waits for them to be near each other, within ``GATHERING_SHARE``.
+        samplers: name -> function that takes one sample of a warmed-up call.
+        budget: seconds for all calls together, half of them for those in ``compared``.
+        compared: the calls whose ratio counts. They share their time and sit out together, so that in every round
+            either all of them are sampled or none.
+        cores: the cores that run the calls. A sample waits until they are near each other, as long as
+            ``GATHERING_SHARE`` of the budget lasts.
 
     Attributes:
-        samples: name -> what was measured so far.
-        distances: name -> round -> the larger distance of before and after the sample.
+        samples: name -> the samples so far.
+        distances: name -> round -> the larger of the cores' distances before and after the sample.
     """
 
     def __init__(
@@ -241,9 +244,9 @@ class Turns:
     def take(
         self, share: float, progress: Callable[[str], None] = lambda message: None, until: float = math.inf
     ) -> None:
-        """Go on until every call has had ``share``, at most 1, of its time and rounds.
+        """Take samples until every call has had ``share``, at most 1, of its time and rounds.
 
-        Rounds beyond a call's time, for a ratio that is uncertain, begin before the performance counter is ``until``.
+        Extra rounds, for a ratio that is still uncertain, begin only before the performance counter reaches ``until``.
         """
         self._paused, self._until = set(self._samplers), until
         while self._round < share * MAX_ROUNDS:
@@ -265,7 +268,7 @@ class Turns:
             self._round += 1
 
     def _gather(self, distance: float, share: float) -> float:
-        """Wait for near cores while time is left; return their distance."""
+        """Wait until the cores are near each other or no time is left; return their distance."""
         left = share * self._gathering - self._gathered
         if self._cores.near(distance) or left <= 0:
             return distance
@@ -282,9 +285,10 @@ class Turns:
         self._paused.discard(name)
 
     def _repeats(self, name: str) -> int:
-        """Samples of a call in this round: several, and their median counts, where they are short beside its partners.
+        """How many samples to take in this round: several for a call much shorter than its partners.
 
-        What disturbs a tenth of a second is in a ratio to a whole one as much as what disturbs that.
+        The median of several counts. In the ratio of a short sample to a long one, a disturbance of the short one
+        weighs as much as one of the long one.
         """
         before = [next(reversed(self.samples[n].values()), math.inf) for n in (name, *self._compared)]
         return SHORT_SAMPLES if SHORT_SAMPLES * before[0] < max(before[1:], default=0.0) < math.inf else 1
@@ -311,7 +315,7 @@ class Turns:
         return self._lacks_rounds(group, share) or sum(self._spent[n] for n in group) < share * seconds
 
     def _lacks_rounds(self, group: list[str], share: float) -> bool:
-        """Whether there are too few samples, of one that is compared with others too few beside theirs."""
+        """Whether a group has too few samples from rounds in which all compared calls were sampled too."""
         rounds = set(self.samples[group[0]])
         return len(rounds.intersection(*(self.samples[name] for name in self._compared))) < share * MIN_ROUNDS
 
@@ -320,12 +324,12 @@ class Turns:
         return rounds < share * ROUNDS and spent < share * ROUNDS_SECONDS and time.perf_counter() < self._until
 
     def _precise(self, group: list[str]) -> bool:
-        """Whether enough is known of the ratios to the calls compared; of a call that has no partner, never."""
+        """Whether the ratios to the compared calls are known precisely enough; never for a call without a partner."""
         pairs = [(name, partner) for name in group for partner in self._compared if partner != name]
         return bool(pairs) and all(self._known(name, partner) for name, partner in pairs)
 
     def _known(self, name: str, partner: str) -> bool:
-        """Whether all rounds agree on a ratio, or those with near cores do."""
+        """Whether the interval of a ratio is narrow, over all rounds or over those with near cores."""
         mine, theirs = self.samples[name], self.samples[partner]
         together = mine.keys() & theirs.keys()
         near = [
@@ -346,7 +350,7 @@ def _quiet_share(rounds: int) -> int:
 
 
 def _quiet_ratios(ours: Samples, theirs: Samples) -> list[float]:
-    """Return our seconds over theirs in rounds in which neither sample was among its call's slower ones."""
+    """Return our seconds over theirs in the rounds in which neither sample was among its call's slower ones."""
     shared = sorted(ours.keys() & theirs.keys())
     ordered = [sorted(samples[round_] for round_ in shared) for samples in (ours, theirs)]
 
@@ -358,22 +362,22 @@ def _quiet_ratios(ours: Samples, theirs: Samples) -> list[float]:
 
 
 def ratio(ours: Samples, theirs: Samples) -> float:
-    """Median of our seconds over theirs, over the quietest of the rounds that both took part in.
+    """The median of our seconds over theirs, over the quietest of the rounds that both took part in.
 
-    A drift of the machine from one round to the next is in both samples of a round, and so not in their ratio. Other
-    work on the machine, or beside it on its host, slows one call more than another, and only ever slows: a ratio is of
-    the fifth of the rounds, five at least, in which the longer of the two samples, each by its place among those of its
-    own call, comes first. What a call's own time varies by counts as disturbance too.
+    A drift of the machine from round to round is in both samples of a round, so it cancels in their ratio. Other work
+    on the machine or its host slows one call more than another, and it only ever slows. Each sample is therefore ranked
+    among those of its own call, and a round's rank is the higher of its two. The ratio uses the fifth of the rounds
+    with the lowest ranks, but at least five rounds. Variation of a call's own time counts as disturbance too.
     """
     return quantile(_quiet_ratios(ours, theirs), 0.5)
 
 
 def ratio_interval(ours: Samples, theirs: Samples) -> tuple[float, float]:
-    """The ends of a confidence interval of :func:`ratio`, from the order of the rounds' ratios alone.
+    """The ends of a confidence interval of :func:`ratio`, computed only from the order of the rounds' ratios.
 
-    Each of those rounds is below the true median as likely as above it, so that how many are is binomial. The interval
-    leaves out as many at both ends as keep its confidence at 90% or more; of four rounds and fewer it is the whole
-    range, which has less.
+    The ratio of each of those rounds is as likely to be below the true median as above it, so the number below it
+    follows a binomial distribution. The interval leaves out as many ratios at either end as keeps its confidence at 90%
+    or more. With four rounds or fewer it is the whole range, whose confidence is lower.
     """
     ratios = sorted(_quiet_ratios(ours, theirs))
     n, outside, ways = len(ratios), 0, 1
@@ -390,9 +394,9 @@ def slowing(seconds: list[float]) -> float:
 
 
 class MeasuredTime:
-    """A timer for pytest-benchmark that advances by what a clock measured: the device's time, not the host's.
+    """A timer for pytest-benchmark that advances by the time a clock measured: the device's time, not the host's.
 
-    It advances by a nanosecond with each reading too: pytest-benchmark looks for the least step of its timer.
+    Each reading advances it by another nanosecond, because pytest-benchmark measures the least step of its timer.
     """
 
     __name__ = "measured_time"
@@ -423,16 +427,16 @@ def quantile(samples: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-# Parameters of mallopt in the C library.
+# Parameters of the C library's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(device: torch.device) -> bool:
     """Tell the C library to keep freed memory in this process; return whether it will.
 
-    Left to itself it returns large results to the system after each call, and the next call clears their pages again,
-    or it does not, depending on what the process freed before. That was a quarter of the time of a dense layer, in one
-    run and not in the next.
+    By default, whether it gives the memory of large results back to the system after each call, so that the next call
+    clears their pages again, depends on what the process freed before. That took a quarter of the time of a dense layer
+    in one run and nothing in the next.
     """
     if device.type != "cpu":
         return False
@@ -444,10 +448,10 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a warmed-up call needs at its peak on top of what is there when it starts, its results included.
+    """Bytes that a warmed-up call needs at its peak in addition to those in use when it starts, its results included.
 
-    On CUDA this is what torch's allocator hands out. On the CPU it is physical memory, whoever allocates it, from the
-    kernel's high-water mark of the process; None where the system has none that can be reset.
+    On CUDA it counts the memory that torch's allocator hands out. On the CPU it counts all physical memory, from the
+    kernel's high-water mark of the process; None if the system has no such mark that can be reset.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -459,7 +463,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         del result
         return peak
     try:
-        # Freed memory that is kept would be used again unseen, so it goes back to the system first.
+        # A call that reuses kept memory would not raise the mark, so such memory is given back to the system first.
         gossamer.empty_cache()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

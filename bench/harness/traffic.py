@@ -1,4 +1,4 @@
-"""Counts what collectives of torch.distributed send, whoever calls them."""
+"""Counts the bytes that collectives of torch.distributed send, whoever calls them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SENDS_NOTHING = ("wait_tensor", "barrier", "monitored_barrier", "_wrap_tensor_au
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts collectives, and the bytes that this process sends to others by them, inside the ``with`` block.
+    """Counts the collectives inside the ``with`` block, and the bytes that this process sends to others in them.
 
-    An all-to-all sends all but this process's own share; an all-gather sends its input to each other process, a
-    reduce-scatter what the others' parts take, an all-reduce both. It sees what runs on the calling thread, which is
-    all that runs on a CPU.
+    An all-to-all sends everything but this process's own share; an all-gather sends its input to each other process; a
+    reduce-scatter sends the parts of the others; an all-reduce counts as both of these. Only collectives on the calling
+    thread are seen; on a CPU these are all of them.
 
     Attributes:
         nbytes: bytes sent to other processes.
-        collectives: how many.
+        collectives: number of collectives.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class SentBytes(TorchDispatchMode):
         self.nbytes = self.collectives = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Count a collective, and run whatever it is."""
+        """Run the operator, and count it if it is a collective."""
         namespace, _, name = func._schema.name.partition("::")
         if namespace in ("c10d", "_c10d_functional"):
             nbytes = _sent(namespace, name.rstrip("_"), args, dict(kwargs or {}), func)
@@ -45,7 +45,7 @@ def _tensors(value) -> list[torch.Tensor]:
 
 
 def _sent(namespace: str, name: str, args: tuple, kwargs: dict, func) -> int | None:
-    """Bytes that a collective sends; None for what is none, such as a wait or a barrier."""
+    """Bytes that a collective sends; None for an operator that sends none, such as a wait or a barrier."""
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     if name in SENDS_NOTHING:
         return None

@@ -1,4 +1,4 @@
-"""The search for tiles: candidates near the present choice, each checked before it is timed, within a time budget."""
+"""Searches for tiles within a time budget: candidates near the current choice, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gossamer.triton_kernels.common import AOT_LAYOUTS
 from gossamer.triton_kernels.tile_tables import Device, Entry
 from gossamer.triton_kernels.tiles import ITEM_BYTES, Problem, Tile, choose, fault, row_bucket
 
-# A tile is recorded if it takes at most 1 − MARGIN of the present choice's time in each half of the rounds.
+# A tile is recorded if it takes at most 1 − MARGIN of the current choice's time in each half of the rounds.
 MARGIN = 0.03
-# Shares of a launch's time: trying candidates, then timing the finalists.
+# Shares of a launch's time for trying candidates and for timing the finalists.
 SCREENING = 0.6
 SCREENING_ROUNDS = 3
 FINALISTS = 3
@@ -35,18 +35,18 @@ Stopwatch = Callable[[Callable[[], object]], float]
 
 @dataclass
 class Outcome:
-    """What was found for one launch.
+    """The result of the search for one launch.
 
     Attributes:
-        name: of the launch.
-        problem: what the tile is chosen by.
+        name: name of the launch.
+        problem: the sizes and dtypes by which the tile is chosen.
         default: the present choice.
-        default_seconds: its median; infinite where the budget ended before it was timed.
-        entry: what to write; None where nothing is enough faster.
-        tried: candidates that were looked at.
-        offered: candidates that there are.
-        rejected: reason -> candidates.
-        failure: why nothing could be searched for; empty otherwise.
+        default_seconds: its median; infinite if the budget ended before it was timed.
+        entry: the entry to write; None if no candidate is enough faster.
+        tried: number of candidates that were tried.
+        offered: number of all candidates.
+        rejected: reason -> number of candidates rejected for it.
+        failure: the reason why no search was possible; else empty.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
-    """Seconds of one call: between two events over an overwritten L2 cache on CUDA, by the clock elsewhere."""
+    """Seconds of one call: on CUDA between two events, with the L2 cache overwritten; elsewhere by the clock."""
     if device.type != "cuda":
 
         def elapsed(call: Callable[[], object]) -> float:
@@ -86,7 +86,7 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 def candidates(problem: Problem, arch: int, shared: int) -> list[Tile]:
-    """Tiles that may serve a problem, other than the heuristic's, those nearest to it first."""
+    """Tiles that may serve a problem, without the heuristic's own; those nearest to it come first."""
     near = choose(problem, arch)
     wide = ITEM_BYTES[problem.precision] == 4
     rows = [m for m in (16, 32, 64, 128, 256) if m <= max(16, row_bucket(problem.mean_rows))]
@@ -102,7 +102,7 @@ def candidates(problem: Problem, arch: int, shared: int) -> list[Tile]:
 
 
 def _distance(tile: Tile, other: Tile) -> float:
-    """Return the distance between two tiles in doublings, stages and switches; each further change weighs more."""
+    """Return the distance between two tiles, in doublings, stages and switches; each additional change weighs more."""
     sizes = ("block_m", "block_n", "block_k", "num_warps", "group_m")
     steps = [abs(math.log2(getattr(tile, name) / getattr(other, name))) for name in sizes]
     steps += [0.5 * abs(tile.num_stages - other.num_stages), float(tile.persistent != other.persistent)]
@@ -110,7 +110,7 @@ def _distance(tile: Tile, other: Tile) -> float:
 
 
 def unfit(problem: Problem, tile: Tile, device: Device) -> str | None:
-    """Why a tile may not be written down, or None: what it compiles to, however weights are stored.
+    """The reason why a tile may not be recorded, from compiling it for every way to store weights, or None.
 
     Interpreted kernels are not compiled.
     """
@@ -131,13 +131,13 @@ class Search:
     """The search for one launch's tile.
 
     Args:
-        title: how progress and the outcome call it.
+        title: its name in progress and outcome.
         target: the launch.
         device: where it runs.
         default: the present choice.
         seconds: the stopwatch.
         deadline: when to stop, by ``time.monotonic``.
-        progress: told the title and what is tried.
+        progress: called with the title and the candidate being tried.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Search:
         self.outcome = Outcome(title, target.problem, default)
 
     def run(self) -> Outcome:
-        """Search until the time is up or nothing is left to try."""
+        """Search until the time is up or all candidates were tried."""
         outcome, problem = self.outcome, self._target.problem
         gate = self._target.gate()
         if reason := self._refused(outcome.default, gate):
@@ -174,7 +174,7 @@ class Search:
         return outcome
 
     def _screen(self, offered: list[Tile], gate: FloatGate) -> Iterator[tuple[float, Tile]]:
-        """Time over the present choice's, and tile, of each candidate that is right, while the time lasts."""
+        """Each correct candidate tried while time lasts: its time over the current choice's, and its tile."""
         until = self._start + SCREENING * (self._deadline - self._start)
         for tile in offered:
             if time.monotonic() >= until:
@@ -188,11 +188,11 @@ class Search:
             yield min(ours for ours, _ in pairs) / min(theirs for _, theirs in pairs), tile
 
     def _refused(self, tile: Tile, gate: FloatGate) -> str | None:
-        """Why a tile may not be timed: it does not compile or launch, or its numbers are wrong."""
+        """The reason why a tile may not be timed (it does not compile or launch, or its results are wrong), or None."""
         try:
             verdict = gate(self._target.launch(tile))
         except (torch.AcceleratorError, torch.OutOfMemoryError):
-            # The device cannot be used any more.
+            # The device can no longer be used.
             raise
         except Exception as error:
             # A tile that does not compile or launch is a result, not a failure of the search.
@@ -205,7 +205,7 @@ class Search:
         return self._seconds(_Call(self._target.launch, tile))
 
     def _final(self, finalists: list[Tile]) -> None:
-        """Time the finalists and the present choice in turns, and keep the fastest if it is enough faster."""
+        """Time the finalists and the current choice in turns, and keep the fastest if it is enough faster."""
         tiles = [self.outcome.default, *finalists]
         samples: dict[Tile, list[float]] = {tile: [] for tile in tiles}
         least, most = FINAL_ROUNDS
@@ -234,7 +234,7 @@ class Search:
 
 @dataclass(frozen=True)
 class _Call:
-    """A launch with its tile, so that a stand-in stopwatch can tell what it is given."""
+    """A launch with its tile, so that a stand-in stopwatch can tell which one it is given."""
 
     launch: Callable[[Tile], object]
     tile: Tile
@@ -253,15 +253,15 @@ def run(
     seconds: Stopwatch,
     progress: Callable[[str, str], None] = lambda launch, detail: None,
 ) -> Iterator[Outcome]:
-    """Search for the tiles of every launch of a family at the wanted shapes; one outcome at a time.
+    """Search for the tiles of every launch of a family at the given shapes, and yield one outcome at a time.
 
     Args:
         family: a member of :data:`gossamer.bench.harness.tune_targets.FAMILIES`.
         wanted: shapes and dtypes, all on one device.
-        device: that device. The present choice is that of the table which ships for it, else the heuristic's.
-        budget: seconds for everything; what one launch leaves, the next ones share.
+        device: the device. The current choice is that of the table that ships for it, else the heuristic's.
+        budget: seconds for everything; the time that one launch leaves over is shared by the next ones.
         seconds: the stopwatch.
-        progress: told which launch is searched, and what is tried.
+        progress: called with the launch being searched and the candidate being tried.
     """
     shipped = {e.problem.key: e.tile for source in tile_tables.shipped(device) for e in source.entries}
     end = time.monotonic() + budget
@@ -285,7 +285,7 @@ def run(
 
 
 def merged(kept: list[Entry], outcomes: list[Outcome]) -> list[Entry]:
-    """The entries of a table after a search: what was searched for replaces, or removes, what was there before."""
+    """The entries of a table after a search: for each launch searched, the old entry is replaced or removed."""
     entries = {entry.problem.key: entry for entry in kept}
     for outcome in outcomes:
         if not outcome.failure:
@@ -296,7 +296,7 @@ def merged(kept: list[Entry], outcomes: list[Outcome]) -> list[Entry]:
 
 
 def describe(outcome: Outcome) -> str:
-    """One line: what was found for a launch."""
+    """The result for a launch, in one line."""
     if outcome.failure:
         return f"{outcome.name}: {outcome.failure}"
     if outcome.entry:

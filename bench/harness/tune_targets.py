@@ -1,4 +1,4 @@
-"""What ``gossamer tune`` launches: the products of an expert layer, each with its float64 truth."""
+"""The launches that ``gossamer tune`` searches tiles for: products of an expert layer, with their float64 truth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gossamer.triton_kernels import expert_mlp, expert_mlp_backward, grouped_mat
 from gossamer.triton_kernels.common import dot_precision
 from gossamer.triton_kernels.tiles import Problem, Tile
 
-# At most this many experts, evenly spread, have their weights checked.
+# The weights of at most this many experts, evenly spread, are checked.
 SAMPLE_EXPERTS = 4
 SWIGLU = gossamer.Activation("swiglu")
 
@@ -35,10 +35,10 @@ class Target:
     """One launch to find a tile for.
 
     Attributes:
-        name: what it is in the layer.
-        problem: what the tile is chosen by.
-        launch: runs it with a tile; its outputs by name.
-        gate: makes the judge of those outputs, by the error rule of :mod:`gossamer.testing`.
+        name: its role in the layer.
+        problem: the sizes and dtypes by which the tile is chosen.
+        launch: runs it with a tile and returns its outputs by name.
+        gate: makes the gate that judges these outputs by the error rule of :mod:`gossamer.testing`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Inputs of the launches, rows in expert order where a name ends in ``_rows``."""
+    """Inputs of the launches. A name that ends in ``_rows`` means that rows are in expert order."""
 
     x: torch.Tensor
     dy: torch.Tensor
@@ -80,11 +80,11 @@ class _Layer:
         return torch.linspace(0, e - 1, SAMPLE_EXPERTS).round().long().tolist()
 
     def rows(self, expert: int) -> slice:
-        """Its rows."""
+        """The rows of an expert."""
         return slice(self.starts[expert], self.starts[expert + 1])
 
     def tokens(self, expert: int) -> torch.Tensor:
-        """The token of each of its rows."""
+        """The token of each row of an expert."""
         return self.dispatch.slots[self.rows(expert)].long() // self.dispatch.top_k
 
     def pick_rows(self, value: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _make_layer(request: Request) -> _Layer:
 
 
 def _gate(layer: _Layer, expected: Callable[[int, torch.dtype], Outputs], by_expert: tuple[str, ...] = ()) -> FloatGate:
-    """A gate from what one expert's rows, or weights for the names in ``by_expert``, are in a dtype."""
+    """Make a gate. ``expected`` computes one expert's rows, or its weights for names in ``by_expert``, in a dtype."""
 
     def outputs(dtype: torch.dtype) -> Outputs:
         parts = [expected(e, dtype) for e in layer.checked]
@@ -139,7 +139,7 @@ def _product(layer: _Layer, name: str, x: torch.Tensor, weight: torch.Tensor, ga
 
 
 def _weight_gradient(layer: _Layer, name: str, x: torch.Tensor, dy: torch.Tensor, x_gathered: bool) -> Target:
-    """``Σ dy[r]ᵀ x[r]`` of each expert; one of the two is in token order and gathered."""
+    """``Σ dy[r]ᵀ x[r]`` of each expert; one of the two is in token order, and its rows are gathered."""
     x_div, dy_div = (layer.dispatch.top_k, 0) if x_gathered else (0, layer.dispatch.top_k)
     e, n, c = layer.gate_up.shape[0], dy.shape[1], x.shape[1]
 
