@@ -15,11 +15,11 @@ reduce-scatter                        as the all-gather
 all-reduce                            reduce-scatter, then all-gather
 ====================================  ==============================================================================
 
-The all-to-all is a pairwise exchange. By node, it first sends along each line of devices with the same place on their
-nodes what is meant for a whole node, ``w <= l m`` bytes where some of it is meant for several devices, then within
-nodes. With one node or one device a node the other rows
-are the ring algorithms; else a ring along each such line and a ring within each node. Thakur, Rabenseifner and Gropp
-2005, "Optimization of Collective Communication Operations in MPICH", derives the terms.
+The all-to-all is a pairwise exchange. By node, each device first sends the bytes for a whole node, ``w <= l m`` if some
+are for several of its devices, to the device with the same place on that node, and devices then exchange within nodes.
+With one node, or one device per node, the other rows are the ring algorithms; else they are one ring along the devices
+with the same place on their nodes and one ring within each node. Thakur, Rabenseifner and Gropp 2005, "Optimization of
+Collective Communication Operations in MPICH", derives the terms.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Link:
             raise ValueError(f"bandwidth must be finite and above 0, got {self.bandwidth!r}")
 
     def seconds(self, nbytes: float) -> float:
-        """How long a message takes."""
+        """The seconds that a message takes."""
         return self.latency + nbytes / self.bandwidth
 
 
@@ -57,8 +57,8 @@ class Group:
     """The devices of one exchange.
 
     Attributes:
-        size: how many.
-        local: how many of them share a node, the same on every node.
+        size: number of devices.
+        local: number of devices per node, the same on every node.
     """
 
     size: int
@@ -66,7 +66,7 @@ class Group:
 
     @property
     def nodes(self) -> int:
-        """How many nodes they are on; the last may hold fewer of them."""
+        """The number of nodes they are on; the last node may hold fewer of them."""
         return -(-self.size // self.local)
 
 
@@ -77,9 +77,9 @@ class Cluster:
     Attributes:
         devices: in total.
         per_node: on each node.
-        intra: the link of devices on one node.
-        inter: the link between nodes; None where one node holds all devices.
-        memory: bytes of a device; None for no limit.
+        intra: the link between devices on one node.
+        inter: the link between nodes; None if one node holds all devices.
+        memory: bytes of memory per device; None for no limit.
     """
 
     devices: int
@@ -104,7 +104,7 @@ class Cluster:
             raise ValueError(f"memory must be above 0 bytes, got {self.memory!r}")
 
     def group(self, size: int, stride: int = 1) -> Group:
-        """The group of ``size`` devices that are ``stride`` places apart, nodes being filled one after the other."""
+        """The group of ``size`` devices that are ``stride`` places apart, if nodes are filled one after the other."""
         return Group(size, max(1, min(size, self.per_node // stride)))
 
     def resized(self, devices: int) -> Cluster:
@@ -119,7 +119,8 @@ class Cluster:
     def all_to_all(self, group: Group, nbytes: float, *, node_nbytes: float | None = None) -> float:
         """Seconds of an all-to-all in which each device sends ``nbytes`` to each other device of the group.
 
-        With ``node_nbytes`` it goes by node, first that many bytes to each other node and then on to the devices.
+        With ``node_nbytes`` the exchange goes by node: first that many bytes to each other node, then on to the
+        devices.
         """
         local, nodes = group.local, group.nodes
         if nodes == 1:
@@ -131,7 +132,7 @@ class Cluster:
         return (local - 1) * self.intra.seconds(nbytes) + (group.size - local) * between.seconds(nbytes)
 
     def all_gather(self, group: Group, nbytes: float) -> float:
-        """Seconds until each device of the group holds all ``nbytes``, of which each had an equal part."""
+        """Seconds until each device of the group holds all ``nbytes``, if each began with an equal part."""
         local, nodes = group.local, group.nodes
         seconds = (local - 1) * self.intra.seconds(nbytes / local)
         if nodes > 1:
@@ -148,9 +149,9 @@ class Cluster:
 
 
 def met_parts(sizes: list[int], top_k: int) -> list[float]:
-    """The probability that ``top_k`` of ``sum(sizes)`` experts, all choices alike, meet each part of them.
+    """For each part of the experts, the probability that a uniform choice of ``top_k`` among all includes one of it.
 
-    A part of ``s`` of ``E`` experts is missed with probability ``C(E - s, K) / C(E, K)``.
+    Of ``E`` experts, the choice misses a part of ``s`` with probability ``C(E - s, K) / C(E, K)``.
     """
     total = sum(sizes)
     return [
@@ -159,6 +160,6 @@ def met_parts(sizes: list[int], top_k: int) -> list[float]:
 
 
 def parts(total: int, ranks: int) -> list[int]:
-    """``total`` things over ``ranks``, consecutive ones together, as ``torch.chunk`` divides them."""
+    """Sizes of the consecutive parts into which ``torch.chunk`` divides ``total`` things for ``ranks`` ranks."""
     each = -(-total // ranks)
     return [max(0, min(each, total - rank * each)) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""JSON files from elsewhere: their values are checked before anything is computed from them."""
+"""Reads JSON files from elsewhere, and checks their values before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_BYTES = 64 * 2**20
 
 
 def read_object(path: Path) -> dict:
-    """The object that a JSON file holds.
+    """Read the object that a JSON file holds.
 
     Raises:
         ValueError: it cannot be read, is too large, is not JSON, or holds something else.
@@ -33,14 +33,14 @@ def read_object(path: Path) -> dict:
 
 
 def integer(where: str, name: str, value: object, least: int, most: int) -> int:
-    """``value`` if it is an integer between ``least`` and ``most``; a message names ``where`` and ``name`` if not."""
+    """Return ``value`` if it is an integer from ``least`` to ``most``; else raise, naming ``where`` and ``name``."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{where}: {name} must be an integer from {least} to {most}, got {_short(value)}")
     return value
 
 
 def number(where: str, name: str, value: object, least: float = 0.0) -> float:
-    """``value`` if it is a finite number above ``least``; a message names ``where`` and ``name`` if not."""
+    """Return ``value`` if it is a finite number above ``least``; else raise, naming ``where`` and ``name``."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (known and least < value <= sys.float_info.max):
         raise ValueError(f"{where}: {name} must be a finite number above {least:g}, got {_short(value)}")

@@ -1,15 +1,15 @@
-"""Layouts of a mixture-of-experts model over a cluster: how long a step takes and what each device holds.
+"""Layouts of a mixture-of-experts model over a cluster: the time of a step, and the memory that each device needs.
 
 A layout splits everything outside the experts over ``tensor`` devices of a node and copies it over the others. It
-splits the experts over ``expert`` consecutive devices by whole experts, or, where that is 1, over the ``tensor``
-devices by their width. Parameters, gradients and optimizer states can also be split over the devices that would hold
-copies: over all of them (FSDP) or over those on a node (hybrid). Every device has ``tokens`` tokens of a batch of its
-own, so the batch grows with the cluster.
+splits the experts over ``expert`` consecutive devices by whole experts or, if that is 1, over the ``tensor`` devices by
+their width. Parameters, gradients and optimizer states can also be split over the devices that would hold
+copies: over all of them (FSDP) or over those on a node (hybrid). Every device has a batch of its own with ``tokens``
+tokens, so the total batch grows with the cluster.
 
-The time is that of the products at measured rates, or of reading their weights where few tokens meet them, of the
-exchanges by :mod:`exchanges`, and of the optimizer's pass over memory, one after the other: nothing overlaps. Norms,
-activations, the loss and the dispatch outside the measured rate are not counted. Routing is taken to be uniform;
-``imbalance`` is the load of the busiest device over the mean one.
+The time of a step is a sum, since nothing is assumed to overlap: products at measured rates (or reading their weights,
+if few tokens meet them), exchanges by :mod:`exchanges`, and the optimizer's pass over memory. Norms, activations, the
+loss, and dispatch outside the measured rate are not counted. Routing is assumed to be uniform; ``imbalance`` is the
+load of the busiest device over the mean.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of float32 state that each optimizer keeps for a parameter.
 STATES = {"sgd": 0, "momentum": 4, "adam": 8}
 STRATEGIES = ("data", "fsdp", "tensor", "expert")
-# An id and a weight travel with a row for each expert that it may meet, and the numbers of rows before the rows.
+# With each row travel an id and a weight for each expert that it may meet; the numbers of rows travel before the rows.
 ROUTE_BYTES, WEIGHT_BYTES, SIZE_BYTES = 8, 4, 16
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a device does in a step.
+    """The work of a device in a step.
 
     Attributes:
-        tokens: of each device.
+        tokens: tokens per device.
         sequence: tokens that attend to one another.
-        dtype: of weights, gradients and activations.
+        dtype: dtype of weights, gradients and activations.
         direction: ``"both"``, a training step, or ``"forward"``.
         optimizer: a key of :data:`STATES`.
         master: whether the optimizer keeps float32 copies of 16-bit weights.
-        checkpoint: whether a layer's activations are computed again in the backward pass instead of kept.
+        checkpoint: whether a layer's activations are recomputed in the backward pass instead of kept.
         imbalance: rows of the busiest device over the mean.
     """
 
@@ -81,19 +81,19 @@ class Workload:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state of a parameter."""
+        """Bytes of optimizer state per parameter."""
         return STATES[self.optimizer] + (4 if self.master and self.nbytes < 4 else 0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay a model out.
+    """One way to lay a model out.
 
     Attributes:
-        devices: in total.
+        devices: number of devices in total.
         tensor: devices that split everything outside the experts.
         expert: devices that split the experts by whole experts; 1 for none.
-        shard: over which copies parameters are split too: ``"none"``, ``"node"`` or ``"all"``.
+        shard: the copies over which parameters are split too: ``"none"``, ``"node"`` or ``"all"``.
         hierarchical: whether rows travel by node, then by device.
     """
 
@@ -105,7 +105,7 @@ class Layout:
 
     @property
     def strategy(self) -> str:
-        """The member of :data:`STRATEGIES` that this is of."""
+        """The member of :data:`STRATEGIES` that this layout belongs to."""
         if self.expert > 1:
             return "expert"
         if self.tensor > 1:
@@ -114,17 +114,17 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """Devices that hold, or together hold, the same part of what is outside the experts."""
+        """The number of devices that each hold, or together hold, one part of everything outside the experts."""
         return self.devices // self.tensor
 
     @property
     def expert_split(self) -> int:
-        """Over how many devices the experts are split, before copies are."""
+        """The number of devices that the experts are split over, before copies are split."""
         return self.expert if self.expert > 1 else self.tensor
 
     @property
     def expert_copies(self) -> int:
-        """Devices that hold, or together hold, the same part of the experts."""
+        """The number of devices that each hold, or together hold, one part of the experts."""
         return self.devices // self.expert_split
 
     def __str__(self) -> str:
@@ -141,12 +141,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layout costs a device.
+    """The cost of a layout for a device.
 
     Attributes:
-        layout: which.
-        seconds: of a step, by part.
-        memory: bytes, by part.
+        layout: the layout.
+        seconds: seconds of a step, by part.
+        memory: bytes held, by part.
         sent: bytes sent to other devices in a step, by part.
     """
 
@@ -176,9 +176,9 @@ class ModelRates:
 
     Attributes:
         experts: FLOP/s of expert layers.
-        dense: FLOP/s of other products.
-        memory: bytes/s of a copy, at which weights are read and an optimizer passes over them; None for a forward pass
-            where it is neither given nor measured: weights then take no time to read.
+        dense: FLOP/s of all other products.
+        memory: bytes/s of a copy, the rate at which weights are read and an optimizer passes over them. None, for a
+            forward pass only, if it is neither given nor measured; reading weights then counts as free.
     """
 
     experts: Rate
@@ -187,10 +187,10 @@ class ModelRates:
 
     @staticmethod
     def of(rates: Rates, model: Model, work: Workload) -> ModelRates:
-        """Look all of them up.
+        """Look up all rates.
 
         Raises:
-            ValueError: one is neither given nor measured.
+            ValueError: a rate is neither given nor measured.
         """
         sizes = {"H": model.hidden, "I": model.intermediate}
         experts = rates.get(EXPERTS, dtype=work.dtype, direction=work.direction, sizes=sizes)
@@ -207,7 +207,7 @@ def divisors(number: int) -> list[int]:
 
 
 def layouts(model: Model, cluster: Cluster) -> Iterator[Layout]:
-    """The layouts of a model: tensor parallelism stays within a node, and heads and widths are divided evenly."""
+    """All layouts of a model in which tensor parallelism stays within a node and divides heads and widths evenly."""
     attention = model.attention
     for tensor in divisors(cluster.devices):
         if tensor > cluster.per_node or cluster.per_node % tensor:
@@ -233,12 +233,12 @@ def layouts(model: Model, cluster: Cluster) -> Iterator[Layout]:
 
 
 def _copied(layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Copies of what is outside the experts and of the experts, and how far apart the devices are that hold them."""
+    """The number of copies and the stride of their devices, for everything outside the experts and for the experts."""
     return (layout.copies, layout.tensor), (layout.expert_copies, layout.expert_split)
 
 
 def shards(cluster: Cluster, layout: Layout, copies: int, stride: int) -> int:
-    """Over how many of ``copies`` devices, ``stride`` apart, a layout splits what they would hold copies of."""
+    """The number of devices, of ``copies`` devices ``stride`` apart, that share what each would else hold whole."""
     if layout.shard == "node":
         local = cluster.group(copies, stride).local
         return local if copies % local == 0 else 1
@@ -246,7 +246,7 @@ def shards(cluster: Cluster, layout: Layout, copies: int, stride: int) -> int:
 
 
 class _Tally:
-    """Seconds and bytes sent, by part."""
+    """The seconds and the bytes sent, by part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -267,7 +267,7 @@ def price(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, lay
     held = _held(model, cluster, layout)
 
     def products(count: float, rate: Rate, weights: float) -> float:
-        """Seconds of products with ``count`` multiply-adds a token, or of reading their weights if that is longer."""
+        """Seconds of products with ``count`` multiply-adds per token, or of reading the weights if longer."""
         seconds = passes * 2 * work.tokens * count / rate.value
         # The backward pass reads the weights and writes their gradients.
         read = 0.0 if rates.memory is None else passes * weights * work.nbytes / rates.memory.value
@@ -277,7 +277,7 @@ def price(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, lay
     tally.add("dense", products(dense, rates.dense, model.dense_products / layout.tensor))
     busiest = 1.0
     if layout.expert > 1:
-        # The rank with most experts gets their share of all rows.
+        # The rank with the most experts gets their share of all rows.
         busiest = work.imbalance * max(parts(model.experts, layout.expert)) * layout.expert / model.experts
     tally.add("experts", products(busiest * model.expert_products, rates.experts, held.experts))
     if layout.expert > 1:
@@ -294,12 +294,12 @@ def price(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, lay
 
 @dataclass(frozen=True)
 class _Held:
-    """Parameters of the fullest device.
+    """The parameters on the fullest device.
 
     Attributes:
-        dense: outside the experts, before copies are split.
-        experts: of the experts, before copies are split.
-        kept: both after copies are split, where they are.
+        dense: parameters outside the experts, before copies are split.
+        experts: parameters of the experts, before copies are split.
+        kept: both together, after copies are split (if they are).
     """
 
     dense: float
@@ -321,19 +321,19 @@ def _held(model: Model, cluster: Cluster, layout: Layout) -> _Held:
 
 
 def met_ranks(model: Model, ranks: int) -> list[float]:
-    """For each of the ranks that divide the experts, the probability that a token meets one of its experts."""
+    """For each rank that holds experts, the probability that a token meets one of them."""
     return met_parts(parts(model.experts, ranks), model.top_k)
 
 
 def _add_rows(tally: _Tally, model: Model, cluster: Cluster, work: Workload, layout: Layout) -> None:
-    """Rows to the experts and back: one row for each (token, rank) pair, in both directions of both passes.
+    """Add the exchange of rows with the experts: one row per (token, rank) pair, there and back in both passes.
 
-    By node, a token travels once to each node and there once to each device.
+    By node, a token travels once to each node, and from there once to each device.
     """
     group = cluster.group(layout.expert)
     row = model.hidden * work.nbytes
     slots = min(model.top_k, -(-model.experts // layout.expert))
-    # The gradient of the rows brings along that of their weights.
+    # The gradient of the rows brings the gradient of their weights along.
     messages = [row + ROUTE_BYTES * slots, row]
     messages += [row, row + WEIGHT_BYTES * slots] if work.trains else []
     rows = work.tokens * max(met_ranks(model, layout.expert)) * work.imbalance
@@ -352,11 +352,11 @@ def _add_rows(tally: _Tally, model: Model, cluster: Cluster, work: Workload, lay
 
 
 def _add_tensor(tally: _Tally, model: Model, cluster: Cluster, work: Workload, layout: Layout) -> None:
-    """Sums over the devices that split a product, of the tokens of them all."""
+    """Add the sums over the devices that split a product; these hold the tokens of all of those devices."""
     group, degree = cluster.group(layout.tensor), layout.tensor
     nbytes = float(work.tokens * degree * model.hidden * work.nbytes)
     reduce, sent = cluster.all_reduce(group, nbytes), 2 * nbytes * (degree - 1) / degree
-    # One after attention and one after the feed-forward layer, and as many in the backward pass.
+    # One sum after attention and one after the feed-forward layer, and as many in the backward pass.
     passes = 2 if work.trains else 1
     tally.add("tensor", reduce, sent, passes * model.layers)
     dense_layers = model.layers - model.moe_layers
@@ -373,7 +373,7 @@ def _add_tensor(tally: _Tally, model: Model, cluster: Cluster, work: Workload, l
 
 
 def _add_copies(tally: _Tally, model: Model, cluster: Cluster, work: Workload, layout: Layout, held: _Held) -> None:
-    """Gradients summed over copies; with sharding, parameters gathered for each pass and gradients scattered."""
+    """Add sums of gradients over copies; with sharding, parameters gathered for each pass and gradients scattered."""
     whole, layers = (held.dense, held.experts), (model.layers, model.moe_layers)
     for parameters, count, (copies, stride) in zip(whole, layers, _copied(layout), strict=True):
         if copies == 1:
@@ -387,14 +387,14 @@ def _add_copies(tally: _Tally, model: Model, cluster: Cluster, work: Workload, l
             if work.trains:
                 tally.add("gradients", cluster.reduce_scatter(group, nbytes), sent, count)
         if split < copies and work.trains:
-            # A device sums its part over the other nodes, or all of it where nothing is split.
+            # A device sums its part over the other nodes; or everything, if nothing is split.
             part, rest = nbytes / split, copies // split
             reduce = cluster.all_reduce(cluster.group(rest, stride * split), part)
             tally.add("gradients", reduce, 2 * part * (rest - 1) / rest, count)
 
 
 def activation_elements(model: Model, layout: Layout) -> tuple[float, float]:
-    """Elements that a layer with experts keeps for the backward pass of a token: not split, and split by tensor.
+    """Elements per token that a layer with experts keeps for the backward pass: not split, and split by ``tensor``.
 
     Input and output of the norms before attention and experts (4 H); queries, keys and values and the result of
     attention; the pre-activations of K experts and of the shared one.
@@ -405,7 +405,7 @@ def activation_elements(model: Model, layout: Layout) -> tuple[float, float]:
     shared = 2.0 * model.shared_width
     experts = 2.0 * model.top_k * model.intermediate
     if layout.expert > 1:
-        # The rows that came, and the pre-activations of a device's share of all tokens.
+        # The rows received, and the pre-activations of a device's share of all tokens.
         rows = sum(met_ranks(model, layout.expert)) * model.hidden
         return 4.0 * model.hidden + (experts + rows) / layout.tensor, heads + shared
     return 4.0 * model.hidden, heads + shared + experts
@@ -415,7 +415,7 @@ def _memory(model: Model, work: Workload, layout: Layout, held: _Held) -> dict[s
     kept = sum(held.kept)
     memory = {"parameters": kept * work.nbytes}
     if layout.shard != "none":
-        # The layer that is computed and the next one are whole.
+        # The layer being computed and the next one are held whole.
         layer = held.dense / model.layers + held.experts / model.moe_layers
         memory["gathered"] = 2 * layer * work.nbytes
     whole, split = activation_elements(model, layout)
@@ -436,7 +436,7 @@ def _memory(model: Model, work: Workload, layout: Layout, held: _Held) -> dict[s
 
 
 def plan(model: Model, cluster: Cluster, work: Workload, rates: ModelRates) -> list[Cost]:
-    """All layouts of a model: those that fit first, the quickest first; among equals the one that sends least."""
+    """All layouts of a model, sorted: first those that fit, then by time, and among equals by bytes sent."""
     costs = [price(model, cluster, work, rates, layout) for layout in layouts(model, cluster)]
     return sorted(costs, key=lambda cost: (not cost.fits(cluster), cost.step, sum(cost.sent.values())))
 
@@ -444,7 +444,7 @@ def plan(model: Model, cluster: Cluster, work: Workload, rates: ModelRates) -> l
 def growth(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, most: int = 4096) -> list[dict]:
     """The best layout of each strategy at 1, 2, 4, ... ``most`` devices, with the same tokens on every device.
 
-    Of a strategy of which nothing fits, the layout that needs least memory stands, and ``fits`` is false.
+    If no layout of a strategy fits, its layout with the least memory is given, and ``fits`` is false.
     """
     return grown(cluster, lambda resized: plan(model, resized, work, rates), lambda c: c.layout.strategy, most)
 

@@ -1,8 +1,8 @@
 """Measures the exchanges of a process group, fits a link to some of them, and predicts the others.
 
-The link's latency and bandwidth are fitted to all-to-alls of a few sizes. All-to-alls of other sizes, in one hop and in
-two, and all-gathers, reduce-scatters and all-reduces are then predicted by :mod:`exchanges` and stand beside what was
-measured.
+The link's latency and bandwidth are fitted to all-to-alls of a few sizes. The times of all-to-alls of other sizes, in
+one hop and in two, and of all-gathers, reduce-scatters and all-reduces are then predicted by :mod:`exchanges`, and
+reported beside the measured times.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gossamer.parallel.planning.files import integer, number, read_object
 ALL_TO_ALL, TWO_HOPS = "all-to-all", "all-to-all, two hops"
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 COLLECTIVES = (ALL_TO_ALL, TWO_HOPS, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE)
-# Processes of a "node" of an exchange in two hops, whose nodes are all on this machine.
+# Processes per "node" of an exchange in two hops; all these nodes are on this machine.
 LOCAL = 2
-# Bytes to each other process of the all-to-alls that the link is fitted to, and of those that it predicts.
+# Bytes to each other process: of the all-to-alls that the link is fitted to, and of those that are predicted.
 FITTED = (1 << 10, 1 << 14, 1 << 18, 1 << 22)
 PREDICTED = (1 << 12, 1 << 16, 1 << 20, 3 << 20)
 # Bytes in total of the other collectives.
@@ -41,12 +41,12 @@ class Sample:
 
     Attributes:
         collective: a member of :data:`COLLECTIVES`.
-        nbytes: to each other process for an all-to-all; in total for the others.
+        nbytes: bytes to each other process for an all-to-all; in total for other collectives.
         fitted: whether the link is fitted to it.
-        seconds: the median over calls of the time that the slowest process took.
+        seconds: the median over calls; the time of a call is that of the slowest process.
         p20: the 20th percentile.
-        p80: the 80th.
-        calls: how many.
+        p80: the 80th percentile.
+        calls: number of calls.
     """
 
     collective: str
@@ -65,10 +65,10 @@ def _call(
     device: torch.device,
     hops: Sequence[dist.ProcessGroup],
 ) -> Callable[[], object]:
-    """What makes one exchange, over float32 tensors."""
+    """A function that makes one exchange of float32 tensors."""
     size = dist.get_world_size(group)
     if collective == TWO_HOPS:
-        # What is for a node goes there together, and from there to its processes.
+        # The rows for a node travel there together, and then go on to its processes.
         sent = torch.ones(size * nbytes // 4, device=device)
         between, received = torch.empty_like(sent), torch.empty_like(sent)
 
@@ -105,10 +105,10 @@ def time_exchange(
 
     Args:
         collective: a member of :data:`COLLECTIVES`.
-        nbytes: to each other process for an all-to-all; in total for the others.
-        group: of processes; None for all.
-        hops: for two hops, the groups of this process across nodes and within its node.
-        budget: about how many seconds to spend.
+        nbytes: bytes to each other process for an all-to-all; in total for other collectives.
+        group: group of processes; None for all.
+        hops: the two groups of this process, across nodes and within its node; None for one hop.
+        budget: approximate seconds to spend.
         fitted: a note for the sample.
 
     Raises:
@@ -124,7 +124,7 @@ def time_exchange(
     call = _call(collective, nbytes, group, device, hops)
 
     def slowest(count: int) -> list[float]:
-        """The time of each of ``count`` calls, that of the slowest process."""
+        """The time of each of ``count`` calls on the slowest process."""
         seconds = []
         for _ in range(count):
             dist.barrier(group)
@@ -148,7 +148,7 @@ def time_exchange(
 
 
 def fit(samples: Sequence[Sample], processes: int) -> Link:
-    """The link of the alpha-beta model that is nearest to measured all-to-alls, by squares of relative errors.
+    """Fit a link to measured all-to-alls by the alpha-beta model, with the least sum of squared relative errors.
 
     Minimises ``sum_s ((p - 1) (alpha + m_s beta) / t_s - 1)^2`` over ``alpha >= 0`` and ``beta > 0``.
 
@@ -171,7 +171,7 @@ def fit(samples: Sequence[Sample], processes: int) -> Link:
 
 
 def predict(link: Link, collective: str, nbytes: int, processes: int) -> float:
-    """Seconds of an exchange between processes that one link joins, whatever their nodes."""
+    """Seconds of an exchange between processes that are all joined by one link."""
     if collective == TWO_HOPS:
         nodes = Cluster(processes, LOCAL, link, link)
         return nodes.all_to_all(nodes.group(processes), nbytes, node_nbytes=LOCAL * nbytes)
@@ -187,13 +187,13 @@ def predict(link: Link, collective: str, nbytes: int, processes: int) -> float:
 
 
 def measure(group: dist.ProcessGroup | None = None, *, seconds: float = 10.0) -> dict:
-    """Measure a process group: the fitted link, and each exchange measured and predicted, as plain values.
+    """Measure a process group. Returns plain values: the fitted link, and each exchange measured and predicted.
 
     Every process of the group makes the call and gets the same answer.
 
     Args:
-        group: of processes; None for all.
-        seconds: about how long it may take.
+        group: group of processes; None for all.
+        seconds: approximate seconds that it may take.
 
     Raises:
         ValueError: the group has one process, or ``seconds`` is not above 0.
@@ -209,7 +209,7 @@ def measure(group: dist.ProcessGroup | None = None, *, seconds: float = 10.0) ->
         ranks = [dist.get_global_rank(group or dist.group.WORLD, rank) for rank in range(processes)]
         lines = [ranks[place::LOCAL] for place in range(LOCAL)]
         nodes = [ranks[at : at + LOCAL] for at in range(0, processes, LOCAL)]
-        # Every process makes every group, and keeps those that it is in.
+        # Every process must create every group; it keeps those that it is in.
         hops = [dist.new_subgroups_by_enumeration(each)[0] for each in (lines, nodes)]
         plan += [(TWO_HOPS, nbytes, False) for nbytes in PREDICTED]
     plan += [(name, nbytes, False) for name in (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE) for nbytes in TOTALS]
@@ -230,7 +230,7 @@ def measure(group: dist.ProcessGroup | None = None, *, seconds: float = 10.0) ->
 
 
 def read_link(path: Path) -> Link:
-    """The link that a file of ``gossamer plan measure --json`` holds, of the run with most processes.
+    """The link that a file of ``gossamer plan measure --json`` holds: that of the run with the most processes.
 
     Raises:
         ValueError: the file cannot be read or holds something else.
@@ -256,7 +256,7 @@ def write_answer(output: Path, compute: Callable[[], object]) -> None:
         found = compute()
         if dist.get_rank() == 0:
             output.write_text(json.dumps(found))
-        # No process leaves while another still waits for its part of a collective.
+        # No process may leave while another still waits for its part of a collective.
         dist.barrier()
     finally:
         dist.destroy_process_group()

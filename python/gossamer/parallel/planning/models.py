@@ -1,4 +1,4 @@
-"""What a transformers ``config.json`` says about the size of a mixture-of-experts language model.
+"""The sizes of a mixture-of-experts language model, read from a transformers ``config.json``.
 
 The counts are those of the model that transformers builds, weight by weight, computed from the sizes alone: nothing is
 built and transformers is not needed. A type of model that is not in :data:`TYPES` is refused by name.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gossamer.parallel.planning.files import integer
 
-# Largest value of each kind of size; far above any model, and small enough for every product of them.
+# The largest allowed value of each kind of size: far above any model's, and small enough for every product of sizes.
 WIDTH, LAYERS, EXPERTS, HEADS, VOCABULARY = 2**20, 2**12, 2**20, 2**12, 2**26
 
 
@@ -21,11 +21,11 @@ class Attention:
 
     Attributes:
         parameters: all of its weights.
-        products: those that a token is multiplied by.
-        heads: of the queries.
-        kv_heads: of keys and values.
-        key_width: of one head of queries and keys.
-        value_width: of one head of values.
+        products: weights that a token is multiplied by.
+        heads: heads of the queries.
+        kv_heads: heads of keys and values.
+        key_width: width of one head of queries and keys.
+        value_width: width of one head of values.
     """
 
     parameters: int
@@ -41,21 +41,21 @@ class Model:
     """A mixture-of-experts language model in numbers.
 
     Attributes:
-        model_type: as transformers calls it.
+        model_type: its name in transformers.
         hidden: width of a token.
         vocabulary: rows of the token embedding.
-        layers: all of them.
-        moe_layers: those with experts.
-        experts: of one such layer.
+        layers: number of all layers.
+        moe_layers: number of layers with experts.
+        experts: experts of one such layer.
         top_k: experts that a token meets.
         intermediate: width inside an expert.
-        expert_parameters: of one expert.
-        router_parameters: of one layer.
-        shared_parameters: of the shared expert of one layer, with its gate.
-        shared_width: inside the shared expert; 0 without one.
-        dense_parameters: of the feed-forward layer of a layer without experts.
-        attention: of every layer.
-        norm_parameters: of all norms outside attention.
+        expert_parameters: parameters of one expert.
+        router_parameters: parameters of the router of one layer.
+        shared_parameters: parameters of the shared expert of one layer, with its gate.
+        shared_width: width inside the shared expert; 0 without one.
+        dense_parameters: parameters of the feed-forward part of a layer without experts.
+        attention: the attention of every layer.
+        norm_parameters: parameters of all norms outside attention.
         tied: whether the head is the token embedding.
     """
 
@@ -96,7 +96,7 @@ class Model:
 
     @property
     def dense_products(self) -> int:
-        """Weights outside the experts that each token is multiplied by: the head, but not the embedding."""
+        """Weights outside the experts that each token is multiplied by, including the head but not the embedding."""
         layer = self.layers * self.attention.products
         layer += self.moe_layers * (self.hidden * self.experts + self.shared_parameters)
         layer += (self.layers - self.moe_layers) * self.dense_parameters
@@ -120,7 +120,7 @@ class _Config:
         self.where, self.values = where, values
 
     def size(self, *names: str, most: int, least: int = 1, default: int | None = None) -> int:
-        """The first of ``names`` that the config holds; ``default`` if none, and an error without one."""
+        """The first of ``names`` that the config holds, else ``default``; an error if there is neither."""
         for name in names:
             if self.values.get(name) is not None:
                 return integer(self.where, name, self.values[name], least, most)
@@ -137,7 +137,7 @@ class _Config:
         return value
 
     def heads(self) -> tuple[int, int, int]:
-        """Heads of queries, heads of keys and values, and the width of one."""
+        """The number of query heads, the number of key and value heads, and the width of a head."""
         hidden = self.size("hidden_size", most=WIDTH)
         heads = self.size("num_attention_heads", most=HEADS)
         kv_heads = self.size("num_key_value_heads", most=HEADS, default=heads)
@@ -149,12 +149,12 @@ class _Config:
             raise ValueError(
                 f"{self.where}: hidden_size must be at least num_attention_heads, got {hidden} and {heads}"
             )
-        # Rounded down where it does not divide, as transformers does.
+        # Rounded down if it does not divide, as in transformers.
         return heads, kv_heads, self.size("head_dim", most=WIDTH, default=hidden // heads)
 
 
 def _attention(config: _Config, *, bias: tuple[bool, bool], norms: Callable[[int, int, int], int]) -> Attention:
-    """Grouped-query attention; ``bias`` of queries, keys and values, and of the output; ``norms`` of its norms."""
+    """Grouped-query attention; ``bias`` is for (queries, keys and values; output), ``norms`` counts parameters."""
     hidden = config.size("hidden_size", most=WIDTH)
     heads, kv_heads, width = config.heads()
     products = hidden * width * (2 * heads + 2 * kv_heads)
@@ -203,7 +203,7 @@ def _every_layer(config: _Config, layers: int) -> int:
 
 
 def _sparse_steps(config: _Config, layers: int) -> int:
-    """Qwen: every so many layers, but for those listed."""
+    """Qwen: one layer in every ``decoder_sparse_step``, except those listed."""
     step = config.size("decoder_sparse_step", most=LAYERS, default=1)
     dense = config.values.get("mlp_only_layers") or []
     if not isinstance(dense, list) or len(dense) > layers:
@@ -213,7 +213,7 @@ def _sparse_steps(config: _Config, layers: int) -> int:
 
 
 def _after_the_first(config: _Config, layers: int) -> int:
-    """DeepSeek-V3: all but the first few."""
+    """DeepSeek-V3: all layers but the first few."""
     return layers - min(layers, config.size("first_k_dense_replace", most=LAYERS, least=0))
 
 
@@ -232,12 +232,12 @@ def _with_bias(norms: Callable[[int, int, int], int], default: bool = False) -> 
 
 @dataclass(frozen=True)
 class _Type:
-    """Where the models of one type differ.
+    """The ways in which the models of one type differ from other types.
 
     Attributes:
         attention: reads its attention.
-        intermediate: names of the width inside an expert.
-        moe_layers: how many of the layers have experts.
+        intermediate: config names of the width inside an expert.
+        moe_layers: returns how many of the layers have experts.
         expert_bias: whether experts have biases.
         router_bias: whether the router has a bias that is a parameter.
         shared_gate: whether a gate of one output scales the shared expert.
@@ -270,8 +270,8 @@ def model_of(where: str, values: dict) -> Model:
     """The model that the values of a config describe.
 
     Raises:
-        ValueError: its type is not in :data:`TYPES`, or a size is missing, no integer, out of range or at odds with
-            another; the message names ``where``, the size and the rule.
+        ValueError: its type is not in :data:`TYPES`, or a size is missing, is not an integer, is out of range or
+            contradicts another; the message names ``where``, the size and the rule.
     """
     name = values.get("model_type")
     if name not in TYPES:

@@ -1,4 +1,4 @@
-"""How fast a device computes: from stored runs of ``gossamer bench --json`` on it, or as the caller says."""
+"""How fast a device computes, from stored runs of ``gossamer bench --json`` on it or as given by the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from gossamer.parallel.planning.files import number, read_object
 
 EXPERTS, DENSE, MEMORY, TABLES = "experts", "dense", "memory", "tables"
-# What each rate is of, its unit, what one of the unit is in FLOP/s or bytes/s, and the option that gives it.
+# For each rate: its meaning, its unit, one unit in FLOP/s or bytes/s, and the option that gives it.
 MEANING = {
     EXPERTS: ("expert layers", "TFLOP/s", 1e12, "--expert-rate"),
     DENSE: ("dense products", "TFLOP/s", 1e12, "--dense-rate"),
@@ -27,7 +27,7 @@ class Rate:
 
     Attributes:
         value: FLOP/s or bytes/s.
-        source: the file and what it was measured on, or the option that gave it.
+        source: the file and the device that it was measured on, or the option that gave it.
     """
 
     value: float
@@ -39,10 +39,10 @@ class _Run:
     """One stored file that names the device.
 
     Attributes:
-        name: of the file.
-        record: what it holds.
+        name: name of the file.
+        record: contents of the file.
         kind: the type of device whose cases count, ``"cpu"`` or ``"cuda"``.
-        isa: the instruction set of a processor's kernels; ``"unknown"`` where the file does not say, "" for a GPU.
+        isa: the instruction set of a processor's kernels; ``"unknown"`` if the file does not say, ``""`` for a GPU.
     """
 
     name: str
@@ -53,7 +53,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Found:
-    """A rate that a run measured: of what, and at which sizes."""
+    """A rate that a run measured, with its variant and sizes."""
 
     run: _Run
     words: str
@@ -62,12 +62,12 @@ class _Found:
 
 
 class Rates:
-    """The rates of one device: those given, else measured ones from a folder of stored runs.
+    """The rates of one device: those given, else those measured in a folder of stored runs.
 
     Args:
-        folder: of files of ``gossamer bench --json`` and of kernel timings.
-        device: part of the name of a processor or GPU as the files hold it, case ignored; ``NAME:ISA`` takes the runs
-            with one instruction set alone, such as ``"AMD EPYC:avx2"``.
+        folder: folder of files of ``gossamer bench --json`` and of kernel timings.
+        device: part of the name of a processor or GPU in the files, in upper or lower case; ``NAME:ISA``, such as
+            ``"AMD EPYC:avx2"``, takes only the runs with one instruction set.
         given: rates that replace measured ones, by name, in FLOP/s or bytes/s.
 
     Raises:
@@ -93,19 +93,19 @@ class Rates:
     ) -> Rate:
         """The rate called ``name``.
 
-        Among runs of several shapes the nearest by the ratio of ``sizes`` counts. A large product and a copy are limits
-        of the device, so the fastest run of theirs counts.
+        If there are runs of several shapes, the one whose ratio to ``sizes`` is nearest to 1 counts. A large product
+        and a copy are limits of the device, so for these the fastest run counts.
 
         Args:
             name: a key of :data:`MEANING`.
             dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
             direction: ``"forward"`` or ``"both"``.
             sizes: symbol -> size.
-            variant: of ours, such as ``"gossamer SGD"``; the first if not given.
+            variant: one of our variants, such as ``"gossamer SGD"``; by default the first.
 
         Raises:
-            ValueError: it is neither given nor measured, runs with several instruction sets serve the device, or a
-                file holds something else than results.
+            ValueError: it is neither given nor measured, the device has runs with several instruction sets, or a file
+                holds something other than results.
         """
         meaning, unit, _, option = MEANING[name]
         if name in self.given:
@@ -132,7 +132,7 @@ class Rates:
         return name in self.given or bool(self._found(name, dtype, direction, None))
 
     def _found(self, name: str, dtype: str, direction: str, variant: str | None) -> list[_Found]:
-        """What all runs of the device measured of a rate."""
+        """The values of a rate that all runs of the device measured."""
         found: list[_Found] = []
         for run in self._device_runs():
             try:
@@ -170,7 +170,7 @@ def _named(wanted: str, name: object) -> bool:
 
 
 def _measured(run: _Run, name: str, dtype: str, direction: str, chosen: str | None) -> Iterator[_Found]:
-    """What a run measured of a rate."""
+    """The values of a rate that one run measured."""
     if "kernels" in run.record:
         if dtype == "bf16":
             yield from _of_kernels(run, name, direction)
@@ -197,7 +197,7 @@ def _measured(run: _Run, name: str, dtype: str, direction: str, chosen: str | No
 
 
 def looked_up_bytes(sizes: dict[str, int]) -> float:
-    """Bytes of the rows that an embedding benchmark in fp32 looks up, each as often as it is."""
+    """Bytes of the rows that an embedding benchmark in fp32 looks up; a row counts as often as it is looked up."""
     return sizes["B"] * sizes["J"] * sizes.get("T", 1) * sizes["D"] * 4.0
 
 
@@ -207,7 +207,7 @@ _BACKWARD = {"dA": 1, "dX": 2, "dW2": 1, "dW1": 2}
 
 
 def _of_kernels(run: _Run, name: str, direction: str) -> Iterator[_Found]:
-    """From a file of kernel timings: the expert kernels that it quotes, one after the other, and the dense product."""
+    """The rates in a file of kernel timings: of the expert kernels it quotes, in sequence, and of the dense product."""
     record = run.record
     for shape, numbers in record["shapes_T_H_I_E_K"].items():
         sizes = dict(zip(("T", "H", "I", "E", "K"), numbers, strict=True))

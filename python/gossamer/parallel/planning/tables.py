@@ -1,23 +1,24 @@
-"""Ways to place embedding tables on a cluster: how long a step's lookups take and what each device holds.
+"""Ways to place embedding tables on a cluster: the time of a step's lookups, and the memory that each device needs.
 
 A description of tables is a JSON file::
 
     {"tables": [{"name": "user", "rows": 10000000, "dim": 64, "bag": 1}, ...]}
 
-``bag`` is the number of ids a sample. Every device looks up a batch of its own and keeps the pooled rows of its
+``bag`` is the number of ids per sample. Every device looks up a batch of its own and gets the pooled rows of its
 samples.
 
-- ``replicate``: each device holds every row. Ids and gradients of pooled rows go to all devices, and each of them
-  updates its rows for the samples of all.
-- ``table``: a whole table on one device, the busiest table first onto the device with least to do. Ids go to the
-  table, pooled rows come back, and their gradients go to the table.
+- ``replicate``: each device holds every row. Ids and gradients of pooled rows go to all devices, and each device
+  updates its copy for all samples.
+- ``table``: each table is whole on one device. The busiest table is placed first, and each on the device with the least
+  work so far. Ids go to the table, pooled rows come back, and their gradients go to the table.
 - ``row``: each device holds an equal part of the rows of a table. Ids go to their rows, distinct rows come back, and
-  the gradients of pooled rows go to the devices that they have rows of.
-- ``column``: each device holds some columns. Ids go to all devices, pooled columns come back, their gradients go back.
-- ``mixed``: from the best of these, tables of one size after the other are moved to another placement where that brings
-  the memory under its limit or the time down.
+  the gradients of pooled rows go to the devices that hold those rows.
+- ``column``: each device holds some columns. Ids go to all devices, pooled columns come back, and their gradients
+  return to the devices.
+- ``mixed``: starts from the best of these; then, one table size after the other, tables move to another placement if
+  that brings memory below its limit or reduces the time.
 
-One exchange each way serves all tables. Ids are taken to be uniform, of which more are distinct than of any other; a
+One exchange each way serves all tables. Ids are assumed to be uniform, the distribution with the most distinct ids. A
 step's lookups, backward pass and fused optimizer run at the measured rate.
 """
 
@@ -44,13 +45,13 @@ OPTIMIZERS = {
     "partial_rowwise_adam": optim.PartialRowwiseAdam,
     "ftrl": optim.FTRL,
 }
-# How a benchmark of tables calls the variant with each optimizer; those that are not there were not measured.
+# The name of each optimizer's variant in the benchmark of tables; optimizers not listed were not measured.
 VARIANTS = {"sgd": "gossamer SGD", "rowwise_adagrad": "gossamer row-wise Adagrad"}
-# Of an id, and of the number of ids in a bag.
+# Bytes of an id, and of the number of ids in a bag.
 ID_BYTES = 4
-# What is exchanged, each by one all-to-all for all tables.
+# The things exchanged, each by one all-to-all for all tables.
 EXCHANGED = ("ids", "rows", "gradients")
-# A mixed placement of T tables is searched by about this many divided by T prices of T tables each.
+# The search for a mixed placement of T tables computes about this number divided by T costs, each over T tables.
 MOST_PRICES = 4096
 MOST_TABLES, MOST_ROWS, MOST_DIM, MOST_BAG = 2**14, 2**40, 2**16, 2**20
 
@@ -60,10 +61,10 @@ class TableSize:
     """One table.
 
     Attributes:
-        name: of the table.
-        rows: how many.
-        dim: columns.
-        bag: ids a sample.
+        name: name of the table.
+        rows: number of rows.
+        dim: number of columns.
+        bag: ids per sample.
     """
 
     name: str
@@ -102,11 +103,11 @@ def tables_of(where: str, values: dict) -> list[TableSize]:
 
 @dataclass(frozen=True)
 class Lookups:
-    """What a device does in a step.
+    """The work of a device in a step.
 
     Attributes:
-        batch: samples of each device.
-        dtype: of the rows.
+        batch: samples per device.
+        dtype: dtype of the rows.
         direction: ``"both"``, a training step, or ``"forward"``.
         optimizer: a key of :data:`OPTIMIZERS`.
     """
@@ -134,7 +135,7 @@ class Lookups:
         return self.direction == "both"
 
     def rate(self, rates: Rates) -> Rate:
-        """The rate of lookups that this work runs at.
+        """The rate at which the lookups run.
 
         Raises:
             ValueError: it is neither given nor measured.
@@ -153,11 +154,11 @@ class Lookups:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each table is.
+    """The placement of each table.
 
     Attributes:
         name: a member of :data:`PLACEMENTS`, or ``"mixed"``.
-        devices: in total.
+        devices: number of devices in total.
         where: the placement of each table.
         tables: their names, in the same order.
     """
@@ -175,18 +176,18 @@ class Placement:
 
 
 def distinct(rows: int, lookups: float) -> float:
-    """How many of ``rows`` rows ``lookups`` uniform ids meet, on average: ``R (1 - (1 - 1/R)^L)``."""
+    """The mean number of distinct rows that ``lookups`` uniform ids meet among ``rows``: ``R (1 - (1 - 1/R)^L)``."""
     return rows if rows == 1 else rows * -math.expm1(lookups * math.log1p(-1.0 / rows))
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one placement of one table asks of a device.
+    """The work and memory that one placement of one table needs on a device.
 
     Attributes:
         work: bytes of rows looked up.
         memory: bytes of rows and states.
-        buffers: bytes of what is received and of results.
+        buffers: bytes of received data and of results.
         ids: bytes of ids to each other device.
         rows: bytes of rows or pooled rows to each other device.
         gradients: bytes of gradients to each other device.
@@ -201,7 +202,7 @@ class _Share:
 
 
 def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
-    """The share of a device; of a table placed whole, that of the device that holds it."""
+    """The share of a device; for a table placed whole, the share of the device that holds it."""
     element = BYTES[work.dtype]
     lookups = work.batch * table.bag
     row = table.dim * element
@@ -219,9 +220,9 @@ def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
         own = distinct(table.rows, lookups)
         met = 1.0 - (1.0 - 1.0 / devices) ** table.bag
         memory = work.stored_bytes(-(-table.rows // devices), table.dim)
-        # The device of the rows reads them, and the device of the samples pools them.
+        # The device that holds the rows reads them, and the device that has the samples pools them.
         work_bytes, buffers = (lookups + own) * row, own * row + pooled
-        # Distinct ids for the rows, and the lists of bags where their gradients will follow.
+        # Distinct ids for the rows, and also the lists of bags if gradients will follow.
         ids = own / devices + (lookups / devices + work.batch if work.trains else 0.0)
         return _Share(work_bytes, memory, buffers, ids * ID_BYTES, own / devices * row, met * pooled)
     columns = -(-table.dim // devices)
@@ -231,7 +232,7 @@ def _share(table: TableSize, kind: str, devices: int, work: Lookups) -> _Share:
 
 
 def place_whole(loads: Sequence[float], devices: int) -> list[int]:
-    """A device for each table: the heaviest first, each onto the device with the least load so far."""
+    """A device for each table: the heaviest is placed first, and each goes to the device with the least load so far."""
     heap = [(0.0, device) for device in range(devices)]
     places = [0] * len(loads)
     for index in sorted(range(len(loads)), key=lambda index: (-loads[index], index)):
@@ -242,7 +243,7 @@ def place_whole(loads: Sequence[float], devices: int) -> list[int]:
 
 
 def price(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate, placement: Placement) -> Cost:
-    """The cost of a placement for the device that takes longest, and the memory of the one that holds most."""
+    """The cost of a placement: the time of the slowest device, and the memory of the fullest."""
     devices, group = cluster.devices, cluster.group(cluster.devices)
     totals = dict.fromkeys(("work", "memory", "buffers", *EXCHANGED), 0.0)
     for kind in PLACEMENTS:
@@ -267,7 +268,7 @@ def price(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Ra
 
 
 def placements(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate) -> list[Placement]:
-    """Every table placed alike, in each way that the cluster allows, and each table in the way that suits it."""
+    """The placements to compare: all tables alike, in each way that the cluster allows, and mixed."""
     names, devices = tuple(table.name for table in tables), cluster.devices
 
     def placement(name: str, where: Sequence[str]) -> Placement:
@@ -287,12 +288,12 @@ def placements(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rat
 
 
 def _order(cost: Cost, cluster: Cluster) -> tuple[bool, float, float]:
-    """What fits first, the quickest first; among equals what sends least."""
+    """The sort key: first what fits, then by time, and among equals by bytes sent."""
     return not cost.fits(cluster), cost.step, sum(cost.sent.values())
 
 
 def _mixed(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate, start: Placement) -> Placement:
-    """Tables of one size are moved together, those with most rows to look up first."""
+    """A mixed placement. Tables of one size are moved together; those with the most rows to look up go first."""
 
     def badness(placement: Placement) -> tuple[float, float]:
         cost = price(tables, cluster, work, rate, placement)
@@ -319,7 +320,7 @@ def _mixed(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: R
 
 
 def plan(tables: Sequence[TableSize], cluster: Cluster, work: Lookups, rate: Rate) -> list[Cost]:
-    """All placements: those that fit first, the quickest first."""
+    """All placements, sorted: first those that fit, then by time."""
     costs = [price(tables, cluster, work, rate, found) for found in placements(tables, cluster, work, rate)]
     return sorted(costs, key=lambda cost: _order(cost, cluster))
 
