@@ -1,4 +1,4 @@
-"""``gossamer bench``: measures."""
+"""``gossamer bench``: measures speed and memory against a dense layer, references and peers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def bench(
     family: Annotated[
         str,
         typer.Argument(
-            help="What to measure: moe, expert_mlp, grouped_matmul, gather_reduce, dispatch, ...; decode, a whole "
-            "model; study, before the name of a comparison of methods; parallel, before what several processes compute."
+            help="What to measure: a family such as moe, expert_mlp, grouped_matmul, gather_reduce or dispatch; "
+            "decode, a whole model; study NAME, a comparison of methods; parallel NAME, a layer on several processes."
         ),
     ] = "moe",
     study: Annotated[
@@ -38,12 +38,12 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="One shape, one to two minutes on two cores.")] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="fp32, bf16 or fp16; fp32 and bf16 if not given, as far as torch is not slow in them."),
+        typer.Option(help="fp32, bf16 or fp16; by default fp32 and bf16, unless torch is too slow in one."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     direction: Annotated[str, typer.Option(help="both, or forward.")] = "both",
     skew: Annotated[
-        str, typer.Option(help="How ids are spread: uniform, zipf, one; for experts also trained.")
+        str, typer.Option(help="Distribution of ids: uniform, zipf or one; for experts also trained.")
     ] = "uniform",
     peers: Annotated[str, typer.Option(help="all that are installed, none, or names between commas.")] = "all",
     sweep: Annotated[
@@ -53,7 +53,7 @@ def bench(
         Path | None, typer.Option("--json", metavar="FILE", help="Write every sample to this file.")
     ] = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write a line a variant to this file.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write one line per variant to this file.")
     ] = None,
     plot_folder: Annotated[
         Path | None, typer.Option("--plot", metavar="DIR", help="Write figures into this folder.")
@@ -62,25 +62,27 @@ def bench(
         Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained report to this file.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Show the change since a run stored by --json.")
+        Path | None, typer.Option(metavar="FILE", help="Show changes since a run stored by --json.")
     ] = None,
     fail_below: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Exit with 3 where we run below RATIO x the dense speed.")
+        float | None, typer.Option(metavar="RATIO", help="Exit with 3 if a case runs below RATIO x the dense speed.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Of a study: how many seeds a case.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="For study: number of seeds per case.")] = None,
     cases: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Of a study: these cases, beside its baseline.")
+        str | None, typer.Option(metavar="A,B,...", help="For study: run only these cases and the baseline.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of study movielens_budget: where the ratings are.")
+        Path | None, typer.Option(metavar="FOLDER", help="For study movielens_budget: folder of the ratings.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(help="Of parallel: local gloo processes; 2 if not given.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="For parallel: number of local gloo processes; 2 by default.")
+    ] = None,
 ) -> None:
-    """Measure against a dense layer of as many FLOPs, references and peers, after checking each against float64.
+    """Measure against a dense layer of equal FLOPs, references and peers, after checking each against float64.
 
-    Exit status: 0; 1 where a variant is wrong or ours failed; 2 where it cannot be done as asked, found before anything
-    is measured, or nothing could be; 3 where a case's speed over dense's is below --fail-below, or it was left out; 130
-    where it was interrupted.
+    Exit status: 0 on success; 1 if a variant is wrong or ours failed; 2 if the request cannot be met (found before
+    anything is measured) or nothing could be measured; 3 if a case's speed over dense's is below --fail-below, or the
+    case was left out; 130 if it was interrupted.
     """
     from gossamer.bench.harness import compare as compare_
     from gossamer.bench.harness import files, report, runner
@@ -132,7 +134,7 @@ def bench(
     console = report.make_console()
 
     def keep(found: Results) -> None:
-        # Where it cannot be written, the end of the run says so.
+        # If it cannot be written, the end of the run says so.
         with contextlib.suppress(OSError):
             if json_file is not None:
                 files.write_json(found.as_json(), json_file)
@@ -151,7 +153,7 @@ def bench(
             sweep=varied and vars(varied),
         )
     record = results.as_json()
-    # First what is to stay, for the terminal may be gone.
+    # Files first, since the terminal may be gone.
     try:
         if json_file is not None:
             files.write_json(record, json_file)
@@ -190,7 +192,7 @@ def _study(
     plot_folder: Path | None,
     others: list[str],
 ) -> None:
-    """Run a study; exit status as :func:`bench`."""
+    """Run a study; the exit status is as for :func:`bench`."""
     from gossamer.bench.harness import files, report, study_report
     from gossamer.bench.harness import study as studies
 
@@ -242,7 +244,7 @@ def _parallel(
     json_file: Path | None,
     others: list[str],
 ) -> None:
-    """Measure several processes; exit status as :func:`bench`."""
+    """Measure several processes; the exit status is as for :func:`bench`."""
     from gossamer.bench.harness import files, parallel, report
 
     try:

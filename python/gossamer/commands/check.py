@@ -1,4 +1,4 @@
-"""``gossamer check``: a layer and its replacement side by side."""
+"""``gossamer check``: compares a layer with its replacement."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ def check(
     ],
     replacement: Annotated[
         str | None,
-        typer.Option(help="package.module:attribute; without it, what gossamer.replace makes of a copy of MODULE."),
+        typer.Option(help="package.module:attribute; by default gossamer.replace is applied to a copy of MODULE."),
     ] = None,
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="A random input, 4,128,512:bf16 or 2,32:int64:1000; repeatable.")
+        list[str] | None,
+        typer.Option("--input", help="A random input, such as 4,128,512:bf16 or 2,32:int64:1000; repeatable."),
     ] = None,
     inputs_file: Annotated[
-        Path | None, typer.Option("--inputs", help="A safetensors file: 0, 1, ... positional, others by name.")
+        Path | None,
+        typer.Option("--inputs", help="A safetensors file of inputs: 0, 1, ... are positional, others go by name."),
     ] = None,
     config: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of a transformers config, KEY=VALUE; repeatable.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the module's own if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default the module's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     direction: Annotated[str, typer.Option(help="both, or forward.")] = "both",
     train: Annotated[
         bool, typer.Option("--train", help="Leave dropout on; by default modules are in eval mode.")
     ] = False,
-    speed: Annotated[bool, typer.Option(help="Whether to time a replacement that is right.")] = True,
+    speed: Annotated[bool, typer.Option(help="Whether to time the replacement if it is right.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
     """Check a layer's replacement against it: errors by float64, gradients, determinism, and speed if all is right."""
@@ -79,7 +81,7 @@ def check(
                 progress=progress,
             )
     except Exception as error:
-        # It runs the user's layers, which may raise anything: that is an answer, not a fault of this program.
+        # The user's layers may raise anything, which is an answer and not a fault of this program.
         _fail(f"{type(error).__name__}: {error}")
     console.print(result, width=min(console.width, 100))
     if json_file is not None:

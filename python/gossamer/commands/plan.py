@@ -1,4 +1,4 @@
-"""``gossamer plan``: what layouts on many devices cost, before they are run."""
+"""``gossamer plan``: the cost of layouts on many devices, before they are run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 plan = typer.Typer(
-    help="Plan layouts of models and tables on many devices; measure the exchanges that plans are made of.",
+    help="Plan layouts of models and tables on many devices; measure the exchanges that plans rest on.",
     no_args_is_help=True,
 )
 MOST_DEVICES = 2**16
@@ -22,55 +22,71 @@ def parallel(
     ],
     gpus: Annotated[int, typer.Option(metavar="N", help="Devices in total.")],
     per_node: Annotated[
-        int | None, typer.Option(metavar="M", help="Devices on a node; all of them if not given.")
+        int | None, typer.Option(metavar="M", help="Devices per node; by default all are on one.")
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="INTRA[,INTER]", help="GB/s of a device in each direction, within and between nodes."),
+        typer.Option(metavar="INTRA[,INTER]", help="GB/s of a device in each direction: within a node, between nodes."),
     ] = None,
     latency: Annotated[
-        str | None, typer.Option(metavar="INTRA[,INTER]", help="Microseconds of a message, within and between nodes.")
+        str | None,
+        typer.Option(metavar="INTRA[,INTER]", help="Microseconds of a message: within a node, between nodes."),
     ] = None,
     links: Annotated[
         str | None,
-        typer.Option(metavar="FILE[,FILE]", help="Files of gossamer plan measure, for --bandwidth and --latency."),
+        typer.Option(
+            metavar="FILE[,FILE]", help="Files of gossamer plan measure, in place of --bandwidth and --latency."
+        ),
     ] = None,
-    memory: Annotated[float | None, typer.Option(metavar="GIB", help="GiB of a device; no limit if not given.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Of a model: tokens of a device in a step.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="GiB of memory per device; by default no limit.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="For a model: tokens per device in a step.")] = None,
     sequence: Annotated[
-        int | None, typer.Option(help="Of a model: tokens that attend to one another; --tokens if not given.")
+        int | None, typer.Option(help="For a model: tokens that attend to one another; by default --tokens.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Of tables: samples of a device in a step.")] = None,
+    batch: Annotated[int | None, typer.Option(help="For tables: samples per device in a step.")] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME[:ISA]", help="Whose measured rates count, such as H100; this machine's processor."),
+        typer.Option(
+            metavar="NAME[:ISA]",
+            help="Device whose measured rates count, such as H100; by default this machine's processor.",
+        ),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Stored runs of gossamer bench --json; those of this package.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of stored runs of gossamer bench --json; by default those of this package."
+        ),
     ] = None,
     expert_rate: Annotated[float | None, typer.Option(help="TFLOP/s of expert layers.")] = None,
     dense_rate: Annotated[float | None, typer.Option(help="TFLOP/s of other products.")] = None,
     memory_rate: Annotated[float | None, typer.Option(help="GB/s of a copy in memory.")] = None,
     table_rate: Annotated[float | None, typer.Option(help="GB/s of rows looked up.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 for models, fp32 for tables.")] = None,
-    direction: Annotated[str, typer.Option(help="both, a training step, or forward.")] = "both",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default bf16 for models and fp32 for tables.")
+    ] = None,
+    direction: Annotated[str, typer.Option(help="both, for a training step, or forward.")] = "both",
     optimizer: Annotated[
-        str | None, typer.Option(help="adam, momentum or sgd; of tables rowwise_adagrad, sgd, adam, ...")
+        str | None, typer.Option(help="adam, momentum or sgd; for tables rowwise_adagrad, sgd, adam, ...")
     ] = None,
     master: Annotated[bool, typer.Option("--master", help="Keep float32 copies of 16-bit weights.")] = False,
-    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Compute activations again when needed.")] = False,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Recompute activations in the backward pass.")
+    ] = False,
     imbalance: Annotated[float, typer.Option(help="Rows of the busiest device over the mean.")] = 1.0,
     top: Annotated[int, typer.Option(help="Layouts to show.")] = 8,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every layout and the growth to this file.")
     ] = None,
     plot_folder: Annotated[
-        Path | None, typer.Option("--plot", metavar="DIR", help="Draw time and memory from 1 to 4096 devices there.")
+        Path | None,
+        typer.Option("--plot", metavar="DIR", help="Draw time and memory from 1 to 4096 devices into this folder."),
     ] = None,
 ) -> None:
-    """Compare expert, tensor, data and table sharding on a cluster: time of a step and memory of a device.
+    """Compare expert, tensor, data and table sharding on a cluster: time of a step and memory per device.
 
-    Exit status: 0; 1 where no layout fits the devices' memory; 2 where something is missing or wrong.
+    Exit status: 0 on success; 1 if no layout fits the devices' memory; 2 if an argument is missing or wrong.
     """
     from gossamer.bench.harness import files, plan_report, report
     from gossamer.parallel.planning import rates as measured
@@ -172,7 +188,7 @@ def _cluster(
 
 
 def _pair(option: str, text: str, zero: bool = False) -> list[float]:
-    """One number or two between commas."""
+    """Read one number, or two with a comma between them."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
@@ -195,7 +211,7 @@ def _refuse(what: str, options: dict[str, object]) -> None:
 
 
 def _device(name: str | None) -> str:
-    """The device asked for, or this machine's processor with its instruction set."""
+    """The device given, or this machine's processor with its instruction set."""
     if name is not None:
         if not name.partition(":")[0].strip():
             raise ValueError(f"--device must be part of a name, got {name!r}")
@@ -224,15 +240,15 @@ def measure(
     processes: Annotated[
         str, typer.Option(metavar="N[,N...]", help="Local gloo processes to start; ignored under torchrun.")
     ] = "2,4",
-    seconds: Annotated[float, typer.Option(help="About how long each number of processes may take.")] = 10.0,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Approximate seconds for each number of processes.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per process.")] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every sample to this file.")
     ] = None,
 ) -> None:
-    """Fit latency and bandwidth to all-to-alls, and hold predicted against measured times of other exchanges.
+    """Fit latency and bandwidth to all-to-alls, and compare predicted with measured times of other exchanges.
 
-    Under torchrun the processes that it started are measured, over NCCL where each has a GPU; the first one reports.
+    Under torchrun its processes are measured, over NCCL if each has a GPU, and the first one reports.
     """
     import os
 
@@ -280,7 +296,7 @@ def _start(count: int, seconds: float, threads: int) -> dict:
 
 
 def _measure_here(seconds: float, threads: int) -> dict:
-    """Measure the process group that this process was started for."""
+    """Measure the process group that this process belongs to."""
     import os
 
     import torch

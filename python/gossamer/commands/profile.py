@@ -1,4 +1,4 @@
-"""``gossamer profile``: where a layer's time and memory go."""
+"""``gossamer profile``: shows where a layer's time and memory go."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def profile(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     direction: Annotated[str, typer.Option(help="both, or forward.")] = "both",
-    skew: Annotated[str, typer.Option(help="How ids are spread: uniform, zipf or one.")] = "uniform",
+    skew: Annotated[str, typer.Option(help="Distribution of ids: uniform, zipf or one.")] = "uniform",
     against: Annotated[
-        str | None, typer.Option(help="The variant to hold it against, as gossamer bench names it.")
+        str | None, typer.Option(help="The variant to compare with, as gossamer bench names it.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto: .json or .json.gz.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the training step's memory: .png or .svg.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
     ncu: Annotated[str | None, typer.Option(help="Print Nsight Compute's command line for this kernel.")] = None,
     calls: Annotated[
-        int | None, typer.Option(min=1, help="Only run the layer so often, for a profiler around this command.")
+        int | None, typer.Option(min=1, help="Only run the layer this many times, for an outside profiler.")
     ] = None,
 ) -> None:
-    """Break a layer into its kernels, beside a reference's: time, bytes, FLOPs, and memory of a training step."""
+    """Break a layer down into kernels, beside a reference: time, bytes, FLOPs, and memory of a training step."""
     from gossamer.bench.harness import profile as profiling
     from gossamer.bench.harness import report, runner
     from gossamer.bench.harness.nsight import command_line

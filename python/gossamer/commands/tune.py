@@ -15,14 +15,14 @@ def tune(
     family: Annotated[str, typer.Option(help="expert_mlp or grouped_matmul.")] = "expert_mlp",
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="A named shape, or T,H,I,E,K; may be given several times. Four large layers if not given."),
+        typer.Option(help="A named shape, or T,H,I,E,K; repeatable. By default four large layers."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto or cuda.")] = "auto",
     budget: Annotated[float, typer.Option(help="Seconds for the whole search.")] = 600.0,
-    output: Annotated[Path | None, typer.Option(help="Write this file, and not the user's cache.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write to this file instead of the user's cache.")] = None,
 ) -> None:
-    """Search the tiles of Triton kernels on this GPU, and keep those that beat the present choice."""
+    """Search tiles for Triton kernels on this GPU, and keep those that beat the current choice."""
     try:
         _tune(family, shape, dtype, device, budget, output)
     except (ValueError, OSError) as error:
@@ -84,7 +84,7 @@ def _tune(family: str, shape: list[str] | None, dtype: str, device: str, budget:
 
 
 class _Progress:
-    """A bar of the budget on a terminal; elsewhere a line for each launch, on standard error."""
+    """A bar of the budget on a terminal; elsewhere one line per launch on standard error."""
 
     def __init__(self, budget: float) -> None:
         from rich.console import Console
@@ -107,7 +107,7 @@ class _Progress:
         self._bar.stop()
 
     def describe(self, launch: str, detail: str) -> None:
-        """Say which launch is searched, and what is tried."""
+        """Show the launch being searched and the candidate being tried."""
         spent = min(time.monotonic() - self._start, self._budget)
         self._bar.update(self._task, completed=spent, description=f"{launch}: {detail}")
         if not self._live and launch != self._last:
