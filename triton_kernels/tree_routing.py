@@ -1,8 +1,8 @@
-"""Gates by soft trees or binary codes with the experts that they choose, and the scores' gradient, in one kernel each.
+"""Gates of soft trees or binary codes and the experts that they choose; the gradient of the scores. One kernel each.
 
-A program holds the leaves of some tokens' trees in the order of a complete tree. Where a tree is not complete, the
-leaves of the level above the last are the left ones of two, of which the right one is reached by nothing. A code is a
-complete tree whose nodes of a level share one split.
+A program holds the leaves of several tokens' trees in the layout of a complete tree. If a tree is not complete, each
+leaf above the last level takes the left of two places, and nothing reaches the right one. A code is a complete tree in
+which all nodes of a level share one split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 512
 
 @triton.jit
 def _shares(v, gamma):
-    """What of that which comes to a split of value ``v`` goes each way, S(v) and the rest, and the slope of S."""
+    """The shares S(v) and 1 − S(v) that go each way at splits of value ``v``, and the slope of S."""
     u = v / gamma
     u = tl.minimum(tl.maximum(tl.where(u == u, u, -0.5), -0.5), 0.5)
     over, under = u + 0.5, 0.5 - u
@@ -43,14 +43,14 @@ def _level_shares(splits, inside, gamma, LEVEL: tl.constexpr, INNER: tl.constexp
         return rest, step, -slope
     else:
         node = ((1 << LEVEL) - 1 + tl.arange(0, 1 << LEVEL))[None, :]
-        # Where a tree has no node, all goes left.
+        # Places without a node send everything left.
         v = tl.load(splits[:, None] + node, inside[:, None] & (node < INNER), other=float("inf"))
         return _shares(v, gamma)
 
 
 @triton.jit
 def _reach(splits, inside, gamma, LEVELS: tl.constexpr, INNER: tl.constexpr, CODED: tl.constexpr):
-    """What comes to the nodes of a level, the leaves being those of the level behind all splits."""
+    """The share that reaches each node of level ``LEVELS``; the leaves are the level behind the last splits."""
     reach = tl.full((inside.shape[0], 1), 1.0, tl.float32)
     for level in tl.static_range(LEVELS):
         left, right, _ = _level_shares(splits, inside, gamma, level, INNER, CODED)
@@ -60,13 +60,13 @@ def _reach(splits, inside, gamma, LEVELS: tl.constexpr, INNER: tl.constexpr, COD
 
 @triton.jit
 def _live(score, LOWEST: tl.constexpr):
-    """Scores as they count, −∞ where they are masked: NaN masks, +∞ is the largest number."""
+    """Scores with −∞ in place of NaN and of masked ones, and the largest number in place of +∞."""
     return tl.where(score > LOWEST, tl.minimum(score, -LOWEST), float("-inf"))
 
 
 @triton.jit
 def _experts(E: tl.constexpr, DEEP: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The expert of each leaf of a complete tree, and whether there is one."""
+    """The expert of each place of a complete tree, and whether it has one."""
     leaf = tl.arange(0, BLOCK_E)
     expert = tl.where(leaf < DEEP, leaf, DEEP + (leaf - DEEP) // 2)
     return expert[None, :], ((expert < E) & ((leaf < DEEP) | ((leaf - DEEP) % 2 == 0)))[None, :]
@@ -162,7 +162,7 @@ def _store_level(
     INNER: tl.constexpr,
     CODED: tl.constexpr,
 ):
-    """Stores the gradient of a level's splits; returns what flows back to its nodes from that of their children."""
+    """Store the gradient of a level's splits; return the gradient of its nodes from that of their children."""
     reach = _reach(splits, inside, gamma, LEVEL, INNER, CODED)
     left, right, slope = _level_shares(splits, inside, gamma, LEVEL, INNER, CODED)
     dleft, dright = tl.split(tl.reshape(dreach, (inside.shape[0], 1 << LEVEL, 2)))
@@ -210,7 +210,7 @@ def _tree_routing_backward_kernel(
     columns = PARTS * (PART + 1) if CODED else PARTS * PART
     scores, dscores = scores_ptr + row * columns, dscores_ptr + row * columns
     gates = tl.load(gates_ptr + (row * E)[:, None] + expert, here, other=0.0)
-    # Nothing flows back to a gate that is 0.
+    # Gates that are 0 pass no gradient.
     live = gates > 0
     dgates = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if dgates_ptr is not None:
@@ -235,7 +235,7 @@ def _tree_routing_backward_kernel(
             dall = tl.load(dsums_ptr + (row * PARTS + j) * 2 + 1, inside, other=0.0)[:, None]
             more = reach + LOG_EPS
             dreach += tl.where(exists, dall - dentropy * (tl.log(more) + reach / more), 0.0)
-        # A constant stands for a score that is not finite, and takes no gradient.
+        # Infinite scores are replaced by constants and get no gradient.
         if CODED:
             score = tl.load(scores + PARTS * PART + j, inside, other=float("-inf"))
             share = tl.exp(_live(score, LOWEST) - top) / total

@@ -7,8 +7,8 @@ namespace gossamer {
 
 // The rules of gossamer.nn.tree_gates and selector_gates.
 struct TreeForm {
-  // (T, C), rows of row_stride. Of trees, one after the other: `experts` - 1 splits, as in a heap, and as many scores of leaves as
-  // there are experts. Coded: the bits of all parts, the highest first, then a score for each part.
+  // (T, C), rows of row_stride. For each tree `experts` - 1 splits in heap order, then `experts` scores of leaves. If coded: the bits
+  // of each part, highest first, then one score for each part.
   const float* scores;
   int64_t row_stride, tokens, parts, experts;
   float gamma;  // width of the smooth step
@@ -22,7 +22,7 @@ struct TreeForm {
   }
   int64_t splits() const { return coded ? bits() : experts - 1; }
   int64_t columns() const { return parts * (coded ? splits() + 1 : 2 * experts - 1); }
-  // Nodes of a part's tree that split what comes to them: of codes all prefixes, those that no expert has too.
+  // Nodes with a split. Of codes all prefixes count, also those that no expert has.
   int64_t inner_nodes() const { return coded ? (int64_t{1} << bits()) - 1 : experts - 1; }
   int64_t first_split(int64_t part) const { return part * (coded ? splits() : 2 * experts - 1); }
   int64_t first_score(int64_t part) const { return coded ? parts * splits() + part : first_split(part) + experts - 1; }

@@ -1,8 +1,8 @@
 // Gates of soft trees and of binary codes of one instruction set.
 //
-// The nodes of a tree are numbered as in a heap: the children of node i are 2i + 1 and 2i + 2, so that those of neighbouring nodes
-// are neighbours, and a vector of nodes gives two vectors of children, interleaved. A code is a tree whose nodes of a level share one
-// split. Arrays by node have room for whole vectors behind the last one, and hold anything there.
+// The nodes of a tree are numbered as in a heap: the children of node i are 2i + 1 and 2i + 2. The children of neighbouring nodes are
+// neighbours, so a vector of nodes yields two vectors of interleaved children. A code is a tree in which all nodes of a level share
+// one split. Arrays indexed by node are padded to whole vectors; the padding holds arbitrary values.
 #pragma once
 
 #include "cpu/activation_kernel.h"
@@ -12,12 +12,12 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Added to what reaches a leaf of a tree, as nn.tree_gates says, and to that whose logarithm is taken.
+// Added to the share that reaches a leaf: in the gates of trees, as nn.tree_gates documents, and in the entropy.
 constexpr float kReachEpsilon = 1e-8f, kLogEpsilon = 1e-6f;
 
 constexpr int64_t with_vector(int64_t count) { return (count + 2 * kLanes<float> - 1) / kLanes<float> * kLanes<float>; }
 
-// The first values of pairs that follow each other, and the second ones.
+// The first and the second values of consecutive pairs.
 struct Pairs {
   Vec<float> first, second;
 };
@@ -56,7 +56,7 @@ GOSSAMER_INLINE Mask<float> first_lanes(int64_t count) {
   return lane < static_cast<int32_t>(std::min<int64_t>(count, kLanes<float>));
 }
 
-// One part's splits and what comes to its nodes.
+// One part: its splits, and the shares that reach its nodes.
 class SoftTree {
  public:
   explicit SoftTree(const TreeForm& form)
@@ -67,7 +67,7 @@ class SoftTree {
     deep_ = std::min(2 * inner_ + 1 - last_level, experts_);
     const int64_t room = with_vector(splits_ + 1), nodes = 2 * with_vector(inner_) + with_vector(1);
     memory_ = std::make_unique<float[]>(3 * room + 2 * nodes + 2 * kLanes<float>);
-    // Levels of whole vectors begin at node 2^d - 1: aligned, they are read as they were written.
+    // Level d begins at node 2^d - 1. Aligned like this, its vectors are loaded just as they were stored.
     left_ = aligned(memory_.get()) + 1;
     right_ = left_ + room;
     slope_ = right_ + room;
@@ -75,7 +75,7 @@ class SoftTree {
     flow_ = reach_ + nodes;
   }
 
-  // Reads the part's splits, which are followed by a vector of anything.
+  // Reads the part's splits, behind which another vector must be readable.
   template <bool Slopes>
   void read(const float* v, float gamma) {
     constexpr int n = kLanes<float>;
@@ -85,12 +85,12 @@ class SoftTree {
       Vec<float> x = load(v + i);
       x = x > -width ? x : -width;
       x = x < width ? x : width;
-      // x / gamma, whose second step takes away what rounding the inverse has added.
+      // x / gamma; the second step corrects the rounding of the inverse.
       Vec<float> u = x * inverse;
       u = fma(fma(-u, width, x), inverse, u);
       u = u > -end ? u : -end;
       u = u < end ? u : end;
-      // Both shares have small relative errors and exact zeros where the step is saturated.
+      // Both shares are accurate when small, and exactly zero if the step is saturated.
       const Vec<float> over = u + 0.5f, under = 0.5f - u;
       const Vec<float> step = over * over * (3.0f - 2.0f * over), rest = under * under * (3.0f - 2.0f * under);
       store(left_ + i, coded_ ? rest : step);
@@ -107,14 +107,14 @@ class SoftTree {
     });
   }
 
-  // What comes to the leaves, from left to right, with zeros to the end of the last vector.
+  // Writes the shares that reach the leaves, from left to right, padded with zeros to whole vectors.
   void leaves(float* to) const {
     std::copy_n(reach_ + last_level_, deep_, to);
     std::copy_n(reach_ + inner_, experts_ - deep_, to + deep_);
     std::fill_n(to + experts_, (kLanes<float> - experts_ % kLanes<float>) % kLanes<float>, 0.0f);
   }
 
-  // From what flows back to the leaves to the gradients of the splits; `to` has room for a vector more.
+  // Computes the gradients of the splits from those of the leaves; `to` has room for one more vector.
   void back(const float* leaves, float* to) {
     constexpr int n = kLanes<float>;
     std::copy_n(leaves, deep_, flow_ + last_level_);
@@ -184,8 +184,7 @@ class SoftTree {
   float *reach_, *flow_;           // by node
 };
 
-// Of a token: its scores, with room behind them; rows of experts for each part, twice, which have room for a value of each part too;
-// and two rows of experts.
+// A token's scores, padded; two sets of rows by expert, one row for each part, with room for one value per part; and two more rows.
 struct TreeRows {
   int64_t columns, room;
   std::unique_ptr<float[]> memory;
@@ -202,14 +201,14 @@ struct TreeRows {
   }
 };
 
-// Notes in some lane that a score is NaN or +inf.
+// Sets a lane of `bad` if a score is NaN or +inf.
 inline void judge_scores(const float* scores, int64_t count, Vec<float>& bad) {
   constexpr int n = kLanes<float>;
   const Vec<float> infinity = splat(std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; i += n) bad = load(scores + i) < infinity ? bad : splat(1.0f);
 }
 
-// Scores as they count; kNoExpert where they are masked or not `live`.
+// Cleaned scores, kNoExpert in place of those that are masked or not `live`.
 GOSSAMER_INLINE Vec<float> live_score(const float* scores, Mask<float> live) {
   const Vec<float> x = cleaned(scores, kLanes<float>);
   return (live & (x > kMasked)) ? x : splat(kNoExpert);
@@ -221,7 +220,7 @@ inline float highest_lane(Vec<float> v) {
   return highest;
 }
 
-// Fills rows.gates with the sums over the parts, not yet divided by the total that is returned with the highest score.
+// Fills rows.gates with the sums over the parts; the caller divides by the total that is returned with the highest score.
 struct GateNorm {
   float highest, total;
 };
@@ -273,7 +272,7 @@ inline GateNorm sum_parts(const TreeRoutingArgs& a, SoftTree& tree, const TreeRo
   return {highest, sum_lanes<float>(total)};
 }
 
-// The slots of a token from its gates, which are zero behind the last expert and are lost where slots are fewer than experts.
+// Writes a token's slots. Gates behind the last expert are zero; with fewer slots than experts the gates are overwritten.
 inline void choose_slots(const TreeRoutingArgs& a, int64_t t, float* gates) {
   int64_t* ids = a.ids + t * a.top_k;
   if (a.top_k == a.experts) {
@@ -289,7 +288,7 @@ inline void choose_slots(const TreeRoutingArgs& a, int64_t t, float* gates) {
   }
 }
 
-// The sums of a part's -s·log(s + 1e-6) and of s, from rows that end with zeros.
+// Writes the sums of -s·log(s + 1e-6) and of s over a part's leaves, whose row is padded with zeros.
 inline void sum_leaves(const float* reach, int64_t experts, float* to) {
   Vec<float> entropy{}, all{};
   for (int64_t e = 0; e < experts; e += kLanes<float>) {
@@ -326,7 +325,7 @@ void tree_routing(const TreeRoutingArgs& a, int64_t begin, int64_t end) {
   if (sum_lanes<float>(bad) > 0) __atomic_store_n(a.bad, true, __ATOMIC_RELAXED);
 }
 
-// What flows back to the gates of a token, with zeros behind the last one; nothing to gates that are zero.
+// Writes the gradient of a token's gates, zero for gates that are zero and behind the last expert.
 inline void fill_gate_flow(const TreeRoutingBackwardArgs& a, int64_t t, const float* gates, float* to) {
   if (a.dgates) {
     std::copy_n(a.dgates + t * a.experts, a.experts, to);
@@ -344,7 +343,7 @@ inline void fill_gate_flow(const TreeRoutingBackwardArgs& a, int64_t t, const fl
   }
 }
 
-// What flows back to a part's leaves from other results than the gates.
+// Writes the gradient of a part's leaves from all results but the gates.
 inline void fill_leaf_flow(const TreeRoutingBackwardArgs& a, int64_t part, const float* reach, float* to) {
   if (a.dreach) {
     std::copy_n(a.dreach + part * a.experts, a.experts, to);
@@ -380,7 +379,7 @@ void tree_routing_backward(const TreeRoutingBackwardArgs& a, int64_t begin, int6
       fill_leaf_flow(a, t * a.parts + j, reach, dreach);
       const float* scores = rows.scores + a.first_score(j);
       float *dsplits = dscores.get() + a.first_split(j), *dshare = dscores.get() + a.first_score(j);
-      // A constant stands for a score that is not finite, and takes no gradient.
+      // Infinite scores are replaced by constants and get no gradient.
       if (a.coded) {
         const float share =
             scores[0] > kMasked ? falling_exp<float>(splat(std::min(scores[0], -kMasked) - highest))[0] / divisor : 0;
@@ -400,7 +399,7 @@ void tree_routing_backward(const TreeRoutingBackwardArgs& a, int64_t begin, int6
         store(dreach + e, load(dreach + e) + d);
         store(dleaves + e, load(scores + e) < infinity ? d * (s + kReachEpsilon) : Vec<float>{});
       }
-      // Gradients of splits end with a vector that reaches into what follows: leaves, the next part, room.
+      // The last vector of split gradients may overwrite what follows, so the leaves' gradients are written after it.
       tree.back(dreach, dsplits);
       std::copy_n(dleaves, a.experts, dshare);
     }

@@ -203,6 +203,21 @@ def test_far_apart_scores(kernel_backend, device):
     assert not found.gates[1, :2].any() and float(found.gates[1, 2]) > 0.7
 
 
+@pytest.mark.parametrize("gamma", [1e-300, 1e300])
+def test_extreme_widths(any_backend, device, gamma):
+    """A step as narrow as can be decides every split, the widest sends half each way, and gradients are numbers."""
+    scores = make((False, 2, 5), device=device).requires_grad_()
+    with gossamer.backend(any_backend):
+        found = tree_routing(record(scores, (False, 2, 5), gamma=gamma))
+        (found.gates.square().sum() + found.reach.square().sum()).backward()
+    assert bool(scores.grad.isfinite().all())
+    if gamma < 1:
+        assert bool(((found.reach == 0) | (found.reach == 1)).all()) and bool((found.reach.sum(2) == 1).all())
+    else:
+        expected = torch.tensor([0.125, 0.125, 0.25, 0.25, 0.25], device=device)
+        torch.testing.assert_close(found.reach, expected.expand(7, 2, 5))
+
+
 @pytest.mark.parametrize("form", [(False, 2, 20), (True, 2, 20)])
 def test_no_token_and_same_bits(kernel_backend, device, form):
     """Twice the same for any number of threads, a row does not depend on others, and rows may have a stride."""

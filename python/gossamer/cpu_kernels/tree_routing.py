@@ -26,7 +26,7 @@ def _form(scores: torch.Tensor, args: TreeRouting) -> tuple:
 
 
 def tree_routing(args: TreeRouting) -> tuple[tuple[torch.Tensor | None, ...], bool]:
-    """Gates ``(T, E)``, norm ``(T, 2)``, ids ``(T, K)``, weights, reach and sums; and whether no score is NaN or +∞."""
+    """Gates ``(T, E)``, norm ``(T, 2)``, ids ``(T, K)``, weights, reach and sums; whether no score is NaN or +∞."""
     scores = unit_rows(args.scores)
     num_tokens, num_experts, top_k = scores.shape[0], args.num_experts, args.top_k
     gates, norm = (empty_huge((num_tokens, n), torch.float32) for n in (num_experts, 2))

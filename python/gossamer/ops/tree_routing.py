@@ -17,25 +17,25 @@ from gossamer.ops.topk_routing import MOST_CHOSEN, MOST_EXPERTS, check_logits, f
 REACH_EPSILON = 1e-8
 # Added to what reaches a leaf in the entropy that makes parts decide, as in COMET and DSelect-k.
 LOG_EPSILON = 1e-6
-# A step that is narrower is as good as none, and its slope might be infinite.
-NARROWEST = 1e-36
+# Narrower steps have infinite slopes in float32, and kernels multiply by the inverse of the width.
+NARROWEST, WIDEST = 1e-36, 1e36
 
 
 class TreeRouting(NamedTuple):
-    """Arguments of gates by products of smooth steps; the rules are those of gossamer.nn.tree_gates and selector_gates.
+    """Arguments of gates that are products of smooth steps, as in gossamer.nn.tree_gates and selector_gates.
 
     Attributes:
-        scores: ``(T, C)`` float32. Of k trees, ``C = k·(2n − 1)``: of one after the other the n − 1 splits, as in a
-            heap, and the scores of the n leaves. Coded, ``C = k·(m + 1)``: the m = ⌈log₂ n⌉ bits of all k parts, the
-            highest first, then a score for each part.
+        scores: ``(T, C)`` float32. For trees ``C = k·(2n − 1)``: for each tree the n − 1 splits in heap order, then the
+            scores of the n leaves. With ``coded``, ``C = k·(m + 1)``: the m = ⌈log₂ n⌉ bits of each part, highest bit
+            first, then one score for each part.
         num_parts: k.
         num_experts: n, which is E.
         gamma: width of the smooth step.
-        coded: whether parts are binary codes of experts, else trees.
-        top_k: K slots of a token. E: one for each expert, empty where its gate is 0. Less: for the highest gates, in
-            descending order. 0: no choice, and no check of the scores.
-        keep_reach: whether what comes to each leaf, the products themselves, is a result.
-        keep_sums: whether its sums are.
+        coded: whether parts are binary codes of experts; otherwise they are trees.
+        top_k: K slots per token. E: one slot per expert, empty if its gate is 0. Less than E: the highest gates in
+            descending order. 0: no experts are chosen, and scores are not checked.
+        keep_reach: whether to return the share that reaches each leaf.
+        keep_sums: whether to return the sums of these shares.
     """
 
     scores: torch.Tensor
@@ -73,14 +73,14 @@ class TreeRoutingBackward(NamedTuple):
 
 
 class PartGates(NamedTuple):
-    """What routers take from parts.
+    """The result of :func:`tree_routing`.
 
     Attributes:
         gates: ``(T, E)``.
-        reach: ``(T, k, E)``, or None where it was not asked for, like the sums.
-        sums: ``(T, k, 2)``, of ``−s·log(s + 1e-6)`` and of s over a part's leaves.
-        expert_ids: ``(T, K)``, E where a slot has no expert; or None where the caller has to choose.
-        weights: ``(T, K)``; or None, as the ids.
+        reach: ``(T, k, E)``, or None if it was not requested.
+        sums: ``(T, k, 2)``: ``Σ −s·log(s + 1e-6)`` and ``Σ s`` over each part's leaves; None if not requested.
+        expert_ids: ``(T, K)``, E in slots without an expert; None if the caller has to choose.
+        weights: ``(T, K)``; None if the ids are.
     """
 
     gates: torch.Tensor
@@ -118,15 +118,15 @@ class _SmoothStep(torch.autograd.Function):
 
 
 def smooth_steps(v: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """gossamer.nn.smooth_step of ``v``, and what is missing to 1."""
-    return _SmoothStep.apply(v, gamma)
+    """gossamer.nn.smooth_step of ``v``, and 1 minus it."""
+    return _SmoothStep.apply(v, max(gamma, NARROWEST))
 
 
 def tree_reach(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``(T, k, n)`` from the shares ``(T, k, n − 1)`` that go left and right at each split: what comes to each leaf.
+    """The share ``(T, k, n)`` that reaches each leaf, from the shares ``(T, k, n − 1)`` to the left and right of splits.
 
-    Nodes are numbered as in a heap, children of i being 2i + 1 and 2i + 2; leaves are in order from left to right, so
-    those of the last level come before those of the level above.
+    Nodes are numbered as in a heap: the children of i are 2i + 1 and 2i + 2. Leaves are ordered from left to right, so
+    leaves of the last level come before those of the level above it.
     """
     level, shallow = torch.ones_like(left[..., :1]), left[..., :0]
     begin, count = 0, left.shape[-1]
@@ -140,7 +140,7 @@ def tree_reach(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def code_reach(zero: torch.Tensor, one: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """``(T, k, n)`` from the shares ``(T, k, m)`` of the values of each bit: the product along each expert's code."""
+    """The products ``(T, k, n)`` along the experts' codes, from the shares ``(T, k, m)`` of both values of each bit."""
     reach = zero.new_ones(*zero.shape[:-1], 1)
     for bit in range(zero.shape[-1]):
         here = slice(bit, bit + 1)
@@ -153,7 +153,7 @@ def tree_routing_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates ``(T, E)`` and reach ``(T, k, E)`` in plain torch, differentiable, in the dtype of the scores.
 
-    ``arrange`` maps what each part gives ``(T, k, E)`` before it is added up.
+    ``arrange`` maps the gates of the parts ``(T, k, E)`` to the experts before they are summed.
     """
     scores, parts, experts, gamma, coded, *_ = args
     if coded:
@@ -177,7 +177,7 @@ def tree_routing_reference(
 
 
 def reach_sums(reach: torch.Tensor) -> torch.Tensor:
-    """``(T, k, 2)`` from ``reach (T, k, E)``: of each part ``−Σ s·log(s + 1e-6)`` and ``Σ s``."""
+    """``(T, k, 2)`` from ``reach (T, k, E)``: ``−Σ s·log(s + 1e-6)`` and ``Σ s`` of each part."""
     return torch.stack([-(reach * (reach + LOG_EPSILON).log()).sum(dim=2), reach.sum(dim=2)], dim=2)
 
 
@@ -238,14 +238,14 @@ _tree_routing_backward = define(
 
 def _save(ctx, args: TreeRouting, output):
     gates, norm, ids, *_ = output
-    # Otherwise autograd would make zeros as the gradients of what nobody used.
+    # Otherwise autograd would make zeros as gradients of results that nobody used.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(norm, ids)
     return args, gates, norm, ids
 
 
 def _differentiate(ctx, args: TreeRouting, tensors, dgates, _, __, dweights, dreach, dsums):
-    # Through the dispatcher what was not asked for is an empty tensor, and has a gradient like it.
+    # Results that were not requested are empty tensors where the dispatcher returned them, as are their gradients.
     kept = True, 0 < args.top_k < args.num_experts, args.keep_reach, args.keep_sums
     flows = [d if there else None for d, there in zip((dgates, dweights, dreach, dsums), kept, strict=True)]
     if all(d is None for d in flows):
@@ -263,20 +263,21 @@ def _differentiate(ctx, args: TreeRouting, tensors, dgates, _, __, dweights, dre
 
 _tree_routing.differentiate(_save, _differentiate)
 
-# Backends with kernels -> the most experts that they serve.
+# Backends with kernels, and the most experts that they serve.
 _FITS = {"native": None, "triton": MOST_EXPERTS}
 
 
 def tree_routing(args: TreeRouting, arrange: Callable[[torch.Tensor], torch.Tensor] | None = None) -> PartGates:
-    """The gates, and the choice where a kernel makes it: of float32 scores, without ``arrange``, for up to 64 slots or
-    all experts. Triton's kernel holds up to 1024 experts.
+    """Compute the gates; a kernel also chooses the experts, if there are at most 64 slots or one per expert.
+
+    Kernels serve float32 scores without ``arrange``; Triton's serves up to 1024 experts. The reference neither chooses
+    experts nor checks scores.
 
     Args:
-        args: floating scores, checked. The reference knows no choice and no check of scores.
-        arrange: maps what each part gives ``(T, k, E)`` to the experts, before it is added up.
+        args: as documented, already checked; scores of any floating dtype.
+        arrange: maps the gates of the parts ``(T, k, E)`` to the experts before they are summed.
     """
     scores, experts = args.scores, args.num_experts
-    args = args._replace(gamma=max(args.gamma, NARROWEST))
     backend = _backend.resolve("tree_routing", scores)
     served = backend in _FITS and scores.dtype == torch.float32 and arrange is None
     if not served or (_FITS[backend] is not None and experts > _FITS[backend]):
@@ -284,6 +285,7 @@ def tree_routing(args: TreeRouting, arrange: Callable[[torch.Tensor], torch.Tens
         return PartGates(gates, reach, reach_sums(reach) if args.keep_sums else None)
     if MOST_CHOSEN < args.top_k < experts:
         args = args._replace(top_k=0)
+    args = args._replace(gamma=min(max(args.gamma, NARROWEST), WIDEST))
     gates, _, ids, weights, reach, sums = _tree_routing(args, backend)
     kept = reach if args.keep_reach else None, sums if args.keep_sums else None
     if args.top_k == 0:
