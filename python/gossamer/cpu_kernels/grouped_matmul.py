@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import empty_gradient, groups, matrix, pointer, quantized_stack, unit_rows, weights3
+from gossamer.cpu_kernels._native import (
+    empty_gradient,
+    empty_huge,
+    groups,
+    matrix,
+    pointer,
+    quantized_stack,
+    unit_rows,
+    weights3,
+)
 
 if TYPE_CHECKING:
     from gossamer.ops.grouped_matmul import GroupedDweight, GroupedMatmul
@@ -23,7 +32,7 @@ def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
         product, stored = _C.quantized_grouped_matmul, quantized_stack(weight)
         sizes = stored[4]
         n, c = sizes[::-1] if args.transposed else sizes
-    y = torch.empty(slots.shape[0], n, dtype=x.dtype)
+    y = empty_huge((slots.shape[0], n), x.dtype)
     # By position: each argument by its name takes pybind11 a tenth of a microsecond more.
     rows, how = (groups(slots, offsets), n, c, matrix(x), args.x_div), (args.y_grouped, torch.get_num_threads())
     product(*rows, stored, args.transposed, matrix(weight.bias), y.data_ptr(), *how)
