@@ -123,7 +123,7 @@ def smooth_steps(v: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Ten
 
 
 def tree_reach(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The share ``(T, k, n)`` that reaches each leaf, from the shares ``(T, k, n − 1)`` to the left and right of splits.
+    """The share ``(T, k, n)`` that reaches each leaf, from the shares ``(T, k, n − 1)`` going left and right at splits.
 
     Nodes are numbered as in a heap: the children of i are 2i + 1 and 2i + 2. Leaves are ordered from left to right, so
     leaves of the last level come before those of the level above it.
