@@ -24,7 +24,7 @@ DTYPES = {
     torch.int8: 6,
     torch.int16: 7,
 }
-# In place of a dtype code: scales that are exponents of two in a byte.
+# Stands in for a dtype code: scales are bytes that hold exponents of two.
 E8M0 = -1
 
 
@@ -48,7 +48,7 @@ def vector(tensor: torch.Tensor | None) -> tuple[int, int, int]:
 
 
 def unit_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself when its last dimension is contiguous, else a contiguous copy."""
+    """``tensor`` itself if its last dimension is contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -62,16 +62,16 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-# Past every column: one scale per row. Past every row: one for all.
+# A shift that maps every index to 0: as a column shift, one scale per row; as a row shift too, one for all.
 _WHOLE_ROW = _ALL_ROWS = 62
-# Indices of a nested scale's code, where a dtype of scales is asked for.
+# Stands in for a dtype code: scales are themselves codes (nested scales).
 NESTED_SCALE = -2
 _NO_BLOCKS = (0, 0, 0, 0, 0)
 _LEAST_BLOCK = 32
 
 
 def quantized_stack(weight: Weight) -> tuple:
-    """Of a quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, scales' size, blocks."""
+    """A quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, scales' size, blocks."""
     form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
     code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
     if scale.dim() == 2:
@@ -83,7 +83,7 @@ def quantized_stack(weight: Weight) -> tuple:
 
 
 def quantized_matrix(weight: Weight) -> tuple | None:
-    """The same of a quantised matrix, as a stack of one; None for a layout that products do not read in place."""
+    """The same for a quantised matrix, as a stack of one; None for a layout that products cannot read in place."""
     scale, (n, c) = weight.scale, weight.shape
     if not (weight.data.is_contiguous() and scale.is_contiguous()):
         return None
@@ -94,7 +94,7 @@ def quantized_matrix(weight: Weight) -> tuple | None:
         return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, (1 if one else n, 1), _NO_BLOCKS
     code, nested_absmax, nested_code, offset, size, nested_size, _, _ = weight.blocks
     parts = [t for t in (code, nested_absmax, nested_code) if t is not None]
-    # A row is made of whole blocks, of which a product's smallest step reads one at most.
+    # A row consists of whole blocks, and the smallest step of a product reads at most one of them.
     fits = size >= _LEAST_BLOCK and size & (size - 1) == 0 and c % size == 0 and nested_size & (nested_size - 1) == 0
     if not fits or not all(t.is_contiguous() for t in parts):
         return None
@@ -110,19 +110,19 @@ def activation_form(activation: Activation, interleaved: bool) -> tuple[str, boo
     return activation.gate, activation.gated, interleaved, activation.alpha, activation.limit
 
 
-# Freed blocks of at least a huge page are kept. The C library returns every block of 32 MiB to the system, and two
-# adjacent ones of 2 MiB, and the next step would pay for clearing their pages again.
+# Freed blocks of at least a huge page are kept. The C library would return every block of 32 MiB, and two adjacent ones
+# of 2 MiB, to the system, and the next step would pay for clearing their pages again.
 REUSED_BYTES = 2 << 20
 
 
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``torch.empty``; large tensors come from freed blocks and lie on huge pages where the system has them.
+    """``torch.empty``, but large tensors reuse freed blocks and are on huge pages if the system has them.
 
     First touching fresh pages is slow: they are cleared one by one. See :func:`gossamer.empty_cache`.
     """
     count = math.prod(shape)
     if count * dtype.itemsize < REUSED_BYTES:
-        # Separate sizes: torch takes twice as long to read a tuple.
+        # Sizes are separate arguments, since torch takes twice as long to read a tuple.
         return torch.empty(*shape, dtype=dtype, device="cpu")
     tensor = torch.from_dlpack(_C.take_pages(count * dtype.itemsize)).view(dtype).view(shape)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:

@@ -21,7 +21,7 @@ def _lists(
     live: torch.Tensor | None = None,
     live_across: torch.Tensor | None = None,
 ) -> _C.BlockLists:
-    """The lists of blocks that a product follows; contiguous int32."""
+    """The lists of blocks that a product reads; contiguous int32."""
     return _C.BlockLists(
         offsets=offsets.data_ptr(),
         indices=indices.data_ptr(),
@@ -44,7 +44,7 @@ def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def sdd(args: SampledProduct) -> torch.Tensor:
-    """``act(a·b + bias)`` at the blocks of a topology, ``(nnz, bm, bn)``, zero from the last block on."""
+    """``act(a·b + bias)`` at the blocks of a topology, ``(nnz, bm, bn)``; zero after the last block."""
     topology, a_rows, bias = args.topology, _contiguous(args.a_rows), _contiguous(args.bias)
     a = unit_stride(args.a) if a_rows is None else unit_rows(args.a)
     b = unit_stride(merged(args.b, 1))

@@ -23,7 +23,7 @@ def _cube(tensor: torch.Tensor | None) -> tuple[int, int, int, int, int]:
 
 
 def _arguments(args: CausalConv) -> tuple[tuple, torch.Tensor | None]:
-    """The arguments as ``_C`` takes them, and the offsets they point to."""
+    """The arguments in the form that ``_C`` takes, and the offsets tensor that they point to."""
     offsets = None if args.cu_seqlens is None else args.cu_seqlens.to(torch.int64).contiguous()
     sequences = args.num_sequences, args.x.shape[1], 0 if offsets is None else offsets.data_ptr()
     sizes = args.x.shape[2], args.weight.shape[1], args.state_shape[2]
@@ -39,7 +39,7 @@ def _empty(x: torch.Tensor, along_channels: bool) -> torch.Tensor:
 
 
 def causal_conv1d(args: CausalConv) -> tuple[torch.Tensor, torch.Tensor]:
-    """``y (B, T, C)``, laid out as ``x``, and the final state, empty where it is not wanted."""
+    """``y (B, T, C)``, laid out like ``x``, and the final state, which is empty unless requested."""
     y = _empty(args.x, args.along_channels)
     state = torch.empty(args.state_shape if args.output_final_state else (0,), dtype=args.x.dtype)
     conv, _offsets = _arguments(args)
@@ -48,7 +48,7 @@ def causal_conv1d(args: CausalConv) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def causal_conv1d_backward(args: CausalConvBackward, found: CausalConvGradients) -> None:
-    """Write the gradients that ``found`` has tensors for; ``dy`` is laid out as ``x``."""
+    """Write the gradients into the tensors in ``found``; ``dy`` is laid out like ``x``."""
     conv, _offsets = _arguments(args.forward)
     _C.causal_conv1d_backward(
         conv,
@@ -63,7 +63,7 @@ def causal_conv1d_backward(args: CausalConvBackward, found: CausalConvGradients)
 
 
 def causal_conv1d_step(args: CausalConvStep) -> torch.Tensor:
-    """``y (B, C)`` of the newest inputs; the state is shifted in place."""
+    """``y (B, C)`` for the newest inputs; the state is shifted in place."""
     x = unit_rows(args.x)
     y = torch.empty(x.shape, dtype=x.dtype)
     sizes = *x.shape, args.weight.shape[1], args.state.shape[2]

@@ -8,9 +8,9 @@ from gossamer import _C
 
 
 def core_distance() -> float:
-    """Seconds that a cache line takes from one of torch's threads to its neighbour and back, the mean over pairs.
+    """Seconds of a cache line's round trip between neighbouring threads of torch, the mean over pairs.
 
-    Tens of nanoseconds where they share a cache, hundreds where they do not, twenty thousand where two threads share a
-    core; 0 with one thread. Takes about two milliseconds at most.
+    It is tens of nanoseconds if the threads' cores share a cache, hundreds if not, twenty thousand if two threads share
+    a core, and 0 with one thread. The measurement takes about two milliseconds at most.
     """
     return _C.core_distance(torch.get_num_threads())

@@ -31,7 +31,7 @@ def _pointer(x: torch.Tensor | None) -> int:
 
 
 class _Call:
-    """The arguments as ``_C`` takes them. Keeps the tensors behind the pointers alive."""
+    """The arguments in the form that ``_C`` takes. It keeps the tensors behind the pointers alive."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class _Call:
 
 
 def delta_rule(call: DeltaRuleForward) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The output, and the final state and the states for the backward pass where they are wanted."""
+    """The output, and if requested the final state and the states for the backward pass."""
     args = call.args
     o = empty_huge(tuple(args.v.shape), args.v.dtype)
     wide = torch.promote_types(args.q.dtype, torch.float32)
@@ -132,7 +132,7 @@ def step_of_tokens(
 
 
 def delta_rule_backward(call: DeltaRuleBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``call.wanted`` names."""
+    """The gradients named in ``call.wanted``."""
     args, wanted = call.forward.args, call.names
     wide = torch.promote_types(args.q.dtype, torch.float32)
     gated = wanted & {"g", "a_log", "dt_bias"}

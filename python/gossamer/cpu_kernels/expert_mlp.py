@@ -31,7 +31,7 @@ _NO_UPDATE = (_ABSENT, _ABSENT, 0, 1.0, 0)
 
 
 def _product(weight: Weight, s: torch.Tensor | None) -> tuple:
-    """``(weight, bias, update)`` of one product; ``s`` is the update's ``x·aᵀ``. Quantised weights are passed apart."""
+    """``(weight, bias, update)`` of one product, with ``s`` the update's ``x·aᵀ``, without quantised weights."""
     stored = _ABSENT if weight.quantized else weights3(weight.data)
     if weight.a is None:
         return stored, matrix(weight.bias), _NO_UPDATE
@@ -56,7 +56,7 @@ def _layer(
 
 
 def _low_rows(args: ExpertMlp, weight: Weight) -> torch.Tensor | None:
-    """Room for ``x·aᵀ (R, r)`` in the accumulator's type, where the backward pass wants it."""
+    """Room for ``x·aᵀ (R, r)`` in the accumulator's type, if the backward pass needs it."""
     if weight.a is None or not args.save:
         return None
     wide = torch.promote_types(args.x.dtype, torch.float32)
@@ -64,7 +64,7 @@ def _low_rows(args: ExpertMlp, weight: Weight) -> torch.Tensor | None:
 
 
 def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
-    """``y`` and, with ``args.save``, what the backward pass reads, which is not written in dropped rows."""
+    """``y`` and, with ``args.save``, the tensors for the backward pass, whose dropped rows are not written."""
     x = unit_rows(args.x)
     gate_up, down = args.gate_up.with_factors_in(x.dtype), args.down.with_factors_in(x.dtype)
     y = torch.empty((x.shape[0], down.shape[1]), dtype=x.dtype)
@@ -80,16 +80,16 @@ def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
 
 
 def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGradients:
-    """The gradients that ``args.needs`` names, None for others; laid out like the weights."""
+    """The gradients named in ``args.needs``, None for others; those of weights are laid out like the weights."""
     forward, needs = args.forward, args.needs
     x, dy, preact = unit_rows(forward.x), unit_rows(args.dy), args.preact.contiguous()
     gate_up, down = forward.gate_up.with_factors_in(x.dtype), forward.down.with_factors_in(x.dtype)
     factors = [f for w in (forward.gate_up, forward.down) for f in (w.a, w.b) if f is not None]
-    # The widest dtype among the factors and x; narrower gradients are rounded at the end.
+    # The widest dtype among the factors and x; gradients in narrower dtypes are rounded at the end.
     factor_dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), x.dtype)
 
     def gradients(name: str, weight: Weight) -> tuple[tuple[torch.Tensor | None, ...], tuple]:
-        """Gradients of a weight, its bias and its factors, and the form in which ``_C`` takes them."""
+        """Gradients of a weight, its bias and its factors, and their form as arguments of ``_C``."""
         data = bias = a = b = None
         transposed = stored_transposed(weight.data)
         if f"{name}.data" in needs:

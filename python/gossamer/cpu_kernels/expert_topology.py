@@ -29,10 +29,11 @@ def expert_topology(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
 
 
 def expert_places(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which slot lies in each padded row, and where each slot lies; contiguous int32 in and out.
+    """The slot in each padded row, and the padded row of each slot; contiguous int32 in and out.
 
     Raises:
-        ValueError: an expert has more rows than ``padded_offsets`` gives it, or ``slots`` are none.
+        ValueError: an expert has more rows than ``padded_offsets`` gives it, or ``slots`` holds a number that is not a
+            slot.
     """
     offsets, padded_offsets, slots, padded_rows = args
     slots_of_rows = torch.empty(padded_rows, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Launchers of the native sums of composed vectors and of products, and of what their gradients are made of."""
+"""Launchers of the native sums of composed vectors and of products, and of the terms of their gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _native_codes(codes: torch.Tensor | None, bits: int) -> tuple[tuple[int, int
 
 
 def _native_parts(parts: Parts, columns: int) -> tuple[_C.Parts, tuple]:
-    """The parts as ``_C`` takes them, and the tensors that must outlive the call."""
+    """The parts in the form that ``_C`` takes, and the tensors that must outlive the call."""
     bits = [*parts.bits, 0, 0]
     often, kept = _native_codes(parts.codes, bits[0])
     seldom, more = _native_codes(parts.rare, bits[1])
@@ -50,7 +50,7 @@ def gather_compose(args: GatherCompose) -> torch.Tensor:
     """``out[b]``, the sum or mean over the ids of bag ``b`` of their composed vectors.
 
     Raises:
-        IndexError: an id of a bag is not known, or a code lies above its part.
+        IndexError: an id of a bag is unknown, or a code is beyond its part.
         ValueError: ``offsets`` do not ascend within ``[0, L]``, or a weight that counts is NaN.
     """
     table = _table(args.table, args.parts)
@@ -89,7 +89,7 @@ def gather_matmul(args: GatherMatmul) -> torch.Tensor:
 
 
 def compose_gradient(args: ComposeGradient) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The rows of each position, −1 where it contributes nothing, the gradients of factors, and those of weights.
+    """The rows of each position (−1 if it contributes nothing), the gradients of factors, and those of weights.
 
     Raises:
         IndexError: as :func:`gather_compose`.

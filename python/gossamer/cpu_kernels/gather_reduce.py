@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def native_bags(bags: Bags) -> tuple[_C.Bags, tuple]:
-    """The lists as ``_C`` takes them, and the tensors that must outlive the call."""
+    """The lists in the form that ``_C`` takes, and the tensors that must outlive the call."""
     index, offsets, weights, limit, mode, padding_idx, drop, features = bags
     flat = index.reshape(-1).contiguous()
     if weights is not None:
@@ -24,7 +24,7 @@ def native_bags(bags: Bags) -> tuple[_C.Bags, tuple]:
     num_lists, width = index.shape if offsets is None else (offsets.shape[0] - 1, 0)
     ids_below = -1 if limit is None else max(int(limit), 0)
     layout = 0 if features.layout is None else features.layout.data_ptr()
-    # By position: each argument by its name takes pybind11 a tenth of a microsecond more.
+    # Passed by position: pybind11 takes a tenth of a microsecond longer for each argument passed by name.
     lists = _C.Bags(
         (flat.data_ptr(), 1, DTYPES[flat.dtype]),
         vector(offsets),
@@ -43,7 +43,7 @@ def native_bags(bags: Bags) -> tuple[_C.Bags, tuple]:
 
 
 def native_table(table: torch.Tensor, bags: Bags) -> tuple[tuple[int, int, int, int], int, int]:
-    """``(matrix, rows, columns)`` of a table with unit column stride; with features the most columns of any."""
+    """``(matrix, rows, columns)`` of a table with unit column stride; with features, ``columns`` is the most of any."""
     if bags.features.dim:
         # With features, kernels find the rows of the flat storage themselves.
         return (table.data_ptr(), 0, 1, DTYPES[table.dtype]), 0, max(bags.features.dim)
@@ -51,7 +51,7 @@ def native_table(table: torch.Tensor, bags: Bags) -> tuple[tuple[int, int, int, 
 
 
 def native_scales(scale: torch.Tensor | None) -> tuple[int, int] | None:
-    """``(pointer, stride)`` of the scales of rows, stride 0 for one of all rows; None for None."""
+    """``(pointer, stride)`` of the scales of rows, with stride 0 if all rows share one; None for None."""
     return None if scale is None else (scale.data_ptr(), scale_stride(scale))
 
 
@@ -63,7 +63,7 @@ def kernel_dtype(table: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def as_kernel_dtype(table: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """``dout`` in a dtype that kernels take for this table, with contiguous rows."""
+    """``dout`` with contiguous rows, in a dtype that kernels take for this table."""
     return unit_rows(dout.to(kernel_dtype(table, dout.dtype)))
 
 
@@ -71,7 +71,7 @@ def gather_reduce(args: GatherReduce) -> torch.Tensor:
     """``out[b] = Σ weights · table[id]`` over the ids of each bag that contribute, or its mean.
 
     Raises:
-        IndexError: an id of a bag lies outside its table and is not to be dropped.
+        IndexError: an id of a bag is outside its table and is not to be dropped.
         ValueError: ``offsets`` do not ascend within ``[0, L]``, or a weight that counts is NaN; weights of bags with a
             limit are not checked.
     """
@@ -84,7 +84,7 @@ def gather_reduce(args: GatherReduce) -> torch.Tensor:
 
 
 def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columnwise maxima ``(B, D)`` over the ids of each bag, zero in empty ones; errors as for :func:`gather_reduce`.
+    """Maxima by column, ``(B, D)``, over the ids of each bag, zero for empty bags; errors as for :func:`gather_reduce`.
 
     The second result is each maximum's position within its bag, int32, −1 in empty bags; ``(0, D)`` unless needed.
     """
@@ -109,7 +109,7 @@ def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
 def gather_dot(args: GatherDot) -> torch.Tensor:
     """``out[p] = ⟨dout[bag of p], table[index[p]]⟩``, shaped like the ids; zero where the id is skipped.
 
-    For a mean it is divided by the number of live ids in the bag. Errors as for :func:`gather_reduce`.
+    For a mean it is divided by the number of contributing ids of the bag. Errors as for :func:`gather_reduce`.
     """
     table = unit_rows(args.table)
     dout = as_kernel_dtype(table, args.dout)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An array of a new table, on huge pages where the system gives them."""
+    """An array of a new table, on huge pages if the system grants them."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     advise_huge_pages(tensor)
     return tensor
@@ -80,7 +80,7 @@ def gather_rows(values: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) ->
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """``values[slots] = rows`` in place where a position made its row, zeros for None."""
+    """``values[slots] = rows`` in place for positions that made their row; zeros for None."""
     rows = None if rows is None else rows.contiguous()
     row_bytes = values.shape[1] * values.element_size()
     pointers = (slots.data_ptr(), status.data_ptr(), slots.shape[0], 0 if rows is None else rows.data_ptr())
@@ -88,7 +88,7 @@ def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, 
 
 
 def uniform_rows(values: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, seed: int, bound: float) -> None:
-    """``values[slots]`` become uniform in ``(−bound, bound)``, as functions of key, column and seed."""
+    """``values[slots]`` become uniform in ``(−bound, bound)``, determined by key, column and seed."""
     table = (values.data_ptr(), DTYPES[values.dtype], values.shape[1])
     lists = (slots.data_ptr(), vector(keys), slots.shape[0])
     _C.uniform_rows(*table, *lists, seed, bound, torch.get_num_threads())
@@ -101,7 +101,7 @@ def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """``values[slots] = rows`` in place, −1 skipped; of equal slots the last position stays."""
+    """``values[slots] = rows`` in place, −1 skipped; if slots repeat, the last position wins."""
     slots, rows = slots.contiguous(), rows.contiguous()
     row_bytes = values.shape[1] * values.element_size()
     _C.scatter_rows(

@@ -23,17 +23,18 @@ if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
     from gossamer.ops.low_rank import BaseLinear, LowRank, LowRankBackward
 
-# Seed and smallest kept word of a dropout mask; None without dropout.
+# The seed of a dropout mask and the smallest random word that is kept; None without dropout.
 Mask = tuple[int, int] | None
 
 
-# From this many rows on torch's product was measured faster: along a weight's rows, its columns, for its gradient.
+# From this many rows on, torch's product was measured faster: along a weight's rows, along its columns, for its
+# gradient.
 _FROM_ROWS = {
     ("avx2", torch.float32): {"rows": 2048, "columns": 96, "gradient": 1},
     ("avx512_bf16", torch.bfloat16): {"rows": 256, "columns": math.inf, "gradient": 1},
     ("amx", torch.bfloat16): {"rows": 512, "columns": 1, "gradient": 1},
     ("amx", torch.float16): {"rows": 192, "columns": 1, "gradient": 1},
-    # On Intel processors, for which torch has Intel's own float32 products.
+    # Intel processors, for which torch has Intel's own float32 products.
     ("amx", torch.float32): {"rows": 192, "columns": 1, "gradient": math.inf},
 }
 
@@ -43,7 +44,7 @@ def _by_torch(dtype: torch.dtype, rows: int, product: str) -> bool:
     isa = _C.isa()
     if (isa, dtype) in _FROM_ROWS:
         return rows >= _FROM_ROWS[isa, dtype][product]
-    # Kernels of lesser instruction sets convert bfloat16; torch multiplies it directly where the processor can.
+    # Kernels of older instruction sets convert bfloat16; torch multiplies it directly if the processor can.
     return isa == "generic" or (dtype == torch.bfloat16 and _C.multiplies_bfloat16())
 
 
@@ -61,7 +62,7 @@ def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _in_place(weight: Weight, dtype: torch.dtype, rows: int) -> tuple | None:
-    """How our product reads the codes of a quantised weight; None where a dense weight is made of them first."""
+    """The form in which our product reads a quantised weight's codes; None if they are decoded to a matrix first."""
     if not weight.quantized or 0 in weight.shape:
         return None
     if weight.data.dim() == 3:
@@ -70,7 +71,7 @@ def _in_place(weight: Weight, dtype: torch.dtype, rows: int) -> tuple | None:
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``tensor.to(dtype)``, which costs less time here if nothing changes."""
+    """``tensor.to(dtype)``, but quicker if nothing changes."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -87,7 +88,7 @@ def _rank_product(
     mask: Mask = None,
     transposed: bool = False,
 ) -> torch.Tensor:
-    """``out (R, r) = factor · drop(big (R, D)) · small (D, r)``; one stride of each is 1."""
+    """``out (R, r) = factor · drop(big (R, D)) · small (D, r)``; one stride of each matrix is 1."""
     if big.shape[1] == 0:
         return out.zero_()
     rows, depth = big.shape
@@ -117,16 +118,16 @@ def _matmul(
     a: torch.Tensor | None = None,
     left_factor: float = 1.0,
 ) -> torch.Tensor:
-    """``x · weightᵀ + bias + factor · drop(left · right)``, the last term where it is given.
+    """``x · weightᵀ + bias + factor · drop(left · right)``, the last term only if given.
 
-    With ``a (r, D)``, ``left (M, r)`` is a result, ``left_factor · x · aᵀ``.
+    With ``a (r, D)``, ``left (M, r)`` is not an input but a result, ``left_factor · x · aᵀ``.
     """
     quantized = None
     if not isinstance(weight, torch.Tensor):
         quantized = _in_place(weight, x.dtype, x.shape[0])
         if quantized is None:
             weight = _dense(weight, x.dtype)
-    # An empty sum is torch's as well: an empty x has no address.
+    # An empty sum is left to torch as well, since an empty x has no address.
     by_torch = quantized is None and (
         x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
     )
@@ -203,7 +204,7 @@ def low_rank_linear(args: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``args.needs`` names."""
+    """The gradients named in ``args.needs``."""
     dy, s, (x, weight, _, seed, dropout), needs, factor_dtype = args
     a, b, scale = weight.a, weight.b, weight.factor
     dy = unit_rows(dy)

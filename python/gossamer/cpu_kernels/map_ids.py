@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def native_maps(maps: IdMaps) -> _C.IdMaps:
-    """The maps as ``_C`` takes them."""
+    """The maps in the form that ``_C`` takes."""
     return _C.IdMaps(maps.numbers(), maps.prime, maps.limit, maps.mixed)
 
 

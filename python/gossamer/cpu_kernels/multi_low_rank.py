@@ -20,7 +20,7 @@ def _factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _update(args: MultiLowRank, x: torch.Tensor, factors: list[torch.Tensor], s: torch.Tensor | None):
-    """The arguments that forward and backward share; ``x`` and ``factors`` in the form that kernels take."""
+    """The arguments that forward and backward share, with ``x`` and ``factors`` in the form that kernels take."""
     a, b = factors
     return _C.MultiLowRank(
         adapters=groups(args.slots, args.offsets),
@@ -41,10 +41,10 @@ def multi_low_rank(args: MultiLowRank, y: torch.Tensor, *, add: bool) -> torch.T
     Args:
         args: the record.
         y: ``(M, N)``, contiguous along N.
-        add: else rows without adapter become zero.
+        add: whether to add to ``y``; else rows without an adapter become zero.
 
     Returns:
-        ``x·aᵀ`` ``(M, r)`` sorted by adapter, in float32 or float64, its rows without adapter unwritten; ``(0,)``
+        ``x·aᵀ`` ``(M, r)`` sorted by adapter, in float32 or float64; rows without an adapter are not written. ``(0,)``
         unless ``args.save``.
     """
     x = unit_rows(args.x)
@@ -57,7 +57,7 @@ def multi_low_rank(args: MultiLowRank, y: torch.Tensor, *, add: bool) -> torch.T
 
 
 def multi_low_rank_backward(args: MultiLowRankBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``args.needs`` names, with their arguments' shapes and dtypes."""
+    """The gradients named in ``args.needs``, with the shapes and dtypes of their arguments."""
     forward, s, needs = args.forward, args.s, args.needs
     x, dy = unit_rows(forward.x), unit_rows(args.dy)
     factors = [_factor(factor, x.dtype) for factor in (forward.a, forward.b)]

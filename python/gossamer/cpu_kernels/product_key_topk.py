@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def product_key_topk(args: ProductKeyTopk) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``values (R, K)`` float32 and ``ids (R, K)`` int64 from float32 scores; None where one is NaN or +∞."""
+    """``values (R, K)`` float32 and ``ids (R, K)`` int64 from float32 scores; None if a score is NaN or +∞."""
     scores1, scores2 = unit_rows(args.scores1), unit_rows(args.scores2)
     rows = scores1.shape[0]
     values, ids = torch.empty(rows, args.top_k), torch.empty(rows, args.top_k, dtype=torch.int64)
@@ -55,7 +55,7 @@ def product_key_topk_backward(args: ProductKeyTopkBackward) -> tuple[torch.Tenso
 
 
 def product_key_search(args: ProductKeySearch) -> torch.Tensor | None:
-    """``ids (R, K)`` int64 from float32 queries and keys; None where a score is NaN or +∞."""
+    """``ids (R, K)`` int64 from float32 queries and keys; None if a score is NaN or +∞."""
     queries, keys = unit_rows(args.queries), args.keys.contiguous()
     groups, _, side, half = keys.shape
     ids = torch.empty(queries.shape[0], args.top_k, dtype=torch.int64)

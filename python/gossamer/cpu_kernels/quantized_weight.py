@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """The values of a quantised weight ``(N, C)`` in ``dtype``, float64 too: products in float32, rounded once."""
+    """The values ``(N, C)`` of a quantised weight in ``dtype``, float64 too: float32 products, rounded once."""
     shape = weight.shape
     out = torch.empty(shape, dtype=dtype)
     target = out.data_ptr(), DTYPES[dtype], torch.get_num_threads()
@@ -23,7 +23,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         data = data.contiguous()
         *parts, block_size, nested_block_size, _, _ = weight.blocks
         code, nested_absmax, nested_code, offset = (None if t is None else t.contiguous() for t in parts)
-        # With double quantisation the scales are codes too.
+        # With double quantisation the scales are codes as well.
         single = nested_absmax is None
         args = _C.NF4Weight(
             packed=pointer(data),

@@ -1,4 +1,4 @@
-"""Profiles of native kernels: time by stage, and memory."""
+"""Records profiles of native kernels: time by stage, and memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gossamer import _C
 
 @dataclass
 class Recording:
-    """Filled when its block ends.
+    """A recording, filled when its block ends.
 
     Attributes:
-        stages: kernel -> stage -> seconds, the mean over a call's threads, and pieces of work, summed over calls.
+        stages: kernel -> stage -> seconds (the mean over a call's threads) and pieces of work, both summed over calls.
         memory: (nanoseconds of ``time.monotonic_ns``, bytes taken or, negative, given back) for memory that torch's
             allocators do not hand out: scratch, and large results from kept blocks.
     """

@@ -34,7 +34,7 @@ def _sizes(args: SelfReferential, dtype: torch.dtype) -> dict[str, int]:
 
 
 def self_referential(args: SelfReferential) -> tuple[torch.Tensor, ...]:
-    """``y``, the final shift, and what the backward pass reads: each token's step, and a matrix every few hundred."""
+    """``y``, the final shift, and for the backward pass each token's step and, every few hundred tokens, a matrix."""
     dtype = torch.promote_types(args.x.dtype, torch.float32)
     x, weight = _wide(args.x, dtype), _wide(args.weight, dtype)
     shift = None if args.shift is None else _wide(args.shift, dtype)
@@ -62,7 +62,7 @@ def self_referential(args: SelfReferential) -> tuple[torch.Tensor, ...]:
 
 
 def self_referential_backward(args: SelfReferentialBackward) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of ``x``, and of each sequence's first matrix ``(B, H, d, 3d + 4)``."""
+    """The gradients of ``x`` and of each sequence's first matrix ``(B, H, d, 3d + 4)``."""
     forward = args.forward
     dtype = torch.promote_types(forward.x.dtype, torch.float32)
     x, dy, steps, kept = _wide(forward.x, dtype), _wide(args.dy, dtype), args.steps.contiguous(), args.kept.contiguous()

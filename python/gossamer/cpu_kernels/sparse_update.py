@@ -27,10 +27,10 @@ def _state(state: torch.Tensor | None, per_row: bool) -> tuple[int, int, bool]:
 
 
 def sparse_update_(args: SparseUpdate) -> None:
-    """One step on the rows that the bags list; table, states and step in place.
+    """Take one step on the rows that the bags list; table, states and step change in place.
 
     Raises:
-        IndexError: an id of a bag lies outside its table and is not to be dropped.
+        IndexError: an id of a bag is outside its table and is not to be dropped.
         ValueError: ``offsets`` do not ascend within ``[0, L]``, or a weight that counts is NaN.
     """
     update, features = args.update, args.bags.features

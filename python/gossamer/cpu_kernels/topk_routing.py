@@ -52,7 +52,7 @@ def topk_routing_backward(args: TopkRoutingBackward) -> torch.Tensor:
 
 
 def _shares(logits: torch.Tensor, slots: int) -> tuple:
-    """The router of weights that are shares of all experts."""
+    """The router's arguments for weights that are shares of all experts."""
     return logits.data_ptr(), logits.stride(0), *logits.shape, slots, False, False, 1.0
 
 

@@ -1,7 +1,7 @@
 """The forms in which tensors are passed to the products on Hopper GPUs.
 
-The copy engine wants rows that start at multiples of 16 bytes. What does not lie so is copied first, which real sizes
-never need.
+The copy engine needs rows that start at multiples of 16 bytes. Other tensors are copied first, which sizes of real
+models never need.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _lies_well(x: torch.Tensor) -> bool:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself when the copy engine can read it, else a copy with padded rows."""
+    """``x`` itself if the copy engine can read it, else a copy with padded rows."""
     if _lies_well(x):
         return x
     width = x.shape[-1]
@@ -39,7 +39,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 class Operands:
-    """Turns tensors into what ``gossamer._C`` takes, and keeps copies alive until the launch."""
+    """Turns tensors into arguments of ``gossamer._C``, and keeps copies alive until the launch."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.bfloat16 = x.dtype == torch.bfloat16
@@ -53,7 +53,7 @@ class Operands:
         return x.data_ptr(), *x.shape, x.stride(0), div
 
     def weight(self, weight: torch.Tensor) -> tuple[int, int, int, int, int, int, bool]:
-        """``weight (E, N, C)`` as it is stored: pointer, sizes and strides, and whether that is ``(E, C, N)``."""
+        """``weight (E, N, C)`` as it is stored: pointer, sizes, strides, and whether storage is ``(E, C, N)``."""
         transposed = stored_transposed(weight)
         stored = _aligned(weight.transpose(1, 2) if transposed else weight)
         self._kept.append(stored)
@@ -77,7 +77,7 @@ def routing(groups: Groups) -> tuple[int, int, int, int, int]:
 
 
 def with_depth(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Operands of a product over C columns, which the copy engine wants at least one of: zeros where C is 0."""
+    """Operands of a product over C columns; for C = 0, one column of zeros, since the copy engine needs a column."""
     if x.shape[1] > 0:
         return x, weight
     return x.new_zeros(x.shape[0], 1), weight.new_zeros(*weight.shape[:2], 1)

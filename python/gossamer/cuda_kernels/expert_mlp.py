@@ -1,7 +1,7 @@
 """Launchers of the expert feed-forward layer on Hopper GPUs.
 
-The products are in ``gossamer._C``; sums over a token's rows and over an expert's, bound by memory, are Triton's, and
-so is the whole layer where its weights have low-rank updates.
+The products are in ``gossamer._C``. Sums over the rows of a token or of an expert are bound by memory, and are left to
+Triton, as is the whole layer if its weights have low-rank updates.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _updated(args: ExpertMlp) -> bool:
 
 
 def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
-    """``y`` and, with ``args.save``, what the backward pass reads.
+    """``y`` and, with ``args.save``, the tensors for the backward pass.
 
     Raises:
         ValueError: no Hopper GPU, or neither float16 nor bfloat16.

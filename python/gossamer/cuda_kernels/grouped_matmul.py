@@ -49,7 +49,7 @@ def rows_times_weight(
 
 
 def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
-    """``(R, N)``, or ``(R, C)`` when transposed; dropped rows become zero.
+    """``(R, N)``, or ``(R, C)`` if transposed; dropped rows are zero.
 
     Raises:
         ValueError: no Hopper GPU, neither float16 nor bfloat16, or a quantised weight.

@@ -93,7 +93,7 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """``values[slots] = rows`` in place where a position made its row, zeros for None."""
+    """``values[slots] = rows`` in place for positions that made their row; zeros for None."""
     if slots.numel() == 0:
         return
     rows = None if rows is None else _aligned(rows)
@@ -114,7 +114,7 @@ def mark_slots(array: torch.Tensor, slots: torch.Tensor, value: int) -> None:
 
 
 def scatter_rows(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """``values[slots] = rows`` in place, −1 skipped; of equal slots the last position stays."""
+    """``values[slots] = rows`` in place, −1 skipped; if slots repeat, the last position wins."""
     if slots.numel() == 0:
         return
     slots, order = torch.sort(slots, stable=True)
