@@ -1,7 +1,7 @@
 """The activation of expert layers on rows, and its gradient.
 
-A program computes BLOCK values: as much of a row as there is, up to all of them, of one row or several. Columns are
-counted in 64 bits, for a row may be all there is.
+A program computes BLOCK values: a part of a row, or several rows. Columns are counted in 64 bits, since a single row
+may hold all values.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _gate_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gate and up ``[ROWS, COLUMNS]`` in float32; the gate twice where there is no up."""
+    """Gate and up ``[ROWS, COLUMNS]`` in float32; the gate twice if there is no up."""
     rows = preact_ptr + row.to(tl.int64)[:, None] * stride
     inside = (row < num_rows)[:, None]
     if GATED and INTERLEAVED:

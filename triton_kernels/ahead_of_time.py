@@ -1,9 +1,9 @@
 """Compile kernels for an architecture without a GPU, and report the resources they need.
 
-A case is ``(kernel, signature, constexprs, options)``: types of the runtime arguments, with ``":16"`` after one that
-is divisible by 16, and tuples of types and of compile-time values for arguments in groups; values of the compile-time
-arguments, None for a pointer that is not passed; and warps and stages.
-An argument that is a named tuple has one of types for its signature, with values in it where it is constant.
+A case is ``(kernel, signature, constexprs, options)``. The signature holds the types of runtime arguments, with
+``":16"`` after one that is divisible by 16. An argument that is a tuple has a tuple of types, a named tuple has a named
+tuple of them, and either may hold values for parts that are constant. ``constexprs`` holds the values of compile-time
+arguments, None for a pointer that is not passed, and ``options`` warps and stages.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Compiled:
     """The resources of a compiled kernel.
 
     Attributes:
-        registers: of a thread.
+        registers: registers per thread.
         spills: bytes that a thread spills to local memory.
-        shared: bytes of shared memory of a program.
-        tensor_memory: columns of tensor memory of a program, on sm_100.
-        matrix_instruction: the one that its products use; empty where it has none.
+        shared: bytes of shared memory per program.
+        tensor_memory: columns of tensor memory per program, on sm_100.
+        matrix_instruction: the matrix instruction of its products; empty if it uses none.
     """
 
     registers: int
@@ -40,7 +40,7 @@ class Compiled:
 
 
 def compile_case(case: tuple, arch: int) -> Compiled:
-    """Compile one case; raises what the compiler raises, and ValueError where the case does not fit the kernel."""
+    """Compile one case; passes on errors of the compiler, and raises ValueError if the case does not fit the kernel."""
     kernel, signature, constexprs, options = case
     source = _source(kernel, signature, constexprs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
@@ -81,7 +81,7 @@ def _source(kernel, signature: dict, constexprs: dict) -> ASTSource:
 
 
 def flat_types(signature: dict) -> list[str]:
-    """The types in a signature, those in groups too."""
+    """The types in a signature, including those in tuples."""
 
     def types(described: object) -> list[str]:
         if isinstance(described, tuple):
@@ -92,7 +92,7 @@ def flat_types(signature: dict) -> list[str]:
 
 
 def _registers(compiled, arch: int) -> tuple[int, int]:
-    """Registers per thread, and bytes a thread that they spill to local memory."""
+    """Registers per thread, and bytes that a thread spills to local memory."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])

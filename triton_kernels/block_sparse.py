@@ -1,11 +1,11 @@
 """Products with block-sparse matrices: dense results of one sparse operand, and sparse results of two dense ones.
 
-Floor of either: 2·nnz·bm·bn·N floating-point operations, N the dimension that is not blocked; the blocks and their
-indices once, both dense matrices once.
+Floor of either: 2·nnz·bm·bn·N floating-point operations, with N the dimension that is not blocked; the blocks and their
+indices, and both dense matrices, moved once.
 
 In both kernels the long side of a tile, the first of its accumulator, runs along what is cheap to widen: columns of the
-dense operand, or neighbouring blocks of one block row. The other side is one block. So blocks of 16 rows still feed
-matrix instructions that want 64, and a tile of one operand is used by as many columns as in a dense product.
+dense operand, or neighbouring blocks of one block row. The other side is one block. So blocks of 16 rows can feed
+matrix instructions that need 64 rows, and a tile of one operand serves as many columns as in a dense product.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def dsd_tile(n: int, bm: int, bn: int, itemsize: int, arch: int) -> Tile:
         return Tile(min(wide, 64, 4096 // bm), bm, 16, 4, 3)
     large = takes_large_tiles(arch)
     wide = min(wide, 256 if large else 128)
-    # Block indices are loaded in the loop, ahead of the blocks, and take half of the pipeline stages.
+    # Block indices are loaded in the loop before the blocks, and take half of the pipeline stages.
     return Tile(wide, bm, 64, 8 if wide * bm >= 128 * 128 else 4, 8 if large else 6)
 
 
@@ -68,7 +68,7 @@ class _Lists(NamedTuple):
 
 
 class _Strides(NamedTuple):
-    """Of the dense operand and the result; sizes of their parts and strides between them, or None for a matrix."""
+    """Strides of the dense operand and the result; sizes of their parts and strides between them, None for a matrix."""
 
     b_part: int | None
     y_part: int | None
@@ -82,7 +82,7 @@ class _Strides(NamedTuple):
 
 @triton.jit
 def _clamp(index, size):
-    """The nearest index in ``[0, size)``: lists made by hand may hold anything."""
+    """The nearest index in ``[0, size)``, since lists made by hand may hold anything."""
     return tl.maximum(tl.minimum(index, size - 1), 0)
 
 
@@ -112,14 +112,14 @@ def _dsd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    # Rows with many blocks start first in all columns, so that no long one runs alone at the end.
+    # Rows with many blocks start first, in all columns, so that no long row runs alone at the end.
     n_tile, r = tile_coordinates(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_rows, GROUP_N)
     row = _clamp(tl.load(lists.schedule + r), num_rows)
     first = _clamp(tl.load(lists.offsets + row), nnz + 1)
     last = _clamp(tl.load(lists.offsets + row + 1), nnz + 1)
     n0 = n_tile * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    # Columns past the end are read from the tile's first column, which saves a mask, and are never stored.
+    # For columns past the end the tile's first column is read, which saves a mask; they are never stored.
     n_read = tl.where(n < N, n, n0) if B_BY_COLUMNS else n
     MASK: tl.constexpr = "none" if (B_BY_COLUMNS or EVEN_N) else "rows"
     m = tl.arange(0, BM)
@@ -246,7 +246,7 @@ def dsd(args: BlockProduct) -> torch.Tensor:
         VALUES_TMA=values_tma,
         B_TMA=b_tma,
         B_BY_COLUMNS=b_by_columns,
-        # Not read by columns, where n may be the number of tokens: a constant saves compilations.
+        # Kernels by columns do not read n, which may be the number of tokens; a constant saves compilations.
         EVEN_N=b_by_columns or n % tile.block_m == 0,
         BIAS_ROWS=by_columns,
         ACT=-1 if args.activation is None else gate_code(Activation(args.activation)),
@@ -271,7 +271,7 @@ def _dsd_case(
     parts: bool = False,
     act: int = -1,
 ) -> tuple:
-    """One launch of ``dsd`` on many columns, stored by columns or by rows on both sides, in parts by columns."""
+    """One launch of ``dsd`` on many columns; both sides are stored by columns (then in parts) or by rows."""
     bm, bn = block
     tile = dsd_tile(4096, bm, bn, dtype.itemsize, arch)
     tma = arch >= TMA_ARCH and bn >= tile.block_k

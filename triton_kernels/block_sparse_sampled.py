@@ -22,7 +22,7 @@ from gossamer.triton_kernels.tiles import Tile
 if TYPE_CHECKING:
     from gossamer.ops._block_sparse_operators import SampledProduct
 
-# Row offsets that a program of sdd compares at once when it searches for its row.
+# Row offsets that a program of sdd compares at a time when it searches for its row.
 SEARCH = 1024
 
 
@@ -36,7 +36,7 @@ def sdd_tile(bm: int, bn: int, itemsize: int, arch: int) -> Tile:
 
 
 class _Strides(NamedTuple):
-    """Of the dense operands; size of the parts of b and stride between them, or None for a matrix."""
+    """Strides of the dense operands; size of the parts of b and the stride between them, None for a matrix."""
 
     am: int
     ak: int
@@ -121,7 +121,7 @@ def _sdd_kernel(
 
 
 def sdd(args: SampledProduct) -> torch.Tensor:
-    """``act(a·b + bias)`` at the blocks of a topology, ``(nnz, bm, bn)``, zero from the last block on."""
+    """``act(a·b + bias)`` at the blocks of a topology, ``(nnz, bm, bn)``; zero after the last block."""
     a, b, bias, topology, bm, bn = args[:6]
     nnz, num_rows = topology.column_indices.shape[0], topology.row_offsets.shape[0] - 1
     values = torch.empty(nnz, bm, bn, dtype=a.dtype, device=a.device)

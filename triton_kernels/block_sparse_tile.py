@@ -21,7 +21,7 @@ def load_operand(
 ):
     """``[rows, terms]`` of a dense operand: by descriptor, of its transpose unless BY_ROWS, or at ``rows`` and ``k``.
 
-    MASK is ``"rows"`` or ``"terms"`` where those from ``limit`` on are zero; ``"none"`` where all are there.
+    MASK is ``"rows"`` or ``"terms"`` if those from ``limit`` on are to be zero, and ``"none"`` if none are.
     """
     if TMA:
         if BY_ROWS:
@@ -79,7 +79,7 @@ def store_tile(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Stores an accumulator ``[COLUMNS, ROWS]``: those columns that are ``inside``, ``row`` and the rows after it."""
+    """Store an accumulator ``[COLUMNS, ROWS]`` to ``row`` and the rows after it, in the columns that are ``inside``."""
     if ACT >= 0 and COLUMNS * ROWS >= 256 * 128:
         # One part after the other, which avoids spills.
         left, right = column_halves(acc, COLUMNS, ROWS)
@@ -95,7 +95,7 @@ def store_tile(
 
 
 def described(operand: torch.Tensor, block: tuple[int, int], arch: int) -> tuple[object, bool, bool]:
-    """A 2-D operand as a kernel takes it, whether that is a descriptor, and whether it covers rows."""
+    """A 2-D operand as passed to a kernel, whether it is a descriptor, and whether that covers rows."""
     by_rows = operand.stride(1) == 1
     stored, shape = (operand, list(block)) if by_rows else (operand.t(), [block[1], block[0]])
     if can_describe(stored, arch):

@@ -1,7 +1,7 @@
 """Depthwise causal convolution along sequences, its gradients, and its update by one position.
 
-A program computes a tile of positions and channels. Where sequences are packed, it finds each position's sequence by a
-binary search of their offsets, which never leaves them, whatever they hold.
+A program computes a tile of positions and channels. If sequences are packed, it finds each position's sequence by a
+binary search of the offsets, which stays within the array of offsets whatever they hold.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvGradients, CausalConvStep
 
 WARPS = 4
-# Values of a tile, and its channels where channels lie side by side, or positions where positions do. A step back holds
-# the inputs of several steps forward.
+# Values per tile, and the size of its contiguous side: channels if channels are adjacent in memory, positions if
+# positions are. The backward pass holds the inputs of several forward steps.
 FORWARD, BACKWARD = (2048, 128), (512, 32)
 
 
 class Operands(NamedTuple):
-    """What every kernel of a call takes; pointers, then sizes and the strides of ``x (B, T, C)``."""
+    """The arguments of every kernel of a call: pointers, then sizes and the strides of ``x (B, T, C)``."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -97,7 +97,7 @@ def _preactivation(of, batch, p, n, start, c, inside, W: tl.constexpr):
 
 @triton.jit
 def _offsets(of, batch, p, c, ALONG_CHANNELS: tl.constexpr):
-    """Where values of positions and channels lie in batches that are contiguous along either."""
+    """Offsets of values at positions and channels, in batches that are contiguous along either."""
     first = batch.to(tl.int64) * of.positions * of.channels
     if ALONG_CHANNELS:
         return first + p.to(tl.int64)[:, None] * of.channels + c[None, :]
@@ -136,7 +136,7 @@ def _final_state_kernel(of, final_ptr, PACKED: tl.constexpr, BLOCK_C: tl.constex
     row = (n.to(tl.int64) * of.channels + c) * of.state_size
     live = c < of.channels
     for j in range(0, of.state_size):
-        # A vector, since the interpreter takes masks of vectors alone.
+        # A vector, since the interpreter only takes vectors as masks.
         p = tl.zeros_like(c) + (end - of.state_size + j)
         at = of.x + batch * of.stride_b.to(tl.int64) + p.to(tl.int64) * of.stride_t + c * of.stride_c
         value = tl.load(at, live & (p >= start), other=0.0)
@@ -150,7 +150,7 @@ def _final_state_kernel(of, final_ptr, PACKED: tl.constexpr, BLOCK_C: tl.constex
 def _sum_gradient(
     of, dy_ptr, batch, p, n, start, c, inside, W: tl.constexpr, SILU: tl.constexpr, ALONG_CHANNELS: tl.constexpr
 ):
-    """What flows back to the sums before the activation at positions ``p``, zero where not ``inside``."""
+    """The gradient of the sums before the activation at positions ``p``, zero where not ``inside``."""
     d = tl.load(dy_ptr + _offsets(of, batch, p, c, ALONG_CHANNELS), inside, other=0.0).to(tl.float32)
     if SILU:
         z = _preactivation(of, batch, p, n, start, c, inside, W)
@@ -160,7 +160,7 @@ def _sum_gradient(
 
 @triton.jit
 def _sum_positions(x, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums over the positions of a tile, by fours first: one long chain of additions would round more than torch's."""
+    """Sum over the positions of a tile, in fours first: one long chain of additions would round more than torch."""
     if BLOCK_T > 4:
         return tl.sum(tl.sum(tl.reshape(x, (BLOCK_T // 4, 4, BLOCK_C)), 1), 0)
     else:
@@ -280,7 +280,7 @@ def _causal_conv1d_step_kernel(
 
 
 def search_steps(cu_seqlens: torch.Tensor | None) -> int:
-    """Steps of the binary search among the sequences of a pack; 0 without one."""
+    """Steps of the binary search among packed sequences; 0 if sequences are not packed."""
     return 0 if cu_seqlens is None else max(1, (cu_seqlens.shape[0] - 1).bit_length())
 
 
@@ -296,10 +296,10 @@ def _operands(args: CausalConv) -> Operands:
 
 
 def _tile(args: CausalConv, most: tuple[int, int]) -> dict[str, int | bool]:
-    """The tile's sizes and what else the kernels are compiled for."""
+    """The tile's sizes and the other constants that kernels are compiled for."""
     _, length, channels = args.x.shape
     values, along = most
-    # A pass over nothing has a tile too, by which its empty grid is counted.
+    # A pass over nothing needs a tile too, to compute its empty grid.
     inner = min(along, triton.next_power_of_2(max(1, channels if args.along_channels else length)))
     outer = min(values // inner, triton.next_power_of_2(max(1, length if args.along_channels else channels)))
     block_t, block_c = (outer, inner) if args.along_channels else (inner, outer)
@@ -308,7 +308,7 @@ def _tile(args: CausalConv, most: tuple[int, int]) -> dict[str, int | bool]:
 
 
 def _dense(x: torch.Tensor, along_channels: bool) -> torch.Tensor:
-    """``x (B, T, C)`` without gaps, along channels or along positions."""
+    """``x (B, T, C)`` without gaps, contiguous along channels or along positions."""
     return x.contiguous() if along_channels else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -320,7 +320,7 @@ def _empty_like(x: torch.Tensor, along_channels: bool) -> torch.Tensor:
 
 
 def causal_conv1d(args: CausalConv) -> tuple[torch.Tensor, torch.Tensor]:
-    """``y (B, T, C)``, laid out as ``x``, and the final state, empty where it is not wanted."""
+    """``y (B, T, C)``, laid out like ``x``, and the final state, which is empty unless requested."""
     x, operands = args.x, _operands(args)
     batch, length, channels = x.shape
     y = _empty_like(x, args.along_channels)
@@ -338,7 +338,7 @@ def causal_conv1d(args: CausalConv) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def causal_conv1d_backward(backward: CausalConvBackward, found: CausalConvGradients) -> None:
-    """Write the gradients that ``found`` has tensors for; ``dy`` is laid out as ``x``."""
+    """Write the gradients into the tensors in ``found``; ``dy`` is laid out like ``x``."""
     args, dfinal = backward.forward, _contiguous(backward.dfinal_state)
     x, operands, tile = args.x, _operands(args), _tile(args, BACKWARD)
     batch, length, channels = x.shape
@@ -367,7 +367,7 @@ def causal_conv1d_backward(backward: CausalConvBackward, found: CausalConvGradie
 
 
 def causal_conv1d_step(args: CausalConvStep) -> torch.Tensor:
-    """``y (B, C)`` of the newest inputs; the state is moved on in place."""
+    """``y (B, C)`` for the newest inputs; the state is shifted in place."""
     x, state = args.x, args.state
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""What the kernels share: the list of row tiles of ragged groups, operand loads, and activations."""
+"""Shared by the kernels: the list of row tiles of ragged groups, operand loads, and activations."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def grid_size(num_tiles: int, tile: Tile, tensor: torch.Tensor) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: TF32 only where torch's own matmuls may use it."""
-    # Not allow_tf32, which raises where the setting was made by this name.
+    """The precision of products of float32 operands: TF32 only if torch's own matmuls may use it."""
+    # Not allow_tf32, which raises if the setting was made under this name.
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
@@ -65,7 +65,7 @@ def choose_tile(
     c: int,
     updated: bool = False,
 ) -> Tile:
-    """The tile of a launch over ``x``, by what is known of its device; arguments as the attributes of ``Problem``.
+    """The tile of a launch over ``x``, from its device's tables or the heuristic; arguments are those of ``Problem``.
 
     ``updated`` says that the weight has an update.
     """
@@ -76,7 +76,7 @@ def choose_tile(
 
 
 def unit_columns(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself when its last dimension is contiguous, else a contiguous copy."""
+    """``x`` itself if its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -100,7 +100,7 @@ def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def weight_operand(weight: torch.Tensor, arch: int, block_n: int, block_k: int) -> tuple[object, dict[str, bool]]:
-    """``weight (E, N, C)`` as a kernel takes it, by descriptor where possible, and the flags that say how."""
+    """``weight (E, N, C)`` as passed to a kernel, by descriptor if possible, and the flags that describe the form."""
     transposed = stored_transposed(weight)
     stored = weight.transpose(1, 2) if transposed else weight
     if can_describe(stored, arch):
@@ -121,7 +121,7 @@ TABLE_HEAD = 2
 
 @triton.jit
 def clamped(index, most):
-    """The nearest index in ``[0, most]``: structures made by hand may hold anything."""
+    """The nearest index in ``[0, most]``, since structures made by hand may hold anything."""
     return tl.maximum(tl.minimum(index, most), 0)
 
 
@@ -145,7 +145,7 @@ def _row_tiles_kernel(
 ):
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     expert = tl.zeros((TILES,), tl.int32)
-    # In 64 bits, which offsets that overlap do not overflow.
+    # In 64 bits, which overlapping offsets do not overflow.
     first_tile = tl.zeros((TILES,), tl.int64)
     total = tl.zeros((), tl.int64)
     live = tl.zeros((), tl.int64)
@@ -185,7 +185,7 @@ def row_tiles(
 ) -> tuple[torch.Tensor, int]:
     """The table of row tiles for groups at ``offsets (E+1,)``, built on the device, and its capacity.
 
-    One that ``tables`` has is returned, and one that it has not is built and left there.
+    If ``tables`` has the table, it is returned; else it is built and put there.
     """
     if tables is not None and block_m in tables:
         return tables[block_m]
@@ -265,7 +265,7 @@ def load_weight(
 
 @triton.jit
 def add_low_rank(acc, low, expert, r, inside, n, live, PRECISION: tl.constexpr, RANK_TILE: tl.constexpr):
-    """``acc + scale·s[r]·b[expert, n]ᵀ``: what a product's accumulator starts from when its weight has an update.
+    """``acc + scale·s[r]·b[expert, n]ᵀ``, from which a product's accumulator starts if its weight has an update.
 
     ``low`` is ``(s, b, rank, scale, strides of b)``, ``s (R, rank)`` float32; ``RANK_TILE`` says how many blocks the
     rank is cut into, and their width. Rows outside ``inside`` and columns outside ``live`` get nothing.
@@ -289,7 +289,7 @@ def add_low_rank(acc, low, expert, r, inside, n, live, PRECISION: tl.constexpr, 
 def column_halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half of ``x [ROWS, COLUMNS]``, a renaming of registers.
 
-    Epilogues work on one part of an accumulator after the other, so that what they compute does not spill.
+    Epilogues work on one part of an accumulator after the other, so that their values do not spill.
     """
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
@@ -309,7 +309,7 @@ def column_eighths(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr):
-    """Logistic function. FAST is good to 2⁻²¹, which no 16-bit result shows, at half the instructions of a division."""
+    """Logistic function. FAST has errors up to 2⁻²¹, invisible in 16 bits, and half the instructions of a division."""
     if FAST:
         r = tl.rsqrt(1.0 + tl.exp(-x))
         return r * r
@@ -343,7 +343,7 @@ def activation(g, alpha, limit, ACT: tl.constexpr, FAST: tl.constexpr):
         s = tl.where(z < 0, e * half, half)
         return g * s, s + g * e * half * half * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     elif ACT == 3:
-        # Comparisons, and no minima or maxima, which would make numbers of NaN.
+        # Comparisons instead of minima and maxima, which would turn NaN into numbers.
         return tl.where(g < 0, 0.0, g), tl.where(g > 0, 1.0, 0.0)
     elif ACT == 4:
         r = tl.where(g < 0, 0.0, g)
@@ -356,7 +356,7 @@ def activation(g, alpha, limit, ACT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def up_factor(u, limit, ACT: tl.constexpr):
-    """What the activated gate is multiplied with, and its derivative: the up half, or gpt-oss's clamped up plus one."""
+    """The factor of the activated gate, and its derivative: the up half, or gpt-oss's clamped up half plus one."""
     if ACT == 5:
         inside = (u <= limit) & (u >= -limit)
         return tl.where(u > limit, limit, tl.where(u < -limit, -limit, u)) + 1.0, tl.where(inside, 1.0, 0.0)
@@ -365,7 +365,7 @@ def up_factor(u, limit, ACT: tl.constexpr):
 
 
 def rank_block(rank: int) -> int:
-    """Columns of a tile along the rank of an update: tensor cores want 16 or more."""
+    """Columns of a tile along the rank of an update: tensor cores need 16 or more."""
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def delta_rule(call: DeltaRuleForward) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-    """The output, and the final state where it is wanted. No states are kept: the backward pass finds them again."""
+    """The output, and the final state if requested. No states are kept; the backward pass recomputes them."""
     return *run_forward(call.args), None
 
 
@@ -25,6 +25,6 @@ def delta_rule_step(args: DeltaRule) -> torch.Tensor:
 
 
 def delta_rule_backward(call: DeltaRuleBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``call.wanted`` names."""
+    """The gradients named in ``call.wanted``."""
     found = run_backward(call.forward.args, call.d_o, call.dfinal_state)._asdict()
     return {name: found[name] for name in call.names}

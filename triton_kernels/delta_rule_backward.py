@@ -1,9 +1,9 @@
-"""The delta rule's gradients: the forward pass's steps again, and theirs in the opposite order.
+"""The delta rule's gradients: the steps of the forward pass are recomputed, then differentiated in the opposite order.
 
-With the forward pass's names and ``M = (I + KK·diag(β))⁻¹``, a pass over the chunks from the last to the first carries
-the gradient of the state, and finds for each chunk ``dU``, the gradient of what its tokens add, and ``F = Mᵀ(β dU)``,
-which is that of its values. All chunks at once then give the gradients of their squares, and from them and the states
-those of q, k and the log decays.
+Names are those of the forward pass, and ``M = (I + KK·diag(β))⁻¹``. A pass over the chunks, from the last to the first,
+carries the gradient of the state. For each chunk it computes ``dU``, the gradient of the rows that its tokens add to
+the state, and ``F = Mᵀ(β dU)``, the gradient of its values. A second step then computes, for all chunks at once, the
+gradients of the chunks' squares, and from these and the states the gradients of q, k and the log decays.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _added_gradient(
     of, r, end, head, d, dstate,
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What flows back through rows ``d`` of the state after a chunk to what its tokens add."""
+    """The gradient, through rows ``d`` of the state after a chunk, of the rows that its tokens add."""
     k = k_rows(of, r, r < end, head, d, H, GROUP, DK)
     return tl.dot(k * decay_to_end(of, r, end, head, d, H, DK, GATE), dstate, input_precision=PRECISION)
 
@@ -60,7 +60,7 @@ def _moved_back(
     of, r, live, head, d, dstate, do, f,
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows ``d`` of the state before a chunk from that after it."""
+    """The gradient of rows ``d`` of the state before a chunk, from that of the state after it."""
     decay = decay_from_start(of, r, live, head, d, H, DK, GATE)
     k = k_rows(of, r, live, head, d, H, GROUP, DK) * decay
     dstate *= decay_over(of, r, live, head, d, H, DK, GATE)[:, None]
@@ -192,7 +192,7 @@ def _square_gradients_kernel(
     fx *= lower_square(kk_ptr, slot, head, H, CHUNK, BLOCK)
     tl.store(dbeta_ptr + r.to(tl.int64) * H + head, dbeta - tl.sum(fx, 0), live)
     if dgate_ptr is not None:
-        # Of each log decay, what passes it: from the keys before it to the queries and keys after it.
+        # The gradient of each log decay sums the flow from the keys before it to the queries and keys after it.
         passing = dqk * lower_square(qk_ptr, slot, head, H, CHUNK, BLOCK) - fx * beta
         passing = tl.where(a[:, None] > a[None, :], passing, 0.0)
         passing = tl.cumsum(passing, 1) - passing
@@ -201,7 +201,7 @@ def _square_gradients_kernel(
 
 
 class Gradients(NamedTuple):
-    """What flows back, in the shapes and dtypes of the arguments; None where an argument is."""
+    """The gradients, in the shapes and dtypes of the arguments; None for an argument that is None."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -214,7 +214,7 @@ class Gradients(NamedTuple):
 
 
 def _through_gate(args: DeltaRule, dg: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of g, A_log and dt_bias from that of the log decays."""
+    """The gradients of g, A_log and dt_bias, from that of the log decays."""
     if args.g is None:
         return None, None, None
     if args.a_log is None:
@@ -227,7 +227,7 @@ def _through_gate(args: DeltaRule, dg: torch.Tensor | None) -> tuple[torch.Tenso
 
 
 def run_backward(args: DeltaRule, do: torch.Tensor, dfinal_state: torch.Tensor | None) -> Gradients:
-    """The gradients of all arguments from those of the output ``(B, T, H, D_v)`` and of the final state, or None."""
+    """The gradients of all arguments, from those of the output ``(B, T, H, D_v)`` and of the final state, or None."""
     device = args.q.device
     dinitial = None if args.initial_state is None else torch.empty_like(args.initial_state).contiguous()
     if args.num_sequences == 0 or args.v.numel() == 0:
@@ -274,7 +274,8 @@ def run_backward(args: DeltaRule, do: torch.Tensor, dfinal_state: torch.Tensor |
 
 
 def _states_options(form: Form) -> dict[str, int]:
-    # From 64 rows on products take their right side from shared memory, which is what three passes lack registers for.
+    # From 64 rows on, products read their right side from shared memory, since three passes would lack registers for
+    # it.
     return state_tile_options(form, 4, least=64 if form.PRECISION == "tf32x3" else 32)
 
 

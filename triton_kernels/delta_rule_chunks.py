@@ -1,13 +1,13 @@
-"""What the delta rule's kernels share: chunks of packed sequences, decays, and the products and the inverse of a chunk.
+"""Shared by the delta rule's kernels: chunks of packed sequences, decays, and the products and the inverse of a chunk.
 
 A sequence is cut into chunks of CHUNK tokens. Chunk ``j`` of sequence ``n``, which starts at token ``s``, has the slot
 ``s // CHUNK + n + j``: slots of different chunks differ, there are at most ``T // CHUNK + N`` of them, and a kernel
 finds a slot's chunk from the sequences' offsets alone. Slots between sequences may hold no chunk.
 
-Decays are exponentials of sums of log decays, each of which is at most 0. There are no differences of sums: they would
-lose digits where decays are strong, and give NaN after a reset (−inf). Where each channel has its decay, products
-within a block of BLOCK tokens are summed one column at a time, and those of two blocks are products of what lies on
-either side of the later block's start.
+Decays are exponentials of sums of log decays, each of which is at most 0. Sums are never subtracted from each other,
+since differences would lose digits if decays are strong, and give NaN after a reset (−inf). If each channel has its own
+decay, products within a block of BLOCK tokens are summed one column at a time; products between two blocks multiply the
+decay up to the start of the later block with the decay after it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NO_GATE, BY_HEAD, BY_CHANNEL = 0, 1, 2
 
 
 class Operands(NamedTuple):
-    """What every kernel of a call takes, contiguous.
+    """The arguments of every kernel of a call, contiguous.
 
     Attributes:
         q: ``(T, H_k, D_k)``, and so is k.
         v: ``(T, H, D_v)``.
         beta: ``(T, H)``.
         g: log decays ``(T, H)`` or ``(T, H, D_k)``, or None.
-        q_norm: what rows of q are multiplied by, ``(T, H_k)``, or None; and so is k_norm.
-        cu_seqlens: ``(N + 1,)``, of single sequences too.
+        q_norm: factors of the rows of q, ``(T, H_k)``, or None; k_norm is the same for k.
+        cu_seqlens: ``(N + 1,)``, also if there is only one sequence.
         tokens: T, of all sequences.
         sequences: N.
     """
@@ -55,7 +55,7 @@ class Operands(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the kernels of a call are compiled for."""
+    """The constants that the kernels of a call are compiled for."""
 
     H: int
     GROUP: int
@@ -76,7 +76,7 @@ def sequence(of, n):
 
 @triton.jit
 def chunk_of(of, slot, STEPS: tl.constexpr, CHUNK: tl.constexpr):
-    """First token of a slot's chunk and its end: no token where the slot holds none."""
+    """First token of a slot's chunk and its end; both are equal if the slot holds no chunk."""
     low = slot * 0
     high = low + of.sequences
     for _ in tl.static_range(STEPS):
@@ -109,13 +109,13 @@ def _normed_rows(ptr, norm_ptr, r, live, head, d, HEADS: tl.constexpr, D: tl.con
 
 @triton.jit
 def q_rows(of, r, live, head, d, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr):
-    """Rows of q for a value head, normalised where that is asked for."""
+    """Rows of q for a value head, normalised if requested."""
     return _normed_rows(of.q, of.q_norm, r, live, head // GROUP, d, H // GROUP, DK)
 
 
 @triton.jit
 def k_rows(of, r, live, head, d, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr):
-    """The same of k."""
+    """Rows of k for a value head, normalised if requested."""
     return _normed_rows(of.k, of.k_norm, r, live, head // GROUP, d, H // GROUP, DK)
 
 
@@ -172,7 +172,7 @@ def pair_decays(of, r, live, head, H: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def sums_before(x, N: tl.constexpr):
-    """Of each of N rows the sum of the rows before it, added up without it: it may be much larger."""
+    """For each of N rows, the sum of the rows before it; never a total less the row, which may be much larger."""
     a = tl.arange(0, N)
     return tl.dot(tl.where(a[:, None] > a[None, :], 1.0, 0.0), x, input_precision="tf32x3")
 
@@ -186,7 +186,7 @@ def square(ptr, slot, head, i, j, H: tl.constexpr, CHUNK: tl.constexpr, N: tl.co
 
 @triton.jit
 def lower_square(ptr, slot, head, H: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A chunk's square in float32, of which the blocks above the diagonal are zero and were not written."""
+    """A chunk's square in float32; blocks above the diagonal are not written in memory and read as zero."""
     a = tl.arange(0, CHUNK) // BLOCK
     return tl.load(square(ptr, slot, head, 0, 0, H, CHUNK, CHUNK), a[:, None] >= a[None, :], other=0.0).to(tl.float32)
 
@@ -200,7 +200,7 @@ def state_tile(ptr, slot, head, d, e, H: tl.constexpr, DK: tl.constexpr, DV: tl.
 
 @triton.jit
 def decayed_left(of, r, live, head, d, H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr):
-    """Q and k of a block's rows with the decay from its start."""
+    """Rows of q and k of a block, times the decay from the block's start."""
     decay = decay_from_start(of, r, live, head, d, H, DK, GATE)
     q = q_rows(of, r, live, head, d, H, GROUP, DK)
     k = k_rows(of, r, live, head, d, H, GROUP, DK)
@@ -392,7 +392,7 @@ def _norm_kernel(
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:
-    """What rows of ``x (T, H, D)`` are multiplied by, ``(T, H)``."""
+    """The factors that normalise rows of ``x (T, H, D)``, ``(T, H)``."""
     norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     size = triton.next_power_of_2(x.shape[-1])
     per_program = max(1, 2048 // size)
@@ -403,12 +403,12 @@ def _norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 tiles are computed: what is 16 bits wide is exact in TF32; three passes are float32's."""
+    """The precision of products of float32 tiles: TF32 is exact for 16-bit values; float32 takes three passes."""
     return "tf32x3" if dtype == torch.float32 and dot_precision(dtype) == "ieee" else "tf32"
 
 
 def prepare(args: DeltaRule, g: torch.Tensor | None) -> tuple[Operands, Form]:
-    """The operands of a call with tokens, whose log decays are ``g``, and what its kernels are compiled for."""
+    """The operands of a call with tokens, whose log decays are ``g``, and the constants of its kernels."""
     batch, length, key_heads, key_size = args.q.shape
     heads, value_size = args.v.shape[2:]
     tokens = batch * length
@@ -426,12 +426,12 @@ def prepare(args: DeltaRule, g: torch.Tensor | None) -> tuple[Operands, Form]:
 
 
 def num_slots(of: Operands) -> int:
-    """At least as many as there are chunks, whatever the sequences."""
+    """Number of slots: at least the number of chunks, whatever the sequences are."""
     return of.tokens // CHUNK + of.sequences
 
 
 def contiguous_state(state: torch.Tensor | None) -> torch.Tensor | None:
-    """The state as the kernels read it."""
+    """The state in the layout that kernels read."""
     return None if state is None else state.contiguous()
 
 
@@ -441,7 +441,7 @@ def tile_width(size: int, most: int) -> int:
 
 
 class Squares(NamedTuple):
-    """Of each chunk, ``(slots, H, CHUNK, CHUNK)``: products of keys, of queries with keys, and the inverse."""
+    """Squares of each chunk ``(slots, H, CHUNK, CHUNK)``: products of keys, of queries with keys, and the inverse."""
 
     kk: torch.Tensor
     qk: torch.Tensor
@@ -456,7 +456,7 @@ def _products_options(form: Form) -> dict[str, int]:
 
 
 def squares(of: Operands, form: Form) -> Squares:
-    """Compute them, all chunks at once."""
+    """Compute the squares of all chunks at once."""
     slots, shape = num_slots(of), (num_slots(of), form.H, CHUNK, CHUNK)
     kk, qk, inverse = (torch.empty(shape, dtype=torch.float32, device=of.q.device) for _ in range(3))
     _products_kernel[(slots, form.H, CHUNK // BLOCK)](of, kk, qk, **form._asdict(), **_products_options(form))
@@ -474,7 +474,7 @@ AOT_CALLS = (
 
 
 def aot_operands(gate: int, dtype: torch.dtype, size: int, group: int) -> tuple[Operands, Form]:
-    """Types of the operands and the form of a call, for ahead-of-time compilation."""
+    """The types of the operands and the form of a call, for ahead-of-time compilation."""
     value, wide = f"*{TRITON_NAMES[dtype]}:16", "*fp32:16"
     norms = (wide, wide) if gate == BY_HEAD else (None, None)
     of = Operands(*[value] * 4, None if gate == NO_GATE else wide, *norms, "*i32:16", "i32", "i32")
@@ -482,7 +482,7 @@ def aot_operands(gate: int, dtype: torch.dtype, size: int, group: int) -> tuple[
 
 
 def aot_case(kernel, signature: dict, constexprs: dict) -> tuple:
-    """A case of a kernel from its types and its values, warps and stages among these; all of ``None`` are pointers."""
+    """A case of a kernel from its types and its values, which include warps and stages; None stands for a pointer."""
     options = {name: constexprs[name] for name in ("num_warps", "num_stages") if name in constexprs}
     given = {name: value for name, value in signature.items() if value is not None}
     known = {name: constexprs[name] for name in kernel.arg_names if name in constexprs}

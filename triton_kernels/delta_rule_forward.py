@@ -1,9 +1,10 @@
 """The delta rule forward and by one token.
 
-Three steps: each chunk's products and inverse, all chunks at once; a pass over the chunks of each sequence that carries
-the state; and the outputs from the states that chunks start with, all at once again. Within a chunk, with ``KK`` the
-decayed products of its keys below the diagonal and ``S`` its first state, ``X = (I + KK·diag(β))⁻¹ (V − K S)`` are the
-corrections of its tokens before they are scaled: ``β X`` is what they add to the state along their keys.
+There are three steps: the products and the inverse of each chunk, for all chunks at once; a pass over the chunks of
+each sequence that carries the state; and the outputs from the states at the starts of chunks, again for all chunks at
+once. Within a chunk let ``KK`` be the decayed products of its keys below the diagonal and ``S`` the state at its start.
+Then ``X = (I + KK·diag(β))⁻¹ (V − K S)`` holds the corrections of its tokens before scaling, and the tokens add ``β X``
+to the state along their keys.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_part(ptr, slot, head, part, e, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K rows of a state from row ``part * BLOCK_K`` on, or zeros where there is none."""
+    """BLOCK_K rows of a state from row ``part * BLOCK_K`` on; zeros if there is no state."""
     if ptr is not None:
         at, inside = state_tile(ptr, slot, head, part * BLOCK_K + tl.arange(0, BLOCK_K), e, H, DK, DV)
         return tl.load(at, inside, other=0.0).to(tl.float32)
@@ -60,7 +61,7 @@ def load_part(ptr, slot, head, part, e, H: tl.constexpr, DK: tl.constexpr, DV: t
 def store_part(
     ptr, slot, head, part, e, value, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Store what :func:`load_part` loads; nothing past the last row."""
+    """Store the rows that :func:`load_part` loads, but none past the last row."""
     if ptr is not None:
         if part * BLOCK_K < DK:
             at, inside = state_tile(ptr, slot, head, part * BLOCK_K + tl.arange(0, BLOCK_K), e, H, DK, DV)
@@ -72,7 +73,7 @@ def _read(
     of, r, live, head, d, state,
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk's keys read of rows ``d`` of the state before it."""
+    """The values that a chunk's keys read from rows ``d`` of the state before it."""
     k = k_rows(of, r, live, head, d, H, GROUP, DK)
     return tl.dot(k * decay_from_start(of, r, live, head, d, H, DK, GATE), state, input_precision=PRECISION)
 
@@ -82,7 +83,7 @@ def _moved(
     of, r, end, head, d, state, added,
     H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``d`` of the state after a chunk that ends at ``end``: decayed, and with what its tokens add."""
+    """Rows ``d`` of the state after a chunk that ends at ``end``: decayed, plus the rows that its tokens add."""
     k = k_rows(of, r, r < end, head, d, H, GROUP, DK)
     k *= decay_to_end(of, r, end, head, d, H, DK, GATE)
     state *= decay_over(of, r, r < end, head, d, H, DK, GATE)[:, None]
@@ -113,7 +114,7 @@ def _states_kernel(
     n, head = tl.program_id(0), tl.program_id(1)
     start, last = sequence(of, n)
     e = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    # One part after the other is multiplied: all at once would not fit into registers.
+    # Parts are multiplied one after the other, since all at once would not fit into registers.
     d0 = tl.arange(0, BLOCK_K)
     d1, d2, d3 = d0 + BLOCK_K, d0 + 2 * BLOCK_K, d0 + 3 * BLOCK_K
     s0 = load_part(initial_ptr, n, head, 0, e, H, DK, DV, BLOCK_K)
@@ -236,7 +237,7 @@ def _step_kernel(
 
 
 class Chunks(NamedTuple):
-    """What the first two steps find: of tokens ``x (T, H, D_v)``, of chunks ``states (slots, H, D_k, D_v)``."""
+    """The results of the first two steps: ``x (T, H, D_v)`` by token and ``states (slots, H, D_k, D_v)`` by chunk."""
 
     squares: Squares
     x: torch.Tensor
@@ -244,7 +245,7 @@ class Chunks(NamedTuple):
 
 
 def state_tile_options(form: Form, num_warps: int, least: int = 32) -> dict[str, int]:
-    """Tiles of a pass that carries a state of all channels of the keys: at most four parts, of ``least`` rows or more.
+    """Tiles of a pass that carries the state of all key channels, in at most four parts of at least ``least`` rows.
 
     With more than 16 columns a program's registers spill.
     """
@@ -254,7 +255,7 @@ def state_tile_options(form: Form, num_warps: int, least: int = 32) -> dict[str,
 
 
 def _states_options(form: Form) -> dict[str, int]:
-    # Products in three passes hold the remainders of both operands, of which each four warps have a copy.
+    # Products in three passes hold the remainders of both operands, and every four warps have a copy.
     return state_tile_options(form, 4 if form.PRECISION == "tf32x3" else 8)
 
 
@@ -269,7 +270,7 @@ def _step_options(form: Form) -> dict[str, int | float]:
 
 
 def run_chunks(of: Operands, form: Form, initial: torch.Tensor | None, final: torch.Tensor | None) -> Chunks:
-    """The first two steps."""
+    """Run the first two steps."""
     found = squares(of, form)
     x = torch.empty(of.v.shape, dtype=torch.float32, device=of.v.device)
     states = torch.empty(num_slots(of), form.H, form.DK, form.DV, dtype=torch.float32, device=of.v.device)
@@ -280,7 +281,7 @@ def run_chunks(of: Operands, form: Form, initial: torch.Tensor | None, final: to
 
 
 def run_forward(args: DeltaRule) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``o (B, T, H, D_v)`` and the final state, or None where it is not wanted."""
+    """``o (B, T, H, D_v)`` and the final state, or None if that is not requested."""
     o = torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device)
     final = None
     if args.output_final_state:
@@ -299,7 +300,7 @@ def run_forward(args: DeltaRule) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def run_step(args: DeltaRule) -> torch.Tensor:
-    """``o (B, 1, H, D_v)`` of one token of each sequence, whose states ``initial_state`` are changed in place."""
+    """``o (B, 1, H, D_v)`` for one token of each sequence; the states ``initial_state`` change in place."""
     o = torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device)
     if o.numel() == 0:
         return o

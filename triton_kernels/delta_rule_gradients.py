@@ -1,8 +1,8 @@
 """The delta rule's gradients of q, k and log decays: through the states of chunks, and through their squares.
 
-The gradient of a log decay is the sum of all that passes it: from each key before it to each query and key after it,
-and through the state. It is summed as such: the shorter form, a difference of sums over both sides, would round as much
-as all that they have in common.
+The gradient of a log decay is a sum over everything that the decay acts on: each pair of a key before it and a query or
+key after it, and the state. It is computed as that sum. The shorter form, a difference of two sums, would have rounding
+errors as large as those of the terms that cancel.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _through_states_kernel(
     if GATE > 0:
         q = q_rows(of, r, live, head, d, H, GROUP, DK)
         k = k_rows(of, r, live, head, d, H, GROUP, DK)
-        # Each log decay acts on what is read after it, on what was added before it, and on the state.
+        # Each log decay acts on reads after it, on additions before it, and on the state.
         over *= decay_over(of, r, live, head, d, H, DK, GATE)
         after, before = q * dq + k * left + tl.where((r == end - 1)[:, None], over[None, :], 0.0), k * right
         if GATE == 2:
@@ -318,13 +318,13 @@ def _square_options(form: Form) -> dict[str, int]:
 
 
 class Flows(NamedTuple):
-    """What the gradients of q, k and log decays are made of.
+    """The terms of the gradients of q, k and log decays.
 
     Attributes:
-        x: ``(T, H, D_v)``, and so are f and do.
-        states: of chunks, ``(slots, H, D_k, D_v)``, and so is dstates.
-        dkk: gradients of the squares ``(slots, H, CHUNK, CHUNK)``, and so is dqk.
-        dgate: of log decays by head through them ``(T, H)``, or None.
+        x: ``(T, H, D_v)``, like f and do.
+        states: states at the starts of chunks, ``(slots, H, D_k, D_v)``, like dstates.
+        dkk: gradients of the squares, ``(slots, H, CHUNK, CHUNK)``, like dqk.
+        dgate: gradients of log decays by head through the squares, ``(T, H)``, or None.
     """
 
     x: torch.Tensor

@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Slots of one tile. Ranks within a tile cost TILE comparisons per slot, counts cost E+1 words a span.
+# Slots of one tile. Ranks within a tile cost TILE comparisons per slot, counts cost E+1 words per span.
 TILE = 128
-# The most slots that one program sorts alone, without counts in memory, and its tile.
+# The most slots that a single program sorts, without counts in memory, and its tile.
 SINGLE_SLOTS = 512
 SINGLE_TILE = 256
-# The most programs. Each adds up the counts of all programs, which saves a launch but reads programs²·(E+1) words from
-# the L2 cache; MOST_COUNTS bounds that for many experts (not measured).
+# The most programs. Each program adds up the counts of all programs, which saves a launch but reads programs²·(E+1)
+# words from the L2 cache; MOST_COUNTS bounds that for many experts (not measured).
 SPANS = 256
 MOST_COUNTS = 1 << 24
 # Experts that a program handles at once, and counts that it reads at a time, of at most AT_ONCE spans.
@@ -40,7 +40,7 @@ def spans_at_once(chunk: int) -> int:
 
 
 def spans_of(num_rows: int, num_experts: int) -> tuple[int, int]:
-    """``(programs, tiles of each)``: one tile each as long as the number of programs allows."""
+    """``(programs, tiles of each)``: one tile each, unless that takes too many programs."""
     tiles = triton.cdiv(num_rows, TILE)
     most = min(SPANS, max(32, math.isqrt(MOST_COUNTS // (num_experts + 1))))
     tiles_per_span = triton.cdiv(tiles, most)
@@ -76,7 +76,7 @@ def _count(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Slots of a span that each of the experts from ``first`` on gets."""
+    """The number of slots of a span for each of the experts from ``first`` on."""
     counts = tl.zeros((CHUNK,), tl.int32)
     for tile in range(tiles):
         slot = (span * tiles + tile) * TILE + tl.arange(0, TILE)
@@ -131,7 +131,7 @@ def _place_kernel(
     CHUNK: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Write each slot of a span to its row; SINGLE: the span holds all slots, and nothing was counted before."""
+    """Write each slot of a span to its row. SINGLE: the span holds all slots, and nothing was counted before."""
     span = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
     start = 0

@@ -115,7 +115,7 @@ def _finish_up(
 ):
     """Add the bias to PART activation columns from ``n0`` on, store the pre-activation, activate and store that.
 
-    Interleaved columns come as they are, ``[BLOCK_M, 2·PART]``, in ``gate``.
+    Interleaved columns are passed as they are, ``[BLOCK_M, 2·PART]``, in ``gate``.
     """
     n = n0 + tl.arange(0, PART)
     mask = inside[:, None] & (n < I)[None, :]
@@ -270,7 +270,7 @@ def _up_kernel(
 def gate_up_operand(
     gate_up: torch.Tensor, arch: int, block_n: int, block_k: int, gated: bool, interleaved: bool
 ) -> tuple[object, dict[str, bool]]:
-    """``gate_up`` as the up-projection takes it: for a concatenated pair, one descriptor over both halves."""
+    """``gate_up`` as passed to the up-projection: for a concatenated pair, one descriptor covers both halves."""
     if not gated or interleaved:
         return weight_operand(gate_up, arch, 2 * block_n if gated else block_n, block_k)
     transposed = stored_transposed(gate_up)
@@ -283,7 +283,7 @@ def gate_up_operand(
 def up_projection(
     args: ExpertMlp, tile: Tile | None = None, tables: RowTables | None = None, low: LowRankTerm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activation ``(R, I)`` of sorted rows, and where it is saved the pre-activation ``(R, 2I)``.
+    """The activation ``(R, I)`` of sorted rows and, if saved, the pre-activation ``(R, 2I)``.
 
     ``low`` is an update of the weight, which the accumulator starts from; ``tables`` as in
     :func:`gossamer.triton_kernels.common.row_tiles`.
@@ -329,7 +329,7 @@ def up_projection(
 
 
 def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
-    """``y``, and where ``args.save`` says so what the backward pass reads, unwritten in dropped rows."""
+    """``y`` and, with ``args.save``, the tensors for the backward pass, whose dropped rows are not written."""
     if args.gate_up.quantized:
         return split_expert_mlp(args), None, None, None
     x, groups, weights = args.x, args.groups, args.weights

@@ -1,4 +1,4 @@
-"""The backward pass of the expert feed-forward layer, from the pre-activation alone.
+"""The backward pass of the expert feed-forward layer; of the forward pass it needs only the pre-activation.
 
 Floor, R = T·K: 12·R·H·I floating-point operations gated, 8·R·H·I ungated; the pre-activation read and written once.
 """
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _load_preact(preact_rows, inside, n0, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, PART: tl.constexpr):
-    """Gate and up columns ``n0 : n0 + PART`` of the pre-activation; interleaved ones as they are, in both results."""
+    """Gate and up columns ``n0 : n0 + PART`` of the pre-activation; if they are interleaved, both results hold both."""
     n = n0 + tl.arange(0, PART)
     mask = inside[:, None] & (n < I)[None, :]
     if GATED and INTERLEAVED:
@@ -233,7 +233,7 @@ def _down_backward_kernel(
         if partial_ptr is not None:
             tl.store(partial_ptr + n_tile.to(tl.int64) * num_rows + r, dots, inside)
 
-    # Weight gradients read whole blocks of rows, past the last group into the dropped rows, which must be finite there.
+    # Weight gradients read whole blocks of rows, also past the last group; dropped rows must be finite there.
     num_all = tl.load(table_ptr + 1)
     for tile in range(num_live * num_n + tl.program_id(0), num_all * num_n, tl.num_programs(0)):
         _, row, row_end = row_tile(table_ptr, capacity, tile // num_n)
@@ -267,7 +267,7 @@ def low_rows(
 
 
 def low_rank_term(s: torch.Tensor | None, weight: Weight) -> LowRankTerm | None:
-    """The update of a product of which ``s`` is ``x·aᵀ``."""
+    """The update of a product, with ``s`` its ``x·aᵀ``."""
     return None if s is None else LowRankTerm(s, weight.b, weight.factor)
 
 
@@ -279,9 +279,9 @@ def down_backward(
     tables: RowTables | None = None,
     low: LowRankTerm | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """d(preact), the weighted activation and the routing-weight partial sums, each None where ``wants`` says no.
+    """d(preact), the weighted activation and the routing-weight partial sums; None for each that ``wants`` excludes.
 
-    d(preact) is written over ``preact`` when ``overwrite``. ``low`` is what flows back through an update of the weight;
+    d(preact) is written over ``preact`` when ``overwrite``. ``low`` is the gradient through an update of the weight;
     ``tables`` as in :func:`gossamer.triton_kernels.common.row_tiles`.
     """
     forward, dy, preact = args.forward, args.dy, args.preact
@@ -327,7 +327,7 @@ def down_backward(
 
 @dataclass(frozen=True)
 class Products:
-    """The matrix products of a backward pass, by whichever kernels: functions of the arguments of those here."""
+    """The matrix products of a backward pass, by any kernels; they take the arguments of this module's functions."""
 
     down_backward: Callable
     rows_times_weight: Callable
@@ -335,7 +335,7 @@ class Products:
 
 
 def _sharing(tables: RowTables) -> Products:
-    """The products here, whose launches in tiles of as many rows share a table."""
+    """The products of this module; launches whose tiles have equally many rows share a table."""
     return Products(
         functools.partial(down_backward, tables=tables),
         functools.partial(rows_times_weight, tables=tables),
@@ -346,7 +346,7 @@ def _sharing(tables: RowTables) -> Products:
 def expert_mlp_backward(
     args: ExpertMlpBackward, overwrite: bool, products: Products | None = None
 ) -> ExpertMlpGradients:
-    """The gradients that ``args.needs`` names, None for others.
+    """The gradients named in ``args.needs``, None for others.
 
     d(preact) is written over ``preact`` when ``overwrite``; ``products`` are those of this module unless given.
     """
@@ -393,7 +393,7 @@ def expert_mlp_backward(
     del act
     if "down.b" in needs:
         found["down.b"] = db = factor_like("down.b")
-        # An index outside would end the process on CUDA; kernels take the nearest.
+        # An index out of range would end the process on CUDA; kernels use the nearest one.
         slots = groups.slots.clamp(0, max(forward.weights.numel() - 1, 0))
         weighted = args.s2 * forward.weights.view(-1).index_select(0, slots).unsqueeze(1)
         factor_gradient(weighted, dy, groups.slots, groups.offsets, top_k, db, True, scale=second.factor)

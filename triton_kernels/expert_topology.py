@@ -1,4 +1,4 @@
-"""The lists of blocks of an expert layer's hidden activation: prefix sums by one program, then every number by itself.
+"""The lists of blocks of an expert layer's hidden activation: one program's prefix sums, then each number on its own.
 
 Floor: E+1 offsets read, ``5 · rows · wide`` int32 of lists written; places read R slots and write R + padded rows.
 """
@@ -22,7 +22,7 @@ TILE = 512
 
 @triton.jit
 def _upper_bound(values_ptr, count, wanted, STEPS: tl.constexpr):
-    """How many of the ascending ``values[0:count]`` are at most ``wanted``, for ``count < 2^STEPS``."""
+    """The number of the ascending ``values[0:count]`` that are at most ``wanted``, for ``count < 2^STEPS``."""
     low = tl.zeros_like(wanted)
     high = low + count
     for _ in tl.static_range(STEPS):
@@ -97,7 +97,7 @@ def _blocks_kernel(
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Entries of both lists of blocks, and what there is of each block row."""
+    """Entries of both lists of blocks, and those of each block row."""
     live = tl.load(padded_offsets_ptr + experts) // bm
     if tl.program_id(0) == 0:
         tl.store(row_offsets_ptr + rows, live * wide)
@@ -107,7 +107,7 @@ def _blocks_kernel(
     entry = tl.where(here, at, 0).to(tl.int32)
     row, c = entry // wide, entry % wide
     inside = row < live
-    # Both lists have as many entries per expert, so entry i belongs to the same one in either.
+    # Both lists have equally many entries per expert, so entry i belongs to the same expert in both.
     expert = tl.minimum(_upper_bound(padded_offsets_ptr + 1, experts, row * bm, STEPS), experts - 1)
     start = tl.load(padded_offsets_ptr + expert) // bm
     blocks = tl.load(padded_offsets_ptr + expert + 1) // bm - start
@@ -119,7 +119,7 @@ def _blocks_kernel(
     tl.store(row_indices_t_ptr + at, tl.where(inside, row_t, rows), here)
     tl.store(column_indices_t_ptr + at, tl.where(inside, expert * wide + local // height, columns), here)
     tl.store(order_t_ptr + at, tl.where(inside, row_t * wide + local // height, entry), here)
-    # Rows with blocks all have as many, so that they are in order of length as they are.
+    # All rows with blocks have equally many, so they are sorted by length already.
     first = here & (c == 0)
     tl.store(row_offsets_ptr + row, tl.minimum(row, live) * wide, first)
     tl.store(row_schedule_ptr + row, row, first)
@@ -149,7 +149,8 @@ def _places_kernel(
     kept = expert < experts
     known = tl.minimum(expert, experts - 1)
     row = tl.load(padded_offsets_ptr + known) + sorted_row - tl.load(offsets_ptr + known)
-    # Another dispatch than the topology's may have more rows than there is room for, and one made by hand anything.
+    # A dispatch other than the topology's may have more rows than there is room for, and one made by hand may hold
+    # anything.
     here = here & (slot >= 0) & (slot < num_slots)
     fits = (row >= 0) & (row < tl.minimum(tl.load(padded_offsets_ptr + known + 1), padded_rows))
     tl.store(rows_of_slots_ptr + slot, tl.where(kept, row, padded_rows), here)
@@ -192,7 +193,7 @@ def expert_topology(args: ExpertTopology) -> tuple[torch.Tensor, ...]:
 
 
 def expert_places(args: ExpertPlaces) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which slot lies in each padded row, and where each slot lies; contiguous int32 in and out."""
+    """The slot in each padded row, and the padded row of each slot; contiguous int32 in and out."""
     offsets, padded_offsets, slots, padded_rows = args
     experts, num_slots = offsets.shape[0] - 1, slots.shape[0]
     slots_of_rows = slots.new_full((padded_rows,), num_slots)

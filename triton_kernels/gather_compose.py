@@ -1,8 +1,8 @@
 """Weighted sums and means of vectors that are composed of several table rows, decoded from ids as they are read.
 
 Floor: ids, offsets, weights and codes read once, each touched row once, ``B·D`` elements written. A program sums
-``BAGS`` bags by ``BLOCK_D`` columns; where parts are concatenated its columns are those of one part, and it decodes
-that part alone.
+``BAGS`` bags by ``BLOCK_D`` columns; if parts are concatenated, its columns are those of one part, and it decodes only
+that part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SIZES = [
 
 
 class PartLists(NamedTuple):
-    """Maps ``(H, 5)``, and codes as bytes of ids below ``frequent`` and of others, None where no part is coded."""
+    """Maps ``(H, 5)``, and the codes, as bytes, of ids below ``frequent`` and of others; None if no part is coded."""
 
     maps: torch.Tensor
     codes: torch.Tensor | None
@@ -52,7 +52,7 @@ class PartLists(NamedTuple):
 
 
 class PartForm(NamedTuple):
-    """What kernels are compiled for: H, of which the first are coded, bits of codes, and the arithmetic of the maps."""
+    """The constants of a kernel: H, how many of the first parts are coded, bits of codes, and the maps' arithmetic."""
 
     parts: int
     coded: int
@@ -196,7 +196,7 @@ def _bytes(codes: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
 
 
 def part_lists(parts: Parts, device: torch.device) -> PartLists:
-    """The parts as kernels take them."""
+    """The parts as passed to kernels."""
     (codes, code_width), (rare, rare_width) = _bytes(parts.codes), _bytes(parts.rare)
     frequent = 0 if parts.codes is None else parts.codes.shape[0]
     maps = map_numbers(tuple(parts.maps.numbers()), device)
@@ -204,7 +204,7 @@ def part_lists(parts: Parts, device: torch.device) -> PartLists:
 
 
 def part_form(parts: Parts) -> PartForm:
-    """What kernels are compiled for these parts."""
+    """The constants of kernels for these parts."""
     bits, rare_bits = [*parts.bits, 0, 0][:2]
     maps = parts.maps
     return PartForm(maps.count, parts.coded, bits, rare_bits, map_kind(maps), maps.mixed, parts.wrap)

@@ -1,7 +1,7 @@
-"""What the gradient of composed vectors is made of: rows of each position, gradients of factors and of weights.
+"""The terms of the gradient of composed vectors: rows of each position, gradients of factors and of weights.
 
-Floor: ids and codes read once, and where values are asked for the rows that ids name and the gradient of the result,
-from cache where positions share them; one number a part and position written, D for each factor. A program decodes
+Floor: ids and codes read once; if values are requested, also the rows that ids name and the gradient of the result
+(from cache if positions share them); one number written per part and position, and D for each factor. A program decodes
 ``BLOCK_P`` positions, and walks through the columns ``BLOCK_D`` at a time.
 """
 
@@ -75,7 +75,7 @@ def compose_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``BLOCK_P`` positions; a pointer that is None is not written."""
+    """Serve ``BLOCK_P`` positions; a result whose pointer is None is not written."""
     number_of_parts: tl.constexpr = FORM.parts
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < num_positions
@@ -151,7 +151,7 @@ def compose_gradient_kernel(
 def compose_gradient(
     args: ComposeGradient, counts: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What :attr:`Parts.listed` says of each position, −1 where it adds nothing; gradients of factors and weights.
+    """:attr:`Parts.listed` of each position (−1 if it adds nothing), and the gradients of factors and weights.
 
     ``counts (B,)`` of the gradient's dtype are the ids of each bag that contribute, for means.
     """

@@ -1,6 +1,6 @@
 """Weighted sums and means over bags of products of two small matrices that each id chooses.
 
-Floor: the matrices of each id read, from cache where ids share them, and a result per bag written. A program sums one
+Floor: the matrices of each id read (from cache if ids share them), and one result per bag written. A program sums one
 tile of one bag. The matrices are smaller than a matrix instruction's tiles, so products are plain multiplications.
 """
 

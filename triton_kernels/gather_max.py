@@ -1,6 +1,6 @@
-"""Columnwise maxima of gathered table rows, and where in its bag each was found first.
+"""Maxima by column of gathered table rows, and the position in its bag at which each was found first.
 
-Floor: each touched row read once, ``B·D`` elements written, and ``B·D`` positions where a gradient is wanted.
+Floor: each touched row read once, ``B·D`` elements written, and ``B·D`` positions if a gradient is wanted.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _gather_max_kernel(
 
 
 def gather_max(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columnwise maxima over the live ids of each bag, zeros for empty ones; each one's position in its bag, or −1.
+    """Maxima by column over the contributing ids of each bag, zeros if empty; and their positions in the bag, or −1.
 
     Returns:
         ``(B, D)`` in ``out_dtype``, and ``(B, D)`` int32, or ``(0, D)`` unless ``need_argmax``.

@@ -1,8 +1,8 @@
-"""Weighted sums and means of gathered table rows, of one table or of many, and the dot products behind their weights.
+"""Weighted sums and means of gathered rows of one or many tables, and the dot products for gradients of the weights.
 
 Floor: each touched row read once, ids, offsets and weights read once, ``B·D`` elements written (``gather_dot``: read).
 Rows are read 16 bytes per thread; ``UNROLL`` rows of each of a program's bags are in flight at once, and several
-programs share a multiprocessor, so that ids of one are on their way while rows of another are. Nothing is kept in
+programs share a multiprocessor, so that ids of one program are loaded while rows of another are. Nothing is kept in
 shared memory.
 """
 
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from gossamer.ops.gather_reduce import GatherDot, GatherReduce
 
 NUM_WARPS = 4
-# Bytes of a table row, or of several short ones, that a program holds at a time: 16 a thread.
+# Bytes of a table row, or of several short ones, that a program holds at a time: 16 per thread.
 TILE_BYTES = 16 * 32 * NUM_WARPS
 MAX_BAGS = 16
-# Most rows in flight: all of a fixed-width bag up to this number; of a longer one, the number that divides it best.
+# Most rows in flight: a fixed-width bag up to this size is unrolled whole, a longer one by the number that divides it
+# best.
 UNROLL = 8
 MAX_UNROLL = 10
 DOT_TILE_BYTES = 4 * TILE_BYTES
-# Largest alignment in bytes, a thread's load, that rows, strides and dims are tested for.
+# The largest alignment in bytes that rows, strides and dims are tested for: that of a thread's load.
 LOAD_BYTES = 16
 # Columns of the layout of gossamer.ops' Features, one row per feature.
 ELEMENT, ROW, ROWS, DIM, COLUMN, POOLING, LAYOUT_COLUMNS = (tl.constexpr(i) for i in range(7))
@@ -54,7 +55,7 @@ _DOT_SIZES = [name for name in _SIZES if name not in ("blocks", "stride_on", "st
 
 
 class Lists(NamedTuple):
-    """Pointers of bags, None for what they lack; see gossamer.ops' Bags."""
+    """Pointers of bags, None for each that is absent; see gossamer.ops' Bags."""
 
     index: torch.Tensor
     offsets: torch.Tensor | None
@@ -70,7 +71,7 @@ class Scales(NamedTuple):
 
 
 def scales_of(scale: torch.Tensor | None) -> Scales | None:
-    """The scales of a table of codes as kernels take them; None for a table of floats."""
+    """The scales of a table of codes as passed to kernels; None for a table of floats."""
     return None if scale is None else Scales(scale, scale_stride(scale))
 
 
@@ -81,7 +82,7 @@ def lists_of(bags: Bags) -> Lists:
 
 
 def dims_of(table: torch.Tensor, bags: Bags) -> list[int]:
-    """Columns of each feature's rows; of the table's where there are no features."""
+    """Columns of each feature's rows; without features, columns of the table's."""
     return bags.features.dim or [table.shape[1]]
 
 
@@ -150,7 +151,7 @@ def _add_row(
     limit,
     stride_tn,
 ):
-    """Add one row of each bag, times its scale and weight, in float32; and one to the count where the id counts."""
+    """Add one row of each bag, times its scale and weight, in float32; and one to the count if the id counts."""
     ids, live = load_ids(ids_ptr, inside, num_rows, padding_idx, limit)
     rows = tl.load(column_ptr + ids[:, None] * stride_tn, live[:, None] & in_row[None, :], other=0.0).to(tl.float32)
     if scales is not None:
@@ -210,7 +211,7 @@ def gather_reduce_kernel(
         averaged = tl.load(about_ptr + POOLING) == 1
         offsets_ptr += feature * num_bags
         stride_tn = dim
-    # Known at compile time, these let a thread read and write VEC elements at once.
+    # Because these are known at compile time, a thread can read and write VEC elements at once.
     dim = dim // VEC * VEC
     stride_tn = stride_tn.to(tl.int64) // VEC * VEC
     stride_on = stride_on.to(tl.int64) // VEC * VEC
@@ -369,7 +370,7 @@ def _reduce(
     padding_idx: int = -1,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch the sums into ``out (B, ΣD)``, of features of ``dims`` where the lists have a layout."""
+    """Launch the sums into ``out (B, ΣD)``; if the lists have a layout, features have ``dims`` columns."""
     if out.numel() == 0:
         return out
     many = lists.layout is not None
@@ -409,7 +410,7 @@ def _reduce(
 
 
 def gather_reduce(args: GatherReduce) -> torch.Tensor:
-    """``out[b]``, the sum or mean over the live ids of bag ``b`` of ``weights · table[id]``, in position order.
+    """``out[b]``, the sum or mean over the contributing ids of bag ``b`` of ``weights · table[id]``, in position order.
 
     Ids outside the table contribute nothing, dropped or not: raising would wait for the device.
     """
@@ -434,7 +435,7 @@ def sum_slots(
 def gather_dot(args: GatherDot) -> torch.Tensor:
     """``out[p] = ⟨dout[bag of p], table[index[p]]⟩`` in the shape of the ids, zero where the id is skipped.
 
-    For a mean it is divided by the number of live ids in the bag.
+    For a mean it is divided by the number of contributing ids of the bag.
     """
     dout, table, bags = args.dout, args.table, args.bags
     dims, many = dims_of(table, bags), bags.features.layout is not None

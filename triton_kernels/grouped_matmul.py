@@ -195,7 +195,7 @@ def rows_times_weight(
 
 
 def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
-    """``(R, N)``, or ``(R, C)`` when transposed; dropped rows become zero."""
+    """``(R, N)``, or ``(R, C)`` if transposed; dropped rows are zero."""
     weight = args.weight
     if weight.quantized:
         y = split_matmul(

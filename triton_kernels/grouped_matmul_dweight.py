@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from gossamer.ops._groups import Groups
     from gossamer.ops.grouped_matmul import GroupedDweight
 
-# Where the other operand is at least this wide, a gathered one is copied to contiguous rows first, this many columns at
-# a time: the product then runs a quarter faster on an H100, which by this width pays for the copy.
+# If the other operand is at least this wide, a gathered operand is first copied to contiguous rows, this many columns
+# at a time. The product then runs a quarter faster on an H100, which at this width pays for the copy.
 PADDED_FROM = 1536
 PADDED_COLUMNS = 1024
 
@@ -79,7 +79,7 @@ def _padded_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    # Programs with neighbouring numbers write neighbouring rows, whole ones: the copy is bound by memory.
+    # Programs with neighbouring numbers write neighbouring whole rows, since the copy is bound by memory.
     SPLIT: tl.constexpr = BLOCK_ROWS // ROWS
     block = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
@@ -317,7 +317,7 @@ def _group_sums_kernel(
 
 
 def group_sums(dy: torch.Tensor, groups: Groups, dy_div: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """``(E, N)`` sums of each group's rows of ``dy``, each times its slot's element of ``weights (R,)`` where given."""
+    """``(E, N)`` sums of each group's rows of ``dy``, each times its slot's element of ``weights (R,)``, if given."""
     slots, _, offsets = groups
     num_experts, n = offsets.shape[0] - 1, dy.shape[1]
     out = torch.empty(num_experts, n, dtype=dy.dtype, device=dy.device)

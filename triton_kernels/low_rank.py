@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
     from gossamer.ops.low_rank import LowRank, LowRankBackward
 
-# With more rows than this, decoding a quantised weight once into a temporary matrix takes less work than decoding it
-# again for every row tile of the product.
+# With more rows than this, it is less work to decode a quantised weight once into a temporary matrix than to decode it
+# for every row tile of the product.
 DECODED_ROWS = 256
 
 
@@ -59,9 +59,9 @@ class Update(NamedTuple):
     Attributes:
         left: ``(M, r)`` contiguous.
         right: ``(r, N)`` of any strides.
-        factor: of the term.
-        seed: of the dropout of its elements, or None.
-        dropout: their probability of being dropped.
+        factor: factor of the term.
+        seed: seed of the dropout of its elements, or None.
+        dropout: probability that an element is dropped.
     """
 
     left: torch.Tensor
@@ -121,8 +121,8 @@ def _low_rank_matmul_kernel(
 ):
     """``y = x · Wᵀ + bias + factor · drop(left (rows, rank) · right (rank, columns))``, W ``(columns, depth)``.
 
-    W is ``w``, or ``stored`` if it is quantised, then ``(depth, columns)`` when W_TRANSPOSED. Several splits of the
-    depth, of ``blocks`` blocks each, give ``y`` float32 ``(splits, rows, columns)``; the first of them has the update,
+    W is ``w``, or ``stored`` if it is quantised, then ``(depth, columns)`` when W_TRANSPOSED. If the depth is split,
+    into splits of ``blocks`` blocks, ``y`` is float32 ``(splits, rows, columns)``; the first split has the update, and
     none the bias.
     """
     columns, depth, rank = sizes
@@ -183,7 +183,7 @@ def _low_rank_matmul_kernel(
 
 
 def low_rank_tile(tile: Tile, quantized: bool, dropped: bool) -> Tile:
-    """The tile of a product that is one group's of grouped_matmul, whose tile is ``tile``.
+    """The tile of a product that is one group of grouped_matmul, whose tile would be ``tile``.
 
     Decoding a weight and drawing a mask take registers, which a larger tile would spill.
     """
@@ -273,7 +273,7 @@ def low_rank_linear(args: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``args.needs`` names."""
+    """The gradients named in ``args.needs``."""
     dy, s, (x, weight, _, seed, dropout), needs, factor_dtype = args
     a, b, scale = weight.a, weight.b, weight.factor
     dy = unit_columns(dy)

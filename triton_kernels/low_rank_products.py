@@ -1,7 +1,7 @@
 """Skinny products over a rank: rows of activations times a factor, and the factors' gradients, without atomics.
 
-Sums are cut into splits of fixed length that are added in order. Each product reads the activations once; the gradients
-of ``s`` and ``b`` share one pass where the rank is small. Floor: the activations' bytes.
+Sums are cut into splits of fixed length that are added in order. Each product reads the activations once; if the rank
+is small, the gradients of ``s`` and ``b`` share one pass. Floor: the activations' bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gossamer.triton_kernels.common import TRITON_NAMES, aot_signature, dot_prec
 SUM_BLOCK = 1024
 # Up to this rank a shared pass writes fewer bytes of partial sums than a second pass would read.
 SHARED_PASS_RANK = 32
-# Programs per multiprocessor, and the smallest share of a sum that is worth a program.
+# Programs per multiprocessor, and the smallest share of a sum that is worth a program of its own.
 PROGRAMS = 2
 LEAST_DEPTH = 512
 

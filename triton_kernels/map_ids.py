@@ -1,6 +1,6 @@
 """Ids to rows by integer arithmetic: remainders, digits and universal hashes.
 
-A program maps BLOCK ids by one of the H maps. All numbers are of 64 bits without a sign.
+A program maps BLOCK ids by one of the H maps. All numbers are unsigned with 64 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gossamer.ops.map_ids import IdMaps, MapIds
 
 BLOCK, WARPS = 512, 4
-# Which arithmetic follows an id: none, modulo a prime below 2³¹, or modulo 2⁶¹−1.
+# The arithmetic applied to an id: none, modulo a prime below 2³¹, or modulo 2⁶¹−1.
 NO_PRIME, NARROW, MERSENNE = (tl.constexpr(kind) for kind in range(3))
 
 
@@ -30,13 +30,13 @@ def _mix(x):
 
 @triton.jit
 def _fold(x):
-    """A number below 2⁶³ to one that is equal modulo 2⁶¹−1 and at most 3 above it."""
+    """Reduce a number below 2⁶³ to one that is equal modulo 2⁶¹−1 and at most 3 above that modulus."""
     return (x & 0x1FFFFFFFFFFFFFFF) + (x >> 61)
 
 
 @triton.jit
 def map_row(ids, numbers_ptr, prime, KIND: tl.constexpr, MIXED: tl.constexpr):
-    """The rows of int64 ids by the map whose five numbers lie at the pointer."""
+    """The rows of int64 ids by the map whose five numbers are at the pointer."""
     modulus = tl.load(numbers_ptr).to(tl.uint64)
     divisor = tl.load(numbers_ptr + 1).to(tl.uint64)
     base = tl.load(numbers_ptr + 2)
@@ -51,7 +51,7 @@ def map_row(ids, numbers_ptr, prime, KIND: tl.constexpr, MIXED: tl.constexpr):
             x = ((x % p) * multiplier + addend) % p
         else:
             x = _fold(_fold(x))
-            # The upper half of a product counts from 2⁶⁴, which is 8 modulo 2⁶¹−1.
+            # The upper half of a product counts multiples of 2⁶⁴, which is 8 modulo 2⁶¹−1.
             low, high = x * multiplier, tl.umulhi(x, multiplier)
             x = _fold((low & 0x1FFFFFFFFFFFFFFF) + (low >> 61) + high * 8)
             x = _fold(_fold(x + addend))
@@ -85,12 +85,12 @@ def _map_ids_kernel(
 
 @functools.lru_cache(maxsize=256)
 def map_numbers(maps: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """The maps as ``(H, 5)`` int64 on the device, kept, because every copy to a GPU waits for it."""
+    """The maps as ``(H, 5)`` int64 on the device; cached, because every copy to a GPU waits for it."""
     return torch.tensor(maps, device="cpu").to(device)
 
 
 def map_kind(maps: IdMaps) -> int:
-    """Which arithmetic the maps need, a number for kernels."""
+    """The number of the arithmetic that the maps need."""
     if not maps.prime:
         return NO_PRIME.value
     return (NARROW if maps.prime < 2**31 else MERSENNE).value

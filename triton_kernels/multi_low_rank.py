@@ -1,7 +1,7 @@
 """Low-rank updates of many adapters: skinny products over ragged groups of rows, and their gradients.
 
-Floor, M rows and A adapters in use: 2·M·r·(C + N) floating-point operations forward and twice as many backward;
-M·(C + N) + A·r·(C + N) elements moved, and the result read where it is added to.
+Floor, M rows and A adapters in use: 2·M·r·(C + N) floating-point operations forward and twice as many backward; M·(C +
+N) + A·r·(C + N) elements moved, and the result read if the update is added to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gossamer.triton_kernels.tiles import choose_block_m
 if TYPE_CHECKING:
     from gossamer.ops.multi_low_rank import MultiLowRank, MultiLowRankBackward
 
-# Programs that fill a large GPU twice. Tiles are split along their sums until there are as many.
+# The number of programs that fills a large GPU twice. Tiles are split along their sums until there are that many.
 MANY_PROGRAMS = 256
 MOST_SPLITS = 16
 
@@ -42,7 +42,7 @@ def _block_n(dtype: torch.dtype, rank: int) -> int:
 
 
 def splits(programs: int, most: int) -> int:
-    """Into how many parts, at most ``most``, to cut the sums of ``programs`` tiles: a power of two."""
+    """The number of parts, a power of two up to ``most``, into which to cut the sums of ``programs`` tiles."""
     count = 1
     while count * 2 <= min(most, MOST_SPLITS) and programs * count * 2 <= MANY_PROGRAMS:
         count *= 2
@@ -263,9 +263,9 @@ def shrink(
     ranks: torch.Tensor | None = None,
     split: bool = True,
 ) -> torch.Tensor:
-    """``scale[i]·x[g(r)]·weight[i]ᵀ`` for ``weight (A, r, C)``, as parts ``(S, R, r)`` float32 whose sum it is.
+    """``scale[i]·x[g(r)]·weight[i]ᵀ`` for ``weight (A, r, C)``, as float32 parts ``(S, R, r)`` that add up to it.
 
-    ``g(r)`` is ``r`` when ``x_div`` is 0, else ``slots[r] // x_div``. Rows without group are not written.
+    ``g(r)`` is ``r`` when ``x_div`` is 0, else ``slots[r] // x_div``. Rows without a group are not written.
     """
     (table_tensor, capacity), num_rows, (_, rank, c) = table, slots.shape[0], weight.shape
     block_r, block_k = rank_block(rank), 32 if x.element_size() == 4 else 128 if rank <= 32 else 64
@@ -439,7 +439,7 @@ def multi_low_rank(args: MultiLowRank, y: torch.Tensor, *, add: bool) -> torch.T
 
 
 def multi_low_rank_backward(args: MultiLowRankBackward) -> dict[str, torch.Tensor]:
-    """The gradients that ``args.needs`` names."""
+    """The gradients named in ``args.needs``."""
     forward, needs = args.forward, args.needs
     a, b, slots, offsets, ranks = forward.a, forward.b, forward.slots, forward.offsets, forward.ranks
     scale = {"scales": forward.scales, "scale": forward.scale, "ranks": ranks}

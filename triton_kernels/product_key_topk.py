@@ -82,7 +82,7 @@ def _product_key_topk_kernel(
     inside, row = t < num_rows, t.to(tl.int64)
     best1, places1 = _best(scores1_ptr, row, inside, N1, TOP_K, K_PAD, BLOCK_N1, LOWEST, MOST)
     best2, places2 = _best(scores2_ptr, row, inside, N2, TOP_K, K_PAD, BLOCK_N2, LOWEST, MOST)
-    # Of pairs in row-major order of their ranks the first of equal sums is the one of the lower ranks.
+    # Pairs are in row-major order of their ranks, so the first of equal sums is the one with the lower ranks.
     exists = (best1 > LOWEST)[:, :, None] & (best2 > LOWEST)[:, None, :]
     left1, left2 = _number(best1)[:, :, None], _number(best2)[:, None, :]
     masked = (left1 == float("-inf")) | (left2 == float("-inf"))
@@ -148,7 +148,7 @@ def _product_key_topk_backward_kernel(
 
 
 def _blocks(sizes: tuple[int, int], held: int) -> dict[str, int]:
-    """Rows and scores of each list that a program holds, ``held`` being what else it has of a row."""
+    """Rows and scores of each list that a program holds; ``held`` counts its other values per row."""
     block1, block2 = map(triton.next_power_of_2, sizes)
     rows = max(1, min(16, BLOCK // max(block1, block2, held)))
     return {"BLOCK_T": rows, "BLOCK_N1": block1, "BLOCK_N2": block2}

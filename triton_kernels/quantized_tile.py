@@ -20,7 +20,7 @@ FP8_ARCH = 89
 
 @triton.jit
 def _fp8_values(code, NATIVE: tl.constexpr):
-    """e4m3 to float32; without the instruction by moving the bits and scaling, exact for subnormals too."""
+    """Convert e4m3 to float32; without the instruction, by moving bits and scaling, exact for subnormals too."""
     if NATIVE:
         return code.to(tl.float16).to(tl.float32)
     else:
@@ -34,14 +34,14 @@ def _fp8_values(code, NATIVE: tl.constexpr):
 
 @triton.jit
 def _e2m1_values(code):
-    """e2m1 to float32, by the same scaling with 2^126."""
+    """Convert e2m1 to float32 in the same way, with a scale of 2^126."""
     bits = code.to(tl.uint32)
     return ((bits >> 3 << 31) | ((bits & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
 
 
 @triton.jit
 def _e8m0_values(scale):
-    """e8m0 to float32; 0 is 2⁻¹²⁷, a subnormal number, and 255 is NaN."""
+    """Convert e8m0 to float32; 0 is 2⁻¹²⁷, a subnormal number, and 255 is NaN."""
     bits = scale.to(tl.uint32)
     power = tl.where(bits == 0, 0x00400000, bits << 23)
     return tl.where(bits == 255, 0x7FC00000, power).to(tl.float32, bitcast=True)
@@ -68,8 +68,8 @@ def quantized_tile(
 ):
     """``[ROWS, COLUMNS]`` float32 of expert ``expert`` of a contiguous stack ``(E, N, C)`` from row n0 and column c0.
 
-    The scale of (n, c) is that of row ``n >> ROW_SHIFT`` and group ``c // GROUP``. GROUP 0 says that a row has one,
-    which is only applied where ROW_SCALE says so. Zero outside the matrix.
+    The scale of (n, c) is that of row ``n >> ROW_SHIFT`` and group ``c // GROUP``. GROUP 0 means one scale per row,
+    which is applied only with ROW_SCALE. Zero outside the matrix.
     """
     n = n0 + tl.arange(0, ROWS)
     inside = n < N
@@ -119,7 +119,7 @@ class Codes(NamedTuple):
 
 
 def codes_of(weight: Weight, arch: int) -> Codes:
-    """How kernels read a stack."""
+    """The constants by which kernels read a stack."""
     if not weight.quantized:
         return Codes()
     group = 0 if weight.scale.dim() == 2 else weight.group_size
@@ -128,5 +128,5 @@ def codes_of(weight: Weight, arch: int) -> Codes:
 
 
 def stored_codes(weight: Weight, codes: Codes) -> torch.Tensor:
-    """The data of a stack as kernels take it; e4m3 as bytes on hardware that cannot convert it."""
+    """The data of a stack as passed to kernels; e4m3 as bytes on hardware that cannot convert it."""
     return weight.data.view(torch.uint8) if codes.format == FP8 and not codes.native_fp8 else weight.data

@@ -22,7 +22,7 @@ ROWS, COLUMNS = 16, 256
 
 
 class Stored(NamedTuple):
-    """A quantised weight as kernels take it: pointers, then strides and block sizes; None for what the format lacks."""
+    """A quantised weight as passed to kernels: pointers, strides and block sizes; None for those its format lacks."""
 
     data: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -109,12 +109,12 @@ def _dequantize_kernel(
 
 
 def run_length(weight: Weight, columns: int, block: int) -> int:
-    """The longest run in tiles of ``block`` columns; see the module. ``block`` where a row shares its scale."""
+    """The longest run in tiles of ``block`` columns; see the module. ``block`` if a whole row shares its scale."""
     return math.gcd(columns, weight.blocks.block_size, block) if weight.format == "nf4" else block
 
 
 def stored(weight: Weight) -> Stored:
-    """What kernels take for a quantised weight."""
+    """The arguments of kernels for a quantised weight."""
     scale = weight.scale.contiguous()
     if weight.format == "nf4":
         *parts, block_size, nested_block_size, _, _ = weight.blocks
@@ -146,7 +146,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def aot_weight(weight_format: str, block: int) -> tuple[Stored, dict[str, object]]:
-    """Types of a quantised weight, and what else it gives a kernel, for ahead-of-time compilation."""
+    """The types of a quantised weight, and the constants that it sets in a kernel, for ahead-of-time compilation."""
     if weight_format == "nf4":
         pointers = ("*fp32:16",) * 4
         types = Stored("*u8:16", "*u8:16", *pointers, block_size="i32:16", nested_block_size="i32:16")

@@ -1,8 +1,8 @@
 """Ids sorted into runs of one row each, and the sums of output gradients over long runs, piece by piece.
 
-Positions are sorted by id, stably, with torch's radix sort, over 32-bit keys where the rows can be numbered in them:
-12 bytes a position in each of its four passes. A run of more than PIECE positions is cut into pieces of PIECE, counted
-from the run's start, so that no row's sum depends on what else is in the batch.
+Positions are sorted by id, stably, with torch's radix sort, over 32-bit keys if they can number the rows, which moves
+12 bytes per position in each of its four passes. A run of more than PIECE positions is cut into pieces of PIECE,
+counted from the run's start, so that no row's sum depends on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SortedRows(NamedTuple):
     Attributes:
         ids: the row of each position, sorted.
         order: the positions.
-        bags: of each position its bag, where bags are ragged; in the order of the lists, as is all below.
-        offsets: of the bags.
-        weights: of the positions.
+        bags: the bag of each position, if bags are ragged; this and everything below is in the order of the lists.
+        offsets: offsets of the bags.
+        weights: weights of the positions.
         counts: for a mean, the ids of each bag that contribute.
-        argmax: for a maximum, its positions.
-        layout: of the features.
+        argmax: for a maximum, the positions of the maxima.
+        layout: layout of the features.
         dout: the gradient of the result.
     """
 
@@ -72,9 +72,9 @@ def _keys_kernel(
     CSR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The row of each position, ``sentinel`` where it contributes nothing; and its bag, where bags are ragged.
+    """The row of each position, or ``sentinel`` if it contributes nothing; and its bag, if bags are ragged.
 
-    There are ``num_slots`` bags: with a layout ``num_bags`` of each feature.
+    There are ``num_slots`` bags; with a layout, ``num_bags`` of each feature.
     """
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < num_positions
@@ -125,7 +125,7 @@ def _count_runs_kernel(ids_ptr, counts_ptr, num_positions, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_positions"])
 def _write_runs_kernel(ids_ptr, totals_ptr, runs_ptr, num_positions, BLOCK: tl.constexpr):
-    """First position of each run, and after them all ``num_positions``; ``totals`` counts them by block, cumulated."""
+    """First position of each run, and ``num_positions`` after the last; ``totals`` are runs by block, cumulated."""
     block = tl.program_id(0).to(tl.int64)
     position = block * BLOCK + tl.arange(0, BLOCK)
     _, starts = _starts(ids_ptr, position, num_positions)
@@ -139,7 +139,7 @@ def _write_runs_kernel(ids_ptr, totals_ptr, runs_ptr, num_positions, BLOCK: tl.c
 
 @triton.jit
 def gradients(at, on, column, dim, rows, sizes, VEC: tl.constexpr):
-    """What sorted positions ``at [P]`` add to their rows, ``[P, C]`` in float32; zeros where not ``on``.
+    """The gradients that sorted positions ``at [P]`` add to their rows, ``[P, C]`` in float32; zeros where not ``on``.
 
     ``rows`` are SortedRows, and ``sizes`` strides of the gradient, the width of bags and how many there are.
     """
@@ -180,7 +180,7 @@ def about(first, live, rows, num_bags):
 
 @triton.jit
 def long_run(ids_ptr, window, num_positions, sentinel, PIECE: tl.constexpr):
-    """Whether a run of more than PIECE positions begins among the ``window``-th PIECE of them (one can), and where."""
+    """Whether a run of more than PIECE positions begins in the ``window``-th PIECE of them, and where; at most one."""
     position = window * PIECE + tl.arange(0, PIECE)
     here, starts = _starts(ids_ptr, position, num_positions)
     after = tl.load(ids_ptr + position + PIECE, position + PIECE < num_positions, other=-1)
@@ -190,7 +190,7 @@ def long_run(ids_ptr, window, num_positions, sentinel, PIECE: tl.constexpr):
 
 @triton.jit
 def bisect(ids_ptr, id, low, high, UPPER: tl.constexpr):
-    """The first position in ``[low, high]`` whose id is not below ``id``, or with UPPER above it."""
+    """The first position in ``[low, high]`` whose id is at least ``id``; with UPPER, the first whose id is above it."""
     while low < high:
         middle = (low + high) // 2
         found = tl.load(ids_ptr + middle)
@@ -219,8 +219,8 @@ def sum_pieces_kernel(
 ):
     """Sum one piece of a long run.
 
-    Among any PIECE positions at most two pieces begin: one of the run that reaches in from before, slot ``2·window``,
-    and the first of a run that begins there, slot ``2·window + 1``.
+    At most two pieces begin among PIECE positions: one of a run that began earlier, with slot ``2·window``, and the
+    first piece of a run that begins among them, with slot ``2·window + 1``.
     """
     ids_ptr = rows.ids
     slot = tl.program_id(0).to(tl.int64)
@@ -298,7 +298,7 @@ def sorted_rows(bags: Bags, argmax: torch.Tensor | None, dout: torch.Tensor, num
 
 
 def find_runs(ids):
-    """First position of each run of equal ids, the number of positions after the last, and how many runs there are."""
+    """First position of each run of equal ids, the number of positions after the last, and the number of runs."""
     num_positions = ids.numel()
     blocks = triton.cdiv(num_positions, RUNS_BLOCK)
     counts = torch.empty(blocks, dtype=torch.int32, device=ids.device)
@@ -310,7 +310,7 @@ def find_runs(ids):
 
 
 def _bag_counts(keys: torch.Tensor, bags: Bags, sentinel: int) -> torch.Tensor:
-    """Live ids of each bag, at least 1; with features 1 for bags that are summed."""
+    """Contributing ids of each bag, but at least 1; with features, 1 for bags that are summed."""
     live = keys != sentinel
     if bags.offsets is None:
         return live.view(bags.num_bags, -1).sum(1, dtype=torch.int32).clamp_(min=1)

@@ -1,7 +1,7 @@
-"""The transpose of gather_reduce, fused with an optimizer step on the touched rows; duplicates summed in fixed order.
+"""The transpose of gather_reduce, fused with an optimizer step on touched rows; duplicates are summed in a fixed order.
 
-Runs of at most PIECE positions are summed and stepped by one program, several runs at a time. The sums of longer ones'
-pieces go to memory and are added in order by the program that takes the row's step; no float is added atomically.
+Runs of at most PIECE positions are summed and stepped by one program, several runs at a time. Longer runs are cut into
+pieces, whose sums go to memory; the program that takes the row's step adds them in order. No float is added atomically.
 
 Floor: each touched row and its state read and written once, ``B·D`` elements of the gradient and the lists read once.
 """
@@ -48,7 +48,7 @@ MAX_RUNS = 32
 UNROLL = 2
 # Without a limit the assembler spills a few bytes to fit more programs on a multiprocessor.
 STEP_REGISTERS = 128
-# Rows are held whole, because steps may need their norm.
+# Whole rows are held, because steps may need their norm.
 MAX_DIM = 16384
 # Partial sums that a program adds at a time.
 LANES_TILE = 4096
@@ -59,7 +59,7 @@ _STRIDES = ["stride_tn", "stride_1n", "stride_2n", "stride_gb"]
 
 
 class Updated(NamedTuple):
-    """Pointers to what a step changes, with the scales of codes, to its number, and to its rate if that is a tensor."""
+    """Pointers to tensors that a step changes, with scales of codes, to the step count, and to a rate in a tensor."""
 
     table: torch.Tensor
     state1: torch.Tensor | None
@@ -98,7 +98,7 @@ def _step_rows(
     RULE: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Read rows ``row [R]``, step with ``grad [R, C]``, write them; ``first [R]`` is a sorted position of each."""
+    """Read rows ``row [R]``, step with ``grad [R, C]``, and write them; ``first [R]`` is a sorted position of each."""
     stride_tn, stride_1n, stride_2n = strides
     tables: tl.constexpr = rows.layout is not None
     if tables:
@@ -185,7 +185,7 @@ def _step_kernel(
 ):
     """Step the rows of runs of at most PIECE positions, RUNS at a time, in turns with the other programs.
 
-    LONG: of the run of more positions that begins among PIECE of them, whose pieces have been summed.
+    With LONG, step the row of a longer run that begins among PIECE positions, and whose pieces have been summed.
     """
     dim = dim // VEC * VEC
     ids_ptr = rows.ids
@@ -280,7 +280,7 @@ def step_options(num_warps: int, long: bool) -> dict[str, int]:
 
 
 def _grid(device: torch.device, tiles: int) -> int:
-    """Programs that share ``tiles`` tiles: no more than run at once, for most tiles of skewed ids are empty."""
+    """Programs that share ``tiles`` tiles: no more than run at once, since skewed ids leave most tiles empty."""
     if device.type != "cuda":
         return min(tiles, 3)
     at_once = PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
@@ -346,7 +346,7 @@ def sparse_update_(args: SparseUpdate) -> None:
         )
 
 
-# Of each rule: the type of the table it is compiled for, whether for many tables, and whether for long runs.
+# For each rule: the type of the table that it is compiled for, whether for many tables, and whether for long runs.
 _AOT_FORMS = {
     "sgd": ("bf16", True, False),
     "adagrad": ("fp32", False, True),

@@ -17,13 +17,13 @@ class RuleForm(NamedTuple):
     """The parts of a rule that a kernel is compiled for.
 
     Attributes:
-        name: of gossamer's RULES.
-        decay: how weight decay enters.
-        nesterov: Nesterov's momentum.
+        name: a key of gossamer's RULES.
+        decay: the way in which weight decay enters.
+        nesterov: whether the momentum is Nesterov's.
         clips_value: whether gradient elements are clipped.
-        clips_norm: whether a row's gradient is.
+        clips_norm: whether the norm of a row's gradient is clipped.
         row_state1: whether the first state holds a value per row.
-        row_state2: whether the second does.
+        row_state2: whether the second state does.
         rounds: whether new rows are rounded stochastically.
         learns_scale: whether the scales of rows of codes are trained.
     """
@@ -70,7 +70,7 @@ def rule_form(rule: StepRule, dtype: torch.dtype, learns_scale: bool = False) ->
 
 
 def rule_numbers(rule: StepRule) -> Numbers:
-    """A rule's numbers as kernels take them."""
+    """A rule's numbers as passed to kernels."""
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (rule.beta1, rule.beta2)]
     return Numbers(
         log_beta1=logs[0], log_beta2=logs[1], **{k: getattr(rule, k) for k in Numbers._fields if "log" not in k}
@@ -171,7 +171,7 @@ def moved_scale(w, grad, mask, scale, rate, DTYPE: tl.constexpr):
     v = _divide(w, tl.broadcast_to(scale[:, None], w.shape))
     by_scale = tl.where(v < low, low, tl.where(v > high, high, _nearest(v) - v))
     moved = scale - rate * tl.sum(tl.where(mask, grad * by_scale, 0.0), 1)
-    # Scales of zero would divide by zero; NaN stays NaN.
+    # A scale of zero would divide by zero; NaN stays NaN.
     return tl.where(moved < 9.5367431640625e-07, 9.5367431640625e-07, moved)
 
 
@@ -182,7 +182,7 @@ def _norm(x):
 
 @triton.jit
 def _correction(log_beta, step):
-    """``1 − βᵗ``, whose float32 evaluation would lose most digits while it is small."""
+    """``1 − βᵗ``; a direct float32 evaluation would lose most digits while it is small."""
     return 1.0 - tl.exp(step.to(tl.float64) * log_beta)
 
 
@@ -202,13 +202,13 @@ def take_step(
 ):
     """The new rows ``[R, C]`` after one step on rows ``w`` with summed gradients ``grad``; the new states are stored.
 
-    ``mask [R, C]`` says which elements there are; ``w`` and ``grad`` are zero elsewhere. ``live [R]`` says which rows
-    there are, ``dim [R, 1]`` is their dim in float32. State pointers have the shape of rows, or ``[R]`` for one value
-    per row.
+    ``mask [R, C]`` marks the elements that exist; ``w`` and ``grad`` are zero elsewhere. ``live [R]`` marks the rows
+    that exist, and ``dim [R, 1]`` is their dim in float32. State pointers have the shape of rows, or ``[R]`` for one
+    value per row.
     """
     weight_decay, eps, clip_value, clip_norm = numbers.weight_decay, numbers.eps, numbers.clip_value, numbers.clip_norm
     beta1, beta2 = numbers.beta1, numbers.beta2
-    # By comparisons, which keep NaN: a NaN gradient must not become a clipped one.
+    # Comparisons keep NaN: a NaN gradient must not become a clipped one.
     if RULE.clips_value:
         grad = tl.where(grad > clip_value, clip_value, tl.where(grad < -clip_value, -clip_value, grad))
     if RULE.clips_norm:
@@ -242,7 +242,7 @@ def take_step(
         before = tl.load(state1_ptrs, mask, other=0.0)
         after = before + grad * grad
         root = tl.sqrt_rn(after)
-        # The rule divides by the rate; at zero nothing changes.
+        # The rule divides by the rate; at a rate of zero nothing changes.
         rate = lr + tl.zeros_like(grad)
         steps = rate != 0.0
         rate = tl.where(steps, rate, 1.0)
@@ -270,7 +270,7 @@ def take_step(
         correction = _correction(numbers.log_beta1, step).to(tl.float32) + tl.zeros_like(m)
         q = _divide(_divide(m, correction), tl.broadcast_to(denominator, m.shape))
         if RULE.name == "lamb":
-            # Padding elements would give 0/0 with an ε of zero.
+            # With an ε of zero, padding elements would give 0/0.
             q = tl.where(mask, q + weight_decay * w, 0.0)
             norm_w, norm_q = _norm(w), _norm(q)
             known = (norm_w > 0) & (norm_q > 0)

@@ -1,7 +1,8 @@
-"""Grouped products with the summed dimension in parts, and with weights of few bits.
+"""Grouped products whose summed dimension is cut into parts, also with weights of few bits.
 
-One kernel multiplies: a program has a row tile, a column tile and a part of the summed dimension. With several parts
-each writes its sums in float32, and what comes next adds them in order, so that bits do not depend on timing.
+One kernel multiplies; each of its programs has a row tile, a column tile and a part of the summed dimension. If there
+are several parts, programs write their sums in float32, and the next kernel adds them in order, so that bits do not
+depend on timing.
 
 Floor with few rows: the weights of the touched experts read once, at the memory's speed.
 """
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
     from gossamer.ops.expert_mlp import ExpertMlp
 
-# Multiprocessors that the interpreter stands in for.
+# The number of multiprocessors assumed under the interpreter.
 INTERPRETED_SMS = 4
 
 
@@ -171,7 +172,7 @@ def _split_matmul_kernel(
                 b = tl.trans(b.to(a.dtype))
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if FORMAT > 0 and GROUP == 0 and not TRANSPOSED:
-            # A scale for the whole row of a weight is a factor of the finished sum.
+            # If a weight has one scale per row, it multiplies the finished sum.
             factor = tl.load(scale + expert.to(tl.int64) * scale_rows + n, n < N, other=0.0)
             acc *= factor.to(tl.float32)[None, :]
         if bias_ptr is not None:
@@ -218,7 +219,7 @@ def _finish_kernel(
     """Adds the parts of one row and, unless ACT is −1, activates it: ``(parts, R, 2I)`` to ``(R, I)``."""
     r = tl.program_id(0)
     if ACT >= 0:
-        # The rows of no expert have no pre-activation, and nobody reads their activation.
+        # Dropped rows have no pre-activation, and nothing reads their activation.
         if r >= tl.load(offsets_ptr + num_experts):
             return
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -291,7 +292,7 @@ def _plan(x: torch.Tensor, weight: Weight, num_rows: int, n: int, c: int) -> Spl
 
 
 def decode_plans(args: ExpertMlp) -> tuple[SplitTile, SplitTile] | None:
-    """How to cut both products of a layer of few rows, or None where whole products fill the device."""
+    """The cuts of both products of a layer with few rows, or None if whole products fill the device."""
     x, num_rows = args.x, args.groups.slots.shape[0]
     experts, wide, h = args.gate_up.shape
     if not decodes(num_rows, experts):
@@ -315,8 +316,8 @@ def split_matmul(
 ) -> torch.Tensor:
     """``x[g(r)] · weightᵀ + bias`` in parts: ``(splits, R, N)`` in float32, or in the dtype of ``x`` if there is one.
 
-    ``transposed`` sums over the rows of the (quantised) weight instead; ``scatter`` and ``zero_dropped`` as in
-    :func:`gossamer.triton_kernels.grouped_matmul.rows_times_weight`, and so are ``tables``.
+    ``transposed`` sums over the rows of the (quantised) weight instead; ``scatter``, ``zero_dropped`` and ``tables``
+    are as in :func:`gossamer.triton_kernels.grouped_matmul.rows_times_weight`.
     """
     num_rows, (_, n, c), bias = groups.slots.shape[0], weight.shape, weight.bias
     if transposed:
@@ -395,7 +396,7 @@ def finish(
 
 
 def split_expert_mlp(args: ExpertMlp, plans: tuple[SplitTile | None, SplitTile | None] = (None, None)) -> torch.Tensor:
-    """The layer by products in parts; see gossamer.expert_mlp. Nothing is saved."""
+    """The layer of gossamer.expert_mlp, computed by products in parts. Nothing is saved for a backward pass."""
     x, weights, (_, rows, offsets) = args.x, args.weights, args.groups
     top_k = weights.shape[1]
     if x.numel() == 0:

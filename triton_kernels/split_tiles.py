@@ -1,4 +1,4 @@
-"""The split of products of few rows or with quantised weights, as a pure function of problem and device."""
+"""The split of products with few rows or quantised weights, as a pure function of problem and device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gossamer.triton_kernels.tiles import ITEM_BYTES, Tile, choose_block_m, shared_limit
 
 MOST_SPLITS = 16
-# Fewest steps of a part: below, filling the pipeline costs more than additional multiprocessors gain.
+# Fewest steps of a part: with fewer, filling the pipeline costs more than additional multiprocessors gain.
 LEAST_STEPS = 4
 # Mean rows per expert up to which reading the weights from memory limits the speed.
 DECODE_ROWS = 64
@@ -15,7 +15,7 @@ DECODE_ROWS = 64
 
 @dataclass(frozen=True)
 class SplitTile:
-    """A tile, and into how many parts the summed dimension is cut; their sums are added in order."""
+    """A tile, and the number of parts that the summed dimension is cut into; their sums are added in order."""
 
     tile: Tile
     splits: int
@@ -26,18 +26,18 @@ def choose_split(
 ) -> SplitTile:
     """The cut of a product of ``num_rows`` rows with ``experts`` weights ``(n, c)``.
 
-    Programs for all output tiles of the experts that can have rows should be two a multiprocessor; where they are
-    fewer, the summed dimension is cut.
+    There should be two programs per multiprocessor, counting one for each output tile of the experts that can have
+    rows. If there are fewer, the summed dimension is cut.
 
     Args:
-        precision: of the products, a key of :data:`gossamer.triton_kernels.tiles.ITEM_BYTES`.
-        bits: of a stored weight; 4 and 8 for quantised ones.
+        precision: precision of the products, a key of :data:`gossamer.triton_kernels.tiles.ITEM_BYTES`.
+        bits: bits per stored weight; 4 or 8 for quantised ones.
         num_rows: R, live and dropped.
         experts: E.
         n: output columns.
         c: summed columns.
         arch: compute capability, ``10·major + minor``.
-        multiprocessors: of the device.
+        multiprocessors: number of multiprocessors of the device.
     """
     block_m = choose_block_m(num_rows / experts)
     tile = _tile(precision, bits, block_m, arch)
@@ -60,5 +60,5 @@ def _tile(precision: str, bits: int, block_m: int, arch: int) -> Tile:
     if block_m < 128:
         # 4-bit rows of 64 columns are one sector of memory.
         return Tile(block_m, 64, 64 if bits == 16 else 128, 4, 4 if shared_limit(arch) > 128 * 1024 else 3)
-    # Decoding takes registers beside the accumulators, and without wgmma the operands do too.
+    # Decoding takes registers in addition to the accumulators, and without wgmma so do the operands.
     return Tile(128, 128 if arch in (90, 100) else 64, 64, 8, 3)

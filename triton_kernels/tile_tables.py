@@ -1,7 +1,7 @@
-"""Tables of measured tiles: JSON that ships for measured cards, and that ``gossamer tune`` writes for the user's.
+"""Tables of measured tiles: JSON that ships for measured cards, or that ``gossamer tune`` writes for the user's card.
 
-A table is read once per device and process. It changes how fast a launch is, never whether it is valid: an entry is
-used only on the device it was measured on, and a table of the user's only with the versions it was measured with.
+A table is read once per device and process. It affects the speed of a launch but never its validity. An entry is used
+only on the device that it was measured on, and a user's table only with the versions that it was measured with.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Device:
     """The identity of a card, by which tables are told apart.
 
     Attributes:
-        name: as the driver calls it.
+        name: its name according to the driver.
         arch: compute capability, ``10·major + minor``.
         shared: bytes of shared memory that one program may have.
     """
@@ -52,7 +52,7 @@ class Device:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") + ".json"
 
 
-# The device when Triton interprets its kernels; launches look for no table then.
+# The device that stands for Triton's interpreter, under which launches look for no table.
 INTERPRETER = Device("Triton interpreter", 80, shared_limit(80))
 
 
@@ -61,11 +61,11 @@ class Entry:
     """A measured tile.
 
     Attributes:
-        problem: its ``mean_rows`` is the bucket.
-        tile: the fastest.
-        milliseconds: of the tile.
-        default_milliseconds: of what would be chosen without the entry, in the same run.
-        source: where the figures are, for a table that was not made by ``gossamer tune``; may be empty.
+        problem: the problem, with ``mean_rows`` rounded to its bucket.
+        tile: the fastest tile.
+        milliseconds: time with the tile.
+        default_milliseconds: time with the tile that would be chosen without the entry, in the same run.
+        source: where the figures come from, if ``gossamer tune`` did not make the table; may be empty.
     """
 
     problem: Problem
@@ -84,7 +84,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source:
-    """One file that may serve a device: how many entries it brings, or why it is ignored."""
+    """One file that may serve a device: the number of its entries, or the reason why it is ignored."""
 
     path: Path
     entries: tuple[Entry, ...] = ()
@@ -94,7 +94,7 @@ class Source:
 def cache_folder() -> Path:
     """The folder of the user's tables: ``$XDG_CACHE_HOME/gossamer/tiles``, or ``~/.cache/gossamer/tiles``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path there is invalid by the specification and to be ignored.
+    # By the specification a relative path there is invalid and to be ignored.
     root = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~"), ".cache")
     return root / "gossamer" / "tiles"
 
@@ -119,7 +119,7 @@ def shipped(device: Device) -> list[Source]:
 
 
 def sources(device: Device) -> list[Source]:
-    """The tables that exist for a device, the one that ships before the user's; a faulty one says why."""
+    """The tables that exist for a device: first the one that ships, then the user's; a faulty one says why."""
     return shipped(device) + _source(cache_folder() / device.file_name, device, pinned=True)
 
 
@@ -128,7 +128,7 @@ def _warn(source: Source) -> None:
 
 
 def read_if_valid(path: Path, device: Device) -> list[Entry]:
-    """The entries that a new table takes over from an existing one; none, with a warning, if that is faulty."""
+    """The entries that a new table takes over from an old one; none, with a warning, if the old one is faulty."""
     entries = []
     for source in _source(path, device, pinned=True):
         if source.fault:
@@ -138,7 +138,7 @@ def read_if_valid(path: Path, device: Device) -> list[Entry]:
 
 
 def table_of(device: Device) -> dict[tuple, Tile]:
-    """:attr:`Problem.key` -> tile for a device; the user's entries go before those that ship.
+    """:attr:`Problem.key` -> tile for a device; the user's entries take precedence over those that ship.
 
     A table that cannot be used is ignored with a warning that names the file.
     """
@@ -161,12 +161,12 @@ def read(path: Path, device: Device, pinned: bool) -> list[Entry]:
 
     Args:
         path: the file.
-        device: what it must have been measured on.
+        device: the device that it must have been measured on.
         pinned: whether it must have been measured with the versions that are installed.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not a table, is for another device or other versions, or holds what no tile may be.
+        ValueError: it is not a table, is for another device or other versions, or holds an invalid tile.
     """
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"its {size} bytes are more than {MOST_BYTES}")
@@ -234,8 +234,8 @@ def as_json(device: Device, entries: Iterable[Entry], provenance: dict) -> dict:
     """A table as plain values.
 
     Args:
-        device: what was measured.
-        entries: what was found.
+        device: the device measured.
+        entries: the entries found.
         provenance: the fields ``date``, ``versions``, ``commit`` and ``command``.
     """
     head = {"schema": SCHEMA, "device": device.name, "capability": f"{device.arch // 10}.{device.arch % 10}"}

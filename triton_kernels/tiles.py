@@ -21,7 +21,7 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 # Bytes of shared memory of a program, by architecture; unlisted cards have at least the smallest of these.
 SHARED_BYTES = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
 LEAST_SHARED_BYTES = 99 * 1024
-# Most accumulators of a thread; addresses and operands take as many registers again, and more would spill.
+# Most accumulators per thread: addresses and operands take as many registers again, so more would spill.
 MOST_ACCUMULATORS = 128
 
 
@@ -55,7 +55,7 @@ class Tile:
         }
 
     def __str__(self) -> str:
-        """Such as ``128x256x64, 8 warps, 4 stages, persistent``."""
+        """The tile in words, such as ``128x256x64, 8 warps, 4 stages, persistent``."""
         words = [
             f"{self.block_m}x{self.block_n}x{self.block_k}",
             f"{self.num_warps} warps",
@@ -72,11 +72,11 @@ class Problem:
     Attributes:
         kernel: a key of :data:`FORMS`.
         form: one of the kernel's forms.
-        precision: how operands are multiplied: ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"tf32"``.
+        precision: precision of products of operands: ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"tf32"``.
         mean_rows: rows over experts, live and dropped.
         experts: E.
-        n: output columns; of a weight gradient, columns of the gathered operand.
-        c: summed columns; of a weight gradient, columns of the operand in sorted order.
+        n: output columns; for a weight gradient, columns of the gathered operand.
+        c: summed columns; for a weight gradient, columns of the operand in sorted order.
     """
 
     kernel: str
@@ -107,7 +107,7 @@ def row_bucket(mean_rows: float) -> int:
 
 
 def choose_block_m(mean_rows: float) -> int:
-    """Rows of a tile for the mean rows of an expert; smaller tiles waste less where experts have few rows."""
+    """Rows of a tile for the mean rows of an expert; smaller tiles waste less if experts have few rows."""
     return 16 if mean_rows <= 16 else 32 if mean_rows <= 32 else 64 if mean_rows <= 96 else 128
 
 
@@ -164,9 +164,9 @@ def choose(problem: Problem, arch: int, table: Mapping[tuple, Tile] | None = Non
     """The tile of a launch.
 
     Args:
-        problem: what is launched.
+        problem: the problem to launch.
         arch: compute capability of the device, ``10·major + minor``.
-        table: :attr:`Problem.key` -> tile, measured on this device. An entry goes before the heuristic.
+        table: :attr:`Problem.key` -> tile, measured on this device. An entry takes precedence over the heuristic.
     """
     if table and (tile := table.get(problem.key)):
         return tile
@@ -178,10 +178,10 @@ def choose(problem: Problem, arch: int, table: Mapping[tuple, Tile] | None = Non
 
 
 def with_update(problem: Problem, tile: Tile, arch: int) -> Tile:
-    """The tile where accumulators start from an update of the weight, which is a product of its own.
+    """The tile if accumulators start from an update of the weight, which is a product of its own.
 
     On sm_100 its sums take as much tensor memory as the accumulators; elsewhere a wide ungated epilogue spills. So does
-    a product in float32 of gate and up, whose operands all lie in registers.
+    a product in float32 of gate and up, whose operands are all in registers.
     """
     columns = tile.block_n * problem.halves
     wide = tile.block_m * columns // (32 * tile.num_warps) >= MOST_ACCUMULATORS
@@ -197,7 +197,7 @@ def shared_limit(arch: int) -> int:
 
 def shared_bytes(problem: Problem, tile: Tile) -> int:
     """Shared memory of the operands' pipeline stages, without that of the epilogue."""
-    # Indirect loads in the loop halve the stages: indices ahead, then rows.
+    # Indirect loads in the loop halve the stages, since indices are loaded before rows.
     stages = (tile.num_stages + 1) // 2 if problem.form == "gathered" and _gathers_in_loop(problem) else tile.num_stages
     return stages * (tile.block_m + tile.block_n * problem.halves) * tile.block_k * ITEM_BYTES[problem.precision]
 
@@ -211,7 +211,7 @@ def _power_of_two(value: int, low: int, high: int) -> bool:
 
 
 def fault(problem: Problem, tile: Tile, shared: int) -> str | None:
-    """Why ``tile`` cannot serve ``problem`` on a device with ``shared`` bytes per program, or None if it can."""
+    """The reason why ``tile`` cannot serve ``problem`` with ``shared`` bytes per program, or None if it can."""
     sizes = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 128), "num_warps": (1, 16), "group_m": (1, 64)}
     for name, (low, high) in sizes.items():
         if not _power_of_two(getattr(tile, name), low, high):

@@ -21,7 +21,7 @@ BLOCK = 2048
 
 @triton.jit
 def _cleaned(x, LOWEST: tl.constexpr):
-    """Logits as they count: NaN as the lowest number, which masks an expert, and infinities as the outermost ones."""
+    """Logits as they count: NaN as the lowest number, which masks an expert, and infinities as the extreme numbers."""
     return tl.minimum(tl.maximum(tl.where(x == x, x, LOWEST), LOWEST), -LOWEST)
 
 
@@ -78,7 +78,8 @@ def _topk_routing_kernel(
             chosen = tl.where(g == best[:, None], 1, chosen)
         member = tl.broadcast_to(chosen[:, :, None], (BLOCK_T, N_GROUP, SIZE))
         choice = tl.where(tl.reshape(member, (BLOCK_T, BLOCK_E)) == 1, choice, LOWEST)
-    # Padding, and what is chosen already, lies below every expert, masked ones too: ids are distinct and exist.
+    # Padding, and experts chosen already, rank below every other expert, even a masked one, so ids are distinct and
+    # exist.
     choice = tl.where((e < E)[None, :], choice, float("-inf"))
     column = tl.arange(0, K_PAD)[None, :]
     ids = tl.zeros((BLOCK_T, K_PAD), tl.int32)
@@ -89,7 +90,7 @@ def _topk_routing_kernel(
         here = e[None, :] == best[:, None]
         usable = tl.sum(tl.where(here & (choice > LOWEST), 1, 0), 1) > 0
         if RENORMALIZE and not SIGMOID:
-            # The softmax over the chosen logits, taken from their largest, the first of them.
+            # The softmax over the chosen logits, less their largest, which is the first.
             value = tl.sum(tl.where(here, x, 0.0), 1)
             if k == 0:
                 highest = value
@@ -139,7 +140,7 @@ def _topk_routing_backward_kernel(
     ids = tl.load(ids_ptr + row * TOP_K + column, known, other=0)
     weights = tl.load(weights_ptr + row * TOP_K + column, known, other=0.0)
     dweights = tl.load(dweights_ptr + row * TOP_K + column, known, other=0.0)
-    # Slots without an expert weigh nothing, as do those whose score underflows, and pass no gradient.
+    # Slots without an expert, and slots whose score underflows, have weight 0 and pass no gradient.
     live = weights > 0
     dweights = tl.where(live, dweights, 0.0)
     x = tl.load(logits_ptr + row * E + e[None, :], inside, other=float("-inf"))
@@ -171,7 +172,7 @@ def _topk_routing_backward_kernel(
 
 @triton.jit
 def _ordered(bits):
-    """The bits of a float32 as an int32 that compares as it does, and back."""
+    """Convert the bits of a float32 to an int32 that compares in the same way, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -193,7 +194,7 @@ def _mass_routing_kernel(
     e = tl.arange(0, BLOCK_E)[None, :]
     row = t.to(tl.int64)[:, None]
     x = tl.load(logits_ptr + row * E + e, (t < num_tokens)[:, None] & (e < E), other=float("-inf"))
-    # A sum with 0 makes one number of both zeros.
+    # Adding 0 turns both zeros into the same one.
     x = tl.where(e < E, _cleaned(x, LOWEST) + 0.0, float("-inf"))
     top = tl.max(x, 1)[:, None]
     total = tl.sum(tl.where(x > LOWEST, tl.exp(x - top), 0.0), 1)[:, None]
@@ -233,7 +234,7 @@ def _mass_routing_backward_kernel(
     for slot in range(slots):
         at = row * slots + slot
         weight = tl.load(weights_ptr + at, t < num_tokens, other=0.0)
-        # Slots without an expert weigh nothing and pass no gradient, whatever flows back to them.
+        # Slots without an expert have weight 0 and pass no gradient, whatever the gradients of their weights are.
         value = tl.where(weight > 0, weight * tl.load(dweights_ptr + at, weight > 0, other=0.0), 0.0)
         expert = tl.load(ids_ptr + at, weight > 0, other=E)
         dlogits += tl.where(e == expert[:, None], value[:, None], 0.0)
@@ -381,7 +382,7 @@ def aot_cases(arch: int) -> list[tuple]:
             signature.pop("bias_ptr")
             constexprs["bias_ptr"] = None
         cases.append((_topk_routing_kernel, signature, constexprs, {"num_warps": 4}))
-        # Backward of weights that are shares of all experts, which holds the most.
+        # The backward pass of weights that are shares of all experts, which holds the most values.
         signature = aot_signature(torch.float32, "dweights_ptr logits_ptr weights_ptr dlogits_ptr", "", "", "scale")
         signature |= {"ids_ptr": "*i64:16", "num_tokens": "i32"}
         backward = shared | {"RENORMALIZE": sigmoid}
