@@ -18,18 +18,23 @@ static CodeList code_list(const PyCodes& codes) {
   return {pointer<const uint8_t>(bytes), num_ids, width, bits};
 }
 
-// Runs the call without holding the GIL, and raises an error for ids or codes that it could not read.
-static void compose(const ComposeArgs& args, bool check_weights, int num_threads) {
+// Runs a call over bags without holding the GIL, and raises an error for ids or codes that it could not read.
+template <class F>
+static void compose(const ComposeArgs& args, bool check_weights, int num_threads, F&& call) {
   const auto known = args.parts.num_ids() > 0 ? args.parts.num_ids() : std::numeric_limits<int64_t>::max();
   raise_bad_bags(args.bags, known, false, check_weights, num_threads);
   {
     py::gil_scoped_release release;
-    gather_compose(args, num_threads);
+    call();
   }
   if (*args.fault == static_cast<int32_t>(PartsFault::kId)) raise_bad_bags(args.bags, known, true, false, num_threads);
   if (*args.fault == static_cast<int32_t>(PartsFault::kCode)) {
     throw py::index_error("codes must be below the number of rows of their part");
   }
+}
+
+static void compose(const ComposeArgs& args, bool check_weights, int num_threads) {
+  compose(args, check_weights, num_threads, [&] { gather_compose(args, num_threads); });
 }
 
 void register_gather_compose(py::module_& m) {
@@ -113,6 +118,24 @@ void register_gather_compose(py::module_& m) {
       "The rows of each position's parts, the gradients of factors, and those of weights.", py::kw_only(), py::arg("table"),
       py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("parts"), py::arg("dout"), py::arg("rows"),
       py::arg("elements"), py::arg("part_gradients"), py::arg("weight_gradients"), py::arg("num_threads"));
+  m.def(
+      "sum_row_gradients",
+      [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const OwnedParts& parts, const PyMatrix& dout,
+         uintptr_t sums, uintptr_t rows, int num_threads) {
+        int32_t fault = 0;
+        const ComposeArgs args{.table = matrix(table),
+                               .num_rows = num_rows,
+                               .dim = dim,
+                               .bags = bags,
+                               .parts = parts.get(),
+                               .out = {},
+                               .fault = &fault};
+        compose(args, false, num_threads,
+                [&] { sum_row_gradients(args, matrix(dout), pointer<void>(sums), pointer<int32_t>(rows), num_threads); });
+      },
+      "The gradients of all rows of a small table, and the numbers of those that live ids have.", py::kw_only(),
+      py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("parts"), py::arg("dout"),
+      py::arg("sums"), py::arg("rows"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

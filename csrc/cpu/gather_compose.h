@@ -47,6 +47,14 @@ struct ComposeGradient {
   FloatMatrix weight_gradients;  // one row of num_positions, or absent; the bags are then without weights
 };
 
+// Sums of the gradients of a table's rows, each over one piece of the bags.
+struct RowSums {
+  FloatMatrix dout;  // (B, D) of the accumulator's dtype, column stride 1
+  // For each piece (M, C) sums of the accumulator's dtype, and whether the row is any live id's.
+  void* sums;
+  uint8_t* touched;
+};
+
 struct ComposeArgs {
   FloatMatrix table;      // (M, C), column stride 1; (M, 1) contiguous where parts are blocks
   int64_t num_rows, dim;  // M, D
@@ -54,6 +62,7 @@ struct ComposeArgs {
   Parts parts;
   FloatMatrix out;                            // (B, D), of the table's dtype or what it is accumulated in
   const ComposeGradient* gradient = nullptr;  // written instead of the result
+  const RowSums* row_sums = nullptr;          // or these sums, of the bags of one piece
   int32_t* fault;
   FloatMatrix second{};  // second table of a matrix product, of the table's dtype, column stride 1
   int64_t second_rows = int64_t{1} << 62;
@@ -61,5 +70,10 @@ struct ComposeArgs {
 };
 
 void gather_compose(const ComposeArgs& args, int num_threads);
+
+// Writes the gradients of all rows of a table that a thread's caches hold, (M, C) contiguous in the accumulator's dtype, given that
+// of the result; and the number of each row, -1 where no live id has it. The sums are of pieces of the bags, which do not depend on
+// the number of threads, added in order. Parts are rows.
+void sum_row_gradients(const ComposeArgs& args, const FloatMatrix& dout, void* sums, int32_t* rows, int num_threads);
 
 }  // namespace gossamer

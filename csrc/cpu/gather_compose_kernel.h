@@ -311,16 +311,6 @@ GOSSAMER_INLINE void prefetch_part(const ComposeArgs& a, const PartRows<Accumula
   prefetch_lines<1, Fetch::kReadLater>(static_cast<const T*>(a.table.base) + row * a.table.row_stride, bytes);
 }
 
-// Calls f(whether there are weights).
-template <class F>
-GOSSAMER_INLINE void visit_weighted(const ComposeArgs& a, F&& f) {
-  if (a.bags.weights) {
-    f(std::true_type{});
-  } else {
-    f(std::false_type{});
-  }
-}
-
 // Adds the composed vectors of positions [p, until), times their weights, to sums of all D columns; kParts is 0 for any number.
 template <bool kMultiply, int kParts, class T, class S = Accumulator<T>>
 void add_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
@@ -335,32 +325,25 @@ void add_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t 
     const T* table = static_cast<const T*>(a.table.base) + column;
     V sum[kVectors];
     for (int v = 0; v < kVectors; ++v) std::memcpy(&sum[v], sums + column + v * n, sizeof(V));
-    visit_weighted(a, [&](auto weighted) __attribute__((always_inline)) {
-      constexpr bool kWeighted = decltype(weighted)::value;
-      for (int64_t i = 0; i < until - p; ++i) {
-        if (fetched > 0 && column == 0) {
-          for (int64_t part = 0; part < parts; ++part) prefetch_part<T>(a, rows, part, p + i + ahead, fetched);
-        }
-        if (row[0][i] < 0) continue;
-        const T* from = table + row[0][i] * stride;
-        V found[kVectors];
-        for (int v = 0; v < kVectors; ++v) found[v] = load_lanes_of<n>(from + v * n);
-        for (int64_t part = 1; part < parts; ++part) {
-          from = table + (kParts > 0 ? row[part] : rows.rows(part, p))[i] * stride;
-          for (int v = 0; v < kVectors; ++v) {
-            const V more = load_lanes_of<n>(from + v * n);
-            found[v] = kMultiply ? found[v] * more : found[v] + more;
-          }
-        }
+    for (int64_t i = 0; i < until - p; ++i) {
+      if (fetched > 0 && column == 0) {
+        for (int64_t part = 0; part < parts; ++part) prefetch_part<T>(a, rows, part, p + i + ahead, fetched);
+      }
+      if (row[0][i] < 0) continue;
+      const T* from = table + row[0][i] * stride;
+      V found[kVectors];
+      for (int v = 0; v < kVectors; ++v) found[v] = load_lanes_of<n>(from + v * n);
+      for (int64_t part = 1; part < parts; ++part) {
+        from = table + (kParts > 0 ? row[part] : rows.rows(part, p))[i] * stride;
         for (int v = 0; v < kVectors; ++v) {
-          if constexpr (kWeighted) {
-            sum[v] += found[v] * weights[i];
-          } else {
-            sum[v] += found[v];
-          }
+          const V more = load_lanes_of<n>(from + v * n);
+          found[v] = kMultiply ? found[v] * more : found[v] + more;
         }
       }
-    });
+      for (int v = 0; v < kVectors; ++v) {
+        sum[v] += found[v] * weights[i];
+      }
+    }
     for (int v = 0; v < kVectors; ++v) store_lanes_of(sums + column + v * n, sum[v]);
   });
 }
@@ -385,31 +368,24 @@ void add_joined(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_
       }
     };
     each([](V& own, S* at) { std::memcpy(&own, at, sizeof(V)); });
-    visit_weighted(a, [&](auto weighted) __attribute__((always_inline)) {
-      constexpr bool kWeighted = decltype(weighted)::value;
-      const auto add = [&](int part, int64_t i, const T* from) __attribute__((always_inline)) {
-        for (int v = 0; v < kVectors; ++v) {
-          if constexpr (kWeighted) {
-            sum[part][v] += load_lanes_of<n>(from + v * n) * weights[i];
-          } else {
-            sum[part][v] += load_lanes_of<n>(from + v * n);
-          }
-        }
-      };
-      for (int64_t i = 0; i < until - p; ++i) {
-        for (int part = 0; part < kParts; ++part) {
-          if (fetched > 0 && column == 0) prefetch_part<T>(a, rows, first + part, p + i + ahead, fetched);
-          const int64_t at = row[part][i];
-          if (__builtin_expect(at >= 0, 1)) {
-            add(part, i, base + at * stride + column);
-          } else if (at < -1) {
-            T apart[kVectors * n];
-            for (int c = 0; c < kVectors * n; ++c) apart[c] = base[rows.element(at, column + c)];
-            add(part, i, apart);
-          }
+    const auto add = [&](int part, int64_t i, const T* from) __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) {
+        sum[part][v] += load_lanes_of<n>(from + v * n) * weights[i];
+      }
+    };
+    for (int64_t i = 0; i < until - p; ++i) {
+      for (int part = 0; part < kParts; ++part) {
+        if (fetched > 0 && column == 0) prefetch_part<T>(a, rows, first + part, p + i + ahead, fetched);
+        const int64_t at = row[part][i];
+        if (__builtin_expect(at >= 0, 1)) {
+          add(part, i, base + at * stride + column);
+        } else if (at < -1) {
+          T apart[kVectors * n];
+          for (int c = 0; c < kVectors * n; ++c) apart[c] = base[rows.element(at, column + c)];
+          add(part, i, apart);
         }
       }
-    });
+    }
     each([](V& own, S* at) { store_lanes_of(at, own); });
   });
 }
@@ -529,14 +505,16 @@ struct Joined {
 };
 
 // Adds `count` positions from p on, which reach() gave, to sums in registers.
-template <class Form, bool kWeighted, bool kFetch, class T, class S = Accumulator<T>>
+template <class Form, bool kFetch, class T, class S = Accumulator<T>>
 GOSSAMER_INLINE void add_short(const T* table, const PartRows<S>& rows, int64_t p, int64_t count,
                                typename Form::V (&sum)[Form::kSums]) {
   constexpr int64_t ahead = std::min(kRowsAhead, gather_ahead(Form::kBytes));
   const int64_t* row[Form::kRows];
   for (int part = 0; part < Form::kRows; ++part) row[part] = rows.rows(part, p);
-  [[maybe_unused]] const S* weights = rows.weights(p);
-#pragma GCC unroll 4
+  const S* weights = rows.weights(p);
+  // In variables of their own, the sums stay in registers.
+  typename Form::V own[Form::kSums];
+  for (int v = 0; v < Form::kSums; ++v) own[v] = sum[v];
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (kFetch) {
       for (int part = 0; part < Form::kRows; ++part) {
@@ -547,18 +525,14 @@ GOSSAMER_INLINE void add_short(const T* table, const PartRows<S>& rows, int64_t 
       }
     }
     if (row[0][i] < 0) continue;
-    Form::each(table, row, i, [&](int v, typename Form::V found) __attribute__((always_inline)) {
-      if constexpr (kWeighted) {
-        sum[v] += found * weights[i];
-      } else {
-        sum[v] += found;
-      }
-    });
+    Form::each(table, row, i,
+               [&](int v, typename Form::V found) __attribute__((always_inline)) { own[v] += found * weights[i]; });
   }
+  for (int v = 0; v < Form::kSums; ++v) sum[v] = own[v];
 }
 
 // Bags of vectors that stay in registers while they are summed.
-template <class Form, bool kWeighted, bool kFetch, class T>
+template <class Form, bool kFetch, class T>
 void compose_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
   using V = typename Form::V;
@@ -571,7 +545,7 @@ void compose_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
     V sum[Form::kSums] = {};
     for (int64_t p = begin; p < end;) {
       const int64_t until = rows.reach(p, end);
-      add_short<Form, kWeighted, kFetch>(table, rows, p, until - p, sum);
+      add_short<Form, kFetch>(table, rows, p, until - p, sum);
       p = until;
     }
     if (bags.mean) {
@@ -598,12 +572,8 @@ void compose_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
 template <class Form, class T>
 bool compose_as(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   const int64_t bytes = a.num_rows * a.table.row_stride * static_cast<int64_t>(sizeof(T));
-  const auto with = [&](auto weighted) {
-    constexpr bool kWeighted = decltype(weighted)::value;
-    if (bytes > kCachedBytes) return compose_short<Form, kWeighted, true, T>(a, first_bag, last_bag);
-    compose_short<Form, kWeighted, false, T>(a, first_bag, last_bag);
-  };
-  a.bags.weights ? with(std::true_type{}) : with(std::false_type{});
+  const auto compose = bytes > kCachedBytes ? compose_short<Form, true, T> : compose_short<Form, false, T>;
+  compose(a, first_bag, last_bag);
   return true;
 }
 
@@ -742,12 +712,103 @@ void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
   }
 }
 
+// Adds to the rows of positions [p, until) of composed vectors the bag's gradient, times their weights and, for a product, the other
+// rows. Only the values of tables of factors are read.
+template <bool kMultiply, class T, class S = Accumulator<T>>
+void add_gradients(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, const S* dout, S* sums) {
+  const int64_t parts = rows.num_parts(), stride = a.table.row_stride;
+  const S* weights = rows.weights(p);
+  cover<T>(a.dim, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+    constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+    using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
+    const T* table = static_cast<const T*>(a.table.base) + column;
+    V whole[kVectors];
+    for (int v = 0; v < kVectors; ++v) whole[v] = load_lanes_of<n>(dout + column + v * n);
+    for (int64_t i = 0; i < until - p; ++i) {
+      if (rows.rows(0, p)[i] < 0) continue;
+      V own[kVectors];
+      for (int v = 0; v < kVectors; ++v) own[v] = whole[v] * weights[i];
+      for (int64_t part = 0; part < parts; ++part) {
+        V add[kVectors];
+        for (int v = 0; v < kVectors; ++v) add[v] = own[v];
+        if constexpr (kMultiply) {
+          for (int64_t other = 0; other < parts; ++other) {
+            const T* from = table + rows.rows(other, p)[i] * stride;
+            for (int v = 0; v < kVectors && other != part; ++v) add[v] *= load_lanes_of<n>(from + v * n);
+          }
+        }
+        S* to = sums + rows.rows(part, p)[i] * a.dim + column;
+        for (int v = 0; v < kVectors; ++v) store_lanes_of(to + v * n, load_lanes_of<n>(to + v * n) + add[v]);
+      }
+    }
+  });
+}
+
+// The same of concatenated vectors.
+template <class T, class S = Accumulator<T>>
+void add_joined_gradients(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, const S* dout, S* sums) {
+  const int64_t columns = a.parts.columns;
+  const S* weights = rows.weights(p);
+  for (int64_t part = 0; part < rows.num_parts(); ++part) {
+    const int64_t* row = rows.rows(part, p);
+    cover<S>(columns, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+      constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
+      using V = decltype(load_lanes_of<n>(static_cast<const S*>(nullptr)));
+      V own[kVectors];
+      for (int v = 0; v < kVectors; ++v) own[v] = load_lanes_of<n>(dout + part * columns + column + v * n);
+      for (int64_t i = 0; i < until - p; ++i) {
+        if (row[i] < 0) continue;
+        S* to = sums + row[i] * columns + column;
+        for (int v = 0; v < kVectors; ++v) store_lanes_of(to + v * n, load_lanes_of<n>(to + v * n) + own[v] * weights[i]);
+      }
+    });
+  }
+}
+
+template <class T>
+void sum_gradients(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
+  using S = Accumulator<T>;
+  if (first_bag >= last_bag) return;
+  const RowSums& to = *a.row_sums;
+  const Bags& bags = a.bags;
+  PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1));
+  S* const sums = static_cast<S*>(to.sums);
+  std::vector<S> share(a.dim);
+  for (int64_t bag = first_bag; bag < last_bag; ++bag) {
+    const int64_t begin = bags.begin(bag), end = bags.end(bag);
+    const S* dout = static_cast<const S*>(to.dout.base) + bag * to.dout.row_stride;
+    if (bags.mean) {
+      const S divisor = static_cast<S>(std::max<int64_t>(rows.count(begin, end), 1));
+      for (int64_t c = 0; c < a.dim; ++c) share[c] = dout[c] / divisor;
+      dout = share.data();
+    }
+    for (int64_t p = begin; p < end;) {
+      const int64_t until = rows.reach(p, end);
+      for (int64_t part = 0; part < rows.num_parts(); ++part) {
+        const int64_t* row = rows.rows(part, p);
+        for (int64_t i = 0; i < until - p; ++i) {
+          if (row[i] >= 0) to.touched[row[i]] = 1;
+        }
+      }
+      if (a.parts.composition == Composition::kAdd) {
+        add_gradients<false, T>(a, rows, p, until, dout, sums);
+      } else if (a.parts.composition == Composition::kMultiply) {
+        add_gradients<true, T>(a, rows, p, until, dout, sums);
+      } else {
+        add_joined_gradients<T>(a, rows, p, until, dout, sums);
+      }
+      p = until;
+    }
+  }
+}
+
 // gather_reduce with one row per id, or with composed rows.
 void gather_rows(const GatherArgs& args, int64_t first_bag, int64_t last_bag) {
   if (!args.composed) return gather_reduce(args, first_bag, last_bag);
   const ComposeArgs& a = *args.composed;
   visit_float(a.table.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if (a.row_sums) return sum_gradients<T>(a, first_bag, last_bag);
     a.gradient ? gradient_of_bags<T>(a, first_bag, last_bag) : compose_bags<T>(a, first_bag, last_bag);
   });
 }

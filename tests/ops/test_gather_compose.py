@@ -6,10 +6,12 @@ from composed_rows import CASES, PRIME, N, functions
 from helpers import assert_same_bits, check, flat, ragged, run
 
 import gossamer
+from gossamer.ops import gather_compose as gather_compose_module
 from gossamer.ops.gather_compose import (
     ComposeGradient,
     GatherCompose,
     Parts,
+    RowSums,
     checked_compose,
 )
 from gossamer.ops.map_ids import IdMaps
@@ -130,6 +132,37 @@ def test_large_tables(device):
     check(*functions(ids, parts, backend="native" if device == "cpu" else "triton"), inputs)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels")
+@pytest.mark.parametrize("case", ["one row", "multiplied digits", "joined digits", "bytes"])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_gradients_by_sorted_rows(monkeypatch, device, case, mode):
+    """Gradients of tables that are too large to be summed as a whole, which the others here are not."""
+    monkeypatch.setattr(gather_compose_module, "SMALL_TABLE", 0)
+    parts, shape = CASES[case](device)
+    ids, offsets = ragged([0, 3, 1, 300, 9, 0], N, device)
+    inputs = {"table": torch.randn(shape, device=device)}
+    if mode == "sum":
+        inputs["weights"] = torch.randn(ids.shape[0], device=device)
+    check(*functions(ids, parts, offsets, backend="native", mode=mode), inputs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels")
+@pytest.mark.parametrize("case", ["added digits", "multiplied digits", "joined halves"])
+def test_gradients_in_pieces(device, case):
+    """Lists so long that several pieces of them are summed apart, the same bits for any number of threads."""
+    parts, shape = CASES[case](device)
+    ids = torch.randint(N, (1700, 20), device=device)
+    inputs = {"table": torch.randn(shape, device=device)}
+    check(*functions(ids, parts, backend="native"), inputs)
+    function, dout = functions(ids, parts, backend="native")[0], torch.randn(1700, parts.dim)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(run(function, inputs, ["table"], dout)["table"])
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 @CASE
 @pytest.mark.parametrize("listed", [False, True])
 def test_no_bags(device, case, listed):
@@ -217,3 +250,5 @@ def test_operators(any_backend, device):
     torch.library.opcheck(torch.ops.gossamer.gather_compose.default, flat(compose, any_backend))
     gradient = ComposeGradient(dout, table.detach(), bags, parts, parts.operation == "mul", False)
     torch.library.opcheck(torch.ops.gossamer.compose_gradient.default, flat(gradient, any_backend))
+    sums = RowSums(dout, table.detach(), bags, parts)
+    torch.library.opcheck(torch.ops.gossamer.compose_row_sums.default, flat(sums, any_backend))

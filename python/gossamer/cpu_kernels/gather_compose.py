@@ -13,7 +13,7 @@ from gossamer.cpu_kernels.gather_reduce import kernel_dtype, native_bags
 from gossamer.cpu_kernels.map_ids import native_maps
 
 if TYPE_CHECKING:
-    from gossamer.ops.gather_compose import ComposeGradient, GatherCompose, Parts
+    from gossamer.ops.gather_compose import ComposeGradient, GatherCompose, Parts, RowSums
     from gossamer.ops.gather_matmul import GatherMatmul
 
 
@@ -86,6 +86,31 @@ def gather_matmul(args: GatherMatmul) -> torch.Tensor:
         num_threads=torch.get_num_threads(),
     )
     return out.to(args.out_dtype)
+
+
+def row_sums(args: RowSums) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient ``(M, C)`` of each row, and the rows' numbers ``(M,)`` int32, −1 where no position contributes.
+
+    Raises:
+        IndexError: as :func:`gather_compose`.
+    """
+    table, dout = unit_rows(args.table), unit_rows(args.dout)
+    lists, _alive = native_bags(args.bags)
+    parts, _kept = _native_parts(args.parts, table.shape[1])
+    sums = empty_huge(tuple(table.shape), dout.dtype)
+    rows = torch.empty(table.shape[0], dtype=torch.int32)
+    _C.sum_row_gradients(
+        table=matrix(table),
+        num_rows=table.shape[0],
+        dim=args.parts.dim,
+        bags=lists,
+        parts=parts,
+        dout=matrix(dout),
+        sums=sums.data_ptr(),
+        rows=rows.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return sums, rows
 
 
 def compose_gradient(args: ComposeGradient) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

@@ -28,6 +28,8 @@ from gossamer.ops.sparse_update import sum_blocks
 OPERATIONS = ("add", "mul", "concat")
 # Codes with more bits than this are stored as int32.
 PACKED_BITS = 16
+# Gradients of tables of up to so many elements are summed in the caches, without sorting ids by their rows.
+SMALL_TABLE = 1 << 16
 
 
 def unpack_codes(packed: torch.Tensor, parts: int, bits: int) -> torch.Tensor:
@@ -135,6 +137,22 @@ class ComposeGradient(NamedTuple):
     parts: Parts
     factors: bool
     weights: bool
+
+
+class RowSums(NamedTuple):
+    """Arguments of the gradients of all rows of a small table.
+
+    Attributes:
+        dout: ``(B, D)`` of the accumulator's dtype.
+        table: ``(M, C)``.
+        bags: the lists of ids.
+        parts: what an id's vector is composed of, rows.
+    """
+
+    dout: torch.Tensor
+    table: torch.Tensor
+    bags: Bags
+    parts: Parts
 
 
 @functools.cache
@@ -345,11 +363,49 @@ def _gradient_parts(args: ComposeGradient, backend: str) -> tuple:
     return _compose_gradient(args, backend)
 
 
+def _sum_rows(args: RowSums, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient ``(M, C)`` of each row, and the rows' numbers ``(M,)``, −1 where no position contributes."""
+    if backend == "native":
+        return _kernels(backend).row_sums(args)
+    compose = GatherCompose(args.table, args.bags, args.parts, args.dout.dtype)
+    bags, values = _listed_gradients(compose, args.dout, backend)
+    count = args.table.shape[0]
+    sums = table_gradient(bags, values, args.table.shape, args.dout.dtype, backend)
+    found = bags.index.reshape(-1).long()
+    touched = torch.zeros(count + 1, dtype=torch.bool, device=found.device)
+    touched = touched.index_fill(0, torch.where(found < 0, count, found), True)[:-1]
+    return sums, torch.where(touched, torch.arange(count, device=found.device), -1).int()
+
+
+def _sum_rows_fake(args: RowSums) -> tuple[torch.Tensor, torch.Tensor]:
+    table = args.table
+    return table.new_empty(table.shape, dtype=args.dout.dtype), table.new_empty(table.shape[0], dtype=torch.int32)
+
+
+_row_sums = define(
+    "compose_row_sums", RowSums, kernel=_sum_rows, fake=_sum_rows_fake, returns="(Tensor sums, Tensor rows)"
+)
+
+
+def sums_rows(args: GatherCompose, backend: str) -> bool:
+    """Whether the table is small, and the lists long enough, for its gradient to be summed as a whole."""
+    small = args.table.numel() <= SMALL_TABLE and args.table.shape[0] <= args.bags.index.numel() * args.parts.maps.count
+    return backend == "native" and small and not args.parts.block and not torch.is_grad_enabled()
+
+
 def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tuple[Bags, torch.Tensor]:
     """The table's gradient in the form of a sum over bags of its rows: the lists, and one gradient per bag.
 
-    Of whole blocks the lists hold first elements.
+    Of whole blocks the lists hold first elements; of a small table, each row at most once.
     """
+    if sums_rows(args, backend):
+        wide = accumulation_dtype(args.table.dtype)
+        sums, rows = _row_sums(RowSums(dout.to(wide), args.table, args.bags, args.parts), backend)
+        return Bags(rows.unsqueeze(1), drop=True), sums
+    return _listed_gradients(args, dout, backend)
+
+
+def _listed_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tuple[Bags, torch.Tensor]:
     bags, parts, wide = args.bags, args.parts, accumulation_dtype(args.table.dtype)
     dout, mul = dout.to(wide), parts.operation == "mul"
     rows, factors, _ = _gradient_parts(ComposeGradient(dout, args.table, bags, parts, mul, False), backend)
@@ -392,7 +448,9 @@ def _differentiate(ctx, args: GatherCompose, tensors, dout: torch.Tensor):
     gradients = {}
     if "table" in ctx.needs:
         bags, values = row_gradients(args, dout, ctx.backend)
-        if args.parts.whole_blocks:
+        if sums_rows(args, ctx.backend):
+            gradients["table"] = values.to(args.table.dtype)
+        elif args.parts.whole_blocks:
             gradients["table"] = block_gradient(bags, values, args.table, ctx.backend)
         else:
             gradients["table"] = table_gradient(bags, values, args.table.shape, args.table.dtype, ctx.backend)
@@ -493,7 +551,7 @@ def gather_compose(
 
     Returns:
         ``(B, D)``, accumulated in float32 (float64 for float64); empty bags are zero. Differentiable in ``table`` (rows
-        that ids share get the sum of their gradients, in position order) and ``weights``.
+        that ids share get the sum of their gradients, in a fixed order) and ``weights``.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported.
