@@ -7,9 +7,10 @@ A table stands between two comments; everything between them is replaced::
 
 ``python -m gossamer.bench.harness.readme [--check] [DOCUMENT ...]`` rewrites them in a checkout, or with ``--check``
 says which are out of date. ``KIND`` is ``layer``, milliseconds of the variants of one shape in a file of ``gossamer
-bench --json``; ``sweep``, milliseconds and peak memory as one size grows; ``kernels``, TFLOP/s of single kernels in the
-file of kernel variants; ``study``, the table of a study and the notes needed to read it; ``budgets``, its cases at each
-budget; ``exchanges``, predicted and measured exchanges; or ``parallel``, the results of several processes.
+bench --json``; ``sweep``, milliseconds and peak memory as one size grows; ``compressed``, compressed tables beside
+plain torch and a dense table; ``kernels``, TFLOP/s of single kernels in the file of kernel variants; ``study``, the
+table of a study and the notes needed to read it; ``budgets``, its cases at each budget; ``exchanges``, predicted and
+measured exchanges; or ``parallel``, the results of several processes.
 """
 
 from __future__ import annotations
@@ -95,6 +96,20 @@ def sweep(results: dict) -> str:
     return _table([swept["dimension"], *head, *(f"{name}, MiB" for name in names)], rows)
 
 
+def compressed(results: dict) -> str:
+    """Of each compressed table the median milliseconds, the speedup over plain torch, the ratio to a dense table."""
+    columns, names = [], []
+    for case in results["cases"]:
+        medians = {v["name"]: v["median"] for v in case["variants"] if v["status"] == "ok"}
+        names = [v["name"] for v in case["variants"] if v["role"] == "ours"]
+        (dense,) = (medians[v["name"]] for v in case["variants"] if v["role"] == "dense")
+        way = "forward" if case["direction"] == "forward" else "step"
+        columns.append((f"{way}, ms", lambda name, m=medians: _digits(1e3 * m[name])))
+        columns.append((f"{way}, times as fast", lambda name, m=medians: _digits(m[f"{name}, plain torch"] / m[name])))
+        columns.append((f"{way}, ratio to dense", lambda name, m=medians, d=dense: f"{m[name] / d:.2f}"))
+    return _table(["table", *(head for head, _ in columns)], [[n, *(cell(n) for _, cell in columns)] for n in names])
+
+
 def kernels(results: dict) -> str:
     """TFLOP/s of the variant of each kernel that the results quote, from the better of its two medians."""
     head = ["TFLOP/s", *(SHAPES[shape] for shape in results["shapes_T_H_I_E_K"])]
@@ -113,6 +128,7 @@ def kernels(results: dict) -> str:
 KINDS: dict[str, Callable[[dict], str]] = {
     "layer": layer,
     "sweep": sweep,
+    "compressed": compressed,
     "kernels": kernels,
     "study": study.markdown,
     "budgets": study_points.markdown,

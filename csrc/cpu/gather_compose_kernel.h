@@ -442,10 +442,52 @@ void add_product_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, 
   });
 }
 
+#if defined(__x86_64__) && GOSSAMER_VECTOR_BYTES == 64
+// The same of four rows of the first and four columns of the second matrix, whose product is one vector. The depth is a multiple of
+// four.
+void add_square_products(const ComposeArgs& a, const PartRows<float>& rows, int64_t p, int64_t until, int64_t fetched,
+                         int64_t first, float* sums) {
+  const int64_t depth = a.inner, ahead = gather_ahead(fetched);
+  const float* left_base = static_cast<const float*>(a.table.base) + first * depth;
+  const float* right_base = static_cast<const float*>(a.second.base);
+  Vec<float> sum = load(sums + 4 * first);
+  for (int64_t q = p; q < until; ++q) {
+    if (fetched > 0 && first == 0) prefetch_part<float>(a, rows, 0, q + ahead, fetched);
+    const int64_t row = rows.row(0, q);
+    if (row < 0) continue;
+    const float* left = left_base + row * a.table.row_stride;
+    const float* right = right_base + rows.row(1, q) * a.second.row_stride;
+    // Two sums, so that a product waits less for the one before.
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    for (int64_t r = 0; r < depth; r += 4) {
+      __m512 rows_of_left = _mm512_castps128_ps512(_mm_loadu_ps(left + r));
+      rows_of_left = _mm512_insertf32x4(rows_of_left, _mm_loadu_ps(left + depth + r), 1);
+      rows_of_left = _mm512_insertf32x4(rows_of_left, _mm_loadu_ps(left + 2 * depth + r), 2);
+      rows_of_left = _mm512_insertf32x4(rows_of_left, _mm_loadu_ps(left + 3 * depth + r), 3);
+      const auto term = [&](int64_t i) __attribute__((always_inline)) {
+        return _mm512_broadcast_f32x4(_mm_loadu_ps(right + 4 * (r + i)));
+      };
+      even = _mm512_fmadd_ps(_mm512_permute_ps(rows_of_left, 0x00), term(0), even);
+      odd = _mm512_fmadd_ps(_mm512_permute_ps(rows_of_left, 0x55), term(1), odd);
+      even = _mm512_fmadd_ps(_mm512_permute_ps(rows_of_left, 0xaa), term(2), even);
+      odd = _mm512_fmadd_ps(_mm512_permute_ps(rows_of_left, 0xff), term(3), odd);
+    }
+    sum += (Vec<float>)(even + odd) * rows.weight(q);
+  }
+  store(sums + 4 * first, sum);
+}
+#endif
+
 template <class T, class S = Accumulator<T>>
 void add_products(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int64_t until, int64_t fetched, S* sums) {
   const int64_t height = a.dim / a.width;
   int64_t first = 0;
+#if defined(__x86_64__) && GOSSAMER_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    const bool square = a.width == 4 && a.inner % 4 == 0;
+    for (; square && first + 4 <= height; first += 4) add_square_products(a, rows, p, until, fetched, first, sums);
+  }
+#endif
   for (; first + 4 <= height; first += 4) add_product_rows<4, T>(a, rows, p, until, fetched, first, sums);
   for (; first < height; ++first) add_product_rows<1, T>(a, rows, p, until, fetched, first, sums);
 }
@@ -476,17 +518,14 @@ struct Combined {
   static constexpr int kRows = kParts, kSums = kVectors, kBytes = kVectors * kLanes<S> * sizeof(T);
   static constexpr bool kAnywhere = false;  // whether rows begin anywhere in a line
 
-  // Calls f(v, vector) for the vectors that the rows of position i compose.
-  template <class F>
-  GOSSAMER_INLINE void each(const T* table, const int64_t* const (&row)[kParts], int64_t i, F&& f) {
-    for (int v = 0; v < kVectors; ++v) {
-      V found = load(table + row[0][i] + v * kLanes<S>);
-      for (int part = 1; part < kParts; ++part) {
-        const V more = load(table + row[part][i] + v * kLanes<S>);
-        found = kMultiply ? found * more : found + more;
-      }
-      f(v, found);
+  // Vector v of what the rows of position i compose.
+  GOSSAMER_INLINE V value(const T* table, const int64_t* const (&row)[kParts], int64_t i, int v) {
+    V found = load(table + row[0][i] + v * kLanes<S>);
+    for (int part = 1; part < kParts; ++part) {
+      const V more = load(table + row[part][i] + v * kLanes<S>);
+      found = kMultiply ? found * more : found + more;
     }
+    return found;
   }
 };
 
@@ -498,23 +537,22 @@ struct Joined {
   static constexpr int kRows = kParts, kSums = kParts, kBytes = n * sizeof(T);
   static constexpr bool kAnywhere = true;
 
-  template <class F>
-  GOSSAMER_INLINE void each(const T* table, const int64_t* const (&row)[kParts], int64_t i, F&& f) {
-    for (int part = 0; part < kParts; ++part) f(part, load_lanes_of<n>(table + row[part][i]));
+  GOSSAMER_INLINE V value(const T* table, const int64_t* const (&row)[kParts], int64_t i, int part) {
+    return load_lanes_of<n>(table + row[part][i]);
   }
 };
 
-// Adds `count` positions from p on, which reach() gave, to sums in registers.
+// Adds `count` positions from p on, which reach() gave, to sums. A function of its own, which calls no other: compilers keep
+// variables that live across calls in memory, also in the loops between.
 template <class Form, bool kFetch, class T, class S = Accumulator<T>>
-GOSSAMER_INLINE void add_short(const T* table, const PartRows<S>& rows, int64_t p, int64_t count,
-                               typename Form::V (&sum)[Form::kSums]) {
+__attribute__((noinline)) void add_short(const T* table, const PartRows<S>& rows, int64_t p, int64_t count,
+                                         typename Form::V* sums) {
   constexpr int64_t ahead = std::min(kRowsAhead, gather_ahead(Form::kBytes));
   const int64_t* row[Form::kRows];
   for (int part = 0; part < Form::kRows; ++part) row[part] = rows.rows(part, p);
   const S* weights = rows.weights(p);
-  // In variables of their own, the sums stay in registers.
-  typename Form::V own[Form::kSums];
-  for (int v = 0; v < Form::kSums; ++v) own[v] = sum[v];
+  typename Form::V sum[Form::kSums];
+  for (int v = 0; v < Form::kSums; ++v) sum[v] = sums[v];
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (kFetch) {
       for (int part = 0; part < Form::kRows; ++part) {
@@ -525,10 +563,9 @@ GOSSAMER_INLINE void add_short(const T* table, const PartRows<S>& rows, int64_t 
       }
     }
     if (row[0][i] < 0) continue;
-    Form::each(table, row, i,
-               [&](int v, typename Form::V found) __attribute__((always_inline)) { own[v] += found * weights[i]; });
+    for (int v = 0; v < Form::kSums; ++v) sum[v] += Form::value(table, row, i, v) * weights[i];
   }
-  for (int v = 0; v < Form::kSums; ++v) sum[v] = own[v];
+  for (int v = 0; v < Form::kSums; ++v) sums[v] = sum[v];
 }
 
 // Bags of vectors that stay in registers while they are summed.

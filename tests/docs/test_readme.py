@@ -89,6 +89,24 @@ def test_the_table_of_a_sweep():
         readme.sweep(found)
 
 
+def test_the_table_of_compressed_tables():
+    times = {"hash": ("ours", 2e-4), "dense": ("dense", 3e-4), "hash, plain torch": ("reference", 1e-3)}
+    cases = [
+        {
+            "direction": direction,
+            "variants": [
+                {"name": name, "role": role, "status": "ok", "median": scale * time}
+                for name, (role, time) in times.items()
+            ],
+        }
+        for direction, scale in (("forward", 1), ("both", 10))
+    ]
+    head, _, row = readme.compressed({"cases": cases}).splitlines()
+    each = "{0}, ms | {0}, times as fast | {0}, ratio to dense"
+    assert head == f"| table | {each.format('forward')} | {each.format('step')} |"
+    assert row == "| hash | 0.200 | 5.00 | 0.67 | 2.00 | 5.00 | 0.67 |"
+
+
 @pytest.mark.parametrize("document", readme.DOCUMENTS)
 def test_measured_tables_are_those_of_the_results(document):
     """What ``python -m gossamer.bench.harness.readme`` would write is what is there."""

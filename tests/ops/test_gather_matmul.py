@@ -39,7 +39,7 @@ def tables(sizes, device, dtype=torch.float32):
 
 
 # (M, K, N): a tensor train's, single rows and columns, whole vectors and more, and odd ones.
-SIZES = [(4, 16, 4), (1, 3, 1), (2, 5, 32), (9, 2, 67), (5, 1, 7)]
+SIZES = [(4, 16, 4), (9, 4, 4), (1, 3, 1), (2, 5, 32), (9, 2, 67), (5, 1, 7)]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

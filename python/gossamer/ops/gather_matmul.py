@@ -100,7 +100,7 @@ def pairs_of(rows: torch.Tensor, dim: int) -> Parts:
 
 def _sum_by_row(by, rows, first, second, inner: int, factor, dtype, num_rows: int, backend: str) -> torch.Tensor:
     """Row r: the sum over positions with ``by[p] = r`` of ``factor[p] · first[rows[p,0]] · second[rows[p,1]]``."""
-    positions, offsets = sort_ids(torch.where(by < 0, num_rows, by).unsqueeze(1), num_rows, backend)
+    positions, offsets = sort_ids(by.unsqueeze(1), num_rows, backend)
     weights = None if factor is None else factor.index_select(0, positions)
     dim = first.shape[1] // inner * (second.shape[1] // inner)
     parts = pairs_of(rows, dim)
@@ -130,16 +130,19 @@ def _differentiate(ctx, args: GatherMatmul, tensors, dout: torch.Tensor):
     if bags.mode == "mean":
         share = 1 / counts_of(bags, live, wide)[numbers.clamp(max=bags.num_bags - 1)]
         factor = share if factor is None else factor * share
-    left, right = rows.unbind(1)
+    left, right = by = rows.unbind(1)
+    if bags.offsets is not None or bags.padding_idx >= 0 or backend != "native":
+        # Positions that contribute nothing are those of no row.
+        by = [torch.where(own < 0, table.shape[0], own) for own, table in zip(by, (args.left, args.right), strict=True)]
     if "left" in ctx.needs:
         paired = torch.stack([numbers.to(rows.dtype), right], 1)
         turned, shape = _transposed(args.right.to(wide), k), args.left.shape
-        found = _sum_by_row(left, paired, dout, turned, n, factor, wide, shape[0], backend)
+        found = _sum_by_row(by[0], paired, dout, turned, n, factor, wide, shape[0], backend)
         gradients["left"] = found.to(args.left.dtype)
     if "right" in ctx.needs:
         paired = torch.stack([left, numbers.to(rows.dtype)], 1)
         turned, shape = _transposed(args.left.to(wide), m), args.right.shape
-        found = _sum_by_row(right, paired, turned, dout, m, factor, wide, shape[0], backend)
+        found = _sum_by_row(by[1], paired, turned, dout, m, factor, wide, shape[0], backend)
         gradients["right"] = found.to(args.right.dtype)
     if "bags.weights" in ctx.needs:
         bag = numbers.clamp(max=bags.num_bags - 1)

@@ -147,9 +147,11 @@ class TensorTrainEmbedding(FusedTable):
         digits = map_ids(ids.reshape(-1), self._maps)
         found = []
         for name, rows, digit in zip(self.tables, self.row_factors, digits.unbind(1), strict=True):
-            # Invalid ids, which raise no error on CUDA, have no digits and refer to a row outside the cores.
+            if not ids.is_cpu:
+                # Invalid ids, which raise no error on CUDA, have no digits and refer to a row outside the cores.
+                digit = torch.where(digit < 0, rows, digit)
             touched = torch.zeros(rows + 1, dtype=torch.bool, device=ids.device)
-            touched = touched.index_fill(0, torch.where(digit < 0, rows, digit).long(), True)[:rows]
+            touched = touched.index_fill(0, digit.long(), True)[:rows]
             chosen = torch.where(touched, torch.arange(rows, device=ids.device), -1)
             found.append(self.bags(name, chosen.unsqueeze(1), bounds="drop"))
         return found
