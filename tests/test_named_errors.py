@@ -258,6 +258,21 @@ NUMBERS = {
         ValueError,
         "leaves must have",
     ),
+    "selectors": (
+        lambda: nn.selector_gates(torch.ones(2, 0, 2), torch.ones(2, 0), 4, 1.0),
+        ValueError,
+        "num_selectors must be at least 1, got 0",
+    ),
+    "trees": (
+        lambda: nn.tree_gates(torch.ones(2, 0, 3), torch.ones(2, 0, 4), 1.0),
+        ValueError,
+        r"leaves must be of at least 1 tree with at least 2 leaves, got shape \(2, 0, 4\)",
+    ),
+    "one leaf": (
+        lambda: nn.tree_gates(torch.ones(2, 1, 0), torch.ones(2, 1, 1), 1.0),
+        ValueError,
+        r"leaves must be of at least 1 tree with at least 2 leaves, got shape \(2, 1, 1\)",
+    ),
     "scores": (lambda: nn.softmax_probabilities(torch.tensor([1])), TypeError, "logits must be floating point"),
     "widths": (lambda: nn.mixed_dimensions([5], base_dim=torch.ones(2)), TypeError, "base_dim must be a number"),
     "ranks": (lambda: nn.TensorTrainEmbedding(5, 4, 2), TypeError, "ranks must be a sequence, got int"),

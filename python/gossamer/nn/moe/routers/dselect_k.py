@@ -48,7 +48,7 @@ def selector_gates(
 
     Raises:
         TypeError: a tensor is not floating, or an argument is not a number.
-        ValueError: shapes or devices do not fit, or a number is not positive.
+        ValueError: shapes or devices do not fit, there is no selector, or a number is not positive.
     """
     check_positive(num_experts=num_experts)
     check_gamma(gamma)
@@ -57,6 +57,7 @@ def selector_gates(
     check_shape("codes", codes, (None, None, (num_experts - 1).bit_length()), "(T, k, ⌈log₂ n⌉)")
     check_shape("mixture", mixture, codes.shape[:2], "(T, k)")
     check_same_device(codes=codes, mixture=mixture)
+    check_positive(num_selectors=codes.shape[1])
     scores = torch.cat([codes.flatten(1), mixture], dim=1)
     args = TreeRouting(
         scores, codes.shape[1], num_experts, gamma, coded=True, top_k=0, keep_reach=True, keep_sums=False

@@ -53,7 +53,7 @@ def tree_gates(
 
     Raises:
         TypeError: a tensor is not floating, or ``gamma`` is not a number.
-        ValueError: shapes or devices do not fit, or ``gamma`` is not positive.
+        ValueError: shapes or devices do not fit, there is no tree, a tree has one leaf, or ``gamma`` is not positive.
     """
     check_gamma(gamma)
     check_floating("splits", splits)
@@ -62,6 +62,8 @@ def tree_gates(
     check_shape("leaves", leaves, (*splits.shape[:2], splits.shape[2] + 1), "(T, k, n)")
     check_same_device(splits=splits, leaves=leaves)
     parts, experts = leaves.shape[1:]
+    if parts < 1 or experts < 2:
+        raise ValueError(f"leaves must be of at least 1 tree with at least 2 leaves, got shape {tuple(leaves.shape)}")
     scores = torch.cat([splits, leaves], dim=2).flatten(1)
     args = TreeRouting(scores, parts, experts, gamma, coded=False, top_k=0, keep_reach=True, keep_sums=False)
     found = tree_routing(args, arrange)
