@@ -318,6 +318,28 @@ NUMBERS = {
         ValueError,
         r"noise_std must broadcast to \(0, 4\), got \(0, 2\)",
     ),
+    "domains": (
+        lambda: nn.DomainRouter(expert_ids(3, 1), nn.SoftmaxRouter(4, 4, 1))(torch.ones(3, 4), token_ids=META),
+        ValueError,
+        "token_ids must be on the device of x, cpu, got meta",
+    ),
+    "sequences": (
+        lambda: nn.DeltaNet(8, 2, 4).initial_state(PAIR),
+        TypeError,
+        "batch_size must be an int, got Tensor",
+    ),
+    "coded": (
+        lambda: gossamer.gather_compose(
+            torch.ones(4, 2), expert_ids(1, 2), gossamer.Parts.of(2, "add", gossamer.IdMaps.of([4], limit=9), coded=[1])
+        ),
+        TypeError,
+        r"parts\.coded must be an int, got list",
+    ),
+    "columns": (
+        lambda: nn.QuantizedLinear.from_linear(torch.nn.Linear(32, 2), "int8")(torch.ones(2, 0)),
+        ValueError,
+        r"x must have shape \(\.\.\., I\) with I = 32, got \(2, 0\)",
+    ),
     "router": (
         lambda: nn.SoftmaxRouter(4, 2, 1)(torch.ones(3, 4, device="meta")),
         ValueError,

@@ -130,8 +130,9 @@ def check_device(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.device or its name, got {type(value).__name__}")
     try:
         torch.device(value)
-    except RuntimeError as error:
-        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}: {error}") from None
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}: {reason}") from None
 
 
 def check_strided(name: str, tensor: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from draws import ids, ragged, randn, size
 from subjects_modules import routing
 from subjects_tables import optimizer
 from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
 from gossamer import nn, parallel
@@ -95,7 +96,7 @@ def divided_tables(rng):
             return tuple(part.detach() for part in y)
 
     call.__qualname__ = "shard_tables"
-    call.signature = ["input", "index", "weights"]
+    call.signature = ["input", "index", "weights", "mesh"]
     return call, args
 
 
@@ -121,9 +122,12 @@ def checkpoints(rng):
 
     def call(state, info, keep, older, times):
         with alone(), tempfile.TemporaryDirectory() as root:
-            for _ in range(times):
-                parallel.save_checkpoint(state, Path(root, "run"), info=info, keep=keep)
-            found = parallel.load_checkpoint(state, Path(root, "run"), older=older)
+            try:
+                for _ in range(times):
+                    parallel.save_checkpoint(state, Path(root, "run"), info=info, keep=keep)
+                found = parallel.load_checkpoint(state, Path(root, "run"), older=older)
+            except CheckpointException as error:
+                raise ValueError(f"state: {error}") from None  # torch's own, of what cannot be written
         return torch.tensor(found is None)
 
     call.__qualname__ = "save_checkpoint"

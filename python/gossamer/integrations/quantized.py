@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES, check_device
+from gossamer._checks import FLOAT_DTYPES, check_device, check_tensor
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear, Router
@@ -274,6 +274,7 @@ def _pair(tensors: Mapping[str, torch.Tensor], used: list[str], first: str, seco
     for name, other in ((first, second), (second, first)):
         if name not in tensors:
             raise ValueError(f"tensors must hold {name} beside {other}")
+        check_tensor(name, tensors[name])
     used += [first, second]
     return tensors[first], tensors[second]
 

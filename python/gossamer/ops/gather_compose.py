@@ -9,7 +9,16 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_float, check_same_device, check_shape, check_tensor
+from gossamer._checks import (
+    check_flag,
+    check_float,
+    check_positive,
+    check_same_device,
+    check_sequence,
+    check_shape,
+    check_sizes,
+    check_tensor,
+)
 from gossamer._numerics import accumulation_dtype, rows_dtype
 from gossamer.ops._bags import (
     Bags,
@@ -472,6 +481,12 @@ def check_parts(parts: object, ids: torch.Tensor, num_rows: int) -> None:
     """
     if not isinstance(parts, Parts) or not isinstance(parts.maps, IdMaps):
         raise TypeError(f"parts must be gossamer.Parts with maps, got {type(parts).__name__}")
+    # Looked at without a call, as each lookup asks.
+    if not type(parts.coded) is type(parts.dim) is type(parts.block) is int or type(parts.wrap) is not bool:
+        check_sizes(**{f"parts.{name}": getattr(parts, name) for name in ("coded", "dim", "block")})
+        check_flag("parts.wrap", parts.wrap)
+    if type(parts.bits) is not list:
+        check_sequence("parts.bits", parts.bits)
     if not 0 <= parts.coded <= parts.maps.count:
         raise ValueError(f"parts.coded must be in [0, {parts.maps.count}], the number of maps, got {parts.coded}")
     if parts.coded and (parts.codes is None or parts.block):
@@ -479,6 +494,7 @@ def check_parts(parts: object, ids: torch.Tensor, num_rows: int) -> None:
     for name, stored, bits in zip(("codes", "rare"), (parts.codes, parts.rare), [*parts.bits, 0, 0], strict=False):
         if stored is None:
             continue
+        check_positive(**{"parts.bits": bits})
         check_tensor(f"parts.{name}", stored)
         check_shape(f"parts.{name}", stored, (None, None), "two dimensions")
         wanted = torch.int32 if bits == 32 else torch.uint8

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer._checks import check_float, check_shape, check_strided, check_tensor
+from gossamer._checks import check_float, check_positive, check_shape, check_strided, check_tensor
 from gossamer.ops._weights import BLOCK, E2M1, E8M0_BIAS, E8M0_NAN, INT4_GROUPS, INT4_ZERO, MX_GROUP, Weight
 
 FP8 = torch.float8_e4m3fn
@@ -159,6 +159,7 @@ class QuantizedExpertWeight:
         c = weight.shape[2]
         if format in ("int4", "mxfp4"):
             sizes = INT4_GROUPS if format == "int4" else (MX_GROUP,)
+            check_positive(group_size=group_size)
             if group_size not in sizes:
                 raise ValueError(f"group_size must be one of {sizes} for {format}, got {group_size}")
             if c % group_size:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer._autocast import autocast
-from gossamer._checks import check_flag, check_positive
+from gossamer._checks import check_flag, check_positive, check_same_device, check_sequence
 from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.gather_reduce import gather_reduce
@@ -359,6 +359,9 @@ class ShardedExperts:
         """The layer's output for ``x``, and the result of ``beside``; see :func:`exchange_tokens`."""
         try:
             tokens, routing = layer.checked(x, routing, weights)
+            if tokens.device.type != self.mesh.device_type:
+                raise ValueError(f"x must be on the mesh's devices, {self.mesh.device_type}, got {tokens.device}")
+            check_same_device(x=tokens, expert_ids=routing.expert_ids, weights=routing.weights)
         except (TypeError, ValueError) as error:
             if self.levels[0].capacity is None:
                 # Sent instead of the sizes, so that the ranks that wait for them raise too.
@@ -440,6 +443,8 @@ def _levels(mesh: DeviceMesh, dim: str | Sequence[str] | None) -> tuple[tuple[st
         if mesh.ndim != 1:
             raise ValueError(f"dim must name a dimension of a mesh of {mesh.ndim} dimensions {names}, got None")
         return (names[0] if names else "experts",), mesh
+    if not isinstance(dim, str):
+        check_sequence("dim", dim)
     dims = (dim,) if isinstance(dim, str) else tuple(dim)
     if not dims or len(set(dims)) != len(dims):
         raise ValueError(f"dim must be a name, or names that differ, got {dim!r}")

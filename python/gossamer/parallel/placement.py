@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_number, check_positive
 from gossamer.nn import DynamicEmbedding, Embedding, EmbeddingBag, TableBatchedEmbeddingBags
 from gossamer.nn.embeddings.table import bytes_of
 
@@ -303,6 +303,8 @@ def check_lookups(lookups: object) -> None:
     for name, measured in (lookups or {}).items():
         if not isinstance(measured, Lookups):
             raise TypeError(f"lookups[{name!r}] must be gossamer.parallel.Lookups, got {type(measured).__name__}")
+        for part, count in vars(measured).items():
+            check_number(f"lookups[{name!r}].{part}", count, least=0, finite=True)
 
 
 @contextlib.contextmanager

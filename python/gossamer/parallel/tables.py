@@ -562,7 +562,6 @@ def _checked_plan(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if gradients not in GRADIENTS:
         raise ValueError(f"gradients must be one of {GRADIENTS}, got {gradients!r}")
-    check_lookups(lookups)
     tables = named_tables(model)
     if not tables:
         raise ValueError("model must have a table that can be sharded, got none")
@@ -683,6 +682,7 @@ def shard_tables(
             one, there are more ranks than rows or columns, devices are mixed, or the ranks' models or plans differ.
     """
     mesh = _check_mesh(mesh, dim)
+    check_lookups(lookups)
     group, error, description = mesh.get_group(), None, ""
     lookups = _of_all_ranks(lookups, group)
     try:

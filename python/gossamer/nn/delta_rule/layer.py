@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_number, check_positive, check_shape, check_tensor
+from gossamer._checks import (
+    check_flag,
+    check_input,
+    check_number,
+    check_positive,
+    check_shape,
+    check_sizes,
+    check_tensor,
+)
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 
@@ -117,6 +125,7 @@ class DeltaRuleLayer(nn.Module):
 
     def initial_state(self, batch_size: int) -> DeltaRuleState:
         """Zeros to start ``batch_size`` sequences with, on the parameters' device."""
+        check_sizes(batch_size=batch_size)
         weight = self.conv_weight
         channels, wide = weight.shape[0], torch.promote_types(weight.dtype, torch.float32)
         shape = (batch_size, self.num_heads, self.head_dim, self.value_head_dim)

@@ -64,7 +64,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., O)`` for ``x (..., I)``."""
-        rows = x if isinstance(x, torch.Tensor) and x.dim() == 2 else x.reshape(-1, last_size("x", x, "(..., I)"))
+        if last_size("x", x, "(..., I)") != self.in_features:
+            raise ValueError(f"x must have shape (..., I) with I = {self.in_features}, got {tuple(x.shape)}")
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         y = base_linear(rows, self.weight.weight(), self.bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 

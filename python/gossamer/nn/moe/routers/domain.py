@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gossamer._checks import check_index, check_same_device
 from gossamer.nn.moe.routers.base import Router, RouterAround
 from gossamer.nn.moe.routers.hash import check_ids, checked_table
 from gossamer.nn.moe.routing import Routing, padded
@@ -68,8 +69,10 @@ class DomainRouter(RouterAround):
         routing = self.router(x)
         if token_ids is None:
             return routing
+        check_index("token_ids", token_ids)
+        check_same_device(x=x, table=self.table, token_ids=token_ids)
         domains, width = self.table.shape
-        check_ids(token_ids.clamp(min=0) if isinstance(token_ids, torch.Tensor) else token_ids, 0, domains, "D")
+        check_ids(token_ids.clamp(min=0), 0, domains, "D")
         token_ids = token_ids.reshape(-1)
         if token_ids.shape[0] != routing.num_tokens:
             raise ValueError(f"token_ids must be one for each of T = {routing.num_tokens} tokens, got {len(token_ids)}")
