@@ -1,12 +1,12 @@
-"""Compile the Triton kernels ahead of time, with no GPU, and show what each needs of the machine.
+"""Compile the Triton kernels ahead of time, without a GPU, and show the resources that each needs.
 
 ``python tests/support/aot_triton.py --arch 90 grouped_matmul`` prints, for each kernel in its default tiles, registers
 and spilled bytes per thread and shared memory a program, with violated limits marked; the exit status is 1 when there
-are any. With no ``--arch`` it does sm_80, sm_90 and sm_100 in full, and of sm_89 and sm_120, whose programs have 99 KiB
-of shared memory, the first case of each kernel and format of weights; with no module all of them. ``--brief`` leaves
-out cases that differ from one before them in neither tile, format nor dtype, such as another activation or layout, and
-but for sm_90 in dtype alone; and takes for sm_89 what the same case needs on sm_80: as much shared memory, and nearly
-as many registers.
+are any. Without ``--arch`` it compiles all cases for sm_80, sm_90 and sm_100, and for sm_89 and sm_120, whose programs
+have only 99 KiB of shared memory, the first case of each kernel and format of weights. Without a module it compiles all
+modules. ``--brief`` leaves out cases with the tile, format and dtype of an earlier case, such as those that differ only
+in activation or layout, and on architectures other than sm_90 also cases that differ only in dtype. It takes the
+numbers of sm_89 from the same case on sm_80, which needs the same shared memory and nearly as many registers.
 
 Each module of ``triton_kernels/`` that has kernels describes its default launches in a plain function::
 
@@ -15,13 +15,13 @@ Each module of ``triton_kernels/`` that has kernels describes its default launch
 with ``arch`` of ARCHS or SMALL_ARCHS, and one ``(kernel, signature, constexprs, options)`` for each variant worth
 compiling:
 
-* ``signature`` gives each runtime argument its type, ``"*bf16"``, ``"i32"``, ``"fp32"``; with ``":16"`` appended it is
-  taken for divisible by 16, as Triton takes aligned pointers and round sizes at launch; an argument that is a named
-  tuple such a tuple of types, and of values where the call's are constant;
+* ``signature`` gives each runtime argument its type, ``"*bf16"``, ``"i32"``, ``"fp32"``; with ``":16"`` appended it
+  counts as divisible by 16, as aligned pointers and round sizes do when Triton launches; an argument that is a named
+  tuple has a named tuple of types, with values for parts that are constant;
 * ``constexprs`` gives each ``tl.constexpr`` parameter its value, and None to a pointer that is not passed;
 * ``options`` is ``{"num_warps": ..., "num_stages": ...}``.
 
-``AOT_SPILLS`` of a module gives kernels that may spill in float32, by name, with the bytes that a thread may.
+``AOT_SPILLS`` of a module names the kernels that may spill in float32, with the bytes that a thread may spill.
 
 Kernels are the ``@triton.jit`` functions whose names end in ``_kernel``; each must have a case.
 """
@@ -52,7 +52,7 @@ from gossamer.triton_kernels.ahead_of_time import flat_types
 from gossamer.triton_kernels.tiles import shared_limit
 
 ARCHS = (80, 90, 100)
-# Cards with the least shared memory, of which each kernel's first case is compiled, and of each format of weights.
+# Cards with the least shared memory, for which only the first case of each kernel and format of weights is compiled.
 SMALL_ARCHS = (89, 120)
 # Columns of tensor memory of an sm_100 multiprocessor.
 TENSOR_MEMORY = 512
@@ -87,7 +87,7 @@ def uncovered(module_name: str, arch: int) -> list[str]:
 
 
 def _kind(case: tuple, arch: int) -> tuple:
-    """What makes a case stand for others: its kernel, tile, ways of loading and decoding, and for sm_90 its dtypes."""
+    """The key of cases that stand for each other: kernel, tile, ways of loading and decoding, and for sm_90 dtypes."""
     kernel, signature, constexprs, options = case
     dtypes = sorted({t.split(":")[0] for t in flat_types(signature) if t.startswith("*") and arch == 90})
     tile = [(k, v) for k, v in constexprs.items() if k.startswith("BLOCK") or k.endswith("TMA") or k == "FORMAT"]
@@ -95,7 +95,7 @@ def _kind(case: tuple, arch: int) -> tuple:
 
 
 def _chosen(module_name: str, arch: int, brief: bool = False) -> list[int]:
-    """Numbers of the cases to compile: all, the first of each kind, or the first of each kernel."""
+    """The indices of the cases to compile: all, the first of each kind, or the first of each kernel."""
     cases = _cases(module_name, arch)
     if arch in SMALL_ARCHS:
         kinds = [(kernel.__name__, constexprs.get("FORMAT")) for kernel, _, constexprs, _ in cases]
@@ -112,7 +112,7 @@ def _label(signature: dict, constexprs: dict) -> str:
 
 
 def _as_on_sm80(module_name: str, number: int) -> int | None:
-    """The number of the brief sm_80 case whose program a case of sm_89 shares; None where it has none."""
+    """The index of the brief sm_80 case whose program a case of sm_89 shares; None if there is none."""
     kernel, signature, *rest = _cases(module_name, 89)[number]
     if any("fp8" in kind for kind in flat_types(signature)):
         return None
@@ -150,7 +150,7 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
     }
     problems = _problems(row, numbers)
     if compiled.tensor_memory > TENSOR_MEMORY:
-        # What the compiler then gives is empty, and seems to fit.
+        # The compiler's result is then empty, and would seem to fit.
         problems = f"{compiled.tensor_memory} columns of tensor memory, more than {TENSOR_MEMORY}; {problems}"
     return row | numbers | {"error": problems}
 

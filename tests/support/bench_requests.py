@@ -7,7 +7,7 @@ import torch
 from gossamer.bench.harness.case import Request
 
 SMALL = {"T": 24, "H": 16, "I": 8, "E": 6, "K": 2}
-# Large enough that the error of one way to round is like that of another: 384 routing weights, not 48.
+# Large enough that all orders of rounding have similar errors: 384 routing weights instead of 48.
 LARGER = {"T": 192, "H": 64, "I": 32, "E": 6, "K": 2}
 
 

@@ -27,7 +27,7 @@ def randn(*shape, device, dtype=torch.float32, by_columns=False):
 
 
 def live_values(topology, dtype=torch.float32):
-    """Values of the stored matrix, which are zero from its last block on."""
+    """Values of the stored matrix, which are zero after its last block."""
     stored = topology if topology.order is None else topology.transposed()
     values = randn(stored.nnz_blocks, *stored.block, device=topology.device, dtype=dtype)
     return values.index_fill(0, torch.arange(int(stored.row_offsets[-1]), len(values), device=values.device), 0)
@@ -60,11 +60,11 @@ def functions(product, topology, *, backend, activation=None):
 
 
 def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(False, False), bias=True):
-    """Operands by name; ``by_columns`` of the two dense operands, or of the one there is and nothing."""
+    """Operands by name; ``by_columns`` says for each of two dense operands, or for the only one, how it is stored."""
     (rows, cols), device = topology.shape, topology.device
     make = {"device": device, "dtype": dtype}
     if product == "sdd":
-        # b first: its columns are what other draws of the problem roll, and with n = 1 a has but one.
+        # b comes first, since other draws of the problem roll its columns, and with n = 1 a has only one.
         inputs = {"b": randn(n, cols, by_columns=by_columns[1], **make)}
         inputs["a"] = randn(rows, n, by_columns=by_columns[0], **make) / max(n, 1) ** 0.5
     elif product == "dsd":
@@ -77,7 +77,7 @@ def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(Fals
 
 
 def in_parts(inputs, product, parts=2):
-    """The operand that may come in parts as views of parts, each stored by rows or by columns as the operand is."""
+    """The operand that may come in parts, as views of its parts, each stored by rows or by columns like the operand."""
     name, dim = {"sdd": ("b", 1), "dsd": ("b", 0), "dds": ("a", 1)}[product]
     operand = inputs[name]
     by_columns = operand.stride(0) == 1 and operand.stride(1) != 1
@@ -87,7 +87,7 @@ def in_parts(inputs, product, parts=2):
 
 
 def check_by_differences(function, inputs):
-    """Gradients of all operands, in float64, against finite differences, first and second order."""
+    """Check first and second derivatives of all operands in float64 against finite differences."""
     names = list(inputs)
 
     def call(*values):
@@ -99,7 +99,7 @@ def check_by_differences(function, inputs):
 
 
 def check_same_bits(function, inputs, dout, *, threads):
-    """Two runs with all gradients agree bit by bit; with ``threads`` so does one with one thread."""
+    """Check that two runs with all gradients agree bit by bit, and with ``threads`` also a run with one thread."""
     first = run(function, inputs, inputs, dout)
     assert_same_bits(first, run(function, inputs, inputs, dout))
     if threads:

@@ -16,7 +16,7 @@ def digits(dim, operation, moduli):
 
 
 def coded(dim, operation, bits, count, columns, device, rare_bits=0, hashed=False):
-    """Codes of N ids, of which the last ten are rare where those have bits of their own."""
+    """Codes of N ids; if rare ids have bits of their own, the last ten are rare."""
     generator = torch.Generator().manual_seed(bits)
     frequent = N - 10 if rare_bits else N
     packed = []
@@ -34,7 +34,7 @@ def coded(dim, operation, bits, count, columns, device, rare_bits=0, hashed=Fals
 
 
 def blocks(dim, size, wrap):
-    """Blocks of an array of 23 elements, which other blocks and, where they wrap, the ends of the array cut."""
+    """Blocks of an array of 23 elements that overlap other blocks and, if they wrap, the ends of the array."""
     count = -(-dim // size)
     modulus = PRIME if wrap else 23 - size + 1
     # The second block of ids 0 .. 4 crosses the prime.

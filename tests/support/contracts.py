@@ -1,6 +1,6 @@
-"""Contract suites: what everything that fills a role must do.
+"""Contract suites: tests that every implementation of a role must pass.
 
-A method takes the whole suite by one line in its own test file, whose name begins with ``Test``::
+One line in an implementation's own test file, with a name that begins with ``Test``, applies the whole suite::
 
     TestMyRouter = RouterContract.over(name=lambda num_experts, hidden_size, **factory: MyRouter(...))
 """
@@ -24,7 +24,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def assert_near(found, expected, slack=256):
-    """Two computations of one quantity differ by rounding alone, relative to its root mean square."""
+    """Assert that two computations of a quantity differ only by rounding, relative to its root mean square."""
     assert found.shape == expected.shape
     if expected.numel():
         bound = slack * max(torch.finfo(t.dtype).eps for t in (found, expected))
@@ -32,7 +32,7 @@ def assert_near(found, expected, slack=256):
 
 
 def differences(function, inputs, step=1e-6):
-    """Derivatives of a scalar function in random directions of its float64 inputs: name, exact, by differences."""
+    """Derivatives of a scalar function in random directions of its float64 inputs: (name, exact, by differences)."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     exact = torch.autograd.grad(function(**leaves), list(leaves.values()))
     for index, (name, value) in enumerate(inputs.items()):
@@ -44,7 +44,7 @@ def differences(function, inputs, step=1e-6):
 
 
 def assert_gradients(function, inputs):
-    """The derivatives agree with central differences to the digits that those have."""
+    """Assert that the derivatives agree with central differences, to the precision that these have."""
     for name, exact, difference in differences(function, inputs):
         assert exact == pytest.approx(difference, rel=1e-6, abs=1e-8), name
 
@@ -61,7 +61,7 @@ def functional(module, call):
 
 
 def parameters(module, detached=()):
-    """The trainable parameters, named as :func:`functional` takes them, but for those ``detached`` has a part of."""
+    """The trainable parameters, named as :func:`functional` takes them, without those that match ``detached``."""
     return {
         f"parameter:{name}": p.detach().clone()
         for name, p in module.named_parameters()
@@ -72,8 +72,8 @@ def parameters(module, detached=()):
 class Contract:
     """The base of the suites.
 
-    ``cases`` by name are what ``make`` is in each test. ``detached`` are parts of the names of parameters that the
-    method deliberately keeps some gradient from, so that differences say something else.
+    ``make`` is in each test one of ``cases``. ``detached`` lists parts of the names of parameters from which the method
+    deliberately withholds some gradient, so that differences do not apply to them.
     """
 
     cases = None
@@ -90,7 +90,7 @@ class Contract:
 
 
 def token_ids(num_tokens, device):
-    """Ids of tokens below 20, which a case's router must know."""
+    """Token ids below 20, all of which a case's router must know."""
     return torch.randint(0, 20, (num_tokens,), generator=torch.Generator().manual_seed(3)).to(device)
 
 
@@ -99,9 +99,9 @@ def hidden_states(*shape, device, dtype=torch.float32, seed=0):
 
 
 class LogitsContract(Contract):
-    """What functions of logits do, whatever they pick by; a case makes a routing of logits ``(..., E)``.
+    """The contract of routing functions of logits; a case turns logits ``(..., E)`` into a routing.
 
-    ``alone`` says whether a token's routing depends on that token's logits alone.
+    ``alone`` says whether a token's routing depends only on that token's logits.
     """
 
     alone = True
@@ -110,7 +110,7 @@ class LogitsContract(Contract):
         return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(11), dtype=dtype).to(device)
 
     def test_gradients(self, make, device):
-        """Weights and probabilities in the logits, by differences."""
+        """Gradients of weights and probabilities with respect to the logits agree with differences."""
         logits = self.logits(device)
         plain = make(logits)
         factors = torch.linspace(-1, 1, plain.weights.numel(), device=device, dtype=logits.dtype)
@@ -124,7 +124,7 @@ class LogitsContract(Contract):
         assert_gradients(function, {"logits": logits})
 
     def test_both_precisions(self, make, device):
-        """Logits in float32, which kernels serve, and half precision, which is widened, give what float64 does."""
+        """Logits in float32, which kernels serve, and in half precision, which is widened, agree with float64."""
         logits = self.logits(device, torch.float16)
         wide = make(logits.double())
         narrow, half = make(logits.float()), make(logits)
@@ -134,7 +134,7 @@ class LogitsContract(Contract):
         assert torch.equal(half.weights, narrow.weights)
 
     def test_masked_experts(self, make, device):
-        """An expert at −inf adds nothing and gets no gradient; neither does a token of masked experts alone."""
+        """An expert at −inf adds nothing and gets no gradient; neither does a token whose experts are all masked."""
         for dtype in (torch.float32, torch.float64):
             logits = self.logits(device, dtype)
             logits[:, 1] = -torch.inf
@@ -153,7 +153,7 @@ class LogitsContract(Contract):
                 assert torch.equal(other.expert_ids, routing.expert_ids[rest])
 
     def test_no_numbers(self, make, device):
-        """NaN and +inf are errors where values may be read, and leave ids in range elsewhere."""
+        """NaN and +inf are errors if values may be read; else ids stay in range."""
         for value in (torch.nan, torch.inf):
             for dtype in (torch.float32, torch.float64):
                 logits = self.logits(device, dtype)
@@ -174,7 +174,7 @@ class LogitsContract(Contract):
 
 
 class RouterContract(Contract):
-    """What every router does; a case makes one from ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
+    """The contract of routers; a case makes one from ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
 
     def route(self, router, num_tokens, device, dtype=torch.float32, seed=0):
         x = hidden_states(num_tokens, H, device=device, dtype=dtype, seed=seed)
@@ -212,7 +212,7 @@ class RouterContract(Contract):
         assert torch.equal(left.expert_ids, right.expert_ids) and torch.equal(left.weights, right.weights)
 
     def test_gradients(self, make, device):
-        """Weights and probabilities of the experts chosen, in the hidden states and every parameter."""
+        """Gradients of weights and of probabilities of chosen experts, for the hidden states and every parameter."""
         router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
         ids = token_ids(T, device)
         x = hidden_states(T, H, device=device, dtype=torch.float64)
@@ -250,7 +250,7 @@ class RouterContract(Contract):
 
     def test_compiles(self, make, device):
         router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float32)
-        # Routers share a forward function, which torch compiles for so many of them at most.
+        # Routers share a forward function, and torch limits how many of them it compiles it for.
         torch._dynamo.reset()
         compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
         left, right = self.route(compiled, T, device), self.route(router, T, device)
@@ -283,7 +283,7 @@ class RouterContract(Contract):
         assert routing.top_k == 1 and int(routing.counts[0]) == int((routing.expert_ids == 0).sum())
 
     def test_inside_the_layer(self, make, device):
-        """nn.MoE over the router is the weighted sum of its experts."""
+        """nn.MoE over the router computes the weighted sum of its experts."""
         router = make(num_experts=E, hidden_size=H, device=device, dtype=torch.float64)
         moe = MoE(H, 16, router=router, device=device, dtype=torch.float64)
         x, ids = hidden_states(T, H, device=device, dtype=torch.float64), token_ids(T, device)
@@ -295,7 +295,7 @@ class RouterContract(Contract):
 
 
 def sum_of_slots(experts, x, expert_ids, weights):
-    """``Σ_k`` of the layer's output for slot k alone, tokens without an expert there left out."""
+    """The sum over k of the layer's output for slot k alone, without tokens that have no expert in that slot."""
     total = torch.zeros_like(x)
     for k in range(expert_ids.shape[1]):
         (tokens,) = (expert_ids[:, k] < experts.num_experts).nonzero(as_tuple=True)
@@ -318,12 +318,12 @@ def random_routing(num_tokens, num_experts, top_k, device, dtype=torch.float32, 
 
 
 class ExpertsContract(Contract):
-    """What every expert layer does; a case makes one of ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
+    """The contract of expert layers; cases make one from ``num_experts``, ``hidden_size``, ``device`` and ``dtype``."""
 
     E, K = 5, 3
 
     def test_output(self, make, device):
-        """One row per token in the shape of x, the weighted sum of what each of its experts gives; none gives zeros."""
+        """One row per token in the shape of x: the weighted sum of its experts' outputs, or zeros without any."""
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
         assert (layer.num_experts, layer.hidden_size) == (self.E, H)
         ids, weights = random_routing(12, self.E, self.K, device, torch.float64)
@@ -367,7 +367,7 @@ class ExpertsContract(Contract):
         assert torch.equal(first(x, ids, weights), second(x, ids, weights))
 
     def test_compiles(self, make, device):
-        # All cases compile one method of their base class, each time again.
+        # All cases compile the same method of their base class, each separately.
         torch._dynamo.reset()
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float32)
         ids, weights = random_routing(T, self.E, self.K, device)
@@ -383,7 +383,7 @@ class ExpertsContract(Contract):
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_dtypes(self, make, device, dtype):
-        """Results in the dtype of x, as near to float64 as plain torch in that dtype comes."""
+        """Results in the dtype of x are as close to float64 as those of plain torch in that dtype."""
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=dtype)
         x, (ids, weights) = hidden_states(T, H, device=device, dtype=dtype), random_routing(T, self.E, self.K, device)
         wide = copy.deepcopy(layer).double()
@@ -425,7 +425,7 @@ class ExpertsContract(Contract):
         assert not y.any() and not dx.any()
 
     def test_parts_add_up(self, make, device):
-        """Layers over a part of the experts each, as processes have them, add up to the whole one."""
+        """Layers that each hold a part of the experts, as processes do, add up to the whole layer."""
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
         try:
             stacks = layer.stacks()
@@ -469,11 +469,11 @@ def bag_lists(num_embeddings, device):
 
 
 class TableContract(Contract):
-    """What every table does; a case makes one of ``num_embeddings``, ``embedding_dim``, ``device`` and ``dtype``.
+    """The contract of tables; a case makes one from ``num_embeddings``, ``embedding_dim``, ``device`` and ``dtype``.
 
     A case's table knows all ids below ``num_embeddings``, pools sums or means, and takes ``optimizer`` too.
-    ``both_widths`` is whether it takes ids of 32 and of 64 bits, ``computed`` whether vectors come from products, whose
-    last bits depend on how many are computed at once.
+    ``both_widths`` says whether it takes ids of both 32 and 64 bits; ``computed`` says whether vectors come from
+    products, whose last bits depend on how many are computed at once.
     """
 
     N, D = 30, 8
@@ -490,7 +490,7 @@ class TableContract(Contract):
         return make(num_embeddings=n or self.N, embedding_dim=self.D, device=device, dtype=dtype, **options)
 
     def test_lookup(self, make, device):
-        """A vector an id, whatever the shape of the ids and whatever else is looked up."""
+        """The vector of an id is the same whatever the shape of the ids and whatever else is looked up."""
         table = self.make(make, device)
         ids = torch.randint(0, self.N, (3, 4), generator=torch.Generator().manual_seed(1)).to(device)
         rows = table.lookup(ids)
@@ -519,7 +519,7 @@ class TableContract(Contract):
         assert self.pooled(table, ids[:0], offsets[:0]).shape == (0, self.D)
 
     def pooled(self, table, ids, offsets=None, weights=None, through=None):
-        """The table's bags, or those of a function of it, by offsets that lack the last one."""
+        """The bags of a table, or of a function of it, by offsets without the last one."""
         if offsets is not None and getattr(table, "include_last_offset", False):
             offsets = torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])
         return (table if through is None else through)(ids, offsets, weights)
@@ -535,7 +535,7 @@ class TableContract(Contract):
         assert_near(self.pooled(table, ids, offsets, weights), sums)
 
     def test_shapes_are_refused_by_name(self, make, device):
-        """By the names of the layer's arguments, not by those of the primitives behind it."""
+        """Errors use the names of the layer's arguments, not those of the primitives behind it."""
         table = self.make(make, device)
         ids, offsets, _ = bag_lists(self.N, device)
         name = next(iter(inspect.signature(table.forward).parameters))
@@ -555,7 +555,7 @@ class TableContract(Contract):
         self.assert_same(rows, rows[:1].expand(5, -1))
 
     def test_bytes(self, make, device):
-        """What training holds counts the optimizer's state; what is left after freezing is what was promised."""
+        """Bytes for training include the optimizer's state; after freezing, the bytes held are those promised."""
         table = self.make(make, device, optimizer=gossamer.optim.Adam(lr=0.1))
         plain = self.make(make, device)
         assert table.nbytes() > plain.inference_nbytes() == table.inference_nbytes() > 0
@@ -587,10 +587,10 @@ class TableContract(Contract):
 
 
 class TrainedTableContract(TableContract):
-    """What tables that are parameters do besides: gradients, fused steps, compilation, a budget.
+    """The additional contract of tables that are parameters: gradients, fused steps, compilation, a budget.
 
-    A case whose ``from_budget`` wants more arguments than the sizes has an attribute ``from_budget`` that gives them.
-    ``any_ids`` is whether the table takes all ids of 64 bits.
+    A case whose ``from_budget`` needs arguments other than the sizes supplies them by an attribute ``from_budget``.
+    ``any_ids`` says whether the table takes all ids of 64 bits.
     """
 
     any_ids = False
@@ -608,9 +608,9 @@ class TrainedTableContract(TableContract):
         assert_gradients(functional(table, call), inputs)
 
     def test_fused_step(self, make, device):
-        """One backward pass moves the tables by the step of plain gradient descent, and leaves them no gradient.
+        """A backward pass moves the tables by a step of plain gradient descent, and leaves them without a gradient.
 
-        Other parameters, such as projections, get the gradient that they get beside a plain table.
+        Other parameters, such as projections, get the same gradient as with a plain table.
         """
         plain = self.make(make, device)
         fused = self.make(make, device, optimizer=gossamer.optim.SGD(lr=0.5))
@@ -633,7 +633,7 @@ class TrainedTableContract(TableContract):
     def test_compiles(self, make, device):
         table = self.make(make, device)
         ids, offsets, _ = bag_lists(self.N, device)
-        # Tables share a forward function, which torch compiles for so many of them at most.
+        # Tables share a forward function, and torch limits how many of them it compiles it for.
         torch._dynamo.reset()
         compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
         assert torch.equal(self.pooled(table, ids, offsets, through=compiled), self.pooled(table, ids, offsets))
@@ -649,7 +649,7 @@ class TrainedTableContract(TableContract):
                     table.lookup(torch.tensor([0, bad]))
 
     def test_budget(self, make, device):
-        """The smallest size that an error names is enough, and a byte less is refused; what is made fits its budget."""
+        """The smallest size that an error names is accepted, a byte less is refused, and tables fit their budgets."""
         table = self.make(make, device)
         from_budget = functools.partial(getattr(make, "from_budget", type(table).from_budget), self.N, self.D)
         with pytest.raises(ValueError, match=r"nbytes must be at least \d+ for .*, got 1$") as refused:
@@ -669,7 +669,7 @@ class TrainedTableContract(TableContract):
 
 
 class ScheduleContract(Contract):
-    """What every schedule does: shares in [0, 1] that depend on the step alone."""
+    """The contract of schedules: shares in [0, 1] that depend only on the step."""
 
     def test_is_a_pure_function(self, make):
         first, second = make(), make()

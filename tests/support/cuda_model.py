@@ -1,8 +1,8 @@
 """CUDA kernels on the host: their sources compiled by the C++ compiler against a model of the hardware.
 
-``tests/support/cuda_on_host`` has, in place of CUDA's headers and of the files with PTX in them, models of a block's
-threads, mbarriers, the copy engine, chunk copies and wgmma. Everything else is what runs on a GPU: schedule, producers,
-pipeline, products, epilogues, the counting sort, the hash table, launches and bindings.
+In place of CUDA's headers and of the files that contain PTX, ``tests/support/cuda_on_host`` has models of a block's
+threads, mbarriers, the copy engine, chunk copies and wgmma. Everything else is the code that runs on a GPU: schedule,
+producers, pipeline, products, epilogues, the counting sort, the hash table, launches and bindings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOLDER = ROOT / "build" / "cuda_on_host"
 
 
 def build() -> ModuleType:
-    """Compile the model where a source has changed, and import it; skips the test where there is no compiler."""
+    """Compile the model if a source has changed, and import it; skip the test if there is no compiler."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or not (ROOT / "setup.py").is_file():
         pytest.skip("there is no C++ compiler, or no checkout")
@@ -50,7 +50,7 @@ def build() -> ModuleType:
     flags = "-O1 -w -std=c++20 -pthread -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
     command = [compiler, *flags, *(f"-I{folder}" for folder in includes)]
     if build_script()["out_of_date"](target, SOURCE):
-        # Another process may do the same, or have the module open.
+        # Another process may do the same at this time, or have the module open.
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             made = Path(folder, target.name)
             command += ["-MF", str(made.with_suffix(".d")), str(SOURCE), "-o", str(made)]

@@ -1,8 +1,8 @@
-"""Compile the CUDA kernels for Hopper, with no GPU, and show what each needs of the machine.
+"""Compile the CUDA kernels for Hopper, without a GPU, and show the resources that each needs.
 
 ``python tests/support/cuda_resources.py`` prints, for each kernel, registers and spilled bytes per thread, shared
 memory a block, and how many wgmma (HGMMA) and local-memory instructions its machine code has, with violated limits
-marked; the exit status is 1 when there are any. What is compiled is kept in ``build/cuda_resources`` until a source
+marked; the exit status is 1 when there are any. Compiled files are kept in ``build/cuda_resources`` until a source
 changes.
 """
 
@@ -23,7 +23,7 @@ from gossamer import _C
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda_resources"
-# Of a launch of 384 threads; warpgroups then give and take.
+# Registers per thread in a launch of 384 threads; warpgroups then exchange some.
 MOST_REGISTERS = 168
 NAME = re.compile(
     r"(?P<problem>RowProduct|WeightGradient)INS0_5ShapeI\d+(?P<dtype>__half|__nv_bfloat16)"
@@ -32,7 +32,7 @@ NAME = re.compile(
 
 
 def build_script() -> dict:
-    """The functions of setup.py, with nothing built."""
+    """The functions of setup.py; importing them builds nothing."""
     here = os.getcwd()
     os.chdir(ROOT)
     try:
@@ -55,7 +55,7 @@ def unavailable() -> str | None:
 
 
 def tool(name: str) -> str | None:
-    """Path of one of CUDA's binary tools: on the search path, or the one that Triton brings along."""
+    """Path of one of CUDA's binary tools: the one on the search path, or the one that comes with Triton."""
     if found := shutil.which(name):
         return found
     try:
@@ -67,7 +67,7 @@ def tool(name: str) -> str | None:
 
 
 def compile_source(script: dict, source: str) -> tuple[str, Path]:
-    """What ptxas says of a source's kernels, and their machine code."""
+    """The report of ptxas on a source's kernels, and their machine code."""
     target = FOLDER / Path(source).with_suffix(".cubin").name
     log = target.with_suffix(".txt")
     if script["out_of_date"](target, source) or not log.is_file():
@@ -82,7 +82,7 @@ def compile_source(script: dict, source: str) -> tuple[str, Path]:
 
 
 def count_instructions(cubin: Path) -> dict[str, dict[str, int]]:
-    """By kernel, the number of wgmma and local-memory instructions and of faults in their use; empty with no tool."""
+    """By kernel, the number of wgmma and local-memory instructions and of faults in their use; empty without a tool."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return {}

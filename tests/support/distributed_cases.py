@@ -1,4 +1,4 @@
-"""What two processes of tests/nn/test_distributed.py do; run with RANK and WORLD_SIZE set and a folder as argument.
+"""The cases of two processes of tests/nn/test_distributed.py, with RANK and WORLD_SIZE set and a folder as argument.
 
 Each function is a case.
 """
@@ -77,7 +77,7 @@ LAYERS = {
 def model_of(name):
     torch.manual_seed(0)
     layer = LAYERS[name]()
-    # Something beside it, to be sharded by itself.
+    # Another layer beside it, to be sharded on its own.
     return nn.Sequential(layer, nn.Linear(32, 4)) if name == "EmbeddingBag" else nn.Sequential(nn.Linear(32, 32), layer)
 
 
@@ -103,7 +103,7 @@ def gradients(wrap):
         torch.stack([loss_of(name, whole, rank) for rank in range(WORLD)]).mean().backward()
         model = model_of(name)
         wrapped = wrap(model)
-        # Twice, as the second pass meets what the first left in the buckets.
+        # Twice, since the second pass finds what the first one left in the buckets.
         for _ in range(2):
             model.zero_grad()
             loss_of(name, wrapped, RANK).backward()
@@ -151,7 +151,7 @@ def copies_of_a_stepping_table_are_refused():
     for name, model in tables.items():
         wrapped = DistributedDataParallel(model)
         raises("optimizer must be None under DistributedDataParallel", wrapped, ids_of(RANK))
-        # What takes no step is let through.
+        # A pass that takes no step is let through.
         with torch.no_grad():
             assert wrapped.eval()(ids_of(RANK)).isfinite().all(), name
 
@@ -220,7 +220,7 @@ def tensor_and_expert_parallel_models_give_the_same_logits():
 
 
 def transformers_exchanges_tokens_by_gossamer():
-    """Of a batch a process under FSDP2, and of one batch that tensor parallelism shares."""
+    """With a batch per process under FSDP2, and with one batch shared under tensor parallelism."""
     import transformers
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.distributed import DistributedConfig
@@ -258,7 +258,7 @@ def transformers_exchanges_tokens_by_gossamer():
 
 
 def losses_are_those_of_the_whole_batch():
-    """Of parts of one batch of different sizes and padding; the gradient is the mean of the processes' gradients."""
+    """Processes have parts of one batch with different sizes and padding; the gradient is the mean of theirs."""
     generator = torch.Generator().manual_seed(0)
     logits, mask = 2 * torch.randn(30, 6, generator=generator, dtype=torch.float64), torch.arange(30) % 4 != 1
     mask[:6] = False  # a sequence without a token that counts

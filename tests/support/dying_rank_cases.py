@@ -1,6 +1,6 @@
-"""What four processes of tests/parallel/test_dying_ranks.py do: one after the other dies, and the others go on.
+"""The cases of four processes of tests/parallel/test_dying_ranks.py: one after the other dies, and the others go on.
 
-The last one writes down what it found.
+The last one records the findings.
 """
 
 import json
@@ -27,7 +27,7 @@ TIMEOUT = 60
 
 
 def meet(ranks):
-    """Begin again with the ranks that are left."""
+    """Start again with the ranks that are left."""
     if dist.is_initialized():
         dist.destroy_process_group()
     where = {"init_method": f"file://{FOLDER}/meeting-of-{ranks}", "timeout": timedelta(seconds=TIMEOUT)}
@@ -51,7 +51,7 @@ def fails_in_time(call, *args):
 
 
 def found_again(tables, folder, steps):
-    """Both hold what was committed after so many steps."""
+    """Check that both hold the state committed after this many steps."""
     expected = shard_tables(model(), tables["bag"].mesh, PLAN, gradients="sum")
     for number in range(steps):
         step(expected, number)

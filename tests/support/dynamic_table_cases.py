@@ -1,4 +1,4 @@
-"""What the processes of tests/parallel/test_dynamic_tables.py do: sharded tables of ids that come and go, and files."""
+"""The cases of processes of tests/parallel/test_dynamic_tables.py: sharded tables of ids that come and go; files."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def dynamic(**options):
 
 
 def content(layers):
-    """All that layers know by id: values, last use, optimizer state, what the next delta holds."""
+    """Everything that layers hold by id: values, last use, optimizer state, and membership in the next delta."""
     found = {}
     for layer in layers:
         tensors, _ = layer._snapshot()
@@ -53,7 +53,7 @@ def everywhere(layer):
 
 
 def step(reference, sharded, number, weighted=False, rows=300):
-    """One training step of both on the joined batch; returns what was looked up."""
+    """Take one training step of both on the joined batch; return the rows looked up."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parts = [ids_of(r, number, rows=rows, most=20) for r in range(world)]
     # Ids without a vocabulary.
@@ -85,7 +85,7 @@ def step(reference, sharded, number, weighted=False, rows=300):
 
 
 def ids_learn_as_in_one_process():
-    """Same ids, values and states, with admission, expiry and erasing, pooled in every way."""
+    """The same ids, values and states as in one process, with admission, expiry and erasing, pooled in every way."""
     admissions = (None, FrequencyAdmission(3), FrequencyAdmission(3, 4096, sketch=True), ProbabilisticAdmission(2.0))
     cases = [{"pooling": pooling} for pooling in ("sum", "mean", "max", None)]
     cases += [{"pooling": "mean", "admission": admission, "expire_after": 2} for admission in admissions]
@@ -143,7 +143,7 @@ def a_trained_table_is_sharded():
 
 
 def a_full_shard_is_an_error_on_every_rank():
-    """What a rank cannot hold, no rank waits for."""
+    """If one rank's shard is full, no rank waits for it."""
     world = dist.get_world_size()
     full = shard_tables(DynamicEmbedding(D, 4 * world, evict=None, optimizer=ADAGRAD), mesh(), {"": "table"})
     ids = torch.arange(5 * world).view(1, -1)

@@ -1,4 +1,4 @@
-"""Comparison of a function with a baseline by their errors against float64 truth, averaged over several draws."""
+"""Compares a function with a baseline by their errors against float64 truth, averaged over several draws."""
 
 import torch
 
@@ -8,9 +8,10 @@ DRAWS = 8
 
 
 def compare(actual, baseline, truth):
-    """The rule of gossamer.testing.assert_close for every result, on errors averaged over draws.
+    """Apply the rule of gossamer.testing.assert_close to every result, with errors averaged over draws.
 
-    The largest of a few rounding errors is luck, whoever made them, so one draw proves little on small shapes.
+    The largest of a few rounding errors is a matter of chance for any implementation, so one draw proves little on
+    small shapes.
 
     Args:
         actual: a function from the number of a draw to a dict of tensors.

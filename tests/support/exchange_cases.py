@@ -1,6 +1,6 @@
-"""What the processes of tests/parallel/test_exchange.py do.
+"""The cases that the processes of tests/parallel/test_exchange.py run.
 
-Each function is a case, of which every process runs all in the same order.
+Each function is a case. Every process runs all cases, in the same order.
 """
 
 import os
@@ -22,7 +22,7 @@ SIZES = [
 
 
 def rows_of(rank, *tail, sizes=SIZES, dtype=torch.float32):
-    """Rows that say which rank sends them and to which."""
+    """Rows whose values tell the sending and the receiving rank."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(sum(sizes[rank]), *tail, generator=generator).to(dtype)
 
@@ -33,7 +33,7 @@ def part_for(rows, sender, receiver, sizes=SIZES):
 
 
 def expected(*tail, sizes=SIZES, dtype=torch.float32):
-    """What this rank receives."""
+    """The rows that this rank receives."""
     return torch.cat([part_for(rows_of(r, *tail, sizes=sizes, dtype=dtype), r, RANK, sizes) for r in range(WORLD)])
 
 

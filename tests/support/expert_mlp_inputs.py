@@ -8,10 +8,10 @@ from gossamer.ops.expert_mlp import expert_mlp_reference
 
 # Odd, so that no block divides them.
 T, E, K, H, I = 13, 5, 3, 97, 47
-# Where the kernels' edges are not the point.
+# For tests that are not about the edges of tiles.
 SMALL = {"t": 7, "e": 2, "k": 2, "h": 33, "i": 19}
 NAMES = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
-# What the operators call the gradient of an argument.
+# The operators' names of the gradients of arguments.
 GRADIENT_OF = dict(zip(NAMES, ("x", "gate_up.data", "down.data", "weights", "gate_up.bias", "down.bias"), strict=True))
 
 

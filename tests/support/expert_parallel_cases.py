@@ -1,6 +1,6 @@
-"""What the processes of tests/parallel/test_experts.py do.
+"""The cases that the processes of tests/parallel/test_experts.py run.
 
-Each function is a case, of which every process runs all in the same order.
+Each function is a case. Every process runs all cases, in the same order.
 """
 
 import copy
@@ -64,7 +64,7 @@ def random(*shape, seed, dtype=torch.float64):
 
 
 def inputs(rank, num_experts, top_k, dtype=torch.float64):
-    """Tokens, ids of which some are absent, and weights of a rank; the last expert is not met by rank 0."""
+    """Tokens, ids and weights of a rank. Some ids are absent, and no token of rank 0 meets the last expert."""
     tokens = TOKENS[rank]
     scores = random(tokens, num_experts + 1, seed=10 + rank)
     if rank == 0:
@@ -80,7 +80,7 @@ def quantised(layer, form):
 
 
 def trained(layer):
-    """With factors that are not zero."""
+    """The layer with factors that are not zero."""
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3) if "magnitude" not in name else nn.init.uniform_(parameter, 0.5, 1)
@@ -122,7 +122,7 @@ def sum_over_ranks(tensor):
 
 
 def stacked(layer, name, tensor):
-    """A gradient of a plain layer as a divided layer has it, which is by expert."""
+    """A gradient of a plain layer, stacked by expert as in a divided layer."""
     if not name.endswith(("lora_A", "lora_B")):
         return tensor
     e, r = layer.num_experts, layer.rank
@@ -132,7 +132,7 @@ def stacked(layer, name, tensor):
 
 
 def compare(kind, divide, at):
-    """Outputs and all gradients are those of one process with all ranks' tokens."""
+    """Check that outputs and all gradients are those of one process with all ranks' tokens."""
     num_experts, whole = layer_of(kind)
     layer = divide(copy.deepcopy(whole))
     top_k = min(3, num_experts)
@@ -173,7 +173,8 @@ def compare_gradients(whole, layer, at, scale=1.0):
             owner = layer.get_submodule(name.rpartition(".")[0])
             found, right = parameter.grad.full_tensor(), stacked(owner, name, right)
         else:
-            # What serves all experts is averaged like any dense parameter; each process has its part of the sum.
+            # Parameters that serve all experts are averaged like any dense parameter; each process has its part of the
+            # sum.
             found = sum_over_ranks(parameter.grad)
         near(found * scale, right, f"{at}: gradient of {name}")
 
@@ -187,11 +188,11 @@ def every_kind_gives_what_one_process_gives():
         away = sum(rank != RANK for _, rank in pairs)
         slots = min(ids.shape[1], share)
         size = 4 if "int8" in kind else 8
-        # Latents travel where all experts have the same.
+        # Latents travel if all experts share them.
         there, back = {"latent": (4, 4), "latent, wide output": (4, H)}.get(kind, (H, H))
         flow = traffic.flows["expert tokens"]
         assert (flow.collectives, flow.rows) == (1, away)
-        # One row a (token, rank) pair, and for each slot its id and weight, in whole words.
+        # One row per (token, rank) pair, and for each slot its id and weight, in whole words.
         assert flow.nbytes == away * -(-(there * size + slots * (size + 4)) // size) * size
         assert traffic.flows["expert outputs gradient"].nbytes == away * back * size
         assert traffic.flows["expert outputs"].rows == traffic.flows["expert tokens gradient"].rows
@@ -220,7 +221,7 @@ def static_buffers_give_what_one_process_gives():
 
 
 def own_tokens_may_stay():
-    """Computed while others travel, with fixed buffers or without; the shared expert runs beside what comes back."""
+    """Computed while others travel, with or without fixed buffers; the shared expert runs while rows return."""
     for kind in ("plain", "lora", "basis", "one each"):
         for options in ({}, {"exchange": "static", "capacity": max(TOKENS)}):
             traffic, _ = compare(
@@ -273,7 +274,7 @@ def repeated_experts_add_up():
     torch.manual_seed(0)
     whole = Experts(WORLD, H, 8, dtype=torch.float64)
     layer = shard_experts(copy.deepcopy(whole), mesh())
-    # Two slots of one expert where a rank has one expert alone.
+    # Two slots of the same expert on a rank that has only one expert.
     ids = torch.tensor([[0, 0], [1, 1], [1, 0], [WORLD, 1]])
     leaves = [random(4, 2, seed=3).requires_grad_() for _ in range(2)]
     x = random(4, H, seed=RANK)
@@ -309,7 +310,7 @@ def mean_loss(model, rank, step=0, group=None):
 
 
 def joined_loss(model, step=0):
-    """The loss of all ranks' batches, as one process takes it."""
+    """The loss of all ranks' batches in one process."""
     y, routing = model(torch.cat([batch(rank, step) for rank in range(WORLD)]))
     return y.square().mean() + 0.1 * load_balance_loss(routing)
 
@@ -411,7 +412,7 @@ def two_hops_give_what_one_process_gives():
             "two hops",
         )
         if not options:
-            # A token crosses to the other node once, whatever it meets there.
+            # A token crosses to the other node once, whichever experts it meets there.
             node = RANK // 2
             away = {t for t, row in enumerate(ids.tolist()) for i in row if i < 8 and i // 4 != node}
             assert traffic.flows["node tokens"].rows == len(away)

@@ -1,4 +1,4 @@
-"""Calls of a hash table, and the comparison of what they leave behind."""
+"""Calls of a hash table, and the comparison of the resulting tables."""
 
 import torch
 
@@ -15,7 +15,7 @@ def random_keys(count, distinct, device, seed=0, dtype=torch.int64):
 
 
 def state(table):
-    """All that decides what a table does next, as tensors."""
+    """Everything that determines a table's further behaviour, as tensors."""
     storage, live = table._storage, table.live_rows()
     found = [storage.digests, live, storage.keys[live], table.values[live], storage.buckets[:, 0], storage.fill]
     if storage.scores is not None:
@@ -36,7 +36,7 @@ def scores_for(evict, count, device, seed):
 
 
 def stream(table, device, batch, distinct, rounds=6):
-    """A run of all kinds of calls; returns every result."""
+    """Make calls of all kinds; return every result."""
     results = []
     for seed in range(rounds):
         keys = random_keys(batch, distinct, device, seed)

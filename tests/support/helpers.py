@@ -1,4 +1,4 @@
-"""What the tests of the primitives share: running a function with its gradients, and comparing with float64."""
+"""Shared by the tests of primitives: running a function with its gradients, and comparing with float64."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def run(
     return results
 
 
-# Draws of the baseline's error: one draw of a few sums of rounding errors is luck.
+# Number of draws of the baseline's error: a single draw of a few rounding errors is a matter of chance.
 DRAWS = 16
-# A draw whose error is this many times the baseline's largest is no luck.
+# A draw whose error is this many times the baseline's largest is not chance.
 WILD = 3
 
 
 def violations(actual, truth, bounds):
-    """What breaks the rule of gossamer.testing.assert_close, given the baseline's errors by name."""
+    """Violations of the rule of gossamer.testing.assert_close, given the baseline's errors by name."""
     found = []
     for name, value in actual.items():
         rms, worst = errors(value, truth[name])
@@ -70,7 +70,7 @@ def violations(actual, truth, bounds):
 def run_on_one_thread(
     function: Callable, inputs: dict[str, torch.Tensor], needs: Iterable[str], dout: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """As :func:`run`: several threads of torch would add up the gradient of an index in another order each time."""
+    """:func:`run` on one thread; several of torch's threads add up the gradient of an index in changing orders."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,12 +82,12 @@ def run_on_one_thread(
 def check(
     function: Callable, reference: Callable, inputs: dict[str, torch.Tensor], needs: Iterable[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Hold the result and gradients of ``function`` against those of ``reference`` in float64; returns the former.
+    """Compare the result and gradients of ``function`` with those of ``reference`` in float64; return the former.
 
     The rule is that of gossamer.testing.assert_close. The baseline is ``reference`` on the same inputs in their own
-    dtypes and, where one draw does not settle it, on inputs and gradients with their columns rolled, which are other
-    draws of the same problem. Where those do not either, ``function`` computes them too, and the rule is for the median
-    draw of each: the largest of a few rounding errors has a long tail, on both sides.
+    dtypes. If that does not settle it, the baseline also runs on inputs and gradients with rolled columns, which are
+    other draws of the same problem. If these do not settle it either, ``function`` runs on them too, and the rule
+    applies to the median draw of each, since the largest of a few rounding errors has a long tail on both sides.
     """
     needs = list(inputs) if needs is None else list(needs)
     first = next(iter(inputs))
@@ -119,7 +119,7 @@ def check(
 
 
 def within_median(name: str, draws: list) -> bool:
-    """Whether one result keeps the rule in the median of ``(actual, baseline, truth)`` draws, and is wild in none."""
+    """Whether a result keeps the rule in the median of ``(actual, baseline, truth)`` draws, without an outlier."""
     eps = torch.finfo(draws[0][0][name].dtype).eps
     ours = torch.tensor([errors(actual[name], truth[name]) for actual, _, truth in draws])
     base = torch.tensor([errors(baseline[name], truth[name]) for _, baseline, truth in draws])
@@ -132,11 +132,12 @@ def check_draws(
     draw: Callable[[int], tuple[dict, dict]],
     compute: Callable[[int], dict[str, torch.Tensor]] | None = None,
 ) -> None:
-    """Hold results against float64 by the rule of gossamer.testing.assert_close.
+    """Compare results with float64 by the rule of gossamer.testing.assert_close.
 
-    ``draw(0)`` gives truth and baseline, results by name; ``draw(i)`` those of other draws of the problem, made where
-    one does not settle the size of the baseline's error. Where those do not either, the rule is for the median draw of
-    ``compute(i)``, if it is given: the results that ``actual`` is for the first.
+    ``draw(0)`` returns truth and baseline, as results by name; ``draw(i)`` returns those of other draws of the problem,
+    which are made if one draw does not settle the size of the baseline's error. If these do not settle it either, and
+    ``compute`` is given, the rule applies to the median draw; ``compute(i)`` returns the results of draw ``i``, as
+    ``actual`` holds those of the first.
     """
     truth, baseline = draw(0)
     bounds = {name: errors(value, truth[name]) for name, value in baseline.items()}
@@ -209,18 +210,18 @@ def saved_tensors(function: Callable, parameters: Iterable[torch.Tensor]) -> lis
 
 
 def huge_storage(num_elements: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A flat tensor of which only touched pages take memory (on the CPU); uninitialised and not poisoned."""
+    """A flat tensor that takes memory page by page, as it is touched (on the CPU); uninitialised and not poisoned."""
     storage = torch.UntypedStorage(num_elements * dtype.itemsize, device=device)
     return torch.tensor([], dtype=dtype, device=device).set_(storage, 0, (num_elements,))
 
 
 def flat(args: NamedTuple, backend: str) -> tuple:
-    """The arguments of the operator over a record as its schema has them."""
+    """The arguments of the operator over a record, in the order of its schema."""
     return (*Layout(type(args)).flatten(args), backend)
 
 
 def check_capture(step: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]], change: Callable[[], object]) -> None:
-    """``step()`` on CUDA never waits, and its graph, replayed after ``change()``, gives the bits of a call."""
+    """Check that ``step()`` on CUDA never waits, and that its graph, replayed after ``change()``, has a call's bits."""
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:

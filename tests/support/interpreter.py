@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round the way its compiled kernels do, and to show what they may not do."""
+"""Changes Triton's interpreter to round as compiled kernels do, and to reveal what kernels may not do."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 
 def multiply_row_by_row() -> None:
-    """Have ``tl.dot`` round a row the same wherever it lies in its tile, as tensor cores do.
+    """Make ``tl.dot`` round a row in the same way wherever it is in its tile, as tensor cores do.
 
-    The interpreter gives whole tiles to NumPy, whose BLAS adds up a row in an order that depends on the row's place in
-    the tile, on some processors more than on others.
+    The interpreter passes whole tiles to NumPy, whose BLAS adds up a row in an order that may depend on the row's place
+    in the tile, on some processors more than on others.
     """
     whole_tile = InterpreterBuilder.create_dot
 
@@ -30,7 +30,7 @@ def multiply_row_by_row() -> None:
 
 
 def run_programs_in_any_order() -> None:
-    """Have the programs of a launch run in a random order: on a GPU none may count on another's having run before."""
+    """Run the programs of a launch in a random order, since on a GPU none may rely on another to have run before it."""
     set_size, set_place = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
     generator = random.Random(0)
     order: list[tuple[int, ...]] = []
@@ -47,9 +47,9 @@ def run_programs_in_any_order() -> None:
 
 
 def patch_language_once() -> None:
-    """Have a launch exchange each module of Triton's language once, not again for every call of a device function.
+    """Make a launch patch each module of Triton's language only once, not again for every call of a device function.
 
-    The interpreter looks at all names of the modules to do it, which takes longer than most device functions.
+    To do so, the interpreter looks at all names of the modules, which takes longer than most device functions.
     """
     patch, launch = interpreter._patch_lang, GridExecutor.__call__
     patched: set[str] = set()
@@ -72,7 +72,7 @@ def patch_language_once() -> None:
 
 
 def refuse_foreign_addresses() -> None:
-    """Have loads, stores and atomics raise where a lane that is not masked leaves the tensors of the launch."""
+    """Make loads, stores and atomics raise if an unmasked lane leaves the tensors of the launch."""
     begins, ends = np.empty(0, np.uint64), np.empty(0, np.uint64)
     copied = GridExecutor._init_args_hst
 
@@ -98,14 +98,14 @@ def refuse_foreign_addresses() -> None:
 
         def access(self, *args, **options):
             addresses = args[at].data
-            # Of a descriptor's access Triton 3.6 passes the mask as it is.
+            # For accesses by descriptor Triton 3.6 passes the mask as it is.
             mask = None if masked is None else args[masked]
             mask = mask if mask is None or isinstance(mask, np.ndarray) else mask.data
             if mask is not None and not mask.all():
                 addresses = addresses[np.broadcast_to(mask, addresses.shape)]
             if addresses.size:
                 size = np.uint64(max(1, args[at].get_element_ty().primitive_bitwidth // 8))
-                # All in the memory of one tensor, nearly always.
+                # Nearly always all lanes are in the memory of one tensor.
                 span = np.searchsorted(begins, addresses.min(), "right") - 1
                 if span < 0 or addresses.max() + size > ends[span]:
                     span = np.searchsorted(begins, addresses, "right") - 1
@@ -118,7 +118,7 @@ def refuse_foreign_addresses() -> None:
         setattr(InterpreterBuilder, name, access)
 
     GridExecutor._init_args_hst = init_args
-    # Where among the arguments the pointers are, and the mask.
+    # The positions of the pointers and of the mask among the arguments.
     checked("create_masked_load", 0, 1)
     checked("create_masked_store", 0, 2)
     checked("create_atomic_rmw", 1, 3)

@@ -1,4 +1,4 @@
-"""What two processes of tests/parallel/test_experts.py do: the second leaves, and the first gets errors in time."""
+"""The cases of two processes of tests/parallel/test_experts.py: the second leaves; the first gets errors in time."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def main():
         found["ended in a backward pass"] = seconds_until_error(lambda: y.sum().backward())
         found["ended"] = seconds_until_error(lambda: ended(x, ids, weights))
     else:
-        # It does not call the layer, and ends without a word once the other has given up.
+        # It does not call the layer, and ends silently once the other one has given up.
         while not (FOLDER / "seen").exists():
             time.sleep(0.05)
     (FOLDER / f"{RANK}.json").write_text(json.dumps(found))

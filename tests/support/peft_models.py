@@ -40,7 +40,7 @@ MODELS = {"llama": llama, "gpt2": gpt2, "qwen3_moe": qwen3_moe}
 
 
 def wrapped(name, device, *, dtype=None, autocast_adapter_dtype=True, **options):
-    """A PEFT model with a ``LoraConfig`` of these options, its factors all drawn so that none is zero."""
+    """A PEFT model with a ``LoraConfig`` of these options; all its factors are drawn, so that none is zero."""
     torch.manual_seed(1)
     model = MODELS[name]().to(device=device, dtype=dtype)
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]} | options
@@ -49,7 +49,7 @@ def wrapped(name, device, *, dtype=None, autocast_adapter_dtype=True, **options)
 
 @torch.no_grad()
 def drawn(model):
-    """The model with every low-rank factor drawn again."""
+    """The model with newly drawn low-rank factors."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             scale = 0.2 * parameter.square().mean().sqrt() if "magnitude" in name else 0.2
@@ -74,10 +74,11 @@ def run(model, ids, **given):
 
 
 def check_switched(model, switch, ids, step=run, baseline_step=None):
-    """Hold ``model`` after ``switch(model)`` against itself before, by the rule of gossamer.testing.assert_close.
+    """Compare ``model`` after ``switch(model)`` with itself before, by the rule of gossamer.testing.assert_close.
 
-    The baseline is PEFT in the model's own dtypes; where one run does not settle it, the largest error of several with
-    other ids, which are other draws of the same sums. ``baseline_step`` is what PEFT runs, where that is not ``step``.
+    The baseline is PEFT in the model's own dtypes; if one run does not settle it, the largest error over several runs
+    with other ids, which are other draws of the same sums. ``baseline_step`` is the step that PEFT runs, if not
+    ``step``.
     """
     baseline_step = baseline_step or step
     theirs, wide = copy.deepcopy(model), copy.deepcopy(model).double()

@@ -1,4 +1,4 @@
-"""Tests in several processes: a script of cases is run by each, and what failed comes back by case.
+"""Runs tests in several processes: each runs a script of cases, and failures are returned by case.
 
 The script ends with ``processes.main(CASES)``; a test module has ``processes.cases_of(SCRIPT)`` and
 ``processes.run(SCRIPT, world, folder)``.
@@ -22,13 +22,13 @@ needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 
 
 def cases_of(script):
-    """The names in the tuple ``CASES`` of a script, which is not imported: it needs its process group."""
+    """The names in the tuple ``CASES`` of a script, which is not imported, since that needs its process group."""
     listed = script.read_text().partition("CASES = (")[2].partition(")")[0]
     return re.findall(r"^    (\w+),$", listed, re.MULTILINE)
 
 
 def run(script, world, folder, timeout=300, killed=()):
-    """What every process found, by case: an empty text or what failed; nothing of ranks that get ``killed``."""
+    """The findings of every process by case: a failure, or an empty string; none from ranks that get ``killed``."""
     processes = []
     for rank in range(world):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "HF_HUB_OFFLINE": "1"}
@@ -52,7 +52,7 @@ def run(script, world, folder, timeout=300, killed=()):
 
 
 def main(cases, timeout=120):
-    """Run all cases in this process, in the same order as the others, and write down what failed."""
+    """Run all cases in this process, in the same order as the others, and record failures."""
     folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     meeting = {"init_method": f"file://{folder}/meeting", "timeout": timedelta(seconds=timeout)}
@@ -64,7 +64,7 @@ def main(cases, timeout=120):
             found[case.__name__] = ""
         except Exception:
             found[case.__name__] = f"rank {rank}: " + traceback.format_exc()
-            # Seen even where the others wait for what this process left out.
+            # Written at once, so that it is seen even if the others wait for a collective that this process left out.
             print(case.__name__, found[case.__name__], flush=True)
         dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -72,7 +72,7 @@ def main(cases, timeout=120):
 
 
 def all_ranks_raise(kind, words, function, *args, **keywords):
-    """Every rank raises this kind of error, by one message that has these words."""
+    """Check that every rank raises this kind of error, with the same message, and that it contains these words."""
     try:
         function(*args, **keywords)
     except kind as error:

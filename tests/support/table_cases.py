@@ -1,4 +1,4 @@
-"""What the processes of tests/parallel/test_tables.py do: sharded tables against one process on the joined batch."""
+"""The cases of processes of tests/parallel/test_tables.py: sharded tables against one process on the joined batch."""
 
 import copy
 
@@ -52,7 +52,7 @@ def join(parts, features=1):
 
 
 def factors(rows, columns, step):
-    """What the results are multiplied by in the loss; column f and row b alone decide, so ranks see their own."""
+    """The factors of the results in the loss; they depend only on column f and row b, so each rank knows its own."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(step))
 
 
@@ -63,7 +63,7 @@ def mine(joined, features=1):
 
 
 def whole(shard, name="weight"):
-    """A tensor of the whole table, from the parts of all ranks."""
+    """A tensor of the whole table, joined from the parts of all ranks."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (shard.piece, getattr(shard, name).detach()))
     split = shard.split
@@ -87,7 +87,7 @@ def same(found, expected, exact, what):
 
 
 def compare(make, kind, exact=True, steps=3, gradients="sum", weighted=False, single=False, **batch):
-    """Steps of a sharded layer have the results and the table of one process's; ``single`` ids have no bags."""
+    """Check that steps of a sharded layer give one process's results and table; ``single`` ids have no bags."""
     rank, world = dist.get_rank(), dist.get_world_size()
     reference = make()
     sharded = shard_tables(nn.ModuleDict({"t": make()}), mesh(), {"t": kind}, gradients=gradients)["t"]
@@ -222,7 +222,7 @@ def tables_behind_one_lookup():
 
 
 def weights_of(parts, joined, rank):
-    """Return this rank's weights, feature-major, of the joined ones, which lie by feature and then by rank."""
+    """Return this rank's weights, feature-major, of the joined ones, which are ordered by feature, then by rank."""
     pieces, at = [], 0
     for feature in range(4):
         for other, (_, offsets) in enumerate(parts):
@@ -234,7 +234,7 @@ def weights_of(parts, joined, rank):
 
 
 def one_exchange_serves_all_tables():
-    """Four collectives per step, a distinct id and row once a rank, a bag's gradient once a rank."""
+    """A step takes four collectives; each distinct id and row, and each bag's gradient, travels once per rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     names = ("a", "b", "c")
@@ -248,7 +248,7 @@ def one_exchange_serves_all_tables():
     assert traffic.collectives == 4, str(traffic)
     row, others = 4 * D, [r for r in range(world) if r != rank]
     piece = [tables["a"].split.piece(r) for r in range(world)]
-    # What other ranks have asked of this one, and this one of them.
+    # The ids that other ranks asked this one for, and those that this one asked them for.
     distinct = [[i for i in (3, 20, 36) if p.row <= i < p.row + p.rows] for p in piece]
     bags = [sum(any(int(i) in have for i in bag) for bag in ids) for have in distinct]
     sums = 2 * row
@@ -292,7 +292,7 @@ def bad_input_is_an_error_on_every_rank():
             return super().forward(ids % 3)
 
     raises(ValueError, "has a forward or lookup of its own", shard_tables, nn.ModuleDict({"t": Own(N, D)}), mesh())
-    # What is wrong on one rank alone.
+    # Errors on a single rank.
     last = rank == world - 1
     raises(ValueError, f"rank {world - 1}: plan['t']", shard_tables, model(), mesh(), {"t": "rows" if last else "row"})
     raises(ValueError, "must be the same on all ranks", shard_tables, model(rows=N + last), mesh())
@@ -311,7 +311,7 @@ def bad_input_is_an_error_on_every_rank():
 
 
 def compiled_models_break_at_tables():
-    """A compiled model takes the same steps, under DistributedDataParallel too."""
+    """A compiled model takes the same steps, also under DistributedDataParallel."""
     rank = dist.get_rank()
     results = []
     for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager"), DistributedDataParallel):
@@ -328,7 +328,7 @@ def compiled_models_break_at_tables():
 
 
 def tables_that_no_process_could_hold():
-    """Parts of tables on the meta device are made where they lie; rows of all ranks differ, replicas do not."""
+    """Parts of tables on the meta device are created in place; rows of all ranks differ, replicas do not."""
     for kind in ("row", "column", "table", "replicate"):
         with torch.device("meta"):
             bags = EmbeddingBag(N, D, mode="sum", optimizer=ADAGRAD, padding_idx=3)
@@ -354,7 +354,7 @@ def tables_that_no_process_could_hold():
 
 
 def what_ranks_count_is_added_up():
-    """Each rank meets another table most often; all have the same plan."""
+    """Each rank uses a different table most; all make the same plan."""
     tables = nn.ModuleDict({name: EmbeddingBag(64, 8, mode="sum") for name in "abcd"})
     with measure_lookups(tables) as lookups:
         for index, name in enumerate("abcd"):

@@ -1,4 +1,4 @@
-"""What four processes of tests/parallel/test_table_checkpoints.py do: save with some ranks, load with others."""
+"""The cases of four processes of tests/parallel/test_table_checkpoints.py: save with some ranks, load with others."""
 
 import copy
 import os
@@ -57,7 +57,7 @@ PLANS = (
 
 
 def step(tables, number):
-    """One step on the ranks' shares of a batch of this number, which is the same whatever the number of ranks."""
+    """Take one step on the ranks' shares of the batch of this number, which is the same for any number of ranks."""
     rank, world = (tables["bag"].rank, tables["bag"].mesh.size()) if hasattr(tables["bag"], "mesh") else (0, 1)
     generator = torch.Generator().manual_seed(number)
     mine = slice(8 * rank // world, 8 * (rank + 1) // world)
@@ -80,7 +80,7 @@ def trained(steps, mesh, plan):
 
 
 def assert_same(tables, expected):
-    """Sharded tables hold what those of another number of ranks do, optimizer states included."""
+    """Check that sharded tables hold the same as those of another number of ranks, including optimizer states."""
     found, wanted = whole_state(tables), whole_state(expected)
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     for name, tensor in wanted.items():
@@ -104,7 +104,7 @@ def whole_state(tables):
 
 
 def meshes():
-    """Meshes of 4, of 2 and of 1 ranks; all ranks are in one of each."""
+    """Meshes of 4, 2 and 1 ranks; every rank is in one of each size."""
     world = dist.get_world_size()
     pairs = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("copies", "tables"))
     singles = init_device_mesh("cpu", (world, 1), mesh_dim_names=("copies", "tables"))
@@ -112,7 +112,7 @@ def meshes():
 
 
 def another_number_of_ranks_loads_a_checkpoint():
-    """Saved by two, loaded by four with another plan, saved by them and loaded by one; each goes on alike."""
+    """Two ranks save, four load with another plan and save, and one loads; training continues alike in each."""
     four, two, one = meshes()
     rank = dist.get_rank()
     pair = FOLDER / f"pair-{rank // 2}"
