@@ -584,6 +584,10 @@ class TableContract(Contract):
         for table in (first, second):
             table.lookup(ids).square().sum().backward()
         assert torch.equal(first.lookup(ids), second.lookup(ids))
+        # The state of a frozen table loads into another frozen one.
+        served = self.make(make, device).freeze()
+        served.load_state_dict(first.freeze().state_dict())
+        assert torch.equal(served.lookup(ids), first.lookup(ids))
 
 
 class TrainedTableContract(TableContract):

@@ -33,11 +33,20 @@ class SparseRows(torch.nn.Module):
         (self.num_rows, self.num_columns), self.by_row = dense.shape, by_row
         row, column = kept.nonzero(as_tuple=True)
         counts = kept.sum(1)
-        self.widest = int(counts.max()) if self.num_rows else 0
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         self.register_buffer("values", dense[row, column].clone())
         self.register_buffer("columns", column.to(torch.uint8 if self.num_columns <= 256 else torch.int32))
         self.register_buffer("rows", starts if by_row else row.int())
+        self.widest = self._widest()
+
+    def _widest(self) -> int:
+        """The largest number of entries of a row."""
+        counts = self.rows.diff() if self.by_row else self.rows.bincount()
+        return int(counts.max()) if counts.numel() else 0
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.widest = self._widest()
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Dense rows ``(L, D)`` of ``ids (L,)``."""
