@@ -94,6 +94,7 @@ def test_budgets_between_two_sizes():
     """A report names a budget that no sizes of the method fill, and counts layers that stay."""
     model = TwoFields()
     report = gossamer.compress_embeddings(model, "quantized", 0.5, min_rows=2000)
+    assert str(report).endswith("next: " + METHODS["quantized"].note)
     assert "0.8474 of the budget of 208224 bytes: no larger tables of this method fit" in str(report)
     assert report.before == sum(t.before for t in report.tables) == 4 * 16 * 6507 and len(report.tables) == 3
 

@@ -143,12 +143,14 @@ class Compression:
         tables: all layers that count in the budget, including unchanged ones.
         skipped: layers that do not count, with reasons.
         budget: the budget of all tables in bytes.
+        note: what to do next, or nothing.
     """
 
     method: str
     tables: tuple[CompressedTable, ...]
     skipped: tuple[SkippedModule, ...] = ()
     budget: int = 0
+    note: str = ""
 
     @property
     def before(self) -> int:
@@ -180,4 +182,6 @@ class Compression:
             for t in self.tables
         ]
         lines += [f"  {m.name or '(the model itself)'}: {m.class_name}, left alone: {m.reason}" for m in self.skipped]
+        if self.note:
+            lines.append(f"  next: {self.note}")
         return "\n".join(lines)

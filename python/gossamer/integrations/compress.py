@@ -58,6 +58,7 @@ class Method:
         sized: whether ``kind.size_within`` gives the size for a budget. Otherwise the weights decide: every table gets
             the same share of its bytes, or what it needs at least.
         starting: names of options of ``from_table`` that ``kind`` does not have.
+        note: what a user has to do after the conversion, for the report.
     """
 
     kind: type[Table]
@@ -65,6 +66,7 @@ class Method:
     needs: tuple[str, ...] = ()
     sized: bool = True
     starting: tuple[str, ...] = ()
+    note: str = ""
 
 
 METHODS = {
@@ -80,10 +82,21 @@ METHODS = {
     "product_quantized": Method(
         ProductQuantizedEmbedding, ProductQuantizedEmbedding.from_table, starting=("steps", "seed")
     ),
-    "pruned": Method(PrunedEmbedding, PrunedEmbedding.from_table),
-    "quantized": Method(QuantizedEmbedding, QuantizedEmbedding.from_table),
+    "pruned": Method(
+        PrunedEmbedding,
+        PrunedEmbedding.from_table,
+        note="tables are dense until sparsify() or freeze() prunes them; call sparsify() and train on before serving",
+    ),
+    "quantized": Method(
+        QuantizedEmbedding,
+        QuantizedEmbedding.from_table,
+        note="codes are trained only by an optimizer in the table: pass optimizer=, unless the layers have one",
+    ),
     "random_block": Method(RandomBlockEmbedding),
-    "searched_dimension": Method(SearchedDimensionEmbedding),
+    "searched_dimension": Method(
+        SearchedDimensionEmbedding,
+        note="train alpha on validation batches, then gossamer.nn.choose_widths(tables) keeps the widths to serve",
+    ),
     "semantic_id": Method(SemanticIdEmbedding, SemanticIdEmbedding.from_table, starting=("steps", "seed")),
     "tensor_train": Method(TensorTrainEmbedding),
 }
@@ -526,7 +539,7 @@ def _swap(model, method, budget, tables, left, skipped, keep_original, groups) -
             surgery.mark(apart, ADAPTER, layer if keep_original else None)
             new[layer] = apart
     surgery.substitute(model, new)
-    return Compression(method, tuple(rows), skipped, budget)
+    return Compression(method, tuple(rows), skipped, budget, METHODS[method].note)
 
 
 def undo_obstacle(module: nn.Module, before: nn.Module | None) -> str | None:
