@@ -128,6 +128,7 @@ def test_budgets_of_several_tables():
     # A column alone is 116 numbers, four are 440: 60 rows and a column of the projection are left.
     assert widths == [1, 4] and [t.wide_rows for t in tables] == [0, 60]
     assert [t.chosen for t in tables] == widths and sum(t.inference_nbytes() for t in tables) == 2 * nbytes
+    assert choose_widths([budgeted(n, 4 * (n * 3 + 8 * 4), [0.0] * 3) for n in (100, 200)]) == [4, 2]
     with pytest.raises(ValueError, match="tables must search, got one that chose the width 1"):
         choose_widths(tables)
     with pytest.raises(ValueError, match=r"nbytes must be at least 464 for one column of each table, got 400"):

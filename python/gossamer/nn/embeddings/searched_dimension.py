@@ -301,9 +301,9 @@ def choose_widths(
         return tables[place].size_of(widths[place])
 
     def wider(fits: bool) -> list[tuple[float, int, int]]:
-        """The wider candidates of all tables, or those that fit, by descending gain."""
+        """Widths and tables of the wider candidates, or those that fit, by descending gain; the narrower first."""
         found = [
-            (-gain(place, width), place, width)
+            (-gain(place, width), width, place)
             for place, table in enumerate(tables)
             for width in scores[place]
             if width > widths[place] and (not fits or table.size_of(width) - size(place) <= left)
@@ -311,11 +311,11 @@ def choose_widths(
         return sorted(found)
 
     while found := wider(fits=True):
-        _, place, width = found[0]
+        _, width, place = found[0]
         left -= tables[place].size_of(width) - size(place)
         widths[place] = width
     chosen = [(width, 0) for width in widths]
-    for place in dict.fromkeys(place for _, place, _ in wider(fits=False)):
+    for place in dict.fromkeys(place for _, _, place in wider(fits=False)):
         own = size(place)
         chosen[place] = tables[place]._fitting(own + left)
         left -= tables[place].size_of(*chosen[place]) - own
