@@ -1,4 +1,4 @@
 """Benchmarks: every primitive and layer against float64 truth, a dense baseline, references and peers.
 
-``gossamer bench`` runs them; ``gossamer.bench.harness.runner.run`` is the same from Python.
+``gossamer bench`` runs them; from Python, call ``gossamer.bench.harness.runner.run``.
 """

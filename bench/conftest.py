@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Count the time that the samples add up to."""
+    """Make pytest-benchmark count the time of the samples."""
     for item in items:
         if "measured" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=TIMER))

@@ -1,8 +1,9 @@
 """Expert parallelism in several gloo processes: ours against the ``all_to_all`` implementation of transformers.
 
 Every variant has the same experts, the same tokens on each process and the same routing. Outputs and gradients are
-checked against one process's in float64, by the rule of :mod:`gossamer.testing`, before anything is timed; variants
-then take turns. The time of a call is that of the slowest process; a ratio is the median of those within rounds.
+checked against those of a single process in float64, by the rule of :mod:`gossamer.testing`, before anything is timed;
+then variants take turns. The time of a call is that of the slowest process, and a ratio is the median of the ratios of
+all rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gossamer.bench.harness.timing import keep_freed_memory
 from gossamer.bench.harness.traffic import SentBytes
 from gossamer.parallel.planning.measure import write_answer
 
-# Tokens and experts of each process that are checked, and in how many draws if need be.
+# The tokens and experts of each process that are checked, and the number of draws if one does not settle it.
 CHECKED_TOKENS, CHECKED_EXPERTS, DRAWS = 256, 2, 3
 LEAST_ROUNDS = 6
 
@@ -36,14 +37,14 @@ OURS = ("gossamer", "gossamer static", "gossamer overlap")
 
 @dataclass(frozen=True)
 class Problem:
-    """What the processes compute: the experts, and tokens of every process.
+    """The problem that the processes compute: the experts, and the tokens of every process.
 
     Attributes:
-        sizes: T tokens of each process, H, I, E and K.
-        dtype: of everything.
+        sizes: T (tokens per process), H, I, E and K.
+        dtype: dtype of all tensors.
         gate_up: ``(E, 2I, H)``.
         down: ``(E, H, I)``.
-        x: ``(P, T, H)`` the tokens of all processes.
+        x: ``(P, T, H)``, the tokens of all processes.
         ids: ``(P, T, K)``.
         weights: ``(P, T, K)``.
         dy: ``(P, T, H)``.
@@ -60,7 +61,7 @@ class Problem:
 
     @staticmethod
     def draw(sizes: tuple[int, ...], dtype: torch.dtype, processes: int) -> Problem:
-        """The same on every process."""
+        """Draw the problem, which is the same on every process."""
         _, h, i, e, _ = sizes
         generator = torch.Generator().manual_seed(0)
         gate_up = _normal((e, 2 * i, h), dtype, generator, h**-0.5)
@@ -73,7 +74,7 @@ class Problem:
         return Problem(sizes, self.dtype, self.gate_up, self.down, *_tokens(sizes, self.dtype, len(self.x), seed))
 
     def outputs(self, rank: int, checked: range, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """What a process should find, in plain torch: of its tokens, and the gradients of the ``checked`` experts."""
+        """What a process should compute, by plain torch: its tokens' results, and gradients of ``checked`` experts."""
         x, weights = (t.flatten(0, 1).to(dtype).requires_grad_() for t in (self.x, self.weights))
         ids, mine = self.ids.flatten(0, 1), slice(rank * self.sizes[0], (rank + 1) * self.sizes[0])
         y, leaves = torch.zeros_like(x), []
@@ -107,9 +108,9 @@ class Variant:
     """One implementation.
 
     Attributes:
-        name: of it.
-        layer: called with tokens, ids and weights.
-        parameters: of the layer: gate and up projections, and down projections.
+        name: its name.
+        layer: the layer, called with tokens, ids and weights.
+        parameters: parameters of the layer: gate and up projections, and down projections.
     """
 
     name: str
@@ -152,10 +153,10 @@ def _theirs(problem: Problem, mesh: DeviceMesh, name: str, experts: str, exchang
 
 
 def variants(problem: Problem, mesh: DeviceMesh) -> list[Variant]:
-    """All implementations that there are."""
+    """All implementations that can run here."""
     found = [
         _ours(problem, mesh, OURS[0]),
-        # As many rows for each pair of processes as there are tokens: nothing can be left out.
+        # Room for as many rows per pair of processes as there are tokens, so that no row can be left out.
         _ours(problem, mesh, OURS[1], exchange="static", capacity=problem.sizes[0]),
         _ours(problem, mesh, OURS[2], overlap=True),
         _theirs(problem, mesh, "transformers all_to_all", "grouped_mm", "all_to_all"),
@@ -179,7 +180,7 @@ def inputs(problem: Problem, rank: int) -> tuple[torch.Tensor, ...]:
 
 
 def call(variant: Variant, given: tuple[torch.Tensor, ...], direction: str) -> tuple[torch.Tensor, ...]:
-    """The output of a variant; with its backward pass, the gradients of tokens, routing weights and experts too."""
+    """The output of a variant; with the backward pass, also the gradients of tokens, routing weights and experts."""
     x, ids, weights, dy = given
     if direction == "forward":
         with torch.no_grad():
@@ -189,10 +190,10 @@ def call(variant: Variant, given: tuple[torch.Tensor, ...], direction: str) -> t
 
 
 def check(problem: Problem, found: list[Variant]) -> None:
-    """Check every variant on every process: what its tokens get, and the gradients of its first experts.
+    """Check every variant on every process: the results of its tokens, and the gradients of its first experts.
 
-    The largest of many rounding errors is luck, whoever made them. So what fails by little counts where it does so in
-    most of several draws.
+    The largest of many rounding errors is a matter of chance for any implementation. So a narrow failure counts only if
+    most of several draws fail.
 
     Raises:
         AssertionError: a variant is wrong, on every process.
@@ -240,7 +241,8 @@ def measure(sizes: tuple[int, ...], dtype: str, directions: tuple[str, ...], sec
         times: dict[str, list[float]] = {variant.name: [] for variant in found}
         begin, rounds, going = time.perf_counter(), 0, True
         while going:
-            # The first of a round differs from round to round, so that what slows the machine for a while slows all.
+            # Each round begins with a different variant, so that a temporary slowdown of the machine affects all of
+            # them.
             turn = rounds % len(found)
             for variant in found[turn:] + found[:turn]:
                 dist.barrier()
@@ -248,11 +250,11 @@ def measure(sizes: tuple[int, ...], dtype: str, directions: tuple[str, ...], sec
                 call(variant, given, direction)
                 times[variant.name].append(time.perf_counter() - start)
             rounds += 1
-            # The first process says when to stop.
+            # The first process decides when to stop.
             more = torch.tensor(rounds < LEAST_ROUNDS or time.perf_counter() - begin < seconds / len(directions))
             dist.broadcast(more, 0)
             going = bool(more)
-        # Of each round, the time of the slowest process; the first round warms up.
+        # The time of the slowest process in each round; the first round only warms up.
         slowest = torch.tensor([times[variant.name][1:] for variant in found], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         rows = []
@@ -284,7 +286,7 @@ def measure(sizes: tuple[int, ...], dtype: str, directions: tuple[str, ...], sec
 
 
 def row_bytes(problem: Problem) -> int:
-    """Bytes of one row for each (token, other process) pair of the process that has most of them."""
+    """Bytes of one row for each (token, other process) pair, on the process that has the most of them."""
     processes, (_, h, _, e, _) = problem.x.shape[0], problem.sizes
     owner = problem.ids // -(-e // processes)
     pairs = [

@@ -1,4 +1,4 @@
-"""The activation of rows by itself: as many passes over memory as it has operands."""
+"""The activation of rows alone: one pass over memory per operand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _outputs(preact: torch.Tensor, dy: torch.Tensor, both: bool, dtype: torch.dt
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.activate` beside the three operators of torch that a SwiGLU is written with."""
+    """Build :func:`gossamer.activate` beside the three operators of torch that make up a SwiGLU."""
     rows, inner = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -67,12 +67,12 @@ def build(request: Request) -> Case:
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of one pass, counting an exponential as one operation."""
+    """The cost of a forward pass; an exponential counts as one operation."""
     return Cost(5.0 * result.numel(), nbytes(call["preact"], result))
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of one pass back."""
+    """The cost of a backward pass."""
     return Cost(9.0 * call["dact"].numel(), nbytes(call["dact"], call["preact"], result))
 
 

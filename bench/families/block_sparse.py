@@ -1,4 +1,4 @@
-"""A linear layer whose weight has only some of its blocks, beside the dense layer of the same shape."""
+"""A linear layer that stores only some blocks of its weight, beside the dense layer of the same shape."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ QUICK = {"cpu": "cpu-75", "cuda": "4096-128-75"}
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a shape, or None."""
+    """The reason why a shape is invalid, or None."""
     n, k, block, sparse = (sizes[s] for s in SYMBOLS[1:])
     if block not in BLOCK_SIZES:
         return f"BLOCK must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block}"
@@ -62,7 +62,7 @@ def rule(sizes: Mapping[str, int]) -> str | None:
 
 
 def _topology(request: Request) -> BlockTopology:
-    """Blocks anywhere with equal chance; or likelier in a block row with rank r by 1/r, or nearly all in one row."""
+    """Blocks with equal chance everywhere, or with weight 1/r in the block row of rank r, or nearly all in one row."""
     _, n, k, block, sparse = (request.sizes[s] for s in SYMBOLS)
     generator = torch.Generator().manual_seed(request.seed)
     if request.skew == "uniform":
@@ -93,22 +93,22 @@ class Problem:
 
     @property
     def weight(self) -> BlockSparseTensor:
-        """The weight over the values as they are."""
+        """The weight over the values, without a copy."""
         return BlockSparseTensor(self.values, self.topology)
 
     def blocks(self, dense: torch.Tensor) -> torch.Tensor:
-        """The values of a dense ``(N, K)`` at the weight's blocks."""
+        """The values of a dense ``(N, K)`` matrix at the weight's blocks."""
         return BlockSparseTensor.from_dense(dense, self.topology).values
 
     def outputs(self, both: bool, dtype: torch.dtype) -> Outputs:
-        """By a dense product in plain torch in ``dtype``: the rule's baseline, and its truth."""
+        """The results of a dense product in plain torch in ``dtype``: the gate's baseline, and its truth."""
         x, dy, weight = self.x.to(dtype), self.dy.to(dtype), self.weight.to_dense().to(dtype)
         found = {"y": x @ weight.t()}
         return found | {"dx": dy @ weight, "dvalues": self.blocks(dy.t() @ x)} if both else found
 
 
 def masked_dense(name: str, role: str, problem: Problem) -> Variant:
-    """What people do without sparse kernels: a dense weight times its mask, in every call."""
+    """The usual way without sparse kernels: a dense weight, multiplied by its mask in every call."""
     x = problem.x.detach().requires_grad_()
     weight = problem.weight.to_dense().requires_grad_()
     ones = BlockSparseTensor(torch.ones_like(problem.values), problem.topology)
@@ -126,7 +126,7 @@ def torch_bsr(name: str, role: str, problem: Problem) -> Variant:
     """Torch's linear layer with a weight in its BSR layout."""
     x = problem.x.detach().requires_grad_()
     with warnings.catch_warnings():
-        # Torch says of every tensor in that layout that it is in beta state; here it is only a reference.
+        # Torch warns for every tensor in that layout that it is in beta state; here it is only a reference.
         warnings.filterwarnings("ignore", "Sparse BSR tensor support")
         weight = problem.weight.to_sparse_bsr().requires_grad_()
 
@@ -137,14 +137,14 @@ def torch_bsr(name: str, role: str, problem: Problem) -> Variant:
 
 
 PEERS = (
-    # First what has a backward pass everywhere: the first is what a profile holds ours against.
+    # Peers with a backward pass everywhere come first, since a profile compares ours with the first one.
     Peer("masked dense", None, "torch", masked_dense, REFERENCE),
     Peer("torch BSR", None, "torch", torch_bsr, REFERENCE),
 )
 
 
 def _few_rows(problem: Problem, count: int) -> tuple[Variant, Variant]:
-    """The layer and the dense one, over weights that come from memory."""
+    """Our layer and the dense one, over weights that must come from memory."""
     x, full = problem.x, problem.weight.to_dense()
 
     def product(values: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _few_rows(problem: Problem, count: int) -> tuple[Variant, Variant]:
 
 
 def build(request: Request) -> Case:
-    """``gossamer.dds(x, weight.t())`` beside the dense layer of the same shape, which computes all places."""
+    """Build ``gossamer.dds(x, weight.t())`` beside the dense layer of the same shape, which multiplies all blocks."""
     problem, both = Problem(request), request.direction == "both"
     x, values = problem.x.detach().requires_grad_(), problem.values.detach().requires_grad_()
     weight = BlockSparseTensor(values, problem.topology).t()
@@ -208,7 +208,7 @@ def _product_cost(flops: float, moved: float, kernel: str) -> Cost:
 
 
 def cost_dsd(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of a product with a sparse operand: the blocks that are there, the dense operand and the result."""
+    """The cost of a product with a sparse operand: its blocks, the dense operand and the result."""
     values, b = call["values"], call["b"]
     blocks = int(call["topology_row_offsets"][-1])
     size = values.shape[1] * values.shape[2]

@@ -1,4 +1,4 @@
-"""The depthwise causal convolution before a state update: as many passes over memory as it has operands."""
+"""The depthwise causal convolution before a state update: one pass over memory per operand."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DIMENSIONS = {"positions": "T", "channels": "C", "taps": "W"}
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with sizes, or None."""
+    """The reason why sizes are invalid, or None."""
     return None if 2 <= sizes["W"] <= 8 else f"W must be from 2 to 8, got {sizes['W']}"
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As models compute it without kernels: torch's convolution takes channels first."""
+    """The convolution as models compute it without kernels; torch's takes channels first."""
     taps = weight.shape[1]
     y = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=taps - 1, groups=weight.shape[0])
     return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
@@ -40,7 +40,7 @@ def _ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.causal_conv1d` with SiLU beside torch's convolution and activation."""
+    """Build :func:`gossamer.causal_conv1d` with SiLU beside torch's convolution and activation."""
     b, t, c, taps = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -83,13 +83,13 @@ def build(request: Request) -> Case:
 
 
 def cost(call: Mapping[str, object], result: tuple[torch.Tensor, torch.Tensor]) -> Cost:
-    """The cost of one pass, counting an exponential as one operation."""
+    """The cost of a forward pass; an exponential counts as one operation."""
     flops = (2.0 * call["weight"].shape[1] + (5.0 if call["silu"] else 0.0)) * call["x"].numel()
     return Cost(flops, nbytes(call["x"], call["weight"], call["bias"], call["initial_state"], *result))
 
 
 def cost_backward(call: Mapping[str, object], result: tuple[torch.Tensor, ...]) -> Cost:
-    """The cost of one pass back: the sums again, and those of the gradients of inputs and taps."""
+    """The cost of a backward pass: the sums again, and those for the gradients of inputs and taps."""
     taps = call["forward_weight"].shape[1]
     flops = (6.0 * taps + (9.0 if call["forward_silu"] else 0.0)) * call["dy"].numel()
     given = (call[name] for name in ("dy", "dfinal_state", "forward_x", "forward_weight", "forward_bias"))
@@ -97,7 +97,7 @@ def cost_backward(call: Mapping[str, object], result: tuple[torch.Tensor, ...]) 
 
 
 def cost_step(call: Mapping[str, object], result: torch.Tensor) -> Cost:
-    """The cost of one position: the state is read and written."""
+    """The cost of one position, for which the state is read and written."""
     flops = (2.0 * call["weight"].shape[1] + (5.0 if call["silu"] else 0.0)) * call["x"].numel()
     return Cost(flops, nbytes(call["x"], call["state"], call["state"], call["weight"], call["bias"], result))
 

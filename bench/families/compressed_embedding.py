@@ -1,8 +1,8 @@
-"""Bags of compressed tables, decoded as they are read, beside the same in plain torch and a dense table.
+"""Bags of compressed tables, decoded as they are read, beside the same method in plain torch and a dense table.
 
-Variants have tables of their own, so that a ratio to the dense baseline is what compression costs in time. Plain torch
-stores what it decodes: indices, rows and vectors of all ids. "both" is forward, backward and a step of plain SGD, which
-ours take inside the backward pass, and plain torch from sparse gradients.
+Every variant has its own tables, so the ratio to the dense baseline is the cost of compression in time. Plain torch
+stores everything that it decodes: indices, rows and vectors of all ids. "both" is forward, backward and a step of plain
+SGD, which our variants take inside the backward pass and plain torch from sparse gradients.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ SYMBOLS = ("N", "D", "B", "J")
 SHAPES = {"million": (1_000_000, 16, 4096, 20), "small": (10_000, 16, 512, 20)}
 DEFAULTS = {"cpu": ("million",), "cuda": ("million",)}
 QUICK = {"cpu": "million", "cuda": "million"}
-# Codewords per part; rows of the dense table for one of others, and the rank of tensor trains.
+# Codewords per part; rows of the dense table per row of other tables; and the rank of tensor trains.
 CODES, PARTS, SHARE, RANK = 256, 4, 10, 16
-# Steps repeat the same gradient: larger ones would soon leave the range of numbers.
+# Steps repeat the same gradient, so larger steps would soon leave the range of numbers.
 LR = 1e-4
 PRIMITIVES = ("gather_compose", "gather_matmul")
 
@@ -61,11 +61,11 @@ Vectors = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """How a table is made, and its vectors ``(ids.shape, D)`` in plain torch as a function of ids and parameters.
+    """A way to make a table, and its vectors ``(ids.shape, D)`` in plain torch as a function of ids and parameters.
 
     Attributes:
-        make: the table, given ``optimizer``.
-        vectors: of ids, the parameters in their order, and ``sparse``, whether gradients are.
+        make: makes the table, given ``optimizer``.
+        vectors: computes vectors from ids, the parameters in their order, and ``sparse``, whether gradients are sparse.
         initial: the parameters that every variant starts from, by name.
     """
 
@@ -138,7 +138,7 @@ def _hashed(n: int, d: int, device: torch.device) -> Method:
 
 
 def _listed(n: int, d: int, device: torch.device, generator: torch.Generator, clustered: bool) -> Method:
-    """A row an id by a stored list: of frequent ids and a shared rest, or of clusters."""
+    """One row per id by a stored list: of frequent ids and a shared rest, or of clusters."""
     rows = max(n // SHARE, 2)
     clusters = torch.randint(rows, (n,), generator=generator, device=device)
     clusters[:1] = rows - 1
@@ -191,12 +191,12 @@ def _methods(n: int, d: int, device: torch.device, generator: torch.Generator) -
 
 @dataclass(frozen=True)
 class Stepped(Training):
-    """A variant whose backward pass ends in a step; ``tables`` names its parameters, which the gate reads whole."""
+    """A variant whose backward pass ends in a step; ``tables`` holds its parameters by name, and all are judged."""
 
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def outputs(self, direction: str) -> Outputs:
-        """The result, and after a step the parameters."""
+        """The result and, after a step, the parameters."""
         found = self.call(direction)
         return found if direction == "forward" else found | {k: p.detach().clone() for k, p in self.tables.items()}
 
@@ -209,7 +209,7 @@ def _ours(name: str, method: Method, problem: Problem) -> Stepped:
 
 
 def _plain(name: str, method: Method, problem: Problem) -> Stepped:
-    """The method in plain torch, which is not judged: duplicates are added to a table one by one."""
+    """The method in plain torch; it is not judged, since it adds duplicates to a table one by one."""
     leaves = [p.clone().requires_grad_() for p in method.initial.values()]
     optimizer = torch.optim.SGD(leaves, lr=LR)
 
@@ -225,7 +225,7 @@ def _plain(name: str, method: Method, problem: Problem) -> Stepped:
 
 
 def _dense(problem: Problem) -> tuple[Stepped, Stepped]:
-    """The dense table in plain torch and in ours."""
+    """The dense table, in plain torch and in our layer."""
     (weight,) = problem.tables
     plain = torch.nn.EmbeddingBag.from_pretrained(weight.clone(), freeze=False, mode="sum", sparse=problem.both)
     optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
@@ -258,7 +258,7 @@ def _outputs(method: Method, problem: Problem, dtype: torch.dtype) -> Outputs:
 
 
 def build(request: Request) -> Case:
-    """Each method beside itself in plain torch, and a dense table."""
+    """Build each method, the same in plain torch, and a dense table."""
     n, d, bags, length = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -278,7 +278,7 @@ def build(request: Request) -> Case:
         gates[name] = lambda m=method: FloatGate(*(_outputs(m, problem, kind) for kind in (torch.float64, dtype)))
     stored = decoded(problem).tables[0]
     gates["int8"] = lambda: FloatGate(*({"y": stored.to(kind)[ids[0]].sum(1)} for kind in (torch.float64, dtype)))
-    # Of the dense table: each touched row once, and in a step twice more; ids and results.
+    # Bytes of the dense table: each touched row once, and in a step twice more; ids and results.
     rows = ids.unique().numel() * d * dtype.itemsize
     moved = float(rows + ids.nbytes + dy.nbytes)
     return Case(
@@ -298,7 +298,7 @@ def build(request: Request) -> Case:
 
 
 def _read(bags: Bags, parts: Parts, *tables: torch.Tensor) -> tuple[int, float, float]:
-    """Positions that may count, bytes of lists and codes, and those of distinct rows of one table or one a part."""
+    """Positions that may count, bytes of lists and codes, and bytes of distinct rows, of one table or one per part."""
     kept = live_positions(bags, parts)
     ids = bags.index.reshape(-1)[kept]
     rows = part_rows(ids, parts, tables[0].shape[0])
@@ -324,17 +324,17 @@ def _cost_compose(args: GatherCompose, result: torch.Tensor) -> Cost:
 
 
 def cost(call: Mapping[str, object], result: torch.Tensor) -> Cost:
-    """The cost of sums of composed vectors: each distinct row and the codes of each distinct id are read once."""
+    """The cost of sums of composed vectors: each distinct row, and the codes of each distinct id, are read once."""
     return _cost_compose(arguments(GatherCompose, call), result)
 
 
 def cost_step(call: Mapping[str, object], result: torch.Tensor) -> Cost:
-    """That of the lookup in a table that is trained in place."""
+    """The cost of the lookup in a table that is trained in place."""
     return _cost_compose(arguments(GatherComposeStep, call).compose, result)
 
 
 def cost_gradient(call: Mapping[str, object], result: tuple) -> Cost:
-    """Ids and codes are decoded once; factors and dot products read the result's gradient and the distinct rows too."""
+    """Cost of gradients: ids and codes are decoded once; factors and dot products also read dout and distinct rows."""
     args = arguments(ComposeGradient, call)
     positions, lists, rows = _read(args.bags, args.parts, args.table)
     count, each = args.parts.maps.count, positions * args.parts.dim
@@ -356,7 +356,7 @@ def cost_matmul(call: Mapping[str, object], result: torch.Tensor) -> Cost:
 
 
 def cost_map(call: Mapping[str, object], result: torch.Tensor) -> Cost:
-    """Ids are read and rows written, by integer arithmetic."""
+    """The cost of maps: ids are read and rows written, with integer arithmetic."""
     return Cost(0.0, nbytes(call["ids"], result))
 
 

@@ -1,4 +1,4 @@
-"""The delta rule: prefill, training, packs and decoding, beside the same in plain torch and other people's."""
+"""The delta rule: prefill, training, packs and decoding, beside plain torch and other people's kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gossamer.bench.harness.peers import Peer, Unavailable, attribute, gather, i
 from gossamer.ops import _delta_rule_reference as plain
 
 # B sequences of T tokens (N > 1: one batch of N sequences in a pack), HK key heads and H value heads of D channels, G
-# decays per head: 0 without, 1, or D for one a channel. T = 1 is decoding.
+# decays per head: 0 for none, 1, or D for one per channel. T = 1 is decoding.
 SYMBOLS = ("B", "T", "HK", "H", "D", "G", "N")
 SHAPES = {
     "qwen3-next": (1, 8192, 16, 32, 128, 1, 1),
@@ -47,9 +47,9 @@ DEFAULTS = {
 }
 QUICK = {"cpu": "cpu-short", "cuda": "qwen3-next"}
 CHUNK = plain.CHUNK
-# Bytes of states that the graph of a loop over tokens may hold.
+# The most bytes of states that the graph of a loop over tokens may hold.
 LOOP_BYTES = 1 << 30
-# Errors of transformers' fallback up to this multiple of plain torch's pass; in float32 they are 2 to 3 times as large.
+# Errors of transformers' fallback pass up to this multiple of plain torch's; in float32 they are 2 to 3 times as large.
 FALLBACK_ERROR = 4.0
 
 
@@ -57,7 +57,7 @@ FALLBACK_ERROR = 4.0
 class Problem:
     """Operands in the case's dtype, and decays and states in the accumulator's.
 
-    While decoding, the state is one that a step leaves as it is.
+    For decoding, the state is one that a step does not change.
     """
 
     operands: Mapping[str, torch.Tensor | None]
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def decodes(self) -> bool:
-        """Whether one token is computed from a state, without gradients."""
+        """Whether the case computes one token from a state, without gradients."""
         return self.dy.shape[1] == 1 and not self.both
 
     def leaves(self) -> dict[str, torch.Tensor]:
@@ -76,13 +76,13 @@ class Problem:
         return {f"d{n}": x.detach().clone().requires_grad_() for n, x in self.operands.items() if x is not None}
 
     def variant(self, name: str, role: str, call: Callable[..., torch.Tensor], gate: str | None = "truth") -> Variant:
-        """A variant that computes ``call(q, k, v, beta, g)``, ``g`` None without a decay."""
+        """A variant that computes ``call(q, k, v, beta, g)``; ``g`` is None without a decay."""
         leaves = self.leaves()
         tensors = [leaves.get(f"d{name}") for name in ("q", "k", "v", "beta", "g")]
         return Variant(name, role, lambda: call(*tensors), leaves, self.dy, gate=gate)
 
     def in_torch(self, compute: Callable, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-        """The call of one of the forms in plain torch."""
+        """A form of the delta rule in plain torch."""
         state = None if self.state is None else self.state.to(plain.accumulator(dtype))
 
         def call(q, k, v, beta, g=None):
@@ -107,7 +107,7 @@ class Problem:
 
 
 def make_problem(request: Request) -> Problem:
-    """Draw the tensors of a case: decays and rates of learning as a model's are at the start of training."""
+    """Draw the tensors of a case; decays and learning rates are those of a model at the start of training."""
     b, t, key_heads, heads, size, decays, sequences = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -123,7 +123,7 @@ def make_problem(request: Request) -> Problem:
         cuts = torch.randint(0, t + 1, (sequences - 1,), generator=generator, device=device).sort().values
         bounds = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), t)])
     if t == 1 and not both:
-        # With β = 1 and no decay a state that holds the value for the key is left as it is by every call.
+        # With β = 1 and no decay, no call changes a state that already holds the value of the key.
         beta, g = torch.ones_like(beta), None if g is None else torch.zeros_like(g)
         unit = k / k.norm(dim=-1, keepdim=True)
         unit = unit.to(dtype).float().repeat_interleave(heads // key_heads, 2)[:, 0]
@@ -159,7 +159,7 @@ def _recurrence(name: str, role: str, problem: Problem) -> Variant:
 
 
 def _by_sequence(problem: Problem, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A call for one sequence at a time, where there is a pack."""
+    """If sequences are packed, call once per sequence."""
     if problem.bounds is None:
         return call
     bounds = problem.bounds.tolist()
@@ -168,7 +168,7 @@ def _by_sequence(problem: Problem, call: Callable[..., torch.Tensor]) -> Callabl
 
 
 def transformers(name: str, role: str, problem: Problem) -> Variant:
-    """What the models of transformers compute without other packages."""
+    """The computation of transformers' models without other packages."""
     if "g" not in problem.operands:
         raise Unavailable("transformers has no model without decays")
     by_channel = problem.operands["g"].dim() == 4
@@ -216,7 +216,7 @@ PEERS = (
 
 
 def work(sizes: Mapping[str, int], both: bool) -> float:
-    """FLOPs of the chunked form, triangles counted as halves of squares, nothing that is only computed again."""
+    """FLOPs of the chunked form; a triangle counts as half a square, and recomputation does not count."""
     b, t, key_heads, heads, size = (sizes[s] for s in SYMBOLS[:5])
     square, triangle = size * size, min(t, CHUNK) * size
     flops = heads * (6.0 * square + 2.0 * triangle) + key_heads * 2.0 * triangle
@@ -224,7 +224,7 @@ def work(sizes: Mapping[str, int], both: bool) -> float:
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.delta_rule`, or while decoding ``delta_rule_step``, beside the same chunks in plain torch."""
+    """Build :func:`gossamer.delta_rule`, or ``delta_rule_step`` for decoding, beside the same chunks in plain torch."""
     problem = make_problem(request)
     ours = problem.variant("gossamer", OURS, _ours(problem))
     in_chunks = problem.in_torch(plain.recurrent if problem.decodes else plain.chunked, problem.dy.dtype)
@@ -253,7 +253,7 @@ def build(request: Request) -> Case:
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a shape, or None."""
+    """The reason why a shape is invalid, or None."""
     if sizes["H"] % sizes["HK"]:
         return f"H must be a multiple of HK, got H={sizes['H']} and HK={sizes['HK']}"
     if sizes["G"] not in (0, 1, sizes["D"]):
@@ -271,20 +271,20 @@ def _of_call(call: Mapping[str, object], both: bool) -> float:
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
-    """Work of the chunked form, bytes of operands and results."""
+    """The cost of a forward pass: work of the chunked form, bytes of operands and results."""
     names = ("args_q", "args_k", "args_v", "args_beta", "args_g", "args_initial_state")
     return Cost(_of_call(call, False), nbytes(*map(call.get, names), *result))
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The same of the gradients, without what is computed again."""
+    """The cost of the gradients, without recomputation."""
     named = {name.removeprefix("forward_"): value for name, value in call.items()}
     names = ("args_q", "args_k", "args_v", "args_beta", "args_g", "checkpoints", "d_o")
     return Cost(_of_call(named, True), nbytes(*map(named.get, names), *result))
 
 
 def cost_step(call: Mapping[str, object], result: object) -> Cost:
-    """A state read and written once."""
+    """The cost of a step: the state is read and written once."""
     state = call["initial_state"]
     return Cost(6.0 * state.numel(), 2.0 * nbytes(state) + nbytes(call["q"], call["k"], call["v"], call["g"], result))
 

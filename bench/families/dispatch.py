@@ -26,7 +26,7 @@ QUICK = {"cpu": "cpu-fine", "cuda": "olmoe"}
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.dispatch` beside a stable sort in plain torch."""
+    """Build :func:`gossamer.dispatch` beside a stable sort in plain torch."""
     t, e, k = (request.sizes[s] for s in SYMBOLS)
     ids = expert_ids(t, e, k, request.skew, request.seed).to(request.device)
 

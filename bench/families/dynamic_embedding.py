@@ -1,7 +1,7 @@
-"""Lookups and training steps of a dynamic embedding, whose keys are all there, beside those of static tables.
+"""Lookups and training steps of a dynamic embedding that holds all keys, beside those of static tables.
 
-Sizes, ids, popularity and fewest bytes are those of :mod:`gossamer.bench.families.embedding`, for one table; what
-finding a key reads is not counted. Ids are spread over int64 for the dynamic table.
+Sizes, ids, popularity and least bytes are those of :mod:`gossamer.bench.families.embedding` for one table; bytes read
+to find a key are not counted. Ids are spread over int64 for the dynamic table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Rows:
         self.layer = layer
 
     def detach(self) -> _Rows:
-        """Itself: nothing records what is read here."""
+        """Return itself, since nothing records reads from it."""
         return self
 
     def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _static(name: str, problem: Problem, optimizer: Optimizer | None, gate: str)
 
 
 def build(request: Request) -> Case:
-    """:class:`gossamer.nn.DynamicEmbedding` beside a static table of ours, of torch.nn, FBGEMM and TorchRec."""
+    """Build :class:`gossamer.nn.DynamicEmbedding` beside static tables of ours, of torch.nn, FBGEMM and TorchRec."""
     n, d, bags, _ = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)

@@ -1,9 +1,9 @@
 """Embedding layers: lookups and pooled bags of one table or many, forward, and with a training step of plain SGD.
 
-"both" is forward, backward and the optimizer's step, which ours take inside the backward pass. The fewest bytes that it
-can move: each touched row read, read again and written, ids read once for each pass, results and their gradient once;
-row-wise Adagrad's four bytes a row are not counted. One table of float32 numbers has one of 8-bit codes beside it,
-whose results are judged by the numbers that its codes stand for.
+"both" is forward, backward and the optimizer's step, which our layers take inside the backward pass. Its least bytes
+are: each touched row read, read again and written; ids read once per pass; results and their gradient once. Row-wise
+Adagrad's four bytes per row are not counted. For a single table in float32 there is also one of 8-bit codes, whose
+results are judged by the numbers that the codes stand for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EPS = 1e-8
 def draw_ranks(
     n: int, exponent: float, shape: tuple[int, ...], generator: torch.Generator, device: torch.device
 ) -> torch.Tensor:
-    """Ranks in ``[0, n)`` by a power law of that exponent, 0 the most popular."""
+    """Ranks in ``[0, n)`` by a power law of that exponent; 0 is the most popular."""
     u = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
     gamma = 1 - exponent
     if gamma == 0:
@@ -52,15 +52,15 @@ def draw_ranks(
 
 
 def draw_ids(request: Request, generator: torch.Generator) -> torch.Tensor:
-    """``(T, B, J)`` ids by a power law, each rank at a row of its own; repeated within bags as they come."""
+    """``(T, B, J)`` ids by a power law; each rank has its own row, and ids may repeat within bags."""
     n, bags, length = (request.sizes[s] for s in ("N", "B", "J"))
     shape = (request.sizes.get("T", 1), bags, length)
-    # A prime step through the rows: popular ones are no neighbours.
+    # A prime step through the rows, so that popular ones are not neighbours.
     return (draw_ranks(n, SKEWS[request.skew], shape, generator, request.device) * 2_147_483_647) % n
 
 
 def step_outputs(problem: Problem, dtype: torch.dtype, optimizer: Optimizer | None) -> Outputs:
-    """By plain torch in ``dtype``, summed in float32 or above: the result, and the sampled rows after a step."""
+    """The result, and the sampled rows after a step, by plain torch in ``dtype`` with sums in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     dim = problem.tables[0].shape[1]
     ys, rows = [], []
@@ -87,7 +87,7 @@ def step_outputs(problem: Problem, dtype: torch.dtype, optimizer: Optimizer | No
 
 
 def gossamer_layer(problem: Problem, optimizer: Optimizer | None) -> tuple[torch.nn.Module, tuple, list[torch.Tensor]]:
-    """Our layer over copies of the tables, what it is called with, and its tables."""
+    """Our layer over copies of the tables, its arguments, and its tables."""
     n, d = problem.tables[0].shape
     tables, _, length = problem.ids.shape
     options = {"device": problem.ids.device, "optimizer": optimizer}
@@ -132,14 +132,14 @@ def dense_layer(problem: Problem, role: str) -> Training:
         optimizer.zero_grad(set_to_none=True)
 
     name = "torch.nn" if not problem.both else "torch.nn sparse + SGD"
-    # It coalesces duplicates in the table's dtype, which on skewed ids the gate would call wrong.
+    # It coalesces duplicates in the table's dtype, which the gate would call wrong if ids are skewed.
     return training(name, role, problem, forward, [layer.weight for layer in layers], None, step)
 
 
 def quantized_bags(problem: Problem, optimizer: Optimizer | None, lr: float = LR) -> list[Training]:
-    """Bags of a table of 8-bit codes: ours, and plain torch, which makes floats of the listed rows and steps them."""
+    """Bags of a table of 8-bit codes: ours, and plain torch, which decodes the listed rows to floats and steps them."""
     ids, name = problem.ids[0], "int8 SGD" if optimizer else "int8"
-    # The steps come later: a table that starts with them is rounded by chance.
+    # The optimizer is set later: a table that starts with one is rounded stochastically.
     layers = [QuantizedEmbedding.from_table(problem.tables[0], bits=8) for _ in range(2)]
     layers[0].attach(optimizer)
     codes, scale = layers[1].weight.detach(), layers[1].scale
@@ -163,7 +163,7 @@ def quantized_bags(problem: Problem, optimizer: Optimizer | None, lr: float = LR
 
 
 def decoded(problem: Problem) -> Problem:
-    """The problem over the numbers that 8-bit codes of its tables stand for."""
+    """The problem with its tables replaced by the numbers that their 8-bit codes stand for."""
     tables = []
     for table in problem.tables:
         layer = QuantizedEmbedding.from_table(table, bits=8)
@@ -172,7 +172,7 @@ def decoded(problem: Problem) -> Problem:
 
 
 def build(request: Request) -> Case:
-    """gossamer.nn's embedding layers beside torch.nn's, FBGEMM's and TorchRec's."""
+    """Build gossamer.nn's embedding layers beside torch.nn's, FBGEMM's and TorchRec's."""
     n, d, bags, _, tables = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -207,7 +207,7 @@ def build(request: Request) -> Case:
         skipped,
         1.0 * ids.numel() * d * (2 if both else 1),
         moved,
-        # The rows of codes after a step are rounded by chance, so their results alone are judged.
+        # After a step rows of codes are rounded stochastically, so only their results are judged.
         {
             "truth": lambda: gate(sgd),
             "row-wise": lambda: gate(adagrad),

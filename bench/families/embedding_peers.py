@@ -1,4 +1,4 @@
-"""Other people's embedding tables with fused steps behind one call shape; each is there when its package is."""
+"""Other people's embedding tables with fused steps, behind one interface; each needs its package to be installed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fbgemm(name: str, role: str, problem: Problem) -> Variant:
 
 
 def torchrec(name: str, role: str, problem: Problem) -> Variant:
-    """TorchRec's EmbeddingBagCollection; for a step its fused one, over FBGEMM."""
+    """TorchRec's EmbeddingBagCollection; for a step, its fused version over FBGEMM."""
     package = "torchrec"
     _, dtype = _types(problem, "fbgemm-gpu")
     configs = import_module("torchrec.modules.embedding_configs", package)

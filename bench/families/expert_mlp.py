@@ -1,4 +1,4 @@
-"""The expert layer's operator alone, its assignments already sorted."""
+"""The expert layer's operator alone, with assignments already sorted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.expert_mlp` beside a dense layer of as many FLOPs."""
+    """Build :func:`gossamer.expert_mlp` beside a dense layer of equal FLOPs."""
     problem = make_problem(request)
     sample = make_sample(problem)
     dispatch = gossamer.dispatch(problem.ids, problem.num_experts)
@@ -60,7 +60,7 @@ def build(request: Request) -> Case:
 
 
 class _Sizes:
-    """What the costs of a call are made of: products in FLOPs, and rows, weights and panels in bytes."""
+    """The terms of a call's costs: products in FLOPs, and rows, weights and panels in bytes."""
 
     def __init__(self, args: ExpertMlp) -> None:
         x, gate_up, down, (slots, rows_of_slots, offsets) = args.x, args.gate_up, args.down, args.groups
@@ -73,17 +73,17 @@ class _Sizes:
         self.tokens, self.token_sums = tokens * h * item, tokens * h * wide_item
         self.gate_up, self.down = experts * wide * h * item, experts * h * inner * item
         self.dgate_up, self.ddown = nbytes(gate_up.data), nbytes(down.data)
-        # Rows by expert as they are stored, and as the native kernels pack them.
+        # Rows by expert, as stored and as packed by the native kernels.
         self.x_rows, self.preact, self.act = (rows * n * item for n in (h, wide, inner))
         self.x_panel, self.preact_panel, self.act_panel = (rows * n * wide_item for n in (h, wide, inner))
-        # What accumulates in a type of its own is rounded at the end.
+        # A result that accumulates in a wider type is rounded at the end.
         self.rounding = self.token_sums + self.tokens if wide_item > item else 0.0
         self.routing = nbytes(args.weights, slots, rows_of_slots, offsets)
         self.biases = nbytes(gate_up.bias, down.bias)
 
 
 def matrix_cost(weight: Weight, groups: Groups, label: str = "") -> Cost:
-    """One product of every row: its FLOPs, and the bytes of the experts in use, factors of an update included."""
+    """One product of every row: its FLOPs, and the bytes of experts in use, including the factors of an update."""
     rows, used = int(groups.offsets[-1]), int((groups.offsets.diff() > 0).sum())
     e, n, c = weight.shape
     rank = 0 if weight.a is None else weight.a.shape[1]
@@ -128,11 +128,11 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of a backward call; what ``needs`` says nobody wants is not in it."""
+    """The cost of a backward call, without the gradients that ``needs`` excludes."""
     args = arguments(ExpertMlpBackward, call)
     forward = args.forward
     if {forward.gate_up.kind, forward.down.kind} != {"dense"}:
-        # What the updates' products cost depends on what is frozen.
+        # The cost of the updates' products depends on what is frozen.
         weights = matrix_cost(forward.gate_up, forward.groups) + matrix_cost(forward.down, forward.groups)
         read = nbytes(args.dy, forward.x, args.preact, args.s1, args.s2, forward.weights, forward.groups.slots)
         return Cost(None, read + weights.bytes + nbytes(*result))

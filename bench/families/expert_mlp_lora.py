@@ -1,4 +1,4 @@
-"""Frozen experts with low-rank updates: the expert layer's operator, its assignments already sorted."""
+"""Frozen experts with low-rank updates: the expert layer's operator, with assignments already sorted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LowRankProblem:
     dispatch: gossamer.Dispatch
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """Views that a variant takes its own gradients for: rows, routing weights and factors."""
+        """Views for which a variant takes its own gradients: rows, routing weights and factors."""
         found = {"dx": self.experts.leaf("x"), "dweights": self.experts.leaf("weights")}
         return found | {f"d{name}": factor.detach().requires_grad_() for name, factor in self.factors.items()}
 
@@ -74,7 +74,7 @@ def _lora(leaves: Mapping[str, torch.Tensor]) -> dict[str, object]:
 
 
 def _outputs(problem: LowRankProblem, both: bool, dtype: torch.dtype) -> Outputs:
-    """By plain torch in ``dtype``, one expert after the other, a token's experts summed in float32 or above."""
+    """Results by plain torch in ``dtype``, one expert after the other; tokens' sums are in float32 or wider."""
     leaves = {name: leaf.detach().to(dtype).requires_grad_(both) for name, leaf in problem.leaves().items()}
     gate_up, down = (getattr(problem.experts, name).detach().to(dtype) for name in ("gate_up", "down"))
     y = expert_mlp_reference(leaves["dx"], gate_up, down, problem.dispatch, leaves["dweights"], **_lora(leaves))
@@ -85,7 +85,7 @@ def _outputs(problem: LowRankProblem, both: bool, dtype: torch.dtype) -> Outputs
 
 
 def unfused(name: str, role: str, problem: LowRankProblem) -> Variant:
-    """The same layer of :func:`gossamer.grouped_matmul`, six separate products."""
+    """The same layer as six separate products by :func:`gossamer.grouped_matmul`."""
     leaves, dispatch = problem.leaves(), problem.dispatch
 
     def product(rows: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **form) -> torch.Tensor:
@@ -157,7 +157,7 @@ PEERS = (
 
 
 def _merged(problem: LowRankProblem, both: bool, dtype: torch.dtype) -> Outputs:
-    """By plain torch in ``dtype`` with ``W + scale·B·A`` formed, as PEFT does, and rounded to it."""
+    """The results by plain torch in ``dtype``, with ``W + scale·B·A`` formed and rounded to it, as in PEFT."""
     leaves = {name: leaf.detach().to(dtype).requires_grad_(both) for name, leaf in problem.leaves().items()}
     x, weights, a1, b1, a2, b2 = leaves.values()
     gate_up = problem.experts.gate_up.detach().to(dtype) + SCALE * (b1 @ a1)
@@ -170,7 +170,7 @@ def _merged(problem: LowRankProblem, both: bool, dtype: torch.dtype) -> Outputs:
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.expert_mlp` with low-rank updates of frozen experts, beside the layer without them."""
+    """Build :func:`gossamer.expert_mlp` with low-rank updates of frozen experts, beside the layer without them."""
     experts, both = make_problem(request), request.direction == "both"
     t, h, i, e, k, r = (request.sizes[s] for s in SYMBOLS)
     problem = LowRankProblem(experts, _factors(request), gossamer.dispatch(experts.ids, e))
@@ -214,7 +214,7 @@ def build(request: Request) -> Case:
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a shape, or None."""
+    """The reason why a shape is invalid, or None."""
     if sizes["r"] > min(sizes["H"], sizes["I"]):
         return f"r must be at most H and I, got r={sizes['r']}, H={sizes['H']}, I={sizes['I']}"
     return expert_rule(sizes)

@@ -1,4 +1,4 @@
-"""Other people's expert layers behind one call shape."""
+"""Other people's expert layers behind one interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _leaves(problem: Problem) -> dict[str, torch.Tensor]:
 
 
 def transformers(implementation: str, name: str, role: str, problem: Problem) -> Variant:
-    """The experts of transformers, by the named one of its implementations."""
+    """The experts of transformers, by the implementation of this name."""
     modeling = import_module("transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers")
     experts_type = attribute(modeling, "Qwen3MoeExperts", "transformers")
     e, h, i = problem.down.shape

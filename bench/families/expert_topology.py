@@ -27,14 +27,14 @@ QUICK = {"cpu": "cpu-small", "cuda": "olmoe"}
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a shape, or None."""
+    """The reason why a shape is invalid, or None."""
     if sizes["I"] % BLOCK:
         return f"I must be in blocks of {BLOCK}, got {sizes['I']}"
     return experts_rule(sizes)
 
 
 def build(request: Request) -> Case:
-    """One operator for the lists and one for the places, beside the same in plain torch."""
+    """Build the operator for the lists and the one for the places, beside the same in plain torch."""
     t, i, e, k = (request.sizes[s] for s in SYMBOLS)
     ids = expert_ids(t, e, k, request.skew, request.seed).to(request.device)
     dispatch = gossamer.dispatch(ids, e)

@@ -1,4 +1,4 @@
-"""Inputs of expert-layer benchmarks, and their float64 truth, whole or of a sample of tokens and experts."""
+"""Inputs of expert-layer benchmarks, and their float64 truth, complete or for a sample of tokens and experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = {
 }
 SYMBOLS = ("T", "H", "I", "E", "K")
 DIMENSIONS = {"tokens": "T", "hidden": "H", "intermediate": "I", "experts": "E", "top-k": "K"}
-# Eager code walks through the experts on the host, so their number is left as it is.
+# Eager code loops over the experts on the host, so their number is not reduced.
 WORK = ("T", "H", "I")
 DEFAULTS = {
     "cpu": ("cpu-small", "cpu-fine", "cpu-decode"),
@@ -31,13 +31,13 @@ DEFAULTS = {
 }
 QUICK = {"cpu": "cpu-small", "cuda": "olmoe"}
 
-# Above this many multiply-adds the truth is computed for a sample only.
+# Above this many multiply-adds the truth is computed only for a sample.
 WHOLE = 2**30
 SAMPLE_TOKENS = 128
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a shape of experts, or None."""
+    """The reason why a shape of experts is invalid, or None."""
     if sizes["K"] > sizes["E"]:
         return f"K must be at most E, got K={sizes['K']} and E={sizes['E']}"
     return None
@@ -47,8 +47,8 @@ def rule(sizes: Mapping[str, int]) -> str | None:
 class Problem:
     """An expert layer's inputs.
 
-    Where a router could choose the ids, ``x``'s first E columns are its logits: distinct numbers, the K largest at the
-    ids in slot order. So a layer that brings its own router gets ``router``, E rows of the identity, and routes alike.
+    If a router could choose the ids, the first E columns of ``x`` are its logits: distinct numbers, the K largest at
+    the ids in slot order. A layer with its own router gets ``router``, E rows of the identity, and so routes alike.
 
     Attributes:
         x: ``(T, H)``.
@@ -56,7 +56,7 @@ class Problem:
         down: ``(E, H, I)``.
         ids: ``(T, K)`` int64.
         weights: ``(T, K)``, the softmax over the chosen logits, in the dtype of ``x``.
-        router: ``(E, H)``; None where x cannot hold the logits.
+        router: ``(E, H)``; None if x cannot hold the logits.
         dy: ``(T, H)``.
     """
 
@@ -79,7 +79,7 @@ class Problem:
         return self.ids.shape[1]
 
     def leaf(self, name: str) -> torch.Tensor:
-        """A view of an input that a variant takes its own gradient for."""
+        """A view of an input for which a variant takes its own gradient."""
         return getattr(self, name).detach().requires_grad_()
 
 
@@ -90,7 +90,7 @@ def make_problem(request: Request) -> Problem:
     generator = torch.Generator(device).manual_seed(request.seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        # One expert at a time: the float32 draw of a whole weight would be its largest tensor.
+        # One expert at a time, since the float32 draw of a whole weight would be the largest tensor.
         if len(shape) == 3:
             return torch.stack([normal(*shape[1:], scale=scale) for _ in range(shape[0])])
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
@@ -112,7 +112,7 @@ def make_problem(request: Request) -> Problem:
 
 @dataclass(frozen=True)
 class Sample:
-    """Which tokens' rows and which experts' weight gradients are checked."""
+    """The tokens whose rows, and the experts whose weight gradients, are checked."""
 
     tokens: torch.Tensor
     experts: torch.Tensor
@@ -126,7 +126,7 @@ class Sample:
 
 
 def make_sample(problem: Problem) -> Sample:
-    """All tokens and experts of a small problem; of a large one, tokens spread evenly and the first and last expert."""
+    """All tokens and experts of a small problem; in a large one, evenly spread tokens and the first and last expert."""
     (t, h), e, i = problem.x.shape, problem.num_experts, problem.down.shape[2]
     device = problem.x.device
     if t * problem.top_k * h * i <= WHOLE:
@@ -142,14 +142,14 @@ def make_sample(problem: Problem) -> Sample:
 def sampled_outputs(
     problem: Problem, sample: Sample, direction: str, dtype: torch.dtype, accumulate: torch.dtype, weights: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The sampled outputs by plain torch, one expert at a time, so that no more than one is ever cast.
+    """The sampled outputs by plain torch, one expert at a time, so that only one is cast at a time.
 
     Args:
         problem: the inputs.
-        sample: what to compute.
+        sample: the tokens and experts to compute.
         direction: ``"forward"`` or ``"both"``.
-        dtype: of the products.
-        accumulate: of the sums over a token's experts.
+        dtype: dtype of the products.
+        accumulate: dtype of the sums over a token's experts.
         weights: ``(T, K)`` routing weights to use.
     """
     both = direction == "both"
@@ -188,11 +188,11 @@ def sampled_outputs(
 
 
 def make_gates(problem: Problem, sample: Sample, request: Request) -> dict[str, Callable[[], FloatGate]]:
-    """Three gates against float64, each made when first asked for.
+    """Three gates against float64, each made when first requested.
 
-    ``"truth"`` has for its baseline the plain computation with a token's experts summed in float32. ``"plain"`` sums
-    them in the layer's own dtype, as eager code does: it is for references and peers. ``"own router"`` is for a layer
-    that computes its routing weights itself, in float32; the gradients that flow on into its router are not judged.
+    The baseline of ``"truth"`` is the plain computation with a token's experts summed in float32. That of ``"plain"``,
+    for references and peers, sums them in the layer's own dtype, as eager code does. ``"own router"`` is for a layer
+    that computes its routing weights itself, in float32; the gradients that continue into its router are not judged.
     """
     dtype = DTYPES[request.dtype]
     outputs = functools.partial(sampled_outputs, problem, sample, request.direction)
@@ -212,7 +212,7 @@ def make_gates(problem: Problem, sample: Sample, request: Request) -> dict[str, 
 
 
 def dense_variant(request: Request) -> Variant:
-    """A feed-forward layer with one weight set on T·K rows: the FLOPs of the experts, in three plain products."""
+    """A feed-forward layer with one set of weights on T·K rows: the FLOPs of the experts, in three plain products."""
     t, h, i, _, k = (request.sizes[s] for s in SYMBOLS)
     generator = torch.Generator(request.device).manual_seed(request.seed + 1)
 

@@ -1,4 +1,4 @@
-"""Weighted sums of table rows over bags of ids of one length."""
+"""Weighted sums of table rows over bags of equal length."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _draw_ids(request: Request, generator: torch.Generator) -> torch.Tensor:
 def _outputs(
     table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dy: torch.Tensor, both: bool, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """By plain torch in ``dtype``, summed in float32 or above: the rule's baseline, and its truth."""
+    """The results by plain torch in ``dtype``, summed in float32 or wider: the gate's baseline, and its truth."""
     table, weights, dy = table.detach().to(dtype), weights.detach().to(dtype), dy.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     rows = table[ids]
@@ -49,7 +49,7 @@ def _outputs(
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.gather_reduce` beside :func:`torch.nn.functional.embedding_bag`."""
+    """Build :func:`gossamer.gather_reduce` beside :func:`torch.nn.functional.embedding_bag`."""
     n, d, bags, length = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -99,7 +99,7 @@ def build(request: Request) -> Case:
 
 
 def touched(call: Mapping[str, object]) -> tuple[int, int]:
-    """Positions that may count, and how many distinct rows of the table are among them."""
+    """The positions that may count, and the number of distinct rows of the table among them."""
     table, index, limit = call["table"], call["bags_index"], call.get("bags_limit")
     ids = index.reshape(-1)
     live = ids[
@@ -129,7 +129,7 @@ def cost_dot(call: Mapping[str, object], result: object) -> Cost:
 
 
 def cost_step(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of the lookup in a table that is trained in place; nobody knows that of many tables in one storage."""
+    """The cost of the lookup in a table that is trained in place; unknown for many tables in one storage."""
     if call["bags_features_element"]:
         return Cost()
     if call["bags_mode"] == "max":
@@ -138,7 +138,7 @@ def cost_step(call: Mapping[str, object], result: object) -> Cost:
 
 
 def cost_max(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of maxima, which are no FLOPs."""
+    """The cost of maxima, which do not count as FLOPs."""
     return Cost(0.0, _touched(call)[1] + nbytes(call["bags_index"], call["bags_offsets"], *result))
 
 

@@ -1,4 +1,4 @@
-"""One product over ragged groups: an expert layer's up-projection, rows gathered from token order and left sorted."""
+"""One product over ragged groups: an expert layer's up-projection of rows gathered from token order and left sorted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLE_EXPERTS = 2
 def _sampled(
     problem: Problem, dispatch: gossamer.Dispatch, dy: torch.Tensor, experts: list[int], both: bool, dtype: torch.dtype
 ) -> dict[str, list[torch.Tensor]]:
-    """Per expert of ``experts``, by plain torch: its rows of y, and its weight gradient."""
+    """The rows of y and the weight gradient of each expert of ``experts``, by plain torch."""
     offsets = dispatch.offsets.tolist()
     token = dispatch.slots.long() // dispatch.top_k
     found: dict[str, list[torch.Tensor]] = {"y": [], **({"dweight": []} if both else {})}
@@ -81,7 +81,7 @@ def _dx(
 
 
 def torch_grouped(name: str, role: str, problem: Problem, dispatch: gossamer.Dispatch, dy: torch.Tensor) -> Variant:
-    """Torch's grouped product on rows gathered before it."""
+    """Torch's grouped product, on rows gathered beforehand."""
     product = attribute(F, "grouped_mm", "torch")
     x, weight = problem.leaf("x"), problem.leaf("gate_up")
     token = dispatch.slots.long() // dispatch.top_k
@@ -96,7 +96,7 @@ PEERS = (Peer("torch grouped_mm", None, "torch", torch_grouped, REFERENCE),)
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.grouped_matmul` beside one dense product of as many FLOPs and torch's grouped product."""
+    """Build :func:`gossamer.grouped_matmul` beside one dense product of equal FLOPs and torch's grouped product."""
     problem = make_problem(request)
     e, k = problem.num_experts, problem.top_k
     (t, h), n = problem.x.shape, problem.gate_up.shape[1]

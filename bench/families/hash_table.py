@@ -1,7 +1,7 @@
-"""The hash table's calls on keys that are there, and at load 1 on new ones, beside a static table's row lookup.
+"""The hash table's calls on keys that it holds, and at load 1 on new ones, beside a static table's row lookup.
 
 The fewest bytes that a call can move for each key: the key, its bucket's digests, the key in the bucket, and the row,
-read and written. The case's title says how many these are, so that GB/s over them are billions of keys per second.
+read and written. The case's title states these bytes; GB/s divided by them are billions of keys per second.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ DEFAULTS = {
 QUICK = {"cpu": "cpu-three-quarters", "cuda": "three-quarters"}
 BUCKET_BYTES = 16
 KEY_BYTES = 8
-# Keys come from a bijection of their numbers, so that none of the batches below ever meets another's.
+# Keys are made by a bijection of their numbers, so that no two batches share a key.
 _SPREAD = 0x1E37_79B9_7F4A_7C15
 
 
 def keys_of(numbers: torch.Tensor) -> torch.Tensor:
-    """The key of each number: distinct, and spread over all of int64."""
+    """The key of each number; keys are distinct, and spread over all of int64."""
     return numbers * _SPREAD
 
 
 def values_of(keys: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """``(n, D)`` that follow from the key alone, exact in every dtype."""
+    """``(n, D)`` values that depend only on the key and are exact in every dtype."""
     columns = torch.arange(dim, device=keys.device)
     return (((keys.unsqueeze(1) >> 7) + 37 * columns) & 127).to(dtype)
 
 
 @dataclass(frozen=True)
 class KeyedGate:
-    """Every row must be the one that its key has: ``y (n, D)`` of ``keys (n,)``."""
+    """Checks that every row of ``y (n, D)`` is the one of its key in ``keys (n,)``."""
 
     dtype: torch.dtype
 
@@ -64,7 +64,7 @@ class KeyedGate:
 
 
 def fill(table: gossamer.HashTable, live: int, chunk: int = 1 << 20) -> torch.Tensor:
-    """Insert ``live`` keys and more until the table is as full as it gets; returns the keys that are in it."""
+    """Insert ``live`` keys, and more until the table is as full as possible; return the keys that it holds."""
     begin = 0
     while begin < live or (live == table.capacity and len(table) < live and begin < 3 * live):
         end = begin + chunk if begin >= live else min(begin + chunk, live)
@@ -76,7 +76,7 @@ def fill(table: gossamer.HashTable, live: int, chunk: int = 1 << 20) -> torch.Te
 
 
 def build(request: Request) -> Case:
-    """Calls of :class:`gossamer.HashTable` beside ``index_select`` of a static table, and a sorted array of keys."""
+    """Build calls of :class:`gossamer.HashTable` beside ``index_select`` of a static table and a sorted key array."""
     capacity, dim, count, percent = (request.sizes[s] for s in SYMBOLS)
     device, dtype = request.device, DTYPES[request.dtype]
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -109,7 +109,7 @@ def build(request: Request) -> Case:
         ours("insert_or_assign, present", lambda: table.insert_or_assign(keys, values), stored),
     ]
     if percent == 100:
-        # Another table: what these evict would be missing from the first.
+        # A table of their own, since keys that these calls evict would be missing from the first one.
         variants += _with_new_keys(copy.deepcopy(table), count)
     variants += [
         Variant("index_select of a static table", DENSE, lambda: static.index_select(0, ranks), layout=static_row),
@@ -134,7 +134,7 @@ def build(request: Request) -> Case:
 
 
 def _with_new_keys(table: gossamer.HashTable, count: int) -> list[Variant]:
-    """Calls whose keys are new each time, so that a full table evicts as many."""
+    """Calls whose keys are always new, so that a full table evicts as many."""
     state = {"next": 4 * max(table.capacity, count, 1 << 20)}
     steps = torch.arange(count, device=table.device)
 

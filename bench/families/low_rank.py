@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank update over a frozen weight, beside the plain linear layer and other people's."""
+"""Linear layers with a low-rank update of a frozen weight, beside the plain linear layer and other people's layers."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ DEFAULTS = {
 QUICK = {"cpu": "cpu", "cuda": "square"}
 DIMENSIONS = {"rows": "M", "rank": "r"}
 SCALE = 2.0
-# Products of at most so many multiplications are checked whole, in float64; of larger ones a sample of rows.
+# Products of at most this many multiplications are checked completely, in float64; larger ones by a sample of rows.
 WHOLE = 2**33
 SAMPLE_ROWS = 128
 
 
 def rule(sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with sizes, or None."""
+    """The reason why sizes are invalid, or None."""
     most = min(sizes["N"], sizes["C"])
     return None if sizes["r"] <= most else f"r must be at most min(N, C) = {most}, got {sizes['r']}"
 
@@ -95,7 +95,7 @@ def make_problem(request: Request) -> Problem:
 
 
 def _outputs(problem: Problem, rows: torch.Tensor, both: bool, dtype: torch.dtype) -> Outputs:
-    """By plain torch in ``dtype``: rows of y and dx, and the factors' gradients, which all rows make."""
+    """Results by plain torch in ``dtype``: rows of y and dx, and the factors' gradients, which all rows add to."""
     x, w, a, b, dy = (getattr(problem, name).to(dtype) for name in ("x", "weight", "a", "b", "dy"))
     found = {"y": F.linear(x[rows], w) + SCALE * F.linear(F.linear(x[rows], a), b)}
     if both:
@@ -144,7 +144,7 @@ def _unfused(name: str, role: str, problem: Problem) -> Variant:
     return problem.variant(name, role, lambda x, a, b: call(x, problem.weight, a, b))
 
 
-# Frozen weights in few bits, with their updates, where rows are few.
+# Frozen weights in few bits, with their updates, for few rows.
 FORMATS = {
     "int8": gossamer.Int8Weight.quantize,
     "fp8": gossamer.Float8Weight.quantize,
@@ -163,7 +163,7 @@ def _copy(weight):
 
 
 def torch_int4(weight: torch.Tensor, group: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight packed for torch's int4 product on the CPU, with scale and zero point of each group."""
+    """A weight packed for torch's int4 product on the CPU, with a scale and a zero point per group."""
     n, c = weight.shape
     grouped = weight.float().view(n, c // group, group)
     scale = grouped.abs().amax(-1) / 7
@@ -173,7 +173,7 @@ def torch_int4(weight: torch.Tensor, group: int = 32) -> tuple[torch.Tensor, tor
 
 
 def _few_rows(problem: Problem, rows: torch.Tensor, count: int) -> tuple[list[Variant], dict]:
-    """The layer over each kind of frozen weight, each read from memory; and torch's own products without an update."""
+    """Our layer over each kind of frozen weight, read from memory, and torch's own products without an update."""
     x, variants, gates = problem.x, [], {}
 
     def add(name: str, role: str, call, weight, copy, size: int, gate: str | None, note: str = "") -> None:
@@ -216,7 +216,7 @@ PEERS = (
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.low_rank_linear` beside the plain linear layer, whose weight is as frozen."""
+    """Build :func:`gossamer.low_rank_linear` beside the plain linear layer, whose weight is frozen too."""
     m, n, c, rank = (request.sizes[s] for s in SYMBOLS)
     problem, both = make_problem(request), request.direction == "both"
     whole = m * n * c <= WHOLE
@@ -252,7 +252,7 @@ def build(request: Request) -> Case:
     )
 
 
-# What a weight is read from.
+# The tensors that a weight is read from.
 _WEIGHT = ("weight_data", "weight_scale", "weight_blocks_nested_absmax")
 
 
@@ -265,7 +265,7 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of the gradients that are wanted."""
+    """The cost of the requested gradients."""
     m, n = call["dy"].shape
     want_x, want_a = "x" in call["needs"], "weight.a" in call["needs"]
     dx, dweight, da, db, _ = result

@@ -1,7 +1,7 @@
 """The routed projections of a mixture of attention: queries of each token's experts, and their outputs summed.
 
-The attention between them is torch's own, so it is left out. The dense baseline projects each token to as many queries
-and back, with the same FLOPs.
+The attention between them is torch's own and is left out. The dense baseline projects each token to as many queries and
+back, with the same FLOPs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _variant(name: str, role: str, project, x, rows, query, output, dy, gate: str | None) -> Variant:
-    """One way to make queries from ``x`` and outputs from ``rows``, side by side, so that one call has both."""
+    """A way to compute queries from ``x`` and, in the same call, outputs from ``rows``."""
     leaves = {"dx": x, "drows": rows, "dquery": query, "doutput": output}
     return Variant(name, role, lambda: torch.cat(project(*leaves.values()), dim=1), leaves, dy, gate=gate)
 
@@ -53,7 +53,7 @@ def _by_loop(ids: torch.Tensor, weights: torch.Tensor):
 
 
 def build(request: Request) -> Case:
-    """Our grouped products beside two dense ones with the same FLOPs."""
+    """Build our grouped products beside two dense ones with the same FLOPs."""
     tokens, hidden, width, experts, top_k = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator().manual_seed(request.seed)
@@ -108,7 +108,7 @@ def build(request: Request) -> Case:
 
 
 def rule(sizes: dict[str, int]) -> str | None:
-    """A token has no more experts than there are."""
+    """The reason why sizes are invalid, or None: a token cannot have more experts than there are."""
     return f"K must be at most E, got K={sizes['K']}, E={sizes['E']}" if sizes["K"] > sizes["E"] else None
 
 

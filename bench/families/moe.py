@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer, routing given: sort the assignments, run the experts, sum back to tokens."""
+"""The mixture-of-experts layer without its router: sort the assignments, run the experts, sum back to tokens."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from gossamer.bench.harness.peers import Peer, Unavailable, gather
 from gossamer.nn.moe.experts.block_sparse import block_sparse_mlp
 from gossamer.ops.block_topology import BLOCK_SIZES
 
-# What nsight.py looks for kernels in.
+# The primitives among whose kernels nsight.py searches.
 PRIMITIVES = ("dispatch", "expert_mlp")
 LEAVES = {"dx": "x", "dgate_up": "gate_up", "ddown": "down", "dweights": "weights"}
 
 
 def gossamer_variant(problem: Problem, name: str = "gossamer", role: str = OURS, backend: str | None = None) -> Variant:
-    """The layer by :func:`gossamer.dispatch` and :func:`gossamer.expert_mlp`, with their default kernels or others."""
+    """The layer by :func:`gossamer.dispatch` and :func:`gossamer.expert_mlp`, with their default or other kernels."""
     x, gate_up, down, weights = (problem.leaf(leaf) for leaf in LEAVES.values())
 
     def forward() -> torch.Tensor:
@@ -49,7 +49,7 @@ def gossamer_variant(problem: Problem, name: str = "gossamer", role: str = OURS,
 
 
 def cuda_variant(problem: Problem) -> tuple[list[Variant], dict[str, str]]:
-    """The layer by the CUDA kernels beside Triton's on a GPU that has both, or why not."""
+    """The layer by the CUDA kernels, beside Triton's, on a GPU that has both; else the reason why not."""
     name = "gossamer, CUDA kernels"
     if not problem.x.is_cuda:
         return [], {}
@@ -75,12 +75,12 @@ def block_sparse(name: str, role: str, problem: Problem) -> Variant:
     return Variant(name, role, forward, leaves, problem.dy, gate="plain")
 
 
-# Behind the same switch as other people's systems, so that runs may leave it out.
+# Under the same option as other people's systems, so that runs may leave it out.
 ALL_PEERS = (*PEERS, Peer("gossamer block-sparse", None, "gossamer", block_sparse, role=REFERENCE))
 
 
 def build(request: Request) -> Case:
-    """The layer with every reference and peer that is installed."""
+    """Build the layer with every reference and peer that is installed."""
     problem = make_problem(request)
     sample = make_sample(problem)
     by_cuda, refused = cuda_variant(problem)

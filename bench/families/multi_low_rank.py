@@ -46,13 +46,13 @@ DIMENSIONS = {"rows": "M", "outputs": "N", "inputs": "C", "rank": "r", "adapters
 DEFAULTS = {device: tuple(n for n in SHAPES if n.startswith("cpu-") == (device == "cpu")) for device in ("cpu", "cuda")}
 QUICK = {"cpu": "cpu-decode-16", "cuda": "prefill-16"}
 SCALE = 2.0
-# Above this many bytes a copy of its adapter's factors for every row is not tried.
+# Above this many bytes, the variant that copies its adapter's factors for every row is skipped.
 MOST_COPIED = 2**30
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The inputs: rows, a frozen weight, factors, and the adapter of each row."""
+    """The inputs of a case: rows, a frozen weight, factors, and the adapter of each row."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -62,12 +62,12 @@ class Problem:
     dy: torch.Tensor
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """Views that a variant takes its own gradients for."""
+        """Views for which a variant takes its own gradients."""
         return {f"d{name}": getattr(self, name).detach().requires_grad_() for name in "xab"}
 
 
 def draw_ids(rows: int, adapters: int, skew: str, generator: torch.Generator) -> torch.Tensor:
-    """The adapter of each row: all alike, by popularity 1/(i + 1), or the last one everywhere."""
+    """The adapter of each row: uniform, by popularity 1/(i + 1), or always the last one."""
     popularity = torch.ones(adapters, device=generator.device)
     if skew == "zipf":
         popularity = 1.0 / torch.arange(1, adapters + 1, device=generator.device)
@@ -96,7 +96,7 @@ def make_problem(request: Request) -> Problem:
 
 
 def _outputs(problem: Problem, both: bool, dtype: torch.dtype, plain: Callable[..., torch.Tensor]) -> Outputs:
-    """By ``plain`` torch in ``dtype``."""
+    """The results of ``plain`` torch in ``dtype``."""
     names = ("x", "a", "b", "weight", "dy")
     x, a, b, weight, dy = (getattr(problem, name).detach().to(dtype) for name in names)
     leaves = [t.requires_grad_(both) for t in (x, a, b)]
@@ -107,13 +107,13 @@ def _outputs(problem: Problem, both: bool, dtype: torch.dtype, plain: Callable[.
 
 
 def loop(name: str, role: str, problem: Problem) -> Variant:
-    """Plain torch, one adapter after the other on its rows."""
+    """Plain torch, one adapter after the other, each on its rows."""
     leaves = problem.leaves()
     return Variant(name, role, lambda: _looped(problem, *leaves.values(), problem.weight), leaves, problem.dy)
 
 
 def sorted_in_the_call(name: str, role: str, problem: Problem) -> Variant:
-    """Ours with the rows sorted in every call, as a model of one layer would."""
+    """Our operator with the rows sorted in every call, as in a model with one layer."""
     leaves = problem.leaves()
 
     def forward() -> torch.Tensor:
@@ -201,7 +201,7 @@ PEERS = (
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.multi_low_rank_linear` beside the layer without any update."""
+    """Build :func:`gossamer.multi_low_rank_linear` beside the layer without any update."""
     problem, both = make_problem(request), request.direction == "both"
     m, n, c, r, _ = (request.sizes[s] for s in SYMBOLS)
     leaves, x0 = problem.leaves(), problem.x.detach().requires_grad_()
@@ -239,7 +239,7 @@ def build(request: Request) -> Case:
         moved,
         {
             "truth": lambda: FloatGate(truth(), _outputs(problem, both, dtype, _looped)),
-            # Another order of sums, which the rule's baseline must share.
+            # A different order of sums, which the gate's baseline must share.
             "gathered": lambda: FloatGate(truth(), _outputs(problem, both, dtype, _gathered)),
         },
         "every output, whole",
@@ -265,7 +265,7 @@ def cost(call: Mapping[str, object], result: object) -> Cost:
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """The cost of a backward call; what ``needs`` does not name is not in it."""
+    """The cost of a backward call, without the gradients that ``needs`` does not name."""
     flops, factors = _sizes(call, "forward_")
     c, n = call["forward_a"].shape[2], call["forward_b"].shape[1]
     need_x, need_a, need_b = (name in call["needs"] for name in ("x", "a", "b"))

@@ -1,6 +1,6 @@
 """A feed-forward layer of a million single-neuron experts: retrieval, the layer, and its training step with Adam.
 
-The plain layer gathers the rows of the experts it chose and multiplies them by einsum. Its gradients of both tables are
+The plain layer gathers the rows of the chosen experts and multiplies them by einsum. Its gradients of both tables are
 dense, and torch's fused Adam steps every row.
 """
 
@@ -29,9 +29,9 @@ DEFAULTS = {"cpu": ("peer",), "cuda": ("peer",)}
 QUICK = {"cpu": "peer-64k", "cuda": "peer"}
 DIMENSIONS = {"tokens": "T", "experts": "N"}
 KEY_DIM = 128
-# A large epsilon: Adam's first step would else be the sign of gradients that are rounding errors alone.
+# A large epsilon; without it, Adam's first step would be the sign even of gradients that are only rounding errors.
 LR, EPS = 0.1, 1.0
-# Scores closer than this, relative to their spread, may be ranked either way in float32.
+# Scores closer than this, relative to their spread, may be ranked in either order in float32.
 CLOSE = 1e-4
 # Tokens whose expected results are computed at once.
 TOKENS = 128
@@ -39,14 +39,14 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """What every variant computes.
+    """The problem that every variant computes.
 
     Attributes:
-        layer: ours without an optimizer, which others take their weights from.
+        layer: our layer without an optimizer; other variants take their weights from it.
         x: ``(T, D)``.
-        dy: ``(T, D)``, zero for tokens whose choice is too close.
-        ids: ``(T, h·K)``, the experts by float64.
-        safe: tokens whose choice is not too close.
+        dy: ``(T, D)``, zero for tokens whose choice is too close to call.
+        ids: ``(T, h·K)``, the experts chosen in float64.
+        safe: tokens whose choice is not too close to call.
         both: whether a step is taken.
     """
 
@@ -58,7 +58,7 @@ class Problem:
     both: bool
 
     def sampled(self) -> torch.Tensor:
-        """Rows that safe tokens touch, some of them where there are many."""
+        """The rows that safe tokens touch, or some of them if they are many."""
         return self.ids[self.safe].unique()[:SAMPLE]
 
 
@@ -99,7 +99,7 @@ def _plain(problem: Problem) -> Training:
     layer, tables = problem.layer, (problem.layer.input_weight, problem.layer.output_weight)
     optimizer = None
     if problem.both:
-        # The variant before it has copies of its own.
+        # The variant before it has its own copies.
         optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True)
 
     def forward() -> torch.Tensor:
@@ -135,14 +135,14 @@ def _training(
 
 
 def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype) -> Outputs:
-    """The result of safe tokens, and the sampled rows after a step, by plain torch over the touched rows alone.
+    """The result of safe tokens, and the sampled rows after a step, by plain torch over only the touched rows.
 
-    Some tokens at a time: what all of them gather would take as much memory in float64 as the tables do.
+    Some tokens at a time, since the rows that all of them gather would take as much memory in float64 as the tables do.
     """
     layer, x = problem.layer, problem.x.to(dtype)
     top_k = layer.top_k
     _, scores = plain_route(layer, x, top_k)
-    # The order in which equal experts come is that of float64 for both.
+    # Both use the order of experts from float64.
     ids = problem.ids.view(x.shape[0], layer.num_heads, top_k)
     places = torch.searchsorted(rows, ids)
     tables = [table.to(dtype).requires_grad_(problem.both) for table in initial]
@@ -164,7 +164,7 @@ def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor,
 
 
 def build(request: Request) -> Case:
-    """Our layer beside plain torch's; forward and backward end in a step of both tables."""
+    """Build our layer beside plain torch's; forward and backward end in a step of both tables."""
     tokens, dim, experts, heads, top_k = (request.sizes[s] for s in SYMBOLS)
     device, both = request.device, request.direction == "both"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -194,9 +194,9 @@ def build(request: Request) -> Case:
     products = 2.0 * chosen * dim
     size = x.element_size()
     once = x.nbytes + dy.nbytes + layer.query.weight.nbytes + layer.keys.nbytes
-    # A touched row of both tables is read; by a step read and written with both moments.
+    # Touched rows of both tables are read; a step reads and writes them with both moments.
     moved = once + 2.0 * rows.numel() * dim * size * (6 if both else 1)
-    # Backward multiplies queries by their weights twice, and chosen experts twice each in place of all keys.
+    # The backward pass multiplies queries by their weights twice, and each chosen expert twice instead of all keys.
     backward = 4.0 * tokens * heads * key_dim * dim + 4 * products + 4.0 * chosen * key_dim
     return Case(
         "product_key_experts",
@@ -216,7 +216,7 @@ def build(request: Request) -> Case:
 
 
 def rule(sizes: dict[str, int]) -> str | None:
-    """What ProductKeyExperts asks of its sizes."""
+    """The reason why ProductKeyExperts would refuse these sizes, or None."""
     side = math.isqrt(sizes["N"])
     if side * side != sizes["N"]:
         return f"N must be a square, got {sizes['N']}"

@@ -16,9 +16,9 @@ from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family,
 from gossamer.bench.harness.cold import in_turn, passes
 from gossamer.ops.quantized_expert_weight import FORMATS
 
-# Decoding is what quantised weights are for; on a GPU the shapes of large models with few tokens.
+# Shapes of decoding, for which weights are quantised; on a GPU those of large models with few tokens.
 DECODE = {name: (64, *sizes[1:]) for name, sizes in SHAPES.items() if not name.startswith("cpu-")}
-# Few rows whose experts come from memory.
+# Few rows, whose experts must come from memory.
 STEPS = {f"decode-{rows}": (rows, 1024, 512, 32, 4) for rows in (1, 4, 16)}
 QUANTIZED_SHAPES = {"cpu-decode": SHAPES["cpu-decode"], "cpu-small": SHAPES["cpu-small"], **STEPS, **DECODE}
 DEFAULTS = {"cpu": (*STEPS, "cpu-decode", "cpu-small"), "cuda": tuple(DECODE)}
@@ -34,29 +34,29 @@ def _rule(sizes: dict[str, int]) -> str | None:
 
 
 def _first_experts(problem: Problem) -> Problem:
-    """The same problem with the experts that have rows before the others."""
+    """The same problem, with the experts that have rows before the others."""
     return dataclasses.replace(problem, ids=torch.searchsorted(problem.ids.unique(), problem.ids))
 
 
 class Steps:
-    """A layer's calls on weights that no cache holds: other experts, then copies of the layer, in turn.
+    """Calls of a layer on weights that no cache holds: in turn with other experts, then with copies of the layer.
 
     Args:
-        problem: with the experts that have rows before the others.
-        rows: how many there are.
+        problem: the problem, with the experts that have rows before the others.
+        rows: number of rows.
     """
 
     def __init__(self, problem: Problem, rows: int) -> None:
         e, used = problem.num_experts, int(problem.ids.max()) + 1
         values = used * (problem.gate_up[0].numel() + problem.down[0].numel())
-        # Of the least format, so that all variants make as many calls.
+        # The bytes of the smallest format, so that all variants make equally many calls.
         self.count = 1 if problem.x.is_cuda else passes(values // 2, rows)
         parts = e // used if self.count > 1 else 1
         self._dispatches = [gossamer.dispatch(problem.ids + part * used, e) for part in range(parts)]
         self.touched = used
 
     def forward(self, layer, weights, copy):
-        """What calls ``layer(weights, dispatch)`` in turn; ``copy`` copies weights."""
+        """A function that calls ``layer(weights, dispatch)`` with each in turn; ``copy`` copies weights."""
         distinct = passes(sum(w.nbytes for w in weights), 1) if self.count > 1 else 1
         made = [weights, *(copy(weights) for _ in range(min(distinct, self.count) - 1))]
         calls = itertools.cycle(itertools.product(made, self._dispatches))
@@ -73,7 +73,7 @@ def _clone(weights):
 
 
 def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict[str, int]]:
-    """A variant of each format with its own gate, whose truth has the weights that its codes stand for."""
+    """A variant of each format with its own gate, whose truth uses the weights that the codes stand for."""
     variants, gates, sizes = [], {}, {}
 
     def layer(weights, dispatch: gossamer.Dispatch) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict
 
 
 def build(request: Request) -> Case:
-    """Each format beside gossamer's layer in the dtype of x, and a dense layer of as many FLOPs."""
+    """Build each format beside gossamer's layer in the dtype of x, and a dense layer of equal FLOPs."""
     problem = _first_experts(make_problem(request))
     steps = Steps(problem, request.sizes["T"])
     variants, gates, sizes = _variants(problem, steps)

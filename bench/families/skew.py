@@ -1,6 +1,6 @@
-"""How (token, expert) assignments are spread: evenly, by Zipf's law, on one hot expert, or as a trained router does it.
+"""Distributions of (token, expert) assignments: uniform, by Zipf's law, with one hot expert, or as in a trained router.
 
-The counts of the trained router are those of the example's model; they were made by
+The counts of the trained router are those of the example's model, made by
 
     python examples/train_moe_lm.py --out runs/moe --steps 300 --eval-every 150 --eval-windows 16
     python -m gossamer.bench.families.skew runs/moe/metrics.json > bench/families/trained_routing.json
@@ -23,10 +23,10 @@ STEPS = 50
 
 
 def counts_of_training(metrics: dict, steps: int = STEPS) -> dict:
-    """The assignments that each expert of each layer got in the last steps of a run of ``examples/train_moe_lm.py``.
+    """The assignments of each expert of each layer in the last steps of a run of ``examples/train_moe_lm.py``.
 
     Args:
-        metrics: what that example stored as ``metrics.json``.
+        metrics: the contents of ``metrics.json`` of that example.
         steps: how many of the last steps to sum.
     """
     routing = metrics["routing"]
@@ -42,7 +42,7 @@ def counts_of_training(metrics: dict, steps: int = STEPS) -> dict:
 
 @functools.cache
 def _relative_loads() -> tuple[float, ...]:
-    """Each expert's count over its layer's mean, all layers together, the most popular first."""
+    """Each expert's count over its layer's mean, for all layers together, the most popular first."""
     counts = torch.tensor(json.loads(COUNTS.read_text())["counts_layer_expert"], dtype=torch.float64)
     return tuple((counts / counts.mean(1, keepdim=True)).flatten().sort(descending=True).values.tolist())
 
@@ -65,7 +65,7 @@ def expert_ids(num_tokens: int, num_experts: int, top_k: int, skew: str, seed: i
         num_experts: E.
         top_k: K.
         skew: a member of :data:`EXPERT_SKEWS`.
-        seed: of the generator.
+        seed: seed of the generator.
     """
     if skew != "trained":
         return random_expert_ids(num_tokens, num_experts, top_k, skew=skew, seed=seed)

@@ -30,7 +30,7 @@ SKEWS = ("uniform", "zipf", "1.05", "1.15", "one")
 
 
 def draw_ids(request: Request, generator: torch.Generator) -> torch.Tensor:
-    """Ids ``(B, J)``: uniform, by a power law of exponent 1 (zipf) or as named, or the last row alone."""
+    """Ids ``(B, J)``: uniform, by a power law with exponent 1 (zipf) or another in the name, or only the last row."""
     n, _, bags, length = (request.sizes[s] for s in SYMBOLS)
     if request.skew == "one":
         return torch.full((bags, length), n - 1, device=request.device)
@@ -42,7 +42,7 @@ def draw_ids(request: Request, generator: torch.Generator) -> torch.Tensor:
     else:
         rest = 1 - float(request.skew)
         ids = (uniform * ((n + 1.0) ** rest - 1) + 1).pow(1 / rest)
-    # Popular ids lie anywhere in the table.
+    # Popular ids are spread over the table.
     return torch.randperm(n, generator=generator, device=request.device)[ids.long().clamp_(1, n) - 1]
 
 
@@ -75,7 +75,7 @@ def _torch_bag(table: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor) -> Call
 
 
 def _fbgemm(table: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor) -> Callable:
-    """FBGEMM's table-batched layer with its exact SGD, whose weights lie in one flat tensor."""
+    """FBGEMM's table-batched layer with its exact SGD; its weights are in one flat tensor."""
     package = "fbgemm_gpu.split_table_batched_embeddings_ops"
     training = importlib.import_module(f"{package}_training")
     common = importlib.import_module(f"{package}_common")
@@ -101,7 +101,7 @@ def _fbgemm(table: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor) -> Callabl
 def _truth(
     table: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor, optimizer: optim.Optimizer, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The probed rows after one step, computed in ``dtype``: a table of the touched rows alone, by plain torch."""
+    """The probed rows after one step, computed in ``dtype`` by plain torch on a table of only the touched rows."""
     rows, index = torch.unique(ids, return_inverse=True)
     small = table[rows].to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -112,7 +112,7 @@ def _truth(
 
 
 def build(request: Request) -> Case:
-    """Our fused steps beside :class:`torch.nn.EmbeddingBag` with sparse gradients and torch's SGD, and FBGEMM."""
+    """Build our fused steps beside :class:`torch.nn.EmbeddingBag` with sparse gradients and torch's SGD, and FBGEMM."""
     n, d, bags, length = (request.sizes[s] for s in SYMBOLS)
     device, dtype = request.device, DTYPES[request.dtype]
     generator = torch.Generator(device).manual_seed(request.seed)
@@ -129,13 +129,14 @@ def build(request: Request) -> Case:
     for name, optimizer in OPTIMIZERS.items():
         step = _fused(table.clone(), ids, dy, optimizer)
         variants.append(Variant(f"gossamer {name}", OURS, step, layout=rows, gate=name))
-    # Others add duplicates to the table one by one, each rounded to its dtype: a rougher computation than the gate's.
+    # Others add duplicates to the table one by one and round each sum to its dtype, which is less exact than the gate
+    # allows.
     baseline = _torch_bag(table.clone(), ids, dy)
     variants.append(Variant("torch EmbeddingBag, SGD", DENSE, baseline, layout=rows, gate=None))
     try:
         variants.append(Variant("FBGEMM, SGD", PEER, _fbgemm(table, ids, dy), layout=rows, gate=None))
     except Exception as error:
-        # Someone else's package may raise anything, and the rest of the run does not need it.
+        # Another package may raise anything, and the rest of the run does not need it.
         missing = isinstance(error, ModuleNotFoundError)
         skipped["FBGEMM, SGD"] = "fbgemm_gpu is not installed" if missing else f"{type(error).__name__}: {error}"
 
@@ -177,7 +178,7 @@ def elements(call: Mapping[str, object]) -> int:
 def cost(call: Mapping[str, object], result: object) -> Cost:
     """The bytes of a step: lists and gradients read, touched rows and their states read and written.
 
-    FLOPs are the optimizer's own, and so are the bytes of many tables in one storage; nobody knows either.
+    FLOPs depend on the optimizer, and are unknown; so are the bytes of many tables in one storage.
     """
     if call["bags_features_element"]:
         return Cost()

@@ -1,4 +1,4 @@
-"""What benchmarks of embedding tables share: the problem, and variants whose backward pass ends in a step."""
+"""Shared by benchmarks of embedding tables: the problem, and variants whose backward pass ends in a step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from gossamer.bench.harness.case import Outputs, Variant
 
 LR = 0.1
-# Rows of each table that the gate looks at after a step.
+# Rows of each table that the gate checks after a step.
 SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every variant computes: T tables, and for each one B bags of J ids.
+    """The problem of every variant: T tables, and for each one B bags of J ids.
 
     Attributes:
         tables: ``(N, D)`` each.
@@ -36,7 +36,7 @@ class Problem:
         return torch.arange(0, self.ids.numel() + 1, self.ids.shape[2], device=self.ids.device)
 
     def sampled(self) -> list[torch.Tensor]:
-        """Touched rows of each table, some of them where there are many, the most popular ones among them."""
+        """The touched rows of each table, or some of them if they are many, including the most popular ones."""
         found = []
         for ids in self.ids:
             rows, counts = ids.unique(return_counts=True)
@@ -52,12 +52,12 @@ class Training(Variant):
     rows: Callable[[], torch.Tensor] | None = None
 
     def backward(self, y: torch.Tensor) -> tuple[()]:
-        """From the result of :attr:`forward`, the tables' step, which leaves no gradient."""
+        """Take the tables' step from the result of :attr:`forward`; it leaves no gradient."""
         self.step(y)
         return ()
 
     def outputs(self, direction: str) -> Outputs:
-        """The result, and after a step the sampled rows."""
+        """The result and, after a step, the sampled rows."""
         found = self.call(direction)
         return found if direction == "forward" else found | {"rows": self.rows()}
 
@@ -73,7 +73,7 @@ def training(
 ) -> Training:
     """A variant with its tables, whose sampled rows are read when the gate asks.
 
-    Without ``step`` the tables are updated in the backward pass itself.
+    Without ``step``, the backward pass itself updates the tables.
     """
     sampled = problem.sampled() if problem.both else []
 

@@ -1,7 +1,7 @@
-"""An expert layer whose tokens take experts until a probability is reached, beside one of as many fixed ones.
+"""An expert layer whose tokens take experts until a probability is reached, beside one with a fixed number of experts.
 
-Both route by the same logits, which are given, so that they differ in the number of experts per token alone: K for
-each, and K on average over the tokens, or just below, where it varies.
+Both route by the same given logits, so that they differ only in the number of experts per token: exactly K, or K (or
+just below) on average.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gossamer.bench.families.experts import rule
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, Case, Family, FloatGate, Outputs, Request, Variant
 from gossamer.nn import Routing, softmax_top_p, softmax_topk
 
-# Tokens, hidden and intermediate size, experts, experts of a token on average.
+# Tokens, hidden and intermediate size, experts, mean experts per token.
 SYMBOLS = ("T", "H", "I", "E", "K")
 SHAPES = {
     "olmoe": (16384, 2048, 1024, 64, 8),
@@ -33,13 +33,13 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _mass(logits: torch.Tensor, mean: int) -> float:
-    """The p, in thousandths, at which tokens take ``mean`` experts on average, or just fewer."""
+    """The p, in thousandths, at which tokens take ``mean`` experts on average, or slightly fewer."""
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
         taken = int((softmax_top_p(logits, middle).expert_ids < logits.shape[1]).sum())
         low, high = (low, middle) if taken > mean * logits.shape[0] else (middle, high)
-    # A finer one would lie at some token's running sum, on either side of which precisions may fall.
+    # A finer p would be at some token's running sum, where precisions may fall on either side.
     return math.floor(1000 * low) / 1000
 
 
@@ -60,7 +60,7 @@ def _ours(x: torch.Tensor, routing: Routing, gate_up: torch.Tensor, down: torch.
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.nn.softmax_top_p` and the experts, beside :func:`gossamer.nn.softmax_topk` and the experts."""
+    """Build :func:`gossamer.nn.softmax_top_p` with experts beside :func:`gossamer.nn.softmax_topk` with experts."""
     tokens, hidden, width, experts, top_k = (request.sizes[s] for s in SYMBOLS)
     device, dtype, both = request.device, DTYPES[request.dtype], request.direction == "both"
     generator = torch.Generator().manual_seed(request.seed)
@@ -76,7 +76,7 @@ def build(request: Request) -> Case:
     mass = _mass(logits, top_k)
 
     def varying(logits: torch.Tensor) -> Routing:
-        # On a GPU buffers have the size of this bound, which the mean does not pass.
+        # On a GPU, buffers have the size of this bound, which the mean does not exceed.
         routing = softmax_top_p(logits, mass)
         return routing.with_experts(routing.expert_ids, routing.weights, max_rows=top_k * tokens)
 

@@ -34,17 +34,17 @@ def _ours(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def build(request: Request) -> Case:
-    """:func:`gossamer.nn.softmax_topk` beside softmax, top-k and normalisation by torch."""
+    """Build :func:`gossamer.nn.softmax_topk` beside softmax, top-k and normalisation by torch."""
     tokens, experts, top_k = (request.sizes[s] for s in SYMBOLS)
     device, both = request.device, request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
-    # A normal distribution's quantiles in random order: equal logits might be chosen in either order.
+    # Quantiles of a normal distribution in random order, since equal logits might be chosen in either order.
     order = torch.rand(tokens, experts, generator=generator, device=device).argsort(dim=1)
     logits = torch.special.ndtri((order + 0.5) / experts)
     dy = torch.randn(tokens, top_k, generator=generator, device=device)
 
     def by_expert(outputs: Outputs) -> Outputs:
-        """The weights in the places of their experts, which no other order or choice of them has."""
+        """The weights, scattered to their experts, which identifies the experts and their order."""
         if both:
             return outputs
         weights = outputs["y1"]
@@ -59,7 +59,7 @@ def build(request: Request) -> Case:
 
     def variant(name: str, role: str, gate: str | None, call) -> Variant:
         leaf = logits.detach().requires_grad_()
-        # Gradients start from the weights alone, and lie where the experts do.
+        # Gradients start only from the weights, and are at the experts' places.
         forward = (lambda: call(leaf, top_k)[1]) if both else (lambda: call(leaf, top_k))
         return Variant(name, role, forward, {"dlogits": leaf}, dy, layout=by_expert, gate=gate)
 
@@ -81,12 +81,12 @@ def build(request: Request) -> Case:
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
-    """Bytes of the logits and of what is chosen."""
+    """Bytes of the logits and of the chosen ids and weights."""
     return Cost(0.0, nbytes(call["logits"], call["bias"], *result))
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """Bytes of what comes in and of the logits' gradient; the logits themselves are read for shares of all experts."""
+    """Bytes of the inputs and of the logits' gradient; logits themselves are read only for shares of all experts."""
     shares = not call["forward_sigmoid"] and not call["forward_renormalize"]
     logits = call["forward_logits"] if shares else None
     return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], logits, result))
@@ -98,7 +98,7 @@ def cost_mass(call: Mapping[str, object], result: object) -> Cost:
 
 
 def cost_mass_backward(call: Mapping[str, object], result: object) -> Cost:
-    """Bytes of what comes in, the logits too, and of their gradient."""
+    """Bytes of the inputs, including the logits, and of the logits' gradient."""
     return Cost(0.0, nbytes(call["dweights"], call["weights"], call["ids"], call["forward_logits"], result))
 
 

@@ -30,7 +30,7 @@ def build(request: Request) -> Case:
     device, both = request.device, request.direction == "both"
     generator = torch.Generator(device).manual_seed(request.seed)
     scores = torch.randn(tokens, trees, 2 * experts - 1, generator=generator, device=device)
-    # Splits on both sides of where they are decided.
+    # Splits on both sides of the point where they are decided.
     scores[..., : experts - 1] *= 0.4
     scores = scores.flatten(1)
     dy = torch.randn(tokens, experts, generator=generator, device=device)
@@ -53,7 +53,7 @@ def build(request: Request) -> Case:
 
     def variant(name: str, role: str, gate: str | None, call) -> Variant:
         leaf = scores.detach().requires_grad_()
-        # Gradients start from the weights alone.
+        # Gradients start only from the weights.
         forward = (lambda: call(leaf)[0]) if both else (lambda: call(leaf))
         return Variant(name, role, forward, {"dscores": leaf}, dy, gate=gate)
 
@@ -75,12 +75,12 @@ def build(request: Request) -> Case:
 
 
 def cost(call: Mapping[str, object], result: object) -> Cost:
-    """Bytes of the scores and of what comes of them."""
+    """Bytes of the scores and of the results."""
     return Cost(0.0, nbytes(call["scores"], *result))
 
 
 def cost_backward(call: Mapping[str, object], result: object) -> Cost:
-    """Bytes of what comes in, the scores too, and of their gradient."""
+    """Bytes of the inputs, including the scores, and of the scores' gradient."""
     names = ("dgates", "dweights", "dreach", "dsums", "gates", "norm", "ids", "forward_scores")
     return Cost(0.0, nbytes(*(call[name] for name in names), result))
 

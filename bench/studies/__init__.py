@@ -1,1 +1,1 @@
-"""Comparisons of methods: one file a study, each with a ``STUDY`` that ``gossamer bench study NAME`` runs."""
+"""Comparisons of methods: one file per study, each with a ``STUDY`` that ``gossamer bench study NAME`` runs."""

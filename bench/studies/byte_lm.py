@@ -1,4 +1,4 @@
-"""A small byte-level language model whose feed-forward layers are any router over any expert layer of the package.
+"""A small byte-level language model whose feed-forward layers combine any router with any expert layer of the package.
 
 ``examples/train_moe_lm.py`` and the study of routers train it.
 """
@@ -47,11 +47,11 @@ class Sizes:
     Attributes:
         layers: blocks of attention and experts.
         hidden_size: H.
-        heads: of attention.
-        intermediate_size: I of a plain expert; other expert layers get the parameters that plain ones of it have.
+        heads: attention heads.
+        intermediate_size: I of a plain expert; other expert layers get as many parameters as plain ones with this I.
         num_experts: E.
         top_k: K.
-        sequence: bytes of a window.
+        sequence: bytes per window.
     """
 
     layers: int
@@ -68,12 +68,12 @@ class Recipe:
     """How a router is made and balanced in this model.
 
     Attributes:
-        options: of its ``from_top_k``, given the sizes and the expected number of steps.
-        varying: whether it finds by itself how many experts a token gets; K says nothing to it then.
+        options: returns the options of its ``from_top_k``, given the sizes and the expected number of steps.
+        varying: whether it decides itself how many experts a token gets; it then ignores K.
         balanced: whether a balance loss and a z-loss train it.
-        by_bias: whether a moving bias balances it, in place of those losses where that moves at all.
+        by_bias: whether a moving bias balances it; if the bias moves at all, it replaces those losses.
         by_cluster: whether MoEC's loss balances it.
-        note: what a reader must know to compare it.
+        note: what a reader must know to compare it with other routers.
     """
 
     options: Callable[[Sizes, int], dict[str, object]] = lambda sizes, steps: {}
@@ -119,7 +119,7 @@ RECIPES: dict[str, Recipe] = {
         note="all experts take part in its search, the first tenth of the steps, and are paid for",
     ),
 }
-# Coefficients of the terms that routers bring themselves.
+# Coefficients of the routers' own loss terms.
 OWN_TERMS = {
     "tree_entropy": 0.1,
     "selector_entropy": 0.1,
@@ -141,7 +141,7 @@ def byte_kinds() -> torch.Tensor:
 
 
 def make_router(name: str, sizes: Sizes, steps: int) -> Router:
-    """The router of that name for the sizes, ``steps`` of training ahead of it."""
+    """The router of that name for the sizes, before ``steps`` steps of training."""
     recipe = recipe_of(name)
     top_k = None if recipe.varying else sizes.top_k
     options = recipe.options(sizes, steps)
@@ -153,7 +153,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def of_equal_size(make: Callable[[int], nn.Module], parameters: int) -> int:
-    """The size at which a module comes nearest to that many parameters, which grow with it."""
+    """The size at which a module has nearly that many parameters; their number grows with the size."""
     with torch.device("meta"):
         high = 1
         while _numel(make(high)) < parameters:
@@ -189,7 +189,7 @@ def _plain_parameters(sizes: Sizes) -> int:
 
 
 def _over(experts: Callable[[Sizes], nn.Module]) -> Callable[[Sizes, str, int], nn.Module]:
-    """A layer of the router over those experts."""
+    """A layer of this router over these experts."""
     return lambda sizes, router, steps: MoE(
         sizes.hidden_size, None, router=make_router(router, sizes, steps), experts=experts(sizes)
     )
@@ -208,7 +208,7 @@ def _cartesian(sizes: Sizes, router: str, steps: int) -> CartesianMoE:
     )
 
 
-# Of product-key experts: heads, experts per head, and the size of a query.
+# For product-key experts: heads, experts per head, and the size of a query.
 HEADS, CHOSEN, KEY_DIM = 4, 8, 32
 
 
@@ -230,7 +230,7 @@ EXPERT_LAYERS: dict[str, Callable[[Sizes, str, int], nn.Module]] = {
     "cartesian": _cartesian,
     "product_key": _product_key,
 }
-# Expert layers that find their experts themselves.
+# Expert layers that choose their experts without a router.
 OWN_ROUTERS = frozenset({"product_key"})
 
 
@@ -290,10 +290,10 @@ class ByteLM(nn.Module):
     """A decoder over bytes whose feed-forward layers are mixtures of experts.
 
     Args:
-        sizes: of the model.
-        router: a name of ``gossamer.nn.moe.routers.ROUTERS``; of no meaning where the experts find themselves.
+        sizes: sizes of the model.
+        router: a name of ``gossamer.nn.moe.routers.ROUTERS``; ignored by expert layers that choose experts themselves.
         experts: a name of :data:`EXPERT_LAYERS`.
-        steps: of training, for routers with a schedule.
+        steps: steps of training, for routers with a schedule.
     """
 
     def __init__(
@@ -306,12 +306,12 @@ class ByteLM(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes, make(sizes, router, steps)) for _ in range(sizes.layers))
         self.norm = nn.RMSNorm(sizes.hidden_size)
         self.head = nn.Linear(sizes.hidden_size, VOCABULARY, bias=False)
-        # Every byte is equally likely at first: 8 bits.
+        # At first every byte is equally likely, which costs 8 bits.
         nn.init.zeros_(self.head.weight)
         self.register_buffer("kinds", byte_kinds() if router == "domain" else None, persistent=False)
 
     def train(self, mode: bool = True) -> ByteLM:
-        """As of any module; experts do not choose among bytes to come where the model is judged."""
+        """As for any module; in evaluation, experts do not choose among future bytes."""
         for module in self.modules():
             if isinstance(module, ExpertChoiceRouter):
                 module.causal = not mode
@@ -328,7 +328,7 @@ class ByteLM(nn.Module):
 
 
 def routed_layers(model: ByteLM) -> list[nn.Module]:
-    """The layers of experts, one for each routing that the model returns: two of a Cartesian layer."""
+    """The layers of experts, one for each routing that the model returns (a Cartesian layer has two)."""
     layers: list[nn.Module] = []
     for block in model.blocks:
         cartesian = isinstance(block.moe, CartesianMoE)
@@ -337,12 +337,12 @@ def routed_layers(model: ByteLM) -> list[nn.Module]:
 
 
 def live(routing: Routing) -> int:
-    """Slots that have an expert."""
+    """The number of slots that have an expert."""
     return int((routing.expert_ids < routing.num_experts).sum())
 
 
 def expert_flops(experts: nn.Module, rows: int, tokens: int, busy: int) -> float:
-    """FLOPs of an expert layer's forward pass for that many live slots, tokens, and experts that have any."""
+    """FLOPs of an expert layer's forward pass for these numbers of live slots, of tokens, and of experts with slots."""
     h = experts.hidden_size
     if isinstance(experts, ProductKeyExperts):
         side = math.isqrt(experts.num_experts)
@@ -361,10 +361,10 @@ def expert_flops(experts: nn.Module, rows: int, tokens: int, busy: int) -> float
 
 
 def forward_flops(model: ByteLM, routings: Sequence[Routing], tokens: int) -> float:
-    """FLOPs of the model's forward pass over ``tokens`` bytes, of which routings say what the experts had to do."""
+    """FLOPs of the model's forward pass over ``tokens`` bytes; the routings tell the work of the experts."""
     sizes = model.sizes
     h = sizes.hidden_size
-    # Attention's own products stop at the diagonal.
+    # Attention's products between positions stop at the diagonal.
     per_token = sizes.layers * (8 * h * h + 2 * h * sizes.sequence) + 2 * h * VOCABULARY
     total = float(per_token * tokens)
     for layer, routing in zip(routed_layers(model), routings, strict=True):
@@ -376,20 +376,20 @@ def forward_flops(model: ByteLM, routings: Sequence[Routing], tokens: int) -> fl
 
 
 def counts_of(routing: Routing) -> torch.Tensor:
-    """``(E,)`` slots of each expert; without sorting them."""
+    """``(E,)``, the number of slots of each expert, computed without sorting."""
     flat = routing.expert_ids.reshape(-1)
     return flat.clamp(0, routing.num_experts).bincount(minlength=routing.num_experts + 1)[: routing.num_experts]
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Coefficients of what training adds to the loss of the text.
+    """Coefficients of the terms that training adds to the loss of the text.
 
     Attributes:
-        balance_weight: of the load-balance loss, which is 1 at perfect balance.
-        z_weight: of the router z-loss.
-        entropy_weight: of the entropy of routers that find by themselves how many experts a token gets.
-        bias_rate: of the moving bias of routers that have one; 0 for the loss in its place.
+        balance_weight: coefficient of the load-balance loss, which is 1 at perfect balance.
+        z_weight: coefficient of the router z-loss.
+        entropy_weight: coefficient of the entropy of routers that decide themselves how many experts a token gets.
+        bias_rate: rate of the moving bias of routers that have one; 0 to use the loss instead.
     """
 
     balance_weight: float = 0.02
@@ -405,9 +405,9 @@ def balance_terms(
     balance: Balance,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor | float:
-    """The mean of the layers' terms: one by one, or one layer's idle experts would make up for another's.
+    """The mean of each layer's own terms: pooled layers could make up for each other's idle experts.
 
-    With ``group`` they are taken over the batches of its ranks, but for a router's own terms.
+    With ``group``, terms other than a router's own are computed over the batches of all its ranks.
     """
     by_loss = recipe.balanced and not (recipe.by_bias and balance.bias_rate)
     total: torch.Tensor | float = 0.0
@@ -430,7 +430,7 @@ def balance_terms(
 def after_step(
     model: ByteLM, routings: Sequence[Routing], balance: Balance, group: dist.ProcessGroup | None = None
 ) -> None:
-    """What follows an optimizer step: schedules, biases moved by all of ``group``, and thresholds of expert choice."""
+    """Update schedules, biases (over all of ``group``) and thresholds of expert choice after an optimizer step."""
     step_routers(model)
     for layer, routing in zip(routed_layers(model), routings, strict=True):
         router = getattr(layer, "router", None)
@@ -472,5 +472,5 @@ def validate(
 
 
 def router_names() -> list[str]:
-    """The routers that differ in this model: renormalised, softmax_topk is topk_softmax."""
+    """The routers that differ in this model; softmax_topk does not, since it equals topk_softmax once renormalised."""
     return [name for name in ROUTERS if name != "topk_softmax"]

@@ -1,4 +1,4 @@
-"""Clicks with a planted structure, and the models that learn them: DLRM and DeepFM over any embedding layers."""
+"""Clicks with a planted structure, and models that learn them: DLRM and DeepFM over any embedding layers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FIELDS = ("user", "item", "tags", "history")
 
 @dataclass(frozen=True)
 class Population:
-    """How many ids there are.
+    """The numbers of ids.
 
     Attributes:
         users: rows of the table of users.
-        items: of items, and of the items in histories.
-        tags: of tags.
-        exponent: s of the power law ``p ∝ rank^(−s)``, not 1, by which users and items occur.
+        items: rows of the tables of items and of items in histories.
+        tags: rows of the table of tags.
+        exponent: s of the power law ``p ∝ rank^(−s)`` by which users and items occur; must not be 1.
     """
 
     users: int
@@ -47,7 +47,7 @@ class Batch:
     """B impressions.
 
     Attributes:
-        ids: ``(B, J)`` int64 of each field.
+        ids: ``(B, J)`` int64 for each field.
         clicks: ``(B,)`` float32, 0 or 1.
     """
 
@@ -56,15 +56,15 @@ class Batch:
 
 
 class Clicks:
-    """Impressions of a seed, as many as are asked for.
+    """Any number of impressions drawn from a seed.
 
-    Users and items fall into groups; an id's taste is its group's and its own. A click is drawn by how clickable the
-    item is, how keen the user, and how well their tastes match; the tags of an item are of its group, and a history
-    holds items of the group that suits the user best.
+    Users and items fall into groups; an id's taste is that of its group plus one of its own. A click is drawn with a
+    probability that depends on the item, on the user, and on how well their tastes match. The tags of an item belong to
+    its group, and a history holds items of the group that suits the user best.
 
     Args:
-        population: how many ids there are.
-        seed: of everything.
+        population: the numbers of ids.
+        seed: seed of everything.
     """
 
     def __init__(self, population: Population, seed: int) -> None:
@@ -78,7 +78,7 @@ class Clicks:
             self.groups.append(group)
             self.tastes.append(0.8 * centers[side][group] + 0.6 * torch.randn(count, TASTES, generator=draw))
             self.leanings.append(torch.randn(count, generator=draw))
-        # Numbers of ids by popularity, so that neighbouring ids have nothing in common.
+        # The id of each rank of popularity, in random order, so that neighbouring ids have nothing in common.
         self._by_rank = [torch.randperm(count, generator=draw) for count in (population.users, population.items)]
         self._favourite = (centers[0] @ centers[1].T).argmax(1)
         order = self.groups[1].argsort(stable=True)
@@ -91,7 +91,7 @@ class Clicks:
         return self._by_rank[side][rank.long().clamp(1, places) - 1]
 
     def batch(self, number: int, size: int) -> Batch:
-        """The impressions of a batch, which its number and the seed decide."""
+        """The impressions of a batch, determined by its number and the seed."""
         draw = torch.Generator().manual_seed(hash((self._seed, number)) % 2**62)
         user, item = (self._popular(side, size, draw) for side in (0, 1))
         own = self.groups[1][item].unsqueeze(1) * 7 + torch.randint(14, (size, TAGS), generator=draw)
@@ -130,7 +130,7 @@ class Clicks:
         return self.batches(seed * 10**7, steps, size)
 
     def validation(self, count: int, size: int) -> Iterator[Batch]:
-        """Impressions that no run trains on, the same for all."""
+        """Impressions that no run trains on, the same for all seeds."""
         return self.batches(-(10**6), count, size)
 
     def requests(self, count: int, size: int) -> Iterator[Batch]:
@@ -139,7 +139,7 @@ class Clicks:
 
 
 def tables(rows: dict[str, int], dim: int, lr: float) -> nn.ModuleDict:
-    """A dense table a field, trained in the backward pass."""
+    """One dense table per field, trained in the backward pass."""
     made = {}
     for name, count in rows.items():
         weight = torch.empty(count, dim).uniform_(-(count**-0.5), count**-0.5)
@@ -174,10 +174,10 @@ class DLRM(nn.Module):
 
 
 class DeepFM(nn.Module):
-    """A factorisation machine beside an MLP over one set of vectors.
+    """A factorisation machine and an MLP over the same vectors.
 
     Source: Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", IJCAI 2017. The
-    linear term is one of the vectors instead of one per id, so that the tables hold all there is to know of an id.
+    linear term is a function of the vectors instead of a number per id, so that tables hold everything known of an id.
     """
 
     def __init__(self, rows: dict[str, int], dim: int, lr: float) -> None:
@@ -197,7 +197,7 @@ MODELS = {"DLRM": DLRM, "DeepFM": DeepFM}
 
 
 def auc(scores: torch.Tensor, clicks: torch.Tensor) -> float:
-    """Area under the ROC curve: how often a clicked impression scores above one that is not; ties count one half."""
+    """Area under the ROC curve: how often a clicked impression scores above an unclicked one; ties count half."""
     levels, place, counts = scores.double().unique(return_inverse=True, return_counts=True)
     clicked = torch.zeros_like(levels).index_add_(0, place, clicks.double())
     others = counts - clicked
@@ -208,5 +208,5 @@ def auc(scores: torch.Tensor, clicks: torch.Tensor) -> float:
 
 @functools.cache
 def clicks(population: Population, seed: int) -> Clicks:
-    """The impressions of a seed, made once."""
+    """The impressions of a seed, made only once."""
     return Clicks(population, seed)

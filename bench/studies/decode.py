@@ -1,4 +1,4 @@
-"""Tokens a second of a small mixture-of-experts model of transformers, and where the time of a step goes."""
+"""Tokens per second of a small mixture-of-experts model of transformers, and where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ PARTS = ("experts", "linears", "attention")
 
 @dataclass(frozen=True)
 class Settings:
-    """The model, whose weights are random, and how much is run through it.
+    """The sizes of the model, whose weights are random, and the work of a run.
 
     Attributes:
         hidden_size: H.
         intermediate_size: I of an expert.
         num_experts: E of a layer.
         top_k: K.
-        layers: how many.
-        heads: of attention, half as many for keys and values.
-        vocabulary: tokens.
-        dtype: of the weights before they are quantised.
-        prompt: tokens of a prefill.
-        prefills: how many are timed, of which the fastest counts.
-        steps: of decoding, of which the median counts, after a prompt.
+        layers: number of layers.
+        heads: attention heads; half as many for keys and values.
+        vocabulary: number of tokens in the vocabulary.
+        dtype: dtype of the weights before they are quantised.
+        prompt: tokens per prefill.
+        prefills: number of timed prefills, of which the fastest counts.
+        steps: timed steps of decoding after a prompt, of which the median counts.
     """
 
     hidden_size: int
@@ -91,7 +91,7 @@ def make_model(seed: int, settings: Settings) -> nn.Module:
 
 
 def prepare(name: str, model: nn.Module) -> None:
-    """Change the model into that of a case."""
+    """Change the model to that of a case."""
     if name in (EAGER, GROUPED):
         model.set_experts_implementation(name.split()[1])
         return
@@ -101,7 +101,7 @@ def prepare(name: str, model: nn.Module) -> None:
 
 
 class Stopwatch:
-    """Time within modules of a model by part; that of linear layers within attention is theirs alone."""
+    """Measures time within modules of a model, by part; that of linear layers in attention counts only as theirs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -132,14 +132,14 @@ class Stopwatch:
             self._open[-1][1] += spent
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         for handle in self._handles:
             handle.remove()
 
 
 @contextlib.contextmanager
 def stopwatch(model: nn.Module) -> Iterator[Stopwatch]:
-    """A stopwatch for the time being."""
+    """A context with a stopwatch on the model."""
     watch = Stopwatch(model)
     try:
         yield watch
@@ -158,11 +158,11 @@ class Generation:
 
     def __init__(self, model: nn.Module, prompt: torch.Tensor) -> None:
         self.model, self.cache, self.tokens = model, None, prompt
-        # Versions of transformers call it one or the other.
+        # Its name depends on the version of transformers.
         self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def step(self) -> torch.Tensor:
-        """The logits ``(1, V)`` of the next token, which is taken."""
+        """Take the next token greedily, and return its logits ``(1, V)``."""
         found = self.model(self.tokens, **{self._name: self.cache}, use_cache=True, logits_to_keep=1)
         self.cache, logits = getattr(found, self._name), found.logits[:, -1]
         self.tokens = logits.argmax(-1, keepdim=True)
@@ -171,7 +171,7 @@ class Generation:
 
 @functools.cache
 def _float_logits(seed: int, settings: Settings) -> torch.Tensor:
-    """What transformers' plain loop over experts gives for the prompt."""
+    """The logits of transformers' plain loop over experts for the prompt."""
     model = make_model(seed, settings)
     prepare(EAGER, model)
     return model(_prompt(seed, settings), logits_to_keep=1).logits[:, -1].float()

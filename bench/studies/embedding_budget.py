@@ -27,17 +27,17 @@ from gossamer.nn import (
 )
 
 DENSE = "dense"
-# Methods that start from trained tables take the place of dense ones after half of the training.
+# Methods that start from trained tables replace dense ones after half of the training.
 LATE = ("deduplicated", "masked", "product_quantized", "pruned", "semantic_id")
-# Other forms of a method: its name, and options of its class.
+# Variants of a method: its name, and options of its class.
 FORMS = {"quantized_learned": ("quantized", {"step": "learned"})}
-# Budgets of methods that do not reach a tenth, and of one whose codes do not fill a half.
+# Budgets for methods that cannot reach a tenth, and for one whose codes cannot fill a half.
 OTHERS = {"quantized": (0.26, 0.51), "quantized_learned": (0.32, 0.57), "product_quantized": (0.1, 0.25)}
-# Blocks of a table in which like ones are sought, at most.
+# The most blocks of a table among which similar ones are searched for.
 BLOCKS = 4000
-# Resolutions beyond which clusters are not sought.
+# The range of resolutions within which clusters are searched for.
 FINEST = 1e5
-# Tables of fewer rows stay as they are.
+# Tables with fewer rows are not compressed.
 MIN_ROWS = 64
 GROUP, COARSE_GROUP = "at a tenth of the bytes", "at more bytes, which a method's codes or maps need"
 CASES = [DENSE, *METHODS, *FORMS]
@@ -75,7 +75,7 @@ class Source(Protocol):
     partners: dict[str, str]
 
     def training(self, seed: int, steps: int, size: int) -> Iterator[Batch]:
-        """The impressions that a seed trains on, in its order."""
+        """The impressions that a seed trains on, in the order of the seed."""
 
     def validation(self, count: int, size: int) -> Iterator[Batch]:
         """At most ``count`` batches that no seed trains on."""
@@ -86,17 +86,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How much there is to do.
+    """The amount of work.
 
     Attributes:
-        population: how many ids of planted clicks there are, or None where ``source`` is given.
+        population: numbers of ids of planted clicks; None if ``source`` is given.
         dim: D.
-        batch: impressions of a step.
-        steps: of training.
-        eval_batches: of a validation.
-        budgets: shares of the dense tables' bytes; the first decides.
-        lr: of the tables.
-        source: impressions in place of planted ones.
+        batch: impressions per step.
+        steps: steps of training.
+        eval_batches: batches per validation.
+        budgets: shares of the dense tables' bytes; the first one counts for the verdict.
+        lr: learning rate of the tables.
+        source: impressions to use in place of planted ones.
     """
 
     population: Population | None
@@ -109,13 +109,13 @@ class Settings:
     source: Source | None = None
 
     def impressions(self) -> Source:
-        """What models are trained on and judged by."""
+        """The impressions that models are trained on and judged by."""
         return clicks(self.population, 0) if self.source is None else self.source
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one model at one budget gives."""
+    """The result of one model at one budget."""
 
     loss: float
     auc: float
@@ -126,7 +126,7 @@ class Result:
 
 
 def options(method: str, budget: float, seed: int, settings: Settings) -> dict[str, object]:
-    """What a method is given beside the budget: how often ids occur in training, and who met whom.
+    """A method's options other than the budget: how often ids occur in training, and which ids occur together.
 
     Raises:
         Unfit: its maps alone are larger than the budget.
@@ -157,9 +157,9 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
 
 
 def clusters_of(source: Source, seed: int, steps: int, size: int, name: str, most: int) -> torch.Tensor:
-    """As many clusters of a field's ids as fit: of a resolution that gives at least so many, the smallest joined.
+    """As many clusters of a field's ids as fit: from a resolution with at least this many, the smallest joined.
 
-    Where even the finest gives fewer, for too few ids have met anybody, the largest are cut.
+    If even the finest resolution gives fewer, because too few ids occur together with others, the largest are split.
     """
     resolution = 200.0
     while True:
@@ -171,21 +171,21 @@ def clusters_of(source: Source, seed: int, steps: int, size: int, name: str, mos
 
 @functools.lru_cache(32)
 def _clusters(source: Source, seed: int, steps: int, size: int, name: str, resolution: float) -> torch.Tensor:
-    """Clusters of a field's ids by whom they met in training."""
+    """Clusters of a field's ids by the ids that they occur together with in training."""
     partner = source.partners[name]
     ids, others = (_met(source, seed, steps, size, field) for field in (name, partner))
-    # An id of a bag meets the first of its partner's.
+    # An id of a bag occurs together with the first id of its partner field's bag.
     others = others.view(steps * size, -1)[:, :1].expand(-1, len(ids) // (steps * size)).flatten()
     return graph_clusters(ids, others, source.rows[name], source.rows[partner], resolution=resolution, seed=seed).users
 
 
 def _met(source: Source, seed: int, steps: int, size: int, name: str) -> torch.Tensor:
-    """A field's ids in training, in order."""
+    """The ids of a field in training, in order."""
     return torch.cat([batch.ids[name] for batch in _training(source, seed, steps, size)]).flatten()
 
 
 def train(kind: str, method: str, budget: float, seed: int, settings: Settings, report: Report) -> Result:
-    """One model with one method at one budget.
+    """Train one model with one method at one budget.
 
     Raises:
         Unfit: the method cannot reach the budget.
@@ -215,7 +215,7 @@ def train(kind: str, method: str, budget: float, seed: int, settings: Settings, 
         if optimizers is None:
             optimizers = _optimizers(model)
         begin = time.thread_time()
-        # Shares of widths learn from each fourth batch, all else from the others.
+        # Shares of widths learn from every fourth batch, all other parameters from the rest.
         chosen = optimizers[1] if optimizers[1] is not None and step % 4 == 3 else optimizers[0]
         chosen.zero_grad()
         nn.functional.binary_cross_entropy_with_logits(model(batch.ids), batch.clicks).backward()
@@ -268,14 +268,14 @@ def _requests(source: Source) -> list[Batch]:
 
 
 def _optimizers(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
-    """Adam over what no table steps by itself, and over the shares of searched widths."""
+    """Adam for parameters that no table steps itself, and another for the shares of searched widths."""
     alphas = [p for name, p in model.named_parameters() if name.endswith("alpha") and p.requires_grad]
     rest = [p for name, p in model.named_parameters() if not name.endswith("alpha") and p.requires_grad]
     return torch.optim.Adam(rest, lr=1e-3), torch.optim.Adam(alphas, lr=1e-2) if alphas else None
 
 
 def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
-    """A method at every budget that it reaches, in both models; the mean of the models."""
+    """Run a method at every budget that it can reach, in both models; return the mean over the models."""
     budgets = settings.budgets[:1] if name == DENSE else OTHERS.get(name, settings.budgets)
     dense = 4 * settings.dim * sum(settings.impressions().rows.values())
     found: dict[float, list[Result]] = {}
@@ -307,7 +307,7 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
         "lookup_us": mean(first, "lookup_us"),
         "least": min(share for share, _ in points),
     }
-    # The picture leaves the first point of a curve out.
+    # The picture omits the first point of a curve.
     x, y = zip(points[0], *points, strict=True)
     fields = ("loss", "auc", "served", "training", "step_ms", "lookup_us")
     at_budgets = {

@@ -1,4 +1,4 @@
-"""Trained experts compressed to one number of parameters: by each matrix alone, by a latent, and by bases."""
+"""Trained experts compressed to the same number of parameters: each matrix alone, by a shared latent, or by bases."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ ALONE = "each matrix alone"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much there is to do.
+    """The amount of work.
 
     Attributes:
-        sizes: of the model whose experts are compressed.
-        batch: windows of a training step.
-        steps: of training, before.
-        num_bases: M of the bases, which with R = I says how many parameters every case has.
-        fit_steps: of Adam for bases.
+        sizes: sizes of the model whose experts are compressed.
+        batch: windows per training step.
+        steps: steps of training before compression.
+        num_bases: M of the bases; with R = I it determines the number of parameters of every case.
+        fit_steps: steps of Adam that fit the bases.
         lr: peak of the learning rate.
-        eval_windows: of a validation.
+        eval_windows: windows per validation.
     """
 
     sizes: Sizes

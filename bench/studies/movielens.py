@@ -17,18 +17,18 @@ HOW_TO_GET = (
     '"recbole/dataset_example/ml-100k/*"\', and then --data recbole/dataset_example/ml-100k'
 )
 NAME = "ml-100k"
-# Columns that each file must have, in the files' own words: name and type.
+# The columns that each file must have, as written in its head: name and type.
 COLUMNS = {
     "inter": ("user_id:token", "item_id:token", "rating:float"),
     "item": ("item_id:token", "class:token_seq"),
     "user": ("user_id:token", "zip_code:token"),
 }
-# Several times what the real files hold.
+# Limits at several times the size of the real files.
 MAX_BYTES, MAX_LINES = 32 << 20, 1_000_000
-# Kinds of an item that a bag holds; items of fewer repeat theirs.
+# Genres of an item per bag; an item with fewer repeats its own.
 KINDS = 3
 CLICK = 4.0
-# One rating in five is for validation.
+# One rating in five is kept for validation.
 PARTS = 5
 
 
@@ -62,20 +62,20 @@ def read(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]
 
 
 def number(table: dict[str, int], token: str) -> int:
-    """The row of a token, a new one where it has none yet."""
+    """The row of a token; a token without a row gets a new one."""
     return table.setdefault(token, len(table))
 
 
 class MovieLens:
-    """The ratings of a folder, one in five kept for validation, the same for all seeds.
+    """The ratings in a folder. One in five is kept for validation, the same for all seeds.
 
     Fields are the user, the item, the user's postcode, and up to three kinds of the item.
 
     Args:
-        folder: with ``ml-100k.inter``, ``ml-100k.item`` and ``ml-100k.user``.
+        folder: a folder with ``ml-100k.inter``, ``ml-100k.item`` and ``ml-100k.user``.
 
     Raises:
-        ValueError: a file is missing, or is not what it must be; the message says where, and how to get the files.
+        ValueError: a file is missing or malformed; the message says where, and how to get the files.
     """
 
     partners: ClassVar[dict[str, str]] = {"user": "item", "item": "user", "zip": "item", "kinds": "item"}
@@ -125,7 +125,7 @@ class MovieLens:
         return Batch({name: ids[which] for name, ids in self._all.ids.items()}, self._all.clicks[which])
 
     def training(self, seed: int, steps: int, size: int) -> Iterator[Batch]:
-        """Steps through the ratings that are not for validation, in an order of the seed, again when all were seen."""
+        """Batches of the training ratings in an order that depends on the seed; repeated when all were seen."""
         draw = torch.Generator().manual_seed(seed + 1)
         left = self._rest[:0]
         for _ in range(steps):
@@ -135,11 +135,11 @@ class MovieLens:
             yield self._batch(chosen)
 
     def validation(self, count: int, size: int) -> Iterator[Batch]:
-        """All ratings kept for it, or ``count`` batches of them where they are more."""
+        """The ratings kept for validation, at most ``count`` batches of them."""
         return (self._batch(which) for which in self._kept.split(size)[:count])
 
     def requests(self, count: int, size: int) -> Iterator[Batch]:
-        """Ratings of both kinds, at random."""
+        """Random ratings, from training and validation."""
         draw = torch.Generator().manual_seed(0)
         everything = torch.cat([self._kept, self._rest])
         return (self._batch(everything[torch.randint(len(everything), (size,), generator=draw)]) for _ in range(count))

@@ -1,4 +1,4 @@
-"""Compressed embedding tables on MovieLens 100K: the study of planted clicks on real ratings."""
+"""Compressed embedding tables on MovieLens 100K: the study of planted clicks, repeated on real ratings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gossamer.bench.studies.movielens import HOW_TO_GET, MovieLens
 
 
 def load(settings: Settings, folder: Path | None) -> Settings:
-    """Settings with the ratings of a folder.
+    """The settings with the ratings of a folder.
 
     Raises:
         ValueError: there is no folder, or it does not hold them; the message says how to get them.

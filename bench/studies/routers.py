@@ -39,16 +39,16 @@ PLAIN = "softmax_topk"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much there is to do.
+    """The amount of work.
 
     Attributes:
-        sizes: of the model.
-        batch: windows of a step.
-        steps: of the baseline, whose FLOPs every case may spend.
+        sizes: sizes of the model.
+        batch: windows per step.
+        steps: steps of the baseline; every case may spend as many FLOPs.
         lr: peak of the learning rate.
-        looks: validations in a run, spread evenly over its FLOPs.
-        eval_windows: of a validation.
-        balance: terms beside the loss.
+        looks: validations per run, spread evenly over its FLOPs.
+        eval_windows: windows per validation.
+        balance: coefficients of terms added to the loss.
     """
 
     sizes: Sizes
@@ -81,7 +81,7 @@ def corpus() -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def budget(settings: Settings) -> float:
-    """Training FLOPs of the plain model's steps, each token with K experts."""
+    """The training FLOPs of the plain model's steps, with K experts per token."""
     sizes = settings.sizes
     model = ByteLM(sizes)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def budget(settings: Settings) -> float:
 
 
 def build(name: str, settings: Settings) -> tuple[ByteLM, Recipe]:
-    """The model of a case and how its router is balanced.
+    """The model of a case, and how its router is balanced.
 
     Raises:
         Unfit: the router or layer does not take these sizes.
@@ -105,7 +105,7 @@ def build(name: str, settings: Settings) -> tuple[ByteLM, Recipe]:
 
 
 def train(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
-    """One run of a case: the same windows in the same order for every case of a seed, until the budget is spent."""
+    """Train a case once, until the budget is spent; all cases of a seed see the same windows in the same order."""
     text, valid = corpus()
     sizes, allowed = settings.sizes, budget(settings)
     torch.manual_seed(seed)

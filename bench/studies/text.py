@@ -1,4 +1,4 @@
-"""What small trainings share: text of the standard library, windows of it, a learning rate, smoothed curves."""
+"""Shared by small trainings: text of the standard library, windows of it, a learning rate, smoothed curves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ VALIDATION_EVERY = 20  # each 20th file of the corpus is held out
 
 
 def python_files(root: Path) -> list[Path]:
-    """All ``*.py`` below ``root`` by path, installed packages left out."""
+    """All ``*.py`` below ``root``, ordered by path, without installed packages."""
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
     return [root / p for p in paths if not skipped & set(p.split("/"))]
 
 
 def as_bytes(parts: list[bytes]) -> torch.Tensor:
-    """The parts one behind the other, as uint8; a single zero when there are none."""
+    """The parts concatenated, as uint8; a single zero if there are none."""
     return torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
 
 
@@ -31,7 +31,7 @@ def load_corpus(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def smooth(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start; ``keep`` is the weight of what came before."""
+    """Exponential moving average, corrected for the bias of its start; ``keep`` is the weight of earlier values."""
     average, weight, out = 0.0, 0.0, []
     for value in values:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
