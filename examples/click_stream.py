@@ -1,11 +1,11 @@
-"""An endless stream of impressions and clicks, made up as it goes: ids are born, become popular, fade and never return.
+"""An endless synthetic stream of impressions and clicks: ids are born, become popular, fade and never return.
 
-A batch is a function of the seed and its step alone, so a trainer that starts again at a step sees the same events.
+A batch depends only on the seed and its step, so a trainer that starts again at a step sees the same events.
 
 Each kind of id (users, items, tags) has a fixed number of places, whose popularity follows a power law. A place belongs
-to one id for a lifetime, then to the next one; in between, events turn from the old id to the new one little by little.
-Whether an impression is clicked depends on hidden numbers of its ids, which are hashes of them: how clickable an item
-is, how keen a user, and how well the user's taste matches the item's. Nothing but the ids tells them.
+to one id for a lifetime, then to the next one; in between, events move gradually from the old id to the new one. The
+probability of a click depends on hidden numbers, which are hashes of the impression's ids: how clickable the item is,
+how keen the user is, and how well their tastes match. Only the ids reveal these numbers.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Population:
     """One kind of id.
 
     Attributes:
-        salt: tells its hashes from those of other kinds.
+        salt: distinguishes its hashes from those of other kinds.
         places: ids alive at a time.
-        exponent: s of the power law ``p ∝ rank^(−s)``, not 1.
-        lifetime: steps that an id lives, in the median.
+        exponent: s of the power law ``p ∝ rank^(−s)``; must not be 1.
+        lifetime: median of the steps that an id lives.
     """
 
     salt: int
@@ -48,7 +48,7 @@ class Events:
 
     Attributes:
         dense: ``(B, 6)`` float32, the :data:`DENSE` features.
-        ids: of each of :data:`FEATURES`, ``(ids (L,) int64, offsets (B+1,) int64)``.
+        ids: for each of :data:`FEATURES`, ``(ids (L,) int64, offsets (B+1,) int64)``.
         clicks: ``(B,)`` float32, 0 or 1.
         truth: ``(B,)`` float64, the logits that the clicks were drawn from; for comparison only.
     """
@@ -59,7 +59,7 @@ class Events:
     truth: torch.Tensor
 
     def share(self, rank: int, ranks: int) -> Events:
-        """The impressions of one of several processes that share the batch."""
+        """The part of the impressions for one of several processes that share the batch."""
         each = len(self.clicks) // ranks
         own = slice(rank * each, (rank + 1) * each)
         ids = {}
@@ -70,7 +70,7 @@ class Events:
 
 
 def mix(values: np.ndarray, salt: int = 0) -> np.ndarray:
-    """A hash of uint64: the finalizer of SplitMix64 behind a salted step."""
+    """A hash of uint64: a salted step, then the finalizer of SplitMix64."""
     start = (0x9E3779B97F4A7C15 * (2 * salt + 1)) % 2**64
     h = values + np.uint64(start)
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -84,7 +84,7 @@ def uniform(values: np.ndarray, salt: int) -> np.ndarray:
 
 
 def normal(values: np.ndarray, salt: int) -> np.ndarray:
-    """Hashed numbers of mean 0 and variance 1, near to normal: sums of four uniform ones."""
+    """Hashed numbers of mean 0 and variance 1, approximately normal: sums of four uniform ones."""
     fields = mix(values, salt)[..., None] >> np.array([0, 16, 32, 48], np.uint64) & np.uint64(0xFFFF)
     return (fields.sum(-1, dtype=np.float64) - 2 * 65535) / (65536 / math.sqrt(3))
 
@@ -95,13 +95,13 @@ def tastes(ids: np.ndarray, salt: int) -> np.ndarray:
 
 
 class ClickStream:
-    """The stream of a seed; ``size`` scales how many ids are alive, ``pace`` how fast they come and go.
+    """The stream of a seed; ``size`` scales the number of ids alive, ``pace`` how fast they come and go.
 
     Args:
-        seed: of everything.
-        batch: B, impressions of a step.
-        size: ids alive, as a multiple of 20 000 users, 8 000 items and 1 500 tags.
-        pace: divides lifetimes of 1 500, 250 and 1 000 steps.
+        seed: seed of everything.
+        batch: B, impressions per step.
+        size: scale of the number of ids alive; 1 means 20 000 users, 8 000 items and 1 500 tags.
+        pace: divisor of their lifetimes, which are 1 500, 250 and 1 000 steps at 1.
     """
 
     def __init__(self, seed: int, batch: int, size: float = 1.0, pace: float = 1.0) -> None:
@@ -115,13 +115,13 @@ class ClickStream:
         self.tags = population(3, 1_500, 0.6, 1000)
 
     def place(self, of: Population, chance: np.ndarray) -> np.ndarray:
-        """Places by the power law: uniform chances in [0, 1) to numbers in [0, places), the most popular first."""
+        """Map uniform numbers in [0, 1) by the power law to places in [0, places), the most popular first."""
         gamma = 1 - of.exponent
         rank = (chance * ((of.places + 1) ** gamma - 1) + 1) ** (1 / gamma)
         return np.minimum(rank.astype(np.int64), of.places).astype(np.uint64) - np.uint64(1)
 
     def living(self, of: Population, place: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The ids (uint64) that hold places at times, when they were born, and how much of their life is over."""
+        """The ids (uint64) that hold places at given times, when they were born, and how much of their life is over."""
         lifetime = of.lifetime * np.exp(0.5 * normal(place, of.salt))
         age = time / lifetime + uniform(place, of.salt + 1)
         generation = np.floor(age)
@@ -130,20 +130,20 @@ class ClickStream:
         return mix(successor, of.salt + 3), born, age - generation
 
     def draw(self, of: Population, rng: np.random.Generator, step: int, shape: tuple[int, ...]):
-        """Ids for the events of a step, as :meth:`living` gives them; near the end of a life some meet the next one."""
+        """Ids for the events of a step, as from :meth:`living`; near the end of a life, some events get the next id."""
         place = self.place(of, rng.random(shape))
         lifetime = of.lifetime * np.exp(0.5 * normal(place, of.salt))
         return self.living(of, place, step + FADE * lifetime * (rng.random(shape) - 0.5))
 
     def item_tags(self, items: np.ndarray, born: np.ndarray) -> np.ndarray:
-        """The tags that items got at birth: ``(B, 3)`` ids."""
+        """The tags that items were born with: ``(B, 3)`` ids."""
         chance = np.stack([uniform(items, self.items.salt + 10 + j) for j in range(TAGS)], -1)
         return self.living(self.tags, self.place(self.tags, chance), born[:, None])[0]
 
     def histories(
         self, rng: np.random.Generator, step: int, user_tastes: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items that users liked: of two drawn by popularity, the one nearer to the taste. 0 to 6 a user."""
+        """0 to 6 items that each user liked: of two drawn by popularity, the one nearer to the user's taste."""
         pairs = self.draw(self.items, rng, step, (self.batch, HISTORY, 2))[0]
         liking = (tastes(pairs, self.items.salt + 20) * user_tastes[:, None, None]).sum(-1)
         better = np.take_along_axis(pairs, liking.argmax(-1)[..., None], -1)[..., 0]
@@ -152,7 +152,7 @@ class ClickStream:
         return as_ids(kept), torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
 
     def events(self, step: int, part: int = TRAINING) -> Events:
-        """The batch of a step; that of :data:`HELD_OUT` shares its ids and times, and no event."""
+        """The batch of a step; with :data:`HELD_OUT`, one that shares ids and times with it, but no event."""
         rng = np.random.default_rng([self.seed, step, part])
         users = self.draw(self.users, rng, step, (self.batch,))[0]
         items, born, life = self.draw(self.items, rng, step, (self.batch,))
@@ -189,5 +189,5 @@ class ClickStream:
 
 
 def as_ids(ids: np.ndarray) -> torch.Tensor:
-    """uint64 as the int64 of the same bits: any is a legal id."""
+    """uint64 as the int64 of the same bits; any of them is a legal id."""
     return torch.from_numpy(np.ascontiguousarray(ids).view(np.int64))

@@ -1,4 +1,4 @@
-"""The click model of online_ctr.py: a DLRM over tables of ids, its training step, and all of its state as tensors."""
+"""The click model of online_ctr.py: a DLRM over embedding tables, its training step, and its whole state as tensors."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ MEASURES = ("auc", "ceiling", "logloss", "clicks", "rows", "inserted", "evicted"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run, but for its length.
+    """All settings of a run except its length.
 
     Attributes:
-        tables: ``"dynamic"``; ``"unfiltered"``, the same without admission and expiry; or ``"hashing"``, fixed tables
-            of as many bytes, with ids modulo their size.
-        batch: events of a step.
-        dim: D of all tables.
-        capacity: rows of the dynamic tables, together.
-        threshold: times an id must be seen to get a row.
-        expire_after: steps without use after which a row goes.
-        size: of the stream's populations.
-        pace: of their coming and going.
-        lr: of Adam, for the dense weights.
-        embedding_lr: of row-wise Adagrad, for the tables.
-        seed: of everything.
-        device: where model and tables lie.
+        tables: ``"dynamic"``; ``"unfiltered"``, dynamic without admission and expiry; or ``"hashing"``, fixed tables of
+            equal bytes, with ids modulo their size.
+        batch: events per step.
+        dim: D, the columns of all tables.
+        capacity: rows of all dynamic tables together.
+        threshold: how often an id must be seen before it gets a row.
+        expire_after: steps without use after which a row is removed.
+        size: scale of the stream's populations.
+        pace: how fast its ids come and go.
+        lr: learning rate of Adam, for the dense weights.
+        embedding_lr: learning rate of row-wise Adagrad, for the tables.
+        seed: seed of everything.
+        device: device of the model and its tables.
     """
 
     tables: str
@@ -66,7 +66,7 @@ class Settings:
 
 
 def auc(scores: torch.Tensor, clicks: torch.Tensor) -> float:
-    """Area under the ROC curve: how often a clicked event scores above one that is not; ties count one half."""
+    """Area under the ROC curve: how often a clicked event scores above an unclicked one; ties count half."""
     levels, place, counts = scores.double().unique(return_inverse=True, return_counts=True)
     clicked = torch.zeros_like(levels).index_add_(0, place, clicks.double())
     others = counts - clicked
@@ -84,7 +84,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class HashedBag(EmbeddingBag):
-    """The hashing trick: a fixed table, and ids that share the row of their remainder."""
+    """The hashing trick: a fixed table, in which ids with the same remainder share a row."""
 
     def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Means over bags of ids, ``(B, D)``."""
@@ -92,7 +92,7 @@ class HashedBag(EmbeddingBag):
 
 
 def make_table(feature: str, number: int, settings: Settings) -> nn.Module:
-    """The table of a feature; whatever its kind, with about as many bytes."""
+    """The table of a feature; all kinds have about the same bytes."""
     capacity, forgets = max(int(settings.capacity * SHARES[feature]), 1), settings.tables != "unfiltered"
     optimizer = RowwiseAdagrad(lr=settings.embedding_lr, initial_accumulator=1e-2)
     dynamic = DynamicEmbedding(
@@ -116,10 +116,10 @@ def make_table(feature: str, number: int, settings: Settings) -> nn.Module:
 
 
 def table_bytes(table: nn.Module) -> int:
-    """Memory of a table with its optimizer's state, and of a dynamic one's keys and filter."""
+    """Memory of a table with its optimizer's state, and with the keys and filter of a dynamic one."""
     if isinstance(table, EmbeddingBag):
         return sum(tensor.nbytes for tensor in (table.weight, *table.buffers()))
-    # Of a sharded table, what is on this process.
+    # For a sharded table, the bytes on this process.
     table = getattr(table, "local", table)
     values, counts = table.table.values, 0 if table.admission is None else table.admission.capacity
     state = sum(tensor.nbytes for tensor in table.optimizer_state.values())
@@ -148,14 +148,14 @@ class DLRM(nn.Module):
         """Logits of a click, ``(B,)``."""
         x = self.bottom(events.dense.to(self.first.device))
         ids = {name: tuple(part.to(x.device) for part in events.ids[name]) for name in FEATURES}
-        # All at once: sharded tables then share one exchange.
+        # All lookups in one call, so that sharded tables share one exchange.
         vectors = torch.stack([x, *lookup(self.tables, ids).values()], 1)
         products = torch.bmm(vectors, vectors.mT)[:, self.first, self.second]
         return self.top(torch.cat([x, products], 1)).squeeze(1)
 
 
 def open_folder(path: Path, layers: Mapping[str, nn.Module]) -> EmbeddingFolder | ShardedEmbeddingFolder:
-    """The folder of a run: of sharded layers, and of a server that follows a sharded run, one with shards."""
+    """The folder of a run; for sharded layers, and for a server that follows a sharded run, one with shards."""
     sharded = any(isinstance(layer, ShardedDynamicEmbedding) for layer in layers.values())
     kind = ShardedEmbeddingFolder if sharded or (path / "shards.json").exists() else EmbeddingFolder
     return kind(path, layers)
@@ -168,9 +168,9 @@ def newest(path: Path):
 
 
 class Trainer:
-    """A model, its optimizers, and what it measured in the steps so far: all that has to survive.
+    """A model, its optimizers, and its measurements so far: everything that has to survive a restart.
 
-    With a mesh the tables are spread over its processes, each of which trains on its share of every batch.
+    With a mesh, tables are spread over its processes, and each process trains on its share of every batch.
     """
 
     def __init__(self, settings: Settings, mesh: DeviceMesh | None = None, plan: str = "auto") -> None:
@@ -186,7 +186,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.measured: list[list[float]] = []
         self.table_bytes = sum(table_bytes(table) for table in self.model.tables.values())
-        # Of this process: seconds, bytes sent and collectives by part of a step, since it started.
+        # Seconds, bytes sent and collectives of this process since it started, by part of a step.
         self.parts: dict[str, list[float]] = {}
         self.started = 0
 
@@ -197,13 +197,13 @@ class Trainer:
         return {name: table for name, table in self.model.tables.items() if isinstance(table, kinds)}
 
     def _spend(self, part: str, begin: float, nbytes: float = 0, collectives: int = 0) -> None:
-        """Add what a part of a step has taken."""
+        """Add the time and traffic of a part of a step."""
         spent = self.parts.setdefault(part, [0.0, 0.0, 0.0])
         for index, amount in enumerate((time.perf_counter() - begin, nbytes, collectives)):
             spent[index] += amount
 
     def _average_gradients(self) -> None:
-        """Make the dense gradients those of the joined batch."""
+        """Turn the dense gradients into those of the joined batch."""
         begin = time.perf_counter()
         flat = torch.cat([parameter.grad.view(-1) for parameter in self.dense.values()])
         dist.all_reduce(flat, group=self.group)
@@ -227,7 +227,7 @@ class Trainer:
         return torch.cat([each[:count] for each in every]), sum(each[count:] for each in every).tolist()
 
     def train_step(self) -> None:
-        """Predict the next events, then learn from them; predictions are measured before they are learned from."""
+        """Predict the next events, measure the predictions, and only then learn from the events."""
         begin = time.perf_counter()
         events = self.stream.events(self.step)
         own = events.share(self.rank, self.ranks)
@@ -262,24 +262,24 @@ class Trainer:
         self.step += 1
 
     def recent(self, steps: int) -> dict[str, float]:
-        """The mean of each measure over the last steps; the last value of those that count."""
+        """The mean of each measure over the last steps; for counters, the last value."""
         last = torch.tensor(self.measured[-steps:], dtype=torch.float64)
         return dict(zip(MEASURES, [*last[:, :4].mean(0).tolist(), *last[-1, 4:].tolist()], strict=True))
 
     @torch.no_grad()
     def score(self, events: Events) -> torch.Tensor:
-        """Logits that change nothing, as a server gives them."""
+        """Logits as from a server, without changing any state."""
         self.model.eval()
         logits = self.model(events)
         self.model.train()
         return logits
 
     def serving_tensors(self) -> dict[str, torch.Tensor]:
-        """What a server needs beside the dynamic tables."""
+        """The tensors that a server needs in addition to the dynamic tables."""
         return {f"model.{name}": parameter for name, parameter in self.dense.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All state beside the dynamic tables."""
+        """All state other than the dynamic tables."""
         found = self.serving_tensors()
         for name, table in self.model.tables.items():
             if isinstance(table, EmbeddingBag):
@@ -291,7 +291,7 @@ class Trainer:
 
     @torch.no_grad()
     def take(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Take over :meth:`tensors`, or what :meth:`serving_tensors` gave, of a step."""
+        """Load the :meth:`tensors` or :meth:`serving_tensors` of a step."""
         for name, parameter in self.dense.items():
             parameter.copy_(tensors[f"model.{name}"])
         for name, table in self.model.tables.items():

@@ -1,4 +1,4 @@
-"""What online_ctr.py shows in the end: plots, a table, and the numbers as JSON."""
+"""The report at the end of online_ctr.py: plots, a table, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def column(run: Trainer, name: str) -> list[float]:
 
 
 def finish(axes, path: Path, figure) -> None:
-    """The plots' common style, and the file."""
+    """Apply the common style to a plot, and write its file."""
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -41,7 +41,7 @@ def finish(axes, path: Path, figure) -> None:
 
 
 def plot_auc(runs: list[Trainer], served: dict | None, path: Path) -> None:
-    """Running AUC of every run, and beside it the AUC by staleness of what was served."""
+    """Plot the running AUC of every run, and beside it the AUC of served predictions by staleness."""
     stale = (served or {}).get("auc_by_events_of_staleness") or {}
     figure, axes = plt.subplots(
         1, 1 + bool(stale), squeeze=False, figsize=(10.5 if stale else 7.5, 4.6), width_ratios=[2, 1][: 1 + bool(stale)]
@@ -63,7 +63,7 @@ def plot_auc(runs: list[Trainer], served: dict | None, path: Path) -> None:
 
 
 def plot_tables(runs: list[Trainer], path: Path) -> None:
-    """Rows of the dynamic tables, and what happened to ids in each step."""
+    """Plot the rows of the dynamic tables, and the ids that came and went in each step."""
     runs = [run for run in runs if run.dynamic]
     events = ("inserted", "evicted", "expired", "rejected")
     figure, axes = plt.subplots(1, 1 + len(runs), squeeze=False, figsize=(4.2 * (1 + len(runs)), 4.2))
@@ -85,7 +85,7 @@ def plot_tables(runs: list[Trainer], path: Path) -> None:
 
 
 def result_table(runs: list[Trainer], tail: int) -> Table:
-    """AUC, log loss and memory of the runs, over the last ``tail`` steps; above and below them what frames them."""
+    """AUC, log loss and memory of the runs over the last ``tail`` steps, between a lower and an upper reference."""
     table = Table(title=f"The last {tail * runs[0].settings.batch} events of {len(runs[0].measured)} steps")
     table.add_column("tables")
     for name in ("AUC", "log loss", "MB", "rows", "events/s"):
@@ -105,7 +105,7 @@ def result_table(runs: list[Trainer], tail: int) -> Table:
 
 
 def parts_of_a_step(run: Trainer) -> dict[str, dict[str, float]]:
-    """Milliseconds, bytes sent and collectives of the first process by part of a step, in the mean."""
+    """Mean milliseconds, bytes sent and collectives per step on the first process, by part of a step."""
     steps = max(run.step - run.started, 1)
     names = ("ms", "bytes", "collectives")
     scales = (1000 / steps, 1 / steps, 1 / steps)
@@ -116,7 +116,7 @@ def parts_of_a_step(run: Trainer) -> dict[str, dict[str, float]]:
 
 
 def parts_table(run: Trainer) -> Table:
-    """What a step of several processes takes, by part."""
+    """The cost of a step of several processes, by part."""
     table = Table(title=f"A step of process 0 of {run.ranks}")
     table.add_column("part")
     for name in ("ms", "bytes sent", "collectives"):
@@ -127,7 +127,7 @@ def parts_table(run: Trainer) -> Table:
 
 
 def staleness_table(served: dict) -> Table:
-    """What the server reached, by how far it is behind."""
+    """The server's results, by how far it is behind."""
     table = Table(title=f"Served: {served['deltas_applied']} deltas, {served['deltas_refused']} refused")
     table.add_column("events behind", justify="right")
     table.add_column("AUC of held-out events", justify="right")

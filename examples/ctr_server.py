@@ -1,4 +1,4 @@
-"""The second process of online_ctr.py: it serves what a trainer's folder holds, and follows its deltas as they come."""
+"""The second process of online_ctr.py: serves the model in a trainer's folder, and follows its deltas as they come."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ STALENESS = (0, 1, 3, 9)  # intervals between two deltas, by which what is serve
 
 
 class Server:
-    """A model that is kept up to date from a folder, and scores events that nobody trains on.
+    """A model that is kept up to date from a folder, and scores events that no trainer sees.
 
     Args:
         path: a trainer's folder that has a checkpoint.
-        say: is told what happened, a line at a time.
+        say: called with each line of the log.
 
     Raises:
         ValueError: there is no checkpoint, it is corrupt, or its tables are not dynamic.
@@ -49,11 +49,11 @@ class Server:
 
     @property
     def finished(self) -> bool:
-        """Whether this is what the trainer ended with."""
+        """Whether the served model is the trainer's final one."""
         return self.info["step"] >= self.info["steps"]
 
     def _refuse(self, error: ValueError) -> bool:
-        """Say what is wrong, once; whether it was said before."""
+        """Report an error once; return whether it was reported before."""
         known, self._complaint = str(error) == self._complaint, str(error)
         if not known:
             self.refused += 1
@@ -76,11 +76,12 @@ class Server:
             return False
 
     def apply_next(self) -> bool:
-        """Apply the next delta, if it has come and is whole; what cannot be applied leaves everything as it was."""
+        """Apply the next delta, if it has come and is complete; a delta that cannot be applied changes nothing."""
         try:
             contents = self.folder.apply_next()
         except ValueError as error:
-            # A gap may mean that the trainer went another way from its checkpoint, but that leads on once or never.
+            # A gap may mean that the trainer resumed from its checkpoint and took another way; if reloading does not
+            # help at once, it never will.
             known = self._refuse(error)
             return (self._checkpoint_ahead() or (isinstance(error, DeltaGap) and not known)) and self._reload()
         if contents is None:
@@ -91,7 +92,7 @@ class Server:
         return True
 
     def answer(self) -> None:
-        """Score held-out events of the moment that is served, and of later ones, as if no news came until then."""
+        """Score held-out events of the step that is served, and of later steps as if no delta came until then."""
         step, found = self.info["step"], []
         for distance in STALENESS:
             events = self.model.stream.events(step + distance * self.info["delta_every"], HELD_OUT)
@@ -103,7 +104,7 @@ class Server:
         self.say(f"step {step}: delta {self.folder.sequence}; AUC by steps of staleness {shown}")
 
     def follow(self, patience: float) -> None:
-        """Apply and answer until the trainer has finished, or there was no news for ``patience`` seconds."""
+        """Apply deltas and answer until the trainer has finished, or no delta came for ``patience`` seconds."""
         news = time.monotonic()
         while not self.finished and time.monotonic() - news < patience:
             before = self.folder.sequence
@@ -118,7 +119,7 @@ class Server:
         self.say(f"step {self.info['step']}: " + ("the trainer has finished" if self.finished else "no more news"))
 
     def report(self) -> dict[str, object]:
-        """What was served, for JSON."""
+        """The results of serving, as values for JSON."""
         batch, every = self.model.settings.batch, self.info["delta_every"]
         return {
             "step": self.info["step"],

@@ -1,13 +1,13 @@
-"""Learn letters of unseen scripts within a sequence: weights that modify themselves, fast weights and fixed weights.
+"""Learn letters of unseen scripts within a sequence: compares self-modifying, fast and fixed weights.
 
     python examples/fast_weights.py --out runs/fast            # three models, three seeds each
     python examples/fast_weights.py --out runs/fast --models srwm --seeds 1
 
-A sequence shows letters one at a time, asks for each one's label, and then tells it. Labels are drawn anew for each
-sequence, and in its second half every letter gets another label: a model has to learn from what it was told, and then
-to overwrite it. Letters are rendered in the twelve DejaVu faces that matplotlib ships; models train on Latin and Greek
-letters, and are measured on Armenian and Georgian ones. A sequence has one face, and moves a letter by up to a pixel
-each time. Nothing is downloaded.
+A sequence shows letters one at a time, asks for each one's label, and then tells the label. Each sequence draws new
+labels, and in its second half every letter gets another label: a model has to learn the labels that it was told, and
+then to overwrite them. Letters are rendered in the twelve DejaVu faces that matplotlib ships; models train on Latin and
+Greek letters, and are measured on Armenian and Georgian ones. A sequence uses one face, and shifts a letter by up to a
+pixel each time. Nothing is downloaded.
 
 The models share everything but one part of each layer, which has about as many parameters in each of them:
 ``gossamer.nn.SelfReferentialLinear`` (``srwm``, Irie et al., 2022), ``gossamer.nn.DeltaNet`` (``delta``) or a
@@ -53,13 +53,14 @@ MODELS = ("srwm", "delta", "fixed")
 COLORS = {"srwm": "#1f6f8b", "delta": "#6a994e", "fixed": "#c2571a"}
 TRAINED, HELD_OUT = ("LATIN", "GREEK"), ("ARMENIAN", "GEORGIAN")
 SIDE = 16  # pixels of an image's side
-# Of norms at the start: with inputs of this scale the softmax keys of SelfReferentialLinear differ from the beginning.
+# Initial weight of norms: with inputs of this scale the softmax keys of SelfReferentialLinear differ from the
+# beginning.
 GAIN = 3.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run."""
+    """All settings of a run."""
 
     steps: int
     batch: int
@@ -75,7 +76,7 @@ class Settings:
 
 @dataclass
 class Run:
-    """What one training run left behind; accuracies by half and by how often the letter was told before."""
+    """The results of one training run; accuracies are by half and by how often the letter's label was told before."""
 
     model: str
     seed: int
@@ -108,7 +109,7 @@ def render(font: FT2Font, letter: str) -> torch.Tensor:
 
 
 def letters(scripts: tuple[str, ...]) -> torch.Tensor:
-    """Images ``(letters, faces, SIDE · SIDE)`` of all letters of some scripts that every face has."""
+    """Images ``(letters, faces, SIDE · SIDE)`` of all letters of some scripts, as far as every face has them."""
     fonts = faces()
     codes = set.intersection(*(set(font.get_charmap()) for font in fonts))
     known = [chr(c) for c in sorted(codes) if unicodedata.category(chr(c)) in ("Lu", "Ll", "Lo")]
@@ -136,7 +137,7 @@ class Episodes:
 def draw(pool: torch.Tensor, batch: int, settings: Settings, generator: torch.Generator) -> Episodes:
     """Sequences of letters from the pool in one face each; each half shows every letter ``shots`` times, mixed.
 
-    Each time a letter is moved by up to a pixel in both directions.
+    Each time, a letter is shifted by up to a pixel in both directions.
     """
     ways, shots = settings.ways, settings.shots
 
@@ -188,7 +189,7 @@ class DeltaBlock(nn.Module):
 
 
 def build_mixer(kind: str, hidden: int, heads: int) -> nn.Module:
-    """One layer's part that differs between models, of about as many parameters in each."""
+    """The part of a layer that differs between models; it has about the same number of parameters in each."""
     if kind == "srwm":
         return gossamer.nn.SelfReferentialLinear(hidden, heads, rate_init=0.0)
     wanted = sum(p.numel() for p in build_mixer("srwm", hidden, heads).parameters())
@@ -225,7 +226,7 @@ class Learner(nn.Module):
 
 @torch.no_grad()
 def measure(model: Learner, pool: torch.Tensor, settings: Settings) -> list[list[float]]:
-    """Accuracy by half and by how often the letter was told, on the same sequences each time."""
+    """Accuracy by half and by how often the letter's label was told, on the same sequences each time."""
     generator = torch.Generator().manual_seed(1)
     right, count = torch.zeros(2, settings.shots), torch.zeros(2, settings.shots)
     for _ in range(settings.eval_batches):
@@ -270,7 +271,7 @@ def train_one(
 
 
 def plot(runs: list[Run], settings: Settings, path: Path) -> None:
-    """Accuracy during training, and at its end by what was told, each seed a thin line."""
+    """Plot accuracy during training, and at its end by how often labels were told; each seed is a thin line."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     shots = settings.shots
     for kind in dict.fromkeys(run.model for run in runs):

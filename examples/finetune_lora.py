@@ -2,14 +2,15 @@
 
     python examples/finetune_lora.py --out runs/lora
 
-Nothing is downloaded. A small byte-level Llama is trained first, on whole source files. Then two adapters of PEFT learn
-two kinds of text, docstrings and code without them: half of each batch's rows meet one adapter, half the other. That is
-done twice from the same start: by gossamer, both adapters in one forward and backward pass, and by PEFT, one adapter
-after the other. The default takes about 3 minutes on 2 CPU cores and writes to the folder ``--out``:
+Nothing is downloaded. A small byte-level Llama is trained first, on whole source files. Then two PEFT adapters learn
+two kinds of text, docstrings and code without docstrings: half of each batch's rows use one adapter, half the other.
+This is done twice from the same start: by gossamer, with both adapters in one forward and backward pass, and by PEFT,
+with one adapter after the other. The default takes about 3 minutes on 2 CPU cores and writes to the folder ``--out``:
 
-- ``loss.png``: both adapters' training curves by both ways, and ms per step;
-- ``metrics.json``: settings, losses and times, and what each adapter reaches on each text, served from one model;
-- ``docstrings/`` and ``code/``: the adapters, as PEFT saves them, and ``base/``: the model.
+- ``loss.png``: training curves of both adapters in both ways, and ms per step;
+- ``metrics.json``: settings, losses and times, and the bits per byte of each adapter on each text, served from one
+  model;
+- ``docstrings/`` and ``code/``: the adapters as saved by PEFT; ``base/``: the model.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ COLORS = {"docstrings": "#1f6f8b", "code": "#c2571a"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run."""
+    """All settings of a run."""
 
     layers: int
     hidden_size: int
@@ -75,7 +76,7 @@ class Settings:
 
 @dataclass
 class Run:
-    """What fine-tuning by one way left behind."""
+    """The results of fine-tuning in one way."""
 
     way: str
     bits: dict[str, list[float]] = field(default_factory=lambda: {text: [] for text in TEXTS})
@@ -83,7 +84,7 @@ class Run:
 
     @property
     def median_ms(self) -> float:
-        """Median time of a step, the first few left out."""
+        """Median time of a step, without the first few."""
         return statistics.median(self.step_ms[min(3, len(self.step_ms) - 1) :])
 
 
@@ -101,9 +102,10 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def load_texts(root: Path, limit: int, least: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Training and validation bytes of whole files (``"files"``), docstrings and code, of ``limit`` bytes of source.
+    """Training and validation bytes of whole files (``"files"``), of docstrings and of code, from ``limit`` bytes of
+    source.
 
-    Of more source where ``least`` bytes of each are not in it. Files that this Python does not parse are left out.
+    More source is used if it does not hold ``least`` bytes of each. Files that this Python cannot parse are left out.
     """
     parts = {name: ([], []) for name in ("files", *TEXTS)}
     paths = python_files(root)
@@ -142,7 +144,7 @@ def row_losses(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
 def train(
     parameters: list[torch.nn.Parameter], loss_of: Callable, steps: int, lr: float, progress: Progress, name: str
 ) -> list[float]:
-    """``steps`` of AdamW on what ``loss_of(step)`` left in the gradients; returns ms of each."""
+    """Take ``steps`` steps of AdamW on the gradients that ``loss_of(step)`` leaves; return the ms of each step."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
     bar, times = progress.add_task(name, total=steps, note=""), []
     for step in range(steps):
@@ -163,7 +165,7 @@ def train(
 
 
 def train_base(texts: dict[str, tuple[torch.Tensor, torch.Tensor]], settings: Settings, progress: Progress):
-    """A Llama over bytes, trained on whole files."""
+    """Train a Llama over bytes on whole files."""
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -190,7 +192,7 @@ def train_base(texts: dict[str, tuple[torch.Tensor, torch.Tensor]], settings: Se
 
 
 def with_adapters(model: LlamaForCausalLM, settings: Settings) -> PeftModel:
-    """The model with one adapter for each text, the same draw for every call."""
+    """The model with one adapter per text; every call draws the same adapters."""
     torch.manual_seed(settings.seed + 1)
     config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
     wrapped = get_peft_model(model, config, adapter_name=TEXTS[0])
@@ -256,7 +258,7 @@ def served_bits(
 
 
 def plot(runs: list[Run], valid: dict[str, dict[str, float]], path: Path) -> None:
-    """Curves of both adapters by both ways, and the time of a step."""
+    """Plot the curves of both adapters in both ways, and the time of a step."""
     figure, (curves, times) = plt.subplots(1, 2, figsize=(10.5, 4.6), width_ratios=[3, 1])
     for run, style in zip(runs, ({"linestyle": "-"}, {"linestyle": (0, (1, 2.5)), "linewidth": 3.2}), strict=True):
         for text in TEXTS:

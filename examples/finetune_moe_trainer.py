@@ -1,11 +1,11 @@
-"""Train a mixture-of-experts model with the Trainer of transformers, resume it, and compare with training at a stretch.
+"""Train a mixture-of-experts model with transformers' Trainer, resume it, and compare with uninterrupted training.
 
     python examples/finetune_moe_trainer.py --out runs/moe-trainer
 
 Nothing is downloaded: a small byte-level Qwen3-MoE learns the text of Python's standard library. It is trained for
-``--steps`` steps with a checkpoint halfway, and resumed from there in a new model: with ``ResumeExperts``, which ends
-at the same weights, and by the Trainer alone, which leaves out the checkpoint's experts. The losses of all three go
-to ``metrics.json``.
+``--steps`` steps with a checkpoint halfway, and resumed from there in a new model, in two ways: with ``ResumeExperts``,
+which ends at the same weights, and by the Trainer alone, which does not load the checkpoint's experts. The losses of
+all three go to ``metrics.json``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ VOCABULARY = 256
 
 
 class Windows(torch.utils.data.Dataset):
-    """Windows of a text's bytes, one behind the other."""
+    """Consecutive windows of a text's bytes."""
 
     def __init__(self, text: torch.Tensor, length: int) -> None:
         self.windows = text[: len(text) // length * length].view(-1, length).long()
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of windows."""
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 def make(options: argparse.Namespace, seed: int) -> Qwen3MoeForCausalLM:
-    """A model of the seed, whose experts gossamer computes."""
+    """A model from the seed, with experts computed by gossamer."""
     torch.manual_seed(seed)
     size = options.hidden_size
     model = Qwen3MoeForCausalLM(
@@ -71,7 +71,7 @@ def make(options: argparse.Namespace, seed: int) -> Qwen3MoeForCausalLM:
 def train(
     options: argparse.Namespace, folder: Path, *, resume: Path | None = None, mend: bool = True, seed: int = 0
 ) -> tuple[Qwen3MoeForCausalLM, dict[int, float]]:
-    """Train from the start or a checkpoint; the model, and the loss of each step."""
+    """Train from the start or from a checkpoint; return the model and the loss of each step."""
     model = make(options, seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -98,7 +98,7 @@ def distance(one: torch.nn.Module, other: torch.nn.Module) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train three times and write what came out."""
+    """Train three times and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60, help="an even number; the checkpoint is halfway")
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = options.out / "whole" / f"checkpoint-{options.steps // 2}"
     results = {"at a stretch": {"losses": losses, "largest difference": 0.0}}
     for name, mend in (("resumed with ResumeExperts", True), ("resumed by the Trainer alone", False)):
-        # Another seed: what the checkpoint does not restore shows.
+        # A different seed, so that weights that the checkpoint does not restore are noticed.
         model, losses = train(options, options.out / "resumed", resume=checkpoint, mend=mend, seed=1)
         results[name] = {"losses": losses, "largest difference": distance(model, whole)}
     for name, result in results.items():

@@ -1,12 +1,12 @@
-"""Serve many LoRA adapters over one model by HTTP, with continuous batching and the standard library alone.
+"""Serve many LoRA adapters over one model by HTTP, with continuous batching and only the standard library.
 
     python examples/finetune_lora.py --out runs/lora        # a base model and two adapters
     python examples/lora_server.py runs/lora --port 8000
     curl -d '{"prompt": "def ", "adapter": "code", "max_new_tokens": 40}' localhost:8000/generate
 
 The folder holds a byte-level transformers model in ``base/``, and adapters as PEFT saves them in folders of their own.
-One thread runs the model: every step gives each running request its next token, whatever its adapter, in one call of
-``gossamer.serve_adapters``. Requests join and leave between steps, so none waits for another to end.
+One thread runs the model that ``gossamer.serve_adapters`` returned: in one call, every step gives each running request
+its next token, whatever its adapter. Requests join and leave between steps, so none waits for another to end.
 
     POST   /generate          {"prompt": text, "adapter": name or null, "max_new_tokens": number}
     GET    /adapters          names
@@ -47,7 +47,7 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """One request: ``prompt`` and what follows it."""
+    """One request: ``prompt`` and the tokens that follow it."""
 
     prompt: list[int]
     adapter: str | None
@@ -89,11 +89,11 @@ class Batch:
 
 
 class Engine:
-    """Runs a served model in a thread of its own, one token for each running request a step.
+    """Runs a served model in its own thread; each step adds one token to each running request.
 
     Args:
         served: what ``gossamer.serve_adapters`` returned.
-        max_batch: how many requests run at a time; others wait.
+        max_batch: number of requests that run at a time; others wait.
     """
 
     def __init__(self, served: torch.nn.Module, max_batch: int = 16) -> None:
@@ -109,10 +109,11 @@ class Engine:
         self._thread.start()
 
     def submit(self, prompt: list[int], adapter: str | None, max_new_tokens: int) -> Future[list[int]]:
-        """The tokens that follow ``prompt``, later.
+        """Return a future of the tokens that follow ``prompt``.
 
         Raises:
-            ValueError: an empty or long prompt, another number of tokens than 1 to 1024, or an unknown adapter.
+            ValueError: the prompt is empty or too long, the number of tokens is not from 1 to 1024, or the adapter is
+                unknown.
             Busy: too many requests are waiting, or the engine has stopped.
         """
         if not 1 <= len(prompt) <= MAX_TOKENS:
@@ -187,7 +188,7 @@ class Engine:
     def _call(
         self, requests: list[Request], ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Give each request its next token; the keys and values of all tokens so far."""
+        """Give each request its next token; return the keys and values of all tokens so far."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self.served(
             input_ids=ids.to(self.device),
@@ -226,19 +227,19 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        """The adapters' names."""
+        """Answer with the adapters' names."""
         self._answer(lambda: {"adapters": list(self.server.engine.served.adapter_names)}, "/adapters")
 
     def do_POST(self) -> None:
-        """What follows a prompt."""
+        """Answer with the tokens that follow a prompt."""
         self._answer(self._generate, "/generate")
 
     def do_PUT(self) -> None:
-        """A new adapter."""
+        """Add an adapter."""
         self._answer(self._add, "/adapters/")
 
     def do_DELETE(self) -> None:
-        """One adapter less."""
+        """Remove an adapter."""
         self._answer(self._remove, "/adapters/")
 
     def _generate(self) -> dict[str, object]:
@@ -289,13 +290,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if status != 200:
-            # What is left of the request has not been read.
+            # The rest of the request has not been read.
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Be silent."""
+        """Log nothing."""
 
 
 class Server(ThreadingHTTPServer):
@@ -304,7 +305,7 @@ class Server(ThreadingHTTPServer):
     Args:
         engine: runs the model.
         root: where the folders of new adapters must be.
-        port: 0 for any.
+        port: the port; 0 for any free one.
     """
 
     daemon_threads = True

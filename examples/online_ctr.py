@@ -6,16 +6,16 @@
     python examples/online_ctr.py --out runs/ctr --compare         # also fixed tables of as many bytes, ids modulo size
     torchrun --nproc-per-node 2 examples/online_ctr.py --out runs/ctr-2 --shard    # ids over two processes
 
-A DLRM predicts the clicks of a made-up stream, batch after batch, and learns from each after predicting it. Its ids
-are born and die (click_stream.py), so the tables are gossamer.nn.DynamicEmbedding: a row for an id once it was seen
-a few times, gone again when the id is. Nothing is downloaded. The default is one run of some 2 minutes on 2 CPU cores.
-With --shard each process has its part of the ids and trains on its part of every batch; any number goes on where
-another number was stopped. It writes to the folder ``--out``:
+A DLRM predicts the clicks of a synthetic stream, batch after batch, and learns from each batch after predicting it. Ids
+are born and die (click_stream.py), so the tables are gossamer.nn.DynamicEmbedding: an id gets a row once it was seen a
+few times, and loses it when it is no longer used. Nothing is downloaded. The default is one run of some 2 minutes on 2
+CPU cores. With --shard, each process holds a part of the ids and trains on a part of every batch; a run can continue
+with another number of processes than it was stopped with. It writes to the folder ``--out``:
 
-- ``dynamic/`` (with ``--tables``, that name): checkpoints and deltas, as gossamer.nn.EmbeddingFolder keeps them. A
-  trainer that was killed, even by SIGKILL, goes on from there when it is started again, and ends with the same bits;
-- ``auc.png``: AUC of every run over time, and of what was served, by how old it was;
-- ``tables.png``: sizes of the tables, and how many ids came and went;
+- ``dynamic/`` (with ``--tables``, that name): checkpoints and deltas in a gossamer.nn.EmbeddingFolder. A trainer that
+  was killed, even by SIGKILL, continues from there when it is started again, and ends with the same bits;
+- ``auc.png``: AUC of every run over time, and of served predictions by age of the model;
+- ``tables.png``: sizes of the tables, and the numbers of ids that came and went;
 - ``metrics.json``: settings, results and curves.
 """
 
@@ -66,7 +66,7 @@ class CannotResume(ValueError):
 
 
 def resume(trainer: Trainer, folder: Folder) -> bool:
-    """Go on from the folder's checkpoint, if there is one."""
+    """Continue from the folder's checkpoint, if there is one."""
     try:
         manifest = newest(folder.path)
         if manifest is None:
@@ -95,7 +95,7 @@ def short(count: float) -> str:
 
 
 class Display:
-    """A bar and a line below it; where there is no terminal, a line now and then."""
+    """A bar and a line below it; without a terminal, an occasional line."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.line = console, Text()
@@ -104,7 +104,7 @@ class Display:
 
     @contextmanager
     def run(self, trainer: Trainer, steps: int):
-        """Show a run; yields the function to call after each step."""
+        """Show a run; yield the function to call after each step."""
         bar = self.progress.add_task(trainer.settings.tables, total=steps, completed=trainer.step)
         started = time.perf_counter(), trainer.step
 
@@ -132,7 +132,7 @@ class Display:
 def train(
     trainer: Trainer, folder: EmbeddingFolder | ShardedEmbeddingFolder, given: argparse.Namespace, display: Display
 ) -> None:
-    """Steps up to ``given.steps``, with deltas and checkpoints on the way."""
+    """Train up to step ``given.steps``, and write deltas and checkpoints on the way."""
     facts = {"steps": given.steps, "delta_every": given.delta_every}
 
     def save() -> None:
@@ -160,7 +160,7 @@ def train(
 
 @contextmanager
 def server_beside(folder: Path, patience: float, console: Console):
-    """A second process that serves from the folder while the block trains; waited for at the end."""
+    """Run a second process that serves from the folder while the block trains, and wait for it at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SERVED).unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(folder), "--patience", str(patience)]
@@ -179,7 +179,7 @@ def server_beside(folder: Path, patience: float, console: Console):
 
 
 def serve(path: Path, patience: float, console: Console) -> int:
-    """Follow the folder of a trainer that runs, or is about to."""
+    """Follow the folder of a trainer that runs or is about to start."""
     deadline = time.monotonic() + patience
 
     def say(line: str) -> None:
@@ -261,7 +261,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given, settings = parse_arguments(arguments)
-    # One is as fast as two on steps as small as these, and leaves a core to the server.
+    # One thread is as fast as two for such small steps, and leaves a core to the server.
     torch.set_num_threads(given.threads)
     if settings is None:
         return serve(given.serve, given.patience, Console())
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if given.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A process that ends lets the others wait no longer than this.
+    # If a process ends, the others wait for it no longer than this.
     dist.init_process_group("nccl" if given.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
     try:
         mesh = init_device_mesh(given.device, (ranks,), mesh_dim_names=("tables",))
@@ -280,8 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace, settings: Settings, console: Console, mesh: DeviceMesh | None = None) -> int:
-    """Train, and report; returns the exit status."""
-    # Late, so that a server or a run that is killed early does not wait for them.
+    """Train and report; return the exit status."""
+    # Imported late, so that a server or a run that is killed early does not wait for them.
     import ctr_report
 
     display, runs, served = Display(console), [], None

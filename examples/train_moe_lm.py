@@ -7,14 +7,14 @@
 
 Nothing is downloaded. The default is one run of about 3 minutes on 2 CPU cores. It writes to the folder ``--out``:
 
-- ``loss.png``: training loss and validation bits per byte; with ``--experts both`` of both runs, and ms per step;
-- ``expert_load.png``: how many slots each expert of each layer got, over training;
+- ``loss.png``: training loss and validation bits per byte; with ``--experts both``, of both runs, with ms per step;
+- ``expert_load.png``: the number of slots of each expert of each layer, over training;
 - ``metrics.json``: settings, losses, times, and the routing counts themselves (per step and layer);
 - ``model.safetensors``: the weights, with the configuration in the file's metadata.
 
-With ``--expert-parallel`` each process has a part of every layer's experts and of the batch; the curve is that of one
-process on the whole batch. The first process reports and writes, and ``metrics.json`` has the bytes that it sent and
-the time that it waited, by part of the exchange.
+With ``--expert-parallel``, each process has a part of every layer's experts and of the batch, and the loss curve is
+that of a single process on the whole batch. The first process reports and writes; ``metrics.json`` has the bytes that
+it sent and the time that it waited, by part of the exchange.
 
 The validation loss has a floor to beat: the entropy of single bytes, which a model without context can reach.
 """
@@ -79,7 +79,7 @@ COUNTED = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run."""
+    """All settings of a run."""
 
     layers: int
     hidden_size: int
@@ -105,12 +105,12 @@ class Settings:
 
     @property
     def sizes(self) -> Sizes:
-        """Those of the model."""
+        """The sizes of the model."""
         return Sizes(**{name: getattr(self, name) for name in Sizes.__dataclass_fields__})
 
     @property
     def terms(self) -> Balance:
-        """The coefficients of what is added to the loss, and of the moving bias."""
+        """The coefficients of the terms added to the loss, and of the moving bias."""
         by_loss = self.balance == "loss"
         return Balance(
             self.balance_weight, self.z_weight * by_loss, self.entropy_weight, 0.0 if by_loss else self.bias_rate
@@ -119,7 +119,7 @@ class Settings:
 
 @dataclass
 class Run:
-    """What one training run left behind."""
+    """The results of one training run."""
 
     experts: str
     train_bits: list[float] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def median_ms(self) -> float:
-        """Median time of a step, the first few left out."""
+        """Median time of a step, without the first few."""
         return statistics.median(self.step_ms[min(3, len(self.step_ms) - 1) :])
 
 
@@ -145,14 +145,14 @@ class Ranks:
 
     @staticmethod
     def join(device: str) -> Ranks:
-        """Meet the other processes that torchrun started."""
+        """Connect to the other processes that torchrun started."""
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
     def share(self, model: ByteLM) -> nn.Module:
-        """Divide the model's experts in place, and copy the rest; the module to train by."""
+        """Divide the model's experts in place and replicate the rest; return the module to train."""
         if self.group is None:
             return model
         device = next(model.parameters()).device.type
@@ -160,7 +160,7 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(model)
 
     def own(self, starts: torch.Tensor) -> torch.Tensor:
-        """The windows of the batch that are for this process."""
+        """The windows of the batch for this process."""
         return starts.chunk(self.size)[self.rank]
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ class LoopExperts(gossamer.nn.Experts):
 
 
 def build_model(settings: Settings, experts: str) -> ByteLM:
-    """The model; its weights depend on the seed alone, not on whether a loop computes the plain experts."""
+    """The model; its weights depend only on the seed, not on whether a loop computes the plain experts."""
     torch.manual_seed(settings.seed)
     plain = experts in ("eager", "gossamer")
     model = ByteLM(settings.sizes, settings.router, "grouped" if plain else experts, steps=settings.steps)
@@ -214,7 +214,7 @@ def autocast(settings: Settings) -> torch.autocast | nullcontext:
 
 
 def slots_of(routing: Routing) -> torch.Tensor:
-    """How many slots each expert got, or each row of many experts."""
+    """The number of slots of each expert, or of each row of experts if there are many."""
     counts = counts_of(routing)
     side = math.isqrt(counts.numel())
     return counts.view(side, side).sum(1) if counts.numel() > COUNTED and side * side == counts.numel() else counts
@@ -223,7 +223,7 @@ def slots_of(routing: Routing) -> torch.Tensor:
 def train_one(
     experts: str, train: torch.Tensor, valid: torch.Tensor, settings: Settings, progress: Progress, ranks: Ranks
 ) -> tuple[Run, ByteLM]:
-    """Train one model from the seed; data order and weights do not depend on ``experts`` or on how many processes."""
+    """Train one model from the seed; data order and weights do not depend on ``experts`` or the number of processes."""
     model, run, recipe = build_model(settings, experts), Run(experts), recipe_of(settings.router)
     trained = ranks.share(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -257,7 +257,7 @@ def train_one(
         optimizer.step()
         after_step(model, routings, settings.terms, ranks.group)
         counts = ranks.total(torch.stack([slots_of(routing) for routing in routings]))
-        # Reading the loss waits for the device, so the step has really ended.
+        # Reading the loss waits for the device, so the step has ended.
         run.train_bits.append(float(ranks.total(loss.detach().clone())) / ranks.size / math.log(2))
         run.step_ms.append(1000 * (time.perf_counter() - begin))
         run.counts.append(counts.tolist())
@@ -276,7 +276,7 @@ def train_one(
 
 
 def plot_loss(runs: list[Run], unigram: float, path: Path) -> None:
-    """Loss curves, and beside them the time of a step when there is something to compare."""
+    """Plot the loss curves, and the time of a step beside them if there are two runs to compare."""
     both = len(runs) > 1
     size = {"figsize": (10.5, 4.6), "width_ratios": [3, 1]} if both else {"figsize": (7.5, 4.6)}
     figure, axes = plt.subplots(1, 1 + both, squeeze=False, **size)
@@ -308,13 +308,13 @@ def plot_loss(runs: list[Run], unigram: float, path: Path) -> None:
 
 
 def experts_per_token(run: Run, settings: Settings) -> float:
-    """The mean over layers in the last tenth of training."""
+    """The mean number of experts per token over layers, in the last tenth of training."""
     last = torch.tensor(run.counts[-max(len(run.counts) // 10, 1) :], dtype=torch.float64)
     return float(last.sum(2).mean()) / (settings.batch * settings.sequence)
 
 
 def plot_load(run: Run, settings: Settings, path: Path) -> None:
-    """One heat map a layer: experts against training steps, colour the load over its even share."""
+    """Plot a heat map per layer: experts against training steps, with the load over its even share as colour."""
     counts = torch.tensor(run.counts, dtype=torch.float64)
     columns = min(120, settings.steps)
     edges = torch.linspace(0, settings.steps, columns + 1).round().long().tolist()
@@ -456,7 +456,7 @@ def main(arguments: list[str] | None = None) -> int:
     root = given.data or Path(sysconfig.get_paths()["stdlib"])
     train, valid = load_corpus(root)
     ranks = Ranks.join(settings.device) if given.expert_parallel else Ranks()
-    # One process speaks and writes for all.
+    # One process prints and writes for all.
     console = Console(quiet=ranks.rank > 0)
     try:
         return run_all(given, settings, root, train, valid, console, ranks)
@@ -474,7 +474,7 @@ def run_all(
     console: Console,
     ranks: Ranks,
 ) -> int:
-    """Train what was asked for and write the results; returns the exit status."""
+    """Train the requested models and write the results; return the exit status."""
     needed = settings.sequence + 2
     if min(train.numel(), valid.numel()) < needed:
         console.print(
