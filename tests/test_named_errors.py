@@ -328,6 +328,16 @@ NUMBERS = {
         TypeError,
         "batch_size must be an int, got Tensor",
     ),
+    "one id in training": (
+        lambda: nn.SearchedDimensionEmbedding(5, 4, [1, 4], norm=True)(torch.tensor([[2]])),
+        ValueError,
+        "ids must be more than one in training with norm=True",
+    ),
+    "one hashed id in training": (
+        lambda: nn.DeepHashEmbedding(5, 4, 3, num_hashes=2, num_layers=1)(torch.tensor([[2]])),
+        ValueError,
+        "ids must be more than one in training with norm='batch'",
+    ),
     "coded": (
         lambda: gossamer.gather_compose(
             torch.ones(4, 2), expert_ids(1, 2), gossamer.Parts.of(2, "add", gossamer.IdMaps.of([4], limit=9), coded=[1])

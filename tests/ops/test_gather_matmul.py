@@ -76,6 +76,17 @@ def test_listed_pairs(any_backend, device):
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-6, atol=1e-6)
 
 
+def test_codes_of_no_ids(any_backend, device):
+    """No ids are looked up; bags are none, or empty and zero."""
+    given = tables((2, 3, 4), device)
+    given |= {"parts": pairs_of(torch.empty(0, 2, dtype=torch.int64, device=device), 8), "inner": 3}
+    given["ids"] = torch.empty(0, dtype=torch.int64, device=device)
+    with gossamer.backend(any_backend):
+        assert gossamer.gather_matmul(**given).shape == (0, 8)
+        empty = gossamer.gather_matmul(**given, offsets=torch.zeros(3, dtype=torch.int64, device=device))
+    assert torch.equal(empty, torch.zeros(2, 8, device=device))
+
+
 def test_finite_differences(device):
     """Gradients and theirs, in float64."""
     ids, offsets = ragged([2, 0, 3], N, device)

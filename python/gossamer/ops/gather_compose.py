@@ -195,7 +195,8 @@ def _codes_at(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
         first = frequent
     if len(found) == 2:
         return torch.where((ids < frequent).unsqueeze(1), found[0], found[1])
-    return found[0]
+    # Without a stored code no id is known, and ids are none.
+    return found[0] if found else ids.new_empty(len(ids), parts.coded)
 
 
 def _decoded(flat: torch.Tensor, parts: Parts) -> torch.Tensor:

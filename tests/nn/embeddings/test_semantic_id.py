@@ -205,3 +205,12 @@ def test_more_codes_than_the_memory_holds():
     """Refused before they are drawn one after the other."""
     with pytest.raises(RuntimeError, match="allocate"):
         balanced_kmeans(torch.ones(3, 2), 2**42)
+
+
+@pytest.mark.parametrize("value", [1e19, float("inf"), float("nan")])
+def test_vectors_whose_distances_overflow_are_refused(value):
+    """Infinite distances would be no nearer than those of vectors that a cluster took."""
+    x = torch.cat([torch.full((3, 2), value), torch.zeros(4, 2)])
+    for clusters in (balanced_kmeans, lambda x, k: ResidualQuantizer(2, 1, k).fit(x)):
+        with pytest.raises(ValueError, match=r"x must be finite, and its squared distances in torch\.float32, got"):
+            clusters(x, 3)

@@ -115,6 +115,8 @@ class DeepHashEmbedding(SeededMaps, Table):
         flat = ids.reshape(-1)
         if flat.numel() == 0:
             return self.layers[-1].weight.new_empty((*ids.shape, self.embedding_dim))
+        if self.training and flat.numel() == 1 and isinstance(self.layers[1], nn.BatchNorm1d):
+            raise ValueError("ids must be more than one in training with norm='batch', a statistic over them, got 1")
         if self.frozen and not torch.compiler.is_compiling():
             once, place = flat.unique(return_inverse=True)
             return self.layers(self.encode(once))[place].view(*ids.shape, self.embedding_dim)

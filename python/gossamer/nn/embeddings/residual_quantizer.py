@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -170,6 +169,12 @@ def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> N
     check_seed(seed)
     if not len(x) or x.is_meta:
         raise ValueError(f"x must have at least one vector, whose numbers are here, got {tuple(x.shape)} on {x.device}")
+    # Twice the longest vector is the largest distance; NaN and infinity are above the bound, too.
+    longest = float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).max())
+    if not 4 * longest**2 <= torch.finfo(x.dtype).max:
+        raise ValueError(
+            f"x must be finite, and its squared distances in {x.dtype}, got vectors as long as {longest:g}"
+        )
 
 
 def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -234,8 +239,8 @@ def balanced_kmeans(
         free = torch.ones(n, dtype=torch.bool, device=x.device)
         before, chosen = chosen, torch.empty(n, dtype=torch.int64, device=x.device)
         for k, size in enumerate(sizes):
-            distance = (x - centroids[k]).square().sum(-1).masked_fill(~free, math.inf)
-            taken = distance.argsort(stable=True)[:size]
+            nearest_first = (x - centroids[k]).square().sum(-1).argsort(stable=True)
+            taken = nearest_first[free[nearest_first]][:size]
             chosen[taken], free[taken] = k, False
             if size:
                 centroids[k] = x[taken].mean(0)

@@ -140,6 +140,8 @@ class SearchedDimensionEmbedding(NarrowRowsTable):
         linear = torch.nn.functional.linear
         if self.chosen is not None:
             return self._vectors(flat).view(*ids.shape, self.embedding_dim)
+        if self.norms is not None and self.training and flat.numel() == 1:
+            raise ValueError("ids must be more than one in training with norm=True, a statistic over them, got 1")
         total = 0
         for j, (width, name, share) in enumerate(zip(self.candidates, self.tables, self.shares(), strict=True)):
             part = linear(self.rows(name, flat), getattr(self, f"projection_{width}"))
