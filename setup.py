@@ -38,7 +38,7 @@ ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
 ISAS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512_bf16": {"avx512_bf16"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
     "amx": {"amx_tile", "amx_bf16"},
 }
 # The files of csrc/cpu/kernels/, those that take longest to compile first, and those that have kernels for AMX.

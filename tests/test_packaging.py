@@ -289,8 +289,8 @@ def test_kernels_have_a_source_for_each_instruction_set(build_script, tmp_path, 
         ("fpu avx2 fma f16c", "avx2"),
         ("avx2 fma f16c avx512f avx512bw", "avx2"),
         ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl amx_tile amx_bf16", "avx512"),
-        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16", "avx512_bf16"),
-        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16", "amx"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16", "avx512_bf16"),
+        ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 amx_tile amx_bf16", "amx"),
     ],
 )
 def test_the_instruction_set_of_this_machine(build_script, tmp_path, flags, isa):

@@ -14,6 +14,7 @@ from gossamer.bench.families.experts import sampled_outputs as plain_outputs
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Request, Variant
 from gossamer.bench.harness.cold import in_turn, passes
+from gossamer.ops._weights import WHOLE_FORMATS
 from gossamer.ops.quantized_expert_weight import FORMATS
 
 # Shapes of decoding, for which weights are quantised; on a GPU those of large models with few tokens.
@@ -65,9 +66,7 @@ class Steps:
 
 def _clone(weights):
     return tuple(
-        w.clone()
-        if isinstance(w, torch.Tensor)
-        else gossamer.QuantizedExpertWeight(w.data.clone(), w.scale.clone(), w.format)
+        w.clone() if isinstance(w, torch.Tensor) else dataclasses.replace(w, data=w.data.clone(), scale=w.scale.clone())
         for w in weights
     )
 
@@ -101,6 +100,12 @@ def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict
         forward = steps.forward(layer, (gate_up, down), _clone)
         variants.append(Variant(f"gossamer {weight_format}", role, forward, gate=weight_format, bytes=moved))
         gates[weight_format] = gate
+        if weight_format in WHOLE_FORMATS:
+            rounding = tuple(dataclasses.replace(w, activations="int8") for w in (gate_up, down))
+            forward = steps.forward(layer, rounding, _clone)
+            name = f"gossamer {weight_format} with int8 rows"
+            note = "activations rounded to 8 bits, which the check of others does not cover"
+            variants.append(Variant(name, PEER, forward, gate=None, note=note, bytes=moved))
     sample = make_sample(problem)
     return variants, gates, sizes
 

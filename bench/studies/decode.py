@@ -17,9 +17,11 @@ from torch import nn
 import gossamer
 from gossamer.bench.harness.study import Case, Metric, Outcome, Report, Study, Unfit
 from gossamer.nn import QuantizedLinear
+from gossamer.ops._weights import WHOLE_FORMATS
 from gossamer.ops.quantized_expert_weight import FORMATS
 
 EAGER, GROUPED, FLOAT = "transformers eager", "transformers grouped_mm", "gossamer"
+ROWS = " with int8 rows"
 PARTS = ("experts", "linears", "attention")
 
 
@@ -97,7 +99,9 @@ def prepare(name: str, model: nn.Module) -> None:
         return
     gossamer.replace(model)
     if name != FLOAT:
-        gossamer.quantize_experts(model, name.split()[1], include_linears=True)
+        weight_format, *rounded = name.removeprefix(f"{FLOAT} ").split(ROWS)
+        activations = "int8" if rounded else "float"
+        gossamer.quantize_experts(model, weight_format, include_linears=True, activations=activations)
 
 
 class Stopwatch:
@@ -218,7 +222,9 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
 def cases() -> list[Case]:
     """Implementations of transformers, gossamer's in float, and each format, of experts and linear layers."""
     plain = [Case(EAGER, "float"), Case(GROUPED, "float"), Case(FLOAT, "float")]
-    return plain + [Case(f"gossamer {f}", "quantised", "experts and linear layers") for f in FORMATS]
+    exact = [Case(f"{FLOAT} {f}", "quantised", "experts and linear layers") for f in FORMATS]
+    rounded = [Case(f"{FLOAT} {f}{ROWS}", "quantised", "their rows rounded to 8 bits too") for f in WHOLE_FORMATS]
+    return plain + exact + rounded
 
 
 STUDY = Study(

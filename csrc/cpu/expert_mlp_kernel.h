@@ -163,7 +163,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   P* pack = own->buffers.pack;
   S* c = own->buffers.c;
   const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
-  FewTokens<P> few = few_tokens_memory<P>(gate_up_of(0), std::max(a.hidden, a.inner));
+  auto operands = operand_memory<P>(std::max(a.hidden, a.inner), buffers.chunk, gate_up_of(0), down_of(0));
   const auto packed = team.share(a.hidden, kPanelWidth<P>);
   const TokenSums<T> sums(buffers.sum, a.y, a.tokens, a.output);
   StageClock clock(a.updated() ? TimedKernel::kExpertMlpLora : TimedKernel::kExpertMlp, team.size);
@@ -197,7 +197,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     low_rows(a.gate_up_update, chunk, a.hidden, x, up_low, buffers.up_low);
     const auto gate_up = gate_up_of(chunk.expert);
-    const auto x_operand = few.operand(gate_up, x);
+    const auto x_operand = operands.operand(gate_up, x);
     const int64_t wide = a.inner * a.activation.halves();
     const Weight<T> low_gate_up = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
     buffers.inner.each(
@@ -234,7 +234,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
     const auto w = down_of(chunk.expert);
-    const auto act_operand = few.operand(w, act);
+    const auto act_operand = operands.operand(w, act);
     const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
     buffers.output.each(
         team, a.output, kGroup,

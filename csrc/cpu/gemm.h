@@ -47,11 +47,16 @@ struct LinesAhead {
     per_step = (lines + steps - 1) / steps;
     gap = wait = std::max<int64_t>(1, steps / lines);
   }
-  __attribute__((always_inline)) void fetch() {
+  __attribute__((always_inline)) void fetch() { fetch_into<2>(); }
+
+ protected:
+  // Locality as of __builtin_prefetch(): 2 is the second-level cache.
+  template <int Locality>
+  __attribute__((always_inline)) void fetch_into() {
     if (--wait > 0) return;
     wait = gap;
     for (int64_t i = 0; i < per_step && runs > 0; ++i) {
-      __builtin_prefetch(run + at, 0, 2);
+      __builtin_prefetch(run + at, 0, Locality);
       at += 64;
       if (at >= bytes) {
         at = 0;

@@ -88,7 +88,7 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
   const auto by_rows_at = [&](int64_t tokens) {
     return may_go_by_rows && goes_by_rows<P>(expert_weight<T>(a.weight, 0, a.n, a.c), tokens);
   };
-  FewTokens<P> few = few_tokens_memory<P>(weight_of(0), a.c);
+  auto operands = operand_memory<P>(a.c, buffers.chunk, weight_of(0));
   const RowsMemory<P> rows_memory(by_rows_at(buffers.chunk) ? buffers.chunk : 0);
   const auto y_row = [&](int64_t r) { return y + (a.y_grouped ? r : a.groups.slots[r]) * a.n; };
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
@@ -126,7 +126,7 @@ void grouped_product(const GroupedMatmulArgs& a, void* shared, int num_threads, 
         return;
       }
     }
-    const auto x = few.operand(w, panel);
+    const auto x = operands.operand(w, panel);
     buffers.queue.each(team, a.n, kGroup, [&](int64_t n, int64_t last) {
       const int64_t count = last - n;
       group_product(w, n, count, x, own->c, c_stride, own->pack);

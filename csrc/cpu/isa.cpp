@@ -28,7 +28,9 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512vl");
 }
 
-bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512_bf16() {
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 
 // Linux saves tile registers only for processes that request them.
 bool runs_amx() {

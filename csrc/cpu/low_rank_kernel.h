@@ -356,8 +356,8 @@ void low_rank_columns(const LowRankArgs& a, LowRankBuffers<Operand<T>>& buffers,
 // Rows first .. end of the result, worked on by a team.
 template <class T, class W>
 void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Operand<T>>& buffers,
-                      ThreadBuffers<Operand<T>>& own, FewTokens<Operand<T>>& few, bool* kept, const T** rows, int64_t first,
-                      int64_t end, Team team) {
+                      ThreadBuffers<Operand<T>>& own, OperandMemory<Operand<T>>& operands, bool* kept, const T** rows,
+                      int64_t first, int64_t end, Team team) {
   using S = Accumulator<T>;
   using P = Operand<T>;
   const Weight<T> a_weight{static_cast<const T*>(a.a.base), a.a.row_stride, a.a.col_stride, a.rank, a.depth};
@@ -386,7 +386,7 @@ void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Oper
   }
   if (a.left) pack(a.left, left, a.rank);
   team.barrier();
-  const auto x = few.operand(weight, panel);
+  const auto x = operands.operand(weight, panel);
   buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
     const int64_t count = last - n;
     // The result's rows are fetched into the cache while it is computed.
@@ -421,12 +421,12 @@ void low_rank_matmul_of(const LowRankArgs& a, const W& weight, void* shared, int
   const auto own = std::make_unique<ThreadBuffers<P>>();
   const auto rows = std::make_unique<const T*[]>(buffers.chunk);
   const auto kept = std::make_unique<bool[]>(a.dropout.on ? std::max<int64_t>(buffers.chunk * kGroup, kPanelWidth<P>) + 64 : 0);
-  FewTokens<P> few = few_tokens_memory<P>(weight, a.depth);
+  auto operands = operand_memory<P>(a.depth, buffers.chunk, weight);
   if (buffers.form == LowRankForm::kUpdate) return low_rank_update<T>(a, buffers, *own, kept.get(), team);
   if (buffers.form == LowRankForm::kShared) {
     for (int64_t first = 0; first < a.rows; first += buffers.chunk) {
       const int64_t end = std::min(a.rows, first + buffers.chunk);
-      low_rank_rows_of<T>(a, weight, buffers, *own, few, kept.get(), rows.get(), first, end, team);
+      low_rank_rows_of<T>(a, weight, buffers, *own, operands, kept.get(), rows.get(), first, end, team);
     }
     return;
   }
@@ -439,7 +439,7 @@ void low_rank_matmul_of(const LowRankArgs& a, const W& weight, void* shared, int
       team, by_rows ? a.rows : a.columns, buffers.chunk,
       [&](int64_t first, int64_t end) {
         if (by_rows) {
-          low_rank_rows_of<T>(a, weight, buffers, *own, few, kept.get(), rows.get(), first, end, Team{0, 1});
+          low_rank_rows_of<T>(a, weight, buffers, *own, operands, kept.get(), rows.get(), first, end, Team{0, 1});
         } else {
           low_rank_columns<T>(a, buffers, *own, kept.get(), first, end);
         }

@@ -419,14 +419,21 @@ __attribute__((noinline)) void decode_tile(const QuantizedMatrix& w, int64_t n, 
   });
 }
 
-// Fetches columns c .. c+width of the stored rows n .. n+count.
-GOSSAMER_INLINE void prefetch_tile(const QuantizedMatrix& w, int64_t n, int64_t count, int64_t c, int64_t width) {
-  const int64_t per_row = w.weights->row_bytes();
-  const int64_t first = c * per_row / std::max<int64_t>(1, w.weights->columns);
-  const int64_t last = (c + width) * per_row / std::max<int64_t>(1, w.weights->columns);
-  for (int64_t i = n; i < std::min(n + count, w.weights->rows); ++i) {
-    prefetch_lines<0, Fetch::kReadLater>(w.row(i) + first, last - first);
-  }
+// Lines for the first-level cache: decoding, unlike products, reads them in a short time.
+struct NearLines : LinesAhead {
+  __attribute__((always_inline)) void fetch() { fetch_into<3>(); }
+};
+
+// The lines of the tile of `count` stored rows and at most `width` columns that follows the one at row n and column c: along the
+// columns, and then of the next rows.
+inline NearLines tile_ahead(const QuantizedMatrix& w, int64_t n, int64_t count, int64_t c, int64_t width) {
+  const QuantizedWeights& weights = *w.weights;
+  const bool more = c + width < weights.columns;
+  const int64_t row = more ? n : n + count, column = more ? c + width : 0, bytes = weights.row_bytes();
+  const int64_t rows = std::min(count, weights.rows - row), columns = std::min(width, weights.columns - column);
+  if (rows <= 0) return {};
+  const int64_t first = column * bytes / weights.columns, last = (column + columns) * bytes / weights.columns;
+  return {LinesAhead::of(w.row(row) + first, last - first, bytes, rows)};
 }
 
 }  // namespace

@@ -5,33 +5,28 @@
 // either way.
 #pragma once
 
+#include "cpu/int8_rows_kernel.h"
 #include "cpu/memory.h"
-#include "cpu/quantized_decode_kernel.h"
 #include "cpu/tile_gemm.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// Maximum number of tokens for decoding with weight rows in the lanes: as many as leave registers for a vector of rows.
-constexpr int kFewQuantized = GOSSAMER_VECTOR_BYTES / sizeof(float);
-// Which products do so: tiles multiply as many rows at a time anyway, and float64 does not need it.
+// Which products decode codes in registers: tiles multiply as many rows at a time anyway, and float64 does not need it.
 template <class P>
 constexpr bool kDecodesFew = !kTiled<P> && !std::is_same_v<P, double>;
-// Number of vectors of rows, which hide the latency of each other's additions.
-template <int Tokens>
-constexpr int kCodeVectors = Tokens < kFewQuantized ? 2 : 1;
-
-// The units of weight rows that are handed out in quarters; see quartered() of gemm.h.
-template <class P>
-GOSSAMER_INLINE int64_t quartered(const QuantizedMatrix&, int64_t tokens, int64_t units) {
-  return tokens <= kFewQuantized || kTiled<P> ? 0 : units;
-}
 
 // Number of columns that are summed before the sum is added to the total.
 template <class P>
 int64_t segment_columns(const QuantizedMatrix& w) {
   if constexpr (kScalesSums<P>) return int64_t{1} << std::min(w.weights->column_shift, 8);
   return segment_of<P>(w.depth()) * kTerms<P>;
+}
+
+// The units of weight rows that are handed out in quarters; see quartered() of gemm.h.
+template <class P>
+GOSSAMER_INLINE int64_t quartered(const QuantizedMatrix&, int64_t tokens, int64_t units) {
+  return tokens <= kFewQuantized || kTiled<P> ? 0 : units;
 }
 
 // Columns of a tile of weights, whole segments.
@@ -42,23 +37,32 @@ constexpr int64_t kTileColumns = kDepth * kTerms<P>;
 template <WeightFormat Format>
 constexpr int kCodeColumns = kLanes<float> * kWordBits / kCodeBits<Format>;
 
-// A product's other operand: the tokens as columns of a panel and, if there are few, also the values of all `few_tokens` tokens
-// for each index along the depth, without the panel's padding.
+// A product's other operand: the tokens as columns of a panel and, if there are few, also the values of all tokens for each index
+// along the depth, without the panel's padding; or the tokens in 8 bits, if the product rounds them.
 template <class P>
 struct QuantizedOperand {
   Panel<P> panel;
   const P* few;
+  const Int8Rows* rounded = nullptr;
 };
 
-// A thread's memory for the few tokens of a product.
+// A thread's memory for the operands of products with quantised weights.
 template <class P>
-class FewTokens {
+class OperandMemory {
  public:
-  FewTokens() = default;
-  // For products of at most `depth`.
-  explicit FewTokens(int64_t depth) : memory_(allocate_scratch(padded(depth) * kFewQuantized * sizeof(P))) {}
+  OperandMemory() = default;
+  // For products of at most `depth` with at most `tokens` tokens, some of which may round them.
+  OperandMemory(int64_t depth, int64_t tokens, bool rounds)
+      : few_(allocate_scratch(kDecodesFew<P> ? padded(depth) * kFewQuantized * sizeof(P) : 0)),
+        int8_(rounds ? Int8Memory(depth, tokens) : Int8Memory()) {}
 
   QuantizedOperand<P> operand(const QuantizedMatrix& w, const Panel<P>& panel) {
+    if constexpr (!std::is_same_v<P, double>) {
+      if (w.weights->rounds_rows && !w.transposed) {
+        rounded_ = int8_.round(w, panel);
+        return {panel, nullptr, &rounded_};
+      }
+    }
     if constexpr (kDecodesFew<P>) {
       if (panel.width <= kFewQuantized && !w.transposed) return {panel, copy(panel)};
     }
@@ -74,7 +78,7 @@ class FewTokens {
   static int64_t padded(int64_t depth) { return (packed_depth<P>(depth) + kDepth - 1) / kDepth * kDepth; }
 
   const P* copy(const Panel<P>& panel) {
-    P* to = reinterpret_cast<P*>(memory_.get());
+    P* to = reinterpret_cast<P*>(few_.get());
     with_few_tokens<kFewQuantized>(panel.width, [&](auto tokens) {
       const int64_t last = (panel.depth + kDepth - 1) / kDepth * kDepth;
       for (int64_t k = 0; k < panel.depth; ++k) {
@@ -85,82 +89,25 @@ class FewTokens {
     return to;
   }
 
-  Scratch memory_;
+  Scratch few_;
+  Int8Memory int8_;
+  Int8Rows rounded_;
 };
 
-// Memory for the products of a weight; only quantised weights need it.
-template <class P, class W>
-FewTokens<P> few_tokens_memory(const W&, int64_t depth) {
-  return std::is_same_v<W, QuantizedMatrix> && kDecodesFew<P> ? FewTokens<P>(depth) : FewTokens<P>();
+// Memory for the products of weights; only quantised weights need it.
+template <class P, class... W>
+OperandMemory<P> operand_memory(int64_t depth, int64_t tokens, const W&... weights) {
+  if constexpr ((std::is_same_v<W, QuantizedMatrix> && ...)) {
+    return OperandMemory<P>(depth, tokens, !std::is_same_v<P, double> && (weights.weights->rounds_rows || ...));
+  } else {
+    return {};
+  }
 }
-
-// Consecutive rows of a matrix, `Vectors` vectors of them; missing rows repeat the last one.
-template <int Vectors>
-struct CodeRows {
-  static constexpr int kLanesOf = kLanes<float>, kRows = Vectors * kLanesOf;
-  const uint8_t* row[kRows];
-  int64_t scales[kRows];
-
-  CodeRows(const QuantizedMatrix& w, int64_t n, int64_t last) {
-    for (int i = 0; i < kRows; ++i) {
-      row[i] = w.row(std::min(n + i, last - 1));
-      scales[i] = w.scales(std::min(n + i, last - 1));
-    }
-  }
-
-  // The rows' words from byte `from` to `end`, a word of each row of a vector side by side, vectors `stride` apart; the last words are
-  // filled up with zeros.
-  void gather(int64_t from, int64_t end, UInts* words, int64_t stride) const {
-    constexpr int lanes = kLanesOf;
-    constexpr int64_t bytes = sizeof(UInts);
-    for (int first = 0; first < kRows; first += lanes) {
-      UInts* to = words + first / lanes * stride;
-      for (int64_t at = from; at < end; at += bytes, to += lanes) {
-        Vec<float> v[lanes];
-        if (at + bytes <= end) {
-#pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) v[i] = load_bytes<Vec<float>>(row[first + i] + at);
-        } else {
-          for (int i = 0; i < lanes; ++i) {
-            v[i] = Vec<float>{};
-            std::memcpy(&v[i], row[first + i] + at, end - at);
-          }
-        }
-        transpose<float>(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) std::memcpy(to + i, &v[i], sizeof v[i]);
-      }
-    }
-  }
-
-  // The scales of `count` groups of columns from `group` on, a vector for each group.
-  __attribute__((noinline)) void gather_scales(const QuantizedMatrix& w, int64_t group, int count, Vec<float>* out) const {
-    // The next groups' scales, or the next rows'.
-    const QuantizedWeights& weights = *w.weights;
-    const int64_t size = weights.scale_dtype < 0 ? 1 : element_size(static_cast<DType>(weights.scale_dtype));
-    const bool more = group + count < weights.scale_columns;
-    const int64_t ahead = more ? group + count : (int64_t{kRows} >> weights.row_shift) * weights.scale_columns;
-    const char* base = static_cast<const char*>(weights.scale) + ahead * size;
-    for (int i = 0; i < kRows; ++i) __builtin_prefetch(base + scales[i] * size, 0, 2);
-    const auto gather = [&](auto load_at) __attribute__((always_inline)) {
-      for (int first = 0; first < kRows; first += kLanesOf) {
-        Vec<float> v[kLanesOf];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanesOf; ++i) v[i] = load_at(scales[first + i] + group);
-        transpose<float>(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanesOf; ++i) out[first + i] = v[i];
-      }
-    };
-    if (count == kLanesOf && w.weights->scale_dtype != kNestedScale) return w.with_scale_loader(gather);
-    gather([&](int64_t at) { return w.scale_run(at, count); });
-  }
-};
 
 // One step along the depth of few_tokens_product(): columns 0 .. count of it, `run` of which share a scale and a segment at most.
 template <class P>
 struct CodeStep {
-  const UInts* words;          // of the vectors of rows, one after another
+  const UInts* words;          // of one vector of rows after the other
   const uint8_t* const* rows;  // where they come from
   int64_t ahead;               // bytes from there to what is read next
   const P* x;
@@ -184,44 +131,57 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
     const Vec<float>* scales = step.scales + ((step.first_group + (r >> step.group_shift)) % lanes);
     const int64_t last_word = (std::min(step.count, r + step.run) + in_word - 1) / in_word;
     for (int64_t i = r / in_word; i < last_word; ++i) {
+      UInts word[vectors];
+      bool normal = true;
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         __builtin_prefetch(step.rows[v * lanes + i % lanes] + step.ahead + i / lanes * 64, 0, 2);
-        const UInts word = step.words[v * words_of_step + i];
-        // Loaded again for each vector, as an operand of the product: keeping the values would leave too few registers for the
-        // sums.
-        const P* factors = values;
-        asm volatile("" : "+r"(factors));
-        const auto add = [&](int place, Vec<P> weights) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-          for (int t = 0; t < Tokens; ++t) sum[v][t] = fma(splat(factors[place * Tokens + t]), weights, sum[v][t]);
-        };
-        const auto add_word = [&](auto normal) __attribute__((always_inline)) {
-          if constexpr (kScalesSums<P>) {
+        word[v] = step.words[v * words_of_step + i];
+        if constexpr (Format == WeightFormat::kFp8) normal = normal && all_normal_e4m3(word[v]);
+      }
+      const auto add_words = [&](auto normal) __attribute__((always_inline)) {
+        if constexpr (kScalesSums<P>) {
 #if GOSSAMER_BF16_DOT
-            UInts pairs[kPairsInWord<Format>];
-            decode_pairs<Format, normal>(word, book, pairs);
+          UInts pairs[vectors][kPairsInWord<Format>];
+#pragma GCC unroll 2
+          for (int v = 0; v < vectors; ++v) decode_pairs<Format, normal>(word[v], book, pairs[v]);
 #pragma GCC unroll 4
-            for (int p = 0; p < kPairsInWord<Format>; ++p) add(p, pairs[p]);
+          for (int p = 0; p < kPairsInWord<Format>; ++p) {
+#pragma GCC unroll 16
+            for (int t = 0; t < Tokens; ++t) {
+              const UInts factor = splat(values[p * Tokens + t]);
+#pragma GCC unroll 2
+              for (int v = 0; v < vectors; ++v) sum[v][t] = fma(pairs[v][p], factor, sum[v][t]);
+            }
+          }
 #endif
-          } else {
+        } else {
+#pragma GCC unroll 2
+          for (int v = 0; v < vectors; ++v) {
+            // Loaded again for each vector, as an operand of the product: keeping the values would leave too few registers for
+            // the sums.
+            const P* factors = values;
+            asm volatile("" : "+r"(factors));
+            const auto add = [&](int place, Vec<P> weights) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+              for (int t = 0; t < Tokens; ++t) sum[v][t] = fma(weights, splat(factors[place * Tokens + t]), sum[v][t]);
+            };
             const Vec<float> scale = scales[v * lanes];
             [&]<int... Place>(std::integer_sequence<int, Place...>) __attribute__((always_inline)) {
-              (add(Place, decode_place<Format, Place, normal>(word, book) * scale), ...);
+              (add(Place, decode_place<Format, Place, normal>(word[v], book) * scale), ...);
             }(std::make_integer_sequence<int, in_word>{});
           }
-        };
-        if constexpr (Format == WeightFormat::kFp8) {
-          if (!all_normal_e4m3(word)) {
-            add_word(std::false_type{});
-            continue;
-          }
         }
-        add_word(std::true_type{});
+      };
+      if (normal) {
+        add_words(std::true_type{});
+      } else {
+        add_words(std::false_type{});
       }
       values += in_word / kTerms<P> * Tokens;
     }
-    if ((r + step.run) % step.segment != 0 && !(step.last && r + step.run >= step.count)) continue;
+    // A segment is a power of two.
+    if (((r + step.run) & (step.segment - 1)) != 0 && !(step.last && r + step.run >= step.count)) continue;
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 16
@@ -290,7 +250,8 @@ constexpr int kShortTileRows = Vecs == 1 ? 8 : 4;
 // scales[segment · kGroup + row].
 template <int Rows, int Vecs, bool Half, class P>
 __attribute__((noinline)) void scaled_block_product(const P* a, const P* b, int depth, int segment, bool first,
-                                                    const float* scales, float* c, int64_t c_stride) {
+                                                    const float* scales, float* c, int64_t c_stride, NearLines& ahead) {
+  NearLines lines = ahead;
   if constexpr (kKeepsTotals<Rows, Vecs>) {
     Vec<float> total[Rows][Vecs] = {};
     const auto each = [&](auto&& f) __attribute__((always_inline)) {
@@ -304,15 +265,16 @@ __attribute__((noinline)) void scaled_block_product(const P* a, const P* b, int 
       each([&](Vec<float>& t, int i, int v) __attribute__((always_inline)) { t = load(c + i * c_stride + v * kLanes<float>); });
     for (int k = 0; k < depth; k += segment, scales += kGroup) {
       Vec<float> sum[Rows][Vecs] = {};
-      accumulate<P, Half>(sum, a + k, kDepth, 1, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
+      accumulate<P, Half>(sum, a + k, kDepth, 1, b + k * Vecs * kLanes<P>, std::min(segment, depth - k), lines);
       each([&](Vec<float>& t, int i, int v) __attribute__((always_inline)) { t = fma(sum[i][v], splat(scales[i]), t); });
     }
     each([&](Vec<float>& t, int i, int v) __attribute__((always_inline)) { store(c + i * c_stride + v * kLanes<float>, t); });
+    ahead = lines;
     return;
   }
   for (int k = 0; k < depth; k += segment, scales += kGroup) {
     Vec<float> sum[Rows][Vecs] = {};
-    accumulate<P, Half>(sum, a + k, kDepth, 1, b + k * Vecs * kLanes<P>, std::min(segment, depth - k));
+    accumulate<P, Half>(sum, a + k, kDepth, 1, b + k * Vecs * kLanes<P>, std::min(segment, depth - k), lines);
     const bool fresh = first && k == 0;
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -323,6 +285,7 @@ __attribute__((noinline)) void scaled_block_product(const P* a, const P* b, int 
       }
     }
   }
+  ahead = lines;
 }
 
 // group_product() of tile_gemm.h: the same sums in the same order.
@@ -331,6 +294,9 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Qua
                    int64_t c_stride, P* pack) {
   using T = Term<P>;
   const Panel<P>& panel = x.panel;
+  if constexpr (!std::is_same_v<P, double>) {
+    if (x.rounded) return int8_group_product(w, n, count, *x.rounded, c, c_stride);
+  }
   if constexpr (kDecodesFew<P>) {
     if (x.few) {
       return with_few_tokens<kFewQuantized>(panel.width, [&](auto tokens) {
@@ -347,9 +313,11 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Qua
   const int segment = static_cast<int>(scales_sums ? segment_columns<P>(w) / kTerms<P> : segment_of<P>(w.depth()));
   for (int64_t i = 0; i < count; i += kGroup) {
     const int rows = static_cast<int>(std::min<int64_t>(kGroup, count - i));
+    [[maybe_unused]] ScalesOfRows scales_of_rows(w, scales_sums ? n + i : 0, scales_sums ? n + i + rows : 1);
     for (int64_t k = 0; k < w.depth(); k += room) {
       const int terms = static_cast<int>(std::min<int64_t>(room, w.depth() - k));
       const int depth = (terms + kTerms<P> - 1) / kTerms<P>;
+      NearLines ahead;
       if (w.transposed) {
         decode_tile<true>(w, k, terms, n + i, rows, tile, kGroup);
         const Weight<T> decoded{tile, 1, kGroup, rows, terms};
@@ -366,24 +334,16 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Qua
           decode_tile<false>(w, n + i, rows, k, terms, reinterpret_cast<T*>(pack), room);
           for (int j = 0; terms % 2 && j < rows; ++j) pack[j * kDepth + depth - 1].terms[1] = BFloat16{0};
           std::fill(pack + rows * kDepth, pack + (rows + 3) / 4 * 4 * kDepth, P{});
-          // A row's scales lie side by side; a segment takes one, or shares it with the next.
-          const int64_t group = k >> w.weights->column_shift;
-          const int count = static_cast<int>(((k + terms - 1) >> w.weights->column_shift) - group) + 1;
-          for (int j = 0; j < kGroup; ++j) {
-            alignas(64) float of_row[kLanes<float>] = {};
-            if (j < rows) store(of_row, w.scale_run(w.scales(n + i + j) + group, count));
-            for (int s = 0; s * segment < depth; ++s) {
-              scales[s * kGroup + j] = of_row[((k + s * segment * kTerms<P>) >> w.weights->column_shift) - group];
-            }
-          }
+          scales_of_rows.at(k, k + terms, segment * kTerms<P>, scales);
         } else {
           decode_tile<true>(w, n + i, rows, k, terms, tile, room);
           pack_rows(Weight<T>{tile, room, 1, rows, terms}, 0, rows, 0, terms, pack);
         }
-        prefetch_tile(w, n + i, rows, k + room, std::min<int64_t>(room, w.depth() - k - terms));
+        ahead = tile_ahead(w, n + i, rows, k, room);
+        ahead.share_among((rows + 3) / 4 * panel.num_blocks() * depth);
       }
       if constexpr (kTiled<P>) {
-        tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, k == 0, c + i * c_stride, c_stride, {});
+        tiled_product(pack, kDepth, rows, panel, k / kTerms<P>, depth, k == 0, c + i * c_stride, c_stride, ahead);
       } else {
         for (int64_t block = 0; block < panel.num_blocks(); ++block) {
           with_block(panel, block, [&](auto vectors, auto half) {
@@ -393,7 +353,7 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Qua
                 return for_tiles<kShortTileRows<vectors>>(rows, [&](auto height, int64_t j) {
                   float* to = c + (i + j) * c_stride + block * kPanelWidth<P>;
                   scaled_block_product<height, vectors, half>(pack + j * kDepth, b, depth, segment, k == 0, scales + j, to,
-                                                              c_stride);
+                                                              c_stride, ahead);
                 });
               }
             }
@@ -405,9 +365,10 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Qua
               }
               if constexpr (kScalesSums<P>) {
                 scaled_block_product<height, vectors, half>(pack + j * kDepth, b, depth, segment, k == 0, scales + j, to,
-                                                            c_stride);
+                                                            c_stride, ahead);
               } else {
-                block_product<height, vectors, kDepth, 1, half>(pack + j * kDepth, 0, b, depth, segment, k == 0, to, c_stride);
+                block_product<height, vectors, kDepth, 1, half, P, NearLines&>(pack + j * kDepth, 0, b, depth, segment, k == 0,
+                                                                               to, c_stride, ahead);
               }
             });
           });

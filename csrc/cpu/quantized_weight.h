@@ -29,6 +29,7 @@ struct QuantizedWeights {
   const float *nested_code = nullptr, *nested_scale = nullptr;
   float offset = 0;
   int nested_shift = 0;
+  bool rounds_rows = false;  // products round their other operand to 8 bits
 
   int64_t row_bytes() const { return format == WeightFormat::kFp8 || format == WeightFormat::kInt8 ? columns : columns / 2; }
 };

@@ -163,6 +163,7 @@ class Family:
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _DENSE, _QUANTIZED = frozenset({"dense"}), frozenset({"quantized"})
 _UPDATED = frozenset({"dense", "dense + low rank"})
+_ROUNDS = frozenset({"quantized", "quantized, int8 rows"})
 _ANY = Served()
 # Served by both the native and the Triton kernels.
 _COMMON = {
@@ -200,7 +201,13 @@ FAMILIES: dict[str, Family] = {
             devices=("cpu",),
             dtypes=_FLOATS | {torch.float64},
             missing=native_unavailable,
-            primitives=_COMMON | {"hash_table": _ANY, "self_referential": _ANY},
+            primitives=_COMMON
+            | {
+                "expert_mlp": Served(weights=(_UPDATED, _ROUNDS), trained=_UPDATED),
+                "grouped_matmul": Served(weights=(_DENSE, _ROUNDS), trained=_DENSE | _ROUNDS),
+                "hash_table": _ANY,
+                "self_referential": _ANY,
+            },
         ),
         Family(
             "triton",
@@ -249,6 +256,11 @@ def serves_weights(backend_name: str, primitive: str, kinds: Iterable[str], trai
     """
     served, kinds = FAMILIES[backend_name].primitives[primitive], frozenset(kinds)
     return any(kinds <= mixed for mixed in served.weights) and (not trains or kinds <= served.trained)
+
+
+def rounds_rows(backend_name: str, primitive: str, x: torch.Tensor) -> bool:
+    """Whether a family's kernels of a primitive round rows like ``x`` to 8 bits themselves."""
+    return x.dtype != torch.float64 and serves_weights(backend_name, primitive, ("quantized, int8 rows",), False)
 
 
 def refuses(backend_name: str, primitive: str, x: torch.Tensor) -> str | None:

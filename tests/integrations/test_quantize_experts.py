@@ -101,6 +101,35 @@ def test_linear_layers_too(weight_format):
     assert type(model.lm_head) is torch.nn.Linear
 
 
+def test_rounded_activations(tmp_path):
+    """Experts and linear layers round their rows on demand, which files of transformers keep and the state does not."""
+    model, ids = qwen(), torch.randint(64, (2, 9))
+    gossamer.quantize_experts(model, "int4", include_linears=True, activations="int8")
+    stacks = [m for m in model.modules() if isinstance(m, QuantizedExpertStack)]
+    assert {m.activations for m in stacks} == {"int8"} and "activations=int8" in repr(stacks[0])
+    plain = dequantized(model)
+    with torch.no_grad():
+        rounded, exact = model(ids).logits, plain(ids).logits
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.05
+    fresh = qwen()
+    gossamer.load_quantized_experts(fresh, model.state_dict(), activations="int8")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids).logits, rounded)
+    importlib.import_module("gossamer.integrations.transformers")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path)(ids).logits, rounded)
+    for stack in stacks:
+        stack.activations = "float"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, exact)
+    other = qwen()
+    gossamer.quantize_experts(other, "fp8")
+    with pytest.raises(ValueError, match="activations can be 'int8' for the formats"):
+        gossamer.quantize_experts(qwen(), "fp8", activations="int8")
+    with pytest.raises(ValueError, match="activations can be 'int8' for the formats"):
+        gossamer.load_quantized_experts(qwen(), other.state_dict(), activations="int8")
+
+
 def test_chosen_linear_layers_saved_and_loaded(tmp_path):
     """A function chooses; a layer keeps its hooks; state and files hold the codes, and a part with gradients trains."""
     model, ids, calls = qwen(), torch.randint(64, (1, 5)), []

@@ -71,7 +71,10 @@ _LEAST_BLOCK = 32
 
 
 def quantized_stack(weight: Weight) -> tuple:
-    """A quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, scales' size, blocks."""
+    """A quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, scales' size, blocks.
+
+    The last item says whether products round rows to 8 bits.
+    """
     form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
     code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
     if scale.dim() == 2:
@@ -79,7 +82,8 @@ def quantized_stack(weight: Weight) -> tuple:
     else:
         shift = weight.group_size.bit_length() - 1
         shifts, scales = (shift if form == "fp8_block" else 0, shift), (scale.shape[1], scale.shape[2])
-    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales, _NO_BLOCKS
+    rounds = weight.activations == "int8"
+    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales, _NO_BLOCKS, rounds
 
 
 def quantized_matrix(weight: Weight) -> tuple | None:
@@ -91,7 +95,8 @@ def quantized_matrix(weight: Weight) -> tuple | None:
     if weight.format != "nf4":
         one = scale.shape[0] != n
         shifts = _ALL_ROWS if one else 0, _WHOLE_ROW
-        return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, (1 if one else n, 1), _NO_BLOCKS
+        scales = 1 if one else n, 1
+        return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, scales, _NO_BLOCKS, False
     code, nested_absmax, nested_code, offset, size, nested_size, _, _ = weight.blocks
     parts = [t for t in (code, nested_absmax, nested_code) if t is not None]
     # A row consists of whole blocks, and the smallest step of a product reads at most one of them.
@@ -100,9 +105,10 @@ def quantized_matrix(weight: Weight) -> tuple | None:
         return None
     shifts, scales = (0, size.bit_length() - 1), (n, c // size)
     if nested_absmax is None:
-        return "nf4", data, address, DTYPES[torch.float32], (n, c), shifts, scales, (code.data_ptr(), 0, 0, 0, 0)
+        blocks = code.data_ptr(), 0, 0, 0, 0
+        return "nf4", data, address, DTYPES[torch.float32], (n, c), shifts, scales, blocks, False
     nested = nested_code.data_ptr(), nested_absmax.data_ptr(), offset.data_ptr(), nested_size.bit_length() - 1
-    return "nf4", data, address, NESTED_SCALE, (n, c), shifts, scales, (code.data_ptr(), *nested)
+    return "nf4", data, address, NESTED_SCALE, (n, c), shifts, scales, (code.data_ptr(), *nested), False
 
 
 def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:

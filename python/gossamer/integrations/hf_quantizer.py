@@ -21,7 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.integrations import quantized
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear
-from gossamer.ops.quantized_expert_weight import FORMATS, MX_GROUP, QuantizedExpertWeight, check_format
+from gossamer.ops.quantized_expert_weight import (
+    FORMATS,
+    MX_GROUP,
+    QuantizedExpertWeight,
+    check_activations,
+    check_format,
+)
 
 METHOD = "gossamer"
 
@@ -44,10 +50,11 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
         format: the target format, one of :class:`gossamer.QuantizedExpertWeight`; None in files.
         group_size: group size of ``int4``.
         experts: description of a file's experts: for the path of each weight its ``format``, the shapes of its ``data``
-            and ``scale``, and ``scale_dtype``.
+            and ``scale``, and ``scale_dtype``, and ``activations`` unless they are ``"float"``.
+        activations: as in :func:`gossamer.quantize_experts`.
 
     Raises:
-        ValueError: an unknown format, or neither a format nor experts.
+        ValueError: an unknown format, one that is none for ``activations``, or neither a format nor experts.
     """
 
     def __init__(
@@ -55,12 +62,15 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
         format: str | None = None,
         group_size: int = MX_GROUP,
         experts: Mapping[str, Mapping[str, object]] | None = None,
+        activations: str = "float",
         **_: object,
     ) -> None:
         self.quant_method = METHOD
         self.format, self.group_size, self.experts = format, group_size, dict(experts or {})
+        self.activations = activations
         if format is not None:
             check_format(format)
+            check_activations(activations, format)
         elif not self.experts:
             raise ValueError("quantization_config must have a format, or say what experts there are, got neither")
 
@@ -77,6 +87,7 @@ def _described(model: nn.Module) -> QuantizedExpertsConfig:
             "scale": list(stack.scale.shape),
             "scale_dtype": str(stack.scale.dtype).removeprefix("torch."),
         }
+        | ({} if stack.activations == "float" else {"activations": stack.activations})
         for path, stack in _stacks(model).items()
     }
     return QuantizedExpertsConfig(experts=experts)
@@ -103,6 +114,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
                 torch.empty(held["data"], dtype=FORMATS[held["format"]][0], device="meta"),
                 torch.empty(held["scale"], dtype=scale_dtype, device="meta"),
                 held["format"],
+                held.get("activations", "float"),
             )
             quantized.hold(module, weight, empty)
         return model
@@ -110,7 +122,8 @@ class QuantizedExpertsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         if not self.pre_quantized:
             config = self.quantization_config
-            quantized.quantize_experts(model, config.format, group_size=config.group_size)
+            options = {"group_size": config.group_size, "activations": config.activations}
+            quantized.quantize_experts(model, config.format, **options)
             return model
         missing = [
             f"{path}.{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,7 +13,13 @@ from gossamer._checks import FLOAT_DTYPES, check_device, check_tensor
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear, Router
-from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight, check_format, concatenate
+from gossamer.ops.quantized_expert_weight import (
+    MX_GROUP,
+    QuantizedExpertWeight,
+    check_activations,
+    check_format,
+    concatenate,
+)
 
 ADAPTER = "quantized"
 
@@ -151,6 +158,7 @@ def quantize_experts(
     group_size: int = MX_GROUP,
     strict: bool = True,
     include_linears: bool | Callable[[str, nn.Linear], bool] = False,
+    activations: str = "float",
 ) -> Quantization:
     """Replace the expert weights of a model by quantised ones, in place, one matrix at a time.
 
@@ -175,16 +183,19 @@ def quantize_experts(
             within a router and those with one output; or a function of a layer's path and the layer that returns
             whether to quantise it. Layers that cannot be quantised, such as a head that shares the embedding's weight,
             are left unchanged and listed in the report.
+        activations: ``"int8"`` also rounds the rows that these weights multiply to 8 bits, for the formats ``int8``,
+            ``int4`` and ``mxfp4``; :class:`gossamer.QuantizedExpertWeight` states the error.
 
     Returns:
         What was quantised, with bytes before and after; ``print`` it.
 
     Raises:
         TypeError: ``model`` is not a module, or ``include_linears`` neither a bool nor a function.
-        ValueError: the format or group size is unknown, nothing to quantise is inside, or, under ``strict``, an experts
-            module's weights do not fit the format or are quantised already.
+        ValueError: the format or group size is unknown, the format is none for ``activations``, nothing to quantise is
+            inside, or, under ``strict``, an experts module's weights do not fit the format or are quantised already.
     """
     check_format(format)
+    check_activations(activations, format)
     if not isinstance(include_linears, bool) and not callable(include_linears):
         raise TypeError(f"include_linears must be a bool or a function, got {type(include_linears).__name__}")
     surgery.check_model(model)
@@ -200,10 +211,10 @@ def quantize_experts(
     # This comes before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
     if found.chosen:
         compute_by_gossamer(model)
-    done = []
+    done, options = [], {"group_size": group_size, "activations": activations}
     for name, module in linears.chosen:
         before, class_name = module.weight.nbytes, type(module).__name__
-        weight = QuantizedExpertWeight.quantize(module.weight.detach().unsqueeze(0), format, group_size=group_size)
+        weight = QuantizedExpertWeight.quantize(module.weight.detach().unsqueeze(0), format, **options)
         hold(module, "weight", weight)
         done.append(QuantizedModule(name, class_name, format, before, weight.nbytes))
     for name, module in found.chosen:
@@ -213,7 +224,7 @@ def quantize_experts(
             weight = getattr(module, weight_name).detach()
             before += weight.nbytes
             wide = weight.transpose(1, 2) if transposed else weight
-            quantized = QuantizedExpertWeight.quantize(wide, format, group_size=group_size)
+            quantized = QuantizedExpertWeight.quantize(wide, format, **options)
             hold(module, weight_name, quantized)
             after += quantized.nbytes
             del weight, wide
@@ -294,8 +305,20 @@ def _read(
     return _per_expert(tensors, prefix, name, num_experts, used)
 
 
+def _placed(
+    weight: QuantizedExpertWeight, device: torch.device | str | None, activations: str
+) -> QuantizedExpertWeight:
+    """The weight on a device, None for its own, for products that take activations so."""
+    data, scale = (t if device is None else t.to(device) for t in (weight.data, weight.scale))
+    return replace(weight, data=data, scale=scale, activations=activations)
+
+
 def load_quantized_experts(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device | str | None = None,
+    activations: str = "float",
 ) -> Quantization:
     """Load the quantised expert weights of a checkpoint into a model, without converting them to floats.
 
@@ -315,6 +338,7 @@ def load_quantized_experts(
         model: any module with experts inside, as in :func:`gossamer.quantize_experts`.
         tensors: tensors by their names in the model's ``state_dict``; may be a mapping that reads from files.
         device: device of the stacks; None to leave them where they are.
+        activations: as in :func:`gossamer.quantize_experts`.
 
     Returns:
         A report of what was loaded. ``used`` lists the tensors; load the others with ``load_state_dict(...,
@@ -322,7 +346,8 @@ def load_quantized_experts(
 
     Raises:
         TypeError: ``model`` is not a module, or a tensor has another dtype than its format.
-        ValueError: no experts are inside, a module's weight is not among ``tensors``, or shapes do not fit.
+        ValueError: no experts are inside, a module's weight is not among ``tensors``, shapes do not fit, or a format is
+            none for ``activations``.
     """
     surgery.check_model(model)
     if not hasattr(tensors, "keys") or not hasattr(tensors, "__getitem__"):
@@ -350,9 +375,7 @@ def load_quantized_experts(
                 raise ValueError(f"tensors must hold a quantised {prefix}{weight_name} under one of the known names")
             if weight.shape != shape:
                 raise ValueError(f"{prefix}{weight_name} must have shape (E, N, C) = {shape}, got {weight.shape}")
-            if device is not None:
-                weight = QuantizedExpertWeight(weight.data.to(device), weight.scale.to(device), weight.format)
-            weights[weight_name] = weight
+            weights[weight_name] = _placed(weight, device, activations)
         loaded.append((name, module, weights))
     for name, module in model.named_modules():
         key = f"{name}.weight" if name else "weight"
@@ -362,9 +385,7 @@ def load_quantized_experts(
         if weight.shape != (1, module.out_features, module.in_features):
             shape = 1, module.out_features, module.in_features
             raise ValueError(f"{key} must have shape (1, O, I) = {shape}, got {weight.shape}")
-        if device is not None:
-            weight = QuantizedExpertWeight(weight.data.to(device), weight.scale.to(device), weight.format)
-        loaded.append((name, module, {"weight": weight}))
+        loaded.append((name, module, {"weight": _placed(weight, device, activations)}))
     if experts:
         compute_by_gossamer(model)
     done = []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from gossamer._checks import check_shape, check_shape_of
 
@@ -18,6 +19,12 @@ INT4_ZERO = 8
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
+# How products take rows of x: as they are, or rounded to 8 bits, beside weights whose codes are whole numbers.
+ACTIVATIONS = ("float", "int8")
+WHOLE_FORMATS = ("int8", "int4", "mxfp4")
+# Columns of x that share a scale at most, and what is the least of a group that is not zero.
+_INT8_GROUP = 128
+_INT8_LEAST = 2.0**-100
 
 # Values per byte, for formats with more than one.
 _PER_BYTE = {"int4": 2, "mxfp4": 2}
@@ -63,6 +70,7 @@ class Weight(NamedTuple):
         b: ``(..., N, r)``.
         factor: factor of the update.
         bias: ``(N,)`` or ``(E, N)``, added to the weight's products; or None.
+        activations: ``"float"``, or ``"int8"`` if products take rows as :func:`round_rows` rounds them.
     """
 
     data: torch.Tensor
@@ -73,6 +81,7 @@ class Weight(NamedTuple):
     b: torch.Tensor | None = None
     factor: float = 1.0
     bias: torch.Tensor | None = None
+    activations: str = "float"
 
     @property
     def quantized(self) -> bool:
@@ -86,8 +95,10 @@ class Weight(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """``"dense"`` or ``"quantized"``, with an update ``"dense + low rank"`` or ``"quantized + low rank"``."""
+        """``"dense"``, ``"quantized"`` or ``"quantized, int8 rows"``, with ``" + low rank"`` where it has an update."""
         kind = "dense" if self.format == "dense" else "quantized"
+        if self.activations != "float":
+            kind = f"{kind}, {self.activations} rows"
         return kind if self.a is None else f"{kind} + low rank"
 
     @property
@@ -118,6 +129,29 @@ class Weight(NamedTuple):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Its values without the update: a dense weight's unchanged, a quantised one's rounded once to ``dtype``."""
         return self.data if self.format == "dense" else DECODERS[self.format](self).to(dtype)
+
+
+def round_rows(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The rows ``x (..., C)`` as products with a weight of ``"int8"`` activations take them, in float32 or float64.
+
+    Of each g columns, those that share a scale of the weight but at most 128::
+
+        s = max |x| / 127,    q = round(x · 127 / max |x|),    x̂ = q · s
+
+    in float32, halves to even, so that ``|x̂ − x| <= s / 2`` but for the rounding of float32. A group below 2⁻¹⁰⁰ is
+    zero, and one that holds a value that is not finite is NaN. The gradient of x is that of x̂.
+    """
+    wide, c = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
+    if x.numel() == 0:
+        return x.to(wide)
+    size = min(weight.group_size, _INT8_GROUP)
+    groups = F.pad(x.detach().float(), (0, -c % size)).unflatten(-1, (-1, size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    none = largest < _INT8_LEAST
+    codes = (groups * torch.where(none, 0.0, 127.0 / largest)).round().clamp(-127, 127)
+    scale = torch.where(largest.isfinite(), torch.where(none, 0.0, largest * (1.0 / 127.0)), torch.nan)
+    rounded = (codes.to(wide) * scale.to(wide)).flatten(-2)[..., :c]
+    return rounded + (x - x.detach()) if x.requires_grad else rounded
 
 
 def as_weight(name: str, weight: object, expected: tuple[int | None, ...], symbols: str) -> Weight:

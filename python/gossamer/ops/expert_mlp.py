@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from gossamer._layout import stored_transposed
 from gossamer.ops._groups import Groups
 from gossamer.ops._overwrite import may_overwrite
 from gossamer.ops._records import define
-from gossamer.ops._weights import Weight, as_weight
+from gossamer.ops._weights import Weight, as_weight, round_rows
 from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch, check_dispatch
 from gossamer.ops.gather_reduce import combine_slots
@@ -51,7 +52,17 @@ def expert_mlp_reference(
 ) -> torch.Tensor:
     """:func:`expert_mlp` as a loop over experts in plain torch, differentiable, in any floating dtype."""
     activation = as_activation(activation)
-    gate_up, down = (w.dequantize(x.dtype) if isinstance(w, QuantizedExpertWeight) else w for w in (gate_up, down))
+
+    def multiplied(weight: torch.Tensor | QuantizedExpertWeight) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The product of rows with an expert's weight."""
+        if not isinstance(weight, QuantizedExpertWeight):
+            return lambda rows, e: rows @ weight[e].T
+        if weight.activations == "float":
+            return multiplied(weight.dequantize(x.dtype))
+        wide = weight.dequantize(torch.promote_types(x.dtype, torch.float32))
+        return lambda rows, e: (round_rows(rows, weight.operand()) @ wide[e].T).to(x.dtype)
+
+    by_gate_up, by_down = multiplied(gate_up), multiplied(down)
     slots = dispatch.slots.long()
     offsets = dispatch.offsets.tolist()
     flat_weights = weights.reshape(-1)
@@ -61,13 +72,13 @@ def expert_mlp_reference(
         mine = slots[offsets[e] : offsets[e + 1]]
         token = mine // dispatch.top_k
         rows = x.index_select(0, token)
-        hidden = rows @ gate_up[e].T
+        hidden = by_gate_up(rows, e)
         if gate_up_lora is not None:
             hidden = hidden + lora_scale * (rows @ gate_up_lora[0][e].T.to(x.dtype) @ gate_up_lora[1][e].T.to(x.dtype))
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias[e]
         act = activate_reference(hidden, activation, interleaved)
-        out = act @ down[e].T
+        out = by_down(act, e)
         if down_lora is not None:
             out = out + lora_scale * (act @ down_lora[0][e].T.to(x.dtype) @ down_lora[1][e].T.to(x.dtype))
         if down_bias is not None:
@@ -379,8 +390,11 @@ def expert_mlp(
     parts = (x, weights, up_values, gate_up_bias, first.a, first.b, down_values, down_bias, second.a, second.b)
     save = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
     args = ExpertMlp(x, first, second, dispatch.groups, weights, activation, interleaved, save)
+    served = _backend.serves_weights(backend, "expert_mlp", (first.kind, second.kind), save)
+    if "int8" in (first.activations, second.activations):
+        served = served and _backend.rounds_rows(backend, "expert_mlp", x)
     # Rows without columns still have products, namely the biases, which the fused kernels leave out.
-    if h == 0 < o or not _backend.serves_weights(backend, "expert_mlp", (first.kind, second.kind), save):
+    if h == 0 < o or not served:
         return _composed(args, dispatch, backend)
     y, *_ = _expert_mlp(args, backend)
     return y

@@ -15,10 +15,14 @@ from gossamer._checks import check_flag, check_float, check_same_device, check_s
 from gossamer._layout import stored_transposed
 from gossamer.ops._groups import Groups
 from gossamer.ops._records import define
-from gossamer.ops._weights import Weight, as_weight
+from gossamer.ops._weights import Weight, as_weight, round_rows
 from gossamer.ops.dispatch import Dispatch, check_dispatch, dx_rows
 from gossamer.ops.gather_reduce import sum_slots
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def grouped_matmul_reference(
@@ -32,6 +36,11 @@ def grouped_matmul_reference(
 ) -> torch.Tensor:
     """:func:`grouped_matmul` as a loop over experts in plain torch, differentiable, in any floating dtype."""
     if isinstance(weight, QuantizedExpertWeight):
+        if weight.activations == "int8":
+            rows, bias = round_rows(x, weight.operand()), None if bias is None else bias.to(_wide(x.dtype))
+            wide = weight.dequantize(rows.dtype)
+            form = {"x_grouped": x_grouped, "y_grouped": y_grouped}
+            return grouped_matmul_reference(rows, wide, dispatch, bias=bias, **form).to(x.dtype)
         weight = weight.dequantize(x.dtype)
     offsets = dispatch.offsets.tolist()
     xs = x if x_grouped else x.index_select(0, dispatch.slots.long() // dispatch.top_k)
@@ -150,7 +159,8 @@ def _differentiate(ctx, args: GroupedMatmul, tensors, dy: torch.Tensor):
         # The same product with the weight transposed, followed by a sum over the rows that share a row of x.
         slots, summed = dx_rows(groups.slots, groups.rows, ctx.x_shape, args.x_div)
         grouped, of_dx = summed or args.x_div == 0, Groups(slots, groups.rows, groups.offsets)
-        dx = _grouped_matmul(GroupedMatmul(dy, args.weight, of_dx, dy_div, grouped, not args.transposed), ctx.backend)
+        weight = args.weight._replace(activations="float")
+        dx = _grouped_matmul(GroupedMatmul(dy, weight, of_dx, dy_div, grouped, not args.transposed), ctx.backend)
         if summed:
             dx = sum_slots(dx, groups.rows, groups.offsets, args.x_div, None, ctx.backend)
         gradients["x"] = dx
@@ -175,6 +185,10 @@ def rows_by_weight(
     x: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: bool, y_grouped: bool, backend: str
 ) -> torch.Tensor:
     """``(R, N)`` of :func:`grouped_matmul` from checked arguments; rows in slot order unless ``y_grouped``."""
+    if weight.activations != "float" and not _backend.rounds_rows(backend, "grouped_matmul", x):
+        bias = None if weight.bias is None else weight.bias.to(_wide(x.dtype))
+        exact = weight._replace(bias=bias, activations="float")
+        return rows_by_weight(round_rows(x, weight), exact, dispatch, x_grouped, y_grouped, backend).to(x.dtype)
     x_div = 0 if x_grouped else dispatch.top_k
     groups = dispatch.groups if y_grouped else Groups(dispatch.slots, dispatch.rows, dispatch.offsets)
     return _grouped_matmul(GroupedMatmul(x, weight, groups, x_div, y_grouped, False), backend)

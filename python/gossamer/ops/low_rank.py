@@ -15,7 +15,7 @@ from gossamer._autocast import autocast
 from gossamer._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
 from gossamer.ops._philox import drop
 from gossamer.ops._records import define
-from gossamer.ops._weights import Weight, as_weight
+from gossamer.ops._weights import Weight, as_weight, round_rows
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
 
@@ -281,6 +281,9 @@ def base_linear(
         check_same_dtype(x=x, bias=bias)
         check_same_device(x=x, weight=operand.data, bias=bias)
     backend = _backend.resolve("low_rank", x)
+    if operand.activations != "float" and (backend != "native" or x.dtype == torch.float64):
+        rows = round_rows(x, operand)
+        return F.linear(rows, _matrix(operand, rows.dtype), None if bias is None else bias.to(rows.dtype)).to(x.dtype)
     if backend != "native":
         return F.linear(x, _matrix(operand, x.dtype), bias)
     return _base_linear(BaseLinear(x, operand, bias), backend)

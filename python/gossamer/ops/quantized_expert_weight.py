@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from gossamer._checks import check_float, check_positive, check_shape, check_strided, check_tensor
-from gossamer.ops._weights import BLOCK, E2M1, E8M0_BIAS, E8M0_NAN, INT4_GROUPS, INT4_ZERO, MX_GROUP, Weight
+from gossamer.ops._weights import (
+    ACTIVATIONS,
+    BLOCK,
+    E2M1,
+    E8M0_BIAS,
+    E8M0_NAN,
+    INT4_GROUPS,
+    INT4_ZERO,
+    MX_GROUP,
+    WHOLE_FORMATS,
+    Weight,
+)
 
 FP8 = torch.float8_e4m3fn
 
@@ -27,6 +38,14 @@ def check_format(weight_format: str) -> None:
     """``format`` must be a key of :data:`FORMATS`."""
     if not isinstance(weight_format, str) or weight_format not in FORMATS:
         raise ValueError(f"format must be one of {sorted(FORMATS)}, got {weight_format!r}")
+
+
+def check_activations(activations: str, weight_format: str) -> None:
+    """``activations`` must be ``"float"``, or ``"int8"`` beside a format whose codes are whole numbers."""
+    if not isinstance(activations, str) or activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
+    if activations == "int8" and weight_format not in WHOLE_FORMATS:
+        raise ValueError(f"activations can be 'int8' for the formats {WHOLE_FORMATS}, got format {weight_format!r}")
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -53,23 +72,32 @@ class QuantizedExpertWeight:
     infinity. ``mxfp4`` is the OCP microscaling format (2023), ``fp8_block`` DeepSeek-V3's (2024).
 
     Products use the values of :meth:`dequantize`, in the dtype of their other operand or more exactly.
+    With ``activations="int8"`` they also round that operand, so that they multiply whole numbers: each row, in groups
+    of the weight's columns (of 128 for ``int8``), becomes ``q·s`` with ``s = max |x| / 127`` and ``q = round(x / s)``.
+    A value moves by at most ``s / 2``, so ``y[n]`` by at most ``Σ |w[n, c]|·s[c] / 2``; sums of whole numbers are
+    exact. A group with a value that is not finite makes its row NaN. Gradients leave the rounding out.
 
     Attributes:
         data: the codes, contiguous.
         scale: the scales, contiguous, on the device of ``data``.
         format: a key of the table.
+        activations: how products take their other operand: ``"float"``, or ``"int8"`` (for ``int8``, ``int4`` and
+            ``mxfp4``).
 
     Raises:
         TypeError: ``data`` or ``scale`` is not a tensor of a dtype of its format.
-        ValueError: the format is unknown; shapes do not fit it; a tensor is not contiguous; devices differ.
+        ValueError: the format is unknown, or not one for ``activations``; shapes do not fit it; a tensor is not
+            contiguous; devices differ.
     """
 
     data: torch.Tensor
     scale: torch.Tensor
     format: str
+    activations: str = "float"
 
     def __post_init__(self) -> None:
         check_format(self.format)
+        check_activations(self.activations, self.format)
         dtype, per_byte = FORMATS[self.format]
         check_shape("data", self.data, (None, None, None), "(E, N, C)" if per_byte == 1 else "(E, N, C/2)")
         check_tensor("scale", self.scale)
@@ -126,14 +154,18 @@ class QuantizedExpertWeight:
 
     def operand(self) -> Weight:
         """The stack as the record that operators take."""
-        return Weight(self.data, self.format, self.scale)
+        if self.activations == "float":
+            return Weight(self.data, self.format, self.scale)
+        return Weight(self.data, self.format, self.scale, activations=self.activations)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The stack ``(E, N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
         return self.operand().dequantize(dtype)
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP) -> QuantizedExpertWeight:
+    def quantize(
+        cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP, activations: str = "float"
+    ) -> QuantizedExpertWeight:
         """Quantise ``weight (E, N, C)``, mapping each group's largest magnitude to the format's largest value.
 
         ``fp8`` and ``fp8_block`` divide by ``absmax / 448``, ``int8`` by ``absmax / 127``, ``int4`` by ``absmax / 7``
@@ -145,12 +177,15 @@ class QuantizedExpertWeight:
             weight: float; of any strides.
             format: of the table.
             group_size: of ``int4``: 32, 64 or 128, and C must be a multiple; of ``mxfp4`` 32.
+            activations: of the result.
 
         Raises:
             TypeError: ``weight`` is not a float tensor.
-            ValueError: the format is unknown, ``weight`` has another rank or no element, or groups do not fit C.
+            ValueError: the format is unknown or not one for ``activations``, ``weight`` has another rank or no element,
+                or groups do not fit C.
         """
         check_format(format)
+        check_activations(activations, format)
         check_shape("weight", weight, (None, None, None), "(E, N, C)")
         check_float("weight", weight, "reference")
         check_strided("weight", weight)
@@ -171,7 +206,7 @@ class QuantizedExpertWeight:
                 data = one_data.new_empty(weight.shape[0], *one_data.shape)
                 scale = one_scale.new_empty(weight.shape[0], *one_scale.shape)
             data[i], scale[i] = one_data, one_scale
-        return cls(data, scale, format)
+        return cls(data, scale, format, activations)
 
     @classmethod
     def from_mxfp4(cls, blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedExpertWeight:
@@ -224,17 +259,19 @@ def concatenate(parts: Sequence[QuantizedExpertWeight]) -> QuantizedExpertWeight
     """Concatenate stacks of one format along N, such as gate and up.
 
     Raises:
-        ValueError: formats differ, or a part but the last ends inside a block of ``fp8_block``.
+        ValueError: formats or activations differ, or a part but the last ends inside a block of ``fp8_block``.
     """
     first = parts[0]
-    if any(part.format != first.format for part in parts):
-        raise ValueError(f"parts must have one format, got {[part.format for part in parts]}")
+    for name in ("format", "activations"):
+        if any(getattr(part, name) != getattr(first, name) for part in parts):
+            raise ValueError(f"parts must have the same {name}, got {[getattr(part, name) for part in parts]}")
     if first.format == "fp8_block" and any(part.shape[1] % BLOCK for part in parts[:-1]):
         raise ValueError(
             f"N must be a multiple of {BLOCK} to concatenate fp8_block, got {[part.shape[1] for part in parts]}"
         )
     data = torch.cat([part.data.view(torch.uint8) for part in parts], dim=1).view(first.data.dtype)
-    return QuantizedExpertWeight(data, torch.cat([part.scale for part in parts], dim=1), first.format)
+    scale = torch.cat([part.scale for part in parts], dim=1)
+    return QuantizedExpertWeight(data, scale, first.format, first.activations)
 
 
 def _divided(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -45,12 +45,14 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, format: str, *, group_size: int = MX_GROUP) -> QuantizedLinear:
+    def from_linear(
+        cls, linear: nn.Linear, format: str, *, group_size: int = MX_GROUP, activations: str = "float"
+    ) -> QuantizedLinear:
         """Quantise the weight of ``linear``, by :meth:`gossamer.QuantizedExpertWeight.quantize`; its bias is shared."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        weight = QuantizedExpertWeight.quantize(linear.weight.detach().unsqueeze(0), format, group_size=group_size)
-        return cls(weight, linear.bias)
+        values, options = linear.weight.detach().unsqueeze(0), {"group_size": group_size, "activations": activations}
+        return cls(QuantizedExpertWeight.quantize(values, format, **options), linear.bias)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain linear layer with the dequantised weight."""

@@ -20,17 +20,18 @@ class QuantizedExpertStack(nn.Module):
         data: the codes.
         scale: the scales.
         format: how they are read.
+        activations: how products take their other operand; it may be set, and is not part of the state.
     """
 
     def __init__(self, weight: QuantizedExpertWeight) -> None:
         super().__init__()
-        self.format = weight.format
+        self.format, self.activations = weight.format, weight.activations
         self.register_buffer("data", weight.data)
         self.register_buffer("scale", weight.scale)
 
     def weight(self) -> QuantizedExpertWeight:
         """The weight ``(E, N, C)``, over the buffers themselves."""
-        return QuantizedExpertWeight(self.data, self.scale, self.format)
+        return QuantizedExpertWeight(self.data, self.scale, self.format, self.activations)
 
     def _apply(self, fn, recurse=True):
         for name, buffer in self._buffers.items():
@@ -57,7 +58,8 @@ class QuantizedExpertStack(nn.Module):
     def extra_repr(self) -> str:
         """Format and sizes."""
         e, n, stored = self.data.shape
-        return f"{self.format}, num_experts={e}, out={n}, in={stored * FORMATS[self.format][1]}"
+        sizes = f"{self.format}, num_experts={e}, out={n}, in={stored * FORMATS[self.format][1]}"
+        return sizes if self.activations == "float" else f"{sizes}, activations={self.activations}"
 
 
 def expert_weight(held: torch.Tensor | QuantizedExpertStack, transposed: bool) -> torch.Tensor | QuantizedExpertWeight:
