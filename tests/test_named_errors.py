@@ -338,6 +338,16 @@ NUMBERS = {
         ValueError,
         "ids must be more than one in training with norm='batch'",
     ),
+    "seed of hashes": (
+        lambda: gossamer.IdMaps.universal([5], seed=[1]),
+        TypeError,
+        "seed must be an int, got list",
+    ),
+    "seed of codes": (
+        lambda: nn.ProductQuantizedEmbedding.from_table(torch.ones(9, 4), nbytes=90, seed=1.5, num_parts=2),
+        TypeError,
+        "seed must be an int, got float",
+    ),
     "coded": (
         lambda: gossamer.gather_compose(
             torch.ones(4, 2), expert_ids(1, 2), gossamer.Parts.of(2, "add", gossamer.IdMaps.of([4], limit=9), coded=[1])

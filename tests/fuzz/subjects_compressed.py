@@ -146,6 +146,10 @@ def widths(nbytes, rows, dim):
     return torch.tensor(nn.choose_widths(tables, nbytes))
 
 
+# What the tables call their sizes.
+widths.signature = ["num_embeddings", "embedding_dim"]
+
+
 def searched_widths(rng):
     """Tables of widths that evolution finds."""
     rows, dim = size(rng, 2), size(rng, 1, 9)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_flag, check_index, check_positive, check_sequence
+from gossamer._checks import check_flag, check_index, check_positive, check_seed, check_sequence
 from gossamer.ops._records import define
 
 #: The prime of universal hashes over 64-bit ids.
@@ -113,6 +113,8 @@ class IdMaps:
         Raises:
             ValueError: as :meth:`of`.
         """
+        check_sequence("moduli", moduli)
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         multipliers, addends = (
             torch.randint(low, MERSENNE_61, (len(moduli),), generator=generator, device="cpu").tolist()

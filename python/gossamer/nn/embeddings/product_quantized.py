@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gossamer._checks import check_index, check_number, check_positive
+from gossamer._checks import check_index, check_number, check_positive, check_seed
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
@@ -277,6 +277,8 @@ class ProductQuantizedEmbedding(FusedTable):
         Raises:
             ValueError: as :meth:`from_budget`.
         """
+        check_positive(steps=steps)
+        check_seed(seed)
         made = cls._fit_weights(weight, nbytes, options)
         with torch.no_grad():
             made.weight.copy_(weight)

@@ -138,6 +138,7 @@ class ResidualQuantizer(nn.Module):
     def reseed_dead_codes(self, x: torch.Tensor, *, seed: int = 0) -> int:
         """Move codewords that no vector of ``x (n, d)`` chooses onto residuals drawn from it; return their number."""
         check_shape("x", x, (None, self.dim), "(n, d)")
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         left, dead = x.to(self.codebooks.dtype), 0
         for book in self.codebooks:

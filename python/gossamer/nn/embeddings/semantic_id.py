@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_shape
+from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_seed, check_shape
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, coded_nbytes
 from gossamer.nn.embeddings.residual_quantizer import ResidualQuantizer
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
@@ -126,6 +126,7 @@ class SemanticIdEmbedding(CodedRowsTable):
         """
         check_shape("weight", weight, (None, None), "(N, D)")
         check_positive(steps=steps)
+        check_seed(seed)
         if options.get("codes") is not None:
             return cls._fit_weights(weight, nbytes, options)
         options = {"device": weight.device, "dtype": weight.dtype} | options
