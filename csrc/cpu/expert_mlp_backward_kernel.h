@@ -148,11 +148,11 @@ class ExpertMlpBackward {
           gradient_by_terms();
         } else if constexpr (!kSame) {
           for_own_preact([&](int64_t begin, int64_t end) {
-            if (buffers.preact_c && (!gate_up_by_rows() || a.gate_up_update)) pack_along_rows(preact_c, preact, begin, end);
-            if (a.dx && gate_up_by_rows()) transpose_rows(preact_rows, preact, begin, end);
+            if (buffers.preact_c && (!gate_up_by_tiles() || a.gate_up_update)) pack_along_rows(preact_c, preact, begin, end);
+            if (a.dx && gate_up_by_tiles()) transpose_rows(preact_rows, preact, begin, end);
             if (buffers.preact_t) pack_along_tokens(preact_t, preact, begin, end);
           });
-          if (a.dx && gate_up_by_rows() && team.thread == 0) preact_rows.zero_past_terms();
+          if (a.dx && gate_up_by_tiles() && team.thread == 0) preact_rows.zero_past_terms();
         }
         if (buffers.preact_r) {
           const auto mine = team.share(a.wide(), kPanelWidth<S>);
@@ -225,8 +225,8 @@ class ExpertMlpBackward {
       const bool left_dy = a.ddown && !a.ddown.transposed;
       if (a.needs_dact() || a.ddown_bias || a.ddown_update || left_dy) pack_as_columns(dy_c, rows, o.begin, o.end);
     } else {
-      if (buffers.dy_c && (!down_by_rows() || a.down_update)) pack_as_columns(dy_c, rows, o.begin, o.end);
-      if (a.needs_dact() && down_by_rows()) copy_rows(dy_rows, rows, o.begin, o.end);
+      if (buffers.dy_c && (!down_by_tiles() || a.down_update)) pack_as_columns(dy_c, rows, o.begin, o.end);
+      if (a.needs_dact() && down_by_tiles()) copy_rows(dy_rows, rows, o.begin, o.end);
       if (buffers.dy_t) pack_as_terms(dy_t, rows, m, o.begin, o.end);
       if (buffers.dy) pack_as_columns(dy, rows, o.begin, o.end);
     }
@@ -234,7 +234,7 @@ class ExpertMlpBackward {
     rows = own->rows.rows_of(a.x, chunk);
     if (buffers.x_t) pack_as_terms(x_t, rows, m, h.begin, h.end);
     if (buffers.x_r) pack_as_rows(x_r, rows, m, h.begin, h.end);
-    const auto saved = [&](const ExpertUpdate& update, const Panel<P>& panel, const S* factors) {
+    const auto saved = [&](const ExpertUpdate& update, const RowPanel<P>& panel, const S* factors) {
       const S* s = static_cast<const S*>(update.s) + chunk.begin * update.rank;
       if (panel.data) pack_low_rank_rows(panel, s, factors, update.scale, m, team);
     };
@@ -270,6 +270,9 @@ class ExpertMlpBackward {
   // transposing weights.
   bool down_by_rows() const { return kByRows<P> && runs_along_rows(transposed_down(0)); }
   bool gate_up_by_rows() const { return kByRows<P> && runs_along_rows(transposed_gate_up(0)); }
+  // Whether tiles read the tokens of these products as rows; vectors read them as columns of a panel.
+  bool down_by_tiles() const { return kTiled<P> && down_by_rows(); }
+  bool gate_up_by_tiles() const { return kTiled<P> && gate_up_by_rows(); }
 
   Weight<T> transposed_down(int64_t expert) const { return expert_weight_t<T>(a.down, expert, a.output, a.inner); }
   Weight<T> transposed_gate_up(int64_t expert) const { return expert_weight_t<T>(a.gate_up, expert, a.wide(), a.hidden); }
@@ -425,7 +428,7 @@ class ExpertMlpBackward {
     if (a.dgate_up_bias || a.ddown_bias || a.dweights) clock.lap(Stage::kSums);
   }
 
-  void weight_gradient(WorkQueue& queue, const Panel<P>& columns, const Panel<P>& rows, const WeightGradient& gradient,
+  void weight_gradient(WorkQueue& queue, const Panel<P>& columns, const RowPanel<P>& rows, const WeightGradient& gradient,
                        S* partial, const Chunk& chunk) {
     const bool whole = chunk.first && chunk.last;
     T* out = static_cast<T*>(gradient.base) + chunk.expert * columns.depth * rows.width;
@@ -433,11 +436,12 @@ class ExpertMlpBackward {
     const GradientSink<T> sink{out, whole ? nullptr : partial, rows.width, rows.width, chunk.first, chunk.last, past_caches};
     const auto sum = [&](int64_t begin, int64_t end) { outer_product(columns, begin, end, rows, sink); };
     queue.each(team, columns.depth, kOuterRows<P>, sum, kTiled<P> ? 0 : 1);
+    if (past_caches) order_streams();
   }
 
   // da = lowᵀ · rows and db = columnsᵀ · saved.
-  void factor_gradients(const UpdateGradient& g, const Chunk& chunk, const Panel<P>& low, const Panel<P>& rows,
-                        const Panel<P>& columns, const Panel<P>& saved, WorkQueue& a_queue, WorkQueue& b_queue,
+  void factor_gradients(const UpdateGradient& g, const Chunk& chunk, const Panel<P>& low, const RowPanel<P>& rows,
+                        const Panel<P>& columns, const RowPanel<P>& saved, WorkQueue& a_queue, WorkQueue& b_queue,
                         const LowRankMemory<P>& memory) {
     if (g.da) factor_gradient(a_queue, team, kRankUnit, low, rows, g.da, a.factor_dtype, memory.a_partial, chunk);
     if (g.db) factor_gradient(b_queue, team, kGroup, columns, saved, g.db, a.factor_dtype, memory.b_partial, chunk);
@@ -468,11 +472,12 @@ class ExpertMlpBackward {
   // Whether tokens stay in rows from one product to the next.
   bool activation_by_rows;
   TokenSums<T> dx;
-  Panel<P> x_t, x_r, dy_c, dy_t, dy_r, preact_c, preact_t, preact_r, act_t, act_r;
+  Panel<P> x_t, dy_c, dy_t, preact_c, preact_t, act_t;
+  RowPanel<P> x_r, dy_r, preact_r, act_r;
   PackedRows<P> dy_rows, preact_rows;
   Panel<S> dy, preact, act;
   LowRankPanels<P> up_low, down_low;
-  Panel<P> up_low_r, down_low_r;
+  RowPanel<P> up_low_r, down_low_r;
 };
 
 void expert_mlp_backward(const ExpertMlpBackwardArgs& args, void* shared, int num_threads, Team team) {

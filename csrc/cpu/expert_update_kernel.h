@@ -48,8 +48,9 @@ void low_rank_rows(const Weight<T>& w, const Panel<P>& x, double scale, const Lo
 
 // This thread's share of the low-rank rows that a forward pass saved, `scale` times each token's factor if there are any,
 // with tokens as rows.
-template <class P, class S>
-void pack_low_rank_rows(const Panel<P>& panel, const S* saved, const S* factors, double scale, int64_t tokens, Team team) {
+template <class P, int Vectors, class S>
+void pack_low_rank_rows(const Panel<P, Vectors>& panel, const S* saved, const S* factors, double scale, int64_t tokens,
+                        Team team) {
   const auto value = [&](int64_t token, int64_t j) {
     const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, panel.width - j));
     const S factor = static_cast<S>(scale) * (factors ? factors[token] : S{1});
@@ -67,7 +68,7 @@ void pack_low_rank_rows(const Panel<P>& panel, const S* saved, const S* factors,
 
 // out[expert] = Σ_token columns[·][token] · rows[token][·] over the expert's chunks.
 template <class P>
-void factor_gradient(WorkQueue& queue, Team team, int64_t unit, const Panel<P>& columns, const Panel<P>& rows, void* out,
+void factor_gradient(WorkQueue& queue, Team team, int64_t unit, const Panel<P>& columns, const RowPanel<P>& rows, void* out,
                      DType dtype, SumOf<P>* partial, const Chunk& chunk) {
   visit_float(dtype, [&](auto tag) {
     using G = typename decltype(tag)::type;

@@ -189,7 +189,7 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
     const Panel<P> as_columns{a.transposed ? buffers.x : buffers.dy, n, packed_depth<P>(m)};
-    const Panel<P> as_rows{a.transposed ? buffers.dy : buffers.x, tile_depth<P>(m), c};
+    const RowPanel<P> as_rows{a.transposed ? buffers.dy : buffers.x, tile_depth<P>(m), c};
     const Panel<S> dy_columns = sums_apart ? Panel<S>{buffers.dy_sums, a.n, m} : sums_of(as_columns);
     team.barrier();
     buffers.queue.restart(team);
@@ -212,6 +212,7 @@ void grouped_dweight(const GroupedDweightArgs& a, void* shared, int num_threads,
                                a.groups.num_experts * n * c * static_cast<int64_t>(sizeof(T)) > kPastCaches};
     buffers.queue.each(team, n, kOuterRows<P>,
                        [&](int64_t begin, int64_t end) { outer_product(as_columns, begin, end, as_rows, sink); });
+    if (sink.past_caches) order_streams();
     if (!a.dbias) return;
     sum_tokens(dy_columns, static_cast<const S*>(nullptr), bias_rows.begin, bias_rows.end, chunk, bias.get(),
                static_cast<T*>(a.dbias) + chunk.expert * a.n);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/sparse_update.h"
@@ -21,60 +22,13 @@ constexpr int64_t kKeysPerThread = 4096;
 constexpr int64_t kMaxGroups = 256;
 // Rows this many positions ahead are prefetched.
 constexpr int64_t kAhead = 24;
+// Keys that are searched for before what belongs to their slots is written, while it is in the caches.
+constexpr int64_t kServedAtOnce = 512;
 
 // Into the second-level cache, where a core waits for several times as many lines as it can for the first level.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch_bytes(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
-}
-
-// A search in progress: each step prefetches the data of the next step, which arrives while other searches take their steps.
-struct Flight {
-  int64_t key;
-  Place place;
-  uint32_t first;
-
-  void start(const Table& t, int64_t k) {
-    key = k;
-    place = place_of(t, k);
-    prefetch(t.digests + first_bucket(t, place) * kSlots);
-  }
-
-  void look_first(const Table& t, const int64_t* beside) {
-    const int64_t bucket = first_bucket(t, place);
-    first = match(t.digests + bucket * kSlots, place.digest);
-    if (first) return fetch_slot(t, beside, bucket, first);
-    prefetch(t.digests + second_bucket(t, place) * kSlots);
-    prefetch(&t.buckets[second_bucket(t, place)]);
-  }
-
-  void look_second(const Table& t, const int64_t* beside) const {
-    if (first) return;
-    const int64_t bucket = second_bucket(t, place);
-    if (const uint32_t mask = match(t.digests + bucket * kSlots, place.digest)) fetch_slot(t, beside, bucket, mask);
-  }
-
- private:
-  static void fetch_slot(const Table& t, const int64_t* beside, int64_t bucket, uint32_t mask) {
-    const int64_t slot = bucket * kSlots + lowest_bit(mask);
-    prefetch(t.keys + slot);
-    if (t.scores) prefetch(t.scores + slot);
-    if (beside) prefetch(beside + slot);
-  }
-};
-
-// Calls serve(i, slot) for keys [begin, end), in order. If `beside` is given, its entry at the slot is prefetched too.
-template <class Serve>
-void search(const Table& t, const int64_t* beside, IndexArray keys, int64_t begin, int64_t end, Serve&& serve) {
-  constexpr int64_t kApart = 12, kRing = 64;
-  std::array<Flight, kRing> ring;
-  for (int64_t i = begin; i < end + 3 * kApart; ++i) {
-    const int64_t first = i - kApart, second = first - kApart, last = second - kApart;
-    if (i < end) ring[i % kRing].start(t, keys[i]);
-    if (first >= begin && first < end) ring[first % kRing].look_first(t, beside);
-    if (second >= begin && second < end) ring[second % kRing].look_second(t, beside);
-    if (last >= begin) serve(last, find(t, ring[last % kRing].key, ring[last % kRing].place));
-  }
 }
 
 // Keys or positions, uninitialised.
@@ -266,19 +220,24 @@ Positions serve_present(const HashInsertArgs& a, bool marks, int threads) {
   Positions missing{Numbers(a.count)};
   std::vector<Team::Range> found(threads);
   const Evict policy = a.batch.policy;
+  const HashFindArgs find{a.table, a.keys, a.results.slots, stamps(policy), marks ? a.marks : nullptr};
   parallel_team(threads, [&](Team team) {
     const auto [begin, end] = team.share(a.count);
     int64_t next = begin;
-    search(a.table, a.marks, a.keys, begin, end, [&](int64_t i, int64_t slot) {
-      a.results.slots[i] = slot;
-      a.results.status[i] = slot >= 0 ? kHit : kRefused;
-      if (slot < 0) {
-        missing.at[next++] = i;
-        return;
+    for (int64_t from = begin; from < end; from += kServedAtOnce) {
+      const int64_t stop = std::min(end, from + kServedAtOnce);
+      kernels().tables.hash_find(find, from, stop);
+      for (int64_t i = from; i < stop; ++i) {
+        const int64_t slot = a.results.slots[i];
+        a.results.status[i] = slot >= 0 ? kHit : kRefused;
+        if (slot < 0) {
+          missing.at[next++] = i;
+          continue;
+        }
+        if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
+        if (marks) set_shared(&a.marks[slot], a.mark);
       }
-      if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
-      if (marks) set_shared(&a.marks[slot], a.mark);
-    });
+    }
     found[team.thread] = {begin, next};
     if (policy == Evict::kNone || stamps(policy)) return;
     team.barrier();
@@ -306,9 +265,9 @@ int threads_for(int64_t count, int num_threads) {
 }  // namespace
 
 void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t* slots, int num_threads) {
-  parallel_ranges(count, kKeysPerThread, num_threads, [&](int64_t begin, int64_t end) {
-    search(table, nullptr, keys, begin, end, [&](int64_t i, int64_t slot) { slots[i] = slot; });
-  });
+  const HashFindArgs args{table, keys, slots, false, nullptr};
+  parallel_ranges(count, kKeysPerThread, num_threads,
+                  [&](int64_t begin, int64_t end) { kernels().tables.hash_find(args, begin, end); });
 }
 
 HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {

@@ -8,6 +8,14 @@
 
 namespace gossamer {
 
+struct HashFindArgs {
+  hash_table::Table table;
+  IndexArray keys;
+  int64_t* slots;         // of each key, or -1
+  bool scores;            // whether the caller reads or writes the scores of what is found
+  const int64_t* beside;  // (slots,) or null: another array that it does so with
+};
+
 // slots[i] of key i, or -1.
 void hash_table_find(const hash_table::Table& table, IndexArray keys, int64_t count, int64_t* slots, int num_threads);
 

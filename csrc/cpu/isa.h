@@ -24,6 +24,7 @@ struct GatherDotArgs;
 struct GatherMaxArgs;
 struct GroupedDweightArgs;
 struct GroupedMatmulArgs;
+struct HashFindArgs;
 struct LowRankArgs;
 struct MapIdsArgs;
 struct MultiLowRankBackwardArgs;
@@ -80,6 +81,7 @@ struct TableKernels {
   void (*sum_pieces)(const UpdateArgs& args, const SortedIds& ids, int64_t first_piece, int64_t last_piece);
   void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
   int64_t (*map_ids)(const MapIdsArgs& args, int64_t begin, int64_t end);
+  void (*hash_find)(const HashFindArgs& args, int64_t begin, int64_t end);
   void (*product_key_topk)(const ProductKeyTopkArgs& args, int64_t begin, int64_t end);
   void (*product_key_topk_backward)(const ProductKeyTopkBackwardArgs& args, int64_t begin, int64_t end);
   void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);

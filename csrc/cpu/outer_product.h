@@ -20,6 +20,9 @@ struct GradientSink {
   bool past_caches =
       false;  // whether to write past the caches: results too large for them would be read before being overwritten
 
+  // Whether blocks of columns begin and end with cache lines.
+  bool by_lines() const { return reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride * sizeof(T) % 64 == 0; }
+
   T* at(int64_t row, int64_t column) const { return out + row * stride + column; }
   Accumulator<T>* partial_at(int64_t row, int64_t column) const { return partial + row * width + column; }
 };
@@ -33,9 +36,15 @@ constexpr int kOuterRows = kTiled<P> ? 2 * kGroup : kGroup;
 template <class P>
 constexpr int64_t kOuterBlocks = (kDepth + kPanelWidth<P> - 1) / kPanelWidth<P>;
 
+// Vectors of a block of the right operand: as many as whole cache lines of a gradient in bfloat16 are made of.
+template <class P>
+constexpr int kOuterVectors = kTerms<P> > 1 ? 2 : kBlockVectors<P>;
+template <class P>
+using RowPanel = Panel<P, kOuterVectors<P>>;
+
 // to = before + Σ_token a[i][token] · b[token] over the blocks first .. last of a, rounded to the type of `to`; `before` may be
-// null. Each form is a separate function, so that its sums stay in registers.
-template <int Rows, int Vecs, class P, class O>
+// null. With Stream, `to` is written past the caches. Each form is a separate function, so that its sums stay in registers.
+template <int Rows, int Vecs, bool Stream = false, class P, class O>
 __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_t first, int64_t last, const P* b,
                                             const SumOf<P>* before, int64_t before_stride, O* to, int64_t to_stride) {
   using S = SumOf<P>;
@@ -50,8 +59,10 @@ __attribute__((noinline)) void outer_blocks(const Panel<P>& a, int64_t i, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
       const int64_t at = v * kLanes<S>;
-      store_sums(to + r * to_stride + at, before ? load(before + r * before_stride + at) + sum[r][v] : sum[r][v]);
+      if (before) sum[r][v] = load(before + r * before_stride + at) + sum[r][v];
+      if constexpr (!Stream) store_sums(to + r * to_stride + at, sum[r][v]);
     }
+    if constexpr (Stream) stream_sums(to + r * to_stride, sum[r]);
   }
 }
 
@@ -98,6 +109,13 @@ GOSSAMER_INLINE void outer_block(const Panel<P>& a, int64_t i, int rows, const P
     const int64_t last = std::min(blocks, block + kOuterBlocks<P>);
     const S* before = block > 0 || !sink.first ? kept : nullptr;
     if (whole && sink.last && last == blocks) {
+      if constexpr (kStreams<T, Vecs>) {
+        // Sums that were kept in place are in the caches.
+        if (sink.past_caches && (!std::is_same_v<T, S> || !before)) {
+          outer_blocks<Rows, Vecs, true>(a, i, block, last, b, before, kept_stride, sink.at(i, column), sink.stride);
+          continue;
+        }
+      }
       outer_blocks<Rows, Vecs>(a, i, block, last, b, before, kept_stride, sink.at(i, column), sink.stride);
     } else {
       outer_blocks<Rows, Vecs>(a, i, block, last, b, before, kept_stride, kept, kept_stride);
@@ -181,9 +199,9 @@ void tiled_outer_block([[maybe_unused]] const Panel<P>& a, [[maybe_unused]] int6
 }
 
 // Prefetches the block of columns from `next` on in a gradient's rows first .. last, which is written next.
-template <class P, class T>
-GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t first, int64_t last, int64_t next, int64_t width) {
-  const int64_t columns = std::min<int64_t>(kPanelWidth<P>, width - next);
+template <class T>
+GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t first, int64_t last, int64_t next,
+                                       int64_t columns) {
   for (int64_t r = first; r < last; ++r) {
     if (sink.partial) {
       prefetch_lines<0, Fetch::kWriteLater>(sink.partial_at(r, next), columns * sizeof(Accumulator<T>));
@@ -196,21 +214,27 @@ GOSSAMER_INLINE void prefetch_gradient(const GradientSink<T>& sink, int64_t firs
 // out[i][j] = Σ_token a[i][token] · b[token][j] for the rows first <= i < last of a panel with tokens as columns. The few rows of a
 // stay in the first-level cache while the blocks of b pass by. Results go to distant rows of memory, so the destination of the
 // next block is prefetched.
-template <class T, class P>
-void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P>& b, const GradientSink<T>& sink) {
+template <class T, class P, int Vectors>
+void outer_product(const Panel<P>& a, int64_t first, int64_t last, const Panel<P, Vectors>& b, const GradientSink<T>& given) {
+  GradientSink<T> sink = given;
+  sink.past_caches = given.past_caches && given.by_lines();
+  const bool fetches = sink.partial || !sink.past_caches;
   for (int64_t block = 0; block < b.num_blocks(); ++block) {
-    const int64_t column = block * kPanelWidth<P>, next = column + kPanelWidth<P>;
-    with_vectors<P>(b.block_vectors(block), [&](auto vectors) {
+    const int64_t column = block * b.kWidth, next = column + b.kWidth;
+    const int64_t next_columns = fetches ? std::min<int64_t>(b.kWidth, b.width - next) : 0;
+    with_vectors<P, Vectors>(b.block_vectors(block), [&](auto vectors) {
       if constexpr (kTiled<P>) {
         for (int64_t i = first; i < last; i += kGroup) {
           const int rows = static_cast<int>(std::min<int64_t>(kGroup, last - i));
-          if (sink.partial || !sink.past_caches) prefetch_gradient<P>(sink, i, i + rows, next, b.width);
+          if (next_columns > 0) prefetch_gradient(sink, i, i + rows, next, next_columns);
           tiled_outer_block<vectors>(a, i, rows, b.block(block), sink, column, b.width);
         }
       } else {
-        for_tiles<kTileRows<vectors>>(last - first, [&](auto tile, int64_t i) {
+        constexpr int height =
+            Vectors < kBlockVectors<P> ? GOSSAMER_TILE_ROWS * kBlockVectors<P> / Vectors / 4 * 4 : kTileRows<vectors>;
+        for_tiles<height>(last - first, [&](auto tile, int64_t i) {
           const int rows = static_cast<int>(std::min<int64_t>(tile, last - first - i));
-          prefetch_gradient<P>(sink, first + i, first + i + rows, next, b.width);
+          if (next_columns > 0) prefetch_gradient(sink, first + i, first + i + rows, next, next_columns);
           outer_block<tile, vectors>(a, first + i, rows, b.block(block), sink, column, b.width);
         });
       }

@@ -51,9 +51,9 @@ Panel<SumOf<P>> sums_of(const Panel<P>& panel) {
 }
 
 // Calls f with the number of vectors of a block as a constant.
-template <class P, class F>
+template <class P, int Most = kBlockVectors<P>, class F>
 GOSSAMER_INLINE void with_vectors(int vectors, F&& f) {
-  if constexpr (kBlockVectors<P> > 2) {
+  if constexpr (Most > 2) {
     if (vectors == 3) return f(std::integral_constant<int, 3>{});
   }
   if (vectors == 2) return f(std::integral_constant<int, 2>{});
@@ -217,8 +217,8 @@ void pack_as_terms(const Panel<P>& panel, const T* const* rows, int64_t tokens, 
 
 // Fills columns [first, last) of `to`, with terms along its rows, from the same rows of `from`, whose columns are tokens; `first`
 // is a multiple of kLanes.
-template <class S, class P>
-void transpose_panel(const Panel<P>& to, const Panel<S>& from, int64_t first, int64_t last) {
+template <class S, class P, int Vectors>
+void transpose_panel(const Panel<P, Vectors>& to, const Panel<S>& from, int64_t first, int64_t last) {
   constexpr int n = kLanes<S>, terms = kTerms<P>;
   for (int64_t token = 0; token < from.width; token += n) {
     const int tokens = static_cast<int>(std::min<int64_t>(n, from.width - token));

@@ -13,10 +13,9 @@ namespace {
 constexpr int64_t kTiledRowsPack = 1 << 16;
 constexpr int64_t kRowGroups = 4;
 
-// Which packed types use it. AVX2's sixteen registers hold too few sums for a group of columns: it is a third slower there. Pairs
-// multiplied in vector registers are excluded too (not measured).
+// Which packed types use it. AVX2's sixteen registers hold too few sums for a group of columns: it is a third slower there.
 template <class P>
-constexpr bool kByRows = kTiled<P> || (GOSSAMER_VECTOR_BYTES == 64 && std::is_same_v<P, SumOf<P>>);
+constexpr bool kByRows = kTiled<P> || GOSSAMER_VECTOR_BYTES == 64;
 template <class P, class T>
 bool goes_by_rows(const Weight<T>& w, int64_t tokens) {
   return kByRows<P> && (kTiled<P> || tokens > kFewTokens) && runs_along_rows(w);

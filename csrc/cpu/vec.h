@@ -293,6 +293,43 @@ GOSSAMER_INLINE void store_sums(T* to, V v) {
   store(to, v);
 }
 
+// Whether Vecs vectors of sums fill whole cache lines as O, which stream_sums() writes.
+template <class O, int Vecs>
+constexpr bool kStreams = GOSSAMER_VECTOR_BYTES == 64 && GOSSAMER_F16C && Vecs * kLanes<Accumulator<O>> * sizeof(O) % 64 == 0;
+
+// store_sums() of whole lines past the caches, which would read them first; order_streams() comes before another thread reads them.
+template <class O, int Vecs>
+GOSSAMER_INLINE void stream_sums([[maybe_unused]] O* to, [[maybe_unused]] const Vec<Accumulator<O>> (&v)[Vecs]) {
+#if GOSSAMER_VECTOR_BYTES == 64 && GOSSAMER_F16C
+  static_assert(kStreams<O, Vecs>);
+  constexpr int per_line = std::is_same_v<O, Accumulator<O>> ? 1 : 2;
+#pragma GCC unroll 4
+  for (int i = 0; i < Vecs; i += per_line) {
+    __m512i line;
+    if constexpr (per_line == 1) {
+      line = (__m512i)v[i];
+    } else if constexpr (std::is_same_v<O, Float16>) {
+      const __m256i low = _mm512_cvtps_ph((__m512)v[i], _MM_FROUND_TO_NEAREST_INT);
+      line = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm512_cvtps_ph((__m512)v[i + 1], _MM_FROUND_TO_NEAREST_INT), 1);
+    } else {
+#if GOSSAMER_BF16_DOT
+      line = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]);
+#else
+      const __m256i low = _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(v[i]));
+      line = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(v[i + 1])), 1);
+#endif
+    }
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * kLanes<Accumulator<O>>), line);
+  }
+#endif
+}
+
+GOSSAMER_INLINE void order_streams() {
+#if GOSSAMER_F16C
+  _mm_sfence();
+#endif
+}
+
 // The sum of all lanes in a fixed order: the upper half is added to the lower until one lane is left.
 template <class S>
 GOSSAMER_INLINE S sum_lanes(Vec<S> v) {

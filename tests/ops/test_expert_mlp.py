@@ -225,6 +225,30 @@ def test_batch_position(kernel_backend, dtype, device):
     assert_same_bits(moved, {name: value[order] for name, value in first.items()})
 
 
+@pytest.mark.parametrize("h", [1024, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_gradients_beyond_the_caches(dtype, h):
+    """Native kernels write them past the caches, whole lines and parts of lines, with the bits of smaller gradients."""
+    tokens, used, e, i = 200, 4, 32, 264
+    torch.manual_seed(0)
+    x, dy = (torch.randn(tokens, h).to(dtype) for _ in range(2))
+    gate_up, down = (torch.randn(used, n, c).to(dtype) / c**0.5 for n, c in ((2 * i, h), (h, i)))
+    weights = torch.rand(tokens, 1).to(dtype)
+    ids = torch.tensor([[0]] * 160 + [[1]] * 30 + [[2]] * 7 + [[3]] * 3)
+    gradients = []
+    for experts in (used, e):
+        leaves = [torch.zeros(experts, *w.shape[1:], dtype=dtype) for w in (gate_up, down)]
+        for leaf, w in zip(leaves, (gate_up, down), strict=True):
+            leaf[:used] = w
+            leaf.requires_grad_()
+        with gossamer.backend("native"):
+            gossamer.expert_mlp(x, *leaves, gossamer.dispatch(ids, experts), weights).backward(dy)
+        gradients.append([leaf.grad for leaf in leaves])
+    assert all(g.nbytes > 16 << 20 for g in gradients[1])
+    for small, large in zip(*gradients, strict=True):
+        assert torch.equal(large[:used], small) and not large[used:].any()
+
+
 def test_backward_twice(kernel_backend, device):
     """A kept graph gives the same gradients again, though a graph that is freed may be overwritten."""
     leaves = {name: v.requires_grad_() for name, v in make_inputs(device, **SMALL).items()}

@@ -2,6 +2,7 @@
 #include "cpu/isa_begin.h"
 #include "cpu/gather_compose.h"
 #include "cpu/gather_reduce.h"
+#include "cpu/hash_table.h"
 #include "cpu/low_rank.h"
 #include "cpu/map_ids.h"
 #include "cpu/memory.h"
@@ -12,6 +13,7 @@
 
 #include "cpu/gather_compose_kernel.h"
 #include "cpu/gather_reduce_kernel.h"
+#include "cpu/hash_find_kernel.h"
 #include "cpu/map_ids_kernel.h"
 #include "cpu/product_key_topk_kernel.h"
 #include "cpu/sparse_update_kernel.h"
@@ -25,6 +27,7 @@ const TableKernels kTables = {
     .sum_pieces = sum_pieces,
     .update_rows = update_rows,
     .map_ids = map_ids,
+    .hash_find = hash_find,
     .product_key_topk = product_key_topk,
     .product_key_topk_backward = product_key_topk_backward,
     .product_key_search = product_key_search,
