@@ -171,6 +171,15 @@ def test_it_finds_the_experts_that_fit(device):
     assert torch.equal(router(x).expert_ids[:, 0], target)
 
 
+def test_no_permutation_is_chosen_by_nan():
+    """A search over NaN would never end."""
+    router = LearnedPermutation(SoftmaxRouter(4, 3, 1), 1)
+    torch.nn.init.constant_(router.log_weights, torch.nan)
+    with pytest.raises(ValueError, match="log_weights must be finite to choose a permutation"):
+        router.step()
+    assert router.searching and router.training
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -28,6 +28,8 @@ def sinkhorn(scores: torch.Tensor, iterations: int) -> torch.Tensor:
 def best_assignment(profit: torch.Tensor) -> torch.Tensor:
     """``(n,)`` int64 on the CPU: the permutation π that maximises ``Σ_i profit[i, π(i)]`` (Hungarian method)."""
     cost = -profit.detach().double().cpu()
+    if not bool(cost.isfinite().all()):
+        raise ValueError("log_weights must be finite to choose a permutation, got NaN or infinity in its matrix")
     n = cost.shape[0]
     # Column 0 is the root of each search; rows are counted from 1 so that 0 means none.
     row_price = torch.zeros(n + 1, dtype=torch.float64)
@@ -200,12 +202,19 @@ class LearnedPermutation(StepCount, RouterAround):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count a training step; the last one of the phase fixes the assignment."""
+        """Count a training step; the last one of the phase fixes the assignment.
+
+        Raises:
+            ValueError: Λ holds NaN or infinity then; nothing was changed.
+        """
         if self.num_steps == self.phase_steps - 1:
             training, self.training = self.training, False  # without noise
-            found = [best_assignment(part) for part in self.matrix().view(-1, self.num_experts, self.num_experts)]
+            try:
+                matrix = self.matrix()
+            finally:
+                self.training = training
+            found = [best_assignment(part) for part in matrix.view(-1, self.num_experts, self.num_experts)]
             self.assignment.copy_(torch.stack(found).view_as(self.assignment))
-            self.training = training
         super().step()
 
     @torch.no_grad()
