@@ -135,14 +135,14 @@ def choices(rng):
     if kind == 4:
         return nn.resize_clusters, {"clusters": ids(rng, 9, rows), "count": rng.randint(1, rows)}
     if kind == 5:
-        return widths, {"nbytes": rng.randint(600, 3000), "rows": rows, "dim": size(rng, 1, 9)}
+        return widths, {"nbytes": rng.randint(600, 3000), "num_embeddings": rows, "embedding_dim": size(rng, 1, 9)}
     shapes = [(32 * size(rng), 32 * size(rng)) for _ in range(size(rng, 1, 3))]
     return tensors_from(nn.erk_densities), {"shapes": shapes, "density": rng.choice((0.1, 1.0))}
 
 
-def widths(nbytes, rows, dim):
+def widths(nbytes, num_embeddings, embedding_dim):
     """The widths of two tables that search."""
-    tables = [nn.SearchedDimensionEmbedding.from_budget(count, dim, nbytes) for count in (rows, 2 * rows)]
+    tables = [nn.SearchedDimensionEmbedding.from_budget(num_embeddings, embedding_dim, nbytes) for _ in range(2)]
     return torch.tensor(nn.choose_widths(tables, nbytes))
 
 

@@ -72,6 +72,14 @@ def test_shared_first_product():
         assert_near(getattr(fused, name), getattr(table, name) - 0.1 * getattr(table, name).grad)
 
 
+def test_no_ids_in_plain_torch():
+    """Bags without any id are zero."""
+    table = TensorTrainEmbedding(6, 10, (2, 2))
+    with gossamer.backend("reference"):
+        pooled = table(torch.empty(0, dtype=torch.int64), torch.tensor([0, 0]))
+    assert torch.equal(pooled, torch.zeros(2, 10))
+
+
 def test_published_bytes():
     """Ten million rows of 16: ranks 16, 32 and 64."""
     for rank, nbytes in ((16, 527_616), (32, 1_944_064), (64, 7_443_456)):
