@@ -99,20 +99,9 @@ void register_block_sparse(py::module_& m) {
       },
       "(first list, last list, first block column, number of block columns, rows and columns that are no padding) of the "
       "rectangles that products go by.");
-  m.def(
-      "block_product",
-      [](const BlockProductArgs& args, int num_threads) {
-        py::gil_scoped_release release;
-        block_product(args, num_threads);
-      },
-      "y = act(s · b + bias), s block-sparse.");
-  m.def(
-      "sampled_product",
-      [](const SampledProductArgs& args, int num_threads) {
-        py::gil_scoped_release release;
-        sampled_product(args, num_threads);
-      },
-      "act(a · b + bias) at the blocks of a topology, zero from the last one on.");
+  m.def("block_product", &block_product, py::call_guard<py::gil_scoped_release>(), "y = act(s · b + bias), s block-sparse.");
+  m.def("sampled_product", &sampled_product, py::call_guard<py::gil_scoped_release>(),
+        "act(a · b + bias) at the blocks of a topology, zero from the last one on.");
 }
 
 }  // namespace gossamer::bindings

@@ -1,13 +1,64 @@
-#include "bindings/arguments.h"
-#include "bindings/hash_table_arguments.h"
-#include "bindings/register.h"
 #include "cpu/hash_table.h"
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "bindings/arguments.h"
+#include "bindings/register.h"
 
 namespace gossamer::bindings {
 
+namespace {
+
+// The policy with this name in ops/_hash_table_storage.py; "none" for None.
+hash_table::Evict evict(std::string_view name) {
+  using hash_table::Evict;
+  constexpr std::pair<std::string_view, Evict> kPolicies[] = {
+      {"none", Evict::kNone},          {"lru", Evict::kLru},    {"lfu", Evict::kLfu}, {"epoch_lru", Evict::kEpochLru},
+      {"epoch_lfu", Evict::kEpochLfu}, {"score", Evict::kScore}};
+  for (const auto& [known, policy] : kPolicies) {
+    if (known == name) return policy;
+  }
+  throw std::invalid_argument("evict is not a known policy: " + std::string(name));
+}
+
+void register_structs(py::module_& m) {
+  py::class_<hash_table::Table>(m, "HashTableView", "The arrays of a hash table.")
+      .def(py::init([](uintptr_t digests, uintptr_t keys, uintptr_t scores, uintptr_t buckets, uintptr_t fill, uintptr_t quota,
+                       int64_t num_partitions, int64_t partition_buckets) {
+        return hash_table::Table{pointer<uint8_t>(digests),
+                                 pointer<int64_t>(keys),
+                                 pointer<int64_t>(scores),
+                                 pointer<hash_table::Bucket>(buckets),
+                                 pointer<int32_t>(fill),
+                                 pointer<const int32_t>(quota),
+                                 num_partitions,
+                                 partition_buckets};
+      }));
+  py::class_<HashBatchArgs>(m, "HashBatch", "Keys to find or insert, and how scores are set.")
+      .def(py::init([](const PyVector& keys, int64_t count, uintptr_t scores, std::string_view policy, int64_t stamp,
+                       uint32_t serial, int64_t room, uintptr_t marks, int64_t mark) {
+        return HashBatchArgs{.batch = {evict(policy), stamp, serial, pointer<const int64_t>(scores)},
+                             .keys = index_array(keys),
+                             .count = count,
+                             .room = room,
+                             .marks = pointer<int64_t>(marks),
+                             .mark = mark};
+      }));
+  py::class_<hash_table::Results>(m, "HashResults", "Where the report of a batch goes.")
+      .def(py::init([](uintptr_t slots, uintptr_t status, uintptr_t victim_keys, uintptr_t victim_scores) {
+        return hash_table::Results{pointer<int64_t>(slots), pointer<uint8_t>(status), pointer<int64_t>(victim_keys),
+                                   pointer<int64_t>(victim_scores)};
+      }));
+}
+
+}  // namespace
+
 void register_hash_table(py::module_& m) {
   using hash_table::Table;
-  register_hash_table_view(m);
+  register_structs(m);
   m.def(
       "hash_table_find",
       [](const Table& table, const PyVector& keys, int64_t count, uintptr_t slots, int num_threads) {
@@ -18,17 +69,8 @@ void register_hash_table(py::module_& m) {
       "The slot of each key, -1 where it is absent.");
   m.def(
       "hash_table_insert",
-      [](const Table& table, const PyVector& keys, int64_t count, std::string_view policy, int64_t stamp, uint32_t serial,
-         uintptr_t scores, int64_t room, uintptr_t marks, int64_t mark, uintptr_t slots, uintptr_t status,
-         uintptr_t victim_keys, uintptr_t victim_scores, int num_threads) {
-        const HashInsertArgs args{table,
-                                  batch(policy, stamp, serial, scores),
-                                  results(slots, status, victim_keys, victim_scores),
-                                  index_array(keys),
-                                  count,
-                                  room,
-                                  pointer<int64_t>(marks),
-                                  mark};
+      [](const Table& table, const HashBatchArgs& batch, const hash_table::Results& results, int num_threads) {
+        const HashInsertArgs args{batch, table, results};
         HashInsertCounts counts;
         {
           py::gil_scoped_release release;

@@ -1,16 +1,14 @@
 #include "bindings/arguments.h"
-#include "bindings/hash_table_arguments.h"
 #include "bindings/register.h"
+#include "cpu/hash_table.h"
 #include "cuda/hash_table.cuh"
 
 namespace gossamer::bindings {
 
 namespace {
 
-cuda::HashKeys hash_keys(const PyVector& keys, int64_t count) {
-  const IndexArray array = index_array(keys);
-  return {array.base, array.stride, array.wide, count};
-}
+cuda::HashKeys hash_keys(const IndexArray& keys, int64_t count) { return {keys.base, keys.stride, keys.wide, count}; }
+cuda::HashKeys hash_keys(const PyVector& keys, int64_t count) { return hash_keys(index_array(keys), count); }
 
 void raise_table(const char* error) { raise_cuda("hash table", error); }
 
@@ -34,23 +32,21 @@ void register_hash_table_cuda(py::module_& m) {
       "The slot of each key, -1 where it is absent.");
   m.def(
       "cuda_hash_table_stamp",
-      [](const Table& table, const PyVector& keys, int64_t count, std::string_view policy, int64_t stamp, uintptr_t slots,
-         uintptr_t status, uintptr_t partitions, int device, uintptr_t stream) {
-        raise_table(cuda::hash_table_stamp(table, hash_keys(keys, count), batch(policy, stamp, 0, 0),
-                                           results(slots, status, 0, 0), pointer<int32_t>(partitions), device,
-                                           pointer<void>(stream)));
+      [](const Table& table, const HashBatchArgs& batch, const hash_table::Results& results, uintptr_t partitions, int device,
+         uintptr_t stream) {
+        raise_table(cuda::hash_table_stamp(table, hash_keys(batch.keys, batch.count), batch.batch, results,
+                                           pointer<int32_t>(partitions), device, pointer<void>(stream)));
       },
       "Serve the keys of a batch that are in the table, where no order matters; the partition of each other key.");
   m.def(
       "cuda_hash_table_insert",
-      [](const Table& table, const PyVector& keys, int64_t count, uintptr_t order, uintptr_t begins, std::string_view policy,
-         int64_t stamp, uint32_t serial, uintptr_t scores, uintptr_t slots, uintptr_t status, uintptr_t victim_keys,
-         uintptr_t victim_scores, uintptr_t leaving, bool missing, int device, uintptr_t stream) {
-        const cuda::HashBatch all{hash_keys(keys, count),
+      [](const Table& table, const HashBatchArgs& batch, const hash_table::Results& results, uintptr_t order, uintptr_t begins,
+         uintptr_t leaving, bool missing, int device, uintptr_t stream) {
+        const cuda::HashBatch all{hash_keys(batch.keys, batch.count),
                                   pointer<const int64_t>(order),
                                   pointer<const int64_t>(begins),
-                                  batch(policy, stamp, serial, scores),
-                                  results(slots, status, victim_keys, victim_scores),
+                                  batch.batch,
+                                  results,
                                   pointer<int32_t>(leaving)};
         const auto serve = missing ? &cuda::hash_table_missing : &cuda::hash_table_present;
         raise_table(serve(table, all, device, pointer<void>(stream)));

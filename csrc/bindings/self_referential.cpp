@@ -27,13 +27,8 @@ void register_self_referential(py::module_& m) {
            py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("size"),
            py::arg("segment"), py::arg("x"), py::arg("weight"), py::arg("shift") = 0, py::arg("y") = 0,
            py::arg("final_shift") = 0, py::arg("steps") = 0, py::arg("kept") = 0);
-  m.def(
-      "self_referential",
-      [](const Args& args, int num_threads) {
-        py::gil_scoped_release release;
-        self_referential(args, num_threads);
-      },
-      "y[t] = W_y^T x[t] of matrices that change themselves at each token.");
+  m.def("self_referential", &self_referential, py::call_guard<py::gil_scoped_release>(),
+        "y[t] = W_y^T x[t] of matrices that change themselves at each token.");
   m.def(
       "self_referential_backward",
       [](const Args& forward, uintptr_t dy, uintptr_t dfinal_shift, uintptr_t dx, uintptr_t dstart, int num_threads) {

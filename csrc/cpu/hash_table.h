@@ -19,15 +19,18 @@ struct HashFindArgs {
 // slots[i] of key i, or -1.
 void hash_table_find(const hash_table::Table& table, IndexArray keys, int64_t count, int64_t* slots, int num_threads);
 
-struct HashInsertArgs {
-  hash_table::Table table;
+struct HashBatchArgs {
   hash_table::Batch batch;
-  hash_table::Results results;
   IndexArray keys;
   int64_t count;
   int64_t room;    // number of new keys allowed if nothing is evicted
   int64_t* marks;  // (slots,) or null: set to `mark` at the batch's rows
   int64_t mark;
+};
+
+struct HashInsertArgs : HashBatchArgs {
+  hash_table::Table table;
+  hash_table::Results results;
 };
 
 struct HashInsertCounts {

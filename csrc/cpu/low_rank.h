@@ -47,7 +47,7 @@ struct LowRankArgs {
   FloatMatrix y;       // (rows, columns) with column stride 1
   double factor, left_factor;
   Dropout dropout;
-  const QuantizedWeights* quantized = nullptr;  // (1, columns, depth), or null
+  QuantizedWeights quantized;  // (1, columns, depth), or absent
 
   // The factor with which `left` is computed from a.
   RankProductArgs left_product() const {

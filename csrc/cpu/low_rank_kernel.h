@@ -454,8 +454,8 @@ void rank_product(const RankProductArgs& args, void* shared, int num_threads, Te
 void low_rank_matmul(const LowRankArgs& args, void* shared, int num_threads, Team team) {
   visit_values(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.quantized)
-      return low_rank_matmul_of<T>(args, QuantizedMatrix{args.quantized, 0, false}, shared, num_threads, team);
+    if (args.quantized.data)
+      return low_rank_matmul_of<T>(args, QuantizedMatrix{&args.quantized, 0, false}, shared, num_threads, team);
     const FloatMatrix& w = args.weight;
     const Weight<T> weight{static_cast<const T*>(w.base), w.row_stride, w.col_stride, args.columns, args.depth};
     low_rank_matmul_of<T>(args, weight, shared, num_threads, team);

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import DTYPES, empty_huge, vector
+from gossamer.cpu_kernels._native import DTYPES, empty_huge, pointer, vector
 
 if TYPE_CHECKING:
     from gossamer.ops._hash_table_storage import Batch, Served, Storage
@@ -30,41 +30,38 @@ def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     return empty_huge(shape, values.dtype)
 
 
-def _view(storage: Storage) -> _C.HashTableView:
+def view_of(storage: Storage) -> _C.HashTableView:
+    """A table's arrays as kernels take them."""
     arrays = (storage.digests, storage.keys, storage.scores, storage.buckets, storage.fill, storage.quota)
-    pointers = (0 if a is None else a.data_ptr() for a in arrays)
-    return _C.HashTableView(*pointers, storage.fill.shape[0], storage.partition_buckets)
+    return _C.HashTableView(*map(pointer, arrays), storage.fill.shape[0], storage.partition_buckets)
+
+
+def batch_of(batch: Batch) -> _C.HashBatch:
+    """A batch as kernels take it."""
+    keys, scores, policy, stamp, serial, room, marks, mark = batch
+    numbers = (policy or "none", stamp, serial, room)
+    return _C.HashBatch(vector(keys), keys.shape[0], pointer(scores), *numbers, pointer(marks), mark)
+
+
+def results_of(slots: torch.Tensor, status: torch.Tensor, victims: list[torch.Tensor | None]) -> _C.HashResults:
+    """Where kernels write the rows, the status and the victims' keys and scores of a batch."""
+    return _C.HashResults(slots.data_ptr(), status.data_ptr(), *map(pointer, victims))
 
 
 def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     slots = empty_huge((keys.shape[0],), torch.int64)
-    _C.hash_table_find(_view(storage), vector(keys), keys.shape[0], slots.data_ptr(), torch.get_num_threads())
+    _C.hash_table_find(view_of(storage), vector(keys), keys.shape[0], slots.data_ptr(), torch.get_num_threads())
     return slots
 
 
 def insert(storage: Storage, batch: Batch) -> Served:
     """Find or insert each key, as the reference does."""
     n = batch.keys.shape[0]
-    scores = None if batch.scores is None else batch.scores.contiguous()
     slots, status = empty_huge((n,), torch.int64), torch.empty(n, dtype=torch.uint8, device="cpu")
     victims = [empty_huge((n,), torch.int64) for _ in range(2)] if storage.scores is not None else [None, None]
-    too_many, *counts = _C.hash_table_insert(
-        _view(storage),
-        vector(batch.keys),
-        n,
-        batch.policy or "none",
-        batch.stamp,
-        batch.serial,
-        0 if scores is None else scores.data_ptr(),
-        batch.room,
-        0 if batch.marks is None else batch.marks.data_ptr(),
-        batch.mark,
-        slots.data_ptr(),
-        status.data_ptr(),
-        *(0 if v is None else v.data_ptr() for v in victims),
-        torch.get_num_threads(),
-    )
+    results = results_of(slots, status, victims)
+    too_many, *counts = _C.hash_table_insert(view_of(storage), batch_of(batch), results, torch.get_num_threads())
     if counts[1] == 0:
         victims = [None, None]
     return too_many, tuple(counts), slots, status, *victims

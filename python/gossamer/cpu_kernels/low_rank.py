@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -37,6 +37,20 @@ _FROM_ROWS = {
     # Intel processors, for which torch has Intel's own float32 products.
     ("amx", torch.float32): {"rows": 192, "columns": 1, "gradient": math.inf},
 }
+
+
+class Update(NamedTuple):
+    """An update of a product ``x · weightᵀ``: ``factor · drop(left (M, r) · right (r, N))``.
+
+    With ``a (r, D)``, ``left`` is not an input but a result, ``left_factor · x · aᵀ``.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    factor: float
+    mask: Mask = None
+    a: torch.Tensor | None = None
+    left_factor: float = 1.0
 
 
 def _by_torch(dtype: torch.dtype, rows: int, product: str) -> bool:
@@ -91,37 +105,16 @@ def _rank_product(
     """``out (R, r) = factor · drop(big (R, D)) · small (D, r)``; one stride of each matrix is 1."""
     if big.shape[1] == 0:
         return out.zero_()
-    rows, depth = big.shape
-    _C.rank_product(
-        rows=rows,
-        depth=depth,
-        rank=small.shape[1],
-        big=matrix(big),
-        small=matrix(small),
-        out=matrix(out),
-        factor=factor,
-        mask=mask,
-        transposed=transposed,
-        num_threads=torch.get_num_threads(),
-    )
+    sizes = (*out.shape, big.shape[1])
+    product = _C.RankProduct(sizes, matrix(big), matrix(small), matrix(out), factor, mask, transposed)
+    _C.rank_product(product, torch.get_num_threads())
     return out
 
 
 def _matmul(
-    x: torch.Tensor,
-    weight: Weight | torch.Tensor,
-    bias: torch.Tensor | None,
-    left: torch.Tensor | None = None,
-    right: torch.Tensor | None = None,
-    factor: float = 1.0,
-    mask: Mask = None,
-    a: torch.Tensor | None = None,
-    left_factor: float = 1.0,
+    x: torch.Tensor, weight: Weight | torch.Tensor, bias: torch.Tensor | None, update: Update | None = None
 ) -> torch.Tensor:
-    """``x · weightᵀ + bias + factor · drop(left · right)``, the last term only if given.
-
-    With ``a (r, D)``, ``left (M, r)`` is not an input but a result, ``left_factor · x · aᵀ``.
-    """
+    """``x · weightᵀ + bias``, plus the update if there is one."""
     quantized = None
     if not isinstance(weight, torch.Tensor):
         quantized = _in_place(weight, x.dtype, x.shape[0])
@@ -131,34 +124,31 @@ def _matmul(
     by_torch = quantized is None and (
         x.shape[1] == 0 or _by_torch(x.dtype, x.shape[0], "rows" if weight.stride(-1) == 1 else "columns")
     )
-    if by_torch:
-        if a is not None:
+    added = factor_a = None
+    if update is not None:
+        left, right, factor, mask, a, left_factor = update
+        added = (left.shape[1], matrix(left), matrix(right), factor, mask)
+        if a is not None and by_torch:
             _rank_product(x, a.T, left, left_factor)
-            a = None
+        elif a is not None:
+            factor_a = (matrix(a), left_factor)
+    if by_torch:
         y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-        if left is None:
+        if added is None:
             return y
     else:
         y = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype)
-    columns, depth = weight.shape[-2:]
-    _C.low_rank_matmul(
-        rows=x.shape[0],
-        columns=columns,
-        depth=depth,
-        rank=0 if left is None else left.shape[1],
+    product = _C.LowRank(
+        sizes=(x.shape[0], *weight.shape[-2:]),
         x=matrix(None if by_torch else x),
         weight=matrix(None if quantized else weight),
         quantized=quantized,
         bias=vector(bias),
-        a=matrix(a),
-        left=matrix(left),
-        right=matrix(right),
         y=matrix(y),
-        factor=factor,
-        left_factor=left_factor,
-        mask=mask,
-        num_threads=torch.get_num_threads(),
+        update=added,
+        a=factor_a,
     )
+    _C.low_rank_matmul(product, torch.get_num_threads())
     return y
 
 
@@ -199,8 +189,8 @@ def low_rank_linear(args: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     s = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype)
     if mask is not None:
         _rank_product(x, a.T, s, keep, mask)
-        return _matmul(x, weight, bias, s, b.T, scale), s
-    return _matmul(x, weight, bias, s, b.T, scale, a=a), s
+        return _matmul(x, weight, bias, Update(s, b.T, scale)), s
+    return _matmul(x, weight, bias, Update(s, b.T, scale, a=a)), s
 
 
 def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
@@ -220,7 +210,7 @@ def low_rank_linear_backward(args: LowRankBackward) -> dict[str, torch.Tensor]:
     if want_x:
         a = _factor(a, dy.dtype)
         dense = _dense(weight, dy.dtype)
-        found["x"] = _matmul(dy, dense.T, None, ds, a, keep, mask, b.T, scale)
+        found["x"] = _matmul(dy, dense.T, None, Update(ds, a, keep, mask, b.T, scale))
     elif want_a:
         _rank_product(dy, b, ds, scale)
     if want_a:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import vector
+from gossamer.cpu_kernels._native import pointer, vector
+from gossamer.cpu_kernels.hash_table import batch_of, results_of, view_of
 from gossamer.cuda_kernels._stream import where
 
 if TYPE_CHECKING:
@@ -22,27 +23,20 @@ def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     return values.new_empty(shape)
 
 
-def _view(storage: Storage) -> _C.HashTableView:
-    arrays = (storage.digests, storage.keys, storage.scores, storage.buckets, storage.fill, storage.quota)
-    pointers = (0 if a is None else a.data_ptr() for a in arrays)
-    return _C.HashTableView(*pointers, storage.fill.shape[0], storage.partition_buckets)
-
-
 def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     """The slot of each key ``(n,)``, −1 where absent: ``(n,)`` int64."""
     n, device = keys.shape[0], storage.digests.device
     slots = torch.empty(n, dtype=torch.int64, device=device)
     if n:
         with torch.cuda.device(device):
-            _C.cuda_hash_table_find(_view(storage), vector(keys), n, slots.data_ptr(), *where(device))
+            _C.cuda_hash_table_find(view_of(storage), vector(keys), n, slots.data_ptr(), *where(device))
     return slots
 
 
 def insert(storage: Storage, batch: Batch) -> Served:
     """Find or insert each key, as the reference does, but without counts, which would stall the stream."""
-    keys, policy = batch.keys, batch.policy or "none"
+    keys, policy = batch.keys, batch.policy
     n, device = keys.shape[0], storage.digests.device
-    scores = None if batch.scores is None else batch.scores.contiguous()
     slots = torch.empty(n, dtype=torch.int64, device=device)
     status = torch.zeros(n, dtype=torch.uint8, device=device)
     scored = storage.scores is not None
@@ -50,15 +44,15 @@ def insert(storage: Storage, batch: Batch) -> Served:
     if n == 0:
         return -1, None, slots, status, *victims
     with torch.cuda.device(device):
-        view, stream = _view(storage), where(device)
+        arguments = (view_of(storage), batch_of(batch), results_of(slots, status, victims))
+        stream = where(device)
         partitions = torch.empty(n, dtype=torch.int32, device=device)
-        unordered = policy == "none" or batch.stamps
+        unordered = policy is None or batch.stamps
         if unordered:
-            pointers = (slots.data_ptr(), status.data_ptr(), partitions.data_ptr())
-            _C.cuda_hash_table_stamp(view, vector(keys), n, policy, batch.stamp, *pointers, *stream)
+            _C.cuda_hash_table_stamp(*arguments, partitions.data_ptr(), *stream)
         else:
-            _C.cuda_hash_table_partitions(view, vector(keys), n, partitions.data_ptr(), *stream)
-        if policy == "none" and n > batch.room:
+            _C.cuda_hash_table_partitions(arguments[0], vector(keys), n, partitions.data_ptr(), *stream)
+        if policy is None and n > batch.room:
             new_keys = keys[status == _REFUSED].unique().numel()
             if new_keys > batch.room:
                 return new_keys, None, slots, status, *victims
@@ -66,11 +60,10 @@ def insert(storage: Storage, batch: Batch) -> Served:
         edges = torch.arange(storage.fill.shape[0] + 1, dtype=torch.int32, device=device)
         begins = torch.searchsorted(partitions, edges)
         leaving = torch.zeros(1, dtype=torch.int32, device=device)
-        pointers = (t.data_ptr() if t is not None else 0 for t in (scores, slots, status, *victims, leaving))
-        arguments = (order.data_ptr(), begins.data_ptr(), policy, batch.stamp, batch.serial, *pointers)
+        arguments += tuple(map(pointer, (order, begins, leaving)))
         if not unordered:
-            _C.cuda_hash_table_insert(view, vector(keys), n, *arguments, False, *stream)
-        _C.cuda_hash_table_insert(view, vector(keys), n, *arguments, True, *stream)
+            _C.cuda_hash_table_insert(*arguments, False, *stream)
+        _C.cuda_hash_table_insert(*arguments, True, *stream)
     if batch.marks is not None:
         mark_slots(batch.marks, slots, batch.mark)
     return -1, None, slots, status, *victims

@@ -109,7 +109,7 @@ class Batch(NamedTuple):
 
     Attributes:
         keys: ``(n,)`` int64 or int32.
-        scores: ``(n,)`` int64 or None: increments of the frequency policies, scores of ``"score"``.
+        scores: ``(n,)`` contiguous int64 or None: increments of the frequency policies, scores of ``"score"``.
         policy: of :data:`POLICIES`.
         stamp: the score that the recency policies set; the epoch's bits for ``"epoch_lfu"``.
         serial: an int32 number that no earlier batch used.

@@ -193,6 +193,7 @@ class HashTable:
             self._serial = 0
         # Only a table without eviction needs the count, and reading it on CUDA stalls the stream.
         room = self.capacity - len(self) if policy is None else 0
+        scores = None if scores is None else scores.contiguous()
         batch = Batch(keys, scores, policy, stamp, self._serial + 1, room, marks, mark)
         too_many, counts, *found = self._kernels().insert(self._storage, batch)
         if too_many >= 0:

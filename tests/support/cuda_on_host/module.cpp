@@ -10,7 +10,6 @@
 
 PYBIND11_MODULE(cuda_on_host, m) {
   gossamer::bindings::register_dispatch_cuda(m);
-  gossamer::bindings::register_hash_table_view(m);
   gossamer::bindings::register_hash_table_cuda(m);
   gossamer::bindings::register_hopper(m);
 }
